@@ -1,0 +1,245 @@
+"""The command line: ``maml-cuda train | evaluate | info``.
+
+What needs the extra [train] is imported inside the commands, so that a missing package can be named in words.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from maml_cuda import build_info
+from maml_cuda.jobs import GLYPHS, JOBS, SINUSOID, Settings, new_settings
+
+TRAIN_DESCRIPTION = """\
+Meta-trains a small network with MAML so that it learns a new task from a handful of examples.
+
+  glyphs    tell apart 5 characters of alphabets never trained on, from one image of each
+  sinusoid  fit a sine curve of unknown amplitude and phase from a few points
+"""
+TRAIN_EPILOG = """\
+examples:
+  maml-cuda train glyphs                       learn to read new alphabets (minutes)
+  maml-cuda train glyphs --iterations 150      see it learn (under a minute)
+  maml-cuda train sinusoid --out runs/sine     the regression of the MAML paper
+  maml-cuda train glyphs --ways 20 --shots 5   harder tasks, more examples of each class
+  maml-cuda train --resume runs/sine           go on where Ctrl-C, a crash or the last iteration ended it
+
+A run is one folder: metrics.csv, the checkpoints last/ and best/, PNG pictures and summary.json.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 2 for an error in words, 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"maml-cuda: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nmaml-cuda: interrupted", file=sys.stderr)
+        return 130
+
+
+def train(options: argparse.Namespace) -> int:
+    _need("tqdm", "matplotlib", "safetensors")
+    from maml_cuda.checkpoint import locate
+    from maml_cuda.report import finish, table
+    from maml_cuda.train import Training, resumed_settings
+
+    _set_threads(options.threads)
+    names = {field.name for field in fields(Settings)}
+    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    if options.resume is None:
+        settings = new_settings(**given)
+        run = Path(options.out or time.strftime(f"runs/{settings.job}-%Y%m%d-%H%M%S"))
+        start = Training.start
+    else:
+        if not (options.resume or options.out) or (
+            options.resume and options.out not in (None, options.resume)
+        ):
+            raise ValueError("--resume must name one run folder: --resume RUN, or --resume with --out RUN")
+        run = Path(options.resume or options.out)
+        settings = resumed_settings(run, given)
+        start = Training.resume
+    try:
+        training = start(run, settings)
+        print(
+            f"{settings.job} in {run}: iteration {training.iteration} of {settings.iterations}, "
+            f"{training.maml.backend} backend, {torch.get_num_threads()} threads"
+        )
+        training.loop()
+        print(f"testing the best checkpoint on {settings.test_tasks} tasks")
+        print(table(finish(run, settings)))
+    except KeyboardInterrupt:
+        if locate(run / "last") is None:
+            print("\nInterrupted before the first checkpoint; nothing was saved.", file=sys.stderr)
+        else:
+            print(
+                f"\nInterrupted; saved in {run}. Go on with: maml-cuda train --resume {run}", file=sys.stderr
+            )
+        return 130
+    print(f"metrics, checkpoints, pictures and summary.json are in {run}")
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    _need("safetensors")
+    from maml_cuda.report import load_run, table, test_run
+
+    _set_threads(options.threads)
+    maml, info = load_run(Path(options.run), options.checkpoint, options.backend)
+    given = {"test_tasks": options.tasks, "test_shots": options.shots, "seed": options.seed}
+    settings = Settings(
+        **info["settings"] | {name: value for name, value in given.items() if value is not None}
+    )
+    result = test_run(maml, settings) | {"checkpoint": options.checkpoint, "iteration": info["iteration"]}
+    print(json.dumps(result, indent=1) if options.json else table(result))
+    return 0
+
+
+def info(options: argparse.Namespace) -> int:
+    from maml_cuda.versions import versions
+
+    for name, value in (build_info() | versions() | {"threads": torch.get_num_threads()}).items():
+        print(f"{name:20} {value}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="maml-cuda",
+        description="Exact second-order MAML: train on a built-in few-shot job, test it, look inside.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(
+        commands.add_parser(
+            "train",
+            help="meta-train a model on glyphs or sinusoids",
+            description=TRAIN_DESCRIPTION,
+            epilog=TRAIN_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    _add_evaluate(
+        commands.add_parser(
+            "evaluate",
+            help="test the model of a run on unseen tasks",
+            description="Prints the metric after 0 to 10 adaptation steps on unseen tasks.",
+        )
+    )
+    info_parser = commands.add_parser(
+        "info", help="print how this installation was built, versions and threads"
+    )
+    info_parser.set_defaults(command=info)
+    return parser
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=train)
+    parser.add_argument("job", nargs="?", choices=list(JOBS), help="what to learn (default: glyphs)")
+
+    group = parser.add_argument_group("tasks")
+    _setting(group, "--ways", "classes a task (glyphs only)")
+    _setting(group, "--shots", "support samples a class: what the model adapts to")
+    _setting(group, "--queries", "query samples a class: what the meta-loss is taken on")
+
+    group = parser.add_argument_group("inner loop: adaptation to one task")
+    _setting(group, "--inner-lr", "inner learning rate, on the mean loss of the support set")
+    _setting(group, "--inner-steps", "gradient steps in training")
+    _setting(group, "--learn-inner-lr", "learn one inner learning rate a step, starting at --inner-lr")
+    _setting(group, "--first-order", "FOMAML: leave the Hessian terms out of the meta-gradient")
+
+    group = parser.add_argument_group("meta-training")
+    _setting(group, "--iterations", "meta-iterations (Adam steps)")
+    _setting(group, "--meta-batch", "tasks a meta-iteration")
+    _setting(group, "--meta-lr", "Adam's learning rate")
+    _setting(
+        group,
+        "--filters",
+        "filters of each convolution (glyphs), also --hidden: units a layer (sinusoid)",
+        "width",
+    )
+    _setting(group, "--seed", "decides the initial weights and every task; same seed, same run, to the bit")
+
+    group = parser.add_argument_group("validation and test, on unseen scripts or curves")
+    _setting(group, "--validation-interval", "iterations between two validations, each of which saves last/")
+    _setting(group, "--validation-tasks", "tasks a validation; the best score saves best/")
+    _setting(group, "--log-interval", "iterations between two rows of metrics.csv")
+    _setting(group, "--test-tasks", "tasks of the final test of best/ after 0 to 10 steps")
+    _setting(group, "--test-shots", "support samples a class in validation and test (glyphs: as --shots)")
+    _setting(group, "--test-queries", "query samples a class in validation and test")
+    _setting(group, "--test-steps", "adaptation steps in validation and in the picture of a task")
+
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--out", metavar="RUN", help="folder of the run, a new one (default: runs/<job>-<time>)"
+    )
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="continue a run as if it had never stopped; only --iterations and --test-tasks may change",
+    )
+    _add_machine(group)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=evaluate)
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("--tasks", type=int, help="test tasks (default: as in the run)")
+    parser.add_argument("--shots", type=int, help="support samples a class (default: as in the run)")
+    parser.add_argument("--seed", type=int, help="draws other test tasks (default: as in the run)")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="(default: best)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _add_machine(parser)
+
+
+def _add_machine(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads (default: all cores); fused results do not depend on it"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "fused", "reference"),
+        help="auto: fused wherever possible; reference: plain autograd, slow (default: auto)",
+    )
+
+
+def _setting(group: argparse._ActionsContainer, option: str, text: str, name: str | None = None) -> None:
+    """An option that sets a field of Settings; None where it is not given, which --resume needs to know."""
+    name = name or option[2:].replace("-", "_")
+    glyphs, sinusoid = getattr(GLYPHS, name), getattr(SINUSOID, name)
+    if isinstance(glyphs, bool):
+        group.add_argument(option, dest=name, action="store_const", const=True, help=text)
+        return
+    default = f"{glyphs}" if glyphs == sinusoid else f"{glyphs} glyphs, {sinusoid} sinusoid"
+    options = [option, "--hidden"] if name == "width" else [option]
+    metavar = "RATE" if isinstance(glyphs, float) else "N"
+    group.add_argument(
+        *options, dest=name, type=type(glyphs), metavar=metavar, help=f"{text} (default: {default})"
+    )
+
+
+def _need(*packages: str) -> None:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f'{" and ".join(missing)} must be installed: pip install "maml-cuda[train]"'
+        )
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    torch.set_num_threads(threads)

@@ -1,0 +1,39 @@
+"""The metric after 0, 1, 2, ... adaptation steps on tasks that training has not seen."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from maml_cuda.fused_maml import FusedMAML
+from torch import Generator, Tensor
+
+from maml_cuda.data import GlyphTasks, SinusoidTasks
+from maml_cuda.jobs import score
+
+CHUNK = 50  # tasks at a time: bounds memory, and the tasks drawn do not depend on how many are asked for
+
+
+def evaluate(
+    maml: FusedMAML,
+    job: str,
+    tasks: GlyphTasks | SinusoidTasks,
+    generator: Generator,
+    num_tasks: int,
+    steps: Sequence[int],
+) -> Tensor:
+    """Scores ``[len(steps), num_tasks]``: each task's query metric (``jobs.score``) after so many steps."""
+    scores = torch.empty(len(steps), num_tasks)
+    for start in range(0, num_tasks, CHUNK):
+        batch = tasks.sample(CHUNK, generator)
+        here = slice(start, min(start + CHUNK, num_tasks))
+        x_spt, y_spt, x_qry, y_qry = (part[: here.stop - here.start] for part in batch)
+        for row, count in enumerate(steps):
+            prediction = maml.predict(maml.adapt(x_spt, y_spt, steps=count), x_qry)
+            scores[row, here] = score(job, prediction, y_qry).detach()
+    return scores
+
+
+def mean_and_ci95(scores: Tensor) -> tuple[list[float], list[float]]:
+    """Over the last axis: the mean, and the half width ``1.96 * sd / sqrt(n)`` of its 95 % interval."""
+    half_width = 1.96 * scores.double().std(-1) / math.sqrt(scores.shape[-1])
+    return scores.double().mean(-1).tolist(), half_width.tolist()

@@ -1,0 +1,233 @@
+"""The meta-training loop of ``maml-cuda train``: MAML with Adam, resumable to the bit.
+
+A run is one folder: ``metrics.csv``, the checkpoints ``last/`` and ``best/``, and what ``report.py`` adds at
+the end. Wall-clock time stands in the checkpoint and in summary.json, never in metrics.csv, so that an
+interrupted and resumed run leaves the very file of one that was not.
+"""
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from maml_cuda.checkpoint import (
+    load_checkpoint,
+    load_optimizer,
+    optimizer_tensors,
+    save_checkpoint,
+    write_file,
+)
+from maml_cuda.evaluate import evaluate
+from maml_cuda.jobs import METRICS, Settings, make_generator, make_maml, make_tasks, score, show
+
+COLUMNS = ("iteration", "loss", "before", "after", "validation")
+MAY_CHANGE = (
+    "iterations",
+    "test_tasks",
+)  # what a resumed run may set anew: neither touches a number before it
+
+
+class Training:
+    """A run between two meta-iterations: everything that a checkpoint holds."""
+
+    def __init__(self, run: Path, settings: Settings) -> None:
+        self.run = run
+        self.settings = settings
+        self.maml = make_maml(settings)
+        self.optimizer = torch.optim.Adam(self.maml.parameters(), lr=settings.meta_lr, fused=True)
+        self.tasks = make_tasks(settings, "train")
+        self.validation_tasks = make_tasks(settings, "validation")
+        self.generator = make_generator(settings, "train")
+        self.iteration = 0
+        self.seconds = 0.0
+        self.best: dict[str, Any] | None = None  # iteration and score of the best validation
+        self.running = torch.zeros(2)  # sums of loss and score since the last row of metrics.csv
+
+    @classmethod
+    def start(cls, run: Path, settings: Settings) -> "Training":
+        """A new run in a new folder. FileExistsError where ``run`` is anything but an empty folder."""
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise FileExistsError(
+                f"{run} exists already: choose another --out, or continue that run with --resume {run}"
+            )
+        training = cls(run, settings)
+        run.mkdir(parents=True, exist_ok=True)
+        write_file(run / "metrics.csv", (",".join(COLUMNS) + "\n").encode())
+        training.save("last")
+        return training
+
+    @classmethod
+    def resume(cls, run: Path, settings: Settings) -> "Training":
+        """The run as its last checkpoint left it; rows of metrics.csv written after that are taken back."""
+        model, tensors, info = load_checkpoint(run / "last")
+        if settings.iterations < info["iteration"]:
+            raise ValueError(
+                f"iterations must be at least {info['iteration']}, which are done, got {settings.iterations}"
+            )
+        training = cls(run, settings)
+        training.maml.load_state_dict(model)
+        load_optimizer(training.optimizer, tensors)
+        training.generator.set_state(tensors["generator"])
+        training.running = tensors["running"]
+        training.iteration, training.seconds, training.best = info["iteration"], info["seconds"], info["best"]
+        lines = (run / "metrics.csv").read_text().splitlines(keepends=True)
+        # A row is kept whole or not at all: what a crash cut short lies after the checkpoint too.
+        rows = [
+            line
+            for line in lines[1:]
+            if line.endswith("\n") and int(line.split(",")[0]) <= training.iteration
+        ]
+        write_file(run / "metrics.csv", "".join(lines[:1] + rows).encode())
+        return training
+
+    def save(self, name: str) -> None:
+        """Writes the checkpoint ``last`` or ``best``."""
+        info = {
+            "iteration": self.iteration,
+            "seconds": self.seconds,
+            "best": self.best,
+            "settings": asdict(self.settings),
+        }
+        tensors = optimizer_tensors(self.optimizer)
+        tensors |= {"generator": self.generator.get_state(), "running": self.running}
+        save_checkpoint(self.run / name, self.maml.state_dict(), tensors, info)
+
+    def loop(self) -> None:
+        """Trains up to ``settings.iterations``. Ctrl-C saves first, then raises KeyboardInterrupt."""
+        settings = self.settings
+        with (
+            (self.run / "metrics.csv").open("a") as metrics,
+            _interrupt_flag() as interrupted,
+            tqdm(total=settings.iterations, initial=self.iteration, unit="it", dynamic_ncols=True) as bar,
+        ):
+            started = time.perf_counter() - self.seconds
+            while self.iteration < settings.iterations:
+                self.iteration += 1
+                log = self.iteration % settings.log_interval == 0
+                validate = self.iteration % settings.validation_interval == 0
+                before = self._step(log)
+                row: dict[str, float] = {}
+                if before is not None:
+                    row |= self._log(before, bar)
+                if validate:
+                    row["validation"] = self._validate(bar)
+                if row:
+                    cells = [f"{row[column]:.6g}" if column in row else "" for column in COLUMNS[1:]]
+                    metrics.write(",".join([str(self.iteration), *cells]) + "\n")
+                    metrics.flush()
+                if validate or interrupted.is_set() or self.iteration == settings.iterations:
+                    os.fsync(metrics.fileno())  # before the checkpoint that says these rows exist
+                    self.seconds = time.perf_counter() - started
+                    if self.best and self.best["iteration"] == self.iteration:
+                        self.save("best")
+                    self.save("last")
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+            bar.update(self.iteration - bar.n)
+        if self.best is None:  # fewer iterations than one validation interval
+            self.save("best")
+
+    def _step(self, log: bool) -> Tensor | None:
+        """One meta-iteration; where it is logged, returns the mean score of its tasks before adaptation."""
+        job = self.settings.job
+        x_spt, y_spt, x_qry, y_qry = self.tasks.sample(self.settings.meta_batch, self.generator)
+        before = None
+        if log:
+            unadapted = self.maml.predict(self.maml.adapt(x_spt, y_spt, steps=0), x_qry)
+            before = score(job, unadapted, y_qry).mean()
+        out = self.maml(x_spt, y_spt, x_qry, y_qry)
+        self.optimizer.zero_grad()
+        out.loss.backward()
+        self.optimizer.step()
+        # Summed as tensors: no number leaves torch before a row is due.
+        self.running += torch.stack([out.loss.detach(), score(job, out.logits, y_qry).mean()])
+        return before
+
+    def _log(self, before: Tensor, bar: tqdm) -> dict[str, float]:
+        """Loss and score are means since the last row; the score before adaptation is one meta-batch's."""
+        job = self.settings.job
+        loss, after = (self.running / self.settings.log_interval).tolist()
+        self.running.zero_()
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss must be finite, got {loss} before iteration {self.iteration}: "
+                "lower --meta-lr or --inner-lr; the last checkpoint is from before that"
+            )
+        bar.set_postfix_str(
+            f"loss {loss:.3g}, {METRICS[job]} {show(job, before.item())} -> {show(job, after)}"
+            f", {self._tasks_per_second(bar):.3g} tasks/s",
+            refresh=False,
+        )
+        bar.update(self.iteration - bar.n)
+        return {"loss": loss, "before": before.item(), "after": after}
+
+    def _tasks_per_second(self, bar: tqdm) -> float:
+        elapsed = bar.format_dict["elapsed"]
+        return (self.iteration - bar.initial) * self.settings.meta_batch / elapsed if elapsed else 0.0
+
+    def _validate(self, bar: tqdm) -> float:
+        """Scores the same tasks each time, so that validations differ by the model alone; notes the best."""
+        settings = self.settings
+        generator = make_generator(settings, "validation")
+        scores = evaluate(
+            self.maml,
+            settings.job,
+            self.validation_tasks,
+            generator,
+            settings.validation_tasks,
+            [settings.test_steps],
+        )
+        mean = scores.double().mean().item()
+        sign = 1 if settings.job == "glyphs" else -1  # accuracy rises, the error falls
+        if self.best is None or sign * mean > sign * self.best["score"]:
+            self.best = {"iteration": self.iteration, "score": mean}
+        bar.write(
+            f"iteration {self.iteration}: validation {METRICS[settings.job]} {show(settings.job, mean)} "
+            f"after {settings.test_steps} steps"
+        )
+        return mean
+
+
+def resumed_settings(run: Path, given: dict[str, Any]) -> Settings:
+    """The settings of the run in ``run`` with those of ``given`` that a resumed run may change.
+
+    FileNotFoundError where no run is, ValueError where ``given`` would make it another run.
+    """
+    stored = load_checkpoint(run / "last")[2]["settings"]
+    for name, value in given.items():
+        if name not in MAY_CHANGE and stored[name] != value:
+            raise ValueError(f"{name} must stay {stored[name]} in the resumed run {run}, got {value}")
+    return Settings(**(stored | given))
+
+
+@contextmanager
+def _interrupt_flag() -> Iterator[threading.Event]:
+    """Ctrl-C sets the flag that is yielded; a second Ctrl-C stops at once.
+
+    Python allows signal handlers in the main thread only; elsewhere the flag is never set.
+    """
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+
+    def on_interrupt(signum: int, frame: FrameType | None) -> None:
+        flag.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, previous)
