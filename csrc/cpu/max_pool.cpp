@@ -1,0 +1,102 @@
+// y[i, j, c] = the largest x in the window of (i, j), one task, channels last. The forward pass keeps where it stood
+// (a sample-relative pixel, the first one on a tie and any NaN, as in torch); the tangents read the same places, and
+// the cotangents are added back to them, output by output in ascending order.
+#include <algorithm>
+#include <limits>
+
+#include "layers.h"
+
+namespace maml::MAML_ISA {
+namespace {
+
+template <class T>
+int32_t* places(const Tensors<T>& t) {
+  return reinterpret_cast<int32_t*>(t.saved);
+}
+
+template <class T>
+void forward(const Layer& l, const Tensors<T>& t) {
+  const Window& k = l.window;
+  const int64_t c = l.in.c;
+  T* y = t.y;
+  int32_t* place = places(t);
+  for (int64_t s = 0; s < l.n; ++s) {
+    const T* x = t.x[0] + s * size(l.in);
+    for (int64_t i = 0; i < l.out.h; ++i) {
+      const int64_t r0 = i * k.stride_h - k.pad_top;
+      for (int64_t j = 0; j < l.out.w; ++j, y += c, place += c) {
+        const int64_t q0 = j * k.stride_w - k.pad_left;
+        bool first = true;
+        for (int64_t r = std::max<int64_t>(0, r0); r < std::min(l.in.h, r0 + k.kernel_h); ++r) {
+          for (int64_t q = std::max<int64_t>(0, q0); q < std::min(l.in.w, q0 + k.kernel_w); ++q) {
+            const int32_t pixel = static_cast<int32_t>(r * l.in.w + q);
+            const T* __restrict from = x + pixel * c;
+            T* __restrict to = y;
+            int32_t* __restrict at = place;
+            if (first) {
+              for (int64_t ch = 0; ch < c; ++ch) to[ch] = from[ch], at[ch] = pixel;
+              first = false;
+              continue;
+            }
+            for (int64_t ch = 0; ch < c; ++ch) {
+              const bool larger = from[ch] > to[ch] || from[ch] != from[ch];
+              at[ch] = larger ? pixel : at[ch];
+              to[ch] = larger ? from[ch] : to[ch];
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void gather(const Layer& l, const int32_t* place, const T* x, T* y) {
+  const int64_t c = l.in.c, pixels = l.out.h * l.out.w;
+  for (int64_t s = 0; s < l.n; ++s, x += size(l.in)) {
+    for (int64_t m = 0; m < pixels; ++m, y += c, place += c) {
+      for (int64_t ch = 0; ch < c; ++ch) y[ch] = x[place[ch] * c + ch];
+    }
+  }
+}
+
+template <class T>
+void scatter(const Layer& l, const int32_t* place, const T* g, bool add, T* grad_x) {
+  const int64_t c = l.in.c, pixels = l.out.h * l.out.w;
+  if (!add) std::fill_n(grad_x, l.n * size(l.in), T(0));
+  for (int64_t s = 0; s < l.n; ++s, grad_x += size(l.in)) {
+    for (int64_t m = 0; m < pixels; ++m, g += c, place += c) {
+      for (int64_t ch = 0; ch < c; ++ch) grad_x[place[ch] * c + ch] += g[ch];
+    }
+  }
+}
+
+template <class T>
+void backward(const Layer& l, const Tensors<T>& t) {
+  if (t.grad_x[0]) scatter(l, places(t), t.grad_y, t.add_x[0], t.grad_x[0]);
+}
+
+template <class T>
+void forward_tangent(const Layer& l, const Tensors<T>& t) {
+  gather(l, places(t), t.x_dot[0], t.y_dot);
+}
+
+template <class T>
+void backward_tangent(const Layer& l, const Tensors<T>& t) {
+  if (t.grad_x_dot[0]) scatter(l, places(t), t.grad_y_dot, t.add_x[0], t.grad_x_dot[0]);
+}
+
+}  // namespace
+
+Footprint max_pool_footprint(const Layer& l) { return {l.n * size(l.out), 0}; }
+
+template <>
+Passes<float> max_pool<float>() {
+  return {forward<float>, backward<float>, forward_tangent<float>, backward_tangent<float>};
+}
+template <>
+Passes<double> max_pool<double>() {
+  return {forward<double>, backward<double>, forward_tangent<double>, backward_tangent<double>};
+}
+
+}  // namespace maml::MAML_ISA

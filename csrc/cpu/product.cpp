@@ -1,0 +1,201 @@
+#include "product.h"
+
+#include <algorithm>
+
+namespace maml::MAML_ISA {
+namespace {
+
+constexpr int kMostVectors = MAML_REGISTERS >= 32 ? 4 : 2;
+constexpr int most_rows(int vectors) { return vectors > 2 ? 6 : MAML_REGISTERS >= 32 ? 8 : vectors > 1 ? 6 : 8; }
+
+/// R rows of c from row m on, V vectors wide from column j on; Masked: the last vector is `lanes`.
+template <class T, int R, int V, bool Masked>
+inline void gather_block(const Gather<T>& p, int64_t m, int64_t j, const Lanes<T>& lanes) {
+  constexpr int W = kLanes<T>;
+  auto read = [&](const T* from, int v) {
+    return Masked && v == V - 1 ? load(from + v * W, lanes) : load(from + v * W);
+  };
+  Vector<T> sum[R][V];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) {
+      sum[r][v] = p.add ? read(p.c + p.c_row[m + r] + j, v) : p.bias ? read(p.bias + j, v) : Vector<T>{};
+    }
+  }
+  for (int t = 0; t < p.terms; ++t) {
+    const T* b = p.term[t].b + j;
+    for (int run = 0; run < p.runs.count; ++run) {
+      const T* a[R];
+      for (int r = 0; r < R; ++r) a[r] = p.term[t].a + p.row[m + r] + p.runs.offset[run];
+      for (int64_t i = 0; i < p.runs.length; ++i, b += p.n) {
+        Vector<T> column[V];
+        for (int v = 0; v < V; ++v) column[v] = read(b, v);
+        for (int r = 0; r < R; ++r) {
+          const Vector<T> x = broadcast(a[r][i]);
+          for (int v = 0; v < V; ++v) sum[r][v] += x * column[v];
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    T* c = p.c + p.c_row[m + r] + j;
+    for (int v = 0; v < V; ++v) {
+      if (Masked && v == V - 1) {
+        store(c + v * W, sum[r][v], lanes);
+      } else {
+        store(c + v * W, sum[r][v]);
+      }
+    }
+  }
+}
+
+template <class T, int R, int V, bool Masked>
+void gather_rows(const Gather<T>& p, int64_t m, int64_t j, const Lanes<T>& lanes) {
+  for (; m + R <= p.m; m += R) gather_block<T, R, V, Masked>(p, m, j, lanes);
+  if constexpr (R > 1) {
+    if (m < p.m) gather_rows<T, R / 2, V, Masked>(p, m, j, lanes);
+  }
+}
+
+/// R rows of d from element k of a run on, over the pixels [m0, m1).
+template <class T, int R, int V, bool Masked>
+inline void outer_block(const Outer<T>& p, int64_t offset, T* d, int64_t m0, int64_t m1, int64_t j, bool add,
+                        const Lanes<T>& lanes) {
+  constexpr int W = kLanes<T>;
+  auto read = [&](const T* from, int v) {
+    return Masked && v == V - 1 ? load(from + v * W, lanes) : load(from + v * W);
+  };
+  Vector<T> sum[R][V] = {};
+  for (int t = 0; t < p.terms; ++t) {
+    const T* a = p.term[t].a + offset;
+    const T* g = p.term[t].b + m0 * p.n + j;
+    for (int64_t m = m0; m < m1; ++m, g += p.n) {
+      Vector<T> row[V];
+      for (int v = 0; v < V; ++v) row[v] = read(g, v);
+      const T* x = a + p.row[m];
+      for (int r = 0; r < R; ++r) {
+        const Vector<T> factor = broadcast(x[r]);
+        for (int v = 0; v < V; ++v) sum[r][v] += factor * row[v];
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) {
+      T* to = d + r * p.n + j + v * W;
+      const bool masked = Masked && v == V - 1;
+      Vector<T> value = sum[r][v];
+      if (add) value += masked ? load(to, lanes) : load(to);
+      if (masked) {
+        store(to, value, lanes);
+      } else {
+        store(to, value);
+      }
+    }
+  }
+}
+
+template <class T, int R, int V, bool Masked>
+void outer_rows(const Outer<T>& p, int run, int64_t i, int64_t m0, int64_t m1, int64_t j, bool add,
+                const Lanes<T>& lanes) {
+  for (; i + R <= p.runs.length; i += R) {
+    outer_block<T, R, V, Masked>(p, p.runs.offset[run] + i, p.d + (run * p.runs.length + i) * p.n, m0, m1, j, add,
+                                 lanes);
+  }
+  if constexpr (R > 1) {
+    if (i < p.runs.length) outer_rows<T, R / 2, V, Masked>(p, run, i, m0, m1, j, add, lanes);
+  }
+}
+
+/// Cuts n columns into the widest blocks that fit: f.template operator()<V, Masked>(j, lanes).
+template <class T, class F>
+void columns(int64_t n, F f) {
+  constexpr int W = kLanes<T>;
+  int64_t j = 0;
+  const Lanes<T> all(W);
+  for (; j + kMostVectors * W <= n; j += kMostVectors * W) f.template operator()<kMostVectors, false>(j, all);
+  const int64_t rest = n - j;
+  if (rest == 0) return;
+  const int64_t vectors = (rest + W - 1) / W;
+  const Lanes<T> lanes(rest - (vectors - 1) * W);
+  const bool masked = rest % W != 0;
+  auto with = [&]<int V>() {
+    if (masked) {
+      f.template operator()<V, true>(j, lanes);
+    } else {
+      f.template operator()<V, false>(j, all);
+    }
+  };
+  if (vectors == 1) return with.template operator()<1>();
+  if (vectors == 2) return with.template operator()<2>();
+  if constexpr (kMostVectors > 2) {
+    if (vectors == 3) return with.template operator()<3>();
+    return with.template operator()<4>();
+  }
+}
+
+/// Sums over pixels go through a fresh accumulator of so many: short sums, added up, round less.
+constexpr int64_t kPixels = 256;
+
+}  // namespace
+
+template <class T>
+void gather_product(const Gather<T>& p) {
+  columns<T>(p.n, [&]<int V, bool Masked>(int64_t j, const Lanes<T>& lanes) {
+    gather_rows<T, most_rows(V), V, Masked>(p, 0, j, lanes);
+  });
+}
+
+template <class T>
+void outer_product(const Outer<T>& p) {
+  for (int64_t m0 = 0; m0 < p.m; m0 += kPixels) {
+    const int64_t m1 = std::min(p.m, m0 + kPixels);
+    const bool add = p.add || m0 > 0;
+    columns<T>(p.n, [&]<int V, bool Masked>(int64_t j, const Lanes<T>& lanes) {
+      for (int run = 0; run < p.runs.count; ++run) {
+        outer_rows<T, most_rows(V), V, Masked>(p, run, 0, m0, m1, j, add, lanes);
+      }
+    });
+  }
+}
+
+template <class T>
+void transpose(int64_t taps, int64_t rows, int64_t columns, const T* in, T* out) {
+  constexpr int64_t B = 16;  // a tile of 16 x 16 stays in the first-level cache both ways
+  for (int64_t t = 0; t < taps; ++t, in += rows * columns, out += rows * columns) {
+    for (int64_t i0 = 0; i0 < rows; i0 += B) {
+      const int64_t i1 = std::min(rows, i0 + B);
+      for (int64_t j0 = 0; j0 < columns; j0 += B) {
+        const int64_t j1 = std::min(columns, j0 + B);
+        for (int64_t j = j0; j < j1; ++j) {
+          for (int64_t i = i0; i < i1; ++i) out[j * rows + i] = in[i * columns + j];
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void column_sums(int64_t m, int64_t n, const T* g, bool add, T* out) {
+  constexpr int W = kLanes<T>;
+  for (int64_t j = 0; j < n; j += W) {
+    const Lanes<T> lanes(std::min<int64_t>(W, n - j));
+    Vector<T> total{};
+    for (int64_t m0 = 0; m0 < m; m0 += kPixels) {
+      Vector<T> sum{};
+      const int64_t m1 = std::min(m, m0 + kPixels);
+      for (int64_t i = m0; i < m1; ++i) sum += load(g + i * n + j, lanes);
+      total += sum;
+    }
+    store(out + j, add ? load(out + j, lanes) + total : total, lanes);
+  }
+}
+
+template void gather_product<float>(const Gather<float>&);
+template void gather_product<double>(const Gather<double>&);
+template void outer_product<float>(const Outer<float>&);
+template void outer_product<double>(const Outer<double>&);
+template void transpose<float>(int64_t, int64_t, int64_t, const float*, float*);
+template void transpose<double>(int64_t, int64_t, int64_t, const double*, double*);
+template void column_sums<float>(int64_t, int64_t, const float*, bool, float*);
+template void column_sums<double>(int64_t, int64_t, const double*, bool, double*);
+
+}  // namespace maml::MAML_ISA

@@ -1,0 +1,68 @@
+// The two products that linear layers and convolutions are made of, on rows that are gathered by offset.
+//
+// A convolution on a padded channels-last image reads, for output pixel m and tap row r, the elements
+// a[row[m] + run[r] + i], i < length: a whole row of taps with all its channels is one contiguous run. A linear layer
+// has one run of length c_in. The pair forms (two terms into one accumulator) are the tangents: y_dot = x_dot W + x W_dot.
+//
+//   gather_product   c[c_row[m] + j] = bias[j] + sum_terms sum_r sum_i a[row[m] + run[r] + i] b[(r length + i) n + j]
+//   outer_product    d[(r length + i) n + j] (+)= sum_terms sum_m a[row[m] + run[r] + i] g[m n + j]
+//
+// Register blocks of R rows by V vectors: 6 x 4 where there are 32 registers, 8 x 2 and 8 x 1 for narrow outputs;
+// the last vector of a row is a masked one. Summation order: terms, runs, i (terms, m) ascending, from zero or from
+// what c holds, whatever the block: the bits of an element do not depend on its neighbours.
+#pragma once
+
+#include "simd.h"
+
+namespace maml::MAML_ISA {
+
+template <class T>
+struct Term {
+  const T* a;
+  const T* b;
+};
+
+struct Runs {
+  int count;
+  int64_t length;
+  const int64_t* offset;  // [count]
+};
+
+template <class T>
+struct Gather {
+  Term<T> term[2];
+  int terms;
+  Runs runs;
+  const int32_t* row;  // [m] offsets into a
+  int64_t m, n;
+  T* c;
+  const int32_t* c_row;  // [m] offsets into c
+  const T* bias;         // [n] or null
+  bool add;              // start from what c holds
+};
+
+template <class T>
+struct Outer {
+  Term<T> term[2];  // b is g [m, n]
+  int terms;
+  Runs runs;
+  const int32_t* row;
+  int64_t m, n;
+  T* d;
+  bool add;
+};
+
+template <class T>
+void gather_product(const Gather<T>& g);
+template <class T>
+void outer_product(const Outer<T>& o);
+
+/// out[t, j, i] = in[t, i, j]: [taps, rows, columns] -> [taps, columns, rows].
+template <class T>
+void transpose(int64_t taps, int64_t rows, int64_t columns, const T* in, T* out);
+
+/// out[j] (+)= sum_m g[m n + j].
+template <class T>
+void column_sums(int64_t m, int64_t n, const T* g, bool add, T* out);
+
+}  // namespace maml::MAML_ISA

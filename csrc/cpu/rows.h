@@ -1,0 +1,37 @@
+// Loops over a [rows, channels] matrix: blocks of rows outside, vectors of channels inside, so that a block is read
+// once from memory however many channels there are. Sums go block by block: short sums, added up, round less.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "simd.h"
+
+namespace maml::MAML_ISA {
+
+constexpr int64_t kRowBlock = 256;
+
+/// f(j, lanes, i0, i1): channels from j on, `lanes` of them, rows [i0, i1).
+template <class T, class F>
+inline void each_block(int64_t rows, int64_t channels, F f) {
+  constexpr int W = kLanes<T>;
+  for (int64_t i0 = 0; i0 < rows; i0 += kRowBlock) {
+    const int64_t i1 = std::min(rows, i0 + kRowBlock);
+    for (int64_t j = 0; j < channels; j += W) {
+      f(j, Lanes<T>(std::min<int64_t>(W, channels - j)), i0, i1);
+    }
+  }
+}
+
+/// sums[q][j] = sum_i term(i * channels + j)[q]; term(at, j, lanes, sum) adds to Vector sum[Q].
+template <class T, int Q, class F>
+inline void channel_sums(int64_t rows, int64_t channels, T* const (&sums)[Q], F term) {
+  for (T* s : sums) std::fill_n(s, channels, T(0));
+  each_block<T>(rows, channels, [&](int64_t j, const Lanes<T>& lanes, int64_t i0, int64_t i1) {
+    Vector<T> sum[Q] = {};
+    for (int64_t i = i0; i < i1; ++i) term(i * channels + j, j, lanes, sum);
+    for (int q = 0; q < Q; ++q) store(sums[q] + j, load(sums[q] + j, lanes) + sum[q], lanes);
+  });
+}
+
+}  // namespace maml::MAML_ISA

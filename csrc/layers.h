@@ -1,0 +1,104 @@
+// The contract between the plan and a backend: what a layer is, and the four passes that every backend writes
+// for it. Everything here is plain data, so that a kernel can take it by value.
+//
+// Shapes. A value is [n, h, w, c], channels last, dense; features are [n, 1, 1, c]. The input of the plan and
+// the target of a loss stand as the user gave them, [n, c, h, w]; `channels_last` and `flatten` turn one order
+// into the other. A weight of a linear layer or a convolution is [tap, c_in, c_out], taps in row-major order;
+// all other parameters are [c].
+#pragma once
+
+#include <cstdint>
+
+namespace maml {
+
+enum class Kind { channels_last, flatten, conv2d, batch_norm, pointwise, max_pool, avg_pool, mean_pool, add };
+
+/// f of a pointwise layer; `a` and `b` are Layer::a and Layer::b.
+enum class Function {
+  relu,         // max(x, 0)
+  leaky_relu,   // x > 0 ? x : a x
+  elu,          // x > 0 ? b x : b a (exp(x / c) - 1), c = Layer::c: ELU (b = c = 1), SELU (c = 1), CELU (a = c)
+  silu,         // x sigmoid(x)
+  gelu,         // x Phi(x)
+  gelu_tanh,    // its tanh approximation
+  softplus,     // log(1 + exp(a x)) / a, and x where a x > b
+  tanh,
+  sigmoid,
+  hardtanh,     // min(max(x, a), b): also ReLU6
+};
+
+struct Image { int64_t c, h, w; };
+
+inline int64_t size(const Image& s) { return s.c * s.h * s.w; }
+
+/// A sliding window: output (i, j) reads input rows i * stride_h - pad_top + [0, kernel_h), columns alike.
+struct Window { int64_t kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, pad_top = 0, pad_left = 0; };
+
+constexpr int64_t kMostKernelRows = 64;
+
+/// One layer with its shapes. A linear layer is a convolution with one tap on a 1 x 1 image.
+struct Layer {
+  Kind kind;
+  int64_t n;  // samples of one task
+  Image in, out;
+  Window window;
+  Function function = Function::relu;
+  double a = 0, b = 0, c = 1;  // constants of `function`; batch_norm: a = eps
+  bool count_padding = true;   // avg_pool: padding counts in the divisor
+};
+
+/// One node's tensors for one task. A null pointer says "zero" for what is read, "not wanted" for what is written.
+///   grad_*      cotangents of the primal pass
+///   *_dot       tangents: derivatives along the direction w_dot on the parameters
+///   grad_*_dot  tangents of the cotangents: what a Hessian-vector product is made of
+/// `add_x[i]`, `add_w[i]`: add to what grad_x[i], grad_w[i] (and their tangents) hold, for a value read twice or
+/// a shared parameter.
+template <class T>
+struct Tensors {
+  const T* x[2] = {};
+  T* y = nullptr;
+  T* grad_x[2] = {};
+  const T* grad_y = nullptr;
+  const T* x_dot[2] = {};
+  T* y_dot = nullptr;
+  T* grad_x_dot[2] = {};
+  const T* grad_y_dot = nullptr;
+  bool add_x[2] = {};
+
+  const T* w[2] = {};  // weight and bias; gamma and beta
+  T* grad_w[2] = {};
+  const T* w_dot[2] = {};
+  T* grad_w_dot[2] = {};
+  bool add_w[2] = {};
+
+  T* saved = nullptr;    // what a pass keeps for the later ones: Passes::saved elements
+  T* scratch = nullptr;  // Passes::scratch elements, dead after the pass
+};
+
+/// A layer is four passes. With L the loss and R{.} the derivative along w_dot:
+///   forward            y from x, w
+///   backward           grad_x, grad_w from grad_y
+///   forward_tangent    y_dot = R{y} from x_dot, w_dot
+///   backward_tangent   grad_x_dot = R{grad_x}, grad_w_dot = R{grad_w} from grad_y_dot, grad_y, x_dot, w_dot
+template <class T>
+struct Passes {
+  void (*forward)(const Layer&, const Tensors<T>&);
+  void (*backward)(const Layer&, const Tensors<T>&);
+  void (*forward_tangent)(const Layer&, const Tensors<T>&);
+  void (*backward_tangent)(const Layer&, const Tensors<T>&);
+};
+
+/// How many elements of T a layer keeps between its passes, and how many it needs within one.
+struct Footprint { int64_t saved = 0, scratch = 0; };
+
+enum class Loss { cross_entropy, mse };
+
+/// The loss of one task: prediction z [n, c], target labels int64 [n] or values [n, c].
+/// `saved` keeps n * c elements from value() for tangent().
+template <class T>
+struct LossPasses {
+  T (*value)(Loss, int64_t n, int64_t c, const T* z, const void* target, T* grad_z, T* saved);  // grad_z may be null
+  void (*tangent)(Loss, int64_t n, int64_t c, const T* z_dot, const T* saved, T* grad_z_dot);
+};
+
+}  // namespace maml

@@ -1,0 +1,299 @@
+// The algorithm, once, over any backend.
+//
+// Per task: phi_0 = theta, phi_{k+1} = phi_k - alpha_k g_k with g_k = grad L(phi_k; support). Then backwards, with
+// v_K = grad L(phi_K; query):
+//
+//     v_k = v_{k+1} - H(phi_k; support) (alpha_k v_{k+1}),      dL/dalpha_k = -(g_k v_{k+1}),
+//
+// where H maps a direction on the adapted parameters to a cotangent on all trainable ones; first order: v_k = v_{k+1}.
+// The task's meta-gradient is v_0 (Finn, Abbeel, Levine 2017, equation 1). H v is forward-over-reverse (Pearlmutter
+// 1994): a tangent pass forward and one backward beside the primal pass.
+//
+// Memory: the caller's workspace, cut up by `Problem`; nothing is allocated here.
+#pragma once
+
+#include <algorithm>
+
+#include "plan.h"
+
+namespace maml {
+
+/// One task's walk over the nodes of a stage. `Backend` has the passes of each layer.
+template <class Backend, class T>
+struct Walk {
+  const Packing& packing;
+  const Stage& stage;
+  const T* x;      // [n, ...] the data of this task
+  const T* theta;  // packed parameters; the adapted ones are read at phi
+  const T* phi;
+  T *fixed, *step, *tangent, *scratch;
+
+  T* value(int v) const { return (stage.values[v].fixed ? fixed : step) + stage.values[v].at; }
+  const T* input(int v) const { return v < 0 ? nullptr : v == 0 ? x : value(v); }
+  T* grad(int v) const { return at(step, v < 0 ? kNowhere : stage.values[v].grad_at); }
+  T* dot(int v) const { return at(tangent, v < 0 ? kNowhere : stage.values[v].dot_at); }
+  T* grad_dot(int v) const { return at(tangent, v < 0 ? kNowhere : stage.values[v].grad_dot_at); }
+  T* prediction() const { return value(stage.output); }
+
+  /// The primal pass; `fixed_too`: also what does not move, which one pass a task is enough for.
+  void forward(bool fixed_too) const {
+    for (const Stage::Step& s : stage.steps) {
+      if (fixed_too || !stage.values[s.output].fixed) Backend::forward(s.layer, tensors(s));
+    }
+  }
+
+  /// From grad(output) to `gradient` [limit], packed; null: the cotangents alone.
+  void backward(T* gradient, int64_t limit) const {
+    for (auto s = stage.steps.rbegin(); s != stage.steps.rend(); ++s) {
+      if (!grad(s->output)) continue;
+      Tensors<T> t = tensors(*s);
+      for (int j = 0; j < 2; ++j) t.grad_w[j] = parameter(s->parameters[j], gradient, gradient ? limit : 0);
+      Backend::backward(s->layer, t);
+    }
+  }
+
+  /// From a direction on the adapted parameters to the tangents of all values.
+  void forward_tangent(const T* direction) const {
+    for (const Stage::Step& s : stage.steps) {
+      if (dot(s.output)) Backend::forward_tangent(s.layer, tensors(s, direction));
+    }
+  }
+
+  /// From grad_dot(output) to the Hessian-vector product [trainable], packed.
+  void backward_tangent(const T* direction, T* product) const {
+    for (auto s = stage.steps.rbegin(); s != stage.steps.rend(); ++s) {
+      if (!grad_dot(s->output)) continue;
+      Tensors<T> t = tensors(*s, direction);
+      for (int j = 0; j < 2; ++j) t.grad_w_dot[j] = parameter(s->parameters[j], product, packing.trainable);
+      Backend::backward_tangent(s->layer, t);
+    }
+  }
+
+  T* loss_saved() const { return step + stage.loss_at; }
+
+ private:
+  static T* at(T* region, int64_t offset) { return offset == kNowhere ? nullptr : region + offset; }
+
+  template <class P>
+  P* parameter(int p, P* packed, int64_t limit) const {
+    return p < 0 || packing.at[p] >= limit ? nullptr : packed + packing.at[p];
+  }
+
+  Tensors<T> tensors(const Stage::Step& s, const T* direction = nullptr) const {
+    Tensors<T> t;
+    t.y = value(s.output);
+    t.grad_y = grad(s.output);
+    t.y_dot = dot(s.output);
+    t.grad_y_dot = grad_dot(s.output);
+    for (int j = 0; j < 2; ++j) {
+      t.x[j] = input(s.inputs[j]);
+      t.grad_x[j] = grad(s.inputs[j]);
+      t.x_dot[j] = dot(s.inputs[j]);
+      t.grad_x_dot[j] = grad_dot(s.inputs[j]);
+      t.add_x[j] = s.add_x[j];
+      t.add_w[j] = s.add_w[j];
+      const int p = s.parameters[j];
+      if (p >= 0) t.w[j] = (packing.at[p] < packing.adapted ? phi : theta) + packing.at[p];
+      t.w_dot[j] = parameter(p, direction, direction ? packing.adapted : 0);
+    }
+    t.saved = (stage.values[s.output].fixed ? fixed : step) + s.saved_at;
+    t.scratch = scratch;
+    return t;
+  }
+};
+
+/// What one task reads and writes.
+template <class T>
+struct Task {
+  const T* theta;         // packed, of this task or shared by all
+  const T* rates;         // packed rate tensors
+  const T* x_support;     // as the user gave it
+  const void* y_support;
+  const T* x_query;
+  const void* y_query;
+  T* support_losses;      // [steps] or null
+  T* query_loss;          // [1]
+  T* logits;              // [n_query, ...]
+  T* result;              // [Problem::result_size]: v_0, then the gradients of learned rates
+  const T* given;         // adapt_backward: packed v_K; predict_backward: the prediction's cotangent; hvp: packed v
+  T* adapted;             // adapt: packed phi_K
+};
+
+/// The operations of one task in one thread's workspace of Problem::thread_size() elements.
+template <class Backend, class T>
+class TaskRunner {
+ public:
+  TaskRunner(const Problem& problem, const Task<T>& task, T* workspace) : p_(problem), task_(task) {
+    auto take = [&](int64_t size) {
+      T* start = workspace;
+      workspace += size;
+      return start;
+    };
+    fixed_ = take(p_.support.fixed_size);
+    steps_ = take(p_.saved_steps * p_.support.step_size);
+    shared_ = take(std::max(p_.support.tangent_size, p_.query.step_size));
+    scratch_ = take(whole_lines(std::max(p_.support.scratch_size, p_.query.scratch_size)));
+    phi_ = take(p_.kept_parameters() * p_.packing.adapted);
+    g_ = take(p_.kept_gradients() * p_.packing.adapted);
+    direction_ = take(p_.packing.adapted);
+    product_ = take(p_.packing.trainable);
+  }
+
+  void run() {
+    switch (p_.operation) {
+      case Operation::meta_gradient: return meta_gradient();
+      case Operation::meta_loss: return meta_loss();
+      case Operation::adapt: return adapt();
+      case Operation::adapt_backward: return adapt_backward();
+      case Operation::predict: return predict();
+      case Operation::predict_backward: return predict_backward();
+      case Operation::loss_and_grad: return loss_and_grad();
+      case Operation::hvp: return hvp();
+    }
+  }
+
+ private:
+  void meta_gradient() {
+    inner_loop();
+    const auto query = at_query();
+    query.forward(true);
+    *task_.query_loss = query_loss(query, query.grad(p_.query.output));
+    copy(query.prediction(), task_.logits);
+    query.backward(task_.result, p_.packing.trainable);
+    outer_loop();
+  }
+
+  void meta_loss() {
+    inner_loop();
+    const auto query = at_query();
+    query.forward(true);
+    *task_.query_loss = query_loss(query, nullptr);
+    copy(query.prediction(), task_.logits);
+  }
+
+  void adapt() {
+    inner_loop();
+    std::copy_n(phi(p_.steps), p_.packing.adapted, task_.adapted);
+  }
+
+  void adapt_backward() {
+    inner_loop();
+    std::copy_n(task_.given, p_.packing.adapted, task_.result);
+    std::fill(task_.result + p_.packing.adapted, task_.result + p_.packing.trainable, T(0));
+    outer_loop();
+  }
+
+  void predict() {
+    const auto query = at_query();
+    query.forward(true);
+    copy(query.prediction(), task_.logits);
+  }
+
+  void predict_backward() {
+    const auto query = at_query();
+    query.forward(true);
+    std::copy_n(task_.given, prediction_size(), query.grad(p_.query.output));
+    query.backward(task_.result, p_.packing.trainable);
+  }
+
+  void loss_and_grad() { *task_.query_loss = support_gradient(0, true, task_.result); }
+
+  void hvp() {
+    support_gradient(0, true, nullptr);
+    hessian_vector_product(0, task_.given, task_.result);
+  }
+
+  /// phi_1 .. phi_K, the support losses, and what the products need of each step.
+  void inner_loop() {
+    for (int k = 0; k < p_.steps; ++k) {
+      const T loss = support_gradient(k, k == 0, g(k));
+      if (task_.support_losses) task_.support_losses[k] = loss;
+      each_rate(k, [&](int64_t at, int64_t size, const T* rate, bool elementwise, T*) {
+        Backend::descend(size, phi(k) + at, g(k) + at, rate, elementwise, phi(k + 1) + at);
+      });
+    }
+  }
+
+  /// From v_K in `result` to v_0 and the gradients of the learned rates.
+  void outer_loop() {
+    T* v = task_.result;
+    std::fill(v + p_.packing.trainable, v + p_.result_size, T(0));
+    for (int k = p_.steps - 1; k >= 0; --k) {
+      each_rate(k, [&](int64_t at, int64_t size, const T* rate, bool elementwise, T* grad_rate) {
+        if (grad_rate) Backend::rate_gradient(size, g(k) + at, v + at, elementwise, grad_rate);
+        if (p_.second_order()) Backend::scale(size, v + at, rate, elementwise, direction_ + at);
+      });
+      if (!p_.second_order()) continue;
+      if (p_.saved_steps == 1 && k + 1 < p_.steps) support_gradient(k, false, nullptr);
+      hessian_vector_product(k, direction_, product_);
+      Backend::subtract(p_.packing.trainable, product_, v);
+    }
+  }
+
+  /// The support loss at phi_k, its cotangents, and its gradient [adapted] where wanted.
+  T support_gradient(int k, bool fixed_too, T* gradient) {
+    const auto support = at_support(k);
+    support.forward(fixed_too);
+    const T loss = Backend::loss(p_.graph.loss, p_.support.n, classes(p_.support), support.prediction(),
+                                 task_.y_support, support.grad(p_.support.output), support.loss_saved());
+    support.backward(gradient, p_.packing.adapted);
+    return loss;
+  }
+
+  /// product [trainable] = H(phi_k; support) direction [adapted], after support_gradient(k).
+  void hessian_vector_product(int k, const T* direction, T* product) {
+    const auto support = at_support(k);
+    support.forward_tangent(direction);
+    Backend::loss_tangent(p_.graph.loss, p_.support.n, classes(p_.support), support.dot(p_.support.output),
+                          support.loss_saved(), support.grad_dot(p_.support.output));
+    support.backward_tangent(direction, product);
+  }
+
+  T query_loss(const Walk<Backend, T>& query, T* grad) {
+    return Backend::loss(p_.graph.loss, p_.query.n, classes(p_.query), query.prediction(), task_.y_query, grad,
+                         grad ? query.loss_saved() : nullptr);
+  }
+
+  /// f(offset, size, rate, elementwise, gradient of the rate or null) for every adapted parameter.
+  template <class F>
+  void each_rate(int k, F f) {
+    for (size_t i = 0; i < p_.rates.size(); ++i) {
+      const Parameter& parameter = p_.graph.parameters[i];
+      if (parameter.role != Role::adapted) continue;
+      const Rate& rate = p_.rates[i];
+      const int64_t at = p_.packing.at[i];
+      if (rate.slot < 0) {
+        const T constant = static_cast<T>(rate.constant);
+        f(at, parameter.size, &constant, false, nullptr);
+        continue;
+      }
+      const int64_t step = std::min<int64_t>(k, p_.rate_tensors[rate.slot].steps - 1);
+      const int64_t offset = rate.per_step ? step * (rate.elementwise ? parameter.size : 1) : 0;
+      const int64_t grad_at = p_.rate_grad_at[rate.slot];
+      f(at, parameter.size, task_.rates + p_.rate_at[rate.slot] + offset, rate.elementwise,
+        grad_at == kNowhere ? nullptr : task_.result + grad_at + offset);
+    }
+  }
+
+  T* g(int k) const { return g_ + (p_.kept_gradients() > 1 ? k : 0) * p_.packing.adapted; }
+  T* phi(int k) const {  // phi_0 is theta itself, which no pass writes
+    if (k == 0) return const_cast<T*>(task_.theta);
+    return phi_ + (p_.kept_parameters() > 1 ? k - 1 : 0) * p_.packing.adapted;
+  }
+  Walk<Backend, T> at_support(int k) const {
+    T* step = steps_ + (p_.saved_steps > 1 ? k : 0) * p_.support.step_size;
+    return {p_.packing, p_.support, task_.x_support, task_.theta, phi(k), fixed_, step, shared_, scratch_};
+  }
+  Walk<Backend, T> at_query() const {
+    return {p_.packing, p_.query, task_.x_query, task_.theta, phi(p_.steps), nullptr, shared_, nullptr, scratch_};
+  }
+  static int64_t classes(const Stage& stage) { return stage.values[stage.output].size / stage.n; }
+  int64_t prediction_size() const { return p_.query.values[p_.query.output].size; }
+  void copy(const T* prediction, T* logits) { std::copy_n(prediction, prediction_size(), logits); }
+
+  const Problem& p_;
+  Task<T> task_;
+  T *fixed_, *steps_, *shared_, *scratch_, *phi_, *g_, *direction_, *product_;
+};
+
+}  // namespace maml

@@ -1,0 +1,233 @@
+// The extension module maml_cuda._core: the only file that knows Python. Tensors come as addresses; ops.py has made
+// them dense, of one type, on the CPU, and keeps them alive.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+
+#include "../cpu/backend.h"
+
+namespace py = pybind11;
+
+namespace maml {
+namespace {
+
+template <class Enum>
+Enum named(const std::map<std::string, Enum>& names, const std::string& name, const char* what) {
+  const auto found = names.find(name);
+  if (found == names.end()) throw std::invalid_argument(std::string("unknown ") + what + " " + name);
+  return found->second;
+}
+
+const std::map<std::string, Kind> kKinds = {
+    {"channels_last", Kind::channels_last}, {"flatten", Kind::flatten},     {"conv2d", Kind::conv2d},
+    {"batch_norm", Kind::batch_norm},       {"pointwise", Kind::pointwise}, {"max_pool", Kind::max_pool},
+    {"avg_pool", Kind::avg_pool},           {"mean_pool", Kind::mean_pool}, {"add", Kind::add}};
+const std::map<std::string, Function> kFunctions = {
+    {"relu", Function::relu},         {"leaky_relu", Function::leaky_relu}, {"elu", Function::elu},
+    {"silu", Function::silu},         {"gelu", Function::gelu},             {"gelu_tanh", Function::gelu_tanh},
+    {"softplus", Function::softplus}, {"tanh", Function::tanh},             {"sigmoid", Function::sigmoid},
+    {"hardtanh", Function::hardtanh}};
+const std::map<std::string, Role> kRoles = {
+    {"adapted", Role::adapted}, {"outer", Role::outer}, {"frozen", Role::frozen}};
+const std::map<std::string, Loss> kLosses = {{"cross_entropy", Loss::cross_entropy}, {"mse", Loss::mse}};
+const std::map<std::string, Operation> kOperations = {{"meta_gradient", Operation::meta_gradient},
+                                                      {"meta_loss", Operation::meta_loss},
+                                                      {"adapt", Operation::adapt},
+                                                      {"adapt_backward", Operation::adapt_backward},
+                                                      {"predict", Operation::predict},
+                                                      {"predict_backward", Operation::predict_backward},
+                                                      {"loss_and_grad", Operation::loss_and_grad},
+                                                      {"hvp", Operation::hvp}};
+
+/// A field of a plan's dict, or the default.
+template <class V>
+V field(const py::dict& d, const char* key, V otherwise) {
+  return d.contains(key) ? d[key].cast<V>() : otherwise;
+}
+
+std::array<int, 2> pair_of(const py::dict& d, const char* key) {
+  std::array<int, 2> pair{-1, -1};
+  int i = 0;
+  for (py::handle value : d[key]) pair[i++] = value.is_none() ? -1 : value.cast<int>();
+  return pair;
+}
+
+Node node_of(const py::dict& d) {
+  Node node{};
+  node.name = d["name"].cast<std::string>();
+  node.inputs = pair_of(d, "inputs");
+  node.parameters = pair_of(d, "parameters");
+  node.in_features = field<int64_t>(d, "in_features", 0);
+  node.out_features = field<int64_t>(d, "out_features", 0);
+  node.rank = field(d, "rank", 0);
+  node.out_rank = field(d, "out_rank", 0);
+  Layer& layer = node.layer;
+  layer.kind = named(kKinds, d["kind"].cast<std::string>(), "layer");
+  layer.function = named(kFunctions, field<std::string>(d, "function", "relu"), "function");
+  layer.a = field(d, "a", 0.0);
+  layer.b = field(d, "b", 0.0);
+  layer.c = field(d, "c", 1.0);
+  layer.count_padding = field(d, "count_padding", true);
+  if (d.contains("window")) {  // kernel, stride, padding before, padding after: each (height, width)
+    const auto w = d["window"].cast<std::array<std::array<int64_t, 2>, 4>>();
+    layer.window = {w[0][0], w[0][1], w[1][0], w[1][1], w[2][0], w[2][1]};
+    node.pad_end = w[3];
+  }
+  return node;
+}
+
+Graph graph_of(const py::dict& plan, Operation operation) {
+  Graph graph;
+  for (py::handle d : plan["nodes"]) graph.nodes.push_back(node_of(d.cast<py::dict>()));
+  // The building blocks work at parameters that are the task's own: each of them moves.
+  const bool all_adapted = operation == Operation::predict || operation == Operation::predict_backward ||
+                           operation == Operation::loss_and_grad || operation == Operation::hvp;
+  for (py::handle handle : plan["parameters"]) {
+    const auto d = handle.cast<py::dict>();
+    graph.parameters.push_back({d["size"].cast<int64_t>(), d["rows"].cast<int64_t>(), d["taps"].cast<int64_t>(),
+                                all_adapted ? Role::adapted : named(kRoles, d["role"].cast<std::string>(), "role")});
+  }
+  graph.loss = named(kLosses, plan["loss"].cast<std::string>(), "loss");
+  return graph;
+}
+
+std::vector<Rate> rates_of(const py::dict& plan) {
+  std::vector<Rate> rates;
+  for (py::handle handle : plan["parameters"]) {
+    const auto d = handle.cast<py::dict>();
+    rates.push_back({field(d, "rate", 0.0), field(d, "rate_tensor", -1), field(d, "per_step", false),
+                     field(d, "elementwise", false)});
+  }
+  return rates;
+}
+
+std::vector<RateTensor> rate_tensors_of(const py::dict& plan) {
+  std::vector<RateTensor> tensors;
+  for (py::handle handle : plan["rate_tensors"]) {
+    const auto d = handle.cast<py::dict>();
+    tensors.push_back({d["size"].cast<int64_t>(), d["steps"].cast<int64_t>(), field(d, "parameter", -1),
+                       d["learned"].cast<bool>()});
+  }
+  return tensors;
+}
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+template <class T>
+std::vector<T*> all_at(const std::vector<Address>& addresses) {
+  std::vector<T*> pointers;
+  for (Address a : addresses) pointers.push_back(at<T>(a));
+  return pointers;
+}
+
+void check_labels(const char* name, const int64_t* labels, int64_t tasks, int64_t n, int64_t classes) {
+  if (!labels) return;
+  for (int64_t i = 0; i < tasks * n; ++i) {
+    if (labels[i] >= 0 && labels[i] < classes) continue;
+    throw std::invalid_argument(std::string(name) + " must hold labels in [0, " + std::to_string(classes) + "), got " +
+                                std::to_string(labels[i]) + " (task " + std::to_string(i / n) + ", sample " +
+                                std::to_string(i % n) + ")");
+  }
+}
+
+/// A Problem for one element type, with what Python asks of it.
+class BoundProblem {
+ public:
+  BoundProblem(const py::dict& plan, const std::string& operation, const std::vector<int64_t>& sample,
+               int64_t n_support, int64_t n_query, int steps, bool first_order, bool is_double)
+      : double_(is_double),
+        problem_(graph_of(plan, named(kOperations, operation, "operation")),
+                 named(kOperations, operation, "operation"), rates_of(plan), rate_tensors_of(plan), sample, n_support,
+                 n_query, steps, first_order, is_double ? 8 : 4, cpu::backend().footprint) {}
+
+  const std::vector<int64_t>& prediction() const {
+    return problem_.query.n ? problem_.query.prediction : problem_.support.prediction;
+  }
+
+  int64_t workspace(int64_t tasks, int threads) const { return cpu::workspace_size(problem_, tasks, threads); }
+
+  using Addresses = std::vector<Address>;
+  using Strides = std::vector<int64_t>;
+
+  void run(int64_t tasks, int threads, Address workspace, const Addresses& parameters, const Strides& parameter_strides,
+           const Addresses& rates, const std::array<Address, 4>& data, Address task_weights, const Addresses& given,
+           const Strides& given_strides, const std::array<Address, 3>& losses, Address logits, Address gradient,
+           const Addresses& per_task) const {
+    if (problem_.graph.loss == Loss::cross_entropy) {
+      const bool block = problem_.operation == Operation::loss_and_grad || problem_.operation == Operation::hvp;
+      const int64_t classes = prediction()[0];
+      check_labels(block ? "y" : "y_spt", at<int64_t>(data[1]), tasks, problem_.support.n, classes);
+      check_labels("y_qry", at<int64_t>(data[3]), tasks, problem_.query.n, classes);
+    }
+    auto run_as = [&]<class T>(void (*run)(const Problem&, const cpu::Call<T>&)) {
+      cpu::Call<T> call;
+      call.tasks = tasks;
+      call.threads = threads;
+      call.parameters = all_at<const T>(parameters);
+      call.parameter_strides = parameter_strides;
+      call.rates = all_at<const T>(rates);
+      call.x_support = at<const T>(data[0]);
+      call.y_support = at<const void>(data[1]);
+      call.x_query = at<const T>(data[2]);
+      call.y_query = at<const void>(data[3]);
+      call.task_weights = at<const T>(task_weights);
+      call.given = all_at<const T>(given);
+      call.given_strides = given_strides;
+      call.loss = at<T>(losses[0]);
+      call.task_losses = at<T>(losses[1]);
+      call.support_losses = at<T>(losses[2]);
+      call.logits = at<T>(logits);
+      call.gradient = at<T>(gradient);
+      call.per_task = all_at<T>(per_task);
+      call.workspace = at<T>(workspace);
+      py::gil_scoped_release unlocked;
+      run(problem_, call);
+    };
+    if (double_) {
+      run_as(cpu::backend().run_double);
+    } else {
+      run_as(cpu::backend().run_float);
+    }
+  }
+
+ private:
+  bool double_;
+  Problem problem_;
+};
+
+}  // namespace
+}  // namespace maml
+
+PYBIND11_MODULE(_core, m) {
+  using maml::BoundProblem;
+  m.doc() = "The fused core of maml_cuda: plans, and the calls that run them.";
+  py::register_exception<maml::Unsupported>(m, "Unsupported", PyExc_ValueError);
+
+  py::class_<BoundProblem>(m, "Problem")
+      .def(py::init<const py::dict&, const std::string&, const std::vector<int64_t>&, int64_t, int64_t, int, bool,
+                    bool>(),
+           py::arg("plan"), py::arg("operation"), py::arg("sample"), py::arg("n_support"), py::arg("n_query"),
+           py::arg("steps"), py::arg("first_order"), py::arg("double"))
+      .def_property_readonly("prediction", &BoundProblem::prediction, "Shape of one sample's prediction.")
+      .def("workspace", &BoundProblem::workspace, py::arg("tasks"), py::arg("threads"), "Elements of workspace.")
+      .def("run", &BoundProblem::run, py::arg("tasks"), py::arg("threads"), py::kw_only(), py::arg("workspace"),
+           py::arg("parameters"), py::arg("parameter_strides") = std::vector<int64_t>{},
+           py::arg("rates") = std::vector<maml::Address>{}, py::arg("data"), py::arg("task_weights") = 0,
+           py::arg("given") = std::vector<maml::Address>{}, py::arg("given_strides") = std::vector<int64_t>{},
+           py::arg("losses") = std::array<maml::Address, 3>{}, py::arg("logits") = 0, py::arg("gradient") = 0,
+           py::arg("per_task") = std::vector<maml::Address>{},
+           "Runs the call on the addresses of dense tensors; 0 says absent. data: x_spt, y_spt, x_qry, y_qry. given: the "
+           "cotangents of a backward or the directions of hvp. losses: loss, task_losses, support_losses.");
+
+  m.def("instruction_sets", &maml::cpu::instruction_sets, "Instruction sets in this build, widest first.");
+  m.def("cpu_isa", [] { return maml::cpu::backend().isa; }, "The instruction set in use.");
+  m.attr("version") = MAML_CUDA_VERSION;
+  m.attr("compiler") = MAML_CUDA_COMPILER;
+  m.attr("cuda") = py::none();
+  m.attr("cuda_architectures") = py::tuple();
+}

@@ -1,0 +1,197 @@
+"""Every check of user input, once, above all backends. An error says what, expected, got; nothing is computed before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .reference import LOSSES
+
+BACKENDS = ("auto", "fused", "reference")
+PRECISIONS = ("float32", "bf16x3", "tf32", "bfloat16")
+
+
+def constructor(
+    model: Any, inner_steps: Any, loss: Any, first_order: Any, adapt_params: Any, backend: Any, precision: Any
+) -> None:
+    """The arguments of FusedMAML, but for the rates."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    steps(inner_steps, "inner_steps")
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)} or a callable, got {loss!r}")
+    elif not callable(loss):
+        raise TypeError(f"loss must be a name or a callable (prediction, target) -> scalar, got {type(loss).__name__}")
+    if not isinstance(first_order, bool):
+        raise TypeError(f"first_order must be a bool, got {type(first_order).__name__}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    parameters = dict(model.named_parameters())
+    if not any(p.requires_grad for p in parameters.values()):
+        raise ValueError("model must have parameters that require grad, got none")
+    device = next(iter(parameters.values())).device
+    if precision != "float32" and device.type == "cpu":
+        raise ValueError(f"precision must be float32 on the CPU, got {precision!r}, which this device lacks")
+    _adapt_params(parameters, adapt_params)
+
+
+def _adapt_params(parameters: Mapping[str, Tensor], adapt_params: Any) -> None:
+    if adapt_params is None:
+        return
+    if callable(adapt_params):
+        if not any(p.requires_grad and adapt_params(name) for name, p in parameters.items()):
+            raise ValueError(
+                f"adapt_params must choose at least one trainable parameter of {', '.join(parameters)}; it chose none"
+            )
+        return
+    if isinstance(adapt_params, str) or not isinstance(adapt_params, Iterable):
+        raise TypeError(
+            f"adapt_params must be a callable on names or a list of names, got {type(adapt_params).__name__}"
+        )
+    names = list(adapt_params)
+    unknown = [name for name in names if name not in parameters]
+    if unknown or not names:
+        got = ", ".join(map(str, unknown)) if unknown else "an empty list"
+        raise ValueError(f"adapt_params must name parameters of the model ({', '.join(parameters)}), got {got}")
+    frozen = [name for name in names if not parameters[name].requires_grad]
+    if frozen:
+        raise ValueError(f"adapt_params must name parameters that require grad, got frozen {', '.join(frozen)}")
+
+
+def steps(value: Any, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{what} must be an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{what} must be at least 0, got {value}")
+
+
+def one_dtype_and_device(parameters: Iterable[Tensor]) -> None:
+    """All parameters on one device and of one dtype."""
+    kinds = {(p.dtype, p.device) for p in parameters}
+    if len(kinds) > 1:
+        raise ValueError(
+            "the model's parameters must have one dtype and stand on one device, got "
+            + ", ".join(sorted(f"{d} on {v}" for d, v in kinds))
+        )
+
+
+def data(
+    x_name: str, x: Any, y_name: str | None, y: Any, like: Tensor, loss: str | Callable, fused: bool
+) -> None:
+    """One set: x [tasks, samples, ...] and its y, for a model whose parameters are like `like`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{x_name} must be a tensor, got {type(x).__name__}")
+    if x.dim() < 3:
+        raise ValueError(f"{x_name} must have shape [tasks, samples, ...], got {list(x.shape)}")
+    if x.shape[0] == 0:
+        raise ValueError(f"{x_name} must have at least 1 task, got 0")
+    if x.shape[1] == 0:
+        raise ValueError(f"{x_name} must have at least 1 sample a task, got 0")
+    if x.device != like.device:
+        raise ValueError(f"{x_name} must be on the model's device {like.device}, got {x.device}")
+    if x.dtype != like.dtype and (fused or x.is_floating_point()):
+        raise TypeError(f"{x_name} must have the model's dtype {like.dtype}, got {x.dtype}")
+    if fused and x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f'{x_name} must not require grad on the fused path, got requires_grad=True; backend="reference" takes it'
+        )
+    if y_name is None:
+        return
+    if not isinstance(y, Tensor):
+        raise TypeError(f"{y_name} must be a tensor, got {type(y).__name__}")
+    if y.device != x.device:
+        raise ValueError(f"{y_name} must be on the device of {x_name}, {x.device}, got {y.device}")
+    if y.dim() < 2 or y.shape[0] != x.shape[0]:
+        got = y.shape[0] if y.dim() else "a scalar"
+        raise ValueError(f"{y_name} must have {x.shape[0]} tasks like {x_name}, got {got}")
+    if y.shape[1] != x.shape[1]:
+        raise ValueError(f"{y_name} must have {x.shape[1]} samples a task like {x_name}, got {y.shape[1]}")
+    if loss == "cross_entropy":
+        if y.dtype != torch.int64:
+            raise TypeError(f"{y_name} must hold int64 labels for cross_entropy, got {y.dtype}")
+        if y.dim() != 2:
+            raise ValueError(f"{y_name} must have shape [tasks, samples], got {list(y.shape)}")
+    elif loss == "mse":
+        if y.dtype != like.dtype:
+            raise TypeError(f"{y_name} must have the model's dtype {like.dtype}, got {y.dtype}")
+        if fused and y.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f'{y_name} must not require grad on the fused path, got requires_grad=True; '
+                'backend="reference" takes it'
+            )
+
+
+def same_tasks(x_spt: Tensor, x_qry: Tensor) -> None:
+    """The two sets of an episode fit each other."""
+    if x_qry.shape[0] != x_spt.shape[0]:
+        raise ValueError(f"x_qry must have {x_spt.shape[0]} tasks like x_spt, got {x_qry.shape[0]}")
+    if x_qry.shape[2:] != x_spt.shape[2:]:
+        raise ValueError(
+            f"x_qry must have samples of shape {list(x_spt.shape[2:])} like x_spt, got {list(x_qry.shape[2:])}"
+        )
+
+
+def task_weights(weights: Any, x: Tensor) -> None:
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"task_weights must be a tensor, got {type(weights).__name__}")
+    if tuple(weights.shape) != (x.shape[0],):
+        raise ValueError(f"task_weights must have shape [{x.shape[0]}], one a task, got {list(weights.shape)}")
+    if weights.dtype != x.dtype or weights.device != x.device:
+        raise TypeError(
+            f"task_weights must be {x.dtype} on {x.device} like x_spt, got {weights.dtype} on {weights.device}"
+        )
+    if weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError("task_weights must not require grad, got requires_grad=True")
+
+
+def labels(name: str, y: Tensor, classes: int) -> None:
+    """Labels [tasks, samples] in [0, classes); the fused path checks them in its op."""
+    wrong = ((y < 0) | (y >= classes)).nonzero()
+    if len(wrong):
+        task, sample = wrong[0].tolist()
+        raise ValueError(
+            f"{name} must hold labels in [0, {classes}), got {int(y[task, sample])} (task {task}, sample {sample})"
+        )
+
+
+def target(name: str, y: Tensor, prediction: tuple[int, ...]) -> None:
+    """A target of mse has exactly the prediction's shape: no broadcasting."""
+    if tuple(y.shape) != tuple(prediction):
+        raise ValueError(f"{name} must have the prediction's shape {list(prediction)} for mse, got {list(y.shape)}")
+
+
+def fast(parameters: Mapping[str, Tensor], given: Any, x: Tensor, what: str, all_names: bool) -> None:
+    """Per-task tensors by name: [tasks, *shape] of each parameter."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what} must be a mapping from parameter names to tensors, got {type(given).__name__}")
+    unknown = [name for name in given if name not in parameters]
+    missing = [name for name in parameters if name not in given] if all_names else []
+    if unknown or missing:
+        raise ValueError(
+            f"{what} must hold {'exactly' if all_names else 'only'} the model's parameters, got "
+            + " and ".join(
+                ([f"unknown {', '.join(map(str, unknown))}"] if unknown else [])
+                + ([f"none for {', '.join(missing)}"] if missing else [])
+            )
+        )
+    for name, value in given.items():
+        p = parameters[name]
+        if not isinstance(value, Tensor) or tuple(value.shape) != (x.shape[0], *p.shape):
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{what}[{name!r}] must have shape {[x.shape[0], *p.shape]}, got {got}")
+        if value.dtype != p.dtype or value.device != p.device:
+            raise TypeError(
+                f"{what}[{name!r}] must be {p.dtype} on {p.device}, got {value.dtype} on {value.device}"
+            )
+
+
+def tolerance(value: float, what: str) -> None:
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{what} must be a positive number, got {value}")

@@ -1,0 +1,112 @@
+"""Is it truly second order? A proof on the user's own model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import checks, reference
+from .fused_maml import FusedMAML
+from .rates import InnerRates
+
+
+@dataclass
+class GradcheckRow:
+    """One parameter's meta-gradient: its norm, and the relative error against autograd and finite differences."""
+
+    name: str
+    norm: float
+    autograd_error: float
+    finite_difference_error: float
+
+
+class GradcheckTable(list):
+    """The rows of a gradcheck; printing it shows the table."""
+
+    def __str__(self) -> str:
+        width = max(len(row.name) for row in self)
+        lines = [f"{'parameter'.ljust(width)}  {'norm':>9}  {'autograd':>9}  {'finite differences':>18}"]
+        lines += [
+            f"{r.name.ljust(width)}  {r.norm:9.2e}  {r.autograd_error:9.1e}  {r.finite_difference_error:18.1e}"
+            for r in self
+        ]
+        return "\n".join(lines)
+
+
+def gradcheck(
+    maml: FusedMAML,
+    x_spt: Tensor,
+    y_spt: Tensor,
+    x_qry: Tensor,
+    y_qry: Tensor,
+    *,
+    tolerance: float = 1e-8,
+    finite_difference_tolerance: float = 1e-4,
+) -> GradcheckTable:
+    """Proves the meta-gradient on a float64 copy of `maml`; the original is not touched.
+
+    For every parameter and learned rate: the error relative to the norm of the whole meta-gradient, against
+    `reference.meta_gradient` (double backward) and, unless `maml.first_order`, against the central difference of the
+    meta-loss along the parameter's own gradient and one random direction.
+
+    Raises:
+        RuntimeError: an error beyond its tolerance; the text is the table.
+    """
+    checks.tolerance(tolerance, "tolerance")
+    checks.tolerance(finite_difference_tolerance, "finite_difference_tolerance")
+    maml = copy.deepcopy(maml).double()
+    data = [t.double() if t.is_floating_point() else t for t in (x_spt, y_spt, x_qry, y_qry)]
+    maml.zero_grad()
+    maml(*data).loss.backward()
+    rate = maml.inner_lr
+    _, truth = reference.meta_gradient(
+        maml.model, maml.loss, *data, rate, maml.inner_steps, maml.first_order, maml._adapt_params
+    )
+    learned = dict(maml.model.named_parameters())
+    if isinstance(rate, Tensor):
+        learned["inner_lr"] = rate
+    elif isinstance(rate, InnerRates):
+        learned.update({f"inner_lr.{n}": r for n, r in rate.items() if isinstance(r, Tensor)})
+    if isinstance(maml.loss, torch.nn.Module):
+        learned.update({f"loss.{n}": p for n, p in maml.loss.named_parameters()})
+    scale = torch.stack([g.norm() for g in truth.values()]).norm().item() or 1.0
+    generator = torch.Generator().manual_seed(0)
+    table = GradcheckTable()
+    for name, expected in truth.items():
+        p = learned[name]
+        got = torch.zeros_like(p) if p.grad is None else p.grad
+        difference = float("nan")
+        if not maml.first_order:
+            difference = max(
+                _finite_difference_error(maml, data, p, got, direction) / scale
+                for direction in (got, torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device))
+            )
+        table.append(GradcheckRow(name, got.norm().item(), (got - expected).norm().item() / scale, difference))
+    bad = [
+        r.name for r in table
+        if not r.autograd_error <= tolerance or r.finite_difference_error > finite_difference_tolerance
+    ]  # fmt: skip
+    if bad:
+        raise RuntimeError(f"the meta-gradient of {', '.join(bad)} is wrong\n{table}")
+    return table
+
+
+def _finite_difference_error(
+    maml: FusedMAML, data: list[Tensor], p: Tensor, grad: Tensor, direction: Tensor
+) -> float:
+    """|central difference - <grad, unit direction>| of the meta-loss."""
+    norm = direction.norm()
+    if norm == 0:
+        return 0.0
+    unit = direction / norm
+    step = 1e-6 * max(1.0, p.detach().abs().max().item())
+    with torch.no_grad():
+        p += step * unit
+        up = maml(*data).loss
+        p -= 2 * step * unit
+        down = maml(*data).loss
+        p += step * unit
+    return abs(((up - down) / (2 * step) - (grad * unit).sum()).item())

@@ -1,0 +1,452 @@
+"""The fused calls as torch.library ops: schemas, CPU implementations, fake kernels, autograd.
+
+An op is a pure function of its tensors and of `plan`, the JSON text of a plan (fused_maml.py writes it), so that a
+compiled or exported program needs nothing else. Ops that compute have no autograd of their own; `attach`, `adapt` and
+`predict` do: one node each, whose backward is one more op and can be differentiated no further.
+
+    meta_gradient   loss, task losses, logits, support losses, and the flat gradient [trainable parameters, learned rates]
+    attach          the loss again, with that gradient as its backward
+    adapt           the adapted parameters of every task, and the support losses
+    predict, loss_and_grad, hvp    at parameters that are each task's own
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _core, checks
+
+_LIBRARY = torch.library.Library("maml_cuda", "DEF")
+
+
+@lru_cache(maxsize=256)
+def _plan(text: str) -> dict[str, Any]:
+    return json.loads(text)
+
+
+@lru_cache(maxsize=1024)
+def _problem(
+    plan: str, operation: str, sample: tuple[int, ...], n_support: int, n_query: int, steps: int, first_order: bool,
+    double: bool,
+) -> _core.Problem:  # fmt: skip
+    """Everything that follows from the signature of a call."""
+    return _core.Problem(_plan(plan), operation, list(sample), n_support, n_query, steps, first_order, double)
+
+
+def check(plan: str, sample: tuple[int, ...], n_support: int, n_query: int, dtype: torch.dtype) -> None:
+    """Whether the plan fits samples of this shape.
+
+    Raises:
+        ValueError: they do not fit a layer. `_core.Unsupported` (a ValueError): no fused layer fits them.
+    """
+    _problem(plan, "meta_loss", tuple(sample), n_support, n_query, 0, True, dtype == torch.float64)
+
+
+def _run(problem: _core.Problem, like: Tensor, tasks: int, **tensors: Any) -> None:
+    threads = torch.get_num_threads()
+    workspace = torch.empty(problem.workspace(tasks, threads), dtype=like.dtype)
+    problem.run(tasks, threads, workspace=workspace.data_ptr(), **tensors)
+
+
+def _check_target(plan: str, name: str, y: Tensor, x: Tensor, prediction: list[int]) -> None:
+    if _plan(plan)["loss"] == "mse":
+        checks.target(name, y, (x.shape[0], x.shape[1], *prediction))
+
+
+def _addresses(tensors: list[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]
+
+
+def _dense(tensors: list[Tensor]) -> list[Tensor]:
+    return [t if t.is_contiguous() else t.contiguous() for t in tensors]
+
+
+def _by_task(tensors: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """Per-task tensors [tasks, *shape], each task's part dense, and the strides from task to task (0: one for all)."""
+    parts = []
+    for t in tensors:
+        shared = t.stride(0) == 0 and t[0].is_contiguous()
+        parts.append(t if shared else t.contiguous())
+    return parts, [0 if t.stride(0) == 0 else t[0].numel() for t in parts]
+
+
+def _sizes(plan: str, roles: tuple[str, ...]) -> list[int]:
+    return [p["size"] for p in _plan(plan)["parameters"] if p["role"] in roles]
+
+
+def _gradient_size(plan: str) -> int:
+    learned = sum(r["size"] for r in _plan(plan)["rate_tensors"] if r["learned"])
+    return sum(_sizes(plan, ("adapted", "outer"))) + learned
+
+
+def _adapted(plan: str, tensors: list[Tensor]) -> list[Tensor]:
+    return [t for t, p in zip(tensors, _plan(plan)["parameters"], strict=True) if p["role"] == "adapted"]
+
+
+def _spread(plan: str, adapted: list[Tensor]) -> list[Tensor | None]:
+    """One entry a parameter: the adapted ones' tensors, None for the others."""
+    rest = iter(adapted)
+    return [next(rest) if p["role"] == "adapted" else None for p in _plan(plan)["parameters"]]
+
+
+def _prediction_shape(plan: str, x: Tensor) -> list[int]:
+    return _problem(
+        plan, "predict", tuple(int(d) for d in x.shape[2:]), 0, int(x.shape[1]), 0, False, x.dtype == torch.float64
+    ).prediction
+
+
+# -- meta_gradient -------------------------------------------------------------------------------------------
+
+_LIBRARY.define(
+    "meta_gradient(Tensor[] parameters, Tensor[] rates, Tensor x_spt, Tensor y_spt, Tensor x_qry, Tensor y_qry, "
+    "Tensor? task_weights, str plan, int steps, bool first_order, bool gradient) "
+    "-> (Tensor loss, Tensor task_losses, Tensor logits, Tensor support_losses, Tensor gradient)"
+)
+
+
+def _meta_gradient(
+    parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: Tensor, x_qry: Tensor, y_qry: Tensor,
+    task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    tasks, n_support, *sample = x_spt.shape
+    operation = "meta_gradient" if gradient else "meta_loss"
+    double = x_spt.dtype == torch.float64
+    problem = _problem(plan, operation, tuple(sample), n_support, x_qry.shape[1], steps, first_order, double)
+    _check_target(plan, "y_spt", y_spt, x_spt, problem.prediction)
+    _check_target(plan, "y_qry", y_qry, x_qry, problem.prediction)
+    x_spt, y_spt, x_qry, y_qry, *dense = _dense([x_spt, y_spt, x_qry, y_qry, *parameters, *rates])
+    outputs = _meta_outputs(x_qry, tasks, problem.prediction, steps, _gradient_size(plan) if gradient else 0)
+    loss, task_losses, logits, support_losses, flat = outputs
+    if task_weights is not None:
+        task_weights = task_weights.contiguous()
+    _run(
+        problem, x_spt, tasks,
+        parameters=_addresses(dense[: len(parameters)]),
+        rates=_addresses(dense[len(parameters) :]),
+        data=[x_spt.data_ptr(), y_spt.data_ptr(), x_qry.data_ptr(), y_qry.data_ptr()],
+        task_weights=0 if task_weights is None else task_weights.data_ptr(),
+        losses=[loss.data_ptr(), task_losses.data_ptr(), support_losses.data_ptr()],
+        logits=logits.data_ptr(),
+        gradient=flat.data_ptr() if gradient else 0,
+    )  # fmt: skip
+    return outputs
+
+
+def _meta_outputs(
+    like: Tensor, tasks: int, prediction: list[int], steps: int, gradient: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        like.new_empty(()),
+        like.new_empty(tasks),
+        like.new_empty((tasks, like.shape[1], *prediction)),
+        like.new_empty((tasks, steps)),
+        like.new_empty(gradient),
+    )
+
+
+def _meta_gradient_fake(
+    parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: Tensor, x_qry: Tensor, y_qry: Tensor,
+    task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    prediction = _prediction_shape(plan, x_qry)
+    return _meta_outputs(x_qry, x_qry.shape[0], prediction, steps, _gradient_size(plan) if gradient else 0)
+
+
+# -- adapt ---------------------------------------------------------------------------------------------------
+
+_LIBRARY.define(
+    "adapt_forward(Tensor[] parameters, Tensor[] rates, Tensor x, Tensor y, str plan, int steps) -> (Tensor[], Tensor)"
+)
+_LIBRARY.define(
+    "adapt_backward(Tensor[] parameters, Tensor[] rates, Tensor x, Tensor y, Tensor[] cotangents, str plan, int steps, "
+    "bool first_order) -> Tensor"
+)
+
+
+def _adapt_forward(
+    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: Tensor, plan: str, steps: int
+) -> tuple[list[Tensor], Tensor]:
+    tasks, n, *sample = x.shape
+    problem = _problem(plan, "adapt", tuple(sample), n, 0, steps, True, x.dtype == torch.float64)
+    _check_target(plan, "y_spt", y, x, problem.prediction)
+    x, y, *dense = _dense([x, y, *parameters, *rates])
+    fast, support_losses = _adapt_fake(parameters, rates, x, y, plan, steps)
+    _run(
+        problem, x, tasks,
+        parameters=_addresses(dense[: len(parameters)]),
+        rates=_addresses(dense[len(parameters) :]),
+        data=[x.data_ptr(), y.data_ptr(), 0, 0],
+        losses=[0, 0, support_losses.data_ptr()],
+        per_task=[0 if t is None else t.data_ptr() for t in _spread(plan, fast)],
+    )  # fmt: skip
+    return fast, support_losses
+
+
+def _adapt_fake(
+    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: Tensor, plan: str, steps: int
+) -> tuple[list[Tensor], Tensor]:
+    tasks = x.shape[0]
+    fast = [p.new_empty((tasks, *p.shape)) for p in _adapted(plan, parameters)]
+    return fast, x.new_empty((tasks, steps))
+
+
+def _adapt_backward(
+    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: Tensor, cotangents: list[Tensor], plan: str,
+    steps: int, first_order: bool,
+) -> Tensor:  # fmt: skip
+    tasks, n, *sample = x.shape
+    problem = _problem(plan, "adapt_backward", tuple(sample), n, 0, steps, first_order, x.dtype == torch.float64)
+    x, y, *dense = _dense([x, y, *parameters, *rates])
+    given, strides = _by_task(cotangents)
+    gradient = x.new_empty(_gradient_size(plan))
+    spread = [0 if t is None else t.data_ptr() for t in _spread(plan, given)]
+    steps_of = iter(strides)
+    _run(
+        problem, x, tasks,
+        parameters=_addresses(dense[: len(parameters)]),
+        rates=_addresses(dense[len(parameters) :]),
+        data=[x.data_ptr(), y.data_ptr(), 0, 0],
+        given=spread,
+        given_strides=[next(steps_of) if address else 0 for address in spread],
+        gradient=gradient.data_ptr(),
+    )  # fmt: skip
+    return gradient
+
+
+def _adapt_backward_fake(
+    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: Tensor, cotangents: list[Tensor], plan: str,
+    steps: int, first_order: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(_gradient_size(plan))
+
+
+# -- at each task's own parameters ---------------------------------------------------------------------------
+
+_LIBRARY.define("predict_forward(Tensor[] fast, Tensor x, str plan) -> Tensor")
+_LIBRARY.define("predict_backward(Tensor[] fast, Tensor x, Tensor cotangent, str plan) -> Tensor[]")
+_LIBRARY.define("loss_and_grad(Tensor[] fast, Tensor x, Tensor y, str plan) -> (Tensor, Tensor[])")
+_LIBRARY.define("hvp(Tensor[] fast, Tensor x, Tensor y, Tensor[] v, str plan) -> Tensor[]")
+
+
+def _own(fast: list[Tensor]) -> tuple[dict[str, list[int]], list[Tensor]]:
+    """The arguments of a run at per-task parameters, and the tensors that they point into."""
+    parts, strides = _by_task(fast)
+    return {"parameters": _addresses(parts), "parameter_strides": strides}, parts
+
+
+def _predict_forward(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
+    tasks, n, *sample = x.shape
+    problem = _problem(plan, "predict", tuple(sample), 0, n, 0, False, x.dtype == torch.float64)
+    own, _keep = _own(fast)
+    x = x.contiguous()
+    logits = x.new_empty((tasks, n, *problem.prediction))
+    _run(problem, x, tasks, **own, data=[0, 0, x.data_ptr(), 0], logits=logits.data_ptr())
+    return logits
+
+
+def _predict_fake(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], *_prediction_shape(plan, x)))
+
+
+def _predict_backward(fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: str) -> list[Tensor]:
+    tasks, n, *sample = x.shape
+    problem = _problem(plan, "predict_backward", tuple(sample), 0, n, 0, False, x.dtype == torch.float64)
+    own, _keep = _own(fast)
+    x, cotangent = _dense([x, cotangent])
+    grads = _like_fast(fast)
+    _run(
+        problem, x, tasks, **own, data=[0, 0, x.data_ptr(), 0], given=[cotangent.data_ptr()],
+        per_task=_addresses(grads),
+    )  # fmt: skip
+    return grads
+
+
+def _like_fast(fast: list[Tensor]) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in fast]
+
+
+def _predict_backward_fake(fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: str) -> list[Tensor]:
+    return _like_fast(fast)
+
+
+def _loss_and_grad(fast: list[Tensor], x: Tensor, y: Tensor, plan: str) -> tuple[Tensor, list[Tensor]]:
+    tasks, n, *sample = x.shape
+    problem = _problem(plan, "loss_and_grad", tuple(sample), n, 0, 0, False, x.dtype == torch.float64)
+    _check_target(plan, "y", y, x, problem.prediction)
+    own, _keep = _own(fast)
+    x, y = _dense([x, y])
+    losses, grads = _loss_and_grad_fake(fast, x, y, plan)
+    _run(
+        problem, x, tasks, **own, data=[x.data_ptr(), y.data_ptr(), 0, 0], losses=[0, losses.data_ptr(), 0],
+        per_task=_addresses(grads),
+    )  # fmt: skip
+    return losses, grads
+
+
+def _loss_and_grad_fake(fast: list[Tensor], x: Tensor, y: Tensor, plan: str) -> tuple[Tensor, list[Tensor]]:
+    return x.new_empty(x.shape[0]), _like_fast(fast)
+
+
+def _hvp(fast: list[Tensor], x: Tensor, y: Tensor, v: list[Tensor], plan: str) -> list[Tensor]:
+    tasks, n, *sample = x.shape
+    problem = _problem(plan, "hvp", tuple(sample), n, 0, 0, False, x.dtype == torch.float64)
+    _check_target(plan, "y", y, x, problem.prediction)
+    own, _keep = _own(fast)
+    x, y = _dense([x, y])
+    directions, strides = _by_task(v)
+    products = _like_fast(fast)
+    _run(
+        problem, x, tasks, **own, data=[x.data_ptr(), y.data_ptr(), 0, 0], given=_addresses(directions),
+        given_strides=strides, per_task=_addresses(products),
+    )  # fmt: skip
+    return products
+
+
+def _hvp_fake(fast: list[Tensor], x: Tensor, y: Tensor, v: list[Tensor], plan: str) -> list[Tensor]:
+    return _like_fast(fast)
+
+
+for _name, _kernel, _fake in (
+    ("meta_gradient", _meta_gradient, _meta_gradient_fake),
+    ("adapt_forward", _adapt_forward, _adapt_fake),
+    ("adapt_backward", _adapt_backward, _adapt_backward_fake),
+    ("predict_forward", _predict_forward, _predict_fake),
+    ("predict_backward", _predict_backward, _predict_backward_fake),
+    ("loss_and_grad", _loss_and_grad, _loss_and_grad_fake),
+    ("hvp", _hvp, _hvp_fake),
+):
+    _LIBRARY.impl(_name, _kernel, "CPU")
+    # Their results never require grad: what is differentiable goes through the ops below.
+    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"maml_cuda::{_name}", _fake, lib=_LIBRARY)
+
+
+# -- autograd ------------------------------------------------------------------------------------------------
+
+
+class _Once(torch.autograd.Function):
+    """Passes gradients on and ties them to the inputs they depend on, so that a second backward raises instead of
+    losing its terms: the gradient of a meta-gradient is a third derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, what: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.what = what
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            f"the gradient of {ctx.what} cannot be differentiated again (that is third order in the model); "
+            'backend="reference" with a hand-written loop can'
+        )
+
+
+def _once(what: str, grads: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The gradients, differentiable in name only where autograd records this backward (create_graph=True)."""
+    if not torch.is_grad_enabled():
+        return grads
+    return list(_Once.apply(len(grads), what, *grads, *inputs))
+
+
+def _cut(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """`flat` as tensors shaped as `like`."""
+    parts = flat.split([t.numel() for t in like])
+    return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, flat: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(flat)
+        ctx.inputs = inputs  # for shapes and for _once; not their values, which a step may have changed since
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (flat,) = ctx.saved_tensors
+        grads = _cut(flat.mul(grad), ctx.inputs)
+        return (None, None, *_once("a meta-gradient", grads, [grad, *ctx.inputs]))
+
+
+_LIBRARY.define("attach(Tensor loss, Tensor flat, Tensor[] inputs) -> Tensor")
+
+
+def _attach(loss: Tensor, flat: Tensor, inputs: list[Tensor]) -> Tensor:
+    """`loss`, whose gradient by the concatenation of `inputs` is `flat`."""
+    return _Attach.apply(loss, flat, *inputs)
+
+
+_LIBRARY.impl("attach", _attach, "CompositeImplicitAutograd")
+
+
+class _Adapt(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, plan: str, steps: int, first_order: bool, parameters: int, x: Tensor, y: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.call = plan, steps, first_order, parameters
+        ctx.save_for_backward(x, y, *tensors)
+        fast, support_losses = torch.ops.maml_cuda.adapt_forward(
+            tensors[:parameters], tensors[parameters:], x, y, plan, steps
+        )
+        ctx.mark_non_differentiable(support_losses)
+        return (*fast, support_losses)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        plan, steps, first_order, count = ctx.call
+        x, y, *tensors = ctx.saved_tensors
+        flat = torch.ops.maml_cuda.adapt_backward(
+            tensors[:count], tensors[count:], x, y, list(cotangents[:-1]), plan, steps, first_order
+        )
+        description = _plan(plan)
+        has_gradient = [p["role"] != "frozen" for p in description["parameters"]]
+        has_gradient += [r["learned"] for r in description["rate_tensors"]]
+        wanted = [t for t, yes in zip(tensors, has_gradient, strict=True) if yes]
+        grads = iter(_once("adapt", _cut(flat, wanted), [*cotangents[:-1], *wanted]))
+        return (None,) * 6 + tuple(next(grads) if yes else None for yes in has_gradient)
+
+
+_LIBRARY.define(
+    "adapt(Tensor[] parameters, Tensor[] rates, Tensor x, Tensor y, str plan, int steps, bool first_order) "
+    "-> (Tensor[], Tensor)"
+)
+
+
+def _adapt(
+    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: Tensor, plan: str, steps: int, first_order: bool
+) -> tuple[list[Tensor], Tensor]:
+    *fast, support_losses = _Adapt.apply(plan, steps, first_order, len(parameters), x, y, *parameters, *rates)
+    return fast, support_losses
+
+
+_LIBRARY.impl("adapt", _adapt, "CompositeImplicitAutograd")
+
+
+class _Predict(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: str, x: Tensor, *fast: Tensor) -> Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(x, *fast)
+        return torch.ops.maml_cuda.predict_forward(fast, x, plan)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        x, *fast = ctx.saved_tensors
+        grads = torch.ops.maml_cuda.predict_backward(fast, x, cotangent, ctx.plan)
+        return (None, None, *_once("predict", grads, [cotangent, *fast]))
+
+
+_LIBRARY.define("predict(Tensor[] fast, Tensor x, str plan) -> Tensor")
+
+
+def _predict(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
+    return _Predict.apply(plan, x, *fast)
+
+
+_LIBRARY.impl("predict", _predict, "CompositeImplicitAutograd")

@@ -1,0 +1,148 @@
+"""The inner learning rate in every form that `inner_lr` accepts, read into one `Rate` a parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Rate:
+    """alpha of one parameter: a constant, or a tensor whose first axis may count inner steps.
+
+    `elementwise`: behind that axis it has the parameter's shape (Meta-SGD); otherwise it is one number.
+    """
+
+    value: float | Tensor
+    per_step: bool = False
+    elementwise: bool = False
+
+    def at(self, step: int) -> float | Tensor:
+        """The rate of inner step `step`; steps beyond the last rate repeat it."""
+        if isinstance(self.value, Tensor) and self.per_step:
+            return self.value[min(step, len(self.value) - 1)]
+        return self.value
+
+
+class InnerRates(nn.Module):
+    """A dict of rates whose tensors are named `<parameter name>` below this module, dots and all."""
+
+    def __init__(self, rates: Mapping[str, float | Tensor]) -> None:
+        super().__init__()
+        self._rate_names = tuple(rates)
+        self._constants = {name: float(r) for name, r in rates.items() if not isinstance(r, Tensor)}
+        for name, rate in rates.items():
+            if isinstance(rate, Tensor):
+                *path, leaf = name.split(".")
+                module: nn.Module = self
+                for part in path:
+                    if part not in module._modules:
+                        module.add_module(part, nn.Module())
+                    module = module._modules[part]  # type: ignore[assignment]
+                _register(module, leaf, rate)
+
+    def __getitem__(self, name: str) -> float | Tensor:
+        if name in self._constants:
+            return self._constants[name]
+        *path, leaf = name.split(".")
+        module: nn.Module = self
+        for part in path:
+            module = module._modules[part]  # type: ignore[assignment]
+        rate = module._parameters.get(leaf)
+        return module._buffers[leaf] if rate is None else rate  # type: ignore[return-value]
+
+    def items(self) -> list[tuple[str, float | Tensor]]:
+        return [(name, self[name]) for name in self._rate_names]
+
+
+def _register(module: nn.Module, name: str, rate: Tensor) -> None:
+    if isinstance(rate, nn.Parameter):
+        module.register_parameter(name, rate)
+    else:
+        module.register_buffer(name, rate)
+
+
+def hold(owner: nn.Module, inner_lr: float | Tensor | Mapping[str, float | Tensor]) -> None:
+    """Sets `owner.inner_lr`: a float as it is, a tensor as parameter or buffer, a dict as InnerRates."""
+    if isinstance(inner_lr, Tensor):
+        _register(owner, "inner_lr", inner_lr)
+    elif isinstance(inner_lr, Mapping):
+        owner.inner_lr = InnerRates(inner_lr)
+    else:
+        owner.inner_lr = float(inner_lr)  # type: ignore[assignment]
+
+
+def read_rates(
+    inner_lr: float | Tensor | Mapping[str, float | Tensor] | InnerRates,
+    adapted: Mapping[str, torch.Size],
+    steps: int,
+) -> dict[str, Rate]:
+    """One Rate for each adapted parameter.
+
+    Args:
+        inner_lr: a float or 0-d tensor; a tensor [steps]; or a dict with exactly the adapted names, each a float,
+            0-d, [steps], the parameter's shape, or [steps, *shape].
+        adapted: name -> shape of the parameters that the inner loop changes.
+        steps: inner steps.
+
+    Raises:
+        ValueError: a missing or extra name, a shape that fits no reading or two, a rate that is not finite.
+        TypeError: a rate that is neither a number nor a floating-point tensor.
+    """
+    if isinstance(inner_lr, (Mapping, InnerRates)):
+        given = dict(inner_lr.items())
+        missing = [name for name in adapted if name not in given]
+        extra = [name for name in given if name not in adapted]
+        if missing or extra:
+            raise ValueError(
+                "inner_lr must have exactly the adapted parameters as keys, got "
+                + " and ".join(
+                    ([f"none for {', '.join(missing)}"] if missing else [])
+                    + ([f"{', '.join(map(str, extra))}, which are not adapted"] if extra else [])
+                )
+            )
+        return {name: _read(f"inner_lr[{name!r}]", given[name], shape, steps) for name, shape in adapted.items()}
+    rate = _read("inner_lr", inner_lr, None, steps)
+    return dict.fromkeys(adapted, rate)
+
+
+def _read(what: str, rate: object, shape: torch.Size | None, steps: int) -> Rate:
+    if isinstance(rate, Tensor):
+        if not rate.is_floating_point():
+            raise TypeError(f"{what} must be a floating-point tensor, got {rate.dtype}")
+        if not bool(torch.isfinite(rate.detach()).all()):
+            raise ValueError(f"{what} must be finite, got {rate.detach().flatten().tolist()[:8]}")
+        return _read_shape(what, rate, shape, steps)
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+        raise TypeError(f"{what} must be a float or a tensor, got {type(rate).__name__}")
+    if not math.isfinite(rate):
+        raise ValueError(f"{what} must be finite, got {rate}")
+    return Rate(float(rate))
+
+
+def _read_shape(what: str, rate: Tensor, shape: torch.Size | None, steps: int) -> Rate:
+    if rate.dim() == 0:
+        return Rate(rate)
+    readings = []
+    if tuple(rate.shape) == (steps,):
+        readings.append(Rate(rate, per_step=True))
+    if shape is not None:
+        if rate.shape == shape:
+            readings.append(Rate(rate, elementwise=True))
+        if len(shape) > 0 and tuple(rate.shape) == (steps, *shape):
+            readings.append(Rate(rate, per_step=True, elementwise=True))
+    if len(readings) == 1:
+        return readings[0]
+    forms = f"[] or [{steps}] (inner_steps)"
+    if shape is not None:
+        forms = f"[], [{steps}] (inner_steps), {list(shape)} or {[steps, *shape]}"
+    if not readings:
+        raise ValueError(f"{what} must have shape {forms}, got {list(rate.shape)}")
+    raise ValueError(
+        f"{what} of shape {list(rate.shape)} is ambiguous: one rate a step (inner_steps={steps}) or one an element of "
+        f"the parameter {list(shape or ())}; give it as {[steps, *(shape or ())]}"
+    )

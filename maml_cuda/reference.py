@@ -1,0 +1,256 @@
+"""MAML by plain autograd, one task at a time, for any module and any loss: the general path, and the oracle.
+
+Every answer of the fused path has its twin here, written as the paper has it: an inner loop of
+`torch.autograd.grad(create_graph=True)` and a backward through it (Finn, Abbeel, Levine 2017, equation 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .rates import InnerRates, Rate, read_rates
+
+Loss = str | Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(prediction, target)
+
+
+def mse(prediction: Tensor, target: Tensor) -> Tensor:
+    # Written out: jvp(grad(.)) through F.mse_loss raises in torch 2.13.
+    return ((prediction - target) ** 2).mean()
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": cross_entropy, "mse": mse}
+
+
+def loss_function(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
+    return LOSSES[loss] if isinstance(loss, str) else loss
+
+
+def adapted_names(model: nn.Module, adapt_params: Callable[[str], bool] | Iterable[str] | None) -> list[str]:
+    """Names of the trainable parameters that the inner loop changes, in the model's order."""
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    if adapt_params is None:
+        return trainable
+    if callable(adapt_params):
+        return [name for name in trainable if adapt_params(name)]
+    chosen = set(adapt_params)
+    return [name for name in trainable if name in chosen]
+
+
+def call(model: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """model(x) at `parameters`. Buffers are read but never written: running statistics stay as they are."""
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    return functional_call(model, ({**parameters}, buffers), (x,))
+
+
+def inner_loop(
+    model: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    theta: Mapping[str, Tensor],
+    rates: Mapping[str, Rate],
+    x: Tensor,
+    y: Tensor,
+    steps: int,
+    first_order: bool,
+    differentiable: bool = True,
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """phi_steps and the support losses of one task; a graph back to theta where `differentiable`.
+
+    Raises:
+        ValueError: an adapted parameter (a key of `rates`) that the support loss does not depend on.
+    """
+    phi = dict(theta)
+    losses = []
+    with torch.enable_grad():
+        if not differentiable:
+            phi = {
+                name: p.detach().requires_grad_(p.is_floating_point() and name in rates) for name, p in phi.items()
+            }
+        for step in range(steps):
+            value = loss(call(model, phi, x), y)
+            second_order = differentiable and not first_order
+            grads = torch.autograd.grad(
+                value,
+                [phi[name] for name in rates],
+                create_graph=second_order,
+                retain_graph=second_order or None,
+                allow_unused=True,
+            )
+            losses.append(value.detach())
+            for (name, rate), g in zip(rates.items(), grads, strict=True):
+                if g is None:
+                    raise unreached([name])
+                step_size = rate.at(step)
+                if not second_order:
+                    g = g.detach()
+                if not differentiable:
+                    step_size = step_size.detach() if isinstance(step_size, Tensor) else step_size
+                    phi[name] = (phi[name].detach() - step_size * g).requires_grad_()
+                else:
+                    phi[name] = phi[name] - step_size * g
+    return phi, losses
+
+
+def unreached(names: list[str]) -> ValueError:
+    return ValueError(
+        f"adapted parameter {', '.join(names)} does not reach the support loss: every adapted parameter must; "
+        "leave it out with adapt_params"
+    )
+
+
+def meta_gradient(
+    model: nn.Module,
+    loss: Loss,
+    x_spt: Tensor,
+    y_spt: Tensor,
+    x_qry: Tensor,
+    y_qry: Tensor,
+    inner_lr: float | Tensor | Mapping[str, float | Tensor] | InnerRates,
+    inner_steps: int,
+    first_order: bool = False,
+    adapt_params: Callable[[str], bool] | Iterable[str] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean query loss over tasks after `inner_steps` steps, and its exact gradient.
+
+    Args:
+        model: any module; its `.grad` fields are not touched.
+        loss: "cross_entropy", "mse", or (prediction, target) -> scalar.
+        x_spt, y_spt, x_qry, y_qry: [tasks, samples, ...].
+        inner_lr: every form of FusedMAML's.
+
+    Returns:
+        The loss (0-d, detached), and name -> gradient of every trainable parameter that reaches the loss; learned
+        rates stand under `inner_lr` or `inner_lr.<name>`, a loss module's parameters under `loss.<name>`.
+    """
+    adapted = adapted_names(model, adapt_params)
+    parameters = dict(model.named_parameters())
+    rates = read_rates(inner_lr, {name: parameters[name].shape for name in adapted}, inner_steps)
+    wanted = {name: p for name, p in parameters.items() if p.requires_grad}
+    if isinstance(inner_lr, Tensor):
+        wanted["inner_lr"] = inner_lr
+    elif isinstance(inner_lr, (Mapping, InnerRates)):
+        wanted.update({f"inner_lr.{name}": r for name, r in inner_lr.items() if isinstance(r, Tensor)})
+    if isinstance(loss, nn.Module):
+        wanted.update({f"loss.{name}": p for name, p in loss.named_parameters()})
+    wanted = {name: t for name, t in wanted.items() if t.requires_grad}
+    tasks = len(x_spt)
+    total, _, _, _, gradients = meta_step(
+        model, loss_function(loss), rates, list(wanted.values()), x_spt, y_spt, x_qry, y_qry, inner_steps,
+        first_order, [1 / tasks] * tasks,
+    )  # fmt: skip
+    return total, {name: g for name, g in zip(wanted, gradients, strict=True) if g is not None}
+
+
+def meta_step(
+    model: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    rates: Mapping[str, Rate],
+    wanted: list[Tensor],
+    x_spt: Tensor,
+    y_spt: Tensor,
+    x_qry: Tensor,
+    y_qry: Tensor,
+    steps: int,
+    first_order: bool,
+    weights: Iterable[float | Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """One meta-step, one task's graph at a time: loss = sum_t weights[t] * query loss of t, and its gradients.
+
+    Returns:
+        loss (0-d), task_losses [tasks], logits [tasks, n_query, ...], support_losses [tasks, steps], all detached, and
+        the gradient of each tensor of `wanted`, or None for one that does not reach the loss.
+    """
+    theta = dict(model.named_parameters())
+    total: float | Tensor = 0.0
+    task_losses, logits, support_losses = [], [], []
+    gradients: list[Tensor | None] = [None] * len(wanted)
+    for t, weight in enumerate(weights):
+        phi, inner = inner_loop(
+            model, loss, theta, rates, x_spt[t], y_spt[t], steps, first_order, differentiable=bool(wanted)
+        )
+        with torch.set_grad_enabled(bool(wanted)):
+            prediction = call(model, phi, x_qry[t])
+            value = loss(prediction, y_qry[t])
+        if wanted:
+            for i, g in enumerate(torch.autograd.grad(value, wanted, allow_unused=True)):
+                if g is not None:
+                    share = weight * g
+                    gradients[i] = share if gradients[i] is None else gradients[i] + share
+        task_losses.append(value.detach())
+        logits.append(prediction.detach())
+        support_losses.append(torch.stack(inner) if inner else value.detach().new_zeros(0))
+        total = total + (weight.detach() if isinstance(weight, Tensor) else weight) * value.detach()
+    assert isinstance(total, Tensor)  # checks.py refuses a call without tasks
+    return total, torch.stack(task_losses), torch.stack(logits), torch.stack(support_losses), gradients
+
+
+def loss_and_grad(
+    model: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    fast: Mapping[str, Tensor],
+    names: list[str],
+    x: Tensor,
+    y: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Per task: the loss at its own parameters [tasks], and the gradients by `names` [tasks, *shape]."""
+    losses, gradients = [], []
+    for t in range(len(x)):
+        value, grads, _ = _gradient(model, loss, fast, names, x[t], y[t], t, create_graph=False)
+        losses.append(value.detach())
+        gradients.append(grads)
+    return torch.stack(losses), _stacked(names, gradients)
+
+
+def hvp(
+    model: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    fast: Mapping[str, Tensor],
+    names: list[str],
+    x: Tensor,
+    y: Tensor,
+    v: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Per task: the Hessian of the loss at its own parameters times v, by `names` [tasks, *shape]."""
+    products = []
+    for t in range(len(x)):
+        _, grads, at = _gradient(model, loss, fast, names, x[t], y[t], t, create_graph=True)
+        with torch.enable_grad():
+            along = sum(
+                ((g * v[n][t].detach()).sum() for n, g in zip(names, grads, strict=True) if n in v),
+                start=grads[0].new_zeros(()),
+            )
+        if along.requires_grad:
+            result = torch.autograd.grad(along, [at[n] for n in names], allow_unused=True)
+        else:
+            result = (None,) * len(names)
+        products.append([torch.zeros_like(at[n]) if g is None else g for n, g in zip(names, result, strict=True)])
+    return _stacked(names, products)
+
+
+def _gradient(
+    model: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    fast: Mapping[str, Tensor],
+    names: list[str],
+    x: Tensor,
+    y: Tensor,
+    task: int,
+    create_graph: bool,
+) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+    at = {n: p[task].detach().requires_grad_(n in names) for n, p in fast.items()}
+    with torch.enable_grad():
+        value = loss(call(model, at, x), y)
+        grads = torch.autograd.grad(value, [at[n] for n in names], create_graph=create_graph, allow_unused=True)
+    return value, [torch.zeros_like(at[n]) if g is None else g for n, g in zip(names, grads, strict=True)], at
+
+
+def _stacked(names: list[str], rows: list[list[Tensor]]) -> dict[str, Tensor]:
+    return {n: torch.stack([row[i].detach() for row in rows]) for i, n in enumerate(names)}
