@@ -48,6 +48,7 @@ class Training:
         self.optimizer = torch.optim.Adam(self.maml.parameters(), lr=settings.meta_lr, fused=True)
         self.tasks = make_tasks(settings, "train")
         self.validation_tasks = make_tasks(settings, "validation")
+        make_tasks(settings, "test")  # so that what cannot be tested at the end is refused here
         self.generator = make_generator(settings, "train")
         self.iteration = 0
         self.seconds = 0.0

@@ -1,0 +1,174 @@
+"""The command line: what each command prints, leaves and returns."""
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from maml_cuda.cli import main
+from maml_cuda.data import SinusoidTasks
+
+SIZES = {"iterations": 20, "meta-batch": 2, "hidden": 5, "validation-interval": 10, "validation-tasks": 3}
+SIZES |= {"test-tasks": 6, "test-queries": 4, "log-interval": 5}
+TINY = ["train", "sinusoid", *(text for name, size in SIZES.items() for text in (f"--{name}", str(size)))]
+
+
+@pytest.fixture
+def run(tmp_path, capsys) -> str:
+    """A trained run, as the user types it."""
+    folder = str(tmp_path / "run")
+    assert main([*TINY, "--out", folder]) == 0
+    capsys.readouterr()
+    return folder
+
+
+def test_train_leaves_a_whole_run_and_prints_where(tmp_path, capsys) -> None:
+    assert main([*TINY, "--out", str(tmp_path / "run")]) == 0
+    captured = capsys.readouterr()
+    assert f"sinusoid in {tmp_path / 'run'}: iteration 0 of 20" in captured.out
+    assert "iteration 10: validation MSE" in captured.out
+    assert "sinusoid: MSE on 6 test tasks, 5-shot" in captured.out
+    assert f"summary.json are in {tmp_path / 'run'}" in captured.out
+    assert "20/20" in captured.err  # tqdm
+    assert "MSE" in captured.err
+    assert "tasks/s" in captured.err
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "adaptation.png", "best", "fits.png", "last", "learning_curves.png", "metrics.csv", "summary.json"
+    ]  # fmt: skip
+
+
+def test_train_without_an_out_makes_a_folder_of_its_own(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--ways", "2", "--queries", "1", "--test-queries", "1", "--filters", "2", "--test-tasks", "2"]
+    assert main(["train", "--iterations", "1", "--meta-batch", "1", *options]) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("glyphs-")
+    assert json.loads((folder / "summary.json").read_text())["settings"]["ways"] == 2
+
+
+def test_every_option_reaches_the_settings(tmp_path) -> None:
+    given = {"ways": 2, "shots": 2, "queries": 3, "inner_lr": 0.25, "inner_steps": 2, "iterations": 2}
+    given |= {"meta_batch": 2, "meta_lr": 0.002, "seed": 9, "validation_interval": 2, "validation_tasks": 2}
+    given |= {"log_interval": 1, "test_tasks": 3, "test_shots": 1, "test_queries": 2, "test_steps": 1}
+    given |= {"backend": "reference"}
+    options = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    out = ["--out", str(tmp_path / "run"), "--filters", "3", "--learn-inner-lr", "--first-order"]
+    assert main(["train", "glyphs", *options, *out]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    expected = given | {"job": "glyphs", "width": 3, "learn_inner_lr": True, "first_order": True}
+    assert summary["settings"] == expected
+    assert summary["backend"] == "reference"
+
+
+def test_evaluate_repeats_the_test_of_the_run(run: str, capsys) -> None:
+    with open(f"{run}/summary.json") as file:
+        summary = json.load(file)
+    assert main(["evaluate", run, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["mean"] == summary["mean"]
+    assert result["ci95"] == summary["ci95"]
+    assert result["checkpoint"] == "best"
+    assert main(["evaluate", run, "--tasks", "4", "--shots", "3", "--seed", "5", "--checkpoint", "last"]) == 0
+    assert "MSE on 4 test tasks, 3-shot" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spelling", ["--resume RUN", "--resume --out RUN", "--resume RUN --out RUN"])
+def test_resume_goes_on(run: str, capsys, spelling: str) -> None:
+    assert main(["train", "--iterations", "30", *spelling.replace("RUN", run).split()]) == 0
+    assert f"sinusoid in {run}: iteration 20 of 30" in capsys.readouterr().out
+    with open(f"{run}/summary.json") as file:
+        assert json.load(file)["meta_iterations"] == 30
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch) -> None:
+    run = str(tmp_path / "run")
+    sample = SinusoidTasks.sample
+    draws = []
+
+    def interrupting(tasks, *arguments):
+        draws.append(1)
+        if len(draws) == 8:
+            signal.raise_signal(signal.SIGINT)
+        return sample(tasks, *arguments)
+
+    monkeypatch.setattr(SinusoidTasks, "sample", interrupting)
+    assert main([*TINY, "--out", run]) == 130
+    assert f"Go on with: maml-cuda train --resume {run}" in capsys.readouterr().err
+    assert main(["train", "--resume", run]) == 0
+    assert "iteration 8 of 20" in capsys.readouterr().out
+
+
+def test_ctrl_c_reaches_the_command_of_a_shell(tmp_path) -> None:
+    program = "import sys; from maml_cuda.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["train", "sinusoid", "--iterations", "100000000", "--out", str(tmp_path / "run")]
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", program, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert "iteration 0 of 100000000" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Go on with: maml-cuda train --resume" in errors
+    assert "Traceback" not in errors
+
+
+def test_info_names_the_build_and_the_versions(capsys) -> None:
+    assert main(["info"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert {"version", "cpu_isa", "python", "torch", "numpy", "threads"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "sinusoid", "--resume"], "--resume must name one run folder"),
+        (["train", "--resume", "a", "--out", "b"], "--resume must name one run folder"),
+        (["train", "--resume", "nowhere"], "no checkpoint in nowhere"),
+        (["train", "sinusoid", "--ways", "3"], "ways must be left alone for the sinusoid"),
+        (["train", "glyphs", "--shots", "9", "--queries", "9"], "k_shot + n_query must be at most 17"),
+        (["train", "--threads", "0"], "threads must be at least 1, got 0"),
+        (["evaluate", "nowhere"], "no checkpoint in nowhere"),
+    ],
+)
+def test_errors_are_words_not_tracebacks(tmp_path, monkeypatch, capsys, arguments, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("maml-cuda: error: ")
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_run_is_not_overwritten(run: str, capsys) -> None:
+    assert main([*TINY, "--out", run]) == 2
+    assert f"continue that run with --resume {run}" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_said_in_words(monkeypatch, capsys) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tqdm" else find_spec(name))
+    assert main(["train", "glyphs"]) == 2
+    assert 'tqdm must be installed: pip install "maml-cuda[train]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["info"]])
+def test_help_is_there_for_every_command(capsys, command: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: maml-cuda" in capsys.readouterr().out
+
+
+def test_help_shows_the_defaults_of_both_jobs(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(default: 0.4 glyphs, 0.01 sinusoid)" in shown
+    assert "70000 sinusoid" in shown
