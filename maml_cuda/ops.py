@@ -29,13 +29,33 @@ def _plan(text: str) -> dict[str, Any]:
     return json.loads(text)
 
 
-@lru_cache(maxsize=1024)
-def _problem(
-    plan: str, operation: str, sample: tuple[int, ...], n_support: int, n_query: int, steps: int, first_order: bool,
-    double: bool,
-) -> _core.Problem:  # fmt: skip
+class _Problem:
     """Everything that follows from the signature of a call."""
-    return _core.Problem(_plan(plan), operation, list(sample), n_support, n_query, steps, first_order, double)
+
+    __slots__ = ("core", "gradient_size", "loss", "prediction", "workspaces")
+
+    def __init__(self, plan: str, operation: str, sample: tuple[int, ...], n_support: int, n_query: int, *rest: Any):
+        self.core = _core.Problem(_plan(plan), operation, list(sample), n_support, n_query, *rest)
+        self.prediction = tuple(self.core.prediction)
+        self.loss = _plan(plan)["loss"]
+        self.gradient_size = _gradient_size(plan)
+        self.workspaces: dict[tuple[int, int], int] = {}  # (tasks, threads) -> elements
+
+    def run(self, like: Tensor, tasks: int, **addresses: Any) -> None:
+        threads = torch.get_num_threads()
+        size = self.workspaces.get((tasks, threads))
+        if size is None:
+            size = self.workspaces[tasks, threads] = self.core.workspace(tasks, threads)
+        workspace = like.new_empty(size)
+        self.core.run(tasks, threads, workspace=workspace.data_ptr(), **addresses)
+
+    def check_target(self, name: str, y: Tensor, x: Tensor) -> None:
+        if self.loss == "mse":
+            checks.target(name, y, (*x.shape[:2], *self.prediction))
+
+
+# (plan, operation, sample, n_support, n_query, steps, first_order, double)
+_problem = lru_cache(maxsize=1024)(_Problem)
 
 
 def check(plan: str, sample: tuple[int, ...], n_support: int, n_query: int, dtype: torch.dtype) -> None:
@@ -45,17 +65,6 @@ def check(plan: str, sample: tuple[int, ...], n_support: int, n_query: int, dtyp
         ValueError: they do not fit a layer. `_core.Unsupported` (a ValueError): no fused layer fits them.
     """
     _problem(plan, "meta_loss", tuple(sample), n_support, n_query, 0, True, dtype == torch.float64)
-
-
-def _run(problem: _core.Problem, like: Tensor, tasks: int, **tensors: Any) -> None:
-    threads = torch.get_num_threads()
-    workspace = torch.empty(problem.workspace(tasks, threads), dtype=like.dtype)
-    problem.run(tasks, threads, workspace=workspace.data_ptr(), **tensors)
-
-
-def _check_target(plan: str, name: str, y: Tensor, x: Tensor, prediction: list[int]) -> None:
-    if _plan(plan)["loss"] == "mse":
-        checks.target(name, y, (x.shape[0], x.shape[1], *prediction))
 
 
 def _addresses(tensors: list[Tensor]) -> list[int]:
@@ -94,7 +103,7 @@ def _spread(plan: str, adapted: list[Tensor]) -> list[Tensor | None]:
     return [next(rest) if p["role"] == "adapted" else None for p in _plan(plan)["parameters"]]
 
 
-def _prediction_shape(plan: str, x: Tensor) -> list[int]:
+def _prediction_shape(plan: str, x: Tensor) -> tuple[int, ...]:
     return _problem(
         plan, "predict", tuple(int(d) for d in x.shape[2:]), 0, int(x.shape[1]), 0, False, x.dtype == torch.float64
     ).prediction
@@ -117,17 +126,18 @@ def _meta_gradient(
     operation = "meta_gradient" if gradient else "meta_loss"
     double = x_spt.dtype == torch.float64
     problem = _problem(plan, operation, tuple(sample), n_support, x_qry.shape[1], steps, first_order, double)
-    _check_target(plan, "y_spt", y_spt, x_spt, problem.prediction)
-    _check_target(plan, "y_qry", y_qry, x_qry, problem.prediction)
-    x_spt, y_spt, x_qry, y_qry, *dense = _dense([x_spt, y_spt, x_qry, y_qry, *parameters, *rates])
-    outputs = _meta_outputs(x_qry, tasks, problem.prediction, steps, _gradient_size(plan) if gradient else 0)
+    problem.check_target("y_spt", y_spt, x_spt)
+    problem.check_target("y_qry", y_qry, x_qry)
+    x_spt, y_spt, x_qry, y_qry = _dense([x_spt, y_spt, x_qry, y_qry])
+    parameters, rates = _dense(parameters), _dense(rates)
+    outputs = _meta_outputs(x_qry, tasks, problem.prediction, steps, problem.gradient_size if gradient else 0)
     loss, task_losses, logits, support_losses, flat = outputs
     if task_weights is not None:
         task_weights = task_weights.contiguous()
-    _run(
-        problem, x_spt, tasks,
-        parameters=_addresses(dense[: len(parameters)]),
-        rates=_addresses(dense[len(parameters) :]),
+    problem.run(
+        x_spt, tasks,
+        parameters=_addresses(parameters),
+        rates=_addresses(rates),
         data=[x_spt.data_ptr(), y_spt.data_ptr(), x_qry.data_ptr(), y_qry.data_ptr()],
         task_weights=0 if task_weights is None else task_weights.data_ptr(),
         losses=[loss.data_ptr(), task_losses.data_ptr(), support_losses.data_ptr()],
@@ -138,7 +148,7 @@ def _meta_gradient(
 
 
 def _meta_outputs(
-    like: Tensor, tasks: int, prediction: list[int], steps: int, gradient: int
+    like: Tensor, tasks: int, prediction: tuple[int, ...], steps: int, gradient: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         like.new_empty(()),
@@ -173,13 +183,14 @@ def _adapt_forward(
 ) -> tuple[list[Tensor], Tensor]:
     tasks, n, *sample = x.shape
     problem = _problem(plan, "adapt", tuple(sample), n, 0, steps, True, x.dtype == torch.float64)
-    _check_target(plan, "y_spt", y, x, problem.prediction)
-    x, y, *dense = _dense([x, y, *parameters, *rates])
+    problem.check_target("y_spt", y, x)
+    x, y = _dense([x, y])
+    parameters, rates = _dense(parameters), _dense(rates)
     fast, support_losses = _adapt_fake(parameters, rates, x, y, plan, steps)
-    _run(
-        problem, x, tasks,
-        parameters=_addresses(dense[: len(parameters)]),
-        rates=_addresses(dense[len(parameters) :]),
+    problem.run(
+        x, tasks,
+        parameters=_addresses(parameters),
+        rates=_addresses(rates),
         data=[x.data_ptr(), y.data_ptr(), 0, 0],
         losses=[0, 0, support_losses.data_ptr()],
         per_task=[0 if t is None else t.data_ptr() for t in _spread(plan, fast)],
@@ -201,15 +212,16 @@ def _adapt_backward(
 ) -> Tensor:  # fmt: skip
     tasks, n, *sample = x.shape
     problem = _problem(plan, "adapt_backward", tuple(sample), n, 0, steps, first_order, x.dtype == torch.float64)
-    x, y, *dense = _dense([x, y, *parameters, *rates])
+    x, y = _dense([x, y])
+    parameters, rates = _dense(parameters), _dense(rates)
     given, strides = _by_task(cotangents)
     gradient = x.new_empty(_gradient_size(plan))
     spread = [0 if t is None else t.data_ptr() for t in _spread(plan, given)]
     steps_of = iter(strides)
-    _run(
-        problem, x, tasks,
-        parameters=_addresses(dense[: len(parameters)]),
-        rates=_addresses(dense[len(parameters) :]),
+    problem.run(
+        x, tasks,
+        parameters=_addresses(parameters),
+        rates=_addresses(rates),
         data=[x.data_ptr(), y.data_ptr(), 0, 0],
         given=spread,
         given_strides=[next(steps_of) if address else 0 for address in spread],
@@ -245,7 +257,7 @@ def _predict_forward(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
     own, _keep = _own(fast)
     x = x.contiguous()
     logits = x.new_empty((tasks, n, *problem.prediction))
-    _run(problem, x, tasks, **own, data=[0, 0, x.data_ptr(), 0], logits=logits.data_ptr())
+    problem.run(x, tasks, **own, data=[0, 0, x.data_ptr(), 0], logits=logits.data_ptr())
     return logits
 
 
@@ -259,8 +271,8 @@ def _predict_backward(fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: st
     own, _keep = _own(fast)
     x, cotangent = _dense([x, cotangent])
     grads = _like_fast(fast)
-    _run(
-        problem, x, tasks, **own, data=[0, 0, x.data_ptr(), 0], given=[cotangent.data_ptr()],
+    problem.run(
+        x, tasks, **own, data=[0, 0, x.data_ptr(), 0], given=[cotangent.data_ptr()],
         per_task=_addresses(grads),
     )  # fmt: skip
     return grads
@@ -277,12 +289,12 @@ def _predict_backward_fake(fast: list[Tensor], x: Tensor, cotangent: Tensor, pla
 def _loss_and_grad(fast: list[Tensor], x: Tensor, y: Tensor, plan: str) -> tuple[Tensor, list[Tensor]]:
     tasks, n, *sample = x.shape
     problem = _problem(plan, "loss_and_grad", tuple(sample), n, 0, 0, False, x.dtype == torch.float64)
-    _check_target(plan, "y", y, x, problem.prediction)
+    problem.check_target("y", y, x)
     own, _keep = _own(fast)
     x, y = _dense([x, y])
     losses, grads = _loss_and_grad_fake(fast, x, y, plan)
-    _run(
-        problem, x, tasks, **own, data=[x.data_ptr(), y.data_ptr(), 0, 0], losses=[0, losses.data_ptr(), 0],
+    problem.run(
+        x, tasks, **own, data=[x.data_ptr(), y.data_ptr(), 0, 0], losses=[0, losses.data_ptr(), 0],
         per_task=_addresses(grads),
     )  # fmt: skip
     return losses, grads
@@ -295,13 +307,13 @@ def _loss_and_grad_fake(fast: list[Tensor], x: Tensor, y: Tensor, plan: str) -> 
 def _hvp(fast: list[Tensor], x: Tensor, y: Tensor, v: list[Tensor], plan: str) -> list[Tensor]:
     tasks, n, *sample = x.shape
     problem = _problem(plan, "hvp", tuple(sample), n, 0, 0, False, x.dtype == torch.float64)
-    _check_target(plan, "y", y, x, problem.prediction)
+    problem.check_target("y", y, x)
     own, _keep = _own(fast)
     x, y = _dense([x, y])
     directions, strides = _by_task(v)
     products = _like_fast(fast)
-    _run(
-        problem, x, tasks, **own, data=[x.data_ptr(), y.data_ptr(), 0, 0], given=_addresses(directions),
+    problem.run(
+        x, tasks, **own, data=[x.data_ptr(), y.data_ptr(), 0, 0], given=_addresses(directions),
         given_strides=strides, per_task=_addresses(products),
     )  # fmt: skip
     return products
@@ -355,8 +367,7 @@ def _once(what: str, grads: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
 
 def _cut(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
     """`flat` as tensors shaped as `like`."""
-    parts = flat.split([t.numel() for t in like])
-    return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
+    return torch._C._nn.unflatten_dense_tensors(flat, like)
 
 
 class _Attach(torch.autograd.Function):

@@ -61,7 +61,7 @@ class _Shape:
     """x.shape of a traced tensor."""
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class _Tracer(torch.fx.Tracer):
@@ -91,7 +91,7 @@ def trace(model: nn.Module) -> Plan:
     """
     for name, module in model.named_modules():
         what = _described(name, module)
-        if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        if any(getattr(module, hooks, None) for hooks in HOOKS):
             raise Unfusable(f"{what} has hooks, which a fused layer would not run")
         if parametrize.is_parametrized(module):
             raise Unfusable(f"{what} has parametrizations (torch.nn.utils.parametrize)")

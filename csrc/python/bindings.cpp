@@ -149,6 +149,8 @@ class BoundProblem {
     return problem_.query.n ? problem_.query.prediction : problem_.support.prediction;
   }
 
+  int saved_steps() const { return problem_.saved_steps; }
+
   int64_t workspace(int64_t tasks, int threads) const { return cpu::workspace_size(problem_, tasks, threads); }
 
   using Addresses = std::vector<Address>;
@@ -214,6 +216,8 @@ PYBIND11_MODULE(_core, m) {
            py::arg("plan"), py::arg("operation"), py::arg("sample"), py::arg("n_support"), py::arg("n_query"),
            py::arg("steps"), py::arg("first_order"), py::arg("double"))
       .def_property_readonly("prediction", &BoundProblem::prediction, "Shape of one sample's prediction.")
+      .def_property_readonly("saved_steps", &BoundProblem::saved_steps,
+                             "Inner steps whose state is kept for the products; 1: it is computed again.")
       .def("workspace", &BoundProblem::workspace, py::arg("tasks"), py::arg("threads"), "Elements of workspace.")
       .def("run", &BoundProblem::run, py::arg("tasks"), py::arg("threads"), py::kw_only(), py::arg("workspace"),
            py::arg("parameters"), py::arg("parameter_strides") = std::vector<int64_t>{},

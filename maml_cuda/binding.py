@@ -1,0 +1,169 @@
+"""What a FusedMAML runs on, as its model's flags stand: the plan and its tensors, or the sentence why not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import plan, reference
+from .rates import InnerRates, read_rates
+
+AdaptParams = Callable[[str], bool] | Iterable[str] | None
+
+
+class Binding:
+    """The decision of one moment, and how to see that it still holds.
+
+    Attributes:
+        backend: "cpu" or "reference".
+        why_not: the sentence, where there is no plan.
+        text: the plan as ops.py takes it: nodes, parameters with role and rate, rate tensors, loss.
+        names: the plan's parameters.
+        fits: signatures of calls that the layers are known to fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: str | Callable,
+        inner_lr: float | Tensor | InnerRates,
+        inner_steps: int,
+        adapt_params: AdaptParams,
+        fused: bool,
+    ) -> None:
+        self.backend = "reference"
+        self.why_not = ""
+        self.text = ""
+        self.names: list[str] = []
+        self.served_by: dict[str, list[str]] = {}
+        self.fits: set = set()
+        self._slots: list[tuple[dict[str, Any], str]] = []  # the plan's parameters and rate tensors
+        self._has_gradient: list[bool] = []
+        self._modules = [(m, m.training, dict(m._modules)) for m in model.modules()]
+        self._parameters = [
+            (m._parameters, key, p.requires_grad, p.dtype, p.device)
+            for m in model.modules()
+            for key, p in m._parameters.items()
+            if p is not None
+        ]
+        self._inner_lr = inner_lr
+        rates = inner_lr.items() if isinstance(inner_lr, InnerRates) else [("", inner_lr)]
+        self._rates = [(r, r.requires_grad) for _, r in rates if isinstance(r, Tensor)]
+        parameters, key, *_ = self._parameters[0]
+        self._first = (parameters, key)
+        if not fused:
+            return
+        try:
+            self._trace(model, loss, adapt_params, inner_steps)
+            self.backend = "cpu"
+        except plan.Unfusable as reason:
+            self.why_not = str(reason)
+
+    def holds(self, inner_lr: float | Tensor | InnerRates) -> bool:
+        """Whether nothing has changed that the plan depends on: modules, their flags and hooks, parameters' kinds."""
+        if inner_lr is not self._inner_lr:
+            return False
+        for m, training, children in self._modules:
+            if m.training is not training or m._modules != children or m._forward_hooks or m._forward_pre_hooks:
+                return False
+            if m._backward_hooks or m._backward_pre_hooks:
+                return False
+        for parameters, key, requires_grad, dtype, device in self._parameters:
+            p = parameters.get(key)
+            if p is None or p.requires_grad is not requires_grad or p.dtype is not dtype or p.device != device:
+                return False
+        return all(rate.requires_grad is learned for rate, learned in self._rates)
+
+    def like(self) -> Tensor:
+        """A parameter of the model, for its dtype and device."""
+        parameters, key = self._first
+        return parameters[key]
+
+    def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The plan's parameters, and its rate tensors in the model's dtype."""
+        count = len(self.names)
+        parameters = [owner[key] for owner, key in self._slots[:count]]
+        dtype = parameters[0].dtype
+        rates = [owner[key] for owner, key in self._slots[count:]]
+        return parameters, [r if r.dtype == dtype else r.to(dtype) for r in rates]
+
+    def with_gradient(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Those of parameters + rate tensors that have a place in the flat gradient."""
+        return [t for t, yes in zip(tensors, self._has_gradient, strict=True) if yes]
+
+    def give_up(self, why_not: str) -> None:
+        """From the plan to the general path: no fused layer fits the data."""
+        self.backend, self.why_not, self.served_by = "reference", why_not, {}
+
+    def _trace(
+        self, model: nn.Module, loss: str | Callable, adapt_params: AdaptParams, inner_steps: int
+    ) -> None:
+        p = self.like()
+        if not isinstance(loss, str):
+            raise plan.Unfusable(f"the loss {getattr(loss, '__name__', type(loss).__name__)} is a callable of yours")
+        if p.device.type != "cpu":
+            raise plan.Unfusable(f"this build has no fused layers for {p.device.type}")
+        if p.dtype not in (torch.float32, torch.float64):
+            raise plan.Unfusable(f"the model is {p.dtype}; fused are float32 and float64")
+        traced = plan.trace(model)
+        adapted = reference.adapted_names(model, adapt_params)
+        unreached = [name for name in adapted if name not in traced.parameters]
+        if unreached:
+            raise reference.unreached(unreached)
+        self.names, self.served_by = traced.parameters, traced.served_by
+        self._describe(model, traced, adapted, inner_steps, loss)
+
+    def _describe(
+        self, model: nn.Module, traced: plan.Plan, adapted: list[str], inner_steps: int, loss: str
+    ) -> None:
+        """The text of the plan, and where its tensors stand."""
+        parameters = dict(model.named_parameters())
+        rates = read_rates(self._inner_lr, {name: parameters[name].shape for name in adapted}, inner_steps)
+        described: list[dict[str, Any]] = []
+        tensors: list[dict[str, Any]] = []
+        owners: list[tuple[dict[str, Any], str]] = []
+        shared: dict[int, int] = {}  # a rate tensor that is one number for several parameters -> its index
+        for index, (name, (rows, taps)) in enumerate(zip(traced.parameters, traced.rows_taps, strict=True)):
+            p = parameters[name]
+            entry: dict[str, Any] = {"size": p.numel(), "rows": rows, "taps": taps}
+            entry["role"] = "adapted" if name in rates else "outer" if p.requires_grad else "frozen"
+            described.append(entry)
+            path, _, key = name.rpartition(".")
+            self._slots.append((model.get_submodule(path)._parameters, key))
+            if name not in rates:
+                continue
+            rate = rates[name]
+            if not isinstance(rate.value, Tensor):
+                entry["rate"] = rate.value
+                continue
+            entry.update(per_step=rate.per_step, elementwise=rate.elementwise)
+            if rate.elementwise or id(rate.value) not in shared:
+                shared[id(rate.value)] = len(tensors)
+                entry_of_tensor = {
+                    "size": rate.value.numel(),
+                    "steps": len(rate.value) if rate.per_step else 1,
+                    "learned": rate.value.requires_grad,
+                }
+                if rate.elementwise:
+                    entry_of_tensor["parameter"] = index
+                tensors.append(entry_of_tensor)
+                owners.append(self._owner_of_rate(name, rate.value))
+            entry["rate_tensor"] = len(tensors) - 1 if rate.elementwise else shared[id(rate.value)]
+        self._slots += owners
+        self._has_gradient = [d["role"] != "frozen" for d in described] + [t["learned"] for t in tensors]
+        self.text = json.dumps(
+            {"nodes": traced.nodes, "parameters": described, "rate_tensors": tensors, "loss": loss}
+        )
+
+    def _owner_of_rate(self, name: str, rate: Tensor) -> tuple[dict[str, Any], str]:
+        """Where the rate of the parameter `name` is read from at each call."""
+        if isinstance(self._inner_lr, InnerRates):
+            path, _, key = name.rpartition(".")
+            owner = self._inner_lr.get_submodule(path)
+            return (owner._parameters if isinstance(rate, nn.Parameter) else owner._buffers), key
+        return {"inner_lr": rate}, "inner_lr"
+

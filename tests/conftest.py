@@ -1,0 +1,103 @@
+"""What the tests share: one body for every backend, and the comparisons with the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maml_cuda import FusedMAML, reference
+
+
+def relative_errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Per name: |got - expected| over |expected|, or over 1e-4 of the norm of all of them where that is larger (a
+    conv bias before BatchNorm has a gradient of exactly zero, and rounding noise on both sides)."""
+    assert got.keys() == expected.keys()
+    total = torch.stack([e.norm() for e in expected.values()]).norm().item()
+    return {
+        name: (got[name] - e).norm().item() / max(e.norm().item(), 1e-4 * total, 1e-300)
+        for name, e in expected.items()
+    }
+
+
+def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+    errors = relative_errors(got, expected)
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] <= tolerance, f"{worst}: relative error {errors[worst]:.2e} > {tolerance:.0e}"
+
+
+def run(maml: FusedMAML, data: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """One meta-step: the loss and every gradient by name, under `inner_lr*` for learned rates."""
+    maml.zero_grad()
+    loss = maml(*data).loss
+    loss.backward()
+    grads = {n: p.grad for n, p in maml.model.named_parameters() if p.grad is not None}
+    for name, rate in maml.named_parameters(remove_duplicate=False):  # one rate may serve several names
+        if name.startswith("inner_lr") and rate.grad is not None:
+            grads[name] = rate.grad
+    return loss.detach(), grads
+
+
+def check_meta_gradient(
+    model: nn.Module, loss: str, data: list[Tensor], inner_lr: object, steps: int, backend: str = "fused",
+    tolerance: float = 1e-10, **options: object,
+) -> FusedMAML:  # fmt: skip
+    """The fused meta-step against the reference, in the data's own dtype."""
+    maml = FusedMAML(model, inner_lr, steps, loss=loss, backend=backend, **options)
+    value, grads = run(maml, data)
+    expected_value, expected = reference.meta_gradient(
+        model, loss, *data, maml.inner_lr, steps, options.get("first_order", False), options.get("adapt_params")
+    )
+    assert abs(value.item() - expected_value.item()) <= tolerance * max(1.0, abs(expected_value.item()))
+    assert_close(grads, expected, tolerance)
+    return maml
+
+
+def fast_parameters(model: nn.Module, tasks: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Different parameters for every task."""
+    return {
+        name: p.detach() + 0.1 * torch.randn(tasks, *p.shape, dtype=p.dtype, generator=generator)
+        for name, p in model.named_parameters()
+    }
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture()
+def check_passes() -> Callable[..., None]:
+    """The four passes of the layers of a model, in float64, against autograd and double backward.
+
+    forward: predict; backward: loss_and_grad, and the backward of predict; both tangents: hvp. Per-task parameters.
+    """
+
+    def check(model: nn.Module, sample: tuple[int, ...], n: int, tasks: int = 2, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        model = model.double()
+        maml = FusedMAML(model, 0.1, 1, loss="mse", backend="fused")
+        oracle = FusedMAML(model, 0.1, 1, loss="mse", backend="reference")
+        x = torch.randn(tasks, n, *sample, dtype=torch.float64, generator=generator)
+        fast = fast_parameters(model, tasks, generator)
+        v = fast_parameters(model, tasks, generator)
+        prediction = oracle.predict(fast, x)
+        y = torch.randn(prediction.shape, dtype=torch.float64, generator=generator)
+        assert_close({"prediction": maml.predict(fast, x)}, {"prediction": prediction}, 1e-12)
+        losses, grads = maml.loss_and_grad(fast, x, y)
+        expected_losses, expected = oracle.loss_and_grad(fast, x, y)
+        assert_close({"losses": losses}, {"losses": expected_losses}, 1e-12)
+        assert_close(grads, expected, 1e-11)
+        assert_close(maml.hvp(fast, x, y, v), oracle.hvp(fast, x, y, v), 1e-10)
+
+        leaves = {name: p.clone().requires_grad_() for name, p in fast.items()}
+        (maml.predict(leaves, x) * y).sum().backward()
+        twins = {name: p.clone().requires_grad_() for name, p in fast.items()}
+        (oracle.predict(twins, x) * y).sum().backward()
+        assert_close(
+            {n: p.grad for n, p in leaves.items()}, {n: p.grad for n, p in twins.items()}, 1e-11
+        )  # fmt: skip
+
+    return check

@@ -1,0 +1,44 @@
+"""Convolution: every kernel, stride and padding, at odd sizes and at channel counts around the register blocks."""
+
+import pytest
+from torch import nn
+
+GEOMETRY = [  # kernel, stride, padding, height, width
+    (1, 1, 0, 5, 4),
+    (3, 1, 1, 5, 7),
+    (3, 2, 1, 6, 5),
+    (3, 2, 1, 7, 8),
+    (3, 2, 0, 8, 7),
+    (2, 2, 0, 5, 5),
+    (1, 2, 0, 5, 6),
+    (5, 3, 2, 9, 7),
+    (3, 1, 4, 3, 3),  # more padding than the kernel reaches
+    ((2, 3), (3, 1), (1, 0), 6, 5),
+    ((1, 4), (1, 2), (0, 3), 3, 5),
+    (3, 4, 1, 6, 6),  # positions that no tap reaches
+    (4, 1, "same", 5, 5),
+    ((2, 3), 1, "same", 4, 4),
+    (3, 1, "valid", 4, 4),
+]
+
+
+# torch's own convolution warns that "same" padding of an even kernel is slow.
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize(("kernel", "stride", "padding", "height", "width"), GEOMETRY)
+@pytest.mark.parametrize("bias", [True, False])
+def test_geometry(check_passes, kernel, stride, padding, height, width, bias):
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Conv2d(3, 4, kernel, stride, padding, bias=bias))
+    check_passes(model, (2, height, width), n=3)
+
+
+@pytest.mark.parametrize("channels", [1, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 100])
+def test_channels(check_passes, channels):
+    model = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(channels, 5, 3, 2, 1))
+    check_passes(model, (3, 5, 4), n=2, tasks=1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 23, 300])
+def test_sample_groups(check_passes, n):
+    """More samples than one padded group holds, and groups that do not divide them."""
+    model = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 3, 3, 2, 1))
+    check_passes(model, (2, 6, 7), n=n, tasks=1)
