@@ -13,9 +13,6 @@ from .rivals import Builder
 from .workloads import Tasks, Workload
 
 FLOAT64_LIMIT = 1e-10
-# One ReLU or argmax that flips between two correct float32 computations moves a deep net's meta-gradient,
-# autograd's as well as ours, by up to some percent: float32 is held to what only a wrong kernel exceeds.
-FLOAT32_LIMIT = 0.1
 
 
 class WrongAnswer(Exception):
@@ -63,7 +60,7 @@ def prove(
 ) -> tuple[float, float]:
     """A side's relative errors in float64 and in float32; raises WrongAnswer past either limit."""
     errors = []
-    for dtype, limit in ((torch.float64, FLOAT64_LIMIT), (torch.float32, FLOAT32_LIMIT)):
+    for dtype, limit in ((torch.float64, FLOAT64_LIMIT), (torch.float32, workload.float32_limit)):
         own = copy.deepcopy(model).to(dtype)
         own_tasks = tasks.double() if dtype == torch.float64 else tasks
         build(workload, own, own_tasks, first_order)()
