@@ -8,6 +8,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,17 +62,17 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     builders = {OURS: fused(options.backend), **RIVALS}
-    cases = []
+    settings = {name: getattr(options, name) for name in ("seconds", "quick", "backend")}
+    cases: list[dict[str, Any]] = []
+    record = {"machine": machine(), "settings": settings, "cases": cases}
     for name in options.workload:
         workload = WORKLOADS[name].shrunk() if options.quick else WORKLOADS[name]
         for order in options.order:
             say = partial(progress, f"{name}, order {order}:")
             cases.append(measure(workload, order, builders, options.seconds, say))
-    settings = {name: getattr(options, name) for name in ("seconds", "quick", "backend")}
-    record = {"machine": machine(), "settings": settings, "cases": cases}
+            if options.json:  # after each case, so that a run that is cut short keeps what it measured
+                write(options.json, json.dumps(record, indent=2))
     print(markdown(record))
-    if options.json:
-        write(options.json, json.dumps(record, indent=2))
     return int(any(case["sides"][OURS]["status"] != "timed" for case in cases))
 
 

@@ -25,8 +25,8 @@ Parameters = dict[str, Tensor]
 LOSSES = {"mse": F.mse_loss, "cross_entropy": F.cross_entropy}
 
 
-def clear(model: nn.Module) -> None:
-    for p in model.parameters():
+def clear(parameters: list[nn.Parameter]) -> None:
+    for p in parameters:
         p.grad = None
 
 
@@ -48,8 +48,10 @@ def fused(backend: str) -> Builder:
             backend=backend,
         )
 
+        parameters = list(model.parameters())  # once: walking the modules costs as much as a small step
+
         def step() -> None:
-            clear(model)
+            clear(parameters)
             maml(*tasks).loss.backward()
 
         return step
@@ -65,9 +67,10 @@ def autograd_loop(workload: Workload, model: nn.Module, tasks: Tasks, first_orde
     """
     loss = LOSSES[workload.loss]
     params = dict(model.named_parameters())
+    parameters = list(params.values())
 
     def step() -> None:
-        clear(model)
+        clear(parameters)
         for x_spt, y_spt, x_qry, y_qry in zip(*tasks, strict=True):
             fast = params
             for _ in range(workload.inner_steps):
@@ -87,6 +90,7 @@ def func_vmap(workload: Workload, model: nn.Module, tasks: Tasks, first_order: b
     silently wrong with BatchNorm (seen with torch 2.13), and the proof would refuse it.
     """
     loss = LOSSES[workload.loss]
+    parameters = list(model.parameters())
     params = {name: p.detach() for name, p in model.named_parameters()}
 
     def task_loss(params: Parameters, x: Tensor, y: Tensor) -> Tensor:
@@ -112,10 +116,10 @@ def func_vmap(workload: Workload, model: nn.Module, tasks: Tasks, first_order: b
     task_grads = vmap(first_order_only if first_order else second_order, in_dims=(None, 0, 0, 0, 0))
 
     def step() -> None:
-        clear(model)
+        clear(parameters)
         grads = task_grads(params, *tasks)
-        for name, p in model.named_parameters():
-            p.grad = grads[name].mean(0)
+        for p, grad_p in zip(parameters, grads.values(), strict=True):
+            p.grad = grad_p.mean(0)
 
     return step
 
