@@ -1,0 +1,363 @@
+"""The torch.library ops: schemas and fakes, torch.compile, third order, AMP and DDP."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+
+from maml_cuda import FusedMAML, reference
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These tensors are too small to share out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def compiled() -> Iterator[Callable[..., Any]]:
+    """torch.compile with a graph that must not break, forgotten afterwards."""
+    torch._dynamo.reset()
+    yield lambda f, backend="aot_eager", **given: torch.compile(f, fullgraph=True, backend=backend, **given)
+    torch._dynamo.reset()
+
+
+def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 4)).to(dtype)
+
+
+def episode(
+    tasks: int = 2, n_support: int = 5, n_query: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    data = []
+    for n in (n_support, n_query):
+        data.append(torch.randn(tasks, n, 3, generator=g, dtype=dtype))
+        data.append(torch.randint(4, (tasks, n), generator=g))
+    return data
+
+
+def rate() -> nn.Parameter:
+    return nn.Parameter(torch.tensor([0.3, 0.2], dtype=torch.float64))
+
+
+def grads(module: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in module.parameters()]
+
+
+def step(call: Callable[..., Any], maml: nn.Module, data: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradients of one training step."""
+    maml.zero_grad()
+    loss = call(*data).loss
+    loss.backward()
+    return loss.detach(), grads(maml)
+
+
+def same(got: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> None:
+    assert torch.equal(got[0], expected[0])
+    for a, b in zip(got[1], expected[1], strict=True):
+        assert torch.equal(a, b)
+
+
+# -- schemas -------------------------------------------------------------------------------------------------
+
+
+class Calls(TorchFunctionMode):
+    """The first call of each of our ops, with its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, tuple[Any, tuple, dict]] = {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        name = str(function).removesuffix(".default").replace(".", "::")
+        if name.startswith("maml_cuda::"):
+            self.seen.setdefault(name, (function, args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def calls() -> dict[str, tuple[Any, tuple, dict]]:
+    """One call of every op, as FusedMAML makes it."""
+    maml = FusedMAML(net(), rate(), 2)
+    x_spt, y_spt, x_qry, y_qry = episode()
+    fixed = FusedMAML(maml.model, 0.3, 2)
+    with Calls() as made:
+        maml(x_spt, y_spt, x_qry, y_qry)
+        maml.adapt(x_spt, y_spt, differentiable=True)
+        fast = maml.adapt(x_spt, y_spt)
+        fixed.predict(fast, x_qry)
+        fixed.predict({name: t.clone().requires_grad_() for name, t in fast.items()}, x_qry)
+        fixed.loss_and_grad(fast, x_qry, y_qry)
+        fixed.hvp(fast, x_qry, y_qry, fast)
+    parameters, rates, x, y, plan, steps = made.seen["maml_cuda::adapt_forward"][1]
+    cotangents = [torch.ones_like(fast[name]) for name, _ in maml.model.named_parameters()]
+    backward = (parameters, rates, x, y, cotangents, plan, steps, False)
+    made.seen["maml_cuda::adapt_backward"] = (torch.ops.maml_cuda.adapt_backward, backward, {})
+    own, x, plan = made.seen["maml_cuda::predict_forward"][1]
+    cotangent = torch.ones(2, 3, 4, dtype=torch.float64)
+    made.seen["maml_cuda::predict_backward"] = (
+        torch.ops.maml_cuda.predict_backward,
+        (own, x, cotangent, plan),
+        {},
+    )
+    return made.seen
+
+
+OPS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("maml_cuda::"))
+
+
+def test_every_op_is_checked() -> None:
+    assert len(OPS) >= 10
+    assert set(OPS) == set(calls())
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name: str) -> None:
+    function, args, kwargs = calls()[name]
+    op = function if isinstance(function, torch._ops.OpOverload) else function.default
+    torch.library.opcheck(op, args, kwargs)
+
+
+# -- torch.compile -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_a_compiled_step_is_the_same_on_the_first_call(compiled: Any, first_order: bool) -> None:
+    maml = FusedMAML(net(), rate(), 2, first_order=first_order)
+    expected = step(FusedMAML(maml.model, maml.inner_lr, 2, first_order=first_order), maml, episode())
+    call = compiled(maml)  # nothing has warmed maml up
+    same(step(call, maml, episode()), expected)
+    same(step(call, maml, episode(seed=1)), step(maml, maml, episode(seed=1)))
+
+
+def test_compiled_with_the_optimizer_in_the_loop(compiled: Any) -> None:
+    results = []
+    for wrap in (compiled, lambda f: f):
+        maml = FusedMAML(net(), rate(), 2)
+        optimizer = torch.optim.SGD(maml.parameters(), lr=0.1)
+        call = wrap(maml)
+        for seed in range(4):
+            step(call, maml, episode(seed=seed))
+            optimizer.step()
+        results.append([p.detach().clone() for p in maml.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while inductor is imported
+def test_inductor(compiled: Any) -> None:
+    maml = FusedMAML(net(), rate(), 2)
+    same(step(compiled(maml, backend="inductor"), maml, episode()), step(maml, maml, episode()))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_with_other_sizes(compiled: Any, dynamic: bool | None) -> None:
+    maml = FusedMAML(net(), 0.3, 2)
+    call = compiled(maml, dynamic=dynamic)
+    for sizes in ((2, 5, 3), (3, 5, 3), (7, 5, 3), (3, 6, 4)):
+        same(step(call, maml, episode(*sizes)), step(maml, maml, episode(*sizes)))
+
+
+def test_compiled_adapt_and_predict(compiled: Any) -> None:
+    maml = FusedMAML(net(), rate(), 2)
+    fixed = FusedMAML(maml.model, 0.3, 2)
+    data = episode()
+
+    def own_objective(x_spt: Tensor, y_spt: Tensor, x_qry: Tensor, y_qry: Tensor) -> Tensor:
+        fast = maml.adapt(x_spt, y_spt, differentiable=True)
+        return F.cross_entropy(fixed.predict(fast, x_qry).flatten(0, 1), y_qry.flatten())
+
+    results = []
+    for call in (compiled(own_objective), own_objective):
+        maml.zero_grad()
+        loss = call(*data)
+        loss.backward()
+        results.append((loss.detach(), grads(maml)))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-12, atol=0)
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_compiled_building_blocks(compiled: Any) -> None:
+    maml = FusedMAML(net(), 0.3, 2)
+    x_spt, y_spt, x, y = episode()
+
+    def blocks(x_spt: Tensor, y_spt: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        fast = maml.adapt(x_spt, y_spt)
+        losses, gradient = maml.loss_and_grad(fast, x, y)
+        return (losses, *gradient.values(), *maml.hvp(fast, x, y, gradient).values(), maml.predict(fast, x))
+
+    with torch.no_grad():
+        for a, b in zip(compiled(blocks)(x_spt, y_spt, x, y), blocks(x_spt, y_spt, x, y), strict=True):
+            assert torch.equal(a, b)
+
+
+# -- differentiated again ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["forward", "adapt", "predict"])
+@pytest.mark.parametrize("penalty", ["squares", "squares and parameters", "a product"])
+def test_a_third_derivative_raises(call: str, penalty: str) -> None:
+    maml = FusedMAML(net(), 0.3, 2)
+    x_spt, y_spt, x_qry, y_qry = episode()
+    inputs = list(maml.parameters())
+    if call == "forward":
+        value = maml(x_spt, y_spt, x_qry, y_qry).loss
+    elif call == "adapt":
+        value = sum(t.square().sum() for t in maml.adapt(x_spt, y_spt, differentiable=True).values())
+    else:
+        fast = maml.adapt(x_spt, y_spt)
+        inputs = [t.requires_grad_() for t in fast.values()]
+        value = maml.predict(fast, x_qry).square().sum()
+    first = torch.autograd.grad(value, inputs, create_graph=True)
+    assert all(torch.isfinite(g).all() for g in first)
+    total = sum((g**2).sum() for g in first)
+    if penalty == "squares and parameters":
+        total = total + sum(p.sum() for p in inputs)
+    elif penalty == "a product":
+        total = sum((g * p).sum() for g, p in zip(first, inputs, strict=True))
+    for p in inputs:
+        p.grad = None
+    with pytest.raises(RuntimeError, match="third order"):
+        total.backward()
+    assert all(p.grad is None for p in inputs)  # not even the terms that could be had
+
+
+def test_create_graph_does_not_change_the_gradient() -> None:
+    maml = FusedMAML(net(), rate(), 2)
+    parameters = list(maml.parameters())
+    plain = torch.autograd.grad(maml(*episode()).loss, parameters)
+    with_graph = torch.autograd.grad(maml(*episode()).loss, parameters, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, with_graph, strict=True))
+
+
+# -- AMP -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_ignored(backend: str, dtype: torch.dtype) -> None:
+    maml = FusedMAML(net(torch.float32), 0.3, 2, backend=backend)
+    data = episode(dtype=torch.float32)
+    expected = step(maml, maml, data)
+    with torch.autocast("cpu", dtype=dtype):
+        out = maml(*data)
+        fast = maml.adapt(data[0], data[1])
+        blocks = blocks_of(maml, fast, data[2], data[3])
+    maml.zero_grad()
+    out.loss.backward()
+    same((out.loss.detach(), grads(maml)), expected)
+    for name, t in maml.adapt(data[0], data[1]).items():
+        assert torch.equal(fast[name], t)
+    for got, plain in zip(blocks, blocks_of(maml, fast, data[2], data[3]), strict=True):
+        assert got.dtype == torch.float32
+        assert torch.equal(got, plain)
+
+
+def blocks_of(maml: FusedMAML, fast: dict[str, Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
+    losses, gradient = maml.loss_and_grad(fast, x, y)
+    return [maml.predict(fast, x), losses, *gradient.values(), *maml.hvp(fast, x, y, gradient).values()]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_backward_inside_autocast(backend: str) -> None:
+    maml = FusedMAML(net(torch.float32), 0.3, 2, backend=backend)
+    data = episode(dtype=torch.float32)
+    expected = step(maml, maml, data)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        same(step(maml, maml, data), expected)
+
+
+def test_inputs_cast_by_autocast_come_back() -> None:
+    """What a layer before maml computed in bfloat16 is taken in the model's dtype."""
+    maml = FusedMAML(net(torch.float32), 0.3, 2)
+    data = [t.bfloat16() if t.is_floating_point() else t for t in episode(dtype=torch.float32)]
+    widened = [t.float() if t.is_floating_point() else t for t in data]
+    expected = step(maml, maml, widened)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        same(step(maml, maml, data), expected)
+
+
+def test_the_scale_of_a_grad_scaler_passes() -> None:
+    maml = FusedMAML(net(torch.float32), 0.3, 2)
+    data = episode(dtype=torch.float32)
+    _, plain = step(maml, maml, data)
+    optimizer = torch.optim.SGD(maml.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    maml.zero_grad()
+    scaler.scale(maml(*data).loss).backward()
+    assert all(torch.equal(p.grad, g * 2**10) for p, g in zip(maml.parameters(), plain, strict=True))
+    before = [p.detach().clone() for p in maml.parameters()]
+    scaler.unscale_(optimizer)
+    assert all(torch.equal(p.grad, g) for p, g in zip(maml.parameters(), plain, strict=True))
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(p, b - g) for p, b, g in zip(maml.parameters(), before, plain, strict=True))
+
+
+# -- DDP -----------------------------------------------------------------------------------------------------
+
+
+def join(rank: int, processes: int, store: Path) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(store), processes), rank=rank, world_size=processes
+    )
+
+
+def test_ddp_of_one_process(tmp_path: Path) -> None:
+    maml = FusedMAML(net(), rate(), 2)
+    expected = step(maml, maml, episode())
+    join(0, 1, tmp_path / "store")
+    try:
+        parallel = DistributedDataParallel(maml)
+        same(step(parallel, maml, episode()), expected)
+        same(step(parallel, maml, episode(seed=1)), step(maml, maml, episode(seed=1)))
+    finally:
+        dist.destroy_process_group()
+
+
+def half_of_the_tasks(rank: int, store: Path) -> None:
+    torch.set_num_threads(1)
+    join(rank, 2, store)
+    maml = FusedMAML(net(), rate(), 2)
+    if rank == 1:  # DDP sends rank 0's parameters to all
+        with torch.no_grad():
+            for p in maml.parameters():
+                p.add_(1)
+    parallel = DistributedDataParallel(maml)
+    _, gradients = step(parallel, maml, [t[2 * rank : 2 * rank + 2] for t in episode(4)])
+    torch.save(gradients, f"{store}.{rank}")
+    dist.destroy_process_group()
+
+
+def test_ddp_of_two_processes_averages_the_tasks(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    context = torch.multiprocessing.get_context("fork")
+    processes = [context.Process(target=half_of_the_tasks, args=(rank, store)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    model, inner_lr = net(), rate()
+    _, truth = reference.meta_gradient(model, "cross_entropy", *episode(4), inner_lr, 2)
+    expected = [truth["inner_lr"], *(truth[name] for name, _ in model.named_parameters())]
+    for rank in range(2):
+        for got, g in zip(torch.load(f"{store}.{rank}"), expected, strict=True):
+            torch.testing.assert_close(got, g, rtol=1e-10, atol=1e-14)
