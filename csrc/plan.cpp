@@ -292,7 +292,9 @@ Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
   if (n_query > 0) {
     query = make_stage(graph, sample, n_query, Data::query, query_gradient ? Keep::gradient : Keep::values, footprint);
   }
-  if (second_order() && support.step_size * steps * element_bytes <= kSavedBytes) saved_steps = steps;
+  if (second_order() && !graph.recompute && support.step_size * steps * element_bytes <= kSavedBytes) {
+    saved_steps = steps;
+  }
 }
 
 int64_t Problem::thread_size() const {

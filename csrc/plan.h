@@ -42,6 +42,7 @@ struct Graph {
   std::vector<Node> nodes;
   std::vector<Parameter> parameters;
   Loss loss = Loss::cross_entropy;
+  bool recompute = false;  // run the gradient pass again for each Hessian-vector product, whatever the memory
 };
 
 constexpr int64_t kNowhere = -1;

@@ -89,6 +89,7 @@ Graph graph_of(const py::dict& plan, Operation operation) {
                                 all_adapted ? Role::adapted : named(kRoles, d["role"].cast<std::string>(), "role")});
   }
   graph.loss = named(kLosses, plan["loss"].cast<std::string>(), "loss");
+  graph.recompute = field(plan, "recompute", false);
   return graph;
 }
 

@@ -1,0 +1,156 @@
+"""Rung 6: random small graphs of every layer kind, shape and option, against the reference.
+
+Each case draws a graph, a shape, a loss, rates, adapted parameters and steps, builds the module that computes it, and
+compares the whole meta-gradient in float64. MAML_CUDA_FUZZ sets the number of cases.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from maml_cuda import FusedMAML
+from torch import nn
+
+from .conftest import check_meta_gradient
+
+CASES = int(os.environ.get("MAML_CUDA_FUZZ", "300"))
+
+# Smooth, so that two correct computations cannot fall on two sides of a kink.
+ACTIVATIONS = [nn.Tanh, nn.Sigmoid, nn.Softplus, nn.SiLU, nn.GELU, nn.ELU, nn.Identity]
+KINKED = [nn.ReLU, nn.LeakyReLU]
+
+
+class Graph(nn.Module):
+    """Layers in a row; `skips[i]` adds the value before layer i to its result, where the shapes agree."""
+
+    def __init__(self, layers: list[nn.Module], skips: list[bool]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.skips = skips
+
+    def forward(self, x):
+        for layer, skip in zip(self.layers, self.skips, strict=True):
+            x = layer(x) + x if skip else layer(x)
+        return x
+
+
+@st.composite
+def image_layers(draw, channels: int, height: int, width: int):
+    """Up to five layers on an image, then the way to features."""
+    layers: list[nn.Module] = []
+    skips: list[bool] = []
+    for _ in range(draw(st.integers(1, 5))):
+        kind = draw(st.sampled_from(["conv", "conv", "conv", "norm", "act", "act", "max", "avg", "same"]))
+        if kind == "conv":
+            kernel = (draw(st.integers(1, min(4, height))), draw(st.integers(1, min(4, width))))
+            stride = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+            padding = (draw(st.integers(0, 2)), draw(st.integers(0, 2)))
+            out = draw(st.integers(1, 9))
+            layers.append(nn.Conv2d(channels, out, kernel, stride, padding, bias=draw(st.booleans())))
+            channels = out
+            height = (height + 2 * padding[0] - kernel[0]) // stride[0] + 1
+            width = (width + 2 * padding[1] - kernel[1]) // stride[1] + 1
+            skips.append(False)
+        elif kind == "same":
+            size = draw(st.sampled_from([1, 3, 5]))
+            layers.append(nn.Conv2d(channels, channels, size, padding="same"))
+            skips.append(draw(st.booleans()))
+        elif kind == "norm":
+            layers.append(nn.BatchNorm2d(channels, eps=0.1, affine=draw(st.booleans())))
+            skips.append(draw(st.booleans()))
+        elif kind == "act":
+            layers.append(draw(st.sampled_from(ACTIVATIONS + KINKED))())
+            skips.append(draw(st.booleans()))
+        else:
+            kernel = draw(st.integers(1, min(3, height, width)))
+            stride, padding = draw(st.integers(1, 3)), draw(st.integers(0, kernel // 2))
+            pool = nn.MaxPool2d if kind == "max" else nn.AvgPool2d
+            layers.append(pool(kernel, stride, padding))
+            height = (height + 2 * padding - kernel) // stride + 1
+            width = (width + 2 * padding - kernel) // stride + 1
+            skips.append(False)
+    if draw(st.booleans()):
+        layers.append(nn.AdaptiveAvgPool2d(1))
+        skips.append(False)
+        height = width = 1
+    layers.append(nn.Flatten())
+    skips.append(False)
+    return layers, skips, channels * height * width
+
+
+@st.composite
+def cases(draw):
+    on_images = draw(st.booleans())
+    n = draw(st.integers(2, 5))
+    layers: list[nn.Module] = []
+    skips: list[bool] = []
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    if on_images:
+        sample: tuple[int, ...] = (draw(st.integers(1, 4)), draw(st.integers(1, 7)), draw(st.integers(1, 7)))
+        layers, skips, features = draw(image_layers(*sample))
+    else:
+        features = draw(st.integers(1, 20))
+        sample = (features,)
+    for _ in range(draw(st.integers(0, 2))):
+        width = draw(st.integers(1, 20))
+        layers += [nn.Linear(features, width, bias=draw(st.booleans()))]
+        skips += [False]
+        if draw(st.booleans()):
+            layers += [nn.BatchNorm1d(width, eps=0.1, affine=draw(st.booleans()))]
+            skips += [False]
+        layers += [draw(st.sampled_from(ACTIVATIONS + KINKED))()]
+        skips += [draw(st.booleans())]
+        features = width
+    classes = draw(st.integers(1, 6))
+    layers += [nn.Linear(features, classes)]
+    skips += [False]
+    model = Graph(layers, skips).double()
+    names = [name for name, _ in model.named_parameters()]
+    frozen = draw(st.sets(st.sampled_from(names), max_size=len(names) - 1)) if draw(st.booleans()) else set()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in frozen)
+    trainable = [name for name in names if name not in frozen]
+    adapt = draw(st.none() | st.lists(st.sampled_from(trainable), min_size=1, unique=True))
+    loss = draw(st.sampled_from(["cross_entropy", "mse"]))
+    tasks, n_query, steps = draw(st.integers(1, 3)), draw(st.integers(2, 5)), draw(st.integers(0, 3))
+    data = []
+    for count in (n, n_query):
+        data.append(torch.randn(tasks, count, *sample, dtype=torch.float64))
+        data.append(
+            torch.randint(0, classes, (tasks, count))
+            if loss == "cross_entropy"
+            else torch.randn(tasks, count, classes, dtype=torch.float64)
+        )
+    rate: object = 0.1
+    if draw(st.booleans()):
+        forms = {n: draw(st.sampled_from(["number", "scalar", "steps", "shape", "both"])) for n in adapt or trainable}
+        shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        make = {
+            "number": lambda shape: 0.05,
+            "scalar": lambda shape: nn.Parameter(torch.rand(()).double() * 0.1),
+            "steps": lambda shape: nn.Parameter(torch.rand(steps, *shape).double() * 0.1),
+            "shape": lambda shape: nn.Parameter(torch.rand(shape).double() * 0.1),
+            "both": lambda shape: nn.Parameter(torch.rand(steps, *shape).double() * 0.1),
+        }
+        rate = {n: make[forms[n] if shapes[n] != (steps,) else "scalar"](shapes[n]) for n in adapt or trainable}
+    return model, loss, data, rate, steps, adapt, draw(st.booleans())
+
+
+@settings(
+    max_examples=CASES, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+)  # fmt: skip
+@given(cases())
+def test_random_graphs(case):
+    model, loss, data, rate, steps, adapt, first_order = case
+    if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        try:  # torch refuses one value per channel, and so do we: test_errors.py
+            FusedMAML(model, 0.1, 0, loss=loss, backend="reference")(*data)
+        except ValueError as error:
+            assume("more than 1 value per channel" not in str(error))
+            raise
+    maml = check_meta_gradient(model, loss, data, rate, steps, adapt_params=adapt, first_order=first_order, tolerance=1e-9)
+    assert maml.backend == "cpu"
