@@ -42,9 +42,7 @@ def measure(
             float64, float32 = prove(build, workload, model, tasks, first_order, expected)
         except WrongAnswer as error:
             sides[name] = {"status": "wrong", "reason": str(error)}
-        except (
-            Exception
-        ) as error:  # a rival's failure, of whatever kind, is a result and not the benchmark's end
+        except Exception as error:  # a rival's failure, of whatever kind, is a result and not the benchmark's end
             sides[name] = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
         else:
             sides[name] = {"status": "timed", "error_float64": float64, "error_float32": float32}

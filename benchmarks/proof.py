@@ -66,8 +66,6 @@ def prove(
         build(workload, own, own_tasks, first_order)()
         error = relative_error(own, expected)
         if error > limit:
-            raise WrongAnswer(
-                f"{dtype} meta-gradient must be within {limit:g} of the reference, got {error:.1e}"
-            )
+            raise WrongAnswer(f"{dtype} meta-gradient must be within {limit:g} of the reference, got {error:.1e}")
         errors.append(error)
     return errors[0], errors[1]

@@ -101,9 +101,7 @@ def func_vmap(workload: Workload, model: nn.Module, tasks: Tasks, first_order: b
             params = descend(params, grad(task_loss)(params, x_spt, y_spt), workload.inner_lr)
         return params
 
-    def adapted_loss(
-        params: Parameters, x_spt: Tensor, y_spt: Tensor, x_qry: Tensor, y_qry: Tensor
-    ) -> Tensor:
+    def adapted_loss(params: Parameters, x_spt: Tensor, y_spt: Tensor, x_qry: Tensor, y_qry: Tensor) -> Tensor:
         return task_loss(adapt(params, x_spt, y_spt), x_qry, y_qry)
 
     def second_order(params: Parameters, *task: Tensor) -> Parameters:

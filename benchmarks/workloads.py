@@ -110,9 +110,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         channels = (inputs, outputs, outputs, outputs)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(channels[i], outputs, 3, padding=1, bias=False) for i in range(3)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(channels[i], outputs, 3, padding=1, bias=False) for i in range(3))
         self.norms = nn.ModuleList(nn.BatchNorm2d(outputs, track_running_stats=False) for _ in range(3))
         self.shortcut = nn.Conv2d(inputs, outputs, 1, bias=False)
         self.shortcut_norm = nn.BatchNorm2d(outputs, track_running_stats=False)
@@ -180,15 +178,11 @@ def images(*shape: int, ways: int = 5) -> Callable[[int, int], Callable[[int], t
 
 SINUSOID = Workload("sinusoid-k1", lambda: mlp((1, 40, 40, 1)), sinusoids, "mse", 25, 10, 10, 1, 0.01)
 POLICY = Workload("policy", lambda: mlp((2, 100, 100, 2)), navigation, "mse", 20, 2000, 2000, 1, 0.1)
-OMNIGLOT = Workload(
-    "omniglot", lambda: OmniglotNet(5), images(1, 28, 28), "cross_entropy", 4, 5, 75, 5, 0.4, FLIPS
-)
+OMNIGLOT = Workload("omniglot", lambda: OmniglotNet(5), images(1, 28, 28), "cross_entropy", 4, 5, 75, 5, 0.4, FLIPS)
 MINI_IMAGENET = Workload(
     "mini-imagenet", lambda: MiniImageNetNet(5), images(3, 84, 84), "cross_entropy", 4, 5, 75, 5, 0.01, FLIPS
 )
-RESNET12 = Workload(
-    "resnet12", lambda: ResNet12(5), images(3, 32, 32), "cross_entropy", 4, 5, 25, 3, 0.01, FLIPS
-)
+RESNET12 = Workload("resnet12", lambda: ResNet12(5), images(3, 32, 32), "cross_entropy", 4, 5, 25, 3, 0.01, FLIPS)
 # Almost no arithmetic: what a call costs in Python. Six parameters, one task, one sample.
 OVERHEAD = dataclasses.replace(SINUSOID, name="overhead", tasks=1, support=1, query=1)
 

@@ -2,9 +2,9 @@
 // for it. Everything here is plain data, so that a kernel can take it by value.
 //
 // Shapes. A value is [n, h, w, c], channels last, dense; features are [n, 1, 1, c]. The input of the plan and
-// the target of a loss stand as the user gave them, [n, c, h, w]; `channels_last` and `flatten` turn one order
-// into the other. A weight of a linear layer or a convolution is [tap, c_in, c_out], taps in row-major order;
-// all other parameters are [c].
+// the target of a loss stand as the user gave them, [n, c, h, w]; `channels_last` and `flatten` turn one
+// order into the other. A weight of a linear layer or a convolution is [tap, c_in, c_out], taps in row-major
+// order; all other parameters are [c].
 #pragma once
 
 #include <cstdint>
@@ -15,24 +15,28 @@ enum class Kind { channels_last, flatten, conv2d, batch_norm, pointwise, max_poo
 
 /// f of a pointwise layer; `a` and `b` are Layer::a and Layer::b.
 enum class Function {
-  relu,         // max(x, 0)
-  leaky_relu,   // x > 0 ? x : a x
-  elu,          // x > 0 ? b x : b a (exp(x / c) - 1), c = Layer::c: ELU (b = c = 1), SELU (c = 1), CELU (a = c)
-  silu,         // x sigmoid(x)
-  gelu,         // x Phi(x)
-  gelu_tanh,    // its tanh approximation
-  softplus,     // log(1 + exp(a x)) / a, and x where a x > b
+  relu,        // max(x, 0)
+  leaky_relu,  // x > 0 ? x : a x
+  elu,        // x > 0 ? b x : b a (exp(x / c) - 1), c = Layer::c: ELU (b = c = 1), SELU (c = 1), CELU (a = c)
+  silu,       // x sigmoid(x)
+  gelu,       // x Phi(x)
+  gelu_tanh,  // its tanh approximation
+  softplus,   // log(1 + exp(a x)) / a, and x where a x > b
   tanh,
   sigmoid,
-  hardtanh,     // min(max(x, a), b): also ReLU6
+  hardtanh,  // min(max(x, a), b): also ReLU6
 };
 
-struct Image { int64_t c, h, w; };
+struct Image {
+  int64_t c, h, w;
+};
 
 inline int64_t size(const Image& s) { return s.c * s.h * s.w; }
 
 /// A sliding window: output (i, j) reads input rows i * stride_h - pad_top + [0, kernel_h), columns alike.
-struct Window { int64_t kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, pad_top = 0, pad_left = 0; };
+struct Window {
+  int64_t kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, pad_top = 0, pad_left = 0;
+};
 
 constexpr int64_t kMostKernelRows = 64;
 
@@ -47,12 +51,13 @@ struct Layer {
   bool count_padding = true;   // avg_pool: padding counts in the divisor
 };
 
-/// One node's tensors for one task. A null pointer says "zero" for what is read, "not wanted" for what is written.
+/// One node's tensors for one task. A null pointer says "zero" for what is read, "not wanted" for what is
+/// written.
 ///   grad_*      cotangents of the primal pass
 ///   *_dot       tangents: derivatives along the direction w_dot on the parameters
 ///   grad_*_dot  tangents of the cotangents: what a Hessian-vector product is made of
-/// `add_x[i]`, `add_w[i]`: add to what grad_x[i], grad_w[i] (and their tangents) hold, for a value read twice or
-/// a shared parameter.
+/// `add_x[i]`, `add_w[i]`: add to what grad_x[i], grad_w[i] (and their tangents) hold, for a value read twice
+/// or a shared parameter.
 template <class T>
 struct Tensors {
   const T* x[2] = {};
@@ -89,7 +94,9 @@ struct Passes {
 };
 
 /// How many elements of T a layer keeps between its passes, and how many it needs within one.
-struct Footprint { int64_t saved = 0, scratch = 0; };
+struct Footprint {
+  int64_t saved = 0, scratch = 0;
+};
 
 enum class Loss { cross_entropy, mse };
 
@@ -97,7 +104,8 @@ enum class Loss { cross_entropy, mse };
 /// `saved` keeps n * c elements from value() for tangent().
 template <class T>
 struct LossPasses {
-  T (*value)(Loss, int64_t n, int64_t c, const T* z, const void* target, T* grad_z, T* saved);  // grad_z may be null
+  T (*value)(Loss, int64_t n, int64_t c, const T* z, const void* target, T* grad_z,
+             T* saved);  // grad_z may be null
   void (*tangent)(Loss, int64_t n, int64_t c, const T* z_dot, const T* saved, T* grad_z_dot);
 };
 

@@ -1,13 +1,13 @@
 // The algorithm, once, over any backend.
 //
-// Per task: phi_0 = theta, phi_{k+1} = phi_k - alpha_k g_k with g_k = grad L(phi_k; support). Then backwards, with
-// v_K = grad L(phi_K; query):
+// Per task: phi_0 = theta, phi_{k+1} = phi_k - alpha_k g_k with g_k = grad L(phi_k; support). Then backwards,
+// with v_K = grad L(phi_K; query):
 //
 //     v_k = v_{k+1} - H(phi_k; support) (alpha_k v_{k+1}),      dL/dalpha_k = -(g_k v_{k+1}),
 //
-// where H maps a direction on the adapted parameters to a cotangent on all trainable ones; first order: v_k = v_{k+1}.
-// The task's meta-gradient is v_0 (Finn, Abbeel, Levine 2017, equation 1). H v is forward-over-reverse (Pearlmutter
-// 1994): a tangent pass forward and one backward beside the primal pass.
+// where H maps a direction on the adapted parameters to a cotangent on all trainable ones; first order: v_k =
+// v_{k+1}. The task's meta-gradient is v_0 (Finn, Abbeel, Levine 2017, equation 1). H v is
+// forward-over-reverse (Pearlmutter 1994): a tangent pass forward and one backward beside the primal pass.
 //
 // Memory: the caller's workspace, cut up by `Problem`; nothing is allocated here.
 #pragma once
@@ -105,18 +105,18 @@ struct Walk {
 /// What one task reads and writes.
 template <class T>
 struct Task {
-  const T* theta;         // packed, of this task or shared by all
-  const T* rates;         // packed rate tensors
-  const T* x_support;     // as the user gave it
+  const T* theta;      // packed, of this task or shared by all
+  const T* rates;      // packed rate tensors
+  const T* x_support;  // as the user gave it
   const void* y_support;
   const T* x_query;
   const void* y_query;
-  T* support_losses;      // [steps] or null
-  T* query_loss;          // [1]
-  T* logits;              // [n_query, ...]
-  T* result;              // [Problem::result_size]: v_0, then the gradients of learned rates
-  const T* given;         // adapt_backward: packed v_K; predict_backward: the prediction's cotangent; hvp: packed v
-  T* adapted;             // adapt: packed phi_K
+  T* support_losses;  // [steps] or null
+  T* query_loss;      // [1]
+  T* logits;          // [n_query, ...]
+  T* result;          // [Problem::result_size]: v_0, then the gradients of learned rates
+  const T* given;  // adapt_backward: packed v_K; predict_backward: the prediction's cotangent; hvp: packed v
+  T* adapted;      // adapt: packed phi_K
 };
 
 /// The operations of one task in one thread's workspace of Problem::thread_size() elements.
@@ -141,14 +141,22 @@ class TaskRunner {
 
   void run() {
     switch (p_.operation) {
-      case Operation::meta_gradient: return meta_gradient();
-      case Operation::meta_loss: return meta_loss();
-      case Operation::adapt: return adapt();
-      case Operation::adapt_backward: return adapt_backward();
-      case Operation::predict: return predict();
-      case Operation::predict_backward: return predict_backward();
-      case Operation::loss_and_grad: return loss_and_grad();
-      case Operation::hvp: return hvp();
+      case Operation::meta_gradient:
+        return meta_gradient();
+      case Operation::meta_loss:
+        return meta_loss();
+      case Operation::adapt:
+        return adapt();
+      case Operation::adapt_backward:
+        return adapt_backward();
+      case Operation::predict:
+        return predict();
+      case Operation::predict_backward:
+        return predict_backward();
+      case Operation::loss_and_grad:
+        return loss_and_grad();
+      case Operation::hvp:
+        return hvp();
     }
   }
 
@@ -250,8 +258,8 @@ class TaskRunner {
   }
 
   T query_loss(const Walk<Backend, T>& query, T* grad) {
-    return Backend::loss(p_.graph.loss, p_.query.n, classes(p_.query), query.prediction(), task_.y_query, grad,
-                         grad ? query.loss_saved() : nullptr);
+    return Backend::loss(p_.graph.loss, p_.query.n, classes(p_.query), query.prediction(), task_.y_query,
+                         grad, grad ? query.loss_saved() : nullptr);
   }
 
   /// f(offset, size, rate, elementwise, gradient of the rate or null) for every adapted parameter.
@@ -285,7 +293,8 @@ class TaskRunner {
     return {p_.packing, p_.support, task_.x_support, task_.theta, phi(k), fixed_, step, shared_, scratch_};
   }
   Walk<Backend, T> at_query() const {
-    return {p_.packing, p_.query, task_.x_query, task_.theta, phi(p_.steps), nullptr, shared_, nullptr, scratch_};
+    return {p_.packing, p_.query, task_.x_query, task_.theta, phi(p_.steps),
+            nullptr,    shared_,  nullptr,       scratch_};
   }
   static int64_t classes(const Stage& stage) { return stage.values[stage.output].size / stage.n; }
   int64_t prediction_size() const { return p_.query.values[p_.query.output].size; }

@@ -50,23 +50,28 @@ Shaped infer(const Node& node, const Shaped& x, const Shaped* other, int64_t n) 
   if (node.out_features != 0) y.image.c = node.out_features;
   const Window& window = layer.window;
   if (window.kernel_h > kMostKernelRows) {
-    throw Unsupported(node.name + " has a kernel of " + std::to_string(window.kernel_h) + " rows; fused are at most " +
-                      std::to_string(kMostKernelRows));
+    throw Unsupported(node.name + " has a kernel of " + std::to_string(window.kernel_h) +
+                      " rows; fused are at most " + std::to_string(kMostKernelRows));
   }
   switch (layer.kind) {
     case Kind::conv2d:
     case Kind::max_pool:
     case Kind::avg_pool:
-      y.image.h = slide(node, x.image.h, window.kernel_h, window.stride_h, window.pad_top, node.pad_end[0], x);
-      y.image.w = slide(node, x.image.w, window.kernel_w, window.stride_w, window.pad_left, node.pad_end[1], x);
+      y.image.h =
+          slide(node, x.image.h, window.kernel_h, window.stride_h, window.pad_top, node.pad_end[0], x);
+      y.image.w =
+          slide(node, x.image.w, window.kernel_w, window.stride_w, window.pad_left, node.pad_end[1], x);
       break;
     case Kind::batch_norm:
       if (n * x.image.h * x.image.w == 1) {
-        wrong(node.name + " expects more than 1 value per channel in batch statistics, got 1 sample of shape " +
+        wrong(node.name +
+              " expects more than 1 value per channel in batch statistics, got 1 sample of shape " +
               text_of(dims(x)));
       }
       break;
-    case Kind::mean_pool: y.image.h = y.image.w = 1; break;
+    case Kind::mean_pool:
+      y.image.h = y.image.w = 1;
+      break;
     case Kind::flatten:
       if (node.out_features != 0 && node.out_features != size(x.image)) {
         throw Unsupported(node.name + " reshapes samples of shape " + text_of(dims(x)) + " into rows of " +
@@ -81,7 +86,8 @@ Shaped infer(const Node& node, const Shaped& x, const Shaped* other, int64_t n) 
       }
       break;
     case Kind::channels_last:
-    case Kind::pointwise: break;
+    case Kind::pointwise:
+      break;
   }
   return y;
 }
@@ -115,7 +121,10 @@ class Region {
   int64_t extent() const { return extent_; }
 
  private:
-  struct Block { int64_t at, size; int first, last; };
+  struct Block {
+    int64_t at, size;
+    int first, last;
+  };
   std::vector<Block> blocks_;
   int64_t extent_ = 0;
 };
@@ -169,7 +178,8 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
                       text_of(stage.prediction));
   }
 
-  // What runs, what depends on what, and who is the first to write a cotangent (backwards, so the last to read).
+  // What runs, what depends on what, and who is the first to write a cotangent (backwards, so the last to
+  // read).
   for (int i = 0; i < count; ++i) {
     const Node& node = graph.nodes[i];
     if (stage.values[i + 1].root != i + 1) continue;
@@ -260,8 +270,9 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
 
 namespace {
 
-/// Above this much saved state a task, the gradient pass is run again for each Hessian-vector product instead: the
-/// bits are the same, the memory does not grow with the steps, and streaming it from memory would cost as much.
+/// Above this much saved state a task, the gradient pass is run again for each Hessian-vector product
+/// instead: the bits are the same, the memory does not grow with the steps, and streaming it from memory
+/// would cost as much.
 constexpr int64_t kSavedBytes = int64_t{192} << 20;
 
 }  // namespace
@@ -285,12 +296,15 @@ Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
     if (rate.learned) result_size += whole_lines(rate.size);
   }
   const bool products = second_order() || operation == Operation::hvp;
-  const bool query_gradient = operation == Operation::meta_gradient || operation == Operation::predict_backward;
+  const bool query_gradient =
+      operation == Operation::meta_gradient || operation == Operation::predict_backward;
   if (n_support > 0) {
-    support = make_stage(graph, sample, n_support, Data::support, products ? Keep::products : Keep::gradient, footprint);
+    support = make_stage(graph, sample, n_support, Data::support, products ? Keep::products : Keep::gradient,
+                         footprint);
   }
   if (n_query > 0) {
-    query = make_stage(graph, sample, n_query, Data::query, query_gradient ? Keep::gradient : Keep::values, footprint);
+    query = make_stage(graph, sample, n_query, Data::query, query_gradient ? Keep::gradient : Keep::values,
+                       footprint);
   }
   if (second_order() && !graph.recompute && support.step_size * steps * element_bytes <= kSavedBytes) {
     saved_steps = steps;
@@ -299,7 +313,8 @@ Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
 
 int64_t Problem::thread_size() const {
   return support.fixed_size + saved_steps * support.step_size +
-         std::max(support.tangent_size, query.step_size) + whole_lines(std::max(support.scratch_size, query.scratch_size)) +
+         std::max(support.tangent_size, query.step_size) +
+         whole_lines(std::max(support.scratch_size, query.scratch_size)) +
          kept_parameters() * packing.adapted + kept_gradients() * packing.adapted + packing.adapted +
          packing.trainable;
 }

@@ -1,6 +1,6 @@
-// What a plan is. Graph: nodes in topological order over numbered values and parameters, as plan.py traced them
-// from the user's module, without shapes. Layout: the same graph with the shapes of one call, and the place of
-// every value, tangent and cotangent in the workspace of one task.
+// What a plan is. Graph: nodes in topological order over numbered values and parameters, as plan.py traced
+// them from the user's module, without shapes. Layout: the same graph with the shapes of one call, and the
+// place of every value, tangent and cotangent in the workspace of one task.
 #pragma once
 
 #include <array>
@@ -14,27 +14,30 @@
 namespace maml {
 
 /// The call is right, but the fused layers cannot serve it: the general path can.
-struct Unsupported : std::runtime_error { using std::runtime_error::runtime_error; };
+struct Unsupported : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 /// adapted: the inner loop changes it. outer: only the outer loop does. frozen: a constant.
 enum class Role { adapted, outer, frozen };
 
 struct Parameter {
-  int64_t size;          // elements
-  int64_t rows, taps;    // a weight [rows, size / rows / taps, taps] in the user's order; others have rows = taps = 1
+  int64_t size;  // elements
+  int64_t rows,
+      taps;  // a weight [rows, size / rows / taps, taps] in the user's order; others have rows = taps = 1
   Role role;
 };
 
 struct Node {
-  Layer layer;                 // n, in and out are filled in by Layout
-  std::string name;            // the user's module, for error messages
+  Layer layer;       // n, in and out are filled in by Layout
+  std::string name;  // the user's module, for error messages
   std::array<int, 2> inputs{-1, -1};
   std::array<int, 2> parameters{-1, -1};
-  int64_t in_features = 0;     // what the layer's parameters ask of its input: channels; 0: anything
-  int64_t out_features = 0;    // channels of its output; 0: as its input
+  int64_t in_features = 0;   // what the layer's parameters ask of its input: channels; 0: anything
+  int64_t out_features = 0;  // channels of its output; 0: as its input
   std::array<int64_t, 2> pad_end{0, 0};  // padding below and to the right (convolution and pools)
-  int rank = 0;                // axes of a sample that the layer asks for: 1 features, 3 an image, 0 any
-  int out_rank = 0;            // axes of its output; 0: as its input
+  int rank = 0;      // axes of a sample that the layer asks for: 1 features, 3 an image, 0 any
+  int out_rank = 0;  // axes of its output; 0: as its input
 };
 
 /// Value 0 is the input; node i writes value i + 1; the last value is the prediction.
@@ -53,8 +56,8 @@ inline int64_t whole_lines(int64_t elements) { return (elements + 15) / 16 * 16;
 /// The graph on n samples of one shape. Offsets count elements of T. A value is
 ///   active   if it depends on a parameter that is not frozen: it has a cotangent,
 ///   moving   if it depends on an adapted one: it changes from step to step and has a tangent.
-/// What does not move is computed once per task and stands in the `fixed` region; what moves stands in a `step`
-/// region, of which there may be one for every inner step; tangents stand in a `tangent` region.
+/// What does not move is computed once per task and stands in the `fixed` region; what moves stands in a
+/// `step` region, of which there may be one for every inner step; tangents stand in a `tangent` region.
 struct Stage {
   struct Value {
     int64_t size = 0;
@@ -74,16 +77,16 @@ struct Stage {
   };
   int64_t n = 0;
   std::vector<Value> values;
-  std::vector<Step> steps;  // without those that move nothing
-  int output = 0;           // root of the prediction
+  std::vector<Step> steps;          // without those that move nothing
+  int output = 0;                   // root of the prediction
   std::vector<int64_t> prediction;  // shape of one sample of it, as the user sees it
-  int64_t loss_at = kNowhere;  // what the loss keeps, in the step region
+  int64_t loss_at = kNowhere;       // what the loss keeps, in the step region
   int64_t fixed_size = 0, step_size = 0, tangent_size = 0, scratch_size = 0;
 };
 
 /// Where a parameter stands in a packed parameter vector. Order: adapted, outer, frozen; so that the first
-/// `adapted` elements are what the inner loop changes and the first `trainable` ones what has a gradient. Every
-/// parameter starts on a cache line; what stands between two is never read for its value.
+/// `adapted` elements are what the inner loop changes and the first `trainable` ones what has a gradient.
+/// Every parameter starts on a cache line; what stands between two is never read for its value.
 struct Packing {
   std::vector<int64_t> at;
   int64_t adapted = 0, trainable = 0, total = 0;
@@ -108,14 +111,14 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
 
 /// What one call computes, for every task t of [0, tasks):
 enum class Operation {
-  meta_gradient,   // loss, task losses, logits, support losses, and the gradient of the loss
-  meta_loss,       // the same without the gradient
-  adapt,           // the adapted parameters and support losses
-  adapt_backward,  // the gradient of <cotangent, adapted parameters>
-  predict,         // the prediction at each task's own parameters
+  meta_gradient,     // loss, task losses, logits, support losses, and the gradient of the loss
+  meta_loss,         // the same without the gradient
+  adapt,             // the adapted parameters and support losses
+  adapt_backward,    // the gradient of <cotangent, adapted parameters>
+  predict,           // the prediction at each task's own parameters
   predict_backward,  // the gradient of <cotangent, prediction> by each task's own parameters
-  loss_and_grad,   // the loss and its gradient at each task's own parameters
-  hvp              // the Hessian-vector product at each task's own parameters
+  loss_and_grad,     // the loss and its gradient at each task's own parameters
+  hvp                // the Hessian-vector product at each task's own parameters
 };
 
 /// The inner learning rate of one parameter: a constant, or a tensor of the caller's.
@@ -143,10 +146,11 @@ struct Problem {
 
   Packing packing;
   Stage support, query;
-  std::vector<int64_t> rate_at;       // where each rate tensor stands, packed
-  std::vector<int64_t> rate_grad_at;  // where its gradient stands behind the trainable parameters; or kNowhere
+  std::vector<int64_t> rate_at;  // where each rate tensor stands, packed
+  std::vector<int64_t>
+      rate_grad_at;  // where its gradient stands behind the trainable parameters; or kNowhere
   int64_t rates_size = 0, result_size = 0;
-  int saved_steps = 1;                // step regions: `steps`, or 1 and the gradient pass is run again
+  int saved_steps = 1;  // step regions: `steps`, or 1 and the gradient pass is run again
 
   Problem(Graph graph, Operation operation, std::vector<Rate> rates, std::vector<RateTensor> rate_tensors,
           const std::vector<int64_t>& sample, int64_t n_support, int64_t n_query, int steps, bool first_order,

@@ -7,7 +7,7 @@ from pathlib import Path
 if not any(Path(__file__).parent.glob("_core.*")):
     raise ImportError(
         f"maml_cuda was imported from {Path(__file__).parent}, where its extension module is not built. In a checkout, "
-        'install it in place with `pip install -e .`; an installed package is imported from any other folder.'
+        "install it in place with `pip install -e .`; an installed package is imported from any other folder."
     )
 
 from . import _core, reference

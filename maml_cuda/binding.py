@@ -54,7 +54,7 @@ class Binding:
         rates = inner_lr.items() if isinstance(inner_lr, InnerRates) else [("", inner_lr)]
         self._rates = [(r, r.requires_grad) for _, r in rates if isinstance(r, Tensor)]
         parameters, key, *_ = self._parameters[0]
-        self._first = (parameters, key)
+        self._first: tuple[dict[str, Any], str] = (parameters, key)
         if not fused:
             return
         try:
@@ -99,9 +99,7 @@ class Binding:
         """From the plan to the general path: no fused layer fits the data."""
         self.backend, self.why_not, self.served_by = "reference", why_not, {}
 
-    def _trace(
-        self, model: nn.Module, loss: str | Callable, adapt_params: AdaptParams, inner_steps: int
-    ) -> None:
+    def _trace(self, model: nn.Module, loss: str | Callable, adapt_params: AdaptParams, inner_steps: int) -> None:
         p = self.like()
         if not isinstance(loss, str):
             raise plan.Unfusable(f"the loss {getattr(loss, '__name__', type(loss).__name__)} is a callable of yours")
@@ -117,9 +115,7 @@ class Binding:
         self.names, self.served_by = traced.parameters, traced.served_by
         self._describe(model, traced, adapted, inner_steps, loss)
 
-    def _describe(
-        self, model: nn.Module, traced: plan.Plan, adapted: list[str], inner_steps: int, loss: str
-    ) -> None:
+    def _describe(self, model: nn.Module, traced: plan.Plan, adapted: list[str], inner_steps: int, loss: str) -> None:
         """The text of the plan, and where its tensors stand."""
         parameters = dict(model.named_parameters())
         rates = read_rates(self._inner_lr, {name: parameters[name].shape for name in adapted}, inner_steps)
@@ -155,9 +151,7 @@ class Binding:
             entry["rate_tensor"] = len(tensors) - 1 if rate.elementwise else shared[id(rate.value)]
         self._slots += owners
         self._has_gradient = [d["role"] != "frozen" for d in described] + [t["learned"] for t in tensors]
-        self.text = json.dumps(
-            {"nodes": traced.nodes, "parameters": described, "rate_tensors": tensors, "loss": loss}
-        )
+        self.text = json.dumps({"nodes": traced.nodes, "parameters": described, "rate_tensors": tensors, "loss": loss})
 
     def _owner_of_rate(self, name: str, rate: Tensor) -> tuple[dict[str, Any], str]:
         """Where the rate of the parameter `name` is read from at each call."""
@@ -166,4 +160,3 @@ class Binding:
             owner = self._inner_lr.get_submodule(path)
             return (owner._parameters if isinstance(rate, nn.Parameter) else owner._buffers), key
         return {"inner_lr": rate}, "inner_lr"
-

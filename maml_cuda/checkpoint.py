@@ -32,9 +32,7 @@ def write_file(path: Path, content: bytes) -> None:
     _sync_folder(path.parent)
 
 
-def save_checkpoint(
-    folder: Path, model: dict[str, Tensor], training: dict[str, Tensor], info: dict[str, Any]
-) -> None:
+def save_checkpoint(folder: Path, model: dict[str, Tensor], training: dict[str, Tensor], info: dict[str, Any]) -> None:
     """Replaces ``folder`` by a checkpoint of these tensors and this JSON-able ``info``."""
     new, old = _beside(folder)
     if not folder.exists() and old.exists():  # an earlier crash fell between the two renames below
@@ -75,9 +73,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor],
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state as flat names, ``optimizer.<parameter's index>.<name>``; every entry must be a tensor."""
     state = optimizer.state_dict()["state"]
-    return {
-        f"optimizer.{index}.{name}": value for index, entry in state.items() for name, value in entry.items()
-    }
+    return {f"optimizer.{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -97,8 +93,7 @@ def _beside(folder: Path) -> tuple[Path, Path]:
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     # safetensors refuses tensors that share memory, as tied parameters do.
     return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
 
 

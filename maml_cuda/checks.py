@@ -1,4 +1,4 @@
-"""Every check of user input, once, above all backends. An error says what, expected, got; nothing is computed before."""
+"""Every check of user input, once, above all backends. What, expected, got, before anything is computed."""
 
 from __future__ import annotations
 
@@ -82,9 +82,7 @@ def one_dtype_and_device(parameters: Iterable[Tensor]) -> None:
         )
 
 
-def data(
-    x_name: str, x: Any, y_name: str | None, y: Any, like: Tensor, loss: str | Callable, fused: bool
-) -> None:
+def data(x_name: str, x: Any, y_name: str | None, y: Any, like: Tensor, loss: str | Callable, fused: bool) -> None:
     """One set: x [tasks, samples, ...] and its y, for a model whose parameters are like `like`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{x_name} must be a tensor, got {type(x).__name__}")
@@ -123,7 +121,7 @@ def data(
             raise TypeError(f"{y_name} must have the model's dtype {like.dtype}, got {y.dtype}")
         if fused and y.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                f'{y_name} must not require grad on the fused path, got requires_grad=True; '
+                f"{y_name} must not require grad on the fused path, got requires_grad=True; "
                 'backend="reference" takes it'
             )
 
@@ -187,9 +185,7 @@ def fast(parameters: Mapping[str, Tensor], given: Any, x: Tensor, what: str, all
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{what}[{name!r}] must have shape {[x.shape[0], *p.shape]}, got {got}")
         if value.dtype != p.dtype or value.device != p.device:
-            raise TypeError(
-                f"{what}[{name!r}] must be {p.dtype} on {p.device}, got {value.dtype} on {value.device}"
-            )
+            raise TypeError(f"{what}[{name!r}] must be {p.dtype} on {p.device}, got {value.dtype} on {value.device}")
 
 
 def tolerance(value: float, what: str) -> None:

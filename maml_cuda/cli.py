@@ -62,9 +62,7 @@ def train(options: argparse.Namespace) -> int:
         run = Path(options.out or time.strftime(f"runs/{settings.job}-%Y%m%d-%H%M%S"))
         start = Training.start
     else:
-        if not (options.resume or options.out) or (
-            options.resume and options.out not in (None, options.resume)
-        ):
+        if not (options.resume or options.out) or (options.resume and options.out not in (None, options.resume)):
             raise ValueError("--resume must name one run folder: --resume RUN, or --resume with --out RUN")
         run = Path(options.resume or options.out)
         settings = resumed_settings(run, given)
@@ -82,9 +80,7 @@ def train(options: argparse.Namespace) -> int:
         if locate(run / "last") is None:
             print("\nInterrupted before the first checkpoint; nothing was saved.", file=sys.stderr)
         else:
-            print(
-                f"\nInterrupted; saved in {run}. Go on with: maml-cuda train --resume {run}", file=sys.stderr
-            )
+            print(f"\nInterrupted; saved in {run}. Go on with: maml-cuda train --resume {run}", file=sys.stderr)
         return 130
     print(f"metrics, checkpoints, pictures and summary.json are in {run}")
     return 0
@@ -97,9 +93,7 @@ def evaluate(options: argparse.Namespace) -> int:
     _set_threads(options.threads)
     maml, info = load_run(Path(options.run), options.checkpoint, options.backend)
     given = {"test_tasks": options.tasks, "test_shots": options.shots, "seed": options.seed}
-    settings = Settings(
-        **info["settings"] | {name: value for name, value in given.items() if value is not None}
-    )
+    settings = Settings(**info["settings"] | {name: value for name, value in given.items() if value is not None})
     result = test_run(maml, settings) | {"checkpoint": options.checkpoint, "iteration": info["iteration"]}
     print(json.dumps(result, indent=1) if options.json else table(result))
     return 0
@@ -135,9 +129,7 @@ def _parser() -> argparse.ArgumentParser:
             description="Prints the metric after 0 to 10 adaptation steps on unseen tasks.",
         )
     )
-    info_parser = commands.add_parser(
-        "info", help="print how this installation was built, versions and threads"
-    )
+    info_parser = commands.add_parser("info", help="print how this installation was built, versions and threads")
     info_parser.set_defaults(command=info)
     return parser
 
@@ -150,6 +142,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _setting(group, "--ways", "classes a task (glyphs only)")
     _setting(group, "--shots", "support samples a class: what the model adapts to")
     _setting(group, "--queries", "query samples a class: what the meta-loss is taken on")
+    _setting(group, "--rotations", "quarter turns of each training glyph that are classes of their own, 1 to 4")
 
     group = parser.add_argument_group("inner loop: adaptation to one task")
     _setting(group, "--inner-lr", "inner learning rate, on the mean loss of the support set")
@@ -179,9 +172,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _setting(group, "--test-steps", "adaptation steps in validation and in the picture of a task")
 
     group = parser.add_argument_group("run")
-    group.add_argument(
-        "--out", metavar="RUN", help="folder of the run, a new one (default: runs/<job>-<time>)"
-    )
+    group.add_argument("--out", metavar="RUN", help="folder of the run, a new one (default: runs/<job>-<time>)")
     group.add_argument(
         "--resume",
         nargs="?",
@@ -224,17 +215,13 @@ def _setting(group: argparse._ActionsContainer, option: str, text: str, name: st
     default = f"{glyphs}" if glyphs == sinusoid else f"{glyphs} glyphs, {sinusoid} sinusoid"
     options = [option, "--hidden"] if name == "width" else [option]
     metavar = "RATE" if isinstance(glyphs, float) else "N"
-    group.add_argument(
-        *options, dest=name, type=type(glyphs), metavar=metavar, help=f"{text} (default: {default})"
-    )
+    group.add_argument(*options, dest=name, type=type(glyphs), metavar=metavar, help=f"{text} (default: {default})")
 
 
 def _need(*packages: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise ModuleNotFoundError(
-            f'{" and ".join(missing)} must be installed: pip install "maml-cuda[train]"'
-        )
+        raise ModuleNotFoundError(f'{" and ".join(missing)} must be installed: pip install "maml-cuda[train]"')
 
 
 def _set_threads(threads: int | None) -> None:

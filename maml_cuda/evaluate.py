@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from maml_cuda.fused_maml import FusedMAML
 from torch import Generator, Tensor
 
 from maml_cuda.data import GlyphTasks, SinusoidTasks
+from maml_cuda.fused_maml import FusedMAML
 from maml_cuda.jobs import score
 
 CHUNK = 50  # tasks at a time: bounds memory, and the tasks drawn do not depend on how many are asked for

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import _core, checks, ops, reference
 from .binding import Binding
-from .rates import Rate, hold, read_rates
+from .rates import InnerRates, Rate, hold, read_rates
 
 
 @dataclass
@@ -50,6 +50,8 @@ class FusedMAML(nn.Module):
     Raises:
         ValueError, TypeError: an argument that does not fit, in words.
     """
+
+    inner_lr: float | Tensor | InnerRates  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -217,11 +219,16 @@ class FusedMAML(nn.Module):
             adapted, _ = torch.ops.maml_cuda.adapt_forward(parameters, rates, x_spt, y_spt, binding.text, steps)
         chosen = set(self._adapted())
         return self._fast(
-            dict(zip([n for n in binding.names if n in chosen], adapted, strict=True)), len(x_spt), differentiable
+            dict(zip([n for n in binding.names if n in chosen], adapted, strict=True)),
+            len(x_spt),
+            differentiable,
         )
 
     def predict(self, fast: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """Predictions [tasks, n, ...] of each task's own parameters on its own x [tasks, n, ...]; differentiable in `fast`."""
+        """Predictions [tasks, n, ...] at each task's own parameters on its own x [tasks, n, ...].
+
+        Differentiable in `fast`.
+        """
         binding, x = self._block(fast, x, None)
         if binding.backend == "reference" or not self._fits(binding, x, 0, x.shape[1]):
             return torch.stack(
@@ -243,9 +250,7 @@ class FusedMAML(nn.Module):
         losses, grads = torch.ops.maml_cuda.loss_and_grad([fast[n].detach() for n in own], x, y, binding.text)
         return losses, self._trainable_of(own, grads, fast)
 
-    def hvp(
-        self, fast: Mapping[str, Tensor], x: Tensor, y: Tensor, v: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def hvp(self, fast: Mapping[str, Tensor], x: Tensor, y: Tensor, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The Hessian of the loss at each task's own parameters times v, name -> [tasks, *shape], detached.
 
         v: name -> [tasks, *shape]; a parameter that it lacks does not move (zero).
@@ -267,9 +272,7 @@ class FusedMAML(nn.Module):
     def _trainable(self) -> list[str]:
         return [name for name, p in self.model.named_parameters() if p.requires_grad]
 
-    def _trainable_of(
-        self, names: list[str], tensors: list[Tensor], fast: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _trainable_of(self, names: list[str], tensors: list[Tensor], fast: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By name, for every trainable parameter: zeros for one that the prediction does not depend on."""
         found = dict(zip(names, tensors, strict=True))
         return {n: found[n] if n in found else torch.zeros_like(fast[n]) for n in self._trainable()}
@@ -278,8 +281,8 @@ class FusedMAML(nn.Module):
         """Every parameter by name: the adapted ones, and expanded views of the others."""
         fast = {}
         for name, p in self.model.named_parameters():
-            p = p if differentiable else p.detach()
-            fast[name] = adapted[name] if name in adapted else p.unsqueeze(0).expand(tasks, *p.shape)
+            theta = p if differentiable else p.detach()
+            fast[name] = adapted[name] if name in adapted else theta.unsqueeze(0).expand(tasks, *p.shape)
         return fast
 
     def _fits(self, binding: Binding, x: Tensor, n_support: int, n_query: int) -> bool:

@@ -58,14 +58,15 @@ def gradcheck(
     checks.tolerance(tolerance, "tolerance")
     checks.tolerance(finite_difference_tolerance, "finite_difference_tolerance")
     maml = copy.deepcopy(maml).double()
-    data = [t.double() if t.is_floating_point() else t for t in (x_spt, y_spt, x_qry, y_qry)]
+    x_spt, y_spt, x_qry, y_qry = (t.double() if t.is_floating_point() else t for t in (x_spt, y_spt, x_qry, y_qry))
+    data = [x_spt, y_spt, x_qry, y_qry]
     maml.zero_grad()
     maml(*data).loss.backward()
     rate = maml.inner_lr
     _, truth = reference.meta_gradient(
-        maml.model, maml.loss, *data, rate, maml.inner_steps, maml.first_order, maml._adapt_params
+        maml.model, maml.loss, x_spt, y_spt, x_qry, y_qry, rate, maml.inner_steps, maml.first_order, maml._adapt_params
     )
-    learned = dict(maml.model.named_parameters())
+    learned: dict[str, Tensor] = dict(maml.model.named_parameters())
     if isinstance(rate, Tensor):
         learned["inner_lr"] = rate
     elif isinstance(rate, InnerRates):
@@ -82,7 +83,10 @@ def gradcheck(
         if not maml.first_order:
             difference = max(
                 _finite_difference_error(maml, data, p, got, direction) / scale
-                for direction in (got, torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device))
+                for direction in (
+                    got,
+                    torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device),
+                )
             )
         table.append(GradcheckRow(name, got.norm().item(), (got - expected).norm().item() / scale, difference))
     bad = [
@@ -94,9 +98,7 @@ def gradcheck(
     return table
 
 
-def _finite_difference_error(
-    maml: FusedMAML, data: list[Tensor], p: Tensor, grad: Tensor, direction: Tensor
-) -> float:
+def _finite_difference_error(maml: FusedMAML, data: list[Tensor], p: Tensor, grad: Tensor, direction: Tensor) -> float:
     """|central difference - <grad, unit direction>| of the meta-loss."""
     norm = direction.norm()
     if norm == 0:

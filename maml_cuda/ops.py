@@ -4,7 +4,7 @@ An op is a pure function of its tensors and of `plan`, the JSON text of a plan (
 compiled or exported program needs nothing else. Ops that compute have no autograd of their own; `attach`, `adapt` and
 `predict` do: one node each, whose backward is one more op and can be differentiated no further.
 
-    meta_gradient   loss, task losses, logits, support losses, and the flat gradient [trainable parameters, learned rates]
+    meta_gradient   loss, task losses, logits, support losses, the flat gradient of parameters and learned rates
     attach          the loss again, with that gradient as its backward
     adapt           the adapted parameters of every task, and the support losses
     predict, loss_and_grad, hvp    at parameters that are each task's own
@@ -105,7 +105,14 @@ def _spread(plan: str, adapted: list[Tensor]) -> list[Tensor | None]:
 
 def _prediction_shape(plan: str, x: Tensor) -> tuple[int, ...]:
     return _problem(
-        plan, "predict", tuple(int(d) for d in x.shape[2:]), 0, int(x.shape[1]), 0, False, x.dtype == torch.float64
+        plan,
+        "predict",
+        tuple(int(d) for d in x.shape[2:]),
+        0,
+        int(x.shape[1]),
+        0,
+        False,
+        x.dtype == torch.float64,
     ).prediction
 
 
@@ -398,7 +405,14 @@ _LIBRARY.impl("attach", _attach, "CompositeImplicitAutograd")
 class _Adapt(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: str, steps: int, first_order: bool, parameters: int, x: Tensor, y: Tensor, *tensors: Tensor
+        ctx: Any,
+        plan: str,
+        steps: int,
+        first_order: bool,
+        parameters: int,
+        x: Tensor,
+        y: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.call = plan, steps, first_order, parameters
         ctx.save_for_backward(x, y, *tensors)
@@ -430,7 +444,13 @@ _LIBRARY.define(
 
 
 def _adapt(
-    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: Tensor, plan: str, steps: int, first_order: bool
+    parameters: list[Tensor],
+    rates: list[Tensor],
+    x: Tensor,
+    y: Tensor,
+    plan: str,
+    steps: int,
+    first_order: bool,
 ) -> tuple[list[Tensor], Tensor]:
     *fast, support_losses = _Adapt.apply(plan, steps, first_order, len(parameters), x, y, *parameters, *rates)
     return fast, support_losses

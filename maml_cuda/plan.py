@@ -167,7 +167,9 @@ class _Builder:
         """Drops calls whose result nobody reads, but keeps in-place ones: they change what others read."""
         for node in reversed(graph.nodes):
             in_place = node.op == "call_method" and str(node.target).endswith("_")
-            in_place = in_place or node.kwargs.get("inplace") is True or getattr(node.target, "__name__", "")[-1:] == "_"
+            in_place = (
+                in_place or node.kwargs.get("inplace") is True or getattr(node.target, "__name__", "")[-1:] == "_"
+            )
             if node.op == "call_module":
                 in_place = bool(getattr(self.model.get_submodule(str(node.target)), "inplace", False))
             if not node.users and node.op not in ("output", "placeholder") and not in_place:
@@ -364,7 +366,7 @@ class _Builder:
         x = self._tensor(input)
         if not training:
             raise Unfusable("running statistics (eval mode) are not fused; in train mode batch statistics are")
-        attributes = {"in_features": len(weight)} if isinstance(weight, Tensor) else {}
+        attributes: dict[str, Any] = {"in_features": len(weight)} if isinstance(weight, Tensor) else {}
         if isinstance(running_mean, Tensor):
             attributes = {"in_features": len(running_mean)}
         parameters = (self._index(weight, "weight"), self._index(bias, "bias"))
@@ -397,12 +399,17 @@ class _Builder:
     ) -> _Value:
         if divisor_override is not None:
             raise Unfusable("divisor_override is not fused")
-        return self._pool(
-            "avg_pool", input, kernel_size, stride, padding, ceil_mode, count_padding=count_include_pad
-        )
+        return self._pool("avg_pool", input, kernel_size, stride, padding, ceil_mode, count_padding=count_include_pad)
 
     def _pool(
-        self, kind: str, input: Any, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool, **attributes: Any
+        self,
+        kind: str,
+        input: Any,
+        kernel_size: Any,
+        stride: Any,
+        padding: Any,
+        ceil_mode: bool,
+        **attributes: Any,
     ) -> _Value:
         if ceil_mode:
             raise Unfusable("ceil_mode is not fused")
@@ -410,7 +417,12 @@ class _Builder:
         pad = _two(padding)
         if any(2 * p > k for p, k in zip(pad, kernel, strict=True)):
             raise Unfusable(f"padding {pad} is more than half of the kernel {kernel}")
-        window = [list(kernel), list(_two(stride) if stride not in (None, [], ()) else kernel), list(pad), list(pad)]
+        window = [
+            list(kernel),
+            list(_two(stride) if stride not in (None, [], ()) else kernel),
+            list(pad),
+            list(pad),
+        ]
         return self._emit(kind, [self._image(self._tensor(input))], window=window, rank=3, **attributes)
 
     def adaptive_avg_pool2d(self, input: Any, output_size: Any) -> _Value:
@@ -422,7 +434,7 @@ class _Builder:
         axes = sorted(a % 4 for a in dim) if isinstance(dim, (tuple, list)) else None
         if axes != [2, 3] or dtype is not None:
             raise Unfusable(f"the mean over {dim} is not fused; over the spatial axes (2, 3) it is")
-        out_rank = {} if keepdim else {"out_rank": 1}
+        out_rank: dict[str, Any] = {} if keepdim else {"out_rank": 1}
         return self._emit("mean_pool", [self._image(self._tensor(input))], rank=3, **out_rank)
 
     def flatten(self, input: Any, start_dim: int = 0, end_dim: int = -1) -> _Value:
@@ -453,7 +465,7 @@ class _Builder:
     def iadd(self, input: Any, other: Any) -> _Value:
         return self._in_place(self._tensor(input), self.add(input, other))
 
-    def pointwise(self, input: Any, function: str, inplace: bool = False, **constants: float) -> _Value:
+    def pointwise(self, input: Any, function: str, inplace: bool = False, **constants: Any) -> _Value:
         x = self._tensor(input)
         y = self._emit("pointwise", [self._image(x)], function=function, **constants)
         return self._in_place(x, y) if inplace else y
@@ -491,9 +503,7 @@ class _Builder:
     def sigmoid(self, input: Any) -> _Value:
         return self.pointwise(input, "sigmoid")
 
-    def hardtanh(
-        self, input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
-    ) -> _Value:
+    def hardtanh(self, input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> _Value:
         return self.pointwise(input, "hardtanh", inplace, a=float(min_val), b=float(max_val))
 
     def relu6(self, input: Any, inplace: bool = False) -> _Value:
@@ -552,9 +562,7 @@ def _max_pool(b: _Builder, m: Any, input: Any) -> _Value:
 
 
 def _avg_pool(b: _Builder, m: Any, input: Any) -> _Value:
-    return b.avg_pool2d(
-        input, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
-    )
+    return b.avg_pool2d(input, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override)
 
 
 _MODULES: dict[type, Callable[..., _Value]] = {

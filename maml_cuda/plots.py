@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from maml_cuda.fused_maml import FusedMAML
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from maml_cuda.checkpoint import write_file
 from maml_cuda.data import MetaBatch
 from maml_cuda.data.sinusoid import X
+from maml_cuda.fused_maml import FusedMAML
 from maml_cuda.jobs import METRICS, Settings
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # told apart with every colour vision
@@ -34,9 +34,7 @@ def learning_curves(metrics: Path, path: Path, settings: Settings) -> None:
     for axes, column, label, colour, style in lines:
         points = [(int(row["iteration"]), float(row[column])) for row in rows if row[column]]
         if points:
-            axes.plot(
-                *zip(*points, strict=True), style, color=colour, label=label, linewidth=1.2, markersize=3
-            )
+            axes.plot(*zip(*points, strict=True), style, color=colour, label=label, linewidth=1.2, markersize=3)
     for axes, name in ((left, "query loss"), (right, metric)):
         axes.set(xlabel="meta-iteration", ylabel=name)
         axes.grid(alpha=0.3)
@@ -54,9 +52,7 @@ def adaptation(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     axes.errorbar(result["steps"], result["mean"], yerr=result["ci95"], fmt="o-", color=BLUE, capsize=3)
     axes.set(xlabel="adaptation steps", ylabel=result["metric"], xticks=result["steps"])
-    axes.set_title(
-        f"{result['task']}: {result['test_tasks']} test tasks, {result['test_shots']}-shot, 95 % interval"
-    )
+    axes.set_title(f"{result['task']}: {result['test_tasks']} test tasks, {result['test_shots']}-shot, 95 % interval")
     axes.grid(alpha=0.3)
     if result["metric"] == "accuracy":
         axes.set_ylim(0, 1)
@@ -75,9 +71,7 @@ def glyph_task(maml: FusedMAML, batch: MetaBatch, steps: int, path: Path, most: 
     query = batch.x_qry[0, :, 0].unflatten(0, (ways, -1))[:, :most]
     shots, queries = support.shape[1], query.shape[1]
     figure = Figure(figsize=(1 + 0.9 * (shots + queries + 0.3), 0.7 + 1.1 * ways), layout="constrained")
-    grid = figure.subplots(
-        ways, shots + 1 + queries, squeeze=False, width_ratios=[1] * shots + [0.3] + [1] * queries
-    )
+    grid = figure.subplots(ways, shots + 1 + queries, squeeze=False, width_ratios=[1] * shots + [0.3] + [1] * queries)
     for way in range(ways):
         for column, image in enumerate(support[way]):
             _image(grid[way, column], image, f"class {way + 1}", BLUE)

@@ -67,13 +67,11 @@ def inner_loop(
     Raises:
         ValueError: an adapted parameter (a key of `rates`) that the support loss does not depend on.
     """
-    phi = dict(theta)
+    phi: dict[str, Tensor] = dict(theta)
     losses = []
     with torch.enable_grad():
         if not differentiable:
-            phi = {
-                name: p.detach().requires_grad_(p.is_floating_point() and name in rates) for name, p in phi.items()
-            }
+            phi = {name: p.detach().requires_grad_(p.is_floating_point() and name in rates) for name, p in phi.items()}
         for step in range(steps):
             value = loss(call(model, phi, x), y)
             second_order = differentiable and not first_order
@@ -133,7 +131,7 @@ def meta_gradient(
     adapted = adapted_names(model, adapt_params)
     parameters = dict(model.named_parameters())
     rates = read_rates(inner_lr, {name: parameters[name].shape for name in adapted}, inner_steps)
-    wanted = {name: p for name, p in parameters.items() if p.requires_grad}
+    wanted: dict[str, Tensor] = {name: p for name, p in parameters.items() if p.requires_grad}
     if isinstance(inner_lr, Tensor):
         wanted["inner_lr"] = inner_lr
     elif isinstance(inner_lr, (Mapping, InnerRates)):
@@ -183,7 +181,8 @@ def meta_step(
             for i, g in enumerate(torch.autograd.grad(value, wanted, allow_unused=True)):
                 if g is not None:
                     share = weight * g
-                    gradients[i] = share if gradients[i] is None else gradients[i] + share
+                    so_far = gradients[i]
+                    gradients[i] = share if so_far is None else so_far + share
         task_losses.append(value.detach())
         logits.append(prediction.detach())
         support_losses.append(torch.stack(inner) if inner else value.detach().new_zeros(0))
@@ -228,7 +227,7 @@ def hvp(
                 start=grads[0].new_zeros(()),
             )
         if along.requires_grad:
-            result = torch.autograd.grad(along, [at[n] for n in names], allow_unused=True)
+            result: tuple[Tensor | None, ...] = torch.autograd.grad(along, [at[n] for n in names], allow_unused=True)
         else:
             result = (None,) * len(names)
         products.append([torch.zeros_like(at[n]) if g is None else g for n, g in zip(names, result, strict=True)])

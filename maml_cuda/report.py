@@ -6,20 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from maml_cuda.fused_maml import FusedMAML
 
 from maml_cuda import plots
 from maml_cuda.checkpoint import load_checkpoint, write_file
 from maml_cuda.evaluate import evaluate, mean_and_ci95
+from maml_cuda.fused_maml import FusedMAML
 from maml_cuda.jobs import METRICS, Settings, make_generator, make_maml, make_tasks, show
 from maml_cuda.versions import versions
 
 STEPS = range(11)
 
 
-def load_run(
-    run: Path, checkpoint: str = "best", backend: str | None = None
-) -> tuple[FusedMAML, dict[str, Any]]:
+def load_run(run: Path, checkpoint: str = "best", backend: str | None = None) -> tuple[FusedMAML, dict[str, Any]]:
     """The model of a checkpoint of ``run`` and the checkpoint's info. FileNotFoundError where no run is."""
     model, _, info = load_checkpoint(run / checkpoint)
     settings = Settings(**info["settings"])

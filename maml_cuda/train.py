@@ -84,11 +84,7 @@ class Training:
         training.iteration, training.seconds, training.best = info["iteration"], info["seconds"], info["best"]
         lines = (run / "metrics.csv").read_text().splitlines(keepends=True)
         # A row is kept whole or not at all: what a crash cut short lies after the checkpoint too.
-        rows = [
-            line
-            for line in lines[1:]
-            if line.endswith("\n") and int(line.split(",")[0]) <= training.iteration
-        ]
+        rows = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= training.iteration]
         write_file(run / "metrics.csv", "".join(lines[:1] + rows).encode())
         return training
 

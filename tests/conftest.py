@@ -17,8 +17,7 @@ def relative_errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict
     assert got.keys() == expected.keys()
     total = torch.stack([e.norm() for e in expected.values()]).norm().item()
     return {
-        name: (got[name] - e).norm().item() / max(e.norm().item(), 1e-4 * total, 1e-300)
-        for name, e in expected.items()
+        name: (got[name] - e).norm().item() / max(e.norm().item(), 1e-4 * total, 1e-300) for name, e in expected.items()
     }
 
 
@@ -48,7 +47,13 @@ def check_meta_gradient(
     maml = FusedMAML(model, inner_lr, steps, loss=loss, backend=backend, **options)
     value, grads = run(maml, data)
     expected_value, expected = reference.meta_gradient(
-        model, loss, *data, maml.inner_lr, steps, options.get("first_order", False), options.get("adapt_params")
+        model,
+        loss,
+        *data,
+        maml.inner_lr,
+        steps,
+        options.get("first_order", False),
+        options.get("adapt_params"),
     )
     assert abs(value.item() - expected_value.item()) <= tolerance * max(1.0, abs(expected_value.item()))
     assert_close(grads, expected, tolerance)
@@ -68,7 +73,7 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture()
+@pytest.fixture
 def check_passes() -> Callable[..., None]:
     """The four passes of the layers of a model, in float64, against autograd and double backward.
 

@@ -207,10 +207,7 @@ def test_report():
         )
     )
     lines = text.splitlines()
-    assert (
-        lines[0]
-        == "One meta-step on Abacus, 2 of 4 cores; torch 2.6, maml_cuda 0.1.0 (avx2), commit unknown."
-    )
+    assert lines[0] == "One meta-step on Abacus, 2 of 4 cores; torch 2.6, maml_cuda 0.1.0 (avx2), commit unknown."
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert rows[0][4:8] == [OURS, "loop", "vmap", "speed-up"]
     assert rows[2][:7] == ["net", "1", "5", "4", "2 (1.8 to 2.5)", "8 (7.2 to 10)", "10 (9 to 12.5)"]
@@ -264,9 +261,7 @@ def test_command(tmp_path, capsys):
 def test_command_fails_when_our_answer_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(cli, "fused", lambda backend: spoiled(lambda p: p.grad.zero_()))
     assert cli.main(["--workload", "overhead", "--order", "1", "--quick", "--seconds", "0.001"]) == 1
-    assert (
-        "overhead, order 1, maml_cuda wrong: torch.float64 meta-gradient must be" in capsys.readouterr().out
-    )
+    assert "overhead, order 1, maml_cuda wrong: torch.float64 meta-gradient must be" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_every_option_reaches_the_settings(tmp_path) -> None:
     given = {"ways": 2, "shots": 2, "queries": 3, "inner_lr": 0.25, "inner_steps": 2, "iterations": 2}
     given |= {"meta_batch": 2, "meta_lr": 0.002, "seed": 9, "validation_interval": 2, "validation_tasks": 2}
     given |= {"log_interval": 1, "test_tasks": 3, "test_shots": 1, "test_queries": 2, "test_steps": 1}
-    given |= {"backend": "reference"}
+    given |= {"backend": "reference", "rotations": 2}
     options = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     out = ["--out", str(tmp_path / "run"), "--filters", "3", "--learn-inner-lr", "--first-order"]
     assert main(["train", "glyphs", *options, *out]) == 0
@@ -131,7 +131,7 @@ def test_info_names_the_build_and_the_versions(capsys) -> None:
         (["train", "sinusoid", "--resume"], "--resume must name one run folder"),
         (["train", "--resume", "a", "--out", "b"], "--resume must name one run folder"),
         (["train", "--resume", "nowhere"], "no checkpoint in nowhere"),
-        (["train", "sinusoid", "--ways", "3"], "ways must be left alone for the sinusoid"),
+        (["train", "sinusoid", "--ways", "3"], "ways must be 1 for the sinusoid"),
         (["train", "glyphs", "--shots", "9", "--queries", "9"], "k_shot + n_query must be at most 17"),
         (["train", "--threads", "0"], "threads must be at least 1, got 0"),
         (["evaluate", "nowhere"], "no checkpoint in nowhere"),

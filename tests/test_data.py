@@ -13,9 +13,8 @@ def generator(seed: int = 0) -> torch.Generator:
 def numbered(split: str, n_way: int, k_shot: int, n_query: int) -> GlyphTasks:
     """Glyph tasks whose images show nothing but their own row number."""
     tasks = GlyphTasks(split, n_way, k_shot, n_query)
-    tasks.images = (
-        torch.arange(len(tasks.images)).float().view(-1, 1, 1, 1).expand_as(tasks.images).contiguous()
-    )
+    number = torch.arange(len(tasks.images)).float() * 15  # sampling divides by 15 grey levels
+    tasks.images = number.view(-1, 1, 1).expand_as(tasks.images).contiguous()
     return tasks
 
 
@@ -76,15 +75,24 @@ def test_glyph_images_are_those_of_the_split() -> None:
     tasks = GlyphTasks("test", 2, 1, 1)
     images, count, names = glyphs.load_glyphs()
     first = next(i for i, name in enumerate(names) if name.split("/")[0] in glyphs.SCRIPTS["test"])
-    expected = images[int(count[:first].sum())].float() / 15
-    assert torch.equal(tasks.images[0, 0], expected)
-    assert float(tasks.images.min()) == 0
-    assert float(tasks.images.max()) == 1
+    assert torch.equal(tasks.images[0], images[int(count[:first].sum())])
+    x = tasks.sample(20, generator()).x_qry
+    assert float(x.min()) == 0
+    assert float(x.max()) == 1
+    assert len(x.unique()) == 16  # grey levels
 
 
-@pytest.mark.parametrize(
-    "tasks", [GlyphTasks("validation", 5, 2, 3), SinusoidTasks(4, 3)], ids=["glyphs", "sinusoid"]
-)
+def test_turned_glyphs_are_classes_of_their_own() -> None:
+    plain, turned = GlyphTasks("validation", 5, 1, 1), GlyphTasks("validation", 5, 1, 1, rotations=3)
+    assert len(turned.count) == 3 * 51
+    for turns in range(3):
+        for index in (0, 50):
+            image = turned.images[turned.first[51 * turns + index]]
+            assert torch.equal(image, plain.images[plain.first[index]].rot90(turns))
+    assert turned.sample(2, generator()).x_spt.shape == (2, 5, 1, 28, 28)
+
+
+@pytest.mark.parametrize("tasks", [GlyphTasks("validation", 5, 2, 3), SinusoidTasks(4, 3)], ids=["glyphs", "sinusoid"])
 def test_draws_depend_on_the_generator_alone(tasks) -> None:
     first, again, other = (tasks.sample(3, generator(seed)) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -121,6 +129,7 @@ def test_sinusoids_are_those_of_the_paper() -> None:
         (("validation", 52, 1, 1), r"n_way must be 2 to 51 \(validation glyphs\), got 52"),
         (("train", 1, 1, 1), r"n_way must be 2 to 792 \(train glyphs\), got 1"),
         (("test", 5, 10, 8), "k_shot \\+ n_query must be at most 17, .* got k_shot 10 and n_query 8"),
+        (("train", 5, 1, 1, 5), "rotations must be 1 to 4 quarter turns, got 5"),
         (("test", 5, 0, 8), "each at least 1 .* got k_shot 0 and n_query 8"),
     ],
 )

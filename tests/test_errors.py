@@ -368,9 +368,7 @@ def test_mse_does_not_broadcast(where: str, backend: str) -> None:
         expected,
         f"got [2, {n}, 1]",
     )
-    refuses(
-        maml, lambda: maml(**change(where, lambda t: t[..., 0])(good)), ValueError, expected, f"got [2, {n}]"
-    )
+    refuses(maml, lambda: maml(**change(where, lambda t: t[..., 0])(good)), ValueError, expected, f"got [2, {n}]")
     refuses(
         maml, lambda: maml(**change(where, Tensor.float)(good)), TypeError,
         f"{where} must have the model's dtype torch.float64", "got torch.float32",
@@ -431,9 +429,7 @@ def test_images_that_do_not_fit_name_the_layer() -> None:
         "[3, 4, 4]",
     )
     refuses(maml, lambda: maml(**episode(2, 2, 4)), ValueError, "0 (Conv2d)", "kernel of 3", "[2, 2, 4]")
-    refuses(
-        maml, lambda: maml(**episode(2, 5, 4)), ValueError, "3 (Linear)", "expects 12 features", "got", "[18]"
-    )
+    refuses(maml, lambda: maml(**episode(2, 5, 4)), ValueError, "3 (Linear)", "expects 12 features", "got", "[18]")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -441,9 +437,7 @@ def test_batch_norm_with_one_value_per_channel(backend: str) -> None:
     maml = FusedMAML(net(), 0.1, backend=backend)
     data = episode(n_support=1)
     refuses(maml, lambda: maml(**data), ValueError, "more than 1 value per channel")
-    refuses(
-        maml, lambda: maml.adapt(data["x_spt"], data["y_spt"]), ValueError, "more than 1 value per channel"
-    )
+    refuses(maml, lambda: maml.adapt(data["x_spt"], data["y_spt"]), ValueError, "more than 1 value per channel")
     refuses(maml, lambda: maml(**label_free_query(episode())), ValueError, "more than 1 value per channel")
 
 
@@ -538,9 +532,7 @@ def test_building_blocks_refuse(block: str, backend: str) -> None:
     lacking = {name: t for name, t in fast.items() if name != "3.bias"}
     refuses(maml, lambda: call(list(fast.values())), TypeError, "fast must be a mapping", "got list")
     refuses(maml, lambda: call(lacking), ValueError, "fast must hold exactly", "got none for 3.bias")
-    refuses(
-        maml, lambda: call(fast | {"4.bias": x}), ValueError, "fast must hold exactly", "got unknown 4.bias"
-    )
+    refuses(maml, lambda: call(fast | {"4.bias": x}), ValueError, "fast must hold exactly", "got unknown 4.bias")
     refuses(
         maml, lambda: call(fast | {"3.bias": maml.model[3].bias}), ValueError,
         "fast['3.bias'] must have shape [2, 5]", "got [5]",
@@ -557,9 +549,7 @@ def test_building_blocks_refuse(block: str, backend: str) -> None:
         "fast['3.bias'] must be torch.float64", "got torch.float32",
     )  # fmt: skip
     refuses(maml, lambda: call(fast, x[:1], y[:1]), ValueError, "must have shape [1, ", "got [2, ")
-    refuses(
-        maml, lambda: call(fast, x[0, 0]), ValueError, "x must have shape [tasks, samples, ...]", "got [3]"
-    )
+    refuses(maml, lambda: call(fast, x[0, 0]), ValueError, "x must have shape [tasks, samples, ...]", "got [3]")
     if block == "predict":
         return
     refuses(maml, lambda: call(fast, x, y + CLASSES), ValueError, "y must hold labels in [0, 5)", "got")

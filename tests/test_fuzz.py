@@ -11,8 +11,9 @@ import os
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from maml_cuda import FusedMAML
 from torch import nn
+
+from maml_cuda import FusedMAML
 
 from .conftest import check_meta_gradient
 
@@ -152,5 +153,7 @@ def test_random_graphs(case):
         except ValueError as error:
             assume("more than 1 value per channel" not in str(error))
             raise
-    maml = check_meta_gradient(model, loss, data, rate, steps, adapt_params=adapt, first_order=first_order, tolerance=1e-9)
+    maml = check_meta_gradient(
+        model, loss, data, rate, steps, adapt_params=adapt, first_order=first_order, tolerance=1e-9
+    )
     assert maml.backend == "cpu"

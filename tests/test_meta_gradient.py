@@ -7,8 +7,9 @@ import json
 
 import pytest
 import torch
-from maml_cuda import FusedMAML, ops, reference
 from torch import nn
+
+from maml_cuda import FusedMAML, ops, reference
 
 from .conftest import check_meta_gradient, run
 
@@ -33,7 +34,11 @@ class ResNet(nn.Module):
         for c_in, c in ((2, 5), (5, 7)):
             layers = []
             for i in range(2):
-                layers += [nn.Conv2d(c if i else c_in, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.SiLU()]
+                layers += [
+                    nn.Conv2d(c if i else c_in, c, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(c),
+                    nn.SiLU(),
+                ]
             self.blocks.append(nn.ModuleList([nn.Sequential(*layers), nn.Conv2d(c_in, c, 1), nn.BatchNorm2d(c)]))
         self.pool = nn.AvgPool2d(2)
         self.head = nn.Linear(7, 4)
@@ -52,7 +57,9 @@ def episode(name, loss="cross_entropy", tasks=3, n_support=5, n_query=7, dtype=t
     data = []
     for n in (n_support, n_query):
         data.append(torch.randn(tasks, n, *sample, dtype=dtype))
-        data.append(torch.randint(0, 4, (tasks, n)) if loss == "cross_entropy" else torch.randn(tasks, n, 4, dtype=dtype))
+        data.append(
+            torch.randint(0, 4, (tasks, n)) if loss == "cross_entropy" else torch.randn(tasks, n, 4, dtype=dtype)
+        )
     return data
 
 
@@ -273,6 +280,9 @@ def test_float32_is_as_good_as_the_reference(name, steps, first_order):
     for _ in range(8):
         s, q = torch.randperm(data[0].shape[1]), torch.randperm(data[2].shape[1])
         shuffled = [data[0][:, s], data[1][:, s], data[2][:, q], data[3][:, q]]
-        own = max(own, error(flat(reference.meta_gradient(model, "cross_entropy", *shuffled, 0.1, steps, first_order)[1])))
+        own = max(
+            own,
+            error(flat(reference.meta_gradient(model, "cross_entropy", *shuffled, 0.1, steps, first_order)[1])),
+        )
     ours = error(flat(run(FusedMAML(model, 0.1, steps, first_order=first_order, backend="fused"), data)[1]))
     assert ours <= 2 * own + 2e-6

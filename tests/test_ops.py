@@ -83,9 +83,7 @@ class Calls(TorchFunctionMode):
         super().__init__()
         self.seen: dict[str, tuple[Any, tuple, dict]] = {}
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = str(function).removesuffix(".default").replace(".", "::")
         if name.startswith("maml_cuda::"):
             self.seen.setdefault(name, (function, args, kwargs or {}))
@@ -315,9 +313,7 @@ def test_the_scale_of_a_grad_scaler_passes() -> None:
 
 def join(rank: int, processes: int, store: Path) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(store), processes), rank=rank, world_size=processes
-    )
+    dist.init_process_group("gloo", store=dist.FileStore(str(store), processes), rank=rank, world_size=processes)
 
 
 def test_ddp_of_one_process(tmp_path: Path) -> None:

@@ -61,14 +61,10 @@ def conv(run: Callable[[Any, Tensor], Tensor], features: int, **parts: Any) -> N
 
 
 def pooled(layer: nn.Module, features: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), layer, nn.Flatten(), nn.Linear(features, CLASSES)
-    )
+    return nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), layer, nn.Flatten(), nn.Linear(features, CLASSES))
 
 
-def episode(
-    sample: tuple[int, ...] = VECTOR, target: tuple[int, ...] | None = None, **to: Any
-) -> list[Tensor]:
+def episode(sample: tuple[int, ...] = VECTOR, target: tuple[int, ...] | None = None, **to: Any) -> list[Tensor]:
     """Two tasks of 5 and 3 samples; labels, or real targets of shape `target`."""
     g = torch.Generator().manual_seed(3)
     data = []
@@ -159,12 +155,8 @@ ACTIVATIONS = {
 VECTORS: dict[str, Callable[[], nn.Module]] = {
     "linear module": lambda: nn.Linear(3, CLASSES),
     "linear without bias": lambda: nn.Linear(3, CLASSES, bias=False),
-    "linear functional": lambda: Net(
-        lambda m, x: F.linear(x, m.w, m.d), w=weight(CLASSES, 3), d=weight(CLASSES)
-    ),
-    "linear subclass": lambda: Net(
-        lambda m, x: m.a(x).tanh() + m.b(x), a=PlainLinear(3, 4), b=nn.Linear(3, 4)
-    ),
+    "linear functional": lambda: Net(lambda m, x: F.linear(x, m.w, m.d), w=weight(CLASSES, 3), d=weight(CLASSES)),
+    "linear subclass": lambda: Net(lambda m, x: m.a(x).tanh() + m.b(x), a=PlainLinear(3, 4), b=nn.Linear(3, 4)),
     "batch norm": lambda: around(nn.BatchNorm1d(5)),
     "batch norm without affine": lambda: around(nn.BatchNorm1d(5, affine=False, momentum=None)),
     "batch norm, large eps": lambda: around(nn.BatchNorm1d(5, eps=0.3)),
@@ -187,16 +179,12 @@ VECTORS: dict[str, Callable[[], nn.Module]] = {
     "a value read twice": lambda: dense(lambda m, x: (lambda h: m.c(h.sigmoid() + h) + m.c(m.b(x)))(m.a(x))),
     "a module called twice": lambda: dense(lambda m, x: m.c(m.a(x).tanh()) + m.c(m.b(x))),
     "tied weights": lambda: tied(),
-    "nested modules": lambda: nn.Sequential(
-        around(nn.Tanh()), nn.Sequential(nn.ELU(), nn.Linear(4, CLASSES))
-    ),
+    "nested modules": lambda: nn.Sequential(around(nn.Tanh()), nn.Sequential(nn.ELU(), nn.Linear(4, CLASSES))),
     "module list": lambda: Net(
         lambda m, x: m.parts[1](m.parts[0](x).relu()),
         parts=nn.ModuleList([nn.Linear(3, 6), nn.Linear(6, CLASSES)]),
     ),
-    "the input read twice": lambda: Net(
-        lambda m, x: m.a(x) + m.b(x), a=nn.Linear(3, CLASSES), b=nn.Linear(3, CLASSES)
-    ),
+    "the input read twice": lambda: Net(lambda m, x: m.a(x) + m.b(x), a=nn.Linear(3, CLASSES), b=nn.Linear(3, CLASSES)),
     "a result nobody reads": lambda: Net(lambda m, x: (m.a(x).exp(), m.a(x))[1], a=nn.Linear(3, CLASSES)),
 }
 IMAGES: dict[str, Callable[[], nn.Module]] = {
@@ -290,9 +278,7 @@ def fused_is_right(model: nn.Module, data: list[Tensor], loss: str = "cross_entr
                 close(g, results[1][1][name], name)
 
 
-@pytest.mark.parametrize(
-    ("kind", "spelling"), [(k, i) for k, all_ in ACTIVATIONS.items() for i in range(len(all_))]
-)
+@pytest.mark.parametrize(("kind", "spelling"), [(k, i) for k, all_ in ACTIVATIONS.items() for i in range(len(all_))])
 def test_activations_are_fused_in_every_spelling(kind: str, spelling: int) -> None:
     layer = ACTIVATIONS[kind][spelling]
     fused_is_right(made(lambda: around(layer) if isinstance(layer, nn.Module) else between(layer)), episode())
@@ -821,13 +807,9 @@ def tied_later(model: Any) -> None:
 LATER: dict[str, Callable[[Any], object]] = {
     "nothing": lambda model: None,
     "a parameter frozen": lambda model: model[0].weight.requires_grad_(False),
-    "a parameter replaced": lambda model: setattr(
-        model[0], "weight", nn.Parameter(torch.ones(3, 3).double())
-    ),
+    "a parameter replaced": lambda model: setattr(model[0], "weight", nn.Parameter(torch.ones(3, 3).double())),
     "a parameter of another shape": wider,
-    "weights loaded": lambda model: model.load_state_dict(
-        {k: v + 0.1 for k, v in model.state_dict().items()}
-    ),
+    "weights loaded": lambda model: model.load_state_dict({k: v + 0.1 for k, v in model.state_dict().items()}),
     "a forward hook": hook_later("register_forward_hook", lambda m, args, out: out * 1.5),
     "a forward pre-hook": hook_later("register_forward_pre_hook", lambda m, args: (args[0] * 1.5,)),
     "spectral norm": lambda model: parametrizations.spectral_norm(model[0]),
@@ -843,9 +825,7 @@ LATER: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("case", LATER)
 def test_a_change_after_construction_is_seen(case: str) -> None:
-    maml = FusedMAML(
-        made(lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, CLASSES))), RATE, STEPS
-    )
+    maml = FusedMAML(made(lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, CLASSES))), RATE, STEPS)
     maml(*episode())
     LATER[case](maml.model)
     right(maml, episode())

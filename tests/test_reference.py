@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from maml_cuda import reference
 from torch import nn
 from torch.func import functional_call, grad, vmap
+
+from maml_cuda import reference
 
 
 class Scale(nn.Module):

@@ -181,12 +181,8 @@ def test_the_sinusoid_gets_a_picture_of_its_fits(tmp_path) -> None:
 
 
 def test_the_best_checkpoint_is_the_one_that_validated_best(tmp_path) -> None:
-    training = trained(
-        tmp_path, tiny("sinusoid", meta_lr=0.3)
-    )  # a wild run, so that the last is not the best
-    by_score = min(
-        (row for row in rows(tmp_path) if row["validation"]), key=lambda row: float(row["validation"])
-    )
+    training = trained(tmp_path, tiny("sinusoid", meta_lr=0.3))  # a wild run, so that the last is not the best
+    by_score = min((row for row in rows(tmp_path) if row["validation"]), key=lambda row: float(row["validation"]))
     maml, info = load_run(tmp_path)
     assert info["iteration"] == training.best["iteration"] == int(by_score["iteration"]) < 40
     settings = training.settings
@@ -200,8 +196,7 @@ def test_evaluation_does_not_depend_on_how_many_tasks_follow() -> None:
     maml = make_maml(settings)
     tasks = make_tasks(settings, "test")
     many, few = (
-        evaluate(maml, "sinusoid", tasks, make_generator(settings, "test"), count, (0, 3))
-        for count in (CHUNK + 7, 9)
+        evaluate(maml, "sinusoid", tasks, make_generator(settings, "test"), count, (0, 3)) for count in (CHUNK + 7, 9)
     )
     assert many.shape == (2, CHUNK + 7)
     torch.testing.assert_close(many[:, :9], few)
@@ -259,9 +254,7 @@ def test_a_resumed_run_keeps_its_settings(tmp_path) -> None:
 
 def test_a_run_that_diverges_says_so(tmp_path) -> None:
     training = Training.start(tmp_path, tiny("sinusoid", inner_lr=1e30))
-    with pytest.raises(
-        ValueError, match=r"the loss must be finite, got (nan|inf) before iteration 7: lower --meta-lr"
-    ):
+    with pytest.raises(ValueError, match=r"the loss must be finite, got (nan|inf) before iteration 7: lower --meta-lr"):
         training.loop()
 
 
@@ -280,7 +273,7 @@ def test_a_run_that_diverges_says_so(tmp_path) -> None:
         ({"job": "poker"}, "job must be one of glyphs, sinusoid, got 'poker'"),
         (
             {"job": "sinusoid", "ways": 5},
-            "ways must be left alone for the sinusoid, which has no classes, got 5",
+            "ways must be 1 for the sinusoid, which has no classes, got 5",
         ),
     ],
 )

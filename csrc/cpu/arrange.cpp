@@ -1,5 +1,5 @@
-// Layers that only place values: channels_last [n, c, h, w] -> [n, h, w, c], flatten the other way round, and the
-// residual sum of two values.
+// Layers that only place values: channels_last [n, c, h, w] -> [n, h, w, c], flatten the other way round, and
+// the residual sum of two values.
 #include "linear_map.h"
 #include "product.h"
 
@@ -69,17 +69,37 @@ Passes<T> residual_sum() {
       [](const Layer& l, const Tensors<T>& t) { sum(l.n * size(l.in), t.x[0], t.x[1], t.y); },
       [](const Layer& l, const Tensors<T>& t) { pass_on(l.n * size(l.in), t.grad_y, t.add_x, t.grad_x); },
       [](const Layer& l, const Tensors<T>& t) { sum(l.n * size(l.in), t.x_dot[0], t.x_dot[1], t.y_dot); },
-      [](const Layer& l, const Tensors<T>& t) { pass_on(l.n * size(l.in), t.grad_y_dot, t.add_x, t.grad_x_dot); },
+      [](const Layer& l, const Tensors<T>& t) {
+        pass_on(l.n * size(l.in), t.grad_y_dot, t.add_x, t.grad_x_dot);
+      },
   };
 }
 
 }  // namespace
 
-template <> Passes<float> channels_last<float>() { return linear_map<ToChannelsLast, float>(); }
-template <> Passes<double> channels_last<double>() { return linear_map<ToChannelsLast, double>(); }
-template <> Passes<float> flatten<float>() { return linear_map<ToChannelsFirst, float>(); }
-template <> Passes<double> flatten<double>() { return linear_map<ToChannelsFirst, double>(); }
-template <> Passes<float> add<float>() { return residual_sum<float>(); }
-template <> Passes<double> add<double>() { return residual_sum<double>(); }
+template <>
+Passes<float> channels_last<float>() {
+  return linear_map<ToChannelsLast, float>();
+}
+template <>
+Passes<double> channels_last<double>() {
+  return linear_map<ToChannelsLast, double>();
+}
+template <>
+Passes<float> flatten<float>() {
+  return linear_map<ToChannelsFirst, float>();
+}
+template <>
+Passes<double> flatten<double>() {
+  return linear_map<ToChannelsFirst, double>();
+}
+template <>
+Passes<float> add<float>() {
+  return residual_sum<float>();
+}
+template <>
+Passes<double> add<double>() {
+  return residual_sum<double>();
+}
 
 }  // namespace maml::MAML_ISA

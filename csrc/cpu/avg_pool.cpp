@@ -1,5 +1,6 @@
-// y[i, j, c] = the mean of x over the window of (i, j); padding counts in the divisor where count_padding says so.
-// mean_pool is the same over the whole image: AdaptiveAvgPool2d(1), and the mean over the spatial axes.
+// y[i, j, c] = the mean of x over the window of (i, j); padding counts in the divisor where count_padding
+// says so. mean_pool is the same over the whole image: AdaptiveAvgPool2d(1), and the mean over the spatial
+// axes.
 #include <algorithm>
 
 #include "linear_map.h"
@@ -20,7 +21,8 @@ struct Mean {
         const int64_t qa = std::max<int64_t>(0, q0), qb = std::min(l.in.w, q1);
         const int64_t divisor = l.count_padding ? k.kernel_h * k.kernel_w : (rb - ra) * (qb - qa);
         for (int64_t r = ra; r < rb; ++r) {
-          for (int64_t q = qa; q < qb; ++q) f(i * l.out.w + j, r * l.in.w + q, 1.0 / static_cast<double>(divisor));
+          for (int64_t q = qa; q < qb; ++q)
+            f(i * l.out.w + j, r * l.in.w + q, 1.0 / static_cast<double>(divisor));
         }
       }
     }
@@ -65,7 +67,9 @@ Layer whole(const Layer& l) {
 
 struct MeanOfAll {
   template <class T>
-  static void apply(const Layer& l, const T* x, T* y) { Mean::apply(whole(l), x, y); }
+  static void apply(const Layer& l, const T* x, T* y) {
+    Mean::apply(whole(l), x, y);
+  }
   template <class T>
   static void transposed(const Layer& l, const T* g, bool add, T* grad_x) {
     Mean::transposed(whole(l), g, add, grad_x);
@@ -74,9 +78,21 @@ struct MeanOfAll {
 
 }  // namespace
 
-template <> Passes<float> avg_pool<float>() { return linear_map<Mean, float>(); }
-template <> Passes<double> avg_pool<double>() { return linear_map<Mean, double>(); }
-template <> Passes<float> mean_pool<float>() { return linear_map<MeanOfAll, float>(); }
-template <> Passes<double> mean_pool<double>() { return linear_map<MeanOfAll, double>(); }
+template <>
+Passes<float> avg_pool<float>() {
+  return linear_map<Mean, float>();
+}
+template <>
+Passes<double> avg_pool<double>() {
+  return linear_map<Mean, double>();
+}
+template <>
+Passes<float> mean_pool<float>() {
+  return linear_map<MeanOfAll, float>();
+}
+template <>
+Passes<double> mean_pool<double>() {
+  return linear_map<MeanOfAll, double>();
+}
 
 }  // namespace maml::MAML_ISA

@@ -9,17 +9,20 @@ namespace {
 bool always() { return true; }
 #if defined(__x86_64__)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-bool has_avx512() { return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+}
 #endif
 
 }  // namespace
 }  // namespace maml::cpu
 
-#define MAML_DECLARE(isa)                                        \
-  namespace maml::isa {                                          \
-  Footprint footprint(const Layer&);                             \
-  void run_float(const Problem&, const cpu::Call<float>&);       \
-  void run_double(const Problem&, const cpu::Call<double>&);     \
+#define MAML_DECLARE(isa)                                    \
+  namespace maml::isa {                                      \
+  Footprint footprint(const Layer&);                         \
+  void run_float(const Problem&, const cpu::Call<float>&);   \
+  void run_double(const Problem&, const cpu::Call<double>&); \
   }
 #if defined(__x86_64__)
 MAML_DECLARE(avx512)
@@ -45,7 +48,8 @@ const Backend& choose() {
   for (const Backend& b : kBackends) {
     if (wanted ? wanted == std::string(b.isa) : b.available()) {
       if (b.available()) return b;
-      throw std::invalid_argument("MAML_CUDA_CPU_ISA asks for " + std::string(wanted) + ", which this CPU lacks");
+      throw std::invalid_argument("MAML_CUDA_CPU_ISA asks for " + std::string(wanted) +
+                                  ", which this CPU lacks");
     }
     known += (known.empty() ? "" : ", ") + std::string(b.isa);
   }

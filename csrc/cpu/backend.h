@@ -1,5 +1,5 @@
-// The CPU backend as the bindings see it: one table for each instruction set that this build holds, and the choice
-// among them.
+// The CPU backend as the bindings see it: one table for each instruction set that this build holds, and the
+// choice among them.
 #pragma once
 
 #include <string>
@@ -9,27 +9,28 @@
 
 namespace maml::cpu {
 
-/// The tensors of one call, tasks first and dense unless a stride says otherwise. T is float or double; null: absent.
+/// The tensors of one call, tasks first and dense unless a stride says otherwise. T is float or double; null:
+/// absent.
 template <class T>
 struct Call {
   int64_t tasks = 0;
   int threads = 1;
-  std::vector<const T*> parameters;           // in the user's order of elements
-  std::vector<int64_t> parameter_strides;     // from task to task; 0: shared
+  std::vector<const T*> parameters;        // in the user's order of elements
+  std::vector<int64_t> parameter_strides;  // from task to task; 0: shared
   std::vector<const T*> rates;
   const T* x_support = nullptr;
   const void* y_support = nullptr;
   const T* x_query = nullptr;
   const void* y_query = nullptr;
-  const T* task_weights = nullptr;            // [tasks]; null: 1 / tasks for meta_gradient, else 1
-  std::vector<const T*> given;                // adapt_backward: cotangents, hvp: directions, one a parameter; null: zero
-  std::vector<int64_t> given_strides;         // predict_backward: the cotangent of the prediction
-  T* loss = nullptr;                          // [1]
-  T* task_losses = nullptr;                   // [tasks]
-  T* logits = nullptr;                        // [tasks, n_query, ...]
-  T* support_losses = nullptr;                // [tasks, steps]
-  T* gradient = nullptr;                      // [result_size], the trainable parameters in the user's order
-  std::vector<T*> per_task;                   // one a parameter [tasks, size]: adapted parameters, gradients, products
+  const T* task_weights = nullptr;  // [tasks]; null: 1 / tasks for meta_gradient, else 1
+  std::vector<const T*> given;  // adapt_backward: cotangents, hvp: directions, one a parameter; null: zero
+  std::vector<int64_t> given_strides;  // predict_backward: the cotangent of the prediction
+  T* loss = nullptr;                   // [1]
+  T* task_losses = nullptr;            // [tasks]
+  T* logits = nullptr;                 // [tasks, n_query, ...]
+  T* support_losses = nullptr;         // [tasks, steps]
+  T* gradient = nullptr;               // [result_size], the trainable parameters in the user's order
+  std::vector<T*> per_task;  // one a parameter [tasks, size]: adapted parameters, gradients, products
   T* workspace = nullptr;
 };
 

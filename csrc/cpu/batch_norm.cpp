@@ -1,14 +1,16 @@
-// BatchNorm with batch statistics over the m = n h w rows of a [m, c] matrix, one task. Per channel, with g = grad_y:
+// BatchNorm with batch statistics over the m = n h w rows of a [m, c] matrix, one task. Per channel, with g =
+// grad_y:
 //
 //   mu = mean x, s = (var + eps)^-1/2 (biased), xh = (x - mu) s,   y = gamma xh + beta
 //   G1 = sum g = grad_beta, G2 = sum g xh = grad_gamma,            grad_x = gamma s (g - G1/m - xh G2/m)
-//   Rmu = mean x_dot, c = mean(xh x_dot),                          y_dot = gamma s x_dot + xh (gamma_dot - gamma s c)
+//   Rmu = mean x_dot, c = mean(xh x_dot),                          y_dot = gamma s x_dot + xh (gamma_dot -
+//   gamma s c)
 //                                                                          + beta_dot - gamma s Rmu
 //   R1 = sum g_dot, R2 = sum(g_dot xh + g Rxh), Rxh = s (x_dot - Rmu - xh c), u = g - G1/m - xh G2/m,
 //   grad_x_dot = (gamma_dot s - gamma s^2 c) u + gamma s (g_dot - R1/m - Rxh G2/m - xh R2/m)
 //
-// Every pass is one sweep for its sums and one for an affine map. The variance takes a sweep of its own about the
-// mean: E[x^2] - mu^2 costs one to two digits in float32. gamma and beta may be absent: 1 and 0.
+// Every pass is one sweep for its sums and one for an affine map. The variance takes a sweep of its own about
+// the mean: E[x^2] - mu^2 costs one to two digits in float32. gamma and beta may be absent: 1 and 0.
 #include <cmath>
 
 #include "layers.h"
@@ -38,14 +40,15 @@ void forward(const Layer& l, const Tensors<T>& t) {
   const int64_t m = rows_of(l), channels = l.in.c;
   const Saved<T> saved(t.saved, channels);
   const T* x = t.x[0];
-  channel_sums<T, 1>(m, channels, {saved.mu}, [&](int64_t at, int64_t, const Lanes<T>& lanes, Vector<T>* sum) {
-    sum[0] += load(x + at, lanes);
-  });
+  channel_sums<T, 1>(
+      m, channels, {saved.mu},
+      [&](int64_t at, int64_t, const Lanes<T>& lanes, Vector<T>* sum) { sum[0] += load(x + at, lanes); });
   for (int64_t j = 0; j < channels; ++j) saved.mu[j] /= static_cast<T>(m);
-  channel_sums<T, 1>(m, channels, {saved.s}, [&](int64_t at, int64_t j, const Lanes<T>& lanes, Vector<T>* sum) {
-    const Vector<T> d = load(x + at, lanes) - load(saved.mu + j, lanes);
-    sum[0] += d * d;
-  });
+  channel_sums<T, 1>(m, channels, {saved.s},
+                     [&](int64_t at, int64_t j, const Lanes<T>& lanes, Vector<T>* sum) {
+                       const Vector<T> d = load(x + at, lanes) - load(saved.mu + j, lanes);
+                       sum[0] += d * d;
+                     });
   for (int64_t j = 0; j < channels; ++j) {
     saved.s[j] = 1 / std::sqrt(saved.s[j] / static_cast<T>(m) + static_cast<T>(l.a));
   }
@@ -76,12 +79,12 @@ void backward(const Layer& l, const Tensors<T>& t) {
   const int64_t m = rows_of(l), channels = l.in.c;
   const Saved<T> saved(t.saved, channels);
   const T *x = t.x[0], *g = t.grad_y;
-  channel_sums<T, 2>(m, channels, {saved.G1, saved.G2},
-                     [&](int64_t at, int64_t j, const Lanes<T>& lanes, Vector<T>* sum) {
-                       const Vector<T> grad = load(g + at, lanes);
-                       sum[0] += grad;
-                       sum[1] += grad * (load(x + at, lanes) - load(saved.mu + j, lanes)) * load(saved.s + j, lanes);
-                     });
+  channel_sums<T, 2>(
+      m, channels, {saved.G1, saved.G2}, [&](int64_t at, int64_t j, const Lanes<T>& lanes, Vector<T>* sum) {
+        const Vector<T> grad = load(g + at, lanes);
+        sum[0] += grad;
+        sum[1] += grad * (load(x + at, lanes) - load(saved.mu + j, lanes)) * load(saved.s + j, lanes);
+      });
   give(saved.G2, channels, t.add_w[0], t.grad_w[0]);
   give(saved.G1, channels, t.add_w[1], t.grad_w[1]);
   if (!t.grad_x[0]) return;
@@ -106,12 +109,12 @@ void forward_tangent(const Layer& l, const Tensors<T>& t) {
   const T *x = t.x[0], *x_dot = t.x_dot[0];
   const T per_row = 1 / static_cast<T>(m);
   if (x_dot) {
-    channel_sums<T, 2>(m, channels, {saved.Rmu, saved.c},
-                       [&](int64_t at, int64_t j, const Lanes<T>& lanes, Vector<T>* sum) {
-                         const Vector<T> dot = load(x_dot + at, lanes);
-                         sum[0] += dot;
-                         sum[1] += dot * (load(x + at, lanes) - load(saved.mu + j, lanes)) * load(saved.s + j, lanes);
-                       });
+    channel_sums<T, 2>(
+        m, channels, {saved.Rmu, saved.c}, [&](int64_t at, int64_t j, const Lanes<T>& lanes, Vector<T>* sum) {
+          const Vector<T> dot = load(x_dot + at, lanes);
+          sum[0] += dot;
+          sum[1] += dot * (load(x + at, lanes) - load(saved.mu + j, lanes)) * load(saved.s + j, lanes);
+        });
     for (int64_t j = 0; j < channels; ++j) saved.Rmu[j] *= per_row, saved.c[j] *= per_row;
   } else {
     std::fill_n(saved.Rmu, channels, T(0));
@@ -131,24 +134,26 @@ void forward_tangent(const Layer& l, const Tensors<T>& t) {
   });
 }
 
-/// Where the layer does not move, grad_y is absent: then x_dot, gamma_dot, c and with them every term of g vanish.
+/// Where the layer does not move, grad_y is absent: then x_dot, gamma_dot, c and with them every term of g
+/// vanish.
 template <class T>
 void backward_tangent(const Layer& l, const Tensors<T>& t) {
   const int64_t m = rows_of(l), channels = l.in.c;
   const Saved<T> saved(t.saved, channels);
   const T *x = t.x[0], *g = t.grad_y, *x_dot = t.x_dot[0], *g_dot = t.grad_y_dot;
   T *R1 = t.scratch, *R2 = t.scratch + channels;
-  channel_sums<T, 2>(m, channels, {R1, R2}, [&](int64_t at, int64_t j, const Lanes<T>& lanes, Vector<T>* sum) {
-    const Vector<T> s = load(saved.s + j, lanes), grad_dot = load(g_dot + at, lanes);
-    const Vector<T> xh = (load(x + at, lanes) - load(saved.mu + j, lanes)) * s;
-    sum[0] += grad_dot;
-    sum[1] += grad_dot * xh;
-    if (x_dot) {
-      const Vector<T> xh_dot =
-          s * (load(x_dot + at, lanes) - load(saved.Rmu + j, lanes) - xh * load(saved.c + j, lanes));
-      sum[1] += load(g + at, lanes) * xh_dot;
-    }
-  });
+  channel_sums<T, 2>(
+      m, channels, {R1, R2}, [&](int64_t at, int64_t j, const Lanes<T>& lanes, Vector<T>* sum) {
+        const Vector<T> s = load(saved.s + j, lanes), grad_dot = load(g_dot + at, lanes);
+        const Vector<T> xh = (load(x + at, lanes) - load(saved.mu + j, lanes)) * s;
+        sum[0] += grad_dot;
+        sum[1] += grad_dot * xh;
+        if (x_dot) {
+          const Vector<T> xh_dot =
+              s * (load(x_dot + at, lanes) - load(saved.Rmu + j, lanes) - xh * load(saved.c + j, lanes));
+          sum[1] += load(g + at, lanes) * xh_dot;
+        }
+      });
   give(R2, channels, t.add_w[0], t.grad_w_dot[0]);
   give(R1, channels, t.add_w[1], t.grad_w_dot[1]);
   if (!t.grad_x_dot[0]) return;
@@ -161,7 +166,8 @@ void backward_tangent(const Layer& l, const Tensors<T>& t) {
       for (int64_t i = i0; i < i1; ++i) {
         const int64_t at = i * channels + j;
         const Vector<T> xh = (load(x + at, lanes) - mu) * s;
-        write(t.grad_x_dot[0] + at, scale * (load(g_dot + at, lanes) - mean_dot - xh * slope_dot), t.add_x[0], lanes);
+        write(t.grad_x_dot[0] + at, scale * (load(g_dot + at, lanes) - mean_dot - xh * slope_dot), t.add_x[0],
+              lanes);
       }
       return;
     }

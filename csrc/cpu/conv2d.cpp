@@ -1,15 +1,16 @@
 // Convolution (and, with one tap on a 1 x 1 image, the linear layer), channels last, one task.
 //
-//   y[m, o]      = b[o] + sum_{tap, c} x[m at tap, c] w[tap, c, o]             y_dot = x_dot w + x w_dot + b_dot
-//   grad_w       = sum_m x[m at tap, c] grad_y[m, o]                            grad_w_dot: x with grad_y_dot, x_dot with grad_y
-//   grad_x       = sum_{tap, o} grad_y[. at tap, o] w[tap, c, o]                grad_x_dot: grad_y_dot with w, grad_y with w_dot
+//   y[m, o]      = b[o] + sum_{tap, c} x[m at tap, c] w[tap, c, o]             y_dot = x_dot w + x w_dot +
+//   b_dot grad_w       = sum_m x[m at tap, c] grad_y[m, o]                            grad_w_dot: x with
+//   grad_y_dot, x_dot with grad_y grad_x       = sum_{tap, o} grad_y[. at tap, o] w[tap, c, o] grad_x_dot:
+//   grad_y_dot with w, grad_y with w_dot
 //
-// All three are the products of product.h on gathered rows. An image is copied into a zero-padded frame where a tap
-// would read outside it, a few samples at a time so that the frame stays in the cache. The input gradient is a
-// gather too, never a scatter: with stride s, input rows i with equal (i + pad) mod s read the same taps, so each
-// of the s x s parity classes is a stride-1 convolution of grad_y with the taps of that class, reversed and
-// transposed: no multiplication with a zero that the stride has put in. Linear and convolution are bilinear, so each
-// tangent is the same product of two terms into one accumulator.
+// All three are the products of product.h on gathered rows. An image is copied into a zero-padded frame where
+// a tap would read outside it, a few samples at a time so that the frame stays in the cache. The input
+// gradient is a gather too, never a scatter: with stride s, input rows i with equal (i + pad) mod s read the
+// same taps, so each of the s x s parity classes is a stride-1 convolution of grad_y with the taps of that
+// class, reversed and transposed: no multiplication with a zero that the stride has put in. Linear and
+// convolution are bilinear, so each tangent is the same product of two terms into one accumulator.
 #include <algorithm>
 #include <cstring>
 
@@ -35,8 +36,8 @@ Frame forward_frame(const Layer& l) {
           (l.out.w - 1) * k.stride_w + k.kernel_w};
 }
 
-/// One axis of a parity class of the input gradient: positions first, first + stride, ...; the taps that reach
-/// them, parity, parity + stride, ...; and the rows of grad_y that those read.
+/// One axis of a parity class of the input gradient: positions first, first + stride, ...; the taps that
+/// reach them, parity, parity + stride, ...; and the rows of grad_y that those read.
 struct ParityAxis {
   int64_t parity, first, positions, taps, frame_start, frame_size;
   ParityAxis(int64_t parity_, int64_t size, int64_t kernel, int64_t stride, int64_t pad) : parity(parity_) {
@@ -144,8 +145,8 @@ void convolve(const Layer& l, const Term<T>* terms, int count, const T* bias, T*
       g.term[t] = {f.base, terms[t].b};
     }
     if (s == 0) {
-      fill_offsets(samples, l.out.h, l.out.w, 0, f.sample, l.window.stride_h * f.row, l.window.stride_w * l.in.c,
-                   scratch.row);
+      fill_offsets(samples, l.out.h, l.out.w, 0, f.sample, l.window.stride_h * f.row,
+                   l.window.stride_w * l.in.c, scratch.row);
       fill_offsets(samples, 1, pixels, 0, pixels * l.out.c, 0, l.out.c, scratch.c_row);
     }
     for (int64_t r = 0; r < l.window.kernel_h; ++r) runs[r] = r * f.row;
@@ -178,8 +179,8 @@ void weight_gradient(const Layer& l, const Term<T>* terms, int count, bool add, 
       o.term[t] = {f.base, terms[t].b + s * size(l.out)};
     }
     if (s == 0) {
-      fill_offsets(samples, l.out.h, l.out.w, 0, f.sample, l.window.stride_h * f.row, l.window.stride_w * l.in.c,
-                   scratch.row);
+      fill_offsets(samples, l.out.h, l.out.w, 0, f.sample, l.window.stride_h * f.row,
+                   l.window.stride_w * l.in.c, scratch.row);
     }
     for (int64_t r = 0; r < l.window.kernel_h; ++r) runs[r] = r * f.row;
     o.terms = count;
@@ -231,7 +232,8 @@ void input_gradient(const Layer& l, const Term<T>* terms, int count, bool add, T
         g.runs = {static_cast<int>(p.rows.taps), p.columns.taps * l.out.c, runs};
       }
       if (s == 0) {
-        fill_offsets(samples, p.rows.positions, p.columns.positions, 0, f.sample, f.row, l.out.c, scratch.row);
+        fill_offsets(samples, p.rows.positions, p.columns.positions, 0, f.sample, f.row, l.out.c,
+                     scratch.row);
         fill_offsets(samples, p.rows.positions, p.columns.positions,
                      (p.rows.first * l.in.w + p.columns.first) * l.in.c, size(l.in),
                      l.window.stride_h * l.in.w * l.in.c, l.window.stride_w * l.in.c, scratch.c_row);

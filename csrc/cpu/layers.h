@@ -5,16 +5,26 @@
 
 namespace maml::MAML_ISA {
 
-template <class T> Passes<T> channels_last();
-template <class T> Passes<T> flatten();
-template <class T> Passes<T> conv2d();
-template <class T> Passes<T> batch_norm();
-template <class T> Passes<T> pointwise();
-template <class T> Passes<T> max_pool();
-template <class T> Passes<T> avg_pool();
-template <class T> Passes<T> mean_pool();
-template <class T> Passes<T> add();
-template <class T> LossPasses<T> loss();
+template <class T>
+Passes<T> channels_last();
+template <class T>
+Passes<T> flatten();
+template <class T>
+Passes<T> conv2d();
+template <class T>
+Passes<T> batch_norm();
+template <class T>
+Passes<T> pointwise();
+template <class T>
+Passes<T> max_pool();
+template <class T>
+Passes<T> avg_pool();
+template <class T>
+Passes<T> mean_pool();
+template <class T>
+Passes<T> add();
+template <class T>
+LossPasses<T> loss();
 
 Footprint conv2d_footprint(const Layer&);
 Footprint batch_norm_footprint(const Layer&);

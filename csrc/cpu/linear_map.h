@@ -1,4 +1,5 @@
-// A layer without parameters that is linear in its inputs: y = A x. Its four passes are A and A^T, on primal and tangent.
+// A layer without parameters that is linear in its inputs: y = A x. Its four passes are A and A^T, on primal
+// and tangent.
 #pragma once
 
 #include "layers.h"

@@ -1,6 +1,7 @@
 // The losses of one task, means as in torch. With z the prediction [n, c]:
-//   cross_entropy  p = softmax z; L = -mean log p[label];  grad_z = (p - onehot) / n;  grad_z_dot = p (z_dot - <p, z_dot>) / n
-//   mse            L = mean (z - t)^2 over all elements;   grad_z = 2 (z - t) / (n c); grad_z_dot = 2 z_dot / (n c)
+//   cross_entropy  p = softmax z; L = -mean log p[label];  grad_z = (p - onehot) / n;  grad_z_dot = p (z_dot
+//   - <p, z_dot>) / n mse            L = mean (z - t)^2 over all elements;   grad_z = 2 (z - t) / (n c);
+//   grad_z_dot = 2 z_dot / (n c)
 // The value is summed in double. `saved` keeps p.
 #include <algorithm>
 #include <cmath>
@@ -59,7 +60,13 @@ void tangent(Loss loss, int64_t n, int64_t c, const T* z_dot, const T* p, T* gra
 
 }  // namespace
 
-template <> LossPasses<float> loss<float>() { return {value<float>, tangent<float>}; }
-template <> LossPasses<double> loss<double>() { return {value<double>, tangent<double>}; }
+template <>
+LossPasses<float> loss<float>() {
+  return {value<float>, tangent<float>};
+}
+template <>
+LossPasses<double> loss<double>() {
+  return {value<double>, tangent<double>};
+}
 
 }  // namespace maml::MAML_ISA

@@ -1,6 +1,6 @@
-// y[i, j, c] = the largest x in the window of (i, j), one task, channels last. The forward pass keeps where it stood
-// (a sample-relative pixel, the first one on a tie and any NaN, as in torch); the tangents read the same places, and
-// the cotangents are added back to them, output by output in ascending order.
+// y[i, j, c] = the largest x in the window of (i, j), one task, channels last. The forward pass keeps where
+// it stood (a sample-relative pixel, the first one on a tie and any NaN, as in torch); the tangents read the
+// same places, and the cotangents are added back to them, output by output in ascending order.
 #include <algorithm>
 #include <limits>
 

@@ -10,7 +10,9 @@ namespace {
 
 /// f, f' and f'' at one point.
 template <class T>
-struct Derivatives { T f, df, ddf; };
+struct Derivatives {
+  T f, df, ddf;
+};
 
 template <class T>
 T logistic(T x) {  // never overflows
@@ -61,16 +63,26 @@ Derivatives<T> evaluate(const Layer& l, T x) {
 template <class Body>
 void with_function(Function f, Body body) {
   switch (f) {
-    case Function::relu: return body.template operator()<Function::relu>();
-    case Function::leaky_relu: return body.template operator()<Function::leaky_relu>();
-    case Function::elu: return body.template operator()<Function::elu>();
-    case Function::silu: return body.template operator()<Function::silu>();
-    case Function::gelu: return body.template operator()<Function::gelu>();
-    case Function::gelu_tanh: return body.template operator()<Function::gelu_tanh>();
-    case Function::softplus: return body.template operator()<Function::softplus>();
-    case Function::tanh: return body.template operator()<Function::tanh>();
-    case Function::sigmoid: return body.template operator()<Function::sigmoid>();
-    case Function::hardtanh: return body.template operator()<Function::hardtanh>();
+    case Function::relu:
+      return body.template operator()<Function::relu>();
+    case Function::leaky_relu:
+      return body.template operator()<Function::leaky_relu>();
+    case Function::elu:
+      return body.template operator()<Function::elu>();
+    case Function::silu:
+      return body.template operator()<Function::silu>();
+    case Function::gelu:
+      return body.template operator()<Function::gelu>();
+    case Function::gelu_tanh:
+      return body.template operator()<Function::gelu_tanh>();
+    case Function::softplus:
+      return body.template operator()<Function::softplus>();
+    case Function::tanh:
+      return body.template operator()<Function::tanh>();
+    case Function::sigmoid:
+      return body.template operator()<Function::sigmoid>();
+    case Function::hardtanh:
+      return body.template operator()<Function::hardtanh>();
   }
 }
 
@@ -97,7 +109,7 @@ void backward(const Layer& layer, const Tensors<T>& t) {
   const bool add = t.add_x[0];
   with_function(layer.function, [&]<Function F>() {
     const Layer l = layer;
-    const T *__restrict x = t.x[0], *__restrict g = t.grad_y;
+    const T* __restrict x = t.x[0], * __restrict g = t.grad_y;
     T* __restrict grad_x = t.grad_x[0];
     for (int64_t i = 0; i < count; ++i) put(grad_x, i, evaluate<F, T>(l, x[i]).df * g[i], add);
   });
@@ -108,7 +120,7 @@ void forward_tangent(const Layer& layer, const Tensors<T>& t) {
   const int64_t count = layer.n * size(layer.in);
   with_function(layer.function, [&]<Function F>() {
     const Layer l = layer;
-    const T *__restrict x = t.x[0], *__restrict x_dot = t.x_dot[0];
+    const T* __restrict x = t.x[0], * __restrict x_dot = t.x_dot[0];
     T* __restrict y_dot = t.y_dot;
     for (int64_t i = 0; i < count; ++i) y_dot[i] = evaluate<F, T>(l, x[i]).df * x_dot[i];
   });
@@ -121,8 +133,8 @@ void backward_tangent(const Layer& layer, const Tensors<T>& t) {
   const bool add = t.add_x[0];
   with_function(layer.function, [&]<Function F>() {
     const Layer l = layer;
-    const T *__restrict x = t.x[0], *__restrict g = t.grad_y;
-    const T *__restrict x_dot = t.x_dot[0], *__restrict g_dot = t.grad_y_dot;
+    const T* __restrict x = t.x[0], * __restrict g = t.grad_y;
+    const T* __restrict x_dot = t.x_dot[0], * __restrict g_dot = t.grad_y_dot;
     T* __restrict grad_x_dot = t.grad_x_dot[0];
     if (!x_dot) {  // the layer does not move
       for (int64_t i = 0; i < count; ++i) put(grad_x_dot, i, evaluate<F, T>(l, x[i]).df * g_dot[i], add);

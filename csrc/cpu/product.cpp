@@ -6,7 +6,9 @@ namespace maml::MAML_ISA {
 namespace {
 
 constexpr int kMostVectors = MAML_REGISTERS >= 32 ? 4 : 2;
-constexpr int most_rows(int vectors) { return vectors > 2 ? 6 : MAML_REGISTERS >= 32 ? 8 : vectors > 1 ? 6 : 8; }
+constexpr int most_rows(int vectors) {
+  return vectors > 2 ? 6 : MAML_REGISTERS >= 32 ? 8 : vectors > 1 ? 6 : 8;
+}
 
 /// R rows of c from row m on, V vectors wide from column j on; Masked: the last vector is `lanes`.
 template <class T, int R, int V, bool Masked>
@@ -97,8 +99,8 @@ template <class T, int R, int V, bool Masked>
 void outer_rows(const Outer<T>& p, int run, int64_t i, int64_t m0, int64_t m1, int64_t j, bool add,
                 const Lanes<T>& lanes) {
   for (; i + R <= p.runs.length; i += R) {
-    outer_block<T, R, V, Masked>(p, p.runs.offset[run] + i, p.d + (run * p.runs.length + i) * p.n, m0, m1, j, add,
-                                 lanes);
+    outer_block<T, R, V, Masked>(p, p.runs.offset[run] + i, p.d + (run * p.runs.length + i) * p.n, m0, m1, j,
+                                 add, lanes);
   }
   if constexpr (R > 1) {
     if (i < p.runs.length) outer_rows<T, R / 2, V, Masked>(p, run, i, m0, m1, j, add, lanes);

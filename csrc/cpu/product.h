@@ -1,15 +1,16 @@
 // The two products that linear layers and convolutions are made of, on rows that are gathered by offset.
 //
 // A convolution on a padded channels-last image reads, for output pixel m and tap row r, the elements
-// a[row[m] + run[r] + i], i < length: a whole row of taps with all its channels is one contiguous run. A linear layer
-// has one run of length c_in. The pair forms (two terms into one accumulator) are the tangents: y_dot = x_dot W + x W_dot.
+// a[row[m] + run[r] + i], i < length: a whole row of taps with all its channels is one contiguous run. A
+// linear layer has one run of length c_in. The pair forms (two terms into one accumulator) are the tangents:
+// y_dot = x_dot W + x W_dot.
 //
-//   gather_product   c[c_row[m] + j] = bias[j] + sum_terms sum_r sum_i a[row[m] + run[r] + i] b[(r length + i) n + j]
-//   outer_product    d[(r length + i) n + j] (+)= sum_terms sum_m a[row[m] + run[r] + i] g[m n + j]
+//   gather_product   c[c_row[m] + j] = bias[j] + sum_terms sum_r sum_i a[row[m] + run[r] + i] b[(r length +
+//   i) n + j] outer_product    d[(r length + i) n + j] (+)= sum_terms sum_m a[row[m] + run[r] + i] g[m n + j]
 //
-// Register blocks of R rows by V vectors: 6 x 4 where there are 32 registers, 8 x 2 and 8 x 1 for narrow outputs;
-// the last vector of a row is a masked one. Summation order: terms, runs, i (terms, m) ascending, from zero or from
-// what c holds, whatever the block: the bits of an element do not depend on its neighbours.
+// Register blocks of R rows by V vectors: 6 x 4 where there are 32 registers, 8 x 2 and 8 x 1 for narrow
+// outputs; the last vector of a row is a masked one. Summation order: terms, runs, i (terms, m) ascending,
+// from zero or from what c holds, whatever the block: the bits of an element do not depend on its neighbours.
 #pragma once
 
 #include "simd.h"

@@ -1,5 +1,6 @@
-// Loops over a [rows, channels] matrix: blocks of rows outside, vectors of channels inside, so that a block is read
-// once from memory however many channels there are. Sums go block by block: short sums, added up, round less.
+// Loops over a [rows, channels] matrix: blocks of rows outside, vectors of channels inside, so that a block
+// is read once from memory however many channels there are. Sums go block by block: short sums, added up,
+// round less.
 #pragma once
 
 #include <algorithm>

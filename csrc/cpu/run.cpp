@@ -1,8 +1,9 @@
-// One call on the CPU: parameters into the layout of the layers, tasks over the threads, results added up in order of
-// tasks and handed back in the user's layout.
+// One call on the CPU: parameters into the layout of the layers, tasks over the threads, results added up in
+// order of tasks and handed back in the user's layout.
 //
-// A task is one thread's from beginning to end, and its sums do not know of any other task; the sum over tasks runs in
-// double, task by task, in waves of kWave. So the bits depend neither on the number of threads nor on who shares a batch.
+// A task is one thread's from beginning to end, and its sums do not know of any other task; the sum over
+// tasks runs in double, task by task, in waves of kWave. So the bits depend neither on the number of threads
+// nor on who shares a batch.
 #include <omp.h>
 
 #include <algorithm>
@@ -30,10 +31,14 @@ namespace maml::MAML_ISA {
 
 Footprint footprint(const Layer& layer) {
   switch (layer.kind) {
-    case Kind::conv2d: return conv2d_footprint(layer);
-    case Kind::batch_norm: return batch_norm_footprint(layer);
-    case Kind::max_pool: return max_pool_footprint(layer);
-    default: return {};
+    case Kind::conv2d:
+      return conv2d_footprint(layer);
+    case Kind::batch_norm:
+      return batch_norm_footprint(layer);
+    case Kind::max_pool:
+      return max_pool_footprint(layer);
+    default:
+      return {};
   }
 }
 
@@ -42,8 +47,9 @@ namespace {
 template <class T>
 struct Cpu {
   static const Passes<T>& passes(Kind kind) {
-    static const Passes<T> table[] = {channels_last<T>(), flatten<T>(),  conv2d<T>(),    batch_norm<T>(), pointwise<T>(),
-                                      max_pool<T>(),      avg_pool<T>(), mean_pool<T>(), add<T>()};
+    static const Passes<T> table[] = {channels_last<T>(), flatten<T>(),   conv2d<T>(),
+                                      batch_norm<T>(),    pointwise<T>(), max_pool<T>(),
+                                      avg_pool<T>(),      mean_pool<T>(), add<T>()};
     return table[static_cast<int>(kind)];
   }
   static void forward(const Layer& l, const Tensors<T>& t) { passes(l.kind).forward(l, t); }
@@ -92,7 +98,8 @@ struct Cpu {
   }
 };
 
-/// The user's [rows, columns, taps] of a weight and the layers' [taps, columns, rows]; other parameters are the same.
+/// The user's [rows, columns, taps] of a weight and the layers' [taps, columns, rows]; other parameters are
+/// the same.
 template <class From, class To>
 void pack(const Parameter& p, const From* user, To* packed) {
   const int64_t columns = p.size / (p.rows * p.taps);
@@ -158,7 +165,8 @@ class Run {
     return p_.operation == Operation::adapt_backward ? 1.0 : 1.0 / static_cast<double>(call_.tasks);
   }
 
-  void pack_all(const std::vector<const T*>& user, const std::vector<int64_t>& strides, int64_t task, T* packed) const {
+  void pack_all(const std::vector<const T*>& user, const std::vector<int64_t>& strides, int64_t task,
+                T* packed) const {
     for (size_t i = 0; i < user.size(); ++i) {
       const Parameter& parameter = p_.graph.parameters[i];
       T* to = packed + p_.packing.at[i];
@@ -222,7 +230,8 @@ class Run {
     TaskRunner<Cpu<T>, T>(p_, task, at).run();
     for (size_t i = 0; i < call_.per_task.size(); ++i) {
       const Parameter& parameter = p_.graph.parameters[i];
-      if (call_.per_task[i]) unpack(parameter, out + p_.packing.at[i], call_.per_task[i] + t * parameter.size);
+      if (call_.per_task[i])
+        unpack(parameter, out + p_.packing.at[i], call_.per_task[i] + t * parameter.size);
     }
   }
 

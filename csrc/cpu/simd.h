@@ -1,6 +1,7 @@
-// Vectors of the instruction set that this file is compiled for, as wide as its registers, and loads and stores of
-// a part of one. The folder is compiled once for every instruction set, each time into its own namespace
-// MAML_ISA with its own MAML_VECTOR_BYTES and MAML_REGISTERS (CMakeLists.txt); backend.h chooses at run time.
+// Vectors of the instruction set that this file is compiled for, as wide as its registers, and loads and
+// stores of a part of one. The folder is compiled once for every instruction set, each time into its own
+// namespace MAML_ISA with its own MAML_VECTOR_BYTES and MAML_REGISTERS (CMakeLists.txt); backend.h chooses at
+// run time.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The extension module maml_cuda._core: the only file that knows Python. Tensors come as addresses; ops.py has made
-// them dense, of one type, on the CPU, and keeps them alive.
+// The extension module maml_cuda._core: the only file that knows Python. Tensors come as addresses; ops.py
+// has made them dense, of one type, on the CPU, and keeps them alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -24,10 +24,11 @@ const std::map<std::string, Kind> kKinds = {
     {"batch_norm", Kind::batch_norm},       {"pointwise", Kind::pointwise}, {"max_pool", Kind::max_pool},
     {"avg_pool", Kind::avg_pool},           {"mean_pool", Kind::mean_pool}, {"add", Kind::add}};
 const std::map<std::string, Function> kFunctions = {
-    {"relu", Function::relu},         {"leaky_relu", Function::leaky_relu}, {"elu", Function::elu},
-    {"silu", Function::silu},         {"gelu", Function::gelu},             {"gelu_tanh", Function::gelu_tanh},
-    {"softplus", Function::softplus}, {"tanh", Function::tanh},             {"sigmoid", Function::sigmoid},
-    {"hardtanh", Function::hardtanh}};
+    {"relu", Function::relu},         {"leaky_relu", Function::leaky_relu},
+    {"elu", Function::elu},           {"silu", Function::silu},
+    {"gelu", Function::gelu},         {"gelu_tanh", Function::gelu_tanh},
+    {"softplus", Function::softplus}, {"tanh", Function::tanh},
+    {"sigmoid", Function::sigmoid},   {"hardtanh", Function::hardtanh}};
 const std::map<std::string, Role> kRoles = {
     {"adapted", Role::adapted}, {"outer", Role::outer}, {"frozen", Role::frozen}};
 const std::map<std::string, Loss> kLosses = {{"cross_entropy", Loss::cross_entropy}, {"mse", Loss::mse}};
@@ -85,8 +86,9 @@ Graph graph_of(const py::dict& plan, Operation operation) {
                            operation == Operation::loss_and_grad || operation == Operation::hvp;
   for (py::handle handle : plan["parameters"]) {
     const auto d = handle.cast<py::dict>();
-    graph.parameters.push_back({d["size"].cast<int64_t>(), d["rows"].cast<int64_t>(), d["taps"].cast<int64_t>(),
-                                all_adapted ? Role::adapted : named(kRoles, d["role"].cast<std::string>(), "role")});
+    graph.parameters.push_back(
+        {d["size"].cast<int64_t>(), d["rows"].cast<int64_t>(), d["taps"].cast<int64_t>(),
+         all_adapted ? Role::adapted : named(kRoles, d["role"].cast<std::string>(), "role")});
   }
   graph.loss = named(kLosses, plan["loss"].cast<std::string>(), "loss");
   graph.recompute = field(plan, "recompute", false);
@@ -130,9 +132,9 @@ void check_labels(const char* name, const int64_t* labels, int64_t tasks, int64_
   if (!labels) return;
   for (int64_t i = 0; i < tasks * n; ++i) {
     if (labels[i] >= 0 && labels[i] < classes) continue;
-    throw std::invalid_argument(std::string(name) + " must hold labels in [0, " + std::to_string(classes) + "), got " +
-                                std::to_string(labels[i]) + " (task " + std::to_string(i / n) + ", sample " +
-                                std::to_string(i % n) + ")");
+    throw std::invalid_argument(std::string(name) + " must hold labels in [0, " + std::to_string(classes) +
+                                "), got " + std::to_string(labels[i]) + " (task " + std::to_string(i / n) +
+                                ", sample " + std::to_string(i % n) + ")");
   }
 }
 
@@ -143,8 +145,8 @@ class BoundProblem {
                int64_t n_support, int64_t n_query, int steps, bool first_order, bool is_double)
       : double_(is_double),
         problem_(graph_of(plan, named(kOperations, operation, "operation")),
-                 named(kOperations, operation, "operation"), rates_of(plan), rate_tensors_of(plan), sample, n_support,
-                 n_query, steps, first_order, is_double ? 8 : 4, cpu::backend().footprint) {}
+                 named(kOperations, operation, "operation"), rates_of(plan), rate_tensors_of(plan), sample,
+                 n_support, n_query, steps, first_order, is_double ? 8 : 4, cpu::backend().footprint) {}
 
   const std::vector<int64_t>& prediction() const {
     return problem_.query.n ? problem_.query.prediction : problem_.support.prediction;
@@ -152,17 +154,21 @@ class BoundProblem {
 
   int saved_steps() const { return problem_.saved_steps; }
 
-  int64_t workspace(int64_t tasks, int threads) const { return cpu::workspace_size(problem_, tasks, threads); }
+  int64_t workspace(int64_t tasks, int threads) const {
+    return cpu::workspace_size(problem_, tasks, threads);
+  }
 
   using Addresses = std::vector<Address>;
   using Strides = std::vector<int64_t>;
 
-  void run(int64_t tasks, int threads, Address workspace, const Addresses& parameters, const Strides& parameter_strides,
-           const Addresses& rates, const std::array<Address, 4>& data, Address task_weights, const Addresses& given,
-           const Strides& given_strides, const std::array<Address, 3>& losses, Address logits, Address gradient,
+  void run(int64_t tasks, int threads, Address workspace, const Addresses& parameters,
+           const Strides& parameter_strides, const Addresses& rates, const std::array<Address, 4>& data,
+           Address task_weights, const Addresses& given, const Strides& given_strides,
+           const std::array<Address, 3>& losses, Address logits, Address gradient,
            const Addresses& per_task) const {
     if (problem_.graph.loss == Loss::cross_entropy) {
-      const bool block = problem_.operation == Operation::loss_and_grad || problem_.operation == Operation::hvp;
+      const bool block =
+          problem_.operation == Operation::loss_and_grad || problem_.operation == Operation::hvp;
       const int64_t classes = prediction()[0];
       check_labels(block ? "y" : "y_spt", at<int64_t>(data[1]), tasks, problem_.support.n, classes);
       check_labels("y_qry", at<int64_t>(data[3]), tasks, problem_.query.n, classes);
@@ -212,21 +218,23 @@ PYBIND11_MODULE(_core, m) {
   py::register_exception<maml::Unsupported>(m, "Unsupported", PyExc_ValueError);
 
   py::class_<BoundProblem>(m, "Problem")
-      .def(py::init<const py::dict&, const std::string&, const std::vector<int64_t>&, int64_t, int64_t, int, bool,
-                    bool>(),
+      .def(py::init<const py::dict&, const std::string&, const std::vector<int64_t>&, int64_t, int64_t, int,
+                    bool, bool>(),
            py::arg("plan"), py::arg("operation"), py::arg("sample"), py::arg("n_support"), py::arg("n_query"),
            py::arg("steps"), py::arg("first_order"), py::arg("double"))
       .def_property_readonly("prediction", &BoundProblem::prediction, "Shape of one sample's prediction.")
       .def_property_readonly("saved_steps", &BoundProblem::saved_steps,
                              "Inner steps whose state is kept for the products; 1: it is computed again.")
-      .def("workspace", &BoundProblem::workspace, py::arg("tasks"), py::arg("threads"), "Elements of workspace.")
-      .def("run", &BoundProblem::run, py::arg("tasks"), py::arg("threads"), py::kw_only(), py::arg("workspace"),
-           py::arg("parameters"), py::arg("parameter_strides") = std::vector<int64_t>{},
+      .def("workspace", &BoundProblem::workspace, py::arg("tasks"), py::arg("threads"),
+           "Elements of workspace.")
+      .def("run", &BoundProblem::run, py::arg("tasks"), py::arg("threads"), py::kw_only(),
+           py::arg("workspace"), py::arg("parameters"), py::arg("parameter_strides") = std::vector<int64_t>{},
            py::arg("rates") = std::vector<maml::Address>{}, py::arg("data"), py::arg("task_weights") = 0,
            py::arg("given") = std::vector<maml::Address>{}, py::arg("given_strides") = std::vector<int64_t>{},
            py::arg("losses") = std::array<maml::Address, 3>{}, py::arg("logits") = 0, py::arg("gradient") = 0,
            py::arg("per_task") = std::vector<maml::Address>{},
-           "Runs the call on the addresses of dense tensors; 0 says absent. data: x_spt, y_spt, x_qry, y_qry. given: the "
+           "Runs the call on the addresses of dense tensors; 0 says absent. data: x_spt, y_spt, x_qry, "
+           "y_qry. given: the "
            "cotangents of a backward or the directions of hvp. losses: loss, task_losses, support_losses.");
 
   m.def("instruction_sets", &maml::cpu::instruction_sets, "Instruction sets in this build, widest first.");

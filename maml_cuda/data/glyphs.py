@@ -31,9 +31,7 @@ def read_file(path: Path = FILE) -> bytes:
     """The bytes of the image file, or ValueError if they are not those that this release was tested with."""
     content = path.read_bytes()
     if len(content) != FILE_SIZE:
-        raise ValueError(
-            f"{path.name} must have {FILE_SIZE} bytes, got {len(content)}: install maml-cuda again"
-        )
+        raise ValueError(f"{path.name} must have {FILE_SIZE} bytes, got {len(content)}: install maml-cuda again")
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != FILE_SHA256:
         raise ValueError(f"{path.name} must have sha256 {FILE_SHA256}, got {sha256}: install maml-cuda again")
@@ -46,23 +44,27 @@ def load_glyphs() -> tuple[Tensor, Tensor, list[str]]:
     ``[1141]`` int64; and the classes' names, ``Script/codepoint in hex``."""
     with np.load(io.BytesIO(read_file()), allow_pickle=False) as archive:
         packed, count, names = archive["packed"], archive["count"], archive["names"]
-    images = np.stack([packed >> 4, packed & 15], axis=-1)  # two pixels a byte, the high nibble first
-    images = torch.from_numpy(images.reshape(-1, SIDE, SIDE))
+    pixels = np.stack([packed >> 4, packed & 15], axis=-1)  # two pixels a byte, the high nibble first
+    images = torch.from_numpy(pixels.reshape(-1, SIDE, SIDE))
     return images, torch.from_numpy(count.astype(np.int64)), names.tolist()
 
 
 class GlyphTasks:
     """N-way K-shot tasks from the scripts of one split, classes drawn from all its scripts together."""
 
-    def __init__(self, split: str, n_way: int, k_shot: int, n_query: int) -> None:
-        """``n_query`` query images a class. ValueError if the split has too few classes or images a class."""
+    def __init__(self, split: str, n_way: int, k_shot: int, n_query: int, rotations: int = 1) -> None:
+        """``n_query`` query images a class; every glyph turned by each of ``rotations`` quarter turns is a class of
+        its own, as in the Omniglot protocol. ValueError if the split has too few classes or images a class."""
         if split not in SCRIPTS:
             raise ValueError(f"split must be one of {', '.join(SCRIPTS)}, got {split!r}")
+        if not 1 <= rotations <= 4:
+            raise ValueError(f"rotations must be 1 to 4 quarter turns, got {rotations}")
         images, count, names = load_glyphs()
         chosen = torch.tensor([name.split("/")[0] in SCRIPTS[split] for name in names])
-        self.count = count[chosen]  # [classes]
+        images = images[chosen.repeat_interleave(count)]
+        self.images = torch.cat([images.rot90(turns, (1, 2)) for turns in range(rotations)])  # [images, 28, 28]
+        self.count = count[chosen].repeat(rotations)  # [classes]
         self.first = self.count.cumsum(0) - self.count  # [classes], the row of each class's first image
-        self.images = images[chosen.repeat_interleave(count)].unsqueeze(1).float() / 15  # [images, 1, 28, 28]
         if not 2 <= n_way <= len(self.count):
             raise ValueError(f"n_way must be 2 to {len(self.count)} ({split} glyphs), got {n_way}")
         fewest = int(self.count.min())
@@ -72,9 +74,7 @@ class GlyphTasks:
                 f"more images), got k_shot {k_shot} and n_query {n_query}"
             )
         self.n_way, self.k_shot, self.n_query = n_way, k_shot, n_query
-        self.missing = torch.arange(int(self.count.max())) >= self.count.unsqueeze(
-            1
-        )  # [classes, most images]
+        self.missing = torch.arange(int(self.count.max())) >= self.count.unsqueeze(1)  # [classes, most images]
 
     def sample(self, num_tasks: int, generator: Generator) -> MetaBatch:
         """Draws ``num_tasks`` tasks: x ``[num_tasks, n_way * images a class, 1, 28, 28]`` float32 in [0, 1],
@@ -91,5 +91,5 @@ class GlyphTasks:
 
     def _gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         tasks, n_way, n = rows.shape
-        x = self.images.index_select(0, rows.flatten()).view(tasks, n_way * n, 1, SIDE, SIDE)
-        return x, torch.arange(n_way).repeat_interleave(n).repeat(tasks, 1)
+        x = self.images.index_select(0, rows.flatten()).float().div_(15)
+        return x.view(tasks, n_way * n, 1, SIDE, SIDE), torch.arange(n_way).repeat_interleave(n).repeat(tasks, 1)

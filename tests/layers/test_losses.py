@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from maml_cuda import FusedMAML
 from torch import nn
+
+from maml_cuda import FusedMAML
 
 
 @pytest.mark.parametrize("classes", [1, 2, 5, 20, 33])
@@ -16,7 +17,9 @@ def test_cross_entropy(classes, n):
     v = {name: torch.randn_like(p) for name, p in fast.items()}
     fused = FusedMAML(model, 0.1, backend="fused")
     oracle = FusedMAML(model, 0.1, backend="reference")
-    torch.testing.assert_close(fused.loss_and_grad(fast, x, y), oracle.loss_and_grad(fast, x, y), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        fused.loss_and_grad(fast, x, y), oracle.loss_and_grad(fast, x, y), rtol=1e-12, atol=1e-14
+    )
     torch.testing.assert_close(fused.hvp(fast, x, y, v), oracle.hvp(fast, x, y, v), rtol=1e-11, atol=1e-13)
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from maml_cuda import FusedMAML
 from torch import nn
+
+from maml_cuda import FusedMAML
 
 # CELU at alpha = 1/2: torch 2.13's own double backward is wrong in the 8th digit where 1/alpha is not a float32.
 FUNCTIONS = [

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from maml_cuda import FusedMAML
 from torch import nn
+
+from maml_cuda import FusedMAML
 
 WINDOWS = [  # kernel, stride, padding, height, width
     (2, None, 0, 4, 4),
@@ -52,8 +53,6 @@ def test_ties_take_the_first_as_torch_does():
     fast["0.weight"].fill_(1.0)
     fast["0.bias"].fill_(0.0)
     y = torch.randn(1, 3, 3).double()
-    grads = [
-        FusedMAML(model, 0.1, loss="mse", backend=b).loss_and_grad(fast, x, y)[1] for b in ("fused", "reference")
-    ]
+    grads = [FusedMAML(model, 0.1, loss="mse", backend=b).loss_and_grad(fast, x, y)[1] for b in ("fused", "reference")]
     for name in grads[0]:
         torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-13, atol=1e-15)
