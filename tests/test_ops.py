@@ -205,6 +205,60 @@ def test_compiled_building_blocks(compiled: Any) -> None:
             assert torch.equal(a, b)
 
 
+def test_compiled_follows_the_flags() -> None:
+    """A flag changed after compilation is seen, as it is without torch.compile."""
+    torch._dynamo.reset()
+    maml = FusedMAML(net(), 0.3, 2)
+    call = torch.compile(maml, backend="aot_eager")
+    same(step(call, maml, episode()), step(maml, maml, episode()))
+    maml.model[0].weight.requires_grad_(False)
+    maml.zero_grad()
+    call(*episode()).loss.backward()
+    assert maml.model[0].weight.grad is None
+    maml.model[3].bias.requires_grad_(True)
+    maml.model[2] = nn.ReLU()
+    loss, _ = reference.meta_gradient(maml.model, "cross_entropy", *episode(), 0.3, 2)
+    torch.testing.assert_close(call(*episode()).loss.detach(), loss, rtol=1e-12, atol=0)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_compiled_in_eval_mode() -> None:
+    torch._dynamo.reset()
+    maml = FusedMAML(net(), 0.3, 2)
+    call = torch.compile(maml, backend="aot_eager")
+    call(*episode())
+    maml.eval()  # running statistics: the general path
+    loss, _ = reference.meta_gradient(maml.model, "cross_entropy", *episode(), 0.3, 2)
+    torch.testing.assert_close(call(*episode()).loss.detach(), loss, rtol=1e-12, atol=0)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_model_on_the_general_path_compiles_with_breaks() -> None:
+    torch._dynamo.reset()
+    maml = FusedMAML(nn.Sequential(nn.Linear(3, 5), nn.Softmax(1), nn.Linear(5, 4)).double(), 0.3, 2)
+    assert maml.backend == "reference"
+    call = torch.compile(maml, backend="aot_eager")
+    got, expected = step(call, maml, episode()), step(maml, maml, episode())
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_compiled_with_data_that_does_not_fit(compiled: Any, first: bool) -> None:
+    maml = FusedMAML(net(), 0.3, 2)
+    call = compiled(maml)
+    if not first:
+        call(*episode())
+    x_spt, y_spt, x_qry, y_qry = episode()
+    with pytest.raises(Exception, match=r"0 \(Linear\) expects 3 features"):
+        call(x_spt[..., :2], y_spt, x_qry[..., :2], y_qry)
+    with pytest.raises(ValueError, match=r"y_qry must hold labels in \[0, 4\), got 9"):
+        call(x_spt, y_spt, x_qry, torch.full_like(y_qry, 9))
+    same(step(call, maml, episode()), step(maml, maml, episode()))
+
+
 # -- differentiated again ------------------------------------------------------------------------------------
 
 
