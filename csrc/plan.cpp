@@ -238,6 +238,8 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
     Stage::Step& step = stage.steps[i];
     Stage::Value& y = stage.values[step.output];
     const Footprint needs = footprint(step.layer);
+    const Layer& l = step.layer;
+    stage.work += l.kind == Kind::conv2d ? y.size * l.in.c * l.window.kernel_h * l.window.kernel_w : 4 * y.size;
     stage.scratch_size = std::max(stage.scratch_size, needs.scratch);
     y.fixed = data == Data::support && !y.moving;
     const bool stays = y.fixed || products;
@@ -306,6 +308,7 @@ Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
     query = make_stage(graph, sample, n_query, Data::query, query_gradient ? Keep::gradient : Keep::values,
                        footprint);
   }
+  work = 3 * query.work + (second_order() ? 9 : 3) * std::max(steps, 1) * support.work;
   if (second_order() && !graph.recompute && support.step_size * steps * element_bytes <= kSavedBytes) {
     saved_steps = steps;
   }

@@ -82,6 +82,7 @@ struct Stage {
   std::vector<int64_t> prediction;  // shape of one sample of it, as the user sees it
   int64_t loss_at = kNowhere;       // what the loss keeps, in the step region
   int64_t fixed_size = 0, step_size = 0, tangent_size = 0, scratch_size = 0;
+  int64_t work = 0;  // multiply-adds of one forward pass, roughly
 };
 
 /// Where a parameter stands in a packed parameter vector. Order: adapted, outer, frozen; so that the first
@@ -150,6 +151,7 @@ struct Problem {
   std::vector<int64_t>
       rate_grad_at;  // where its gradient stands behind the trainable parameters; or kNowhere
   int64_t rates_size = 0, result_size = 0;
+  int64_t work = 0;     // multiply-adds of one task, roughly
   int saved_steps = 1;  // step regions: `steps`, or 1 and the gradient pass is run again
 
   Problem(Graph graph, Operation operation, std::vector<Rate> rates, std::vector<RateTensor> rate_tensors,

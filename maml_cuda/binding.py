@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import plan, reference
+from . import checks, plan, reference
 from .rates import InnerRates, read_rates
 
 AdaptParams = Callable[[str], bool] | Iterable[str] | None
@@ -40,48 +41,57 @@ class Binding:
         self.text = ""
         self.names: list[str] = []
         self.served_by: dict[str, list[str]] = {}
+        self._modules: list[tuple[nn.Module, dict, dict, dict]] = []
         self.fits: set = set()
         self._slots: list[tuple[dict[str, Any], str]] = []  # the plan's parameters and rate tensors
         self._has_gradient: list[bool] = []
-        self._modules = [(m, m.training, dict(m._modules)) for m in model.modules()]
-        self._parameters = [
-            (m._parameters, key, p.requires_grad, p.dtype, p.device)
-            for m in model.modules()
-            for key, p in m._parameters.items()
-            if p is not None
-        ]
+        self.can_step = inner_steps > 0 or not _has_no_rate(inner_lr)
+        checks.one_dtype_and_device(model.parameters())
         self._inner_lr = inner_lr
         rates = inner_lr.items() if isinstance(inner_lr, InnerRates) else [("", inner_lr)]
         self._rates = [(r, r.requires_grad) for _, r in rates if isinstance(r, Tensor)]
-        parameters, key, *_ = self._parameters[0]
-        self._first: tuple[dict[str, Any], str] = (parameters, key)
-        if not fused:
-            return
-        try:
-            self._trace(model, loss, adapt_params, inner_steps)
-            self.backend = "cpu"
-        except plan.Unfusable as reason:
-            self.why_not = str(reason)
+        self._first: tuple[dict[str, Any], str] = next(
+            (m._parameters, key) for m in model.modules() for key, p in m._parameters.items() if p is not None
+        )
+        if fused:
+            try:
+                self._trace(model, loss, adapt_params, inner_steps)
+                self.backend = "cpu"
+            except plan.Unfusable as reason:
+                self.why_not = str(reason)
+        # Taken last: tracing runs the model's forward, which may set attributes.
+        self._modules = [(m, m.__dict__.copy(), m._modules.copy(), m._parameters.copy()) for m in model.modules()]
+        self._hooked = self._hooks()
+        self._parameters = [(p, p.requires_grad, p.shape, p.dtype, p.device) for p in model.parameters()]
 
     def holds(self, inner_lr: float | Tensor | InnerRates) -> bool:
-        """Whether nothing has changed that the plan depends on: modules, their flags and hooks, parameters' kinds."""
-        if inner_lr is not self._inner_lr:
+        """Whether nothing has changed that the plan depends on: the modules and their attributes (flags, options, an
+        instance's own forward), submodules, parameters, hooks, and what each parameter is."""
+        if inner_lr is not self._inner_lr or self._hooks() != self._hooked:
             return False
-        for m, training, children in self._modules:
-            if m.training is not training or m._modules != children or m._forward_hooks or m._forward_pre_hooks:
+        for m, attributes, children, parameters in self._modules:
+            if m._modules != children or not _same(m.__dict__, attributes):
                 return False
-            if m._backward_hooks or m._backward_pre_hooks:
+            if m._parameters.keys() != parameters.keys() or not all(
+                map(operator.is_, m._parameters.values(), parameters.values())
+            ):
                 return False
-        for parameters, key, requires_grad, dtype, device in self._parameters:
-            p = parameters.get(key)
-            if p is None or p.requires_grad is not requires_grad or p.dtype is not dtype or p.device != device:
+        for p, requires_grad, shape, dtype, device in self._parameters:
+            if p.requires_grad is not requires_grad or p.shape != shape or p.dtype is not dtype or p.device != device:
                 return False
         return all(rate.requires_grad is learned for rate, learned in self._rates)
 
+    def _hooks(self) -> bool:
+        for m, *_ in self._modules:
+            if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+                return True
+        return any(plan.GLOBAL_HOOKS)
+
     def like(self) -> Tensor:
         """A parameter of the model, for its dtype and device."""
-        parameters, key = self._first
-        return parameters[key]
+        owner, key = self._first
+        like: Tensor = owner[key]
+        return like
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         """The plan's parameters, and its rate tensors in the model's dtype."""
@@ -160,3 +170,16 @@ class Binding:
             owner = self._inner_lr.get_submodule(path)
             return (owner._parameters if isinstance(rate, nn.Parameter) else owner._buffers), key
         return {"inner_lr": rate}, "inner_lr"
+
+
+def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    try:
+        return now == before  # values that are the same object are equal at once: no tensor is compared
+    except Exception:  # a tensor or array was replaced, and its == is not a bool
+        return False
+
+
+def _has_no_rate(inner_lr: float | Tensor | InnerRates) -> bool:
+    """Whether a rate per inner step holds no step at all, so that there is no last one to repeat."""
+    rates = [r for _, r in inner_lr.items()] if isinstance(inner_lr, InnerRates) else [inner_lr]
+    return any(isinstance(r, Tensor) and r.dim() > 0 and len(r) == 0 for r in rates)

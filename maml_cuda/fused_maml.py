@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import _core, checks, ops, reference
+from . import _core, checks, general, ops, reference
 from .binding import Binding
 from .rates import InnerRates, Rate, hold, read_rates
 
@@ -80,9 +80,9 @@ class FusedMAML(nn.Module):
         self.precision = precision
         self._adapt_params = adapt_params
         self._wanted_backend = backend
-        self._warned = False
+        self._warned: set[str] = set()
         hold(self, inner_lr)
-        self._bound = self._bind()
+        self._bound: Binding | None = self._bind()
 
     # -- what runs --------------------------------------------------------------------------------------------
 
@@ -104,9 +104,17 @@ class FusedMAML(nn.Module):
         head = f"backend: {binding.backend}" + (f", because {binding.why_not}" if binding.why_not else "")
         return "\n".join([head] + [f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}" for a, b, c in rows])
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_bound": None}  # a copy binds itself
+
     def _binding(self) -> Binding:
-        """What runs now: bound again where the model's flags, modules or hooks have changed."""
-        if not torch.compiler.is_compiling() and not self._bound.holds(self.inner_lr):
+        """What runs now: bound again where the model's modules, flags, options or hooks have changed."""
+        if torch.compiler.is_compiling():
+            _guard(self.model)
+            _bind_now(self)
+            assert self._bound is not None
+            return self._bound
+        if self._bound is None or not self._bound.holds(self.inner_lr):
             self._bound = self._bind()
         return self._bound
 
@@ -117,27 +125,30 @@ class FusedMAML(nn.Module):
         )  # fmt: skip
         if binding.why_not:
             self._fall_back(binding)
+        if binding.backend == "reference":
+            self._warn_of_empty_statistics()
         return binding
 
     def _fall_back(self, binding: Binding) -> None:
         """Says, once, why the fused path cannot serve; raises where the user asked for it by name."""
         if self._wanted_backend == "fused":
             raise ValueError(f'backend="fused" cannot serve this model: {binding.why_not}')
-        if self._warned:
-            return
-        self._warned = True
-        warnings.warn(
-            f"maml_cuda runs this model on the general path (reference), because {binding.why_not}",
-            UserWarning,
-            stacklevel=4,
+        self._warn_once(
+            "fallback", f"maml_cuda runs this model on the general path (reference), because {binding.why_not}"
         )
+
+    def _warn_once(self, what: str, text: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(text, UserWarning, stacklevel=5)
+
+    def _warn_of_empty_statistics(self) -> None:
         for name, m in self.model.named_modules():
             tracked = getattr(m, "num_batches_tracked", None)
             if not m.training and isinstance(tracked, Tensor) and int(tracked) == 0:
-                warnings.warn(
+                self._warn_once(
+                    "statistics",
                     f"{name} ({type(m).__name__}) is in eval mode with running statistics that no batch has updated",
-                    UserWarning,
-                    stacklevel=4,
                 )
 
     def _adapted(self) -> list[str]:
@@ -178,7 +189,14 @@ class FusedMAML(nn.Module):
         if task_weights is not None:
             checks.task_weights(task_weights, x_spt)
         if not (fused and self._fits(binding, x_spt, x_spt.shape[1], x_qry.shape[1])):
-            return self._reference_forward(x_spt, y_spt, x_qry, y_qry, task_weights)
+            loss, task_losses, logits, support_losses, reached = general.meta_step(
+                self.model, self.loss, self._rates(), list(self.parameters()), x_spt, y_spt, x_qry, y_qry,
+                self.inner_steps, self.first_order, task_weights,
+            )  # fmt: skip
+            if reached:
+                flat = torch.cat([g.reshape(-1) for _, g in reached])
+                loss = torch.ops.maml_cuda.attach(loss, flat, [t for t, _ in reached])
+            return MetaOutput(loss, task_losses, logits, support_losses)
         parameters, rates = binding.tensors()
         gradient = torch.is_grad_enabled()
         loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
@@ -203,13 +221,18 @@ class FusedMAML(nn.Module):
         steps = self.inner_steps if steps is None else steps
         checks.steps(steps, "steps")
         binding = self._binding()
+        if steps and not binding.can_step:
+            raise ValueError(f"inner_lr must hold a rate for {steps} steps, got one of shape [0]")
         like = binding.like()
         x_spt = _out_of_autocast(x_spt, like)
         fused = binding.backend != "reference"
         checks.data("x_spt", x_spt, "y_spt", y_spt, like, self.loss, fused)
         differentiable = differentiable and torch.is_grad_enabled()
         if not (fused and self._fits(binding, x_spt, x_spt.shape[1], 0)):
-            return self._reference_adapt(x_spt, y_spt, steps, differentiable)
+            adapted = general.adapt(
+                self.model, self.loss, self._rates(), x_spt, y_spt, steps, self.first_order, differentiable
+            )
+            return self._fast(adapted, len(x_spt), differentiable)
         parameters, rates = binding.tensors()
         if differentiable:
             adapted, _ = torch.ops.maml_cuda.adapt(
@@ -231,9 +254,7 @@ class FusedMAML(nn.Module):
         """
         binding, x = self._block(fast, x, None)
         if binding.backend == "reference" or not self._fits(binding, x, 0, x.shape[1]):
-            return torch.stack(
-                [reference.call(self.model, {n: p[t] for n, p in fast.items()}, x[t]) for t in range(len(x))]
-            )
+            return general.predict(self.model, dict(fast), x)
         own = [fast[name] for name in binding.names]
         if torch.is_grad_enabled() and any(t.requires_grad for t in own):
             return torch.ops.maml_cuda.predict(own, x, binding.text)
@@ -244,8 +265,7 @@ class FusedMAML(nn.Module):
         binding, x = self._block(fast, x, y)
         names = self._trainable()
         if binding.backend == "reference" or not self._fits(binding, x, x.shape[1], 0):
-            self._check_target("y", fast, x, y)
-            return reference.loss_and_grad(self.model, reference.loss_function(self.loss), fast, names, x, y)
+            return general.loss_and_grad(self.model, self.loss, dict(fast), names, x, y)
         own = binding.names
         losses, grads = torch.ops.maml_cuda.loss_and_grad([fast[n].detach() for n in own], x, y, binding.text)
         return losses, self._trainable_of(own, grads, fast)
@@ -259,8 +279,7 @@ class FusedMAML(nn.Module):
         checks.fast(dict(self.model.named_parameters()), v, x, "v", all_names=False)
         names = self._trainable()
         if binding.backend == "reference" or not self._fits(binding, x, x.shape[1], 0):
-            self._check_target("y", fast, x, y)
-            return reference.hvp(self.model, reference.loss_function(self.loss), fast, names, x, y, v)
+            return general.hvp(self.model, self.loss, dict(fast), names, x, y, dict(v))
         own = binding.names
         at = [fast[n].detach() for n in own]
         directions = [v[n].detach() if n in v else torch.zeros_like(fast[n]) for n in own]
@@ -315,56 +334,23 @@ class FusedMAML(nn.Module):
         checks.fast(dict(self.model.named_parameters()), fast, x, "fast", all_names=True)
         return binding, x
 
-    # -- the general path -------------------------------------------------------------------------------------
 
-    def _reference_forward(
-        self, x_spt: Tensor, y_spt: Tensor, x_qry: Tensor, y_qry: Tensor, task_weights: Tensor | None
-    ) -> MetaOutput:
-        wanted = [t for t in (*self.parameters(), x_spt, y_spt, x_qry, y_qry) if t.requires_grad]
-        if not torch.is_grad_enabled():
-            wanted = []
-        weights = [1 / len(x_spt)] * len(x_spt) if task_weights is None else list(task_weights)
-        with torch.autocast(x_spt.device.type, enabled=False):
-            self._check_target("y_qry", None, x_qry, y_qry)
-            self._check_target("y_spt", None, x_spt, y_spt)
-            loss, task_losses, logits, support_losses, grads = reference.meta_step(
-                self.model, reference.loss_function(self.loss), self._rates(), wanted, x_spt, y_spt, x_qry, y_qry,
-                self.inner_steps, self.first_order, weights,
-            )  # fmt: skip
-        reached = [(t, g) for t, g in zip(wanted, grads, strict=True) if g is not None]
-        if reached:
-            flat = torch.cat([g.detach().reshape(-1) for _, g in reached])
-            loss = torch.ops.maml_cuda.attach(loss, flat, [t for t, _ in reached])
-        return MetaOutput(loss, task_losses, logits, support_losses)
+def _guard(model: nn.Module) -> None:
+    """Asks, under torch.compile, what the plan depends on, so that a change of it compiles anew (an attribute that
+    decides nothing would not be guarded)."""
+    asked = 0
+    for m in model.modules():
+        asked += 1 if m.training else 2
+    for p in model.parameters():
+        asked += 1 if p.requires_grad else 2
 
-    def _reference_adapt(self, x: Tensor, y: Tensor, steps: int, differentiable: bool) -> dict[str, Tensor]:
-        theta = dict(self.model.named_parameters())
-        rates = self._rates()
-        with torch.autocast(x.device.type, enabled=False):
-            self._check_target("y_spt", None, x, y)
-            tasks = [
-                reference.inner_loop(
-                    self.model, reference.loss_function(self.loss), theta, rates, x[t], y[t], steps,
-                    self.first_order, differentiable,
-                )[0]
-                for t in range(len(x))
-            ]  # fmt: skip
-        adapted = {name: torch.stack([phi[name] for phi in tasks]) for name in rates}
-        if not differentiable:
-            adapted = {name: p.detach() for name, p in adapted.items()}
-        return self._fast(adapted, len(x), differentiable)
 
-    def _check_target(self, name: str, fast: Mapping[str, Tensor] | None, x: Tensor, y: Tensor) -> None:
-        """Label range, or the target's shape, on the general path: from one forward of the first task."""
-        if not isinstance(self.loss, str):
-            return
-        parameters = dict(self.model.named_parameters()) if fast is None else {n: p[0] for n, p in fast.items()}
-        with torch.no_grad():
-            prediction = reference.call(self.model, parameters, x[0])
-        if self.loss == "cross_entropy":
-            checks.labels(name, y, prediction.shape[1])
-        else:
-            checks.target(name, y, (len(x), *prediction.shape))
+@torch._dynamo.assume_constant_result
+def _bind_now(maml: FusedMAML) -> bool:
+    """Binds while a compiler traces: what it has bound is a constant of the compiled program."""
+    if maml._bound is None or not maml._bound.holds(maml.inner_lr):
+        maml._bound = maml._bind()
+    return True
 
 
 def _out_of_autocast(x: Tensor, like: Tensor) -> Tensor:

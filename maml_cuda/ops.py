@@ -13,6 +13,7 @@ compiled or exported program needs nothing else. Ops that compute have no autogr
 from __future__ import annotations
 
 import json
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -374,7 +375,10 @@ def _once(what: str, grads: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
 
 def _cut(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
     """`flat` as tensors shaped as `like`."""
-    return torch._C._nn.unflatten_dense_tensors(flat, like)
+    if type(flat) is Tensor:
+        return torch._C._nn.unflatten_dense_tensors(flat, like)
+    parts = flat.split([math.prod(t.shape) for t in like])  # traced: sizes may be symbols
+    return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
 
 
 class _Attach(torch.autograd.Function):

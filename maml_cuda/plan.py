@@ -64,8 +64,29 @@ class _Shape:
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+class _Proxy(torch.fx.Proxy):
+    """Records `x += y` as what it is: torch.fx itself sees `x = x + y`, and loses that whoever holds x sees it too."""
+
+
+def _in_place_operator(function: Callable) -> Callable:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"):
+    setattr(_Proxy, f"__{_name}__", _in_place_operator(getattr(operator, _name)))
+
+
+GLOBAL_HOOKS = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+    torch.nn.modules.module._global_backward_hooks,
+    torch.nn.modules.module._global_backward_pre_hooks,
+)
+
+
 class _Tracer(torch.fx.Tracer):
-    """Keeps the path of the module that is being traced, for the sentence if tracing fails."""
+    """Keeps the path of the module that is being traced, for the sentence if tracing fails, and sees what the record
+    itself would not hold: gradients switched off, or autocast switched on, inside `forward`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,6 +96,16 @@ class _Tracer(torch.fx.Tracer):
         return type(m) in _MODULES or (
             m.__module__.startswith("torch.nn") and not isinstance(m, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
         )
+
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
+        if not torch.is_grad_enabled():
+            raise Unfusable("it switches gradients off (torch.no_grad) inside forward")
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise Unfusable("it switches autocast on inside forward")
+        return super().create_node(*args, **kwargs)
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         before, self.path = self.path, self.path_of_module(m)
@@ -95,13 +126,21 @@ def trace(model: nn.Module) -> Plan:
             raise Unfusable(f"{what} has hooks, which a fused layer would not run")
         if parametrize.is_parametrized(module):
             raise Unfusable(f"{what} has parametrizations (torch.nn.utils.parametrize)")
+        if type(module).__call__ is not nn.Module.__call__:
+            raise Unfusable(f"{what} has a __call__ of its own")
         if "forward" in vars(module):
             raise Unfusable(f"{what} has a forward of its own, set on the instance")
+    if any(GLOBAL_HOOKS):
+        raise Unfusable("torch has global module hooks, which a fused layer would not run")
     tracer = _Tracer()
+    off = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
     try:
-        graph = tracer.trace(model)
+        with torch.inference_mode(False), torch.enable_grad(), off[0], off[1]:
+            graph = tracer.trace(model)
     except Exception as error:
         inside = _described(tracer.path, model.get_submodule(tracer.path))
+        if isinstance(error, Unfusable):
+            raise Unfusable(f"{inside}: {error}") from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Unfusable(f"{inside} cannot be traced by torch.fx (data-dependent control flow?): {reason}") from error
     return _Builder(model).build(graph)
@@ -134,7 +173,7 @@ class _Builder:
         self.path = ""
 
     def build(self, graph: torch.fx.Graph) -> Plan:
-        self._remove_dead(graph)
+        self._without_unread(graph)
         read: dict[torch.fx.Node, Any] = {}
         seen_input = False
         for node in graph.nodes:
@@ -163,16 +202,23 @@ class _Builder:
 
     # -- reading the graph ------------------------------------------------------------------------------------
 
-    def _remove_dead(self, graph: torch.fx.Graph) -> None:
-        """Drops calls whose result nobody reads, but keeps in-place ones: they change what others read."""
+    def _without_unread(self, graph: torch.fx.Graph) -> None:
+        """Drops calls whose result nobody reads, unless they might change a value that others read."""
         for node in reversed(graph.nodes):
-            in_place = node.op == "call_method" and str(node.target).endswith("_")
-            in_place = (
-                in_place or node.kwargs.get("inplace") is True or getattr(node.target, "__name__", "")[-1:] == "_"
-            )
+            if node.users or node.op in ("output", "placeholder"):
+                continue
             if node.op == "call_module":
-                in_place = bool(getattr(self.model.get_submodule(str(node.target)), "inplace", False))
-            if not node.users and node.op not in ("output", "placeholder") and not in_place:
+                module = self.model.get_submodule(str(node.target))
+                pure = type(module) in _MODULES and not getattr(module, "inplace", False)
+            else:
+                name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
+                in_place = name.endswith("_") or (node.target in vars(operator).values() and name.startswith("i"))
+                pure = (
+                    not in_place
+                    and "out" not in node.kwargs
+                    and not any(a is True for a in (*node.args, *node.kwargs.values()))
+                )
+            if pure:
                 graph.erase_node(node)
 
     def _locate(self, node: torch.fx.Node) -> None:

@@ -119,6 +119,9 @@ void unpack(const Parameter& p, const From* packed, To* user) {
   }
 }
 
+/// Less than so many multiply-adds (some 50 us) are done before a second thread has woken up.
+constexpr int64_t kWorkOfOneThread = 1'000'000;
+
 template <class T>
 class Run {
  public:
@@ -129,7 +132,8 @@ class Run {
     theta_ = take(p_.packing.total);
     rates_ = take(p_.rates_size);
     results_ = take(std::min(call.tasks, cpu::kWave) * p_.result_size);
-    threads_ = static_cast<int>(std::min<int64_t>(call.threads, call.tasks));
+    const bool small = call.tasks * p_.work < kWorkOfOneThread;
+    threads_ = small ? 1 : static_cast<int>(std::min<int64_t>(call.threads, call.tasks));
     thread_size_ = p_.thread_size() + 3 * p_.packing.total;
     thread_memory_ = at;
   }

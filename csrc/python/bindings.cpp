@@ -78,12 +78,16 @@ Node node_of(const py::dict& d) {
   return node;
 }
 
+bool at_own_parameters(Operation operation) {
+  return operation == Operation::predict || operation == Operation::predict_backward ||
+         operation == Operation::loss_and_grad || operation == Operation::hvp;
+}
+
 Graph graph_of(const py::dict& plan, Operation operation) {
   Graph graph;
   for (py::handle d : plan["nodes"]) graph.nodes.push_back(node_of(d.cast<py::dict>()));
   // The building blocks work at parameters that are the task's own: each of them moves.
-  const bool all_adapted = operation == Operation::predict || operation == Operation::predict_backward ||
-                           operation == Operation::loss_and_grad || operation == Operation::hvp;
+  const bool all_adapted = at_own_parameters(operation);
   for (py::handle handle : plan["parameters"]) {
     const auto d = handle.cast<py::dict>();
     graph.parameters.push_back(
@@ -95,8 +99,9 @@ Graph graph_of(const py::dict& plan, Operation operation) {
   return graph;
 }
 
-std::vector<Rate> rates_of(const py::dict& plan) {
+std::vector<Rate> rates_of(const py::dict& plan, Operation operation) {
   std::vector<Rate> rates;
+  if (at_own_parameters(operation)) return rates;  // no inner loop
   for (py::handle handle : plan["parameters"]) {
     const auto d = handle.cast<py::dict>();
     rates.push_back({field(d, "rate", 0.0), field(d, "rate_tensor", -1), field(d, "per_step", false),
@@ -105,8 +110,9 @@ std::vector<Rate> rates_of(const py::dict& plan) {
   return rates;
 }
 
-std::vector<RateTensor> rate_tensors_of(const py::dict& plan) {
+std::vector<RateTensor> rate_tensors_of(const py::dict& plan, Operation operation) {
   std::vector<RateTensor> tensors;
+  if (at_own_parameters(operation)) return tensors;
   for (py::handle handle : plan["rate_tensors"]) {
     const auto d = handle.cast<py::dict>();
     tensors.push_back({d["size"].cast<int64_t>(), d["steps"].cast<int64_t>(), field(d, "parameter", -1),
@@ -145,7 +151,7 @@ class BoundProblem {
                int64_t n_support, int64_t n_query, int steps, bool first_order, bool is_double)
       : double_(is_double),
         problem_(graph_of(plan, named(kOperations, operation, "operation")),
-                 named(kOperations, operation, "operation"), rates_of(plan), rate_tensors_of(plan), sample,
+                 named(kOperations, operation, "operation"), rates_of(plan, named(kOperations, operation, "operation")), rate_tensors_of(plan, named(kOperations, operation, "operation")), sample,
                  n_support, n_query, steps, first_order, is_double ? 8 : 4, cpu::backend().footprint) {}
 
   const std::vector<int64_t>& prediction() const {

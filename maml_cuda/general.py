@@ -1,0 +1,138 @@
+"""The general path of FusedMAML: reference.py behind the checks that the fused ops make themselves.
+
+Every call here runs outside autocast (the model's own dtype, as on the fused path), outside inference mode (the inner
+loop needs gradients) and outside torch.compile (double backward cannot be compiled).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import checks, reference
+from .rates import Rate
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _apart(call: Callable[P, R]) -> Callable[P, R]:
+    @wraps(call)
+    def apart(*args: P.args, **kwargs: P.kwargs) -> R:
+        gradients = torch.is_grad_enabled()
+        with ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.set_grad_enabled(gradients))
+            return call(*map(_plain, args), **{name: _plain(a) for name, a in kwargs.items()})  # type: ignore[arg-type]
+
+    return torch.compiler.disable(apart)  # type: ignore[return-value]
+
+
+def _plain(argument: object) -> object:
+    """An inference tensor as an ordinary one; everything else as it is."""
+    if isinstance(argument, Tensor):
+        return argument.clone() if argument.is_inference() else argument
+    if isinstance(argument, dict):
+        return {name: _plain(value) for name, value in argument.items()}
+    return argument
+
+
+@_apart
+def meta_step(
+    model: nn.Module,
+    loss: reference.Loss,
+    rates: Mapping[str, Rate],
+    parameters: Iterable[Tensor],
+    x_spt: Tensor,
+    y_spt: Tensor,
+    x_qry: Tensor,
+    y_qry: Tensor,
+    steps: int,
+    first_order: bool,
+    task_weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """loss, task_losses, logits, support_losses, and (tensor, gradient) of each of `parameters` and of the data that
+    requires grad and reaches the loss; none where gradients are off."""
+    _check_target(model, loss, None, "y_spt", x_spt, y_spt)
+    _check_target(model, loss, None, "y_qry", x_qry, y_qry)
+    wanted = [t for t in (*parameters, x_spt, y_spt, x_qry, y_qry) if t.requires_grad and torch.is_grad_enabled()]
+    weights = [1 / len(x_spt)] * len(x_spt) if task_weights is None else list(task_weights)
+    *outputs, gradients = reference.meta_step(
+        model, reference.loss_function(loss), rates, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights
+    )
+    reached = [(t, g.detach()) for t, g in zip(wanted, gradients, strict=True) if g is not None]
+    return (*outputs, reached)  # type: ignore[return-value]
+
+
+@_apart
+def adapt(
+    model: nn.Module,
+    loss: reference.Loss,
+    rates: Mapping[str, Rate],
+    x: Tensor,
+    y: Tensor,
+    steps: int,
+    first_order: bool,
+    differentiable: bool,
+) -> dict[str, Tensor]:
+    """The adapted parameters, name -> [tasks, *shape]."""
+    _check_target(model, loss, None, "y_spt", x, y)
+    theta = dict(model.named_parameters())
+    function = reference.loss_function(loss)
+    tasks = [
+        reference.inner_loop(model, function, theta, rates, x[t], y[t], steps, first_order, differentiable)[0]
+        for t in range(len(x))
+    ]
+    adapted = {name: torch.stack([phi[name] for phi in tasks]) for name in rates}
+    return adapted if differentiable else {name: p.detach() for name, p in adapted.items()}
+
+
+@_apart
+def predict(model: nn.Module, fast: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    return torch.stack([reference.call(model, {n: p[t] for n, p in fast.items()}, x[t]) for t in range(len(x))])
+
+
+@_apart
+def loss_and_grad(
+    model: nn.Module, loss: reference.Loss, fast: Mapping[str, Tensor], names: list[str], x: Tensor, y: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    _check_target(model, loss, fast, "y", x, y)
+    return reference.loss_and_grad(model, reference.loss_function(loss), fast, names, x, y)
+
+
+@_apart
+def hvp(
+    model: nn.Module,
+    loss: reference.Loss,
+    fast: Mapping[str, Tensor],
+    names: list[str],
+    x: Tensor,
+    y: Tensor,
+    v: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    _check_target(model, loss, fast, "y", x, y)
+    return reference.hvp(model, reference.loss_function(loss), fast, names, x, y, v)
+
+
+def _check_target(
+    model: nn.Module, loss: reference.Loss, fast: Mapping[str, Tensor] | None, name: str, x: Tensor, y: Tensor
+) -> None:
+    """Label range, or the target's shape, against one forward of the first task that draws no random number."""
+    if not isinstance(loss, str):
+        return
+    parameters = dict(model.named_parameters()) if fast is None else {n: p[0] for n, p in fast.items()}
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        prediction = reference.call(model, parameters, x[0])
+    if loss == "cross_entropy":
+        checks.labels(name, y, prediction.shape[1])
+    else:
+        checks.target(name, y, (len(x), *prediction.shape))
