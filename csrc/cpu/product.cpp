@@ -18,7 +18,9 @@ inline void gather_block(const Gather<T>& p, int64_t m, int64_t j, const Lanes<T
     return Masked && v == V - 1 ? load(from + v * W, lanes) : load(from + v * W);
   };
   Vector<T> sum[R][V];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       sum[r][v] = p.add ? read(p.c + p.c_row[m + r] + j, v) : p.bias ? read(p.bias + j, v) : Vector<T>{};
     }
@@ -27,19 +29,25 @@ inline void gather_block(const Gather<T>& p, int64_t m, int64_t j, const Lanes<T
     const T* b = p.term[t].b + j;
     for (int run = 0; run < p.runs.count; ++run) {
       const T* a[R];
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) a[r] = p.term[t].a + p.row[m + r] + p.runs.offset[run];
       for (int64_t i = 0; i < p.runs.length; ++i, b += p.n) {
         Vector<T> column[V];
+#pragma GCC unroll 8
         for (int v = 0; v < V; ++v) column[v] = read(b, v);
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           const Vector<T> x = broadcast(a[r][i]);
+#pragma GCC unroll 8
           for (int v = 0; v < V; ++v) sum[r][v] += x * column[v];
         }
       }
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     T* c = p.c + p.c_row[m + r] + j;
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       if (Masked && v == V - 1) {
         store(c + v * W, sum[r][v], lanes);
@@ -72,15 +80,20 @@ inline void outer_block(const Outer<T>& p, int64_t offset, T* d, int64_t m0, int
     const T* g = p.term[t].b + m0 * p.n + j;
     for (int64_t m = m0; m < m1; ++m, g += p.n) {
       Vector<T> row[V];
+#pragma GCC unroll 8
       for (int v = 0; v < V; ++v) row[v] = read(g, v);
       const T* x = a + p.row[m];
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const Vector<T> factor = broadcast(x[r]);
+#pragma GCC unroll 8
         for (int v = 0; v < V; ++v) sum[r][v] += factor * row[v];
       }
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       T* to = d + r * p.n + j + v * W;
       const bool masked = Masked && v == V - 1;

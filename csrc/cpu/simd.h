@@ -31,9 +31,23 @@ template <class T>
 inline void store(T* p, Vector<T> v) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
 }
-template <class T>
-inline Vector<T> broadcast(T x) {
-  return Vector<T>{} + x;
+inline Vector<float> broadcast(float x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector<float>>(_mm512_set1_ps(x));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vector<float>>(_mm256_set1_ps(x));
+#else
+  return x - Vector<float>{};  // x - 0 is x for every x, so the compiler drops it; x + 0 is not
+#endif
+}
+inline Vector<double> broadcast(double x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector<double>>(_mm512_set1_pd(x));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vector<double>>(_mm256_set1_pd(x));
+#else
+  return x - Vector<double>{};
+#endif
 }
 
 /// The first `count` lanes: the others load zero and are not stored. count in [0, kLanes].
