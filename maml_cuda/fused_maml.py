@@ -66,11 +66,13 @@ class FusedMAML(nn.Module):
         precision: str = "float32",
     ) -> None:
         super().__init__()
-        if adapt_params is not None and not callable(adapt_params) and not isinstance(adapt_params, str):
-            adapt_params = list(adapt_params) if isinstance(adapt_params, Iterable) else adapt_params
+        if isinstance(adapt_params, Iterable) and not isinstance(adapt_params, str):
+            adapt_params = list(adapt_params)
         checks.constructor(model, inner_steps, loss, first_order, adapt_params, backend, precision)
         checks.one_dtype_and_device(model.parameters())
         parameters = dict(model.named_parameters())
+        if callable(adapt_params):  # as names, which can be pickled
+            adapt_params = [name for name in parameters if adapt_params(name)]
         names = reference.adapted_names(model, adapt_params)
         read_rates(inner_lr, {name: parameters[name].shape for name in names}, inner_steps)
         self.model = model

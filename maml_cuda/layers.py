@@ -1,0 +1,480 @@
+"""The fused layers, by torch's own names and signatures, and the nodes of a plan that each of them writes.
+
+A module and its functional spelling meet in one method, so both count the same. A new layer is one method here and its
+lines in the tables below.
+"""
+
+from __future__ import annotations
+
+import builtins
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .tracing import Unfusable
+
+
+@dataclass
+class Plan:
+    """Nodes over numbered values: value 0 is the input, node i writes value i + 1, the last one is the prediction.
+
+    `parameters`: names of the parameters that the nodes read, in the order that their indices count.
+    `rows_taps`: for each, [rows, taps] of a weight [rows, columns, *taps], or [1, 1].
+    """
+
+    nodes: list[dict[str, Any]] = field(default_factory=list)
+    parameters: list[str] = field(default_factory=list)
+    rows_taps: list[tuple[int, int]] = field(default_factory=list)
+    served_by: dict[str, list[str]] = field(default_factory=dict)  # module path -> fused layers
+
+
+@dataclass
+class Value:
+    """A traced tensor: its number, how its memory is laid out, and whose memory it shares."""
+
+    number: int
+    channels_last: bool  # False only for the input, which stands as the user gave it
+    alias: int
+    overwritten: str = ""  # the in-place call that changed it
+
+
+class Dim:
+    """x.size(k) of a traced tensor."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+
+
+class Shape:
+    """x.shape of a traced tensor."""
+
+
+def _two(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, int) for v in value):
+        return value[0], value[1]
+    if isinstance(value, (tuple, list)) and len(value) == 1 and isinstance(value[0], int):
+        return value[0], value[0]
+    raise Unfusable(f"a size that is not a pair of numbers ({value!r})")
+
+
+class Layers:
+    """Writes a Plan, layer by layer. Every layer method has the signature of torch.nn.functional's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.plan = Plan()
+        self.values: list[Value] = [Value(0, False, 0)]
+        self.images: dict[int, Value] = {}  # channels-last twins of values
+        self.here = ""  # what is being read, for names and sentences
+        self.path = ""
+
+    def _tensor(self, x: Any) -> Value:
+        if not isinstance(x, Value):
+            raise Unfusable(f"its input is {type(x).__name__}, not a value computed from x")
+        if x.overwritten:
+            raise Unfusable(f"it reads a value that {x.overwritten} has changed in place")
+        return x
+
+    def _image(self, x: Value) -> Value:
+        """x in channels-last order."""
+        if x.channels_last:
+            return x
+        if x.number not in self.images:
+            self.images[x.number] = self._emit("channels_last", [x], alias=x.alias)
+        return self.images[x.number]
+
+    def _index(self, p: Any, what: str, rows: int = 1, taps: int = 1) -> int | None:
+        """The index of a parameter; a weight has `rows` outputs and `taps` taps."""
+        if p is None:
+            return None
+        if not isinstance(p, Tensor) or id(p) not in self.names:
+            raise Unfusable(f"its {what} is not a parameter of the model")
+        name = self.names[id(p)]
+        if name not in self.plan.parameters:
+            self.plan.parameters.append(name)
+            self.plan.rows_taps.append((rows, taps))
+        index = self.plan.parameters.index(name)
+        if self.plan.rows_taps[index] != (rows, taps):
+            raise Unfusable(f"its {what} is shared with a layer that uses it in another shape")
+        return index
+
+    def _emit(
+        self,
+        kind: str,
+        inputs: list[Value],
+        parameters: tuple[int | None, int | None] = (None, None),
+        alias: int | None = None,
+        **attributes: Any,
+    ) -> Value:
+        self.plan.nodes.append(
+            {
+                "kind": kind,
+                "name": self.here,
+                "inputs": [x.number for x in inputs],
+                "parameters": list(parameters),
+                **attributes,
+            }
+        )
+        number = len(self.plan.nodes)
+        value = Value(number, True, number if alias is None else alias)
+        self.values.append(value)
+        if self.path and kind != "channels_last":
+            layer = attributes.get("function", "linear" if kind == "conv2d" and attributes["rank"] == 1 else kind)
+            served = self.plan.served_by.setdefault(self.path, [])
+            if layer not in served:
+                served.append(layer)
+        return value
+
+    def _in_place(self, x: Value, y: Value) -> Value:
+        """y replaces x: whoever reads x, or a view of it, later on would read y."""
+        if x.alias == 0:
+            raise Unfusable("it changes the model's input in place")
+        for value in self.values:
+            if value.alias == x.alias and value is not y:
+                value.overwritten = self.here
+        return y
+
+    # -- layers, by torch's own signatures --------------------------------------------------------------------
+
+    def linear(self, input: Any, weight: Any, bias: Any = None) -> Value:
+        x = self._tensor(input)
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            raise Unfusable("its weight is not a matrix")
+        out_features, in_features = weight.shape
+        parameters = (self._index(weight, "weight", rows=out_features), self._index(bias, "bias"))
+        return self._emit(
+            "conv2d", [x], parameters, in_features=in_features, out_features=out_features, rank=1,
+            window=[[1, 1], [1, 1], [0, 0], [0, 0]],
+        )  # fmt: skip
+
+    def conv2d(
+        self,
+        input: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Value:
+        x = self._tensor(input)
+        if groups != 1:
+            raise Unfusable(f"groups={groups} is not fused")
+        if _two(dilation) != (1, 1):
+            raise Unfusable(f"dilation={dilation} is not fused")
+        if not isinstance(weight, Tensor) or weight.dim() != 4:
+            raise Unfusable("its weight is not [out, in, height, width]")
+        rows, columns, *kernel = weight.shape
+        if padding == "same":
+            before = [(k - 1) // 2 for k in kernel]
+            after = [k - 1 - b for k, b in zip(kernel, before, strict=True)]
+        else:
+            before = after = [0, 0] if padding == "valid" else list(_two(padding))
+        parameters = (self._index(weight, "weight", rows, kernel[0] * kernel[1]), self._index(bias, "bias"))
+        return self._emit(
+            "conv2d", [self._image(x)], parameters, in_features=columns, out_features=rows, rank=3,
+            window=[kernel, list(_two(stride)), before, after],
+        )  # fmt: skip
+
+    def batch_norm(
+        self,
+        input: Any,
+        running_mean: Any,
+        running_var: Any,
+        weight: Any = None,
+        bias: Any = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        rank: int = 0,
+    ) -> Value:
+        x = self._tensor(input)
+        if not training:
+            raise Unfusable("running statistics (eval mode) are not fused; in train mode batch statistics are")
+        attributes: dict[str, Any] = {"in_features": len(weight)} if isinstance(weight, Tensor) else {}
+        if isinstance(running_mean, Tensor):
+            attributes = {"in_features": len(running_mean)}
+        parameters = (self._index(weight, "weight"), self._index(bias, "bias"))
+        x = x if rank == 1 else self._image(x)
+        return self._emit("batch_norm", [x], parameters, a=eps, rank=rank, **attributes)
+
+    def max_pool2d(
+        self,
+        input: Any,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Value:
+        if _two(dilation) != (1, 1) or return_indices:
+            raise Unfusable("dilation and return_indices are not fused")
+        return self._pool("max_pool", input, kernel_size, stride, padding, ceil_mode)
+
+    def avg_pool2d(
+        self,
+        input: Any,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Value:
+        if divisor_override is not None:
+            raise Unfusable("divisor_override is not fused")
+        return self._pool("avg_pool", input, kernel_size, stride, padding, ceil_mode, count_padding=count_include_pad)
+
+    def _pool(
+        self,
+        kind: str,
+        input: Any,
+        kernel_size: Any,
+        stride: Any,
+        padding: Any,
+        ceil_mode: bool,
+        **attributes: Any,
+    ) -> Value:
+        if ceil_mode:
+            raise Unfusable("ceil_mode is not fused")
+        kernel = _two(kernel_size)
+        pad = _two(padding)
+        if any(2 * p > k for p, k in zip(pad, kernel, strict=True)):
+            raise Unfusable(f"padding {pad} is more than half of the kernel {kernel}")
+        window = [
+            list(kernel),
+            list(_two(stride) if stride not in (None, [], ()) else kernel),
+            list(pad),
+            list(pad),
+        ]
+        return self._emit(kind, [self._image(self._tensor(input))], window=window, rank=3, **attributes)
+
+    def adaptive_avg_pool2d(self, input: Any, output_size: Any) -> Value:
+        if _two(output_size) != (1, 1):
+            raise Unfusable(f"output size {output_size} is not fused; 1 is")
+        return self._emit("mean_pool", [self._image(self._tensor(input))], rank=3)
+
+    def mean(self, input: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
+        axes = sorted(a % 4 for a in dim) if isinstance(dim, (tuple, list)) else None
+        if axes != [2, 3] or dtype is not None:
+            raise Unfusable(f"the mean over {dim} is not fused; over the spatial axes (2, 3) it is")
+        out_rank: dict[str, Any] = {} if keepdim else {"out_rank": 1}
+        return self._emit("mean_pool", [self._image(self._tensor(input))], rank=3, **out_rank)
+
+    def flatten(self, input: Any, start_dim: int = 0, end_dim: int = -1) -> Value:
+        if (start_dim, end_dim) != (1, -1):
+            raise Unfusable(f"flatten({start_dim}, {end_dim}) is not fused; flatten(1) is")
+        x = self._tensor(input)
+        return self._emit("flatten", [x], alias=x.alias, out_rank=1)
+
+    def reshape(self, input: Any, *shape: Any) -> Value:
+        if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
+            shape = tuple(shape[0])
+        x = self._tensor(input)
+        batch = len(shape) == 2 and isinstance(shape[0], Dim) and shape[0].axis == 0
+        if batch and shape[1] == -1:
+            return self.flatten(x, 1)
+        if len(shape) == 2 and (batch or shape[0] == -1) and isinstance(shape[1], int) and shape[1] > 0:
+            return self._emit("flatten", [x], alias=x.alias, out_rank=1, out_features=shape[1])
+        raise Unfusable("this reshape is not fused; into [n, features] it is")
+
+    def add(self, input: Any, other: Any, *, alpha: Any = 1) -> Value:
+        if alpha != 1:
+            raise Unfusable(f"alpha={alpha} is not fused")
+        for operand in (input, other):
+            if not isinstance(operand, Value):
+                raise Unfusable("the sum with a number or a parameter is not fused; of two values it is")
+        return self._emit("add", [self._image(self._tensor(input)), self._image(self._tensor(other))])
+
+    def iadd(self, input: Any, other: Any) -> Value:
+        return self._in_place(self._tensor(input), self.add(input, other))
+
+    def pointwise(self, input: Any, function: str, inplace: bool = False, **constants: Any) -> Value:
+        x = self._tensor(input)
+        y = self._emit("pointwise", [self._image(x)], function=function, **constants)
+        return self._in_place(x, y) if inplace else y
+
+    def relu(self, input: Any, inplace: bool = False) -> Value:
+        return self.pointwise(input, "relu", inplace)
+
+    def relu_(self, input: Any) -> Value:
+        return self.relu(input, inplace=True)
+
+    def leaky_relu(self, input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Value:
+        return self.pointwise(input, "leaky_relu", inplace, a=float(negative_slope))
+
+    def elu(self, input: Any, alpha: float = 1.0, inplace: bool = False) -> Value:
+        return self.pointwise(input, "elu", inplace, a=float(alpha), b=1.0, c=1.0)
+
+    def selu(self, input: Any, inplace: bool = False) -> Value:
+        return self.pointwise(input, "elu", inplace, a=1.6732632423543772, b=1.0507009873554805, c=1.0)
+
+    def celu(self, input: Any, alpha: float = 1.0, inplace: bool = False) -> Value:
+        return self.pointwise(input, "elu", inplace, a=float(alpha), b=1.0, c=float(alpha))
+
+    def silu(self, input: Any, inplace: bool = False) -> Value:
+        return self.pointwise(input, "silu", inplace)
+
+    def gelu(self, input: Any, approximate: str = "none") -> Value:
+        return self.pointwise(input, "gelu" if approximate == "none" else "gelu_tanh")
+
+    def softplus(self, input: Any, beta: float = 1.0, threshold: float = 20.0) -> Value:
+        return self.pointwise(input, "softplus", a=float(beta), b=float(threshold))
+
+    def tanh(self, input: Any) -> Value:
+        return self.pointwise(input, "tanh")
+
+    def sigmoid(self, input: Any) -> Value:
+        return self.pointwise(input, "sigmoid")
+
+    def hardtanh(self, input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Value:
+        return self.pointwise(input, "hardtanh", inplace, a=float(min_val), b=float(max_val))
+
+    def relu6(self, input: Any, inplace: bool = False) -> Value:
+        return self.hardtanh(input, 0.0, 6.0, inplace)
+
+    def dropout(self, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Value:
+        if training and p > 0:
+            raise Unfusable(f"dropout with p={p} in train mode is random, which is not fused; in eval mode it is")
+        return self._tensor(input)
+
+    def identity(self, input: Any) -> Value:
+        return self._tensor(input)
+
+    # -- sizes ------------------------------------------------------------------------------------------------
+
+    def size(self, input: Any, dim: int | None = None) -> Any:
+        return Shape() if dim is None else Dim(dim)
+
+    def get_attribute(self, x: Any, name: str) -> Any:
+        if isinstance(x, Value) and name == "shape":
+            return Shape()
+        raise Unfusable(f"the attribute {name} of a traced value is not understood")
+
+    def get_item(self, x: Any, index: Any) -> Any:
+        if isinstance(x, Shape) and isinstance(index, int):
+            return Dim(index)
+        raise Unfusable("indexing is not fused")
+
+
+def _convolution(b: Layers, m: Any, input: Any) -> Value:
+    if m.padding_mode != "zeros":
+        raise Unfusable(f"padding_mode={m.padding_mode!r} is not fused")
+    return b.conv2d(input, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups)
+
+
+def _batch_norm(rank: int) -> Callable[[Layers, Any, Any], Value]:
+    def layer(b: Layers, m: Any, input: Any) -> Value:
+        batch_statistics = m.training or (m.running_mean is None and m.running_var is None)
+        value = b.batch_norm(input, None, None, m.weight, m.bias, batch_statistics, eps=m.eps, rank=rank)
+        b.plan.nodes[-1]["in_features"] = m.num_features
+        return value
+
+    return layer
+
+
+def _flatten(b: Layers, m: Any, input: Any) -> Value:
+    return b.flatten(input, m.start_dim, m.end_dim)
+
+
+def _dropout(b: Layers, m: Any, input: Any) -> Value:
+    return b.dropout(input, m.p, m.training)
+
+
+def _max_pool(b: Layers, m: Any, input: Any) -> Value:
+    return b.max_pool2d(input, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
+
+
+def _avg_pool(b: Layers, m: Any, input: Any) -> Value:
+    return b.avg_pool2d(input, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override)
+
+
+MODULES: dict[type, Callable[..., Value]] = {
+    nn.Linear: lambda b, m, x: b.linear(x, m.weight, m.bias),
+    nn.Conv2d: _convolution,
+    nn.BatchNorm1d: _batch_norm(1),
+    nn.BatchNorm2d: _batch_norm(3),
+    nn.ReLU: lambda b, m, x: b.relu(x, m.inplace),
+    nn.ReLU6: lambda b, m, x: b.relu6(x, m.inplace),
+    nn.LeakyReLU: lambda b, m, x: b.leaky_relu(x, m.negative_slope, m.inplace),
+    nn.ELU: lambda b, m, x: b.elu(x, m.alpha, m.inplace),
+    nn.SELU: lambda b, m, x: b.selu(x, m.inplace),
+    nn.CELU: lambda b, m, x: b.celu(x, m.alpha, m.inplace),
+    nn.SiLU: lambda b, m, x: b.silu(x, m.inplace),
+    nn.GELU: lambda b, m, x: b.gelu(x, m.approximate),
+    nn.Softplus: lambda b, m, x: b.softplus(x, m.beta, m.threshold),
+    nn.Tanh: lambda b, m, x: b.tanh(x),
+    nn.Sigmoid: lambda b, m, x: b.sigmoid(x),
+    nn.Hardtanh: lambda b, m, x: b.hardtanh(x, m.min_val, m.max_val, m.inplace),
+    nn.MaxPool2d: _max_pool,
+    nn.AvgPool2d: _avg_pool,
+    nn.AdaptiveAvgPool2d: lambda b, m, x: b.adaptive_avg_pool2d(x, m.output_size),
+    nn.Flatten: _flatten,
+    nn.Identity: lambda b, m, x: b.identity(x),
+    nn.Dropout: _dropout,
+    nn.Dropout1d: _dropout,
+    nn.Dropout2d: _dropout,
+    nn.AlphaDropout: _dropout,
+}
+
+FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    F.linear: Layers.linear,
+    F.conv2d: Layers.conv2d,
+    torch.conv2d: Layers.conv2d,
+    F.batch_norm: Layers.batch_norm,
+    F.max_pool2d: Layers.max_pool2d,
+    torch.max_pool2d: Layers.max_pool2d,
+    F.avg_pool2d: Layers.avg_pool2d,
+    F.adaptive_avg_pool2d: Layers.adaptive_avg_pool2d,
+    torch.mean: Layers.mean,
+    torch.flatten: Layers.flatten,
+    torch.reshape: Layers.reshape,
+    torch.add: Layers.add,
+    operator.add: Layers.add,
+    operator.iadd: Layers.iadd,
+    F.relu: Layers.relu,
+    F.relu_: Layers.relu_,
+    torch.relu: Layers.relu,
+    torch.relu_: Layers.relu_,
+    F.relu6: Layers.relu6,
+    F.leaky_relu: Layers.leaky_relu,
+    F.elu: Layers.elu,
+    F.selu: Layers.selu,
+    F.celu: Layers.celu,
+    F.silu: Layers.silu,
+    F.gelu: Layers.gelu,
+    F.softplus: Layers.softplus,
+    F.hardtanh: Layers.hardtanh,
+    F.tanh: Layers.tanh,
+    torch.tanh: Layers.tanh,
+    F.sigmoid: Layers.sigmoid,
+    torch.sigmoid: Layers.sigmoid,
+    F.dropout: Layers.dropout,
+    F.dropout2d: Layers.dropout,
+    builtins.getattr: Layers.get_attribute,
+    operator.getitem: Layers.get_item,
+}
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "relu": Layers.relu,
+    "relu_": Layers.relu_,
+    "tanh": Layers.tanh,
+    "sigmoid": Layers.sigmoid,
+    "mean": Layers.mean,
+    "flatten": Layers.flatten,
+    "view": Layers.reshape,
+    "reshape": Layers.reshape,
+    "add": Layers.add,
+    "add_": Layers.iadd,
+    "size": Layers.size,
+    "contiguous": Layers.identity,
+}
