@@ -41,7 +41,6 @@ class Binding:
         self.text = ""
         self.names: list[str] = []
         self.served_by: dict[str, list[str]] = {}
-        self._modules: list[tuple[nn.Module, dict, dict, dict]] = []
         self.fits: set = set()
         self._slots: list[tuple[dict[str, Any], str]] = []  # the plan's parameters and rate tensors
         self._has_gradient: list[bool] = []
@@ -60,32 +59,26 @@ class Binding:
             except plan.Unfusable as reason:
                 self.why_not = str(reason)
         # Taken last: tracing runs the model's forward, which may set attributes.
-        self._modules = [(m, m.__dict__.copy(), m._modules.copy(), m._parameters.copy()) for m in model.modules()]
-        self._hooked = self._hooks()
+        modules = list(model.modules())
+        self._dicts = [d for m in modules for d in (m.__dict__, m._modules, m._parameters)]
+        self._values = [value for d in self._dicts for value in d.values()]
+        self._hooks = [getattr(m, hooks) for m in modules for hooks in plan.HOOKS] + list(plan.GLOBAL_HOOKS)
+        self._hooked = any(self._hooks)
         self._parameters = [(p, p.requires_grad, p.shape, p.dtype, p.device) for p in model.parameters()]
 
     def holds(self, inner_lr: float | Tensor | InnerRates) -> bool:
         """Whether nothing has changed that the plan depends on: the modules and their attributes (flags, options, an
-        instance's own forward), submodules, parameters, hooks, and what each parameter is."""
-        if inner_lr is not self._inner_lr or self._hooks() != self._hooked:
+        instance's own forward), submodules, parameters, hooks, and what each parameter is. Every value must be the
+        very object that it was: this runs at each call, and comparing identities is quick."""
+        if inner_lr is not self._inner_lr or any(self._hooks) is not self._hooked:
             return False
-        for m, attributes, children, parameters in self._modules:
-            if m._modules != children or not _same(m.__dict__, attributes):
-                return False
-            if m._parameters.keys() != parameters.keys() or not all(
-                map(operator.is_, m._parameters.values(), parameters.values())
-            ):
-                return False
+        values = [value for d in self._dicts for value in d.values()]
+        if len(values) != len(self._values) or not all(map(operator.is_, values, self._values)):
+            return False
         for p, requires_grad, shape, dtype, device in self._parameters:
-            if p.requires_grad is not requires_grad or p.shape != shape or p.dtype is not dtype or p.device != device:
+            if p.requires_grad is not requires_grad or p.dtype is not dtype or p.shape != shape or p.device != device:
                 return False
         return all(rate.requires_grad is learned for rate, learned in self._rates)
-
-    def _hooks(self) -> bool:
-        for m, *_ in self._modules:
-            if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-                return True
-        return any(plan.GLOBAL_HOOKS)
 
     def like(self) -> Tensor:
         """A parameter of the model, for its dtype and device."""
@@ -170,13 +163,6 @@ class Binding:
             owner = self._inner_lr.get_submodule(path)
             return (owner._parameters if isinstance(rate, nn.Parameter) else owner._buffers), key
         return {"inner_lr": rate}, "inner_lr"
-
-
-def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    try:
-        return now == before  # values that are the same object are equal at once: no tensor is compared
-    except Exception:  # a tensor or array was replaced, and its == is not a bool
-        return False
 
 
 def _has_no_rate(inner_lr: float | Tensor | InnerRates) -> bool:

@@ -183,7 +183,8 @@ class FusedMAML(nn.Module):
         """
         binding = self._binding()
         like = binding.like()
-        x_spt, x_qry = _out_of_autocast(x_spt, like), _out_of_autocast(x_qry, like)
+        if torch.is_autocast_enabled(like.device.type):
+            x_spt, x_qry = _in_dtype_of(like, x_spt), _in_dtype_of(like, x_qry)
         fused = binding.backend != "reference"
         checks.data("x_spt", x_spt, "y_spt", y_spt, like, self.loss, fused)
         checks.data("x_qry", x_qry, "y_qry", y_qry, like, self.loss, fused)
@@ -226,7 +227,8 @@ class FusedMAML(nn.Module):
         if steps and not binding.can_step:
             raise ValueError(f"inner_lr must hold a rate for {steps} steps, got one of shape [0]")
         like = binding.like()
-        x_spt = _out_of_autocast(x_spt, like)
+        if torch.is_autocast_enabled(like.device.type):
+            x_spt = _in_dtype_of(like, x_spt)
         fused = binding.backend != "reference"
         checks.data("x_spt", x_spt, "y_spt", y_spt, like, self.loss, fused)
         differentiable = differentiable and torch.is_grad_enabled()
@@ -330,7 +332,8 @@ class FusedMAML(nn.Module):
         """The checks that the building blocks share."""
         binding = self._binding()
         like = binding.like()
-        x = _out_of_autocast(x, like)
+        if torch.is_autocast_enabled(like.device.type):
+            x = _in_dtype_of(like, x)
         fused = binding.backend != "reference"
         checks.data("x", x, None if y is None else "y", y, like, self.loss, fused)
         checks.fast(dict(self.model.named_parameters()), fast, x, "fast", all_names=True)
@@ -355,8 +358,6 @@ def _bind_now(maml: FusedMAML) -> bool:
     return True
 
 
-def _out_of_autocast(x: Tensor, like: Tensor) -> Tensor:
-    """Inside autocast x is cast to the model's dtype; outside it must have it."""
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(like.device.type) and x.is_floating_point():
-        return x.to(like.dtype)
-    return x
+def _in_dtype_of(like: Tensor, x: Tensor) -> Tensor:
+    """x as it is read inside autocast, whose own dtype does not count: in the model's."""
+    return x.to(like.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
