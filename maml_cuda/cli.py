@@ -169,7 +169,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _setting(group, "--test-tasks", "tasks of the final test of best/ after 0 to 10 steps")
     _setting(group, "--test-shots", "support samples a class in validation and test (glyphs: as --shots)")
     _setting(group, "--test-queries", "query samples a class in validation and test")
-    _setting(group, "--test-steps", "adaptation steps in validation and in the picture of a task")
+    _setting(group, "--test-steps", "most adaptation steps in validation, which scores the mean over 1 to N")
 
     group = parser.add_argument_group("run")
     group.add_argument("--out", metavar="RUN", help="folder of the run, a new one (default: runs/<job>-<time>)")

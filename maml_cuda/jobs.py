@@ -48,14 +48,14 @@ class Settings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and field.name not in ("seed", "test_steps", "inner_steps") and value < 1:
+            if field.type is int and field.name not in ("seed", "inner_steps") and value < 1:
                 raise ValueError(f"{field.name} must be at least 1, got {value}")
             if field.type is float and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{field.name} must be a positive number, got {value}")
         if self.inner_steps < 0 or (self.learn_inner_lr and self.inner_steps < 1):
             raise ValueError(f"inner_steps must be at least {int(self.learn_inner_lr)}, got {self.inner_steps}")
-        if not 0 <= self.test_steps <= 10:
-            raise ValueError(f"test_steps must be 0 to 10, got {self.test_steps}")
+        if self.test_steps > 10:
+            raise ValueError(f"test_steps must be 1 to 10, got {self.test_steps}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be 0 to 2**32 - 1, got {self.seed}")
         for name in ("ways", "rotations"):

@@ -29,7 +29,7 @@ def learning_curves(metrics: Path, path: Path, settings: Settings) -> None:
         (left, "loss", "training, after adaptation", GREY, "-"),
         (right, "before", "training, before adaptation", ORANGE, "-"),
         (right, "after", "training, after adaptation", BLUE, "-"),
-        (right, "validation", f"validation, after {settings.test_steps} steps", GREEN, "o-"),
+        (right, "validation", f"validation, mean of 1 to {settings.test_steps} steps", GREEN, "o-"),
     )
     for axes, column, label, colour, style in lines:
         points = [(int(row["iteration"]), float(row[column])) for row in rows if row[column]]

@@ -187,8 +187,16 @@ def test_the_best_checkpoint_is_the_one_that_validated_best(tmp_path) -> None:
     assert info["iteration"] == training.best["iteration"] == int(by_score["iteration"]) < 40
     settings = training.settings
     tasks, generator = make_tasks(settings, "validation"), make_generator(settings, "validation")
-    scores = evaluate(maml, "sinusoid", tasks, generator, settings.validation_tasks, [settings.test_steps])
+    scores = evaluate(maml, "sinusoid", tasks, generator, settings.validation_tasks, (1, 2))
     assert scores.double().mean().item() == training.best["score"]
+
+
+def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path, monkeypatch) -> None:
+    training = Training.start(tmp_path, tiny("sinusoid", iterations=30))
+    scores = iter([float("nan"), 2.0, float("nan")])
+    monkeypatch.setattr("maml_cuda.train.evaluate", lambda *arguments: torch.full((2, 3), next(scores)))
+    training.loop()
+    assert training.best == {"iteration": 20, "score": 2.0}
 
 
 def test_evaluation_does_not_depend_on_how_many_tasks_follow() -> None:
@@ -267,7 +275,7 @@ def test_a_run_that_diverges_says_so(tmp_path) -> None:
         ({"meta_lr": float("nan")}, "meta_lr must be a positive number, got nan"),
         ({"inner_steps": -1}, "inner_steps must be at least 0, got -1"),
         ({"inner_steps": 0, "learn_inner_lr": True}, "inner_steps must be at least 1, got 0"),
-        ({"test_steps": 11}, "test_steps must be 0 to 10, got 11"),
+        ({"test_steps": 11}, "test_steps must be 1 to 10, got 11"),
         ({"test_tasks": 1}, "test_tasks must be at least 2 for a confidence interval, got 1"),
         ({"seed": -1}, r"seed must be 0 to 2\*\*32 - 1, got -1"),
         ({"job": "poker"}, "job must be one of glyphs, sinusoid, got 'poker'"),
