@@ -15,8 +15,6 @@ class CMakeBuild(build_ext):
     """Drives CMakeLists.txt; MAML_CUDA_BUILD=auto|cpu|cuda chooses the backends."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         choice = os.environ.get("MAML_CUDA_BUILD", "auto")
         if choice not in ("auto", "cpu", "cuda"):
             raise SystemExit(f"MAML_CUDA_BUILD must be auto, cpu or cuda, got {choice!r}")
@@ -25,6 +23,8 @@ class CMakeBuild(build_ext):
                 "MAML_CUDA_BUILD=cuda: this version of maml_cuda has no CUDA kernels yet; "
                 "build with MAML_CUDA_BUILD=auto or cpu"
             )
+        import pybind11
+
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,7 @@ GLYPHS = Settings(
     log_interval=10,
     rotations=4,
 )
-# The paper's section 5.1, for its table 2 of appendix C, which is 5-shot: trained with the shots that it is tested with.
+# The paper's section 5.1, for its 5-shot table 2 of appendix C: trained with the shots that it is tested with.
 SINUSOID = Settings(
     job="sinusoid",
     ways=1,
