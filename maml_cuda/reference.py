@@ -169,7 +169,9 @@ def meta_step(
     theta = dict(model.named_parameters())
     total: float | Tensor = 0.0
     task_losses, logits, support_losses = [], [], []
-    gradients: list[Tensor | None] = [None] * len(wanted)
+    # A learned rate that no step uses (steps = 0) has a gradient: zero.
+    of_rates = {id(rate.value) for rate in rates.values()}
+    gradients: list[Tensor | None] = [torch.zeros_like(t) if id(t) in of_rates else None for t in wanted]
     for t, weight in enumerate(weights):
         phi, inner = inner_loop(
             model, loss, theta, rates, x_spt[t], y_spt[t], steps, first_order, differentiable=bool(wanted)

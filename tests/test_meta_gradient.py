@@ -101,7 +101,7 @@ RATES = {
 @pytest.mark.parametrize("name", ["mlp", "conv"])
 @pytest.mark.parametrize("form", RATES)
 @pytest.mark.parametrize("first_order", [False, True])
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [0, 1, 3])
 def test_learned_rates_by_name(name, form, first_order, steps):
     model = make(name)
     rates = {n: nn.Parameter(RATES[form](p.shape, steps).double() * 0.2) for n, p in model.named_parameters()}
