@@ -80,6 +80,10 @@ Shaped infer(const Node& node, const Shaped& x, const Shaped* other, int64_t n) 
       y.image = {size(x.image), 1, 1};
       break;
     case Kind::add:
+      if (x.rank != 1 && x.rank != 3) {
+        throw Unsupported("the sum " + node.name + " is fused on features and images, got samples of " +
+                          std::to_string(x.rank) + " axes");
+      }
       if (other->rank != x.rank || dims(*other) != dims(x)) {
         throw Unsupported("the sum " + node.name + " of samples of shapes " + text_of(dims(x)) + " and " +
                           text_of(dims(*other)) + " broadcasts, which is not fused");
@@ -173,6 +177,10 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
   stage.output = stage.values[count].root;
   // The last node is a flatten into the user's order: its input's shape is the prediction's.
   stage.prediction = dims(shapes[graph.nodes[count - 1].inputs[0]]);
+  if (const int rank = shapes[graph.nodes[count - 1].inputs[0]].rank; rank != 1 && rank != 3) {
+    throw Unsupported("a prediction of " + std::to_string(rank) +
+                      " axes a sample is not fused; of 1 or 3 it is");
+  }
   if (graph.loss == Loss::cross_entropy && stage.prediction.size() != 1) {
     throw Unsupported("the fused cross_entropy takes a prediction [n, classes], got samples of shape " +
                       text_of(stage.prediction));
@@ -239,7 +247,8 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
     Stage::Value& y = stage.values[step.output];
     const Footprint needs = footprint(step.layer);
     const Layer& l = step.layer;
-    stage.work += l.kind == Kind::conv2d ? y.size * l.in.c * l.window.kernel_h * l.window.kernel_w : 4 * y.size;
+    stage.work +=
+        l.kind == Kind::conv2d ? y.size * l.in.c * l.window.kernel_h * l.window.kernel_w : 4 * y.size;
     stage.scratch_size = std::max(stage.scratch_size, needs.scratch);
     y.fixed = data == Data::support && !y.moving;
     const bool stays = y.fixed || products;

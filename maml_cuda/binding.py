@@ -47,6 +47,8 @@ class Binding:
         self.can_step = inner_steps > 0 or not _has_no_rate(inner_lr)
         checks.one_dtype_and_device(model.parameters())
         self._inner_lr = inner_lr
+        self._loss = loss
+        self._inner_steps = inner_steps
         rates = inner_lr.items() if isinstance(inner_lr, InnerRates) else [("", inner_lr)]
         self._rates = [(r, r.requires_grad) for _, r in rates if isinstance(r, Tensor)]
         self._first: tuple[dict[str, Any], str] = next(
@@ -66,11 +68,13 @@ class Binding:
         self._hooked = any(self._hooks)
         self._parameters = [(p, p.requires_grad, p.shape, p.dtype, p.device) for p in model.parameters()]
 
-    def holds(self, inner_lr: float | Tensor | InnerRates) -> bool:
+    def holds(self, loss: str | Callable, inner_lr: float | Tensor | InnerRates, inner_steps: int) -> bool:
         """Whether nothing has changed that the plan depends on: the modules and their attributes (flags, options, an
         instance's own forward), submodules, parameters, hooks, and what each parameter is. Every value must be the
         very object that it was: this runs at each call, and comparing identities is quick."""
-        if inner_lr is not self._inner_lr or any(self._hooks) is not self._hooked:
+        if inner_lr is not self._inner_lr or loss is not self._loss or inner_steps != self._inner_steps:
+            return False
+        if any(self._hooks) is not self._hooked:
             return False
         values = [value for d in self._dicts for value in d.values()]
         if len(values) != len(self._values) or not all(map(operator.is_, values, self._values)):

@@ -22,11 +22,7 @@ def constructor(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     steps(inner_steps, "inner_steps")
-    if isinstance(loss, str):
-        if loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)} or a callable, got {loss!r}")
-    elif not callable(loss):
-        raise TypeError(f"loss must be a name or a callable (prediction, target) -> scalar, got {type(loss).__name__}")
+    _loss(loss)
     if not isinstance(first_order, bool):
         raise TypeError(f"first_order must be a bool, got {type(first_order).__name__}")
     if backend not in BACKENDS:
@@ -40,6 +36,17 @@ def constructor(
     if precision != "float32" and device.type == "cpu":
         raise ValueError(f"precision must be float32 on the CPU, got {precision!r}, which this device lacks")
     _adapt_params(parameters, adapt_params)
+
+
+def loss(value: Any) -> None:
+    if isinstance(value, str):
+        if value not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)} or a callable, got {value!r}")
+    elif not callable(value):
+        raise TypeError(f"loss must be a name or a callable (prediction, target) -> scalar, got {type(value).__name__}")
+
+
+_loss = loss  # where an argument has its name
 
 
 def _adapt_params(parameters: Mapping[str, Tensor], adapt_params: Any) -> None:

@@ -116,11 +116,13 @@ class FusedMAML(nn.Module):
             _bind_now(self)
             assert self._bound is not None
             return self._bound
-        if self._bound is None or not self._bound.holds(self.inner_lr):
+        if self._bound is None or not self._bound.holds(self.loss, self.inner_lr, self.inner_steps):
             self._bound = self._bind()
         return self._bound
 
     def _bind(self) -> Binding:
+        checks.steps(self.inner_steps, "inner_steps")
+        checks.loss(self.loss)
         binding = Binding(
             self.model, self.loss, self.inner_lr, self.inner_steps, self._adapt_params,
             fused=self._wanted_backend != "reference",
@@ -277,7 +279,7 @@ class FusedMAML(nn.Module):
     def hvp(self, fast: Mapping[str, Tensor], x: Tensor, y: Tensor, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The Hessian of the loss at each task's own parameters times v, name -> [tasks, *shape], detached.
 
-        v: name -> [tasks, *shape]; a parameter that it lacks does not move (zero).
+        v: name -> [tasks, *shape]; a parameter that it lacks, or that is frozen, does not move.
         """
         binding, x = self._block(fast, x, y)
         checks.fast(dict(self.model.named_parameters()), v, x, "v", all_names=False)
@@ -286,7 +288,7 @@ class FusedMAML(nn.Module):
             return general.hvp(self.model, self.loss, dict(fast), names, x, y, dict(v))
         own = binding.names
         at = [fast[n].detach() for n in own]
-        directions = [v[n].detach() if n in v else torch.zeros_like(fast[n]) for n in own]
+        directions = [v[n].detach() if n in v and n in names else torch.zeros_like(fast[n]) for n in own]
         products = torch.ops.maml_cuda.hvp(at, x, y, directions, binding.text)
         return self._trainable_of(own, products, fast)
 
@@ -353,7 +355,7 @@ def _guard(model: nn.Module) -> None:
 @torch._dynamo.assume_constant_result
 def _bind_now(maml: FusedMAML) -> bool:
     """Binds while a compiler traces: what it has bound is a constant of the compiled program."""
-    if maml._bound is None or not maml._bound.holds(maml.inner_lr):
+    if maml._bound is None or not maml._bound.holds(maml.loss, maml.inner_lr, maml.inner_steps):
         maml._bound = maml._bind()
     return True
 

@@ -64,6 +64,11 @@ def _two(value: Any) -> tuple[int, int]:
     raise Unfusable(f"a size that is not a pair of numbers ({value!r})")
 
 
+def _check_window(kernel: Any, stride: Any, padding: Any) -> None:
+    if min(*kernel, *stride) < 1 or min(padding) < 0:
+        raise Unfusable(f"kernel {list(kernel)}, stride {list(stride)}, padding {list(padding)} make no window")
+
+
 class Layers:
     """Writes a Plan, layer by layer. Every layer method has the signature of torch.nn.functional's."""
 
@@ -97,6 +102,8 @@ class Layers:
             return None
         if not isinstance(p, Tensor) or id(p) not in self.names:
             raise Unfusable(f"its {what} is not a parameter of the model")
+        if p.numel() == 0:
+            raise Unfusable(f"its {what} has no elements")
         name = self.names[id(p)]
         if name not in self.plan.parameters:
             self.plan.parameters.append(name)
@@ -105,6 +112,12 @@ class Layers:
         if self.plan.rows_taps[index] != (rows, taps):
             raise Unfusable(f"its {what} is shared with a layer that uses it in another shape")
         return index
+
+    def _vector(self, p: Any, what: str, channels: int) -> int | None:
+        """The index of a bias, gamma or beta: one number a channel, not one that broadcasts."""
+        if isinstance(p, Tensor) and tuple(p.shape) != (channels,):
+            raise Unfusable(f"its {what} has shape {list(p.shape)}; fused is [{channels}], one number a channel")
+        return self._index(p, what)
 
     def _emit(
         self,
@@ -149,7 +162,7 @@ class Layers:
         if not isinstance(weight, Tensor) or weight.dim() != 2:
             raise Unfusable("its weight is not a matrix")
         out_features, in_features = weight.shape
-        parameters = (self._index(weight, "weight", rows=out_features), self._index(bias, "bias"))
+        parameters = (self._index(weight, "weight", rows=out_features), self._vector(bias, "bias", out_features))
         return self._emit(
             "conv2d", [x], parameters, in_features=in_features, out_features=out_features, rank=1,
             window=[[1, 1], [1, 1], [0, 0], [0, 0]],
@@ -178,7 +191,8 @@ class Layers:
             after = [k - 1 - b for k, b in zip(kernel, before, strict=True)]
         else:
             before = after = [0, 0] if padding == "valid" else list(_two(padding))
-        parameters = (self._index(weight, "weight", rows, kernel[0] * kernel[1]), self._index(bias, "bias"))
+        _check_window(kernel, _two(stride), before)
+        parameters = (self._index(weight, "weight", rows, kernel[0] * kernel[1]), self._vector(bias, "bias", rows))
         return self._emit(
             "conv2d", [self._image(x)], parameters, in_features=columns, out_features=rows, rank=3,
             window=[kernel, list(_two(stride)), before, after],
@@ -199,12 +213,11 @@ class Layers:
         x = self._tensor(input)
         if not training:
             raise Unfusable("running statistics (eval mode) are not fused; in train mode batch statistics are")
-        attributes: dict[str, Any] = {"in_features": len(weight)} if isinstance(weight, Tensor) else {}
-        if isinstance(running_mean, Tensor):
-            attributes = {"in_features": len(running_mean)}
-        parameters = (self._index(weight, "weight"), self._index(bias, "bias"))
+        given = next((p for p in (weight, bias, running_mean) if isinstance(p, Tensor)), None)
+        channels = 0 if given is None else given.numel()
+        parameters = (self._vector(weight, "weight", channels), self._vector(bias, "bias", channels))
         x = x if rank == 1 else self._image(x)
-        return self._emit("batch_norm", [x], parameters, a=eps, rank=rank, **attributes)
+        return self._emit("batch_norm", [x], parameters, a=eps, rank=rank, in_features=channels)
 
     def max_pool2d(
         self,
@@ -250,12 +263,9 @@ class Layers:
         pad = _two(padding)
         if any(2 * p > k for p, k in zip(pad, kernel, strict=True)):
             raise Unfusable(f"padding {pad} is more than half of the kernel {kernel}")
-        window = [
-            list(kernel),
-            list(_two(stride) if stride not in (None, [], ()) else kernel),
-            list(pad),
-            list(pad),
-        ]
+        steps = _two(stride) if stride not in (None, [], ()) else kernel
+        _check_window(kernel, steps, pad)
+        window = [list(kernel), list(steps), list(pad), list(pad)]
         return self._emit(kind, [self._image(self._tensor(input))], window=window, rank=3, **attributes)
 
     def adaptive_avg_pool2d(self, input: Any, output_size: Any) -> Value:
@@ -337,6 +347,8 @@ class Layers:
         return self.pointwise(input, "sigmoid")
 
     def hardtanh(self, input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Value:
+        if min_val > max_val:
+            raise Unfusable(f"min_val={min_val} is more than max_val={max_val}")
         return self.pointwise(input, "hardtanh", inplace, a=float(min_val), b=float(max_val))
 
     def relu6(self, input: Any, inplace: bool = False) -> Value:
@@ -399,27 +411,27 @@ def _avg_pool(b: Layers, m: Any, input: Any) -> Value:
 
 
 MODULES: dict[type, Callable[..., Value]] = {
-    nn.Linear: lambda b, m, x: b.linear(x, m.weight, m.bias),
+    nn.Linear: lambda b, m, input: b.linear(input, m.weight, m.bias),
     nn.Conv2d: _convolution,
     nn.BatchNorm1d: _batch_norm(1),
     nn.BatchNorm2d: _batch_norm(3),
-    nn.ReLU: lambda b, m, x: b.relu(x, m.inplace),
-    nn.ReLU6: lambda b, m, x: b.relu6(x, m.inplace),
-    nn.LeakyReLU: lambda b, m, x: b.leaky_relu(x, m.negative_slope, m.inplace),
-    nn.ELU: lambda b, m, x: b.elu(x, m.alpha, m.inplace),
-    nn.SELU: lambda b, m, x: b.selu(x, m.inplace),
-    nn.CELU: lambda b, m, x: b.celu(x, m.alpha, m.inplace),
-    nn.SiLU: lambda b, m, x: b.silu(x, m.inplace),
-    nn.GELU: lambda b, m, x: b.gelu(x, m.approximate),
-    nn.Softplus: lambda b, m, x: b.softplus(x, m.beta, m.threshold),
-    nn.Tanh: lambda b, m, x: b.tanh(x),
-    nn.Sigmoid: lambda b, m, x: b.sigmoid(x),
-    nn.Hardtanh: lambda b, m, x: b.hardtanh(x, m.min_val, m.max_val, m.inplace),
+    nn.ReLU: lambda b, m, input: b.relu(input, m.inplace),
+    nn.ReLU6: lambda b, m, input: b.relu6(input, m.inplace),
+    nn.LeakyReLU: lambda b, m, input: b.leaky_relu(input, m.negative_slope, m.inplace),
+    nn.ELU: lambda b, m, input: b.elu(input, m.alpha, m.inplace),
+    nn.SELU: lambda b, m, input: b.selu(input, m.inplace),
+    nn.CELU: lambda b, m, input: b.celu(input, m.alpha, m.inplace),
+    nn.SiLU: lambda b, m, input: b.silu(input, m.inplace),
+    nn.GELU: lambda b, m, input: b.gelu(input, m.approximate),
+    nn.Softplus: lambda b, m, input: b.softplus(input, m.beta, m.threshold),
+    nn.Tanh: lambda b, m, input: b.tanh(input),
+    nn.Sigmoid: lambda b, m, input: b.sigmoid(input),
+    nn.Hardtanh: lambda b, m, input: b.hardtanh(input, m.min_val, m.max_val, m.inplace),
     nn.MaxPool2d: _max_pool,
     nn.AvgPool2d: _avg_pool,
-    nn.AdaptiveAvgPool2d: lambda b, m, x: b.adaptive_avg_pool2d(x, m.output_size),
+    nn.AdaptiveAvgPool2d: lambda b, m, input: b.adaptive_avg_pool2d(input, m.output_size),
     nn.Flatten: _flatten,
-    nn.Identity: lambda b, m, x: b.identity(x),
+    nn.Identity: lambda b, m, input: b.identity(input),
     nn.Dropout: _dropout,
     nn.Dropout1d: _dropout,
     nn.Dropout2d: _dropout,

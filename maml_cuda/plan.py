@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch.fx
@@ -100,8 +101,9 @@ class _Reader(Layers):
             module = self.model.get_submodule(str(node.target))
             if type(module) not in MODULES:
                 raise Unfusable("no fused layer serves it")
-            return MODULES[type(module)](self, module, *args, **kwargs)
-        if node.op == "call_method":
+            layer: Callable[..., Any] | None = MODULES[type(module)]
+            args = (module, *args)
+        elif node.op == "call_method":
             layer = METHODS.get(str(node.target))
         else:
             layer = FUNCTIONS.get(node.target)

@@ -7,6 +7,7 @@ not see gradients being switched off: each of these is looked for here.
 from __future__ import annotations
 
 import operator
+import random
 from collections.abc import Callable, Container
 from typing import Any
 
@@ -94,6 +95,7 @@ def record(model: nn.Module, leaves: Container[type]) -> torch.fx.Graph:
         raise Unfusable("torch has global module hooks, which a fused layer would not run")
     tracer = _Tracer(leaves)
     off = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
+    drawn = torch.get_rng_state(), random.getstate()
     try:
         with torch.inference_mode(False), torch.enable_grad(), off[0], off[1]:
             graph = tracer.trace(model)
@@ -103,6 +105,12 @@ def record(model: nn.Module, leaves: Container[type]) -> torch.fx.Graph:
             raise Unfusable(f"{inside}: {error}") from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Unfusable(f"{inside} cannot be traced by torch.fx (data-dependent control flow?): {reason}") from error
+    finally:
+        moved = not torch.equal(torch.get_rng_state(), drawn[0]) or random.getstate() != drawn[1]
+        torch.set_rng_state(drawn[0])
+        random.setstate(drawn[1])
+    if moved:
+        raise Unfusable("its forward draws random numbers outside of its layers, which a plan would freeze")
     return graph
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from maml_cuda import FusedMAML, reference
 
-
 ROUNDING = 1e-14  # what rounding leaves of an exactly zero gradient, where the loss and all values are of order 1
 
 

@@ -151,8 +151,10 @@ class BoundProblem {
                int64_t n_support, int64_t n_query, int steps, bool first_order, bool is_double)
       : double_(is_double),
         problem_(graph_of(plan, named(kOperations, operation, "operation")),
-                 named(kOperations, operation, "operation"), rates_of(plan, named(kOperations, operation, "operation")), rate_tensors_of(plan, named(kOperations, operation, "operation")), sample,
-                 n_support, n_query, steps, first_order, is_double ? 8 : 4, cpu::backend().footprint) {}
+                 named(kOperations, operation, "operation"),
+                 rates_of(plan, named(kOperations, operation, "operation")),
+                 rate_tensors_of(plan, named(kOperations, operation, "operation")), sample, n_support,
+                 n_query, steps, first_order, is_double ? 8 : 4, cpu::backend().footprint) {}
 
   const std::vector<int64_t>& prediction() const {
     return problem_.query.n ? problem_.query.prediction : problem_.support.prediction;
