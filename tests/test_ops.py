@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from maml_cuda import FusedMAML, reference
@@ -364,50 +363,44 @@ def test_the_scale_of_a_grad_scaler_passes() -> None:
 
 # -- DDP -----------------------------------------------------------------------------------------------------
 
-
-def join(rank: int, processes: int, store: Path) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", store=dist.FileStore(str(store), processes), rank=rank, world_size=processes)
-
-
-def test_ddp_of_one_process(tmp_path: Path) -> None:
-    maml = FusedMAML(net(), rate(), 2)
-    expected = step(maml, maml, episode())
-    join(0, 1, tmp_path / "store")
-    try:
-        parallel = DistributedDataParallel(maml)
-        same(step(parallel, maml, episode()), expected)
-        same(step(parallel, maml, episode(seed=1)), step(maml, maml, episode(seed=1)))
-    finally:
-        dist.destroy_process_group()
-
-
-def half_of_the_tasks(rank: int, store: Path) -> None:
-    torch.set_num_threads(1)
-    join(rank, 2, store)
-    maml = FusedMAML(net(), rate(), 2)
-    if rank == 1:  # DDP sends rank 0's parameters to all
-        with torch.no_grad():
-            for p in maml.parameters():
-                p.add_(1)
-    parallel = DistributedDataParallel(maml)
-    _, gradients = step(parallel, maml, [t[2 * rank : 2 * rank + 2] for t in episode(4)])
-    torch.save(gradients, f"{store}.{rank}")
-    dist.destroy_process_group()
+# In interpreters of their own: a process that has run gloo or OpenMP threads must not be forked.
+WORKER = """
+import os, sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+rank, processes, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.set_num_threads(1)
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", processes), rank=rank, world_size=processes)
+maml, data = torch.load(f"{folder}/input", weights_only=False)
+if rank == 1:  # DDP sends rank 0's parameters to all
+    with torch.no_grad():
+        for p in maml.parameters():
+            p.add_(1)
+share = len(data[0]) // processes
+DistributedDataParallel(maml)(*[t[share * rank : share * (rank + 1)] for t in data]).loss.backward()
+torch.save([p.grad for p in maml.parameters()], f"{folder}/gradients{rank}")
+dist.destroy_process_group()
+"""
 
 
-def test_ddp_of_two_processes_averages_the_tasks(tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    context = torch.multiprocessing.get_context("fork")
-    processes = [context.Process(target=half_of_the_tasks, args=(rank, store)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ddp_averages_the_tasks(processes: int, tmp_path: Path) -> None:
     model, inner_lr = net(), rate()
+    torch.save((FusedMAML(model, inner_lr, 2), episode(4)), tmp_path / "input")
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(processes), str(tmp_path)], stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(processes)
+    ]
+    try:
+        errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0] * processes, errors
     _, truth = reference.meta_gradient(model, "cross_entropy", *episode(4), inner_lr, 2)
     expected = [truth["inner_lr"], *(truth[name] for name, _ in model.named_parameters())]
-    for rank in range(2):
-        for got, g in zip(torch.load(f"{store}.{rank}"), expected, strict=True):
+    for rank in range(processes):
+        for got, g in zip(torch.load(tmp_path / f"gradients{rank}"), expected, strict=True):
             torch.testing.assert_close(got, g, rtol=1e-10, atol=1e-14)
