@@ -377,7 +377,8 @@ if rank == 1:  # DDP sends rank 0's parameters to all
         for p in maml.parameters():
             p.add_(1)
 share = len(data[0]) // processes
-DistributedDataParallel(maml)(*[t[share * rank : share * (rank + 1)] for t in data]).loss.backward()
+parallel = DistributedDataParallel(maml)
+parallel(*[t[share * rank : share * (rank + 1)] for t in data]).loss.backward()
 torch.save([p.grad for p in maml.parameters()], f"{folder}/gradients{rank}")
 dist.destroy_process_group()
 """
