@@ -29,7 +29,7 @@ struct Parameter {
 };
 
 struct Node {
-  Layer layer;       // n, in and out are filled in by Layout
+  Layer layer;       // n, in and out are filled in by make_stage
   std::string name;  // the user's module, for error messages
   std::array<int, 2> inputs{-1, -1};
   std::array<int, 2> parameters{-1, -1};

@@ -1,6 +1,6 @@
 """The fused calls as torch.library ops: schemas, CPU implementations, fake kernels, autograd.
 
-An op is a pure function of its tensors and of `plan`, the JSON text of a plan (fused_maml.py writes it), so that a
+An op is a pure function of its tensors and of `plan`, the JSON text of a plan (binding.py writes it), so that a
 compiled or exported program needs nothing else. Ops that compute have no autograd of their own; `attach`, `adapt` and
 `predict` do: one node each, whose backward is one more op and can be differentiated no further.
 
