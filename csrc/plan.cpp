@@ -196,7 +196,6 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
     step.layer.n = n;
     step.layer.in = shapes[node.inputs[0]].image;
     step.layer.out = shapes[i + 1].image;
-    step.node = i;
     step.output = i + 1;
     step.parameters = node.parameters;
     step.add_x = step.add_w = {false, false};

@@ -1,5 +1,5 @@
 // What a plan is. Graph: nodes in topological order over numbered values and parameters, as plan.py traced
-// them from the user's module, without shapes. Layout: the same graph with the shapes of one call, and the
+// them from the user's module, without shapes. Stage: the same graph with the shapes of one call, and the
 // place of every value, tangent and cotangent in the workspace of one task.
 #pragma once
 
@@ -68,7 +68,6 @@ struct Stage {
   };
   struct Step {
     Layer layer;
-    int node;
     std::array<int, 2> inputs;  // roots
     int output;
     std::array<int, 2> parameters;
