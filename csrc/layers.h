@@ -11,7 +11,19 @@
 
 namespace maml {
 
-enum class Kind { channels_last, flatten, conv2d, batch_norm, pointwise, max_pool, avg_pool, mean_pool, add };
+enum class Kind {
+  channels_last,
+  flatten,
+  conv2d,
+  batch_norm,
+  pointwise,
+  max_pool,
+  avg_pool,
+  mean_pool,
+  add,
+  block  // pool(f(batch_norm(x))), with or without the max-pool: what a backend that has it makes of such a
+         // chain
+};
 
 /// f of a pointwise layer; `a` and `b` are Layer::a and Layer::b.
 enum class Function {
@@ -26,6 +38,11 @@ enum class Function {
   sigmoid,
   hardtanh,  // min(max(x, a), b): also ReLU6
 };
+
+/// How products of float32 are computed: as such, or on matrix units from operands of three bf16 products
+/// (bf16x3), of 19 bits (tf32) or of 16 bits (bfloat16), always with float32 sums. Backends without them know
+/// float32 alone.
+enum class Precision { float32, bf16x3, tf32, bfloat16 };
 
 struct Image {
   int64_t c, h, w;
@@ -47,8 +64,11 @@ struct Layer {
   Image in, out;
   Window window;
   Function function = Function::relu;
-  double a = 0, b = 0, c = 1;  // constants of `function`; batch_norm: a = eps
-  bool count_padding = true;   // avg_pool: padding counts in the divisor
+  double a = 0, b = 0, c = 1;                // constants of `function`
+  double eps = 0;                            // batch_norm and block
+  bool count_padding = true;                 // avg_pool: padding counts in the divisor
+  bool pooled = false;                       // block: a max-pool over `window` comes last
+  Precision precision = Precision::float32;  // conv2d
 };
 
 /// One node's tensors for one task. A null pointer says "zero" for what is read, "not wanted" for what is
@@ -76,6 +96,13 @@ struct Tensors {
   T* grad_w_dot[2] = {};
   bool add_w[2] = {};
 
+  // Statistics that a convolution takes of its output on the way out, for the normalisation that alone reads
+  // it, one entry for each tile of rows (a backend's own number of them), per channel: the mean of y and the
+  // sum of squares about it [tiles, 2, c]; and from the tangent pass the means of y and y_dot and the sum of
+  // products about them [tiles, 3, c]. Both layers see the same addresses.
+  T* statistics = nullptr;
+  T* statistics_dot = nullptr;
+
   T* saved = nullptr;    // what a pass keeps for the later ones: Passes::saved elements
   T* scratch = nullptr;  // Passes::scratch elements, dead after the pass
 };
@@ -96,6 +123,14 @@ struct Passes {
 /// How many elements of T a layer keeps between its passes, and how many it needs within one.
 struct Footprint {
   int64_t saved = 0, scratch = 0;
+};
+
+/// What the planner must know of a backend's layers.
+struct LayerTraits {
+  Footprint (*footprint)(const Layer&);
+  bool blocks = false;  // whether it has Kind::block
+  /// Rows of y in one tile of the statistics that a convolution takes; null: it takes none.
+  int64_t (*statistics_rows)(const Layer&) = nullptr;
 };
 
 enum class Loss { cross_entropy, mse };

@@ -9,7 +9,8 @@
 // v_{k+1}. The task's meta-gradient is v_0 (Finn, Abbeel, Levine 2017, equation 1). H v is
 // forward-over-reverse (Pearlmutter 1994): a tangent pass forward and one backward beside the primal pass.
 //
-// Memory: the caller's workspace, cut up by `Problem`; nothing is allocated here.
+// Memory: the caller's workspace, cut up by `Problem`; nothing is allocated here, and no pointer is followed:
+// only a backend does, so that they may as well be symbolic (cuda/address.h).
 #pragma once
 
 #include <algorithm>
@@ -21,6 +22,7 @@ namespace maml {
 /// One task's walk over the nodes of a stage. `Backend` has the passes of each layer.
 template <class Backend, class T>
 struct Walk {
+  const Backend& backend;
   const Packing& packing;
   const Stage& stage;
   const T* x;      // [n, ...] the data of this task
@@ -38,7 +40,7 @@ struct Walk {
   /// The primal pass; `fixed_too`: also what does not move, which one pass a task is enough for.
   void forward(bool fixed_too) const {
     for (const Stage::Step& s : stage.steps) {
-      if (fixed_too || !stage.values[s.output].fixed) Backend::forward(s.layer, tensors(s));
+      if (fixed_too || !stage.values[s.output].fixed) backend.forward(s.layer, tensors(s));
     }
   }
 
@@ -48,14 +50,14 @@ struct Walk {
       if (!grad(s->output)) continue;
       Tensors<T> t = tensors(*s);
       for (int j = 0; j < 2; ++j) t.grad_w[j] = parameter(s->parameters[j], gradient, gradient ? limit : 0);
-      Backend::backward(s->layer, t);
+      backend.backward(s->layer, t);
     }
   }
 
   /// From a direction on the adapted parameters to the tangents of all values.
   void forward_tangent(const T* direction) const {
     for (const Stage::Step& s : stage.steps) {
-      if (dot(s.output)) Backend::forward_tangent(s.layer, tensors(s, direction));
+      if (dot(s.output)) backend.forward_tangent(s.layer, tensors(s, direction));
     }
   }
 
@@ -65,7 +67,7 @@ struct Walk {
       if (!grad_dot(s->output)) continue;
       Tensors<T> t = tensors(*s, direction);
       for (int j = 0; j < 2; ++j) t.grad_w_dot[j] = parameter(s->parameters[j], product, packing.trainable);
-      Backend::backward_tangent(s->layer, t);
+      backend.backward_tangent(s->layer, t);
     }
   }
 
@@ -96,6 +98,12 @@ struct Walk {
       if (p >= 0) t.w[j] = (packing.at[p] < packing.adapted ? phi : theta) + packing.at[p];
       t.w_dot[j] = parameter(p, direction, direction ? packing.adapted : 0);
     }
+    // Of the value that a convolution writes and a normalisation reads, whichever of them this is.
+    for (int v : {s.output, s.inputs[0]}) {
+      const Stage::Value& y = stage.values[v];
+      if (y.statistics_at != kNowhere) t.statistics = (y.fixed ? fixed : step) + y.statistics_at;
+      if (y.statistics_dot_at != kNowhere) t.statistics_dot = tangent + y.statistics_dot_at;
+    }
     t.saved = (stage.values[s.output].fixed ? fixed : step) + s.saved_at;
     t.scratch = scratch;
     return t;
@@ -106,7 +114,6 @@ struct Walk {
 template <class T>
 struct Task {
   const T* theta;      // packed, of this task or shared by all
-  const T* rates;      // packed rate tensors
   const T* x_support;  // as the user gave it
   const void* y_support;
   const T* x_query;
@@ -119,11 +126,19 @@ struct Task {
   T* adapted;      // adapt: packed phi_K
 };
 
-/// The operations of one task in one thread's workspace of Problem::thread_size() elements.
+/// The operations of one task in a workspace of Problem::task_size() elements. Beside the passes, a backend
+/// has
+///   loss(kind, n, c, z, target, value, grad_z, saved)   value [1], grad_z and saved where wanted
+///   loss_tangent(kind, n, c, z_dot, saved, grad_z_dot)
+///   descend(rates, phi, g, next)       next = phi - rate g
+///   direction(rates, v, out)           out = rate v
+///   rate_gradient(rates, g, v, result) result at each rate's gradient -= g v, summed where one rate serves
+///   all subtract(size, x, y)  y -= x       copy(size, from, to)        zero(size, to)
 template <class Backend, class T>
 class TaskRunner {
  public:
-  TaskRunner(const Problem& problem, const Task<T>& task, T* workspace) : p_(problem), task_(task) {
+  TaskRunner(const Backend& backend, const Problem& problem, const Task<T>& task, T* workspace)
+      : backend_(backend), p_(problem), task_(task) {
     auto take = [&](int64_t size) {
       T* start = workspace;
       workspace += size;
@@ -165,8 +180,8 @@ class TaskRunner {
     inner_loop();
     const auto query = at_query();
     query.forward(true);
-    *task_.query_loss = query_loss(query, query.grad(p_.query.output));
-    copy(query.prediction(), task_.logits);
+    query_loss(query, query.grad(p_.query.output));
+    give_logits(query);
     query.backward(task_.result, p_.packing.trainable);
     outer_loop();
   }
@@ -175,112 +190,85 @@ class TaskRunner {
     inner_loop();
     const auto query = at_query();
     query.forward(true);
-    *task_.query_loss = query_loss(query, nullptr);
-    copy(query.prediction(), task_.logits);
+    query_loss(query, nullptr);
+    give_logits(query);
   }
 
   void adapt() {
     inner_loop();
-    std::copy_n(phi(p_.steps), p_.packing.adapted, task_.adapted);
+    backend_.copy(p_.packing.adapted, phi(p_.steps), task_.adapted);
   }
 
   void adapt_backward() {
     inner_loop();
-    std::copy_n(task_.given, p_.packing.adapted, task_.result);
-    std::fill(task_.result + p_.packing.adapted, task_.result + p_.packing.trainable, T(0));
+    backend_.copy(p_.packing.adapted, task_.given, task_.result);
+    backend_.zero(p_.packing.trainable - p_.packing.adapted, task_.result + p_.packing.adapted);
     outer_loop();
   }
 
   void predict() {
     const auto query = at_query();
     query.forward(true);
-    copy(query.prediction(), task_.logits);
+    give_logits(query);
   }
 
   void predict_backward() {
     const auto query = at_query();
     query.forward(true);
-    std::copy_n(task_.given, prediction_size(), query.grad(p_.query.output));
+    backend_.copy(prediction_size(), task_.given, query.grad(p_.query.output));
     query.backward(task_.result, p_.packing.trainable);
   }
 
-  void loss_and_grad() { *task_.query_loss = support_gradient(0, true, task_.result); }
+  void loss_and_grad() { support_gradient(0, true, task_.query_loss, task_.result); }
 
   void hvp() {
-    support_gradient(0, true, nullptr);
+    support_gradient(0, true, nullptr, nullptr);
     hessian_vector_product(0, task_.given, task_.result);
   }
 
   /// phi_1 .. phi_K, the support losses, and what the products need of each step.
   void inner_loop() {
     for (int k = 0; k < p_.steps; ++k) {
-      const T loss = support_gradient(k, k == 0, g(k));
-      if (task_.support_losses) task_.support_losses[k] = loss;
-      each_rate(k, [&](int64_t at, int64_t size, const T* rate, bool elementwise, T*) {
-        Backend::descend(size, phi(k) + at, g(k) + at, rate, elementwise, phi(k + 1) + at);
-      });
+      support_gradient(k, k == 0, task_.support_losses ? task_.support_losses + k : nullptr, g(k));
+      backend_.descend(p_.rates_of(k), phi(k), g(k), phi(k + 1));
     }
   }
 
   /// From v_K in `result` to v_0 and the gradients of the learned rates.
   void outer_loop() {
     T* v = task_.result;
-    std::fill(v + p_.packing.trainable, v + p_.result_size, T(0));
+    backend_.zero(p_.result_size - p_.packing.trainable, v + p_.packing.trainable);
     for (int k = p_.steps - 1; k >= 0; --k) {
-      each_rate(k, [&](int64_t at, int64_t size, const T* rate, bool elementwise, T* grad_rate) {
-        if (grad_rate) Backend::rate_gradient(size, g(k) + at, v + at, elementwise, grad_rate);
-        if (p_.second_order()) Backend::scale(size, v + at, rate, elementwise, direction_ + at);
-      });
+      if (p_.learns_rates()) backend_.rate_gradient(p_.rates_of(k), g(k), v, v);
       if (!p_.second_order()) continue;
-      if (p_.saved_steps == 1 && k + 1 < p_.steps) support_gradient(k, false, nullptr);
+      backend_.direction(p_.rates_of(k), v, direction_);
+      if (p_.saved_steps == 1 && k + 1 < p_.steps) support_gradient(k, false, nullptr, nullptr);
       hessian_vector_product(k, direction_, product_);
-      Backend::subtract(p_.packing.trainable, product_, v);
+      backend_.subtract(p_.packing.trainable, product_, v);
     }
   }
 
-  /// The support loss at phi_k, its cotangents, and its gradient [adapted] where wanted.
-  T support_gradient(int k, bool fixed_too, T* gradient) {
+  /// The support loss at phi_k, its cotangents, and its gradient [adapted], the outer two where wanted.
+  void support_gradient(int k, bool fixed_too, T* loss, T* gradient) {
     const auto support = at_support(k);
     support.forward(fixed_too);
-    const T loss = Backend::loss(p_.graph.loss, p_.support.n, classes(p_.support), support.prediction(),
-                                 task_.y_support, support.grad(p_.support.output), support.loss_saved());
+    backend_.loss(p_.graph.loss, p_.support.n, classes(p_.support), support.prediction(), task_.y_support,
+                  loss, support.grad(p_.support.output), support.loss_saved());
     support.backward(gradient, p_.packing.adapted);
-    return loss;
   }
 
   /// product [trainable] = H(phi_k; support) direction [adapted], after support_gradient(k).
   void hessian_vector_product(int k, const T* direction, T* product) {
     const auto support = at_support(k);
     support.forward_tangent(direction);
-    Backend::loss_tangent(p_.graph.loss, p_.support.n, classes(p_.support), support.dot(p_.support.output),
+    backend_.loss_tangent(p_.graph.loss, p_.support.n, classes(p_.support), support.dot(p_.support.output),
                           support.loss_saved(), support.grad_dot(p_.support.output));
     support.backward_tangent(direction, product);
   }
 
-  T query_loss(const Walk<Backend, T>& query, T* grad) {
-    return Backend::loss(p_.graph.loss, p_.query.n, classes(p_.query), query.prediction(), task_.y_query,
-                         grad, grad ? query.loss_saved() : nullptr);
-  }
-
-  /// f(offset, size, rate, elementwise, gradient of the rate or null) for every adapted parameter.
-  template <class F>
-  void each_rate(int k, F f) {
-    for (size_t i = 0; i < p_.rates.size(); ++i) {
-      const Parameter& parameter = p_.graph.parameters[i];
-      if (parameter.role != Role::adapted) continue;
-      const Rate& rate = p_.rates[i];
-      const int64_t at = p_.packing.at[i];
-      if (rate.slot < 0) {
-        const T constant = static_cast<T>(rate.constant);
-        f(at, parameter.size, &constant, false, nullptr);
-        continue;
-      }
-      const int64_t step = std::min<int64_t>(k, p_.rate_tensors[rate.slot].steps - 1);
-      const int64_t offset = rate.per_step ? step * (rate.elementwise ? parameter.size : 1) : 0;
-      const int64_t grad_at = p_.rate_grad_at[rate.slot];
-      f(at, parameter.size, task_.rates + p_.rate_at[rate.slot] + offset, rate.elementwise,
-        grad_at == kNowhere ? nullptr : task_.result + grad_at + offset);
-    }
+  void query_loss(const Walk<Backend, T>& query, T* grad) {
+    backend_.loss(p_.graph.loss, p_.query.n, classes(p_.query), query.prediction(), task_.y_query,
+                  task_.query_loss, grad, grad ? query.loss_saved() : nullptr);
   }
 
   T* g(int k) const { return g_ + (p_.kept_gradients() > 1 ? k : 0) * p_.packing.adapted; }
@@ -290,16 +278,20 @@ class TaskRunner {
   }
   Walk<Backend, T> at_support(int k) const {
     T* step = steps_ + (p_.saved_steps > 1 ? k : 0) * p_.support.step_size;
-    return {p_.packing, p_.support, task_.x_support, task_.theta, phi(k), fixed_, step, shared_, scratch_};
+    return {backend_, p_.packing, p_.support, task_.x_support, task_.theta,
+            phi(k),   fixed_,     step,       shared_,         scratch_};
   }
   Walk<Backend, T> at_query() const {
-    return {p_.packing, p_.query, task_.x_query, task_.theta, phi(p_.steps),
-            nullptr,    shared_,  nullptr,       scratch_};
+    return {backend_,      p_.packing, p_.query, task_.x_query, task_.theta,
+            phi(p_.steps), nullptr,    shared_,  nullptr,       scratch_};
   }
   static int64_t classes(const Stage& stage) { return stage.values[stage.output].size / stage.n; }
   int64_t prediction_size() const { return p_.query.values[p_.query.output].size; }
-  void copy(const T* prediction, T* logits) { std::copy_n(prediction, prediction_size(), logits); }
+  void give_logits(const Walk<Backend, T>& query) {
+    backend_.copy(prediction_size(), query.prediction(), task_.logits);
+  }
 
+  const Backend& backend_;
   const Problem& p_;
   Task<T> task_;
   T *fixed_, *steps_, *shared_, *scratch_, *phi_, *g_, *direction_, *product_;

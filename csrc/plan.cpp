@@ -23,11 +23,11 @@ std::vector<int64_t> dims(const Shaped& s) {
   return {s.image.c, s.image.h, s.image.w};
 }
 
-int64_t slide(const Node& node, int64_t in, int64_t kernel, int64_t stride, int64_t before, int64_t after,
-              const Shaped& x) {
+int64_t slide(const std::string& name, int64_t in, int64_t kernel, int64_t stride, int64_t before,
+              int64_t after, const Shaped& x) {
   const int64_t room = in + before + after - kernel;
   if (room < 0) {
-    wrong(node.name + " has a kernel of " + std::to_string(kernel) + " on an input of " + text_of(dims(x)) +
+    wrong(name + " has a kernel of " + std::to_string(kernel) + " on an input of " + text_of(dims(x)) +
           " a sample: the input must be at least as large as the kernel");
   }
   return room / stride + 1;
@@ -49,25 +49,31 @@ Shaped infer(const Node& node, const Shaped& x, const Shaped* other, int64_t n) 
   if (node.out_rank != 0) y.rank = node.out_rank;
   if (node.out_features != 0) y.image.c = node.out_features;
   const Window& window = layer.window;
+  const std::string& sliding = node.pool_name.empty() ? node.name : node.pool_name;
   if (window.kernel_h > kMostKernelRows) {
-    throw Unsupported(node.name + " has a kernel of " + std::to_string(window.kernel_h) +
+    throw Unsupported(sliding + " has a kernel of " + std::to_string(window.kernel_h) +
                       " rows; fused are at most " + std::to_string(kMostKernelRows));
   }
+  auto slides = [&] {
+    y.image.h =
+        slide(sliding, x.image.h, window.kernel_h, window.stride_h, window.pad_top, node.pad_end[0], x);
+    y.image.w =
+        slide(sliding, x.image.w, window.kernel_w, window.stride_w, window.pad_left, node.pad_end[1], x);
+  };
   switch (layer.kind) {
     case Kind::conv2d:
     case Kind::max_pool:
     case Kind::avg_pool:
-      y.image.h =
-          slide(node, x.image.h, window.kernel_h, window.stride_h, window.pad_top, node.pad_end[0], x);
-      y.image.w =
-          slide(node, x.image.w, window.kernel_w, window.stride_w, window.pad_left, node.pad_end[1], x);
+      slides();
       break;
     case Kind::batch_norm:
+    case Kind::block:
       if (n * x.image.h * x.image.w == 1) {
         wrong(node.name +
               " expects more than 1 value per channel in batch statistics, got 1 sample of shape " +
               text_of(dims(x)));
       }
+      if (layer.pooled) slides();
       break;
     case Kind::mean_pool:
       y.image.h = y.image.w = 1;
@@ -150,8 +156,44 @@ Packing::Packing(const std::vector<Parameter>& parameters) : at(parameters.size(
   append(Role::frozen);
 }
 
+Graph with_blocks(const Graph& graph) {
+  const int count = static_cast<int>(graph.nodes.size());
+  std::vector<int> readers(count + 1, 0);
+  for (const Node& node : graph.nodes) {
+    for (int input : node.inputs) readers[std::max(input, 0)] += input >= 0;
+  }
+  // Whether node i alone reads node i - 1's value, and is of this kind.
+  auto continues = [&](int i, Kind kind) {
+    return i < count && graph.nodes[i].layer.kind == kind && graph.nodes[i].inputs[0] == i && readers[i] == 1;
+  };
+  Graph fused = graph;
+  fused.nodes.clear();
+  std::vector<int> number(count + 1, 0);  // of a value, in the new graph
+  for (int i = 0; i < count; ++i) {
+    Node node = graph.nodes[i];
+    for (int& input : node.inputs) input = input < 0 ? input : number[input];
+    if (node.layer.kind == Kind::batch_norm && continues(i + 1, Kind::pointwise)) {
+      Layer& block = node.layer;
+      const Layer& f = graph.nodes[++i].layer;
+      block.kind = Kind::block;
+      block.function = f.function;
+      block.a = f.a, block.b = f.b, block.c = f.c;
+      if (continues(i + 1, Kind::max_pool)) {
+        const Node& pool = graph.nodes[++i];
+        block.pooled = true;
+        block.window = pool.layer.window;
+        node.pad_end = pool.pad_end;
+        node.pool_name = pool.name;
+      }
+    }
+    fused.nodes.push_back(node);
+    number[i + 1] = static_cast<int>(fused.nodes.size());
+  }
+  return fused;
+}
+
 Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t n, Data data, Keep keep,
-                 Footprint (*footprint)(const Layer&)) {
+                 const LayerTraits& traits) {
   const int count = static_cast<int>(graph.nodes.size());
   Stage stage;
   stage.n = n;
@@ -193,6 +235,7 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
     if (stage.values[i + 1].root != i + 1) continue;
     Stage::Step step;
     step.layer = node.layer;
+    step.layer.precision = graph.precision;
     step.layer.n = n;
     step.layer.in = shapes[node.inputs[0]].image;
     step.layer.out = shapes[i + 1].image;
@@ -244,7 +287,7 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
   for (int i = 0; i < steps; ++i) {
     Stage::Step& step = stage.steps[i];
     Stage::Value& y = stage.values[step.output];
-    const Footprint needs = footprint(step.layer);
+    const Footprint needs = traits.footprint(step.layer);
     const Layer& l = step.layer;
     stage.work +=
         l.kind == Kind::conv2d ? y.size * l.in.c * l.window.kernel_h * l.window.kernel_w : 4 * y.size;
@@ -272,6 +315,29 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
     stage.loss_at =
         step_region.place(stage.values[stage.output].size, products ? 0 : steps, products ? forever : steps);
   }
+  if (traits.statistics_rows) {
+    std::vector<int> readers(count + 1, 0);
+    for (const Stage::Step& step : stage.steps) {
+      for (int input : step.inputs) readers[std::max(input, 0)] += input >= 0;
+    }
+    ++readers[stage.output];
+    for (int i = 1; i < steps; ++i) {
+      const Stage::Step& reader = stage.steps[i];
+      const int input = reader.inputs[0];
+      const auto writer = std::find_if(stage.steps.begin(), stage.steps.end(),
+                                       [&](const Stage::Step& s) { return s.output == input; });
+      if (reader.layer.kind != Kind::batch_norm && reader.layer.kind != Kind::block) continue;
+      if (writer == stage.steps.end() || writer->layer.kind != Kind::conv2d || readers[input] != 1) continue;
+      Stage::Value& y = stage.values[input];
+      const int from = static_cast<int>(writer - stage.steps.begin());
+      const Image& image = writer->layer.out;
+      const int64_t rows = traits.statistics_rows(writer->layer);
+      const int64_t tiles = (n * image.h * image.w + rows - 1) / rows;
+      y.statistics_at = y.fixed ? fixed.place(tiles * 2 * image.c, 0, forever)
+                                : step_region.place(tiles * 2 * image.c, from, i);
+      if (y.dot_at != kNowhere) y.statistics_dot_at = tangent.place(tiles * 3 * image.c, from, i);
+    }
+  }
   stage.fixed_size = fixed.extent();
   stage.step_size = step_region.extent();
   stage.tangent_size = tangent.extent();
@@ -290,8 +356,8 @@ constexpr int64_t kSavedBytes = int64_t{192} << 20;
 Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
                  std::vector<RateTensor> rate_tensors_, const std::vector<int64_t>& sample, int64_t n_support,
                  int64_t n_query, int steps_, bool first_order_, int64_t element_bytes,
-                 Footprint (*footprint)(const Layer&))
-    : graph(std::move(graph_)),
+                 const LayerTraits& traits)
+    : graph(traits.blocks ? with_blocks(graph_) : std::move(graph_)),
       operation(operation_),
       rates(std::move(rates_)),
       rate_tensors(std::move(rate_tensors_)),
@@ -305,16 +371,17 @@ Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
     rate_grad_at.push_back(rate.learned ? result_size : kNowhere);
     if (rate.learned) result_size += whole_lines(rate.size);
   }
+  slice_rates();
   const bool products = second_order() || operation == Operation::hvp;
   const bool query_gradient =
       operation == Operation::meta_gradient || operation == Operation::predict_backward;
   if (n_support > 0) {
     support = make_stage(graph, sample, n_support, Data::support, products ? Keep::products : Keep::gradient,
-                         footprint);
+                         traits);
   }
   if (n_query > 0) {
     query = make_stage(graph, sample, n_query, Data::query, query_gradient ? Keep::gradient : Keep::values,
-                       footprint);
+                       traits);
   }
   work = 3 * query.work + (second_order() ? 9 : 3) * std::max(steps, 1) * support.work;
   if (second_order() && !graph.recompute && support.step_size * steps * element_bytes <= kSavedBytes) {
@@ -322,7 +389,28 @@ Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
   }
 }
 
-int64_t Problem::thread_size() const {
+void Problem::slice_rates() {
+  int64_t most_steps = 1;
+  for (const RateTensor& rate : rate_tensors) most_steps = std::max(most_steps, rate.steps);
+  slices.resize(most_steps);
+  for (int64_t k = 0; k < most_steps; ++k) {
+    for (size_t i = 0; i < rates.size(); ++i) {
+      if (graph.parameters[i].role != Role::adapted) continue;
+      const Rate& rate = rates[i];
+      RateSlice slice{packing.at[i], graph.parameters[i].size, rate.constant};
+      if (rate.slot >= 0) {
+        const int64_t step = std::min(k, rate_tensors[rate.slot].steps - 1);
+        const int64_t offset = rate.per_step ? step * (rate.elementwise ? slice.size : 1) : 0;
+        slice.rate_at = rate_at[rate.slot] + offset;
+        if (rate_tensors[rate.slot].learned) slice.grad_at = rate_grad_at[rate.slot] + offset;
+        slice.elementwise = rate.elementwise;
+      }
+      slices[k].push_back(slice);
+    }
+  }
+}
+
+int64_t Problem::task_size() const {
   return support.fixed_size + saved_steps * support.step_size +
          std::max(support.tangent_size, query.step_size) +
          whole_lines(std::max(support.scratch_size, query.scratch_size)) +

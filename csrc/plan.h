@@ -3,6 +3,7 @@
 // place of every value, tangent and cotangent in the workspace of one task.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <stdexcept>
@@ -29,8 +30,9 @@ struct Parameter {
 };
 
 struct Node {
-  Layer layer;       // n, in and out are filled in by make_stage
-  std::string name;  // the user's module, for error messages
+  Layer layer;            // n, in and out are filled in by make_stage
+  std::string name;       // the user's module, for error messages
+  std::string pool_name;  // block: the module of its max-pool
   std::array<int, 2> inputs{-1, -1};
   std::array<int, 2> parameters{-1, -1};
   int64_t in_features = 0;   // what the layer's parameters ask of its input: channels; 0: anything
@@ -45,6 +47,7 @@ struct Graph {
   std::vector<Node> nodes;
   std::vector<Parameter> parameters;
   Loss loss = Loss::cross_entropy;
+  Precision precision = Precision::float32;
   bool recompute = false;  // run the gradient pass again for each Hessian-vector product, whatever the memory
 };
 
@@ -64,6 +67,9 @@ struct Stage {
     bool active = false, moving = false;
     bool fixed = false;  // stands in the fixed region
     int64_t at = kNowhere, grad_at = kNowhere, dot_at = kNowhere, grad_dot_at = kNowhere;
+    // Of a convolution's output that one normalisation alone reads: in its own region, and in the tangent
+    // region.
+    int64_t statistics_at = kNowhere, statistics_dot_at = kNowhere;
     int root = 0;  // the value whose memory this one shares (a flatten or channels_last that moves nothing)
   };
   struct Step {
@@ -107,7 +113,11 @@ enum class Data { support, query };
 /// Shapes `graph` for n samples of shape `sample` (c, h, w; fewer dimensions allowed).
 /// Throws std::invalid_argument where shapes do not fit a layer, Unsupported where no fused layer fits them.
 Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t n, Data data, Keep keep,
-                 Footprint (*footprint)(const Layer&));
+                 const LayerTraits& traits);
+
+/// The graph with every chain batch_norm, pointwise, and max-pool if there is one, as one block, where nobody
+/// else reads the values between.
+Graph with_blocks(const Graph& graph);
 
 /// What one call computes, for every task t of [0, tasks):
 enum class Operation {
@@ -135,6 +145,15 @@ struct RateTensor {
   bool learned = false;
 };
 
+/// The rate of one adapted parameter in one inner step, where all of them are packed.
+struct RateSlice {
+  int64_t at, size;            // of the parameter's elements
+  double constant;             // the rate, unless
+  int64_t rate_at = kNowhere;  // it stands there among the packed rates
+  int64_t grad_at = kNowhere;  // of its gradient, in the result
+  bool elementwise = false;    // one rate an element
+};
+
 /// The signature of a call with everything that follows from it: computed once, used by every call alike.
 struct Problem {
   Graph graph;
@@ -150,23 +169,30 @@ struct Problem {
   std::vector<int64_t>
       rate_grad_at;  // where its gradient stands behind the trainable parameters; or kNowhere
   int64_t rates_size = 0, result_size = 0;
-  int64_t work = 0;     // multiply-adds of one task, roughly
+  std::vector<std::vector<RateSlice>> slices;  // of the inner steps; those beyond the last repeat it
+  int64_t work = 0;                            // multiply-adds of one task, roughly
   int saved_steps = 1;  // step regions: `steps`, or 1 and the gradient pass is run again
 
   Problem(Graph graph, Operation operation, std::vector<Rate> rates, std::vector<RateTensor> rate_tensors,
           const std::vector<int64_t>& sample, int64_t n_support, int64_t n_query, int steps, bool first_order,
-          int64_t element_bytes, Footprint (*footprint)(const Layer&));
+          int64_t element_bytes, const LayerTraits& traits);
 
   bool second_order() const {
     return !first_order && steps > 0 &&
            (operation == Operation::meta_gradient || operation == Operation::adapt_backward);
   }
+  const std::vector<RateSlice>& rates_of(int step) const {
+    return slices[std::min<size_t>(step, slices.size() - 1)];
+  }
   bool learns_rates() const { return result_size > packing.trainable; }
   /// Kept states phi_1 .. phi_steps, and gradients g_0 .. g_steps-1.
   int kept_parameters() const { return second_order() ? steps : 1; }
   int kept_gradients() const { return learns_rates() ? steps : 1; }
-  /// Elements of one thread's workspace.
-  int64_t thread_size() const;
+  /// Elements of the workspace of one task at work.
+  int64_t task_size() const;
+
+ private:
+  void slice_rates();
 };
 
 }  // namespace maml

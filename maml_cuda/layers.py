@@ -217,7 +217,7 @@ class Layers:
         channels = 0 if given is None else given.numel()
         parameters = (self._vector(weight, "weight", channels), self._vector(bias, "bias", channels))
         x = x if rank == 1 else self._image(x)
-        return self._emit("batch_norm", [x], parameters, a=eps, rank=rank, in_features=channels)
+        return self._emit("batch_norm", [x], parameters, eps=eps, rank=rank, in_features=channels)
 
     def max_pool2d(
         self,

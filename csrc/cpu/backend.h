@@ -37,7 +37,7 @@ struct Call {
 struct Backend {
   const char* isa;
   bool (*available)();
-  Footprint (*footprint)(const Layer&);
+  LayerTraits traits;
   void (*run_float)(const Problem&, const Call<float>&);
   void (*run_double)(const Problem&, const Call<double>&);
 };

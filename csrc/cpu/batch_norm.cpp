@@ -50,7 +50,7 @@ void forward(const Layer& l, const Tensors<T>& t) {
                        sum[0] += d * d;
                      });
   for (int64_t j = 0; j < channels; ++j) {
-    saved.s[j] = 1 / std::sqrt(saved.s[j] / static_cast<T>(m) + static_cast<T>(l.a));
+    saved.s[j] = 1 / std::sqrt(saved.s[j] / static_cast<T>(m) + static_cast<T>(l.eps));
   }
   each_block<T>(m, channels, [&](int64_t j, const Lanes<T>& lanes, int64_t i0, int64_t i1) {
     const Vector<T> scale = or_value(t.w[0], j, lanes, T(1)) * load(saved.s + j, lanes);

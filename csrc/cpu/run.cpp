@@ -21,7 +21,7 @@ int64_t workspace_size(const Problem& p, int64_t tasks, int threads) {
   const int64_t wave = std::min(tasks, kWave);
   const int64_t totals = 2 * p.result_size;  // doubles, in elements of at least half their size
   return totals + p.packing.total + p.rates_size + wave * p.result_size +
-         std::min<int64_t>(threads, tasks) * (p.thread_size() + 3 * p.packing.total);
+         std::min<int64_t>(threads, tasks) * (p.task_size() + 3 * p.packing.total);
 }
 #endif
 
@@ -46,54 +46,70 @@ namespace {
 
 template <class T>
 struct Cpu {
+  const T* rates;  // packed
+
   static const Passes<T>& passes(Kind kind) {
     static const Passes<T> table[] = {channels_last<T>(), flatten<T>(),   conv2d<T>(),
                                       batch_norm<T>(),    pointwise<T>(), max_pool<T>(),
                                       avg_pool<T>(),      mean_pool<T>(), add<T>()};
     return table[static_cast<int>(kind)];
   }
-  static void forward(const Layer& l, const Tensors<T>& t) { passes(l.kind).forward(l, t); }
-  static void backward(const Layer& l, const Tensors<T>& t) { passes(l.kind).backward(l, t); }
-  static void forward_tangent(const Layer& l, const Tensors<T>& t) { passes(l.kind).forward_tangent(l, t); }
-  static void backward_tangent(const Layer& l, const Tensors<T>& t) { passes(l.kind).backward_tangent(l, t); }
+  void forward(const Layer& l, const Tensors<T>& t) const { passes(l.kind).forward(l, t); }
+  void backward(const Layer& l, const Tensors<T>& t) const { passes(l.kind).backward(l, t); }
+  void forward_tangent(const Layer& l, const Tensors<T>& t) const { passes(l.kind).forward_tangent(l, t); }
+  void backward_tangent(const Layer& l, const Tensors<T>& t) const { passes(l.kind).backward_tangent(l, t); }
 
-  static T loss(Loss kind, int64_t n, int64_t c, const T* z, const void* target, T* grad_z, T* saved) {
-    return MAML_ISA::loss<T>().value(kind, n, c, z, target, grad_z, saved);
+  void loss(Loss kind, int64_t n, int64_t c, const T* z, const void* target, T* value, T* grad_z,
+            T* saved) const {
+    const T loss = MAML_ISA::loss<T>().value(kind, n, c, z, target, grad_z, saved);
+    if (value) *value = loss;
   }
-  static void loss_tangent(Loss kind, int64_t n, int64_t c, const T* z_dot, const T* saved, T* grad_z_dot) {
+  void loss_tangent(Loss kind, int64_t n, int64_t c, const T* z_dot, const T* saved, T* grad_z_dot) const {
     MAML_ISA::loss<T>().tangent(kind, n, c, z_dot, saved, grad_z_dot);
   }
 
-  /// next = phi - rate g
-  static void descend(int64_t size, const T* phi, const T* g, const T* rate, bool elementwise, T* next) {
-    if (elementwise) {
-      for (int64_t i = 0; i < size; ++i) next[i] = phi[i] - rate[i] * g[i];
-    } else {
-      const T r = *rate;
-      for (int64_t i = 0; i < size; ++i) next[i] = phi[i] - r * g[i];
+  void descend(const std::vector<RateSlice>& slices, const T* phi, const T* g, T* next) const {
+    each_rate(slices, [&](const RateSlice& s, auto rate) {
+      for (int64_t i = 0; i < s.size; ++i) next[s.at + i] = phi[s.at + i] - rate(i) * g[s.at + i];
+    });
+  }
+  void direction(const std::vector<RateSlice>& slices, const T* v, T* out) const {
+    each_rate(slices, [&](const RateSlice& s, auto rate) {
+      for (int64_t i = 0; i < s.size; ++i) out[s.at + i] = rate(i) * v[s.at + i];
+    });
+  }
+  void rate_gradient(const std::vector<RateSlice>& slices, const T* all_g, const T* all_v, T* result) const {
+    for (const RateSlice& s : slices) {
+      if (s.grad_at == kNowhere) continue;
+      const T *g = all_g + s.at, *v = all_v + s.at;
+      T* grad_rate = result + s.grad_at;
+      if (s.elementwise) {
+        for (int64_t i = 0; i < s.size; ++i) grad_rate[i] -= g[i] * v[i];
+      } else {
+        double sum = 0;
+        for (int64_t i = 0; i < s.size; ++i) sum += static_cast<double>(g[i]) * static_cast<double>(v[i]);
+        *grad_rate -= static_cast<T>(sum);
+      }
     }
   }
-  /// out = rate v
-  static void scale(int64_t size, const T* v, const T* rate, bool elementwise, T* out) {
-    if (elementwise) {
-      for (int64_t i = 0; i < size; ++i) out[i] = rate[i] * v[i];
-    } else {
-      const T r = *rate;
-      for (int64_t i = 0; i < size; ++i) out[i] = r * v[i];
-    }
+  void subtract(int64_t size, const T* x, T* y) const {
+    for (int64_t i = 0; i < size; ++i) y[i] -= x[i];
   }
-  /// v -= product
-  static void subtract(int64_t size, const T* product, T* v) {
-    for (int64_t i = 0; i < size; ++i) v[i] -= product[i];
-  }
-  /// grad_rate -= g v, summed where one rate serves all elements
-  static void rate_gradient(int64_t size, const T* g, const T* v, bool elementwise, T* grad_rate) {
-    if (elementwise) {
-      for (int64_t i = 0; i < size; ++i) grad_rate[i] -= g[i] * v[i];
-    } else {
-      double sum = 0;
-      for (int64_t i = 0; i < size; ++i) sum += static_cast<double>(g[i]) * static_cast<double>(v[i]);
-      *grad_rate -= static_cast<T>(sum);
+  void copy(int64_t size, const T* from, T* to) const { std::copy_n(from, size, to); }
+  void zero(int64_t size, T* to) const { std::fill_n(to, size, T(0)); }
+
+ private:
+  /// f(slice, i -> rate of its element i)
+  template <class F>
+  void each_rate(const std::vector<RateSlice>& slices, F f) const {
+    for (const RateSlice& s : slices) {
+      if (s.elementwise) {
+        const T* rate = rates + s.rate_at;
+        f(s, [rate](int64_t i) { return rate[i]; });
+      } else {
+        const T rate = s.rate_at == kNowhere ? static_cast<T>(s.constant) : rates[s.rate_at];
+        f(s, [rate](int64_t) { return rate; });
+      }
     }
   }
 };
@@ -134,7 +150,7 @@ class Run {
     results_ = take(std::min(call.tasks, cpu::kWave) * p_.result_size);
     const bool small = call.tasks * p_.work < kWorkOfOneThread;
     threads_ = small ? 1 : static_cast<int>(std::min<int64_t>(call.threads, call.tasks));
-    thread_size_ = p_.thread_size() + 3 * p_.packing.total;
+    thread_size_ = p_.task_size() + 3 * p_.packing.total;
     thread_memory_ = at;
   }
 
@@ -207,7 +223,6 @@ class Run {
       pack_all(call_.parameters, call_.parameter_strides, t, own);
       task.theta = own;
     }
-    task.rates = rates_;
     const bool labels = p_.graph.loss == Loss::cross_entropy;
     auto part = [&](const Stage& s, const T* x) { return x ? x + t * s.values[0].size : nullptr; };
     auto target = [&](const Stage& s, const void* y) -> const void* {
@@ -231,7 +246,8 @@ class Run {
       pack_all(call_.given, call_.given_strides, t, given);
       task.given = given;
     }
-    TaskRunner<Cpu<T>, T>(p_, task, at).run();
+    const Cpu<T> backend{rates_};
+    TaskRunner<Cpu<T>, T>(backend, p_, task, at).run();
     for (size_t i = 0; i < call_.per_task.size(); ++i) {
       const Parameter& parameter = p_.graph.parameters[i];
       if (call_.per_task[i])

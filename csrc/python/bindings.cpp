@@ -69,6 +69,7 @@ Node node_of(const py::dict& d) {
   layer.a = field(d, "a", 0.0);
   layer.b = field(d, "b", 0.0);
   layer.c = field(d, "c", 1.0);
+  layer.eps = field(d, "eps", 0.0);
   layer.count_padding = field(d, "count_padding", true);
   if (d.contains("window")) {  // kernel, stride, padding before, padding after: each (height, width)
     const auto w = d["window"].cast<std::array<std::array<int64_t, 2>, 4>>();
@@ -154,7 +155,7 @@ class BoundProblem {
                  named(kOperations, operation, "operation"),
                  rates_of(plan, named(kOperations, operation, "operation")),
                  rate_tensors_of(plan, named(kOperations, operation, "operation")), sample, n_support,
-                 n_query, steps, first_order, is_double ? 8 : 4, cpu::backend().footprint) {}
+                 n_query, steps, first_order, is_double ? 8 : 4, cpu::backend().traits) {}
 
   const std::vector<int64_t>& prediction() const {
     return problem_.query.n ? problem_.query.prediction : problem_.support.prediction;
