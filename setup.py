@@ -1,6 +1,7 @@
 """Builds maml_cuda._core with CMake. Everything else about the package stands in pyproject.toml."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +13,23 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Drives CMakeLists.txt; MAML_CUDA_BUILD=auto|cpu|cuda chooses the backends."""
+    """Drives CMakeLists.txt.
+
+    MAML_CUDA_BUILD=auto|cpu|cuda chooses the backends: auto builds the CUDA kernels wherever there is an nvcc, with or
+    without a GPU. MAML_CUDA_ARCHITECTURES="80;90" names the GPUs; the last one is also built as PTX, for newer ones.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         choice = os.environ.get("MAML_CUDA_BUILD", "auto")
         if choice not in ("auto", "cpu", "cuda"):
             raise SystemExit(f"MAML_CUDA_BUILD must be auto, cpu or cuda, got {choice!r}")
-        if choice == "cuda":
+        nvcc = find_nvcc()
+        if choice == "cuda" and nvcc is None:
             raise SystemExit(
-                "MAML_CUDA_BUILD=cuda: this version of maml_cuda has no CUDA kernels yet; "
-                "build with MAML_CUDA_BUILD=auto or cpu"
+                "MAML_CUDA_BUILD=cuda needs nvcc, found none by CUDACXX, CUDA_HOME, PATH or in /usr/local/cuda; "
+                "install a CUDA toolkit, or build with MAML_CUDA_BUILD=cpu"
             )
+        with_cuda = choice != "cpu" and nvcc is not None
         import pybind11
 
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -35,10 +42,25 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DMAML_CUDA_VERSION={self.distribution.get_version()}",
+            f"-DMAML_CUDA_BACKEND={'cuda' if with_cuda else 'none'}",
         ]  # fmt: skip
+        if with_cuda:
+            configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+            if architectures := os.environ.get("MAML_CUDA_ARCHITECTURES"):
+                configure.append(f"-DMAML_CUDA_ARCHITECTURES={architectures}")
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
-        print(f"maml_cuda: built the CPU backend (MAML_CUDA_BUILD={choice})", file=sys.stderr)
+        built = f"the CPU and the CUDA backend ({nvcc})" if with_cuda else "the CPU backend"
+        print(f"maml_cuda: built {built} (MAML_CUDA_BUILD={choice})", file=sys.stderr)
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler: CUDACXX where it is set, else what CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda have."""
+    if "CUDACXX" in os.environ:
+        return shutil.which(os.environ["CUDACXX"])
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = [f"{home}/bin" for home in homes] + [None, "/usr/local/cuda/bin"]
+    return next((found for place in places if (found := shutil.which("nvcc", path=place))), None)
 
 
 setup(ext_modules=[Extension("maml_cuda._core", [])], cmdclass={"build_ext": CMakeBuild})

@@ -88,13 +88,11 @@ struct Tensors {
   T* y_dot = nullptr;
   T* grad_x_dot[2] = {};
   const T* grad_y_dot = nullptr;
-  bool add_x[2] = {};
 
   const T* w[2] = {};  // weight and bias; gamma and beta
   T* grad_w[2] = {};
   const T* w_dot[2] = {};
   T* grad_w_dot[2] = {};
-  bool add_w[2] = {};
 
   // Statistics that a convolution takes of its output on the way out, for the normalisation that alone reads
   // it, one entry for each tile of rows (a backend's own number of them), per channel: the mean of y and the
@@ -103,8 +101,10 @@ struct Tensors {
   T* statistics = nullptr;
   T* statistics_dot = nullptr;
 
-  T* saved = nullptr;    // what a pass keeps for the later ones: Passes::saved elements
-  T* scratch = nullptr;  // Passes::scratch elements, dead after the pass
+  T* saved = nullptr;    // what a pass keeps for the later ones: Footprint::saved elements
+  T* scratch = nullptr;  // Footprint::scratch elements, dead after the pass
+
+  bool add_x[2] = {}, add_w[2] = {};  // behind all addresses
 };
 
 /// A layer is four passes. With L the loss and R{.} the derivative along w_dot:

@@ -24,7 +24,7 @@ def build_info() -> dict[str, object]:
     return {
         "version": _core.version,
         "cuda": _core.cuda,
-        "cuda_architectures": list(_core.cuda_architectures),
+        "cuda_architectures": _core.cuda_architectures.split(),
         "cpu_isa": _core.cpu_isa(),
         "cpu_isas": _core.instruction_sets(),
         "compiler": _core.compiler,

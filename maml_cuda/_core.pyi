@@ -6,30 +6,16 @@ from typing import Any
 version: str
 compiler: str
 cuda: str | None
-cuda_architectures: tuple[str, ...]
+cuda_architectures: str
 
 class Unsupported(ValueError):
     """The call is right, but no fused layer serves it."""
 
-class Problem:
-    prediction: list[int]
-    saved_steps: int
+class Call:
     def __init__(
         self,
-        plan: Mapping[str, Any],
-        operation: str,
-        sample: Sequence[int],
-        n_support: int,
-        n_query: int,
-        steps: int,
-        first_order: bool,
-        double: bool,
-    ) -> None: ...
-    def workspace(self, tasks: int, threads: int) -> int: ...
-    def run(
-        self,
         tasks: int,
-        threads: int,
+        at_once: int,
         *,
         workspace: int,
         parameters: Sequence[int],
@@ -45,5 +31,37 @@ class Problem:
         per_task: Sequence[int] = ...,
     ) -> None: ...
 
+class Problem:
+    prediction: list[int]
+    saved_steps: int
+    def __init__(
+        self,
+        plan: Mapping[str, Any],
+        operation: str,
+        sample: Sequence[int],
+        n_support: int,
+        n_query: int,
+        steps: int,
+        first_order: bool,
+        double: bool,
+        backend: str,
+    ) -> None: ...
+    def workspace(self, tasks: int, at_once: int) -> int: ...
+    def run(self, call: Call) -> None: ...
+
+class CudaGraph: ...
+
+class CudaRunner:
+    executor: str
+    image_bytes: int
+    def __init__(self, problem: Problem, device: int) -> None: ...
+    def upload(self, image: int, stream: int) -> None: ...
+    def workspace(self, tasks: int, at_once: int) -> int: ...
+    def run(self, call: Call, image: int, stream: int) -> None: ...
+    def table_bytes(self, call: Call) -> int: ...
+    def capture(self, call: Call, image: int, table: int) -> CudaGraph: ...
+    def run_graph(self, call: Call, graph: CudaGraph, stream: int) -> None: ...
+
+def cuda_device_count() -> int: ...
 def instruction_sets() -> list[str]: ...
 def cpu_isa() -> str: ...

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, plan, reference
+from . import checks, device, plan, reference
 from .rates import InnerRates, read_rates
 
 AdaptParams = Callable[[str], bool] | Iterable[str] | None
@@ -20,9 +20,10 @@ class Binding:
     """The decision of one moment, and how to see that it still holds.
 
     Attributes:
-        backend: "cpu" or "reference".
+        backend: "cpu", "cuda" or "reference".
         why_not: the sentence, where there is no plan.
-        text: the plan as ops.py takes it: nodes, parameters with role and rate, rate tensors, loss.
+        text: the plan as ops.py takes it: nodes, parameters with role and rate, rate tensors, loss, and on a GPU the
+            options of FusedMAML that its kernels follow.
         names: the plan's parameters.
         fits: signatures of calls that the layers are known to fit.
     """
@@ -35,6 +36,7 @@ class Binding:
         inner_steps: int,
         adapt_params: AdaptParams,
         fused: bool,
+        on_device: dict[str, Any],
     ) -> None:
         self.backend = "reference"
         self.why_not = ""
@@ -56,8 +58,8 @@ class Binding:
         )
         if fused:
             try:
-                self._trace(model, loss, adapt_params, inner_steps)
-                self.backend = "cpu"
+                self._trace(model, loss, adapt_params, inner_steps, on_device)
+                self.backend = device.backend_of(self.like().device)
             except plan.Unfusable as reason:
                 self.why_not = str(reason)
         # Taken last: tracing runs the model's forward, which may set attributes.
@@ -79,8 +81,8 @@ class Binding:
         values = [value for d in self._dicts for value in d.values()]
         if len(values) != len(self._values) or not all(map(operator.is_, values, self._values)):
             return False
-        for p, requires_grad, shape, dtype, device in self._parameters:
-            if p.requires_grad is not requires_grad or p.dtype is not dtype or p.shape != shape or p.device != device:
+        for p, requires_grad, shape, dtype, where in self._parameters:
+            if p.requires_grad is not requires_grad or p.dtype is not dtype or p.shape != shape or p.device != where:
                 return False
         return all(rate.requires_grad is learned for rate, learned in self._rates)
 
@@ -106,12 +108,19 @@ class Binding:
         """From the plan to the general path: no fused layer fits the data."""
         self.backend, self.why_not, self.served_by = "reference", why_not, {}
 
-    def _trace(self, model: nn.Module, loss: str | Callable, adapt_params: AdaptParams, inner_steps: int) -> None:
+    def _trace(
+        self,
+        model: nn.Module,
+        loss: str | Callable,
+        adapt_params: AdaptParams,
+        inner_steps: int,
+        on_device: dict[str, Any],
+    ) -> None:
         p = self.like()
         if not isinstance(loss, str):
             raise plan.Unfusable(f"the loss {getattr(loss, '__name__', type(loss).__name__)} is a callable of yours")
-        if p.device.type != "cpu":
-            raise plan.Unfusable(f"this build has no fused layers for {p.device.type}")
+        if why_not := device.why_not(p.device):
+            raise plan.Unfusable(why_not)
         if p.dtype not in (torch.float32, torch.float64):
             raise plan.Unfusable(f"the model is {p.dtype}; fused are float32 and float64")
         traced = plan.trace(model)
@@ -120,10 +129,13 @@ class Binding:
         if unreached:
             raise reference.unreached(unreached)
         self.names, self.served_by = traced.parameters, traced.served_by
-        self._describe(model, traced, adapted, inner_steps, loss)
+        described = self._describe(model, traced, adapted, inner_steps)
+        if device.backend_of(p.device) == "cuda":
+            described.update(on_device, backend="cuda")
+        self.text = json.dumps({"nodes": traced.nodes, **described, "loss": loss})
 
-    def _describe(self, model: nn.Module, traced: plan.Plan, adapted: list[str], inner_steps: int, loss: str) -> None:
-        """The text of the plan, and where its tensors stand."""
+    def _describe(self, model: nn.Module, traced: plan.Plan, adapted: list[str], inner_steps: int) -> dict[str, Any]:
+        """The plan's parameters and rate tensors, and where they stand."""
         parameters = dict(model.named_parameters())
         rates = read_rates(self._inner_lr, {name: parameters[name].shape for name in adapted}, inner_steps)
         described: list[dict[str, Any]] = []
@@ -158,7 +170,7 @@ class Binding:
             entry["rate_tensor"] = len(tensors) - 1 if rate.elementwise else shared[id(rate.value)]
         self._slots += owners
         self._has_gradient = [d["role"] != "frozen" for d in described] + [t["learned"] for t in tensors]
-        self.text = json.dumps({"nodes": traced.nodes, "parameters": described, "rate_tensors": tensors, "loss": loss})
+        return {"parameters": described, "rate_tensors": tensors}
 
     def _owner_of_rate(self, name: str, rate: Tensor) -> tuple[dict[str, Any], str]:
         """Where the rate of the parameter `name` is read from at each call."""

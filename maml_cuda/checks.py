@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import device
 from .reference import LOSSES
 
 BACKENDS = ("auto", "fused", "reference")
@@ -32,10 +33,23 @@ def constructor(
     parameters = dict(model.named_parameters())
     if not any(p.requires_grad for p in parameters.values()):
         raise ValueError("model must have parameters that require grad, got none")
-    device = next(iter(parameters.values())).device
-    if precision != "float32" and device.type == "cpu":
+    on = next(iter(parameters.values())).device
+    if precision != "float32" and not device.has_precisions(on):
         raise ValueError(f"precision must be float32 on the CPU, got {precision!r}, which this device lacks")
     _adapt_params(parameters, adapt_params)
+
+
+def on_device(cuda_graphs: Any, task_chunk: Any, check_labels: Any) -> None:
+    """The arguments of FusedMAML that say how a GPU is used."""
+    for name, value in (("cuda_graphs", cuda_graphs), ("check_labels", check_labels)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    if task_chunk is None:
+        return
+    if isinstance(task_chunk, bool) or not isinstance(task_chunk, int):
+        raise TypeError(f"task_chunk must be an int or None, got {type(task_chunk).__name__}")
+    if task_chunk < 1:
+        raise ValueError(f"task_chunk must be at least 1, got {task_chunk}")
 
 
 def loss(value: Any) -> None:

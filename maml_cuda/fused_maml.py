@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,12 @@ class FusedMAML(nn.Module):
         adapt_params: which parameters the inner loop changes: a callable on the name, or names. The others still
             receive their exact meta-gradient.
         backend: "auto", "fused" (a ValueError where it cannot) or "reference".
-        precision: "float32"; others need a device that has them.
+        precision: of products of float32 on a GPU: "float32" (as such), "bf16x3" (relative error about 2e-5), "tf32"
+            (about 1e-3) or "bfloat16" (about 1e-2); a float64 model computes in float64 whatever this says.
+        cuda_graphs: on a GPU, calls of a shape that repeats are replayed as CUDA graphs.
+        task_chunk: on a GPU, at most so many tasks at once, so that memory grows with them alone; None: all.
+        check_labels: on a GPU, look at the labels before each call, which waits for the device. Otherwise a label out
+            of range is a device-side assertion, raised at the next synchronization. The CPU always looks.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, in words.
@@ -64,11 +70,15 @@ class FusedMAML(nn.Module):
         adapt_params: Callable[[str], bool] | Iterable[str] | None = None,
         backend: str = "auto",
         precision: str = "float32",
+        cuda_graphs: bool = True,
+        task_chunk: int | None = None,
+        check_labels: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(adapt_params, Iterable) and not isinstance(adapt_params, str):
             adapt_params = list(adapt_params)
         checks.constructor(model, inner_steps, loss, first_order, adapt_params, backend, precision)
+        checks.on_device(cuda_graphs, task_chunk, check_labels)
         checks.one_dtype_and_device(model.parameters())
         parameters = dict(model.named_parameters())
         if callable(adapt_params):  # as names, which can be pickled
@@ -79,7 +89,8 @@ class FusedMAML(nn.Module):
         self.inner_steps = inner_steps
         self.loss = loss
         self.first_order = first_order
-        self.precision = precision
+        self._on_device: dict[str, Any] = {"precision": precision, "cuda_graphs": cuda_graphs, "task_chunk": task_chunk}
+        self._check_labels = check_labels
         self._adapt_params = adapt_params
         self._wanted_backend = backend
         self._warned: set[str] = set()
@@ -92,6 +103,26 @@ class FusedMAML(nn.Module):
     def backend(self) -> str:
         """What runs: "cpu", "cuda" or "reference"."""
         return self._binding().backend
+
+    @property
+    def precision(self) -> str:
+        """How products of float32 are computed on a GPU."""
+        return self._on_device["precision"]
+
+    def memory_estimate(self, x_spt: Tensor, x_qry: Tensor) -> int:
+        """Bytes of workspace that a meta-step on such data takes, beside its arguments and results.
+
+        Args:
+            x_spt, x_qry: as for a call; only their shapes, dtype and device count.
+
+        Raises:
+            ValueError: the model runs on the general path, whose memory nobody can tell beforehand.
+        """
+        binding = self._binding()
+        checks.same_tasks(x_spt, x_qry)
+        if binding.backend == "reference" or not self._fits(binding, x_spt, x_spt.shape[1], x_qry.shape[1]):
+            raise ValueError("memory_estimate must have a fused model, got one on the general path (reference)")
+        return ops.workspace_bytes(binding.text, x_spt, x_qry, self.inner_steps, self.first_order)
 
     def explain(self) -> str:
         """A table: each module of the model, the fused layer that serves it, or the sentence why not."""
@@ -125,7 +156,7 @@ class FusedMAML(nn.Module):
         checks.loss(self.loss)
         binding = Binding(
             self.model, self.loss, self.inner_lr, self.inner_steps, self._adapt_params,
-            fused=self._wanted_backend != "reference",
+            fused=self._wanted_backend != "reference", on_device=self._on_device,
         )  # fmt: skip
         if binding.why_not:
             self._fall_back(binding)
@@ -202,6 +233,7 @@ class FusedMAML(nn.Module):
                 flat = torch.cat([g.reshape(-1) for _, g in reached])
                 loss = torch.ops.maml_cuda.attach(loss, flat, [t for t, _ in reached])
             return MetaOutput(loss, task_losses, logits, support_losses)
+        self._look_at_labels(binding, x_spt, y_spt=y_spt, y_qry=y_qry)
         parameters, rates = binding.tensors()
         gradient = torch.is_grad_enabled()
         loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
@@ -239,6 +271,7 @@ class FusedMAML(nn.Module):
                 self.model, self.loss, self._rates(), x_spt, y_spt, steps, self.first_order, differentiable
             )
             return self._fast(adapted, len(x_spt), differentiable)
+        self._look_at_labels(binding, x_spt, y_spt=y_spt)
         parameters, rates = binding.tensors()
         if differentiable:
             adapted, _ = torch.ops.maml_cuda.adapt(
@@ -272,6 +305,7 @@ class FusedMAML(nn.Module):
         names = self._trainable()
         if binding.backend == "reference" or not self._fits(binding, x, x.shape[1], 0):
             return general.loss_and_grad(self.model, self.loss, dict(fast), names, x, y)
+        self._look_at_labels(binding, x, y=y)
         own = binding.names
         losses, grads = torch.ops.maml_cuda.loss_and_grad([fast[n].detach() for n in own], x, y, binding.text)
         return losses, self._trainable_of(own, grads, fast)
@@ -286,6 +320,7 @@ class FusedMAML(nn.Module):
         names = self._trainable()
         if binding.backend == "reference" or not self._fits(binding, x, x.shape[1], 0):
             return general.hvp(self.model, self.loss, dict(fast), names, x, y, dict(v))
+        self._look_at_labels(binding, x, y=y)
         own = binding.names
         at = [fast[n].detach() for n in own]
         directions = [v[n].detach() if n in v and n in names else torch.zeros_like(fast[n]) for n in own]
@@ -293,6 +328,13 @@ class FusedMAML(nn.Module):
         return self._trainable_of(own, products, fast)
 
     # -- helpers ----------------------------------------------------------------------------------------------
+
+    def _look_at_labels(self, binding: Binding, x: Tensor, **labels: Tensor) -> None:
+        """Where check_labels asks for it on a GPU; the CPU's ops look by themselves."""
+        if self._check_labels and binding.backend == "cuda" and self.loss == "cross_entropy":
+            classes = ops.prediction_shape(binding.text, x)[0]
+            for name, y in labels.items():
+                checks.labels(name, y, classes)
 
     def _trainable(self) -> list[str]:
         return [name for name, p in self.model.named_parameters() if p.requires_grad]

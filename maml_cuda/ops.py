@@ -1,4 +1,4 @@
-"""The fused calls as torch.library ops: schemas, CPU implementations, fake kernels, autograd.
+"""The fused calls as torch.library ops: schemas, implementations, fake kernels, autograd.
 
 An op is a pure function of its tensors and of `plan`, the JSON text of a plan (binding.py writes it), so that a
 compiled or exported program needs nothing else. Ops that compute have no autograd of their own; `attach`, `adapt` and
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _core, checks
+from . import _core, checks, device
 
 _LIBRARY = torch.library.Library("maml_cuda", "DEF")
 
@@ -33,22 +33,48 @@ def _plan(text: str) -> dict[str, Any]:
 class _Problem:
     """Everything that follows from the signature of a call."""
 
-    __slots__ = ("core", "gradient_size", "loss", "prediction", "workspaces")
+    __slots__ = ("at_once", "backend", "core", "gradient_size", "graphs", "loss", "prediction", "runners", "workspaces")
 
-    def __init__(self, plan: str, operation: str, sample: tuple[int, ...], n_support: int, n_query: int, *rest: Any):
-        self.core = _core.Problem(_plan(plan), operation, list(sample), n_support, n_query, *rest)
+    def __init__(
+        self, text: str, operation: str, sample: tuple[int, ...], n_support: int, n_query: int, steps: int,
+        first_order: bool, double: bool,
+    ):  # fmt: skip
+        plan = _plan(text)
+        self.backend = plan.get("backend", "cpu")
+        self.core = _core.Problem(
+            plan, operation, list(sample), n_support, n_query, steps, first_order, double, self.backend
+        )
         self.prediction = tuple(self.core.prediction)
-        self.loss = _plan(plan)["loss"]
-        self.gradient_size = _gradient_size(plan)
-        self.workspaces: dict[tuple[int, int], int] = {}  # (tasks, threads) -> elements
+        self.loss = plan["loss"]
+        self.gradient_size = _gradient_size(text)
+        self.at_once = plan.get("task_chunk")
+        self.graphs = plan.get("cuda_graphs", True)
+        self.workspaces: dict[tuple[int, int], int] = {}  # of the CPU: (tasks, threads) -> elements
+        self.runners: dict[torch.device, device.Runner] = {}
 
     def run(self, like: Tensor, tasks: int, **addresses: Any) -> None:
+        if self.backend == "cuda":
+            self.runner(like.device).run(like, tasks, self.at_once or tasks, self.graphs, addresses)
+            return
         threads = torch.get_num_threads()
         size = self.workspaces.get((tasks, threads))
         if size is None:
             size = self.workspaces[tasks, threads] = self.core.workspace(tasks, threads)
         workspace = like.new_empty(size)
-        self.core.run(tasks, threads, workspace=workspace.data_ptr(), **addresses)
+        self.core.run(_core.Call(tasks, threads, workspace=workspace.data_ptr(), **addresses))
+
+    def runner(self, on: torch.device) -> device.Runner:
+        runner = self.runners.get(on)
+        if runner is None:
+            runner = self.runners[on] = device.Runner(_core, self.core, on)
+        return runner
+
+    def workspace_bytes(self, like: Tensor, tasks: int) -> int:
+        if self.backend == "cuda":
+            elements = self.runner(like.device).workspace(tasks, self.at_once or tasks)
+        else:
+            elements = self.core.workspace(tasks, torch.get_num_threads())
+        return elements * like.element_size()
 
     def check_target(self, name: str, y: Tensor, x: Tensor) -> None:
         if self.loss == "mse":
@@ -66,6 +92,19 @@ def check(plan: str, sample: tuple[int, ...], n_support: int, n_query: int, dtyp
         ValueError: they do not fit a layer. `_core.Unsupported` (a ValueError): no fused layer fits them.
     """
     _problem(plan, "meta_loss", tuple(sample), n_support, n_query, 0, True, dtype == torch.float64)
+
+
+def workspace_bytes(plan: str, x_spt: Tensor, x_qry: Tensor, steps: int, first_order: bool) -> int:
+    """What a meta-step takes beside its tensors."""
+    tasks, n_support, *sample = x_spt.shape
+    double = x_spt.dtype == torch.float64
+    problem = _problem(plan, "meta_gradient", tuple(sample), n_support, x_qry.shape[1], steps, first_order, double)
+    return problem.workspace_bytes(x_spt, tasks)
+
+
+def prediction_shape(plan: str, x: Tensor) -> tuple[int, ...]:
+    """Of one sample of x [tasks, n, ...]."""
+    return _prediction_shape(plan, x)
 
 
 def _addresses(tensors: list[Tensor]) -> list[int]:
@@ -341,6 +380,7 @@ for _name, _kernel, _fake in (
     ("hvp", _hvp, _hvp_fake),
 ):
     _LIBRARY.impl(_name, _kernel, "CPU")
+    _LIBRARY.impl(_name, _kernel, "CUDA")
     # Their results never require grad: what is differentiable goes through the ops below.
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"maml_cuda::{_name}", _fake, lib=_LIBRARY)

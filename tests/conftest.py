@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
-from maml_cuda import FusedMAML, reference
+from maml_cuda import FusedMAML, _core, device, ops, reference
+
+from . import emulated
 
 ROUNDING = 1e-14  # what rounding leaves of an exactly zero gradient, where the loss and all values are of order 1
 
@@ -78,8 +83,53 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+class OnGpu(TorchFunctionMode):
+    """Whatever a test creates, with the numbers that it has on the CPU, on the GPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        made = function(*args, **kwargs)
+        return made.cuda() if function in _device_constructors() and "device" not in kwargs else made
+
+
+def _no_gpu() -> str:
+    """Why the tests of the GPU cannot run, or nothing."""
+    if _core.cuda is None:
+        return "this build has no CUDA kernels"
+    return "" if torch.cuda.is_available() else "there is no GPU"
+
+
+MACHINES = ("cpu", "cuda_emulated", "cuda")
+
+
+@pytest.fixture(params=MACHINES)
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What a test runs on: the CPU's layers, the GPU's kernels emulated on the CPU, or those on a GPU.
+
+    MAML_CUDA_MACHINES names the ones wanted, all by default.
+    """
+    name: str = request.param
+    if name not in os.environ.get("MAML_CUDA_MACHINES", ",".join(MACHINES)).split(","):
+        pytest.skip("MAML_CUDA_MACHINES does not ask for it")
+    if name == "cuda":
+        if why_not := _no_gpu():
+            pytest.skip(why_not)
+        with OnGpu():
+            yield name
+        return
+    if name == "cuda_emulated":
+        monkeypatch.setattr(ops, "_core", emulated.load())
+        monkeypatch.setattr(device, "backend_of", lambda _: "cuda")
+        monkeypatch.setattr(device, "stream_of", lambda _: 0)
+        monkeypatch.setattr(device, "is_capturing", lambda: False)
+        ops._problem.cache_clear()
+    yield name
+    if name == "cuda_emulated":
+        ops._problem.cache_clear()
+
+
 @pytest.fixture
-def check_passes() -> Callable[..., None]:
+def check_passes(machine: str) -> Callable[..., None]:
     """The four passes of the layers of a model, in float64, against autograd and double backward.
 
     forward: predict; backward: loss_and_grad, and the backward of predict; both tangents: hvp. Per-task parameters.

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from maml_cuda import FusedMAML, gradcheck
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 TASKS, SUPPORT, QUERY, FEATURES, CLASSES = 2, 4, 3, 3, 5
 BACKENDS = ("auto", "reference")
 
@@ -22,6 +24,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _labels_at_once(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU looks at labels before a call where it is asked to."""
+    if machine != "cpu":
+        monkeypatch.setitem(FusedMAML.__init__.__kwdefaults__, "check_labels", True)
 
 
 def net() -> nn.Sequential:

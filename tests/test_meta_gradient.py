@@ -13,6 +13,8 @@ from maml_cuda import FusedMAML, ops, reference
 
 from .conftest import check_meta_gradient, run
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 17), nn.Tanh(), nn.Linear(17, 9), nn.Softplus(), nn.Linear(9, 4))

@@ -21,8 +21,8 @@ bool has_avx512() {
 #define MAML_DECLARE(isa)                                    \
   namespace maml::isa {                                      \
   Footprint footprint(const Layer&);                         \
-  void run_float(const Problem&, const cpu::Call<float>&);   \
-  void run_double(const Problem&, const cpu::Call<double>&); \
+  void run_float(const Problem&, const Call<float>&);   \
+  void run_double(const Problem&, const Call<double>&); \
   }
 #if defined(__x86_64__)
 MAML_DECLARE(avx512)

@@ -5,34 +5,10 @@
 #include <string>
 #include <vector>
 
+#include "../call.h"
 #include "../plan.h"
 
 namespace maml::cpu {
-
-/// The tensors of one call, tasks first and dense unless a stride says otherwise. T is float or double; null:
-/// absent.
-template <class T>
-struct Call {
-  int64_t tasks = 0;
-  int threads = 1;
-  std::vector<const T*> parameters;        // in the user's order of elements
-  std::vector<int64_t> parameter_strides;  // from task to task; 0: shared
-  std::vector<const T*> rates;
-  const T* x_support = nullptr;
-  const void* y_support = nullptr;
-  const T* x_query = nullptr;
-  const void* y_query = nullptr;
-  const T* task_weights = nullptr;  // [tasks]; null: 1 / tasks for meta_gradient, else 1
-  std::vector<const T*> given;  // adapt_backward: cotangents, hvp: directions, one a parameter; null: zero
-  std::vector<int64_t> given_strides;  // predict_backward: the cotangent of the prediction
-  T* loss = nullptr;                   // [1]
-  T* task_losses = nullptr;            // [tasks]
-  T* logits = nullptr;                 // [tasks, n_query, ...]
-  T* support_losses = nullptr;         // [tasks, steps]
-  T* gradient = nullptr;               // [result_size], the trainable parameters in the user's order
-  std::vector<T*> per_task;  // one a parameter [tasks, size]: adapted parameters, gradients, products
-  T* workspace = nullptr;
-};
 
 struct Backend {
   const char* isa;
@@ -43,7 +19,7 @@ struct Backend {
 };
 
 /// Elements of workspace that a call needs.
-int64_t workspace_size(const Problem& problem, int64_t tasks, int threads);
+int64_t workspace_size(const Problem& problem, int64_t tasks, int64_t at_once);
 
 /// The widest instruction set that this machine has, or the one that MAML_CUDA_CPU_ISA names.
 /// Throws std::invalid_argument where it names one that this build or this machine lacks.

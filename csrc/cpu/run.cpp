@@ -17,11 +17,11 @@
 namespace maml::cpu {
 
 #if defined(MAML_BASELINE)
-int64_t workspace_size(const Problem& p, int64_t tasks, int threads) {
+int64_t workspace_size(const Problem& p, int64_t tasks, int64_t at_once) {
   const int64_t wave = std::min(tasks, kWave);
   const int64_t totals = 2 * p.result_size;  // doubles, in elements of at least half their size
   return totals + p.packing.total + p.rates_size + wave * p.result_size +
-         std::min<int64_t>(threads, tasks) * (p.task_size() + 3 * p.packing.total);
+         std::min(at_once, tasks) * (p.task_size() + 3 * p.packing.total);
 }
 #endif
 
@@ -141,7 +141,7 @@ constexpr int64_t kWorkOfOneThread = 1'000'000;
 template <class T>
 class Run {
  public:
-  Run(const Problem& problem, const cpu::Call<T>& call) : p_(problem), call_(call) {
+  Run(const Problem& problem, const Call<T>& call) : p_(problem), call_(call) {
     T* at = call.workspace;
     auto take = [&](int64_t size) { return std::exchange(at, at + size); };
     totals_ = reinterpret_cast<double*>(take(2 * p_.result_size));
@@ -149,7 +149,7 @@ class Run {
     rates_ = take(p_.rates_size);
     results_ = take(std::min(call.tasks, cpu::kWave) * p_.result_size);
     const bool small = call.tasks * p_.work < kWorkOfOneThread;
-    threads_ = small ? 1 : static_cast<int>(std::min<int64_t>(call.threads, call.tasks));
+    threads_ = small ? 1 : static_cast<int>(std::min<int64_t>(call.at_once, call.tasks));
     thread_size_ = p_.task_size() + 3 * p_.packing.total;
     thread_memory_ = at;
   }
@@ -287,7 +287,7 @@ class Run {
   }
 
   const Problem& p_;
-  const cpu::Call<T>& call_;
+  const Call<T>& call_;
   double* totals_;
   T *theta_, *rates_, *results_, *thread_memory_;
   int64_t thread_size_;
@@ -296,7 +296,7 @@ class Run {
 
 }  // namespace
 
-void run_float(const Problem& problem, const cpu::Call<float>& call) { Run<float>(problem, call)(); }
-void run_double(const Problem& problem, const cpu::Call<double>& call) { Run<double>(problem, call)(); }
+void run_float(const Problem& problem, const Call<float>& call) { Run<float>(problem, call)(); }
+void run_double(const Problem& problem, const Call<double>& call) { Run<double>(problem, call)(); }
 
 }  // namespace maml::MAML_ISA

@@ -1,11 +1,15 @@
 // The extension module maml_cuda._core: the only file that knows Python. Tensors come as addresses; ops.py
-// has made them dense, of one type, on the CPU, and keeps them alive.
+// has made them dense, of one type, on one device, and keeps them alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <map>
+#include <variant>
 
 #include "../cpu/backend.h"
+#ifdef MAML_CUDA_ARCHITECTURES
+#include "../cuda/backend.h"
+#endif
 
 namespace py = pybind11;
 
@@ -31,6 +35,10 @@ const std::map<std::string, Function> kFunctions = {
     {"sigmoid", Function::sigmoid},   {"hardtanh", Function::hardtanh}};
 const std::map<std::string, Role> kRoles = {
     {"adapted", Role::adapted}, {"outer", Role::outer}, {"frozen", Role::frozen}};
+const std::map<std::string, Precision> kPrecisions = {{"float32", Precision::float32},
+                                                      {"bf16x3", Precision::bf16x3},
+                                                      {"tf32", Precision::tf32},
+                                                      {"bfloat16", Precision::bfloat16}};
 const std::map<std::string, Loss> kLosses = {{"cross_entropy", Loss::cross_entropy}, {"mse", Loss::mse}};
 const std::map<std::string, Operation> kOperations = {{"meta_gradient", Operation::meta_gradient},
                                                       {"meta_loss", Operation::meta_loss},
@@ -96,6 +104,7 @@ Graph graph_of(const py::dict& plan, Operation operation) {
          all_adapted ? Role::adapted : named(kRoles, d["role"].cast<std::string>(), "role")});
   }
   graph.loss = named(kLosses, plan["loss"].cast<std::string>(), "loss");
+  graph.precision = named(kPrecisions, field<std::string>(plan, "precision", "float32"), "precision");
   graph.recompute = field(plan, "recompute", false);
   return graph;
 }
@@ -145,71 +154,92 @@ void check_labels(const char* name, const int64_t* labels, int64_t tasks, int64_
   }
 }
 
-/// A Problem for one element type, with what Python asks of it.
+/// The addresses of one call; 0 says absent.
+struct BoundCall {
+  int64_t tasks = 0, at_once = 1;
+  Address workspace = 0;
+  std::vector<Address> parameters;
+  std::vector<int64_t> parameter_strides;
+  std::vector<Address> rates;
+  std::array<Address, 4> data{};  // x_spt, y_spt, x_qry, y_qry
+  Address task_weights = 0;
+  std::vector<Address> given;  // the cotangents of a backward or the directions of hvp
+  std::vector<int64_t> given_strides;
+  std::array<Address, 3> losses{};  // loss, task_losses, support_losses
+  Address logits = 0, gradient = 0;
+  std::vector<Address> per_task;
+
+  template <class T>
+  Call<T> as() const {
+    Call<T> call;
+    call.tasks = tasks;
+    call.at_once = at_once;
+    call.parameters = all_at<const T>(parameters);
+    call.parameter_strides = parameter_strides;
+    call.rates = all_at<const T>(rates);
+    call.x_support = at<const T>(data[0]);
+    call.y_support = at<const void>(data[1]);
+    call.x_query = at<const T>(data[2]);
+    call.y_query = at<const void>(data[3]);
+    call.task_weights = at<const T>(task_weights);
+    call.given = all_at<const T>(given);
+    call.given_strides = given_strides;
+    call.loss = at<T>(losses[0]);
+    call.task_losses = at<T>(losses[1]);
+    call.support_losses = at<T>(losses[2]);
+    call.logits = at<T>(logits);
+    call.gradient = at<T>(gradient);
+    call.per_task = all_at<T>(per_task);
+    call.workspace = at<T>(workspace);
+    return call;
+  }
+};
+
+LayerTraits traits_of(const std::string& backend) {
+  if (backend == "cpu") return cpu::backend().traits;
+#ifdef MAML_CUDA_ARCHITECTURES
+  if (backend == "cuda") return cuda::traits();
+#endif
+  throw std::invalid_argument("this build of maml_cuda has no backend " + backend);
+}
+
+/// A Problem for one element type and backend, with what Python asks of it.
 class BoundProblem {
  public:
   BoundProblem(const py::dict& plan, const std::string& operation, const std::vector<int64_t>& sample,
-               int64_t n_support, int64_t n_query, int steps, bool first_order, bool is_double)
+               int64_t n_support, int64_t n_query, int steps, bool first_order, bool is_double,
+               const std::string& backend)
       : double_(is_double),
         problem_(graph_of(plan, named(kOperations, operation, "operation")),
                  named(kOperations, operation, "operation"),
                  rates_of(plan, named(kOperations, operation, "operation")),
                  rate_tensors_of(plan, named(kOperations, operation, "operation")), sample, n_support,
-                 n_query, steps, first_order, is_double ? 8 : 4, cpu::backend().traits) {}
+                 n_query, steps, first_order, is_double ? 8 : 4, traits_of(backend)) {}
 
+  bool is_double() const { return double_; }
+  const Problem& problem() const { return problem_; }
+  int saved_steps() const { return problem_.saved_steps; }
   const std::vector<int64_t>& prediction() const {
     return problem_.query.n ? problem_.query.prediction : problem_.support.prediction;
   }
 
-  int saved_steps() const { return problem_.saved_steps; }
-
-  int64_t workspace(int64_t tasks, int threads) const {
-    return cpu::workspace_size(problem_, tasks, threads);
+  int64_t workspace(int64_t tasks, int64_t at_once) const {
+    return cpu::workspace_size(problem_, tasks, at_once);
   }
 
-  using Addresses = std::vector<Address>;
-  using Strides = std::vector<int64_t>;
-
-  void run(int64_t tasks, int threads, Address workspace, const Addresses& parameters,
-           const Strides& parameter_strides, const Addresses& rates, const std::array<Address, 4>& data,
-           Address task_weights, const Addresses& given, const Strides& given_strides,
-           const std::array<Address, 3>& losses, Address logits, Address gradient,
-           const Addresses& per_task) const {
+  void run(const BoundCall& call) const {
     if (problem_.graph.loss == Loss::cross_entropy) {
       const bool block =
           problem_.operation == Operation::loss_and_grad || problem_.operation == Operation::hvp;
       const int64_t classes = prediction()[0];
-      check_labels(block ? "y" : "y_spt", at<int64_t>(data[1]), tasks, problem_.support.n, classes);
-      check_labels("y_qry", at<int64_t>(data[3]), tasks, problem_.query.n, classes);
+      check_labels(block ? "y" : "y_spt", at<int64_t>(call.data[1]), call.tasks, problem_.support.n, classes);
+      check_labels("y_qry", at<int64_t>(call.data[3]), call.tasks, problem_.query.n, classes);
     }
-    auto run_as = [&]<class T>(void (*run)(const Problem&, const cpu::Call<T>&)) {
-      cpu::Call<T> call;
-      call.tasks = tasks;
-      call.threads = threads;
-      call.parameters = all_at<const T>(parameters);
-      call.parameter_strides = parameter_strides;
-      call.rates = all_at<const T>(rates);
-      call.x_support = at<const T>(data[0]);
-      call.y_support = at<const void>(data[1]);
-      call.x_query = at<const T>(data[2]);
-      call.y_query = at<const void>(data[3]);
-      call.task_weights = at<const T>(task_weights);
-      call.given = all_at<const T>(given);
-      call.given_strides = given_strides;
-      call.loss = at<T>(losses[0]);
-      call.task_losses = at<T>(losses[1]);
-      call.support_losses = at<T>(losses[2]);
-      call.logits = at<T>(logits);
-      call.gradient = at<T>(gradient);
-      call.per_task = all_at<T>(per_task);
-      call.workspace = at<T>(workspace);
-      py::gil_scoped_release unlocked;
-      run(problem_, call);
-    };
+    py::gil_scoped_release unlocked;
     if (double_) {
-      run_as(cpu::backend().run_double);
+      cpu::backend().run_double(problem_, call.as<double>());
     } else {
-      run_as(cpu::backend().run_float);
+      cpu::backend().run_float(problem_, call.as<float>());
     }
   }
 
@@ -218,38 +248,127 @@ class BoundProblem {
   Problem problem_;
 };
 
+#ifdef MAML_CUDA_ARCHITECTURES
+
+/// A Problem on one CUDA device.
+class BoundRunner {
+ public:
+  BoundRunner(const BoundProblem& problem, int device)
+      : runner_(problem.is_double() ? Either(cuda::Runner<double>(problem.problem(), device))
+                                    : Either(cuda::Runner<float>(problem.problem(), device))) {}
+
+  const char* executor() const {
+    const bool mega =
+        std::visit([](const auto& r) { return r.executor() == cuda::Executor::megakernel; }, runner_);
+    return mega ? "megakernel" : "batched";
+  }
+  int64_t image_bytes() const {
+    return std::visit([](const auto& r) { return r.image_bytes(); }, runner_);
+  }
+  int64_t workspace(int64_t tasks, int64_t at_once) const {
+    return std::visit([&](const auto& r) { return r.workspace(tasks, at_once); }, runner_);
+  }
+  void upload(Address image, Address stream) const {
+    std::visit([&](const auto& r) { r.upload(at<void>(image), at<void>(stream)); }, runner_);
+  }
+  void run(const BoundCall& call, Address image, Address stream) const {
+    py::gil_scoped_release unlocked;
+    std::visit(
+        [&]<class T>(const cuda::Runner<T>& r) { r.run(call.as<T>(), at<void>(image), at<void>(stream)); },
+        runner_);
+  }
+  int64_t table_bytes(const BoundCall& call) const {
+    return std::visit([&]<class T>(const cuda::Runner<T>& r) { return r.table_bytes(call.as<T>()); },
+                      runner_);
+  }
+  cuda::Graph capture(const BoundCall& call, Address image, Address table) const {
+    py::gil_scoped_release unlocked;
+    return std::visit(
+        [&]<class T>(const cuda::Runner<T>& r) {
+          return r.capture(call.as<T>(), at<void>(image), at<void>(table));
+        },
+        runner_);
+  }
+  void run_graph(const BoundCall& call, const cuda::Graph& graph, Address stream) const {
+    py::gil_scoped_release unlocked;
+    std::visit([&]<class T>(const cuda::Runner<T>& r) { r.run(call.as<T>(), graph, at<void>(stream)); },
+               runner_);
+  }
+
+ private:
+  using Either = std::variant<cuda::Runner<float>, cuda::Runner<double>>;
+  Either runner_;
+};
+
+#endif
+
 }  // namespace
 }  // namespace maml
 
-PYBIND11_MODULE(_core, m) {
+PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
   using maml::BoundProblem;
   m.doc() = "The fused core of maml_cuda: plans, and the calls that run them.";
   py::register_exception<maml::Unsupported>(m, "Unsupported", PyExc_ValueError);
 
+  using maml::Address;
+  using maml::BoundCall;
+  using Addresses = std::vector<Address>;
+  using Strides = std::vector<int64_t>;
+  py::class_<BoundCall>(m, "Call", "The addresses of one call's dense tensors; 0 says absent.")
+      .def(py::init([](int64_t tasks, int64_t at_once, Address workspace, const Addresses& parameters,
+                       const Strides& parameter_strides, const Addresses& rates,
+                       const std::array<Address, 4>& data, Address task_weights, const Addresses& given,
+                       const Strides& given_strides, const std::array<Address, 3>& losses, Address logits,
+                       Address gradient, const Addresses& per_task) {
+             return BoundCall{tasks,  at_once, workspace,    parameters, parameter_strides,
+                              rates,  data,    task_weights, given,      given_strides,
+                              losses, logits,  gradient,     per_task};
+           }),
+           py::arg("tasks"), py::arg("at_once"), py::kw_only(), py::arg("workspace"), py::arg("parameters"),
+           py::arg("parameter_strides") = Strides{}, py::arg("rates") = Addresses{}, py::arg("data"),
+           py::arg("task_weights") = 0, py::arg("given") = Addresses{}, py::arg("given_strides") = Strides{},
+           py::arg("losses") = std::array<Address, 3>{}, py::arg("logits") = 0, py::arg("gradient") = 0,
+           py::arg("per_task") = Addresses{},
+           "data: x_spt, y_spt, x_qry, y_qry. given: the cotangents of a backward or the directions of hvp. "
+           "losses: loss, task_losses, support_losses. at_once: tasks at work at the same time.");
+
   py::class_<BoundProblem>(m, "Problem")
       .def(py::init<const py::dict&, const std::string&, const std::vector<int64_t>&, int64_t, int64_t, int,
-                    bool, bool>(),
+                    bool, bool, const std::string&>(),
            py::arg("plan"), py::arg("operation"), py::arg("sample"), py::arg("n_support"), py::arg("n_query"),
-           py::arg("steps"), py::arg("first_order"), py::arg("double"))
+           py::arg("steps"), py::arg("first_order"), py::arg("double"), py::arg("backend"))
       .def_property_readonly("prediction", &BoundProblem::prediction, "Shape of one sample's prediction.")
       .def_property_readonly("saved_steps", &BoundProblem::saved_steps,
                              "Inner steps whose state is kept for the products; 1: it is computed again.")
-      .def("workspace", &BoundProblem::workspace, py::arg("tasks"), py::arg("threads"),
-           "Elements of workspace.")
-      .def("run", &BoundProblem::run, py::arg("tasks"), py::arg("threads"), py::kw_only(),
-           py::arg("workspace"), py::arg("parameters"), py::arg("parameter_strides") = std::vector<int64_t>{},
-           py::arg("rates") = std::vector<maml::Address>{}, py::arg("data"), py::arg("task_weights") = 0,
-           py::arg("given") = std::vector<maml::Address>{}, py::arg("given_strides") = std::vector<int64_t>{},
-           py::arg("losses") = std::array<maml::Address, 3>{}, py::arg("logits") = 0, py::arg("gradient") = 0,
-           py::arg("per_task") = std::vector<maml::Address>{},
-           "Runs the call on the addresses of dense tensors; 0 says absent. data: x_spt, y_spt, x_qry, "
-           "y_qry. given: the "
-           "cotangents of a backward or the directions of hvp. losses: loss, task_losses, support_losses.");
+      .def("workspace", &BoundProblem::workspace, py::arg("tasks"), py::arg("at_once"),
+           "Elements of workspace on the CPU.")
+      .def("run", &BoundProblem::run, py::arg("call"), "Runs the call on the CPU.");
 
+#ifdef MAML_CUDA_ARCHITECTURES
+  using maml::BoundRunner;
+  py::class_<maml::cuda::Graph>(m, "CudaGraph");
+  py::class_<BoundRunner>(m, "CudaRunner",
+                          "A problem on one CUDA device; every call is enqueued on a stream.")
+      .def(py::init<const BoundProblem&, int>(), py::arg("problem"), py::arg("device"),
+           py::keep_alive<1, 2>())
+      .def_property_readonly("executor", &BoundRunner::executor)
+      .def_property_readonly("image_bytes", &BoundRunner::image_bytes)
+      .def("upload", &BoundRunner::upload, py::arg("image"), py::arg("stream"))
+      .def("workspace", &BoundRunner::workspace, py::arg("tasks"), py::arg("at_once"),
+           "Elements of workspace.")
+      .def("run", &BoundRunner::run, py::arg("call"), py::arg("image"), py::arg("stream"))
+      .def("table_bytes", &BoundRunner::table_bytes, py::arg("call"))
+      .def("capture", &BoundRunner::capture, py::arg("call"), py::arg("image"), py::arg("table"))
+      .def("run_graph", &BoundRunner::run_graph, py::arg("call"), py::arg("graph"), py::arg("stream"));
+  m.def("cuda_device_count", &maml::cuda::device_count);
+  m.attr("cuda") = MAML_CUDA_TOOLKIT;
+  m.attr("cuda_architectures") = MAML_CUDA_ARCHITECTURES;
+#else
+  m.attr("cuda") = py::none();
+  m.attr("cuda_architectures") = "";
+#endif
   m.def("instruction_sets", &maml::cpu::instruction_sets, "Instruction sets in this build, widest first.");
   m.def("cpu_isa", [] { return maml::cpu::backend().isa; }, "The instruction set in use.");
   m.attr("version") = MAML_CUDA_VERSION;
   m.attr("compiler") = MAML_CUDA_COMPILER;
-  m.attr("cuda") = py::none();
-  m.attr("cuda_architectures") = py::tuple();
 }

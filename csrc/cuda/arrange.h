@@ -1,0 +1,45 @@
+// The residual sum: y = a + b, where an absent one is zero; its cotangent goes to both. A team shares out the
+// elements; no barriers.
+#pragma once
+
+#include "elementwise.h"
+
+namespace maml::cuda {
+
+/// y = a + b, either of which may be absent.
+template <class T>
+__device__ __forceinline__ void sum_of(Team team, int64_t count, const T* a, const T* b, T* y) {
+  const int64_t step = team.step();
+  for (int64_t i = team.first(); i < count; i += step) y[i] = a && b ? a[i] + b[i] : a ? a[i] : b[i];
+}
+
+/// Each grad_x that is wanted (+)= g. One after the other for an element: x + x has one cotangent.
+template <class T>
+__device__ __forceinline__ void pass_on(Team team, int64_t count, const T* g, const bool (&add)[2],
+                                        T* const (&grad_x)[2]) {
+  const int64_t step = team.step();
+  for (int64_t i = team.first(); i < count; i += step) {
+    const T value = g[i];
+    if (grad_x[0]) put(grad_x[0], i, value, add[0]);
+    if (grad_x[1]) put(grad_x[1], i, value, add[1]);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void add_forward(Team team, const Layer& l, const Tensors<T>& t) {
+  sum_of(team, input_elements(l), t.x[0], t.x[1], t.y);
+}
+template <class T>
+__device__ __forceinline__ void add_backward(Team team, const Layer& l, const Tensors<T>& t) {
+  pass_on(team, input_elements(l), t.grad_y, t.add_x, t.grad_x);
+}
+template <class T>
+__device__ __forceinline__ void add_forward_tangent(Team team, const Layer& l, const Tensors<T>& t) {
+  sum_of(team, input_elements(l), t.x_dot[0], t.x_dot[1], t.y_dot);
+}
+template <class T>
+__device__ __forceinline__ void add_backward_tangent(Team team, const Layer& l, const Tensors<T>& t) {
+  pass_on(team, input_elements(l), t.grad_y_dot, t.add_x, t.grad_x_dot);
+}
+
+}  // namespace maml::cuda

@@ -1,0 +1,155 @@
+// The executor that serves every plan: each pass of a layer is one or a few kernels over all tasks of a chunk
+// (blockIdx.z is the task). It is a backend of TaskRunner whose calls launch.
+#pragma once
+
+#include "layers.h"
+#include "loss.h"
+#include "updates.h"
+
+namespace maml::cuda {
+
+inline constexpr int kVectorThreads = kEmulated ? 32 : 256;
+
+/// Blocks for a loop over `items`: few enough that each thread of a large vector has several, so that
+/// starting a block pays, whatever the number of tasks.
+inline int64_t vector_blocks(int64_t items) {
+  return std::clamp<int64_t>(blocks_for(items, int64_t{4} * kVectorThreads), 1, 64);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    descend_kernel(const RateSlice* slices, const T* rates, const T* phi, const T* g, T* next,
+                   const Table* table) {
+  const int64_t task = blockIdx.z;
+  descend(grid_team(), slices[blockIdx.y], resolve(rates, *table, task), resolve(phi, *table, task),
+          resolve(g, *table, task), resolve(next, *table, task));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    direction_kernel(const RateSlice* slices, const T* rates, const T* v, T* out, const Table* table) {
+  const int64_t task = blockIdx.z;
+  direction(grid_team(), slices[blockIdx.y], resolve(rates, *table, task), resolve(v, *table, task),
+            resolve(out, *table, task));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    elementwise_rate_gradient_kernel(const RateSlice* slices, const T* g, const T* v, T* result,
+                                     const Table* table) {
+  const RateSlice& slice = slices[blockIdx.y];
+  if (slice.grad_at == kNowhere || !slice.elementwise) return;
+  const int64_t task = blockIdx.z;
+  elementwise_rate_gradient(grid_team(), slice, resolve(g, *table, task), resolve(v, *table, task),
+                            resolve(result, *table, task));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kReductionThreads)
+    shared_rate_gradients_kernel(const RateSlice* slices, int count, const T* g, const T* v, T* result,
+                                 const Table* table) {
+  const int64_t task = blockIdx.z;
+  shared_rate_gradients(slices, count, resolve(g, *table, task), resolve(v, *table, task),
+                        resolve(result, *table, task));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    subtract_kernel(int64_t size, const T* x, T* y, const Table* table) {
+  subtract(grid_team(), size, resolve(x, *table, blockIdx.z), resolve(y, *table, blockIdx.z));
+}
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    copy_kernel(int64_t size, const T* from, T* to, const Table* table) {
+  copy(grid_team(), size, resolve(from, *table, blockIdx.z), resolve(to, *table, blockIdx.z));
+}
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads) zero_kernel(int64_t size, T* to, const Table* table) {
+  zero(grid_team(), size, resolve(to, *table, blockIdx.z));
+}
+
+template <class T>
+class Batched {
+ public:
+  /// `rates`: the symbolic address of the packed rates.
+  Batched(const Launcher& launch, const Problem& problem, const Image& image, const T* rates)
+      : launch_(launch), problem_(problem), image_(image), rates_(rates) {
+    for (const std::vector<RateSlice>& step : problem.slices) {
+      for (const RateSlice& s : step) {
+        largest_ = std::max(largest_, s.size);
+        if (s.grad_at != kNowhere) (s.elementwise ? learns_elementwise_ : learns_shared_) = true;
+      }
+    }
+  }
+
+  void forward(const Layer& l, const Tensors<T>& t) const { passes(l.kind).forward(launch_, l, t); }
+  void backward(const Layer& l, const Tensors<T>& t) const { passes(l.kind).backward(launch_, l, t); }
+  void forward_tangent(const Layer& l, const Tensors<T>& t) const {
+    passes(l.kind).forward_tangent(launch_, l, t);
+  }
+  void backward_tangent(const Layer& l, const Tensors<T>& t) const {
+    passes(l.kind).backward_tangent(launch_, l, t);
+  }
+
+  void loss(Loss kind, int64_t n, int64_t c, const T* z, const void* target, T* value, T* grad_z,
+            T* saved) const {
+    launch_loss(launch_, kind, n, c, z, target, value, grad_z, saved);
+  }
+  void loss_tangent(Loss kind, int64_t n, int64_t c, const T* z_dot, const T* saved, T* grad_z_dot) const {
+    launch_loss_tangent(launch_, kind, n, c, z_dot, saved, grad_z_dot);
+  }
+
+  void descend(const std::vector<RateSlice>& step, const T* phi, const T* g, T* next) const {
+    launch_("descend", descend_kernel<T>, slice_grid(), kVectorThreads, 0, slices(step), rates_, phi, g, next,
+            launch_.table);
+  }
+  void direction(const std::vector<RateSlice>& step, const T* v, T* out) const {
+    launch_("direction", direction_kernel<T>, slice_grid(), kVectorThreads, 0, slices(step), rates_, v, out,
+            launch_.table);
+  }
+  void rate_gradient(const std::vector<RateSlice>& step, const T* g, const T* v, T* result) const {
+    if (learns_elementwise_) {
+      launch_("elementwise rate gradient", elementwise_rate_gradient_kernel<T>, slice_grid(), kVectorThreads,
+              0, slices(step), g, v, result, launch_.table);
+    }
+    if (learns_shared_) {
+      launch_("rate gradient", shared_rate_gradients_kernel<T>, {}, kReductionThreads, 0, slices(step),
+              image_.slices_a_step, g, v, result, launch_.table);
+    }
+  }
+  void subtract(int64_t size, const T* x, T* y) const {
+    launch_("subtract", subtract_kernel<T>, {vector_blocks(size)}, kVectorThreads, 0, size, x, y,
+            launch_.table);
+  }
+  void copy(int64_t size, const T* from, T* to) const {
+    if (size == 0) return;
+    launch_("copy", copy_kernel<T>, {vector_blocks(size)}, kVectorThreads, 0, size, from, to, launch_.table);
+  }
+  void zero(int64_t size, T* to) const {
+    if (size == 0) return;
+    launch_("zero", zero_kernel<T>, {vector_blocks(size)}, kVectorThreads, 0, size, to, launch_.table);
+  }
+
+ private:
+  static const LaunchPasses<T>& passes(Kind kind) {
+    static const LaunchPasses<T> table[] = {channels_last<T>(), flatten<T>(),  conv2d<T>(),   batch_norm<T>(),
+                                            pointwise<T>(),     max_pool<T>(), avg_pool<T>(), mean_pool<T>(),
+                                            add<T>(),           block<T>()};
+    return table[static_cast<int>(kind)];
+  }
+
+  /// The step's slices on the device.
+  const RateSlice* slices(const std::vector<RateSlice>& step) const {
+    return image_.slices + (&step - problem_.slices.data()) * image_.slices_a_step;
+  }
+  Grid slice_grid() const { return {vector_blocks(largest_), image_.slices_a_step}; }
+
+  const Launcher& launch_;
+  const Problem& problem_;
+  const Image& image_;
+  const T* rates_;
+  int64_t largest_ = 0;
+  bool learns_elementwise_ = false, learns_shared_ = false;
+};
+
+}  // namespace maml::cuda

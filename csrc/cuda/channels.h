@@ -1,0 +1,72 @@
+// How a block of threads lies over a matrix [rows, channels], and sums over its rows. `width` threads stand
+// side by side over consecutive channels, so that a row's accesses are consecutive; the others take further
+// rows:
+//
+//   thread = row * width + lane,   channel = blockIdx.y * width + lane,   width = 2^k, at most a warp
+//
+// A thread keeps its channel, so that what belongs to the channel stays in registers.
+#pragma once
+
+#include "launch.h"
+
+namespace maml::cuda {
+
+inline constexpr int kThreads = kEmulated ? 32 : 256;  // of every kernel that works so
+inline constexpr int kMostWidth = kEmulated ? 8 : 32;
+// Blocks a multiprocessor: 64 registers a thread, or 128 where a number takes two.
+template <class T>
+inline constexpr int kResident = sizeof(T) == 4 ? 4 : 2;
+
+/// Threads side by side.
+__host__ __device__ constexpr int channel_width(int64_t channels) {
+  int width = 1;
+  while (width < channels && width < kMostWidth) width *= 2;
+  return width;
+}
+
+struct Lanes {
+  int width, rows;  // threads side by side, and how many rows of them
+  int row, channel;
+  bool active;  // the channel exists; the others only keep the barriers
+};
+
+__device__ __forceinline__ Lanes lanes_of(int64_t channels) {
+  Lanes lanes;
+  lanes.width = channel_width(channels);
+  lanes.rows = kThreads / lanes.width;
+  lanes.row = static_cast<int>(threadIdx.x) / lanes.width;
+  lanes.channel = static_cast<int>(blockIdx.y) * lanes.width + static_cast<int>(threadIdx.x) % lanes.width;
+  lanes.active = lanes.channel < channels;
+  return lanes;
+}
+
+/// Blocks (x, y): x shares out `rows`, at least `rows_per_thread` to a thread; y the channels.
+inline Grid channel_grid(int64_t rows, int64_t channels, int64_t rows_per_thread) {
+  const int width = channel_width(channels);
+  return {blocks_for(rows, kThreads / width * rows_per_thread), blocks_for(channels, width)};
+}
+
+/// sum[q] = sum over i in [0, count) of what term(i, sum) adds, per channel, known to all its threads. Each
+/// thread sums every `rows`-th i in ascending order; a tree in shared memory sums the threads. All threads
+/// call; barriers stand before and behind every use of the shared memory.
+template <int Q, class Sum, class Term>
+__device__ __forceinline__ void channel_sums(const Lanes& lanes, int count, Sum (&sum)[Q], Term term) {
+  __shared__ Sum shared[Q][kThreads];
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int q = 0; q < Q; ++q) sum[q] = 0;
+  if (lanes.active) {
+    for (int i = lanes.row; i < count; i += lanes.rows) term(i, sum);
+  }
+  for (int q = 0; q < Q; ++q) shared[q][thread] = sum[q];
+  __syncthreads();
+  for (int half = kThreads / 2; half >= lanes.width; half /= 2) {
+    if (thread < half) {
+      for (int q = 0; q < Q; ++q) shared[q][thread] += shared[q][thread + half];
+    }
+    __syncthreads();
+  }
+  for (int q = 0; q < Q; ++q) sum[q] = shared[q][thread % lanes.width];
+  __syncthreads();
+}
+
+}  // namespace maml::cuda

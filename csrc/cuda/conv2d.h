@@ -1,0 +1,100 @@
+// What the three products of a convolution share: the choice of arithmetic and tile, and the passes that
+// conv2d.cu puts together.
+#pragma once
+
+#include <type_traits>
+
+#include "launch.h"
+#include "product.h"
+
+namespace maml::cuda {
+
+/// Tiles of C by shape: wide, narrow (n <= 32), and for few outputs small ones whose warps share k, so that
+/// there are blocks enough and each is done soon. Matrix instructions need 64 x 32 a warp to be fed from shared
+/// memory. The emulation's have one warp, or two that share k.
+template <bool Matrix, bool Emulated = kEmulated>
+struct Tiles {
+  static constexpr int kWarpM = Matrix ? 64 : 32;
+  using Wide = Tile<kWarpM, 32, 2, 2, 1, 4>;
+  using Narrow = Tile<kWarpM, 32, 2, 1, 2, 3>;
+  using Small = Tile<32, 32, 1, 1, 4, 3>;
+};
+template <bool Matrix>
+struct Tiles<Matrix, true> {
+  using Wide = Tile<32, 32, 1, 1, 1, 3>;
+  using Narrow = Wide;
+  using Small = Tile<32, 32, 1, 1, 2, 2>;
+};
+
+/// Outputs of one task up to which small tiles are taken: fewer wide ones would leave most of a GPU idle at the
+/// usual 4 to 32 tasks.
+constexpr int64_t kSmallOutputs = kEmulated ? 512 : 65536;
+
+/// Blocks on a multiprocessor that registers must leave room for.
+template <class Arithmetic>
+inline constexpr int kResident = sizeof(typename Arithmetic::T) == 8 ? 2 : Arithmetic::kMatrix ? 3 : 4;
+
+/// f.operator()<Arithmetic, Tile>() for `outputs` elements of C, n columns.
+template <class T, class F>
+void with_product(const Layer& l, int64_t outputs, int64_t n, F f) {
+  auto with_tile = [&]<class Arithmetic>() {
+    using Choice = Tiles<Arithmetic::kMatrix>;
+    if (outputs <= kSmallOutputs) return f.template operator()<Arithmetic, typename Choice::Small>();
+    if (n <= 32) return f.template operator()<Arithmetic, typename Choice::Narrow>();
+    return f.template operator()<Arithmetic, typename Choice::Wide>();
+  };
+  if constexpr (std::is_same_v<T, float>) {
+    switch (l.precision) {
+      case Precision::bf16x3:
+        return with_tile.template operator()<Bf16x3>();
+      case Precision::tf32:
+        return with_tile.template operator()<Tf32>();
+      case Precision::bfloat16:
+        return with_tile.template operator()<Bf16>();
+      case Precision::float32:
+        break;
+    }
+  }
+  with_tile.template operator()<Simt<T>>();
+}
+
+/// Whether a tensor can be read and written in vectors: rows of whole ones, and an address on one in every task.
+/// Of the user's own tensors that is not known.
+template <class T>
+bool in_vectors(const T* symbolic, int64_t row) {
+  const uint64_t word = reinterpret_cast<uint64_t>(symbolic);
+  const auto region = static_cast<Region>(word >> kRegionShift);
+  return row % kVector<T> == 0 && word % 16 == 0 && (region == Region::shared || region == Region::task);
+}
+
+template <class T>
+bool in_vectors(const T* const (&symbolic)[2], int count, int64_t row) {
+  for (int t = 0; t < count; ++t) {
+    if (!in_vectors(symbolic[t], row)) return false;
+  }
+  return true;
+}
+
+/// What forward and forward_tangent take of their output.
+template <class T>
+struct StatisticsOf {
+  T* entries = nullptr;       // [tiles, 2, c], or with `y` [tiles, 3, c]; null: nothing
+  const T* primal = nullptr;  // y, where the output is y_dot
+};
+
+/// out = bias + sum of terms (x, w).
+template <class T>
+void convolve(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, const T* bias, T* out,
+              StatisticsOf<T> statistics);
+
+/// grad_x (+)= sum of terms (grad_y, w).
+template <class T>
+void input_gradient(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, bool add, T* grad_x);
+
+/// grad_w (+)= sum of terms (x, grad_y), grad_b (+)= column sums of the first term's grad_y; either may be null.
+template <class T>
+void weight_gradient(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, const bool (&add)[2],
+                     T* grad_w, T* grad_b, T* scratch);
+int64_t weight_gradient_scratch(const Layer& l);
+
+}  // namespace maml::cuda

@@ -1,0 +1,85 @@
+// y = bias + x * w and its tangent y_dot = bias_dot + x_dot * w + x * w_dot, as one product (product.h):
+//
+//   C [m, n] = y     m: output pixel (sample, i, j);  n: c_out;  k: (tap, c_in)
+//   A [m, k]         x gathered at (pixel, tap), zero in the padding
+//   B [k, n]         w [tap, c_in, c_out] as it lies
+//
+// blockIdx: x tile of m, y tile of n, z task. Numerics: sums in ascending k, first term first, then the bias.
+// Statistics of the output: tile_statistics.h.
+#include "conv2d.h"
+#include "tile_statistics.h"
+
+namespace maml::cuda {
+namespace {
+
+template <class T>
+struct Forward {
+  PixelsByTaps a;
+  Rows b;
+  Terms<T> terms;
+  const T* bias;
+  T* y;
+  bool vectors_y;
+  StatisticsOf<T> statistics;
+};
+
+template <class Arithmetic, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, kResident<Arithmetic>)
+    forward_kernel(const __grid_constant__ Forward<typename Arithmetic::T> p, const Table* table) {
+  using T = typename Arithmetic::T;
+  using Forward = Product<Arithmetic, Tile, PixelsByTaps, Rows>;
+  const int64_t task = blockIdx.z;
+  const int m0 = static_cast<int>(blockIdx.x) * Tile::kM, n0 = static_cast<int>(blockIdx.y) * Tile::kN;
+  const int rows = p.a.gather.pixels, n = p.b.n;
+
+  typename Forward::Sums sums;
+  Forward::compute(p.a, p.b, p.terms.resolved(*table, task), m0, n0, 0, p.a.gather.depth, sums,
+                   [](bool, const T*, auto) {});
+  const auto at = Forward::position(m0, n0);
+  if (!at.owner) return;
+  if (const T* const bias = resolve(p.bias, *table, task)) {
+#pragma unroll
+    for (int c = 0; c < Forward::Sums::kColumns; ++c) {
+      const T shift = at.column(c) < n ? bias[at.column(c)] : T(0);
+#pragma unroll
+      for (int r = 0; r < Forward::Sums::kRows; ++r) sums.at(r, c) += shift;
+    }
+  }
+  T* const y = resolve(p.y, *table, task);
+  write<Forward>(at, sums, n, p.vectors_y, false,
+                 [&](int m) { return m < rows ? y + static_cast<int64_t>(m) * n : nullptr; });
+  if (T* const entries = resolve(p.statistics.entries, *table, task)) {
+    take_statistics<Forward>(at, sums, rows, n, resolve(p.statistics.primal, *table, task), entries);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void convolve(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, const T* bias, T* out,
+              StatisticsOf<T> statistics) {
+  const Window& k = l.window;
+  const Gather gather(l.n, l.in, l.out.h, l.out.w, k.stride_h, k.stride_w, -k.pad_top, -k.pad_left, k.kernel_h,
+                      k.kernel_w);
+  terms.vectors_a = in_vectors(terms.a, terms.count, l.in.c);
+  terms.vectors_b = in_vectors(terms.b, terms.count, l.out.c);
+  const Forward<T> p{{gather},
+                     {gather.depth, static_cast<int>(l.out.c)},
+                     terms,
+                     bias,
+                     out,
+                     in_vectors(out, l.out.c),
+                     statistics};
+  const int64_t m = gather.pixels, n = l.out.c;
+  with_product<T>(l, m * n, n, [&]<class Arithmetic, class Tile>() {
+    launch(name, forward_kernel<Arithmetic, Tile>, {blocks_for(m, Tile::kM), blocks_for(n, Tile::kN)},
+           Tile::kThreads, Product<Arithmetic, Tile, PixelsByTaps, Rows>::kSharedBytes, p, launch.table);
+  });
+}
+
+template void convolve<float>(const Launcher&, const char*, const Layer&, Terms<float>, const float*, float*,
+                              StatisticsOf<float>);
+template void convolve<double>(const Launcher&, const char*, const Layer&, Terms<double>, const double*, double*,
+                               StatisticsOf<double>);
+
+}  // namespace maml::cuda

@@ -1,0 +1,75 @@
+// Launching kernels: one place for the stream, the number of tasks, and the error that carries the kernel's
+// name.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "address.h"
+
+namespace maml::cuda {
+
+/// A CUDA call that failed, with what was being done.
+struct Failed : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw Failed(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+/// Blocks (x, y) of one task; the task itself is blockIdx.z.
+struct Grid {
+  int64_t x = 1, y = 1;
+};
+
+/// Launches kernels for all tasks of a call, in the order of the calls. A kernel takes symbolic addresses and
+/// the table that resolves them, or real addresses alone.
+struct Launcher {
+  cudaStream_t stream;
+  int64_t tasks;
+  const Table* table;  // on the device
+
+  template <class... Params>
+  void operator()(const char* name, void (*kernel)(Params...), Grid grid, int threads, size_t shared_bytes,
+                  std::type_identity_t<Params>... params) const {
+    if (shared_bytes > kSharedByDefault) {
+      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+            name);
+    }
+    cudaLaunchConfig_t config{};
+    config.gridDim =
+        dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(tasks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    check(cudaLaunchKernelEx(&config, kernel, params...), name);
+  }
+
+ private:
+  static constexpr size_t kSharedByDefault = 48 * 1024;
+};
+
+inline int64_t blocks_for(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
+
+/// The threads that work on one instruction of one task together: some blocks of a grid, or one block alone.
+struct Team {
+  int block, blocks;
+  __device__ __forceinline__ int64_t first() const {
+    return static_cast<int64_t>(block) * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  }
+  __device__ __forceinline__ int64_t step() const {
+    return static_cast<int64_t>(blocks) * static_cast<int64_t>(blockDim.x);
+  }
+};
+
+/// The team of a kernel launched for one task's blocks along x.
+__device__ __forceinline__ Team grid_team() {
+  return {static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)};
+}
+
+/// The team of one block.
+__device__ __forceinline__ Team block_team() { return {0, 1}; }
+
+}  // namespace maml::cuda

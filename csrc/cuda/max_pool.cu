@@ -1,0 +1,121 @@
+// y[i, j, c] = the largest x in the window of (i, j), all tasks, channels last. The forward pass keeps where
+// it stood (a sample-relative pixel, the first one on a tie and any NaN, as in torch); the tangents read the
+// same places. The cotangents go back to them the other way round: each pixel sums those of the windows that
+// hold it and chose it, in ascending order of outputs, so that no two threads write one element and nothing
+// is atomic.
+//
+// A thread keeps its channel (channels.h) and takes outputs forward, cells of pixels backward (windows.h).
+// Rows of one task, n h w, are numbered in 32 bits.
+#include "elementwise.h"
+#include "layers.h"
+#include "windows.h"
+
+namespace maml::cuda {
+namespace {
+
+constexpr int64_t kItemsPerThread = 2;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    forward_kernel(Layer l, const T* symbolic_x, T* symbolic_y, int32_t* symbolic_places,
+                   const Table* table) {
+  const Lanes lanes = lanes_of(l.in.c);
+  const Windows w(l);
+  const int64_t c = l.in.c;
+  const T* x = resolve(symbolic_x, *table, blockIdx.z) + lanes.channel;
+  T* y = resolve(symbolic_y, *table, blockIdx.z) + lanes.channel;
+  int32_t* places = resolve(symbolic_places, *table, blockIdx.z) + lanes.channel;
+  each_item(lanes, static_cast<int>(l.n), w.outputs(), [&](int sample, int output) {
+    const T* image = x + sample * w.pixels() * c;
+    const Largest<T> best = largest_of<T>(w, output, [&](int pixel) { return image[pixel * c]; });
+    const int64_t at = (sample * w.outputs() + output) * c;
+    y[at] = best.value;
+    places[at] = best.place;
+  });
+}
+
+/// y = x at the places
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    gather_kernel(Layer l, const int32_t* symbolic_places, const T* symbolic_x, T* symbolic_y,
+                  const Table* table) {
+  const Lanes lanes = lanes_of(l.in.c);
+  const Windows w(l);
+  const int64_t c = l.in.c;
+  const int32_t* places = resolve(symbolic_places, *table, blockIdx.z) + lanes.channel;
+  const T* x = resolve(symbolic_x, *table, blockIdx.z) + lanes.channel;
+  T* y = resolve(symbolic_y, *table, blockIdx.z) + lanes.channel;
+  each_item(lanes, static_cast<int>(l.n), w.outputs(), [&](int sample, int output) {
+    const int64_t at = (sample * w.outputs() + output) * c;
+    y[at] = x[(sample * w.pixels() + places[at]) * c];
+  });
+}
+
+/// grad_x (+)= g of the outputs that chose each pixel
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    scatter_kernel(Layer l, int cells, const int32_t* symbolic_places, const T* symbolic_g, bool add,
+                   T* symbolic_grad_x, const Table* table) {
+  const Lanes lanes = lanes_of(l.in.c);
+  const Windows w(l);
+  const int64_t c = l.in.c;
+  const int32_t* places = resolve(symbolic_places, *table, blockIdx.z) + lanes.channel;
+  const T* g = resolve(symbolic_g, *table, blockIdx.z) + lanes.channel;
+  T* grad_x = resolve(symbolic_grad_x, *table, blockIdx.z) + lanes.channel;
+  each_place(w, lanes, static_cast<int>(l.n), cells, c, places, [&](int64_t at, auto chosen) {
+    T sum = 0;
+    chosen([&](int64_t output) { sum += g[output]; });
+    put(grad_x, at, sum, add);
+  });
+}
+
+template <class T>
+int32_t* places_of(const Tensors<T>& t) {
+  return reinterpret_cast<int32_t*>(t.saved);
+}
+
+template <class T>
+void scatter(const Launcher& launch, const char* name, const Layer& l, const Tensors<T>& t, const T* g,
+             T* grad_x) {
+  const int64_t cells = cells_of(l);
+  launch(name, scatter_kernel<T>, channel_grid(l.n * cells, l.in.c, 1), kThreads, 0, l,
+         static_cast<int>(cells), places_of(t), g, t.add_x[0], grad_x, launch.table);
+}
+
+Grid output_grid(const Layer& l) { return channel_grid(l.n * l.out.h * l.out.w, l.in.c, kItemsPerThread); }
+
+template <class T>
+LaunchPasses<T> passes() {
+  return {
+      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+        launch("max_pool forward", forward_kernel<T>, output_grid(l), kThreads, 0, l, t.x[0], t.y,
+               places_of(t), launch.table);
+      },
+      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+        if (t.grad_x[0]) scatter(launch, "max_pool backward", l, t, t.grad_y, t.grad_x[0]);
+      },
+      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+        launch("max_pool forward tangent", gather_kernel<T>, output_grid(l), kThreads, 0, l, places_of(t),
+               t.x_dot[0], t.y_dot, launch.table);
+      },
+      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+        if (t.grad_x_dot[0])
+          scatter(launch, "max_pool backward tangent", l, t, t.grad_y_dot, t.grad_x_dot[0]);
+      },
+  };
+}
+
+}  // namespace
+
+Footprint max_pool_footprint(const Layer& l) { return {l.n * size(l.out), 0}; }
+
+template <>
+LaunchPasses<float> max_pool<float>() {
+  return passes<float>();
+}
+template <>
+LaunchPasses<double> max_pool<double>() {
+  return passes<double>();
+}
+
+}  // namespace maml::cuda

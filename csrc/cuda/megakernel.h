@@ -1,0 +1,26 @@
+// The executor of small networks: the whole meta-step of a task in one block, everything it computes in
+// shared memory.
+#pragma once
+
+#include "layout.h"
+#include "program.h"
+
+namespace maml::cuda {
+
+/// Whether every layer of the problem is one that the megakernel has: linear, pointwise, sums.
+bool has_small_layers(const Problem& problem);
+
+/// As many spans as fit the kernel's arguments.
+inline constexpr int kMegakernelSpans = 200;
+
+/// Bytes of static shared memory, at most: what a block has less than the device's limit.
+size_t megakernel_static_bytes();
+
+/// Runs the image's program for every task of `launch`. The call's spans are read on the host; the first
+/// block leaves a copy at `table`, on the device, for the kernels behind it. Region::task is where the
+/// results go (stride 0: nowhere): a task's own memory is the block's.
+template <class T>
+void launch_megakernel(const Launcher& launch, const Problem& problem, const Layout& layout,
+                       const Image& image, const Span* spans, const SpanOrder& order, Span* table);
+
+}  // namespace maml::cuda

@@ -1,0 +1,164 @@
+// Sums per channel over the rows of a matrix [m, c] that no single block can take: one entry for each tile of
+// kStatisticsRows rows, [tiles, values, c], merged by whoever needs the whole. Two kinds of entries:
+//
+//   Sums         two plain sums
+//   Moments<1>   mean a, sum (a - mean a)^2
+//   Moments<2>   mean a, mean b, sum (a - mean a)(b - mean b)
+//
+// Moments merge by Chan's formula for any number of parts k of n_k rows: mean = sum n_k mean_k / m, and sum
+// (a - mean)^2 = sum_k [M2_k + n_k (mean_k - mean)^2]; unlike E[x^2] - mean^2 this loses no digits. Within a
+// tile T suffices, for a thread sums a few rows only; merging is in double, for it costs little and a merged
+// mean shifts everything behind it. The order of every sum depends on m and c only.
+//
+// Every block of the kernel that needs the whole merges all entries for its channels. Where that would be
+// more than kMostEntries, a kernel first folds kFold of them into one.
+#pragma once
+
+#include <algorithm>
+
+#include "channels.h"
+#include "statistics.h"
+
+namespace maml::cuda {
+
+inline constexpr int kMostEntries = kEmulated ? 4 : 256;
+inline constexpr int kFold = kEmulated ? 3 : 64;
+
+/// `count` entries, each of so many rows of the m in all (the last may have fewer).
+template <class T>
+struct Partials {
+  T* at;
+  int count, rows;
+  int64_t m;
+
+  /// Rows of the entries [first, first + number).
+  __device__ __forceinline__ double rows_of(int first, int number) const {
+    const int64_t start = static_cast<int64_t>(first) * rows;
+    return static_cast<double>(std::min(static_cast<int64_t>(number) * rows, m - start));
+  }
+};
+
+struct Sums {
+  static constexpr int kValues = 2;
+
+  /// The entries [first, first + count) as one, in this thread's channel. All threads call.
+  template <class T>
+  static __device__ __forceinline__ void merge(const Lanes& lanes, int64_t c, const Partials<T>& p, int first,
+                                               int count, double (&merged)[kValues]) {
+    channel_sums(lanes, count, merged, [&](int k, double (&sum)[kValues]) {
+      const T* entry = p.at + (first + k) * (kValues * c) + lanes.channel;
+      for (int q = 0; q < kValues; ++q) sum[q] += static_cast<double>(entry[q * c]);
+    });
+  }
+};
+
+template <int kMeans>
+struct Moments {
+  static constexpr int kValues = kMeans + 1;
+
+  template <class T>
+  static __device__ __forceinline__ void merge(const Lanes& lanes, int64_t c, const Partials<T>& p, int first,
+                                               int count, double (&merged)[kValues]) {
+    double mean[kMeans], product[1];
+    channel_sums(lanes, count, mean, [&](int k, double (&sum)[kMeans]) {
+      const T* entry = p.at + (first + k) * (kValues * c) + lanes.channel;
+      const double rows = p.rows_of(first + k, 1);
+      for (int q = 0; q < kMeans; ++q) sum[q] += rows * static_cast<double>(entry[q * c]);
+    });
+    const double all_rows = p.rows_of(first, count);
+    for (int q = 0; q < kMeans; ++q) mean[q] /= all_rows;
+    channel_sums(lanes, count, product, [&](int k, double (&sum)[1]) {
+      const T* entry = p.at + (first + k) * (kValues * c) + lanes.channel;
+      const double a = static_cast<double>(entry[0]) - mean[0];
+      const double b = static_cast<double>(entry[(kMeans - 1) * c]) - mean[kMeans - 1];
+      sum[0] += static_cast<double>(entry[kMeans * c]) + p.rows_of(first + k, 1) * a * b;
+    });
+    for (int q = 0; q < kMeans; ++q) merged[q] = mean[q];
+    merged[kMeans] = product[0];
+  }
+};
+
+/// The partials of one task.
+template <class T>
+__device__ __forceinline__ Partials<T> resolve(const Partials<T>& symbolic, const Table& table,
+                                               int64_t task) {
+  return {resolve(symbolic.at, table, task), symbolic.count, symbolic.rows, symbolic.m};
+}
+
+/// Writes one entry [values, c] for this thread's channel.
+template <class T, int kValues, class Value>
+__device__ __forceinline__ void write_entry(const Lanes& lanes, int64_t c, T* entries,
+                                            const Value (&values)[kValues]) {
+  if (!lanes.active || lanes.row != 0) return;
+  T* entry = entries + blockIdx.x * (kValues * c) + lanes.channel;
+  for (int q = 0; q < kValues; ++q) entry[q * c] = static_cast<T>(values[q]);
+}
+
+/// Block x: the entries from x * kFold on become entry x.
+template <class Kind, class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    fold_kernel(int64_t c, Partials<T> symbolic, T* symbolic_out, const Table* table) {
+  const Lanes lanes = lanes_of(c);
+  const Partials<T> p = resolve(symbolic, *table, blockIdx.z);
+  const int first = static_cast<int>(blockIdx.x) * kFold;
+  double merged[Kind::kValues];
+  Kind::merge(lanes, c, p, first, std::min(int{kFold}, p.count - first), merged);
+  write_entry(lanes, c, resolve(symbolic_out, *table, blockIdx.z), merged);
+}
+
+/// Block x: the moments of tile x of a, or of a and b.
+template <int kMeans, class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    moments_kernel(int64_t m, int64_t c, const T* symbolic_a, const T* symbolic_b, T* symbolic_out,
+                   const Table* table) {
+  const Lanes lanes = lanes_of(c);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kStatisticsRows;
+  const int count = static_cast<int>(std::min<int64_t>(kStatisticsRows, m - first));
+  const T* a = resolve(symbolic_a, *table, blockIdx.z) + first * c + lanes.channel;
+  const T* b = kMeans == 1 ? a : resolve(symbolic_b, *table, blockIdx.z) + first * c + lanes.channel;
+  T values[kMeans + 1], mean[kMeans], product[1];
+  channel_sums(lanes, count, mean, [&](int i, T(&sum)[kMeans]) {
+    sum[0] += a[i * c];
+    if constexpr (kMeans == 2) sum[1] += b[i * c];
+  });
+  for (int q = 0; q < kMeans; ++q) values[q] = mean[q] /= static_cast<T>(count);
+  channel_sums(lanes, count, product,
+               [&](int i, T(&sum)[1]) { sum[0] += (a[i * c] - mean[0]) * (b[i * c] - mean[kMeans - 1]); });
+  values[kMeans] = product[0];
+  write_entry(lanes, c, resolve(symbolic_out, *table, blockIdx.z), values);
+}
+
+inline int64_t tiles_of(int64_t rows) { return blocks_for(rows, kStatisticsRows); }
+
+/// Scratch for the entries of at most three values of `rows` rows, and their fold.
+inline int64_t partials_scratch(int64_t rows, int64_t c) {
+  return 3 * c * (tiles_of(rows) + blocks_for(tiles_of(rows), kFold));
+}
+
+/// The tiles' entries as they are, or folded: few enough for every block to merge. `scratch` has held those
+/// of the tiles, if they are not a convolution's.
+template <class Kind, class T>
+Partials<T> few_partials(const Launcher& launch, int64_t m, int64_t c, T* tiles, T* scratch) {
+  const int64_t count = tiles_of(m);
+  const Partials<T> p{tiles, static_cast<int>(count), kStatisticsRows, m};
+  if (count <= kMostEntries) return p;
+  const Partials<T> folded{scratch + 3 * c * count, static_cast<int>(blocks_for(count, kFold)),
+                           kStatisticsRows * kFold, m};
+  launch("fold partial sums", fold_kernel<Kind, T>, Grid{folded.count, blocks_for(c, channel_width(c))},
+         kThreads, 0, c, p, folded.at, launch.table);
+  return folded;
+}
+
+/// The moments of a [m, c], or of a and b: `taken`, where somebody has taken them tile by tile, or else our
+/// own.
+template <int kMeans, class T>
+Partials<T> moments_of(const Launcher& launch, int64_t m, int64_t c, const T* a, const T* b, T* taken,
+                       T* scratch) {
+  if (!taken) {
+    launch("moments", moments_kernel<kMeans, T>, Grid{tiles_of(m), blocks_for(c, channel_width(c))}, kThreads,
+           0, m, c, a, b, scratch, launch.table);
+  }
+  return few_partials<Moments<kMeans>>(launch, m, c, taken ? taken : scratch, scratch);
+}
+
+}  // namespace maml::cuda

@@ -1,0 +1,43 @@
+// Between the user's order of elements and the layers'. A weight is [rows, columns, taps] with the user and
+// [taps, columns, rows] packed; everything else is the same in both. Neighbouring threads take neighbouring
+// packed elements.
+#pragma once
+
+#include "description.h"
+
+namespace maml::cuda {
+
+/// Where packed element i of a parameter stands with the user. Parameters have less than 2^31 elements.
+__device__ __forceinline__ int64_t user_index(const ParameterInfo& p, int64_t i) {
+  if (p.rows == 1 && p.taps == 1) return i;
+  const uint32_t rows = static_cast<uint32_t>(p.rows), taps = static_cast<uint32_t>(p.taps);
+  const uint32_t columns = static_cast<uint32_t>(p.size) / (rows * taps);
+  const uint32_t rest = static_cast<uint32_t>(i) / rows, row = static_cast<uint32_t>(i) - rest * rows;
+  const uint32_t tap = rest / columns, column = rest - tap * columns;
+  return (static_cast<int64_t>(row) * columns + column) * taps + tap;
+}
+
+/// packed [size] from the user's; zero where the user has none.
+template <class T>
+__device__ void pack(Team team, const ParameterInfo& p, const T* user, T* packed) {
+  for (int64_t i = team.first(); i < p.size; i += team.step())
+    packed[i] = user ? user[user_index(p, i)] : T(0);
+}
+
+template <class T>
+__device__ void unpack(Team team, const ParameterInfo& p, const T* packed, T* user) {
+  for (int64_t i = team.first(); i < p.size; i += team.step()) user[user_index(p, i)] = packed[i];
+}
+
+/// A rate tensor: parameters of it, one behind the other, where it is elementwise.
+template <class T>
+__device__ void pack_rate(Team team, const Image& image, const RateInfo& rate, const T* user, T* packed) {
+  if (rate.parameter < 0) {
+    for (int64_t i = team.first(); i < rate.size; i += team.step()) packed[i] = user[i];
+    return;
+  }
+  const ParameterInfo& p = image.parameters[rate.parameter];
+  for (int64_t at = 0; at < rate.size; at += p.size) pack(team, p, user + at, packed + at);
+}
+
+}  // namespace maml::cuda

@@ -1,0 +1,75 @@
+// y = f(x) for all tasks: the passes of pointwise.h, a kernel for each function, so that no element pays for
+// the others. A thread takes every (blocks * kElementThreads)-th element: neighbours access neighbours.
+#include "layers.h"
+#include "pointwise.h"
+
+namespace maml::cuda {
+namespace {
+
+template <Function F, class T>
+__global__ void __launch_bounds__(kElementThreads)
+    forward_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
+  pointwise_forward<F>(grid_team(), l, resolve(symbolic, *table, blockIdx.z));
+}
+template <Function F, class T>
+__global__ void __launch_bounds__(kElementThreads)
+    backward_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
+  pointwise_backward<F>(grid_team(), l, resolve(symbolic, *table, blockIdx.z));
+}
+template <Function F, class T>
+__global__ void __launch_bounds__(kElementThreads)
+    forward_tangent_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
+  pointwise_forward_tangent<F>(grid_team(), l, resolve(symbolic, *table, blockIdx.z));
+}
+template <Function F, class T>
+__global__ void __launch_bounds__(kElementThreads)
+    backward_tangent_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
+  pointwise_backward_tangent<F>(grid_team(), l, resolve(symbolic, *table, blockIdx.z));
+}
+
+template <class T>
+void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+  with_function(l.function, [&]<Function F>() {
+    launch("pointwise forward", forward_kernel<F, T>, element_grid(l.n * size(l.in)), kElementThreads, 0, l,
+           t, launch.table);
+  });
+}
+
+template <class T>
+void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+  if (!t.grad_x[0]) return;
+  with_function(l.function, [&]<Function F>() {
+    launch("pointwise backward", backward_kernel<F, T>, element_grid(l.n * size(l.in)), kElementThreads, 0, l,
+           t, launch.table);
+  });
+}
+
+template <class T>
+void forward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+  with_function(l.function, [&]<Function F>() {
+    launch("pointwise forward tangent", forward_tangent_kernel<F, T>, element_grid(l.n * size(l.in)),
+           kElementThreads, 0, l, t, launch.table);
+  });
+}
+
+template <class T>
+void backward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+  if (!t.grad_x_dot[0]) return;
+  with_function(l.function, [&]<Function F>() {
+    launch("pointwise backward tangent", backward_tangent_kernel<F, T>, element_grid(l.n * size(l.in)),
+           kElementThreads, 0, l, t, launch.table);
+  });
+}
+
+}  // namespace
+
+template <>
+LaunchPasses<float> pointwise<float>() {
+  return {forward<float>, backward<float>, forward_tangent<float>, backward_tangent<float>};
+}
+template <>
+LaunchPasses<double> pointwise<double>() {
+  return {forward<double>, backward<double>, forward_tangent<double>, backward_tangent<double>};
+}
+
+}  // namespace maml::cuda

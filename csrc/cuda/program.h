@@ -1,0 +1,116 @@
+// The program of the megakernel: the meta-step of one task as a list of instructions, recorded by letting the
+// algorithm (meta_gradient.h) run over symbolic addresses.
+#pragma once
+
+#include <vector>
+
+#include "../plan.h"
+#include "address.h"
+
+namespace maml::cuda {
+
+enum class Op : int {
+  forward,
+  backward,
+  forward_tangent,
+  backward_tangent,
+  loss,           // x = z, x[1] = target, y = value, grad_x = grad_z, saved
+  loss_tangent,   // x_dot = z_dot, grad_x_dot = grad_z_dot, saved
+  descend,        // x = phi, grad_y = g, y = next
+  direction,      // x = v, y = out
+  rate_gradient,  // grad_y = g, x = v, y = result
+  subtract,       // x, y
+  copy,
+  zero
+};
+
+template <class T>
+struct Instruction {
+  Tensors<T> tensors;  // first, so that its words are the ones with symbolic addresses
+  Layer layer;         // loss: n, and c of `in`
+  Op op;
+  Loss loss;
+  int slices;    // first slice of the step
+  int64_t size;  // of a vector
+};
+
+/// A backend of TaskRunner that writes down what it is asked to do.
+template <class T>
+class Recorder {
+ public:
+  explicit Recorder(const Problem& problem) : problem_(problem) {}
+  const std::vector<Instruction<T>>& program() const { return program_; }
+
+  void forward(const Layer& l, const Tensors<T>& t) const { record(Op::forward, l, t); }
+  void backward(const Layer& l, const Tensors<T>& t) const { record(Op::backward, l, t); }
+  void forward_tangent(const Layer& l, const Tensors<T>& t) const { record(Op::forward_tangent, l, t); }
+  void backward_tangent(const Layer& l, const Tensors<T>& t) const { record(Op::backward_tangent, l, t); }
+
+  void loss(Loss kind, int64_t n, int64_t c, const T* z, const void* target, T* value, T* grad_z,
+            T* saved) const {
+    Tensors<T> t;
+    t.x[0] = z;
+    t.x[1] = static_cast<const T*>(target);
+    t.y = value;
+    t.grad_x[0] = grad_z;
+    t.saved = saved;
+    record(Op::loss, rows(n, c), t).loss = kind;
+  }
+  void loss_tangent(Loss kind, int64_t n, int64_t c, const T* z_dot, const T* saved, T* grad_z_dot) const {
+    Tensors<T> t;
+    t.x_dot[0] = z_dot;
+    t.grad_x_dot[0] = grad_z_dot;
+    t.saved = const_cast<T*>(saved);
+    record(Op::loss_tangent, rows(n, c), t).loss = kind;
+  }
+
+  void descend(const std::vector<RateSlice>& step, const T* phi, const T* g, T* next) const {
+    record_vector(Op::descend, phi, g, next).slices = first_slice(step);
+  }
+  void direction(const std::vector<RateSlice>& step, const T* v, T* out) const {
+    record_vector(Op::direction, v, nullptr, out).slices = first_slice(step);
+  }
+  void rate_gradient(const std::vector<RateSlice>& step, const T* g, const T* v, T* result) const {
+    record_vector(Op::rate_gradient, v, g, result).slices = first_slice(step);
+  }
+  void subtract(int64_t size, const T* x, T* y) const {
+    record_vector(Op::subtract, x, nullptr, y).size = size;
+  }
+  void copy(int64_t size, const T* from, T* to) const {
+    record_vector(Op::copy, from, nullptr, to).size = size;
+  }
+  void zero(int64_t size, T* to) const {
+    if (size > 0) record_vector(Op::zero, nullptr, nullptr, to).size = size;
+  }
+
+ private:
+  static Layer rows(int64_t n, int64_t c) {
+    Layer layer{};
+    layer.n = n;
+    layer.in = {c, 1, 1};
+    return layer;
+  }
+  int first_slice(const std::vector<RateSlice>& step) const {
+    return static_cast<int>((&step - problem_.slices.data()) * static_cast<int64_t>(step.size()));
+  }
+  Instruction<T>& record_vector(Op op, const T* x, const T* g, T* y) const {
+    Tensors<T> t;
+    t.x[0] = x;
+    t.grad_y = g;
+    t.y = y;
+    return record(op, {}, t);
+  }
+  Instruction<T>& record(Op op, const Layer& layer, const Tensors<T>& tensors) const {
+    Instruction<T> instruction{};
+    instruction.tensors = tensors;
+    instruction.layer = layer;
+    instruction.op = op;
+    program_.push_back(instruction);
+    return program_.back();
+  }
+
+  const Problem& problem_;
+  mutable std::vector<Instruction<T>> program_;
+};
+
+}  // namespace maml::cuda

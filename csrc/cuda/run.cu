@@ -1,0 +1,412 @@
+// One call on a CUDA device. Its spans travel to the device first; then, chunk by chunk of tasks, parameters
+// are packed, an executor runs, and results are added up in order of tasks. Nothing here waits for the
+// device.
+#include <optional>
+
+#include "../meta_gradient.h"
+#include "add_up.h"
+#include "backend.h"
+#include "batched.h"
+#include "megakernel.h"
+
+namespace maml::cuda {
+namespace {
+
+constexpr int64_t kMostTasksAtOnce = 65535;  // blockIdx.z
+
+/// Makes a device current, and the one before it when it goes.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "asking for the device");
+    if (before_ != device) check(cudaSetDevice(device), "choosing the device");
+    changed_ = before_ != device;
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+bool at_own_parameters(Operation o) {
+  return o == Operation::predict || o == Operation::predict_backward || o == Operation::loss_and_grad ||
+         o == Operation::hvp;
+}
+bool gives_gradient(Operation o) { return o == Operation::meta_gradient || o == Operation::adapt_backward; }
+bool gives_per_task(Operation o) {
+  return o == Operation::adapt || o == Operation::predict_backward || o == Operation::loss_and_grad ||
+         o == Operation::hvp;
+}
+bool takes_given(Operation o) { return o == Operation::adapt_backward || o == Operation::hvp; }
+
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    pack_kernel(Image image, int first_span, T* packed, const Table* table) {
+  const ParameterInfo& p = image.parameters[blockIdx.y];
+  const Span& user = table->regions[first_span + static_cast<int>(blockIdx.y)];
+  const int64_t task = blockIdx.z;
+  const T* from = user.start ? reinterpret_cast<const T*>(user.start + task * user.stride) : nullptr;
+  pack(grid_team(), p, from, resolve(packed, *table, task) + p.at);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    pack_rates_kernel(Image image, int first_span, T* packed, const Table* table) {
+  const RateInfo& rate = image.rates[blockIdx.y];
+  const Span& user = table->regions[first_span + static_cast<int>(blockIdx.y)];
+  pack_rate(grid_team(), image, rate, reinterpret_cast<const T*>(user.start),
+            resolve(packed, *table, 0) + rate.at);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    unpack_kernel(Image image, int first_span, const T* packed, const Table* table) {
+  const ParameterInfo& p = image.parameters[blockIdx.y];
+  const Span& user = table->regions[first_span + static_cast<int>(blockIdx.y)];
+  const int64_t task = blockIdx.z;
+  if (!user.start) return;
+  unpack(grid_team(), p, resolve(packed, *table, task) + p.at,
+         reinterpret_cast<T*>(user.start + task * user.stride));
+}
+
+/// The symbolic tensors of a task.
+template <class T>
+Task<T> symbolic_task(const Problem& p, const Layout& layout, bool inside) {
+  const Operation o = p.operation;
+  const bool own = inside || at_own_parameters(o);
+  auto given = [&](bool there, Region region) { return there ? place<T>(region) : nullptr; };
+  Task<T> task{};
+  task.theta = own ? place<T>(Region::task, layout.own) : place<T>(Region::shared, layout.theta);
+  task.x_support = given(p.support.n > 0, Region::x_support);
+  task.y_support = given(p.support.n > 0, Region::y_support);
+  task.x_query = given(p.query.n > 0, Region::x_query);
+  task.y_query = given(p.query.n > 0, Region::y_query);
+  const bool meta = o == Operation::meta_gradient || o == Operation::meta_loss;
+  task.support_losses = given(meta || o == Operation::adapt, Region::support_losses);
+  task.query_loss = given(meta || o == Operation::loss_and_grad, Region::task_losses);
+  task.logits = given(meta || o == Operation::predict, Region::logits);
+  task.result = place<T>(Region::task, gives_gradient(o) ? layout.result : layout.out);
+  task.given =
+      o == Operation::predict_backward ? place<T>(Region::cotangent) : place<T>(Region::task, layout.given);
+  task.adapted = place<T>(Region::task, layout.out);
+  return task;
+}
+
+}  // namespace
+
+Footprint footprint(const Layer& layer) {
+  switch (layer.kind) {
+    case Kind::conv2d:
+      return conv2d_footprint(layer);
+    case Kind::batch_norm:
+      return batch_norm_footprint(layer);
+    case Kind::block:
+      return block_footprint(layer);
+    case Kind::max_pool:
+      return max_pool_footprint(layer);
+    default:
+      return {};
+  }
+}
+
+LayerTraits traits() { return {footprint, true, conv2d_statistics_rows}; }
+
+template <class T>
+struct Runner<T>::State {
+  const Problem& problem;
+  int device;
+  Layout layout;
+  Executor executor = Executor::batched;
+  ImageBytes image;
+  size_t rates_at = 0, slices_at = 0, program_at = 0;
+  int program_length = 0;
+
+  State(const Problem& p, int device_)
+      : problem(p), device(device_), layout(p, at_own_parameters(p.operation), false) {
+    describe();
+    const Layout inside(p, true, true);
+    if (!has_small_layers(p) || all_spans().count > kMegakernelSpans) return;
+    int shared = 0;
+    check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          "asking for shared memory");
+    if (inside.task_size * sizeof(T) + megakernel_static_bytes() > static_cast<size_t>(shared)) return;
+    executor = Executor::megakernel;
+    layout = inside;
+    const Recorder<T> recorder(p);
+    const Task<T> task = symbolic_task<T>(p, layout, true);
+    TaskRunner<Recorder<T>, T>(recorder, p, task, place<T>(Region::task, layout.work)).run();
+    program_at = image.append(recorder.program().data(), recorder.program().size());
+    program_length = static_cast<int>(recorder.program().size());
+  }
+
+  void describe() {
+    std::vector<ParameterInfo> parameters;
+    int64_t gradient = 0;
+    for (size_t i = 0; i < problem.graph.parameters.size(); ++i) {
+      const Parameter& p = problem.graph.parameters[i];
+      const bool trainable = p.role != Role::frozen;
+      parameters.push_back({p.size, p.rows, p.taps, problem.packing.at[i], trainable ? gradient : -1});
+      if (trainable) gradient += p.size;
+    }
+    std::vector<RateInfo> rates;
+    for (size_t i = 0; i < problem.rate_tensors.size(); ++i) {
+      const RateTensor& r = problem.rate_tensors[i];
+      rates.push_back(
+          {r.size, problem.rate_at[i], r.parameter, problem.rate_grad_at[i], r.learned ? gradient : -1});
+      if (r.learned) gradient += r.size;
+    }
+    image.append(parameters.data(), parameters.size());  // at 0
+    rates_at = image.append(rates.data(), rates.size());
+    slices_at = image.bytes().size();
+    std::vector<RateSlice> slices;
+    for (const std::vector<RateSlice>& step : problem.slices)
+      slices.insert(slices.end(), step.begin(), step.end());
+    image.append(slices.data(), slices.size());
+  }
+
+  Image view(const void* at) const {
+    const auto* bytes = static_cast<const unsigned char*>(at);
+    return {reinterpret_cast<const ParameterInfo*>(bytes),
+            reinterpret_cast<const RateInfo*>(bytes + rates_at),
+            reinterpret_cast<const RateSlice*>(bytes + slices_at),
+            bytes + program_at,
+            static_cast<int>(problem.graph.parameters.size()),
+            static_cast<int>(problem.rate_tensors.size()),
+            static_cast<int>(problem.slices[0].size()),
+            program_length};
+  }
+
+  SpanOrder all_spans() const {
+    return {static_cast<int>(problem.graph.parameters.size()), static_cast<int>(problem.rate_tensors.size()),
+            takes_given(problem.operation), gives_per_task(problem.operation)};
+  }
+
+  int64_t chunk(const Call<T>& call) const { return std::min({call.at_once, call.tasks, kMostTasksAtOnce}); }
+  int64_t chunks(const Call<T>& call) const { return blocks_for(call.tasks, chunk(call)); }
+
+  /// Elements of the workspace for one task: with the megakernel only its result leaves the block.
+  int64_t task_stride() const {
+    return executor == Executor::batched       ? layout.task_size
+           : gives_gradient(problem.operation) ? whole_lines(problem.result_size)
+                                               : 0;
+  }
+  static int64_t elements(int64_t bytes) { return whole_lines(bytes / static_cast<int64_t>(sizeof(T))); }
+  int64_t spans_size(int64_t chunk_count) const {
+    return elements(chunk_count * all_spans().count * static_cast<int64_t>(sizeof(Span)));
+  }
+  int64_t workspace(int64_t tasks, int64_t at_once) const {
+    const int64_t size = std::min({at_once, tasks, kMostTasksAtOnce});
+    return spans_size(blocks_for(tasks, size)) + layout.shared_size + size * task_stride();
+  }
+
+  /// The spans of every chunk, one behind the other.
+  std::vector<Span> spans(const Call<T>& call) const {
+    const SpanOrder order = all_spans();
+    std::vector<Span> all;
+    T* shared = call.workspace + spans_size(chunks(call));
+    const int64_t element = sizeof(T),
+                  predictions = problem.query.n ? problem.query.values[problem.query.output].size : 0;
+    auto samples = [&](const Stage& s) { return s.n ? s.values[0].size * element : 0; };
+    auto targets = [&](const Stage& s) {
+      if (!s.n) return int64_t{0};
+      return problem.graph.loss == Loss::cross_entropy ? s.n * int64_t{8} : s.values[s.output].size * element;
+    };
+    for (int64_t first = 0; first < call.tasks; first += chunk(call)) {
+      auto push = [&](const void* start, int64_t stride) {
+        auto* bytes = static_cast<unsigned char*>(const_cast<void*>(start));
+        all.push_back({bytes ? bytes + first * stride : nullptr, stride});
+      };
+      const auto region = [&](Region r, const void* start, int64_t stride) {
+        all[all.size() - static_cast<size_t>(Region::count) + static_cast<size_t>(r)] = {
+            start ? static_cast<unsigned char*>(const_cast<void*>(start)) + first * stride : nullptr, stride};
+      };
+      all.resize(all.size() + static_cast<size_t>(Region::count));
+      region(Region::shared, shared, 0);
+      region(Region::x_support, call.x_support, samples(problem.support));
+      region(Region::y_support, call.y_support, targets(problem.support));
+      region(Region::x_query, call.x_query, samples(problem.query));
+      region(Region::y_query, call.y_query, targets(problem.query));
+      region(Region::logits, call.logits, predictions * element);
+      region(Region::support_losses, call.support_losses, problem.steps * element);
+      region(Region::task_losses, call.task_losses, element);
+      const bool cotangent = problem.operation == Operation::predict_backward;
+      region(Region::cotangent, cotangent ? call.given[0] : nullptr, predictions * element);
+      region(Region::task_weights, call.task_weights, element);
+      region(Region::loss, call.loss, 0);
+      region(Region::gradient, call.gradient, 0);
+      all[all.size() - static_cast<size_t>(Region::count) + static_cast<size_t>(Region::task)] = {
+          reinterpret_cast<unsigned char*>(shared + layout.shared_size),
+          task_stride() * element};  // of any chunk
+      for (size_t i = 0; i < call.parameters.size(); ++i) {
+        push(call.parameters[i], call.parameter_strides.empty() ? 0 : call.parameter_strides[i] * element);
+      }
+      for (const T* rate : call.rates) push(rate, 0);
+      for (size_t i = 0; order.given < order.per_task && i < call.given.size(); ++i) {
+        push(call.given[i], call.given_strides[i] * element);
+      }
+      for (size_t i = 0; order.per_task < order.count && i < call.per_task.size(); ++i) {
+        push(call.per_task[i], problem.graph.parameters[i].size * element);
+      }
+    }
+    return all;
+  }
+
+  /// Everything but the spans, which stand at `table`.
+  void walk(const Call<T>& call, const Image& view, const Span* table, const std::vector<Span>* host_spans,
+            cudaStream_t stream) const {
+    const SpanOrder order = all_spans();
+    auto table_of = [&](int64_t c) { return reinterpret_cast<const Table*>(table + c * order.count); };
+    if (executor == Executor::batched) {
+      const Launcher once{stream, 1, table_of(0)};
+      if (!at_own_parameters(problem.operation))
+        pack_all(once, view, order.parameters, layout.theta, Region::shared);
+      if (view.rate_count) {
+        once("pack rates", pack_rates_kernel<T>, {8, view.rate_count}, kVectorThreads, 0, view, order.rates,
+             place<T>(Region::shared, layout.rates), once.table);
+      }
+    }
+    for (int64_t c = 0; c < chunks(call); ++c) {
+      const int64_t tasks = std::min(chunk(call), call.tasks - c * chunk(call));
+      const Launcher launch{stream, tasks, table_of(c)};
+      if (executor == Executor::megakernel) {
+        launch_megakernel<T>(launch, problem, layout, view, host_spans->data() + c * order.count, order,
+                             const_cast<Span*>(table) + c * order.count);
+      } else {
+        run_batched(launch, view, order);
+      }
+      add_up(launch, call, view, c, table_of(0));
+    }
+  }
+
+  void pack_all(const Launcher& launch, const Image& view, int first_span, int64_t at, Region region) const {
+    launch("pack", pack_kernel<T>, {8, view.parameter_count}, kVectorThreads, 0, view, first_span,
+           place<T>(region, at), launch.table);
+  }
+
+  void run_batched(const Launcher& launch, const Image& view, const SpanOrder& order) const {
+    if (at_own_parameters(problem.operation))
+      pack_all(launch, view, order.parameters, layout.own, Region::task);
+    if (takes_given(problem.operation)) pack_all(launch, view, order.given, layout.given, Region::task);
+    const Batched<T> backend(launch, problem, view, place<T>(Region::shared, layout.rates));
+    const Task<T> task = symbolic_task<T>(problem, layout, false);
+    TaskRunner<Batched<T>, T>(backend, problem, task, place<T>(Region::task, layout.work)).run();
+    if (gives_per_task(problem.operation)) {
+      launch("unpack", unpack_kernel<T>, {8, view.parameter_count}, kVectorThreads, 0, view, order.per_task,
+             static_cast<const T*>(place<T>(Region::task, layout.out)), launch.table);
+    }
+  }
+
+  void add_up(const Launcher& launch, const Call<T>& call, const Image& view, int64_t c,
+              const Table* first) const {
+    if (!call.gradient && !call.loss) return;
+    const double equal =
+        problem.operation == Operation::adapt_backward ? 1.0 : 1.0 / static_cast<double>(call.tasks);
+    const AddUp a{launch.tasks, call.tasks, layout.totals,        layout.result,
+                  equal,        c == 0,     c + 1 == chunks(call)};
+    const Launcher once{launch.stream, 1, launch.table};
+    once("add up", add_up_kernel<T>, {16, view.parameter_count + view.rate_count + 1}, kReductionThreads, 0,
+         a, view, launch.table, first);
+  }
+};
+
+template <class T>
+Runner<T>::Runner(const Problem& problem, int device) : state_(std::make_unique<State>(problem, device)) {}
+template <class T>
+Runner<T>::Runner(Runner&&) noexcept = default;
+template <class T>
+Runner<T>::~Runner() = default;
+
+template <class T>
+Executor Runner<T>::executor() const {
+  return state_->executor;
+}
+
+template <class T>
+int64_t Runner<T>::image_bytes() const {
+  return static_cast<int64_t>(state_->image.bytes().size());
+}
+
+template <class T>
+void Runner<T>::upload(void* image, void* stream) const {
+  const OnDevice on(state_->device);
+  send(static_cast<cudaStream_t>(stream), state_->image.bytes().data(), state_->image.bytes().size(), image);
+}
+
+template <class T>
+int64_t Runner<T>::workspace(int64_t tasks, int64_t at_once) const {
+  return state_->workspace(tasks, at_once);
+}
+
+template <class T>
+void Runner<T>::run(const Call<T>& call, const void* image, void* stream) const {
+  const OnDevice on(state_->device);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const std::vector<Span> spans = state_->spans(call);
+  auto* table = reinterpret_cast<Span*>(call.workspace);
+  if (state_->executor == Executor::batched)
+    send(cuda_stream, spans.data(), spans.size() * sizeof(Span), table);
+  state_->walk(call, state_->view(image), table, &spans, cuda_stream);
+}
+
+template <class T>
+int64_t Runner<T>::table_bytes(const Call<T>& call) const {
+  return state_->chunks(call) * state_->all_spans().count * static_cast<int64_t>(sizeof(Span));
+}
+
+template <class T>
+Graph Runner<T>::capture(const Call<T>& call, const void* image, void* table) const {
+  const OnDevice on(state_->device);
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  cudaError_t status = cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed);
+  if (status == cudaSuccess) {
+    try {
+      state_->walk(call, state_->view(image), static_cast<const Span*>(table), nullptr, stream);
+      status = cudaStreamEndCapture(stream, &graph);
+    } catch (...) {
+      cudaStreamEndCapture(stream, &graph);
+      if (graph) cudaGraphDestroy(graph);
+      cudaStreamDestroy(stream);
+      throw;
+    }
+  }
+  if (status == cudaSuccess) status = cudaGraphInstantiate(&executable, graph, 0);
+  if (graph) cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
+  check(status, "capturing the call in a graph");
+  return Graph(executable, table);
+}
+
+template <class T>
+void Runner<T>::run(const Call<T>& call, const Graph& graph, void* stream) const {
+  const OnDevice on(state_->device);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const std::vector<Span> spans = state_->spans(call);
+  send(cuda_stream, spans.data(), spans.size() * sizeof(Span), graph.table());
+  check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph.executable()), cuda_stream),
+        "launching the graph");
+}
+
+Graph::~Graph() {
+  if (executable_) cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(executable_));
+}
+
+template class Runner<float>;
+template class Runner<double>;
+
+int device_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    cudaGetLastError();  // a machine without a driver: no device, no error
+    return 0;
+  }
+  return count;
+}
+
+}  // namespace maml::cuda

@@ -1,0 +1,138 @@
+// Windows that slide over the images of one task, both ways: the pixels that an output sees, and the outputs
+// that see a pixel. Pixels and outputs are numbered within their sample, row by row.
+//
+// The second way is walked by cells. A cell is stride_h x stride_w pixels, cell (a, b) starting where window
+// (a, b) does; so which windows hold a pixel follows from its place within the cell without a division: row o
+// of a cell lies in the windows a, a - 1, ... a - (kernel_h - 1 - o) / stride_h. Pixels ahead of the first
+// window or behind the last belong to cells whose windows do not exist.
+#pragma once
+
+#include <algorithm>
+
+#include "channels.h"
+
+namespace maml::cuda {
+
+/// A layer's window with its sizes in 32 bits.
+struct Windows {
+  int in_h, in_w, out_h, out_w, kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left;
+
+  __device__ __forceinline__ explicit Windows(const Layer& l)
+      : in_h(static_cast<int>(l.in.h)),
+        in_w(static_cast<int>(l.in.w)),
+        out_h(static_cast<int>(l.out.h)),
+        out_w(static_cast<int>(l.out.w)),
+        kernel_h(static_cast<int>(l.window.kernel_h)),
+        kernel_w(static_cast<int>(l.window.kernel_w)),
+        stride_h(static_cast<int>(l.window.stride_h)),
+        stride_w(static_cast<int>(l.window.stride_w)),
+        pad_top(static_cast<int>(l.window.pad_top)),
+        pad_left(static_cast<int>(l.window.pad_left)) {}
+
+  __device__ __forceinline__ int pixels() const { return in_h * in_w; }
+  __device__ __forceinline__ int outputs() const { return out_h * out_w; }
+};
+
+/// Cells of one sample.
+inline int64_t cells_of(const Layer& l) {
+  return blocks_for(l.in.h + l.window.pad_top, l.window.stride_h) *
+         blocks_for(l.in.w + l.window.pad_left, l.window.stride_w);
+}
+
+/// f(pixel) for all that `output` sees, ascending; padding is not there.
+template <class F>
+__device__ __forceinline__ void each_pixel_of(const Windows& w, int output, F f) {
+  const int i = output / w.out_w, j = output - i * w.out_w;
+  const int r0 = i * w.stride_h - w.pad_top, q0 = j * w.stride_w - w.pad_left;
+  const int r1 = std::min(w.in_h, r0 + w.kernel_h), q1 = std::min(w.in_w, q0 + w.kernel_w);
+  for (int r = std::max(0, r0); r < r1; ++r) {
+    for (int q = std::max(0, q0); q < q1; ++q) f(r * w.in_w + q);
+  }
+}
+
+/// The largest value(pixel) that `output` sees and where: the first one on a tie, and any NaN.
+template <class T>
+struct Largest {
+  T value;
+  int place;
+};
+
+template <class T, class F>
+__device__ __forceinline__ Largest<T> largest_of(const Windows& w, int output, F value) {
+  Largest<T> best{T(0), -1};
+  each_pixel_of(w, output, [&](int pixel) {
+    const T v = value(pixel);
+    if (best.place < 0 || v > best.value || v != v) best = {v, pixel};
+  });
+  return best;
+}
+
+/// The outputs [i0, i1) x [j0, j1) that see a pixel.
+struct Seers {
+  int i0, i1, j0, j1;
+};
+
+/// f(pixel, its seers) for the pixels of a cell.
+template <class F>
+__device__ __forceinline__ void each_pixel_in(const Windows& w, int cell, F f) {
+  const int cells_w = (w.in_w + w.pad_left + w.stride_w - 1) / w.stride_w;
+  const int reach_h = (w.kernel_h - 1) / w.stride_h, rest_h = (w.kernel_h - 1) % w.stride_h;
+  const int reach_w = (w.kernel_w - 1) / w.stride_w, rest_w = (w.kernel_w - 1) % w.stride_w;
+  const int a = cell / cells_w, b = cell - a * cells_w;
+  for (int o = 0; o < w.stride_h; ++o) {
+    const int r = a * w.stride_h - w.pad_top + o;
+    if (r < 0 || r >= w.in_h) continue;
+    const int i0 = std::max(0, a - (o <= rest_h ? reach_h : reach_h - 1)), i1 = std::min(w.out_h, a + 1);
+    for (int p = 0; p < w.stride_w; ++p) {
+      const int q = b * w.stride_w - w.pad_left + p;
+      if (q < 0 || q >= w.in_w) continue;
+      f(r * w.in_w + q,
+        Seers{i0, i1, std::max(0, b - (p <= rest_w ? reach_w : reach_w - 1)), std::min(w.out_w, b + 1)});
+    }
+  }
+}
+
+/// f(output) for every seer of a pixel, ascending.
+template <class F>
+__device__ __forceinline__ void each_output(const Windows& w, const Seers& seers, F f) {
+  for (int i = seers.i0; i < seers.i1; ++i) {
+    for (int j = seers.j0; j < seers.j1; ++j) f(i * w.out_w + j);
+  }
+}
+
+/// f(row) for the rows, of `count`, that fall to this thread.
+template <class F>
+__device__ __forceinline__ void each_row(const Lanes& lanes, int count, F f) {
+  if (!lanes.active) return;
+  const int step = static_cast<int>(gridDim.x) * lanes.rows;
+  for (int row = static_cast<int>(blockIdx.x) * lanes.rows + lanes.row; row < count; row += step) f(row);
+}
+
+/// f(sample, item) for the items of all n samples that fall to this thread.
+template <class F>
+__device__ __forceinline__ void each_item(const Lanes& lanes, int n, int items, F f) {
+  each_row(lanes, n * items, [&](int row) {
+    const int sample = row / items;
+    f(sample, row - sample * items);
+  });
+}
+
+/// f(at, chosen) for the input elements, of this thread's channel, in the cells that fall to it; chosen(each)
+/// calls each(output element) for every output whose place it is, ascending. `places` [n, out_h, out_w, c]
+/// starts at this thread's channel, and elements count from there.
+template <class F>
+__device__ __forceinline__ void each_place(const Windows& w, const Lanes& lanes, int n, int cells, int64_t c,
+                                           const int32_t* places, F f) {
+  each_item(lanes, n, cells, [&](int sample, int cell) {
+    each_pixel_in(w, cell, [&](int pixel, const Seers& seers) {
+      f((sample * w.pixels() + pixel) * c, [&](auto each) {
+        each_output(w, seers, [&](int output) {
+          const int64_t at = (sample * w.outputs() + output) * c;
+          if (places[at] == pixel) each(at);
+        });
+      });
+    });
+  });
+}
+
+}  // namespace maml::cuda

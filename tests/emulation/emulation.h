@@ -1,0 +1,233 @@
+// CUDA on the CPU, for tests: a .cu file compiled as C++ against this header runs its kernels as they are,
+// one fiber for each CUDA thread. What goes wrong on a GPU sometimes goes wrong here always:
+//
+//   a missing barrier       a wrong answer in some schedule (set_schedule), or ThreadSanitizer's report
+//   a read before a write   shared memory is NaN (bytes 0xFF) before every block, and so is fresh cudaMalloc
+//   a missing copy wait     the bytes of an asynchronous copy arrive at the wait; until then the place is NaN
+//   a divergent barrier     std::runtime_error, with the places, and how many threads wait and have returned
+//   out of bounds           AddressSanitizer's report; of arrays and alignment UndefinedBehaviorSanitizer's
+//
+// One block runs at a time, on the OS thread that launches it; other launches wait. Stricter than the
+// hardware: a thread that has returned opens no barrier, threads at different __syncthreads never meet, and
+// shuffles order no memory. Not here: the memory model without barriers, races between blocks, how nvcc
+// contracts sums of products, and the alignment of __shared__ arrays (g++ gives large ones 16 bytes or more).
+//
+// Build the kernels with -x c++ -std=c++20 and link emulation.cpp, which is always built without sanitizers;
+// for their reports with
+//   -Og -g -fsanitize=thread
+//   -Og -g -fsanitize=address,bounds,alignment -fno-sanitize-recover=all
+// Keep the symbols of the program or library: by them shared memory is found. __shared__ variables are of
+// types without constructors; `extern __shared__` is dynamic_shared().
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <source_location>
+#include <type_traits>
+
+// --------------------------------------------------------------------------------------- the language
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __forceinline__ inline __attribute__((always_inline))
+#define __align__(bytes) __attribute__((aligned(bytes)))
+// Static storage serves one block at a time. The tag enters the symbol's name, by which emulation.cpp finds
+// the variables to poison (g++ ignores section attributes in templates).
+#define __shared__ static __attribute__((abi_tag("emulation_shared")))
+
+// clang-format off
+struct uint3 { unsigned x, y, z; };
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(8) int2 { int x, y; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(8) float2 { float x, y; };
+struct float3 { float x, y, z; };
+struct alignas(16) double2 { double x, y; };
+struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint3 make_uint3(unsigned x, unsigned y, unsigned z) { return {x, y, z}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float3 make_float3(float x, float y, float z) { return {x, y, z}; }
+inline double2 make_double2(double x, double y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+// clang-format on
+
+namespace emulation {
+
+/// The order in which threads that can run do run, and the blocks of a grid: ascending, descending, random.
+/// Before the first call the environment decides:
+/// MAML_CUDA_EMULATION_SCHEDULE=forward|backward|shuffled[:seed].
+enum class Schedule { forward, backward, shuffled };
+void set_schedule(Schedule schedule, unsigned seed = 0);
+
+/// What the device says it has (4 until told): results must not depend on it.
+void set_multiprocessors(int count);
+
+/// How many times one fiber has handed over to another, since the program started.
+int64_t switches();
+
+/// The block's dynamic shared memory: aligned to 128 bytes, and not a byte longer than the launch asked for.
+void* dynamic_shared();
+
+/// All 32 lanes of a warp give `bytes` bytes; each receives 32 x bytes, in the order of the lanes. The twins
+/// of mma instructions are built on it. Like those it orders no memory.
+void warp_gather(const void* mine, size_t bytes, void* all,
+                 const std::source_location& place = std::source_location::current());
+
+/// cp.async: one thread's copy of 4, 8 or 16 aligned bytes to shared memory, or of as many zeros if not
+/// valid. The bytes arrive when this thread waits; other threads may read them after a barrier behind that.
+void defer_copy(void* shared, const void* global, size_t bytes, bool valid = true);
+/// cp.async.commit_group: the copies since the last commit become a group.
+void commit_copies();
+/// cp.async.wait_group: all groups of this thread but the `pending` youngest arrive.
+void wait_copies(int pending);
+
+/// Ends the launch with std::runtime_error(what) on the host.
+[[noreturn]] void fail(const char* what);
+
+// What the functions below are made of.
+struct Indices {
+  uint3 thread, block;
+  dim3 block_size, grid_size;
+};
+extern Indices indices;  // of the thread that runs
+extern unsigned lane;    // of the thread that runs
+void block_barrier(const std::source_location& place);
+void warp_barrier(unsigned mask, const std::source_location& place);
+/// Exchanges 4 or 8 bytes in a warp; poison comes from a lane that is not in the mask.
+void warp_exchange(unsigned mask, const char* name, const void* mine, size_t bytes, unsigned from,
+                   void* received, const std::source_location& place);
+/// The bits of the lanes whose predicate holds.
+unsigned warp_ballot(unsigned mask, bool predicate, const std::source_location& place);
+
+template <class T>
+T shuffle(unsigned mask, const char* name, T mine, unsigned from, const std::source_location& place) {
+  static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "no such shuffle in CUDA");
+  T received;
+  warp_exchange(mask, name, &mine, sizeof mine, from, &received, place);
+  return received;
+}
+
+template <class To, class From>
+To same_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+}  // namespace emulation
+
+inline constexpr const uint3& threadIdx = emulation::indices.thread;
+inline constexpr const uint3& blockIdx = emulation::indices.block;
+inline constexpr const dim3& blockDim = emulation::indices.block_size;
+inline constexpr const dim3& gridDim = emulation::indices.grid_size;
+inline constexpr int warpSize = 32;
+
+// --------------------------------------------------------------------------------- barriers and warps
+// The last argument of each is the place of the call, for messages.
+inline void __syncthreads(const std::source_location& place = std::source_location::current()) {
+  emulation::block_barrier(place);
+}
+inline void __syncwarp(unsigned mask = ~0u,
+                       const std::source_location& place = std::source_location::current()) {
+  emulation::warp_barrier(mask, place);
+}
+template <class T>
+T __shfl_sync(unsigned mask, T mine, int from, int width = 32,
+              const std::source_location& place = std::source_location::current()) {
+  const unsigned last = static_cast<unsigned>(width) - 1;
+  return emulation::shuffle(mask, "__shfl_sync", mine,
+                            (emulation::lane & ~last) | (static_cast<unsigned>(from) & last), place);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T mine, unsigned by, int width = 32,
+                 const std::source_location& place = std::source_location::current()) {
+  const unsigned last = static_cast<unsigned>(width) - 1, within = emulation::lane & last;
+  return emulation::shuffle(mask, "__shfl_up_sync", mine, emulation::lane - (by <= within ? by : 0), place);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T mine, unsigned by, int width = 32,
+                   const std::source_location& place = std::source_location::current()) {
+  const unsigned last = static_cast<unsigned>(width) - 1, within = emulation::lane & last;
+  return emulation::shuffle(mask, "__shfl_down_sync", mine, emulation::lane + (by <= last - within ? by : 0),
+                            place);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T mine, int bits, int width = 32,
+                  const std::source_location& place = std::source_location::current()) {
+  const unsigned last = static_cast<unsigned>(width) - 1,
+                 from = emulation::lane ^ static_cast<unsigned>(bits);
+  return emulation::shuffle(mask, "__shfl_xor_sync", mine,
+                            from > (emulation::lane | last) ? emulation::lane : from, place);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate,
+                              const std::source_location& place = std::source_location::current()) {
+  return emulation::warp_ballot(mask, predicate != 0, place);
+}
+inline int __any_sync(unsigned mask, int predicate,
+                      const std::source_location& place = std::source_location::current()) {
+  return emulation::warp_ballot(mask, predicate != 0, place) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate,
+                      const std::source_location& place = std::source_location::current()) {
+  return emulation::warp_ballot(mask, predicate == 0, place) == 0;
+}
+
+// -------------------------------------------------------------------------------- memory and arithmetic
+// Threads of a block interleave at barriers only, and blocks not at all: a fence has nothing to do.
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+[[noreturn]] inline void __trap() { emulation::fail("__trap()"); }
+
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+
+template <class T>
+T atomicAdd(T* p, std::type_identity_t<T> v) {
+  static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "no such atomicAdd in CUDA");
+  if constexpr (std::is_integral_v<T>) return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
+  T old, sum;
+  __atomic_load(p, &old, __ATOMIC_RELAXED);
+  do sum = old + v;
+  while (!__atomic_compare_exchange(p, &old, &sum, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  return old;
+}
+
+inline unsigned __float_as_uint(float v) { return emulation::same_bits<unsigned>(v); }
+inline int __float_as_int(float v) { return emulation::same_bits<int>(v); }
+inline float __uint_as_float(unsigned v) { return emulation::same_bits<float>(v); }
+inline float __int_as_float(int v) { return emulation::same_bits<float>(v); }
+inline long long __double_as_longlong(double v) { return emulation::same_bits<long long>(v); }
+inline double __longlong_as_double(long long v) { return emulation::same_bits<double>(v); }
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int __ffs(int v) { return __builtin_ffs(v); }
+inline int __clz(int v) { return v == 0 ? 32 : __builtin_clz(static_cast<unsigned>(v)); }
+
+inline float rsqrtf(float v) { return 1 / std::sqrt(v); }
+inline float rsqrt(float v) { return 1 / std::sqrt(v); }
+inline double rsqrt(double v) { return 1 / std::sqrt(v); }
+inline float __frcp_rn(float v) { return 1 / v; }
+inline float __fsqrt_rn(float v) { return std::sqrt(v); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __expf(float v) { return std::exp(v); }
+inline float __logf(float v) { return std::log(v); }
+
+#include "host.h"

@@ -1,0 +1,255 @@
+// What the CUDA layers must compute, sharing nothing with them. A reference writes down the forward pass and
+// the chain rule, step by step, for any number type; with dual numbers it gives the tangents too, and f' is
+// the derivative of f itself.
+#pragma once
+
+#include <cmath>
+#include <cstdlib>
+#include <vector>
+
+#include "../../csrc/layers.h"
+
+namespace maml {
+
+/// v + d epsilon, epsilon^2 = 0.
+template <class S>
+struct Dual {
+  S v, d;
+  Dual(double value = 0) : v(value), d(0) {}
+  Dual(S value, S dot) : v(value), d(dot) {}
+  friend Dual operator+(Dual a, Dual b) { return {a.v + b.v, a.d + b.d}; }
+  friend Dual operator-(Dual a, Dual b) { return {a.v - b.v, a.d - b.d}; }
+  friend Dual operator-(Dual a) { return Dual(0) - a; }
+  friend Dual operator*(Dual a, Dual b) { return {a.v * b.v, a.d * b.v + a.v * b.d}; }
+  friend Dual operator/(Dual a, Dual b) { return {a.v / b.v, (a.d - a.v / b.v * b.d) / b.v}; }
+  Dual& operator+=(Dual b) { return *this = *this + b; }
+};
+
+inline double value_of(double x) { return x; }
+template <class S>
+double value_of(Dual<S> x) {
+  return value_of(x.v);
+}
+
+using std::erfc, std::exp, std::log, std::sqrt;
+template <class S>
+Dual<S> exp(Dual<S> x) {
+  return {exp(x.v), exp(x.v) * x.d};
+}
+template <class S>
+Dual<S> log(Dual<S> x) {
+  return {log(x.v), x.d / x.v};
+}
+template <class S>
+Dual<S> sqrt(Dual<S> x) {
+  return {sqrt(x.v), x.d / (S(2) * sqrt(x.v))};
+}
+template <class S>
+Dual<S> erfc(Dual<S> x) {
+  return {erfc(x.v), S(-1.1283791670955126) * exp(-(x.v * x.v)) * x.d};
+}
+
+template <class S>
+struct Values {
+  std::vector<S> x[2], w[2], g;            // read; w empty: absent
+  std::vector<S> y, grad_x[2], grad_w[2];  // written
+};
+
+template <class S>
+S f_of(const Layer& l, S x) {
+  const double at = value_of(x);
+  const S a(l.a), b(l.b), c(l.c), one(1);
+  auto sigmoid = [&](S z) { return one / (one + exp(-z)); };
+  switch (l.function) {
+    case Function::relu:
+      return at > 0 ? x : S(0);
+    case Function::leaky_relu:
+      return at > 0 ? x : a * x;
+    case Function::elu:
+      return at > 0 ? b * x : b * a * (exp(x / c) - one);
+    case Function::silu:
+      return x * sigmoid(x);
+    case Function::gelu:
+      return x * erfc(-x / sqrt(S(2))) / S(2);
+    case Function::gelu_tanh: {
+      const S u = S(std::sqrt(2 / M_PI)) * (x + S(0.044715) * x * x * x);
+      return x * sigmoid(S(2) * u);  // (1 + tanh u) / 2 = sigmoid(2 u)
+    }
+    case Function::softplus:
+      return l.a * at > l.b ? x : log(one + exp(a * x)) / a;
+    case Function::tanh:
+      return S(2) * sigmoid(S(2) * x) - one;
+    case Function::sigmoid:
+      return sigmoid(x);
+    case Function::hardtanh:
+      return at <= l.a ? a : at >= l.b ? b : x;
+  }
+  std::abort();
+}
+
+template <class S>
+S df_of(const Layer& l, S x) {
+  return f_of(l, Dual<S>(x, S(1))).d;
+}
+
+inline int64_t rows_in(const Layer& l) { return l.n * l.in.h * l.in.w; }
+inline int64_t count_in(const Layer& l) { return l.n * size(l.in); }
+inline int64_t count_out(const Layer& l) { return l.n * size(l.out); }
+
+/// f(output element, input element) for all that windows join, channel by channel.
+template <class F>
+void each_joined(const Layer& l, F f) {
+  const Window& k = l.window;
+  for (int64_t s = 0; s < l.n; ++s)
+    for (int64_t i = 0; i < l.out.h; ++i)
+      for (int64_t j = 0; j < l.out.w; ++j)
+        for (int64_t r = i * k.stride_h - k.pad_top; r < i * k.stride_h - k.pad_top + k.kernel_h; ++r)
+          for (int64_t q = j * k.stride_w - k.pad_left; q < j * k.stride_w - k.pad_left + k.kernel_w; ++q) {
+            if (r < 0 || q < 0 || r >= l.in.h || q >= l.in.w) continue;
+            for (int64_t ch = 0; ch < l.in.c; ++ch) {
+              f(((s * l.out.h + i) * l.out.w + j) * l.in.c + ch,
+                ((s * l.in.h + r) * l.in.w + q) * l.in.c + ch);
+            }
+          }
+}
+
+/// The input element that each output element is the maximum of.
+template <class S>
+std::vector<int64_t> chosen_of(const Layer& l, const std::vector<S>& a) {
+  std::vector<int64_t> chosen(count_out(l), -1);
+  each_joined(l, [&](int64_t out, int64_t in) {
+    const double v = value_of(a[in]);
+    if (chosen[out] < 0 || v > value_of(a[chosen[out]]) || std::isnan(v)) chosen[out] = in;
+  });
+  return chosen;
+}
+
+template <class S>
+void max_pool_reference(const Layer& l, Values<S>& v) {
+  const auto chosen = chosen_of(l, v.x[0]);
+  v.y.resize(count_out(l));
+  v.grad_x[0].assign(count_in(l), S(0));
+  for (int64_t i = 0; i < count_out(l); ++i) {
+    v.y[i] = v.x[0][chosen[i]];
+    v.grad_x[0][chosen[i]] += v.g[i];
+  }
+}
+
+template <class S>
+void avg_pool_reference(const Layer& layer, Values<S>& v) {
+  Layer l = layer;
+  if (l.kind == Kind::mean_pool) l.window = {l.in.h, l.in.w, 1, 1, 0, 0};
+  std::vector<double> divisor(count_out(l), 0);
+  each_joined(l, [&](int64_t out, int64_t) { divisor[out] += 1; });
+  if (l.count_padding)
+    divisor.assign(count_out(l), static_cast<double>(l.window.kernel_h * l.window.kernel_w));
+  v.y.assign(count_out(l), S(0));
+  v.grad_x[0].assign(count_in(l), S(0));
+  each_joined(l, [&](int64_t out, int64_t in) {
+    v.y[out] += v.x[0][in] / S(divisor[out]);
+    v.grad_x[0][in] += v.g[out] / S(divisor[out]);
+  });
+}
+
+template <class S>
+void pointwise_reference(const Layer& l, Values<S>& v) {
+  v.y.resize(count_in(l));
+  v.grad_x[0].resize(count_in(l));
+  for (int64_t i = 0; i < count_in(l); ++i) {
+    v.y[i] = f_of(l, v.x[0][i]);
+    v.grad_x[0][i] = df_of(l, v.x[0][i]) * v.g[i];
+  }
+}
+
+/// batch_norm and block, by the chain rule step by step.
+template <class S>
+void normalise_reference(const Layer& l, Values<S>& v) {
+  const int64_t m = rows_in(l), c = l.in.c;
+  const S rows(static_cast<double>(m));
+  std::vector<S> mu(c, S(0)), var(c, S(0)), u(m * c), a(m * c), grad_u(m * c, S(0));
+  for (int64_t i = 0; i < m * c; ++i) mu[i % c] += v.x[0][i] / rows;
+  for (int64_t i = 0; i < m * c; ++i) var[i % c] += (v.x[0][i] - mu[i % c]) * (v.x[0][i] - mu[i % c]) / rows;
+  auto gamma = [&](int64_t ch) { return v.w[0].empty() ? S(1) : v.w[0][ch]; };
+  auto beta = [&](int64_t ch) { return v.w[1].empty() ? S(0) : v.w[1][ch]; };
+  const bool f = l.kind == Kind::block;
+  for (int64_t i = 0; i < m * c; ++i) {
+    const int64_t ch = i % c;
+    u[i] = gamma(ch) * (v.x[0][i] - mu[ch]) / sqrt(var[ch] + S(l.eps)) + beta(ch);
+    a[i] = f ? f_of(l, u[i]) : u[i];
+  }
+  std::vector<int64_t> chosen(count_out(l));
+  for (int64_t i = 0; i < count_out(l); ++i) chosen[i] = i;
+  if (l.pooled) chosen = chosen_of(l, a);
+  v.y.resize(count_out(l));
+  for (int64_t i = 0; i < count_out(l); ++i) {
+    v.y[i] = a[chosen[i]];
+    grad_u[chosen[i]] += v.g[i];
+  }
+  if (f) {
+    for (int64_t i = 0; i < m * c; ++i) grad_u[i] = df_of(l, u[i]) * grad_u[i];
+  }
+  std::vector<S> grad_mu(c, S(0)), grad_var(c, S(0));
+  v.grad_w[0].assign(c, S(0));
+  v.grad_w[1].assign(c, S(0));
+  v.grad_x[0].resize(m * c);
+  for (int64_t i = 0; i < m * c; ++i) {
+    const int64_t ch = i % c;
+    const S deviation = sqrt(var[ch] + S(l.eps)), centred = v.x[0][i] - mu[ch];
+    v.grad_w[0][ch] += grad_u[i] * centred / deviation;
+    v.grad_w[1][ch] += grad_u[i];
+    grad_mu[ch] += -(grad_u[i] * gamma(ch)) / deviation;
+    grad_var[ch] += grad_u[i] * gamma(ch) * centred * S(-0.5) / (deviation * deviation * deviation);
+  }
+  for (int64_t i = 0; i < m * c; ++i) {
+    const int64_t ch = i % c;
+    const S centred = v.x[0][i] - mu[ch];
+    v.grad_x[0][i] = grad_u[i] * gamma(ch) / sqrt(var[ch] + S(l.eps)) + grad_mu[ch] / rows +
+                     grad_var[ch] * S(2) * centred / rows;
+  }
+}
+
+/// [n, rows, columns] -> [n, columns, rows]
+template <class S>
+std::vector<S> transposed(int64_t n, int64_t rows, int64_t columns, const std::vector<S>& in) {
+  std::vector<S> out(in.size());
+  for (int64_t s = 0; s < n; ++s)
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j)
+        out[(s * columns + j) * rows + i] = in[(s * rows + i) * columns + j];
+  return out;
+}
+
+template <class S>
+void reference(const Layer& l, Values<S>& v) {
+  const int64_t pixels = l.in.h * l.in.w;
+  switch (l.kind) {
+    case Kind::channels_last:
+      v.y = transposed(l.n, l.in.c, pixels, v.x[0]);
+      v.grad_x[0] = transposed(l.n, pixels, l.in.c, v.g);
+      return;
+    case Kind::flatten:
+      v.y = transposed(l.n, pixels, l.in.c, v.x[0]);
+      v.grad_x[0] = transposed(l.n, l.in.c, pixels, v.g);
+      return;
+    case Kind::add:
+      v.y = v.x[0];
+      for (size_t i = 0; i < v.y.size(); ++i) v.y[i] += v.x[1][i];
+      v.grad_x[0] = v.grad_x[1] = v.g;
+      return;
+    case Kind::batch_norm:
+    case Kind::block:
+      return normalise_reference(l, v);
+    case Kind::pointwise:
+      return pointwise_reference(l, v);
+    case Kind::max_pool:
+      return max_pool_reference(l, v);
+    case Kind::avg_pool:
+    case Kind::mean_pool:
+      return avg_pool_reference(l, v);
+    case Kind::conv2d:
+      break;
+  }
+  std::abort();
+}
+
+}  // namespace maml

@@ -1,0 +1,308 @@
+// The scheduler of emulation.cpp: which thread runs, on which stack, and who goes on when a barrier opens.
+//
+// A thread runs until it waits or returns. One that waits hands over to the next that can run, directly; one
+// that returns leaves its stack to the next that has not begun. So a kernel without barriers runs all its
+// threads on one stack and never switches. The thread that completes a barrier makes all that wait there
+// ready.
+//
+// For the race detector each thread is a TSan fiber on a stack of its own, and a switch orders nothing. Only
+// a barrier does: every thread releases into its `arrived`; the one that completes the barrier acquires them
+// all and releases into its `opened`, which the others acquire when they go on. The two are objects of a
+// thread, not of a barrier, so that one who runs ahead to the next barrier tells no one anything yet. Between
+// switches nothing here may allocate or call memset and memcpy on what threads share: the sanitizers see it.
+#pragma once
+
+#include <deque>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "emulation.h"
+#include "fiber.h"
+#include "shared_variables.h"
+
+namespace emulation {
+namespace {
+
+enum class State { fresh, running, at_block_barrier, at_warp_barrier, returned };
+
+struct Place {  // of a call in a kernel
+  const char* file = nullptr;
+  unsigned line = 0;
+  Place() = default;
+  explicit Place(const std::source_location& l) : file(l.file_name()), line(l.line()) {}
+  bool operator==(const Place& o) const {
+    return line == o.line && (file == o.file || std::strcmp(file, o.file) == 0);
+  }
+  std::string words() const { return std::string(file) + ":" + std::to_string(line); }
+};
+
+constexpr size_t kThreadsAtMost = 1024;
+constexpr size_t kExchangeAtMost = 256;  // bytes of a lane
+constexpr unsigned kAllLanes = ~0u;      // in place of one lane
+
+/// What a lane brings to a warp's barrier, and what it takes away.
+struct Exchange {
+  const char* name = nullptr;
+  const void* mine = nullptr;
+  size_t bytes = 0;
+  unsigned from = 0;  // a lane, or kAllLanes
+  void* received = nullptr;
+  bool orders_memory = false;
+};
+
+struct Copy {  // asynchronous, not yet arrived
+  void* to;
+  const void* from;
+  size_t bytes;
+  bool valid;
+  int64_t group;
+};
+
+struct Thread {
+  State state;
+  Fiber* fiber;
+  uint3 index;
+  Place place;  // where it waits
+  unsigned mask;
+  Exchange exchange;
+  std::vector<Copy> copies;
+  int64_t groups;         // of copies, committed
+  char arrived, opened;   // for the race detector: their addresses are all that matters
+  char* opened_by_other;  // what to acquire when going on, if anything
+};
+
+struct Runtime {
+  std::mutex mutex;  // of a launch
+  Schedule schedule = Schedule::forward;
+  bool schedule_known = false;
+  uint64_t random = 1;
+  int64_t switches = 0;
+
+  void (*kernel)(const void* arguments) = nullptr;
+  const void* arguments = nullptr;
+
+  std::vector<Thread> threads;  // the first `count` are the block's
+  size_t count = 0, current = 0, returned = 0, at_block = 0;
+  Place block_place;                        // of those that wait at the block's barrier
+  unsigned waiting[kThreadsAtMost / 32]{};  // by warp: a bit for every lane at a warp's barrier
+  unsigned ready[kThreadsAtMost];           // a ring of the threads that can run, in their order
+  size_t ready_first = 0, ready_count = 0;
+
+  Fiber host;
+  std::deque<Fiber> fibers;
+  std::vector<Fiber*> free_fibers;
+  std::exception_ptr failure;
+  char started = 0, finished = 0;  // for the race detector
+
+  bool shared_known = false;
+  std::vector<SharedVariable> shared_variables;
+  unsigned char* dynamic = nullptr;
+  size_t dynamic_bytes = 0;
+  unsigned char gathered[32 * kExchangeAtMost];  // of a warp's lanes, while they exchange
+} r;
+
+Thread& running() { return r.threads[r.current]; }
+
+void acquire(char* object) {
+  if (__tsan_acquire) __tsan_acquire(object);
+}
+void release(char* object) {
+  if (__tsan_release) __tsan_release(object);
+}
+
+uint64_t random_below(uint64_t n) {  // xorshift64*
+  r.random ^= r.random >> 12;
+  r.random ^= r.random << 25;
+  r.random ^= r.random >> 27;
+  return (r.random * 2685821657736338717u >> 33) % n;
+}
+
+// -------------------------------------------------------------------------------------------- failures
+std::string words(unsigned x, unsigned y, unsigned z) {
+  return "(" + std::to_string(x) + ", " + std::to_string(y) + ", " + std::to_string(z) + ")";
+}
+std::string words_of_block() {
+  return " in block " + words(indices.block.x, indices.block.y, indices.block.z);
+}
+
+/// Ends the launch: run_kernel catches it, and the host throws it again.
+[[noreturn]] void give_up(const std::string& what) {
+  const uint3& i = indices.thread;
+  throw std::runtime_error("emulation: " + what + ": thread " + words(i.x, i.y, i.z) + words_of_block());
+}
+
+/// No thread can run, and not all have returned.
+std::runtime_error deadlock() {
+  const Thread* stuck = nullptr;  // in a warp
+  size_t in_warps = 0;
+  for (size_t i = r.count; i-- > 0;) {
+    if (r.threads[i].state != State::at_warp_barrier) continue;
+    stuck = &r.threads[i];
+    ++in_warps;
+  }
+  std::string what = "emulation: divergent barrier: of " + std::to_string(r.count) + " threads ";
+  if (r.at_block > 0) {
+    what += std::to_string(r.at_block) + " wait at __syncthreads (" + r.block_place.words() + "), ";
+  }
+  if (stuck != nullptr) {
+    what += std::to_string(in_warps) + " wait for lanes of their warp at " + stuck->exchange.name + " (" +
+            stuck->place.words() + "), ";
+  }
+  return std::runtime_error(what + std::to_string(r.returned) + " have returned" + words_of_block());
+}
+
+// ------------------------------------------------------------------------------------------- switching
+unsigned& ready_at(size_t i) { return r.ready[(r.ready_first + i) % kThreadsAtMost]; }
+
+void make_ready(size_t thread) { ready_at(r.ready_count++) = static_cast<unsigned>(thread); }
+
+/// Takes the thread that runs next; false where none can.
+bool next_thread(size_t* next) {
+  if (r.ready_count == 0) return false;
+  if (r.schedule == Schedule::shuffled) std::swap(ready_at(0), ready_at(random_below(r.ready_count)));
+  *next = ready_at(0);
+  ++r.ready_first;
+  --r.ready_count;
+  return true;
+}
+
+void make_current(size_t thread) {
+  r.current = thread;
+  running().state = State::running;
+  indices.thread = running().index;
+  lane = static_cast<unsigned>(thread) % 32;
+}
+
+void run_threads();
+
+/// Each thread's own stack for the race detector. Who creates one is ordered before it: the host.
+void create_fibers_for_tsan() {
+  if (!under_tsan()) return;
+  while (r.fibers.size() < r.count) r.fibers.emplace_back().create(run_threads, r.fibers.size());
+}
+
+/// The stack for a thread that begins.
+Fiber* new_fiber(size_t thread) {
+  if (under_tsan()) return &r.fibers[thread];
+  if (r.free_fibers.empty()) {
+    r.fibers.emplace_back().create(run_threads, r.fibers.size());
+    return &r.fibers.back();
+  }
+  Fiber* fiber = r.free_fibers.back();
+  r.free_fibers.pop_back();
+  return fiber;
+}
+
+void switch_to(Fiber& from, size_t next) {
+  Thread& t = r.threads[next];
+  if (t.state == State::fresh) t.fiber = new_fiber(next);
+  make_current(next);
+  ++r.switches;
+  t.fiber->resume(from);
+}
+
+/// Waits, in the state set before, until someone has made this thread ready and its turn has come.
+void wait_for_turn() {
+  Thread& me = running();
+  release(&r.finished);  // for the host, should the launch fail
+  size_t next;
+  if (!next_thread(&next)) throw deadlock();
+  if (&r.threads[next] == &me) {
+    make_current(next);
+  } else {
+    switch_to(*me.fiber, next);
+  }
+  if (me.opened_by_other != nullptr) acquire(me.opened_by_other);
+}
+
+/// Lets a thread that waits go on.
+void wake(size_t thread, char* opened) {
+  r.threads[thread].opened_by_other = opened;
+  make_ready(thread);
+}
+
+template <class F>
+void for_each_in_order(size_t first, size_t last, const F& f) {
+  if (r.schedule == Schedule::backward) {
+    for (size_t i = last; i-- > first;) f(i);
+  } else {
+    for (size_t i = first; i < last; ++i) f(i);
+  }
+}
+
+// --------------------------------------------------------------------------------------------- running
+std::exception_ptr run_kernel() {
+  try {
+    r.kernel(r.arguments);
+  } catch (...) {
+    return std::current_exception();
+  }
+  return nullptr;
+}
+
+/// One thread from its beginning to its end. False where the block ends with it.
+bool run_thread(size_t* next) {
+  acquire(&r.started);
+  r.failure = run_kernel();
+  if (r.failure) return false;
+  running().state = State::returned;
+  ++r.returned;
+  if (next_thread(next)) return true;
+  if (r.returned < r.count) r.failure = std::make_exception_ptr(deadlock());
+  return false;
+}
+
+/// What a fiber does all its life: runs threads one after another, and hands over where the next one waited
+/// on another stack, to be taken from the free ones later.
+void run_threads() {
+  Fiber& fiber = *running().fiber;
+  fiber.arrived();
+  for (;;) {
+    size_t next;
+    const bool more = run_thread(&next);
+    release(&r.finished);
+    if (more && r.threads[next].state == State::fresh && !under_tsan()) {
+      r.threads[next].fiber = &fiber;
+      make_current(next);
+      continue;
+    }
+    if (!under_tsan()) r.free_fibers.push_back(&fiber);
+    if (more) {
+      switch_to(fiber, next);
+    } else {
+      r.host.resume(fiber);
+    }
+  }
+}
+
+/// All threads of the block, on the host's stack's behalf.
+void run_block() {
+  r.returned = r.at_block = 0;
+  for (unsigned& lanes : r.waiting) lanes = 0;
+  for (size_t i = 0; i < r.count; ++i) {
+    r.threads[i].state = State::fresh;
+    r.threads[i].groups = 0;
+    r.threads[i].copies.clear();
+  }
+  r.ready_count = 0;
+  for_each_in_order(0, r.count, make_ready);
+  release(&r.started);
+  create_fibers_for_tsan();
+  size_t first;
+  next_thread(&first);
+  switch_to(r.host, first);
+  acquire(&r.finished);
+  if (r.failure) {  // threads that wait still stand on their stacks
+    r.free_fibers.clear();
+    r.fibers.clear();
+    std::rethrow_exception(std::exchange(r.failure, nullptr));
+  }
+}
+
+}  // namespace
+}  // namespace emulation

@@ -1,0 +1,77 @@
+// Finds the __shared__ variables of this program or library in its own symbol table: their names carry the
+// tag that the macro gives them.
+#pragma once
+
+#include <dlfcn.h>
+#include <elf.h>
+#include <link.h>
+
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace emulation {
+
+struct SharedVariable {
+  unsigned char* start;
+  size_t bytes;
+};
+
+/// Of the module that holds `inside`. Throws where the module's symbols have been stripped.
+inline std::vector<SharedVariable> find_shared_variables(const void* inside) {
+  struct Module {
+    uintptr_t inside, base = 0;
+    std::string path{};
+  } module{.inside = reinterpret_cast<uintptr_t>(inside)};
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* data) {
+        auto& m = *static_cast<Module*>(data);
+        for (int i = 0; i < info->dlpi_phnum; ++i) {
+          const auto& segment = info->dlpi_phdr[i];
+          const uintptr_t start = info->dlpi_addr + segment.p_vaddr;
+          if (segment.p_type != PT_LOAD || m.inside < start || m.inside >= start + segment.p_memsz) continue;
+          m.base = info->dlpi_addr;
+          m.path = *info->dlpi_name == '\0' ? "/proc/self/exe" : info->dlpi_name;
+          return 1;
+        }
+        return 0;
+      },
+      &module);
+
+  std::ifstream file(module.path, std::ios::binary);
+  const std::vector<char> image{std::istreambuf_iterator<char>(file), {}};
+  const auto at = [&]<class T>(T*, uint64_t offset) {
+    return reinterpret_cast<const T*>(image.data() + offset);
+  };
+  std::vector<SharedVariable> found;
+  bool has_symbols = false;
+  if (image.size() >= sizeof(ElfW(Ehdr))) {
+    const auto* header = at(static_cast<ElfW(Ehdr)*>(nullptr), 0);
+    const auto* sections = at(static_cast<ElfW(Shdr)*>(nullptr), header->e_shoff);
+    for (int s = 0; s < header->e_shnum; ++s) {
+      if (sections[s].sh_type != SHT_SYMTAB) continue;
+      has_symbols = true;
+      const auto* symbols = at(static_cast<ElfW(Sym)*>(nullptr), sections[s].sh_offset);
+      const char* names = image.data() + sections[sections[s].sh_link].sh_offset;
+      for (size_t i = 0; i < sections[s].sh_size / sizeof(ElfW(Sym)); ++i) {
+        const auto& symbol = symbols[i];
+        const char* name = names + symbol.st_name;
+        if ((symbol.st_info & 15) != STT_OBJECT || std::strncmp(name, "_ZZ", 3) != 0) continue;
+        if (std::strstr(name, "B16emulation_shared") == nullptr) continue;
+        void* place = reinterpret_cast<void*>(module.base + symbol.st_value);
+        // A template's variable is one for the process, and may stand in another module.
+        if (symbol.st_info >> 4 == STB_GNU_UNIQUE)
+          if (void* unique = dlsym(RTLD_DEFAULT, name)) place = unique;
+        found.push_back({static_cast<unsigned char*>(place), symbol.st_size});
+      }
+    }
+  }
+  if (!has_symbols)
+    throw std::runtime_error("emulation: " + module.path + " has no symbol table: do not strip it");
+  return found;
+}
+
+}  // namespace emulation

@@ -1,0 +1,127 @@
+// Counts the wavefronts of every access of a warp to the product's tiles in shared memory: what the arithmetics
+// read (tile_layout.h, arithmetic.h) and what the copies write (product.h). A shared memory access moves 32 banks
+// of 4 bytes at a time: lanes that ask for different words of one bank wait for each other, lanes that ask for the
+// same word do not. An access of 16 bytes a lane goes by quarters of a warp. Every access in 16 bytes must take no
+// more wavefronts than its number of distinct words needs.
+#include <algorithm>
+#include <cstdio>
+#include <set>
+#include <vector>
+
+#include "../../csrc/cuda/tile_layout.h"
+
+namespace {
+
+using namespace maml::cuda;
+
+int failures = 0;
+
+/// Wavefronts of one access at these words, `width` words each.
+int wavefronts(const std::vector<int>& lanes, int width) {
+  const int together = 32 / width;
+  int total = 0;
+  for (size_t first = 0; first < lanes.size(); first += static_cast<size_t>(together)) {
+    std::vector<std::set<int>> banks(32);
+    for (size_t i = first; i < std::min(lanes.size(), first + static_cast<size_t>(together)); ++i) {
+      for (int w = 0; w < width; ++w) banks[static_cast<size_t>((lanes[i] + w) % 32)].insert(lanes[i] + w);
+    }
+    size_t most = 1;
+    for (const auto& words : banks) most = std::max(most, words.size());
+    total += static_cast<int>(most);
+  }
+  return total;
+}
+
+void check(const char* what, const std::vector<int>& words, int width) {
+  const int ideal = width;  // one for each 32 / width lanes
+  const int got = wavefronts(words, width);
+  if (got <= ideal) return;
+  std::printf("%s: %d wavefronts instead of %d\n", what, got, ideal);
+  ++failures;
+}
+
+/// word(lane) for 32 lanes.
+template <class F>
+std::vector<int> warp(F word) {
+  std::vector<int> words;
+  for (int lane = 0; lane < 32; ++lane) words.push_back(word(lane));
+  return words;
+}
+
+template <class T, class Layout>
+void check_layout() {
+  constexpr int V = kVector<T>, kWords = sizeof(T) / 4;
+  for (int base = 0; base < Layout::kIndices; base += 8 * V) {
+    for (int x = 0; x < V; ++x) {
+      if (sizeof(T) == 4) {
+        check("matrix operand",
+              warp([&](int lane) { return kWords * Layout::vector(base, lane / 4, x, lane % 4); }), 4);
+      }
+      for (int q = 0; q < 4; ++q) {
+        check("SIMT operand B", warp([&](int lane) { return kWords * Layout::vector(base, lane % 8, x, q); }), 4);
+        for (int half = 0; half < 8; half += 4) {
+          check("SIMT operand A",
+                warp([&](int lane) { return kWords * Layout::vector(base, lane / 8 + half, x, q); }), 4);
+        }
+      }
+    }
+  }
+  for (int first = 0; first < Layout::kSize / V; first += 32) {  // 32 threads side by side fill the tile
+    check("copy of 16 bytes", warp([&](int lane) {
+            const int thread = first + lane;
+            if (Layout::kAlongK) {
+              const int row = thread / 4;
+              return kWords * Layout::vector(row / (8 * V) * (8 * V), row % 8, row / 8 % V, thread % 4);
+            }
+            const int k = thread / 8 % kSlab<T>, base = thread / 8 / kSlab<T> * (8 * V);
+            return kWords * Layout::vector(base, thread % 8, k % V, k / V);
+          }),
+          4);
+  }
+  if (!Layout::kAlongK && sizeof(T) == 4) {
+    for (int base = 0; base < Layout::kIndices; base += 8 * V) {
+      for (int k = 0; k < kSlab<T>; ++k) {
+        check("column sums", warp([&](int lane) {
+                return Layout::vector(base, lane / V, k % V, k / V) + lane % V;
+              }),
+              1);
+      }
+    }
+  }
+}
+
+/// Every element has a place of its own, and vectors lie together.
+template <class T, class Layout>
+void check_cover() {
+  std::set<int> places;
+  for (int base = 0; base < Layout::kIndices; base += 8 * kVector<T>) {
+    for (int lane = 0; lane < 8; ++lane) {
+      for (int x = 0; x < kVector<T>; ++x) {
+        for (int q = 0; q < 4; ++q) places.insert(Layout::vector(base, lane, x, q));
+      }
+    }
+  }
+  bool good = static_cast<int>(places.size()) * kVector<T> == Layout::kSize;
+  for (const int p : places) good = good && p >= 0 && p < Layout::kSize && p % kVector<T> == 0;
+  if (!good) std::printf("elements share a place\n"), ++failures;
+}
+
+template <class T, int Indices>
+void check_tiles() {
+  check_cover<T, AlongK<T, Indices>>();
+  check_cover<T, AlongIndex<T, Indices>>();
+  check_layout<T, AlongK<T, Indices>>();
+  check_layout<T, AlongIndex<T, Indices>>();
+}
+
+}  // namespace
+
+int main() {
+  check_tiles<float, 32>();
+  check_tiles<float, 64>();
+  check_tiles<float, 128>();
+  check_tiles<double, 32>();
+  check_tiles<double, 64>();
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}

@@ -1,0 +1,410 @@
+// The passes of the convolution against plain loops in double: every pass, every arithmetic, odd shapes, null
+// tensors, add flags, several tasks, in three schedules. Operands of the reduced precisions are rounded
+// before the reference sees them, so that only the order of sums is left to differ. Every output starts as
+// NaN, with NaN between the tensors that must still be there afterwards.
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/layers.h"
+#include "../../csrc/cuda/mma.h"
+
+namespace {
+
+using namespace maml;
+using namespace maml::cuda;
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr int64_t kGap = 16;  // between tensors
+
+int failures = 0;
+
+using Values = std::vector<double>;
+
+struct Case {
+  int64_t n, c_in, h, w, c_out, kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, pad_bottom,
+      pad_right;
+};
+
+Layer layer_of(const Case& c, Precision precision) {
+  Layer l{};
+  l.kind = Kind::conv2d;
+  l.n = c.n;
+  l.in = {c.c_in, c.h, c.w};
+  l.window = {c.kernel_h, c.kernel_w, c.stride_h, c.stride_w, c.pad_top, c.pad_left};
+  l.out = {c.c_out, (c.h + c.pad_top + c.pad_bottom - c.kernel_h) / c.stride_h + 1,
+           (c.w + c.pad_left + c.pad_right - c.kernel_w) / c.stride_w + 1};
+  l.precision = precision;
+  return l;
+}
+
+int64_t weights(const Layer& l) { return l.window.kernel_h * l.window.kernel_w * l.in.c * l.out.c; }
+
+/// f(y index, x index, w index) for all products of one task but for channels.
+template <class F>
+void each_tap(const Layer& l, F f) {
+  for (int64_t s = 0; s < l.n; ++s) {
+    for (int64_t i = 0; i < l.out.h; ++i) {
+      for (int64_t j = 0; j < l.out.w; ++j) {
+        for (int64_t r = 0; r < l.window.kernel_h; ++r) {
+          for (int64_t q = 0; q < l.window.kernel_w; ++q) {
+            const int64_t y = i * l.window.stride_h + r - l.window.pad_top;
+            const int64_t x = j * l.window.stride_w + q - l.window.pad_left;
+            if (y < 0 || y >= l.in.h || x < 0 || x >= l.in.w) continue;
+            f(((s * l.out.h + i) * l.out.w + j) * l.out.c, ((s * l.in.h + y) * l.in.w + x) * l.in.c,
+              (r * l.window.kernel_w + q) * l.in.c * l.out.c);
+          }
+        }
+      }
+    }
+  }
+}
+
+void add_convolution(const Layer& l, const Values& x, const Values& w, Values& y) {
+  each_tap(l, [&](int64_t to, int64_t from, int64_t at) {
+    for (int64_t c = 0; c < l.in.c; ++c) {
+      for (int64_t o = 0; o < l.out.c; ++o) y[to + o] += x[from + c] * w[at + c * l.out.c + o];
+    }
+  });
+}
+void add_input_gradient(const Layer& l, const Values& g, const Values& w, Values& grad_x) {
+  each_tap(l, [&](int64_t from, int64_t to, int64_t at) {
+    for (int64_t c = 0; c < l.in.c; ++c) {
+      for (int64_t o = 0; o < l.out.c; ++o) grad_x[to + c] += g[from + o] * w[at + c * l.out.c + o];
+    }
+  });
+}
+void add_weight_gradient(const Layer& l, const Values& x, const Values& g, Values& grad_w) {
+  each_tap(l, [&](int64_t gy, int64_t from, int64_t at) {
+    for (int64_t c = 0; c < l.in.c; ++c) {
+      for (int64_t o = 0; o < l.out.c; ++o) grad_w[at + c * l.out.c + o] += x[from + c] * g[gy + o];
+    }
+  });
+}
+void add_columns(const Values& g, Values& sums) {
+  for (size_t i = 0; i < g.size(); ++i) sums[i % sums.size()] += g[i];
+}
+
+double rounded(double v, Precision precision) {
+  const float f = static_cast<float>(v);
+  if (precision == Precision::tf32) return twin::value(to_tf32(f));
+  if (precision == Precision::bfloat16) return low_half(to_bf16(f, 0));
+  return v;
+}
+
+/// One tensor of all tasks: what it holds, where it is, and what it should hold.
+struct Tensor {
+  std::string name;
+  Region region;
+  int64_t at, size;
+  std::vector<Values> start, rounded, want;  // one a task; want empty: as at the start
+};
+
+template <class T>
+class Check {
+ public:
+  Check(const Case& c, Precision precision, int64_t tasks, unsigned seed)
+      : layer_(layer_of(c, precision)), tasks_(tasks), random_(seed) {
+    char text[200];
+    std::snprintf(text, sizeof text, "%s%d n %d %dx%dx%d -> %d kernel %dx%d stride %dx%d tasks %d seed %u",
+                  sizeof(T) == 4 ? "float/" : "double/", static_cast<int>(precision), int(c.n), int(c.c_in),
+                  int(c.h), int(c.w), int(c.c_out), int(c.kernel_h), int(c.kernel_w), int(c.stride_h),
+                  int(c.stride_w), int(tasks), seed);
+    name_ = text;
+  }
+
+  void run() {
+    forward();
+    backward();
+    forward_tangent();
+    backward_tangent();
+  }
+
+ private:
+  bool coin() { return random_() % 2 == 0; }
+
+  int64_t outputs() const { return layer_.n * size(layer_.out); }
+  int64_t inputs() const { return layer_.n * size(layer_.in); }
+  int64_t pixels() const { return outputs() / layer_.out.c; }
+
+  void begin() {
+    tensors_.clear();
+    tensors_.reserve(32);  // tensors are referred to
+    for (int64_t& end : ends_) end = kGap;
+  }
+  Tensor& tensor(const char* name, int64_t size, Region region = Region::task) {
+    int64_t& end = ends_[static_cast<int>(region)];
+    tensors_.push_back({name, region, end, size, {}, {}, {}});
+    end += whole(size) + kGap;
+    return tensors_.back();
+  }
+  /// With random values; T* is symbolic.
+  T* input(Tensor*& out, const char* name, int64_t size, Region region = Region::task) {
+    Tensor& t = tensor(name, size, region);
+    std::uniform_real_distribution<double> value(-1, 1);
+    for (int64_t task = 0; task < tasks_; ++task) {
+      t.start.emplace_back(size);
+      if (region == Region::shared && task > 0) {
+        t.start.back() = t.start.front();
+      } else {
+        for (double& v : t.start.back()) v = static_cast<T>(value(random_));
+      }
+      Values r = t.start.back();
+      if (sizeof(T) == 4) {
+        for (double& v : r) v = ::rounded(v, layer_.precision);
+      }
+      t.rounded.push_back(r);
+    }
+    out = &t;
+    return place<T>(region, t.at);
+  }
+  /// NaN, or with `add` random values that the result is added to. `want` starts as zero or as those.
+  T* output(Tensor*& out, const char* name, int64_t size, bool add = false) {
+    T* symbolic;
+    if (add) {
+      symbolic = input(out, name, size);
+      out->want = out->start;
+    } else {
+      Tensor& t = tensor(name, size);
+      out = &t;
+      symbolic = place<T>(Region::task, t.at);
+      t.start.assign(static_cast<size_t>(tasks_), Values(static_cast<size_t>(size), kNaN));
+      t.want.assign(static_cast<size_t>(tasks_), Values(static_cast<size_t>(size), 0.0));
+    }
+    return symbolic;
+  }
+  static int64_t whole(int64_t size) { return (size + 15) / 16 * 16; }
+
+  /// Where x stands: in the workspace, or with the user, who promises no alignment.
+  Region x_region() { return coin() ? Region::task : Region::x_support; }
+
+  void execute(const char* pass, void (*launch_pass)(const Launcher&, const Layer&, const Tensors<T>&),
+               Tensors<T> t) {
+    const int64_t scratch = conv2d_footprint(layer_).scratch;
+    Tensor& s = tensor("scratch", scratch);
+    t.scratch = place<T>(Region::task, s.at);
+    Table table{};
+    std::vector<T> memory[static_cast<int>(Region::count)];
+    std::vector<unsigned char*> raw;
+    for (int r = 0; r < static_cast<int>(Region::count); ++r) {
+      const int64_t of_task = ends_[r],
+                    all = r == static_cast<int>(Region::shared) ? of_task : of_task * tasks_;
+      void* p = nullptr;
+      if (posix_memalign(&p, 64, static_cast<size_t>(all + 1) * sizeof(T)) != 0) std::abort();
+      raw.push_back(static_cast<unsigned char*>(p));
+      std::fill_n(static_cast<T*>(p), all + 1, std::numeric_limits<T>::quiet_NaN());
+      const bool users = r == static_cast<int>(Region::x_support);
+      table.regions[r] = {
+          raw.back() + (users ? sizeof(T) : 0),
+          r == static_cast<int>(Region::shared) ? 0 : of_task * static_cast<int64_t>(sizeof(T))};
+    }
+    auto at = [&](const Tensor& tensor, int64_t task) {
+      const Span& span = table.regions[static_cast<int>(tensor.region)];
+      return reinterpret_cast<T*>(span.start + task * span.stride) + tensor.at;
+    };
+    for (const Tensor& x : tensors_) {
+      for (int64_t task = 0; task < tasks_ && !x.start.empty(); ++task) {
+        for (int64_t i = 0; i < x.size; ++i) at(x, task)[i] = static_cast<T>(x.start[task][i]);
+      }
+    }
+    launch_pass({nullptr, tasks_, &table}, layer_, t);
+    for (const Tensor& x : tensors_) {
+      for (int64_t task = 0; task < tasks_; ++task) {
+        if (!x.start.empty()) compare(pass, x, at(x, task), task);
+        for (int64_t i = 1; i <= kGap; ++i) {
+          const T before = at(x, task)[-i], after = at(x, task)[whole(x.size) + i - 1];
+          if (before == before || after == after) {
+            std::printf("%s, %s: wrote outside %s\n", name_.c_str(), pass, x.name.c_str());
+            ++failures;
+            break;
+          }
+        }
+      }
+    }
+    for (unsigned char* p : raw) std::free(p);
+  }
+
+  void compare(const char* pass, const Tensor& x, const T* got, int64_t task) {
+    const Values& want = x.want.empty() ? x.start[task] : x.want[task];
+    double scale = 1, worst = 0;  // operands are of size 1
+    int64_t where = 0;
+    for (const double v : want) scale = std::max(scale, std::abs(v));
+    for (int64_t i = 0; i < x.size; ++i) {
+      const double error = std::abs(static_cast<double>(got[i]) - want[i]);
+      if (!(error <= worst)) worst = error, where = i;
+      if (error != error) break;
+    }
+    const double tolerance = sizeof(T) == 8 ? 1e-13 : layer_.precision == Precision::bf16x3 ? 1e-4 : 4e-6;
+    if (worst <= tolerance * scale) return;
+    std::printf("%s, %s: %s of task %d at %d is %g, should be %g (scale %g)\n", name_.c_str(), pass,
+                x.name.c_str(), static_cast<int>(task), static_cast<int>(where),
+                static_cast<double>(got[where]), want[where], scale);
+    ++failures;
+  }
+
+  /// [entries, parts, c] of y, or of y and y_dot.
+  T* statistics(const Tensor& y, const Tensor* dot) {
+    const int64_t rows = conv2d_statistics_rows(layer_), c = layer_.out.c, m = pixels();
+    const int64_t entries = (m + rows - 1) / rows, parts = dot ? 3 : 2;
+    Tensor* s;
+    T* symbolic = output(s, "statistics", entries * parts * c);
+    for (int64_t task = 0; task < tasks_; ++task) {
+      const Values& a = dot ? y.start[task] : y.want[task];
+      const Values& b = dot ? dot->want[task] : y.want[task];
+      for (int64_t e = 0; e < entries; ++e) {
+        for (int64_t o = 0; o < c; ++o) {
+          const int64_t end = std::min(m, (e + 1) * rows);
+          double mean_a = 0, mean_b = 0, products = 0;
+          for (int64_t i = e * rows; i < end; ++i) mean_a += a[i * c + o], mean_b += b[i * c + o];
+          mean_a /= static_cast<double>(end - e * rows);
+          mean_b /= static_cast<double>(end - e * rows);
+          for (int64_t i = e * rows; i < end; ++i)
+            products += (a[i * c + o] - mean_a) * (b[i * c + o] - mean_b);
+          double* to = &s->want[task][static_cast<size_t>(e * parts * c + o)];
+          if (dot) *to = mean_a, to += c;
+          *to = mean_b;
+          to[c] = products;
+        }
+      }
+    }
+    return symbolic;
+  }
+
+  void forward() {
+    begin();
+    Tensors<T> t;
+    Tensor *x, *w, *b = nullptr, *y;
+    const Region theta = coin() ? Region::shared : Region::task;
+    t.x[0] = input(x, "x", inputs(), x_region());
+    t.w[0] = input(w, "w", weights(layer_), theta);
+    if (coin()) t.w[1] = input(b, "b", layer_.out.c, theta);
+    t.y = output(y, "y", outputs());
+    for (int64_t task = 0; task < tasks_; ++task) {
+      if (b) {
+        for (int64_t i = 0; i < outputs(); ++i) y->want[task][i] = b->start[task][i % layer_.out.c];
+      }
+      add_convolution(layer_, x->rounded[task], w->rounded[task], y->want[task]);
+    }
+    if (coin()) t.statistics = statistics(*y, nullptr);
+    execute("forward", conv2d<T>().forward, t);
+  }
+
+  void backward() {
+    begin();
+    Tensors<T> t;
+    Tensor *x, *w, *g, *grad_x = nullptr, *grad_w = nullptr, *grad_b = nullptr;
+    t.x[0] = input(x, "x", inputs(), x_region());
+    t.w[0] = input(w, "w", weights(layer_));
+    t.grad_y = input(g, "grad_y", outputs());
+    for (bool* flag : {&t.add_x[0], &t.add_w[0], &t.add_w[1]}) *flag = coin();
+    if (random_() % 4) t.grad_x[0] = output(grad_x, "grad_x", inputs(), t.add_x[0]);
+    if (random_() % 4) t.grad_w[0] = output(grad_w, "grad_w", weights(layer_), t.add_w[0]);
+    if (random_() % 4) t.grad_w[1] = output(grad_b, "grad_b", layer_.out.c, t.add_w[1]);
+    for (int64_t task = 0; task < tasks_; ++task) {
+      if (grad_x) add_input_gradient(layer_, g->rounded[task], w->rounded[task], grad_x->want[task]);
+      if (grad_w) add_weight_gradient(layer_, x->rounded[task], g->rounded[task], grad_w->want[task]);
+      if (grad_b) add_columns(g->start[task], grad_b->want[task]);
+    }
+    execute("backward", conv2d<T>().backward, t);
+  }
+
+  void forward_tangent() {
+    begin();
+    Tensors<T> t;
+    Tensor *x, *w, *x_dot = nullptr, *w_dot = nullptr, *b_dot = nullptr, *y, *y_dot;
+    t.x[0] = input(x, "x", inputs(), x_region());
+    t.w[0] = input(w, "w", weights(layer_));
+    if (random_() % 4) t.x_dot[0] = input(x_dot, "x_dot", inputs());
+    if (random_() % 4) t.w_dot[0] = input(w_dot, "w_dot", weights(layer_));
+    if (coin()) t.w_dot[1] = input(b_dot, "b_dot", layer_.out.c);
+    t.y = input(y, "y", outputs());
+    t.y_dot = output(y_dot, "y_dot", outputs());
+    for (int64_t task = 0; task < tasks_; ++task) {
+      Values& want = y_dot->want[task];
+      if (b_dot) {
+        for (int64_t i = 0; i < outputs(); ++i) want[i] = b_dot->start[task][i % layer_.out.c];
+      }
+      if (x_dot) add_convolution(layer_, x_dot->rounded[task], w->rounded[task], want);
+      if (w_dot) add_convolution(layer_, x->rounded[task], w_dot->rounded[task], want);
+    }
+    if (coin()) t.statistics_dot = statistics(*y, y_dot);
+    execute("forward_tangent", conv2d<T>().forward_tangent, t);
+  }
+
+  void backward_tangent() {
+    begin();
+    Tensors<T> t;
+    Tensor *x, *w, *g = nullptr, *g_dot, *x_dot = nullptr, *w_dot = nullptr;
+    Tensor *grad_x = nullptr, *grad_w = nullptr, *grad_b = nullptr;
+    t.x[0] = input(x, "x", inputs(), x_region());
+    t.w[0] = input(w, "w", weights(layer_));
+    if (random_() % 4) t.grad_y = input(g, "grad_y", outputs());
+    t.grad_y_dot = input(g_dot, "grad_y_dot", outputs());
+    if (random_() % 4) t.x_dot[0] = input(x_dot, "x_dot", inputs());
+    if (random_() % 4) t.w_dot[0] = input(w_dot, "w_dot", weights(layer_));
+    for (bool* flag : {&t.add_x[0], &t.add_w[0], &t.add_w[1]}) *flag = coin();
+    if (random_() % 4) t.grad_x_dot[0] = output(grad_x, "grad_x_dot", inputs(), t.add_x[0]);
+    if (random_() % 4) t.grad_w_dot[0] = output(grad_w, "grad_w_dot", weights(layer_), t.add_w[0]);
+    if (random_() % 4) t.grad_w_dot[1] = output(grad_b, "grad_b_dot", layer_.out.c, t.add_w[1]);
+    for (int64_t task = 0; task < tasks_; ++task) {
+      if (grad_x) {
+        add_input_gradient(layer_, g_dot->rounded[task], w->rounded[task], grad_x->want[task]);
+        if (g && w_dot)
+          add_input_gradient(layer_, g->rounded[task], w_dot->rounded[task], grad_x->want[task]);
+      }
+      if (grad_w) {
+        add_weight_gradient(layer_, x->rounded[task], g_dot->rounded[task], grad_w->want[task]);
+        if (g && x_dot)
+          add_weight_gradient(layer_, x_dot->rounded[task], g->rounded[task], grad_w->want[task]);
+      }
+      if (grad_b) add_columns(g_dot->start[task], grad_b->want[task]);
+    }
+    execute("backward_tangent", conv2d<T>().backward_tangent, t);
+  }
+
+  Layer layer_;
+  int64_t tasks_;
+  std::mt19937 random_;
+  std::string name_;
+  std::vector<Tensor> tensors_;
+  int64_t ends_[static_cast<int>(Region::count)] = {};
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  // n, c_in h w, c_out, kernel, stride, padding top left bottom right
+  const Case cases[] = {
+      {5, 1, 1, 1, 40, 1, 1, 1, 1, 0, 0, 0, 0},    // linear
+      {7, 64, 1, 1, 5, 1, 1, 1, 1, 0, 0, 0, 0},    //
+      {80, 20, 1, 1, 33, 1, 1, 1, 1, 0, 0, 0, 0},  //
+      {2, 3, 7, 6, 8, 3, 3, 1, 1, 1, 1, 1, 1},     //
+      {1, 16, 9, 9, 16, 3, 3, 2, 2, 1, 1, 1, 1},   // four parity classes
+      {2, 8, 5, 6, 5, 5, 2, 1, 2, 2, 0, 1, 1},     //
+      {1, 5, 8, 7, 3, 1, 1, 3, 3, 0, 0, 0, 0},     // classes without taps
+      {1, 4, 10, 11, 12, 3, 3, 3, 2, 2, 0, 1, 1},  //
+      {3, 33, 4, 4, 8, 3, 3, 1, 1, 1, 1, 1, 1},    //
+      {1, 8, 6, 9, 36, 5, 2, 2, 3, 0, 1, 2, 0},    //
+      {2, 4, 9, 10, 1, 3, 3, 1, 1, 0, 0, 0, 0},    //
+      {1, 2, 13, 13, 4, 3, 3, 4, 4, 1, 1, 1, 1},   // more classes than one launch takes
+      {1, 4, 3, 3, 4, 3, 3, 5, 5, 0, 0, 0, 0},     // stride beyond the image
+  };
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 3;
+  unsigned seed = 1;
+  for (int round = 0; round < rounds; ++round) {
+    emulation::set_schedule(static_cast<emulation::Schedule>(round % 3), seed);
+    for (const Case& c : cases) {
+      for (const Precision precision :
+           {Precision::float32, Precision::bf16x3, Precision::tf32, Precision::bfloat16}) {
+        Check<float>(c, precision, 1 + seed % 3, seed).run();
+        ++seed;
+      }
+      Check<double>(c, Precision::tf32, 2, seed++).run();
+    }
+  }
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}

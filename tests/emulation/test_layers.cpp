@@ -1,0 +1,456 @@
+// The CUDA layers but the convolution, and the losses, on the CPU: every pass of every layer against its
+// reference (layer_references.h), odd shapes, several tasks, everything that may be absent, and the same bits
+// in every schedule of the emulation. Build test_layers.cpp, emulation.cpp and the layers' .cu files (-x
+// c++); without arguments it runs in every schedule.
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/arrange.h"
+#include "../../csrc/cuda/channels.h"
+#include "../../csrc/cuda/loss.h"
+#include "../../csrc/cuda/pointwise.h"
+#include "emulation.h"
+#include "layer_harness.h"
+
+namespace maml::cuda {
+namespace {
+
+Layer layer(Kind kind, int64_t n, Image in) {
+  Layer l{};
+  l.kind = kind;
+  l.n = n;
+  l.in = l.out = in;
+  l.eps = 0.1;
+  return l;
+}
+
+/// The layer over a window; pad_end rows and columns behind the image too.
+Layer over(Layer l, Window k, int64_t pad_end = 0) {
+  l.window = k;
+  l.pooled = l.kind == Kind::block;
+  l.out.h = (l.in.h + k.pad_top + pad_end - k.kernel_h) / k.stride_h + 1;
+  l.out.w = (l.in.w + k.pad_left + pad_end - k.kernel_w) / k.stride_w + 1;
+  return l;
+}
+
+Layer with(Layer l, Function f) {
+  l.function = f;
+  switch (f) {
+    case Function::leaky_relu:
+      l.a = 0.1;
+      break;
+    case Function::elu:
+      l.a = 1.3, l.b = 0.9, l.c = 0.7;
+      break;
+    case Function::softplus:
+      l.a = 2, l.b = 3;
+      break;
+    case Function::hardtanh:
+      l.a = -0.7, l.b = 0.9;
+      break;
+    default:
+      break;
+  }
+  return l;
+}
+
+constexpr Function kFunctions[] = {
+    Function::relu,      Function::leaky_relu, Function::elu,  Function::silu,    Function::gelu,
+    Function::gelu_tanh, Function::softplus,   Function::tanh, Function::sigmoid, Function::hardtanh};
+
+const Window kWindows[] = {{2, 2, 2, 2, 0, 0}, {3, 3, 2, 2, 1, 1}, {3, 2, 1, 1, 1, 0},
+                           {2, 3, 3, 4, 0, 1}, {5, 4, 2, 3, 2, 2}, {1, 1, 1, 1, 0, 0}};
+
+/// What may be absent of a layer with parameters, one after the other.
+std::vector<Present> presences() {
+  std::vector<Present> all(1);
+  auto vary = [&](auto change) {
+    Present p;
+    change(p);
+    all.push_back(p);
+  };
+  vary([](Present& p) { p.gamma = p.beta = false; });
+  vary([](Present& p) { p.beta = false; });
+  vary([](Present& p) { p.x_dot = false; });
+  vary([](Present& p) { p.x_dot = p.gamma_dot = false; });
+  vary([](Present& p) { p.gamma_dot = p.beta_dot = false; });
+  vary([](Present& p) { p.x_dot = p.gamma_dot = p.beta_dot = false; });  // does not move
+  vary([](Present& p) { p.grad_x = false; });
+  vary([](Present& p) { p.grad_gamma = p.grad_beta = false; });
+  vary([](Present& p) { p.add = true; });
+  vary([](Present& p) { p.statistics = true; });
+  vary([](Present& p) { p.statistics = p.add = true, p.x_dot = false; });
+  return all;
+}
+
+void check_normalisation() {
+  for (const Image& in : {Image{1, 1, 1}, Image{5, 1, 1}, Image{8, 3, 4}, Image{17, 5, 3}, Image{33, 2, 2}}) {
+    for (const int64_t n : {2, 3, 9}) check_layer<double>(layer(Kind::batch_norm, n, in), {}, 3);
+  }
+  for (const int64_t n : {31, 32, 33, 300, 700}) {  // one tile, two, and folds
+    check_layer<double>(layer(Kind::batch_norm, n, {3, 1, 1}), {});
+    Present p;
+    p.statistics = true;
+    check_layer<double>(layer(Kind::batch_norm, n, {3, 1, 1}), p);
+  }
+  for (const Present& p : presences()) {
+    check_layer<double>(layer(Kind::batch_norm, 7, {9, 5, 5}), p);
+    for (const Function f : {Function::relu, Function::silu}) {
+      check_layer<double>(with(layer(Kind::block, 7, {9, 5, 5}), f), p);
+      check_layer<double>(with(over(layer(Kind::block, 7, {9, 5, 5}), kWindows[0]), f), p);
+      check_layer<double>(with(over(layer(Kind::block, 3, {5, 7, 6}), kWindows[1], 1), f), p);
+    }
+  }
+  for (const Function f : kFunctions) {
+    check_layer<double>(with(layer(Kind::block, 3, {10, 4, 3}), f), {});
+    for (const Window& k : kWindows) {
+      check_layer<double>(with(over(layer(Kind::block, 3, {5, 7, 6}), k, k.pad_top), f), {});
+    }
+    check_layer<float>(with(over(layer(Kind::block, 4, {3, 6, 6}), kWindows[0]), f), {});
+  }
+  check_layer<double>(with(over(layer(Kind::block, 40, {3, 6, 6}), kWindows[0]), Function::tanh),
+                      {});  // folds
+  check_layer<float>(layer(Kind::batch_norm, 50, {9, 2, 2}), {});
+}
+
+void check_the_others() {
+  Present plain, added, none, fixed, second;
+  added.add = true;
+  none.grad_x = false;
+  fixed.x_dot = fixed.second_dot = false;
+  second.x_dot = false;
+  for (const Present& p : {plain, added, none, fixed}) {
+    for (const Function f : kFunctions) check_layer<double>(with(layer(Kind::pointwise, 5, {7, 3, 3}), f), p);
+    for (const Kind kind : {Kind::channels_last, Kind::flatten}) {
+      for (const Image& in :
+           {Image{1, 4, 5}, Image{3, 7, 7}, Image{9, 3, 3}, Image{8, 4, 4}, Image{17, 5, 5}}) {
+        check_layer<double>(layer(kind, 3, in), p);
+      }
+    }
+    for (const Window& k : kWindows) {
+      check_layer<double>(over(layer(Kind::max_pool, 3, {5, 7, 6}), k, k.pad_top), p);
+      Layer mean = over(layer(Kind::avg_pool, 3, {5, 7, 6}), k, k.pad_top);
+      check_layer<double>(mean, p);
+      mean.count_padding = false;
+      check_layer<double>(mean, p);
+    }
+    for (const Image& in : {Image{1, 1, 1}, Image{3, 5, 4}, Image{19, 2, 7}}) {
+      Layer mean = layer(Kind::mean_pool, 3, in);
+      mean.out = {in.c, 1, 1};
+      check_layer<double>(mean, p);
+    }
+    check_layer<double>(layer(Kind::add, 3, {5, 3, 3}), p);
+  }
+  check_layer<double>(layer(Kind::add, 3, {5, 3, 3}), second);
+  check_layer<float>(layer(Kind::flatten, 3, {9, 5, 5}), {});
+  check_layer<float>(over(layer(Kind::max_pool, 3, {5, 7, 6}), kWindows[1], 1), {});
+  check_layer<float>(over(layer(Kind::avg_pool, 3, {5, 7, 6}), kWindows[1], 1), {});
+  for (const Function f : kFunctions) check_layer<float>(with(layer(Kind::pointwise, 5, {7, 3, 3}), f), {});
+}
+
+/// The same bits in every schedule, and for a task whatever its neighbours are.
+void check_bits() {
+  const Layer layers[] = {with(over(layer(Kind::block, 9, {9, 7, 7}), kWindows[1], 1), Function::gelu),
+                          layer(Kind::batch_norm, 300, {3, 1, 1}),
+                          over(layer(Kind::max_pool, 3, {5, 7, 6}), kWindows[2]),
+                          layer(Kind::channels_last, 2, {9, 3, 5})};
+  for (const Layer& l : layers) {
+    emulation::set_schedule(emulation::Schedule::forward);
+    const auto first = check_layer<float>(l, {}, 1);
+    const auto several = check_layer<float>(l, {}, 3);
+    expect(same_bits(first, several), text_of(l, {}) + ": a task depends on its neighbours");
+    for (const auto schedule : {emulation::Schedule::backward, emulation::Schedule::shuffled}) {
+      emulation::set_schedule(schedule, 7);
+      expect(same_bits(several, check_layer<float>(l, {}, 3)),
+             text_of(l, {}) + ": the bits depend on the schedule");
+    }
+  }
+}
+
+/// Ties, NaN and infinity: the first maximum, any NaN; relu passes NaN on.
+void check_special_values() {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  Memory<double> memory(1, 1000);
+  Layer pool = over(layer(Kind::max_pool, 1, {1, 2, 4}), kWindows[0]);
+  Tensors<double> t;
+  t.x[0] = memory.take(8), t.y = memory.take(2), t.saved = memory.take(2);
+  memory.fill(const_cast<double*>(t.x[0]), 0, {1, 3, nan, 2, 3, 3, 5, nan});
+  max_pool<double>().forward(memory.launcher(), pool, t);
+  const auto* places = reinterpret_cast<int32_t*>(memory.real(t.saved, 0));
+  expect(memory.real(t.y, 0)[0] == 3 && places[0] == 1, "max_pool: the first of equal values");
+  expect(std::isnan(memory.real(t.y, 0)[1]) && places[1] == 7, "max_pool: the last NaN");
+
+  Layer relu = layer(Kind::pointwise, 1, {1, 1, 4});
+  Tensors<double> r;
+  r.x[0] = memory.take(4), r.y = memory.take(4);
+  memory.fill(const_cast<double*>(r.x[0]), 0, {nan, -0.0, -1, INFINITY});
+  pointwise<double>().forward(memory.launcher(), relu, r);
+  const double* y = memory.real(r.y, 0);
+  expect(std::isnan(y[0]) && y[1] == 0 && y[2] == 0 && y[3] == INFINITY, "relu of NaN, -0, -1 and infinity");
+
+  // A block of relu whose windows are all below zero chooses each first pixel, and hands nothing back.
+  Layer block_layer = over(layer(Kind::block, 2, {1, 2, 2}), kWindows[0]);
+  Tensors<double> b;
+  const Footprint needs = block_footprint(block_layer);
+  b.x[0] = memory.take(8), b.y = memory.take(2), b.saved = memory.take(needs.saved);
+  b.scratch = memory.take(needs.scratch), b.w[0] = memory.take(1), b.w[1] = memory.take(1);
+  memory.fill(const_cast<double*>(b.x[0]), 0, {1, 2, 3, 4, 5, 6, 7, 8});
+  memory.fill(const_cast<double*>(b.w[0]), 0, {1});
+  memory.fill(const_cast<double*>(b.w[1]), 0, {-100});
+  cuda::block<double>().forward(memory.launcher(), block_layer, b);
+  const auto* chosen = reinterpret_cast<int32_t*>(memory.real(b.saved, 0) + 6);
+  expect(memory.real(b.y, 0)[0] == 0 && chosen[0] == 0 && chosen[1] == 0, "block: the first of equal zeros");
+
+  // A mean far from zero costs no digits.
+  Layer norm = layer(Kind::batch_norm, 500, {1, 1, 1});
+  Memory<float> large(1, 20000);
+  Tensors<float> f;
+  const Footprint norm_needs = batch_norm_footprint(norm);
+  f.x[0] = large.take(500), f.y = large.take(500), f.saved = large.take(norm_needs.saved);
+  f.scratch = large.take(norm_needs.scratch);
+  norm.eps = 0;
+  std::vector<double> x(500);
+  for (int i = 0; i < 500; ++i) x[i] = 4096 + (i % 2 ? 1 : -1);  // exact in float; x^2 is not
+  large.fill(const_cast<float*>(f.x[0]), 0, x);
+  batch_norm<float>().forward(large.launcher(), norm, f);
+  bool exact = true;
+  for (int i = 0; i < 500; ++i) exact = exact && large.real(f.y, 0)[i] == (i % 2 ? 1 : -1);
+  expect(exact, "batch_norm of 4096 +- 1 is +- 1");
+}
+
+// ---- losses
+
+template <class S>
+void loss_reference(Loss kind, int64_t n, int64_t c, const std::vector<S>& z,
+                    const std::vector<double>& target, S& loss, std::vector<S>& grad_z) {
+  grad_z.assign(n * c, S(0));
+  loss = S(0);
+  const S rows(static_cast<double>(n)), elements(static_cast<double>(n * c));
+  for (int64_t i = 0; i < n; ++i) {
+    if (kind == Loss::mse) {
+      for (int64_t j = i * c; j < (i + 1) * c; ++j) {
+        loss += (z[j] - S(target[j])) * (z[j] - S(target[j])) / elements;
+        grad_z[j] = S(2) * (z[j] - S(target[j])) / elements;
+      }
+      continue;
+    }
+    const auto label = static_cast<int64_t>(target[i]);
+    S sum(0);
+    for (int64_t j = 0; j < c; ++j) sum += exp(z[i * c + j]);
+    loss += (log(sum) - z[i * c + label]) / rows;
+    for (int64_t j = 0; j < c; ++j) {
+      grad_z[i * c + j] = (exp(z[i * c + j]) / sum - S(j == label ? 1 : 0)) / rows;
+    }
+  }
+}
+
+template <class T>
+void check_loss(Loss kind, int64_t n, int64_t c, bool want_loss, bool want_grad) {
+  const std::string name = std::string(kind == Loss::mse ? "mse" : "cross_entropy") + " n " +
+                           std::to_string(n) + " c " + std::to_string(c) + (want_loss ? "" : ", no loss") +
+                           (want_grad ? "" : ", no gradient");
+  const double tolerance = sizeof(T) == 4 ? 2e-6 : 1e-13;
+  constexpr int64_t kTasks = 3;
+  Memory<T> memory(kTasks, 6 * n * c + 2 * n + 16 * kGap);
+  T *z = memory.take(n * c), *z_dot = memory.take(n * c), *grad_z = memory.take(n * c),
+    *saved = memory.take(n * c), *grad_z_dot = memory.take(n * c), *loss = memory.take(1),
+    *target = memory.take(std::max(n * c, 2 * n));
+  std::mt19937 rng(5);
+  std::vector<Dual<double>> losses(kTasks);
+  std::vector<std::vector<Dual<double>>> gradients(kTasks);
+  for (int64_t task = 0; task < kTasks; ++task) {
+    auto rounded = [&](T* to) {
+      auto v = random_values(rng, n * c);
+      for (double& e : v) e = static_cast<double>(static_cast<T>(4 * e));
+      memory.fill(to, task, v);
+      return v;
+    };
+    const auto values = rounded(z), dots = rounded(z_dot);
+    std::vector<double> goal;
+    if (kind == Loss::mse) {
+      goal = rounded(target);
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        const auto label = static_cast<int64_t>(rng() % c);
+        goal.push_back(static_cast<double>(label));
+        std::memcpy(reinterpret_cast<char*>(memory.real(target, task)) + 8 * i, &label, 8);
+      }
+    }
+    loss_reference(kind, n, c, dual(values, dots, true), goal, losses[task], gradients[task]);
+  }
+  const Launcher launch = memory.launcher();
+  launch_loss<T>(launch, kind, n, c, z, target, want_loss ? loss : nullptr, want_grad ? grad_z : nullptr,
+                 want_grad ? saved : nullptr);
+  if (want_grad) launch_loss_tangent<T>(launch, kind, n, c, z_dot, saved, grad_z_dot);
+  for (int64_t task = 0; task < kTasks; ++task) {
+    if (want_loss) compare(memory.real(loss, task), {losses[task].v}, tolerance, name + ", value");
+    if (!want_grad) continue;
+    compare(memory.real(grad_z, task), part(gradients[task], false), tolerance, name + ", grad_z");
+    compare(memory.real(grad_z_dot, task), part(gradients[task], true), tolerance, name + ", grad_z_dot");
+  }
+}
+
+void check_losses() {
+  for (const Loss kind : {Loss::cross_entropy, Loss::mse}) {
+    for (const int64_t n : {1, 5, 75}) {
+      for (const int64_t c : {1, 2, 5, 9, 20, 64, 300}) {
+        check_loss<double>(kind, n, c, true, true);
+        check_loss<float>(kind, n, c, true, true);
+      }
+      check_loss<double>(kind, n, 5, false, true);
+      check_loss<double>(kind, n, 5, true, false);
+    }
+  }
+  for (const int64_t bad : {int64_t{-1}, int64_t{5}, int64_t{-100}, int64_t{1} << 40}) {
+    Memory<double> memory(2, 200);
+    double *z = memory.take(15), *labels = memory.take(3), *loss = memory.take(1);
+    for (int64_t task = 0; task < 2; ++task) {
+      memory.fill(z, task, std::vector<double>(15, 0.5));
+      const int64_t given[3] = {0, 1, task == 1 ? bad : 4};
+      std::memcpy(memory.real(labels, task), given, sizeof given);
+    }
+    bool refused = false;
+    try {
+      launch_loss<double>(memory.launcher(), Loss::cross_entropy, 3, 5, z, labels, loss, nullptr, nullptr);
+    } catch (const std::exception&) {
+      refused = true;
+    }
+    expect(refused, "a label of " + std::to_string(bad) + " for 5 classes is refused");
+  }
+}
+
+// ---- the device functions, one block alone
+
+/// L(f(x) + x) and what follows, in shared memory by one block, as a megakernel does it.
+__global__ void one_block(Layer l, const double* x_, const double* target_, double* out_,
+                          const Table* table) {
+  const int64_t count = l.n * size(l.in);
+  const double *x = resolve(x_, *table, blockIdx.z), *target = resolve(target_, *table, blockIdx.z);
+  double* out = resolve(out_, *table, blockIdx.z);
+  auto* memory = reinterpret_cast<double*>(dynamic_shared());
+  double *input = memory, *a = memory + count, *y = memory + 2 * count, *grad_y = memory + 3 * count,
+         *grad_x = memory + 4 * count, *saved = memory + 5 * count, *loss = memory + 6 * count;
+  const Team team = block_team();
+  for (int64_t i = team.first(); i < count; i += team.step()) input[i] = x[i];
+  __syncthreads();
+  Tensors<double> t;
+  t.x[0] = input, t.y = a;
+  pointwise_forward(team, l, t);
+  __syncthreads();
+  Tensors<double> sum;
+  sum.x[0] = a, sum.x[1] = input, sum.y = y;
+  add_forward(team, l, sum);
+  __syncthreads();
+  loss_value(team, Loss::mse, l.n, size(l.in), y, target, loss, grad_y, saved);
+  __syncthreads();
+  t.grad_y = grad_y, t.grad_x[0] = grad_x;
+  pointwise_backward(team, l, t);
+  __syncthreads();
+  sum.grad_y = grad_y, sum.grad_x[1] = grad_x, sum.add_x[1] = true;
+  add_backward(team, l, sum);
+  __syncthreads();
+  for (int64_t i = team.first(); i < count; i += team.step()) out[i] = grad_x[i];
+  if (threadIdx.x == 0) out[count] = *loss;
+}
+
+void check_one_block() {
+  const Layer l = with(layer(Kind::pointwise, 7, {11, 1, 1}), Function::silu);
+  const int64_t count = count_in(l);
+  for (const int threads : {32, 96, 256}) {
+    Memory<double> memory(2, 3 * count + 1 + 6 * kGap);
+    double *x = memory.take(count), *target = memory.take(count), *out = memory.take(count + 1);
+    std::mt19937 rng(3);
+    std::vector<std::vector<double>> want(2);
+    for (int64_t task = 0; task < 2; ++task) {
+      const auto values = random_values(rng, count), goal = random_values(rng, count);
+      memory.fill(x, task, values);
+      memory.fill(target, task, goal);
+      double loss = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const double d = f_of(l, values[i]) + values[i] - goal[i];
+        loss += d * d / static_cast<double>(count);
+        want[task].push_back(2 * d / static_cast<double>(count) * (df_of(l, values[i]) + 1));
+      }
+      want[task].push_back(loss);
+    }
+    const Launcher launch = memory.launcher();
+    launch("one block", one_block, Grid{}, threads, (6 * count + 1) * sizeof(double), l, x, target, out,
+           launch.table);
+    for (int64_t task = 0; task < 2; ++task) {
+      compare(memory.real(out, task), want[task], 1e-13,
+              "one block of " + std::to_string(threads) + " threads");
+    }
+  }
+}
+
+/// Sums of 1, 2, .. rows of x [rows, c] by one call after the other, which shares its memory with the last
+/// one.
+__global__ void sums_of_rows(int rows, int64_t c, const double* x_, double* out_, const Table* table) {
+  const Lanes lanes = lanes_of(c);
+  const double* x = resolve(x_, *table, blockIdx.z) + lanes.channel;
+  double* out = resolve(out_, *table, blockIdx.z) + lanes.channel;
+  for (int count = 1; count <= rows; ++count) {
+    double sum[2];
+    channel_sums(lanes, count, sum, [&](int i, double (&s)[2]) { s[0] += x[i * c], s[1] += 1; });
+    if (lanes.active && lanes.row == 0) out[(count - 1) * c] = sum[0] * sum[1];
+  }
+}
+
+void check_channel_sums() {
+  for (const int64_t c : {1, 2, 3, 8, 13}) {
+    constexpr int kRows = 70;
+    Memory<double> memory(2, 2 * kRows * c + 6 * kGap);
+    double *x = memory.take(kRows * c), *out = memory.take(kRows * c);
+    std::mt19937 rng(4);
+    std::vector<std::vector<double>> want(2, std::vector<double>(kRows * c));
+    for (int64_t task = 0; task < 2; ++task) {
+      const auto values = random_values(rng, kRows * c);
+      memory.fill(x, task, values);
+      std::vector<double> sum(c);
+      for (int i = 0; i < kRows; ++i) {
+        for (int64_t j = 0; j < c; ++j) want[task][i * c + j] = (sum[j] += values[i * c + j]) * (i + 1);
+      }
+    }
+    const Launcher launch = memory.launcher();
+    launch("sums of rows", sums_of_rows, Grid{1, blocks_for(c, channel_width(c))}, kThreads, 0, kRows, c, x,
+           out, launch.table);
+    for (int64_t task = 0; task < 2; ++task) {
+      compare(memory.real(out, task), want[task], 1e-13,
+              "channel sums of " + std::to_string(c) + " channels");
+    }
+  }
+}
+
+}  // namespace
+}  // namespace maml::cuda
+
+using namespace maml::cuda;
+
+/// The schedules to run; all without arguments. (The race detector finds the same in each, slowly.)
+int main(int argc, char** argv) {
+  const struct {
+    const char* name;
+    emulation::Schedule schedule;
+  } schedules[] = {{"forward", emulation::Schedule::forward},
+                   {"backward", emulation::Schedule::backward},
+                   {"shuffled", emulation::Schedule::shuffled}};
+  for (const auto& s : schedules) {
+    bool wanted = argc == 1;
+    for (int i = 1; i < argc; ++i) wanted = wanted || s.name == std::string(argv[i]);
+    if (!wanted) continue;
+    emulation::set_schedule(s.schedule, 11);
+    check_channel_sums();
+    check_normalisation();
+    check_the_others();
+    check_losses();
+    check_one_block();
+    check_special_values();
+    std::printf("schedule %s: %d wrong, worst error %.2g of its tolerance\n", s.name, failures, worst);
+  }
+  if (argc == 1) check_bits();
+  std::printf("%d wrong\n", failures);
+  return failures != 0;
+}
