@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cstdint>
 
 namespace maml {
 namespace {
@@ -213,6 +214,10 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
     shapes[i + 1] = infer(node, x, other, n);
     Stage::Value& y = stage.values[i + 1];
     y.size = n * size(shapes[i + 1].image);
+    if (y.size > INT32_MAX) {
+      throw Unsupported(node.name + " has " + std::to_string(y.size) +
+                        " values a task; fused are fewer than 2^31");
+    }
     const bool shares = moves_nothing(node, x.image, node.inputs[0] == 0);
     y.root = shares ? stage.values[node.inputs[0]].root : i + 1;
   }

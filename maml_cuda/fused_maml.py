@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _core, checks, general, ops, reference
+from . import checks, general, ops, reference
 from .binding import Binding
 from .rates import InnerRates, Rate, hold, read_rates
 
@@ -363,10 +363,8 @@ class FusedMAML(nn.Module):
         signature = (x.shape[2:], n_support, n_query, x.dtype)
         if signature in binding.fits:
             return True
-        try:
-            ops.check(binding.text, tuple(x.shape[2:]), n_support, n_query, x.dtype)
-        except _core.Unsupported as reason:
-            binding.give_up(str(reason))
+        if why_not := ops.why_not(binding.text, tuple(x.shape[2:]), n_support, n_query, x.dtype):
+            binding.give_up(why_not)
             self._fall_back(binding)
             return False
         binding.fits.add(signature)

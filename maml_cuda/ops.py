@@ -85,13 +85,17 @@ class _Problem:
 _problem = lru_cache(maxsize=1024)(_Problem)
 
 
-def check(plan: str, sample: tuple[int, ...], n_support: int, n_query: int, dtype: torch.dtype) -> None:
-    """Whether the plan fits samples of this shape.
+def why_not(plan: str, sample: tuple[int, ...], n_support: int, n_query: int, dtype: torch.dtype) -> str:
+    """The sentence why no fused layer fits samples of this shape, or nothing.
 
     Raises:
-        ValueError: they do not fit a layer. `_core.Unsupported` (a ValueError): no fused layer fits them.
+        ValueError: they do not fit a layer of the model.
     """
-    _problem(plan, "meta_loss", tuple(sample), n_support, n_query, 0, True, dtype == torch.float64)
+    try:
+        _problem(plan, "meta_loss", tuple(sample), n_support, n_query, 0, True, dtype == torch.float64)
+    except _core.Unsupported as reason:
+        return str(reason)
+    return ""
 
 
 def workspace_bytes(plan: str, x_spt: Tensor, x_qry: Tensor, steps: int, first_order: bool) -> int:
@@ -100,11 +104,6 @@ def workspace_bytes(plan: str, x_spt: Tensor, x_qry: Tensor, steps: int, first_o
     double = x_spt.dtype == torch.float64
     problem = _problem(plan, "meta_gradient", tuple(sample), n_support, x_qry.shape[1], steps, first_order, double)
     return problem.workspace_bytes(x_spt, tasks)
-
-
-def prediction_shape(plan: str, x: Tensor) -> tuple[int, ...]:
-    """Of one sample of x [tasks, n, ...]."""
-    return _prediction_shape(plan, x)
 
 
 def _addresses(tensors: list[Tensor]) -> list[int]:
@@ -143,7 +142,8 @@ def _spread(plan: str, adapted: list[Tensor]) -> list[Tensor | None]:
     return [next(rest) if p["role"] == "adapted" else None for p in _plan(plan)["parameters"]]
 
 
-def _prediction_shape(plan: str, x: Tensor) -> tuple[int, ...]:
+def prediction_shape(plan: str, x: Tensor) -> tuple[int, ...]:
+    """Of one sample of x [tasks, n, ...]."""
     return _problem(
         plan,
         "predict",
@@ -210,7 +210,7 @@ def _meta_gradient_fake(
     parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: Tensor, x_qry: Tensor, y_qry: Tensor,
     task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    prediction = _prediction_shape(plan, x_qry)
+    prediction = prediction_shape(plan, x_qry)
     return _meta_outputs(x_qry, x_qry.shape[0], prediction, steps, _gradient_size(plan) if gradient else 0)
 
 
@@ -309,7 +309,7 @@ def _predict_forward(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
 
 
 def _predict_fake(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[1], *_prediction_shape(plan, x)))
+    return x.new_empty((x.shape[0], x.shape[1], *prediction_shape(plan, x)))
 
 
 def _predict_backward(fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: str) -> list[Tensor]:

@@ -10,25 +10,31 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "emulated"
+
+
+def build(target: str, sanitizer: str = "") -> Path:
+    """Builds a target of CMakeLists.txt for the emulation; where it stands."""
+    import pybind11
+
+    folder = ROOT / "build" / f"emulated{'-' * bool(sanitizer)}{sanitizer}"
+    folder.mkdir(parents=True, exist_ok=True)
+    configure = [
+        "cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
+        "-DMAML_CUDA_BACKEND=emulated", f"-DMAML_CUDA_SANITIZER={sanitizer}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}", f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]  # fmt: skip
+    for command in (configure, ["cmake", "--build", str(folder), "--target", target]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    return folder
 
 
 @functools.cache
 def load() -> ModuleType:
     """The extension module whose backend "cuda" is the emulation."""
-    import pybind11
-
-    BUILD.mkdir(parents=True, exist_ok=True)
-    configure = [
-        "cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
-        "-DMAML_CUDA_BACKEND=emulated", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={BUILD}",
-        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-    ]  # fmt: skip
-    for command in (configure, ["cmake", "--build", str(BUILD)]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
-    (library,) = BUILD.glob("_emulated*.so")
+    (library,) = build("_emulated").glob("_emulated*.so")
     spec = importlib.util.spec_from_file_location("_emulated", library)
     assert spec is not None
     assert spec.loader is not None

@@ -143,10 +143,13 @@ def cases(draw):
 
 @settings(
     max_examples=CASES, deadline=None, derandomize=True, database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+    suppress_health_check=[
+        HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much,
+        HealthCheck.function_scoped_fixture,  # `machine` is the same for all examples
+    ],
 )  # fmt: skip
-@given(cases())
-def test_random_graphs(case):
+@given(case=cases())
+def test_random_graphs(machine, case):
     model, loss, data, rate, steps, adapt, first_order = case
     if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
         try:  # torch refuses one value per channel, and so do we: test_errors.py
@@ -157,4 +160,4 @@ def test_random_graphs(case):
     maml = check_meta_gradient(
         model, loss, data, rate, steps, adapt_params=adapt, first_order=first_order, tolerance=1e-9
     )
-    assert maml.backend == "cpu"
+    assert maml.backend == ("cpu" if machine == "cpu" else "cuda")

@@ -18,9 +18,9 @@ bool has_avx512() {
 }  // namespace
 }  // namespace maml::cpu
 
-#define MAML_DECLARE(isa)                                    \
-  namespace maml::isa {                                      \
-  Footprint footprint(const Layer&);                         \
+#define MAML_DECLARE(isa)                               \
+  namespace maml::isa {                                 \
+  Footprint footprint(const Layer&);                    \
   void run_float(const Problem&, const Call<float>&);   \
   void run_double(const Problem&, const Call<double>&); \
   }

@@ -44,7 +44,7 @@ inline constexpr int kRegionShift = 56;
 
 /// The symbolic address of an element. Adding elements to it stays in the region; Region::none gives null.
 template <class T>
-T* place(Region region, int64_t element = 0) {
+__host__ __device__ inline T* place(Region region, int64_t element = 0) {
   if (region == Region::none) return nullptr;
   return reinterpret_cast<T*>((static_cast<uint64_t>(region) << kRegionShift) + element * sizeof(T));
 }

@@ -3,19 +3,22 @@
 //   Simt<T>   multiply-adds of T; each sum in ascending k
 //   Tf32      matrix instructions on operands rounded to 10 bits of fraction
 //   Bf16      the same on 7 bits
-//   Bf16x3    the same on hi + lo, two bf16 a number: lo hi + hi lo + hi hi, about 2e-5 of the largest product
+//   Bf16x3    the same on hi + lo, two bf16 a number: lo hi + hi lo + hi hi, about 2e-5 of the largest
+//   product
 //
 // All read V x V blocks of the tiles (tile_layout.h). A warp owns indices `base` .. of either tile; lane
 // (i_lane, j_lane) of it
 //
-//   Simt      has blocks i_lane + 4 b of A and j_lane + 8 b of B, and all k of the slab, one q after the other;
-//   others    load blocks (g, q = t) of both, 32 indices at a time: all a matrix instruction asks is that A and B
-//             agree on the order of k, and that the sums be written where their indices say. So with g = lane / 4,
-//             t = lane % 4 instruction rows g of group x are indices 4 g + x, and its k are this lane's 4 t ..
-//             4 t + 3. Sums come out in whole vectors: rows 4 g + x, columns 8 t .. 8 t + 7.
+//   Simt      has blocks i_lane + 4 b of A and j_lane + 8 b of B, and all k of the slab, one q after the
+//   other; others    compute C^T = B^T A^T, 16 of n by 8 of m an instruction, from blocks (g, q = t) of both,
+//   g = lane / 4,
+//             t = lane % 4. All the instruction asks is that both agree on the order of k, and that the sums
+//             be written where their indices say. So its k are each lane's own 4 t .. 4 t + 3, in pairs that
+//             lie as loaded where the tile is along k; row or column g of group x is index 4 g + x; and a
+//             thread's sums come out as columns 4 g .. 4 g + 3, a whole vector, of rows 8 t .. 8 t + 7.
 //
 // `Sums` is what a thread holds: kRows x kColumns of the warp's tile, at(r, c) being its row(r), column(c).
-// Columns come in vectors of V. Lanes that differ by kRowLane, 2 kRowLane .. share their columns, and
+// Columns come in vectors of V. Four lanes, kRowLane and 2 kRowLane apart, share their columns, and
 // kStatisticsRows consecutive rows of the tile are kGroupRows of each.
 #pragma once
 
@@ -50,11 +53,15 @@ struct Simt {
 
   template <int M, int N>
   struct Sums {
-    static constexpr int kRows = M / 4, kColumns = N / 8, kRowLane = 8, kGroupRows = kStatisticsRows / 4;
+    static constexpr int kRows = M / 4, kColumns = N / 8, kGroupRows = kStatisticsRows / 4, kRowLane = 8;
     T sum[kRows][kColumns] = {};
     __device__ __forceinline__ T& at(int r, int c) { return sum[r][c]; }
-    static __device__ __forceinline__ int row(int lane, int r) { return r / V * (4 * V) + lane / 8 * V + r % V; }
-    static __device__ __forceinline__ int column(int lane, int c) { return c / V * (8 * V) + lane % 8 * V + c % V; }
+    static __device__ __forceinline__ int row(int lane, int r) {
+      return r / V * (4 * V) + lane / 8 * V + r % V;
+    }
+    static __device__ __forceinline__ int column(int lane, int c) {
+      return c / V * (8 * V) + lane % 8 * V + c % V;
+    }
   };
 
   template <class LayoutA, class LayoutB, int M, int N>
@@ -83,16 +90,16 @@ struct Simt {
   }
 };
 
-/// Sums of the matrix instructions: tile[i][j] is the 16 x 8 result of groups 2 i, 2 i + 1 by group j.
+/// Sums of the matrix instructions: tile[i][j] is C^T of group i of m by groups 2 j, 2 j + 1 of n.
 template <int M, int N>
 struct MatrixSums {
-  static constexpr int kRows = M / 8, kColumns = N / 4, kRowLane = 4, kGroupRows = kStatisticsRows / 8;
-  float tile[M / 16][N / 8][4] = {};
+  static constexpr int kRows = M / 4, kColumns = N / 8, kGroupRows = kStatisticsRows / 4, kRowLane = 1;
+  float tile[M / 8][N / 16][4] = {};
   __device__ __forceinline__ float& at(int r, int c) {
-    return tile[r / 2][c / 8 * 4 + c % 4][r % 2 * 2 + c % 8 / 4];
+    return tile[r / 8 * 4 + r % 4][c / 2][c % 2 * 2 + r % 8 / 4];
   }
-  static __device__ __forceinline__ int row(int lane, int r) { return r / 4 * 32 + lane / 4 * 4 + r % 4; }
-  static __device__ __forceinline__ int column(int lane, int c) { return c / 8 * 32 + lane % 4 * 8 + c % 8; }
+  static __device__ __forceinline__ int row(int lane, int r) { return r / 8 * 32 + lane % 4 * 8 + r % 8; }
+  static __device__ __forceinline__ int column(int lane, int c) { return c / 4 * 32 + lane / 4 * 4 + c % 4; }
 };
 
 /// The four k of one index as operands of an instruction, one word for each pair of slots it fills.
@@ -119,10 +126,10 @@ struct MatrixArithmetic {
 #pragma unroll
       for (int part = 0; part < Words::kParts; ++part) {  // neighbouring instructions have sums of their own
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int x = 0; x < 4; ++x) {
 #pragma unroll
-          for (int j = 0; j < N / 8; ++j) {
-            Words::multiply(part, sums.tile[2 * i + half][j], wa[2 * half], wa[2 * half + 1], wb[j]);
+          for (int j = 0; j < N / 16; ++j) {
+            Words::multiply(part, sums.tile[4 * i + x][j], wb[2 * j], wb[2 * j + 1], wa[x]);
           }
         }
       }
@@ -146,8 +153,8 @@ struct Tf32Words {
   __device__ __forceinline__ explicit Tf32Words(const float (&f)[4])
       : k{to_tf32(f[0]), to_tf32(f[1]), to_tf32(f[2]), to_tf32(f[3])} {}
   /// d += rows g (a0) and g + 8 (a1) by column g (b), one of the instructions that make it up.
-  static __device__ __forceinline__ void multiply(int part, float (&d)[4], const Tf32Words& a0, const Tf32Words& a1,
-                                                  const Tf32Words& b) {
+  static __device__ __forceinline__ void multiply(int part, float (&d)[4], const Tf32Words& a0,
+                                                  const Tf32Words& a1, const Tf32Words& b) {
     const int x = 2 * part, y = x + 1;
     mma_tf32(d, {a0.k[x], a1.k[x], a0.k[y], a1.k[y]}, {b.k[x], b.k[y]});
   }
@@ -159,8 +166,8 @@ struct Bf16Words {
   Bf16Words() = default;
   __device__ __forceinline__ explicit Bf16Words(const float (&f)[4])
       : k{to_bf16(f[0], f[1]), to_bf16(f[2], f[3])} {}
-  static __device__ __forceinline__ void multiply(int, float (&d)[4], const Bf16Words& a0, const Bf16Words& a1,
-                                                  const Bf16Words& b) {
+  static __device__ __forceinline__ void multiply(int, float (&d)[4], const Bf16Words& a0,
+                                                  const Bf16Words& a1, const Bf16Words& b) {
     mma_bf16(d, {a0.k[0], a1.k[0], a0.k[1], a1.k[1]}, {b.k[0], b.k[1]});
   }
 };

@@ -8,14 +8,6 @@
 
 namespace maml::cuda {
 
-inline constexpr int kVectorThreads = kEmulated ? 32 : 256;
-
-/// Blocks for a loop over `items`: few enough that each thread of a large vector has several, so that
-/// starting a block pays, whatever the number of tasks.
-inline int64_t vector_blocks(int64_t items) {
-  return std::clamp<int64_t>(blocks_for(items, int64_t{4} * kVectorThreads), 1, 64);
-}
-
 template <class T>
 __global__ void __launch_bounds__(kVectorThreads)
     descend_kernel(const RateSlice* slices, const T* rates, const T* phi, const T* g, T* next,

@@ -10,8 +10,8 @@
 namespace maml::cuda {
 
 /// Tiles of C by shape: wide, narrow (n <= 32), and for few outputs small ones whose warps share k, so that
-/// there are blocks enough and each is done soon. Matrix instructions need 64 x 32 a warp to be fed from shared
-/// memory. The emulation's have one warp, or two that share k.
+/// there are blocks enough and each is done soon. Matrix instructions need 64 x 32 a warp to be fed from
+/// shared memory. The emulation's have one warp, or two that share k.
 template <bool Matrix, bool Emulated = kEmulated>
 struct Tiles {
   static constexpr int kWarpM = Matrix ? 64 : 32;
@@ -26,13 +26,15 @@ struct Tiles<Matrix, true> {
   using Small = Tile<32, 32, 1, 1, 2, 2>;
 };
 
-/// Outputs of one task up to which small tiles are taken: fewer wide ones would leave most of a GPU idle at the
-/// usual 4 to 32 tasks.
+/// Outputs of one task up to which small tiles are taken: fewer wide ones would leave most of a GPU idle at
+/// the usual 4 to 32 tasks.
 constexpr int64_t kSmallOutputs = kEmulated ? 512 : 65536;
 
 /// Blocks on a multiprocessor that registers must leave room for.
 template <class Arithmetic>
-inline constexpr int kResident = sizeof(typename Arithmetic::T) == 8 ? 2 : Arithmetic::kMatrix ? 3 : 4;
+inline constexpr int kResident = sizeof(typename Arithmetic::T) == 8 ? 2
+                                 : Arithmetic::kMatrix               ? 3
+                                                                     : 4;
 
 /// f.operator()<Arithmetic, Tile>() for `outputs` elements of C, n columns.
 template <class T, class F>
@@ -58,8 +60,8 @@ void with_product(const Layer& l, int64_t outputs, int64_t n, F f) {
   with_tile.template operator()<Simt<T>>();
 }
 
-/// Whether a tensor can be read and written in vectors: rows of whole ones, and an address on one in every task.
-/// Of the user's own tensors that is not known.
+/// Whether a tensor can be read and written in vectors: rows of whole ones, and an address on one in every
+/// task. Of the user's own tensors that is not known.
 template <class T>
 bool in_vectors(const T* symbolic, int64_t row) {
   const uint64_t word = reinterpret_cast<uint64_t>(symbolic);
@@ -89,12 +91,14 @@ void convolve(const Launcher& launch, const char* name, const Layer& l, Terms<T>
 
 /// grad_x (+)= sum of terms (grad_y, w).
 template <class T>
-void input_gradient(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, bool add, T* grad_x);
+void input_gradient(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, bool add,
+                    T* grad_x);
 
-/// grad_w (+)= sum of terms (x, grad_y), grad_b (+)= column sums of the first term's grad_y; either may be null.
+/// grad_w (+)= sum of terms (x, grad_y), grad_b (+)= column sums of the first term's grad_y; either may be
+/// null.
 template <class T>
-void weight_gradient(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, const bool (&add)[2],
-                     T* grad_w, T* grad_b, T* scratch);
+void weight_gradient(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms,
+                     const bool (&add)[2], T* grad_w, T* grad_b, T* scratch);
 int64_t weight_gradient_scratch(const Layer& l);
 
 }  // namespace maml::cuda

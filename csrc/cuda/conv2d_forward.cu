@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kResident<Arithmetic>)
   const int rows = p.a.gather.pixels, n = p.b.n;
 
   typename Forward::Sums sums;
-  Forward::compute(p.a, p.b, p.terms.resolved(*table, task), m0, n0, 0, p.a.gather.depth, sums,
+  Forward::compute(p.a, p.b, p.terms, *table, task, m0, n0, 0, p.a.gather.depth, sums,
                    [](bool, const T*, auto) {});
   const auto at = Forward::position(m0, n0);
   if (!at.owner) return;
@@ -59,17 +59,13 @@ template <class T>
 void convolve(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, const T* bias, T* out,
               StatisticsOf<T> statistics) {
   const Window& k = l.window;
-  const Gather gather(l.n, l.in, l.out.h, l.out.w, k.stride_h, k.stride_w, -k.pad_top, -k.pad_left, k.kernel_h,
-                      k.kernel_w);
+  const Gather gather(l.n, l.in, l.out.h, l.out.w, k.stride_h, k.stride_w, -k.pad_top, -k.pad_left,
+                      k.kernel_h, k.kernel_w);
   terms.vectors_a = in_vectors(terms.a, terms.count, l.in.c);
   terms.vectors_b = in_vectors(terms.b, terms.count, l.out.c);
-  const Forward<T> p{{gather},
-                     {gather.depth, static_cast<int>(l.out.c)},
-                     terms,
-                     bias,
-                     out,
-                     in_vectors(out, l.out.c),
-                     statistics};
+  const Forward<T> p{
+      {gather},  {gather.depth, static_cast<int>(l.out.c)}, terms, bias, out, in_vectors(out, l.out.c),
+      statistics};
   const int64_t m = gather.pixels, n = l.out.c;
   with_product<T>(l, m * n, n, [&]<class Arithmetic, class Tile>() {
     launch(name, forward_kernel<Arithmetic, Tile>, {blocks_for(m, Tile::kM), blocks_for(n, Tile::kN)},
@@ -79,7 +75,7 @@ void convolve(const Launcher& launch, const char* name, const Layer& l, Terms<T>
 
 template void convolve<float>(const Launcher&, const char*, const Layer&, Terms<float>, const float*, float*,
                               StatisticsOf<float>);
-template void convolve<double>(const Launcher&, const char*, const Layer&, Terms<double>, const double*, double*,
-                               StatisticsOf<double>);
+template void convolve<double>(const Launcher&, const char*, const Layer&, Terms<double>, const double*,
+                               double*, StatisticsOf<double>);
 
 }  // namespace maml::cuda

@@ -1,9 +1,9 @@
 // grad_x = sum over taps of grad_y w^T and its tangent, grad_y_dot with w and grad_y with w_dot.
 //
-// A gather, never a scatter: with stride s, input rows i with equal (i + pad) mod s read the same taps, so each
-// of the s x s parity classes is a stride-1 convolution of grad_y with the taps of that class, last first: no
-// multiplication with a zero that the stride has put in. One product (product.h) for each class, all in one
-// launch:
+// A gather, never a scatter: with stride s, input rows i with equal (i + pad) mod s read the same taps, so
+// each of the s x s parity classes is a stride-1 convolution of grad_y with the taps of that class, last
+// first: no multiplication with a zero that the stride has put in. One product (product.h) for each class,
+// all in one launch:
 //
 //   C [m, n] = grad_x     m: (sample, position of the class);  n: c_in;  k: (tap of the class, c_out)
 //   A [m, k]              grad_y gathered, zero outside
@@ -36,7 +36,8 @@ struct InputGradient {
 
 template <class Arithmetic, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, kResident<Arithmetic>)
-    input_gradient_kernel(const __grid_constant__ InputGradient<typename Arithmetic::T> p, const Table* table) {
+    input_gradient_kernel(const __grid_constant__ InputGradient<typename Arithmetic::T> p,
+                          const Table* table) {
   using T = typename Arithmetic::T;
   using Backward = Product<Arithmetic, Tile, PixelsByTaps, Taps>;
   const int64_t task = blockIdx.z;
@@ -47,19 +48,18 @@ __global__ void __launch_bounds__(Tile::kThreads, kResident<Arithmetic>)
   const int n0 = static_cast<int>(blockIdx.y) * Tile::kN;
 
   typename Backward::Sums sums;
-  Backward::compute(c.a, c.b, p.terms.resolved(*table, task), m0, n0, 0, c.b.depth, sums,
-                    [](bool, const T*, auto) {});
+  Backward::compute(c.a, c.b, p.terms, *table, task, m0, n0, 0, c.b.depth, sums, [](bool, const T*, auto) {});
   const auto at = Backward::position(m0, n0);
   if (!at.owner) return;
   T* const grad_x = resolve(p.grad_x, *table, task);
   write<Backward>(at, sums, c.b.n, p.vectors_x, p.add, [&](int m) {
     const Place to = c.to.pixel(m);
-    return to.i < 0 ? nullptr : grad_x + to.offset;
+    return to.at < 0 ? nullptr : grad_x + to.offset;
   });
 }
 
-/// One axis of a parity class: positions first, first + stride, ...; the taps that reach them, parity, parity +
-/// stride, ...; and the first row of grad_y that the first position reads.
+/// One axis of a parity class: positions first, first + stride, ...; the taps that reach them, parity, parity
+/// + stride, ...; and the first row of grad_y that the first position reads.
 struct ParityAxis {
   int64_t parity, first, positions, taps, start;
   ParityAxis(int64_t parity_, int64_t size, int64_t kernel, int64_t stride, int64_t pad) : parity(parity_) {
@@ -76,8 +76,8 @@ ParityClass parity_class(const Layer& l, const ParityAxis& rows, const ParityAxi
   const int64_t last_row = rows.parity + (rows.taps - 1) * k.stride_h;
   const int64_t last_column = columns.parity + (columns.taps - 1) * k.stride_w;
   ParityClass c;
-  c.a.gather = Gather(l.n, l.out, rows.positions, columns.positions, 1, 1, rows.start, columns.start, rows.taps,
-                      columns.taps);
+  c.a.gather = Gather(l.n, l.out, rows.positions, columns.positions, 1, 1, rows.start, columns.start,
+                      rows.taps, columns.taps);
   c.b.n = static_cast<int>(l.in.c);
   c.b.o = static_cast<int>(l.out.c);
   c.b.depth = static_cast<int>(taps * l.out.c);
@@ -86,7 +86,8 @@ ParityClass parity_class(const Layer& l, const ParityAxis& rows, const ParityAxi
   c.b.column = static_cast<int>(k.stride_w * tap_size);
   c.b.by_o = Divisor(c.b.o);
   c.b.by_taps_w = c.a.gather.by_taps_w;
-  c.to = Gather(l.n, l.in, rows.positions, columns.positions, k.stride_h, k.stride_w, rows.first, columns.first, 1, 1);
+  c.to = Gather(l.n, l.in, rows.positions, columns.positions, k.stride_h, k.stride_w, rows.first,
+                columns.first, 1, 1);
   c.first_block = 0;
   return c;
 }
@@ -94,9 +95,10 @@ ParityClass parity_class(const Layer& l, const ParityAxis& rows, const ParityAxi
 }  // namespace
 
 template <class T>
-void input_gradient(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, bool add, T* grad_x) {
-  terms.vectors_a = terms.vectors_b = in_vectors(terms.a, terms.count, l.out.c) &&
-                                      in_vectors(terms.b, terms.count, l.out.c);
+void input_gradient(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, bool add,
+                    T* grad_x) {
+  terms.vectors_a = terms.vectors_b =
+      in_vectors(terms.a, terms.count, l.out.c) && in_vectors(terms.b, terms.count, l.out.c);
   InputGradient<T> p{{}, 0, terms, grad_x, in_vectors(grad_x, l.in.c), add};
   const int64_t n = l.in.c;
   with_product<T>(l, l.n * size(l.in), n, [&]<class Arithmetic, class Tile>() {
@@ -125,6 +127,7 @@ void input_gradient(const Launcher& launch, const char* name, const Layer& l, Te
 }
 
 template void input_gradient<float>(const Launcher&, const char*, const Layer&, Terms<float>, bool, float*);
-template void input_gradient<double>(const Launcher&, const char*, const Layer&, Terms<double>, bool, double*);
+template void input_gradient<double>(const Launcher&, const char*, const Layer&, Terms<double>, bool,
+                                     double*);
 
 }  // namespace maml::cuda

@@ -72,13 +72,15 @@ struct ColumnSums {
 
 template <class Arithmetic, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, kResident<Arithmetic>)
-    weight_gradient_kernel(const __grid_constant__ WeightGradient<typename Arithmetic::T> p, const Table* table) {
+    weight_gradient_kernel(const __grid_constant__ WeightGradient<typename Arithmetic::T> p,
+                           const Table* table) {
   using T = typename Arithmetic::T;
   using Weight = Product<Arithmetic, Tile, TapsByPixels, Rows>;
   static_assert(kSplitGrain % Weight::kDepth == 0);
   const int64_t task = blockIdx.z;
   const int split = static_cast<int>(blockIdx.y) % p.splits, n = p.b.n;
-  const int m0 = static_cast<int>(blockIdx.x) * Tile::kM, n0 = static_cast<int>(blockIdx.y) / p.splits * Tile::kN;
+  const int m0 = static_cast<int>(blockIdx.x) * Tile::kM,
+            n0 = static_cast<int>(blockIdx.y) / p.splits * Tile::kN;
   const int begin = split * p.split_pixels;
   const int end = begin + p.split_pixels < p.b.depth ? begin + p.split_pixels : p.b.depth;
   T* const parts = resolve(p.parts, *table, task);
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kResident<Arithmetic>)
 
   typename Weight::Sums sums;
   ColumnSums<Weight, Tile> columns;
-  Weight::compute(p.a, p.b, p.terms.resolved(*table, task), m0, n0, begin, end, sums,
+  Weight::compute(p.a, p.b, p.terms, *table, task, m0, n0, begin, end, sums,
                   [&](bool second, const T* slabs, auto layout) {
                     if (grad_b && !second) columns.add(slabs, layout);
                   });
@@ -101,9 +103,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kResident<Arithmetic>)
   T* const grad_w = parts ? parts + split * p.outputs() : resolve(p.grad_w, *table, task);
   const auto at = Weight::position(m0, n0);
   if (!at.owner || !p.grad_w) return;
-  write<Weight>(at, sums, n, p.vectors_w, p.add_w && !parts, [&](int m) {
-    return m < p.a.gather.depth ? grad_w + static_cast<int64_t>(m) * n : nullptr;
-  });
+  write<Weight>(at, sums, n, p.vectors_w, p.add_w && !parts,
+                [&](int m) { return m < p.a.gather.depth ? grad_w + static_cast<int64_t>(m) * n : nullptr; });
 }
 
 /// One thread for each element of grad_w and then of grad_b.
@@ -126,11 +127,13 @@ __global__ void __launch_bounds__(kAddThreads)
   *to = (bias ? p.add_b : p.add_w) ? *to + sum : sum;
 }
 
-/// How many parts k is cut into: each of kSplitPixels at least, and all together no larger than what they are made of.
+/// How many parts k is cut into: each of kSplitPixels at least, and all together no larger than what they are
+/// made of.
 int64_t splits_of(const Layer& l) {
   const int64_t pixels = l.n * l.out.h * l.out.w;
   const int64_t outputs = l.window.kernel_h * l.window.kernel_w * l.in.c * l.out.c;
-  return std::clamp<int64_t>(std::min(pixels / kSplitPixels, pixels * (l.in.c + l.out.c) / outputs), 1, kMostSplits);
+  return std::clamp<int64_t>(std::min(pixels / kSplitPixels, pixels * (l.in.c + l.out.c) / outputs), 1,
+                             kMostSplits);
 }
 
 }  // namespace
@@ -142,11 +145,11 @@ int64_t weight_gradient_scratch(const Layer& l) {
 }
 
 template <class T>
-void weight_gradient(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, const bool (&add)[2],
-                     T* grad_w, T* grad_b, T* scratch) {
+void weight_gradient(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms,
+                     const bool (&add)[2], T* grad_w, T* grad_b, T* scratch) {
   const Window& k = l.window;
-  const Gather gather(l.n, l.in, l.out.h, l.out.w, k.stride_h, k.stride_w, -k.pad_top, -k.pad_left, k.kernel_h,
-                      k.kernel_w);
+  const Gather gather(l.n, l.in, l.out.h, l.out.w, k.stride_h, k.stride_w, -k.pad_top, -k.pad_left,
+                      k.kernel_h, k.kernel_w);
   terms.vectors_a = in_vectors(terms.a, terms.count, l.in.c);
   terms.vectors_b = in_vectors(terms.b, terms.count, l.out.c);
   const int64_t m = gather.depth, n = l.out.c, wanted = splits_of(l);
@@ -170,14 +173,14 @@ void weight_gradient(const Launcher& launch, const char* name, const Layer& l, T
            Product<Arithmetic, Tile, TapsByPixels, Rows>::kSharedBytes, p, launch.table);
   });
   if (parts) {
-    launch("conv2d gradient parts", add_splits_kernel<T>, {blocks_for(m * n + n, kAddThreads)}, kAddThreads, 0, p,
-           launch.table);
+    launch("conv2d gradient parts", add_splits_kernel<T>, {blocks_for(m * n + n, kAddThreads)}, kAddThreads,
+           0, p, launch.table);
   }
 }
 
-template void weight_gradient<float>(const Launcher&, const char*, const Layer&, Terms<float>, const bool (&)[2],
-                                     float*, float*, float*);
-template void weight_gradient<double>(const Launcher&, const char*, const Layer&, Terms<double>, const bool (&)[2],
-                                      double*, double*, double*);
+template void weight_gradient<float>(const Launcher&, const char*, const Layer&, Terms<float>,
+                                     const bool (&)[2], float*, float*, float*);
+template void weight_gradient<double>(const Launcher&, const char*, const Layer&, Terms<double>,
+                                      const bool (&)[2], double*, double*, double*);
 
 }  // namespace maml::cuda

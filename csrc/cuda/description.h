@@ -66,8 +66,8 @@ struct SpanOrder {
   }
 };
 
-/// Writes whole words to device memory in the order of the stream. They travel as arguments of kernels: in a graph or
-/// out of it, and no memory of the host has to stay.
+/// Writes whole words to device memory in the order of the stream. They travel as arguments of kernels: in a
+/// graph or out of it, and no memory of the host has to stay.
 void send(cudaStream_t stream, const void* from, size_t bytes, void* to);
 
 }  // namespace maml::cuda

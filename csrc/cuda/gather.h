@@ -2,9 +2,10 @@
 //
 // Each has an outer index (m of A, n of B) and k, and an element's offset is a sum of one part from either:
 //
-//   Gathered    an image [sample, h, w, c] read at (pixel, tap and channel). Pixel p is (sample, u, v) and stands
-//               at row u stride_h + origin_h, column v stride_w + origin_w; tap (r, s) adds (r, s). Zero where
-//               that is outside the image. Either side may be the outer one.
+//   Gathered    an image [sample, h, w, c] read at (pixel, tap and channel). Pixel p is (sample, u, v) and
+//   stands
+//               at row u stride_h + origin_h, column v stride_w + origin_w; tap (r, s) adds (r, s). Zero
+//               where that is outside the image. Either side may be the outer one.
 //   Rows        a matrix [k, n], contiguous in n
 //   Taps        weights [tap, n, o] for the input gradient: k = (tap of a parity class, last first; o)
 //
@@ -36,15 +37,25 @@ struct Divisor {
   }
 };
 
-/// One side's part of an element's place: an offset, a row and a column.
+/// One side's part of an element's place: an offset, and row * 2^16 + column, so that one addition adds up
+/// both.
 struct Place {
-  int offset, i, j;
+  int offset, at;
 };
 
-/// A part that makes every sum fall outside.
-__device__ __forceinline__ Place nowhere() { return {0, -(1 << 30), 0}; }
+/// Rows and columns of an image that fit a Place, with room for padding and taps around them.
+inline constexpr int64_t kMostSide = 16000;
 
-/// Sizes of one task's tensors fit 32 bits (check_sizes in conv2d.h).
+/// A part that makes every sum fall outside: far enough above, and twice as far still no overflow.
+__device__ __forceinline__ Place nowhere() { return {0, -(1 << 30)}; }
+
+/// An element: its offset, and whether there is one; else it is zero.
+struct Element {
+  int offset;
+  bool inside;
+};
+
+/// Sizes of one task's tensors fit 32 bits (conv2d_footprint sees to it).
 constexpr int int32(int64_t size) { return static_cast<int>(size); }
 
 /// The positions of an image that an operand is read at, and the taps around each.
@@ -52,11 +63,12 @@ struct Gather {
   int h, w, c;  // the image
   int columns, stride_h, stride_w, origin_h, origin_w;
   int pixels, depth;  // samples * positions; taps * c
+  uint32_t beyond;    // 2^15 less the height, 2^15 less the width
   Divisor by_positions, by_columns, by_channels, by_taps_w;
 
   Gather() = default;
-  Gather(int64_t samples, const Image& image, int64_t rows, int64_t columns_, int64_t stride_h_, int64_t stride_w_,
-         int64_t origin_h_, int64_t origin_w_, int64_t taps_h, int64_t taps_w_)
+  Gather(int64_t samples, const Image& image, int64_t rows, int64_t columns_, int64_t stride_h_,
+         int64_t stride_w_, int64_t origin_h_, int64_t origin_w_, int64_t taps_h, int64_t taps_w_)
       : h(int32(image.h)),
         w(int32(image.w)),
         c(int32(image.c)),
@@ -67,6 +79,7 @@ struct Gather {
         origin_w(int32(origin_w_)),
         pixels(int32(samples * rows * columns_)),
         depth(int32(taps_h * taps_w_ * image.c)),
+        beyond(static_cast<uint32_t>((0x8000 - image.h) << 16 | (0x8000 - image.w))),
         by_positions(rows * columns_),
         by_columns(columns_),
         by_channels(image.c),
@@ -77,19 +90,18 @@ struct Gather {
     const int sample = by_positions.quotient(p), q = by_positions.remainder(p, sample);
     const int u = by_columns.quotient(q), v = by_columns.remainder(q, u);
     const int i = u * stride_h + origin_h, j = v * stride_w + origin_w;
-    return {((sample * h + i) * w + j) * c, i, j};
+    return {((sample * h + i) * w + j) * c, i * 65536 + j};
   }
   __device__ __forceinline__ Place tap(int k) const {
     if (k >= depth) return nowhere();
     const int t = by_channels.quotient(k), channel = by_channels.remainder(k, t);
     const int r = by_taps_w.quotient(t), s = by_taps_w.remainder(t, r);
-    return {(r * w + s) * c + channel, r, s};
+    return {(r * w + s) * c + channel, r * 65536 + s};
   }
-  /// The offset of an element, or -1 for zero.
-  __device__ __forceinline__ int offset(const Place& a, const Place& b) const {
-    const bool inside = static_cast<unsigned>(a.i + b.i) < static_cast<unsigned>(h) &&
-                        static_cast<unsigned>(a.j + b.j) < static_cast<unsigned>(w);
-    return inside ? a.offset + b.offset : -1;
+  /// Row and column are both inside if neither they nor they plus `beyond` set the high bit of their half.
+  __device__ __forceinline__ Element element(const Place& a, const Place& b) const {
+    const uint32_t at = static_cast<uint32_t>(a.at) + static_cast<uint32_t>(b.at);
+    return {a.offset + b.offset, ((at | (at + beyond)) & 0x80008000u) == 0};
   }
 };
 
@@ -101,7 +113,9 @@ struct PixelsByTaps {
   Gather gather;
   __device__ __forceinline__ Place outer(int m) const { return gather.pixel(m); }
   __device__ __forceinline__ Place inner(int k) const { return gather.tap(k); }
-  __device__ __forceinline__ int offset(const Place& a, const Place& b) const { return gather.offset(a, b); }
+  __device__ __forceinline__ Element element(const Place& a, const Place& b) const {
+    return gather.element(a, b);
+  }
 };
 
 /// A[(tap, channel), pixel], contiguous in its outer index.
@@ -112,7 +126,9 @@ struct TapsByPixels {
   Gather gather;
   __device__ __forceinline__ Place outer(int m) const { return gather.tap(m); }
   __device__ __forceinline__ Place inner(int k) const { return gather.pixel(k); }
-  __device__ __forceinline__ int offset(const Place& a, const Place& b) const { return gather.offset(a, b); }
+  __device__ __forceinline__ Element element(const Place& a, const Place& b) const {
+    return gather.element(a, b);
+  }
 };
 
 /// B[k, n] of a matrix [depth, n].
@@ -123,7 +139,7 @@ struct Rows {
   int depth, n;
   __device__ __forceinline__ int outer(int j) const { return j < n ? j : -1; }
   __device__ __forceinline__ int inner(int k) const { return k < depth ? k * n : -1; }
-  __device__ __forceinline__ int offset(int a, int b) const { return (a | b) < 0 ? -1 : a + b; }
+  __device__ __forceinline__ Element element(int a, int b) const { return {a + b, (a | b) >= 0}; }
 };
 
 /// B[(tap, o), n] of weights [tap, n, o]: tap (r, s) of a class stands at first - r row - s column elements.
@@ -141,7 +157,7 @@ struct Taps {
     const int r = by_taps_w.quotient(t), s = by_taps_w.remainder(t, r);
     return first - r * row - s * column + channel;
   }
-  __device__ __forceinline__ int offset(int a, int b) const { return (a | b) < 0 ? -1 : a + b; }
+  __device__ __forceinline__ Element element(int a, int b) const { return {a + b, (a | b) >= 0}; }
 };
 
 }  // namespace maml::cuda

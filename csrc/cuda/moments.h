@@ -1,17 +1,18 @@
 // Sums per channel over the rows of a matrix [m, c] that no single block can take: one entry for each tile of
-// kStatisticsRows rows, [tiles, values, c], merged by whoever needs the whole. Two kinds of entries:
+// rows, [tiles, values, c], merged by whoever needs the whole. Two kinds of entries:
 //
 //   Sums         two plain sums
 //   Moments<1>   mean a, sum (a - mean a)^2
 //   Moments<2>   mean a, mean b, sum (a - mean a)(b - mean b)
 //
-// Moments merge by Chan's formula for any number of parts k of n_k rows: mean = sum n_k mean_k / m, and sum
-// (a - mean)^2 = sum_k [M2_k + n_k (mean_k - mean)^2]; unlike E[x^2] - mean^2 this loses no digits. Within a
-// tile T suffices, for a thread sums a few rows only; merging is in double, for it costs little and a merged
-// mean shifts everything behind it. The order of every sum depends on m and c only.
+// Moments merge by Chan's formula for any number of parts k of n_k rows: mean = sum n_k mean_k / m, and
+// sum (a - mean)^2 = sum_k [M2_k + n_k (mean_k - mean)^2]; unlike E[x^2] - mean^2 this loses no digits.
+// Within a tile T suffices, for a thread sums a few rows only; merging is in double, for it costs little and
+// a merged mean shifts everything behind it. The order of every sum depends on m and c only.
 //
-// Every block of the kernel that needs the whole merges all entries for its channels. Where that would be
-// more than kMostEntries, a kernel first folds kFold of them into one.
+// A tile has kTileRows rows where a kernel here makes it, and kStatisticsRows where a convolution does
+// (statistics.h). Every block of the kernel that needs the whole merges all entries for its channels. Where
+// that would be more than kMostEntries, a kernel first folds kFold of them into one.
 #pragma once
 
 #include <algorithm>
@@ -21,8 +22,9 @@
 
 namespace maml::cuda {
 
+inline constexpr int kTileRows = kEmulated ? 16 : 128;
 inline constexpr int kMostEntries = kEmulated ? 4 : 256;
-inline constexpr int kFold = kEmulated ? 3 : 64;
+inline constexpr int kFold = kEmulated ? 3 : 128;
 
 /// `count` entries, each of so many rows of the m in all (the last may have fewer).
 template <class T>
@@ -112,8 +114,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     moments_kernel(int64_t m, int64_t c, const T* symbolic_a, const T* symbolic_b, T* symbolic_out,
                    const Table* table) {
   const Lanes lanes = lanes_of(c);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kStatisticsRows;
-  const int count = static_cast<int>(std::min<int64_t>(kStatisticsRows, m - first));
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileRows;
+  const int count = static_cast<int>(std::min<int64_t>(kTileRows, m - first));
   const T* a = resolve(symbolic_a, *table, blockIdx.z) + first * c + lanes.channel;
   const T* b = kMeans == 1 ? a : resolve(symbolic_b, *table, blockIdx.z) + first * c + lanes.channel;
   T values[kMeans + 1], mean[kMeans], product[1];
@@ -128,37 +130,36 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   write_entry(lanes, c, resolve(symbolic_out, *table, blockIdx.z), values);
 }
 
-inline int64_t tiles_of(int64_t rows) { return blocks_for(rows, kStatisticsRows); }
+inline int64_t tiles_of(int64_t rows) { return blocks_for(rows, kTileRows); }
 
-/// Scratch for the entries of at most three values of `rows` rows, and their fold.
+/// Scratch for the entries of at most three values of `rows` rows, and for what they, or those of a
+/// convolution, are folded into.
 inline int64_t partials_scratch(int64_t rows, int64_t c) {
-  return 3 * c * (tiles_of(rows) + blocks_for(tiles_of(rows), kFold));
+  const int64_t entries = blocks_for(rows, std::min(kTileRows, kStatisticsRows));
+  return 3 * c * (tiles_of(rows) + blocks_for(entries, kFold));
 }
 
-/// The tiles' entries as they are, or folded: few enough for every block to merge. `scratch` has held those
-/// of the tiles, if they are not a convolution's.
+/// Entries of `rows` rows each, as they are or folded: few enough for every block to merge.
 template <class Kind, class T>
-Partials<T> few_partials(const Launcher& launch, int64_t m, int64_t c, T* tiles, T* scratch) {
-  const int64_t count = tiles_of(m);
-  const Partials<T> p{tiles, static_cast<int>(count), kStatisticsRows, m};
+Partials<T> few_partials(const Launcher& launch, int64_t m, int64_t c, int rows, T* entries, T* scratch) {
+  const int64_t count = blocks_for(m, rows);
+  const Partials<T> p{entries, static_cast<int>(count), rows, m};
   if (count <= kMostEntries) return p;
-  const Partials<T> folded{scratch + 3 * c * count, static_cast<int>(blocks_for(count, kFold)),
-                           kStatisticsRows * kFold, m};
+  const Partials<T> folded{scratch + 3 * c * tiles_of(m), static_cast<int>(blocks_for(count, kFold)),
+                           rows * kFold, m};
   launch("fold partial sums", fold_kernel<Kind, T>, Grid{folded.count, blocks_for(c, channel_width(c))},
          kThreads, 0, c, p, folded.at, launch.table);
   return folded;
 }
 
-/// The moments of a [m, c], or of a and b: `taken`, where somebody has taken them tile by tile, or else our
-/// own.
+/// The moments of a [m, c], or of a and b: those that a convolution has taken, or else our own.
 template <int kMeans, class T>
 Partials<T> moments_of(const Launcher& launch, int64_t m, int64_t c, const T* a, const T* b, T* taken,
                        T* scratch) {
-  if (!taken) {
-    launch("moments", moments_kernel<kMeans, T>, Grid{tiles_of(m), blocks_for(c, channel_width(c))}, kThreads,
-           0, m, c, a, b, scratch, launch.table);
-  }
-  return few_partials<Moments<kMeans>>(launch, m, c, taken ? taken : scratch, scratch);
+  if (taken) return few_partials<Moments<kMeans>>(launch, m, c, kStatisticsRows, taken, scratch);
+  launch("moments", moments_kernel<kMeans, T>, Grid{tiles_of(m), blocks_for(c, channel_width(c))}, kThreads,
+         0, m, c, a, b, scratch, launch.table);
+  return few_partials<Moments<kMeans>>(launch, m, c, kTileRows, scratch, scratch);
 }
 
 }  // namespace maml::cuda

@@ -97,9 +97,9 @@ struct View {
   }
 
   /// The rows [first, first + rows of it) of y that are this block's tile.
-  __device__ __forceinline__ int tile_start() const { return static_cast<int>(blockIdx.x) * kStatisticsRows; }
+  __device__ __forceinline__ int tile_start() const { return static_cast<int>(blockIdx.x) * kTileRows; }
   __device__ __forceinline__ int tile_rows() const {
-    return std::min(int{kStatisticsRows}, n * outputs - tile_start());
+    return std::min(int{kTileRows}, n * outputs - tile_start());
   }
 
   /// f(element of x, chosen) for what falls to this thread; chosen(each) calls each(element of y) for the
@@ -354,7 +354,7 @@ struct Normalise {
     if (tiles_of(rows) == 1) return {};
     launch(name, kernel, Grid{tiles_of(rows), blocks_for(c, channel_width(c))}, kThreads, 0, l, t,
            launch.table);
-    return few_partials<Sums>(launch, rows, c, t.scratch, t.scratch);
+    return few_partials<Sums>(launch, rows, c, kTileRows, t.scratch, t.scratch);
   }
 
   /// Where grad_x is not wanted, one block a channel still writes the sums.

@@ -3,7 +3,7 @@
 // packed elements.
 #pragma once
 
-#include "description.h"
+#include "updates.h"
 
 namespace maml::cuda {
 
@@ -38,6 +38,39 @@ __device__ void pack_rate(Team team, const Image& image, const RateInfo& rate, c
   }
   const ParameterInfo& p = image.parameters[rate.parameter];
   for (int64_t at = 0; at < rate.size; at += p.size) pack(team, p, user + at, packed + at);
+}
+
+// Of the batched executor: a row of blocks along y for each tensor, whose user's copy is that span of the
+// call.
+
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    pack_kernel(Image image, int first_span, T* packed, const Table* table) {
+  const ParameterInfo& p = image.parameters[blockIdx.y];
+  const Span& user = table->regions[first_span + static_cast<int>(blockIdx.y)];
+  const int64_t task = blockIdx.z;
+  const T* from = user.start ? reinterpret_cast<const T*>(user.start + task * user.stride) : nullptr;
+  pack(grid_team(), p, from, resolve(packed, *table, task) + p.at);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    pack_rates_kernel(Image image, int first_span, T* packed, const Table* table) {
+  const RateInfo& rate = image.rates[blockIdx.y];
+  const Span& user = table->regions[first_span + static_cast<int>(blockIdx.y)];
+  pack_rate(grid_team(), image, rate, reinterpret_cast<const T*>(user.start),
+            resolve(packed, *table, 0) + rate.at);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    unpack_kernel(Image image, int first_span, const T* packed, const Table* table) {
+  const ParameterInfo& p = image.parameters[blockIdx.y];
+  const Span& user = table->regions[first_span + static_cast<int>(blockIdx.y)];
+  const int64_t task = blockIdx.z;
+  if (!user.start) return;
+  unpack(grid_team(), p, resolve(packed, *table, task) + p.at,
+         reinterpret_cast<T*>(user.start + task * user.stride));
 }
 
 }  // namespace maml::cuda

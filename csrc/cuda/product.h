@@ -2,16 +2,16 @@
 //
 //   C[m, n] = sum_{term} sum_k A_term[m, k] B_term[k, n]        one or two terms, into one accumulator
 //
-// for a tile of C. Operands (gather.h) say where elements are; k goes by in stages of kDepth, the first term's
-// and then the second's.
+// for a tile of C. Operands (gather.h) say where elements are; k goes by in stages of kDepth, the first
+// term's and then the second's.
 //
-// Threads. Tile::kSlices groups of warps share a stage: each takes one slab (kSlab of k) of every stage, and at
-// the end the first group adds up all their sums, in order. Within a group warps lie kWarpsM x kWarpsN over the
-// tile, each with a kWarpM x kWarpN part of it (arithmetic.h).
-// Shared memory. A ring of kStages stages, each [slice] slabs of A and of B (tile_layout.h). While one is
-// multiplied the next kStages - 1 are on their way (copy_async.h), 16 bytes a copy where channel counts and
-// addresses allow, else single elements. A stage is free again once every thread has passed the next barrier.
-// Numerics. What is outside an operand is zero and takes part. The order of sums depends on the tile alone.
+// Threads. Tile::kSlices groups of warps share a stage: each takes one slab (kSlab of k) of every stage, and
+// at the end the first group adds up all their sums, in order. Within a group warps lie kWarpsM x kWarpsN
+// over the tile, each with a kWarpM x kWarpN part of it (arithmetic.h). Shared memory. A ring of kStages
+// stages, each [slice] slabs of A and of B (tile_layout.h). While one is multiplied the next kStages - 1 are
+// on their way (copy_async.h), 16 bytes a copy where channel counts and addresses allow, else single
+// elements. A stage is free again once every thread has passed the next barrier. Numerics. What is outside an
+// operand is zero and takes part. The order of sums depends on the tile alone.
 #pragma once
 
 #include "address.h"
@@ -25,10 +25,11 @@ template <int WarpM, int WarpN, int WarpsM, int WarpsN, int Slices, int Stages>
 struct Tile {
   static constexpr int kWarpM = WarpM, kWarpN = WarpN, kWarpsM = WarpsM, kWarpsN = WarpsN;
   static constexpr int kM = WarpM * WarpsM, kN = WarpN * WarpsN;
-  static constexpr int kSlices = Slices, kStages = Stages, kGroup = 32 * WarpsM * WarpsN, kThreads = kGroup * Slices;
+  static constexpr int kSlices = Slices, kStages = Stages, kGroup = 32 * WarpsM * WarpsN,
+                       kThreads = kGroup * Slices;
 };
 
-/// The operands' memory: symbolic addresses until resolved.
+/// The operands' memory, symbolic addresses.
 template <class T>
 struct Terms {
   const T *a[2] = {}, *b[2] = {};
@@ -36,15 +37,6 @@ struct Terms {
   bool vectors_a = false, vectors_b = false;  // 16 bytes at a time
 
   void add(const T* a_, const T* b_) { a[count] = a_, b[count] = b_, ++count; }
-  __device__ __forceinline__ Terms resolved(const Table& table, int64_t task) const {
-    Terms r = *this;
-#pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      r.a[t] = resolve(a[t], table, task);
-      r.b[t] = resolve(b[t], table, task);
-    }
-    return r;
-  }
 };
 
 /// Fills one operand's slabs of a stage. AlongK: four threads a row, each with some rows of every slab;
@@ -104,7 +96,8 @@ class Filler {
     if (vectors_) {
       const auto inner = operand_.inner(k);
 #pragma unroll
-      for (int i = 0; i < kOuters; ++i) copy<16>(source, operand_.offset(outer_[i], inner), to(slab, i, q, x));
+      for (int i = 0; i < kOuters; ++i)
+        copy<16>(source, operand_.element(outer_[i], inner), to(slab, i, q, x));
       return;
     }
     // Loops stay loops here: unrolled, everything that does not depend on k would end up in registers.
@@ -114,13 +107,14 @@ class Filler {
         const auto inner = operand_.inner(k + e);
 #pragma unroll
         for (int i = 0; i < kOuters; ++i) {
-          copy<sizeof(T)>(source, operand_.offset(outer_[i], inner), to(slab, i, q, x) + e);
+          copy<sizeof(T)>(source, operand_.element(outer_[i], inner), to(slab, i, q, x) + e);
         }
       } else {
         const auto inner = operand_.inner(k);
 #pragma unroll 1
         for (int i = 0; i < kOuters; ++i) {
-          copy<sizeof(T)>(source, operand_.offset(operand_.outer(index(i) + e), inner), to(slab, i, q, x) + e);
+          copy<sizeof(T)>(source, operand_.element(operand_.outer(index(i) + e), inner),
+                          to(slab, i, q, x) + e);
         }
       }
     }
@@ -130,8 +124,8 @@ class Filler {
     return slab + Layout::vector(r.base, r.lane, Operand::kAlongK ? r.x : x, q);
   }
   template <int Bytes>
-  static __device__ __forceinline__ void copy(const T* source, int offset, T* to) {
-    copy_async<Bytes>(to, source + (offset < 0 ? 0 : offset), offset >= 0);
+  static __device__ __forceinline__ void copy(const T* source, const Element& from, T* to) {
+    copy_async<Bytes>(to, source + from.offset, from.inside);
   }
 
   const Operand& operand_;
@@ -174,11 +168,13 @@ class Product {
             n0 + w % Tile::kWarpsN * Tile::kWarpN, warp < Tile::kWarpsM * Tile::kWarpsN};
   }
 
-  /// Sums over k of [begin, end) in each term; `begin` is a multiple of kDepth. `look(term, slabs of B, LayoutB)` is
-  /// called for each stage while it stands in shared memory, which ends up free for the caller after a barrier.
+  /// Sums over k of [begin, end) in each term; `begin` is a multiple of kDepth. `look(term, slabs of B,
+  /// LayoutB)` is called for each stage while it stands in shared memory, which ends up free for the caller
+  /// after a barrier.
   template <class Look>
-  static __device__ __forceinline__ void compute(const A& a, const B& b, const Terms<T>& terms, int m0, int n0,
-                                                 int begin, int end, Sums& sums, Look look) {
+  static __device__ __forceinline__ void compute(const A& a, const B& b, const Terms<T>& terms,
+                                                 const Table& table, int64_t task, int m0, int n0, int begin,
+                                                 int end, Sums& sums, Look look) {
     T* const shared = reinterpret_cast<T*>(dynamic_shared());
     const FillerA filler_a(a, m0, terms.vectors_a);
     const FillerB filler_b(b, n0, terms.vectors_b);
@@ -186,13 +182,17 @@ class Product {
     const Position own = position(0, 0);
     const int slice = static_cast<int>(threadIdx.x) / Tile::kGroup;
 
+    const T *from_a = nullptr, *from_b = nullptr;  // of the term that is being filled
     auto fill = [&](int stage) {
       if (stage < stages) {
-        const bool second = stage >= of_term;
-        const int k = begin + (second ? stage - of_term : stage) * kDepth;
+        const int term = stage >= of_term, in_term = term ? stage - of_term : stage;
+        if (in_term == 0) {
+          from_a = resolve(terms.a[term], table, task);
+          from_b = resolve(terms.b[term], table, task);
+        }
         T* const to = shared + stage % Tile::kStages * kStage;
-        filler_a.fill(second ? terms.a[1] : terms.a[0], k, to);
-        filler_b.fill(second ? terms.b[1] : terms.b[0], k, to + Tile::kSlices * LayoutA::kSize);
+        filler_a.fill(from_a, begin + in_term * kDepth, to);
+        filler_b.fill(from_b, begin + in_term * kDepth, to + Tile::kSlices * LayoutA::kSize);
       }
       commit_copies();
     };
@@ -206,8 +206,8 @@ class Product {
       fill(stage + Tile::kStages - 1);
       const T* const slabs_a = shared + stage % Tile::kStages * kStage;
       const T* const slabs_b = slabs_a + Tile::kSlices * LayoutA::kSize;
-      Arithmetic::template multiply<LayoutA, LayoutB>(slabs_a + slice * LayoutA::kSize,
-                                                      slabs_b + slice * LayoutB::kSize, own.m, own.n, own.lane, sums);
+      Arithmetic::template multiply<LayoutA, LayoutB>(
+          slabs_a + slice * LayoutA::kSize, slabs_b + slice * LayoutB::kSize, own.m, own.n, own.lane, sums);
       look(stage >= of_term, slabs_b, LayoutB());
     }
     wait_copies<0>();
@@ -223,7 +223,8 @@ class Product {
       if (slice > 0) {
         T* const mine = shared + (slice - 1) * kSums * Tile::kGroup + thread;
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) mine[i * Tile::kGroup] = sums.at(i / Sums::kColumns, i % Sums::kColumns);
+        for (int i = 0; i < kSums; ++i)
+          mine[i * Tile::kGroup] = sums.at(i / Sums::kColumns, i % Sums::kColumns);
       }
       __syncthreads();
       if (slice == 0) {
@@ -259,8 +260,8 @@ __device__ __forceinline__ void put(T* to, const T (&values)[kVector<T>], int le
 
 /// Writes a thread's sums: row r of C starts at place(row), null for none; `n` columns.
 template <class Product, class Place>
-__device__ __forceinline__ void write(const typename Product::Position& at, typename Product::Sums& sums, int n,
-                                      bool vectors, bool add, Place place) {
+__device__ __forceinline__ void write(const typename Product::Position& at, typename Product::Sums& sums,
+                                      int n, bool vectors, bool add, Place place) {
   using T = typename Product::T;
 #pragma unroll
   for (int r = 0; r < Product::Sums::kRows; ++r) {

@@ -43,36 +43,6 @@ bool gives_per_task(Operation o) {
 }
 bool takes_given(Operation o) { return o == Operation::adapt_backward || o == Operation::hvp; }
 
-template <class T>
-__global__ void __launch_bounds__(kVectorThreads)
-    pack_kernel(Image image, int first_span, T* packed, const Table* table) {
-  const ParameterInfo& p = image.parameters[blockIdx.y];
-  const Span& user = table->regions[first_span + static_cast<int>(blockIdx.y)];
-  const int64_t task = blockIdx.z;
-  const T* from = user.start ? reinterpret_cast<const T*>(user.start + task * user.stride) : nullptr;
-  pack(grid_team(), p, from, resolve(packed, *table, task) + p.at);
-}
-
-template <class T>
-__global__ void __launch_bounds__(kVectorThreads)
-    pack_rates_kernel(Image image, int first_span, T* packed, const Table* table) {
-  const RateInfo& rate = image.rates[blockIdx.y];
-  const Span& user = table->regions[first_span + static_cast<int>(blockIdx.y)];
-  pack_rate(grid_team(), image, rate, reinterpret_cast<const T*>(user.start),
-            resolve(packed, *table, 0) + rate.at);
-}
-
-template <class T>
-__global__ void __launch_bounds__(kVectorThreads)
-    unpack_kernel(Image image, int first_span, const T* packed, const Table* table) {
-  const ParameterInfo& p = image.parameters[blockIdx.y];
-  const Span& user = table->regions[first_span + static_cast<int>(blockIdx.y)];
-  const int64_t task = blockIdx.z;
-  if (!user.start) return;
-  unpack(grid_team(), p, resolve(packed, *table, task) + p.at,
-         reinterpret_cast<T*>(user.start + task * user.stride));
-}
-
 /// The symbolic tensors of a task.
 template <class T>
 Task<T> symbolic_task(const Problem& p, const Layout& layout, bool inside) {

@@ -26,7 +26,8 @@ void send(cudaStream_t stream, const void* from, size_t bytes, void* to) {
     Parcel parcel;
     const size_t count = std::min(words - at, Parcel::kWords);
     std::memcpy(parcel.words, static_cast<const uint64_t*>(from) + at, count * sizeof(uint64_t));
-    launch("send", unpack_parcel, {}, kThreads, 0, parcel, static_cast<uint64_t*>(to) + at, static_cast<int>(count));
+    launch("send", unpack_parcel, {}, kThreads, 0, parcel, static_cast<uint64_t*>(to) + at,
+           static_cast<int>(count));
   }
 }
 

@@ -2,7 +2,8 @@
 // kStatisticsRows rows of C, made by the one warp that has them, in two passes over its registers:
 //
 //   entry [2, n]   mean of c, sum of (c - mean)^2
-//   entry [3, n]   means of y and c, sum of (y - mean)(c - mean);  y, the output of the primal pass, is in memory
+//   entry [3, n]   means of y and c, sum of (y - mean)(c - mean);  y, the output of the primal pass, is in
+//   memory
 //
 // Order of sums: a thread's rows ascending, then lanes in halves.
 #pragma once
@@ -15,14 +16,16 @@ namespace maml::cuda {
 template <class Sums, class T>
 __device__ __forceinline__ T over_rows(T sum) {
 #pragma unroll
-  for (int lanes = Sums::kRowLane; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+  for (int lanes = Sums::kRowLane; lanes <= 2 * Sums::kRowLane; lanes *= 2)
+    sum += __shfl_xor_sync(~0u, sum, lanes);
   return sum;
 }
 
 /// Called by the whole warps that own the sums of C [rows, n].
 template <class Product, class T>
-__device__ __forceinline__ void take_statistics(const typename Product::Position& at, typename Product::Sums& sums,
-                                                int rows, int n, const T* primal, T* entries) {
+__device__ __forceinline__ void take_statistics(const typename Product::Position& at,
+                                                typename Product::Sums& sums, int rows, int n,
+                                                const T* primal, T* entries) {
   using Sums = typename Product::Sums;
   constexpr int kRows = Sums::kGroupRows;
   static_assert(Sums::kRows % kRows == 0);
@@ -56,7 +59,7 @@ __device__ __forceinline__ void take_statistics(const typename Product::Position
         products += (primal ? y[i] - mean_y : d) * d;
       }
       products = over_rows<Sums>(products);
-      if (at.lane < Sums::kRowLane && column < n) {
+      if ((at.lane & 3 * Sums::kRowLane) == 0 && column < n) {
         T* to = entry + column;
         if (primal) *to = mean_y, to += n;
         *to = mean, to += n;

@@ -308,13 +308,14 @@ class BoundRunner {
 PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
   using maml::BoundProblem;
   m.doc() = "The fused core of maml_cuda: plans, and the calls that run them.";
-  py::register_exception<maml::Unsupported>(m, "Unsupported", PyExc_ValueError);
+  py::register_local_exception<maml::Unsupported>(m, "Unsupported", PyExc_ValueError);
 
   using maml::Address;
   using maml::BoundCall;
   using Addresses = std::vector<Address>;
   using Strides = std::vector<int64_t>;
-  py::class_<BoundCall>(m, "Call", "The addresses of one call's dense tensors; 0 says absent.")
+  py::class_<BoundCall>(m, "Call", py::module_local(),
+                        "The addresses of one call's dense tensors; 0 says absent.")
       .def(py::init([](int64_t tasks, int64_t at_once, Address workspace, const Addresses& parameters,
                        const Strides& parameter_strides, const Addresses& rates,
                        const std::array<Address, 4>& data, Address task_weights, const Addresses& given,
@@ -332,7 +333,7 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
            "data: x_spt, y_spt, x_qry, y_qry. given: the cotangents of a backward or the directions of hvp. "
            "losses: loss, task_losses, support_losses. at_once: tasks at work at the same time.");
 
-  py::class_<BoundProblem>(m, "Problem")
+  py::class_<BoundProblem>(m, "Problem", py::module_local())
       .def(py::init<const py::dict&, const std::string&, const std::vector<int64_t>&, int64_t, int64_t, int,
                     bool, bool, const std::string&>(),
            py::arg("plan"), py::arg("operation"), py::arg("sample"), py::arg("n_support"), py::arg("n_query"),
@@ -346,8 +347,8 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
 
 #ifdef MAML_CUDA_ARCHITECTURES
   using maml::BoundRunner;
-  py::class_<maml::cuda::Graph>(m, "CudaGraph");
-  py::class_<BoundRunner>(m, "CudaRunner",
+  py::class_<maml::cuda::Graph>(m, "CudaGraph", py::module_local());
+  py::class_<BoundRunner>(m, "CudaRunner", py::module_local(),
                           "A problem on one CUDA device; every call is enqueued on a stream.")
       .def(py::init<const BoundProblem&, int>(), py::arg("problem"), py::arg("device"),
            py::keep_alive<1, 2>())

@@ -1,8 +1,8 @@
-// Counts the wavefronts of every access of a warp to the product's tiles in shared memory: what the arithmetics
-// read (tile_layout.h, arithmetic.h) and what the copies write (product.h). A shared memory access moves 32 banks
-// of 4 bytes at a time: lanes that ask for different words of one bank wait for each other, lanes that ask for the
-// same word do not. An access of 16 bytes a lane goes by quarters of a warp. Every access in 16 bytes must take no
-// more wavefronts than its number of distinct words needs.
+// Counts the wavefronts of every access of a warp to the product's tiles in shared memory: what the
+// arithmetics read (tile_layout.h, arithmetic.h) and what the copies write (product.h). A shared memory
+// access moves 32 banks of 4 bytes at a time: lanes that ask for different words of one bank wait for each
+// other, lanes that ask for the same word do not. An access of 16 bytes a lane goes by quarters of a warp.
+// Every access in 16 bytes must take no more wavefronts than its number of distinct words needs.
 #include <algorithm>
 #include <cstdio>
 #include <set>
@@ -58,7 +58,8 @@ void check_layout() {
               warp([&](int lane) { return kWords * Layout::vector(base, lane / 4, x, lane % 4); }), 4);
       }
       for (int q = 0; q < 4; ++q) {
-        check("SIMT operand B", warp([&](int lane) { return kWords * Layout::vector(base, lane % 8, x, q); }), 4);
+        check("SIMT operand B", warp([&](int lane) { return kWords * Layout::vector(base, lane % 8, x, q); }),
+              4);
         for (int half = 0; half < 8; half += 4) {
           check("SIMT operand A",
                 warp([&](int lane) { return kWords * Layout::vector(base, lane / 8 + half, x, q); }), 4);
@@ -81,10 +82,8 @@ void check_layout() {
   if (!Layout::kAlongK && sizeof(T) == 4) {
     for (int base = 0; base < Layout::kIndices; base += 8 * V) {
       for (int k = 0; k < kSlab<T>; ++k) {
-        check("column sums", warp([&](int lane) {
-                return Layout::vector(base, lane / V, k % V, k / V) + lane % V;
-              }),
-              1);
+        check("column sums",
+              warp([&](int lane) { return Layout::vector(base, lane / V, k % V, k / V) + lane % V; }), 1);
       }
     }
   }

@@ -84,13 +84,16 @@ void add_weight_gradient(const Layer& l, const Values& x, const Values& g, Value
     }
   });
 }
+void fill_rows(Values& y, const Values& row) {
+  for (size_t i = 0; i < y.size(); ++i) y[i] = row[i % row.size()];
+}
 void add_columns(const Values& g, Values& sums) {
   for (size_t i = 0; i < g.size(); ++i) sums[i % sums.size()] += g[i];
 }
 
 double rounded(double v, Precision precision) {
   const float f = static_cast<float>(v);
-  if (precision == Precision::tf32) return twin::value(to_tf32(f));
+  if (precision == Precision::tf32) return twin::tf32(to_tf32(f));
   if (precision == Precision::bfloat16) return low_half(to_bf16(f, 0));
   return v;
 }
@@ -187,19 +190,17 @@ class Check {
     Tensor& s = tensor("scratch", scratch);
     t.scratch = place<T>(Region::task, s.at);
     Table table{};
-    std::vector<T> memory[static_cast<int>(Region::count)];
     std::vector<unsigned char*> raw;
     for (int r = 0; r < static_cast<int>(Region::count); ++r) {
-      const int64_t of_task = ends_[r],
-                    all = r == static_cast<int>(Region::shared) ? of_task : of_task * tasks_;
+      const bool shared = r == static_cast<int>(Region::shared),
+                 users = r == static_cast<int>(Region::x_support);
+      const int64_t of_task = ends_[r], all = shared ? of_task : of_task * tasks_;
       void* p = nullptr;
       if (posix_memalign(&p, 64, static_cast<size_t>(all + 1) * sizeof(T)) != 0) std::abort();
       raw.push_back(static_cast<unsigned char*>(p));
       std::fill_n(static_cast<T*>(p), all + 1, std::numeric_limits<T>::quiet_NaN());
-      const bool users = r == static_cast<int>(Region::x_support);
-      table.regions[r] = {
-          raw.back() + (users ? sizeof(T) : 0),
-          r == static_cast<int>(Region::shared) ? 0 : of_task * static_cast<int64_t>(sizeof(T))};
+      table.regions[r] = {raw.back() + (users ? sizeof(T) : 0),
+                          shared ? 0 : of_task * static_cast<int64_t>(sizeof(T))};
     }
     auto at = [&](const Tensor& tensor, int64_t task) {
       const Span& span = table.regions[static_cast<int>(tensor.region)];
@@ -283,13 +284,19 @@ class Check {
     if (coin()) t.w[1] = input(b, "b", layer_.out.c, theta);
     t.y = output(y, "y", outputs());
     for (int64_t task = 0; task < tasks_; ++task) {
-      if (b) {
-        for (int64_t i = 0; i < outputs(); ++i) y->want[task][i] = b->start[task][i % layer_.out.c];
-      }
+      if (b) fill_rows(y->want[task], b->start[task]);
       add_convolution(layer_, x->rounded[task], w->rounded[task], y->want[task]);
     }
     if (coin()) t.statistics = statistics(*y, nullptr);
     execute("forward", conv2d<T>().forward, t);
+  }
+
+  /// Some of the gradients, some of them to be added to.
+  void gradients(Tensors<T>& t, T*& to_x, T* (&to_w)[2], Tensor*& x, Tensor*& w, Tensor*& b) {
+    for (bool* flag : {&t.add_x[0], &t.add_w[0], &t.add_w[1]}) *flag = coin();
+    if (random_() % 4) to_x = output(x, "gradient of x", inputs(), t.add_x[0]);
+    if (random_() % 4) to_w[0] = output(w, "gradient of w", weights(layer_), t.add_w[0]);
+    if (random_() % 4) to_w[1] = output(b, "gradient of b", layer_.out.c, t.add_w[1]);
   }
 
   void backward() {
@@ -299,10 +306,7 @@ class Check {
     t.x[0] = input(x, "x", inputs(), x_region());
     t.w[0] = input(w, "w", weights(layer_));
     t.grad_y = input(g, "grad_y", outputs());
-    for (bool* flag : {&t.add_x[0], &t.add_w[0], &t.add_w[1]}) *flag = coin();
-    if (random_() % 4) t.grad_x[0] = output(grad_x, "grad_x", inputs(), t.add_x[0]);
-    if (random_() % 4) t.grad_w[0] = output(grad_w, "grad_w", weights(layer_), t.add_w[0]);
-    if (random_() % 4) t.grad_w[1] = output(grad_b, "grad_b", layer_.out.c, t.add_w[1]);
+    gradients(t, t.grad_x[0], t.grad_w, grad_x, grad_w, grad_b);
     for (int64_t task = 0; task < tasks_; ++task) {
       if (grad_x) add_input_gradient(layer_, g->rounded[task], w->rounded[task], grad_x->want[task]);
       if (grad_w) add_weight_gradient(layer_, x->rounded[task], g->rounded[task], grad_w->want[task]);
@@ -324,9 +328,7 @@ class Check {
     t.y_dot = output(y_dot, "y_dot", outputs());
     for (int64_t task = 0; task < tasks_; ++task) {
       Values& want = y_dot->want[task];
-      if (b_dot) {
-        for (int64_t i = 0; i < outputs(); ++i) want[i] = b_dot->start[task][i % layer_.out.c];
-      }
+      if (b_dot) fill_rows(want, b_dot->start[task]);
       if (x_dot) add_convolution(layer_, x_dot->rounded[task], w->rounded[task], want);
       if (w_dot) add_convolution(layer_, x->rounded[task], w_dot->rounded[task], want);
     }
@@ -345,10 +347,7 @@ class Check {
     t.grad_y_dot = input(g_dot, "grad_y_dot", outputs());
     if (random_() % 4) t.x_dot[0] = input(x_dot, "x_dot", inputs());
     if (random_() % 4) t.w_dot[0] = input(w_dot, "w_dot", weights(layer_));
-    for (bool* flag : {&t.add_x[0], &t.add_w[0], &t.add_w[1]}) *flag = coin();
-    if (random_() % 4) t.grad_x_dot[0] = output(grad_x, "grad_x_dot", inputs(), t.add_x[0]);
-    if (random_() % 4) t.grad_w_dot[0] = output(grad_w, "grad_w_dot", weights(layer_), t.add_w[0]);
-    if (random_() % 4) t.grad_w_dot[1] = output(grad_b, "grad_b_dot", layer_.out.c, t.add_w[1]);
+    gradients(t, t.grad_x_dot[0], t.grad_w_dot, grad_x, grad_w, grad_b);
     for (int64_t task = 0; task < tasks_; ++task) {
       if (grad_x) {
         add_input_gradient(layer_, g_dot->rounded[task], w->rounded[task], grad_x->want[task]);
@@ -378,19 +377,19 @@ class Check {
 int main(int argc, char** argv) {
   // n, c_in h w, c_out, kernel, stride, padding top left bottom right
   const Case cases[] = {
-      {5, 1, 1, 1, 40, 1, 1, 1, 1, 0, 0, 0, 0},    // linear
-      {7, 64, 1, 1, 5, 1, 1, 1, 1, 0, 0, 0, 0},    //
-      {80, 20, 1, 1, 33, 1, 1, 1, 1, 0, 0, 0, 0},  //
-      {2, 3, 7, 6, 8, 3, 3, 1, 1, 1, 1, 1, 1},     //
-      {1, 16, 9, 9, 16, 3, 3, 2, 2, 1, 1, 1, 1},   // four parity classes
-      {2, 8, 5, 6, 5, 5, 2, 1, 2, 2, 0, 1, 1},     //
-      {1, 5, 8, 7, 3, 1, 1, 3, 3, 0, 0, 0, 0},     // classes without taps
-      {1, 4, 10, 11, 12, 3, 3, 3, 2, 2, 0, 1, 1},  //
-      {3, 33, 4, 4, 8, 3, 3, 1, 1, 1, 1, 1, 1},    //
-      {1, 8, 6, 9, 36, 5, 2, 2, 3, 0, 1, 2, 0},    //
-      {2, 4, 9, 10, 1, 3, 3, 1, 1, 0, 0, 0, 0},    //
-      {1, 2, 13, 13, 4, 3, 3, 4, 4, 1, 1, 1, 1},   // more classes than one launch takes
-      {1, 4, 3, 3, 4, 3, 3, 5, 5, 0, 0, 0, 0},     // stride beyond the image
+      {5, 1, 1, 1, 40, 1, 1, 1, 1, 0, 0, 0, 0},  // linear
+      {7, 64, 1, 1, 5, 1, 1, 1, 1, 0, 0, 0, 0},
+      {80, 20, 1, 1, 33, 1, 1, 1, 1, 0, 0, 0, 0},
+      {2, 3, 7, 6, 8, 3, 3, 1, 1, 1, 1, 1, 1},
+      {1, 16, 9, 9, 16, 3, 3, 2, 2, 1, 1, 1, 1},  // four parity classes
+      {2, 8, 5, 6, 5, 5, 2, 1, 2, 2, 0, 1, 1},
+      {1, 5, 8, 7, 3, 1, 1, 3, 3, 0, 0, 0, 0},  // classes without taps
+      {1, 4, 10, 11, 12, 3, 3, 3, 2, 2, 0, 1, 1},
+      {3, 33, 4, 4, 8, 3, 3, 1, 1, 1, 1, 1, 1},
+      {1, 8, 6, 9, 36, 5, 2, 2, 3, 0, 1, 2, 0},
+      {2, 4, 9, 10, 1, 3, 3, 1, 1, 0, 0, 0, 0},
+      {1, 2, 13, 13, 4, 3, 3, 4, 4, 1, 1, 1, 1},  // more classes than one launch takes
+      {1, 4, 3, 3, 4, 3, 3, 5, 5, 0, 0, 0, 0},    // stride beyond the image
   };
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 3;
   unsigned seed = 1;

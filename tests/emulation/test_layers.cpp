@@ -90,7 +90,7 @@ void check_normalisation() {
   for (const Image& in : {Image{1, 1, 1}, Image{5, 1, 1}, Image{8, 3, 4}, Image{17, 5, 3}, Image{33, 2, 2}}) {
     for (const int64_t n : {2, 3, 9}) check_layer<double>(layer(Kind::batch_norm, n, in), {}, 3);
   }
-  for (const int64_t n : {31, 32, 33, 300, 700}) {  // one tile, two, and folds
+  for (const int64_t n : {15, 16, 17, 32, 33, 64, 65, 300, 700}) {  // one tile, two, and folds
     check_layer<double>(layer(Kind::batch_norm, n, {3, 1, 1}), {});
     Present p;
     p.statistics = true;
@@ -395,7 +395,7 @@ __global__ void sums_of_rows(int rows, int64_t c, const double* x_, double* out_
   for (int count = 1; count <= rows; ++count) {
     double sum[2];
     channel_sums(lanes, count, sum, [&](int i, double (&s)[2]) { s[0] += x[i * c], s[1] += 1; });
-    if (lanes.active && lanes.row == 0) out[(count - 1) * c] = sum[0] * sum[1];
+    if (lanes.active && lanes.row == lanes.rows - 1) out[(count - 1) * c] = sum[0] * sum[1];
   }
 }
 

@@ -1,5 +1,6 @@
-// The product of a block (product.h) with the tiles of real devices, which the passes never choose under emulation:
-// every arithmetic, tile and pair of operands against a plain loop, by vectors and by elements, one term and two.
+// The product of a block (product.h) with the tiles of real devices, which the passes never choose under
+// emulation: every arithmetic, tile and pair of operands against a plain loop, by vectors and by elements,
+// one term and two.
 #include <cstdio>
 #include <random>
 #include <vector>
@@ -24,11 +25,11 @@ struct Problem {
 };
 
 template <class Arithmetic, class Tile, class A, class B>
-__global__ void product_kernel(Problem<typename Arithmetic::T, A, B> p) {
+__global__ void product_kernel(Problem<typename Arithmetic::T, A, B> p, const Table* table) {
   using Own = Product<Arithmetic, Tile, A, B>;
   const int m0 = static_cast<int>(blockIdx.x) * Tile::kM, n0 = static_cast<int>(blockIdx.y) * Tile::kN;
   typename Own::Sums sums;
-  Own::compute(p.a, p.b, p.terms, m0, n0, 0, p.k, sums, [](bool, const auto*, auto) {});
+  Own::compute(p.a, p.b, p.terms, *table, 0, m0, n0, 0, p.k, sums, [](bool, const auto*, auto) {});
   const auto at = Own::position(m0, n0);
   if (!at.owner) return;
   write<Own>(at, sums, p.n, p.vectors_c, p.add,
@@ -36,10 +37,20 @@ __global__ void product_kernel(Problem<typename Arithmetic::T, A, B> p) {
 }
 
 /// A[m, k] and B[k, n] as they lie for each operand.
-PixelsByTaps operand(PixelsByTaps, int m, int, int k) { return {Gather(m, {k, 1, 1}, 1, 1, 1, 1, 0, 0, 1, 1)}; }
-TapsByPixels operand(TapsByPixels, int m, int, int k) { return {Gather(k, {m, 1, 1}, 1, 1, 1, 1, 0, 0, 1, 1)}; }
+PixelsByTaps operand(PixelsByTaps, int m, int, int k) {
+  return {Gather(m, {k, 1, 1}, 1, 1, 1, 1, 0, 0, 1, 1)};
+}
+TapsByPixels operand(TapsByPixels, int m, int, int k) {
+  return {Gather(k, {m, 1, 1}, 1, 1, 1, 1, 0, 0, 1, 1)};
+}
 Rows operand(Rows, int, int n, int k) { return {k, n}; }
 Taps operand(Taps, int, int n, int k) { return {n, k, k, 0, 0, 0, Divisor(k), Divisor(1)}; }
+
+/// A real address as a place in a region that starts at 0.
+template <class T>
+const T* symbolic(const T* real) {
+  return place<const T>(Region::task) + reinterpret_cast<uint64_t>(real) / sizeof(T);
+}
 
 template <class Arithmetic, class Tile, class A, class B>
 void check(int m, int n, int k, int count, bool vectors) {
@@ -51,13 +62,15 @@ void check(int m, int n, int k, int count, bool vectors) {
   };
   auto memory = [](int size) { return std::vector<Line>(static_cast<size_t>(size) * sizeof(T) / 16 + 1); };
   auto elements = [](std::vector<Line>& v) { return reinterpret_cast<T*>(v.data()); };
-  std::vector<Line> a[2] = {memory(m * k), memory(m * k)}, b[2] = {memory(k * n), memory(k * n)}, c = memory(m * n);
-  Problem<T, A, B> p{operand(A(), m, n, k), operand(B(), m, n, k), {}, elements(c), m, n, k, vectors, count == 2};
+  std::vector<Line> a[2] = {memory(m * k), memory(m * k)}, b[2] = {memory(k * n), memory(k * n)},
+                    c = memory(m * n);
+  Problem<T, A, B> p{
+      operand(A(), m, n, k), operand(B(), m, n, k), {}, elements(c), m, n, k, vectors, count == 2};
   p.terms.vectors_a = p.terms.vectors_b = vectors;
   for (int t = 0; t < count; ++t) {
     for (int i = 0; i < m * k; ++i) elements(a[t])[i] = static_cast<T>(small(random));
     for (int i = 0; i < k * n; ++i) elements(b[t])[i] = static_cast<T>(small(random));
-    p.terms.add(elements(a[t]), elements(b[t]));
+    p.terms.add(symbolic(elements(a[t])), symbolic(elements(b[t])));
   }
   std::vector<T> want(static_cast<size_t>(m * n), p.add ? T(3) : T(0));
   for (int i = 0; i < m * n; ++i) p.c[i] = p.add ? T(3) : std::numeric_limits<T>::quiet_NaN();
@@ -72,13 +85,16 @@ void check(int m, int n, int k, int count, bool vectors) {
     }
   }
   constexpr int kBytes = Product<Arithmetic, Tile, A, B>::kSharedBytes;
+  const Table table{};
   Launcher{nullptr, 1, nullptr}("product", product_kernel<Arithmetic, Tile, A, B>,
-                                {blocks_for(m, Tile::kM), blocks_for(n, Tile::kN)}, Tile::kThreads, kBytes, p);
+                                {blocks_for(m, Tile::kM), blocks_for(n, Tile::kN)}, Tile::kThreads, kBytes, p,
+                                &table);
   for (int i = 0; i < m * n; ++i) {
     if (p.c[i] == want[static_cast<size_t>(i)]) continue;
-    std::printf("%s tile %d x %d, along k %d %d, %d x %d x %d, %d terms, vectors %d: C[%d, %d] is %g, should be %g\n",
-                __PRETTY_FUNCTION__, Tile::kM, Tile::kN, A::kAlongK, B::kAlongK, m, n, k, count, vectors, i / n,
-                i % n, static_cast<double>(p.c[i]), static_cast<double>(want[static_cast<size_t>(i)]));
+    std::printf(
+        "%s tile %d x %d, along k %d %d, %d x %d x %d, %d terms, vectors %d: C[%d, %d] is %g, should be %g\n",
+        __PRETTY_FUNCTION__, Tile::kM, Tile::kN, A::kAlongK, B::kAlongK, m, n, k, count, vectors, i / n,
+        i % n, static_cast<double>(p.c[i]), static_cast<double>(want[static_cast<size_t>(i)]));
     ++failures;
     return;
   }

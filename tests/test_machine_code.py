@@ -1,0 +1,111 @@
+"""The kernels as the compiler left them, in the library that is installed: needs cuobjdump and nvdisasm, but no GPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from maml_cuda import _core
+
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+PRINTS = ("loss", "megakernel")  # printf keeps its arguments in local memory: on the way to the assertion alone
+
+
+@cache
+def tool() -> str:
+    """cuobjdump, from PATH or from the package nvidia-cuda-cuobjdump."""
+    packaged = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump"))
+    return shutil.which("cuobjdump") or next(map(str, packaged), "")
+
+
+needs_kernels = pytest.mark.skipif(_core.cuda is None, reason="this build has no CUDA kernels")
+needs_tool = pytest.mark.skipif(not tool(), reason="there is no cuobjdump")
+each_architecture = pytest.mark.parametrize("architecture", _core.cuda_architectures.split() or ["none"])
+pytestmark = needs_kernels
+
+
+def dump(*options: str) -> str:
+    folder = Path(tool()).parent
+    command = [tool(), *options, str(_core.__file__)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": f"{folder}:/usr/bin:/bin"})
+    return done.stdout
+
+
+@cache
+def kernels(architecture: str) -> dict[str, Counter[str]]:
+    """Mangled name -> how often each instruction stands in it."""
+    parts = re.split(r"^\s*Function : (\S+)$", dump("-arch", f"sm_{architecture}", "-sass"), flags=re.MULTILINE)[1:]
+    return {name: Counter(INSTRUCTION.findall(body)) for name, body in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def those(architecture: str, *words: str) -> dict[str, Counter[str]]:
+    found = {name: code for name, code in kernels(architecture).items() if all(word in name for word in words)}
+    assert found, f"no kernel of {words}"
+    return found
+
+
+@needs_tool
+@each_architecture
+def test_nothing_spills(architecture: str) -> None:
+    usage = dump("-arch", f"sm_{architecture}", "-res-usage")
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert len(found) > 100
+    for name, registers, stack, shared, local in found:
+        assert int(local) == 0, name
+        assert int(stack) == 0 or any(word in name for word in PRINTS), name
+        assert int(registers) <= 255, name
+        assert int(shared) <= 48 * 1024, name
+
+
+@needs_tool
+@each_architecture
+def test_no_hot_loop_touches_local_memory(architecture: str) -> None:
+    for name, code in kernels(architecture).items():
+        loads = [i for i in code if i.startswith("LDL")]
+        stores = [i for i in code if i.startswith("STL")]
+        assert not loads, name
+        assert not stores or any(word in name for word in PRINTS), name
+
+
+@needs_tool
+@each_architecture
+@pytest.mark.parametrize("product", ["forward_kernel", "input_gradient_kernel", "weight_gradient_kernel"])
+@pytest.mark.parametrize(
+    ("arithmetic", "instruction"),
+    [
+        ("4SimtIfE", "FFMA"),
+        ("4SimtIdE", "DFMA"),
+        ("9Tf32Words", "HMMA.1688.F32.TF32"),
+        ("9Bf16Words", "HMMA.16816.F32.BF16"),
+        ("11Bf16x3Words", "HMMA.16816.F32.BF16"),
+    ],
+)
+def test_products_use_the_units_that_they_are_for(
+    architecture: str, product: str, arithmetic: str, instruction: str
+) -> None:
+    for name, code in those(architecture, product, arithmetic).items():
+        assert code[instruction] >= 8, f"{name}: {code[instruction]}"
+        matrix = sum(count for i, count in code.items() if i.startswith("HMMA"))
+        assert matrix == (code[instruction] if instruction.startswith("HMMA") else 0), name
+        assert code["LDGSTS.E.BYPASS.128"] + code["LDGSTS.E.128"] > 0, f"{name}: no copies of 16 bytes"
+        assert code["LDS.128"] > 0, f"{name}: no shared loads of 16 bytes"
+
+
+def test_the_library_shows_python_its_door_and_nothing_of_cuda() -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("there is no nm")
+    lines = subprocess.run(
+        ["nm", "-D", str(_core.__file__)], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    symbols = [line.split()[-2:] for line in lines]
+    defined = [name for kind, name in symbols if kind in "TDB"]
+    assert defined == ["PyInit__core"]
+    undefined = [name for kind, name in symbols if kind == "U"]
+    assert not [name for name in undefined if re.match(r"cuda[A-Z]|cu[A-Z]|_ZN.*(torch|c10)", name)]
