@@ -62,6 +62,26 @@ class CudaRunner:
     def capture(self, call: Call, image: int, table: int) -> CudaGraph: ...
     def run_graph(self, call: Call, graph: CudaGraph, stream: int) -> None: ...
 
+class Episodes:
+    def __init__(
+        self,
+        *,
+        images: int,
+        values: int,
+        double: bool,
+        shape: Sequence[int],
+        rotations: int,
+        n_way: int,
+        k_shot: int,
+        n_query: int,
+        seed: int,
+        first: int,
+        tasks: int,
+        data: Sequence[int],
+    ) -> None: ...
+    def draw(self, threads: int) -> None: ...
+    def enqueue(self, device: int, stream: int) -> None: ...
+
 def cuda_device_count() -> int: ...
 def instruction_sets() -> list[str]: ...
 def cpu_isa() -> str: ...

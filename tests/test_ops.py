@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from maml_cuda import FusedMAML, reference
+from maml_cuda.data import Episodes
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +104,7 @@ def calls() -> dict[str, tuple[Any, tuple, dict]]:
         fixed.predict({name: t.clone().requires_grad_() for name, t in fast.items()}, x_qry)
         fixed.loss_and_grad(fast, x_qry, y_qry)
         fixed.hvp(fast, x_qry, y_qry, fast)
+        Episodes(torch.zeros(3, 4, 2, 2, dtype=torch.uint8), 2, 1, 2).draw(2, seed=0)
     parameters, rates, x, y, plan, steps = made.seen["maml_cuda::adapt_forward"][1]
     cotangents = [torch.ones_like(fast[name]) for name, _ in maml.model.named_parameters()]
     backward = (parameters, rates, x, y, cotangents, plan, steps, False)

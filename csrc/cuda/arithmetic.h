@@ -3,19 +3,18 @@
 //   Simt<T>   multiply-adds of T; each sum in ascending k
 //   Tf32      matrix instructions on operands rounded to 10 bits of fraction
 //   Bf16      the same on 7 bits
-//   Bf16x3    the same on hi + lo, two bf16 a number: lo hi + hi lo + hi hi, about 2e-5 of the largest
-//   product
+//   Bf16x3    the same on hi + lo, two bf16 a number: lo hi + hi lo + hi hi, an error of about 2e-5
 //
-// All read V x V blocks of the tiles (tile_layout.h). A warp owns indices `base` .. of either tile; lane
-// (i_lane, j_lane) of it
+// All read V x V blocks of the tiles (tile_layout.h), from indices `base` on, where this warp's part starts.
 //
-//   Simt      has blocks i_lane + 4 b of A and j_lane + 8 b of B, and all k of the slab, one q after the
-//   other; others    compute C^T = B^T A^T, 16 of n by 8 of m an instruction, from blocks (g, q = t) of both,
-//   g = lane / 4,
-//             t = lane % 4. All the instruction asks is that both agree on the order of k, and that the sums
-//             be written where their indices say. So its k are each lane's own 4 t .. 4 t + 3, in pairs that
-//             lie as loaded where the tile is along k; row or column g of group x is index 4 g + x; and a
-//             thread's sums come out as columns 4 g .. 4 g + 3, a whole vector, of rows 8 t .. 8 t + 7.
+// Simt: with i = lane / 8, j = lane % 8 a thread takes blocks i, i + 4, .. of A and j, j + 8, .. of B, and
+// all k of the slab, one q after the other.
+//
+// The others compute C^T = B^T A^T, 16 of n by 8 of m an instruction, from blocks (g, q = t) of both, with
+// g = lane / 4, t = lane % 4. All the instruction asks is that both agree on the order of k, and that the
+// sums be written where their indices say. So its k are each lane's own 4 t .. 4 t + 3, in pairs that lie as
+// loaded where the tile is along k; row or column g of group x is index 4 g + x; and a thread's sums come out
+// as columns 4 g .. 4 g + 3, a whole vector, of rows 8 t .. 8 t + 7.
 //
 // `Sums` is what a thread holds: kRows x kColumns of the warp's tile, at(r, c) being its row(r), column(c).
 // Columns come in vectors of V. Four lanes, kRowLane and 2 kRowLane apart, share their columns, and

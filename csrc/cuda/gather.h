@@ -2,10 +2,9 @@
 //
 // Each has an outer index (m of A, n of B) and k, and an element's offset is a sum of one part from either:
 //
-//   Gathered    an image [sample, h, w, c] read at (pixel, tap and channel). Pixel p is (sample, u, v) and
-//   stands
-//               at row u stride_h + origin_h, column v stride_w + origin_w; tap (r, s) adds (r, s). Zero
-//               where that is outside the image. Either side may be the outer one.
+//   Gathered    an image [sample, h, w, c] read at (pixel, tap and channel). Pixel p is (sample, u, v), at
+//               row u stride_h + origin_h, column v stride_w + origin_w; tap (r, s) adds (r, s). Zero where
+//               that is outside the image. Either side may be the outer one.
 //   Rows        a matrix [k, n], contiguous in n
 //   Taps        weights [tap, n, o] for the input gradient: k = (tap of a parity class, last first; o)
 //

@@ -5,13 +5,15 @@
 // for a tile of C. Operands (gather.h) say where elements are; k goes by in stages of kDepth, the first
 // term's and then the second's.
 //
-// Threads. Tile::kSlices groups of warps share a stage: each takes one slab (kSlab of k) of every stage, and
+// Threads: Tile::kSlices groups of warps share a stage: each takes one slab (kSlab of k) of every stage, and
 // at the end the first group adds up all their sums, in order. Within a group warps lie kWarpsM x kWarpsN
-// over the tile, each with a kWarpM x kWarpN part of it (arithmetic.h). Shared memory. A ring of kStages
-// stages, each [slice] slabs of A and of B (tile_layout.h). While one is multiplied the next kStages - 1 are
-// on their way (copy_async.h), 16 bytes a copy where channel counts and addresses allow, else single
-// elements. A stage is free again once every thread has passed the next barrier. Numerics. What is outside an
-// operand is zero and takes part. The order of sums depends on the tile alone.
+// over the tile, each with a kWarpM x kWarpN part of it (arithmetic.h).
+//
+// Shared memory: a ring of kStages stages, each [slice] slabs of A and of B (tile_layout.h). While one is
+// multiplied the next kStages - 1 are on their way (copy_async.h), 16 bytes a copy where channel counts and
+// addresses allow, else single elements. A stage is free again once every thread has passed the next barrier.
+//
+// Numerics: what is outside an operand is zero and takes part. The order of sums depends on the tile alone.
 #pragma once
 
 #include "address.h"

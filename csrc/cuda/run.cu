@@ -8,29 +8,12 @@
 #include "backend.h"
 #include "batched.h"
 #include "megakernel.h"
+#include "on_device.h"
 
 namespace maml::cuda {
 namespace {
 
 constexpr int64_t kMostTasksAtOnce = 65535;  // blockIdx.z
-
-/// Makes a device current, and the one before it when it goes.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "asking for the device");
-    if (before_ != device) check(cudaSetDevice(device), "choosing the device");
-    changed_ = before_ != device;
-  }
-  ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
 
 bool at_own_parameters(Operation o) {
   return o == Operation::predict || o == Operation::predict_backward || o == Operation::loss_and_grad ||

@@ -2,8 +2,7 @@
 // kStatisticsRows rows of C, made by the one warp that has them, in two passes over its registers:
 //
 //   entry [2, n]   mean of c, sum of (c - mean)^2
-//   entry [3, n]   means of y and c, sum of (y - mean)(c - mean);  y, the output of the primal pass, is in
-//   memory
+//   entry [3, n]   means of y and c, sum of (y - mean)(c - mean), with y of the primal pass from memory
 //
 // Order of sums: a thread's rows ascending, then lanes in halves.
 #pragma once

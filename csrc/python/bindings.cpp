@@ -10,6 +10,7 @@
 #ifdef MAML_CUDA_ARCHITECTURES
 #include "../cuda/backend.h"
 #endif
+#include "episodes.h"
 
 namespace py = pybind11;
 
@@ -368,6 +369,7 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
   m.attr("cuda") = py::none();
   m.attr("cuda_architectures") = "";
 #endif
+  maml::bind_episodes(m);
   m.def("instruction_sets", &maml::cpu::instruction_sets, "Instruction sets in this build, widest first.");
   m.def("cpu_isa", [] { return maml::cpu::backend().isa; }, "The instruction set in use.");
   m.attr("version") = MAML_CUDA_VERSION;

@@ -1,7 +1,8 @@
-"""Few-shot tasks that ship with the package: glyph classification and sinusoid regression."""
+"""Few-shot tasks: glyphs and sinusoids, which ship with the package, and episodes of your own images."""
 
+from maml_cuda.data.episodes import Episodes
 from maml_cuda.data.glyphs import GlyphTasks
 from maml_cuda.data.meta_batch import MetaBatch
 from maml_cuda.data.sinusoid import SinusoidTasks
 
-__all__ = ["GlyphTasks", "MetaBatch", "SinusoidTasks"]
+__all__ = ["Episodes", "GlyphTasks", "MetaBatch", "SinusoidTasks"]
