@@ -35,7 +35,7 @@ def backend_of(device: torch.device) -> str:
 
 def has_precisions(device: torch.device) -> bool:
     """Whether products of float32 may be computed in another precision there."""
-    return backend_of(device) == "cuda"
+    return device.type != "cpu"
 
 
 def stream_of(device: torch.device) -> int:
