@@ -1,0 +1,158 @@
+"""Parts that run other programs: the build, the tests, compute-sanitizer. Each in a process group of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from .machine import ROOT, machine
+from .worker import Failed
+
+TESTS = ("tests/layers", "tests/test_meta_gradient.py", "tests/test_errors.py", "tests/test_cuda.py")
+SMALL_TESTS = ("tests/test_errors.py::test_no_rate_to_repeat",)  # for the emulation, where each takes long
+TOOLS = ("memcheck", "racecheck")
+CUDA_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+
+
+class Skipped(Exception):
+    """What the part needs is not here; the words say what."""
+
+
+def execute(command: list[str], seconds: float, **variables: str) -> tuple[int | None, str]:
+    """The exit code, None where the time was over, and all that the command printed."""
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **variables}, stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:  # its children too: a compiler, or a test that waits for the GPU
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        return code, output.read()
+
+
+def tail(text: str, lines: int = 25) -> list[str]:
+    return [line[:300] for line in text.rstrip().splitlines()[-lines:]]
+
+
+def tool(name: str) -> str | None:
+    """Where a program of the CUDA toolkit is."""
+    homes = [os.environ[key] for key in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(key)]
+    folders = [None, *(f"{home}/bin" for home in homes), *CUDA_FOLDERS]
+    return next((found for folder in folders if (found := shutil.which(name, path=folder))), None)
+
+
+def first_match(pattern: str, text: str) -> str | None:
+    found = re.search(pattern, text)
+    return found.group(1).strip() if found else None
+
+
+def describe(emulated: bool) -> Iterator[dict[str, Any]]:
+    """A job: the GPU and what drives it. Needs no build of maml_cuda."""
+    import torch
+
+    if not emulated and not torch.cuda.is_available():
+        raise Failed("torch.cuda.is_available() is False: there is no NVIDIA GPU here, or this torch was built without")
+    gpu = machine(emulated).describe()
+    yield {"gpu": gpu, "torch": torch.__version__, "say": f"{gpu['name']}, torch {torch.__version__}"}
+    if emulated:
+        return
+    versions = {}
+    if smi := shutil.which("nvidia-smi"):
+        _, text = execute([smi, "--query-gpu=driver_version", "--format=csv,noheader"], 20)
+        versions["driver"] = first_match(r"^\s*([\d.]+)", text)
+    if nvcc := tool("nvcc"):
+        versions["nvcc"] = first_match(r"release [\d.]+, V([\d.]+)", execute([nvcc, "--version"], 20)[1])
+    yield versions
+
+
+def installed() -> dict[str, Any] | None:
+    """build_info() of the maml_cuda that a new process imports; None where it cannot."""
+    program = "import json, maml_cuda; print('build_info', json.dumps(maml_cuda.build_info()))"
+    found = first_match(r"build_info (\{.*\})", execute([sys.executable, "-c", program], 60)[1])
+    return json.loads(found) if found else None
+
+
+def build(capability: str | None, seconds: float) -> dict[str, Any]:
+    """Builds the kernels for this GPU where the installed maml_cuda has none."""
+    info = installed()
+    if info and info["cuda"]:
+        return {"build_info": info, "build": "was there"}
+    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
+    variables = {"MAML_CUDA_BUILD": "cuda"}
+    if capability:
+        variables["MAML_CUDA_ARCHITECTURES"] = capability.replace(".", "")
+    begin = time.monotonic()
+    code, text = execute(command, seconds, **variables)
+    took = time.monotonic() - begin
+    if code is None:
+        raise Failed(f"the build was stopped after {took:.0f} seconds")
+    info = installed()
+    if code or not (info and info["cuda"]):
+        raise Failed("\n".join([f"the build failed (exit code {code}) after {took:.0f} seconds", *tail(text)]))
+    return {"build_info": info, "build": f"{' '.join(command[1:])} took {took:.0f} seconds", "build_seconds": took}
+
+
+def tests(backend: str, paths: tuple[str, ...], seconds: float) -> dict[str, Any]:
+    """Runs tests of the suite on one backend: counts by outcome, and the last lines where one failed."""
+    if importlib.util.find_spec("pytest") is None:
+        raise Skipped("pytest is not installed")
+    paths = tuple(path for path in paths if (ROOT / path.partition("::")[0]).exists())
+    if not paths:
+        raise Skipped("the tests are not here: an installed package, not a checkout")
+    notes = [] if importlib.util.find_spec("hypothesis") else ["hypothesis is not installed: no test here needs it"]
+    command = [
+        sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider",
+        "-o", "addopts=--import-mode=importlib", *paths,
+    ]  # fmt: skip
+    code, text = execute(command, seconds, MAML_CUDA_MACHINES=backend)
+    outcomes = re.findall(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", text, re.MULTILINE)
+    counts = Counter(outcome.lower() for _, outcome in outcomes)
+    found = {
+        "backend": backend,
+        "paths": list(paths),
+        "exit_code": code,
+        "counts": dict(counts),
+        "not_passed": [name for name, outcome in outcomes if outcome in ("FAILED", "ERROR")][:20],
+        "notes": notes,
+    }
+    if code is None:
+        notes.append(f"stopped after {seconds:.0f} seconds: the tests after those counted did not run")
+    elif counts["passed"] == 0:
+        notes.append("no test ran on this backend")
+    if code:
+        found["last_lines"] = tail(text)
+    return found
+
+
+def sanitizer(name: str, seconds: float) -> dict[str, Any]:
+    """One tool of compute-sanitizer on the smallest meta-steps of both executors."""
+    program = tool("compute-sanitizer")
+    if program is None:
+        raise Skipped("compute-sanitizer is not installed")
+    command = [program, "--tool", name, "--error-exitcode", "86", sys.executable, "-m", "benchmarks.gpu.smallest"]
+    # Without torch's caching allocator, so that a step beyond one tensor is not a step into its neighbour.
+    code, text = execute(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    summary = first_match(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", text)
+    verdict = "clean" if code == 0 else "stopped after its time" if code is None else "found something"
+    if code and summary is None:
+        verdict = "did not come to its end"
+    found: dict[str, Any] = {"verdict": verdict, "summary": summary, "exit_code": code}
+    return found if code == 0 else {**found, "last_lines": tail(text)}

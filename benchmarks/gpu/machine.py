@@ -1,0 +1,133 @@
+"""The device under measurement: the GPU, or on a CPU the emulation of the kernels in its place.
+
+All that the benchmark asks of a device is here: events, synchronization, memory, graphs, names.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+Step = Callable[[], object]
+
+
+class Gpu:
+    """CUDA device 0 of torch."""
+
+    torch_device = torch.device("cuda", 0)
+    has_graphs = True
+
+    def describe(self) -> dict[str, Any]:
+        own = torch.cuda.get_device_properties(0)
+        return {
+            "name": own.name,
+            "multiprocessors": own.multi_processor_count,
+            "capability": f"{own.major}.{own.minor}",
+            "memory_gib": round(own.total_memory / 2**30, 1),
+            "cuda_of_torch": torch.version.cuda,
+        }
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def burst(self, step: Step, count: int) -> float:
+        """Seconds of `count` steps in a row, between two events."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(count):
+            step()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def capture(self, step: Step, copies: int) -> Step:
+        """The replay of a CUDA graph of so many steps; like torch's own recipe, after three on a side stream."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(copies):
+                step()
+        return graph.replay
+
+    def peak(self, action: Callable[[], Any]) -> tuple[Any, int | None]:
+        """What the action gives, and the most bytes of torch's allocator beyond those in use before it."""
+        self.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = action()
+        self.synchronize()
+        return result, torch.cuda.max_memory_allocated() - before
+
+
+class Emulated:
+    """The kernels on the CPU, by the emulation that the tests use: all of the command's logic, no true times."""
+
+    torch_device = torch.device("cpu")
+    has_graphs = False
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "emulated GPU", "multiprocessors": None, "capability": None, "memory_gib": None}
+
+    def synchronize(self) -> None:
+        pass
+
+    def burst(self, step: Step, count: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(count):
+            step()
+        return time.perf_counter() - begin
+
+    def capture(self, step: Step, copies: int) -> Step:
+        raise NotImplementedError("the emulation has no graphs of torch")
+
+    def peak(self, action: Callable[[], Any]) -> tuple[Any, int | None]:
+        return action(), None
+
+
+Machine = Gpu | Emulated
+
+
+@functools.cache
+def machine(emulated: bool) -> Machine:
+    return Emulated() if emulated else Gpu()
+
+
+@contextmanager
+def emulation() -> Iterator[None]:
+    """Puts the emulated kernels in the GPU's place, as the tests' fixture `machine` does."""
+    from maml_cuda import device, ops
+
+    if str(ROOT) not in sys.path:  # appended: the checkout's maml_cuda must not hide an installed one
+        sys.path.append(str(ROOT))
+    changes: list[tuple[Any, str, Any]] = [
+        (ops, "_core", importlib.import_module("tests.emulated").load()),
+        (device, "backend_of", lambda _: "cuda"),
+        (device, "has_precisions", lambda _: True),
+        (device, "stream_of", lambda _: 0),
+        (device, "is_capturing", lambda: False),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    ops._problem.cache_clear()
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+        ops._problem.cache_clear()

@@ -1,0 +1,46 @@
+"""The smallest meta-steps of both executors, in every precision: what compute-sanitizer watches.
+
+`python -m benchmarks.gpu.smallest` runs them once on the GPU and compares with nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from maml_cuda import FusedMAML
+
+PRECISIONS = ("float32", "bf16x3", "tf32", "bfloat16")
+
+
+def mlp() -> tuple[nn.Module, tuple[int, ...]]:
+    return nn.Sequential(nn.Linear(3, 17), nn.ReLU(), nn.Linear(17, 5)), (3,)
+
+
+def conv() -> tuple[nn.Module, tuple[int, ...]]:
+    return nn.Sequential(
+        nn.Conv2d(2, 9, 3, padding=1), nn.BatchNorm2d(9), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(9, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 5),
+    ), (2, 7, 7)  # fmt: skip
+
+
+def meta_steps(device: torch.device) -> int:
+    """How many meta-steps ran: each net in each precision, second order, made on the CPU and copied."""
+    count = 0
+    for make in (mlp, conv):
+        torch.manual_seed(0)
+        model, sample = make()
+        x_spt, x_qry = torch.randn(2, 2, 3, *sample, device="cpu").to(device)
+        y_spt, y_qry = torch.randint(5, (2, 2, 3), device="cpu").to(device)
+        for precision in PRECISIONS:
+            maml = FusedMAML(model.to(device), 0.1, 2, backend="fused", precision=precision, cuda_graphs=False)
+            maml.zero_grad()
+            maml(x_spt, y_spt, x_qry, y_qry).loss.backward()
+            count += 1
+    return count
+
+
+if __name__ == "__main__":
+    ran = meta_steps(torch.device("cuda"))
+    torch.cuda.synchronize()
+    print(f"{ran} meta-steps")
