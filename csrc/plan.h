@@ -131,6 +131,23 @@ enum class Operation {
   hvp                // the Hessian-vector product at each task's own parameters
 };
 
+/// No inner loop: each task comes with parameters of its own.
+inline bool at_own_parameters(Operation o) {
+  return o == Operation::predict || o == Operation::predict_backward || o == Operation::loss_and_grad ||
+         o == Operation::hvp;
+}
+/// A gradient summed over tasks.
+inline bool gives_gradient(Operation o) {
+  return o == Operation::meta_gradient || o == Operation::adapt_backward;
+}
+/// Something of the parameters' shapes for each task.
+inline bool gives_per_task(Operation o) {
+  return o == Operation::adapt || o == Operation::predict_backward || o == Operation::loss_and_grad ||
+         o == Operation::hvp;
+}
+/// Cotangents or directions of the parameters' shapes for each task.
+inline bool takes_given(Operation o) { return o == Operation::adapt_backward || o == Operation::hvp; }
+
 /// The inner learning rate of one parameter: a constant, or a tensor of the caller's.
 struct Rate {
   double constant = 0;

@@ -71,7 +71,7 @@ class Runner:
         return size
 
     def run(self, like: Tensor, tasks: int, at_once: int, graphs: bool, addresses: dict[str, Any]) -> None:
-        """Enqueues a call; `graphs`: from its third time on, as the replay of a CUDA graph."""
+        """Enqueues a call; `graphs`: from its second time on, as the replay of a CUDA graph."""
         workspace = self._allocate(like, tasks, at_once)
         call = self._make_call(tasks, at_once, workspace=workspace.data_ptr(), **addresses)
         stream = stream_of(like.device)

@@ -46,8 +46,8 @@ class FusedMAML(nn.Module):
         adapt_params: which parameters the inner loop changes: a callable on the name, or names. The others still
             receive their exact meta-gradient.
         backend: "auto", "fused" (a ValueError where it cannot) or "reference".
-        precision: of products of float32 on a GPU: "float32" (as such), "bf16x3" (relative error about 2e-5), "tf32"
-            (about 1e-3) or "bfloat16" (about 1e-2); a float64 model computes in float64 whatever this says.
+        precision: of products of float32 on a GPU: "float32" (as such), "bf16x3" (relative error about 1e-5), "tf32"
+            (about 6e-4) or "bfloat16" (about 5e-3); a float64 model computes in float64 whatever this says.
         cuda_graphs: on a GPU, calls of a shape that repeats are replayed as CUDA graphs.
         task_chunk: on a GPU, at most so many tasks at once, so that memory grows with them alone; None: all.
         check_labels: on a GPU, look at the labels before each call, which waits for the device. Otherwise a label out

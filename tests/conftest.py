@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from maml_cuda import FusedMAML, _core, device, ops, reference
+from maml_cuda import FusedMAML, _core, reference
 
 from . import emulated
 
@@ -103,7 +103,7 @@ MACHINES = ("cpu", "cuda_emulated", "cuda")
 
 
 @pytest.fixture(params=MACHINES)
-def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def machine(request: pytest.FixtureRequest) -> Iterator[str]:
     """What a test runs on: the CPU's layers, the GPU's kernels emulated on the CPU, or those on a GPU.
 
     MAML_CUDA_MACHINES names the ones wanted, all by default.
@@ -118,14 +118,10 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             yield name
         return
     if name == "cuda_emulated":
-        monkeypatch.setattr(ops, "_core", emulated.load())
-        monkeypatch.setattr(device, "backend_of", lambda _: "cuda")
-        monkeypatch.setattr(device, "stream_of", lambda _: 0)
-        monkeypatch.setattr(device, "is_capturing", lambda: False)
-        ops._problem.cache_clear()
+        with emulated.in_place_of_a_gpu():
+            yield name
+        return
     yield name
-    if name == "cuda_emulated":
-        ops._problem.cache_clear()
 
 
 @pytest.fixture

@@ -6,8 +6,11 @@ import functools
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,3 +44,20 @@ def load() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def in_place_of_a_gpu(precisions: bool = False) -> Iterator[None]:
+    """The CPU's tensors go to the emulated kernels; `precisions`: in any precision, as on a GPU."""
+    from maml_cuda import device, ops
+
+    changes = [(ops, "_core", load()), (device, "backend_of", lambda _: "cuda"), (device, "stream_of", lambda _: 0)]
+    changes.append((device, "is_capturing", lambda: False))
+    if precisions:
+        changes.append((device, "has_precisions", lambda _: True))
+    ops._problem.cache_clear()
+    with ExitStack() as stack:
+        stack.callback(ops._problem.cache_clear)
+        for owner, name, value in changes:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield

@@ -110,24 +110,7 @@ def machine(emulated: bool) -> Machine:
 @contextmanager
 def emulation() -> Iterator[None]:
     """Puts the emulated kernels in the GPU's place, as the tests' fixture `machine` does."""
-    from maml_cuda import device, ops
-
     if str(ROOT) not in sys.path:  # appended: the checkout's maml_cuda must not hide an installed one
         sys.path.append(str(ROOT))
-    changes: list[tuple[Any, str, Any]] = [
-        (ops, "_core", importlib.import_module("tests.emulated").load()),
-        (device, "backend_of", lambda _: "cuda"),
-        (device, "has_precisions", lambda _: True),
-        (device, "stream_of", lambda _: 0),
-        (device, "is_capturing", lambda: False),
-    ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
-    ops._problem.cache_clear()
-    try:
-        for owner, name, value in changes:
-            setattr(owner, name, value)
+    with importlib.import_module("tests.emulated").in_place_of_a_gpu(precisions=True):
         yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
-        ops._problem.cache_clear()

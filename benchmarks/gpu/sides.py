@@ -96,7 +96,7 @@ def copies_of(flops: int) -> int:
 def our_sides(on: Machine, precision: str, copies: int) -> list[Side]:
     found = [
         Side(OURS, precision, "called", ours(precision, False)),
-        Side(OURS, precision, "graphs", ours(precision, True), runs=3),  # the third call is the first replay
+        Side(OURS, precision, "graphs", ours(precision, True), runs=3),  # the second call captures
     ]
     if on.has_graphs:
         found.append(Side(OURS, precision, "captured", captured(on, ours(precision, False), copies), copies))

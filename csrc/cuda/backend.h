@@ -13,9 +13,6 @@ namespace maml::cuda {
 /// What the planner must know of this backend's layers.
 LayerTraits traits();
 
-/// Devices that can be used: 0 on a machine without a driver.
-int device_count();
-
 /// Which of the two executors serves a problem: one block a task with everything in shared memory
 /// (megakernel.h), or kernels over all tasks (batched.h).
 enum class Executor { megakernel, batched };

@@ -26,17 +26,14 @@ struct Layout {
       size += whole_lines(wanted);
       return at;
     };
-    const bool products = p.operation == Operation::adapt_backward || p.operation == Operation::hvp;
-    const bool out_wanted = p.operation == Operation::adapt || p.operation == Operation::loss_and_grad ||
-                            p.operation == Operation::hvp || p.operation == Operation::predict_backward;
     totals = take(shared_size, 2 * p.result_size);
     int64_t& rates_home = inside ? task_size : shared_size;
     result = take(task_size, p.result_size);
     theta = inside || own_parameters ? 0 : take(shared_size, p.packing.total);
     own = inside || own_parameters ? take(task_size, p.packing.total) : 0;
     rates = take(rates_home, p.rates_size);
-    given = take(task_size, products ? p.packing.total : 0);
-    out = take(task_size, out_wanted ? p.packing.total : 0);
+    given = take(task_size, takes_given(p.operation) ? p.packing.total : 0);
+    out = take(task_size, gives_per_task(p.operation) ? p.packing.total : 0);
     work = take(task_size, p.task_size());
   }
 };

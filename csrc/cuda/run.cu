@@ -15,17 +15,6 @@ namespace {
 
 constexpr int64_t kMostTasksAtOnce = 65535;  // blockIdx.z
 
-bool at_own_parameters(Operation o) {
-  return o == Operation::predict || o == Operation::predict_backward || o == Operation::loss_and_grad ||
-         o == Operation::hvp;
-}
-bool gives_gradient(Operation o) { return o == Operation::meta_gradient || o == Operation::adapt_backward; }
-bool gives_per_task(Operation o) {
-  return o == Operation::adapt || o == Operation::predict_backward || o == Operation::loss_and_grad ||
-         o == Operation::hvp;
-}
-bool takes_given(Operation o) { return o == Operation::adapt_backward || o == Operation::hvp; }
-
 /// The symbolic tensors of a task.
 template <class T>
 Task<T> symbolic_task(const Problem& p, const Layout& layout, bool inside) {
@@ -138,7 +127,10 @@ struct Runner<T>::State {
             takes_given(problem.operation), gives_per_task(problem.operation)};
   }
 
-  int64_t chunk(const Call<T>& call) const { return std::min({call.at_once, call.tasks, kMostTasksAtOnce}); }
+  static int64_t chunk(int64_t tasks, int64_t at_once) {
+    return std::min({at_once, tasks, kMostTasksAtOnce});
+  }
+  int64_t chunk(const Call<T>& call) const { return chunk(call.tasks, call.at_once); }
   int64_t chunks(const Call<T>& call) const { return blocks_for(call.tasks, chunk(call)); }
 
   /// Elements of the workspace for one task: with the megakernel only its result leaves the block.
@@ -152,7 +144,7 @@ struct Runner<T>::State {
     return elements(chunk_count * all_spans().count * static_cast<int64_t>(sizeof(Span)));
   }
   int64_t workspace(int64_t tasks, int64_t at_once) const {
-    const int64_t size = std::min({at_once, tasks, kMostTasksAtOnce});
+    const int64_t size = chunk(tasks, at_once);
     return spans_size(blocks_for(tasks, size)) + layout.shared_size + size * task_stride();
   }
 
@@ -169,15 +161,16 @@ struct Runner<T>::State {
       return problem.graph.loss == Loss::cross_entropy ? s.n * int64_t{8} : s.values[s.output].size * element;
     };
     for (int64_t first = 0; first < call.tasks; first += chunk(call)) {
-      auto push = [&](const void* start, int64_t stride) {
+      auto span = [&](const void* start, int64_t stride) -> Span {
         auto* bytes = static_cast<unsigned char*>(const_cast<void*>(start));
-        all.push_back({bytes ? bytes + first * stride : nullptr, stride});
+        return {bytes ? bytes + first * stride : nullptr, stride};
       };
-      const auto region = [&](Region r, const void* start, int64_t stride) {
-        all[all.size() - static_cast<size_t>(Region::count) + static_cast<size_t>(r)] = {
-            start ? static_cast<unsigned char*>(const_cast<void*>(start)) + first * stride : nullptr, stride};
+      auto push = [&](const void* start, int64_t stride) { all.push_back(span(start, stride)); };
+      const size_t regions = all.size();
+      all.resize(regions + static_cast<size_t>(Region::count));
+      auto region = [&](Region r, const void* start, int64_t stride) {
+        all[regions + static_cast<size_t>(r)] = span(start, stride);
       };
-      all.resize(all.size() + static_cast<size_t>(Region::count));
       region(Region::shared, shared, 0);
       region(Region::x_support, call.x_support, samples(problem.support));
       region(Region::y_support, call.y_support, targets(problem.support));
@@ -191,9 +184,9 @@ struct Runner<T>::State {
       region(Region::task_weights, call.task_weights, element);
       region(Region::loss, call.loss, 0);
       region(Region::gradient, call.gradient, 0);
-      all[all.size() - static_cast<size_t>(Region::count) + static_cast<size_t>(Region::task)] = {
-          reinterpret_cast<unsigned char*>(shared + layout.shared_size),
-          task_stride() * element};  // of any chunk
+      all[regions + static_cast<size_t>(Region::task)] = {
+          // the same memory for every chunk
+          reinterpret_cast<unsigned char*>(shared + layout.shared_size), task_stride() * element};
       for (size_t i = 0; i < call.parameters.size(); ++i) {
         push(call.parameters[i], call.parameter_strides.empty() ? 0 : call.parameter_strides[i] * element);
       }
@@ -352,14 +345,5 @@ Graph::~Graph() {
 
 template class Runner<float>;
 template class Runner<double>;
-
-int device_count() {
-  int count = 0;
-  if (cudaGetDeviceCount(&count) != cudaSuccess) {
-    cudaGetLastError();  // a machine without a driver: no device, no error
-    return 0;
-  }
-  return count;
-}
 
 }  // namespace maml::cuda

@@ -88,11 +88,6 @@ Node node_of(const py::dict& d) {
   return node;
 }
 
-bool at_own_parameters(Operation operation) {
-  return operation == Operation::predict || operation == Operation::predict_backward ||
-         operation == Operation::loss_and_grad || operation == Operation::hvp;
-}
-
 Graph graph_of(const py::dict& plan, Operation operation) {
   Graph graph;
   for (py::handle d : plan["nodes"]) graph.nodes.push_back(node_of(d.cast<py::dict>()));
@@ -362,7 +357,6 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
       .def("table_bytes", &BoundRunner::table_bytes, py::arg("call"))
       .def("capture", &BoundRunner::capture, py::arg("call"), py::arg("image"), py::arg("table"))
       .def("run_graph", &BoundRunner::run_graph, py::arg("call"), py::arg("graph"), py::arg("stream"));
-  m.def("cuda_device_count", &maml::cuda::device_count);
   m.attr("cuda") = MAML_CUDA_TOOLKIT;
   m.attr("cuda_architectures") = MAML_CUDA_ARCHITECTURES;
 #else
