@@ -21,8 +21,10 @@ enum class Kind {
   avg_pool,
   mean_pool,
   add,
-  block  // pool(f(batch_norm(x))), with or without the max-pool: what a backend that has it makes of such a
-         // chain
+  block,       // pool(f(batch_norm(x))), with or without the max-pool: what a backend that has it makes of
+               // such a chain
+  patch_gram,  // the moments of a constant image's patches (patch_gram.h), for
+  stem         // pool(batch_norm(conv2d(x))) of that image, with or without the max-pool
 };
 
 /// f of a pointwise layer; `a` and `b` are Layer::a and Layer::b.
@@ -64,12 +66,15 @@ struct Layer {
   Image in, out;
   Window window;
   Function function = Function::relu;
-  double a = 0, b = 0, c = 1;                // constants of `function`
-  double eps = 0;                            // batch_norm and block
-  bool count_padding = true;                 // avg_pool: padding counts in the divisor
-  bool pooled = false;                       // block: a max-pool over `window` comes last
-  Precision precision = Precision::float32;  // conv2d
+  double a = 0, b = 0, c = 1;  // constants of `function`
+  double eps = 0;              // batch_norm, block and stem
+  bool count_padding = true;   // avg_pool: padding counts in the divisor
+  bool pooled = false;  // a max-pool comes last: block: over `window`; stem: of 2 x 2 pixels, each in one
+  Image between{};      // patch_gram and stem: the convolution's output
+  Precision precision = Precision::float32;  // conv2d and stem
 };
+
+constexpr int kMostParameters = 4;
 
 /// One node's tensors for one task. A null pointer says "zero" for what is read, "not wanted" for what is
 /// written.
@@ -89,10 +94,10 @@ struct Tensors {
   T* grad_x_dot[2] = {};
   const T* grad_y_dot = nullptr;
 
-  const T* w[2] = {};  // weight and bias; gamma and beta
-  T* grad_w[2] = {};
-  const T* w_dot[2] = {};
-  T* grad_w_dot[2] = {};
+  const T* w[kMostParameters] = {};  // weight and bias; gamma and beta; stem: all four
+  T* grad_w[kMostParameters] = {};
+  const T* w_dot[kMostParameters] = {};
+  T* grad_w_dot[kMostParameters] = {};
 
   // Statistics that a convolution takes of its output on the way out, for the normalisation that alone reads
   // it, one entry for each tile of rows (a backend's own number of them), per channel: the mean of y and the
@@ -104,7 +109,7 @@ struct Tensors {
   T* saved = nullptr;    // what a pass keeps for the later ones: Footprint::saved elements
   T* scratch = nullptr;  // Footprint::scratch elements, dead after the pass
 
-  bool add_x[2] = {}, add_w[2] = {};  // behind all addresses
+  bool add_x[2] = {}, add_w[kMostParameters] = {};  // behind all addresses
 };
 
 /// A layer is four passes. With L the loss and R{.} the derivative along w_dot:

@@ -49,7 +49,9 @@ struct Walk {
     for (auto s = stage.steps.rbegin(); s != stage.steps.rend(); ++s) {
       if (!grad(s->output)) continue;
       Tensors<T> t = tensors(*s);
-      for (int j = 0; j < 2; ++j) t.grad_w[j] = parameter(s->parameters[j], gradient, gradient ? limit : 0);
+      for (int j = 0; j < kMostParameters; ++j) {
+        t.grad_w[j] = parameter(s->parameters[j], gradient, gradient ? limit : 0);
+      }
       backend.backward(s->layer, t);
     }
   }
@@ -66,7 +68,9 @@ struct Walk {
     for (auto s = stage.steps.rbegin(); s != stage.steps.rend(); ++s) {
       if (!grad_dot(s->output)) continue;
       Tensors<T> t = tensors(*s, direction);
-      for (int j = 0; j < 2; ++j) t.grad_w_dot[j] = parameter(s->parameters[j], product, packing.trainable);
+      for (int j = 0; j < kMostParameters; ++j) {
+        t.grad_w_dot[j] = parameter(s->parameters[j], product, packing.trainable);
+      }
       backend.backward_tangent(s->layer, t);
     }
   }
@@ -93,6 +97,8 @@ struct Walk {
       t.x_dot[j] = dot(s.inputs[j]);
       t.grad_x_dot[j] = grad_dot(s.inputs[j]);
       t.add_x[j] = s.add_x[j];
+    }
+    for (int j = 0; j < kMostParameters; ++j) {
       t.add_w[j] = s.add_w[j];
       const int p = s.parameters[j];
       if (p >= 0) t.w[j] = (packing.at[p] < packing.adapted ? phi : theta) + packing.at[p];

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "patch_gram.h"
+
 namespace maml {
 namespace {
 
@@ -16,7 +18,8 @@ std::string text_of(const std::vector<int64_t>& shape) {
 
 struct Shaped {
   Image image{};
-  int rank = 0;  // axes of a sample as the user sees them
+  int rank = 0;     // axes of a sample as the user sees them
+  Image between{};  // Layer::between
 };
 
 std::vector<int64_t> dims(const Shaped& s) {
@@ -46,11 +49,11 @@ Shaped infer(const Node& node, const Shaped& x, const Shaped* other, int64_t n) 
     wrong(node.name + " expects " + std::to_string(node.in_features) +
           (x.rank == 1 ? " features" : " channels") + ", got samples of shape " + text_of(dims(x)));
   }
-  Shaped y = x;
+  Shaped y{x.image, x.rank};
   if (node.out_rank != 0) y.rank = node.out_rank;
   if (node.out_features != 0) y.image.c = node.out_features;
   const Window& window = layer.window;
-  const std::string& sliding = node.pool_name.empty() ? node.name : node.pool_name;
+  const std::string& sliding = layer.kind == Kind::block ? node.pool_name : node.name;
   if (window.kernel_h > kMostKernelRows) {
     throw Unsupported(sliding + " has a kernel of " + std::to_string(window.kernel_h) +
                       " rows; fused are at most " + std::to_string(kMostKernelRows));
@@ -61,6 +64,12 @@ Shaped infer(const Node& node, const Shaped& x, const Shaped* other, int64_t n) 
     y.image.w =
         slide(sliding, x.image.w, window.kernel_w, window.stride_w, window.pad_left, node.pad_end[1], x);
   };
+  auto normalises = [&](const std::string& name, const Image& image) {
+    if (n * image.h * image.w == 1) {
+      wrong(name + " expects more than 1 value per channel in batch statistics, got 1 sample of shape " +
+            text_of(dims({image, x.rank})));
+    }
+  };
   switch (layer.kind) {
     case Kind::conv2d:
     case Kind::max_pool:
@@ -69,12 +78,22 @@ Shaped infer(const Node& node, const Shaped& x, const Shaped* other, int64_t n) 
       break;
     case Kind::batch_norm:
     case Kind::block:
-      if (n * x.image.h * x.image.w == 1) {
-        wrong(node.name +
-              " expects more than 1 value per channel in batch statistics, got 1 sample of shape " +
-              text_of(dims(x)));
-      }
+      normalises(node.name, x.image);
       if (layer.pooled) slides();
+      break;
+    case Kind::patch_gram:
+    case Kind::stem:
+      slides();
+      y.between = y.image;
+      if (layer.kind == Kind::patch_gram) {
+        y.image = {patch_gram_size(patch_size(window, x.image)), 1, 1};
+        break;
+      }
+      normalises(node.norm_name, y.between);
+      if (layer.pooled) {
+        y.image.h = slide(node.pool_name, y.between.h, 2, 2, 0, 0, {y.between, y.rank});
+        y.image.w = slide(node.pool_name, y.between.w, 2, 2, 0, 0, {y.between, y.rank});
+      }
       break;
     case Kind::mean_pool:
       y.image.h = y.image.w = 1;
@@ -101,6 +120,21 @@ Shaped infer(const Node& node, const Shaped& x, const Shaped* other, int64_t n) 
       break;
   }
   return y;
+}
+
+/// Multiply-adds of a forward pass, roughly.
+int64_t work_of(const Layer& l) {
+  const int64_t patch = patch_size(l.window, l.in), patches = l.n * l.between.h * l.between.w;
+  switch (l.kind) {
+    case Kind::conv2d:
+      return l.n * size(l.out) * patch;
+    case Kind::patch_gram:
+      return patches * patch * patch;
+    case Kind::stem:
+      return patches * patch * l.out.c;
+    default:
+      return 4 * l.n * size(l.out);
+  }
 }
 
 /// Whether the node's output is its input's memory, read differently.
@@ -157,40 +191,145 @@ Packing::Packing(const std::vector<Parameter>& parameters) : at(parameters.size(
   append(Role::frozen);
 }
 
-Graph with_blocks(const Graph& graph) {
-  const int count = static_cast<int>(graph.nodes.size());
-  std::vector<int> readers(count + 1, 0);
-  for (const Node& node : graph.nodes) {
-    for (int input : node.inputs) readers[std::max(input, 0)] += input >= 0;
+namespace {
+
+/// Whether a larger x never gives a smaller f(x): then a max-pool may as well come before f.
+bool ascends(const Layer& f) {
+  switch (f.function) {
+    case Function::silu:
+    case Function::gelu:
+    case Function::gelu_tanh:
+      return false;
+    case Function::leaky_relu:
+      return f.a >= 0;
+    case Function::elu:
+      return f.a >= 0 && f.b >= 0 && f.c > 0;
+    case Function::softplus:
+      return f.a > 0;
+    default:
+      return true;
   }
-  // Whether node i alone reads node i - 1's value, and is of this kind.
-  auto continues = [&](int i, Kind kind) {
-    return i < count && graph.nodes[i].layer.kind == kind && graph.nodes[i].inputs[0] == i && readers[i] == 1;
-  };
-  Graph fused = graph;
-  fused.nodes.clear();
-  std::vector<int> number(count + 1, 0);  // of a value, in the new graph
-  for (int i = 0; i < count; ++i) {
-    Node node = graph.nodes[i];
-    for (int& input : node.inputs) input = input < 0 ? input : number[input];
-    if (node.layer.kind == Kind::batch_norm && continues(i + 1, Kind::pointwise)) {
-      Layer& block = node.layer;
-      const Layer& f = graph.nodes[++i].layer;
-      block.kind = Kind::block;
-      block.function = f.function;
-      block.a = f.a, block.b = f.b, block.c = f.c;
-      if (continues(i + 1, Kind::max_pool)) {
-        const Node& pool = graph.nodes[++i];
-        block.pooled = true;
-        block.window = pool.layer.window;
-        node.pad_end = pool.pad_end;
-        node.pool_name = pool.name;
+}
+
+/// Whether a max-pool takes each pixel into at most one of its 2 x 2 windows.
+bool pools_pairs(const Node& pool) {
+  const Window& w = pool.layer.window;
+  return w.kernel_h == 2 && w.kernel_w == 2 && w.stride_h == 2 && w.stride_w == 2 && w.pad_top == 0 &&
+         w.pad_left == 0 && pool.pad_end == std::array<int64_t, 2>{};
+}
+
+class Chains {
+ public:
+  explicit Chains(const Graph& graph) : graph_(graph), readers_(graph.nodes.size() + 1, 0) {
+    constant_.push_back(true);
+    for (const Node& node : graph.nodes) {
+      bool constant = true;
+      for (int input : node.inputs) {
+        if (input < 0) continue;
+        ++readers_[input];
+        constant = constant && constant_[input];
       }
+      for (int p : node.parameters)
+        constant = constant && (p < 0 || graph.parameters[p].role == Role::frozen);
+      constant_.push_back(constant);
     }
-    fused.nodes.push_back(node);
-    number[i + 1] = static_cast<int>(fused.nodes.size());
   }
-  return fused;
+
+  Graph fused(bool blocks) {
+    result_ = graph_;
+    result_.nodes.clear();
+    number_.assign(1, 0);
+    for (size_t i = 0; i < graph_.nodes.size();) {
+      size_t length = stem(i);
+      if (length == 0 && blocks) length = block(i);
+      if (length == 0) append(renumbered(graph_.nodes[i])), length = 1;
+      number_.resize(number_.size() + length, static_cast<int>(result_.nodes.size()));
+      i += length;
+    }
+    return result_;
+  }
+
+ private:
+  /// Whether node i is of this kind and alone reads the value of node i - 1.
+  bool continues(size_t i, Kind kind) const {
+    return i < graph_.nodes.size() && graph_.nodes[i].layer.kind == kind &&
+           graph_.nodes[i].inputs[0] == static_cast<int>(i) && readers_[i] == 1;
+  }
+  Node renumbered(Node node) const {
+    for (int& input : node.inputs) input = input < 0 ? input : number_[input];
+    return node;
+  }
+  /// The number of its value.
+  int append(Node node) {
+    result_.nodes.push_back(std::move(node));
+    return static_cast<int>(result_.nodes.size());
+  }
+
+  /// Appends the chain that starts with node i as one layer; the number of its nodes, or 0 if there is none.
+  size_t block(size_t i) {
+    if (graph_.nodes[i].layer.kind != Kind::batch_norm || !continues(i + 1, Kind::pointwise)) return 0;
+    Node node = renumbered(graph_.nodes[i]);
+    Layer& layer = node.layer;
+    const Layer& f = graph_.nodes[i + 1].layer;
+    layer.kind = Kind::block;
+    layer.function = f.function;
+    layer.a = f.a, layer.b = f.b, layer.c = f.c;
+    layer.pooled = continues(i + 2, Kind::max_pool);
+    if (layer.pooled) {
+      const Node& pool = graph_.nodes[i + 2];
+      layer.window = pool.layer.window;
+      node.pad_end = pool.pad_end;
+      node.pool_name = pool.name;
+    }
+    append(node);
+    return layer.pooled ? 3 : 2;
+  }
+
+  /// conv2d, batch_norm, pointwise, max_pool becomes patch_gram, stem, pointwise: with an ascending f the
+  /// pool comes first.
+  size_t stem(size_t i) {
+    const Node& convolution = graph_.nodes[i];
+    const Window& window = convolution.layer.window;
+    if (convolution.layer.kind != Kind::conv2d || !continues(i + 1, Kind::batch_norm)) return 0;
+    if (!constant_[convolution.inputs[0]]) return 0;
+    if (window.kernel_h * window.kernel_w * convolution.in_features > kMostPatch) return 0;
+    const Node& norm = graph_.nodes[i + 1];
+    if (norm.in_features != convolution.out_features || (norm.rank != 0 && norm.rank != convolution.rank))
+      return 0;
+    Node node = renumbered(convolution);
+    Node gram = node;
+    gram.layer.kind = Kind::patch_gram;
+    gram.parameters.fill(-1);
+    node.layer.kind = Kind::stem;
+    node.layer.eps = norm.layer.eps;
+    node.norm_name = norm.name;
+    node.parameters[2] = norm.parameters[0];
+    node.parameters[3] = norm.parameters[1];
+    node.inputs[1] = append(gram);
+    const bool f = continues(i + 2, Kind::pointwise) && ascends(graph_.nodes[i + 2].layer);
+    const size_t pool = i + (f ? 3 : 2);
+    node.layer.pooled = continues(pool, Kind::max_pool) && pools_pairs(graph_.nodes[pool]);
+    if (node.layer.pooled) node.pool_name = graph_.nodes[pool].name;
+    const int normalised = append(node);
+    if (!node.layer.pooled) return 2;
+    if (f) {
+      Node last = graph_.nodes[i + 2];
+      last.inputs[0] = normalised;
+      append(last);
+    }
+    return f ? 4 : 3;
+  }
+
+  const Graph& graph_;
+  Graph result_;
+  std::vector<int> readers_, number_;  // of a value: how often it is read; its number in the result
+  std::vector<bool> constant_;         // depends on nothing that is trained
+};
+
+}  // namespace
+
+Graph with_chains(const Graph& graph, const LayerTraits& traits) {
+  return Chains(graph).fused(traits.blocks);
 }
 
 Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t n, Data data, Keep keep,
@@ -213,7 +352,7 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
     const Shaped* other = node.inputs[1] < 0 ? nullptr : &shapes[node.inputs[1]];
     shapes[i + 1] = infer(node, x, other, n);
     Stage::Value& y = stage.values[i + 1];
-    y.size = n * size(shapes[i + 1].image);
+    y.size = (node.layer.kind == Kind::patch_gram ? 1 : n) * size(shapes[i + 1].image);
     if (y.size > INT32_MAX) {
       throw Unsupported(node.name + " has " + std::to_string(y.size) +
                         " values a task; fused are fewer than 2^31");
@@ -244,9 +383,11 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
     step.layer.n = n;
     step.layer.in = shapes[node.inputs[0]].image;
     step.layer.out = shapes[i + 1].image;
+    step.layer.between = shapes[i + 1].between;
     step.output = i + 1;
     step.parameters = node.parameters;
-    step.add_x = step.add_w = {false, false};
+    step.add_x = {};
+    step.add_w = {};
     Stage::Value& y = stage.values[i + 1];
     for (int j = 0; j < 2; ++j) {
       step.inputs[j] = node.inputs[j] < 0 ? -1 : stage.values[node.inputs[j]].root;
@@ -254,11 +395,11 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
         y.active |= stage.values[step.inputs[j]].active;
         y.moving |= stage.values[step.inputs[j]].moving;
       }
-      if (node.parameters[j] >= 0) {
-        const Role role = graph.parameters[node.parameters[j]].role;
-        y.active |= role != Role::frozen;
-        y.moving |= role == Role::adapted;
-      }
+    }
+    for (int p : node.parameters) {
+      if (p < 0) continue;
+      y.active |= graph.parameters[p].role != Role::frozen;
+      y.moving |= graph.parameters[p].role == Role::adapted;
     }
     stage.steps.push_back(step);
   }
@@ -269,6 +410,8 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
         step->add_x[j] = value_written[step->inputs[j]];
         value_written[step->inputs[j]] = true;
       }
+    }
+    for (int j = 0; j < kMostParameters; ++j) {
       if (step->parameters[j] >= 0) {
         step->add_w[j] = parameter_written[step->parameters[j]];
         parameter_written[step->parameters[j]] = true;
@@ -294,8 +437,7 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
     Stage::Value& y = stage.values[step.output];
     const Footprint needs = traits.footprint(step.layer);
     const Layer& l = step.layer;
-    stage.work +=
-        l.kind == Kind::conv2d ? y.size * l.in.c * l.window.kernel_h * l.window.kernel_w : 4 * y.size;
+    stage.work += work_of(l);
     stage.scratch_size = std::max(stage.scratch_size, needs.scratch);
     y.fixed = data == Data::support && !y.moving;
     const bool stays = y.fixed || products;
@@ -362,7 +504,7 @@ Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
                  std::vector<RateTensor> rate_tensors_, const std::vector<int64_t>& sample, int64_t n_support,
                  int64_t n_query, int steps_, bool first_order_, int64_t element_bytes,
                  const LayerTraits& traits)
-    : graph(traits.blocks ? with_blocks(graph_) : std::move(graph_)),
+    : graph(with_chains(graph_, traits)),
       operation(operation_),
       rates(std::move(rates_)),
       rate_tensors(std::move(rate_tensors_)),

@@ -30,11 +30,11 @@ struct Parameter {
 };
 
 struct Node {
-  Layer layer;            // n, in and out are filled in by make_stage
-  std::string name;       // the user's module, for error messages
-  std::string pool_name;  // block: the module of its max-pool
+  Layer layer;                       // n, in and out are filled in by make_stage
+  std::string name;                  // the user's module, for error messages
+  std::string norm_name, pool_name;  // of a chain in one: the modules of its BatchNorm and max-pool
   std::array<int, 2> inputs{-1, -1};
-  std::array<int, 2> parameters{-1, -1};
+  std::array<int, kMostParameters> parameters{-1, -1, -1, -1};
   int64_t in_features = 0;   // what the layer's parameters ask of its input: channels; 0: anything
   int64_t out_features = 0;  // channels of its output; 0: as its input
   std::array<int64_t, 2> pad_end{0, 0};  // padding below and to the right (convolution and pools)
@@ -76,8 +76,9 @@ struct Stage {
     Layer layer;
     std::array<int, 2> inputs;  // roots
     int output;
-    std::array<int, 2> parameters;
-    std::array<bool, 2> add_x, add_w;
+    std::array<int, kMostParameters> parameters;
+    std::array<bool, 2> add_x;
+    std::array<bool, kMostParameters> add_w;
     int64_t saved_at;  // in the region of its output
   };
   int64_t n = 0;
@@ -115,9 +116,10 @@ enum class Data { support, query };
 Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t n, Data data, Keep keep,
                  const LayerTraits& traits);
 
-/// The graph with every chain batch_norm, pointwise, and max-pool if there is one, as one block, where nobody
-/// else reads the values between.
-Graph with_blocks(const Graph& graph);
+/// The graph with chains in one layer each, where nobody else reads the values between: a convolution of what
+/// is constant with its BatchNorm as a stem; other BatchNorms with their function and max-pool as blocks,
+/// where the backend has those.
+Graph with_chains(const Graph& graph, const LayerTraits& traits);
 
 /// What one call computes, for every task t of [0, tasks):
 enum class Operation {

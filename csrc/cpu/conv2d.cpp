@@ -12,8 +12,8 @@
 // class, reversed and transposed: no multiplication with a zero that the stride has put in. Linear and
 // convolution are bilinear, so each tangent is the same product of two terms into one accumulator.
 #include <algorithm>
-#include <cstring>
 
+#include "frame.h"
 #include "layers.h"
 #include "product.h"
 
@@ -21,20 +21,6 @@ namespace maml::MAML_ISA {
 namespace {
 
 constexpr int64_t kFrameElements = 32768;  // a group of framed samples: half of a 256 KB second-level cache
-
-/// Rows [top, top + h) and columns [left, left + w) of an image, zero where the image has none.
-struct Frame {
-  int64_t top, left, h, w;
-  bool inside(const Image& image) const {
-    return top >= 0 && left >= 0 && top + h <= image.h && left + w <= image.w;
-  }
-};
-
-Frame forward_frame(const Layer& l) {
-  const Window& k = l.window;
-  return {-k.pad_top, -k.pad_left, (l.out.h - 1) * k.stride_h + k.kernel_h,
-          (l.out.w - 1) * k.stride_w + k.kernel_w};
-}
 
 /// One axis of a parity class of the input gradient: positions first, first + stride, ...; the taps that
 /// reach them, parity, parity + stride, ...; and the rows of grad_y that those read.
@@ -73,46 +59,6 @@ int64_t group_of(int64_t n, int64_t frame_elements) {
   return std::clamp<int64_t>(kFrameElements / std::max<int64_t>(1, frame_elements), 1, n);
 }
 
-/// Some samples of an image, as a base pointer and strides: the image itself, or a framed copy.
-template <class T>
-struct Framed {
-  const T* base;
-  int64_t row, sample;  // strides
-};
-
-template <class T>
-Framed<T> framed(const T* x, int64_t samples, const Image& image, const Frame& frame, T* buffer) {
-  const int64_t c = image.c;
-  if (frame.inside(image)) {
-    return {x + (frame.top * image.w + frame.left) * c, image.w * c, size(image)};
-  }
-  const int64_t row = frame.w * c, sample = frame.h * row;
-  std::memset(buffer, 0, static_cast<size_t>(samples * sample) * sizeof(T));
-  const int64_t i0 = std::max<int64_t>(0, -frame.top), i1 = std::min(frame.h, image.h - frame.top);
-  const int64_t j0 = std::max<int64_t>(0, -frame.left), j1 = std::min(frame.w, image.w - frame.left);
-  if (j0 < j1) {
-    for (int64_t s = 0; s < samples; ++s) {
-      for (int64_t i = i0; i < i1; ++i) {
-        std::memcpy(buffer + s * sample + i * row + j0 * c,
-                    x + s * size(image) + ((frame.top + i) * image.w + frame.left + j0) * c,
-                    static_cast<size_t>((j1 - j0) * c) * sizeof(T));
-      }
-    }
-  }
-  return {buffer, row, sample};
-}
-
-/// offsets[m] of samples x rows x columns positions.
-void fill_offsets(int64_t samples, int64_t rows, int64_t columns, int64_t start, int64_t sample_stride,
-                  int64_t row_stride, int64_t column_stride, int32_t* offsets) {
-  for (int64_t s = 0; s < samples; ++s) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t at = start + s * sample_stride + i * row_stride;
-      for (int64_t j = 0; j < columns; ++j) *offsets++ = static_cast<int32_t>(at + j * column_stride);
-    }
-  }
-}
-
 /// The scratch of one pass, cut up.
 template <class T>
 struct Scratch {
@@ -131,7 +77,7 @@ struct Scratch {
 /// y = bias + sum of terms x * w.
 template <class T>
 void convolve(const Layer& l, const Term<T>* terms, int count, const T* bias, T* y, T* memory) {
-  const Frame frame = forward_frame(l);
+  const Frame frame = frame_of(l.window, l.out);
   const int64_t frame_elements = frame.h * frame.w * l.in.c, pixels = l.out.h * l.out.w;
   const int64_t group = group_of(l.n, frame_elements);
   const Scratch<T> scratch(l, memory, group, pixels, frame_elements);
@@ -165,7 +111,7 @@ void convolve(const Layer& l, const Term<T>* terms, int count, const T* bias, T*
 /// grad_w (+)= sum of terms x^T g.
 template <class T>
 void weight_gradient(const Layer& l, const Term<T>* terms, int count, bool add, T* grad_w, T* memory) {
-  const Frame frame = forward_frame(l);
+  const Frame frame = frame_of(l.window, l.out);
   const int64_t frame_elements = frame.h * frame.w * l.in.c, pixels = l.out.h * l.out.w;
   const int64_t group = group_of(l.n, frame_elements);
   const Scratch<T> scratch(l, memory, group, pixels, frame_elements);
@@ -295,7 +241,7 @@ void backward_tangent(const Layer& l, const Tensors<T>& t) {
 }  // namespace
 
 Footprint conv2d_footprint(const Layer& l) {
-  const Frame frame = forward_frame(l);
+  const Frame frame = frame_of(l.window, l.out);
   const int64_t frame_elements = frame.h * frame.w * l.in.c;
   int64_t scratch = 2 * group_of(l.n, frame_elements) * (l.out.h * l.out.w + frame_elements);
   each_parity_class(l, [&](const ParityClass& p) {

@@ -24,10 +24,16 @@ Passes<T> mean_pool();
 template <class T>
 Passes<T> add();
 template <class T>
+Passes<T> patch_gram();
+template <class T>
+Passes<T> stem();
+template <class T>
 LossPasses<T> loss();
 
 Footprint conv2d_footprint(const Layer&);
 Footprint batch_norm_footprint(const Layer&);
 Footprint max_pool_footprint(const Layer&);
+Footprint patch_gram_footprint(const Layer&);
+Footprint stem_footprint(const Layer&);
 
 }  // namespace maml::MAML_ISA

@@ -66,6 +66,8 @@ __device__ __forceinline__ Tensors<T> resolve(const Tensors<T>& s, const Table& 
     t.grad_x[j] = resolve(s.grad_x[j], table, task);
     t.x_dot[j] = resolve(s.x_dot[j], table, task);
     t.grad_x_dot[j] = resolve(s.grad_x_dot[j], table, task);
+  }
+  for (int j = 0; j < kMostParameters; ++j) {
     t.w[j] = resolve(s.w[j], table, task);
     t.grad_w[j] = resolve(s.grad_w[j], table, task);
     t.w_dot[j] = resolve(s.w_dot[j], table, task);

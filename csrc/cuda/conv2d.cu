@@ -2,6 +2,7 @@
 // hands to which product. Linear and convolution are bilinear, so a tangent is the same product of two terms.
 #include <algorithm>
 
+#include "../patch_gram.h"
 #include "../plan.h"
 #include "conv2d.h"
 #include "layers.h"
@@ -22,7 +23,8 @@ void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   if (t.grad_w[0] || t.grad_w[1]) {
     Terms<T> terms;
     terms.add(t.x[0], t.grad_y);
-    weight_gradient(launch, "conv2d weight gradient", l, terms, t.add_w, t.grad_w[0], t.grad_w[1], t.scratch);
+    weight_gradient(launch, "conv2d weight gradient", l, terms, t.add_w[0], t.add_w[1], t.grad_w[0],
+                    t.grad_w[1], t.scratch);
   }
   if (t.grad_x[0]) {
     Terms<T> terms;
@@ -45,8 +47,8 @@ void backward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& 
     Terms<T> terms;
     terms.add(t.x[0], t.grad_y_dot);
     if (t.x_dot[0] && t.grad_y) terms.add(t.x_dot[0], t.grad_y);
-    weight_gradient(launch, "conv2d weight gradient tangent", l, terms, t.add_w, t.grad_w_dot[0],
-                    t.grad_w_dot[1], t.scratch);
+    weight_gradient(launch, "conv2d weight gradient tangent", l, terms, t.add_w[0], t.add_w[1],
+                    t.grad_w_dot[0], t.grad_w_dot[1], t.scratch);
   }
   if (t.grad_x_dot[0]) {
     Terms<T> terms;
@@ -58,16 +60,20 @@ void backward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& 
 
 }  // namespace
 
-/// Also the place where a layer is refused that the kernels' 32-bit offsets and 16-bit places do not reach.
-Footprint conv2d_footprint(const Layer& l) {
-  const int64_t weights = l.window.kernel_h * l.window.kernel_w * l.in.c * l.out.c;
-  const int64_t elements = std::max({l.n * size(l.in), l.n * size(l.out), weights});
-  if (elements > INT32_MAX || std::max({l.in.h, l.in.w, l.out.h, l.out.w}) > kMostSide) {
+void refuse_large(const Layer& l) {
+  const int64_t weights = patch_size(l.window, l.in) * l.out.c;
+  const int64_t elements = std::max({l.n * size(l.in), l.n * size(l.out), l.n * size(l.between), weights});
+  if (elements > INT32_MAX ||
+      std::max({l.in.h, l.in.w, l.out.h, l.out.w, l.between.h, l.between.w}) > kMostSide) {
     throw Unsupported(
         "a convolution on CUDA expects tensors of less than 2^31 elements a task and images of at most " +
         std::to_string(kMostSide) + " pixels a side, got " + std::to_string(elements) + " elements, " +
         std::to_string(l.in.h) + " x " + std::to_string(l.in.w));
   }
+}
+
+Footprint conv2d_footprint(const Layer& l) {
+  refuse_large(l);
   return {0, weight_gradient_scratch(l)};
 }
 

@@ -32,9 +32,9 @@ constexpr int64_t kSmallOutputs = kEmulated ? 512 : 65536;
 
 /// Blocks on a multiprocessor that registers must leave room for.
 template <class Arithmetic>
-inline constexpr int kResident = sizeof(typename Arithmetic::T) == 8 ? 2
-                                 : Arithmetic::kMatrix               ? 3
-                                                                     : 4;
+inline constexpr int kResidentProducts = sizeof(typename Arithmetic::T) == 8 ? 2
+                                         : Arithmetic::kMatrix               ? 3
+                                                                             : 4;
 
 /// f.operator()<Arithmetic, Tile>() for `outputs` elements of C, n columns.
 template <class T, class F>
@@ -77,6 +77,25 @@ bool in_vectors(const T* const (&symbolic)[2], int count, int64_t row) {
   return true;
 }
 
+/// The patches that a convolution reads: for each pixel of its output, or of the windows of a stem's pool.
+template <class T>
+Gather gather_of(const Layer& l) {
+  const Window& k = l.window;
+  const int64_t step = l.pooled ? 2 : 1;
+  Gather gather(l.n, l.in, l.out.h, l.out.w, step * k.stride_h, step * k.stride_w, -k.pad_top, -k.pad_left,
+                k.kernel_h, k.kernel_w);
+  if (l.pooled) {
+    gather.windows = gather.pixels;
+    gather.pixels = int32(window_rows(gather.windows));
+    gather.vector = kVector<T>;
+    gather.step_h = int32(k.stride_h), gather.step_w = int32(k.stride_w);
+  }
+  return gather;
+}
+
+/// Throws Unsupported for a layer that the kernels' 32-bit offsets and 16-bit places do not reach.
+void refuse_large(const Layer& l);
+
 /// What forward and forward_tangent take of their output.
 template <class T>
 struct StatisticsOf {
@@ -97,8 +116,8 @@ void input_gradient(const Launcher& launch, const char* name, const Layer& l, Te
 /// grad_w (+)= sum of terms (x, grad_y), grad_b (+)= column sums of the first term's grad_y; either may be
 /// null.
 template <class T>
-void weight_gradient(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms,
-                     const bool (&add)[2], T* grad_w, T* grad_b, T* scratch);
+void weight_gradient(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, bool add_w,
+                     bool add_b, T* grad_w, T* grad_b, T* scratch);
 int64_t weight_gradient_scratch(const Layer& l);
 
 }  // namespace maml::cuda

@@ -24,7 +24,7 @@ struct Forward {
 };
 
 template <class Arithmetic, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, kResident<Arithmetic>)
+__global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
     forward_kernel(const __grid_constant__ Forward<typename Arithmetic::T> p, const Table* table) {
   using T = typename Arithmetic::T;
   using Forward = Product<Arithmetic, Tile, PixelsByTaps, Rows>;
@@ -58,9 +58,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kResident<Arithmetic>)
 template <class T>
 void convolve(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, const T* bias, T* out,
               StatisticsOf<T> statistics) {
-  const Window& k = l.window;
-  const Gather gather(l.n, l.in, l.out.h, l.out.w, k.stride_h, k.stride_w, -k.pad_top, -k.pad_left,
-                      k.kernel_h, k.kernel_w);
+  const Gather gather = gather_of<T>(l);
   terms.vectors_a = in_vectors(terms.a, terms.count, l.in.c);
   terms.vectors_b = in_vectors(terms.b, terms.count, l.out.c);
   const Forward<T> p{

@@ -35,7 +35,7 @@ struct InputGradient {
 };
 
 template <class Arithmetic, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, kResident<Arithmetic>)
+__global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
     input_gradient_kernel(const __grid_constant__ InputGradient<typename Arithmetic::T> p,
                           const Table* table) {
   using T = typename Arithmetic::T;

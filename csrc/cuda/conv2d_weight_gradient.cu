@@ -71,7 +71,7 @@ struct ColumnSums {
 };
 
 template <class Arithmetic, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, kResident<Arithmetic>)
+__global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
     weight_gradient_kernel(const __grid_constant__ WeightGradient<typename Arithmetic::T> p,
                            const Table* table) {
   using T = typename Arithmetic::T;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kAddThreads)
 /// How many parts k is cut into: each of kSplitPixels at least, and all together no larger than what they are
 /// made of.
 int64_t splits_of(const Layer& l) {
-  const int64_t pixels = l.n * l.out.h * l.out.w;
+  const int64_t pixels = l.n * l.out.h * l.out.w * (l.pooled ? 4 : 1);
   const int64_t outputs = l.window.kernel_h * l.window.kernel_w * l.in.c * l.out.c;
   return std::clamp<int64_t>(std::min(pixels / kSplitPixels, pixels * (l.in.c + l.out.c) / outputs), 1,
                              kMostSplits);
@@ -145,11 +145,9 @@ int64_t weight_gradient_scratch(const Layer& l) {
 }
 
 template <class T>
-void weight_gradient(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms,
-                     const bool (&add)[2], T* grad_w, T* grad_b, T* scratch) {
-  const Window& k = l.window;
-  const Gather gather(l.n, l.in, l.out.h, l.out.w, k.stride_h, k.stride_w, -k.pad_top, -k.pad_left,
-                      k.kernel_h, k.kernel_w);
+void weight_gradient(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, bool add_w,
+                     bool add_b, T* grad_w, T* grad_b, T* scratch) {
+  const Gather gather = gather_of<T>(l);
   terms.vectors_a = in_vectors(terms.a, terms.count, l.in.c);
   terms.vectors_b = in_vectors(terms.b, terms.count, l.out.c);
   const int64_t m = gather.depth, n = l.out.c, wanted = splits_of(l);
@@ -165,8 +163,8 @@ void weight_gradient(const Launcher& launch, const char* name, const Layer& l, T
                             grad_b,
                             parts,
                             in_vectors(parts ? parts : grad_w, n),
-                            add[0],
-                            add[1]};
+                            add_w,
+                            add_b};
   with_product<T>(l, m * n * splits, n, [&]<class Arithmetic, class Tile>() {
     launch(name, weight_gradient_kernel<Arithmetic, Tile>,
            {grad_w ? blocks_for(m, Tile::kM) : 1, blocks_for(n, Tile::kN) * splits}, Tile::kThreads,
@@ -178,9 +176,9 @@ void weight_gradient(const Launcher& launch, const char* name, const Layer& l, T
   }
 }
 
-template void weight_gradient<float>(const Launcher&, const char*, const Layer&, Terms<float>,
-                                     const bool (&)[2], float*, float*, float*);
-template void weight_gradient<double>(const Launcher&, const char*, const Layer&, Terms<double>,
-                                      const bool (&)[2], double*, double*, double*);
+template void weight_gradient<float>(const Launcher&, const char*, const Layer&, Terms<float>, bool, bool,
+                                     float*, float*, float*);
+template void weight_gradient<double>(const Launcher&, const char*, const Layer&, Terms<double>, bool, bool,
+                                      double*, double*, double*);
 
 }  // namespace maml::cuda

@@ -15,7 +15,7 @@
 #include <cstdint>
 
 #include "../layers.h"
-#include "platform.h"
+#include "window_order.h"
 
 namespace maml::cuda {
 
@@ -63,6 +63,8 @@ struct Gather {
   int columns, stride_h, stride_w, origin_h, origin_w;
   int pixels, depth;  // samples * positions; taps * c
   uint32_t beyond;    // 2^15 less the height, 2^15 less the width
+  // Pixels by 2 x 2 windows (window_order.h): how many windows there are; 0: row by row.
+  int windows = 0, vector = 0, step_h = 0, step_w = 0;
   Divisor by_positions, by_columns, by_channels, by_taps_w;
 
   Gather() = default;
@@ -86,9 +88,16 @@ struct Gather {
 
   __device__ __forceinline__ Place pixel(int p) const {
     if (p >= pixels) return nowhere();
+    int member = 0;
+    if (windows > 0) {
+      const WindowRow row = window_row(vector, p);
+      if (row.window >= windows) return nowhere();
+      p = row.window, member = row.member;
+    }
     const int sample = by_positions.quotient(p), q = by_positions.remainder(p, sample);
     const int u = by_columns.quotient(q), v = by_columns.remainder(q, u);
-    const int i = u * stride_h + origin_h, j = v * stride_w + origin_w;
+    const int i = u * stride_h + origin_h + (member >> 1) * step_h;
+    const int j = v * stride_w + origin_w + (member & 1) * step_w;
     return {((sample * h + i) * w + j) * c, i * 65536 + j};
   }
   __device__ __forceinline__ Place tap(int k) const {

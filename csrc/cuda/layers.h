@@ -34,6 +34,10 @@ template <class T>
 LaunchPasses<T> add();
 template <class T>
 LaunchPasses<T> block();
+template <class T>
+LaunchPasses<T> patch_gram();
+template <class T>
+LaunchPasses<T> stem();
 
 Footprint conv2d_footprint(const Layer&);
 /// Rows of y that one entry of Tensors::statistics stands for: row m belongs to entry m / rows.
@@ -41,6 +45,8 @@ int64_t conv2d_statistics_rows(const Layer&);
 Footprint batch_norm_footprint(const Layer&);
 Footprint max_pool_footprint(const Layer&);
 Footprint block_footprint(const Layer&);
+Footprint patch_gram_footprint(const Layer&);
+Footprint stem_footprint(const Layer&);
 
 /// Writes the loss of each task [1] where wanted, and grad_z, saved where wanted (loss.cu).
 template <class T>

@@ -50,6 +50,10 @@ Footprint footprint(const Layer& layer) {
       return block_footprint(layer);
     case Kind::max_pool:
       return max_pool_footprint(layer);
+    case Kind::patch_gram:
+      return patch_gram_footprint(layer);
+    case Kind::stem:
+      return stem_footprint(layer);
     default:
       return {};
   }

@@ -56,18 +56,17 @@ V field(const py::dict& d, const char* key, V otherwise) {
   return d.contains(key) ? d[key].cast<V>() : otherwise;
 }
 
-std::array<int, 2> pair_of(const py::dict& d, const char* key) {
-  std::array<int, 2> pair{-1, -1};
-  int i = 0;
-  for (py::handle value : d[key]) pair[i++] = value.is_none() ? -1 : value.cast<int>();
-  return pair;
+template <size_t N>
+void read_numbers(const py::dict& d, const char* key, std::array<int, N>& numbers) {
+  size_t i = 0;
+  for (py::handle value : d[key]) numbers.at(i++) = value.is_none() ? -1 : value.cast<int>();
 }
 
 Node node_of(const py::dict& d) {
   Node node{};
   node.name = d["name"].cast<std::string>();
-  node.inputs = pair_of(d, "inputs");
-  node.parameters = pair_of(d, "parameters");
+  read_numbers(d, "inputs", node.inputs);
+  read_numbers(d, "parameters", node.parameters);
   node.in_features = field<int64_t>(d, "in_features", 0);
   node.out_features = field<int64_t>(d, "out_features", 0);
   node.rank = field(d, "rank", 0);

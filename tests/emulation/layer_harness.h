@@ -107,6 +107,8 @@ LaunchPasses<T> passes_of(Kind kind) {
     case Kind::add:
       return cuda::add<T>();
     case Kind::conv2d:
+    case Kind::patch_gram:
+    case Kind::stem:
       break;
   }
   std::abort();

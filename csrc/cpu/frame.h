@@ -1,0 +1,67 @@
+// What a convolution reads: an image copied into a zero-padded frame where a tap would read outside it, so
+// that the rows of every product are gathered by offset alone.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "../layers.h"
+
+namespace maml::MAML_ISA {
+
+/// Rows [top, top + h) and columns [left, left + w) of an image, zero where the image has none.
+struct Frame {
+  int64_t top, left, h, w;
+  bool inside(const Image& image) const {
+    return top >= 0 && left >= 0 && top + h <= image.h && left + w <= image.w;
+  }
+};
+
+/// What a window reads of its input for an output image.
+inline Frame frame_of(const Window& k, const Image& out) {
+  return {-k.pad_top, -k.pad_left, (out.h - 1) * k.stride_h + k.kernel_h,
+          (out.w - 1) * k.stride_w + k.kernel_w};
+}
+
+/// Some samples of an image, as a base pointer and strides: the image itself, or a framed copy.
+template <class T>
+struct Framed {
+  const T* base;
+  int64_t row, sample;  // strides
+};
+
+template <class T>
+Framed<T> framed(const T* x, int64_t samples, const Image& image, const Frame& frame, T* buffer) {
+  const int64_t c = image.c;
+  if (frame.inside(image)) {
+    return {x + (frame.top * image.w + frame.left) * c, image.w * c, size(image)};
+  }
+  const int64_t row = frame.w * c, sample = frame.h * row;
+  std::memset(buffer, 0, static_cast<size_t>(samples * sample) * sizeof(T));
+  const int64_t i0 = std::max<int64_t>(0, -frame.top), i1 = std::min(frame.h, image.h - frame.top);
+  const int64_t j0 = std::max<int64_t>(0, -frame.left), j1 = std::min(frame.w, image.w - frame.left);
+  if (j0 < j1) {
+    for (int64_t s = 0; s < samples; ++s) {
+      for (int64_t i = i0; i < i1; ++i) {
+        std::memcpy(buffer + s * sample + i * row + j0 * c,
+                    x + s * size(image) + ((frame.top + i) * image.w + frame.left + j0) * c,
+                    static_cast<size_t>((j1 - j0) * c) * sizeof(T));
+      }
+    }
+  }
+  return {buffer, row, sample};
+}
+
+/// offsets[m] of samples x rows x columns positions.
+inline void fill_offsets(int64_t samples, int64_t rows, int64_t columns, int64_t start, int64_t sample_stride,
+                         int64_t row_stride, int64_t column_stride, int32_t* offsets) {
+  for (int64_t s = 0; s < samples; ++s) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = start + s * sample_stride + i * row_stride;
+      for (int64_t j = 0; j < columns; ++j) *offsets++ = static_cast<int32_t>(at + j * column_stride);
+    }
+  }
+}
+
+}  // namespace maml::MAML_ISA

@@ -1,0 +1,461 @@
+// The first layers of a network on its constant input x: the moments of x's patches, and from them
+// y = pool(BatchNorm(conv2d(x))), whose output before the pool is never stored. One task.
+//
+// With p the patch of a pixel, pbar and G its moments (patch_gram.h), w the weights [patch, o], s = (var +
+// eps)^-1/2 and a = gamma s, BatchNorm of the convolution is another convolution, with weights a w and bias
+// beta - a mu; its tangent is one with weights a w_dot + k w. A bias of the user's convolution has no effect
+// and no gradient. Per channel, with g the cotangent before the pool, g_dot its tangent, and k = gamma_dot s
+// - a s c:
+//
+//   mu = w pbar, var = w G w                          Rmu = w_dot pbar, c = s w_dot G w
+//   D = sum g p, G1 = sum g = grad_beta               D' = sum g_dot p, R1 = sum g_dot = grad_beta_dot
+//   G2 = s (w D - mu G1) = grad_gamma                 R2 = s (w D' - mu R1 + w_dot D - Rmu G1 - c G2)
+//   u = D - G1 pbar - s G2 G w                        u' = D' - R1 pbar - s (R2 - s c G2) G w - s G2 G w_dot
+//   grad_w = a u                                      grad_w_dot = a u' + k u
+//
+// Sums over patches run through gather_product and outer_product, a band of rows of one sample at a time, so
+// that what stands before the pool stays in the cache; what is per channel is computed in double. The pool
+// takes the first of equal values, and any NaN.
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "../patch_gram.h"
+#include "frame.h"
+#include "layers.h"
+#include "product.h"
+
+namespace maml::MAML_ISA {
+namespace {
+
+constexpr int64_t kBandElements = 16384;  // of the convolution's output: half of a second-level cache
+constexpr int64_t kGramRows = 64;         // patches side by side
+
+/// How many elements of T so many bytes are, whatever T.
+constexpr int64_t elements(int64_t bytes) { return (bytes + 3) / 4; }
+
+/// Rows of the convolution, of one sample, that are in the cache at the same time; the pool's windows are
+/// whole in them. Columns and rows that no window sees are left out.
+struct Bands {
+  Frame frame;
+  int64_t pool, columns, rows, patch;
+  explicit Bands(const Layer& l)
+      : frame(frame_of(l.window, l.between)),
+        pool(l.pooled ? 2 : 1),
+        columns(pool * l.out.w),
+        rows(std::clamp<int64_t>(kBandElements / (columns * l.out.c * pool), 1, l.out.h)),
+        patch(patch_size(l.window, l.in)) {}
+  int64_t pixels() const { return rows * pool * columns; }
+  int64_t frame_elements(const Layer& l) const { return frame.h * frame.w * l.in.c; }
+};
+
+/// One of them: some rows of the output from pixel `at` of the task on.
+template <class T>
+struct Band {
+  const T* x;
+  int64_t at, rows;
+  const int32_t* row;  // of each pixel before the pool: where its patch starts in x
+  Runs runs;
+};
+
+template <class T, class F>
+void each_band(const Layer& l, const Bands& bands, const T* x, T* frame, int32_t* row, F f) {
+  const Window& k = l.window;
+  int64_t runs[kMostKernelRows];
+  for (int64_t s = 0; s < l.n; ++s) {
+    const Framed<T> framed_x = framed(x + s * size(l.in), 1, l.in, bands.frame, frame);
+    if (s == 0) {
+      fill_offsets(1, bands.rows * bands.pool, bands.columns, 0, 0, k.stride_h * framed_x.row,
+                   k.stride_w * l.in.c, row);
+      for (int64_t r = 0; r < k.kernel_h; ++r) runs[r] = r * framed_x.row;
+    }
+    for (int64_t i = 0; i < l.out.h; i += bands.rows) {
+      f(Band<T>{framed_x.base + i * bands.pool * k.stride_h * framed_x.row,
+                (s * l.out.h + i) * l.out.w,
+                std::min(bands.rows, l.out.h - i),
+                row,
+                {static_cast<int>(k.kernel_h), k.kernel_w * l.in.c, runs}});
+    }
+  }
+}
+
+template <class T>
+void patch_gram_forward(const Layer& l, const Tensors<T>& t) {
+  const Frame frame = frame_of(l.window, l.between);
+  const Window& k = l.window;
+  const int64_t patch = patch_size(k, l.in), width = patch + 1;  // a one in front: sums and count come along
+  double* sums = reinterpret_cast<double*>(t.scratch);
+  double* patches = sums + width * width;
+  T* buffer = reinterpret_cast<T*>(patches + kGramRows * width);
+  int32_t row[kGramRows];
+  for (int64_t i = 0; i < kGramRows; ++i) row[i] = static_cast<int32_t>(i * width);
+  std::fill_n(sums, width * width, 0.0);
+  int64_t count = 0;
+  const int64_t none = 0;
+  auto add = [&] {
+    Outer<double> o{};
+    o.term[0] = {patches, patches};
+    o.terms = 1;
+    o.runs = {1, width, &none};
+    o.row = row;
+    o.m = count;
+    o.n = width;
+    o.d = sums;
+    o.add = true;
+    outer_product(o);
+    count = 0;
+  };
+  for (int64_t s = 0; s < l.n; ++s) {
+    const Framed<T> f = framed(t.x[0] + s * size(l.in), 1, l.in, frame, buffer);
+    for (int64_t i = 0; i < l.between.h; ++i) {
+      for (int64_t j = 0; j < l.between.w; ++j) {
+        double* to = patches + count * width;
+        *to++ = 1;
+        for (int64_t r = 0; r < k.kernel_h; ++r) {
+          const T* from = f.base + (i * k.stride_h + r) * f.row + j * k.stride_w * l.in.c;
+          for (int64_t e = 0; e < k.kernel_w * l.in.c; ++e) *to++ = static_cast<double>(from[e]);
+        }
+        if (++count == kGramRows) add();
+      }
+    }
+  }
+  if (count > 0) add();
+  double* mean = reinterpret_cast<double*>(t.y);
+  double* gram = mean + patch;
+  const double total = sums[0];
+  for (int64_t e = 0; e < patch; ++e) mean[e] = sums[1 + e] / total;
+  for (int64_t e = 0; e < patch; ++e) {
+    for (int64_t q = 0; q < patch; ++q) {
+      gram[e * patch + q] = sums[(1 + e) * width + 1 + q] / total - mean[e] * mean[q];
+    }
+  }
+}
+
+template <class T>
+void nothing(const Layer&, const Tensors<T>&) {}
+
+/// What the passes keep.
+template <class T>
+struct Saved {
+  double *Gw, *mu, *s, *Rmu, *c, *G1, *G2;
+  T* D;
+  uint8_t* places;
+  Saved(const Layer& l, T* p) {
+    const int64_t patch = patch_size(l.window, l.in), o = l.out.c;
+    double* at = reinterpret_cast<double*>(p);
+    Gw = std::exchange(at, at + patch * o);
+    for (double** field : {&mu, &s, &Rmu, &c, &G1, &G2}) *field = std::exchange(at, at + o);
+    D = reinterpret_cast<T*>(at);
+    places = reinterpret_cast<uint8_t*>(D + patch * o);
+  }
+};
+
+template <class T>
+struct Scratch {
+  double *Gv, *R2, *w_dot_D;  // G w_dot
+  T *weights, *bias, *before, *frame;
+  int32_t *row, *c_row;
+  Scratch(const Layer& l, const Bands& bands, T* p) {
+    double* at = reinterpret_cast<double*>(p);
+    Gv = std::exchange(at, at + bands.patch * l.out.c);
+    R2 = std::exchange(at, at + l.out.c);
+    w_dot_D = std::exchange(at, at + l.out.c);
+    p = reinterpret_cast<T*>(at);
+    weights = std::exchange(p, p + bands.patch * l.out.c);
+    bias = std::exchange(p, p + l.out.c);
+    before = std::exchange(p, p + bands.pixels() * l.out.c);
+    frame = std::exchange(p, p + bands.frame_elements(l));
+    row = reinterpret_cast<int32_t*>(p);
+    c_row = row + bands.pixels();
+  }
+};
+
+/// What a channel's formulas read; absent is zero, or one for gamma.
+template <class T>
+struct Stem {
+  const Layer& l;
+  const Tensors<T>& t;
+  Bands bands;
+  int64_t patch, channels;
+  const double *pbar, *G;
+  Saved<T> saved;
+  Scratch<T> scratch;
+
+  Stem(const Layer& layer, const Tensors<T>& tensors)
+      : l(layer),
+        t(tensors),
+        bands(layer),
+        patch(bands.patch),
+        channels(layer.out.c),
+        pbar(reinterpret_cast<const double*>(tensors.x[1])),
+        G(pbar + patch),
+        saved(layer, tensors.saved),
+        scratch(layer, bands, tensors.scratch) {}
+
+  double gamma(int64_t o) const { return t.w[2] ? static_cast<double>(t.w[2][o]) : 1; }
+  double beta(int64_t o) const { return t.w[3] ? static_cast<double>(t.w[3][o]) : 0; }
+  double dot(int j, int64_t i) const { return t.w_dot[j] ? static_cast<double>(t.w_dot[j][i]) : 0; }
+  double a(int64_t o) const { return gamma(o) * saved.s[o]; }
+  double k(int64_t o) const { return saved.s[o] * (dot(2, o) - a(o) * saved.c[o]); }
+
+  /// out [patch, o] = G w
+  void gram_product(const T* w, double* out) const {
+    std::fill_n(out, patch * channels, 0.0);
+    for (int64_t e = 0; e < patch; ++e) {
+      for (int64_t q = 0; q < patch; ++q) {
+        const double g = G[e * patch + q];
+        for (int64_t o = 0; o < channels; ++o) {
+          out[e * channels + o] += g * static_cast<double>(w[q * channels + o]);
+        }
+      }
+    }
+  }
+  /// out [o] = sum_e a(e) b[e, o], for a(e, o) of any kind
+  template <class A, class B>
+  void contract(A a, const B* b, double* out) const {
+    std::fill_n(out, channels, 0.0);
+    for (int64_t e = 0; e < patch; ++e) {
+      for (int64_t o = 0; o < channels; ++o) out[o] += a(e, o) * static_cast<double>(b[e * channels + o]);
+    }
+  }
+
+  /// y = pool of the convolution with scratch.weights and scratch.bias; pick(before the pool, rows, at)
+  template <class Pick>
+  void convolve(T* y, Pick pick) const {
+    fill_offsets(1, 1, bands.pixels(), 0, 0, 0, channels, scratch.c_row);
+    each_band(l, bands, t.x[0], scratch.frame, scratch.row, [&](const Band<T>& band) {
+      Gather<T> g{};
+      g.term[0] = {band.x, scratch.weights};
+      g.terms = 1;
+      g.runs = band.runs;
+      g.row = band.row;
+      g.m = band.rows * bands.pool * bands.columns;
+      g.n = channels;
+      g.c = l.pooled ? scratch.before : y + band.at * channels;
+      g.c_row = scratch.c_row;
+      g.bias = scratch.bias;
+      gather_product(g);
+      if (l.pooled) pick(band);
+    });
+  }
+
+  /// f(output's offset from `band.at` on, offset in scratch.before of its window's first pixel)
+  template <class F>
+  void each_window(const Band<T>& band, F f) const {
+    for (int64_t i = 0; i < band.rows; ++i) {
+      for (int64_t j = 0; j < l.out.w; ++j) {
+        f((band.at + i * l.out.w + j) * channels, (2 * i * bands.columns + 2 * j) * channels);
+      }
+    }
+  }
+  int64_t below() const { return bands.columns * channels; }  // from a pixel to the one below it
+
+  /// D (patch, o) = sum g p, g being the cotangent of y
+  void patch_sums(const T* grad_y, T* D) const {
+    bool first = true;
+    each_band(l, bands, t.x[0], scratch.frame, scratch.row, [&](const Band<T>& band) {
+      if (l.pooled) {
+        each_window(band, [&](int64_t out, int64_t in) {
+          const T* __restrict g = grad_y + out;
+          const uint8_t* __restrict place = saved.places + out;
+          for (int p = 0; p < 4; ++p) {
+            T* __restrict to = scratch.before + in + p / 2 * below() + p % 2 * channels;
+            for (int64_t o = 0; o < channels; ++o) to[o] = place[o] == p ? g[o] : T(0);
+          }
+        });
+      }
+      Outer<T> o{};
+      o.term[0] = {band.x, l.pooled ? scratch.before : grad_y + band.at * channels};
+      o.terms = 1;
+      o.runs = band.runs;
+      o.row = band.row;
+      o.m = band.rows * bands.pool * bands.columns;
+      o.n = channels;
+      o.d = D;
+      o.add = !std::exchange(first, false);
+      outer_product(o);
+    });
+  }
+
+  /// to (+)= value(i), where wanted
+  template <class F>
+  void give(T* const (&to)[kMostParameters], int j, int64_t size, F value) const {
+    for (int64_t i = 0; to[j] && i < size; ++i) {
+      to[j][i] = static_cast<T>(value(i)) + (t.add_w[j] ? to[j][i] : T(0));
+    }
+  }
+};
+
+template <class T>
+void forward(const Layer& l, const Tensors<T>& t) {
+  const Stem<T> stem(l, t);
+  const Saved<T>& saved = stem.saved;
+  const int64_t channels = stem.channels;
+  stem.gram_product(t.w[0], saved.Gw);
+  stem.contract([&](int64_t e, int64_t) { return stem.pbar[e]; }, t.w[0], saved.mu);
+  stem.contract([&](int64_t e, int64_t o) { return saved.Gw[e * channels + o]; }, t.w[0], saved.s);
+  for (int64_t o = 0; o < channels; ++o) {
+    saved.s[o] = 1 / std::sqrt(std::max(saved.s[o], 0.0) + l.eps);
+    stem.scratch.bias[o] = static_cast<T>(stem.beta(o) - stem.a(o) * saved.mu[o]);
+  }
+  for (int64_t i = 0; i < stem.patch * channels; ++i) {
+    stem.scratch.weights[i] = static_cast<T>(stem.a(i % channels) * static_cast<double>(t.w[0][i]));
+  }
+  stem.convolve(t.y, [&](const Band<T>& band) {
+    stem.each_window(band, [&](int64_t out, int64_t in) {
+      T* __restrict y = t.y + out;
+      uint8_t* __restrict place = saved.places + out;
+      const T* __restrict z = stem.scratch.before + in;
+      const int64_t below = stem.below();
+      for (int64_t o = 0; o < channels; ++o) {
+        T best = z[o];
+        uint8_t at = 0;
+        auto compare = [&](T v, uint8_t p) {
+          const bool larger = v > best || v != v;
+          best = larger ? v : best;
+          at = larger ? p : at;
+        };
+        compare(z[channels + o], 1);
+        compare(z[below + o], 2);
+        compare(z[below + channels + o], 3);
+        y[o] = best;
+        place[o] = at;
+      }
+    });
+  });
+}
+
+template <class T>
+void backward(const Layer& l, const Tensors<T>& t) {
+  const Stem<T> stem(l, t);
+  const Saved<T>& saved = stem.saved;
+  const int64_t channels = stem.channels, patch = stem.patch;
+  stem.patch_sums(t.grad_y, saved.D);
+  column_sums(l.n * l.out.h * l.out.w, channels, t.grad_y, false, stem.scratch.bias);
+  stem.contract([&](int64_t e, int64_t o) { return static_cast<double>(t.w[0][e * channels + o]); }, saved.D,
+                saved.G2);
+  for (int64_t o = 0; o < channels; ++o) {
+    saved.G1[o] = static_cast<double>(stem.scratch.bias[o]);
+    saved.G2[o] = saved.s[o] * (saved.G2[o] - saved.mu[o] * saved.G1[o]);
+  }
+  stem.give(t.grad_w, 0, patch * channels, [&](int64_t i) {
+    const int64_t e = i / channels, o = i % channels;
+    return stem.a(o) * (static_cast<double>(saved.D[i]) - saved.G1[o] * stem.pbar[e] -
+                        saved.s[o] * saved.G2[o] * saved.Gw[i]);
+  });
+  stem.give(t.grad_w, 1, channels, [](int64_t) { return 0.0; });
+  stem.give(t.grad_w, 2, channels, [&](int64_t o) { return saved.G2[o]; });
+  stem.give(t.grad_w, 3, channels, [&](int64_t o) { return saved.G1[o]; });
+}
+
+template <class T>
+void forward_tangent(const Layer& l, const Tensors<T>& t) {
+  const Stem<T> stem(l, t);
+  const Saved<T>& saved = stem.saved;
+  const int64_t channels = stem.channels;
+  if (t.w_dot[0]) {
+    stem.contract([&](int64_t e, int64_t) { return stem.pbar[e]; }, t.w_dot[0], saved.Rmu);
+    stem.contract([&](int64_t e, int64_t o) { return saved.Gw[e * channels + o]; }, t.w_dot[0], saved.c);
+    for (int64_t o = 0; o < channels; ++o) saved.c[o] *= saved.s[o];
+  } else {
+    std::fill_n(saved.Rmu, channels, 0.0);
+    std::fill_n(saved.c, channels, 0.0);
+  }
+  for (int64_t o = 0; o < channels; ++o) {
+    stem.scratch.bias[o] =
+        static_cast<T>(stem.dot(3, o) - stem.a(o) * saved.Rmu[o] - stem.k(o) * saved.mu[o]);
+  }
+  for (int64_t i = 0; i < stem.patch * channels; ++i) {
+    const int64_t o = i % channels;
+    stem.scratch.weights[i] =
+        static_cast<T>(stem.a(o) * stem.dot(0, i) + stem.k(o) * static_cast<double>(t.w[0][i]));
+  }
+  stem.convolve(t.y_dot, [&](const Band<T>& band) {
+    stem.each_window(band, [&](int64_t out, int64_t in) {
+      T* __restrict y_dot = t.y_dot + out;
+      const uint8_t* __restrict place = saved.places + out;
+      const T* __restrict z = stem.scratch.before + in;
+      const int64_t below = stem.below();
+      for (int64_t o = 0; o < channels; ++o) {
+        const T top = place[o] & 1 ? z[channels + o] : z[o];
+        const T bottom = place[o] & 1 ? z[below + channels + o] : z[below + o];
+        y_dot[o] = place[o] & 2 ? bottom : top;
+      }
+    });
+  });
+}
+
+/// Where the layer does not move, grad_y is absent: then D, G1, G2 and all tangents of the forward pass are
+/// zero.
+template <class T>
+void backward_tangent(const Layer& l, const Tensors<T>& t) {
+  const Stem<T> stem(l, t);
+  const Saved<T>& saved = stem.saved;
+  const int64_t channels = stem.channels, patch = stem.patch;
+  const bool moves = t.grad_y != nullptr, turns = moves && t.w_dot[0];
+  T *D_dot = stem.scratch.weights, *R1 = stem.scratch.bias;
+  stem.patch_sums(t.grad_y_dot, D_dot);
+  column_sums(l.n * l.out.h * l.out.w, channels, t.grad_y_dot, false, R1);
+  double *R2 = stem.scratch.R2, *w_dot_D = stem.scratch.w_dot_D;
+  stem.contract([&](int64_t e, int64_t o) { return static_cast<double>(t.w[0][e * channels + o]); }, D_dot,
+                R2);
+  if (turns) {
+    stem.contract([&](int64_t e, int64_t o) { return stem.dot(0, e * channels + o); }, saved.D, w_dot_D);
+    stem.gram_product(t.w_dot[0], stem.scratch.Gv);
+  }
+  for (int64_t o = 0; o < channels; ++o) {
+    R2[o] -= saved.mu[o] * static_cast<double>(R1[o]);
+    if (turns) R2[o] += w_dot_D[o] - saved.Rmu[o] * saved.G1[o] - saved.c[o] * saved.G2[o];
+    R2[o] *= saved.s[o];
+  }
+  stem.give(t.grad_w_dot, 0, patch * channels, [&](int64_t i) {
+    const int64_t e = i / channels, o = i % channels;
+    const double s = saved.s[o];
+    double u_dot =
+        static_cast<double>(D_dot[i]) - static_cast<double>(R1[o]) * stem.pbar[e] - s * R2[o] * saved.Gw[i];
+    if (!moves) return stem.a(o) * u_dot;
+    const double G2 = saved.G2[o];
+    u_dot += s * s * saved.c[o] * G2 * saved.Gw[i];
+    if (turns) u_dot -= s * G2 * stem.scratch.Gv[i];
+    const double u = static_cast<double>(saved.D[i]) - saved.G1[o] * stem.pbar[e] - s * G2 * saved.Gw[i];
+    return stem.a(o) * u_dot + stem.k(o) * u;
+  });
+  stem.give(t.grad_w_dot, 1, channels, [](int64_t) { return 0.0; });
+  stem.give(t.grad_w_dot, 2, channels, [&](int64_t o) { return R2[o]; });
+  stem.give(t.grad_w_dot, 3, channels, [&](int64_t o) { return static_cast<double>(R1[o]); });
+}
+
+}  // namespace
+
+Footprint patch_gram_footprint(const Layer& l) {
+  const Frame frame = frame_of(l.window, l.between);
+  const int64_t width = patch_size(l.window, l.in) + 1;
+  return {0, elements(8 * (width * width + kGramRows * width)) + frame.h * frame.w * l.in.c};
+}
+
+Footprint stem_footprint(const Layer& l) {
+  const Bands bands(l);
+  const int64_t weights = bands.patch * l.out.c;
+  return {elements(8 * (weights + 6 * l.out.c)) + weights + elements(l.pooled ? l.n * size(l.out) : 0),
+          elements(8 * (weights + 2 * l.out.c)) + weights + l.out.c + bands.pixels() * l.out.c +
+              bands.frame_elements(l) + 2 * bands.pixels()};
+}
+
+template <>
+Passes<float> patch_gram<float>() {
+  return {patch_gram_forward<float>, nothing<float>, nothing<float>, nothing<float>};
+}
+template <>
+Passes<double> patch_gram<double>() {
+  return {patch_gram_forward<double>, nothing<double>, nothing<double>, nothing<double>};
+}
+template <>
+Passes<float> stem<float>() {
+  return {forward<float>, backward<float>, forward_tangent<float>, backward_tangent<float>};
+}
+template <>
+Passes<double> stem<double>() {
+  return {forward<double>, backward<double>, forward_tangent<double>, backward_tangent<double>};
+}
+
+}  // namespace maml::MAML_ISA
