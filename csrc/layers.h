@@ -21,10 +21,11 @@ enum class Kind {
   avg_pool,
   mean_pool,
   add,
-  block,       // pool(f(batch_norm(x))), with or without the max-pool: what a backend that has it makes of
-               // such a chain
+  // Chains in one layer, with or without the max-pool; a backend has the one or the other.
+  block,       // pool(f(batch_norm(x)))
+  conv_block,  // pool(batch_norm(conv2d(x)))
   patch_gram,  // the moments of a constant image's patches (patch_gram.h), for
-  stem         // pool(batch_norm(conv2d(x))) of that image, with or without the max-pool
+  stem         // pool(batch_norm(conv2d(x))) of that image
 };
 
 /// f of a pointwise layer; `a` and `b` are Layer::a and Layer::b.
@@ -69,8 +70,8 @@ struct Layer {
   double a = 0, b = 0, c = 1;  // constants of `function`
   double eps = 0;              // batch_norm, block and stem
   bool count_padding = true;   // avg_pool: padding counts in the divisor
-  bool pooled = false;  // a max-pool comes last: block: over `window`; stem: of 2 x 2 pixels, each in one
-  Image between{};      // patch_gram and stem: the convolution's output
+  bool pooled = false;  // a max-pool comes last: block: over `window`; others: of 2 x 2 pixels, each in one
+  Image between{};      // patch_gram, stem and conv_block: the convolution's output
   Precision precision = Precision::float32;  // conv2d and stem
 };
 
@@ -106,8 +107,9 @@ struct Tensors {
   T* statistics = nullptr;
   T* statistics_dot = nullptr;
 
-  T* saved = nullptr;    // what a pass keeps for the later ones: Footprint::saved elements
-  T* scratch = nullptr;  // Footprint::scratch elements, dead after the pass
+  T* saved = nullptr;      // what a pass keeps for the later ones: Footprint::saved elements
+  T* saved_dot = nullptr;  // what the forward tangent keeps for the backward one
+  T* scratch = nullptr;    // Footprint::scratch elements, dead after the pass
 
   bool add_x[2] = {}, add_w[kMostParameters] = {};  // behind all addresses
 };
@@ -127,13 +129,13 @@ struct Passes {
 
 /// How many elements of T a layer keeps between its passes, and how many it needs within one.
 struct Footprint {
-  int64_t saved = 0, scratch = 0;
+  int64_t saved = 0, scratch = 0, saved_dot = 0;
 };
 
 /// What the planner must know of a backend's layers.
 struct LayerTraits {
   Footprint (*footprint)(const Layer&);
-  bool blocks = false;  // whether it has Kind::block
+  Kind chain = Kind::block;  // block or conv_block: which of the two it has
   /// Rows of y in one tile of the statistics that a convolution takes; null: it takes none.
   int64_t (*statistics_rows)(const Layer&) = nullptr;
 };

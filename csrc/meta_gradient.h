@@ -111,6 +111,7 @@ struct Walk {
       if (y.statistics_dot_at != kNowhere) t.statistics_dot = tangent + y.statistics_dot_at;
     }
     t.saved = (stage.values[s.output].fixed ? fixed : step) + s.saved_at;
+    t.saved_dot = at(tangent, s.saved_dot_at);
     t.scratch = scratch;
     return t;
   }

@@ -83,6 +83,7 @@ Shaped infer(const Node& node, const Shaped& x, const Shaped* other, int64_t n) 
       break;
     case Kind::patch_gram:
     case Kind::stem:
+    case Kind::conv_block:
       slides();
       y.between = y.image;
       if (layer.kind == Kind::patch_gram) {
@@ -131,6 +132,7 @@ int64_t work_of(const Layer& l) {
     case Kind::patch_gram:
       return patches * patch * patch;
     case Kind::stem:
+    case Kind::conv_block:
       return patches * patch * l.out.c;
     default:
       return 4 * l.n * size(l.out);
@@ -220,7 +222,7 @@ bool pools_pairs(const Node& pool) {
 
 class Chains {
  public:
-  explicit Chains(const Graph& graph) : graph_(graph), readers_(graph.nodes.size() + 1, 0) {
+  Chains(const Graph& graph, Kind chain) : graph_(graph), chain_(chain), readers_(graph.nodes.size() + 1, 0) {
     constant_.push_back(true);
     for (const Node& node : graph.nodes) {
       bool constant = true;
@@ -235,13 +237,13 @@ class Chains {
     }
   }
 
-  Graph fused(bool blocks) {
+  Graph fused() {
     result_ = graph_;
     result_.nodes.clear();
     number_.assign(1, 0);
     for (size_t i = 0; i < graph_.nodes.size();) {
-      size_t length = stem(i);
-      if (length == 0 && blocks) length = block(i);
+      size_t length = conv_block(i);
+      if (length == 0 && chain_ == Kind::block) length = block(i);
       if (length == 0) append(renumbered(graph_.nodes[i])), length = 1;
       number_.resize(number_.size() + length, static_cast<int>(result_.nodes.size()));
       i += length;
@@ -285,27 +287,30 @@ class Chains {
     return layer.pooled ? 3 : 2;
   }
 
-  /// conv2d, batch_norm, pointwise, max_pool becomes patch_gram, stem, pointwise: with an ascending f the
-  /// pool comes first.
-  size_t stem(size_t i) {
+  /// conv2d, batch_norm, pointwise, max_pool becomes conv_block, pointwise: the pool may come before an
+  /// ascending f. Of a constant image it becomes patch_gram, stem, pointwise, on any backend.
+  size_t conv_block(size_t i) {
     const Node& convolution = graph_.nodes[i];
-    const Window& window = convolution.layer.window;
     if (convolution.layer.kind != Kind::conv2d || !continues(i + 1, Kind::batch_norm)) return 0;
-    if (!constant_[convolution.inputs[0]]) return 0;
-    if (window.kernel_h * window.kernel_w * convolution.in_features > kMostPatch) return 0;
     const Node& norm = graph_.nodes[i + 1];
-    if (norm.in_features != convolution.out_features || (norm.rank != 0 && norm.rank != convolution.rank))
-      return 0;
+    if (norm.in_features != convolution.out_features) return 0;
+    if (norm.rank != 0 && norm.rank != convolution.rank) return 0;
+    const Window& window = convolution.layer.window;
+    const bool stem = constant_[convolution.inputs[0]] &&
+                      window.kernel_h * window.kernel_w * convolution.in_features <= kMostPatch;
+    if (!stem && chain_ != Kind::conv_block) return 0;
     Node node = renumbered(convolution);
-    Node gram = node;
-    gram.layer.kind = Kind::patch_gram;
-    gram.parameters.fill(-1);
-    node.layer.kind = Kind::stem;
+    if (stem) {
+      Node gram = node;
+      gram.layer.kind = Kind::patch_gram;
+      gram.parameters.fill(-1);
+      node.inputs[1] = append(gram);
+    }
+    node.layer.kind = stem ? Kind::stem : Kind::conv_block;
     node.layer.eps = norm.layer.eps;
     node.norm_name = norm.name;
     node.parameters[2] = norm.parameters[0];
     node.parameters[3] = norm.parameters[1];
-    node.inputs[1] = append(gram);
     const bool f = continues(i + 2, Kind::pointwise) && ascends(graph_.nodes[i + 2].layer);
     const size_t pool = i + (f ? 3 : 2);
     node.layer.pooled = continues(pool, Kind::max_pool) && pools_pairs(graph_.nodes[pool]);
@@ -321,6 +326,7 @@ class Chains {
   }
 
   const Graph& graph_;
+  const Kind chain_;
   Graph result_;
   std::vector<int> readers_, number_;  // of a value: how often it is read; its number in the result
   std::vector<bool> constant_;         // depends on nothing that is trained
@@ -328,9 +334,7 @@ class Chains {
 
 }  // namespace
 
-Graph with_chains(const Graph& graph, const LayerTraits& traits) {
-  return Chains(graph).fused(traits.blocks);
-}
+Graph with_chains(const Graph& graph, Kind chain) { return Chains(graph, chain).fused(); }
 
 Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t n, Data data, Keep keep,
                  const LayerTraits& traits) {
@@ -456,7 +460,11 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
         y.grad_at = step_region.place(y.size, products ? 0 : written, products ? forever : back(i));
       }
       if (!products) continue;
-      if (y.moving) y.dot_at = tangent.place(y.size, i, back(i));
+      if (y.moving) {
+        Stage::Step& step = stage.steps[i];
+        y.dot_at = tangent.place(y.size, i, back(i));
+        step.saved_dot_at = tangent.place(traits.footprint(step.layer).saved_dot, i, back(i));
+      }
       if (y.active) y.grad_dot_at = tangent.place(y.size, written, back(i));
     }
     stage.loss_at =
@@ -504,7 +512,7 @@ Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
                  std::vector<RateTensor> rate_tensors_, const std::vector<int64_t>& sample, int64_t n_support,
                  int64_t n_query, int steps_, bool first_order_, int64_t element_bytes,
                  const LayerTraits& traits)
-    : graph(with_chains(graph_, traits)),
+    : graph(with_chains(graph_, traits.chain)),
       operation(operation_),
       rates(std::move(rates_)),
       rate_tensors(std::move(rate_tensors_)),

@@ -79,7 +79,8 @@ struct Stage {
     std::array<int, kMostParameters> parameters;
     std::array<bool, 2> add_x;
     std::array<bool, kMostParameters> add_w;
-    int64_t saved_at;  // in the region of its output
+    int64_t saved_at;                 // in the region of its output
+    int64_t saved_dot_at = kNowhere;  // in the tangent region
   };
   int64_t n = 0;
   std::vector<Value> values;
@@ -117,9 +118,9 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
                  const LayerTraits& traits);
 
 /// The graph with chains in one layer each, where nobody else reads the values between: a convolution of what
-/// is constant with its BatchNorm as a stem; other BatchNorms with their function and max-pool as blocks,
-/// where the backend has those.
-Graph with_chains(const Graph& graph, const LayerTraits& traits);
+/// is constant with its BatchNorm as a stem; other BatchNorms with the convolution before or the function
+/// behind them, whichever the backend has. `chain` is Kind::block or Kind::conv_block.
+Graph with_chains(const Graph& graph, Kind chain);
 
 /// What one call computes, for every task t of [0, tasks):
 enum class Operation {

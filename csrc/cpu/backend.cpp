@@ -36,10 +36,10 @@ namespace {
 // Best first.
 const Backend kBackends[] = {
 #if defined(__x86_64__)
-    {"avx512", has_avx512, {avx512::footprint}, avx512::run_float, avx512::run_double},
-    {"avx2", has_avx2, {avx2::footprint}, avx2::run_float, avx2::run_double},
+    {"avx512", has_avx512, {avx512::footprint, Kind::conv_block}, avx512::run_float, avx512::run_double},
+    {"avx2", has_avx2, {avx2::footprint, Kind::conv_block}, avx2::run_float, avx2::run_double},
 #endif
-    {"baseline", always, {baseline::footprint}, baseline::run_float, baseline::run_double},
+    {"baseline", always, {baseline::footprint, Kind::conv_block}, baseline::run_float, baseline::run_double},
 };
 
 const Backend& choose() {

@@ -1,9 +1,11 @@
 // Convolution (and, with one tap on a 1 x 1 image, the linear layer), channels last, one task.
 //
-//   y[m, o]      = b[o] + sum_{tap, c} x[m at tap, c] w[tap, c, o]             y_dot = x_dot w + x w_dot +
-//   b_dot grad_w       = sum_m x[m at tap, c] grad_y[m, o]                            grad_w_dot: x with
-//   grad_y_dot, x_dot with grad_y grad_x       = sum_{tap, o} grad_y[. at tap, o] w[tap, c, o] grad_x_dot:
-//   grad_y_dot with w, grad_y with w_dot
+//   y[m, o]        = b[o] + sum_{tap, c} x[m at tap, c] w[tap, c, o]
+//   grad_w         = sum_m x[m at tap, c] grad_y[m, o]
+//   grad_x         = sum_{tap, o} grad_y[. at tap, o] w[tap, c, o]
+//   y_dot          : x_dot with w, x with w_dot
+//   grad_w_dot     : x with grad_y_dot, x_dot with grad_y
+//   grad_x_dot     : grad_y_dot with w, grad_y with w_dot
 //
 // All three are the products of product.h on gathered rows. An image is copied into a zero-padded frame where
 // a tap would read outside it, a few samples at a time so that the frame stays in the cache. The input
@@ -11,16 +13,16 @@
 // same taps, so each of the s x s parity classes is a stride-1 convolution of grad_y with the taps of that
 // class, reversed and transposed: no multiplication with a zero that the stride has put in. Linear and
 // convolution are bilinear, so each tangent is the same product of two terms into one accumulator.
+#include "conv2d.h"
+
 #include <algorithm>
 
+#include "../patch_gram.h"
 #include "frame.h"
 #include "layers.h"
-#include "product.h"
 
 namespace maml::MAML_ISA {
 namespace {
-
-constexpr int64_t kFrameElements = 32768;  // a group of framed samples: half of a 256 KB second-level cache
 
 /// One axis of a parity class of the input gradient: positions first, first + stride, ...; the taps that
 /// reach them, parity, parity + stride, ...; and the rows of grad_y that those read.
@@ -55,32 +57,45 @@ void each_parity_class(const Layer& l, F f) {
   }
 }
 
-int64_t group_of(int64_t n, int64_t frame_elements) {
-  return std::clamp<int64_t>(kFrameElements / std::max<int64_t>(1, frame_elements), 1, n);
-}
-
 /// The scratch of one pass, cut up.
 template <class T>
 struct Scratch {
   int32_t *row, *c_row;
-  T *frame[2], *weights[2];
-  Scratch(const Layer& l, T* scratch, int64_t group, int64_t positions, int64_t frame_elements) {
+  T* frame[2];
+  Scratch(T* scratch, int64_t group, int64_t positions, int64_t frame_elements) {
     row = reinterpret_cast<int32_t*>(scratch);
     c_row = row + group * positions;
     scratch += 2 * group * positions;
     for (T*& f : frame) f = scratch, scratch += group * frame_elements;
-    const int64_t weight = l.window.kernel_h * l.window.kernel_w * l.in.c * l.out.c;
-    for (T*& w : weights) w = scratch, scratch += weight;
   }
 };
 
-/// y = bias + sum of terms x * w.
+/// The taps of a parity class, last first, each [c_in, c_out] -> [c_out, c_in].
+template <class T>
+T* class_weights(const Layer& l, const ParityClass& p, const T* w, T* out) {
+  const int64_t tap_size = l.in.c * l.out.c;
+  for (int64_t u = p.rows.taps - 1; u >= 0; --u) {
+    for (int64_t v = p.columns.taps - 1; v >= 0; --v) {
+      const int64_t r = p.rows.parity + u * l.window.stride_h, q = p.columns.parity + v * l.window.stride_w;
+      transpose(1, l.in.c, l.out.c, w + (r * l.window.kernel_w + q) * tap_size, out);
+      out += tap_size;
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+int64_t group_of(int64_t n, int64_t frame_elements) {
+  return std::clamp<int64_t>(kFrameElements / std::max<int64_t>(1, frame_elements), 1, n);
+}
+
 template <class T>
 void convolve(const Layer& l, const Term<T>* terms, int count, const T* bias, T* y, T* memory) {
   const Frame frame = frame_of(l.window, l.out);
   const int64_t frame_elements = frame.h * frame.w * l.in.c, pixels = l.out.h * l.out.w;
   const int64_t group = group_of(l.n, frame_elements);
-  const Scratch<T> scratch(l, memory, group, pixels, frame_elements);
+  const Scratch<T> scratch(memory, group, pixels, frame_elements);
   int64_t runs[kMostKernelRows];
   for (int64_t s = 0; s < l.n; s += group) {
     const int64_t samples = std::min(group, l.n - s);
@@ -108,13 +123,12 @@ void convolve(const Layer& l, const Term<T>* terms, int count, const T* bias, T*
   }
 }
 
-/// grad_w (+)= sum of terms x^T g.
 template <class T>
 void weight_gradient(const Layer& l, const Term<T>* terms, int count, bool add, T* grad_w, T* memory) {
   const Frame frame = frame_of(l.window, l.out);
   const int64_t frame_elements = frame.h * frame.w * l.in.c, pixels = l.out.h * l.out.w;
   const int64_t group = group_of(l.n, frame_elements);
-  const Scratch<T> scratch(l, memory, group, pixels, frame_elements);
+  const Scratch<T> scratch(memory, group, pixels, frame_elements);
   int64_t runs[kMostKernelRows];
   for (int64_t s = 0; s < l.n; s += group) {
     const int64_t samples = std::min(group, l.n - s);
@@ -140,30 +154,20 @@ void weight_gradient(const Layer& l, const Term<T>* terms, int count, bool add, 
   }
 }
 
-/// The taps of a parity class, last first, each [c_in, c_out] -> [c_out, c_in].
 template <class T>
-void class_weights(const Layer& l, const ParityClass& p, const T* w, T* out) {
-  const int64_t tap_size = l.in.c * l.out.c;
-  for (int64_t u = p.rows.taps - 1; u >= 0; --u) {
-    for (int64_t v = p.columns.taps - 1; v >= 0; --v) {
-      const int64_t r = p.rows.parity + u * l.window.stride_h, q = p.columns.parity + v * l.window.stride_w;
-      transpose(1, l.in.c, l.out.c, w + (r * l.window.kernel_w + q) * tap_size, out);
-      out += tap_size;
-    }
-  }
+void transposed_weights(const Layer& l, const T* w, T* out) {
+  each_parity_class(l, [&](const ParityClass& p) { out = class_weights(l, p, w, out); });
 }
 
-/// grad_x (+)= sum of terms g * w, transposed.
 template <class T>
 void input_gradient(const Layer& l, const Term<T>* terms, int count, bool add, T* grad_x, T* memory) {
-  int64_t runs[kMostKernelRows];
+  int64_t runs[kMostKernelRows], taken = 0;  // of the transposed weights, by the classes so far
   each_parity_class(l, [&](const ParityClass& p) {
     const Frame frame = p.frame();
     const int64_t frame_elements = p.reached() ? frame.h * frame.w * l.out.c : 0;
     const int64_t positions = p.rows.positions * p.columns.positions;
     const int64_t group = group_of(l.n, std::max(frame_elements, size(l.in)));
-    const Scratch<T> scratch(l, memory, group, positions, frame_elements);
-    for (int t = 0; t < count && p.reached(); ++t) class_weights(l, p, terms[t].b, scratch.weights[t]);
+    const Scratch<T> scratch(memory, group, positions, frame_elements);
     for (int64_t s = 0; s < l.n; s += group) {
       const int64_t samples = std::min(group, l.n - s);
       Gather<T> g{};
@@ -171,7 +175,7 @@ void input_gradient(const Layer& l, const Term<T>* terms, int count, bool add, T
       if (p.reached()) {
         for (int t = 0; t < count; ++t) {
           f = framed(terms[t].a + s * size(l.out), samples, l.out, frame, scratch.frame[t]);
-          g.term[t] = {f.base, scratch.weights[t]};
+          g.term[t] = {f.base, terms[t].b + taken};
         }
         g.terms = count;
         for (int64_t u = 0; u < p.rows.taps; ++u) runs[u] = u * f.row;
@@ -192,8 +196,34 @@ void input_gradient(const Layer& l, const Term<T>* terms, int count, bool add, T
       g.add = add;
       gather_product(g);
     }
+    taken += p.rows.taps * p.columns.taps * l.in.c * l.out.c;
   });
 }
+
+int64_t conv2d_scratch(const Layer& l) {
+  const Frame frame = frame_of(l.window, l.out);
+  const int64_t frame_elements = frame.h * frame.w * l.in.c;
+  int64_t scratch = 2 * group_of(l.n, frame_elements) * (l.out.h * l.out.w + frame_elements);
+  each_parity_class(l, [&](const ParityClass& p) {
+    const int64_t elements = p.reached() ? p.frame().h * p.frame().w * l.out.c : 0;
+    const int64_t group = group_of(l.n, std::max(elements, size(l.in)));
+    scratch = std::max(scratch, 2 * group * (p.rows.positions * p.columns.positions + elements));
+  });
+  return scratch;
+}
+
+namespace {
+
+/// Transposed weights of both terms, and the rest of the scratch.
+template <class T>
+struct Memory {
+  T *weights[2], *rest;
+  Memory(const Layer& l, T* scratch) {
+    const int64_t weight = patch_size(l.window, l.in) * l.out.c;
+    weights[0] = scratch, weights[1] = scratch + weight;
+    rest = scratch + 2 * weight;
+  }
+};
 
 template <class T>
 void forward(const Layer& l, const Tensors<T>& t) {
@@ -209,8 +239,10 @@ void backward(const Layer& l, const Tensors<T>& t) {
   }
   if (t.grad_w[1]) column_sums(l.n * l.out.h * l.out.w, l.out.c, t.grad_y, t.add_w[1], t.grad_w[1]);
   if (t.grad_x[0]) {
-    const Term<T> term{t.grad_y, t.w[0]};
-    input_gradient(l, &term, 1, t.add_x[0], t.grad_x[0], t.scratch);
+    const Memory<T> memory(l, t.scratch);
+    transposed_weights(l, t.w[0], memory.weights[0]);
+    const Term<T> term{t.grad_y, memory.weights[0]};
+    input_gradient(l, &term, 1, t.add_x[0], t.grad_x[0], memory.rest);
   }
 }
 
@@ -233,24 +265,29 @@ void backward_tangent(const Layer& l, const Tensors<T>& t) {
     column_sums(l.n * l.out.h * l.out.w, l.out.c, t.grad_y_dot, t.add_w[1], t.grad_w_dot[1]);
   }
   if (t.grad_x_dot[0]) {
-    const Term<T> terms[2] = {{t.grad_y_dot, t.w[0]}, {t.grad_y, t.w_dot[0]}};
-    input_gradient(l, terms, t.w_dot[0] && t.grad_y ? 2 : 1, t.add_x[0], t.grad_x_dot[0], t.scratch);
+    const Memory<T> memory(l, t.scratch);
+    const bool two = t.w_dot[0] && t.grad_y;
+    transposed_weights(l, t.w[0], memory.weights[0]);
+    if (two) transposed_weights(l, t.w_dot[0], memory.weights[1]);
+    const Term<T> terms[2] = {{t.grad_y_dot, memory.weights[0]}, {t.grad_y, memory.weights[1]}};
+    input_gradient(l, terms, two ? 2 : 1, t.add_x[0], t.grad_x_dot[0], memory.rest);
   }
 }
 
 }  // namespace
 
 Footprint conv2d_footprint(const Layer& l) {
-  const Frame frame = frame_of(l.window, l.out);
-  const int64_t frame_elements = frame.h * frame.w * l.in.c;
-  int64_t scratch = 2 * group_of(l.n, frame_elements) * (l.out.h * l.out.w + frame_elements);
-  each_parity_class(l, [&](const ParityClass& p) {
-    const int64_t elements = p.reached() ? p.frame().h * p.frame().w * l.out.c : 0;
-    const int64_t group = group_of(l.n, std::max(elements, size(l.in)));
-    scratch = std::max(scratch, 2 * group * (p.rows.positions * p.columns.positions + elements));
-  });
-  return {0, scratch + 2 * l.window.kernel_h * l.window.kernel_w * l.in.c * l.out.c};
+  return {0, conv2d_scratch(l) + 2 * patch_size(l.window, l.in) * l.out.c};
 }
+
+template void convolve<float>(const Layer&, const Term<float>*, int, const float*, float*, float*);
+template void convolve<double>(const Layer&, const Term<double>*, int, const double*, double*, double*);
+template void weight_gradient<float>(const Layer&, const Term<float>*, int, bool, float*, float*);
+template void weight_gradient<double>(const Layer&, const Term<double>*, int, bool, double*, double*);
+template void transposed_weights<float>(const Layer&, const float*, float*);
+template void transposed_weights<double>(const Layer&, const double*, double*);
+template void input_gradient<float>(const Layer&, const Term<float>*, int, bool, float*, float*);
+template void input_gradient<double>(const Layer&, const Term<double>*, int, bool, double*, double*);
 
 template <>
 Passes<float> conv2d<float>() {

@@ -24,6 +24,8 @@ Passes<T> mean_pool();
 template <class T>
 Passes<T> add();
 template <class T>
+Passes<T> conv_block();
+template <class T>
 Passes<T> patch_gram();
 template <class T>
 Passes<T> stem();
@@ -33,6 +35,7 @@ LossPasses<T> loss();
 Footprint conv2d_footprint(const Layer&);
 Footprint batch_norm_footprint(const Layer&);
 Footprint max_pool_footprint(const Layer&);
+Footprint conv_block_footprint(const Layer&);
 Footprint patch_gram_footprint(const Layer&);
 Footprint stem_footprint(const Layer&);
 

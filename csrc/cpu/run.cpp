@@ -37,6 +37,8 @@ Footprint footprint(const Layer& layer) {
       return batch_norm_footprint(layer);
     case Kind::max_pool:
       return max_pool_footprint(layer);
+    case Kind::conv_block:
+      return conv_block_footprint(layer);
     case Kind::patch_gram:
       return patch_gram_footprint(layer);
     case Kind::stem:
@@ -53,10 +55,10 @@ struct Cpu {
   const T* rates;  // packed
 
   static const Passes<T>& passes(Kind kind) {
-    static const Passes<T> table[] = {channels_last<T>(), flatten<T>(),  conv2d<T>(),   batch_norm<T>(),
-                                      pointwise<T>(),     max_pool<T>(), avg_pool<T>(), mean_pool<T>(),
+    static const Passes<T> table[] = {channels_last<T>(), flatten<T>(),    conv2d<T>(),   batch_norm<T>(),
+                                      pointwise<T>(),     max_pool<T>(),   avg_pool<T>(), mean_pool<T>(),
                                       add<T>(),           Passes<T>{},  // block
-                                      patch_gram<T>(),    stem<T>()};
+                                      conv_block<T>(),    patch_gram<T>(), stem<T>()};
     return table[static_cast<int>(kind)];
   }
   void forward(const Layer& l, const Tensors<T>& t) const { passes(l.kind).forward(l, t); }

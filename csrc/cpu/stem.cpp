@@ -23,6 +23,7 @@
 #include "../patch_gram.h"
 #include "frame.h"
 #include "layers.h"
+#include "pool_pairs.h"
 #include "product.h"
 
 namespace maml::MAML_ISA {
@@ -138,15 +139,14 @@ void nothing(const Layer&, const Tensors<T>&) {}
 template <class T>
 struct Saved {
   double *Gw, *mu, *s, *Rmu, *c, *G1, *G2;
-  T* D;
-  uint8_t* places;
+  T *D, *places;
   Saved(const Layer& l, T* p) {
     const int64_t patch = patch_size(l.window, l.in), o = l.out.c;
     double* at = reinterpret_cast<double*>(p);
     Gw = std::exchange(at, at + patch * o);
     for (double** field : {&mu, &s, &Rmu, &c, &G1, &G2}) *field = std::exchange(at, at + o);
     D = reinterpret_cast<T*>(at);
-    places = reinterpret_cast<uint8_t*>(D + patch * o);
+    places = D + patch * o;
   }
 };
 
@@ -239,13 +239,14 @@ struct Stem {
     });
   }
 
-  /// f(output's offset from `band.at` on, offset in scratch.before of its window's first pixel)
+  /// f(j, lanes, out, in): outputs of the band, their window's first pixel in scratch.before, by vectors.
   template <class F>
   void each_window(const Band<T>& band, F f) const {
     for (int64_t i = 0; i < band.rows; ++i) {
-      for (int64_t j = 0; j < l.out.w; ++j) {
-        f((band.at + i * l.out.w + j) * channels, (2 * i * bands.columns + 2 * j) * channels);
-      }
+      each_vector<T>(channels, [&](int64_t o, const Lanes<T>& lanes) {
+        int64_t out = (band.at + i * l.out.w) * channels + o, in = 2 * i * below() + o;
+        for (int64_t j = 0; j < l.out.w; ++j, out += channels, in += 2 * channels) f(lanes, out, in);
+      });
     }
   }
   int64_t below() const { return bands.columns * channels; }  // from a pixel to the one below it
@@ -255,12 +256,11 @@ struct Stem {
     bool first = true;
     each_band(l, bands, t.x[0], scratch.frame, scratch.row, [&](const Band<T>& band) {
       if (l.pooled) {
-        each_window(band, [&](int64_t out, int64_t in) {
-          const T* __restrict g = grad_y + out;
-          const uint8_t* __restrict place = saved.places + out;
+        each_window(band, [&](const Lanes<T>& lanes, int64_t out, int64_t in) {
+          const Vector<T> g = load(grad_y + out, lanes), place = load(saved.places + out, lanes);
+#pragma GCC unroll 4
           for (int p = 0; p < 4; ++p) {
-            T* __restrict to = scratch.before + in + p / 2 * below() + p % 2 * channels;
-            for (int64_t o = 0; o < channels; ++o) to[o] = place[o] == p ? g[o] : T(0);
+            store(scratch.before + in + p / 2 * below() + p % 2 * channels, placed<T>(g, place, p), lanes);
           }
         });
       }
@@ -302,25 +302,12 @@ void forward(const Layer& l, const Tensors<T>& t) {
     stem.scratch.weights[i] = static_cast<T>(stem.a(i % channels) * static_cast<double>(t.w[0][i]));
   }
   stem.convolve(t.y, [&](const Band<T>& band) {
-    stem.each_window(band, [&](int64_t out, int64_t in) {
-      T* __restrict y = t.y + out;
-      uint8_t* __restrict place = saved.places + out;
-      const T* __restrict z = stem.scratch.before + in;
-      const int64_t below = stem.below();
-      for (int64_t o = 0; o < channels; ++o) {
-        T best = z[o];
-        uint8_t at = 0;
-        auto compare = [&](T v, uint8_t p) {
-          const bool larger = v > best || v != v;
-          best = larger ? v : best;
-          at = larger ? p : at;
-        };
-        compare(z[channels + o], 1);
-        compare(z[below + o], 2);
-        compare(z[below + channels + o], 3);
-        y[o] = best;
-        place[o] = at;
-      }
+    stem.each_window(band, [&](const Lanes<T>& lanes, int64_t out, int64_t in) {
+      Vector<T> z[4], best, place;
+      load_window(stem.scratch.before + in, channels, stem.below(), lanes, z);
+      largest_of<T>(z, best, place);
+      store(t.y + out, best, lanes);
+      store(saved.places + out, place, lanes);
     });
   });
 }
@@ -371,16 +358,10 @@ void forward_tangent(const Layer& l, const Tensors<T>& t) {
         static_cast<T>(stem.a(o) * stem.dot(0, i) + stem.k(o) * static_cast<double>(t.w[0][i]));
   }
   stem.convolve(t.y_dot, [&](const Band<T>& band) {
-    stem.each_window(band, [&](int64_t out, int64_t in) {
-      T* __restrict y_dot = t.y_dot + out;
-      const uint8_t* __restrict place = saved.places + out;
-      const T* __restrict z = stem.scratch.before + in;
-      const int64_t below = stem.below();
-      for (int64_t o = 0; o < channels; ++o) {
-        const T top = place[o] & 1 ? z[channels + o] : z[o];
-        const T bottom = place[o] & 1 ? z[below + channels + o] : z[below + o];
-        y_dot[o] = place[o] & 2 ? bottom : top;
-      }
+    stem.each_window(band, [&](const Lanes<T>& lanes, int64_t out, int64_t in) {
+      Vector<T> z[4];
+      load_window(stem.scratch.before + in, channels, stem.below(), lanes, z);
+      store(t.y_dot + out, picked<T>(z, load(saved.places + out, lanes)), lanes);
     });
   });
 }
@@ -436,7 +417,7 @@ Footprint patch_gram_footprint(const Layer& l) {
 Footprint stem_footprint(const Layer& l) {
   const Bands bands(l);
   const int64_t weights = bands.patch * l.out.c;
-  return {elements(8 * (weights + 6 * l.out.c)) + weights + elements(l.pooled ? l.n * size(l.out) : 0),
+  return {elements(8 * (weights + 6 * l.out.c)) + weights + (l.pooled ? l.n * size(l.out) : 0),
           elements(8 * (weights + 2 * l.out.c)) + weights + l.out.c + bands.pixels() * l.out.c +
               bands.frame_elements(l) + 2 * bands.pixels()};
 }

@@ -78,6 +78,7 @@ __device__ __forceinline__ Tensors<T> resolve(const Tensors<T>& s, const Table& 
   t.y_dot = resolve(s.y_dot, table, task);
   t.grad_y_dot = resolve(s.grad_y_dot, table, task);
   t.saved = resolve(s.saved, table, task);
+  t.saved_dot = resolve(s.saved_dot, table, task);
   t.scratch = resolve(s.scratch, table, task);
   return t;
 }

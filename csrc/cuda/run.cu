@@ -59,7 +59,7 @@ Footprint footprint(const Layer& layer) {
   }
 }
 
-LayerTraits traits() { return {footprint, true, conv2d_statistics_rows}; }
+LayerTraits traits() { return {footprint, Kind::block, conv2d_statistics_rows}; }
 
 template <class T>
 struct Runner<T>::State {

@@ -107,6 +107,7 @@ LaunchPasses<T> passes_of(Kind kind) {
     case Kind::add:
       return cuda::add<T>();
     case Kind::conv2d:
+    case Kind::conv_block:
     case Kind::patch_gram:
     case Kind::stem:
       break;
@@ -123,7 +124,7 @@ inline Footprint footprint_of(const Layer& l) {
 
 inline const char* name_of(Kind kind) {
   const char* names[] = {"channels_last", "flatten",  "conv2d",    "batch_norm", "pointwise",
-                         "max_pool",      "avg_pool", "mean_pool", "add",        "block"};
+                         "max_pool",      "avg_pool", "mean_pool", "add",        "block",  "conv_block"};
   return names[static_cast<int>(kind)];
 }
 

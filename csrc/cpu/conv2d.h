@@ -1,0 +1,33 @@
+// The products of a convolution, on some samples of one task, channels last (conv2d.cpp). `memory`: at least
+// conv2d_scratch(l) elements.
+#pragma once
+
+#include "../layers.h"
+#include "product.h"
+
+namespace maml::MAML_ISA {
+
+constexpr int64_t kFrameElements = 32768;  // a group of framed samples: half of a 256 KB second-level cache
+
+/// Samples that go together, so that what each has of elements stays in the cache.
+int64_t group_of(int64_t n, int64_t elements);
+
+/// y = bias + sum of terms x * w.
+template <class T>
+void convolve(const Layer& l, const Term<T>* terms, int count, const T* bias, T* y, T* memory);
+
+/// grad_w (+)= sum of terms x^T g.
+template <class T>
+void weight_gradient(const Layer& l, const Term<T>* terms, int count, bool add, T* grad_w, T* memory);
+
+/// w as input_gradient reads it.
+template <class T>
+void transposed_weights(const Layer& l, const T* w, T* out);
+
+/// grad_x (+)= sum of terms g * w, w transposed.
+template <class T>
+void input_gradient(const Layer& l, const Term<T>* terms, int count, bool add, T* grad_x, T* memory);
+
+int64_t conv2d_scratch(const Layer& l);
+
+}  // namespace maml::MAML_ISA

@@ -1,0 +1,51 @@
+// A max-pool of 2 x 2 pixels, each in one window, on vectors of channels: the largest of a window with its
+// place (2 row + column; the first of equal ones, and any NaN), and what a place picks of another window.
+// Places are numbers of T.
+#pragma once
+
+#include "simd.h"
+
+namespace maml::MAML_ISA {
+
+template <class T>
+inline void largest_of(const Vector<T> (&v)[4], Vector<T>& best, Vector<T>& place) {
+  best = v[0];
+  place = Vector<T>{};
+#pragma GCC unroll 4
+  for (int p = 1; p < 4; ++p) {
+    const auto larger = (v[p] > best) | (v[p] != v[p]);
+    best = larger ? v[p] : best;
+    place = larger ? broadcast(static_cast<T>(p)) : place;
+  }
+}
+
+template <class T>
+inline Vector<T> picked(const Vector<T> (&v)[4], Vector<T> place) {
+  const Vector<T> top = place == broadcast(T(1)) ? v[1] : v[0];
+  const Vector<T> bottom = place == broadcast(T(3)) ? v[3] : v[2];
+  return place >= broadcast(T(2)) ? bottom : top;
+}
+
+/// x where the place is p, else zero.
+template <class T>
+inline Vector<T> placed(Vector<T> x, Vector<T> place, int p) {
+  return place == broadcast(static_cast<T>(p)) ? x : Vector<T>{};
+}
+
+/// The pixels of a window: x at its first one, `below` from a pixel to the one below it.
+template <class T>
+inline void load_window(const T* x, int64_t channels, int64_t below, const Lanes<T>& lanes,
+                        Vector<T> (&v)[4]) {
+  v[0] = load(x, lanes), v[1] = load(x + channels, lanes);
+  v[2] = load(x + below, lanes), v[3] = load(x + below + channels, lanes);
+}
+
+/// f(j, lanes): the vectors of a row of channels.
+template <class T, class F>
+inline void each_vector(int64_t channels, F f) {
+  for (int64_t j = 0; j < channels; j += kLanes<T>) {
+    f(j, Lanes<T>(channels - j < kLanes<T> ? channels - j : kLanes<T>));
+  }
+}
+
+}  // namespace maml::MAML_ISA
