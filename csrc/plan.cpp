@@ -565,6 +565,18 @@ void Problem::slice_rates() {
   }
 }
 
+bool Problem::is_linear() const {
+  for (const Stage* stage : {&support, &query}) {
+    for (const Stage::Step& step : stage->steps) {
+      const Layer& l = step.layer;
+      const bool features = l.in.h * l.in.w == 1 && l.out.h * l.out.w == 1;
+      const bool linear = l.kind == Kind::conv2d && l.window.kernel_h * l.window.kernel_w == 1 && features;
+      if (!linear && l.kind != Kind::pointwise && l.kind != Kind::add) return false;
+    }
+  }
+  return true;
+}
+
 int64_t Problem::task_size() const {
   return support.fixed_size + saved_steps * support.step_size +
          std::max(support.tangent_size, query.step_size) +

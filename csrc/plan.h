@@ -204,6 +204,8 @@ struct Problem {
   const std::vector<RateSlice>& rates_of(int step) const {
     return slices[std::min<size_t>(step, slices.size() - 1)];
   }
+  /// Whether all layers are linear layers, functions and sums of features: those of a small network.
+  bool is_linear() const;
   bool learns_rates() const { return result_size > packing.trainable; }
   /// Kept states phi_1 .. phi_steps, and gradients g_0 .. g_steps-1.
   int kept_parameters() const { return second_order() ? steps : 1; }

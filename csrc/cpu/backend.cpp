@@ -18,11 +18,13 @@ bool has_avx512() {
 }  // namespace
 }  // namespace maml::cpu
 
-#define MAML_DECLARE(isa)                               \
-  namespace maml::isa {                                 \
-  Footprint footprint(const Layer&);                    \
-  void run_float(const Problem&, const Call<float>&);   \
-  void run_double(const Problem&, const Call<double>&); \
+#define MAML_DECLARE(isa)                                     \
+  namespace maml::isa {                                       \
+  Footprint footprint(const Layer&);                          \
+  int64_t workspace_float(const Problem&, int64_t, int64_t);  \
+  int64_t workspace_double(const Problem&, int64_t, int64_t); \
+  void run_float(const Problem&, const Call<float>&);         \
+  void run_double(const Problem&, const Call<double>&);       \
   }
 #if defined(__x86_64__)
 MAML_DECLARE(avx512)
@@ -36,10 +38,28 @@ namespace {
 // Best first.
 const Backend kBackends[] = {
 #if defined(__x86_64__)
-    {"avx512", has_avx512, {avx512::footprint, Kind::conv_block}, avx512::run_float, avx512::run_double},
-    {"avx2", has_avx2, {avx2::footprint, Kind::conv_block}, avx2::run_float, avx2::run_double},
+    {"avx512",
+     has_avx512,
+     {avx512::footprint, Kind::conv_block},
+     avx512::workspace_float,
+     avx512::workspace_double,
+     avx512::run_float,
+     avx512::run_double},
+    {"avx2",
+     has_avx2,
+     {avx2::footprint, Kind::conv_block},
+     avx2::workspace_float,
+     avx2::workspace_double,
+     avx2::run_float,
+     avx2::run_double},
 #endif
-    {"baseline", always, {baseline::footprint, Kind::conv_block}, baseline::run_float, baseline::run_double},
+    {"baseline",
+     always,
+     {baseline::footprint, Kind::conv_block},
+     baseline::workspace_float,
+     baseline::workspace_double,
+     baseline::run_float,
+     baseline::run_double},
 };
 
 const Backend& choose() {

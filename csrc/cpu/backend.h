@@ -14,12 +14,12 @@ struct Backend {
   const char* isa;
   bool (*available)();
   LayerTraits traits;
+  /// Elements of workspace that a call needs.
+  int64_t (*workspace_float)(const Problem&, int64_t tasks, int64_t at_once);
+  int64_t (*workspace_double)(const Problem&, int64_t tasks, int64_t at_once);
   void (*run_float)(const Problem&, const Call<float>&);
   void (*run_double)(const Problem&, const Call<double>&);
 };
-
-/// Elements of workspace that a call needs.
-int64_t workspace_size(const Problem& problem, int64_t tasks, int64_t at_once);
 
 /// The widest instruction set that this machine has, or the one that MAML_CUDA_CPU_ISA names.
 /// Throws std::invalid_argument where it names one that this build or this machine lacks.

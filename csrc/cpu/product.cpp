@@ -193,14 +193,12 @@ void column_sums(int64_t m, int64_t n, const T* g, bool add, T* out) {
   constexpr int W = kLanes<T>;
   for (int64_t j = 0; j < n; j += W) {
     const Lanes<T> lanes(std::min<int64_t>(W, n - j));
-    Vector<T> total{};
     for (int64_t m0 = 0; m0 < m; m0 += kPixels) {
       Vector<T> sum{};
       const int64_t m1 = std::min(m, m0 + kPixels);
       for (int64_t i = m0; i < m1; ++i) sum += load(g + i * n + j, lanes);
-      total += sum;
+      store(out + j, add || m0 > 0 ? sum + load(out + j, lanes) : sum, lanes);
     }
-    store(out + j, add ? load(out + j, lanes) + total : total, lanes);
   }
 }
 

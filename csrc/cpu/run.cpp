@@ -1,9 +1,10 @@
 // One call on the CPU: parameters into the layout of the layers, tasks over the threads, results added up in
 // order of tasks and handed back in the user's layout.
 //
-// A task is one thread's from beginning to end, and its sums do not know of any other task; the sum over
-// tasks runs in double, task by task, in waves of kWave. So the bits depend neither on the number of threads
-// nor on who shares a batch.
+// A task is one thread's from beginning to end, alone or, in a small network, side by side with others in the
+// lanes of vectors (tasks_in_lanes.h). Its sums do not know of any other task; the sum over tasks runs in
+// double, task by task, in waves of kWave. So the bits depend neither on the number of threads nor on who
+// shares a batch.
 #include <omp.h>
 
 #include <algorithm>
@@ -12,20 +13,7 @@
 #include "../meta_gradient.h"
 #include "backend.h"
 #include "layers.h"
-#include "simd.h"
-
-namespace maml::cpu {
-
-#if defined(MAML_BASELINE)
-int64_t workspace_size(const Problem& p, int64_t tasks, int64_t at_once) {
-  const int64_t wave = std::min(tasks, kWave);
-  const int64_t totals = 2 * p.result_size;  // doubles, in elements of at least half their size
-  return totals + p.packing.total + p.rates_size + wave * p.result_size +
-         std::min(at_once, tasks) * (p.task_size() + 3 * p.packing.total);
-}
-#endif
-
-}  // namespace maml::cpu
+#include "tasks_in_lanes.h"
 
 namespace maml::MAML_ISA {
 
@@ -51,9 +39,7 @@ Footprint footprint(const Layer& layer) {
 namespace {
 
 template <class T>
-struct Cpu {
-  const T* rates;  // packed
-
+struct Cpu : Updates<T, T> {
   static const Passes<T>& passes(Kind kind) {
     static const Passes<T> table[] = {channels_last<T>(), flatten<T>(),    conv2d<T>(),   batch_norm<T>(),
                                       pointwise<T>(),     max_pool<T>(),   avg_pool<T>(), mean_pool<T>(),
@@ -73,51 +59,6 @@ struct Cpu {
   }
   void loss_tangent(Loss kind, int64_t n, int64_t c, const T* z_dot, const T* saved, T* grad_z_dot) const {
     MAML_ISA::loss<T>().tangent(kind, n, c, z_dot, saved, grad_z_dot);
-  }
-
-  void descend(const std::vector<RateSlice>& slices, const T* phi, const T* g, T* next) const {
-    each_rate(slices, [&](const RateSlice& s, auto rate) {
-      for (int64_t i = 0; i < s.size; ++i) next[s.at + i] = phi[s.at + i] - rate(i) * g[s.at + i];
-    });
-  }
-  void direction(const std::vector<RateSlice>& slices, const T* v, T* out) const {
-    each_rate(slices, [&](const RateSlice& s, auto rate) {
-      for (int64_t i = 0; i < s.size; ++i) out[s.at + i] = rate(i) * v[s.at + i];
-    });
-  }
-  void rate_gradient(const std::vector<RateSlice>& slices, const T* all_g, const T* all_v, T* result) const {
-    for (const RateSlice& s : slices) {
-      if (s.grad_at == kNowhere) continue;
-      const T *g = all_g + s.at, *v = all_v + s.at;
-      T* grad_rate = result + s.grad_at;
-      if (s.elementwise) {
-        for (int64_t i = 0; i < s.size; ++i) grad_rate[i] -= g[i] * v[i];
-      } else {
-        double sum = 0;
-        for (int64_t i = 0; i < s.size; ++i) sum += static_cast<double>(g[i]) * static_cast<double>(v[i]);
-        *grad_rate -= static_cast<T>(sum);
-      }
-    }
-  }
-  void subtract(int64_t size, const T* x, T* y) const {
-    for (int64_t i = 0; i < size; ++i) y[i] -= x[i];
-  }
-  void copy(int64_t size, const T* from, T* to) const { std::copy_n(from, size, to); }
-  void zero(int64_t size, T* to) const { std::fill_n(to, size, T(0)); }
-
- private:
-  /// f(slice, i -> rate of its element i)
-  template <class F>
-  void each_rate(const std::vector<RateSlice>& slices, F f) const {
-    for (const RateSlice& s : slices) {
-      if (s.elementwise) {
-        const T* rate = rates + s.rate_at;
-        f(s, [rate](int64_t i) { return rate[i]; });
-      } else {
-        const T rate = s.rate_at == kNowhere ? static_cast<T>(s.constant) : rates[s.rate_at];
-        f(s, [rate](int64_t) { return rate; });
-      }
-    }
   }
 };
 
@@ -145,34 +86,90 @@ void unpack(const Parameter& p, const From* packed, To* user) {
 /// Less than so many multiply-adds (some 50 us) are done before a second thread has woken up.
 constexpr int64_t kWorkOfOneThread = 1'000'000;
 
+/// Bytes of a group of tasks in lanes up to which they are in a cache.
+constexpr int64_t kLaneBytes = int64_t{8} << 20;
+
+/// The memory of a call: what all threads share, then what each has of its own.
+template <class T>
+struct Memory {
+  int64_t tasks, wave, shared = 0, thread = 0;
+  bool lanes;
+
+  Memory(const Problem& p, int64_t tasks_) : tasks(tasks_), wave(std::min(tasks, cpu::kWave)) {
+    constexpr int64_t W = kLanes<T>;
+    const int64_t in_lanes = W * lane_size(p);
+    lanes = p.is_linear() && few_lanes(tasks) && in_lanes * static_cast<int64_t>(sizeof(T)) <= kLaneBytes;
+    const int64_t totals = 2 * p.result_size;  // doubles, in elements of at least half their size
+    const int64_t theta = p.packing.total * (lanes ? 1 + W : 1);
+    shared = 16 + theta + p.rates_size + wave * p.result_size + totals;  // 16: to the first whole line
+    thread = p.task_size() + 3 * p.packing.total;
+    if (lanes) thread = std::max(thread, in_lanes);
+  }
+  /// Whether so many tasks are worth a vector: it takes the time of a third of it.
+  static bool few_lanes(int64_t tasks) { return 3 * tasks >= kLanes<T>; }
+
+  /// Vectors of a group: parameters of its own, given and going out, data, losses, and the task's workspace.
+  static int64_t lane_size(const Problem& p) {
+    return 3 * p.packing.total + p.result_size + whole_lines(predictions(p.query)) + samples(p.support) +
+           samples(p.query) + whole_lines(p.steps + 1) + whole_lines(p.packing.total / kLanes<T> + 1) +
+           loss_scratch(p) + p.task_size();
+  }
+  static int64_t loss_scratch(const Problem& p) {
+    return whole_lines(2 * std::max(predictions(p.support), predictions(p.query)) / kLanes<T> + 1);
+  }
+  static int64_t samples(const Stage& s) { return s.n ? whole_lines(s.values[0].size) : 0; }
+  static int64_t predictions(const Stage& s) { return s.n ? s.values[s.output].size : 0; }
+
+  int64_t size(int64_t at_once) const { return shared + std::min(at_once, tasks) * thread; }
+};
+
 template <class T>
 class Run {
+  using V = Vector<T>;
+  static constexpr int64_t W = kLanes<T>;
+
  public:
-  Run(const Problem& problem, const Call<T>& call) : p_(problem), call_(call) {
-    T* at = call.workspace;
+  Run(const Problem& problem, const Call<T>& call) : p_(problem), call_(call), memory_(problem, call.tasks) {
+    // Vectors stand on whole cache lines.
+    T* at = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(call.workspace) + 63) / 64 * 64);
     auto take = [&](int64_t size) { return std::exchange(at, at + size); };
-    totals_ = reinterpret_cast<double*>(take(2 * p_.result_size));
     theta_ = take(p_.packing.total);
+    theta_lanes_ = reinterpret_cast<V*>(take(memory_.lanes ? W * p_.packing.total : 0));
     rates_ = take(p_.rates_size);
-    results_ = take(std::min(call.tasks, cpu::kWave) * p_.result_size);
+    results_ = take(memory_.wave * p_.result_size);
+    totals_ = reinterpret_cast<double*>(take(2 * p_.result_size));
     const bool small = call.tasks * p_.work < kWorkOfOneThread;
     threads_ = small ? 1 : static_cast<int>(std::min<int64_t>(call.at_once, call.tasks));
-    thread_size_ = p_.task_size() + 3 * p_.packing.total;
     thread_memory_ = at;
   }
 
   void operator()() {
-    if (shared_parameters()) pack_all(call_.parameters, {}, 0, theta_);
+    if (shared_parameters()) {
+      pack_all(call_.parameters, {}, 0, theta_);
+      for (int64_t i = 0; memory_.lanes && i < p_.packing.total; ++i) theta_lanes_[i] = broadcast(theta_[i]);
+    }
     pack_rates();
     const bool adds_up = call_.gradient != nullptr;
     if (adds_up) std::fill_n(totals_, p_.result_size, 0.0);
     for (int64_t wave = 0; wave < call_.tasks; wave += cpu::kWave) {
       const int64_t end = std::min(call_.tasks, wave + cpu::kWave);
+      const int64_t groups =
+          memory_.lanes ? (end - wave + (Memory<T>::few_lanes((end - wave) % W) ? W - 1 : 0)) / W : 0;
+      const int64_t alone = std::min(end, wave + groups * W), units = groups + end - alone;
+      auto run_unit = [&](int64_t u) {
+        const int64_t first = u < groups ? wave + u * W : alone + u - groups;
+        T* memory = thread_memory_ + omp_get_thread_num() * memory_.thread;
+        if (u < groups) {
+          run_lanes(first, std::min(W, end - first), first - wave, memory);
+        } else {
+          run_task(first, first - wave, memory);
+        }
+      };
       if (threads_ > 1) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads_)
-        for (int64_t t = wave; t < end; ++t) run_task(t, t - wave, omp_get_thread_num());
+        for (int64_t u = 0; u < units; ++u) run_unit(u);
       } else {
-        for (int64_t t = wave; t < end; ++t) run_task(t, t - wave, 0);
+        for (int64_t u = 0; u < units; ++u) run_unit(u);
       }
       if (adds_up) add_up(wave, end);
     }
@@ -218,8 +215,17 @@ class Run {
     }
   }
 
-  void run_task(int64_t t, int64_t slot, int thread) const {
-    T* at = thread_memory_ + thread * thread_size_;
+  const T* x_of(const Stage& s, const T* x, int64_t t) const {
+    return x ? x + t * s.values[0].size : nullptr;
+  }
+  const void* target_of(const Stage& s, const void* y, int64_t t) const {
+    if (!y || !s.n) return nullptr;
+    if (p_.graph.loss == Loss::cross_entropy) return static_cast<const int64_t*>(y) + t * s.n;
+    return static_cast<const T*>(y) + t * s.values[s.output].size;
+  }
+  int64_t predictions() const { return Memory<T>::predictions(p_.query); }
+
+  void run_task(int64_t t, int64_t slot, T* at) const {
     auto take = [&](int64_t size) { return std::exchange(at, at + size); };
     T* own = take(p_.packing.total);
     T* given = take(p_.packing.total);
@@ -230,31 +236,87 @@ class Run {
       pack_all(call_.parameters, call_.parameter_strides, t, own);
       task.theta = own;
     }
-    const bool labels = p_.graph.loss == Loss::cross_entropy;
-    auto part = [&](const Stage& s, const T* x) { return x ? x + t * s.values[0].size : nullptr; };
-    auto target = [&](const Stage& s, const void* y) -> const void* {
-      if (!y) return nullptr;
-      if (labels) return static_cast<const int64_t*>(y) + t * s.n;
-      return static_cast<const T*>(y) + t * s.values[s.output].size;
-    };
-    const int64_t predictions = p_.query.n ? p_.query.values[p_.query.output].size : 0;
-    task.x_support = part(p_.support, call_.x_support);
-    task.y_support = p_.support.n ? target(p_.support, call_.y_support) : nullptr;
-    task.x_query = part(p_.query, call_.x_query);
-    task.y_query = p_.query.n ? target(p_.query, call_.y_query) : nullptr;
+    task.x_support = x_of(p_.support, call_.x_support, t);
+    task.y_support = target_of(p_.support, call_.y_support, t);
+    task.x_query = x_of(p_.query, call_.x_query, t);
+    task.y_query = target_of(p_.query, call_.y_query, t);
     task.support_losses = call_.support_losses ? call_.support_losses + t * p_.steps : nullptr;
     task.query_loss = call_.task_losses ? call_.task_losses + t : nullptr;
-    task.logits = call_.logits ? call_.logits + t * predictions : nullptr;
+    task.logits = call_.logits ? call_.logits + t * predictions() : nullptr;
     task.result = call_.gradient ? results_ + slot * p_.result_size : out;
     task.adapted = out;
     if (p_.operation == Operation::predict_backward) {
-      task.given = call_.given[0] + t * predictions;
+      task.given = call_.given[0] + t * predictions();
     } else if (!call_.given.empty()) {
       pack_all(call_.given, call_.given_strides, t, given);
       task.given = given;
     }
-    const Cpu<T> backend{rates_};
+    const Cpu<T> backend{{rates_}};
     TaskRunner<Cpu<T>, T>(backend, p_, task, at).run();
+    hand_back_task(out, t);
+  }
+
+  /// Tasks [first, first + count) side by side; lanes beyond them repeat the last one.
+  void run_lanes(int64_t first, int64_t count, int64_t slot, T* memory) const {
+    using Tasks = TasksInLanes<T>;
+    V* at = reinterpret_cast<V*>(memory);
+    auto take = [&](int64_t size) { return std::exchange(at, at + size); };
+    auto each_lane = [&](auto f) {
+      for (int64_t lane = 0; lane < W; ++lane) f(lane, first + std::min(lane, count - 1));
+    };
+    V *own = take(p_.packing.total), *given = take(p_.packing.total), *out = take(p_.packing.total);
+    V *result = take(p_.result_size), *logits = take(whole_lines(predictions()));
+    V* x[2] = {take(Memory<T>::samples(p_.support)), take(Memory<T>::samples(p_.query))};
+    V* losses = take(whole_lines(p_.steps + 1));
+    T* packed = reinterpret_cast<T*>(take(whole_lines(p_.packing.total / W + 1)));
+    T* loss_scratch = reinterpret_cast<T*>(take(Memory<T>::loss_scratch(p_)));
+    LaneTargets<T> targets[2];
+    each_lane([&](int64_t lane, int64_t t) {
+      if (call_.x_support)
+        Tasks::give(p_.support.values[0].size, x_of(p_.support, call_.x_support, t), lane, x[0]);
+      if (call_.x_query) Tasks::give(p_.query.values[0].size, x_of(p_.query, call_.x_query, t), lane, x[1]);
+      targets[0].of[lane] = target_of(p_.support, call_.y_support, t);
+      targets[1].of[lane] = target_of(p_.query, call_.y_query, t);
+      if (!shared_parameters()) {
+        pack_all(call_.parameters, call_.parameter_strides, t, packed);
+        Tasks::give(p_.packing.total, packed, lane, own);
+      }
+      if (p_.operation == Operation::predict_backward) {
+        Tasks::give(predictions(), call_.given[0] + t * predictions(), lane, logits);
+      } else if (!call_.given.empty()) {
+        pack_all(call_.given, call_.given_strides, t, packed);
+        Tasks::give(p_.packing.total, packed, lane, given);
+      }
+    });
+    Task<V> task{};
+    task.theta = shared_parameters() ? theta_lanes_ : own;
+    task.x_support = x[0];
+    task.y_support = &targets[0];
+    task.x_query = x[1];
+    task.y_query = &targets[1];
+    task.support_losses = losses;
+    task.query_loss = losses + p_.steps;
+    task.logits = logits;
+    task.result = call_.gradient ? result : out;
+    task.given = p_.operation == Operation::predict_backward ? logits : given;
+    task.adapted = out;
+    const Tasks backend(rates_, loss_scratch);
+    TaskRunner<Tasks, V>(backend, p_, task, at).run();
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const int64_t t = first + lane;
+      if (call_.gradient)
+        Tasks::take(p_.result_size, result, lane, results_ + (slot + lane) * p_.result_size);
+      if (call_.support_losses) Tasks::take(p_.steps, losses, lane, call_.support_losses + t * p_.steps);
+      if (call_.task_losses) call_.task_losses[t] = losses[p_.steps][lane];
+      if (call_.logits) Tasks::take(predictions(), logits, lane, call_.logits + t * predictions());
+      if (call_.per_task.empty()) continue;
+      Tasks::take(p_.packing.total, out, lane, packed);
+      hand_back_task(packed, t);
+    }
+  }
+
+  /// What the call wants of each task's parameters' shapes.
+  void hand_back_task(const T* out, int64_t t) const {
     for (size_t i = 0; i < call_.per_task.size(); ++i) {
       const Parameter& parameter = p_.graph.parameters[i];
       if (call_.per_task[i])
@@ -295,14 +357,21 @@ class Run {
 
   const Problem& p_;
   const Call<T>& call_;
+  const Memory<T> memory_;
   double* totals_;
   T *theta_, *rates_, *results_, *thread_memory_;
-  int64_t thread_size_;
+  V* theta_lanes_;
   int threads_;
 };
 
 }  // namespace
 
+int64_t workspace_float(const Problem& p, int64_t tasks, int64_t at_once) {
+  return Memory<float>(p, tasks).size(at_once);
+}
+int64_t workspace_double(const Problem& p, int64_t tasks, int64_t at_once) {
+  return Memory<double>(p, tasks).size(at_once);
+}
 void run_float(const Problem& problem, const Call<float>& call) { Run<float>(problem, call)(); }
 void run_double(const Problem& problem, const Call<double>& call) { Run<double>(problem, call)(); }
 

@@ -183,18 +183,6 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-bool has_small_layers(const Problem& problem) {
-  for (const Stage* stage : {&problem.support, &problem.query}) {
-    for (const Stage::Step& step : stage->steps) {
-      const Layer& l = step.layer;
-      const bool on_features = l.in.h * l.in.w == 1 && l.out.h * l.out.w == 1;
-      const bool linear = l.kind == Kind::conv2d && l.window.kernel_h * l.window.kernel_w == 1 && on_features;
-      if (!linear && l.kind != Kind::pointwise && l.kind != Kind::add) return false;
-    }
-  }
-  return true;
-}
-
 template <class T>
 void launch_megakernel(const Launcher& launch, const Problem& problem, const Layout& layout,
                        const Image& image, const Span* spans, const SpanOrder& order, Span* table) {

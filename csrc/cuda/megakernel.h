@@ -7,9 +7,6 @@
 
 namespace maml::cuda {
 
-/// Whether every layer of the problem is one that the megakernel has: linear, pointwise, sums.
-bool has_small_layers(const Problem& problem);
-
 /// As many spans as fit the kernel's arguments.
 inline constexpr int kMegakernelSpans = 200;
 

@@ -75,7 +75,7 @@ struct Runner<T>::State {
       : problem(p), device(device_), layout(p, at_own_parameters(p.operation), false) {
     describe();
     const Layout inside(p, true, true);
-    if (!has_small_layers(p) || all_spans().count > kMegakernelSpans) return;
+    if (!p.is_linear() || all_spans().count > kMegakernelSpans) return;
     int shared = 0;
     check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
           "asking for shared memory");

@@ -219,7 +219,8 @@ class BoundProblem {
   }
 
   int64_t workspace(int64_t tasks, int64_t at_once) const {
-    return cpu::workspace_size(problem_, tasks, at_once);
+    const cpu::Backend& backend = cpu::backend();
+    return (double_ ? backend.workspace_double : backend.workspace_float)(problem_, tasks, at_once);
   }
 
   void run(const BoundCall& call) const {

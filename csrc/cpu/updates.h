@@ -1,0 +1,70 @@
+// What the algorithm does to packed parameter vectors. V: T, or a vector of T with one task in each lane;
+// rates are the same for all tasks.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../plan.h"
+#include "simd.h"
+
+namespace maml::MAML_ISA {
+
+template <class V, class T>
+struct Updates {
+  const T* rates;  // packed
+
+  void descend(const std::vector<RateSlice>& slices, const V* phi, const V* g, V* next) const {
+    each_rate(slices, [&](const RateSlice& s, auto rate) {
+      for (int64_t i = 0; i < s.size; ++i) next[s.at + i] = phi[s.at + i] - rate(i) * g[s.at + i];
+    });
+  }
+  void direction(const std::vector<RateSlice>& slices, const V* v, V* out) const {
+    each_rate(slices, [&](const RateSlice& s, auto rate) {
+      for (int64_t i = 0; i < s.size; ++i) out[s.at + i] = rate(i) * v[s.at + i];
+    });
+  }
+  void rate_gradient(const std::vector<RateSlice>& slices, const V* all_g, const V* all_v, V* result) const {
+    for (const RateSlice& s : slices) {
+      if (s.grad_at == kNowhere) continue;
+      const V *g = all_g + s.at, *v = all_v + s.at;
+      V* grad_rate = result + s.grad_at;
+      if (s.elementwise) {
+        for (int64_t i = 0; i < s.size; ++i) grad_rate[i] -= g[i] * v[i];
+      } else {
+        constexpr int64_t W = sizeof(V) / sizeof(T);
+        const T *own_g = reinterpret_cast<const T*>(g), *own_v = reinterpret_cast<const T*>(v);
+        double sum[W] = {};
+        for (int64_t i = 0; i < s.size; ++i) {
+          for (int64_t lane = 0; lane < W; ++lane) {
+            sum[lane] += static_cast<double>(own_g[i * W + lane]) * static_cast<double>(own_v[i * W + lane]);
+          }
+        }
+        T* own_rate = reinterpret_cast<T*>(grad_rate);
+        for (int64_t lane = 0; lane < W; ++lane) own_rate[lane] -= static_cast<T>(sum[lane]);
+      }
+    }
+  }
+  void subtract(int64_t size, const V* x, V* y) const {
+    for (int64_t i = 0; i < size; ++i) y[i] -= x[i];
+  }
+  void copy(int64_t size, const V* from, V* to) const { std::copy_n(from, size, to); }
+  void zero(int64_t size, V* to) const { std::fill_n(to, size, V{}); }
+
+ private:
+  /// f(slice, i -> rate of its element i)
+  template <class F>
+  void each_rate(const std::vector<RateSlice>& slices, F f) const {
+    for (const RateSlice& s : slices) {
+      if (s.elementwise) {
+        const T* rate = rates + s.rate_at;
+        f(s, [rate](int64_t i) { return rate[i]; });
+      } else {
+        const T rate = s.rate_at == kNowhere ? static_cast<T>(s.constant) : rates[s.rate_at];
+        f(s, [rate](int64_t) { return rate; });
+      }
+    }
+  }
+};
+
+}  // namespace maml::MAML_ISA
