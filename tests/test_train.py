@@ -278,7 +278,12 @@ def test_a_run_that_diverges_says_so(tmp_path) -> None:
         ({"test_steps": 11}, "test_steps must be 1 to 10, got 11"),
         ({"test_tasks": 1}, "test_tasks must be at least 2 for a confidence interval, got 1"),
         ({"seed": -1}, r"seed must be 0 to 2\*\*32 - 1, got -1"),
-        ({"job": "poker"}, "job must be one of glyphs, sinusoid, got 'poker'"),
+        (
+            {"job": "poker"},
+            "job must be one of glyphs, sinusoid, omniglot, .*, or a folder of class folders, got 'poker'",
+        ),
+        ({"job": "omniglot"}, "data must name the folder that holds omniglot: --data PATH"),
+        ({"data": "somewhere"}, "data must be left out for glyphs, which needs none, got somewhere"),
         (
             {"job": "sinusoid", "ways": 5},
             "ways must be 1 for the sinusoid, which has no classes, got 5",
