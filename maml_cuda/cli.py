@@ -63,6 +63,8 @@ def train(options: argparse.Namespace) -> int:
 
     _set_threads(options.threads)
     if options.job is not None and options.job not in JOBS and Path(options.job).is_dir():
+        if options.data is not None:
+            raise ValueError(f"data must be left out for a folder, which is the data, got {options.data}")
         options.job, options.data = "folder", _absolute(options.job)
     names = {field.name for field in fields(Settings)}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}

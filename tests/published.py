@@ -162,11 +162,11 @@ def tiered_imagenet(folder: Path) -> dict[str, tuple[list[np.ndarray], np.ndarra
 
 
 def birds(
-    folder: Path, classes: int = 10, images: int = 4, size: tuple[int, ...] = (20, 18, 3)
+    folder: Path, classes: int = 10, images: int = 4, size: tuple[int, ...] = (20, 18, 3), name: str = "bird"
 ) -> dict[str, np.ndarray]:
     """A folder of class folders: the images of each, by its name."""
-    drawn = {f"bird {number:02d}": pixels(number, images, *size) for number in range(classes)}
-    for name, stack in drawn.items():
+    drawn = {f"{name} {number:02d}": pixels(number, images, *size) for number in range(classes)}
+    for bird, stack in drawn.items():
         for number, image in enumerate(stack):
-            write(folder / name / f"{number}.png", encoded(image))
+            write(folder / bird / f"{number}.png", encoded(image))
     return drawn

@@ -194,6 +194,7 @@ def test_info_names_the_build_and_the_versions(capsys) -> None:
         (["train", "omniglot"], "data must name the folder that holds omniglot: --data PATH"),
         (["train", "omniglot", "--data", "/nowhere"], "/nowhere must be a folder of images (omniglot), got no folder"),
         (["train", "glyphs", "--data", "/nowhere"], "data must be left out for glyphs, which needs none, got /nowhere"),
+        (["train", ".", "--data", "/nowhere"], "data must be left out for a folder, which is the data, got /nowhere"),
         (["train", "poker"], "or a folder of class folders, got 'poker'"),
         (["train", "--threads", "0"], "threads must be at least 1, got 0"),
         (["evaluate", "nowhere"], "no checkpoint in nowhere"),

@@ -14,10 +14,10 @@ from maml_cuda.data import conversion, images
 
 from . import published
 
-OPEN = "import sys; from maml_cuda.data import images; print(images.folder(sys.argv[1]).sha256)"
 # The last of the images waits for a line on the standard input.
-SLOW = f"""
-import maml_cuda.data.image_files as files
+SLOW = """
+import sys
+from maml_cuda.data import image_files as files, images
 decode, left = files.decode, 40
 def slow(*arguments):
     global left
@@ -27,13 +27,13 @@ def slow(*arguments):
         input()
     return decode(*arguments)
 files.decode = slow
-{OPEN}
+print(images.folder(sys.argv[1]).sha256)
 """
 
 
-def process(program: str, folder: Path) -> subprocess.Popen:
+def process(folder: Path) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", program, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLOW, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 
@@ -104,32 +104,23 @@ def test_the_checksum_is_of_the_images_not_of_their_place_or_time(tmp_path) -> N
     assert len(checksums) == 1
 
 
-def test_two_processes_that_convert_at_once_do_no_harm(tmp_path) -> None:
+def test_processes_that_convert_at_once_do_no_harm_and_a_killed_one_leaves_nothing(tmp_path) -> None:
     published.birds(tmp_path)
-    with process(SLOW, tmp_path) as one, process(SLOW, tmp_path) as other:
-        for each in (one, other):
-            assert each.stdout is not None
-            assert each.stdout.readline() == "reading\n"  # both have nearly written an array
-        assert written(tmp_path) == [".new", ".new"]
-        checksums = {each.communicate("go on\n", timeout=60)[0] for each in (one, other)}
-    assert (one.returncode, other.returncode) == (0, 0)
-    assert checksums == {images.folder(tmp_path).sha256 + "\n"}
-    assert written(tmp_path) == [".json", ".npy"]
-
-
-def test_a_killed_conversion_leaves_nothing_that_the_next_one_does_not_remove(tmp_path) -> None:
-    published.birds(tmp_path)
-    with process(SLOW, tmp_path) as living, process(SLOW, tmp_path) as killed:
+    with process(tmp_path) as living, process(tmp_path) as killed:
         for each in (living, killed):
             assert each.stdout is not None
-            assert each.stdout.readline() == "reading\n"
+            assert each.stdout.readline() == "reading\n"  # nearly all of the array is written
         killed.send_signal(signal.SIGKILL)
         killed.wait(timeout=60)
         assert written(tmp_path) == [".new", ".new"]
-        images.folder(tmp_path)  # takes away what the killed process left, and leaves alone what the other one writes
+        converted = images.folder(tmp_path)  # takes away what the killed one left, and leaves the other one's alone
         assert written(tmp_path) == [".json", ".new", ".npy"]
-        assert living.communicate("go on\n", timeout=60)[0] == images.folder(tmp_path).sha256 + "\n"
+        before = converted.split("train").images.clone()
+        assert living.communicate("go on\n", timeout=60)[0] == f"{converted.sha256}\n"
+    assert living.returncode == 0
     assert written(tmp_path) == [".json", ".npy"]
+    for each in (converted, images.folder(tmp_path)):  # the array that is mapped stays, too
+        assert torch.equal(each.split("train").images, before)
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch) -> None:
@@ -157,3 +148,17 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch) -> None:
     with pytest.raises(OSError, match="No space left on device"):
         images.folder(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_in_words(tmp_path, monkeypatch) -> None:
+    published.birds(tmp_path)
+    open_file = Path.open
+
+    def read_only(path: Path, mode: str = "r", **options):
+        if "x" in mode:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_file(path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    with pytest.raises(OSError, match=r"must be writable, the converted images are kept there: .*Permission denied"):
+        images.folder(tmp_path)

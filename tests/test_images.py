@@ -166,7 +166,8 @@ def test_a_folder_is_split_by_its_classes(tmp_path) -> None:
     opened = images.folder(tmp_path)
     assert opened.shape == (3, 20, 18)
     splits = {split: opened.split(split).names for split in SPLITS}
-    assert {split: len(names) for split, names in splits.items()} == {"train": 8, "validation": 2, "test": 2}
+    assert len(splits["train"]) == 8
+    assert (splits["validation"], splits["test"]) == (["bird 01", "bird 04"], ["bird 02", "bird 09"])  # for ever
     assert sorted(name for names in splits.values() for name in names) == sorted(birds)
     for split, names in splits.items():
         assert_same(opened, split, {name: birds[name] for name in names})
@@ -175,7 +176,8 @@ def test_a_folder_is_split_by_its_classes(tmp_path) -> None:
 def test_the_split_of_a_folder_is_its_own_where_it_has_one(tmp_path) -> None:
     for validation in ("val", "validation"):
         folder = tmp_path / validation
-        parts = {split: published.birds(folder / split, classes=2) for split in ("train", validation, "test")}
+        names = {"train": "finch", validation: "gull", "test": "owl"}
+        parts = {split: published.birds(folder / split, 2, name=name) for split, name in names.items()}
         opened = images.folder(folder)
         for split in SPLITS:
             assert_same(opened, split, parts[validation if split == "validation" else split])
@@ -444,6 +446,10 @@ def test_a_folder_without_classes_is_refused(tmp_path) -> None:
     refused(images.folder, tmp_path, "the class folder .*empty must hold images, got none directly in it")
     published.birds(tmp_path / "two", classes=2)
     refused(images.folder, tmp_path / "two", "two must hold at least 3 classes, one for each split, got 2")
+    for split in ("train", "val", "test"):
+        published.birds(tmp_path / "same" / split, classes=2, name=split if split == "val" else "bird")
+    message = "the splits must have different classes, got bird 00 in .*same/train and in .*same/test"
+    refused(images.folder, tmp_path / "same", message)
     published.birds(tmp_path / "half" / "train", classes=2)
     published.birds(tmp_path / "half" / "test", classes=2)
     refused(images.folder, tmp_path / "half", "half/val or .*half/validation is missing beside", FileNotFoundError)

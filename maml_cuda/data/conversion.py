@@ -163,7 +163,10 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
     layout = ".".join(path.name.split(".")[:2])
     while True:
         new = path.with_name(f"{layout}.{uuid.uuid4().hex}.new")
-        file = new.open("xb")
+        try:
+            file = new.open("xb")
+        except OSError as error:
+            raise OSError(f"{path.parent} must be writable, the converted images are kept there: {error}") from error
         fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
             break
@@ -186,5 +189,5 @@ def _sweep(folder: Path, layout: str) -> None:
             with leftover.open("rb+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 leftover.unlink()
-        except (BlockingIOError, FileNotFoundError):  # its writer lives, or another process was faster
+        except OSError:  # its writer lives, another process was faster, or it is somebody else's
             continue

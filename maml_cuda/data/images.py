@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import combinations
 from os import PathLike
 from pathlib import Path
 
@@ -137,8 +138,8 @@ def folder(path: str | PathLike[str]) -> Images:
     """Your own images: a folder with a folder for each class, all images of one size, grey or of colour.
 
     Where ``path`` has subfolders ``train``, ``val`` (or ``validation``) and ``test``, these hold the folders of the
-    classes and are the split. Elsewhere classes are drawn from the sorted names, with a fixed seed: 20 % to test, 16 %
-    to validate (both rounded, at least 1), the others to train on.
+    classes and are the split: no class is in two. Elsewhere classes are drawn from the sorted names, with a fixed
+    seed: 20 % to test, 16 % to validate (both rounded, at least 1), the others to train on.
     """
     return Images("folder", path, _find_folder)
 
@@ -185,7 +186,7 @@ def _find_mini_imagenet(path: Path) -> Source:
     if tables := _split_files(path, "{}.csv"):
         splits = {split: image_files.listed(table, path / "images") for split, table in tables.items()}
     elif folders := _split_files(path, "{}"):
-        splits = {split: image_files.class_folders(below) for split, below in folders.items()}
+        splits = _split_classes(folders)
     else:
         raise _missing(
             "mini-ImageNet", path, "mini-imagenet-cache-{train,val,test}.pkl, mini-imagenet.tar.gz, images with "
@@ -230,7 +231,7 @@ def _find_tiered_imagenet(path: Path) -> Source:
 
 def _find_folder(path: Path) -> Source:
     if folders := _split_files(path, "{}"):
-        splits = {split: image_files.class_folders(below) for split, below in folders.items()}
+        splits = _split_classes(folders)
     else:
         classes = image_files.class_folders(path)
         sizes = {split: max(1, round(share * len(classes))) for split, share in FOLDER_SPLIT.items()}
@@ -253,6 +254,18 @@ def _split_files(folder: Path, pattern: str) -> dict[str, Path]:
             there = " and ".join(path.name for path in found.values())
             raise FileNotFoundError(f"{' or '.join(map(str, paths))} is missing beside {there}")
     return found
+
+
+def _split_classes(folders: dict[str, Path]) -> dict[str, image_files.Classes]:
+    """The class folders of each split. ValueError where a class is in two: it would be tested on what was learned."""
+    splits = {split: image_files.class_folders(below) for split, below in folders.items()}
+    for one, other in combinations(SPLITS, 2):
+        for name in splits[one]:
+            if name in splits[other]:
+                raise ValueError(
+                    f"the splits must have different classes, got {name} in {folders[one]} and in {folders[other]}"
+                )
+    return splits
 
 
 def _pickles(folder: Path, pattern: str) -> dict[str, Pickle]:
