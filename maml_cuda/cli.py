@@ -11,17 +11,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from maml_cuda import build_info
-from maml_cuda.jobs import GLYPHS, JOBS, SINUSOID, Settings, new_settings
+from maml_cuda.jobs import JOBS, Settings, new_settings
 
 TRAIN_DESCRIPTION = """\
 Meta-trains a small network with MAML so that it learns a new task from a handful of examples.
 
   glyphs    tell apart 5 characters of alphabets never trained on, from one image of each
   sinusoid  fit a sine curve of unknown amplitude and phase from a few points
+
+  omniglot, mini-imagenet, cifar-fs, tiered-imagenet
+            the paper's data sets and later ones, as published; --data names their folder
+  FOLDER    your own images: a folder with a folder for each class
 """
 TRAIN_EPILOG = """\
 examples:
@@ -29,6 +34,8 @@ examples:
   maml-cuda train glyphs --iterations 150      see it learn (under a minute)
   maml-cuda train sinusoid --out runs/sine     the regression of the MAML paper
   maml-cuda train glyphs --ways 20 --shots 5   harder tasks, more examples of each class
+  maml-cuda train omniglot --data ~/omniglot   the paper's 5-way 1-shot Omniglot
+  maml-cuda train ~/birds --shots 5            your own images
   maml-cuda train --resume runs/sine           go on where Ctrl-C, a crash or the last iteration ended it
 
 A run is one folder: metrics.csv, the checkpoints last/ and best/, PNG pictures and summary.json.
@@ -55,8 +62,14 @@ def train(options: argparse.Namespace) -> int:
     from maml_cuda.train import Training, resumed_settings
 
     _set_threads(options.threads)
+    if options.job is not None and options.job not in JOBS and Path(options.job).is_dir():
+        if options.data is not None:
+            raise ValueError(f"data must be left out for a folder, which is the data, got {options.data}")
+        options.job, options.data = "folder", _absolute(options.job)
     names = {field.name for field in fields(Settings)}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    if options.data is not None:
+        print(f"opening {options.data}; the first time converts it, which may take minutes", flush=True)
     if options.resume is None:
         settings = new_settings(**given)
         run = Path(options.out or time.strftime(f"runs/{settings.job}-%Y%m%d-%H%M%S"))
@@ -91,12 +104,17 @@ def evaluate(options: argparse.Namespace) -> int:
     from maml_cuda.report import load_run, table, test_run
 
     _set_threads(options.threads)
-    maml, info = load_run(Path(options.run), options.checkpoint, options.backend)
-    given = {"test_tasks": options.tasks, "test_shots": options.shots, "seed": options.seed}
-    settings = Settings(**info["settings"] | {name: value for name, value in given.items() if value is not None})
+    machine = _given(backend=options.backend, data=options.data)
+    maml, info = load_run(Path(options.run), options.checkpoint, **machine)
+    given = _given(test_tasks=options.tasks, test_shots=options.shots, seed=options.seed)
+    settings = Settings(**info["settings"] | machine | given)
     result = test_run(maml, settings) | {"checkpoint": options.checkpoint, "iteration": info["iteration"]}
     print(json.dumps(result, indent=1) if options.json else table(result))
     return 0
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def info(options: argparse.Namespace) -> int:
@@ -110,13 +128,13 @@ def info(options: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="maml-cuda",
-        description="Exact second-order MAML: train on a built-in few-shot job, test it, look inside.",
+        description="Exact second-order MAML: train on a few-shot job, test it, look inside.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(
         commands.add_parser(
             "train",
-            help="meta-train a model on glyphs or sinusoids",
+            help="meta-train a model on glyphs, sinusoids or images of yours",
             description=TRAIN_DESCRIPTION,
             epilog=TRAIN_EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -136,13 +154,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=train)
-    parser.add_argument("job", nargs="?", choices=list(JOBS), help="what to learn (default: glyphs)")
+    parser.add_argument(
+        "job", nargs="?", metavar="JOB", help=f"what to learn: {', '.join(JOBS)} or FOLDER (default: glyphs)"
+    )
 
     group = parser.add_argument_group("tasks")
-    _setting(group, "--ways", "classes a task (glyphs only)")
+    group.add_argument(
+        "--data", type=_absolute, metavar="PATH", help="folder that holds the data set; its conversion is kept there"
+    )
+    _setting(group, "--ways", "classes a task (not for the sinusoid)")
     _setting(group, "--shots", "support samples a class: what the model adapts to")
     _setting(group, "--queries", "query samples a class: what the meta-loss is taken on")
-    _setting(group, "--rotations", "quarter turns of each training glyph that are classes of their own, 1 to 4")
+    _setting(group, "--rotations", "quarter turns of each training class that are classes of their own, 1 to 4")
 
     group = parser.add_argument_group("inner loop: adaptation to one task")
     _setting(group, "--inner-lr", "inner learning rate, on the mean loss of the support set")
@@ -157,17 +180,17 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _setting(
         group,
         "--filters",
-        "filters of each convolution (glyphs), also --hidden: units a layer (sinusoid)",
+        "filters of each convolution, also --hidden: units a layer (sinusoid)",
         "width",
     )
     _setting(group, "--seed", "decides the initial weights and every task; same seed, same run, to the bit")
 
-    group = parser.add_argument_group("validation and test, on unseen scripts or curves")
+    group = parser.add_argument_group("validation and test, on unseen classes or curves")
     _setting(group, "--validation-interval", "iterations between two validations, each of which saves last/")
     _setting(group, "--validation-tasks", "tasks a validation; the best score saves best/")
     _setting(group, "--log-interval", "iterations between two rows of metrics.csv")
     _setting(group, "--test-tasks", "tasks of the final test of best/ after 0 to 10 steps")
-    _setting(group, "--test-shots", "support samples a class in validation and test (glyphs: as --shots)")
+    _setting(group, "--test-shots", "support samples a class in validation and test (images: as --shots)")
     _setting(group, "--test-queries", "query samples a class in validation and test")
     _setting(group, "--test-steps", "most adaptation steps in validation, which scores the mean over 1 to N")
 
@@ -178,7 +201,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="RUN",
-        help="continue a run as if it had never stopped; only --iterations and --test-tasks may change",
+        help="continue a run as if it had never stopped; only --iterations, --test-tasks and --data may change",
     )
     _add_machine(group)
 
@@ -188,6 +211,9 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     parser.add_argument("--tasks", type=int, help="test tasks (default: as in the run)")
     parser.add_argument("--shots", type=int, help="support samples a class (default: as in the run)")
+    parser.add_argument(
+        "--data", type=_absolute, metavar="PATH", help="folder that holds the data set now (default: as in the run)"
+    )
     parser.add_argument("--seed", type=int, help="draws other test tasks (default: as in the run)")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="(default: best)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -208,14 +234,22 @@ def _add_machine(parser: argparse._ActionsContainer) -> None:
 def _setting(group: argparse._ActionsContainer, option: str, text: str, name: str | None = None) -> None:
     """An option that sets a field of Settings; None where it is not given, which --resume needs to know."""
     name = name or option[2:].replace("-", "_")
-    glyphs, sinusoid = getattr(GLYPHS, name), getattr(SINUSOID, name)
-    if isinstance(glyphs, bool):
+    jobs: dict[Any, list[str]] = {}  # by their default
+    for job, settings in JOBS.items():
+        jobs.setdefault(getattr(settings, name), []).append(job)
+    first = next(iter(jobs))
+    if isinstance(first, bool):
         group.add_argument(option, dest=name, action="store_const", const=True, help=text)
         return
-    default = f"{glyphs}" if glyphs == sinusoid else f"{glyphs} glyphs, {sinusoid} sinusoid"
+    default = f"{first}" if len(jobs) == 1 else ", ".join(f"{value} {'/'.join(names)}" for value, names in jobs.items())
     options = [option, "--hidden"] if name == "width" else [option]
-    metavar = "RATE" if isinstance(glyphs, float) else "N"
-    group.add_argument(*options, dest=name, type=type(glyphs), metavar=metavar, help=f"{text} (default: {default})")
+    metavar = "RATE" if isinstance(first, float) else "N"
+    group.add_argument(*options, dest=name, type=type(first), metavar=metavar, help=f"{text} (default: {default})")
+
+
+def _absolute(path: str) -> str:
+    """A run is tested and resumed from any folder."""
+    return str(Path(path).expanduser().absolute())
 
 
 def _need(*packages: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from maml_cuda.data import GlyphTasks, SinusoidTasks
+from maml_cuda.data import ImageTasks, SinusoidTasks
 from maml_cuda.fused_maml import FusedMAML
 from maml_cuda.jobs import score
 
@@ -16,7 +16,7 @@ CHUNK = 50  # tasks at a time: bounds memory, and the tasks drawn do not depend 
 def evaluate(
     maml: FusedMAML,
     job: str,
-    tasks: GlyphTasks | SinusoidTasks,
+    tasks: ImageTasks | SinusoidTasks,
     generator: Generator,
     num_tasks: int,
     steps: Sequence[int],

@@ -13,7 +13,7 @@ from maml_cuda.checkpoint import write_file
 from maml_cuda.data import MetaBatch
 from maml_cuda.data.sinusoid import X
 from maml_cuda.fused_maml import FusedMAML
-from maml_cuda.jobs import METRICS, Settings
+from maml_cuda.jobs import Settings, metric
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # told apart with every colour vision
 
@@ -24,7 +24,6 @@ def learning_curves(metrics: Path, path: Path, settings: Settings) -> None:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    metric = METRICS[settings.job]
     lines = (
         (left, "loss", "training, after adaptation", GREY, "-"),
         (right, "before", "training, before adaptation", ORANGE, "-"),
@@ -35,7 +34,7 @@ def learning_curves(metrics: Path, path: Path, settings: Settings) -> None:
         points = [(int(row["iteration"]), float(row[column])) for row in rows if row[column]]
         if points:
             axes.plot(*zip(*points, strict=True), style, color=colour, label=label, linewidth=1.2, markersize=3)
-    for axes, name in ((left, "query loss"), (right, metric)):
+    for axes, name in ((left, "query loss"), (right, metric(settings.job))):
         axes.set(xlabel="meta-iteration", ylabel=name)
         axes.grid(alpha=0.3)
         if axes.lines:
@@ -61,14 +60,14 @@ def adaptation(result: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def glyph_task(maml: FusedMAML, batch: MetaBatch, steps: int, path: Path, most: int = 8) -> None:
+def image_task(maml: FusedMAML, batch: MetaBatch, steps: int, path: Path, most: int = 8) -> None:
     """The first task of ``batch``, a row a class: support, then up to ``most`` queries, right or wrong."""
     ways = int(batch.y_spt.max()) + 1
     logits = maml.predict(maml.adapt(batch.x_spt, batch.y_spt, steps=steps), batch.x_qry)
     predicted = logits[0].argmax(-1).view(ways, -1)
     correct = (predicted == batch.y_qry[0].view(ways, -1)).float().mean()
-    support = batch.x_spt[0, :, 0].unflatten(0, (ways, -1))  # [ways, shots, 28, 28]
-    query = batch.x_qry[0, :, 0].unflatten(0, (ways, -1))[:, :most]
+    support = batch.x_spt[0].unflatten(0, (ways, -1))  # [ways, shots, channels, height, width]
+    query = batch.x_qry[0].unflatten(0, (ways, -1))[:, :most]
     shots, queries = support.shape[1], query.shape[1]
     figure = Figure(figsize=(1 + 0.9 * (shots + queries + 0.3), 0.7 + 1.1 * ways), layout="constrained")
     grid = figure.subplots(ways, shots + 1 + queries, squeeze=False, width_ratios=[1] * shots + [0.3] + [1] * queries)
@@ -82,7 +81,7 @@ def glyph_task(maml: FusedMAML, batch: MetaBatch, steps: int, path: Path, most: 
             title = f"✓ {answer + 1}" if right else f"✗ {answer + 1}"
             _image(grid[way, shots + 1 + column], image, title, GREEN if right else ORANGE)
     figure.suptitle(
-        f"A task of unseen scripts: support (blue), queries with the predicted class\n"
+        f"A task of unseen classes: support (blue), queries with the predicted class\n"
         f"after {steps} steps, {float(correct):.0%} of its {predicted.numel()} queries right"
     )
     _save(figure, path)
@@ -111,7 +110,7 @@ def sinusoid_fits(maml: FusedMAML, batch: MetaBatch, path: Path) -> None:
 
 
 def _image(axes: Any, image: Tensor, title: str, colour: str) -> None:
-    axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)  # [height, width, 1 or 3]
     axes.set_title(title, fontsize=9, color=colour)
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():

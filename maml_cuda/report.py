@@ -11,17 +11,17 @@ from maml_cuda import plots
 from maml_cuda.checkpoint import load_checkpoint, write_file
 from maml_cuda.evaluate import evaluate, mean_and_ci95
 from maml_cuda.fused_maml import FusedMAML
-from maml_cuda.jobs import METRICS, Settings, make_generator, make_maml, make_tasks, show
+from maml_cuda.jobs import Settings, classifies, make_generator, make_maml, make_tasks, metric, show
 from maml_cuda.versions import versions
 
 STEPS = range(11)
 
 
-def load_run(run: Path, checkpoint: str = "best", backend: str | None = None) -> tuple[FusedMAML, dict[str, Any]]:
-    """The model of a checkpoint of ``run`` and the checkpoint's info. FileNotFoundError where no run is."""
+def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[FusedMAML, dict[str, Any]]:
+    """The model of a checkpoint of ``run``, with the settings of ``given``, and the checkpoint's info.
+    FileNotFoundError where no run is."""
     model, _, info = load_checkpoint(run / checkpoint)
-    settings = Settings(**info["settings"])
-    maml = make_maml(replace(settings, backend=backend) if backend else settings)
+    maml = make_maml(replace(Settings(**info["settings"]), **given))
     maml.load_state_dict(model)
     return maml, info
 
@@ -39,7 +39,7 @@ def test_run(maml: FusedMAML, settings: Settings) -> dict[str, Any]:
     mean, ci95 = mean_and_ci95(scores)
     return {
         "task": settings.job,
-        "metric": METRICS[settings.job],
+        "metric": metric(settings.job),
         "steps": list(STEPS),
         "mean": mean,
         "ci95": ci95,
@@ -59,14 +59,14 @@ def table(result: dict[str, Any]) -> str:
 
 def finish(run: Path, settings: Settings) -> dict[str, Any]:
     """Tests the best checkpoint of a trained run and writes the pictures and, last of all, summary.json."""
-    maml, best = load_run(run)
+    maml, best = load_run(run, data=settings.data)  # which may have moved since the best checkpoint
     last = load_checkpoint(run / "last")[2]
     result = test_run(maml, settings)
     plots.learning_curves(run / "metrics.csv", run / "learning_curves.png", settings)
     plots.adaptation(result, run / "adaptation.png")
     batch = make_tasks(settings, "test").sample(1, make_generator(settings, "test"))
-    if settings.job == "glyphs":
-        plots.glyph_task(maml, batch, settings.test_steps, run / "task.png")
+    if classifies(settings.job):
+        plots.image_task(maml, batch, settings.test_steps, run / "task.png")
     else:
         plots.sinusoid_fits(maml, batch, run / "fits.png")
     summary = result | {

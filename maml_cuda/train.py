@@ -29,13 +29,11 @@ from maml_cuda.checkpoint import (
     write_file,
 )
 from maml_cuda.evaluate import evaluate
-from maml_cuda.jobs import METRICS, Settings, make_generator, make_maml, make_tasks, score, show
+from maml_cuda.jobs import Settings, classifies, make_generator, make_maml, make_tasks, metric, score, show
 
 COLUMNS = ("iteration", "loss", "before", "after", "validation")
-MAY_CHANGE = (
-    "iterations",
-    "test_tasks",
-)  # what a resumed run may set anew: neither touches a number before it
+# What a resumed run may set anew: none touches a number before it. The data may have moved, not changed.
+MAY_CHANGE = ("iterations", "test_tasks", "data")
 
 
 class Training:
@@ -162,7 +160,7 @@ class Training:
                 "lower --meta-lr or --inner-lr; the last checkpoint is from before that"
             )
         bar.set_postfix_str(
-            f"loss {loss:.3g}, {METRICS[job]} {show(job, before.item())} -> {show(job, after)}"
+            f"loss {loss:.3g}, {metric(job)} {show(job, before.item())} -> {show(job, after)}"
             f", {self._tasks_per_second(bar):.3g} tasks/s",
             refresh=False,
         )
@@ -190,11 +188,11 @@ class Training:
             range(1, settings.test_steps + 1),
         )
         mean = scores.double().mean().item()
-        sign = 1 if settings.job == "glyphs" else -1  # accuracy rises, the error falls
+        sign = 1 if classifies(settings.job) else -1  # accuracy rises, the error falls
         if math.isfinite(mean) and (self.best is None or sign * mean > sign * self.best["score"]):
             self.best = {"iteration": self.iteration, "score": mean}
         bar.write(
-            f"iteration {self.iteration}: validation {METRICS[settings.job]} {show(settings.job, mean)} "
+            f"iteration {self.iteration}: validation {metric(settings.job)} {show(settings.job, mean)} "
             f"over 1 to {settings.test_steps} steps"
         )
         return mean

@@ -9,7 +9,9 @@ import sys
 import pytest
 
 from maml_cuda.cli import main
-from maml_cuda.data import SinusoidTasks
+from maml_cuda.data import SinusoidTasks, images
+
+from . import published
 
 SIZES = {"iterations": 20, "meta-batch": 2, "hidden": 5, "validation-interval": 10, "validation-tasks": 3}
 SIZES |= {"test-tasks": 6, "test-queries": 4, "log-interval": 5}
@@ -59,6 +61,7 @@ def test_every_option_reaches_the_settings(tmp_path) -> None:
     assert main(["train", "glyphs", *options, *out]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     expected = given | {"job": "glyphs", "width": 3, "learn_inner_lr": True, "first_order": True}
+    expected |= {"data": "", "data_sha256": ""}
     assert summary["settings"] == expected
     assert summary["backend"] == "reference"
 
@@ -81,6 +84,61 @@ def test_resume_goes_on(run: str, capsys, spelling: str) -> None:
     assert f"sinusoid in {run}: iteration 20 of 30" in capsys.readouterr().out
     with open(f"{run}/summary.json") as file:
         assert json.load(file)["meta_iterations"] == 30
+
+
+BIRDS = [
+    "--ways",
+    "2",
+    "--meta-batch",
+    "2",
+    "--filters",
+    "3",
+    "--queries",
+    "2",
+    "--test-queries",
+    "3",
+    "--inner-steps",
+    "2",
+]
+BIRDS += ["--validation-interval", "2", "--validation-tasks", "2", "--test-tasks", "3", "--log-interval", "1"]
+
+
+def test_a_folder_of_images_is_trained_tested_and_resumed(tmp_path, capsys) -> None:
+    data, whole, halves = tmp_path / "birds", tmp_path / "whole", tmp_path / "halves"
+    published.birds(data)
+    assert main(["train", str(data), *BIRDS, "--iterations", "4", "--out", str(whole)]) == 0
+    printed = capsys.readouterr().out
+    assert f"opening {data}; the first time converts it" in printed
+    assert f"folder in {whole}: iteration 0 of 4, cpu backend" in printed
+    assert "folder: accuracy on 3 test tasks, 1-shot" in printed
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["settings"]["data"] == str(data)
+    assert summary["settings"]["data_sha256"] == images.folder(data).sha256
+    assert (whole / "task.png").is_file()
+
+    assert main(["train", str(data), *BIRDS, "--iterations", "2", "--out", str(halves)]) == 0
+    moved = data.rename(tmp_path / "moved")
+    assert main(["train", "--resume", str(halves), "--iterations", "4"]) == 2
+    assert "birds must be a folder of images (folder), got no folder" in capsys.readouterr().err
+    assert main(["train", "--resume", str(halves), "--iterations", "4", "--data", str(moved)]) == 0
+    for name in ("metrics.csv", "last/model.safetensors", "last/training.safetensors"):
+        assert (whole / name).read_bytes() == (halves / name).read_bytes()
+
+    capsys.readouterr()
+    assert main(["evaluate", str(halves), "--data", str(moved), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mean"] == summary["mean"]
+    (moved / "bird 01" / "0.png").write_bytes(published.encoded(published.pixels(99, 20, 18, 3)))
+    assert main(["evaluate", str(whole), "--data", str(moved)]) == 2
+    assert f"moved must hold the images of this run, of sha256 {summary['settings']['data_sha256']}, got" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_published_data_set_is_trained(tmp_path, capsys) -> None:
+    published.cifar_fs(tmp_path)
+    options = [*BIRDS, "--queries", "1", "--test-queries", "1", "--iterations", "2", "--out", str(tmp_path / "run")]
+    assert main(["train", "cifar-fs", "--data", str(tmp_path), *options]) == 0
+    assert "cifar-fs: accuracy on 3 test tasks, 1-shot" in capsys.readouterr().out
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch) -> None:
@@ -133,6 +191,11 @@ def test_info_names_the_build_and_the_versions(capsys) -> None:
         (["train", "--resume", "nowhere"], "no checkpoint in nowhere"),
         (["train", "sinusoid", "--ways", "3"], "ways must be 1 for the sinusoid"),
         (["train", "glyphs", "--shots", "9", "--queries", "9"], "k_shot + n_query must be at most 17"),
+        (["train", "omniglot"], "data must name the folder that holds omniglot: --data PATH"),
+        (["train", "omniglot", "--data", "/nowhere"], "/nowhere must be a folder of images (omniglot), got no folder"),
+        (["train", "glyphs", "--data", "/nowhere"], "data must be left out for glyphs, which needs none, got /nowhere"),
+        (["train", ".", "--data", "/nowhere"], "data must be left out for a folder, which is the data, got /nowhere"),
+        (["train", "poker"], "or a folder of class folders, got 'poker'"),
         (["train", "--threads", "0"], "threads must be at least 1, got 0"),
         (["evaluate", "nowhere"], "no checkpoint in nowhere"),
     ],
@@ -166,9 +229,10 @@ def test_help_is_there_for_every_command(capsys, command: list[str]) -> None:
     assert "usage: maml-cuda" in capsys.readouterr().out
 
 
-def test_help_shows_the_defaults_of_both_jobs(capsys) -> None:
+def test_help_shows_the_defaults_of_every_job(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "(default: 0.4 glyphs, 0.01 sinusoid)" in shown
+    shared = "mini-imagenet/cifar-fs/tiered-imagenet/folder"
+    assert f"(default: 0.4 glyphs, 0.01 sinusoid, 2.0 omniglot, 0.05 {shared})" in shown
     assert "70000 sinusoid" in shown

@@ -14,7 +14,7 @@ def numbered(split: str, n_way: int, k_shot: int, n_query: int) -> GlyphTasks:
     """Glyph tasks whose images show nothing but their own row number."""
     tasks = GlyphTasks(split, n_way, k_shot, n_query)
     number = torch.arange(len(tasks.images)).float() * 15  # sampling divides by 15 grey levels
-    tasks.images = number.view(-1, 1, 1).expand_as(tasks.images).contiguous()
+    tasks.images = number.view(-1, 1, 1, 1).expand_as(tasks.images).contiguous()
     return tasks
 
 
@@ -75,7 +75,7 @@ def test_glyph_images_are_those_of_the_split() -> None:
     tasks = GlyphTasks("test", 2, 1, 1)
     images, count, names = glyphs.load_glyphs()
     first = next(i for i, name in enumerate(names) if name.split("/")[0] in glyphs.SCRIPTS["test"])
-    assert torch.equal(tasks.images[0], images[int(count[:first].sum())])
+    assert torch.equal(tasks.images[0, 0], images[int(count[:first].sum())])
     x = tasks.sample(20, generator()).x_qry
     assert float(x.min()) == 0
     assert float(x.max()) == 1
@@ -83,13 +83,20 @@ def test_glyph_images_are_those_of_the_split() -> None:
 
 
 def test_turned_glyphs_are_classes_of_their_own() -> None:
-    plain, turned = GlyphTasks("validation", 5, 1, 1), GlyphTasks("validation", 5, 1, 1, rotations=3)
-    assert len(turned.count) == 3 * 51
-    for turns in range(3):
-        for index in (0, 50):
-            image = turned.images[turned.first[51 * turns + index]]
-            assert torch.equal(image, plain.images[plain.first[index]].rot90(turns))
-    assert turned.sample(2, generator()).x_spt.shape == (2, 5, 1, 28, 28)
+    tasks = GlyphTasks("validation", 5, 1, 1, rotations=3)
+    known = {image.numpy().tobytes(): row for row, image in enumerate(tasks.images[:, 0].float().div(15))}
+    class_of = torch.arange(len(tasks.count)).repeat_interleave(tasks.count)
+    drawn = set()
+    for support, query in zip(*tasks.sample(300, generator())[::2], strict=True):
+        here = set()
+        for a, b in zip(support[:, 0], query[:, 0], strict=True):  # a class's support and its query
+            (found,) = ((int(class_of[known[a.rot90(-t).numpy().tobytes()]]), t) for t in range(3)
+                        if a.rot90(-t).numpy().tobytes() in known)  # fmt: skip
+            assert int(class_of[known[b.rot90(-found[1]).numpy().tobytes()]]) == found[0]
+            here.add(found)
+        assert len(here) == 5
+        drawn |= here
+    assert len(drawn) == 3 * 51
 
 
 @pytest.mark.parametrize("tasks", [GlyphTasks("validation", 5, 2, 3), SinusoidTasks(4, 3)], ids=["glyphs", "sinusoid"])

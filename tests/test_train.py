@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from maml_cuda.evaluate import CHUNK, evaluate, mean_and_ci95
-from maml_cuda.jobs import Settings, make_generator, make_maml, make_tasks, new_settings, score, show
+from maml_cuda.jobs import JOBS, Settings, make_generator, make_maml, make_tasks, new_settings, score, show
+from maml_cuda.models import conv4, conv4_max_pool
 from maml_cuda.report import finish, load_run
 from maml_cuda.train import COLUMNS, Training, resumed_settings
 
@@ -223,6 +224,23 @@ def test_scores_and_intervals_of_known_answer() -> None:
     assert (show("glyphs", 0.861), show("sinusoid", 0.3512)) == ("86.1 %", "0.351")
 
 
+def test_the_nets_have_the_parameters_of_the_paper() -> None:
+    omniglot, mini_imagenet = conv4(5, 64), conv4_max_pool(5, 32, 3, 84, 84)
+    # Without BatchNorm's, which the authors count apart.
+    assert sum(p.numel() for p in omniglot.parameters()) == 111_749 + 8 * 64
+    assert sum(p.numel() for p in mini_imagenet.parameters()) == 32_645 + 8 * 32
+    assert mini_imagenet(torch.zeros(2, 3, 84, 84)).shape == (2, 5)
+    assert conv4_max_pool(5, 2, 1, 16, 33)(torch.zeros(2, 1, 16, 33)).shape == (2, 5)
+    with pytest.raises(ValueError, match="images must have at least 16 x 16 pixels for four max-pools, got 20 x 15"):
+        conv4_max_pool(5, 32, 3, 20, 15)
+
+
+@pytest.mark.parametrize(("job", "ways", "authors"), [("omniglot", 5, 0.4), ("mini-imagenet", 5, 0.01)])
+def test_inner_rates_of_the_authors_are_multiplied_by_the_ways(job: str, ways: int, authors: float) -> None:
+    assert JOBS[job].ways == ways
+    assert JOBS[job].inner_lr == pytest.approx(ways * authors)
+
+
 def test_the_splits_draw_from_streams_of_their_own() -> None:
     settings = tiny("sinusoid")
     states = {
@@ -278,7 +296,12 @@ def test_a_run_that_diverges_says_so(tmp_path) -> None:
         ({"test_steps": 11}, "test_steps must be 1 to 10, got 11"),
         ({"test_tasks": 1}, "test_tasks must be at least 2 for a confidence interval, got 1"),
         ({"seed": -1}, r"seed must be 0 to 2\*\*32 - 1, got -1"),
-        ({"job": "poker"}, "job must be one of glyphs, sinusoid, got 'poker'"),
+        (
+            {"job": "poker"},
+            "job must be one of glyphs, sinusoid, omniglot, .*, or a folder of class folders, got 'poker'",
+        ),
+        ({"job": "omniglot"}, "data must name the folder that holds omniglot: --data PATH"),
+        ({"data": "somewhere"}, "data must be left out for glyphs, which needs none, got somewhere"),
         (
             {"job": "sinusoid", "ways": 5},
             "ways must be 1 for the sinusoid, which has no classes, got 5",

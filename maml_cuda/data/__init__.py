@@ -1,8 +1,10 @@
-"""Few-shot tasks: glyphs and sinusoids, which ship with the package, and episodes of your own images."""
+"""Few-shot tasks: glyphs and sinusoids, which ship with the package; published data sets and your own images."""
 
+from maml_cuda.data import images
 from maml_cuda.data.episodes import Episodes
 from maml_cuda.data.glyphs import GlyphTasks
+from maml_cuda.data.image_tasks import ImageTasks
 from maml_cuda.data.meta_batch import MetaBatch
 from maml_cuda.data.sinusoid import SinusoidTasks
 
-__all__ = ["Episodes", "GlyphTasks", "MetaBatch", "SinusoidTasks"]
+__all__ = ["Episodes", "GlyphTasks", "ImageTasks", "MetaBatch", "SinusoidTasks", "images"]

@@ -1,0 +1,136 @@
+"""Data sets that are published as image files: folders of classes, zip archives, and lists in CSV files."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from maml_cuda.data.conversion import SPLITS, SourceClass
+from maml_cuda.data.decode import decode
+
+SPLIT_SEED = 1  # the MAML authors'. No setting: a run must not be tested on classes that another was trained on
+
+Classes = Mapping[str, Sequence[Path]]  # by name
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Every file below, sorted; hidden ones (``.DS_Store``) are no part of a data set."""
+    found = []
+    for here, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(here, name) for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
+def class_folders(folder: Path) -> Classes:
+    """The files of each folder in ``folder``, which must hold them directly. ValueError where one holds none."""
+    classes = {}
+    for path in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        if not files:
+            raise ValueError(f"the class folder {path} must hold images, got none directly in it")
+        classes[path.name] = files
+    if not classes:
+        raise ValueError(f"{folder} must hold folders, one for each class, got none")
+    return classes
+
+
+def drawn(names: Sequence[str], sizes: Sequence[int]) -> dict[str, list[str]]:
+    """The classes of each split, so many: sorted, shuffled by SPLIT_SEED, cut, and sorted again."""
+    shuffled = sorted(names)
+    random.Random(SPLIT_SEED).shuffle(shuffled)
+    ends = np.cumsum(sizes)
+    return {split: sorted(shuffled[end - size : end]) for split, size, end in zip(SPLITS, sizes, ends, strict=True)}
+
+
+def listed(table: Path, images: Path) -> Classes:
+    """The classes of a CSV file with the columns filename and label, its files in the folder ``images``.
+
+    Raises:
+        ValueError: a line that is not of this form.
+        FileNotFoundError: a file that it names is missing.
+    """
+    classes: dict[str, list[Path]] = {}
+    with table.open(newline="") as file:
+        rows = csv.reader(file)
+        if (header := next(rows, [])) != ["filename", "label"]:
+            raise ValueError(f"{table} must begin with the line filename,label, got {','.join(header)!r}")
+        for row in rows:
+            if len(row) != 2:
+                raise ValueError(f"line {rows.line_num} of {table} must be filename,label, got {','.join(row)!r}")
+            path = images / row[0]
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing, which line {rows.line_num} of {table} names")
+            classes.setdefault(row[1], []).append(path)
+    return classes
+
+
+def read_folder(splits: Mapping[str, Classes]) -> Iterator[SourceClass]:
+    """Any images, as they are. Where the first is of colour, a grey one is read as colour too."""
+    first = next(files[0] for classes in splits.values() for _, files in sorted(classes.items()))
+    with first.open("rb") as file:
+        grey = len(decode(file, str(first))) == 1
+    return read_files(splits, None if grey else "RGB")
+
+
+def read_files(splits: Mapping[str, Classes], mode: str | None, side: int | None = None) -> Iterator[SourceClass]:
+    """The classes of each split in the order of their names; ``mode`` and ``side`` as in ``decode``."""
+    for split, classes in splits.items():
+        for name in sorted(classes):
+            yield SourceClass(split, name, _decoded(classes[name], mode, side))
+
+
+def _decoded(files: Sequence[Path], mode: str | None, side: int | None) -> Iterator[tuple[str, np.ndarray]]:
+    for path in files:
+        with path.open("rb") as file:
+            yield str(path), decode(file, str(path), mode, side)
+
+
+def read_omniglot(halves: Sequence[Path], sizes: Sequence[int]) -> Iterator[SourceClass]:
+    """Both halves, folders or zip archives of ``<Alphabet>/characterNN/*.png``, as one set of characters.
+
+    Ink is dark in the files and light here, 255 - pixel, at 28 x 28, as in the MAML authors' data.
+    """
+    characters: dict[str, list[tuple[str, Callable[[], IO[bytes]]]]] = {}
+    with ExitStack() as opened:
+        for half in halves:
+            for name, open_file in _contents(half, opened):
+                if part := re.search(r"([^/]+/character\d+)/[^/]+\.png$", name):
+                    characters.setdefault(part[1], []).append((name, open_file))
+        if len(characters) != sum(sizes):
+            where = " and ".join(map(str, halves))
+            raise ValueError(f"{where} must have {sum(sizes)} characters together, got {len(characters)}")
+        for split, names in drawn(list(characters), sizes).items():
+            for name in names:
+                yield SourceClass(split, name, _inverted(characters[name]))
+
+
+def _contents(half: Path, opened: ExitStack) -> list[tuple[str, Callable[[], IO[bytes]]]]:
+    """Each file's name, and what opens it."""
+    if half.is_dir():
+        return [(str(path), partial(_open, path)) for path in visible_files(half)]
+    try:
+        archive = opened.enter_context(zipfile.ZipFile(half))
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{half} must be a whole zip archive, got: {error}") from error
+    return [(name, partial(archive.open, name)) for name in sorted(archive.namelist())]
+
+
+def _open(path: Path) -> IO[bytes]:
+    return path.open("rb")
+
+
+def _inverted(files: Sequence[tuple[str, Callable[[], IO[bytes]]]]) -> Iterator[tuple[str, np.ndarray]]:
+    for name, open_file in files:
+        with open_file() as file:
+            yield name, 255 - decode(file, name, "L", 28)

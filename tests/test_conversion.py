@@ -1,0 +1,164 @@
+"""The conversion of image data sets: once, whole or not at all, whoever else converts or is killed meanwhile."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from maml_cuda.data import conversion, images
+
+from . import published
+
+# The last of the images waits for a line on the standard input.
+SLOW = """
+import sys
+from maml_cuda.data import image_files as files, images
+decode, left = files.decode, 40
+def slow(*arguments):
+    global left
+    left -= 1
+    if not left:
+        print("reading", flush=True)
+        input()
+    return decode(*arguments)
+files.decode = slow
+print(images.folder(sys.argv[1]).sha256)
+"""
+
+
+def process(folder: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def written(folder: Path) -> list[str]:
+    return sorted(path.suffix for path in folder.glob("maml_cuda.*"))
+
+
+def test_the_second_opening_reads_no_image(tmp_path, monkeypatch) -> None:
+    published.birds(tmp_path)
+    first = images.folder(tmp_path)
+    assert written(tmp_path) == [".json", ".npy"]
+    monkeypatch.setattr(conversion, "_write", None)
+    again = images.folder(str(tmp_path))
+    assert again.sha256 == first.sha256
+    for split in conversion.SPLITS:
+        assert torch.equal(again.split(split).images, first.split(split).images)
+        assert again.split(split).names == first.split(split).names
+
+
+def test_the_record_says_what_was_converted(tmp_path) -> None:
+    published.birds(tmp_path)
+    images.folder(tmp_path)
+    record = json.loads((tmp_path / "maml_cuda.folder.json").read_text())
+    assert record["format"] == conversion.FORMAT
+    assert record["shape"] == [40, 3, 20, 18]
+    assert record["offsets"] == list(range(0, 41, 4))
+    assert [len(record["names"][split]) for split in conversion.SPLITS] == [6, 2, 2]
+    assert len(record["sha256"]) == 64
+    assert (tmp_path / record["images"]).stat().st_size == 128 + 40 * 3 * 20 * 18
+
+
+def test_changed_images_are_converted_anew_and_the_old_array_goes(tmp_path) -> None:
+    published.birds(tmp_path)
+    before = images.folder(tmp_path)
+    (tmp_path / "bird 03" / "1.png").write_bytes(published.encoded(published.pixels(77, 20, 18, 3)))
+    after = images.folder(tmp_path)
+    assert after.sha256 != before.sha256
+    assert written(tmp_path) == [".json", ".npy"]
+    assert sum(not torch.equal(before.split(s).images, after.split(s).images) for s in conversion.SPLITS) == 1
+    (tmp_path / "bird 03" / "9.png").write_bytes(published.encoded(published.pixels(78, 20, 18, 3)))
+    assert sum(int(images.folder(tmp_path).split(split).count.sum()) for split in conversion.SPLITS) == 41
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone", "no JSON", "another format"])
+def test_a_conversion_that_is_not_whole_is_made_again(tmp_path, damage: str) -> None:
+    published.birds(tmp_path)
+    expected = images.folder(tmp_path).split("train").images.clone()
+    record, array = tmp_path / "maml_cuda.folder.json", next(tmp_path.glob("*.npy"))
+    if damage == "truncated":
+        os.truncate(array, 1000)
+    elif damage == "gone":
+        array.unlink()
+    elif damage == "no JSON":
+        record.write_text('{"format": 1')
+    else:
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"format": 0, "names": {}}))
+    assert torch.equal(images.folder(tmp_path).split("train").images, expected)
+    assert written(tmp_path) == [".json", ".npy"]
+
+
+def test_the_checksum_is_of_the_images_not_of_their_place_or_time(tmp_path) -> None:
+    checksums = set()
+    for name in ("here", "there"):
+        published.birds(tmp_path / name)
+        checksums.add(images.folder(tmp_path / name).sha256)
+    os.utime(tmp_path / "there" / "bird 03" / "1.png", (1, 1))
+    checksums.add(images.folder(tmp_path / "there").sha256)
+    assert len(checksums) == 1
+
+
+def test_processes_that_convert_at_once_do_no_harm_and_a_killed_one_leaves_nothing(tmp_path) -> None:
+    published.birds(tmp_path)
+    with process(tmp_path) as living, process(tmp_path) as killed:
+        for each in (living, killed):
+            assert each.stdout is not None
+            assert each.stdout.readline() == "reading\n"  # nearly all of the array is written
+        killed.send_signal(signal.SIGKILL)
+        killed.wait(timeout=60)
+        assert written(tmp_path) == [".new", ".new"]
+        converted = images.folder(tmp_path)  # takes away what the killed one left, and leaves the other one's alone
+        assert written(tmp_path) == [".json", ".new", ".npy"]
+        before = converted.split("train").images.clone()
+        assert living.communicate("go on\n", timeout=60)[0] == f"{converted.sha256}\n"
+    assert living.returncode == 0
+    assert written(tmp_path) == [".json", ".npy"]
+    for each in (converted, images.folder(tmp_path)):  # the array that is mapped stays, too
+        assert torch.equal(each.split("train").images, before)
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch) -> None:
+    published.birds(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+
+    def interrupt(*arguments) -> None:
+        assert written(tmp_path) == [".new"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("maml_cuda.data.image_files._decoded", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        images.folder(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch) -> None:
+    published.birds(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        images.folder(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_in_words(tmp_path, monkeypatch) -> None:
+    published.birds(tmp_path)
+    open_file = Path.open
+
+    def read_only(path: Path, mode: str = "r", **options):
+        if "x" in mode:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_file(path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    with pytest.raises(OSError, match=r"must be writable, the converted images are kept there: .*Permission denied"):
+        images.folder(tmp_path)
