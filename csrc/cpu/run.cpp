@@ -59,13 +59,12 @@ struct Cpu {
   void forward_tangent(const Layer& l, const Tensors<T>& t) const { passes(l.kind).forward_tangent(l, t); }
   void backward_tangent(const Layer& l, const Tensors<T>& t) const { passes(l.kind).backward_tangent(l, t); }
 
-  void loss(Loss kind, int64_t n, int64_t c, const T* z, const void* target, T* value, T* grad_z,
-            T* saved) const {
-    const T loss = MAML_ISA::loss<T>().value(kind, n, c, z, target, grad_z, saved);
-    if (value) *value = loss;
+  void loss(const LossPart& part, const T* z, const void* target, T* value, T* grad_z, T* saved) const {
+    const T loss = MAML_ISA::loss<T>().value(part, z, target, grad_z, saved);
+    if (value) *value = part.add ? *value + loss : loss;
   }
-  void loss_tangent(Loss kind, int64_t n, int64_t c, const T* z_dot, const T* saved, T* grad_z_dot) const {
-    MAML_ISA::loss<T>().tangent(kind, n, c, z_dot, saved, grad_z_dot);
+  void loss_tangent(const LossPart& part, const T* z_dot, const T* saved, T* grad_z_dot) const {
+    MAML_ISA::loss<T>().tangent(part, z_dot, saved, grad_z_dot);
   }
 
   void descend(const std::vector<RateSlice>& slices, const T* phi, const T* g, T* next) const {
@@ -224,13 +223,13 @@ class Run {
       task.theta = own;
     }
     const bool labels = p_.graph.loss == Loss::cross_entropy;
-    auto part = [&](const Stage& s, const T* x) { return x ? x + t * s.values[0].size : nullptr; };
+    auto part = [&](const Stage& s, const T* x) { return x ? x + t * s.n * s.values[0].size : nullptr; };
     auto target = [&](const Stage& s, const void* y) -> const void* {
       if (!y) return nullptr;
       if (labels) return static_cast<const int64_t*>(y) + t * s.n;
-      return static_cast<const T*>(y) + t * s.values[s.output].size;
+      return static_cast<const T*>(y) + t * s.n * s.values[s.output].size;
     };
-    const int64_t predictions = p_.query.n ? p_.query.values[p_.query.output].size : 0;
+    const int64_t predictions = p_.query.n ? p_.query.n * p_.query.values[p_.query.output].size : 0;
     task.x_support = part(p_.support, call_.x_support);
     task.y_support = p_.support.n ? target(p_.support, call_.y_support) : nullptr;
     task.x_query = part(p_.query, call_.x_query);
