@@ -63,7 +63,7 @@ constexpr int64_t kMostKernelRows = 64;
 /// One layer with its shapes. A linear layer is a convolution with one tap on a 1 x 1 image.
 struct Layer {
   Kind kind;
-  int64_t n;  // samples of one task
+  int64_t n;  // samples at hand, of one task
   Image in, out;
   Window window;
   Function function = Function::relu;
@@ -134,21 +134,29 @@ struct Footprint {
 
 /// What the planner must know of a backend's layers.
 struct LayerTraits {
-  Footprint (*footprint)(const Layer&);
-  Kind chain = Kind::block;  // block or conv_block: which of the two it has
+  Footprint (*footprint)(const Layer&);  // no smaller for more samples
+  Kind chain = Kind::block;              // block or conv_block: which of the two it has
   /// Rows of y in one tile of the statistics that a convolution takes; null: it takes none.
   int64_t (*statistics_rows)(const Layer&) = nullptr;
+  /// Samples that go through the layers together, at most, where no layer makes one depend on another.
+  int64_t tile = INT64_MAX;
 };
 
 enum class Loss { cross_entropy, mse };
 
-/// The loss of one task: prediction z [n, c], target labels int64 [n] or values [n, c].
+/// The part of n samples in the loss of one task, which is a mean over `samples`: prediction z [n, c], target
+/// labels int64 [n] or values [n, c].
+struct LossPart {
+  Loss kind;
+  int64_t n, c, samples;
+  bool add;  // to the value that the parts before have given
+};
+
 /// `saved` keeps n * c elements from value() for tangent().
 template <class T>
 struct LossPasses {
-  T (*value)(Loss, int64_t n, int64_t c, const T* z, const void* target, T* grad_z,
-             T* saved);  // grad_z may be null
-  void (*tangent)(Loss, int64_t n, int64_t c, const T* z_dot, const T* saved, T* grad_z_dot);
+  T (*value)(const LossPart&, const T* z, const void* target, T* grad_z, T* saved);  // grad_z may be null
+  void (*tangent)(const LossPart&, const T* z_dot, const T* saved, T* grad_z_dot);
 };
 
 }  // namespace maml

@@ -9,6 +9,10 @@
 // v_{k+1}. The task's meta-gradient is v_0 (Finn, Abbeel, Levine 2017, equation 1). H v is
 // forward-over-reverse (Pearlmutter 1994): a tangent pass forward and one backward beside the primal pass.
 //
+// Where a stage has tiles of samples, each of them goes through the passes by itself, and gradients, products
+// and losses are added up in their order. The state of one tile alone is kept, so a product runs its gradient
+// pass again: some more arithmetic, but in memory that is near, however many samples there are.
+//
 // Memory: the caller's workspace, cut up by `Problem`; nothing is allocated here, and no pointer is followed:
 // only a backend does, so that they may as well be symbolic (cuda/address.h).
 #pragma once
@@ -19,19 +23,25 @@
 
 namespace maml {
 
-/// One task's walk over the nodes of a stage. `Backend` has the passes of each layer.
+/// One task's walk over the nodes of a stage, with one tile of its samples: gradients and products are
+/// written by the first, added to by the others. `Backend` has the passes of each layer.
 template <class Backend, class T>
 struct Walk {
   const Backend& backend;
   const Packing& packing;
   const Stage& stage;
+  int64_t tile;
   const T* x;      // [n, ...] the data of this task
   const T* theta;  // packed parameters; the adapted ones are read at phi
   const T* phi;
   T *fixed, *step, *tangent, *scratch;
 
+  int64_t first() const { return stage.first(tile); }
+  int64_t samples() const { return stage.first(tile + 1) - first(); }
   T* value(int v) const { return (stage.values[v].fixed ? fixed : step) + stage.values[v].at; }
-  const T* input(int v) const { return v < 0 ? nullptr : v == 0 ? x : value(v); }
+  const T* input(int v) const {
+    return v < 0 ? nullptr : v == 0 ? x + first() * stage.values[0].size : value(v);
+  }
   T* grad(int v) const { return at(step, v < 0 ? kNowhere : stage.values[v].grad_at); }
   T* dot(int v) const { return at(tangent, v < 0 ? kNowhere : stage.values[v].dot_at); }
   T* grad_dot(int v) const { return at(tangent, v < 0 ? kNowhere : stage.values[v].grad_dot_at); }
@@ -40,7 +50,7 @@ struct Walk {
   /// The primal pass; `fixed_too`: also what does not move, which one pass a task is enough for.
   void forward(bool fixed_too) const {
     for (const Stage::Step& s : stage.steps) {
-      if (fixed_too || !stage.values[s.output].fixed) backend.forward(s.layer, tensors(s));
+      if (fixed_too || !stage.values[s.output].fixed) backend.forward(layer(s), tensors(s));
     }
   }
 
@@ -52,14 +62,14 @@ struct Walk {
       for (int j = 0; j < kMostParameters; ++j) {
         t.grad_w[j] = parameter(s->parameters[j], gradient, gradient ? limit : 0);
       }
-      backend.backward(s->layer, t);
+      backend.backward(layer(*s), t);
     }
   }
 
   /// From a direction on the adapted parameters to the tangents of all values.
   void forward_tangent(const T* direction) const {
     for (const Stage::Step& s : stage.steps) {
-      if (dot(s.output)) backend.forward_tangent(s.layer, tensors(s, direction));
+      if (dot(s.output)) backend.forward_tangent(layer(s), tensors(s, direction));
     }
   }
 
@@ -71,7 +81,7 @@ struct Walk {
       for (int j = 0; j < kMostParameters; ++j) {
         t.grad_w_dot[j] = parameter(s->parameters[j], product, packing.trainable);
       }
-      backend.backward_tangent(s->layer, t);
+      backend.backward_tangent(layer(*s), t);
     }
   }
 
@@ -83,6 +93,12 @@ struct Walk {
   template <class P>
   P* parameter(int p, P* packed, int64_t limit) const {
     return p < 0 || packing.at[p] >= limit ? nullptr : packed + packing.at[p];
+  }
+
+  Layer layer(const Stage::Step& s) const {
+    Layer l = s.layer;
+    l.n = samples();
+    return l;
   }
 
   Tensors<T> tensors(const Stage::Step& s, const T* direction = nullptr) const {
@@ -99,7 +115,7 @@ struct Walk {
       t.add_x[j] = s.add_x[j];
     }
     for (int j = 0; j < kMostParameters; ++j) {
-      t.add_w[j] = s.add_w[j];
+      t.add_w[j] = s.add_w[j] || tile > 0;
       const int p = s.parameters[j];
       if (p >= 0) t.w[j] = (packing.at[p] < packing.adapted ? phi : theta) + packing.at[p];
       t.w_dot[j] = parameter(p, direction, direction ? packing.adapted : 0);
@@ -135,8 +151,8 @@ struct Task {
 
 /// The operations of one task in a workspace of Problem::task_size() elements. Beside the passes, a backend
 /// has
-///   loss(kind, n, c, z, target, value, grad_z, saved)   value [1], grad_z and saved where wanted
-///   loss_tangent(kind, n, c, z_dot, saved, grad_z_dot)
+///   loss(part, z, target, value, grad_z, saved)   value [1], grad_z and saved where wanted
+///   loss_tangent(part, z_dot, saved, grad_z_dot)
 ///   descend(rates, phi, g, next)       next = phi - rate g
 ///   direction(rates, v, out)           out = rate v
 ///   rate_gradient(rates, g, v, result) result at each rate's gradient -= g v, summed where one rate serves
@@ -151,7 +167,7 @@ class TaskRunner {
       workspace += size;
       return start;
     };
-    fixed_ = take(p_.support.fixed_size);
+    fixed_ = take(p_.support.tiles * p_.support.fixed_size);
     steps_ = take(p_.saved_steps * p_.support.step_size);
     shared_ = take(std::max(p_.support.tangent_size, p_.query.step_size));
     scratch_ = take(whole_lines(std::max(p_.support.scratch_size, p_.query.scratch_size)));
@@ -185,20 +201,24 @@ class TaskRunner {
  private:
   void meta_gradient() {
     inner_loop();
-    const auto query = at_query();
-    query.forward(true);
-    query_loss(query, query.grad(p_.query.output));
-    give_logits(query);
-    query.backward(task_.result, p_.packing.trainable);
+    for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
+      const auto query = at_query(tile);
+      query.forward(true);
+      loss(query, task_.y_query, task_.query_loss);
+      give_logits(query);
+      query.backward(task_.result, p_.packing.trainable);
+    }
     outer_loop();
   }
 
   void meta_loss() {
     inner_loop();
-    const auto query = at_query();
-    query.forward(true);
-    query_loss(query, nullptr);
-    give_logits(query);
+    for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
+      const auto query = at_query(tile);
+      query.forward(true);
+      loss(query, task_.y_query, task_.query_loss);
+      give_logits(query);
+    }
   }
 
   void adapt() {
@@ -214,24 +234,26 @@ class TaskRunner {
   }
 
   void predict() {
-    const auto query = at_query();
-    query.forward(true);
-    give_logits(query);
+    for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
+      const auto query = at_query(tile);
+      query.forward(true);
+      give_logits(query);
+    }
   }
 
   void predict_backward() {
-    const auto query = at_query();
-    query.forward(true);
-    backend_.copy(prediction_size(), task_.given, query.grad(p_.query.output));
-    query.backward(task_.result, p_.packing.trainable);
+    for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
+      const auto query = at_query(tile);
+      query.forward(true);
+      backend_.copy(query.samples() * classes(p_.query), task_.given + query.first() * classes(p_.query),
+                    query.grad(p_.query.output));
+      query.backward(task_.result, p_.packing.trainable);
+    }
   }
 
   void loss_and_grad() { support_gradient(0, true, task_.query_loss, task_.result); }
 
-  void hvp() {
-    support_gradient(0, true, nullptr, nullptr);
-    hessian_vector_product(0, task_.given, task_.result);
-  }
+  void hvp() { hessian_vector_product(0, task_.given, task_.result); }
 
   /// phi_1 .. phi_K, the support losses, and what the products need of each step.
   void inner_loop() {
@@ -249,33 +271,45 @@ class TaskRunner {
       if (p_.learns_rates()) backend_.rate_gradient(p_.rates_of(k), g(k), v, v);
       if (!p_.second_order()) continue;
       backend_.direction(p_.rates_of(k), v, direction_);
-      if (p_.saved_steps == 1 && k + 1 < p_.steps) support_gradient(k, false, nullptr, nullptr);
       hessian_vector_product(k, direction_, product_);
       backend_.subtract(p_.packing.trainable, product_, v);
     }
   }
 
   /// The support loss at phi_k, its cotangents, and its gradient [adapted], the outer two where wanted.
-  void support_gradient(int k, bool fixed_too, T* loss, T* gradient) {
-    const auto support = at_support(k);
+  void support_gradient(int k, bool fixed_too, T* value, T* gradient) {
+    for (int64_t tile = 0; tile < p_.support.tiles; ++tile) {
+      tile_gradient(at_support(k, tile), fixed_too, value, gradient);
+    }
+  }
+  void tile_gradient(const Walk<Backend, T>& support, bool fixed_too, T* value, T* gradient) {
     support.forward(fixed_too);
-    backend_.loss(p_.graph.loss, p_.support.n, classes(p_.support), support.prediction(), task_.y_support,
-                  loss, support.grad(p_.support.output), support.loss_saved());
+    loss(support, task_.y_support, value);
     support.backward(gradient, p_.packing.adapted);
   }
 
-  /// product [trainable] = H(phi_k; support) direction [adapted], after support_gradient(k).
+  /// product [trainable] = H(phi_k; support) direction [adapted], from the state that the gradient pass of
+  /// step k has left, or makes once more.
   void hessian_vector_product(int k, const T* direction, T* product) {
-    const auto support = at_support(k);
-    support.forward_tangent(direction);
-    backend_.loss_tangent(p_.graph.loss, p_.support.n, classes(p_.support), support.dot(p_.support.output),
-                          support.loss_saved(), support.grad_dot(p_.support.output));
-    support.backward_tangent(direction, product);
+    for (int64_t tile = 0; tile < p_.support.tiles; ++tile) {
+      const auto support = at_support(k, tile);
+      if (!p_.keeps_state_of(k)) tile_gradient(support, p_.operation == Operation::hvp, nullptr, nullptr);
+      support.forward_tangent(direction);
+      backend_.loss_tangent(part(support), support.dot(p_.support.output), support.loss_saved(),
+                            support.grad_dot(p_.support.output));
+      support.backward_tangent(direction, product);
+    }
   }
 
-  void query_loss(const Walk<Backend, T>& query, T* grad) {
-    backend_.loss(p_.graph.loss, p_.query.n, classes(p_.query), query.prediction(), task_.y_query,
-                  task_.query_loss, grad, grad ? query.loss_saved() : nullptr);
+  /// A tile's part of the loss where wanted, and the cotangent of its prediction where the stage has one.
+  void loss(const Walk<Backend, T>& walk, const void* targets, T* value) {
+    const void* target = static_cast<const T*>(targets) + walk.first() * classes(walk.stage);
+    if (p_.graph.loss == Loss::cross_entropy) target = static_cast<const int64_t*>(targets) + walk.first();
+    T* grad = walk.grad(walk.stage.output);
+    backend_.loss(part(walk), walk.prediction(), target, value, grad, grad ? walk.loss_saved() : nullptr);
+  }
+  LossPart part(const Walk<Backend, T>& walk) const {
+    return {p_.graph.loss, walk.samples(), classes(walk.stage), walk.stage.n, walk.tile > 0};
   }
 
   T* g(int k) const { return g_ + (p_.kept_gradients() > 1 ? k : 0) * p_.packing.adapted; }
@@ -283,19 +317,20 @@ class TaskRunner {
     if (k == 0) return const_cast<T*>(task_.theta);
     return phi_ + (p_.kept_parameters() > 1 ? k - 1 : 0) * p_.packing.adapted;
   }
-  Walk<Backend, T> at_support(int k) const {
+  Walk<Backend, T> at_support(int k, int64_t tile) const {
+    T* fixed = fixed_ + tile * p_.support.fixed_size;
     T* step = steps_ + (p_.saved_steps > 1 ? k : 0) * p_.support.step_size;
-    return {backend_, p_.packing, p_.support, task_.x_support, task_.theta,
-            phi(k),   fixed_,     step,       shared_,         scratch_};
+    return {backend_, p_.packing, p_.support, tile,    task_.x_support, task_.theta,
+            phi(k),   fixed,      step,       shared_, scratch_};
   }
-  Walk<Backend, T> at_query() const {
-    return {backend_,      p_.packing, p_.query, task_.x_query, task_.theta,
-            phi(p_.steps), nullptr,    shared_,  nullptr,       scratch_};
+  Walk<Backend, T> at_query(int64_t tile) const {
+    return {backend_,      p_.packing, p_.query, tile,    task_.x_query, task_.theta,
+            phi(p_.steps), nullptr,    shared_,  nullptr, scratch_};
   }
-  static int64_t classes(const Stage& stage) { return stage.values[stage.output].size / stage.n; }
-  int64_t prediction_size() const { return p_.query.values[p_.query.output].size; }
+  static int64_t classes(const Stage& stage) { return stage.values[stage.output].size; }
   void give_logits(const Walk<Backend, T>& query) {
-    backend_.copy(prediction_size(), query.prediction(), task_.logits);
+    const int64_t c = classes(p_.query);
+    backend_.copy(query.samples() * c, query.prediction(), task_.logits + query.first() * c);
   }
 
   const Backend& backend_;

@@ -123,6 +123,11 @@ Shaped infer(const Node& node, const Shaped& x, const Shaped* other, int64_t n) 
   return y;
 }
 
+/// Whether a layer makes every sample depend on the others of its task.
+bool normalises(Kind kind) {
+  return kind == Kind::batch_norm || kind == Kind::block || kind == Kind::conv_block || kind == Kind::stem;
+}
+
 /// Multiply-adds of a forward pass, roughly.
 int64_t work_of(const Layer& l) {
   const int64_t patch = patch_size(l.window, l.in), patches = l.n * l.between.h * l.between.w;
@@ -341,6 +346,10 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
   const int count = static_cast<int>(graph.nodes.size());
   Stage stage;
   stage.n = n;
+  const bool independent = std::none_of(graph.nodes.begin(), graph.nodes.end(),
+                                        [](const Node& node) { return normalises(node.layer.kind); });
+  if (independent) stage.tiles = (n - 1) / traits.tile + 1;  // rounded up, as is what follows
+  const int64_t most = (n - 1) / stage.tiles + 1;            // samples of a tile
   stage.values.resize(count + 1);
 
   // Shapes, and which values share memory.
@@ -349,16 +358,16 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
   input.rank = static_cast<int>(sample.size());
   input.image = {sample.empty() ? 1 : sample[0], sample.size() > 1 ? sample[1] : 1, 1};
   for (size_t i = 2; i < sample.size(); ++i) input.image.w *= sample[i];
-  stage.values[0].size = n * size(input.image);
+  stage.values[0].size = size(input.image);
   for (int i = 0; i < count; ++i) {
     const Node& node = graph.nodes[i];
     const Shaped& x = shapes[node.inputs[0]];
     const Shaped* other = node.inputs[1] < 0 ? nullptr : &shapes[node.inputs[1]];
     shapes[i + 1] = infer(node, x, other, n);
     Stage::Value& y = stage.values[i + 1];
-    y.size = (node.layer.kind == Kind::patch_gram ? 1 : n) * size(shapes[i + 1].image);
-    if (y.size > INT32_MAX) {
-      throw Unsupported(node.name + " has " + std::to_string(y.size) +
+    y.size = size(shapes[i + 1].image);
+    if (n * y.size > INT32_MAX) {
+      throw Unsupported(node.name + " has " + std::to_string(n * y.size) +
                         " values a task; fused are fewer than 2^31");
     }
     const bool shares = moves_nothing(node, x.image, node.inputs[0] == 0);
@@ -384,7 +393,7 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
     Stage::Step step;
     step.layer = node.layer;
     step.layer.precision = graph.precision;
-    step.layer.n = n;
+    step.layer.n = most;
     step.layer.in = shapes[node.inputs[0]].image;
     step.layer.out = shapes[i + 1].image;
     step.layer.between = shapes[i + 1].between;
@@ -441,14 +450,17 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
     Stage::Value& y = stage.values[step.output];
     const Footprint needs = traits.footprint(step.layer);
     const Layer& l = step.layer;
-    stage.work += work_of(l);
+    Layer whole = l;
+    whole.n = n;
+    stage.work += work_of(whole);
     stage.scratch_size = std::max(stage.scratch_size, needs.scratch);
     y.fixed = data == Data::support && !y.moving;
     const bool stays = y.fixed || products;
     Region& region = y.fixed ? fixed : step_region;
     const int first = stays ? 0 : i;
     const int last = stays ? forever : keep == Keep::values ? last_reader[step.output] : back(i);
-    y.at = region.place(y.size, first, last);
+    // The moments of a constant image are those of all samples.
+    y.at = region.place((l.kind == Kind::patch_gram ? 1 : most) * y.size, first, last);
     step.saved_at = region.place(needs.saved, first, !stays && keep == Keep::values ? i : last);
   }
   if (keep != Keep::values) {
@@ -457,18 +469,18 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
       Stage::Value& y = stage.values[output];
       const int written = back(last_reader[output]);
       if (data == Data::support ? y.moving : y.active) {
-        y.grad_at = step_region.place(y.size, products ? 0 : written, products ? forever : back(i));
+        y.grad_at = step_region.place(most * y.size, products ? 0 : written, products ? forever : back(i));
       }
       if (!products) continue;
       if (y.moving) {
         Stage::Step& step = stage.steps[i];
-        y.dot_at = tangent.place(y.size, i, back(i));
+        y.dot_at = tangent.place(most * y.size, i, back(i));
         step.saved_dot_at = tangent.place(traits.footprint(step.layer).saved_dot, i, back(i));
       }
-      if (y.active) y.grad_dot_at = tangent.place(y.size, written, back(i));
+      if (y.active) y.grad_dot_at = tangent.place(most * y.size, written, back(i));
     }
-    stage.loss_at =
-        step_region.place(stage.values[stage.output].size, products ? 0 : steps, products ? forever : steps);
+    stage.loss_at = step_region.place(most * stage.values[stage.output].size, products ? 0 : steps,
+                                      products ? forever : steps);
   }
   if (traits.statistics_rows) {
     std::vector<int> readers(count + 1, 0);
@@ -509,8 +521,8 @@ constexpr int64_t kSavedBytes = int64_t{192} << 20;
 }  // namespace
 
 Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
-                 std::vector<RateTensor> rate_tensors_, const std::vector<int64_t>& sample, int64_t n_support,
-                 int64_t n_query, int steps_, bool first_order_, int64_t element_bytes,
+                 std::vector<RateTensor> rate_tensors_, const std::vector<int64_t>& sample_,
+                 int64_t n_support, int64_t n_query, int steps_, bool first_order_, int64_t element_bytes_,
                  const LayerTraits& traits)
     : graph(with_chains(graph_, traits.chain)),
       operation(operation_),
@@ -518,6 +530,8 @@ Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
       rate_tensors(std::move(rate_tensors_)),
       steps(steps_),
       first_order(first_order_),
+      sample(sample_),
+      element_bytes(element_bytes_),
       packing(graph.parameters) {
   result_size = packing.trainable;
   for (const RateTensor& rate : rate_tensors) {
@@ -527,21 +541,26 @@ Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
     if (rate.learned) result_size += whole_lines(rate.size);
   }
   slice_rates();
+  support.n = n_support;
+  query.n = n_query;
+  lay_out(traits);
+}
+
+void Problem::lay_out(const LayerTraits& traits) {
   const bool products = second_order() || operation == Operation::hvp;
   const bool query_gradient =
       operation == Operation::meta_gradient || operation == Operation::predict_backward;
-  if (n_support > 0) {
-    support = make_stage(graph, sample, n_support, Data::support, products ? Keep::products : Keep::gradient,
+  if (support.n > 0) {
+    support = make_stage(graph, sample, support.n, Data::support, products ? Keep::products : Keep::gradient,
                          traits);
   }
-  if (n_query > 0) {
-    query = make_stage(graph, sample, n_query, Data::query, query_gradient ? Keep::gradient : Keep::values,
+  if (query.n > 0) {
+    query = make_stage(graph, sample, query.n, Data::query, query_gradient ? Keep::gradient : Keep::values,
                        traits);
   }
   work = 3 * query.work + (second_order() ? 9 : 3) * std::max(steps, 1) * support.work;
-  if (second_order() && !graph.recompute && support.step_size * steps * element_bytes <= kSavedBytes) {
-    saved_steps = steps;
-  }
+  const bool small = support.tiles == 1 && support.step_size * steps * element_bytes <= kSavedBytes;
+  saved_steps = second_order() && !graph.recompute && small ? steps : 1;
 }
 
 void Problem::slice_rates() {
@@ -578,7 +597,7 @@ bool Problem::is_linear() const {
 }
 
 int64_t Problem::task_size() const {
-  return support.fixed_size + saved_steps * support.step_size +
+  return support.tiles * support.fixed_size + saved_steps * support.step_size +
          std::max(support.tangent_size, query.step_size) +
          whole_lines(std::max(support.scratch_size, query.scratch_size)) +
          kept_parameters() * packing.adapted + kept_gradients() * packing.adapted + packing.adapted +

@@ -56,14 +56,17 @@ constexpr int64_t kNowhere = -1;
 /// Rounded up to whole cache lines of float, so that every tensor in a workspace starts on one.
 inline int64_t whole_lines(int64_t elements) { return (elements + 15) / 16 * 16; }
 
-/// The graph on n samples of one shape. Offsets count elements of T. A value is
+/// The graph on n samples of one shape. Where no layer makes a sample depend on another, they may go through
+/// it in tiles, one after the other in the same memory, so that this does not grow with n; the tiles' sizes
+/// differ by one at most. Offsets count elements of T. A value is
 ///   active   if it depends on a parameter that is not frozen: it has a cotangent,
 ///   moving   if it depends on an adapted one: it changes from step to step and has a tangent.
-/// What does not move is computed once per task and stands in the `fixed` region; what moves stands in a
-/// `step` region, of which there may be one for every inner step; tangents stand in a `tangent` region.
+/// What does not move is computed once per task and stands in the `fixed` region, one for every tile; what
+/// moves stands in a `step` region, of which there may be one for every inner step; tangents stand in a
+/// `tangent` region.
 struct Stage {
   struct Value {
-    int64_t size = 0;
+    int64_t size = 0;  // of one sample
     bool active = false, moving = false;
     bool fixed = false;  // stands in the fixed region
     int64_t at = kNowhere, grad_at = kNowhere, dot_at = kNowhere, grad_dot_at = kNowhere;
@@ -73,7 +76,7 @@ struct Stage {
     int root = 0;  // the value whose memory this one shares (a flatten or channels_last that moves nothing)
   };
   struct Step {
-    Layer layer;
+    Layer layer;                // on the largest tile
     std::array<int, 2> inputs;  // roots
     int output;
     std::array<int, kMostParameters> parameters;
@@ -82,14 +85,17 @@ struct Stage {
     int64_t saved_at;                 // in the region of its output
     int64_t saved_dot_at = kNowhere;  // in the tangent region
   };
-  int64_t n = 0;
+  int64_t n = 0, tiles = 1;
   std::vector<Value> values;
   std::vector<Step> steps;          // without those that move nothing
   int output = 0;                   // root of the prediction
   std::vector<int64_t> prediction;  // shape of one sample of it, as the user sees it
   int64_t loss_at = kNowhere;       // what the loss keeps, in the step region
   int64_t fixed_size = 0, step_size = 0, tangent_size = 0, scratch_size = 0;
-  int64_t work = 0;  // multiply-adds of one forward pass, roughly
+  int64_t work = 0;  // multiply-adds of one forward pass over all samples, roughly
+
+  /// The first sample of a tile; of tile `tiles`: n.
+  int64_t first(int64_t tile) const { return tile * n / tiles; }
 };
 
 /// Where a parameter stands in a packed parameter vector. Order: adapted, outer, frozen; so that the first
@@ -182,6 +188,8 @@ struct Problem {
   std::vector<RateTensor> rate_tensors;
   int steps = 0;
   bool first_order = false;
+  std::vector<int64_t> sample;  // shape of one sample
+  int64_t element_bytes = 0;
 
   Packing packing;
   Stage support, query;
@@ -196,6 +204,8 @@ struct Problem {
   Problem(Graph graph, Operation operation, std::vector<Rate> rates, std::vector<RateTensor> rate_tensors,
           const std::vector<int64_t>& sample, int64_t n_support, int64_t n_query, int steps, bool first_order,
           int64_t element_bytes, const LayerTraits& traits);
+  /// Makes the stages anew, as the constructor has done, for layers that differ in LayerTraits::tile.
+  void lay_out(const LayerTraits& traits);
 
   bool second_order() const {
     return !first_order && steps > 0 &&
@@ -210,6 +220,8 @@ struct Problem {
   /// Kept states phi_1 .. phi_steps, and gradients g_0 .. g_steps-1.
   int kept_parameters() const { return second_order() ? steps : 1; }
   int kept_gradients() const { return learns_rates() ? steps : 1; }
+  /// Whether what the gradient pass of an inner step has left is still there for its product.
+  bool keeps_state_of(int step) const { return support.tiles == 1 && (saved_steps > 1 || step + 1 == steps); }
   /// Elements of the workspace of one task at work.
   int64_t task_size() const;
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -54,12 +55,24 @@ def test_the_plan_chooses_the_executor(make: Any, executor: str) -> None:
     assert runner(maml, data).executor == executor
 
 
-def test_an_mlp_too_large_for_one_block_runs_batched() -> None:
-    maml = FusedMAML(nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 4)), 0.1, 1, backend="fused")
-    x, y = torch.randn(2, 600, 3), torch.randint(4, (2, 600))
+@pytest.mark.parametrize(
+    ("widths", "samples", "executor"),
+    [
+        ((64,), 600, "megakernel"),  # in tiles
+        ((64, 64), 600, "batched"),  # too much arithmetic for one block
+        ((128, 128), 5, "batched"),  # parameters alone do not fit
+        ((), 5000, "batched"),  # a program too long
+    ],
+)
+def test_what_is_too_large_for_one_block_runs_batched(widths: tuple[int, ...], samples: int, executor: str) -> None:
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise((3, *widths, 4)):
+        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
+    maml = FusedMAML(nn.Sequential(*layers[:-1]), 0.1, 1, backend="fused")
+    x, y = torch.randn(2, samples, 3), torch.randint(4, (2, samples))
     data = [x, y, x, y]
     _, grads = run(maml, data)
-    assert runner(maml, data).executor == "batched"
+    assert runner(maml, data).executor == executor
     _, expected = reference.meta_gradient(maml.model, "cross_entropy", *data, 0.1, 1)
     assert max(relative_errors(grads, expected).values()) < 1e-5
 

@@ -1,7 +1,7 @@
-// The losses of one task, means as in torch. With z the prediction [n, c]:
-//   cross_entropy  p = softmax z; L = -mean log p[label];  grad_z = (p - onehot) / n;  grad_z_dot = p (z_dot
-//   - <p, z_dot>) / n mse            L = mean (z - t)^2 over all elements;   grad_z = 2 (z - t) / (n c);
-//   grad_z_dot = 2 z_dot / (n c)
+// The losses of one task, means as in torch, over N samples; here n of them, with z their prediction [n, c]:
+//   cross_entropy  p = softmax z; L = -sum log p[label] / N;  grad_z = (p - onehot) / N;
+//                  grad_z_dot = p (z_dot - <p, z_dot>) / N
+//   mse            L = sum (z - t)^2 / (N c);  grad_z = 2 (z - t) / (N c);  grad_z_dot = 2 z_dot / (N c)
 // The value is summed in double. `saved` keeps p.
 #include <algorithm>
 #include <cmath>
@@ -12,9 +12,10 @@ namespace maml::MAML_ISA {
 namespace {
 
 template <class T>
-T cross_entropy(int64_t n, int64_t c, const T* z, const int64_t* label, T* grad_z, T* p) {
+T cross_entropy(const LossPart& part, const T* z, const int64_t* label, T* grad_z, T* p) {
+  const int64_t c = part.c;
   double total = 0;
-  for (int64_t i = 0; i < n; ++i, z += c) {
+  for (int64_t i = 0; i < part.n; ++i, z += c) {
     const T largest = *std::max_element(z, z + c);
     T sum = 0;
     for (int64_t j = 0; j < c; ++j) sum += std::exp(z[j] - largest);
@@ -22,16 +23,17 @@ T cross_entropy(int64_t n, int64_t c, const T* z, const int64_t* label, T* grad_
     if (!grad_z) continue;
     for (int64_t j = 0; j < c; ++j) {
       p[i * c + j] = std::exp(z[j] - largest) / sum;
-      grad_z[i * c + j] = (p[i * c + j] - (j == label[i] ? T(1) : T(0))) / static_cast<T>(n);
+      grad_z[i * c + j] = (p[i * c + j] - (j == label[i] ? T(1) : T(0))) / static_cast<T>(part.samples);
     }
   }
-  return static_cast<T>(total / static_cast<double>(n));
+  return static_cast<T>(total / static_cast<double>(part.samples));
 }
 
 template <class T>
-T mean_square(int64_t count, const T* z, const T* target, T* grad_z) {
+T mean_square(const LossPart& part, const T* z, const T* target, T* grad_z) {
+  const int64_t count = part.samples * part.c;
   double total = 0;
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < part.n * part.c; ++i) {
     const T d = z[i] - target[i];
     total += static_cast<double>(d) * static_cast<double>(d);
     if (grad_z) grad_z[i] = 2 * d / static_cast<T>(count);
@@ -40,21 +42,22 @@ T mean_square(int64_t count, const T* z, const T* target, T* grad_z) {
 }
 
 template <class T>
-T value(Loss loss, int64_t n, int64_t c, const T* z, const void* target, T* grad_z, T* saved) {
-  if (loss == Loss::mse) return mean_square(n * c, z, static_cast<const T*>(target), grad_z);
-  return cross_entropy(n, c, z, static_cast<const int64_t*>(target), grad_z, saved);
+T value(const LossPart& part, const T* z, const void* target, T* grad_z, T* saved) {
+  if (part.kind == Loss::mse) return mean_square(part, z, static_cast<const T*>(target), grad_z);
+  return cross_entropy(part, z, static_cast<const int64_t*>(target), grad_z, saved);
 }
 
 template <class T>
-void tangent(Loss loss, int64_t n, int64_t c, const T* z_dot, const T* p, T* grad_z_dot) {
-  if (loss == Loss::mse) {
-    for (int64_t i = 0; i < n * c; ++i) grad_z_dot[i] = 2 * z_dot[i] / static_cast<T>(n * c);
+void tangent(const LossPart& part, const T* z_dot, const T* p, T* grad_z_dot) {
+  const int64_t c = part.c;
+  if (part.kind == Loss::mse) {
+    for (int64_t i = 0; i < part.n * c; ++i) grad_z_dot[i] = 2 * z_dot[i] / static_cast<T>(part.samples * c);
     return;
   }
-  for (int64_t i = 0; i < n; ++i, z_dot += c, p += c, grad_z_dot += c) {
+  for (int64_t i = 0; i < part.n; ++i, z_dot += c, p += c, grad_z_dot += c) {
     T mean = 0;
     for (int64_t j = 0; j < c; ++j) mean += p[j] * z_dot[j];
-    for (int64_t j = 0; j < c; ++j) grad_z_dot[j] = p[j] * (z_dot[j] - mean) / static_cast<T>(n);
+    for (int64_t j = 0; j < c; ++j) grad_z_dot[j] = p[j] * (z_dot[j] - mean) / static_cast<T>(part.samples);
   }
 }
 

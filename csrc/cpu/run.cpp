@@ -52,13 +52,12 @@ struct Cpu : Updates<T, T> {
   void forward_tangent(const Layer& l, const Tensors<T>& t) const { passes(l.kind).forward_tangent(l, t); }
   void backward_tangent(const Layer& l, const Tensors<T>& t) const { passes(l.kind).backward_tangent(l, t); }
 
-  void loss(Loss kind, int64_t n, int64_t c, const T* z, const void* target, T* value, T* grad_z,
-            T* saved) const {
-    const T loss = MAML_ISA::loss<T>().value(kind, n, c, z, target, grad_z, saved);
-    if (value) *value = loss;
+  void loss(const LossPart& part, const T* z, const void* target, T* value, T* grad_z, T* saved) const {
+    const T loss = MAML_ISA::loss<T>().value(part, z, target, grad_z, saved);
+    if (value) *value = part.add ? *value + loss : loss;
   }
-  void loss_tangent(Loss kind, int64_t n, int64_t c, const T* z_dot, const T* saved, T* grad_z_dot) const {
-    MAML_ISA::loss<T>().tangent(kind, n, c, z_dot, saved, grad_z_dot);
+  void loss_tangent(const LossPart& part, const T* z_dot, const T* saved, T* grad_z_dot) const {
+    MAML_ISA::loss<T>().tangent(part, z_dot, saved, grad_z_dot);
   }
 };
 
@@ -98,7 +97,9 @@ struct Memory {
   Memory(const Problem& p, int64_t tasks_) : tasks(tasks_), wave(std::min(tasks, cpu::kWave)) {
     constexpr int64_t W = kLanes<T>;
     const int64_t in_lanes = W * lane_size(p);
-    lanes = p.is_linear() && few_lanes(tasks) && in_lanes * static_cast<int64_t>(sizeof(T)) <= kLaneBytes;
+    const bool tiled = p.support.tiles > 1 || p.query.tiles > 1;
+    lanes = p.is_linear() && !tiled && few_lanes(tasks) &&
+            in_lanes * static_cast<int64_t>(sizeof(T)) <= kLaneBytes;
     const int64_t totals = 2 * p.result_size;  // doubles, in elements of at least half their size
     const int64_t theta = p.packing.total * (lanes ? 1 + W : 1);
     shared = 16 + theta + p.rates_size + wave * p.result_size + totals;  // 16: to the first whole line
@@ -110,15 +111,15 @@ struct Memory {
 
   /// Vectors of a group: parameters of its own, given and going out, data, losses, and the task's workspace.
   static int64_t lane_size(const Problem& p) {
-    return 3 * p.packing.total + p.result_size + whole_lines(predictions(p.query)) + samples(p.support) +
-           samples(p.query) + whole_lines(p.steps + 1) + whole_lines(p.packing.total / kLanes<T> + 1) +
-           loss_scratch(p) + p.task_size();
+    return 3 * p.packing.total + p.result_size + whole_lines(predictions(p.query)) +
+           whole_lines(samples(p.support)) + whole_lines(samples(p.query)) + whole_lines(p.steps + 1) +
+           whole_lines(p.packing.total / kLanes<T> + 1) + loss_scratch(p) + p.task_size();
   }
   static int64_t loss_scratch(const Problem& p) {
     return whole_lines(2 * std::max(predictions(p.support), predictions(p.query)) / kLanes<T> + 1);
   }
-  static int64_t samples(const Stage& s) { return s.n ? whole_lines(s.values[0].size) : 0; }
-  static int64_t predictions(const Stage& s) { return s.n ? s.values[s.output].size : 0; }
+  static int64_t samples(const Stage& s) { return s.n ? s.n * s.values[0].size : 0; }
+  static int64_t predictions(const Stage& s) { return s.n ? s.n * s.values[s.output].size : 0; }
 
   int64_t size(int64_t at_once) const { return shared + std::min(at_once, tasks) * thread; }
 };
@@ -216,12 +217,12 @@ class Run {
   }
 
   const T* x_of(const Stage& s, const T* x, int64_t t) const {
-    return x ? x + t * s.values[0].size : nullptr;
+    return x ? x + t * Memory<T>::samples(s) : nullptr;
   }
   const void* target_of(const Stage& s, const void* y, int64_t t) const {
     if (!y || !s.n) return nullptr;
     if (p_.graph.loss == Loss::cross_entropy) return static_cast<const int64_t*>(y) + t * s.n;
-    return static_cast<const T*>(y) + t * s.values[s.output].size;
+    return static_cast<const T*>(y) + t * Memory<T>::predictions(s);
   }
   int64_t predictions() const { return Memory<T>::predictions(p_.query); }
 
@@ -266,15 +267,17 @@ class Run {
     };
     V *own = take(p_.packing.total), *given = take(p_.packing.total), *out = take(p_.packing.total);
     V *result = take(p_.result_size), *logits = take(whole_lines(predictions()));
-    V* x[2] = {take(Memory<T>::samples(p_.support)), take(Memory<T>::samples(p_.query))};
+    V* x[2] = {take(whole_lines(Memory<T>::samples(p_.support))),
+               take(whole_lines(Memory<T>::samples(p_.query)))};
     V* losses = take(whole_lines(p_.steps + 1));
     T* packed = reinterpret_cast<T*>(take(whole_lines(p_.packing.total / W + 1)));
     T* loss_scratch = reinterpret_cast<T*>(take(Memory<T>::loss_scratch(p_)));
     LaneTargets<T> targets[2];
     each_lane([&](int64_t lane, int64_t t) {
       if (call_.x_support)
-        Tasks::give(p_.support.values[0].size, x_of(p_.support, call_.x_support, t), lane, x[0]);
-      if (call_.x_query) Tasks::give(p_.query.values[0].size, x_of(p_.query, call_.x_query, t), lane, x[1]);
+        Tasks::give(Memory<T>::samples(p_.support), x_of(p_.support, call_.x_support, t), lane, x[0]);
+      if (call_.x_query)
+        Tasks::give(Memory<T>::samples(p_.query), x_of(p_.query, call_.x_query, t), lane, x[1]);
       targets[0].of[lane] = target_of(p_.support, call_.y_support, t);
       targets[1].of[lane] = target_of(p_.query, call_.y_query, t);
       if (!shared_parameters()) {

@@ -91,7 +91,7 @@ struct LaneProduct {
   }
 };
 
-/// What a loss reads of each task: the user's labels or values.
+/// What a loss reads of each task: the user's labels or values, of all samples (there are no tiles).
 template <class T>
 struct LaneTargets {
   const void* of[kLanes<T>];
@@ -131,25 +131,25 @@ struct TasksInLanes : Updates<Vector<T>, T> {
               t, t.grad_w_dot, t.grad_x_dot[0]);
   }
 
-  void loss(Loss kind, int64_t n, int64_t c, const V* z, const void* targets, V* value, V* grad_z,
-            V* saved) const {
-    T *own = scratch, *grad = scratch + n * c;
+  void loss(const LossPart& part, const V* z, const void* targets, V* value, V* grad_z, V* saved) const {
+    const int64_t size = part.n * part.c;
+    T *own = scratch, *grad = scratch + size;
     for (int64_t lane = 0; lane < W; ++lane) {
-      take(n * c, z, lane, own);
+      take(size, z, lane, own);
       const void* target = static_cast<const LaneTargets<T>*>(targets)->of[lane];
-      T* keep = saved ? reinterpret_cast<T*>(saved) + lane * n * c : nullptr;
-      const T loss = MAML_ISA::loss<T>().value(kind, n, c, own, target, grad_z ? grad : nullptr, keep);
+      T* keep = saved ? reinterpret_cast<T*>(saved) + lane * size : nullptr;
+      const T loss = MAML_ISA::loss<T>().value(part, own, target, grad_z ? grad : nullptr, keep);
       if (value) (*value)[lane] = loss;
-      if (grad_z) give(n * c, grad, lane, grad_z);
+      if (grad_z) give(size, grad, lane, grad_z);
     }
   }
-  void loss_tangent(Loss kind, int64_t n, int64_t c, const V* z_dot, const V* saved, V* grad_z_dot) const {
-    T *own = scratch, *grad = scratch + n * c;
+  void loss_tangent(const LossPart& part, const V* z_dot, const V* saved, V* grad_z_dot) const {
+    const int64_t size = part.n * part.c;
+    T *own = scratch, *grad = scratch + size;
     for (int64_t lane = 0; lane < W; ++lane) {
-      take(n * c, z_dot, lane, own);
-      const T* keep = reinterpret_cast<const T*>(saved) + lane * n * c;
-      MAML_ISA::loss<T>().tangent(kind, n, c, own, keep, grad);
-      give(n * c, grad, lane, grad_z_dot);
+      take(size, z_dot, lane, own);
+      MAML_ISA::loss<T>().tangent(part, own, reinterpret_cast<const T*>(saved) + lane * size, grad);
+      give(size, grad, lane, grad_z_dot);
     }
   }
 

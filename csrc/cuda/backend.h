@@ -31,8 +31,8 @@ class Graph {
   void *executable_, *table_;
 };
 
-/// A problem made ready for one device, with what its calls share. It refers to the problem. Errors of CUDA
-/// are std::runtime_errors that name the kernel.
+/// A problem made ready for one device, with what its calls share. Errors of CUDA are std::runtime_errors
+/// that name the kernel.
 template <class T>
 class Runner {
  public:

@@ -83,12 +83,11 @@ class Batched {
     passes(l.kind).backward_tangent(launch_, l, t);
   }
 
-  void loss(Loss kind, int64_t n, int64_t c, const T* z, const void* target, T* value, T* grad_z,
-            T* saved) const {
-    launch_loss(launch_, kind, n, c, z, target, value, grad_z, saved);
+  void loss(const LossPart& part, const T* z, const void* target, T* value, T* grad_z, T* saved) const {
+    launch_loss(launch_, part, z, target, value, grad_z, saved);
   }
-  void loss_tangent(Loss kind, int64_t n, int64_t c, const T* z_dot, const T* saved, T* grad_z_dot) const {
-    launch_loss_tangent(launch_, kind, n, c, z_dot, saved, grad_z_dot);
+  void loss_tangent(const LossPart& part, const T* z_dot, const T* saved, T* grad_z_dot) const {
+    launch_loss_tangent(launch_, part, z_dot, saved, grad_z_dot);
   }
 
   void descend(const std::vector<RateSlice>& step, const T* phi, const T* g, T* next) const {

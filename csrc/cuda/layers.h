@@ -50,10 +50,9 @@ Footprint stem_footprint(const Layer&);
 
 /// Writes the loss of each task [1] where wanted, and grad_z, saved where wanted (loss.cu).
 template <class T>
-void launch_loss(const Launcher&, Loss, int64_t n, int64_t c, const T* z, const void* target, T* loss,
-                 T* grad_z, T* saved);
+void launch_loss(const Launcher&, const LossPart&, const T* z, const void* target, T* loss, T* grad_z,
+                 T* saved);
 template <class T>
-void launch_loss_tangent(const Launcher&, Loss, int64_t n, int64_t c, const T* z_dot, const T* saved,
-                         T* grad_z_dot);
+void launch_loss_tangent(const Launcher&, const LossPart&, const T* z_dot, const T* saved, T* grad_z_dot);
 
 }  // namespace maml::cuda

@@ -1,8 +1,7 @@
-// The losses of one task, means as in torch. With z the prediction [n, c]:
-//   cross_entropy  p = softmax z; L = -mean log p[label];  grad_z = (p - onehot) / n;
-//                  grad_z_dot = p (z_dot - <p, z_dot>) / n
-//   mse            L = mean (z - t)^2 over all elements;  grad_z = 2 (z - t) / (n c);
-//                  grad_z_dot = 2 z_dot / (n c)
+// The losses of one task, means as in torch, over N samples; here n of them, with z their prediction [n, c]:
+//   cross_entropy  p = softmax z; L = -sum log p[label] / N;  grad_z = (p - onehot) / N;
+//                  grad_z_dot = p (z_dot - <p, z_dot>) / N
+//   mse            L = sum (z - t)^2 / (N c);  grad_z = 2 (z - t) / (N c);  grad_z_dot = 2 z_dot / (N c)
 // `saved` keeps p.
 //
 // Cross entropy: `width` threads of a warp share a row, one to eight columns each while they can (the five
@@ -73,11 +72,12 @@ __device__ inline void refuse_label(int64_t task, int64_t sample, int64_t label,
 
 /// This thread's part of the sum of -log p[label]; grad_z and p where wanted.
 template <class T>
-__device__ double cross_entropy_rows(Team team, int64_t n, int64_t c, const T* z, const int64_t* labels,
+__device__ double cross_entropy_rows(Team team, const LossPart& part, const T* z, const int64_t* labels,
                                      T* grad_z, T* p) {
+  const int64_t c = part.c;
   double total = 0;
-  const T per_row = 1 / static_cast<T>(n);
-  each_row(team, n, c, [&](int64_t row, int lane, int width, bool exists) {
+  const T per_row = 1 / static_cast<T>(part.samples);
+  each_row(team, part.n, c, [&](int64_t row, int lane, int width, bool exists) {
     const int64_t first = exists ? lane : c;  // a row that does not exist has no columns
     const T* z_row = z + row * c;
     T largest = -INFINITY;
@@ -102,10 +102,10 @@ __device__ double cross_entropy_rows(Team team, int64_t n, int64_t c, const T* z
 }
 
 template <class T>
-__device__ double square_elements(Team team, int64_t count, const T* z, const T* target, T* grad_z) {
+__device__ double square_elements(Team team, const LossPart& part, const T* z, const T* target, T* grad_z) {
   double total = 0;
-  const T scale = 2 / static_cast<T>(count);
-  const int64_t step = team.step();
+  const T scale = 2 / static_cast<T>(part.samples * part.c);
+  const int64_t count = part.n * part.c, step = team.step();
   for (int64_t i = team.first(); i < count; i += step) {
     const T d = z[i] - target[i];
     total += static_cast<double>(d) * static_cast<double>(d);
@@ -114,37 +114,39 @@ __device__ double square_elements(Team team, int64_t count, const T* z, const T*
   return total;
 }
 
-/// The loss of the task blockIdx.z where wanted (loss null: not), with grad_z [n, c] and saved [n, c] (grad_z
-/// null: not). target: labels int64 [n] or values [n, c]. One block.
+/// The part's loss of the task blockIdx.z where wanted (loss null: not), with grad_z [n, c] and saved [n, c]
+/// (grad_z null: not). One block.
 template <class T>
-__device__ void loss_value(Team team, Loss kind, int64_t n, int64_t c, const T* z, const void* target,
-                           T* loss, T* grad_z, T* saved) {
+__device__ void loss_value(Team team, const LossPart& part, const T* z, const void* target, T* loss,
+                           T* grad_z, T* saved) {
   __shared__ double sums[kWarp];  // one a warp
-  const bool labels = kind == Loss::cross_entropy;
+  const bool labels = part.kind == Loss::cross_entropy;
   double total = labels
-                     ? cross_entropy_rows(team, n, c, z, static_cast<const int64_t*>(target), grad_z, saved)
-                     : square_elements(team, n * c, z, static_cast<const T*>(target), grad_z);
+                     ? cross_entropy_rows(team, part, z, static_cast<const int64_t*>(target), grad_z, saved)
+                     : square_elements(team, part, z, static_cast<const T*>(target), grad_z);
   total = row_sum(total, kWarp);
   const int warps = static_cast<int>(blockDim.x) / kWarp;
   if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = total;
   __syncthreads();
   if (threadIdx.x == 0 && loss) {
     for (int k = 1; k < warps; ++k) total += sums[k];
-    *loss = static_cast<T>(total / static_cast<double>(labels ? n : n * c));
+    const T value =
+        static_cast<T>(total / static_cast<double>(labels ? part.samples : part.samples * part.c));
+    *loss = part.add ? *loss + value : value;
   }
 }
 
 template <class T>
-__device__ void loss_tangent(Team team, Loss kind, int64_t n, int64_t c, const T* z_dot, const T* p,
-                             T* grad_z_dot) {
-  if (kind == Loss::mse) {
-    const int64_t count = n * c, step = team.step();
-    const T scale = 2 / static_cast<T>(count);
+__device__ void loss_tangent(Team team, const LossPart& part, const T* z_dot, const T* p, T* grad_z_dot) {
+  const int64_t c = part.c;
+  if (part.kind == Loss::mse) {
+    const int64_t count = part.n * c, step = team.step();
+    const T scale = 2 / static_cast<T>(part.samples * c);
     for (int64_t i = team.first(); i < count; i += step) grad_z_dot[i] = z_dot[i] * scale;
     return;
   }
-  const T per_row = 1 / static_cast<T>(n);
-  each_row(team, n, c, [&](int64_t row, int lane, int width, bool exists) {
+  const T per_row = 1 / static_cast<T>(part.samples);
+  each_row(team, part.n, c, [&](int64_t row, int lane, int width, bool exists) {
     const int64_t first = exists ? lane : c;
     T mean = 0;
     for (int64_t j = first; j < c; j += width) mean += p[row * c + j] * z_dot[row * c + j];

@@ -2,11 +2,11 @@
 // Hessian-vector products, without ever leaving its multiprocessor.
 //
 // Everything a task computes stands in dynamic shared memory (Layout, `inside`): packed parameters, every
-// phi_k, gradients, v, activations of all steps, tangents. Data and labels are read where the user has them.
-// Instructions run one after the other with one barrier behind each; within an instruction the block's
-// threads share the elements. While one instruction runs, each thread already holds a word of the next, turns
-// it from a symbolic address into a real one, and leaves it in the other of two slots: so nobody waits for
-// the program, and nobody resolves an address twice.
+// phi_k, gradients, v, activations of all steps or, where those of all samples do not fit, of one tile,
+// tangents. Data and labels are read where the user has them. Instructions run one after the other with one
+// barrier behind each; within an instruction the block's threads share the elements. While one instruction
+// runs, each thread already holds a word of the next, turns it from a symbolic address into a real one, and
+// leaves it in the other of two slots: so nobody waits for the program, and nobody resolves an address twice.
 //
 // Numerics: float32 or float64 products and sums in ascending order, whatever precision is asked for: with so
 // little to compute there is nothing that matrix units would save. Limits: kMegakernelSpans tensors, the
@@ -62,11 +62,9 @@ __device__ void run_instruction(const Instruction<T>& i, const Image& image, con
   const int count = image.slices_a_step;
   switch (i.op) {
     case Op::loss:
-      return loss_value(team, i.loss, i.layer.n, i.layer.in.c, t.x[0], static_cast<const void*>(t.x[1]), t.y,
-                        t.grad_x[0], t.saved);
+      return loss_value(team, i.loss, t.x[0], static_cast<const void*>(t.x[1]), t.y, t.grad_x[0], t.saved);
     case Op::loss_tangent:
-      return loss_tangent(team, i.loss, i.layer.n, i.layer.in.c, t.x_dot[0], static_cast<const T*>(t.saved),
-                          t.grad_x_dot[0]);
+      return loss_tangent(team, i.loss, t.x_dot[0], static_cast<const T*>(t.saved), t.grad_x_dot[0]);
     case Op::descend:
       for (int s = 0; s < count; ++s) descend(team, slices[s], rates, t.x[0], t.grad_y, t.y);
       return;

@@ -27,9 +27,9 @@ enum class Op : int {
 template <class T>
 struct Instruction {
   Tensors<T> tensors;  // first, so that its words are the ones with symbolic addresses
-  Layer layer;         // loss: n, and c of `in`
+  Layer layer;
+  LossPart loss;
   Op op;
-  Loss loss;
   int slices;    // first slice of the step
   int64_t size;  // of a vector
 };
@@ -46,22 +46,21 @@ class Recorder {
   void forward_tangent(const Layer& l, const Tensors<T>& t) const { record(Op::forward_tangent, l, t); }
   void backward_tangent(const Layer& l, const Tensors<T>& t) const { record(Op::backward_tangent, l, t); }
 
-  void loss(Loss kind, int64_t n, int64_t c, const T* z, const void* target, T* value, T* grad_z,
-            T* saved) const {
+  void loss(const LossPart& part, const T* z, const void* target, T* value, T* grad_z, T* saved) const {
     Tensors<T> t;
     t.x[0] = z;
     t.x[1] = static_cast<const T*>(target);
     t.y = value;
     t.grad_x[0] = grad_z;
     t.saved = saved;
-    record(Op::loss, rows(n, c), t).loss = kind;
+    record(Op::loss, {}, t).loss = part;
   }
-  void loss_tangent(Loss kind, int64_t n, int64_t c, const T* z_dot, const T* saved, T* grad_z_dot) const {
+  void loss_tangent(const LossPart& part, const T* z_dot, const T* saved, T* grad_z_dot) const {
     Tensors<T> t;
     t.x_dot[0] = z_dot;
     t.grad_x_dot[0] = grad_z_dot;
     t.saved = const_cast<T*>(saved);
-    record(Op::loss_tangent, rows(n, c), t).loss = kind;
+    record(Op::loss_tangent, {}, t).loss = part;
   }
 
   void descend(const std::vector<RateSlice>& step, const T* phi, const T* g, T* next) const {
@@ -84,12 +83,6 @@ class Recorder {
   }
 
  private:
-  static Layer rows(int64_t n, int64_t c) {
-    Layer layer{};
-    layer.n = n;
-    layer.in = {c, 1, 1};
-    return layer;
-  }
   int first_slice(const std::vector<RateSlice>& step) const {
     return static_cast<int>((&step - problem_.slices.data()) * static_cast<int64_t>(step.size()));
   }

@@ -15,6 +15,22 @@ namespace {
 
 constexpr int64_t kMostTasksAtOnce = 65535;  // blockIdx.z
 
+// When a problem is one for the megakernel. Guesses, until a GPU decides.
+
+/// Multiply-adds of one forward pass over support and query above which the batched executor is taken, though
+/// the state would fit one block. A block does some 50 G a second, a load from shared memory for each of
+/// them, so that these take it 20 us: as long as the launches of such a pass, whose arithmetic then has all
+/// multiprocessors. (A policy of 2000 samples with two layers of 100 units has 21 M in each set: 20 blocks of
+/// 132 multiprocessors would work on it for more than a millisecond, all of them for about a third of that.)
+constexpr int64_t kMostWorkOfABlock = int64_t{1} << 20;
+
+/// Samples of a tile, where all of them do not fit: fewer would leave threads of the block without an
+/// element.
+constexpr int64_t kLargestTile = 128, kSmallestTile = 32;
+
+/// Tiles of a set. The program of an inner step grows with them, by some 16 kB each for a few layers.
+constexpr int64_t kMostTiles = 32;
+
 /// The symbolic tensors of a task.
 template <class T>
 Task<T> symbolic_task(const Problem& p, const Layout& layout, bool inside) {
@@ -59,11 +75,12 @@ Footprint footprint(const Layer& layer) {
   }
 }
 
+// The batched executor wants all samples at once: they are its parallelism.
 LayerTraits traits() { return {footprint, Kind::block, conv2d_statistics_rows}; }
 
 template <class T>
 struct Runner<T>::State {
-  const Problem& problem;
+  Problem problem;
   int device;
   Layout layout;
   Executor executor = Executor::batched;
@@ -74,19 +91,39 @@ struct Runner<T>::State {
   State(const Problem& p, int device_)
       : problem(p), device(device_), layout(p, at_own_parameters(p.operation), false) {
     describe();
-    const Layout inside(p, true, true);
-    if (!p.is_linear() || all_spans().count > kMegakernelSpans) return;
+    std::optional<Problem> small = for_one_block();
+    if (!small) return;
+    problem = *std::move(small);
+    executor = Executor::megakernel;
+    layout = Layout(problem, true, true);
+    const Recorder<T> recorder(problem);
+    const Task<T> task = symbolic_task<T>(problem, layout, true);
+    TaskRunner<Recorder<T>, T>(recorder, problem, task, place<T>(Region::task, layout.work)).run();
+    program_at = image.append(recorder.program().data(), recorder.program().size());
+    program_length = static_cast<int>(recorder.program().size());
+  }
+
+  /// The problem as the megakernel takes it: as it is, or in the largest tiles that fit the shared memory of
+  /// a block.
+  std::optional<Problem> for_one_block() const {
+    if (!problem.is_linear() || all_spans().count > kMegakernelSpans) return {};
+    if (problem.support.work + problem.query.work > kMostWorkOfABlock) return {};
     int shared = 0;
     check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
           "asking for shared memory");
-    if (inside.task_size * sizeof(T) + megakernel_static_bytes() > static_cast<size_t>(shared)) return;
-    executor = Executor::megakernel;
-    layout = inside;
-    const Recorder<T> recorder(p);
-    const Task<T> task = symbolic_task<T>(p, layout, true);
-    TaskRunner<Recorder<T>, T>(recorder, p, task, place<T>(Region::task, layout.work)).run();
-    program_at = image.append(recorder.program().data(), recorder.program().size());
-    program_length = static_cast<int>(recorder.program().size());
+    auto fits = [&](const Problem& p) {
+      const size_t bytes = Layout(p, true, true).task_size * sizeof(T) + megakernel_static_bytes();
+      return bytes <= static_cast<size_t>(shared);
+    };
+    if (fits(problem)) return problem;
+    Problem tiled = problem;
+    LayerTraits tiles = traits();
+    for (tiles.tile = kLargestTile; tiles.tile >= kSmallestTile; tiles.tile /= 2) {
+      tiled.lay_out(tiles);
+      if (std::max(tiled.support.tiles, tiled.query.tiles) > kMostTiles) return {};
+      if (fits(tiled)) return tiled;
+    }
+    return {};
   }
 
   void describe() {
@@ -158,11 +195,13 @@ struct Runner<T>::State {
     std::vector<Span> all;
     T* shared = call.workspace + spans_size(chunks(call));
     const int64_t element = sizeof(T),
-                  predictions = problem.query.n ? problem.query.values[problem.query.output].size : 0;
-    auto samples = [&](const Stage& s) { return s.n ? s.values[0].size * element : 0; };
+                  predictions =
+                      problem.query.n ? problem.query.n * problem.query.values[problem.query.output].size : 0;
+    auto samples = [&](const Stage& s) { return s.n ? s.n * s.values[0].size * element : 0; };
     auto targets = [&](const Stage& s) {
       if (!s.n) return int64_t{0};
-      return problem.graph.loss == Loss::cross_entropy ? s.n * int64_t{8} : s.values[s.output].size * element;
+      return s.n *
+             (problem.graph.loss == Loss::cross_entropy ? int64_t{8} : s.values[s.output].size * element);
     };
     for (int64_t first = 0; first < call.tasks; first += chunk(call)) {
       auto span = [&](const void* start, int64_t stride) -> Span {

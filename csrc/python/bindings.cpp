@@ -346,8 +346,7 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
   py::class_<maml::cuda::Graph>(m, "CudaGraph", py::module_local());
   py::class_<BoundRunner>(m, "CudaRunner", py::module_local(),
                           "A problem on one CUDA device; every call is enqueued on a stream.")
-      .def(py::init<const BoundProblem&, int>(), py::arg("problem"), py::arg("device"),
-           py::keep_alive<1, 2>())
+      .def(py::init<const BoundProblem&, int>(), py::arg("problem"), py::arg("device"))
       .def_property_readonly("executor", &BoundRunner::executor)
       .def_property_readonly("image_bytes", &BoundRunner::image_bytes)
       .def("upload", &BoundRunner::upload, py::arg("image"), py::arg("stream"))
