@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from maml_cuda.reference import meta_gradient
 
-from .rivals import Builder
+from .rivals import Builder, Step
 from .workloads import Tasks, Workload
 
 FLOAT64_LIMIT = 1e-10
@@ -32,7 +33,7 @@ def truth(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool)
     return grads
 
 
-def relative_error(model: nn.Module, expected: dict[str, Tensor]) -> float:
+def relative_error(model: nn.Module, expected: Mapping[str, Tensor]) -> float:
     """The worst parameter's `|grad - expected| / |expected|`; NaN and a missing gradient count as infinite.
 
     Norms below a thousandth of the whole gradient's are raised to that: a bias before BatchNorm has gradient
@@ -56,16 +57,20 @@ def prove(
     model: nn.Module,
     tasks: Tasks,
     first_order: bool,
-    expected: dict[str, Tensor],
-) -> tuple[float, float]:
-    """A side's relative errors in float64 and in float32; raises WrongAnswer past either limit."""
-    errors = []
+    expected: Mapping[str, Tensor],
+) -> tuple[float, float, Step]:
+    """A side's relative errors in float64 and in float32, and its float32 step; raises WrongAnswer past either limit.
+
+    A step whose gradient is not torch's has a `copy_gradient`, which leaves it in the parameters.
+    """
+    errors: list[float] = []
     for dtype, limit in ((torch.float64, FLOAT64_LIMIT), (torch.float32, workload.float32_limit)):
         own = copy.deepcopy(model).to(dtype)
-        own_tasks = tasks.double() if dtype == torch.float64 else tasks
-        build(workload, own, own_tasks, first_order)()
+        step = build(workload, own, tasks.double() if dtype == torch.float64 else tasks, first_order)
+        step()
+        getattr(step, "copy_gradient", lambda: None)()
         error = relative_error(own, expected)
         if error > limit:
             raise WrongAnswer(f"{dtype} meta-gradient must be within {limit:g} of the reference, got {error:.1e}")
         errors.append(error)
-    return errors[0], errors[1]
+    return errors[0], errors[1], step

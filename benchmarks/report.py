@@ -1,64 +1,34 @@
-"""The report: the machine, a Markdown table, what we lose, and the ratio of second to first order."""
+"""The report in Markdown: the machine, us beside the fastest rival, every rival, what we lose, orders, targets."""
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-
-import maml_cuda
-
-from .case import OURS
+from .entrants import OURS
+from .targets import judged
 
 Case = dict[str, Any]
-
-
-def machine() -> dict[str, Any]:
-    """Where and with what the figures were taken."""
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "maml_cuda": maml_cuda.build_info(),
-        "commit": commit(),
-    }
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """The short hash of this checkout, marked where tracked files differ from it; None without git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+Side = dict[str, Any]
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The whole report of `{"machine", "settings", "cases"}` as Markdown."""
+    """The whole report of `{"machine", "settings", "cases", "growth"}`."""
+    cases = record["cases"]
     return "\n".join(
         [
             *heading(record),
             "",
-            *table(record["cases"]),
+            *table(cases),
             "",
-            *losses(record["cases"]),
-            *overhead(record["cases"]),
-            *order_ratios(record["cases"]),
+            *rivals_table(cases),
+            "",
+            *losses(cases),
+            *overhead(cases),
+            *order_ratios(cases),
+            *notes(cases),
+            *not_timed([*cases, *record["growth"]]),
+            *judged(cases, record["settings"]["quick"]),
         ]
     )
 
@@ -66,48 +36,91 @@ def markdown(record: dict[str, Any]) -> str:
 def heading(record: dict[str, Any]) -> Iterator[str]:
     where, settings = record["machine"], record["settings"]
     build = where["maml_cuda"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["rivals"].items())
     yield (
         f"One meta-step on {where['cpu']}, {where['threads']} of {where['cores']} cores; "
         f"torch {where['torch']}, maml_cuda {build['version']} ({build['cpu_isa']}), "
-        f"commit {where['commit'] or 'unknown'}."
+        f"commit {where['commit'] or 'unknown'}{'; ' * bool(versions)}{versions}."
     )
     yield (
-        "Wall time in ms: median (lower to upper quartile), interleaved rounds in one process; CPU is our "
-        "process time. Floor is the share of our time that the step's FLOP take at the rate of the machine's "
-        "sgemm, measured beside it."
+        "Wall time in ms: median (lower to upper quartile), interleaved rounds, each side in a process of its own and "
+        "one of them at a time. CPU is process time. Memory is what one step adds to the resident memory of its "
+        "process. Floor is the share of our time that the step's FLOP take at the machine's own sgemm rate, measured "
+        "beside it; limit is the speed-up that this rate would allow."
     )
     if settings["quick"]:
         yield "**Quick run: shapes cut; it shows that everything works, its times mean nothing.**"
 
 
-def table(cases: Sequence[Case]) -> Iterator[str]:
-    rivals = list(dict.fromkeys(name for case in cases for name in case["sides"] if name != OURS))
-    columns = ["workload", "order", "K", "T", OURS, *rivals, "speed-up", "CPU ms", "floor", "float64 error"]
+def markdown_table(columns: Sequence[str], rows: Iterator[list[str]]) -> Iterator[str]:
     yield f"| {' | '.join(columns)} |"
     yield f"| {' | '.join(['---', *['---:'] * (len(columns) - 1)])} |"
-    for case in cases:
-        ours = case["sides"][OURS]
-        timed = ours["status"] == "timed"
-        cells = [
-            case["workload"],
-            str(case["order"]),
-            str(case["inner_steps"]),
-            str(case["tasks"]),
-            time_cell(ours),
-            *(time_cell(case["sides"][name]) if name in case["sides"] else "" for name in rivals),
-            f"{case['speed_up']:.2f}x" if case["speed_up"] else "",
-            number(ours["cpu_ms"]) if timed else "",
-            f"{ours['floor_fraction']:.0%}" if timed else "",
-            f"{ours['error_float64']:.0e}" if timed else "",
-        ]
+    for cells in rows:
         yield f"| {' | '.join(cells)} |"
 
 
-def time_cell(side: dict[str, Any]) -> str:
+COLUMNS = (
+    "workload", "order", "T", "K", OURS, "fastest rival", "", "speed-up", "limit", "floor", "CPU ms, ours / rival",
+    "MB, ours / rival", "float64 error",
+)  # fmt: skip
+
+
+def table(cases: Sequence[Case]) -> Iterator[str]:
+    return markdown_table(COLUMNS, map(row, cases))
+
+
+def row(case: Case) -> list[str]:
+    ours = case["sides"][OURS]
+    rival = case["sides"].get(case["fastest_rival"])
+    timed = ours["status"] == "timed"
+    return [
+        case["workload"],
+        str(case["order"]),
+        str(case["tasks"]),
+        str(case["inner_steps"]),
+        time_cell(ours),
+        case["fastest_rival"] or "none",
+        time_cell(rival) if rival else "",
+        f"{case['speed_up']:.2f}x" if case["speed_up"] else "",
+        f"{case['speed_up_limit']:.1f}x" if case["speed_up_limit"] else "",
+        f"{ours['floor_fraction']:.0%}" if timed else "",
+        f"{number(ours['cpu_ms']) if timed else '-'} / {number(rival['cpu_ms']) if rival else '-'}",
+        f"{megabytes(ours)} / {megabytes(rival) if rival else '-'}",
+        f"{ours['error_float64']:.0e}" if timed else "",
+    ]
+
+
+def rivals_table(cases: Sequence[Case]) -> Iterator[str]:
+    """Every rival's median and how many times ours it is, or why there is none."""
+    names = list(dict.fromkeys(name for case in cases for name in case["sides"] if name != OURS))
+
+    def rows() -> Iterator[list[str]]:
+        for case in cases:
+            cells = [against(case, case["sides"].get(name)) for name in names]
+            yield [case["workload"], str(case["order"]), *cells]
+
+    return markdown_table(["workload", "order", *names], rows())
+
+
+def against(case: Case, side: Side | None) -> str:
+    if side is None:
+        return ""
+    if side["status"] != "timed":
+        return side["status"]
+    ours = case["sides"][OURS]
+    times = f" ({median(side) / median(ours):.1f}x)" if ours["status"] == "timed" else ""
+    return f"{number(median(side))}{times}"
+
+
+def time_cell(side: Side) -> str:
     if side["status"] != "timed":
         return f"**{side['status']}**"
     wall = side["wall_ms"]
     return f"{number(wall['median'])} ({number(wall['q1'])} to {number(wall['q3'])})"
+
+
+def median(side: Side) -> float:
+    return side["wall_ms"]["median"]
 
 
 def number(value: float) -> str:
@@ -115,18 +128,25 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def megabytes(side: Side) -> str:
+    peak = side.get("peak_bytes")
+    return "-" if peak is None else number(peak / 2**20)
+
+
 def losses(cases: Sequence[Case]) -> Iterator[str]:
-    """Where a rival is ahead, and every side that was refused."""
-    lost = [case for case in cases if case["speed_up"] is not None and case["speed_up"] < 1]
-    for case in lost:
-        yield f"- We lose: {title(case)}, {1 / case['speed_up']:.2f}x slower than {case['fastest_rival']}."
-    compared = [case for case in cases if case["speed_up"] is not None]
-    if compared and not lost:
-        yield f"- We lose none of the {len(compared)} cases compared."
+    """Every rival that is ahead of us."""
+    compared = ahead = 0
     for case in cases:
+        ours = case["sides"][OURS]
         for name, side in case["sides"].items():
-            if side["status"] != "timed":
-                yield f"- Not timed: {title(case)}, {name} {side['status']}: {side['reason']}"
+            if name == OURS or not ours["status"] == side["status"] == "timed":
+                continue
+            compared += 1
+            if median(side) < median(ours):
+                ahead += 1
+                yield f"- We lose: {title(case)}, {median(ours) / median(side):.2f}x slower than {name}."
+    if compared and not ahead:
+        yield f"- We lose none of the {compared} comparisons."
 
 
 def overhead(cases: Sequence[Case]) -> Iterator[str]:
@@ -134,7 +154,7 @@ def overhead(cases: Sequence[Case]) -> Iterator[str]:
     for case in cases:
         ours = case["sides"][OURS]
         if case["workload"] == "overhead" and ours["status"] == "timed":
-            time = f"{ours['wall_ms']['median'] * 1e3:.0f} us"
+            time = f"{median(ours) * 1e3:.0f} us"
             yield f"- A call and its backward with almost nothing to compute, order {case['order']}: {time}."
 
 
@@ -146,13 +166,37 @@ def order_ratios(cases: Sequence[Case]) -> Iterator[str]:
         if order != 2 or first is None:
             continue
         times = [
-            f"{name} {second['sides'][name]['wall_ms']['median'] / side['wall_ms']['median']:.2f}"
+            f"{name} {median(second['sides'][name]) / median(side):.2f}"
             for name, side in first["sides"].items()
-            if side["status"] == second["sides"][name]["status"] == "timed"
+            if side["status"] == second["sides"].get(name, {}).get("status") == "timed"
         ]
         flops = f"FLOP {second['flops'] / first['flops']:.2f}"
         yield f"- Second over first order, {workload}: {', '.join([flops, *times])}."
 
 
+def notes(cases: Sequence[Case]) -> Iterator[str]:
+    """What a side says of itself, once."""
+    said = {(name, side["note"]): None for case in cases for name, side in case["sides"].items() if "note" in side}
+    for name, note in said:
+        yield f"- {name}: {flat(note)}."
+
+
+def not_timed(cases: Sequence[Case]) -> Iterator[str]:
+    """Each side without a time and the reason, with all the cases that share it."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for case in cases:
+        for name, side in case["sides"].items():
+            if side["status"] != "timed":
+                reasons.setdefault((name, f"{side['status']}: {flat(side['reason'])}"), []).append(title(case))
+    for (name, reason), titles in reasons.items():
+        where = "in all cases" if len(titles) == len(cases) > 1 else ", ".join(titles)
+        yield f"- Not timed: {name}, {where}; {reason}"
+
+
 def title(case: Case) -> str:
-    return f"{case['workload']}, order {case['order']}"
+    return f"{case['workload']} (order {case['order']})"
+
+
+def flat(text: str, most: int = 300) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[:most] + " ..."

@@ -1,4 +1,4 @@
-"""The sides of the benchmark: what computes one meta-step, ours first.
+"""Who computes a meta-step: we, and the rivals that torch itself is enough for.
 
 Each builder returns a step without arguments that leaves the mean meta-gradient over tasks in the parameters'
 `.grad`. Each rival is the fastest exact form of its idea that we know; a faster one that passes the proof is
@@ -8,6 +8,7 @@ welcome.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,26 +38,20 @@ def descend(params: Parameters, grads: Parameters, rate: float) -> Parameters:
 
 def fused(backend: str) -> Builder:
     """Ours, with the named backend; the benchmark asks for "fused", so that a fallback is an error."""
+    return partial(fused_step, backend)
 
-    def build(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool) -> Step:
-        maml = FusedMAML(
-            model,
-            workload.inner_lr,
-            workload.inner_steps,
-            loss=workload.loss,
-            first_order=first_order,
-            backend=backend,
-        )
 
-        parameters = list(model.parameters())  # once: walking the modules costs as much as a small step
+def fused_step(backend: str, workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool) -> Step:
+    maml = FusedMAML(
+        model, workload.inner_lr, workload.inner_steps, loss=workload.loss, first_order=first_order, backend=backend
+    )
+    parameters = list(model.parameters())  # once: walking the modules costs as much as a small step
 
-        def step() -> None:
-            clear(parameters)
-            maml(*tasks).loss.backward()
+    def step() -> None:
+        clear(parameters)
+        maml(*tasks).loss.backward()
 
-        return step
-
-    return build
+    return step
 
 
 def autograd_loop(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool) -> Step:
@@ -83,15 +78,13 @@ def autograd_loop(workload: Workload, model: nn.Module, tasks: Tasks, first_orde
     return step
 
 
-def func_vmap(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool) -> Step:
-    """All tasks at once: `vmap(grad(task))`, then the mean.
+def mean_gradient(workload: Workload, model: nn.Module, first_order: bool) -> Callable[..., Parameters]:
+    """`(parameters, *tasks)` to the meta-gradient, all tasks at once: `vmap(grad(task))`, then the mean.
 
     The gradient is taken inside the vmap. `grad` of a vmapped mean, the order of PyTorch's own example, is
     silently wrong with BatchNorm (seen with torch 2.13), and the proof would refuse it.
     """
     loss = LOSSES[workload.loss]
-    parameters = list(model.parameters())
-    params = {name: p.detach() for name, p in model.named_parameters()}
 
     def task_loss(params: Parameters, x: Tensor, y: Tensor) -> Tensor:
         return loss(functional_call(model, params, (x,)), y)
@@ -113,13 +106,30 @@ def func_vmap(workload: Workload, model: nn.Module, tasks: Tasks, first_order: b
 
     task_grads = vmap(first_order_only if first_order else second_order, in_dims=(None, 0, 0, 0, 0))
 
+    def mean(params: Parameters, *tasks: Tensor) -> Parameters:
+        return {name: grads.mean(0) for name, grads in task_grads(params, *tasks).items()}
+
+    return mean
+
+
+def func_vmap(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool) -> Step:
+    return assigning(mean_gradient(workload, model, first_order), model, tasks)
+
+
+def compiled(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool) -> Step:
+    """torch.compile around all of torch.func's step, in one graph, for these shapes alone."""
+    torch._dynamo.reset()
+    gradient = mean_gradient(workload, model, first_order)
+    return assigning(torch.compile(gradient, fullgraph=True, dynamic=False), model, tasks)
+
+
+def assigning(gradient: Callable[..., Parameters], model: nn.Module, tasks: Tasks) -> Step:
+    parameters = list(model.parameters())
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
     def step() -> None:
         clear(parameters)
-        grads = task_grads(params, *tasks)
-        for p, grad_p in zip(parameters, grads.values(), strict=True):
-            p.grad = grad_p.mean(0)
+        for p, grad_p in zip(parameters, gradient(params, *tasks).values(), strict=True):
+            p.grad = grad_p
 
     return step
-
-
-RIVALS: dict[str, Builder] = {"autograd loop": autograd_loop, "torch.func vmap": func_vmap}

@@ -1,4 +1,4 @@
-"""Interleaved timing: every side runs in every round, and a slow minute of the machine hits them all."""
+"""Interleaved timing: every side runs in turn, and a slow minute of the machine hits them all."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Timing:
 
 
 def run_block(step: Callable[[], object], seconds: float) -> Timing:
-    """Run step for the given seconds, at least once; first collect the garbage of the side before."""
+    """Run step for the given seconds, at least once. The first step finds cold caches, and counts only if alone."""
     gc.collect()
     timing = Timing()
     cpu = time.process_time()
@@ -39,29 +39,33 @@ def run_block(step: Callable[[], object], seconds: float) -> Timing:
         if now - begin >= seconds:
             break
     timing.cpu.append((time.process_time() - cpu) / len(timing.wall))
+    if len(timing.wall) > 1:
+        del timing.wall[0]
     return timing
 
 
-def interleave(steps: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Timing]:
-    """Time every step for about `seconds`, in rounds of one block a side, after a fifth of that as warm-up.
+Block = Callable[[float], Timing]
 
-    A step so slow that MAX_ROUNDS of it would pass the budget lowers the number of rounds for all, to
-    MIN_ROUNDS at least; the others then run longer blocks.
+
+def interleave(blocks: Mapping[str, Block], once: Mapping[str, float], seconds: float) -> dict[str, Timing]:
+    """Time every side for about `seconds`, in up to MAX_ROUNDS rounds; `once` is what a step of it takes.
+
+    A side so slow that MAX_ROUNDS of its steps would pass the budget sits out rounds, but is in MIN_ROUNDS at least.
     """
-    gc.collect()
-    gc.freeze()  # spares each block's collection a walk through all that torch has imported
-    try:
-        slowest = max(run_block(step, seconds / 5).wall[-1] for step in steps.values())
-        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / slowest)))
-        timings = {name: Timing() for name in steps}
-        for _ in range(rounds):
-            for name, step in steps.items():
-                block = run_block(step, seconds / rounds)
-                timings[name].wall += block.wall
-                timings[name].cpu += block.cpu
-    finally:
-        gc.unfreeze()
+    timings = {name: Timing() for name in blocks}
+    for number in range(MAX_ROUNDS):
+        for name, block in blocks.items():
+            if number % every(once[name], seconds) == 0:
+                timing = block(seconds / MAX_ROUNDS)
+                timings[name].wall += timing.wall
+                timings[name].cpu += timing.cpu
     return timings
+
+
+def every(once: float, seconds: float) -> int:
+    """In each how many rounds a side of so slow a step runs."""
+    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / once)))
+    return (MAX_ROUNDS - 1) // (rounds - 1)
 
 
 SGEMM_SIZE = 1024

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,9 @@ class Tasks(NamedTuple):
         return Tasks(*(x.double() if x.is_floating_point() else x for x in self))
 
 
+DrawSet = Callable[[int], tuple[Tensor, Tensor]]
+Draw = Callable[[int, int], DrawSet]
+
 # One ReLU or argmax that flips between two correct float32 computations moves a deep net's meta-gradient:
 # autograd's own differs from float64 by 1e-4 (Omniglot), 2e-2 (mini-ImageNet), 0.15 (ResNet-12).
 FLIPS = 0.5
@@ -37,12 +41,13 @@ FLIPS = 0.5
 class Workload:
     """One meta-step: `support` and `query` samples a task; `draw(tasks, seed)(n)` gives one set's x and y.
 
+    It can be pickled: its model and its draw are functions of a module, with their arguments.
     `float32_limit` is the relative error of the meta-gradient that only a wrong kernel exceeds.
     """
 
     name: str
     model: Callable[[], nn.Module]
-    draw: Callable[[int, int], Callable[[int], tuple[Tensor, Tensor]]]
+    draw: Draw
     loss: str
     tasks: int
     support: int
@@ -134,7 +139,7 @@ class ResNet12(nn.Module):
         return self.head(self.blocks(x).mean((2, 3)))
 
 
-def sinusoids(tasks: int, seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+def sinusoids(tasks: int, seed: int) -> DrawSet:
     """Regress `amplitude * sin(x - phase)`, one curve a task: x and y are `[tasks, n, 1]`."""
     generator = torch.Generator().manual_seed(seed)
     amplitude = 0.1 + 4.9 * torch.rand(tasks, 1, 1, generator=generator)
@@ -147,7 +152,7 @@ def sinusoids(tasks: int, seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
     return draw_set
 
 
-def navigation(tasks: int, seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+def navigation(tasks: int, seed: int) -> DrawSet:
     """Regress the way to the task's goal, in place of a policy loss: x and y are `[tasks, n, 2]`."""
     generator = torch.Generator().manual_seed(seed)
     goal = torch.rand(tasks, 1, 2, generator=generator) - 0.5
@@ -159,42 +164,56 @@ def navigation(tasks: int, seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
     return draw_set
 
 
-def images(*shape: int, ways: int = 5) -> Callable[[int, int], Callable[[int], tuple[Tensor, Tensor]]]:
+def images(*shape: int, ways: int = 5) -> Draw:
     """Classify noisy copies of one random image a class: x is `[tasks, n, *shape]`, y labels `[tasks, n]`."""
-
-    def draw(tasks: int, seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-        classes = torch.rand(tasks, ways, *shape, generator=generator)
-
-        def draw_set(samples: int) -> tuple[Tensor, Tensor]:
-            labels = torch.arange(samples) % ways
-            noise = torch.rand(tasks, samples, *shape, generator=generator)
-            return (classes[:, labels] + noise) / 2, labels.repeat(tasks, 1)
-
-        return draw_set
-
-    return draw
+    return partial(draw_images, shape, ways)
 
 
-SINUSOID = Workload("sinusoid-k1", lambda: mlp((1, 40, 40, 1)), sinusoids, "mse", 25, 10, 10, 1, 0.01)
-POLICY = Workload("policy", lambda: mlp((2, 100, 100, 2)), navigation, "mse", 20, 2000, 2000, 1, 0.1)
-OMNIGLOT = Workload("omniglot", lambda: OmniglotNet(5), images(1, 28, 28), "cross_entropy", 4, 5, 75, 5, 0.4, FLIPS)
-MINI_IMAGENET = Workload(
-    "mini-imagenet", lambda: MiniImageNetNet(5), images(3, 84, 84), "cross_entropy", 4, 5, 75, 5, 0.01, FLIPS
-)
-RESNET12 = Workload("resnet12", lambda: ResNet12(5), images(3, 32, 32), "cross_entropy", 4, 5, 25, 3, 0.01, FLIPS)
-# Almost no arithmetic: what a call costs in Python. Six parameters, one task, one sample.
-OVERHEAD = dataclasses.replace(SINUSOID, name="overhead", tasks=1, support=1, query=1)
+def draw_images(shape: tuple[int, ...], ways: int, tasks: int, seed: int) -> DrawSet:
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.rand(tasks, ways, *shape, generator=generator)
+
+    def draw_set(samples: int) -> tuple[Tensor, Tensor]:
+        labels = torch.arange(samples) % ways
+        noise = torch.rand(tasks, samples, *shape, generator=generator)
+        return (classes[:, labels] + noise) / 2, labels.repeat(tasks, 1)
+
+    return draw_set
+
+
+def five_way(name: str, model: Callable[..., nn.Module], draw: Draw, steps: int, rate: float, **shape: int) -> Workload:
+    """5-way 1-shot with four tasks, unless `shape` says otherwise."""
+    return Workload(
+        name, partial(model, 5), draw, "cross_entropy", **{"tasks": 4, "support": 5, "query": 75, **shape},
+        inner_steps=steps, inner_lr=rate, float32_limit=FLIPS,
+    )  # fmt: skip
+
+
+SINUSOID = Workload("sinusoid-k1", partial(mlp, (1, 40, 40, 1)), sinusoids, "mse", 25, 10, 10, 1, 0.01)
+POLICY = Workload("policy", partial(mlp, (2, 100, 100, 2)), navigation, "mse", 20, 2000, 2000, 1, 0.1)
+OMNIGLOT = five_way("omniglot", OmniglotNet, images(1, 28, 28), 5, 0.4)
+MINI_IMAGENET = five_way("mini-imagenet", MiniImageNetNet, images(3, 84, 84), 5, 0.01)
+RESNET12 = five_way("resnet12", ResNet12, images(3, 32, 32), 3, 0.01, query=25)
+replace = dataclasses.replace
 
 WORKLOADS = {
     workload.name: workload
     for workload in (
         SINUSOID,
-        dataclasses.replace(SINUSOID, name="sinusoid-k5", inner_steps=5),
+        replace(SINUSOID, name="sinusoid-k5", inner_steps=5),
+        replace(SINUSOID, name="sinusoid-k1-t1000", tasks=1000),
+        replace(SINUSOID, name="sinusoid-k5-t1000", tasks=1000, inner_steps=5),
         POLICY,
         OMNIGLOT,
+        replace(OMNIGLOT, name="omniglot-t32", tasks=32),
+        replace(
+            OMNIGLOT, name="omniglot-20way", model=partial(OmniglotNet, 20), draw=images(1, 28, 28, ways=20),
+            tasks=16, support=20, query=300, inner_lr=0.1,
+        ),
         MINI_IMAGENET,
+        replace(MINI_IMAGENET, name="mini-imagenet-5shot", tasks=2, support=25),
         RESNET12,
-        OVERHEAD,
+        # Almost no arithmetic: what a call costs in Python. Six parameters, one task, one sample.
+        replace(SINUSOID, name="overhead", tasks=1, support=1, query=1),
     )
-}
+}  # fmt: skip

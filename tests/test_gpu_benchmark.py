@@ -16,14 +16,14 @@ from torch import fx
 ROOT = str(Path(__file__).parents[1])
 if ROOT not in sys.path:
     sys.path.append(ROOT)
-cases, check, cli, facts, jax_rival, machine, matrix, parts, proof, record, sides, smallest, table, worker = (
+cases, check, cli, facts, jax_rival, machine, matrix, parts, proof, record, sides, smallest, table = (
     importlib.import_module(f"benchmarks.gpu.{name}")
     for name in (
         "cases", "check", "__main__", "facts", "jax_rival", "machine", "matrix", "parts", "proof", "record", "sides",
-        "smallest", "table", "worker",
+        "smallest", "table",
     )
 )  # fmt: skip
-workloads = importlib.import_module("benchmarks.workloads")
+files, worker, workloads = (importlib.import_module(f"benchmarks.{name}") for name in ("files", "worker", "workloads"))
 
 SINUSOID = cases.Case("sinusoid-k1", 2, 2, emulated=True)
 OURS = sides.OURS
@@ -316,7 +316,7 @@ def test_the_cases_are_those_of_the_issue():
 
 
 def test_slug():
-    assert record.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert files.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
 
 @pytest.mark.parametrize(("arguments", "message"), [(["--seconds", "0"], "--seconds must be above 0, got 0.0")])

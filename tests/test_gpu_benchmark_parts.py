@@ -15,9 +15,10 @@ import torch
 ROOT = str(Path(__file__).parents[1])
 if ROOT not in sys.path:
     sys.path.append(ROOT)
-check, jax_rival, parts, record, worker = (
-    importlib.import_module(f"benchmarks.gpu.{name}") for name in ("check", "jax_rival", "parts", "record", "worker")
+check, jax_rival, parts, record = (
+    importlib.import_module(f"benchmarks.gpu.{name}") for name in ("check", "jax_rival", "parts", "record")
 )
+worker = importlib.import_module("benchmarks.worker")
 
 
 def dawdle(run, seconds):

@@ -5,7 +5,7 @@ it, and times every workload beside its rivals, each answer proven first, all wi
 recorded in words and the rest goes on; nothing is written that was not measured. `--emulated` runs all of it on a CPU.
 
     __main__   the command          parts    what it does, one part after the other
-    worker     where a part runs    machine  the GPU, or the emulation in its place
+    machine    the GPU, or the emulation in its place
     record     JSON and budgets     table    the Markdown
     check      build, tests, sanitizer       smallest   what the sanitizer watches
     facts      launch costs, rates, bandwidth

@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from ..worker import Failed
 from .machine import ROOT, machine
-from .worker import Failed
 
 TESTS = ("tests/layers", "tests/test_meta_gradient.py", "tests/test_errors.py", "tests/test_cuda.py")
 SMALL_TESTS = ("tests/test_errors.py::test_no_rate_to_repeat",)  # for the emulation, where each takes long

@@ -1,6 +1,6 @@
 """Facts of the device that decide what a meta-step can cost: launches, graph nodes, matrix rates, bandwidth.
 
-A job (worker.py): one piece a fact, `{"value", "unit", "of"}`, or `{"failed"}` in words.
+A job (../worker.py): one piece a fact, `{"value", "unit", "of"}`, or `{"failed"}` in words.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from ..worker import Lost, words
 from ..workloads import WORKLOADS, Tasks
 from .machine import Machine, machine
 from .sides import allow_tf32, ours
-from .worker import Lost, words
 
 REPEATS = 7
 Value = tuple[float, str, str]  # value, unit, what was measured

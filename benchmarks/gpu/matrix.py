@@ -24,6 +24,7 @@ from maml_cuda import ops
 from ..flops import meta_step_flops
 from ..proof import WrongAnswer, truth
 from ..rivals import Step
+from ..worker import OutOfTime, limit, words
 from ..workloads import Tasks, Workload
 from .cases import Case
 from .facts import check
@@ -31,7 +32,6 @@ from .jax_rival import JaxStep
 from .machine import Machine, machine
 from .proof import end_to_end, prove_float64, smooth_errors
 from .sides import OURS, Side, allow_tf32, compiled_sides, sides
-from .worker import OutOfTime, limit, words
 
 Piece = dict[str, Any]
 ROUNDS = 5

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..worker import Failed, words
 from . import check
 from .cases import cases
 from .record import Run
-from .worker import Failed, words
 
 COMPILE_SMALL, COMPILE_LARGE = 40.0, 100.0  # seconds for a compiled rival: nets of Linear layers, of convolutions
 CASE = 45.0  # seconds at most for proving and timing one case
@@ -26,7 +26,7 @@ class Part:
 
 
 def describe(run: Run, seconds: float) -> None:
-    if reason := run.job(run.record["machine"], ".check:describe", run.emulated, seconds=seconds):
+    if reason := run.job(run.record["machine"], ".gpu.check:describe", run.emulated, seconds=seconds):
         raise Failed(reason)
 
 
@@ -66,7 +66,7 @@ def sanitizer(run: Run, seconds: float) -> None:
 
 def facts(run: Run, seconds: float) -> None:
     found = run.record["facts"] = {}
-    if reason := run.job(found, ".facts:facts", run.emulated, seconds=seconds):
+    if reason := run.job(found, ".gpu.facts:facts", run.emulated, seconds=seconds):
         del found["failed"]
         raise Failed(reason)
 
@@ -93,7 +93,7 @@ def matrix(run: Run, seconds: float) -> None:
         found: dict = {}
         run.record["cases"].append(found)
         limit = min(left, CASE + (compile_seconds or 0))
-        run.job(found, ".matrix:measure", case, run.seconds, compile_seconds, seconds=limit)
+        run.job(found, ".gpu.matrix:measure", case, run.seconds, compile_seconds, seconds=limit)
     if without:
         raise Failed(f"no time was left for {'; '.join(without)}")
     bad = [found for found in run.record["cases"] if "failed" in found]

@@ -19,9 +19,9 @@ from maml_cuda.reference import meta_gradient
 
 from ..proof import FLOAT64_LIMIT, WrongAnswer, relative_error, truth
 from ..rivals import Builder
+from ..worker import words
 from ..workloads import Tasks, Workload
 from .sides import ours
-from .worker import words
 
 RIVAL_LIMIT = 1e-3  # of a rival in float32: only a wrong formula exceeds it
 SLACK = 2e-6  # of float32, beyond twice the reference's own error

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import time
 from pathlib import Path
 from typing import Any
 
+from ..files import replace, slug
+from ..worker import Apart, Failed, Here
 from .table import markdown
-from .worker import Apart, Failed, Here
 
 Record = dict[str, Any]
 
@@ -22,11 +21,6 @@ def merge(into: Record, piece: Record) -> None:
             merge(into[key], value)
         else:
             into[key] = value
-
-
-def slug(name: str) -> str:
-    """A name for files: "NVIDIA H100 80GB HBM3" is nvidia-h100-80gb-hbm3."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 class Run:
@@ -87,11 +81,3 @@ class Run:
         texts = (json.dumps(self.record, indent=2), markdown(self.record))
         for path, text in zip(self.files(), texts, strict=False):
             replace(path, text)
-
-
-def replace(path: Path, text: str) -> None:
-    """In one move, so that it is never half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(text + "\n")
-    os.replace(unfinished, path)

@@ -1,4 +1,4 @@
-"""Where a job runs: in a process of its own, so that a fault of the GPU or an endless compilation costs that job only.
+"""Where a job runs: in a process of its own, so that a crash, a hang or an endless compilation costs that job only.
 
 A job is a generator of pieces of the record, named ".module:function" in this package. The pieces that came before a
 failure are kept.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 Piece = dict[str, Any]
@@ -19,6 +20,10 @@ Piece = dict[str, Any]
 
 class Failed(Exception):
     """A job or a part did not come to its end; the words say why."""
+
+
+class Stopped(Failed):
+    """A job took longer than it was given."""
 
 
 class Lost(Exception):
@@ -52,7 +57,7 @@ class Here:
             for piece in start(target, arguments):
                 yield piece
                 if time.monotonic() > end:
-                    raise Failed(f"stopped after its {seconds:.3g} seconds")
+                    raise Stopped(f"stopped after its {seconds:.3g} seconds")
         except Failed:
             raise
         except Exception as error:
@@ -63,9 +68,14 @@ class Here:
 
 
 class Apart:
-    """In a process that serves one job after the other until one fails; then the next job starts a new one."""
+    """In a process that serves one job after the other until one fails; then the next job starts a new one.
 
-    def __init__(self) -> None:
+    It is a fresh one ("spawn"), or where many are needed the fork of a server that has only imported torch and this
+    package ("forkserver").
+    """
+
+    def __init__(self, method: str = "spawn") -> None:
+        self._method = method
         self._process: Any = None
         self._pipe: Any = None
 
@@ -78,7 +88,7 @@ class Apart:
             self._pipe.send((target, arguments))
             while True:
                 if not self._pipe.poll(max(0.0, end - time.monotonic())):
-                    raise Failed(f"stopped after its {seconds:.3g} seconds")
+                    raise Stopped(f"stopped after its {seconds:.3g} seconds")
                 kind, piece = self._pipe.recv()
                 if kind == "failed":
                     raise Failed(piece)
@@ -94,7 +104,9 @@ class Apart:
                 self.stop()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context(self._method)
+        if self._method == "forkserver":
+            context.set_forkserver_preload(["torch", "benchmarks.side"])
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs,), daemon=True)
         self._process.start()
@@ -102,6 +114,8 @@ class Apart:
 
     def stop(self) -> None:
         if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # compilers that it started, too
             self._process.kill()
             self._process.join(10)
             self._pipe.close()
@@ -111,6 +125,7 @@ class Apart:
 def serve(pipe: Any) -> None:
     """The process of Apart."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    os.setpgrp()
     while True:
         try:
             target, arguments = pipe.recv()

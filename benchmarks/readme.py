@@ -1,0 +1,22 @@
+"""The README's figures: what stands between its two markers is written by `python -m benchmarks --readme`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .files import replace
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- python -m benchmarks --readme -->", "<!-- end -->"
+
+
+def write(report: str, plots: Sequence[Path], readme: Path = README) -> None:
+    """Puts the report and its plots between the markers."""
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{readme.name} must hold the markers {BEGIN} and {END}, in this order")
+    pictures = [f"![{path.stem}]({path.relative_to(readme.parent)})" for path in plots]
+    inside = "\n\n".join([report.strip(), *pictures])
+    replace(readme, f"{before}{begin}\n{inside}\n{end}{after}".removesuffix("\n"))
