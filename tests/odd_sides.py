@@ -68,7 +68,7 @@ def dying(*_: Any) -> Any:
 def tiring(workload: Any, model: Any, tasks: Any, first_order: bool) -> Any:
     """Right at first, then it raises."""
     step = autograd_loop(workload, model, tasks, first_order)
-    turns = iter(range(6))
+    turns = iter(range(3))
 
     def tiring_step() -> None:
         if next(turns, None) is None:

@@ -123,8 +123,9 @@ inline Footprint footprint_of(const Layer& l) {
 }
 
 inline const char* name_of(Kind kind) {
-  const char* names[] = {"channels_last", "flatten",  "conv2d",    "batch_norm", "pointwise",
-                         "max_pool",      "avg_pool", "mean_pool", "add",        "block",  "conv_block"};
+  const char* names[] = {"channels_last", "flatten",    "conv2d",    "batch_norm", "pointwise",
+                         "max_pool",      "avg_pool",   "mean_pool", "add",        "block",
+                         "conv_block",    "patch_gram", "stem"};
   return names[static_cast<int>(kind)];
 }
 
