@@ -242,7 +242,7 @@ class Check {
   }
 
   /// Some of the gradients, some of them to be added to.
-  void gradients(Tensors<T>& t, T*& to_x, T* (&to_w)[2], Tensor*& x, Tensor*& w, Tensor*& b) {
+  void gradients(Tensors<T>& t, T*& to_x, T* (&to_w)[kMostParameters], Tensor*& x, Tensor*& w, Tensor*& b) {
     for (bool* flag : {&t.add_x[0], &t.add_w[0], &t.add_w[1]}) *flag = coin();
     if (random_() % 4) to_x = output(x, "gradient of x", inputs(), t.add_x[0]);
     if (random_() % 4) to_w[0] = output(w, "gradient of w", weights(layer_), t.add_w[0]);
