@@ -10,13 +10,14 @@ if not any(Path(__file__).parent.glob("_core.*")):
         "install it in place with `pip install -e .`; an installed package is imported from any other folder."
     )
 
-from . import _core, reference
+from . import _core, policies, reference
 from .fused_maml import FusedMAML, MetaOutput
 from .gradcheck import gradcheck
+from .targets import PolicyTarget
 
 __version__ = _core.version
 
-__all__ = ["FusedMAML", "MetaOutput", "build_info", "gradcheck", "reference"]
+__all__ = ["FusedMAML", "MetaOutput", "PolicyTarget", "build_info", "gradcheck", "policies", "reference"]
 
 
 def build_info() -> dict[str, object]:

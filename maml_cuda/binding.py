@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import checks, device, plan, reference
 from .rates import InnerRates, read_rates
+from .targets import POLICY_LOSSES
 
 AdaptParams = Callable[[str], bool] | Iterable[str] | None
 
@@ -119,6 +120,8 @@ class Binding:
         p = self.like()
         if not isinstance(loss, str):
             raise plan.Unfusable(f"the loss {getattr(loss, '__name__', type(loss).__name__)} is a callable of yours")
+        if loss in POLICY_LOSSES:
+            raise plan.Unfusable(f"the loss {loss} is not fused")
         if why_not := device.why_not(p.device):
             raise plan.Unfusable(why_not)
         if p.dtype not in (torch.float32, torch.float64):

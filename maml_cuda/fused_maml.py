@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import checks, general, ops, reference
 from .binding import Binding
 from .rates import InnerRates, Rate, hold, read_rates
+from .targets import PolicyTarget, Target
 
 
 @dataclass
@@ -21,7 +22,7 @@ class MetaOutput:
 
     loss: 0-d, sum over tasks of weight times task loss (the mean without task_weights).
     task_losses: [tasks], query losses after the inner loop.
-    logits: [tasks, n_query, ...], predictions on the query sets.
+    logits: [tasks, n_query, ...], predictions on the query sets; of a Gaussian policy the means.
     support_losses: [tasks, inner_steps]; column k is the support loss at phi_k.
     """
 
@@ -40,8 +41,10 @@ class FusedMAML(nn.Module):
             the adapted names -> float, 0-d, [inner_steps], the parameter's shape, or [inner_steps, *shape]. An
             nn.Parameter among them receives its exact gradient.
         inner_steps: steps of the inner loop, from 0.
-        loss: "cross_entropy" (mean over samples), "mse" (mean over all elements), or (prediction, target) -> scalar
-            (general path; a module's parameters are meta-learned too).
+        loss: "cross_entropy" (mean over samples), "mse" (mean over all elements), "gaussian_policy_gradient" (of a
+            model that returns (mean, log_std)) or "categorical_policy_gradient" (of one that returns logits), whose
+            targets are PolicyTargets; or (prediction, target) -> scalar (general path; a module's parameters are
+            meta-learned too).
         first_order: drop the Hessian terms (FOMAML). May be changed at any time.
         adapt_params: which parameters the inner loop changes: a callable on the name, or names. The others still
             receive their exact meta-gradient.
@@ -65,7 +68,7 @@ class FusedMAML(nn.Module):
         inner_lr: float | Tensor | Mapping[str, float | Tensor],
         inner_steps: int = 1,
         *,
-        loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+        loss: str | Callable[..., Tensor] = "cross_entropy",
         first_order: bool = False,
         adapt_params: Callable[[str], bool] | Iterable[str] | None = None,
         backend: str = "auto",
@@ -198,9 +201,9 @@ class FusedMAML(nn.Module):
     def forward(
         self,
         x_spt: Tensor,
-        y_spt: Tensor,
+        y_spt: Target,
         x_qry: Tensor,
-        y_qry: Tensor,
+        y_qry: Target,
         *,
         task_weights: Tensor | None = None,
     ) -> MetaOutput:
@@ -245,7 +248,7 @@ class FusedMAML(nn.Module):
         return MetaOutput(loss, task_losses, logits, support_losses)
 
     def adapt(
-        self, x_spt: Tensor, y_spt: Tensor, steps: int | None = None, *, differentiable: bool = False
+        self, x_spt: Tensor, y_spt: Target, steps: int | None = None, *, differentiable: bool = False
     ) -> dict[str, Tensor]:
         """The parameters after the inner loop, name -> [tasks, *shape].
 
@@ -286,8 +289,9 @@ class FusedMAML(nn.Module):
             differentiable,
         )
 
-    def predict(self, fast: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """Predictions [tasks, n, ...] at each task's own parameters on its own x [tasks, n, ...].
+    def predict(self, fast: Mapping[str, Tensor], x: Tensor) -> Any:
+        """Predictions [tasks, n, ...] at each task's own parameters on its own x [tasks, n, ...]; of a model that
+        returns (mean, log_std) both, for each task.
 
         Differentiable in `fast`.
         """
@@ -299,7 +303,7 @@ class FusedMAML(nn.Module):
             return torch.ops.maml_cuda.predict(own, x, binding.text)
         return torch.ops.maml_cuda.predict_forward(own, x, binding.text)
 
-    def loss_and_grad(self, fast: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_and_grad(self, fast: Mapping[str, Tensor], x: Tensor, y: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss at each task's own parameters [tasks] and its gradient, name -> [tasks, *shape], both detached."""
         binding, x = self._block(fast, x, y)
         names = self._trainable()
@@ -310,7 +314,7 @@ class FusedMAML(nn.Module):
         losses, grads = torch.ops.maml_cuda.loss_and_grad([fast[n].detach() for n in own], x, y, binding.text)
         return losses, self._trainable_of(own, grads, fast)
 
-    def hvp(self, fast: Mapping[str, Tensor], x: Tensor, y: Tensor, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def hvp(self, fast: Mapping[str, Tensor], x: Tensor, y: Target, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The Hessian of the loss at each task's own parameters times v, name -> [tasks, *shape], detached.
 
         v: name -> [tasks, *shape]; a parameter that it lacks, or that is frozen, does not move.
@@ -327,14 +331,58 @@ class FusedMAML(nn.Module):
         products = torch.ops.maml_cuda.hvp(at, x, y, directions, binding.text)
         return self._trainable_of(own, products, fast)
 
+    def fisher_vector_product(
+        self,
+        x_spt: Tensor,
+        y_spt: PolicyTarget,
+        x_qry: Tensor,
+        v: Mapping[str, Tensor],
+        *,
+        weights: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The Hessian-vector product of the KL divergence between adapted policies, for trust regions (TRPO).
+
+        The mean over tasks of J^T F J v: J is the Jacobian of the adapted parameters in the model's own, through the
+        inner loop, F the Fisher matrix of the adapted policy averaged over the query samples. That is the Hessian, at
+        theta = the model's parameters, of the mean over tasks and samples of KL(adapted policy now || adapted policy
+        of theta). With first_order J is the identity. Learned inner rates are held fixed.
+
+        Args:
+            x_spt, y_spt: support sets, [tasks, n_support, ...].
+            x_qry: states of the adapted policies, [tasks, n_query, ...].
+            v: name -> tensor of the parameter's shape, for every trainable parameter.
+            weights: [tasks, n_query], at least 0: the average over samples is weighted; None: all alike.
+
+        Returns:
+            name -> tensor of the parameter's shape, detached.
+        """
+        checks.policy_loss(self.loss, "fisher_vector_product")
+        binding = self._binding()
+        like = binding.like()
+        if torch.is_autocast_enabled(like.device.type):
+            x_spt, x_qry = _in_dtype_of(like, x_spt), _in_dtype_of(like, x_qry)
+        fused = binding.backend != "reference"
+        checks.data("x_spt", x_spt, "y_spt", y_spt, like, self.loss, fused)
+        checks.data("x_qry", x_qry, None, None, like, self.loss, fused)
+        checks.same_tasks(x_spt, x_qry)
+        names = self._trainable()
+        parameters = dict(self.model.named_parameters())
+        checks.direction({n: parameters[n] for n in names}, v)
+        if weights is not None:
+            checks.query_sample_weights(weights, x_qry)
+        return general.fisher_vector_product(
+            self.model, str(self.loss), self._rates(), names, x_spt, y_spt, x_qry, dict(v), weights,
+            self.inner_steps, self.first_order,
+        )  # fmt: skip
+
     # -- helpers ----------------------------------------------------------------------------------------------
 
-    def _look_at_labels(self, binding: Binding, x: Tensor, **labels: Tensor) -> None:
+    def _look_at_labels(self, binding: Binding, x: Tensor, **given: Target) -> None:
         """Where check_labels asks for it on a GPU; the CPU's ops look by themselves."""
-        if self._check_labels and binding.backend == "cuda" and self.loss == "cross_entropy":
-            classes = ops.prediction_shape(binding.text, x)[0]
-            for name, y in labels.items():
-                checks.labels(name, y, classes)
+        if self._check_labels and binding.backend == "cuda":
+            classes = ops.prediction_shape(binding.text, x)[0] if self.loss in checks.OF_CLASSES else None
+            for name, y in given.items():
+                checks.target_values(name, y, classes)
 
     def _trainable(self) -> list[str]:
         return [name for name, p in self.model.named_parameters() if p.requires_grad]
@@ -370,7 +418,7 @@ class FusedMAML(nn.Module):
         binding.fits.add(signature)
         return True
 
-    def _block(self, fast: Mapping[str, Tensor], x: Tensor, y: Tensor | None) -> tuple[Binding, Tensor]:
+    def _block(self, fast: Mapping[str, Tensor], x: Tensor, y: Target | None) -> tuple[Binding, Tensor]:
         """The checks that the building blocks share."""
         binding = self._binding()
         like = binding.like()

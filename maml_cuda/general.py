@@ -14,8 +14,10 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import checks, reference
+from . import checks, reference, targets
+from .policies import Policy, mean_of
 from .rates import Rate
+from .targets import PolicyTarget, Target
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,7 +44,7 @@ def _plain(argument: object) -> object:
         return argument.clone() if argument.is_inference() else argument
     if isinstance(argument, dict):
         return {name: _plain(value) for name, value in argument.items()}
-    return argument
+    return targets.mapped(_plain, argument) if isinstance(argument, PolicyTarget) else argument  # type: ignore[arg-type]
 
 
 @_apart
@@ -52,9 +54,9 @@ def meta_step(
     rates: Mapping[str, Rate],
     parameters: Iterable[Tensor],
     x_spt: Tensor,
-    y_spt: Tensor,
+    y_spt: Target,
     x_qry: Tensor,
-    y_qry: Tensor,
+    y_qry: Target,
     steps: int,
     first_order: bool,
     task_weights: Tensor | None,
@@ -63,7 +65,8 @@ def meta_step(
     requires grad and reaches the loss; none where gradients are off."""
     _check_target(model, loss, None, "y_spt", x_spt, y_spt)
     _check_target(model, loss, None, "y_qry", x_qry, y_qry)
-    wanted = [t for t in (*parameters, x_spt, y_spt, x_qry, y_qry) if t.requires_grad and torch.is_grad_enabled()]
+    data = [x_spt, *targets.tensors(y_spt), x_qry, *targets.tensors(y_qry)]
+    wanted = [t for t in (*parameters, *data) if t is not None and t.requires_grad and torch.is_grad_enabled()]
     weights = [1 / len(x_spt)] * len(x_spt) if task_weights is None else list(task_weights)
     *outputs, gradients = reference.meta_step(
         model, reference.loss_function(loss), rates, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights
@@ -78,7 +81,7 @@ def adapt(
     loss: reference.Loss,
     rates: Mapping[str, Rate],
     x: Tensor,
-    y: Tensor,
+    y: Target,
     steps: int,
     first_order: bool,
     differentiable: bool,
@@ -88,7 +91,9 @@ def adapt(
     theta = dict(model.named_parameters())
     function = reference.loss_function(loss)
     tasks = [
-        reference.inner_loop(model, function, theta, rates, x[t], y[t], steps, first_order, differentiable)[0]
+        reference.inner_loop(
+            model, function, theta, rates, x[t], targets.of_task(y, t), steps, first_order, differentiable
+        )[0]
         for t in range(len(x))
     ]
     adapted = {name: torch.stack([phi[name] for phi in tasks]) for name in rates}
@@ -96,13 +101,16 @@ def adapt(
 
 
 @_apart
-def predict(model: nn.Module, fast: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    return torch.stack([reference.call(model, {n: p[t] for n, p in fast.items()}, x[t]) for t in range(len(x))])
+def predict(model: nn.Module, fast: Mapping[str, Tensor], x: Tensor) -> Policy:
+    predictions = [reference.call(model, {n: p[t] for n, p in fast.items()}, x[t]) for t in range(len(x))]
+    if isinstance(predictions[0], Tensor):
+        return torch.stack(predictions)
+    return tuple(torch.stack(parts) for parts in zip(*predictions, strict=True))  # type: ignore[return-value]
 
 
 @_apart
 def loss_and_grad(
-    model: nn.Module, loss: reference.Loss, fast: Mapping[str, Tensor], names: list[str], x: Tensor, y: Tensor
+    model: nn.Module, loss: reference.Loss, fast: Mapping[str, Tensor], names: list[str], x: Tensor, y: Target
 ) -> tuple[Tensor, dict[str, Tensor]]:
     _check_target(model, loss, fast, "y", x, y)
     return reference.loss_and_grad(model, reference.loss_function(loss), fast, names, x, y)
@@ -115,24 +123,49 @@ def hvp(
     fast: Mapping[str, Tensor],
     names: list[str],
     x: Tensor,
-    y: Tensor,
+    y: Target,
     v: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     _check_target(model, loss, fast, "y", x, y)
     return reference.hvp(model, reference.loss_function(loss), fast, names, x, y, v)
 
 
+@_apart
+def fisher_vector_product(
+    model: nn.Module,
+    loss: str,
+    rates: Mapping[str, Rate],
+    names: list[str],
+    x_spt: Tensor,
+    y_spt: Target,
+    x_qry: Tensor,
+    v: Mapping[str, Tensor],
+    weights: Tensor | None,
+    steps: int,
+    first_order: bool,
+) -> dict[str, Tensor]:
+    """By `names`."""
+    _check_target(model, loss, None, "y_spt", x_spt, y_spt)
+    if weights is None:
+        weights = x_qry.new_ones(x_qry.shape[:2])
+    checks.sample_weights("weights", weights)
+    return reference.fisher_vector_product(
+        model, reference.loss_function(loss), rates, names, x_spt, y_spt, x_qry, v, targets.shares(weights), steps,
+        first_order,
+    )  # fmt: skip
+
+
 def _check_target(
-    model: nn.Module, loss: reference.Loss, fast: Mapping[str, Tensor] | None, name: str, x: Tensor, y: Tensor
+    model: nn.Module, loss: reference.Loss, fast: Mapping[str, Tensor] | None, name: str, x: Tensor, y: Target
 ) -> None:
-    """Label range, or the target's shape, against one forward of the first task that draws no random number."""
+    """What the model returns, and that the target fits it, against one forward of the first task that draws no random
+    number."""
     if not isinstance(loss, str):
         return
     parameters = dict(model.named_parameters()) if fast is None else {n: p[0] for n, p in fast.items()}
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         prediction = reference.call(model, parameters, x[0])
-    if loss == "cross_entropy":
-        checks.labels(name, y, prediction.shape[1])
-    else:
-        checks.target(name, y, (len(x), *prediction.shape))
+    checks.prediction(loss, prediction)
+    checks.target(name, loss, y, tuple(mean_of(prediction).shape[1:]))
+    checks.target_values(name, y, mean_of(prediction).shape[-1] if loss in checks.OF_CLASSES else None)

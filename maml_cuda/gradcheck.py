@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks, reference, targets
 from .fused_maml import FusedMAML
 from .rates import InnerRates
+from .targets import Target
 
 
 @dataclass
@@ -39,9 +40,9 @@ class GradcheckTable(list):
 def gradcheck(
     maml: FusedMAML,
     x_spt: Tensor,
-    y_spt: Tensor,
+    y_spt: Target,
     x_qry: Tensor,
-    y_qry: Tensor,
+    y_qry: Target,
     *,
     tolerance: float = 1e-8,
     finite_difference_tolerance: float = 1e-4,
@@ -58,8 +59,9 @@ def gradcheck(
     checks.tolerance(tolerance, "tolerance")
     checks.tolerance(finite_difference_tolerance, "finite_difference_tolerance")
     maml = copy.deepcopy(maml).double()
-    x_spt, y_spt, x_qry, y_qry = (t.double() if t.is_floating_point() else t for t in (x_spt, y_spt, x_qry, y_qry))
-    data = [x_spt, y_spt, x_qry, y_qry]
+    x_spt, x_qry = _in_double(x_spt), _in_double(x_qry)
+    y_spt, y_qry = targets.mapped(_in_double, y_spt), targets.mapped(_in_double, y_qry)
+    data = (x_spt, y_spt, x_qry, y_qry)
     maml.zero_grad()
     maml(*data).loss.backward()
     rate = maml.inner_lr
@@ -98,7 +100,13 @@ def gradcheck(
     return table
 
 
-def _finite_difference_error(maml: FusedMAML, data: list[Tensor], p: Tensor, grad: Tensor, direction: Tensor) -> float:
+def _in_double(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
+
+
+def _finite_difference_error(
+    maml: FusedMAML, data: tuple[Tensor, Target, Tensor, Target], p: Tensor, grad: Tensor, direction: Tensor
+) -> float:
     """|central difference - <grad, unit direction>| of the meta-loss."""
     norm = direction.norm()
     if norm == 0:

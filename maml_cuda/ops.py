@@ -77,8 +77,7 @@ class _Problem:
         return elements * like.element_size()
 
     def check_target(self, name: str, y: Tensor, x: Tensor) -> None:
-        if self.loss == "mse":
-            checks.target(name, y, (*x.shape[:2], *self.prediction))
+        checks.target(name, self.loss, y, self.prediction)
 
 
 # (plan, operation, sample, n_support, n_query, steps, first_order, double)

@@ -7,15 +7,20 @@ Every answer of the fused path has its twin here, written as the paper has it: a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from . import policies, targets
+from .policies import Policy
 from .rates import InnerRates, Rate, read_rates
+from .targets import PolicyTarget, Target
 
-Loss = str | Callable[[Tensor, Tensor], Tensor]
+Loss = str | Callable[..., Tensor]
 
 
 def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
@@ -27,10 +32,24 @@ def mse(prediction: Tensor, target: Tensor) -> Tensor:
     return ((prediction - target) ** 2).mean()
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": cross_entropy, "mse": mse}
+def policy_gradient(policy: Policy, target: PolicyTarget) -> Tensor:
+    """The two forms that PolicyTarget tells of."""
+    coefficients = targets.coefficients(target)
+    log_prob = policies.log_prob(policy, target.actions)
+    if target.old_log_probs is None:
+        return -(coefficients * log_prob).sum()
+    log_ratio = (log_prob - target.old_log_probs).masked_fill(coefficients == 0, 0)  # of padding it might overflow
+    return -(coefficients * log_ratio.exp()).sum()
 
 
-def loss_function(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "cross_entropy": cross_entropy,
+    "mse": mse,
+    **dict.fromkeys(targets.POLICY_LOSSES, policy_gradient),
+}
+
+
+def loss_function(loss: Loss) -> Callable[..., Tensor]:
     return LOSSES[loss] if isinstance(loss, str) else loss
 
 
@@ -45,7 +64,7 @@ def adapted_names(model: nn.Module, adapt_params: Callable[[str], bool] | Iterab
     return [name for name in trainable if name in chosen]
 
 
-def call(model: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+def call(model: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Any:
     """model(x) at `parameters`. Buffers are read but never written: running statistics stay as they are."""
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     return functional_call(model, ({**parameters}, buffers), (x,))
@@ -53,11 +72,11 @@ def call(model: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Tenso
 
 def inner_loop(
     model: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Callable[..., Tensor],
     theta: Mapping[str, Tensor],
     rates: Mapping[str, Rate],
     x: Tensor,
-    y: Tensor,
+    y: Target,
     steps: int,
     first_order: bool,
     differentiable: bool = True,
@@ -108,9 +127,9 @@ def meta_gradient(
     model: nn.Module,
     loss: Loss,
     x_spt: Tensor,
-    y_spt: Tensor,
+    y_spt: Target,
     x_qry: Tensor,
-    y_qry: Tensor,
+    y_qry: Target,
     inner_lr: float | Tensor | Mapping[str, float | Tensor] | InnerRates,
     inner_steps: int,
     first_order: bool = False,
@@ -120,8 +139,8 @@ def meta_gradient(
 
     Args:
         model: any module; its `.grad` fields are not touched.
-        loss: "cross_entropy", "mse", or (prediction, target) -> scalar.
-        x_spt, y_spt, x_qry, y_qry: [tasks, samples, ...].
+        loss: a name that FusedMAML takes, or (prediction, target) -> scalar.
+        x_spt, y_spt, x_qry, y_qry: [tasks, samples, ...]; a policy-gradient loss takes PolicyTargets.
         inner_lr: every form of FusedMAML's.
 
     Returns:
@@ -149,13 +168,13 @@ def meta_gradient(
 
 def meta_step(
     model: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Callable[..., Tensor],
     rates: Mapping[str, Rate],
     wanted: list[Tensor],
     x_spt: Tensor,
-    y_spt: Tensor,
+    y_spt: Target,
     x_qry: Tensor,
-    y_qry: Tensor,
+    y_qry: Target,
     steps: int,
     first_order: bool,
     weights: Iterable[float | Tensor],
@@ -174,11 +193,19 @@ def meta_step(
     gradients: list[Tensor | None] = [torch.zeros_like(t) if id(t) in of_rates else None for t in wanted]
     for t, weight in enumerate(weights):
         phi, inner = inner_loop(
-            model, loss, theta, rates, x_spt[t], y_spt[t], steps, first_order, differentiable=bool(wanted)
+            model,
+            loss,
+            theta,
+            rates,
+            x_spt[t],
+            targets.of_task(y_spt, t),
+            steps,
+            first_order,
+            differentiable=bool(wanted),
         )
         with torch.set_grad_enabled(bool(wanted)):
             prediction = call(model, phi, x_qry[t])
-            value = loss(prediction, y_qry[t])
+            value = loss(prediction, targets.of_task(y_qry, t))
         if wanted:
             for i, g in enumerate(torch.autograd.grad(value, wanted, allow_unused=True)):
                 if g is not None:
@@ -186,7 +213,7 @@ def meta_step(
                     so_far = gradients[i]
                     gradients[i] = share if so_far is None else so_far + share
         task_losses.append(value.detach())
-        logits.append(prediction.detach())
+        logits.append(policies.mean_of(prediction).detach())
         support_losses.append(torch.stack(inner) if inner else value.detach().new_zeros(0))
         total = total + (weight.detach() if isinstance(weight, Tensor) else weight) * value.detach()
     assert isinstance(total, Tensor)  # checks.py refuses a call without tasks
@@ -195,16 +222,16 @@ def meta_step(
 
 def loss_and_grad(
     model: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Callable[..., Tensor],
     fast: Mapping[str, Tensor],
     names: list[str],
     x: Tensor,
-    y: Tensor,
+    y: Target,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Per task: the loss at its own parameters [tasks], and the gradients by `names` [tasks, *shape]."""
     losses, gradients = [], []
     for t in range(len(x)):
-        value, grads, _ = _gradient(model, loss, fast, names, x[t], y[t], t, create_graph=False)
+        value, grads, _ = _gradient(model, loss, fast, names, x[t], targets.of_task(y, t), t, create_graph=False)
         losses.append(value.detach())
         gradients.append(grads)
     return torch.stack(losses), _stacked(names, gradients)
@@ -212,17 +239,17 @@ def loss_and_grad(
 
 def hvp(
     model: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Callable[..., Tensor],
     fast: Mapping[str, Tensor],
     names: list[str],
     x: Tensor,
-    y: Tensor,
+    y: Target,
     v: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Per task: the Hessian of the loss at its own parameters times v, by `names` [tasks, *shape]."""
     products = []
     for t in range(len(x)):
-        _, grads, at = _gradient(model, loss, fast, names, x[t], y[t], t, create_graph=True)
+        _, grads, at = _gradient(model, loss, fast, names, x[t], targets.of_task(y, t), t, create_graph=True)
         with torch.enable_grad():
             along = sum(
                 ((g * v[n][t].detach()).sum() for n, g in zip(names, grads, strict=True) if n in v),
@@ -236,13 +263,52 @@ def hvp(
     return _stacked(names, products)
 
 
+def fisher_vector_product(
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    rates: Mapping[str, Rate],
+    names: list[str],
+    x_spt: Tensor,
+    y_spt: Target,
+    x_qry: Tensor,
+    v: Mapping[str, Tensor],
+    weights: Tensor,
+    steps: int,
+    first_order: bool,
+) -> dict[str, Tensor]:
+    """The Hessian, at theta, of the mean over tasks of KL(adapted policy at theta || adapted policy), times v.
+
+    weights: [tasks, n_query], which sum to 1 in each task.
+    """
+    theta = {n: p.detach().requires_grad_(n in names) for n, p in model.named_parameters()}
+    fixed = {
+        name: replace(r, value=r.value.detach()) if isinstance(r.value, Tensor) else r for name, r in rates.items()
+    }
+    at = [theta[name] for name in names]
+    total = [torch.zeros_like(p) for p in at]
+    for t in range(len(x_spt)):
+        phi, _ = inner_loop(model, loss, theta, fixed, x_spt[t], targets.of_task(y_spt, t), steps, first_order)
+        with torch.enable_grad():
+            policy = call(model, phi, x_qry[t])
+            old = policy.detach() if isinstance(policy, Tensor) else (policy[0].detach(), policy[1].detach())
+            divergence = (weights[t] * policies.kl_divergence(old, policy)).sum()
+            first = torch.autograd.grad(divergence, at, create_graph=True, allow_unused=True)
+            along = sum((g * v[n].detach()).sum() for n, g in zip(names, first, strict=True) if g is not None)
+        if not isinstance(along, Tensor) or not along.requires_grad:
+            continue  # the policy does not depend on them
+        for so_far, g in zip(total, torch.autograd.grad(along, at, allow_unused=True), strict=True):
+            if g is not None:
+                so_far += g / len(x_spt)
+    return dict(zip(names, total, strict=True))
+
+
 def _gradient(
     model: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Callable[..., Tensor],
     fast: Mapping[str, Tensor],
     names: list[str],
     x: Tensor,
-    y: Tensor,
+    y: Target,
     task: int,
     create_graph: bool,
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:

@@ -1,0 +1,68 @@
+"""Stochastic policies as a model returns them, batched over whatever stands before the last axes.
+
+A categorical policy is its logits [..., n, actions]; a Gaussian one is (mean [..., n, action], log_std), with
+independent dimensions and log_std [..., n, action], or [..., action] for all states alike: what `maml.predict` gives
+back for all tasks at once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+Policy = Tensor | tuple[Tensor, Tensor]
+
+
+def log_prob(policy: Policy, actions: Tensor) -> Tensor:
+    """log pi(actions), [..., n]. actions: [..., n, action] (Gaussian) or int64 [..., n] (categorical)."""
+    if isinstance(policy, Tensor):
+        return policy.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    mean, log_std = _by_state(policy)
+    error = (actions - mean) * (-log_std).exp()
+    return -(error.square() / 2 + log_std + math.log(2 * math.pi) / 2).sum(-1)
+
+
+def kl_divergence(old: Policy, new: Policy) -> Tensor:
+    """KL(old || new) in each state, [..., n]."""
+    if isinstance(old, Tensor):
+        assert isinstance(new, Tensor)
+        old_log, new_log = old.log_softmax(-1), new.log_softmax(-1)
+        return (old_log.exp() * (old_log - new_log)).sum(-1)
+    assert not isinstance(new, Tensor)
+    (mean, log_std), (new_mean, new_log_std) = _by_state(old), _by_state(new)
+    variance, precision = (2 * log_std).exp(), (-2 * new_log_std).exp()
+    per_dimension = new_log_std - log_std + ((variance + (mean - new_mean).square()) * precision - 1) / 2
+    return per_dimension.sum(-1)
+
+
+def entropy(policy: Policy) -> Tensor:
+    """In each state, [..., n], in nats."""
+    if isinstance(policy, Tensor):
+        log = policy.log_softmax(-1)
+        return -(log.exp() * log).sum(-1)
+    mean, log_std = _by_state(policy)
+    return (log_std + (1 + math.log(2 * math.pi)) / 2).expand_as(mean).sum(-1)
+
+
+def sample(policy: Policy, generator: torch.Generator | None = None) -> Tensor:
+    """One action for each state, detached: [..., n, action] (Gaussian) or int64 [..., n] (categorical)."""
+    if isinstance(policy, Tensor):
+        chances = policy.detach().softmax(-1)
+        drawn = torch.multinomial(chances.reshape(-1, chances.shape[-1]), 1, generator=generator)
+        return drawn.view(chances.shape[:-1])
+    mean, log_std = _by_state(policy)
+    noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    return (mean + log_std.exp() * noise).detach()
+
+
+def mean_of(prediction: Policy) -> Tensor:
+    """The logits, or the mean."""
+    return prediction if isinstance(prediction, Tensor) else prediction[0]
+
+
+def _by_state(policy: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and log_std, of which the second broadcasts to the first."""
+    mean, log_std = policy
+    return mean, log_std.unsqueeze(-2) if 1 < log_std.dim() < mean.dim() else log_std
