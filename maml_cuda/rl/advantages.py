@@ -1,0 +1,72 @@
+"""Advantages: discounted returns, a linear baseline for each task, generalized advantage estimation.
+
+Duan et al. 2016 (rllab), whose baseline the MAML paper uses: features (s, s^2, t/100, (t/100)^2, (t/100)^3, 1), ridge
+regression on the discounted returns of the very episodes that it is then subtracted from. Sums over time are products
+with one triangular matrix of discounts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from maml_cuda import PolicyTarget
+
+from .sampling import Episodes
+
+RIDGE = 1e-5
+
+
+def discounted_sums(values: Tensor, discount: float) -> Tensor:
+    """``sum_j discount^j values[t + j]`` over the last axis, ``[..., steps]``."""
+    steps = torch.arange(values.shape[-1], device=values.device)
+    ahead = steps[:, None] - steps  # [j, t]: j is ahead of t by so many steps
+    powers = torch.where(ahead >= 0, torch.tensor(discount, dtype=values.dtype) ** ahead.clamp(min=0), 0)
+    return values @ powers
+
+
+def baseline_features(observations: Tensor) -> Tensor:
+    """``[tasks, episodes, steps, 2 * observation_size + 4]``, float64. Observations are clipped to [-10, 10], as rllab
+    does."""
+    clipped = observations.double().clamp(-10, 10)
+    time = torch.arange(clipped.shape[2], dtype=torch.float64) / 100
+    powers = torch.stack([time, time**2, time**3, torch.ones_like(time)], -1)
+    return torch.cat([clipped, clipped**2, powers.expand(*clipped.shape[:3], 4)], -1)
+
+
+def baseline_values(episodes: Episodes, returns: Tensor) -> Tensor:
+    """The fitted baseline in each state, ``[tasks, episodes, steps]``, float64; 0 after an episode's end."""
+    features = (baseline_features(episodes.observations) * episodes.alive.unsqueeze(-1)).flatten(1, 2)
+    gram = features.mT @ features + RIDGE * torch.eye(features.shape[-1], dtype=features.dtype)
+    weights = torch.linalg.solve(gram, features.mT @ returns.double().flatten(1).unsqueeze(-1))
+    return (features @ weights).view(episodes.alive.shape)
+
+
+def advantages(episodes: Episodes, discount: float, gae_lambda: float) -> Tensor:
+    """``[tasks, episodes, steps]``, of mean 0 and deviation 1 over each task's samples; 0 after an episode's end."""
+    rewards = episodes.rewards.double()
+    values = baseline_values(episodes, discounted_sums(rewards, discount))
+    following = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)  # 0 beyond the last step
+    residuals = rewards + discount * following - values
+    raw = discounted_sums(residuals, discount * gae_lambda)
+    alive = episodes.alive
+    count = alive.sum((1, 2), keepdim=True)
+    centred = (raw - (raw * alive).sum((1, 2), keepdim=True) / count) * alive
+    deviation = (centred.square().sum((1, 2), keepdim=True) / count).sqrt()
+    return (centred / (deviation + 1e-8)).float()
+
+
+def samples(episodes: Episodes, discount: float, gae_lambda: float, *, ratio: bool) -> tuple[Tensor, PolicyTarget]:
+    """``x [tasks, samples, observation_size]`` and its PolicyTarget: the likelihood-ratio form where ``ratio``, which
+    needs the probabilities under the policy that acted, else the score form."""
+    if episodes.alive.shape[1] == 0 or not episodes.alive.sum((1, 2)).all():
+        task = int((episodes.alive.sum((1, 2)) == 0).nonzero()[0]) if episodes.alive.shape[1] else 0
+        raise ValueError(f"episodes must have at least one step in each task, got none in task {task}")
+    x, actions, gains, log_probs, weights = episodes.pack(
+        episodes.observations,
+        episodes.actions,
+        advantages(episodes, discount, gae_lambda),
+        episodes.log_probs,
+        episodes.alive,
+    )
+    return x, PolicyTarget(actions, gains, log_probs if ratio else None, weights)

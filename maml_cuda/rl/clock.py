@@ -1,0 +1,27 @@
+"""Where the time of an iteration goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Clock:
+    """Wall-clock seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {"physics": 0.0, "policy": 0.0, "gradient": 0.0}
+
+    @contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - started
+
+    def shares(self) -> dict[str, float]:
+        """Each part's share of their sum."""
+        total = sum(self.seconds.values()) or 1.0
+        return {what: seconds / total for what, seconds in self.seconds.items()}

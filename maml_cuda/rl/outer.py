@@ -1,0 +1,185 @@
+"""The outer step: how the policy's parameters follow the meta-gradient.
+
+Everything that is differentiated is one fused pass: the surrogate and its exact meta-gradient (``maml(...)``), and the
+product of the Fisher matrix of the adapted policies, through the inner step, with a direction
+(``maml.fisher_vector_product``). The line search only runs forward passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from maml_cuda import FusedMAML, PolicyTarget, policies
+
+CG_ITERATIONS = 10
+CG_TOLERANCE = 1e-10
+LINE_SEARCH_STEPS = 15
+LINE_SEARCH_FACTOR = 0.8
+
+Vector = dict[str, Tensor]  # by parameter
+
+
+class MetaSamples(NamedTuple):
+    """What an outer step learns from."""
+
+    x_spt: Tensor  # [tasks, n_spt, observation_size], drawn by the policy itself
+    y_spt: PolicyTarget  # score form
+    x_qry: Tensor  # [tasks, n_qry, observation_size], drawn by the adapted policies
+    y_qry: PolicyTarget  # likelihood-ratio form
+
+
+class OuterStep(NamedTuple):
+    """What an outer step did."""
+
+    surrogate_before: float
+    surrogate_after: float
+    kl: float  # mean over tasks of KL(adapted before || adapted after)
+    accepted: bool
+
+
+def trpo(maml: FusedMAML, samples: MetaSamples, max_kl: float, damping: float) -> OuterStep:
+    """One trust-region step (Schulman et al. 2015): along ``F^-1 g`` as far as the KL bound allows.
+
+    Conjugate gradients solve ``(F + damping) s = g``; the step ``s * sqrt(2 max_kl / s^T (F + damping) s)`` is
+    shortened by 0.8, up to 15 times, until the surrogate falls and the mean KL of the adapted policies is at most
+    ``max_kl``. The parameters stay as they were where no length serves.
+    """
+    parameters = _parameters(maml)
+    before, gradient = _surrogate_and_gradient(maml, samples)
+
+    def damped_fisher(v: Vector) -> Vector:
+        product = maml.fisher_vector_product(
+            samples.x_spt, samples.y_spt, samples.x_qry, v, weights=samples.y_qry.weights
+        )
+        return {name: product[name] + damping * v[name] for name in v}
+
+    step = conjugate_gradients(damped_fisher, gradient)
+    curvature = dot(step, damped_fisher(step))
+    if not curvature > 0:  # a gradient of zero, or not finite
+        return OuterStep(before, before, 0.0, False)
+    step = _scaled(step, (2 * max_kl / curvature) ** 0.5)
+    old = _adapted_policies(maml, samples)
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for attempt in range(LINE_SEARCH_STEPS):
+        _assign(parameters, start, step, -(LINE_SEARCH_FACTOR**attempt))
+        new = _adapted_policies(maml, samples)
+        surrogate, kl = _surrogate(new, samples), _mean_kl(old, new, samples)
+        if surrogate < before and kl <= max_kl:  # false for NaN
+            return OuterStep(before, surrogate, kl, True)
+    _assign(parameters, start, step, 0.0)
+    return OuterStep(before, before, 0.0, False)
+
+
+def vpg(maml: FusedMAML, samples: MetaSamples, optimizer: torch.optim.Optimizer) -> OuterStep:
+    """One step of the optimizer along the meta-gradient (REINFORCE: at the policy that acted, the ratio is 1)."""
+    old = _adapted_policies(maml, samples)
+    before, gradient = _surrogate_and_gradient(maml, samples)
+    _optimize(maml, optimizer, gradient)
+    new = _adapted_policies(maml, samples)
+    return OuterStep(before, _surrogate(new, samples), _mean_kl(old, new, samples), True)
+
+
+def clipped(
+    maml: FusedMAML, samples: MetaSamples, optimizer: torch.optim.Optimizer, epochs: int, clip: float
+) -> OuterStep:
+    """``epochs`` steps on the clipped surrogate of PPO (Schulman et al. 2017) with MAML's exact gradient, the outer loss
+    of ProMP (Rothfuss et al. 2019) without its penalty on the inner KL.
+
+    Where ``min(r A, clip(r) A)`` is the clipped one a sample's gradient is zero, and otherwise that of ``r A``: so each
+    epoch is the fused likelihood-ratio loss with the advantages of clipped samples set to 0.
+    """
+    old = _adapted_policies(maml, samples)
+    y = samples.y_qry
+    assert y.old_log_probs is not None
+    first = None
+    for _ in range(epochs):
+        ratio = (policies.log_prob(_adapted_policies(maml, samples), y.actions) - y.old_log_probs).exp()
+        is_clipped = torch.where(y.advantages > 0, ratio > 1 + clip, ratio < 1 - clip)
+        kept = y._replace(advantages=y.advantages.masked_fill(is_clipped, 0))
+        loss, gradient = _surrogate_and_gradient(maml, samples._replace(y_qry=kept))
+        first = loss if first is None else first
+        _optimize(maml, optimizer, gradient)
+    new = _adapted_policies(maml, samples)
+    assert first is not None
+    return OuterStep(first, _surrogate(new, samples), _mean_kl(old, new, samples), True)
+
+
+def conjugate_gradients(product: Callable[[Vector], Vector], b: Vector, iterations: int = CG_ITERATIONS) -> Vector:
+    """``x`` with ``product(x) = b`` after so many iterations from 0; fewer where the residual vanishes."""
+    x = {name: torch.zeros_like(value) for name, value in b.items()}
+    residual = {name: value.clone() for name, value in b.items()}
+    direction = residual
+    squared = dot(residual, residual)
+    for _ in range(iterations):
+        if not squared > CG_TOLERANCE:
+            break
+        image = product(direction)
+        length = squared / dot(direction, image)
+        x = _sum(x, direction, length)
+        residual = _sum(residual, image, -length)
+        squared, previous = dot(residual, residual), squared
+        direction = _sum(residual, direction, squared / previous)
+    return x
+
+
+def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    return sum(float((a[name].double() * b[name].double()).sum()) for name in a)
+
+
+def _sum(a: Vector, b: Vector, factor: float) -> Vector:
+    return {name: a[name] + factor * b[name] for name in a}
+
+
+def _scaled(a: Vector, factor: float) -> Vector:
+    return {name: factor * value for name, value in a.items()}
+
+
+def _parameters(maml: FusedMAML) -> dict[str, Any]:
+    return dict(maml.model.named_parameters())
+
+
+@torch.no_grad()
+def _assign(parameters: Mapping[str, Tensor], start: Vector, step: Vector, factor: float) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(start[name] + factor * step[name])
+
+
+def _surrogate_and_gradient(maml: FusedMAML, samples: MetaSamples) -> tuple[float, Vector]:
+    loss = maml(*samples).loss
+    parameters = _parameters(maml)
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    return float(loss), dict(zip(parameters, gradients, strict=True))
+
+
+def _optimize(maml: FusedMAML, optimizer: torch.optim.Optimizer, gradient: Vector) -> None:
+    for name, parameter in _parameters(maml).items():
+        parameter.grad = gradient[name]
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@torch.no_grad()
+def _adapted_policies(maml: FusedMAML, samples: MetaSamples) -> tuple[Tensor, Tensor]:
+    """Mean and log_std of every adapted policy on its own query states."""
+    return maml.predict(maml.adapt(samples.x_spt, samples.y_spt), samples.x_qry)  # type: ignore[return-value]
+
+
+def _surrogate(policy: tuple[Tensor, Tensor], samples: MetaSamples) -> float:
+    y = samples.y_qry
+    assert y.old_log_probs is not None
+    return -_task_mean((policies.log_prob(policy, y.actions) - y.old_log_probs).exp() * y.advantages, y.weights)
+
+
+def _mean_kl(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], samples: MetaSamples) -> float:
+    return _task_mean(policies.kl_divergence(old, new), samples.y_qry.weights)
+
+
+def _task_mean(values: Tensor, weights: Tensor | None) -> float:
+    """The mean over tasks of each task's mean over its samples ``[tasks, samples]``."""
+    if weights is None:
+        return float(values.mean())
+    return float(((values * weights).sum(1) / weights.sum(1)).mean())
