@@ -39,19 +39,26 @@ MAY_CHANGE = ("iterations", "test_tasks", "data")
 class Training:
     """A run between two meta-iterations: everything that a checkpoint holds."""
 
+    columns = COLUMNS  # of metrics.csv
+
     def __init__(self, run: Path, settings: Settings) -> None:
         self.run = run
         self.settings = settings
+        self.iteration = 0
+        self.seconds = 0.0
+        self.best: dict[str, Any] | None = None  # iteration and score of the best validation
+        self.running = torch.zeros(2)  # sums of loss and score since the last row of metrics.csv
+        self._build()
+
+    def _build(self) -> None:
+        """Model, optimizer, tasks and generator of the settings."""
+        settings = self.settings
         self.maml = make_maml(settings)
         self.optimizer = torch.optim.Adam(self.maml.parameters(), lr=settings.meta_lr, fused=True)
         self.tasks = make_tasks(settings, "train")
         self.validation_tasks = make_tasks(settings, "validation")
         make_tasks(settings, "test")  # so that what cannot be tested at the end is refused here
         self.generator = make_generator(settings, "train")
-        self.iteration = 0
-        self.seconds = 0.0
-        self.best: dict[str, Any] | None = None  # iteration and score of the best validation
-        self.running = torch.zeros(2)  # sums of loss and score since the last row of metrics.csv
 
     @classmethod
     def start(cls, run: Path, settings: Settings) -> "Training":
@@ -62,7 +69,7 @@ class Training:
             )
         training = cls(run, settings)
         run.mkdir(parents=True, exist_ok=True)
-        write_file(run / "metrics.csv", (",".join(COLUMNS) + "\n").encode())
+        write_file(run / "metrics.csv", (",".join(cls.columns) + "\n").encode())
         training.save("last")
         return training
 
@@ -88,15 +95,18 @@ class Training:
 
     def save(self, name: str) -> None:
         """Writes the checkpoint ``last`` or ``best``."""
-        info = {
+        tensors = optimizer_tensors(self.optimizer)
+        tensors |= {"generator": self.generator.get_state(), "running": self.running}
+        save_checkpoint(self.run / name, self.maml.state_dict(), tensors, self._info())
+
+    def _info(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors."""
+        return {
             "iteration": self.iteration,
             "seconds": self.seconds,
             "best": self.best,
             "settings": asdict(self.settings),
         }
-        tensors = optimizer_tensors(self.optimizer)
-        tensors |= {"generator": self.generator.get_state(), "running": self.running}
-        save_checkpoint(self.run / name, self.maml.state_dict(), tensors, info)
 
     def loop(self) -> None:
         """Trains up to ``settings.iterations``. Ctrl-C saves first, then raises KeyboardInterrupt."""
@@ -118,7 +128,7 @@ class Training:
                 if validate:
                     row["validation"] = self._validate(bar)
                 if row:
-                    cells = [f"{row[column]:.6g}" if column in row else "" for column in COLUMNS[1:]]
+                    cells = [f"{row[column]:.6g}" if column in row else "" for column in self.columns[1:]]
                     metrics.write(",".join([str(self.iteration), *cells]) + "\n")
                     metrics.flush()
                 if validate or interrupted.is_set() or self.iteration == settings.iterations:
@@ -198,8 +208,8 @@ class Training:
         return mean
 
 
-def resumed_settings(run: Path, given: dict[str, Any]) -> Settings:
-    """The settings of the run in ``run`` with those of ``given`` that a resumed run may change.
+def resumed_settings(run: Path, given: dict[str, Any], kind: type = Settings) -> Any:
+    """The settings (a ``kind``) of the run in ``run`` with those of ``given`` that a resumed run may change.
 
     FileNotFoundError where no run is, ValueError where ``given`` would make it another run.
     """
@@ -207,7 +217,7 @@ def resumed_settings(run: Path, given: dict[str, Any]) -> Settings:
     for name, value in given.items():
         if name not in MAY_CHANGE and stored[name] != value:
             raise ValueError(f"{name} must stay {stored[name]} in the resumed run {run}, got {value}")
-    return Settings(**(stored | given))
+    return kind(**(stored | given))
 
 
 @contextmanager
