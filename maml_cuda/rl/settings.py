@@ -1,0 +1,107 @@
+"""The reinforcement-learning jobs of ``maml-cuda train`` and their settings."""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+BASELINES = ("none", "pretrained", "random", "oracle")
+OUTER_STEPS = ("trpo", "vpg", "clipped")
+
+
+@dataclass(frozen=True)
+class RLSettings:
+    """Everything that decides the numbers of a run; it is stored with every checkpoint."""
+
+    job: str
+    # the tasks: the environment bears the job's name
+    episodes: int  # a task and adaptation step
+    horizon: int  # most steps of an episode
+    # the inner loop
+    inner_lr: float
+    # meta-training
+    iterations: int
+    meta_batch: int  # tasks a meta-iteration
+    inner_steps: int = 1
+    outer: str = "trpo"
+    max_kl: float = 0.01  # of TRPO
+    damping: float = 1e-5
+    meta_lr: float = 1e-3  # of Adam, for the other outer steps
+    epochs: int = 5  # of the clipped outer step
+    clip: float = 0.2
+    discount: float = 0.99
+    gae_lambda: float = 1.0
+    width: int = 100
+    baseline: str = "none"
+    first_order: bool = False
+    # validation and test
+    validation_interval: int = 20
+    validation_tasks: int = 40
+    test_tasks: int = 40
+    test_steps: int = 3
+    log_interval: int = 1
+    seed: int = 0
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        lowest = {"seed": 0, "inner_steps": 0, "iterations": 0, "test_tasks": 2}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = lowest.get(field.name, 1)
+            if field.type is int and value < least:
+                raise ValueError(f"{field.name} must be at least {least}, got {value}")
+            if field.type is float and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{field.name} must be a positive number, got {value}")
+        for name, choices in (("outer", OUTER_STEPS), ("baseline", BASELINES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("discount", "gae_lambda"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}")
+        if self.inner_steps > 1:
+            raise ValueError(
+                f"inner_steps must be 0 or 1 in training, as in the paper, got {self.inner_steps}: "
+                "test_steps is the number of adaptation steps in test"
+            )
+        if self.test_steps > 10:
+            raise ValueError(f"test_steps must be 1 to 10, got {self.test_steps}")
+        if not self.seed < 2**32:
+            raise ValueError(f"seed must be 0 to 2**32 - 1, got {self.seed}")
+        if self.iterations < 1 and self.baseline != "random":
+            raise ValueError(f"iterations must be at least 1, got {self.iterations}")
+
+    @property
+    def tell_goal(self) -> bool:
+        """Whether the policy observes the goal."""
+        return self.baseline == "oracle"
+
+
+# Section 5.3 and appendix A.2 of the paper, with the settings of its published code where they differ
+# (docs/reinforcement_learning.md).
+NAVIGATION = RLSettings(job="navigation", episodes=20, horizon=100, inner_lr=0.1, iterations=100, meta_batch=20)
+CHEETAH = RLSettings(
+    job="cheetah-direction", episodes=20, horizon=200, inner_lr=0.1, iterations=500, meta_batch=40
+)  # fmt: skip
+RL_JOBS = {
+    "navigation": NAVIGATION,
+    "cheetah-direction": CHEETAH,
+    "cheetah-velocity": replace(CHEETAH, job="cheetah-velocity"),
+    "ant-direction": replace(CHEETAH, job="ant-direction", episodes=40),
+    "ant-velocity": replace(CHEETAH, job="ant-velocity"),
+    "ant-goal": replace(CHEETAH, job="ant-goal"),
+}
+
+
+def new_rl_settings(job: str, **given: Any) -> RLSettings:
+    """The job's defaults with the values of ``given``. A baseline is trained without an inner step, the random one not
+    at all."""
+    baseline = given.get("baseline", "none")
+    if baseline != "none":
+        given.setdefault("inner_steps", 0)
+    if baseline == "random":
+        given.setdefault("iterations", 0)
+    settings = replace(RL_JOBS[job], **given)
+    if baseline != "none" and settings.inner_steps != 0:
+        raise ValueError(f"inner_steps must be 0 for the baseline {baseline}, got {settings.inner_steps}")
+    if baseline == "random" and settings.iterations != 0:
+        raise ValueError(f"iterations must be 0 for the baseline random, got {settings.iterations}")
+    return settings

@@ -1,0 +1,136 @@
+"""Meta-training of a policy: the paper's algorithm 3, as a run of ``maml-cuda train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from tqdm import tqdm
+
+from maml_cuda import FusedMAML
+from maml_cuda.checkpoint import load_checkpoint
+from maml_cuda.train import Training
+
+from .adaptation import evaluate_returns, unadapted
+from .advantages import samples
+from .clock import Clock
+from .environments import make_environment
+from .outer import MetaSamples, OuterStep, clipped, trpo, vpg
+from .policy import GaussianPolicy
+from .sampling import sample_episodes
+from .settings import RLSettings
+
+SPLITS = ("train", "validation", "test")
+
+
+def make_policy(settings: RLSettings) -> FusedMAML:
+    """A fresh policy of ``settings``, initialized from its seed; torch's global generator stays as it was."""
+    environment = make_environment(settings.job)
+    observed = environment.observation_size + settings.tell_goal * environment.goal_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model: nn.Module = GaussianPolicy(observed, environment.action_size, settings.width)
+    return FusedMAML(
+        model,
+        settings.inner_lr,
+        settings.inner_steps,
+        loss="gaussian_policy_gradient",
+        first_order=settings.first_order,
+        backend=settings.backend,
+    )
+
+
+def make_rl_generator(settings: RLSettings, split: str) -> Generator:
+    """A generator for one split alone, so that validation and test never disturb the draws of training."""
+    return Generator().manual_seed(len(SPLITS) * settings.seed + SPLITS.index(split))
+
+
+class RLTraining(Training):
+    """A run between two meta-iterations.
+
+    An iteration draws tasks; samples episodes of each with the policy itself; adapts it to each by one policy-gradient
+    step; samples episodes with the adapted policies; and takes an outer step on those, through the inner one.
+    """
+
+    columns = ("iteration", "before", "after", "surrogate", "kl", "accepted", "std", "validation")
+    settings: RLSettings  # type: ignore[assignment]
+
+    def _build(self) -> None:
+        self.environment = make_environment(self.settings.job)
+        self.maml = make_policy(self.settings)
+        self.optimizer = torch.optim.Adam(self.maml.parameters(), lr=self.settings.meta_lr, fused=True)
+        self.generator = make_rl_generator(self.settings, "train")
+        self.clock = Clock()
+
+    @classmethod
+    def resume(cls, run: Path, settings: Any) -> RLTraining:
+        training = super().resume(run, settings)
+        assert isinstance(training, RLTraining)
+        training.clock.seconds = load_checkpoint(run / "last")[2]["seconds_of"]
+        return training
+
+    def _info(self) -> dict[str, Any]:
+        return super()._info() | {"seconds_of": self.clock.seconds}
+
+    def _step(self, log: bool) -> dict[str, float]:
+        settings, clock = self.settings, self.clock
+        goals = self.environment.sample_goals(settings.meta_batch, self.generator)
+        fast = unadapted(self.maml, len(goals))
+        before, x_spt, y_spt = self._sample(goals, fast, ratio=settings.inner_steps == 0)
+        if settings.inner_steps == 0:
+            after, x_qry, y_qry = before, x_spt, y_spt
+        else:
+            with clock.on("gradient"):
+                fast = self.maml.adapt(x_spt, y_spt)
+            after, x_qry, y_qry = self._sample(goals, fast, ratio=True)
+        with clock.on("gradient"):
+            step = self._outer(MetaSamples(x_spt, y_spt, x_qry, y_qry))
+        std = self.maml.model.log_std.detach().exp().mean()  # type: ignore[operator, union-attr]
+        return {
+            "before": before,
+            "after": after,
+            "surrogate": step.surrogate_after - step.surrogate_before,
+            "kl": step.kl,
+            "accepted": float(step.accepted),
+            "std": float(std),
+        }
+
+    def _sample(self, goals: Tensor, fast: dict[str, Tensor], *, ratio: bool) -> tuple[float, Tensor, Any]:
+        """The mean return, and the samples as the loss takes them."""
+        settings = self.settings
+        episodes = sample_episodes(
+            self.environment, goals, fast, settings.episodes, settings.horizon, self.generator, self.clock,
+            tell_goal=settings.tell_goal,
+        )  # fmt: skip
+        with self.clock.on("gradient"):
+            x, y = samples(episodes, settings.discount, settings.gae_lambda, ratio=ratio)
+        return float(episodes.returns.mean()), x, y
+
+    def _outer(self, batch: MetaSamples) -> OuterStep:
+        settings = self.settings
+        if settings.outer == "trpo":
+            return trpo(self.maml, batch, settings.max_kl, settings.damping)
+        if settings.outer == "vpg":
+            return vpg(self.maml, batch, self.optimizer)
+        return clipped(self.maml, batch, self.optimizer, settings.epochs, settings.clip)
+
+    def _log(self, step: dict[str, float], bar: tqdm) -> dict[str, float]:
+        shares = ", ".join(f"{what} {share:.0%}" for what, share in self.clock.shares().items())
+        bar.set_postfix_str(f"return {step['before']:.1f} -> {step['after']:.1f}, {shares}", refresh=False)
+        bar.update(self.iteration - bar.n)
+        return step
+
+    def _validate(self, bar: tqdm) -> float:
+        """The mean return after as many steps as in training, on the same tasks each time; notes the best."""
+        settings = self.settings
+        returns = evaluate_returns(
+            self.maml, self.environment, settings, make_rl_generator(settings, "validation"), self.clock,
+            settings.validation_tasks, settings.inner_steps,
+        )  # fmt: skip
+        mean = float(returns[-1].mean())
+        if self.best is None or mean > self.best["score"]:
+            self.best = {"iteration": self.iteration, "score": mean}
+        bar.write(f"iteration {self.iteration}: validation return {mean:.1f} after {settings.inner_steps} steps")
+        return mean
