@@ -70,14 +70,16 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor],
     return load_file(complete / MODEL), load_file(complete / TRAINING), info
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
     """The state as flat names, ``optimizer.<parameter's index>.<name>``; every entry must be a tensor."""
-    state = optimizer.state_dict()["state"]
+    state = optimizer.state_dict()["state"] if optimizer else {}
     return {f"optimizer.{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer | None, tensors: dict[str, Tensor]) -> None:
     """Puts the state of ``optimizer_tensors`` back; rate and betas stay those of ``optimizer``."""
+    if optimizer is None:
+        return
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):

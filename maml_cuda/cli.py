@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from maml_cuda import build_info
-from maml_cuda.jobs import JOBS, Settings, new_settings
+from maml_cuda import build_info, presets
+from maml_cuda.jobs import CHOICES, JOBS, Settings, new_settings
 
 TRAIN_DESCRIPTION = """\
 Meta-trains a small network with MAML so that it learns a new task from a handful of examples.
@@ -84,7 +84,7 @@ def train(options: argparse.Namespace) -> int:
         training = start(run, settings)
         print(
             f"{settings.job} in {run}: iteration {training.iteration} of {settings.iterations}, "
-            f"{training.maml.backend} backend, {torch.get_num_threads()} threads"
+            f"{training.backend} backend, {torch.get_num_threads()} threads"
         )
         training.loop()
         print(f"testing the best checkpoint on {settings.test_tasks} tasks")
@@ -101,14 +101,21 @@ def train(options: argparse.Namespace) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     _need("safetensors")
-    from maml_cuda.report import load_run, table, test_run
+    from maml_cuda.checkpoint import load_checkpoint
+    from maml_cuda.report import load_ensemble, load_run, table, test_run
 
     _set_threads(options.threads)
-    machine = _given(backend=options.backend, data=options.data)
-    maml, info = load_run(Path(options.run), options.checkpoint, **machine)
-    given = _given(test_tasks=options.tasks, test_shots=options.shots, seed=options.seed)
-    settings = Settings(**info["settings"] | machine | given)
-    result = test_run(maml, settings) | {"checkpoint": options.checkpoint, "iteration": info["iteration"]}
+    run = Path(options.run)
+    model = _given(backend=options.backend, data=options.data, batch_norm=options.batch_norm)
+    test = _given(test_tasks=options.tasks, test_shots=options.shots, test_queries=options.queries, seed=options.seed)
+    settings = Settings(**load_checkpoint(run / "last")[2]["settings"] | model | test)
+    if options.ensemble:
+        algorithms, iterations = load_ensemble(run, **model)
+        tested: dict[str, Any] = {"ensemble": iterations}
+    else:
+        algorithm, info = load_run(run, options.checkpoint, **model)
+        algorithms, tested = [algorithm], {"checkpoint": options.checkpoint, "iteration": info["iteration"]}
+    result = test_run(algorithms, settings) | tested
     print(json.dumps(result, indent=1) if options.json else table(result))
     return 0
 
@@ -158,6 +165,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "job", nargs="?", metavar="JOB", help=f"what to learn: {', '.join(JOBS)} or FOLDER (default: glyphs)"
     )
 
+    group = parser.add_argument_group("algorithm", "a preset's settings take the place of the job's own")
+    names = group.add_mutually_exclusive_group()
+    named = [name for name in presets.IMAGES if name not in presets.BASELINES]
+    names.add_argument("--preset", metavar="NAME", help=f"{', '.join(named)} (default: maml), or a baseline")
+    names.add_argument("--baseline", dest="preset", choices=presets.BASELINES, help="what MAML is to be better than")
+
     group = parser.add_argument_group("tasks")
     group.add_argument(
         "--data", type=_absolute, metavar="PATH", help="folder that holds the data set; its conversion is kept there"
@@ -165,18 +178,25 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _setting(group, "--ways", "classes a task (not for the sinusoid)")
     _setting(group, "--shots", "support samples a class: what the model adapts to")
     _setting(group, "--queries", "query samples a class: what the meta-loss is taken on")
+    _setting(group, "--train-ways", "classes a training task, where they are not --ways (protonet, matching)")
     _setting(group, "--rotations", "quarter turns of each training class that are classes of their own, 1 to 4")
 
     group = parser.add_argument_group("inner loop: adaptation to one task")
     _setting(group, "--inner-lr", "inner learning rate, on the mean loss of the support set")
     _setting(group, "--inner-steps", "gradient steps in training")
-    _setting(group, "--learn-inner-lr", "learn one inner learning rate a step, starting at --inner-lr")
+    _setting(group, "--learn-inner-lr", "learn rates from --inner-lr on: one a step, a layer and step, or an element")
+    _setting(group, "--adapted", "what the inner loop changes: all, all but BatchNorm's affine maps, the last layer")
+    _setting(group, "--batch-norm", "statistics of the set at hand, with affine maps a step (MAML++), or running ones")
     _setting(group, "--first-order", "FOMAML: leave the Hessian terms out of the meta-gradient")
+    _setting(group, "--inner-batch", "Reptile: samples of an inner step, 0: all")
 
     group = parser.add_argument_group("meta-training")
     _setting(group, "--iterations", "meta-iterations (Adam steps)")
     _setting(group, "--meta-batch", "tasks a meta-iteration")
-    _setting(group, "--meta-lr", "Adam's learning rate")
+    _setting(group, "--meta-lr", "Adam's learning rate (Reptile: the outer step)")
+    _setting(group, "--meta-schedule", "how it falls over the iterations")
+    _setting(group, "--multi-step-iterations", "so many take the query loss after every inner step (MAML++)")
+    _setting(group, "--first-order-iterations", "so many are first order, before the others are second order")
     _setting(
         group,
         "--filters",
@@ -188,6 +208,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("validation and test, on unseen classes or curves")
     _setting(group, "--validation-interval", "iterations between two validations, each of which saves last/")
     _setting(group, "--validation-tasks", "tasks a validation; the best score saves best/")
+    _setting(group, "--best-checkpoints", "so many are kept, and vote in the final test where there are several")
     _setting(group, "--log-interval", "iterations between two rows of metrics.csv")
     _setting(group, "--test-tasks", "tasks of the final test of best/ after 0 to 10 steps")
     _setting(group, "--test-shots", "support samples a class in validation and test (images: as --shots)")
@@ -212,10 +233,19 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", type=int, help="test tasks (default: as in the run)")
     parser.add_argument("--shots", type=int, help="support samples a class (default: as in the run)")
     parser.add_argument(
+        "--test-queries",
+        type=int,
+        dest="queries",
+        help="query samples a class (default: as in the run)",
+    )
+    parser.add_argument("--batch-norm", choices=CHOICES["batch_norm"], help="(default: as in the run)")
+    parser.add_argument(
         "--data", type=_absolute, metavar="PATH", help="folder that holds the data set now (default: as in the run)"
     )
     parser.add_argument("--seed", type=int, help="draws other test tasks (default: as in the run)")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="(default: best)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--checkpoint", choices=("best", "last"), default="best", help="(default: best)")
+    which.add_argument("--ensemble", action="store_true", help="the mean prediction of the best checkpoints of the run")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     _add_machine(parser)
 
@@ -239,7 +269,12 @@ def _setting(group: argparse._ActionsContainer, option: str, text: str, name: st
         jobs.setdefault(getattr(settings, name), []).append(job)
     first = next(iter(jobs))
     if isinstance(first, bool):
-        group.add_argument(option, dest=name, action="store_const", const=True, help=text)
+        group.add_argument(option, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text)
+        return
+    if name in CHOICES:
+        words = [word for word in CHOICES[name] if word]
+        optional: dict[str, Any] = {"nargs": "?", "const": words[0]} if "" in CHOICES[name] else {}
+        group.add_argument(option, dest=name, choices=words, help=text, **optional)
         return
     default = f"{first}" if len(jobs) == 1 else ", ".join(f"{value} {'/'.join(names)}" for value, names in jobs.items())
     options = [option, "--hidden"] if name == "width" else [option]

@@ -1,35 +1,36 @@
 """The metric after 0, 1, 2, ... adaptation steps on tasks that training has not seen."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
 
-from maml_cuda.data import ImageTasks, SinusoidTasks
-from maml_cuda.fused_maml import FusedMAML
+from maml_cuda.data import ImageTasks, MetaBatch, SinusoidTasks
 from maml_cuda.jobs import score
 
 CHUNK = 50  # tasks at a time: bounds memory, and the tasks drawn do not depend on how many are asked for
 
 
 def evaluate(
-    maml: FusedMAML,
+    predict: Callable[[MetaBatch, int], Tensor],
     job: str,
     tasks: ImageTasks | SinusoidTasks,
     generator: Generator,
     num_tasks: int,
     steps: Sequence[int],
 ) -> Tensor:
-    """Scores ``[len(steps), num_tasks]``: each task's query metric (``jobs.score``) after so many steps."""
+    """Scores ``[len(steps), num_tasks]``: each task's query metric (``jobs.score``) after so many steps.
+
+    ``predict(batch, steps)`` is what the model says of the query sets ``[tasks, n_qry, ...]`` after so many steps.
+    """
     scores = torch.empty(len(steps), num_tasks)
     for start in range(0, num_tasks, CHUNK):
-        batch = tasks.sample(CHUNK, generator)
+        drawn = tasks.sample(CHUNK, generator)
         here = slice(start, min(start + CHUNK, num_tasks))
-        x_spt, y_spt, x_qry, y_qry = (part[: here.stop - here.start] for part in batch)
+        batch = MetaBatch(*(part[: here.stop - here.start] for part in drawn))
         for row, count in enumerate(steps):
-            prediction = maml.predict(maml.adapt(x_spt, y_spt, steps=count), x_qry)
-            scores[row, here] = score(job, prediction, y_qry).detach()
+            scores[row, here] = score(job, predict(batch, count), batch.y_qry).detach()
     return scores
 
 

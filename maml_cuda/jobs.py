@@ -4,17 +4,32 @@ All but the sinusoid classify images: the glyphs that ship with the package, and
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
+from maml_cuda import presets
 from maml_cuda.data import GlyphTasks, ImageTasks, SinusoidTasks, images
 from maml_cuda.fused_maml import FusedMAML
 from maml_cuda.models import conv4, conv4_max_pool, sinusoid_mlp
 
 SPLITS = ("train", "validation", "test")
+# What a setting that is a word may say.
+CHOICES = {
+    "algorithm": ("maml", "reptile", "protonet", "matching", "pretrained", "nearest-pixel"),
+    "adapted": ("all", "no-norm", "head"),
+    "learn_inner_lr": ("", "step", "layer", "element"),
+    "batch_norm": ("transductive", "per_step", "running"),
+    "meta_schedule": ("constant", "cosine", "linear"),
+    "backend": ("auto", "fused", "reference"),
+}
+# Whole numbers of which there may be none.
+MAY_BE_0 = (
+    "seed", "inner_steps", "iterations", "train_ways", "inner_batch", "multi_step_iterations", "first_order_iterations"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,8 +58,20 @@ class Settings:
     log_interval: int
     test_tasks: int = 600
     rotations: int = 1  # quarter turns of each training class that are classes of their own
-    learn_inner_lr: bool = False
+    # the algorithm
+    preset: str = "maml"  # whose settings these are (presets.py), but for those that were given
+    algorithm: str = "maml"  # algorithms.py
+    adapted: str = "all"  # what the inner loop changes: all, all but BatchNorm's affine maps, the last layer
+    learn_inner_lr: str = ""  # one rate a step, a layer and step, or an element of each parameter
     first_order: bool = False
+    first_order_iterations: int = 0  # so many are first order, before the others are second order
+    multi_step_iterations: int = 0  # so many take the query loss after every step, the last one ever more
+    batch_norm: str = "transductive"
+    meta_schedule: str = "constant"  # of meta_lr, over the iterations
+    best_checkpoints: int = 1  # that are kept, and vote where there are several
+    train_ways: int = 0  # classes of a training task where they are not ``ways``
+    inner_batch: int = 0  # Reptile: samples of an inner step; 0: all of the task
+    told: bool = False  # sinusoid: the net is given the amplitude and the phase of a curve
     seed: int = 0
     backend: str = "auto"
     data: str = ""  # the folder of a data set that does not ship with the package
@@ -53,12 +80,15 @@ class Settings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and field.name not in ("seed", "inner_steps") and value < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {value}")
+            if field.type is int and field.name != "seed" and value < (least := int(field.name not in MAY_BE_0)):
+                raise ValueError(f"{field.name} must be at least {least}, got {value}")
+            if field.name in CHOICES and value not in CHOICES[field.name]:
+                words = ", ".join(word or "nothing" for word in CHOICES[field.name])
+                raise ValueError(f"{field.name} must be one of {words}, got {value!r}")
             if field.type is float and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{field.name} must be a positive number, got {value}")
-        if self.inner_steps < 0 or (self.learn_inner_lr and self.inner_steps < 1):
-            raise ValueError(f"inner_steps must be at least {int(self.learn_inner_lr)}, got {self.inner_steps}")
+        if self.inner_steps < 1 and (self.learn_inner_lr or self.multi_step_iterations):
+            raise ValueError(f"inner_steps must be at least 1, got {self.inner_steps}")
         if self.test_steps > 10:
             raise ValueError(f"test_steps must be 1 to 10, got {self.test_steps}")
         if not 0 <= self.seed < 2**32:
@@ -66,6 +96,12 @@ class Settings:
         for name in ("ways", "rotations"):
             if self.job == "sinusoid" and getattr(self, name) != 1:
                 raise ValueError(f"{name} must be 1 for the sinusoid, which has no classes, got {getattr(self, name)}")
+        if self.told and self.job != "sinusoid":
+            raise ValueError(f"told must be left out for {self.job}, whose tasks have no amplitude and phase")
+        if self.train_ways not in (0, self.ways) and self.algorithm not in ("protonet", "matching"):
+            raise ValueError(f"train_ways must be ways, {self.ways}, for {self.algorithm}, got {self.train_ways}")
+        if self.algorithm == "nearest-pixel" and self.iterations:
+            raise ValueError(f"iterations must be 0 for nearest-pixel, which learns nothing, got {self.iterations}")
         if self.data and self.job not in images.OPEN:
             raise ValueError(f"data must be left out for {self.job}, which needs none, got {self.data}")
         if self.test_tasks < 2:
@@ -173,8 +209,9 @@ def metric(job: str) -> str:
     return "accuracy" if classifies(job) else "MSE"
 
 
-def new_settings(job: str = "glyphs", **given: Any) -> Settings:
-    """The job's defaults with the values of ``given``; images are classified in test with the shots of training.
+def new_settings(job: str = "glyphs", preset: str = "maml", **given: Any) -> Settings:
+    """The job's defaults, over them those of the preset, over them the values of ``given``; images are classified in
+    test with the shots of training.
 
     ``data``, the folder of a data set, is converted if it has not been yet (``data.images``).
     """
@@ -186,7 +223,7 @@ def new_settings(job: str = "glyphs", **given: Any) -> Settings:
         if not given.get("data"):
             raise ValueError(f"data must name the folder that holds {job}: --data PATH")
         given["data_sha256"] = images.OPEN[job](given["data"]).sha256
-    return replace(JOBS[job], **given)
+    return replace(JOBS[job], preset=preset, **presets.preset(job, preset) | given)
 
 
 def _images(settings: Settings) -> images.Images:
@@ -201,44 +238,74 @@ def _images(settings: Settings) -> images.Images:
 
 def make_maml(settings: Settings) -> FusedMAML:
     """A fresh model of ``settings``, initialized from its seed; torch's global generator stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        model = _make_model(settings)
-    inner_lr: float | nn.Parameter = settings.inner_lr
-    if settings.learn_inner_lr:  # one learned rate a step
-        inner_lr = nn.Parameter(torch.full((settings.inner_steps,), settings.inner_lr))
+    model = make_model(settings)
+    adapted = _adapted(settings, model)
     return FusedMAML(
         model,
-        inner_lr,
+        _inner_rates(settings, {name: p for name, p in model.named_parameters() if name in adapted}),
         settings.inner_steps,
         loss="cross_entropy" if classifies(settings.job) else "mse",
         first_order=settings.first_order,
+        adapt_params=adapted,
         backend=settings.backend,
     )
 
 
-def _make_model(settings: Settings) -> nn.Module:
-    if settings.job == "sinusoid":
-        return sinusoid_mlp(settings.width)
-    if settings.job == "glyphs":
-        return conv4(settings.ways, settings.width)
-    channels, height, width = _images(settings).shape
-    if settings.job == "omniglot":
-        return conv4(settings.ways, settings.width, channels)
-    return conv4_max_pool(settings.ways, settings.width, channels, height, width)
+def make_model(settings: Settings) -> nn.Sequential:
+    """The net alone, whose last module is the linear layer that answers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        if settings.job == "sinusoid":
+            return sinusoid_mlp(settings.width, 3 if settings.told else 1)
+        if settings.job == "glyphs":
+            return conv4(settings.ways, settings.width)
+        channels, height, width = _images(settings).shape
+        if settings.job == "omniglot":
+            return conv4(settings.ways, settings.width, channels)
+        return conv4_max_pool(settings.ways, settings.width, channels, height, width)
+
+
+def without_head(model: nn.Sequential) -> nn.Sequential:
+    """The features that the last layer reads."""
+    return nn.Sequential(OrderedDict(list(model.named_children())[:-1]))
+
+
+def _adapted(settings: Settings, model: nn.Sequential) -> list[str]:
+    names = [name for name, _ in model.named_parameters()]
+    if settings.adapted == "head":
+        head = list(model._modules)[-1]
+        return [name for name in names if name.startswith(f"{head}.")]
+    if settings.adapted == "no-norm":
+        norms = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+        return [name for name in names if name.rpartition(".")[0] not in norms]
+    return names
+
+
+def _inner_rates(settings: Settings, adapted: dict[str, nn.Parameter]) -> Any:
+    """``FusedMAML``'s ``inner_lr``: the number, or what is learned from it on."""
+    steps, rate = settings.inner_steps, settings.inner_lr
+    if settings.learn_inner_lr == "step":
+        return nn.Parameter(torch.full((steps,), rate))
+    if not settings.learn_inner_lr:
+        return rate
+    shapes = {name: p.shape if settings.learn_inner_lr == "element" else (steps,) for name, p in adapted.items()}
+    for name, p in adapted.items():
+        if tuple(p.shape) == (steps,):  # as many elements as steps could be either: here one an element and step
+            shapes[name] = (steps, *p.shape)
+    return {name: nn.Parameter(torch.full(shape, rate)) for name, shape in shapes.items()}
 
 
 def make_tasks(settings: Settings, split: str) -> ImageTasks | SinusoidTasks:
     """The sampler of one split. The sinusoid's splits are one distribution and differ in their draws."""
-    shots, queries = settings.shots, settings.queries
-    if split != "train":
-        shots, queries = settings.test_shots, settings.test_queries
+    ways, shots, queries, rotations = settings.ways, settings.test_shots, settings.test_queries, 1
+    if split == "train":
+        ways, shots, queries = settings.train_ways or settings.ways, settings.shots, settings.queries
+        rotations = settings.rotations
     if settings.job == "sinusoid":
-        return SinusoidTasks(shots, queries)
-    rotations = settings.rotations if split == "train" else 1
+        return SinusoidTasks(shots, queries, settings.told)
     if settings.job == "glyphs":
-        return GlyphTasks(split, settings.ways, shots, queries, rotations)
-    return ImageTasks(_images(settings).split(split), settings.ways, shots, queries, rotations)
+        return GlyphTasks(split, ways, shots, queries, rotations)
+    return ImageTasks(_images(settings).split(split), ways, shots, queries, rotations)
 
 
 def make_generator(settings: Settings, split: str) -> Generator:

@@ -50,6 +50,8 @@ def conv4_max_pool(n_way: int, filters: int, in_channels: int, height: int, widt
     return nn.Sequential(blocks | {"flatten": nn.Flatten(), "classifier": nn.Linear(features, n_way)})
 
 
-def sinusoid_mlp(hidden: int = 40) -> nn.Sequential:
-    """1 - hidden - hidden - 1 with ReLU: ``[n, 1]`` to ``[n, 1]``."""
-    return nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+def sinusoid_mlp(hidden: int = 40, inputs: int = 1) -> nn.Sequential:
+    """inputs - hidden - hidden - 1 with ReLU: ``[n, inputs]`` to ``[n, 1]``."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
+    )

@@ -9,10 +9,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from maml_cuda.algorithms import Algorithm
 from maml_cuda.checkpoint import write_file
 from maml_cuda.data import MetaBatch
 from maml_cuda.data.sinusoid import X
-from maml_cuda.fused_maml import FusedMAML
 from maml_cuda.jobs import Settings, metric
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # told apart with every colour vision
@@ -28,7 +28,7 @@ def learning_curves(metrics: Path, path: Path, settings: Settings) -> None:
         (left, "loss", "training, after adaptation", GREY, "-"),
         (right, "before", "training, before adaptation", ORANGE, "-"),
         (right, "after", "training, after adaptation", BLUE, "-"),
-        (right, "validation", f"validation, mean of 1 to {settings.test_steps} steps", GREEN, "o-"),
+        (right, "validation", "validation", GREEN, "o-"),
     )
     for axes, column, label, colour, style in lines:
         points = [(int(row["iteration"]), float(row[column])) for row in rows if row[column]]
@@ -60,10 +60,10 @@ def adaptation(result: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def image_task(maml: FusedMAML, batch: MetaBatch, steps: int, path: Path, most: int = 8) -> None:
+def image_task(algorithm: Algorithm, batch: MetaBatch, steps: int, path: Path, most: int = 8) -> None:
     """The first task of ``batch``, a row a class: support, then up to ``most`` queries, right or wrong."""
     ways = int(batch.y_spt.max()) + 1
-    logits = maml.predict(maml.adapt(batch.x_spt, batch.y_spt, steps=steps), batch.x_qry)
+    logits = algorithm.predict(batch, steps)
     predicted = logits[0].argmax(-1).view(ways, -1)
     correct = (predicted == batch.y_qry[0].view(ways, -1)).float().mean()
     support = batch.x_spt[0].unflatten(0, (ways, -1))  # [ways, shots, channels, height, width]
@@ -87,21 +87,23 @@ def image_task(maml: FusedMAML, batch: MetaBatch, steps: int, path: Path, most: 
     _save(figure, path)
 
 
-def sinusoid_fits(maml: FusedMAML, batch: MetaBatch, path: Path) -> None:
+def sinusoid_fits(algorithm: Algorithm, batch: MetaBatch, path: Path) -> None:
     """The first task of ``batch``: the true curve, its support points, the fit after 0, 1 and 10 steps."""
-    grid = torch.linspace(*X, 200).view(1, -1, 1)
     x_spt, y_spt, x_qry, y_qry = (part[:1] for part in batch)
-    order = x_qry.flatten().argsort()
+    grid = torch.linspace(*X, 200).view(1, -1, 1)
+    on_grid = MetaBatch(x_spt, y_spt, torch.cat([grid, x_spt[:, :1, 1:].expand(-1, 200, -1)], -1), y_qry)
+    order = x_qry[..., 0].flatten().argsort()
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
 
     def draw(x: Tensor, y: Tensor, style: str, **options: Any) -> None:
-        axes.plot(x.flatten().numpy(), y.detach().flatten().numpy(), style, **options)
+        axes.plot(x[..., 0].flatten().numpy(), y.detach().flatten().numpy(), style, **options)
 
     draw(x_qry[:, order], y_qry[:, order], "-", color=GREY, linewidth=4, alpha=0.4, label="truth")
     for steps, colour, style in ((0, ORANGE, ":"), (1, GREEN, "--"), (10, BLUE, "-")):
-        fit = maml.predict(maml.adapt(x_spt, y_spt, steps=steps), grid)
-        draw(grid, fit, style, color=colour, label=f"after {steps} step{'s' * (steps != 1)}")
+        if steps in algorithm.steps:
+            fit = algorithm.predict(on_grid, steps)
+            draw(grid, fit, style, color=colour, label=f"after {steps} step{'s' * (steps != 1)}")
     draw(x_spt, y_spt, "k^", label=f"{x_spt.shape[1]} support points")
     axes.set(xlabel="x", ylabel="y", title="sinusoid: a curve that training has not seen")
     axes.grid(alpha=0.3)

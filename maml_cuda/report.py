@@ -1,50 +1,73 @@
 """What stands in a run's folder at its end: the test scores in summary.json, and the pictures."""
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from maml_cuda import plots
+from maml_cuda.algorithms import Algorithm, make_algorithm
 from maml_cuda.checkpoint import load_checkpoint, write_file
+from maml_cuda.data import MetaBatch
 from maml_cuda.evaluate import evaluate, mean_and_ci95
-from maml_cuda.fused_maml import FusedMAML
-from maml_cuda.jobs import Settings, classifies, make_generator, make_maml, make_tasks, metric, show
-from maml_cuda.versions import versions
-
-STEPS = range(11)
+from maml_cuda.jobs import Settings, classifies, make_generator, make_tasks, metric, show
+from maml_cuda.versions import commit, machine, versions
 
 
-def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[FusedMAML, dict[str, Any]]:
-    """The model of a checkpoint of ``run``, with the settings of ``given``, and the checkpoint's info.
+def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[Algorithm, dict[str, Any]]:
+    """What a checkpoint of ``run`` has learned, with the settings of ``given``, and the checkpoint's info.
     FileNotFoundError where no run is."""
-    model, _, info = load_checkpoint(run / checkpoint)
-    maml = make_maml(replace(Settings(**info["settings"]), **given))
-    maml.load_state_dict(model)
-    return maml, info
+    learned, _, info = load_checkpoint(run / checkpoint)
+    algorithm = make_algorithm(replace(Settings(**info["settings"]), **given))
+    algorithm.module.load_state_dict(learned)
+    return algorithm, info
 
 
-def test_run(maml: FusedMAML, settings: Settings) -> dict[str, Any]:
-    """The metric on ``settings.test_tasks`` test tasks after 0..10 adaptation steps, as JSON-able values."""
-    scores = evaluate(
-        maml,
-        settings.job,
-        make_tasks(settings, "test"),
-        make_generator(settings, "test"),
-        settings.test_tasks,
-        STEPS,
-    )
+def load_ensemble(run: Path, **given: Any) -> tuple[list[Algorithm], list[int]]:
+    """The best checkpoints of ``run``, the best first, and their iterations. ValueError where the run kept one only."""
+    bests = load_checkpoint(run / "last")[2]["bests"]
+    if not all("checkpoint" in best for best in bests) or not bests:
+        raise ValueError(f"an ensemble must have a run that keeps several checkpoints (--best-checkpoints), got {run}")
+    return [load_run(run, best["checkpoint"], **given)[0] for best in bests], [best["iteration"] for best in bests]
+
+
+def vote(algorithms: Sequence[Algorithm], job: str) -> Callable[[MetaBatch, int], Tensor]:
+    """Predicts the mean of what ``algorithms`` predict: probabilities of classes, values of curves."""
+
+    def predict(batch: MetaBatch, steps: int) -> Tensor:
+        predictions = [algorithm.predict(batch, steps).detach() for algorithm in algorithms]
+        return torch.stack([p.softmax(-1) if classifies(job) else p for p in predictions]).mean(0)
+
+    return predict
+
+
+def test_run(algorithms: Sequence[Algorithm], settings: Settings) -> dict[str, Any]:
+    """The metric on ``settings.test_tasks`` test tasks after each number of adaptation steps, as JSON-able values; of
+    several algorithms, that of their mean prediction.
+
+    ``reported`` is what a table of the field says: the score after ``settings.test_steps`` steps.
+    """
+    steps = list(algorithms[0].steps)
+    predict = algorithms[0].predict if len(algorithms) == 1 else vote(algorithms, settings.job)
+    tasks = make_tasks(settings, "test")
+    scores = evaluate(predict, settings.job, tasks, make_generator(settings, "test"), settings.test_tasks, steps)
     mean, ci95 = mean_and_ci95(scores)
+    row = steps.index(min(settings.test_steps, steps[-1]))
     return {
         "task": settings.job,
         "metric": metric(settings.job),
-        "steps": list(STEPS),
+        "steps": steps,
         "mean": mean,
         "ci95": ci95,
+        "reported": {"steps": steps[row], "mean": mean[row], "ci95": ci95[row]},
         "test_tasks": settings.test_tasks,
         "test_shots": settings.test_shots,
+        "test_queries": settings.test_queries,
+        "batch_norm": settings.batch_norm,
     }
 
 
@@ -58,25 +81,34 @@ def table(result: dict[str, Any]) -> str:
 
 
 def finish(run: Path, settings: Settings) -> dict[str, Any]:
-    """Tests the best checkpoint of a trained run and writes the pictures and, last of all, summary.json."""
-    maml, best = load_run(run, data=settings.data)  # which may have moved since the best checkpoint
+    """Tests the best checkpoint of a trained run, and the vote of the best ones where it kept several, and writes the
+    pictures and, last of all, summary.json."""
+    algorithm, _ = load_run(run, data=settings.data)  # which may have moved since the best checkpoint
     last = load_checkpoint(run / "last")[2]
-    result = test_run(maml, settings)
+    result = test_run([algorithm], settings)
+    if any("checkpoint" in one for one in last["bests"]):
+        several, iterations = load_ensemble(run, data=settings.data)
+        voted = test_run(several, settings)
+        result["ensemble"] = {key: voted[key] for key in ("mean", "ci95", "reported")} | {"iterations": iterations}
     plots.learning_curves(run / "metrics.csv", run / "learning_curves.png", settings)
     plots.adaptation(result, run / "adaptation.png")
     batch = make_tasks(settings, "test").sample(1, make_generator(settings, "test"))
     if classifies(settings.job):
-        plots.image_task(maml, batch, settings.test_steps, run / "task.png")
+        plots.image_task(algorithm, batch, result["reported"]["steps"], run / "task.png")
     else:
-        plots.sinusoid_fits(maml, batch, run / "fits.png")
+        plots.sinusoid_fits(algorithm, batch, run / "fits.png")
     summary = result | {
         "meta_iterations": last["iteration"],
         "seconds": last["seconds"],
-        "tasks_per_second": last["iteration"] * settings.meta_batch / last["seconds"],
-        "best": best["best"],
-        "backend": maml.backend,
+        "cpu_seconds": last["cpu_seconds"],
+        "tasks_per_second": last["iteration"] * settings.meta_batch / last["seconds"] if last["seconds"] else 0.0,
+        "best": last["bests"][0] if last["bests"] else None,
+        "parameters": sum(p.numel() for p in algorithm.module.parameters()),
+        "backend": algorithm.backend,
         "threads": torch.get_num_threads(),
         "settings": asdict(settings),
+        "commit": commit(),
+        "machine": machine(),
         "versions": versions(),
     }
     write_file(run / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())

@@ -1,8 +1,9 @@
-"""The meta-training loop of ``maml-cuda train``: MAML with Adam, resumable to the bit.
+"""The meta-training loop of ``maml-cuda train``, of any algorithm, resumable to the bit.
 
-A run is one folder: ``metrics.csv``, the checkpoints ``last/`` and ``best/``, and what ``report.py`` adds at
-the end. Wall-clock time stands in the checkpoint and in summary.json, never in metrics.csv, so that an
-interrupted and resumed run leaves the very file of one that was not.
+A run is one folder: ``metrics.csv``, the checkpoints ``last/`` and ``best/`` (and ``best-1/`` to ``best-N/``,
+the N best ones in any order, where a setting asks for several), and what ``report.py`` adds at the end. Times
+stand in the checkpoint and in summary.json, never in metrics.csv, so that an interrupted and resumed run leaves
+the very file of one that was not.
 """
 
 import math
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from maml_cuda.algorithms import make_algorithm, meta_lr
 from maml_cuda.checkpoint import (
     load_checkpoint,
     load_optimizer,
@@ -28,11 +30,13 @@ from maml_cuda.checkpoint import (
     save_checkpoint,
     write_file,
 )
+from maml_cuda.data import MetaBatch
 from maml_cuda.evaluate import evaluate
-from maml_cuda.jobs import Settings, classifies, make_generator, make_maml, make_tasks, metric, score, show
+from maml_cuda.jobs import Settings, classifies, make_generator, make_tasks, metric, score, show
 
 COLUMNS = ("iteration", "loss", "before", "after", "validation")
-# What a resumed run may set anew: none touches a number before it. The data may have moved, not changed.
+# What a resumed run may set anew: none touches a number before it (the iterations do, where the outer rate is
+# scheduled over them). The data may have moved, not changed.
 MAY_CHANGE = ("iterations", "test_tasks", "data")
 
 
@@ -45,20 +49,27 @@ class Training:
         self.run = run
         self.settings = settings
         self.iteration = 0
-        self.seconds = 0.0
-        self.best: dict[str, Any] | None = None  # iteration and score of the best validation
+        self.seconds = 0.0  # of wall time
+        self.cpu_seconds = 0.0  # of all threads of this process
+        # Of the best validations, the best first: iteration, score and, where several are kept, the checkpoint's name.
+        self.bests: list[dict[str, Any]] = []
         self.running = torch.zeros(2)  # sums of loss and score since the last row of metrics.csv
         self._build()
 
     def _build(self) -> None:
-        """Model, optimizer, tasks and generator of the settings."""
+        """Everything that is learned (``module``), optimizer, tasks and generator of the settings."""
         settings = self.settings
-        self.maml = make_maml(settings)
-        self.optimizer = torch.optim.Adam(self.maml.parameters(), lr=settings.meta_lr, fused=True)
-        self.tasks = make_tasks(settings, "train")
+        self.algorithm = make_algorithm(settings)
+        self.module, self.optimizer = self.algorithm.module, self.algorithm.optimizer
+        self.tasks = self.algorithm.sampler(make_tasks(settings, "train"))
         self.validation_tasks = make_tasks(settings, "validation")
         make_tasks(settings, "test")  # so that what cannot be tested at the end is refused here
         self.generator = make_generator(settings, "train")
+
+    @property
+    def backend(self) -> str:
+        """What runs."""
+        return self.algorithm.backend
 
     @classmethod
     def start(cls, run: Path, settings: Settings) -> "Training":
@@ -82,11 +93,12 @@ class Training:
                 f"iterations must be at least {info['iteration']}, which are done, got {settings.iterations}"
             )
         training = cls(run, settings)
-        training.maml.load_state_dict(model)
+        training.module.load_state_dict(model)
         load_optimizer(training.optimizer, tensors)
         training.generator.set_state(tensors["generator"])
         training.running = tensors["running"]
-        training.iteration, training.seconds, training.best = info["iteration"], info["seconds"], info["best"]
+        training.iteration, training.bests = info["iteration"], info["bests"]
+        training.seconds, training.cpu_seconds = info["seconds"], info["cpu_seconds"]
         lines = (run / "metrics.csv").read_text().splitlines(keepends=True)
         # A row is kept whole or not at all: what a crash cut short lies after the checkpoint too.
         rows = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= training.iteration]
@@ -94,17 +106,18 @@ class Training:
         return training
 
     def save(self, name: str) -> None:
-        """Writes the checkpoint ``last`` or ``best``."""
+        """Writes the checkpoint ``last``, ``best`` or ``best-<n>``."""
         tensors = optimizer_tensors(self.optimizer)
         tensors |= {"generator": self.generator.get_state(), "running": self.running}
-        save_checkpoint(self.run / name, self.maml.state_dict(), tensors, self._info())
+        save_checkpoint(self.run / name, self.module.state_dict(), tensors, self._info())
 
     def _info(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""
         return {
             "iteration": self.iteration,
             "seconds": self.seconds,
-            "best": self.best,
+            "cpu_seconds": self.cpu_seconds,
+            "bests": self.bests,
             "settings": asdict(self.settings),
         }
 
@@ -116,14 +129,14 @@ class Training:
             _interrupt_flag() as interrupted,
             tqdm(total=settings.iterations, initial=self.iteration, unit="it", dynamic_ncols=True) as bar,
         ):
-            started = time.perf_counter() - self.seconds
+            started, cpu_started = time.perf_counter() - self.seconds, time.process_time() - self.cpu_seconds
             while self.iteration < settings.iterations:
                 self.iteration += 1
                 log = self.iteration % settings.log_interval == 0
                 validate = self.iteration % settings.validation_interval == 0
                 before = self._step(log)
                 row: dict[str, float] = {}
-                if before is not None:
+                if log:
                     row |= self._log(before, bar)
                 if validate:
                     row["validation"] = self._validate(bar)
@@ -134,32 +147,40 @@ class Training:
                 if validate or interrupted.is_set() or self.iteration == settings.iterations:
                     os.fsync(metrics.fileno())  # before the checkpoint that says these rows exist
                     self.seconds = time.perf_counter() - started
-                    if self.best and self.best["iteration"] == self.iteration:
-                        self.save("best")
+                    self.cpu_seconds = time.process_time() - cpu_started
+                    self._save_bests()
                     self.save("last")
                 if interrupted.is_set():
                     raise KeyboardInterrupt
             bar.update(self.iteration - bar.n)
-        if self.best is None:  # fewer iterations than one validation interval
+        if not self.bests:  # fewer iterations than one validation interval
             self.save("best")
 
+    def _save_bests(self) -> None:
+        """Writes ``best`` and ``best-<n>`` where the validation of this iteration is among the best."""
+        for rank, best in enumerate(self.bests):
+            if best["iteration"] == self.iteration:
+                if rank == 0:
+                    self.save("best")
+                if "checkpoint" in best:
+                    self.save(best["checkpoint"])
+
     def _step(self, log: bool) -> Tensor | None:
-        """One meta-iteration; where it is logged, returns the mean score of its tasks before adaptation."""
-        job = self.settings.job
-        x_spt, y_spt, x_qry, y_qry = self.tasks.sample(self.settings.meta_batch, self.generator)
+        """One meta-iteration; where it is logged, returns the mean score of its tasks before adaptation, if it adapts
+        to tasks."""
+        settings = self.settings
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = meta_lr(settings, self.iteration)
+        batch = self.tasks.sample(settings.meta_batch, self.generator)
         before = None
-        if log:
-            unadapted = self.maml.predict(self.maml.adapt(x_spt, y_spt, steps=0), x_qry)
-            before = score(job, unadapted, y_qry).mean()
-        out = self.maml(x_spt, y_spt, x_qry, y_qry)
-        self.optimizer.zero_grad()
-        out.loss.backward()
-        self.optimizer.step()
+        if log and isinstance(batch, MetaBatch) and len(self.algorithm.steps) > 1:
+            before = score(settings.job, self.algorithm.predict(batch, 0), batch.y_qry).mean()
         # Summed as tensors: no number leaves torch before a row is due.
-        self.running += torch.stack([out.loss.detach(), score(job, out.logits, y_qry).mean()])
+        self.running += torch.stack(self.algorithm.step(batch, self.iteration))
         return before
 
-    def _log(self, before: Tensor, bar: tqdm) -> dict[str, float]:
+    def _log(self, before: Tensor | None, bar: tqdm) -> dict[str, float]:
         """Loss and score are means since the last row; the score before adaptation is one meta-batch's."""
         job = self.settings.job
         loss, after = (self.running / self.settings.log_interval).tolist()
@@ -169,43 +190,55 @@ class Training:
                 f"the loss must be finite, got {loss} before iteration {self.iteration}: "
                 "lower --meta-lr or --inner-lr; the last checkpoint is from before that"
             )
+        row = {"loss": loss, "after": after}
+        scores = show(job, after)
+        if before is not None:
+            row["before"] = before.item()
+            scores = f"{show(job, row['before'])} -> {scores}"
         bar.set_postfix_str(
-            f"loss {loss:.3g}, {metric(job)} {show(job, before.item())} -> {show(job, after)}"
-            f", {self._tasks_per_second(bar):.3g} tasks/s",
-            refresh=False,
+            f"loss {loss:.3g}, {metric(job)} {scores}, {self._tasks_per_second(bar):.3g} tasks/s", refresh=False
         )
         bar.update(self.iteration - bar.n)
-        return {"loss": loss, "before": before.item(), "after": after}
+        return row
 
     def _tasks_per_second(self, bar: tqdm) -> float:
         elapsed = bar.format_dict["elapsed"]
         return (self.iteration - bar.initial) * self.settings.meta_batch / elapsed if elapsed else 0.0
 
     def _validate(self, bar: tqdm) -> float:
-        """The mean score over 1..test_steps adaptation steps; notes the best.
+        """The mean score over 1..test_steps adaptation steps (without any, where none are taken); notes the best.
 
         The tasks are the same each time, so that validations differ by the model alone. The mean over all steps
         matters for the sinusoid: late in training one step still gains while ten begin to diverge on rare tasks.
         """
         settings = self.settings
         generator = make_generator(settings, "validation")
+        steps = [count for count in self.algorithm.steps if 1 <= count <= settings.test_steps] or [0]
         scores = evaluate(
-            self.maml,
+            self.algorithm.predict,
             settings.job,
             self.validation_tasks,
             generator,
             settings.validation_tasks,
-            range(1, settings.test_steps + 1),
+            steps,
         )
         mean = scores.double().mean().item()
-        sign = 1 if classifies(settings.job) else -1  # accuracy rises, the error falls
-        if math.isfinite(mean) and (self.best is None or sign * mean > sign * self.best["score"]):
-            self.best = {"iteration": self.iteration, "score": mean}
-        bar.write(
-            f"iteration {self.iteration}: validation {metric(settings.job)} {show(settings.job, mean)} "
-            f"over 1 to {settings.test_steps} steps"
-        )
+        self._note(mean, rising=classifies(settings.job), kept=settings.best_checkpoints)
+        over = f" over {steps[0]} to {steps[-1]} steps" if steps[-1] else ""
+        bar.write(f"iteration {self.iteration}: validation {metric(settings.job)} {show(settings.job, mean)}{over}")
         return mean
+
+    def _note(self, score: float, *, rising: bool, kept: int = 1) -> None:
+        """Puts a validation among the ``kept`` best, behind its equals, into the checkpoint of the one that it drives
+        out. ``rising``: more is better."""
+        if not math.isfinite(score):
+            return
+        new: dict[str, Any] = {"iteration": self.iteration, "score": score}
+        # sorted is stable
+        self.bests = sorted([*self.bests, new], key=lambda best: -best["score"] if rising else best["score"])[:kept]
+        if kept > 1 and new in self.bests:
+            taken = {best.get("checkpoint") for best in self.bests}
+            new["checkpoint"] = next(name for n in range(kept) if (name := f"best-{n + 1}") not in taken)
 
 
 def resumed_settings(run: Path, given: dict[str, Any], kind: type = Settings) -> Any:
@@ -214,8 +247,9 @@ def resumed_settings(run: Path, given: dict[str, Any], kind: type = Settings) ->
     FileNotFoundError where no run is, ValueError where ``given`` would make it another run.
     """
     stored = load_checkpoint(run / "last")[2]["settings"]
+    may_change = MAY_CHANGE if stored.get("meta_schedule", "constant") == "constant" else MAY_CHANGE[1:]
     for name, value in given.items():
-        if name not in MAY_CHANGE and stored[name] != value:
+        if name not in may_change and stored[name] != value:
             raise ValueError(f"{name} must stay {stored[name]} in the resumed run {run}, got {value}")
     return kind(**(stored | given))
 

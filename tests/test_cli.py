@@ -55,12 +55,15 @@ def test_every_option_reaches_the_settings(tmp_path) -> None:
     given = {"ways": 2, "shots": 2, "queries": 3, "inner_lr": 0.25, "inner_steps": 2, "iterations": 2}
     given |= {"meta_batch": 2, "meta_lr": 0.002, "seed": 9, "validation_interval": 2, "validation_tasks": 2}
     given |= {"log_interval": 1, "test_tasks": 3, "test_shots": 1, "test_queries": 2, "test_steps": 1}
-    given |= {"backend": "reference", "rotations": 2}
+    given |= {"backend": "reference", "rotations": 2, "adapted": "no-norm", "meta_schedule": "cosine"}
+    given |= {"best_checkpoints": 2, "first_order_iterations": 1, "preset": "maml", "train_ways": 2, "inner_batch": 3}
+    given |= {"multi_step_iterations": 0, "batch_norm": "transductive"}
     options = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     out = ["--out", str(tmp_path / "run"), "--filters", "3", "--learn-inner-lr", "--first-order"]
     assert main(["train", "glyphs", *options, *out]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    expected = given | {"job": "glyphs", "width": 3, "learn_inner_lr": True, "first_order": True}
+    expected = given | {"job": "glyphs", "width": 3, "learn_inner_lr": "step", "first_order": True}
+    expected |= {"algorithm": "maml", "told": False}
     expected |= {"data": "", "data_sha256": ""}
     assert summary["settings"] == expected
     assert summary["backend"] == "reference"

@@ -1,4 +1,4 @@
-"""N-way K-shot tasks from classes of images that need not be of one size."""
+"""N-way K-shot tasks, and plain batches, from classes of images that need not be of one size."""
 
 from __future__ import annotations
 
@@ -73,8 +73,31 @@ class ImageTasks:
     def _gather(self, rows: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         tasks, n_way, n = rows.shape
         x = self.images.index_select(0, rows.flatten()).unflatten(0, (tasks, n_way, n))
+        self._turn(x, turns)
+        y = torch.arange(n_way).repeat_interleave(n).repeat(tasks, 1)
+        return x.flatten(1, 2).float().div_(self.white), y
+
+    def _turn(self, x: Tensor, turns: Tensor) -> None:
         for turn in range(1, self.rotations):
             turned = turns == turn
             x[turned] = x[turned].rot90(turn, (-2, -1))
-        y = torch.arange(n_way).repeat_interleave(n).repeat(tasks, 1)
-        return x.flatten(1, 2).float().div_(self.white), y
+
+
+class ImageBatches:
+    """Batches of images of all the classes that ``tasks`` draws from: what a classifier of them is trained on."""
+
+    def __init__(self, tasks: ImageTasks) -> None:
+        self.tasks = tasks
+        self.classes = tasks.rotations * len(tasks.count)
+
+    def sample(self, images: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Draws with replacement: x ``[images, channels, height, width]`` float32 in [0, 1], y int64 ``[images]``,
+        every class as likely as any other."""
+        tasks = self.tasks
+        y = torch.randint(self.classes, (images,), generator=generator)
+        turns, classes = y // len(tasks.count), y % len(tasks.count)
+        uniform = torch.rand(images, generator=generator, dtype=torch.float64)
+        rows = tasks.first[classes] + (uniform * tasks.count[classes]).long()
+        x = tasks.images.index_select(0, rows)
+        tasks._turn(x, turns)
+        return x.float().div_(tasks.white), y

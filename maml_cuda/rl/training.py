@@ -59,10 +59,14 @@ class RLTraining(Training):
 
     def _build(self) -> None:
         self.environment = make_environment(self.settings.job)
-        self.maml = make_policy(self.settings)
+        self.module = self.maml = make_policy(self.settings)
         self.optimizer = torch.optim.Adam(self.maml.parameters(), lr=self.settings.meta_lr, fused=True)
         self.generator = make_rl_generator(self.settings, "train")
         self.clock = Clock()
+
+    @property
+    def backend(self) -> str:
+        return self.maml.backend
 
     @classmethod
     def resume(cls, run: Path, settings: Any) -> RLTraining:
@@ -130,7 +134,6 @@ class RLTraining(Training):
             settings.validation_tasks, settings.inner_steps,
         )  # fmt: skip
         mean = float(returns[-1].mean())
-        if self.best is None or mean > self.best["score"]:
-            self.best = {"iteration": self.iteration, "score": mean}
+        self._note(mean, rising=True)
         bar.write(f"iteration {self.iteration}: validation return {mean:.1f} after {settings.inner_steps} steps")
         return mean

@@ -1,0 +1,100 @@
+"""Algorithms by name: the settings of ``maml-cuda train --preset``, over those of the job.
+
+Every value is the authors' own where a comment says so, on mean losses: a rate that its authors step with on a sum over
+N classes stands here times N. What they did with Adam inside the loop (Reptile) is SGD here, which is what runs fused.
+"""
+
+from typing import Any
+
+# MAML++ (Antoniou et al. 2019): five steps, every one of which the loss of the query set counts in for the first tenth
+# of training; rates by layer and step; the inner loop leaves BatchNorm alone, whose affine map and statistics belong to
+# a step; first order for the first half; a cosine to 1e-5; the five best checkpoints vote. Their losses are means.
+_MAML_PLUS_PLUS: dict[str, Any] = {
+    "inner_steps": 5,
+    "test_steps": 5,
+    "learn_inner_lr": "layer",
+    "adapted": "no-norm",
+    "batch_norm": "per_step",
+    "meta_schedule": "cosine",
+    "best_checkpoints": 5,
+}
+
+IMAGES: dict[str, dict[str, Any]] = {
+    # Finn et al. 2017, of which every job's own settings are.
+    "maml": {},
+    "fomaml": {"first_order": True},
+    # Raghu et al. 2020: the inner loop changes the last layer alone.
+    "anil": {"adapted": "head"},
+    # Li et al. 2017: one step at a rate of its own for every weight, learned from the job's rate on.
+    "meta-sgd": {"learn_inner_lr": "element", "inner_steps": 1, "test_steps": 1},
+    "maml++": _MAML_PLUS_PLUS,
+    # Nichol et al. 2018, Omniglot: 5 tasks, 10 images a class of which 10 a step, the outer step from 1 to 0. Theirs
+    # are Adam's inner steps, and 50 of them in test.
+    "reptile": {
+        "algorithm": "reptile",
+        "queries": 9,
+        "inner_batch": 10,
+        "inner_steps": 5,
+        "test_steps": 10,
+        "meta_batch": 5,
+        "meta_lr": 1.0,
+        "meta_schedule": "linear",
+    },
+    # Snell et al. 2017: one episode of 60 ways an iteration; Vinyals et al. 2016: of as many ways as in test.
+    "protonet": {"algorithm": "protonet", "train_ways": 60, "queries": 5, "meta_batch": 1},
+    "matching": {"algorithm": "matching"},
+    # Baselines: a classifier of all training classes, whose features a new last layer is fine-tuned on; an
+    # untrained net; no net at all.
+    "pretrained": {"algorithm": "pretrained", "meta_batch": 64, "test_steps": 10},
+    "random": {"iterations": 0},
+    "nearest-pixel": {"algorithm": "nearest-pixel", "iterations": 0},
+}
+CURVES: dict[str, dict[str, Any]] = {
+    "maml": {},
+    "fomaml": {"first_order": True},
+    "anil": {"adapted": "head"},
+    "meta-sgd": {"learn_inner_lr": "element"},
+    "reptile": {
+        "algorithm": "reptile",
+        "inner_batch": 5,
+        "inner_steps": 5,
+        "meta_lr": 1.0,
+        "meta_schedule": "linear",
+        "iterations": 30_000,
+    },
+    # Baselines of section 5.1: one net for the points of all curves; the net that is told amplitude and phase; none.
+    "pretrained": {"inner_steps": 0},
+    "oracle": {"inner_steps": 0, "told": True},
+    "random": {"iterations": 0},
+}
+BASELINES = ("pretrained", "random", "oracle", "nearest-pixel")
+
+# What a job's own sizes ask for.
+OF_JOB: dict[tuple[str, str], dict[str, Any]] = {
+    ("omniglot", "maml++"): {
+        "inner_lr": 0.1, "meta_batch": 8, "iterations": 50_000, "multi_step_iterations": 5000,
+        "first_order_iterations": 25_000,
+    },
+    ("mini-imagenet", "maml++"): {
+        "inner_lr": 0.01, "meta_batch": 2, "iterations": 50_000, "width": 48, "multi_step_iterations": 7500,
+        "first_order_iterations": 25_000,
+    },
+    ("glyphs", "maml++"): {
+        "inner_lr": 0.1, "meta_batch": 8, "multi_step_iterations": 300, "first_order_iterations": 1500,
+    },
+    ("omniglot", "reptile"): {"inner_lr": 0.1, "iterations": 100_000},
+    ("mini-imagenet", "reptile"): {"inner_lr": 0.05, "inner_steps": 8, "queries": 14, "iterations": 100_000},
+    ("mini-imagenet", "protonet"): {"train_ways": 30, "queries": 15},
+}  # fmt: skip
+
+
+def preset(job: str, name: str) -> dict[str, Any]:
+    """What the preset sets anew in the job's settings.
+
+    ValueError where the job has no preset of this name.
+    """
+    of_job = CURVES if job == "sinusoid" else IMAGES
+    if name not in of_job:
+        raise ValueError(f"preset must be one of {', '.join(of_job)} for {job}, got {name!r}")
+    like = job if job in ("glyphs", "omniglot", "sinusoid") else "mini-imagenet"
+    return of_job[name] | OF_JOB.get((like, name), {})
