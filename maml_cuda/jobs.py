@@ -30,6 +30,8 @@ CHOICES = {
 MAY_BE_0 = (
     "seed", "inner_steps", "iterations", "train_ways", "inner_batch", "multi_step_iterations", "first_order_iterations"
 )  # fmt: skip
+# What only MAML's own meta-step heeds.
+OF_MAML = ("learn_inner_lr", "adapted", "batch_norm", "first_order", "first_order_iterations", "multi_step_iterations")
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,9 @@ class Settings:
         for name in ("ways", "rotations"):
             if self.job == "sinusoid" and getattr(self, name) != 1:
                 raise ValueError(f"{name} must be 1 for the sinusoid, which has no classes, got {getattr(self, name)}")
+        for name in () if self.algorithm == "maml" else OF_MAML:
+            if getattr(self, name) != type(self).__dict__[name]:
+                raise ValueError(f"{name} must be left out for {self.algorithm}, got {getattr(self, name)}")
         if self.told and self.job != "sinusoid":
             raise ValueError(f"told must be left out for {self.job}, whose tasks have no amplitude and phase")
         if self.train_ways not in (0, self.ways) and self.algorithm not in ("protonet", "matching"):

@@ -19,7 +19,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from maml_cuda.algorithms import make_algorithm, meta_lr
@@ -43,7 +42,7 @@ MAY_CHANGE = ("iterations", "test_tasks", "data")
 class Training:
     """A run between two meta-iterations: everything that a checkpoint holds."""
 
-    columns = COLUMNS  # of metrics.csv
+    columns: tuple[str, ...] = COLUMNS  # of metrics.csv
 
     def __init__(self, run: Path, settings: Settings) -> None:
         self.run = run
@@ -60,7 +59,8 @@ class Training:
         """Everything that is learned (``module``), optimizer, tasks and generator of the settings."""
         settings = self.settings
         self.algorithm = make_algorithm(settings)
-        self.module, self.optimizer = self.algorithm.module, self.algorithm.optimizer
+        self.module = self.algorithm.module
+        self.optimizer: Any = self.algorithm.optimizer  # None where nothing is learned
         self.tasks = self.algorithm.sampler(make_tasks(settings, "train"))
         self.validation_tasks = make_tasks(settings, "validation")
         make_tasks(settings, "test")  # so that what cannot be tested at the end is refused here
@@ -165,7 +165,7 @@ class Training:
                 if "checkpoint" in best:
                     self.save(best["checkpoint"])
 
-    def _step(self, log: bool) -> Tensor | None:
+    def _step(self, log: bool) -> Any:
         """One meta-iteration; where it is logged, returns the mean score of its tasks before adaptation, if it adapts
         to tasks."""
         settings = self.settings
@@ -180,8 +180,9 @@ class Training:
         self.running += torch.stack(self.algorithm.step(batch, self.iteration))
         return before
 
-    def _log(self, before: Tensor | None, bar: tqdm) -> dict[str, float]:
-        """Loss and score are means since the last row; the score before adaptation is one meta-batch's."""
+    def _log(self, before: Any, bar: tqdm) -> dict[str, float]:
+        """The row of metrics.csv, with what ``_step`` returned: loss and score are means since the last row, the score
+        before adaptation is one meta-batch's."""
         job = self.settings.job
         loss, after = (self.running / self.settings.log_interval).tolist()
         self.running.zero_()
