@@ -11,13 +11,26 @@ if not any(Path(__file__).parent.glob("_core.*")):
     )
 
 from . import _core, policies, reference
+from .batch_norm import PerStepBatchNorm1d, PerStepBatchNorm2d, at_step, convert_per_step
 from .fused_maml import FusedMAML, MetaOutput
 from .gradcheck import gradcheck
 from .targets import PolicyTarget
 
 __version__ = _core.version
 
-__all__ = ["FusedMAML", "MetaOutput", "PolicyTarget", "build_info", "gradcheck", "policies", "reference"]
+__all__ = [
+    "FusedMAML",
+    "MetaOutput",
+    "PerStepBatchNorm1d",
+    "PerStepBatchNorm2d",
+    "PolicyTarget",
+    "at_step",
+    "build_info",
+    "convert_per_step",
+    "gradcheck",
+    "policies",
+    "reference",
+]
 
 
 def build_info() -> dict[str, object]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import device
+from . import batch_norm, device
 from .reference import LOSSES
 from .targets import POLICY_LOSSES, PolicyTarget, Target
 
@@ -86,6 +86,51 @@ def _adapt_params(parameters: Mapping[str, Tensor], adapt_params: Any) -> None:
     frozen = [name for name in names if not parameters[name].requires_grad]
     if frozen:
         raise ValueError(f"adapt_params must name parameters that require grad, got frozen {', '.join(frozen)}")
+
+
+def query_weights(value: Any, steps: int) -> tuple[float, ...] | None:
+    """The weights of the query losses at phi_0 .. phi_steps, as numbers."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise ValueError("query_weights must not require grad, got requires_grad=True")
+        value = value.tolist()
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"query_weights must be a tensor or a sequence of numbers, got {type(value).__name__}")
+    value = list(value)
+    wrong = [w for w in value if isinstance(w, bool) or not isinstance(w, (int, float))]
+    if wrong:
+        raise TypeError(f"query_weights must hold numbers, got {type(wrong[0]).__name__}")
+    if len(value) != steps + 1:
+        raise ValueError(
+            f"query_weights must hold {steps + 1} weights, of phi_0 to phi_{steps} (inner_steps={steps}), "
+            f"got {len(value)}"
+        )
+    if not all(math.isfinite(w) and w >= 0 for w in value) or not any(value):
+        raise ValueError(f"query_weights must be finite, at least 0 and not all 0, got {value}")
+    return tuple(float(w) for w in value)
+
+
+def not_adapted(names: Iterable[str], stepwise: Iterable[str]) -> None:
+    """The inner loop leaves alone what has a slot for each step."""
+    adapted = [name for name in names if name in set(stepwise)]
+    if adapted:
+        raise ValueError(
+            "adapt_params must leave out the parameters of per-step BatchNorm layers, of which each step has its own, "
+            f"got {', '.join(adapted)}"
+        )
+
+
+def slot(value: Any) -> int:
+    """The inner step whose per-step layers are meant."""
+    if value is None:
+        return batch_norm.LAST
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"slot must be an int or None, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"slot must be at least 0, got {value}")
+    return value
 
 
 def steps(value: Any, what: str) -> None:

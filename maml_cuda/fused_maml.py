@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import batch_norm as norms
 from . import checks, general, ops, reference
 from .binding import Binding
 from .rates import InnerRates, Rate, hold, read_rates
@@ -55,6 +56,13 @@ class FusedMAML(nn.Module):
         task_chunk: on a GPU, at most so many tasks at once, so that memory grows with them alone; None: all.
         check_labels: on a GPU, look at the labels before each call, which waits for the device. Otherwise a label out
             of range is a device-side assertion, raised at the next synchronization. The CPU always looks.
+        batch_norm: "transductive": BatchNorm as the modules' training flags say, batch statistics in train mode.
+            "per_step": as MAML++ has it, with parameters and statistics of their own for each inner step: the model's
+            BatchNorm layers are replaced, in place, by PerStepBatchNorm layers of inner_steps slots (convert_per_step).
+            "running": BatchNorm layers are held in eval mode, whatever train() says, and normalise by their running
+            statistics, which update_statistics collects.
+        query_weights: [inner_steps + 1] numbers from 0: a task's loss is the sum of weight k times its query loss at
+            phi_k (the multi-step loss of MAML++). None: the query loss after the last step. May be changed at any time.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, in words.
@@ -76,6 +84,8 @@ class FusedMAML(nn.Module):
         cuda_graphs: bool = True,
         task_chunk: int | None = None,
         check_labels: bool = False,
+        batch_norm: str = "transductive",
+        query_weights: Tensor | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if isinstance(adapt_params, Iterable) and not isinstance(adapt_params, str):
@@ -86,10 +96,22 @@ class FusedMAML(nn.Module):
         parameters = dict(model.named_parameters())
         if callable(adapt_params):  # as names, which can be pickled
             adapt_params = [name for name in parameters if adapt_params(name)]
+        norms.check_mode(model, batch_norm)
         names = reference.adapted_names(model, adapt_params)
+        stepwise = norms.stepwise_names(model, batch_norm)
+        if adapt_params is None:
+            names = [name for name in names if name not in stepwise]
+        checks.not_adapted(names, stepwise)
+        weights = checks.query_weights(query_weights, inner_steps)
         read_rates(inner_lr, {name: parameters[name].shape for name in names}, inner_steps)
+        if batch_norm == "per_step":
+            model = norms.convert_per_step(model, max(inner_steps, 1))
         self.model = model
+        self.batch_norm = batch_norm
+        if batch_norm == "running":
+            norms.hold_statistics(model)
         self.inner_steps = inner_steps
+        self.query_weights = weights
         self.loss = loss
         self.first_order = first_order
         self._on_device: dict[str, Any] = {"precision": precision, "cuda_graphs": cuda_graphs, "task_chunk": task_chunk}
@@ -99,6 +121,22 @@ class FusedMAML(nn.Module):
         self._warned: set[str] = set()
         hold(self, inner_lr)
         self._bound: Binding | None = self._bind()
+
+    @property
+    def query_weights(self) -> tuple[float, ...] | None:
+        """The weights of the query losses at phi_0 .. phi_K, or None: the last one alone."""
+        return self._query_weights
+
+    @query_weights.setter
+    def query_weights(self, value: Tensor | Sequence[float] | None) -> None:
+        self._query_weights = checks.query_weights(value, self.inner_steps)
+
+    def train(self, mode: bool = True) -> FusedMAML:
+        """As any module's; batch_norm="running" holds BatchNorm layers in eval mode."""
+        super().train(mode)
+        if self.batch_norm == "running":
+            norms.hold_statistics(self.model)
+        return self
 
     # -- what runs --------------------------------------------------------------------------------------------
 
@@ -183,7 +221,7 @@ class FusedMAML(nn.Module):
     def _warn_of_empty_statistics(self) -> None:
         for name, m in self.model.named_modules():
             tracked = getattr(m, "num_batches_tracked", None)
-            if not m.training and isinstance(tracked, Tensor) and int(tracked) == 0:
+            if not m.training and isinstance(tracked, Tensor) and bool((tracked == 0).any()):
                 self._warn_once(
                     "statistics",
                     f"{name} ({type(m).__name__}) is in eval mode with running statistics that no batch has updated",
@@ -221,7 +259,10 @@ class FusedMAML(nn.Module):
         like = binding.like()
         if torch.is_autocast_enabled(like.device.type):
             x_spt, x_qry = _in_dtype_of(like, x_spt), _in_dtype_of(like, x_qry)
-        fused = binding.backend != "reference"
+        fused = binding.backend != "reference" and self.query_weights is None
+        if self.query_weights is not None and binding.backend != "reference":
+            binding.give_up("query_weights are not fused yet")
+            self._fall_back(binding)
         checks.data("x_spt", x_spt, "y_spt", y_spt, like, self.loss, fused)
         checks.data("x_qry", x_qry, "y_qry", y_qry, like, self.loss, fused)
         checks.same_tasks(x_spt, x_qry)
@@ -231,6 +272,7 @@ class FusedMAML(nn.Module):
             loss, task_losses, logits, support_losses, reached = general.meta_step(
                 self.model, self.loss, self._rates(), list(self.parameters()), x_spt, y_spt, x_qry, y_qry,
                 self.inner_steps, self.first_order, task_weights,
+                checks.query_weights(self.query_weights, self.inner_steps),
             )  # fmt: skip
             if reached:
                 flat = torch.cat([g.reshape(-1) for _, g in reached])
@@ -289,41 +331,75 @@ class FusedMAML(nn.Module):
             differentiable,
         )
 
-    def predict(self, fast: Mapping[str, Tensor], x: Tensor) -> Any:
+    def update_statistics(self, x_spt: Tensor, y_spt: Tensor, x_qry: Tensor) -> None:
+        """One update of BatchNorm's running statistics; nothing else ever writes them.
+
+        Towards the mean over tasks and passes of the batch means and unbiased variances, with each layer's momentum
+        (None: the mean over all updates), by plain forward passes with batch statistics: of the support sets at phi_k
+        and the query sets at phi_{k+1}, for each inner step k. They go to slot k of a per-step layer.
+
+        Args:
+            x_spt, y_spt: support sets, [tasks, n_support, ...].
+            x_qry: query sets, [tasks, n_query, ...].
+
+        Raises:
+            ValueError: no BatchNorm layer tracks running statistics; and as a call does.
+        """
+        checks.same_tasks(x_spt, x_qry)
+        with norms.batch_statistics(self.model):
+            fast = [self.adapt(x_spt, y_spt, steps=k) for k in range(self.inner_steps + 1)]
+            passes = [(0, fast[0], x_qry)] if self.inner_steps == 0 else []
+            for k in range(self.inner_steps):
+                passes += [(k, fast[k], x_spt), (k, fast[k + 1], x_qry)]
+            norms.update_running(self.model, passes)
+
+    def predict(self, fast: Mapping[str, Tensor], x: Tensor, *, slot: int | None = None) -> Any:
         """Predictions [tasks, n, ...] at each task's own parameters on its own x [tasks, n, ...]; of a model that
         returns (mean, log_std) both, for each task.
 
-        Differentiable in `fast`.
+        Differentiable in `fast`. slot: the inner step whose per-step BatchNorm is read (after k steps: k - 1); None:
+        the last one.
         """
+        slot = checks.slot(slot)
         binding, x = self._block(fast, x, None)
         if binding.backend == "reference" or not self._fits(binding, x, 0, x.shape[1]):
-            return general.predict(self.model, dict(fast), x)
+            return general.predict(self.model, dict(fast), x, slot)
         own = [fast[name] for name in binding.names]
         if torch.is_grad_enabled() and any(t.requires_grad for t in own):
             return torch.ops.maml_cuda.predict(own, x, binding.text)
         return torch.ops.maml_cuda.predict_forward(own, x, binding.text)
 
-    def loss_and_grad(self, fast: Mapping[str, Tensor], x: Tensor, y: Target) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss at each task's own parameters [tasks] and its gradient, name -> [tasks, *shape], both detached."""
+    def loss_and_grad(
+        self, fast: Mapping[str, Tensor], x: Tensor, y: Target, *, slot: int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss at each task's own parameters [tasks] and its gradient, name -> [tasks, *shape], both detached.
+
+        slot: the inner step whose per-step BatchNorm is read; None: the last one.
+        """
+        slot = checks.slot(slot)
         binding, x = self._block(fast, x, y)
         names = self._trainable()
         if binding.backend == "reference" or not self._fits(binding, x, x.shape[1], 0):
-            return general.loss_and_grad(self.model, self.loss, dict(fast), names, x, y)
+            return general.loss_and_grad(self.model, self.loss, dict(fast), names, x, y, slot)
         self._look_at_labels(binding, x, y=y)
         own = binding.names
         losses, grads = torch.ops.maml_cuda.loss_and_grad([fast[n].detach() for n in own], x, y, binding.text)
         return losses, self._trainable_of(own, grads, fast)
 
-    def hvp(self, fast: Mapping[str, Tensor], x: Tensor, y: Target, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def hvp(
+        self, fast: Mapping[str, Tensor], x: Tensor, y: Target, v: Mapping[str, Tensor], *, slot: int | None = None
+    ) -> dict[str, Tensor]:
         """The Hessian of the loss at each task's own parameters times v, name -> [tasks, *shape], detached.
 
         v: name -> [tasks, *shape]; a parameter that it lacks, or that is frozen, does not move.
+        slot: the inner step whose per-step BatchNorm is read; None: the last one.
         """
+        slot = checks.slot(slot)
         binding, x = self._block(fast, x, y)
         checks.fast(dict(self.model.named_parameters()), v, x, "v", all_names=False)
         names = self._trainable()
         if binding.backend == "reference" or not self._fits(binding, x, x.shape[1], 0):
-            return general.hvp(self.model, self.loss, dict(fast), names, x, y, dict(v))
+            return general.hvp(self.model, self.loss, dict(fast), names, x, y, dict(v), slot)
         self._look_at_labels(binding, x, y=y)
         own = binding.names
         at = [fast[n].detach() for n in own]

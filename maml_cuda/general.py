@@ -6,7 +6,7 @@ loop needs gradients) and outside torch.compile (double backward cannot be compi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, reference, targets
+from .batch_norm import at_step
 from .policies import Policy, mean_of
 from .rates import Rate
 from .targets import PolicyTarget, Target
@@ -60,6 +61,7 @@ def meta_step(
     steps: int,
     first_order: bool,
     task_weights: Tensor | None,
+    query_weights: Sequence[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
     """loss, task_losses, logits, support_losses, and (tensor, gradient) of each of `parameters` and of the data that
     requires grad and reaches the loss; none where gradients are off."""
@@ -69,8 +71,9 @@ def meta_step(
     wanted = [t for t in (*parameters, *data) if t is not None and t.requires_grad and torch.is_grad_enabled()]
     weights = [1 / len(x_spt)] * len(x_spt) if task_weights is None else list(task_weights)
     *outputs, gradients = reference.meta_step(
-        model, reference.loss_function(loss), rates, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights
-    )
+        model, reference.loss_function(loss), rates, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights,
+        query_weights,
+    )  # fmt: skip
     reached = [(t, g.detach()) for t, g in zip(wanted, gradients, strict=True) if g is not None]
     return (*outputs, reached)  # type: ignore[return-value]
 
@@ -93,7 +96,7 @@ def adapt(
     tasks = [
         reference.inner_loop(
             model, function, theta, rates, x[t], targets.of_task(y, t), steps, first_order, differentiable
-        )[0]
+        )[0][-1]
         for t in range(len(x))
     ]
     adapted = {name: torch.stack([phi[name] for phi in tasks]) for name in rates}
@@ -101,8 +104,9 @@ def adapt(
 
 
 @_apart
-def predict(model: nn.Module, fast: Mapping[str, Tensor], x: Tensor) -> Policy:
-    predictions = [reference.call(model, {n: p[t] for n, p in fast.items()}, x[t]) for t in range(len(x))]
+def predict(model: nn.Module, fast: Mapping[str, Tensor], x: Tensor, slot: int) -> Policy:
+    with at_step(model, slot):
+        predictions = [reference.call(model, {n: p[t] for n, p in fast.items()}, x[t]) for t in range(len(x))]
     if isinstance(predictions[0], Tensor):
         return torch.stack(predictions)
     return tuple(torch.stack(parts) for parts in zip(*predictions, strict=True))  # type: ignore[return-value]
@@ -110,10 +114,12 @@ def predict(model: nn.Module, fast: Mapping[str, Tensor], x: Tensor) -> Policy:
 
 @_apart
 def loss_and_grad(
-    model: nn.Module, loss: reference.Loss, fast: Mapping[str, Tensor], names: list[str], x: Tensor, y: Target
-) -> tuple[Tensor, dict[str, Tensor]]:
+    model: nn.Module, loss: reference.Loss, fast: Mapping[str, Tensor], names: list[str], x: Tensor, y: Target,
+    slot: int,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     _check_target(model, loss, fast, "y", x, y)
-    return reference.loss_and_grad(model, reference.loss_function(loss), fast, names, x, y)
+    with at_step(model, slot):
+        return reference.loss_and_grad(model, reference.loss_function(loss), fast, names, x, y)
 
 
 @_apart
@@ -125,9 +131,11 @@ def hvp(
     x: Tensor,
     y: Target,
     v: Mapping[str, Tensor],
+    slot: int,
 ) -> dict[str, Tensor]:
     _check_target(model, loss, fast, "y", x, y)
-    return reference.hvp(model, reference.loss_function(loss), fast, names, x, y, v)
+    with at_step(model, slot):
+        return reference.hvp(model, reference.loss_function(loss), fast, names, x, y, v)
 
 
 @_apart

@@ -66,8 +66,9 @@ def gradcheck(
     maml(*data).loss.backward()
     rate = maml.inner_lr
     _, truth = reference.meta_gradient(
-        maml.model, maml.loss, x_spt, y_spt, x_qry, y_qry, rate, maml.inner_steps, maml.first_order, maml._adapt_params
-    )
+        maml.model, maml.loss, x_spt, y_spt, x_qry, y_qry, rate, maml.inner_steps, maml.first_order, maml._adapt_params,
+        maml.query_weights,
+    )  # fmt: skip
     learned: dict[str, Tensor] = dict(maml.model.named_parameters())
     if isinstance(rate, Tensor):
         learned["inner_lr"] = rate

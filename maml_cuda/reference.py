@@ -6,7 +6,7 @@ Every answer of the fused path has its twin here, written as the paper has it: a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import policies, targets
+from .batch_norm import at_step, stepwise_names
 from .policies import Policy
 from .rates import InnerRates, Rate, read_rates
 from .targets import PolicyTarget, Target
@@ -54,10 +55,12 @@ def loss_function(loss: Loss) -> Callable[..., Tensor]:
 
 
 def adapted_names(model: nn.Module, adapt_params: Callable[[str], bool] | Iterable[str] | None) -> list[str]:
-    """Names of the trainable parameters that the inner loop changes, in the model's order."""
+    """Names of the trainable parameters that the inner loop changes, in the model's order. By default all but those
+    that have a slot for each step."""
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     if adapt_params is None:
-        return trainable
+        stepwise = stepwise_names(model)
+        return [name for name in trainable if name not in stepwise]
     if callable(adapt_params):
         return [name for name in trainable if adapt_params(name)]
     chosen = set(adapt_params)
@@ -80,8 +83,8 @@ def inner_loop(
     steps: int,
     first_order: bool,
     differentiable: bool = True,
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """phi_steps and the support losses of one task; a graph back to theta where `differentiable`.
+) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+    """phi_0 .. phi_steps and the support losses of one task; a graph back to theta where `differentiable`.
 
     Raises:
         ValueError: an adapted parameter (a key of `rates`) that the support loss does not depend on.
@@ -91,8 +94,10 @@ def inner_loop(
     with torch.enable_grad():
         if not differentiable:
             phi = {name: p.detach().requires_grad_(p.is_floating_point() and name in rates) for name, p in phi.items()}
+        path = [phi]
         for step in range(steps):
-            value = loss(call(model, phi, x), y)
+            with at_step(model, step):
+                value = loss(call(model, phi, x), y)
             second_order = differentiable and not first_order
             grads = torch.autograd.grad(
                 value,
@@ -102,6 +107,7 @@ def inner_loop(
                 allow_unused=True,
             )
             losses.append(value.detach())
+            phi = dict(phi)
             for (name, rate), g in zip(rates.items(), grads, strict=True):
                 if g is None:
                     raise unreached([name])
@@ -113,7 +119,8 @@ def inner_loop(
                     phi[name] = (phi[name].detach() - step_size * g).requires_grad_()
                 else:
                     phi[name] = phi[name] - step_size * g
-    return phi, losses
+            path.append(phi)
+    return path, losses
 
 
 def unreached(names: list[str]) -> ValueError:
@@ -134,6 +141,7 @@ def meta_gradient(
     inner_steps: int,
     first_order: bool = False,
     adapt_params: Callable[[str], bool] | Iterable[str] | None = None,
+    query_weights: Tensor | Sequence[float] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean query loss over tasks after `inner_steps` steps, and its exact gradient.
 
@@ -142,6 +150,7 @@ def meta_gradient(
         loss: a name that FusedMAML takes, or (prediction, target) -> scalar.
         x_spt, y_spt, x_qry, y_qry: [tasks, samples, ...]; a policy-gradient loss takes PolicyTargets.
         inner_lr: every form of FusedMAML's.
+        query_weights: [inner_steps + 1]; the loss of a task is the sum of weight k times its query loss at phi_k.
 
     Returns:
         The loss (0-d, detached), and name -> gradient of every trainable parameter that reaches the loss; learned
@@ -161,7 +170,7 @@ def meta_gradient(
     tasks = len(x_spt)
     total, _, _, _, gradients = meta_step(
         model, loss_function(loss), rates, list(wanted.values()), x_spt, y_spt, x_qry, y_qry, inner_steps,
-        first_order, [1 / tasks] * tasks,
+        first_order, [1 / tasks] * tasks, None if query_weights is None else [float(w) for w in query_weights],
     )  # fmt: skip
     return total, {name: g for name, g in zip(wanted, gradients, strict=True) if g is not None}
 
@@ -178,8 +187,11 @@ def meta_step(
     steps: int,
     first_order: bool,
     weights: Iterable[float | Tensor],
+    query_weights: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor | None]]:
     """One meta-step, one task's graph at a time: loss = sum_t weights[t] * query loss of t, and its gradients.
+
+    query_weights: [steps + 1], or None: the query loss of a task is the sum of weight k times the one at phi_k.
 
     Returns:
         loss (0-d), task_losses [tasks], logits [tasks, n_query, ...], support_losses [tasks, steps], all detached, and
@@ -192,7 +204,7 @@ def meta_step(
     of_rates = {id(rate.value) for rate in rates.values()}
     gradients: list[Tensor | None] = [torch.zeros_like(t) if id(t) in of_rates else None for t in wanted]
     for t, weight in enumerate(weights):
-        phi, inner = inner_loop(
+        path, inner = inner_loop(
             model,
             loss,
             theta,
@@ -203,9 +215,17 @@ def meta_step(
             first_order,
             differentiable=bool(wanted),
         )
+        target = targets.of_task(y_qry, t)
         with torch.set_grad_enabled(bool(wanted)):
-            prediction = call(model, phi, x_qry[t])
-            value = loss(prediction, targets.of_task(y_qry, t))
+            prediction = query(model, path, steps, x_qry[t])
+            if query_weights is None:
+                value = loss(prediction, target)
+            else:
+                value = sum(  # type: ignore[assignment]
+                    w * loss(prediction if k == steps else query(model, path, k, x_qry[t]), target)
+                    for k, w in enumerate(query_weights)
+                    if w
+                )
         if wanted:
             for i, g in enumerate(torch.autograd.grad(value, wanted, allow_unused=True)):
                 if g is not None:
@@ -218,6 +238,12 @@ def meta_step(
         total = total + (weight.detach() if isinstance(weight, Tensor) else weight) * value.detach()
     assert isinstance(total, Tensor)  # checks.py refuses a call without tasks
     return total, torch.stack(task_losses), torch.stack(logits), torch.stack(support_losses), gradients
+
+
+def query(model: nn.Module, path: list[dict[str, Tensor]], k: int, x: Tensor) -> Tensor:
+    """The prediction at phi_k, whose per-step layers read the slot of the step before."""
+    with at_step(model, max(k - 1, 0)):
+        return call(model, path[k], x)
 
 
 def loss_and_grad(
@@ -287,9 +313,9 @@ def fisher_vector_product(
     at = [theta[name] for name in names]
     total = [torch.zeros_like(p) for p in at]
     for t in range(len(x_spt)):
-        phi, _ = inner_loop(model, loss, theta, fixed, x_spt[t], targets.of_task(y_spt, t), steps, first_order)
+        path, _ = inner_loop(model, loss, theta, fixed, x_spt[t], targets.of_task(y_spt, t), steps, first_order)
         with torch.enable_grad():
-            policy = call(model, phi, x_qry[t])
+            policy = query(model, path, steps, x_qry[t])
             old = policy.detach() if isinstance(policy, Tensor) else (policy[0].detach(), policy[1].detach())
             divergence = (weights[t] * policies.kl_divergence(old, policy)).sum()
             first = torch.autograd.grad(divergence, at, create_graph=True, allow_unused=True)
