@@ -2,6 +2,7 @@
 // the residual sum of two values.
 #include "linear_map.h"
 #include "product.h"
+#include "share.h"
 
 namespace maml::MAML_ISA {
 namespace {
@@ -42,12 +43,14 @@ struct ToChannelsFirst {
 /// y = a + b, where an absent one is zero.
 template <class T>
 void sum(int64_t count, const T* a, const T* b, T* y) {
-  if (!a || !b) {
-    const T* only = a ? a : b;
-    for (int64_t i = 0; i < count; ++i) y[i] = only[i];
-    return;
-  }
-  for (int64_t i = 0; i < count; ++i) y[i] = a[i] + b[i];
+  share_elements(count, [=](int64_t first, int64_t last) {
+    if (!a || !b) {
+      const T* only = a ? a : b;
+      for (int64_t i = first; i < last; ++i) y[i] = only[i];
+      return;
+    }
+    for (int64_t i = first; i < last; ++i) y[i] = a[i] + b[i];
+  });
 }
 
 template <class T>
@@ -55,11 +58,13 @@ void pass_on(int64_t count, const T* g, const bool* add, T* const* grad_x) {
   for (int j = 0; j < 2; ++j) {
     T* to = grad_x[j];
     if (!to) continue;
-    if (add[j]) {
-      for (int64_t i = 0; i < count; ++i) to[i] += g[i];
-    } else {
-      for (int64_t i = 0; i < count; ++i) to[i] = g[i];
-    }
+    share_elements(count, [=](int64_t first, int64_t last) {
+      if (add[j]) {
+        for (int64_t i = first; i < last; ++i) to[i] += g[i];
+      } else {
+        for (int64_t i = first; i < last; ++i) to[i] = g[i];
+      }
+    });
   }
 }
 

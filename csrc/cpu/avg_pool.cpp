@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "linear_map.h"
+#include "share.h"
 
 namespace maml::MAML_ISA {
 namespace {
@@ -31,29 +32,33 @@ struct Mean {
   template <class T>
   static void apply(const Layer& l, const T* x, T* y) {
     const int64_t c = l.in.c;
-    std::fill_n(y, l.n * size(l.out), T(0));
-    for (int64_t s = 0; s < l.n; ++s, x += size(l.in), y += size(l.out)) {
-      each_pair(l, [&](int64_t out, int64_t in, double weight) {
-        const T w = static_cast<T>(weight);
-        const T* __restrict from = x + in * c;
-        T* __restrict to = y + out * c;
-        for (int64_t ch = 0; ch < c; ++ch) to[ch] += w * from[ch];
-      });
-    }
+    share_samples(l.n, size(l.in), [&](int64_t first, int64_t last) {
+      for (int64_t s = first; s < last; ++s) {
+        std::fill_n(y + s * size(l.out), size(l.out), T(0));
+        each_pair(l, [&](int64_t out, int64_t in, double weight) {
+          const T w = static_cast<T>(weight);
+          const T* __restrict from = x + s * size(l.in) + in * c;
+          T* __restrict to = y + s * size(l.out) + out * c;
+          for (int64_t ch = 0; ch < c; ++ch) to[ch] += w * from[ch];
+        });
+      }
+    });
   }
 
   template <class T>
   static void transposed(const Layer& l, const T* g, bool add, T* grad_x) {
     const int64_t c = l.in.c;
-    if (!add) std::fill_n(grad_x, l.n * size(l.in), T(0));
-    for (int64_t s = 0; s < l.n; ++s, grad_x += size(l.in), g += size(l.out)) {
-      each_pair(l, [&](int64_t out, int64_t in, double weight) {
-        const T w = static_cast<T>(weight);
-        const T* __restrict from = g + out * c;
-        T* __restrict to = grad_x + in * c;
-        for (int64_t ch = 0; ch < c; ++ch) to[ch] += w * from[ch];
-      });
-    }
+    share_samples(l.n, size(l.in), [&](int64_t first, int64_t last) {
+      for (int64_t s = first; s < last; ++s) {
+        if (!add) std::fill_n(grad_x + s * size(l.in), size(l.in), T(0));
+        each_pair(l, [&](int64_t out, int64_t in, double weight) {
+          const T w = static_cast<T>(weight);
+          const T* __restrict from = g + s * size(l.out) + out * c;
+          T* __restrict to = grad_x + s * size(l.in) + in * c;
+          for (int64_t ch = 0; ch < c; ++ch) to[ch] += w * from[ch];
+        });
+      }
+    });
   }
 };
 

@@ -99,17 +99,25 @@ struct Outputs {
   const Block<T>& b;
   int64_t channels = b.channels, below = b.l.between.w * b.channels, step = (Pooled ? 2 : 1) * b.channels;
 
-  /// f(j, lanes, count, out, in): in samples [first, end), `count` outputs from element `out` of y on, their
-  /// first pixel at element `in` of z, one vector of channels; the next one is channels and `step` further.
+  /// f(j, lanes, count, out, in): in rows [first, end) of y, `count` outputs from element `out` of y on,
+  /// their first pixel at element `in` of z, one vector of channels of [c0, c1); the next one is channels and
+  /// `step` further.
   template <class F>
-  void each_run(int64_t first, int64_t end, F f) const {
+  void runs(int64_t first, int64_t end, int64_t c0, int64_t c1, F f) const {
     const Layer& l = b.l;
-    for (int64_t row = first * l.out.h; row < end * l.out.h; ++row) {
+    for (int64_t row = first; row < end; ++row) {
       const int64_t in_row = Pooled ? row / l.out.h * l.between.h + 2 * (row % l.out.h) : row;
-      each_vector<T>(channels, [&](int64_t j, const Lanes<T>& lanes) {
+      each_vector<T>(c0, c1, [&](int64_t j, const Lanes<T>& lanes) {
         f(j, lanes, l.out.w, row * l.out.w * channels + j, in_row * l.between.w * channels + j);
       });
     }
+  }
+  /// All channels of samples [first, end); threads share the rows.
+  template <class F>
+  void each_run(int64_t first, int64_t end, F f) const {
+    const int64_t rows = (end - first) * b.l.out.h, start = first * b.l.out.h;
+    share(rows, 1, kElementWork * rows * b.l.between.w * channels,
+          [&](int64_t r0, int64_t r1) { runs(start + r0, start + r1, 0, channels, f); });
   }
   /// The element of x [n, between] that an output comes from.
   Vector<T> chosen(const T* x, int64_t out, int64_t in, const Lanes<T>& lanes) const {
@@ -119,15 +127,18 @@ struct Outputs {
     return picked<T>(v, load(b.saved.places + out, lanes));
   }
 
-  /// sums[q] [c] of term(j, lanes) -> (out, in) -> Vector[Q], over all outputs.
+  /// sums[q] [c] of term(j, lanes) -> (out, in) -> Vector[Q], over all outputs; threads share the channels.
   template <int Q, class Term>
   void sums(T* const (&to)[Q], Term term) const {
     for (T* s : to) std::fill_n(s, channels, T(0));
-    each_run(0, b.l.n, [&](int64_t j, const Lanes<T>& lanes, int64_t count, int64_t out, int64_t in) {
-      const auto add = term(j, lanes);
-      Vector<T> sum[Q] = {};
-      for (int64_t i = 0; i < count; ++i, out += channels, in += step) add(out, in, sum);
-      for (int q = 0; q < Q; ++q) store(to[q] + j, load(to[q] + j, lanes) + sum[q], lanes);
+    const int64_t rows = b.l.n * b.l.out.h;
+    share(channels, kLanes<T>, kElementWork * rows * b.l.between.w * channels, [&](int64_t c0, int64_t c1) {
+      runs(0, rows, c0, c1, [&](int64_t j, const Lanes<T>& lanes, int64_t count, int64_t out, int64_t in) {
+        const auto add = term(j, lanes);
+        Vector<T> sum[Q] = {};
+        for (int64_t i = 0; i < count; ++i, out += channels, in += step) add(out, in, sum);
+        for (int q = 0; q < Q; ++q) store(to[q] + j, load(to[q] + j, lanes) + sum[q], lanes);
+      });
     });
   }
 

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "../layers.h"
+#include "share.h"
 
 namespace maml::MAML_ISA {
 
@@ -38,18 +39,22 @@ Framed<T> framed(const T* x, int64_t samples, const Image& image, const Frame& f
     return {x + (frame.top * image.w + frame.left) * c, image.w * c, size(image)};
   }
   const int64_t row = frame.w * c, sample = frame.h * row;
-  std::memset(buffer, 0, static_cast<size_t>(samples * sample) * sizeof(T));
-  const int64_t i0 = std::max<int64_t>(0, -frame.top), i1 = std::min(frame.h, image.h - frame.top);
-  const int64_t j0 = std::max<int64_t>(0, -frame.left), j1 = std::min(frame.w, image.w - frame.left);
-  if (j0 < j1) {
-    for (int64_t s = 0; s < samples; ++s) {
-      for (int64_t i = i0; i < i1; ++i) {
-        std::memcpy(buffer + s * sample + i * row + j0 * c,
-                    x + s * size(image) + ((frame.top + i) * image.w + frame.left + j0) * c,
-                    static_cast<size_t>((j1 - j0) * c) * sizeof(T));
+  const int64_t j0 = std::clamp<int64_t>(-frame.left, 0, frame.w);
+  const int64_t j1 = std::clamp<int64_t>(image.w - frame.left, j0, frame.w);
+  share(samples * frame.h, 1, kElementWork * samples * sample, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t s = r / frame.h, i = frame.top + r % frame.h;
+      T* to = buffer + r * row;
+      if (i < 0 || i >= image.h) {
+        std::fill_n(to, row, T(0));
+        continue;
       }
+      std::fill_n(to, j0 * c, T(0));
+      std::memcpy(to + j0 * c, x + s * size(image) + (i * image.w + frame.left + j0) * c,
+                  static_cast<size_t>((j1 - j0) * c) * sizeof(T));
+      std::fill(to + j1 * c, to + row, T(0));
     }
-  }
+  });
   return {buffer, row, sample};
 }
 

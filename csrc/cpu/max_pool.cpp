@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "layers.h"
+#include "share.h"
 
 namespace maml::MAML_ISA {
 namespace {
@@ -14,13 +15,14 @@ int32_t* places(const Tensors<T>& t) {
   return reinterpret_cast<int32_t*>(t.saved);
 }
 
+/// Samples [first, last).
 template <class T>
-void forward(const Layer& l, const Tensors<T>& t) {
+void forward(const Layer& l, const Tensors<T>& t, int64_t first_sample, int64_t last_sample) {
   const Window& k = l.window;
   const int64_t c = l.in.c;
-  T* y = t.y;
-  int32_t* place = places(t);
-  for (int64_t s = 0; s < l.n; ++s) {
+  T* y = t.y + first_sample * size(l.out);
+  int32_t* place = places(t) + first_sample * size(l.out);
+  for (int64_t s = first_sample; s < last_sample; ++s) {
     const T* x = t.x[0] + s * size(l.in);
     for (int64_t i = 0; i < l.out.h; ++i) {
       const int64_t r0 = i * k.stride_h - k.pad_top;
@@ -51,24 +53,35 @@ void forward(const Layer& l, const Tensors<T>& t) {
 }
 
 template <class T>
+void forward(const Layer& l, const Tensors<T>& t) {
+  share_samples(l.n, size(l.in), [&](int64_t first, int64_t last) { forward(l, t, first, last); });
+}
+
+template <class T>
 void gather(const Layer& l, const int32_t* place, const T* x, T* y) {
   const int64_t c = l.in.c, pixels = l.out.h * l.out.w;
-  for (int64_t s = 0; s < l.n; ++s, x += size(l.in)) {
-    for (int64_t m = 0; m < pixels; ++m, y += c, place += c) {
-      for (int64_t ch = 0; ch < c; ++ch) y[ch] = x[place[ch] * c + ch];
+  share_samples(l.n, size(l.out), [=](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s) {
+      const T* from = x + s * size(l.in);
+      for (int64_t m = s * pixels * c; m < (s + 1) * pixels * c; m += c) {
+        for (int64_t ch = 0; ch < c; ++ch) y[m + ch] = from[place[m + ch] * c + ch];
+      }
     }
-  }
+  });
 }
 
 template <class T>
 void scatter(const Layer& l, const int32_t* place, const T* g, bool add, T* grad_x) {
   const int64_t c = l.in.c, pixels = l.out.h * l.out.w;
-  if (!add) std::fill_n(grad_x, l.n * size(l.in), T(0));
-  for (int64_t s = 0; s < l.n; ++s, grad_x += size(l.in)) {
-    for (int64_t m = 0; m < pixels; ++m, g += c, place += c) {
-      for (int64_t ch = 0; ch < c; ++ch) grad_x[place[ch] * c + ch] += g[ch];
+  share_samples(l.n, size(l.in), [=](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s) {
+      T* to = grad_x + s * size(l.in);
+      if (!add) std::fill_n(to, size(l.in), T(0));
+      for (int64_t m = s * pixels * c; m < (s + 1) * pixels * c; m += c) {
+        for (int64_t ch = 0; ch < c; ++ch) to[place[m + ch] * c + ch] += g[m + ch];
+      }
     }
-  }
+  });
 }
 
 template <class T>

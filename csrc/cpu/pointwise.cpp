@@ -2,6 +2,7 @@
 //   grad_x = f'(x) g,   y_dot = f'(x) x_dot,   grad_x_dot = f'(x) g_dot + f''(x) g x_dot.
 #include "../pointwise_functions.h"
 #include "layers.h"
+#include "share.h"
 
 namespace maml::MAML_ISA {
 namespace {
@@ -12,44 +13,40 @@ void put(T* to, int64_t i, T value, bool add) {
 }
 
 template <class T>
-void forward(const Layer& layer, const Tensors<T>& t) {
-  const int64_t count = layer.n * size(layer.in);
+void forward(const Layer& layer, const Tensors<T>& t, int64_t first, int64_t last) {
   with_function(layer.function, [&]<Function F>() {
     const Layer l = layer;
     const T* __restrict x = t.x[0];
     T* __restrict y = t.y;
-    for (int64_t i = 0; i < count; ++i) y[i] = evaluate<F, T>(l, x[i]).f;
+    for (int64_t i = first; i < last; ++i) y[i] = evaluate<F, T>(l, x[i]).f;
   });
 }
 
 template <class T>
-void backward(const Layer& layer, const Tensors<T>& t) {
+void backward(const Layer& layer, const Tensors<T>& t, int64_t first, int64_t last) {
   if (!t.grad_x[0]) return;
-  const int64_t count = layer.n * size(layer.in);
   const bool add = t.add_x[0];
   with_function(layer.function, [&]<Function F>() {
     const Layer l = layer;
     const T* __restrict x = t.x[0], * __restrict g = t.grad_y;
     T* __restrict grad_x = t.grad_x[0];
-    for (int64_t i = 0; i < count; ++i) put(grad_x, i, evaluate<F, T>(l, x[i]).df * g[i], add);
+    for (int64_t i = first; i < last; ++i) put(grad_x, i, evaluate<F, T>(l, x[i]).df * g[i], add);
   });
 }
 
 template <class T>
-void forward_tangent(const Layer& layer, const Tensors<T>& t) {
-  const int64_t count = layer.n * size(layer.in);
+void forward_tangent(const Layer& layer, const Tensors<T>& t, int64_t first, int64_t last) {
   with_function(layer.function, [&]<Function F>() {
     const Layer l = layer;
     const T* __restrict x = t.x[0], * __restrict x_dot = t.x_dot[0];
     T* __restrict y_dot = t.y_dot;
-    for (int64_t i = 0; i < count; ++i) y_dot[i] = evaluate<F, T>(l, x[i]).df * x_dot[i];
+    for (int64_t i = first; i < last; ++i) y_dot[i] = evaluate<F, T>(l, x[i]).df * x_dot[i];
   });
 }
 
 template <class T>
-void backward_tangent(const Layer& layer, const Tensors<T>& t) {
+void backward_tangent(const Layer& layer, const Tensors<T>& t, int64_t first, int64_t last) {
   if (!t.grad_x_dot[0]) return;
-  const int64_t count = layer.n * size(layer.in);
   const bool add = t.add_x[0];
   with_function(layer.function, [&]<Function F>() {
     const Layer l = layer;
@@ -57,25 +54,36 @@ void backward_tangent(const Layer& layer, const Tensors<T>& t) {
     const T* __restrict x_dot = t.x_dot[0], * __restrict g_dot = t.grad_y_dot;
     T* __restrict grad_x_dot = t.grad_x_dot[0];
     if (!x_dot) {  // the layer does not move
-      for (int64_t i = 0; i < count; ++i) put(grad_x_dot, i, evaluate<F, T>(l, x[i]).df * g_dot[i], add);
+      for (int64_t i = first; i < last; ++i) put(grad_x_dot, i, evaluate<F, T>(l, x[i]).df * g_dot[i], add);
       return;
     }
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = first; i < last; ++i) {
       const Derivatives<T> d = evaluate<F, T>(l, x[i]);
       put(grad_x_dot, i, d.df * g_dot[i] + d.ddf * g[i] * x_dot[i], add);
     }
   });
 }
 
+template <class T, auto Pass>
+void shared(const Layer& layer, const Tensors<T>& t) {
+  share_elements(layer.n * size(layer.in), [&](int64_t first, int64_t last) { Pass(layer, t, first, last); });
+}
+
+template <class T>
+Passes<T> all_shared() {
+  return {shared<T, forward<T>>, shared<T, backward<T>>, shared<T, forward_tangent<T>>,
+          shared<T, backward_tangent<T>>};
+}
+
 }  // namespace
 
 template <>
 Passes<float> pointwise<float>() {
-  return {forward<float>, backward<float>, forward_tangent<float>, backward_tangent<float>};
+  return all_shared<float>();
 }
 template <>
 Passes<double> pointwise<double>() {
-  return {forward<double>, backward<double>, forward_tangent<double>, backward_tangent<double>};
+  return all_shared<double>();
 }
 
 }  // namespace maml::MAML_ISA

@@ -40,12 +40,16 @@ inline void load_window(const T* x, int64_t channels, int64_t below, const Lanes
   v[2] = load(x + below, lanes), v[3] = load(x + below + channels, lanes);
 }
 
-/// f(j, lanes): the vectors of a row of channels.
+/// f(j, lanes): the vectors of the channels [first, last).
+template <class T, class F>
+inline void each_vector(int64_t first, int64_t last, F f) {
+  for (int64_t j = first; j < last; j += kLanes<T>) {
+    f(j, Lanes<T>(last - j < kLanes<T> ? last - j : kLanes<T>));
+  }
+}
 template <class T, class F>
 inline void each_vector(int64_t channels, F f) {
-  for (int64_t j = 0; j < channels; j += kLanes<T>) {
-    f(j, Lanes<T>(channels - j < kLanes<T> ? channels - j : kLanes<T>));
-  }
+  each_vector<T>(0, channels, f);
 }
 
 }  // namespace maml::MAML_ISA

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "share.h"
+
 namespace maml::MAML_ISA {
 namespace {
 
@@ -59,10 +61,10 @@ inline void gather_block(const Gather<T>& p, int64_t m, int64_t j, const Lanes<T
 }
 
 template <class T, int R, int V, bool Masked>
-void gather_rows(const Gather<T>& p, int64_t m, int64_t j, const Lanes<T>& lanes) {
-  for (; m + R <= p.m; m += R) gather_block<T, R, V, Masked>(p, m, j, lanes);
+void gather_rows(const Gather<T>& p, int64_t m, int64_t end, int64_t j, const Lanes<T>& lanes) {
+  for (; m + R <= end; m += R) gather_block<T, R, V, Masked>(p, m, j, lanes);
   if constexpr (R > 1) {
-    if (m < p.m) gather_rows<T, R / 2, V, Masked>(p, m, j, lanes);
+    if (m < end) gather_rows<T, R / 2, V, Masked>(p, m, end, j, lanes);
   }
 }
 
@@ -109,14 +111,14 @@ inline void outer_block(const Outer<T>& p, int64_t offset, T* d, int64_t m0, int
 }
 
 template <class T, int R, int V, bool Masked>
-void outer_rows(const Outer<T>& p, int run, int64_t i, int64_t m0, int64_t m1, int64_t j, bool add,
-                const Lanes<T>& lanes) {
-  for (; i + R <= p.runs.length; i += R) {
+void outer_rows(const Outer<T>& p, int run, int64_t i, int64_t end, int64_t m0, int64_t m1, int64_t j,
+                bool add, const Lanes<T>& lanes) {
+  for (; i + R <= end; i += R) {
     outer_block<T, R, V, Masked>(p, p.runs.offset[run] + i, p.d + (run * p.runs.length + i) * p.n, m0, m1, j,
                                  add, lanes);
   }
   if constexpr (R > 1) {
-    if (i < p.runs.length) outer_rows<T, R / 2, V, Masked>(p, run, i, m0, m1, j, add, lanes);
+    if (i < end) outer_rows<T, R / 2, V, Masked>(p, run, i, end, m0, m1, j, add, lanes);
   }
 }
 
@@ -150,56 +152,73 @@ void columns(int64_t n, F f) {
 /// Sums over pixels go through a fresh accumulator of so many: short sums, added up, round less.
 constexpr int64_t kPixels = 256;
 
+/// Threads share rows by the dozen: two register blocks of six, one and a half of eight.
+constexpr int64_t kShareRows = 12;
+
 }  // namespace
 
 template <class T>
 void gather_product(const Gather<T>& p) {
-  columns<T>(p.n, [&]<int V, bool Masked>(int64_t j, const Lanes<T>& lanes) {
-    gather_rows<T, most_rows(V), V, Masked>(p, 0, j, lanes);
+  const int64_t depth = p.terms * p.runs.count * p.runs.length;
+  share(p.m, kShareRows, p.m * p.n * depth, [&](int64_t first, int64_t last) {
+    columns<T>(p.n, [&]<int V, bool Masked>(int64_t j, const Lanes<T>& lanes) {
+      gather_rows<T, most_rows(V), V, Masked>(p, first, last, j, lanes);
+    });
   });
 }
 
 template <class T>
 void outer_product(const Outer<T>& p) {
-  for (int64_t m0 = 0; m0 < p.m; m0 += kPixels) {
-    const int64_t m1 = std::min(p.m, m0 + kPixels);
-    const bool add = p.add || m0 > 0;
-    columns<T>(p.n, [&]<int V, bool Masked>(int64_t j, const Lanes<T>& lanes) {
-      for (int run = 0; run < p.runs.count; ++run) {
-        outer_rows<T, most_rows(V), V, Masked>(p, run, 0, m0, m1, j, add, lanes);
-      }
-    });
-  }
+  const int64_t rows = p.runs.count * p.runs.length;
+  share(rows, kShareRows, p.terms * p.m * p.n * rows, [&](int64_t first, int64_t last) {
+    for (int64_t m0 = 0; m0 < p.m; m0 += kPixels) {
+      const int64_t m1 = std::min(p.m, m0 + kPixels);
+      const bool add = p.add || m0 > 0;
+      columns<T>(p.n, [&]<int V, bool Masked>(int64_t j, const Lanes<T>& lanes) {
+        for (int run = static_cast<int>(first / p.runs.length); run < p.runs.count; ++run) {
+          const int64_t i0 = std::max<int64_t>(0, first - run * p.runs.length);
+          const int64_t i1 = std::min(p.runs.length, last - run * p.runs.length);
+          if (i0 < i1) outer_rows<T, most_rows(V), V, Masked>(p, run, i0, i1, m0, m1, j, add, lanes);
+        }
+      });
+    }
+  });
 }
 
 template <class T>
 void transpose(int64_t taps, int64_t rows, int64_t columns, const T* in, T* out) {
   constexpr int64_t B = 16;  // a tile of 16 x 16 stays in the first-level cache both ways
-  for (int64_t t = 0; t < taps; ++t, in += rows * columns, out += rows * columns) {
-    for (int64_t i0 = 0; i0 < rows; i0 += B) {
-      const int64_t i1 = std::min(rows, i0 + B);
-      for (int64_t j0 = 0; j0 < columns; j0 += B) {
-        const int64_t j1 = std::min(columns, j0 + B);
-        for (int64_t j = j0; j < j1; ++j) {
-          for (int64_t i = i0; i < i1; ++i) out[j * rows + i] = in[i * columns + j];
+  share(taps, 1, kElementWork * taps * rows * columns, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) {
+      const T* from = in + t * rows * columns;
+      T* to = out + t * rows * columns;
+      for (int64_t i0 = 0; i0 < rows; i0 += B) {
+        const int64_t i1 = std::min(rows, i0 + B);
+        for (int64_t j0 = 0; j0 < columns; j0 += B) {
+          const int64_t j1 = std::min(columns, j0 + B);
+          for (int64_t j = j0; j < j1; ++j) {
+            for (int64_t i = i0; i < i1; ++i) to[j * rows + i] = from[i * columns + j];
+          }
         }
       }
     }
-  }
+  });
 }
 
 template <class T>
 void column_sums(int64_t m, int64_t n, const T* g, bool add, T* out) {
   constexpr int W = kLanes<T>;
-  for (int64_t j = 0; j < n; j += W) {
-    const Lanes<T> lanes(std::min<int64_t>(W, n - j));
-    for (int64_t m0 = 0; m0 < m; m0 += kPixels) {
-      Vector<T> sum{};
-      const int64_t m1 = std::min(m, m0 + kPixels);
-      for (int64_t i = m0; i < m1; ++i) sum += load(g + i * n + j, lanes);
-      store(out + j, add || m0 > 0 ? sum + load(out + j, lanes) : sum, lanes);
+  share(n, W, kElementWork * m * n, [&](int64_t first, int64_t last) {
+    for (int64_t j = first; j < last; j += W) {
+      const Lanes<T> lanes(std::min<int64_t>(W, n - j));
+      for (int64_t m0 = 0; m0 < m; m0 += kPixels) {
+        Vector<T> sum{};
+        const int64_t m1 = std::min(m, m0 + kPixels);
+        for (int64_t i = m0; i < m1; ++i) sum += load(g + i * n + j, lanes);
+        store(out + j, add || m0 > 0 ? sum + load(out + j, lanes) : sum, lanes);
+      }
     }
-  }
+  });
 }
 
 template void gather_product<float>(const Gather<float>&);

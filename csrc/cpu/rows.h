@@ -6,22 +6,26 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "share.h"
 #include "simd.h"
 
 namespace maml::MAML_ISA {
 
 constexpr int64_t kRowBlock = 256;
 
-/// f(j, lanes, i0, i1): channels from j on, `lanes` of them, rows [i0, i1).
+/// f(j, lanes, i0, i1): channels from j on, `lanes` of them, rows [i0, i1). Threads share the channels, so
+/// that the sums of each have one order.
 template <class T, class F>
 inline void each_block(int64_t rows, int64_t channels, F f) {
   constexpr int W = kLanes<T>;
-  for (int64_t i0 = 0; i0 < rows; i0 += kRowBlock) {
-    const int64_t i1 = std::min(rows, i0 + kRowBlock);
-    for (int64_t j = 0; j < channels; j += W) {
-      f(j, Lanes<T>(std::min<int64_t>(W, channels - j)), i0, i1);
+  share(channels, W, kElementWork * rows * channels, [&](int64_t first, int64_t last) {
+    for (int64_t i0 = 0; i0 < rows; i0 += kRowBlock) {
+      const int64_t i1 = std::min(rows, i0 + kRowBlock);
+      for (int64_t j = first; j < last; j += W) {
+        f(j, Lanes<T>(std::min<int64_t>(W, channels - j)), i0, i1);
+      }
     }
-  }
+  });
 }
 
 /// sums[q][j] = sum_i term(i * channels + j)[q]; term(at, j, lanes, sum) adds to Vector sum[Q].

@@ -2,10 +2,14 @@
 // order of tasks and handed back in the user's layout.
 //
 // A task is one thread's from beginning to end, alone or, in a small network, side by side with others in the
-// lanes of vectors (tasks_in_lanes.h). Its sums do not know of any other task; the sum over tasks runs in
-// double, task by task, in waves of kWave. So the bits depend neither on the number of threads nor on who
-// shares a batch.
+// lanes of vectors (tasks_in_lanes.h). Large tasks that are left over when most threads would have none come
+// one after the other, and all threads share the passes of each (share.h). A task's sums do not know of any
+// other task; the sum over tasks runs in double, task by task, in waves of kWave. So the bits depend neither
+// on the number of threads nor on who shares a batch.
 #include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <utility>
@@ -13,6 +17,7 @@
 #include "../meta_gradient.h"
 #include "backend.h"
 #include "layers.h"
+#include "share.h"
 #include "tasks_in_lanes.h"
 
 namespace maml::MAML_ISA {
@@ -85,6 +90,9 @@ void unpack(const Parameter& p, const From* packed, To* user) {
 /// Less than so many multiply-adds (some 50 us) are done before a second thread has woken up.
 constexpr int64_t kWorkOfOneThread = 1'000'000;
 
+/// Multiply-adds of a task from which on its passes are worth the threads' meeting at each of them.
+constexpr int64_t kWorkOfATeam = 10'000'000;
+
 /// Bytes of a group of tasks in lanes up to which they are in a cache.
 constexpr int64_t kLaneBytes = int64_t{8} << 20;
 
@@ -124,6 +132,17 @@ struct Memory {
   int64_t size(int64_t at_once) const { return shared + std::min(at_once, tasks) * thread; }
 };
 
+/// Large memory that is fresh at each call comes from Linux in pages of 2 MB where it may: in those of 4 KB,
+/// taking it costs up to a quarter of a call.
+void in_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kPage = 4096, kHuge = int64_t{2} << 20;
+  const auto start = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  if (bytes >= 2 * kHuge)
+    madvise(reinterpret_cast<void*>(start), static_cast<size_t>(bytes - kPage), MADV_HUGEPAGE);
+#endif
+}
+
 template <class T>
 class Run {
   using V = Vector<T>;
@@ -131,6 +150,7 @@ class Run {
 
  public:
   Run(const Problem& problem, const Call<T>& call) : p_(problem), call_(call), memory_(problem, call.tasks) {
+    in_huge_pages(call.workspace, memory_.size(call.at_once) * static_cast<int64_t>(sizeof(T)));
     // Vectors stand on whole cache lines.
     T* at = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(call.workspace) + 63) / 64 * 64);
     auto take = [&](int64_t size) { return std::exchange(at, at + size); };
@@ -166,12 +186,15 @@ class Run {
           run_task(first, first - wave, memory);
         }
       };
-      if (threads_ > 1) {
+      const int64_t shared = shared_units(units), whole = units - shared;
+      if (threads_ > 1 && whole > 0) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads_)
-        for (int64_t u = 0; u < units; ++u) run_unit(u);
+        for (int64_t u = 0; u < whole; ++u) run_unit(u);
       } else {
-        for (int64_t u = 0; u < units; ++u) run_unit(u);
+        for (int64_t u = 0; u < whole; ++u) run_unit(u);
       }
+      const Team team(call_.at_once);
+      for (int64_t u = whole; u < units; ++u) run_unit(u);
       if (adds_up) add_up(wave, end);
     }
     if (adds_up) hand_back_gradient();
@@ -183,6 +206,14 @@ class Run {
   }
 
  private:
+  /// How many of a wave's units all threads take together: those of a last round that would leave at least
+  /// half of the threads without one.
+  int64_t shared_units(int64_t units) const {
+    if (memory_.lanes || p_.work < kWorkOfATeam) return 0;
+    const int64_t left = units % call_.at_once;
+    return 2 * left <= call_.at_once ? left : 0;
+  }
+
   bool shared_parameters() const { return call_.parameter_strides.empty(); }
 
   double weight(int64_t t) const {

@@ -242,12 +242,14 @@ struct Stem {
   /// f(j, lanes, out, in): outputs of the band, their window's first pixel in scratch.before, by vectors.
   template <class F>
   void each_window(const Band<T>& band, F f) const {
-    for (int64_t i = 0; i < band.rows; ++i) {
-      each_vector<T>(channels, [&](int64_t o, const Lanes<T>& lanes) {
-        int64_t out = (band.at + i * l.out.w) * channels + o, in = 2 * i * below() + o;
-        for (int64_t j = 0; j < l.out.w; ++j, out += channels, in += 2 * channels) f(lanes, out, in);
-      });
-    }
+    share(band.rows, 1, kElementWork * band.rows * 2 * below(), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        each_vector<T>(channels, [&](int64_t o, const Lanes<T>& lanes) {
+          int64_t out = (band.at + i * l.out.w) * channels + o, in = 2 * i * below() + o;
+          for (int64_t j = 0; j < l.out.w; ++j, out += channels, in += 2 * channels) f(lanes, out, in);
+        });
+      }
+    });
   }
   int64_t below() const { return bands.columns * channels; }  // from a pixel to the one below it
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../plan.h"
+#include "share.h"
 #include "simd.h"
 
 namespace maml::MAML_ISA {
@@ -16,12 +17,16 @@ struct Updates {
 
   void descend(const std::vector<RateSlice>& slices, const V* phi, const V* g, V* next) const {
     each_rate(slices, [&](const RateSlice& s, auto rate) {
-      for (int64_t i = 0; i < s.size; ++i) next[s.at + i] = phi[s.at + i] - rate(i) * g[s.at + i];
+      share_elements(s.size, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) next[s.at + i] = phi[s.at + i] - rate(i) * g[s.at + i];
+      });
     });
   }
   void direction(const std::vector<RateSlice>& slices, const V* v, V* out) const {
     each_rate(slices, [&](const RateSlice& s, auto rate) {
-      for (int64_t i = 0; i < s.size; ++i) out[s.at + i] = rate(i) * v[s.at + i];
+      share_elements(s.size, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) out[s.at + i] = rate(i) * v[s.at + i];
+      });
     });
   }
   void rate_gradient(const std::vector<RateSlice>& slices, const V* all_g, const V* all_v, V* result) const {
@@ -46,7 +51,9 @@ struct Updates {
     }
   }
   void subtract(int64_t size, const V* x, V* y) const {
-    for (int64_t i = 0; i < size; ++i) y[i] -= x[i];
+    share_elements(size, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) y[i] -= x[i];
+    });
   }
   void copy(int64_t size, const V* from, V* to) const { std::copy_n(from, size, to); }
   void zero(int64_t size, V* to) const { std::fill_n(to, size, V{}); }

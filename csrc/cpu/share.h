@@ -1,0 +1,58 @@
+// The threads that share the work of one task, where there are more threads than tasks. Work is cut only
+// where every element of a result keeps a sum of its own, in its own order: so no bit depends on who computes
+// what.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace maml::MAML_ISA {
+
+/// Threads that share the passes of this thread's task.
+inline thread_local int team_size = 1;
+
+/// Makes it so many, as long as it stands.
+struct Team {
+  explicit Team(int threads) { team_size = threads; }
+  ~Team() { team_size = 1; }
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+};
+
+/// Multiply-adds below which the others are not asked: some 5 us.
+constexpr int64_t kWorkToShare = 200'000;
+
+/// What an element of an elementwise pass costs, in multiply-adds.
+constexpr int64_t kElementWork = 16;
+
+/// f(first, last) for parts of [0, count) that start at multiples of `grain`, one part a thread. `work`: of
+/// the whole, in multiply-adds, roughly. Inside f nothing is shared any further.
+template <class F>
+inline void share(int64_t count, int64_t grain, int64_t work, F f) {
+  const int64_t grains = (count + grain - 1) / grain;
+  const int64_t parts = work < kWorkToShare ? 1 : std::min<int64_t>(team_size, grains);
+  if (parts <= 1 || omp_in_parallel()) {
+    if (count > 0) f(int64_t{0}, count);
+    return;
+  }
+#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static)
+  for (int64_t part = 0; part < parts; ++part) {
+    f(part * grains / parts * grain, std::min(count, (part + 1) * grains / parts * grain));
+  }
+}
+
+/// The same over samples, each with so many elements to visit.
+template <class F>
+inline void share_samples(int64_t n, int64_t elements, F f) {
+  share(n, 1, kElementWork * n * elements, f);
+}
+
+/// The same over elements of a vector or a value.
+template <class F>
+inline void share_elements(int64_t count, F f) {
+  share(count, 1024, kElementWork * count, f);
+}
+
+}  // namespace maml::MAML_ISA
