@@ -560,7 +560,8 @@ void Problem::lay_out(const LayerTraits& traits) {
   }
   work = 3 * query.work + (second_order() ? 9 : 3) * std::max(steps, 1) * support.work;
   const bool small = support.tiles == 1 && support.step_size * steps * element_bytes <= kSavedBytes;
-  saved_steps = second_order() && !graph.recompute && small ? steps : 1;
+  const bool support_pass = steps > 0 || at_own_parameters(operation);
+  saved_steps = second_order() && !graph.recompute && small ? steps : support_pass ? 1 : 0;
 }
 
 void Problem::slice_rates() {

@@ -199,7 +199,8 @@ struct Problem {
   int64_t rates_size = 0, result_size = 0;
   std::vector<std::vector<RateSlice>> slices;  // of the inner steps; those beyond the last repeat it
   int64_t work = 0;                            // multiply-adds of one task, roughly
-  int saved_steps = 1;  // step regions: `steps`, or 1 and the gradient pass is run again
+  int saved_steps =
+      1;  // step regions: `steps`; 1, where the gradient pass is run again; 0 without a support pass
 
   Problem(Graph graph, Operation operation, std::vector<Rate> rates, std::vector<RateTensor> rate_tensors,
           const std::vector<int64_t>& sample, int64_t n_support, int64_t n_query, int steps, bool first_order,

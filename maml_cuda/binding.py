@@ -38,6 +38,7 @@ class Binding:
         adapt_params: AdaptParams,
         fused: bool,
         on_device: dict[str, Any],
+        recompute: bool,
     ) -> None:
         self.backend = "reference"
         self.why_not = ""
@@ -59,7 +60,7 @@ class Binding:
         )
         if fused:
             try:
-                self._trace(model, loss, adapt_params, inner_steps, on_device)
+                self._trace(model, loss, adapt_params, inner_steps, on_device, recompute)
                 self.backend = device.backend_of(self.like().device)
             except plan.Unfusable as reason:
                 self.why_not = str(reason)
@@ -116,6 +117,7 @@ class Binding:
         adapt_params: AdaptParams,
         inner_steps: int,
         on_device: dict[str, Any],
+        recompute: bool,
     ) -> None:
         p = self.like()
         if not isinstance(loss, str):
@@ -133,6 +135,8 @@ class Binding:
             raise reference.unreached(unreached)
         self.names, self.served_by = traced.parameters, traced.served_by
         described = self._describe(model, traced, adapted, inner_steps)
+        if recompute:
+            described["recompute"] = True
         if device.backend_of(p.device) == "cuda":
             described.update(on_device, backend="cuda")
         self.text = json.dumps({"nodes": traced.nodes, **described, "loss": loss})

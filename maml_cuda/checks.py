@@ -54,6 +54,11 @@ def on_device(cuda_graphs: Any, task_chunk: Any, check_labels: Any) -> None:
         raise ValueError(f"task_chunk must be at least 1, got {task_chunk}")
 
 
+def checkpoint(value: Any) -> None:
+    if value is not None and value != "recompute":
+        raise ValueError(f'checkpoint must be None or "recompute", got {value!r}')
+
+
 def loss(value: Any) -> None:
     if isinstance(value, str):
         if value not in LOSSES:
