@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
+from . import building
 
 
 def build(target: str, sanitizer: str = "") -> Path:
     """Builds a target of CMakeLists.txt for the emulation; where it stands."""
-    import pybind11
-
-    folder = ROOT / "build" / f"emulated{'-' * bool(sanitizer)}{sanitizer}"
-    folder.mkdir(parents=True, exist_ok=True)
-    configure = [
-        "cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
-        "-DMAML_CUDA_BACKEND=emulated", f"-DMAML_CUDA_SANITIZER={sanitizer}",
-        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}", f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-    ]  # fmt: skip
-    for command in (configure, ["cmake", "--build", str(folder), "--target", target]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
-    return folder
+    name = f"emulated{'-' * bool(sanitizer)}{sanitizer}"
+    options = ("-DMAML_CUDA_BACKEND=emulated", f"-DMAML_CUDA_SANITIZER={sanitizer}")
+    return building.build(name, target, *options)
 
 
 @functools.cache
