@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from .entrants import OURS, RIVALS
+from .fit import LINEAR, line
 
 Case = dict[str, Any]
 # Told apart with every colour vision (Okabe and Ito), ours black.
@@ -46,7 +47,7 @@ def speed_up(cases: Sequence[Case], path: Path) -> None:
 
 
 def growth(cases: Sequence[Case], path: Path) -> None:
-    """Milliseconds against T, K and width, with the FLOP floor."""
+    """Milliseconds against T, K and width, with the FLOP floor, and lines in T and K through ours."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     for axes, axis in zip(figure.subplots(1, len(UNITS)), UNITS, strict=True):
         own = [case for case in cases if case["axis"] == axis]
@@ -56,13 +57,18 @@ def growth(cases: Sequence[Case], path: Path) -> None:
             axes.plot([case["value"] for case in timed], times, "o-", color=COLOURS[name], label=name, markersize=4)
         floors = [case["floor_ms"] for case in own]
         axes.plot([case["value"] for case in own], floors, ":", color="#777777", label="FLOP at the rate of sgemm")
+        if axis in LINEAR and (fitted := line(cases, axis)):
+            values = [case["value"] for case in own]
+            label = f"{fitted.start:.3g} + {fitted.slope:.3g} {axis} ms"
+            axes.plot(values, [fitted(value) for value in values], "--", color=COLOURS[OURS], label=label, linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel=UNITS[axis])
         ticks = [case["value"] for case in own]
         axes.set_xticks(ticks, [str(value) for value in ticks])
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("ms, second order")
-    figure.axes[0].legend(fontsize=8)
+    for axes in figure.axes[:2]:
+        axes.legend(fontsize=8)
     save(figure, path)
 
 

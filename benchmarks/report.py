@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .entrants import OURS
+from .fit import lines as fitted_lines
 from .targets import judged
 
 Case = dict[str, Any]
@@ -26,6 +27,7 @@ def markdown(record: dict[str, Any]) -> str:
             *losses(cases),
             *overhead(cases),
             *order_ratios(cases),
+            *fitted_lines(record["growth"]),
             *notes(cases),
             *not_timed([*cases, *record["growth"]]),
             *judged(cases, record["settings"]["quick"]),
@@ -170,8 +172,12 @@ def order_ratios(cases: Sequence[Case]) -> Iterator[str]:
             for name, side in first["sides"].items()
             if side["status"] == second["sides"].get(name, {}).get("status") == "timed"
         ]
-        flops = f"FLOP {second['flops'] / first['flops']:.2f}"
-        yield f"- Second over first order, {workload}: {', '.join([flops, *times])}."
+        flops = second["flops"] / first["flops"]
+        ours = [case["sides"][OURS] for case in (second, first)]
+        share = ""
+        if all(side["status"] == "timed" for side in ours):
+            share = f"; ours is {median(ours[0]) / median(ours[1]) / flops:.2f} times that of the FLOP"
+        yield f"- Second over first order, {workload}: FLOP {flops:.2f}, {', '.join(times)}{share}."
 
 
 def notes(cases: Sequence[Case]) -> Iterator[str]:

@@ -214,7 +214,8 @@ def test_report():
     assert "- We lose: net (order 2), 1.25x slower than loop." in lines
     assert "- Not timed: vmap, net (order 2); wrong: too far off" in lines
     assert "- vmap: a note." in lines
-    assert "- Second over first order, net: FLOP 2.00, maml_cuda 125.00, loop 25.00." in lines
+    ratios = "FLOP 2.00, maml_cuda 125.00, loop 25.00; ours is 62.50 times that of the FLOP"
+    assert f"- Second over first order, net: {ratios}." in lines
     assert "- A call and its backward with almost nothing to compute, order 1: 40 us." in lines
 
 
@@ -222,6 +223,27 @@ def test_report_says_when_we_lose_nothing():
     assert "- We lose none of the 1 comparisons." in report.markdown(
         record_of(("net", 1, {OURS: timed(1.0), "loop": timed(2.0)}))
     )
+
+
+def test_the_cost_is_fitted():
+    points = [
+        ("T", 1, 5.0),
+        ("T", 2, 8.0),
+        ("T", 4, 14.0),
+        ("K", 1, 1.0),
+        ("K", 2, 3.0),
+        ("K", 3, 3.0),
+        ("width", 1, 1.0),
+    ]
+    record = record_of(*(("net", 2, {OURS: timed(ms)}) for _, _, ms in points))
+    growth = [
+        {**measured, "axis": axis, "value": value}
+        for measured, (axis, value, _) in zip(record["cases"], points, strict=True)
+    ]
+    text = report.markdown({**record, "growth": growth})
+    assert "- Cost in T: 2 ms + 3 ms a task (least squares; the farthest point is 0% off)." in text
+    assert "- Cost in K: 0.333 ms + 1 ms an inner step (least squares; the farthest point is 33% off)." in text
+    assert "Cost in" not in report.markdown({**record, "growth": growth[:2]})
 
 
 def test_targets_are_judged():
