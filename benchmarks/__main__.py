@@ -50,6 +50,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help=f"beside whom: {', '.join(rivals)} (default: all; quick: those that need no compilation)",
     )
     add("--order", nargs="+", type=int, choices=(1, 2), default=[1, 2], help="first, second (default: both)")
+    add(
+        "--rival-order",
+        nargs="+",
+        type=int,
+        choices=(1, 2),
+        default=[1, 2],
+        help="of them, where rivals run, too (both)",
+    )
     add("--threads", type=int, help="CPU threads for every side (default: torch's own choice)")
     add("--seconds", type=float, help="timed seconds per side and case (default: 3; quick: 0.05)")
     add("--limit", type=float, default=300.0, help="seconds in which a side must be built and proven (default: 300)")
@@ -114,7 +122,8 @@ class Run:
         self._gave_up: dict[tuple[str, str, int], str] = {}  # rival, net, K: where there was no result in time
 
     def case(self, workload: Workload, order: int) -> None:
-        rivals = {name: RIVALS[name] for name in self._options.rival if order == 2 or name not in SECOND_ORDER}
+        wanted = self._options.rival if order in self._options.rival_order else []
+        rivals = {name: RIVALS[name] for name in wanted if order == 2 or name not in SECOND_ORDER}
         # What gives no result in time will not on a larger batch or at second order either, nor what does not compile
         # at any: the net and its steps are the same, and the smaller cases come first.
         net = (repr(workload.model), workload.inner_steps)

@@ -293,6 +293,15 @@ def test_command(tmp_path, capsys):
     assert capsys.readouterr().out == report.markdown(record) + "\n"
 
 
+def test_rivals_may_run_at_one_order_alone(tmp_path):
+    arguments = ["--workload", "overhead", "--quick", "--seconds", "0.01", "--out", str(tmp_path)]
+    assert cli.main([*arguments, "--rival", "autograd-loop", "--rival-order", "2"]) == 0
+    (file,) = tmp_path.glob("*-quick.json")
+    first, second = json.loads(file.read_text())["cases"]
+    assert (first["order"], set(first["sides"])) == (1, {OURS})
+    assert (second["order"], set(second["sides"])) == (2, {OURS, "autograd loop"})
+
+
 def test_command_fails_when_our_answer_is_refused(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cli, "fused", lambda backend: odd.without_gradient)
     arguments = ["--workload", "overhead", "--order", "1", "--quick", "--seconds", "0.01", "--rival", "autograd-loop"]
