@@ -215,19 +215,22 @@ def metric(job: str) -> str:
 
 
 def new_settings(job: str = "glyphs", preset: str = "maml", **given: Any) -> Settings:
-    """The job's defaults, over them those of the preset, over them the values of ``given``; images are classified in
-    test with the shots of training.
-
-    ``data``, the folder of a data set, is converted if it has not been yet (``data.images``).
-    """
-    if job not in JOBS:
-        raise ValueError(f"job must be one of {', '.join(JOBS)}, or a folder of class folders, got {job!r}")
-    if classifies(job) and "shots" in given:
-        given.setdefault("test_shots", given["shots"])
+    """``named_settings`` with the data set that they are for: its folder, ``data``, is converted if it has not been yet
+    (``data.images``)."""
     if job in images.OPEN:
         if not given.get("data"):
             raise ValueError(f"data must name the folder that holds {job}: --data PATH")
         given["data_sha256"] = images.OPEN[job](given["data"]).sha256
+    return named_settings(job, preset, **given)
+
+
+def named_settings(job: str, preset: str, **given: Any) -> Settings:
+    """The job's defaults, over them those of the preset, over them the values of ``given``; images are classified in
+    test with the shots of training."""
+    if job not in JOBS:
+        raise ValueError(f"job must be one of {', '.join(JOBS)}, or a folder of class folders, got {job!r}")
+    if classifies(job) and "shots" in given:
+        given.setdefault("test_shots", given["shots"])
     return replace(JOBS[job], preset=preset, **presets.preset(job, preset) | given)
 
 

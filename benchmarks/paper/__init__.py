@@ -1,0 +1,1 @@
+"""The paper's tables, each cell by one command; `python -m benchmarks.paper`."""

@@ -1,0 +1,85 @@
+"""The command `python -m benchmarks.paper`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from maml_cuda import cli
+
+from ..files import replace
+from . import results
+from .cells import CELLS
+from .page import draw, markdown
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.paper",
+        description="The tables of the paper: lists, runs and collects their cells, and writes docs/results.md.",
+    )
+    add = parser.add_argument
+    add("runs", nargs="*", type=Path, metavar="RUNS", help="runs, or folders of runs, whose summary.json to take in")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="print the command of every cell")
+    what.add_argument("--run", nargs="+", metavar="CELL", help="run these cells; one that was interrupted goes on")
+    add("--data", metavar="PATH", help="with --run: the folder of the cell's data set")
+    add("--threads", metavar="N", help="with --run: CPU threads")
+    add("--out", type=Path, default=Path("runs/paper"), metavar="FOLDER", help="of the runs (default: runs/paper)")
+    add("--docs", type=Path, default=DOCS, metavar="FOLDER", help="of the page (default: docs)")
+    options = parser.parse_args(arguments)
+    for name in options.run or ():
+        if name not in CELLS:
+            parser.error(f"CELL must be a name that --list prints, got {name}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    known = results.load(options.docs / "results.json")
+    if options.list:
+        for name, cell in CELLS.items():
+            print(f"{name}{' (filled)' if name in known else ''}\n  maml-cuda {shlex.join(cell.command)}")
+        return 0
+    for name in options.run or ():
+        if status := run_cell(name, options):
+            return status
+        known = take_in(known, [options.out / name], options.docs)
+    if options.runs or not options.run:
+        take_in(known, options.runs, options.docs)
+    return 0
+
+
+def run_cell(name: str, options: argparse.Namespace) -> int:
+    """Trains and tests a cell in its own folder, from where an earlier call was interrupted; the command's status."""
+    cell, run = CELLS[name], options.out / name
+    if (run / "summary.json").exists():
+        print(f"{name}: {run} is complete")
+        return 0
+    machine = ["--threads", options.threads] if options.threads else []
+    if (run / "last").exists():
+        data = ["--data", options.data] if options.data else []
+        return cli.main(["train", "--resume", str(run), *data, *machine])
+    command = [options.data if word == "FOLDER" and options.data else word for word in cell.command]
+    return cli.main([*command, *machine, "--out", str(run)])
+
+
+def take_in(known: dict[str, Any], folders: list[Path], docs: Path) -> dict[str, Any]:
+    """Adds the runs of ``folders`` to the results and writes the page; the results."""
+    merged, strangers = results.merged(known, results.summaries(folders))
+    for stranger in strangers:
+        print(f"no cell has the settings of this run: {stranger}", file=sys.stderr)
+    results.save(merged, docs / "results.json")
+    figure = draw(merged, docs / "sinusoid.png")
+    replace(docs / "results.md", markdown(merged, "sinusoid.png" if figure else None))
+    print(f"{len(merged)} of {len(CELLS)} cells are filled: {docs / 'results.md'}")
+    return merged
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""The cells of the tables: what each trains, the figure that it stands beside, and where that figure is from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from maml_cuda.jobs import named_settings
+
+# What finds a run's cell is its settings; these say where it ran and where its data lay, not what.
+ANY = ("data", "data_sha256", "backend", "log_interval")
+
+MAML = "Finn et al. 2017"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: ``maml-cuda train JOB --preset PRESET`` with single settings over it.
+
+    Attributes:
+        row: its name in the table.
+        published: the figures beside it, in the order of the table's columns of scores, as their authors print them.
+        source: whose.
+    """
+
+    job: str
+    preset: str
+    row: str
+    given: dict[str, Any] = field(default_factory=dict)
+    published: tuple[str, ...] = ()
+    source: str = ""
+
+    @property
+    def name(self) -> str:
+        s = self.settings()
+        task = f"{s['test_shots']}shot" if self.job == "sinusoid" else f"{s['ways']}way-{s['test_shots']}shot"
+        return f"{self.job}-{task}-{self.preset}"
+
+    @property
+    def command(self) -> list[str]:
+        """The arguments of ``maml-cuda``, without --out."""
+        options = [self.job, "--preset", self.preset]
+        for name, value in self.given.items():
+            options += [f"--{name.replace('_', '-')}", str(value)]
+        return ["train", *options, *(["--data", "FOLDER"] if self.needs_data else [])]
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it needs what only its user can download."""
+        return self.job not in ("glyphs", "sinusoid")
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(named_settings(self.job, self.preset, **self.given))
+
+    def is_of(self, settings: dict[str, Any]) -> bool:
+        """Whether a run of these settings fills it."""
+        return all(settings.get(name) == value for name, value in self.settings().items() if name not in ANY)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells under one heading. ``steps``: the adaptation steps whose scores are its columns; (): the reported score."""
+
+    title: str
+    beside: str  # what the published figures are of
+    cells: tuple[Cell, ...]
+    steps: tuple[int, ...] = ()
+    note: str = ""
+
+
+def _sinusoid(shots: int) -> Table:
+    given = {"shots": shots, "test_shots": shots} if shots != 5 else {}
+    published = {"maml": ("0.67", "0.38", "0.35"), "pretrained": ("2.41", "2.23", "2.19")} if shots == 5 else {}
+    rows = {"maml": "MAML", "pretrained": "pretrained on all tasks", "oracle": "oracle", "random": "untrained"}
+    cells = [
+        Cell("sinusoid", preset, row, given, published.get(preset, ()), MAML if preset in published else "")
+        for preset, row in rows.items()
+    ]
+    note = "" if shots == 5 else "The paper has curves of these, and no figures."
+    return Table(f"Sinusoid, {shots}-shot: MSE after so many steps", "the paper", tuple(cells), (1, 5, 10), note)
+
+
+# On Omniglot, by ways and shots; first order MAML as the authors of Reptile tabulate it.
+OMNIGLOT = {
+    "maml": (MAML, {(5, 1): "98.7 ± 0.4", (5, 5): "99.9 ± 0.1", (20, 1): "95.8 ± 0.3", (20, 5): "98.9 ± 0.2"}),
+    "fomaml": (
+        "Nichol et al. 2018",
+        {(5, 1): "98.3 ± 0.5", (5, 5): "99.2 ± 0.2", (20, 1): "89.4 ± 0.5", (20, 5): "97.9 ± 0.1"},
+    ),
+    "reptile": (
+        "Nichol et al. 2018, transductive",
+        {(5, 1): "97.68", (5, 5): "99.48", (20, 1): "89.43", (20, 5): "97.12"},
+    ),
+    "maml++": ("Antoniou et al. 2019", {(5, 1): "99.47", (20, 1): "97.65", (20, 5): "99.33"}),
+}  # fmt: skip
+ROWS = {
+    "maml": "MAML", "fomaml": "MAML, first order", "anil": "ANIL", "meta-sgd": "Meta-SGD", "maml++": "MAML++",
+    "reptile": "Reptile", "protonet": "prototypical networks", "matching": "matching networks",
+    "pretrained": "fine-tuning a pretrained net", "nearest-pixel": "nearest pixel", "random": "untrained net, adapted",
+}  # fmt: skip
+
+
+def _glyphs(ways: int, shots: int, presets: tuple[str, ...]) -> Table:
+    cells = []
+    for preset in presets:
+        given: dict[str, Any] = {"ways": ways, "shots": shots}
+        if preset not in ("random", "nearest-pixel"):
+            given |= {"iterations": 4000}
+            if preset not in ("reptile", "maml++"):  # which bring a schedule of their own
+                given |= {"meta_schedule": "cosine"}
+        if ways == 20:
+            given |= GLYPHS_OF_20.get(preset, {})
+        source, published = OMNIGLOT.get(preset, ("", {}))
+        figures = (published[ways, shots],) if (ways, shots) in published else ()
+        cells.append(Cell("glyphs", preset, ROWS[preset], given, figures, source if figures else ""))
+    note = (
+        "Glyphs are no Omniglot: 792 characters to train on in 17 to 20 typefaces, beside 1200 by 20 hands, 32 filters "
+        "beside 64, 4000 iterations beside 60,000, and test scripts that training has not seen."
+    )
+    title = f"Characters, {ways}-way {shots}-shot: accuracy in %, glyphs beside Omniglot"
+    return Table(title, "Omniglot", tuple(cells), note=note)
+
+
+# 20 ways as in the paper: 5 inner steps of 16 tasks; here 4, so that a cell stays under half an hour. Reptile's sizes
+# are those of its authors.
+OF_20 = {preset: {"inner_steps": 5, "test_steps": 5, "meta_batch": 16} for preset in ("maml", "fomaml")}
+OF_20 |= {"reptile": {"inner_steps": 10, "inner_batch": 20}}
+GLYPHS_OF_20 = {preset: OF_20[preset] | {"meta_batch": 4, "queries": 2} for preset in ("maml", "fomaml")}
+
+
+def _published_set(job: str, title: str, rows: dict[str, dict[tuple[int, int], tuple[str, str]]]) -> Table:
+    """rows: preset -> (ways, shots) -> the figure and whose it is."""
+    cells = []
+    for preset, of in rows.items():
+        for (ways, shots), (figure, source) in of.items():
+            given: dict[str, Any] = {"shots": shots}
+            if ways == 20:
+                given |= {"ways": 20} | OF_20.get(preset, {})
+            cells.append(Cell(job, preset, f"{ROWS[preset]}, {ways}-way {shots}-shot", given, (figure,), source))
+    return Table(title, "published", tuple(cells))
+
+
+TABLES = (
+    _sinusoid(5),
+    _sinusoid(10),
+    _sinusoid(20),
+    _glyphs(5, 1, tuple(ROWS)),
+    _glyphs(5, 5, ("maml", "fomaml", "protonet")),
+    _glyphs(20, 1, ("maml", "fomaml", "protonet")),
+    _glyphs(20, 5, ("maml", "fomaml", "protonet")),
+    _published_set(
+        "omniglot", "Omniglot: accuracy in %",
+        {p: {size: (figure, of[0]) for size, figure in of[1].items()} for p, of in OMNIGLOT.items()},
+    ),
+    _published_set(
+        "mini-imagenet", "mini-ImageNet: accuracy in %",
+        {
+            "maml": {(5, 1): ("48.70 ± 1.84", MAML), (5, 5): ("63.11 ± 0.92", MAML)},
+            "fomaml": {(5, 1): ("48.07 ± 1.75", MAML), (5, 5): ("63.15 ± 0.91", MAML)},
+            "reptile": {
+                (5, 1): ("49.97 ± 0.32", "Nichol et al. 2018, transductive"),
+                (5, 5): ("65.99 ± 0.58", "Nichol et al. 2018, transductive"),
+            },
+            "meta-sgd": {(5, 1): ("50.47 ± 1.87", "Li et al. 2017"), (5, 5): ("64.03 ± 0.94", "Li et al. 2017")},
+            "maml++": {
+                (5, 1): ("52.15 ± 0.26", "Antoniou et al. 2019"), (5, 5): ("68.32 ± 0.44", "Antoniou et al. 2019"),
+            },
+        },
+    ),
+    _published_set(
+        "cifar-fs", "CIFAR-FS: accuracy in %",
+        {"maml": {(5, 1): ("58.9 ± 1.9", "Lee et al. 2019"), (5, 5): ("71.5 ± 1.0", "Lee et al. 2019")}},
+    ),
+    _published_set(
+        "tiered-imagenet", "tiered-ImageNet: accuracy in %",
+        {"maml": {(5, 1): ("51.67 ± 1.81", "Lee et al. 2019"), (5, 5): ("70.30 ± 1.75", "Lee et al. 2019")}},
+    ),
+)  # fmt: skip
+CELLS = {cell.name: cell for table in TABLES for cell in table.cells}

@@ -1,0 +1,148 @@
+"""The page ``docs/results.md``: every cell of the tables, filled or with the command that fills it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from math import hypot
+from pathlib import Path
+from typing import Any
+
+from .cells import TABLES, Cell, Table
+
+HEAD = """# Results
+
+`python -m benchmarks.paper` wrote this page from the `summary.json` of runs; `docs/results.json` keeps their figures. Each cell is one command: `python -m benchmarks.paper --list` prints them all,
+`python -m benchmarks.paper --run CELL` runs one, goes on where it was interrupted, and puts it here; `python -m benchmarks.paper RUNS` reads runs made by hand.
+
+Scores are means over test tasks that training has not seen (600, if nothing else is said), of the checkpoint that validated best, ± the half width of the 95 % interval, 1.96 sd/√n. BatchNorm is transductive: it
+normalises with the statistics of the set at hand, in test too. Wall times include what else ran on the machine, CPU times (of all threads) do not; neither includes the final test.
+"""
+
+
+def markdown(results: dict[str, Any], figure: str | None = None) -> str:
+    """The page. ``figure``: the path of the sinusoid's picture, from the page."""
+    parts = [HEAD]
+    for table in TABLES:
+        parts.append(f"## {table.title}")
+        if table.note:
+            parts.append(table.note)
+        filled = [cell for cell in table.cells if cell.name in results]
+        if filled:
+            parts.append("\n".join(_rows(table, filled, results)))
+        missing = [cell for cell in table.cells if cell.name not in results]
+        if missing:
+            parts.append("\n".join(_commands(table, missing)))
+        if finding := _orders(table, results):
+            parts.append(finding)
+    if figure:
+        after = next(i for i, part in enumerate(parts) if part.startswith("## Characters"))
+        parts.insert(after, f"![MSE against adaptation steps]({figure})")
+    parts.append("\n".join(_machines(results)))
+    return "\n\n".join(part.strip() for part in parts)
+
+
+def _rows(table: Table, cells: Iterable[Cell], results: dict[str, Any]) -> list[str]:
+    steps = [f"{count} step{'s' * (count != 1)}" for count in table.steps]
+    head = ["", *(steps or ["here"]), table.beside, "steps in test", "wall, min", "CPU, min", "commit"]
+    if steps:
+        head.remove("steps in test")
+    return _table(head, [_row(table, cell, results[cell.name]) for cell in cells])
+
+
+def _row(table: Table, cell: Cell, run: dict[str, Any]) -> list[str]:
+    if table.steps:
+        scores = [_at(run, count) for count in table.steps]
+    else:
+        scores = [_score(run, run["reported"])]
+    published = " / ".join(cell.published) or "–"
+    if cell.source:
+        published += f" ({cell.source})"
+    cost = [f"{run[key] / 60:.1f}" if run["meta_iterations"] else "–" for key in ("seconds", "cpu_seconds")]
+    test = [] if table.steps else [str(run["reported"]["steps"]) if len(run["steps"]) > 1 else "–"]
+    row = cell.row
+    if "ensemble" in run:
+        row += f", vote of {len(run['ensemble']['iterations'])}"
+        scores = [f"{_score(run, run['ensemble']['reported'])} (the best alone: {scores[0]})"]
+    if run["batch_norm"] != "transductive":
+        row += f", {run['batch_norm']} BatchNorm"
+    return [row, *scores, published, *test, *cost, f"`{run['commit']}`"]
+
+
+def _at(run: dict[str, Any], count: int) -> str:
+    """The score after so many steps; where none are taken, that without any."""
+    row = run["steps"].index(count) if count in run["steps"] else 0
+    return _score(run, {"mean": run["mean"][row], "ci95": run["ci95"][row]})
+
+
+def _score(run: dict[str, Any], at: dict[str, float]) -> str:
+    if run["metric"] == "accuracy":
+        return f"{100 * at['mean']:.1f} ± {100 * at['ci95']:.1f}"
+    return f"{at['mean']:.2f} ± {at['ci95']:.2f}"
+
+
+def _commands(table: Table, cells: Iterable[Cell]) -> list[str]:
+    """Cells that no run has filled yet, each with its command."""
+    cells = list(cells)
+    why = "on your own copy of the data" if cells[0].needs_data else "not run yet"
+    lines = [
+        [cell.row, " / ".join(cell.published) or "–", cell.source, f"`maml-cuda {shlex.join(cell.command)}`"]
+        for cell in cells
+    ]
+    return _table([why, table.beside, "", "command"], lines)
+
+
+def _orders(table: Table, results: dict[str, Any]) -> str:
+    """Whether second order beats first order here."""
+    pair = {cell.preset: results[cell.name]["reported"] for cell in table.cells if cell.name in results}
+    if table.steps or not {"maml", "fomaml"} <= set(pair):
+        return ""
+    gain = 100 * (pair["maml"]["mean"] - pair["fomaml"]["mean"])
+    width = 100 * hypot(pair["maml"]["ci95"], pair["fomaml"]["ci95"])
+    if gain > width:
+        verdict = "Second order beats first order here"
+    elif gain < -width:
+        verdict = "Second order does **not** beat first order here: it is worse"
+    else:
+        verdict = "Second order does **not** beat first order here beyond the intervals"
+    return f"{verdict}: {gain:+.1f} ± {width:.1f} points (one run each; the interval is of the test tasks alone)."
+
+
+def _machines(results: dict[str, Any]) -> list[str]:
+    """Where and with what the cells were filled."""
+    groups: dict[str, list[str]] = {}
+    for name, run in results.items():
+        where = f"{run['machine']}, {run['threads']} threads, torch {run['torch']}, {run['backend']}"
+        groups.setdefault(where, []).append(name)
+    return ["## Machines", "", *(f"- {where}: {', '.join(names)}" for where, names in groups.items())]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    ruler = ["---"] + ["---:"] * (len(head) - 1)
+    return [f"| {' | '.join(cells)} |" for cells in (head, ruler, *rows)]
+
+
+def draw(results: dict[str, Any], path: Path) -> bool:
+    """The paper's figures 3 and 6: MSE against adaptation steps, a panel for each K. False where there is nothing."""
+    from matplotlib.figure import Figure
+
+    tables = [t for t in TABLES if t.steps and any(cell.name in results for cell in t.cells)]
+    if not tables:
+        return False
+    figure = Figure(figsize=(4 * len(tables), 3.6), layout="constrained")
+    colours = {"maml": "#0072B2", "pretrained": "#D55E00", "oracle": "#009E73", "random": "#777777"}
+    for axes, table in zip(figure.subplots(1, len(tables), sharey=True, squeeze=False)[0], tables, strict=True):
+        for cell in table.cells:
+            if (run := results.get(cell.name)) is None:
+                continue
+            if len(run["steps"]) == 1:
+                axes.axhline(run["mean"][0], color=colours[cell.preset], label=cell.row)
+            else:
+                error = {"yerr": run["ci95"], "capsize": 2}
+                axes.errorbar(run["steps"], run["mean"], color=colours[cell.preset], label=cell.row, **error)
+        axes.set(title=table.title.split(":")[0], xlabel="adaptation steps", ylabel="MSE", ylim=(0, 5))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=100)
+    return True

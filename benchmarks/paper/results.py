@@ -1,0 +1,50 @@
+"""The figures of the runs that have been made, ``docs/results.json``: cell -> what its summary.json said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..files import replace
+from .cells import CELLS
+
+KEPT = ("metric", "steps", "mean", "ci95", "reported", "ensemble", "test_tasks", "test_shots", "test_queries")
+KEPT += ("batch_norm", "meta_iterations", "seconds", "cpu_seconds", "backend", "threads", "commit", "machine")
+
+
+def summaries(folders: Iterable[Path]) -> list[dict[str, Any]]:
+    """Of the runs in the folders: each a run, or a folder of runs. FileNotFoundError where one holds none."""
+    found = []
+    for folder in folders:
+        paths = sorted(folder.glob("summary.json")) or sorted(folder.glob("*/summary.json"))
+        if not paths:
+            raise FileNotFoundError(f"{folder} must be a run or a folder of runs, with summary.json, got none")
+        found += [json.loads(path.read_text()) for path in paths]
+    return found
+
+
+def merged(results: dict[str, Any], runs: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """``results`` with the cells that the runs fill, in the order of the tables, and the runs that fill none.
+
+    A run fills the cell whose settings it has; a later one takes the place of an earlier one.
+    """
+    results, strangers = dict(results), []
+    for run in runs:
+        settings = run["settings"]
+        name = next((name for name, cell in CELLS.items() if cell.is_of(settings)), None)
+        if name is None:
+            strangers.append(f"{settings.get('job')} {settings.get('preset', '')}".strip())
+            continue
+        kept = {key: run[key] for key in KEPT if key in run}
+        results[name] = kept | {"torch": run["versions"]["torch"]}
+    return {name: results[name] for name in CELLS if name in results}, strangers
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def save(results: dict[str, Any], path: Path) -> None:
+    replace(path, json.dumps(results, indent=1))
