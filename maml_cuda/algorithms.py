@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from maml_cuda.batch_norm import PerStepBatchNorm2d
 from maml_cuda.data import ImageBatches, ImageTasks, MetaBatch, SinusoidTasks
 from maml_cuda.jobs import Settings, make_maml, make_model, make_tasks, score, without_head
 
@@ -73,13 +74,30 @@ class Maml(Algorithm):
         settings = self.settings
         self.maml.first_order = settings.first_order or iteration <= settings.first_order_iterations
         if settings.multi_step_iterations:
-            self.maml.query_weights = multi_step_weights(settings, iteration)  # type: ignore[assignment]
+            self.maml.query_weights = multi_step_weights(settings, iteration)
         out = self.maml(*batch)
         self._descend(out.loss)
         return out.loss.detach(), score(settings.job, out.logits, batch.y_qry).mean()
 
     def predict(self, batch: MetaBatch, steps: int) -> Tensor:
-        return self.maml.predict(self.maml.adapt(batch.x_spt, batch.y_spt, steps=steps), batch.x_qry)
+        fast = self.maml.adapt(batch.x_spt, batch.y_spt, steps=steps)
+        return self.maml.predict(fast, batch.x_qry, slot=max(steps - 1, 0))
+
+    def hold_statistics(self, batches: Iterable[MetaBatch]) -> None:
+        """From here on BatchNorm normalises by running statistics, so that a query is classified by itself: by means
+        over the inner loops of ``batches``, of each step where BatchNorm has parameters for each."""
+        norms = [m for m in self.maml.model.modules() if isinstance(m, (nn.BatchNorm2d, PerStepBatchNorm2d))]
+        if not norms:
+            raise ValueError("running statistics must have a net with BatchNorm layers, got none")
+        for norm in norms:
+            assert norm.weight is not None
+            norm.running_mean, norm.running_var = torch.zeros_like(norm.weight), torch.ones_like(norm.weight)
+            norm.num_batches_tracked = torch.zeros(norm.weight.shape[:-1], dtype=torch.int64)
+            norm.track_running_stats, norm.momentum = True, None  # the mean over all batches
+        for batch in batches:
+            self.maml.update_statistics(batch.x_spt, batch.y_spt, batch.x_qry)
+        self.maml.batch_norm = "running"
+        self.maml.train(self.maml.training)
 
 
 class Reptile(Algorithm):

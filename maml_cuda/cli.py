@@ -102,11 +102,11 @@ def train(options: argparse.Namespace) -> int:
 def evaluate(options: argparse.Namespace) -> int:
     _need("safetensors")
     from maml_cuda.checkpoint import load_checkpoint
-    from maml_cuda.report import load_ensemble, load_run, table, test_run
+    from maml_cuda.report import hold_statistics, load_ensemble, load_run, table, test_run
 
     _set_threads(options.threads)
     run = Path(options.run)
-    model = _given(backend=options.backend, data=options.data, batch_norm=options.batch_norm)
+    model = _given(backend=options.backend, data=options.data)
     test = _given(test_tasks=options.tasks, test_shots=options.shots, test_queries=options.queries, seed=options.seed)
     settings = Settings(**load_checkpoint(run / "last")[2]["settings"] | model | test)
     if options.ensemble:
@@ -115,6 +115,10 @@ def evaluate(options: argparse.Namespace) -> int:
     else:
         algorithm, info = load_run(run, options.checkpoint, **model)
         algorithms, tested = [algorithm], {"checkpoint": options.checkpoint, "iteration": info["iteration"]}
+    if options.batch_norm == "running":
+        for algorithm in algorithms:
+            hold_statistics(algorithm, settings)
+        tested["batch_norm"] = options.batch_norm
     result = test_run(algorithms, settings) | tested
     print(json.dumps(result, indent=1) if options.json else table(result))
     return 0
@@ -186,7 +190,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _setting(group, "--inner-steps", "gradient steps in training")
     _setting(group, "--learn-inner-lr", "learn rates from --inner-lr on: one a step, a layer and step, or an element")
     _setting(group, "--adapted", "what the inner loop changes: all, all but BatchNorm's affine maps, the last layer")
-    _setting(group, "--batch-norm", "statistics of the set at hand, with affine maps a step (MAML++), or running ones")
+    _setting(group, "--batch-norm", "one affine map for all inner steps, or one a step (MAML++)")
     _setting(group, "--first-order", "FOMAML: leave the Hessian terms out of the meta-gradient")
     _setting(group, "--inner-batch", "Reptile: samples of an inner step, 0: all")
 
@@ -238,7 +242,11 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         dest="queries",
         help="query samples a class (default: as in the run)",
     )
-    parser.add_argument("--batch-norm", choices=CHOICES["batch_norm"], help="(default: as in the run)")
+    parser.add_argument(
+        "--batch-norm",
+        choices=("transductive", "running"),
+        help="statistics of the support or query set at hand (default), or of training tasks: a query by itself",
+    )
     parser.add_argument(
         "--data", type=_absolute, metavar="PATH", help="folder that holds the data set now (default: as in the run)"
     )

@@ -22,7 +22,7 @@ CHOICES = {
     "algorithm": ("maml", "reptile", "protonet", "matching", "pretrained", "nearest-pixel"),
     "adapted": ("all", "no-norm", "head"),
     "learn_inner_lr": ("", "step", "layer", "element"),
-    "batch_norm": ("transductive", "per_step", "running"),
+    "batch_norm": ("transductive", "per_step"),
     "meta_schedule": ("constant", "cosine", "linear"),
     "backend": ("auto", "fused", "reference"),
 }
@@ -101,6 +101,8 @@ class Settings:
         for name in () if self.algorithm == "maml" else OF_MAML:
             if getattr(self, name) != type(self).__dict__[name]:
                 raise ValueError(f"{name} must be left out for {self.algorithm}, got {getattr(self, name)}")
+        if self.batch_norm == "per_step" and self.adapted == "all":
+            raise ValueError("adapted must be no-norm or head with per_step BatchNorm, which no inner step changes")
         if self.told and self.job != "sinusoid":
             raise ValueError(f"told must be left out for {self.job}, whose tasks have no amplitude and phase")
         if self.train_ways not in (0, self.ways) and self.algorithm not in ("protonet", "matching"):
@@ -256,6 +258,7 @@ def make_maml(settings: Settings) -> FusedMAML:
         first_order=settings.first_order,
         adapt_params=adapted,
         backend=settings.backend,
+        batch_norm=settings.batch_norm,
     )
 
 

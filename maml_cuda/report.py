@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maml_cuda import plots
-from maml_cuda.algorithms import Algorithm, make_algorithm
+from maml_cuda.algorithms import Algorithm, Maml, make_algorithm
 from maml_cuda.checkpoint import load_checkpoint, write_file
 from maml_cuda.data import MetaBatch
 from maml_cuda.evaluate import evaluate, mean_and_ci95
@@ -33,6 +33,15 @@ def load_ensemble(run: Path, **given: Any) -> tuple[list[Algorithm], list[int]]:
     if not all("checkpoint" in best for best in bests) or not bests:
         raise ValueError(f"an ensemble must have a run that keeps several checkpoints (--best-checkpoints), got {run}")
     return [load_run(run, best["checkpoint"], **given)[0] for best in bests], [best["iteration"] for best in bests]
+
+
+def hold_statistics(algorithm: Algorithm, settings: Settings, batches: int = 20) -> None:
+    """Statistics of training tasks for BatchNorm, in place of those of the set at hand. ValueError where the algorithm
+    has no inner loop to take them over."""
+    if not isinstance(algorithm, Maml):
+        raise ValueError(f"running statistics are collected over MAML's inner loop, got {settings.algorithm}")
+    tasks, generator = make_tasks(settings, "train"), make_generator(settings, "train")
+    algorithm.hold_statistics(tasks.sample(settings.meta_batch, generator) for _ in range(batches))
 
 
 def vote(algorithms: Sequence[Algorithm], job: str) -> Callable[[MetaBatch, int], Tensor]:

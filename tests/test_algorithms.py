@@ -37,6 +37,7 @@ def small(job: str, preset: str, **given) -> Settings:
     return new_settings(job, preset, **(sizes | given))
 
 
+@pytest.mark.filterwarnings("ignore:maml_cuda runs this model on the general path")  # MAML++
 @pytest.mark.parametrize(("job", "preset"), NAMES)
 def test_every_preset_trains_resumes_to_the_bit_and_is_tested(tmp_path, monkeypatch, job: str, preset: str) -> None:
     settings = small(job, preset)
@@ -90,6 +91,7 @@ def test_single_options_are_over_the_preset_and_the_preset_over_the_job() -> Non
         ({"preset": "nearest-pixel", "iterations": 3}, "iterations must be 0 for nearest-pixel, .*, got 3"),
         ({"preset": "reptile", "first_order": True}, "first_order must be left out for reptile, got True"),
         ({"multi_step_iterations": 3, "inner_steps": 0}, "inner_steps must be at least 1, got 0"),
+        ({"batch_norm": "per_step"}, "adapted must be no-norm or head with per_step BatchNorm, which no inner step"),
         ({"best_checkpoints": 0}, "best_checkpoints must be at least 1, got 0"),
     ],
 )
@@ -241,6 +243,33 @@ def test_derivative_order_is_annealed() -> None:
         algorithm.step(tasks_of(2, 3, 1, 2), iteration)
         orders.append(algorithm.module.first_order)
     assert orders == [True, True, False]
+
+
+@pytest.mark.filterwarnings("ignore:maml_cuda runs this model on the general path")
+@pytest.mark.parametrize("given", [{}, {"batch_norm": "per_step", "adapted": "no-norm", "inner_steps": 2}])
+def test_with_running_statistics_a_query_is_classified_by_itself(given) -> None:
+    settings = small("glyphs", "maml", **given)
+    algorithm = make_algorithm(settings)
+    batch = tasks_of(2, 3, 1, 2)
+    alone = batch._replace(x_qry=batch.x_qry[:, :1])
+    assert not torch.allclose(algorithm.predict(batch, 2)[:, :1], algorithm.predict(alone, 2), atol=1e-3)
+    report.hold_statistics(algorithm, settings, batches=3)
+    norm = algorithm.maml.model.block1.norm
+    assert norm.num_batches_tracked.flatten().tolist() == [3] * norm.num_batches_tracked.numel()
+    torch.testing.assert_close(algorithm.predict(batch, 2)[:, :1], algorithm.predict(alone, 2))
+
+
+@pytest.mark.parametrize(
+    ("job", "preset", "message"),
+    [
+        ("sinusoid", "maml", "running statistics must have a net with BatchNorm layers, got none"),
+        ("glyphs", "protonet", "running statistics are collected over MAML's inner loop, got protonet"),
+    ],
+)
+def test_running_statistics_of_nothing_are_refused(job: str, preset: str, message: str) -> None:
+    settings = small(job, preset)
+    with pytest.raises(ValueError, match=message):
+        report.hold_statistics(make_algorithm(settings), settings)
 
 
 def test_the_nearest_pixel_is_found() -> None:

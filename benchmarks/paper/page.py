@@ -10,14 +10,17 @@ from typing import Any
 
 from .cells import TABLES, Cell, Table
 
-HEAD = """# Results
-
-`python -m benchmarks.paper` wrote this page from the `summary.json` of runs; `docs/results.json` keeps their figures. Each cell is one command: `python -m benchmarks.paper --list` prints them all,
-`python -m benchmarks.paper --run CELL` runs one, goes on where it was interrupted, and puts it here; `python -m benchmarks.paper RUNS` reads runs made by hand.
-
-Scores are means over test tasks that training has not seen (600, if nothing else is said), of the checkpoint that validated best, ± the half width of the 95 % interval, 1.96 sd/√n. BatchNorm is transductive: it
-normalises with the statistics of the set at hand, in test too. Wall times include what else ran on the machine, CPU times (of all threads) do not; neither includes the final test.
-"""
+HEAD = (
+    "# Results\n\n"
+    "`python -m benchmarks.paper` wrote this page from the `summary.json` of runs; `docs/results.json` keeps their "
+    "figures. Each cell is one command:\n"
+    "`python -m benchmarks.paper --list` prints them all, `--run CELL` runs one, goes on where it was interrupted, and "
+    "puts it here; `python -m benchmarks.paper RUNS` takes in runs made by hand.\n\n"
+    "Scores are means over 600 test tasks that training has not seen, of the checkpoint that validated best, ± half "
+    "the width of the 95 % interval, 1.96 sd/√n.\n"
+    "BatchNorm is transductive: it normalises with the statistics of the set at hand, in test too. Wall times include "
+    "what else ran on the machine, CPU times (of all threads) do not; neither includes the final test."
+)
 
 
 def markdown(results: dict[str, Any], figure: str | None = None) -> str:
