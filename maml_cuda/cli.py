@@ -1,4 +1,4 @@
-"""The command line: ``maml-cuda train | evaluate | info``.
+"""The command line: ``maml-cuda train | evaluate | compare | info``.
 
 What needs the extra [train] is imported inside the commands, so that a missing package can be named in words.
 """
@@ -8,15 +8,18 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from maml_cuda import build_info, presets
 from maml_cuda.jobs import CHOICES, JOBS, Settings, new_settings
+from maml_cuda.rl.environment import need
+from maml_cuda.rl.settings import RL_JOBS, RLSettings, new_rl_settings
 
 TRAIN_DESCRIPTION = """\
 Meta-trains a small network with MAML so that it learns a new task from a handful of examples.
@@ -24,9 +27,13 @@ Meta-trains a small network with MAML so that it learns a new task from a handfu
   glyphs    tell apart 5 characters of alphabets never trained on, from one image of each
   sinusoid  fit a sine curve of unknown amplitude and phase from a few points
 
-  omniglot, mini-imagenet, cifar-fs, fc100, tiered-imagenet
+  omniglot, mini-imagenet, cifar-fs, tiered-imagenet
             the paper's data sets and later ones, as published; --data names their folder
   FOLDER    your own images: a folder with a folder for each class
+
+  navigation, cheetah-direction, cheetah-velocity, ant-direction, ant-velocity, ant-goal
+            the paper's reinforcement learning: a policy that adapts to a new goal from a
+            few episodes (needs the extra [rl])
 """
 TRAIN_EPILOG = """\
 examples:
@@ -36,6 +43,8 @@ examples:
   maml-cuda train glyphs --ways 20 --shots 5   harder tasks, more examples of each class
   maml-cuda train omniglot --data ~/omniglot   the paper's 5-way 1-shot Omniglot
   maml-cuda train ~/birds --shots 5            your own images
+  maml-cuda train navigation                   2D navigation of the paper (minutes)
+  maml-cuda train navigation --baseline oracle  a policy that is told the goal
   maml-cuda train --resume runs/sine           go on where Ctrl-C, a crash or the last iteration ended it
 
 A run is one folder: metrics.csv, the checkpoints last/ and best/, PNG pictures and summary.json.
@@ -47,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         print(f"maml-cuda: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -55,31 +64,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What a kind of jobs brings to the commands."""
+
+    settings: type
+    new_settings: Callable[..., Any]
+    training: Any
+    report: ModuleType
+
+
+def _kind(job: str) -> _Kind:
+    if job in RL_JOBS:
+        need("gymnasium", "mujoco")
+        from maml_cuda.rl import report as rl_report
+        from maml_cuda.rl.training import RLTraining
+
+        return _Kind(RLSettings, new_rl_settings, RLTraining, rl_report)
+    from maml_cuda import report
+    from maml_cuda.train import Training
+
+    return _Kind(Settings, new_settings, Training, report)
+
+
+def _kind_of_run(run: Path, checkpoint: str) -> _Kind:
+    """FileNotFoundError where no run is."""
+    from maml_cuda.checkpoint import load_checkpoint
+
+    return _kind(load_checkpoint(run / checkpoint)[2]["settings"]["job"])
+
+
 def train(options: argparse.Namespace) -> int:
     _need("tqdm", "matplotlib", "safetensors")
     from maml_cuda.checkpoint import locate
-    from maml_cuda.report import finish, table
-    from maml_cuda.train import Training, resumed_settings
+    from maml_cuda.train import resumed_settings
 
     _set_threads(options.threads)
     if options.job is not None and options.job not in JOBS and Path(options.job).is_dir():
         if options.data is not None:
             raise ValueError(f"data must be left out for a folder, which is the data, got {options.data}")
         options.job, options.data = "folder", _absolute(options.job)
-    names = {field.name for field in fields(Settings)}
+    names = {field.name for kind in (Settings, RLSettings) for field in fields(kind)}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
     if options.data is not None:
         print(f"opening {options.data}; the first time converts it, which may take minutes", flush=True)
     if options.resume is None:
-        settings = new_settings(**given)
+        kind = _kind(given.get("job", ""))
+        settings = kind.new_settings(**_only(kind, given))
         run = Path(options.out or time.strftime(f"runs/{settings.job}-%Y%m%d-%H%M%S"))
-        start = Training.start
+        start = kind.training.start
     else:
         if not (options.resume or options.out) or (options.resume and options.out not in (None, options.resume)):
             raise ValueError("--resume must name one run folder: --resume RUN, or --resume with --out RUN")
         run = Path(options.resume or options.out)
-        settings = resumed_settings(run, given)
-        start = Training.resume
+        kind = _kind_of_run(run, "last")
+        settings = resumed_settings(run, _only(kind, given), kind.settings)
+        start = kind.training.resume
     try:
         training = start(run, settings)
         print(
@@ -88,7 +128,7 @@ def train(options: argparse.Namespace) -> int:
         )
         training.loop()
         print(f"testing the best checkpoint on {settings.test_tasks} tasks")
-        print(table(finish(run, settings)))
+        print(kind.report.table(kind.report.finish(run, settings)))
     except KeyboardInterrupt:
         if locate(run / "last") is None:
             print("\nInterrupted before the first checkpoint; nothing was saved.", file=sys.stderr)
@@ -102,26 +142,60 @@ def train(options: argparse.Namespace) -> int:
 def evaluate(options: argparse.Namespace) -> int:
     _need("safetensors")
     from maml_cuda.checkpoint import load_checkpoint
-    from maml_cuda.report import hold_statistics, load_ensemble, load_run, table, test_run
 
     _set_threads(options.threads)
     run = Path(options.run)
-    model = _given(backend=options.backend, data=options.data)
+    stored = load_checkpoint(run / "last")[2]["settings"]
+    kind = _kind(stored["job"])
+    model = _only(kind, _given(backend=options.backend, data=options.data))
     test = _given(test_tasks=options.tasks, test_shots=options.shots, test_queries=options.queries, seed=options.seed)
-    settings = Settings(**load_checkpoint(run / "last")[2]["settings"] | model | test)
+    settings = kind.settings(**stored | model | _only(kind, test))
     if options.ensemble:
-        algorithms, iterations = load_ensemble(run, **model)
+        if kind.settings is not Settings:
+            raise ValueError(f"ensemble must be left out for {stored['job']}, whose runs keep one best checkpoint")
+        algorithms, iterations = kind.report.load_ensemble(run, **model)
         tested: dict[str, Any] = {"ensemble": iterations}
     else:
-        algorithm, info = load_run(run, options.checkpoint, **model)
-        algorithms, tested = [algorithm], {"checkpoint": options.checkpoint, "iteration": info["iteration"]}
+        learned, info = kind.report.load_run(run, options.checkpoint, **model)
+        algorithms, tested = [learned], {"checkpoint": options.checkpoint, "iteration": info["iteration"]}
     if options.batch_norm == "running":
+        if kind.settings is not Settings:
+            raise ValueError(f"batch_norm must be left out for {stored['job']}, whose policy has none")
         for algorithm in algorithms:
-            hold_statistics(algorithm, settings)
+            kind.report.hold_statistics(algorithm, settings)
         tested["batch_norm"] = options.batch_norm
-    result = test_run(algorithms, settings) | tested
-    print(json.dumps(result, indent=1) if options.json else table(result))
+    result = kind.report.test_run(algorithms, settings) | tested
+    print(json.dumps(result, indent=1) if options.json else kind.report.table(result))
     return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    _need("matplotlib", "safetensors")
+    from maml_cuda.rl.plots import returns
+
+    results: list[dict[str, Any]] = []
+    for run in options.runs:
+        summary = json.loads((Path(run) / "summary.json").read_text())
+        if results and (summary["task"], summary["metric"]) != (results[0]["task"], results[0]["metric"]):
+            raise ValueError(f"runs must be of one job, got {results[0]['task']} and {summary['task']} ({run})")
+        results.append(summary)
+    labels = options.labels.split(",") if options.labels else [Path(run).name for run in options.runs]
+    if len(labels) != len(results):
+        raise ValueError(f"labels must be {len(results)}, one for each run, got {len(labels)}")
+    returns(results, labels, Path(options.out))
+    print(f"{options.out}: {', '.join(labels)}")
+    return 0
+
+
+def _only(kind: _Kind, given: dict[str, Any]) -> dict[str, Any]:
+    """``given``. ValueError where one of them is no setting of this kind of jobs."""
+    if kind.settings is RLSettings and "preset" in given:
+        given = {"baseline": given["preset"]} | {name: value for name, value in given.items() if name != "preset"}
+    names = {field.name for field in fields(kind.settings)}
+    for name, value in given.items():
+        if name not in names:
+            raise ValueError(f"{name} must be left out for this job, which has no such setting, got {value}")
+    return given
 
 
 def _given(**values: Any) -> dict[str, Any]:
@@ -145,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(
         commands.add_parser(
             "train",
-            help="meta-train a model on glyphs, sinusoids or images of yours",
+            help="meta-train a model on glyphs, sinusoids, images of yours, or a policy",
             description=TRAIN_DESCRIPTION,
             epilog=TRAIN_EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -158,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
             description="Prints the metric after 0 to 10 adaptation steps on unseen tasks.",
         )
     )
+    _add_compare(commands.add_parser("compare", help="put the test results of several runs in one plot"))
     info_parser = commands.add_parser("info", help="print how this installation was built, versions and threads")
     info_parser.set_defaults(command=info)
     return parser
@@ -166,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=train)
     parser.add_argument(
-        "job", nargs="?", metavar="JOB", help=f"what to learn: {', '.join(JOBS)} or FOLDER (default: glyphs)"
+        "job", nargs="?", metavar="JOB", help=f"what to learn: {', '.join(JOBS | RL_JOBS)} or FOLDER (default: glyphs)"
     )
 
     group = parser.add_argument_group("algorithm", "a preset's settings take the place of the job's own")
@@ -209,6 +284,17 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     _setting(group, "--seed", "decides the initial weights and every task; same seed, same run, to the bit")
 
+    group = parser.add_argument_group("reinforcement learning")
+    _setting(group, "--episodes", "episodes of each task and adaptation step")
+    _setting(group, "--horizon", "most steps of an episode")
+    _setting(group, "--outer", "the outer step: trpo, vpg (Adam on the meta-gradient) or clipped (as PPO and ProMP)")
+    _setting(group, "--max-kl", "TRPO: bound on the KL divergence of the adapted policies")
+    _setting(group, "--damping", "TRPO: added to the Fisher matrix")
+    _setting(group, "--epochs", "clipped: Adam steps on each batch")
+    _setting(group, "--clip", "clipped: how far a probability ratio counts")
+    _setting(group, "--discount", "of rewards")
+    _setting(group, "--gae-lambda", "of generalized advantage estimation")
+
     group = parser.add_argument_group("validation and test, on unseen classes or curves")
     _setting(group, "--validation-interval", "iterations between two validations, each of which saves last/")
     _setting(group, "--validation-tasks", "tasks a validation; the best score saves best/")
@@ -216,6 +302,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _setting(group, "--log-interval", "iterations between two rows of metrics.csv")
     _setting(group, "--test-tasks", "tasks of the final test of best/ after 0 to 10 steps")
     _setting(group, "--test-shots", "support samples a class in validation and test (images: as --shots)")
+    _setting(group, "--test-episodes", "episodes of each task and adaptation step in validation and test")
     _setting(group, "--test-queries", "query samples a class in validation and test")
     _setting(group, "--test-steps", "most adaptation steps in validation, which scores the mean over 1 to N")
 
@@ -258,6 +345,13 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_machine(parser)
 
 
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=compare)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs of one job")
+    parser.add_argument("--labels", metavar="A,B", help="one for each run (default: the folders' names)")
+    parser.add_argument("--out", default="compare.png", metavar="PNG", help="(default: compare.png)")
+
+
 def _add_machine(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--threads", type=int, help="CPU threads (default: all cores); fused results do not depend on it"
@@ -273,8 +367,9 @@ def _setting(group: argparse._ActionsContainer, option: str, text: str, name: st
     """An option that sets a field of Settings; None where it is not given, which --resume needs to know."""
     name = name or option[2:].replace("-", "_")
     jobs: dict[Any, list[str]] = {}  # by their default
-    for job, settings in JOBS.items():
-        jobs.setdefault(getattr(settings, name), []).append(job)
+    for job, settings in (JOBS | RL_JOBS).items():
+        if hasattr(settings, name):
+            jobs.setdefault(getattr(settings, name), []).append(job)
     first = next(iter(jobs))
     if isinstance(first, bool):
         group.add_argument(option, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text)
@@ -286,7 +381,7 @@ def _setting(group: argparse._ActionsContainer, option: str, text: str, name: st
         return
     default = f"{first}" if len(jobs) == 1 else ", ".join(f"{value} {'/'.join(names)}" for value, names in jobs.items())
     options = [option, "--hidden"] if name == "width" else [option]
-    metavar = "RATE" if isinstance(first, float) else "N"
+    metavar = {float: "RATE", int: "N", str: "NAME"}[type(first)]
     group.add_argument(*options, dest=name, type=type(first), metavar=metavar, help=f"{text} (default: {default})")
 
 

@@ -42,7 +42,7 @@ def learning_curves(metrics: Path, path: Path, settings: Settings) -> None:
         if name != "accuracy":
             axes.set_yscale("log")
     figure.suptitle(f"{settings.job}: learning curves")
-    _save(figure, path)
+    save(figure, path)
 
 
 def adaptation(result: dict[str, Any], path: Path) -> None:
@@ -57,7 +57,7 @@ def adaptation(result: dict[str, Any], path: Path) -> None:
         axes.set_ylim(0, 1)
     else:
         axes.set_ylim(bottom=0)
-    _save(figure, path)
+    save(figure, path)
 
 
 def image_task(algorithm: Algorithm, batch: MetaBatch, steps: int, path: Path, most: int = 8) -> None:
@@ -84,7 +84,7 @@ def image_task(algorithm: Algorithm, batch: MetaBatch, steps: int, path: Path, m
         f"A task of unseen classes: support (blue), queries with the predicted class\n"
         f"after {steps} steps, {float(correct):.0%} of its {predicted.numel()} queries right"
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 def sinusoid_fits(algorithm: Algorithm, batch: MetaBatch, path: Path) -> None:
@@ -108,7 +108,7 @@ def sinusoid_fits(algorithm: Algorithm, batch: MetaBatch, path: Path) -> None:
     axes.set(xlabel="x", ylabel="y", title="sinusoid: a curve that training has not seen")
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def _image(axes: Any, image: Tensor, title: str, colour: str) -> None:
@@ -119,7 +119,7 @@ def _image(axes: Any, image: Tensor, title: str, colour: str) -> None:
         spine.set(color=colour, linewidth=2)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     write_file(path, content.getvalue())

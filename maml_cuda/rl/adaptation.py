@@ -40,7 +40,7 @@ def adapt_and_sample(
     fast: Mapping[str, Tensor] = unadapted(maml, len(goals))
     for step in range(steps + 1):
         episodes = sample_episodes(
-            environment, goals, fast, settings.episodes, settings.horizon, generator, clock,
+            environment, goals, fast, settings.test_episodes, settings.horizon, generator, clock,
             tell_goal=settings.tell_goal,
         )  # fmt: skip
         yield episodes

@@ -86,8 +86,8 @@ def vpg(maml: FusedMAML, samples: MetaSamples, optimizer: torch.optim.Optimizer)
 def clipped(
     maml: FusedMAML, samples: MetaSamples, optimizer: torch.optim.Optimizer, epochs: int, clip: float
 ) -> OuterStep:
-    """``epochs`` steps on the clipped surrogate of PPO (Schulman et al. 2017) with MAML's exact gradient, the outer loss
-    of ProMP (Rothfuss et al. 2019) without its penalty on the inner KL.
+    """``epochs`` steps on PPO's clipped surrogate (Schulman et al. 2017) with MAML's exact gradient: the outer loss of
+    ProMP (Rothfuss et al. 2019) without its penalty on the inner KL.
 
     Where ``min(r A, clip(r) A)`` is the clipped one a sample's gradient is zero, and otherwise that of ``r A``: so each
     epoch is the fused likelihood-ratio loss with the advantages of clipped samples set to 0.
@@ -152,7 +152,7 @@ def _surrogate_and_gradient(maml: FusedMAML, samples: MetaSamples) -> tuple[floa
     loss = maml(*samples).loss
     parameters = _parameters(maml)
     gradients = torch.autograd.grad(loss, list(parameters.values()))
-    return float(loss), dict(zip(parameters, gradients, strict=True))
+    return float(loss.detach()), dict(zip(parameters, gradients, strict=True))
 
 
 def _optimize(maml: FusedMAML, optimizer: torch.optim.Optimizer, gradient: Vector) -> None:

@@ -38,6 +38,7 @@ class RLSettings:
     validation_tasks: int = 40
     test_tasks: int = 40
     test_steps: int = 3
+    test_episodes: int = 20  # a task and adaptation step, in validation too
     log_interval: int = 1
     seed: int = 0
     backend: str = "auto"
@@ -77,7 +78,7 @@ class RLSettings:
 
 # Section 5.3 and appendix A.2 of the paper, with the settings of its published code where they differ
 # (docs/reinforcement_learning.md).
-NAVIGATION = RLSettings(job="navigation", episodes=20, horizon=100, inner_lr=0.1, iterations=100, meta_batch=20)
+NAVIGATION = RLSettings(job="navigation", episodes=20, horizon=100, inner_lr=0.5, iterations=100, meta_batch=20)
 CHEETAH = RLSettings(
     job="cheetah-direction", episodes=20, horizon=200, inner_lr=0.1, iterations=500, meta_batch=40
 )  # fmt: skip
@@ -85,7 +86,7 @@ RL_JOBS = {
     "navigation": NAVIGATION,
     "cheetah-direction": CHEETAH,
     "cheetah-velocity": replace(CHEETAH, job="cheetah-velocity"),
-    "ant-direction": replace(CHEETAH, job="ant-direction", episodes=40),
+    "ant-direction": replace(CHEETAH, job="ant-direction", episodes=40, test_episodes=40),
     "ant-velocity": replace(CHEETAH, job="ant-velocity"),
     "ant-goal": replace(CHEETAH, job="ant-goal"),
 }

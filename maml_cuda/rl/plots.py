@@ -1,0 +1,77 @@
+"""The pictures of a reinforcement-learning run."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+from torch import Tensor
+
+from maml_cuda.plots import BLUE, GREEN, GREY, ORANGE, save
+
+from .sampling import Episodes
+from .settings import RLSettings
+
+COLOURS = (BLUE, ORANGE, GREEN, GREY, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MOST_EPISODES = 10  # drawn of each task
+
+
+def learning_curve(metrics: Path, path: Path, settings: RLSettings) -> None:
+    """The return before and after adaptation and in validation, against the meta-iteration, from metrics.csv."""
+    with metrics.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    lines = (
+        ("before", "training, before adaptation", ORANGE, "-"),
+        ("after", "training, after adaptation", BLUE, "-"),
+        ("validation", "validation", GREEN, "o-"),
+    )
+    for column, label, colour, style in lines:
+        points = [(int(row["iteration"]), float(row[column])) for row in rows if row[column]]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=colour, label=label, linewidth=1.2, markersize=3)
+    axes.set(xlabel="meta-iteration", ylabel="return", title=f"{settings.job}: learning curve")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    save(figure, path)
+
+
+def returns(results: Sequence[dict[str, Any]], labels: Sequence[str], path: Path) -> None:
+    """The return after each number of adaptation steps, with its interval, of one run or of several in one plot."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for index, (result, label) in enumerate(zip(results, labels, strict=True)):
+        axes.errorbar(
+            result["steps"], result["mean"], yerr=result["ci95"], fmt="o-", capsize=3,
+            color=COLOURS[index % len(COLOURS)], label="MAML" if label == "none" else label,
+        )  # fmt: skip
+    axes.set(xlabel="adaptation steps", ylabel=results[0]["metric"], xticks=max((r["steps"] for r in results), key=len))
+    axes.set_title(f"{results[0]['task']}: {results[0]['test_tasks']} test tasks, 95 % interval")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(figure, path)
+
+
+def paths(goals: Tensor, found: Sequence[Episodes], path: Path) -> None:
+    """Navigation: a column a task, a row a number of adaptation steps; the goal is the circle."""
+    figure = Figure(figsize=(2.4 * len(goals), 2.4 * len(found)), layout="constrained")
+    grid = figure.subplots(len(found), len(goals), squeeze=False)
+    for step, episodes in enumerate(found):
+        for task, goal in enumerate(goals.tolist()):
+            axes = grid[step, task]
+            for episode in range(min(MOST_EPISODES, episodes.alive.shape[1])):
+                length = int(episodes.alive[task, episode].sum())
+                x, y = episodes.observations[task, episode, :length, :2].T.tolist()
+                axes.plot(x, y, color=BLUE, linewidth=0.6, alpha=0.6)
+            axes.add_patch(Circle(goal, 0.04, color=ORANGE, zorder=3))
+            axes.plot(0, 0, "k+")
+            axes.set(xlim=(-0.8, 0.8), ylim=(-0.8, 0.8), xticks=[], yticks=[], aspect="equal")
+            axes.set_title(f"{step} step{'s' * (step != 1)}: {episodes.returns[task].mean():.1f}", fontsize=9)
+    figure.suptitle("Paths of unseen tasks by adaptation step, with their mean return")
+    save(figure, path)

@@ -1,0 +1,107 @@
+"""What stands in the folder of a reinforcement-learning run at its end: summary.json and the pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maml_cuda import FusedMAML
+from maml_cuda.checkpoint import load_checkpoint, write_file
+from maml_cuda.evaluate import mean_and_ci95
+from maml_cuda.versions import commit, machine, versions
+
+from . import plots, render
+from .adaptation import adapt_and_sample, evaluate_returns
+from .clock import Clock
+from .environments import make_environment
+from .settings import RLSettings
+from .training import make_policy, make_rl_generator
+
+
+def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[FusedMAML, dict[str, Any]]:
+    """The policy of a checkpoint of ``run``, with the settings of ``given``, and the checkpoint's info.
+    FileNotFoundError where no run is."""
+    model, _, info = load_checkpoint(run / checkpoint)
+    maml = make_policy(replace(RLSettings(**info["settings"]), **given))
+    maml.load_state_dict(model)
+    return maml, info
+
+
+def test_run(policies: Sequence[FusedMAML], settings: RLSettings) -> dict[str, Any]:
+    """The return of a policy, the only one of ``policies``, on ``settings.test_tasks`` test tasks after 0..test_steps
+    adaptation steps, as JSON-able values."""
+    returns = evaluate_returns(
+        policies[0], make_environment(settings.job), settings, make_rl_generator(settings, "test"), Clock(),
+        settings.test_tasks, settings.test_steps,
+    )  # fmt: skip
+    mean, ci95 = mean_and_ci95(returns)
+    return {
+        "task": settings.job,
+        "metric": "return",
+        "baseline": settings.baseline,
+        "steps": list(range(settings.test_steps + 1)),
+        "mean": mean,
+        "ci95": ci95,
+        "test_tasks": settings.test_tasks,
+        "test_episodes": settings.test_episodes,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result of ``test_run`` for people."""
+    kind = "" if result["baseline"] == "none" else f", {result['baseline']}"
+    lines = [
+        f"{result['task']}{kind}: return on {result['test_tasks']} test tasks, "
+        f"{result['test_episodes']} episodes a task and step"
+    ]
+    for step, mean, ci95 in zip(result["steps"], result["mean"], result["ci95"], strict=True):
+        lines.append(f"  after {step:2d} steps  {mean:8.2f} ± {ci95:.2f}")
+    if result.get("animation"):
+        lines.append(result["animation"])
+    return "\n".join(lines)
+
+
+def finish(run: Path, settings: RLSettings) -> dict[str, Any]:
+    """Tests the best checkpoint of a trained run and writes the pictures and, last of all, summary.json."""
+    maml, _ = load_run(run)
+    last = load_checkpoint(run / "last")[2]
+    result = test_run([maml], settings)
+    plots.learning_curve(run / "metrics.csv", run / "learning_curves.png", settings)
+    plots.returns([result], [settings.baseline], run / "adaptation.png")
+    result |= _pictures(run, maml, settings)
+    parts = last["seconds_of"]
+    total = sum(parts.values())
+    summary = result | {
+        "meta_iterations": last["iteration"],
+        "seconds": last["seconds"],
+        "cpu_seconds": last["cpu_seconds"],
+        "seconds_of": parts,
+        "shares": {what: seconds / total if total else 0.0 for what, seconds in parts.items()},
+        "best": last["bests"][0] if last["bests"] else None,
+        "backend": maml.backend,
+        "threads": torch.get_num_threads(),
+        "settings": asdict(settings),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    write_file(run / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    return summary
+
+
+def _pictures(run: Path, maml: FusedMAML, settings: RLSettings) -> dict[str, str]:
+    """Navigation: paths before and after adaptation. Robots: a GIF of both, where something can render it."""
+    environment = make_environment(settings.job)
+    generator = make_rl_generator(settings, "test")
+    goals = environment.sample_goals(settings.test_tasks, generator)[:4]
+    if settings.job == "navigation":
+        found = adapt_and_sample(maml, environment, goals, settings, generator, Clock(), settings.test_steps)
+        plots.paths(goals, list(found), run / "paths.png")
+        return {}
+    words = render.before_and_after(maml, environment, goals[-1:], settings, generator, run / "before_and_after.gif")
+    return {"animation": words}
