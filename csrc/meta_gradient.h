@@ -23,6 +23,10 @@
 
 namespace maml {
 
+/// Which values a primal pass computes: all; those that move; those that depend on no parameter that is
+/// trained, or the others.
+enum class Part { all, moving, constant, active };
+
 /// One task's walk over the nodes of a stage, with one tile of its samples: gradients and products are
 /// written by the first, added to by the others. `Backend` has the passes of each layer.
 template <class Backend, class T>
@@ -47,10 +51,9 @@ struct Walk {
   T* grad_dot(int v) const { return at(tangent, v < 0 ? kNowhere : stage.values[v].grad_dot_at); }
   T* prediction() const { return value(stage.output); }
 
-  /// The primal pass; `fixed_too`: also what does not move, which one pass a task is enough for.
-  void forward(bool fixed_too) const {
+  void forward(Part part) const {
     for (const Stage::Step& s : stage.steps) {
-      if (fixed_too || !stage.values[s.output].fixed) backend.forward(layer(s), tensors(s));
+      if (computes(part, stage.values[s.output])) backend.forward(layer(s), tensors(s));
     }
   }
 
@@ -88,6 +91,12 @@ struct Walk {
   T* loss_saved() const { return step + stage.loss_at; }
 
  private:
+  static bool computes(Part part, const Stage::Value& y) {
+    return part == Part::all        ? true
+           : part == Part::moving   ? !y.fixed
+           : part == Part::constant ? !y.active
+                                    : y.active;
+  }
   static T* at(T* region, int64_t offset) { return offset == kNowhere ? nullptr : region + offset; }
 
   template <class P>
@@ -155,8 +164,11 @@ struct Task {
 ///   loss_tangent(part, z_dot, saved, grad_z_dot)
 ///   descend(rates, phi, g, next)       next = phi - rate g
 ///   direction(rates, v, out)           out = rate v
+///   retreat(size, product, v, rates, out)  v -= product, then out = rate v where wanted
 ///   rate_gradient(rates, g, v, result) result at each rate's gradient -= g v, summed where one rate serves
-///   all subtract(size, x, y)  y -= x       copy(size, from, to)        zero(size, to)
+///   all
+///   copy(size, from, to)        zero(size, to)
+///   beside(f)  where it can, f(backend) beside all that is asked for until join(), and true; or false
 template <class Backend, class T>
 class TaskRunner {
  public:
@@ -200,10 +212,10 @@ class TaskRunner {
 
  private:
   void meta_gradient() {
-    inner_loop();
+    const Part part = beside_the_inner_loop();
     for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
       const auto query = at_query(tile);
-      query.forward(true);
+      query.forward(part);
       loss(query, task_.y_query, task_.query_loss);
       give_logits(query);
       query.backward(task_.result, p_.packing.trainable);
@@ -212,10 +224,10 @@ class TaskRunner {
   }
 
   void meta_loss() {
-    inner_loop();
+    const Part part = beside_the_inner_loop();
     for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
       const auto query = at_query(tile);
-      query.forward(true);
+      query.forward(part);
       loss(query, task_.y_query, task_.query_loss);
       give_logits(query);
     }
@@ -236,7 +248,7 @@ class TaskRunner {
   void predict() {
     for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
       const auto query = at_query(tile);
-      query.forward(true);
+      query.forward(Part::all);
       give_logits(query);
     }
   }
@@ -244,7 +256,7 @@ class TaskRunner {
   void predict_backward() {
     for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
       const auto query = at_query(tile);
-      query.forward(true);
+      query.forward(Part::all);
       backend_.copy(query.samples() * classes(p_.query), task_.given + query.first() * classes(p_.query),
                     query.grad(p_.query.output));
       query.backward(task_.result, p_.packing.trainable);
@@ -255,6 +267,20 @@ class TaskRunner {
 
   void hvp() { hessian_vector_product(0, task_.given, task_.result); }
 
+  /// The inner loop, and beside it what the query needs of no parameter (the moments of its images), where
+  /// the backend can do two things at once; the part of the query's pass that is left.
+  Part beside_the_inner_loop() {
+    const bool beside =
+        p_.query.tiles == 1 && p_.query.has_constants && backend_.beside([&](const Backend& backend) {
+          auto query = at_query(0, backend);
+          query.scratch = query.step + std::max<int64_t>(p_.query.constants_scratch_at, 0);
+          query.forward(Part::constant);
+        });
+    inner_loop();
+    if (beside) backend_.join();
+    return beside ? Part::active : Part::all;
+  }
+
   /// phi_1 .. phi_K, the support losses, and what the products need of each step.
   void inner_loop() {
     for (int k = 0; k < p_.steps; ++k) {
@@ -263,16 +289,18 @@ class TaskRunner {
     }
   }
 
-  /// From v_K in `result` to v_0 and the gradients of the learned rates.
+  /// From v_K in `result` to v_0 and the gradients of the learned rates. Whatever makes v_k also makes the
+  /// direction of the next product, alpha_{k-1} v_k.
   void outer_loop() {
     T* v = task_.result;
     backend_.zero(p_.result_size - p_.packing.trainable, v + p_.packing.trainable);
+    if (p_.second_order()) backend_.direction(p_.rates_of(p_.steps - 1), v, direction_);
     for (int k = p_.steps - 1; k >= 0; --k) {
       if (p_.learns_rates()) backend_.rate_gradient(p_.rates_of(k), g(k), v, v);
       if (!p_.second_order()) continue;
-      backend_.direction(p_.rates_of(k), v, direction_);
       hessian_vector_product(k, direction_, product_);
-      backend_.subtract(p_.packing.trainable, product_, v);
+      backend_.retreat(p_.packing.trainable, product_, v, p_.rates_of(std::max(k - 1, 0)),
+                       k > 0 ? direction_ : nullptr);
     }
   }
 
@@ -283,7 +311,7 @@ class TaskRunner {
     }
   }
   void tile_gradient(const Walk<Backend, T>& support, bool fixed_too, T* value, T* gradient) {
-    support.forward(fixed_too);
+    support.forward(fixed_too ? Part::all : Part::moving);
     loss(support, task_.y_support, value);
     support.backward(gradient, p_.packing.adapted);
   }
@@ -323,8 +351,9 @@ class TaskRunner {
     return {backend_, p_.packing, p_.support, tile,    task_.x_support, task_.theta,
             phi(k),   fixed,      step,       shared_, scratch_};
   }
-  Walk<Backend, T> at_query(int64_t tile) const {
-    return {backend_,      p_.packing, p_.query, tile,    task_.x_query, task_.theta,
+  Walk<Backend, T> at_query(int64_t tile) const { return at_query(tile, backend_); }
+  Walk<Backend, T> at_query(int64_t tile, const Backend& backend) const {
+    return {backend,       p_.packing, p_.query, tile,    task_.x_query, task_.theta,
             phi(p_.steps), nullptr,    shared_,  nullptr, scratch_};
   }
   static int64_t classes(const Stage& stage) { return stage.values[stage.output].size; }

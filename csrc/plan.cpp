@@ -445,10 +445,15 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
   Region fixed, step_region, tangent;
   const int forever = 2 * steps + 1;
   const bool products = keep == Keep::products;
+  // Of a query: before all else.
+  const auto early = [&](const Stage::Value& y) { return data == Data::query && !y.active; };
+  int64_t constants_scratch = 0;
   for (int i = 0; i < steps; ++i) {
     Stage::Step& step = stage.steps[i];
     Stage::Value& y = stage.values[step.output];
     const Footprint needs = traits.footprint(step.layer);
+    stage.has_constants |= !y.active;
+    if (early(y)) constants_scratch = std::max(constants_scratch, needs.scratch);
     const Layer& l = step.layer;
     Layer whole = l;
     whole.n = n;
@@ -457,12 +462,13 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
     y.fixed = data == Data::support && !y.moving;
     const bool stays = y.fixed || products;
     Region& region = y.fixed ? fixed : step_region;
-    const int first = stays ? 0 : i;
+    const int first = stays || early(y) ? 0 : i;
     const int last = stays ? forever : keep == Keep::values ? last_reader[step.output] : back(i);
     // The moments of a constant image are those of all samples.
     y.at = region.place((l.kind == Kind::patch_gram ? 1 : most) * y.size, first, last);
     step.saved_at = region.place(needs.saved, first, !stays && keep == Keep::values ? i : last);
   }
+  if (constants_scratch > 0) stage.constants_scratch_at = step_region.place(constants_scratch, 0, 0);
   if (keep != Keep::values) {
     for (int i = steps - 1; i >= 0; --i) {
       const int output = stage.steps[i].output;
@@ -501,7 +507,7 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
       const int64_t rows = traits.statistics_rows(writer->layer);
       const int64_t tiles = (n * image.h * image.w + rows - 1) / rows;
       y.statistics_at = y.fixed ? fixed.place(tiles * 2 * image.c, 0, forever)
-                                : step_region.place(tiles * 2 * image.c, from, i);
+                                : step_region.place(tiles * 2 * image.c, early(y) ? 0 : from, i);
       if (y.dot_at != kNowhere) y.statistics_dot_at = tangent.place(tiles * 3 * image.c, from, i);
     }
   }

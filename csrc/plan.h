@@ -63,7 +63,8 @@ inline int64_t whole_lines(int64_t elements) { return (elements + 15) / 16 * 16;
 ///   moving   if it depends on an adapted one: it changes from step to step and has a tangent.
 /// What does not move is computed once per task and stands in the `fixed` region, one for every tile; what
 /// moves stands in a `step` region, of which there may be one for every inner step; tangents stand in a
-/// `tangent` region.
+/// `tangent` region. What is not even active can be computed at any time before the rest: of a query, beside
+/// the inner loop, in memory that nothing else uses until then.
 struct Stage {
   struct Value {
     int64_t size = 0;  // of one sample
@@ -87,10 +88,12 @@ struct Stage {
   };
   int64_t n = 0, tiles = 1;
   std::vector<Value> values;
-  std::vector<Step> steps;          // without those that move nothing
-  int output = 0;                   // root of the prediction
-  std::vector<int64_t> prediction;  // shape of one sample of it, as the user sees it
-  int64_t loss_at = kNowhere;       // what the loss keeps, in the step region
+  std::vector<Step> steps;                  // without those that move nothing
+  int output = 0;                           // root of the prediction
+  std::vector<int64_t> prediction;          // shape of one sample of it, as the user sees it
+  int64_t loss_at = kNowhere;               // what the loss keeps, in the step region
+  bool has_constants = false;               // steps whose output is not active
+  int64_t constants_scratch_at = kNowhere;  // query: theirs, in the step region
   int64_t fixed_size = 0, step_size = 0, tangent_size = 0, scratch_size = 0;
   int64_t work = 0;  // multiply-adds of one forward pass over all samples, roughly
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import random
+import threading
 from collections.abc import Callable, Container
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch.nn.utils import parametrize
 class Unfusable(Exception):
     """Why a module cannot be fused: a sentence that names it."""
 
+
+_ONE_AT_A_TIME = threading.Lock()  # torch.fx patches nn.Module itself while it traces
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -97,7 +100,7 @@ def record(model: nn.Module, leaves: Container[type]) -> torch.fx.Graph:
     off = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
     drawn = torch.get_rng_state(), random.getstate()
     try:
-        with torch.inference_mode(False), torch.enable_grad(), off[0], off[1]:
+        with _ONE_AT_A_TIME, torch.inference_mode(False), torch.enable_grad(), off[0], off[1]:
             graph = tracer.trace(model)
     except Exception as error:
         inside = described(tracer.path, model.get_submodule(tracer.path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 from collections.abc import Iterator
@@ -30,6 +31,15 @@ def load() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@functools.cache
+def controls() -> ctypes.CDLL:
+    """What a test can ask of the emulated device: tests/emulation/controls.cpp."""
+    library = ctypes.CDLL(str(load().__file__))
+    library.emulation_launches.restype = ctypes.c_int64
+    library.emulation_make_stream.restype = ctypes.c_void_p
+    return library
 
 
 @contextmanager

@@ -22,7 +22,7 @@ SANITIZERS = {
 SCHEDULES = ["forward", "backward", "shuffled:1", "shuffled:2"]
 RIGHT = [
     "transpose", "row sum", "warp reversal", "warp functions", "shared memory", "pipeline", "graph", "broken capture",
-    "limits", "after a failure", "host threads",
+    "branch", "limits", "after a failure", "host threads",
 ]  # fmt: skip
 
 Run = Callable[..., str]
@@ -92,6 +92,11 @@ def test_a_shuffle_orders_no_memory(run: Run) -> None:
     assert "ThreadSanitizer: data race" in report
     assert "planted.cu" in report
     assert "Location is global" in report  # and names the variable
+
+
+def test_a_branch_of_a_graph_must_be_joined_and_left_alone(run: Run) -> None:
+    assert run("branch without a join") == "capturing stream has unjoined work"
+    assert run("branch that reads what the origin overwrites").startswith("wrong")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

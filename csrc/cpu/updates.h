@@ -50,13 +50,20 @@ struct Updates {
       }
     }
   }
-  void subtract(int64_t size, const V* x, V* y) const {
+  void retreat(int64_t size, const V* product, V* v, const std::vector<RateSlice>& slices, V* out) const {
     share_elements(size, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) y[i] -= x[i];
+      for (int64_t i = first; i < last; ++i) v[i] -= product[i];
     });
+    if (out) direction(slices, v, out);
   }
   void copy(int64_t size, const V* from, V* to) const { std::copy_n(from, size, to); }
   void zero(int64_t size, V* to) const { std::fill_n(to, size, V{}); }
+
+  template <class F>
+  bool beside(F) const {
+    return false;
+  }
+  void join() const {}
 
  private:
   /// f(slice, i -> rate of its element i)

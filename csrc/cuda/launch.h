@@ -23,12 +23,32 @@ struct Grid {
   int64_t x = 1, y = 1;
 };
 
+/// A second stream in a capture, and what orders it and the first: kernels launched on it are a parallel
+/// branch of the graph.
+struct Branch {
+  cudaStream_t stream = nullptr;
+  cudaEvent_t forked = nullptr, done = nullptr;
+};
+
 /// Launches kernels for all tasks of a call, in the order of the calls. A kernel takes symbolic addresses and
 /// the table that resolves them, or real addresses alone.
 struct Launcher {
   cudaStream_t stream;
   int64_t tasks;
-  const Table* table;  // on the device
+  const Table* table;              // on the device
+  const Branch* branch = nullptr;  // or null: there is one stream alone
+
+  /// Launches on the branch, which begins where this stream is.
+  Launcher fork() const {
+    check(cudaEventRecord(branch->forked, stream), "forking the graph");
+    check(cudaStreamWaitEvent(branch->stream, branch->forked, 0), "forking the graph");
+    return {branch->stream, tasks, table};
+  }
+  /// What follows waits for the branch.
+  void join() const {
+    check(cudaEventRecord(branch->done, branch->stream), "joining the graph's branches");
+    check(cudaStreamWaitEvent(stream, branch->done, 0), "joining the graph's branches");
+  }
 
   template <class... Params>
   void operator()(const char* name, void (*kernel)(Params...), Grid grid, int threads, size_t shared_bytes,

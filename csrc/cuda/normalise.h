@@ -25,6 +25,17 @@
 // from the outputs that may have chosen it, in ascending order: no two threads write one element, nothing is
 // atomic. Shared memory holds the sums alone. Rows, of x and y of one task, are numbered in 32 bits.
 //
+// Why y is stored, and is not made from x by the convolution that reads it, element by element on its way to
+// shared memory. With a pool between (mini-ImageNet) y is a quarter of x, and each of a 3 x 3 kernel's 9
+// reads would become 4, with 4 f. Without one, at stride 1, f and the affine map would be done 9 times an
+// element in place of once, and again in the weight gradient and in both tangents. At stride 2 (Omniglot) it
+// is 2.25 times, and here is something to gain: y of its three blocks is 18 kB an image, written and read
+// once for 11 passes of a meta-step with K = 5, T = 32: 140 MB, 30 to 50 us of a target of 750, and 33
+// launches of about 1.5 us. Against it stands that all products, which are most of those 750 us, would take
+// their operand through registers in place of cp.async, with zeros that padding wants behind f, and that
+// every block of theirs would merge the statistics first. Only a measurement on a GPU should decide that;
+// nothing else speaks for it.
+//
 // gamma and beta may be absent (1 and 0). Where the layer's input does not move, x_dot is absent, and
 // Rmu = c = 0; where the layer does not move, grad_y too.
 #pragma once

@@ -14,12 +14,12 @@ enum class Op : int {
   backward,
   forward_tangent,
   backward_tangent,
-  loss,           // x = z, x[1] = target, y = value, grad_x = grad_z, saved
-  loss_tangent,   // x_dot = z_dot, grad_x_dot = grad_z_dot, saved
-  descend,        // x = phi, grad_y = g, y = next
-  direction,      // x = v, y = out
+  loss,          // x = z, x[1] = target, y = value, grad_x = grad_z, saved
+  loss_tangent,  // x_dot = z_dot, grad_x_dot = grad_z_dot, saved
+  descend,       // x = phi, grad_y = g, y = next
+  direction,     // x = v, y = out
+  retreat,       // grad_y = product, y = v, saved = out; x = product, grad_x = v behind what is adapted, size
   rate_gradient,  // grad_y = g, x = v, y = result
-  subtract,       // x, y
   copy,
   zero
 };
@@ -72,8 +72,13 @@ class Recorder {
   void rate_gradient(const std::vector<RateSlice>& step, const T* g, const T* v, T* result) const {
     record_vector(Op::rate_gradient, v, g, result).slices = first_slice(step);
   }
-  void subtract(int64_t size, const T* x, T* y) const {
-    record_vector(Op::subtract, x, nullptr, y).size = size;
+  void retreat(int64_t size, const T* product, T* v, const std::vector<RateSlice>& step, T* out) const {
+    const int64_t adapted = problem_.packing.adapted;
+    Instruction<T>& i = record_vector(Op::retreat, product + adapted, product, v);
+    i.tensors.grad_x[0] = v + adapted;
+    i.tensors.saved = out;
+    i.slices = first_slice(step);
+    i.size = size - adapted;
   }
   void copy(int64_t size, const T* from, T* to) const {
     record_vector(Op::copy, from, nullptr, to).size = size;
@@ -81,6 +86,12 @@ class Recorder {
   void zero(int64_t size, T* to) const {
     if (size > 0) record_vector(Op::zero, nullptr, nullptr, to).size = size;
   }
+
+  template <class F>
+  bool beside(F) const {
+    return false;
+  }
+  void join() const {}
 
  private:
   int first_slice(const std::vector<RateSlice>& step) const {

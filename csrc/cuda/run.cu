@@ -246,7 +246,7 @@ struct Runner<T>::State {
 
   /// Everything but the spans, which stand at `table`.
   void walk(const Call<T>& call, const Image& view, const Span* table, const std::vector<Span>* host_spans,
-            cudaStream_t stream) const {
+            cudaStream_t stream, const Branch* branch = nullptr) const {
     const SpanOrder order = all_spans();
     auto table_of = [&](int64_t c) { return reinterpret_cast<const Table*>(table + c * order.count); };
     if (executor == Executor::batched) {
@@ -260,7 +260,7 @@ struct Runner<T>::State {
     }
     for (int64_t c = 0; c < chunks(call); ++c) {
       const int64_t tasks = std::min(chunk(call), call.tasks - c * chunk(call));
-      const Launcher launch{stream, tasks, table_of(c)};
+      const Launcher launch{stream, tasks, table_of(c), branch};
       if (executor == Executor::megakernel) {
         launch_megakernel<T>(launch, problem, layout, view, host_spans->data() + c * order.count, order,
                              const_cast<Span*>(table) + c * order.count);
@@ -346,28 +346,59 @@ int64_t Runner<T>::table_bytes(const Call<T>& call) const {
   return state_->chunks(call) * state_->all_spans().count * static_cast<int64_t>(sizeof(Span));
 }
 
-template <class T>
-Graph Runner<T>::capture(const Call<T>& call, const void* image, void* table) const {
-  const OnDevice on(state_->device);
-  cudaStream_t stream = nullptr;
-  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t executable = nullptr;
-  cudaError_t status = cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed);
-  if (status == cudaSuccess) {
+namespace {
+
+/// Two streams for a capture, gone with it.
+class Capture {
+ public:
+  Capture() {
     try {
-      state_->walk(call, state_->view(image), static_cast<const Span*>(table), nullptr, stream);
-      status = cudaStreamEndCapture(stream, &graph);
+      for (cudaStream_t* s : {&stream, &branch.stream})
+        check(cudaStreamCreateWithFlags(s, cudaStreamNonBlocking), "creating a stream");
+      for (cudaEvent_t* e : {&branch.forked, &branch.done})
+        check(cudaEventCreateWithFlags(e, cudaEventDisableTiming), "creating an event");
     } catch (...) {
-      cudaStreamEndCapture(stream, &graph);
-      if (graph) cudaGraphDestroy(graph);
-      cudaStreamDestroy(stream);
+      release();
       throw;
     }
   }
+  ~Capture() { release(); }
+  Capture(const Capture&) = delete;
+
+  cudaStream_t stream = nullptr;
+  Branch branch;
+
+ private:
+  void release() {
+    for (cudaEvent_t e : {branch.forked, branch.done}) {
+      if (e) cudaEventDestroy(e);
+    }
+    for (cudaStream_t s : {branch.stream, stream}) {
+      if (s) cudaStreamDestroy(s);
+    }
+  }
+};
+
+}  // namespace
+
+template <class T>
+Graph Runner<T>::capture(const Call<T>& call, const void* image, void* table) const {
+  const OnDevice on(state_->device);
+  const Capture capture;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  check(cudaStreamBeginCapture(capture.stream, cudaStreamCaptureModeRelaxed), "beginning a graph");
+  try {
+    state_->walk(call, state_->view(image), static_cast<const Span*>(table), nullptr, capture.stream,
+                 &capture.branch);
+  } catch (...) {
+    cudaStreamEndCapture(capture.stream, &graph);
+    if (graph) cudaGraphDestroy(graph);
+    throw;
+  }
+  cudaError_t status = cudaStreamEndCapture(capture.stream, &graph);
   if (status == cudaSuccess) status = cudaGraphInstantiate(&executable, graph, 0);
   if (graph) cudaGraphDestroy(graph);
-  cudaStreamDestroy(stream);
   check(status, "capturing the call in a graph");
   return Graph(executable, table);
 }

@@ -1,9 +1,28 @@
 // The vector work of the inner and the outer loop (meta_gradient.h), over packed parameters:
 //   descend        next = phi - rate g
 //   direction      out = rate v
+//   retreat        v -= product, then out = rate v
 //   rate_gradient  grad_rate -= g v, summed in double, in a fixed tree, where one rate serves a whole
-//   parameter subtract, copy, zero
+//   parameter copy, zero
 // A slice is one parameter and its rate. Every function is for a team; the caller puts the barrier behind it.
+//
+// Why these are launches of their own, one an inner step (descend) and one a product (retreat), and not part
+// of the weight gradients' epilogues. With P bytes of parameters of all tasks, a step and its product write g
+// and the product (2 P), and read and write 3 P + 4 P here: 9 P. Epilogues would read and write 2 P + 3 P,
+// and save 4 P, of weights alone. For the paper's nets and K = 5 that is 4 x 5 P:
+//
+//   mini-ImageNet, T = 4     P = 0.5 MB    10 MB a meta-step:   2 to 4 us, of a target of 900
+//   Omniglot, T = 4          P = 1.8 MB    36 MB:               7 to 12 us, of about 300
+//   Omniglot, T = 32         P = 14 MB    286 MB:              55 to 95 us, of a target of 750
+//
+// at the 5 TB/s of an H100's L2 cache (50 MB, where most of this was written just before) to the 3 TB/s of
+// its memory. No launch would go: biases, BatchNorm's parameters and the first convolution's weights have
+// their gradients from three other kernels, and where k is split (5-shot, mini-ImageNet) a weight's gradient
+// is complete only in a kernel that adds up its parts, whose own traffic is no larger than this one's.
+// Against it stand a second exit of every product kernel with each form of a rate, an update that must not
+// overtake the input gradient that still reads the old weights, and gradients that learned rates want to see
+// all the same. So only Omniglot at T = 32 could gain more than a few per cent, at most an eighth, and only a
+// measurement on a GPU should buy it.
 #pragma once
 
 #include "description.h"
@@ -35,6 +54,16 @@ template <class T>
 __device__ void direction(Team team, const RateSlice& s, const T* rates, const T* v, T* out) {
   for (int64_t i = team.first(); i < s.size; i += team.step())
     out[s.at + i] = rate_of(s, rates, i) * v[s.at + i];
+}
+
+/// `out` may be null.
+template <class T>
+__device__ void retreat(Team team, const RateSlice& s, const T* rates, const T* product, T* v, T* out) {
+  for (int64_t i = team.first(); i < s.size; i += team.step()) {
+    const T moved = v[s.at + i] - product[s.at + i];
+    v[s.at + i] = moved;
+    if (out) out[s.at + i] = rate_of(s, rates, i) * moved;
+  }
 }
 
 /// Of one rate an element: no two elements share a rate.

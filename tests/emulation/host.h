@@ -1,7 +1,10 @@
 // The host's side of the emulation: launches, memory, streams, capture and graphs, as in the CUDA runtime.
-// Work is done when it is asked for, on whatever stream; on a stream that captures it is recorded instead.
+// Work is done when it is asked for, on whatever stream; on a stream that captures it is recorded instead
+// (streams.h). Devices are equal and share the memory; what they tell apart is whose streams are whose.
 #pragma once
 
+#include <array>
+#include <atomic>
 #include <cstdlib>
 #include <functional>
 #include <mutex>
@@ -16,9 +19,12 @@ enum cudaError_t {
   cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInvalidDevice = 101,
+  cudaErrorInvalidResourceHandle = 400,
   cudaErrorIllegalState = 401,
+  cudaErrorLaunchOutOfResources = 701,
   cudaErrorStreamCaptureUnsupported = 900,
   cudaErrorStreamCaptureInvalidated = 901,
+  cudaErrorStreamCaptureUnjoined = 904,
   cudaErrorStreamCaptureImplicit = 906
 };
 inline const char* cudaGetErrorString(cudaError_t error) {
@@ -33,28 +39,24 @@ inline const char* cudaGetErrorString(cudaError_t error) {
       return "invalid configuration argument";
     case cudaErrorInvalidDevice:
       return "invalid device ordinal";
+    case cudaErrorInvalidResourceHandle:
+      return "invalid resource handle";
+    case cudaErrorLaunchOutOfResources:
+      return "too many resources requested for launch";
     case cudaErrorIllegalState:
       return "the operation cannot be performed in the present state";
     case cudaErrorStreamCaptureUnsupported:
       return "operation not permitted when stream is capturing";
     case cudaErrorStreamCaptureInvalidated:
       return "operation failed due to a previous error during capture";
+    case cudaErrorStreamCaptureUnjoined:
+      return "capturing stream has unjoined work";
     case cudaErrorStreamCaptureImplicit:
       return "operation would make the legacy stream depend on a capturing one";
   }
   return "unrecognized error code";
 }
 
-enum cudaStreamCaptureMode {
-  cudaStreamCaptureModeGlobal,
-  cudaStreamCaptureModeThreadLocal,
-  cudaStreamCaptureModeRelaxed
-};
-enum cudaStreamCaptureStatus {
-  cudaStreamCaptureStatusNone,
-  cudaStreamCaptureStatusActive,
-  cudaStreamCaptureStatusInvalidated
-};
 enum cudaMemcpyKind {
   cudaMemcpyHostToHost,
   cudaMemcpyHostToDevice,
@@ -73,31 +75,28 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
-inline constexpr unsigned cudaStreamDefault = 0, cudaStreamNonBlocking = 1;
 
 namespace emulation {
 
 inline constexpr size_t kSharedByDefault = 48 * 1024, kSharedAtMost = 227 * 1024;
 inline constexpr size_t kParametersAtMost = 4096;  // 32764 from CUDA 12.1 on; the smaller one is always right
 
-using Graph = std::vector<std::function<void()>>;
+inline constexpr int kMostDevices = 4;
 
-struct Stream {
-  bool blocking;  // towards the legacy stream
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
-  Graph captured{};
-};
+struct Stream;
 
 // All state of the host's side but the streams' own.
 struct Host {
   std::mutex mutex;
-  int multiprocessors = 4;
+  int multiprocessors = 4, devices = 1;
+  std::atomic<int> launches_to_failure = 0;  // the last of so many fails; 0: none
+  std::array<std::atomic<int64_t>, kMostDevices> launches{};
   std::vector<Stream*> capturing;
   std::vector<std::pair<const void*, size_t>> shared_limits;  // of kernels that have asked for more
 };
 inline Host host;
 inline thread_local cudaError_t last_error = cudaSuccess;
+inline thread_local int device = 0;
 
 inline void set_multiprocessors(int count) { host.multiprocessors = count; }
 
@@ -139,42 +138,17 @@ inline cudaError_t check_launch(dim3 grid, dim3 block, size_t shared_bytes, cons
   return shared_bytes > limit ? cudaErrorInvalidValue : cudaSuccess;
 }
 
-/// What would wait for, or change, a capture that goes on: breaks it.
-inline cudaError_t refuse_while_capturing(bool relaxed_may) {
-  bool refused = false;
-  const std::lock_guard lock(host.mutex);
-  for (Stream* s : host.capturing) {
-    if (relaxed_may && s->mode == cudaStreamCaptureModeRelaxed) continue;
-    s->status = cudaStreamCaptureStatusInvalidated;
-    refused = true;
+/// Whether this launch is the one that was told to fail.
+inline bool fails_now() {
+  int left = host.launches_to_failure;
+  while (left > 0 && !host.launches_to_failure.compare_exchange_weak(left, left - 1)) {
   }
-  return refused ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
-}
-
-/// Does the work, or records it where the stream captures.
-inline cudaError_t submit(Stream* stream, std::function<void()> work) {
-  if (stream == nullptr) {
-    const std::lock_guard lock(host.mutex);
-    for (Stream* s : host.capturing) {
-      if (!s->blocking) continue;
-      s->status = cudaStreamCaptureStatusInvalidated;
-      return cudaErrorStreamCaptureImplicit;
-    }
-  } else if (stream->status == cudaStreamCaptureStatusInvalidated) {
-    return cudaErrorStreamCaptureInvalidated;
-  } else if (stream->status == cudaStreamCaptureStatusActive) {
-    stream->captured.push_back(std::move(work));
-    return cudaSuccess;
-  }
-  work();
-  return cudaSuccess;
+  return left == 1;
 }
 
 }  // namespace emulation
 
-using cudaStream_t = emulation::Stream*;
-using cudaGraph_t = emulation::Graph*;
-using cudaGraphExec_t = emulation::Graph*;
+#include "streams.h"
 
 struct cudaLaunchAttribute {};  // none is known
 struct cudaLaunchConfig_t {
@@ -198,6 +172,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const cudaError_t error =
       emulation::check_launch(grid, block, shared_bytes, reinterpret_cast<const void*>(kernel));
   if (error != cudaSuccess) return emulation::report(error);
+  if (emulation::fails_now()) return emulation::report(cudaErrorLaunchOutOfResources);
+  if (config->stream != nullptr && config->stream->device != emulation::device)
+    return emulation::report(cudaErrorInvalidResourceHandle);
+  ++emulation::host.launches[static_cast<size_t>(emulation::device)];
   using Call = emulation::Call<std::remove_const_t<Params>...>;
   return emulation::report(
       emulation::submit(config->stream, [=, call = Call{kernel, {std::forward<Args>(args)...}}] {
@@ -221,13 +199,16 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute at
 }
 
 // -------------------------------------------------------------------------------------------- devices
-inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = emulation::host.devices, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = emulation::device, cudaSuccess; }
+inline bool is_device(int device) { return device >= 0 && device < emulation::host.devices; }
 inline cudaError_t cudaSetDevice(int device) {
-  return emulation::report(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
+  if (!is_device(device)) return emulation::report(cudaErrorInvalidDevice);
+  emulation::device = device;
+  return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return emulation::report(cudaErrorInvalidDevice);
+  if (!is_device(device)) return emulation::report(cudaErrorInvalidDevice);
   switch (attribute) {
     case cudaDevAttrMaxThreadsPerBlock:
       *value = 1024;
@@ -288,66 +269,3 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
   return cudaMemcpyAsync(to, from, bytes, kind);
 }
 inline cudaError_t cudaMemset(void* to, int value, size_t bytes) { return cudaMemsetAsync(to, value, bytes); }
-
-// ----------------------------------------------------------------------------------- streams and graphs
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
-  *stream = new emulation::Stream{.blocking = flags != cudaStreamNonBlocking};
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamCreate(cudaStream_t* stream) {
-  return cudaStreamCreateWithFlags(stream, cudaStreamDefault);
-}
-inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  {
-    const std::lock_guard lock(emulation::host.mutex);
-    std::erase(emulation::host.capturing, stream);
-  }
-  delete stream;
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  if (stream == nullptr || stream->status == cudaStreamCaptureStatusNone) return cudaSuccess;
-  stream->status = cudaStreamCaptureStatusInvalidated;
-  return emulation::report(cudaErrorStreamCaptureUnsupported);
-}
-inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
-  if (stream == nullptr) return emulation::report(cudaErrorStreamCaptureUnsupported);
-  if (stream->status != cudaStreamCaptureStatusNone) return emulation::report(cudaErrorIllegalState);
-  stream->status = cudaStreamCaptureStatusActive;
-  stream->mode = mode;
-  const std::lock_guard lock(emulation::host.mutex);
-  emulation::host.capturing.push_back(stream);
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
-  *status = stream == nullptr ? cudaStreamCaptureStatusNone : stream->status;
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
-  *graph = nullptr;
-  if (stream == nullptr || stream->status == cudaStreamCaptureStatusNone)
-    return emulation::report(cudaErrorIllegalState);
-  const std::lock_guard lock(emulation::host.mutex);
-  std::erase(emulation::host.capturing, stream);
-  const cudaStreamCaptureStatus status = std::exchange(stream->status, cudaStreamCaptureStatusNone);
-  emulation::Graph captured = std::exchange(stream->captured, {});
-  if (status == cudaStreamCaptureStatusInvalidated)
-    return emulation::report(cudaErrorStreamCaptureInvalidated);
-  *graph = new emulation::Graph(std::move(captured));
-  return cudaSuccess;
-}
-inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph,
-                                        unsigned long long = 0) {
-  *executable = new emulation::Graph(*graph);
-  return cudaSuccess;
-}
-inline cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
-  return emulation::report(emulation::submit(stream, [graph = *executable] {
-    for (const auto& work : graph) work();
-  }));
-}
-inline cudaError_t cudaGraphGetNodes(cudaGraph_t graph, void*, size_t* count) {
-  return *count = graph->size(), cudaSuccess;
-}
-inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
-inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) { return delete executable, cudaSuccess; }

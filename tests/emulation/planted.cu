@@ -285,6 +285,50 @@ Verdict run_broken_capture() {
   return refused && broken && graph == nullptr ? "right" : "wrong: a capture may not wait";
 }
 
+enum class BranchBug { none, no_join, too_early };
+
+/// y = x on a branch, beside z = 2 on the origin; behind the join the origin overwrites x.
+template <BranchBug bug>
+Verdict run_branch() {
+  std::vector<float> x(1, 1), y(1, 0), z(1, 0);
+  const float next = 5, two = 2;
+  cudaStream_t origin, branch;
+  cudaEvent_t forked, done;
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  cudaStreamCreateWithFlags(&origin, cudaStreamNonBlocking);
+  cudaStreamCreateWithFlags(&branch, cudaStreamNonBlocking);
+  cudaEventCreateWithFlags(&forked, cudaEventDisableTiming);
+  cudaEventCreateWithFlags(&done, cudaEventDisableTiming);
+  cudaStreamBeginCapture(origin, cudaStreamCaptureModeRelaxed);
+  cudaEventRecord(forked, origin);
+  cudaStreamWaitEvent(branch, forked);
+  const auto copy = [](cudaStream_t stream, const float* from, float* to) {
+    cudaMemcpyAsync(to, from, sizeof(float), cudaMemcpyDefault, stream);
+  };
+  copy(branch, x.data(), y.data());
+  copy(origin, &two, z.data());
+  if (bug == BranchBug::too_early) copy(origin, &next, x.data());
+  if (bug != BranchBug::no_join) {
+    cudaEventRecord(done, branch);
+    cudaStreamWaitEvent(origin, done);
+  }
+  if (bug == BranchBug::none) copy(origin, &next, x.data());
+  const cudaError_t status = cudaStreamEndCapture(origin, &graph);
+  cudaEventDestroy(forked);
+  cudaEventDestroy(done);
+  cudaStreamDestroy(branch);
+  cudaStreamDestroy(origin);
+  if (status != cudaSuccess) return cudaGetErrorString(status);
+  cudaGraphInstantiate(&executable, graph);
+  cudaGraphDestroy(graph);
+  cudaGraphLaunch(executable, nullptr);
+  cudaGraphExecDestroy(executable);
+  y.push_back(z[0]);
+  y.push_back(x[0]);
+  return compare(y, {1, 2, 5});
+}
+
 Verdict run_limits() {
   float y[4]{};
   const auto refuses = [&](dim3 threads, size_t bytes, cudaError_t expected) {
@@ -351,6 +395,9 @@ const std::map<std::string, Verdict (*)()> kCases = {
     {"pipeline without a barrier before reuse", run_pipeline<CopyBug::no_barrier_before_reuse>},
     {"graph", run_graph},
     {"broken capture", run_broken_capture},
+    {"branch", run_branch<BranchBug::none>},
+    {"branch without a join", run_branch<BranchBug::no_join>},
+    {"branch that reads what the origin overwrites", run_branch<BranchBug::too_early>},
     {"limits", run_limits},
     {"after a failure", run_after_failure},
     {"host threads", run_host_threads},
