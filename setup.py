@@ -30,28 +30,37 @@ class CMakeBuild(build_ext):
                 "install a CUDA toolkit, or build with MAML_CUDA_BUILD=cpu"
             )
         with_cuda = choice != "cpu" and nvcc is not None
-        import pybind11
-
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
-        configure = [
-            "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
-            "-DCMAKE_BUILD_TYPE=Release",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={library.parent}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DMAML_CUDA_VERSION={self.distribution.get_version()}",
-            f"-DMAML_CUDA_BACKEND={'cuda' if with_cuda else 'none'}",
-        ]  # fmt: skip
-        if with_cuda:
-            configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
-            if architectures := os.environ.get("MAML_CUDA_ARCHITECTURES"):
-                configure.append(f"-DMAML_CUDA_ARCHITECTURES={architectures}")
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        compile_with_cmake(
+            Path(self.build_temp).resolve(),
+            library.parent,
+            self.distribution.get_version(),
+            nvcc if with_cuda else None,
+        )
         built = f"the CPU and the CUDA backend ({nvcc})" if with_cuda else "the CPU backend"
         print(f"maml_cuda: built {built} (MAML_CUDA_BUILD={choice})", file=sys.stderr)
+
+
+def compile_with_cmake(build: Path, folder: Path, version: str, nvcc: str | None) -> None:
+    """Leaves the library in `folder`; with nvcc, the CUDA kernels are in it."""
+    import pybind11
+
+    build.mkdir(parents=True, exist_ok=True)
+    configure = [
+        "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DMAML_CUDA_VERSION={version}",
+        f"-DMAML_CUDA_BACKEND={'cuda' if nvcc else 'none'}",
+    ]  # fmt: skip
+    if nvcc:
+        configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+        if architectures := os.environ.get("MAML_CUDA_ARCHITECTURES"):
+            configure.append(f"-DMAML_CUDA_ARCHITECTURES={architectures}")
+    subprocess.run(configure, check=True)
+    subprocess.run(["cmake", "--build", str(build)], check=True)
 
 
 def find_nvcc() -> str | None:
@@ -63,4 +72,5 @@ def find_nvcc() -> str | None:
     return next((found for place in places if (found := shutil.which("nvcc", path=place))), None)
 
 
-setup(ext_modules=[Extension("maml_cuda._core", [])], cmdclass={"build_ext": CMakeBuild})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("maml_cuda._core", [])], cmdclass={"build_ext": CMakeBuild})

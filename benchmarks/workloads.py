@@ -95,13 +95,13 @@ class OmniglotNet(nn.Module):
 
 
 class MiniImageNetNet(nn.Module):
-    """Four blocks of convolution, BatchNorm, ReLU, max-pool 2; Linear. x is `[N, 3, 84, 84]`."""
+    """Four blocks of convolution, BatchNorm, ReLU, max-pool 2; Linear. x is `[N, 3, side, side]`."""
 
-    def __init__(self, ways: int, filters: int = 32) -> None:
+    def __init__(self, ways: int, filters: int = 32, side: int = 84) -> None:
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(c, filters, 3, padding=1) for c in (3, *[filters] * 3))
         self.norms = nn.ModuleList(nn.BatchNorm2d(filters, track_running_stats=False) for _ in range(4))
-        self.head = nn.Linear(25 * filters, ways)
+        self.head = nn.Linear((side // 16) ** 2 * filters, ways)
 
     def forward(self, x: Tensor) -> Tensor:
         for conv, norm in zip(self.convs, self.norms, strict=True):

@@ -114,8 +114,12 @@ def machine(request: pytest.FixtureRequest) -> Iterator[str]:
     if name == "cuda":
         if why_not := _no_gpu():
             pytest.skip(why_not)
+        # float32 is judged by the reference's own error in float32, which torch's convolutions by default are not in.
+        before = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
         with OnGpu():
             yield name
+        torch.backends.cudnn.allow_tf32 = before
         return
     if name == "cuda_emulated":
         with emulated.in_place_of_a_gpu():

@@ -70,6 +70,7 @@ def test_command(tmp_path, few_rounds, capsys):
         "tests": "done",
         "sanitizer": "skipped",
         "facts": "done",
+        "precision": "done",
         "matrix": "done",
     }
     assert found["tests"]["counts"]["passed"] > 0
@@ -99,7 +100,14 @@ def test_command(tmp_path, few_rounds, capsys):
     assert text == table.markdown(found) + "\n"
     assert text in capsys.readouterr().out
     assert "**Emulated on a CPU: it shows that the command works, its times mean nothing.**" in text
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    by_precision = found["precision"]["omniglot"]["errors"]
+    assert list(by_precision) == list(sides.PRECISIONS)
+    assert by_precision["float32"]["smooth"] < by_precision["bf16x3"]["smooth"] < by_precision["tf32"]["smooth"]
+    assert by_precision["bfloat16"]["decisions"] > by_precision["bfloat16"]["flips"] >= 0
+    lines = text.splitlines()
+    assert sum(line.startswith("| omniglot, T = 2 | `") for line in lines) == len(sides.PRECISIONS)
+    rows = [line for line in lines if line.startswith("| ") and "`" not in line and "| net |" not in line]
+    rows.pop()  # the rule under the second table's head
     assert len(rows) == 2 + 4 * len(sides.PRECISIONS)
     assert all(row.count("|") == rows[0].count("|") for row in rows)
     assert "met" not in "".join(rows[2:])  # an emulated time is no target's

@@ -82,6 +82,28 @@ def test_a_job_apart_costs_only_itself(tmp_path, monkeypatch):
         run.close()
 
 
+def test_a_build_goes_on_without_pip(monkeypatch):
+    commands, built = [], []
+
+    def execute(command, seconds, **variables):
+        commands.append(command[1:])
+        assert variables == {"MAML_CUDA_BUILD": "cuda", "MAML_CUDA_ARCHITECTURES": "90"}
+        if "pip" in command:
+            return 1, "configuration error: `project.license` must be valid exactly by one definition"
+        built.append(True)
+        return 0, ""
+
+    monkeypatch.setattr(check, "execute", execute)
+    monkeypatch.setattr(check, "installed", lambda: {"cuda": "13.0"} if built else None)
+    found = check.build("9.0", 60)
+    assert commands == [list(check.PIP), list(check.IN_PLACE)]
+    assert found["build_info"] == {"cuda": "13.0"}
+    built.clear()
+    monkeypatch.setattr(check, "installed", lambda: None)
+    with pytest.raises(worker.Failed, match="the build failed"):
+        check.build("9.0", 60)
+
+
 def test_limit():
     begin = time.monotonic()
     with pytest.raises(worker.OutOfTime), worker.limit(0.05):

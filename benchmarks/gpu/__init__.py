@@ -9,6 +9,7 @@ recorded in words and the rest goes on; nothing is written that was not measured
     record     JSON and budgets     table    the Markdown
     check      build, tests, sanitizer       smallest   what the sanitizer watches
     facts      launch costs, rates, bandwidth
+    precision  the meta-gradient's error in each precision
     matrix     prove, then time one case     sides      who is timed: we and the rivals
     proof      float64, and a smooth twin    jax_rival  one of them
 """

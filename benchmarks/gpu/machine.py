@@ -58,7 +58,8 @@ class Gpu:
                 step()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # A capture that fails leaves its own stream the current one; the outer context puts back ours.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             for _ in range(copies):
                 step()
         return graph.replay

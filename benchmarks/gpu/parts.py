@@ -71,6 +71,13 @@ def facts(run: Run, seconds: float) -> None:
         raise Failed(reason)
 
 
+def precision(run: Run, seconds: float) -> None:
+    found = run.record["precision"] = {}
+    if reason := run.job(found, ".gpu.precision:errors", run.emulated, run.quick, seconds=seconds):
+        del found["failed"]
+        raise Failed(reason)
+
+
 def matrix(run: Run, seconds: float) -> None:
     """Cases with a target, compiled rivals of the small ones, the other cases, compiled rivals of the large ones."""
     end = run.left() - seconds
@@ -105,8 +112,9 @@ PARTS = (
     Part("describe", describe, most=60, least=0),
     Part("build", build, most=300, least=0),
     Part("tests", tests, most=80, least=40),
-    Part("sanitizer", sanitizer, most=70, least=40),
+    Part("sanitizer", sanitizer, most=100, least=40),
     Part("facts", facts, most=30, least=15),
+    Part("precision", precision, most=40, least=15),
     Part("matrix", matrix, most=math.inf, least=200),
 )
 NEEDED = "describe"  # without a device there is nothing to do

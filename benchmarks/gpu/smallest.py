@@ -24,8 +24,11 @@ def conv() -> tuple[nn.Module, tuple[int, ...]]:
     ), (2, 7, 7)  # fmt: skip
 
 
-def meta_steps(device: torch.device) -> int:
-    """How many meta-steps ran: each net in each precision, second order, made on the CPU and copied."""
+def meta_steps(device: torch.device, graphs: bool = False) -> int:
+    """How many meta-steps ran: each net in each precision, second order, made on the CPU and copied.
+
+    `graphs`: three times, the second of which captures a graph where there is one, and the third replays it.
+    """
     count = 0
     for make in (mlp, conv):
         torch.manual_seed(0)
@@ -33,10 +36,11 @@ def meta_steps(device: torch.device) -> int:
         x_spt, x_qry = torch.randn(2, 2, 3, *sample, device="cpu").to(device)
         y_spt, y_qry = torch.randint(5, (2, 2, 3), device="cpu").to(device)
         for precision in PRECISIONS:
-            maml = FusedMAML(model.to(device), 0.1, 2, backend="fused", precision=precision, cuda_graphs=False)
-            maml.zero_grad()
-            maml(x_spt, y_spt, x_qry, y_qry).loss.backward()
-            count += 1
+            maml = FusedMAML(model.to(device), 0.1, 2, backend="fused", precision=precision, cuda_graphs=graphs)
+            for _ in range(3 if graphs else 1):
+                maml.zero_grad()
+                maml(x_spt, y_spt, x_qry, y_qry).loss.backward()
+                count += 1
     return count
 
 

@@ -32,7 +32,7 @@ COLUMNS = (
 
 def markdown(record: Found) -> str:
     lines = [*heading(record), "", *table(record), "", *orders(record), *targets_of_orders(record)]
-    lines += ["", *facts(record), *tests(record), *parts(record), *not_timed(record)]
+    lines += ["", *facts(record), *tests(record), *parts(record), *not_timed(record), "", *precision(record)]
     return "\n".join(lines).replace("\n\n\n", "\n\n").strip()
 
 
@@ -192,6 +192,20 @@ def facts(record: Found) -> Iterator[str]:
             yield f"- {name}: {number(fact['value'])} {fact['unit']} ({fact['of']})."
         else:
             yield f"- {name}: not measured: {flat(fact['failed'])}"
+
+
+def precision(record: Found) -> Iterator[str]:
+    """The table of the part "precision"."""
+    if not record.get("precision"):
+        return
+    yield "Errors of the meta-gradient against float64, |error| / |gradient|, medians over seeds:"
+    yield ""
+    yield "| net | precision | smooth twin | the net itself | decisions that differ |"
+    yield "| --- | --- | ---: | ---: | ---: |"
+    for workload in record["precision"].values():
+        for name, e in workload["errors"].items():
+            cells = (workload["size"], f"`{name}`", f"{e['smooth']:.0e}", f"{e['net']:.0e}")
+            yield f"| {' | '.join(cells)} | {e['flips']:.0f} of {e['decisions']:.0f} |"
 
 
 def tests(record: Found) -> Iterator[str]:
