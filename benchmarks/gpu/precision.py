@@ -41,13 +41,13 @@ SMALL = {
         "omniglot", partial(OmniglotNet, filters=8), images(1, 28, 28), 5, 0.4, tasks=1, support=5, query=10
     ),
     "mini-imagenet": five_way(
-        "mini-imagenet", partial(MiniImageNetNet, filters=8, side=32), images(3, 32, 32), 5, 0.01, tasks=1, support=5,
+        "mini-imagenet", partial(MiniImageNetNet, filters=8, side=16), images(3, 16, 16), 5, 0.01, tasks=1, support=5,
         query=10,
     ),
 }  # fmt: skip
 SIZES = {
     "omniglot": "Omniglot net, 8 of 64 filters, 28 x 28",
-    "mini-imagenet": "mini-ImageNet net, 8 of 32 filters, 32 of 84 pixels a side",
+    "mini-imagenet": "mini-ImageNet net, 8 of 32 filters, 16 of 84 pixels a side",
 }
 
 
