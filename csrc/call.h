@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "layers.h"
+
 namespace maml {
 
 /// The tensors of one call, tasks first and dense unless a stride says otherwise. T is float or double; null:
@@ -16,11 +18,12 @@ struct Call {
   std::vector<int64_t> parameter_strides;  // from task to task; 0: shared
   std::vector<const T*> rates;
   const T* x_support = nullptr;
-  const void* y_support = nullptr;
+  Target<T> y_support;
   const T* x_query = nullptr;
-  const void* y_query = nullptr;
+  Target<T> y_query;
   const T* task_weights = nullptr;  // [tasks]; null: 1 / tasks for meta_gradient, else 1
-  std::vector<const T*> given;  // adapt_backward: cotangents, hvp: directions, one a parameter; null: zero
+  std::vector<const T*>
+      given;  // adapt_backward: cotangents; hvp and fisher: directions; one a parameter; null: zero
   std::vector<int64_t> given_strides;  // predict_backward: the cotangent of the prediction
   T* loss = nullptr;                   // [1]
   T* task_losses = nullptr;            // [tasks]

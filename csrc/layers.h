@@ -21,6 +21,7 @@ enum class Kind {
   avg_pool,
   mean_pool,
   add,
+  append,  // [x, max(w, a)]: a parameter's elements behind the features of every sample
   // Chains in one layer, with or without the max-pool; a backend has the one or the other.
   block,       // pool(f(batch_norm(x)))
   conv_block,  // pool(batch_norm(conv2d(x)))
@@ -67,7 +68,7 @@ struct Layer {
   Image in, out;
   Window window;
   Function function = Function::relu;
-  double a = 0, b = 0, c = 1;  // constants of `function`
+  double a = 0, b = 0, c = 1;  // constants of `function`; append: the floor a
   double eps = 0;              // batch_norm, block and stem
   bool count_padding = true;   // avg_pool: padding counts in the divisor
   bool pooled = false;  // a max-pool comes last: block: over `window`; others: of 2 x 2 pixels, each in one
@@ -142,10 +143,40 @@ struct LayerTraits {
   int64_t tile = INT64_MAX;
 };
 
-enum class Loss { cross_entropy, mse };
+/// A Gaussian policy's prediction [n, c] is mean and log_std beside each other, of c / 2 dimensions.
+enum class Loss { cross_entropy, mse, gaussian_policy, categorical_policy };
 
-/// The part of n samples in the loss of one task, which is a mean over `samples`: prediction z [n, c], target
-/// labels int64 [n] or values [n, c].
+inline bool is_policy(Loss loss) { return loss == Loss::gaussian_policy || loss == Loss::categorical_policy; }
+/// Whether a target is one of c classes.
+inline bool takes_classes(Loss loss) {
+  return loss == Loss::cross_entropy || loss == Loss::categorical_policy;
+}
+
+/// What a loss compares the predictions [n, c] of one task with.
+template <class T>
+struct Target {
+  const void* y = nullptr;           // labels or actions, int64 [n]; values [n, c]; actions [n, c / 2]
+  const T* scale = nullptr;          // policies: what each sample counts [n]
+  const T* old_log_probs = nullptr;  // policies: of the likelihood ratio [n]; null: the score form
+
+  /// Elements of y a sample.
+  static int64_t width(Loss loss, int64_t c) {
+    return takes_classes(loss) ? 1 : loss == Loss::gaussian_policy ? c / 2 : c;
+  }
+  Target from(Loss loss, int64_t c, int64_t sample) const {
+    Target t = *this;
+    if (y && takes_classes(loss)) {
+      t.y = static_cast<const int64_t*>(y) + sample;
+    } else if (y) {
+      t.y = static_cast<const T*>(y) + sample * width(loss, c);
+    }
+    if (scale) t.scale = scale + sample;
+    if (old_log_probs) t.old_log_probs = old_log_probs + sample;
+    return t;
+  }
+};
+
+/// The part of n samples in the loss of one task, which is a mean over `samples`, of predictions z [n, c].
 struct LossPart {
   Loss kind;
   int64_t n, c, samples;
@@ -153,10 +184,15 @@ struct LossPart {
 };
 
 /// `saved` keeps n * c elements from value() for tangent().
+///   value    the loss, grad_z where it is wanted
+///   tangent  R{grad_z} from z_dot
+///   metric   F z_dot, where the Fisher matrix of the policies is the sum of scale times that of each sample
 template <class T>
 struct LossPasses {
-  T (*value)(const LossPart&, const T* z, const void* target, T* grad_z, T* saved);  // grad_z may be null
-  void (*tangent)(const LossPart&, const T* z_dot, const T* saved, T* grad_z_dot);
+  T (*value)(const LossPart&, const T* z, const Target<T>&, T* grad_z, T* saved);
+  void (*tangent)(const LossPart&, const T* z, const Target<T>&, const T* z_dot, const T* saved,
+                  T* grad_z_dot);
+  void (*metric)(const LossPart&, const T* z, const Target<T>&, const T* z_dot, T* grad_z) = nullptr;
 };
 
 }  // namespace maml

@@ -147,21 +147,23 @@ template <class T>
 struct Task {
   const T* theta;      // packed, of this task or shared by all
   const T* x_support;  // as the user gave it
-  const void* y_support;
+  Target<T> y_support;
   const T* x_query;
-  const void* y_query;
+  Target<T> y_query;
   T* support_losses;  // [steps] or null
   T* query_loss;      // [1]
   T* logits;          // [n_query, ...]
   T* result;          // [Problem::result_size]: v_0, then the gradients of learned rates
-  const T* given;  // adapt_backward: packed v_K; predict_backward: the prediction's cotangent; hvp: packed v
+  const T* given;  // adapt_backward: packed v_K; predict_backward: the prediction's cotangent; hvp, fisher:
+                   // packed v
   T* adapted;      // adapt: packed phi_K
 };
 
 /// The operations of one task in a workspace of Problem::task_size() elements. Beside the passes, a backend
 /// has
 ///   loss(part, z, target, value, grad_z, saved)   value [1], grad_z and saved where wanted
-///   loss_tangent(part, z_dot, saved, grad_z_dot)
+///   loss_tangent(part, z, target, z_dot, saved, grad_z_dot)
+///   metric(part, z, target, z_dot, grad_z)        of the policy at z
 ///   descend(rates, phi, g, next)       next = phi - rate g
 ///   direction(rates, v, out)           out = rate v
 ///   retreat(size, product, v, rates, out)  v -= product, then out = rate v where wanted
@@ -181,7 +183,7 @@ class TaskRunner {
     };
     fixed_ = take(p_.support.tiles * p_.support.fixed_size);
     steps_ = take(p_.saved_steps * p_.support.step_size);
-    shared_ = take(std::max(p_.support.tangent_size, p_.query.step_size));
+    shared_ = take(std::max(p_.support.tangent_size, p_.query.step_size + p_.query.tangent_size));
     scratch_ = take(whole_lines(std::max(p_.support.scratch_size, p_.query.scratch_size)));
     phi_ = take(p_.kept_parameters() * p_.packing.adapted);
     g_ = take(p_.kept_gradients() * p_.packing.adapted);
@@ -207,6 +209,8 @@ class TaskRunner {
         return loss_and_grad();
       case Operation::hvp:
         return hvp();
+      case Operation::fisher:
+        return fisher_vector_product();
     }
   }
 
@@ -267,6 +271,34 @@ class TaskRunner {
 
   void hvp() { hessian_vector_product(0, task_.given, task_.result); }
 
+  /// J v by the tangent of the inner loop, p_{k+1} = p_k - alpha_k H_k p_k from p_0 = v; F p_K at the query;
+  /// J^T of that by the outer loop. Every trainable parameter counts as adapted here, at a rate of zero where
+  /// it is not. Nothing is worth keeping for another v on the same data: the products need the state of every
+  /// sample anew.
+  void fisher_vector_product() {
+    T* p = direction_;
+    backend_.copy(p_.packing.adapted, task_.given, p);
+    for (int k = 0; k < p_.steps; ++k) {
+      for (int64_t tile = 0; tile < p_.support.tiles; ++tile) {
+        const auto support = at_support(k, tile);
+        tile_gradient(support, k == 0, nullptr, g(k));
+        if (p_.second_order()) tile_product(support, p, product_);
+      }
+      backend_.descend(p_.rates_of(k), phi(k), g(k), phi(k + 1));
+      if (p_.second_order()) backend_.descend(p_.rates_of(k), p, product_, p);
+    }
+    for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
+      const auto query = at_query(tile);
+      const int output = p_.query.output;
+      query.forward(Part::all);
+      query.forward_tangent(p);
+      backend_.metric(part(query), query.prediction(), targets(query, task_.y_query), query.dot(output),
+                      query.grad(output));
+      query.backward(task_.result, p_.packing.trainable);
+    }
+    outer_loop();
+  }
+
   /// The inner loop, and beside it what the query needs of no parameter (the moments of its images), where
   /// the backend can do two things at once; the part of the query's pass that is left.
   Part beside_the_inner_loop() {
@@ -322,19 +354,26 @@ class TaskRunner {
     for (int64_t tile = 0; tile < p_.support.tiles; ++tile) {
       const auto support = at_support(k, tile);
       if (!p_.keeps_state_of(k)) tile_gradient(support, p_.operation == Operation::hvp, nullptr, nullptr);
-      support.forward_tangent(direction);
-      backend_.loss_tangent(part(support), support.dot(p_.support.output), support.loss_saved(),
-                            support.grad_dot(p_.support.output));
-      support.backward_tangent(direction, product);
+      tile_product(support, direction, product);
     }
+  }
+  /// Beside the state of a gradient pass.
+  void tile_product(const Walk<Backend, T>& support, const T* direction, T* product) {
+    const int output = p_.support.output;
+    support.forward_tangent(direction);
+    backend_.loss_tangent(part(support), support.prediction(), targets(support, task_.y_support),
+                          support.dot(output), support.loss_saved(), support.grad_dot(output));
+    support.backward_tangent(direction, product);
   }
 
   /// A tile's part of the loss where wanted, and the cotangent of its prediction where the stage has one.
-  void loss(const Walk<Backend, T>& walk, const void* targets, T* value) {
-    const void* target = static_cast<const T*>(targets) + walk.first() * classes(walk.stage);
-    if (p_.graph.loss == Loss::cross_entropy) target = static_cast<const int64_t*>(targets) + walk.first();
+  void loss(const Walk<Backend, T>& walk, const Target<T>& target, T* value) {
     T* grad = walk.grad(walk.stage.output);
-    backend_.loss(part(walk), walk.prediction(), target, value, grad, grad ? walk.loss_saved() : nullptr);
+    backend_.loss(part(walk), walk.prediction(), targets(walk, target), value, grad,
+                  grad ? walk.loss_saved() : nullptr);
+  }
+  Target<T> targets(const Walk<Backend, T>& walk, const Target<T>& of_task) const {
+    return of_task.from(p_.graph.loss, classes(walk.stage), walk.first());
   }
   LossPart part(const Walk<Backend, T>& walk) const {
     return {p_.graph.loss, walk.samples(), classes(walk.stage), walk.stage.n, walk.tile > 0};
@@ -353,8 +392,9 @@ class TaskRunner {
   }
   Walk<Backend, T> at_query(int64_t tile) const { return at_query(tile, backend_); }
   Walk<Backend, T> at_query(int64_t tile, const Backend& backend) const {
-    return {backend,       p_.packing, p_.query, tile,    task_.x_query, task_.theta,
-            phi(p_.steps), nullptr,    shared_,  nullptr, scratch_};
+    return {backend,     p_.packing,    p_.query, tile,    task_.x_query,
+            task_.theta, phi(p_.steps), nullptr,  shared_, shared_ + p_.query.step_size,
+            scratch_};
   }
   static int64_t classes(const Stage& stage) { return stage.values[stage.output].size; }
   void give_logits(const Walk<Backend, T>& query) {

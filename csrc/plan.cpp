@@ -118,6 +118,7 @@ Shaped infer(const Node& node, const Shaped& x, const Shaped* other, int64_t n) 
       break;
     case Kind::channels_last:
     case Kind::pointwise:
+    case Kind::append:
       break;
   }
   return y;
@@ -380,9 +381,10 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
     throw Unsupported("a prediction of " + std::to_string(rank) +
                       " axes a sample is not fused; of 1 or 3 it is");
   }
-  if (graph.loss == Loss::cross_entropy && stage.prediction.size() != 1) {
-    throw Unsupported("the fused cross_entropy takes a prediction [n, classes], got samples of shape " +
-                      text_of(stage.prediction));
+  if (takes_classes(graph.loss) && stage.prediction.size() != 1) {
+    throw Unsupported(std::string("the fused ") +
+                      (is_policy(graph.loss) ? "categorical policy" : "cross_entropy") +
+                      " takes a prediction [n, classes], got samples of shape " + text_of(stage.prediction));
   }
 
   // What runs, what depends on what, and who is the first to write a cotangent (backwards, so the last to
@@ -556,13 +558,15 @@ void Problem::lay_out(const LayerTraits& traits) {
   const bool products = second_order() || operation == Operation::hvp;
   const bool query_gradient =
       operation == Operation::meta_gradient || operation == Operation::predict_backward;
+  const Keep of_query = operation == Operation::fisher ? Keep::products
+                        : query_gradient               ? Keep::gradient
+                                                       : Keep::values;
   if (support.n > 0) {
     support = make_stage(graph, sample, support.n, Data::support, products ? Keep::products : Keep::gradient,
                          traits);
   }
   if (query.n > 0) {
-    query = make_stage(graph, sample, query.n, Data::query, query_gradient ? Keep::gradient : Keep::values,
-                       traits);
+    query = make_stage(graph, sample, query.n, Data::query, of_query, traits);
   }
   work = 3 * query.work + (second_order() ? 9 : 3) * std::max(steps, 1) * support.work;
   const bool small = support.tiles == 1 && support.step_size * steps * element_bytes <= kSavedBytes;
@@ -597,7 +601,8 @@ bool Problem::is_linear() const {
       const Layer& l = step.layer;
       const bool features = l.in.h * l.in.w == 1 && l.out.h * l.out.w == 1;
       const bool linear = l.kind == Kind::conv2d && l.window.kernel_h * l.window.kernel_w == 1 && features;
-      if (!linear && l.kind != Kind::pointwise && l.kind != Kind::add) return false;
+      const bool others = l.kind == Kind::pointwise || l.kind == Kind::add || l.kind == Kind::append;
+      if (!linear && !others) return false;
     }
   }
   return true;
@@ -605,7 +610,7 @@ bool Problem::is_linear() const {
 
 int64_t Problem::task_size() const {
   return support.tiles * support.fixed_size + saved_steps * support.step_size +
-         std::max(support.tangent_size, query.step_size) +
+         std::max(support.tangent_size, query.step_size + query.tangent_size) +
          whole_lines(std::max(support.scratch_size, query.scratch_size)) +
          kept_parameters() * packing.adapted + kept_gradients() * packing.adapted + packing.adapted +
          packing.trainable;

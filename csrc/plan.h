@@ -140,7 +140,8 @@ enum class Operation {
   predict,           // the prediction at each task's own parameters
   predict_backward,  // the gradient of <cotangent, prediction> by each task's own parameters
   loss_and_grad,     // the loss and its gradient at each task's own parameters
-  hvp                // the Hessian-vector product at each task's own parameters
+  hvp,               // the Hessian-vector product at each task's own parameters
+  fisher             // J^T F J v: J of the adapted parameters in theta, F of the policy on the query set
 };
 
 /// No inner loop: each task comes with parameters of its own.
@@ -150,7 +151,7 @@ inline bool at_own_parameters(Operation o) {
 }
 /// A gradient summed over tasks.
 inline bool gives_gradient(Operation o) {
-  return o == Operation::meta_gradient || o == Operation::adapt_backward;
+  return o == Operation::meta_gradient || o == Operation::adapt_backward || o == Operation::fisher;
 }
 /// Something of the parameters' shapes for each task.
 inline bool gives_per_task(Operation o) {
@@ -158,7 +159,9 @@ inline bool gives_per_task(Operation o) {
          o == Operation::hvp;
 }
 /// Cotangents or directions of the parameters' shapes for each task.
-inline bool takes_given(Operation o) { return o == Operation::adapt_backward || o == Operation::hvp; }
+inline bool takes_given(Operation o) {
+  return o == Operation::adapt_backward || o == Operation::hvp || o == Operation::fisher;
+}
 
 /// The inner learning rate of one parameter: a constant, or a tensor of the caller's.
 struct Rate {
@@ -213,7 +216,8 @@ struct Problem {
 
   bool second_order() const {
     return !first_order && steps > 0 &&
-           (operation == Operation::meta_gradient || operation == Operation::adapt_backward);
+           (operation == Operation::meta_gradient || operation == Operation::adapt_backward ||
+            operation == Operation::fisher);
   }
   const std::vector<RateSlice>& rates_of(int step) const {
     return slices[std::min<size_t>(step, slices.size() - 1)];

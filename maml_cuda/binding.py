@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from . import checks, device, plan, reference
 from .rates import InnerRates, read_rates
-from .targets import POLICY_LOSSES
 
 AdaptParams = Callable[[str], bool] | Iterable[str] | None
 
@@ -26,6 +25,7 @@ class Binding:
         text: the plan as ops.py takes it: nodes, parameters with role and rate, rate tensors, loss, and on a GPU the
             options of FusedMAML that its kernels follow.
         names: the plan's parameters.
+        log_std: of a model that returns (mean, log_std), in the plan beside each other: "shared" or "rows" (Plan).
         fits: signatures of calls that the layers are known to fit.
     """
 
@@ -45,6 +45,7 @@ class Binding:
         self.text = ""
         self.names: list[str] = []
         self.served_by: dict[str, list[str]] = {}
+        self.log_std = ""
         self.fits: set = set()
         self._slots: list[tuple[dict[str, Any], str]] = []  # the plan's parameters and rate tensors
         self._has_gradient: list[bool] = []
@@ -122,13 +123,13 @@ class Binding:
         p = self.like()
         if not isinstance(loss, str):
             raise plan.Unfusable(f"the loss {getattr(loss, '__name__', type(loss).__name__)} is a callable of yours")
-        if loss in POLICY_LOSSES:
-            raise plan.Unfusable(f"the loss {loss} is not fused")
         if why_not := device.why_not(p.device):
             raise plan.Unfusable(why_not)
         if p.dtype not in (torch.float32, torch.float64):
             raise plan.Unfusable(f"the model is {p.dtype}; fused are float32 and float64")
         traced = plan.trace(model)
+        checks.returns_policy(loss, bool(traced.log_std))
+        self.log_std = traced.log_std
         adapted = reference.adapted_names(model, adapt_params)
         unreached = [name for name in adapted if name not in traced.parameters]
         if unreached:

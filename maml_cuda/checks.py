@@ -343,6 +343,12 @@ def prediction(loss: str, value: Any) -> None:
         )
 
 
+def returns_policy(loss: str, pair: bool) -> None:
+    """The same of a model that is known to return (mean, log_std), or one tensor."""
+    if pair != (loss == "gaussian_policy_gradient"):
+        prediction(loss, (None, None) if pair else torch.empty(0))
+
+
 def _described(value: Any) -> str:
     return f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
 

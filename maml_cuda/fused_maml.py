@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from . import batch_norm as norms
-from . import checks, general, ops, reference
+from . import checks, general, ops, reference, targets
 from .binding import Binding
+from .policies import mean_of
 from .rates import InnerRates, Rate, hold, read_rates
 from .targets import PolicyTarget, Target
 
@@ -291,9 +292,10 @@ class FusedMAML(nn.Module):
         parameters, rates = binding.tensors()
         gradient = torch.is_grad_enabled()
         loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
-            parameters, rates, x_spt, y_spt, x_qry, y_qry, task_weights, binding.text, self.inner_steps,
-            self.first_order, gradient,
+            parameters, rates, x_spt, targets.tensors(y_spt), x_qry, targets.tensors(y_qry), task_weights, binding.text,
+            self.inner_steps, self.first_order, gradient,
         )  # fmt: skip
+        logits = mean_of(_as_returned(binding, logits))
         if gradient:
             loss = torch.ops.maml_cuda.attach(loss, flat, binding.with_gradient(parameters + rates))
         return MetaOutput(loss, task_losses, logits, support_losses)
@@ -329,10 +331,12 @@ class FusedMAML(nn.Module):
         parameters, rates = binding.tensors()
         if differentiable:
             adapted, _ = torch.ops.maml_cuda.adapt(
-                parameters, rates, x_spt, y_spt, binding.text, steps, self.first_order
+                parameters, rates, x_spt, targets.tensors(y_spt), binding.text, steps, self.first_order
             )
         else:
-            adapted, _ = torch.ops.maml_cuda.adapt_forward(parameters, rates, x_spt, y_spt, binding.text, steps)
+            adapted, _ = torch.ops.maml_cuda.adapt_forward(
+                parameters, rates, x_spt, targets.tensors(y_spt), binding.text, steps
+            )
         chosen = set(self._adapted())
         return self._fast(
             dict(zip([n for n in binding.names if n in chosen], adapted, strict=True)),
@@ -375,8 +379,8 @@ class FusedMAML(nn.Module):
             return general.predict(self.model, dict(fast), x, slot)
         own = [fast[name] for name in binding.names]
         if torch.is_grad_enabled() and any(t.requires_grad for t in own):
-            return torch.ops.maml_cuda.predict(own, x, binding.text)
-        return torch.ops.maml_cuda.predict_forward(own, x, binding.text)
+            return _as_returned(binding, torch.ops.maml_cuda.predict(own, x, binding.text))
+        return _as_returned(binding, torch.ops.maml_cuda.predict_forward(own, x, binding.text))
 
     def loss_and_grad(
         self, fast: Mapping[str, Tensor], x: Tensor, y: Target, *, slot: int | None = None
@@ -392,7 +396,8 @@ class FusedMAML(nn.Module):
             return general.loss_and_grad(self.model, self.loss, dict(fast), names, x, y, slot)
         self._look_at_labels(binding, x, y=y)
         own = binding.names
-        losses, grads = torch.ops.maml_cuda.loss_and_grad([fast[n].detach() for n in own], x, y, binding.text)
+        at = [fast[n].detach() for n in own]
+        losses, grads = torch.ops.maml_cuda.loss_and_grad(at, x, targets.tensors(y), binding.text)
         return losses, self._trainable_of(own, grads, fast)
 
     def hvp(
@@ -413,7 +418,7 @@ class FusedMAML(nn.Module):
         own = binding.names
         at = [fast[n].detach() for n in own]
         directions = [v[n].detach() if n in v and n in names else torch.zeros_like(fast[n]) for n in own]
-        products = torch.ops.maml_cuda.hvp(at, x, y, directions, binding.text)
+        products = torch.ops.maml_cuda.hvp(at, x, targets.tensors(y), directions, binding.text)
         return self._trainable_of(own, products, fast)
 
     def fisher_vector_product(
@@ -455,10 +460,21 @@ class FusedMAML(nn.Module):
         checks.direction({n: parameters[n] for n in names}, v)
         if weights is not None:
             checks.query_sample_weights(weights, x_qry)
-        return general.fisher_vector_product(
-            self.model, str(self.loss), self._rates(), names, x_spt, y_spt, x_qry, dict(v), weights,
+        if not (fused and self._fits(binding, x_spt, x_spt.shape[1], x_qry.shape[1])):
+            return general.fisher_vector_product(
+                self.model, str(self.loss), self._rates(), names, x_spt, y_spt, x_qry, dict(v), weights,
+                self.inner_steps, self.first_order,
+            )  # fmt: skip
+        self._look_at_labels(binding, x_spt, y_spt=y_spt)
+        if self._check_labels and weights is not None:
+            checks.sample_weights("weights", weights)
+        own, rates = binding.tensors()
+        reached = [n for n in binding.names if n in names]
+        products = torch.ops.maml_cuda.fisher_vector_product(
+            own, rates, x_spt, targets.tensors(y_spt), x_qry, weights, [v[n].detach() for n in reached], binding.text,
             self.inner_steps, self.first_order,
         )  # fmt: skip
+        return self._trainable_of(reached, products, parameters)
 
     # -- helpers ----------------------------------------------------------------------------------------------
 
@@ -531,6 +547,14 @@ def _bind_now(maml: FusedMAML) -> bool:
     if maml._bound is None or not maml._bound.holds(maml.loss, maml.inner_lr, maml.inner_steps):
         maml._bound = maml._bind()
     return True
+
+
+def _as_returned(binding: Binding, prediction: Tensor) -> Any:
+    """A prediction [tasks, n, ...] of the plan as the model returns it."""
+    if not binding.log_std:
+        return prediction
+    mean, log_std = prediction.chunk(2, -1)
+    return mean, log_std if binding.log_std == "rows" else log_std[:, 0]
 
 
 def _in_dtype_of(like: Tensor, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ lines in the tables below.
 from __future__ import annotations
 
 import builtins
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class Plan:
     parameters: list[str] = field(default_factory=list)
     rows_taps: list[tuple[int, int]] = field(default_factory=list)
     served_by: dict[str, list[str]] = field(default_factory=dict)  # module path -> fused layers
+    log_std: str = ""  # of a model that returns (mean, log_std): "shared" [action] or "rows" [n, action]
 
 
 @dataclass
@@ -41,6 +43,15 @@ class Value:
     channels_last: bool  # False only for the input, which stands as the user gave it
     alias: int
     overwritten: str = ""  # the in-place call that changed it
+
+
+@dataclass(frozen=True)
+class Floored:
+    """max(parameter, floor), of a parameter that no layer has taken yet; `rows`: expanded to one row a sample."""
+
+    parameter: Tensor
+    floor: float = -math.inf
+    rows: bool = False
 
 
 class Dim:
@@ -297,6 +308,40 @@ class Layers:
             return self._emit("flatten", [x], alias=x.alias, out_rank=1, out_features=shape[1])
         raise Unfusable("this reshape is not fused; into [n, features] it is")
 
+    def append(self, x: Value, behind: Any) -> Value:
+        """[x, max(parameter, floor)] for each sample."""
+        p = behind if isinstance(behind, Floored) else Floored(behind)
+        if not isinstance(p.parameter, Tensor) or id(p.parameter) not in self.names:
+            raise Unfusable("its log_std is not a parameter of the model (or one behind clamp(min=...))")
+        if p.parameter.dim() != 1:
+            raise Unfusable(f"its log_std has shape {list(p.parameter.shape)}; fused is [action]")
+        size = p.parameter.numel()
+        return self._emit(
+            "append", [x], (self._index(p.parameter, "log_std"), None), rank=1, in_features=size, out_features=2 * size,
+            a=p.floor,
+        )  # fmt: skip
+
+    def clamp(self, input: Any, min: Any = None, max: Any = None) -> Floored:
+        if not isinstance(input, Tensor) or max is not None or not isinstance(min, (int, float)):
+            raise Unfusable("clamp is not fused; clamp(min=number) of a policy's log_std is")
+        return Floored(input, float(min))
+
+    def expand(self, input: Any, *shape: Any) -> Floored:
+        """A parameter in one row a sample."""
+        p = input if isinstance(input, Floored) else Floored(input)
+        if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
+            shape = tuple(shape[0])
+        batch = len(shape) == 2 and isinstance(shape[0], Dim) and shape[0].axis == 0
+        if not isinstance(p.parameter, Tensor) or not batch or shape[1] not in (-1, p.parameter.numel()):
+            raise Unfusable("this expand is not fused; of a policy's log_std to one row a sample it is")
+        return Floored(p.parameter, p.floor, rows=True)
+
+    def expand_as(self, input: Any, other: Any) -> Floored:
+        p = input if isinstance(input, Floored) else Floored(input)
+        if not isinstance(p.parameter, Tensor) or not isinstance(other, Value):
+            raise Unfusable("this expand_as is not fused; of a policy's log_std to its mean it is")
+        return Floored(p.parameter, p.floor, rows=True)
+
     def add(self, input: Any, other: Any, *, alpha: Any = 1) -> Value:
         if alpha != 1:
             raise Unfusable(f"alpha={alpha} is not fused")
@@ -451,6 +496,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.flatten: Layers.flatten,
     torch.reshape: Layers.reshape,
     torch.add: Layers.add,
+    torch.clamp: Layers.clamp,
     operator.add: Layers.add,
     operator.iadd: Layers.iadd,
     F.relu: Layers.relu,
@@ -486,6 +532,9 @@ METHODS: dict[str, Callable[..., Any]] = {
     "view": Layers.reshape,
     "reshape": Layers.reshape,
     "add": Layers.add,
+    "clamp": Layers.clamp,
+    "expand": Layers.expand,
+    "expand_as": Layers.expand_as,
     "add_": Layers.iadd,
     "size": Layers.size,
     "contiguous": Layers.identity,

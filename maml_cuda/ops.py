@@ -7,20 +7,27 @@ compiled or exported program needs nothing else. Ops that compute have no autogr
     meta_gradient   loss, task losses, logits, support losses, the flat gradient of parameters and learned rates
     attach          the loss again, with that gradient as its backward
     adapt           the adapted parameters of every task, and the support losses
+    fisher_vector_product    of the adapted policies, through the inner loop
     predict, loss_and_grad, hvp    at parameters that are each task's own
+
+A target is a list: one tensor, or the four fields of a PolicyTarget.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _core, checks, device
+from . import _core, checks, device, targets
+from .targets import POLICY_LOSSES, PolicyTarget, Target
+
+TargetList = list[Tensor | None]
 
 _LIBRARY = torch.library.Library("maml_cuda", "DEF")
 
@@ -33,7 +40,18 @@ def _plan(text: str) -> dict[str, Any]:
 class _Problem:
     """Everything that follows from the signature of a call."""
 
-    __slots__ = ("at_once", "backend", "core", "gradient_size", "graphs", "loss", "prediction", "runners", "workspaces")
+    __slots__ = (
+        "at_once",
+        "backend",
+        "core",
+        "gradient_size",
+        "graphs",
+        "loss",
+        "prediction",
+        "runners",
+        "target",
+        "workspaces",
+    )
 
     def __init__(
         self, text: str, operation: str, sample: tuple[int, ...], n_support: int, n_query: int, steps: int,
@@ -46,6 +64,8 @@ class _Problem:
         )
         self.prediction = tuple(self.core.prediction)
         self.loss = plan["loss"]
+        halves = 2 if self.loss == "gaussian_policy_gradient" else 1  # mean and log_std beside each other
+        self.target = (*self.prediction[:-1], self.prediction[-1] // halves)  # shape of one sample's mean
         self.gradient_size = _gradient_size(text)
         self.at_once = plan.get("task_chunk")
         self.graphs = plan.get("cuda_graphs", True)
@@ -76,8 +96,20 @@ class _Problem:
             elements = self.core.workspace(tasks, torch.get_num_threads())
         return elements * like.element_size()
 
-    def check_target(self, name: str, y: Tensor, x: Tensor) -> None:
-        checks.target(name, self.loss, y, self.prediction)
+    def data(self, name: str, x: Tensor, y: list[Tensor | None]) -> list[Tensor | None]:
+        """x and what its loss compares, dense: y, and of a policy what each sample counts and its old log-probability.
+
+        Raises:
+            ValueError: a target that does not fit the prediction.
+        """
+        target: Target = PolicyTarget(*y) if self.loss in POLICY_LOSSES else y[0]  # type: ignore[arg-type,assignment]
+        checks.target(name, self.loss, target, self.target)
+        if isinstance(target, Tensor):
+            return [x.contiguous(), target.contiguous(), None, None]
+        if self.backend == "cpu":
+            checks.target_values(name, target, None)  # the core looks at the actions
+        scale, old = targets.coefficients(target), target.old_log_probs
+        return [*_dense([x, target.actions, scale]), None if old is None else old.contiguous()]
 
 
 # (plan, operation, sample, n_support, n_query, steps, first_order, double)
@@ -105,8 +137,9 @@ def workspace_bytes(plan: str, x_spt: Tensor, x_qry: Tensor, steps: int, first_o
     return problem.workspace_bytes(x_spt, tasks)
 
 
-def _addresses(tensors: list[Tensor]) -> list[int]:
-    return [t.data_ptr() for t in tensors]
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """0 says absent."""
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def _dense(tensors: list[Tensor]) -> list[Tensor]:
@@ -158,23 +191,22 @@ def prediction_shape(plan: str, x: Tensor) -> tuple[int, ...]:
 # -- meta_gradient -------------------------------------------------------------------------------------------
 
 _LIBRARY.define(
-    "meta_gradient(Tensor[] parameters, Tensor[] rates, Tensor x_spt, Tensor y_spt, Tensor x_qry, Tensor y_qry, "
+    "meta_gradient(Tensor[] parameters, Tensor[] rates, Tensor x_spt, Tensor?[] y_spt, Tensor x_qry, Tensor?[] y_qry, "
     "Tensor? task_weights, str plan, int steps, bool first_order, bool gradient) "
     "-> (Tensor loss, Tensor task_losses, Tensor logits, Tensor support_losses, Tensor gradient)"
 )
 
 
 def _meta_gradient(
-    parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: Tensor, x_qry: Tensor, y_qry: Tensor,
+    parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: TargetList, x_qry: Tensor,
+    y_qry: TargetList,
     task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tasks, n_support, *sample = x_spt.shape
     operation = "meta_gradient" if gradient else "meta_loss"
     double = x_spt.dtype == torch.float64
     problem = _problem(plan, operation, tuple(sample), n_support, x_qry.shape[1], steps, first_order, double)
-    problem.check_target("y_spt", y_spt, x_spt)
-    problem.check_target("y_qry", y_qry, x_qry)
-    x_spt, y_spt, x_qry, y_qry = _dense([x_spt, y_spt, x_qry, y_qry])
+    support, query = problem.data("y_spt", x_spt, y_spt), problem.data("y_qry", x_qry, y_qry)
     parameters, rates = _dense(parameters), _dense(rates)
     outputs = _meta_outputs(x_qry, tasks, problem.prediction, steps, problem.gradient_size if gradient else 0)
     loss, task_losses, logits, support_losses, flat = outputs
@@ -184,7 +216,8 @@ def _meta_gradient(
         x_spt, tasks,
         parameters=_addresses(parameters),
         rates=_addresses(rates),
-        data=[x_spt.data_ptr(), y_spt.data_ptr(), x_qry.data_ptr(), y_qry.data_ptr()],
+        support=_addresses(support),
+        query=_addresses(query),
         task_weights=0 if task_weights is None else task_weights.data_ptr(),
         losses=[loss.data_ptr(), task_losses.data_ptr(), support_losses.data_ptr()],
         logits=logits.data_ptr(),
@@ -206,7 +239,8 @@ def _meta_outputs(
 
 
 def _meta_gradient_fake(
-    parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: Tensor, x_qry: Tensor, y_qry: Tensor,
+    parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: TargetList, x_qry: Tensor,
+    y_qry: TargetList,
     task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     prediction = prediction_shape(plan, x_qry)
@@ -216,36 +250,36 @@ def _meta_gradient_fake(
 # -- adapt ---------------------------------------------------------------------------------------------------
 
 _LIBRARY.define(
-    "adapt_forward(Tensor[] parameters, Tensor[] rates, Tensor x, Tensor y, str plan, int steps) -> (Tensor[], Tensor)"
+    "adapt_forward(Tensor[] parameters, Tensor[] rates, Tensor x, Tensor?[] y, str plan, int steps) "
+    "-> (Tensor[], Tensor)"
 )
 _LIBRARY.define(
-    "adapt_backward(Tensor[] parameters, Tensor[] rates, Tensor x, Tensor y, Tensor[] cotangents, str plan, int steps, "
-    "bool first_order) -> Tensor"
+    "adapt_backward(Tensor[] parameters, Tensor[] rates, Tensor x, Tensor?[] y, Tensor[] cotangents, str plan, "
+    "int steps, bool first_order) -> Tensor"
 )
 
 
 def _adapt_forward(
-    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: Tensor, plan: str, steps: int
+    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str, steps: int
 ) -> tuple[list[Tensor], Tensor]:
     tasks, n, *sample = x.shape
     problem = _problem(plan, "adapt", tuple(sample), n, 0, steps, True, x.dtype == torch.float64)
-    problem.check_target("y_spt", y, x)
-    x, y = _dense([x, y])
+    support = problem.data("y_spt", x, y)
     parameters, rates = _dense(parameters), _dense(rates)
     fast, support_losses = _adapt_fake(parameters, rates, x, y, plan, steps)
     problem.run(
         x, tasks,
         parameters=_addresses(parameters),
         rates=_addresses(rates),
-        data=[x.data_ptr(), y.data_ptr(), 0, 0],
+        support=_addresses(support),
         losses=[0, 0, support_losses.data_ptr()],
-        per_task=[0 if t is None else t.data_ptr() for t in _spread(plan, fast)],
+        per_task=_addresses(_spread(plan, fast)),
     )  # fmt: skip
     return fast, support_losses
 
 
 def _adapt_fake(
-    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: Tensor, plan: str, steps: int
+    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str, steps: int
 ) -> tuple[list[Tensor], Tensor]:
     tasks = x.shape[0]
     fast = [p.new_empty((tasks, *p.shape)) for p in _adapted(plan, parameters)]
@@ -253,22 +287,22 @@ def _adapt_fake(
 
 
 def _adapt_backward(
-    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: Tensor, cotangents: list[Tensor], plan: str,
+    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, cotangents: list[Tensor], plan: str,
     steps: int, first_order: bool,
 ) -> Tensor:  # fmt: skip
     tasks, n, *sample = x.shape
     problem = _problem(plan, "adapt_backward", tuple(sample), n, 0, steps, first_order, x.dtype == torch.float64)
-    x, y = _dense([x, y])
+    support = problem.data("y_spt", x, y)
     parameters, rates = _dense(parameters), _dense(rates)
     given, strides = _by_task(cotangents)
     gradient = x.new_empty(_gradient_size(plan))
-    spread = [0 if t is None else t.data_ptr() for t in _spread(plan, given)]
+    spread = _addresses(_spread(plan, given))
     steps_of = iter(strides)
     problem.run(
         x, tasks,
         parameters=_addresses(parameters),
         rates=_addresses(rates),
-        data=[x.data_ptr(), y.data_ptr(), 0, 0],
+        support=_addresses(support),
         given=spread,
         given_strides=[next(steps_of) if address else 0 for address in spread],
         gradient=gradient.data_ptr(),
@@ -277,18 +311,65 @@ def _adapt_backward(
 
 
 def _adapt_backward_fake(
-    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: Tensor, cotangents: list[Tensor], plan: str,
+    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, cotangents: list[Tensor], plan: str,
     steps: int, first_order: bool,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(_gradient_size(plan))
+
+
+# -- fisher_vector_product -----------------------------------------------------------------------------------
+
+_LIBRARY.define(
+    "fisher_vector_product(Tensor[] parameters, Tensor[] rates, Tensor x_spt, Tensor?[] y_spt, Tensor x_qry, "
+    "Tensor? weights, Tensor[] v, str plan, int steps, bool first_order) -> Tensor[]"
+)
+
+
+def _fisher_vector_product(
+    parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: TargetList, x_qry: Tensor,
+    weights: Tensor | None, v: list[Tensor], plan: str, steps: int, first_order: bool,
+) -> list[Tensor]:  # fmt: skip
+    """v: of each trainable parameter, in order."""
+    tasks, n_support, *sample = x_spt.shape
+    double = x_spt.dtype == torch.float64
+    problem = _problem(plan, "fisher", tuple(sample), n_support, x_qry.shape[1], steps, first_order, double)
+    if weights is not None and problem.backend == "cpu":
+        checks.sample_weights("weights", weights)
+    scale = x_qry.new_ones(x_qry.shape[:2]) if weights is None else weights
+    support, query = problem.data("y_spt", x_spt, y_spt), [x_qry.contiguous(), None, targets.shares(scale), None]
+    parameters, rates, v = _dense(parameters), _dense(rates), _dense(v)
+    products = _fisher_vector_product_fake(parameters, rates, x_spt, y_spt, x_qry, weights, v, plan, steps, first_order)
+    flat = x_spt.new_empty(sum(t.numel() for t in v))
+    rest = iter(v)
+    given = [None if p["role"] == "frozen" else next(rest) for p in _plan(plan)["parameters"]]
+    problem.run(
+        x_spt, tasks,
+        parameters=_addresses(parameters),
+        rates=_addresses(rates),
+        support=_addresses(support),
+        query=_addresses(query),
+        given=_addresses(given),
+        given_strides=[0] * len(given),  # one for all tasks
+        gradient=flat.data_ptr(),
+    )  # fmt: skip
+    for product, part in zip(products, _cut(flat, v), strict=True):
+        product.copy_(part)
+    return products
+
+
+def _fisher_vector_product_fake(
+    parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: TargetList, x_qry: Tensor,
+    weights: Tensor | None, v: list[Tensor], plan: str, steps: int, first_order: bool,
+) -> list[Tensor]:  # fmt: skip
+    return [t.new_empty(t.shape) for t in v]
 
 
 # -- at each task's own parameters ---------------------------------------------------------------------------
 
 _LIBRARY.define("predict_forward(Tensor[] fast, Tensor x, str plan) -> Tensor")
 _LIBRARY.define("predict_backward(Tensor[] fast, Tensor x, Tensor cotangent, str plan) -> Tensor[]")
-_LIBRARY.define("loss_and_grad(Tensor[] fast, Tensor x, Tensor y, str plan) -> (Tensor, Tensor[])")
-_LIBRARY.define("hvp(Tensor[] fast, Tensor x, Tensor y, Tensor[] v, str plan) -> Tensor[]")
+_LIBRARY.define("loss_and_grad(Tensor[] fast, Tensor x, Tensor?[] y, str plan) -> (Tensor, Tensor[])")
+_LIBRARY.define("hvp(Tensor[] fast, Tensor x, Tensor?[] y, Tensor[] v, str plan) -> Tensor[]")
 
 
 def _own(fast: list[Tensor]) -> tuple[dict[str, list[int]], list[Tensor]]:
@@ -303,7 +384,7 @@ def _predict_forward(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
     own, _keep = _own(fast)
     x = x.contiguous()
     logits = x.new_empty((tasks, n, *problem.prediction))
-    problem.run(x, tasks, **own, data=[0, 0, x.data_ptr(), 0], logits=logits.data_ptr())
+    problem.run(x, tasks, **own, query=_addresses([x, None, None, None]), logits=logits.data_ptr())
     return logits
 
 
@@ -318,7 +399,7 @@ def _predict_backward(fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: st
     x, cotangent = _dense([x, cotangent])
     grads = _like_fast(fast)
     problem.run(
-        x, tasks, **own, data=[0, 0, x.data_ptr(), 0], given=[cotangent.data_ptr()],
+        x, tasks, **own, query=_addresses([x, None, None, None]), given=[cotangent.data_ptr()],
         per_task=_addresses(grads),
     )  # fmt: skip
     return grads
@@ -332,45 +413,44 @@ def _predict_backward_fake(fast: list[Tensor], x: Tensor, cotangent: Tensor, pla
     return _like_fast(fast)
 
 
-def _loss_and_grad(fast: list[Tensor], x: Tensor, y: Tensor, plan: str) -> tuple[Tensor, list[Tensor]]:
+def _loss_and_grad(fast: list[Tensor], x: Tensor, y: TargetList, plan: str) -> tuple[Tensor, list[Tensor]]:
     tasks, n, *sample = x.shape
     problem = _problem(plan, "loss_and_grad", tuple(sample), n, 0, 0, False, x.dtype == torch.float64)
-    problem.check_target("y", y, x)
+    support = problem.data("y", x, y)
     own, _keep = _own(fast)
-    x, y = _dense([x, y])
     losses, grads = _loss_and_grad_fake(fast, x, y, plan)
     problem.run(
-        x, tasks, **own, data=[x.data_ptr(), y.data_ptr(), 0, 0], losses=[0, losses.data_ptr(), 0],
+        x, tasks, **own, support=_addresses(support), losses=[0, losses.data_ptr(), 0],
         per_task=_addresses(grads),
     )  # fmt: skip
     return losses, grads
 
 
-def _loss_and_grad_fake(fast: list[Tensor], x: Tensor, y: Tensor, plan: str) -> tuple[Tensor, list[Tensor]]:
+def _loss_and_grad_fake(fast: list[Tensor], x: Tensor, y: TargetList, plan: str) -> tuple[Tensor, list[Tensor]]:
     return x.new_empty(x.shape[0]), _like_fast(fast)
 
 
-def _hvp(fast: list[Tensor], x: Tensor, y: Tensor, v: list[Tensor], plan: str) -> list[Tensor]:
+def _hvp(fast: list[Tensor], x: Tensor, y: TargetList, v: list[Tensor], plan: str) -> list[Tensor]:
     tasks, n, *sample = x.shape
     problem = _problem(plan, "hvp", tuple(sample), n, 0, 0, False, x.dtype == torch.float64)
-    problem.check_target("y", y, x)
+    support = problem.data("y", x, y)
     own, _keep = _own(fast)
-    x, y = _dense([x, y])
     directions, strides = _by_task(v)
     products = _like_fast(fast)
     problem.run(
-        x, tasks, **own, data=[x.data_ptr(), y.data_ptr(), 0, 0], given=_addresses(directions),
+        x, tasks, **own, support=_addresses(support), given=_addresses(directions),
         given_strides=strides, per_task=_addresses(products),
     )  # fmt: skip
     return products
 
 
-def _hvp_fake(fast: list[Tensor], x: Tensor, y: Tensor, v: list[Tensor], plan: str) -> list[Tensor]:
+def _hvp_fake(fast: list[Tensor], x: Tensor, y: TargetList, v: list[Tensor], plan: str) -> list[Tensor]:
     return _like_fast(fast)
 
 
 for _name, _kernel, _fake in (
     ("meta_gradient", _meta_gradient, _meta_gradient_fake),
+    ("fisher_vector_product", _fisher_vector_product, _fisher_vector_product_fake),
     ("adapt_forward", _adapt_forward, _adapt_fake),
     ("adapt_backward", _adapt_backward, _adapt_backward_fake),
     ("predict_forward", _predict_forward, _predict_fake),
@@ -454,11 +534,12 @@ class _Adapt(torch.autograd.Function):
         first_order: bool,
         parameters: int,
         x: Tensor,
-        y: Tensor,
+        y: TargetList,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.call = plan, steps, first_order, parameters
-        ctx.save_for_backward(x, y, *tensors)
+        ctx.fields = len(y)
+        ctx.save_for_backward(x, *y, *tensors)
         fast, support_losses = torch.ops.maml_cuda.adapt_forward(
             tensors[:parameters], tensors[parameters:], x, y, plan, steps
         )
@@ -468,7 +549,8 @@ class _Adapt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         plan, steps, first_order, count = ctx.call
-        x, y, *tensors = ctx.saved_tensors
+        x, *tensors = ctx.saved_tensors
+        y, tensors = tensors[: ctx.fields], tensors[ctx.fields :]
         flat = torch.ops.maml_cuda.adapt_backward(
             tensors[:count], tensors[count:], x, y, list(cotangents[:-1]), plan, steps, first_order
         )
@@ -481,7 +563,7 @@ class _Adapt(torch.autograd.Function):
 
 
 _LIBRARY.define(
-    "adapt(Tensor[] parameters, Tensor[] rates, Tensor x, Tensor y, str plan, int steps, bool first_order) "
+    "adapt(Tensor[] parameters, Tensor[] rates, Tensor x, Tensor?[] y, str plan, int steps, bool first_order) "
     "-> (Tensor[], Tensor)"
 )
 
@@ -490,7 +572,7 @@ def _adapt(
     parameters: list[Tensor],
     rates: list[Tensor],
     x: Tensor,
-    y: Tensor,
+    y: TargetList,
     plan: str,
     steps: int,
     first_order: bool,

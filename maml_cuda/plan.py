@@ -14,7 +14,7 @@ from typing import Any
 import torch.fx
 from torch import nn
 
-from .layers import FUNCTIONS, METHODS, MODULES, Layers, Plan, Value
+from .layers import FUNCTIONS, METHODS, MODULES, Floored, Layers, Plan, Value
 from .tracing import GLOBAL_HOOKS, HOOKS, Unfusable, described, record
 
 __all__ = ["GLOBAL_HOOKS", "HOOKS", "Plan", "Unfusable", "trace"]
@@ -116,10 +116,15 @@ class _Reader(Layers):
         return layer(self, *args, **kwargs)
 
     def _finish(self, result: Any) -> Plan:
-        if not isinstance(result, Value):
+        policy = isinstance(result, tuple) and len(result) == 2
+        mean = result[0] if policy else result
+        if not isinstance(mean, Value):
             raise Unfusable(f"the model returns {type(result).__name__}, not one tensor computed from x")
         self.here, self.path = "the prediction", ""
-        x = self._tensor(result)
+        x = self._tensor(mean)
+        if policy:
+            x = self.append(x, result[1])
+            self.plan.log_std = "rows" if isinstance(result[1], Floored) and result[1].rows else "shared"
         if not self.plan.parameters:
             raise Unfusable("the model's prediction depends on no parameter")
         self._emit("flatten", [x], out_rank=1)  # into the user's order of elements
@@ -146,4 +151,5 @@ class _Reader(Layers):
         place = {i: position for position, i in enumerate(order)}
         for node in nodes:
             node["parameters"] = [None if i is None else place[i] for i in node["parameters"]]
-        return Plan(nodes, [plan.parameters[i] for i in order], [plan.rows_taps[i] for i in order], plan.served_by)
+        parameters, rows_taps = [plan.parameters[i] for i in order], [plan.rows_taps[i] for i in order]
+        return Plan(nodes, parameters, rows_taps, plan.served_by, plan.log_std)

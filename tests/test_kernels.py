@@ -12,7 +12,7 @@ import pytest
 
 from . import emulated
 
-PROGRAMS = ["bank_conflicts", "conv2d", "layers", "product", "stem"]
+PROGRAMS = ["bank_conflicts", "conv2d", "layers", "policy", "product", "stem"]
 SANITIZERS = ["", *filter(None, os.environ.get("MAML_CUDA_SANITIZERS", "").split(","))]
 
 
@@ -25,6 +25,8 @@ def test_kernels(program: str, sanitizer: str) -> None:
     if sanitizer == "thread":  # which needs addresses that are not too random
         command = ["setarch", "-R", *command]
     if sanitizer:
-        command += {"conv2d": ["1"], "layers": ["shuffled"], "stem": ["shuffled"]}.get(program, [])
+        command += {"conv2d": ["1"], "layers": ["shuffled"], "policy": ["shuffled"], "stem": ["shuffled"]}.get(
+            program, []
+        )
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

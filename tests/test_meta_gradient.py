@@ -181,13 +181,14 @@ def test_recomputed_states_give_the_same_bits(name):
     maml = FusedMAML(make(name), 0.05, 4, backend="fused")
     text = maml._binding().text
     parameters, rates = maml._binding().tensors()
+    listed = data[0], [data[1]], data[2], [data[3]]
     results = []
     for plan in (text, json.dumps({**json.loads(text), "recompute": True})):
         signature = (plan, "meta_gradient", tuple(data[0].shape[2:]), 5, 7, 4, False, True)
         results.append(
             (
                 ops._problem(*signature).core.saved_steps,
-                torch.ops.maml_cuda.meta_gradient(parameters, rates, *data, None, plan, 4, False, True)[-1],
+                torch.ops.maml_cuda.meta_gradient(parameters, rates, *listed, None, plan, 4, False, True)[-1],
             )
         )
     assert [steps for steps, _ in results] == [4, 1]

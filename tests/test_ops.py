@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from maml_cuda import FusedMAML, reference
+from maml_cuda import FusedMAML, PolicyTarget, reference
 from maml_cuda.data import Episodes
 
 
@@ -104,6 +104,9 @@ def calls() -> dict[str, tuple[Any, tuple, dict]]:
         fixed.predict({name: t.clone().requires_grad_() for name, t in fast.items()}, x_qry)
         fixed.loss_and_grad(fast, x_qry, y_qry)
         fixed.hvp(fast, x_qry, y_qry, fast)
+        policy = FusedMAML(net(), 0.1, 2, loss="categorical_policy_gradient")
+        actions = PolicyTarget(y_spt, torch.ones(y_spt.shape, dtype=torch.float64))
+        policy.fisher_vector_product(x_spt, actions, x_qry, dict(policy.model.named_parameters()))
         Episodes(torch.zeros(3, 4, 2, 2, dtype=torch.uint8), 2, 1, 2).draw(2, seed=0)
     parameters, rates, x, y, plan, steps = made.seen["maml_cuda::adapt_forward"][1]
     cotangents = [torch.ones_like(fast[name]) for name, _ in maml.model.named_parameters()]

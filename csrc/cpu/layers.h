@@ -30,7 +30,23 @@ Passes<T> patch_gram();
 template <class T>
 Passes<T> stem();
 template <class T>
-LossPasses<T> loss();
+Passes<T> append();
+
+template <class T>
+LossPasses<T> cross_entropy();
+template <class T>
+LossPasses<T> mse();
+template <class T>
+LossPasses<T> gaussian_policy();
+template <class T>
+LossPasses<T> categorical_policy();
+
+template <class T>
+const LossPasses<T>& loss_passes(Loss loss) {
+  static const LossPasses<T> table[] = {cross_entropy<T>(), mse<T>(), gaussian_policy<T>(),
+                                        categorical_policy<T>()};
+  return table[static_cast<int>(loss)];
+}
 
 Footprint conv2d_footprint(const Layer&);
 Footprint batch_norm_footprint(const Layer&);

@@ -12,8 +12,9 @@ namespace maml::MAML_ISA {
 namespace {
 
 template <class T>
-T cross_entropy(const LossPart& part, const T* z, const int64_t* label, T* grad_z, T* p) {
+T cross_entropy_value(const LossPart& part, const T* z, const Target<T>& target, T* grad_z, T* p) {
   const int64_t c = part.c;
+  const auto* label = static_cast<const int64_t*>(target.y);
   double total = 0;
   for (int64_t i = 0; i < part.n; ++i, z += c) {
     const T largest = *std::max_element(z, z + c);
@@ -30,30 +31,9 @@ T cross_entropy(const LossPart& part, const T* z, const int64_t* label, T* grad_
 }
 
 template <class T>
-T mean_square(const LossPart& part, const T* z, const T* target, T* grad_z) {
-  const int64_t count = part.samples * part.c;
-  double total = 0;
-  for (int64_t i = 0; i < part.n * part.c; ++i) {
-    const T d = z[i] - target[i];
-    total += static_cast<double>(d) * static_cast<double>(d);
-    if (grad_z) grad_z[i] = 2 * d / static_cast<T>(count);
-  }
-  return static_cast<T>(total / static_cast<double>(count));
-}
-
-template <class T>
-T value(const LossPart& part, const T* z, const void* target, T* grad_z, T* saved) {
-  if (part.kind == Loss::mse) return mean_square(part, z, static_cast<const T*>(target), grad_z);
-  return cross_entropy(part, z, static_cast<const int64_t*>(target), grad_z, saved);
-}
-
-template <class T>
-void tangent(const LossPart& part, const T* z_dot, const T* p, T* grad_z_dot) {
+void cross_entropy_tangent(const LossPart& part, const T*, const Target<T>&, const T* z_dot, const T* p,
+                           T* grad_z_dot) {
   const int64_t c = part.c;
-  if (part.kind == Loss::mse) {
-    for (int64_t i = 0; i < part.n * c; ++i) grad_z_dot[i] = 2 * z_dot[i] / static_cast<T>(part.samples * c);
-    return;
-  }
   for (int64_t i = 0; i < part.n; ++i, z_dot += c, p += c, grad_z_dot += c) {
     T mean = 0;
     for (int64_t j = 0; j < c; ++j) mean += p[j] * z_dot[j];
@@ -61,15 +41,39 @@ void tangent(const LossPart& part, const T* z_dot, const T* p, T* grad_z_dot) {
   }
 }
 
+template <class T>
+T mse_value(const LossPart& part, const T* z, const Target<T>& target, T* grad_z, T*) {
+  const int64_t count = part.samples * part.c;
+  const T* y = static_cast<const T*>(target.y);
+  double total = 0;
+  for (int64_t i = 0; i < part.n * part.c; ++i) {
+    const T d = z[i] - y[i];
+    total += static_cast<double>(d) * static_cast<double>(d);
+    if (grad_z) grad_z[i] = 2 * d / static_cast<T>(count);
+  }
+  return static_cast<T>(total / static_cast<double>(count));
+}
+
+template <class T>
+void mse_tangent(const LossPart& part, const T*, const Target<T>&, const T* z_dot, const T*, T* grad_z_dot) {
+  for (int64_t i = 0; i < part.n * part.c; ++i) {
+    grad_z_dot[i] = 2 * z_dot[i] / static_cast<T>(part.samples * part.c);
+  }
+}
+
 }  // namespace
 
-template <>
-LossPasses<float> loss<float>() {
-  return {value<float>, tangent<float>};
+template <class T>
+LossPasses<T> cross_entropy() {
+  return {cross_entropy_value<T>, cross_entropy_tangent<T>};
 }
-template <>
-LossPasses<double> loss<double>() {
-  return {value<double>, tangent<double>};
+template <class T>
+LossPasses<T> mse() {
+  return {mse_value<T>, mse_tangent<T>};
 }
+template LossPasses<float> cross_entropy<float>();
+template LossPasses<double> cross_entropy<double>();
+template LossPasses<float> mse<float>();
+template LossPasses<double> mse<double>();
 
 }  // namespace maml::MAML_ISA

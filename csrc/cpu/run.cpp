@@ -48,7 +48,7 @@ struct Cpu : Updates<T, T> {
   static const Passes<T>& passes(Kind kind) {
     static const Passes<T> table[] = {channels_last<T>(), flatten<T>(),    conv2d<T>(),   batch_norm<T>(),
                                       pointwise<T>(),     max_pool<T>(),   avg_pool<T>(), mean_pool<T>(),
-                                      add<T>(),           Passes<T>{},  // block
+                                      add<T>(),           append<T>(),     Passes<T>{},  // block
                                       conv_block<T>(),    patch_gram<T>(), stem<T>()};
     return table[static_cast<int>(kind)];
   }
@@ -57,12 +57,16 @@ struct Cpu : Updates<T, T> {
   void forward_tangent(const Layer& l, const Tensors<T>& t) const { passes(l.kind).forward_tangent(l, t); }
   void backward_tangent(const Layer& l, const Tensors<T>& t) const { passes(l.kind).backward_tangent(l, t); }
 
-  void loss(const LossPart& part, const T* z, const void* target, T* value, T* grad_z, T* saved) const {
-    const T loss = MAML_ISA::loss<T>().value(part, z, target, grad_z, saved);
+  void loss(const LossPart& part, const T* z, const Target<T>& target, T* value, T* grad_z, T* saved) const {
+    const T loss = loss_passes<T>(part.kind).value(part, z, target, grad_z, saved);
     if (value) *value = part.add ? *value + loss : loss;
   }
-  void loss_tangent(const LossPart& part, const T* z_dot, const T* saved, T* grad_z_dot) const {
-    MAML_ISA::loss<T>().tangent(part, z_dot, saved, grad_z_dot);
+  void loss_tangent(const LossPart& part, const T* z, const Target<T>& target, const T* z_dot, const T* saved,
+                    T* grad_z_dot) const {
+    loss_passes<T>(part.kind).tangent(part, z, target, z_dot, saved, grad_z_dot);
+  }
+  void metric(const LossPart& part, const T* z, const Target<T>& target, const T* z_dot, T* grad_z) const {
+    loss_passes<T>(part.kind).metric(part, z, target, z_dot, grad_z);
   }
 };
 
@@ -124,7 +128,7 @@ struct Memory {
            whole_lines(p.packing.total / kLanes<T> + 1) + loss_scratch(p) + p.task_size();
   }
   static int64_t loss_scratch(const Problem& p) {
-    return whole_lines(2 * std::max(predictions(p.support), predictions(p.query)) / kLanes<T> + 1);
+    return whole_lines(3 * std::max(predictions(p.support), predictions(p.query)) / kLanes<T> + 1);
   }
   static int64_t samples(const Stage& s) { return s.n ? s.n * s.values[0].size : 0; }
   static int64_t predictions(const Stage& s) { return s.n ? s.n * s.values[s.output].size : 0; }
@@ -250,10 +254,8 @@ class Run {
   const T* x_of(const Stage& s, const T* x, int64_t t) const {
     return x ? x + t * Memory<T>::samples(s) : nullptr;
   }
-  const void* target_of(const Stage& s, const void* y, int64_t t) const {
-    if (!y || !s.n) return nullptr;
-    if (p_.graph.loss == Loss::cross_entropy) return static_cast<const int64_t*>(y) + t * s.n;
-    return static_cast<const T*>(y) + t * Memory<T>::predictions(s);
+  Target<T> target_of(const Stage& s, const Target<T>& of_all, int64_t t) const {
+    return s.n ? of_all.from(p_.graph.loss, s.values[s.output].size, t * s.n) : Target<T>{};
   }
   int64_t predictions() const { return Memory<T>::predictions(p_.query); }
 
@@ -325,9 +327,9 @@ class Run {
     Task<V> task{};
     task.theta = shared_parameters() ? theta_lanes_ : own;
     task.x_support = x[0];
-    task.y_support = &targets[0];
+    task.y_support = {&targets[0]};
     task.x_query = x[1];
-    task.y_query = &targets[1];
+    task.y_query = {&targets[1]};
     task.support_losses = losses;
     task.query_loss = losses + p_.steps;
     task.logits = logits;

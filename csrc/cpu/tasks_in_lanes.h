@@ -91,10 +91,10 @@ struct LaneProduct {
   }
 };
 
-/// What a loss reads of each task: the user's labels or values, of all samples (there are no tiles).
+/// What a loss reads of each task, as the user gave it, of all samples (there are no tiles).
 template <class T>
 struct LaneTargets {
-  const void* of[kLanes<T>];
+  Target<T> of[kLanes<T>];
 };
 
 /// A backend of TaskRunner over vectors. The elementwise layers are those of one task on an array that is
@@ -103,21 +103,21 @@ template <class T>
 struct TasksInLanes : Updates<Vector<T>, T> {
   using V = Vector<T>;
   static constexpr int64_t W = kLanes<T>;
-  T* scratch;  // 2 * the prediction's elements
+  T* scratch;  // 3 * the prediction's elements
 
   TasksInLanes(const T* rates, T* scratch_) : Updates<V, T>{rates}, scratch(scratch_) {}
 
   void forward(const Layer& l, const Tensors<V>& t) const {
-    if (l.kind != Kind::conv2d) return passes(l).forward(longer(l), elements(t));
+    if (l.kind != Kind::conv2d) return elementwise(l).forward(longer(l), elements(t));
     product(l, {{t.x[0], t.w[0]}, {}}, 1, t.w[1], t.y);
   }
   void backward(const Layer& l, const Tensors<V>& t) const {
-    if (l.kind != Kind::conv2d) return passes(l).backward(longer(l), elements(t));
+    if (l.kind != Kind::conv2d) return elementwise(l).backward(longer(l), elements(t));
     gradients(l, {{t.x[0], t.grad_y}, {}}, 1, {{t.grad_y, t.w[0]}, {}}, 1, t.grad_y, t, t.grad_w,
               t.grad_x[0]);
   }
   void forward_tangent(const Layer& l, const Tensors<V>& t) const {
-    if (l.kind != Kind::conv2d) return passes(l).forward_tangent(longer(l), elements(t));
+    if (l.kind != Kind::conv2d) return elementwise(l).forward_tangent(longer(l), elements(t));
     typename LaneProduct<V>::Term terms[2];
     int count = 0;
     if (t.x_dot[0]) terms[count++] = {t.x_dot[0], t.w[0]};
@@ -125,31 +125,44 @@ struct TasksInLanes : Updates<Vector<T>, T> {
     product(l, {terms[0], terms[1]}, count, t.w_dot[1], t.y_dot);
   }
   void backward_tangent(const Layer& l, const Tensors<V>& t) const {
-    if (l.kind != Kind::conv2d) return passes(l).backward_tangent(longer(l), elements(t));
+    if (l.kind != Kind::conv2d) return elementwise(l).backward_tangent(longer(l), elements(t));
     gradients(l, {{t.x[0], t.grad_y_dot}, {t.x_dot[0], t.grad_y}}, t.x_dot[0] && t.grad_y ? 2 : 1,
               {{t.grad_y_dot, t.w[0]}, {t.grad_y, t.w_dot[0]}}, t.w_dot[0] && t.grad_y ? 2 : 1, t.grad_y_dot,
               t, t.grad_w_dot, t.grad_x_dot[0]);
   }
 
-  void loss(const LossPart& part, const V* z, const void* targets, V* value, V* grad_z, V* saved) const {
+  void loss(const LossPart& part, const V* z, const Target<V>& target, V* value, V* grad_z, V* saved) const {
     const int64_t size = part.n * part.c;
     T *own = scratch, *grad = scratch + size;
     for (int64_t lane = 0; lane < W; ++lane) {
       take(size, z, lane, own);
-      const void* target = static_cast<const LaneTargets<T>*>(targets)->of[lane];
       T* keep = saved ? reinterpret_cast<T*>(saved) + lane * size : nullptr;
-      const T loss = MAML_ISA::loss<T>().value(part, own, target, grad_z ? grad : nullptr, keep);
+      const T loss =
+          loss_passes<T>(part.kind).value(part, own, of_lane(target, lane), grad_z ? grad : nullptr, keep);
       if (value) (*value)[lane] = loss;
       if (grad_z) give(size, grad, lane, grad_z);
     }
   }
-  void loss_tangent(const LossPart& part, const V* z_dot, const V* saved, V* grad_z_dot) const {
+  void loss_tangent(const LossPart& part, const V* z, const Target<V>& target, const V* z_dot, const V* saved,
+                    V* grad_z_dot) const {
     const int64_t size = part.n * part.c;
-    T *own = scratch, *grad = scratch + size;
+    T *own = scratch, *dot = scratch + size, *grad = scratch + 2 * size;
     for (int64_t lane = 0; lane < W; ++lane) {
-      take(size, z_dot, lane, own);
-      MAML_ISA::loss<T>().tangent(part, own, reinterpret_cast<const T*>(saved) + lane * size, grad);
+      take(size, z, lane, own);
+      take(size, z_dot, lane, dot);
+      const T* kept = reinterpret_cast<const T*>(saved) + lane * size;
+      loss_passes<T>(part.kind).tangent(part, own, of_lane(target, lane), dot, kept, grad);
       give(size, grad, lane, grad_z_dot);
+    }
+  }
+  void metric(const LossPart& part, const V* z, const Target<V>& target, const V* z_dot, V* grad_z) const {
+    const int64_t size = part.n * part.c;
+    T *own = scratch, *dot = scratch + size, *grad = scratch + 2 * size;
+    for (int64_t lane = 0; lane < W; ++lane) {
+      take(size, z, lane, own);
+      take(size, z_dot, lane, dot);
+      loss_passes<T>(part.kind).metric(part, own, of_lane(target, lane), dot, grad);
+      give(size, grad, lane, grad_z);
     }
   }
 
@@ -166,9 +179,17 @@ struct TasksInLanes : Updates<Vector<T>, T> {
  private:
   using Terms = typename LaneProduct<V>::Term[2];
 
-  static Passes<T> passes(const Layer& l) { return l.kind == Kind::add ? add<T>() : pointwise<T>(); }
+  static const Target<T>& of_lane(const Target<V>& target, int64_t lane) {
+    return static_cast<const LaneTargets<T>*>(target.y)->of[lane];
+  }
+
+  static Passes<T> elementwise(const Layer& l) {
+    return l.kind == Kind::add ? add<T>() : l.kind == Kind::append ? append<T>() : pointwise<T>();
+  }
+  /// The layer over lanes as elements: as further features, whose sums over samples stay apart.
   static Layer longer(Layer l) {
-    l.n *= W;
+    l.in.c *= W;
+    l.out.c *= W;
     return l;
   }
   static Tensors<T> elements(const Tensors<V>& t) { return std::bit_cast<Tensors<T>>(t); }

@@ -15,8 +15,12 @@ enum class Region : int {
   task,    // one task's part of the workspace
   x_support,
   y_support,
+  scale_support,
+  old_log_probs_support,
   x_query,
   y_query,
+  scale_query,
+  old_log_probs_query,
   logits,
   support_losses,
   task_losses,
@@ -49,12 +53,13 @@ __host__ __device__ inline T* place(Region region, int64_t element = 0) {
   return reinterpret_cast<T*>((static_cast<uint64_t>(region) << kRegionShift) + element * sizeof(T));
 }
 
-/// Where a symbolic address stands for one task; null for null.
+/// Where a symbolic address stands for one task; null for null, and in a region that this call lacks.
 template <class T>
 __device__ __forceinline__ T* resolve(T* symbolic, const Table& table, int64_t task) {
   const uint64_t word = reinterpret_cast<uint64_t>(symbolic);
   if (word == 0) return nullptr;
   const Span& span = table.regions[word >> kRegionShift];
+  if (!span.start) return nullptr;
   return reinterpret_cast<T*>(span.start + task * span.stride + (word & ((uint64_t{1} << kRegionShift) - 1)));
 }
 
@@ -81,6 +86,12 @@ __device__ __forceinline__ Tensors<T> resolve(const Tensors<T>& s, const Table& 
   t.saved_dot = resolve(s.saved_dot, table, task);
   t.scratch = resolve(s.scratch, table, task);
   return t;
+}
+
+template <class T>
+__device__ __forceinline__ Target<T> resolve(const Target<T>& s, const Table& table, int64_t task) {
+  return {resolve(static_cast<const unsigned char*>(s.y), table, task), resolve(s.scale, table, task),
+          resolve(s.old_log_probs, table, task)};
 }
 
 }  // namespace maml::cuda

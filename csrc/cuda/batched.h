@@ -109,11 +109,15 @@ class Batched {
   }
   void join() const { launch_.join(); }
 
-  void loss(const LossPart& part, const T* z, const void* target, T* value, T* grad_z, T* saved) const {
+  void loss(const LossPart& part, const T* z, const Target<T>& target, T* value, T* grad_z, T* saved) const {
     launch_loss(launch_, part, z, target, value, grad_z, saved);
   }
-  void loss_tangent(const LossPart& part, const T* z_dot, const T* saved, T* grad_z_dot) const {
-    launch_loss_tangent(launch_, part, z_dot, saved, grad_z_dot);
+  void loss_tangent(const LossPart& part, const T* z, const Target<T>& target, const T* z_dot, const T* saved,
+                    T* grad_z_dot) const {
+    launch_loss_tangent(launch_, part, z, target, z_dot, saved, grad_z_dot);
+  }
+  void metric(const LossPart& part, const T* z, const Target<T>& target, const T* z_dot, T* grad_z) const {
+    launch_metric(launch_, part, z, target, z_dot, grad_z);
   }
 
   void descend(const std::vector<RateSlice>& step, const T* phi, const T* g, T* next) const {
@@ -151,19 +155,10 @@ class Batched {
 
  private:
   static const LaunchPasses<T>& passes(Kind kind) {
-    static const LaunchPasses<T> table[] = {channels_last<T>(),
-                                            flatten<T>(),
-                                            conv2d<T>(),
-                                            batch_norm<T>(),
-                                            pointwise<T>(),
-                                            max_pool<T>(),
-                                            avg_pool<T>(),
-                                            mean_pool<T>(),
-                                            add<T>(),
-                                            block<T>(),
-                                            {},  // conv_block
-                                            patch_gram<T>(),
-                                            stem<T>()};
+    static const LaunchPasses<T> table[] = {
+        channels_last<T>(), flatten<T>(),   conv2d<T>(), batch_norm<T>(), pointwise<T>(), max_pool<T>(),
+        avg_pool<T>(),      mean_pool<T>(), add<T>(),    append<T>(),     block<T>(),     {},  // conv_block
+        patch_gram<T>(),    stem<T>()};
     return table[static_cast<int>(kind)];
   }
 

@@ -33,6 +33,8 @@ LaunchPasses<T> mean_pool();
 template <class T>
 LaunchPasses<T> add();
 template <class T>
+LaunchPasses<T> append();
+template <class T>
 LaunchPasses<T> block();
 template <class T>
 LaunchPasses<T> patch_gram();
@@ -48,11 +50,14 @@ Footprint block_footprint(const Layer&);
 Footprint patch_gram_footprint(const Layer&);
 Footprint stem_footprint(const Layer&);
 
-/// Writes the loss of each task [1] where wanted, and grad_z, saved where wanted (loss.cu).
+/// The losses (loss.cu): writes the loss of each task [1] where wanted, and grad_z, saved where wanted.
 template <class T>
-void launch_loss(const Launcher&, const LossPart&, const T* z, const void* target, T* loss, T* grad_z,
+void launch_loss(const Launcher&, const LossPart&, const T* z, const Target<T>&, T* loss, T* grad_z,
                  T* saved);
 template <class T>
-void launch_loss_tangent(const Launcher&, const LossPart&, const T* z_dot, const T* saved, T* grad_z_dot);
+void launch_loss_tangent(const Launcher&, const LossPart&, const T* z, const Target<T>&, const T* z_dot,
+                         const T* saved, T* grad_z_dot);
+template <class T>
+void launch_metric(const Launcher&, const LossPart&, const T* z, const Target<T>&, const T* z_dot, T* grad_z);
 
 }  // namespace maml::cuda

@@ -1,4 +1,5 @@
-// The losses of all tasks (loss.h): a value by one block a task, a tangent by as many as its rows fill.
+// The losses of all tasks (loss.h): a value by one block a task, a tangent or a metric by as many as its rows
+// fill.
 #include "layers.h"
 #include "loss.h"
 
@@ -8,44 +9,63 @@ namespace {
 constexpr int kThreads = kEmulated ? 64 : 256;
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) value_kernel(LossPart part, const T* z, const void* target,
-                                                         T* loss, T* grad_z, T* saved, const Table* table) {
+__global__ void __launch_bounds__(kThreads) value_kernel(LossPart part, const T* z, Target<T> target, T* loss,
+                                                         T* grad_z, T* saved, const Table* table) {
   const int64_t task = blockIdx.z;
-  loss_value(grid_team(), part, resolve(z, *table, task),
-             static_cast<const void*>(resolve(static_cast<const unsigned char*>(target), *table, task)),
+  loss_value(grid_team(), part, resolve(z, *table, task), resolve(target, *table, task),
              resolve(loss, *table, task), resolve(grad_z, *table, task), resolve(saved, *table, task));
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    tangent_kernel(LossPart part, const T* z_dot, const T* saved, T* grad_z_dot, const Table* table) {
+    tangent_kernel(LossPart part, const T* z, Target<T> target, const T* z_dot, const T* saved, T* grad_z_dot,
+                   const Table* table) {
   const int64_t task = blockIdx.z;
-  loss_tangent(grid_team(), part, resolve(z_dot, *table, task), resolve(saved, *table, task),
-               resolve(grad_z_dot, *table, task));
+  loss_tangent(grid_team(), part, resolve(z, *table, task), resolve(target, *table, task),
+               resolve(z_dot, *table, task), resolve(saved, *table, task), resolve(grad_z_dot, *table, task));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) metric_kernel(LossPart part, const T* z, Target<T> target,
+                                                          const T* z_dot, T* grad_z, const Table* table) {
+  const int64_t task = blockIdx.z;
+  loss_metric(grid_team(), part, resolve(z, *table, task), resolve(target, *table, task),
+              resolve(z_dot, *table, task), resolve(grad_z, *table, task));
 }
 
 }  // namespace
 
 template <class T>
-void launch_loss(const Launcher& launch, const LossPart& part, const T* z, const void* target, T* loss,
+void launch_loss(const Launcher& launch, const LossPart& part, const T* z, const Target<T>& target, T* loss,
                  T* grad_z, T* saved) {
   launch("loss", value_kernel<T>, Grid{}, kThreads, 0, part, z, target, loss, grad_z, saved, launch.table);
 }
 
 template <class T>
-void launch_loss_tangent(const Launcher& launch, const LossPart& part, const T* z_dot, const T* saved,
-                         T* grad_z_dot) {
+void launch_loss_tangent(const Launcher& launch, const LossPart& part, const T* z, const Target<T>& target,
+                         const T* z_dot, const T* saved, T* grad_z_dot) {
   launch("loss tangent", tangent_kernel<T>, Grid{blocks_for(part.n * part.c, 4 * kThreads)}, kThreads, 0,
-         part, z_dot, saved, grad_z_dot, launch.table);
+         part, z, target, z_dot, saved, grad_z_dot, launch.table);
 }
 
-template void launch_loss<float>(const Launcher&, const LossPart&, const float*, const void*, float*, float*,
-                                 float*);
-template void launch_loss<double>(const Launcher&, const LossPart&, const double*, const void*, double*,
-                                  double*, double*);
-template void launch_loss_tangent<float>(const Launcher&, const LossPart&, const float*, const float*,
-                                         float*);
-template void launch_loss_tangent<double>(const Launcher&, const LossPart&, const double*, const double*,
-                                          double*);
+template <class T>
+void launch_metric(const Launcher& launch, const LossPart& part, const T* z, const Target<T>& target,
+                   const T* z_dot, T* grad_z) {
+  launch("metric", metric_kernel<T>, Grid{blocks_for(part.n * part.c, 4 * kThreads)}, kThreads, 0, part, z,
+         target, z_dot, grad_z, launch.table);
+}
+
+template void launch_loss<float>(const Launcher&, const LossPart&, const float*, const Target<float>&, float*,
+                                 float*, float*);
+template void launch_loss<double>(const Launcher&, const LossPart&, const double*, const Target<double>&,
+                                  double*, double*, double*);
+template void launch_loss_tangent<float>(const Launcher&, const LossPart&, const float*, const Target<float>&,
+                                         const float*, const float*, float*);
+template void launch_loss_tangent<double>(const Launcher&, const LossPart&, const double*,
+                                          const Target<double>&, const double*, const double*, double*);
+template void launch_metric<float>(const Launcher&, const LossPart&, const float*, const Target<float>&,
+                                   const float*, float*);
+template void launch_metric<double>(const Launcher&, const LossPart&, const double*, const Target<double>&,
+                                    const double*, double*);
 
 }  // namespace maml::cuda

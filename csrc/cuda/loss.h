@@ -2,7 +2,7 @@
 //   cross_entropy  p = softmax z; L = -sum log p[label] / N;  grad_z = (p - onehot) / N;
 //                  grad_z_dot = p (z_dot - <p, z_dot>) / N
 //   mse            L = sum (z - t)^2 / (N c);  grad_z = 2 (z - t) / (N c);  grad_z_dot = 2 z_dot / (N c)
-// `saved` keeps p.
+// `saved` keeps p. The policies' formulas and kernels stand in policy_loss.h.
 //
 // Cross entropy: `width` threads of a warp share a row, one to eight columns each while they can (the five
 // classes of five-way tasks fall to one thread), and shuffle its maximum and sums. Every thread of a warp
@@ -17,58 +17,11 @@
 #pragma once
 
 #include <cmath>
-#include <cstdio>
 
-#include "launch.h"
+#include "policy_loss.h"
+#include "rows.h"
 
 namespace maml::cuda {
-
-inline constexpr unsigned kWholeWarp = 0xffffffffu;
-inline constexpr int kWarp = 32;
-
-/// Threads that share a row of c columns: a power of two, at most a warp.
-__device__ __forceinline__ int row_width(int64_t c) {
-  int width = 1;
-  while (width < kWarp && width * 8 < c) width *= 2;
-  return width;
-}
-
-/// Over the `width` threads of a row; the same in all of them.
-template <class T>
-__device__ __forceinline__ T row_sum(T value, int width) {
-  for (int k = width / 2; k > 0; k /= 2) value += __shfl_xor_sync(kWholeWarp, value, k);
-  return value;
-}
-template <class T>
-__device__ __forceinline__ T row_max(T value, int width) {
-  for (int k = width / 2; k > 0; k /= 2) {
-    const T other = __shfl_xor_sync(kWholeWarp, value, k);
-    value = other > value ? other : value;
-  }
-  return value;
-}
-
-/// f(row, lane, width, exists): every thread of a warp is called equally often; beyond the last row with
-/// exists = false.
-template <class F>
-__device__ __forceinline__ void each_row(Team team, int64_t n, int64_t c, F f) {
-  const int width = row_width(c);
-  const int64_t first = team.first() / width, step = team.step() / width;
-  const int64_t of_warp = team.first() / kWarp * (kWarp / width);  // the first row of this thread's warp
-  const int64_t turns = of_warp < n ? (n - of_warp + step - 1) / step : 0;
-  for (int64_t turn = 0; turn < turns; ++turn) {
-    const int64_t row = first + turn * step;
-    f(row, static_cast<int>(threadIdx.x) % width, width, row < n);
-  }
-}
-
-__device__ inline void refuse_label(int64_t task, int64_t sample, int64_t label, int64_t classes) {
-  printf(
-      "cross_entropy: the label of sample %lld of task %lld is %lld, expected 0 to %lld for %lld classes\n",
-      static_cast<long long>(sample), static_cast<long long>(task), static_cast<long long>(label),
-      static_cast<long long>(classes - 1), static_cast<long long>(classes));
-  __trap();
-}
 
 /// This thread's part of the sum of -log p[label]; grad_z and p where wanted.
 template <class T>
@@ -88,7 +41,7 @@ __device__ double cross_entropy_rows(Team team, const LossPart& part, const T* z
     sum = row_sum(sum, width);
     if (!exists) return;
     const int64_t label = labels[row];
-    if (label < 0 || label >= c) refuse_label(blockIdx.z, row, label, c);
+    if (label < 0 || label >= c) refuse_class("cross_entropy: the label", row, label, c);
     if (lane == 0) total += static_cast<double>(largest - z_row[label]) + std::log(static_cast<double>(sum));
     if (!grad_z) return;
     const T scale = 1 / sum;
@@ -117,34 +70,42 @@ __device__ double square_elements(Team team, const LossPart& part, const T* z, c
 /// The part's loss of the task blockIdx.z where wanted (loss null: not), with grad_z [n, c] and saved [n, c]
 /// (grad_z null: not). One block.
 template <class T>
-__device__ void loss_value(Team team, const LossPart& part, const T* z, const void* target, T* loss,
+__device__ void loss_value(Team team, const LossPart& part, const T* z, const Target<T>& target, T* loss,
                            T* grad_z, T* saved) {
   __shared__ double sums[kWarp];  // one a warp
-  const bool labels = part.kind == Loss::cross_entropy;
-  double total = labels
-                     ? cross_entropy_rows(team, part, z, static_cast<const int64_t*>(target), grad_z, saved)
-                     : square_elements(team, part, z, static_cast<const T*>(target), grad_z);
+  double total = 0, count = static_cast<double>(part.samples);
+  switch (part.kind) {
+    case Loss::cross_entropy:
+      total = cross_entropy_rows(team, part, z, static_cast<const int64_t*>(target.y), grad_z, saved);
+      break;
+    case Loss::mse:
+      total = square_elements(team, part, z, static_cast<const T*>(target.y), grad_z);
+      count *= static_cast<double>(part.c);
+      break;
+    case Loss::gaussian_policy:
+      total = gaussian_rows(team, part, z, target, grad_z, saved);
+      count = 1;
+      break;
+    case Loss::categorical_policy:
+      total = categorical_rows(team, part, z, target, grad_z, saved);
+      count = 1;
+      break;
+  }
   total = row_sum(total, kWarp);
   const int warps = static_cast<int>(blockDim.x) / kWarp;
   if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = total;
   __syncthreads();
   if (threadIdx.x == 0 && loss) {
     for (int k = 1; k < warps; ++k) total += sums[k];
-    const T value =
-        static_cast<T>(total / static_cast<double>(labels ? part.samples : part.samples * part.c));
+    const T value = static_cast<T>(total / count);
     *loss = part.add ? *loss + value : value;
   }
 }
 
 template <class T>
-__device__ void loss_tangent(Team team, const LossPart& part, const T* z_dot, const T* p, T* grad_z_dot) {
+__device__ void cross_entropy_tangent(Team team, const LossPart& part, const T* z_dot, const T* p,
+                                      T* grad_z_dot) {
   const int64_t c = part.c;
-  if (part.kind == Loss::mse) {
-    const int64_t count = part.n * c, step = team.step();
-    const T scale = 2 / static_cast<T>(part.samples * c);
-    for (int64_t i = team.first(); i < count; i += step) grad_z_dot[i] = z_dot[i] * scale;
-    return;
-  }
   const T per_row = 1 / static_cast<T>(part.samples);
   each_row(team, part.n, c, [&](int64_t row, int lane, int width, bool exists) {
     const int64_t first = exists ? lane : c;
@@ -155,6 +116,27 @@ __device__ void loss_tangent(Team team, const LossPart& part, const T* z_dot, co
       grad_z_dot[row * c + j] = p[row * c + j] * (z_dot[row * c + j] - mean) * per_row;
     }
   });
+}
+
+template <class T>
+__device__ void loss_tangent(Team team, const LossPart& part, const T* z, const Target<T>& target,
+                             const T* z_dot, const T* saved, T* grad_z_dot) {
+  if (part.kind == Loss::cross_entropy) return cross_entropy_tangent(team, part, z_dot, saved, grad_z_dot);
+  if (part.kind == Loss::gaussian_policy)
+    return gaussian_tangent(team, part, z, target, z_dot, saved, grad_z_dot);
+  if (part.kind == Loss::categorical_policy)
+    return categorical_tangent(team, part, z, target, z_dot, saved, grad_z_dot);
+  const int64_t count = part.n * part.c, step = team.step();
+  const T scale = 2 / static_cast<T>(part.samples * part.c);
+  for (int64_t i = team.first(); i < count; i += step) grad_z_dot[i] = z_dot[i] * scale;
+}
+
+/// Of a policy.
+template <class T>
+__device__ void loss_metric(Team team, const LossPart& part, const T* z, const Target<T>& target,
+                            const T* z_dot, T* grad_z) {
+  if (part.kind == Loss::gaussian_policy) return gaussian_metric(team, part, z, target, z_dot, grad_z);
+  return categorical_metric(team, part, z, target, z_dot, grad_z);
 }
 
 }  // namespace maml::cuda

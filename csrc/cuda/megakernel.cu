@@ -13,6 +13,7 @@
 // shared memory of one block, linear layers, pointwise functions and sums.
 #include <cstddef>
 
+#include "append.h"
 #include "arrange.h"
 #include "loss.h"
 #include "megakernel.h"
@@ -33,24 +34,27 @@ struct Spans {
 template <class T>
 __device__ void run_layer(Op op, const Layer& l, const Tensors<T>& t) {
   const Team team = block_team();
-  const bool linear = l.kind == Kind::conv2d, pointwise = l.kind == Kind::pointwise;
-  switch (op) {
-    case Op::forward:
-      return linear      ? linear_forward(team, l, t)
-             : pointwise ? pointwise_forward(team, l, t)
-                         : add_forward(team, l, t);
-    case Op::backward:
-      return linear      ? linear_backward(team, l, t)
-             : pointwise ? pointwise_backward(team, l, t)
-                         : add_backward(team, l, t);
-    case Op::forward_tangent:
-      return linear      ? linear_forward_tangent(team, l, t)
-             : pointwise ? pointwise_forward_tangent(team, l, t)
-                         : add_forward_tangent(team, l, t);
+  switch (l.kind) {
+    case Kind::conv2d:
+      return op == Op::forward           ? linear_forward(team, l, t)
+             : op == Op::backward        ? linear_backward(team, l, t)
+             : op == Op::forward_tangent ? linear_forward_tangent(team, l, t)
+                                         : linear_backward_tangent(team, l, t);
+    case Kind::pointwise:
+      return op == Op::forward           ? pointwise_forward(team, l, t)
+             : op == Op::backward        ? pointwise_backward(team, l, t)
+             : op == Op::forward_tangent ? pointwise_forward_tangent(team, l, t)
+                                         : pointwise_backward_tangent(team, l, t);
+    case Kind::append:
+      return op == Op::forward           ? append_forward(team, l, t)
+             : op == Op::backward        ? append_backward(team, l, t)
+             : op == Op::forward_tangent ? append_forward_tangent(team, l, t)
+                                         : append_backward_tangent(team, l, t);
     default:
-      return linear      ? linear_backward_tangent(team, l, t)
-             : pointwise ? pointwise_backward_tangent(team, l, t)
-                         : add_backward_tangent(team, l, t);
+      return op == Op::forward           ? add_forward(team, l, t)
+             : op == Op::backward        ? add_backward(team, l, t)
+             : op == Op::forward_tangent ? add_forward_tangent(team, l, t)
+                                         : add_backward_tangent(team, l, t);
   }
 }
 
@@ -62,9 +66,12 @@ __device__ void run_instruction(const Instruction<T>& i, const Image& image, con
   const int count = image.slices_a_step;
   switch (i.op) {
     case Op::loss:
-      return loss_value(team, i.loss, t.x[0], static_cast<const void*>(t.x[1]), t.y, t.grad_x[0], t.saved);
+      return loss_value(team, i.loss, t.x[0], target_of(t), t.y, t.grad_x[0], t.saved);
     case Op::loss_tangent:
-      return loss_tangent(team, i.loss, t.x_dot[0], static_cast<const T*>(t.saved), t.grad_x_dot[0]);
+      return loss_tangent(team, i.loss, t.x[0], target_of(t), t.x_dot[0], static_cast<const T*>(t.saved),
+                          t.grad_x_dot[0]);
+    case Op::metric:
+      return loss_metric(team, i.loss, t.x[0], target_of(t), t.x_dot[0], t.grad_x[0]);
     case Op::descend:
       for (int s = 0; s < count; ++s) descend(team, slices[s], rates, t.x[0], t.grad_y, t.y);
       return;

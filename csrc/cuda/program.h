@@ -14,8 +14,9 @@ enum class Op : int {
   backward,
   forward_tangent,
   backward_tangent,
-  loss,          // x = z, x[1] = target, y = value, grad_x = grad_z, saved
-  loss_tangent,  // x_dot = z_dot, grad_x_dot = grad_z_dot, saved
+  loss,          // x = z, the target (loss_tensors), y = value, grad_x = grad_z, saved
+  loss_tangent,  // x = z, the target, x_dot = z_dot, grad_x_dot = grad_z_dot, saved
+  metric,        // x = z, the target, x_dot = z_dot, grad_x = grad_z
   descend,       // x = phi, grad_y = g, y = next
   direction,     // x = v, y = out
   retreat,       // grad_y = product, y = v, saved = out; x = product, grad_x = v behind what is adapted, size
@@ -34,6 +35,21 @@ struct Instruction {
   int64_t size;  // of a vector
 };
 
+/// z and the target of a loss in the places of an instruction's tensors, and back.
+template <class T>
+Tensors<T> loss_tensors(const T* z, const Target<T>& target) {
+  Tensors<T> t;
+  t.x[0] = z;
+  t.x[1] = static_cast<const T*>(target.y);
+  t.w[0] = target.scale;
+  t.w[1] = target.old_log_probs;
+  return t;
+}
+template <class T>
+__device__ Target<T> target_of(const Tensors<T>& t) {
+  return {t.x[1], t.w[0], t.w[1]};
+}
+
 /// A backend of TaskRunner that writes down what it is asked to do.
 template <class T>
 class Recorder {
@@ -46,21 +62,26 @@ class Recorder {
   void forward_tangent(const Layer& l, const Tensors<T>& t) const { record(Op::forward_tangent, l, t); }
   void backward_tangent(const Layer& l, const Tensors<T>& t) const { record(Op::backward_tangent, l, t); }
 
-  void loss(const LossPart& part, const T* z, const void* target, T* value, T* grad_z, T* saved) const {
-    Tensors<T> t;
-    t.x[0] = z;
-    t.x[1] = static_cast<const T*>(target);
+  void loss(const LossPart& part, const T* z, const Target<T>& target, T* value, T* grad_z, T* saved) const {
+    Tensors<T> t = loss_tensors(z, target);
     t.y = value;
     t.grad_x[0] = grad_z;
     t.saved = saved;
     record(Op::loss, {}, t).loss = part;
   }
-  void loss_tangent(const LossPart& part, const T* z_dot, const T* saved, T* grad_z_dot) const {
-    Tensors<T> t;
+  void loss_tangent(const LossPart& part, const T* z, const Target<T>& target, const T* z_dot, const T* saved,
+                    T* grad_z_dot) const {
+    Tensors<T> t = loss_tensors(z, target);
     t.x_dot[0] = z_dot;
     t.grad_x_dot[0] = grad_z_dot;
     t.saved = const_cast<T*>(saved);
     record(Op::loss_tangent, {}, t).loss = part;
+  }
+  void metric(const LossPart& part, const T* z, const Target<T>& target, const T* z_dot, T* grad_z) const {
+    Tensors<T> t = loss_tensors(z, target);
+    t.x_dot[0] = z_dot;
+    t.grad_x[0] = grad_z;
+    record(Op::metric, {}, t).loss = part;
   }
 
   void descend(const std::vector<RateSlice>& step, const T* phi, const T* g, T* next) const {

@@ -40,9 +40,18 @@ Task<T> symbolic_task(const Problem& p, const Layout& layout, bool inside) {
   Task<T> task{};
   task.theta = own ? place<T>(Region::task, layout.own) : place<T>(Region::shared, layout.theta);
   task.x_support = given(p.support.n > 0, Region::x_support);
-  task.y_support = given(p.support.n > 0, Region::y_support);
+  const bool policy = is_policy(p.graph.loss);
+  if (p.support.n > 0) task.y_support = {place<T>(Region::y_support)};
+  if (p.support.n > 0 && policy) {
+    task.y_support.scale = place<T>(Region::scale_support);
+    task.y_support.old_log_probs = place<T>(Region::old_log_probs_support);
+  }
   task.x_query = given(p.query.n > 0, Region::x_query);
-  task.y_query = given(p.query.n > 0, Region::y_query);
+  if (p.query.n > 0) task.y_query = {place<T>(Region::y_query)};
+  if (p.query.n > 0 && policy) {
+    task.y_query.scale = place<T>(Region::scale_query);
+    task.y_query.old_log_probs = place<T>(Region::old_log_probs_query);
+  }
   const bool meta = o == Operation::meta_gradient || o == Operation::meta_loss;
   task.support_losses = given(meta || o == Operation::adapt, Region::support_losses);
   task.query_loss = given(meta || o == Operation::loss_and_grad, Region::task_losses);
@@ -198,10 +207,10 @@ struct Runner<T>::State {
                   predictions =
                       problem.query.n ? problem.query.n * problem.query.values[problem.query.output].size : 0;
     auto samples = [&](const Stage& s) { return s.n ? s.n * s.values[0].size * element : 0; };
+    const Loss loss = problem.graph.loss;
     auto targets = [&](const Stage& s) {
       if (!s.n) return int64_t{0};
-      return s.n *
-             (problem.graph.loss == Loss::cross_entropy ? int64_t{8} : s.values[s.output].size * element);
+      return s.n * (takes_classes(loss) ? 8 : Target<T>::width(loss, s.values[s.output].size) * element);
     };
     for (int64_t first = 0; first < call.tasks; first += chunk(call)) {
       auto span = [&](const void* start, int64_t stride) -> Span {
@@ -216,9 +225,13 @@ struct Runner<T>::State {
       };
       region(Region::shared, shared, 0);
       region(Region::x_support, call.x_support, samples(problem.support));
-      region(Region::y_support, call.y_support, targets(problem.support));
+      region(Region::y_support, call.y_support.y, targets(problem.support));
+      region(Region::scale_support, call.y_support.scale, problem.support.n * element);
+      region(Region::old_log_probs_support, call.y_support.old_log_probs, problem.support.n * element);
       region(Region::x_query, call.x_query, samples(problem.query));
-      region(Region::y_query, call.y_query, targets(problem.query));
+      region(Region::y_query, call.y_query.y, targets(problem.query));
+      region(Region::scale_query, call.y_query.scale, problem.query.n * element);
+      region(Region::old_log_probs_query, call.y_query.old_log_probs, problem.query.n * element);
       region(Region::logits, call.logits, predictions * element);
       region(Region::support_losses, call.support_losses, problem.steps * element);
       region(Region::task_losses, call.task_losses, element);

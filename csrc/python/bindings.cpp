@@ -24,10 +24,16 @@ Enum named(const std::map<std::string, Enum>& names, const std::string& name, co
   return found->second;
 }
 
-const std::map<std::string, Kind> kKinds = {
-    {"channels_last", Kind::channels_last}, {"flatten", Kind::flatten},     {"conv2d", Kind::conv2d},
-    {"batch_norm", Kind::batch_norm},       {"pointwise", Kind::pointwise}, {"max_pool", Kind::max_pool},
-    {"avg_pool", Kind::avg_pool},           {"mean_pool", Kind::mean_pool}, {"add", Kind::add}};
+const std::map<std::string, Kind> kKinds = {{"channels_last", Kind::channels_last},
+                                            {"flatten", Kind::flatten},
+                                            {"conv2d", Kind::conv2d},
+                                            {"batch_norm", Kind::batch_norm},
+                                            {"pointwise", Kind::pointwise},
+                                            {"max_pool", Kind::max_pool},
+                                            {"avg_pool", Kind::avg_pool},
+                                            {"mean_pool", Kind::mean_pool},
+                                            {"add", Kind::add},
+                                            {"append", Kind::append}};
 const std::map<std::string, Function> kFunctions = {
     {"relu", Function::relu},         {"leaky_relu", Function::leaky_relu},
     {"elu", Function::elu},           {"silu", Function::silu},
@@ -40,7 +46,10 @@ const std::map<std::string, Precision> kPrecisions = {{"float32", Precision::flo
                                                       {"bf16x3", Precision::bf16x3},
                                                       {"tf32", Precision::tf32},
                                                       {"bfloat16", Precision::bfloat16}};
-const std::map<std::string, Loss> kLosses = {{"cross_entropy", Loss::cross_entropy}, {"mse", Loss::mse}};
+const std::map<std::string, Loss> kLosses = {{"cross_entropy", Loss::cross_entropy},
+                                             {"mse", Loss::mse},
+                                             {"gaussian_policy_gradient", Loss::gaussian_policy},
+                                             {"categorical_policy_gradient", Loss::categorical_policy}};
 const std::map<std::string, Operation> kOperations = {{"meta_gradient", Operation::meta_gradient},
                                                       {"meta_loss", Operation::meta_loss},
                                                       {"adapt", Operation::adapt},
@@ -48,7 +57,8 @@ const std::map<std::string, Operation> kOperations = {{"meta_gradient", Operatio
                                                       {"predict", Operation::predict},
                                                       {"predict_backward", Operation::predict_backward},
                                                       {"loss_and_grad", Operation::loss_and_grad},
-                                                      {"hvp", Operation::hvp}};
+                                                      {"hvp", Operation::hvp},
+                                                      {"fisher", Operation::fisher}};
 
 /// A field of a plan's dict, or the default.
 template <class V>
@@ -90,13 +100,15 @@ Node node_of(const py::dict& d) {
 Graph graph_of(const py::dict& plan, Operation operation) {
   Graph graph;
   for (py::handle d : plan["nodes"]) graph.nodes.push_back(node_of(d.cast<py::dict>()));
-  // The building blocks work at parameters that are the task's own: each of them moves.
-  const bool all_adapted = at_own_parameters(operation);
+  // The building blocks work at parameters that are the task's own: each of them moves. So does each that is
+  // trained in the direction of a Fisher-vector product; the inner loop changes it at a rate of zero.
+  const bool own = at_own_parameters(operation), all_trained = operation == Operation::fisher;
   for (py::handle handle : plan["parameters"]) {
     const auto d = handle.cast<py::dict>();
+    Role role = named(kRoles, d["role"].cast<std::string>(), "role");
+    if (own || (all_trained && role == Role::outer)) role = Role::adapted;
     graph.parameters.push_back(
-        {d["size"].cast<int64_t>(), d["rows"].cast<int64_t>(), d["taps"].cast<int64_t>(),
-         all_adapted ? Role::adapted : named(kRoles, d["role"].cast<std::string>(), "role")});
+        {d["size"].cast<int64_t>(), d["rows"].cast<int64_t>(), d["taps"].cast<int64_t>(), role});
   }
   graph.loss = named(kLosses, plan["loss"].cast<std::string>(), "loss");
   graph.precision = named(kPrecisions, field<std::string>(plan, "precision", "float32"), "precision");
@@ -121,7 +133,7 @@ std::vector<RateTensor> rate_tensors_of(const py::dict& plan, Operation operatio
   for (py::handle handle : plan["rate_tensors"]) {
     const auto d = handle.cast<py::dict>();
     tensors.push_back({d["size"].cast<int64_t>(), d["steps"].cast<int64_t>(), field(d, "parameter", -1),
-                       d["learned"].cast<bool>()});
+                       d["learned"].cast<bool>() && operation != Operation::fisher});
   }
   return tensors;
 }
@@ -139,11 +151,12 @@ std::vector<T*> all_at(const std::vector<Address>& addresses) {
   return pointers;
 }
 
-void check_labels(const char* name, const int64_t* labels, int64_t tasks, int64_t n, int64_t classes) {
+void check_classes(const std::string& name, const char* what, const int64_t* labels, int64_t tasks, int64_t n,
+                   int64_t classes) {
   if (!labels) return;
   for (int64_t i = 0; i < tasks * n; ++i) {
     if (labels[i] >= 0 && labels[i] < classes) continue;
-    throw std::invalid_argument(std::string(name) + " must hold labels in [0, " + std::to_string(classes) +
+    throw std::invalid_argument(name + " must hold " + what + " in [0, " + std::to_string(classes) +
                                 "), got " + std::to_string(labels[i]) + " (task " + std::to_string(i / n) +
                                 ", sample " + std::to_string(i % n) + ")");
   }
@@ -156,7 +169,7 @@ struct BoundCall {
   std::vector<Address> parameters;
   std::vector<int64_t> parameter_strides;
   std::vector<Address> rates;
-  std::array<Address, 4> data{};  // x_spt, y_spt, x_qry, y_qry
+  std::array<Address, 4> support{}, query{};  // x, and what its loss compares: y, scale, old_log_probs
   Address task_weights = 0;
   std::vector<Address> given;  // the cotangents of a backward or the directions of hvp
   std::vector<int64_t> given_strides;
@@ -172,10 +185,10 @@ struct BoundCall {
     call.parameters = all_at<const T>(parameters);
     call.parameter_strides = parameter_strides;
     call.rates = all_at<const T>(rates);
-    call.x_support = at<const T>(data[0]);
-    call.y_support = at<const void>(data[1]);
-    call.x_query = at<const T>(data[2]);
-    call.y_query = at<const void>(data[3]);
+    call.x_support = at<const T>(support[0]);
+    call.y_support = target<T>(support);
+    call.x_query = at<const T>(query[0]);
+    call.y_query = target<T>(query);
     call.task_weights = at<const T>(task_weights);
     call.given = all_at<const T>(given);
     call.given_strides = given_strides;
@@ -187,6 +200,12 @@ struct BoundCall {
     call.per_task = all_at<T>(per_task);
     call.workspace = at<T>(workspace);
     return call;
+  }
+
+ private:
+  template <class T>
+  static Target<T> target(const std::array<Address, 4>& data) {
+    return {at<const void>(data[1]), at<const T>(data[2]), at<const T>(data[3])};
   }
 };
 
@@ -224,13 +243,7 @@ class BoundProblem {
   }
 
   void run(const BoundCall& call) const {
-    if (problem_.graph.loss == Loss::cross_entropy) {
-      const bool block =
-          problem_.operation == Operation::loss_and_grad || problem_.operation == Operation::hvp;
-      const int64_t classes = prediction()[0];
-      check_labels(block ? "y" : "y_spt", at<int64_t>(call.data[1]), call.tasks, problem_.support.n, classes);
-      check_labels("y_qry", at<int64_t>(call.data[3]), call.tasks, problem_.query.n, classes);
-    }
+    if (takes_classes(problem_.graph.loss)) check_classes(call);
     py::gil_scoped_release unlocked;
     if (double_) {
       cpu::backend().run_double(problem_, call.as<double>());
@@ -240,6 +253,17 @@ class BoundProblem {
   }
 
  private:
+  void check_classes(const BoundCall& call) const {
+    const bool policy = is_policy(problem_.graph.loss);
+    const std::string field = policy ? ".actions" : "";
+    const char* what = policy ? "actions" : "labels";
+    const int64_t classes = prediction()[0];
+    maml::check_classes((at_own_parameters(problem_.operation) ? "y" : "y_spt") + field, what,
+                        at<int64_t>(call.support[1]), call.tasks, problem_.support.n, classes);
+    maml::check_classes("y_qry" + field, what, at<int64_t>(call.query[1]), call.tasks, problem_.query.n,
+                        classes);
+  }
+
   bool double_;
   Problem problem_;
 };
@@ -314,19 +338,23 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
                         "The addresses of one call's dense tensors; 0 says absent.")
       .def(py::init([](int64_t tasks, int64_t at_once, Address workspace, const Addresses& parameters,
                        const Strides& parameter_strides, const Addresses& rates,
-                       const std::array<Address, 4>& data, Address task_weights, const Addresses& given,
-                       const Strides& given_strides, const std::array<Address, 3>& losses, Address logits,
-                       Address gradient, const Addresses& per_task) {
-             return BoundCall{tasks,  at_once, workspace,    parameters, parameter_strides,
-                              rates,  data,    task_weights, given,      given_strides,
-                              losses, logits,  gradient,     per_task};
+                       const std::array<Address, 4>& support, const std::array<Address, 4>& query,
+                       Address task_weights, const Addresses& given, const Strides& given_strides,
+                       const std::array<Address, 3>& losses, Address logits, Address gradient,
+                       const Addresses& per_task) {
+             return BoundCall{tasks,         at_once, workspace, parameters,   parameter_strides,
+                              rates,         support, query,     task_weights, given,
+                              given_strides, losses,  logits,    gradient,     per_task};
            }),
            py::arg("tasks"), py::arg("at_once"), py::kw_only(), py::arg("workspace"), py::arg("parameters"),
-           py::arg("parameter_strides") = Strides{}, py::arg("rates") = Addresses{}, py::arg("data"),
+           py::arg("parameter_strides") = Strides{}, py::arg("rates") = Addresses{},
+           py::arg("support") = std::array<Address, 4>{}, py::arg("query") = std::array<Address, 4>{},
            py::arg("task_weights") = 0, py::arg("given") = Addresses{}, py::arg("given_strides") = Strides{},
            py::arg("losses") = std::array<Address, 3>{}, py::arg("logits") = 0, py::arg("gradient") = 0,
            py::arg("per_task") = Addresses{},
-           "data: x_spt, y_spt, x_qry, y_qry. given: the cotangents of a backward or the directions of hvp. "
+           "support, query: x, and what its loss compares: y, scale, old_log_probs. given: the cotangents of "
+           "a "
+           "backward, or directions. "
            "losses: loss, task_losses, support_losses. at_once: tasks at work at the same time.");
 
   py::class_<BoundProblem>(m, "Problem", py::module_local())

@@ -106,6 +106,7 @@ LaunchPasses<T> passes_of(Kind kind) {
       return mean_pool<T>();
     case Kind::add:
       return cuda::add<T>();
+    case Kind::append:  // test_policy.cpp
     case Kind::conv2d:
     case Kind::conv_block:
     case Kind::patch_gram:
@@ -123,9 +124,9 @@ inline Footprint footprint_of(const Layer& l) {
 }
 
 inline const char* name_of(Kind kind) {
-  const char* names[] = {"channels_last", "flatten",    "conv2d",    "batch_norm", "pointwise",
-                         "max_pool",      "avg_pool",   "mean_pool", "add",        "block",
-                         "conv_block",    "patch_gram", "stem"};
+  const char* names[] = {"channels_last", "flatten",    "conv2d",     "batch_norm", "pointwise",
+                         "max_pool",      "avg_pool",   "mean_pool",  "add",        "append",
+                         "block",         "conv_block", "patch_gram", "stem"};
   return names[static_cast<int>(kind)];
 }
 

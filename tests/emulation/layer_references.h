@@ -246,7 +246,8 @@ void reference(const Layer& l, Values<S>& v) {
     case Kind::avg_pool:
     case Kind::mean_pool:
       return avg_pool_reference(l, v);
-    case Kind::conv2d:  // test_conv2d.cpp and test_stem.cpp
+    case Kind::append:  // test_policy.cpp, test_conv2d.cpp and test_stem.cpp
+    case Kind::conv2d:
     case Kind::conv_block:
     case Kind::patch_gram:
     case Kind::stem:

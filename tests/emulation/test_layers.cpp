@@ -283,9 +283,10 @@ void check_loss(Loss kind, int64_t n, int64_t c, bool want_loss, bool want_grad)
   }
   const Launcher launch = memory.launcher();
   const LossPart whole{kind, n, c, n, false};
-  launch_loss<T>(launch, whole, z, target, want_loss ? loss : nullptr, want_grad ? grad_z : nullptr,
+  const Target<T> goal{target};
+  launch_loss<T>(launch, whole, z, goal, want_loss ? loss : nullptr, want_grad ? grad_z : nullptr,
                  want_grad ? saved : nullptr);
-  if (want_grad) launch_loss_tangent<T>(launch, whole, z_dot, saved, grad_z_dot);
+  if (want_grad) launch_loss_tangent<T>(launch, whole, z, goal, z_dot, saved, grad_z_dot);
   for (int64_t task = 0; task < kTasks; ++task) {
     if (want_loss) compare(memory.real(loss, task), {losses[task].v}, tolerance, name + ", value");
     if (!want_grad) continue;
@@ -315,8 +316,8 @@ void check_losses() {
     }
     bool refused = false;
     try {
-      launch_loss<double>(memory.launcher(), {Loss::cross_entropy, 3, 5, 3, false}, z, labels, loss, nullptr,
-                          nullptr);
+      launch_loss<double>(memory.launcher(), {Loss::cross_entropy, 3, 5, 3, false}, z, {labels}, loss,
+                          nullptr, nullptr);
     } catch (const std::exception&) {
       refused = true;
     }
@@ -346,7 +347,8 @@ __global__ void one_block(Layer l, const double* x_, const double* target_, doub
   sum.x[0] = a, sum.x[1] = input, sum.y = y;
   add_forward(team, l, sum);
   __syncthreads();
-  loss_value(team, LossPart{Loss::mse, l.n, size(l.in), l.n, false}, y, target, loss, grad_y, saved);
+  loss_value(team, LossPart{Loss::mse, l.n, size(l.in), l.n, false}, y, Target<double>{target}, loss, grad_y,
+             saved);
   __syncthreads();
   t.grad_y = grad_y, t.grad_x[0] = grad_x;
   pointwise_backward(team, l, t);
