@@ -37,9 +37,20 @@ def baseline_features(observations: Tensor) -> Tensor:
 def baseline_values(episodes: Episodes, returns: Tensor) -> Tensor:
     """The fitted baseline in each state, ``[tasks, episodes, steps]``, float64; 0 after an episode's end."""
     features = (baseline_features(episodes.observations) * episodes.alive.unsqueeze(-1)).flatten(1, 2)
-    gram = features.mT @ features + RIDGE * torch.eye(features.shape[-1], dtype=features.dtype)
-    weights = torch.linalg.solve(gram, features.mT @ returns.double().flatten(1).unsqueeze(-1))
+    gram, target = features.mT @ features, features.mT @ returns.double().flatten(1).unsqueeze(-1)
+    weights = torch.cholesky_solve(target, _cholesky(gram))
     return (features @ weights).view(episodes.alive.shape)
+
+
+def _cholesky(gram: Tensor) -> Tensor:
+    """Of ``gram + ridge``, where a task's ridge is RIDGE, times 10 until rounding leaves its matrix positive definite
+    (as rllab does)."""
+    ridge = torch.full((len(gram), 1), RIDGE, dtype=gram.dtype)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge.expand(-1, gram.shape[-1])))
+        if not failed.any():
+            return factor
+        ridge = torch.where(failed.unsqueeze(-1) > 0, 10 * ridge, ridge)
 
 
 def advantages(episodes: Episodes, discount: float, gae_lambda: float) -> Tensor:

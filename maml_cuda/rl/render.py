@@ -1,4 +1,8 @@
-"""A GIF of a robot before and after adaptation, where MuJoCo finds something to render with."""
+"""A GIF of a robot before and after adaptation, where MuJoCo finds something to render with.
+
+``python -m maml_cuda.rl.render ENVIRONMENT`` turns the states on its input into the GIF on its output: MuJoCo chooses
+its OpenGL when it is imported, and one that does not work may end the process, so that each is tried in one of its own.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from maml_cuda.checkpoint import write_file
 
 from .adaptation import adapt_and_sample
 from .clock import Clock
-from .environment import Environment
+from .environments import make_environment
 from .locomotion import FRAME_SKIP, Locomotion
 from .settings import RLSettings
 
@@ -26,51 +30,37 @@ SIZE = (240, 320)  # height, width
 LIBRARIES = ("egl", "osmesa", "glfw")  # as MUJOCO_GL names them
 
 
-def renderer() -> str | None:
-    """The first of EGL, OSMesa and GLFW (or the one that MUJOCO_GL names) that renders here, None where none does.
-
-    Each is tried in a process of its own: a library that is there but does not work may end its process.
-    """
-    given = os.environ.get("MUJOCO_GL")
-    program = (
-        "import mujoco; r = mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8); "
-        "r.update_scene(mujoco.MjData(r.model)); r.render()"
-    )
-    for library in (given,) if given else LIBRARIES:
-        environment = os.environ | {"MUJOCO_GL": library}
-        tried = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True)
-        if tried.returncode == 0:
-            return library
-    return None
-
-
 def before_and_after(
-    maml: FusedMAML, environment: Environment, goals: Tensor, settings: RLSettings, generator: Generator, path: Path
+    maml: FusedMAML, environment: Locomotion, goals: Tensor, settings: RLSettings, generator: Generator, path: Path
 ) -> str:
     """Writes ``path``: the task's first episode before adaptation, then after ``test_steps`` steps. Returns what it
     did, or why it did not, in words."""
-    library = renderer()
-    if library is None:
-        return (
-            "no GIF: MuJoCo finds nothing to render with here. It needs EGL, OSMesa or a display; on Debian: "
-            "apt-get install libosmesa6, then MUJOCO_GL=osmesa"
-        )
-    assert isinstance(environment, Locomotion)
-    os.environ["MUJOCO_GL"] = library  # read when mujoco makes its first context
-    frames: list[Any] = []
-    record = _Recorder(environment)
-    for step, _ in enumerate(
-        adapt_and_sample(maml, environment, goals, settings, generator, Clock(), settings.test_steps)
-    ):
+    halves = []
+    recorder = _Recorder(environment)
+    found = adapt_and_sample(maml, environment, goals, settings, generator, Clock(), settings.test_steps)
+    for step, _ in enumerate(found):
         if step in (0, settings.test_steps):
-            frames += _frames(environment, record.states)
-        record.states.clear()
-    record.stop()
-    content = io.BytesIO()
-    milliseconds = int(1000 * FRAME_SKIP * environment.model.opt.timestep)
-    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
-    write_file(path, content.getvalue())
-    return f"before_and_after.gif: goal {', '.join(f'{g:.2f}' for g in goals[0].tolist())}, rendered by {library}"
+            halves += recorder.states[:FRAMES]
+        recorder.states.clear()
+    recorder.stop()
+    states = io.BytesIO()
+    np.save(states, np.stack(halves))
+    given = os.environ.get("MUJOCO_GL")
+    for library in (given,) if given else LIBRARIES:
+        rendered = subprocess.run(
+            [sys.executable, "-m", "maml_cuda.rl.render", settings.job],
+            input=states.getvalue(),
+            env=os.environ | {"MUJOCO_GL": library},
+            capture_output=True,
+        )
+        if rendered.returncode == 0 and rendered.stdout.startswith(b"GIF8"):
+            write_file(path, rendered.stdout)
+            goal = ", ".join(f"{value:.2f}" for value in goals[0].tolist())
+            return f"{path.name}: before and after adaptation to the goal {goal}, rendered by {library}"
+    return (
+        "no GIF: MuJoCo finds nothing to render with here. It needs EGL, OSMesa or a display; on Debian, "
+        "apt-get install libosmesa6 brings one of them"
+    )
 
 
 class _Recorder:
@@ -91,18 +81,29 @@ class _Recorder:
         self._environment._step = self._step  # type: ignore[method-assign]
 
 
-def _frames(environment: Locomotion, states: list[np.ndarray]) -> list[Any]:
+def gif(name: str, states: np.ndarray) -> bytes:
+    """The states ``[frames, state]`` of the environment ``name``, a frame each."""
     import mujoco
     from PIL import Image
 
-    data, camera = mujoco.MjData(environment.model), mujoco.MjvCamera()
+    environment = make_environment(name)
+    assert isinstance(environment, Locomotion)
+    model = environment.model
+    data, camera = mujoco.MjData(model), mujoco.MjvCamera()
     camera.type, camera.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, 1
     camera.distance, camera.elevation, camera.azimuth = 4.0, -20.0, 90.0
     images = []
-    with mujoco.Renderer(environment.model, *SIZE) as scene:
-        for state in states[:FRAMES]:
-            mujoco.mj_setState(environment.model, data, state, environment._full)
-            mujoco.mj_forward(environment.model, data)
+    with mujoco.Renderer(model, *SIZE) as scene:
+        for state in states:
+            mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_FULLPHYSICS)
+            mujoco.mj_forward(model, data)
             scene.update_scene(data, camera)
             images.append(Image.fromarray(scene.render()))
-    return images
+    content = io.BytesIO()
+    milliseconds = int(1000 * FRAME_SKIP * model.opt.timestep)
+    images[0].save(content, "GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
+    return content.getvalue()
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(gif(sys.argv[1], np.load(io.BytesIO(sys.stdin.buffer.read()))))

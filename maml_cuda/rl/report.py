@@ -19,6 +19,7 @@ from . import plots, render
 from .adaptation import adapt_and_sample, evaluate_returns
 from .clock import Clock
 from .environments import make_environment
+from .locomotion import Locomotion
 from .settings import RLSettings
 from .training import make_policy, make_rl_generator
 
@@ -103,5 +104,6 @@ def _pictures(run: Path, maml: FusedMAML, settings: RLSettings) -> dict[str, str
         found = adapt_and_sample(maml, environment, goals, settings, generator, Clock(), settings.test_steps)
         plots.paths(goals, list(found), run / "paths.png")
         return {}
+    assert isinstance(environment, Locomotion)
     words = render.before_and_after(maml, environment, goals[-1:], settings, generator, run / "before_and_after.gif")
     return {"animation": words}

@@ -16,7 +16,7 @@ TASKS, WIDTH, RATE = 3, 6, 0.1
 LENGTHS = ((7, 4, 5), (3, 8, 6))  # samples of each task, support and query
 
 
-@pytest.fixture(params=["reference"])
+@pytest.fixture(params=["reference", "fused"])
 def backend(request) -> str:
     return request.param
 

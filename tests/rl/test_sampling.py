@@ -83,6 +83,27 @@ def test_features_are_clipped() -> None:
     np.testing.assert_allclose(features[0, 0], [[10, 100, 0, 0, 0, 1], [10, 100, 0.01, 1e-4, 1e-6, 1]], rtol=1e-12)
 
 
+def test_a_baseline_of_states_that_hardly_vary_is_found_with_a_larger_ridge() -> None:
+    """Rounding makes such a matrix indefinite: 60 features of nearly the same large value."""
+    episodes = ragged(steps=40, size=30)
+    episodes.observations = (9 + 1e-9 * episodes.observations) * episodes.alive.unsqueeze(-1)
+    returns = discounted_sums(1e6 * episodes.rewards.double(), 0.99)
+    assert baseline_values(episodes, returns).isfinite().all()
+    assert advantages(episodes, 0.99, 1.0).isfinite().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_baseline_of_an_ants_many_features(threads: int) -> None:
+    """torch's batched LU of such matrices fails with more than one thread; Cholesky does not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        episodes = ragged(tasks=20, episodes=6, steps=60, size=125)
+        assert baseline_values(episodes, discounted_sums(episodes.rewards.double(), 0.99)).isfinite().all()
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_packing_keeps_every_sample_in_order() -> None:
     episodes = ragged(seed=3)
     x, y = samples(episodes, 0.99, 1.0, ratio=True)
