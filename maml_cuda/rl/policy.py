@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+
+LEAST_LOG_STD = math.log(1e-6)
 
 
 class GaussianPolicy(nn.Module):
     """observation - width - width - action with ReLU, and a log standard deviation that no state changes.
 
     ``[n, observation_size]`` to mean ``[n, action_size]`` and log_std ``[action_size]``, which is a parameter like any
-    other: adapted and meta-learned. Weights start Xavier-uniform, biases at 0, standard deviations at 1.
+    other: adapted and meta-learned. Weights start Xavier-uniform, biases at 0, standard deviations at 1; they never
+    fall below 1e-6.
     """
 
     def __init__(self, observation_size: int, action_size: int, width: int = 100) -> None:
@@ -31,7 +35,7 @@ class GaussianPolicy(nn.Module):
         self.log_std = nn.Parameter(torch.zeros(action_size))
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        return self.layers(observations), self.log_std
+        return self.layers(observations), self.log_std.clamp(min=LEAST_LOG_STD)
 
 
 def act(fast: Mapping[str, Tensor], observations: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,4 +50,4 @@ def act(fast: Mapping[str, Tensor], observations: Tensor) -> tuple[Tensor, Tenso
         x = torch.baddbmm(fast[f"{name}.bias"].unsqueeze(1), x, fast[f"{name}.weight"].mT)
         if index + 1 < len(names):
             x = x.relu_()
-    return x, fast["log_std"]
+    return x, fast["log_std"].clamp(min=LEAST_LOG_STD)

@@ -74,13 +74,12 @@ def sample_episodes(
     shape = (horizon, len(goals), episodes, environment.action_size)
     noise = torch.randn(shape, generator=generator, device=generator.device)
     seen, actions, rewards, alive = [], [], [], []
-    log_std = fast["log_std"].unsqueeze(1)
     for step in range(horizon):
         with clock.on("policy"):
             if tell_goal:
                 observations = torch.cat([observations, told], -1)
-            mean, _ = act(fast, observations)
-            action = mean + log_std.exp() * noise[step]
+            mean, log_std = act(fast, observations)
+            action = mean + log_std.exp().unsqueeze(1) * noise[step]
             seen.append(observations)
             actions.append(action)
             alive.append(environment.alive)
@@ -94,7 +93,7 @@ def sample_episodes(
         drawn = torch.stack(actions, 2)
         z = noise[: len(actions)].permute(1, 2, 0, 3)
         log_probs = policies.log_prob((torch.zeros_like(z), torch.zeros(z.shape[-1])), z)
-        log_probs = log_probs - fast["log_std"].sum(-1)[:, None, None]
+        log_probs = log_probs - log_std.sum(-1)[:, None, None]
         return Episodes(
             torch.stack(seen, 2) * was_alive.unsqueeze(-1),
             drawn * was_alive.unsqueeze(-1),
