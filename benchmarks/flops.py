@@ -1,4 +1,7 @@
-"""How many floating-point operations a meta-step cannot do without: its matrix products, counted exactly."""
+"""How many floating-point operations the plain matrix products of a meta-step are, counted exactly.
+
+Winograd's tiles (csrc/cpu/winograd.cpp) do with fewer, so a step may take less than these at the rate of sgemm.
+"""
 
 from __future__ import annotations
 

@@ -47,8 +47,9 @@ def heading(record: dict[str, Any]) -> Iterator[str]:
     yield (
         "Wall time in ms: median (lower to upper quartile), interleaved rounds, each side in a process of its own and "
         "one of them at a time. CPU is process time. Memory is what one step adds to the resident memory of its "
-        "process. Floor is the share of our time that the step's FLOP take at the machine's own sgemm rate, measured "
-        "beside it; limit is the speed-up that this rate would allow."
+        "process. Floor is the share of our time that the FLOP of the step's plain products take at the machine's own "
+        "sgemm rate, measured beside it; limit is the speed-up that this rate would allow. Convolutions in tiles do "
+        "with fewer multiplications, so both can be passed."
     )
     if settings["quick"]:
         yield "**Quick run: shapes cut; it shows that everything works, its times mean nothing.**"

@@ -40,8 +40,8 @@ def judge(case: dict[str, Any] | None, target: float, quick: bool) -> str:
     words = [
         f"{'met' if case['speed_up'] >= target else '**missed**'}: {case['speed_up']:.2f}x, {case['fastest_rival']}"
     ]
-    limit = f"the rate of sgemm would allow {case['speed_up_limit']:.1f}x"
-    words.append(limit if case["speed_up_limit"] >= target else f"{limit}, so the target cannot be met on this machine")
+    limit = f"plain products at the rate of sgemm would allow {case['speed_up_limit']:.1f}x"
+    words.append(limit if case["speed_up_limit"] >= target else f"{limit}: the target asks for fewer")
     absent = [name for name in RIVALS if case["sides"].get(name, {}).get("status") != "timed"]
     if absent:
         words.append(f"without {', '.join(absent)}")

@@ -12,14 +12,17 @@
 // gradient is a gather too, never a scatter: with stride s, input rows i with equal (i + pad) mod s read the
 // same taps, so each of the s x s parity classes is a stride-1 convolution of grad_y with the taps of that
 // class, reversed and transposed: no multiplication with a zero that the stride has put in. Linear and
-// convolution are bilinear, so each tangent is the same product of two terms into one accumulator.
+// convolution are bilinear, so each tangent is the same product of two terms into one accumulator. Where
+// is_winograd(l), all three go the way of winograd.h instead.
 #include "conv2d.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "../patch_gram.h"
 #include "frame.h"
 #include "layers.h"
+#include "winograd.h"
 
 namespace maml::MAML_ISA {
 namespace {
@@ -90,8 +93,20 @@ int64_t group_of(int64_t n, int64_t frame_elements) {
   return std::clamp<int64_t>(kFrameElements / std::max<int64_t>(1, frame_elements), 1, n);
 }
 
+int64_t product_weights(const Layer& l) {
+  return is_winograd(l) ? winograd_weights(l) : patch_size(l.window, l.in) * l.out.c;
+}
+
+template <class T>
+const T* forward_weights(const Layer& l, const T* w, T* room) {
+  if (!is_winograd(l)) return w;
+  winograd_forward_weights(l, w, room);
+  return room;
+}
+
 template <class T>
 void convolve(const Layer& l, const Term<T>* terms, int count, const T* bias, T* y, T* memory) {
+  if (is_winograd(l)) return winograd_convolve(l, terms, count, bias, y, memory);
   const Frame frame = frame_of(l.window, l.out);
   const int64_t frame_elements = frame.h * frame.w * l.in.c, pixels = l.out.h * l.out.w;
   const int64_t group = group_of(l.n, frame_elements);
@@ -124,43 +139,14 @@ void convolve(const Layer& l, const Term<T>* terms, int count, const T* bias, T*
 }
 
 template <class T>
-void weight_gradient(const Layer& l, const Term<T>* terms, int count, bool add, T* grad_w, T* memory) {
-  const Frame frame = frame_of(l.window, l.out);
-  const int64_t frame_elements = frame.h * frame.w * l.in.c, pixels = l.out.h * l.out.w;
-  const int64_t group = group_of(l.n, frame_elements);
-  const Scratch<T> scratch(memory, group, pixels, frame_elements);
-  int64_t runs[kMostKernelRows];
-  for (int64_t s = 0; s < l.n; s += group) {
-    const int64_t samples = std::min(group, l.n - s);
-    Outer<T> o{};
-    Framed<T> f{};
-    for (int t = 0; t < count; ++t) {
-      f = framed(terms[t].a + s * size(l.in), samples, l.in, frame, scratch.frame[t]);
-      o.term[t] = {f.base, terms[t].b + s * size(l.out)};
-    }
-    if (s == 0) {
-      fill_offsets(samples, l.out.h, l.out.w, 0, f.sample, l.window.stride_h * f.row,
-                   l.window.stride_w * l.in.c, scratch.row);
-    }
-    for (int64_t r = 0; r < l.window.kernel_h; ++r) runs[r] = r * f.row;
-    o.terms = count;
-    o.runs = {static_cast<int>(l.window.kernel_h), l.window.kernel_w * l.in.c, runs};
-    o.row = scratch.row;
-    o.m = samples * pixels;
-    o.n = l.out.c;
-    o.d = grad_w;
-    o.add = add || s > 0;
-    outer_product(o);
-  }
-}
-
-template <class T>
 void transposed_weights(const Layer& l, const T* w, T* out) {
+  if (is_winograd(l)) return winograd_transposed_weights(l, w, out);
   each_parity_class(l, [&](const ParityClass& p) { out = class_weights(l, p, w, out); });
 }
 
 template <class T>
 void input_gradient(const Layer& l, const Term<T>* terms, int count, bool add, T* grad_x, T* memory) {
+  if (is_winograd(l)) return winograd_input_gradient(l, terms, count, add, grad_x, memory);
   int64_t runs[kMostKernelRows], taken = 0;  // of the transposed weights, by the classes so far
   each_parity_class(l, [&](const ParityClass& p) {
     const Frame frame = p.frame();
@@ -200,7 +186,54 @@ void input_gradient(const Layer& l, const Term<T>* terms, int count, bool add, T
   });
 }
 
+template <class T>
+WeightGradient<T>::WeightGradient(const Layer& l, bool add, T* grad_w, T* room)
+    : l_(l),
+      add_(add),
+      started_(add && !is_winograd(l)),
+      grad_w_(grad_w),
+      sums_(is_winograd(l) ? room : grad_w) {}
+
+template <class T>
+void WeightGradient<T>::sum(const Layer& l, const Term<T>* terms, int count, T* memory) {
+  const bool add = std::exchange(started_, true);
+  if (is_winograd(l)) return winograd_weight_sums(l, terms, count, add, sums_, memory);
+  const Frame frame = frame_of(l.window, l.out);
+  const int64_t frame_elements = frame.h * frame.w * l.in.c, pixels = l.out.h * l.out.w;
+  const int64_t group = group_of(l.n, frame_elements);
+  const Scratch<T> scratch(memory, group, pixels, frame_elements);
+  int64_t runs[kMostKernelRows];
+  for (int64_t s = 0; s < l.n; s += group) {
+    const int64_t samples = std::min(group, l.n - s);
+    Outer<T> o{};
+    Framed<T> f{};
+    for (int t = 0; t < count; ++t) {
+      f = framed(terms[t].a + s * size(l.in), samples, l.in, frame, scratch.frame[t]);
+      o.term[t] = {f.base, terms[t].b + s * size(l.out)};
+    }
+    if (s == 0) {
+      fill_offsets(samples, l.out.h, l.out.w, 0, f.sample, l.window.stride_h * f.row,
+                   l.window.stride_w * l.in.c, scratch.row);
+    }
+    for (int64_t r = 0; r < l.window.kernel_h; ++r) runs[r] = r * f.row;
+    o.terms = count;
+    o.runs = {static_cast<int>(l.window.kernel_h), l.window.kernel_w * l.in.c, runs};
+    o.row = scratch.row;
+    o.m = samples * pixels;
+    o.n = l.out.c;
+    o.d = sums_;
+    o.add = add || s > 0;
+    outer_product(o);
+  }
+}
+
+template <class T>
+void WeightGradient<T>::finish() const {
+  if (is_winograd(l_)) winograd_weight_gradient(l_, sums_, add_, grad_w_);
+}
+
 int64_t conv2d_scratch(const Layer& l) {
+  if (is_winograd(l)) return winograd_scratch(l);
   const Frame frame = frame_of(l.window, l.out);
   const int64_t frame_elements = frame.h * frame.w * l.in.c;
   int64_t scratch = 2 * group_of(l.n, frame_elements) * (l.out.h * l.out.w + frame_elements);
@@ -214,12 +247,12 @@ int64_t conv2d_scratch(const Layer& l) {
 
 namespace {
 
-/// Transposed weights of both terms, and the rest of the scratch.
+/// Weights of both terms as the products read them, and the rest of the scratch.
 template <class T>
 struct Memory {
   T *weights[2], *rest;
   Memory(const Layer& l, T* scratch) {
-    const int64_t weight = patch_size(l.window, l.in) * l.out.c;
+    const int64_t weight = product_weights(l);
     weights[0] = scratch, weights[1] = scratch + weight;
     rest = scratch + 2 * weight;
   }
@@ -227,15 +260,24 @@ struct Memory {
 
 template <class T>
 void forward(const Layer& l, const Tensors<T>& t) {
-  const Term<T> term{t.x[0], t.w[0]};
-  convolve(l, &term, 1, t.w[1], t.y, t.scratch);
+  const Memory<T> memory(l, t.scratch);
+  const Term<T> term{t.x[0], forward_weights(l, t.w[0], memory.weights[0])};
+  convolve(l, &term, 1, t.w[1], t.y, memory.rest);
+}
+
+template <class T>
+void give_weight_gradient(const Layer& l, const Term<T>* terms, int count, bool add, T* grad_w, T* scratch) {
+  const Memory<T> memory(l, scratch);
+  WeightGradient<T> gradient(l, add, grad_w, memory.weights[0]);
+  gradient.sum(l, terms, count, memory.rest);
+  gradient.finish();
 }
 
 template <class T>
 void backward(const Layer& l, const Tensors<T>& t) {
   if (t.grad_w[0]) {
     const Term<T> term{t.x[0], t.grad_y};
-    weight_gradient(l, &term, 1, t.add_w[0], t.grad_w[0], t.scratch);
+    give_weight_gradient(l, &term, 1, t.add_w[0], t.grad_w[0], t.scratch);
   }
   if (t.grad_w[1]) column_sums(l.n * l.out.h * l.out.w, l.out.c, t.grad_y, t.add_w[1], t.grad_w[1]);
   if (t.grad_x[0]) {
@@ -248,18 +290,20 @@ void backward(const Layer& l, const Tensors<T>& t) {
 
 template <class T>
 void forward_tangent(const Layer& l, const Tensors<T>& t) {
+  const Memory<T> memory(l, t.scratch);
   Term<T> terms[2];
   int count = 0;
-  if (t.x_dot[0]) terms[count++] = {t.x_dot[0], t.w[0]};
-  if (t.w_dot[0]) terms[count++] = {t.x[0], t.w_dot[0]};
-  convolve(l, terms, count, t.w_dot[1], t.y_dot, t.scratch);
+  if (t.x_dot[0]) terms[count++] = {t.x_dot[0], forward_weights(l, t.w[0], memory.weights[0])};
+  if (t.w_dot[0]) terms[count++] = {t.x[0], forward_weights(l, t.w_dot[0], memory.weights[1])};
+  convolve(l, terms, count, t.w_dot[1], t.y_dot, memory.rest);
 }
 
 template <class T>
 void backward_tangent(const Layer& l, const Tensors<T>& t) {
   if (t.grad_w_dot[0]) {
     const Term<T> terms[2] = {{t.x[0], t.grad_y_dot}, {t.x_dot[0], t.grad_y}};
-    weight_gradient(l, terms, t.x_dot[0] && t.grad_y ? 2 : 1, t.add_w[0], t.grad_w_dot[0], t.scratch);
+    const int count = t.x_dot[0] && t.grad_y ? 2 : 1;
+    give_weight_gradient(l, terms, count, t.add_w[0], t.grad_w_dot[0], t.scratch);
   }
   if (t.grad_w_dot[1]) {
     column_sums(l.n * l.out.h * l.out.w, l.out.c, t.grad_y_dot, t.add_w[1], t.grad_w_dot[1]);
@@ -276,18 +320,18 @@ void backward_tangent(const Layer& l, const Tensors<T>& t) {
 
 }  // namespace
 
-Footprint conv2d_footprint(const Layer& l) {
-  return {0, conv2d_scratch(l) + 2 * patch_size(l.window, l.in) * l.out.c};
-}
+Footprint conv2d_footprint(const Layer& l) { return {0, conv2d_scratch(l) + 2 * product_weights(l)}; }
 
+template const float* forward_weights<float>(const Layer&, const float*, float*);
+template const double* forward_weights<double>(const Layer&, const double*, double*);
 template void convolve<float>(const Layer&, const Term<float>*, int, const float*, float*, float*);
 template void convolve<double>(const Layer&, const Term<double>*, int, const double*, double*, double*);
-template void weight_gradient<float>(const Layer&, const Term<float>*, int, bool, float*, float*);
-template void weight_gradient<double>(const Layer&, const Term<double>*, int, bool, double*, double*);
 template void transposed_weights<float>(const Layer&, const float*, float*);
 template void transposed_weights<double>(const Layer&, const double*, double*);
 template void input_gradient<float>(const Layer&, const Term<float>*, int, bool, float*, float*);
 template void input_gradient<double>(const Layer&, const Term<double>*, int, bool, double*, double*);
+template class WeightGradient<float>;
+template class WeightGradient<double>;
 
 template <>
 Passes<float> conv2d<float>() {

@@ -12,13 +12,16 @@ constexpr int64_t kFrameElements = 32768;  // a group of framed samples: half of
 /// Samples that go together, so that what each has of elements stays in the cache.
 int64_t group_of(int64_t n, int64_t elements);
 
-/// y = bias + sum of terms x * w.
+/// Elements of weights as the products read them, which is also the room of a weight gradient.
+int64_t product_weights(const Layer& l);
+
+/// w as convolve reads it: itself, or in `room`.
+template <class T>
+const T* forward_weights(const Layer& l, const T* w, T* room);
+
+/// y = bias + sum of terms x * w, w as forward_weights gives it.
 template <class T>
 void convolve(const Layer& l, const Term<T>* terms, int count, const T* bias, T* y, T* memory);
-
-/// grad_w (+)= sum of terms x^T g.
-template <class T>
-void weight_gradient(const Layer& l, const Term<T>* terms, int count, bool add, T* grad_w, T* memory);
 
 /// w as input_gradient reads it.
 template <class T>
@@ -27,6 +30,20 @@ void transposed_weights(const Layer& l, const T* w, T* out);
 /// grad_x (+)= sum of terms g * w, w transposed.
 template <class T>
 void input_gradient(const Layer& l, const Term<T>* terms, int count, bool add, T* grad_x, T* memory);
+
+/// grad_w (+)= sum of terms x^T g, some samples after the other.
+template <class T>
+class WeightGradient {
+ public:
+  WeightGradient(const Layer& l, bool add, T* grad_w, T* room);
+  void sum(const Layer& some, const Term<T>* terms, int count, T* memory);
+  void finish() const;
+
+ private:
+  const Layer& l_;
+  bool add_, started_;
+  T *grad_w_, *sums_;
+};
 
 int64_t conv2d_scratch(const Layer& l);
 

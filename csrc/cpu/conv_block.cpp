@@ -48,9 +48,9 @@ Layer convolution_of(const Layer& l) {
 
 template <class T>
 struct Scratch {
-  T *dz[2], *weights[2], *vectors[7], *products;
+  T *dz[2], *weights[3], *vectors[7], *products;
   Scratch(const Layer& l, const Layer& group, T* p) {
-    const int64_t weight = patch_size(l.window, l.in) * l.out.c;
+    const int64_t weight = product_weights(group);
     for (T*& d : dz) d = std::exchange(p, p + group.n * size(l.between));
     for (T*& w : weights) w = std::exchange(p, p + weight);
     for (T*& v : vectors) v = std::exchange(p, p + l.out.c);
@@ -193,9 +193,10 @@ void convolve_and_measure(const Block<T>& b) {
   T *mean = b.scratch.vectors[0], *squares = b.scratch.vectors[1];
   std::fill_n(saved.mu, b.channels, T(0));
   std::fill_n(saved.s, b.channels, T(0));
+  const T* const w = forward_weights(b.group, b.t.w[0], b.scratch.weights[0]);
   b.each_group([&](int64_t first, const Layer& group) {
     T* z = saved.z + first * size(b.l.between);
-    const Term<T> term{b.t.x[0] + first * size(b.l.in), b.t.w[0]};
+    const Term<T> term{b.t.x[0] + first * size(b.l.in), w};
     convolve<T>(group, &term, 1, nullptr, z, b.scratch.products);
     const T rows = static_cast<T>(group.n * b.rows), before = static_cast<T>(first * b.rows);
     channel_sums<T, 1>(
@@ -294,18 +295,20 @@ void backward(const Layer& l, const Tensors<T>& t) {
   give(saved.G1, b.channels, t.add_w[3], t.grad_w[3]);
   if (!t.grad_w[0] && !t.grad_x[0]) return;
   if (t.grad_x[0]) transposed_weights(b.group, t.w[0], b.scratch.weights[0]);
+  WeightGradient<T> grad_w(b.group, t.add_w[0], t.grad_w[0], b.scratch.weights[2]);
   b.each_group([&](int64_t first, const Layer& group) {
     T* dz = b.scratch.dz[0];
     cotangent(b, first, group.n, dz);
     if (t.grad_w[0]) {
       const Term<T> term{t.x[0] + first * size(l.in), dz};
-      weight_gradient(group, &term, 1, t.add_w[0] || first > 0, t.grad_w[0], b.scratch.products);
+      grad_w.sum(group, &term, 1, b.scratch.products);
     }
     if (t.grad_x[0]) {
       const Term<T> term{dz, b.scratch.weights[0]};
       input_gradient(group, &term, 1, t.add_x[0], t.grad_x[0] + first * size(l.in), b.scratch.products);
     }
   });
+  if (t.grad_w[0]) grad_w.finish();
 }
 
 /// Whether z has a tangent.
@@ -322,12 +325,15 @@ void forward_tangent(const Layer& l, const Tensors<T>& t) {
   std::fill_n(saved.Rmu, b.channels, T(0));
   std::fill_n(saved.c, b.channels, T(0));
   T *sum = b.scratch.vectors[0], *products = b.scratch.vectors[1];
+  const T *w = nullptr, *w_dot = nullptr;
+  if (t.x_dot[0]) w = forward_weights(b.group, t.w[0], b.scratch.weights[0]);
+  if (t.w_dot[0]) w_dot = forward_weights(b.group, t.w_dot[0], b.scratch.weights[1]);
   b.each_group([&](int64_t first, const Layer& group) {
     if (!z_dot) return;
     Term<T> terms[2];
     int count = 0;
-    if (t.x_dot[0]) terms[count++] = {t.x_dot[0] + first * size(l.in), t.w[0]};
-    if (t.w_dot[0]) terms[count++] = {t.x[0] + first * size(l.in), t.w_dot[0]};
+    if (t.x_dot[0]) terms[count++] = {t.x_dot[0] + first * size(l.in), w};
+    if (t.w_dot[0]) terms[count++] = {t.x[0] + first * size(l.in), w_dot};
     const T* z = saved.z + first * size(l.between);
     T* to = z_dot + first * size(l.between);
     convolve<T>(group, terms, count, nullptr, to, b.scratch.products);
@@ -433,6 +439,7 @@ void backward_tangent(const Layer& l, const Tensors<T>& t) {
   const bool two_w = moves && t.x_dot[0], two_x = moves && t.w_dot[0];
   if (t.grad_x_dot[0]) transposed_weights(b.group, t.w[0], weights[0]);
   if (t.grad_x_dot[0] && two_x) transposed_weights(b.group, t.w_dot[0], weights[1]);
+  WeightGradient<T> grad_w(b.group, t.add_w[0], t.grad_w_dot[0], b.scratch.weights[2]);
   b.each_group([&](int64_t first, const Layer& group) {
     T *dz = b.scratch.dz[0], *dz_dot = b.scratch.dz[1];
     const int64_t in = first * size(l.in);
@@ -440,23 +447,23 @@ void backward_tangent(const Layer& l, const Tensors<T>& t) {
     cotangent_tangent(b, moves, z_dot, R1, R2, first, group.n, dz_dot);
     if (t.grad_w_dot[0]) {
       const Term<T> terms[2] = {{t.x[0] + in, dz_dot}, {two_w ? t.x_dot[0] + in : nullptr, dz}};
-      weight_gradient(group, terms, two_w ? 2 : 1, t.add_w[0] || first > 0, t.grad_w_dot[0],
-                      b.scratch.products);
+      grad_w.sum(group, terms, two_w ? 2 : 1, b.scratch.products);
     }
     if (t.grad_x_dot[0]) {
       const Term<T> terms[2] = {{dz_dot, weights[0]}, {dz, weights[1]}};
       input_gradient(group, terms, two_x ? 2 : 1, t.add_x[0], t.grad_x_dot[0] + in, b.scratch.products);
     }
   });
+  if (t.grad_w_dot[0]) grad_w.finish();
 }
 
 }  // namespace
 
 Footprint conv_block_footprint(const Layer& l) {
   const Layer group = convolution_of(l);
-  const int64_t weight = patch_size(l.window, l.in) * l.out.c, z = l.n * size(l.between);
+  const int64_t weight = product_weights(group), z = l.n * size(l.between);
   return {z + 6 * l.out.c + (l.pooled ? l.n * size(l.out) : 0),
-          2 * group.n * size(l.between) + 2 * weight + 7 * l.out.c + conv2d_scratch(group), z};
+          2 * group.n * size(l.between) + 3 * weight + 7 * l.out.c + conv2d_scratch(group), z};
 }
 
 template <>

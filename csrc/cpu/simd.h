@@ -110,4 +110,16 @@ inline void store(double* p, Vector<double> v, const Lanes<double>& lanes) {
 #endif
 }
 
+/// All lanes, in place of Lanes where a vector is whole.
+struct Whole {};
+
+template <class T>
+inline Vector<T> load(const T* p, Whole) {
+  return load(p);
+}
+template <class T>
+inline void store(T* p, Vector<T> v, Whole) {
+  store(p, v);
+}
+
 }  // namespace maml::MAML_ISA

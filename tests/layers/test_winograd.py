@@ -1,0 +1,105 @@
+"""3 x 3 convolutions of stride 1 in tiles of 2 x 2 outputs: ragged edges, channels around the vectors and the
+threshold of 16, more tiles than go together, and the layers that hold such a convolution."""
+
+import pytest
+import torch
+from torch import nn
+
+from maml_cuda import FusedMAML
+
+from ..conftest import fast_parameters, relative_errors
+
+
+def twice(channels: int, out: int, padding: object = 1, bias: bool = True) -> nn.Sequential:
+    """A convolution of what moves."""
+    return nn.Sequential(nn.Conv2d(2, channels, 1), nn.Conv2d(channels, out, 3, padding=padding, bias=bias))
+
+
+SIDES = [  # height, width, padding
+    (1, 1, 1),  # too small to pay
+    (1, 1, 2),
+    (2, 2, 1),
+    (2, 3, 1),
+    (3, 3, 1),
+    (3, 4, 0),
+    (4, 4, 1),
+    (5, 5, 0),
+    (5, 5, 1),
+    (5, 8, (0, 1)),
+    (4, 6, 2),
+    (6, 3, (2, 0)),
+    (4, 3, 3),  # more padding than the kernel reaches
+    (5, 4, "same"),
+]
+
+
+@pytest.mark.parametrize(("height", "width", "padding"), SIDES)
+def test_sides(check_passes, height, width, padding):
+    check_passes(twice(16, 17, padding), (2, height, width), n=2, tasks=1)
+
+
+@pytest.mark.parametrize(("channels", "out"), [(15, 16), (16, 15), (16, 16), (17, 31), (33, 24), (64, 65)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_channels(check_passes, channels, out, bias):
+    check_passes(twice(channels, out, bias=bias), (2, 4, 5), n=3)
+
+
+@pytest.mark.parametrize("n", [1, 24, 60])
+def test_chunks(check_passes, n):
+    """4 tiles a sample: less than goes together, as much, and more."""
+    check_passes(twice(16, 16), (2, 4, 4), n=n, tasks=1)
+
+
+@pytest.mark.parametrize("pool", [True, False])
+@pytest.mark.parametrize("side", [5, 8])
+def test_blocks(check_passes, pool, side):
+    """With its BatchNorm and max-pool, in several groups of samples."""
+    layers = [nn.Conv2d(2, 20, 1), nn.Conv2d(20, 18, 3, padding=1), nn.BatchNorm2d(18)]
+    check_passes(nn.Sequential(*layers, *[nn.MaxPool2d(2)] * pool), (2, side, side), n=60 if side == 8 else 4, tasks=1)
+
+
+def test_shared_weights_and_inputs(check_passes):
+    """One convolution read twice, on a value read twice: everything adds up."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.shared = nn.Conv2d(2, 16, 1), nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, x):
+            y = torch.tanh(self.first(x))
+            return self.shared(self.shared(y) + y)
+
+    check_passes(Twice(), (2, 5, 4), n=2)
+
+
+def test_float32(machine):
+    """As exact as the plain sum: outputs, gradients and products no farther from float64 than twice torch's own
+    float32 plus 2e-6."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 64, 1), nn.Conv2d(64, 64, 3, padding=1))
+    x, y = torch.randn(1, 5, 2, 8, 8, generator=generator), torch.randn(1, 5, 64, 8, 8, generator=generator)
+    fast, v = fast_parameters(model, 1, generator), fast_parameters(model, 1, generator)
+
+    def passes(backend, dtype):
+        maml = FusedMAML(model.to(dtype), 0.1, 1, loss="mse", backend=backend)
+        at, along = ({n: p.to(dtype) for n, p in w.items()} for w in (fast, v))
+        data = (x.to(dtype), y.to(dtype))
+        gradient, product = maml.loss_and_grad(at, *data)[1], maml.hvp(at, *data, along)
+        return {"y": maml.predict(at, data[0])} | gradient | {f"H {name}": p for name, p in product.items()}
+
+    truth = passes("reference", torch.float64)
+    theirs = relative_errors(passes("reference", torch.float32), truth)
+    for name, error in relative_errors(passes("fused", torch.float32), truth).items():
+        assert error <= 2 * theirs[name] + 2e-6, f"{name}: {error:.1e}, torch {theirs[name]:.1e}"
+
+
+def test_a_sample_does_not_know_its_neighbours(machine):
+    """The bits of a sample's output are the same in any set, whatever tiles went together."""
+    model = twice(16, 16)
+    maml = FusedMAML(model, 0.1, 1, loss="mse", backend="fused")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 60, 2, 5, 5, generator=generator)
+    fast = fast_parameters(model, 1, generator)
+    whole = maml.predict(fast, x)
+    assert torch.equal(whole[:, 37:40], maml.predict(fast, x[:, 37:40]))
