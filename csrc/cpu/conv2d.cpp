@@ -7,13 +7,14 @@
 //   grad_w_dot     : x with grad_y_dot, x_dot with grad_y
 //   grad_x_dot     : grad_y_dot with w, grad_y with w_dot
 //
-// All three are the products of product.h on gathered rows. An image is copied into a zero-padded frame where
-// a tap would read outside it, a few samples at a time so that the frame stays in the cache. The input
-// gradient is a gather too, never a scatter: with stride s, input rows i with equal (i + pad) mod s read the
-// same taps, so each of the s x s parity classes is a stride-1 convolution of grad_y with the taps of that
-// class, reversed and transposed: no multiplication with a zero that the stride has put in. Linear and
-// convolution are bilinear, so each tangent is the same product of two terms into one accumulator. Where
-// is_winograd(l), all three go the way of winograd.h instead.
+// All three are the products of product.h on gathered rows. Output pixels with the same taps inside the image
+// are one product with these taps: nothing is multiplied by padding, and nothing is copied. Samples go a few
+// at a time, so that what one product has read stays in the cache for the next. The input gradient is a
+// gather too, never a scatter: with stride s, input rows i with equal (i + pad) mod s read the same taps, so
+// each of the s x s parity classes is a stride-1 convolution of grad_y with the taps of that class, reversed
+// and transposed: no multiplication with a zero that the stride has put in. Linear and convolution are
+// bilinear, so each tangent is the same product of two terms into one accumulator. Where is_winograd(l), all
+// three go the way of winograd.h.
 #include "conv2d.h"
 
 #include <algorithm>
@@ -27,27 +28,91 @@
 namespace maml::MAML_ISA {
 namespace {
 
+/// One axis of a convolution: position i reads elements start + i stride + [0, taps) of an image's `size`.
+struct Axis {
+  int64_t positions, taps, start, stride, size;
+  int64_t first_tap(int64_t i) const { return std::clamp<int64_t>(-start - i * stride, 0, taps); }
+  int64_t end_tap(int64_t i) const {
+    return std::clamp<int64_t>(size - start - i * stride, first_tap(i), taps);
+  }
+  bool inside() const { return start >= 0 && start + (positions - 1) * stride + taps <= size; }
+};
+
+/// Neighbouring positions [first, first + count) of which the same taps are inside the image.
+struct Span {
+  int64_t first, count, tap, taps;
+};
+
+template <class F>
+void each_span(const Axis& axis, F f) {
+  for (int64_t i = 0, first = 0; i < axis.positions; first = i) {
+    const int64_t tap = axis.first_tap(i), end = axis.end_tap(i);
+    while (++i < axis.positions && axis.first_tap(i) == tap && axis.end_tap(i) == end) {
+    }
+    f(Span{first, i - first, tap, end - tap});
+  }
+}
+
+/// Positions of one convolution: they read images of `channels` at their taps and write `width` elements
+/// each, position (0, 0) of the first sample at `to`, the next ones by strides.
+struct Sweep {
+  Axis rows, columns;
+  int64_t channels, width, to, to_row, to_column, to_sample;
+
+  int64_t from_row() const { return columns.size * channels; }
+  int64_t from_sample() const { return rows.size * from_row(); }
+  int64_t positions() const { return rows.positions * columns.positions; }
+  int64_t group(int64_t n) const { return group_of(n, std::max(from_sample(), to_sample)); }
+  int64_t from(int64_t row, int64_t tap_row, int64_t column, int64_t tap_column) const {
+    return (rows.start + row * rows.stride + tap_row) * from_row() +
+           (columns.start + column * columns.stride + tap_column) * channels;
+  }
+};
+
+Sweep forward_sweep(const Layer& l) {
+  const Window& k = l.window;
+  return {{l.out.h, k.kernel_h, -k.pad_top, k.stride_h, l.in.h},
+          {l.out.w, k.kernel_w, -k.pad_left, k.stride_w, l.in.w},
+          l.in.c,
+          l.out.c,
+          0,
+          l.out.w * l.out.c,
+          l.out.c,
+          size(l.out)};
+}
+
 /// One axis of a parity class of the input gradient: positions first, first + stride, ...; the taps that
-/// reach them, parity, parity + stride, ...; and the rows of grad_y that those read.
+/// reach them, parity, parity + stride, ...
 struct ParityAxis {
-  int64_t parity, first, positions, taps, frame_start, frame_size;
-  ParityAxis(int64_t parity_, int64_t size, int64_t kernel, int64_t stride, int64_t pad) : parity(parity_) {
+  int64_t parity, first, stride, positions, taps;
+  Axis reads;  // of grad_y
+  ParityAxis(int64_t parity_, int64_t size, int64_t kernel, int64_t stride_, int64_t pad, int64_t out)
+      : parity(parity_), stride(stride_) {
     first = ((parity - pad) % stride + stride) % stride;
     positions = first < size ? (size - first - 1) / stride + 1 : 0;
     taps = parity < kernel ? (kernel - parity - 1) / stride + 1 : 0;
-    frame_start = (first + pad - parity) / stride - (taps - 1);
-    frame_size = positions + taps - 1;
+    reads = {positions, taps, (first + pad - parity) / stride - (taps - 1), 1, out};
   }
 };
 
 struct ParityClass {
   ParityAxis rows, columns;
   ParityClass(const Layer& l, int64_t row_parity, int64_t column_parity)
-      : rows(row_parity, l.in.h, l.window.kernel_h, l.window.stride_h, l.window.pad_top),
-        columns(column_parity, l.in.w, l.window.kernel_w, l.window.stride_w, l.window.pad_left) {}
-  Frame frame() const { return {rows.frame_start, columns.frame_start, rows.frame_size, columns.frame_size}; }
-  bool reached() const { return rows.taps > 0 && columns.taps > 0; }
+      : rows(row_parity, l.in.h, l.window.kernel_h, l.window.stride_h, l.window.pad_top, l.out.h),
+        columns(column_parity, l.in.w, l.window.kernel_w, l.window.stride_w, l.window.pad_left, l.out.w) {}
   bool empty() const { return rows.positions == 0 || columns.positions == 0; }
+  int64_t weights(const Layer& l) const { return rows.taps * columns.taps * l.in.c * l.out.c; }
+  Sweep sweep(const Layer& l) const {
+    const int64_t row = l.in.w * l.in.c;
+    return {rows.reads,
+            columns.reads,
+            l.out.c,
+            l.in.c,
+            rows.first * row + columns.first * l.in.c,
+            rows.stride * row,
+            columns.stride * l.in.c,
+            size(l.in)};
+  }
 };
 
 template <class F>
@@ -60,18 +125,44 @@ void each_parity_class(const Layer& l, F f) {
   }
 }
 
-/// The scratch of one pass, cut up.
+/// The products of a sweep over n samples: y (+)= bias + sum of terms a * b. `memory`: 2 group positions.
 template <class T>
-struct Scratch {
-  int32_t *row, *c_row;
-  T* frame[2];
-  Scratch(T* scratch, int64_t group, int64_t positions, int64_t frame_elements) {
-    row = reinterpret_cast<int32_t*>(scratch);
-    c_row = row + group * positions;
-    scratch += 2 * group * positions;
-    for (T*& f : frame) f = scratch, scratch += group * frame_elements;
+void gather(const Sweep& p, int64_t n, const Term<T>* terms, int count, const T* bias, bool add, T* y,
+            T* memory) {
+  const int64_t group = p.group(n);
+  int64_t runs[kMostKernelRows], weights[kMostKernelRows];
+  for (int64_t s = 0; s < n; s += group) {
+    const int64_t samples = std::min(group, n - s);
+    int32_t *row = reinterpret_cast<int32_t*>(memory), *c_row = row + group * p.positions();
+    each_span(p.rows, [&](const Span& i) {
+      each_span(p.columns, [&](const Span& j) {
+        const int64_t pixels = i.count * j.count;
+        if (s == 0) {
+          fill_offsets(samples, i.count, j.count, p.from(i.first, i.tap, j.first, j.tap), p.from_sample(),
+                       p.rows.stride * p.from_row(), p.columns.stride * p.channels, row);
+          fill_offsets(samples, i.count, j.count, p.to + i.first * p.to_row + j.first * p.to_column,
+                       p.to_sample, p.to_row, p.to_column, c_row);
+        }
+        for (int64_t r = 0; r < i.taps; ++r) {
+          runs[r] = r * p.from_row();
+          weights[r] = ((i.tap + r) * p.columns.taps + j.tap) * p.channels;
+        }
+        Gather<T> g{};
+        for (int t = 0; t < count; ++t) g.term[t] = {terms[t].a + s * p.from_sample(), terms[t].b};
+        g.terms = count;
+        g.runs = {j.taps > 0 ? static_cast<int>(i.taps) : 0, j.taps * p.channels, runs, weights};
+        g.row = std::exchange(row, row + group * pixels);
+        g.m = samples * pixels;
+        g.n = p.width;
+        g.c = y + s * p.to_sample;
+        g.c_row = std::exchange(c_row, c_row + group * pixels);
+        g.bias = bias;
+        g.add = add;
+        gather_product(g);
+      });
+    });
   }
-};
+}
 
 /// The taps of a parity class, last first, each [c_in, c_out] -> [c_out, c_in].
 template <class T>
@@ -89,8 +180,8 @@ T* class_weights(const Layer& l, const ParityClass& p, const T* w, T* out) {
 
 }  // namespace
 
-int64_t group_of(int64_t n, int64_t frame_elements) {
-  return std::clamp<int64_t>(kFrameElements / std::max<int64_t>(1, frame_elements), 1, n);
+int64_t group_of(int64_t n, int64_t elements) {
+  return std::clamp<int64_t>(kGroupElements / std::max<int64_t>(1, elements), 1, n);
 }
 
 int64_t product_weights(const Layer& l) {
@@ -107,35 +198,7 @@ const T* forward_weights(const Layer& l, const T* w, T* room) {
 template <class T>
 void convolve(const Layer& l, const Term<T>* terms, int count, const T* bias, T* y, T* memory) {
   if (is_winograd(l)) return winograd_convolve(l, terms, count, bias, y, memory);
-  const Frame frame = frame_of(l.window, l.out);
-  const int64_t frame_elements = frame.h * frame.w * l.in.c, pixels = l.out.h * l.out.w;
-  const int64_t group = group_of(l.n, frame_elements);
-  const Scratch<T> scratch(memory, group, pixels, frame_elements);
-  int64_t runs[kMostKernelRows];
-  for (int64_t s = 0; s < l.n; s += group) {
-    const int64_t samples = std::min(group, l.n - s);
-    Gather<T> g{};
-    Framed<T> f{};
-    for (int t = 0; t < count; ++t) {
-      f = framed(terms[t].a + s * size(l.in), samples, l.in, frame, scratch.frame[t]);
-      g.term[t] = {f.base, terms[t].b};
-    }
-    if (s == 0) {
-      fill_offsets(samples, l.out.h, l.out.w, 0, f.sample, l.window.stride_h * f.row,
-                   l.window.stride_w * l.in.c, scratch.row);
-      fill_offsets(samples, 1, pixels, 0, pixels * l.out.c, 0, l.out.c, scratch.c_row);
-    }
-    for (int64_t r = 0; r < l.window.kernel_h; ++r) runs[r] = r * f.row;
-    g.terms = count;
-    g.runs = {static_cast<int>(l.window.kernel_h), l.window.kernel_w * l.in.c, runs};
-    g.row = scratch.row;
-    g.m = samples * pixels;
-    g.n = l.out.c;
-    g.c = y + s * size(l.out);
-    g.c_row = scratch.c_row;
-    g.bias = bias;
-    gather_product(g);
-  }
+  gather(forward_sweep(l), l.n, terms, count, bias, false, y, memory);
 }
 
 template <class T>
@@ -147,42 +210,10 @@ void transposed_weights(const Layer& l, const T* w, T* out) {
 template <class T>
 void input_gradient(const Layer& l, const Term<T>* terms, int count, bool add, T* grad_x, T* memory) {
   if (is_winograd(l)) return winograd_input_gradient(l, terms, count, add, grad_x, memory);
-  int64_t runs[kMostKernelRows], taken = 0;  // of the transposed weights, by the classes so far
+  Term<T> of_class[2] = {terms[0], count > 1 ? terms[1] : Term<T>{}};
   each_parity_class(l, [&](const ParityClass& p) {
-    const Frame frame = p.frame();
-    const int64_t frame_elements = p.reached() ? frame.h * frame.w * l.out.c : 0;
-    const int64_t positions = p.rows.positions * p.columns.positions;
-    const int64_t group = group_of(l.n, std::max(frame_elements, size(l.in)));
-    const Scratch<T> scratch(memory, group, positions, frame_elements);
-    for (int64_t s = 0; s < l.n; s += group) {
-      const int64_t samples = std::min(group, l.n - s);
-      Gather<T> g{};
-      Framed<T> f{};
-      if (p.reached()) {
-        for (int t = 0; t < count; ++t) {
-          f = framed(terms[t].a + s * size(l.out), samples, l.out, frame, scratch.frame[t]);
-          g.term[t] = {f.base, terms[t].b + taken};
-        }
-        g.terms = count;
-        for (int64_t u = 0; u < p.rows.taps; ++u) runs[u] = u * f.row;
-        g.runs = {static_cast<int>(p.rows.taps), p.columns.taps * l.out.c, runs};
-      }
-      if (s == 0) {
-        fill_offsets(samples, p.rows.positions, p.columns.positions, 0, f.sample, f.row, l.out.c,
-                     scratch.row);
-        fill_offsets(samples, p.rows.positions, p.columns.positions,
-                     (p.rows.first * l.in.w + p.columns.first) * l.in.c, size(l.in),
-                     l.window.stride_h * l.in.w * l.in.c, l.window.stride_w * l.in.c, scratch.c_row);
-      }
-      g.row = scratch.row;
-      g.m = samples * positions;
-      g.n = l.in.c;
-      g.c = grad_x + s * size(l.in);
-      g.c_row = scratch.c_row;
-      g.add = add;
-      gather_product(g);
-    }
-    taken += p.rows.taps * p.columns.taps * l.in.c * l.out.c;
+    gather<T>(p.sweep(l), l.n, of_class, count, nullptr, add, grad_x, memory);
+    for (int t = 0; t < count; ++t) of_class[t].b += p.weights(l);
   });
 }
 
@@ -194,36 +225,46 @@ WeightGradient<T>::WeightGradient(const Layer& l, bool add, T* grad_w, T* room)
       grad_w_(grad_w),
       sums_(is_winograd(l) ? room : grad_w) {}
 
+/// A row of taps at a time, over the outputs where it is inside the image, and columns by their taps.
 template <class T>
 void WeightGradient<T>::sum(const Layer& l, const Term<T>* terms, int count, T* memory) {
   const bool add = std::exchange(started_, true);
   if (is_winograd(l)) return winograd_weight_sums(l, terms, count, add, sums_, memory);
-  const Frame frame = frame_of(l.window, l.out);
-  const int64_t frame_elements = frame.h * frame.w * l.in.c, pixels = l.out.h * l.out.w;
-  const int64_t group = group_of(l.n, frame_elements);
-  const Scratch<T> scratch(memory, group, pixels, frame_elements);
-  int64_t runs[kMostKernelRows];
+  const Sweep p = forward_sweep(l);
+  const bool inside = p.rows.inside() && p.columns.inside();  // then every tap has one product alone
+  if (!inside && !add) std::fill_n(sums_, p.rows.taps * p.columns.taps * p.channels * p.width, T(0));
+  const int64_t group = p.group(l.n), no_offset = 0;
   for (int64_t s = 0; s < l.n; s += group) {
     const int64_t samples = std::min(group, l.n - s);
-    Outer<T> o{};
-    Framed<T> f{};
-    for (int t = 0; t < count; ++t) {
-      f = framed(terms[t].a + s * size(l.in), samples, l.in, frame, scratch.frame[t]);
-      o.term[t] = {f.base, terms[t].b + s * size(l.out)};
+    int32_t *row = reinterpret_cast<int32_t*>(memory), *g_row = row + group * p.positions() * p.rows.taps;
+    for (int64_t r = 0; r < p.rows.taps; ++r) {
+      int64_t first = 0, end = p.rows.positions;
+      while (first < end && p.rows.first_tap(first) > r) ++first;
+      while (first < end && p.rows.end_tap(end - 1) <= r) --end;
+      each_span(p.columns, [&](const Span& j) {
+        if (first == end || j.taps == 0) return;
+        const int64_t pixels = (end - first) * j.count, k = (r * p.columns.taps + j.tap) * p.channels;
+        if (s == 0) {
+          fill_offsets(samples, end - first, j.count, p.from(first, r, j.first, j.tap), p.from_sample(),
+                       p.rows.stride * p.from_row(), p.columns.stride * p.channels, row);
+          fill_offsets(samples, end - first, j.count, first * p.to_row + j.first * p.to_column, p.to_sample,
+                       p.to_row, p.to_column, g_row);
+        }
+        Outer<T> o{};
+        for (int t = 0; t < count; ++t) {
+          o.term[t] = {terms[t].a + s * p.from_sample(), terms[t].b + s * p.to_sample};
+        }
+        o.terms = count;
+        o.runs = {1, j.taps * p.channels, &no_offset, &k};
+        o.row = std::exchange(row, row + group * pixels);
+        o.g_row = std::exchange(g_row, g_row + group * pixels);
+        o.m = samples * pixels;
+        o.n = p.width;
+        o.d = sums_;
+        o.add = add || s > 0 || !inside;
+        outer_product(o);
+      });
     }
-    if (s == 0) {
-      fill_offsets(samples, l.out.h, l.out.w, 0, f.sample, l.window.stride_h * f.row,
-                   l.window.stride_w * l.in.c, scratch.row);
-    }
-    for (int64_t r = 0; r < l.window.kernel_h; ++r) runs[r] = r * f.row;
-    o.terms = count;
-    o.runs = {static_cast<int>(l.window.kernel_h), l.window.kernel_w * l.in.c, runs};
-    o.row = scratch.row;
-    o.m = samples * pixels;
-    o.n = l.out.c;
-    o.d = sums_;
-    o.add = add || s > 0;
-    outer_product(o);
   }
 }
 
@@ -234,15 +275,12 @@ void WeightGradient<T>::finish() const {
 
 int64_t conv2d_scratch(const Layer& l) {
   if (is_winograd(l)) return winograd_scratch(l);
-  const Frame frame = frame_of(l.window, l.out);
-  const int64_t frame_elements = frame.h * frame.w * l.in.c;
-  int64_t scratch = 2 * group_of(l.n, frame_elements) * (l.out.h * l.out.w + frame_elements);
-  each_parity_class(l, [&](const ParityClass& p) {
-    const int64_t elements = p.reached() ? p.frame().h * p.frame().w * l.out.c : 0;
-    const int64_t group = group_of(l.n, std::max(elements, size(l.in)));
-    scratch = std::max(scratch, 2 * group * (p.rows.positions * p.columns.positions + elements));
+  const Sweep p = forward_sweep(l);
+  int64_t positions = p.group(l.n) * p.positions() * p.rows.taps;
+  each_parity_class(l, [&](const ParityClass& c) {
+    positions = std::max(positions, c.sweep(l).group(l.n) * c.rows.positions * c.columns.positions);
   });
-  return scratch;
+  return 2 * positions;
 }
 
 namespace {

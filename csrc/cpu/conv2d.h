@@ -7,7 +7,7 @@
 
 namespace maml::MAML_ISA {
 
-constexpr int64_t kFrameElements = 32768;  // a group of framed samples: half of a 256 KB second-level cache
+constexpr int64_t kGroupElements = 32768;  // of samples that go together: half of a 256 KB second-level cache
 
 /// Samples that go together, so that what each has of elements stays in the cache.
 int64_t group_of(int64_t n, int64_t elements);

@@ -28,8 +28,8 @@ inline void gather_block(const Gather<T>& p, int64_t m, int64_t j, const Lanes<T
     }
   }
   for (int t = 0; t < p.terms; ++t) {
-    const T* b = p.term[t].b + j;
     for (int run = 0; run < p.runs.count; ++run) {
+      const T* b = p.term[t].b + p.runs.weight_of(run) * p.n + j;
       const T* a[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) a[r] = p.term[t].a + p.row[m + r] + p.runs.offset[run];
@@ -60,12 +60,23 @@ inline void gather_block(const Gather<T>& p, int64_t m, int64_t j, const Lanes<T
   }
 }
 
+/// At most R rows from row m on, in one block.
+template <class T, int R, int V, bool Masked>
+void gather_few(const Gather<T>& p, int64_t m, int64_t rows, int64_t j, const Lanes<T>& lanes) {
+  if (rows == R) return gather_block<T, R, V, Masked>(p, m, j, lanes);
+  if constexpr (R > 1) gather_few<T, R - 1, V, Masked>(p, m, rows, j, lanes);
+}
+
+/// Blocks of R rows, and two like ones of what is more than R at the end.
 template <class T, int R, int V, bool Masked>
 void gather_rows(const Gather<T>& p, int64_t m, int64_t end, int64_t j, const Lanes<T>& lanes) {
-  for (; m + R <= end; m += R) gather_block<T, R, V, Masked>(p, m, j, lanes);
-  if constexpr (R > 1) {
-    if (m < end) gather_rows<T, R / 2, V, Masked>(p, m, end, j, lanes);
+  for (; end - m >= 2 * R || end - m == R; m += R) gather_block<T, R, V, Masked>(p, m, j, lanes);
+  if (end - m > R) {
+    const int64_t rows = (end - m + 1) / 2;
+    gather_few<T, R, V, Masked>(p, m, rows, j, lanes);
+    m += rows;
   }
+  if (m < end) gather_few<T, R, V, Masked>(p, m, end - m, j, lanes);
 }
 
 /// R rows of d from element k of a run on, over the pixels [m0, m1).
@@ -79,8 +90,8 @@ inline void outer_block(const Outer<T>& p, int64_t offset, T* d, int64_t m0, int
   Vector<T> sum[R][V] = {};
   for (int t = 0; t < p.terms; ++t) {
     const T* a = p.term[t].a + offset;
-    const T* g = p.term[t].b + m0 * p.n + j;
-    for (int64_t m = m0; m < m1; ++m, g += p.n) {
+    for (int64_t m = m0; m < m1; ++m) {
+      const T* g = p.term[t].b + (p.g_row ? p.g_row[m] : m * p.n) + j;
       Vector<T> row[V];
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) row[v] = read(g, v);
@@ -114,8 +125,8 @@ template <class T, int R, int V, bool Masked>
 void outer_rows(const Outer<T>& p, int run, int64_t i, int64_t end, int64_t m0, int64_t m1, int64_t j,
                 bool add, const Lanes<T>& lanes) {
   for (; i + R <= end; i += R) {
-    outer_block<T, R, V, Masked>(p, p.runs.offset[run] + i, p.d + (run * p.runs.length + i) * p.n, m0, m1, j,
-                                 add, lanes);
+    outer_block<T, R, V, Masked>(p, p.runs.offset[run] + i, p.d + (p.runs.weight_of(run) + i) * p.n, m0, m1,
+                                 j, add, lanes);
   }
   if constexpr (R > 1) {
     if (i < end) outer_rows<T, R / 2, V, Masked>(p, run, i, end, m0, m1, j, add, lanes);

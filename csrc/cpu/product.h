@@ -5,12 +5,15 @@
 // linear layer has one run of length c_in. The pair forms (two terms into one accumulator) are the tangents:
 // y_dot = x_dot W + x W_dot.
 //
-//   gather_product   c[c_row[m] + j] = bias[j] + sum_terms sum_r sum_i a[row[m] + run[r] + i] b[(r length +
-//   i) n + j] outer_product    d[(r length + i) n + j] (+)= sum_terms sum_m a[row[m] + run[r] + i] g[m n + j]
+//   gather_product   c[c_row[m] + j] = bias[j] + sum_terms sum_r sum_i a[row[m] + run[r] + i] b[(k[r] + i) n
+//   + j] outer_product    d[(k[r] + i) n + j] (+)= sum_terms sum_m a[row[m] + run[r] + i] g[g_row[m] + j]
+//
+// Where a run's weights start, k[r], is r length unless told: taps that fall outside an image are left out.
 //
 // Register blocks of R rows by V vectors: 6 x 4 where there are 32 registers, 8 x 2 and 8 x 1 for narrow
-// outputs; the last vector of a row is a masked one. Summation order: terms, runs, i (terms, m) ascending,
-// from zero or from what c holds, whatever the block: the bits of an element do not depend on its neighbours.
+// outputs, and what is left of the rows in two like blocks; the last vector of a row is a masked one.
+// Summation order: terms, runs, i (terms, m) ascending, from zero or from what c holds, whatever the block:
+// the bits of an element do not depend on its neighbours.
 #pragma once
 
 #include "simd.h"
@@ -26,7 +29,9 @@ struct Term {
 struct Runs {
   int count;
   int64_t length;
-  const int64_t* offset;  // [count]
+  const int64_t* offset;            // [count]
+  const int64_t* weight = nullptr;  // [count] k, or null: r length
+  int64_t weight_of(int r) const { return weight ? weight[r] : r * length; }
 };
 
 template <class T>
@@ -44,10 +49,11 @@ struct Gather {
 
 template <class T>
 struct Outer {
-  Term<T> term[2];  // b is g [m, n]
+  Term<T> term[2];  // b is g
   int terms;
   Runs runs;
   const int32_t* row;
+  const int32_t* g_row;  // [m] offsets into g, or null: m n
   int64_t m, n;
   T* d;
   bool add;

@@ -19,6 +19,8 @@ GEOMETRY = [  # kernel, stride, padding, height, width
     (4, 1, "same", 5, 5),
     ((2, 3), 1, "same", 4, 4),
     (3, 1, "valid", 4, 4),
+    (5, 1, 2, 2, 3),  # no output has all taps inside
+    ((3, 1), (2, 1), (3, 0), 2, 3),  # outputs that no tap reaches
 ]
 
 
