@@ -18,7 +18,6 @@ import torch
 
 from maml_cuda import build_info, presets
 from maml_cuda.jobs import CHOICES, JOBS, Settings, new_settings
-from maml_cuda.rl.environment import need
 from maml_cuda.rl.settings import RL_JOBS, RLSettings, new_rl_settings
 
 TRAIN_DESCRIPTION = """\
@@ -33,7 +32,7 @@ Meta-trains a small network with MAML so that it learns a new task from a handfu
 
   navigation, cheetah-direction, cheetah-velocity, ant-direction, ant-velocity, ant-goal
             the paper's reinforcement learning: a policy that adapts to a new goal from a
-            few episodes (needs the extra [rl])
+            few episodes (the robots need the extra [rl])
 """
 TRAIN_EPILOG = """\
 examples:
@@ -76,7 +75,6 @@ class _Kind:
 
 def _kind(job: str) -> _Kind:
     if job in RL_JOBS:
-        need("gymnasium", "mujoco")
         from maml_cuda.rl import report as rl_report
         from maml_cuda.rl.training import RLTraining
 

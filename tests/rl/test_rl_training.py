@@ -218,6 +218,8 @@ def test_a_missing_extra_is_named_by_the_command(tmp_path, capsys, monkeypatch) 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "mujoco" else find_spec(name))
     assert main(["train", "ant-goal", "--out", str(tmp_path / "a")]) == 2
     assert 'mujoco must be installed: pip install "maml-cuda[rl]"' in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+    assert main(["train", "navigation", *SHORT, "--out", str(tmp_path / "b")]) == 0  # which has no robot
 
 
 @pytest.mark.parametrize(
