@@ -26,7 +26,7 @@ Meta-trains a small network with MAML so that it learns a new task from a handfu
   glyphs    tell apart 5 characters of alphabets never trained on, from one image of each
   sinusoid  fit a sine curve of unknown amplitude and phase from a few points
 
-  omniglot, mini-imagenet, cifar-fs, tiered-imagenet
+  omniglot, mini-imagenet, cifar-fs, fc100, tiered-imagenet
             the paper's data sets and later ones, as published; --data names their folder
   FOLDER    your own images: a folder with a folder for each class
 

@@ -202,6 +202,7 @@ JOBS = {
     "omniglot": OMNIGLOT,
     "mini-imagenet": MINI_IMAGENET,
     "cifar-fs": replace(MINI_IMAGENET, job="cifar-fs"),
+    "fc100": replace(MINI_IMAGENET, job="fc100"),
     "tiered-imagenet": replace(MINI_IMAGENET, job="tiered-imagenet"),
     "folder": FOLDER,
 }

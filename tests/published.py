@@ -135,11 +135,19 @@ def mini_imagenet_files(folder: Path) -> dict[str, dict[str, list[Path]]]:
 
 
 def cifar_fs(folder: Path) -> dict[str, dict[str, Any]]:
+    return _cifar(folder, "CIFAR_FS", MINI)
+
+
+def fc100(folder: Path) -> dict[str, dict[str, Any]]:
+    return _cifar(folder, "FC100", {"train": 60, "val": 20, "test": 20})
+
+
+def _cifar(folder: Path, prefix: str, sizes: dict[str, int]) -> dict[str, dict[str, Any]]:
     data = {}
-    for seed, (split, classes) in enumerate(MINI.items()):
+    for seed, (split, classes) in enumerate(sizes.items()):
         labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(classes) + 10 * seed, 3))
         data[split] = {"data": pixels(seed, 3 * classes, 32, 32, 3), "labels": labels.tolist()}
-        write(folder / f"CIFAR_FS_{split}.pickle", python2(data[split]))
+        write(folder / f"{prefix}_{split}.pickle", python2(data[split]))
     return data
 
 

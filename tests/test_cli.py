@@ -236,6 +236,6 @@ def test_help_shows_the_defaults_of_every_job(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    shared = "mini-imagenet/cifar-fs/tiered-imagenet/folder"
+    shared = "mini-imagenet/cifar-fs/fc100/tiered-imagenet/folder"
     assert f"(default: 0.4 glyphs, 0.01 sinusoid, 2.0 omniglot, 0.05 {shared}, 0.5 navigation" in shown
     assert "70000 sinusoid" in shown

@@ -130,9 +130,10 @@ def test_mini_imagenet_files(tmp_path) -> None:
             assert_same(opened, split, expected)
 
 
-def test_cifar_fs(tmp_path) -> None:
-    data = published.cifar_fs(tmp_path)
-    opened = images.cifar_fs(tmp_path)
+@pytest.mark.parametrize("name", ["cifar_fs", "fc100"])
+def test_cifar(tmp_path, name: str) -> None:
+    data = getattr(published, name)(tmp_path)
+    opened = getattr(images, name)(tmp_path)
     assert opened.shape == (3, 32, 32)
     for split, published_as in SPLITS.items():
         array, labels = data[published_as]["data"], np.array(data[published_as]["labels"])
@@ -257,6 +258,7 @@ def refused(open_images, folder: Path, message: str, error: type[Exception] = Va
         ("mini-imagenet", r"mini-ImageNet is not in .*: there must be mini-imagenet-cache-\{train,val,test\}.pkl, .*"
          "mini-imagenet.tar.gz, .*train.csv.* https://zenodo.org/record/7978538"),
         ("cifar-fs", r"CIFAR-FS is not in .*CIFAR_FS_\{train,val,test\}.pickle; .* https://github.com/kjunelee/MetaOptNet"),
+        ("fc100", r"FC100 is not in .*FC100_\{train,val,test\}.pickle; .* https://github.com/kjunelee/MetaOptNet"),
         ("tiered-imagenet", r"tiered-ImageNet is not in .*_images_png.pkl .* https://github.com/renmengye/few-shot-ssl"),
     ],
 )  # fmt: skip

@@ -172,6 +172,10 @@ TABLES = (
         {"maml": {(5, 1): ("58.9 ± 1.9", "Lee et al. 2019"), (5, 5): ("71.5 ± 1.0", "Lee et al. 2019")}},
     ),
     _published_set(
+        "fc100", "FC100: accuracy in %",
+        {"maml": {(5, 1): ("38.00 ± 1.95", "Meta-RKHS"), (5, 5): ("49.34 ± 0.97", "Meta-RKHS")}},
+    ),
+    _published_set(
         "tiered-imagenet", "tiered-ImageNet: accuracy in %",
         {"maml": {(5, 1): ("51.67 ± 1.81", "Lee et al. 2019"), (5, 5): ("70.30 ± 1.75", "Lee et al. 2019")}},
     ),

@@ -25,7 +25,7 @@ def read_by_class(sources: Mapping[str, Pickle]) -> Iterator[SourceClass]:
 
 
 def read_by_label(sources: Mapping[str, Pickle]) -> Iterator[SourceClass]:
-    """CIFAR-FS's, by MetaOptNet: ``data`` uint8 [images, height, width, 3], ``labels`` one int for each."""
+    """CIFAR-FS's and FC100's, by MetaOptNet: ``data`` uint8 [images, height, width, 3], ``labels`` one int for each."""
     for split, pickle in sources.items():
         data = _entries(pickle, "data", "labels")
         images = _images(data["data"], pickle)

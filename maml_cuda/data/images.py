@@ -35,6 +35,7 @@ OMNIGLOT_MD5 = {
 MINI_IMAGENET_SPLIT = (64, 16, 20)
 MINI_IMAGENET_MD5 = {"mini-imagenet.tar.gz": "b38f1eb4251fb9459ecc8e7febf9b2eb"}
 CIFAR_FS_SPLIT = (64, 16, 20)
+FC100_SPLIT = (60, 20, 20)
 TIERED_IMAGENET_SPLIT = (351, 97, 160)
 TIERED_IMAGENET_MD5 = {"tiered-imagenet.tar": "e07e811b9f29362d159a9edd0d838c62"}
 FOLDER_SPLIT = {"validation": 0.16, "test": 0.2}  # mini-ImageNet's; the others are trained on
@@ -121,7 +122,15 @@ def cifar_fs(path: str | PathLike[str]) -> Images:
 
     ``path`` holds ``CIFAR_FS_{train,val,test}.pickle`` of https://github.com/kjunelee/MetaOptNet.
     """
-    return Images("cifar-fs", path, _find_cifar_fs)
+    return Images("cifar-fs", path, partial(_find_cifar, "CIFAR-FS", "CIFAR_FS", CIFAR_FS_SPLIT))
+
+
+def fc100(path: str | PathLike[str]) -> Images:
+    """FC100 (Oreshkin et al. 2018): 100 classes of 600 images ``[3, 32, 32]``, split 60/20/20 by their superclasses.
+
+    ``path`` holds ``FC100_{train,val,test}.pickle`` of https://github.com/kjunelee/MetaOptNet.
+    """
+    return Images("fc100", path, partial(_find_cifar, "FC100", "FC100", FC100_SPLIT))
 
 
 def tiered_imagenet(path: str | PathLike[str]) -> Images:
@@ -148,6 +157,7 @@ OPEN = {
     "omniglot": omniglot,
     "mini-imagenet": mini_imagenet,
     "cifar-fs": cifar_fs,
+    "fc100": fc100,
     "tiered-imagenet": tiered_imagenet,
     "folder": folder,
 }
@@ -197,17 +207,14 @@ def _find_mini_imagenet(path: Path) -> Source:
     return Source(files, partial(image_files.read_files, splits, "RGB", 84), classes=MINI_IMAGENET_SPLIT)
 
 
-def _find_cifar_fs(path: Path) -> Source:
-    pickles = _pickles(path, "CIFAR_FS_{}.pickle")
+def _find_cifar(name: str, prefix: str, split: tuple[int, int, int], path: Path) -> Source:
+    """A choice of CIFAR-100's classes, as MetaOptNet pickles it."""
+    pickles = _pickles(path, prefix + "_{}.pickle")
     if not pickles:
-        raise _missing(
-            "CIFAR-FS",
-            path,
-            "CIFAR_FS_{train,val,test}.pickle",
-            "https://github.com/kjunelee/MetaOptNet (CIFAR_FS.zip)",
-        )
+        published = f"https://github.com/kjunelee/MetaOptNet ({prefix}.zip)"
+        raise _missing(name, path, prefix + "_{train,val,test}.pickle", published)
     files = [pickle.path for pickle in pickles.values()]
-    return Source(files, partial(image_pickles.read_by_label, pickles), classes=CIFAR_FS_SPLIT)
+    return Source(files, partial(image_pickles.read_by_label, pickles), classes=split)
 
 
 def _find_tiered_imagenet(path: Path) -> Source:
