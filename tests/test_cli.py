@@ -232,7 +232,8 @@ def test_help_is_there_for_every_command(capsys, command: list[str]) -> None:
     assert "usage: maml-cuda" in capsys.readouterr().out
 
 
-def test_help_shows_the_defaults_of_every_job(capsys) -> None:
+def test_help_shows_the_defaults_of_every_job(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # no name is broken at its hyphen
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
