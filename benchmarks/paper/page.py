@@ -81,7 +81,7 @@ def _at(run: dict[str, Any], count: int) -> str:
 def _score(run: dict[str, Any], at: dict[str, float]) -> str:
     if run["metric"] == "accuracy":
         return f"{100 * at['mean']:.1f} ± {100 * at['ci95']:.1f}"
-    return f"{at['mean']:.2f} ± {at['ci95']:.2f}"
+    return f"{at['mean']:.3f} ± {at['ci95']:.3f}"
 
 
 def _commands(table: Table, cells: Iterable[Cell]) -> list[str]:
