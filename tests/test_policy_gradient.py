@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import rl_policy
 from maml_cuda import FusedMAML, PolicyTarget, gradcheck, policies, reference
 
 from .conftest import assert_close, check_meta_gradient, fast_parameters, run
@@ -338,3 +339,12 @@ def test_a_network_of_its_own_size():
     x = [torch.randn(2, n, 3).double() for n in (9, 11)]
     y = [PolicyTarget(torch.randn(2, n, 17).double(), torch.randn(2, n).double()) for n in (9, 11)]
     check_meta_gradient(model, LOSSES["gaussian"], [x[0], y[0], x[1], y[1]], 0.1, 2)
+
+
+@pytest.mark.parametrize("machine", ["cpu"], indirect=True)
+def test_the_benchmark_proves_before_it_times(monkeypatch):
+    milliseconds = rl_policy.run(2, 20, 0.01, ["maml_cuda", "autograd loop"], fisher=True)
+    assert min(milliseconds.values()) > 0
+    monkeypatch.setitem(rl_policy.SIDES, "maml_cuda", lambda model, data: rl_policy.ours(model, [*data[:3], data[1]]))
+    with pytest.raises(rl_policy.WrongAnswer, match="maml_cuda: the meta-gradient must be within"):
+        rl_policy.run(2, 20, 0.01, ["maml_cuda"], fisher=False)

@@ -1,0 +1,196 @@
+"""A policy's meta-step beside autograd and torch.compile: `python -m benchmarks.rl_policy`.
+
+The paper's policy (Finn, Abbeel, Levine 2017, section 5.3): 20 tasks of 2000 samples, a Gaussian policy of two hidden
+layers of 100 ReLU units, one inner step of the score form, the likelihood ratio outside. Every side's meta-gradient is
+proven in float64 against the autograd reference before it is timed in float32, all in one process, in turn. With
+`--fisher` also one Fisher-vector product of ours and by double backward through the KL divergence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from maml_cuda import FusedMAML, PolicyTarget, policies, reference
+
+from .machine import machine
+from .proof import FLOAT64_LIMIT, WrongAnswer, relative_error
+from .timing import interleave, run_block
+
+TASKS, SAMPLES, RATE = 20, 2000, 0.1
+LOSS = "gaussian_policy_gradient"
+Step = Callable[[], object]
+
+
+class Policy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Sequential(nn.Linear(2, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 2))
+        self.log_std = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mean(x), self.log_std
+
+
+def episode(model: nn.Module, tasks: int, samples: int) -> list:
+    """Samples of the model's own actions: x_spt, y_spt (score form), x_qry, y_qry (likelihood ratio)."""
+    data: list = []
+    for ratio in (False, True):
+        x = torch.rand(tasks, samples, 2) - 0.5
+        with torch.no_grad():
+            policy = model(x)
+            actions = policies.sample(policy)
+            old = policies.log_prob(policy, actions) if ratio else None
+        data += [x, PolicyTarget(actions, torch.randn(tasks, samples), old)]
+    return data
+
+
+def doubled(data: list) -> list:
+    return [
+        d.double() if isinstance(d, Tensor) else PolicyTarget(*(None if t is None else t.double() for t in d))
+        for d in data
+    ]
+
+
+def ours(model: nn.Module, data: list) -> Step:
+    maml = FusedMAML(model, RATE, 1, loss=LOSS, backend="fused")
+
+    def step() -> None:
+        maml.zero_grad()
+        maml(*data).loss.backward()
+
+    return step
+
+
+def losses(model: nn.Module) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The two forms, written for autograd: of parameters, x, actions, advantages (and old log-probabilities)."""
+
+    def log_prob(params: dict, x: Tensor, actions: Tensor) -> Tensor:
+        return policies.log_prob(functional_call(model, params, (x,)), actions)
+
+    def score(params: dict, x: Tensor, actions: Tensor, advantages: Tensor) -> Tensor:
+        return -(advantages * log_prob(params, x, actions)).mean()
+
+    def ratio(params: dict, x: Tensor, actions: Tensor, advantages: Tensor, old: Tensor) -> Tensor:
+        return -(advantages * (log_prob(params, x, actions) - old).exp()).mean()
+
+    return score, ratio
+
+
+def flat(data: list) -> list[Tensor]:
+    """The tensors that are there: x, actions, advantages of the support; those and old log-probabilities."""
+    return [data[0], *data[1][:2], data[2], *data[3][:3]]
+
+
+def autograd_loop(model: nn.Module, data: list) -> Step:
+    """One task at a time, each with its own backward."""
+    score, ratio = losses(model)
+    params = dict(model.named_parameters())
+
+    def step() -> None:
+        model.zero_grad()
+        for x, a, adv, *query in zip(*flat(data), strict=True):
+            grads = torch.autograd.grad(score(params, x, a, adv), list(params.values()), create_graph=True)
+            fast = {n: p - RATE * g for (n, p), g in zip(params.items(), grads, strict=True)}
+            (ratio(fast, *query) / len(data[0])).backward()
+
+    return step
+
+
+def compiled(model: nn.Module, data: list) -> Step:
+    """torch.compile around the whole step of torch.func, all tasks at once."""
+    score, ratio = losses(model)
+
+    def adapted_loss(params: dict, x: Tensor, a: Tensor, adv: Tensor, *query: Tensor) -> Tensor:
+        grads = grad(score)(params, x, a, adv)
+        return ratio({n: p - RATE * grads[n] for n, p in params.items()}, *query)
+
+    def mean_gradient(params: dict, *tasks: Tensor) -> dict[str, Tensor]:
+        each = vmap(grad(adapted_loss), in_dims=(None, *[0] * len(tasks)))(params, *tasks)
+        return {n: g.mean(0) for n, g in each.items()}
+
+    torch._dynamo.reset()
+    gradient = torch.compile(mean_gradient, fullgraph=True, dynamic=False)
+    params, tasks = {n: p.detach() for n, p in model.named_parameters()}, flat(data)
+
+    def step() -> None:
+        found = gradient(params, *tasks)
+        for n, p in model.named_parameters():
+            p.grad = found[n]
+
+    return step
+
+
+SIDES: dict[str, Callable[[nn.Module, list], Step]] = {
+    "maml_cuda": ours, "autograd loop": autograd_loop, "torch.compile": compiled,
+}  # fmt: skip
+
+
+def proven(name: str, model: nn.Module, data: list) -> Step:
+    """The side's float32 step, once its float64 gradient is known to be right."""
+    exact, double = copy.deepcopy(model).double(), doubled(data)
+    _, expected = reference.meta_gradient(copy.deepcopy(exact), LOSS, *double, RATE, 1)
+    SIDES[name](exact, double)()
+    error = relative_error(exact, expected)
+    if error > FLOAT64_LIMIT:
+        raise WrongAnswer(
+            f"{name}: the meta-gradient must be within {FLOAT64_LIMIT:g} of the reference, got {error:.1e}"
+        )
+    step = SIDES[name](copy.deepcopy(model), data)
+    step()
+    return step
+
+
+def fisher_steps(model: nn.Module, data: list) -> dict[str, Step]:
+    """One Fisher-vector product, fused and by double backward, proven in float64 on two tasks."""
+    v = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+
+    def product(backend: str, model: nn.Module, data: list, v: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        maml = FusedMAML(model, RATE, 1, loss=LOSS, backend=backend)
+        return lambda: maml.fisher_vector_product(*data[:3], v)
+
+    few = [d[:2] if isinstance(d, Tensor) else PolicyTarget(*(None if t is None else t[:2] for t in d)) for d in data]
+    exact, double = copy.deepcopy(model).double(), {n: t.double() for n, t in v.items()}
+    got, expected = (product(b, exact, doubled(few), double)() for b in ("fused", "reference"))
+    error = max(((got[n] - e).norm() / e.norm()).item() for n, e in expected.items())
+    if error > 1e-9:
+        raise WrongAnswer(f"the Fisher-vector product must be within 1e-9 of double backward, got {error:.1e}")
+    return {f"Fisher-vector product, {b}": product(b, model, data, v) for b in ("fused", "reference")}
+
+
+def run(tasks: int, samples: int, seconds: float, names: list[str], fisher: bool) -> dict[str, float]:
+    """Median milliseconds of each side."""
+    torch.manual_seed(0)
+    model = Policy()
+    data = episode(model, tasks, samples)
+    steps = {name: proven(name, model, data) for name in names}
+    if fisher:
+        steps.update(fisher_steps(model, data))
+    once = {name: run_block(step, 0).wall[0] for name, step in steps.items()}
+    blocks = {name: lambda s, step=step: run_block(step, s) for name, step in steps.items()}
+    return {name: 1e3 * timing.quartiles()[1] for name, timing in interleave(blocks, once, seconds).items()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rl_policy", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each side (10)")
+    parser.add_argument("--side", nargs="+", choices=SIDES, default=list(SIDES), help="which (all)")
+    parser.add_argument("--fisher", action="store_true", help="Fisher-vector products too")
+    parser.add_argument("--quick", action="store_true", help="two tasks of 20 samples: a smoke test")
+    options = parser.parse_args(arguments)
+    size = (2, 20) if options.quick else (TASKS, SAMPLES)
+    found = run(*size, options.seconds, options.side, options.fisher)
+    record = {"machine": machine(), "tasks": size[0], "samples": size[1], "milliseconds": found}
+    if "maml_cuda" in found:
+        record["times ours"] = {n: t / found["maml_cuda"] for n, t in found.items() if n in SIDES}
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
