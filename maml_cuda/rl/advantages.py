@@ -45,6 +45,9 @@ def baseline_values(episodes: Episodes, returns: Tensor) -> Tensor:
 def _cholesky(gram: Tensor) -> Tensor:
     """Of ``gram + ridge``, where a task's ridge is RIDGE, times 10 until rounding leaves its matrix positive definite
     (as rllab does)."""
+    broken = (~gram.isfinite()).flatten(1).any(1)
+    if broken.any():
+        raise ValueError(f"observations must be finite, got some that are not in task {int(broken.nonzero()[0])}")
     ridge = torch.full((len(gram), 1), RIDGE, dtype=gram.dtype)
     while True:
         factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge.expand(-1, gram.shape[-1])))

@@ -127,6 +127,13 @@ def test_a_task_without_a_step_is_named() -> None:
         samples(episodes, 0.99, 1.0, ratio=False)
 
 
+def test_observations_that_are_not_finite_name_the_task() -> None:
+    episodes = ragged()
+    episodes.observations[1, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="observations must be finite, got some that are not in task 1"):
+        samples(episodes, 0.99, 1.0, ratio=False)
+
+
 def policy(size: int = 2, actions: int = 2) -> FusedMAML:
     with torch.random.fork_rng():
         torch.manual_seed(0)
