@@ -28,7 +28,7 @@ const Backend& backend();
 /// Names of the instruction sets in this build.
 std::vector<std::string> instruction_sets();
 
-/// Tasks whose results stand side by side before they are added up, in order of tasks.
+/// Tasks, or groups of tasks in lanes, whose results stand side by side before they are added up, in order.
 constexpr int64_t kWave = 32;
 
 }  // namespace maml::cpu

@@ -198,18 +198,15 @@ void outer_product(const Outer<T>& p) {
 
 template <class T>
 void transpose(int64_t taps, int64_t rows, int64_t columns, const T* in, T* out) {
-  constexpr int64_t B = 16;  // a tile of 16 x 16 stays in the first-level cache both ways
+  constexpr int64_t W = kLanes<T>;
   share(taps, 1, kElementWork * taps * rows * columns, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
       const T* from = in + t * rows * columns;
       T* to = out + t * rows * columns;
-      for (int64_t i0 = 0; i0 < rows; i0 += B) {
-        const int64_t i1 = std::min(rows, i0 + B);
-        for (int64_t j0 = 0; j0 < columns; j0 += B) {
-          const int64_t j1 = std::min(columns, j0 + B);
-          for (int64_t j = j0; j < j1; ++j) {
-            for (int64_t i = i0; i < i1; ++i) to[j * rows + i] = from[i * columns + j];
-          }
+      for (int64_t i = 0; i < rows; i += W) {
+        for (int64_t j = 0; j < columns; j += W) {
+          transpose_block(std::min(W, rows - i), std::min(W, columns - j), from + i * columns + j, columns,
+                          to + j * rows + i, rows);
         }
       }
     }

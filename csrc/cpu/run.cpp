@@ -4,8 +4,9 @@
 // A task is one thread's from beginning to end, alone or, in a small network, side by side with others in the
 // lanes of vectors (tasks_in_lanes.h). Large tasks that are left over when most threads would have none come
 // one after the other, and all threads share the passes of each (share.h). A task's sums do not know of any
-// other task; the sum over tasks runs in double, task by task, in waves of kWave. So the bits depend neither
-// on the number of threads nor on who shares a batch.
+// other task; the sum over tasks runs in double, task by task within a group and group by group, in waves. So
+// the bits depend neither on the number of threads nor on who shares a batch. What one core has written is
+// slow to read for another: a group reads the parameters as they are packed and hands on nothing but its sum.
 #include <omp.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -103,18 +104,22 @@ constexpr int64_t kLaneBytes = int64_t{8} << 20;
 /// The memory of a call: what all threads share, then what each has of its own.
 template <class T>
 struct Memory {
-  int64_t tasks, wave, shared = 0, thread = 0;
+  static constexpr int64_t W = kLanes<T>;
+  int64_t tasks, shared = 0, thread = 0;
   bool lanes;
+  int64_t wave;         // tasks whose results stand side by side before they are added up
+  int64_t sums, alone;  // of groups in lanes and tasks alone in a wave, at most
 
-  Memory(const Problem& p, int64_t tasks_) : tasks(tasks_), wave(std::min(tasks, cpu::kWave)) {
-    constexpr int64_t W = kLanes<T>;
+  Memory(const Problem& p, int64_t tasks_) : tasks(tasks_) {
     const int64_t in_lanes = W * lane_size(p);
     const bool tiled = p.support.tiles > 1 || p.query.tiles > 1;
     lanes = p.is_linear() && !tiled && few_lanes(tasks) &&
             in_lanes * static_cast<int64_t>(sizeof(T)) <= kLaneBytes;
-    const int64_t totals = 2 * p.result_size;  // doubles, in elements of at least half their size
-    const int64_t theta = p.packing.total * (lanes ? 1 + W : 1);
-    shared = 16 + theta + p.rates_size + wave * p.result_size + totals;  // 16: to the first whole line
+    wave = std::min(tasks, lanes ? W * cpu::kWave : cpu::kWave);
+    sums = lanes ? (wave + W - 1) / W : 0;
+    alone = lanes ? (W - 1) / 3 : wave;
+    // Totals and sums are doubles, in elements of at least half their size. 16: to the first whole line.
+    shared = 16 + p.packing.total + p.rates_size + (alone + 2 * sums + 2) * p.result_size;
     thread = p.task_size() + 3 * p.packing.total;
     if (lanes) thread = std::max(thread, in_lanes);
   }
@@ -159,9 +164,9 @@ class Run {
     T* at = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(call.workspace) + 63) / 64 * 64);
     auto take = [&](int64_t size) { return std::exchange(at, at + size); };
     theta_ = take(p_.packing.total);
-    theta_lanes_ = reinterpret_cast<V*>(take(memory_.lanes ? W * p_.packing.total : 0));
     rates_ = take(p_.rates_size);
-    results_ = take(memory_.wave * p_.result_size);
+    results_ = take(memory_.alone * p_.result_size);
+    sums_ = reinterpret_cast<double*>(take(2 * memory_.sums * p_.result_size));
     totals_ = reinterpret_cast<double*>(take(2 * p_.result_size));
     const bool small = call.tasks * p_.work < kWorkOfOneThread;
     threads_ = small ? 1 : static_cast<int>(std::min<int64_t>(call.at_once, call.tasks));
@@ -169,25 +174,22 @@ class Run {
   }
 
   void operator()() {
-    if (shared_parameters()) {
-      pack_all(call_.parameters, {}, 0, theta_);
-      for (int64_t i = 0; memory_.lanes && i < p_.packing.total; ++i) theta_lanes_[i] = broadcast(theta_[i]);
-    }
+    if (shared_parameters()) pack_all(call_.parameters, {}, 0, theta_);
     pack_rates();
     const bool adds_up = call_.gradient != nullptr;
     if (adds_up) std::fill_n(totals_, p_.result_size, 0.0);
-    for (int64_t wave = 0; wave < call_.tasks; wave += cpu::kWave) {
-      const int64_t end = std::min(call_.tasks, wave + cpu::kWave);
+    for (int64_t wave = 0; wave < call_.tasks; wave += memory_.wave) {
+      const int64_t end = std::min(call_.tasks, wave + memory_.wave);
       const int64_t groups =
           memory_.lanes ? (end - wave + (Memory<T>::few_lanes((end - wave) % W) ? W - 1 : 0)) / W : 0;
       const int64_t alone = std::min(end, wave + groups * W), units = groups + end - alone;
       auto run_unit = [&](int64_t u) {
-        const int64_t first = u < groups ? wave + u * W : alone + u - groups;
         T* memory = thread_memory_ + omp_get_thread_num() * memory_.thread;
         if (u < groups) {
-          run_lanes(first, std::min(W, end - first), first - wave, memory);
+          const int64_t first = wave + u * W;
+          run_lanes(first, std::min(W, end - first), u, memory);
         } else {
-          run_task(first, first - wave, memory);
+          run_task(alone + u - groups, u - groups, memory);
         }
       };
       const int64_t shared = shared_units(units), whole = units - shared;
@@ -199,7 +201,7 @@ class Run {
       }
       const Team team(call_.at_once);
       for (int64_t u = whole; u < units; ++u) run_unit(u);
-      if (adds_up) add_up(wave, end);
+      if (adds_up) add_up(groups, alone, end);
     }
     if (adds_up) hand_back_gradient();
     if (call_.loss) {
@@ -291,7 +293,7 @@ class Run {
   }
 
   /// Tasks [first, first + count) side by side; lanes beyond them repeat the last one.
-  void run_lanes(int64_t first, int64_t count, int64_t slot, T* memory) const {
+  void run_lanes(int64_t first, int64_t count, int64_t group, T* memory) const {
     using Tasks = TasksInLanes<T>;
     V* at = reinterpret_cast<V*>(memory);
     auto take = [&](int64_t size) { return std::exchange(at, at + size); };
@@ -324,8 +326,11 @@ class Run {
         Tasks::give(p_.packing.total, packed, lane, given);
       }
     });
+    if (shared_parameters()) {
+      for (int64_t i = 0; i < p_.packing.total; ++i) own[i] = broadcast(theta_[i]);
+    }
     Task<V> task{};
-    task.theta = shared_parameters() ? theta_lanes_ : own;
+    task.theta = own;
     task.x_support = x[0];
     task.y_support = {&targets[0]};
     task.x_query = x[1];
@@ -338,16 +343,19 @@ class Run {
     task.adapted = out;
     const Tasks backend(rates_, loss_scratch);
     TaskRunner<Tasks, V>(backend, p_, task, at).run();
+    if (call_.gradient) {
+      double weights[W];
+      for (int64_t lane = 0; lane < count; ++lane) weights[lane] = weight(first + lane);
+      Tasks::add_up(p_.result_size, result, count, weights, sums_ + group * p_.result_size);
+    }
+    T* each = reinterpret_cast<T*>(given);  // which is read no more
+    if (!call_.per_task.empty()) Tasks::separate(p_.packing.total, out, each);
     for (int64_t lane = 0; lane < count; ++lane) {
       const int64_t t = first + lane;
-      if (call_.gradient)
-        Tasks::take(p_.result_size, result, lane, results_ + (slot + lane) * p_.result_size);
       if (call_.support_losses) Tasks::take(p_.steps, losses, lane, call_.support_losses + t * p_.steps);
       if (call_.task_losses) call_.task_losses[t] = losses[p_.steps][lane];
       if (call_.logits) Tasks::take(predictions(), logits, lane, call_.logits + t * predictions());
-      if (call_.per_task.empty()) continue;
-      Tasks::take(p_.packing.total, out, lane, packed);
-      hand_back_task(packed, t);
+      hand_back_task(each + lane * p_.packing.total, t);
     }
   }
 
@@ -360,10 +368,15 @@ class Run {
     }
   }
 
-  void add_up(int64_t wave, int64_t end) const {
-    for (int64_t t = wave; t < end; ++t) {
+  /// Of a wave: the sums of its groups, then tasks [alone, end).
+  void add_up(int64_t groups, int64_t alone, int64_t end) const {
+    for (int64_t g = 0; g < groups; ++g) {
+      const double* sum = sums_ + g * p_.result_size;
+      for (int64_t i = 0; i < p_.result_size; ++i) totals_[i] += sum[i];
+    }
+    for (int64_t t = alone; t < end; ++t) {
       const double w = weight(t);
-      const T* result = results_ + (t - wave) * p_.result_size;
+      const T* result = results_ + (t - alone) * p_.result_size;
       for (int64_t i = 0; i < p_.result_size; ++i) totals_[i] += w * static_cast<double>(result[i]);
     }
   }
@@ -394,9 +407,8 @@ class Run {
   const Problem& p_;
   const Call<T>& call_;
   const Memory<T> memory_;
-  double* totals_;
+  double *totals_, *sums_;
   T *theta_, *rates_, *results_, *thread_memory_;
-  V* theta_lanes_;
   int threads_;
 };
 

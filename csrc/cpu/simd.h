@@ -6,6 +6,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -120,6 +122,55 @@ inline Vector<T> load(const T* p, Whole) {
 template <class T>
 inline void store(T* p, Vector<T> v, Whole) {
   store(p, v);
+}
+
+/// Element I[j] of a and b one behind the other, for every lane j.
+template <int... I, class V>
+inline V shuffle(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  using Index = std::conditional_t<sizeof(a[0]) == 4, int32_t, int64_t>;
+  typedef Index Indices __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(a, b, Indices{I...});
+#endif
+}
+
+/// Turns W vectors of W lanes: the blocks of D x D elements beside the diagonal change places, D = 1, 2, 4
+/// ...
+template <class T, int D = 1>
+inline void turn(Vector<T> (&v)[kLanes<T>]) {
+  constexpr int W = kLanes<T>;
+  [&]<int... J>(std::integer_sequence<int, J...>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      if (i & D) continue;
+      const Vector<T> a = v[i], b = v[i + D];
+      v[i] = shuffle<(J & D ? W + J - D : J)...>(a, b);
+      v[i + D] = shuffle<(J & D ? W + J : J + D)...>(a, b);
+    }
+  }(std::make_integer_sequence<int, W>());
+  if constexpr (2 * D < W) turn<T, 2 * D>(v);
+}
+
+/// out[j, i] = in[i, j], at most W x W elements with strides between rows.
+template <class T>
+inline void transpose_block(int64_t rows, int64_t columns, const T* in, int64_t in_row, T* out,
+                            int64_t out_row) {
+  constexpr int W = kLanes<T>;
+  Vector<T> v[W] = {};
+  if (rows == W && columns == W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) v[i] = load(in + i * in_row);
+    turn<T>(v);
+#pragma GCC unroll 16
+    for (int j = 0; j < W; ++j) store(out + j * out_row, v[j]);
+    return;
+  }
+  const Lanes<T> wide(columns), high(rows);
+  for (int64_t i = 0; i < rows; ++i) v[i] = load(in + i * in_row, wide);
+  turn<T>(v);
+  for (int64_t j = 0; j < columns; ++j) store(out + j * out_row, v[j], high);
 }
 
 }  // namespace maml::MAML_ISA

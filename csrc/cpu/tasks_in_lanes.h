@@ -166,6 +166,24 @@ struct TasksInLanes : Updates<Vector<T>, T> {
     }
   }
 
+  /// The tasks' arrays [W, size] of an array in lanes; whole lines of them.
+  static void separate(int64_t size, const V* x, T* own) {
+    for (int64_t i = 0; i < size; i += W) {
+      transpose_block<T>(W, W, reinterpret_cast<const T*>(x + i), W, own + i, size);
+    }
+  }
+  /// sum[i] = sum of weight times element i over the first `count` tasks, in their order; whole lines of i.
+  static void add_up(int64_t size, const V* x, int64_t count, const double* weight, double* sum) {
+    alignas(64) T own[W][W];
+    for (int64_t i = 0; i < size; i += W) {
+      transpose_block<T>(W, W, reinterpret_cast<const T*>(x + i), W, own[0], W);
+      for (int64_t j = 0; j < W; ++j) sum[i + j] = weight[0] * static_cast<double>(own[0][j]);
+      for (int64_t lane = 1; lane < count; ++lane) {
+        for (int64_t j = 0; j < W; ++j) sum[i + j] += weight[lane] * static_cast<double>(own[lane][j]);
+      }
+    }
+  }
+
   /// One task's part of an array, and back.
   static void take(int64_t size, const V* x, int64_t lane, T* own) {
     const T* from = reinterpret_cast<const T*>(x) + lane;
