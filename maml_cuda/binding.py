@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checks, device, plan, reference
+from . import _core, checks, device, ops, plan, reference
 from .rates import InnerRates, read_rates
 
 AdaptParams = Callable[[str], bool] | Iterable[str] | None
+
+_WATCHED = ("requires_grad", "shape", "dtype", "device")  # of a parameter
 
 
 class Binding:
@@ -27,6 +28,9 @@ class Binding:
         names: the plan's parameters.
         log_std: of a model that returns (mean, log_std), in the plan beside each other: "shared" or "rows" (Plan).
         fits: signatures of calls that the layers are known to fit.
+        on: the type of the model's device.
+        plain: whether its parameters are torch's own, no subclass that would want to see what is done with them.
+        problems: of meta-steps whose arguments have passed every check, by their signature (ops.signature).
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class Binding:
         self.fits: set = set()
         self._slots: list[tuple[dict[str, Any], str]] = []  # the plan's parameters and rate tensors
         self._has_gradient: list[bool] = []
+        self._all_have_gradient = False
         self.can_step = inner_steps > 0 or not _has_no_rate(inner_lr)
         checks.one_dtype_and_device(model.parameters())
         self._inner_lr = inner_lr
@@ -71,7 +76,11 @@ class Binding:
         self._values = [value for d in self._dicts for value in d.values()]
         self._hooks = [getattr(m, hooks) for m in modules for hooks in plan.HOOKS] + list(plan.GLOBAL_HOOKS)
         self._hooked = any(self._hooks)
-        self._parameters = [(p, p.requires_grad, p.shape, p.dtype, p.device) for p in model.parameters()]
+        self._parameters = list(model.parameters())
+        self._attributes = [getattr(p, name) for p in self._parameters for name in _WATCHED]
+        self.on = self.like().device.type
+        self.plain = all(map(ops.is_plain, self._parameters))
+        self.problems: dict[tuple, Any] = {}
 
     def holds(self, loss: str | Callable, inner_lr: float | Tensor | InnerRates, inner_steps: int) -> bool:
         """Whether nothing has changed that the plan depends on: the modules and their attributes (flags, options, an
@@ -81,12 +90,10 @@ class Binding:
             return False
         if any(self._hooks) is not self._hooked:
             return False
-        values = [value for d in self._dicts for value in d.values()]
-        if len(values) != len(self._values) or not all(map(operator.is_, values, self._values)):
+        if not _core.same_values(self._dicts, self._values):
             return False
-        for p, requires_grad, shape, dtype, where in self._parameters:
-            if p.requires_grad is not requires_grad or p.dtype is not dtype or p.shape != shape or p.device != where:
-                return False
+        if not _core.same_attributes(self._parameters, _WATCHED, self._attributes):
+            return False
         return all(rate.requires_grad is learned for rate, learned in self._rates)
 
     def like(self) -> Tensor:
@@ -97,19 +104,23 @@ class Binding:
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         """The plan's parameters, and its rate tensors in the model's dtype."""
+        tensors = [owner[key] for owner, key in self._slots]
         count = len(self.names)
-        parameters = [owner[key] for owner, key in self._slots[:count]]
-        dtype = parameters[0].dtype
-        rates = [owner[key] for owner, key in self._slots[count:]]
-        return parameters, [r if r.dtype == dtype else r.to(dtype) for r in rates]
+        if len(tensors) == count:
+            return tensors, []
+        dtype = tensors[0].dtype
+        return tensors[:count], [r if r.dtype == dtype else r.to(dtype) for r in tensors[count:]]
 
     def with_gradient(self, tensors: list[Tensor]) -> list[Tensor]:
         """Those of parameters + rate tensors that have a place in the flat gradient."""
+        if self._all_have_gradient:
+            return tensors
         return [t for t, yes in zip(tensors, self._has_gradient, strict=True) if yes]
 
     def give_up(self, why_not: str) -> None:
         """From the plan to the general path: no fused layer fits the data."""
         self.backend, self.why_not, self.served_by = "reference", why_not, {}
+        self.problems.clear()
 
     def _trace(
         self,
@@ -178,6 +189,7 @@ class Binding:
             entry["rate_tensor"] = len(tensors) - 1 if rate.elementwise else shared[id(rate.value)]
         self._slots += owners
         self._has_gradient = [d["role"] != "frozen" for d in described] + [t["learned"] for t in tensors]
+        self._all_have_gradient = all(self._has_gradient)
         return {"parameters": described, "rate_tensors": tensors}
 
     def _owner_of_rate(self, name: str, rate: Tensor) -> tuple[dict[str, Any], str]:

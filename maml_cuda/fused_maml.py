@@ -266,19 +266,18 @@ class FusedMAML(nn.Module):
             ValueError, TypeError: shapes, dtypes, devices or labels that do not fit; no parameter is touched.
         """
         binding = self._binding()
-        like = binding.like()
-        if torch.is_autocast_enabled(like.device.type):
+        if torch.is_autocast_enabled(binding.on):
+            like = binding.like()
             x_spt, x_qry = _in_dtype_of(like, x_spt), _in_dtype_of(like, x_qry)
-        fused = binding.backend != "reference" and self.query_weights is None
-        if self.query_weights is not None and binding.backend != "reference":
-            binding.give_up("query_weights are not fused yet")
-            self._fall_back(binding)
-        checks.data("x_spt", x_spt, "y_spt", y_spt, like, self.loss, fused)
-        checks.data("x_qry", x_qry, "y_qry", y_qry, like, self.loss, fused)
-        checks.same_tasks(x_spt, x_qry)
+        watched = self.query_weights is not None or not binding.plain
+        signature = None if watched else ops.signature(x_spt, y_spt, x_qry, y_qry)
+        key = (signature, self.first_order)
+        problem = binding.problems.get(key) if signature else None
+        if problem is None:
+            self._check_episode(binding, x_spt, y_spt, x_qry, y_qry)
         if task_weights is not None:
             checks.task_weights(task_weights, x_spt)
-        if not (fused and self._fits(binding, x_spt, x_spt.shape[1], x_qry.shape[1])):
+        if problem is None and not self._serves(binding, x_spt, x_qry):
             loss, task_losses, logits, support_losses, reached = general.meta_step(
                 self.model, self.loss, self._rates(), list(self.parameters()), x_spt, y_spt, x_qry, y_qry,
                 self.inner_steps, self.first_order, task_weights,
@@ -291,6 +290,13 @@ class FusedMAML(nn.Module):
         self._look_at_labels(binding, x_spt, y_spt=y_spt, y_qry=y_qry)
         parameters, rates = binding.tensors()
         gradient = torch.is_grad_enabled()
+        if problem is not None and (not rates or all(map(ops.is_plain, rates))):
+            loss, task_losses, logits, support_losses, flat = ops.meta_step(
+                problem, parameters, rates, x_spt, y_spt, x_qry, y_qry, task_weights, self.inner_steps, gradient
+            )
+            if gradient:
+                loss = ops.attached(loss, flat, binding.with_gradient(parameters + rates))
+            return MetaOutput(loss, task_losses, logits, support_losses)
         loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
             parameters, rates, x_spt, targets.tensors(y_spt), x_qry, targets.tensors(y_qry), task_weights, binding.text,
             self.inner_steps, self.first_order, gradient,
@@ -298,6 +304,10 @@ class FusedMAML(nn.Module):
         logits = mean_of(_as_returned(binding, logits))
         if gradient:
             loss = torch.ops.maml_cuda.attach(loss, flat, binding.with_gradient(parameters + rates))
+        if signature:  # the next call of its kind has nothing to check and goes past the dispatcher
+            binding.problems[key] = ops.meta_problem(
+                binding.text, x_spt, x_qry, self.inner_steps, self.first_order, gradient
+            )
         return MetaOutput(loss, task_losses, logits, support_losses)
 
     def adapt(
@@ -477,6 +487,19 @@ class FusedMAML(nn.Module):
         return self._trainable_of(reached, products, parameters)
 
     # -- helpers ----------------------------------------------------------------------------------------------
+
+    def _check_episode(self, binding: Binding, x_spt: Tensor, y_spt: Target, x_qry: Tensor, y_qry: Target) -> None:
+        if self.query_weights is not None and binding.backend != "reference":
+            binding.give_up("query_weights are not fused yet")
+            self._fall_back(binding)
+        like, fused = binding.like(), binding.backend != "reference"
+        checks.data("x_spt", x_spt, "y_spt", y_spt, like, self.loss, fused)
+        checks.data("x_qry", x_qry, "y_qry", y_qry, like, self.loss, fused)
+        checks.same_tasks(x_spt, x_qry)
+
+    def _serves(self, binding: Binding, x_spt: Tensor, x_qry: Tensor) -> bool:
+        """Whether fused layers do."""
+        return binding.backend != "reference" and self._fits(binding, x_spt, x_spt.shape[1], x_qry.shape[1])
 
     def _look_at_labels(self, binding: Binding, x: Tensor, **given: Target) -> None:
         """Where check_labels asks for it on a GPU; the CPU's ops look by themselves."""

@@ -2,7 +2,8 @@
 
 An op is a pure function of its tensors and of `plan`, the JSON text of a plan (binding.py writes it), so that a
 compiled or exported program needs nothing else. Ops that compute have no autograd of their own; `attach`, `adapt` and
-`predict` do: one node each, whose backward is one more op and can be differentiated no further.
+`predict` do: one node each, whose backward is one more op and can be differentiated no further. A meta-step that nobody
+watches (`signature`) does without the dispatcher, which would take a third of a small one: `meta_step` and `attached`.
 
     meta_gradient   loss, task losses, logits, support losses, the flat gradient of parameters and learned rates
     attach          the loss again, with that gradient as its backward
@@ -19,7 +20,7 @@ import json
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -137,6 +138,31 @@ def workspace_bytes(plan: str, x_spt: Tensor, x_qry: Tensor, steps: int, first_o
     return problem.workspace_bytes(x_spt, tasks)
 
 
+def is_plain(t: Any) -> bool:
+    """Whether it is a tensor of torch's own, and its memory holds what it says."""
+    return (type(t) is Tensor or type(t) is torch.nn.Parameter) and not t.is_neg()
+
+
+def signature(*data: Any) -> tuple | None:
+    """All of these tensors that their checks look at, as a key; None where going past the dispatcher would be seen: by
+    a compiler or trace, a mode, a transform, a profiler, autograd on the data, or a subclass of Tensor."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return None
+    key: list[Any] = [torch.is_grad_enabled()]
+    for t in data:
+        if type(t) is not Tensor or t.requires_grad or t.is_neg():
+            return None
+        key += t.shape, t.dtype, t.device
+    return tuple(key)
+
+
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     """0 says absent."""
     return [0 if t is None else t.data_ptr() for t in tensors]
@@ -202,12 +228,32 @@ def _meta_gradient(
     y_qry: TargetList,
     task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    tasks, n_support, *sample = x_spt.shape
-    operation = "meta_gradient" if gradient else "meta_loss"
-    double = x_spt.dtype == torch.float64
-    problem = _problem(plan, operation, tuple(sample), n_support, x_qry.shape[1], steps, first_order, double)
+    problem = meta_problem(plan, x_spt, x_qry, steps, first_order, gradient)
     support, query = problem.data("y_spt", x_spt, y_spt), problem.data("y_qry", x_qry, y_qry)
+    return meta_step(problem, parameters, rates, support, query, task_weights, steps, gradient)
+
+
+def meta_problem(plan: str, x_spt: Tensor, x_qry: Tensor, steps: int, first_order: bool, gradient: bool) -> _Problem:
+    """What `meta_step` needs beside tensors."""
+    operation = "meta_gradient" if gradient else "meta_loss"
+    sample = tuple(x_spt.shape[2:])
+    double = x_spt.dtype == torch.float64
+    return _problem(plan, operation, sample, x_spt.shape[1], x_qry.shape[1], steps, first_order, double)
+
+
+def meta_data(x: Tensor, y: Tensor) -> list[Tensor | None]:
+    """_Problem.data of tensors that have been checked."""
+    return [x.contiguous(), y.contiguous(), None, None]
+
+
+def meta_step(
+    problem: _Problem, parameters: list[Tensor], rates: list[Tensor], support: list[Tensor | None],
+    query: list[Tensor | None], task_weights: Tensor | None, steps: int, gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The op meta_gradient, on data that have been checked."""
+    x_spt, x_qry = cast(Tensor, support[0]), cast(Tensor, query[0])
     parameters, rates = _dense(parameters), _dense(rates)
+    tasks = x_spt.shape[0]
     outputs = _meta_outputs(x_qry, tasks, problem.prediction, steps, problem.gradient_size if gradient else 0)
     loss, task_losses, logits, support_losses, flat = outputs
     if task_weights is not None:
@@ -512,6 +558,26 @@ class _Attach(torch.autograd.Function):
         (flat,) = ctx.saved_tensors
         grads = _cut(flat.mul(grad), ctx.inputs)
         return (None, None, *_once("a meta-gradient", grads, [grad, *ctx.inputs]))
+
+
+class _Attached(_Attach):
+    """The same for a loss that nobody else holds, so that it need not be copied."""
+
+    @staticmethod
+    def forward(ctx: Any, held: tuple[Tensor, Tensor], *inputs: Tensor) -> Tensor:  # type: ignore[override]
+        loss, flat = held
+        ctx.save_for_backward(flat)
+        ctx.inputs = inputs
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Attach.backward(ctx, grad)[1:]
+
+
+def attached(loss: Tensor, flat: Tensor, inputs: list[Tensor]) -> Tensor:
+    """The op attach, past the dispatcher, on a fresh loss."""
+    return _Attached.apply((loss, flat), *inputs)
 
 
 _LIBRARY.define("attach(Tensor loss, Tensor flat, Tensor[] inputs) -> Tensor")

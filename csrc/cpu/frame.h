@@ -61,6 +61,10 @@ Framed<T> framed(const T* x, int64_t samples, const Image& image, const Frame& f
 /// offsets[m] of samples x rows x columns positions.
 inline void fill_offsets(int64_t samples, int64_t rows, int64_t columns, int64_t start, int64_t sample_stride,
                          int64_t row_stride, int64_t column_stride, int32_t* offsets) {
+  if (rows * columns == 1) {  // a linear layer
+    for (int64_t s = 0; s < samples; ++s) offsets[s] = static_cast<int32_t>(start + s * sample_stride);
+    return;
+  }
   for (int64_t s = 0; s < samples; ++s) {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = start + s * sample_stride + i * row_stride;

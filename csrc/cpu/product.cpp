@@ -1,6 +1,7 @@
 #include "product.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "share.h"
 
@@ -9,22 +10,73 @@ namespace {
 
 constexpr int kMostVectors = MAML_REGISTERS >= 32 ? 4 : 2;
 constexpr int most_rows(int vectors) {
-  return vectors > 2 ? 6 : MAML_REGISTERS >= 32 ? 8 : vectors > 1 ? 6 : 8;
+  return vectors > 3 ? 6 : MAML_REGISTERS >= 32 ? 8 : vectors > 1 ? 6 : 8;
 }
 
-/// R rows of c from row m on, V vectors wide from column j on; Masked: the last vector is `lanes`.
-template <class T, int R, int V, bool Masked>
-inline void gather_block(const Gather<T>& p, int64_t m, int64_t j, const Lanes<T>& lanes) {
-  constexpr int W = kLanes<T>;
-  auto read = [&](const T* from, int v) {
-    return Masked && v == V - 1 ? load(from + v * W, lanes) : load(from + v * W);
-  };
-  Vector<T> sum[R][V];
+/// The end of a row: Lanes of one more vector, HalfLanes of a half one, or none.
+template <class T>
+struct NoLanes {
+  using V = Vector<T>;
+};
+
+/// A piece of R rows in registers: V whole vectors and the end of each.
+template <class T, int R, int V, class End>
+struct Piece {
+  static constexpr int W = kLanes<T>;
+  static constexpr bool kEnd = !std::is_same_v<End, NoLanes<T>>;
+  Vector<T> whole[R][V > 0 ? V : 1];
+  typename End::V end[R];
+
+  /// Row r from memory.
+  void read(int r, const T* from, const End& lanes) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) whole[r][v] = load(from + v * W);
+    if constexpr (kEnd) end[r] = load(from + V * W, lanes);
+  }
+  void zero(int r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) whole[r][v] = Vector<T>{};
+    if constexpr (kEnd) end[r] = typename End::V{};
+  }
+  /// Row r += x * the row of `b`.
+  void add_product(int r, T x, const Piece<T, 1, V, End>& b) {
+    const Vector<T> factor = broadcast(x);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) whole[r][v] += factor * b.whole[0][v];
+    if constexpr (kEnd) {
+      if constexpr (sizeof(typename End::V) == sizeof(Vector<T>)) {
+        end[r] += factor * b.end[0];
+      } else {
+        end[r] += half<T>(factor) * b.end[0];
+      }
+    }
+  }
+  void add(int r, const T* from, const End& lanes) {
+    Piece<T, 1, V, End> b;
+    b.read(0, from, lanes);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) whole[r][v] += b.whole[0][v];
+    if constexpr (kEnd) end[r] += b.end[0];
+  }
+  void write(int r, T* to, const End& lanes) const {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(to + v * W, whole[r][v]);
+    if constexpr (kEnd) store(to + V * W, end[r], lanes);
+  }
+};
+
+/// R rows of c from row m on, a piece wide from column j on.
+template <class T, int R, int V, class End>
+inline void gather_block(const Gather<T>& p, int64_t m, int64_t j, const End& lanes) {
+  Piece<T, R, V, End> sum;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      sum[r][v] = p.add ? read(p.c + p.c_row[m + r] + j, v) : p.bias ? read(p.bias + j, v) : Vector<T>{};
+    if (p.add) {
+      sum.read(r, p.c + p.c_row[m + r] + j, lanes);
+    } else if (p.bias) {
+      sum.read(r, p.bias + j, lanes);
+    } else {
+      sum.zero(r);
     }
   }
   for (int t = 0; t < p.terms; ++t) {
@@ -34,137 +86,107 @@ inline void gather_block(const Gather<T>& p, int64_t m, int64_t j, const Lanes<T
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) a[r] = p.term[t].a + p.row[m + r] + p.runs.offset[run];
       for (int64_t i = 0; i < p.runs.length; ++i, b += p.n) {
-        Vector<T> column[V];
+        Piece<T, 1, V, End> row;
+        row.read(0, b, lanes);
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) column[v] = read(b, v);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          const Vector<T> x = broadcast(a[r][i]);
-#pragma GCC unroll 8
-          for (int v = 0; v < V; ++v) sum[r][v] += x * column[v];
-        }
+        for (int r = 0; r < R; ++r) sum.add_product(r, a[r][i], row);
       }
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    T* c = p.c + p.c_row[m + r] + j;
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      if (Masked && v == V - 1) {
-        store(c + v * W, sum[r][v], lanes);
-      } else {
-        store(c + v * W, sum[r][v]);
-      }
-    }
-  }
+  for (int r = 0; r < R; ++r) sum.write(r, p.c + p.c_row[m + r] + j, lanes);
 }
 
 /// At most R rows from row m on, in one block.
-template <class T, int R, int V, bool Masked>
-void gather_few(const Gather<T>& p, int64_t m, int64_t rows, int64_t j, const Lanes<T>& lanes) {
-  if (rows == R) return gather_block<T, R, V, Masked>(p, m, j, lanes);
-  if constexpr (R > 1) gather_few<T, R - 1, V, Masked>(p, m, rows, j, lanes);
+template <class T, int R, int V, class End>
+void gather_few(const Gather<T>& p, int64_t m, int64_t rows, int64_t j, const End& lanes) {
+  if (rows == R) return gather_block<T, R, V>(p, m, j, lanes);
+  if constexpr (R > 1) gather_few<T, R - 1, V>(p, m, rows, j, lanes);
 }
 
 /// Blocks of R rows, and two like ones of what is more than R at the end.
-template <class T, int R, int V, bool Masked>
-void gather_rows(const Gather<T>& p, int64_t m, int64_t end, int64_t j, const Lanes<T>& lanes) {
-  for (; end - m >= 2 * R || end - m == R; m += R) gather_block<T, R, V, Masked>(p, m, j, lanes);
+template <class T, int R, int V, class End>
+void gather_rows(const Gather<T>& p, int64_t m, int64_t end, int64_t j, const End& lanes) {
+  for (; end - m >= 2 * R || end - m == R; m += R) gather_block<T, R, V>(p, m, j, lanes);
   if (end - m > R) {
     const int64_t rows = (end - m + 1) / 2;
-    gather_few<T, R, V, Masked>(p, m, rows, j, lanes);
+    gather_few<T, R, V>(p, m, rows, j, lanes);
     m += rows;
   }
-  if (m < end) gather_few<T, R, V, Masked>(p, m, end - m, j, lanes);
+  if (m < end) gather_few<T, R, V>(p, m, end - m, j, lanes);
 }
 
 /// R rows of d from element k of a run on, over the pixels [m0, m1).
-template <class T, int R, int V, bool Masked>
+template <class T, int R, int V, class End>
 inline void outer_block(const Outer<T>& p, int64_t offset, T* d, int64_t m0, int64_t m1, int64_t j, bool add,
-                        const Lanes<T>& lanes) {
-  constexpr int W = kLanes<T>;
-  auto read = [&](const T* from, int v) {
-    return Masked && v == V - 1 ? load(from + v * W, lanes) : load(from + v * W);
-  };
-  Vector<T> sum[R][V] = {};
+                        const End& lanes) {
+  Piece<T, R, V, End> sum;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) sum.zero(r);
   for (int t = 0; t < p.terms; ++t) {
     const T* a = p.term[t].a + offset;
     for (int64_t m = m0; m < m1; ++m) {
       const T* g = p.term[t].b + (p.g_row ? p.g_row[m] : m * p.n) + j;
-      Vector<T> row[V];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) row[v] = read(g, v);
+      Piece<T, 1, V, End> row;
+      row.read(0, g, lanes);
       const T* x = a + p.row[m];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Vector<T> factor = broadcast(x[r]);
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) sum[r][v] += factor * row[v];
-      }
+      for (int r = 0; r < R; ++r) sum.add_product(r, x[r], row);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      T* to = d + r * p.n + j + v * W;
-      const bool masked = Masked && v == V - 1;
-      Vector<T> value = sum[r][v];
-      if (add) value += masked ? load(to, lanes) : load(to);
-      if (masked) {
-        store(to, value, lanes);
-      } else {
-        store(to, value);
-      }
-    }
+    if (add) sum.add(r, d + r * p.n + j, lanes);
+    sum.write(r, d + r * p.n + j, lanes);
   }
 }
 
-template <class T, int R, int V, bool Masked>
+template <class T, int R, int V, class End>
 void outer_rows(const Outer<T>& p, int run, int64_t i, int64_t end, int64_t m0, int64_t m1, int64_t j,
-                bool add, const Lanes<T>& lanes) {
+                bool add, const End& lanes) {
   for (; i + R <= end; i += R) {
-    outer_block<T, R, V, Masked>(p, p.runs.offset[run] + i, p.d + (p.runs.weight_of(run) + i) * p.n, m0, m1,
-                                 j, add, lanes);
+    outer_block<T, R, V>(p, p.runs.offset[run] + i, p.d + (p.runs.weight_of(run) + i) * p.n, m0, m1, j, add,
+                         lanes);
   }
   if constexpr (R > 1) {
-    if (i < end) outer_rows<T, R / 2, V, Masked>(p, run, i, end, m0, m1, j, add, lanes);
+    if (i < end) outer_rows<T, R / 2, V>(p, run, i, end, m0, m1, j, add, lanes);
   }
 }
 
-/// Cuts n columns into the widest blocks that fit: f.template operator()<V, Masked>(j, lanes).
+/// Cuts n columns into the widest pieces that fit: f.template operator()<V>(j, end of a row).
 template <class T, class F>
 void columns(int64_t n, F f) {
   constexpr int W = kLanes<T>;
   int64_t j = 0;
-  const Lanes<T> all(W);
-  for (; j + kMostVectors * W <= n; j += kMostVectors * W) f.template operator()<kMostVectors, false>(j, all);
-  const int64_t rest = n - j;
-  if (rest == 0) return;
-  const int64_t vectors = (rest + W - 1) / W;
-  const Lanes<T> lanes(rest - (vectors - 1) * W);
-  const bool masked = rest % W != 0;
+  for (; j + kMostVectors * W <= n; j += kMostVectors * W)
+    f.template operator()<kMostVectors>(j, NoLanes<T>());
+  const int64_t vectors = (n - j) / W, rest = (n - j) % W;
   auto with = [&]<int V>() {
-    if (masked) {
-      f.template operator()<V, true>(j, lanes);
-    } else {
-      f.template operator()<V, false>(j, all);
+    if (rest > kHalf<T>) {
+      f.template operator()<V>(j, Lanes<T>(rest));
+    } else if (rest > 0) {
+      f.template operator()<V>(j, HalfLanes<T>(rest));
+    } else if constexpr (V > 0) {
+      f.template operator()<V>(j, NoLanes<T>());
     }
   };
+  if (vectors == 0) return with.template operator()<0>();
   if (vectors == 1) return with.template operator()<1>();
-  if (vectors == 2) return with.template operator()<2>();
   if constexpr (kMostVectors > 2) {
-    if (vectors == 3) return with.template operator()<3>();
-    return with.template operator()<4>();
+    if (vectors == 2) return with.template operator()<2>();
+    return with.template operator()<3>();
   }
 }
+
+/// Vectors of a piece, the end of its rows counted.
+template <class T, int V, class End>
+constexpr int kVectors = V + !std::is_same_v<End, NoLanes<T>>;
 
 /// Sums over pixels go through a fresh accumulator of so many: short sums, added up, round less.
 constexpr int64_t kPixels = 256;
 
 /// Threads share rows by the dozen: two register blocks of six, one and a half of eight.
-constexpr int64_t kShareRows = 12;
+constexpr int64_t kShareRows = 24;
 
 }  // namespace
 
@@ -172,24 +194,60 @@ template <class T>
 void gather_product(const Gather<T>& p) {
   const int64_t depth = p.terms * p.runs.count * p.runs.length;
   share(p.m, kShareRows, p.m * p.n * depth, [&](int64_t first, int64_t last) {
-    columns<T>(p.n, [&]<int V, bool Masked>(int64_t j, const Lanes<T>& lanes) {
-      gather_rows<T, most_rows(V), V, Masked>(p, first, last, j, lanes);
+    columns<T>(p.n, [&]<int V, class End>(int64_t j, const End& lanes) {
+      gather_rows<T, most_rows(kVectors<T, V, End>), V>(p, first, last, j, lanes);
     });
   });
 }
 
+namespace {
+
+/// Few columns would leave most lanes idle: where the rows of a are dense, d is computed transposed, a's
+/// elements in the lanes, by the very same sums. False: it is not such a product.
+template <class T>
+bool outer_product_transposed(const Outer<T>& p) {
+  constexpr int64_t kMost = 4096;  // elements of d
+  const int64_t length = p.runs.length;
+  if (p.g_row || p.runs.count != 1 || p.runs.weight_of(0) != 0 || 2 * p.n > kLanes<T> ||
+      length < 2 * kLanes<T> || length * p.n > kMost)
+    return false;
+  bool dense = true;
+  for (int64_t m = 0; m < p.m; ++m) dense &= p.row[m] == p.row[0] + m * length;
+  if (!dense) return false;
+  alignas(64) T turned[kMost];
+  if (p.add) transpose(1, length, p.n, p.d, turned);
+  int32_t row[kPixels];
+  for (int64_t m = 0; m < kPixels; ++m) row[m] = static_cast<int32_t>(m * p.n);
+  const int64_t start = 0;
+  for (int64_t m = 0; m < p.m; m += kPixels) {
+    Outer<T> o{{},     p.terms, {1, p.n, &start}, row, nullptr, std::min(kPixels, p.m - m),
+               length, turned,  p.add || m > 0};
+    for (int t = 0; t < p.terms; ++t) {
+      o.term[t] = {p.term[t].b + m * p.n, p.term[t].a + p.runs.offset[0] + p.row[0] + m * length};
+    }
+    outer_product(o);
+  }
+  transpose(1, p.n, length, turned, p.d);
+  return true;
+}
+
+}  // namespace
+
 template <class T>
 void outer_product(const Outer<T>& p) {
+  if (outer_product_transposed(p)) return;
   const int64_t rows = p.runs.count * p.runs.length;
   share(rows, kShareRows, p.terms * p.m * p.n * rows, [&](int64_t first, int64_t last) {
     for (int64_t m0 = 0; m0 < p.m; m0 += kPixels) {
       const int64_t m1 = std::min(p.m, m0 + kPixels);
       const bool add = p.add || m0 > 0;
-      columns<T>(p.n, [&]<int V, bool Masked>(int64_t j, const Lanes<T>& lanes) {
+      columns<T>(p.n, [&]<int V, class End>(int64_t j, const End& lanes) {
         for (int run = static_cast<int>(first / p.runs.length); run < p.runs.count; ++run) {
           const int64_t i0 = std::max<int64_t>(0, first - run * p.runs.length);
           const int64_t i1 = std::min(p.runs.length, last - run * p.runs.length);
-          if (i0 < i1) outer_rows<T, most_rows(V), V, Masked>(p, run, i0, i1, m0, m1, j, add, lanes);
+          if (i0 < i1) {
+            outer_rows<T, most_rows(kVectors<T, V, End>), V>(p, run, i0, i1, m0, m1, j, add, lanes);
+          }
         }
       });
     }

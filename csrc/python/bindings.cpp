@@ -11,6 +11,7 @@
 #include "../cuda/backend.h"
 #endif
 #include "episodes.h"
+#include "watch.h"
 
 namespace py = pybind11;
 
@@ -391,6 +392,10 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
   m.attr("cuda_architectures") = "";
 #endif
   maml::bind_episodes(m);
+  m.def("same_values", &maml::same_values, py::arg("dicts"), py::arg("values"),
+        "Whether the values of the dicts, one after the other, are the very objects in the list.");
+  m.def("same_attributes", &maml::same_attributes, py::arg("objects"), py::arg("names"), py::arg("values"),
+        "Whether the objects' attributes, all names of one object after the other, equal the list.");
   m.def("instruction_sets", &maml::cpu::instruction_sets, "Instruction sets in this build, widest first.");
   m.def("cpu_isa", [] { return maml::cpu::backend().isa; }, "The instruction set in use.");
   m.attr("version") = MAML_CUDA_VERSION;

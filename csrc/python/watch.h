@@ -1,0 +1,39 @@
+// What Python asks at every call, so that it must be quick: whether the objects that a plan was made from are
+// still the same.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace maml {
+
+/// Whether the values of the dicts, one dict after the other, are the very objects in the list.
+inline bool same_values(const pybind11::list& dicts, const pybind11::list& values) {
+  Py_ssize_t count = 0;
+  const Py_ssize_t size = PyList_GET_SIZE(values.ptr());
+  for (pybind11::handle dict : dicts) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value); ++count) {
+      if (count == size || PyList_GET_ITEM(values.ptr(), count) != value) return false;
+    }
+  }
+  return count == size;
+}
+
+/// Whether attributes of the objects, all names of one object after the other, equal those in the list.
+inline bool same_attributes(const pybind11::list& objects, const pybind11::tuple& names,
+                            const pybind11::list& values) {
+  size_t at = 0;
+  for (pybind11::handle object : objects) {
+    for (pybind11::handle name : names) {
+      const auto value =
+          pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(object.ptr(), name.ptr()));
+      if (!value) throw pybind11::error_already_set();
+      const int same = PyObject_RichCompareBool(value.ptr(), PyList_GET_ITEM(values.ptr(), at++), Py_EQ);
+      if (same < 0) throw pybind11::error_already_set();
+      if (!same) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace maml
