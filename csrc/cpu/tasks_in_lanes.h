@@ -34,7 +34,7 @@ struct LaneProduct {
 
  private:
   static constexpr int64_t kBlock = 256;
-  static constexpr int kRows = 4, kColumns = MAML_REGISTERS >= 32 ? 5 : 2;
+  static constexpr int kRows = MAML_REGISTERS >= 32 ? 5 : 4, kColumns = MAML_REGISTERS >= 32 ? 5 : 2;
 
   template <int R, bool Blocks>
   void rows(int64_t q0, int64_t q1, bool adds) const {
