@@ -290,24 +290,25 @@ class FusedMAML(nn.Module):
         self._look_at_labels(binding, x_spt, y_spt=y_spt, y_qry=y_qry)
         parameters, rates = binding.tensors()
         gradient = torch.is_grad_enabled()
-        if problem is not None and (not rates or all(map(ops.is_plain, rates))):
+        attach: Callable[..., Tensor] = torch.ops.maml_cuda.attach
+        if problem is not None and all(map(ops.is_plain, rates)):
+            attach = ops.attached
+            support, query = ops.meta_data(x_spt, y_spt), ops.meta_data(x_qry, y_qry)
             loss, task_losses, logits, support_losses, flat = ops.meta_step(
-                problem, parameters, rates, x_spt, y_spt, x_qry, y_qry, task_weights, self.inner_steps, gradient
+                problem, parameters, rates, support, query, task_weights, self.inner_steps, gradient
             )
-            if gradient:
-                loss = ops.attached(loss, flat, binding.with_gradient(parameters + rates))
-            return MetaOutput(loss, task_losses, logits, support_losses)
-        loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
-            parameters, rates, x_spt, targets.tensors(y_spt), x_qry, targets.tensors(y_qry), task_weights, binding.text,
-            self.inner_steps, self.first_order, gradient,
-        )  # fmt: skip
-        logits = mean_of(_as_returned(binding, logits))
+        else:
+            loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
+                parameters, rates, x_spt, targets.tensors(y_spt), x_qry, targets.tensors(y_qry), task_weights,
+                binding.text, self.inner_steps, self.first_order, gradient,
+            )  # fmt: skip
         if gradient:
-            loss = torch.ops.maml_cuda.attach(loss, flat, binding.with_gradient(parameters + rates))
-        if signature:  # the next call of its kind has nothing to check and goes past the dispatcher
+            loss = attach(loss, flat, binding.with_gradient(parameters + rates))
+        if signature and problem is None:  # the next call of its kind has nothing to check: past the dispatcher
             binding.problems[key] = ops.meta_problem(
                 binding.text, x_spt, x_qry, self.inner_steps, self.first_order, gradient
             )
+        logits = mean_of(_as_returned(binding, logits))
         return MetaOutput(loss, task_losses, logits, support_losses)
 
     def adapt(

@@ -241,8 +241,8 @@ def meta_problem(plan: str, x_spt: Tensor, x_qry: Tensor, steps: int, first_orde
     return _problem(plan, operation, sample, x_spt.shape[1], x_qry.shape[1], steps, first_order, double)
 
 
-def meta_data(x: Tensor, y: Tensor) -> list[Tensor | None]:
-    """_Problem.data of tensors that have been checked."""
+def meta_data(x: Tensor, y: Any) -> list[Tensor | None]:
+    """_Problem.data of tensors, y among them, that have been checked."""
     return [x.contiguous(), y.contiguous(), None, None]
 
 
