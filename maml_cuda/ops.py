@@ -103,6 +103,7 @@ class _Problem:
         Raises:
             ValueError: a target that does not fit the prediction.
         """
+        y = [None if t is None else t.resolve_neg() for t in y]  # which the dispatcher leaves to us in a list
         target: Target = PolicyTarget(*y) if self.loss in POLICY_LOSSES else y[0]  # type: ignore[arg-type,assignment]
         checks.target(name, self.loss, target, self.target)
         if isinstance(target, Tensor):
