@@ -22,6 +22,13 @@ def image(*layers: nn.Module) -> tuple[nn.Module, tuple[int, ...]]:
     return nn.Sequential(nn.Conv2d(16, 16, 1), *layers), (16, 28, 28)
 
 
+def with_statistics(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    """In eval mode, and not said to have seen no batch."""
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.fill_(1)
+    return norm.eval()
+
+
 NETS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
     "linear": lambda: (nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100)), (100,)),
     "linear, tasks in lanes": lambda: (nn.Sequential(nn.Linear(8, 40), nn.Linear(40, 8)), (8,)),
@@ -30,6 +37,7 @@ NETS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
     "conv2d, in tiles": lambda: image(nn.Conv2d(16, 64, 3, padding=1), nn.Conv2d(64, 16, 3, padding=1)),
     "conv2d, stride 2": lambda: image(nn.Conv2d(16, 32, 3, 2, 1)),
     "batch_norm": lambda: (nn.Sequential(nn.BatchNorm2d(16)), (16, 28, 28)),
+    "running_norm": lambda: image(with_statistics(nn.BatchNorm2d(16))),
     "conv_block": lambda: image(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32)),
     "conv_block, pooled": lambda: image(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.MaxPool2d(2)),
     "stem": lambda: (nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32)), (3, 84, 84)),

@@ -22,6 +22,8 @@ struct Call {
   const T* x_query = nullptr;
   Target<T> y_query;
   const T* task_weights = nullptr;  // [tasks]; null: 1 / tasks for meta_gradient, else 1
+  const T* query_weights =
+      nullptr;  // [steps + 1], of the query loss at each phi_k; where the problem has them
   std::vector<const T*>
       given;  // adapt_backward: cotangents; hvp and fisher: directions; one a parameter; null: zero
   std::vector<int64_t> given_strides;  // predict_backward: the cotangent of the prediction

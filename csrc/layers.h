@@ -16,6 +16,7 @@ enum class Kind {
   flatten,
   conv2d,
   batch_norm,
+  running_norm,
   pointwise,
   max_pool,
   avg_pool,
@@ -69,7 +70,7 @@ struct Layer {
   Window window;
   Function function = Function::relu;
   double a = 0, b = 0, c = 1;  // constants of `function`; append: the floor a
-  double eps = 0;              // batch_norm, block and stem
+  double eps = 0;              // of every normalisation
   bool count_padding = true;   // avg_pool: padding counts in the divisor
   bool pooled = false;  // a max-pool comes last: block: over `window`; others: of 2 x 2 pixels, each in one
   Image between{};      // patch_gram, stem and conv_block: the convolution's output
@@ -96,7 +97,8 @@ struct Tensors {
   T* grad_x_dot[2] = {};
   const T* grad_y_dot = nullptr;
 
-  const T* w[kMostParameters] = {};  // weight and bias; gamma and beta; stem: all four
+  const T* w[kMostParameters] = {};  // weight and bias; gamma and beta; stem: all four;
+                                     // running_norm: gamma, beta, mean and variance
   T* grad_w[kMostParameters] = {};
   const T* w_dot[kMostParameters] = {};
   T* grad_w_dot[kMostParameters] = {};

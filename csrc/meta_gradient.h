@@ -8,6 +8,11 @@
 // where H maps a direction on the adapted parameters to a cotangent on all trainable ones; first order: v_k =
 // v_{k+1}. The task's meta-gradient is v_0 (Finn, Abbeel, Levine 2017, equation 1). H v is
 // forward-over-reverse (Pearlmutter 1994): a tangent pass forward and one backward beside the primal pass.
+// Where the query losses at several phi_k count (Antoniou, Edwards, Storkey 2019, equation 4), each with its
+// weight w_k: v_K = w_K grad L(phi_K; query), and w_k grad L(phi_k; query) is added to every v_k.
+//
+// A parameter with slots has a value of its own for each inner step: the support pass at phi_k reads slot k,
+// and so does the query pass at phi_{k+1}; its gradients and products go there too, and are zero elsewhere.
 //
 // Where a stage has tiles of samples, each of them goes through the passes by itself, and gradients, products
 // and losses are added up in their order. The state of one tile alone is kept, so a product runs its gradient
@@ -35,6 +40,7 @@ struct Walk {
   const Packing& packing;
   const Stage& stage;
   int64_t tile;
+  int slot;        // the inner step whose slots are read and written
   const T* x;      // [n, ...] the data of this task
   const T* theta;  // packed parameters; the adapted ones are read at phi
   const T* phi;
@@ -101,7 +107,7 @@ struct Walk {
 
   template <class P>
   P* parameter(int p, P* packed, int64_t limit) const {
-    return p < 0 || packing.at[p] >= limit ? nullptr : packed + packing.at[p];
+    return p < 0 || packing.at[p] >= limit ? nullptr : packed + packing.at_step(p, slot);
   }
 
   Layer layer(const Stage::Step& s) const {
@@ -126,7 +132,7 @@ struct Walk {
     for (int j = 0; j < kMostParameters; ++j) {
       t.add_w[j] = s.add_w[j] || tile > 0;
       const int p = s.parameters[j];
-      if (p >= 0) t.w[j] = (packing.at[p] < packing.adapted ? phi : theta) + packing.at[p];
+      if (p >= 0) t.w[j] = (packing.at[p] < packing.adapted ? phi : theta) + packing.at_step(p, slot);
       t.w_dot[j] = parameter(p, direction, direction ? packing.adapted : 0);
     }
     // Of the value that a convolution writes and a normalisation reads, whichever of them this is.
@@ -169,6 +175,7 @@ struct Task {
 ///   retreat(size, product, v, rates, out)  v -= product, then out = rate v where wanted
 ///   rate_gradient(rates, g, v, result) result at each rate's gradient -= g v, summed where one rate serves
 ///   all
+///   add_weighted(k, size, x, y)  y += w_k x, w the weights of the query losses
 ///   copy(size, from, to)        zero(size, to)
 ///   beside(f)  where it can, f(backend) beside all that is asked for until join(), and true; or false
 template <class Backend, class T>
@@ -189,6 +196,7 @@ class TaskRunner {
     g_ = take(p_.kept_gradients() * p_.packing.adapted);
     direction_ = take(p_.packing.adapted);
     product_ = take(p_.packing.trainable);
+    loss_ = take(whole_lines(p_.weighs_queries() ? 1 : 0));
   }
 
   void run() {
@@ -217,23 +225,20 @@ class TaskRunner {
  private:
   void meta_gradient() {
     const Part part = beside_the_inner_loop();
-    for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
-      const auto query = at_query(tile);
-      query.forward(part);
-      loss(query, task_.y_query, task_.query_loss);
-      give_logits(query);
-      query.backward(task_.result, p_.packing.trainable);
+    if (p_.weighs_queries()) {
+      backend_.zero(1, task_.query_loss);
+      backend_.zero(p_.packing.trainable, task_.result);
     }
+    query(p_.steps, part, true);
     outer_loop();
   }
 
   void meta_loss() {
     const Part part = beside_the_inner_loop();
-    for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
-      const auto query = at_query(tile);
-      query.forward(part);
-      loss(query, task_.y_query, task_.query_loss);
-      give_logits(query);
+    if (p_.weighs_queries()) backend_.zero(1, task_.query_loss);
+    query(p_.steps, part, false);
+    for (int k = p_.steps - 1; k >= 0; --k) {
+      if (p_.queries(k)) query(k, Part::all, false);
     }
   }
 
@@ -251,7 +256,7 @@ class TaskRunner {
 
   void predict() {
     for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
-      const auto query = at_query(tile);
+      const auto query = at_query(p_.steps, tile, backend_);
       query.forward(Part::all);
       give_logits(query);
     }
@@ -259,7 +264,7 @@ class TaskRunner {
 
   void predict_backward() {
     for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
-      const auto query = at_query(tile);
+      const auto query = at_query(p_.steps, tile, backend_);
       query.forward(Part::all);
       backend_.copy(query.samples() * classes(p_.query), task_.given + query.first() * classes(p_.query),
                     query.grad(p_.query.output));
@@ -288,7 +293,7 @@ class TaskRunner {
       if (p_.second_order()) backend_.descend(p_.rates_of(k), p, product_, p);
     }
     for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
-      const auto query = at_query(tile);
+      const auto query = at_query(p_.steps, tile, backend_);
       const int output = p_.query.output;
       query.forward(Part::all);
       query.forward_tangent(p);
@@ -304,7 +309,7 @@ class TaskRunner {
   Part beside_the_inner_loop() {
     const bool beside =
         p_.query.tiles == 1 && p_.query.has_constants && backend_.beside([&](const Backend& backend) {
-          auto query = at_query(0, backend);
+          auto query = at_query(p_.steps, 0, backend);
           query.scratch = query.step + std::max<int64_t>(p_.query.constants_scratch_at, 0);
           query.forward(Part::constant);
         });
@@ -321,18 +326,43 @@ class TaskRunner {
     }
   }
 
+  /// The query loss at phi_k, of whose pass `part` is left, and, if wanted, its gradient: to `query_loss` and
+  /// `result`, or added to them with the weight of k. Where it does not count there are the logits, of phi_K.
+  void query(int k, Part part, bool gradient) {
+    const bool weighs = p_.weighs_queries(), counts = p_.queries(k);
+    T *value = weighs ? loss_ : task_.query_loss, *v = weighs ? product_ : task_.result;
+    gradient = gradient && counts;
+    if (gradient) clear_slots(v);
+    for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
+      const auto query = at_query(k, tile, backend_);
+      query.forward(part);
+      if (counts) loss(query, task_.y_query, value);
+      if (k == p_.steps) give_logits(query);
+      if (gradient) query.backward(v, p_.packing.trainable);
+    }
+    if (!weighs || !counts) return;
+    backend_.add_weighted(k, 1, loss_, task_.query_loss);
+    if (gradient) backend_.add_weighted(k, p_.packing.trainable, product_, task_.result);
+  }
+
   /// From v_K in `result` to v_0 and the gradients of the learned rates. Whatever makes v_k also makes the
-  /// direction of the next product, alpha_{k-1} v_k.
+  /// direction of the next product, alpha_{k-1} v_k, unless a query gradient still comes to v_k.
   void outer_loop() {
     T* v = task_.result;
     backend_.zero(p_.result_size - p_.packing.trainable, v + p_.packing.trainable);
-    if (p_.second_order()) backend_.direction(p_.rates_of(p_.steps - 1), v, direction_);
+    bool directed = false;  // direction_ is alpha_k v_{k+1}
     for (int k = p_.steps - 1; k >= 0; --k) {
-      if (p_.learns_rates()) backend_.rate_gradient(p_.rates_of(k), g(k), v, v);
-      if (!p_.second_order()) continue;
-      hessian_vector_product(k, direction_, product_);
-      backend_.retreat(p_.packing.trainable, product_, v, p_.rates_of(std::max(k - 1, 0)),
-                       k > 0 ? direction_ : nullptr);
+      if (k < p_.last_query()) {
+        if (p_.learns_rates()) backend_.rate_gradient(p_.rates_of(k), g(k), v, v);
+        if (p_.second_order()) {
+          if (!directed) backend_.direction(p_.rates_of(k), v, direction_);
+          hessian_vector_product(k, direction_, product_);
+          directed = k > 0 && !p_.queries(k);
+          backend_.retreat(p_.packing.trainable, product_, v, p_.rates_of(std::max(k - 1, 0)),
+                           directed ? direction_ : nullptr);
+        }
+      }
+      if (p_.queries(k)) query(k, Part::all, true);
     }
   }
 
@@ -351,6 +381,7 @@ class TaskRunner {
   /// product [trainable] = H(phi_k; support) direction [adapted], from the state that the gradient pass of
   /// step k has left, or makes once more.
   void hessian_vector_product(int k, const T* direction, T* product) {
+    clear_slots(product);
     for (int64_t tile = 0; tile < p_.support.tiles; ++tile) {
       const auto support = at_support(k, tile);
       if (!p_.keeps_state_of(k)) tile_gradient(support, p_.operation == Operation::hvp, nullptr, nullptr);
@@ -364,6 +395,11 @@ class TaskRunner {
     backend_.loss_tangent(part(support), support.prediction(), targets(support, task_.y_support),
                           support.dot(output), support.loss_saved(), support.grad_dot(output));
     support.backward_tangent(direction, product);
+  }
+
+  /// Of parameters with slots, a pass writes one.
+  void clear_slots(T* trainable) const {
+    backend_.zero(p_.packing.trainable - p_.packing.stepwise, trainable + p_.packing.stepwise);
   }
 
   /// A tile's part of the loss where wanted, and the cotangent of its prediction where the stage has one.
@@ -387,14 +423,12 @@ class TaskRunner {
   Walk<Backend, T> at_support(int k, int64_t tile) const {
     T* fixed = fixed_ + tile * p_.support.fixed_size;
     T* step = steps_ + (p_.saved_steps > 1 ? k : 0) * p_.support.step_size;
-    return {backend_, p_.packing, p_.support, tile,    task_.x_support, task_.theta,
-            phi(k),   fixed,      step,       shared_, scratch_};
+    return {backend_,    p_.packing, p_.support, tile, k,       task_.x_support,
+            task_.theta, phi(k),     fixed,      step, shared_, scratch_};
   }
-  Walk<Backend, T> at_query(int64_t tile) const { return at_query(tile, backend_); }
-  Walk<Backend, T> at_query(int64_t tile, const Backend& backend) const {
-    return {backend,     p_.packing,    p_.query, tile,    task_.x_query,
-            task_.theta, phi(p_.steps), nullptr,  shared_, shared_ + p_.query.step_size,
-            scratch_};
+  Walk<Backend, T> at_query(int k, int64_t tile, const Backend& backend) const {
+    return {backend,     p_.packing, p_.query, tile,    std::max(k - 1, 0),           task_.x_query,
+            task_.theta, phi(k),     nullptr,  shared_, shared_ + p_.query.step_size, scratch_};
   }
   static int64_t classes(const Stage& stage) { return stage.values[stage.output].size; }
   void give_logits(const Walk<Backend, T>& query) {
@@ -405,7 +439,7 @@ class TaskRunner {
   const Backend& backend_;
   const Problem& p_;
   Task<T> task_;
-  T *fixed_, *steps_, *shared_, *scratch_, *phi_, *g_, *direction_, *product_;
+  T *fixed_, *steps_, *shared_, *scratch_, *phi_, *g_, *direction_, *product_, *loss_;
 };
 
 }  // namespace maml

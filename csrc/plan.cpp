@@ -117,6 +117,7 @@ Shaped infer(const Node& node, const Shaped& x, const Shaped* other, int64_t n) 
       }
       break;
     case Kind::channels_last:
+    case Kind::running_norm:
     case Kind::pointwise:
     case Kind::append:
       break;
@@ -185,18 +186,22 @@ class Region {
 }  // namespace
 
 Packing::Packing(const std::vector<Parameter>& parameters) : at(parameters.size()) {
-  auto append = [&](Role role) {
+  auto append = [&](auto belongs) {
     for (size_t i = 0; i < parameters.size(); ++i) {
-      if (parameters[i].role != role) continue;
+      if (!belongs(parameters[i])) continue;
       at[i] = total;
       total += whole_lines(parameters[i].size);
     }
+    return total;
   };
-  append(Role::adapted);
-  adapted = total;
-  append(Role::outer);
-  trainable = total;
-  append(Role::frozen);
+  adapted = append([](const Parameter& p) { return p.role == Role::adapted; });
+  stepwise = append([](const Parameter& p) { return p.role == Role::outer && p.slots == 1; });
+  trainable = append([](const Parameter& p) { return p.role == Role::outer && p.slots > 1; });
+  append([](const Parameter& p) { return p.role == Role::frozen; });
+  for (const Parameter& p : parameters) {
+    slots_.push_back(p.slots);
+    slot_size_.push_back(p.size / p.slots);
+  }
 }
 
 namespace {
@@ -237,8 +242,10 @@ class Chains {
         ++readers_[input];
         constant = constant && constant_[input];
       }
-      for (int p : node.parameters)
-        constant = constant && (p < 0 || graph.parameters[p].role == Role::frozen);
+      for (int p : node.parameters) {
+        if (p < 0) continue;
+        constant = constant && graph.parameters[p].role == Role::frozen && graph.parameters[p].slots == 1;
+      }
       constant_.push_back(constant);
     }
   }
@@ -409,12 +416,14 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
       if (step.inputs[j] >= 0) {
         y.active |= stage.values[step.inputs[j]].active;
         y.moving |= stage.values[step.inputs[j]].moving;
+        y.stepwise |= stage.values[step.inputs[j]].stepwise;
       }
     }
     for (int p : node.parameters) {
       if (p < 0) continue;
       y.active |= graph.parameters[p].role != Role::frozen;
       y.moving |= graph.parameters[p].role == Role::adapted;
+      y.stepwise |= graph.parameters[p].slots > 1;
     }
     stage.steps.push_back(step);
   }
@@ -461,7 +470,7 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
     whole.n = n;
     stage.work += work_of(whole);
     stage.scratch_size = std::max(stage.scratch_size, needs.scratch);
-    y.fixed = data == Data::support && !y.moving;
+    y.fixed = data == Data::support && !y.moving && !y.stepwise;
     const bool stays = y.fixed || products;
     Region& region = y.fixed ? fixed : step_region;
     const int first = stays || early(y) ? 0 : i;
@@ -530,14 +539,15 @@ constexpr int64_t kSavedBytes = int64_t{192} << 20;
 
 Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
                  std::vector<RateTensor> rate_tensors_, const std::vector<int64_t>& sample_,
-                 int64_t n_support, int64_t n_query, int steps_, bool first_order_, int64_t element_bytes_,
-                 const LayerTraits& traits)
+                 int64_t n_support, int64_t n_query, int steps_, bool first_order_,
+                 const std::vector<int>& query_steps_, int64_t element_bytes_, const LayerTraits& traits)
     : graph(with_chains(graph_, traits.chain)),
       operation(operation_),
       rates(std::move(rates_)),
       rate_tensors(std::move(rate_tensors_)),
       steps(steps_),
       first_order(first_order_),
+      query_steps(query_steps_),
       sample(sample_),
       element_bytes(element_bytes_),
       packing(graph.parameters) {
@@ -568,7 +578,8 @@ void Problem::lay_out(const LayerTraits& traits) {
   if (query.n > 0) {
     query = make_stage(graph, sample, query.n, Data::query, of_query, traits);
   }
-  work = 3 * query.work + (second_order() ? 9 : 3) * std::max(steps, 1) * support.work;
+  const int64_t queries = std::max<int64_t>(static_cast<int64_t>(query_steps.size()), 1);
+  work = 3 * queries * query.work + (second_order() ? 9 : 3) * std::max(steps, 1) * support.work;
   const bool small = support.tiles == 1 && support.step_size * steps * element_bytes <= kSavedBytes;
   const bool support_pass = steps > 0 || at_own_parameters(operation);
   saved_steps = second_order() && !graph.recompute && small ? steps : support_pass ? 1 : 0;
@@ -613,7 +624,7 @@ int64_t Problem::task_size() const {
          std::max(support.tangent_size, query.step_size + query.tangent_size) +
          whole_lines(std::max(support.scratch_size, query.scratch_size)) +
          kept_parameters() * packing.adapted + kept_gradients() * packing.adapted + packing.adapted +
-         packing.trainable;
+         packing.trainable + whole_lines(weighs_queries() ? 1 : 0);
 }
 
 }  // namespace maml

@@ -22,11 +22,14 @@ struct Unsupported : std::runtime_error {
 /// adapted: the inner loop changes it. outer: only the outer loop does. frozen: a constant.
 enum class Role { adapted, outer, frozen };
 
+/// slots: of a parameter with a value of its own for each inner step, how many; steps beyond the last slot
+/// read it too. The inner loop changes no such parameter.
 struct Parameter {
-  int64_t size;  // elements
+  int64_t size;  // elements, of all slots
   int64_t rows,
       taps;  // a weight [rows, size / rows / taps, taps] in the user's order; others have rows = taps = 1
   Role role;
+  int64_t slots = 1;
 };
 
 struct Node {
@@ -60,15 +63,16 @@ inline int64_t whole_lines(int64_t elements) { return (elements + 15) / 16 * 16;
 /// it in tiles, one after the other in the same memory, so that this does not grow with n; the tiles' sizes
 /// differ by one at most. Offsets count elements of T. A value is
 ///   active   if it depends on a parameter that is not frozen: it has a cotangent,
-///   moving   if it depends on an adapted one: it changes from step to step and has a tangent.
-/// What does not move is computed once per task and stands in the `fixed` region, one for every tile; what
-/// moves stands in a `step` region, of which there may be one for every inner step; tangents stand in a
-/// `tangent` region. What is not even active can be computed at any time before the rest: of a query, beside
-/// the inner loop, in memory that nothing else uses until then.
+///   moving   if it depends on an adapted one: it changes from step to step and has a tangent,
+///   stepwise if it depends on one with slots: it changes from step to step, moving or not.
+/// What neither moves nor is stepwise is computed once per task and stands in the `fixed` region, one for
+/// every tile; the rest stands in a `step` region, of which there may be one for every inner step; tangents
+/// stand in a `tangent` region. What is not even active can be computed at any time before the rest: of a
+/// query, beside the inner loop, in memory that nothing else uses until then.
 struct Stage {
   struct Value {
     int64_t size = 0;  // of one sample
-    bool active = false, moving = false;
+    bool active = false, moving = false, stepwise = false;
     bool fixed = false;  // stands in the fixed region
     int64_t at = kNowhere, grad_at = kNowhere, dot_at = kNowhere, grad_dot_at = kNowhere;
     // Of a convolution's output that one normalisation alone reads: in its own region, and in the tangent
@@ -101,13 +105,21 @@ struct Stage {
   int64_t first(int64_t tile) const { return tile * n / tiles; }
 };
 
-/// Where a parameter stands in a packed parameter vector. Order: adapted, outer, frozen; so that the first
-/// `adapted` elements are what the inner loop changes and the first `trainable` ones what has a gradient.
-/// Every parameter starts on a cache line; what stands between two is never read for its value.
+/// Where a parameter stands in a packed parameter vector. Order: adapted, outer, outer with slots, frozen; so
+/// that the first `adapted` elements are what the inner loop changes, the first `trainable` ones what has a
+/// gradient, and those from `stepwise` on what a pass has only a part of. Every parameter starts on a cache
+/// line; what stands between two is never read for its value. Slots stand one behind the other.
 struct Packing {
   std::vector<int64_t> at;
-  int64_t adapted = 0, trainable = 0, total = 0;
+  int64_t adapted = 0, stepwise = 0, trainable = 0, total = 0;
   explicit Packing(const std::vector<Parameter>& parameters);
+  /// Where the slot of parameter p for an inner step stands.
+  int64_t at_step(int p, int step) const {
+    return at[p] + std::min<int64_t>(step, slots_[p] - 1) * slot_size_[p];
+  }
+
+ private:
+  std::vector<int64_t> slots_, slot_size_;
 };
 
 /// What the passes of a stage need decides how long its memory lives.
@@ -194,6 +206,8 @@ struct Problem {
   std::vector<RateTensor> rate_tensors;
   int steps = 0;
   bool first_order = false;
+  // Ascending: the k at whose phi_k the query loss counts, with weights of the call's; none: phi_steps alone.
+  std::vector<int> query_steps;
   std::vector<int64_t> sample;  // shape of one sample
   int64_t element_bytes = 0;
 
@@ -210,7 +224,7 @@ struct Problem {
 
   Problem(Graph graph, Operation operation, std::vector<Rate> rates, std::vector<RateTensor> rate_tensors,
           const std::vector<int64_t>& sample, int64_t n_support, int64_t n_query, int steps, bool first_order,
-          int64_t element_bytes, const LayerTraits& traits);
+          const std::vector<int>& query_steps, int64_t element_bytes, const LayerTraits& traits);
   /// Makes the stages anew, as the constructor has done, for layers that differ in LayerTraits::tile.
   void lay_out(const LayerTraits& traits);
 
@@ -219,6 +233,13 @@ struct Problem {
            (operation == Operation::meta_gradient || operation == Operation::adapt_backward ||
             operation == Operation::fisher);
   }
+  bool weighs_queries() const { return !query_steps.empty(); }
+  /// Whether the query loss at phi_k counts.
+  bool queries(int k) const {
+    return weighs_queries() ? std::binary_search(query_steps.begin(), query_steps.end(), k) : k == steps;
+  }
+  /// The last k at which anything flows back into phi_k.
+  int last_query() const { return weighs_queries() ? query_steps.back() : steps; }
   const std::vector<RateSlice>& rates_of(int step) const {
     return slices[std::min<size_t>(step, slices.size() - 1)];
   }
@@ -226,7 +247,7 @@ struct Problem {
   bool is_linear() const;
   bool learns_rates() const { return result_size > packing.trainable; }
   /// Kept states phi_1 .. phi_steps, and gradients g_0 .. g_steps-1.
-  int kept_parameters() const { return second_order() ? steps : 1; }
+  int kept_parameters() const { return second_order() || weighs_queries() ? std::max(steps, 1) : 1; }
   int kept_gradients() const { return learns_rates() ? steps : 1; }
   /// Whether what the gradient pass of an inner step has left is still there for its product.
   bool keeps_state_of(int step) const { return support.tiles == 1 && (saved_steps > 1 || step + 1 == steps); }

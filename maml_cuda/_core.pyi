@@ -23,6 +23,7 @@ class Call:
         rates: Sequence[int] = ...,
         data: Sequence[int],
         task_weights: int = ...,
+        query_weights: int = ...,
         given: Sequence[int] = ...,
         given_strides: Sequence[int] = ...,
         losses: Sequence[int] = ...,
@@ -45,6 +46,7 @@ class Problem:
         first_order: bool,
         double: bool,
         backend: str,
+        query_steps: Sequence[int] = ...,
     ) -> None: ...
     def workspace(self, tasks: int, at_once: int) -> int: ...
     def run(self, call: Call) -> None: ...

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _core, checks, device, ops, plan, reference
+from .batch_norm import PerStepBatchNorm
 from .rates import InnerRates, read_rates
 
 AdaptParams = Callable[[str], bool] | Iterable[str] | None
@@ -25,7 +26,7 @@ class Binding:
         why_not: the sentence, where there is no plan.
         text: the plan as ops.py takes it: nodes, parameters with role and rate, rate tensors, loss, and on a GPU the
             options of FusedMAML that its kernels follow.
-        names: the plan's parameters.
+        names: the plan's parameters, and the buffers that it reads.
         log_std: of a model that returns (mean, log_std), in the plan beside each other: "shared" or "rows" (Plan).
         fits: signatures of calls that the layers are known to fit.
         on: the type of the model's device.
@@ -48,6 +49,7 @@ class Binding:
         self.why_not = ""
         self.text = ""
         self.names: list[str] = []
+        self.slots: list[int | None] = []  # of each of them, where it has a slot for each step
         self.served_by: dict[str, list[str]] = {}
         self.log_std = ""
         self.fits: set = set()
@@ -72,7 +74,7 @@ class Binding:
                 self.why_not = str(reason)
         # Taken last: tracing runs the model's forward, which may set attributes.
         modules = list(model.modules())
-        self._dicts = [d for m in modules for d in (m.__dict__, m._modules, m._parameters)]
+        self._dicts = [d for m in modules for d in (m.__dict__, m._modules, m._parameters, m._buffers)]
         self._values = [value for d in self._dicts for value in d.values()]
         self._hooks = [getattr(m, hooks) for m in modules for hooks in plan.HOOKS] + list(plan.GLOBAL_HOOKS)
         self._hooked = any(self._hooks)
@@ -111,6 +113,25 @@ class Binding:
         dtype = tensors[0].dtype
         return tensors[:count], [r if r.dtype == dtype else r.to(dtype) for r in tensors[count:]]
 
+    def own(self, given: Mapping[str, Tensor], tasks: int, slot: int) -> list[Tensor]:
+        """The plan's tensors for each task, at one inner step: of `given` [tasks, *shape] by name, the slot's part
+        where there are slots; buffers are the same for all tasks."""
+        tensors = []
+        for name, slots, (owner, key) in zip(self.names, self.slots, self._slots, strict=False):
+            t = given[name] if name in given else owner[key].unsqueeze(0).expand(tasks, *owner[key].shape)
+            tensors.append(t if slots is None else t[:, min(slot, slots - 1)])
+        return tensors
+
+    def whole(self, parts: list[Tensor], like: Mapping[str, Tensor], slot: int) -> dict[str, Tensor]:
+        """What `own` has cut, put back by name: zeros in the other slots."""
+        whole = dict(zip(self.names, parts, strict=True))
+        for name, slots in zip(self.names, self.slots, strict=True):
+            if slots is not None and name in like:
+                part = whole[name]
+                whole[name] = part.new_zeros(like[name].shape)
+                whole[name][:, min(slot, slots - 1)] = part
+        return whole
+
     def with_gradient(self, tensors: list[Tensor]) -> list[Tensor]:
         """Those of parameters + rate tensors that have a place in the flat gradient."""
         if self._all_have_gradient:
@@ -146,6 +167,9 @@ class Binding:
         if unreached:
             raise reference.unreached(unreached)
         self.names, self.served_by = traced.parameters, traced.served_by
+        layers = dict(model.named_modules())
+        owners = [layers[name.rpartition(".")[0]] for name in self.names]
+        self.slots = [m.steps if isinstance(m, PerStepBatchNorm) else None for m in owners]
         described = self._describe(model, traced, adapted, inner_steps)
         if recompute:
             described["recompute"] = True
@@ -156,18 +180,28 @@ class Binding:
     def _describe(self, model: nn.Module, traced: plan.Plan, adapted: list[str], inner_steps: int) -> dict[str, Any]:
         """The plan's parameters and rate tensors, and where they stand."""
         parameters = dict(model.named_parameters())
+        buffers = dict(model.named_buffers())
+        like = self.like()
         rates = read_rates(self._inner_lr, {name: parameters[name].shape for name in adapted}, inner_steps)
         described: list[dict[str, Any]] = []
         tensors: list[dict[str, Any]] = []
         owners: list[tuple[dict[str, Any], str]] = []
         shared: dict[int, int] = {}  # a rate tensor that is one number for several parameters -> its index
-        for index, (name, (rows, taps)) in enumerate(zip(traced.parameters, traced.rows_taps, strict=True)):
-            p = parameters[name]
+        plan_parameters = zip(traced.parameters, traced.rows_taps, traced.slots, strict=True)
+        for index, (name, (rows, taps), slots) in enumerate(plan_parameters):
+            p = parameters[name] if name in parameters else buffers[name]
+            if p.dtype != like.dtype or p.device != like.device:
+                raise plan.Unfusable(f"{name} is {p.dtype} on {p.device}, unlike the model's parameters")
             entry: dict[str, Any] = {"size": p.numel(), "rows": rows, "taps": taps}
+            if slots > 1:
+                entry["slots"] = slots
+            if name not in parameters:
+                entry["buffer"] = True
             entry["role"] = "adapted" if name in rates else "outer" if p.requires_grad else "frozen"
             described.append(entry)
             path, _, key = name.rpartition(".")
-            self._slots.append((model.get_submodule(path)._parameters, key))
+            owner = model.get_submodule(path)
+            self._slots.append((owner._parameters if name in parameters else owner._buffers, key))
             if name not in rates:
                 continue
             rate = rates[name]

@@ -137,7 +137,19 @@ class FusedMAML(nn.Module):
 
     @query_weights.setter
     def query_weights(self, value: Tensor | Sequence[float] | None) -> None:
-        self._query_weights = checks.query_weights(value, self.inner_steps)
+        weights = checks.query_weights(value, self.inner_steps)
+        like = next(self.model.parameters())
+        self._query_weights = weights
+        self._query_steps = [k for k, w in enumerate(weights or ()) if w]
+        self._query_tensor = torch.tensor(weights or (), dtype=like.dtype, device=like.device)
+
+    def _queries(self, like: Tensor) -> tuple[Tensor | None, list[int]]:
+        """The weights of the query losses as the ops take them: a tensor, and which of them are not zero."""
+        if not self._query_steps:
+            return None, []
+        if self._query_tensor.dtype != like.dtype or self._query_tensor.device != like.device:
+            self.query_weights = self._query_weights
+        return self._query_tensor, self._query_steps
 
     def train(self, mode: bool = True) -> FusedMAML:
         """As any module's; batch_norm="running" holds BatchNorm layers in eval mode."""
@@ -172,7 +184,8 @@ class FusedMAML(nn.Module):
         checks.same_tasks(x_spt, x_qry)
         if binding.backend == "reference" or not self._fits(binding, x_spt, x_spt.shape[1], x_qry.shape[1]):
             raise ValueError("memory_estimate must have a fused model, got one on the general path (reference)")
-        return ops.workspace_bytes(binding.text, x_spt, x_qry, self.inner_steps, self.first_order)
+        _, query_steps = self._queries(binding.like())
+        return ops.workspace_bytes(binding.text, x_spt, x_qry, self.inner_steps, self.first_order, query_steps)
 
     def explain(self) -> str:
         """A table: each module of the model, the fused layer that serves it, or the sentence why not."""
@@ -211,8 +224,7 @@ class FusedMAML(nn.Module):
         )  # fmt: skip
         if binding.why_not:
             self._fall_back(binding)
-        if binding.backend == "reference":
-            self._warn_of_empty_statistics()
+        self._warn_of_empty_statistics()
         return binding
 
     def _fall_back(self, binding: Binding) -> None:
@@ -269,7 +281,7 @@ class FusedMAML(nn.Module):
         if torch.is_autocast_enabled(binding.on):
             like = binding.like()
             x_spt, x_qry = _in_dtype_of(like, x_spt), _in_dtype_of(like, x_qry)
-        watched = self.query_weights is not None or not binding.plain
+        watched = bool(self._query_steps) or not binding.plain
         signature = None if watched else ops.signature(x_spt, y_spt, x_qry, y_qry)
         key = (signature, self.first_order)
         problem = binding.problems.get(key) if signature else None
@@ -280,8 +292,7 @@ class FusedMAML(nn.Module):
         if problem is None and not self._serves(binding, x_spt, x_qry):
             loss, task_losses, logits, support_losses, reached = general.meta_step(
                 self.model, self.loss, self._rates(), list(self.parameters()), x_spt, y_spt, x_qry, y_qry,
-                self.inner_steps, self.first_order, task_weights,
-                checks.query_weights(self.query_weights, self.inner_steps),
+                self.inner_steps, self.first_order, task_weights, self.query_weights,
             )  # fmt: skip
             if reached:
                 flat = torch.cat([g.reshape(-1) for _, g in reached])
@@ -295,12 +306,13 @@ class FusedMAML(nn.Module):
             attach = ops.attached
             support, query = ops.meta_data(x_spt, y_spt), ops.meta_data(x_qry, y_qry)
             loss, task_losses, logits, support_losses, flat = ops.meta_step(
-                problem, parameters, rates, support, query, task_weights, self.inner_steps, gradient
+                problem, parameters, rates, support, query, task_weights, None, self.inner_steps, gradient
             )
         else:
+            weights, query_steps = self._queries(parameters[0])
             loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
                 parameters, rates, x_spt, targets.tensors(y_spt), x_qry, targets.tensors(y_qry), task_weights,
-                binding.text, self.inner_steps, self.first_order, gradient,
+                binding.text, self.inner_steps, self.first_order, gradient, weights, query_steps,
             )  # fmt: skip
         if gradient:
             loss = attach(loss, flat, binding.with_gradient(parameters + rates))
@@ -388,7 +400,7 @@ class FusedMAML(nn.Module):
         binding, x = self._block(fast, x, None)
         if binding.backend == "reference" or not self._fits(binding, x, 0, x.shape[1]):
             return general.predict(self.model, dict(fast), x, slot)
-        own = [fast[name] for name in binding.names]
+        own = binding.own(fast, len(x), slot)
         if torch.is_grad_enabled() and any(t.requires_grad for t in own):
             return _as_returned(binding, torch.ops.maml_cuda.predict(own, x, binding.text))
         return _as_returned(binding, torch.ops.maml_cuda.predict_forward(own, x, binding.text))
@@ -406,10 +418,9 @@ class FusedMAML(nn.Module):
         if binding.backend == "reference" or not self._fits(binding, x, x.shape[1], 0):
             return general.loss_and_grad(self.model, self.loss, dict(fast), names, x, y, slot)
         self._look_at_labels(binding, x, y=y)
-        own = binding.names
-        at = [fast[n].detach() for n in own]
-        losses, grads = torch.ops.maml_cuda.loss_and_grad(at, x, targets.tensors(y), binding.text)
-        return losses, self._trainable_of(own, grads, fast)
+        own = [t.detach() for t in binding.own(fast, len(x), slot)]
+        losses, grads = torch.ops.maml_cuda.loss_and_grad(own, x, targets.tensors(y), binding.text)
+        return losses, self._trainable_of(binding.whole(grads, fast, slot), fast)
 
     def hvp(
         self, fast: Mapping[str, Tensor], x: Tensor, y: Target, v: Mapping[str, Tensor], *, slot: int | None = None
@@ -426,11 +437,11 @@ class FusedMAML(nn.Module):
         if binding.backend == "reference" or not self._fits(binding, x, x.shape[1], 0):
             return general.hvp(self.model, self.loss, dict(fast), names, x, y, dict(v), slot)
         self._look_at_labels(binding, x, y=y)
-        own = binding.names
-        at = [fast[n].detach() for n in own]
-        directions = [v[n].detach() if n in v and n in names else torch.zeros_like(fast[n]) for n in own]
+        at = [t.detach() for t in binding.own(fast, len(x), slot)]
+        moving = {n: v[n].detach() if n in v and n in names else torch.zeros_like(p) for n, p in fast.items()}
+        directions = binding.own(moving, len(x), slot)
         products = torch.ops.maml_cuda.hvp(at, x, targets.tensors(y), directions, binding.text)
-        return self._trainable_of(own, products, fast)
+        return self._trainable_of(binding.whole(products, fast, slot), fast)
 
     def fisher_vector_product(
         self,
@@ -485,14 +496,13 @@ class FusedMAML(nn.Module):
             own, rates, x_spt, targets.tensors(y_spt), x_qry, weights, [v[n].detach() for n in reached], binding.text,
             self.inner_steps, self.first_order,
         )  # fmt: skip
-        return self._trainable_of(reached, products, parameters)
+        return self._trainable_of(dict(zip(reached, products, strict=True)), parameters)
 
     # -- helpers ----------------------------------------------------------------------------------------------
 
     def _check_episode(self, binding: Binding, x_spt: Tensor, y_spt: Target, x_qry: Tensor, y_qry: Target) -> None:
-        if self.query_weights is not None and binding.backend != "reference":
-            binding.give_up("query_weights are not fused yet")
-            self._fall_back(binding)
+        if self._query_steps and len(self._query_tensor) != self.inner_steps + 1:
+            checks.query_weights(self._query_weights, self.inner_steps)
         like, fused = binding.like(), binding.backend != "reference"
         checks.data("x_spt", x_spt, "y_spt", y_spt, like, self.loss, fused)
         checks.data("x_qry", x_qry, "y_qry", y_qry, like, self.loss, fused)
@@ -512,10 +522,9 @@ class FusedMAML(nn.Module):
     def _trainable(self) -> list[str]:
         return [name for name, p in self.model.named_parameters() if p.requires_grad]
 
-    def _trainable_of(self, names: list[str], tensors: list[Tensor], fast: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _trainable_of(self, found: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By name, for every trainable parameter: zeros for one that the prediction does not depend on."""
-        found = dict(zip(names, tensors, strict=True))
-        return {n: found[n] if n in found else torch.zeros_like(fast[n]) for n in self._trainable()}
+        return {n: found[n] if n in found else torch.zeros_like(like[n]) for n in self._trainable()}
 
     def _fast(self, adapted: Mapping[str, Tensor], tasks: int, differentiable: bool) -> dict[str, Tensor]:
         """Every parameter by name: the adapted ones, and expanded views of the others."""

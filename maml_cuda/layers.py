@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batch_norm import PerStepBatchNorm, PerStepBatchNorm1d, PerStepBatchNorm2d
 from .tracing import Unfusable
 
 
@@ -24,13 +25,16 @@ from .tracing import Unfusable
 class Plan:
     """Nodes over numbered values: value 0 is the input, node i writes value i + 1, the last one is the prediction.
 
-    `parameters`: names of the parameters that the nodes read, in the order that their indices count.
+    `parameters`: names of the parameters that the nodes read, and of buffers, which are constants, in the order that
+        their indices count.
     `rows_taps`: for each, [rows, taps] of a weight [rows, columns, *taps], or [1, 1].
+    `slots`: for each, how many inner steps have a value of their own: [slots, ...].
     """
 
     nodes: list[dict[str, Any]] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
     rows_taps: list[tuple[int, int]] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
     served_by: dict[str, list[str]] = field(default_factory=dict)  # module path -> fused layers
     log_std: str = ""  # of a model that returns (mean, log_std): "shared" [action] or "rows" [n, action]
 
@@ -86,6 +90,7 @@ class Layers:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.names = {id(p): name for name, p in model.named_parameters()}
+        self.buffers = {id(b): name for name, b in model.named_buffers()}
         self.plan = Plan()
         self.values: list[Value] = [Value(0, False, 0)]
         self.images: dict[int, Value] = {}  # channels-last twins of values
@@ -107,34 +112,40 @@ class Layers:
             self.images[x.number] = self._emit("channels_last", [x], alias=x.alias)
         return self.images[x.number]
 
-    def _index(self, p: Any, what: str, rows: int = 1, taps: int = 1) -> int | None:
-        """The index of a parameter; a weight has `rows` outputs and `taps` taps."""
+    def _index(
+        self, p: Any, what: str, rows: int = 1, taps: int = 1, slots: int = 1, buffer: bool = False
+    ) -> int | None:
+        """The index of a parameter, or a buffer; a weight has `rows` outputs and `taps` taps."""
         if p is None:
             return None
-        if not isinstance(p, Tensor) or id(p) not in self.names:
-            raise Unfusable(f"its {what} is not a parameter of the model")
+        names = self.buffers if buffer else self.names
+        if not isinstance(p, Tensor) or id(p) not in names:
+            raise Unfusable(f"its {what} is not a {'buffer' if buffer else 'parameter'} of the model")
         if p.numel() == 0:
             raise Unfusable(f"its {what} has no elements")
-        name = self.names[id(p)]
+        name = names[id(p)]
         if name not in self.plan.parameters:
             self.plan.parameters.append(name)
             self.plan.rows_taps.append((rows, taps))
+            self.plan.slots.append(slots)
         index = self.plan.parameters.index(name)
         if self.plan.rows_taps[index] != (rows, taps):
             raise Unfusable(f"its {what} is shared with a layer that uses it in another shape")
         return index
 
-    def _vector(self, p: Any, what: str, channels: int) -> int | None:
-        """The index of a bias, gamma or beta: one number a channel, not one that broadcasts."""
-        if isinstance(p, Tensor) and tuple(p.shape) != (channels,):
-            raise Unfusable(f"its {what} has shape {list(p.shape)}; fused is [{channels}], one number a channel")
-        return self._index(p, what)
+    def _vector(self, p: Any, what: str, channels: int, slots: int | None = None, buffer: bool = False) -> int | None:
+        """The index of a bias, gamma, beta or statistic: one number a channel, not one that broadcasts; or as many
+        for each of its slots."""
+        wanted = (channels,) if slots is None else (slots, channels)
+        if isinstance(p, Tensor) and tuple(p.shape) != wanted:
+            raise Unfusable(f"its {what} has shape {list(p.shape)}; fused is {list(wanted)}, one number a channel")
+        return self._index(p, what, slots=slots or 1, buffer=buffer)
 
     def _emit(
         self,
         kind: str,
         inputs: list[Value],
-        parameters: tuple[int | None, int | None] = (None, None),
+        parameters: tuple[int | None, ...] = (None, None),
         alias: int | None = None,
         **attributes: Any,
     ) -> Value:
@@ -220,15 +231,22 @@ class Layers:
         momentum: float = 0.1,
         eps: float = 1e-5,
         rank: int = 0,
+        slots: int | None = None,
     ) -> Value:
         x = self._tensor(input)
-        if not training:
-            raise Unfusable("running statistics (eval mode) are not fused; in train mode batch statistics are")
         given = next((p for p in (weight, bias, running_mean) if isinstance(p, Tensor)), None)
-        channels = 0 if given is None else given.numel()
-        parameters = (self._vector(weight, "weight", channels), self._vector(bias, "bias", channels))
+        channels = 0 if given is None else given.shape[-1] if given.dim() else 1
+        affine = (self._vector(weight, "weight", channels, slots), self._vector(bias, "bias", channels, slots))
         x = x if rank == 1 else self._image(x)
-        return self._emit("batch_norm", [x], parameters, eps=eps, rank=rank, in_features=channels)
+        if training:
+            return self._emit("batch_norm", [x], affine, eps=eps, rank=rank, in_features=channels)
+        if running_mean is None or running_var is None:
+            raise Unfusable("it has neither batch statistics nor running ones")
+        statistics = (
+            self._vector(running_mean, "running mean", channels, slots, buffer=True),
+            self._vector(running_var, "running variance", channels, slots, buffer=True),
+        )
+        return self._emit("running_norm", [x], (*affine, *statistics), eps=eps, rank=rank, in_features=channels)
 
     def max_pool2d(
         self,
@@ -432,7 +450,10 @@ def _convolution(b: Layers, m: Any, input: Any) -> Value:
 def _batch_norm(rank: int) -> Callable[[Layers, Any, Any], Value]:
     def layer(b: Layers, m: Any, input: Any) -> Value:
         batch_statistics = m.training or (m.running_mean is None and m.running_var is None)
-        value = b.batch_norm(input, None, None, m.weight, m.bias, batch_statistics, eps=m.eps, rank=rank)
+        slots = m.steps if isinstance(m, PerStepBatchNorm) else None
+        value = b.batch_norm(
+            input, m.running_mean, m.running_var, m.weight, m.bias, batch_statistics, eps=m.eps, rank=rank, slots=slots
+        )
         b.plan.nodes[-1]["in_features"] = m.num_features
         return value
 
@@ -460,6 +481,8 @@ MODULES: dict[type, Callable[..., Value]] = {
     nn.Conv2d: _convolution,
     nn.BatchNorm1d: _batch_norm(1),
     nn.BatchNorm2d: _batch_norm(3),
+    PerStepBatchNorm1d: _batch_norm(1),
+    PerStepBatchNorm2d: _batch_norm(3),
     nn.ReLU: lambda b, m, input: b.relu(input, m.inplace),
     nn.ReLU6: lambda b, m, input: b.relu6(input, m.inplace),
     nn.LeakyReLU: lambda b, m, input: b.leaky_relu(input, m.negative_slope, m.inplace),

@@ -56,12 +56,21 @@ class _Problem:
 
     def __init__(
         self, text: str, operation: str, sample: tuple[int, ...], n_support: int, n_query: int, steps: int,
-        first_order: bool, double: bool,
+        first_order: bool, double: bool, query_steps: tuple[int, ...] = (),
     ):  # fmt: skip
         plan = _plan(text)
         self.backend = plan.get("backend", "cpu")
         self.core = _core.Problem(
-            plan, operation, list(sample), n_support, n_query, steps, first_order, double, self.backend
+            plan,
+            operation,
+            list(sample),
+            n_support,
+            n_query,
+            steps,
+            first_order,
+            double,
+            self.backend,
+            list(query_steps),
         )
         self.prediction = tuple(self.core.prediction)
         self.loss = plan["loss"]
@@ -114,7 +123,7 @@ class _Problem:
         return [*_dense([x, target.actions, scale]), None if old is None else old.contiguous()]
 
 
-# (plan, operation, sample, n_support, n_query, steps, first_order, double)
+# (plan, operation, sample, n_support, n_query, steps, first_order, double, query_steps)
 _problem = lru_cache(maxsize=1024)(_Problem)
 
 
@@ -131,11 +140,15 @@ def why_not(plan: str, sample: tuple[int, ...], n_support: int, n_query: int, dt
     return ""
 
 
-def workspace_bytes(plan: str, x_spt: Tensor, x_qry: Tensor, steps: int, first_order: bool) -> int:
+def workspace_bytes(
+    plan: str, x_spt: Tensor, x_qry: Tensor, steps: int, first_order: bool, query_steps: list[int]
+) -> int:
     """What a meta-step takes beside its tensors."""
     tasks, n_support, *sample = x_spt.shape
     double = x_spt.dtype == torch.float64
-    problem = _problem(plan, "meta_gradient", tuple(sample), n_support, x_qry.shape[1], steps, first_order, double)
+    problem = _problem(
+        plan, "meta_gradient", tuple(sample), n_support, x_qry.shape[1], steps, first_order, double, tuple(query_steps)
+    )
     return problem.workspace_bytes(x_spt, tasks)
 
 
@@ -219,27 +232,33 @@ def prediction_shape(plan: str, x: Tensor) -> tuple[int, ...]:
 
 _LIBRARY.define(
     "meta_gradient(Tensor[] parameters, Tensor[] rates, Tensor x_spt, Tensor?[] y_spt, Tensor x_qry, Tensor?[] y_qry, "
-    "Tensor? task_weights, str plan, int steps, bool first_order, bool gradient) "
+    "Tensor? task_weights, str plan, int steps, bool first_order, bool gradient, Tensor? query_weights=None, "
+    "int[] query_steps=[]) "
     "-> (Tensor loss, Tensor task_losses, Tensor logits, Tensor support_losses, Tensor gradient)"
 )
 
 
 def _meta_gradient(
     parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: TargetList, x_qry: Tensor,
-    y_qry: TargetList,
-    task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
+    y_qry: TargetList, task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
+    query_weights: Tensor | None = None, query_steps: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    problem = meta_problem(plan, x_spt, x_qry, steps, first_order, gradient)
+    problem = meta_problem(plan, x_spt, x_qry, steps, first_order, gradient, query_steps)
     support, query = problem.data("y_spt", x_spt, y_spt), problem.data("y_qry", x_qry, y_qry)
-    return meta_step(problem, parameters, rates, support, query, task_weights, steps, gradient)
+    return meta_step(problem, parameters, rates, support, query, task_weights, query_weights, steps, gradient)
 
 
-def meta_problem(plan: str, x_spt: Tensor, x_qry: Tensor, steps: int, first_order: bool, gradient: bool) -> _Problem:
+def meta_problem(
+    plan: str, x_spt: Tensor, x_qry: Tensor, steps: int, first_order: bool, gradient: bool,
+    query_steps: Sequence[int] = (),
+) -> _Problem:  # fmt: skip
     """What `meta_step` needs beside tensors."""
     operation = "meta_gradient" if gradient else "meta_loss"
     sample = tuple(x_spt.shape[2:])
     double = x_spt.dtype == torch.float64
-    return _problem(plan, operation, sample, x_spt.shape[1], x_qry.shape[1], steps, first_order, double)
+    return _problem(
+        plan, operation, sample, x_spt.shape[1], x_qry.shape[1], steps, first_order, double, tuple(query_steps)
+    )
 
 
 def meta_data(x: Tensor, y: Any) -> list[Tensor | None]:
@@ -249,7 +268,7 @@ def meta_data(x: Tensor, y: Any) -> list[Tensor | None]:
 
 def meta_step(
     problem: _Problem, parameters: list[Tensor], rates: list[Tensor], support: list[Tensor | None],
-    query: list[Tensor | None], task_weights: Tensor | None, steps: int, gradient: bool,
+    query: list[Tensor | None], task_weights: Tensor | None, query_weights: Tensor | None, steps: int, gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op meta_gradient, on data that have been checked."""
     x_spt, x_qry = cast(Tensor, support[0]), cast(Tensor, query[0])
@@ -266,6 +285,7 @@ def meta_step(
         support=_addresses(support),
         query=_addresses(query),
         task_weights=0 if task_weights is None else task_weights.data_ptr(),
+        query_weights=0 if query_weights is None else query_weights.data_ptr(),
         losses=[loss.data_ptr(), task_losses.data_ptr(), support_losses.data_ptr()],
         logits=logits.data_ptr(),
         gradient=flat.data_ptr() if gradient else 0,
@@ -287,8 +307,8 @@ def _meta_outputs(
 
 def _meta_gradient_fake(
     parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: TargetList, x_qry: Tensor,
-    y_qry: TargetList,
-    task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
+    y_qry: TargetList, task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
+    query_weights: Tensor | None = None, query_steps: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     prediction = prediction_shape(plan, x_qry)
     return _meta_outputs(x_qry, x_qry.shape[0], prediction, steps, _gradient_size(plan) if gradient else 0)
@@ -444,7 +464,7 @@ def _predict_backward(fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: st
     problem = _problem(plan, "predict_backward", tuple(sample), 0, n, 0, False, x.dtype == torch.float64)
     own, _keep = _own(fast)
     x, cotangent = _dense([x, cotangent])
-    grads = _like_fast(fast)
+    grads = _like_fast(fast, plan)
     problem.run(
         x, tasks, **own, query=_addresses([x, None, None, None]), given=[cotangent.data_ptr()],
         per_task=_addresses(grads),
@@ -452,12 +472,14 @@ def _predict_backward(fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: st
     return grads
 
 
-def _like_fast(fast: list[Tensor]) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in fast]
+def _like_fast(fast: list[Tensor], plan: str) -> list[Tensor]:
+    """Of a buffer nothing is computed."""
+    buffers = [p.get("buffer", False) for p in _plan(plan)["parameters"]]
+    return [t.new_empty(0 if buffer else t.shape) for t, buffer in zip(fast, buffers, strict=True)]
 
 
 def _predict_backward_fake(fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: str) -> list[Tensor]:
-    return _like_fast(fast)
+    return _like_fast(fast, plan)
 
 
 def _loss_and_grad(fast: list[Tensor], x: Tensor, y: TargetList, plan: str) -> tuple[Tensor, list[Tensor]]:
@@ -474,7 +496,7 @@ def _loss_and_grad(fast: list[Tensor], x: Tensor, y: TargetList, plan: str) -> t
 
 
 def _loss_and_grad_fake(fast: list[Tensor], x: Tensor, y: TargetList, plan: str) -> tuple[Tensor, list[Tensor]]:
-    return x.new_empty(x.shape[0]), _like_fast(fast)
+    return x.new_empty(x.shape[0]), _like_fast(fast, plan)
 
 
 def _hvp(fast: list[Tensor], x: Tensor, y: TargetList, v: list[Tensor], plan: str) -> list[Tensor]:
@@ -483,7 +505,7 @@ def _hvp(fast: list[Tensor], x: Tensor, y: TargetList, v: list[Tensor], plan: st
     support = problem.data("y", x, y)
     own, _keep = _own(fast)
     directions, strides = _by_task(v)
-    products = _like_fast(fast)
+    products = _like_fast(fast, plan)
     problem.run(
         x, tasks, **own, support=_addresses(support), given=_addresses(directions),
         given_strides=strides, per_task=_addresses(products),
@@ -492,7 +514,7 @@ def _hvp(fast: list[Tensor], x: Tensor, y: TargetList, v: list[Tensor], plan: st
 
 
 def _hvp_fake(fast: list[Tensor], x: Tensor, y: TargetList, v: list[Tensor], plan: str) -> list[Tensor]:
-    return _like_fast(fast)
+    return _like_fast(fast, plan)
 
 
 for _name, _kernel, _fake in (

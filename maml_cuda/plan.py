@@ -125,7 +125,7 @@ class _Reader(Layers):
         if policy:
             x = self.append(x, result[1])
             self.plan.log_std = "rows" if isinstance(result[1], Floored) and result[1].rows else "shared"
-        if not self.plan.parameters:
+        if not any(name in self.names.values() for name in self.plan.parameters):
             raise Unfusable("the model's prediction depends on no parameter")
         self._emit("flatten", [x], out_rank=1)  # into the user's order of elements
         return self._without_dead(self.plan)
@@ -146,10 +146,11 @@ class _Reader(Layers):
                 nodes.append({**node, "inputs": [values[i] for i in node["inputs"]]})
                 values[number] = len(nodes)
         used = [i for i in range(len(plan.parameters)) if any(i in node["parameters"] for node in nodes)]
-        names = [name for name, _ in self.model.named_parameters()]
+        names = [name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]]
         order = sorted(used, key=lambda i: names.index(plan.parameters[i]))
         place = {i: position for position, i in enumerate(order)}
         for node in nodes:
             node["parameters"] = [None if i is None else place[i] for i in node["parameters"]]
-        parameters, rows_taps = [plan.parameters[i] for i in order], [plan.rows_taps[i] for i in order]
-        return Plan(nodes, parameters, rows_taps, plan.served_by, plan.log_std)
+        parameters = [plan.parameters[i] for i in order]
+        rows_taps, slots = [plan.rows_taps[i] for i in order], [plan.slots[i] for i in order]
+        return Plan(nodes, parameters, rows_taps, slots, plan.served_by, plan.log_std)

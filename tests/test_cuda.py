@@ -43,7 +43,7 @@ def runner(maml: FusedMAML, data: list[Tensor], operation: str = "meta_gradient"
     x_spt, _, x_qry, _ = data
     double = x_spt.dtype == torch.float64
     key = (maml._binding().text, operation, tuple(x_spt.shape[2:]), x_spt.shape[1], x_qry.shape[1], maml.inner_steps)
-    return ops._problem(*key, maml.first_order, double).runner(x_spt.device)
+    return ops._problem(*key, maml.first_order, double, ()).runner(x_spt.device)
 
 
 @pytest.mark.parametrize(("make", "executor"), [(mlp, "megakernel"), (conv, "batched")])

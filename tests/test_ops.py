@@ -233,7 +233,7 @@ def test_compiled_in_eval_mode() -> None:
     maml = FusedMAML(net(), 0.3, 2)
     call = torch.compile(maml, backend="aot_eager")
     call(*episode())
-    maml.eval()  # running statistics: the general path
+    maml.eval()  # running statistics
     loss, _ = reference.meta_gradient(maml.model, "cross_entropy", *episode(), 0.3, 2)
     torch.testing.assert_close(call(*episode()).loss.detach(), loss, rtol=1e-12, atol=0)
     torch._dynamo.reset()

@@ -3,11 +3,12 @@ step by step, and sharing nothing with reference.py."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maml_cuda import FusedMAML, convert_per_step
+from maml_cuda import FusedMAML, PerStepBatchNorm1d, PerStepBatchNorm2d, convert_per_step, gradcheck
 
 from .conftest import assert_close, run
 
@@ -23,8 +24,8 @@ def mlp() -> nn.Sequential:
 
 def conv() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(2, 5, 3, padding=1), nn.BatchNorm2d(5), nn.Softplus(), nn.MaxPool2d(2),
-        nn.Conv2d(5, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Softplus(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(4, 4, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3),
     )  # fmt: skip
 
@@ -148,17 +149,342 @@ def check(maml: FusedMAML, data: list[Tensor], how: dict) -> None:
         torch.testing.assert_close(maml(*data).loss, loss, rtol=1e-12, atol=1e-12)
 
 
-def test_smoke_reference():
-    for net in NETS:
-        for kw in (
-            {},
-            {"weights": [0.0, 0.5, 0.25]},
-            {"rates": "step", "weights": [0.1, 0.0, 0.7]},
-            {"head": True},
-            {"rates": "sgd", "first_order": True, "weights": [0.1, 0.2, 0.3]},
-        ):
-            for bn in ("transductive", "per_step", "running", "per_step running"):
-                if net == "mlp" and bn != "transductive":
-                    continue
-                maml, data, how = make(net, 2, backend="reference", batch_norm=bn, **kw)
-                check(maml, data, how)
+# -- every variant ---------------------------------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict] = {
+    "ANIL": {"head": True},
+    "Meta-SGD": {"rates": "sgd"},
+    "rates of layers and steps": {"rates": "step"},
+    "multi-step loss": {"weights": [0.0, 0.25, 0.5]},
+    "multi-step loss, phi_0 too": {"weights": [0.3, 0.25, 0.5], "rates": "layer"},
+    "multi-step loss without the last": {"weights": [0.0, 1.5, 0.0], "rates": "sgd"},
+    "multi-step loss, ANIL": {"weights": [0.2, 0.3, 0.4], "head": True, "rates": "step"},
+}
+NORMS = ("per_step", "running", "per_step running")
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("net", ["mlp", "conv"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(machine, variant, net, first_order):
+    check(*make(net, 2, first_order=first_order, **VARIANTS[variant]))
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("net", ["conv", "features"])
+@pytest.mark.parametrize("batch_norm", NORMS)
+def test_batch_norm(machine, batch_norm, net, head, first_order):
+    check(*make(net, 2, batch_norm=batch_norm, head=head, first_order=first_order))
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("batch_norm", ["transductive", *NORMS])
+def test_all_of_maml_plus_plus(machine, batch_norm, steps):
+    """Rates of each layer and step, the multi-step loss and its zeros, BatchNorm in every mode."""
+    weights = [0.0, 0.4, 0.0, 0.3, 0.2, 0.1][: steps + 1]
+    check(*make("conv", steps, batch_norm=batch_norm, rates="step", weights=weights, tasks=2))
+    check(*make("features", steps, batch_norm="transductive" if "per" in batch_norm else batch_norm, weights=weights))
+
+
+def test_no_inner_step(machine):
+    check(*make("features", 0, batch_norm="per_step", weights=[0.7]))
+
+
+@pytest.mark.parametrize("frozen", ["gamma of the input", "all of BatchNorm", "the first convolution"])
+def test_frozen(machine, frozen):
+    """A per-step constant is not a constant: what comes behind it changes from step to step."""
+    names = {"gamma of the input": ("features", ["0.weight", "0.bias"]),
+             "all of BatchNorm": ("conv", [f"{i}.{n}" for i in (1, 5, 9) for n in ("weight", "bias")]),
+             "the first convolution": ("conv", ["0.weight", "0.bias"])}  # fmt: skip
+    net, chosen = names[frozen]
+    maml, data, how = make(net, 3, batch_norm="per_step")
+    parameters = dict(maml.model.named_parameters())
+    for name in chosen:
+        parameters[name].requires_grad_(False)
+    adapted = [n for n in how["adapted"] if n not in chosen]
+    maml = FusedMAML(maml.model, 0.1, 3, adapt_params=adapted, backend="fused")
+    how |= {"adapted": adapted}
+    theta = {n: p for n, p in parameters.items() if p.requires_grad}
+    for p in parameters.values():
+        p.requires_grad_()
+    *_, expected = double_backward(maml, data, **how)
+    for name in chosen:
+        parameters[name].requires_grad_(False)
+    _, grads = run(maml, data)
+    assert grads.keys() == theta.keys()
+    assert_close(grads, {n: expected[n] for n in theta}, TOLERANCE)
+
+
+def test_recomputed_states(machine):
+    """Where the states of the steps are not kept, the gradient pass is run again with the step's own slots."""
+    import json
+
+    maml, data, how = make("conv", 3, batch_norm="per_step", weights=[0.0, 0.2, 0.3, 0.5])
+    binding = maml._binding()
+    binding.text = json.dumps({**json.loads(binding.text), "recompute": True})
+    check(maml, data, how)
+
+
+def test_more_steps_than_slots(machine):
+    """The last slot serves every later step."""
+    maml, data, how = make("features", 2, batch_norm="per_step")
+    with pytest.raises(ValueError, match="query_weights must hold 5 weights"):
+        FusedMAML(maml.model, 0.1, 4, query_weights=[0.0, 1.0, 1.0])
+    longer = FusedMAML(maml.model, 0.1, 4, adapt_params=how["adapted"], backend="fused")
+    check(longer, data, {**how, "weights": [0.0] * 4 + [1.0]})
+
+
+@pytest.mark.parametrize("batch_norm", NORMS)
+def test_building_blocks(machine, batch_norm):
+    """predict, loss_and_grad, hvp and adapt, at every slot, against the general path."""
+    maml, data, how = make("conv", 2, batch_norm=batch_norm)
+    twin = FusedMAML(maml.model, 0.1, 2, adapt_params=how["adapted"], backend="reference")
+    for steps in (0, 1, 4):
+        assert_close(maml.adapt(*data[:2], steps=steps), twin.adapt(*data[:2], steps=steps), TOLERANCE)
+    fast = {n: p + 0.05 * torch.randn_like(p) for n, p in maml.adapt(*data[:2]).items()}
+    v = {n: torch.randn_like(p) for n, p in fast.items()}
+    for slot in (0, 1, 7, None):
+        x, y = data[2:]
+        torch.testing.assert_close(
+            maml.predict(fast, x, slot=slot), twin.predict(fast, x, slot=slot), rtol=1e-11, atol=1e-11
+        )
+        got, expected = maml.loss_and_grad(fast, x, y, slot=slot), twin.loss_and_grad(fast, x, y, slot=slot)
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-11, atol=1e-11)
+        assert_close(got[1], expected[1], TOLERANCE)
+        assert_close(maml.hvp(fast, x, y, v, slot=slot), twin.hvp(fast, x, y, v, slot=slot), TOLERANCE)
+        gradients = []
+        for each in (maml, twin):
+            leaves = {n: p.clone().requires_grad_() for n, p in fast.items()}
+            each.predict(leaves, x, slot=slot).square().sum().backward()
+            gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in leaves.items()})
+        assert_close(*gradients, TOLERANCE)
+    ends = []
+    for each in (maml, twin):
+        each.zero_grad()
+        adapted = each.adapt(*data[:2], differentiable=True)
+        sum((adapted[n] * v[n]).sum() for n in how["adapted"]).backward()
+        ends.append({n: p.grad.clone() for n, p in each.model.named_parameters()})
+    assert_close(*ends, TOLERANCE)
+
+
+# -- weights of the query losses -------------------------------------------------------------------------------------
+
+
+def test_weights_are_a_schedule(machine):
+    """A new value is a new tensor of the call; only other zeros are another problem. None is the old call, bit by
+    bit."""
+    from maml_cuda import ops
+
+    maml, data, how = make("mlp", 2)
+    plain = run(maml, data)
+    maml.query_weights = torch.tensor([0.0, 0.5, 0.5])
+    run(maml, data)
+    text, problems = maml._binding().text, ops._problem.cache_info().misses
+    for last in (0.6, 0.7, 0.8):
+        maml.query_weights = [0.0, 1 - last, last]
+        check(maml, data, {**how, "weights": [0.0, 1 - last, last]})
+    assert maml.query_weights == (0.0, 1 - 0.8, 0.8)
+    assert maml._binding().text == text
+    assert ops._problem.cache_info().misses <= problems + 1  # the same without gradients
+    maml.query_weights = [0.0, 0.0, 2.0]
+    twice = run(maml, data)
+    maml.query_weights = None
+    again = run(maml, data)
+    assert torch.equal(plain[0], again[0])
+    assert all(torch.equal(plain[1][n], g) for n, g in again[1].items())
+    assert_close({n: g / 2 for n, g in twice[1].items()}, plain[1], 1e-14)
+
+
+def test_task_weights_and_query_weights(machine):
+    maml, data, how = make("mlp", 2, weights=[0.0, 0.25, 0.5], rates="layer")
+    weights = torch.tensor([0.2, 0.0, 1.5], dtype=torch.float64)
+    out = maml(*data, task_weights=weights)
+    _, task_losses, _, _ = double_backward(maml, data, **how)
+    torch.testing.assert_close(out.task_losses, task_losses, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out.loss.detach(), (weights * task_losses).sum(), rtol=1e-12, atol=1e-12)
+
+
+def test_many_samples_in_tiles(machine):
+    """Losses and gradients of the tiles of a set add up before they are weighted."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    adapted = [n for n, _ in model.named_parameters()]
+    weights = [0.1, 0.0, 0.4]
+    data = [torch.randn(2, 300, 3).double(), torch.randint(0, 3, (2, 300))] * 2
+    maml = FusedMAML(model, 0.1, 2, backend="fused", query_weights=weights)
+    rates = {n: torch.full((1,), 0.1, dtype=torch.float64) for n in adapted}
+    check(maml, data, {"adapted": adapted, "rates": rates, "weights": weights, "first_order": False})
+
+
+def test_compiled(machine):
+    maml, data, how = make("features", 2, batch_norm="per_step", weights=[0.0, 0.25, 0.75])
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(lambda *batch: maml(*batch).loss, fullgraph=True, backend=backend)
+    for weights in ([0.0, 0.25, 0.75], [0.0, 0.5, 0.5]):
+        maml.query_weights = weights
+        maml.zero_grad()
+        step(*data).backward()
+        *_, expected = double_backward(maml, data, **{**how, "weights": weights})
+        assert_close({n: p.grad for n, p in maml.model.named_parameters()}, expected, TOLERANCE)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("batch_norm", ["transductive", "per_step", "running"])
+def test_gradcheck(machine, batch_norm):
+    maml, data, _ = make("features", 2, batch_norm=batch_norm, weights=[0.1, 0.2, 0.7], rates="step")
+    gradcheck(maml, *data)
+
+
+# -- statistics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_update_statistics(per_step, momentum):
+    """Against means and variances of the layer's inputs, taken by hand."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=momentum), nn.Tanh(), nn.Linear(4, 3)).double()
+    maml = FusedMAML(model, 0.1, 2, batch_norm="per_step" if per_step else "transductive")
+    x_s, x_q, y_s = torch.randn(3, 6, 3).double(), torch.randn(3, 5, 3).double(), torch.randint(0, 3, (3, 6))
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    norm = model[1]
+    for update in (1, 2):
+        old = [norm.running_mean.clone(), norm.running_var.clone()]
+        fast = [maml.adapt(x_s, y_s, steps=k) for k in range(3)]
+        maml.update_statistics(x_s, y_s, x_q)
+        moments: dict[int, list] = {0: [], 1: []}
+        for t in range(3):
+            for k in range(2):
+                for at, x in ((k, x_s), (k + 1, x_q)):
+                    z = x[t] @ fast[at]["0.weight"][t].T + fast[at]["0.bias"][t]
+                    moments[k].append((z.mean(0), z.var(0)))
+        share = 1 / update if momentum is None else momentum
+        for got, was, which in ((norm.running_mean, old[0], 0), (norm.running_var, old[1], 1)):
+            means = [torch.stack([m[which] for m in moments[k]]).mean(0) for k in range(2)]
+            target = torch.stack(means) if per_step else torch.stack(means).mean(0)
+            torch.testing.assert_close(got, (1 - share) * was + share * target)
+        assert norm.num_batches_tracked.tolist() == ([update, update] if per_step else update)
+    assert model.training
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert not model[1]._forward_pre_hooks
+
+
+def test_running_layers_stay_in_eval_mode(machine):
+    maml, data, _ = make("conv", 2, batch_norm="running")
+    assert maml.train() is maml
+    norms = [m for m in maml.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert maml.model.training
+    assert not any(m.training for m in norms)
+    text = maml._binding().text
+    maml.update_statistics(data[0], data[1], data[2])
+    assert not any(m.training for m in norms)
+    assert maml._binding().text == text
+    assert "running_norm" in maml.explain()
+    maml(*data).loss.backward()
+
+
+# -- conversion ------------------------------------------------------------------------------------------------------
+
+
+def test_conversion():
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, eps=0.01), nn.Flatten(), nn.BatchNorm1d(2, affine=False)
+    )
+    model[1].weight.data.fill_(3.0)
+    model[1].bias.requires_grad_(False)
+    model.eval()
+    converted = convert_per_step(model, 3)
+    assert converted is model
+    norm = model[1]
+    assert type(norm) is PerStepBatchNorm2d
+    assert norm.weight.tolist() == [[3.0, 3.0]] * 3
+    assert (norm.eps, norm.training, norm.bias.requires_grad) == (0.01, False, False)
+    assert type(model[3]) is PerStepBatchNorm1d
+    assert model[3].weight is None
+    assert convert_per_step(model, 5)[1] is norm  # already
+    assert type(convert_per_step(nn.BatchNorm1d(4), 2)) is PerStepBatchNorm1d
+    shared = nn.BatchNorm1d(2)
+    twice = convert_per_step(nn.Sequential(shared, nn.Linear(2, 2), shared), 2)
+    assert twice[0] is twice[2]
+
+
+def test_per_step_parameters_are_not_adapted_by_default():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    maml = FusedMAML(model, dict.fromkeys(("0.weight", "0.bias", "2.weight", "2.bias"), 0.1), 2, batch_norm="per_step")
+    assert maml.model[1].weight.shape == (2, 4)
+    assert "batch_norm" in maml.explain()
+    x, y = torch.randn(2, 5, 3), torch.randint(0, 3, (2, 5))
+    fast = maml.adapt(x, y)
+    assert fast["1.weight"].shape == (2, 2, 4)
+    assert fast["1.weight"].stride(0) == 0
+
+
+def lone() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+
+class OwnNorm(nn.BatchNorm1d):
+    pass
+
+
+def hooked() -> nn.Module:
+    model = lone()
+    model[1].register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "text"),
+    [
+        (lone, {"batch_norm": "eval"}, ValueError, "batch_norm must be one of transductive, per_step, running, got 'e"),
+        (mlp, {"batch_norm": "per_step"}, ValueError, "batch_norm='per_step' must have a model with BatchNorm layers"),
+        (mlp, {"batch_norm": "running"}, ValueError, "batch_norm='running' must have a model with BatchNorm layers"),
+        (lambda: nn.Sequential(nn.Linear(3, 4), OwnNorm(4)), {"batch_norm": "per_step"}, ValueError,
+         r"converts BatchNorm1d and BatchNorm2d, got 1 \(OwnNorm\)"),
+        (hooked, {"batch_norm": "per_step"}, ValueError, r"would lose the hooks of 1 \(BatchNorm1d\)"),
+        (lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)),
+         {"batch_norm": "running"}, ValueError, r"layers that track running statistics, got 1 \(BatchNorm1d\)"),
+        (lone, {"batch_norm": "per_step", "adapt_params": ["0.weight", "1.bias"]}, ValueError,
+         "must leave out the parameters of per-step BatchNorm layers, of which each step has its own, got 1.bias"),
+        (lone, {"query_weights": [0.0, 1.0]}, ValueError,
+         r"query_weights must hold 3 weights, of phi_0 to phi_2 \(inner_steps=2\), got 2"),
+        (lone, {"query_weights": [0.0, -1.0, 1.0]}, ValueError, "finite, at least 0 and not all 0"),
+        (lone, {"query_weights": [0.0, float("nan"), 1.0]}, ValueError, "finite, at least 0 and not all 0"),
+        (lone, {"query_weights": [0.0, 0.0, 0.0]}, ValueError, "finite, at least 0 and not all 0"),
+        (lone, {"query_weights": [0.0, "1", 1.0]}, TypeError, "query_weights must hold numbers, got str"),
+        (lone, {"query_weights": 1.0}, TypeError, "query_weights must be a tensor or a sequence of numbers, got float"),
+        (lone, {"query_weights": torch.ones(3, requires_grad=True)}, ValueError, "query_weights must not require grad"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(model, options, error, text):
+    net = model()
+    state = {n: t.shape for n, t in net.state_dict().items()}
+    with pytest.raises(error, match=text):
+        FusedMAML(net, 0.1, 2, **options)
+    assert {n: t.shape for n, t in net.state_dict().items()} == state
+
+
+def test_bad_calls():
+    maml = FusedMAML(lone(), 0.1, 2)
+    x, y = torch.randn(2, 5, 3), torch.randint(0, 3, (2, 5))
+    fast = maml.adapt(x, y)
+    with pytest.raises(ValueError, match="slot must be at least 0, got -1"):
+        maml.predict(fast, x, slot=-1)
+    with pytest.raises(TypeError, match="slot must be an int or None, got float"):
+        maml.predict(fast, x, slot=1.0)
+    with pytest.raises(ValueError, match="update_statistics must have BatchNorm layers that track running statistics"):
+        FusedMAML(mlp(), 0.1, 2).update_statistics(x, y, x)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        PerStepBatchNorm1d(3, 0)
+    with pytest.raises(ValueError, match="PerStepBatchNorm2d must have an input of 4 axes, got 2"):
+        PerStepBatchNorm2d(3, 1)(torch.randn(4, 3))
+    maml.query_weights = [0.0, 0.5, 0.5]
+    maml.inner_steps = 3
+    with pytest.raises(ValueError, match="query_weights must hold 4 weights"):
+        maml(x, y, x, y)

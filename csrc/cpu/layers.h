@@ -14,6 +14,8 @@ Passes<T> conv2d();
 template <class T>
 Passes<T> batch_norm();
 template <class T>
+Passes<T> running_norm();
+template <class T>
 Passes<T> pointwise();
 template <class T>
 Passes<T> max_pool();
@@ -50,6 +52,7 @@ const LossPasses<T>& loss_passes(Loss loss) {
 
 Footprint conv2d_footprint(const Layer&);
 Footprint batch_norm_footprint(const Layer&);
+Footprint running_norm_footprint(const Layer&);
 Footprint max_pool_footprint(const Layer&);
 Footprint conv_block_footprint(const Layer&);
 Footprint patch_gram_footprint(const Layer&);

@@ -29,6 +29,8 @@ Footprint footprint(const Layer& layer) {
       return conv2d_footprint(layer);
     case Kind::batch_norm:
       return batch_norm_footprint(layer);
+    case Kind::running_norm:
+      return running_norm_footprint(layer);
     case Kind::max_pool:
       return max_pool_footprint(layer);
     case Kind::conv_block:
@@ -47,10 +49,11 @@ namespace {
 template <class T>
 struct Cpu : Updates<T, T> {
   static const Passes<T>& passes(Kind kind) {
-    static const Passes<T> table[] = {channels_last<T>(), flatten<T>(),    conv2d<T>(),   batch_norm<T>(),
-                                      pointwise<T>(),     max_pool<T>(),   avg_pool<T>(), mean_pool<T>(),
-                                      add<T>(),           append<T>(),     Passes<T>{},  // block
-                                      conv_block<T>(),    patch_gram<T>(), stem<T>()};
+    static const Passes<T> table[] = {channels_last<T>(), flatten<T>(),      conv2d<T>(),
+                                      batch_norm<T>(),    running_norm<T>(), pointwise<T>(),
+                                      max_pool<T>(),      avg_pool<T>(),     mean_pool<T>(),
+                                      add<T>(),           append<T>(),       Passes<T>{},  // block
+                                      conv_block<T>(),    patch_gram<T>(),   stem<T>()};
     return table[static_cast<int>(kind)];
   }
   void forward(const Layer& l, const Tensors<T>& t) const { passes(l.kind).forward(l, t); }
@@ -287,7 +290,7 @@ class Run {
       pack_all(call_.given, call_.given_strides, t, given);
       task.given = given;
     }
-    const Cpu<T> backend{{rates_}};
+    const Cpu<T> backend{{rates_, call_.query_weights}};
     TaskRunner<Cpu<T>, T>(backend, p_, task, at).run();
     hand_back_task(out, t);
   }
@@ -341,7 +344,7 @@ class Run {
     task.result = call_.gradient ? result : out;
     task.given = p_.operation == Operation::predict_backward ? logits : given;
     task.adapted = out;
-    const Tasks backend(rates_, loss_scratch);
+    const Tasks backend(rates_, call_.query_weights, loss_scratch);
     TaskRunner<Tasks, V>(backend, p_, task, at).run();
     if (call_.gradient) {
       double weights[W];

@@ -105,7 +105,8 @@ struct TasksInLanes : Updates<Vector<T>, T> {
   static constexpr int64_t W = kLanes<T>;
   T* scratch;  // 3 * the prediction's elements
 
-  TasksInLanes(const T* rates, T* scratch_) : Updates<V, T>{rates}, scratch(scratch_) {}
+  TasksInLanes(const T* rates, const T* query_weights, T* scratch_)
+      : Updates<V, T>{rates, query_weights}, scratch(scratch_) {}
 
   void forward(const Layer& l, const Tensors<V>& t) const {
     if (l.kind != Kind::conv2d) return elementwise(l).forward(longer(l), elements(t));

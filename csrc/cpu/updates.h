@@ -13,7 +13,8 @@ namespace maml::MAML_ISA {
 
 template <class V, class T>
 struct Updates {
-  const T* rates;  // packed
+  const T* rates;          // packed
+  const T* query_weights;  // [steps + 1]
 
   void descend(const std::vector<RateSlice>& slices, const V* phi, const V* g, V* next) const {
     each_rate(slices, [&](const RateSlice& s, auto rate) {
@@ -55,6 +56,12 @@ struct Updates {
       for (int64_t i = first; i < last; ++i) v[i] -= product[i];
     });
     if (out) direction(slices, v, out);
+  }
+  void add_weighted(int k, int64_t size, const V* x, V* y) const {
+    const T w = query_weights[k];
+    share_elements(size, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) y[i] += w * x[i];
+    });
   }
   void copy(int64_t size, const V* from, V* to) const { std::copy_n(from, size, to); }
   void zero(int64_t size, V* to) const { std::fill_n(to, size, V{}); }

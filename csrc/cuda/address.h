@@ -26,6 +26,7 @@ enum class Region : int {
   task_losses,
   cotangent,  // of the prediction
   task_weights,
+  query_weights,  // [steps + 1]
   loss,
   gradient,  // flat, as the user gets it
   count

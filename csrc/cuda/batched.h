@@ -68,6 +68,13 @@ __global__ void __launch_bounds__(kReductionThreads)
 
 template <class T>
 __global__ void __launch_bounds__(kVectorThreads)
+    add_weighted_kernel(int64_t size, const T* w, const T* x, T* y, const Table* table) {
+  const int64_t task = blockIdx.z;
+  add_weighted(grid_team(), size, resolve(w, *table, task), resolve(x, *table, task),
+               resolve(y, *table, task));
+}
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
     copy_kernel(int64_t size, const T* from, T* to, const Table* table) {
   copy(grid_team(), size, resolve(from, *table, blockIdx.z), resolve(to, *table, blockIdx.z));
 }
@@ -144,6 +151,10 @@ class Batched {
     launch_("retreat", retreat_kernel<T>, {vector_blocks(std::max(largest_, rest)), count + (rest > 0)},
             kVectorThreads, 0, slices(step), count, adapted, size, rates_, product, v, out, launch_.table);
   }
+  void add_weighted(int k, int64_t size, const T* x, T* y) const {
+    launch_("add weighted", add_weighted_kernel<T>, {vector_blocks(size)}, kVectorThreads, 0, size,
+            static_cast<const T*>(place<T>(Region::query_weights, k)), x, y, launch_.table);
+  }
   void copy(int64_t size, const T* from, T* to) const {
     if (size == 0) return;
     launch_("copy", copy_kernel<T>, {vector_blocks(size)}, kVectorThreads, 0, size, from, to, launch_.table);
@@ -155,10 +166,21 @@ class Batched {
 
  private:
   static const LaunchPasses<T>& passes(Kind kind) {
-    static const LaunchPasses<T> table[] = {
-        channels_last<T>(), flatten<T>(),   conv2d<T>(), batch_norm<T>(), pointwise<T>(), max_pool<T>(),
-        avg_pool<T>(),      mean_pool<T>(), add<T>(),    append<T>(),     block<T>(),     {},  // conv_block
-        patch_gram<T>(),    stem<T>()};
+    static const LaunchPasses<T> table[] = {channels_last<T>(),
+                                            flatten<T>(),
+                                            conv2d<T>(),
+                                            batch_norm<T>(),
+                                            running_norm<T>(),
+                                            pointwise<T>(),
+                                            max_pool<T>(),
+                                            avg_pool<T>(),
+                                            mean_pool<T>(),
+                                            add<T>(),
+                                            append<T>(),
+                                            block<T>(),
+                                            {},  // conv_block
+                                            patch_gram<T>(),
+                                            stem<T>()};
     return table[static_cast<int>(kind)];
   }
 

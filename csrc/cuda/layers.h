@@ -23,6 +23,8 @@ LaunchPasses<T> conv2d();
 template <class T>
 LaunchPasses<T> batch_norm();
 template <class T>
+LaunchPasses<T> running_norm();
+template <class T>
 LaunchPasses<T> pointwise();
 template <class T>
 LaunchPasses<T> max_pool();
@@ -45,6 +47,7 @@ Footprint conv2d_footprint(const Layer&);
 /// Rows of y that one entry of Tensors::statistics stands for: row m belongs to entry m / rows.
 int64_t conv2d_statistics_rows(const Layer&);
 Footprint batch_norm_footprint(const Layer&);
+Footprint running_norm_footprint(const Layer&);
 Footprint max_pool_footprint(const Layer&);
 Footprint block_footprint(const Layer&);
 Footprint patch_gram_footprint(const Layer&);

@@ -88,6 +88,8 @@ __device__ void run_instruction(const Instruction<T>& i, const Image& image, con
     case Op::retreat:
       for (int s = 0; s < count; ++s) retreat(team, slices[s], rates, t.grad_y, t.y, t.saved);
       return subtract(team, i.size, t.x[0], t.grad_x[0]);
+    case Op::add_weighted:
+      return add_weighted(team, i.size, t.grad_y, t.x[0], t.y);
     case Op::copy:
       return copy(team, i.size, t.x[0], t.y);
     case Op::zero:

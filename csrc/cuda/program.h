@@ -21,6 +21,7 @@ enum class Op : int {
   direction,     // x = v, y = out
   retreat,       // grad_y = product, y = v, saved = out; x = product, grad_x = v behind what is adapted, size
   rate_gradient,  // grad_y = g, x = v, y = result
+  add_weighted,   // grad_y = weight, x, y
   copy,
   zero
 };
@@ -100,6 +101,9 @@ class Recorder {
     i.tensors.saved = out;
     i.slices = first_slice(step);
     i.size = size - adapted;
+  }
+  void add_weighted(int k, int64_t size, const T* x, T* y) const {
+    record_vector(Op::add_weighted, x, place<T>(Region::query_weights, k), y).size = size;
   }
   void copy(int64_t size, const T* from, T* to) const {
     record_vector(Op::copy, from, nullptr, to).size = size;

@@ -71,6 +71,8 @@ Footprint footprint(const Layer& layer) {
       return conv2d_footprint(layer);
     case Kind::batch_norm:
       return batch_norm_footprint(layer);
+    case Kind::running_norm:
+      return running_norm_footprint(layer);
     case Kind::block:
       return block_footprint(layer);
     case Kind::max_pool:
@@ -238,6 +240,7 @@ struct Runner<T>::State {
       const bool cotangent = problem.operation == Operation::predict_backward;
       region(Region::cotangent, cotangent ? call.given[0] : nullptr, predictions * element);
       region(Region::task_weights, call.task_weights, element);
+      region(Region::query_weights, call.query_weights, 0);
       region(Region::loss, call.loss, 0);
       region(Region::gradient, call.gradient, 0);
       all[regions + static_cast<size_t>(Region::task)] = {

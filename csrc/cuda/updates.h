@@ -3,7 +3,9 @@
 //   direction      out = rate v
 //   retreat        v -= product, then out = rate v
 //   rate_gradient  grad_rate -= g v, summed in double, in a fixed tree, where one rate serves a whole
-//   parameter copy, zero
+//   parameter
+//   add_weighted   y += w x, w one number of the call's
+//   copy, zero
 // A slice is one parameter and its rate. Every function is for a team; the caller puts the barrier behind it.
 //
 // Why these are launches of their own, one an inner step (descend) and one a product (retreat), and not part
@@ -102,6 +104,10 @@ __device__ void shared_rate_gradients(const RateSlice* slices, int count, const 
 template <class T>
 __device__ void subtract(Team team, int64_t size, const T* x, T* y) {
   for (int64_t i = team.first(); i < size; i += team.step()) y[i] -= x[i];
+}
+template <class T>
+__device__ void add_weighted(Team team, int64_t size, const T* w, const T* x, T* y) {
+  for (int64_t i = team.first(); i < size; i += team.step()) y[i] += *w * x[i];
 }
 template <class T>
 __device__ void copy(Team team, int64_t size, const T* from, T* to) {

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <utility>
 #include <variant>
 
 #include "../cpu/backend.h"
@@ -29,6 +30,7 @@ const std::map<std::string, Kind> kKinds = {{"channels_last", Kind::channels_las
                                             {"flatten", Kind::flatten},
                                             {"conv2d", Kind::conv2d},
                                             {"batch_norm", Kind::batch_norm},
+                                            {"running_norm", Kind::running_norm},
                                             {"pointwise", Kind::pointwise},
                                             {"max_pool", Kind::max_pool},
                                             {"avg_pool", Kind::avg_pool},
@@ -106,10 +108,18 @@ Graph graph_of(const py::dict& plan, Operation operation) {
   const bool own = at_own_parameters(operation), all_trained = operation == Operation::fisher;
   for (py::handle handle : plan["parameters"]) {
     const auto d = handle.cast<py::dict>();
-    Role role = named(kRoles, d["role"].cast<std::string>(), "role");
-    if (own || (all_trained && role == Role::outer)) role = Role::adapted;
-    graph.parameters.push_back(
-        {d["size"].cast<int64_t>(), d["rows"].cast<int64_t>(), d["taps"].cast<int64_t>(), role});
+    Parameter p{d["size"].cast<int64_t>(), d["rows"].cast<int64_t>(), d["taps"].cast<int64_t>(),
+                named(kRoles, d["role"].cast<std::string>(), "role"), field<int64_t>(d, "slots", 1)};
+    if (own) {  // of one slot, which the caller has chosen; a buffer stays a constant
+      p.size /= std::exchange(p.slots, 1);
+      if (!field(d, "buffer", false)) p.role = Role::adapted;
+    }
+    if (all_trained && p.role == Role::outer) {
+      if (p.slots > 1)
+        throw Unsupported("Fisher-vector products know no parameters with a slot for each step");
+      p.role = Role::adapted;
+    }
+    graph.parameters.push_back(p);
   }
   graph.loss = named(kLosses, plan["loss"].cast<std::string>(), "loss");
   graph.precision = named(kPrecisions, field<std::string>(plan, "precision", "float32"), "precision");
@@ -171,7 +181,7 @@ struct BoundCall {
   std::vector<int64_t> parameter_strides;
   std::vector<Address> rates;
   std::array<Address, 4> support{}, query{};  // x, and what its loss compares: y, scale, old_log_probs
-  Address task_weights = 0;
+  Address task_weights = 0, query_weights = 0;
   std::vector<Address> given;  // the cotangents of a backward or the directions of hvp
   std::vector<int64_t> given_strides;
   std::array<Address, 3> losses{};  // loss, task_losses, support_losses
@@ -191,6 +201,7 @@ struct BoundCall {
     call.x_query = at<const T>(query[0]);
     call.y_query = target<T>(query);
     call.task_weights = at<const T>(task_weights);
+    call.query_weights = at<const T>(query_weights);
     call.given = all_at<const T>(given);
     call.given_strides = given_strides;
     call.loss = at<T>(losses[0]);
@@ -223,13 +234,13 @@ class BoundProblem {
  public:
   BoundProblem(const py::dict& plan, const std::string& operation, const std::vector<int64_t>& sample,
                int64_t n_support, int64_t n_query, int steps, bool first_order, bool is_double,
-               const std::string& backend)
+               const std::string& backend, const std::vector<int>& query_steps)
       : double_(is_double),
         problem_(graph_of(plan, named(kOperations, operation, "operation")),
                  named(kOperations, operation, "operation"),
                  rates_of(plan, named(kOperations, operation, "operation")),
                  rate_tensors_of(plan, named(kOperations, operation, "operation")), sample, n_support,
-                 n_query, steps, first_order, is_double ? 8 : 4, traits_of(backend)) {}
+                 n_query, steps, first_order, query_steps, is_double ? 8 : 4, traits_of(backend)) {}
 
   bool is_double() const { return double_; }
   const Problem& problem() const { return problem_; }
@@ -340,19 +351,20 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
       .def(py::init([](int64_t tasks, int64_t at_once, Address workspace, const Addresses& parameters,
                        const Strides& parameter_strides, const Addresses& rates,
                        const std::array<Address, 4>& support, const std::array<Address, 4>& query,
-                       Address task_weights, const Addresses& given, const Strides& given_strides,
-                       const std::array<Address, 3>& losses, Address logits, Address gradient,
-                       const Addresses& per_task) {
-             return BoundCall{tasks,         at_once, workspace, parameters,   parameter_strides,
-                              rates,         support, query,     task_weights, given,
-                              given_strides, losses,  logits,    gradient,     per_task};
+                       Address task_weights, Address query_weights, const Addresses& given,
+                       const Strides& given_strides, const std::array<Address, 3>& losses, Address logits,
+                       Address gradient, const Addresses& per_task) {
+             return BoundCall{tasks,   at_once,       workspace, parameters,   parameter_strides,
+                              rates,   support,       query,     task_weights, query_weights,
+                              given,   given_strides, losses,    logits,       gradient,
+                              per_task};
            }),
            py::arg("tasks"), py::arg("at_once"), py::kw_only(), py::arg("workspace"), py::arg("parameters"),
            py::arg("parameter_strides") = Strides{}, py::arg("rates") = Addresses{},
            py::arg("support") = std::array<Address, 4>{}, py::arg("query") = std::array<Address, 4>{},
-           py::arg("task_weights") = 0, py::arg("given") = Addresses{}, py::arg("given_strides") = Strides{},
-           py::arg("losses") = std::array<Address, 3>{}, py::arg("logits") = 0, py::arg("gradient") = 0,
-           py::arg("per_task") = Addresses{},
+           py::arg("task_weights") = 0, py::arg("query_weights") = 0, py::arg("given") = Addresses{},
+           py::arg("given_strides") = Strides{}, py::arg("losses") = std::array<Address, 3>{},
+           py::arg("logits") = 0, py::arg("gradient") = 0, py::arg("per_task") = Addresses{},
            "support, query: x, and what its loss compares: y, scale, old_log_probs. given: the cotangents of "
            "a "
            "backward, or directions. "
@@ -360,9 +372,10 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
 
   py::class_<BoundProblem>(m, "Problem", py::module_local())
       .def(py::init<const py::dict&, const std::string&, const std::vector<int64_t>&, int64_t, int64_t, int,
-                    bool, bool, const std::string&>(),
+                    bool, bool, const std::string&, const std::vector<int>&>(),
            py::arg("plan"), py::arg("operation"), py::arg("sample"), py::arg("n_support"), py::arg("n_query"),
-           py::arg("steps"), py::arg("first_order"), py::arg("double"), py::arg("backend"))
+           py::arg("steps"), py::arg("first_order"), py::arg("double"), py::arg("backend"),
+           py::arg("query_steps") = std::vector<int>{})
       .def_property_readonly("prediction", &BoundProblem::prediction, "Shape of one sample's prediction.")
       .def_property_readonly("saved_steps", &BoundProblem::saved_steps,
                              "Inner steps whose state is kept for the products; 1: it is computed again.")

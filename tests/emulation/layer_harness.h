@@ -94,6 +94,8 @@ LaunchPasses<T> passes_of(Kind kind) {
       return flatten<T>();
     case Kind::batch_norm:
       return batch_norm<T>();
+    case Kind::running_norm:
+      return running_norm<T>();
     case Kind::block:
       return block<T>();
     case Kind::pointwise:
@@ -118,15 +120,16 @@ LaunchPasses<T> passes_of(Kind kind) {
 
 inline Footprint footprint_of(const Layer& l) {
   if (l.kind == Kind::batch_norm) return batch_norm_footprint(l);
+  if (l.kind == Kind::running_norm) return running_norm_footprint(l);
   if (l.kind == Kind::block) return block_footprint(l);
   if (l.kind == Kind::max_pool) return max_pool_footprint(l);
   return {};
 }
 
 inline const char* name_of(Kind kind) {
-  const char* names[] = {"channels_last", "flatten",    "conv2d",     "batch_norm", "pointwise",
-                         "max_pool",      "avg_pool",   "mean_pool",  "add",        "append",
-                         "block",         "conv_block", "patch_gram", "stem"};
+  const char* names[] = {"channels_last", "flatten",  "conv2d",     "batch_norm", "running_norm",
+                         "pointwise",     "max_pool", "avg_pool",   "mean_pool",  "add",
+                         "append",        "block",    "conv_block", "patch_gram", "stem"};
   return names[static_cast<int>(kind)];
 }
 
@@ -223,7 +226,7 @@ template <class T>
 std::vector<T> check_layer(const Layer& l, const Present& p, int64_t tasks = 2, unsigned seed = 1) {
   const std::string name = text_of(l, p) + (sizeof(T) == 4 ? " float" : " double");
   const double tolerance = sizeof(T) == 4 ? 2e-5 : 1e-12;
-  const bool normalises = l.kind == Kind::batch_norm || l.kind == Kind::block;
+  const bool normalises = l.kind == Kind::batch_norm || l.kind == Kind::running_norm || l.kind == Kind::block;
   const int inputs = l.kind == Kind::add ? 2 : 1, parameters = normalises ? 2 : 0;
   const bool has[2] = {p.gamma, p.beta};
   const bool x_moves[2] = {p.x_dot, p.second_dot};
@@ -251,6 +254,7 @@ std::vector<T> check_layer(const Layer& l, const Present& p, int64_t tasks = 2, 
     all.grad_w_dot[j] = w_wanted[j] ? memory.take(c) : nullptr;
     all.add_w[j] = p.add;
   }
+  if (l.kind == Kind::running_norm) all.w[2] = memory.take(c), all.w[3] = memory.take(c);
   all.y = memory.take(out);
   all.grad_y = memory.take(out);
   all.y_dot = memory.take(out);
@@ -282,6 +286,12 @@ std::vector<T> check_layer(const Layer& l, const Present& p, int64_t tasks = 2, 
     for (int j = 0; j < parameters; ++j) {
       const auto w = input(all.w[j], task, c), w_dot = input(all.w_dot[j], task, c);
       if (has[j]) v.w[j] = dual(w, w_dot, w_moves[j]);
+    }
+    if (l.kind == Kind::running_norm) {
+      std::vector<double> mean(c), var(c);
+      for (int64_t ch = 0; ch < c; ++ch) mean[ch] = running_mean(ch), var[ch] = running_var(ch);
+      memory.fill(const_cast<T*>(all.w[2]), task, mean);
+      memory.fill(const_cast<T*>(all.w[3]), task, var);
     }
     const auto g = input(all.grad_y, task, out), g_dot = input(all.grad_y_dot, task, out);
     v.g = dual(g, g_dot, true);

@@ -161,6 +161,28 @@ void pointwise_reference(const Layer& l, Values<S>& v) {
   }
 }
 
+/// The constants of a running_norm.
+inline double running_mean(int64_t channel) { return 0.3 * static_cast<double>(channel % 5) - 0.5; }
+inline double running_var(int64_t channel) { return 0.2 + 0.4 * static_cast<double>(channel % 3); }
+
+template <class S>
+void running_norm_reference(const Layer& l, Values<S>& v) {
+  const int64_t count = rows_in(l) * l.in.c, c = l.in.c;
+  for (auto& sums : v.grad_w) sums.assign(c, S(0));
+  v.y.resize(count);
+  v.grad_x[0].resize(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t ch = i % c;
+    const S gamma = v.w[0].empty() ? S(1) : v.w[0][ch], beta = v.w[1].empty() ? S(0) : v.w[1][ch];
+    const S deviation = sqrt(S(running_var(ch)) + S(l.eps));
+    const S normalised = (v.x[0][i] - S(running_mean(ch))) / deviation;
+    v.y[i] = gamma * normalised + beta;
+    v.grad_x[0][i] = v.g[i] * gamma / deviation;
+    v.grad_w[0][ch] += v.g[i] * normalised;
+    v.grad_w[1][ch] += v.g[i];
+  }
+}
+
 /// batch_norm and block, by the chain rule step by step.
 template <class S>
 void normalise_reference(const Layer& l, Values<S>& v) {
@@ -239,6 +261,8 @@ void reference(const Layer& l, Values<S>& v) {
     case Kind::batch_norm:
     case Kind::block:
       return normalise_reference(l, v);
+    case Kind::running_norm:
+      return running_norm_reference(l, v);
     case Kind::pointwise:
       return pointwise_reference(l, v);
     case Kind::max_pool:

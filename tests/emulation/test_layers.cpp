@@ -96,7 +96,13 @@ void check_normalisation() {
     p.statistics = true;
     check_layer<double>(layer(Kind::batch_norm, n, {3, 1, 1}), p);
   }
+  for (const int64_t n : {1, 2, 15, 16, 17, 33, 65, 300}) {  // one tile, two, and folds
+    check_layer<double>(layer(Kind::running_norm, n, {3, 1, 1}), {});
+    check_layer<double>(layer(Kind::running_norm, n, {9, 2, 1}), {}, 3);
+  }
+  check_layer<float>(layer(Kind::running_norm, 50, {9, 2, 2}), {});
   for (const Present& p : presences()) {
+    check_layer<double>(layer(Kind::running_norm, 7, {9, 5, 5}), p);
     check_layer<double>(layer(Kind::batch_norm, 7, {9, 5, 5}), p);
     for (const Function f : {Function::relu, Function::silu}) {
       check_layer<double>(with(layer(Kind::block, 7, {9, 5, 5}), f), p);
@@ -154,7 +160,7 @@ void check_the_others() {
 /// The same bits in every schedule, and for a task whatever its neighbours are.
 void check_bits() {
   const Layer layers[] = {with(over(layer(Kind::block, 9, {9, 7, 7}), kWindows[1], 1), Function::gelu),
-                          layer(Kind::batch_norm, 300, {3, 1, 1}),
+                          layer(Kind::batch_norm, 300, {3, 1, 1}), layer(Kind::running_norm, 300, {3, 1, 1}),
                           over(layer(Kind::max_pool, 3, {5, 7, 6}), kWindows[2]),
                           layer(Kind::channels_last, 2, {9, 3, 5})};
   for (const Layer& l : layers) {

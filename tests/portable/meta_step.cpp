@@ -105,7 +105,7 @@ int main(int count, char** words) {
   const std::vector<Rate> rates(net.graph.parameters.size(), Rate{kRate});
   const cpu::Backend& backend = cpu::backend();
   const Problem problem(net.graph, Operation::meta_gradient, rates, {}, net.sample, kSupport, kQuery, kSteps,
-                        false, sizeof(double), backend.traits);
+                        false, {}, sizeof(double), backend.traits);
   Call<double> call;
   call.tasks = kTasks;
   call.at_once = 2;
@@ -129,8 +129,8 @@ int main(int count, char** words) {
   double loss = 0;
   std::vector<double> workspace(
       static_cast<size_t>(backend.workspace_double(problem, call.tasks, call.at_once)));
-  call.x_support = x[0].data(), call.y_support = y[0].data();
-  call.x_query = x[1].data(), call.y_query = y[1].data();
+  call.x_support = x[0].data(), call.y_support.y = y[0].data();
+  call.x_query = x[1].data(), call.y_query.y = y[1].data();
   call.loss = &loss, call.task_losses = losses.data(), call.logits = logits.data();
   call.support_losses = support_losses.data(), call.gradient = gradient.data();
   call.workspace = workspace.data();
