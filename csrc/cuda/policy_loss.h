@@ -102,30 +102,33 @@ __device__ void gaussian_tangent(Team team, const LossPart& part, const T* z, co
 template <class T>
 __device__ void gaussian_metric(Team team, const LossPart& part, const T* z, const Target<T>& target,
                                 const T* z_dot, T* grad_z) {
-  const int64_t c = part.c, dims = c / 2, count = part.n * dims, step = team.step();
-  for (int64_t at = team.first(); at < count; at += step) {
-    const int64_t i = at / dims, mean = i * c + at % dims, log_std = mean + dims;
+  const int64_t c = part.c, dims = c / 2, step = team.step();
+  for (int64_t i = team.first(); i < part.n; i += step) {
     const T scale = target.scale[i];
-    grad_z[mean] = scale == T(0) ? T(0) : scale * std::exp(-2 * z[log_std]) * z_dot[mean];
-    grad_z[log_std] = 2 * scale * z_dot[log_std];
+    for (int64_t j = 0; j < dims; ++j) {
+      const int64_t mean = i * c + j, log_std = mean + dims;
+      grad_z[mean] = scale == T(0) ? T(0) : scale * std::exp(-2 * z[log_std]) * z_dot[mean];
+      grad_z[log_std] = 2 * scale * z_dot[log_std];
+    }
   }
 }
 
-/// The softmax of a row shared by `width` threads: its largest logit, and the sum of exponentials over that;
-/// `first` is the thread's own first column.
+/// The softmax of a row shared by `width` threads: its largest logit, the sum of exponentials over that, and
+/// its reciprocal; `first` is the thread's own first column.
 template <class T>
 struct Softmax {
-  T largest = -INFINITY, sum = 0;
+  T largest = -INFINITY, sum = 0, scale;
   __device__ Softmax(const T* z, int64_t first, int64_t c, int width) {
     for (int64_t j = first; j < c; j += width) largest = z[j] > largest ? z[j] : largest;
     largest = row_max(largest, width);
     for (int64_t j = first; j < c; j += width) sum += std::exp(z[j] - largest);
     sum = row_sum(sum, width);
+    scale = 1 / sum;
   }
   __device__ double log_prob(T logit) const {
     return static_cast<double>(logit - largest) - std::log(static_cast<double>(sum));
   }
-  __device__ T prob(T logit) const { return std::exp(logit - largest) / sum; }
+  __device__ T prob(T logit) const { return std::exp(logit - largest) * scale; }
 };
 
 /// This thread's part of the loss; grad_z and p where wanted.
@@ -185,11 +188,14 @@ __device__ void categorical_metric(Team team, const LossPart& part, const T* z, 
     const int64_t first = exists ? lane : c, at = row * c;
     const Softmax<T> softmax(z + at, first, c, width);
     T mean = 0;
-    for (int64_t j = first; j < c; j += width) mean += softmax.prob(z[at + j]) * z_dot[at + j];
-    mean = row_sum(mean, width);
     for (int64_t j = first; j < c; j += width) {
-      grad_z[at + j] = target.scale[row] * softmax.prob(z[at + j]) * (z_dot[at + j] - mean);
+      const T q = softmax.prob(z[at + j]);
+      grad_z[at + j] = q;
+      mean += q * z_dot[at + j];
     }
+    mean = row_sum(mean, width);
+    const T scale = exists ? target.scale[row] : T(0);
+    for (int64_t j = first; j < c; j += width) grad_z[at + j] *= scale * (z_dot[at + j] - mean);
   });
 }
 
