@@ -109,6 +109,8 @@ class Settings:
             raise ValueError(f"train_ways must be ways, {self.ways}, for {self.algorithm}, got {self.train_ways}")
         if self.algorithm == "nearest-pixel" and self.iterations:
             raise ValueError(f"iterations must be 0 for nearest-pixel, which learns nothing, got {self.iterations}")
+        if self.preset == "random" and self.iterations:
+            raise ValueError(f"iterations must be 0 for random, an untrained net, got {self.iterations}")
         if self.data and self.job not in images.OPEN:
             raise ValueError(f"data must be left out for {self.job}, which needs none, got {self.data}")
         if self.test_tasks < 2:

@@ -134,7 +134,10 @@ class Training:
                 self.iteration += 1
                 log = self.iteration % settings.log_interval == 0
                 validate = self.iteration % settings.validation_interval == 0
+                last = self.iteration == settings.iterations
                 before = self._step(log)
+                if log or validate or last or interrupted.is_set():
+                    self._refuse_what_diverged()  # before it is saved
                 row: dict[str, float] = {}
                 if log:
                     row |= self._log(before, bar)
@@ -144,7 +147,7 @@ class Training:
                     cells = [f"{row[column]:.6g}" if column in row else "" for column in self.columns[1:]]
                     metrics.write(",".join([str(self.iteration), *cells]) + "\n")
                     metrics.flush()
-                if validate or interrupted.is_set() or self.iteration == settings.iterations:
+                if validate or last or interrupted.is_set():
                     os.fsync(metrics.fileno())  # before the checkpoint that says these rows exist
                     self.seconds = time.perf_counter() - started
                     self.cpu_seconds = time.process_time() - cpu_started
@@ -180,17 +183,20 @@ class Training:
         self.running += torch.stack(self.algorithm.step(batch, self.iteration))
         return before
 
+    def _refuse_what_diverged(self) -> None:
+        loss = self.running[0].item()
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss must be finite, got {loss} before iteration {self.iteration}: "
+                "lower --meta-lr or --inner-lr; the last checkpoint is from before that"
+            )
+
     def _log(self, before: Any, bar: tqdm) -> dict[str, float]:
         """The row of metrics.csv, with what ``_step`` returned: loss and score are means since the last row, the score
         before adaptation is one meta-batch's."""
         job = self.settings.job
         loss, after = (self.running / self.settings.log_interval).tolist()
         self.running.zero_()
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss must be finite, got {loss} before iteration {self.iteration}: "
-                "lower --meta-lr or --inner-lr; the last checkpoint is from before that"
-            )
         row = {"loss": loss, "after": after}
         scores = show(job, after)
         if before is not None:

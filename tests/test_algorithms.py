@@ -88,6 +88,7 @@ def test_single_options_are_over_the_preset_and_the_preset_over_the_job() -> Non
         ({"learn_inner_lr": "always"}, "learn_inner_lr must be one of nothing, step, layer, element, got 'always'"),
         ({"told": True}, "told must be left out for glyphs, whose tasks have no amplitude and phase"),
         ({"train_ways": 7}, "train_ways must be ways, 5, for maml, got 7"),
+        ({"preset": "random", "iterations": 3}, "iterations must be 0 for random, an untrained net, got 3"),
         ({"preset": "nearest-pixel", "iterations": 3}, "iterations must be 0 for nearest-pixel, .*, got 3"),
         ({"preset": "reptile", "first_order": True}, "first_order must be left out for reptile, got True"),
         ({"multi_step_iterations": 3, "inner_steps": 0}, "inner_steps must be at least 1, got 0"),

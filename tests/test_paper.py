@@ -155,6 +155,11 @@ def test_the_page_says_whether_second_order_pays(second: float, first: float, ve
     assert "first order here" not in page(summary("glyphs-20way-1shot-maml", second))
 
 
+def test_second_and_first_order_are_compared_on_the_same_task() -> None:
+    text = page(summary("mini-imagenet-5way-1shot-maml", 0.5), summary("mini-imagenet-5way-5shot-fomaml", 0.6))
+    assert "first order here" not in text
+
+
 def test_the_figure_needs_a_sinusoid(tmp_path) -> None:
     assert not draw({}, tmp_path / "none.png")
     runs = [summary(f"sinusoid-{shots}shot-{of}", 1.0) for shots in (5, 20) for of in ("maml", "oracle")]

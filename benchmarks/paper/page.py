@@ -96,12 +96,21 @@ def _commands(table: Table, cells: Iterable[Cell]) -> list[str]:
 
 
 def _orders(table: Table, results: dict[str, Any]) -> str:
-    """Whether second order beats first order here."""
-    pair = {cell.preset: results[cell.name]["reported"] for cell in table.cells if cell.name in results}
-    if table.steps or not {"maml", "fomaml"} <= set(pair):
+    """For each task of the table, whether second order beats first order."""
+    if table.steps:
         return ""
-    gain = 100 * (pair["maml"]["mean"] - pair["fomaml"]["mean"])
-    width = 100 * hypot(pair["maml"]["ci95"], pair["fomaml"]["ci95"])
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    for cell in table.cells:
+        if cell.name in results:
+            task = scores.setdefault(cell.name.removesuffix(f"-{cell.preset}"), {})
+            task[cell.preset] = results[cell.name]["reported"]
+    pairs = [(name, of["maml"], of["fomaml"]) for name, of in scores.items() if {"maml", "fomaml"} <= of.keys()]
+    return "\n\n".join(f"{name}: {_verdict(second, first)}" for name, second, first in pairs)
+
+
+def _verdict(second: dict[str, float], first: dict[str, float]) -> str:
+    gain = 100 * (second["mean"] - first["mean"])
+    width = 100 * hypot(second["ci95"], first["ci95"])
     if gain > width:
         verdict = "Second order beats first order here"
     elif gain < -width:

@@ -29,7 +29,7 @@ def baseline_features(observations: Tensor) -> Tensor:
     """``[tasks, episodes, steps, 2 * observation_size + 4]``, float64. Observations are clipped to [-10, 10], as rllab
     does."""
     clipped = observations.double().clamp(-10, 10)
-    time = torch.arange(clipped.shape[2], dtype=torch.float64) / 100
+    time = torch.arange(clipped.shape[2], dtype=torch.float64, device=clipped.device) / 100
     powers = torch.stack([time, time**2, time**3, torch.ones_like(time)], -1)
     return torch.cat([clipped, clipped**2, powers.expand(*clipped.shape[:3], 4)], -1)
 
@@ -48,7 +48,7 @@ def _cholesky(gram: Tensor) -> Tensor:
     broken = (~gram.isfinite()).flatten(1).any(1)
     if broken.any():
         raise ValueError(f"observations must be finite, got some that are not in task {int(broken.nonzero()[0])}")
-    ridge = torch.full((len(gram), 1), RIDGE, dtype=gram.dtype)
+    ridge = torch.full((len(gram), 1), RIDGE, dtype=gram.dtype, device=gram.device)
     while True:
         factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge.expand(-1, gram.shape[-1])))
         if not failed.any():

@@ -7,6 +7,7 @@ product of the Fisher matrix of the adapted policies, through the inner step, wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ def trpo(maml: FusedMAML, samples: MetaSamples, max_kl: float, damping: float) -
 
     step = conjugate_gradients(damped_fisher, gradient)
     curvature = dot(step, damped_fisher(step))
-    if not curvature > 0:  # a gradient of zero, or not finite
+    if not curvature > 0:  # a gradient of zero
         return OuterStep(before, before, 0.0, False)
     step = _scaled(step, (2 * max_kl / curvature) ** 0.5)
     old = _adapted_policies(maml, samples)
@@ -149,10 +150,17 @@ def _assign(parameters: Mapping[str, Tensor], start: Vector, step: Vector, facto
 
 
 def _surrogate_and_gradient(maml: FusedMAML, samples: MetaSamples) -> tuple[float, Vector]:
-    loss = maml(*samples).loss
+    """ValueError where one of them is not finite."""
+    out = maml(*samples)
     parameters = _parameters(maml)
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
-    return float(loss.detach()), dict(zip(parameters, gradients, strict=True))
+    gradients = dict(zip(parameters, torch.autograd.grad(out.loss, list(parameters.values())), strict=True))
+    broken = ~out.task_losses.isfinite()
+    if broken.any():
+        task = int(broken.nonzero()[0])
+        raise ValueError(f"the surrogate must be finite, got {out.task_losses[task]:g} in task {task}")
+    if not math.isfinite(dot(gradients, gradients)):
+        raise ValueError("the meta-gradient must be finite, got one that is not: lower --inner-lr")
+    return float(out.loss.detach()), gradients
 
 
 def _optimize(maml: FusedMAML, optimizer: torch.optim.Optimizer, gradient: Vector) -> None:

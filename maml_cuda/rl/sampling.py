@@ -92,7 +92,7 @@ def sample_episodes(
         was_alive = torch.stack(alive, 2).float()
         drawn = torch.stack(actions, 2)
         z = noise[: len(actions)].permute(1, 2, 0, 3)
-        log_probs = policies.log_prob((torch.zeros_like(z), torch.zeros(z.shape[-1])), z)
+        log_probs = policies.log_prob((torch.zeros_like(z), z.new_zeros(z.shape[-1])), z)
         log_probs = log_probs - log_std.sum(-1)[:, None, None]
         return Episodes(
             torch.stack(seen, 2) * was_alive.unsqueeze(-1),

@@ -176,6 +176,18 @@ def test_a_step_that_nothing_accepts_leaves_the_policy_as_it_was(backend: str) -
     assert torch.equal(values(maml), start)
 
 
+def test_what_is_not_finite_is_refused_naming_the_task(backend: str) -> None:
+    maml, samples = make(backend), batch()
+    start, advantages = values(maml), samples.y_qry.advantages.clone()
+    advantages[1, 0] = float("inf")
+    broken = samples._replace(y_qry=samples.y_qry._replace(advantages=advantages))
+    optimizer = torch.optim.Adam(maml.parameters(), lr=1e-3)
+    for step in (lambda: trpo(maml, broken, 0.01, 1e-5), lambda: vpg(maml, broken, optimizer)):
+        with pytest.raises(ValueError, match=r"the surrogate must be finite, got -?(inf|nan) in task 1"):
+            step()
+    assert torch.equal(values(maml), start)
+
+
 def test_vpg_is_adam_on_the_meta_gradient(backend: str) -> None:
     maml, samples = make(backend), batch()
     oracle, start = Oracle(maml, samples), values(maml)

@@ -222,6 +222,12 @@ def test_a_missing_extra_is_named_by_the_command(tmp_path, capsys, monkeypatch) 
     assert main(["train", "navigation", *SHORT, "--out", str(tmp_path / "b")]) == 0  # which has no robot
 
 
+def test_a_random_policy_stays_untrained_when_resumed(tmp_path) -> None:
+    trained(tmp_path, tiny(baseline="random", iterations=0))
+    with pytest.raises(ValueError, match="iterations must be 0 for the baseline random, got 5"):
+        resumed(tmp_path, iterations=5)
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
