@@ -131,7 +131,7 @@ def test_a_row_says_score_interval_published_figure_times_and_commit() -> None:
 
 def test_what_takes_no_step_stands_in_every_column_and_what_learns_nothing_has_no_time() -> None:
     text = page(summary("sinusoid-5shot-oracle", 0.02), summary("glyphs-5way-1shot-nearest-pixel", 0.5))
-    assert "| oracle | 0.020 ± 0.010 | 0.020 ± 0.010 | 0.020 ± 0.010 | – | 2.0 | 1.0 |" in text
+    assert "| oracle, without a step | 0.020 ± 0.010 | 0.020 ± 0.010 | 0.020 ± 0.010 | – | 2.0 | 1.0 |" in text
     assert "| nearest pixel | 50.0 ± 1.0 | – | – | – | – | `abc1234` |" in text
 
 
