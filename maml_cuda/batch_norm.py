@@ -169,6 +169,20 @@ def _converted(m: nn.Module, steps: int) -> PerStepBatchNorm:
     return new.train(m.training)
 
 
+@contextmanager
+def put_back(model: nn.Module) -> Iterator[None]:
+    """Where its body raises, the model's layers and their modes are again what they were."""
+    before = [(m, dict(m._modules), m.training) for m in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for m, children, training in before:
+            m._modules.clear()
+            m._modules.update(children)
+            m.training = training
+        raise
+
+
 def hold_statistics(model: nn.Module) -> None:
     """BatchNorm layers into eval mode: they normalise by their running statistics."""
     for _, m in _layers(model):

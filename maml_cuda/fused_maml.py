@@ -111,14 +111,8 @@ class FusedMAML(nn.Module):
         checks.not_adapted(names, stepwise)
         weights = checks.query_weights(query_weights, inner_steps)
         read_rates(inner_lr, {name: parameters[name].shape for name in names}, inner_steps)
-        if batch_norm == "per_step":
-            model = norms.convert_per_step(model, max(inner_steps, 1))
-        self.model = model
         self.batch_norm = batch_norm
-        if batch_norm == "running":
-            norms.hold_statistics(model)
         self.inner_steps = inner_steps
-        self.query_weights = weights
         self.loss = loss
         self.first_order = first_order
         self._on_device: dict[str, Any] = {"precision": precision, "cuda_graphs": cuda_graphs, "task_chunk": task_chunk}
@@ -127,8 +121,15 @@ class FusedMAML(nn.Module):
         self._adapt_params = adapt_params
         self._wanted_backend = backend
         self._warned: set[str] = set()
-        hold(self, inner_lr)
-        self._bound: Binding | None = self._bind()
+        with norms.put_back(model):
+            if batch_norm == "per_step":
+                model = norms.convert_per_step(model, max(inner_steps, 1))
+            elif batch_norm == "running":
+                norms.hold_statistics(model)
+            self.model = model
+            self.query_weights = weights
+            hold(self, inner_lr)
+            self._bound: Binding | None = self._bind()
 
     @property
     def query_weights(self) -> tuple[float, ...] | None:

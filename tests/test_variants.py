@@ -414,6 +414,17 @@ def test_conversion():
     assert twice[0] is twice[2]
 
 
+@pytest.mark.parametrize("batch_norm", ["per_step", "running"])
+def test_a_model_that_is_refused_stays_as_it_was(batch_norm):
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, dilation=2), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(3))
+    model(torch.rand(2, 2, 5, 5))
+    norm = model[1]
+    with pytest.raises(ValueError, match="dilation"):
+        FusedMAML(model, 0.1, batch_norm=batch_norm, backend="fused")
+    assert model[1] is norm
+    assert norm.training
+
+
 def test_per_step_parameters_are_not_adapted_by_default():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     maml = FusedMAML(model, dict.fromkeys(("0.weight", "0.bias", "2.weight", "2.bias"), 0.1), 2, batch_norm="per_step")
