@@ -18,7 +18,7 @@ from .files import replace, slug
 from .growth import SIDES as GROWTH_SIDES
 from .growth import points
 from .machine import machine
-from .report import markdown
+from .report import markdown, summary
 from .rivals import Builder, fused
 from .workloads import WORKLOADS, Workload
 
@@ -62,7 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, help="timed seconds per side and case (default: 3; quick: 0.05)")
     add("--limit", type=float, default=300.0, help="seconds in which a side must be built and proven (default: 300)")
     add("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for the results (default: benchmarks/results)")
-    add("--readme", action="store_true", help="also write the report between the README's markers")
+    add("--readme", action="store_true", help="also write its summary between the README's markers")
     add("--quick", action="store_true", help="cut shapes: does everything work? (times mean nothing)")
     add(
         "--backend",
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     for path in (*run.files(), *plots):
         print(f"written: {path}", file=sys.stderr)
     if options.readme:
-        readme.write(report, plots)
+        readme.write(summary(run.record), plots, run.files()[1])
     cases = run.record["cases"] + run.record["growth"]
     return int(any(case["sides"][OURS]["status"] != "timed" for case in cases))
 

@@ -1,4 +1,4 @@
-"""The report in Markdown: the machine, us beside the fastest rival, every rival, what we lose, orders, targets."""
+"""The report in Markdown: the machine, us beside the fastest rival, every rival, what we lose, targets; its summary."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from .entrants import OURS
 from .fit import lines as fitted_lines
-from .targets import judged
+from .targets import TARGETS, judged
 
 Case = dict[str, Any]
 Side = dict[str, Any]
@@ -18,7 +18,7 @@ def markdown(record: dict[str, Any]) -> str:
     cases = record["cases"]
     return "\n".join(
         [
-            *heading(record),
+            *heading(record, TIMES, RESOURCES, SHARES),
             "",
             *table(cases),
             "",
@@ -35,7 +35,44 @@ def markdown(record: dict[str, Any]) -> str:
     )
 
 
-def heading(record: dict[str, Any]) -> Iterator[str]:
+def summary(record: dict[str, Any]) -> str:
+    """What the README shows of the report: second order beside the fastest rival, and what we lose."""
+    cases = record["cases"]
+    return "\n".join([*heading(record, TIMES, SHARES), "", *summary_table(cases), "", *losses(cases)])
+
+
+SUMMARY_COLUMNS = ("second order", "T", "K", OURS, "fastest rival", "", "speed-up", "target", "limit", "floor")
+
+
+def summary_table(cases: Sequence[Case]) -> Iterator[str]:
+    def rows() -> Iterator[list[str]]:
+        for case in cases:
+            if case["order"] == 2:
+                cells = dict(zip(COLUMNS, row(case), strict=True))
+                target = TARGETS.get(case["workload"])
+                yield [
+                    case["workload"],
+                    *(cells[name] for name in ("T", "K", OURS, "fastest rival", "", "speed-up")),
+                    f"{target:g}x" if target else "",
+                    *(cells[name] for name in ("limit", "floor")),
+                ]
+
+    return markdown_table(SUMMARY_COLUMNS, rows())
+
+
+TIMES = (
+    "Wall time in ms: median (lower to upper quartile), interleaved rounds, each side in a process of its own, "
+    "one of them at a time."
+)
+RESOURCES = "CPU is process time. Memory is what one step adds to the resident memory of its process."
+SHARES = (
+    "Floor is the share of our time that the FLOP of the step's plain products take at the machine's own sgemm rate, "
+    "measured beside it; limit is the speed-up that this rate would allow. Convolutions in tiles do with fewer "
+    "multiplications, so both can be passed."
+)
+
+
+def heading(record: dict[str, Any], *explained: str) -> Iterator[str]:
     where, settings = record["machine"], record["settings"]
     build = where["maml_cuda"]
     versions = ", ".join(f"{name} {version}" for name, version in where["rivals"].items())
@@ -44,13 +81,7 @@ def heading(record: dict[str, Any]) -> Iterator[str]:
         f"torch {where['torch']}, maml_cuda {build['version']} ({build['cpu_isa']}), "
         f"commit {where['commit'] or 'unknown'}{'; ' * bool(versions)}{versions}."
     )
-    yield (
-        "Wall time in ms: median (lower to upper quartile), interleaved rounds, each side in a process of its own and "
-        "one of them at a time. CPU is process time. Memory is what one step adds to the resident memory of its "
-        "process. Floor is the share of our time that the FLOP of the step's plain products take at the machine's own "
-        "sgemm rate, measured beside it; limit is the speed-up that this rate would allow. Convolutions in tiles do "
-        "with fewer multiplications, so both can be passed."
-    )
+    yield " ".join(explained)
     if settings["quick"]:
         yield "**Quick run: shapes cut; it shows that everything works, its times mean nothing.**"
 

@@ -219,6 +219,16 @@ def test_report():
     assert "- A call and its backward with almost nothing to compute, order 1: 40 us." in lines
 
 
+def test_summary():
+    record = record_of(
+        ("policy", 1, {OURS: timed(2.0), "loop": timed(8.0)}), ("policy", 2, {OURS: timed(9.0), "loop": timed(3.0)})
+    )
+    lines = report.summary(record).splitlines()
+    rows = [line for line in lines if line.startswith("| policy")]
+    assert rows == ["| policy | 4 | 5 | 9 (8.1 to 11.2) | loop | 3 (2.7 to 3.75) | 0.33x | 2x | 3.0x | 50% |"]
+    assert lines[-1] == "- We lose: policy (order 2), 3.00x slower than loop."
+
+
 def test_report_says_when_we_lose_nothing():
     assert "- We lose none of the 1 comparisons." in report.markdown(
         record_of(("net", 1, {OURS: timed(1.0), "loop": timed(2.0)}))
@@ -265,11 +275,14 @@ def test_the_readme_holds_the_report_between_its_markers(tmp_path):
     assert text.index(readme.BEGIN) < text.index(readme.END)
     file = tmp_path / "README.md"
     file.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
-    readme.write("new", [tmp_path / "plot.png"], file)
-    assert file.read_text() == f"before\n{readme.BEGIN}\nnew\n\n![plot](plot.png)\n{readme.END}\nafter\n"
+    readme.write("new", [tmp_path / "plot.png"], tmp_path / "report.md", file)
+    start, _, link_and_plot = file.read_text().partition("new\n\n")
+    assert start == f"before\n{readme.BEGIN}\n"
+    assert link_and_plot.startswith("[The whole report](report.md)")
+    assert link_and_plot.endswith(f"\n\n![plot](plot.png)\n{readme.END}\nafter\n")
     file.write_text("no markers")
     with pytest.raises(ValueError, match="must hold the markers"):
-        readme.write("new", [], file)
+        readme.write("new", [], tmp_path / "report.md", file)
     assert file.read_text() == "no markers"
 
 
