@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _core, checks, device, ops, plan, reference
+from . import _core, checks, device, plan, reference, unwatched
 from .batch_norm import PerStepBatchNorm
 from .rates import InnerRates, read_rates
 
@@ -24,14 +24,14 @@ class Binding:
     Attributes:
         backend: "cpu", "cuda" or "reference".
         why_not: the sentence, where there is no plan.
-        text: the plan as ops.py takes it: nodes, parameters with role and rate, rate tensors, loss, and on a GPU the
-            options of FusedMAML that its kernels follow.
+        text: the plan as problems.py takes it: nodes, parameters with role and rate, rate tensors, loss, and on a GPU
+            the options of FusedMAML that its kernels follow.
         names: the plan's parameters, and the buffers that it reads.
         log_std: of a model that returns (mean, log_std), in the plan beside each other: "shared" or "rows" (Plan).
         fits: signatures of calls that the layers are known to fit.
         on: the type of the model's device.
         plain: whether its parameters are torch's own, no subclass that would want to see what is done with them.
-        problems: of meta-steps whose arguments have passed every check, by their signature (ops.signature).
+        problems: of meta-steps whose arguments have passed every check, by their signature (unwatched.signature).
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Binding:
         self._parameters = list(model.parameters())
         self._attributes = [getattr(p, name) for p in self._parameters for name in _WATCHED]
         self.on = self.like().device.type
-        self.plain = all(map(ops.is_plain, self._parameters))
+        self.plain = all(map(unwatched.is_plain, self._parameters))
         self.problems: dict[tuple, Any] = {}
 
     def holds(self, loss: str | Callable, inner_lr: float | Tensor | InnerRates, inner_steps: int) -> bool:
@@ -103,6 +103,10 @@ class Binding:
         owner, key = self._first
         like: Tensor = owner[key]
         return like
+
+    def in_its_dtype(self, x: Tensor) -> Tensor:
+        """x as it is read inside autocast, whose own dtype does not count: in the model's."""
+        return x.to(self.like().dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         """The plan's parameters, and its rate tensors in the model's dtype."""

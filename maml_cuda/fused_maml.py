@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from . import batch_norm as norms
-from . import checks, general, ops, reference, targets
+from . import checks, general, problems, reference, targets, unwatched
 from .binding import Binding
+from .building_blocks import BuildingBlocks, as_returned
 from .policies import mean_of
-from .rates import InnerRates, Rate, hold, read_rates
+from .rates import hold, read_rates
 from .targets import PolicyTarget, Target
 
 
@@ -34,7 +34,7 @@ class MetaOutput:
     support_losses: Tensor
 
 
-class FusedMAML(nn.Module):
+class FusedMAML(BuildingBlocks):
     """MAML on a batch of tasks: the exact meta-gradient in one call (Finn, Abbeel, Levine 2017).
 
     Args:
@@ -72,8 +72,6 @@ class FusedMAML(nn.Module):
     Raises:
         ValueError, TypeError: an argument that does not fit, in words.
     """
-
-    inner_lr: float | Tensor | InnerRates  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -115,12 +113,12 @@ class FusedMAML(nn.Module):
         self.inner_steps = inner_steps
         self.loss = loss
         self.first_order = first_order
-        self._on_device: dict[str, Any] = {"precision": precision, "cuda_graphs": cuda_graphs, "task_chunk": task_chunk}
+        self._on_device = {"precision": precision, "cuda_graphs": cuda_graphs, "task_chunk": task_chunk}
         self._recompute = checkpoint is not None
         self._check_labels = check_labels
         self._adapt_params = adapt_params
         self._wanted_backend = backend
-        self._warned: set[str] = set()
+        self._warned = set()
         with norms.put_back(model):
             if batch_norm == "per_step":
                 model = norms.convert_per_step(model, max(inner_steps, 1))
@@ -129,7 +127,7 @@ class FusedMAML(nn.Module):
             self.model = model
             self.query_weights = weights
             hold(self, inner_lr)
-            self._bound: Binding | None = self._bind()
+            self._bound = self._bind()
 
     @property
     def query_weights(self) -> tuple[float, ...] | None:
@@ -159,18 +157,6 @@ class FusedMAML(nn.Module):
             norms.hold_statistics(self.model)
         return self
 
-    # -- what runs --------------------------------------------------------------------------------------------
-
-    @property
-    def backend(self) -> str:
-        """What runs: "cpu", "cuda" or "reference"."""
-        return self._binding().backend
-
-    @property
-    def precision(self) -> str:
-        """How products of float32 are computed on a GPU."""
-        return self._on_device["precision"]
-
     def memory_estimate(self, x_spt: Tensor, x_qry: Tensor) -> int:
         """Bytes of workspace that a meta-step on such data takes, beside its arguments and results; on a CPU, with as
         many threads as torch has now.
@@ -183,79 +169,13 @@ class FusedMAML(nn.Module):
         """
         binding = self._binding()
         checks.same_tasks(x_spt, x_qry)
-        if binding.backend == "reference" or not self._fits(binding, x_spt, x_spt.shape[1], x_qry.shape[1]):
+        if not self._serves(binding, x_spt, x_spt.shape[1], x_qry.shape[1]):
             raise ValueError("memory_estimate must have a fused model, got one on the general path (reference)")
         _, query_steps = self._queries(binding.like())
-        return ops.workspace_bytes(binding.text, x_spt, x_qry, self.inner_steps, self.first_order, query_steps)
-
-    def explain(self) -> str:
-        """A table: each module of the model, the fused layer that serves it, or the sentence why not."""
-        binding = self._binding()
-        rows = [("module", "type", "served by")]
-        for name, module in self.model.named_modules():
-            layers = binding.served_by.get(name, [])
-            if layers or not any(True for _ in module.children()):
-                by = ", ".join(layers) or ("no layer of its own" if binding.text else "reference")
-                rows.append((name or "(the model)", type(module).__name__, by))
-        widths = [max(len(row[i]) for row in rows) for i in range(2)]
-        head = f"backend: {binding.backend}" + (f", because {binding.why_not}" if binding.why_not else "")
-        return "\n".join([head] + [f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}" for a, b, c in rows])
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_bound": None}  # a copy binds itself
-
-    def _binding(self) -> Binding:
-        """What runs now: bound again where the model's modules, flags, options or hooks have changed."""
-        if torch.compiler.is_compiling():
-            _guard(self.model)
-            _bind_now(self)
-            assert self._bound is not None
-            return self._bound
-        if self._bound is None or not self._bound.holds(self.loss, self.inner_lr, self.inner_steps):
-            self._bound = self._bind()
-        return self._bound
-
-    def _bind(self) -> Binding:
-        checks.steps(self.inner_steps, "inner_steps")
-        checks.loss(self.loss)
-        binding = Binding(
-            self.model, self.loss, self.inner_lr, self.inner_steps, self._adapt_params,
-            fused=self._wanted_backend != "reference", on_device=self._on_device,
-            recompute=self._recompute,
-        )  # fmt: skip
-        if binding.why_not:
-            self._fall_back(binding)
-        self._warn_of_empty_statistics()
-        return binding
-
-    def _fall_back(self, binding: Binding) -> None:
-        """Says, once, why the fused path cannot serve; raises where the user asked for it by name."""
-        if self._wanted_backend == "fused":
-            raise ValueError(f'backend="fused" cannot serve this model: {binding.why_not}')
-        self._warn_once(
-            "fallback", f"maml_cuda runs this model on the general path (reference), because {binding.why_not}"
+        problem = problems.meta_problem(
+            binding.text, x_spt, x_qry, self.inner_steps, self.first_order, True, query_steps
         )
-
-    def _warn_once(self, what: str, text: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
-            warnings.warn(text, UserWarning, stacklevel=5)
-
-    def _warn_of_empty_statistics(self) -> None:
-        for name, m in self.model.named_modules():
-            tracked = getattr(m, "num_batches_tracked", None)
-            if not m.training and isinstance(tracked, Tensor) and bool((tracked == 0).any()):
-                self._warn_once(
-                    "statistics",
-                    f"{name} ({type(m).__name__}) is in eval mode with running statistics that no batch has updated",
-                )
-
-    def _adapted(self) -> list[str]:
-        return reference.adapted_names(self.model, self._adapt_params)
-
-    def _rates(self) -> dict[str, Rate]:
-        parameters = dict(self.model.named_parameters())
-        return read_rates(self.inner_lr, {n: parameters[n].shape for n in self._adapted()}, self.inner_steps)
+        return problem.workspace_bytes(x_spt, len(x_spt))
 
     # -- calls ------------------------------------------------------------------------------------------------
 
@@ -280,17 +200,16 @@ class FusedMAML(nn.Module):
         """
         binding = self._binding()
         if torch.is_autocast_enabled(binding.on):
-            like = binding.like()
-            x_spt, x_qry = _in_dtype_of(like, x_spt), _in_dtype_of(like, x_qry)
+            x_spt, x_qry = binding.in_its_dtype(x_spt), binding.in_its_dtype(x_qry)
         watched = bool(self._query_steps) or not binding.plain
-        signature = None if watched else ops.signature(x_spt, y_spt, x_qry, y_qry)
+        signature = None if watched else unwatched.signature(x_spt, y_spt, x_qry, y_qry)
         key = (signature, self.first_order)
         problem = binding.problems.get(key) if signature else None
         if problem is None:
             self._check_episode(binding, x_spt, y_spt, x_qry, y_qry)
         if task_weights is not None:
             checks.task_weights(task_weights, x_spt)
-        if problem is None and not self._serves(binding, x_spt, x_qry):
+        if problem is None and not self._serves(binding, x_spt, x_spt.shape[1], x_qry.shape[1]):
             loss, task_losses, logits, support_losses, reached = general.meta_step(
                 self.model, self.loss, self._rates(), list(self.parameters()), x_spt, y_spt, x_qry, y_qry,
                 self.inner_steps, self.first_order, task_weights, self.query_weights,
@@ -303,11 +222,11 @@ class FusedMAML(nn.Module):
         parameters, rates = binding.tensors()
         gradient = torch.is_grad_enabled()
         attach: Callable[..., Tensor] = torch.ops.maml_cuda.attach
-        if problem is not None and all(map(ops.is_plain, rates)):
-            attach = ops.attached
-            support, query = ops.meta_data(x_spt, y_spt), ops.meta_data(x_qry, y_qry)
-            loss, task_losses, logits, support_losses, flat = ops.meta_step(
-                problem, parameters, rates, support, query, task_weights, None, self.inner_steps, gradient
+        if problem is not None and all(map(unwatched.is_plain, rates)):
+            attach = unwatched.attached
+            data = x_spt, cast(Tensor, y_spt), x_qry, cast(Tensor, y_qry)
+            loss, task_losses, logits, support_losses, flat = unwatched.meta_step(
+                problem, parameters, rates, data, task_weights, self.inner_steps, gradient
             )
         else:
             weights, query_steps = self._queries(parameters[0])
@@ -318,10 +237,10 @@ class FusedMAML(nn.Module):
         if gradient:
             loss = attach(loss, flat, binding.with_gradient(parameters + rates))
         if signature and problem is None:  # the next call of its kind has nothing to check: past the dispatcher
-            binding.problems[key] = ops.meta_problem(
+            binding.problems[key] = problems.meta_problem(
                 binding.text, x_spt, x_qry, self.inner_steps, self.first_order, gradient
             )
-        logits = mean_of(_as_returned(binding, logits))
+        logits = mean_of(as_returned(binding, logits))
         return MetaOutput(loss, task_losses, logits, support_losses)
 
     def adapt(
@@ -340,13 +259,9 @@ class FusedMAML(nn.Module):
         binding = self._binding()
         if steps and not binding.can_step:
             raise ValueError(f"inner_lr must hold a rate for {steps} steps, got one of shape [0]")
-        like = binding.like()
-        if torch.is_autocast_enabled(like.device.type):
-            x_spt = _in_dtype_of(like, x_spt)
-        fused = binding.backend != "reference"
-        checks.data("x_spt", x_spt, "y_spt", y_spt, like, self.loss, fused)
+        x_spt = self._read(binding, "x_spt", x_spt, "y_spt", y_spt)
         differentiable = differentiable and torch.is_grad_enabled()
-        if not (fused and self._fits(binding, x_spt, x_spt.shape[1], 0)):
+        if not self._serves(binding, x_spt, x_spt.shape[1], 0):
             adapted = general.adapt(
                 self.model, self.loss, self._rates(), x_spt, y_spt, steps, self.first_order, differentiable
             )
@@ -390,60 +305,6 @@ class FusedMAML(nn.Module):
                 passes += [(k, fast[k], x_spt), (k, fast[k + 1], x_qry)]
             norms.update_running(self.model, passes)
 
-    def predict(self, fast: Mapping[str, Tensor], x: Tensor, *, slot: int | None = None) -> Any:
-        """Predictions [tasks, n, ...] at each task's own parameters on its own x [tasks, n, ...]; of a model that
-        returns (mean, log_std) both, for each task.
-
-        Differentiable in `fast`. slot: the inner step whose per-step BatchNorm is read (after k steps: k - 1); None:
-        the last one.
-        """
-        slot = checks.slot(slot)
-        binding, x = self._block(fast, x, None)
-        if binding.backend == "reference" or not self._fits(binding, x, 0, x.shape[1]):
-            return general.predict(self.model, dict(fast), x, slot)
-        own = binding.own(fast, len(x), slot)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in own):
-            return _as_returned(binding, torch.ops.maml_cuda.predict(own, x, binding.text))
-        return _as_returned(binding, torch.ops.maml_cuda.predict_forward(own, x, binding.text))
-
-    def loss_and_grad(
-        self, fast: Mapping[str, Tensor], x: Tensor, y: Target, *, slot: int | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss at each task's own parameters [tasks] and its gradient, name -> [tasks, *shape], both detached.
-
-        slot: the inner step whose per-step BatchNorm is read; None: the last one.
-        """
-        slot = checks.slot(slot)
-        binding, x = self._block(fast, x, y)
-        names = self._trainable()
-        if binding.backend == "reference" or not self._fits(binding, x, x.shape[1], 0):
-            return general.loss_and_grad(self.model, self.loss, dict(fast), names, x, y, slot)
-        self._look_at_labels(binding, x, y=y)
-        own = [t.detach() for t in binding.own(fast, len(x), slot)]
-        losses, grads = torch.ops.maml_cuda.loss_and_grad(own, x, targets.tensors(y), binding.text)
-        return losses, self._trainable_of(binding.whole(grads, fast, slot), fast)
-
-    def hvp(
-        self, fast: Mapping[str, Tensor], x: Tensor, y: Target, v: Mapping[str, Tensor], *, slot: int | None = None
-    ) -> dict[str, Tensor]:
-        """The Hessian of the loss at each task's own parameters times v, name -> [tasks, *shape], detached.
-
-        v: name -> [tasks, *shape]; a parameter that it lacks, or that is frozen, does not move.
-        slot: the inner step whose per-step BatchNorm is read; None: the last one.
-        """
-        slot = checks.slot(slot)
-        binding, x = self._block(fast, x, y)
-        checks.fast(dict(self.model.named_parameters()), v, x, "v", all_names=False)
-        names = self._trainable()
-        if binding.backend == "reference" or not self._fits(binding, x, x.shape[1], 0):
-            return general.hvp(self.model, self.loss, dict(fast), names, x, y, dict(v), slot)
-        self._look_at_labels(binding, x, y=y)
-        at = [t.detach() for t in binding.own(fast, len(x), slot)]
-        moving = {n: v[n].detach() if n in v and n in names else torch.zeros_like(p) for n, p in fast.items()}
-        directions = binding.own(moving, len(x), slot)
-        products = torch.ops.maml_cuda.hvp(at, x, targets.tensors(y), directions, binding.text)
-        return self._trainable_of(binding.whole(products, fast, slot), fast)
-
     def fisher_vector_product(
         self,
         x_spt: Tensor,
@@ -471,19 +332,15 @@ class FusedMAML(nn.Module):
         """
         checks.policy_loss(self.loss, "fisher_vector_product")
         binding = self._binding()
-        like = binding.like()
-        if torch.is_autocast_enabled(like.device.type):
-            x_spt, x_qry = _in_dtype_of(like, x_spt), _in_dtype_of(like, x_qry)
-        fused = binding.backend != "reference"
-        checks.data("x_spt", x_spt, "y_spt", y_spt, like, self.loss, fused)
-        checks.data("x_qry", x_qry, None, None, like, self.loss, fused)
+        x_spt = self._read(binding, "x_spt", x_spt, "y_spt", y_spt)
+        x_qry = self._read(binding, "x_qry", x_qry, None, None)
         checks.same_tasks(x_spt, x_qry)
         names = self._trainable()
         parameters = dict(self.model.named_parameters())
         checks.direction({n: parameters[n] for n in names}, v)
         if weights is not None:
             checks.query_sample_weights(weights, x_qry)
-        if not (fused and self._fits(binding, x_spt, x_spt.shape[1], x_qry.shape[1])):
+        if not self._serves(binding, x_spt, x_spt.shape[1], x_qry.shape[1]):
             return general.fisher_vector_product(
                 self.model, str(self.loss), self._rates(), names, x_spt, y_spt, x_qry, dict(v), weights,
                 self.inner_steps, self.first_order,
@@ -504,28 +361,9 @@ class FusedMAML(nn.Module):
     def _check_episode(self, binding: Binding, x_spt: Tensor, y_spt: Target, x_qry: Tensor, y_qry: Target) -> None:
         if self._query_steps and len(self._query_tensor) != self.inner_steps + 1:
             checks.query_weights(self._query_weights, self.inner_steps)
-        like, fused = binding.like(), binding.backend != "reference"
-        checks.data("x_spt", x_spt, "y_spt", y_spt, like, self.loss, fused)
-        checks.data("x_qry", x_qry, "y_qry", y_qry, like, self.loss, fused)
+        self._read(binding, "x_spt", x_spt, "y_spt", y_spt)
+        self._read(binding, "x_qry", x_qry, "y_qry", y_qry)
         checks.same_tasks(x_spt, x_qry)
-
-    def _serves(self, binding: Binding, x_spt: Tensor, x_qry: Tensor) -> bool:
-        """Whether fused layers do."""
-        return binding.backend != "reference" and self._fits(binding, x_spt, x_spt.shape[1], x_qry.shape[1])
-
-    def _look_at_labels(self, binding: Binding, x: Tensor, **given: Target) -> None:
-        """Where check_labels asks for it on a GPU; the CPU's ops look by themselves."""
-        if self._check_labels and binding.backend == "cuda":
-            classes = ops.prediction_shape(binding.text, x)[0] if self.loss in checks.OF_CLASSES else None
-            for name, y in given.items():
-                checks.target_values(name, y, classes)
-
-    def _trainable(self) -> list[str]:
-        return [name for name, p in self.model.named_parameters() if p.requires_grad]
-
-    def _trainable_of(self, found: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By name, for every trainable parameter: zeros for one that the prediction does not depend on."""
-        return {n: found[n] if n in found else torch.zeros_like(like[n]) for n in self._trainable()}
 
     def _fast(self, adapted: Mapping[str, Tensor], tasks: int, differentiable: bool) -> dict[str, Tensor]:
         """Every parameter by name: the adapted ones, and expanded views of the others."""
@@ -534,63 +372,3 @@ class FusedMAML(nn.Module):
             theta = p if differentiable else p.detach()
             fast[name] = adapted[name] if name in adapted else theta.unsqueeze(0).expand(tasks, *p.shape)
         return fast
-
-    def _fits(self, binding: Binding, x: Tensor, n_support: int, n_query: int) -> bool:
-        """Whether fused layers fit samples like x's; falls back, in words, where none does.
-
-        Raises:
-            ValueError: a sample shape that does not fit the model itself.
-        """
-        if torch.compiler.is_compiling():
-            return True
-        signature = (x.shape[2:], n_support, n_query, x.dtype)
-        if signature in binding.fits:
-            return True
-        if why_not := ops.why_not(binding.text, tuple(x.shape[2:]), n_support, n_query, x.dtype):
-            binding.give_up(why_not)
-            self._fall_back(binding)
-            return False
-        binding.fits.add(signature)
-        return True
-
-    def _block(self, fast: Mapping[str, Tensor], x: Tensor, y: Target | None) -> tuple[Binding, Tensor]:
-        """The checks that the building blocks share."""
-        binding = self._binding()
-        like = binding.like()
-        if torch.is_autocast_enabled(like.device.type):
-            x = _in_dtype_of(like, x)
-        fused = binding.backend != "reference"
-        checks.data("x", x, None if y is None else "y", y, like, self.loss, fused)
-        checks.fast(dict(self.model.named_parameters()), fast, x, "fast", all_names=True)
-        return binding, x
-
-
-def _guard(model: nn.Module) -> None:
-    """Asks, under torch.compile, what the plan depends on, so that a change of it compiles anew (an attribute that
-    decides nothing would not be guarded)."""
-    asked = 0
-    for m in model.modules():
-        asked += 1 if m.training else 2
-    for p in model.parameters():
-        asked += 1 if p.requires_grad else 2
-
-
-@torch._dynamo.assume_constant_result
-def _bind_now(maml: FusedMAML) -> bool:
-    """Binds while a compiler traces: what it has bound is a constant of the compiled program."""
-    if maml._bound is None or not maml._bound.holds(maml.loss, maml.inner_lr, maml.inner_steps):
-        maml._bound = maml._bind()
-    return True
-
-
-def _as_returned(binding: Binding, prediction: Tensor) -> Any:
-    """A prediction [tasks, n, ...] of the plan as the model returns it."""
-    if not binding.log_std:
-        return prediction
-    mean, log_std = prediction.chunk(2, -1)
-    return mean, log_std if binding.log_std == "rows" else log_std[:, 0]
-
-
-def _in_dtype_of(like: Tensor, x: Tensor) -> Tensor:
-    """x as it is read inside autocast, whose own dtype does not count: in the model's."""
-    return x.to(like.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x

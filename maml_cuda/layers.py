@@ -1,52 +1,19 @@
-"""The fused layers, by torch's own names and signatures, and the nodes of a plan that each of them writes.
+"""The fused layers, each a method of torch's own name and signature, and the nodes of a plan that it writes.
 
-A module and its functional spelling meet in one method, so both count the same. A new layer is one method here and its
-lines in the tables below.
+A module and its functional spelling (spellings.py) meet in one method, so both count the same. A new layer is one
+method here and its lines there.
 """
 
 from __future__ import annotations
 
-import builtins
 import math
-import operator
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .batch_norm import PerStepBatchNorm, PerStepBatchNorm1d, PerStepBatchNorm2d
+from .nodes import Value, Writer
 from .tracing import Unfusable
-
-
-@dataclass
-class Plan:
-    """Nodes over numbered values: value 0 is the input, node i writes value i + 1, the last one is the prediction.
-
-    `parameters`: names of the parameters that the nodes read, and of buffers, which are constants, in the order that
-        their indices count.
-    `rows_taps`: for each, [rows, taps] of a weight [rows, columns, *taps], or [1, 1].
-    `slots`: for each, how many inner steps have a value of their own: [slots, ...].
-    """
-
-    nodes: list[dict[str, Any]] = field(default_factory=list)
-    parameters: list[str] = field(default_factory=list)
-    rows_taps: list[tuple[int, int]] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-    served_by: dict[str, list[str]] = field(default_factory=dict)  # module path -> fused layers
-    log_std: str = ""  # of a model that returns (mean, log_std): "shared" [action] or "rows" [n, action]
-
-
-@dataclass
-class Value:
-    """A traced tensor: its number, how its memory is laid out, and whose memory it shares."""
-
-    number: int
-    channels_last: bool  # False only for the input, which stands as the user gave it
-    alias: int
-    overwritten: str = ""  # the in-place call that changed it
 
 
 @dataclass(frozen=True)
@@ -84,100 +51,8 @@ def _check_window(kernel: Any, stride: Any, padding: Any) -> None:
         raise Unfusable(f"kernel {list(kernel)}, stride {list(stride)}, padding {list(padding)} make no window")
 
 
-class Layers:
+class Layers(Writer):
     """Writes a Plan, layer by layer. Every layer method has the signature of torch.nn.functional's."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.names = {id(p): name for name, p in model.named_parameters()}
-        self.buffers = {id(b): name for name, b in model.named_buffers()}
-        self.plan = Plan()
-        self.values: list[Value] = [Value(0, False, 0)]
-        self.images: dict[int, Value] = {}  # channels-last twins of values
-        self.here = ""  # what is being read, for names and sentences
-        self.path = ""
-
-    def _tensor(self, x: Any) -> Value:
-        if not isinstance(x, Value):
-            raise Unfusable(f"its input is {type(x).__name__}, not a value computed from x")
-        if x.overwritten:
-            raise Unfusable(f"it reads a value that {x.overwritten} has changed in place")
-        return x
-
-    def _image(self, x: Value) -> Value:
-        """x in channels-last order."""
-        if x.channels_last:
-            return x
-        if x.number not in self.images:
-            self.images[x.number] = self._emit("channels_last", [x], alias=x.alias)
-        return self.images[x.number]
-
-    def _index(
-        self, p: Any, what: str, rows: int = 1, taps: int = 1, slots: int = 1, buffer: bool = False
-    ) -> int | None:
-        """The index of a parameter, or a buffer; a weight has `rows` outputs and `taps` taps."""
-        if p is None:
-            return None
-        names = self.buffers if buffer else self.names
-        if not isinstance(p, Tensor) or id(p) not in names:
-            raise Unfusable(f"its {what} is not a {'buffer' if buffer else 'parameter'} of the model")
-        if p.numel() == 0:
-            raise Unfusable(f"its {what} has no elements")
-        name = names[id(p)]
-        if name not in self.plan.parameters:
-            self.plan.parameters.append(name)
-            self.plan.rows_taps.append((rows, taps))
-            self.plan.slots.append(slots)
-        index = self.plan.parameters.index(name)
-        if self.plan.rows_taps[index] != (rows, taps):
-            raise Unfusable(f"its {what} is shared with a layer that uses it in another shape")
-        return index
-
-    def _vector(self, p: Any, what: str, channels: int, slots: int | None = None, buffer: bool = False) -> int | None:
-        """The index of a bias, gamma, beta or statistic: one number a channel, not one that broadcasts; or as many
-        for each of its slots."""
-        wanted = (channels,) if slots is None else (slots, channels)
-        if isinstance(p, Tensor) and tuple(p.shape) != wanted:
-            raise Unfusable(f"its {what} has shape {list(p.shape)}; fused is {list(wanted)}, one number a channel")
-        return self._index(p, what, slots=slots or 1, buffer=buffer)
-
-    def _emit(
-        self,
-        kind: str,
-        inputs: list[Value],
-        parameters: tuple[int | None, ...] = (None, None),
-        alias: int | None = None,
-        **attributes: Any,
-    ) -> Value:
-        self.plan.nodes.append(
-            {
-                "kind": kind,
-                "name": self.here,
-                "inputs": [x.number for x in inputs],
-                "parameters": list(parameters),
-                **attributes,
-            }
-        )
-        number = len(self.plan.nodes)
-        value = Value(number, True, number if alias is None else alias)
-        self.values.append(value)
-        if self.path and kind != "channels_last":
-            layer = attributes.get("function", "linear" if kind == "conv2d" and attributes["rank"] == 1 else kind)
-            served = self.plan.served_by.setdefault(self.path, [])
-            if layer not in served:
-                served.append(layer)
-        return value
-
-    def _in_place(self, x: Value, y: Value) -> Value:
-        """y replaces x: whoever reads x, or a view of it, later on would read y."""
-        if x.alias == 0:
-            raise Unfusable("it changes the model's input in place")
-        for value in self.values:
-            if value.alias == x.alias and value is not y:
-                value.overwritten = self.here
-        return y
-
-    # -- layers, by torch's own signatures --------------------------------------------------------------------
 
     def linear(self, input: Any, weight: Any, bias: Any = None) -> Value:
         x = self._tensor(input)
@@ -439,126 +314,3 @@ class Layers:
         if isinstance(x, Shape) and isinstance(index, int):
             return Dim(index)
         raise Unfusable("indexing is not fused")
-
-
-def _convolution(b: Layers, m: Any, input: Any) -> Value:
-    if m.padding_mode != "zeros":
-        raise Unfusable(f"padding_mode={m.padding_mode!r} is not fused")
-    return b.conv2d(input, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups)
-
-
-def _batch_norm(rank: int) -> Callable[[Layers, Any, Any], Value]:
-    def layer(b: Layers, m: Any, input: Any) -> Value:
-        batch_statistics = m.training or (m.running_mean is None and m.running_var is None)
-        slots = m.steps if isinstance(m, PerStepBatchNorm) else None
-        value = b.batch_norm(
-            input, m.running_mean, m.running_var, m.weight, m.bias, batch_statistics, eps=m.eps, rank=rank, slots=slots
-        )
-        b.plan.nodes[-1]["in_features"] = m.num_features
-        return value
-
-    return layer
-
-
-def _flatten(b: Layers, m: Any, input: Any) -> Value:
-    return b.flatten(input, m.start_dim, m.end_dim)
-
-
-def _dropout(b: Layers, m: Any, input: Any) -> Value:
-    return b.dropout(input, m.p, m.training)
-
-
-def _max_pool(b: Layers, m: Any, input: Any) -> Value:
-    return b.max_pool2d(input, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
-
-
-def _avg_pool(b: Layers, m: Any, input: Any) -> Value:
-    return b.avg_pool2d(input, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override)
-
-
-MODULES: dict[type, Callable[..., Value]] = {
-    nn.Linear: lambda b, m, input: b.linear(input, m.weight, m.bias),
-    nn.Conv2d: _convolution,
-    nn.BatchNorm1d: _batch_norm(1),
-    nn.BatchNorm2d: _batch_norm(3),
-    PerStepBatchNorm1d: _batch_norm(1),
-    PerStepBatchNorm2d: _batch_norm(3),
-    nn.ReLU: lambda b, m, input: b.relu(input, m.inplace),
-    nn.ReLU6: lambda b, m, input: b.relu6(input, m.inplace),
-    nn.LeakyReLU: lambda b, m, input: b.leaky_relu(input, m.negative_slope, m.inplace),
-    nn.ELU: lambda b, m, input: b.elu(input, m.alpha, m.inplace),
-    nn.SELU: lambda b, m, input: b.selu(input, m.inplace),
-    nn.CELU: lambda b, m, input: b.celu(input, m.alpha, m.inplace),
-    nn.SiLU: lambda b, m, input: b.silu(input, m.inplace),
-    nn.GELU: lambda b, m, input: b.gelu(input, m.approximate),
-    nn.Softplus: lambda b, m, input: b.softplus(input, m.beta, m.threshold),
-    nn.Tanh: lambda b, m, input: b.tanh(input),
-    nn.Sigmoid: lambda b, m, input: b.sigmoid(input),
-    nn.Hardtanh: lambda b, m, input: b.hardtanh(input, m.min_val, m.max_val, m.inplace),
-    nn.MaxPool2d: _max_pool,
-    nn.AvgPool2d: _avg_pool,
-    nn.AdaptiveAvgPool2d: lambda b, m, input: b.adaptive_avg_pool2d(input, m.output_size),
-    nn.Flatten: _flatten,
-    nn.Identity: lambda b, m, input: b.identity(input),
-    nn.Dropout: _dropout,
-    nn.Dropout1d: _dropout,
-    nn.Dropout2d: _dropout,
-    nn.AlphaDropout: _dropout,
-}
-
-FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    F.linear: Layers.linear,
-    F.conv2d: Layers.conv2d,
-    torch.conv2d: Layers.conv2d,
-    F.batch_norm: Layers.batch_norm,
-    F.max_pool2d: Layers.max_pool2d,
-    torch.max_pool2d: Layers.max_pool2d,
-    F.avg_pool2d: Layers.avg_pool2d,
-    F.adaptive_avg_pool2d: Layers.adaptive_avg_pool2d,
-    torch.mean: Layers.mean,
-    torch.flatten: Layers.flatten,
-    torch.reshape: Layers.reshape,
-    torch.add: Layers.add,
-    torch.clamp: Layers.clamp,
-    operator.add: Layers.add,
-    operator.iadd: Layers.iadd,
-    F.relu: Layers.relu,
-    F.relu_: Layers.relu_,
-    torch.relu: Layers.relu,
-    torch.relu_: Layers.relu_,
-    F.relu6: Layers.relu6,
-    F.leaky_relu: Layers.leaky_relu,
-    F.elu: Layers.elu,
-    F.selu: Layers.selu,
-    F.celu: Layers.celu,
-    F.silu: Layers.silu,
-    F.gelu: Layers.gelu,
-    F.softplus: Layers.softplus,
-    F.hardtanh: Layers.hardtanh,
-    F.tanh: Layers.tanh,
-    torch.tanh: Layers.tanh,
-    F.sigmoid: Layers.sigmoid,
-    torch.sigmoid: Layers.sigmoid,
-    F.dropout: Layers.dropout,
-    F.dropout2d: Layers.dropout,
-    builtins.getattr: Layers.get_attribute,
-    operator.getitem: Layers.get_item,
-}
-
-METHODS: dict[str, Callable[..., Any]] = {
-    "relu": Layers.relu,
-    "relu_": Layers.relu_,
-    "tanh": Layers.tanh,
-    "sigmoid": Layers.sigmoid,
-    "mean": Layers.mean,
-    "flatten": Layers.flatten,
-    "view": Layers.reshape,
-    "reshape": Layers.reshape,
-    "add": Layers.add,
-    "clamp": Layers.clamp,
-    "expand": Layers.expand,
-    "expand_as": Layers.expand_as,
-    "add_": Layers.iadd,
-    "size": Layers.size,
-    "contiguous": Layers.identity,
-}

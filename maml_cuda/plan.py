@@ -14,7 +14,9 @@ from typing import Any
 import torch.fx
 from torch import nn
 
-from .layers import FUNCTIONS, METHODS, MODULES, Floored, Layers, Plan, Value
+from .layers import Floored, Layers
+from .nodes import Plan, Value
+from .spellings import FUNCTIONS, METHODS, MODULES
 from .tracing import GLOBAL_HOOKS, HOOKS, Unfusable, described, record
 
 __all__ = ["GLOBAL_HOOKS", "HOOKS", "Plan", "Unfusable", "trace"]

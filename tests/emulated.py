@@ -45,15 +45,19 @@ def controls() -> ctypes.CDLL:
 @contextmanager
 def in_place_of_a_gpu(precisions: bool = False) -> Iterator[None]:
     """The CPU's tensors go to the emulated kernels; `precisions`: in any precision, as on a GPU."""
-    from maml_cuda import device, ops
+    from maml_cuda import device, problems
 
-    changes = [(ops, "_core", load()), (device, "backend_of", lambda _: "cuda"), (device, "stream_of", lambda _: 0)]
+    changes = [
+        (problems, "_core", load()),
+        (device, "backend_of", lambda _: "cuda"),
+        (device, "stream_of", lambda _: 0),
+    ]
     changes.append((device, "is_capturing", lambda: False))
     if precisions:
         changes.append((device, "has_precisions", lambda _: True))
-    ops._problem.cache_clear()
+    problems.problem_of.cache_clear()
     with ExitStack() as stack:
-        stack.callback(ops._problem.cache_clear)
+        stack.callback(problems.problem_of.cache_clear)
         for owner, name, value in changes:
             stack.enter_context(mock.patch.object(owner, name, value))
         yield

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maml_cuda import FusedMAML, device, ops
+from maml_cuda import FusedMAML, device, problems
 
 from . import emulated
 from .conftest import run
@@ -136,7 +136,7 @@ def test_a_launch_that_fails_names_its_kernel(make: Any, machine: str) -> None:
     model, data = make(), episodes(SAMPLES[make], torch.float64)
 
     def after(calls: int) -> FusedMAML:
-        ops._problem.cache_clear()
+        problems.problem_of.cache_clear()
         maml = FusedMAML(model, 0.1, 2, backend="fused")
         for _ in range(calls):
             run(maml, data)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maml_cuda import FusedMAML, _core, device, ops, reference
+from maml_cuda import FusedMAML, _core, device, problems, reference
 
 from .conftest import relative_errors, run
 
@@ -43,7 +43,7 @@ def runner(maml: FusedMAML, data: list[Tensor], operation: str = "meta_gradient"
     x_spt, _, x_qry, _ = data
     double = x_spt.dtype == torch.float64
     key = (maml._binding().text, operation, tuple(x_spt.shape[2:]), x_spt.shape[1], x_qry.shape[1], maml.inner_steps)
-    return ops._problem(*key, maml.first_order, double, ()).runner(x_spt.device)
+    return problems.problem_of(*key, maml.first_order, double, ()).runner(x_spt.device)
 
 
 @pytest.mark.parametrize(("make", "executor"), [(mlp, "megakernel"), (conv, "batched")])
@@ -108,7 +108,7 @@ def test_nothing_is_kept_of_a_call_inside_somebody_elses_graph(monkeypatch: pyte
     maml = FusedMAML(conv(), 0.1, 1, backend="fused")
     data = episodes((2, 6, 6), torch.float64)
     _, expected = run(maml, data)
-    ops._problem.cache_clear()
+    problems.problem_of.cache_clear()
     monkeypatch.setattr(device, "is_capturing", lambda: True)
     for _ in range(3):
         _, grads = run(maml, data)
@@ -169,7 +169,7 @@ def test_out_of_memory_says_how_much_for_what_and_what_to_do(monkeypatch: pytest
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     data[0] = data[0].as_subclass(Full)
-    text = ops._problem(maml._binding().text, "meta_loss", (2, 6, 6), 5, 4, 2, False, True)
+    text = problems.problem_of(maml._binding().text, "meta_loss", (2, 6, 6), 5, 4, 2, False, True)
     words = r"maml_cuda wants 8589934592 MB of workspace on .* for 8 tasks at once .* task_chunk=2 would take 8 MB"
     with pytest.raises(torch.OutOfMemoryError, match=words):
         text.runner(data[0].device)._allocate(data[0], 8, 8)

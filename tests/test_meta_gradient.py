@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from maml_cuda import FusedMAML, ops, reference
+from maml_cuda import FusedMAML, problems, reference
 
 from .conftest import check_meta_gradient, run
 
@@ -187,7 +187,7 @@ def test_recomputed_states_give_the_same_bits(name):
         signature = (plan, "meta_gradient", tuple(data[0].shape[2:]), 5, 7, 4, False, True)
         results.append(
             (
-                ops._problem(*signature).core.saved_steps,
+                problems.problem_of(*signature).core.saved_steps,
                 torch.ops.maml_cuda.meta_gradient(parameters, rates, *listed, None, plan, 4, False, True)[-1],
             )
         )

@@ -274,19 +274,19 @@ def test_building_blocks(machine, batch_norm):
 def test_weights_are_a_schedule(machine):
     """A new value is a new tensor of the call; only other zeros are another problem. None is the old call, bit by
     bit."""
-    from maml_cuda import ops
+    from maml_cuda.problems import problem_of
 
     maml, data, how = make("mlp", 2)
     plain = run(maml, data)
     maml.query_weights = torch.tensor([0.0, 0.5, 0.5])
     run(maml, data)
-    text, problems = maml._binding().text, ops._problem.cache_info().misses
+    text, misses = maml._binding().text, problem_of.cache_info().misses
     for last in (0.6, 0.7, 0.8):
         maml.query_weights = [0.0, 1 - last, last]
         check(maml, data, {**how, "weights": [0.0, 1 - last, last]})
     assert maml.query_weights == (0.0, 1 - 0.8, 0.8)
     assert maml._binding().text == text
-    assert ops._problem.cache_info().misses <= problems + 1  # the same without gradients
+    assert problem_of.cache_info().misses <= misses + 1  # the same without gradients
     maml.query_weights = [0.0, 0.0, 2.0]
     twice = run(maml, data)
     maml.query_weights = None

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maml_cuda import ops
+from maml_cuda import problems
 
 from ..flops import meta_step_flops
 from ..proof import WrongAnswer, truth
@@ -209,7 +209,7 @@ def executor(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bo
     x = tasks.x_spt
     sample, double = tuple(x.shape[2:]), x.dtype == torch.float64
     shape = (sample, workload.support, workload.query, workload.inner_steps, first_order, double)
-    return ops._problem(maml._binding().text, "meta_gradient", *shape).runner(x.device).executor
+    return problems.problem_of(maml._binding().text, "meta_gradient", *shape).runner(x.device).executor
 
 
 def best(started: list[Entrant]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maml_cuda import device as devices
-from maml_cuda import ops
+from maml_cuda import problems
 from maml_cuda.data.meta_batch import MetaBatch
 
 
@@ -141,7 +141,7 @@ def _episodes(
     first: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     data = _episodes_fake(images, values, n_way, k_shot, n_query, rotations, tasks, seed, first)
-    episodes = ops._core.Episodes(
+    episodes = problems._core.Episodes(
         images=images.data_ptr(),
         values=values.data_ptr(),
         double=values.dtype == torch.float64,

@@ -1,0 +1,94 @@
+"""What people call who write their own training code: at parameters that are each task's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, general, targets
+from .binding import Binding
+from .bound_model import BoundModel
+from .targets import Target
+
+
+class BuildingBlocks(BoundModel):
+    """`fast` is a mapping, parameter name -> [tasks, *shape], as FusedMAML.adapt returns it."""
+
+    def predict(self, fast: Mapping[str, Tensor], x: Tensor, *, slot: int | None = None) -> Any:
+        """Predictions [tasks, n, ...] at each task's own parameters on its own x [tasks, n, ...]; of a model that
+        returns (mean, log_std) both, for each task.
+
+        Differentiable in `fast`. slot: the inner step whose per-step BatchNorm is read (after k steps: k - 1); None:
+        the last one.
+        """
+        slot = checks.slot(slot)
+        binding, x = self._block(fast, x, None)
+        if not self._serves(binding, x, 0, x.shape[1]):
+            return general.predict(self.model, dict(fast), x, slot)
+        own = binding.own(fast, len(x), slot)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in own):
+            return as_returned(binding, torch.ops.maml_cuda.predict(own, x, binding.text))
+        return as_returned(binding, torch.ops.maml_cuda.predict_forward(own, x, binding.text))
+
+    def loss_and_grad(
+        self, fast: Mapping[str, Tensor], x: Tensor, y: Target, *, slot: int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss at each task's own parameters [tasks] and its gradient, name -> [tasks, *shape], both detached.
+
+        slot: the inner step whose per-step BatchNorm is read; None: the last one.
+        """
+        slot = checks.slot(slot)
+        binding, x = self._block(fast, x, y)
+        names = self._trainable()
+        if not self._serves(binding, x, x.shape[1], 0):
+            return general.loss_and_grad(self.model, self.loss, dict(fast), names, x, y, slot)
+        self._look_at_labels(binding, x, y=y)
+        own = [t.detach() for t in binding.own(fast, len(x), slot)]
+        losses, grads = torch.ops.maml_cuda.loss_and_grad(own, x, targets.tensors(y), binding.text)
+        return losses, self._trainable_of(binding.whole(grads, fast, slot), fast)
+
+    def hvp(
+        self, fast: Mapping[str, Tensor], x: Tensor, y: Target, v: Mapping[str, Tensor], *, slot: int | None = None
+    ) -> dict[str, Tensor]:
+        """The Hessian of the loss at each task's own parameters times v, name -> [tasks, *shape], detached.
+
+        v: name -> [tasks, *shape]; a parameter that it lacks, or that is frozen, does not move.
+        slot: the inner step whose per-step BatchNorm is read; None: the last one.
+        """
+        slot = checks.slot(slot)
+        binding, x = self._block(fast, x, y)
+        checks.fast(dict(self.model.named_parameters()), v, x, "v", all_names=False)
+        names = self._trainable()
+        if not self._serves(binding, x, x.shape[1], 0):
+            return general.hvp(self.model, self.loss, dict(fast), names, x, y, dict(v), slot)
+        self._look_at_labels(binding, x, y=y)
+        at = [t.detach() for t in binding.own(fast, len(x), slot)]
+        moving = {n: v[n].detach() if n in v and n in names else torch.zeros_like(p) for n, p in fast.items()}
+        directions = binding.own(moving, len(x), slot)
+        products = torch.ops.maml_cuda.hvp(at, x, targets.tensors(y), directions, binding.text)
+        return self._trainable_of(binding.whole(products, fast, slot), fast)
+
+    def _block(self, fast: Mapping[str, Tensor], x: Tensor, y: Target | None) -> tuple[Binding, Tensor]:
+        """The checks that the building blocks share."""
+        binding = self._binding()
+        x = self._read(binding, "x", x, None if y is None else "y", y)
+        checks.fast(dict(self.model.named_parameters()), fast, x, "fast", all_names=True)
+        return binding, x
+
+    def _trainable(self) -> list[str]:
+        return [name for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def _trainable_of(self, found: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By name, for every trainable parameter: zeros for one that the prediction does not depend on."""
+        return {n: found[n] if n in found else torch.zeros_like(like[n]) for n in self._trainable()}
+
+
+def as_returned(binding: Binding, prediction: Tensor) -> Any:
+    """A prediction [tasks, n, ...] of the plan as the model returns it."""
+    if not binding.log_std:
+        return prediction
+    mean, log_std = prediction.chunk(2, -1)
+    return mean, log_std if binding.log_std == "rows" else log_std[:, 0]
