@@ -1,6 +1,7 @@
 """Small data sets written exactly as the published ones lie on the disk, with all their classes and few images."""
 
 import io
+import pickle
 import struct
 import tarfile
 import zipfile
@@ -148,6 +149,70 @@ def _cifar(folder: Path, prefix: str, sizes: dict[str, int]) -> dict[str, dict[s
         labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(classes) + 10 * seed, 3))
         data[split] = {"data": pixels(seed, 3 * classes, 32, 32, 3), "labels": labels.tolist()}
         write(folder / f"{prefix}_{split}.pickle", python2(data[split]))
+    return data
+
+
+def zipped(folder: Path, name: str, write_files: Callable[[Path], Any]) -> Any:
+    """What ``write_files`` writes, in the zip archive ``name`` alone."""
+    data = write_files(folder)
+    with zipfile.ZipFile(folder / "new", "w") as archive:
+        for path in sorted(folder.iterdir()):
+            if path.name != "new":
+                archive.write(path, path.name)
+                path.unlink()
+    (folder / "new").rename(folder / name)
+    return data
+
+
+def cifar100(folder: Path, where: str) -> dict[str, dict[str, np.ndarray]]:
+    """CIFAR-FS as its authors and learn2learn have it: the images of each class of each split."""
+    drawn: dict[str, dict[str, np.ndarray]] = {}
+    files: dict[str, bytes] = {}
+    numbers = iter(range(100))
+    for split, classes in MINI.items():
+        drawn[split] = {}
+        for number in (next(numbers) for _ in range(classes)):
+            drawn[split][f"thing_{7 * number % 101:03d}"] = pixels(number, 2, 32, 32, 3)
+        files[f"splits/bertinetto/{split}.txt"] = "\n".join(drawn[split]).encode()
+        for name, stack in drawn[split].items():
+            for number, image in enumerate(stack):
+                here = f"{split}/{name}" if where == "processed" else f"data/{name}"
+                files[f"{here}/{name}_s_{number:06d}.png"] = encoded(image)
+    files["splits/ravi-larochelle/train.txt"] = b"another"  # a split of another paper
+    if where.endswith(".zip"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(folder / where, "w") as archive:
+            for path, content in files.items():
+                archive.writestr(f"cifar100/{path}", content)
+                archive.writestr(f"__MACOSX/cifar100/{path.rpartition('/')[0]}/._{path.rpartition('/')[2]}", b"\0")
+    else:
+        for path, content in files.items():
+            if where != "processed" or not path.startswith("splits"):
+                write(folder / ("" if where == "processed" else where) / path, content)
+    return drawn
+
+
+def mini_imagenet_metaoptnet(folder: Path) -> dict[str, dict[str, Any]]:
+    names = {"train": "train_phase_train", "val": "val", "test": "test"}
+    data, first = {}, 0
+    for seed, (split, classes) in enumerate(MINI.items()):
+        labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(classes) + first, 2))
+        data[split] = {"data": pixels(seed, 2 * classes, 84, 84, 3), "labels": labels.tolist()}
+        write(folder / f"miniImageNet_category_split_{names[split]}.pickle", python2(data[split]))
+        first += classes
+    other = {"data": pixels(9, 1, 84, 84, 3), "labels": [0]}  # other images of the training classes
+    write(folder / "miniImageNet_category_split_train_phase_test.pickle", python2(other))
+    return data
+
+
+def tiered_imagenet_metaoptnet(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    data = {}
+    for seed, (split, classes) in enumerate(TIERED.items()):
+        labels = np.random.default_rng(seed).permutation(np.concatenate([np.arange(classes), np.arange(0, classes, 2)]))
+        data[split] = pixels(seed, len(labels), 12, 12, 3), labels
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(folder / f"{split}_images.npz", images=data[split][0])
+        write(folder / f"{split}_labels.pkl", pickle.dumps({"labels": labels.tolist()}, protocol=2))
     return data
 
 

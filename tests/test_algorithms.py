@@ -37,7 +37,6 @@ def small(job: str, preset: str, **given) -> Settings:
     return new_settings(job, preset, **(sizes | given))
 
 
-@pytest.mark.filterwarnings("ignore:maml_cuda runs this model on the general path")  # MAML++
 @pytest.mark.parametrize(("job", "preset"), NAMES)
 def test_every_preset_trains_resumes_to_the_bit_and_is_tested(tmp_path, monkeypatch, job: str, preset: str) -> None:
     settings = small(job, preset)
@@ -246,7 +245,6 @@ def test_derivative_order_is_annealed() -> None:
     assert orders == [True, True, False]
 
 
-@pytest.mark.filterwarnings("ignore:maml_cuda runs this model on the general path")
 @pytest.mark.parametrize("given", [{}, {"batch_norm": "per_step", "adapted": "no-norm", "inner_steps": 2}])
 def test_with_running_statistics_a_query_is_classified_by_itself(given) -> None:
     settings = small("glyphs", "maml", **given)

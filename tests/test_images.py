@@ -7,6 +7,7 @@ import pickle
 import random
 import re
 import tarfile
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maml_cuda.data import Episodes, ImageTasks, images
+from maml_cuda.data import Episodes, ImageTasks, images, layouts
 
 from . import published
 
@@ -39,7 +40,7 @@ def assert_same(opened: images.Images, split: str, expected: dict[str, np.ndarra
 def official(monkeypatch: pytest.MonkeyPatch, table: str, *archives: Path) -> None:
     """The archives of a test are taken for the published ones."""
     md5 = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in archives}
-    monkeypatch.setattr(images, table, md5)
+    monkeypatch.setattr(layouts, table, md5)
 
 
 # -- the layouts ---------------------------------------------------------------------------------------------
@@ -141,6 +142,50 @@ def test_cifar(tmp_path, name: str) -> None:
         assert list(got) == [str(label) for label in sorted(set(labels))]
         for name, image in got.items():
             np.testing.assert_array_equal(image, array[labels == int(name)])
+
+
+def test_cifar_in_zip_archives(tmp_path) -> None:
+    """MetaOptNet's CIFAR_FS.zip and FC100.zip, as they are and as learn2learn names the latter."""
+    for name, prefix in (("cifar_fs", "CIFAR_FS"), ("fc100", "FC100"), ("fc100", "fc100")):
+        folder = tmp_path / prefix
+        data = published.zipped(folder, f"{prefix}.zip", getattr(published, name))
+        opened = getattr(images, name)(folder)
+        for split, published_as in SPLITS.items():
+            array, labels = data[published_as]["data"], np.array(data[published_as]["labels"])
+            assert_same_labels(opened, split, array, labels)
+
+
+def assert_same_labels(opened: images.Images, split: str, array: np.ndarray, labels: np.ndarray) -> None:
+    got = by_class(opened, split)
+    assert list(got) == [str(label) for label in sorted(set(labels.tolist()))]
+    for name, image in got.items():
+        np.testing.assert_array_equal(image, array[labels == int(name)])
+
+
+@pytest.mark.parametrize("where", ["cifar100.zip", "cifarfs.zip", "cifar100", "cifarfs/cifar100", "processed"])
+def test_cifar_fs_of_its_authors(tmp_path, where: str) -> None:
+    """A folder a class and the split of Bertinetto et al. beside: zipped, unpacked, in learn2learn's folder, sorted."""
+    drawn = published.cifar100(tmp_path, where)
+    opened = images.cifar_fs(tmp_path)
+    assert opened.shape == (3, 32, 32)
+    for split, published_as in SPLITS.items():
+        assert_same(opened, split, drawn[published_as])
+
+
+def test_mini_imagenet_of_metaoptnet(tmp_path) -> None:
+    data = published.mini_imagenet_metaoptnet(tmp_path)
+    opened = images.mini_imagenet(tmp_path)
+    assert opened.shape == (3, 84, 84)
+    for split, published_as in SPLITS.items():
+        assert_same_labels(opened, split, data[published_as]["data"], np.array(data[published_as]["labels"]))
+
+
+@pytest.mark.parametrize("folder", ["", "tiered-imagenet"])
+def test_tiered_imagenet_of_metaoptnet(tmp_path, folder: str) -> None:
+    data = published.tiered_imagenet_metaoptnet(tmp_path / folder)
+    opened = images.tiered_imagenet(tmp_path)
+    for split, published_as in SPLITS.items():
+        assert_same_labels(opened, split, *data[published_as])
 
 
 @pytest.mark.parametrize("archived", [False, True])
@@ -257,9 +302,11 @@ def refused(open_images, folder: Path, message: str, error: type[Exception] = Va
          "brendenlake/omniglot/raw/master/python/"),
         ("mini-imagenet", r"mini-ImageNet is not in .*: there must be mini-imagenet-cache-\{train,val,test\}.pkl, .*"
          "mini-imagenet.tar.gz, .*train.csv.* https://zenodo.org/record/7978538"),
-        ("cifar-fs", r"CIFAR-FS is not in .*CIFAR_FS_\{train,val,test\}.pickle; .* https://github.com/kjunelee/MetaOptNet"),
-        ("fc100", r"FC100 is not in .*FC100_\{train,val,test\}.pickle; .* https://github.com/kjunelee/MetaOptNet"),
-        ("tiered-imagenet", r"tiered-ImageNet is not in .*_images_png.pkl .* https://github.com/renmengye/few-shot-ssl"),
+        ("cifar-fs", r"CIFAR-FS is not in .*CIFAR_FS_\{train,val,test\}.pickle, .*cifar100.zip .*; .* https://github.com/"
+         r"kjunelee/MetaOptNet .*https://zenodo.org/record/7978538"),
+        ("fc100", r"FC100 is not in .*FC100_\{train,val,test\}.pickle .*; .* https://github.com/kjunelee/MetaOptNet"),
+        ("tiered-imagenet", r"tiered-ImageNet is not in .*_images_png.pkl .*_images.npz, .* https://github.com/renmengye/"
+         "few-shot-ssl-public, https://github.com/kjunelee/MetaOptNet"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_said_with_where_it_is_published(tmp_path, name: str, message: str) -> None:
@@ -278,6 +325,95 @@ def test_one_missing_file_is_named(tmp_path) -> None:
     refused(
         images.mini_imagenet, tmp_path / "mini", r"2.jpg is missing, which line \d+ of .*csv names", FileNotFoundError
     )
+
+
+@pytest.mark.parametrize("name", ["omniglot", "mini-imagenet", "cifar-fs", "fc100", "tiered-imagenet"])
+def test_the_hdf5_files_of_torchmeta_are_refused_in_words(tmp_path, name: str) -> None:
+    published.write(tmp_path / "train_data.hdf5", b"\x89HDF\r\n\x1a\n")
+    message = (
+        r"it is published at .*\. train_data.hdf5 is torchmeta's own, which is not read here: what it was made from is"
+    )
+    refused(images.OPEN[name], tmp_path, message, FileNotFoundError)
+
+
+def test_the_archive_that_torchmeta_leaves_is_read(tmp_path, monkeypatch) -> None:
+    data = published.mini_imagenet_archive(tmp_path)
+    for split in SPLITS.values():
+        published.write(tmp_path / f"{split}_data.hdf5", b"\x89HDF\r\n\x1a\n")
+    official(monkeypatch, "MINI_IMAGENET_MD5", tmp_path / "mini-imagenet.tar.gz")
+    check_mini_imagenet(images.mini_imagenet(tmp_path), data)
+
+
+def test_a_damaged_cifar100_is_refused(tmp_path) -> None:
+    zipped, folder = tmp_path / "zipped", tmp_path / "folder"
+    published.cifar100(zipped, "cifar100.zip")
+    published.cifar100(folder, "cifar100")
+    archive = zipped / "cifar100.zip"
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[:-1000])
+    refused(images.cifar_fs, zipped, "cifar100.zip must be a whole zip archive, got: ")
+    table = b"splits/bertinetto/train.txt"
+    at = whole.index(table) + len(table) + 8  # in the content of the first table, whose checksum no longer holds
+    archive.write_bytes(whole[:at] + b"?" + whole[at + 1 :])
+    refused(images.cifar_fs, zipped, "splits/bertinetto/train.txt in .*cifar100.zip must be a whole text file, got: ")
+    at = whole.index(b"IDAT") + 60  # in an image
+    archive.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+    refused(images.cifar_fs, zipped, r"cifar100/data/.*png must be a whole image of 8 bits a channel, got: ")
+    tables = folder / "cifar100" / "splits" / "bertinetto"
+    train, test = (tables / f"{split}.txt" for split in ("train", "test"))
+    name = train.read_text().split()[0]
+    words = test.read_text()
+    test.write_text(f"{words}\n{name}")
+    message = f"different classes, got {name} in splits/bertinetto/train.txt and splits/bertinetto/test.txt"
+    refused(images.cifar_fs, folder, message)
+    test.write_text(words + "\nunicorn")
+    message = "cifar100 must hold images in data/unicorn, which splits/bertinetto/test.txt names, got none"
+    refused(images.cifar_fs, folder, message)
+    test.write_text(words.split("\n", 1)[1])
+    refused(images.cifar_fs, folder, r"train, validation, test must have \(64, 16, 20\) classes, got \(64, 16, 19\)")
+    test.write_bytes(b"\xff")
+    refused(images.cifar_fs, folder, "splits/bertinetto/test.txt in .*cifar100 must be a whole text file, got: ")
+    test.rename(tables / "testing.txt")
+    refused(images.cifar_fs, folder, "cifar100 must hold splits/bertinetto/test.txt, a class a line")
+
+
+def test_damaged_arrays_of_tiered_imagenet_are_refused(tmp_path) -> None:
+    published.tiered_imagenet_metaoptnet(tmp_path)
+    path = tmp_path / "test_images.npz"  # after two splits were written
+    whole = path.read_bytes()
+    wanted = "test_images.npz must be a whole .npz file with the array images, got: "
+    path.write_bytes(whole[:-1000])
+    refused(images.tiered_imagenet, tmp_path, wanted)
+    path.write_bytes(whole[:4000] + bytes([whole[4000] ^ 255]) + whole[4001:])
+    refused(images.tiered_imagenet, tmp_path, wanted + "Bad CRC-32")
+    victim = tmp_path / "victim"
+    for content in ({"pictures": np.zeros(1)}, {"images": np.array([Hostile(os.mkdir, str(victim))], object)}):
+        np.savez(path, **content)
+        refused(images.tiered_imagenet, tmp_path, wanted)
+        assert not victim.exists()
+    np.savez(path, images=np.zeros((2, 4, 4), np.uint8))
+    refused(images.tiered_imagenet, tmp_path, r"test_images.npz must be uint8 .*, got uint8 \[2, 4, 4\]")
+    np.savez(path, images=np.zeros((2, 4, 4, 3), np.uint8))
+    refused(images.tiered_imagenet, tmp_path, "test_labels.pkl must have 2 integer labels")
+    path.unlink()
+    message = "test_images.npz is missing beside train_images.npz and val_images.npz"
+    refused(images.tiered_imagenet, tmp_path, message, FileNotFoundError)
+
+
+def test_a_damaged_zip_of_pickles_is_refused(tmp_path) -> None:
+    published.zipped(tmp_path, "FC100.zip", published.fc100)
+    path = tmp_path / "FC100.zip"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1000])
+    refused(images.fc100, tmp_path, "FC100.zip must be a whole zip archive, got: ")
+    path.write_bytes(whole[:4000] + bytes([whole[4000] ^ 255]) + whole[4001:])
+    refused(images.fc100, tmp_path, "FC100_test.pickle in .*FC100.zip must be a whole pickle of arrays, got: ")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("FC100_train.pickle", pickle.dumps(Hostile(os.mkdir, str(tmp_path / "victim"))))
+    refused(images.fc100, tmp_path, "FC100_train.pickle in .*got: it asks for posix.mkdir, which is not read here")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("README", b"")
+    refused(images.fc100, tmp_path, "FC100.zip must hold FC100_train.pickle")
 
 
 def test_an_archive_must_have_the_published_md5(tmp_path) -> None:

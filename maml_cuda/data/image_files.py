@@ -7,6 +7,7 @@ import os
 import random
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -115,6 +116,30 @@ def read_omniglot(halves: Sequence[Path], sizes: Sequence[int]) -> Iterator[Sour
                 yield SourceClass(split, name, _inverted(characters[name]))
 
 
+def read_cifar100(source: Path) -> Iterator[SourceClass]:
+    """CIFAR-FS's, by its authors: a folder or zip archive of ``data/<class>/*`` with
+    ``splits/bertinetto/{train,val,test}.txt``, a class a line."""
+    with ExitStack() as opened:
+        tables: dict[str, Callable[[], IO[bytes]]] = {}
+        classes: dict[str, list[tuple[str, Callable[[], IO[bytes]]]]] = {}
+        for name, open_file in _contents(source, opened):
+            if part := re.search(r"/splits/bertinetto/(\w+)\.txt$", f"/{name}"):
+                tables[part[1]] = open_file
+            elif part := re.search(r"/data/([^/]+)/[^/.][^/]*$", f"/{name}"):
+                classes.setdefault(part[1], []).append((name, open_file))
+        taken: dict[str, str] = {}
+        for split, word in zip(SPLITS, ("train", "val", "test"), strict=True):
+            table = f"splits/bertinetto/{word}.txt"
+            if word not in tables:
+                raise ValueError(f"{source} must hold {table}, a class a line")
+            for name in _lines(tables[word], f"{table} in {source}"):
+                if name not in classes:
+                    raise ValueError(f"{source} must hold images in data/{name}, which {table} names, got none")
+                if taken.setdefault(name, table) != table:
+                    raise ValueError(f"the splits must have different classes, got {name} in {taken[name]} and {table}")
+                yield SourceClass(split, name, _colours(classes[name]))
+
+
 def _contents(half: Path, opened: ExitStack) -> list[tuple[str, Callable[[], IO[bytes]]]]:
     """Each file's name, and what opens it."""
     if half.is_dir():
@@ -128,6 +153,20 @@ def _contents(half: Path, opened: ExitStack) -> list[tuple[str, Callable[[], IO[
 
 def _open(path: Path) -> IO[bytes]:
     return path.open("rb")
+
+
+def _lines(open_file: Callable[[], IO[bytes]], what: str) -> list[str]:
+    try:
+        with open_file() as file:
+            return sorted(set(file.read().decode().split()))
+    except (UnicodeDecodeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{what} must be a whole text file, got: {error}") from error
+
+
+def _colours(files: Sequence[tuple[str, Callable[[], IO[bytes]]]]) -> Iterator[tuple[str, np.ndarray]]:
+    for name, open_file in files:
+        with open_file() as file:
+            yield name, decode(file, name, "RGB")
 
 
 def _inverted(files: Sequence[tuple[str, Callable[[], IO[bytes]]]]) -> Iterator[tuple[str, np.ndarray]]:

@@ -1,9 +1,10 @@
-"""Data sets that are published as pickled arrays, a pickle or two for each split."""
+"""Data sets that are published as arrays: a pickle or two for each split, or a pickle and an .npz file."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ def read_by_class(sources: Mapping[str, Pickle]) -> Iterator[SourceClass]:
 
 
 def read_by_label(sources: Mapping[str, Pickle]) -> Iterator[SourceClass]:
-    """CIFAR-FS's and FC100's, by MetaOptNet: ``data`` uint8 [images, height, width, 3], ``labels`` one int for each."""
+    """MetaOptNet's, of CIFAR-FS, FC100 and mini-ImageNet: ``data`` uint8 [images, height, width, 3], ``labels`` one int
+    for each."""
     for split, pickle in sources.items():
         data = _entries(pickle, "data", "labels")
         images = _images(data["data"], pickle)
@@ -47,6 +49,23 @@ def read_pngs(images_of: Mapping[str, Pickle], labels_of: Mapping[str, Pickle]) 
             yield SourceClass(split, str(names[label]), _decoded(images, rows, images_of[split]))
 
 
+def read_arrays(arrays_of: Mapping[str, Path], labels_of: Mapping[str, Pickle]) -> Iterator[SourceClass]:
+    """tiered-ImageNet's, by MetaOptNet: ``images`` uint8 [images, height, width, 3] of an .npz file, ``labels`` one int
+    for each."""
+    for split, pickle in labels_of.items():
+        labels, path = _entries(pickle, "labels")["labels"], arrays_of[split]
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                loaded = arrays["images"]
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged file fails in any way
+            raise ValueError(f"{path} must be a whole .npz file with the array images, got: {error}") from error
+        images = _images(loaded, path)
+        for label, rows in _rows(labels, len(images), pickle):
+            yield SourceClass(split, str(label), _chosen(images, rows, path))
+
+
 def _entries(pickle: Pickle, *keys: str) -> dict[str, Any]:
     data = pickle.load()
     if not isinstance(data, dict) or not set(keys) <= set(data):
@@ -55,10 +74,10 @@ def _entries(pickle: Pickle, *keys: str) -> dict[str, Any]:
     return data
 
 
-def _images(value: Any, pickle: Pickle) -> np.ndarray:
+def _images(value: Any, source: Pickle | Path) -> np.ndarray:
     if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.ndim != 4 or value.shape[3] != 3:
         got = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
-        raise ValueError(f"the images of {pickle} must be uint8 [images, height, width, 3], got {got}")
+        raise ValueError(f"the images of {source} must be uint8 [images, height, width, 3], got {got}")
     return value
 
 
@@ -71,11 +90,11 @@ def _rows(labels: Any, count: int, pickle: Pickle) -> Iterator[tuple[int, np.nda
         yield int(label), np.flatnonzero(labels == label)
 
 
-def _chosen(images: np.ndarray, rows: Iterable[int], pickle: Pickle) -> Iterator[tuple[str, np.ndarray]]:
+def _chosen(images: np.ndarray, rows: Iterable[int], source: Pickle | Path) -> Iterator[tuple[str, np.ndarray]]:
     for row in rows:
         if not 0 <= row < len(images):
-            raise ValueError(f"{pickle} must name images 0 to {len(images) - 1}, got {row}")
-        yield f"image {row} of {pickle}", images[row].transpose(2, 0, 1)
+            raise ValueError(f"{source} must name images 0 to {len(images) - 1}, got {row}")
+        yield f"image {row} of {source}", images[row].transpose(2, 0, 1)
 
 
 def _decoded(images: list[np.ndarray], rows: Iterable[int], pickle: Pickle) -> Iterator[tuple[str, np.ndarray]]:

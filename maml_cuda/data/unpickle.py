@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 import re
 import tarfile
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -57,7 +59,7 @@ class _Unpickler(pickle.Unpickler):
 
 @dataclass(frozen=True)
 class Pickle:
-    """A pickle on the disk: a file, or a file of this name in a tar archive."""
+    """A pickle on the disk: a file, or a file of this name in a tar or zip archive."""
 
     path: Path
     member: str | None = None
@@ -74,15 +76,22 @@ class Pickle:
         if self.member is None:
             with self.path.open("rb") as file:
                 return self._unpickle(file)
+        kind = "zip" if self.path.suffix == ".zip" else "tar"
         try:
-            with tarfile.open(self.path) as archive:
-                for info in archive:
-                    if PurePosixPath(info.name).name == self.member and (member := archive.extractfile(info)):
-                        with member:
-                            return self._unpickle(member)
-        except (tarfile.TarError, EOFError) as error:
-            raise ValueError(f"{self.path} must be a whole tar archive, got: {error}") from error
+            with zipfile.ZipFile(self.path) if kind == "zip" else tarfile.open(self.path) as archive:
+                if member := self._opened(archive):
+                    with member:
+                        return self._unpickle(member)
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{self.path} must be a whole {kind} archive, got: {error}") from error
         raise ValueError(f"{self.path} must hold {self.member}")
+
+    def _opened(self, archive: zipfile.ZipFile | tarfile.TarFile) -> IO[bytes] | None:
+        if isinstance(archive, zipfile.ZipFile):
+            names = (name for name in archive.namelist() if PurePosixPath(name).name == self.member)
+            return next((archive.open(name) for name in names), None)
+        infos = (info for info in archive if PurePosixPath(info.name).name == self.member)
+        return next((file for info in infos if (file := archive.extractfile(info))), None)
 
     def _unpickle(self, file: IO[bytes]) -> Any:
         try:
