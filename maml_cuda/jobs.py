@@ -236,7 +236,8 @@ def named_settings(job: str, preset: str, **given: Any) -> Settings:
         raise ValueError(f"job must be one of {', '.join(JOBS)}, or a folder of class folders, got {job!r}")
     if classifies(job) and "shots" in given:
         given.setdefault("test_shots", given["shots"])
-    return replace(JOBS[job], preset=preset, **presets.preset(job, preset) | given)
+    ways, shots = (given.get(name, getattr(JOBS[job], name)) for name in ("ways", "shots"))
+    return replace(JOBS[job], preset=preset, **presets.preset(job, preset, ways, shots) | given)
 
 
 def _images(settings: Settings) -> images.Images:

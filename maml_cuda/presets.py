@@ -29,13 +29,9 @@ IMAGES: dict[str, dict[str, Any]] = {
     # Li et al. 2017: one step at a rate of its own for every weight, learned from the job's rate on.
     "meta-sgd": {"learn_inner_lr": "element", "inner_steps": 1, "test_steps": 1},
     "maml++": _MAML_PLUS_PLUS,
-    # Nichol et al. 2018, Omniglot: 5 tasks, 10 images a class of which 10 a step, the outer step from 1 to 0. Theirs
-    # are Adam's inner steps, and 50 of them in test.
+    # Nichol et al. 2018: 5 tasks, the outer step from 1 to 0; sizes by ways and shots are _reptile's.
     "reptile": {
         "algorithm": "reptile",
-        "queries": 9,
-        "inner_batch": 10,
-        "inner_steps": 5,
         "test_steps": 10,
         "meta_batch": 5,
         "meta_lr": 1.0,
@@ -83,14 +79,14 @@ OF_JOB: dict[tuple[str, str], dict[str, Any]] = {
     ("glyphs", "maml++"): {
         "inner_lr": 0.1, "meta_batch": 8, "multi_step_iterations": 300, "first_order_iterations": 1500,
     },
-    ("omniglot", "reptile"): {"inner_lr": 0.1, "iterations": 100_000},
-    ("mini-imagenet", "reptile"): {"inner_lr": 0.05, "inner_steps": 8, "queries": 14, "iterations": 100_000},
+    ("omniglot", "reptile"): {"inner_lr": 0.1},
+    ("mini-imagenet", "reptile"): {"inner_lr": 0.05},
     ("mini-imagenet", "protonet"): {"train_ways": 30, "queries": 15},
 }  # fmt: skip
 
 
-def preset(job: str, name: str) -> dict[str, Any]:
-    """What the preset sets anew in the job's settings.
+def preset(job: str, name: str, ways: int = 5, shots: int = 1) -> dict[str, Any]:
+    """What the preset sets anew in the job's settings, for tasks of so many classes and support samples of each.
 
     ValueError where the job has no preset of this name.
     """
@@ -98,4 +94,21 @@ def preset(job: str, name: str) -> dict[str, Any]:
     if name not in of_job:
         raise ValueError(f"preset must be one of {', '.join(of_job)} for {job}, got {name!r}")
     like = job if job in ("glyphs", "omniglot", "sinusoid") else "mini-imagenet"
-    return of_job[name] | OF_JOB.get((like, name), {})
+    sizes = _reptile(like, ways, shots) if name == "reptile" and like != "sinusoid" else {}
+    return of_job[name] | OF_JOB.get((like, name), {}) | sizes
+
+
+def _reptile(like: str, ways: int, shots: int) -> dict[str, Any]:
+    """The sizes of Reptile's authors, by the commands of https://github.com/openai/supervised-reptile: --inner-batch,
+    --inner-iters, --meta-iters, and 10 images a class of Omniglot or 15 of mini-ImageNet in training, however many are
+    support samples in test (their --train-shots; here shots and queries together). Their 20-way commands serve from 20
+    ways on, their 5-way ones below. What differs is test: theirs takes 50 of Adam's steps, on minibatches.
+    """
+    if like == "mini-imagenet":
+        images, batch, steps, iterations = 15, 10, 8, 100_000
+    elif ways < 20:
+        images, batch, steps, iterations = 10, 10, 5, 100_000
+    else:
+        images, batch, steps, iterations = 10, 20, 10, 200_000
+    sizes = {"queries": max(images - shots, 1), "inner_batch": batch, "inner_steps": steps}
+    return sizes if like == "glyphs" else sizes | {"iterations": iterations}

@@ -14,7 +14,16 @@ from maml_cuda.algorithms import MatchingNet, ProtoNet, make_algorithm, meta_lr,
 from maml_cuda.cli import main
 from maml_cuda.data import ImageBatches, ImageTasks, MetaBatch, SinusoidTasks
 from maml_cuda.data.image_tasks import ImageClasses
-from maml_cuda.jobs import JOBS, Settings, make_generator, make_model, make_tasks, new_settings, without_head
+from maml_cuda.jobs import (
+    JOBS,
+    Settings,
+    make_generator,
+    make_model,
+    make_tasks,
+    named_settings,
+    new_settings,
+    without_head,
+)
 from maml_cuda.report import finish, load_ensemble, load_run, vote
 from maml_cuda.train import Training, resumed_settings
 
@@ -76,6 +85,33 @@ def test_single_options_are_over_the_preset_and_the_preset_over_the_job() -> Non
     assert (settings.first_order, settings.inner_lr, settings.meta_batch) == (True, 0.1, JOBS["glyphs"].meta_batch)
     assert not new_settings("glyphs", "fomaml", first_order=False).first_order
     assert new_settings("glyphs", "reptile", shots=5).test_shots == 5
+
+
+# --train-shots, --inner-batch, --inner-iters, --meta-iters of the commands in the README of supervised-reptile, by data
+# set, --classes and --shots; --meta-batch 5, --meta-step 1 and --meta-step-final 0 in all of them.
+REPTILE = {
+    ("omniglot", 5, 1): (10, 10, 5, 100_000),
+    ("omniglot", 5, 5): (10, 10, 5, 100_000),
+    ("omniglot", 20, 1): (10, 20, 10, 200_000),
+    ("omniglot", 20, 5): (10, 20, 10, 200_000),
+    ("mini-imagenet", 5, 1): (15, 10, 8, 100_000),
+    ("mini-imagenet", 5, 5): (15, 10, 8, 100_000),
+}
+
+
+@pytest.mark.parametrize(("job", "ways", "shots"), REPTILE)
+def test_reptile_has_the_sizes_of_its_authors(job: str, ways: int, shots: int) -> None:
+    s = named_settings(job, "reptile", ways=ways, shots=shots)
+    assert (s.shots + s.queries, s.inner_batch, s.inner_steps, s.iterations) == REPTILE[job, ways, shots]
+    assert (s.shots, s.test_shots, s.meta_batch, s.meta_lr, s.meta_schedule) == (shots, shots, 5, 1.0, "linear")
+
+
+def test_reptile_on_glyphs_has_the_sizes_of_omniglot() -> None:
+    for ways, shots in ((5, 1), (5, 5), (20, 1), (30, 12)):
+        s = named_settings("glyphs", "reptile", ways=ways, shots=shots)
+        images, batch, steps, _ = REPTILE["omniglot", min(ways, 20), 1]
+        assert (s.shots + s.queries, s.inner_batch, s.inner_steps) == (max(images, shots + 1), batch, steps)
+        assert s.iterations == JOBS["glyphs"].iterations
 
 
 @pytest.mark.parametrize(

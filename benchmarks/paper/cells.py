@@ -137,13 +137,11 @@ def _glyphs(ways: int, shots: int, presets: tuple[str, ...]) -> Table:
 
 GLYPHS_ITERATIONS = {5: 8000, 20: 4000}
 
-# 20 ways as in the paper: 5 inner steps of 16 tasks; here 4, so that a cell stays under half an hour. Reptile's sizes
-# are those of its authors.
+# 20 ways as in the paper: 5 inner steps of 16 tasks; here 4, so that a cell stays under half an hour.
 OF_20 = {preset: {"inner_steps": 5, "test_steps": 5, "meta_batch": 16} for preset in ("maml", "fomaml")}
-OF_20 |= {"reptile": {"inner_steps": 10, "inner_batch": 20}}
 SMALL = {"meta_batch": 4, "queries": 2}
 GLYPHS_OF_20 = {preset: {"inner_steps": 5, "test_steps": 5} | SMALL for preset in ("maml", "fomaml", "anil")}
-GLYPHS_OF_20 |= {"meta-sgd": SMALL, "maml++": SMALL, "matching": {"meta_batch": 4}, "reptile": OF_20["reptile"]}
+GLYPHS_OF_20 |= {"meta-sgd": SMALL, "maml++": SMALL, "matching": {"meta_batch": 4}}
 
 
 def _published_set(job: str, title: str, rows: dict[str, dict[tuple[int, int], tuple[str, str]]]) -> Table:
