@@ -218,7 +218,7 @@ bool ascends(const Layer& f) {
     case Function::elu:
       return f.a >= 0 && f.b >= 0 && f.c > 0;
     case Function::softplus:
-      return f.a > 0;
+      return f.a > 0 && f.b >= 20;  // at the threshold b it falls by ln(1 + exp(-b)) / a
     default:
       return true;
   }

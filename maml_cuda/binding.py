@@ -75,7 +75,7 @@ class Binding:
         # Taken last: tracing runs the model's forward, which may set attributes.
         modules = list(model.modules())
         self._dicts = [d for m in modules for d in (m.__dict__, m._modules, m._parameters, m._buffers)]
-        self._values = [value for d in self._dicts for value in d.values()]
+        self._items = [part for d in self._dicts for item in d.items() for part in item]
         self._hooks = [getattr(m, hooks) for m in modules for hooks in plan.HOOKS] + list(plan.GLOBAL_HOOKS)
         self._hooked = any(self._hooks)
         self._parameters = list(model.parameters())
@@ -92,7 +92,7 @@ class Binding:
             return False
         if any(self._hooks) is not self._hooked:
             return False
-        if not _core.same_values(self._dicts, self._values):
+        if not _core.same_items(self._dicts, self._items):
             return False
         if not _core.same_attributes(self._parameters, _WATCHED, self._attributes):
             return False

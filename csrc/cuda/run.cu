@@ -1,6 +1,7 @@
 // One call on a CUDA device. Its spans travel to the device first; then, chunk by chunk of tasks, parameters
 // are packed, an executor runs, and results are added up in order of tasks. Nothing here waits for the
 // device.
+#include <mutex>
 #include <optional>
 
 #include "../meta_gradient.h"
@@ -98,6 +99,7 @@ struct Runner<T>::State {
   ImageBytes image;
   size_t rates_at = 0, slices_at = 0, program_at = 0;
   int program_length = 0;
+  std::mutex replay;  // a graph's table is written and read by its launch, in one go
 
   State(const Problem& p, int device_)
       : problem(p), device(device_), layout(p, at_own_parameters(p.operation), false) {
@@ -424,6 +426,7 @@ void Runner<T>::run(const Call<T>& call, const Graph& graph, void* stream) const
   const OnDevice on(state_->device);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const std::vector<Span> spans = state_->spans(call);
+  const std::lock_guard alone(state_->replay);
   send(cuda_stream, spans.data(), spans.size() * sizeof(Span), graph.table());
   check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph.executable()), cuda_stream),
         "launching the graph");

@@ -405,8 +405,8 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
   m.attr("cuda_architectures") = "";
 #endif
   maml::bind_episodes(m);
-  m.def("same_values", &maml::same_values, py::arg("dicts"), py::arg("values"),
-        "Whether the values of the dicts, one after the other, are the very objects in the list.");
+  m.def("same_items", &maml::same_items, py::arg("dicts"), py::arg("items"),
+        "Whether the dicts' keys and values, one dict after the other, are the very objects in the list.");
   m.def("same_attributes", &maml::same_attributes, py::arg("objects"), py::arg("names"), py::arg("values"),
         "Whether the objects' attributes, all names of one object after the other, equal the list.");
   m.def("instruction_sets", &maml::cpu::instruction_sets, "Instruction sets in this build, widest first.");

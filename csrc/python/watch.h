@@ -6,14 +6,16 @@
 
 namespace maml {
 
-/// Whether the values of the dicts, one dict after the other, are the very objects in the list.
-inline bool same_values(const pybind11::list& dicts, const pybind11::list& values) {
+/// Whether the keys and values of the dicts, each key before its value and one dict after the other, are the
+/// very objects in the list.
+inline bool same_items(const pybind11::list& dicts, const pybind11::list& items) {
   Py_ssize_t count = 0;
-  const Py_ssize_t size = PyList_GET_SIZE(values.ptr());
+  const Py_ssize_t size = PyList_GET_SIZE(items.ptr());
   for (pybind11::handle dict : dicts) {
     PyObject *key, *value;
-    for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value); ++count) {
-      if (count == size || PyList_GET_ITEM(values.ptr(), count) != value) return false;
+    for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value); count += 2) {
+      if (count == size || PyList_GET_ITEM(items.ptr(), count) != key) return false;
+      if (PyList_GET_ITEM(items.ptr(), count + 1) != value) return false;
     }
   }
   return count == size;

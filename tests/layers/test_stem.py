@@ -33,7 +33,17 @@ def test_shapes(check_passes, channels, height, width, filters, kernel, stride, 
 
 @pytest.mark.parametrize(
     "function",
-    [nn.ReLU(), nn.LeakyReLU(0.1), nn.LeakyReLU(-0.3), nn.SiLU(), nn.GELU(), nn.ELU(), nn.Softplus(), nn.Hardtanh()],
+    [
+        nn.ReLU(),
+        nn.LeakyReLU(0.1),
+        nn.LeakyReLU(-0.3),
+        nn.SiLU(),
+        nn.GELU(),
+        nn.ELU(),
+        nn.Softplus(),
+        nn.Softplus(1.0, 0.5),
+        nn.Hardtanh(),
+    ],
 )
 def test_a_pool_behind_any_function(check_passes, function):
     # Those that rise never and fall never let the pool pass; the others do not.
