@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import _core, checks, device, plan, reference, unwatched
 from .batch_norm import PerStepBatchNorm
-from .rates import InnerRates, read_rates
+from .rates import InnerRates, read_rates, tensors
 
 AdaptParams = Callable[[str], bool] | Iterable[str] | None
 
@@ -22,13 +22,12 @@ class Binding:
     """The decision of one moment, and how to see that it still holds.
 
     Attributes:
-        backend: "cpu", "cuda" or "reference".
-        why_not: the sentence, where there is no plan.
+        why_not: the sentence, where there is no plan, or where its layers do not fit the last call's samples.
         text: the plan as problems.py takes it: nodes, parameters with role and rate, rate tensors, loss, and on a GPU
             the options of FusedMAML that its kernels follow.
         names: the plan's parameters, and the buffers that it reads.
         log_std: of a model that returns (mean, log_std), in the plan beside each other: "shared" or "rows" (Plan).
-        fits: signatures of calls that the layers are known to fit.
+        unfit: by the signature of a call's samples, the sentence why no layer fits them, or "".
         on: the type of the model's device.
         plain: whether its parameters are torch's own, no subclass that would want to see what is done with them.
         problems: of meta-steps whose arguments have passed every check, by their signature (unwatched.signature).
@@ -45,31 +44,29 @@ class Binding:
         on_device: dict[str, Any],
         recompute: bool,
     ) -> None:
-        self.backend = "reference"
         self.why_not = ""
         self.text = ""
         self.names: list[str] = []
         self.slots: list[int | None] = []  # of each of them, where it has a slot for each step
         self.served_by: dict[str, list[str]] = {}
         self.log_std = ""
-        self.fits: set = set()
+        self.unfit: dict[tuple, str] = {}
         self._slots: list[tuple[dict[str, Any], str]] = []  # the plan's parameters and rate tensors
         self._has_gradient: list[bool] = []
         self._all_have_gradient = False
         self.can_step = inner_steps > 0 or not _has_no_rate(inner_lr)
         checks.one_dtype_and_device(model.parameters())
+        self._model = model
         self._inner_lr = inner_lr
         self._loss = loss
         self._inner_steps = inner_steps
-        rates = inner_lr.items() if isinstance(inner_lr, InnerRates) else [("", inner_lr)]
-        self._rates = [(r, r.requires_grad) for _, r in rates if isinstance(r, Tensor)]
         self._first: tuple[dict[str, Any], str] = next(
             (m._parameters, key) for m in model.modules() for key, p in m._parameters.items() if p is not None
         )
+        checks.rates(tensors(inner_lr), self.like())
         if fused:
             try:
                 self._trace(model, loss, adapt_params, inner_steps, on_device, recompute)
-                self.backend = device.backend_of(self.like().device)
             except plan.Unfusable as reason:
                 self.why_not = str(reason)
         # Taken last: tracing runs the model's forward, which may set attributes.
@@ -78,25 +75,33 @@ class Binding:
         self._items = [part for d in self._dicts for item in d.items() for part in item]
         self._hooks = [getattr(m, hooks) for m in modules for hooks in plan.HOOKS] + list(plan.GLOBAL_HOOKS)
         self._hooked = any(self._hooks)
-        self._parameters = list(model.parameters())
-        self._attributes = [getattr(p, name) for p in self._parameters for name in _WATCHED]
+        parameters = list(model.parameters())
+        self._tensors = [*parameters, *model.buffers(), *(rate for _, rate in tensors(inner_lr))]
+        self._attributes = [getattr(t, name) for t in self._tensors for name in _WATCHED]
         self.on = self.like().device.type
-        self.plain = all(map(unwatched.is_plain, self._parameters))
+        self.plain = all(map(unwatched.is_plain, parameters))
         self.problems: dict[tuple, Any] = {}
 
-    def holds(self, loss: str | Callable, inner_lr: float | Tensor | InnerRates, inner_steps: int) -> bool:
+    @property
+    def backend(self) -> str:
+        """What runs: "cpu", "cuda" or "reference"."""
+        return device.backend_of(self.like().device) if self.text and not self.why_not else "reference"
+
+    def holds(
+        self, model: nn.Module, loss: str | Callable, inner_lr: float | Tensor | InnerRates, inner_steps: int
+    ) -> bool:
         """Whether nothing has changed that the plan depends on: the modules and their attributes (flags, options, an
-        instance's own forward), submodules, parameters, hooks, and what each parameter is. Every value must be the
-        very object that it was: this runs at each call, and comparing identities is quick."""
-        if inner_lr is not self._inner_lr or loss is not self._loss or inner_steps != self._inner_steps:
+        instance's own forward), submodules, parameters, hooks, and what each parameter, buffer and rate is. Every value
+        must be the very object that it was: this runs at each call, and comparing identities is quick."""
+        if model is not self._model or inner_lr is not self._inner_lr or loss is not self._loss:
+            return False
+        if inner_steps != self._inner_steps:
             return False
         if any(self._hooks) is not self._hooked:
             return False
         if not _core.same_items(self._dicts, self._items):
             return False
-        if not _core.same_attributes(self._parameters, _WATCHED, self._attributes):
-            return False
-        return all(rate.requires_grad is learned for rate, learned in self._rates)
+        return _core.same_attributes(self._tensors, _WATCHED, self._attributes)
 
     def like(self) -> Tensor:
         """A parameter of the model, for its dtype and device."""
@@ -141,11 +146,6 @@ class Binding:
         if self._all_have_gradient:
             return tensors
         return [t for t, yes in zip(tensors, self._has_gradient, strict=True) if yes]
-
-    def give_up(self, why_not: str) -> None:
-        """From the plan to the general path: no fused layer fits the data."""
-        self.backend, self.why_not, self.served_by = "reference", why_not, {}
-        self.problems.clear()
 
     def _trace(
         self,

@@ -48,9 +48,9 @@ class BoundModel(nn.Module):
         binding = self._binding()
         rows = [("module", "type", "served by")]
         for name, module in self.model.named_modules():
-            layers = binding.served_by.get(name, [])
+            layers = [] if binding.why_not else binding.served_by.get(name, [])
             if layers or not any(True for _ in module.children()):
-                by = ", ".join(layers) or ("no layer of its own" if binding.text else "reference")
+                by = ", ".join(layers) or ("reference" if binding.backend == "reference" else "no layer of its own")
                 rows.append((name or "(the model)", type(module).__name__, by))
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         head = f"backend: {binding.backend}" + (f", because {binding.why_not}" if binding.why_not else "")
@@ -62,34 +62,33 @@ class BoundModel(nn.Module):
     def _binding(self) -> Binding:
         """What runs now: bound again where the model's modules, flags, options or hooks have changed."""
         if torch.compiler.is_compiling():
-            _guard(self.model)
+            _guard(self)
             _bind_now(self)
             assert self._bound is not None
             return self._bound
-        if self._bound is None or not self._bound.holds(self.loss, self.inner_lr, self.inner_steps):
+        if self._bound is None or not self._bound.holds(self.model, self.loss, self.inner_lr, self.inner_steps):
             self._bound = self._bind()
         return self._bound
 
     def _bind(self) -> Binding:
         checks.steps(self.inner_steps, "inner_steps")
         checks.loss(self.loss)
+        checks.adapted(self._adapted(), dict(self.model.named_parameters()))
         binding = Binding(
             self.model, self.loss, self.inner_lr, self.inner_steps, self._adapt_params,
             fused=self._wanted_backend != "reference", on_device=self._on_device,
             recompute=self._recompute,
         )  # fmt: skip
         if binding.why_not:
-            self._fall_back(binding)
+            self._fall_back(binding.why_not)
         self._warn_of_empty_statistics()
         return binding
 
-    def _fall_back(self, binding: Binding) -> None:
+    def _fall_back(self, why_not: str) -> None:
         """Says, once, why the fused path cannot serve; raises where the user asked for it by name."""
         if self._wanted_backend == "fused":
-            raise ValueError(f'backend="fused" cannot serve this model: {binding.why_not}')
-        self._warn_once(
-            "fallback", f"maml_cuda runs this model on the general path (reference), because {binding.why_not}"
-        )
+            raise ValueError(f'backend="fused" cannot serve this model: {why_not}')
+        self._warn_once("fallback", f"maml_cuda runs this model on the general path (reference), because {why_not}")
 
     def _warn_once(self, what: str, text: str) -> None:
         if what not in self._warned:
@@ -118,25 +117,25 @@ class BoundModel(nn.Module):
         Raises:
             ValueError: a sample shape that does not fit the model itself.
         """
-        if binding.backend == "reference":
+        if not binding.text:
             return False
         if torch.compiler.is_compiling():
             return True
         signature = (x.shape[2:], n_support, n_query, x.dtype)
-        if signature in binding.fits:
-            return True
-        if why_not := problems.why_not(binding.text, tuple(x.shape[2:]), n_support, n_query, x.dtype):
-            binding.give_up(why_not)
-            self._fall_back(binding)
-            return False
-        binding.fits.add(signature)
-        return True
+        why_not = binding.unfit.get(signature)
+        if why_not is None:
+            why_not = problems.why_not(binding.text, tuple(x.shape[2:]), n_support, n_query, x.dtype)
+            binding.unfit[signature] = why_not
+        if why_not:
+            self._fall_back(why_not)
+        binding.why_not = why_not
+        return not why_not
 
     def _read(self, binding: Binding, x_name: str, x: Tensor, y_name: str | None, y: Target | None) -> Tensor:
         """x with its target y, checked, and inside autocast in the model's own dtype."""
         if torch.is_autocast_enabled(binding.on):
             x = binding.in_its_dtype(x)
-        checks.data(x_name, x, y_name, y, binding.like(), self.loss, binding.backend != "reference")
+        checks.data(x_name, x, y_name, y, binding.like(), self.loss, bool(binding.text))
         return x
 
     def _look_at_labels(self, binding: Binding, x: Tensor, **given: Target) -> None:
@@ -147,19 +146,21 @@ class BoundModel(nn.Module):
                 checks.target_values(name, y, classes)
 
 
-def _guard(model: nn.Module) -> None:
+def _guard(maml: BoundModel) -> None:
     """Asks, under torch.compile, what the plan depends on, so that a change of it compiles anew (an attribute that
     decides nothing would not be guarded)."""
     asked = 0
-    for m in model.modules():
+    for m in maml.model.modules():
         asked += 1 if m.training else 2
-    for p in model.parameters():
+    for p in maml.model.parameters():
         asked += 1 if p.requires_grad else 2
+    if isinstance(maml.inner_lr, float):
+        asked += len({maml.inner_lr})  # what is hashed is a constant
 
 
 @torch._dynamo.assume_constant_result
 def _bind_now(maml: BoundModel) -> bool:
     """Binds while a compiler traces: what it has bound is a constant of the compiled program."""
-    if maml._bound is None or not maml._bound.holds(maml.loss, maml.inner_lr, maml.inner_steps):
+    if maml._bound is None or not maml._bound.holds(maml.model, maml.loss, maml.inner_lr, maml.inner_steps):
         maml._bound = maml._bind()
     return True

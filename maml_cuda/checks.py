@@ -117,6 +117,22 @@ def query_weights(value: Any, steps: int) -> tuple[float, ...] | None:
     return tuple(float(w) for w in value)
 
 
+def adapted(names: Iterable[str], parameters: Mapping[str, Tensor]) -> None:
+    """The inner loop changes something, also when parameters have been frozen since."""
+    if not list(names):
+        trainable = ", ".join(name for name, p in parameters.items() if p.requires_grad) or "none"
+        raise ValueError(
+            f"adapt_params must choose at least one trainable parameter, got none (trainable: {trainable})"
+        )
+
+
+def rates(tensors: Iterable[tuple[str, Tensor]], like: Tensor) -> None:
+    """Inner rates are where the model is."""
+    for name, rate in tensors:
+        if rate.device != like.device:
+            raise ValueError(f"{name} must be on the model's device {like.device}, got {rate.device}")
+
+
 def not_adapted(names: Iterable[str], stepwise: Iterable[str]) -> None:
     """The inner loop leaves alone what has a slot for each step."""
     adapted = [name for name in names if name in set(stepwise)]

@@ -68,6 +68,11 @@ def _attach(loss: Tensor, flat: Tensor, inputs: list[Tensor]) -> Tensor:
 LIBRARY.impl("attach", _attach, "CompositeImplicitAutograd")
 
 
+def _saved(t: Tensor | None) -> Tensor | None:
+    """t as autograd saves it: data made in inference mode as a copy."""
+    return t.clone() if t is not None and t.is_inference() else t
+
+
 class _Adapt(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -82,7 +87,7 @@ class _Adapt(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.call = plan, steps, first_order, parameters
         ctx.fields = len(y)
-        ctx.save_for_backward(x, *y, *tensors)
+        ctx.save_for_backward(*map(_saved, (x, *y, *tensors)))
         fast, support_losses = torch.ops.maml_cuda.adapt_forward(
             tensors[:parameters], tensors[parameters:], x, y, plan, steps
         )
@@ -131,7 +136,7 @@ class _Predict(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: str, x: Tensor, *fast: Tensor) -> Tensor:
         ctx.plan = plan
-        ctx.save_for_backward(x, *fast)
+        ctx.save_for_backward(*map(_saved, (x, *fast)))
         return torch.ops.maml_cuda.predict_forward(fast, x, plan)
 
     @staticmethod

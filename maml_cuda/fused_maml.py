@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,7 +15,7 @@ from . import checks, general, problems, reference, targets, unwatched
 from .binding import Binding
 from .building_blocks import BuildingBlocks, as_returned
 from .policies import mean_of
-from .rates import hold, read_rates
+from .rates import hold, read_rates, tensors
 from .targets import PolicyTarget, Target
 
 
@@ -107,7 +108,9 @@ class FusedMAML(BuildingBlocks):
         if adapt_params is None:
             names = [name for name in names if name not in stepwise]
         checks.not_adapted(names, stepwise)
+        checks.adapted(names, parameters)
         weights = checks.query_weights(query_weights, inner_steps)
+        checks.rates(tensors(inner_lr), parameters[names[0]])
         read_rates(inner_lr, {name: parameters[name].shape for name in names}, inner_steps)
         self.batch_norm = batch_norm
         self.inner_steps = inner_steps
@@ -119,6 +122,7 @@ class FusedMAML(BuildingBlocks):
         self._adapt_params = adapt_params
         self._wanted_backend = backend
         self._warned = set()
+        self._collects = False
         with norms.put_back(model):
             if batch_norm == "per_step":
                 model = norms.convert_per_step(model, max(inner_steps, 1))
@@ -153,9 +157,16 @@ class FusedMAML(BuildingBlocks):
     def train(self, mode: bool = True) -> FusedMAML:
         """As any module's; batch_norm="running" holds BatchNorm layers in eval mode."""
         super().train(mode)
-        if self.batch_norm == "running":
-            norms.hold_statistics(self.model)
+        self._hold_statistics()
         return self
+
+    def _hold_statistics(self) -> None:
+        if self.batch_norm == "running" and not self._collects:
+            norms.hold_statistics(self.model)
+
+    def _bind(self) -> Binding:
+        self._hold_statistics()  # which model.train() has set free
+        return super()._bind()
 
     def memory_estimate(self, x_spt: Tensor, x_qry: Tensor) -> int:
         """Bytes of workspace that a meta-step on such data takes, beside its arguments and results; on a CPU, with as
@@ -168,6 +179,8 @@ class FusedMAML(BuildingBlocks):
             ValueError: the model runs on the general path, whose memory nobody can tell beforehand.
         """
         binding = self._binding()
+        self._read(binding, "x_spt", x_spt, None, None)
+        self._read(binding, "x_qry", x_qry, None, None)
         checks.same_tasks(x_spt, x_qry)
         if not self._serves(binding, x_spt, x_spt.shape[1], x_qry.shape[1]):
             raise ValueError("memory_estimate must have a fused model, got one on the general path (reference)")
@@ -207,6 +220,8 @@ class FusedMAML(BuildingBlocks):
         problem = binding.problems.get(key) if signature else None
         if problem is None:
             self._check_episode(binding, x_spt, y_spt, x_qry, y_qry)
+        else:
+            binding.why_not = ""
         if task_weights is not None:
             checks.task_weights(task_weights, x_spt)
         if problem is None and not self._serves(binding, x_spt, x_spt.shape[1], x_qry.shape[1]):
@@ -298,7 +313,7 @@ class FusedMAML(BuildingBlocks):
             ValueError: no BatchNorm layer tracks running statistics; and as a call does.
         """
         checks.same_tasks(x_spt, x_qry)
-        with norms.batch_statistics(self.model):
+        with self._collecting():
             fast = [self.adapt(x_spt, y_spt, steps=k) for k in range(self.inner_steps + 1)]
             passes = [(0, fast[0], x_qry)] if self.inner_steps == 0 else []
             for k in range(self.inner_steps):
@@ -340,7 +355,11 @@ class FusedMAML(BuildingBlocks):
         checks.direction({n: parameters[n] for n in names}, v)
         if weights is not None:
             checks.query_sample_weights(weights, x_qry)
-        if not self._serves(binding, x_spt, x_spt.shape[1], x_qry.shape[1]):
+        serves = self._serves(binding, x_spt, x_spt.shape[1], x_qry.shape[1])
+        if serves and any(slots is not None for slots in binding.slots):
+            self._fall_back("a Fisher-vector product knows no parameters with a slot for each step")
+            serves = False
+        if not serves:
             return general.fisher_vector_product(
                 self.model, str(self.loss), self._rates(), names, x_spt, y_spt, x_qry, dict(v), weights,
                 self.inner_steps, self.first_order,
@@ -357,6 +376,16 @@ class FusedMAML(BuildingBlocks):
         return self._trainable_of(dict(zip(reached, products, strict=True)), parameters)
 
     # -- helpers ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _collecting(self) -> Iterator[None]:
+        """Inside, BatchNorm layers normalise with batch statistics, whatever batch_norm says."""
+        self._collects = True
+        try:
+            with norms.batch_statistics(self.model):
+                yield
+        finally:
+            self._collects = False
 
     def _check_episode(self, binding: Binding, x_spt: Tensor, y_spt: Target, x_qry: Tensor, y_qry: Target) -> None:
         if self._query_steps and len(self._query_tensor) != self.inner_steps + 1:

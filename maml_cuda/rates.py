@@ -76,6 +76,13 @@ def hold(owner: nn.Module, inner_lr: float | Tensor | Mapping[str, float | Tenso
         owner.inner_lr = float(inner_lr)  # type: ignore[assignment]
 
 
+def tensors(inner_lr: float | Tensor | Mapping[str, float | Tensor] | InnerRates) -> list[tuple[str, Tensor]]:
+    """Those rates that are tensors, each with what an error calls it."""
+    if isinstance(inner_lr, (Mapping, InnerRates)):
+        return [(f"inner_lr[{name!r}]", rate) for name, rate in inner_lr.items() if isinstance(rate, Tensor)]
+    return [("inner_lr", inner_lr)] if isinstance(inner_lr, Tensor) else []
+
+
 def read_rates(
     inner_lr: float | Tensor | Mapping[str, float | Tensor] | InnerRates,
     adapted: Mapping[str, torch.Size],

@@ -17,7 +17,7 @@ from .problems import Problem
 
 def is_plain(t: Any) -> bool:
     """Whether it is a tensor of torch's own, and its memory holds what it says."""
-    return (type(t) is Tensor or type(t) is torch.nn.Parameter) and not t.is_neg()
+    return (type(t) is Tensor or type(t) is torch.nn.Parameter) and not (t.is_neg() or t._is_zerotensor())
 
 
 def signature(*data: Any) -> tuple | None:
@@ -34,7 +34,7 @@ def signature(*data: Any) -> tuple | None:
         return None
     key: list[Any] = [torch.is_grad_enabled()]
     for t in data:
-        if type(t) is not Tensor or t.requires_grad or t.is_neg():
+        if type(t) is not Tensor or t.requires_grad or not is_plain(t):
             return None
         key += t.shape, t.dtype, t.device
     return tuple(key)
@@ -46,6 +46,8 @@ def meta_step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op meta_gradient on `data` (x_spt, y_spt, x_qry, y_qry), which have been checked."""
     x_spt, y_spt, x_qry, y_qry = [t.contiguous() for t in data]
+    if task_weights is not None:
+        task_weights = task_weights.resolve_neg()
     support, query = [x_spt, y_spt, None, None], [x_qry, y_qry, None, None]
     return ops.meta_step(problem, parameters, rates, support, query, task_weights, None, steps, gradient)
 
