@@ -18,6 +18,7 @@ import torch
 
 from maml_cuda import build_info, presets
 from maml_cuda.jobs import CHOICES, JOBS, Settings, new_settings
+from maml_cuda.rl.settings import BASELINES as RL_BASELINES
 from maml_cuda.rl.settings import RL_JOBS, RLSettings, new_rl_settings
 
 TRAIN_DESCRIPTION = """\
@@ -189,6 +190,11 @@ def _only(kind: _Kind, given: dict[str, Any]) -> dict[str, Any]:
     """``given``. ValueError where one of them is no setting of this kind of jobs."""
     if kind.settings is RLSettings and "preset" in given:
         given = {"baseline": given["preset"]} | {name: value for name, value in given.items() if name != "preset"}
+        if given["baseline"] not in RL_BASELINES:
+            raise ValueError(
+                f"a policy is trained by MAML and has no preset but --baseline {', '.join(RL_BASELINES[1:])}, "
+                f"got {given['baseline']}; --first-order, --inner-steps and --outer choose its algorithm"
+            )
     names = {field.name for field in fields(kind.settings)}
     for name, value in given.items():
         if name not in names:
@@ -292,6 +298,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _setting(group, "--clip", "clipped: how far a probability ratio counts")
     _setting(group, "--discount", "of rewards")
     _setting(group, "--gae-lambda", "of generalized advantage estimation")
+    _setting(group, "--output-scale", "policy: the weights of its output layer start at so many times Xavier's")
 
     group = parser.add_argument_group("validation and test, on unseen classes or curves")
     _setting(group, "--validation-interval", "iterations between two validations, each of which saves last/")

@@ -49,7 +49,7 @@ def returns(results: Sequence[dict[str, Any]], labels: Sequence[str], path: Path
     for index, (result, label) in enumerate(zip(results, labels, strict=True)):
         axes.errorbar(
             result["steps"], result["mean"], yerr=result["ci95"], fmt="o-", capsize=3,
-            color=COLOURS[index % len(COLOURS)], label="MAML" if label == "none" else label,
+            color=COLOURS[index % len(COLOURS)], label=label,
         )  # fmt: skip
     axes.set(xlabel="adaptation steps", ylabel=results[0]["metric"], xticks=max((r["steps"] for r in results), key=len))
     axes.set_title(f"{results[0]['task']}: {results[0]['test_tasks']} test tasks, 95 % interval")

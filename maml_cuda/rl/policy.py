@@ -15,23 +15,26 @@ class GaussianPolicy(nn.Module):
     """observation - width - width - action with ReLU, and a log standard deviation that no state changes.
 
     ``[n, observation_size]`` to mean ``[n, action_size]`` and log_std ``[action_size]``, which is a parameter like any
-    other: adapted and meta-learned. Weights start Xavier-uniform, biases at 0, standard deviations at 1; they never
-    fall below 1e-6.
+    other: adapted and meta-learned. Weights start Xavier-uniform, those of the output layer times ``output_scale``,
+    biases at 0, standard deviations at 1; they never fall below 1e-6.
     """
 
-    def __init__(self, observation_size: int, action_size: int, width: int = 100) -> None:
+    def __init__(self, observation_size: int, action_size: int, width: int = 100, output_scale: float = 1.0) -> None:
         super().__init__()
+        output = nn.Linear(width, action_size)
         self.layers = nn.Sequential(
             nn.Linear(observation_size, width),
             nn.ReLU(),
             nn.Linear(width, width),
             nn.ReLU(),
-            nn.Linear(width, action_size),
+            output,
         )
         for layer in self.layers:
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
+        with torch.no_grad():
+            output.weight.mul_(output_scale)
         self.log_std = nn.Parameter(torch.zeros(action_size))
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:

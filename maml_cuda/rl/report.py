@@ -73,7 +73,8 @@ def finish(run: Path, settings: RLSettings) -> dict[str, Any]:
     last = load_checkpoint(run / "last")[2]
     result = test_run([maml], settings)
     plots.learning_curve(run / "metrics.csv", run / "learning_curves.png", settings)
-    plots.returns([result], [settings.baseline], run / "adaptation.png")
+    label = "MAML" if settings.baseline == "none" else settings.baseline
+    plots.returns([result], [label], run / "adaptation.png")
     result |= _pictures(run, maml, settings)
     parts = last["seconds_of"]
     total = sum(parts.values())

@@ -31,6 +31,7 @@ class RLSettings:
     discount: float = 0.99
     gae_lambda: float = 1.0
     width: int = 100
+    output_scale: float = 1.0  # of the output layer's weights at the start, times Xavier's
     baseline: str = "none"
     first_order: bool = False
     # validation and test

@@ -31,7 +31,7 @@ def make_policy(settings: RLSettings) -> FusedMAML:
     observed = environment.observation_size + settings.tell_goal * environment.goal_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model: nn.Module = GaussianPolicy(observed, environment.action_size, settings.width)
+        model: nn.Module = GaussianPolicy(observed, environment.action_size, settings.width, settings.output_scale)
     return FusedMAML(
         model,
         settings.inner_lr,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from maml_cuda.cli import main
-from maml_cuda.rl import render
+from maml_cuda.rl import plots, render
 from maml_cuda.rl.locomotion import Locomotion
 from maml_cuda.rl.navigation import Navigation
 from maml_cuda.rl.report import finish, load_run, table
@@ -210,6 +210,30 @@ def test_settings_of_another_kind_are_refused(tmp_path, capsys) -> None:
     assert main(["train", "glyphs", "--horizon", "5", "--out", str(tmp_path / "a")]) == 2
     assert "horizon must be left out for this job, which has no such setting, got 5" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_a_preset_of_images_is_refused_in_words_of_its_own(tmp_path, capsys) -> None:
+    assert main(["train", "navigation", "--preset", "anil", "--out", str(tmp_path / "a")]) == 2
+    words = "a policy is trained by MAML and has no preset but --baseline pretrained, random, oracle, got anil; "
+    assert words + "--first-order, --inner-steps and --outer choose its algorithm" in capsys.readouterr().err
+    assert main(["train", "navigation", "--baseline", "nearest-pixel", "--out", str(tmp_path / "a")]) == 2
+    assert "got nearest-pixel" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_the_output_layer_starts_scaled(scale: float) -> None:
+    plain, policy = make_policy(tiny()), make_policy(tiny(output_scale=scale))
+    for (name, value), expected in zip(policy.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.equal(value, expected * (scale if name == "model.layers.4.weight" else 1)), name
+
+
+def test_a_label_stands_in_the_plot_as_it_is(tmp_path, monkeypatch) -> None:
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    result = {"task": "navigation", "metric": "return", "steps": [0, 1], "mean": [-4.0, -3.0], "ci95": [0.1, 0.1]}
+    plots.returns([result | {"test_tasks": 2}], ["none"], tmp_path / "plot.png")
+    assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == ["none"]
 
 
 def test_a_missing_extra_is_named_by_the_command(tmp_path, capsys, monkeypatch) -> None:
