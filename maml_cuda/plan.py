@@ -50,7 +50,7 @@ class _Reader(Layers):
                     raise Unfusable(f"the model's forward takes more than one argument ({node.target})")
                 continue
             if node.op == "get_attr":
-                values[node] = self._attribute(str(node.target))
+                values[node] = node.meta["value"]
                 continue
             args = torch.fx.node.map_arg(node.args, lambda n: values[n])
             kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: values[n])
@@ -91,12 +91,6 @@ class _Reader(Layers):
         self.path = path if isinstance(path, str) else ""
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         self.here = f"{name} in {described(self.path, self.model.get_submodule(self.path))}"
-
-    def _attribute(self, target: str) -> Any:
-        value: Any = self.model
-        for part in target.split("."):
-            value = getattr(value, part)
-        return value
 
     def _call(self, node: torch.fx.Node, args: tuple, kwargs: dict) -> Any:
         if node.op == "call_module":

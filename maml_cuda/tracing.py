@@ -7,7 +7,6 @@ not see gradients being switched off: each of these is looked for here.
 from __future__ import annotations
 
 import operator
-import random
 import threading
 from collections.abc import Callable, Container
 from typing import Any
@@ -17,10 +16,7 @@ import torch.fx
 from torch import nn
 from torch.nn.utils import parametrize
 
-
-class Unfusable(Exception):
-    """Why a module cannot be fused: a sentence that names it."""
-
+from .side_effects import Held, Unfusable, Watch, described
 
 _ONE_AT_A_TIME = threading.Lock()  # torch.fx patches nn.Module itself while it traces
 
@@ -49,12 +45,18 @@ GLOBAL_HOOKS = (
 
 class _Tracer(torch.fx.Tracer):
     """Keeps the path of the module that is being traced, for the sentence if tracing fails, and sees what the record
-    itself would not hold: gradients switched off, or autocast switched on, inside `forward`."""
+    itself would not hold: gradients switched off, or autocast switched on, inside `forward`.
+
+    torch.fx patches nn.Module for all threads; what other threads do with modules meanwhile is none of ours.
+    """
 
     def __init__(self, leaves: Container[type]) -> None:
-        super().__init__()
+        # By default it would patch the globals of whatever module is called.
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]
         self.leaves = leaves
         self.path = ""
+        self.thread = threading.get_ident()
+        self.tensor_attrs: dict[Any, str] = {}  # fx's own: tensors -> names, among them of constants that it adds
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in self.leaves or (
@@ -71,7 +73,14 @@ class _Tracer(torch.fx.Tracer):
             raise Unfusable("it switches autocast on inside forward")
         return super().create_node(*args, **kwargs)
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         before, self.path = self.path, self.path_of_module(m)
         result = super().call_module(m, forward, args, kwargs)
         self.path = before
@@ -79,43 +88,49 @@ class _Tracer(torch.fx.Tracer):
 
 
 def record(model: nn.Module, leaves: Container[type]) -> torch.fx.Graph:
-    """The calls of `model.forward`, modules of a type in `leaves` as one call each.
+    """The calls of `model.forward`, modules of a type in `leaves` as one call each. A node that reads an attribute has
+    its value as meta["value"]. The model is left as it was.
 
     Raises:
         Unfusable: the sentence why there is no record.
     """
-    for name, module in model.named_modules():
-        what = described(name, module)
+    with _ONE_AT_A_TIME:
+        _check_modules(model)
+        tracer, watch, held = _Tracer(leaves), Watch(model), Held(model)
+        off = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), off[0], off[1], watch, watch.of_python():
+                graph = tracer.trace(model)
+            for node in graph.nodes:
+                if node.op == "get_attr":
+                    node.meta["value"] = operator.attrgetter(str(node.target))(model)
+        except Exception as error:
+            inside = described(tracer.path, model.get_submodule(tracer.path))
+            if isinstance(error, Unfusable):
+                raise Unfusable(f"{inside}: {error}") from None
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise Unfusable(
+                f"{inside} cannot be traced by torch.fx (data-dependent control flow?): {reason}"
+            ) from error
+        finally:
+            changed = held.put_back(own=set(tracer.tensor_attrs.values()))
+    if watch.why or changed:
+        raise Unfusable(watch.why or changed)
+    return graph
+
+
+def _check_modules(model: nn.Module) -> None:
+    """Raises Unfusable for what torch.fx would show as a plain leaf, and is none."""
+    for path, module in model.named_modules():
+        what = described(path, module)
         if any(getattr(module, hooks, None) for hooks in HOOKS):
             raise Unfusable(f"{what} has hooks, which a fused layer would not run")
         if parametrize.is_parametrized(module):
             raise Unfusable(f"{what} has parametrizations (torch.nn.utils.parametrize)")
         if type(module).__call__ is not nn.Module.__call__:
             raise Unfusable(f"{what} has a __call__ of its own")
-        if "forward" in vars(module):
-            raise Unfusable(f"{what} has a forward of its own, set on the instance")
+        for name, value in vars(module).items():
+            if callable(value) and callable(getattr(type(module), name, None)):
+                raise Unfusable(f"{what} has a {name} of its own, set on the instance")
     if any(GLOBAL_HOOKS):
         raise Unfusable("torch has global module hooks, which a fused layer would not run")
-    tracer = _Tracer(leaves)
-    off = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
-    drawn = torch.get_rng_state(), random.getstate()
-    try:
-        with _ONE_AT_A_TIME, torch.inference_mode(False), torch.enable_grad(), off[0], off[1]:
-            graph = tracer.trace(model)
-    except Exception as error:
-        inside = described(tracer.path, model.get_submodule(tracer.path))
-        if isinstance(error, Unfusable):
-            raise Unfusable(f"{inside}: {error}") from None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Unfusable(f"{inside} cannot be traced by torch.fx (data-dependent control flow?): {reason}") from error
-    finally:
-        moved = not torch.equal(torch.get_rng_state(), drawn[0]) or random.getstate() != drawn[1]
-        torch.set_rng_state(drawn[0])
-        random.setstate(drawn[1])
-    if moved:
-        raise Unfusable("its forward draws random numbers outside of its layers, which a plan would freeze")
-    return graph
-
-
-def described(path: str, module: nn.Module) -> str:
-    return f"{path or 'the model'} ({type(module).__name__})"
