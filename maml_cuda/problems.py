@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _core, checks, device, targets
+from . import _core, checks, device, targets, workspace
 from .targets import POLICY_LOSSES, PolicyTarget, Target
 
 
@@ -67,8 +67,9 @@ class Problem:
         size = self.workspaces.get((tasks, threads))
         if size is None:
             size = self.workspaces[tasks, threads] = self.core.workspace(tasks, threads)
-        workspace = like.new_empty(size)
-        self.core.run(_core.Call(tasks, threads, workspace=workspace.data_ptr(), **addresses))
+        memory = workspace.take(size * like.element_size())
+        self.core.run(_core.Call(tasks, threads, workspace=memory.data_ptr(), **addresses))
+        workspace.keep(memory)
 
     def runner(self, on: torch.device) -> device.Runner:
         runner = self.runners.get(on)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maml_cuda import FusedMAML
+from maml_cuda import FusedMAML, workspace
 from maml_cuda.models import conv4_max_pool
 
 from .conftest import run
@@ -81,6 +81,29 @@ def test_many_tasks_take_what_some_do():
         maml.memory_estimate(x_spt.expand(t, *x_spt.shape[1:]), x_qry.expand(t, *x_qry.shape[1:])) for t in (32, 5000)
     ]
     assert taken[0] == taken[1]
+
+
+def test_a_call_works_in_what_the_call_before_it_left():
+    """And in more where it needs more; what two threads take at a time are two; an error keeps nothing."""
+    small, large = episode(conv, tasks=1), episode(conv, tasks=4)
+    maml = FusedMAML(conv(), 0.1, 2, backend="fused")
+    workspace.drop()
+    expected = [run(maml, data) for data in (large, small)]
+    (kept,) = workspace._kept
+    assert kept.numel() >= maml.memory_estimate(large[0], large[2])
+    for data, bits in zip((large, small, large), (expected[0], expected[1], expected[0]), strict=True):
+        kept.fill_(255)  # nan
+        assert torch.equal(run(maml, data)[0], bits[0])
+        assert workspace._kept[0] is kept
+    first, second = workspace.take(8), workspace.take(8)
+    assert first is kept
+    assert second is not kept
+    workspace.keep(second)
+    run(maml, large)
+    assert workspace._kept[0].numel() > second.numel()
+    with pytest.raises(ValueError, match="label"):
+        maml(large[0], large[1] + 7, *large[2:])
+    assert not workspace._kept
 
 
 def test_two_hundred_steps_of_the_papers_net_in_two_gigabytes():

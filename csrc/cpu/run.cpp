@@ -144,16 +144,24 @@ struct Memory {
   int64_t size(int64_t at_once) const { return shared + std::min(at_once, tasks) * thread; }
 };
 
-/// Large memory that is fresh at each call comes from Linux in pages of 2 MB where it may: in those of 4 KB,
-/// taking it costs up to a quarter of a call.
-void in_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kPage = 4096, kHuge = int64_t{2} << 20;
-  const auto start = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-  if (bytes >= 2 * kHuge)
-    madvise(reinterpret_cast<void*>(start), static_cast<size_t>(bytes - kPage), MADV_HUGEPAGE);
+/// What Linux should know of a workspace, of the huge pages (2 MB) that lie in it wholly.
+void advise([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes, [[maybe_unused]] int advice) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const auto start = (reinterpret_cast<uintptr_t>(memory) + kHuge - 1) / kHuge * kHuge;
+  const auto end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  if (start < end) madvise(reinterpret_cast<void*>(start), end - start, advice);
 #endif
 }
+
+/// Large memory comes in huge pages where it may: in those of 4 KB, taking it costs up to a quarter of a
+/// call. The caller keeps it for the next call, and until then it is the system's where it runs short:
+/// clearing fresh pages, and moving others to make room for huge ones, has cost as much as a whole call.
+#if defined(__linux__) && defined(MADV_HUGEPAGE) && defined(MADV_FREE)
+constexpr int kInUse = MADV_HUGEPAGE, kToSpare = MADV_FREE;
+#else
+constexpr int kInUse = 0, kToSpare = 0;  // no advice
+#endif
 
 template <class T>
 class Run {
@@ -162,7 +170,7 @@ class Run {
 
  public:
   Run(const Problem& problem, const Call<T>& call) : p_(problem), call_(call), memory_(problem, call.tasks) {
-    in_huge_pages(call.workspace, memory_.size(call.at_once) * static_cast<int64_t>(sizeof(T)));
+    advise(call.workspace, bytes(), kInUse);
     // Vectors stand on whole cache lines.
     T* at = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(call.workspace) + 63) / 64 * 64);
     auto take = [&](int64_t size) { return std::exchange(at, at + size); };
@@ -212,6 +220,7 @@ class Run {
       for (int64_t t = 0; t < call_.tasks; ++t) loss += weight(t) * static_cast<double>(call_.task_losses[t]);
       *call_.loss = static_cast<T>(loss);
     }
+    advise(call_.workspace, bytes(), kToSpare);
   }
 
  private:
@@ -223,6 +232,7 @@ class Run {
     return 2 * left <= call_.at_once ? left : 0;
   }
 
+  int64_t bytes() const { return memory_.size(call_.at_once) * static_cast<int64_t>(sizeof(T)); }
   bool shared_parameters() const { return call_.parameter_strides.empty(); }
 
   double weight(int64_t t) const {
