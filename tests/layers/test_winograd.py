@@ -7,7 +7,7 @@ from torch import nn
 
 from maml_cuda import FusedMAML
 
-from ..conftest import fast_parameters, relative_errors
+from ..conftest import check_meta_gradient, fast_parameters, relative_errors
 
 
 def twice(channels: int, out: int, padding: object = 1, bias: bool = True) -> nn.Sequential:
@@ -103,3 +103,26 @@ def test_a_sample_does_not_know_its_neighbours(machine):
     fast = fast_parameters(model, 1, generator)
     whole = maml.predict(fast, x)
     assert torch.equal(whole[:, 37:40], maml.predict(fast, x[:, 37:40]))
+
+
+def smooth(norm: bool, pool: bool, padding: object = 1) -> nn.Module:
+    """A net whose second and third convolutions go this way, the last as a layer with its BatchNorm and pool."""
+    between = [nn.BatchNorm2d(17)] * norm + [nn.AvgPool2d(2) if not norm else nn.MaxPool2d(2)] * pool
+    layers = [nn.Conv2d(2, 16, 3, padding=1), nn.Tanh(), nn.Conv2d(16, 18, 3, padding=padding), nn.Tanh()]
+    layers += [nn.Conv2d(18, 17, 3, padding=1), *between, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(17, 3)).double()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize(("norm", "pool"), [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_the_meta_gradient(machine, norm, pool, steps, first_order):
+    """Odd sides, through every inner step and product."""
+    if machine == "cuda_emulated" and (first_order or not (norm and pool)):
+        pytest.skip("the GPU's kernels do not go this way; one net takes the emulation long enough")
+    generator = torch.Generator().manual_seed(0)
+    tasks = 2 if machine == "cuda_emulated" else 3
+    data = [torch.randn(tasks, 3, 2, 5, 7, dtype=torch.float64, generator=generator) for _ in range(2)]
+    labels = [torch.randint(3, (tasks, 3), generator=generator) for _ in range(2)]
+    episode = [data[0], labels[0], data[1], labels[1]]
+    check_meta_gradient(smooth(norm, pool), "cross_entropy", episode, 0.1, steps, first_order=first_order)
