@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.paper import __main__ as paper
-from benchmarks.paper import results
+from benchmarks.paper import figures, results
 from benchmarks.paper.cells import CELLS, TABLES
-from benchmarks.paper.page import draw, markdown
+from benchmarks.paper.page import markdown
 from maml_cuda.cli import main as maml_cuda
 from maml_cuda.jobs import Settings
 
@@ -161,10 +161,26 @@ def test_second_and_first_order_are_compared_on_the_same_task() -> None:
 
 
 def test_the_figure_needs_a_sinusoid(tmp_path) -> None:
-    assert not draw({}, tmp_path / "none.png")
+    assert not figures.adaptation({}, tmp_path / "none.png")
     runs = [summary(f"sinusoid-{shots}shot-{of}", 1.0) for shots in (5, 20) for of in ("maml", "oracle")]
-    assert draw(results.merged({}, runs)[0], tmp_path / "figure.png")
+    assert figures.adaptation(results.merged({}, runs)[0], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_learning_curves_come_from_the_metrics_of_a_run(tmp_path) -> None:
+    run, docs = tmp_path / "run", tmp_path / "docs"
+    run.mkdir()
+    (run / "summary.json").write_text(json.dumps(summary("glyphs-5way-1shot-anil", 0.5)))
+    assert "curve" not in results.summaries([run])[0]
+    lines = [f"{n},1,0.2,0.5,{n / 100 if n % 2 == 0 else ''}" for n in range(1, 101)]
+    (run / "metrics.csv").write_text("\n".join(["iteration,loss,before,after,validation", *lines]) + "\n")
+    curve = results.summaries([run])[0]["curve"]
+    assert curve == [[4 * n, round(0.04 * n - 0.01, 5)] for n in range(1, 26)]  # the means of two validations each
+    assert paper.main([str(run), "--docs", str(docs)]) == 0
+    assert (docs / "learning.png").read_bytes().startswith(b"\x89PNG")
+    text = (docs / "results.md").read_text()
+    assert text.index("20-way 5-shot") < text.index("](learning.png)") < text.index("## Omniglot")
+    assert not figures.learning({}, docs / "none.png")
 
 
 def test_an_unknown_cell_is_refused(capsys) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 from maml_cuda import cli
 
 from ..files import replace
-from . import results
+from . import figures, results
 from .cells import CELLS
-from .page import draw, markdown
+from .page import markdown
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -75,8 +75,9 @@ def take_in(known: dict[str, Any], folders: list[Path], docs: Path) -> dict[str,
     for stranger in strangers:
         print(f"no cell has the settings of this run: {stranger}", file=sys.stderr)
     results.save(merged, docs / "results.json")
-    figure = draw(merged, docs / "sinusoid.png")
-    replace(docs / "results.md", markdown(merged, "sinusoid.png" if figure else None))
+    sinusoid = "sinusoid.png" if figures.adaptation(merged, docs / "sinusoid.png") else None
+    learning = "learning.png" if figures.learning(merged, docs / "learning.png") else None
+    replace(docs / "results.md", markdown(merged, sinusoid, learning))
     print(f"{len(merged)} of {len(CELLS)} cells are filled: {docs / 'results.md'}")
     return merged
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable
 from math import hypot
-from pathlib import Path
 from typing import Any
 
 from .cells import TABLES, Cell, Table
@@ -23,8 +22,8 @@ HEAD = (
 )
 
 
-def markdown(results: dict[str, Any], figure: str | None = None) -> str:
-    """The page. ``figure``: the path of the sinusoid's picture, from the page."""
+def markdown(results: dict[str, Any], sinusoid: str | None = None, learning: str | None = None) -> str:
+    """The page. ``sinusoid``, ``learning``: paths of the pictures (figures.py), from the page."""
     parts = [HEAD]
     for table in TABLES:
         parts.append(f"## {table.title}")
@@ -38,9 +37,13 @@ def markdown(results: dict[str, Any], figure: str | None = None) -> str:
             parts.append("\n".join(_commands(table, missing)))
         if finding := _orders(table, results):
             parts.append(finding)
-    if figure:
-        after = next(i for i, part in enumerate(parts) if part.startswith("## Characters"))
-        parts.insert(after, f"![MSE against adaptation steps]({figure})")
+    for figure, text, before in (
+        (sinusoid, "MSE against adaptation steps", "## Characters"),
+        (learning, "Validation accuracy against meta-iterations", "## Omniglot"),
+    ):
+        if figure:
+            at = next(i for i, part in enumerate(parts) if part.startswith(before))
+            parts.insert(at, f"![{text}]({figure})")
     parts.append("\n".join(_machines(results)))
     return "\n\n".join(part.strip() for part in parts)
 
@@ -132,29 +135,3 @@ def _machines(results: dict[str, Any]) -> list[str]:
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     ruler = ["---"] + ["---:"] * (len(head) - 1)
     return [f"| {' | '.join(cells)} |" for cells in (head, ruler, *rows)]
-
-
-def draw(results: dict[str, Any], path: Path) -> bool:
-    """The paper's figures 3 and 6: MSE against adaptation steps, a panel for each K. False where there is nothing."""
-    from matplotlib.figure import Figure
-
-    tables = [t for t in TABLES if t.steps and any(cell.name in results for cell in t.cells)]
-    if not tables:
-        return False
-    figure = Figure(figsize=(4 * len(tables), 3.6), layout="constrained")
-    colours = {"maml": "#0072B2", "pretrained": "#D55E00", "oracle": "#009E73", "random": "#777777"}
-    for axes, table in zip(figure.subplots(1, len(tables), sharey=True, squeeze=False)[0], tables, strict=True):
-        for cell in table.cells:
-            if (run := results.get(cell.name)) is None:
-                continue
-            if len(run["steps"]) == 1:
-                axes.axhline(run["mean"][0], color=colours[cell.preset], label=cell.row)
-            else:
-                error = {"yerr": run["ci95"], "capsize": 2}
-                axes.errorbar(run["steps"], run["mean"], color=colours[cell.preset], label=cell.row, **error)
-        axes.set(title=table.title.split(":")[0], xlabel="adaptation steps", ylabel="MSE", ylim=(0, 5))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=100)
-    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,8 @@ from ..files import replace
 from .cells import CELLS
 
 KEPT = ("metric", "steps", "mean", "ci95", "reported", "ensemble", "test_tasks", "test_shots", "test_queries")
-KEPT += ("batch_norm", "meta_iterations", "seconds", "cpu_seconds", "backend", "threads", "commit", "machine")
+KEPT += ("batch_norm", "meta_iterations", "seconds", "cpu_seconds", "backend", "threads", "commit", "machine", "curve")
+POINTS = 40  # of a learning curve
 
 
 def summaries(folders: Iterable[Path]) -> list[dict[str, Any]]:
@@ -21,8 +23,21 @@ def summaries(folders: Iterable[Path]) -> list[dict[str, Any]]:
         paths = sorted(folder.glob("summary.json")) or sorted(folder.glob("*/summary.json"))
         if not paths:
             raise FileNotFoundError(f"{folder} must be a run or a folder of runs, with summary.json, got none")
-        found += [json.loads(path.read_text()) for path in paths]
+        found += [json.loads(path.read_text()) | _curve(path.with_name("metrics.csv")) for path in paths]
     return found
+
+
+def _curve(metrics: Path) -> dict[str, Any]:
+    """``curve``: the iteration and the mean score of groups of validations, at most POINTS of them; {} without any."""
+    if not metrics.exists():
+        return {}
+    with metrics.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["validation"]]
+    size = -(-len(rows) // POINTS) or 1
+    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+    means = [round(sum(float(row["validation"]) for row in group) / len(group), 5) for group in groups]
+    points = [[int(group[-1]["iteration"]), mean] for group, mean in zip(groups, means, strict=True)]
+    return {"curve": points} if points else {}
 
 
 def merged(results: dict[str, Any], runs: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
