@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,10 @@ class Algorithm:
         """Predictions on the query sets ``[tasks, n_qry, ...]`` after so many steps on the support sets."""
         raise NotImplementedError
 
+    def predictions(self, batch: MetaBatch, steps: Sequence[int]) -> Iterator[Tensor]:
+        """Those after each number of ``steps``, which ascend."""
+        return (self.predict(batch, count) for count in steps)
+
     def _descend(self, loss: Tensor) -> None:
         assert self.optimizer is not None
         self.optimizer.zero_grad()
@@ -82,6 +86,11 @@ class Maml(Algorithm):
     def predict(self, batch: MetaBatch, steps: int) -> Tensor:
         fast = self.maml.adapt(batch.x_spt, batch.y_spt, steps=steps)
         return self.maml.predict(fast, batch.x_qry, slot=max(steps - 1, 0))
+
+    def predictions(self, batch: MetaBatch, steps: Sequence[int]) -> Iterator[Tensor]:
+        for count, fast in enumerate(self.maml.inner_loop(batch.x_spt, batch.y_spt, max(steps))):
+            if count in steps:
+                yield self.maml.predict(fast, batch.x_qry, slot=max(count - 1, 0))
 
     def hold_statistics(self, batches: Iterable[MetaBatch]) -> None:
         """From here on BatchNorm normalises by running statistics, so that a query is classified by itself: by means
@@ -132,7 +141,7 @@ class Reptile(Algorithm):
         after = maml.predict(fast, batch.x_spt)  # which the steps have seen, as they have seen all of a task
         return torch.stack(losses).mean(), score(settings.job, after, batch.y_spt).mean()
 
-    predict = Maml.predict
+    predict, predictions = Maml.predict, Maml.predictions
 
     def _minibatches(self, x: Tensor, iteration: int) -> Sequence[Tensor]:
         """The samples of each inner step, ``[tasks, inner_batch]``: each task's own passes through its samples in
@@ -229,7 +238,7 @@ class Pretrained(Algorithm):
         self._descend(loss)
         return loss.detach(), score(self.settings.job, logits.detach(), y)
 
-    predict = Maml.predict
+    predict, predictions = Maml.predict, Maml.predictions
 
 
 class NearestPixel(Algorithm):

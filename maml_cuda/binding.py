@@ -46,6 +46,7 @@ class Binding:
     ) -> None:
         self.why_not = ""
         self.text = ""
+        self._step_text = ""
         self.names: list[str] = []
         self.slots: list[int | None] = []  # of each of them, where it has a slot for each step
         self.served_by: dict[str, list[str]] = {}
@@ -121,6 +122,24 @@ class Binding:
             return tensors, []
         dtype = tensors[0].dtype
         return tensors[:count], [r if r.dtype == dtype else r.to(dtype) for r in tensors[count:]]
+
+    def step_text(self) -> str:
+        """The plan of one inner step at parameters that are each task's own, which `own` and `rates_at` cut for it."""
+        if not self._step_text:
+            plan = json.loads(self.text)
+            for p in plan["parameters"]:
+                p["size"] //= p.pop("slots", 1)
+            for rate in plan["rate_tensors"]:
+                rate["size"] //= rate["steps"]
+                rate["steps"] = 1
+            self._step_text = json.dumps(plan)
+        return self._step_text
+
+    def rates_at(self, step: int) -> list[Tensor]:
+        """The rate tensors of one inner step; beyond the given ones the last repeats."""
+        per_step = [rate["steps"] for rate in json.loads(self.text)["rate_tensors"]]
+        rates = zip(self.tensors()[1], per_step, strict=True)
+        return [r if steps == 1 else r[min(step, steps - 1)].contiguous() for r, steps in rates]
 
     def own(self, given: Mapping[str, Tensor], tasks: int, slot: int) -> list[Tensor]:
         """The plan's tensors for each task, at one inner step: of `given` [tasks, *shape] by name, the slot's part

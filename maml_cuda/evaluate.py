@@ -1,7 +1,7 @@
 """The metric after 0, 1, 2, ... adaptation steps on tasks that training has not seen."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -13,7 +13,7 @@ CHUNK = 50  # tasks at a time: bounds memory, and the tasks drawn do not depend 
 
 
 def evaluate(
-    predict: Callable[[MetaBatch, int], Tensor],
+    predictions: Callable[[MetaBatch, Sequence[int]], Iterable[Tensor]],
     job: str,
     tasks: ImageTasks | SinusoidTasks,
     generator: Generator,
@@ -22,15 +22,15 @@ def evaluate(
 ) -> Tensor:
     """Scores ``[len(steps), num_tasks]``: each task's query metric (``jobs.score``) after so many steps.
 
-    ``predict(batch, steps)`` is what the model says of the query sets ``[tasks, n_qry, ...]`` after so many steps.
+    ``predictions(batch, steps)`` are what the model says of the query sets ``[tasks, n_qry, ...]`` after each of them.
     """
     scores = torch.empty(len(steps), num_tasks)
     for start in range(0, num_tasks, CHUNK):
         drawn = tasks.sample(CHUNK, generator)
         here = slice(start, min(start + CHUNK, num_tasks))
         batch = MetaBatch(*(part[: here.stop - here.start] for part in drawn))
-        for row, count in enumerate(steps):
-            scores[row, here] = score(job, predict(batch, count), batch.y_qry).detach()
+        for row, prediction in enumerate(predictions(batch, steps)):
+            scores[row, here] = score(job, prediction, batch.y_qry).detach()
     return scores
 
 

@@ -270,10 +270,7 @@ class FusedMAML(BuildingBlocks):
                 otherwise it is detached. Parameters that are not adapted are expanded views.
         """
         steps = self.inner_steps if steps is None else steps
-        checks.steps(steps, "steps")
-        binding = self._binding()
-        if steps and not binding.can_step:
-            raise ValueError(f"inner_lr must hold a rate for {steps} steps, got one of shape [0]")
+        binding = self._able_to_take(steps)
         x_spt = self._read(binding, "x_spt", x_spt, "y_spt", y_spt)
         differentiable = differentiable and torch.is_grad_enabled()
         if not self._serves(binding, x_spt, x_spt.shape[1], 0):
@@ -298,6 +295,29 @@ class FusedMAML(BuildingBlocks):
             differentiable,
         )
 
+    def inner_loop(self, x_spt: Tensor, y_spt: Target, steps: int) -> Iterator[dict[str, Tensor]]:
+        """The parameters after 0, 1, ..., `steps` inner steps, detached: each as adapt(steps=k) returns it, to the bit.
+        The CPU's layers take no step twice; elsewhere each of these is adapted afresh.
+
+        Args:
+            x_spt, y_spt: support sets, [tasks, n_support, ...].
+            steps: from 0; beyond the given rates the last one repeats.
+        """
+        binding = self._able_to_take(steps)
+        fast = self.adapt(x_spt, y_spt, 0)
+        yield fast
+        x = self._read(binding, "x_spt", x_spt, "y_spt", y_spt)
+        chosen = set(self._adapted())
+        names = [name for name in binding.names if name in chosen]
+        for k in range(steps):
+            if self._serves(binding, x, x.shape[1], 0) and binding.backend == "cpu":
+                own, rates = [t.detach() for t in binding.own(fast, len(x), k)], binding.rates_at(k)
+                after = torch.ops.maml_cuda.inner_step(own, rates, x, targets.tensors(y_spt), binding.step_text())
+                fast = {**fast, **dict(zip(names, after, strict=True))}
+            else:
+                fast = self.adapt(x_spt, y_spt, k + 1)
+            yield fast
+
     def update_statistics(self, x_spt: Tensor, y_spt: Tensor, x_qry: Tensor) -> None:
         """One update of BatchNorm's running statistics; nothing else ever writes them.
 
@@ -314,7 +334,7 @@ class FusedMAML(BuildingBlocks):
         """
         checks.same_tasks(x_spt, x_qry)
         with self._collecting():
-            fast = [self.adapt(x_spt, y_spt, steps=k) for k in range(self.inner_steps + 1)]
+            fast = list(self.inner_loop(x_spt, y_spt, self.inner_steps))
             passes = [(0, fast[0], x_qry)] if self.inner_steps == 0 else []
             for k in range(self.inner_steps):
                 passes += [(k, fast[k], x_spt), (k, fast[k + 1], x_qry)]
@@ -386,6 +406,13 @@ class FusedMAML(BuildingBlocks):
                 yield
         finally:
             self._collects = False
+
+    def _able_to_take(self, steps: int) -> Binding:
+        checks.steps(steps, "steps")
+        binding = self._binding()
+        if steps and not binding.can_step:
+            raise ValueError(f"inner_lr must hold a rate for {steps} steps, got one of shape [0]")
+        return binding
 
     def _check_episode(self, binding: Binding, x_spt: Tensor, y_spt: Target, x_qry: Tensor, y_qry: Target) -> None:
         if self._query_steps and len(self._query_tensor) != self.inner_steps + 1:

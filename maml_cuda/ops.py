@@ -6,7 +6,7 @@ needs nothing else. The ops here compute and have no autograd of their own; diff
     meta_gradient   loss, task losses, logits, support losses, the flat gradient of parameters and learned rates
     adapt_forward, adapt_backward    the adapted parameters of every task, and the support losses
     fisher_vector_product    of the adapted policies, through the inner loop
-    predict_forward, predict_backward, loss_and_grad, hvp    at parameters that are each task's own
+    inner_step, predict_forward, predict_backward, loss_and_grad, hvp    at parameters that are each task's own
 
 A target is a list: one tensor, or the four fields of a PolicyTarget.
 """
@@ -241,12 +241,35 @@ LIBRARY.define("predict_forward(Tensor[] fast, Tensor x, str plan) -> Tensor")
 LIBRARY.define("predict_backward(Tensor[] fast, Tensor x, Tensor cotangent, str plan) -> Tensor[]")
 LIBRARY.define("loss_and_grad(Tensor[] fast, Tensor x, Tensor?[] y, str plan) -> (Tensor, Tensor[])")
 LIBRARY.define("hvp(Tensor[] fast, Tensor x, Tensor?[] y, Tensor[] v, str plan) -> Tensor[]")
+LIBRARY.define("inner_step(Tensor[] fast, Tensor[] rates, Tensor x, Tensor?[] y, str plan) -> Tensor[]")
 
 
 def _own(fast: list[Tensor]) -> tuple[dict[str, list[int]], list[Tensor]]:
     """The arguments of a run at per-task parameters, and the tensors that they point into."""
     parts, strides = _by_task(fast)
     return {"parameters": _addresses(parts), "parameter_strides": strides}, parts
+
+
+def _inner_step(fast: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str) -> list[Tensor]:
+    """What adapt_forward does, from where each task stands: its adapted parameters after one more step. Of the CPU's
+    executor, whose tasks may each have parameters of their own in any operation; the GPU's share them in an adapt."""
+    tasks, n, *sample = x.shape
+    problem = problem_of(plan, "adapt", tuple(sample), n, 0, 1, True, x.dtype == torch.float64)
+    if problem.backend != "cpu":
+        raise NotImplementedError("inner_step runs on a CPU alone")
+    support = problem.data("y_spt", x, y)
+    own, _keep = _own(fast)
+    rates = dense(rates)
+    after = _inner_step_fake(fast, rates, x, y, plan)
+    problem.run(
+        x, tasks, **own, rates=_addresses(rates), support=_addresses(support),
+        per_task=_addresses(spread(plan, after)),
+    )  # fmt: skip
+    return after
+
+
+def _inner_step_fake(fast: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in adapted(plan, fast)]
 
 
 def _predict_forward(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
@@ -326,6 +349,7 @@ for _name, _kernel, _fake in (
     ("fisher_vector_product", _fisher_vector_product, _fisher_vector_product_fake),
     ("adapt_forward", _adapt_forward, _adapt_fake),
     ("adapt_backward", _adapt_backward, _adapt_backward_fake),
+    ("inner_step", _inner_step, _inner_step_fake),
     ("predict_forward", _predict_forward, _predict_fake),
     ("predict_backward", _predict_backward, _predict_backward_fake),
     ("loss_and_grad", _loss_and_grad, _loss_and_grad_fake),

@@ -1,7 +1,7 @@
 """What stands in a run's folder at its end: the test scores in summary.json, and the pictures."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -44,14 +44,15 @@ def hold_statistics(algorithm: Algorithm, settings: Settings, batches: int = 20)
     algorithm.hold_statistics(tasks.sample(settings.meta_batch, generator) for _ in range(batches))
 
 
-def vote(algorithms: Sequence[Algorithm], job: str) -> Callable[[MetaBatch, int], Tensor]:
+def vote(algorithms: Sequence[Algorithm], job: str) -> Callable[[MetaBatch, Sequence[int]], Iterator[Tensor]]:
     """Predicts the mean of what ``algorithms`` predict: probabilities of classes, values of curves."""
 
-    def predict(batch: MetaBatch, steps: int) -> Tensor:
-        predictions = [algorithm.predict(batch, steps).detach() for algorithm in algorithms]
-        return torch.stack([p.softmax(-1) if classifies(job) else p for p in predictions]).mean(0)
+    def predictions(batch: MetaBatch, steps: Sequence[int]) -> Iterator[Tensor]:
+        for each in zip(*(algorithm.predictions(batch, steps) for algorithm in algorithms), strict=True):
+            detached = [p.detach() for p in each]
+            yield torch.stack([p.softmax(-1) if classifies(job) else p for p in detached]).mean(0)
 
-    return predict
+    return predictions
 
 
 def test_run(algorithms: Sequence[Algorithm], settings: Settings) -> dict[str, Any]:
@@ -61,9 +62,9 @@ def test_run(algorithms: Sequence[Algorithm], settings: Settings) -> dict[str, A
     ``reported`` is what a table of the field says: the score after ``settings.test_steps`` steps.
     """
     steps = list(algorithms[0].steps)
-    predict = algorithms[0].predict if len(algorithms) == 1 else vote(algorithms, settings.job)
+    predictions = algorithms[0].predictions if len(algorithms) == 1 else vote(algorithms, settings.job)
     tasks = make_tasks(settings, "test")
-    scores = evaluate(predict, settings.job, tasks, make_generator(settings, "test"), settings.test_tasks, steps)
+    scores = evaluate(predictions, settings.job, tasks, make_generator(settings, "test"), settings.test_tasks, steps)
     mean, ci95 = mean_and_ci95(scores)
     row = steps.index(min(settings.test_steps, steps[-1]))
     return {

@@ -222,7 +222,7 @@ class Training:
         generator = make_generator(settings, "validation")
         steps = [count for count in self.algorithm.steps if 1 <= count <= settings.test_steps] or [0]
         scores = evaluate(
-            self.algorithm.predict,
+            self.algorithm.predictions,
             settings.job,
             self.validation_tasks,
             generator,

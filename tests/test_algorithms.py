@@ -281,6 +281,17 @@ def test_derivative_order_is_annealed() -> None:
     assert orders == [True, True, False]
 
 
+@pytest.mark.parametrize(("job", "preset"), NAMES)
+def test_predictions_walk_the_inner_loop_once_and_are_those_of_each_count(job: str, preset: str) -> None:
+    settings = small(job, preset)
+    algorithm = make_algorithm(settings)
+    batch = make_tasks(settings, "test").sample(3, make_generator(settings, "test"))
+    steps = [count for count in algorithm.steps if count in (0, 1, 3, 4)]
+    walked = list(algorithm.predictions(batch, steps))
+    assert len(walked) == len(steps)
+    assert all(torch.equal(p, algorithm.predict(batch, count)) for p, count in zip(walked, steps, strict=True))
+
+
 @pytest.mark.parametrize("given", [{}, {"batch_norm": "per_step", "adapted": "no-norm", "inner_steps": 2}])
 def test_with_running_statistics_a_query_is_classified_by_itself(given) -> None:
     settings = small("glyphs", "maml", **given)
@@ -387,7 +398,7 @@ def test_several_checkpoints_vote_by_their_mean_probability(tmp_path) -> None:
     assert load_run(tmp_path)[1]["iteration"] == iterations[0]
     batch = tasks_of(2, 3, 1, 4)
     expected = sum(algorithm.predict(batch, 1).softmax(-1) for algorithm in algorithms) / 3
-    torch.testing.assert_close(vote(algorithms, "glyphs")(batch, 1), expected.detach())
+    torch.testing.assert_close(*vote(algorithms, "glyphs")(batch, [1]), expected.detach())
     summary = finish(tmp_path, settings)
     assert summary["ensemble"]["iterations"] == iterations
     assert summary["ensemble"]["mean"] == report.test_run(algorithms, settings)["mean"]

@@ -190,7 +190,7 @@ def test_the_best_checkpoint_is_the_one_that_validated_best(tmp_path) -> None:
     assert info["iteration"] == training.bests[0]["iteration"] == int(by_score["iteration"]) < 40
     settings = training.settings
     tasks, generator = make_tasks(settings, "validation"), make_generator(settings, "validation")
-    scores = evaluate(algorithm.predict, "sinusoid", tasks, generator, settings.validation_tasks, (1, 2))
+    scores = evaluate(algorithm.predictions, "sinusoid", tasks, generator, settings.validation_tasks, (1, 2))
     assert scores.double().mean().item() == training.bests[0]["score"]
 
 
@@ -204,10 +204,10 @@ def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path, monkeypatch
 
 def test_evaluation_does_not_depend_on_how_many_tasks_follow() -> None:
     settings = tiny("sinusoid")
-    predict = make_algorithm(settings).predict
+    predictions = make_algorithm(settings).predictions
     tasks = make_tasks(settings, "test")
     many, few = (
-        evaluate(predict, "sinusoid", tasks, make_generator(settings, "test"), count, (0, 3))
+        evaluate(predictions, "sinusoid", tasks, make_generator(settings, "test"), count, (0, 3))
         for count in (CHUNK + 7, 9)
     )
     assert many.shape == (2, CHUNK + 7)
