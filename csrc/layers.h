@@ -143,6 +143,11 @@ struct LayerTraits {
   int64_t (*statistics_rows)(const Layer&) = nullptr;
   /// Samples that go through the layers together, at most, where no layer makes one depend on another.
   int64_t tile = INT64_MAX;
+  /// Bytes of a task's tiles up to which the states of all of them are kept for its Hessian-vector products:
+  /// even from memory they are sooner read than computed again.
+  int64_t kept_bytes = 0;
+  /// Whether a pointwise pass may write where it reads.
+  bool in_place = false;
 };
 
 /// A Gaussian policy's prediction [n, c] is mean and log_std beside each other, of c / 2 dimensions.

@@ -15,8 +15,8 @@
 // and so does the query pass at phi_{k+1}; its gradients and products go there too, and are zero elsewhere.
 //
 // Where a stage has tiles of samples, each of them goes through the passes by itself, and gradients, products
-// and losses are added up in their order. The state of one tile alone is kept, so a product runs its gradient
-// pass again: some more arithmetic, but in memory that is near, however many samples there are.
+// and losses are added up in their order. The states of all tiles are kept for the products, or, where these
+// are too many bytes, that of one tile alone, and a product runs its gradient pass again.
 //
 // Memory: the caller's workspace, cut up by `Problem`; nothing is allocated here, and no pointer is followed:
 // only a backend does, so that they may as well be symbolic (cuda/address.h).
@@ -189,7 +189,7 @@ class TaskRunner {
       return start;
     };
     fixed_ = take(p_.support.tiles * p_.support.fixed_size);
-    steps_ = take(p_.saved_steps * p_.support.step_size);
+    steps_ = take(p_.regions() * p_.support.step_size);
     shared_ = take(std::max(p_.support.tangent_size, p_.query.step_size + p_.query.tangent_size));
     scratch_ = take(whole_lines(std::max(p_.support.scratch_size, p_.query.scratch_size)));
     phi_ = take(p_.kept_parameters() * p_.packing.adapted);
@@ -422,7 +422,7 @@ class TaskRunner {
   }
   Walk<Backend, T> at_support(int k, int64_t tile) const {
     T* fixed = fixed_ + tile * p_.support.fixed_size;
-    T* step = steps_ + (p_.saved_steps > 1 ? k : 0) * p_.support.step_size;
+    T* step = steps_ + p_.region(k, tile) * p_.support.step_size;
     return {backend_,    p_.packing, p_.support, tile, k,       task_.x_support,
             task_.theta, phi(k),     fixed,      step, shared_, scratch_};
   }

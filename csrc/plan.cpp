@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "patch_gram.h"
+#include "pointwise_functions.h"
 
 namespace maml {
 namespace {
@@ -345,6 +346,28 @@ class Chains {
   std::vector<bool> constant_;         // depends on nothing that is trained
 };
 
+/// Whether f(x) tells f' as x does, and f'' is zero: then nobody misses x, or the cotangent of f(x).
+bool forgets_argument(const Layer& f) { return !bends(f.function) && ascends(f); }
+
+/// Sets the heir of whatever a convolution or linear layer, whose passes do not read it, gives to such a
+/// function alone.
+void find_heirs(Stage& stage) {
+  std::vector<int> readers(stage.values.size()), writer(stage.values.size(), -1);
+  for (size_t i = 0; i < stage.steps.size(); ++i) {
+    writer[stage.steps[i].output] = static_cast<int>(i);
+    for (int input : stage.steps[i].inputs) {
+      if (input >= 0) ++readers[input];
+    }
+  }
+  ++readers[stage.output];
+  for (const Stage::Step& step : stage.steps) {
+    const int x = step.inputs[0];
+    if (step.layer.kind != Kind::pointwise || !forgets_argument(step.layer) || readers[x] != 1) continue;
+    if (writer[x] < 0 || stage.steps[writer[x]].layer.kind != Kind::conv2d) continue;
+    stage.values[x].heir = step.output;
+  }
+}
+
 }  // namespace
 
 Graph with_chains(const Graph& graph, Kind chain) { return Chains(graph, chain).fused(); }
@@ -427,6 +450,7 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
     }
     stage.steps.push_back(step);
   }
+  if (traits.in_place) find_heirs(stage);
   std::vector<bool> value_written(count + 1), parameter_written(graph.parameters.size());
   for (auto step = stage.steps.rbegin(); step != stage.steps.rend(); ++step) {
     for (int j = 0; j < 2; ++j) {
@@ -453,6 +477,14 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
     }
   }
   last_reader[stage.output] = steps;
+  // Who leaves his place to an heir lives as long, and has it from the beginning.
+  std::vector<bool> inherits(count + 1);
+  for (int v = 0; v <= count; ++v) {
+    const int heir = stage.values[v].heir;
+    if (heir < 0) continue;
+    last_reader[v] = last_reader[heir];
+    inherits[heir] = true;
+  }
   Region fixed, step_region, tangent;
   const int forever = 2 * steps + 1;
   const bool products = keep == Keep::products;
@@ -476,7 +508,10 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
     const int first = stays || early(y) ? 0 : i;
     const int last = stays ? forever : keep == Keep::values ? last_reader[step.output] : back(i);
     // The moments of a constant image are those of all samples.
-    y.at = region.place((l.kind == Kind::patch_gram ? 1 : most) * y.size, first, last);
+    if (!inherits[step.output]) {
+      y.at = region.place((l.kind == Kind::patch_gram ? 1 : most) * y.size, first, last);
+    }
+    if (y.heir >= 0) stage.values[y.heir].at = y.at;
     step.saved_at = region.place(needs.saved, first, !stays && keep == Keep::values ? i : last);
   }
   if (constants_scratch > 0) stage.constants_scratch_at = step_region.place(constants_scratch, 0, 0);
@@ -485,16 +520,19 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
       const int output = stage.steps[i].output;
       Stage::Value& y = stage.values[output];
       const int written = back(last_reader[output]);
+      if (inherits[output]) continue;
       if (data == Data::support ? y.moving : y.active) {
         y.grad_at = step_region.place(most * y.size, products ? 0 : written, products ? forever : back(i));
       }
-      if (!products) continue;
-      if (y.moving) {
+      if (products && y.moving) {
         Stage::Step& step = stage.steps[i];
         y.dot_at = tangent.place(most * y.size, i, back(i));
         step.saved_dot_at = tangent.place(traits.footprint(step.layer).saved_dot, i, back(i));
       }
-      if (y.active) y.grad_dot_at = tangent.place(most * y.size, written, back(i));
+      if (products && y.active) y.grad_dot_at = tangent.place(most * y.size, written, back(i));
+      if (y.heir < 0) continue;
+      Stage::Value& heir = stage.values[y.heir];
+      heir.grad_at = y.grad_at, heir.dot_at = y.dot_at, heir.grad_dot_at = y.grad_dot_at;
     }
     stage.loss_at = step_region.place(most * stage.values[stage.output].size, products ? 0 : steps,
                                       products ? forever : steps);
@@ -580,9 +618,12 @@ void Problem::lay_out(const LayerTraits& traits) {
   }
   const int64_t queries = std::max<int64_t>(static_cast<int64_t>(query_steps.size()), 1);
   work = 3 * queries * query.work + (second_order() ? 9 : 3) * std::max(steps, 1) * support.work;
-  const bool small = support.tiles == 1 && support.step_size * steps * element_bytes <= kSavedBytes;
   const bool support_pass = steps > 0 || at_own_parameters(operation);
-  saved_steps = second_order() && !graph.recompute && small ? steps : support_pass ? 1 : 0;
+  const bool keeps = second_order() && !graph.recompute;
+  const int64_t most = support.tiles == 1 ? kSavedBytes : traits.kept_bytes;
+  const int64_t bytes = support.tiles * support.step_size * element_bytes;
+  saved_steps = keeps && steps * bytes <= most ? steps : support_pass ? 1 : 0;
+  kept_tiles = keeps && bytes <= most ? support.tiles : 1;
 }
 
 void Problem::slice_rates() {
@@ -620,7 +661,7 @@ bool Problem::is_linear() const {
 }
 
 int64_t Problem::task_size() const {
-  return support.tiles * support.fixed_size + saved_steps * support.step_size +
+  return support.tiles * support.fixed_size + regions() * support.step_size +
          std::max(support.tangent_size, query.step_size + query.tangent_size) +
          whole_lines(std::max(support.scratch_size, query.scratch_size)) +
          kept_parameters() * packing.adapted + kept_gradients() * packing.adapted + packing.adapted +

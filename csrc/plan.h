@@ -78,7 +78,8 @@ struct Stage {
     // Of a convolution's output that one normalisation alone reads: in its own region, and in the tangent
     // region.
     int64_t statistics_at = kNowhere, statistics_dot_at = kNowhere;
-    int root = 0;  // the value whose memory this one shares (a flatten or channels_last that moves nothing)
+    int root = 0;   // the value that this one is (a flatten or channels_last that moves nothing)
+    int heir = -1;  // the value that takes its place: a function's of it, which nobody else reads
   };
   struct Step {
     Layer layer;                // on the largest tile
@@ -219,8 +220,10 @@ struct Problem {
   int64_t rates_size = 0, result_size = 0;
   std::vector<std::vector<RateSlice>> slices;  // of the inner steps; those beyond the last repeat it
   int64_t work = 0;                            // multiply-adds of one task, roughly
-  int saved_steps =
-      1;  // step regions: `steps`; 1, where the gradient pass is run again; 0 without a support pass
+  // Step regions: `steps`, or 1, where the gradient pass is run again, or 0 without a support pass; of each,
+  // one for every tile of the support set, or one for all.
+  int saved_steps = 1;
+  int64_t kept_tiles = 1;
 
   Problem(Graph graph, Operation operation, std::vector<Rate> rates, std::vector<RateTensor> rate_tensors,
           const std::vector<int64_t>& sample, int64_t n_support, int64_t n_query, int steps, bool first_order,
@@ -249,8 +252,15 @@ struct Problem {
   /// Kept states phi_1 .. phi_steps, and gradients g_0 .. g_steps-1.
   int kept_parameters() const { return second_order() || weighs_queries() ? std::max(steps, 1) : 1; }
   int kept_gradients() const { return learns_rates() ? steps : 1; }
+  /// The step region of a tile in an inner step, and how many regions there are.
+  int64_t region(int step, int64_t tile) const {
+    return (saved_steps > 1 ? step * kept_tiles : 0) + (kept_tiles > 1 ? tile : 0);
+  }
+  int64_t regions() const { return saved_steps * kept_tiles; }
   /// Whether what the gradient pass of an inner step has left is still there for its product.
-  bool keeps_state_of(int step) const { return support.tiles == 1 && (saved_steps > 1 || step + 1 == steps); }
+  bool keeps_state_of(int step) const {
+    return support.tiles == kept_tiles && (saved_steps > 1 || step + 1 == steps);
+  }
   /// Elements of the workspace of one task at work.
   int64_t task_size() const;
 

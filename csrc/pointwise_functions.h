@@ -15,6 +15,11 @@
 
 namespace maml {
 
+/// Whether f'' is anything but zero.
+MAML_HOST_DEVICE static constexpr bool bends(Function f) {
+  return f != Function::relu && f != Function::leaky_relu && f != Function::hardtanh;
+}
+
 /// f, f' and f'' at one point.
 template <class T>
 struct Derivatives {

@@ -258,6 +258,7 @@ void WeightGradient<T>::sum(const Layer& l, const Term<T>* terms, int count, T* 
         o.runs = {1, j.taps * p.channels, &no_offset, &k};
         o.row = std::exchange(row, row + group * pixels);
         o.g_row = std::exchange(g_row, g_row + group * pixels);
+        if (p.positions() == 1) o.g_row = nullptr;  // one row after the other
         o.m = samples * pixels;
         o.n = p.width;
         o.d = sums_;

@@ -1,11 +1,20 @@
 // y = f(x), element by element, for every f of Function. With g = grad_y:
 //   grad_x = f'(x) g,   y_dot = f'(x) x_dot,   grad_x_dot = f'(x) g_dot + f''(x) g x_dot.
+// Results may stand where arguments do. An f without a second derivative may then find f(x) in place of x,
+// and what becomes of cotangents and tangents in place of them.
 #include "../pointwise_functions.h"
 #include "layers.h"
 #include "share.h"
 
 namespace maml::MAML_ISA {
 namespace {
+
+/// f(i) of every element, of which each reads and writes but its own.
+template <class F>
+void each_element(int64_t first, int64_t last, F f) {
+#pragma omp simd
+  for (int64_t i = first; i < last; ++i) f(i);
+}
 
 template <class T>
 void put(T* to, int64_t i, T value, bool add) {
@@ -16,9 +25,9 @@ template <class T>
 void forward(const Layer& layer, const Tensors<T>& t, int64_t first, int64_t last) {
   with_function(layer.function, [&]<Function F>() {
     const Layer l = layer;
-    const T* __restrict x = t.x[0];
-    T* __restrict y = t.y;
-    for (int64_t i = first; i < last; ++i) y[i] = evaluate<F, T>(l, x[i]).f;
+    const T* x = t.x[0];
+    T* y = t.y;
+    each_element(first, last, [=](int64_t i) { y[i] = evaluate<F, T>(l, x[i]).f; });
   });
 }
 
@@ -28,9 +37,9 @@ void backward(const Layer& layer, const Tensors<T>& t, int64_t first, int64_t la
   const bool add = t.add_x[0];
   with_function(layer.function, [&]<Function F>() {
     const Layer l = layer;
-    const T* __restrict x = t.x[0], * __restrict g = t.grad_y;
-    T* __restrict grad_x = t.grad_x[0];
-    for (int64_t i = first; i < last; ++i) put(grad_x, i, evaluate<F, T>(l, x[i]).df * g[i], add);
+    const T *x = t.x[0], *g = t.grad_y;
+    T* grad_x = t.grad_x[0];
+    each_element(first, last, [=](int64_t i) { put(grad_x, i, evaluate<F, T>(l, x[i]).df * g[i], add); });
   });
 }
 
@@ -38,9 +47,9 @@ template <class T>
 void forward_tangent(const Layer& layer, const Tensors<T>& t, int64_t first, int64_t last) {
   with_function(layer.function, [&]<Function F>() {
     const Layer l = layer;
-    const T* __restrict x = t.x[0], * __restrict x_dot = t.x_dot[0];
-    T* __restrict y_dot = t.y_dot;
-    for (int64_t i = first; i < last; ++i) y_dot[i] = evaluate<F, T>(l, x[i]).df * x_dot[i];
+    const T *x = t.x[0], *x_dot = t.x_dot[0];
+    T* y_dot = t.y_dot;
+    each_element(first, last, [=](int64_t i) { y_dot[i] = evaluate<F, T>(l, x[i]).df * x_dot[i]; });
   });
 }
 
@@ -50,17 +59,17 @@ void backward_tangent(const Layer& layer, const Tensors<T>& t, int64_t first, in
   const bool add = t.add_x[0];
   with_function(layer.function, [&]<Function F>() {
     const Layer l = layer;
-    const T* __restrict x = t.x[0], * __restrict g = t.grad_y;
-    const T* __restrict x_dot = t.x_dot[0], * __restrict g_dot = t.grad_y_dot;
-    T* __restrict grad_x_dot = t.grad_x_dot[0];
-    if (!x_dot) {  // the layer does not move
-      for (int64_t i = first; i < last; ++i) put(grad_x_dot, i, evaluate<F, T>(l, x[i]).df * g_dot[i], add);
+    const T *x = t.x[0], *g = t.grad_y, *x_dot = t.x_dot[0], *g_dot = t.grad_y_dot;
+    T* grad_x_dot = t.grad_x_dot[0];
+    if (!bends(F) || !x_dot) {  // or the layer does not move
+      each_element(first, last,
+                   [=](int64_t i) { put(grad_x_dot, i, evaluate<F, T>(l, x[i]).df * g_dot[i], add); });
       return;
     }
-    for (int64_t i = first; i < last; ++i) {
+    each_element(first, last, [=](int64_t i) {
       const Derivatives<T> d = evaluate<F, T>(l, x[i]);
       put(grad_x_dot, i, d.df * g_dot[i] + d.ddf * g[i] * x_dot[i], add);
-    }
+    });
   });
 }
 

@@ -24,6 +24,7 @@ template <class T, int R, int V, class End>
 struct Piece {
   static constexpr int W = kLanes<T>;
   static constexpr bool kEnd = !std::is_same_v<End, NoLanes<T>>;
+  static constexpr bool kHalfEnd = sizeof(typename End::V) < sizeof(Vector<T>);
   Vector<T> whole[R][V > 0 ? V : 1];
   typename End::V end[R];
 
@@ -40,14 +41,16 @@ struct Piece {
   }
   /// Row r += x * the row of `b`.
   void add_product(int r, T x, const Piece<T, 1, V, End>& b) {
-    const Vector<T> factor = broadcast(x);
+    if constexpr (V == 0 && kHalfEnd) {
+      end[r] += broadcast_half(x) * b.end[0];
+    } else {
+      const Vector<T> factor = broadcast(x);
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) whole[r][v] += factor * b.whole[0][v];
-    if constexpr (kEnd) {
-      if constexpr (sizeof(typename End::V) == sizeof(Vector<T>)) {
-        end[r] += factor * b.end[0];
-      } else {
+      for (int v = 0; v < V; ++v) whole[r][v] += factor * b.whole[0][v];
+      if constexpr (kHalfEnd) {
         end[r] += half<T>(factor) * b.end[0];
+      } else if constexpr (kEnd) {
+        end[r] += factor * b.end[0];
       }
     }
   }
@@ -153,13 +156,12 @@ void outer_rows(const Outer<T>& p, int run, int64_t i, int64_t end, int64_t m0, 
   }
 }
 
-/// Cuts n columns into the widest pieces that fit: f.template operator()<V>(j, end of a row).
-template <class T, class F>
+/// Cuts n columns into pieces of Most vectors and what is left: f.template operator()<V>(j, end of a row).
+template <class T, int Most, class F>
 void columns(int64_t n, F f) {
   constexpr int W = kLanes<T>;
   int64_t j = 0;
-  for (; j + kMostVectors * W <= n; j += kMostVectors * W)
-    f.template operator()<kMostVectors>(j, NoLanes<T>());
+  for (; j + Most * W <= n; j += Most * W) f.template operator()<Most>(j, NoLanes<T>());
   const int64_t vectors = (n - j) / W, rest = (n - j) % W;
   auto with = [&]<int V>() {
     if (rest > kHalf<T>) {
@@ -170,12 +172,9 @@ void columns(int64_t n, F f) {
       f.template operator()<V>(j, NoLanes<T>());
     }
   };
-  if (vectors == 0) return with.template operator()<0>();
-  if (vectors == 1) return with.template operator()<1>();
-  if constexpr (kMostVectors > 2) {
-    if (vectors == 2) return with.template operator()<2>();
-    return with.template operator()<3>();
-  }
+  [&]<int... V>(std::integer_sequence<int, V...>) {
+    ((vectors == V ? with.template operator()<V>() : void()), ...);
+  }(std::make_integer_sequence<int, Most>());
 }
 
 /// Vectors of a piece, the end of its rows counted.
@@ -194,13 +193,36 @@ template <class T>
 void gather_product(const Gather<T>& p) {
   const int64_t depth = p.terms * p.runs.count * p.runs.length;
   share(p.m, kShareRows, p.m * p.n * depth, [&](int64_t first, int64_t last) {
-    columns<T>(p.n, [&]<int V, class End>(int64_t j, const End& lanes) {
+    columns<T, kMostVectors>(p.n, [&]<int V, class End>(int64_t j, const End& lanes) {
       gather_rows<T, most_rows(kVectors<T, V, End>), V>(p, first, last, j, lanes);
     });
   });
 }
 
 namespace {
+
+/// In pieces of Most vectors, and at most so many rows, if not 0.
+template <class T, int Most, int Rows = 0>
+void outer_product_of(const Outer<T>& p) {
+  const int64_t rows = p.runs.count * p.runs.length;
+  share(rows, kShareRows, p.terms * p.m * p.n * rows, [&](int64_t first, int64_t last) {
+    for (int64_t m0 = 0; m0 < p.m; m0 += kPixels) {
+      const int64_t m1 = std::min(p.m, m0 + kPixels);
+      const bool add = p.add || m0 > 0;
+      columns<T, Most>(p.n, [&]<int V, class End>(int64_t j, const End& lanes) {
+        constexpr int kRows = Rows > 0 ? Rows : most_rows(kVectors<T, V, End>);
+        for (int run = static_cast<int>(first / p.runs.length); run < p.runs.count; ++run) {
+          const int64_t i0 = std::max<int64_t>(0, first - run * p.runs.length);
+          const int64_t i1 = std::min(p.runs.length, last - run * p.runs.length);
+          if (i0 < i1) outer_rows<T, kRows, V>(p, run, i0, i1, m0, m1, j, add, lanes);
+        }
+      });
+    }
+  });
+}
+
+/// Rows that are so few that a piece may have twice the vectors.
+constexpr int kFewRows = 2;
 
 /// Few columns would leave most lanes idle: where the rows of a are dense, d is computed transposed, a's
 /// elements in the lanes, by the very same sums. False: it is not such a product.
@@ -236,22 +258,8 @@ bool outer_product_transposed(const Outer<T>& p) {
 template <class T>
 void outer_product(const Outer<T>& p) {
   if (outer_product_transposed(p)) return;
-  const int64_t rows = p.runs.count * p.runs.length;
-  share(rows, kShareRows, p.terms * p.m * p.n * rows, [&](int64_t first, int64_t last) {
-    for (int64_t m0 = 0; m0 < p.m; m0 += kPixels) {
-      const int64_t m1 = std::min(p.m, m0 + kPixels);
-      const bool add = p.add || m0 > 0;
-      columns<T>(p.n, [&]<int V, class End>(int64_t j, const End& lanes) {
-        for (int run = static_cast<int>(first / p.runs.length); run < p.runs.count; ++run) {
-          const int64_t i0 = std::max<int64_t>(0, first - run * p.runs.length);
-          const int64_t i1 = std::min(p.runs.length, last - run * p.runs.length);
-          if (i0 < i1) {
-            outer_rows<T, most_rows(kVectors<T, V, End>), V>(p, run, i0, i1, m0, m1, j, add, lanes);
-          }
-        }
-      });
-    }
-  });
+  if (p.runs.length <= kFewRows) return outer_product_of<T, 2 * kMostVectors, kFewRows>(p);
+  outer_product_of<T, kMostVectors>(p);
 }
 
 template <class T>

@@ -147,6 +147,17 @@ inline HalfVector<T> half(Vector<T> v) {
   std::memcpy(&h, &v, sizeof(h));
   return h;
 }
+/// x in all lanes of a half: a broadcast from memory is as much work as it is wide.
+template <class T>
+inline HalfVector<T> broadcast_half(T x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return reinterpret_cast<HalfVector<T>>(_mm256_set1_ps(x));
+  if constexpr (sizeof(T) == 8) return reinterpret_cast<HalfVector<T>>(_mm256_set1_pd(x));
+#else
+  if constexpr (sizeof(T) == 4) return reinterpret_cast<HalfVector<T>>(_mm_set1_ps(x));
+  if constexpr (sizeof(T) == 8) return reinterpret_cast<HalfVector<T>>(_mm_set1_pd(x));
+#endif
+}
 #else
 template <class T>
 constexpr int kHalf = 0;
