@@ -34,6 +34,11 @@ struct Call {
   T* gradient = nullptr;               // [result_size], the trainable parameters in the user's order
   std::vector<T*> per_task;  // one a parameter [tasks, size]: adapted parameters, gradients, products
   T* workspace = nullptr;
+  // kept_fisher: the first `kept` tasks have workspaces of their own, of Problem::task_size(), one behind the
+  // other; prepared: as an earlier call with the same parameters and data has left them.
+  T* state = nullptr;
+  int64_t kept = 0;
+  bool prepared = false;
 };
 
 }  // namespace maml

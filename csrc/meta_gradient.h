@@ -163,6 +163,7 @@ struct Task {
   const T* given;  // adapt_backward: packed v_K; predict_backward: the prediction's cotangent; hvp, fisher:
                    // packed v
   T* adapted;      // adapt: packed phi_K
+  bool prepared;   // kept_fisher: the workspace is as an earlier product on the same data has left it
 };
 
 /// The operations of one task in a workspace of Problem::task_size() elements. Beside the passes, a backend
@@ -190,7 +191,8 @@ class TaskRunner {
     };
     fixed_ = take(p_.support.tiles * p_.support.fixed_size);
     steps_ = take(p_.regions() * p_.support.step_size);
-    shared_ = take(std::max(p_.support.tangent_size, p_.query.step_size + p_.query.tangent_size));
+    query_ = take(p_.query_regions() * p_.query.step_size);
+    shared_ = take(p_.shared_size());
     scratch_ = take(whole_lines(std::max(p_.support.scratch_size, p_.query.scratch_size)));
     phi_ = take(p_.kept_parameters() * p_.packing.adapted);
     g_ = take(p_.kept_gradients() * p_.packing.adapted);
@@ -218,6 +220,7 @@ class TaskRunner {
       case Operation::hvp:
         return hvp();
       case Operation::fisher:
+      case Operation::kept_fisher:
         return fisher_vector_product();
     }
   }
@@ -278,24 +281,23 @@ class TaskRunner {
 
   /// J v by the tangent of the inner loop, p_{k+1} = p_k - alpha_k H_k p_k from p_0 = v; F p_K at the query;
   /// J^T of that by the outer loop. Every trainable parameter counts as adapted here, at a rate of zero where
-  /// it is not. Nothing is worth keeping for another v on the same data: the products need the state of every
-  /// sample anew.
+  /// it is not. Nothing else than tangents depends on v.
   void fisher_vector_product() {
     T* p = direction_;
     backend_.copy(p_.packing.adapted, task_.given, p);
     for (int k = 0; k < p_.steps; ++k) {
       for (int64_t tile = 0; tile < p_.support.tiles; ++tile) {
         const auto support = at_support(k, tile);
-        tile_gradient(support, k == 0, nullptr, g(k));
+        if (!task_.prepared) tile_gradient(support, k == 0, nullptr, g(k));
         if (p_.second_order()) tile_product(support, p, product_);
       }
-      backend_.descend(p_.rates_of(k), phi(k), g(k), phi(k + 1));
+      if (!task_.prepared) backend_.descend(p_.rates_of(k), phi(k), g(k), phi(k + 1));
       if (p_.second_order()) backend_.descend(p_.rates_of(k), p, product_, p);
     }
     for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
       const auto query = at_query(p_.steps, tile, backend_);
       const int output = p_.query.output;
-      query.forward(Part::all);
+      if (!task_.prepared) query.forward(Part::all);
       query.forward_tangent(p);
       backend_.metric(part(query), query.prediction(), targets(query, task_.y_query), query.dot(output),
                       query.grad(output));
@@ -427,8 +429,11 @@ class TaskRunner {
             task_.theta, phi(k),     fixed,      step, shared_, scratch_};
   }
   Walk<Backend, T> at_query(int k, int64_t tile, const Backend& backend) const {
-    return {backend,     p_.packing, p_.query, tile,    std::max(k - 1, 0),           task_.x_query,
-            task_.theta, phi(k),     nullptr,  shared_, shared_ + p_.query.step_size, scratch_};
+    const bool kept = p_.query_regions() > 0;
+    T* step = kept ? query_ + tile * p_.query.step_size : shared_;
+    T* tangent = kept ? shared_ : shared_ + p_.query.step_size;
+    return {backend, p_.packing, p_.query, tile,    std::max(k - 1, 0), task_.x_query, task_.theta, phi(k),
+            nullptr, step,       tangent,  scratch_};
   }
   static int64_t classes(const Stage& stage) { return stage.values[stage.output].size; }
   void give_logits(const Walk<Backend, T>& query) {
@@ -439,7 +444,7 @@ class TaskRunner {
   const Backend& backend_;
   const Problem& p_;
   Task<T> task_;
-  T *fixed_, *steps_, *shared_, *scratch_, *phi_, *g_, *direction_, *product_, *loss_;
+  T *fixed_, *steps_, *query_, *shared_, *scratch_, *phi_, *g_, *direction_, *product_, *loss_;
 };
 
 }  // namespace maml

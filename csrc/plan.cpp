@@ -606,9 +606,9 @@ void Problem::lay_out(const LayerTraits& traits) {
   const bool products = second_order() || operation == Operation::hvp;
   const bool query_gradient =
       operation == Operation::meta_gradient || operation == Operation::predict_backward;
-  const Keep of_query = operation == Operation::fisher ? Keep::products
-                        : query_gradient               ? Keep::gradient
-                                                       : Keep::values;
+  const Keep of_query = is_fisher(operation) ? Keep::products
+                        : query_gradient     ? Keep::gradient
+                                             : Keep::values;
   if (support.n > 0) {
     support = make_stage(graph, sample, support.n, Data::support, products ? Keep::products : Keep::gradient,
                          traits);
@@ -619,8 +619,9 @@ void Problem::lay_out(const LayerTraits& traits) {
   const int64_t queries = std::max<int64_t>(static_cast<int64_t>(query_steps.size()), 1);
   work = 3 * queries * query.work + (second_order() ? 9 : 3) * std::max(steps, 1) * support.work;
   const bool support_pass = steps > 0 || at_own_parameters(operation);
-  const bool keeps = second_order() && !graph.recompute;
-  const int64_t most = support.tiles == 1 ? kSavedBytes : traits.kept_bytes;
+  const bool keeps_all = operation == Operation::kept_fisher;
+  const bool keeps = second_order() && (keeps_all || !graph.recompute);
+  const int64_t most = keeps_all ? INT64_MAX : support.tiles == 1 ? kSavedBytes : traits.kept_bytes;
   const int64_t bytes = support.tiles * support.step_size * element_bytes;
   saved_steps = keeps && steps * bytes <= most ? steps : support_pass ? 1 : 0;
   kept_tiles = keeps && bytes <= most ? support.tiles : 1;
@@ -662,7 +663,7 @@ bool Problem::is_linear() const {
 
 int64_t Problem::task_size() const {
   return support.tiles * support.fixed_size + regions() * support.step_size +
-         std::max(support.tangent_size, query.step_size + query.tangent_size) +
+         query_regions() * query.step_size + shared_size() +
          whole_lines(std::max(support.scratch_size, query.scratch_size)) +
          kept_parameters() * packing.adapted + kept_gradients() * packing.adapted + packing.adapted +
          packing.trainable + whole_lines(weighs_queries() ? 1 : 0);

@@ -154,8 +154,11 @@ enum class Operation {
   predict_backward,  // the gradient of <cotangent, prediction> by each task's own parameters
   loss_and_grad,     // the loss and its gradient at each task's own parameters
   hvp,               // the Hessian-vector product at each task's own parameters
-  fisher             // J^T F J v: J of the adapted parameters in theta, F of the policy on the query set
+  fisher,            // J^T F J v: J of the adapted parameters in theta, F of the policy on the query set
+  kept_fisher        // the same for many v: a task's workspace keeps whatever does not depend on v
 };
+
+inline bool is_fisher(Operation o) { return o == Operation::fisher || o == Operation::kept_fisher; }
 
 /// No inner loop: each task comes with parameters of its own.
 inline bool at_own_parameters(Operation o) {
@@ -164,7 +167,7 @@ inline bool at_own_parameters(Operation o) {
 }
 /// A gradient summed over tasks.
 inline bool gives_gradient(Operation o) {
-  return o == Operation::meta_gradient || o == Operation::adapt_backward || o == Operation::fisher;
+  return o == Operation::meta_gradient || o == Operation::adapt_backward || is_fisher(o);
 }
 /// Something of the parameters' shapes for each task.
 inline bool gives_per_task(Operation o) {
@@ -173,7 +176,7 @@ inline bool gives_per_task(Operation o) {
 }
 /// Cotangents or directions of the parameters' shapes for each task.
 inline bool takes_given(Operation o) {
-  return o == Operation::adapt_backward || o == Operation::hvp || o == Operation::fisher;
+  return o == Operation::adapt_backward || o == Operation::hvp || is_fisher(o);
 }
 
 /// The inner learning rate of one parameter: a constant, or a tensor of the caller's.
@@ -234,7 +237,7 @@ struct Problem {
   bool second_order() const {
     return !first_order && steps > 0 &&
            (operation == Operation::meta_gradient || operation == Operation::adapt_backward ||
-            operation == Operation::fisher);
+            is_fisher(operation));
   }
   bool weighs_queries() const { return !query_steps.empty(); }
   /// Whether the query loss at phi_k counts.
@@ -248,6 +251,7 @@ struct Problem {
   }
   /// Whether all layers are linear layers, functions and sums of features: those of a small network.
   bool is_linear() const;
+  bool is_tiled() const { return support.tiles > 1 || query.tiles > 1; }
   bool learns_rates() const { return result_size > packing.trainable; }
   /// Kept states phi_1 .. phi_steps, and gradients g_0 .. g_steps-1.
   int kept_parameters() const { return second_order() || weighs_queries() ? std::max(steps, 1) : 1; }
@@ -257,6 +261,12 @@ struct Problem {
     return (saved_steps > 1 ? step * kept_tiles : 0) + (kept_tiles > 1 ? tile : 0);
   }
   int64_t regions() const { return saved_steps * kept_tiles; }
+  /// Step regions of the query set that outlive a pass.
+  int64_t query_regions() const { return operation == Operation::kept_fisher ? query.tiles : 0; }
+  /// Elements of what passes share one after the other: tangents, and a query's state that is not kept.
+  int64_t shared_size() const {
+    return std::max(support.tangent_size, (query_regions() ? 0 : query.step_size) + query.tangent_size);
+  }
   /// Whether what the gradient pass of an inner step has left is still there for its product.
   bool keeps_state_of(int step) const {
     return support.tiles == kept_tiles && (saved_steps > 1 || step + 1 == steps);

@@ -30,11 +30,16 @@ class Call:
         logits: int = ...,
         gradient: int = ...,
         per_task: Sequence[int] = ...,
+        state: int = ...,
+        kept: int = ...,
+        prepared: bool = ...,
     ) -> None: ...
 
 class Problem:
     prediction: list[int]
     saved_steps: int
+    task_size: int
+    in_lanes: bool
     def __init__(
         self,
         plan: Mapping[str, Any],

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import LIBRARY, TargetList, cut
-from .problems import parsed
+from .ops import LIBRARY, TargetList
+from .problems import cut, parsed
 
 
 class _Once(torch.autograd.Function):

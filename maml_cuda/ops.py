@@ -13,24 +13,29 @@ A target is a list: one tensor, or the four fields of a PolicyTarget.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from . import checks, targets
-from .problems import Problem, adapted, dense, gradient_size, meta_problem, parsed, prediction_shape, problem_of, spread
+from .fisher import FisherProducts
+from .problems import (
+    Problem,
+    adapted,
+    addresses,
+    dense,
+    gradient_size,
+    meta_problem,
+    parsed,
+    prediction_shape,
+    problem_of,
+    spread,
+)
 
 TargetList = list[Tensor | None]
 
 LIBRARY = torch.library.Library("maml_cuda", "DEF")
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """0 says absent."""
-    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def _by_task(tensors: list[Tensor]) -> tuple[list[Tensor], list[int]]:
@@ -76,10 +81,10 @@ def meta_step(
         task_weights = task_weights.contiguous()
     problem.run(
         x_spt, tasks,
-        parameters=_addresses(parameters),
-        rates=_addresses(rates),
-        support=_addresses(support),
-        query=_addresses(query),
+        parameters=addresses(parameters),
+        rates=addresses(rates),
+        support=addresses(support),
+        query=addresses(query),
         task_weights=0 if task_weights is None else task_weights.data_ptr(),
         query_weights=0 if query_weights is None else query_weights.data_ptr(),
         losses=[loss.data_ptr(), task_losses.data_ptr(), support_losses.data_ptr()],
@@ -132,11 +137,11 @@ def _adapt_forward(
     fast, support_losses = _adapt_fake(parameters, rates, x, y, plan, steps)
     problem.run(
         x, tasks,
-        parameters=_addresses(parameters),
-        rates=_addresses(rates),
-        support=_addresses(support),
+        parameters=addresses(parameters),
+        rates=addresses(rates),
+        support=addresses(support),
         losses=[0, 0, support_losses.data_ptr()],
-        per_task=_addresses(spread(plan, fast)),
+        per_task=addresses(spread(plan, fast)),
     )  # fmt: skip
     return fast, support_losses
 
@@ -159,13 +164,13 @@ def _adapt_backward(
     parameters, rates = dense(parameters), dense(rates)
     given, strides = _by_task(cotangents)
     gradient = x.new_empty(gradient_size(plan))
-    at = _addresses(spread(plan, given))
+    at = addresses(spread(plan, given))
     steps_of = iter(strides)
     problem.run(
         x, tasks,
-        parameters=_addresses(parameters),
-        rates=_addresses(rates),
-        support=_addresses(support),
+        parameters=addresses(parameters),
+        rates=addresses(rates),
+        support=addresses(support),
         given=at,
         given_strides=[next(steps_of) if address else 0 for address in at],
         gradient=gradient.data_ptr(),
@@ -180,14 +185,6 @@ def _adapt_backward_fake(
     return x.new_empty(gradient_size(plan))
 
 
-def cut(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """`flat` as tensors shaped as `like`."""
-    if type(flat) is Tensor:
-        return torch._C._nn.unflatten_dense_tensors(flat, like)
-    parts = flat.split([math.prod(t.shape) for t in like])  # traced: sizes may be symbols
-    return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
-
-
 # -- fisher_vector_product -----------------------------------------------------------------------------------
 
 LIBRARY.define(
@@ -200,32 +197,7 @@ def _fisher_vector_product(
     parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: TargetList, x_qry: Tensor,
     weights: Tensor | None, v: list[Tensor], plan: str, steps: int, first_order: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """v: of each trainable parameter, in order."""
-    tasks, n_support, *sample = x_spt.shape
-    double = x_spt.dtype == torch.float64
-    problem = problem_of(plan, "fisher", tuple(sample), n_support, x_qry.shape[1], steps, first_order, double)
-    if weights is not None and problem.backend == "cpu":
-        checks.sample_weights("weights", weights)
-    scale = x_qry.new_ones(x_qry.shape[:2]) if weights is None else weights
-    support, query = problem.data("y_spt", x_spt, y_spt), [x_qry.contiguous(), None, targets.shares(scale), None]
-    parameters, rates, v = dense(parameters), dense(rates), dense(v)
-    products = _fisher_vector_product_fake(parameters, rates, x_spt, y_spt, x_qry, weights, v, plan, steps, first_order)
-    flat = x_spt.new_empty(sum(t.numel() for t in v))
-    rest = iter(v)
-    given = [None if p["role"] == "frozen" else next(rest) for p in parsed(plan)["parameters"]]
-    problem.run(
-        x_spt, tasks,
-        parameters=_addresses(parameters),
-        rates=_addresses(rates),
-        support=_addresses(support),
-        query=_addresses(query),
-        given=_addresses(given),
-        given_strides=[0] * len(given),  # one for all tasks
-        gradient=flat.data_ptr(),
-    )  # fmt: skip
-    for product, part in zip(products, cut(flat, v), strict=True):
-        product.copy_(part)
-    return products
+    return FisherProducts(parameters, rates, x_spt, y_spt, x_qry, weights, plan, steps, first_order)(v)
 
 
 def _fisher_vector_product_fake(
@@ -247,7 +219,7 @@ LIBRARY.define("inner_step(Tensor[] fast, Tensor[] rates, Tensor x, Tensor?[] y,
 def _own(fast: list[Tensor]) -> tuple[dict[str, list[int]], list[Tensor]]:
     """The arguments of a run at per-task parameters, and the tensors that they point into."""
     parts, strides = _by_task(fast)
-    return {"parameters": _addresses(parts), "parameter_strides": strides}, parts
+    return {"parameters": addresses(parts), "parameter_strides": strides}, parts
 
 
 def _inner_step(fast: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str) -> list[Tensor]:
@@ -262,8 +234,8 @@ def _inner_step(fast: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetLis
     rates = dense(rates)
     after = _inner_step_fake(fast, rates, x, y, plan)
     problem.run(
-        x, tasks, **own, rates=_addresses(rates), support=_addresses(support),
-        per_task=_addresses(spread(plan, after)),
+        x, tasks, **own, rates=addresses(rates), support=addresses(support),
+        per_task=addresses(spread(plan, after)),
     )  # fmt: skip
     return after
 
@@ -278,7 +250,7 @@ def _predict_forward(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
     own, _keep = _own(fast)
     x = x.contiguous()
     logits = x.new_empty((tasks, n, *problem.prediction))
-    problem.run(x, tasks, **own, query=_addresses([x, None, None, None]), logits=logits.data_ptr())
+    problem.run(x, tasks, **own, query=addresses([x, None, None, None]), logits=logits.data_ptr())
     return logits
 
 
@@ -293,8 +265,8 @@ def _predict_backward(fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: st
     x, cotangent = dense([x, cotangent])
     grads = _like_fast(fast, plan)
     problem.run(
-        x, tasks, **own, query=_addresses([x, None, None, None]), given=[cotangent.data_ptr()],
-        per_task=_addresses(grads),
+        x, tasks, **own, query=addresses([x, None, None, None]), given=[cotangent.data_ptr()],
+        per_task=addresses(grads),
     )  # fmt: skip
     return grads
 
@@ -316,8 +288,8 @@ def _loss_and_grad(fast: list[Tensor], x: Tensor, y: TargetList, plan: str) -> t
     own, _keep = _own(fast)
     losses, grads = _loss_and_grad_fake(fast, x, y, plan)
     problem.run(
-        x, tasks, **own, support=_addresses(support), losses=[0, losses.data_ptr(), 0],
-        per_task=_addresses(grads),
+        x, tasks, **own, support=addresses(support), losses=[0, losses.data_ptr(), 0],
+        per_task=addresses(grads),
     )  # fmt: skip
     return losses, grads
 
@@ -334,8 +306,8 @@ def _hvp(fast: list[Tensor], x: Tensor, y: TargetList, v: list[Tensor], plan: st
     directions, strides = _by_task(v)
     products = _like_fast(fast, plan)
     problem.run(
-        x, tasks, **own, support=_addresses(support), given=_addresses(directions),
-        given_strides=strides, per_task=_addresses(products),
+        x, tasks, **own, support=addresses(support), given=addresses(directions),
+        given_strides=strides, per_task=addresses(products),
     )  # fmt: skip
     return products
 

@@ -7,6 +7,7 @@ derived once.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -155,3 +156,16 @@ def spread(plan: str, adapted: list[Tensor]) -> list[Tensor | None]:
 
 def dense(tensors: list[Tensor]) -> list[Tensor]:
     return [t if t.is_contiguous() else t.contiguous() for t in tensors]
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """0 says absent."""
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def cut(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """`flat` as tensors shaped as `like`."""
+    if type(flat) is Tensor:
+        return torch._C._nn.unflatten_dense_tensors(flat, like)
+    parts = flat.split([math.prod(t.shape) for t in like])  # traced: sizes may be symbols
+    return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]

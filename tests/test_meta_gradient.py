@@ -289,3 +289,28 @@ def test_float32_is_as_good_as_the_reference(name, steps, first_order):
         )
     ours = error(flat(run(FusedMAML(model, 0.1, steps, first_order=first_order, backend="fused"), data)[1]))
     assert ours <= 2 * own + 2e-6
+
+
+@pytest.mark.parametrize("machine", ["cpu"], indirect=True)
+@pytest.mark.parametrize("tasks", [1, 16])
+def test_float32_sums_of_wide_layers_are_short(machine, tasks):
+    """2048 equal products, whose roundings do not cancel, forward and, from a wide layer, backward: 256 at a time."""
+    weight = torch.rand(3).repeat(2048, 1)
+
+    def error(got, exact):
+        return ((got.double() - exact).abs() / exact.abs()).max().item()
+
+    x = torch.rand(tasks, 6, 1).repeat(1, 1, 2048)
+    truth = x.double() @ weight.double()
+    one_by_one = torch.from_numpy((x[..., None] * weight).numpy().cumsum(2)[:, :, -1])
+    maml = FusedMAML(nn.Linear(2048, 3, bias=False), 0.1, 1, loss="mse", backend="fused")
+    assert error(one_by_one, truth) > 1e-5
+    assert error(maml.predict({"weight": weight.T.expand(tasks, 3, 2048)}, x), truth) < 5e-6
+
+    model = nn.Sequential(nn.Linear(1, 3, bias=False), nn.Linear(3, 2048, bias=False))
+    first = torch.rand(3, 1)
+    fast = {"0.weight": first.expand(tasks, 3, 1), "1.weight": weight.expand(tasks, 2048, 3)}
+    maml = FusedMAML(model, 0.1, 1, loss="mse", backend="fused")
+    _, grads = maml.loss_and_grad(fast, torch.ones(tasks, 1, 1), torch.zeros(tasks, 1, 2048))  # of mean (W first)^2
+    truth = 2 / 2048 * weight.double().T @ (weight.double() @ first.double())
+    assert error(grads["0.weight"], truth.expand(tasks, 3, 1)) < 5e-6

@@ -305,6 +305,24 @@ def test_fisher_vector_product_of_first_order_and_frozen():
     assert "body.0.weight" not in product
 
 
+@pytest.mark.parametrize(
+    ("n", "steps", "first_order"), [(5, 2, False), (130, 0, False), (300, 1, False), (130, 2, False), (130, 2, True)]
+)
+@pytest.mark.parametrize("memory", [0, 1 << 18, 1 << 30])
+def test_fisher_as_a_function(n, steps, first_order, memory):
+    """What is kept, of all tasks or of some, is not seen: nor when parameters or data change in place."""
+    model, data = policy("gaussian"), episode("gaussian", n, n, 3)
+    maml = FusedMAML(model, 0.2, steps, loss=LOSSES["gaussian"], first_order=first_order, backend="fused")
+    product = maml.fisher(*data[:3], weights=data[3].weights, memory=memory)
+    changes = [lambda: None, lambda: None, lambda: next(model.parameters()).mul_(1.1), lambda: data[0].add_(0.1)]
+    for change in changes:
+        with torch.no_grad():
+            change()
+        v = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+        expected = maml.fisher_vector_product(*data[:3], v, weights=data[3].weights)
+        assert all(torch.equal(found, expected[name]) for name, found in product(v).items())
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 def test_fisher_vector_product_is_the_hessian_of_the_divergence(kind):
     """Written out here once more, from the public pieces alone: K = 1, two tasks."""

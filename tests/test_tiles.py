@@ -147,9 +147,7 @@ def test_a_task_has_its_bits_in_any_company():
 def test_memory_is_bounded_in_samples(first_order):
     """Second order keeps the states of all tiles, until they are too large."""
     maml = FusedMAML(mlp(), 0.1, 3, first_order=first_order, backend="fused")
-    few, many, most = (
-        maml.memory_estimate(torch.zeros(2, n, 3), torch.zeros(2, n, 3)) for n in (256, 6400, 640 * 128)
-    )
+    few, many, most = (maml.memory_estimate(*[torch.zeros(2, n, 3).double()] * 2) for n in (256, 6400, 640 * 128))
     assert (few < many < few + 2 * (16 << 20)) if not first_order else few == many
     assert most == few if first_order else most < many
 

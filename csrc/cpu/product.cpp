@@ -74,7 +74,9 @@ inline void gather_block(const Gather<T>& p, int64_t m, int64_t j, const End& la
   Piece<T, R, V, End> sum;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    if (p.add) {
+    if (p.apart) {
+      sum.zero(r);
+    } else if (p.add) {
       sum.read(r, p.c + p.c_row[m + r] + j, lanes);
     } else if (p.bias) {
       sum.read(r, p.bias + j, lanes);
@@ -97,7 +99,10 @@ inline void gather_block(const Gather<T>& p, int64_t m, int64_t j, const End& la
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) sum.write(r, p.c + p.c_row[m + r] + j, lanes);
+  for (int r = 0; r < R; ++r) {
+    if (p.apart) sum.add(r, p.c + p.c_row[m + r] + j, lanes);
+    sum.write(r, p.c + p.c_row[m + r] + j, lanes);
+  }
 }
 
 /// At most R rows from row m on, in one block.
@@ -181,9 +186,6 @@ void columns(int64_t n, F f) {
 template <class T, int V, class End>
 constexpr int kVectors = V + !std::is_same_v<End, NoLanes<T>>;
 
-/// Sums over pixels go through a fresh accumulator of so many: short sums, added up, round less.
-constexpr int64_t kPixels = 256;
-
 /// Threads share rows by the dozen: two register blocks of six, one and a half of eight.
 constexpr int64_t kShareRows = 24;
 
@@ -191,6 +193,16 @@ constexpr int64_t kShareRows = 24;
 
 template <class T>
 void gather_product(const Gather<T>& p) {
+  if (p.runs.count == 1 && p.runs.length > kLongest) {
+    for (int64_t i = 0; i < p.runs.length; i += kLongest) {
+      Gather<T> part = p;
+      const int64_t offset = p.runs.offset[0] + i, weight = p.runs.weight_of(0) + i;
+      part.runs = {1, std::min(kLongest, p.runs.length - i), &offset, &weight};
+      part.apart = p.apart || i > 0;
+      gather_product(part);
+    }
+    return;
+  }
   const int64_t depth = p.terms * p.runs.count * p.runs.length;
   share(p.m, kShareRows, p.m * p.n * depth, [&](int64_t first, int64_t last) {
     columns<T, kMostVectors>(p.n, [&]<int V, class End>(int64_t j, const End& lanes) {
@@ -206,8 +218,8 @@ template <class T, int Most, int Rows = 0>
 void outer_product_of(const Outer<T>& p) {
   const int64_t rows = p.runs.count * p.runs.length;
   share(rows, kShareRows, p.terms * p.m * p.n * rows, [&](int64_t first, int64_t last) {
-    for (int64_t m0 = 0; m0 < p.m; m0 += kPixels) {
-      const int64_t m1 = std::min(p.m, m0 + kPixels);
+    for (int64_t m0 = 0; m0 < p.m; m0 += kLongest) {
+      const int64_t m1 = std::min(p.m, m0 + kLongest);
       const bool add = p.add || m0 > 0;
       columns<T, Most>(p.n, [&]<int V, class End>(int64_t j, const End& lanes) {
         constexpr int kRows = Rows > 0 ? Rows : most_rows(kVectors<T, V, End>);
@@ -238,11 +250,11 @@ bool outer_product_transposed(const Outer<T>& p) {
   if (!dense) return false;
   alignas(64) T turned[kMost];
   if (p.add) transpose(1, length, p.n, p.d, turned);
-  int32_t row[kPixels];
-  for (int64_t m = 0; m < kPixels; ++m) row[m] = static_cast<int32_t>(m * p.n);
+  int32_t row[kLongest];
+  for (int64_t m = 0; m < kLongest; ++m) row[m] = static_cast<int32_t>(m * p.n);
   const int64_t start = 0;
-  for (int64_t m = 0; m < p.m; m += kPixels) {
-    Outer<T> o{{},     p.terms, {1, p.n, &start}, row, nullptr, std::min(kPixels, p.m - m),
+  for (int64_t m = 0; m < p.m; m += kLongest) {
+    Outer<T> o{{},     p.terms, {1, p.n, &start}, row, nullptr, std::min(kLongest, p.m - m),
                length, turned,  p.add || m > 0};
     for (int t = 0; t < p.terms; ++t) {
       o.term[t] = {p.term[t].b + m * p.n, p.term[t].a + p.runs.offset[0] + p.row[0] + m * length};
@@ -285,9 +297,9 @@ void column_sums(int64_t m, int64_t n, const T* g, bool add, T* out) {
   share(n, W, kElementWork * m * n, [&](int64_t first, int64_t last) {
     for (int64_t j = first; j < last; j += W) {
       const Lanes<T> lanes(std::min<int64_t>(W, n - j));
-      for (int64_t m0 = 0; m0 < m; m0 += kPixels) {
+      for (int64_t m0 = 0; m0 < m; m0 += kLongest) {
         Vector<T> sum{};
-        const int64_t m1 = std::min(m, m0 + kPixels);
+        const int64_t m1 = std::min(m, m0 + kLongest);
         for (int64_t i = m0; i < m1; ++i) sum += load(g + i * n + j, lanes);
         store(out + j, add || m0 > 0 ? sum + load(out + j, lanes) : sum, lanes);
       }

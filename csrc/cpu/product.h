@@ -13,12 +13,16 @@
 // Register blocks of R rows by V vectors: 6 x 4 where there are 32 registers, 8 x 2 and 8 x 1 for narrow
 // outputs, and what is left of the rows in two like blocks; the last vector of a row is a masked one.
 // Summation order: terms, runs, i (terms, m) ascending, from zero or from what c holds, whatever the block:
-// the bits of an element do not depend on its neighbours.
+// the bits of an element do not depend on its neighbours. Short sums, added up, round less: of one run (a
+// linear layer's) every kLongest elements have a sum of their own, and so has an outer product's m.
 #pragma once
 
 #include "simd.h"
 
 namespace maml::MAML_ISA {
+
+/// Products in one sum, where it can be cut.
+constexpr int64_t kLongest = 256;
 
 template <class T>
 struct Term {
@@ -45,6 +49,7 @@ struct Gather {
   const int32_t* c_row;  // [m] offsets into c
   const T* bias;         // [n] or null
   bool add;              // start from what c holds
+  bool apart = false;    // start from zero, and add the sum to what c holds
 };
 
 template <class T>

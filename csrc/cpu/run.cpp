@@ -115,8 +115,7 @@ struct Memory {
 
   Memory(const Problem& p, int64_t tasks_) : tasks(tasks_) {
     const int64_t in_lanes = W * lane_size(p);
-    const bool tiled = p.support.tiles > 1 || p.query.tiles > 1;
-    lanes = p.is_linear() && !tiled && few_lanes(tasks) &&
+    lanes = p.is_linear() && !p.is_tiled() && p.operation != Operation::kept_fisher && few_lanes(tasks) &&
             in_lanes * static_cast<int64_t>(sizeof(T)) <= kLaneBytes;
     wave = std::min(tasks, lanes ? W * cpu::kWave : cpu::kWave);
     sums = lanes ? (wave + W - 1) / W : 0;
@@ -171,6 +170,8 @@ class Run {
  public:
   Run(const Problem& problem, const Call<T>& call) : p_(problem), call_(call), memory_(problem, call.tasks) {
     advise(call.workspace, bytes(), kInUse);
+    const int64_t kept = call.kept * problem.task_size() * static_cast<int64_t>(sizeof(T));
+    if (!call.prepared) advise(call.state, kept, kInUse);
     // Vectors stand on whole cache lines.
     T* at = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(call.workspace) + 63) / 64 * 64);
     auto take = [&](int64_t size) { return std::exchange(at, at + size); };
@@ -300,6 +301,9 @@ class Run {
       pack_all(call_.given, call_.given_strides, t, given);
       task.given = given;
     }
+    const bool kept = t < call_.kept;
+    task.prepared = kept && call_.prepared;
+    if (kept) at = call_.state + t * p_.task_size();
     const Cpu<T> backend{{rates_, call_.query_weights}};
     TaskRunner<Cpu<T>, T>(backend, p_, task, at).run();
     hand_back_task(out, t);

@@ -7,6 +7,7 @@
 #include <bit>
 
 #include "layers.h"
+#include "product.h"
 #include "updates.h"
 
 namespace maml::MAML_ISA {
@@ -25,15 +26,19 @@ struct LaneProduct {
   V* c;
   bool add;
 
-  /// Sums start from what c holds, or from the bias, and take every q in order: as gather_product.
-  void run() const { rows<kRows, false>(0, k, add); }
-  /// Sums of 256 q start from zero and are added up: as outer_product.
-  void run_in_blocks() const {
-    for (int64_t q = 0; q < k; q += kBlock) rows<kRows, true>(q, std::min(k, q + kBlock), add || q > 0);
+  /// Sums start from what c holds, or from the bias, and take every q in order; those beyond kLongest start
+  /// from zero and are added up: as gather_product.
+  void run() const {
+    rows<kRows, false>(0, std::min(k, kLongest), add);
+    run_in_blocks(kLongest);
+  }
+  /// Sums of kLongest q start from zero and are added up: as outer_product.
+  void run_in_blocks(int64_t from = 0) const {
+    for (int64_t q = from; q < k; q += kLongest)
+      rows<kRows, true>(q, std::min(k, q + kLongest), add || q > 0);
   }
 
  private:
-  static constexpr int64_t kBlock = 256;
   static constexpr int kRows = MAML_REGISTERS >= 32 ? 5 : 4, kColumns = MAML_REGISTERS >= 32 ? 5 : 2;
 
   template <int R, bool Blocks>

@@ -61,7 +61,8 @@ const std::map<std::string, Operation> kOperations = {{"meta_gradient", Operatio
                                                       {"predict_backward", Operation::predict_backward},
                                                       {"loss_and_grad", Operation::loss_and_grad},
                                                       {"hvp", Operation::hvp},
-                                                      {"fisher", Operation::fisher}};
+                                                      {"fisher", Operation::fisher},
+                                                      {"kept_fisher", Operation::kept_fisher}};
 
 /// A field of a plan's dict, or the default.
 template <class V>
@@ -105,7 +106,7 @@ Graph graph_of(const py::dict& plan, Operation operation) {
   for (py::handle d : plan["nodes"]) graph.nodes.push_back(node_of(d.cast<py::dict>()));
   // The building blocks work at parameters that are the task's own: each of them moves. So does each that is
   // trained in the direction of a Fisher-vector product; the inner loop changes it at a rate of zero.
-  const bool own = at_own_parameters(operation), all_trained = operation == Operation::fisher;
+  const bool own = at_own_parameters(operation), all_trained = is_fisher(operation);
   for (py::handle handle : plan["parameters"]) {
     const auto d = handle.cast<py::dict>();
     Parameter p{d["size"].cast<int64_t>(), d["rows"].cast<int64_t>(), d["taps"].cast<int64_t>(),
@@ -144,7 +145,7 @@ std::vector<RateTensor> rate_tensors_of(const py::dict& plan, Operation operatio
   for (py::handle handle : plan["rate_tensors"]) {
     const auto d = handle.cast<py::dict>();
     tensors.push_back({d["size"].cast<int64_t>(), d["steps"].cast<int64_t>(), field(d, "parameter", -1),
-                       d["learned"].cast<bool>() && operation != Operation::fisher});
+                       d["learned"].cast<bool>() && !is_fisher(operation)});
   }
   return tensors;
 }
@@ -187,6 +188,9 @@ struct BoundCall {
   std::array<Address, 3> losses{};  // loss, task_losses, support_losses
   Address logits = 0, gradient = 0;
   std::vector<Address> per_task;
+  Address state = 0;
+  int64_t kept = 0;
+  bool prepared = false;
 
   template <class T>
   Call<T> as() const {
@@ -211,6 +215,9 @@ struct BoundCall {
     call.gradient = at<T>(gradient);
     call.per_task = all_at<T>(per_task);
     call.workspace = at<T>(workspace);
+    call.state = at<T>(state);
+    call.kept = kept;
+    call.prepared = prepared;
     return call;
   }
 
@@ -253,6 +260,9 @@ class BoundProblem {
     const cpu::Backend& backend = cpu::backend();
     return (double_ ? backend.workspace_double : backend.workspace_float)(problem_, tasks, at_once);
   }
+
+  int64_t task_size() const { return problem_.task_size(); }
+  bool in_lanes() const { return problem_.is_linear() && !problem_.is_tiled(); }
 
   void run(const BoundCall& call) const {
     if (takes_classes(problem_.graph.loss)) check_classes(call);
@@ -353,11 +363,12 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
                        const std::array<Address, 4>& support, const std::array<Address, 4>& query,
                        Address task_weights, Address query_weights, const Addresses& given,
                        const Strides& given_strides, const std::array<Address, 3>& losses, Address logits,
-                       Address gradient, const Addresses& per_task) {
-             return BoundCall{tasks,   at_once,       workspace, parameters,   parameter_strides,
-                              rates,   support,       query,     task_weights, query_weights,
-                              given,   given_strides, losses,    logits,       gradient,
-                              per_task};
+                       Address gradient, const Addresses& per_task, Address state, int64_t kept,
+                       bool prepared) {
+             return BoundCall{tasks,    at_once,       workspace, parameters,   parameter_strides,
+                              rates,    support,       query,     task_weights, query_weights,
+                              given,    given_strides, losses,    logits,       gradient,
+                              per_task, state,         kept,      prepared};
            }),
            py::arg("tasks"), py::arg("at_once"), py::kw_only(), py::arg("workspace"), py::arg("parameters"),
            py::arg("parameter_strides") = Strides{}, py::arg("rates") = Addresses{},
@@ -365,10 +376,13 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
            py::arg("task_weights") = 0, py::arg("query_weights") = 0, py::arg("given") = Addresses{},
            py::arg("given_strides") = Strides{}, py::arg("losses") = std::array<Address, 3>{},
            py::arg("logits") = 0, py::arg("gradient") = 0, py::arg("per_task") = Addresses{},
+           py::arg("state") = 0, py::arg("kept") = 0, py::arg("prepared") = false,
            "support, query: x, and what its loss compares: y, scale, old_log_probs. given: the cotangents of "
            "a "
            "backward, or directions. "
-           "losses: loss, task_losses, support_losses. at_once: tasks at work at the same time.");
+           "losses: loss, task_losses, support_losses. at_once: tasks at work at the same time. state: "
+           "workspaces "
+           "of the first `kept` tasks of a kept_fisher; prepared: an earlier call has filled them.");
 
   py::class_<BoundProblem>(m, "Problem", py::module_local())
       .def(py::init<const py::dict&, const std::string&, const std::vector<int64_t>&, int64_t, int64_t, int,
@@ -381,6 +395,9 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
                              "Inner steps whose state is kept for the products; 1: it is computed again.")
       .def("workspace", &BoundProblem::workspace, py::arg("tasks"), py::arg("at_once"),
            "Elements of workspace on the CPU.")
+      .def_property_readonly("in_lanes", &BoundProblem::in_lanes,
+                             "Whether a CPU may run several tasks side by side.")
+      .def_property_readonly("task_size", &BoundProblem::task_size, "Elements of a kept task's state.")
       .def("run", &BoundProblem::run, py::arg("call"), "Runs the call on the CPU.");
 
 #ifdef MAML_CUDA_ARCHITECTURES

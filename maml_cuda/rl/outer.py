@@ -2,7 +2,7 @@
 
 Everything that is differentiated is one fused pass: the surrogate and its exact meta-gradient (``maml(...)``), and the
 product of the Fisher matrix of the adapted policies, through the inner step, with a direction
-(``maml.fisher_vector_product``). The line search only runs forward passes.
+(``maml.fisher``). The line search only runs forward passes.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def trpo(maml: FusedMAML, samples: MetaSamples, max_kl: float, damping: float) -
     parameters = _parameters(maml)
     before, gradient = _surrogate_and_gradient(maml, samples)
 
+    fisher = maml.fisher(samples.x_spt, samples.y_spt, samples.x_qry, weights=samples.y_qry.weights)
+
     def damped_fisher(v: Vector) -> Vector:
-        product = maml.fisher_vector_product(
-            samples.x_spt, samples.y_spt, samples.x_qry, v, weights=samples.y_qry.weights
-        )
+        product = fisher(v)
         return {name: product[name] + damping * v[name] for name in v}
 
     step = conjugate_gradients(damped_fisher, gradient)
