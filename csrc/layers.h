@@ -25,9 +25,9 @@ enum class Kind {
   append,  // [x, max(w, a)]: a parameter's elements behind the features of every sample
   // Chains in one layer, with or without the max-pool; a backend has the one or the other.
   block,       // pool(f(batch_norm(x)))
-  conv_block,  // pool(batch_norm(conv2d(x)))
+  conv_block,  // f(pool(batch_norm(conv2d(x)) + r)), with or without r, the other value of a sum
   patch_gram,  // the moments of a constant image's patches (patch_gram.h), for
-  stem         // pool(batch_norm(conv2d(x))) of that image
+  stem         // f(pool(batch_norm(conv2d(x)))) of that image
 };
 
 /// f of a pointwise layer; `a` and `b` are Layer::a and Layer::b.
@@ -69,9 +69,10 @@ struct Layer {
   Image in, out;
   Window window;
   Function function = Function::relu;
-  double a = 0, b = 0, c = 1;  // constants of `function`; append: the floor a
-  double eps = 0;              // of every normalisation
-  bool count_padding = true;   // avg_pool: padding counts in the divisor
+  // Constants of `function`; append: the floor a; conv_block and stem: f(u) = u > 0 ? u : a u, 1 for none.
+  double a = 0, b = 0, c = 1;
+  double eps = 0;             // of every normalisation
+  bool count_padding = true;  // avg_pool: padding counts in the divisor
   bool pooled = false;  // a max-pool comes last: block: over `window`; others: of 2 x 2 pixels, each in one
   Image between{};      // patch_gram, stem and conv_block: the convolution's output
   Precision precision = Precision::float32;  // conv2d and stem

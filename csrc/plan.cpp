@@ -65,6 +65,16 @@ Shaped infer(const Node& node, const Shaped& x, const Shaped* other, int64_t n) 
     y.image.w =
         slide(sliding, x.image.w, window.kernel_w, window.stride_w, window.pad_left, node.pad_end[1], x);
   };
+  auto sums = [&](const std::string& name, const Shaped& a, const Shaped& b) {
+    if (a.rank != 1 && a.rank != 3) {
+      throw Unsupported("the sum " + name + " is fused on features and images, got samples of " +
+                        std::to_string(a.rank) + " axes");
+    }
+    if (a.rank != b.rank || dims(a) != dims(b)) {
+      throw Unsupported("the sum " + name + " of samples of shapes " + text_of(dims(a)) + " and " +
+                        text_of(dims(b)) + " broadcasts, which is not fused");
+    }
+  };
   auto normalises = [&](const std::string& name, const Image& image) {
     if (n * image.h * image.w == 1) {
       wrong(name + " expects more than 1 value per channel in batch statistics, got 1 sample of shape " +
@@ -92,6 +102,7 @@ Shaped infer(const Node& node, const Shaped& x, const Shaped* other, int64_t n) 
         break;
       }
       normalises(node.norm_name, y.between);
+      if (layer.kind == Kind::conv_block && other) sums(node.sum_name, {y.between, y.rank}, *other);
       if (layer.pooled) {
         y.image.h = slide(node.pool_name, y.between.h, 2, 2, 0, 0, {y.between, y.rank});
         y.image.w = slide(node.pool_name, y.between.w, 2, 2, 0, 0, {y.between, y.rank});
@@ -108,14 +119,7 @@ Shaped infer(const Node& node, const Shaped& x, const Shaped* other, int64_t n) 
       y.image = {size(x.image), 1, 1};
       break;
     case Kind::add:
-      if (x.rank != 1 && x.rank != 3) {
-        throw Unsupported("the sum " + node.name + " is fused on features and images, got samples of " +
-                          std::to_string(x.rank) + " axes");
-      }
-      if (other->rank != x.rank || dims(*other) != dims(x)) {
-        throw Unsupported("the sum " + node.name + " of samples of shapes " + text_of(dims(x)) + " and " +
-                          text_of(dims(*other)) + " broadcasts, which is not fused");
-      }
+      sums(node.name, x, *other);
       break;
     case Kind::channels_last:
     case Kind::running_norm:
@@ -207,145 +211,6 @@ Packing::Packing(const std::vector<Parameter>& parameters) : at(parameters.size(
 
 namespace {
 
-/// Whether a larger x never gives a smaller f(x): then a max-pool may as well come before f.
-bool ascends(const Layer& f) {
-  switch (f.function) {
-    case Function::silu:
-    case Function::gelu:
-    case Function::gelu_tanh:
-      return false;
-    case Function::leaky_relu:
-      return f.a >= 0;
-    case Function::elu:
-      return f.a >= 0 && f.b >= 0 && f.c > 0;
-    case Function::softplus:
-      return f.a > 0 && f.b >= 20;  // at the threshold b it falls by ln(1 + exp(-b)) / a
-    default:
-      return true;
-  }
-}
-
-/// Whether a max-pool takes each pixel into at most one of its 2 x 2 windows.
-bool pools_pairs(const Node& pool) {
-  const Window& w = pool.layer.window;
-  return w.kernel_h == 2 && w.kernel_w == 2 && w.stride_h == 2 && w.stride_w == 2 && w.pad_top == 0 &&
-         w.pad_left == 0 && pool.pad_end == std::array<int64_t, 2>{};
-}
-
-class Chains {
- public:
-  Chains(const Graph& graph, Kind chain) : graph_(graph), chain_(chain), readers_(graph.nodes.size() + 1, 0) {
-    constant_.push_back(true);
-    for (const Node& node : graph.nodes) {
-      bool constant = true;
-      for (int input : node.inputs) {
-        if (input < 0) continue;
-        ++readers_[input];
-        constant = constant && constant_[input];
-      }
-      for (int p : node.parameters) {
-        if (p < 0) continue;
-        constant = constant && graph.parameters[p].role == Role::frozen && graph.parameters[p].slots == 1;
-      }
-      constant_.push_back(constant);
-    }
-  }
-
-  Graph fused() {
-    result_ = graph_;
-    result_.nodes.clear();
-    number_.assign(1, 0);
-    for (size_t i = 0; i < graph_.nodes.size();) {
-      size_t length = conv_block(i);
-      if (length == 0 && chain_ == Kind::block) length = block(i);
-      if (length == 0) append(renumbered(graph_.nodes[i])), length = 1;
-      number_.resize(number_.size() + length, static_cast<int>(result_.nodes.size()));
-      i += length;
-    }
-    return result_;
-  }
-
- private:
-  /// Whether node i is of this kind and alone reads the value of node i - 1.
-  bool continues(size_t i, Kind kind) const {
-    return i < graph_.nodes.size() && graph_.nodes[i].layer.kind == kind &&
-           graph_.nodes[i].inputs[0] == static_cast<int>(i) && readers_[i] == 1;
-  }
-  Node renumbered(Node node) const {
-    for (int& input : node.inputs) input = input < 0 ? input : number_[input];
-    return node;
-  }
-  /// The number of its value.
-  int append(Node node) {
-    result_.nodes.push_back(std::move(node));
-    return static_cast<int>(result_.nodes.size());
-  }
-
-  /// Appends the chain that starts with node i as one layer; the number of its nodes, or 0 if there is none.
-  size_t block(size_t i) {
-    if (graph_.nodes[i].layer.kind != Kind::batch_norm || !continues(i + 1, Kind::pointwise)) return 0;
-    Node node = renumbered(graph_.nodes[i]);
-    Layer& layer = node.layer;
-    const Layer& f = graph_.nodes[i + 1].layer;
-    layer.kind = Kind::block;
-    layer.function = f.function;
-    layer.a = f.a, layer.b = f.b, layer.c = f.c;
-    layer.pooled = continues(i + 2, Kind::max_pool);
-    if (layer.pooled) {
-      const Node& pool = graph_.nodes[i + 2];
-      layer.window = pool.layer.window;
-      node.pad_end = pool.pad_end;
-      node.pool_name = pool.name;
-    }
-    append(node);
-    return layer.pooled ? 3 : 2;
-  }
-
-  /// conv2d, batch_norm, pointwise, max_pool becomes conv_block, pointwise: the pool may come before an
-  /// ascending f. Of a constant image it becomes patch_gram, stem, pointwise, on any backend.
-  size_t conv_block(size_t i) {
-    const Node& convolution = graph_.nodes[i];
-    if (convolution.layer.kind != Kind::conv2d || !continues(i + 1, Kind::batch_norm)) return 0;
-    const Node& norm = graph_.nodes[i + 1];
-    if (norm.in_features != convolution.out_features) return 0;
-    if (norm.rank != 0 && norm.rank != convolution.rank) return 0;
-    const Window& window = convolution.layer.window;
-    const bool stem = constant_[convolution.inputs[0]] &&
-                      window.kernel_h * window.kernel_w * convolution.in_features <= kMostPatch;
-    if (!stem && chain_ != Kind::conv_block) return 0;
-    Node node = renumbered(convolution);
-    if (stem) {
-      Node gram = node;
-      gram.layer.kind = Kind::patch_gram;
-      gram.parameters.fill(-1);
-      node.inputs[1] = append(gram);
-    }
-    node.layer.kind = stem ? Kind::stem : Kind::conv_block;
-    node.layer.eps = norm.layer.eps;
-    node.norm_name = norm.name;
-    node.parameters[2] = norm.parameters[0];
-    node.parameters[3] = norm.parameters[1];
-    const bool f = continues(i + 2, Kind::pointwise) && ascends(graph_.nodes[i + 2].layer);
-    const size_t pool = i + (f ? 3 : 2);
-    node.layer.pooled = continues(pool, Kind::max_pool) && pools_pairs(graph_.nodes[pool]);
-    if (node.layer.pooled) node.pool_name = graph_.nodes[pool].name;
-    const int normalised = append(node);
-    if (!node.layer.pooled) return 2;
-    if (f) {
-      Node last = graph_.nodes[i + 2];
-      last.inputs[0] = normalised;
-      append(last);
-    }
-    return f ? 4 : 3;
-  }
-
-  const Graph& graph_;
-  const Kind chain_;
-  Graph result_;
-  std::vector<int> readers_, number_;  // of a value: how often it is read; its number in the result
-  std::vector<bool> constant_;         // depends on nothing that is trained
-};
-
 /// Whether f(x) tells f' as x does, and f'' is zero: then nobody misses x, or the cotangent of f(x).
 bool forgets_argument(const Layer& f) { return !bends(f.function) && ascends(f); }
 
@@ -369,8 +234,6 @@ void find_heirs(Stage& stage) {
 }
 
 }  // namespace
-
-Graph with_chains(const Graph& graph, Kind chain) { return Chains(graph, chain).fused(); }
 
 Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t n, Data data, Keep keep,
                  const LayerTraits& traits) {

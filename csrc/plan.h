@@ -33,9 +33,9 @@ struct Parameter {
 };
 
 struct Node {
-  Layer layer;                       // n, in and out are filled in by make_stage
-  std::string name;                  // the user's module, for error messages
-  std::string norm_name, pool_name;  // of a chain in one: the modules of its BatchNorm and max-pool
+  Layer layer;                                 // n, in and out are filled in by make_stage
+  std::string name;                            // the user's module, for error messages
+  std::string norm_name, sum_name, pool_name;  // of a chain in one: its BatchNorm, sum and max-pool
   std::array<int, 2> inputs{-1, -1};
   std::array<int, kMostParameters> parameters{-1, -1, -1, -1};
   int64_t in_features = 0;   // what the layer's parameters ask of its input: channels; 0: anything
@@ -139,9 +139,8 @@ enum class Data { support, query };
 Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t n, Data data, Keep keep,
                  const LayerTraits& traits);
 
-/// The graph with chains in one layer each, where nobody else reads the values between: a convolution of what
-/// is constant with its BatchNorm as a stem; other BatchNorms with the convolution before or the function
-/// behind them, whichever the backend has. `chain` is Kind::block or Kind::conv_block.
+/// The graph with chains in one layer each, where nobody else reads the values between (chains.cpp). `chain`
+/// is Kind::block or Kind::conv_block, whichever the backend has.
 Graph with_chains(const Graph& graph, Kind chain);
 
 /// What one call computes, for every task t of [0, tasks):

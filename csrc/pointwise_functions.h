@@ -26,6 +26,24 @@ struct Derivatives {
   T f, df, ddf;
 };
 
+/// Whether a larger x never gives a smaller f(x): then a max-pool may as well come before f.
+static inline bool ascends(const Layer& f) {
+  switch (f.function) {
+    case Function::silu:
+    case Function::gelu:
+    case Function::gelu_tanh:
+      return false;
+    case Function::leaky_relu:
+      return f.a >= 0;
+    case Function::elu:
+      return f.a >= 0 && f.b >= 0 && f.c > 0;
+    case Function::softplus:
+      return f.a > 0 && f.b >= 20;  // at the threshold b it falls by ln(1 + exp(-b)) / a
+    default:
+      return true;
+  }
+}
+
 template <class T>
 MAML_HOST_DEVICE static inline T logistic(T x) {  // never overflows
   if (x >= 0) return 1 / (1 + std::exp(-x));

@@ -1,7 +1,8 @@
-// y = pool(BatchNorm(conv2d(x))), with or without the max-pool, in one layer, one task. Between its passes
-// stand z, the convolution's output, and z_dot; what is derived from them and from the cotangents of y stands
-// for a few samples at a time, in the cache, and goes straight into the products. With n h w = m rows of z,
-// g the cotangent of the norm's output (zero where the pool has not chosen), and per channel
+// y = f(pool(BatchNorm(conv2d(x)) + r)), with or without the max-pool, r and f, in one layer, one task. f as
+// in kink.h. Between its passes stand z, the convolution's output, and z_dot; what is derived from them and
+// from the cotangents of y stands for a few samples at a time, in the cache, and goes straight into the
+// products. With n h w = m rows of z, g the cotangent of the norm's output (f' that of y, zero where the pool
+// has not chosen; also the cotangent of r), and per channel
 //
 //   mu = mean z, s = (var z + eps)^-1/2, xh = (z - mu) s, a = gamma s
 //   G1 = sum g = grad_beta, G2 = sum g xh = grad_gamma         dz = a (g - G1/m - xh G2/m)
@@ -12,179 +13,15 @@
 // both cotangents of z are affine in z and z_dot everywhere, plus a g, k g + a g_dot where the pool has
 // chosen. A bias of the user's convolution has no effect and no gradient. Sums run group by group of samples,
 // each about its own mean, and are put together in order (Chan, Golub, LeVeque 1979).
-#include <algorithm>
+#include "conv_block.h"
+
 #include <cmath>
-#include <utility>
 
 #include "../patch_gram.h"
-#include "conv2d.h"
-#include "layers.h"
-#include "pool_pairs.h"
 #include "rows.h"
 
 namespace maml::MAML_ISA {
 namespace {
-
-/// What the passes keep: z, vectors [c], and the places that the pool has chosen.
-template <class T>
-struct Saved {
-  T *z, *mu, *s, *Rmu, *c, *G1, *G2, *places;
-  Saved(const Layer& l, T* p) {
-    z = std::exchange(p, p + l.n * size(l.between));
-    for (T** field : {&mu, &s, &Rmu, &c, &G1, &G2}) *field = std::exchange(p, p + l.out.c);
-    places = p;
-  }
-};
-
-/// The convolution on the samples of one group.
-Layer convolution_of(const Layer& l) {
-  Layer c = l;
-  c.kind = Kind::conv2d;
-  c.out = l.between;
-  c.pooled = false;
-  c.n = group_of(l.n, size(l.between));
-  return c;
-}
-
-template <class T>
-struct Scratch {
-  T *dz[2], *weights[3], *vectors[7], *products;
-  Scratch(const Layer& l, const Layer& group, T* p) {
-    const int64_t weight = product_weights(group);
-    for (T*& d : dz) d = std::exchange(p, p + group.n * size(l.between));
-    for (T*& w : weights) w = std::exchange(p, p + weight);
-    for (T*& v : vectors) v = std::exchange(p, p + l.out.c);
-    products = p;
-  }
-};
-
-template <class T>
-struct Block {
-  const Layer& l;
-  const Tensors<T>& t;
-  Layer group;
-  Saved<T> saved;
-  Scratch<T> scratch;
-  int64_t channels, rows;  // rows: pixels of one sample of z
-  T per_row;
-
-  Block(const Layer& layer, const Tensors<T>& tensors)
-      : l(layer),
-        t(tensors),
-        group(convolution_of(layer)),
-        saved(layer, tensors.saved),
-        scratch(layer, group, tensors.scratch),
-        channels(layer.out.c),
-        rows(layer.between.h * layer.between.w),
-        per_row(1 / static_cast<T>(layer.n * rows)) {}
-
-  static T or_value(const T* p, int64_t c, T value) { return p ? p[c] : value; }
-  T a(int64_t c) const { return or_value(t.w[2], c, T(1)) * saved.s[c]; }
-  T k(int64_t c) const { return saved.s[c] * (or_value(t.w_dot[2], c, T(0)) - a(c) * saved.c[c]); }
-
-  /// f(first sample, a layer of those of its group)
-  template <class F>
-  void each_group(F f) const {
-    Layer some = group;
-    for (int64_t first = 0; first < l.n; first += group.n) {
-      some.n = std::min(group.n, l.n - first);
-      f(first, some);
-    }
-  }
-};
-
-/// Rows of y with the pixels of z that they come from: a window, or with no pool the pixel itself.
-template <class T, bool Pooled>
-struct Outputs {
-  const Block<T>& b;
-  int64_t channels = b.channels, below = b.l.between.w * b.channels, step = (Pooled ? 2 : 1) * b.channels;
-
-  /// f(j, lanes, count, out, in): in rows [first, end) of y, `count` outputs from element `out` of y on,
-  /// their first pixel at element `in` of z, one vector of channels of [c0, c1); the next one is channels and
-  /// `step` further.
-  template <class F>
-  void runs(int64_t first, int64_t end, int64_t c0, int64_t c1, F f) const {
-    const Layer& l = b.l;
-    for (int64_t row = first; row < end; ++row) {
-      const int64_t in_row = Pooled ? row / l.out.h * l.between.h + 2 * (row % l.out.h) : row;
-      each_vector<T>(c0, c1, [&](int64_t j, const Lanes<T>& lanes) {
-        f(j, lanes, l.out.w, row * l.out.w * channels + j, in_row * l.between.w * channels + j);
-      });
-    }
-  }
-  /// All channels of samples [first, end); threads share the rows.
-  template <class F>
-  void each_run(int64_t first, int64_t end, F f) const {
-    const int64_t rows = (end - first) * b.l.out.h, start = first * b.l.out.h;
-    share(rows, 1, kElementWork * rows * b.l.between.w * channels,
-          [&](int64_t r0, int64_t r1) { runs(start + r0, start + r1, 0, channels, f); });
-  }
-  /// The element of x [n, between] that an output comes from.
-  Vector<T> chosen(const T* x, int64_t out, int64_t in, const Lanes<T>& lanes) const {
-    if constexpr (!Pooled) return load(x + in, lanes);
-    Vector<T> v[4];
-    load_window(x + in, channels, below, lanes, v);
-    return picked<T>(v, load(b.saved.places + out, lanes));
-  }
-
-  /// sums[q] [c] of term(j, lanes) -> (out, in) -> Vector[Q], over all outputs; threads share the channels.
-  template <int Q, class Term>
-  void sums(T* const (&to)[Q], Term term) const {
-    for (T* s : to) std::fill_n(s, channels, T(0));
-    const int64_t rows = b.l.n * b.l.out.h;
-    share(channels, kLanes<T>, kElementWork * rows * b.l.between.w * channels, [&](int64_t c0, int64_t c1) {
-      runs(0, rows, c0, c1, [&](int64_t j, const Lanes<T>& lanes, int64_t count, int64_t out, int64_t in) {
-        const auto add = term(j, lanes);
-        Vector<T> sum[Q] = {};
-        for (int64_t i = 0; i < count; ++i, out += channels, in += step) add(out, in, sum);
-        for (int q = 0; q < Q; ++q) store(to[q] + j, load(to[q] + j, lanes) + sum[q], lanes);
-      });
-    });
-  }
-
-  /// to [samples, between] = affine(j, lanes) -> (in) -> Vector at every pixel of z, plus chosen(j, lanes) ->
-  /// (out) -> Vector where outputs come from.
-  template <class Affine, class Chosen>
-  void spread(int64_t first, int64_t end, T* to, Affine affine, Chosen chosen) const {
-    const Image& z = b.l.between;
-    to -= first * size(z);
-    each_run(first, end, [&](int64_t j, const Lanes<T>& lanes, int64_t count, int64_t out, int64_t in) {
-      const auto base = affine(j, lanes);
-      const auto more = chosen(j, lanes);
-      for (int64_t i = 0; i < count; ++i, out += channels, in += step) {
-        const Vector<T> g = more(out);
-        if constexpr (Pooled) {
-          const Vector<T> place = load(b.saved.places + out, lanes);
-#pragma GCC unroll 4
-          for (int p = 0; p < 4; ++p) {
-            const int64_t at = in + p / 2 * below + p % 2 * channels;
-            store(to + at, base(at) + placed<T>(g, place, p), lanes);
-          }
-        } else {
-          store(to + in, base(in) + g, lanes);
-        }
-      }
-    });
-    if constexpr (Pooled) {  // pixels that no window sees
-      each_vector<T>(channels, [&](int64_t j, const Lanes<T>& lanes) {
-        const auto base = affine(j, lanes);
-        for (int64_t row = first * z.h; row < end * z.h; ++row) {
-          const int64_t seen = row % z.h < 2 * b.l.out.h ? 2 * b.l.out.w : 0;
-          for (int64_t i = seen; i < z.w; ++i) {
-            const int64_t at = (row * z.w + i) * channels + j;
-            store(to + at, base(at), lanes);
-          }
-        }
-      });
-    }
-  }
-};
-
-/// f(Outputs<T, pooled or not>)
-template <class T, class F>
-void with_outputs(const Block<T>& b, F f) {
-  b.l.pooled ? f(Outputs<T, true>{b}) : f(Outputs<T, false>{b});
-}
 
 /// The convolution, and mean and s of its output.
 template <class T>
@@ -225,22 +62,26 @@ void forward(const Layer& l, const Tensors<T>& t) {
   const Block<T> b(l, t);
   convolve_and_measure(b);
   T *scale = b.scratch.vectors[0], *shift = b.scratch.vectors[1];
+  const T* const r = t.x[1];
   for (int64_t c = 0; c < b.channels; ++c) scale[c] = b.a(c), shift[c] = b.or_value(t.w[3], c, T(0));
   with_outputs(b, [&]<bool Pooled>(const Outputs<T, Pooled>& outputs) {
     outputs.each_run(0, l.n, [&](int64_t j, const Lanes<T>& lanes, int64_t count, int64_t out, int64_t in) {
       const Vector<T> mu = load(b.saved.mu + j, lanes), a = load(scale + j, lanes);
       const Vector<T> beta = load(shift + j, lanes);
       for (int64_t i = 0; i < count; ++i, out += outputs.channels, in += outputs.step) {
+        Vector<T> u;
         if constexpr (Pooled) {
-          Vector<T> v[4], best, place;
+          Vector<T> v[4], other[4] = {}, place;
           load_window(b.saved.z + in, outputs.channels, outputs.below, lanes, v);
-          for (Vector<T>& x : v) x = (x - mu) * a + beta;
-          largest_of<T>(v, best, place);
-          store(t.y + out, best, lanes);
+          if (r) load_window(r + in, outputs.channels, outputs.below, lanes, other);
+          for (int p = 0; p < 4; ++p) v[p] = (v[p] - mu) * a + beta + other[p];
+          largest_of<T>(v, u, place);
           store(b.saved.places + out, place, lanes);
         } else {
-          store(t.y + out, (load(b.saved.z + in, lanes) - mu) * a + beta, lanes);
+          u = (load(b.saved.z + in, lanes) - mu) * a + beta;
+          if (r) u += load(r + in, lanes);
         }
+        store(t.y + out, outputs.f(u), lanes);
       }
     });
   });
@@ -271,7 +112,25 @@ void cotangent(const Block<T>& b, int64_t first, int64_t n, T* dz) {
         },
         [&](int64_t j, const Lanes<T>& lanes) {
           const Vector<T> a = load(scale + j, lanes);
-          return [=, &b](int64_t out) { return a * load(b.t.grad_y + out, lanes); };
+          return [=, &b, &outputs](int64_t out) {
+            return a * outputs.f.slope(load(b.t.grad_y + out, lanes), out, lanes);
+          };
+        });
+  });
+}
+
+/// grad_r (+)= the cotangent `g` of y where the pool has chosen, of some samples.
+template <class T>
+void give_other(const Block<T>& b, int64_t first, int64_t n, const T* g, T* grad_r) {
+  const bool add = b.t.add_x[1];
+  with_outputs(b, [&](const auto& outputs) {
+    outputs.spread(
+        first, first + n, grad_r + first * size(b.l.between),
+        [&](int64_t, const Lanes<T>& lanes) {
+          return [=](int64_t in) { return add ? load(grad_r + in, lanes) : Vector<T>{}; };
+        },
+        [&](int64_t, const Lanes<T>& lanes) {
+          return [=, &outputs](int64_t out) { return outputs.f.slope(load(g + out, lanes), out, lanes); };
         });
   });
 }
@@ -284,7 +143,7 @@ void backward(const Layer& l, const Tensors<T>& t) {
     outputs.template sums<2>({saved.G1, saved.G2}, [&](int64_t j, const Lanes<T>& lanes) {
       const Vector<T> mu = load(saved.mu + j, lanes), s = load(saved.s + j, lanes);
       return [=, &outputs, &saved, &t](int64_t out, int64_t in, Vector<T>* sum) {
-        const Vector<T> g = load(t.grad_y + out, lanes);
+        const Vector<T> g = outputs.f.slope(load(t.grad_y + out, lanes), out, lanes);
         sum[0] += g;
         sum[1] += g * (outputs.chosen(saved.z, out, in, lanes) - mu) * s;
       };
@@ -293,12 +152,12 @@ void backward(const Layer& l, const Tensors<T>& t) {
   give<T>(nullptr, b.channels, t.add_w[1], t.grad_w[1]);
   give(saved.G2, b.channels, t.add_w[2], t.grad_w[2]);
   give(saved.G1, b.channels, t.add_w[3], t.grad_w[3]);
-  if (!t.grad_w[0] && !t.grad_x[0]) return;
+  if (!t.grad_w[0] && !t.grad_x[0] && !t.grad_x[1]) return;
   if (t.grad_x[0]) transposed_weights(b.group, t.w[0], b.scratch.weights[0]);
   WeightGradient<T> grad_w(b.group, t.add_w[0], t.grad_w[0], b.scratch.weights[2]);
   b.each_group([&](int64_t first, const Layer& group) {
     T* dz = b.scratch.dz[0];
-    cotangent(b, first, group.n, dz);
+    if (t.grad_w[0] || t.grad_x[0]) cotangent(b, first, group.n, dz);
     if (t.grad_w[0]) {
       const Term<T> term{t.x[0] + first * size(l.in), dz};
       grad_w.sum(group, &term, 1, b.scratch.products);
@@ -307,6 +166,7 @@ void backward(const Layer& l, const Tensors<T>& t) {
       const Term<T> term{dz, b.scratch.weights[0]};
       input_gradient(group, &term, 1, t.add_x[0], t.grad_x[0] + first * size(l.in), b.scratch.products);
     }
+    if (t.grad_x[1]) give_other(b, first, group.n, t.grad_y, t.grad_x[1]);
   });
   if (t.grad_w[0]) grad_w.finish();
 }
@@ -359,7 +219,8 @@ void forward_tangent(const Layer& l, const Tensors<T>& t) {
       for (int64_t i = 0; i < count; ++i, out += outputs.channels, in += outputs.step) {
         Vector<T> y_dot = (outputs.chosen(saved.z, out, in, lanes) - mu) * k + k0;
         if (z_dot) y_dot += a * outputs.chosen(z_dot, out, in, lanes);
-        store(t.y_dot + out, y_dot, lanes);
+        if (t.x_dot[1]) y_dot += outputs.chosen(t.x_dot[1], out, in, lanes);
+        store(t.y_dot + out, outputs.f.slope(y_dot, out, lanes), lanes);
       }
     });
   });
@@ -396,10 +257,10 @@ void cotangent_tangent(const Block<T>& b, bool moves, const T* z_dot, const T* R
         },
         [&](int64_t j, const Lanes<T>& lanes) {
           const Vector<T> a = load(scale + j, lanes), k = load(scale_g + j, lanes);
-          return [=, &b](int64_t out) {
+          return [=, &b, &outputs](int64_t out) {
             Vector<T> value = a * load(b.t.grad_y_dot + out, lanes);
             if (moves) value += k * load(b.t.grad_y + out, lanes);
-            return value;
+            return outputs.f.slope(value, out, lanes);
           };
         });
   });
@@ -420,13 +281,13 @@ void backward_tangent(const Layer& l, const Tensors<T>& t) {
       const Vector<T> Rmu = z_dot ? load(saved.Rmu + j, lanes) : Vector<T>{};
       const Vector<T> c = z_dot ? load(saved.c + j, lanes) : Vector<T>{};
       return [=, &outputs, &saved, &t](int64_t out, int64_t in, Vector<T>* sum) {
-        const Vector<T> g_dot = load(t.grad_y_dot + out, lanes);
+        const Vector<T> g_dot = outputs.f.slope(load(t.grad_y_dot + out, lanes), out, lanes);
         const Vector<T> xh = (outputs.chosen(saved.z, out, in, lanes) - mu) * s;
         sum[0] += g_dot;
         sum[1] += g_dot * xh;
         if (z_dot) {
           const Vector<T> xh_dot = s * (outputs.chosen(z_dot, out, in, lanes) - Rmu - xh * c);
-          sum[1] += load(t.grad_y + out, lanes) * xh_dot;
+          sum[1] += outputs.f.slope(load(t.grad_y + out, lanes), out, lanes) * xh_dot;
         }
       };
     });
@@ -434,7 +295,7 @@ void backward_tangent(const Layer& l, const Tensors<T>& t) {
   give<T>(nullptr, b.channels, t.add_w[1], t.grad_w_dot[1]);
   give(R2, b.channels, t.add_w[2], t.grad_w_dot[2]);
   give(R1, b.channels, t.add_w[3], t.grad_w_dot[3]);
-  if (!t.grad_w_dot[0] && !t.grad_x_dot[0]) return;
+  if (!t.grad_w_dot[0] && !t.grad_x_dot[0] && !t.grad_x_dot[1]) return;
   T* const* weights = b.scratch.weights;
   const bool two_w = moves && t.x_dot[0], two_x = moves && t.w_dot[0];
   if (t.grad_x_dot[0]) transposed_weights(b.group, t.w[0], weights[0]);
@@ -453,6 +314,7 @@ void backward_tangent(const Layer& l, const Tensors<T>& t) {
       const Term<T> terms[2] = {{dz_dot, weights[0]}, {dz, weights[1]}};
       input_gradient(group, terms, two_x ? 2 : 1, t.add_x[0], t.grad_x_dot[0] + in, b.scratch.products);
     }
+    if (t.grad_x_dot[1]) give_other(b, first, group.n, t.grad_y_dot, t.grad_x_dot[1]);
   });
   if (t.grad_w_dot[0]) grad_w.finish();
 }

@@ -1,11 +1,11 @@
 // The first layers of a network on its constant input x: the moments of x's patches, and from them
-// y = pool(BatchNorm(conv2d(x))), whose output before the pool is never stored. One task.
+// y = f(pool(BatchNorm(conv2d(x)))), whose output before the pool is never stored; f as in kink.h. One task.
 //
 // With p the patch of a pixel, pbar and G its moments (patch_gram.h), w the weights [patch, o], s = (var +
 // eps)^-1/2 and a = gamma s, BatchNorm of the convolution is another convolution, with weights a w and bias
 // beta - a mu; its tangent is one with weights a w_dot + k w. A bias of the user's convolution has no effect
-// and no gradient. Per channel, with g the cotangent before the pool, g_dot its tangent, and k = gamma_dot s
-// - a s c:
+// and no gradient. Per channel, with g the cotangent before the pool and f, g_dot its tangent, and k =
+// gamma_dot s - a s c:
 //
 //   mu = w pbar, var = w G w                          Rmu = w_dot pbar, c = s w_dot G w
 //   D = sum g p, G1 = sum g = grad_beta               D' = sum g_dot p, R1 = sum g_dot = grad_beta_dot
@@ -22,9 +22,11 @@
 
 #include "../patch_gram.h"
 #include "frame.h"
+#include "kink.h"
 #include "layers.h"
 #include "pool_pairs.h"
 #include "product.h"
+#include "rows.h"
 
 namespace maml::MAML_ISA {
 namespace {
@@ -176,6 +178,7 @@ struct Stem {
   const Layer& l;
   const Tensors<T>& t;
   Bands bands;
+  Kink<T> f;
   int64_t patch, channels;
   const double *pbar, *G;
   Saved<T> saved;
@@ -185,6 +188,7 @@ struct Stem {
       : l(layer),
         t(tensors),
         bands(layer),
+        f(layer, tensors.y),
         patch(bands.patch),
         channels(layer.out.c),
         pbar(reinterpret_cast<const double*>(tensors.x[1])),
@@ -219,9 +223,10 @@ struct Stem {
     }
   }
 
-  /// y = pool of the convolution with scratch.weights and scratch.bias; pick(before the pool, rows, at)
-  template <class Pick>
-  void convolve(T* y, Pick pick) const {
+  /// y = the convolution with scratch.weights and scratch.bias; of a window of it pick(pixels, out, lanes);
+  /// and of that last(value, out, lanes).
+  template <class Pick, class Last>
+  void convolve(T* y, Pick pick, Last last) const {
     fill_offsets(1, 1, bands.pixels(), 0, 0, 0, channels, scratch.c_row);
     each_band(l, bands, t.x[0], scratch.frame, scratch.row, [&](const Band<T>& band) {
       Gather<T> g{};
@@ -235,31 +240,44 @@ struct Stem {
       g.c_row = scratch.c_row;
       g.bias = scratch.bias;
       gather_product(g);
-      if (l.pooled) pick(band);
+      if (!l.pooled && !f.kinks) return;
+      each_output(band, [&](const Lanes<T>& lanes, int64_t out, int64_t in) {
+        if (l.pooled) {
+          Vector<T> z[4];
+          load_window(scratch.before + in, channels, below(), lanes, z);
+          store(y + out, last(pick(z, out, lanes), out, lanes), lanes);
+        } else {
+          store(y + out, last(load(y + out, lanes), out, lanes), lanes);
+        }
+      });
     });
   }
 
-  /// f(j, lanes, out, in): outputs of the band, their window's first pixel in scratch.before, by vectors.
-  template <class F>
-  void each_window(const Band<T>& band, F f) const {
-    share(band.rows, 1, kElementWork * band.rows * 2 * below(), [&](int64_t first, int64_t last) {
+  /// g(lanes, out, in): outputs of the band, where their (first) pixel stands in scratch.before, by vectors.
+  template <class G>
+  void each_output(const Band<T>& band, G g) const {
+    const int64_t step = bands.pool * channels, rows = bands.pool * below();
+    share(band.rows, 1, kElementWork * band.rows * rows, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         each_vector<T>(channels, [&](int64_t o, const Lanes<T>& lanes) {
-          int64_t out = (band.at + i * l.out.w) * channels + o, in = 2 * i * below() + o;
-          for (int64_t j = 0; j < l.out.w; ++j, out += channels, in += 2 * channels) f(lanes, out, in);
+          int64_t out = (band.at + i * l.out.w) * channels + o, in = i * rows + o;
+          for (int64_t j = 0; j < l.out.w; ++j, out += channels, in += step) g(lanes, out, in);
         });
       }
     });
   }
   int64_t below() const { return bands.columns * channels; }  // from a pixel to the one below it
 
-  /// D (patch, o) = sum g p, g being the cotangent of y
-  void patch_sums(const T* grad_y, T* D) const {
+  /// D (patch, o) = sum g p and G (o) = sum g, g = f' grad_y at the pixels that the pool has chosen
+  void patch_sums(const T* grad_y, T* D, T* G) const {
+    const bool as_is = !l.pooled && !f.kinks;
     bool first = true;
     each_band(l, bands, t.x[0], scratch.frame, scratch.row, [&](const Band<T>& band) {
-      if (l.pooled) {
-        each_window(band, [&](const Lanes<T>& lanes, int64_t out, int64_t in) {
-          const Vector<T> g = load(grad_y + out, lanes), place = load(saved.places + out, lanes);
+      if (!as_is) {
+        each_output(band, [&](const Lanes<T>& lanes, int64_t out, int64_t in) {
+          const Vector<T> g = f.slope(load(grad_y + out, lanes), out, lanes);
+          if (!l.pooled) return store(scratch.before + in, g, lanes);
+          const Vector<T> place = load(saved.places + out, lanes);
 #pragma GCC unroll 4
           for (int p = 0; p < 4; ++p) {
             store(scratch.before + in + p / 2 * below() + p % 2 * channels, placed<T>(g, place, p), lanes);
@@ -267,7 +285,7 @@ struct Stem {
         });
       }
       Outer<T> o{};
-      o.term[0] = {band.x, l.pooled ? scratch.before : grad_y + band.at * channels};
+      o.term[0] = {band.x, as_is ? grad_y + band.at * channels : scratch.before};
       o.terms = 1;
       o.runs = band.runs;
       o.row = band.row;
@@ -277,6 +295,10 @@ struct Stem {
       o.add = !std::exchange(first, false);
       outer_product(o);
     });
+    channel_sums<T, 1>(l.n * l.out.h * l.out.w, channels, {G},
+                       [&](int64_t at, int64_t, const Lanes<T>& lanes, Vector<T>* sum) {
+                         sum[0] += f.slope(load(grad_y + at, lanes), at, lanes);
+                       });
   }
 
   /// to (+)= value(i), where wanted
@@ -303,15 +325,15 @@ void forward(const Layer& l, const Tensors<T>& t) {
   for (int64_t i = 0; i < stem.patch * channels; ++i) {
     stem.scratch.weights[i] = static_cast<T>(stem.a(i % channels) * static_cast<double>(t.w[0][i]));
   }
-  stem.convolve(t.y, [&](const Band<T>& band) {
-    stem.each_window(band, [&](const Lanes<T>& lanes, int64_t out, int64_t in) {
-      Vector<T> z[4], best, place;
-      load_window(stem.scratch.before + in, channels, stem.below(), lanes, z);
-      largest_of<T>(z, best, place);
-      store(t.y + out, best, lanes);
-      store(saved.places + out, place, lanes);
-    });
-  });
+  stem.convolve(
+      t.y,
+      [&](const Vector<T>(&z)[4], int64_t out, const Lanes<T>& lanes) {
+        Vector<T> best, place;
+        largest_of<T>(z, best, place);
+        store(saved.places + out, place, lanes);
+        return best;
+      },
+      [&](Vector<T> u, int64_t, const Lanes<T>&) { return stem.f(u); });
 }
 
 template <class T>
@@ -319,8 +341,7 @@ void backward(const Layer& l, const Tensors<T>& t) {
   const Stem<T> stem(l, t);
   const Saved<T>& saved = stem.saved;
   const int64_t channels = stem.channels, patch = stem.patch;
-  stem.patch_sums(t.grad_y, saved.D);
-  column_sums(l.n * l.out.h * l.out.w, channels, t.grad_y, false, stem.scratch.bias);
+  stem.patch_sums(t.grad_y, saved.D, stem.scratch.bias);
   stem.contract([&](int64_t e, int64_t o) { return static_cast<double>(t.w[0][e * channels + o]); }, saved.D,
                 saved.G2);
   for (int64_t o = 0; o < channels; ++o) {
@@ -359,13 +380,12 @@ void forward_tangent(const Layer& l, const Tensors<T>& t) {
     stem.scratch.weights[i] =
         static_cast<T>(stem.a(o) * stem.dot(0, i) + stem.k(o) * static_cast<double>(t.w[0][i]));
   }
-  stem.convolve(t.y_dot, [&](const Band<T>& band) {
-    stem.each_window(band, [&](const Lanes<T>& lanes, int64_t out, int64_t in) {
-      Vector<T> z[4];
-      load_window(stem.scratch.before + in, channels, stem.below(), lanes, z);
-      store(t.y_dot + out, picked<T>(z, load(saved.places + out, lanes)), lanes);
-    });
-  });
+  stem.convolve(
+      t.y_dot,
+      [&](const Vector<T>(&z)[4], int64_t out, const Lanes<T>& lanes) {
+        return picked<T>(z, load(saved.places + out, lanes));
+      },
+      [&](Vector<T> u_dot, int64_t out, const Lanes<T>& lanes) { return stem.f.slope(u_dot, out, lanes); });
 }
 
 /// Where the layer does not move, grad_y is absent: then D, G1, G2 and all tangents of the forward pass are
@@ -377,8 +397,7 @@ void backward_tangent(const Layer& l, const Tensors<T>& t) {
   const int64_t channels = stem.channels, patch = stem.patch;
   const bool moves = t.grad_y != nullptr, turns = moves && t.w_dot[0];
   T *D_dot = stem.scratch.weights, *R1 = stem.scratch.bias;
-  stem.patch_sums(t.grad_y_dot, D_dot);
-  column_sums(l.n * l.out.h * l.out.w, channels, t.grad_y_dot, false, R1);
+  stem.patch_sums(t.grad_y_dot, D_dot, R1);
   double *R2 = stem.scratch.R2, *w_dot_D = stem.scratch.w_dot_D;
   stem.contract([&](int64_t e, int64_t o) { return static_cast<double>(t.w[0][e * channels + o]); }, D_dot,
                 R2);

@@ -1,0 +1,177 @@
+// What the passes of conv_block.cpp share: what they keep, their scratch, and walks over the outputs.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "conv2d.h"
+#include "kink.h"
+#include "layers.h"
+#include "pool_pairs.h"
+#include "share.h"
+
+namespace maml::MAML_ISA {
+
+/// What the passes keep: z, vectors [c], and the places that the pool has chosen.
+template <class T>
+struct Saved {
+  T *z, *mu, *s, *Rmu, *c, *G1, *G2, *places;
+  Saved(const Layer& l, T* p) {
+    z = std::exchange(p, p + l.n * size(l.between));
+    for (T** field : {&mu, &s, &Rmu, &c, &G1, &G2}) *field = std::exchange(p, p + l.out.c);
+    places = p;
+  }
+};
+
+/// The convolution on the samples of one group.
+inline Layer convolution_of(const Layer& l) {
+  Layer c = l;
+  c.kind = Kind::conv2d;
+  c.out = l.between;
+  c.pooled = false;
+  c.n = group_of(l.n, size(l.between));
+  return c;
+}
+
+template <class T>
+struct Scratch {
+  T *dz[2], *weights[3], *vectors[7], *products;
+  Scratch(const Layer& l, const Layer& group, T* p) {
+    const int64_t weight = product_weights(group);
+    for (T*& d : dz) d = std::exchange(p, p + group.n * size(l.between));
+    for (T*& w : weights) w = std::exchange(p, p + weight);
+    for (T*& v : vectors) v = std::exchange(p, p + l.out.c);
+    products = p;
+  }
+};
+
+template <class T>
+struct Block {
+  const Layer& l;
+  const Tensors<T>& t;
+  Layer group;
+  Saved<T> saved;
+  Scratch<T> scratch;
+  int64_t channels, rows;  // rows: pixels of one sample of z
+  T per_row;
+
+  Block(const Layer& layer, const Tensors<T>& tensors)
+      : l(layer),
+        t(tensors),
+        group(convolution_of(layer)),
+        saved(layer, tensors.saved),
+        scratch(layer, group, tensors.scratch),
+        channels(layer.out.c),
+        rows(layer.between.h * layer.between.w),
+        per_row(1 / static_cast<T>(layer.n * rows)) {}
+
+  static T or_value(const T* p, int64_t c, T value) { return p ? p[c] : value; }
+  T a(int64_t c) const { return or_value(t.w[2], c, T(1)) * saved.s[c]; }
+  T k(int64_t c) const { return saved.s[c] * (or_value(t.w_dot[2], c, T(0)) - a(c) * saved.c[c]); }
+
+  /// f(first sample, a layer of those of its group)
+  template <class F>
+  void each_group(F f) const {
+    Layer some = group;
+    for (int64_t first = 0; first < l.n; first += group.n) {
+      some.n = std::min(group.n, l.n - first);
+      f(first, some);
+    }
+  }
+};
+
+/// Rows of y with the pixels of z that they come from: a window, or with no pool the pixel itself.
+template <class T, bool Pooled>
+struct Outputs {
+  const Block<T>& b;
+  Kink<T> f{b.l, b.t.y};
+  int64_t channels = b.channels, below = b.l.between.w * b.channels, step = (Pooled ? 2 : 1) * b.channels;
+
+  /// f(j, lanes, count, out, in): in rows [first, end) of y, `count` outputs from element `out` of y on,
+  /// their first pixel at element `in` of z, one vector of channels of [c0, c1); the next one is channels and
+  /// `step` further.
+  template <class F>
+  void runs(int64_t first, int64_t end, int64_t c0, int64_t c1, F f) const {
+    const Layer& l = b.l;
+    for (int64_t row = first; row < end; ++row) {
+      const int64_t in_row = Pooled ? row / l.out.h * l.between.h + 2 * (row % l.out.h) : row;
+      each_vector<T>(c0, c1, [&](int64_t j, const Lanes<T>& lanes) {
+        f(j, lanes, l.out.w, row * l.out.w * channels + j, in_row * l.between.w * channels + j);
+      });
+    }
+  }
+  /// All channels of samples [first, end); threads share the rows.
+  template <class F>
+  void each_run(int64_t first, int64_t end, F f) const {
+    const int64_t rows = (end - first) * b.l.out.h, start = first * b.l.out.h;
+    share(rows, 1, kElementWork * rows * b.l.between.w * channels,
+          [&](int64_t r0, int64_t r1) { runs(start + r0, start + r1, 0, channels, f); });
+  }
+  /// The element of x [n, between] that an output comes from.
+  Vector<T> chosen(const T* x, int64_t out, int64_t in, const Lanes<T>& lanes) const {
+    if constexpr (!Pooled) return load(x + in, lanes);
+    Vector<T> v[4];
+    load_window(x + in, channels, below, lanes, v);
+    return picked<T>(v, load(b.saved.places + out, lanes));
+  }
+
+  /// sums[q] [c] of term(j, lanes) -> (out, in) -> Vector[Q], over all outputs; threads share the channels.
+  template <int Q, class Term>
+  void sums(T* const (&to)[Q], Term term) const {
+    for (T* s : to) std::fill_n(s, channels, T(0));
+    const int64_t rows = b.l.n * b.l.out.h;
+    share(channels, kLanes<T>, kElementWork * rows * b.l.between.w * channels, [&](int64_t c0, int64_t c1) {
+      runs(0, rows, c0, c1, [&](int64_t j, const Lanes<T>& lanes, int64_t count, int64_t out, int64_t in) {
+        const auto add = term(j, lanes);
+        Vector<T> sum[Q] = {};
+        for (int64_t i = 0; i < count; ++i, out += channels, in += step) add(out, in, sum);
+        for (int q = 0; q < Q; ++q) store(to[q] + j, load(to[q] + j, lanes) + sum[q], lanes);
+      });
+    });
+  }
+
+  /// to [samples, between] = affine(j, lanes) -> (in) -> Vector at every pixel of z, plus chosen(j, lanes) ->
+  /// (out) -> Vector where outputs come from.
+  template <class Affine, class Chosen>
+  void spread(int64_t first, int64_t end, T* to, Affine affine, Chosen chosen) const {
+    const Image& z = b.l.between;
+    to -= first * size(z);
+    each_run(first, end, [&](int64_t j, const Lanes<T>& lanes, int64_t count, int64_t out, int64_t in) {
+      const auto base = affine(j, lanes);
+      const auto more = chosen(j, lanes);
+      for (int64_t i = 0; i < count; ++i, out += channels, in += step) {
+        const Vector<T> g = more(out);
+        if constexpr (Pooled) {
+          const Vector<T> place = load(b.saved.places + out, lanes);
+#pragma GCC unroll 4
+          for (int p = 0; p < 4; ++p) {
+            const int64_t at = in + p / 2 * below + p % 2 * channels;
+            store(to + at, base(at) + placed<T>(g, place, p), lanes);
+          }
+        } else {
+          store(to + in, base(in) + g, lanes);
+        }
+      }
+    });
+    if constexpr (Pooled) {  // pixels that no window sees
+      each_vector<T>(channels, [&](int64_t j, const Lanes<T>& lanes) {
+        const auto base = affine(j, lanes);
+        for (int64_t row = first * z.h; row < end * z.h; ++row) {
+          const int64_t seen = row % z.h < 2 * b.l.out.h ? 2 * b.l.out.w : 0;
+          for (int64_t i = seen; i < z.w; ++i) {
+            const int64_t at = (row * z.w + i) * channels + j;
+            store(to + at, base(at), lanes);
+          }
+        }
+      });
+    }
+  }
+};
+
+/// f(Outputs<T, pooled or not>)
+template <class T, class F>
+void with_outputs(const Block<T>& b, F f) {
+  b.l.pooled ? f(Outputs<T, true>{b}) : f(Outputs<T, false>{b});
+}
+
+}  // namespace maml::MAML_ISA
