@@ -357,6 +357,8 @@ def prediction(loss: str, value: Any) -> None:
             f"the model must return one tensor for {loss}, got {_described(value)}; (mean, log_std) goes with "
             "gaussian_policy_gradient"
         )
+    elif loss in OF_CLASSES and value.dim() != 2:
+        raise ValueError(f"the model must return logits [n, classes] for {loss}, got {list(value.shape)}")
 
 
 def returns_policy(loss: str, pair: bool) -> None:

@@ -68,7 +68,8 @@ def meta_step(
     _check_target(model, loss, None, "y_spt", x_spt, y_spt)
     _check_target(model, loss, None, "y_qry", x_qry, y_qry)
     data = [x_spt, *targets.tensors(y_spt), x_qry, *targets.tensors(y_qry)]
-    wanted = [t for t in (*parameters, *data) if t is not None and t.requires_grad and torch.is_grad_enabled()]
+    given = {id(t): t for t in (*parameters, *data) if t is not None}  # one tensor may be support and query
+    wanted = [t for t in given.values() if t.requires_grad and torch.is_grad_enabled()]
     weights = [1 / len(x_spt)] * len(x_spt) if task_weights is None else list(task_weights)
     *outputs, gradients = reference.meta_step(
         model, reference.loss_function(loss), rates, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights,
@@ -91,7 +92,7 @@ def adapt(
 ) -> dict[str, Tensor]:
     """The adapted parameters, name -> [tasks, *shape]."""
     _check_target(model, loss, None, "y_spt", x, y)
-    theta = dict(model.named_parameters())
+    theta = {name: p.view_as(p) for name, p in model.named_parameters()}  # whose hooks see the outer gradient alone
     function = reference.loss_function(loss)
     tasks = [
         reference.inner_loop(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,6 +87,8 @@ def inner_loop(
 ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
     """phi_0 .. phi_steps and the support losses of one task; a graph back to theta where `differentiable`.
 
+    theta must not be a user's leaves, whose hooks would see the inner loop's gradients. Rates count in theta's dtype.
+
     Raises:
         ValueError: an adapted parameter (a key of `rates`) that the support loss does not depend on.
     """
@@ -112,6 +115,8 @@ def inner_loop(
                 if g is None:
                     raise unreached([name])
                 step_size = rate.at(step)
+                if isinstance(step_size, Tensor):
+                    step_size = step_size.to(g.dtype)
                 if not second_order:
                     g = g.detach()
                 if not differentiable:
@@ -193,16 +198,30 @@ def meta_step(
 
     query_weights: [steps + 1], or None: the query loss of a task is the sum of weight k times the one at phi_k.
 
+    Twins stand in for `wanted`, so that hooks of theirs see neither the inner loop nor the single tasks. Where a loss
+    of the user's, or a forward, holds one of them itself, its gradient there counts too.
+
     Returns:
         loss (0-d), task_losses [tasks], logits [tasks, n_query, ...], support_losses [tasks, steps], all detached, and
         the gradient of each tensor of `wanted`, or None for one that does not reach the loss.
     """
-    theta = dict(model.named_parameters())
     total: float | Tensor = 0.0
     task_losses, logits, support_losses = [], [], []
     # A learned rate that no step uses (steps = 0) has a gradient: zero.
     of_rates = {id(rate.value) for rate in rates.values()}
     gradients: list[Tensor | None] = [torch.zeros_like(t) if id(t) in of_rates else None for t in wanted]
+    dtype = next(model.parameters()).dtype
+    twins = {id(t): t.detach().to(dtype if id(t) in of_rates else t.dtype).requires_grad_() for t in wanted}
+
+    def twin(t: Tensor) -> Tensor:
+        return twins.get(id(t), t)
+
+    both = [*map(twin, wanted), *wanted]
+    theta = {name: twin(p) for name, p in model.named_parameters()}
+    rates = {name: replace(r, value=twin(r.value)) if isinstance(r.value, Tensor) else r for name, r in rates.items()}
+    x_spt, y_spt, x_qry, y_qry = twin(x_spt), targets.mapped(twin, y_spt), twin(x_qry), targets.mapped(twin, y_qry)
+    if isinstance(loss, nn.Module):
+        loss = partial(_called, loss, {name: twin(p) for name, p in loss.named_parameters()})
     for t, weight in enumerate(weights):
         path, inner = inner_loop(
             model,
@@ -227,9 +246,9 @@ def meta_step(
                     if w
                 )
         if wanted:
-            for i, g in enumerate(torch.autograd.grad(value, wanted, allow_unused=True)):
+            for i, g in enumerate(torch.autograd.grad(value, both, allow_unused=True)):
                 if g is not None:
-                    share = weight * g
+                    share, i = weight * g, i % len(wanted)
                     so_far = gradients[i]
                     gradients[i] = share if so_far is None else so_far + share
         task_losses.append(value.detach())
@@ -237,7 +256,12 @@ def meta_step(
         support_losses.append(torch.stack(inner) if inner else value.detach().new_zeros(0))
         total = total + (weight.detach() if isinstance(weight, Tensor) else weight) * value.detach()
     assert isinstance(total, Tensor)  # checks.py refuses a call without tasks
+    gradients = [None if g is None else g.to(t.dtype) for t, g in zip(wanted, gradients, strict=True)]
     return total, torch.stack(task_losses), torch.stack(logits), torch.stack(support_losses), gradients
+
+
+def _called(loss: nn.Module, parameters: Mapping[str, Tensor], prediction: Any, target: Target) -> Tensor:
+    return functional_call(loss, dict(parameters), (prediction, target))
 
 
 def query(model: nn.Module, path: list[dict[str, Tensor]], k: int, x: Tensor) -> Tensor:

@@ -448,6 +448,16 @@ def test_images_that_do_not_fit_name_the_layer() -> None:
     refuses(maml, lambda: maml(**episode(2, 5, 4)), ValueError, "3 (Linear)", "expects 12 features", "got", "[18]")
 
 
+@pytest.mark.filterwarnings("ignore:maml_cuda runs this model on the general path:UserWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_of_every_pixel(backend: str) -> None:
+    maml = FusedMAML(nn.Conv2d(2, CLASSES, 3).double(), 0.1, backend=backend)
+    pieces = ("must return logits [n, classes] for cross_entropy", f"got [{SUPPORT}, {CLASSES}, 2, 3]")
+    with pytest.raises(ValueError, match="must return logits"):
+        maml(**episode(2, 4, 5))  # no fused layer serves such samples: the backend is the reference for them
+    refuses(maml, lambda: maml(**episode(2, 4, 5)), ValueError, *pieces)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batch_norm_with_one_value_per_channel(backend: str) -> None:
     maml = FusedMAML(net(), 0.1, backend=backend)
