@@ -318,9 +318,16 @@ def make_tasks(settings: Settings, split: str) -> ImageTasks | SinusoidTasks:
         rotations = settings.rotations
     if settings.job == "sinusoid":
         return SinusoidTasks(shots, queries, settings.told)
-    if settings.job == "glyphs":
-        return GlyphTasks(split, ways, shots, queries, rotations)
-    return ImageTasks(_images(settings).split(split), ways, shots, queries, rotations)
+    classes = None if settings.job == "glyphs" else _images(settings).split(split)
+    try:
+        if classes is None:
+            return GlyphTasks(split, ways, shots, queries, rotations)
+        return ImageTasks(classes, ways, shots, queries, rotations)
+    except ValueError as error:  # in the words of the sampler
+        options = ("ways", "test-shots", "test-queries")
+        if split == "train":
+            options = ("train-ways" if settings.train_ways else "ways", "shots", "queries")
+        raise ValueError(f"{error}; n_way is --{options[0]}, k_shot --{options[1]}, n_query --{options[2]}") from None
 
 
 def make_generator(settings: Settings, split: str) -> Generator:

@@ -194,6 +194,11 @@ def test_info_names_the_build_and_the_versions(capsys) -> None:
         (["train", "--resume", "nowhere"], "no checkpoint in nowhere"),
         (["train", "sinusoid", "--ways", "3"], "ways must be 1 for the sinusoid"),
         (["train", "glyphs", "--shots", "9", "--queries", "9"], "k_shot + n_query must be at most 17"),
+        (["train", "glyphs", "--ways", "60"], "got 60; n_way is --ways, k_shot --test-shots, n_query --test-queries"),
+        (
+            ["train", "glyphs", "--preset", "protonet", "--train-ways", "4000"],
+            "got 4000; n_way is --train-ways, k_shot --shots, n_query --queries",
+        ),
         (["train", "omniglot"], "data must name the folder that holds omniglot: --data PATH"),
         (["train", "omniglot", "--data", "/nowhere"], "/nowhere must be a folder of images (omniglot), got no folder"),
         (["train", "glyphs", "--data", "/nowhere"], "data must be left out for glyphs, which needs none, got /nowhere"),
