@@ -1,6 +1,7 @@
 """Builds maml_cuda._core with CMake. Everything else about the package stands in pyproject.toml."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ class CMakeBuild(build_ext):
 
     MAML_CUDA_BUILD=auto|cpu|cuda chooses the backends: auto builds the CUDA kernels wherever there is an nvcc, with or
     without a GPU. MAML_CUDA_ARCHITECTURES="80;90" names the GPUs; the last one is also built as PTX, for newer ones.
+    CMAKE_ARGS holds further arguments of CMake.
     """
 
     def build_extension(self, ext: Extension) -> None:
@@ -59,6 +61,7 @@ def compile_with_cmake(build: Path, folder: Path, version: str, nvcc: str | None
         configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
         if architectures := os.environ.get("MAML_CUDA_ARCHITECTURES"):
             configure.append(f"-DMAML_CUDA_ARCHITECTURES={architectures}")
+    configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
     subprocess.run(configure, check=True)
     subprocess.run(["cmake", "--build", str(build)], check=True)
 

@@ -18,7 +18,7 @@ def build(name: str, target: str, *options: str) -> Path:
     configure = [
         "cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}", f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options,
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", *options,
     ]  # fmt: skip
     for command in (configure, ["cmake", "--build", str(folder), "--target", target]):
         done = subprocess.run(command, capture_output=True, text=True)

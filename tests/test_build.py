@@ -32,6 +32,43 @@ def test_a_build_that_cannot_be_had(choice: str, words: str, tmp_path: Path) -> 
     assert not list(tmp_path.rglob("*.so"))
 
 
+def commands(folder: Path, *options: str) -> str:
+    """What CMake would run to compile the CPU core."""
+    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), "-DMAML_CUDA_PYTHON=OFF", *options]
+    subprocess.run([*configure, "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"], check=True, capture_output=True)
+    return (folder / "compile_commands.json").read_text()
+
+
+def test_a_warning_stops_the_builds_of_developers_alone(tmp_path: Path) -> None:
+    pytest.importorskip("cmake")
+    users = commands(tmp_path / "user")
+    assert "-Wall -Wextra" in users
+    assert "-Werror" not in users
+    assert "-Werror" in commands(tmp_path / "developer", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON")
+
+
+def test_the_build_passes_arguments_on_to_cmake(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    stub = tmp_path / "bin" / "cmake"
+    stub.parent.mkdir()
+    stub.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/arguments\nexit 1\n')
+    stub.chmod(0o755)
+    environment = {
+        "MAML_CUDA_BUILD": "cpu",
+        "CMAKE_ARGS": "-DA=1 '-DB=2 3'",
+        "PATH": f"{stub.parent}:{os.environ['PATH']}",
+    }
+    build = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        check=False,
+    )
+    assert build.returncode != 0
+    assert (tmp_path / "arguments").read_text().endswith("-DA=1 -DB=2 3\n")
+
+
 def test_an_instruction_set_that_is_not_there() -> None:
     run = subprocess.run(
         [sys.executable, "-c", "import maml_cuda; maml_cuda.build_info()"],
