@@ -143,10 +143,14 @@ struct Memory {
   int64_t size(int64_t at_once) const { return shared + std::min(at_once, tasks) * thread; }
 };
 
+/// Bytes of a workspace below which advice on it, some 40 us a call, would be felt, and not be worth it.
+constexpr int64_t kLargeWorkspace = int64_t{8} << 20;
+
 /// What Linux should know of a workspace, of the huge pages (2 MB) that lie in it wholly.
 void advise([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes, [[maybe_unused]] int advice) {
 #if defined(__linux__)
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  if (bytes < kLargeWorkspace) return;
   const auto start = (reinterpret_cast<uintptr_t>(memory) + kHuge - 1) / kHuge * kHuge;
   const auto end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
   if (start < end) madvise(reinterpret_cast<void*>(start), end - start, advice);
