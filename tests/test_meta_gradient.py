@@ -270,8 +270,11 @@ def test_a_task_does_not_know_its_neighbours(name):
 def test_float32_is_as_good_as_the_reference(name, steps, first_order):
     """At most twice the reference's own float32 error (the worst of 8 orders of the samples), plus 2e-6. The nets are
     smooth: a ReLU that flips between two correct float32 computations would move the gradient discontinuously."""
-    model = make(name, torch.float32)
     data = [d.float() if d.is_floating_point() else d for d in episode(name)]
+    as_good_as_the_reference(make(name, torch.float32), data, steps, first_order)
+
+
+def as_good_as_the_reference(model, data, steps, first_order=False):
     double = [d.double() if d.is_floating_point() else d for d in data]
     exact = copy.deepcopy(model).double()
     truth = flat(reference.meta_gradient(exact, "cross_entropy", *double, 0.1, steps, first_order)[1])
