@@ -70,7 +70,7 @@ class Binding:
                 self._trace(model, loss, adapt_params, inner_steps, on_device, recompute)
             except plan.Unfusable as reason:
                 self.why_not = str(reason)
-        # Taken last: tracing runs the model's forward, which may set attributes.
+        # Taken last, as tracing has left them.
         modules = list(model.modules())
         self._dicts = [d for m in modules for d in (m.__dict__, m._modules, m._parameters, m._buffers)]
         self._items = [part for d in self._dicts for item in d.items() for part in item]

@@ -312,7 +312,8 @@ class FusedMAML(BuildingBlocks):
         names = [name for name in binding.names if name in chosen]
         for k in range(steps):
             if self._serves(binding, x, x.shape[1], 0) and binding.backend == "cpu":
-                own, rates = [t.detach() for t in binding.own(fast, len(x), k)], binding.rates_at(k)
+                own = [t.detach() for t in binding.own(fast, len(x), k)]
+                rates = [t.detach() for t in binding.rates_at(k)]
                 after = torch.ops.maml_cuda.inner_step(own, rates, x, targets.tensors(y_spt), binding.step_text())
                 fast = {**fast, **dict(zip(names, after, strict=True))}
             else:

@@ -100,6 +100,7 @@ def calls() -> dict[str, tuple[Any, tuple, dict]]:
         maml(x_spt, y_spt, x_qry, y_qry)
         maml.adapt(x_spt, y_spt, differentiable=True)
         fast = maml.adapt(x_spt, y_spt)
+        list(maml.inner_loop(x_spt, y_spt, 2))
         fixed.predict(fast, x_qry)
         fixed.predict({name: t.clone().requires_grad_() for name, t in fast.items()}, x_qry)
         fixed.loss_and_grad(fast, x_qry, y_qry)
