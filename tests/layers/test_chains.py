@@ -95,3 +95,20 @@ def test_shapes_that_do_not_fit():
     x = torch.randn(1, 4, *SAMPLE, dtype=torch.double)
     with pytest.raises(ValueError, match="broadcasts"):
         FusedMAML(model, 0.1, backend="fused").memory_estimate(x, x)
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
+@pytest.mark.parametrize("layer", ["stem", "body", "last"])
+def test_relu_of_what_is_not_finite(layer: str, value: float) -> None:
+    """As torch's: 0 of minus infinity, which 0 times it is not."""
+
+    def join(h, body, narrow, shortcut):
+        return F.relu(body(h) + shortcut())
+
+    torch.manual_seed(0)
+    model = Net(join)
+    getattr(model, layer)[1].bias.data[2] = value
+    x = torch.randn(2, 4, *SAMPLE, dtype=torch.double)
+    fused, reference = FusedMAML(model, 0.1), FusedMAML(model, 0.1, backend="reference")
+    fast = {name: p.detach().expand(2, *p.shape) for name, p in model.named_parameters()}
+    torch.testing.assert_close(fused.predict(fast, x), reference.predict(fast, x), equal_nan=True)
