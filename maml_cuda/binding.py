@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import _core, checks, device, plan, reference, unwatched
 from .batch_norm import PerStepBatchNorm
+from .problems import parsed
 from .rates import InnerRates, read_rates, tensors
 
 AdaptParams = Callable[[str], bool] | Iterable[str] | None
@@ -137,7 +138,7 @@ class Binding:
 
     def rates_at(self, step: int) -> list[Tensor]:
         """The rate tensors of one inner step; beyond the given ones the last repeats."""
-        per_step = [rate["steps"] for rate in json.loads(self.text)["rate_tensors"]]
+        per_step = [rate["steps"] for rate in parsed(self.text)["rate_tensors"]]
         rates = zip(self.tensors()[1], per_step, strict=True)
         return [r if steps == 1 else r[min(step, steps - 1)].contiguous() for r, steps in rates]
 

@@ -29,7 +29,7 @@ def evaluate(
         drawn = tasks.sample(CHUNK, generator)
         here = slice(start, min(start + CHUNK, num_tasks))
         batch = MetaBatch(*(part[: here.stop - here.start] for part in drawn))
-        for row, prediction in enumerate(predictions(batch, steps)):
+        for row, prediction in zip(range(len(steps)), predictions(batch, steps), strict=True):
             scores[row, here] = score(job, prediction, batch.y_qry).detach()
     return scores
 

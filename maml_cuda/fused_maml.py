@@ -127,8 +127,6 @@ class FusedMAML(BuildingBlocks):
         with norms.put_back(model):
             if batch_norm == "per_step":
                 model = norms.convert_per_step(model, max(inner_steps, 1))
-            elif batch_norm == "running":
-                norms.hold_statistics(model)
             self.model = model
             self.query_weights = weights
             hold(self, inner_lr)

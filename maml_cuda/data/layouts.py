@@ -106,10 +106,10 @@ def _metaoptnet(path: Path, prefix: str, split: tuple[int, int, int]) -> Source 
 
 
 def find_tiered_imagenet(path: Path) -> Source:
-    patterns = ("{}_images_png.pkl", "{}_labels.pkl")
+    png, label = "{}_images_png.pkl", "{}_labels.pkl"
     base = path / "tiered-imagenet" if (path / "tiered-imagenet").is_dir() else path
-    labels = _pickles(base, "{}_labels.pkl")
-    if labels and (images := _pickles(base, "{}_images_png.pkl")):
+    labels = _pickles(base, label)
+    if labels and (images := _pickles(base, png)):
         files = [pickle.path for pickles in (images, labels) for pickle in pickles.values()]
         return Source(files, partial(image_pickles.read_pngs, images, labels), classes=TIERED_IMAGENET_SPLIT)
     if labels and (arrays := _split_files(base, "{}_images.npz")):
@@ -117,7 +117,7 @@ def find_tiered_imagenet(path: Path) -> Source:
         return Source(files, partial(image_pickles.read_arrays, arrays, labels), classes=TIERED_IMAGENET_SPLIT)
     for name in ("tiered-imagenet.tar", "tiered_imagenet.tar"):
         if (archive := path / name).exists():
-            read = partial(image_pickles.read_pngs, *(_in_archive(archive, pattern) for pattern in patterns))
+            read = partial(image_pickles.read_pngs, _in_archive(archive, png), _in_archive(archive, label))
             return Source([archive], read, TIERED_IMAGENET_MD5, TIERED_IMAGENET_SPLIT)
     raise _missing(
         "tiered-ImageNet", path, "{train,val,test}_labels.pkl with {train,val,test}_images_png.pkl or "
