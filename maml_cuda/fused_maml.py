@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from . import batch_norm as norms
 from . import checks, general, problems, reference, targets, unwatched
 from .binding import Binding
-from .building_blocks import BuildingBlocks, as_returned
-from .fisher import FisherProducts
+from .building_blocks import as_returned
 from .policies import mean_of
 from .rates import hold, read_rates, tensors
-from .targets import PolicyTarget, Target
+from .targets import Target
+from .trust_region import TrustRegion
 
 
 @dataclass
@@ -36,7 +36,7 @@ class MetaOutput:
     support_losses: Tensor
 
 
-class FusedMAML(BuildingBlocks):
+class FusedMAML(TrustRegion):
     """MAML on a batch of tasks: the exact meta-gradient in one call (Finn, Abbeel, Levine 2017).
 
     Args:
@@ -340,87 +340,6 @@ class FusedMAML(BuildingBlocks):
                 passes += [(k, fast[k], x_spt), (k, fast[k + 1], x_qry)]
             norms.update_running(self.model, passes)
 
-    def fisher_vector_product(
-        self,
-        x_spt: Tensor,
-        y_spt: PolicyTarget,
-        x_qry: Tensor,
-        v: Mapping[str, Tensor],
-        *,
-        weights: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """The Hessian-vector product of the KL divergence between adapted policies, for trust regions (TRPO).
-
-        The mean over tasks of J^T F J v: J is the Jacobian of the adapted parameters in the model's own, through the
-        inner loop, F the Fisher matrix of the adapted policy averaged over the query samples. That is the Hessian, at
-        theta = the model's parameters, of the mean over tasks and samples of KL(adapted policy now || adapted policy
-        of theta). With first_order J is the identity. Learned inner rates are held fixed.
-
-        Args:
-            x_spt, y_spt: support sets, [tasks, n_support, ...].
-            x_qry: states of the adapted policies, [tasks, n_query, ...].
-            v: name -> tensor of the parameter's shape, for every trainable parameter.
-            weights: [tasks, n_query], at least 0: the average over samples is weighted; None: all alike.
-
-        Returns:
-            name -> tensor of the parameter's shape, detached.
-        """
-        binding, serves, x_spt, x_qry = self._check_fisher(x_spt, y_spt, x_qry, weights)
-        names, parameters = self._trainable(), dict(self.model.named_parameters())
-        checks.direction({n: parameters[n] for n in names}, v)
-        if not serves:
-            return general.fisher_vector_product(
-                self.model, str(self.loss), self._rates(), names, x_spt, y_spt, x_qry, dict(v), weights,
-                self.inner_steps, self.first_order,
-            )  # fmt: skip
-        own, rates = binding.tensors()
-        reached = [n for n in binding.names if n in names]
-        products = torch.ops.maml_cuda.fisher_vector_product(
-            own, rates, x_spt, targets.tensors(y_spt), x_qry, weights, [v[n].detach() for n in reached], binding.text,
-            self.inner_steps, self.first_order,
-        )  # fmt: skip
-        return self._trainable_of(dict(zip(reached, products, strict=True)), parameters)
-
-    def fisher(
-        self,
-        x_spt: Tensor,
-        y_spt: PolicyTarget,
-        x_qry: Tensor,
-        *,
-        weights: Tensor | None = None,
-        memory: int = 1 << 30,
-    ) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-        """`fisher_vector_product` as a function of v, for many v on the same data: to the bit the same products.
-
-        On a CPU, whatever does not depend on v (adapted parameters, activations, cotangents) is computed by the first
-        product and kept as long as the function is, at most `memory` bytes of it: tasks beyond that compute it anew
-        each time, as do `checkpoint="recompute"`, small networks on few samples, and every other backend. Products are
-        those of the model's parameters and of the data as they are when they are asked for; after a change in place the
-        next one computes everything.
-
-        Args:
-            x_spt, y_spt, x_qry, weights: as in fisher_vector_product.
-            memory: bytes, at least 0.
-        """
-        checks.steps(memory, "memory")
-        binding, serves, x_spt, x_qry = self._check_fisher(x_spt, y_spt, x_qry, weights)
-        if not serves or binding.backend != "cpu" or self._recompute:
-            return lambda v: self.fisher_vector_product(x_spt, y_spt, x_qry, v, weights=weights)
-        parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        reached = [n for n in binding.names if n in parameters]
-        own, rates = binding.tensors()
-        products = FisherProducts(
-            own, rates, x_spt, targets.tensors(y_spt), x_qry, weights, binding.text, self.inner_steps, self.first_order,
-            memory,
-        )  # fmt: skip
-
-        def product(v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            checks.direction(parameters, v)
-            found = dict(zip(reached, products([v[n].detach() for n in reached]), strict=True))
-            return {n: found[n] if n in found else torch.zeros_like(p) for n, p in parameters.items()}
-
-        return product
-
     # -- helpers ----------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -446,27 +365,6 @@ class FusedMAML(BuildingBlocks):
         self._read(binding, "x_spt", x_spt, "y_spt", y_spt)
         self._read(binding, "x_qry", x_qry, "y_qry", y_qry)
         checks.same_tasks(x_spt, x_qry)
-
-    def _check_fisher(
-        self, x_spt: Tensor, y_spt: PolicyTarget, x_qry: Tensor, weights: Tensor | None
-    ) -> tuple[Binding, bool, Tensor, Tensor]:
-        """Whether fused layers serve a Fisher-vector product on these data, and x as they are read."""
-        checks.policy_loss(self.loss, "fisher_vector_product")
-        binding = self._binding()
-        x_spt = self._read(binding, "x_spt", x_spt, "y_spt", y_spt)
-        x_qry = self._read(binding, "x_qry", x_qry, None, None)
-        checks.same_tasks(x_spt, x_qry)
-        if weights is not None:
-            checks.query_sample_weights(weights, x_qry)
-        serves = self._serves(binding, x_spt, x_spt.shape[1], x_qry.shape[1])
-        if serves and any(slots is not None for slots in binding.slots):
-            self._fall_back("a Fisher-vector product knows no parameters with a slot for each step")
-            serves = False
-        if serves:
-            self._look_at_labels(binding, x_spt, y_spt=y_spt)
-            if self._check_labels and weights is not None:
-                checks.sample_weights("weights", weights)
-        return binding, serves, x_spt, x_qry
 
     def _fast(self, adapted: Mapping[str, Tensor], tasks: int, differentiable: bool) -> dict[str, Tensor]:
         """Every parameter by name: the adapted ones, and expanded views of the others."""

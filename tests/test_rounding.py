@@ -1,5 +1,4 @@
-"""Rung 3 where BatchNorm's input lies far from zero, as raw images do. Of the CPU's layers: those of a GPU still round
-the mean of a tile of rows."""
+"""Rung 3 where BatchNorm's input lies far from zero, as raw images do."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ FAR_FROM_ZERO = {
 @pytest.mark.parametrize("ratio", [30, 100])
 @pytest.mark.parametrize("steps", [0, 1])
 @pytest.mark.parametrize("where", FAR_FROM_ZERO)
-def test_batch_norm_of_a_mean_of_many_deviations(where, steps, ratio):
+def test_batch_norm_of_a_mean_of_many_deviations(machine, where, steps, ratio):
     """A mean that is rounded to float32 would shift every row by the same, and grad_x with it."""
     layers = FAR_FROM_ZERO[where]()
     model = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(3))
