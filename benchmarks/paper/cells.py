@@ -78,12 +78,22 @@ def _sinusoid(shots: int) -> Table:
         "random": "untrained",
     }
     cells = [
-        Cell("sinusoid", preset, row, given, published.get(preset, ()), MAML if preset in published else "")
+        Cell(
+            "sinusoid", preset, row, given | SINUSOID.get(preset, {}), published.get(preset, ()),
+            MAML if preset in published else "",
+        )
         for preset, row in rows.items()
-    ]
-    note = "" if shots == 5 else "The paper has curves of these, and no figures."
+    ]  # fmt: skip
+    note = "The paper has curves of these, and no figures."
+    if shots == 5:
+        note = (
+            "MAML takes 100 curves an iteration and a cosine schedule, in every table. With the paper's own 25 and constant "
+            "rate it validates a little worse, 0.403 beside 0.394, and its test was 0.602 / 0.386 / 0.334."
+        )
     return Table(f"Sinusoid, {shots}-shot: MSE after so many steps", "the paper", tuple(cells), (1, 5, 10), note)
 
+
+SINUSOID = {"maml": {"meta_batch": 100, "meta_schedule": "cosine"}}
 
 # On Omniglot, by ways and shots; first order MAML as the authors of Reptile tabulate it.
 OMNIGLOT = {
@@ -124,7 +134,7 @@ def _glyphs(ways: int, shots: int, presets: tuple[str, ...]) -> Table:
     note = (
         "Glyphs are no Omniglot: 792 characters to train on in 17 to 20 typefaces, beside 1200 by 20 hands, 32 filters "
         f"beside 64, {GLYPHS_ITERATIONS[ways]} iterations beside 60,000, and test scripts that training has not seen. "
-        "The inner rates of Reptile and of fine-tuning have not been tuned here."
+        "Reptile's inner rate, 0.4, validated best of 0.05, 0.15, 0.4 and 1 after 1000 iterations, 5-way 1-shot."
     )
     if ways == 20:
         note += (
