@@ -87,8 +87,8 @@ def _sinusoid(shots: int) -> Table:
     note = "The paper has curves of these, and no figures."
     if shots == 5:
         note = (
-            "MAML takes 100 curves an iteration and a cosine schedule, in every table. With the paper's own 25 and constant "
-            "rate it validates a little worse, 0.403 beside 0.394, and its test was 0.602 / 0.386 / 0.334."
+            "MAML takes 100 curves an iteration and a cosine schedule, in every table. With the paper's own 25 and "
+            "constant rate it validates a little worse, 0.403 beside 0.394, and its test was 0.602 / 0.386 / 0.334."
         )
     return Table(f"Sinusoid, {shots}-shot: MSE after so many steps", "the paper", tuple(cells), (1, 5, 10), note)
 
