@@ -266,7 +266,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("inner loop: adaptation to one task")
     _setting(group, "--inner-lr", "inner learning rate, on the mean loss of the support set")
-    _setting(group, "--inner-steps", "gradient steps in training")
+    _setting(group, "--inner-steps", "gradient steps in training (policies: each on fresh episodes)")
+    _setting(group, "--rate-decay", "policies: each step's rate is so many times that of the step before, in test too")
     _setting(group, "--learn-inner-lr", "learn rates from --inner-lr on: one a step, a layer and step, or an element")
     _setting(group, "--adapted", "what the inner loop changes: all, all but BatchNorm's affine maps, the last layer")
     _setting(group, "--batch-norm", "one affine map for all inner steps, or one a step (MAML++)")
@@ -299,6 +300,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _setting(group, "--discount", "of rewards")
     _setting(group, "--gae-lambda", "of generalized advantage estimation")
     _setting(group, "--output-scale", "policy: the weights of its output layer start at so many times Xavier's")
+    _setting(group, "--start-std", "policy: standard deviation of its actions at the start, in half sides of the box")
 
     group = parser.add_argument_group("validation and test, on unseen classes or curves")
     _setting(group, "--validation-interval", "iterations between two validations, each of which saves last/")

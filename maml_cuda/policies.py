@@ -19,7 +19,7 @@ def log_prob(policy: Policy, actions: Tensor) -> Tensor:
     """log pi(actions), [..., n]. actions: [..., n, action] (Gaussian) or int64 [..., n] (categorical)."""
     if isinstance(policy, Tensor):
         return policy.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-    mean, log_std = _by_state(policy)
+    mean, log_std = by_state(policy)
     error = (actions - mean) * (-log_std).exp()
     return -(error.square() / 2 + log_std + math.log(2 * math.pi) / 2).sum(-1)
 
@@ -31,7 +31,7 @@ def kl_divergence(old: Policy, new: Policy) -> Tensor:
         old_log, new_log = old.log_softmax(-1), new.log_softmax(-1)
         return (old_log.exp() * (old_log - new_log)).sum(-1)
     assert not isinstance(new, Tensor)
-    (mean, log_std), (new_mean, new_log_std) = _by_state(old), _by_state(new)
+    (mean, log_std), (new_mean, new_log_std) = by_state(old), by_state(new)
     variance, precision = (2 * log_std).exp(), (-2 * new_log_std).exp()
     per_dimension = new_log_std - log_std + ((variance + (mean - new_mean).square()) * precision - 1) / 2
     return per_dimension.sum(-1)
@@ -42,7 +42,7 @@ def entropy(policy: Policy) -> Tensor:
     if isinstance(policy, Tensor):
         log = policy.log_softmax(-1)
         return -(log.exp() * log).sum(-1)
-    mean, log_std = _by_state(policy)
+    mean, log_std = by_state(policy)
     return (log_std + (1 + math.log(2 * math.pi)) / 2).expand_as(mean).sum(-1)
 
 
@@ -52,7 +52,7 @@ def sample(policy: Policy, generator: torch.Generator | None = None) -> Tensor:
         chances = policy.detach().softmax(-1)
         drawn = torch.multinomial(chances.reshape(-1, chances.shape[-1]), 1, generator=generator)
         return drawn.view(chances.shape[:-1])
-    mean, log_std = _by_state(policy)
+    mean, log_std = by_state(policy)
     noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
     return (mean + log_std.exp() * noise).detach()
 
@@ -62,7 +62,7 @@ def mean_of(prediction: Policy) -> Tensor:
     return prediction if isinstance(prediction, Tensor) else prediction[0]
 
 
-def _by_state(policy: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def by_state(policy: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and log_std, of which the second broadcasts to the first."""
     mean, log_std = policy
     return mean, log_std.unsqueeze(-2) if 1 < log_std.dim() < mean.dim() else log_std

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Generator, Tensor
@@ -12,18 +12,11 @@ from maml_cuda import FusedMAML
 from .advantages import samples
 from .clock import Clock
 from .environment import Environment
+from .inner import descend, unadapted
 from .sampling import Episodes, sample_episodes
 from .settings import RLSettings
 
 TASKS_AT_ONCE = 20  # bounds memory
-
-
-def unadapted(maml: FusedMAML, tasks: int) -> dict[str, Tensor]:
-    """The policy itself for each task, as views."""
-    return {
-        name: parameter.detach().unsqueeze(0).expand(tasks, *parameter.shape)
-        for name, parameter in maml.model.named_parameters()
-    }
 
 
 def adapt_and_sample(
@@ -35,9 +28,8 @@ def adapt_and_sample(
     clock: Clock,
     steps: int,
 ) -> Iterator[Episodes]:
-    """The episodes after 0, 1, ..., ``steps`` adaptation steps, at rate ``inner_lr`` in the first step and half of it
-    in the later ones, as in the paper (section 5.3)."""
-    fast: Mapping[str, Tensor] = unadapted(maml, len(goals))
+    """The episodes after 0, 1, ..., ``steps`` adaptation steps, at the rates of ``settings.rate``."""
+    fast = unadapted(maml, len(goals))
     for step in range(steps + 1):
         episodes = sample_episodes(
             environment, goals, fast, settings.test_episodes, settings.horizon, generator, clock,
@@ -47,9 +39,7 @@ def adapt_and_sample(
         if step < steps:
             with clock.on("gradient"):
                 x, y = samples(episodes, settings.discount, settings.gae_lambda, ratio=False)
-                _, gradient = maml.loss_and_grad(fast, x, y)
-            rate = settings.inner_lr if step == 0 else settings.inner_lr / 2
-            fast = {name: fast[name] - rate * gradient[name] for name in fast}
+                fast = descend(maml, fast, x, y, dict.fromkeys(fast, settings.rate(step)))
 
 
 def evaluate_returns(

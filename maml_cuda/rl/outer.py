@@ -1,8 +1,8 @@
 """The outer step: how the policy's parameters follow the meta-gradient.
 
-Everything that is differentiated is one fused pass: the surrogate and its exact meta-gradient (``maml(...)``), and the
-product of the Fisher matrix of the adapted policies, through the inner step, with a direction
-(``maml.fisher``). The line search only runs forward passes.
+Everything that is differentiated is differentiated by fused passes (``inner.py``): the surrogate, with its exact
+meta-gradient, and the product of the Fisher matrix of the adapted policies, through the inner steps, with a direction.
+The line search only runs forward passes.
 """
 
 from __future__ import annotations
@@ -15,22 +15,14 @@ import torch
 from torch import Tensor
 
 from maml_cuda import FusedMAML, PolicyTarget, policies
+from maml_cuda.policies import Policy
+
+from .inner import Adapted, MetaSamples, Vector, adapted
 
 CG_ITERATIONS = 10
 CG_TOLERANCE = 1e-10
 LINE_SEARCH_STEPS = 15
 LINE_SEARCH_FACTOR = 0.8
-
-Vector = dict[str, Tensor]  # by parameter
-
-
-class MetaSamples(NamedTuple):
-    """What an outer step learns from."""
-
-    x_spt: Tensor  # [tasks, n_spt, observation_size], drawn by the policy itself
-    y_spt: PolicyTarget  # score form
-    x_qry: Tensor  # [tasks, n_qry, observation_size], drawn by the adapted policies
-    y_qry: PolicyTarget  # likelihood-ratio form
 
 
 class OuterStep(NamedTuple):
@@ -50,9 +42,9 @@ def trpo(maml: FusedMAML, samples: MetaSamples, max_kl: float, damping: float) -
     ``max_kl``. The parameters stay as they were where no length serves.
     """
     parameters = _parameters(maml)
-    before, gradient = _surrogate_and_gradient(maml, samples)
-
-    fisher = maml.fisher(samples.x_spt, samples.y_spt, samples.x_qry, weights=samples.y_qry.weights)
+    now = adapted(maml, samples)
+    before, gradient = _surrogate_and_gradient(now, samples.query[1])
+    fisher = now.fisher()
 
     def damped_fisher(v: Vector) -> Vector:
         product = fisher(v)
@@ -63,11 +55,11 @@ def trpo(maml: FusedMAML, samples: MetaSamples, max_kl: float, damping: float) -
     if not curvature > 0:  # a gradient of zero
         return OuterStep(before, before, 0.0, False)
     step = _scaled(step, (2 * max_kl / curvature) ** 0.5)
-    old = _adapted_policies(maml, samples)
+    old = now.policies()
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     for attempt in range(LINE_SEARCH_STEPS):
         _assign(parameters, start, step, -(LINE_SEARCH_FACTOR**attempt))
-        new = _adapted_policies(maml, samples)
+        new = adapted(maml, samples).policies()
         surrogate, kl = _surrogate(new, samples), _mean_kl(old, new, samples)
         if surrogate < before and kl <= max_kl:  # false for NaN
             return OuterStep(before, surrogate, kl, True)
@@ -77,10 +69,11 @@ def trpo(maml: FusedMAML, samples: MetaSamples, max_kl: float, damping: float) -
 
 def vpg(maml: FusedMAML, samples: MetaSamples, optimizer: torch.optim.Optimizer) -> OuterStep:
     """One step of the optimizer along the meta-gradient (REINFORCE: at the policy that acted, the ratio is 1)."""
-    old = _adapted_policies(maml, samples)
-    before, gradient = _surrogate_and_gradient(maml, samples)
+    now = adapted(maml, samples)
+    old = now.policies()
+    before, gradient = _surrogate_and_gradient(now, samples.query[1])
     _optimize(maml, optimizer, gradient)
-    new = _adapted_policies(maml, samples)
+    new = adapted(maml, samples).policies()
     return OuterStep(before, _surrogate(new, samples), _mean_kl(old, new, samples), True)
 
 
@@ -93,19 +86,21 @@ def clipped(
     Where ``min(r A, clip(r) A)`` is the clipped one a sample's gradient is zero, and otherwise that of ``r A``: so each
     epoch is the fused likelihood-ratio loss with the advantages of clipped samples set to 0.
     """
-    old = _adapted_policies(maml, samples)
-    y = samples.y_qry
+    y = samples.query[1]
     assert y.old_log_probs is not None
-    first = None
-    for _ in range(epochs):
-        ratio = (policies.log_prob(_adapted_policies(maml, samples), y.actions) - y.old_log_probs).exp()
+    old, first = None, 0.0
+    for epoch in range(epochs):
+        now = adapted(maml, samples)
+        policy = now.policies()
+        ratio = (policies.log_prob(policy, y.actions) - y.old_log_probs).exp()
         is_clipped = torch.where(y.advantages > 0, ratio > 1 + clip, ratio < 1 - clip)
         kept = y._replace(advantages=y.advantages.masked_fill(is_clipped, 0))
-        loss, gradient = _surrogate_and_gradient(maml, samples._replace(y_qry=kept))
-        first = loss if first is None else first
+        loss, gradient = _surrogate_and_gradient(now, kept)
+        if epoch == 0:
+            old, first = policy, loss
         _optimize(maml, optimizer, gradient)
-    new = _adapted_policies(maml, samples)
-    assert first is not None
+    assert old is not None
+    new = adapted(maml, samples).policies()
     return OuterStep(first, _surrogate(new, samples), _mean_kl(old, new, samples), True)
 
 
@@ -140,7 +135,7 @@ def _scaled(a: Vector, factor: float) -> Vector:
 
 
 def _parameters(maml: FusedMAML) -> dict[str, Any]:
-    return dict(maml.model.named_parameters())
+    return {name: p for name, p in maml.model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
@@ -149,18 +144,16 @@ def _assign(parameters: Mapping[str, Tensor], start: Vector, step: Vector, facto
         parameter.copy_(start[name] + factor * step[name])
 
 
-def _surrogate_and_gradient(maml: FusedMAML, samples: MetaSamples) -> tuple[float, Vector]:
+def _surrogate_and_gradient(now: Adapted, y: PolicyTarget) -> tuple[float, Vector]:
     """ValueError where one of them is not finite."""
-    out = maml(*samples)
-    parameters = _parameters(maml)
-    gradients = dict(zip(parameters, torch.autograd.grad(out.loss, list(parameters.values())), strict=True))
-    broken = ~out.task_losses.isfinite()
+    losses, gradient = now.surrogate_and_gradient(y)
+    broken = ~losses.isfinite()
     if broken.any():
         task = int(broken.nonzero()[0])
-        raise ValueError(f"the surrogate must be finite, got {out.task_losses[task]:g} in task {task}")
-    if not math.isfinite(dot(gradients, gradients)):
+        raise ValueError(f"the surrogate must be finite, got {losses[task]:g} in task {task}")
+    if not math.isfinite(dot(gradient, gradient)):
         raise ValueError("the meta-gradient must be finite, got one that is not: lower --inner-lr")
-    return float(out.loss.detach()), gradients
+    return float(losses.mean()), gradient
 
 
 def _optimize(maml: FusedMAML, optimizer: torch.optim.Optimizer, gradient: Vector) -> None:
@@ -170,20 +163,14 @@ def _optimize(maml: FusedMAML, optimizer: torch.optim.Optimizer, gradient: Vecto
     optimizer.zero_grad()
 
 
-@torch.no_grad()
-def _adapted_policies(maml: FusedMAML, samples: MetaSamples) -> tuple[Tensor, Tensor]:
-    """Mean and log_std of every adapted policy on its own query states."""
-    return maml.predict(maml.adapt(samples.x_spt, samples.y_spt), samples.x_qry)  # type: ignore[return-value]
-
-
-def _surrogate(policy: tuple[Tensor, Tensor], samples: MetaSamples) -> float:
-    y = samples.y_qry
+def _surrogate(policy: Policy, samples: MetaSamples) -> float:
+    y = samples.query[1]
     assert y.old_log_probs is not None
     return -_task_mean((policies.log_prob(policy, y.actions) - y.old_log_probs).exp() * y.advantages, y.weights)
 
 
-def _mean_kl(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], samples: MetaSamples) -> float:
-    return _task_mean(policies.kl_divergence(old, new), samples.y_qry.weights)
+def _mean_kl(old: Policy, new: Policy, samples: MetaSamples) -> float:
+    return _task_mean(policies.kl_divergence(old, new), samples.query[1].weights)
 
 
 def _task_mean(values: Tensor, weights: Tensor | None) -> float:

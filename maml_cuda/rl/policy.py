@@ -16,10 +16,12 @@ class GaussianPolicy(nn.Module):
 
     ``[n, observation_size]`` to mean ``[n, action_size]`` and log_std ``[action_size]``, which is a parameter like any
     other: adapted and meta-learned. Weights start Xavier-uniform, those of the output layer times ``output_scale``,
-    biases at 0, standard deviations at 1; they never fall below 1e-6.
+    biases at 0, standard deviations at ``std``; they never fall below 1e-6.
     """
 
-    def __init__(self, observation_size: int, action_size: int, width: int = 100, output_scale: float = 1.0) -> None:
+    def __init__(
+        self, observation_size: int, action_size: int, width: int = 100, output_scale: float = 1.0, std: float = 1.0
+    ) -> None:
         super().__init__()
         output = nn.Linear(width, action_size)
         self.layers = nn.Sequential(
@@ -35,7 +37,7 @@ class GaussianPolicy(nn.Module):
                 nn.init.zeros_(layer.bias)
         with torch.no_grad():
             output.weight.mul_(output_scale)
-        self.log_std = nn.Parameter(torch.zeros(action_size))
+        self.log_std = nn.Parameter(torch.full((action_size,), math.log(std)))
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         return self.layers(observations), self.log_std.clamp(min=LEAST_LOG_STD)

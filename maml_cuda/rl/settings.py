@@ -17,11 +17,12 @@ class RLSettings:
     episodes: int  # a task and adaptation step
     horizon: int  # most steps of an episode
     # the inner loop
-    inner_lr: float
+    inner_lr: float  # of the first step
     # meta-training
     iterations: int
     meta_batch: int  # tasks a meta-iteration
-    inner_steps: int = 1
+    inner_steps: int = 1  # in training, each on fresh episodes
+    rate_decay: float = 0.5  # each inner step's rate is this times the one before's, in training and in test
     outer: str = "trpo"
     max_kl: float = 0.01  # of TRPO
     damping: float = 1e-5
@@ -32,6 +33,7 @@ class RLSettings:
     gae_lambda: float = 1.0
     width: int = 100
     output_scale: float = 1.0  # of the output layer's weights at the start, times Xavier's
+    start_std: float = 1.0  # of actions at the start, where half the box is 1
     baseline: str = "none"
     first_order: bool = False
     # validation and test
@@ -56,14 +58,11 @@ class RLSettings:
         for name, choices in (("outer", OUTER_STEPS), ("baseline", BASELINES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("discount", "gae_lambda"):
+        for name in ("discount", "gae_lambda", "rate_decay"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}")
-        if self.inner_steps > 1:
-            raise ValueError(
-                f"inner_steps must be 0 or 1 in training, as in the paper, got {self.inner_steps}: "
-                "test_steps is the number of adaptation steps in test"
-            )
+        if self.inner_steps > 10:
+            raise ValueError(f"inner_steps must be 0 to 10, got {self.inner_steps}")
         if self.test_steps > 10:
             raise ValueError(f"test_steps must be 1 to 10, got {self.test_steps}")
         if not self.seed < 2**32:
@@ -74,6 +73,10 @@ class RLSettings:
             raise ValueError(f"iterations must be 0 for the baseline random, got {self.iterations}")
         if self.baseline != "random" and self.iterations < 1:
             raise ValueError(f"iterations must be at least 1, got {self.iterations}")
+
+    def rate(self, step: int) -> float:
+        """The inner learning rate of step ``step``, from 0."""
+        return self.inner_lr * self.rate_decay**step
 
     @property
     def tell_goal(self) -> bool:

@@ -13,11 +13,12 @@ from maml_cuda import FusedMAML
 from maml_cuda.checkpoint import load_checkpoint
 from maml_cuda.train import Training
 
-from .adaptation import evaluate_returns, unadapted
+from .adaptation import evaluate_returns
 from .advantages import samples
 from .clock import Clock
 from .environments import make_environment
-from .outer import MetaSamples, OuterStep, clipped, trpo, vpg
+from .inner import MetaSamples, descend, unadapted
+from .outer import OuterStep, clipped, trpo, vpg
 from .policy import GaussianPolicy
 from .sampling import sample_episodes
 from .settings import RLSettings
@@ -31,10 +32,13 @@ def make_policy(settings: RLSettings) -> FusedMAML:
     observed = environment.observation_size + settings.tell_goal * environment.goal_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model: nn.Module = GaussianPolicy(observed, environment.action_size, settings.width, settings.output_scale)
+        model: nn.Module = GaussianPolicy(
+            observed, environment.action_size, settings.width, settings.output_scale, settings.start_std
+        )
+    rates = [settings.rate(step) for step in range(settings.inner_steps)]
     return FusedMAML(
         model,
-        settings.inner_lr,
+        torch.tensor(rates) if len(rates) > 1 else settings.inner_lr,
         settings.inner_steps,
         loss="gaussian_policy_gradient",
         first_order=settings.first_order,
@@ -51,7 +55,8 @@ class RLTraining(Training):
     """A run between two meta-iterations.
 
     An iteration draws tasks; samples episodes of each with the policy itself; adapts it to each by one policy-gradient
-    step; samples episodes with the adapted policies; and takes an outer step on those, through the inner one.
+    step; samples episodes with the adapted policies, from which it adapts again where there are more inner steps; and
+    takes an outer step on the last ones, through the inner ones.
     """
 
     columns = ("iteration", "before", "after", "surrogate", "kl", "accepted", "std", "validation")
@@ -82,19 +87,20 @@ class RLTraining(Training):
         settings, clock = self.settings, self.clock
         goals = self.environment.sample_goals(settings.meta_batch, self.generator)
         fast = unadapted(self.maml, len(goals))
-        before, x_spt, y_spt = self._sample(goals, fast, ratio=settings.inner_steps == 0)
-        if settings.inner_steps == 0:
-            after, x_qry, y_qry = before, x_spt, y_spt
-        else:
-            with clock.on("gradient"):
-                fast = self.maml.adapt(x_spt, y_spt)
-            after, x_qry, y_qry = self._sample(goals, fast, ratio=True)
+        sets, returns = [], []
+        for k in range(settings.inner_steps + 1):
+            mean, x, y = self._sample(goals, fast, ratio=k == settings.inner_steps)
+            sets.append((x, y))
+            returns.append(mean)
+            if k < settings.inner_steps:
+                with clock.on("gradient"):
+                    fast = descend(self.maml, fast, x, y, dict.fromkeys(fast, settings.rate(k)))
         with clock.on("gradient"):
-            step = self._outer(MetaSamples(x_spt, y_spt, x_qry, y_qry))
+            step = self._outer(MetaSamples(tuple(sets[:-1]), sets[-1]))
         std = self.maml.model.log_std.detach().exp().mean()  # type: ignore[operator, union-attr]
         return {
-            "before": before,
-            "after": after,
+            "before": returns[0],
+            "after": returns[-1],
             "surrogate": step.surrogate_after - step.surrogate_before,
             "kl": step.kl,
             "accepted": float(step.accepted),
@@ -127,13 +133,16 @@ class RLTraining(Training):
         return step
 
     def _validate(self, bar: tqdm) -> float:
-        """The mean return after as many steps as in training, on the same tasks each time; notes the best."""
+        """The mean return over 1 to ``test_steps`` adaptation steps, of a baseline before any, on the same tasks each
+        time; notes the best."""
         settings = self.settings
+        steps = settings.test_steps if settings.baseline == "none" else 0
         returns = evaluate_returns(
             self.maml, self.environment, settings, make_rl_generator(settings, "validation"), self.clock,
-            settings.validation_tasks, settings.inner_steps,
-        )  # fmt: skip
-        mean = float(returns[-1].mean())
+            settings.validation_tasks, steps,
+        ).mean(1)  # fmt: skip
+        mean = float(returns[min(1, steps) :].mean())
         self._note(mean, rising=True)
-        bar.write(f"iteration {self.iteration}: validation return {mean:.1f} after {settings.inner_steps} steps")
+        found = ", ".join(f"{value:.1f}" for value in returns.tolist())
+        bar.write(f"iteration {self.iteration}: validation return {found} after 0 to {steps} steps")
         return mean

@@ -4,16 +4,25 @@ import copy
 
 import pytest
 import torch
-from torch import Generator, Tensor
-from torch.distributions import Independent, Normal, kl_divergence
+from torch import Generator, Tensor, nn
+from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 from torch.func import functional_call
 
 from maml_cuda import FusedMAML, PolicyTarget
-from maml_cuda.rl.outer import MetaSamples, clipped, conjugate_gradients, dot, trpo, vpg
+from maml_cuda.rl.inner import MetaSamples, Samples, adapted
+from maml_cuda.rl.outer import clipped, conjugate_gradients, dot, trpo, vpg
 from maml_cuda.rl.policy import GaussianPolicy
 
-TASKS, WIDTH, RATE = 3, 6, 0.1
-LENGTHS = ((7, 4, 5), (3, 8, 6))  # samples of each task, support and query
+TASKS, WIDTH, CHOICES = 3, 6, 4
+RATES = (0.1, 0.07, 0.15)  # of each inner step
+LENGTHS = (
+    (3, 8, 6),
+    (7, 4, 5),
+    (6, 9, 2),
+    (5, 3, 8),
+)  # samples of each task: query, then support sets
+DAMPING = 10.0  # eigenvalues reach 20; with little damping conjugate gradients magnify rounding: by 1e7 at 0.01
+LOSSES = {"gaussian": "gaussian_policy_gradient", "categorical": "categorical_policy_gradient"}
 
 
 @pytest.fixture(params=["reference", "fused"])
@@ -21,31 +30,48 @@ def backend(request) -> str:
     return request.param
 
 
-def make(backend: str, steps: int = 1, first_order: bool = False) -> FusedMAML:
+@pytest.fixture(params=LOSSES)
+def kind(request) -> str:
+    return request.param
+
+
+def policy(kind: str) -> nn.Module:
+    if kind == "categorical":
+        return nn.Sequential(nn.Linear(3, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CHOICES)).double()
+    model = GaussianPolicy(3, 2, WIDTH).double()
+    model.log_std.data += torch.tensor([0.2, -0.3], dtype=torch.float64)
+    return model
+
+
+def make(backend: str, kind: str = "gaussian", steps: int = 1, **options) -> FusedMAML:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = GaussianPolicy(3, 2, WIDTH).double()
-        model.log_std.data += torch.tensor([0.2, -0.3], dtype=torch.float64)
-        return FusedMAML(model, RATE, steps, loss="gaussian_policy_gradient", first_order=first_order, backend=backend)
+        rates = torch.tensor(RATES[:steps], dtype=torch.float64) if steps > 1 else RATES[0]
+        return FusedMAML(policy(kind), rates, steps, loss=LOSSES[kind], backend=backend, **options)
 
 
-def draw(lengths: tuple[int, ...], seed: int, ratio: bool) -> tuple[Tensor, PolicyTarget]:
-    generator = Generator().manual_seed(seed)
+def draw(kind: str, index: int, ratio: bool) -> Samples:
+    generator, lengths = Generator().manual_seed(index), LENGTHS[index]
     most = max(lengths)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(TASKS, most, *shape, dtype=torch.float64, generator=generator)
 
     weights = (torch.arange(most) < torch.tensor(lengths).unsqueeze(1)).double()
-    return normal(3), PolicyTarget(normal(2), normal() * weights, normal() - 2.5 if ratio else None, weights)
+    actions = normal(2) if kind == "gaussian" else torch.randint(CHOICES, (TASKS, most), generator=generator)
+    old = normal() - 2.5 if ratio else None
+    return normal(3), PolicyTarget(actions, normal() * weights, old, weights)
 
 
-def batch() -> MetaSamples:
-    return MetaSamples(*draw(LENGTHS[0], 0, False), *draw(LENGTHS[1], 1, True))
+def batch(kind: str = "gaussian", steps: int = 1) -> MetaSamples:
+    return MetaSamples(tuple(draw(kind, 1 + k, False) for k in range(steps)), draw(kind, 0, True))
 
 
-def one(y: PolicyTarget, task: int, length: int) -> PolicyTarget:
-    return PolicyTarget(*(None if part is None else part[task, :length] for part in y))
+def one(samples: Samples, task: int, index: int) -> Samples:
+    """A task's own samples alone."""
+    length = LENGTHS[index][task]
+    x, y = samples
+    return x[task, :length], PolicyTarget(*(None if part is None else part[task, :length] for part in y))
 
 
 class Oracle:
@@ -53,38 +79,50 @@ class Oracle:
 
     def __init__(self, maml: FusedMAML, samples: MetaSamples) -> None:
         self.model, self.samples = copy.deepcopy(maml.model), samples
-        self.steps, self.first_order = maml.inner_steps, maml.first_order
+        self.first_order = maml.first_order
         self.theta = dict(self.model.named_parameters())
+        self.moving = set(maml._adapted())
 
-    def distribution(self, parameters: dict[str, Tensor], x: Tensor) -> Independent:
-        mean, log_std = functional_call(self.model, parameters, (x,))
-        return Independent(Normal(mean, log_std.exp()), 1)
+    def distribution(self, parameters: dict[str, Tensor], x: Tensor) -> Distribution:
+        prediction = functional_call(self.model, parameters, (x,))
+        if isinstance(prediction, Tensor):
+            return Categorical(logits=prediction, validate_args=False)
+        return Independent(Normal(prediction[0], prediction[1].exp(), False), 1, False)
 
     def adapted(self, task: int) -> dict[str, Tensor]:
-        x, y = self.samples.x_spt[task, : LENGTHS[0][task]], one(self.samples.y_spt, task, LENGTHS[0][task])
         phi = dict(self.theta)
-        for _ in range(self.steps):
+        for k, samples in enumerate(self.samples.support):
+            x, y = one(samples, task, 1 + k)
             loss = -(self.distribution(phi, x).log_prob(y.actions) * y.advantages).mean()
-            gradients = torch.autograd.grad(loss, list(phi.values()), create_graph=not self.first_order)
-            phi = {name: phi[name] - RATE * g for name, g in zip(phi, gradients, strict=True)}
+            names = [name for name in phi if name in self.moving]
+            gradients = torch.autograd.grad(loss, [phi[n] for n in names], create_graph=not self.first_order)
+            phi |= {name: phi[name] - RATES[k] * g for name, g in zip(names, gradients, strict=True)}
         return phi
 
-    def policies(self) -> list[Independent]:
-        return [self.distribution(self.adapted(t), self.samples.x_qry[t, : LENGTHS[1][t]]) for t in range(TASKS)]
+    def query(self, task: int) -> Samples:
+        return one(self.samples.query, task, 0)
+
+    def policies(self) -> list[Distribution]:
+        return [self.distribution(self.adapted(task), self.query(task)[0]) for task in range(TASKS)]
 
     def surrogate(self) -> Tensor:
         losses = []
         for task, policy in enumerate(self.policies()):
-            y = one(self.samples.y_qry, task, LENGTHS[1][task])
+            y = self.query(task)[1]
             losses.append(-((policy.log_prob(y.actions) - y.old_log_probs).exp() * y.advantages).mean())
         return torch.stack(losses).mean()
 
-    def kl(self, old: list[Independent]) -> Tensor:
+    def kl(self, old: list[Distribution]) -> Tensor:
         pairs = zip(old, self.policies(), strict=True)
         return torch.stack([kl_divergence(before, after).mean() for before, after in pairs]).mean()
 
-    def detached(self) -> list[Independent]:
-        return [Independent(Normal(p.mean.detach(), p.stddev.detach()), 1) for p in self.policies()]
+    def detached(self) -> list[Distribution]:
+        def one(p) -> Distribution:
+            if isinstance(p, Categorical):
+                return Categorical(logits=p.logits.detach())
+            return Independent(Normal(p.mean.detach(), p.stddev.detach()), 1)
+
+        return [one(p) for p in self.policies()]
 
     def flat(self, values) -> Tensor:
         return torch.cat([value.reshape(-1) for value in values])
@@ -92,7 +130,7 @@ class Oracle:
     def gradient(self) -> Tensor:
         return self.flat(torch.autograd.grad(self.surrogate(), list(self.theta.values()))).detach()
 
-    def fisher(self, old: list[Independent], v: Tensor) -> Tensor:
+    def fisher(self, old: list[Distribution], v: Tensor) -> Tensor:
         theta = list(self.theta.values())
         g = self.flat(torch.autograd.grad(self.kl(old), theta, create_graph=True))
         return self.flat(torch.autograd.grad(g @ v, theta)).detach()
@@ -133,31 +171,55 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("first_order", [False, True])
-@pytest.mark.parametrize("steps", [0, 1])
-def test_gradient_and_fisher_product(backend: str, steps: int, first_order: bool) -> None:
-    maml, samples = make(backend, steps, first_order), batch()
-    oracle = Oracle(maml, samples)
-    loss = maml(*samples).loss
-    gradients = torch.autograd.grad(loss, list(maml.model.parameters()))
-    assert float(loss.detach()) == pytest.approx(float(oracle.surrogate().detach()), rel=1e-10)
-    assert relative(torch.cat([g.reshape(-1) for g in gradients]), oracle.gradient()) < 1e-9
-    generator = Generator().manual_seed(2)
-    v = {name: torch.randn(p.shape, dtype=p.dtype, generator=generator) for name, p in maml.model.named_parameters()}
-    found = maml.fisher_vector_product(samples.x_spt, samples.y_spt, samples.x_qry, v, weights=samples.y_qry.weights)
-    expected = oracle.fisher(oracle.detached(), oracle.flat(v.values()))
-    assert relative(oracle.flat(found.values()), expected) < 1e-9
+STEPS = pytest.mark.parametrize("steps", [0, 1, 2, 3])
+FIRST_ORDER = pytest.mark.parametrize("first_order", [False, True])
 
 
-@pytest.mark.parametrize("first_order", [False, True])
-@pytest.mark.parametrize("steps", [0, 1])
-@pytest.mark.parametrize("max_kl", [1e-2, 1.0])
-def test_a_whole_trpo_step(backend: str, steps: int, first_order: bool, max_kl: float) -> None:
-    maml, samples = make(backend, steps, first_order), batch()
+def check_gradient_and_fisher_product(maml: FusedMAML, samples: MetaSamples) -> None:
+    oracle, now = Oracle(maml, samples), adapted(maml, samples)
+    losses, gradient = now.surrogate_and_gradient(samples.query[1])
+    assert float(losses.mean()) == pytest.approx(float(oracle.surrogate().detach()), rel=1e-10)
+    assert relative(oracle.flat(gradient.values()), oracle.gradient()) < 1e-9
+    generator, product = Generator().manual_seed(2), now.fisher()
+    for _ in range(2):
+        v = {n: torch.randn(p.shape, dtype=p.dtype, generator=generator) for n, p in maml.model.named_parameters()}
+        expected = oracle.fisher(oracle.detached(), oracle.flat(v.values()))
+        assert relative(oracle.flat(product(v).values()), expected) < 1e-9
+
+
+@FIRST_ORDER
+@STEPS
+def test_gradient_and_fisher_product(backend: str, kind: str, steps: int, first_order: bool) -> None:
+    check_gradient_and_fisher_product(make(backend, kind, steps, first_order=first_order), batch(kind, steps))
+
+
+@pytest.mark.parametrize("part", [["log_std"], ["layers.4.weight", "layers.4.bias"]], ids=str)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_policy_of_which_a_part_adapts(backend: str, steps: int, part: list[str]) -> None:
+    check_gradient_and_fisher_product(make(backend, steps=steps, adapt_params=part), batch(steps=steps))
+
+
+def test_steps_on_one_set_are_the_fused_inner_loop(backend: str, kind: str) -> None:
+    """Where every step sees the same set, the chain is what FusedMAML computes in one pass."""
+    maml, samples = make(backend, kind, 3), batch(kind, 1)
+    now = adapted(maml, samples._replace(support=3 * samples.support))
+    _, gradient = now.surrogate_and_gradient(samples.query[1])
+    maml(*samples.support[0], *samples.query).loss.backward()
+    assert all(relative(gradient[name], p.grad) < 1e-10 for name, p in maml.model.named_parameters())
+    v = {name: torch.ones_like(p) for name, p in maml.model.named_parameters()}
+    expected = maml.fisher(*samples.support[0], samples.query[0], weights=samples.query[1].weights)(v)
+    assert all(relative(product, expected[name]) < 1e-10 for name, product in now.fisher()(v).items())
+
+
+@pytest.mark.parametrize(
+    ("steps", "first_order", "max_kl"),
+    [(0, False, 1e-2), (1, False, 1e-2), (1, True, 1e-2), (1, False, 1.0), (2, False, 1e-2), (3, False, 1e-2)],
+)
+def test_a_whole_trpo_step(backend: str, kind: str, steps: int, first_order: bool, max_kl: float) -> None:
+    maml, samples = make(backend, kind, steps, first_order=first_order), batch(kind, steps)
     oracle, start = Oracle(maml, samples), values(maml)
-    # So few samples leave most of the Fisher matrix zero, and without damping conjugate gradients magnify rounding.
-    step = trpo(maml, samples, max_kl, 1e-2)
-    before, after, kl = oracle.trpo(max_kl, 1e-2)
+    step = trpo(maml, samples, max_kl, DAMPING)
+    before, after, kl = oracle.trpo(max_kl, DAMPING)
     moved = torch.cat([p.detach().reshape(-1) for p in oracle.theta.values()]) - start
     assert step.accepted
     assert step.surrogate_after < step.surrogate_before
@@ -166,21 +228,49 @@ def test_a_whole_trpo_step(backend: str, steps: int, first_order: bool, max_kl: 
     assert (step.surrogate_before, step.surrogate_after, step.kl) == pytest.approx((before, after, kl), rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("steps", "given", "words"),
+    [
+        (2, {}, "support must hold one set for each inner step, which are 2, got 1"),
+        (1, {"query_weights": [0.5, 0.5]}, "query_weights must be None in an outer step of a policy, got some"),
+        (1, {"inner_lr": nn.Parameter(torch.tensor(0.1).double())}, "inner_lr must be fixed in an outer step"),
+    ],
+    ids=["support", "query_weights", "inner_lr"],
+)
+def test_what_an_outer_step_would_leave_out_is_refused(backend: str, steps: int, given: dict, words: str) -> None:
+    options = {"inner_lr": 0.1, "loss": LOSSES["gaussian"], "backend": backend} | given
+    maml = FusedMAML(policy("gaussian"), inner_steps=steps, **options)
+    start = values(maml)
+    with pytest.raises(ValueError, match=words):
+        trpo(maml, batch(), 0.01, 1e-5)
+    assert torch.equal(values(maml), start)
+
+
+def test_slots_for_each_step_are_refused_where_the_sets_differ() -> None:
+    layers = nn.Linear(3, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, CHOICES)
+    maml = FusedMAML(nn.Sequential(*layers).double(), 0.1, 2, loss=LOSSES["categorical"], batch_norm="per_step")
+    with pytest.raises(ValueError, match="batch_norm must not be per_step where each inner step has a support set"):
+        trpo(maml, batch("categorical", 2), 0.01, 1e-5)
+
+
 def test_a_step_that_nothing_accepts_leaves_the_policy_as_it_was(backend: str) -> None:
     maml, samples = make(backend), batch()
     start = values(maml)
-    y = samples.y_qry._replace(advantages=torch.zeros_like(samples.y_qry.advantages))
-    step = trpo(maml, samples._replace(y_qry=y), 0.01, 1e-5)  # no advantage, no gradient
+    x, y = samples.query
+    none = y._replace(advantages=torch.zeros_like(y.advantages))
+    step = trpo(maml, samples._replace(query=(x, none)), 0.01, 1e-5)  # no advantage, no gradient
     assert not step.accepted
     assert step.kl == 0
     assert torch.equal(values(maml), start)
 
 
-def test_what_is_not_finite_is_refused_naming_the_task(backend: str) -> None:
-    maml, samples = make(backend), batch()
-    start, advantages = values(maml), samples.y_qry.advantages.clone()
+@pytest.mark.parametrize("steps", [1, 2])
+def test_what_is_not_finite_is_refused_naming_the_task(backend: str, steps: int) -> None:
+    maml, samples = make(backend, steps=steps), batch(steps=steps)
+    x, y = samples.query
+    start, advantages = values(maml), y.advantages.clone()
     advantages[1, 0] = float("inf")
-    broken = samples._replace(y_qry=samples.y_qry._replace(advantages=advantages))
+    broken = samples._replace(query=(x, y._replace(advantages=advantages)))
     optimizer = torch.optim.Adam(maml.parameters(), lr=1e-3)
     for step in (lambda: trpo(maml, broken, 0.01, 1e-5), lambda: vpg(maml, broken, optimizer)):
         with pytest.raises(ValueError, match=r"the surrogate must be finite, got -?(inf|nan) in task 1"):
@@ -197,15 +287,16 @@ def test_vpg_is_adam_on_the_meta_gradient(backend: str) -> None:
     torch.testing.assert_close(values(maml) - start, -1e-3 * g / (g.abs() + 1e-8), rtol=1e-6, atol=1e-12)
 
 
-def test_clipped_steps_follow_ppos_own_loss(backend: str) -> None:
-    maml, samples = make(backend), batch()
+@pytest.mark.parametrize("steps", [1, 2])
+def test_clipped_steps_follow_ppos_own_loss(backend: str, steps: int) -> None:
+    maml, samples = make(backend, steps=steps), batch(steps=steps)
     oracle, optimizer = Oracle(maml, samples), torch.optim.SGD(maml.parameters(), lr=0.5)
     clipped(maml, samples, optimizer, epochs=3, clip=0.2)
     theta = list(oracle.theta.values())
     for _ in range(3):
         losses = []
         for task, policy in enumerate(oracle.policies()):
-            y = one(samples.y_qry, task, LENGTHS[1][task])
+            y = oracle.query(task)[1]
             r = (policy.log_prob(y.actions) - y.old_log_probs).exp()
             losses.append(-torch.minimum(r * y.advantages, r.clamp(0.8, 1.2) * y.advantages).mean())
         gradients = torch.autograd.grad(torch.stack(losses).mean(), theta)

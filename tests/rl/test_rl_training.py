@@ -10,11 +10,15 @@ import torch
 
 from maml_cuda.cli import main
 from maml_cuda.rl import plots, render
+from maml_cuda.rl.adaptation import evaluate_returns
+from maml_cuda.rl.clock import Clock
+from maml_cuda.rl.environments import make_environment
 from maml_cuda.rl.locomotion import Locomotion
 from maml_cuda.rl.navigation import Navigation
+from maml_cuda.rl.outer import OuterStep
 from maml_cuda.rl.report import finish, load_run, table
 from maml_cuda.rl.settings import RL_JOBS, RLSettings, new_rl_settings
-from maml_cuda.rl.training import RLTraining, make_policy
+from maml_cuda.rl.training import RLTraining, make_policy, make_rl_generator
 from maml_cuda.train import resumed_settings
 
 TINY = {
@@ -71,6 +75,8 @@ def rows(run: Path) -> list[dict[str, str]]:
         {"outer": "vpg"},
         {"outer": "clipped", "epochs": 2},
         {"first_order": True},
+        {"inner_steps": 2},
+        {"inner_steps": 3, "outer": "clipped", "rate_decay": 1.0},
         {"baseline": "pretrained"},
         {"baseline": "oracle", "outer": "vpg"},
         {"job": "ant-goal", "horizon": 3},
@@ -228,6 +234,37 @@ def test_the_output_layer_starts_scaled(scale: float) -> None:
         assert torch.equal(value, expected * (scale if name == "model.layers.4.weight" else 1)), name
 
 
+def test_deviations_start_as_they_are_given() -> None:
+    found = make_policy(tiny(start_std=0.35)).model.log_std.exp()
+    torch.testing.assert_close(found, torch.full((2,), 0.35))
+
+
+@pytest.mark.parametrize(("given", "steps"), [({}, 2), ({"baseline": "pretrained"}, 0), ({"test_steps": 1}, 1)])
+def test_validation_is_the_mean_over_the_steps_of_the_test(tmp_path, capsys, given: dict, steps: int) -> None:
+    settings = tiny(iterations=2, **given)
+    trained(tmp_path, settings)
+    generator, environment = make_rl_generator(settings, "validation"), make_environment(settings.job)
+    maml, tasks = load_run(tmp_path, "last")[0], settings.validation_tasks
+    returns = evaluate_returns(maml, environment, settings, generator, Clock(), tasks, steps).mean(1)
+    assert len(returns) == steps + 1
+    assert float(rows(tmp_path)[-1]["validation"]) == pytest.approx(float(returns[min(1, steps) :].mean()), rel=1e-5)
+    assert f"after 0 to {steps} steps" in capsys.readouterr().out
+
+
+def test_each_inner_step_has_its_own_rate_and_episodes(tmp_path, monkeypatch) -> None:
+    settings, seen = tiny(inner_steps=3), []
+    assert make_policy(settings).inner_lr.tolist() == [0.5, 0.25, 0.125]
+    assert [settings.rate(step) for step in range(4)] == [0.5, 0.25, 0.125, 0.0625]
+    monkeypatch.setattr(RLTraining, "_outer", lambda self, batch: seen.append(batch) or OuterStep(0.0, 0.0, 0.0, True))
+    RLTraining(tmp_path, settings)._step(True)
+    (batch,) = seen
+    sets = [*batch.support, batch.query]
+    assert len(sets) == 4
+    assert [y.old_log_probs is None for _, y in sets] == [True, True, True, False]
+    drawn = [y.actions[:, :5].flatten().tolist() for _, y in sets]
+    assert all(a != b for index, a in enumerate(drawn) for b in drawn[:index])
+
+
 def test_a_label_stands_in_the_plot_as_it_is(tmp_path, monkeypatch) -> None:
     figures = []
     monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
@@ -257,7 +294,9 @@ def test_a_random_policy_stays_untrained_when_resumed(tmp_path) -> None:
     [
         ({"episodes": 0}, "episodes must be at least 1, got 0"),
         ({"inner_lr": -0.1}, "inner_lr must be a positive number, got -0.1"),
-        ({"inner_steps": 2}, "inner_steps must be 0 or 1 in training, as in the paper, got 2"),
+        ({"inner_steps": 11}, "inner_steps must be 0 to 10, got 11"),
+        ({"rate_decay": 1.5}, "rate_decay must be at most 1, got 1.5"),
+        ({"start_std": 0.0}, "start_std must be a positive number, got 0.0"),
         ({"outer": "sgd"}, "outer must be one of trpo, vpg, clipped, got 'sgd'"),
         ({"baseline": "best"}, "baseline must be one of none, pretrained, random, oracle, got 'best'"),
         ({"discount": 1.5}, "discount must be at most 1, got 1.5"),
