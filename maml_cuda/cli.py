@@ -267,6 +267,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("inner loop: adaptation to one task")
     _setting(group, "--inner-lr", "inner learning rate, on the mean loss of the support set")
     _setting(group, "--inner-steps", "gradient steps in training (policies: each on fresh episodes)")
+    _setting(group, "--every-step", "policies: the return after every inner step counts, not after the last alone")
     _setting(group, "--rate-decay", "policies: each step's rate is so many times that of the step before, in test too")
     _setting(group, "--learn-inner-lr", "learn rates from --inner-lr on: one a step, a layer and step, or an element")
     _setting(group, "--adapted", "what the inner loop changes: all, all but BatchNorm's affine maps, the last layer")

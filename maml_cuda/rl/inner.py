@@ -25,26 +25,29 @@ class MetaSamples(NamedTuple):
     """What an outer step learns from."""
 
     support: tuple[Samples, ...]  # score form; set k drawn by the policies after k inner steps
-    query: Samples  # likelihood-ratio form, drawn by the policies after all of them
+    # Likelihood-ratio form; the last set drawn by the policies after all inner steps, the one before it by those after
+    # all but one, and so on. The objective is the mean over these sets.
+    query: tuple[Samples, ...]
 
 
 class Adapted(Protocol):
     """The adapted policies at the parameters as they are when this is made."""
 
-    def policies(self) -> Policy:
-        """Each task's own on its own query states."""
+    def policies(self) -> list[Policy]:
+        """On the states of each query set, each task's own."""
 
-    def surrogate_and_gradient(self, y: PolicyTarget) -> tuple[Tensor, Vector]:
-        """The loss of each task on the query states [tasks], and the meta-gradient of their mean."""
+    def surrogate_and_gradient(self, targets: Sequence[PolicyTarget]) -> tuple[Tensor, Vector]:
+        """The loss of each task on the query sets' states with these targets, [tasks], and the meta-gradient of their
+        mean."""
 
     def fisher(self) -> Callable[[Vector], Vector]:
-        """``FusedMAML.fisher`` on the query states."""
+        """``FusedMAML.fisher`` on the states of the query sets."""
 
 
 def adapted(maml: FusedMAML, samples: MetaSamples) -> Adapted:
     """ValueError where there is not one support set for each inner step, or where something would be left out: the
     gradient of learned rates, query_weights, and with several steps BatchNorm with slots."""
-    _check(maml, samples.support)
+    _check(maml, samples)
     return OneStep(maml, samples) if maml.inner_steps <= 1 else SeveralSteps(maml, samples)
 
 
@@ -53,15 +56,16 @@ class OneStep:
 
     def __init__(self, maml: FusedMAML, samples: MetaSamples) -> None:
         self._maml = maml
-        self._support = samples.support[0] if samples.support else samples.query  # of no step it does not matter
-        self._x, self._weights = samples.query[0], samples.query[1].weights
+        ((self._x, y),) = samples.query
+        self._support = samples.support[0] if samples.support else (self._x, y)  # of no step it does not matter
+        self._weights = y.weights
 
     @torch.no_grad()
-    def policies(self) -> Policy:
-        return self._maml.predict(self._maml.adapt(*self._support), self._x)  # type: ignore[no-any-return]
+    def policies(self) -> list[Policy]:
+        return [self._maml.predict(self._maml.adapt(*self._support), self._x)]
 
-    def surrogate_and_gradient(self, y: PolicyTarget) -> tuple[Tensor, Vector]:
-        out = self._maml(*self._support, self._x, y)
+    def surrogate_and_gradient(self, targets: Sequence[PolicyTarget]) -> tuple[Tensor, Vector]:
+        out = self._maml(*self._support, self._x, *targets)
         theta = {name: p for name, p in self._maml.model.named_parameters() if p.requires_grad}
         gradient = torch.autograd.grad(out.loss, list(theta.values()))
         return out.task_losses, dict(zip(theta, gradient, strict=True))
@@ -74,46 +78,57 @@ class SeveralSteps:
     """Several inner steps, each on a support set of its own."""
 
     def __init__(self, maml: FusedMAML, samples: MetaSamples) -> None:
-        self._maml = maml
-        self._x, self._weights = samples.query[0], samples.query[1].weights
+        self._maml, self._support = maml, samples.support
         alphas = maml._rates().items()
-        rates = [{name: alpha.at(step) for name, alpha in alphas} for step in range(maml.inner_steps)]
-        self._steps: list[tuple[Vector, Samples, Rates]] = []  # phi_k, its support set, alpha_k
-        phi = unadapted(maml, len(self._x))
-        for support, rate in zip(samples.support, rates, strict=True):
-            self._steps.append((phi, support, rate))
-            phi = descend(maml, phi, *support, rate)
-        self._phi = phi
+        self._rates = [{name: alpha.at(step) for name, alpha in alphas} for step in range(maml.inner_steps)]
+        self._phi = [unadapted(maml, len(samples.query[0][0]))]  # after 0, 1, ... steps
+        for support, rates in zip(self._support, self._rates, strict=True):
+            self._phi.append(descend(maml, self._phi[-1], *support, rates))
+        self._query = dict(zip(range(maml.inner_steps, 0, -1), reversed(samples.query), strict=False))  # by step
 
     @torch.no_grad()
-    def policies(self) -> Policy:
-        return self._maml.predict(self._phi, self._x)  # type: ignore[no-any-return]
+    def policies(self) -> list[Policy]:
+        return [self._maml.predict(self._phi[k], self._query[k][0]) for k in sorted(self._query)]
 
-    def surrogate_and_gradient(self, y: PolicyTarget) -> tuple[Tensor, Vector]:
-        losses, gradient = self._maml.loss_and_grad(self._phi, self._x, y)
-        return losses, self._pulled_back(gradient)
+    def surrogate_and_gradient(self, targets: Sequence[PolicyTarget]) -> tuple[Tensor, Vector]:
+        found = {
+            k: self._maml.loss_and_grad(self._phi[k], self._query[k][0], y)
+            for k, y in zip(sorted(self._query), targets, strict=True)
+        }
+        losses = torch.stack([losses for losses, _ in found.values()]).mean(0)
+        return losses, self._pulled_back({k: gradient for k, (_, gradient) in found.items()})
 
     def fisher(self) -> Callable[[Vector], Vector]:
-        """``v -> J^T F J v``: J forwards through the chain, ``u_{k+1} = u_k - alpha_k H(phi_k; set k) u_k``, the Fisher
-        matrix of the adapted policies, and J^T backwards."""
-        states = fisher_samples(self.policies(), self._x, self._weights)
+        """``v -> J^T F J v`` of each query set: J forwards through the chain, ``u_{k+1} = u_k - alpha_k H(phi_k; set k)
+        u_k``, the Fisher matrix of the adapted policies, and J^T backwards."""
+        states = {
+            k: fisher_samples(policy, self._query[k][0], self._query[k][1].weights)
+            for k, policy in zip(sorted(self._query), self.policies(), strict=True)
+        }
 
         def product(v: Vector) -> Vector:
-            u = {name: direction.expand(len(self._x), *direction.shape) for name, direction in v.items()}
-            if not self._maml.first_order:
-                for phi, support, rates in self._steps:
-                    u = _descended(u, self._maml.hvp(phi, *support, u), rates)
-            return self._pulled_back(self._maml.hvp(self._phi, *states, u))
+            u = {name: direction.expand(len(self._phi[0][name]), *direction.shape) for name, direction in v.items()}
+            cotangents = {}
+            for k, phi in enumerate(self._phi):
+                if k in states:
+                    cotangents[k] = self._maml.hvp(phi, *states[k], u)
+                if k < len(self._support) and not self._maml.first_order:
+                    u = _descended(u, self._maml.hvp(phi, *self._support[k], u), self._rates[k])
+            return self._pulled_back(cotangents)
 
         return product
 
-    def _pulled_back(self, v: Vector) -> Vector:
-        """The mean over tasks of ``J^T v``."""
-        if not self._maml.first_order:
-            for phi, support, rates in reversed(self._steps):
-                product = self._maml.hvp(phi, *support, {name: rate * v[name] for name, rate in rates.items()})
+    def _pulled_back(self, cotangents: Mapping[int, Vector]) -> Vector:
+        """The mean over tasks and query sets of ``J^T`` times the cotangent of phi_k, by k."""
+        v = cotangents[len(self._support)]
+        for k in reversed(range(len(self._support))):
+            if not self._maml.first_order:
+                stepped = {name: rate * v[name] for name, rate in self._rates[k].items()}
+                product = self._maml.hvp(self._phi[k], *self._support[k], stepped)
                 v = {name: v[name] - product[name] for name in v}
-        return {name: cotangent.mean(0) for name, cotangent in v.items()}
+            if k in cotangents:
+                v = {name: v[name] + cotangents[k][name] for name in v}
+        return {name: cotangent.mean(0) / len(cotangents) for name, cotangent in v.items()}
 
 
 def unadapted(maml: FusedMAML, tasks: int) -> Vector:
@@ -155,10 +170,12 @@ def fisher_samples(policy: Policy, x: Tensor, weights: Tensor | None) -> Samples
     return x.repeat_interleave(count, 1), PolicyTarget(actions.flatten(1, 2), chances.flatten(1), None, shares)
 
 
-def _check(maml: FusedMAML, support: Sequence[Samples]) -> None:
-    steps = maml.inner_steps
-    if len(support) != steps:
-        raise ValueError(f"support must hold one set for each inner step, which are {steps}, got {len(support)}")
+def _check(maml: FusedMAML, samples: MetaSamples) -> None:
+    steps, sets, queries = maml.inner_steps, len(samples.support), len(samples.query)
+    if sets != steps:
+        raise ValueError(f"support must hold one set for each inner step, which are {steps}, got {sets}")
+    if not 1 <= queries <= max(steps, 1):
+        raise ValueError(f"query must hold 1 to {max(steps, 1)} sets, one for each inner step at most, got {queries}")
     if maml.query_weights is not None:
         raise ValueError("query_weights must be None in an outer step of a policy, got some")
     rates = [rate.value for rate in maml._rates().values()]

@@ -8,7 +8,7 @@ The line search only runs forward passes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ def trpo(maml: FusedMAML, samples: MetaSamples, max_kl: float, damping: float) -
     """
     parameters = _parameters(maml)
     now = adapted(maml, samples)
-    before, gradient = _surrogate_and_gradient(now, samples.query[1])
+    before, gradient = _surrogate_and_gradient(now, [y for _, y in samples.query])
     fisher = now.fisher()
 
     def damped_fisher(v: Vector) -> Vector:
@@ -71,7 +71,7 @@ def vpg(maml: FusedMAML, samples: MetaSamples, optimizer: torch.optim.Optimizer)
     """One step of the optimizer along the meta-gradient (REINFORCE: at the policy that acted, the ratio is 1)."""
     now = adapted(maml, samples)
     old = now.policies()
-    before, gradient = _surrogate_and_gradient(now, samples.query[1])
+    before, gradient = _surrogate_and_gradient(now, [y for _, y in samples.query])
     _optimize(maml, optimizer, gradient)
     new = adapted(maml, samples).policies()
     return OuterStep(before, _surrogate(new, samples), _mean_kl(old, new, samples), True)
@@ -86,22 +86,25 @@ def clipped(
     Where ``min(r A, clip(r) A)`` is the clipped one a sample's gradient is zero, and otherwise that of ``r A``: so each
     epoch is the fused likelihood-ratio loss with the advantages of clipped samples set to 0.
     """
-    y = samples.query[1]
-    assert y.old_log_probs is not None
-    old, first = None, 0.0
+    old: list[Policy] = []
+    first = 0.0
     for epoch in range(epochs):
         now = adapted(maml, samples)
-        policy = now.policies()
-        ratio = (policies.log_prob(policy, y.actions) - y.old_log_probs).exp()
-        is_clipped = torch.where(y.advantages > 0, ratio > 1 + clip, ratio < 1 - clip)
-        kept = y._replace(advantages=y.advantages.masked_fill(is_clipped, 0))
+        found = now.policies()
+        kept = [_kept(policy, y, clip) for policy, (_, y) in zip(found, samples.query, strict=True)]
         loss, gradient = _surrogate_and_gradient(now, kept)
         if epoch == 0:
-            old, first = policy, loss
+            old, first = found, loss
         _optimize(maml, optimizer, gradient)
-    assert old is not None
     new = adapted(maml, samples).policies()
     return OuterStep(first, _surrogate(new, samples), _mean_kl(old, new, samples), True)
+
+
+def _kept(policy: Policy, y: PolicyTarget, clip: float) -> PolicyTarget:
+    """y without the advantages of clipped samples."""
+    ratio = _ratio(policy, y)
+    is_clipped = torch.where(y.advantages > 0, ratio > 1 + clip, ratio < 1 - clip)
+    return y._replace(advantages=y.advantages.masked_fill(is_clipped, 0))
 
 
 def conjugate_gradients(product: Callable[[Vector], Vector], b: Vector, iterations: int = CG_ITERATIONS) -> Vector:
@@ -144,9 +147,9 @@ def _assign(parameters: Mapping[str, Tensor], start: Vector, step: Vector, facto
         parameter.copy_(start[name] + factor * step[name])
 
 
-def _surrogate_and_gradient(now: Adapted, y: PolicyTarget) -> tuple[float, Vector]:
+def _surrogate_and_gradient(now: Adapted, targets: Sequence[PolicyTarget]) -> tuple[float, Vector]:
     """ValueError where one of them is not finite."""
-    losses, gradient = now.surrogate_and_gradient(y)
+    losses, gradient = now.surrogate_and_gradient(targets)
     broken = ~losses.isfinite()
     if broken.any():
         task = int(broken.nonzero()[0])
@@ -163,14 +166,21 @@ def _optimize(maml: FusedMAML, optimizer: torch.optim.Optimizer, gradient: Vecto
     optimizer.zero_grad()
 
 
-def _surrogate(policy: Policy, samples: MetaSamples) -> float:
-    y = samples.query[1]
+def _surrogate(found: Sequence[Policy], samples: MetaSamples) -> float:
+    pairs = zip(found, samples.query, strict=True)
+    losses = [-_task_mean(_ratio(policy, y) * y.advantages, y.weights) for policy, (_, y) in pairs]
+    return sum(losses) / len(losses)
+
+
+def _mean_kl(old: Sequence[Policy], new: Sequence[Policy], samples: MetaSamples) -> float:
+    triples = zip(old, new, samples.query, strict=True)
+    means = [_task_mean(policies.kl_divergence(before, after), y.weights) for before, after, (_, y) in triples]
+    return sum(means) / len(means)
+
+
+def _ratio(policy: Policy, y: PolicyTarget) -> Tensor:
     assert y.old_log_probs is not None
-    return -_task_mean((policies.log_prob(policy, y.actions) - y.old_log_probs).exp() * y.advantages, y.weights)
-
-
-def _mean_kl(old: Policy, new: Policy, samples: MetaSamples) -> float:
-    return _task_mean(policies.kl_divergence(old, new), samples.query[1].weights)
+    return (policies.log_prob(policy, y.actions) - y.old_log_probs).exp()
 
 
 def _task_mean(values: Tensor, weights: Tensor | None) -> float:

@@ -22,6 +22,7 @@ class RLSettings:
     iterations: int
     meta_batch: int  # tasks a meta-iteration
     inner_steps: int = 1  # in training, each on fresh episodes
+    every_step: bool = False  # the outer step counts the return after every inner step, not after the last alone
     rate_decay: float = 0.5  # each inner step's rate is this times the one before's, in training and in test
     outer: str = "trpo"
     max_kl: float = 0.01  # of TRPO
@@ -88,8 +89,9 @@ class RLSettings:
 # (docs/reinforcement_learning.md).
 # Navigation is tested on twice the samples that it trains on, as the authors' script does.
 NAVIGATION = RLSettings(
-    job="navigation", episodes=20, horizon=100, inner_lr=0.5, iterations=100, meta_batch=20, test_episodes=40
-)
+    job="navigation", episodes=20, horizon=100, inner_lr=0.5, iterations=100, meta_batch=20, test_episodes=40,
+    outer="clipped", clip=0.3, meta_lr=2e-3, start_std=0.5,
+)  # fmt: skip
 ANT = RLSettings(job="ant-velocity", episodes=20, horizon=200, inner_lr=0.1, iterations=500, meta_batch=40)
 # The half-cheetah's are not the paper's, with which nothing was learned in the time that it learns in now:
 # docs/reinforcement_learning.md says what each is for.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, nn
 from tqdm import tqdm
 
 from maml_cuda import FusedMAML
@@ -87,16 +87,23 @@ class RLTraining(Training):
         settings, clock = self.settings, self.clock
         goals = self.environment.sample_goals(settings.meta_batch, self.generator)
         fast = unadapted(self.maml, len(goals))
-        sets, returns = [], []
-        for k in range(settings.inner_steps + 1):
-            mean, x, y = self._sample(goals, fast, ratio=k == settings.inner_steps)
-            sets.append((x, y))
-            returns.append(mean)
-            if k < settings.inner_steps:
-                with clock.on("gradient"):
-                    fast = descend(self.maml, fast, x, y, dict.fromkeys(fast, settings.rate(k)))
+        last = settings.inner_steps
+        support, query, returns = [], [], []
+        for k in range(last + 1):
+            episodes = sample_episodes(
+                self.environment, goals, fast, settings.episodes, settings.horizon, self.generator, clock,
+                tell_goal=settings.tell_goal,
+            )  # fmt: skip
+            returns.append(float(episodes.returns.mean()))
+            with clock.on("gradient"):
+                x, y = samples(episodes, settings.discount, settings.gae_lambda, ratio=True)
+                if k == last or (k > 0 and settings.every_step):
+                    query.append((x, y))
+                if k < last:
+                    support.append((x, y._replace(old_log_probs=None)))
+                    fast = descend(self.maml, fast, *support[-1], dict.fromkeys(fast, settings.rate(k)))
         with clock.on("gradient"):
-            step = self._outer(MetaSamples(tuple(sets[:-1]), sets[-1]))
+            step = self._outer(MetaSamples(tuple(support), tuple(query)))
         std = self.maml.model.log_std.detach().exp().mean()  # type: ignore[operator, union-attr]
         return {
             "before": returns[0],
@@ -106,17 +113,6 @@ class RLTraining(Training):
             "accepted": float(step.accepted),
             "std": float(std),
         }
-
-    def _sample(self, goals: Tensor, fast: dict[str, Tensor], *, ratio: bool) -> tuple[float, Tensor, Any]:
-        """The mean return, and the samples as the loss takes them."""
-        settings = self.settings
-        episodes = sample_episodes(
-            self.environment, goals, fast, settings.episodes, settings.horizon, self.generator, self.clock,
-            tell_goal=settings.tell_goal,
-        )  # fmt: skip
-        with self.clock.on("gradient"):
-            x, y = samples(episodes, settings.discount, settings.gae_lambda, ratio=ratio)
-        return float(episodes.returns.mean()), x, y
 
     def _outer(self, batch: MetaSamples) -> OuterStep:
         settings = self.settings

@@ -63,8 +63,11 @@ def draw(kind: str, index: int, ratio: bool) -> Samples:
     return normal(3), PolicyTarget(actions, normal() * weights, old, weights)
 
 
-def batch(kind: str = "gaussian", steps: int = 1) -> MetaSamples:
-    return MetaSamples(tuple(draw(kind, 1 + k, False) for k in range(steps)), draw(kind, 0, True))
+def batch(kind: str = "gaussian", steps: int = 1, every_step: bool = False) -> MetaSamples:
+    """every_step: the sets that the policies drew after each inner step are query sets, not the last one alone."""
+    support = [draw(kind, 1 + k, False) for k in range(steps)]
+    between = [draw(kind, 1 + k, True) for k in range(1, steps)] if every_step else []
+    return MetaSamples(tuple(support), (*between, draw(kind, 0, True)))
 
 
 def one(samples: Samples, task: int, index: int) -> Samples:
@@ -89,9 +92,9 @@ class Oracle:
             return Categorical(logits=prediction, validate_args=False)
         return Independent(Normal(prediction[0], prediction[1].exp(), False), 1, False)
 
-    def adapted(self, task: int) -> dict[str, Tensor]:
+    def adapted(self, task: int, steps: int) -> dict[str, Tensor]:
         phi = dict(self.theta)
-        for k, samples in enumerate(self.samples.support):
+        for k, samples in enumerate(self.samples.support[:steps]):
             x, y = one(samples, task, 1 + k)
             loss = -(self.distribution(phi, x).log_prob(y.actions) * y.advantages).mean()
             names = [name for name in phi if name in self.moving]
@@ -99,18 +102,21 @@ class Oracle:
             phi |= {name: phi[name] - RATES[k] * g for name, g in zip(names, gradients, strict=True)}
         return phi
 
-    def query(self, task: int) -> Samples:
-        return one(self.samples.query, task, 0)
+    def queries(self) -> list[tuple[Distribution, PolicyTarget]]:
+        """Policy and target on each task's own samples, of each query set in turn."""
+        found, count, steps = [], len(self.samples.query), len(self.samples.support)
+        for back, samples in zip(reversed(range(count)), self.samples.query, strict=True):
+            for task in range(TASKS):
+                x, y = one(samples, task, 0 if back == 0 else 1 + steps - back)
+                found.append((self.distribution(self.adapted(task, steps - back), x), y))
+        return found
 
     def policies(self) -> list[Distribution]:
-        return [self.distribution(self.adapted(task), self.query(task)[0]) for task in range(TASKS)]
+        return [policy for policy, _ in self.queries()]
 
     def surrogate(self) -> Tensor:
-        losses = []
-        for task, policy in enumerate(self.policies()):
-            y = self.query(task)[1]
-            losses.append(-((policy.log_prob(y.actions) - y.old_log_probs).exp() * y.advantages).mean())
-        return torch.stack(losses).mean()
+        ratios = [((policy.log_prob(y.actions) - y.old_log_probs).exp(), y) for policy, y in self.queries()]
+        return -torch.stack([(ratio * y.advantages).mean() for ratio, y in ratios]).mean()
 
     def kl(self, old: list[Distribution]) -> Tensor:
         pairs = zip(old, self.policies(), strict=True)
@@ -177,7 +183,7 @@ FIRST_ORDER = pytest.mark.parametrize("first_order", [False, True])
 
 def check_gradient_and_fisher_product(maml: FusedMAML, samples: MetaSamples) -> None:
     oracle, now = Oracle(maml, samples), adapted(maml, samples)
-    losses, gradient = now.surrogate_and_gradient(samples.query[1])
+    losses, gradient = now.surrogate_and_gradient([y for _, y in samples.query])
     assert float(losses.mean()) == pytest.approx(float(oracle.surrogate().detach()), rel=1e-10)
     assert relative(oracle.flat(gradient.values()), oracle.gradient()) < 1e-9
     generator, product = Generator().manual_seed(2), now.fisher()
@@ -193,6 +199,12 @@ def test_gradient_and_fisher_product(backend: str, kind: str, steps: int, first_
     check_gradient_and_fisher_product(make(backend, kind, steps, first_order=first_order), batch(kind, steps))
 
 
+@FIRST_ORDER
+@pytest.mark.parametrize("steps", [2, 3])
+def test_an_objective_after_every_step(backend: str, kind: str, steps: int, first_order: bool) -> None:
+    check_gradient_and_fisher_product(make(backend, kind, steps, first_order=first_order), batch(kind, steps, True))
+
+
 @pytest.mark.parametrize("part", [["log_std"], ["layers.4.weight", "layers.4.bias"]], ids=str)
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_policy_of_which_a_part_adapts(backend: str, steps: int, part: list[str]) -> None:
@@ -203,20 +215,29 @@ def test_steps_on_one_set_are_the_fused_inner_loop(backend: str, kind: str) -> N
     """Where every step sees the same set, the chain is what FusedMAML computes in one pass."""
     maml, samples = make(backend, kind, 3), batch(kind, 1)
     now = adapted(maml, samples._replace(support=3 * samples.support))
-    _, gradient = now.surrogate_and_gradient(samples.query[1])
-    maml(*samples.support[0], *samples.query).loss.backward()
+    _, gradient = now.surrogate_and_gradient([y for _, y in samples.query])
+    maml(*samples.support[0], *samples.query[0]).loss.backward()
     assert all(relative(gradient[name], p.grad) < 1e-10 for name, p in maml.model.named_parameters())
     v = {name: torch.ones_like(p) for name, p in maml.model.named_parameters()}
-    expected = maml.fisher(*samples.support[0], samples.query[0], weights=samples.query[1].weights)(v)
+    expected = maml.fisher(*samples.support[0], samples.query[0][0], weights=samples.query[0][1].weights)(v)
     assert all(relative(product, expected[name]) < 1e-10 for name, product in now.fisher()(v).items())
 
 
 @pytest.mark.parametrize(
-    ("steps", "first_order", "max_kl"),
-    [(0, False, 1e-2), (1, False, 1e-2), (1, True, 1e-2), (1, False, 1.0), (2, False, 1e-2), (3, False, 1e-2)],
+    ("steps", "first_order", "max_kl", "every_step"),
+    [
+        (0, False, 1e-2, False),
+        (1, False, 1e-2, False),
+        (1, True, 1e-2, False),
+        (1, False, 1.0, False),
+        (2, False, 1e-2, True),
+        (3, False, 1e-2, False),
+    ],
 )
-def test_a_whole_trpo_step(backend: str, kind: str, steps: int, first_order: bool, max_kl: float) -> None:
-    maml, samples = make(backend, kind, steps, first_order=first_order), batch(kind, steps)
+def test_a_whole_trpo_step(
+    backend: str, kind: str, steps: int, first_order: bool, max_kl: float, every_step: bool
+) -> None:
+    maml, samples = make(backend, kind, steps, first_order=first_order), batch(kind, steps, every_step)
     oracle, start = Oracle(maml, samples), values(maml)
     step = trpo(maml, samples, max_kl, DAMPING)
     before, after, kl = oracle.trpo(max_kl, DAMPING)
@@ -243,6 +264,8 @@ def test_what_an_outer_step_would_leave_out_is_refused(backend: str, steps: int,
     start = values(maml)
     with pytest.raises(ValueError, match=words):
         trpo(maml, batch(), 0.01, 1e-5)
+    with pytest.raises(ValueError, match="query must hold 1 to 1 sets, one for each inner step at most, got 2"):
+        trpo(make(backend), batch()._replace(query=2 * batch().query), 0.01, 1e-5)
     assert torch.equal(values(maml), start)
 
 
@@ -256,9 +279,9 @@ def test_slots_for_each_step_are_refused_where_the_sets_differ() -> None:
 def test_a_step_that_nothing_accepts_leaves_the_policy_as_it_was(backend: str) -> None:
     maml, samples = make(backend), batch()
     start = values(maml)
-    x, y = samples.query
+    ((x, y),) = samples.query
     none = y._replace(advantages=torch.zeros_like(y.advantages))
-    step = trpo(maml, samples._replace(query=(x, none)), 0.01, 1e-5)  # no advantage, no gradient
+    step = trpo(maml, samples._replace(query=((x, none),)), 0.01, 1e-5)  # no advantage, no gradient
     assert not step.accepted
     assert step.kl == 0
     assert torch.equal(values(maml), start)
@@ -267,10 +290,10 @@ def test_a_step_that_nothing_accepts_leaves_the_policy_as_it_was(backend: str) -
 @pytest.mark.parametrize("steps", [1, 2])
 def test_what_is_not_finite_is_refused_naming_the_task(backend: str, steps: int) -> None:
     maml, samples = make(backend, steps=steps), batch(steps=steps)
-    x, y = samples.query
+    ((x, y),) = samples.query
     start, advantages = values(maml), y.advantages.clone()
     advantages[1, 0] = float("inf")
-    broken = samples._replace(query=(x, y._replace(advantages=advantages)))
+    broken = samples._replace(query=((x, y._replace(advantages=advantages)),))
     optimizer = torch.optim.Adam(maml.parameters(), lr=1e-3)
     for step in (lambda: trpo(maml, broken, 0.01, 1e-5), lambda: vpg(maml, broken, optimizer)):
         with pytest.raises(ValueError, match=r"the surrogate must be finite, got -?(inf|nan) in task 1"):
@@ -289,14 +312,13 @@ def test_vpg_is_adam_on_the_meta_gradient(backend: str) -> None:
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_clipped_steps_follow_ppos_own_loss(backend: str, steps: int) -> None:
-    maml, samples = make(backend, steps=steps), batch(steps=steps)
+    maml, samples = make(backend, steps=steps), batch(steps=steps, every_step=True)
     oracle, optimizer = Oracle(maml, samples), torch.optim.SGD(maml.parameters(), lr=0.5)
     clipped(maml, samples, optimizer, epochs=3, clip=0.2)
     theta = list(oracle.theta.values())
     for _ in range(3):
         losses = []
-        for task, policy in enumerate(oracle.policies()):
-            y = oracle.query(task)[1]
+        for policy, y in oracle.queries():
             r = (policy.log_prob(y.actions) - y.old_log_probs).exp()
             losses.append(-torch.minimum(r * y.advantages, r.clamp(0.8, 1.2) * y.advantages).mean())
         gradients = torch.autograd.grad(torch.stack(losses).mean(), theta)
