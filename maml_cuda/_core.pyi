@@ -1,7 +1,9 @@
-"""The extension module: plans as dicts (binding.py writes them), tensors as addresses. ops.py is its only caller."""
+"""The extension module: plans as dicts (binding.py writes them); of tensors it reads the addresses alone."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 version: str
 compiler: str
@@ -16,22 +18,22 @@ class Call:
         self,
         tasks: int,
         at_once: int,
+        workspace: Tensor,
+        parameters: Sequence[Tensor],
+        rates: Sequence[Tensor] = ...,
+        support: Sequence[Tensor | None] = ...,
+        query: Sequence[Tensor | None] = ...,
+        task_weights: Tensor | None = ...,
+        query_weights: Tensor | None = ...,
+        losses: Sequence[Tensor | None] = ...,
+        logits: Tensor | None = ...,
+        gradient: Tensor | None = ...,
         *,
-        workspace: int,
-        parameters: Sequence[int],
         parameter_strides: Sequence[int] = ...,
-        rates: Sequence[int] = ...,
-        support: Sequence[int] = ...,
-        query: Sequence[int] = ...,
-        task_weights: int = ...,
-        query_weights: int = ...,
-        given: Sequence[int] = ...,
+        given: Sequence[Tensor | None] = ...,
         given_strides: Sequence[int] = ...,
-        losses: Sequence[int] = ...,
-        logits: int = ...,
-        gradient: int = ...,
-        per_task: Sequence[int] = ...,
-        state: int = ...,
+        per_task: Sequence[Tensor | None] = ...,
+        state: Tensor | None = ...,
         kept: int = ...,
         prepared: bool = ...,
     ) -> None: ...
@@ -92,5 +94,6 @@ class Episodes:
 
 def instruction_sets() -> list[str]: ...
 def cpu_isa() -> str: ...
+def plain_signature(data: tuple[Any, ...], type: type) -> tuple[Any, ...] | None: ...
 def same_items(dicts: list[dict[str, Any]], items: list[Any]) -> bool: ...
 def same_attributes(objects: list[Any], names: tuple[str, ...], values: list[Any]) -> bool: ...

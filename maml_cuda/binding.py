@@ -30,6 +30,7 @@ class Binding:
         log_std: of a model that returns (mean, log_std), in the plan beside each other: "shared" or "rows" (Plan).
         unfit: by the signature of a call's samples, the sentence why no layer fits them, or "".
         on: the type of the model's device.
+        places: of the parameters and learned rates in the flat gradient (unwatched.places).
         plain: whether its parameters are torch's own, no subclass that would want to see what is done with them.
         problems: of meta-steps whose arguments have passed every check, by their signature (unwatched.signature).
     """
@@ -53,6 +54,7 @@ class Binding:
         self.served_by: dict[str, list[str]] = {}
         self.log_std = ""
         self.unfit: dict[tuple, str] = {}
+        self.places: list[unwatched.Place] = []
         self._slots: list[tuple[dict[str, Any], str]] = []  # the plan's parameters and rate tensors
         self._has_gradient: list[bool] = []
         self._all_have_gradient = False
@@ -74,9 +76,11 @@ class Binding:
         # Taken last, as tracing has left them.
         modules = list(model.modules())
         self._dicts = [d for m in modules for d in (m.__dict__, m._modules, m._parameters, m._buffers)]
-        self._items = [part for d in self._dicts for item in d.items() for part in item]
         self._hooks = [getattr(m, hooks) for m in modules for hooks in plan.HOOKS] + list(plan.GLOBAL_HOOKS)
         self._hooked = any(self._hooks)
+        if not self._hooked:  # they must stay empty; where they are not, what is in them may change
+            self._dicts += self._hooks
+        self._items = [part for d in self._dicts for item in d.items() for part in item]
         parameters = list(model.parameters())
         self._tensors = [*parameters, *model.buffers(), *(rate for _, rate in tensors(inner_lr))]
         self._attributes = [getattr(t, name) for t in self._tensors for name in _WATCHED]
@@ -99,7 +103,7 @@ class Binding:
             return False
         if inner_steps != self._inner_steps:
             return False
-        if any(self._hooks) is not self._hooked:
+        if self._hooked and not any(self._hooks):
             return False
         if not _core.same_items(self._dicts, self._items):
             return False
@@ -248,6 +252,7 @@ class Binding:
         self._slots += owners
         self._has_gradient = [d["role"] != "frozen" for d in described] + [t["learned"] for t in tensors]
         self._all_have_gradient = all(self._has_gradient)
+        self.places = unwatched.places(self.with_gradient([owner[key] for owner, key in self._slots]))
         return {"parameters": described, "rate_tensors": tensors}
 
     def _owner_of_rate(self, name: str, rate: Tensor) -> tuple[dict[str, Any], str]:

@@ -66,7 +66,8 @@ class BoundModel(nn.Module):
             _bind_now(self)
             assert self._bound is not None
             return self._bound
-        if self._bound is None or not self._bound.holds(self.model, self.loss, self.inner_lr, self.inner_steps):
+        model: Any = self._modules["model"]  # what self.model finds after a search that ends in an exception
+        if self._bound is None or not self._bound.holds(model, self.loss, self.inner_lr, self.inner_steps):
             self._bound = self._bind()
         return self._bound
 

@@ -70,10 +70,10 @@ class Runner:
             size = self._workspaces[tasks, at_once] = self._core.workspace(tasks, at_once)
         return size
 
-    def run(self, like: Tensor, tasks: int, at_once: int, graphs: bool, addresses: dict[str, Any]) -> None:
+    def run(self, like: Tensor, tasks: int, at_once: int, graphs: bool, *tensors: Any, **more: Any) -> None:
         """Enqueues a call; `graphs`: from its second time on, as the replay of a CUDA graph."""
         workspace = self._allocate(like, tasks, at_once)
-        call = self._make_call(tasks, at_once, workspace=workspace.data_ptr(), **addresses)
+        call = self._make_call(tasks, at_once, workspace, *tensors, **more)
         stream = stream_of(like.device)
         capturing = is_capturing()
         image = self._image(like, stream, capturing)

@@ -36,25 +36,25 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _once(what: str, grads: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+def once(what: str, grads: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
     """The gradients, differentiable in name only where autograd records this backward (create_graph=True)."""
     if not torch.is_grad_enabled():
         return grads
     return list(_Once.apply(len(grads), what, *grads, *inputs))
 
 
-class Attach(torch.autograd.Function):
+class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, flat: Tensor, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(flat)
-        ctx.inputs = inputs  # for shapes and for _once; not their values, which a step may have changed since
+        ctx.inputs = inputs  # for shapes and for once; not their values, which a step may have changed since
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (flat,) = ctx.saved_tensors
         grads = cut(flat.mul(grad), ctx.inputs)
-        return (None, None, *_once("a meta-gradient", grads, [grad, *ctx.inputs]))
+        return (None, None, *once("a meta-gradient", grads, [grad, *ctx.inputs]))
 
 
 LIBRARY.define("attach(Tensor loss, Tensor flat, Tensor[] inputs) -> Tensor")
@@ -62,7 +62,7 @@ LIBRARY.define("attach(Tensor loss, Tensor flat, Tensor[] inputs) -> Tensor")
 
 def _attach(loss: Tensor, flat: Tensor, inputs: list[Tensor]) -> Tensor:
     """`loss`, whose gradient by the concatenation of `inputs` is `flat`."""
-    return Attach.apply(loss, flat, *inputs)
+    return _Attach.apply(loss, flat, *inputs)
 
 
 LIBRARY.impl("attach", _attach, "CompositeImplicitAutograd")
@@ -106,7 +106,7 @@ class _Adapt(torch.autograd.Function):
         has_gradient = [p["role"] != "frozen" for p in described["parameters"]]
         has_gradient += [r["learned"] for r in described["rate_tensors"]]
         wanted = [t for t, yes in zip(tensors, has_gradient, strict=True) if yes]
-        grads = iter(_once("adapt", cut(flat, wanted), [*cotangents[:-1], *wanted]))
+        grads = iter(once("adapt", cut(flat, wanted), [*cotangents[:-1], *wanted]))
         return (None,) * 6 + tuple(next(grads) if yes else None for yes in has_gradient)
 
 
@@ -143,7 +143,7 @@ class _Predict(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         x, *fast = ctx.saved_tensors
         grads = torch.ops.maml_cuda.predict_backward(fast, x, cotangent, ctx.plan)
-        return (None, None, *_once("predict", grads, [cotangent, *fast]))
+        return (None, None, *once("predict", grads, [cotangent, *fast]))
 
 
 LIBRARY.define("predict(Tensor[] fast, Tensor x, str plan) -> Tensor")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks, targets
-from .problems import Problem, addresses, cut, dense, parsed, problem_of
+from .problems import Problem, cut, dense, parsed, problem_of
 
 
 class FisherProducts:
@@ -52,16 +52,10 @@ class FisherProducts:
         flat = x_spt.new_empty(sum(t.numel() for t in v))
         rest = iter(v)
         given = [None if frozen else next(rest) for frozen in self.frozen]
-        state = {"state": self.state.data_ptr(), "kept": self.kept, "prepared": prepared} if self.kept else {}
+        state = {"state": self.state, "kept": self.kept, "prepared": prepared} if self.kept else {}
         self.problem.run(
-            x_spt, x_spt.shape[0],
-            parameters=addresses(parameters),
-            rates=addresses(rates),
-            support=addresses(support),
-            query=addresses(query),
-            given=addresses(given),
-            given_strides=[0] * len(given),  # one for all tasks
-            gradient=flat.data_ptr(),
+            x_spt, x_spt.shape[0], parameters, rates, support, query, gradient=flat,
+            given=given, given_strides=[0] * len(given),  # one for all tasks
             **state,
         )  # fmt: skip
         self.versions = versions

@@ -235,21 +235,21 @@ class FusedMAML(TrustRegion):
         self._look_at_labels(binding, x_spt, y_spt=y_spt, y_qry=y_qry)
         parameters, rates = binding.tensors()
         gradient = torch.is_grad_enabled()
-        attach: Callable[..., Tensor] = torch.ops.maml_cuda.attach
         if problem is not None and all(map(unwatched.is_plain, rates)):
-            attach = unwatched.attached
             data = x_spt, cast(Tensor, y_spt), x_qry, cast(Tensor, y_qry)
             loss, task_losses, logits, support_losses, flat = unwatched.meta_step(
                 problem, parameters, rates, data, task_weights, self.inner_steps, gradient
             )
+            if gradient:
+                loss = unwatched.attached(loss, flat, binding.with_gradient(parameters + rates), binding.places)
         else:
             weights, query_steps = self._queries(parameters[0])
             loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
                 parameters, rates, x_spt, targets.tensors(y_spt), x_qry, targets.tensors(y_qry), task_weights,
                 binding.text, self.inner_steps, self.first_order, gradient, weights, query_steps,
             )  # fmt: skip
-        if gradient:
-            loss = attach(loss, flat, binding.with_gradient(parameters + rates))
+            if gradient:
+                loss = torch.ops.maml_cuda.attach(loss, flat, binding.with_gradient(parameters + rates))
         if signature and problem is None:  # the next call of its kind has nothing to check: past the dispatcher
             binding.problems[key] = problems.meta_problem(
                 binding.text, x_spt, x_qry, self.inner_steps, self.first_order, gradient

@@ -23,7 +23,6 @@ from .fisher import FisherProducts
 from .problems import (
     Problem,
     adapted,
-    addresses,
     dense,
     gradient_size,
     meta_problem,
@@ -80,16 +79,8 @@ def meta_step(
     if task_weights is not None:
         task_weights = task_weights.contiguous()
     problem.run(
-        x_spt, tasks,
-        parameters=addresses(parameters),
-        rates=addresses(rates),
-        support=addresses(support),
-        query=addresses(query),
-        task_weights=0 if task_weights is None else task_weights.data_ptr(),
-        query_weights=0 if query_weights is None else query_weights.data_ptr(),
-        losses=[loss.data_ptr(), task_losses.data_ptr(), support_losses.data_ptr()],
-        logits=logits.data_ptr(),
-        gradient=flat.data_ptr() if gradient else 0,
+        x_spt, tasks, parameters, rates, support, query, task_weights, query_weights,
+        [loss, task_losses, support_losses], logits, flat if gradient else None,
     )  # fmt: skip
     return outputs
 
@@ -135,14 +126,7 @@ def _adapt_forward(
     support = problem.data("y_spt", x, y)
     parameters, rates = dense(parameters), dense(rates)
     fast, support_losses = _adapt_fake(parameters, rates, x, y, plan, steps)
-    problem.run(
-        x, tasks,
-        parameters=addresses(parameters),
-        rates=addresses(rates),
-        support=addresses(support),
-        losses=[0, 0, support_losses.data_ptr()],
-        per_task=addresses(spread(plan, fast)),
-    )  # fmt: skip
+    problem.run(x, tasks, parameters, rates, support, losses=[None, None, support_losses], per_task=spread(plan, fast))
     return fast, support_losses
 
 
@@ -164,16 +148,11 @@ def _adapt_backward(
     parameters, rates = dense(parameters), dense(rates)
     given, strides = _by_task(cotangents)
     gradient = x.new_empty(gradient_size(plan))
-    at = addresses(spread(plan, given))
-    steps_of = iter(strides)
+    spread_given = spread(plan, given)
+    rest = iter(strides)
     problem.run(
-        x, tasks,
-        parameters=addresses(parameters),
-        rates=addresses(rates),
-        support=addresses(support),
-        given=at,
-        given_strides=[next(steps_of) if address else 0 for address in at],
-        gradient=gradient.data_ptr(),
+        x, tasks, parameters, rates, support, given=spread_given,
+        given_strides=[0 if t is None else next(rest) for t in spread_given], gradient=gradient,
     )  # fmt: skip
     return gradient
 
@@ -216,10 +195,10 @@ LIBRARY.define("hvp(Tensor[] fast, Tensor x, Tensor?[] y, Tensor[] v, str plan) 
 LIBRARY.define("inner_step(Tensor[] fast, Tensor[] rates, Tensor x, Tensor?[] y, str plan) -> Tensor[]")
 
 
-def _own(fast: list[Tensor]) -> tuple[dict[str, list[int]], list[Tensor]]:
-    """The arguments of a run at per-task parameters, and the tensors that they point into."""
+def _own(fast: list[Tensor]) -> dict[str, list]:
+    """The arguments of a run at per-task parameters."""
     parts, strides = _by_task(fast)
-    return {"parameters": addresses(parts), "parameter_strides": strides}, parts
+    return {"parameters": parts, "parameter_strides": strides}
 
 
 def _inner_step(fast: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str) -> list[Tensor]:
@@ -230,13 +209,9 @@ def _inner_step(fast: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetLis
     if problem.backend != "cpu":
         raise NotImplementedError("inner_step runs on a CPU alone")
     support = problem.data("y_spt", x, y)
-    own, _keep = _own(fast)
     rates = dense(rates)
     after = _inner_step_fake(fast, rates, x, y, plan)
-    problem.run(
-        x, tasks, **own, rates=addresses(rates), support=addresses(support),
-        per_task=addresses(spread(plan, after)),
-    )  # fmt: skip
+    problem.run(x, tasks, **_own(fast), rates=rates, support=support, per_task=spread(plan, after))
     return after
 
 
@@ -247,10 +222,9 @@ def _inner_step_fake(fast: list[Tensor], rates: list[Tensor], x: Tensor, y: Targ
 def _predict_forward(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
     tasks, n, *sample = x.shape
     problem = problem_of(plan, "predict", tuple(sample), 0, n, 0, False, x.dtype == torch.float64)
-    own, _keep = _own(fast)
     x = x.contiguous()
     logits = x.new_empty((tasks, n, *problem.prediction))
-    problem.run(x, tasks, **own, query=addresses([x, None, None, None]), logits=logits.data_ptr())
+    problem.run(x, tasks, **_own(fast), query=[x, None, None, None], logits=logits)
     return logits
 
 
@@ -261,13 +235,9 @@ def _predict_fake(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
 def _predict_backward(fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: str) -> list[Tensor]:
     tasks, n, *sample = x.shape
     problem = problem_of(plan, "predict_backward", tuple(sample), 0, n, 0, False, x.dtype == torch.float64)
-    own, _keep = _own(fast)
     x, cotangent = dense([x, cotangent])
     grads = _like_fast(fast, plan)
-    problem.run(
-        x, tasks, **own, query=addresses([x, None, None, None]), given=[cotangent.data_ptr()],
-        per_task=addresses(grads),
-    )  # fmt: skip
+    problem.run(x, tasks, **_own(fast), query=[x, None, None, None], given=[cotangent], per_task=grads)
     return grads
 
 
@@ -285,12 +255,8 @@ def _loss_and_grad(fast: list[Tensor], x: Tensor, y: TargetList, plan: str) -> t
     tasks, n, *sample = x.shape
     problem = problem_of(plan, "loss_and_grad", tuple(sample), n, 0, 0, False, x.dtype == torch.float64)
     support = problem.data("y", x, y)
-    own, _keep = _own(fast)
     losses, grads = _loss_and_grad_fake(fast, x, y, plan)
-    problem.run(
-        x, tasks, **own, support=addresses(support), losses=[0, losses.data_ptr(), 0],
-        per_task=addresses(grads),
-    )  # fmt: skip
+    problem.run(x, tasks, **_own(fast), support=support, losses=[None, losses, None], per_task=grads)
     return losses, grads
 
 
@@ -302,13 +268,9 @@ def _hvp(fast: list[Tensor], x: Tensor, y: TargetList, v: list[Tensor], plan: st
     tasks, n, *sample = x.shape
     problem = problem_of(plan, "hvp", tuple(sample), n, 0, 0, False, x.dtype == torch.float64)
     support = problem.data("y", x, y)
-    own, _keep = _own(fast)
     directions, strides = _by_task(v)
     products = _like_fast(fast, plan)
-    problem.run(
-        x, tasks, **own, support=addresses(support), given=addresses(directions),
-        given_strides=strides, per_task=addresses(products),
-    )  # fmt: skip
+    problem.run(x, tasks, **_own(fast), support=support, given=directions, given_strides=strides, per_task=products)
     return products
 
 

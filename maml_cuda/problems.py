@@ -60,16 +60,17 @@ class Problem:
         self.workspaces: dict[tuple[int, int], int] = {}  # of the CPU: (tasks, threads) -> elements
         self.runners: dict[torch.device, device.Runner] = {}
 
-    def run(self, like: Tensor, tasks: int, **addresses: Any) -> None:
+    def run(self, like: Tensor, tasks: int, *tensors: Any, **more: Any) -> None:
+        """`tensors`, `more`: the arguments of _core.Call from the parameters on."""
         if self.backend == "cuda":
-            self.runner(like.device).run(like, tasks, self.at_once or tasks, self.graphs, addresses)
+            self.runner(like.device).run(like, tasks, self.at_once or tasks, self.graphs, *tensors, **more)
             return
         threads = torch.get_num_threads()
         size = self.workspaces.get((tasks, threads))
         if size is None:
             size = self.workspaces[tasks, threads] = self.core.workspace(tasks, threads)
         memory = workspace.take(size * like.element_size())
-        self.core.run(_core.Call(tasks, threads, workspace=memory.data_ptr(), **addresses))
+        self.core.run(_core.Call(tasks, threads, memory, *tensors, **more))
         workspace.keep(memory)
 
     def runner(self, on: torch.device) -> device.Runner:
@@ -156,11 +157,6 @@ def spread(plan: str, adapted: list[Tensor]) -> list[Tensor | None]:
 
 def dense(tensors: list[Tensor]) -> list[Tensor]:
     return [t if t.is_contiguous() else t.contiguous() for t in tensors]
-
-
-def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """0 says absent."""
-    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def cut(flat: Tensor, like: list[Tensor]) -> list[Tensor]:

@@ -5,14 +5,17 @@ So runs a call whose signature has passed every check before; nothing of it is s
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
-from .differentiable import Attach
+from . import _core, ops
+from .differentiable import once
 from .problems import Problem
+
+Place = tuple[torch.Size, tuple[int, ...], int]  # shape, strides and first element of a part of a flat tensor
 
 
 def is_plain(t: Any) -> bool:
@@ -32,12 +35,15 @@ def signature(*data: Any) -> tuple | None:
         or torch._C._autograd._profiler_enabled()
     ):
         return None
-    key: list[Any] = [torch.is_grad_enabled()]
-    for t in data:
-        if type(t) is not Tensor or t.requires_grad or not is_plain(t):
-            return None
-        key += t.shape, t.dtype, t.device
-    return tuple(key)
+    key = _core.plain_signature(data, Tensor)
+    return key and (torch.is_grad_enabled(), key)
+
+
+def places(tensors: list[Tensor]) -> list[Place]:
+    """Where each of the tensors stands in one that holds them all, one after the other."""
+    ends = itertools.accumulate(t.numel() for t in tensors)
+    strides = [torch.empty(t.shape, device="meta").stride() for t in tensors]
+    return [(t.shape, s, end - t.numel()) for t, s, end in zip(tensors, strides, ends, strict=True)]
 
 
 def meta_step(
@@ -52,21 +58,24 @@ def meta_step(
     return ops.meta_step(problem, parameters, rates, support, query, task_weights, None, steps, gradient)
 
 
-class _Attached(Attach):
-    """The same for a loss that nobody else holds, so that it need not be copied."""
+class _Attached(torch.autograd.Function):
+    """The same for a loss that nobody else holds, so that it need not be copied, and with known places."""
 
     @staticmethod
-    def forward(ctx: Any, held: tuple[Tensor, Tensor], *inputs: Tensor) -> Tensor:  # type: ignore[override]
-        loss, flat = held
+    def forward(ctx: Any, held: tuple[Tensor, Tensor, list[Place]], *inputs: Tensor) -> Tensor:  # type: ignore[override]
+        loss, flat, places = held
         ctx.save_for_backward(flat)
-        ctx.inputs = inputs
+        ctx.known = inputs, places
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return Attach.backward(ctx, grad)[1:]
+        (flat,) = ctx.saved_tensors
+        inputs, places = ctx.known
+        part = flat.mul(grad).as_strided
+        return (None, *once("a meta-gradient", [part(*place) for place in places], [grad, *inputs]))
 
 
-def attached(loss: Tensor, flat: Tensor, inputs: list[Tensor]) -> Tensor:
-    """The op attach, past the dispatcher, on a fresh loss."""
-    return _Attached.apply((loss, flat), *inputs)
+def attached(loss: Tensor, flat: Tensor, inputs: list[Tensor], places: list[Place]) -> Tensor:
+    """The op attach, past the dispatcher, on a fresh loss; `places` of the inputs in `flat`."""
+    return _Attached.apply((loss, flat, places), *inputs)

@@ -209,7 +209,7 @@ class Run {
         }
       };
       const int64_t shared = shared_units(units), whole = units - shared;
-      if (threads_ > 1 && whole > 0) {
+      if (threads_ > 1 && whole > 1) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads_)
         for (int64_t u = 0; u < whole; ++u) run_unit(u);
       } else {

@@ -1,5 +1,5 @@
-// The extension module maml_cuda._core: the only file that knows Python. Tensors come as addresses; ops.py
-// has made them dense, of one type, on one device, and keeps them alive.
+// The extension module maml_cuda._core: the only file that knows Python. Of tensors, addresses are read;
+// ops.py has made them dense, of one type, on one device, and keeps them alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,6 +12,7 @@
 #include "../cuda/backend.h"
 #endif
 #include "episodes.h"
+#include "memory.h"
 #include "watch.h"
 
 namespace py = pybind11;
@@ -150,16 +151,11 @@ std::vector<RateTensor> rate_tensors_of(const py::dict& plan, Operation operatio
   return tensors;
 }
 
-using Address = std::uintptr_t;
-
 template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-template <class T>
-std::vector<T*> all_at(const std::vector<Address>& addresses) {
+std::vector<T*> all_as(const std::vector<Memory>& tensors) {
   std::vector<T*> pointers;
-  for (Address a : addresses) pointers.push_back(at<T>(a));
+  pointers.reserve(tensors.size());
+  for (Memory m : tensors) pointers.push_back(m.as<T>());
   return pointers;
 }
 
@@ -174,21 +170,21 @@ void check_classes(const std::string& name, const char* what, const int64_t* lab
   }
 }
 
-/// The addresses of one call; 0 says absent.
+/// The tensors of one call.
 struct BoundCall {
   int64_t tasks = 0, at_once = 1;
-  Address workspace = 0;
-  std::vector<Address> parameters;
+  Memory workspace;
+  std::vector<Memory> parameters;
+  std::vector<Memory> rates;
+  std::array<Memory, 4> support{}, query{};  // x, and what its loss compares: y, scale, old_log_probs
+  Memory task_weights, query_weights;
+  std::array<Memory, 3> losses{};  // loss, task_losses, support_losses
+  Memory logits, gradient;
   std::vector<int64_t> parameter_strides;
-  std::vector<Address> rates;
-  std::array<Address, 4> support{}, query{};  // x, and what its loss compares: y, scale, old_log_probs
-  Address task_weights = 0, query_weights = 0;
-  std::vector<Address> given;  // the cotangents of a backward or the directions of hvp
+  std::vector<Memory> given;  // the cotangents of a backward or the directions of hvp
   std::vector<int64_t> given_strides;
-  std::array<Address, 3> losses{};  // loss, task_losses, support_losses
-  Address logits = 0, gradient = 0;
-  std::vector<Address> per_task;
-  Address state = 0;
+  std::vector<Memory> per_task;
+  Memory state;
   int64_t kept = 0;
   bool prepared = false;
 
@@ -197,25 +193,25 @@ struct BoundCall {
     Call<T> call;
     call.tasks = tasks;
     call.at_once = at_once;
-    call.parameters = all_at<const T>(parameters);
+    call.parameters = all_as<const T>(parameters);
     call.parameter_strides = parameter_strides;
-    call.rates = all_at<const T>(rates);
-    call.x_support = at<const T>(support[0]);
+    call.rates = all_as<const T>(rates);
+    call.x_support = support[0].as<const T>();
     call.y_support = target<T>(support);
-    call.x_query = at<const T>(query[0]);
+    call.x_query = query[0].as<const T>();
     call.y_query = target<T>(query);
-    call.task_weights = at<const T>(task_weights);
-    call.query_weights = at<const T>(query_weights);
-    call.given = all_at<const T>(given);
+    call.task_weights = task_weights.as<const T>();
+    call.query_weights = query_weights.as<const T>();
+    call.given = all_as<const T>(given);
     call.given_strides = given_strides;
-    call.loss = at<T>(losses[0]);
-    call.task_losses = at<T>(losses[1]);
-    call.support_losses = at<T>(losses[2]);
-    call.logits = at<T>(logits);
-    call.gradient = at<T>(gradient);
-    call.per_task = all_at<T>(per_task);
-    call.workspace = at<T>(workspace);
-    call.state = at<T>(state);
+    call.loss = losses[0].as<T>();
+    call.task_losses = losses[1].as<T>();
+    call.support_losses = losses[2].as<T>();
+    call.logits = logits.as<T>();
+    call.gradient = gradient.as<T>();
+    call.per_task = all_as<T>(per_task);
+    call.workspace = workspace.as<T>();
+    call.state = state.as<T>();
     call.kept = kept;
     call.prepared = prepared;
     return call;
@@ -223,8 +219,8 @@ struct BoundCall {
 
  private:
   template <class T>
-  static Target<T> target(const std::array<Address, 4>& data) {
-    return {at<const void>(data[1]), at<const T>(data[2]), at<const T>(data[3])};
+  static Target<T> target(const std::array<Memory, 4>& data) {
+    return {data[1].as<const void>(), data[2].as<const T>(), data[3].as<const T>()};
   }
 };
 
@@ -281,8 +277,8 @@ class BoundProblem {
     const char* what = policy ? "actions" : "labels";
     const int64_t classes = prediction()[0];
     maml::check_classes((at_own_parameters(problem_.operation) ? "y" : "y_spt") + field, what,
-                        at<int64_t>(call.support[1]), call.tasks, problem_.support.n, classes);
-    maml::check_classes("y_qry" + field, what, at<int64_t>(call.query[1]), call.tasks, problem_.query.n,
+                        call.support[1].as<int64_t>(), call.tasks, problem_.support.n, classes);
+    maml::check_classes("y_qry" + field, what, call.query[1].as<int64_t>(), call.tasks, problem_.query.n,
                         classes);
   }
 
@@ -291,6 +287,13 @@ class BoundProblem {
 };
 
 #ifdef MAML_CUDA_ARCHITECTURES
+
+using Address = std::uintptr_t;  // of a stream, or on the device
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
 
 /// A Problem on one CUDA device.
 class BoundRunner {
@@ -352,37 +355,50 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
   m.doc() = "The fused core of maml_cuda: plans, and the calls that run them.";
   py::register_local_exception<maml::Unsupported>(m, "Unsupported", PyExc_ValueError);
 
-  using maml::Address;
   using maml::BoundCall;
-  using Addresses = std::vector<Address>;
+  using maml::Memory;
+  using Tensors = std::vector<Memory>;
+  using Target = std::array<Memory, 4>;
+  using Losses = std::array<Memory, 3>;
   using Strides = std::vector<int64_t>;
-  py::class_<BoundCall>(m, "Call", py::module_local(),
-                        "The addresses of one call's dense tensors; 0 says absent.")
-      .def(py::init([](int64_t tasks, int64_t at_once, Address workspace, const Addresses& parameters,
-                       const Strides& parameter_strides, const Addresses& rates,
-                       const std::array<Address, 4>& support, const std::array<Address, 4>& query,
-                       Address task_weights, Address query_weights, const Addresses& given,
-                       const Strides& given_strides, const std::array<Address, 3>& losses, Address logits,
-                       Address gradient, const Addresses& per_task, Address state, int64_t kept,
-                       bool prepared) {
-             return BoundCall{tasks,    at_once,       workspace, parameters,   parameter_strides,
-                              rates,    support,       query,     task_weights, query_weights,
-                              given,    given_strides, losses,    logits,       gradient,
-                              per_task, state,         kept,      prepared};
+  py::class_<BoundCall>(m, "Call", py::module_local(), "The dense tensors of one call; None says absent.")
+      .def(py::init([](int64_t tasks, int64_t at_once, Memory workspace, Tensors parameters, Tensors rates,
+                       Target support, Target query, Memory task_weights, Memory query_weights, Losses losses,
+                       Memory logits, Memory gradient, Strides parameter_strides, Tensors given,
+                       Strides given_strides, Tensors per_task, Memory state, int64_t kept, bool prepared) {
+             return BoundCall{tasks,
+                              at_once,
+                              workspace,
+                              std::move(parameters),
+                              std::move(rates),
+                              support,
+                              query,
+                              task_weights,
+                              query_weights,
+                              losses,
+                              logits,
+                              gradient,
+                              std::move(parameter_strides),
+                              std::move(given),
+                              std::move(given_strides),
+                              std::move(per_task),
+                              state,
+                              kept,
+                              prepared};
            }),
-           py::arg("tasks"), py::arg("at_once"), py::kw_only(), py::arg("workspace"), py::arg("parameters"),
-           py::arg("parameter_strides") = Strides{}, py::arg("rates") = Addresses{},
-           py::arg("support") = std::array<Address, 4>{}, py::arg("query") = std::array<Address, 4>{},
-           py::arg("task_weights") = 0, py::arg("query_weights") = 0, py::arg("given") = Addresses{},
-           py::arg("given_strides") = Strides{}, py::arg("losses") = std::array<Address, 3>{},
-           py::arg("logits") = 0, py::arg("gradient") = 0, py::arg("per_task") = Addresses{},
-           py::arg("state") = 0, py::arg("kept") = 0, py::arg("prepared") = false,
+           py::arg("tasks"), py::arg("at_once"), py::arg("workspace"), py::arg("parameters"),
+           py::arg("rates") = Tensors{}, py::arg("support") = Target{}, py::arg("query") = Target{},
+           py::arg("task_weights") = Memory{}, py::arg("query_weights") = Memory{},
+           py::arg("losses") = Losses{}, py::arg("logits") = Memory{}, py::arg("gradient") = Memory{},
+           py::kw_only(), py::arg("parameter_strides") = Strides{}, py::arg("given") = Tensors{},
+           py::arg("given_strides") = Strides{}, py::arg("per_task") = Tensors{}, py::arg("state") = Memory{},
+           py::arg("kept") = 0, py::arg("prepared") = false,
            "support, query: x, and what its loss compares: y, scale, old_log_probs. given: the cotangents of "
-           "a "
-           "backward, or directions. "
-           "losses: loss, task_losses, support_losses. at_once: tasks at work at the same time. state: "
-           "workspaces "
-           "of the first `kept` tasks of a kept_fisher; prepared: an earlier call has filled them.");
+           "a backward, or directions. losses: loss, task_losses, support_losses. at_once: tasks at work at "
+           "the "
+           "same time. state: workspaces of the first `kept` tasks of a kept_fisher; prepared: an earlier "
+           "call "
+           "has filled them.");
 
   py::class_<BoundProblem>(m, "Problem", py::module_local())
       .def(py::init<const py::dict&, const std::string&, const std::vector<int64_t>&, int64_t, int64_t, int,
@@ -422,6 +438,10 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
   m.attr("cuda_architectures") = "";
 #endif
   maml::bind_episodes(m);
+  m.def(
+      "plain_signature", &maml::plain_signature, py::arg("data"), py::arg("type"),
+      "Shape, dtype and device of each tensor, one after the other; None unless each is exactly of the type, "
+      "requires no grad, and its memory holds what it says.");
   m.def("same_items", &maml::same_items, py::arg("dicts"), py::arg("items"),
         "Whether the dicts' keys and values, one dict after the other, are the very objects in the list.");
   m.def("same_attributes", &maml::same_attributes, py::arg("objects"), py::arg("names"), py::arg("values"),

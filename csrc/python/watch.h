@@ -1,5 +1,5 @@
 // What Python asks at every call, so that it must be quick: whether the objects that a plan was made from are
-// still the same.
+// still the same, and whether data are like those of an earlier call.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -36,6 +36,34 @@ inline bool same_attributes(const pybind11::list& objects, const pybind11::tuple
     }
   }
   return true;
+}
+
+/// (shape, dtype, device) of each tensor, one after the other; None unless each is of exactly this type,
+/// requires no grad, and its memory holds what it says: it is neither a negation that is still to come nor a
+/// zero without memory.
+inline pybind11::object plain_signature(const pybind11::tuple& data, const pybind11::handle& type) {
+  using pybind11::object;
+  const auto interned = [](const char* name) { return PyUnicode_InternFromString(name); };
+  static PyObject* const parts[] = {interned("shape"), interned("dtype"), interned("device")};
+  static PyObject* const requires_grad = interned("requires_grad");
+  static PyObject* const methods[] = {interned("is_neg"), interned("_is_zerotensor")};
+  const auto checked = [](PyObject* found) {
+    if (!found) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<object>(found);
+  };
+  pybind11::tuple signature(3 * data.size());
+  size_t at = 0;
+  for (pybind11::handle tensor : data) {
+    if (reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) != type.ptr()) return pybind11::none();
+    if (checked(PyObject_GetAttr(tensor.ptr(), requires_grad)).ptr() == Py_True) return pybind11::none();
+    for (PyObject* method : methods) {
+      if (checked(PyObject_CallMethodNoArgs(tensor.ptr(), method)).ptr() == Py_True) return pybind11::none();
+    }
+    for (PyObject* part : parts) {
+      PyTuple_SET_ITEM(signature.ptr(), at++, checked(PyObject_GetAttr(tensor.ptr(), part)).release().ptr());
+    }
+  }
+  return signature;
 }
 
 }  // namespace maml

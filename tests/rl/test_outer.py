@@ -8,6 +8,8 @@ from torch import Generator, Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 from torch.func import functional_call
 
+from benchmarks import rl_iteration
+from benchmarks.proof import WrongAnswer
 from maml_cuda import FusedMAML, PolicyTarget
 from maml_cuda.rl.inner import MetaSamples, Samples, adapted
 from maml_cuda.rl.outer import clipped, conjugate_gradients, dot, trpo, vpg
@@ -336,3 +338,12 @@ def test_conjugate_gradients_solve() -> None:
     torch.testing.assert_close(found["p"], torch.linalg.solve(matrix, b), rtol=1e-4, atol=1e-5)
     assert dot({"p": b}, {"p": b}) == pytest.approx(float(b @ b))
     assert not conjugate_gradients(lambda v: v, {"p": torch.zeros(3)})["p"].any()
+
+
+def test_the_benchmark_of_an_iteration_proves_before_it_times(monkeypatch):
+    assert min(rl_iteration.run(3, 20, 0.01).values()) > 0
+    wrong = copy.deepcopy(rl_iteration.SIDES)
+    wrong["autograd"] = lambda model: FusedMAML(model, 2 * rl_iteration.RATE, 1, loss=rl_iteration.LOSS)
+    monkeypatch.setattr(rl_iteration, "SIDES", wrong)
+    with pytest.raises(WrongAnswer, match="within 1e-09 of autograd's"):
+        rl_iteration.run(3, 20, 0.01)
