@@ -33,6 +33,7 @@ class Environment(ABC):
     action_size: int
     goal_size: int
     action_limit: float = 1.0  # actions are in the box [-action_limit, action_limit]^action_size
+    threads: int | None = None  # of the physics; None: as many as torch has
 
     goals: Tensor
     alive: Tensor

@@ -1,8 +1,8 @@
 """The half-cheetah and the ant of the MAML paper (section 5.3), on gymnasium's models.
 
-Physics is ``mujoco.rollout``: all episodes that are alive, on as many threads as torch has, no process anywhere. An
-episode's numbers depend on its own state and actions alone (each control step starts the solver afresh), so neither
-on the number of threads nor on its neighbours.
+Physics is ``mujoco.rollout``: all episodes that are alive, on as many threads as torch has or as ``threads`` says, no
+process anywhere. An episode's numbers depend on its own state and actions alone (each control step starts the solver
+afresh), so neither on the number of threads nor on its neighbours.
 
 What the authors' simulator calls centre of mass, its velocity, orientation and contact forces are sensors here, which
 are added to the model as it is loaded. A sensor belongs to the state before the last physics substep, 0.01 s earlier
@@ -78,7 +78,7 @@ class Locomotion(Environment):
 
     def _simulate(self, state: np.ndarray, control: np.ndarray | None, substeps: int) -> tuple[np.ndarray, np.ndarray]:
         """State and sensors ``[rows, ...]`` after so many substeps."""
-        threads = torch.get_num_threads()
+        threads = self.threads or torch.get_num_threads()
         if self._pool is None or self._pool[0] != threads:
             data = [self._mujoco.MjData(self.model) for _ in range(threads)]
             self._pool = threads, self._rollout_type(nthread=threads if threads > 1 else 0), data

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,34 @@ def sample_episodes(
     Raises:
         ValueError, FloatingPointError: as ``Environment.step``.
     """
+    with _threads_for_physics(environment):
+        return _sample(environment, goals, fast, episodes, horizon, generator, clock, tell_goal)
+
+
+@contextmanager
+def _threads_for_physics(environment: Environment) -> Iterator[None]:
+    """Inside, the physics has torch's threads and torch has one: the policy's products are short, and OpenMP's threads,
+    which go on waiting awake after each, would take the cores from the physics."""
+    threads, given = torch.get_num_threads(), environment.threads
+    environment.threads = given or threads
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        environment.threads = given
+
+
+def _sample(
+    environment: Environment,
+    goals: Tensor,
+    fast: Mapping[str, Tensor],
+    episodes: int,
+    horizon: int,
+    generator: Generator,
+    clock: Clock,
+    tell_goal: bool,
+) -> Episodes:
     with clock.on("physics"):
         observations = environment.reset(goals, episodes, generator)
     told = goals.unsqueeze(1).expand(-1, episodes, -1)

@@ -188,3 +188,26 @@ def test_the_oracle_is_told_the_goal() -> None:
         environment, goals, spread(maml, 2), 3, 5, Generator().manual_seed(0), Clock(), tell_goal=True
     )
     assert torch.equal(found.observations[..., 2:], goals[:, None, None].expand(2, 3, 5, 2))
+
+
+def test_in_rollouts_torch_leaves_its_threads_to_the_physics(monkeypatch) -> None:
+    environment, seen = make_environment("navigation"), []
+    step = environment._step
+    monkeypatch.setattr(torch, "get_num_threads", lambda: seen[-1] if seen else 3)
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    within = []
+
+    def watched(actions):
+        within.append((seen[-1], environment.threads))
+        if len(within) == 2:
+            raise ValueError("broken off")
+        return step(actions)
+
+    monkeypatch.setattr(environment, "_step", watched)
+    with pytest.raises(ValueError, match="broken off"):
+        sample_episodes(
+            environment, torch.zeros(1, 2) + 0.4, spread(policy(), 1), 2, 5, Generator().manual_seed(0), Clock()
+        )
+    assert within == [(1, 3)] * 2
+    assert seen == [1, 3]
+    assert environment.threads is None
