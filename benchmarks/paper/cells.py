@@ -126,6 +126,8 @@ def _glyphs(ways: int, shots: int, presets: tuple[str, ...]) -> Table:
                 given |= {"meta_schedule": "cosine"}
             if preset == "maml++":  # the first tenth and the first half of the iterations
                 given |= {"multi_step_iterations": iterations // 10, "first_order_iterations": iterations // 2}
+            if preset == "pretrained":  # as many images an iteration as MAML's 16 tasks of 5 ways have
+                given |= {"meta_batch": 480}
         if ways == 20:
             given |= GLYPHS_OF_20.get(preset, {})
         source, published = OMNIGLOT.get(preset, ("", {}))
