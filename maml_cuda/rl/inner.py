@@ -163,9 +163,9 @@ def fisher_samples(policy: Policy, x: Tensor, weights: Tensor | None) -> Samples
         chances = count * policy.softmax(-1)
     else:
         count = 2
-        mean, deviation = policies.by_state(policy)
-        actions = torch.stack([mean + deviation.exp(), mean - deviation.exp()], 2)
-        chances = torch.ones_like(x[:, :, :1]).expand(-1, -1, count)
+        mean, log_std = policies.by_state(policy)
+        actions = torch.stack([mean + log_std.exp(), mean - log_std.exp()], 2)
+        chances = torch.ones_like(mean[..., :1]).expand(-1, -1, count)
     shares = None if weights is None else weights.repeat_interleave(count, 1)
     return x.repeat_interleave(count, 1), PolicyTarget(actions.flatten(1, 2), chances.flatten(1), None, shares)
 

@@ -213,6 +213,16 @@ def test_a_policy_of_which_a_part_adapts(backend: str, steps: int, part: list[st
     check_gradient_and_fisher_product(make(backend, steps=steps, adapt_params=part), batch(steps=steps))
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_policy_of_which_a_part_is_frozen(backend: str, steps: int) -> None:
+    maml, samples = make(backend, steps=steps), batch(steps=steps)
+    maml.model.layers[2].weight.requires_grad_(False)
+    start = {name: p.detach().clone() for name, p in maml.model.named_parameters()}
+    assert trpo(maml, samples, 0.01, DAMPING).accepted
+    moved = {name for name, p in maml.model.named_parameters() if not torch.equal(p, start[name])}
+    assert moved == set(start) - {"layers.2.weight"}
+
+
 def test_steps_on_one_set_are_the_fused_inner_loop(backend: str, kind: str) -> None:
     """Where every step sees the same set, the chain is what FusedMAML computes in one pass."""
     maml, samples = make(backend, kind, 3), batch(kind, 1)
