@@ -33,9 +33,8 @@ inline Vector<T> placed(Vector<T> x, Vector<T> place, int p) {
 }
 
 /// The pixels of a window: x at its first one, `below` from a pixel to the one below it.
-template <class T>
-inline void load_window(const T* x, int64_t channels, int64_t below, const Lanes<T>& lanes,
-                        Vector<T> (&v)[4]) {
+template <class T, class L>
+inline void load_window(const T* x, int64_t channels, int64_t below, const L& lanes, Vector<T> (&v)[4]) {
   v[0] = load(x, lanes), v[1] = load(x + channels, lanes);
   v[2] = load(x + below, lanes), v[3] = load(x + below + channels, lanes);
 }

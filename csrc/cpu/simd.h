@@ -125,6 +125,15 @@ inline void store(T* p, Vector<T> v, Whole) {
   store(p, v);
 }
 
+/// f(j, lanes): the vectors of a row of channels.
+template <class T, class F>
+inline void each_lanes(int64_t channels, F f) {
+  constexpr int W = kLanes<T>;
+  int64_t j = 0;
+  for (; j + W <= channels; j += W) f(j, Whole{});
+  if (j < channels) f(j, Lanes<T>(channels - j));
+}
+
 /// Lanes of a vector of half the width, where an instruction on one costs half as much; 0: nowhere.
 #if defined(__AVX2__)
 template <class T>

@@ -1,4 +1,4 @@
-// The first layers of a network on its constant input x: the moments of x's patches, and from them
+// The first layers of a network on its constant input x, from the moments of x's patches (patch_gram.cpp):
 // y = f(pool(BatchNorm(conv2d(x)))), whose output before the pool is never stored; f as in kink.h. One task.
 //
 // With p the patch of a pixel, pbar and G its moments (patch_gram.h), w the weights [patch, o], s = (var +
@@ -32,7 +32,6 @@ namespace maml::MAML_ISA {
 namespace {
 
 constexpr int64_t kBandElements = 16384;  // of the convolution's output: half of a second-level cache
-constexpr int64_t kGramRows = 64;         // patches side by side
 
 /// How many elements of T so many bytes are, whatever T.
 constexpr int64_t elements(int64_t bytes) { return (bytes + 3) / 4; }
@@ -82,61 +81,6 @@ void each_band(const Layer& l, const Bands& bands, const T* x, T* frame, int32_t
   }
 }
 
-template <class T>
-void patch_gram_forward(const Layer& l, const Tensors<T>& t) {
-  const Frame frame = frame_of(l.window, l.between);
-  const Window& k = l.window;
-  const int64_t patch = patch_size(k, l.in), width = patch + 1;  // a one in front: sums and count come along
-  double* sums = reinterpret_cast<double*>(t.scratch);
-  double* patches = sums + width * width;
-  T* buffer = reinterpret_cast<T*>(patches + kGramRows * width);
-  int32_t row[kGramRows];
-  for (int64_t i = 0; i < kGramRows; ++i) row[i] = static_cast<int32_t>(i * width);
-  std::fill_n(sums, width * width, 0.0);
-  int64_t count = 0;
-  const int64_t none = 0;
-  auto add = [&] {
-    Outer<double> o{};
-    o.term[0] = {patches, patches};
-    o.terms = 1;
-    o.runs = {1, width, &none};
-    o.row = row;
-    o.m = count;
-    o.n = width;
-    o.d = sums;
-    o.add = true;
-    outer_product(o);
-    count = 0;
-  };
-  for (int64_t s = 0; s < l.n; ++s) {
-    const Framed<T> f = framed(t.x[0] + s * size(l.in), 1, l.in, frame, buffer);
-    for (int64_t i = 0; i < l.between.h; ++i) {
-      for (int64_t j = 0; j < l.between.w; ++j) {
-        double* to = patches + count * width;
-        *to++ = 1;
-        for (int64_t r = 0; r < k.kernel_h; ++r) {
-          const T* from = f.base + (i * k.stride_h + r) * f.row + j * k.stride_w * l.in.c;
-          for (int64_t e = 0; e < k.kernel_w * l.in.c; ++e) *to++ = static_cast<double>(from[e]);
-        }
-        if (++count == kGramRows) add();
-      }
-    }
-  }
-  if (count > 0) add();
-  double* mean = reinterpret_cast<double*>(t.y);
-  double* gram = mean + patch;
-  const double total = sums[0];
-  for (int64_t e = 0; e < patch; ++e) mean[e] = sums[1 + e] / total;
-  for (int64_t e = 0; e < patch; ++e) {
-    for (int64_t q = 0; q < patch; ++q) {
-      gram[e * patch + q] = sums[(1 + e) * width + 1 + q] / total - mean[e] * mean[q];
-    }
-  }
-}
-
-template <class T>
-void nothing(const Layer&, const Tensors<T>&) {}
-
 /// What the passes keep.
 template <class T>
 struct Saved {
@@ -155,7 +99,7 @@ struct Saved {
 template <class T>
 struct Scratch {
   double *Gv, *R2, *w_dot_D;  // G w_dot
-  T *weights, *bias, *before, *frame;
+  T *weights, *bias, *sum, *before, *frame;
   int32_t *row, *c_row;
   Scratch(const Layer& l, const Bands& bands, T* p) {
     double* at = reinterpret_cast<double*>(p);
@@ -165,6 +109,7 @@ struct Scratch {
     p = reinterpret_cast<T*>(at);
     weights = std::exchange(p, p + bands.patch * l.out.c);
     bias = std::exchange(p, p + l.out.c);
+    sum = std::exchange(p, p + l.out.c);
     before = std::exchange(p, p + bands.pixels() * l.out.c);
     frame = std::exchange(p, p + bands.frame_elements(l));
     row = reinterpret_cast<int32_t*>(p);
@@ -241,7 +186,7 @@ struct Stem {
       g.bias = scratch.bias;
       gather_product(g);
       if (!l.pooled && !f.kinks) return;
-      each_output(band, [&](const Lanes<T>& lanes, int64_t out, int64_t in) {
+      each_output(band, [&](auto lanes, int64_t out, int64_t in) {
         if (l.pooled) {
           Vector<T> z[4];
           load_window(scratch.before + in, channels, below(), lanes, z);
@@ -259,10 +204,10 @@ struct Stem {
     const int64_t step = bands.pool * channels, rows = bands.pool * below();
     share(band.rows, 1, kElementWork * band.rows * rows, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        each_vector<T>(channels, [&](int64_t o, const Lanes<T>& lanes) {
-          int64_t out = (band.at + i * l.out.w) * channels + o, in = i * rows + o;
-          for (int64_t j = 0; j < l.out.w; ++j, out += channels, in += step) g(lanes, out, in);
-        });
+        int64_t out = (band.at + i * l.out.w) * channels, in = i * rows;
+        for (int64_t j = 0; j < l.out.w; ++j, out += channels, in += step) {
+          each_lanes<T>(channels, [&](int64_t o, auto lanes) { g(lanes, out + o, in + o); });
+        }
       }
     });
   }
@@ -274,7 +219,7 @@ struct Stem {
     bool first = true;
     each_band(l, bands, t.x[0], scratch.frame, scratch.row, [&](const Band<T>& band) {
       if (!as_is) {
-        each_output(band, [&](const Lanes<T>& lanes, int64_t out, int64_t in) {
+        each_output(band, [&](auto lanes, int64_t out, int64_t in) {
           const Vector<T> g = f.slope(load(grad_y + out, lanes), out, lanes);
           if (!l.pooled) return store(scratch.before + in, g, lanes);
           const Vector<T> place = load(saved.places + out, lanes);
@@ -294,11 +239,15 @@ struct Stem {
       o.d = D;
       o.add = !std::exchange(first, false);
       outer_product(o);
+      // While the band is in the cache.
+      T* const sum = scratch.sum;
+      channel_sums<T, 1>(band.rows * l.out.w, channels, {sum},
+                         [&](int64_t i, int64_t, const Lanes<T>& lanes, Vector<T>* of) {
+                           const int64_t at = band.at * channels + i;
+                           of[0] += f.slope(load(grad_y + at, lanes), at, lanes);
+                         });
+      for (int64_t c = 0; c < channels; ++c) G[c] = (o.add ? G[c] : T(0)) + sum[c];
     });
-    channel_sums<T, 1>(l.n * l.out.h * l.out.w, channels, {G},
-                       [&](int64_t at, int64_t, const Lanes<T>& lanes, Vector<T>* sum) {
-                         sum[0] += f.slope(load(grad_y + at, lanes), at, lanes);
-                       });
   }
 
   /// to (+)= value(i), where wanted
@@ -327,13 +276,13 @@ void forward(const Layer& l, const Tensors<T>& t) {
   }
   stem.convolve(
       t.y,
-      [&](const Vector<T>(&z)[4], int64_t out, const Lanes<T>& lanes) {
+      [&](const Vector<T>(&z)[4], int64_t out, auto lanes) {
         Vector<T> best, place;
         largest_of<T>(z, best, place);
         store(saved.places + out, place, lanes);
         return best;
       },
-      [&](Vector<T> u, int64_t, const Lanes<T>&) { return stem.f(u); });
+      [&](Vector<T> u, int64_t, auto) { return stem.f(u); });
 }
 
 template <class T>
@@ -382,10 +331,10 @@ void forward_tangent(const Layer& l, const Tensors<T>& t) {
   }
   stem.convolve(
       t.y_dot,
-      [&](const Vector<T>(&z)[4], int64_t out, const Lanes<T>& lanes) {
+      [&](const Vector<T>(&z)[4], int64_t out, auto lanes) {
         return picked<T>(z, load(saved.places + out, lanes));
       },
-      [&](Vector<T> u_dot, int64_t out, const Lanes<T>& lanes) { return stem.f.slope(u_dot, out, lanes); });
+      [&](Vector<T> u_dot, int64_t out, auto lanes) { return stem.f.slope(u_dot, out, lanes); });
 }
 
 /// Where the layer does not move, grad_y is absent: then D, G1, G2 and all tangents of the forward pass are
@@ -429,28 +378,14 @@ void backward_tangent(const Layer& l, const Tensors<T>& t) {
 
 }  // namespace
 
-Footprint patch_gram_footprint(const Layer& l) {
-  const Frame frame = frame_of(l.window, l.between);
-  const int64_t width = patch_size(l.window, l.in) + 1;
-  return {0, elements(8 * (width * width + kGramRows * width)) + frame.h * frame.w * l.in.c};
-}
-
 Footprint stem_footprint(const Layer& l) {
   const Bands bands(l);
   const int64_t weights = bands.patch * l.out.c;
   return {elements(8 * (weights + 6 * l.out.c)) + weights + (l.pooled ? l.n * size(l.out) : 0),
-          elements(8 * (weights + 2 * l.out.c)) + weights + l.out.c + bands.pixels() * l.out.c +
+          elements(8 * (weights + 2 * l.out.c)) + weights + 2 * l.out.c + bands.pixels() * l.out.c +
               bands.frame_elements(l) + 2 * bands.pixels()};
 }
 
-template <>
-Passes<float> patch_gram<float>() {
-  return {patch_gram_forward<float>, nothing<float>, nothing<float>, nothing<float>};
-}
-template <>
-Passes<double> patch_gram<double>() {
-  return {patch_gram_forward<double>, nothing<double>, nothing<double>, nothing<double>};
-}
 template <>
 Passes<float> stem<float>() {
   return {forward<float>, backward<float>, forward_tangent<float>, backward_tangent<float>};

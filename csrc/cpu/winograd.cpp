@@ -92,15 +92,6 @@ struct Scratch {
   }
 };
 
-/// f(j, lanes): the vectors of a row of channels.
-template <class T, class F>
-inline void each_lanes(int64_t channels, F f) {
-  constexpr int W = kLanes<T>;
-  int64_t j = 0;
-  for (; j + W <= channels; j += W) f(j, Whole{});
-  if (j < channels) f(j, Lanes<T>(channels - j));
-}
-
 /// f(k, sample, row, column) of tiles [first, first + count): its place among them and its first output;
 /// threads share the tiles.
 template <class F>
