@@ -19,6 +19,11 @@ SHAPES = [  # channels, height, width, filters, kernel, stride, padding
     (2, 7, 7, 64, (2, 3), (2, 1), (0, 2)),
     (1, 12, 11, 3, 5, 1, 0),
     (5, 4, 6, 33, 1, 1, 0),
+    (2, 9, 11, 6, 3, 2, 1),  # by strides: rows and columns fall into classes
+    (1, 13, 14, 5, (4, 3), (3, 2), (2, 0)),
+    (3, 10, 11, 4, (2, 3), (3, 5), 0),  # what no tap sees lies between the taps
+    (1, 5, 4, 6, (4, 3), 1, 0),  # fewer positions than taps
+    (1, 3, 3, 6, 5, 2, 2),
 ]
 
 
