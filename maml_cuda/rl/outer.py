@@ -23,6 +23,7 @@ CG_ITERATIONS = 10
 CG_TOLERANCE = 1e-10
 LINE_SEARCH_STEPS = 15
 LINE_SEARCH_FACTOR = 0.8
+MOST_KL = 1.0  # of a clipped step
 
 
 class OuterStep(NamedTuple):
@@ -85,7 +86,12 @@ def clipped(
 
     Where ``min(r A, clip(r) A)`` is the clipped one a sample's gradient is zero, and otherwise that of ``r A``: so each
     epoch is the fused likelihood-ratio loss with the advantages of clipped samples set to 0.
+
+    Clipping bounds what a sample is worth, not how far the policies go: a step with a mean KL above 1, or with one
+    that is no number, is taken back.
     """
+    parameters = _parameters(maml)
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     old: list[Policy] = []
     first = 0.0
     for epoch in range(epochs):
@@ -97,7 +103,11 @@ def clipped(
             old, first = found, loss
         _optimize(maml, optimizer, gradient)
     new = adapted(maml, samples).policies()
-    return OuterStep(first, _surrogate(new, samples), _mean_kl(old, new, samples), True)
+    kl = _mean_kl(old, new, samples)
+    if not kl <= MOST_KL:
+        _assign(parameters, start, start, 0.0)
+        return OuterStep(first, first, 0.0, False)
+    return OuterStep(first, _surrogate(new, samples), kl, True)
 
 
 def _kept(policy: Policy, y: PolicyTarget, clip: float) -> PolicyTarget:

@@ -339,6 +339,16 @@ def test_clipped_steps_follow_ppos_own_loss(backend: str, steps: int) -> None:
     assert relative(values(maml), torch.cat([p.detach().reshape(-1) for p in theta])) < 1e-9
 
 
+def test_a_clipped_step_that_goes_too_far_is_taken_back(backend: str) -> None:
+    maml, samples = make(backend), batch()
+    start = values(maml)
+    step = clipped(maml, samples, torch.optim.SGD(maml.parameters(), lr=1e3), epochs=1, clip=0.2)
+    assert not step.accepted
+    assert step.kl == 0
+    assert step.surrogate_after == step.surrogate_before
+    assert torch.equal(values(maml), start)
+
+
 def test_conjugate_gradients_solve() -> None:
     generator = Generator().manual_seed(0)
     root = torch.randn(5, 5, dtype=torch.float64, generator=generator)
