@@ -70,7 +70,39 @@ def sample_episodes(
         ValueError, FloatingPointError: as ``Environment.step``.
     """
     with _threads_for_physics(environment):
-        return _sample(environment, goals, fast, episodes, horizon, generator, clock, tell_goal)
+        with clock.on("physics"):
+            observations = environment.reset(goals, episodes, generator)
+        told = goals.unsqueeze(1).expand(-1, episodes, -1)
+        shape = (horizon, len(goals), episodes, environment.action_size)
+        noise = torch.randn(shape, generator=generator, device=generator.device)
+        seen, actions, rewards, alive = [], [], [], []
+        for step in range(horizon):
+            with clock.on("policy"):
+                if tell_goal:
+                    observations = torch.cat([observations, told], -1)
+                mean, log_std = act(fast, observations)
+                action = mean + log_std.exp().unsqueeze(1) * noise[step]
+                seen.append(observations)
+                actions.append(action)
+                alive.append(environment.alive)
+            with clock.on("physics"):
+                observations, reward, _ = environment.step(environment.clip(action))
+                rewards.append(reward)
+                if not environment.alive.any():
+                    break
+        with clock.on("policy"):
+            was_alive = torch.stack(alive, 2).float()
+            drawn = torch.stack(actions, 2)
+            z = noise[: len(actions)].permute(1, 2, 0, 3)
+            log_probs = policies.log_prob((torch.zeros_like(z), z.new_zeros(z.shape[-1])), z)
+            log_probs = log_probs - log_std.sum(-1)[:, None, None]
+            return Episodes(
+                torch.stack(seen, 2) * was_alive.unsqueeze(-1),
+                drawn * was_alive.unsqueeze(-1),
+                log_probs * was_alive,
+                torch.stack(rewards, 2) * was_alive,
+                was_alive,
+            )
 
 
 @contextmanager
@@ -85,48 +117,3 @@ def _threads_for_physics(environment: Environment) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         environment.threads = given
-
-
-def _sample(
-    environment: Environment,
-    goals: Tensor,
-    fast: Mapping[str, Tensor],
-    episodes: int,
-    horizon: int,
-    generator: Generator,
-    clock: Clock,
-    tell_goal: bool,
-) -> Episodes:
-    with clock.on("physics"):
-        observations = environment.reset(goals, episodes, generator)
-    told = goals.unsqueeze(1).expand(-1, episodes, -1)
-    shape = (horizon, len(goals), episodes, environment.action_size)
-    noise = torch.randn(shape, generator=generator, device=generator.device)
-    seen, actions, rewards, alive = [], [], [], []
-    for step in range(horizon):
-        with clock.on("policy"):
-            if tell_goal:
-                observations = torch.cat([observations, told], -1)
-            mean, log_std = act(fast, observations)
-            action = mean + log_std.exp().unsqueeze(1) * noise[step]
-            seen.append(observations)
-            actions.append(action)
-            alive.append(environment.alive)
-        with clock.on("physics"):
-            observations, reward, _ = environment.step(environment.clip(action))
-            rewards.append(reward)
-            if not environment.alive.any():
-                break
-    with clock.on("policy"):
-        was_alive = torch.stack(alive, 2).float()
-        drawn = torch.stack(actions, 2)
-        z = noise[: len(actions)].permute(1, 2, 0, 3)
-        log_probs = policies.log_prob((torch.zeros_like(z), z.new_zeros(z.shape[-1])), z)
-        log_probs = log_probs - log_std.sum(-1)[:, None, None]
-        return Episodes(
-            torch.stack(seen, 2) * was_alive.unsqueeze(-1),
-            drawn * was_alive.unsqueeze(-1),
-            log_probs * was_alive,
-            torch.stack(rewards, 2) * was_alive,
-            was_alive,
-        )
