@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,9 @@ from torch.utils._device import _device_constructors
 from maml_cuda import FusedMAML, _core, reference
 
 from . import emulated
+
+# `benchmarks` for the tests. Appended, not prepended: the checkout's maml_cuda must not hide an installed one.
+sys.path.append(str(Path(__file__).parents[1]))
 
 ROUNDING = 1e-14  # what rounding leaves of an exactly zero gradient, where the loss and all values are of order 1
 

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import fx
 
-# Appended, not prepended: the checkout's maml_cuda must not hide an installed one.
-ROOT = str(Path(__file__).parents[1])
-if ROOT not in sys.path:
-    sys.path.append(ROOT)
-case, cli, entrants, flops, proof, readme, report, rivals, targets, timing, workloads = (
-    importlib.import_module(f"benchmarks.{name}")
-    for name in (
-        "case", "__main__", "entrants", "flops", "proof", "readme", "report", "rivals", "targets", "timing", "workloads"
-    )
-)  # fmt: skip
-odd = importlib.import_module("tests.odd_sides")
+from benchmarks import __main__ as cli
+from benchmarks import case, entrants, flops, proof, readme, report, rivals, targets, timing, workloads
+
+from . import odd_sides as odd
 
 OURS = entrants.OURS
 WORKLOADS = workloads.WORKLOADS
@@ -271,7 +262,7 @@ def test_targets_are_judged():
 
 
 def test_the_readme_holds_the_report_between_its_markers(tmp_path):
-    text = (Path(ROOT) / "README.md").read_text()
+    text = (Path(__file__).parents[1] / "README.md").read_text()
     assert text.index(readme.BEGIN) < text.index(readme.END)
     file = tmp_path / "README.md"
     file.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")

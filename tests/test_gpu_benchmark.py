@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from torch import fx
 
-# Appended, not prepended: the checkout's maml_cuda must not hide an installed one.
-ROOT = str(Path(__file__).parents[1])
-if ROOT not in sys.path:
-    sys.path.append(ROOT)
-cases, check, cli, facts, jax_rival, machine, matrix, parts, proof, record, sides, smallest, table = (
-    importlib.import_module(f"benchmarks.gpu.{name}")
-    for name in (
-        "cases", "check", "__main__", "facts", "jax_rival", "machine", "matrix", "parts", "proof", "record", "sides",
-        "smallest", "table",
-    )
-)  # fmt: skip
-files, worker, workloads = (importlib.import_module(f"benchmarks.{name}") for name in ("files", "worker", "workloads"))
+from benchmarks import files, worker, workloads
+from benchmarks.gpu import __main__ as cli
+from benchmarks.gpu import (
+    cases,
+    check,
+    facts,
+    jax_rival,
+    machine,
+    matrix,
+    parts,
+    proof,
+    record,
+    sides,
+    smallest,
+    table,
+)
 
 SINUSOID = cases.Case("sinusoid-k1", 2, 2, emulated=True)
 OURS = sides.OURS

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-# Appended, not prepended: the checkout's maml_cuda must not hide an installed one.
-ROOT = str(Path(__file__).parents[1])
-if ROOT not in sys.path:
-    sys.path.append(ROOT)
-check, jax_rival, parts, record = (
-    importlib.import_module(f"benchmarks.gpu.{name}") for name in ("check", "jax_rival", "parts", "record")
-)
-worker = importlib.import_module("benchmarks.worker")
+from benchmarks import worker
+from benchmarks.gpu import check, jax_rival, parts, record
 
 
 def dawdle(run, seconds):
