@@ -2,7 +2,8 @@
 
 Every value is the authors' own where a comment says so, on mean losses: a rate that its authors step with on a sum over
 N classes stands here times N. What they did with Adam inside the loop (Reptile) is SGD here, which is what runs fused.
-The inner rates of Reptile and of fine-tuning are ours: on glyphs Reptile's validated best of four; the other: untuned.
+The inner rates of Reptile and of fine-tuning are ours: on glyphs Reptile's validated best of four, that of
+fine-tuning is the job's (benchmarks/paper/cells.py has what validated best).
 """
 
 from typing import Any
