@@ -111,7 +111,8 @@ class Chains {
   bool is_normalised(size_t i) const {
     if (graph_.nodes[i].layer.kind != Kind::conv2d || !continues(i + 1, Kind::batch_norm)) return false;
     const Node &convolution = graph_.nodes[i], &norm = graph_.nodes[i + 1];
-    return norm.in_features == convolution.out_features && (norm.rank == 0 || norm.rank == convolution.rank);
+    return norm.in_features == convolution.out_features &&
+           (norm.ranks == 0 || (norm.ranks & convolution.ranks) != 0);
   }
 
   /// The convolution whose normalised output is one value of the sum of node j, and alone has to be computed

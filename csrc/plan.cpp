@@ -25,7 +25,19 @@ struct Shaped {
 
 std::vector<int64_t> dims(const Shaped& s) {
   if (s.rank == 1) return {s.image.c};
+  if (s.rank == 2) return {s.image.c, s.image.w};
   return {s.image.c, s.image.h, s.image.w};
+}
+
+/// What a layer takes.
+std::string names_of(unsigned ranks) {
+  std::string names;
+  const char* of[] = {"", "features [n, features]", "signals [n, channels, length]",
+                      "images [n, channels, height, width]"};
+  for (int rank = 1; rank <= 3; ++rank) {
+    if (ranks >> rank & 1) names += (names.empty() ? "" : " or ") + std::string(of[rank]);
+  }
+  return names;
 }
 
 int64_t slide(const std::string& name, int64_t in, int64_t kernel, int64_t stride, int64_t before,
@@ -41,10 +53,9 @@ int64_t slide(const std::string& name, int64_t in, int64_t kernel, int64_t strid
 /// The output of `node` on `x`, or an exception that names the module.
 Shaped infer(const Node& node, const Shaped& x, const Shaped* other, int64_t n) {
   const Layer& layer = node.layer;
-  if (node.rank != 0 && x.rank != node.rank) {
-    throw Unsupported(node.name + " is fused on " +
-                      (node.rank == 1 ? "features [n, features]" : "images [n, channels, height, width]") +
-                      ", got samples of shape " + text_of(dims(x)));
+  if (node.ranks != 0 && (node.ranks >> x.rank & 1) == 0) {
+    throw Unsupported(node.name + " is fused on " + names_of(node.ranks) + ", got samples of shape " +
+                      text_of(dims(x)));
   }
   if (node.in_features != 0 && x.image.c != node.in_features) {
     wrong(node.name + " expects " + std::to_string(node.in_features) +
@@ -66,9 +77,9 @@ Shaped infer(const Node& node, const Shaped& x, const Shaped* other, int64_t n) 
         slide(sliding, x.image.w, window.kernel_w, window.stride_w, window.pad_left, node.pad_end[1], x);
   };
   auto sums = [&](const std::string& name, const Shaped& a, const Shaped& b) {
-    if (a.rank != 1 && a.rank != 3) {
-      throw Unsupported("the sum " + name + " is fused on features and images, got samples of " +
-                        std::to_string(a.rank) + " axes");
+    if (a.rank < 1 || a.rank > 3) {
+      throw Unsupported("the sum " + name + " is fused on samples of 1 to 3 axes, got samples of " +
+                        std::to_string(a.rank));
     }
     if (a.rank != b.rank || dims(a) != dims(b)) {
       throw Unsupported("the sum " + name + " of samples of shapes " + text_of(dims(a)) + " and " +
@@ -250,8 +261,8 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
   std::vector<Shaped> shapes(count + 1);
   Shaped& input = shapes[0];
   input.rank = static_cast<int>(sample.size());
-  input.image = {sample.empty() ? 1 : sample[0], sample.size() > 1 ? sample[1] : 1, 1};
-  for (size_t i = 2; i < sample.size(); ++i) input.image.w *= sample[i];
+  input.image = {sample.empty() ? 1 : sample[0], sample.size() > 2 ? sample[1] : 1, 1};  // a signal: one row
+  for (size_t i = sample.size() > 2 ? 2 : 1; i < sample.size(); ++i) input.image.w *= sample[i];
   stage.values[0].size = size(input.image);
   for (int i = 0; i < count; ++i) {
     const Node& node = graph.nodes[i];
@@ -270,9 +281,9 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
   stage.output = stage.values[count].root;
   // The last node is a flatten into the user's order: its input's shape is the prediction's.
   stage.prediction = dims(shapes[graph.nodes[count - 1].inputs[0]]);
-  if (const int rank = shapes[graph.nodes[count - 1].inputs[0]].rank; rank != 1 && rank != 3) {
+  if (const int rank = shapes[graph.nodes[count - 1].inputs[0]].rank; rank < 1 || rank > 3) {
     throw Unsupported("a prediction of " + std::to_string(rank) +
-                      " axes a sample is not fused; of 1 or 3 it is");
+                      " axes a sample is not fused; of 1 to 3 it is");
   }
   if (takes_classes(graph.loss) && stage.prediction.size() != 1) {
     throw Unsupported(std::string("the fused ") +

@@ -41,7 +41,8 @@ struct Node {
   int64_t in_features = 0;   // what the layer's parameters ask of its input: channels; 0: anything
   int64_t out_features = 0;  // channels of its output; 0: as its input
   std::array<int64_t, 2> pad_end{0, 0};  // padding below and to the right (convolution and pools)
-  int rank = 0;      // axes of a sample that the layer asks for: 1 features, 3 an image, 0 any
+  // Axes of a sample that the layer takes, each a bit 1 << axes: 1 features, 2 a signal, 3 an image; 0: any.
+  unsigned ranks = 0;
   int out_rank = 0;  // axes of its output; 0: as its input
 };
 

@@ -1,7 +1,8 @@
 """The fused layers, each a method of torch's own name and signature, and the nodes of a plan that it writes.
 
 A module and its functional spelling (spellings.py) meet in one method, so both count the same. A new layer is one
-method here and its lines there.
+method here and its lines there. What torch has for signals [n, channels, length] and for images is one method, with the
+number of axes that it moves along; to the core a signal is an image of one row.
 """
 
 from __future__ import annotations
@@ -36,14 +37,12 @@ class Shape:
     """x.shape of a traced tensor."""
 
 
-def _two(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, int) for v in value):
-        return value[0], value[1]
-    if isinstance(value, (tuple, list)) and len(value) == 1 and isinstance(value[0], int):
-        return value[0], value[0]
-    raise Unfusable(f"a size that is not a pair of numbers ({value!r})")
+def _along(axes: int, value: Any, idle: int = 1) -> tuple[int, int]:
+    """A size as torch takes it, for height and width; `idle`: the height's of a layer that moves along one axis."""
+    sizes = value if isinstance(value, (tuple, list)) else [value]
+    if len(sizes) not in (1, axes) or not all(isinstance(v, int) for v in sizes):
+        raise Unfusable(f"a size that is not {'a number' if axes == 1 else 'a pair of numbers'} ({value!r})")
+    return (sizes[0] if axes == 2 else idle), sizes[-1]
 
 
 def _check_window(kernel: Any, stride: Any, padding: Any) -> None:
@@ -61,11 +60,11 @@ class Layers(Writer):
         out_features, in_features = weight.shape
         parameters = (self._index(weight, "weight", rows=out_features), self._vector(bias, "bias", out_features))
         return self._emit(
-            "conv2d", [x], parameters, in_features=in_features, out_features=out_features, rank=1,
+            "conv2d", [x], parameters, in_features=in_features, out_features=out_features, ranks=[1],
             window=[[1, 1], [1, 1], [0, 0], [0, 0]],
         )  # fmt: skip
 
-    def conv2d(
+    def conv(
         self,
         input: Any,
         weight: Any,
@@ -74,25 +73,29 @@ class Layers(Writer):
         padding: Any = 0,
         dilation: Any = 1,
         groups: int = 1,
+        *,
+        axes: int = 2,
     ) -> Value:
         x = self._tensor(input)
         if groups != 1:
             raise Unfusable(f"groups={groups} is not fused")
-        if _two(dilation) != (1, 1):
+        if _along(axes, dilation) != (1, 1):
             raise Unfusable(f"dilation={dilation} is not fused")
-        if not isinstance(weight, Tensor) or weight.dim() != 4:
-            raise Unfusable("its weight is not [out, in, height, width]")
-        rows, columns, *kernel = weight.shape
+        if not isinstance(weight, Tensor) or weight.dim() != 2 + axes:
+            raise Unfusable(f"its weight is not [out, in, {'length' if axes == 1 else 'height, width'}]")
+        rows, columns, *sizes = weight.shape
+        kernel = _along(axes, sizes)
         if padding == "same":
             before = [(k - 1) // 2 for k in kernel]
             after = [k - 1 - b for k, b in zip(kernel, before, strict=True)]
         else:
-            before = after = [0, 0] if padding == "valid" else list(_two(padding))
-        _check_window(kernel, _two(stride), before)
+            before = after = [0, 0] if padding == "valid" else list(_along(axes, padding, idle=0))
+        steps = _along(axes, stride)
+        _check_window(kernel, steps, before)
         parameters = (self._index(weight, "weight", rows, kernel[0] * kernel[1]), self._vector(bias, "bias", rows))
         return self._emit(
-            "conv2d", [self._image(x)], parameters, in_features=columns, out_features=rows, rank=3,
-            window=[kernel, list(_two(stride)), before, after],
+            "conv2d", [self._image(x)], parameters, in_features=columns, out_features=rows, ranks=[axes + 1],
+            window=[list(kernel), list(steps), before, after],
         )  # fmt: skip
 
     def batch_norm(
@@ -105,25 +108,25 @@ class Layers(Writer):
         training: bool = False,
         momentum: float = 0.1,
         eps: float = 1e-5,
-        rank: int = 0,
+        *,
+        ranks: tuple[int, ...] = (),
         slots: int | None = None,
     ) -> Value:
-        x = self._tensor(input)
+        x = self._image(self._tensor(input))
         given = next((p for p in (weight, bias, running_mean) if isinstance(p, Tensor)), None)
         channels = 0 if given is None else given.shape[-1] if given.dim() else 1
         affine = (self._vector(weight, "weight", channels, slots), self._vector(bias, "bias", channels, slots))
-        x = x if rank == 1 else self._image(x)
         if training:
-            return self._emit("batch_norm", [x], affine, eps=eps, rank=rank, in_features=channels)
+            return self._emit("batch_norm", [x], affine, eps=eps, ranks=list(ranks), in_features=channels)
         if running_mean is None or running_var is None:
             raise Unfusable("it has neither batch statistics nor running ones")
         statistics = (
             self._vector(running_mean, "running mean", channels, slots, buffer=True),
             self._vector(running_var, "running variance", channels, slots, buffer=True),
         )
-        return self._emit("running_norm", [x], (*affine, *statistics), eps=eps, rank=rank, in_features=channels)
+        return self._emit("running_norm", [x], (*affine, *statistics), eps=eps, ranks=list(ranks), in_features=channels)
 
-    def max_pool2d(
+    def max_pool(
         self,
         input: Any,
         kernel_size: Any,
@@ -132,12 +135,14 @@ class Layers(Writer):
         dilation: Any = 1,
         ceil_mode: bool = False,
         return_indices: bool = False,
+        *,
+        axes: int = 2,
     ) -> Value:
-        if _two(dilation) != (1, 1) or return_indices:
+        if _along(axes, dilation) != (1, 1) or return_indices:
             raise Unfusable("dilation and return_indices are not fused")
-        return self._pool("max_pool", input, kernel_size, stride, padding, ceil_mode)
+        return self._pool("max_pool", axes, input, kernel_size, stride, padding, ceil_mode)
 
-    def avg_pool2d(
+    def avg_pool(
         self,
         input: Any,
         kernel_size: Any,
@@ -146,14 +151,19 @@ class Layers(Writer):
         ceil_mode: bool = False,
         count_include_pad: bool = True,
         divisor_override: int | None = None,
+        *,
+        axes: int = 2,
     ) -> Value:
         if divisor_override is not None:
             raise Unfusable("divisor_override is not fused")
-        return self._pool("avg_pool", input, kernel_size, stride, padding, ceil_mode, count_padding=count_include_pad)
+        return self._pool(
+            "avg_pool", axes, input, kernel_size, stride, padding, ceil_mode, count_padding=count_include_pad
+        )
 
     def _pool(
         self,
         kind: str,
+        axes: int,
         input: Any,
         kernel_size: Any,
         stride: Any,
@@ -163,26 +173,28 @@ class Layers(Writer):
     ) -> Value:
         if ceil_mode:
             raise Unfusable("ceil_mode is not fused")
-        kernel = _two(kernel_size)
-        pad = _two(padding)
+        kernel = _along(axes, kernel_size)
+        pad = _along(axes, padding, idle=0)
         if any(2 * p > k for p, k in zip(pad, kernel, strict=True)):
             raise Unfusable(f"padding {pad} is more than half of the kernel {kernel}")
-        steps = _two(stride) if stride not in (None, [], ()) else kernel
+        steps = _along(axes, stride) if stride not in (None, [], ()) else kernel
         _check_window(kernel, steps, pad)
         window = [list(kernel), list(steps), list(pad), list(pad)]
-        return self._emit(kind, [self._image(self._tensor(input))], window=window, rank=3, **attributes)
+        return self._emit(kind, [self._image(self._tensor(input))], window=window, ranks=[axes + 1], **attributes)
 
-    def adaptive_avg_pool2d(self, input: Any, output_size: Any) -> Value:
-        if _two(output_size) != (1, 1):
+    def adaptive_avg_pool(self, input: Any, output_size: Any, *, axes: int = 2) -> Value:
+        if _along(axes, output_size) != (1, 1):
             raise Unfusable(f"output size {output_size} is not fused; 1 is")
-        return self._emit("mean_pool", [self._image(self._tensor(input))], rank=3)
+        return self._emit("mean_pool", [self._image(self._tensor(input))], ranks=[axes + 1])
 
     def mean(self, input: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
-        axes = sorted(a % 4 for a in dim) if isinstance(dim, (tuple, list)) else None
-        if axes != [2, 3] or dtype is not None:
-            raise Unfusable(f"the mean over {dim} is not fused; over the spatial axes (2, 3) it is")
+        dims = [dim] if isinstance(dim, int) else list(dim) if isinstance(dim, (tuple, list)) else []
+        axes = len(dims)
+        # All but [n, channels]: of a signal [n, channels, length] axis 2, of an image 2 and 3.
+        if axes not in (1, 2) or sorted(d % (2 + axes) for d in dims) != [2, 3][:axes] or dtype is not None:
+            raise Unfusable(f"the mean over {dim} is not fused; over the spatial axes (2, 3), or a signal's 2, it is")
         out_rank: dict[str, Any] = {} if keepdim else {"out_rank": 1}
-        return self._emit("mean_pool", [self._image(self._tensor(input))], rank=3, **out_rank)
+        return self._emit("mean_pool", [self._image(self._tensor(input))], ranks=[axes + 1], **out_rank)
 
     def flatten(self, input: Any, start_dim: int = 0, end_dim: int = -1) -> Value:
         if (start_dim, end_dim) != (1, -1):
@@ -210,8 +222,8 @@ class Layers(Writer):
             raise Unfusable(f"its log_std has shape {list(p.parameter.shape)}; fused is [action]")
         size = p.parameter.numel()
         return self._emit(
-            "append", [x], (self._index(p.parameter, "log_std"), None), rank=1, in_features=size, out_features=2 * size,
-            a=p.floor,
+            "append", [x], (self._index(p.parameter, "log_std"), None), a=p.floor, ranks=[1], in_features=size,
+            out_features=2 * size,
         )  # fmt: skip
 
     def clamp(self, input: Any, min: Any = None, max: Any = None) -> Floored:

@@ -116,7 +116,7 @@ class Writer:
         value = Value(number, True, number if alias is None else alias)
         self.values.append(value)
         if self.path and kind != "channels_last":
-            layer = attributes.get("function", "linear" if kind == "conv2d" and attributes["rank"] == 1 else kind)
+            layer = attributes.get("function", "linear" if kind == "conv2d" and attributes["ranks"] == [1] else kind)
             served = self.plan.served_by.setdefault(self.path, [])
             if layer not in served:
                 served.append(layer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,19 +18,20 @@ from .nodes import Value
 from .tracing import Unfusable
 
 
-def _convolution(b: Layers, m: Any, input: Any) -> Value:
+def _convolution(b: Layers, m: Any, input: Any, *, axes: int) -> Value:
     if m.padding_mode != "zeros":
         raise Unfusable(f"padding_mode={m.padding_mode!r} is not fused")
-    return b.conv2d(input, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups)
+    return b.conv(input, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups, axes=axes)
 
 
-def _batch_norm(rank: int) -> Callable[[Layers, Any, Any], Value]:
+def _batch_norm(*ranks: int) -> Callable[[Layers, Any, Any], Value]:
     def layer(b: Layers, m: Any, input: Any) -> Value:
         batch_statistics = m.training or (m.running_mean is None and m.running_var is None)
         slots = m.steps if isinstance(m, PerStepBatchNorm) else None
         value = b.batch_norm(
-            input, m.running_mean, m.running_var, m.weight, m.bias, batch_statistics, eps=m.eps, rank=rank, slots=slots
-        )
+            input, m.running_mean, m.running_var, m.weight, m.bias, batch_statistics, eps=m.eps, ranks=ranks,
+            slots=slots,
+        )  # fmt: skip
         b.plan.nodes[-1]["in_features"] = m.num_features
         return value
 
@@ -44,20 +46,26 @@ def _dropout(b: Layers, m: Any, input: Any) -> Value:
     return b.dropout(input, m.p, m.training)
 
 
-def _max_pool(b: Layers, m: Any, input: Any) -> Value:
-    return b.max_pool2d(input, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
+def _max_pool(b: Layers, m: Any, input: Any, *, axes: int) -> Value:
+    return b.max_pool(input, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices, axes=axes)
 
 
-def _avg_pool(b: Layers, m: Any, input: Any) -> Value:
-    return b.avg_pool2d(input, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override)
+def _avg_pool(b: Layers, m: Any, input: Any, *, axes: int) -> Value:
+    divisor = getattr(m, "divisor_override", None)  # which a signal's has not
+    return b.avg_pool(input, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, divisor, axes=axes)
+
+
+def _adaptive_avg_pool(b: Layers, m: Any, input: Any, *, axes: int) -> Value:
+    return b.adaptive_avg_pool(input, m.output_size, axes=axes)
 
 
 MODULES: dict[type, Callable[..., Value]] = {
     nn.Linear: lambda b, m, input: b.linear(input, m.weight, m.bias),
-    nn.Conv2d: _convolution,
-    nn.BatchNorm1d: _batch_norm(1),
+    nn.Conv1d: partial(_convolution, axes=1),
+    nn.Conv2d: partial(_convolution, axes=2),
+    nn.BatchNorm1d: _batch_norm(1, 2),
     nn.BatchNorm2d: _batch_norm(3),
-    PerStepBatchNorm1d: _batch_norm(1),
+    PerStepBatchNorm1d: _batch_norm(1, 2),
     PerStepBatchNorm2d: _batch_norm(3),
     nn.ReLU: lambda b, m, input: b.relu(input, m.inplace),
     nn.ReLU6: lambda b, m, input: b.relu6(input, m.inplace),
@@ -71,9 +79,12 @@ MODULES: dict[type, Callable[..., Value]] = {
     nn.Tanh: lambda b, m, input: b.tanh(input),
     nn.Sigmoid: lambda b, m, input: b.sigmoid(input),
     nn.Hardtanh: lambda b, m, input: b.hardtanh(input, m.min_val, m.max_val, m.inplace),
-    nn.MaxPool2d: _max_pool,
-    nn.AvgPool2d: _avg_pool,
-    nn.AdaptiveAvgPool2d: lambda b, m, input: b.adaptive_avg_pool2d(input, m.output_size),
+    nn.MaxPool1d: partial(_max_pool, axes=1),
+    nn.MaxPool2d: partial(_max_pool, axes=2),
+    nn.AvgPool1d: partial(_avg_pool, axes=1),
+    nn.AvgPool2d: partial(_avg_pool, axes=2),
+    nn.AdaptiveAvgPool1d: partial(_adaptive_avg_pool, axes=1),
+    nn.AdaptiveAvgPool2d: partial(_adaptive_avg_pool, axes=2),
     nn.Flatten: _flatten,
     nn.Identity: lambda b, m, input: b.identity(input),
     nn.Dropout: _dropout,
@@ -84,13 +95,19 @@ MODULES: dict[type, Callable[..., Value]] = {
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.linear: Layers.linear,
-    F.conv2d: Layers.conv2d,
-    torch.conv2d: Layers.conv2d,
+    F.conv1d: partial(Layers.conv, axes=1),
+    F.conv2d: Layers.conv,
+    torch.conv1d: partial(Layers.conv, axes=1),
+    torch.conv2d: Layers.conv,
     F.batch_norm: Layers.batch_norm,
-    F.max_pool2d: Layers.max_pool2d,
-    torch.max_pool2d: Layers.max_pool2d,
-    F.avg_pool2d: Layers.avg_pool2d,
-    F.adaptive_avg_pool2d: Layers.adaptive_avg_pool2d,
+    F.max_pool1d: partial(Layers.max_pool, axes=1),
+    F.max_pool2d: Layers.max_pool,
+    torch.max_pool1d: partial(Layers.max_pool, axes=1),
+    torch.max_pool2d: Layers.max_pool,
+    F.avg_pool1d: partial(Layers.avg_pool, axes=1),
+    F.avg_pool2d: Layers.avg_pool,
+    F.adaptive_avg_pool1d: partial(Layers.adaptive_avg_pool, axes=1),
+    F.adaptive_avg_pool2d: Layers.adaptive_avg_pool,
     torch.mean: Layers.mean,
     torch.flatten: Layers.flatten,
     torch.reshape: Layers.reshape,

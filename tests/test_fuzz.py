@@ -6,6 +6,7 @@ compares the whole meta-gradient in float64. MAML_CUDA_FUZZ sets the number of c
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -39,60 +40,67 @@ class Graph(nn.Module):
         return x
 
 
+CONV, NORM = {1: nn.Conv1d, 2: nn.Conv2d}, {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
+MAX_POOL, AVG_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d}, {1: nn.AvgPool1d, 2: nn.AvgPool2d}
+TO_ONE = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d}
+
+
 @st.composite
-def image_layers(draw, channels: int, height: int, width: int, normed: bool):
-    """Up to five layers on an image, then the way to features."""
+def spatial_layers(draw, channels: int, sizes: tuple[int, ...], normed: bool):
+    """Up to five layers on a signal or an image, then the way to features."""
     layers: list[nn.Module] = []
     skips: list[bool] = []
+    axes = len(sizes)
+
+    def slid(kernel, stride, padding):
+        return tuple((s + 2 * p - k) // d + 1 for s, k, d, p in zip(sizes, kernel, stride, padding, strict=True))
+
     for _ in range(draw(st.integers(1, 5))):
         kind = draw(st.sampled_from(["conv", "conv", "act", "act", "avg", "same", *(["norm"] if normed else ["max"])]))
         if kind == "conv":
-            kernel = (draw(st.integers(1, min(4, height))), draw(st.integers(1, min(4, width))))
-            stride = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
-            padding = (draw(st.integers(0, 2)), draw(st.integers(0, 2)))
+            kernel = tuple(draw(st.integers(1, min(4, size))) for size in sizes)
+            stride = tuple(draw(st.integers(1, 3)) for _ in sizes)
+            padding = tuple(draw(st.integers(0, 2)) for _ in sizes)
             out = draw(st.integers(1, 9))
-            layers.append(nn.Conv2d(channels, out, kernel, stride, padding, bias=draw(st.booleans())))
-            channels = out
-            height = (height + 2 * padding[0] - kernel[0]) // stride[0] + 1
-            width = (width + 2 * padding[1] - kernel[1]) // stride[1] + 1
+            layers.append(CONV[axes](channels, out, kernel, stride, padding, bias=draw(st.booleans())))
+            channels, sizes = out, slid(kernel, stride, padding)
             skips.append(False)
         elif kind == "same":
             size = draw(st.sampled_from([1, 3, 5]))
-            layers.append(nn.Conv2d(channels, channels, size, padding="same"))
+            layers.append(CONV[axes](channels, channels, size, padding="same"))
             skips.append(draw(st.booleans()))
         elif kind == "norm":
-            layers.append(nn.BatchNorm2d(channels, eps=0.1, affine=draw(st.booleans())))
+            layers.append(NORM[axes](channels, eps=0.1, affine=draw(st.booleans())))
             skips.append(draw(st.booleans()))
         elif kind == "act":
             layers.append(draw(st.sampled_from(SMOOTH if normed else SMOOTH + KINKED))())
             skips.append(draw(st.booleans()))
         else:
-            kernel = draw(st.integers(1, min(3, height, width)))
+            kernel = draw(st.integers(1, min(3, *sizes)))
             stride, padding = draw(st.integers(1, 3)), draw(st.integers(0, kernel // 2))
-            pool = nn.MaxPool2d if kind == "max" else nn.AvgPool2d
-            layers.append(pool(kernel, stride, padding))
-            height = (height + 2 * padding - kernel) // stride + 1
-            width = (width + 2 * padding - kernel) // stride + 1
+            layers.append((MAX_POOL if kind == "max" else AVG_POOL)[axes](kernel, stride, padding))
+            sizes = slid([kernel] * axes, [stride] * axes, [padding] * axes)
             skips.append(False)
     if draw(st.booleans()):
-        layers.append(nn.AdaptiveAvgPool2d(1))
+        layers.append(TO_ONE[axes](1))
         skips.append(False)
-        height = width = 1
+        sizes = (1,) * axes
     layers.append(nn.Flatten())
     skips.append(False)
-    return layers, skips, channels * height * width
+    return layers, skips, channels * math.prod(sizes)
 
 
 @st.composite
 def cases(draw):
-    on_images, normed = draw(st.booleans()), draw(st.booleans())
+    axes, normed = draw(st.sampled_from([0, 1, 2, 2])), draw(st.booleans())
     n = draw(st.integers(2, 5))
     layers: list[nn.Module] = []
     skips: list[bool] = []
     torch.manual_seed(draw(st.integers(0, 2**16)))
-    if on_images:
-        sample: tuple[int, ...] = (draw(st.integers(1, 4)), draw(st.integers(1, 7)), draw(st.integers(1, 7)))
-        layers, skips, features = draw(image_layers(*sample, normed))
+    if axes:
+        channels, *sizes = (draw(st.integers(1, 4)), *(draw(st.integers(1, 7)) for _ in range(axes)))
+        sample: tuple[int, ...] = (channels, *sizes)
+        layers, skips, features = draw(spatial_layers(channels, tuple(sizes), normed))
     else:
         features = draw(st.integers(1, 20))
         sample = (features,)

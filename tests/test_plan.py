@@ -451,9 +451,16 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ..
         lambda: pooled(nn.ConvTranspose2d(3, 2, 1), 84), IMAGE,
         ("2 (ConvTranspose2d)", "no fused layer serves it"),
     ),
-    "conv 1d": (
-        lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(), nn.Linear(12, CLASSES)), (2, 5),
-        ("0 (Conv1d)",),
+    "conv 3d": (
+        lambda: nn.Sequential(nn.Conv3d(2, 3, 2), nn.Flatten(), nn.Linear(12, CLASSES)), (2, 2, 3, 3),
+        ("0 (Conv3d)",),
+    ),
+    "conv transposed 1d": (
+        lambda: nn.Sequential(nn.ConvTranspose1d(2, 3, 2), nn.Flatten(), nn.Linear(18, CLASSES)), (2, 5),
+        ("0 (ConvTranspose1d)", "no fused layer serves it"),
+    ),
+    "mean over all axes": (
+        lambda: conv(lambda m, x: m.c(m.a(x).mean((1, 2, 3)).view(-1, 1)), 1), IMAGE, ("mean", "over (1, 2, 3)"),
     ),
     "group norm": (lambda: pooled(nn.GroupNorm(1, 3), 126), IMAGE, ("2 (GroupNorm)", "no fused layer")),
     "layer norm": (lambda: around(nn.LayerNorm(5)), VECTOR, ("1 (LayerNorm)", "no fused layer")),
@@ -542,9 +549,8 @@ LATE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...]]
         lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Flatten(), nn.Linear(10, CLASSES)), (2, 3),
         ("0 (Linear)", "[n, features]"),
     ),
-    "batch norm on sequences": (
-        lambda: nn.Sequential(nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(6, CLASSES)), (2, 3),
-        ("0 (BatchNorm1d)", "[n, features]"),
+    "mean over the width of images": (
+        lambda: conv(lambda m, x: m.c(m.a(x).mean(-1).flatten(1)), 21), IMAGE, ("mean", "[n, channels, length]"),
     ),
 }  # fmt: skip
 

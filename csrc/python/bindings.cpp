@@ -84,7 +84,7 @@ Node node_of(const py::dict& d) {
   read_numbers(d, "parameters", node.parameters);
   node.in_features = field<int64_t>(d, "in_features", 0);
   node.out_features = field<int64_t>(d, "out_features", 0);
-  node.rank = field(d, "rank", 0);
+  for (py::handle rank : field(d, "ranks", py::list())) node.ranks |= 1u << rank.cast<int>();
   node.out_rank = field(d, "out_rank", 0);
   Layer& layer = node.layer;
   layer.kind = named(kKinds, d["kind"].cast<std::string>(), "layer");

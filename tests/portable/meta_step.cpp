@@ -41,14 +41,14 @@ struct Net {
     Node& node = append(Kind::conv2d);
     node.layer.window = {kernel, kernel, stride, stride, pad, pad};
     node.pad_end = {pad, pad};
-    node.in_features = in, node.out_features = out, node.rank = rank;
+    node.in_features = in, node.out_features = out, node.ranks = 1u << rank;
     node.parameters[0] = parameter(in * out * kernel * kernel, out, kernel * kernel);
     node.parameters[1] = parameter(out, 1, 1);
   }
   void batch_norm(int64_t channels) {
     Node& node = append(Kind::batch_norm);
     node.layer.eps = 1e-5;
-    node.in_features = channels, node.rank = 3;
+    node.in_features = channels, node.ranks = 1u << 3;
     node.parameters[0] = parameter(channels, 1, 1);
     node.parameters[1] = parameter(channels, 1, 1);
   }
@@ -56,7 +56,7 @@ struct Net {
   void max_pool() {
     Node& node = append(Kind::max_pool);
     node.layer.window = {2, 2, 2, 2, 0, 0};
-    node.rank = 3;
+    node.ranks = 1u << 3;
   }
   void flatten() { append(Kind::flatten).out_rank = 1; }
 };
