@@ -161,7 +161,5 @@ def dense(tensors: list[Tensor]) -> list[Tensor]:
 
 def cut(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
     """`flat` as tensors shaped as `like`."""
-    if type(flat) is Tensor:
-        return torch._C._nn.unflatten_dense_tensors(flat, like)
-    parts = flat.split([math.prod(t.shape) for t in like])  # traced: sizes may be symbols
+    parts = flat.split([math.prod(t.shape) for t in like])
     return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]

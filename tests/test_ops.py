@@ -296,6 +296,17 @@ def test_a_third_derivative_raises(call: str, penalty: str) -> None:
     assert all(p.grad is None for p in inputs)  # not even the terms that could be had
 
 
+def test_a_batch_of_cotangents() -> None:
+    maml = FusedMAML(net(), 0.3, 2)
+    parameters = list(maml.parameters())
+    plain = torch.autograd.grad(FusedMAML(maml.model, 0.3, 2)(*episode()).loss, parameters)
+    scales = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    for _ in range(2):  # the second call goes past the dispatcher
+        batched = torch.autograd.grad(maml(*episode()).loss, parameters, scales, is_grads_batched=True)
+        for one, both in zip(plain, batched, strict=True):
+            torch.testing.assert_close(both, torch.stack([one, -2 * one]))
+
+
 def test_create_graph_does_not_change_the_gradient() -> None:
     maml = FusedMAML(net(), rate(), 2)
     parameters = list(maml.parameters())

@@ -362,43 +362,42 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
   using Losses = std::array<Memory, 3>;
   using Strides = std::vector<int64_t>;
   py::class_<BoundCall>(m, "Call", py::module_local(), "The dense tensors of one call; None says absent.")
-      .def(py::init([](int64_t tasks, int64_t at_once, Memory workspace, Tensors parameters, Tensors rates,
-                       Target support, Target query, Memory task_weights, Memory query_weights, Losses losses,
-                       Memory logits, Memory gradient, Strides parameter_strides, Tensors given,
-                       Strides given_strides, Tensors per_task, Memory state, int64_t kept, bool prepared) {
-             return BoundCall{tasks,
-                              at_once,
-                              workspace,
-                              std::move(parameters),
-                              std::move(rates),
-                              support,
-                              query,
-                              task_weights,
-                              query_weights,
-                              losses,
-                              logits,
-                              gradient,
-                              std::move(parameter_strides),
-                              std::move(given),
-                              std::move(given_strides),
-                              std::move(per_task),
-                              state,
-                              kept,
-                              prepared};
-           }),
-           py::arg("tasks"), py::arg("at_once"), py::arg("workspace"), py::arg("parameters"),
-           py::arg("rates") = Tensors{}, py::arg("support") = Target{}, py::arg("query") = Target{},
-           py::arg("task_weights") = Memory{}, py::arg("query_weights") = Memory{},
-           py::arg("losses") = Losses{}, py::arg("logits") = Memory{}, py::arg("gradient") = Memory{},
-           py::kw_only(), py::arg("parameter_strides") = Strides{}, py::arg("given") = Tensors{},
-           py::arg("given_strides") = Strides{}, py::arg("per_task") = Tensors{}, py::arg("state") = Memory{},
-           py::arg("kept") = 0, py::arg("prepared") = false,
-           "support, query: x, and what its loss compares: y, scale, old_log_probs. given: the cotangents of "
-           "a backward, or directions. losses: loss, task_losses, support_losses. at_once: tasks at work at "
-           "the "
-           "same time. state: workspaces of the first `kept` tasks of a kept_fisher; prepared: an earlier "
-           "call "
-           "has filled them.");
+      .def(
+          py::init([](int64_t tasks, int64_t at_once, Memory workspace, Tensors parameters, Tensors rates,
+                      Target support, Target query, Memory task_weights, Memory query_weights, Losses losses,
+                      Memory logits, Memory gradient, Strides parameter_strides, Tensors given,
+                      Strides given_strides, Tensors per_task, Memory state, int64_t kept, bool prepared) {
+            return BoundCall{tasks,
+                             at_once,
+                             workspace,
+                             std::move(parameters),
+                             std::move(rates),
+                             support,
+                             query,
+                             task_weights,
+                             query_weights,
+                             losses,
+                             logits,
+                             gradient,
+                             std::move(parameter_strides),
+                             std::move(given),
+                             std::move(given_strides),
+                             std::move(per_task),
+                             state,
+                             kept,
+                             prepared};
+          }),
+          py::arg("tasks"), py::arg("at_once"), py::arg("workspace"), py::arg("parameters"),
+          py::arg("rates") = Tensors{}, py::arg("support") = Target{}, py::arg("query") = Target{},
+          py::arg("task_weights") = Memory{}, py::arg("query_weights") = Memory{},
+          py::arg("losses") = Losses{}, py::arg("logits") = Memory{}, py::arg("gradient") = Memory{},
+          py::kw_only(), py::arg("parameter_strides") = Strides{}, py::arg("given") = Tensors{},
+          py::arg("given_strides") = Strides{}, py::arg("per_task") = Tensors{}, py::arg("state") = Memory{},
+          py::arg("kept") = 0, py::arg("prepared") = false,
+          "support, query: x, and what its loss compares: y, scale, old_log_probs. given: the cotangents of "
+          "a backward, or directions. losses: loss, task_losses, support_losses. at_once: tasks at the same "
+          "time. state: workspaces of the first `kept` tasks of a kept_fisher; prepared: an earlier call has "
+          "filled them.");
 
   py::class_<BoundProblem>(m, "Problem", py::module_local())
       .def(py::init<const py::dict&, const std::string&, const std::vector<int64_t>&, int64_t, int64_t, int,
