@@ -36,6 +36,7 @@ NETS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
     "conv2d": lambda: image(nn.Conv2d(16, 32, 3, padding=1)),
     "conv2d, in tiles": lambda: image(nn.Conv2d(16, 64, 3, padding=1), nn.Conv2d(64, 16, 3, padding=1)),
     "conv2d, stride 2": lambda: image(nn.Conv2d(16, 32, 3, 2, 1)),
+    "conv2d, stride 2, in tiles": lambda: image(nn.Conv2d(16, 64, 3, 2, 1), nn.Conv2d(64, 64, 3, 2, 1)),
     "batch_norm": lambda: (nn.Sequential(nn.BatchNorm2d(16)), (16, 28, 28)),
     "running_norm": lambda: image(with_statistics(nn.BatchNorm2d(16))),
     "conv_block": lambda: image(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32)),
