@@ -39,6 +39,7 @@ NETS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
     "conv2d, stride 2, in tiles": lambda: image(nn.Conv2d(16, 64, 3, 2, 1), nn.Conv2d(64, 64, 3, 2, 1)),
     "batch_norm": lambda: (nn.Sequential(nn.BatchNorm2d(16)), (16, 28, 28)),
     "running_norm": lambda: image(with_statistics(nn.BatchNorm2d(16))),
+    "group_norm": lambda: image(nn.GroupNorm(4, 16)),
     "conv_block": lambda: image(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32)),
     "conv_block, pooled": lambda: image(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.MaxPool2d(2)),
     "stem": lambda: (nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32)), (3, 84, 84)),

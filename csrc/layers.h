@@ -17,6 +17,7 @@ enum class Kind {
   conv2d,
   batch_norm,
   running_norm,
+  group_norm,
   pointwise,
   max_pool,
   avg_pool,
@@ -72,6 +73,7 @@ struct Layer {
   // Constants of `function`; append: the floor a; conv_block and stem: f(u) = u > 0 ? u : a u, 1 for none.
   double a = 0, b = 0, c = 1;
   double eps = 0;             // of every normalisation
+  int64_t groups = 1;         // group_norm; of a Node 0: every channel is one
   bool count_padding = true;  // avg_pool: padding counts in the divisor
   bool pooled = false;  // a max-pool comes last: block: over `window`; others: of 2 x 2 pixels, each in one
   Image between{};      // patch_gram, stem and conv_block: the convolution's output

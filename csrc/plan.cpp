@@ -61,6 +61,9 @@ Shaped infer(const Node& node, const Shaped& x, const Shaped* other, int64_t n) 
     wrong(node.name + " expects " + std::to_string(node.in_features) +
           (x.rank == 1 ? " features" : " channels") + ", got samples of shape " + text_of(dims(x)));
   }
+  if (!node.sample.empty() && node.sample != dims(x)) {
+    wrong(node.name + " expects samples of shape " + text_of(node.sample) + ", got " + text_of(dims(x)));
+  }
   Shaped y{x.image, x.rank};
   if (node.out_rank != 0) y.rank = node.out_rank;
   if (node.out_features != 0) y.image.c = node.out_features;
@@ -103,6 +106,20 @@ Shaped infer(const Node& node, const Shaped& x, const Shaped* other, int64_t n) 
       normalises(node.name, x.image);
       if (layer.pooled) slides();
       break;
+    case Kind::group_norm: {
+      const int64_t pixels = x.image.h * x.image.w, groups = layer.groups;
+      if (groups > 0 && x.image.c % groups != 0) {
+        wrong(node.name + " expects channels that make " + std::to_string(groups) +
+              " groups, got samples of shape " + text_of(dims(x)));
+      }
+      // What torch refuses: InstanceNorm of one value, GroupNorm of one in all samples together.
+      const bool single = groups == 0 ? pixels == 1 : n * (x.image.c / groups) * pixels == 1;
+      if (single && node.sample.empty()) {
+        wrong(node.name + " expects more than 1 value per " + (groups == 0 ? "channel" : "group") + ", got " +
+              std::to_string(n) + " samples of shape " + text_of(dims(x)));
+      }
+      break;
+    }
     case Kind::patch_gram:
     case Kind::stem:
     case Kind::conv_block:
@@ -225,8 +242,8 @@ namespace {
 /// Whether f(x) tells f' as x does, and f'' is zero: then nobody misses x, or the cotangent of f(x).
 bool forgets_argument(const Layer& f) { return !bends(f.function) && ascends(f); }
 
-/// Sets the heir of whatever a convolution or linear layer, whose passes do not read it, gives to such a
-/// function alone.
+/// Sets the heir of whatever a convolution, linear layer or group_norm, whose passes do not read it, gives to
+/// such a function alone.
 void find_heirs(Stage& stage) {
   std::vector<int> readers(stage.values.size()), writer(stage.values.size(), -1);
   for (size_t i = 0; i < stage.steps.size(); ++i) {
@@ -239,7 +256,9 @@ void find_heirs(Stage& stage) {
   for (const Stage::Step& step : stage.steps) {
     const int x = step.inputs[0];
     if (step.layer.kind != Kind::pointwise || !forgets_argument(step.layer) || readers[x] != 1) continue;
-    if (writer[x] < 0 || stage.steps[writer[x]].layer.kind != Kind::conv2d) continue;
+    if (writer[x] < 0) continue;
+    const Kind kind = stage.steps[writer[x]].layer.kind;
+    if (kind != Kind::conv2d && kind != Kind::group_norm) continue;
     stage.values[x].heir = step.output;
   }
 }
@@ -303,6 +322,8 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
     step.layer.in = shapes[node.inputs[0]].image;
     step.layer.out = shapes[i + 1].image;
     step.layer.between = shapes[i + 1].between;
+    if (!node.sample.empty()) step.layer.in = step.layer.out = {size(step.layer.in), 1, 1};
+    if (step.layer.groups == 0) step.layer.groups = step.layer.in.c;
     step.output = i + 1;
     step.parameters = node.parameters;
     step.add_x = {};

@@ -43,7 +43,8 @@ struct Node {
   std::array<int64_t, 2> pad_end{0, 0};  // padding below and to the right (convolution and pools)
   // Axes of a sample that the layer takes, each a bit 1 << axes: 1 features, 2 a signal, 3 an image; 0: any.
   unsigned ranks = 0;
-  int out_rank = 0;  // axes of its output; 0: as its input
+  int out_rank = 0;             // axes of its output; 0: as its input
+  std::vector<int64_t> sample;  // group_norm: the shape that it takes, as if it were features; empty: any
 };
 
 /// Value 0 is the input; node i writes value i + 1; the last value is the prediction.

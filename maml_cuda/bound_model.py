@@ -98,6 +98,8 @@ class BoundModel(nn.Module):
 
     def _warn_of_empty_statistics(self) -> None:
         for name, m in self.model.named_modules():
+            if isinstance(m, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)):
+                continue  # which never counts its batches
             tracked = getattr(m, "num_batches_tracked", None)
             if not m.training and isinstance(tracked, Tensor) and bool((tracked == 0).any()):
                 self._warn_once(

@@ -50,6 +50,12 @@ def _check_window(kernel: Any, stride: Any, padding: Any) -> None:
         raise Unfusable(f"kernel {list(kernel)}, stride {list(stride)}, padding {list(padding)} make no window")
 
 
+def _channels(*parameters: Any) -> int:
+    """How many the first of these has a number for; 0: there is none."""
+    given = next((p for p in parameters if isinstance(p, Tensor)), None)
+    return 0 if given is None else given.shape[-1] if given.dim() else 1
+
+
 class Layers(Writer):
     """Writes a Plan, layer by layer. Every layer method has the signature of torch.nn.functional's."""
 
@@ -113,8 +119,7 @@ class Layers(Writer):
         slots: int | None = None,
     ) -> Value:
         x = self._image(self._tensor(input))
-        given = next((p for p in (weight, bias, running_mean) if isinstance(p, Tensor)), None)
-        channels = 0 if given is None else given.shape[-1] if given.dim() else 1
+        channels = _channels(weight, bias, running_mean)
         affine = (self._vector(weight, "weight", channels, slots), self._vector(bias, "bias", channels, slots))
         if training:
             return self._emit("batch_norm", [x], affine, eps=eps, ranks=list(ranks), in_features=channels)
@@ -125,6 +130,59 @@ class Layers(Writer):
             self._vector(running_var, "running variance", channels, slots, buffer=True),
         )
         return self._emit("running_norm", [x], (*affine, *statistics), eps=eps, ranks=list(ranks), in_features=channels)
+
+    def group_norm(
+        self,
+        input: Any,
+        num_groups: int,
+        weight: Any = None,
+        bias: Any = None,
+        eps: float = 1e-5,
+        *,
+        ranks: tuple[int, ...] = (1, 2, 3),
+    ) -> Value:
+        """num_groups 0: every channel is a group."""
+        x = self._image(self._tensor(input))
+        channels = _channels(weight, bias)
+        affine = (self._vector(weight, "weight", channels), self._vector(bias, "bias", channels))
+        return self._emit(
+            "group_norm", [x], affine, eps=eps, groups=num_groups, ranks=list(ranks), in_features=channels
+        )
+
+    def layer_norm(
+        self, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    ) -> Value:
+        """One group of a sample, to which the sample is features: each has its own gamma and beta."""
+        x = self._image(self._tensor(input))
+        shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+        if len(shape) > 3:
+            raise Unfusable(f"normalized_shape={shape} is not fused; the shape of a feature vector, signal or image is")
+        affine = []
+        for p, what in ((weight, "weight"), (bias, "bias")):
+            if isinstance(p, Tensor) and list(p.shape) != shape:
+                raise Unfusable(f"its {what} has shape {list(p.shape)}; fused is {shape}")
+            taps = math.prod(shape[1:])
+            affine.append(self._index(p, what, *((shape[0], taps) if taps > 1 else ())))
+        return self._emit("group_norm", [x], tuple(affine), eps=eps, ranks=[len(shape)], sample=shape)
+
+    def instance_norm(
+        self,
+        input: Any,
+        running_mean: Any = None,
+        running_var: Any = None,
+        weight: Any = None,
+        bias: Any = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        *,
+        ranks: tuple[int, ...] = (2, 3),
+    ) -> Value:
+        if not use_input_stats:
+            return self.batch_norm(input, running_mean, running_var, weight, bias, eps=eps, ranks=ranks)
+        if running_mean is not None or running_var is not None:
+            raise Unfusable("it tracks running statistics in train mode, which is not fused; in eval mode it is")
+        return self.group_norm(input, 0, weight, bias, eps, ranks=ranks)
 
     def max_pool(
         self,

@@ -38,6 +38,36 @@ def _batch_norm(*ranks: int) -> Callable[[Layers, Any, Any], Value]:
     return layer
 
 
+def _group_norm(b: Layers, m: Any, input: Any) -> Value:
+    return b.group_norm(input, m.num_groups, m.weight, m.bias, m.eps)
+
+
+def _group_norm_or_cudnn(
+    b: Layers, input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Value:  # fmt: skip
+    return b.group_norm(input, num_groups, weight, bias, eps)
+
+
+def _layer_norm_or_cudnn(
+    b: Layers, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Value:  # fmt: skip
+    return b.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _layer_norm(b: Layers, m: Any, input: Any) -> Value:
+    return b.layer_norm(input, m.normalized_shape, m.weight, m.bias, m.eps)
+
+
+def _instance_norm(rank: int) -> Callable[[Layers, Any, Any], Value]:
+    def layer(b: Layers, m: Any, input: Any) -> Value:
+        own = m.training or not m.track_running_stats
+        return b.instance_norm(input, m.running_mean, m.running_var, m.weight, m.bias, own, eps=m.eps, ranks=(rank,))
+
+    return layer
+
+
 def _flatten(b: Layers, m: Any, input: Any) -> Value:
     return b.flatten(input, m.start_dim, m.end_dim)
 
@@ -67,6 +97,10 @@ MODULES: dict[type, Callable[..., Value]] = {
     nn.BatchNorm2d: _batch_norm(3),
     PerStepBatchNorm1d: _batch_norm(1, 2),
     PerStepBatchNorm2d: _batch_norm(3),
+    nn.GroupNorm: _group_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.InstanceNorm1d: _instance_norm(2),
+    nn.InstanceNorm2d: _instance_norm(3),
     nn.ReLU: lambda b, m, input: b.relu(input, m.inplace),
     nn.ReLU6: lambda b, m, input: b.relu6(input, m.inplace),
     nn.LeakyReLU: lambda b, m, input: b.leaky_relu(input, m.negative_slope, m.inplace),
@@ -100,6 +134,11 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.conv1d: partial(Layers.conv, axes=1),
     torch.conv2d: Layers.conv,
     F.batch_norm: Layers.batch_norm,
+    F.group_norm: Layers.group_norm,
+    torch.group_norm: _group_norm_or_cudnn,
+    F.layer_norm: Layers.layer_norm,
+    torch.layer_norm: _layer_norm_or_cudnn,
+    F.instance_norm: Layers.instance_norm,
     F.max_pool1d: partial(Layers.max_pool, axes=1),
     F.max_pool2d: Layers.max_pool,
     torch.max_pool1d: partial(Layers.max_pool, axes=1),

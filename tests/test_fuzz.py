@@ -20,8 +20,8 @@ from .conftest import check_meta_gradient
 
 CASES = int(os.environ.get("MAML_CUDA_FUZZ", "300"))
 
-# BatchNorm of a constant is zero but for rounding, on which two correct computations differ: then a kink or a tie would
-# fall on two sides. So a drawn net has either BatchNorm or kinks (max-pools among them), never both.
+# A normalised constant is zero but for rounding, on which two correct computations differ: then a kink or a tie would
+# fall on two sides. So a drawn net has either normalisations or kinks (max-pools among them), never both.
 SMOOTH = [nn.Tanh, nn.Sigmoid, nn.Softplus, nn.SiLU, nn.GELU, nn.Identity]
 KINKED = [nn.ReLU, nn.LeakyReLU, nn.ELU]
 
@@ -40,9 +40,23 @@ class Graph(nn.Module):
         return x
 
 
-CONV, NORM = {1: nn.Conv1d, 2: nn.Conv2d}, {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
+CONV, NORM = {1: nn.Conv1d, 2: nn.Conv2d}, {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
+INSTANCE = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d}
 MAX_POOL, AVG_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d}, {1: nn.AvgPool1d, 2: nn.AvgPool2d}
 TO_ONE = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d}
+
+
+@st.composite
+def norms(draw, channels: int, sizes: tuple[int, ...]):
+    """Over the samples, or within each."""
+    kinds = ["batch", "group", "layer", *(["instance"] if math.prod(sizes) > 1 else [])]
+    kind, affine = draw(st.sampled_from(kinds)), draw(st.booleans())
+    if kind == "group":
+        groups = draw(st.sampled_from([g for g in range(1, channels + 1) if channels % g == 0]))
+        return nn.GroupNorm(groups, channels, eps=0.1, affine=affine)
+    if kind == "layer":
+        return nn.LayerNorm([channels, *sizes], eps=0.1, elementwise_affine=affine)
+    return (NORM if kind == "batch" else INSTANCE)[len(sizes)](channels, eps=0.1, affine=affine)
 
 
 @st.composite
@@ -70,7 +84,7 @@ def spatial_layers(draw, channels: int, sizes: tuple[int, ...], normed: bool):
             layers.append(CONV[axes](channels, channels, size, padding="same"))
             skips.append(draw(st.booleans()))
         elif kind == "norm":
-            layers.append(NORM[axes](channels, eps=0.1, affine=draw(st.booleans())))
+            layers.append(draw(norms(channels, sizes)))
             skips.append(draw(st.booleans()))
         elif kind == "act":
             layers.append(draw(st.sampled_from(SMOOTH if normed else SMOOTH + KINKED))())
@@ -109,7 +123,7 @@ def cases(draw):
         layers += [nn.Linear(features, width, bias=draw(st.booleans()))]
         skips += [False]
         if normed and draw(st.booleans()):
-            layers += [nn.BatchNorm1d(width, eps=0.1, affine=draw(st.booleans()))]
+            layers += [draw(norms(width, ()))]
             skips += [False]
         layers += [draw(st.sampled_from(SMOOTH if normed else SMOOTH + KINKED))()]
         skips += [draw(st.booleans())]

@@ -175,6 +175,11 @@ VECTORS: dict[str, Callable[[], nn.Module]] = {
     "batch norm functional, bare": lambda: dense(
         lambda m, x: m.c(F.batch_norm(m.a(x), None, None, training=True) + m.b(x))
     ),
+    "group norm": lambda: around(nn.GroupNorm(1, 5)),
+    "layer norm": lambda: around(nn.LayerNorm(5)),
+    "layer norm without bias": lambda: around(nn.LayerNorm((5,), bias=False)),
+    "layer norm functional": lambda: dense(lambda m, x: m.c(F.layer_norm(m.a(x), (5,), m.g) + m.b(x)), g=weight(5)),
+    "layer norm torch": lambda: dense(lambda m, x: m.c(torch.layer_norm(m.a(x), [5], m.g) + m.b(x)), g=weight(5)),
     "dropout in eval mode": lambda: around(nn.Dropout(0.9).eval()),
     "add operator": lambda: dense(lambda m, x: m.c(m.a(x).tanh() + m.b(x))),
     "add function": lambda: dense(lambda m, x: m.c(torch.add(m.a(x).tanh(), m.b(x)))),
@@ -207,6 +212,17 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
     ),
     "batch norm 2d": lambda: pooled(nn.BatchNorm2d(3), 126),
     "batch norm 2d without affine": lambda: pooled(nn.BatchNorm2d(3, affine=False), 126),
+    "group norm of images": lambda: pooled(nn.GroupNorm(3, 3, eps=0.1), 126),
+    "group norm functional": lambda: conv(
+        lambda m, x: m.c(F.group_norm(m.a(x), 1, m.g).flatten(1)), 126, g=weight(3)
+    ),
+    "group norm torch": lambda: conv(lambda m, x: m.c(torch.group_norm(m.a(x), 3).flatten(1)), 126),
+    "layer norm of images": lambda: pooled(nn.LayerNorm([3, 7, 6]), 126),
+    "layer norm of images without affine": lambda: pooled(nn.LayerNorm([3, 7, 6], elementwise_affine=False), 126),
+    "instance norm": lambda: pooled(nn.InstanceNorm2d(3), 126),
+    "instance norm with affine": lambda: pooled(nn.InstanceNorm2d(3, affine=True), 126),
+    "instance norm, eval": lambda: pooled(trained_instance_norm().eval(), 126),
+    "instance norm functional": lambda: conv(lambda m, x: m.c(F.instance_norm(m.a(x)).flatten(1)), 126),
     "max pool": lambda: pooled(nn.MaxPool2d(2), 27),
     "max pool, windows overlap": lambda: pooled(nn.MaxPool2d(3, 2, 1), 36),
     "max pool functional": lambda: conv(lambda m, x: m.c(F.max_pool2d(m.a(x), 2).flatten(1)), 27),
@@ -462,8 +478,15 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ..
     "mean over all axes": (
         lambda: conv(lambda m, x: m.c(m.a(x).mean((1, 2, 3)).view(-1, 1)), 1), IMAGE, ("mean", "over (1, 2, 3)"),
     ),
-    "group norm": (lambda: pooled(nn.GroupNorm(1, 3), 126), IMAGE, ("2 (GroupNorm)", "no fused layer")),
-    "layer norm": (lambda: around(nn.LayerNorm(5)), VECTOR, ("1 (LayerNorm)", "no fused layer")),
+    "instance norm 3d": (
+        lambda: nn.Sequential(nn.InstanceNorm3d(2), nn.Flatten(), nn.Linear(36, CLASSES)), (2, 2, 3, 3),
+        ("0 (InstanceNorm3d)", "no fused layer"),
+    ),
+    "instance norm that tracks": (
+        lambda: pooled(nn.InstanceNorm2d(3, track_running_stats=True), 126), IMAGE,
+        ("2 (InstanceNorm2d)", "running statistics in train mode"),
+    ),
+    "rms norm": (lambda: around(nn.RMSNorm(5)), VECTOR, ("1 (RMSNorm)", "no fused layer")),
     "softmax": (lambda: around(nn.Softmax(1)), VECTOR, ("1 (Softmax)", "no fused layer")),
     "prelu": (lambda: around(nn.PReLU()), VECTOR, ("1 (PReLU)", "no fused layer")),
     "functional batch norm of an odd variance": (
@@ -549,6 +572,9 @@ LATE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...]]
         lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Flatten(), nn.Linear(10, CLASSES)), (2, 3),
         ("0 (Linear)", "[n, features]"),
     ),
+    "layer norm over the width of images": (
+        lambda: pooled(nn.LayerNorm(6), 126), IMAGE, ("2 (LayerNorm)", "[n, features]", "[3, 7, 6]"),
+    ),
     "mean over the width of images": (
         lambda: conv(lambda m, x: m.c(m.a(x).mean(-1).flatten(1)), 21), IMAGE, ("mean", "[n, channels, length]"),
     ),
@@ -570,6 +596,12 @@ IN_PLACE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, .
 def trained_norm(affine: bool = True) -> nn.BatchNorm1d:
     norm = nn.BatchNorm1d(5, affine=affine)
     norm(torch.randn(9, 5) * 3 + 1)
+    return norm
+
+
+def trained_instance_norm() -> nn.InstanceNorm2d:
+    norm = nn.InstanceNorm2d(3, affine=True, track_running_stats=True)
+    norm(torch.randn(9, 3, 2, 2) * 3 + 1)
     return norm
 
 

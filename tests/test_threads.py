@@ -39,6 +39,14 @@ def strided() -> nn.Module:
     )  # fmt: skip
 
 
+def grouped() -> nn.Module:
+    """Normalised within a sample."""
+    return nn.Sequential(
+        nn.Conv2d(3, 20, 3, padding=1), nn.GroupNorm(5, 20), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(20, 36, 3, 2, 1), nn.LayerNorm([36, 7, 7]), nn.ReLU(), nn.Flatten(), nn.Linear(36 * 49, 5),
+    )  # fmt: skip
+
+
 class Residual(nn.Module):
     """The layers that stand alone: convolutions with bias, pools that overlap, functions, a sum."""
 
@@ -57,7 +65,7 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 90), nn.Tanh(), nn.Linear(90, 70), nn.Softplus(), nn.Linear(70, 5))
 
 
-NETS = {pooled: (3, 28, 28), strided: (3, 28, 28), Residual: (3, 28, 28), mlp: (2,)}
+NETS = {pooled: (3, 28, 28), strided: (3, 28, 28), grouped: (3, 28, 28), Residual: (3, 28, 28), mlp: (2,)}
 
 
 def episode(make, tasks: int, dtype: torch.dtype) -> list[Tensor]:

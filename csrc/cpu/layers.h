@@ -16,6 +16,8 @@ Passes<T> batch_norm();
 template <class T>
 Passes<T> running_norm();
 template <class T>
+Passes<T> group_norm();
+template <class T>
 Passes<T> pointwise();
 template <class T>
 Passes<T> max_pool();
@@ -53,6 +55,7 @@ const LossPasses<T>& loss_passes(Loss loss) {
 Footprint conv2d_footprint(const Layer&);
 Footprint batch_norm_footprint(const Layer&);
 Footprint running_norm_footprint(const Layer&);
+Footprint group_norm_footprint(const Layer&);
 Footprint max_pool_footprint(const Layer&);
 Footprint conv_block_footprint(const Layer&);
 Footprint patch_gram_footprint(const Layer&);

@@ -31,6 +31,8 @@ Footprint footprint(const Layer& layer) {
       return batch_norm_footprint(layer);
     case Kind::running_norm:
       return running_norm_footprint(layer);
+    case Kind::group_norm:
+      return group_norm_footprint(layer);
     case Kind::max_pool:
       return max_pool_footprint(layer);
     case Kind::conv_block:
@@ -49,11 +51,11 @@ namespace {
 template <class T>
 struct Cpu : Updates<T, T> {
   static const Passes<T>& passes(Kind kind) {
-    static const Passes<T> table[] = {channels_last<T>(), flatten<T>(),      conv2d<T>(),
-                                      batch_norm<T>(),    running_norm<T>(), pointwise<T>(),
-                                      max_pool<T>(),      avg_pool<T>(),     mean_pool<T>(),
-                                      add<T>(),           append<T>(),       Passes<T>{},  // block
-                                      conv_block<T>(),    patch_gram<T>(),   stem<T>()};
+    static const Passes<T> table[] = {channels_last<T>(), flatten<T>(),    conv2d<T>(),    batch_norm<T>(),
+                                      running_norm<T>(),  group_norm<T>(), pointwise<T>(), max_pool<T>(),
+                                      avg_pool<T>(),      mean_pool<T>(),  add<T>(),       append<T>(),
+                                      Passes<T>{},  // block
+                                      conv_block<T>(),    patch_gram<T>(), stem<T>()};
     return table[static_cast<int>(kind)];
   }
   void forward(const Layer& l, const Tensors<T>& t) const { passes(l.kind).forward(l, t); }

@@ -166,21 +166,14 @@ class Batched {
 
  private:
   static const LaunchPasses<T>& passes(Kind kind) {
-    static const LaunchPasses<T> table[] = {channels_last<T>(),
-                                            flatten<T>(),
-                                            conv2d<T>(),
-                                            batch_norm<T>(),
-                                            running_norm<T>(),
-                                            pointwise<T>(),
-                                            max_pool<T>(),
-                                            avg_pool<T>(),
-                                            mean_pool<T>(),
-                                            add<T>(),
-                                            append<T>(),
-                                            block<T>(),
-                                            {},  // conv_block
-                                            patch_gram<T>(),
-                                            stem<T>()};
+    static const LaunchPasses<T> table[] = {channels_last<T>(), flatten<T>(),
+                                            conv2d<T>(),        batch_norm<T>(),
+                                            running_norm<T>(),  group_norm<T>(),
+                                            pointwise<T>(),     max_pool<T>(),
+                                            avg_pool<T>(),      mean_pool<T>(),
+                                            add<T>(),           append<T>(),
+                                            block<T>(),         {},  // conv_block
+                                            patch_gram<T>(),    stem<T>()};
     return table[static_cast<int>(kind)];
   }
 

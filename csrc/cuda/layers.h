@@ -25,6 +25,8 @@ LaunchPasses<T> batch_norm();
 template <class T>
 LaunchPasses<T> running_norm();
 template <class T>
+LaunchPasses<T> group_norm();
+template <class T>
 LaunchPasses<T> pointwise();
 template <class T>
 LaunchPasses<T> max_pool();
@@ -48,6 +50,7 @@ Footprint conv2d_footprint(const Layer&);
 int64_t conv2d_statistics_rows(const Layer&);
 Footprint batch_norm_footprint(const Layer&);
 Footprint running_norm_footprint(const Layer&);
+Footprint group_norm_footprint(const Layer&);
 Footprint max_pool_footprint(const Layer&);
 Footprint block_footprint(const Layer&);
 Footprint patch_gram_footprint(const Layer&);

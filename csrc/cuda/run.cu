@@ -74,6 +74,8 @@ Footprint footprint(const Layer& layer) {
       return batch_norm_footprint(layer);
     case Kind::running_norm:
       return running_norm_footprint(layer);
+    case Kind::group_norm:
+      return group_norm_footprint(layer);
     case Kind::block:
       return block_footprint(layer);
     case Kind::max_pool:

@@ -32,6 +32,7 @@ const std::map<std::string, Kind> kKinds = {{"channels_last", Kind::channels_las
                                             {"conv2d", Kind::conv2d},
                                             {"batch_norm", Kind::batch_norm},
                                             {"running_norm", Kind::running_norm},
+                                            {"group_norm", Kind::group_norm},
                                             {"pointwise", Kind::pointwise},
                                             {"max_pool", Kind::max_pool},
                                             {"avg_pool", Kind::avg_pool},
@@ -86,6 +87,7 @@ Node node_of(const py::dict& d) {
   node.out_features = field<int64_t>(d, "out_features", 0);
   for (py::handle rank : field(d, "ranks", py::list())) node.ranks |= 1u << rank.cast<int>();
   node.out_rank = field(d, "out_rank", 0);
+  node.sample = field(d, "sample", std::vector<int64_t>());
   Layer& layer = node.layer;
   layer.kind = named(kKinds, d["kind"].cast<std::string>(), "layer");
   layer.function = named(kFunctions, field<std::string>(d, "function", "relu"), "function");
@@ -93,6 +95,7 @@ Node node_of(const py::dict& d) {
   layer.b = field(d, "b", 0.0);
   layer.c = field(d, "c", 1.0);
   layer.eps = field(d, "eps", 0.0);
+  layer.groups = field<int64_t>(d, "groups", 1);
   layer.count_padding = field(d, "count_padding", true);
   if (d.contains("window")) {  // kernel, stride, padding before, padding after: each (height, width)
     const auto w = d["window"].cast<std::array<std::array<int64_t, 2>, 4>>();

@@ -96,6 +96,8 @@ LaunchPasses<T> passes_of(Kind kind) {
       return batch_norm<T>();
     case Kind::running_norm:
       return running_norm<T>();
+    case Kind::group_norm:
+      return group_norm<T>();
     case Kind::block:
       return block<T>();
     case Kind::pointwise:
@@ -121,15 +123,17 @@ LaunchPasses<T> passes_of(Kind kind) {
 inline Footprint footprint_of(const Layer& l) {
   if (l.kind == Kind::batch_norm) return batch_norm_footprint(l);
   if (l.kind == Kind::running_norm) return running_norm_footprint(l);
+  if (l.kind == Kind::group_norm) return group_norm_footprint(l);
   if (l.kind == Kind::block) return block_footprint(l);
   if (l.kind == Kind::max_pool) return max_pool_footprint(l);
   return {};
 }
 
 inline const char* name_of(Kind kind) {
-  const char* names[] = {"channels_last", "flatten",  "conv2d",     "batch_norm", "running_norm",
-                         "pointwise",     "max_pool", "avg_pool",   "mean_pool",  "add",
-                         "append",        "block",    "conv_block", "patch_gram", "stem"};
+  const char* names[] = {"channels_last", "flatten",    "conv2d",     "batch_norm",
+                         "running_norm",  "group_norm", "pointwise",  "max_pool",
+                         "avg_pool",      "mean_pool",  "add",        "append",
+                         "block",         "conv_block", "patch_gram", "stem"};
   return names[static_cast<int>(kind)];
 }
 
@@ -140,7 +144,7 @@ inline std::string text_of(const Layer& l, const Present& p) {
                      "x" + n(l.in.w) + " out " + n(l.out.h) + "x" + n(l.out.w) + " window " + n(k.kernel_h) +
                      "x" + n(k.kernel_w) + "/" + n(k.stride_h) + "x" + n(k.stride_w) + " pad " +
                      n(k.pad_top) + "," + n(k.pad_left) + " f " + n(static_cast<int>(l.function)) +
-                     (l.pooled ? " pooled" : "");
+                     (l.groups > 1 ? " groups " + n(l.groups) : "") + (l.pooled ? " pooled" : "");
   const bool flags[] = {p.gamma,      p.beta,      p.x_dot, p.gamma_dot,  p.beta_dot,  p.grad_x,
                         p.grad_gamma, p.grad_beta, p.add,   p.statistics, p.second_dot};
   text += " present ";
@@ -226,7 +230,8 @@ template <class T>
 std::vector<T> check_layer(const Layer& l, const Present& p, int64_t tasks = 2, unsigned seed = 1) {
   const std::string name = text_of(l, p) + (sizeof(T) == 4 ? " float" : " double");
   const double tolerance = sizeof(T) == 4 ? 2e-5 : 1e-12;
-  const bool normalises = l.kind == Kind::batch_norm || l.kind == Kind::running_norm || l.kind == Kind::block;
+  const bool normalises = l.kind == Kind::batch_norm || l.kind == Kind::running_norm ||
+                          l.kind == Kind::group_norm || l.kind == Kind::block;
   const int inputs = l.kind == Kind::add ? 2 : 1, parameters = normalises ? 2 : 0;
   const bool has[2] = {p.gamma, p.beta};
   const bool x_moves[2] = {p.x_dot, p.second_dot};
@@ -237,8 +242,8 @@ std::vector<T> check_layer(const Layer& l, const Present& p, int64_t tasks = 2, 
   const Footprint needs = footprint_of(l);
   const int64_t tiles = (rows_in(l) + kStatisticsRows - 1) / kStatisticsRows;
 
-  Memory<T> memory(tasks,
-                   12 * in + 8 * out + 16 * c + needs.saved + needs.scratch + 5 * tiles * c + 60 * kGap);
+  Memory<T> memory(tasks, 12 * in + 8 * out + 16 * c + needs.saved + needs.saved_dot + needs.scratch +
+                              5 * tiles * c + 60 * kGap);
   Tensors<T> all;
   for (int j = 0; j < inputs; ++j) {
     all.x[j] = memory.take(in);
@@ -260,6 +265,7 @@ std::vector<T> check_layer(const Layer& l, const Present& p, int64_t tasks = 2, 
   all.y_dot = memory.take(out);
   all.grad_y_dot = memory.take(out);
   all.saved = memory.take(needs.saved);
+  all.saved_dot = memory.take(needs.saved_dot);
   all.scratch = memory.take(needs.scratch);
   if (p.statistics) {
     all.statistics = memory.take(2 * tiles * c);

@@ -183,6 +183,41 @@ void running_norm_reference(const Layer& l, Values<S>& v) {
   }
 }
 
+/// By the chain rule step by step.
+template <class S>
+void group_norm_reference(const Layer& l, Values<S>& v) {
+  const int64_t pixels = l.in.h * l.in.w, c = l.in.c, width = c / l.groups;
+  const S count(static_cast<double>(width * pixels));
+  v.y.resize(count_in(l));
+  v.grad_x[0].resize(count_in(l));
+  for (auto& sums : v.grad_w) sums.assign(c, S(0));
+  for (int64_t cell = 0; cell < l.n * l.groups; ++cell) {
+    const int64_t first = cell % l.groups * width;
+    auto each = [&](auto f) {
+      for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+        for (int64_t ch = first; ch < first + width; ++ch) f((cell / l.groups * pixels + pixel) * c + ch, ch);
+      }
+    };
+    auto gamma = [&](int64_t ch) { return v.w[0].empty() ? S(1) : v.w[0][ch]; };
+    S mu(0), var(0), grad_mu(0), grad_var(0);
+    each([&](int64_t i, int64_t) { mu += v.x[0][i] / count; });
+    each([&](int64_t i, int64_t) { var += (v.x[0][i] - mu) * (v.x[0][i] - mu) / count; });
+    const S deviation = sqrt(var + S(l.eps));
+    each([&](int64_t i, int64_t ch) {
+      const S centred = v.x[0][i] - mu, grad = v.g[i] * gamma(ch);
+      v.y[i] = gamma(ch) * centred / deviation + (v.w[1].empty() ? S(0) : v.w[1][ch]);
+      v.grad_w[0][ch] += v.g[i] * centred / deviation;
+      v.grad_w[1][ch] += v.g[i];
+      grad_mu += -grad / deviation;
+      grad_var += grad * centred * S(-0.5) / (deviation * deviation * deviation);
+    });
+    each([&](int64_t i, int64_t ch) {
+      v.grad_x[0][i] =
+          v.g[i] * gamma(ch) / deviation + grad_mu / count + grad_var * S(2) * (v.x[0][i] - mu) / count;
+    });
+  }
+}
+
 /// batch_norm and block, by the chain rule step by step.
 template <class S>
 void normalise_reference(const Layer& l, Values<S>& v) {
@@ -263,6 +298,8 @@ void reference(const Layer& l, Values<S>& v) {
       return normalise_reference(l, v);
     case Kind::running_norm:
       return running_norm_reference(l, v);
+    case Kind::group_norm:
+      return group_norm_reference(l, v);
     case Kind::pointwise:
       return pointwise_reference(l, v);
     case Kind::max_pool:

@@ -36,6 +36,12 @@ Layer over(Layer l, Window k, int64_t pad_end = 0) {
   return l;
 }
 
+Layer grouped(int64_t n, Image in, int64_t groups) {
+  Layer l = layer(Kind::group_norm, n, in);
+  l.groups = groups;
+  return l;
+}
+
 Layer with(Layer l, Function f) {
   l.function = f;
   switch (f) {
@@ -101,8 +107,17 @@ void check_normalisation() {
     check_layer<double>(layer(Kind::running_norm, n, {9, 2, 1}), {}, 3);
   }
   check_layer<float>(layer(Kind::running_norm, 50, {9, 2, 2}), {});
+  for (const int64_t n : {1, 2, 7, 33}) {  // blocks of one cell and of many; one tile of rows, two, and folds
+    for (const int64_t groups : {1, 3, 18}) {
+      for (const int64_t side : {1, 2, 5}) check_layer<double>(grouped(n, {18, side, side}, groups), {}, 3);
+    }
+    check_layer<double>(grouped(n, {150, 1, 1}, 1), {});
+  }
+  check_layer<float>(grouped(5, {12, 9, 8}, 4), {});
   for (const Present& p : presences()) {
     check_layer<double>(layer(Kind::running_norm, 7, {9, 5, 5}), p);
+    for (const int64_t groups : {1, 3, 9}) check_layer<double>(grouped(7, {9, 5, 5}, groups), p);
+    check_layer<double>(grouped(5, {6, 1, 1}, 2), p);
     check_layer<double>(layer(Kind::batch_norm, 7, {9, 5, 5}), p);
     for (const Function f : {Function::relu, Function::silu}) {
       check_layer<double>(with(layer(Kind::block, 7, {9, 5, 5}), f), p);
@@ -160,7 +175,10 @@ void check_the_others() {
 /// The same bits in every schedule, and for a task whatever its neighbours are.
 void check_bits() {
   const Layer layers[] = {with(over(layer(Kind::block, 9, {9, 7, 7}), kWindows[1], 1), Function::gelu),
-                          layer(Kind::batch_norm, 300, {3, 1, 1}), layer(Kind::running_norm, 300, {3, 1, 1}),
+                          layer(Kind::batch_norm, 300, {3, 1, 1}),
+                          layer(Kind::running_norm, 300, {3, 1, 1}),
+                          grouped(9, {12, 5, 4}, 4),
+                          grouped(40, {7, 1, 1}, 1),
                           over(layer(Kind::max_pool, 3, {5, 7, 6}), kWindows[2]),
                           layer(Kind::channels_last, 2, {9, 3, 5})};
   for (const Layer& l : layers) {
@@ -210,7 +228,7 @@ void check_special_values() {
   const auto* chosen = reinterpret_cast<int32_t*>(memory.real(b.saved, 0) + 6);
   expect(memory.real(b.y, 0)[0] == 0 && chosen[0] == 0 && chosen[1] == 0, "block: the first of equal zeros");
 
-  // A mean far from zero costs no digits.
+  // A mean far from zero costs no digits, of channels or of cells.
   Layer norm = layer(Kind::batch_norm, 500, {1, 1, 1});
   Memory<float> large(1, 20000);
   Tensors<float> f;
@@ -225,6 +243,13 @@ void check_special_values() {
   bool exact = true;
   for (int i = 0; i < 500; ++i) exact = exact && large.real(f.y, 0)[i] == (i % 2 ? 1 : -1);
   expect(exact, "batch_norm of 4096 +- 1 is +- 1");
+
+  norm = grouped(1, {1, 500, 1}, 1);
+  norm.eps = 0;
+  f.y = large.take(500), f.saved = large.take(group_norm_footprint(norm).saved);
+  group_norm<float>().forward(large.launcher(), norm, f);
+  for (int i = 0; i < 500; ++i) exact = exact && large.real(f.y, 0)[i] == (i % 2 ? 1 : -1);
+  expect(exact, "group_norm of 4096 +- 1 is +- 1");
 }
 
 // ---- losses

@@ -1,0 +1,360 @@
+// GroupNorm of n samples [pixels, c] of one task. A cell is one sample's channels of one group: m = pixels c
+// / groups values. LayerNorm is one group, InstanceNorm c of them. Per cell, with g = grad_y and h = gamma g:
+//
+//   mu = mean x, s = (var + eps)^-1/2 (biased), xh = (x - mu) s,   y = gamma xh + beta
+//   A = mean h, B = mean(h xh), u = h - A - xh B,                  grad_x = s u
+//   grad_gamma = sum g xh, grad_beta = sum g   (over samples and pixels)
+//
+//   Rmu = mean x_dot, q = mean(xh x_dot), Rxh = s (x_dot - Rmu - xh q)
+//   y_dot = gamma Rxh + gamma_dot xh + beta_dot
+//   h_dot = gamma g_dot + gamma_dot g, RA = mean h_dot, RB = mean(h_dot xh + h Rxh)
+//   grad_x_dot = s (h_dot - RA - Rxh B - xh RB - s q u)
+//   grad_gamma_dot = sum(g_dot xh + g Rxh), grad_beta_dot = sum g_dot
+//
+// A pass is one kernel in which a block keeps some cells that stand side by side, sums over them, and goes on
+// at once to their values, which it finds in the caches. Its threads lie over the cells as channels.h has
+// them over channels, so that together they read runs of memory however few channels a group has. The
+// gradients of gamma and beta are sums per channel over the rows of [n pixels, c]: those of tiles of rows
+// (moments.h), and their merging in double, two kernels of their own; one alone where there is one tile. mu
+// is kept as two numbers: rounded, a mean of many deviations would shift the whole cell. gamma and beta may
+// be absent (1 and 0); where the input does not move x_dot, and where the layer does not grad_y. The twin is
+// cpu/group_norm.cpp.
+#include "elementwise.h"
+#include "layers.h"
+#include "moments.h"
+
+namespace maml::cuda {
+namespace {
+
+/// Cells side by side in a block: enough for a run of a warp's width, and for four values a thread.
+int cells_of_block(const Layer& l) {
+  const int64_t width = l.in.c / l.groups, values = width * l.in.h * l.in.w;
+  int cells = 1;
+  while (cells < kMostWidth && (cells * width < kMostWidth || cells * values < 4 * kThreads)) cells *= 2;
+  return cells;
+}
+
+struct Sizes {
+  int c, groups, width, pixels;  // width: channels of a group
+  int64_t cells;                 // of all samples
+
+  __host__ __device__ __forceinline__ explicit Sizes(const Layer& l)
+      : c(static_cast<int>(l.in.c)),
+        groups(static_cast<int>(l.groups)),
+        width(static_cast<int>(l.in.c / l.groups)),
+        pixels(static_cast<int>(l.in.h * l.in.w)),
+        cells(l.n * l.groups) {}
+  __device__ __forceinline__ int values() const { return width * pixels; }
+};
+
+/// What every cell has one of.
+template <class T>
+struct Saved {
+  T *mu, *rest, *s;  // from the forward pass
+  T *Rmu, *q;        // from its tangent
+  __device__ __forceinline__ Saved(const Tensors<T>& t, int64_t cells)
+      : mu(t.saved),
+        rest(t.saved + cells),
+        s(t.saved + 2 * cells),
+        Rmu(t.saved_dot),
+        q(t.saved_dot ? t.saved_dot + cells : nullptr) {}
+};
+
+/// The map x -> xh of one cell, and its tangent.
+template <class T>
+struct Map {
+  T mu, rest, s, Rmu = 0, q = 0;
+  __device__ __forceinline__ Map(T mu, T rest, T s) : mu(mu), rest(rest), s(s) {}
+  __device__ __forceinline__ Map(const Saved<T>& saved, int64_t cell, bool moves)
+      : mu(saved.mu[cell]), rest(saved.rest[cell]), s(saved.s[cell]) {
+    if (moves) Rmu = saved.Rmu[cell], q = saved.q[cell];
+  }
+  __device__ __forceinline__ T xh(T x) const { return (x - mu - rest) * s; }
+  /// Of a value that moves.
+  __device__ __forceinline__ T xh_dot(T xh, T x_dot) const { return s * (x_dot - Rmu - xh * q); }
+};
+
+template <class T>
+__device__ __forceinline__ T or_value(const T* p, int64_t i, T value) {
+  return p ? p[i] : value;
+}
+
+/// One thread's view of its task and cell.
+template <class T>
+struct View {
+  Sizes sizes;
+  Lanes lanes;  // over cells in place of channels
+  Tensors<T> t;
+  Saved<T> saved;
+  int64_t cell;  // a thread without one looks at the first
+  int first;     // channel
+  int64_t at;    // the first value's element
+
+  __device__ __forceinline__ View(const Layer& l, int width, const Tensors<T>& symbolic, const Table& table)
+      : sizes(l),
+        lanes(lanes_over(sizes.cells, width)),
+        t(resolve(symbolic, table, blockIdx.z)),
+        saved(t, sizes.cells) {
+    cell = lanes.active ? static_cast<int64_t>(blockIdx.x) * width + lanes.channel : 0;
+    first = static_cast<int>(cell % sizes.groups) * sizes.width;
+    at = cell / sizes.groups * sizes.pixels * sizes.c + first;
+  }
+
+  static __device__ __forceinline__ Lanes lanes_over(int64_t cells, int width) {
+    Lanes lanes;
+    lanes.width = width;
+    lanes.rows = kThreads / width;
+    lanes.row = static_cast<int>(threadIdx.x) / width;
+    lanes.channel = static_cast<int>(threadIdx.x) % width;
+    lanes.active = static_cast<int64_t>(blockIdx.x) * width + lanes.channel < cells;
+    return lanes;
+  }
+  __device__ __forceinline__ bool writes() const { return lanes.row == 0 && lanes.active; }
+  __device__ __forceinline__ T mean(T sum) const { return sum / static_cast<T>(sizes.values()); }
+  __device__ __forceinline__ T gamma(int channel) const { return or_value(t.w[0], channel, T(1)); }
+  __device__ __forceinline__ T gamma_dot(int channel) const { return or_value(t.w_dot[0], channel, T(0)); }
+
+  /// f(element, channel) of value i of the cell.
+  template <class F>
+  __device__ __forceinline__ void value(int i, F f) const {
+    const int pixel = i / sizes.width, channel = i - pixel * sizes.width;
+    f(at + static_cast<int64_t>(pixel) * sizes.c + channel, first + channel);
+  }
+  /// f(element, channel) of the values that fall to this thread.
+  template <class F>
+  __device__ __forceinline__ void each(F f) const {
+    if (!lanes.active) return;
+    for (int i = lanes.row; i < sizes.values(); i += lanes.rows) value(i, f);
+  }
+  /// sums[q] = the sum over the cell of what term(element, channel, sum) adds to sum[q], known to its
+  /// threads.
+  template <int Q, class F>
+  __device__ __forceinline__ void sum(T (&sums)[Q], F term) const {
+    channel_sums(lanes, sizes.values(), sums, [&](int i, T(&part)[Q]) {
+      value(i, [&](int64_t element, int channel) { term(element, channel, part); });
+    });
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    group_norm_forward(Layer l, int width, Tensors<T> symbolic, const Table* table) {
+  const View<T> view(l, width, symbolic, *table);
+  const Tensors<T>& t = view.t;
+  T mean[1], moments[2];
+  view.sum(mean, [&](int64_t i, int, T(&sum)[1]) { sum[0] += t.x[0][i]; });
+  const T mu = view.mean(mean[0]);
+  view.sum(moments, [&](int64_t i, int, T(&sum)[2]) {
+    const T d = t.x[0][i] - mu;
+    sum[0] += d;
+    sum[1] += d * d;
+  });
+  const Map<T> map(mu, view.mean(moments[0]), 1 / std::sqrt(view.mean(moments[1]) + static_cast<T>(l.eps)));
+  if (view.writes()) {
+    view.saved.mu[view.cell] = map.mu, view.saved.rest[view.cell] = map.rest, view.saved.s[view.cell] = map.s;
+  }
+  view.each([&](int64_t i, int channel) {
+    t.y[i] = view.gamma(channel) * map.xh(t.x[0][i]) + or_value(t.w[1], channel, T(0));
+  });
+}
+
+/// Towards x.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    group_norm_backward(Layer l, int width, Tensors<T> symbolic, const Table* table) {
+  const View<T> view(l, width, symbolic, *table);
+  const Tensors<T>& t = view.t;
+  const Map<T> map(view.saved, view.cell, false);
+  T sums[2];
+  view.sum(sums, [&](int64_t i, int channel, T(&sum)[2]) {
+    const T h = view.gamma(channel) * t.grad_y[i];
+    sum[0] += h;
+    sum[1] += h * map.xh(t.x[0][i]);
+  });
+  const T A = view.mean(sums[0]), B = view.mean(sums[1]);
+  view.each([&](int64_t i, int channel) {
+    const T u = view.gamma(channel) * t.grad_y[i] - A - map.xh(t.x[0][i]) * B;
+    put(t.grad_x[0], i, map.s * u, t.add_x[0]);
+  });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    group_norm_forward_tangent(Layer l, int width, Tensors<T> symbolic, const Table* table) {
+  const View<T> view(l, width, symbolic, *table);
+  const Tensors<T>& t = view.t;
+  Map<T> map(view.saved, view.cell, false);
+  const T* x_dot = t.x_dot[0];
+  if (x_dot) {
+    T sums[2];
+    view.sum(sums, [&](int64_t i, int, T(&sum)[2]) {
+      sum[0] += x_dot[i];
+      sum[1] += x_dot[i] * map.xh(t.x[0][i]);
+    });
+    map.Rmu = view.mean(sums[0]), map.q = view.mean(sums[1]);
+    if (view.writes()) view.saved.Rmu[view.cell] = map.Rmu, view.saved.q[view.cell] = map.q;
+  }
+  view.each([&](int64_t i, int channel) {
+    const T xh = map.xh(t.x[0][i]);
+    T y_dot = view.gamma_dot(channel) * xh + or_value(t.w_dot[1], channel, T(0));
+    if (x_dot) y_dot += view.gamma(channel) * map.xh_dot(xh, x_dot[i]);
+    t.y_dot[i] = y_dot;
+  });
+}
+
+/// Towards x.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResident<T> - 1)  // it holds more
+    group_norm_backward_tangent(Layer l, int width, Tensors<T> symbolic, const Table* table) {
+  const View<T> view(l, width, symbolic, *table);
+  const Tensors<T>& t = view.t;
+  const T* x_dot = t.x_dot[0];
+  const Map<T> map(view.saved, view.cell, x_dot != nullptr);
+  /// xh, Rxh, h and h_dot of a value.
+  const auto known = [&](int64_t i, int channel, auto f) {
+    const T xh = map.xh(t.x[0][i]), g = or_value(t.grad_y, i, T(0));
+    f(xh, x_dot ? map.xh_dot(xh, x_dot[i]) : T(0), view.gamma(channel) * g,
+      view.gamma(channel) * t.grad_y_dot[i] + view.gamma_dot(channel) * g);
+  };
+  T sums[4];
+  view.sum(sums, [&](int64_t i, int channel, T(&sum)[4]) {
+    known(i, channel, [&](T xh, T xh_dot, T h, T h_dot) {
+      sum[0] += h;
+      sum[1] += h * xh;
+      sum[2] += h_dot;
+      sum[3] += h_dot * xh + h * xh_dot;
+    });
+  });
+  const T A = view.mean(sums[0]), B = view.mean(sums[1]), RA = view.mean(sums[2]), RB = view.mean(sums[3]);
+  view.each([&](int64_t i, int channel) {
+    known(i, channel, [&](T xh, T xh_dot, T h, T h_dot) {
+      const T u = h - A - xh * B;
+      put(t.grad_x_dot[0], i, map.s * (h_dot - RA - xh_dot * B - xh * RB - map.s * map.q * u), t.add_x[0]);
+    });
+  });
+}
+
+/// Rows [first, first + count) of [n pixels, c]: the sums for gamma and beta, of the cotangents or of their
+/// tangents.
+template <bool kTangent, class T>
+__device__ __forceinline__ void affine_sums(const Layer& l, const Lanes& lanes, const Tensors<T>& t,
+                                            int first, int count, T (&sums)[2]) {
+  const Sizes sizes(l);
+  const Saved<T> saved(t, sizes.cells);
+  const T* x_dot = kTangent ? t.x_dot[0] : nullptr;
+  channel_sums(lanes, count, sums, [&](int i, T(&sum)[2]) {
+    const int row = first + i;
+    const int64_t at = static_cast<int64_t>(row) * sizes.c + lanes.channel;
+    const int64_t cell =
+        static_cast<int64_t>(row / sizes.pixels) * sizes.groups + lanes.channel / sizes.width;
+    const Map<T> map(saved, cell, x_dot != nullptr);
+    const T xh = map.xh(t.x[0][at]), g = kTangent ? t.grad_y_dot[at] : t.grad_y[at];
+    sum[0] += g * xh;
+    if (x_dot) sum[0] += t.grad_y[at] * map.xh_dot(xh, x_dot[at]);
+    sum[1] += g;
+  });
+}
+
+/// Block x: the entry of tile x.
+template <bool kTangent, class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    group_norm_sums(Layer l, Tensors<T> symbolic, int rows, const Table* table) {
+  const Tensors<T> t = resolve(symbolic, *table, blockIdx.z);
+  const Lanes lanes = lanes_of(l.in.c);
+  const int first = static_cast<int>(blockIdx.x) * kTileRows;
+  T sums[2];
+  affine_sums<kTangent>(l, lanes, t, first, std::min(int{kTileRows}, rows - first), sums);
+  write_entry(lanes, l.in.c, t.scratch, sums);
+}
+
+/// The merged entries, or where there are none the sums of all rows, to gamma's and beta's gradients.
+template <bool kTangent, class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    group_norm_affine(Layer l, Tensors<T> symbolic, Partials<T> partials, int rows, const Table* table) {
+  const Tensors<T> t = resolve(symbolic, *table, blockIdx.z);
+  const Lanes lanes = lanes_of(l.in.c);
+  T sums[2];
+  if (partials.count > 0) {
+    const Partials<T> p = resolve(partials, *table, blockIdx.z);
+    double merged[2];
+    Sums::merge(lanes, l.in.c, p, 0, p.count, merged);
+    for (int q = 0; q < 2; ++q) sums[q] = static_cast<T>(merged[q]);
+  } else {
+    affine_sums<kTangent>(l, lanes, t, 0, rows, sums);
+  }
+  for (int q = 0; q < 2; ++q) {
+    T* out = kTangent ? t.grad_w_dot[q] : t.grad_w[q];
+    if (out && lanes.row == 0 && lanes.active) put(out, lanes.channel, sums[q], t.add_w[q]);
+  }
+}
+
+int64_t rows_of(const Layer& l) { return l.n * l.in.h * l.in.w; }
+
+template <class T>
+void launch_over_cells(const Launcher& launch, const char* name,
+                       void (*kernel)(Layer, int, Tensors<T>, const Table*), const Layer& l,
+                       const Tensors<T>& t) {
+  const int width = cells_of_block(l);
+  launch(name, kernel, Grid{blocks_for(l.n * l.groups, width)}, kThreads, 0, l, width, t, launch.table);
+}
+
+template <bool kTangent, class T>
+void give_affine(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+  if (kTangent ? !t.grad_w_dot[0] && !t.grad_w_dot[1] : !t.grad_w[0] && !t.grad_w[1]) return;
+  const int64_t rows = rows_of(l), c = l.in.c, blocks = blocks_for(c, channel_width(c));
+  Partials<T> p{};
+  if (tiles_of(rows) > 1) {
+    launch("group_norm sums", group_norm_sums<kTangent, T>, Grid{tiles_of(rows), blocks}, kThreads, 0, l, t,
+           static_cast<int>(rows), launch.table);
+    p = few_partials<Sums>(launch, rows, c, kTileRows, t.scratch, t.scratch);
+  }
+  launch("group_norm affine", group_norm_affine<kTangent, T>, Grid{1, blocks}, kThreads, 0, l, t, p,
+         static_cast<int>(rows), launch.table);
+}
+
+template <class T>
+void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+  launch_over_cells(launch, "group_norm forward", group_norm_forward<T>, l, t);
+}
+
+template <class T>
+void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+  give_affine<false>(launch, l, t);
+  if (t.grad_x[0]) launch_over_cells(launch, "group_norm backward", group_norm_backward<T>, l, t);
+}
+
+template <class T>
+void forward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+  launch_over_cells(launch, "group_norm forward tangent", group_norm_forward_tangent<T>, l, t);
+}
+
+template <class T>
+void backward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+  give_affine<true>(launch, l, t);
+  if (t.grad_x_dot[0]) {
+    launch_over_cells(launch, "group_norm backward tangent", group_norm_backward_tangent<T>, l, t);
+  }
+}
+
+template <class T>
+LaunchPasses<T> passes() {
+  return {forward<T>, backward<T>, forward_tangent<T>, backward_tangent<T>};
+}
+
+}  // namespace
+
+Footprint group_norm_footprint(const Layer& l) {
+  const int64_t cells = l.n * l.groups;
+  return {3 * cells, partials_scratch(rows_of(l), l.in.c), 2 * cells};
+}
+
+template <>
+LaunchPasses<float> group_norm<float>() {
+  return passes<float>();
+}
+template <>
+LaunchPasses<double> group_norm<double>() {
+  return passes<double>();
+}
+
+}  // namespace maml::cuda
