@@ -110,9 +110,9 @@ def test_loss_and_steps_may_be_changed():
         maml(x, y, x, y)
 
 
-def test_a_prediction_of_two_axes_is_not_fused():
+def test_a_prediction_of_four_axes_is_not_fused():
     model = Calls(lambda m, x: F.batch_norm(x, None, None, m.w, m.b, True), w=torch.ones(5), b=torch.zeros(5)).double()
-    x, y = torch.randn(2, 3, 5, 7).double(), torch.randn(2, 3, 5, 7).double()
+    x, y = torch.randn(2, 3, 5, 2, 3, 2).double(), torch.randn(2, 3, 5, 2, 3, 2).double()
     maml = FusedMAML(model, 0.1, loss="mse")
-    with pytest.warns(UserWarning, match="a prediction of 2 axes"):
-        assert maml(x, y, x, y).logits.shape == (2, 3, 5, 7)
+    with pytest.warns(UserWarning, match="a prediction of 4 axes"):
+        assert maml(x, y, x, y).logits.shape == x.shape
