@@ -548,7 +548,10 @@ bool Problem::is_linear() const {
     for (const Stage::Step& step : stage->steps) {
       const Layer& l = step.layer;
       const bool features = l.in.h * l.in.w == 1 && l.out.h * l.out.w == 1;
-      const bool linear = l.kind == Kind::conv2d && l.window.kernel_h * l.window.kernel_w == 1 && features;
+      // A tap on padding alone meets nothing of a single pixel.
+      const bool one_tap =
+          l.window.kernel_h * l.window.kernel_w == 1 && l.window.pad_top + l.window.pad_left == 0;
+      const bool linear = l.kind == Kind::conv2d && one_tap && features;
       const bool others = l.kind == Kind::pointwise || l.kind == Kind::add || l.kind == Kind::append;
       if (!linear && !others) return false;
     }

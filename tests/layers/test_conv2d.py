@@ -1,7 +1,10 @@
 """Convolution: every kernel, stride and padding, at odd sizes and at channel counts around the register blocks."""
 
 import pytest
+import torch
 from torch import nn
+
+from ..conftest import check_meta_gradient
 
 GEOMETRY = [  # kernel, stride, padding, height, width
     (1, 1, 0, 5, 4),
@@ -44,3 +47,14 @@ def test_sample_groups(check_passes, n):
     """More samples than one padded group holds, and groups that do not divide them."""
     model = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 3, 3, 2, 1))
     check_passes(model, (2, 6, 7), n=n, tasks=1)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 1, 3, 1), nn.Conv1d(3, 4, 1, 3, 1)])
+def test_a_tap_on_padding_alone(machine, layer):
+    """Of one pixel: no linear layer, for all that its kernel, input and output are of one pixel."""
+    axes = layer.weight.dim() - 2
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(4, 2)).double()
+    x = torch.randn(2, 6, 5, 3, *[1] * axes).double()
+    check_meta_gradient(
+        model, "cross_entropy", [x[0], torch.randint(2, (6, 5)), x[1], torch.randint(2, (6, 5))], 0.1, 2
+    )
