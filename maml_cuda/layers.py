@@ -138,10 +138,11 @@ class Layers(Writer):
         weight: Any = None,
         bias: Any = None,
         eps: float = 1e-5,
+        cudnn_enabled: bool = True,
         *,
         ranks: tuple[int, ...] = (1, 2, 3),
     ) -> Value:
-        """num_groups 0: every channel is a group."""
+        """num_groups 0: every channel is a group. cudnn_enabled, of torch.group_norm, is torch's own matter."""
         x = self._image(self._tensor(input))
         channels = _channels(weight, bias)
         affine = (self._vector(weight, "weight", channels), self._vector(bias, "bias", channels))
@@ -150,9 +151,16 @@ class Layers(Writer):
         )
 
     def layer_norm(
-        self, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+        self,
+        input: Any,
+        normalized_shape: Any,
+        weight: Any = None,
+        bias: Any = None,
+        eps: float = 1e-5,
+        cudnn_enable: bool = True,
     ) -> Value:
-        """One group of a sample, to which the sample is features: each has its own gamma and beta."""
+        """One group of a sample, to which the sample is features: each has its own gamma and beta. cudnn_enable, of
+        torch.layer_norm, is torch's own matter."""
         x = self._image(self._tensor(input))
         shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
         if len(shape) > 3:

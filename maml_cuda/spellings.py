@@ -42,20 +42,6 @@ def _group_norm(b: Layers, m: Any, input: Any) -> Value:
     return b.group_norm(input, m.num_groups, m.weight, m.bias, m.eps)
 
 
-def _group_norm_or_cudnn(
-    b: Layers, input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5,
-    cudnn_enabled: bool = True,
-) -> Value:  # fmt: skip
-    return b.group_norm(input, num_groups, weight, bias, eps)
-
-
-def _layer_norm_or_cudnn(
-    b: Layers, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Value:  # fmt: skip
-    return b.layer_norm(input, normalized_shape, weight, bias, eps)
-
-
 def _layer_norm(b: Layers, m: Any, input: Any) -> Value:
     return b.layer_norm(input, m.normalized_shape, m.weight, m.bias, m.eps)
 
@@ -135,9 +121,9 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.conv2d: Layers.conv,
     F.batch_norm: Layers.batch_norm,
     F.group_norm: Layers.group_norm,
-    torch.group_norm: _group_norm_or_cudnn,
+    torch.group_norm: Layers.group_norm,
     F.layer_norm: Layers.layer_norm,
-    torch.layer_norm: _layer_norm_or_cudnn,
+    torch.layer_norm: Layers.layer_norm,
     F.instance_norm: Layers.instance_norm,
     F.max_pool1d: partial(Layers.max_pool, axes=1),
     F.max_pool2d: Layers.max_pool,

@@ -138,10 +138,13 @@ def _glyphs(ways: int, shots: int, presets: tuple[str, ...]) -> Table:
         cells.append(Cell("glyphs", preset, ROWS[preset], given, figures, source if figures else ""))
     note = (
         "Glyphs are no Omniglot: 792 characters to train on in 17 to 20 typefaces, beside 1200 by 20 hands, 32 filters "
-        f"beside 64, {GLYPHS_ITERATIONS[ways]} iterations beside 60,000, and test scripts that training has not seen. "
-        "Reptile's inner rate, 0.4, validated best of 0.05, 0.15, 0.4 and 1 after 1000 iterations, 5-way 1-shot; "
-        f"that of fine-tuning, {FINE_TUNING[ways]}, of {FINE_TUNED[ways]} after 1000."
+        f"beside 64, {GLYPHS_ITERATIONS[ways]} iterations beside 60,000, and test scripts that training has not seen."
     )
+    if "pretrained" in presets:
+        note += (
+            " Reptile's inner rate, 0.4, validated best of 0.05, 0.15, 0.4 and 1 after 1000 iterations, 5-way 1-shot; "
+            f"that of fine-tuning, {FINE_TUNING[ways]}, of {FINE_TUNED[ways]} after 1000."
+        )
     if ways == 20:
         tasks = "4 tasks" if shots == 1 else "2 tasks"
         note += (

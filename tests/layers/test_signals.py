@@ -20,7 +20,7 @@ WINDOWS = [  # kernel, stride, padding, length
 ]
 
 
-def small_nets(layer):
+def small_net(layer):
     return nn.Sequential(nn.Conv1d(2, 5, 1), nn.Tanh(), layer, nn.Conv1d(5, 2, 1))
 
 
@@ -32,14 +32,14 @@ def test_windows(check_passes, kernel, stride, padding, length):
         nn.AvgPool1d(kernel, stride, min(padding, kernel // 2)),
         nn.AvgPool1d(kernel, stride, min(padding, kernel // 2), count_include_pad=False),
     ):
-        check_passes(small_nets(layer), (2, length), n=3)
+        check_passes(small_net(layer), (2, length), n=3)
 
 
 # torch's own convolution warns that "same" padding of an even kernel is slow.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 @pytest.mark.parametrize("padding", ["same", "valid", (3,)])
 def test_paddings(check_passes, padding):
-    check_passes(small_nets(nn.Conv1d(5, 5, 4, padding=padding, bias=False)), (2, 9), n=2)
+    check_passes(small_net(nn.Conv1d(5, 5, 4, padding=padding, bias=False)), (2, 9), n=2)
 
 
 @pytest.mark.parametrize("channels", [1, 15, 16, 17, 33])
