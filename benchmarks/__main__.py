@@ -156,8 +156,9 @@ class Run:
         return self._path(".json"), self._path(".md")
 
     def _path(self, ending: str) -> Path:
-        quick = "-quick" * self._options.quick
-        return self._options.out / f"{slug(self.record['machine']['cpu'])}{quick}{ending}"
+        where, quick = self.record["machine"], "-quick" * self._options.quick
+        name = slug(f"{where['cpu']} {where['maml_cuda']['cpu_isa']}")
+        return self._options.out / f"{name}{quick}{ending}"
 
     def _write(self) -> None:
         texts = (json.dumps(self.record, indent=2), markdown(self.record))

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "blocks.h"
 #include "share.h"
 
 namespace maml::MAML_ISA {
@@ -68,21 +69,24 @@ struct Piece {
   }
 };
 
-/// R rows of c from row m on, a piece wide from column j on.
+/// R rows of c from row m on, a piece wide from column j on. Blocks are functions of their own: in a larger
+/// one the compiler runs out of registers for their addresses.
 template <class T, int R, int V, class End>
-inline void gather_block(const Gather<T>& p, int64_t m, int64_t j, const End& lanes) {
+[[gnu::noinline]] void gather_block(const Gather<T>& p, int64_t m, int64_t j, const End& lanes) {
   Piece<T, R, V, End> sum;
+  T* c[R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    if (p.apart) {
-      sum.zero(r);
-    } else if (p.add) {
-      sum.read(r, p.c + p.c_row[m + r] + j, lanes);
-    } else if (p.bias) {
-      sum.read(r, p.bias + j, lanes);
-    } else {
-      sum.zero(r);
-    }
+  for (int r = 0; r < R; ++r) c[r] = p.c + p.c_row[m + r] + j;
+  const bool apart = p.apart;
+  if (!apart && p.add) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sum.read(r, c[r], lanes);
+  } else if (!apart && p.bias) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sum.read(r, p.bias + j, lanes);
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sum.zero(r);
   }
   for (int t = 0; t < p.terms; ++t) {
     for (int run = 0; run < p.runs.count; ++run) {
@@ -98,36 +102,18 @@ inline void gather_block(const Gather<T>& p, int64_t m, int64_t j, const End& la
       }
     }
   }
+  if (apart) {
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    if (p.apart) sum.add(r, p.c + p.c_row[m + r] + j, lanes);
-    sum.write(r, p.c + p.c_row[m + r] + j, lanes);
+    for (int r = 0; r < R; ++r) sum.add(r, c[r], lanes);
   }
-}
-
-/// At most R rows from row m on, in one block.
-template <class T, int R, int V, class End>
-void gather_few(const Gather<T>& p, int64_t m, int64_t rows, int64_t j, const End& lanes) {
-  if (rows == R) return gather_block<T, R, V>(p, m, j, lanes);
-  if constexpr (R > 1) gather_few<T, R - 1, V>(p, m, rows, j, lanes);
-}
-
-/// Blocks of R rows, and two like ones of what is more than R at the end.
-template <class T, int R, int V, class End>
-void gather_rows(const Gather<T>& p, int64_t m, int64_t end, int64_t j, const End& lanes) {
-  for (; end - m >= 2 * R || end - m == R; m += R) gather_block<T, R, V>(p, m, j, lanes);
-  if (end - m > R) {
-    const int64_t rows = (end - m + 1) / 2;
-    gather_few<T, R, V>(p, m, rows, j, lanes);
-    m += rows;
-  }
-  if (m < end) gather_few<T, R, V>(p, m, end - m, j, lanes);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) sum.write(r, c[r], lanes);
 }
 
 /// R rows of d from element k of a run on, over the pixels [m0, m1).
 template <class T, int R, int V, class End>
-inline void outer_block(const Outer<T>& p, int64_t offset, T* d, int64_t m0, int64_t m1, int64_t j, bool add,
-                        const End& lanes) {
+[[gnu::noinline]] void outer_block(const Outer<T>& p, int64_t offset, T* d, int64_t m0, int64_t m1, int64_t j,
+                                   bool add, const End& lanes) {
   Piece<T, R, V, End> sum;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) sum.zero(r);
@@ -146,18 +132,6 @@ inline void outer_block(const Outer<T>& p, int64_t offset, T* d, int64_t m0, int
   for (int r = 0; r < R; ++r) {
     if (add) sum.add(r, d + r * p.n + j, lanes);
     sum.write(r, d + r * p.n + j, lanes);
-  }
-}
-
-template <class T, int R, int V, class End>
-void outer_rows(const Outer<T>& p, int run, int64_t i, int64_t end, int64_t m0, int64_t m1, int64_t j,
-                bool add, const End& lanes) {
-  for (; i + R <= end; i += R) {
-    outer_block<T, R, V>(p, p.runs.offset[run] + i, p.d + (p.runs.weight_of(run) + i) * p.n, m0, m1, j, add,
-                         lanes);
-  }
-  if constexpr (R > 1) {
-    if (i < end) outer_rows<T, R / 2, V>(p, run, i, end, m0, m1, j, add, lanes);
   }
 }
 
@@ -206,7 +180,8 @@ void gather_product(const Gather<T>& p) {
   const int64_t depth = p.terms * p.runs.count * p.runs.length;
   share(p.m, kShareRows, p.m * p.n * depth, [&](int64_t first, int64_t last) {
     columns<T, kMostVectors>(p.n, [&]<int V, class End>(int64_t j, const End& lanes) {
-      gather_rows<T, most_rows(kVectors<T, V, End>), V>(p, first, last, j, lanes);
+      in_like_blocks<most_rows(kVectors<T, V, End>)>(
+          first, last, [&]<int R>(int64_t m) { gather_block<T, R, V>(p, m, j, lanes); });
     });
   });
 }
@@ -226,7 +201,10 @@ void outer_product_of(const Outer<T>& p) {
         for (int run = static_cast<int>(first / p.runs.length); run < p.runs.count; ++run) {
           const int64_t i0 = std::max<int64_t>(0, first - run * p.runs.length);
           const int64_t i1 = std::min(p.runs.length, last - run * p.runs.length);
-          if (i0 < i1) outer_rows<T, kRows, V>(p, run, i0, i1, m0, m1, j, add, lanes);
+          in_like_blocks<kRows>(i0, i1, [&]<int R>(int64_t i) {
+            outer_block<T, R, V>(p, p.runs.offset[run] + i, p.d + (p.runs.weight_of(run) + i) * p.n, m0, m1,
+                                 j, add, lanes);
+          });
         }
       });
     }

@@ -52,7 +52,8 @@ inline Vector<double> broadcast(double x) {
 #endif
 }
 
-/// The first `count` lanes: the others load zero and are not stored. count in [0, kLanes].
+/// The first `count` lanes: the others load zero and are not stored. count in [0, kLanes]. Without AVX-512 a
+/// mask has a price, a store's above all (40 operations on some CPUs): where a vector is whole, none is used.
 template <class T>
 struct Lanes {
   using V = Vector<T>;
@@ -61,7 +62,8 @@ struct Lanes {
   explicit Lanes(int64_t count) : mask((1u << count) - 1) {}
 #elif defined(__AVX2__)
   __m256i mask;
-  explicit Lanes(int64_t count) {
+  bool whole;
+  explicit Lanes(int64_t count, int64_t all = kLanes<T>) : whole(count == all) {
     alignas(32) int32_t words[8];
     for (int i = 0; i < 8; ++i) words[i] = i < count * static_cast<int64_t>(sizeof(T) / 4) ? -1 : 0;
     mask = _mm256_load_si256(reinterpret_cast<const __m256i*>(words));
@@ -76,8 +78,9 @@ inline Vector<float> load(const float* p, const Lanes<float>& lanes) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vector<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes.mask), p));
 #elif defined(__AVX2__)
-  return reinterpret_cast<Vector<float>>(_mm256_maskload_ps(p, lanes.mask));
+  return lanes.whole ? load(p) : reinterpret_cast<Vector<float>>(_mm256_maskload_ps(p, lanes.mask));
 #else
+  if (lanes.count == kLanes<float>) return load(p);
   Vector<float> v{};
   std::memcpy(&v, p, static_cast<size_t>(lanes.count) * sizeof(float));
   return v;
@@ -87,8 +90,9 @@ inline Vector<double> load(const double* p, const Lanes<double>& lanes) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vector<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes.mask), p));
 #elif defined(__AVX2__)
-  return reinterpret_cast<Vector<double>>(_mm256_maskload_pd(p, lanes.mask));
+  return lanes.whole ? load(p) : reinterpret_cast<Vector<double>>(_mm256_maskload_pd(p, lanes.mask));
 #else
+  if (lanes.count == kLanes<double>) return load(p);
   Vector<double> v{};
   std::memcpy(&v, p, static_cast<size_t>(lanes.count) * sizeof(double));
   return v;
@@ -98,8 +102,10 @@ inline void store(float* p, Vector<float> v, const Lanes<float>& lanes) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>(lanes.mask), reinterpret_cast<__m512>(v));
 #elif defined(__AVX2__)
+  if (lanes.whole) return store(p, v);
   _mm256_maskstore_ps(p, lanes.mask, reinterpret_cast<__m256>(v));
 #else
+  if (lanes.count == kLanes<float>) return store(p, v);
   std::memcpy(p, &v, static_cast<size_t>(lanes.count) * sizeof(float));
 #endif
 }
@@ -107,8 +113,10 @@ inline void store(double* p, Vector<double> v, const Lanes<double>& lanes) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_pd(p, static_cast<__mmask8>(lanes.mask), reinterpret_cast<__m512d>(v));
 #elif defined(__AVX2__)
+  if (lanes.whole) return store(p, v);
   _mm256_maskstore_pd(p, lanes.mask, reinterpret_cast<__m256d>(v));
 #else
+  if (lanes.count == kLanes<double>) return store(p, v);
   std::memcpy(p, &v, static_cast<size_t>(lanes.count) * sizeof(double));
 #endif
 }
@@ -148,7 +156,11 @@ constexpr int kHalf = kLanes<T> / 2;
 template <class T>
 struct HalfLanes : Lanes<T> {
   using V = HalfVector<T>;
+#if defined(__AVX512F__)
   using Lanes<T>::Lanes;
+#else
+  explicit HalfLanes(int64_t count) : Lanes<T>(count, kHalf<T>) {}
+#endif
 };
 template <class T>
 inline HalfVector<T> half(Vector<T> v) {
@@ -196,6 +208,11 @@ inline void store(T* p, typename HalfLanes<T>::V v, const HalfLanes<T>& half) {
 template <class T>
 inline typename HalfLanes<T>::V load(const T* p, const HalfLanes<T>& half) {
   using V = typename HalfLanes<T>::V;
+  if (half.whole) {
+    V v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+  }
   const __m128i mask = _mm256_castsi256_si128(half.mask);
   if constexpr (sizeof(T) == 4) {
     return reinterpret_cast<V>(_mm_maskload_ps(p, mask));
@@ -205,6 +222,10 @@ inline typename HalfLanes<T>::V load(const T* p, const HalfLanes<T>& half) {
 }
 template <class T>
 inline void store(T* p, typename HalfLanes<T>::V v, const HalfLanes<T>& half) {
+  if (half.whole) {
+    std::memcpy(p, &v, sizeof(v));
+    return;
+  }
   const __m128i mask = _mm256_castsi256_si128(half.mask);
   if constexpr (sizeof(T) == 4) {
     _mm_maskstore_ps(p, mask, reinterpret_cast<__m128>(v));

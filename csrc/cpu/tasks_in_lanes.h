@@ -6,6 +6,7 @@
 
 #include <bit>
 
+#include "blocks.h"
 #include "layers.h"
 #include "product.h"
 #include "updates.h"
@@ -29,36 +30,23 @@ struct LaneProduct {
   /// Sums start from what c holds, or from the bias, and take every q in order; those beyond kLongest start
   /// from zero and are added up: as gather_product.
   void run() const {
-    rows<kRows, false>(0, std::min(k, kLongest), add);
+    blocks<false>(0, std::min(k, kLongest), add);
     run_in_blocks(kLongest);
   }
   /// Sums of kLongest q start from zero and are added up: as outer_product.
   void run_in_blocks(int64_t from = 0) const {
-    for (int64_t q = from; q < k; q += kLongest)
-      rows<kRows, true>(q, std::min(k, q + kLongest), add || q > 0);
+    for (int64_t q = from; q < k; q += kLongest) blocks<true>(q, std::min(k, q + kLongest), add || q > 0);
   }
 
  private:
-  static constexpr int kRows = MAML_REGISTERS >= 32 ? 5 : 4, kColumns = MAML_REGISTERS >= 32 ? 5 : 2;
+  /// A block's sums, a row of b and an element of a fill the registers.
+  static constexpr int kRows = MAML_REGISTERS >= 32 ? 5 : 4, kColumns = MAML_REGISTERS >= 32 ? 5 : 3;
 
-  template <int R, bool Blocks>
-  void rows(int64_t q0, int64_t q1, bool adds) const {
-    for (int64_t j = 0; j < n;) {
-      if (j + kColumns <= n) {
-        column<R, kColumns, Blocks>(0, j, q0, q1, adds);
-        j += kColumns;
-      } else {
-        column<R, 1, Blocks>(0, j, q0, q1, adds);
-        ++j;
-      }
-    }
-  }
-  template <int R, int C, bool Blocks>
-  void column(int64_t i, int64_t j, int64_t q0, int64_t q1, bool adds) const {
-    for (; i + R <= m; i += R) block<R, C, Blocks>(i, j, q0, q1, adds);
-    if constexpr (R > 1) {
-      if (i < m) column<R / 2, C, Blocks>(i, j, q0, q1, adds);
-    }
+  template <bool Blocks>
+  void blocks(int64_t q0, int64_t q1, bool adds) const {
+    in_like_blocks<kColumns>(0, n, [&]<int C>(int64_t j) {
+      in_like_blocks<kRows>(0, m, [&]<int R>(int64_t i) { block<R, C, Blocks>(i, j, q0, q1, adds); });
+    });
   }
   template <int R, int C, bool Blocks>
   void block(int64_t i, int64_t j, int64_t q0, int64_t q1, bool adds) const {
