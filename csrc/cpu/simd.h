@@ -53,7 +53,8 @@ inline Vector<double> broadcast(double x) {
 }
 
 /// The first `count` lanes: the others load zero and are not stored. count in [0, kLanes]. Without AVX-512 a
-/// mask has a price, a store's above all (40 operations on some CPUs): where a vector is whole, none is used.
+/// mask has a price, a store's above all (dozens of operations on some CPUs): where a vector is whole, none
+/// is used.
 template <class T>
 struct Lanes {
   using V = Vector<T>;
