@@ -282,6 +282,7 @@ def test_command(tmp_path, capsys):
     assert cli.main([*arguments, "--rival", "autograd-loop", "learn2learn"]) == 0
     (file,) = tmp_path.glob("*-quick.json")
     record = json.loads(file.read_text())
+    assert file.stem.endswith(f"-{record['machine']['maml_cuda']['cpu_isa']}-quick")
     assert [(c["workload"], c["order"]) for c in record["cases"]] == [("sinusoid-k1", 1), ("sinusoid-k1", 2)]
     assert {(c["axis"], c["value"]) for c in record["growth"]} >= {("T", 1), ("K", 2), ("width", 16)}
     for measured in record["cases"]:

@@ -70,7 +70,8 @@ struct Piece {
 };
 
 /// R rows of c from row m on, a piece wide from column j on. Blocks are functions of their own: in a larger
-/// one the compiler runs out of registers for their addresses.
+/// one the compiler runs out of registers for their addresses. What is read of p after a store would be read
+/// anew each time, since it may be to anywhere: so `apart` and the rows' addresses are held.
 template <class T, int R, int V, class End>
 [[gnu::noinline]] void gather_block(const Gather<T>& p, int64_t m, int64_t j, const End& lanes) {
   Piece<T, R, V, End> sum;
@@ -201,6 +202,7 @@ void outer_product_of(const Outer<T>& p) {
         for (int run = static_cast<int>(first / p.runs.length); run < p.runs.count; ++run) {
           const int64_t i0 = std::max<int64_t>(0, first - run * p.runs.length);
           const int64_t i1 = std::min(p.runs.length, last - run * p.runs.length);
+          if (i0 >= i1) continue;
           in_like_blocks<kRows>(i0, i1, [&]<int R>(int64_t i) {
             outer_block<T, R, V>(p, p.runs.offset[run] + i, p.d + (p.runs.weight_of(run) + i) * p.n, m0, m1,
                                  j, add, lanes);

@@ -10,12 +10,12 @@
 //
 // Where a run's weights start, k[r], is r length unless told: taps that fall outside an image are left out.
 //
-// Register blocks of R rows by V vectors: 6 x 4 where there are 32 registers, 6 x 2 where there are 16, 8 x 2
-// and 8 x 1 for narrow outputs, and what is left of the rows in two like blocks (blocks.h); the last vector
-// of a row is a masked one. Summation order: terms, runs, i (terms, m) ascending, from zero or from what c
-// holds, whatever the block: the bits of an element do not depend on its neighbours. Short sums, added up,
-// round less: of one run (a linear layer's) every kLongest elements have a sum of their own, and so has an
-// outer product's m.
+// Register blocks of R rows by V vectors: 6 x 4 where there are 32 registers and 8 x 3 to 8 x 1 for narrow
+// outputs, 6 x 2 and 8 x 1 where there are 16, and what is left of the rows in two like blocks (blocks.h);
+// the last vector of a row is a masked one. Summation order: terms, runs, i (terms, m) ascending, from zero
+// or from what c holds, whatever the block: the bits of an element do not depend on its neighbours. Short
+// sums, added up, round less: of one run (a linear layer's) every kLongest elements have a sum of their own,
+// and so has an outer product's m.
 #pragma once
 
 #include "simd.h"

@@ -30,12 +30,13 @@ struct LaneProduct {
   /// Sums start from what c holds, or from the bias, and take every q in order; those beyond kLongest start
   /// from zero and are added up: as gather_product.
   void run() const {
-    blocks<false>(0, std::min(k, kLongest), add);
+    register_blocks<false>(0, std::min(k, kLongest), add);
     run_in_blocks(kLongest);
   }
   /// Sums of kLongest q start from zero and are added up: as outer_product.
   void run_in_blocks(int64_t from = 0) const {
-    for (int64_t q = from; q < k; q += kLongest) blocks<true>(q, std::min(k, q + kLongest), add || q > 0);
+    for (int64_t q = from; q < k; q += kLongest)
+      register_blocks<true>(q, std::min(k, q + kLongest), add || q > 0);
   }
 
  private:
@@ -43,7 +44,7 @@ struct LaneProduct {
   static constexpr int kRows = MAML_REGISTERS >= 32 ? 5 : 4, kColumns = MAML_REGISTERS >= 32 ? 5 : 3;
 
   template <bool Blocks>
-  void blocks(int64_t q0, int64_t q1, bool adds) const {
+  void register_blocks(int64_t q0, int64_t q1, bool adds) const {
     in_like_blocks<kColumns>(0, n, [&]<int C>(int64_t j) {
       in_like_blocks<kRows>(0, m, [&]<int R>(int64_t i) { block<R, C, Blocks>(i, j, q0, q1, adds); });
     });
