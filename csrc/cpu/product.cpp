@@ -257,32 +257,57 @@ void outer_product(const Outer<T>& p) {
 template <class T>
 void transpose(int64_t taps, int64_t rows, int64_t columns, const T* in, T* out) {
   constexpr int64_t W = kLanes<T>;
+  // The last block of a side of at least W goes back over its neighbour: a whole one needs no masks.
+  const auto block_at = [](int64_t i, int64_t size) { return size < W ? i : std::min(i, size - W); };
   share(taps, 1, kElementWork * taps * rows * columns, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
       const T* from = in + t * rows * columns;
       T* to = out + t * rows * columns;
       for (int64_t i = 0; i < rows; i += W) {
+        const int64_t row = block_at(i, rows);
         for (int64_t j = 0; j < columns; j += W) {
-          transpose_block(std::min(W, rows - i), std::min(W, columns - j), from + i * columns + j, columns,
-                          to + j * rows + i, rows);
+          const int64_t column = block_at(j, columns);
+          transpose_block(std::min(W, rows), std::min(W, columns), from + row * columns + column, columns,
+                          to + column * rows + row, rows);
         }
       }
     }
   });
 }
 
+namespace {
+
+/// out[j] (+)= sum of rows [m0, m1) of g, of V vectors of columns, the last of them `lanes`.
+template <int V, class T, class Last>
+void column_sums_of(int64_t m0, int64_t m1, int64_t n, const T* g, bool add, T* out, const Last& last) {
+  constexpr int W = kLanes<T>;
+  Vector<T> sum[V] = {};
+  for (int64_t m = m0; m < m1; ++m) {
+    const T* row = g + m * n;
+#pragma GCC unroll 4
+    for (int v = 0; v < V - 1; ++v) sum[v] += load(row + v * W);
+    sum[V - 1] += load(row + (V - 1) * W, last);
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < V - 1; ++v) store(out + v * W, add ? sum[v] + load(out + v * W) : sum[v]);
+  T* const end = out + (V - 1) * W;
+  store(end, add ? sum[V - 1] + load(end, last) : sum[V - 1], last);
+}
+
+}  // namespace
+
 template <class T>
 void column_sums(int64_t m, int64_t n, const T* g, bool add, T* out) {
   constexpr int W = kLanes<T>;
   share(n, W, kElementWork * m * n, [&](int64_t first, int64_t last) {
-    for (int64_t j = first; j < last; j += W) {
-      const Lanes<T> lanes(std::min<int64_t>(W, n - j));
-      for (int64_t m0 = 0; m0 < m; m0 += kLongest) {
-        Vector<T> sum{};
-        const int64_t m1 = std::min(m, m0 + kLongest);
-        for (int64_t i = m0; i < m1; ++i) sum += load(g + i * n + j, lanes);
-        store(out + j, add || m0 > 0 ? sum + load(out + j, lanes) : sum, lanes);
-      }
+    for (int64_t m0 = 0; m0 < m; m0 += kLongest) {
+      const int64_t m1 = std::min(m, m0 + kLongest);
+      const bool adds = add || m0 > 0;
+      int64_t j = first;
+      for (; j + 4 * W <= last; j += 4 * W) column_sums_of<4>(m0, m1, n, g + j, adds, out + j, Whole());
+      each_lanes<T>(last - j, [&](int64_t c, auto lanes) {
+        column_sums_of<1>(m0, m1, n, g + j + c, adds, out + j + c, lanes);
+      });
     }
   });
 }

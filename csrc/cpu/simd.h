@@ -270,8 +270,8 @@ template <class T>
 inline void transpose_block(int64_t rows, int64_t columns, const T* in, int64_t in_row, T* out,
                             int64_t out_row) {
   constexpr int W = kLanes<T>;
-  Vector<T> v[W] = {};
   if (rows == W && columns == W) {
+    Vector<T> v[W];
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) v[i] = load(in + i * in_row);
     turn<T>(v);
@@ -279,6 +279,7 @@ inline void transpose_block(int64_t rows, int64_t columns, const T* in, int64_t 
     for (int j = 0; j < W; ++j) store(out + j * out_row, v[j]);
     return;
   }
+  Vector<T> v[W] = {};
   const Lanes<T> wide(columns), high(rows);
   for (int64_t i = 0; i < rows; ++i) v[i] = load(in + i * in_row, wide);
   turn<T>(v);

@@ -51,11 +51,23 @@ struct Updates {
       }
     }
   }
+  /// One pass: what is adapted is in the slices, the rest behind it.
   void retreat(int64_t size, const V* product, V* v, const std::vector<RateSlice>& slices, V* out) const {
-    share_elements(size, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) v[i] -= product[i];
+    int64_t adapted = 0;
+    if (out) {
+      each_rate(slices, [&](const RateSlice& s, auto rate) {
+        share_elements(s.size, [&](int64_t first, int64_t last) {
+          for (int64_t i = s.at + first; i < s.at + last; ++i) {
+            v[i] -= product[i];
+            out[i] = rate(i - s.at) * v[i];
+          }
+        });
+        adapted = std::max(adapted, s.at + s.size);
+      });
+    }
+    share_elements(size - adapted, [&](int64_t first, int64_t last) {
+      for (int64_t i = adapted + first; i < adapted + last; ++i) v[i] -= product[i];
     });
-    if (out) direction(slices, v, out);
   }
   void add_weighted(int k, int64_t size, const V* x, V* y) const {
     const T w = query_weights[k];
