@@ -11,7 +11,8 @@ namespace {
 
 constexpr int kMostVectors = MAML_REGISTERS >= 32 ? 4 : 2;
 constexpr int most_rows(int vectors) {
-  return vectors > 3 ? 6 : MAML_REGISTERS >= 32 ? 8 : vectors > 1 ? 6 : 8;
+  if (MAML_REGISTERS >= 32) return vectors > 4 ? 5 : vectors > 3 ? 6 : 8;
+  return vectors > 2 ? 4 : vectors > 1 ? 6 : 8;
 }
 
 /// The end of a row: Lanes of one more vector, HalfLanes of a half one, or none.
@@ -31,12 +32,12 @@ struct Piece {
 
   /// Row r from memory.
   void read(int r, const T* from, const End& lanes) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) whole[r][v] = load(from + v * W);
     if constexpr (kEnd) end[r] = load(from + V * W, lanes);
   }
   void zero(int r) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) whole[r][v] = Vector<T>{};
     if constexpr (kEnd) end[r] = typename End::V{};
   }
@@ -46,7 +47,7 @@ struct Piece {
       end[r] += broadcast_half(x) * b.end[0];
     } else {
       const Vector<T> factor = broadcast(x);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < V; ++v) whole[r][v] += factor * b.whole[0][v];
       if constexpr (kHalfEnd) {
         end[r] += half<T>(factor) * b.end[0];
@@ -58,12 +59,12 @@ struct Piece {
   void add(int r, const T* from, const End& lanes) {
     Piece<T, 1, V, End> b;
     b.read(0, from, lanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) whole[r][v] += b.whole[0][v];
     if constexpr (kEnd) end[r] += b.end[0];
   }
   void write(int r, T* to, const End& lanes) const {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) store(to + v * W, whole[r][v]);
     if constexpr (kEnd) store(to + V * W, end[r], lanes);
   }
@@ -76,39 +77,70 @@ template <class T, int R, int V, class End>
 [[gnu::noinline]] void gather_block(const Gather<T>& p, int64_t m, int64_t j, const End& lanes) {
   Piece<T, R, V, End> sum;
   T* c[R];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) c[r] = p.c + p.c_row[m + r] + j;
   const bool apart = p.apart;
   if (!apart && p.add) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) sum.read(r, c[r], lanes);
   } else if (!apart && p.bias) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) sum.read(r, p.bias + j, lanes);
   } else {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) sum.zero(r);
   }
   for (int t = 0; t < p.terms; ++t) {
     for (int run = 0; run < p.runs.count; ++run) {
       const T* b = p.term[t].b + p.runs.weight_of(run) * p.n + j;
       const T* a[R];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int r = 0; r < R; ++r) a[r] = p.term[t].a + p.row[m + r] + p.runs.offset[run];
       for (int64_t i = 0; i < p.runs.length; ++i, b += p.n) {
         Piece<T, 1, V, End> row;
         row.read(0, b, lanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) sum.add_product(r, a[r][i], row);
       }
     }
   }
   if (apart) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) sum.add(r, c[r], lanes);
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) sum.write(r, c[r], lanes);
+}
+
+/// Few products: they stay in registers with their rows of b, and the rows of c pass by.
+constexpr int kFewProducts = 4;
+
+template <class T, int K, int V, class End>
+[[gnu::noinline]] void gather_thin(const Gather<T>& p, int64_t first, int64_t last, int64_t j,
+                                   const End& lanes) {
+  Piece<T, 1, V, End> start, b[K];
+  const T* a[K];
+#pragma GCC unroll 16
+  for (int k = 0; k < K; ++k) {
+    const int64_t term = k / p.runs.length, i = k % p.runs.length;
+    b[k].read(0, p.term[term].b + (p.runs.weight_of(0) + i) * p.n + j, lanes);
+    a[k] = p.term[term].a + p.runs.offset[0] + i;
+  }
+  const bool add = p.add;
+  if (p.bias) {
+    start.read(0, p.bias + j, lanes);
+  } else {
+    start.zero(0);
+  }
+  const int32_t *row = p.row, *c_row = p.c_row;
+  T* const c = p.c + j;
+  for (int64_t m = first; m < last; ++m) {
+    auto sum = start;
+    if (add) sum.read(0, c + c_row[m], lanes);
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) sum.add_product(0, a[k][row[m]], b[k]);
+    sum.write(0, c + c_row[m], lanes);
+  }
 }
 
 /// R rows of d from element k of a run on, over the pixels [m0, m1).
@@ -116,7 +148,7 @@ template <class T, int R, int V, class End>
 [[gnu::noinline]] void outer_block(const Outer<T>& p, int64_t offset, T* d, int64_t m0, int64_t m1, int64_t j,
                                    bool add, const End& lanes) {
   Piece<T, R, V, End> sum;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) sum.zero(r);
   for (int t = 0; t < p.terms; ++t) {
     const T* a = p.term[t].a + offset;
@@ -125,36 +157,40 @@ template <class T, int R, int V, class End>
       Piece<T, 1, V, End> row;
       row.read(0, g, lanes);
       const T* x = a + p.row[m];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int r = 0; r < R; ++r) sum.add_product(r, x[r], row);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     if (add) sum.add(r, d + r * p.n + j, lanes);
     sum.write(r, d + r * p.n + j, lanes);
   }
 }
 
-/// Cuts n columns into pieces of Most vectors and what is left: f.template operator()<V>(j, end of a row).
+/// Cuts n columns into pieces of Most vectors and what is left, a lone vector or end with the last of them:
+/// f.template operator()<V>(j, end of a row).
 template <class T, int Most, class F>
 void columns(int64_t n, F f) {
   constexpr int W = kLanes<T>;
   int64_t j = 0;
-  for (; j + Most * W <= n; j += Most * W) f.template operator()<Most>(j, NoLanes<T>());
+  for (; n - j > (Most + 1) * W || n - j == Most * W; j += Most * W)
+    f.template operator()<Most>(j, NoLanes<T>());
   const int64_t vectors = (n - j) / W, rest = (n - j) % W;
   auto with = [&]<int V>() {
-    if (rest > kHalf<T>) {
-      f.template operator()<V>(j, Lanes<T>(rest));
-    } else if (rest > 0) {
-      f.template operator()<V>(j, HalfLanes<T>(rest));
-    } else if constexpr (V > 0) {
-      f.template operator()<V>(j, NoLanes<T>());
+    if (rest == 0) {
+      if constexpr (V > 0) f.template operator()<V>(j, NoLanes<T>());
+    } else if constexpr (V <= Most) {
+      if (rest > kHalf<T>) {
+        f.template operator()<V>(j, Lanes<T>(rest));
+      } else {
+        f.template operator()<V>(j, HalfLanes<T>(rest));
+      }
     }
   };
   [&]<int... V>(std::integer_sequence<int, V...>) {
     ((vectors == V ? with.template operator()<V>() : void()), ...);
-  }(std::make_integer_sequence<int, Most>());
+  }(std::make_integer_sequence<int, Most + 2>());
 }
 
 /// Vectors of a piece, the end of its rows counted.
@@ -180,7 +216,13 @@ void gather_product(const Gather<T>& p) {
   }
   const int64_t depth = p.terms * p.runs.count * p.runs.length;
   share(p.m, kShareRows, p.m * p.n * depth, [&](int64_t first, int64_t last) {
+    const bool thin = depth > 0 && depth <= kFewProducts && p.runs.count == 1 && !p.apart;
     columns<T, kMostVectors>(p.n, [&]<int V, class End>(int64_t j, const End& lanes) {
+      if (thin) {
+        of_size<kFewProducts>(depth, j,
+                              [&]<int K>(int64_t) { gather_thin<T, K, V>(p, first, last, j, lanes); });
+        return;
+      }
       in_like_blocks<most_rows(kVectors<T, V, End>)>(
           first, last, [&]<int R>(int64_t m) { gather_block<T, R, V>(p, m, j, lanes); });
     });
@@ -263,6 +305,12 @@ void transpose(int64_t taps, int64_t rows, int64_t columns, const T* in, T* out)
     for (int64_t t = first; t < last; ++t) {
       const T* from = in + t * rows * columns;
       T* to = out + t * rows * columns;
+      if (2 * std::min(rows, columns) <= W) {
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t j = 0; j < columns; ++j) to[j * rows + i] = from[i * columns + j];
+        }
+        continue;
+      }
       for (int64_t i = 0; i < rows; i += W) {
         const int64_t row = block_at(i, rows);
         for (int64_t j = 0; j < columns; j += W) {

@@ -11,11 +11,13 @@
 // Where a run's weights start, k[r], is r length unless told: taps that fall outside an image are left out.
 //
 // Register blocks of R rows by V vectors: 6 x 4 where there are 32 registers and 8 x 3 to 8 x 1 for narrow
-// outputs, 6 x 2 and 8 x 1 where there are 16, and what is left of the rows in two like blocks (blocks.h);
-// the last vector of a row is a masked one. Summation order: terms, runs, i (terms, m) ascending, from zero
-// or from what c holds, whatever the block: the bits of an element do not depend on its neighbours. Short
-// sums, added up, round less: of one run (a linear layer's) every kLongest elements have a sum of their own,
-// and so has an outer product's m.
+// outputs, 6 x 2 and 8 x 1 where there are 16; a vector or the end of a row that would be left alone goes
+// with the block beside it, 5 x 5 or 4 x 3; what is left of the rows goes in two like blocks (blocks.h). The
+// last vector of a row is a masked one. Of a sum of few products the rows of b stay in registers, and the
+// rows of c pass by. Summation order: terms, runs, i (terms, m) ascending, from zero or from what c holds,
+// whatever the block: the bits of an element do not depend on its neighbours. Short sums, added up, round
+// less: of one run (a linear layer's) every kLongest elements have a sum of their own, and
+// so has an outer product's m.
 #pragma once
 
 #include "simd.h"
