@@ -1,7 +1,8 @@
-"""Targets of CMakeLists.txt that only tests need, compiled when first needed."""
+"""Targets of CMakeLists.txt that only tests need, compiled when first needed, by one process at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,10 @@ def build(name: str, target: str, *options: str) -> Path:
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}", f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", *options,
     ]  # fmt: skip
-    for command in (configure, ["cmake", "--build", str(folder), "--target", target]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, ["cmake", "--build", str(folder), "--target", target]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
     return folder
