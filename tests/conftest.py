@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Read when torch loads OpenMP: the threads of several workers (-n auto) on the same cores must not wait by spinning.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Read when torch loads OpenMP: the threads of several workers on the same cores must not wait by spinning.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
