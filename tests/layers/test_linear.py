@@ -14,3 +14,12 @@ def test_samples(check_passes, n, width):
 @pytest.mark.parametrize("bias", [True, False])
 def test_widths(check_passes, out, bias):
     check_passes(nn.Sequential(nn.Linear(5, out, bias=bias), nn.Linear(out, 3, bias=bias)), (5,), 7, tasks=1)
+
+
+@pytest.mark.parametrize("features", [1, 2, 4])
+@pytest.mark.parametrize("out", [1, 3, 16, 21, 50])
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_inputs(check_passes, features, out, bias):
+    """Sums of so few products, a tangent's two terms among them, that their weights stay in registers."""
+    layers = nn.Linear(features, out, bias=bias), nn.Linear(out, features, bias=bias), nn.Linear(features, 2)
+    check_passes(nn.Sequential(*layers), (features,), 11)
