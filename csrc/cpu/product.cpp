@@ -305,7 +305,7 @@ void transpose(int64_t taps, int64_t rows, int64_t columns, const T* in, T* out)
     for (int64_t t = first; t < last; ++t) {
       const T* from = in + t * rows * columns;
       T* to = out + t * rows * columns;
-      if (2 * std::min(rows, columns) <= W) {
+      if (2 * std::min(rows, columns) <= W) {  // most lanes would be idle
         for (int64_t i = 0; i < rows; ++i) {
           for (int64_t j = 0; j < columns; ++j) to[j * rows + i] = from[i * columns + j];
         }
@@ -325,21 +325,21 @@ void transpose(int64_t taps, int64_t rows, int64_t columns, const T* in, T* out)
 
 namespace {
 
-/// out[j] (+)= sum of rows [m0, m1) of g, of V vectors of columns, the last of them `lanes`.
-template <int V, class T, class Last>
-void column_sums_of(int64_t m0, int64_t m1, int64_t n, const T* g, bool add, T* out, const Last& last) {
+/// out[j] (+)= sum of rows [m0, m1) of g, of V vectors of columns: several, so that one sum need not wait for
+/// another.
+template <int V, class T, class L>
+void column_sums_of(int64_t m0, int64_t m1, int64_t n, const T* g, bool add, T* out, const L& lanes) {
   constexpr int W = kLanes<T>;
   Vector<T> sum[V] = {};
   for (int64_t m = m0; m < m1; ++m) {
-    const T* row = g + m * n;
 #pragma GCC unroll 4
-    for (int v = 0; v < V - 1; ++v) sum[v] += load(row + v * W);
-    sum[V - 1] += load(row + (V - 1) * W, last);
+    for (int v = 0; v < V; ++v) sum[v] += load(g + m * n + v * W, lanes);
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < V - 1; ++v) store(out + v * W, add ? sum[v] + load(out + v * W) : sum[v]);
-  T* const end = out + (V - 1) * W;
-  store(end, add ? sum[V - 1] + load(end, last) : sum[V - 1], last);
+  for (int v = 0; v < V; ++v) {
+    T* const to = out + v * W;
+    store(to, add ? sum[v] + load(to, lanes) : sum[v], lanes);
+  }
 }
 
 }  // namespace

@@ -16,8 +16,8 @@
 // last vector of a row is a masked one. Of a sum of few products the rows of b stay in registers, and the
 // rows of c pass by. Summation order: terms, runs, i (terms, m) ascending, from zero or from what c holds,
 // whatever the block: the bits of an element do not depend on its neighbours. Short sums, added up, round
-// less: of one run (a linear layer's) every kLongest elements have a sum of their own, and
-// so has an outer product's m.
+// less: of one run (a linear layer's) every kLongest elements have a sum of their own, and so has an outer
+// product's m.
 #pragma once
 
 #include "simd.h"
