@@ -417,7 +417,11 @@ class TaskRunner {
     return {p_.graph.loss, walk.samples(), classes(walk.stage), walk.stage.n, walk.tile > 0};
   }
 
-  T* g(int k) const { return g_ + (p_.kept_gradients() > 1 ? k : 0) * p_.packing.adapted; }
+  /// Where nobody asks for it later, a gradient stands where the next parameters will, if these are kept
+  /// apart.
+  T* g(int k) const {
+    return p_.kept_gradients() == 0 ? phi(k + 1) : g_ + (p_.learns_rates() ? k : 0) * p_.packing.adapted;
+  }
   T* phi(int k) const {  // phi_0 is theta itself, which no pass writes
     if (k == 0) return const_cast<T*>(task_.theta);
     return phi_ + (p_.kept_parameters() > 1 ? k - 1 : 0) * p_.packing.adapted;

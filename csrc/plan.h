@@ -254,9 +254,11 @@ struct Problem {
   bool is_linear() const;
   bool is_tiled() const { return support.tiles > 1 || query.tiles > 1; }
   bool learns_rates() const { return result_size > packing.trainable; }
-  /// Kept states phi_1 .. phi_steps, and gradients g_0 .. g_steps-1.
-  int kept_parameters() const { return second_order() || weighs_queries() ? std::max(steps, 1) : 1; }
-  int kept_gradients() const { return learns_rates() ? steps : 1; }
+  /// Kept states phi_1 .. phi_steps, and gradients g_0 .. g_steps-1; none where each can stand in its phi's
+  /// place.
+  bool keeps_parameters() const { return second_order() || weighs_queries(); }
+  int kept_parameters() const { return keeps_parameters() ? std::max(steps, 1) : 1; }
+  int kept_gradients() const { return learns_rates() ? steps : keeps_parameters() ? 0 : 1; }
   /// The step region of a tile in an inner step, and how many regions there are.
   int64_t region(int step, int64_t tile) const {
     return (saved_steps > 1 ? step * kept_tiles : 0) + (kept_tiles > 1 ? tile : 0);
