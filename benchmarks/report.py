@@ -189,7 +189,7 @@ def overhead(cases: Sequence[Case]) -> Iterator[str]:
         ours = case["sides"][OURS]
         if case["workload"] == "overhead" and ours["status"] == "timed":
             time = f"{median(ours) * 1e3:.0f} us"
-            yield f"- A call and its backward with almost nothing to compute, order {case['order']}: {time}."
+            yield f"- `maml.backward` with almost nothing to compute, order {case['order']}: {time}."
 
 
 def order_ratios(cases: Sequence[Case]) -> Iterator[str]:

@@ -63,7 +63,7 @@ def ours(model: nn.Module, data: list) -> Step:
 
     def step() -> None:
         maml.zero_grad()
-        maml(*data).loss.backward()
+        maml.backward(*data)
 
     return step
 

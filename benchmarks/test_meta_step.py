@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import pytest
 
+from maml_cuda import FusedMAML
+
 from .proof import prove, truth
-from .rivals import fused
+from .rivals import clear, fused
 from .workloads import WORKLOADS
 
 
@@ -25,3 +27,18 @@ def test_meta_step(benchmark, name: str, order: int) -> None:
     model, tasks = workload.build()
     benchmark.group = name
     benchmark(build(workload, model, tasks, order == 1))
+
+
+def test_through_autograd(benchmark) -> None:
+    """A call and its `loss.backward()`, beside `maml.backward`, of the same group."""
+    workload = WORKLOADS["sinusoid-k1"]
+    model, tasks = workload.build()
+    maml = FusedMAML(model, workload.inner_lr, workload.inner_steps, loss=workload.loss, backend="fused")
+    parameters = list(model.parameters())
+
+    def step() -> None:
+        clear(parameters)
+        maml(*tasks).loss.backward()
+
+    benchmark.group = workload.name
+    benchmark(step)

@@ -52,13 +52,15 @@ class Algorithm:
         """Those after each number of ``steps``, which ascend."""
         return (self.predict(batch, count) for count in steps)
 
-    def _descend(self, loss: Tensor) -> None:
+    def _descend(self, backward: Callable[[], Any]) -> Any:
+        """A step along what ``backward()`` leaves in ``.grad``; returns what it does."""
         assert self.optimizer is not None
         for group in self.optimizer.param_groups:  # zero_grad() would be a twentieth of a sinusoid's iteration
             for p in group["params"]:
                 p.grad = None
-        loss.backward()
+        returned = backward()
         self.optimizer.step()
+        return returned
 
 
 class Maml(Algorithm):
@@ -81,9 +83,8 @@ class Maml(Algorithm):
         self.maml.first_order = settings.first_order or iteration <= settings.first_order_iterations
         if settings.multi_step_iterations:
             self.maml.query_weights = multi_step_weights(settings, iteration)
-        out = self.maml(*batch)
-        self._descend(out.loss)
-        return out.loss.detach(), score(settings.job, out.logits, batch.y_qry).mean()
+        out = self._descend(lambda: self.maml.backward(*batch))
+        return out.loss, score(settings.job, out.logits, batch.y_qry).mean()
 
     def predict(self, batch: MetaBatch, steps: int) -> Tensor:
         fast = self.maml.adapt(batch.x_spt, batch.y_spt, steps=steps)
@@ -173,7 +174,7 @@ class Metric(Algorithm):
     def step(self, batch: MetaBatch, iteration: int) -> tuple[Tensor, Tensor]:
         logits = self.predict(batch, 0)
         loss = F.cross_entropy(logits.flatten(0, 1), batch.y_qry.flatten())
-        self._descend(loss)
+        self._descend(loss.backward)
         return loss.detach(), score(self.settings.job, logits.detach(), batch.y_qry).mean()
 
     def predict(self, batch: MetaBatch, steps: int) -> Tensor:
@@ -237,7 +238,7 @@ class Pretrained(Algorithm):
         x, y = batch
         logits = self.net(x)
         loss = F.cross_entropy(logits, y)
-        self._descend(loss)
+        self._descend(loss.backward)
         return loss.detach(), score(self.settings.job, logits.detach(), y)
 
     predict, predictions = Maml.predict, Maml.predictions

@@ -210,52 +210,48 @@ class FusedMAML(TrustRegion):
         Raises:
             ValueError, TypeError: shapes, dtypes, devices or labels that do not fit; no parameter is touched.
         """
-        binding = self._binding()
-        if torch.is_autocast_enabled(binding.on):
-            x_spt, x_qry = binding.in_its_dtype(x_spt), binding.in_its_dtype(x_qry)
-        watched = bool(self._query_steps) or not binding.plain
-        signature = None if watched else unwatched.signature(x_spt, y_spt, x_qry, y_qry)
-        key = (signature, self.first_order)
-        problem = binding.problems.get(key) if signature else None
-        if problem is None:
-            self._check_episode(binding, x_spt, y_spt, x_qry, y_qry)
+        out, flat, inputs, places = self._meta_step(x_spt, y_spt, x_qry, y_qry, task_weights)
+        if flat is not None:
+            if places:
+                out.loss = unwatched.attached(out.loss, flat, inputs, places)
+            else:
+                out.loss = torch.ops.maml_cuda.attach(out.loss, flat, inputs)
+        return out
+
+    def backward(
+        self,
+        x_spt: Tensor,
+        y_spt: Target,
+        x_qry: Tensor,
+        y_qry: Target,
+        *,
+        task_weights: Tensor | None = None,
+    ) -> MetaOutput:
+        """A call and its `loss.backward()` in one: the exact meta-gradient is added to `.grad`, with the same bits.
+
+        Where it can it does without autograd's engine, which takes half as long as a small network's meta-step. Hooks
+        of parameters run; those of calls of this module and of autograd's own nodes do not. So under
+        DistributedDataParallel, and where a GradScaler scales the loss, call the module and then `loss.backward()`.
+
+        Args:
+            x_spt, y_spt, x_qry, y_qry, task_weights: as of a call.
+
+        Returns:
+            As a call, with nothing left to differentiate.
+
+        Raises:
+            RuntimeError: gradients are off.
+            ValueError, TypeError: as a call does; no `.grad` is touched.
+        """
+        if not torch.is_grad_enabled():
+            raise RuntimeError("backward must have gradients on, got them off (no_grad or inference_mode)")
+        out, flat, inputs, places = self._meta_step(x_spt, y_spt, x_qry, y_qry, task_weights)
+        assert flat is not None  # the adapted parameters at least have a gradient
+        if places and all(map(unwatched.only_adds, inputs)):
+            unwatched.add_gradient(flat, inputs, places)
         else:
-            binding.why_not = ""
-        if task_weights is not None:
-            checks.task_weights(task_weights, x_spt)
-        if problem is None and not self._serves(binding, x_spt, x_spt.shape[1], x_qry.shape[1]):
-            loss, task_losses, logits, support_losses, reached = general.meta_step(
-                self.model, self.loss, self._rates(), list(self.parameters()), x_spt, y_spt, x_qry, y_qry,
-                self.inner_steps, self.first_order, task_weights, self.query_weights,
-            )  # fmt: skip
-            if reached:
-                flat = torch.cat([g.reshape(-1) for _, g in reached])
-                loss = torch.ops.maml_cuda.attach(loss, flat, [t for t, _ in reached])
-            return MetaOutput(loss, task_losses, logits, support_losses)
-        self._look_at_labels(binding, x_spt, y_spt=y_spt, y_qry=y_qry)
-        parameters, rates = binding.tensors()
-        gradient = torch.is_grad_enabled()
-        if problem is not None and all(map(unwatched.is_plain, rates)):
-            data = x_spt, cast(Tensor, y_spt), x_qry, cast(Tensor, y_qry)
-            loss, task_losses, logits, support_losses, flat = unwatched.meta_step(
-                problem, parameters, rates, data, task_weights, self.inner_steps, gradient
-            )
-            if gradient:
-                loss = unwatched.attached(loss, flat, binding.with_gradient(parameters + rates), binding.places)
-        else:
-            weights, query_steps = self._queries(parameters[0])
-            loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
-                parameters, rates, x_spt, targets.tensors(y_spt), x_qry, targets.tensors(y_qry), task_weights,
-                binding.text, self.inner_steps, self.first_order, gradient, weights, query_steps,
-            )  # fmt: skip
-            if gradient:
-                loss = torch.ops.maml_cuda.attach(loss, flat, binding.with_gradient(parameters + rates))
-        if signature and problem is None:  # the next call of its kind has nothing to check: past the dispatcher
-            binding.problems[key] = problems.meta_problem(
-                binding.text, x_spt, x_qry, self.inner_steps, self.first_order, gradient
-            )
-        logits = mean_of(as_returned(binding, logits))
-        return MetaOutput(loss, task_losses, logits, support_losses)
+            torch.ops.maml_cuda.attach(out.loss, flat, inputs).backward()
+        return out
 
     def adapt(
         self, x_spt: Tensor, y_spt: Target, steps: int | None = None, *, differentiable: bool = False
@@ -341,6 +337,56 @@ class FusedMAML(TrustRegion):
             norms.update_running(self.model, passes)
 
     # -- helpers ----------------------------------------------------------------------------------------------
+
+    def _meta_step(
+        self, x_spt: Tensor, y_spt: Target, x_qry: Tensor, y_qry: Target, task_weights: Tensor | None
+    ) -> tuple[MetaOutput, Tensor | None, list[Tensor], list[unwatched.Place] | None]:
+        """What a call returns, as yet without a backward; where gradients are on, the flat meta-gradient and the
+        tensors that it is of; and where nobody watches, their places in it."""
+        binding = self._binding()
+        if torch.is_autocast_enabled(binding.on):
+            x_spt, x_qry = binding.in_its_dtype(x_spt), binding.in_its_dtype(x_qry)
+        watched = bool(self._query_steps) or not binding.plain
+        signature = None if watched else unwatched.signature(x_spt, y_spt, x_qry, y_qry)
+        key = (signature, self.first_order)
+        problem = binding.problems.get(key) if signature else None
+        if problem is None:
+            self._check_episode(binding, x_spt, y_spt, x_qry, y_qry)
+        else:
+            binding.why_not = ""
+        if task_weights is not None:
+            checks.task_weights(task_weights, x_spt)
+        if problem is None and not self._serves(binding, x_spt, x_spt.shape[1], x_qry.shape[1]):
+            *outputs, reached = general.meta_step(
+                self.model, self.loss, self._rates(), list(self.parameters()), x_spt, y_spt, x_qry, y_qry,
+                self.inner_steps, self.first_order, task_weights, self.query_weights,
+            )  # fmt: skip
+            flat = torch.cat([g.reshape(-1) for _, g in reached]) if reached else None
+            return MetaOutput(*outputs), flat, [t for t, _ in reached], None
+        self._look_at_labels(binding, x_spt, y_spt=y_spt, y_qry=y_qry)
+        parameters, rates = binding.tensors()
+        gradient = torch.is_grad_enabled()
+        places = None
+        if problem is not None and all(map(unwatched.is_plain, rates)):
+            data = x_spt, cast(Tensor, y_spt), x_qry, cast(Tensor, y_qry)
+            loss, task_losses, logits, support_losses, flat = unwatched.meta_step(
+                problem, parameters, rates, data, task_weights, self.inner_steps, gradient
+            )
+            places = binding.places
+        else:
+            weights, query_steps = self._queries(parameters[0])
+            loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
+                parameters, rates, x_spt, targets.tensors(y_spt), x_qry, targets.tensors(y_qry), task_weights,
+                binding.text, self.inner_steps, self.first_order, gradient, weights, query_steps,
+            )  # fmt: skip
+        if signature and problem is None:  # the next call of its kind has nothing to check: past the dispatcher
+            binding.problems[key] = problems.meta_problem(
+                binding.text, x_spt, x_qry, self.inner_steps, self.first_order, gradient
+            )
+        out = MetaOutput(loss, task_losses, mean_of(as_returned(binding, logits)), support_losses)
+        if not gradient:
+            return out, None, [], None
+        return out, flat, binding.with_gradient(parameters + rates), places
 
     @contextmanager
     def _collecting(self) -> Iterator[None]:

@@ -1,4 +1,5 @@
-"""A meta-step that nobody watches goes past the dispatcher, which would take a third of a small one.
+"""A meta-step that nobody watches goes past the dispatcher, which would take a third of a small one, and where it is to
+end in `.grad` past autograd's engine, which would take another.
 
 So runs a call whose signature has passed every check before; nothing of it is seen but that it is quicker.
 """
@@ -79,3 +80,20 @@ class _Attached(torch.autograd.Function):
 def attached(loss: Tensor, flat: Tensor, inputs: list[Tensor], places: list[Place]) -> Tensor:
     """The op attach, past the dispatcher, on a fresh loss; `places` of the inputs in `flat`."""
     return _Attached.apply((loss, flat, places), *inputs)
+
+
+def only_adds(t: Tensor) -> bool:
+    """Whether all that autograd does with a gradient of t is to add it to `.grad`, and t is laid out as its place."""
+    return t.is_leaf and t.is_contiguous() and not t._backward_hooks and not t._post_accumulate_grad_hooks
+
+
+def add_gradient(flat: Tensor, inputs: list[Tensor], places: list[Place]) -> None:
+    """What the backward of `attached` comes to where all that autograd does is to add."""
+    part = flat.as_strided
+    for t, place in zip(inputs, places, strict=True):
+        grad = t.grad
+        if grad is None:
+            t.grad = part(*place)
+        else:
+            with torch.no_grad():
+                grad += part(*place)

@@ -207,7 +207,7 @@ def test_report():
     assert "- vmap: a note." in lines
     ratios = "FLOP 2.00, maml_cuda 125.00, loop 25.00; ours is 62.50 times that of the FLOP"
     assert f"- Second over first order, net: {ratios}." in lines
-    assert "- A call and its backward with almost nothing to compute, order 1: 40 us." in lines
+    assert "- `maml.backward` with almost nothing to compute, order 1: 40 us." in lines
 
 
 def test_summary():

@@ -46,6 +46,13 @@ def step(maml: FusedMAML, data: list[Tensor], **given: Any) -> list[Tensor]:
     return [out.loss.detach(), out.task_losses, out.logits, out.support_losses, *(p.grad for p in maml.parameters())]
 
 
+def backward(maml: FusedMAML, data: list[Tensor], **given: Any) -> list[Tensor]:
+    maml.zero_grad()
+    out = maml.backward(*data, **given)
+    assert not out.loss.requires_grad
+    return [out.loss, out.task_losses, out.logits, out.support_losses, *(p.grad for p in maml.parameters())]
+
+
 def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(map(torch.equal, a, b))
 
@@ -131,3 +138,89 @@ def test_two_backwards(maml):
     torch.testing.assert_close([p.grad for p in maml.parameters()], [2 * g for g in once])
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.2, 0.5, 1.0]).double()])
+def test_backward_is_a_call_and_its_backward(maml, weights):
+    data = episode()
+    expected = step(maml, data, task_weights=weights)
+    assert equal(backward(maml, data, task_weights=weights), expected)
+    with mock.patch.object(torch.autograd, "backward", side_effect=AssertionError("the engine")):
+        assert equal(backward(maml, data, task_weights=weights), expected)
+    for p in maml.parameters():  # what comes next is added in place, as autograd does
+        p.grad, p.before = torch.ones_like(p), p.grad
+        p.held = p.grad
+    maml.backward(*data, task_weights=weights)
+    for p in maml.parameters():
+        assert p.grad is p.held
+        assert not p.grad.requires_grad
+        assert torch.equal(p.grad, 1 + p.before)
+    maml.first_order = True
+    assert equal(backward(maml, data, task_weights=weights), step(maml, data, task_weights=weights))
+    maml.query_weights = [0.5, 0.0, 1.0]
+    assert equal(backward(maml, data, task_weights=weights), step(maml, data, task_weights=weights))
+
+
+def test_backward_on_the_general_path():
+    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    maml = FusedMAML(model, 0.1, 2, loss="mse", backend="reference")
+    data = episode()
+    assert equal(backward(maml, data), step(maml, data))
+    data[0].requires_grad_()
+    maml.backward(*data)
+    expected, data[0].grad = data[0].grad, None
+    maml(*data).loss.backward()
+    assert torch.equal(data[0].grad, expected)
+
+
+def test_backward_leaves_to_autograd_what_is_more_than_adding(maml):
+    data = episode()
+    expected = [backward(maml, data), backward(maml, data)][1]
+    weight, bias = maml.model[0].weight, maml.model[2].bias
+    seen = []
+    handles = [
+        weight.register_hook(lambda g: 2 * g),
+        bias.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone())),
+    ]
+    found = dict(zip(maml.state_dict(), backward(maml, data)[4:], strict=True))
+    for name, grad in zip(maml.state_dict(), expected[4:], strict=True):
+        assert torch.equal(found[name], 2 * grad if name == "model.0.weight" else grad)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], bias.grad)
+    for handle in handles:
+        handle.remove()
+    maml.model[2].bias.requires_grad_(False)
+    maml.backward(*data)
+    maml.zero_grad()
+    maml.backward(*data)
+    assert maml.model[2].bias.grad is None
+    assert maml.model[2].weight.grad is not None
+
+
+def test_backward_keeps_the_layout_of_a_parameter():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(64, 2)).to(memory_format=torch.channels_last)
+    maml = FusedMAML(model, 0.1)
+    x, y = torch.randn(2, 3, 2, 6, 6), torch.randint(2, (2, 3))
+    optimizer = torch.optim.Adam(maml.parameters(), fused=True)
+    for _ in range(3):
+        optimizer.zero_grad()
+        maml.backward(x, y, x, y)
+        found = [p.grad for p in maml.parameters()]
+        maml.zero_grad()
+        maml(x, y, x, y).loss.backward()
+        for p, grad in zip(maml.parameters(), found, strict=True):
+            assert grad.stride() == p.stride()
+            assert torch.equal(grad, p.grad)
+        optimizer.step()
+
+
+def test_backward_refuses(maml):
+    data = episode()
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="backward must have gradients on"):
+            maml.backward(*data)
+        maml.zero_grad()
+        with pytest.raises(ValueError, match="x_qry must have 3 tasks like x_spt, got 2"):
+            maml.backward(*data[:2], *episode(2)[2:])
+        assert all(p.grad is None for p in maml.parameters())
+        maml.backward(*data)

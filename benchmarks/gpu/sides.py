@@ -69,7 +69,7 @@ def ours(precision: str, cuda_graphs: bool) -> Builder:
 
         def step() -> None:
             clear(parameters)
-            maml(*tasks).loss.backward()
+            maml.backward(*tasks)
 
         return step
 
