@@ -36,12 +36,17 @@ def descend(params: Parameters, grads: Parameters, rate: float) -> Parameters:
     return {name: torch.sub(p, grads[name], alpha=rate) for name, p in params.items()}
 
 
-def fused(backend: str) -> Builder:
-    """Ours, with the named backend; the benchmark asks for "fused", so that a fallback is an error."""
-    return partial(fused_step, backend)
+def fused(backend: str, through_autograd: bool = False) -> Builder:
+    """Ours, with the named backend; the benchmark asks for "fused", so that a fallback is an error.
+
+    It is `maml.backward`, or through autograd a call and its `loss.backward()`.
+    """
+    return partial(fused_step, backend, through_autograd)
 
 
-def fused_step(backend: str, workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool) -> Step:
+def fused_step(
+    backend: str, through_autograd: bool, workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool
+) -> Step:
     maml = FusedMAML(
         model, workload.inner_lr, workload.inner_steps, loss=workload.loss, first_order=first_order, backend=backend
     )
@@ -51,7 +56,11 @@ def fused_step(backend: str, workload: Workload, model: nn.Module, tasks: Tasks,
         clear(parameters)
         maml.backward(*tasks)
 
-    return step
+    def step_through_autograd() -> None:
+        clear(parameters)
+        maml(*tasks).loss.backward()
+
+    return step_through_autograd if through_autograd else step
 
 
 def autograd_loop(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool) -> Step:

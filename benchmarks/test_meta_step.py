@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import pytest
 
-from maml_cuda import FusedMAML
-
 from .proof import prove, truth
-from .rivals import clear, fused
+from .rivals import Builder, fused
 from .workloads import WORKLOADS
 
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_meta_step(benchmark, name: str, order: int) -> None:
-    build = fused("fused")
+    proven_and_timed(benchmark, fused("fused"), name, order)
+
+
+@pytest.mark.parametrize("name", ["sinusoid-k1", "overhead"])
+def test_through_autograd(benchmark, name: str) -> None:
+    """In the group of `maml.backward`."""
+    proven_and_timed(benchmark, fused("fused", through_autograd=True), name, 2)
+
+
+def proven_and_timed(benchmark, build: Builder, name: str, order: int) -> None:
     small = WORKLOADS[name].shrunk()
     model, tasks = small.build()
     prove(build, small, model, tasks, order == 1, truth(small, model, tasks, order == 1))
@@ -27,18 +34,3 @@ def test_meta_step(benchmark, name: str, order: int) -> None:
     model, tasks = workload.build()
     benchmark.group = name
     benchmark(build(workload, model, tasks, order == 1))
-
-
-def test_through_autograd(benchmark) -> None:
-    """A call and its `loss.backward()`, beside `maml.backward`, of the same group."""
-    workload = WORKLOADS["sinusoid-k1"]
-    model, tasks = workload.build()
-    maml = FusedMAML(model, workload.inner_lr, workload.inner_steps, loss=workload.loss, backend="fused")
-    parameters = list(model.parameters())
-
-    def step() -> None:
-        clear(parameters)
-        maml(*tasks).loss.backward()
-
-    benchmark.group = workload.name
-    benchmark(step)

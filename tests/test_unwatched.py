@@ -161,6 +161,27 @@ def test_backward_is_a_call_and_its_backward(maml, weights):
     assert equal(backward(maml, data, task_weights=weights), step(maml, data, task_weights=weights))
 
 
+def test_backward_on_every_machine(machine):
+    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 3))
+    maml = FusedMAML(model, 0.1, 2, loss="mse", backend="fused")
+    first, second = ([d.float() for d in episode()] for _ in range(2))
+    expected = step(maml, first)
+    for _ in range(3):
+        found = backward(maml, first)
+        backward(maml, second)  # whose gradients stand in memory of their own
+        assert equal(found, expected)
+
+
+def test_backward_of_rates_of_another_dtype():
+    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    maml = FusedMAML(model, nn.Parameter(torch.tensor([0.1, 0.2])), 2, loss="mse", backend="fused")
+    data = episode()
+    expected = step(maml, data)
+    for _ in range(2):
+        assert equal(backward(maml, data), expected)
+    assert maml.inner_lr.grad.dtype == torch.float32
+
+
 def test_backward_on_the_general_path():
     model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 3)).double()
     maml = FusedMAML(model, 0.1, 2, loss="mse", backend="reference")
