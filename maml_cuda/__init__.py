@@ -1,20 +1,45 @@
-"""maml_cuda: the exact MAML meta-gradient of a PyTorch model, in one fused call."""
+"""maml_cuda: the exact MAML meta-gradient of a PyTorch model, in one fused call.
+
+Importing the package loads its compiled core alone; torch, and with it the ``torch.library`` ops of ``maml_cuda``, come
+with the first name that is used.
+"""
 
 from __future__ import annotations
 
+from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-if not any(Path(__file__).parent.glob("_core.*")):
+if PathFinder.find_spec("maml_cuda._core", __path__) is None:
     raise ImportError(
-        f"maml_cuda was imported from {Path(__file__).parent}, where its extension module is not built. In a checkout, "
-        "install it in place with `pip install -e .`; an installed package is imported from any other folder."
+        f"maml_cuda was imported from {Path(__file__).parent}, where its compiled core is not built. In a checkout, "
+        "build it in place: pip install -c constraints.txt -e . ; a package that was installed by `pip install .` is "
+        "imported from any folder but the checkout's."
     )
 
-from . import _core, policies, reference
-from .batch_norm import PerStepBatchNorm1d, PerStepBatchNorm2d, at_step, convert_per_step
-from .fused_maml import FusedMAML, MetaOutput
-from .gradcheck import gradcheck
-from .targets import PolicyTarget
+from . import _core
+from .lazy import lazily
+
+if TYPE_CHECKING:
+    from . import policies, reference
+    from .batch_norm import PerStepBatchNorm1d, PerStepBatchNorm2d, at_step, convert_per_step
+    from .fused_maml import FusedMAML, MetaOutput
+    from .gradient_check import gradcheck
+    from .targets import PolicyTarget
+else:
+    __getattr__ = lazily(
+        __name__,
+        {
+            "FusedMAML": "fused_maml",
+            "MetaOutput": "fused_maml",
+            "PerStepBatchNorm1d": "batch_norm",
+            "PerStepBatchNorm2d": "batch_norm",
+            "PolicyTarget": "targets",
+            "at_step": "batch_norm",
+            "convert_per_step": "batch_norm",
+            "gradcheck": "gradient_check",
+        },
+    )
 
 __version__ = _core.version
 
@@ -31,6 +56,10 @@ __all__ = [
     "policies",
     "reference",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def build_info() -> dict[str, object]:

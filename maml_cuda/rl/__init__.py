@@ -1,6 +1,21 @@
 """Meta-reinforcement learning as in the MAML paper (Finn, Abbeel, Levine 2017, section 5.3)."""
 
-from .environment import Environment, Step
-from .environments import ENVIRONMENTS, make_environment
+from typing import TYPE_CHECKING
+
+from maml_cuda.lazy import lazily
+
+if TYPE_CHECKING:
+    from .environment import Environment, Step
+    from .environments import ENVIRONMENTS, make_environment
+else:
+    __getattr__ = lazily(
+        __name__,
+        {
+            "ENVIRONMENTS": "environments",
+            "Environment": "environment",
+            "Step": "environment",
+            "make_environment": "environments",
+        },
+    )
 
 __all__ = ["ENVIRONMENTS", "Environment", "Step", "make_environment"]

@@ -1,0 +1,8 @@
+"""``python -m maml_cuda``: the command ``maml-cuda``."""
+
+import sys
+
+from maml_cuda.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
