@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import batch_norm, device
-from .reference import LOSSES
+from .losses import LOSSES
 from .targets import POLICY_LOSSES, PolicyTarget, Target
 
 BACKENDS = ("auto", "fused", "reference")
@@ -65,6 +65,11 @@ def loss(value: Any) -> None:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)} or a callable, got {value!r}")
     elif not callable(value):
         raise TypeError(f"loss must be a name or a callable (prediction, target) -> scalar, got {type(value).__name__}")
+    elif isinstance(value, type):
+        raise TypeError(
+            f"loss must be a callable (prediction, target) -> scalar, got the class {value.__name__}: an "
+            f"instance is meant, {value.__name__}()"
+        )
 
 
 _loss = loss  # where an argument has its name

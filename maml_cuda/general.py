@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import checks, reference, targets
 from .batch_norm import at_step
+from .losses import Loss, loss_function
 from .policies import Policy, mean_of
 from .rates import Rate
 from .targets import PolicyTarget, Target
@@ -51,7 +52,7 @@ def _plain(argument: object) -> object:
 @_apart
 def meta_step(
     model: nn.Module,
-    loss: reference.Loss,
+    loss: Loss,
     rates: Mapping[str, Rate],
     parameters: Iterable[Tensor],
     x_spt: Tensor,
@@ -72,7 +73,7 @@ def meta_step(
     wanted = [t for t in given.values() if t.requires_grad and torch.is_grad_enabled()]
     weights = [1 / len(x_spt)] * len(x_spt) if task_weights is None else list(task_weights)
     *outputs, gradients = reference.meta_step(
-        model, reference.loss_function(loss), rates, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights,
+        model, loss_function(loss), rates, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights,
         query_weights,
     )  # fmt: skip
     reached = [(t, g.detach()) for t, g in zip(wanted, gradients, strict=True) if g is not None]
@@ -82,7 +83,7 @@ def meta_step(
 @_apart
 def adapt(
     model: nn.Module,
-    loss: reference.Loss,
+    loss: Loss,
     rates: Mapping[str, Rate],
     x: Tensor,
     y: Target,
@@ -93,7 +94,7 @@ def adapt(
     """The adapted parameters, name -> [tasks, *shape]."""
     _check_target(model, loss, None, "y_spt", x, y)
     theta = {name: p.view_as(p) for name, p in model.named_parameters()}  # whose hooks see the outer gradient alone
-    function = reference.loss_function(loss)
+    function = loss_function(loss)
     tasks = [
         reference.inner_loop(
             model, function, theta, rates, x[t], targets.of_task(y, t), steps, first_order, differentiable
@@ -115,18 +116,18 @@ def predict(model: nn.Module, fast: Mapping[str, Tensor], x: Tensor, slot: int) 
 
 @_apart
 def loss_and_grad(
-    model: nn.Module, loss: reference.Loss, fast: Mapping[str, Tensor], names: list[str], x: Tensor, y: Target,
+    model: nn.Module, loss: Loss, fast: Mapping[str, Tensor], names: list[str], x: Tensor, y: Target,
     slot: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     _check_target(model, loss, fast, "y", x, y)
     with at_step(model, slot):
-        return reference.loss_and_grad(model, reference.loss_function(loss), fast, names, x, y)
+        return reference.loss_and_grad(model, loss_function(loss), fast, names, x, y)
 
 
 @_apart
 def hvp(
     model: nn.Module,
-    loss: reference.Loss,
+    loss: Loss,
     fast: Mapping[str, Tensor],
     names: list[str],
     x: Tensor,
@@ -136,7 +137,7 @@ def hvp(
 ) -> dict[str, Tensor]:
     _check_target(model, loss, fast, "y", x, y)
     with at_step(model, slot):
-        return reference.hvp(model, reference.loss_function(loss), fast, names, x, y, v)
+        return reference.hvp(model, loss_function(loss), fast, names, x, y, v)
 
 
 @_apart
@@ -159,13 +160,13 @@ def fisher_vector_product(
         weights = x_qry.new_ones(x_qry.shape[:2])
     checks.sample_weights("weights", weights)
     return reference.fisher_vector_product(
-        model, reference.loss_function(loss), rates, names, x_spt, y_spt, x_qry, v, targets.shares(weights), steps,
+        model, loss_function(loss), rates, names, x_spt, y_spt, x_qry, v, targets.shares(weights), steps,
         first_order,
     )  # fmt: skip
 
 
 def _check_target(
-    model: nn.Module, loss: reference.Loss, fast: Mapping[str, Tensor] | None, name: str, x: Tensor, y: Target
+    model: nn.Module, loss: Loss, fast: Mapping[str, Tensor] | None, name: str, x: Tensor, y: Target
 ) -> None:
     """What the model returns, and that the target fits it, against one forward of the first task that draws no random
     number."""

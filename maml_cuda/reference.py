@@ -12,47 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import policies, targets
 from .batch_norm import at_step, stepwise_names
-from .policies import Policy
+from .losses import Loss, loss_function, value_of
 from .rates import InnerRates, Rate, read_rates
-from .targets import PolicyTarget, Target
-
-Loss = str | Callable[..., Tensor]
-
-
-def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(prediction, target)
-
-
-def mse(prediction: Tensor, target: Tensor) -> Tensor:
-    # Written out: jvp(grad(.)) through F.mse_loss raises in torch 2.13.
-    return ((prediction - target) ** 2).mean()
-
-
-def policy_gradient(policy: Policy, target: PolicyTarget) -> Tensor:
-    """The two forms that PolicyTarget tells of."""
-    coefficients = targets.coefficients(target)
-    log_prob = policies.log_prob(policy, target.actions)
-    if target.old_log_probs is None:
-        return -(coefficients * log_prob).sum()
-    log_ratio = (log_prob - target.old_log_probs).masked_fill(coefficients == 0, 0)  # of padding it might overflow
-    return -(coefficients * log_ratio.exp()).sum()
-
-
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "cross_entropy": cross_entropy,
-    "mse": mse,
-    **dict.fromkeys(targets.POLICY_LOSSES, policy_gradient),
-}
-
-
-def loss_function(loss: Loss) -> Callable[..., Tensor]:
-    return LOSSES[loss] if isinstance(loss, str) else loss
+from .targets import Target
 
 
 def adapted_names(model: nn.Module, adapt_params: Callable[[str], bool] | Iterable[str] | None) -> list[str]:
@@ -100,7 +67,7 @@ def inner_loop(
         path = [phi]
         for step in range(steps):
             with at_step(model, step):
-                value = loss(call(model, phi, x), y)
+                value = value_of(loss, call(model, phi, x), y)
             second_order = differentiable and not first_order
             grads = torch.autograd.grad(
                 value,
@@ -238,10 +205,10 @@ def meta_step(
         with torch.set_grad_enabled(bool(wanted)):
             prediction = query(model, path, steps, x_qry[t])
             if query_weights is None:
-                value = loss(prediction, target)
+                value = value_of(loss, prediction, target)
             else:
                 value = sum(  # type: ignore[assignment]
-                    w * loss(prediction if k == steps else query(model, path, k, x_qry[t]), target)
+                    w * value_of(loss, prediction if k == steps else query(model, path, k, x_qry[t]), target)
                     for k, w in enumerate(query_weights)
                     if w
                 )
@@ -364,7 +331,7 @@ def _gradient(
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     at = {n: p[task].detach().requires_grad_(n in names) for n, p in fast.items()}
     with torch.enable_grad():
-        value = loss(call(model, at, x), y)
+        value = value_of(loss, call(model, at, x), y)
         grads = torch.autograd.grad(value, [at[n] for n in names], create_graph=create_graph, allow_unused=True)
     return value, [torch.zeros_like(at[n]) if g is None else g for n, g in zip(names, grads, strict=True)], at
 

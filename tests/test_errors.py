@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maml_cuda import FusedMAML, gradcheck
@@ -124,6 +125,9 @@ CONSTRUCTOR = {
         net, {"loss": "hinge"}, ValueError, ("loss must be one of cross_entropy, mse", "got 'hinge'"),
     ),
     "loss no callable": (net, {"loss": 3}, TypeError, ("loss must be", "callable", "got int")),
+    "loss a class": (
+        net, {"loss": nn.MSELoss}, TypeError, ("loss must be a callable", "got the class MSELoss", "MSELoss()"),
+    ),
     "negative steps": (net, {"inner_steps": -1}, ValueError, ("inner_steps must be at least 0", "got -1")),
     "fractional steps": (net, {"inner_steps": 1.0}, TypeError, ("inner_steps must be an int", "got float")),
     "steps a bool": (net, {"inner_steps": True}, TypeError, ("inner_steps must be an int", "got bool")),
@@ -247,6 +251,39 @@ def test_backend_fused_refuses_a_callable_loss() -> None:
         model, lambda: FusedMAML(model, 0.1, loss=lambda p, y: p.sum(), backend="fused"), ValueError,
         'backend="fused" cannot', "loss",
     )  # fmt: skip
+
+
+LOSS_VALUES = {
+    "one a sample": (
+        lambda p, y: F.cross_entropy(p, y, reduction="none"), ValueError,
+        ("the loss must return a 0-d tensor", "got one of shape [4]", "mean"),
+    ),
+    "one in a vector": (lambda p, y: p.sum().reshape(1), ValueError, ("a 0-d tensor", "got one of shape [1]")),
+    "a float": (lambda p, y: p.sum().item(), TypeError, ("the loss must return a 0-d tensor", "got float")),
+    "a pair": (lambda p, y: (p.sum(), p.mean()), TypeError, ("the loss must return a 0-d tensor", "got tuple")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOSS_VALUES)
+def test_a_loss_that_is_no_number(case: str) -> None:
+    loss, error, pieces = LOSS_VALUES[case]
+    maml = FusedMAML(net(), 0.1, 2, loss=loss, backend="reference")
+    data = episode()
+    x, y = data["x_spt"], data["y_spt"]
+    fast = maml.adapt(x, y, steps=0)
+    calls = (
+        lambda: maml(**data),
+        lambda: maml.backward(**data),
+        lambda: maml.adapt(x, y),
+        lambda: list(maml.inner_loop(x, y, 1)),
+        lambda: maml.loss_and_grad(fast, x, y),
+        lambda: maml.hvp(fast, x, y, fast),
+        lambda: gradcheck(maml, **data),
+    )
+    for call in calls:
+        refuses(maml, call, error, *pieces)
+    alone = FusedMAML(maml.model, 0.1, 0, loss=loss, backend="reference")  # the query loss is the first
+    refuses(alone, lambda: alone(**data | {"x_qry": x, "y_qry": y}), error, *pieces)
 
 
 # -- forward -------------------------------------------------------------------------------------------------

@@ -1,0 +1,62 @@
+"""The losses that have a name, as plain functions (prediction, target) -> 0-d, and those of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import policies, targets
+from .policies import Policy
+from .targets import PolicyTarget
+
+Loss = str | Callable[..., Tensor]
+
+
+def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(prediction, target)
+
+
+def mse(prediction: Tensor, target: Tensor) -> Tensor:
+    # Written out: jvp(grad(.)) through F.mse_loss raises in torch 2.13.
+    return ((prediction - target) ** 2).mean()
+
+
+def policy_gradient(policy: Policy, target: PolicyTarget) -> Tensor:
+    """The two forms that PolicyTarget tells of."""
+    coefficients = targets.coefficients(target)
+    log_prob = policies.log_prob(policy, target.actions)
+    if target.old_log_probs is None:
+        return -(coefficients * log_prob).sum()
+    log_ratio = (log_prob - target.old_log_probs).masked_fill(coefficients == 0, 0)  # of padding it might overflow
+    return -(coefficients * log_ratio.exp()).sum()
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "cross_entropy": cross_entropy,
+    "mse": mse,
+    **dict.fromkeys(targets.POLICY_LOSSES, policy_gradient),
+}
+
+
+def loss_function(loss: Loss) -> Callable[..., Tensor]:
+    return LOSSES[loss] if isinstance(loss, str) else loss
+
+
+def value_of(loss: Callable[..., Any], prediction: Any, target: Any) -> Tensor:
+    """The loss, a number.
+
+    Raises:
+        TypeError, ValueError: it returns something else.
+    """
+    value = loss(prediction, target)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the loss must return a 0-d tensor, got {type(value).__name__}")
+    if value.dim():
+        raise ValueError(
+            f"the loss must return a 0-d tensor, got one of shape {list(value.shape)}: losses are means over samples, "
+            "as value.mean() is"
+        )
+    return value
