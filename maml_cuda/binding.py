@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _core, checks, device, plan, reference, unwatched
+from . import _core, checks, data_checks, device, plan, reference, unwatched
 from .batch_norm import PerStepBatchNorm
 from .problems import parsed
 from .rates import InnerRates, read_rates, tensors
@@ -188,7 +188,7 @@ class Binding:
         if p.dtype not in (torch.float32, torch.float64):
             raise plan.Unfusable(f"the model is {p.dtype}; fused are float32 and float64")
         traced = plan.trace(model)
-        checks.returns_policy(loss, bool(traced.log_std))
+        data_checks.returns_policy(loss, bool(traced.log_std))
         self.log_std = traced.log_std
         adapted = reference.adapted_names(model, adapt_params)
         unreached = [name for name in adapted if name not in traced.parameters]

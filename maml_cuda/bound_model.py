@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, problems, reference
+from . import checks, data_checks, problems, reference
 from .binding import AdaptParams, Binding
 from .rates import InnerRates, Rate, read_rates
 from .targets import Target
@@ -138,15 +138,15 @@ class BoundModel(nn.Module):
         """x with its target y, checked, and inside autocast in the model's own dtype."""
         if torch.is_autocast_enabled(binding.on):
             x = binding.in_its_dtype(x)
-        checks.data(x_name, x, y_name, y, binding.like(), self.loss, bool(binding.text))
+        data_checks.data(x_name, x, y_name, y, binding.like(), self.loss, bool(binding.text))
         return x
 
     def _look_at_labels(self, binding: Binding, x: Tensor, **given: Target) -> None:
         """Where check_labels asks for it on a GPU; the CPU's ops look by themselves."""
         if self._check_labels and binding.backend == "cuda":
-            classes = problems.prediction_shape(binding.text, x)[0] if self.loss in checks.OF_CLASSES else None
+            classes = problems.prediction_shape(binding.text, x)[0] if self.loss in data_checks.OF_CLASSES else None
             for name, y in given.items():
-                checks.target_values(name, y, classes)
+                data_checks.target_values(name, y, classes)
 
 
 def _guard(maml: BoundModel) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, general, targets
+from . import checks, data_checks, general, targets
 from .binding import Binding
 from .bound_model import BoundModel
 from .targets import Target
@@ -60,7 +60,7 @@ class BuildingBlocks(BoundModel):
         """
         slot = checks.slot(slot)
         binding, x = self._block(fast, x, y)
-        checks.fast(dict(self.model.named_parameters()), v, x, "v", all_names=False)
+        data_checks.fast(dict(self.model.named_parameters()), v, x, "v", all_names=False)
         names = self._trainable()
         if not self._serves(binding, x, x.shape[1], 0):
             return general.hvp(self.model, self.loss, dict(fast), names, x, y, dict(v), slot)
@@ -75,7 +75,7 @@ class BuildingBlocks(BoundModel):
         """The checks that the building blocks share."""
         binding = self._binding()
         x = self._read(binding, "x", x, None if y is None else "y", y)
-        checks.fast(dict(self.model.named_parameters()), fast, x, "fast", all_names=True)
+        data_checks.fast(dict(self.model.named_parameters()), fast, x, "fast", all_names=True)
         return binding, x
 
     def _trainable(self) -> list[str]:

@@ -1,20 +1,19 @@
-"""Every check of user input, once, above all backends. What, expected, got, before anything is computed."""
+"""Every check of what a FusedMAML is made of, once, above all backends. What, expected, got, before anything is
+computed. data_checks.py has those of what a call is given."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import batch_norm, device
 from .losses import LOSSES
-from .targets import POLICY_LOSSES, PolicyTarget, Target
+from .targets import POLICY_LOSSES
 
 BACKENDS = ("auto", "fused", "reference")
-OF_CLASSES = ("cross_entropy", "categorical_policy_gradient")  # whose targets are classes in [0, C)
 PRECISIONS = ("float32", "bf16x3", "tf32", "bfloat16")
 
 
@@ -176,239 +175,10 @@ def one_dtype_and_device(parameters: Iterable[Tensor]) -> None:
         )
 
 
-def data(x_name: str, x: Any, y_name: str | None, y: Any, like: Tensor, loss: str | Callable, fused: bool) -> None:
-    """One set: x [tasks, samples, ...] and its y, for a model whose parameters are like `like`."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{x_name} must be a tensor, got {type(x).__name__}")
-    if x.dim() < 3:
-        raise ValueError(f"{x_name} must have shape [tasks, samples, ...], got {list(x.shape)}")
-    if x.shape[0] == 0:
-        raise ValueError(f"{x_name} must have at least 1 task, got 0")
-    if x.shape[1] == 0:
-        raise ValueError(f"{x_name} must have at least 1 sample a task, got 0")
-    if x.device != like.device:
-        raise ValueError(f"{x_name} must be on the model's device {like.device}, got {x.device}")
-    if x.dtype != like.dtype and (fused or x.is_floating_point()):
-        raise TypeError(f"{x_name} must have the model's dtype {like.dtype}, got {x.dtype}")
-    if fused and x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f'{x_name} must not require grad on the fused path, got requires_grad=True; backend="reference" takes it'
-        )
-    if y_name is not None:
-        _fits(y_name, y, x_name, x, like, loss, fused)
-
-
-def _fits(y_name: str, y: Any, x_name: str, x: Tensor, like: Tensor, loss: str | Callable, fused: bool) -> None:
-    """The target is what the loss takes, for these x."""
-    if loss in POLICY_LOSSES:
-        if not isinstance(y, PolicyTarget):
-            raise TypeError(f"{y_name} must be a PolicyTarget for {loss}, got {type(y).__name__}")
-        for field, value in y._asdict().items():
-            if value is not None or field not in y._field_defaults:
-                _field_fits(f"{y_name}.{field}", value, x_name, x, like, str(loss), fused)
-        return
-    if isinstance(y, PolicyTarget) and not isinstance(loss, str):  # a callable may take one
-        return
-    if not isinstance(y, Tensor):
-        raise TypeError(f"{y_name} must be a tensor, got {type(y).__name__}")
-    _belongs_to(y_name, y, x_name, x)
-    if loss == "cross_entropy":
-        if y.dtype != torch.int64:
-            raise TypeError(f"{y_name} must hold int64 labels for cross_entropy, got {y.dtype}")
-        if y.dim() != 2:
-            raise ValueError(f"{y_name} must have shape [tasks, samples], got {list(y.shape)}")
-    elif loss == "mse":
-        if y.dtype != like.dtype:
-            raise TypeError(f"{y_name} must have the model's dtype {like.dtype}, got {y.dtype}")
-        _constant(y_name, y, fused)
-
-
-def _field_fits(name: str, value: Any, x_name: str, x: Tensor, like: Tensor, loss: str, fused: bool) -> None:
-    """A field of a policy-gradient loss's target."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    _belongs_to(name, value, x_name, x)
-    actions = name.endswith(".actions")
-    dtype, rank = (torch.int64, 2) if actions and loss in OF_CLASSES else (like.dtype, 3 if actions else 2)
-    if value.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype} for {loss}, got {value.dtype}")
-    if value.dim() != rank:
-        form = "[tasks, samples, action]" if rank == 3 else "[tasks, samples]"
-        raise ValueError(f"{name} must have shape {form} for {loss}, got {list(value.shape)}")
-    _constant(name, value, fused)
-
-
-def _belongs_to(y_name: str, y: Tensor, x_name: str, x: Tensor) -> None:
-    """y [tasks, samples, ...] stands where x does, and has its tasks and samples."""
-    if y.device != x.device:
-        raise ValueError(f"{y_name} must be on the device of {x_name}, {x.device}, got {y.device}")
-    if y.dim() < 2 or y.shape[0] != x.shape[0]:
-        got = y.shape[0] if y.dim() else "a scalar"
-        raise ValueError(f"{y_name} must have {x.shape[0]} tasks like {x_name}, got {got}")
-    if y.shape[1] != x.shape[1]:
-        raise ValueError(f"{y_name} must have {x.shape[1]} samples a task like {x_name}, got {y.shape[1]}")
-
-
-def _constant(name: str, y: Tensor, fused: bool) -> None:
-    if fused and y.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f'{name} must not require grad on the fused path, got requires_grad=True; backend="reference" takes it'
-        )
-
-
-def same_tasks(x_spt: Tensor, x_qry: Tensor) -> None:
-    """The two sets of an episode fit each other."""
-    if x_qry.shape[0] != x_spt.shape[0]:
-        raise ValueError(f"x_qry must have {x_spt.shape[0]} tasks like x_spt, got {x_qry.shape[0]}")
-    if x_qry.shape[2:] != x_spt.shape[2:]:
-        raise ValueError(
-            f"x_qry must have samples of shape {list(x_spt.shape[2:])} like x_spt, got {list(x_qry.shape[2:])}"
-        )
-
-
-def query_sample_weights(weights: Any, x_qry: Tensor) -> None:
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"weights must be a tensor, got {type(weights).__name__}")
-    if weights.shape != x_qry.shape[:2]:
-        raise ValueError(
-            f"weights must have shape {list(x_qry.shape[:2])}, one a query sample, got {list(weights.shape)}"
-        )
-    if weights.dtype != x_qry.dtype or weights.device != x_qry.device:
-        raise TypeError(
-            f"weights must be {x_qry.dtype} on {x_qry.device} like x_qry, got {weights.dtype} on {weights.device}"
-        )
-
-
-def direction(parameters: Mapping[str, Tensor], v: Any) -> None:
-    """One tensor of its shape for each trainable parameter."""
-    if not isinstance(v, Mapping):
-        raise TypeError(f"v must be a mapping from parameter names to tensors, got {type(v).__name__}")
-    if v.keys() != parameters.keys():
-        missing = ", ".join(n for n in parameters if n not in v)
-        unknown = ", ".join(str(n) for n in v if n not in parameters)
-        got = " and ".join(([f"none for {missing}"] if missing else []) + ([f"unknown {unknown}"] if unknown else []))
-        raise ValueError(f"v must hold exactly the trainable parameters, got {got}")
-    for name, p in parameters.items():
-        t = v[name]
-        if not isinstance(t, Tensor) or t.shape != p.shape:
-            form = list(t.shape) if isinstance(t, Tensor) else type(t).__name__
-            raise ValueError(f"v[{name!r}] must have shape {list(p.shape)}, got {form}")
-        if t.dtype != p.dtype or t.device != p.device:
-            raise TypeError(f"v[{name!r}] must be {p.dtype} on {p.device}, got {t.dtype} on {t.device}")
-
-
 def policy_loss(loss: Any, what: str) -> None:
     if loss not in POLICY_LOSSES:
         got = repr(loss) if isinstance(loss, str) else "a callable"
         raise ValueError(f"{what} must have a loss of {' or '.join(POLICY_LOSSES)}, got {got}")
-
-
-def task_weights(weights: Any, x: Tensor) -> None:
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"task_weights must be a tensor, got {type(weights).__name__}")
-    if tuple(weights.shape) != (x.shape[0],):
-        raise ValueError(f"task_weights must have shape [{x.shape[0]}], one a task, got {list(weights.shape)}")
-    if weights.dtype != x.dtype or weights.device != x.device:
-        raise TypeError(
-            f"task_weights must be {x.dtype} on {x.device} like x_spt, got {weights.dtype} on {weights.device}"
-        )
-    if weights.requires_grad and torch.is_grad_enabled():
-        raise ValueError("task_weights must not require grad, got requires_grad=True")
-
-
-def target_values(name: str, y: Target, classes: int | None) -> None:
-    """Labels or actions [tasks, samples] in [0, classes), weights that make a mean: where nobody else looks at them."""
-    if not isinstance(y, Tensor):
-        if y.weights is not None:
-            sample_weights(f"{name}.weights", y.weights)
-        name, y = f"{name}.actions", y.actions
-    if classes is None:
-        return
-    wrong = ((y < 0) | (y >= classes)).nonzero()
-    if len(wrong):
-        task, sample = wrong[0].tolist()
-        what = "actions" if name.endswith(".actions") else "labels"
-        raise ValueError(
-            f"{name} must hold {what} in [0, {classes}), got {int(y[task, sample])} (task {task}, sample {sample})"
-        )
-
-
-def sample_weights(name: str, weights: Tensor) -> None:
-    """Weights [tasks, samples] of means over the samples of each task."""
-    wrong = (~(weights >= 0) | weights.isinf()).nonzero()
-    if len(wrong):
-        task, sample = wrong[0].tolist()
-        got = weights[task, sample].item()
-        raise ValueError(f"{name} must be finite and at least 0, got {got} (task {task}, sample {sample})")
-    empty = (weights.sum(1) == 0).nonzero()
-    if len(empty):
-        raise ValueError(f"{name} must have a positive sum in every task, got 0 in task {int(empty[0])}")
-
-
-def prediction(loss: str, value: Any) -> None:
-    """What the model returns is what the loss takes."""
-    if loss == "gaussian_policy_gradient":
-        form = isinstance(value, tuple) and len(value) == 2 and all(isinstance(t, Tensor) for t in value)
-        if not form:
-            raise ValueError(f"the model must return (mean, log_std) for {loss}, got {_described(value)}")
-        mean, log_std = value
-        if mean.dim() != 2 or tuple(log_std.shape) not in (tuple(mean.shape), tuple(mean.shape[1:])):
-            raise ValueError(
-                f"the model must return mean [n, action] and log_std [action] or [n, action] for {loss}, "
-                f"got {list(mean.shape)} and {list(log_std.shape)}"
-            )
-    elif not isinstance(value, Tensor):
-        raise ValueError(
-            f"the model must return one tensor for {loss}, got {_described(value)}; (mean, log_std) goes with "
-            "gaussian_policy_gradient"
-        )
-    elif loss in OF_CLASSES and value.dim() != 2:
-        raise ValueError(f"the model must return logits [n, classes] for {loss}, got {list(value.shape)}")
-
-
-def returns_policy(loss: str, pair: bool) -> None:
-    """The same of a model that is known to return (mean, log_std), or one tensor."""
-    if pair != (loss == "gaussian_policy_gradient"):
-        prediction(loss, (None, None) if pair else torch.empty(0))
-
-
-def _described(value: Any) -> str:
-    return f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
-
-
-def target(name: str, loss: str, y: Target, shape: tuple[int, ...]) -> None:
-    """The target fits a prediction (or mean) of this shape a sample: no broadcasting."""
-    if loss == "mse" and isinstance(y, Tensor):
-        expected = (*y.shape[:2], *shape)
-        if tuple(y.shape) != expected:
-            raise ValueError(f"{name} must have the prediction's shape {list(expected)} for mse, got {list(y.shape)}")
-    if loss == "gaussian_policy_gradient" and isinstance(y, PolicyTarget):
-        expected = (*y.actions.shape[:2], *shape)
-        if tuple(y.actions.shape) != expected:
-            raise ValueError(f"{name}.actions must have the mean's shape {list(expected)}, got {list(y.actions.shape)}")
-
-
-def fast(parameters: Mapping[str, Tensor], given: Any, x: Tensor, what: str, all_names: bool) -> None:
-    """Per-task tensors by name: [tasks, *shape] of each parameter."""
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{what} must be a mapping from parameter names to tensors, got {type(given).__name__}")
-    unknown = [name for name in given if name not in parameters]
-    missing = [name for name in parameters if name not in given] if all_names else []
-    if unknown or missing:
-        raise ValueError(
-            f"{what} must hold {'exactly' if all_names else 'only'} the model's parameters, got "
-            + " and ".join(
-                ([f"unknown {', '.join(map(str, unknown))}"] if unknown else [])
-                + ([f"none for {', '.join(missing)}"] if missing else [])
-            )
-        )
-    for name, value in given.items():
-        p = parameters[name]
-        if not isinstance(value, Tensor) or tuple(value.shape) != (x.shape[0], *p.shape):
-            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{what}[{name!r}] must have shape {[x.shape[0], *p.shape]}, got {got}")
-        if value.dtype != p.dtype or value.device != p.device:
-            raise TypeError(f"{what}[{name!r}] must be {p.dtype} on {p.device}, got {value.dtype} on {value.device}")
 
 
 def tolerance(value: float, what: str) -> None:

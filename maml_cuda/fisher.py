@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, targets
+from . import data_checks, targets
 from .problems import Problem, cut, dense, parsed, problem_of
 
 
@@ -71,7 +71,7 @@ class FisherProducts:
         """
         parameters, rates, x_spt, y_spt, x_qry, weights = self.given
         if weights is not None and self.problem.backend == "cpu":
-            checks.sample_weights("weights", weights)
+            data_checks.sample_weights("weights", weights)
         scale = x_qry.new_ones(x_qry.shape[:2]) if weights is None else weights
         support = self.problem.data("y_spt", x_spt, y_spt)
         query: list[Tensor | None] = [x_qry.contiguous(), None, targets.shares(scale), None]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import batch_norm as norms
-from . import checks, general, problems, reference, targets, unwatched
+from . import checks, data_checks, general, problems, reference, targets, unwatched
 from .binding import Binding
 from .building_blocks import as_returned
 from .policies import mean_of
@@ -180,7 +180,7 @@ class FusedMAML(TrustRegion):
         binding = self._binding()
         self._read(binding, "x_spt", x_spt, None, None)
         self._read(binding, "x_qry", x_qry, None, None)
-        checks.same_tasks(x_spt, x_qry)
+        data_checks.same_tasks(x_spt, x_qry)
         if not self._serves(binding, x_spt, x_spt.shape[1], x_qry.shape[1]):
             raise ValueError("memory_estimate must have a fused model, got one on the general path (reference)")
         _, query_steps = self._queries(binding.like())
@@ -328,7 +328,7 @@ class FusedMAML(TrustRegion):
         Raises:
             ValueError: no BatchNorm layer tracks running statistics; and as a call does.
         """
-        checks.same_tasks(x_spt, x_qry)
+        data_checks.same_tasks(x_spt, x_qry)
         with self._collecting():
             fast = list(self.inner_loop(x_spt, y_spt, self.inner_steps))
             passes = [(0, fast[0], x_qry)] if self.inner_steps == 0 else []
@@ -355,7 +355,7 @@ class FusedMAML(TrustRegion):
         else:
             binding.why_not = ""
         if task_weights is not None:
-            checks.task_weights(task_weights, x_spt)
+            data_checks.task_weights(task_weights, x_spt)
         if problem is None and not self._serves(binding, x_spt, x_spt.shape[1], x_qry.shape[1]):
             *outputs, reached = general.meta_step(
                 self.model, self.loss, self._rates(), list(self.parameters()), x_spt, y_spt, x_qry, y_qry,
@@ -410,7 +410,7 @@ class FusedMAML(TrustRegion):
             checks.query_weights(self._query_weights, self.inner_steps)
         self._read(binding, "x_spt", x_spt, "y_spt", y_spt)
         self._read(binding, "x_qry", x_qry, "y_qry", y_qry)
-        checks.same_tasks(x_spt, x_qry)
+        data_checks.same_tasks(x_spt, x_qry)
 
     def _fast(self, adapted: Mapping[str, Tensor], tasks: int, differentiable: bool) -> dict[str, Tensor]:
         """Every parameter by name: the adapted ones, and expanded views of the others."""

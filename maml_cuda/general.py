@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import checks, reference, targets
+from . import data_checks, reference, targets
 from .batch_norm import at_step
 from .losses import Loss, loss_function
 from .policies import Policy, mean_of
@@ -158,7 +158,7 @@ def fisher_vector_product(
     _check_target(model, loss, None, "y_spt", x_spt, y_spt)
     if weights is None:
         weights = x_qry.new_ones(x_qry.shape[:2])
-    checks.sample_weights("weights", weights)
+    data_checks.sample_weights("weights", weights)
     return reference.fisher_vector_product(
         model, loss_function(loss), rates, names, x_spt, y_spt, x_qry, v, targets.shares(weights), steps,
         first_order,
@@ -176,6 +176,6 @@ def _check_target(
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         prediction = reference.call(model, parameters, x[0])
-    checks.prediction(loss, prediction)
-    checks.target(name, loss, y, tuple(mean_of(prediction).shape[1:]))
-    checks.target_values(name, y, mean_of(prediction).shape[-1] if loss in checks.OF_CLASSES else None)
+    data_checks.prediction(loss, prediction)
+    data_checks.target(name, loss, y, tuple(mean_of(prediction).shape[1:]))
+    data_checks.target_values(name, y, mean_of(prediction).shape[-1] if loss in data_checks.OF_CLASSES else None)

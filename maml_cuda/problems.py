@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _core, checks, device, targets, workspace
+from . import _core, data_checks, device, targets, workspace
 from .targets import POLICY_LOSSES, PolicyTarget, Target
 
 
@@ -94,11 +94,11 @@ class Problem:
         """
         y = [None if t is None else t.resolve_neg() for t in y]  # which the dispatcher leaves to us in a list
         target: Target = PolicyTarget(*y) if self.loss in POLICY_LOSSES else y[0]  # type: ignore[arg-type,assignment]
-        checks.target(name, self.loss, target, self.target)
+        data_checks.target(name, self.loss, target, self.target)
         if isinstance(target, Tensor):
             return [x.contiguous(), target.contiguous(), None, None]
         if self.backend == "cpu":
-            checks.target_values(name, target, None)  # the core looks at the actions
+            data_checks.target_values(name, target, None)  # the core looks at the actions
         scale, old = targets.coefficients(target), target.old_log_probs
         return [*dense([x, target.actions, scale]), None if old is None else old.contiguous()]
 

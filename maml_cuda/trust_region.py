@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from . import checks, general, targets
+from . import checks, data_checks, general, targets
 from .binding import Binding
 from .building_blocks import BuildingBlocks
 from .fisher import FisherProducts
@@ -46,7 +46,7 @@ class TrustRegion(BuildingBlocks):
         """
         binding, serves, x_spt, x_qry = self._read_fisher(x_spt, y_spt, x_qry, weights)
         names, parameters = self._trainable(), dict(self.model.named_parameters())
-        checks.direction({n: parameters[n] for n in names}, v)
+        data_checks.direction({n: parameters[n] for n in names}, v)
         if not serves:
             return general.fisher_vector_product(
                 self.model, str(self.loss), self._rates(), names, x_spt, y_spt, x_qry, dict(v), weights,
@@ -94,7 +94,7 @@ class TrustRegion(BuildingBlocks):
         )  # fmt: skip
 
         def product(v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            checks.direction(parameters, v)
+            data_checks.direction(parameters, v)
             found = dict(zip(reached, products([v[n].detach() for n in reached]), strict=True))
             return {n: found[n] if n in found else torch.zeros_like(p) for n, p in parameters.items()}
 
@@ -108,9 +108,9 @@ class TrustRegion(BuildingBlocks):
         binding = self._binding()
         x_spt = self._read(binding, "x_spt", x_spt, "y_spt", y_spt)
         x_qry = self._read(binding, "x_qry", x_qry, None, None)
-        checks.same_tasks(x_spt, x_qry)
+        data_checks.same_tasks(x_spt, x_qry)
         if weights is not None:
-            checks.query_sample_weights(weights, x_qry)
+            data_checks.query_sample_weights(weights, x_qry)
         serves = self._serves(binding, x_spt, x_spt.shape[1], x_qry.shape[1])
         if serves and any(slots is not None for slots in binding.slots):
             self._fall_back("a Fisher-vector product knows no parameters with a slot for each step")
@@ -118,5 +118,5 @@ class TrustRegion(BuildingBlocks):
         if serves:
             self._look_at_labels(binding, x_spt, y_spt=y_spt)
             if self._check_labels and weights is not None:
-                checks.sample_weights("weights", weights)
+                data_checks.sample_weights("weights", weights)
         return binding, serves, x_spt, x_qry
