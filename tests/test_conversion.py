@@ -1,5 +1,6 @@
 """The conversion of image data sets: once, whole or not at all, whoever else converts or is killed meanwhile."""
 
+import hashlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,13 +58,71 @@ def test_the_second_opening_reads_no_image(tmp_path, monkeypatch) -> None:
 def test_the_record_says_what_was_converted(tmp_path) -> None:
     published.birds(tmp_path)
     images.folder(tmp_path)
-    record = json.loads((tmp_path / "maml_cuda.folder.json").read_text())
+    record = json.loads(next(tmp_path.glob("maml_cuda.folder.*.json")).read_text())
     assert record["format"] == conversion.FORMAT
     assert record["shape"] == [40, 3, 20, 18]
     assert record["offsets"] == list(range(0, 41, 4))
     assert [len(record["names"][split]) for split in conversion.SPLITS] == [6, 2, 2]
     assert len(record["sha256"]) == 64
     assert (tmp_path / record["images"]).stat().st_size == 128 + 40 * 3 * 20 * 18
+
+
+def test_every_choice_of_options_is_a_conversion_of_its_own(tmp_path, monkeypatch) -> None:
+    birds = published.birds(tmp_path, classes=6)
+    choices = [{}, {"size": 9}, {"background": "black"}, {"channels": 1}, {"split": (2, 2, 2)}]
+    opened = [images.folder(tmp_path, **choice) for choice in choices]
+    assert len({each.sha256 for each in opened}) == len(choices)
+    assert written(tmp_path) == [".json"] * len(choices) + [".npy"] * len(choices)
+    monkeypatch.setattr(conversion, "_write", None)  # all stand already
+    for choice, each in zip(choices, opened, strict=True):
+        again = images.folder(tmp_path, **choice)
+        assert again.sha256 == each.sha256
+        assert again.shape == each.shape
+        assert torch.equal(again.split("test").images, each.split("test").images)
+    monkeypatch.undo()
+    changed = tmp_path / "bird 00" / "0.png"
+    changed.write_bytes(published.encoded(255 - birds["bird 00"][0]))
+    for choice, each in zip(choices, opened, strict=True):
+        assert images.folder(tmp_path, **choice).sha256 != each.sha256
+    assert written(tmp_path) == [".json"] * len(choices) + [".npy"] * len(choices)
+
+
+def test_a_published_data_set_keeps_its_conversion_and_checksum(tmp_path) -> None:
+    """Those of earlier versions are still used: there is nothing to choose."""
+    published.fc100(tmp_path)
+    facts, total = [], hashlib.sha256()
+    for path in (tmp_path / f"FC100_{split}.pickle" for split in ("train", "val", "test")):
+        os.utime(path, ns=(1, 10**18))
+        facts.append([path.name, path.stat().st_size, 10**18])
+        total.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    assert images.fc100(tmp_path).sha256 == total.hexdigest()
+    signature = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    assert {path.name for path in tmp_path.glob("maml_cuda.*")} == {
+        "maml_cuda.fc100.json", f"maml_cuda.fc100.{signature}.npy"
+    }  # fmt: skip
+
+
+def test_read_only_data_is_converted_in_a_cache_folder(tmp_path, monkeypatch) -> None:
+    data, cache = [tmp_path / "here", tmp_path / "there"], tmp_path / "somewhere" / "cache"
+    birds = {folder: published.birds(folder, images=2 + number) for number, folder in enumerate(data)}
+    before = {folder: sorted(folder.rglob("*")) for folder in data}
+    opened = {folder: images.folder(folder, cache=cache) for folder in data}
+    for folder in data:
+        assert sorted(folder.rglob("*")) == before[folder]
+        assert images.folder(folder, cache=str(cache)).sha256 == images.folder(folder).sha256
+        for name, part in zip(opened[folder].split("test").names, opened[folder].tensor("test"), strict=True):
+            np.testing.assert_array_equal(part.permute(0, 2, 3, 1).numpy(), birds[folder][name])
+    assert written(cache) == [".json", ".json", ".npy", ".npy"]  # of two folders, side by side
+    monkeypatch.setattr(conversion, "_write", None)
+    monkeypatch.chdir(tmp_path)
+    images.folder("here", cache=cache)  # the same folder by another name
+
+
+def test_a_cache_that_is_no_folder_is_said_in_words(tmp_path) -> None:
+    published.birds(tmp_path)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match=r"file must be writable, the converted images are kept there: .*File exists"):
+        images.folder(tmp_path, cache=tmp_path / "file")
 
 
 def test_changed_images_are_converted_anew_and_the_old_array_goes(tmp_path) -> None:
@@ -81,7 +141,7 @@ def test_changed_images_are_converted_anew_and_the_old_array_goes(tmp_path) -> N
 def test_a_conversion_that_is_not_whole_is_made_again(tmp_path, damage: str) -> None:
     published.birds(tmp_path)
     expected = images.folder(tmp_path).split("train").images.clone()
-    record, array = tmp_path / "maml_cuda.folder.json", next(tmp_path.glob("*.npy"))
+    record, array = (next(tmp_path.glob(f"maml_cuda.folder.*.{kind}")) for kind in ("json", "npy"))
     if damage == "truncated":
         os.truncate(array, 1000)
     elif damage == "gone":
@@ -160,5 +220,5 @@ def test_a_folder_that_cannot_be_written_to_is_said_in_words(tmp_path, monkeypat
         return open_file(path, mode, **options)
 
     monkeypatch.setattr(Path, "open", read_only)
-    with pytest.raises(OSError, match=r"must be writable, the converted images are kept there: .*Permission denied"):
+    with pytest.raises(OSError, match=r"kept there: .*Permission denied.*; cache \(--cache\) names another"):
         images.folder(tmp_path)

@@ -16,25 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from maml_cuda.data import Episodes, ImageTasks, images, layouts
+from maml_cuda.data import ImageTasks, images, layouts
 
 from . import published
-
-SPLITS = {"train": "train", "validation": "val", "test": "test"}
-
-
-def by_class(opened: images.Images, split: str) -> dict[str, np.ndarray]:
-    """The images of each class, [images, height, width, channels]."""
-    classes = opened.split(split)
-    parts = classes.images.permute(0, 2, 3, 1).split(classes.count.tolist())
-    return {name: part.numpy() for name, part in zip(classes.names, parts, strict=True)}
-
-
-def assert_same(opened: images.Images, split: str, expected: dict[str, np.ndarray]) -> None:
-    got = by_class(opened, split)
-    assert list(got) == sorted(expected)
-    for name, image in expected.items():
-        np.testing.assert_array_equal(got[name], image)
+from .opened import SPLITS, assert_same, by_class, refused
 
 
 def official(monkeypatch: pytest.MonkeyPatch, table: str, *archives: Path) -> None:
@@ -206,93 +191,7 @@ def test_tiered_imagenet(tmp_path, monkeypatch, archived: bool) -> None:
             np.testing.assert_array_equal(image, np.stack(array)[labels == label])
 
 
-def test_a_folder_is_split_by_its_classes(tmp_path) -> None:
-    birds = published.birds(tmp_path, classes=12)
-    (tmp_path / "bird 00" / ".hidden").write_bytes(b"no image")
-    opened = images.folder(tmp_path)
-    assert opened.shape == (3, 20, 18)
-    splits = {split: opened.split(split).names for split in SPLITS}
-    assert len(splits["train"]) == 8
-    assert (splits["validation"], splits["test"]) == (["bird 01", "bird 04"], ["bird 02", "bird 09"])  # for ever
-    assert sorted(name for names in splits.values() for name in names) == sorted(birds)
-    for split, names in splits.items():
-        assert_same(opened, split, {name: birds[name] for name in names})
-
-
-def test_the_split_of_a_folder_is_its_own_where_it_has_one(tmp_path) -> None:
-    for validation in ("val", "validation"):
-        folder = tmp_path / validation
-        names = {"train": "finch", validation: "gull", "test": "owl"}
-        parts = {split: published.birds(folder / split, 2, name=name) for split, name in names.items()}
-        opened = images.folder(folder)
-        for split in SPLITS:
-            assert_same(opened, split, parts[validation if split == "validation" else split])
-
-
-def test_grey_images_have_one_channel_unless_they_stand_among_colour(tmp_path) -> None:
-    birds = published.birds(tmp_path / "grey", classes=3, size=(9, 9))
-    opened = images.folder(tmp_path / "grey")
-    assert opened.shape == (1, 9, 9)
-    for split in SPLITS:
-        assert_same(opened, split, {name: birds[name][..., None] for name in opened.split(split).names})
-    published.birds(tmp_path / "mixed", classes=3, size=(9, 9, 3))
-    for path in (tmp_path / "mixed").rglob("3.png"):
-        path.write_bytes(published.encoded(published.pixels(5, 9, 9)))
-    mixed = images.folder(tmp_path / "mixed").tensor("train")
-    assert torch.equal(mixed[0, 3], torch.from_numpy(published.pixels(5, 9, 9)).expand(3, 9, 9))
-
-
-# -- what the samplers get -----------------------------------------------------------------------------------
-
-
-def test_episodes_draw_from_the_mapped_images(tmp_path) -> None:
-    birds = published.birds(tmp_path)
-    opened = images.folder(tmp_path)
-    tensor = opened.tensor("train")
-    assert tensor.shape == (6, 4, 3, 20, 18)
-    assert tensor.data_ptr() == opened.split("train").images.data_ptr()  # no copy
-    x = Episodes(tensor, n_way=2, k_shot=1, n_query=3).draw(5, seed=0).x_qry
-    known = {image.tobytes() for stack in birds.values() for image in stack}
-    assert all(image.permute(1, 2, 0).numpy().tobytes() in known for image in (x * 255).round().byte().flatten(0, 1))
-
-
-def test_classes_that_differ_in_size_are_drawn_whole_by_tasks_and_cut_for_episodes(tmp_path) -> None:
-    for number, count in enumerate((3, 5, 4, 9, 9)):
-        for image in range(count):
-            path = tmp_path / ("train" if number < 3 else ("val", "test")[number - 3]) / f"{number}" / f"{image}.png"
-            published.write(path, published.encoded(np.full((2, 2), 10 * number + image, np.uint8)))
-    opened = images.folder(tmp_path)
-    assert opened.split("train").count.tolist() == [3, 5, 4]
-    assert opened.tensor("train")[..., 0, 0, 0].tolist() == [[0, 1, 2], [10, 11, 12], [20, 21, 22]]
-    tasks = ImageTasks(opened.split("train"), n_way=3, k_shot=1, n_query=1)
-    x = tasks.sample(300, torch.Generator().manual_seed(0)).x_spt
-    assert sorted((x * 255).round().unique().tolist()) == [0, 1, 2, 10, 11, 12, 13, 14, 20, 21, 22, 23]
-
-
-def test_classes_must_have_enough_images_and_splits_enough_classes(tmp_path) -> None:
-    published.birds(tmp_path)
-    opened = images.folder(tmp_path)
-    smallest = opened.split("test").names[0]
-    message = rf"k_shot \+ n_query must be at most 4, .*of the test classes of folder, {smallest} has no more images"
-    with pytest.raises(ValueError, match=message):
-        ImageTasks(opened.split("test"), n_way=2, k_shot=1, n_query=4)
-    with pytest.raises(ValueError, match=r"n_way must be 2 to 2 \(test classes of folder\), got 3"):
-        ImageTasks(opened.split("test"), n_way=3, k_shot=1, n_query=1)
-    with pytest.raises(ValueError, match="rotations must be 1 where images are not square, got 2 of 20 x 18"):
-        ImageTasks(opened.split("test"), n_way=2, k_shot=1, n_query=1, rotations=2)
-    with pytest.raises(ValueError, match="split must be one of train, validation, test, got 'dev'"):
-        opened.split("dev")
-
-
 # -- what is refused -----------------------------------------------------------------------------------------
-
-
-def refused(open_images, folder: Path, message: str, error: type[Exception] = ValueError) -> None:
-    """In these words, and nothing is left in the folder."""
-    before = sorted(folder.rglob("*"))
-    with pytest.raises(error, match=message):
-        open_images(folder)
-    assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -554,43 +453,6 @@ def test_a_set_of_other_characters_is_not_omniglot(tmp_path) -> None:
     for half in ("images_background", "images_evaluation"):
         published.write(tmp_path / half / f"Letters of {half}" / "character01" / "0001_01.png", drawing)
     refused(images.omniglot, tmp_path, "must have 1623 characters together, got 2")
-
-
-def test_images_of_a_folder_must_fit_each_other(tmp_path) -> None:
-    published.birds(tmp_path)
-    odd = tmp_path / "bird 09" / "2.png"
-    odd.write_bytes(published.encoded(published.pixels(0, 18, 20, 3)))
-    message = r"bird 09/2.png must have 20 x 18 pixels of 3 channels like .*/0.png, got 18 x 20 pixels of 3 channels"
-    refused(images.folder, tmp_path, message)
-    odd.write_bytes(published.encoded(published.pixels(0, 20, 18, 3))[:-60])
-    refused(images.folder, tmp_path, "bird 09/2.png must be a whole image of 8 bits a channel, got: ")
-    odd.write_bytes(b"<html>not found</html>")
-    refused(images.folder, tmp_path, "bird 09/2.png must be a whole image .* got: cannot identify image file")
-    odd.write_bytes(published.encoded(np.zeros((20, 18), np.uint16)))
-    refused(
-        images.folder, tmp_path, "bird 09/2.png must be a whole image of 8 bits a channel, got: pixels of mode I;16"
-    )
-
-
-def test_colour_among_grey_images_is_refused(tmp_path) -> None:
-    published.birds(tmp_path, size=(9, 9))
-    (tmp_path / "bird 09" / "2.png").write_bytes(published.encoded(published.pixels(0, 9, 9, 3)))
-    refused(images.folder, tmp_path, "must have 9 x 9 pixels of 1 channel like .*, got 9 x 9 pixels of 3 channels")
-
-
-def test_a_folder_without_classes_is_refused(tmp_path) -> None:
-    refused(images.folder, tmp_path, "must hold folders, one for each class, got none")
-    (tmp_path / "empty").mkdir()
-    refused(images.folder, tmp_path, "the class folder .*empty must hold images, got none directly in it")
-    published.birds(tmp_path / "two", classes=2)
-    refused(images.folder, tmp_path / "two", "two must hold at least 3 classes, one for each split, got 2")
-    for split in ("train", "val", "test"):
-        published.birds(tmp_path / "same" / split, classes=2, name=split if split == "val" else "bird")
-    message = "the splits must have different classes, got bird 00 in .*same/train and in .*same/test"
-    refused(images.folder, tmp_path / "same", message)
-    published.birds(tmp_path / "half" / "train", classes=2)
-    published.birds(tmp_path / "half" / "test", classes=2)
-    refused(images.folder, tmp_path / "half", "half/val or .*half/validation is missing beside", FileNotFoundError)
 
 
 def test_pillow_is_asked_for_where_it_is_missing(tmp_path, monkeypatch) -> None:

@@ -1,9 +1,12 @@
 """One conversion for every data set: its images, class by class, in one memory-mapped array beside the original.
 
-In the data set's folder stand afterwards
+In the data set's folder, or in a cache folder that serves any number of data sets, stand afterwards
 
     maml_cuda.<layout>.json              format, names and offsets of the classes, checksum of the source
     maml_cuda.<layout>.<signature>.npy   uint8 [images, channels, height, width]
+
+The JSON is ``maml_cuda.<layout>.<key>.json`` where options decide what the array holds, and in a cache folder: each
+data set and each choice of options has a conversion of its own.
 
 The JSON is written last and names its array, and both appear by a rename: another process finds all or nothing, and
 two that convert at once replace a file by its like. What is being written ends in ``.new`` and is locked by its
@@ -19,7 +22,8 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +31,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from maml_cuda.data.splits import SPLITS
+
 FORMAT = 1
-SPLITS = ("train", "validation", "test")
 HEADER = 128  # bytes of the .npy header, which is written last, when the number of images is known
 
 
@@ -48,34 +53,39 @@ class Source:
     read: Callable[[], Iterator[SourceClass]]  # the classes, split by split in the order of SPLITS
     md5: Mapping[str, str] = field(default_factory=dict)  # as published, by the file's name
     classes: tuple[int, int, int] | None = None  # as published, of each split
+    options: Mapping[str, Any] = field(default_factory=dict)  # what else decides the array: its checksum holds them too
+    skipped: Sequence[Path] = ()  # what lies among the files and is no part of the data set
 
 
-def converted(layout: str, folder: Path, source: Source) -> dict[str, Any]:
-    """The record of ``source``'s conversion in ``folder``, which is made now unless it stands there already.
+def converted(layout: str, folder: Path, source: Source, cache: Path | None = None) -> dict[str, Any]:
+    """The record of the conversion of ``source``, which is in ``folder``. It is made now unless it stands already in
+    ``cache`` (None: in ``folder``).
 
     The record holds ``images`` (the array's file), ``shape``, ``names`` (by split), ``offsets`` ``[classes + 1]``
-    (of each class's first image) and ``sha256`` (of the source's names and bytes). It holds for source files of the
-    same names, sizes and times; other ones are converted anew.
+    (of each class's first image) and ``sha256`` (of the source's options, names and bytes). It holds for source files
+    of the same names, sizes and times; other ones are converted anew.
 
     Raises:
         ValueError: a checksum, an image or the number of classes is not what it must be. Nothing is left behind.
-        OSError: a file cannot be read, or the folder cannot be written to.
+        OSError: a file cannot be read, or the conversion cannot be written.
     """
-    _sweep(folder, layout)
-    signature = _signature(folder, source.files)
-    path = folder / f"maml_cuda.{layout}.json"
+    place = folder if cache is None else cache
+    _sweep(place, layout)
+    signature, stem = _signature(folder, source), _stem(layout, folder, source, cache)
+    path, images = place / f"{stem}.json", place / f"{stem}.{signature}.npy"
     old = _record(path)
     if old is not None and old["signature"] == signature:
         return old
+    if source.skipped:
+        warnings.warn(_skipped(folder, source.skipped), stacklevel=4)  # the caller of images.folder
     sha256 = _checksum(folder, source)
-    images = folder / f"maml_cuda.{layout}.{signature}.npy"
     with _whole(images) as file:
         content = _write(file, source)
     record = {"format": FORMAT, "signature": signature, "sha256": sha256, "images": images.name} | content
     with _whole(path) as file:
         file.write((json.dumps(record, indent=1) + "\n").encode())
     if old is not None and old["images"] != images.name:
-        (folder / old["images"]).unlink(missing_ok=True)
+        (place / old["images"]).unlink(missing_ok=True)
     return record
 
 
@@ -91,7 +101,8 @@ def _write(file: BinaryIO, source: Source) -> dict[str, Any]:
             if not shape:
                 first, shape = where, image.shape
             if image.shape != shape:
-                raise ValueError(f"{where} must have {_size(shape)} like {first}, got {_size(image.shape)}")
+                advice = "; size (--image-size) makes all of one size" if "size" in source.options else ""
+                raise ValueError(f"{where} must have {_size(shape)} like {first}, got {_size(image.shape)}{advice}")
             file.write(image.tobytes())
             count += 1
         if not count:
@@ -123,19 +134,33 @@ def _record(path: Path) -> dict[str, Any] | None:
             return None
         size = (path.parent / record["images"]).stat().st_size
         return record if size == HEADER + math.prod(record["shape"]) else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
 
 
-def _signature(folder: Path, files: list[Path]) -> str:
-    """Changes with the name, the size or the time of a file: seconds for what a checksum takes minutes to tell."""
-    facts = [(_name(folder, path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files]
+def _stem(layout: str, folder: Path, source: Source, cache: Path | None) -> str:
+    """How the names of its files begin: no two choices of options, and in a cache no two folders, have the same."""
+    stem = f"maml_cuda.{layout}"
+    if cache is None and not source.options:
+        return stem
+    facts = [None if cache is None else str(folder.resolve()), source.options]
+    return f"{stem}.{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
+
+
+def _signature(folder: Path, source: Source) -> str:
+    """Changes with an option, or the name, the size or the time of a file: seconds for what a checksum takes minutes to
+    tell."""
+    facts: list[Any] = list(source.options.items())
+    facts += [(_name(folder, path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in source.files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def _checksum(folder: Path, source: Source) -> str:
-    """sha256 over the names and bytes of all files. ValueError where one has not the md5 that is published."""
+    """sha256 over the options, and the names and bytes of all files. ValueError where one has not the md5 that is
+    published."""
     total = hashlib.sha256()
+    for name, value in source.options.items():
+        total.update(f"{name} {json.dumps(value)}\n".encode())
     for path in source.files:
         known = source.md5.get(path.name)
         md5 = hashlib.md5(usedforsecurity=False)
@@ -157,6 +182,12 @@ def _name(folder: Path, path: Path) -> str:
     return path.relative_to(folder).as_posix()
 
 
+def _skipped(folder: Path, paths: Sequence[Path]) -> str:
+    """One line, however many they are."""
+    several = f" and {len(paths) - 3} others" if len(paths) > 3 else ""
+    return f"skipped in {folder}, no images of a class: {', '.join(_name(folder, path) for path in paths[:3])}{several}"
+
+
 @contextmanager
 def _whole(path: Path) -> Iterator[BinaryIO]:
     """A file that stands under ``path`` when it is complete, and nowhere after an error."""
@@ -164,9 +195,13 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
     while True:
         new = path.with_name(f"{layout}.{uuid.uuid4().hex}.new")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             file = new.open("xb")
         except OSError as error:
-            raise OSError(f"{path.parent} must be writable, the converted images are kept there: {error}") from error
+            raise OSError(
+                f"{path.parent} must be writable, the converted images are kept there: {error}; cache (--cache) names "
+                "another folder for them"
+            ) from error
         fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
             break

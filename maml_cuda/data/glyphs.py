@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from maml_cuda.data.image_tasks import ImageClasses, ImageTasks
+from maml_cuda.data.splits import named
 
 FILE = Path(__file__).with_name("glyphs.npz")
 FILE_SIZE = 3_543_760
@@ -54,8 +55,7 @@ class GlyphTasks(ImageTasks):
 
     def __init__(self, split: str, n_way: int, k_shot: int, n_query: int, rotations: int = 1) -> None:
         """``n_query`` query images a class. ValueError if the split has too few classes or images a class."""
-        if split not in SCRIPTS:
-            raise ValueError(f"split must be one of {', '.join(SCRIPTS)}, got {split!r}")
+        split = named(split)
         images, count, names = load_glyphs()
         chosen = torch.tensor([name.split("/")[0] in SCRIPTS[split] for name in names])
         images = images[chosen.repeat_interleave(count)].unsqueeze(1)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import random
 import re
 import zipfile
 import zlib
@@ -16,42 +14,10 @@ from typing import IO
 
 import numpy as np
 
-from maml_cuda.data.conversion import SPLITS, SourceClass
-from maml_cuda.data.decode import decode
-
-SPLIT_SEED = 1  # the MAML authors'. No setting: a run must not be tested on classes that another was trained on
-
-Classes = Mapping[str, Sequence[Path]]  # by name
-
-
-def visible_files(folder: Path) -> list[Path]:
-    """Every file below, sorted; hidden ones (``.DS_Store``) are no part of a data set."""
-    found = []
-    for here, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(here, name) for name in files if not name.startswith(".")]
-    return sorted(found)
-
-
-def class_folders(folder: Path) -> Classes:
-    """The files of each folder in ``folder``, which must hold them directly. ValueError where one holds none."""
-    classes = {}
-    for path in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-        if not files:
-            raise ValueError(f"the class folder {path} must hold images, got none directly in it")
-        classes[path.name] = files
-    if not classes:
-        raise ValueError(f"{folder} must hold folders, one for each class, got none")
-    return classes
-
-
-def drawn(names: Sequence[str], sizes: Sequence[int]) -> dict[str, list[str]]:
-    """The classes of each split, so many: sorted, shuffled by SPLIT_SEED, cut, and sorted again."""
-    shuffled = sorted(names)
-    random.Random(SPLIT_SEED).shuffle(shuffled)
-    ends = np.cumsum(sizes)
-    return {split: sorted(shuffled[end - size : end]) for split, size, end in zip(SPLITS, sizes, ends, strict=True)}
+from maml_cuda.data.class_folders import Classes, is_image, visible_files
+from maml_cuda.data.conversion import SourceClass
+from maml_cuda.data.decode import Colour, decode
+from maml_cuda.data.splits import SPLITS, drawn
 
 
 def listed(table: Path, images: Path) -> Classes:
@@ -76,25 +42,24 @@ def listed(table: Path, images: Path) -> Classes:
     return classes
 
 
-def read_folder(splits: Mapping[str, Classes]) -> Iterator[SourceClass]:
-    """Any images, as they are. Where the first is of colour, a grey one is read as colour too."""
-    first = next(files[0] for classes in splits.values() for _, files in sorted(classes.items()))
-    with first.open("rb") as file:
-        grey = len(decode(file, str(first))) == 1
-    return read_files(splits, None if grey else "RGB")
-
-
-def read_files(splits: Mapping[str, Classes], mode: str | None, side: int | None = None) -> Iterator[SourceClass]:
-    """The classes of each split in the order of their names; ``mode`` and ``side`` as in ``decode``."""
+def read_files(
+    splits: Mapping[str, Classes],
+    mode: str,
+    size: tuple[int, int] | None = None,
+    background: Colour | None = None,
+) -> Iterator[SourceClass]:
+    """The classes of each split in the order of their names; ``mode``, ``size`` and ``background`` as in ``decode``."""
     for split, classes in splits.items():
         for name in sorted(classes):
-            yield SourceClass(split, name, _decoded(classes[name], mode, side))
+            yield SourceClass(split, name, _decoded(classes[name], mode, size, background))
 
 
-def _decoded(files: Sequence[Path], mode: str | None, side: int | None) -> Iterator[tuple[str, np.ndarray]]:
+def _decoded(
+    files: Sequence[Path], mode: str, size: tuple[int, int] | None, background: Colour | None
+) -> Iterator[tuple[str, np.ndarray]]:
     for path in files:
         with path.open("rb") as file:
-            yield str(path), decode(file, str(path), mode, side)
+            yield str(path), decode(file, str(path), mode, size, background)
 
 
 def read_omniglot(halves: Sequence[Path], sizes: Sequence[int]) -> Iterator[SourceClass]:
@@ -125,7 +90,7 @@ def read_cifar100(source: Path) -> Iterator[SourceClass]:
         for name, open_file in _contents(source, opened):
             if part := re.search(r"/splits/bertinetto/(\w+)\.txt$", f"/{name}"):
                 tables[part[1]] = open_file
-            elif part := re.search(r"/data/([^/]+)/[^/.][^/]*$", f"/{name}"):
+            elif (part := re.search(r"/data/([^/]+)/[^/]+$", f"/{name}")) and is_image(Path(name)):
                 classes.setdefault(part[1], []).append((name, open_file))
         taken: dict[str, str] = {}
         for split, word in zip(SPLITS, ("train", "val", "test"), strict=True):
@@ -172,4 +137,4 @@ def _colours(files: Sequence[tuple[str, Callable[[], IO[bytes]]]]) -> Iterator[t
 def _inverted(files: Sequence[tuple[str, Callable[[], IO[bytes]]]]) -> Iterator[tuple[str, np.ndarray]]:
     for name, open_file in files:
         with open_file() as file:
-            yield name, 255 - decode(file, name, "L", 28)
+            yield name, 255 - decode(file, name, "L", (28, 28))

@@ -19,6 +19,7 @@ class ImageClasses:
     images: Tensor  # [images, channels, height, width] uint8
     count: Tensor  # [classes] int64, each at least 1
     names: Sequence[str]  # of the classes
+    choice: int = 0  # of how many classes the user chose them; 0: there is no choice
 
 
 class ImageTasks:
@@ -36,14 +37,15 @@ class ImageTasks:
     def __init__(
         self, classes: ImageClasses, n_way: int, k_shot: int, n_query: int, rotations: int = 1, white: int = 255
     ) -> None:
-        self.images, self.count, what = classes.images, classes.count, classes.what
+        self.images, self.count, self.names, what = classes.images, classes.count, classes.names, classes.what
         height, width = self.images.shape[-2:]
         if not 1 <= rotations <= 4:
             raise ValueError(f"rotations must be 1 to 4 quarter turns, got {rotations}")
         if rotations > 1 and height != width:
             raise ValueError(f"rotations must be 1 where images are not square, got {rotations} of {height} x {width}")
         if not 2 <= n_way <= rotations * len(self.count):
-            raise ValueError(f"n_way must be 2 to {rotations * len(self.count)} ({what}), got {n_way}")
+            more = _choice(n_way, classes.choice) if classes.choice and n_way >= 2 else ""
+            raise ValueError(f"n_way must be 2 to {rotations * len(self.count)} ({what}), got {n_way}{more}")
         fewest = int(self.count.min())
         if k_shot < 1 or n_query < 1 or k_shot + n_query > fewest:
             smallest = classes.names[int(self.count.argmin())]
@@ -101,3 +103,15 @@ class ImageBatches:
         x = tasks.images.index_select(0, rows)
         tasks._turn(x, turns)
         return x.float().div_(tasks.white), y
+
+
+def _choice(n_way: int, classes: int) -> str:
+    """What to do where a split of so many classes has too few for ``n_way``."""
+    ways = min(n_way, classes // 3)
+    example = f", such as {classes - 2 * ways}/{ways}/{ways}" if ways >= 2 else ""
+    if example and ways < n_way:
+        example += f" for {ways} ways"
+    return (
+        f"; {n_way}-way tasks need {n_way} classes or more in each split, {3 * n_way} in all, of {classes} here: "
+        f"choose by --split TRAIN/VALIDATION/TEST (split= in Python){example}, or by folders train, val and test"
+    )

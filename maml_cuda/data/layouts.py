@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 
-from maml_cuda.data import image_files, image_pickles
-from maml_cuda.data.conversion import SPLITS, Source, SourceClass
+from maml_cuda.data import class_folders, image_files, image_pickles
+from maml_cuda.data.class_folders import Classes
+from maml_cuda.data.conversion import Source, SourceClass
 from maml_cuda.data.unpickle import Pickle
 
 OMNIGLOT_SPLIT = (1100, 100, 423)
@@ -26,7 +26,6 @@ CIFAR_FS_SPLIT = (64, 16, 20)
 FC100_SPLIT = (60, 20, 20)
 TIERED_IMAGENET_SPLIT = (351, 97, 160)
 TIERED_IMAGENET_MD5 = {"tiered-imagenet.tar": "e07e811b9f29362d159a9edd0d838c62"}
-FOLDER_SPLIT = {"validation": 0.16, "test": 0.2}  # mini-ImageNet's; the others are trained on
 
 SPELLINGS = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}  # in names of files
 
@@ -42,7 +41,7 @@ def find_omniglot(path: Path) -> Source:
                 "https://github.com/brendenlake/omniglot/raw/master/python/",
             )  # fmt: skip
         halves.append(half)
-    files = [file for half in halves for file in (image_files.visible_files(half) if half.is_dir() else [half])]
+    files = [file for half in halves for file in (_images_below(half) if half.is_dir() else [half])]
     return Source(files, partial(image_files.read_omniglot, halves, OMNIGLOT_SPLIT), OMNIGLOT_MD5, OMNIGLOT_SPLIT)
 
 
@@ -59,8 +58,8 @@ def find_mini_imagenet(path: Path) -> Source:
     if tables := _split_files(path, "{}.csv"):
         splits = {split: image_files.listed(table, path / "images") for split, table in tables.items()}
         return _of_files(splits, 84, MINI_IMAGENET_SPLIT, list(tables.values()))
-    if folders := _split_files(path, "{}"):
-        return _of_files(_split_classes(folders), 84, MINI_IMAGENET_SPLIT)
+    if source := _sorted_files(path, 84, MINI_IMAGENET_SPLIT):
+        return source
     raise _missing(
         "mini-ImageNet", path, "mini-imagenet-cache-{train,val,test}.pkl, mini-imagenet.tar.gz, "
         "miniImageNet_category_split_{train_phase_train,val,test}.pickle, images with train.csv, val.csv and test.csv, "
@@ -74,10 +73,10 @@ def find_cifar_fs(path: Path) -> Source:
         return source
     places = (path / "cifar100", path / "cifarfs" / "cifar100", path / "cifar100.zip", path / "cifarfs.zip")
     if base := next((place for place in places if place.exists()), None):
-        files = image_files.visible_files(base) if base.is_dir() else [base]
+        files = [*sorted(base.glob("splits/*/*.txt")), *_images_below(base)] if base.is_dir() else [base]
         return Source(files, partial(image_files.read_cifar100, base), classes=CIFAR_FS_SPLIT)
-    if folders := _split_files(path, "{}"):
-        return _of_files(_split_classes(folders), 32, CIFAR_FS_SPLIT)
+    if source := _sorted_files(path, 32, CIFAR_FS_SPLIT):
+        return source
     raise _missing(
         "CIFAR-FS", path, "CIFAR_FS_{train,val,test}.pickle, CIFAR_FS.zip, cifar100.zip or the folder cifar100, or the "
         "folders train, val and test",
@@ -126,19 +125,6 @@ def find_tiered_imagenet(path: Path) -> Source:
     )  # fmt: skip
 
 
-def find_folder(path: Path) -> Source:
-    if folders := _split_files(path, "{}"):
-        splits = _split_classes(folders)
-    else:
-        classes = image_files.class_folders(path)
-        sizes = {split: max(1, round(share * len(classes))) for split, share in FOLDER_SPLIT.items()}
-        if len(classes) <= sum(sizes.values()):
-            raise ValueError(f"{path} must hold at least 3 classes, one for each split, got {len(classes)}")
-        names = image_files.drawn(list(classes), (len(classes) - sum(sizes.values()), *sizes.values()))
-        splits = {split: {name: classes[name] for name in names[split]} for split in SPLITS}
-    return Source(_all_files(splits), partial(image_files.read_folder, splits))
-
-
 def _of_pickles(
     read: Callable[[Mapping[str, Pickle]], Iterator[SourceClass]],
     pickles: dict[str, Pickle],
@@ -148,15 +134,32 @@ def _of_pickles(
 
 
 def _of_files(
-    splits: dict[str, image_files.Classes], side: int, classes: tuple[int, int, int], tables: Sequence[Path] = ()
+    classes: Mapping[str, Classes],
+    side: int,
+    sizes: tuple[int, int, int],
+    tables: Sequence[Path] = (),
+    skipped: Sequence[Path] = (),
 ) -> Source:
     """Image files of colour, made ``side`` by ``side`` pixels."""
-    read = partial(image_files.read_files, splits, "RGB", side)
-    return Source([*tables, *_all_files(splits)], read, classes=classes)
+    files = [file for of_split in classes.values() for of_class in of_split.values() for file in of_class]
+    read = partial(image_files.read_files, classes, "RGB", (side, side))
+    return Source([*tables, *files], read, classes=sizes, skipped=skipped)
+
+
+def _sorted_files(path: Path, side: int, sizes: tuple[int, int, int]) -> Source | None:
+    """Those in the folders train, val and test, in a folder for each class."""
+    if not (folders := class_folders.split_folders(path)):
+        return None
+    classes, skipped = class_folders.of_splits(folders)
+    return _of_files(classes, side, sizes, skipped=skipped)
+
+
+def _images_below(folder: Path) -> list[Path]:
+    return [file for file in class_folders.visible_files(folder) if class_folders.is_image(file)]
 
 
 def _split_files(folder: Path, pattern: str, train: str = "train") -> dict[str, Path]:
-    """The file or folder of each split: ``pattern`` with ``train``, val or validation, or test in it; {} without any.
+    """The file of each split: ``pattern`` with ``train``, val or validation, or test in it; {} without any.
 
     FileNotFoundError where one is missing and another is not.
     """
@@ -170,28 +173,12 @@ def _split_files(folder: Path, pattern: str, train: str = "train") -> dict[str, 
     return found
 
 
-def _split_classes(folders: dict[str, Path]) -> dict[str, image_files.Classes]:
-    """The class folders of each split. ValueError where a class is in two: it would be tested on what was learned."""
-    splits = {split: image_files.class_folders(below) for split, below in folders.items()}
-    for one, other in combinations(SPLITS, 2):
-        for name in splits[one]:
-            if name in splits[other]:
-                raise ValueError(
-                    f"the splits must have different classes, got {name} in {folders[one]} and in {folders[other]}"
-                )
-    return splits
-
-
 def _pickles(folder: Path, pattern: str, train: str = "train") -> dict[str, Pickle]:
     return {split: Pickle(path) for split, path in _split_files(folder, pattern, train).items()}
 
 
 def _in_archive(archive: Path, pattern: str) -> dict[str, Pickle]:
     return {split: Pickle(archive, pattern.format(words[0])) for split, words in SPELLINGS.items()}
-
-
-def _all_files(splits: dict[str, image_files.Classes]) -> list[Path]:
-    return [file for classes in splits.values() for files in classes.values() for file in files]
 
 
 def _missing(name: str, path: Path, files: str, published: str) -> FileNotFoundError:
