@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .functional import Functional
+
 LAST = 2**31 - 1  # a step beyond every slot: the last one serves it
 
 MODES = ("transductive", "per_step", "running")
@@ -211,7 +213,7 @@ class _Collected:
         self.passes: dict[int, int] = {}
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
+        x = args[0].detach()
         axes = [a for a in range(x.dim()) if a != 1]
         slot = min(layer.step, layer.steps - 1) if isinstance(layer, PerStepBatchNorm) else 0
         moments = [x.mean(axes), x.var(axes)]
@@ -243,13 +245,13 @@ def update_running(model: nn.Module, passes: Iterable[tuple[int, Mapping[str, Te
     collected = [_Collected(m) for _, m in _layers(model) if getattr(m, "running_mean", None) is not None]
     if not collected:
         raise ValueError("update_statistics must have BatchNorm layers that track running statistics, got none")
+    function = Functional(model)
     hooks = [c.layer.register_forward_pre_hook(c) for c in collected]
     try:
         for step, fast, x in passes:
             with at_step(model, step):
                 for t in range(len(x)):
-                    buffers = {name: b.clone() for name, b in model.named_buffers()}
-                    torch.func.functional_call(model, ({n: p[t] for n, p in fast.items()}, buffers), (x[t],))
+                    function({n: p[t] for n, p in fast.items()}, x[t])
     finally:
         for hook in hooks:
             hook.remove()

@@ -7,7 +7,7 @@ loop needs gradients) and outside torch.compile (double backward cannot be compi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import data_checks, reference, targets
 from .batch_norm import at_step
+from .functional import Functional, differentiable_twice
 from .losses import Loss, loss_function
 from .policies import Policy, mean_of
 from .rates import Rate
@@ -72,10 +73,13 @@ def meta_step(
     given = {id(t): t for t in (*parameters, *data) if t is not None}  # one tensor may be support and query
     wanted = [t for t in given.values() if t.requires_grad and torch.is_grad_enabled()]
     weights = [1 / len(x_spt)] * len(x_spt) if task_weights is None else list(task_weights)
+    function = Functional(model)
     *outputs, gradients = reference.meta_step(
-        model, loss_function(loss), rates, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights,
+        function, loss_function(loss), rates, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights,
         query_weights,
     )  # fmt: skip
+    if torch.is_grad_enabled():
+        function.keep_buffers()
     reached = [(t, g.detach()) for t, g in zip(wanted, gradients, strict=True) if g is not None]
     return (*outputs, reached)  # type: ignore[return-value]
 
@@ -94,10 +98,10 @@ def adapt(
     """The adapted parameters, name -> [tasks, *shape]."""
     _check_target(model, loss, None, "y_spt", x, y)
     theta = {name: p.view_as(p) for name, p in model.named_parameters()}  # whose hooks see the outer gradient alone
-    function = loss_function(loss)
+    function = Functional(model)
     tasks = [
         reference.inner_loop(
-            model, function, theta, rates, x[t], targets.of_task(y, t), steps, first_order, differentiable
+            function, loss_function(loss), theta, rates, x[t], targets.of_task(y, t), steps, first_order, differentiable
         )[0][-1]
         for t in range(len(x))
     ]
@@ -107,8 +111,10 @@ def adapt(
 
 @_apart
 def predict(model: nn.Module, fast: Mapping[str, Tensor], x: Tensor, slot: int) -> Policy:
-    with at_step(model, slot):
-        predictions = [reference.call(model, {n: p[t] for n, p in fast.items()}, x[t]) for t in range(len(x))]
+    function = Functional(model)
+    differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in fast.values())
+    with at_step(model, slot), differentiable_twice() if differentiable else nullcontext():
+        predictions = [function({n: p[t] for n, p in fast.items()}, x[t]) for t in range(len(x))]
     if isinstance(predictions[0], Tensor):
         return torch.stack(predictions)
     return tuple(torch.stack(parts) for parts in zip(*predictions, strict=True))  # type: ignore[return-value]
@@ -121,7 +127,7 @@ def loss_and_grad(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     _check_target(model, loss, fast, "y", x, y)
     with at_step(model, slot):
-        return reference.loss_and_grad(model, loss_function(loss), fast, names, x, y)
+        return reference.loss_and_grad(Functional(model), loss_function(loss), fast, names, x, y)
 
 
 @_apart
@@ -137,7 +143,7 @@ def hvp(
 ) -> dict[str, Tensor]:
     _check_target(model, loss, fast, "y", x, y)
     with at_step(model, slot):
-        return reference.hvp(model, loss_function(loss), fast, names, x, y, v)
+        return reference.hvp(Functional(model), loss_function(loss), fast, names, x, y, v)
 
 
 @_apart
@@ -160,7 +166,7 @@ def fisher_vector_product(
         weights = x_qry.new_ones(x_qry.shape[:2])
     data_checks.sample_weights("weights", weights)
     return reference.fisher_vector_product(
-        model, loss_function(loss), rates, names, x_spt, y_spt, x_qry, v, targets.shares(weights), steps,
+        Functional(model), loss_function(loss), rates, names, x_spt, y_spt, x_qry, v, targets.shares(weights), steps,
         first_order,
     )  # fmt: skip
 
@@ -175,7 +181,7 @@ def _check_target(
     parameters = dict(model.named_parameters()) if fast is None else {n: p[0] for n, p in fast.items()}
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
-        prediction = reference.call(model, parameters, x[0])
+        prediction = Functional(model)(parameters, x[0])
     data_checks.prediction(loss, prediction)
     data_checks.target(name, loss, y, tuple(mean_of(prediction).shape[1:]))
     data_checks.target_values(name, y, mean_of(prediction).shape[-1] if loss in data_checks.OF_CLASSES else None)

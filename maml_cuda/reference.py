@@ -7,16 +7,16 @@ Every answer of the fused path has its twin here, written as the paper has it: a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from . import policies, targets
 from .batch_norm import at_step, stepwise_names
+from .functional import Functional, detached, differentiable_twice
 from .losses import Loss, loss_function, value_of
 from .rates import InnerRates, Rate, read_rates
 from .targets import Target
@@ -35,14 +35,8 @@ def adapted_names(model: nn.Module, adapt_params: Callable[[str], bool] | Iterab
     return [name for name in trainable if name in chosen]
 
 
-def call(model: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Any:
-    """model(x) at `parameters`. Buffers are read but never written: running statistics stay as they are."""
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
-    return functional_call(model, ({**parameters}, buffers), (x,))
-
-
 def inner_loop(
-    model: nn.Module,
+    model: Functional,
     loss: Callable[..., Tensor],
     theta: Mapping[str, Tensor],
     rates: Mapping[str, Rate],
@@ -63,12 +57,12 @@ def inner_loop(
     losses = []
     with torch.enable_grad():
         if not differentiable:
-            phi = {name: p.detach().requires_grad_(p.is_floating_point() and name in rates) for name, p in phi.items()}
+            phi = {name: p.detach().requires_grad_(name in rates) for name, p in phi.items()}
+        second_order = differentiable and not first_order
         path = [phi]
         for step in range(steps):
-            with at_step(model, step):
-                value = value_of(loss, call(model, phi, x), y)
-            second_order = differentiable and not first_order
+            with at_step(model.module, step), differentiable_twice() if second_order else nullcontext():
+                value = value_of(loss, model(phi, x), y)
             grads = torch.autograd.grad(
                 value,
                 [phi[name] for name in rates],
@@ -141,14 +135,14 @@ def meta_gradient(
     wanted = {name: t for name, t in wanted.items() if t.requires_grad}
     tasks = len(x_spt)
     total, _, _, _, gradients = meta_step(
-        model, loss_function(loss), rates, list(wanted.values()), x_spt, y_spt, x_qry, y_qry, inner_steps,
+        Functional(model), loss_function(loss), rates, list(wanted.values()), x_spt, y_spt, x_qry, y_qry, inner_steps,
         first_order, [1 / tasks] * tasks, None if query_weights is None else [float(w) for w in query_weights],
     )  # fmt: skip
     return total, {name: g for name, g in zip(wanted, gradients, strict=True) if g is not None}
 
 
 def meta_step(
-    model: nn.Module,
+    model: Functional,
     loss: Callable[..., Tensor],
     rates: Mapping[str, Rate],
     wanted: list[Tensor],
@@ -177,18 +171,18 @@ def meta_step(
     # A learned rate that no step uses (steps = 0) has a gradient: zero.
     of_rates = {id(rate.value) for rate in rates.values()}
     gradients: list[Tensor | None] = [torch.zeros_like(t) if id(t) in of_rates else None for t in wanted]
-    dtype = next(model.parameters()).dtype
+    dtype = next(model.module.parameters()).dtype
     twins = {id(t): t.detach().to(dtype if id(t) in of_rates else t.dtype).requires_grad_() for t in wanted}
 
     def twin(t: Tensor) -> Tensor:
         return twins.get(id(t), t)
 
     both = [*map(twin, wanted), *wanted]
-    theta = {name: twin(p) for name, p in model.named_parameters()}
+    theta = {name: twin(p) for name, p in model.module.named_parameters()}
     rates = {name: replace(r, value=twin(r.value)) if isinstance(r.value, Tensor) else r for name, r in rates.items()}
     x_spt, y_spt, x_qry, y_qry = twin(x_spt), targets.mapped(twin, y_spt), twin(x_qry), targets.mapped(twin, y_qry)
     if isinstance(loss, nn.Module):
-        loss = partial(_called, loss, {name: twin(p) for name, p in loss.named_parameters()})
+        loss = partial(Functional(loss), {name: twin(p) for name, p in loss.named_parameters()})
     for t, weight in enumerate(weights):
         path, inner = inner_loop(
             model,
@@ -227,18 +221,14 @@ def meta_step(
     return total, torch.stack(task_losses), torch.stack(logits), torch.stack(support_losses), gradients
 
 
-def _called(loss: nn.Module, parameters: Mapping[str, Tensor], prediction: Any, target: Target) -> Tensor:
-    return functional_call(loss, dict(parameters), (prediction, target))
-
-
-def query(model: nn.Module, path: list[dict[str, Tensor]], k: int, x: Tensor) -> Tensor:
+def query(model: Functional, path: list[dict[str, Tensor]], k: int, x: Tensor) -> Tensor:
     """The prediction at phi_k, whose per-step layers read the slot of the step before."""
-    with at_step(model, max(k - 1, 0)):
-        return call(model, path[k], x)
+    with at_step(model.module, max(k - 1, 0)):
+        return model(path[k], x)
 
 
 def loss_and_grad(
-    model: nn.Module,
+    model: Functional,
     loss: Callable[..., Tensor],
     fast: Mapping[str, Tensor],
     names: list[str],
@@ -255,7 +245,7 @@ def loss_and_grad(
 
 
 def hvp(
-    model: nn.Module,
+    model: Functional,
     loss: Callable[..., Tensor],
     fast: Mapping[str, Tensor],
     names: list[str],
@@ -281,7 +271,7 @@ def hvp(
 
 
 def fisher_vector_product(
-    model: nn.Module,
+    model: Functional,
     loss: Callable[..., Tensor],
     rates: Mapping[str, Rate],
     names: list[str],
@@ -297,7 +287,7 @@ def fisher_vector_product(
 
     weights: [tasks, n_query], which sum to 1 in each task.
     """
-    theta = {n: p.detach().requires_grad_(n in names) for n, p in model.named_parameters()}
+    theta = {n: p.detach().requires_grad_(n in names) for n, p in model.module.named_parameters()}
     fixed = {
         name: replace(r, value=r.value.detach()) if isinstance(r.value, Tensor) else r for name, r in rates.items()
     }
@@ -305,9 +295,9 @@ def fisher_vector_product(
     total = [torch.zeros_like(p) for p in at]
     for t in range(len(x_spt)):
         path, _ = inner_loop(model, loss, theta, fixed, x_spt[t], targets.of_task(y_spt, t), steps, first_order)
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiable_twice():
             policy = query(model, path, steps, x_qry[t])
-            old = policy.detach() if isinstance(policy, Tensor) else (policy[0].detach(), policy[1].detach())
+            old = detached(policy)
             divergence = (weights[t] * policies.kl_divergence(old, policy)).sum()
             first = torch.autograd.grad(divergence, at, create_graph=True, allow_unused=True)
             along = sum((g * v[n].detach()).sum() for n, g in zip(names, first, strict=True) if g is not None)
@@ -320,7 +310,7 @@ def fisher_vector_product(
 
 
 def _gradient(
-    model: nn.Module,
+    model: Functional,
     loss: Callable[..., Tensor],
     fast: Mapping[str, Tensor],
     names: list[str],
@@ -330,8 +320,8 @@ def _gradient(
     create_graph: bool,
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     at = {n: p[task].detach().requires_grad_(n in names) for n, p in fast.items()}
-    with torch.enable_grad():
-        value = value_of(loss, call(model, at, x), y)
+    with torch.enable_grad(), differentiable_twice() if create_graph else nullcontext():
+        value = value_of(loss, model(at, x), y)
         grads = torch.autograd.grad(value, [at[n] for n in names], create_graph=create_graph, allow_unused=True)
     return value, [torch.zeros_like(at[n]) if g is None else g for n, g in zip(names, grads, strict=True)], at
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -41,7 +42,8 @@ class Plain:
             setattr(m, key, parameters[name])
         for m, key, b in self.buffers:
             setattr(m, key, None if b is None else b.clone())
-        return self.model(*tree_map_only(Tensor, lambda t: t.detach().clone(), x))
+        with sdpa_kernel(SDPBackend.MATH):  # whose attention has second derivatives
+            return self.model(*tree_map_only(Tensor, lambda t: t.detach().clone(), x))
 
 
 def in_double(tree: Any) -> Any:

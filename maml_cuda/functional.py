@@ -1,0 +1,138 @@
+"""A module as a function of its parameters, whose graph needs nothing of the module afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+class Functional:
+    """The module called with given tensors in place of its parameters, and on copies of its buffers.
+
+    In a call every place that holds a parameter (one layer may stand in two modules, one parameter under two names)
+    holds its stand-in; afterwards, and after an error, the module's own objects are back. A backward that runs later
+    finds everything in its graph: `torch.utils.checkpoint` would then call the module again, with other parameters, so
+    hooks on saved tensors, by which it works, are off in here.
+
+    Raises:
+        ValueError: reentrant checkpoints, which work by other means; inside `torch.nn.utils.parametrize.cached()`,
+            whose values would outlive the parameters.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        if parametrize._cache_enabled:
+            raise ValueError(
+                "torch.nn.utils.parametrize.cached() must be off where maml_cuda calls the model, which has other "
+                "parameters in each inner step; it may stand inside forward"
+            )
+        self.module = module
+        names = {id(p): name for name, p in module.named_parameters()}
+        modules = list(module.modules())
+        self._parameters = [
+            (m._parameters, key, names[id(p)], p)
+            for m in modules
+            for key, p in m._parameters.items()
+            if p is not None and id(p) in names
+        ]
+        self._buffers = [(m, key, b) for m in modules for key, b in m._buffers.items() if b is not None]
+        self._left: list[Tensor | None] | None = None
+
+    def __call__(self, parameters: Mapping[str, Tensor], *args: Any) -> Any:
+        """module(*args) at `parameters`, by name, whose tensors have a graph where gradients are on.
+
+        For a forward that differentiates by its input, each tensor among args is a leaf or view of this call's own, so
+        that it differentiates by no other call's; and gradients are always on in it.
+        """
+        if not torch.is_grad_enabled():
+            with torch.enable_grad():
+                return detached(self(detached(dict(parameters)), *detached(args)))
+        with self._stand_ins(parameters), _nothing_recomputed():
+            result = self.module(*tree_map_only(Tensor, _own, args))
+            left = [m._buffers.get(key) for m, key, _ in self._buffers] if self._left is None else self._left
+        if self._left is None:
+            _refuse_reentrant(result, parameters)
+            self._left = left
+        return result
+
+    @torch.no_grad()
+    def keep_buffers(self) -> None:
+        """Buffers of layers in train mode become what the first call has left in them; those of BatchNorm and its like
+        stay."""
+        for (m, key, before), after in zip(self._buffers, self._left or (), strict=False):
+            if not m.training or isinstance(m, _NormBase) or after is None:
+                continue
+            if after.shape != before.shape or after.dtype != before.dtype:
+                m._buffers[key] = after.detach()
+            elif not torch.equal(after, before):
+                before.copy_(after)
+
+    @contextmanager
+    def _stand_ins(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        copies = {id(b): b.clone() for _, _, b in self._buffers}
+        given = {name: _like(p, parameters[name]) for _, _, name, p in self._parameters}
+        for registry, key, name, _ in self._parameters:
+            registry[key] = given[name]  # type: ignore[assignment]
+        for m, key, b in self._buffers:
+            m._buffers[key] = copies[id(b)]
+        try:
+            yield
+        finally:
+            for registry, key, _, p in self._parameters:
+                registry[key] = p
+            for m, key, b in self._buffers:
+                m._buffers[key] = b
+
+
+def detached(tree: Any) -> Any:
+    """Its tensors without their graph."""
+    return tree_map_only(Tensor, Tensor.detach, tree)
+
+
+def differentiable_twice() -> Any:
+    """Inside, attention is computed by operations that have second derivatives; flash attention's has none."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def _own(t: Tensor) -> Tensor:
+    return t.view_as(t) if t.requires_grad else t.detach()
+
+
+def _like(p: Tensor, t: Tensor) -> Tensor:
+    """t with the attributes that a user has given to the parameter p."""
+    if vars(p):
+        t = t.view_as(t)
+        t.__dict__.update(vars(p))
+    return t
+
+
+def _refuse_reentrant(result: Any, parameters: Mapping[str, Tensor]) -> None:
+    """Looks at the graph of one call, which begins at the parameters."""
+    seen = {p.grad_fn for p in parameters.values()}
+    nodes = [t.grad_fn for t in tree_leaves(result) if isinstance(t, Tensor)]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if type(node).__name__ == "CheckpointFunctionBackward":
+                raise ValueError(
+                    "torch.utils.checkpoint in forward must have use_reentrant=False, got use_reentrant=True, whose "
+                    "backward would call the model with other parameters"
+                )
+            nodes += [before for before, _ in node.next_functions]
+
+
+@contextmanager
+def _nothing_recomputed() -> Iterator[None]:
+    before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)  # saves tensors as if there were no hooks
+    try:
+        yield
+    finally:
+        torch._C._autograd._saved_tensors_hooks_set_tracing(before)
