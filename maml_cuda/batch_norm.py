@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import trees
 from .functional import Functional
+from .trees import Tree
 
 LAST = 2**31 - 1  # a step beyond every slot: the last one serves it
 
@@ -232,7 +234,7 @@ class _Collected:
 
 
 @torch.no_grad()
-def update_running(model: nn.Module, passes: Iterable[tuple[int, Mapping[str, Tensor], Tensor]]) -> None:
+def update_running(model: nn.Module, passes: Iterable[tuple[int, Mapping[str, Tensor], Tree]]) -> None:
     """One update of the running statistics, with each layer's momentum, towards the mean over passes of the batch means
     and unbiased variances of its input.
 
@@ -250,8 +252,8 @@ def update_running(model: nn.Module, passes: Iterable[tuple[int, Mapping[str, Te
     try:
         for step, fast, x in passes:
             with at_step(model, step):
-                for t in range(len(x)):
-                    function({n: p[t] for n, p in fast.items()}, x[t])
+                for t in range(trees.tasks(x)):
+                    function({n: p[t] for n, p in fast.items()}, trees.of_task(x, t))
     finally:
         for hook in hooks:
             hook.remove()

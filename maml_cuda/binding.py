@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _core, checks, data_checks, device, plan, reference, unwatched
+from . import _core, checks, data_checks, device, plan, reference, trees, unwatched
 from .batch_norm import PerStepBatchNorm
 from .problems import parsed
 from .rates import InnerRates, read_rates, tensors
+from .trees import Tree
 
 AdaptParams = Callable[[str], bool] | Iterable[str] | None
 
@@ -115,9 +116,10 @@ class Binding:
         like: Tensor = owner[key]
         return like
 
-    def in_its_dtype(self, x: Tensor) -> Tensor:
+    def in_its_dtype(self, x: Tree) -> Tree:
         """x as it is read inside autocast, whose own dtype does not count: in the model's."""
-        return x.to(self.like().dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        dtype = self.like().dtype
+        return trees.mapped(lambda t: t.to(dtype) if t.is_floating_point() else t, x)
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         """The plan's parameters, and its rate tensors in the model's dtype."""

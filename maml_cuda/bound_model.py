@@ -13,6 +13,7 @@ from . import checks, data_checks, problems, reference
 from .binding import AdaptParams, Binding
 from .rates import InnerRates, Rate, read_rates
 from .targets import Target
+from .trees import Tree
 
 
 class BoundModel(nn.Module):
@@ -114,27 +115,52 @@ class BoundModel(nn.Module):
         parameters = dict(self.model.named_parameters())
         return read_rates(self.inner_lr, {n: parameters[n].shape for n in self._adapted()}, self.inner_steps)
 
-    def _serves(self, binding: Binding, x: Tensor, n_support: int, n_query: int) -> bool:
-        """Whether fused layers serve samples like x's; falls back, in words, where none does.
+    def _serves(self, binding: Binding, x_spt: Tree | None, x_qry: Tree | None) -> bool:
+        """Whether fused layers serve samples like those of the sets (None: there is no such set); falls back, in words,
+        where none does.
 
         Raises:
             ValueError: a sample shape that does not fit the model itself.
         """
         if not binding.text:
             return False
+        why_not = self._unfit(binding, x_spt, x_qry)
+        if why_not:
+            self._fall_back(why_not)
+        if not torch.compiler.is_compiling():
+            binding.why_not = why_not
+        return not why_not
+
+    def _unfit(self, binding: Binding, x_spt: Tree | None, x_qry: Tree | None) -> str:
+        """The sentence why no fused layer serves such sets, or nothing."""
+        sets = {name: x for name, x in (("x_spt", x_spt), ("x_qry", x_qry)) if x is not None}
+        for name, x in sets.items():
+            if not isinstance(x, Tensor):
+                return f"{name} is a {type(x).__name__}; fused layers take one tensor"
+        x, *others = sets.values()
+        if others and others[0].shape[2:] != x.shape[2:]:
+            self._fit_alone(binding, x, others[0])
+            got = f"{list(x.shape[2:])} and {list(others[0].shape[2:])}"
+            return f"support and query samples are of shape {got}; fused layers take one for both"
         if torch.compiler.is_compiling():
-            return True
+            return ""
+        n_support, n_query = (0 if x is None else x.shape[1] for x in (x_spt, x_qry))
         signature = (x.shape[2:], n_support, n_query, x.dtype)
         why_not = binding.unfit.get(signature)
         if why_not is None:
             why_not = problems.why_not(binding.text, tuple(x.shape[2:]), n_support, n_query, x.dtype)
             binding.unfit[signature] = why_not
-        if why_not:
-            self._fall_back(why_not)
-        binding.why_not = why_not
-        return not why_not
+        return why_not
 
-    def _read(self, binding: Binding, x_name: str, x: Tensor, y_name: str | None, y: Target | None) -> Tensor:
+    def _fit_alone(self, binding: Binding, x_spt: Tensor, x_qry: Tensor) -> None:
+        """Raises ValueError where samples of one of the shapes do not fit the model itself."""
+        for x in (x_spt, x_qry):
+            try:
+                problems.why_not(binding.text, tuple(x.shape[2:]), 0, x.shape[1], x.dtype)
+            except ValueError as error:
+                raise data_checks.other_samples(x_spt, x_qry, str(error)) from None
+
+    def _read(self, binding: Binding, x_name: str, x: Tree, y_name: str | None, y: Target | None) -> Tree:
         """x with its target y, checked, and inside autocast in the model's own dtype."""
         if torch.is_autocast_enabled(binding.on):
             x = binding.in_its_dtype(x)

@@ -8,25 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, data_checks, general, targets
+from . import checks, data_checks, general, targets, trees
 from .binding import Binding
 from .bound_model import BoundModel
 from .targets import Target
+from .trees import Tree
 
 
 class BuildingBlocks(BoundModel):
     """`fast` is a mapping, parameter name -> [tasks, *shape], as FusedMAML.adapt returns it."""
 
-    def predict(self, fast: Mapping[str, Tensor], x: Tensor, *, slot: int | None = None) -> Any:
+    def predict(self, fast: Mapping[str, Tensor], x: Tree, *, slot: int | None = None) -> Any:
         """Predictions [tasks, n, ...] at each task's own parameters on its own x [tasks, n, ...]; of a model that
         returns (mean, log_std) both, for each task.
 
+        A model that returns a pytree of tensors gives one, leaf by leaf [tasks, ...]: None, numbers and strings must be
+        the same for all tasks. So does one that returns a Normal, MultivariateNormal, Beta, Categorical, Bernoulli or
+        Independent distribution: of the same type, with parameters [tasks, ...].
+
         Differentiable in `fast`. slot: the inner step whose per-step BatchNorm is read (after k steps: k - 1); None:
         the last one.
+
+        Raises:
+            TypeError, ValueError: what the model returns cannot be put together; and as a call does.
         """
         slot = checks.slot(slot)
         binding, x = self._block(fast, x, None)
-        if not self._serves(binding, x, 0, x.shape[1]):
+        if not self._serves(binding, None, x):
             return general.predict(self.model, dict(fast), x, slot)
         own = binding.own(fast, len(x), slot)
         if torch.is_grad_enabled() and any(t.requires_grad for t in own):
@@ -34,7 +42,7 @@ class BuildingBlocks(BoundModel):
         return as_returned(binding, torch.ops.maml_cuda.predict_forward(own, x, binding.text))
 
     def loss_and_grad(
-        self, fast: Mapping[str, Tensor], x: Tensor, y: Target, *, slot: int | None = None
+        self, fast: Mapping[str, Tensor], x: Tree, y: Target, *, slot: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss at each task's own parameters [tasks] and its gradient, name -> [tasks, *shape], both detached.
 
@@ -43,7 +51,7 @@ class BuildingBlocks(BoundModel):
         slot = checks.slot(slot)
         binding, x = self._block(fast, x, y)
         names = self._trainable()
-        if not self._serves(binding, x, x.shape[1], 0):
+        if not self._serves(binding, x, None):
             return general.loss_and_grad(self.model, self.loss, dict(fast), names, x, y, slot)
         self._look_at_labels(binding, x, y=y)
         own = [t.detach() for t in binding.own(fast, len(x), slot)]
@@ -51,7 +59,7 @@ class BuildingBlocks(BoundModel):
         return losses, self._trainable_of(binding.whole(grads, fast, slot), fast)
 
     def hvp(
-        self, fast: Mapping[str, Tensor], x: Tensor, y: Target, v: Mapping[str, Tensor], *, slot: int | None = None
+        self, fast: Mapping[str, Tensor], x: Tree, y: Target, v: Mapping[str, Tensor], *, slot: int | None = None
     ) -> dict[str, Tensor]:
         """The Hessian of the loss at each task's own parameters times v, name -> [tasks, *shape], detached.
 
@@ -60,9 +68,9 @@ class BuildingBlocks(BoundModel):
         """
         slot = checks.slot(slot)
         binding, x = self._block(fast, x, y)
-        data_checks.fast(dict(self.model.named_parameters()), v, x, "v", all_names=False)
+        data_checks.fast(dict(self.model.named_parameters()), v, trees.tasks(x), "v", all_names=False)
         names = self._trainable()
-        if not self._serves(binding, x, x.shape[1], 0):
+        if not self._serves(binding, x, None):
             return general.hvp(self.model, self.loss, dict(fast), names, x, y, dict(v), slot)
         self._look_at_labels(binding, x, y=y)
         at = [t.detach() for t in binding.own(fast, len(x), slot)]
@@ -71,11 +79,11 @@ class BuildingBlocks(BoundModel):
         products = torch.ops.maml_cuda.hvp(at, x, targets.tensors(y), directions, binding.text)
         return self._trainable_of(binding.whole(products, fast, slot), fast)
 
-    def _block(self, fast: Mapping[str, Tensor], x: Tensor, y: Target | None) -> tuple[Binding, Tensor]:
+    def _block(self, fast: Mapping[str, Tensor], x: Tree, y: Target | None) -> tuple[Binding, Tree]:
         """The checks that the building blocks share."""
         binding = self._binding()
         x = self._read(binding, "x", x, None if y is None else "y", y)
-        data_checks.fast(dict(self.model.named_parameters()), fast, x, "fast", all_names=True)
+        data_checks.fast(dict(self.model.named_parameters()), fast, trees.tasks(x), "fast", all_names=True)
         return binding, x
 
     def _trainable(self) -> list[str]:

@@ -8,34 +8,78 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import trees
 from .targets import POLICY_LOSSES, PolicyTarget, Target
+from .trees import Tree
 
 OF_CLASSES = ("cross_entropy", "categorical_policy_gradient")  # whose targets are classes in [0, C)
 
 
-def data(x_name: str, x: Any, y_name: str | None, y: Any, like: Tensor, loss: str | Callable, fused: bool) -> None:
-    """One set: x [tasks, samples, ...] and its y, for a model whose parameters are like `like`."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{x_name} must be a tensor, got {type(x).__name__}")
-    if x.dim() < 3:
-        raise ValueError(f"{x_name} must have shape [tasks, samples, ...], got {list(x.shape)}")
-    if x.shape[0] == 0:
-        raise ValueError(f"{x_name} must have at least 1 task, got 0")
-    if x.shape[1] == 0:
-        raise ValueError(f"{x_name} must have at least 1 sample a task, got 0")
-    if x.device != like.device:
-        raise ValueError(f"{x_name} must be on the model's device {like.device}, got {x.device}")
-    if x.dtype != like.dtype and (fused or x.is_floating_point()):
-        raise TypeError(f"{x_name} must have the model's dtype {like.dtype}, got {x.dtype}")
-    if fused and x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f'{x_name} must not require grad on the fused path, got requires_grad=True; backend="reference" takes it'
-        )
+def data(x_name: str, x: Tree, y_name: str | None, y: Any, like: Tensor, loss: str | Callable, fused: bool) -> None:
+    """One set, for a model whose parameters are like `like`: x [tasks, samples, ...] or a pytree of tensors
+    [tasks, ...], and its y. fused: a plan is there, which takes samples of at least one axis; it takes no pytree."""
+    fused = fused and isinstance(x, Tensor)
+    leaves = _leaves(x_name, x)
+    if isinstance(x, Tensor):
+        _has_axes(x_name, x, y_name, y, fused)
+    for name, leaf in leaves:
+        if leaf.device != like.device:
+            raise ValueError(f"{name} must be on the model's device {like.device}, got {leaf.device}")
+        if leaf.dtype != like.dtype and (fused or leaf.is_floating_point()):
+            raise TypeError(f"{name} must have the model's dtype {like.dtype}, got {leaf.dtype}")
+        if fused:
+            _constant(name, leaf, fused)
     if y_name is not None:
         _fits(y_name, y, x_name, x, like, loss, fused)
 
 
-def _fits(y_name: str, y: Any, x_name: str, x: Tensor, like: Tensor, loss: str | Callable, fused: bool) -> None:
+def one_tensor(x_name: str, x: Any, what: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{x_name} must be a tensor for {what}, got {type(x).__name__}")
+
+
+def _leaves(name: str, tree: Tree) -> list[tuple[str, Tensor]]:
+    """The tensors of a pytree by name, all of them of as many tasks; beside them it may hold None."""
+    leaves = trees.named_leaves(name, tree)
+    found = [(where, leaf) for where, leaf in leaves if isinstance(leaf, Tensor)]
+    if not found:
+        raise TypeError(f"{name} must be a tensor or a pytree of tensors, got {type(tree).__name__}")
+    for where, leaf in leaves:
+        if leaf is not None and not isinstance(leaf, Tensor):
+            raise TypeError(f"{where} must be a tensor [tasks, ...], got {type(leaf).__name__}")
+    if isinstance(tree, Tensor):
+        return found
+    first, like = found[0]
+    for where, leaf in found:
+        if leaf.dim() == 0:
+            raise ValueError(f"{where} must have shape [tasks, ...], got []")
+        if len(leaf) == 0:
+            raise ValueError(f"{where} must have at least 1 task, got 0")
+        if len(leaf) != len(like):
+            raise ValueError(f"{where} must have {len(like)} tasks like {first}, got {len(leaf)}")
+    return found
+
+
+def _has_axes(x_name: str, x: Tensor, y_name: str | None, y: Any, fused: bool) -> None:
+    """x [tasks, samples, ...], neither of them none."""
+    if isinstance(y, Tensor) and y.dim() >= 2 and x.dim() and len(x) != len(y) and len(x) == y.shape[1]:
+        raise lacks_axis(x_name, x, f", without the axis of tasks of {y_name} {list(y.shape)}")
+    if x.dim() < (3 if fused else 2):
+        raise lacks_axis(x_name, x)
+    if x.shape[0] == 0:
+        raise ValueError(f"{x_name} must have at least 1 task, got 0")
+    if x.shape[1] == 0:
+        raise ValueError(f"{x_name} must have at least 1 sample a task, got 0")
+
+
+def lacks_axis(x_name: str, x: Tensor, why: str = "") -> ValueError:
+    return ValueError(
+        f"{x_name} must have shape [tasks, samples, ...], got {list(x.shape)}{why}: {x_name}.unsqueeze(0) makes it one "
+        f"task, {x_name}.unsqueeze(-1) gives samples that are single numbers an axis"
+    )
+
+
+def _fits(y_name: str, y: Any, x_name: str, x: Tree, like: Tensor, loss: str | Callable, fused: bool) -> None:
     """The target is what the loss takes, for these x."""
     if loss in POLICY_LOSSES:
         if not isinstance(y, PolicyTarget):
@@ -44,11 +88,10 @@ def _fits(y_name: str, y: Any, x_name: str, x: Tensor, like: Tensor, loss: str |
             if value is not None or field not in y._field_defaults:
                 _field_fits(f"{y_name}.{field}", value, x_name, x, like, str(loss), fused)
         return
-    if isinstance(y, PolicyTarget) and not isinstance(loss, str):  # a callable may take one
-        return
-    if not isinstance(y, Tensor):
-        raise TypeError(f"{y_name} must be a tensor, got {type(y).__name__}")
-    _belongs_to(y_name, y, x_name, x)
+    if isinstance(loss, str) and not isinstance(y, Tensor):
+        raise TypeError(f"{y_name} must be a tensor for {loss}, got {type(y).__name__}")
+    for name, leaf in _leaves(y_name, y):
+        _belongs_to(name, leaf, x_name, x, alone=isinstance(y, Tensor))
     if loss == "cross_entropy":
         if y.dtype != torch.int64:
             raise TypeError(f"{y_name} must hold int64 labels for cross_entropy, got {y.dtype}")
@@ -60,7 +103,7 @@ def _fits(y_name: str, y: Any, x_name: str, x: Tensor, like: Tensor, loss: str |
         _constant(y_name, y, fused)
 
 
-def _field_fits(name: str, value: Any, x_name: str, x: Tensor, like: Tensor, loss: str, fused: bool) -> None:
+def _field_fits(name: str, value: Any, x_name: str, x: Tree, like: Tensor, loss: str, fused: bool) -> None:
     """A field of a policy-gradient loss's target."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -75,15 +118,22 @@ def _field_fits(name: str, value: Any, x_name: str, x: Tensor, like: Tensor, los
     _constant(name, value, fused)
 
 
-def _belongs_to(y_name: str, y: Tensor, x_name: str, x: Tensor) -> None:
-    """y [tasks, samples, ...] stands where x does, and has its tasks and samples."""
-    if y.device != x.device:
-        raise ValueError(f"{y_name} must be on the device of {x_name}, {x.device}, got {y.device}")
-    if y.dim() < 2 or y.shape[0] != x.shape[0]:
-        got = y.shape[0] if y.dim() else "a scalar"
-        raise ValueError(f"{y_name} must have {x.shape[0]} tasks like {x_name}, got {got}")
-    if y.shape[1] != x.shape[1]:
-        raise ValueError(f"{y_name} must have {x.shape[1]} samples a task like {x_name}, got {y.shape[1]}")
+def _belongs_to(y_name: str, y: Tensor, x_name: str, x: Tree, alone: bool = True) -> None:
+    """y [tasks, ...] stands where x does, and has its tasks; and where both are tensors, not parts of pytrees, its
+    samples."""
+    like = trees.tensors(x)[0]
+    if y.device != like.device:
+        raise ValueError(f"{y_name} must be on the device of {x_name}, {like.device}, got {y.device}")
+    if y.dim() == 0 or len(y) != len(like):
+        got = len(y) if y.dim() else "a scalar"
+        raise ValueError(f"{y_name} must have {len(like)} tasks like {x_name}, got {got}")
+    if not alone or not isinstance(x, Tensor) or y.shape[1:2] == x.shape[1:2]:
+        return
+    raise ValueError(
+        f"{y_name} must have {x.shape[1]} samples a task like {x_name}, got {y.shape[1] if y.dim() > 1 else 'none'}; "
+        f"if these are {len(y)} samples of one task, the axis of tasks is missing: {x_name}.unsqueeze(0), "
+        f"{y_name}.unsqueeze(0)"
+    )
 
 
 def _constant(name: str, y: Tensor, fused: bool) -> None:
@@ -93,27 +143,29 @@ def _constant(name: str, y: Tensor, fused: bool) -> None:
         )
 
 
-def same_tasks(x_spt: Tensor, x_qry: Tensor) -> None:
+def same_tasks(x_spt: Tree, x_qry: Tree) -> None:
     """The two sets of an episode fit each other."""
-    if x_qry.shape[0] != x_spt.shape[0]:
-        raise ValueError(f"x_qry must have {x_spt.shape[0]} tasks like x_spt, got {x_qry.shape[0]}")
-    if x_qry.shape[2:] != x_spt.shape[2:]:
-        raise ValueError(
-            f"x_qry must have samples of shape {list(x_spt.shape[2:])} like x_spt, got {list(x_qry.shape[2:])}"
-        )
+    tasks, got = trees.tasks(x_spt), trees.tasks(x_qry)
+    if got != tasks:
+        raise ValueError(f"x_qry must have {tasks} tasks like x_spt, got {got}")
 
 
-def query_sample_weights(weights: Any, x_qry: Tensor) -> None:
+def other_samples(x_spt: Tensor, x_qry: Tensor, why: str) -> ValueError:
+    """Of a model that does not take both."""
+    return ValueError(
+        f"x_qry must have samples of shape {list(x_spt.shape[2:])} like x_spt, or of another one that the model takes, "
+        f"got {list(x_qry.shape[2:])}: {why}"
+    )
+
+
+def query_sample_weights(weights: Any, x_qry: Tensor, like: Tensor) -> None:
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights must be a tensor, got {type(weights).__name__}")
     if weights.shape != x_qry.shape[:2]:
         raise ValueError(
             f"weights must have shape {list(x_qry.shape[:2])}, one a query sample, got {list(weights.shape)}"
         )
-    if weights.dtype != x_qry.dtype or weights.device != x_qry.device:
-        raise TypeError(
-            f"weights must be {x_qry.dtype} on {x_qry.device} like x_qry, got {weights.dtype} on {weights.device}"
-        )
+    _is_like("weights", weights, like)
 
 
 def direction(parameters: Mapping[str, Tensor], v: Any) -> None:
@@ -134,17 +186,21 @@ def direction(parameters: Mapping[str, Tensor], v: Any) -> None:
             raise TypeError(f"v[{name!r}] must be {p.dtype} on {p.device}, got {t.dtype} on {t.device}")
 
 
-def task_weights(weights: Any, x: Tensor) -> None:
+def task_weights(weights: Any, tasks: int, like: Tensor) -> None:
     if not isinstance(weights, Tensor):
         raise TypeError(f"task_weights must be a tensor, got {type(weights).__name__}")
-    if tuple(weights.shape) != (x.shape[0],):
-        raise ValueError(f"task_weights must have shape [{x.shape[0]}], one a task, got {list(weights.shape)}")
-    if weights.dtype != x.dtype or weights.device != x.device:
-        raise TypeError(
-            f"task_weights must be {x.dtype} on {x.device} like x_spt, got {weights.dtype} on {weights.device}"
-        )
+    if tuple(weights.shape) != (tasks,):
+        raise ValueError(f"task_weights must have shape [{tasks}], one a task, got {list(weights.shape)}")
+    _is_like("task_weights", weights, like)
     if weights.requires_grad and torch.is_grad_enabled():
         raise ValueError("task_weights must not require grad, got requires_grad=True")
+
+
+def _is_like(name: str, weights: Tensor, like: Tensor) -> None:
+    if weights.dtype != like.dtype or weights.device != like.device:
+        raise TypeError(
+            f"{name} must be {like.dtype} on {like.device} like the model, got {weights.dtype} on {weights.device}"
+        )
 
 
 def target_values(name: str, y: Target, classes: int | None) -> None:
@@ -208,18 +264,21 @@ def _described(value: Any) -> str:
 
 
 def target(name: str, loss: str, y: Target, shape: tuple[int, ...]) -> None:
-    """The target fits a prediction (or mean) of this shape a sample: no broadcasting."""
-    if loss == "mse" and isinstance(y, Tensor):
-        expected = (*y.shape[:2], *shape)
-        if tuple(y.shape) != expected:
-            raise ValueError(f"{name} must have the prediction's shape {list(expected)} for mse, got {list(y.shape)}")
-    if loss == "gaussian_policy_gradient" and isinstance(y, PolicyTarget):
-        expected = (*y.actions.shape[:2], *shape)
-        if tuple(y.actions.shape) != expected:
-            raise ValueError(f"{name}.actions must have the mean's shape {list(expected)}, got {list(y.actions.shape)}")
+    """The target fits a task's prediction (or mean) of this shape, samples first: no broadcasting."""
+    if isinstance(y, PolicyTarget):
+        name, y = f"{name}.actions", y.actions
+    if loss in OF_CLASSES:
+        if y.shape[1] != shape[0]:
+            raise ValueError(
+                f"{name} must have {shape[0]} samples a task like the prediction for {loss}, got {y.shape[1]}"
+            )
+    elif tuple(y.shape[1:]) != shape:
+        expected = [len(y), *shape]
+        what = "prediction" if loss == "mse" else "mean"
+        raise ValueError(f"{name} must have the {what}'s shape {expected} for {loss}, got {list(y.shape)}")
 
 
-def fast(parameters: Mapping[str, Tensor], given: Any, x: Tensor, what: str, all_names: bool) -> None:
+def fast(parameters: Mapping[str, Tensor], given: Any, tasks: int, what: str, all_names: bool) -> None:
     """Per-task tensors by name: [tasks, *shape] of each parameter."""
     if not isinstance(given, Mapping):
         raise TypeError(f"{what} must be a mapping from parameter names to tensors, got {type(given).__name__}")
@@ -235,8 +294,8 @@ def fast(parameters: Mapping[str, Tensor], given: Any, x: Tensor, what: str, all
         )
     for name, value in given.items():
         p = parameters[name]
-        if not isinstance(value, Tensor) or tuple(value.shape) != (x.shape[0], *p.shape):
+        if not isinstance(value, Tensor) or tuple(value.shape) != (tasks, *p.shape):
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{what}[{name!r}] must have shape {[x.shape[0], *p.shape]}, got {got}")
+            raise ValueError(f"{what}[{name!r}] must have shape {[tasks, *p.shape]}, got {got}")
         if value.dtype != p.dtype or value.device != p.device:
             raise TypeError(f"{what}[{name!r}] must be {p.dtype} on {p.device}, got {value.dtype} on {value.device}")

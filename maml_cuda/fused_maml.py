@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import batch_norm as norms
-from . import checks, data_checks, general, problems, reference, targets, unwatched
+from . import checks, data_checks, general, problems, reference, targets, trees, unwatched
 from .binding import Binding
 from .building_blocks import as_returned
 from .policies import mean_of
 from .rates import hold, read_rates, tensors
 from .targets import Target
+from .trees import Tree
 from .trust_region import TrustRegion
 
 
@@ -26,13 +27,14 @@ class MetaOutput:
 
     loss: 0-d, sum over tasks of weight times task loss (the mean without task_weights).
     task_losses: [tasks], query losses after the inner loop.
-    logits: [tasks, n_query, ...], predictions on the query sets; of a Gaussian policy the means.
+    logits: [tasks, n_query, ...], predictions on the query sets, after the last step; of a Gaussian policy the means.
+        With a loss of your own whatever the model returns, as `predict` puts it together; None where `predict` raises.
     support_losses: [tasks, inner_steps]; column k is the support loss at phi_k.
     """
 
     loss: Tensor
     task_losses: Tensor
-    logits: Tensor
+    logits: Any
     support_losses: Tensor
 
 
@@ -186,7 +188,7 @@ class FusedMAML(TrustRegion):
         self._read(binding, "x_spt", x_spt, None, None)
         self._read(binding, "x_qry", x_qry, None, None)
         data_checks.same_tasks(x_spt, x_qry)
-        if not self._serves(binding, x_spt, x_spt.shape[1], x_qry.shape[1]):
+        if not self._serves(binding, x_spt, x_qry):
             raise ValueError("memory_estimate must have a fused model, got one on the general path (reference)")
         _, query_steps = self._queries(binding.like())
         problem = problems.meta_problem(
@@ -198,9 +200,9 @@ class FusedMAML(TrustRegion):
 
     def forward(
         self,
-        x_spt: Tensor,
+        x_spt: Tree,
         y_spt: Target,
-        x_qry: Tensor,
+        x_qry: Tree,
         y_qry: Target,
         *,
         task_weights: Tensor | None = None,
@@ -209,7 +211,9 @@ class FusedMAML(TrustRegion):
 
         Args:
             x_spt, y_spt: support sets, [tasks, n_support, ...].
-            x_qry, y_qry: query sets, [tasks, n_query, ...].
+            x_qry, y_qry: query sets, [tasks, n_query, ...]. On the general path x is what the model takes, of each task
+                by itself: integers, [tasks, samples], query samples of another shape than the support samples, or a
+                pytree of tensors [tasks, ...] (and None), as y is for a loss of your own.
             task_weights: [tasks]; the loss is their sum of weight times task loss. None: the mean over tasks.
 
         Raises:
@@ -225,9 +229,9 @@ class FusedMAML(TrustRegion):
 
     def backward(
         self,
-        x_spt: Tensor,
+        x_spt: Tree,
         y_spt: Target,
-        x_qry: Tensor,
+        x_qry: Tree,
         y_qry: Target,
         *,
         task_weights: Tensor | None = None,
@@ -259,7 +263,7 @@ class FusedMAML(TrustRegion):
         return out
 
     def adapt(
-        self, x_spt: Tensor, y_spt: Target, steps: int | None = None, *, differentiable: bool = False
+        self, x_spt: Tree, y_spt: Target, steps: int | None = None, *, differentiable: bool = False
     ) -> dict[str, Tensor]:
         """The parameters after the inner loop, name -> [tasks, *shape].
 
@@ -273,11 +277,11 @@ class FusedMAML(TrustRegion):
         binding = self._able_to_take(steps)
         x_spt = self._read(binding, "x_spt", x_spt, "y_spt", y_spt)
         differentiable = differentiable and torch.is_grad_enabled()
-        if not self._serves(binding, x_spt, x_spt.shape[1], 0):
+        if not self._serves(binding, x_spt, None):
             adapted = general.adapt(
                 self.model, self.loss, self._rates(), x_spt, y_spt, steps, self.first_order, differentiable
             )
-            return self._fast(adapted, len(x_spt), differentiable)
+            return self._fast(adapted, trees.tasks(x_spt), differentiable)
         self._look_at_labels(binding, x_spt, y_spt=y_spt)
         parameters, rates = binding.tensors()
         if differentiable:
@@ -295,7 +299,7 @@ class FusedMAML(TrustRegion):
             differentiable,
         )
 
-    def inner_loop(self, x_spt: Tensor, y_spt: Target, steps: int) -> Iterator[dict[str, Tensor]]:
+    def inner_loop(self, x_spt: Tree, y_spt: Target, steps: int) -> Iterator[dict[str, Tensor]]:
         """The parameters after 0, 1, ..., `steps` inner steps, detached: each as adapt(steps=k) returns it, to the bit.
         The CPU's layers take no step twice; elsewhere each of these is adapted afresh.
 
@@ -310,7 +314,7 @@ class FusedMAML(TrustRegion):
         chosen = set(self._adapted())
         names = [name for name in binding.names if name in chosen]
         for k in range(steps):
-            if self._serves(binding, x, x.shape[1], 0) and binding.backend == "cpu":
+            if self._serves(binding, x, None) and binding.backend == "cpu":
                 own = [t.detach() for t in binding.own(fast, len(x), k)]
                 rates = [t.detach() for t in binding.rates_at(k)]
                 after = torch.ops.maml_cuda.inner_step(own, rates, x, targets.tensors(y_spt), binding.step_text())
@@ -319,7 +323,7 @@ class FusedMAML(TrustRegion):
                 fast = self.adapt(x_spt, y_spt, k + 1)
             yield fast
 
-    def update_statistics(self, x_spt: Tensor, y_spt: Tensor, x_qry: Tensor) -> None:
+    def update_statistics(self, x_spt: Tree, y_spt: Tensor, x_qry: Tree) -> None:
         """One update of BatchNorm's running statistics; nothing else ever writes them.
 
         Towards the mean over tasks and passes of the batch means and unbiased variances, with each layer's momentum
@@ -344,7 +348,7 @@ class FusedMAML(TrustRegion):
     # -- helpers ----------------------------------------------------------------------------------------------
 
     def _meta_step(
-        self, x_spt: Tensor, y_spt: Target, x_qry: Tensor, y_qry: Target, task_weights: Tensor | None
+        self, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None
     ) -> tuple[MetaOutput, Tensor | None, list[Tensor], list[unwatched.Place] | None]:
         """What a call returns, as yet without a backward; where gradients are on, the flat meta-gradient and the
         tensors that it is of; and where nobody watches, their places in it."""
@@ -360,14 +364,15 @@ class FusedMAML(TrustRegion):
         else:
             binding.why_not = ""
         if task_weights is not None:
-            data_checks.task_weights(task_weights, x_spt)
-        if problem is None and not self._serves(binding, x_spt, x_spt.shape[1], x_qry.shape[1]):
-            *outputs, reached = general.meta_step(
+            data_checks.task_weights(task_weights, trees.tasks(x_spt), binding.like())
+        if problem is None and not self._serves(binding, x_spt, x_qry):
+            loss, task_losses, predictions, support_losses, reached = general.meta_step(
                 self.model, self.loss, self._rates(), list(self.parameters()), x_spt, y_spt, x_qry, y_qry,
                 self.inner_steps, self.first_order, task_weights, self.query_weights,
             )  # fmt: skip
             flat = torch.cat([g.reshape(-1) for _, g in reached]) if reached else None
-            return MetaOutput(*outputs), flat, [t for t, _ in reached], None
+            logits: Any = mean_of(predictions) if isinstance(self.loss, str) else predictions  # type: ignore[arg-type]
+            return MetaOutput(loss, task_losses, logits, support_losses), flat, [t for t, _ in reached], None
         self._look_at_labels(binding, x_spt, y_spt=y_spt, y_qry=y_qry)
         parameters, rates = binding.tensors()
         gradient = torch.is_grad_enabled()
@@ -410,7 +415,7 @@ class FusedMAML(TrustRegion):
             raise ValueError(f"inner_lr must hold a rate for {steps} steps, got one of shape [0]")
         return binding
 
-    def _check_episode(self, binding: Binding, x_spt: Tensor, y_spt: Target, x_qry: Tensor, y_qry: Target) -> None:
+    def _check_episode(self, binding: Binding, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target) -> None:
         if self._query_steps and len(self._query_tensor) != self.inner_steps + 1:
             checks.query_weights(self._query_weights, self.inner_steps)
         self._read(binding, "x_spt", x_spt, "y_spt", y_spt)

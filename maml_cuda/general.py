@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import data_checks, reference, targets
+from . import data_checks, reference, targets, trees
 from .batch_norm import at_step
 from .functional import Functional, differentiable_twice
 from .losses import Loss, loss_function
-from .policies import Policy, mean_of
+from .policies import mean_of
 from .rates import Rate
-from .targets import PolicyTarget, Target
+from .targets import Target
+from .trees import Tree
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,13 +42,9 @@ def _apart(call: Callable[P, R]) -> Callable[P, R]:
     return torch.compiler.disable(apart)  # type: ignore[return-value]
 
 
-def _plain(argument: object) -> object:
-    """An inference tensor as an ordinary one; everything else as it is."""
-    if isinstance(argument, Tensor):
-        return argument.clone() if argument.is_inference() else argument
-    if isinstance(argument, dict):
-        return {name: _plain(value) for name, value in argument.items()}
-    return targets.mapped(_plain, argument) if isinstance(argument, PolicyTarget) else argument  # type: ignore[arg-type]
+def _plain(argument: Any) -> Any:
+    """Its inference tensors as ordinary ones; everything else as it is."""
+    return trees.mapped(lambda t: t.clone() if t.is_inference() else t, argument)
 
 
 @_apart
@@ -56,23 +53,25 @@ def meta_step(
     loss: Loss,
     rates: Mapping[str, Rate],
     parameters: Iterable[Tensor],
-    x_spt: Tensor,
+    x_spt: Tree,
     y_spt: Target,
-    x_qry: Tensor,
+    x_qry: Tree,
     y_qry: Target,
     steps: int,
     first_order: bool,
     task_weights: Tensor | None,
     query_weights: Sequence[float] | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """loss, task_losses, logits, support_losses, and (tensor, gradient) of each of `parameters` and of the data that
-    requires grad and reaches the loss; none where gradients are off."""
-    _check_target(model, loss, None, "y_spt", x_spt, y_spt)
-    _check_target(model, loss, None, "y_qry", x_qry, y_qry)
-    data = [x_spt, *targets.tensors(y_spt), x_qry, *targets.tensors(y_qry)]
-    given = {id(t): t for t in (*parameters, *data) if t is not None}  # one tensor may be support and query
+) -> tuple[Tensor, Tensor, Tree | None, Tensor, list[tuple[Tensor, Tensor]]]:
+    """loss, task_losses, predictions (None where they cannot be stacked), support_losses, and (tensor, gradient) of
+    each of `parameters` and of the data that requires grad and reaches the loss; none where gradients are off."""
+    _check_query_samples(model, x_spt, x_qry)
+    _check_set(model, loss, None, "x_spt", x_spt, "y_spt", y_spt)
+    _check_set(model, loss, None, "x_qry", x_qry, "y_qry", y_qry)
+    data = trees.tensors((x_spt, y_spt, x_qry, y_qry))
+    given = {id(t): t for t in (*parameters, *data)}  # one tensor may be support and query
     wanted = [t for t in given.values() if t.requires_grad and torch.is_grad_enabled()]
-    weights = [1 / len(x_spt)] * len(x_spt) if task_weights is None else list(task_weights)
+    tasks = trees.tasks(x_spt)
+    weights = [1 / tasks] * tasks if task_weights is None else list(task_weights)
     function = Functional(model)
     *outputs, gradients = reference.meta_step(
         function, loss_function(loss), rates, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights,
@@ -89,43 +88,50 @@ def adapt(
     model: nn.Module,
     loss: Loss,
     rates: Mapping[str, Rate],
-    x: Tensor,
+    x: Tree,
     y: Target,
     steps: int,
     first_order: bool,
     differentiable: bool,
 ) -> dict[str, Tensor]:
     """The adapted parameters, name -> [tasks, *shape]."""
-    _check_target(model, loss, None, "y_spt", x, y)
+    _check_set(model, loss, None, "x_spt", x, "y_spt", y)
     theta = {name: p.view_as(p) for name, p in model.named_parameters()}  # whose hooks see the outer gradient alone
     function = Functional(model)
     tasks = [
         reference.inner_loop(
-            function, loss_function(loss), theta, rates, x[t], targets.of_task(y, t), steps, first_order, differentiable
+            function,
+            loss_function(loss),
+            theta,
+            rates,
+            trees.of_task(x, t),
+            trees.of_task(y, t),
+            steps,
+            first_order,
+            differentiable,
         )[0][-1]
-        for t in range(len(x))
+        for t in range(trees.tasks(x))
     ]
     adapted = {name: torch.stack([phi[name] for phi in tasks]) for name in rates}
     return adapted if differentiable else {name: p.detach() for name, p in adapted.items()}
 
 
 @_apart
-def predict(model: nn.Module, fast: Mapping[str, Tensor], x: Tensor, slot: int) -> Policy:
+def predict(model: nn.Module, fast: Mapping[str, Tensor], x: Tree, slot: int) -> Tree:
+    _check_samples(model, {n: p[0] for n, p in fast.items()}, "x", x)
     function = Functional(model)
     differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in fast.values())
     with at_step(model, slot), differentiable_twice() if differentiable else nullcontext():
-        predictions = [function({n: p[t] for n, p in fast.items()}, x[t]) for t in range(len(x))]
-    if isinstance(predictions[0], Tensor):
-        return torch.stack(predictions)
-    return tuple(torch.stack(parts) for parts in zip(*predictions, strict=True))  # type: ignore[return-value]
+        predictions = [function({n: p[t] for n, p in fast.items()}, trees.of_task(x, t)) for t in range(trees.tasks(x))]
+    return trees.stacked("the model's output", predictions)
 
 
 @_apart
 def loss_and_grad(
-    model: nn.Module, loss: Loss, fast: Mapping[str, Tensor], names: list[str], x: Tensor, y: Target,
+    model: nn.Module, loss: Loss, fast: Mapping[str, Tensor], names: list[str], x: Tree, y: Target,
     slot: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    _check_target(model, loss, fast, "y", x, y)
+    _check_set(model, loss, fast, "x", x, "y", y)
     with at_step(model, slot):
         return reference.loss_and_grad(Functional(model), loss_function(loss), fast, names, x, y)
 
@@ -136,12 +142,12 @@ def hvp(
     loss: Loss,
     fast: Mapping[str, Tensor],
     names: list[str],
-    x: Tensor,
+    x: Tree,
     y: Target,
     v: Mapping[str, Tensor],
     slot: int,
 ) -> dict[str, Tensor]:
-    _check_target(model, loss, fast, "y", x, y)
+    _check_set(model, loss, fast, "x", x, "y", y)
     with at_step(model, slot):
         return reference.hvp(Functional(model), loss_function(loss), fast, names, x, y, v)
 
@@ -161,7 +167,7 @@ def fisher_vector_product(
     first_order: bool,
 ) -> dict[str, Tensor]:
     """By `names`."""
-    _check_target(model, loss, None, "y_spt", x_spt, y_spt)
+    _check_set(model, loss, None, "x_spt", x_spt, "y_spt", y_spt)
     if weights is None:
         weights = x_qry.new_ones(x_qry.shape[:2])
     data_checks.sample_weights("weights", weights)
@@ -171,17 +177,41 @@ def fisher_vector_product(
     )  # fmt: skip
 
 
-def _check_target(
-    model: nn.Module, loss: Loss, fast: Mapping[str, Tensor] | None, name: str, x: Tensor, y: Target
+def _check_set(
+    model: nn.Module, loss: Loss, fast: Mapping[str, Tensor] | None, x_name: str, x: Tree, y_name: str, y: Target
 ) -> None:
-    """What the model returns, and that the target fits it, against one forward of the first task that draws no random
-    number."""
+    """What no shape tells, by forwards of the first task that draw no random number: whether the model takes any number
+    of samples without axes, and whether the target fits what the model returns."""
+    parameters = dict(model.named_parameters()) if fast is None else {n: p[0] for n, p in fast.items()}
+    _check_samples(model, parameters, x_name, x)
     if not isinstance(loss, str):
         return
-    parameters = dict(model.named_parameters()) if fast is None else {n: p[0] for n, p in fast.items()}
-    devices = [x.device] if x.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        prediction = Functional(model)(parameters, x[0])
+    prediction = _first(model, parameters, trees.of_task(x, 0))
     data_checks.prediction(loss, prediction)
-    data_checks.target(name, loss, y, tuple(mean_of(prediction).shape[1:]))
-    data_checks.target_values(name, y, mean_of(prediction).shape[-1] if loss in data_checks.OF_CLASSES else None)
+    data_checks.target(y_name, loss, y, tuple(mean_of(prediction).shape))
+    data_checks.target_values(y_name, y, mean_of(prediction).shape[-1] if loss in data_checks.OF_CLASSES else None)
+
+
+def _check_samples(model: nn.Module, parameters: Mapping[str, Tensor], x_name: str, x: Tree) -> None:
+    """x [tasks, samples] may be samples [tasks, features] whose tasks or samples were forgotten: a model that is meant
+    for single numbers takes one more of them."""
+    if isinstance(x, Tensor) and x.dim() == 2 and x.is_floating_point():
+        try:
+            _first(model, parameters, torch.cat([x[0], x[0, :1]]))
+        except Exception as error:
+            raise data_checks.lacks_axis(x_name, x, f"; the model takes {x.shape[1]} numbers, not one more") from error
+
+
+def _check_query_samples(model: nn.Module, x_spt: Tree, x_qry: Tree) -> None:
+    """Query samples of another shape than the support samples are for a model that takes both."""
+    if isinstance(x_spt, Tensor) and isinstance(x_qry, Tensor) and x_spt.shape[2:] != x_qry.shape[2:]:
+        try:
+            _first(model, dict(model.named_parameters()), x_qry[0])
+        except Exception as error:
+            raise data_checks.other_samples(x_spt, x_qry, str(error)) from error
+
+
+def _first(model: nn.Module, parameters: Mapping[str, Tensor], x: Tree) -> Tree:
+    on = next(iter(parameters.values())).device
+    with torch.no_grad(), torch.random.fork_rng([on] if on.type == "cuda" else []):
+        return Functional(model)(parameters, x)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import checks, reference, targets
+from . import checks, reference, trees
 from .fused_maml import FusedMAML
 from .rates import InnerRates
 from .targets import Target
+from .trees import Tree
 
 
 @dataclass
@@ -39,9 +40,9 @@ class GradcheckTable(list):
 
 def gradcheck(
     maml: FusedMAML,
-    x_spt: Tensor,
+    x_spt: Tree,
     y_spt: Target,
-    x_qry: Tensor,
+    x_qry: Tree,
     y_qry: Target,
     *,
     tolerance: float = 1e-8,
@@ -59,9 +60,7 @@ def gradcheck(
     checks.tolerance(tolerance, "tolerance")
     checks.tolerance(finite_difference_tolerance, "finite_difference_tolerance")
     maml = copy.deepcopy(maml).double()
-    x_spt, x_qry = _in_double(x_spt), _in_double(x_qry)
-    y_spt, y_qry = targets.mapped(_in_double, y_spt), targets.mapped(_in_double, y_qry)
-    data = (x_spt, y_spt, x_qry, y_qry)
+    x_spt, y_spt, x_qry, y_qry = data = trees.mapped(_in_double, (x_spt, y_spt, x_qry, y_qry))
     maml.zero_grad()
     maml(*data).loss.backward()
     rate = maml.inner_lr
@@ -106,7 +105,7 @@ def _in_double(t: Tensor) -> Tensor:
 
 
 def _finite_difference_error(
-    maml: FusedMAML, data: tuple[Tensor, Target, Tensor, Target], p: Tensor, grad: Tensor, direction: Tensor
+    maml: FusedMAML, data: tuple[Tree, ...], p: Tensor, grad: Tensor, direction: Tensor
 ) -> float:
     """|central difference - <grad, unit direction>| of the meta-loss."""
     norm = direction.norm()

@@ -94,7 +94,7 @@ class Problem:
         """
         y = [None if t is None else t.resolve_neg() for t in y]  # which the dispatcher leaves to us in a list
         target: Target = PolicyTarget(*y) if self.loss in POLICY_LOSSES else y[0]  # type: ignore[arg-type,assignment]
-        data_checks.target(name, self.loss, target, self.target)
+        data_checks.target(name, self.loss, target, (x.shape[1], *self.target))
         if isinstance(target, Tensor):
             return [x.contiguous(), target.contiguous(), None, None]
         if self.backend == "cpu":

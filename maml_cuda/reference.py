@@ -14,12 +14,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from . import policies, targets
+from . import policies, trees
 from .batch_norm import at_step, stepwise_names
 from .functional import Functional, detached, differentiable_twice
 from .losses import Loss, loss_function, value_of
 from .rates import InnerRates, Rate, read_rates
 from .targets import Target
+from .trees import Tree
 
 
 def adapted_names(model: nn.Module, adapt_params: Callable[[str], bool] | Iterable[str] | None) -> list[str]:
@@ -40,7 +41,7 @@ def inner_loop(
     loss: Callable[..., Tensor],
     theta: Mapping[str, Tensor],
     rates: Mapping[str, Rate],
-    x: Tensor,
+    x: Tree,
     y: Target,
     steps: int,
     first_order: bool,
@@ -99,9 +100,9 @@ def unreached(names: list[str]) -> ValueError:
 def meta_gradient(
     model: nn.Module,
     loss: Loss,
-    x_spt: Tensor,
+    x_spt: Tree,
     y_spt: Target,
-    x_qry: Tensor,
+    x_qry: Tree,
     y_qry: Target,
     inner_lr: float | Tensor | Mapping[str, float | Tensor] | InnerRates,
     inner_steps: int,
@@ -114,7 +115,8 @@ def meta_gradient(
     Args:
         model: any module; its `.grad` fields are not touched.
         loss: a name that FusedMAML takes, or (prediction, target) -> scalar.
-        x_spt, y_spt, x_qry, y_qry: [tasks, samples, ...]; a policy-gradient loss takes PolicyTargets.
+        x_spt, y_spt, x_qry, y_qry: [tasks, samples, ...], or pytrees of tensors [tasks, ...] where model and loss take
+            them; a policy-gradient loss takes PolicyTargets.
         inner_lr: every form of FusedMAML's.
         query_weights: [inner_steps + 1]; the loss of a task is the sum of weight k times its query loss at phi_k.
 
@@ -133,7 +135,7 @@ def meta_gradient(
     if isinstance(loss, nn.Module):
         wanted.update({f"loss.{name}": p for name, p in loss.named_parameters()})
     wanted = {name: t for name, t in wanted.items() if t.requires_grad}
-    tasks = len(x_spt)
+    tasks = trees.tasks(x_spt)
     total, _, _, _, gradients = meta_step(
         Functional(model), loss_function(loss), rates, list(wanted.values()), x_spt, y_spt, x_qry, y_qry, inner_steps,
         first_order, [1 / tasks] * tasks, None if query_weights is None else [float(w) for w in query_weights],
@@ -146,15 +148,15 @@ def meta_step(
     loss: Callable[..., Tensor],
     rates: Mapping[str, Rate],
     wanted: list[Tensor],
-    x_spt: Tensor,
+    x_spt: Tree,
     y_spt: Target,
-    x_qry: Tensor,
+    x_qry: Tree,
     y_qry: Target,
     steps: int,
     first_order: bool,
     weights: Iterable[float | Tensor],
     query_weights: Sequence[float] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor | None]]:
+) -> tuple[Tensor, Tensor, Tree | None, Tensor, list[Tensor | None]]:
     """One meta-step, one task's graph at a time: loss = sum_t weights[t] * query loss of t, and its gradients.
 
     query_weights: [steps + 1], or None: the query loss of a task is the sum of weight k times the one at phi_k.
@@ -163,11 +165,12 @@ def meta_step(
     of the user's, or a forward, holds one of them itself, its gradient there counts too.
 
     Returns:
-        loss (0-d), task_losses [tasks], logits [tasks, n_query, ...], support_losses [tasks, steps], all detached, and
-        the gradient of each tensor of `wanted`, or None for one that does not reach the loss.
+        loss (0-d), task_losses [tasks], predictions (trees.stacked, or None where they cannot be), support_losses
+        [tasks, steps], all detached, and the gradient of each tensor of `wanted`, or None for one that does not reach
+        the loss.
     """
     total: float | Tensor = 0.0
-    task_losses, logits, support_losses = [], [], []
+    task_losses, predictions, support_losses = [], [], []
     # A learned rate that no step uses (steps = 0) has a gradient: zero.
     of_rates = {id(rate.value) for rate in rates.values()}
     gradients: list[Tensor | None] = [torch.zeros_like(t) if id(t) in of_rates else None for t in wanted]
@@ -180,7 +183,7 @@ def meta_step(
     both = [*map(twin, wanted), *wanted]
     theta = {name: twin(p) for name, p in model.module.named_parameters()}
     rates = {name: replace(r, value=twin(r.value)) if isinstance(r.value, Tensor) else r for name, r in rates.items()}
-    x_spt, y_spt, x_qry, y_qry = twin(x_spt), targets.mapped(twin, y_spt), twin(x_qry), targets.mapped(twin, y_qry)
+    x_spt, y_spt, x_qry, y_qry = (trees.mapped(twin, part) for part in (x_spt, y_spt, x_qry, y_qry))
     if isinstance(loss, nn.Module):
         loss = partial(Functional(loss), {name: twin(p) for name, p in loss.named_parameters()})
     for t, weight in enumerate(weights):
@@ -189,20 +192,20 @@ def meta_step(
             loss,
             theta,
             rates,
-            x_spt[t],
-            targets.of_task(y_spt, t),
+            trees.of_task(x_spt, t),
+            trees.of_task(y_spt, t),
             steps,
             first_order,
             differentiable=bool(wanted),
         )
-        target = targets.of_task(y_qry, t)
+        x, target = trees.of_task(x_qry, t), trees.of_task(y_qry, t)
         with torch.set_grad_enabled(bool(wanted)):
-            prediction = query(model, path, steps, x_qry[t])
+            prediction = query(model, path, steps, x)
             if query_weights is None:
                 value = value_of(loss, prediction, target)
             else:
                 value = sum(  # type: ignore[assignment]
-                    w * value_of(loss, prediction if k == steps else query(model, path, k, x_qry[t]), target)
+                    w * value_of(loss, prediction if k == steps else query(model, path, k, x), target)
                     for k, w in enumerate(query_weights)
                     if w
                 )
@@ -213,15 +216,24 @@ def meta_step(
                     so_far = gradients[i]
                     gradients[i] = share if so_far is None else so_far + share
         task_losses.append(value.detach())
-        logits.append(policies.mean_of(prediction).detach())
+        predictions.append(_or_none(trees.detached, prediction))
         support_losses.append(torch.stack(inner) if inner else value.detach().new_zeros(0))
         total = total + (weight.detach() if isinstance(weight, Tensor) else weight) * value.detach()
     assert isinstance(total, Tensor)  # checks.py refuses a call without tasks
     gradients = [None if g is None else g.to(t.dtype) for t, g in zip(wanted, gradients, strict=True)]
-    return total, torch.stack(task_losses), torch.stack(logits), torch.stack(support_losses), gradients
+    outputs = _or_none(trees.stacked, predictions)
+    return total, torch.stack(task_losses), outputs, torch.stack(support_losses), gradients
 
 
-def query(model: Functional, path: list[dict[str, Tensor]], k: int, x: Tensor) -> Tensor:
+def _or_none(put_together: Callable[[str, Tree], Tree], predictions: Tree) -> Tree | None:
+    """None of what only a loss of the user's can take: no pytrees of tensors, or not alike in all tasks."""
+    try:
+        return put_together("the model's output", predictions)
+    except (TypeError, ValueError):
+        return None
+
+
+def query(model: Functional, path: list[dict[str, Tensor]], k: int, x: Tree) -> Tree:
     """The prediction at phi_k, whose per-step layers read the slot of the step before."""
     with at_step(model.module, max(k - 1, 0)):
         return model(path[k], x)
@@ -232,13 +244,13 @@ def loss_and_grad(
     loss: Callable[..., Tensor],
     fast: Mapping[str, Tensor],
     names: list[str],
-    x: Tensor,
+    x: Tree,
     y: Target,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Per task: the loss at its own parameters [tasks], and the gradients by `names` [tasks, *shape]."""
     losses, gradients = [], []
-    for t in range(len(x)):
-        value, grads, _ = _gradient(model, loss, fast, names, x[t], targets.of_task(y, t), t, create_graph=False)
+    for t in range(trees.tasks(x)):
+        value, grads, _ = _gradient(model, loss, fast, names, x, y, t, create_graph=False)
         losses.append(value.detach())
         gradients.append(grads)
     return torch.stack(losses), _stacked(names, gradients)
@@ -249,14 +261,14 @@ def hvp(
     loss: Callable[..., Tensor],
     fast: Mapping[str, Tensor],
     names: list[str],
-    x: Tensor,
+    x: Tree,
     y: Target,
     v: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Per task: the Hessian of the loss at its own parameters times v, by `names` [tasks, *shape]."""
     products = []
-    for t in range(len(x)):
-        _, grads, at = _gradient(model, loss, fast, names, x[t], targets.of_task(y, t), t, create_graph=True)
+    for t in range(trees.tasks(x)):
+        _, grads, at = _gradient(model, loss, fast, names, x, y, t, create_graph=True)
         with torch.enable_grad():
             along = sum(
                 ((g * v[n][t].detach()).sum() for n, g in zip(names, grads, strict=True) if n in v),
@@ -294,7 +306,7 @@ def fisher_vector_product(
     at = [theta[name] for name in names]
     total = [torch.zeros_like(p) for p in at]
     for t in range(len(x_spt)):
-        path, _ = inner_loop(model, loss, theta, fixed, x_spt[t], targets.of_task(y_spt, t), steps, first_order)
+        path, _ = inner_loop(model, loss, theta, fixed, x_spt[t], trees.of_task(y_spt, t), steps, first_order)
         with torch.enable_grad(), differentiable_twice():
             policy = query(model, path, steps, x_qry[t])
             old = detached(policy)
@@ -305,7 +317,7 @@ def fisher_vector_product(
             continue  # the policy does not depend on them
         for so_far, g in zip(total, torch.autograd.grad(along, at, allow_unused=True), strict=True):
             if g is not None:
-                so_far += g / len(x_spt)
+                so_far += g / trees.tasks(x_spt)
     return dict(zip(names, total, strict=True))
 
 
@@ -314,14 +326,14 @@ def _gradient(
     loss: Callable[..., Tensor],
     fast: Mapping[str, Tensor],
     names: list[str],
-    x: Tensor,
+    x: Tree,
     y: Target,
     task: int,
     create_graph: bool,
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     at = {n: p[task].detach().requires_grad_(n in names) for n, p in fast.items()}
     with torch.enable_grad(), differentiable_twice() if create_graph else nullcontext():
-        value = value_of(loss, model(at, x), y)
+        value = value_of(loss, model(at, trees.of_task(x, task)), trees.of_task(y, task))
         grads = torch.autograd.grad(value, [at[n] for n in names], create_graph=create_graph, allow_unused=True)
     return value, [torch.zeros_like(at[n]) if g is None else g for n, g in zip(names, grads, strict=True)], at
 

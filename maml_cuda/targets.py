@@ -1,9 +1,9 @@
-"""What a loss compares a prediction with: one tensor, or the small structure of a policy-gradient loss."""
+"""What a loss compares a prediction with: one tensor, the small structure of a policy-gradient loss, or, for a loss of
+the user's own, any pytree of tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -29,24 +29,12 @@ class PolicyTarget(NamedTuple):
     weights: Tensor | None = None
 
 
-Target = Tensor | PolicyTarget
+Target = Any
 
 
-def tensors(y: Target) -> list[Tensor | None]:
-    """Its tensors, in order; a PolicyTarget's four fields, some of them None."""
+def tensors(y: Tensor | PolicyTarget) -> list[Tensor | None]:
+    """Those of a loss that has a name, in order: one, or a PolicyTarget's four fields, some of them None."""
     return [y] if isinstance(y, Tensor) else list(y)
-
-
-def mapped(f: Callable[[Tensor], Tensor], y: Target) -> Target:
-    """f of each of its tensors."""
-    if isinstance(y, Tensor):
-        return f(y)
-    return PolicyTarget(*(None if t is None else f(t) for t in y))  # type: ignore[arg-type]
-
-
-def of_task(y: Target, task: int) -> Target:
-    """One task's part."""
-    return mapped(lambda t: t[task], y)
 
 
 def coefficients(y: PolicyTarget) -> Tensor:

@@ -105,13 +105,15 @@ class TrustRegion(BuildingBlocks):
     ) -> tuple[Binding, bool, Tensor, Tensor]:
         """Whether fused layers serve a Fisher-vector product on these data, and x as they are read."""
         checks.policy_loss(self.loss, "fisher_vector_product")
+        data_checks.one_tensor("x_spt", x_spt, "fisher_vector_product")
+        data_checks.one_tensor("x_qry", x_qry, "fisher_vector_product")
         binding = self._binding()
         x_spt = self._read(binding, "x_spt", x_spt, "y_spt", y_spt)
         x_qry = self._read(binding, "x_qry", x_qry, None, None)
         data_checks.same_tasks(x_spt, x_qry)
         if weights is not None:
-            data_checks.query_sample_weights(weights, x_qry)
-        serves = self._serves(binding, x_spt, x_spt.shape[1], x_qry.shape[1])
+            data_checks.query_sample_weights(weights, x_qry, binding.like())
+        serves = self._serves(binding, x_spt, x_qry)
         if serves and any(slots is not None for slots in binding.slots):
             self._fall_back("a Fisher-vector product knows no parameters with a slot for each step")
             serves = False

@@ -242,6 +242,7 @@ def test_fisher_vector_product(backend: str) -> None:
         refuses(maml, lambda weights=weights: maml.fisher_vector_product(*data[:3], v, weights=weights), error, *pieces)
     refuses(maml, lambda: maml.fisher_vector_product(*data[:2], data[2][:2], v), ValueError, "x_qry must have 3 tasks")
     refuses(maml, lambda: maml.fisher(*data[:2], data[2][:2]), ValueError, "x_qry must have 3 tasks")
+    refuses(maml, lambda: maml.fisher(*data[:2], [data[2]]), TypeError, "x_qry must be a tensor for fisher", "got list")
     refuses(maml, lambda: maml.fisher(*data[:3], memory=-1), ValueError, "memory must be at least 0, got -1")
     refuses(maml, lambda: maml.fisher(*data[:3])({}), ValueError, "v must")
     classes = FusedMAML(policy("categorical"), 0.1, backend=backend)

@@ -88,7 +88,7 @@ def test_every_check_holds_at_the_second_call(maml):
         maml(data[0].clone().requires_grad_(), *data[1:])
     with pytest.raises(ValueError, match=r"task_weights must have shape \[3\]"):
         maml(*data, task_weights=torch.ones(2).double())
-    with pytest.raises(TypeError, match="x_spt must be a tensor, got list"):
+    with pytest.raises(TypeError, match="x_spt must be a tensor or a pytree of tensors, got list"):
         maml(data[0].tolist(), *data[1:])
 
 

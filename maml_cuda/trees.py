@@ -1,0 +1,119 @@
+"""Pytrees of tensors (torch.utils._pytree): tuples, lists, dicts, and whatever else is registered there.
+
+What x, y and a model's output may be where no fused layer serves. A tensor is a pytree of one leaf. Tasks come first in
+every leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Bernoulli, Beta, Categorical, Distribution, Independent, MultivariateNormal, Normal
+from torch.utils import _pytree as pytree
+
+Tree = Any
+
+_CONSTANTS = (type(None), bool, int, float, complex, str, bytes)
+_PARAMETERS: dict[type, tuple[str, ...]] = {
+    Normal: ("loc", "scale"),
+    MultivariateNormal: ("loc", "scale_tril"),
+    Beta: ("concentration1", "concentration0"),
+}
+
+
+def mapped(f: Callable[[Tensor], Any], tree: Tree) -> Tree:
+    """f of each of its tensors, everything else as it is."""
+    return f(tree) if isinstance(tree, Tensor) else pytree.tree_map_only(Tensor, f, tree)
+
+
+def tensors(tree: Tree) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def named_leaves(name: str, tree: Tree) -> list[tuple[str, Any]]:
+    """Each leaf with its name: x['mask'] or x[0], where x is the tree's."""
+    return [(name + pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def tasks(tree: Tree) -> int:
+    return len(tree if isinstance(tree, Tensor) else tensors(tree)[0])
+
+
+def of_task(tree: Tree, task: int) -> Tree:
+    """One task's part."""
+    return mapped(lambda t: t[task], tree)
+
+
+def stacked(name: str, parts: Sequence[Tree]) -> Tree:
+    """What a model returns for each task, as one pytree: tensors [tasks, ...]; None, numbers and strings that are the
+    same for all tasks; distributions (Normal, MultivariateNormal, Beta, Categorical, Bernoulli, Independent ones) with
+    parameters [tasks, ...].
+
+    Raises:
+        TypeError, ValueError: a leaf that is something else, or differs between tasks.
+    """
+    return _combined(name, torch.stack, parts)
+
+
+def detached(name: str, part: Tree) -> Tree:
+    """What a model returns for one task, without its graph. Raises as `stacked` does."""
+    return _combined(name, lambda row: row[0].detach(), [part])
+
+
+def _combined(name: str, f: Callable[[list[Tensor]], Tensor], parts: Sequence[Tree]) -> Tree:
+    """f of the tensors at each place."""
+    structures = [pytree.tree_structure(part) for part in parts]
+    for task, structure in enumerate(structures):
+        if structure != structures[0]:
+            raise ValueError(f"{name} must have one structure in all tasks, got another one in task {task}")
+    names = [where for where, _ in named_leaves(name, parts[0])]
+    rows = zip(*map(pytree.tree_leaves, parts), strict=True)
+    leaves = [_combined_leaf(where, f, list(row)) for where, row in zip(names, rows, strict=True)]
+    return pytree.tree_unflatten(leaves, structures[0])
+
+
+def _combined_leaf(name: str, f: Callable[[list[Tensor]], Tensor], row: list[Any]) -> Any:
+    first = row[0]
+    for task, leaf in enumerate(row):
+        if type(leaf) is not type(first):
+            got = f"{type(first).__name__} and, in task {task}, {type(leaf).__name__}"
+            raise ValueError(f"{name} must be of one type in all tasks, got {got}")
+    if isinstance(first, Tensor):
+        for task, leaf in enumerate(row):
+            if leaf.shape != first.shape:
+                got = f"{list(first.shape)} and, in task {task}, {list(leaf.shape)}"
+                raise ValueError(f"{name} must have one shape in all tasks, got {got}")
+        return f(row)
+    if isinstance(first, Distribution):
+        arguments = [_arguments(name, d) for d in row]
+        combined = {
+            what: _combined_leaf(f"{name}.{what}", f, [of_one[what] for of_one in arguments]) for what in arguments[0]
+        }
+        return type(first)(**combined, validate_args=first._validate_args)
+    if not isinstance(first, _CONSTANTS):
+        raise TypeError(
+            f"{name} must be a tensor, or a tuple, list or dict of tensors (any pytree), got {type(first).__name__}"
+        )
+    for task, leaf in enumerate(row):
+        if leaf != first:
+            raise ValueError(f"{name} must be the same in all tasks, got {first!r} and, in task {task}, {leaf!r}")
+    return first
+
+
+def _arguments(name: str, d: Any) -> dict[str, Any]:
+    """What makes such a distribution again."""
+    if type(d) is Independent:
+        return {"base_distribution": d.base_dist, "reinterpreted_batch_ndims": d.reinterpreted_batch_ndims}
+    if type(d) in (Categorical, Bernoulli):
+        given = "probs" if vars(d).get("probs") is d._param else "logits"
+        return {given: d._param}
+    if type(d) not in _PARAMETERS:
+        raise TypeError(
+            f"{name} must be a tensor, or a tuple, list or dict of tensors (any pytree), got the distribution "
+            f"{type(d).__name__}, whose tasks cannot be put together: return its parameters as tensors, and let the "
+            "loss make the distribution of them"
+        )
+    return {what: getattr(d, what) for what in _PARAMETERS[type(d)]}
