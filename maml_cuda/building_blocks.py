@@ -47,8 +47,12 @@ class BuildingBlocks(BoundModel):
         """The loss at each task's own parameters [tasks] and its gradient, name -> [tasks, *shape], both detached.
 
         slot: the inner step whose per-step BatchNorm is read; None: the last one.
+
+        Raises:
+            ValueError: fast, x or y requires grad, which the results would lose.
         """
         slot = checks.slot(slot)
+        data_checks.no_graph("loss_and_grad", fast=fast, x=x, y=y)
         binding, x = self._block(fast, x, y)
         names = self._trainable()
         if not self._serves(binding, x, None):
@@ -65,8 +69,12 @@ class BuildingBlocks(BoundModel):
 
         v: name -> [tasks, *shape]; a parameter that it lacks, or that is frozen, does not move.
         slot: the inner step whose per-step BatchNorm is read; None: the last one.
+
+        Raises:
+            ValueError: fast, x, y or v requires grad, which the result would lose.
         """
         slot = checks.slot(slot)
+        data_checks.no_graph("hvp", fast=fast, x=x, y=y, v=v)
         binding, x = self._block(fast, x, y)
         data_checks.fast(dict(self.model.named_parameters()), v, trees.tasks(x), "v", all_names=False)
         names = self._trainable()

@@ -143,6 +143,16 @@ def _constant(name: str, y: Tensor, fused: bool) -> None:
         )
 
 
+def no_graph(method: str, **given: Any) -> None:
+    """Nothing requires grad of what a method is given whose results are detached."""
+    for name, tree in given.items():
+        if torch.is_grad_enabled() and any(t.requires_grad for t in trees.tensors(tree)):
+            raise ValueError(
+                f"{name} must not require grad in {method}, whose results are detached, got requires_grad=True: detach "
+                "it, or differentiate a loss of predict(fast, x), which has a graph"
+            )
+
+
 def same_tasks(x_spt: Tree, x_qry: Tree) -> None:
     """The two sets of an episode fit each other."""
     tasks, got = trees.tasks(x_spt), trees.tasks(x_qry)

@@ -21,7 +21,7 @@ from .problems import cut, parsed
 
 class _Once(torch.autograd.Function):
     """Passes gradients on and ties them to the inputs they depend on, so that a second backward raises instead of
-    losing its terms: the gradient of a meta-gradient is a third derivative."""
+    losing its terms."""
 
     @staticmethod
     def forward(ctx: Any, count: int, what: str, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -30,10 +30,15 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        raise RuntimeError(
-            f"the gradient of {ctx.what} cannot be differentiated again (that is third order in the model); "
-            'backend="reference" with a hand-written loop can'
-        )
+        raise RuntimeError(f"the gradient of {ctx.what} cannot be differentiated again {_WHY[ctx.what]}")
+
+
+_WHY = {
+    "a meta-gradient": '(that is third order in the model); backend="reference" with a hand-written loop can',
+    "adapt": '(that is third order in the model); that of backend="reference" can',
+    "predict": "(that is second order in the model); hvp gives products with the Hessian of the loss, and the gradient "
+    'of predict with backend="reference" can be differentiated',
+}
 
 
 def once(what: str, grads: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:

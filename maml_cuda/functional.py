@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from . import trees
 
 
 class Functional:
@@ -55,7 +56,7 @@ class Functional:
             with torch.enable_grad():
                 return detached(self(detached(dict(parameters)), *detached(args)))
         with self._stand_ins(parameters), _nothing_recomputed():
-            result = self.module(*tree_map_only(Tensor, _own, args))
+            result = self.module(*trees.mapped(_own, args))
             left = [m._buffers.get(key) for m, key, _ in self._buffers] if self._left is None else self._left
         if self._left is None:
             _refuse_reentrant(result, parameters)
@@ -93,7 +94,7 @@ class Functional:
 
 def detached(tree: Any) -> Any:
     """Its tensors without their graph."""
-    return tree_map_only(Tensor, Tensor.detach, tree)
+    return trees.mapped(Tensor.detach, tree)
 
 
 def differentiable_twice() -> Any:
@@ -116,7 +117,7 @@ def _like(p: Tensor, t: Tensor) -> Tensor:
 def _refuse_reentrant(result: Any, parameters: Mapping[str, Tensor]) -> None:
     """Looks at the graph of one call, which begins at the parameters."""
     seen = {p.grad_fn for p in parameters.values()}
-    nodes = [t.grad_fn for t in tree_leaves(result) if isinstance(t, Tensor)]
+    nodes = [t.grad_fn for t in trees.tensors(result)]
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen:

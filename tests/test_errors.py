@@ -597,7 +597,7 @@ def test_building_blocks_refuse(block: str, backend: str) -> None:
     refuses(maml, lambda: call(lacking), ValueError, "fast must hold exactly", "got none for 3.bias")
     refuses(maml, lambda: call(fast | {"4.bias": x}), ValueError, "fast must hold exactly", "got unknown 4.bias")
     refuses(
-        maml, lambda: call(fast | {"3.bias": maml.model[3].bias}), ValueError,
+        maml, lambda: call(fast | {"3.bias": maml.model[3].bias.detach()}), ValueError,
         "fast['3.bias'] must have shape [2, 5]", "got [5]",
     )  # fmt: skip
     refuses(
@@ -615,6 +615,14 @@ def test_building_blocks_refuse(block: str, backend: str) -> None:
     refuses(maml, lambda: call(fast, x[0, 0]), ValueError, "x must have shape [tasks, samples, ...]", "got [3]")
     if block == "predict":
         return
+    graph = maml.adapt(data["x_spt"], data["y_spt"], differentiable=True)
+    text = f"must not require grad in {block}, whose results are detached, got requires_grad=True"
+    refuses(maml, lambda: call(graph), ValueError, f"fast {text}", "predict(fast, x)")
+    refuses(maml, lambda: call(fast, x.clone().requires_grad_()), ValueError, f"x {text}")
+    if block == "hvp":
+        refuses(maml, lambda: call(fast, v={"3.bias": graph["3.bias"]}), ValueError, f"v {text}")
+    with torch.no_grad():
+        call(graph)
     refuses(maml, lambda: call(fast, x, y + CLASSES), ValueError, "y must hold labels in [0, 5)", "got")
     refuses(maml, lambda: call(fast, x, y.int()), TypeError, "y must hold int64 labels", "got torch.int32")
     if block == "hvp":
