@@ -187,6 +187,15 @@ def put_back(model: nn.Module) -> Iterator[None]:
         raise
 
 
+def with_batch_statistics(model: nn.Module) -> list[str]:
+    """The layers that normalise by the statistics of the set at hand."""
+    return [
+        f"{name or 'the model'} ({type(m).__name__})"
+        for name, m in _layers(model)
+        if m.training or getattr(m, "running_mean", None) is None
+    ]
+
+
 def hold_statistics(model: nn.Module) -> None:
     """BatchNorm layers into eval mode: they normalise by their running statistics."""
     for _, m in _layers(model):

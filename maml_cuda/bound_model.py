@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checks, data_checks, problems, reference
+from . import batch_norm, checks, data_checks, device, problems, reference
 from .binding import AdaptParams, Binding
 from .rates import InnerRates, Rate, read_rates
 from .targets import Target
 from .trees import Tree
+from .warn import warn
 
 
 class BoundModel(nn.Module):
@@ -44,18 +44,34 @@ class BoundModel(nn.Module):
         """How products of float32 are computed on a GPU."""
         return self._on_device["precision"]
 
-    def explain(self) -> str:
-        """A table: each module of the model, the fused layer that serves it, or the sentence why not."""
+    def explain(self, x: Tree | None = None, y: Target | None = None) -> str:
+        """A table: each module of the model, the fused layer that serves it, or the sentence why not.
+
+        Args:
+            x, y: a set as for `adapt`, or x alone; the table is then of samples like these. Without them it is of
+                samples that fit the layers, or of those of the last call where they did not.
+
+        Raises:
+            ValueError, TypeError: as a call with such data.
+        """
         binding = self._binding()
+        why_not = binding.why_not
+        if x is not None:
+            x = self._read(binding, "x", x, None if y is None else "y", y)
+            why_not = self._unfit(binding, x, x) if binding.text else why_not
+        fused = bool(binding.text) and not why_not
         rows = [("module", "type", "served by")]
         for name, module in self.model.named_modules():
-            layers = [] if binding.why_not else binding.served_by.get(name, [])
+            layers = binding.served_by.get(name, []) if fused else []
             if layers or not any(True for _ in module.children()):
-                by = ", ".join(layers) or ("reference" if binding.backend == "reference" else "no layer of its own")
+                by = ", ".join(layers) or ("no layer of its own" if fused else "reference")
                 rows.append((name or "(the model)", type(module).__name__, by))
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
-        head = f"backend: {binding.backend}" + (f", because {binding.why_not}" if binding.why_not else "")
-        return "\n".join([head] + [f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}" for a, b, c in rows])
+        head = f"backend: {device.backend_of(binding.like().device) if fused else 'reference'}"
+        head += f", because {why_not}" if why_not else ""
+        table = [f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}" for a, b, c in rows]
+        foot = ["(for samples of a shape that these layers are fused on: explain(x) looks at yours)"]
+        return "\n".join([head, *table, *(foot if fused and x is None else [])])
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_bound": None}  # a copy binds itself
@@ -90,12 +106,12 @@ class BoundModel(nn.Module):
         """Says, once, why the fused path cannot serve; raises where the user asked for it by name."""
         if self._wanted_backend == "fused":
             raise ValueError(f'backend="fused" cannot serve this model: {why_not}')
-        self._warn_once("fallback", f"maml_cuda runs this model on the general path (reference), because {why_not}")
-
-    def _warn_once(self, what: str, text: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
-            warnings.warn(text, UserWarning, stacklevel=5)
+        _warn_once(
+            self,
+            "fallback",
+            "maml_cuda runs this model on the general path (reference), which takes one task at a time by plain "
+            f"autograd, because {why_not}",
+        )
 
     def _warn_of_empty_statistics(self) -> None:
         for name, m in self.model.named_modules():
@@ -103,10 +119,23 @@ class BoundModel(nn.Module):
                 continue  # which never counts its batches
             tracked = getattr(m, "num_batches_tracked", None)
             if not m.training and isinstance(tracked, Tensor) and bool((tracked == 0).any()):
-                self._warn_once(
+                _warn_once(
+                    self,
                     "statistics",
                     f"{name} ({type(m).__name__}) is in eval mode with running statistics that no batch has updated",
                 )
+
+    def _warn_of_single_queries(self) -> None:
+        """Where predict is given one query a task, and BatchNorm takes it for the whole set."""
+        layers = batch_norm.with_batch_statistics(self.model)
+        if layers:
+            _warn_once(
+                self,
+                "single queries",
+                f"predict is given one query sample a task, which {layers[0]} normalises by its own statistics: the "
+                "predictions may be no better than chance. Give all queries of a task at once, or choose "
+                'batch_norm="running"',
+            )
 
     def _adapted(self) -> list[str]:
         return reference.adapted_names(self.model, self._adapt_params)
@@ -133,11 +162,10 @@ class BoundModel(nn.Module):
 
     def _unfit(self, binding: Binding, x_spt: Tree | None, x_qry: Tree | None) -> str:
         """The sentence why no fused layer serves such sets, or nothing."""
-        sets = {name: x for name, x in (("x_spt", x_spt), ("x_qry", x_qry)) if x is not None}
-        for name, x in sets.items():
-            if not isinstance(x, Tensor):
-                return f"{name} is a {type(x).__name__}; fused layers take one tensor"
-        x, *others = sets.values()
+        x, *others = sets = [x for x in (x_spt, x_qry) if x is not None]
+        for each in sets:
+            if not isinstance(each, Tensor):
+                return f"x is a {type(each).__name__}; fused layers take one tensor"
         if others and others[0].shape[2:] != x.shape[2:]:
             self._fit_alone(binding, x, others[0])
             got = f"{list(x.shape[2:])} and {list(others[0].shape[2:])}"
@@ -173,6 +201,13 @@ class BoundModel(nn.Module):
             classes = problems.prediction_shape(binding.text, x)[0] if self.loss in data_checks.OF_CLASSES else None
             for name, y in given.items():
                 data_checks.target_values(name, y, classes)
+
+
+@torch._dynamo.assume_constant_result
+def _warn_once(maml: BoundModel, what: str, text: str) -> None:
+    if what not in maml._warned:
+        maml._warned.add(what)
+        warn(text)
 
 
 def _guard(maml: BoundModel) -> None:

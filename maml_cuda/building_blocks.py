@@ -29,11 +29,17 @@ class BuildingBlocks(BoundModel):
         Differentiable in `fast`. slot: the inner step whose per-step BatchNorm is read (after k steps: k - 1); None:
         the last one.
 
+        Where BatchNorm uses batch statistics, a task's queries share theirs: give all of them at once. One query by
+        itself is normalised by itself alone, at chance in general, and warns; with batch_norm="running" the predictions
+        on a query do not depend on the others.
+
         Raises:
             TypeError, ValueError: what the model returns cannot be put together; and as a call does.
         """
         slot = checks.slot(slot)
         binding, x = self._block(fast, x, None)
+        if isinstance(x, Tensor) and x.shape[1] == 1:
+            self._warn_of_single_queries()
         if not self._serves(binding, None, x):
             return general.predict(self.model, dict(fast), x, slot)
         own = binding.own(fast, len(x), slot)

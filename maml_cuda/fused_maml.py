@@ -70,7 +70,8 @@ class FusedMAML(TrustRegion):
         task_chunk: on a GPU, at most so many tasks at once, so that memory grows with them alone; None: all.
         check_labels: on a GPU, look at the labels before each call, which waits for the device. Otherwise a label out
             of range is a device-side assertion, raised at the next synchronization. The CPU always looks.
-        batch_norm: "transductive": BatchNorm as the modules' training flags say, batch statistics in train mode.
+        batch_norm: "transductive": BatchNorm as the modules' training flags say, batch statistics in train mode, so
+            that a task's queries are to be predicted together (`predict`).
             "per_step": as MAML++ has it, with parameters and statistics of their own for each inner step: the model's
             BatchNorm layers are replaced, in place, by PerStepBatchNorm layers of inner_steps slots (convert_per_step).
             "running": BatchNorm layers are held in eval mode, whatever train() says, and normalise by their running

@@ -668,8 +668,9 @@ def test_explain_is_a_table_of_all_leaves() -> None:
             nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.0), nn.Linear(12, CLASSES),
         ), RATE,
     )  # fmt: skip
-    head, columns, *rows = maml.explain().splitlines()
+    head, columns, *rows, foot = maml.explain().splitlines()
     assert head == "backend: cpu"
+    assert "of a shape that these layers are fused on" in foot
     assert columns.split() == ["module", "type", "served", "by"]
     expected = {
         "0.0": ("Conv2d", "conv2d"), "0.1": ("BatchNorm2d", "batch_norm"), "0.2": ("ReLU", "relu"),

@@ -401,7 +401,7 @@ def test_a_plan_takes_no_pytree() -> None:
     """A model that has one, called with something else, falls back in words; here the model itself refuses it."""
     maml = FusedMAML(nn.Linear(3, 2).double(), RATE)
     x, y = randn(TASKS, SUPPORT, 3), torch.randint(2, (TASKS, SUPPORT))
-    falls_back = pytest.warns(UserWarning, match="general path.*x_spt is a tuple; fused layers take one tensor")
+    falls_back = pytest.warns(UserWarning, match="general path.*x is a tuple; fused layers take one tensor")
     with falls_back, pytest.raises(TypeError, match="must be Tensor, not tuple"):
         maml((x,), y, (x,), y)
     with warnings.catch_warnings():
