@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _core, checks, data_checks, device, plan, reference, trees, unwatched
+from . import _core, checks, data_checks, device, plan, problems, proof, reference, targets, trees, unwatched
 from .batch_norm import PerStepBatchNorm
-from .problems import parsed
 from .rates import InnerRates, read_rates, tensors
 from .trees import Tree
 
@@ -29,7 +28,6 @@ class Binding:
             the options of FusedMAML that its kernels follow.
         names: the plan's parameters, and the buffers that it reads.
         log_std: of a model that returns (mean, log_std), in the plan beside each other: "shared" or "rows" (Plan).
-        unfit: by the signature of a call's samples, the sentence why no layer fits them, or "".
         on: the type of the model's device.
         places: of the parameters and learned rates in the flat gradient (unwatched.places).
         plain: whether its parameters are torch's own, no subclass that would want to see what is done with them.
@@ -54,7 +52,8 @@ class Binding:
         self.slots: list[int | None] = []  # of each of them, where it has a slot for each step
         self.served_by: dict[str, list[str]] = {}
         self.log_std = ""
-        self.unfit: dict[tuple, str] = {}
+        self._unfit: dict[tuple, str] = {}  # by the arguments of why_unfit
+        self._proven: set[tuple[tuple[int, ...], int, bool]] = set()  # sample, samples, second_order
         self.places: list[unwatched.Place] = []
         self._slots: list[tuple[dict[str, Any], str]] = []  # the plan's parameters and rate tensors
         self._has_gradient: list[bool] = []
@@ -130,6 +129,39 @@ class Binding:
         dtype = tensors[0].dtype
         return tensors[:count], [r if r.dtype == dtype else r.to(dtype) for r in tensors[count:]]
 
+    def as_returned(self, prediction: Tensor) -> Any:
+        """A prediction [tasks, n, ...] of the plan as the model returns it."""
+        if not self.log_std:
+            return prediction
+        mean, log_std = prediction.chunk(2, -1)
+        return mean, log_std if self.log_std == "rows" else log_std[:, 0]
+
+    def why_unfit(
+        self, sample: tuple[int, ...], n_support: int, n_query: int, dtype: torch.dtype, second_order: bool
+    ) -> str:
+        """The sentence why the plan does not serve such sets of samples, or nothing: no layer fits them, or the proof
+        on them has failed (proof.py; a set of no samples needs none).
+
+        Raises:
+            ValueError: they do not fit a layer of the model.
+        """
+        signature = sample, n_support, n_query, dtype, second_order
+        if signature not in self._unfit:
+            self._unfit[signature] = (
+                problems.why_not(self.text, tuple(sample), n_support, n_query, dtype)
+                or self._disproof(tuple(sample), n_support, second_order)
+                or self._disproof(tuple(sample), n_query, second_order=False)
+            )
+        return self._unfit[signature]
+
+    def _disproof(self, sample: tuple[int, ...], samples: int, second_order: bool) -> str:
+        if samples == 0 or not self._proven.isdisjoint({(sample, samples, True), (sample, samples, second_order)}):
+            return ""
+        why_not = proof.why_not(self._model, str(self._loss), _Results(self), sample, samples, second_order)
+        if not why_not:
+            self._proven.add((sample, samples, second_order))
+        return why_not
+
     def step_text(self) -> str:
         """The plan of one inner step at parameters that are each task's own, which `own` and `rates_at` cut for it."""
         if not self._step_text:
@@ -144,7 +176,7 @@ class Binding:
 
     def rates_at(self, step: int) -> list[Tensor]:
         """The rate tensors of one inner step; beyond the given ones the last repeats."""
-        per_step = [rate["steps"] for rate in parsed(self.text)["rate_tensors"]]
+        per_step = [rate["steps"] for rate in problems.parsed(self.text)["rate_tensors"]]
         rates = zip(self.tensors()[1], per_step, strict=True)
         return [r if steps == 1 else r[min(step, steps - 1)].contiguous() for r, steps in rates]
 
@@ -264,6 +296,42 @@ class Binding:
             owner = self._inner_lr.get_submodule(path)
             return (owner._parameters if isinstance(rate, nn.Parameter) else owner._buffers), key
         return {"inner_lr": rate}, "inner_lr"
+
+
+class _Results:
+    """What the plan computes, for its proof: on the CPU, whatever runs it later."""
+
+    def __init__(self, binding: Binding) -> None:
+        self._binding = binding
+        self._trainable = [name for name, p in binding._model.named_parameters() if p.requires_grad]
+        plan = problems.parsed(binding.text)
+        self._text = json.dumps({key: plan[key] for key in ("nodes", "parameters", "rate_tensors", "loss")})
+
+    def predict(self, fast: Mapping[str, Tensor], x: Tensor) -> Any:
+        prediction = torch.ops.maml_cuda.predict_forward(self._own(fast), x, self._text)
+        return self._binding.as_returned(prediction)
+
+    def loss_and_grad(
+        self, fast: Mapping[str, Tensor], x: Tensor, y: targets.Target
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, grads = torch.ops.maml_cuda.loss_and_grad(self._own(fast), x, targets.tensors(y), self._text)
+        return losses, self._whole(grads, fast)
+
+    def hvp(
+        self, fast: Mapping[str, Tensor], x: Tensor, y: targets.Target, v: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        at_rest = {name: torch.zeros_like(t) for name, t in fast.items()}
+        directions = self._own({**at_rest, **v})
+        products = torch.ops.maml_cuda.hvp(self._own(fast), x, targets.tensors(y), directions, self._text)
+        return self._whole(products, fast)
+
+    def _own(self, given: Mapping[str, Tensor]) -> list[Tensor]:
+        return self._binding.own(given, 1, 0)
+
+    def _whole(self, parts: list[Tensor], fast: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        like = {name: fast[name] for name in self._trainable}
+        found = self._binding.whole(parts, like, 0)
+        return {name: found.get(name, torch.zeros_like(t)) for name, t in like.items()}
 
 
 def _has_no_rate(inner_lr: float | Tensor | InnerRates) -> bool:

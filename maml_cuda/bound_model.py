@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import index
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from .targets import Target
 from .trees import Tree
 from .warn import warn
 
+KEPT_BINDINGS = 4  # train and eval mode, each with and without batch statistics
+
 
 class BoundModel(nn.Module):
     """Binds its model (binding.py) when it is made and again whenever something changes that the plan depends on; falls
     back, in words and once, to the general path where no fused layer serves.
 
-    A subclass sets what a Binding is made of before it calls `_bind`.
+    A subclass sets what a Binding is made of before it calls `_rebind`.
     """
 
     model: nn.Module
@@ -31,7 +34,9 @@ class BoundModel(nn.Module):
     _wanted_backend: str
     _on_device: dict[str, Any]
     _recompute: bool
+    first_order: bool
     _bound: Binding | None
+    _bindings: list[Binding]  # the last ones, the newest first
     _warned: set[str]
 
     @property
@@ -74,7 +79,7 @@ class BoundModel(nn.Module):
         return "\n".join([head, *table, *(foot if fused and x is None else [])])
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_bound": None}  # a copy binds itself
+        return {**self.__dict__, "_bound": None, "_bindings": []}  # a copy binds itself
 
     def _binding(self) -> Binding:
         """What runs now: bound again where the model's modules, flags, options or hooks have changed."""
@@ -85,8 +90,18 @@ class BoundModel(nn.Module):
             return self._bound
         model: Any = self._modules["model"]  # what self.model finds after a search that ends in an exception
         if self._bound is None or not self._bound.holds(model, self.loss, self.inner_lr, self.inner_steps):
-            self._bound = self._bind()
+            self._bound = self._rebind()
         return self._bound
+
+    def _rebind(self) -> Binding:
+        """A binding for what has changed: one of before where everything is again as it was (`train()` after `eval()`),
+        since a new one is proven anew."""
+        for binding in self._bindings:
+            if binding.holds(self.model, self.loss, self.inner_lr, self.inner_steps):
+                return binding
+        binding = self._bind()
+        self._bindings = [binding, *self._bindings[: KEPT_BINDINGS - 1]]
+        return binding
 
     def _bind(self) -> Binding:
         checks.steps(self.inner_steps, "inner_steps")
@@ -144,24 +159,28 @@ class BoundModel(nn.Module):
         parameters = dict(self.model.named_parameters())
         return read_rates(self.inner_lr, {n: parameters[n].shape for n in self._adapted()}, self.inner_steps)
 
-    def _serves(self, binding: Binding, x_spt: Tree | None, x_qry: Tree | None) -> bool:
-        """Whether fused layers serve samples like those of the sets (None: there is no such set); falls back, in words,
-        where none does.
+    def _serves(
+        self, binding: Binding, x_spt: Tree | None, x_qry: Tree | None, second_order: bool | None = None
+    ) -> bool:
+        """Whether fused layers serve samples like those of the sets (None: there is no such set), and are proven on
+        them; falls back, in words, where not.
+
+        second_order: whether Hessian-vector products on the support set are asked for; None: as first_order says.
 
         Raises:
             ValueError: a sample shape that does not fit the model itself.
         """
         if not binding.text:
             return False
-        why_not = self._unfit(binding, x_spt, x_qry)
+        why_not = self._unfit(binding, x_spt, x_qry, second_order)
         if why_not:
             self._fall_back(why_not)
         if not torch.compiler.is_compiling():
             binding.why_not = why_not
         return not why_not
 
-    def _unfit(self, binding: Binding, x_spt: Tree | None, x_qry: Tree | None) -> str:
-        """The sentence why no fused layer serves such sets, or nothing."""
+    def _unfit(self, binding: Binding, x_spt: Tree | None, x_qry: Tree | None, second_order: bool | None = None) -> str:
+        """The sentence why fused layers do not serve such sets, or nothing."""
         x, *others = sets = [x for x in (x_spt, x_qry) if x is not None]
         for each in sets:
             if not isinstance(each, Tensor):
@@ -170,15 +189,12 @@ class BoundModel(nn.Module):
             self._fit_alone(binding, x, others[0])
             got = f"{list(x.shape[2:])} and {list(others[0].shape[2:])}"
             return f"support and query samples are of shape {got}; fused layers take one for both"
+        sample = tuple(map(index, x.shape[2:]))  # numbers, also where a compiler has symbols
+        n_support, n_query = (0 if x is None else index(x.shape[1]) for x in (x_spt, x_qry))
+        second_order = not self.first_order if second_order is None else second_order
         if torch.compiler.is_compiling():
-            return ""
-        n_support, n_query = (0 if x is None else x.shape[1] for x in (x_spt, x_qry))
-        signature = (x.shape[2:], n_support, n_query, x.dtype)
-        why_not = binding.unfit.get(signature)
-        if why_not is None:
-            why_not = problems.why_not(binding.text, tuple(x.shape[2:]), n_support, n_query, x.dtype)
-            binding.unfit[signature] = why_not
-        return why_not
+            return _unfit_now(self, sample, n_support, n_query, x.dtype, second_order)
+        return binding.why_unfit(sample, n_support, n_query, x.dtype, second_order)
 
     def _fit_alone(self, binding: Binding, x_spt: Tensor, x_qry: Tensor) -> None:
         """Raises ValueError where samples of one of the shapes do not fit the model itself."""
@@ -226,5 +242,12 @@ def _guard(maml: BoundModel) -> None:
 def _bind_now(maml: BoundModel) -> bool:
     """Binds while a compiler traces: what it has bound is a constant of the compiled program."""
     if maml._bound is None or not maml._bound.holds(maml.model, maml.loss, maml.inner_lr, maml.inner_steps):
-        maml._bound = maml._bind()
+        maml._bound = maml._rebind()
     return True
+
+
+@torch._dynamo.assume_constant_result
+def _unfit_now(maml: BoundModel, *signature: Any) -> str:
+    """Binding.why_unfit while a compiler traces, which has guarded the sizes."""
+    assert maml._bound is not None
+    return maml._bound.why_unfit(*signature)

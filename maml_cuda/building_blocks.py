@@ -44,8 +44,8 @@ class BuildingBlocks(BoundModel):
             return general.predict(self.model, dict(fast), x, slot)
         own = binding.own(fast, len(x), slot)
         if torch.is_grad_enabled() and any(t.requires_grad for t in own):
-            return as_returned(binding, torch.ops.maml_cuda.predict(own, x, binding.text))
-        return as_returned(binding, torch.ops.maml_cuda.predict_forward(own, x, binding.text))
+            return binding.as_returned(torch.ops.maml_cuda.predict(own, x, binding.text))
+        return binding.as_returned(torch.ops.maml_cuda.predict_forward(own, x, binding.text))
 
     def loss_and_grad(
         self, fast: Mapping[str, Tensor], x: Tree, y: Target, *, slot: int | None = None
@@ -84,7 +84,7 @@ class BuildingBlocks(BoundModel):
         binding, x = self._block(fast, x, y)
         data_checks.fast(dict(self.model.named_parameters()), v, trees.tasks(x), "v", all_names=False)
         names = self._trainable()
-        if not self._serves(binding, x, None):
+        if not self._serves(binding, x, None, second_order=True):
             return general.hvp(self.model, self.loss, dict(fast), names, x, y, dict(v), slot)
         self._look_at_labels(binding, x, y=y)
         at = [t.detach() for t in binding.own(fast, len(x), slot)]
@@ -106,11 +106,3 @@ class BuildingBlocks(BoundModel):
     def _trainable_of(self, found: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By name, for every trainable parameter: zeros for one that the prediction does not depend on."""
         return {n: found[n] if n in found else torch.zeros_like(like[n]) for n in self._trainable()}
-
-
-def as_returned(binding: Binding, prediction: Tensor) -> Any:
-    """A prediction [tasks, n, ...] of the plan as the model returns it."""
-    if not binding.log_std:
-        return prediction
-    mean, log_std = prediction.chunk(2, -1)
-    return mean, log_std if binding.log_std == "rows" else log_std[:, 0]

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from . import batch_norm as norms
 from . import checks, data_checks, general, problems, reference, targets, trees, unwatched
 from .binding import Binding
-from .building_blocks import as_returned
 from .policies import mean_of
 from .rates import hold, read_rates, tensors
 from .targets import Target
@@ -131,6 +130,7 @@ class FusedMAML(TrustRegion):
         self._adapt_params = adapt_params
         self._wanted_backend = backend
         self._warned = set()
+        self._bindings = []
         self._collects = False
         with norms.put_back(model):
             if batch_norm == "per_step":
@@ -138,7 +138,7 @@ class FusedMAML(TrustRegion):
             self.model = model
             self.query_weights = weights
             hold(self, inner_lr)
-            self._bound = self._bind()
+            self._bound = self._rebind()
 
     @property
     def query_weights(self) -> tuple[float, ...] | None:
@@ -171,9 +171,9 @@ class FusedMAML(TrustRegion):
         if self.batch_norm == "running" and not self._collects:
             norms.hold_statistics(self.model)
 
-    def _bind(self) -> Binding:
+    def _rebind(self) -> Binding:
         self._hold_statistics()  # which model.train() has set free
-        return super()._bind()
+        return super()._rebind()
 
     def memory_estimate(self, x_spt: Tensor, x_qry: Tensor) -> int:
         """Bytes of workspace that a meta-step on such data takes, beside its arguments and results; on a CPU, with as
@@ -394,7 +394,7 @@ class FusedMAML(TrustRegion):
             binding.problems[key] = problems.meta_problem(
                 binding.text, x_spt, x_qry, self.inner_steps, self.first_order, gradient
             )
-        out = MetaOutput(loss, task_losses, mean_of(as_returned(binding, logits)), support_losses)
+        out = MetaOutput(loss, task_losses, mean_of(binding.as_returned(logits)), support_losses)
         if not gradient:
             return out, None, [], None
         return out, flat, binding.with_gradient(parameters + rates), places

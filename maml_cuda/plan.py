@@ -44,9 +44,7 @@ class _Reader(Layers):
                 if not seen_input:
                     values[node] = self.values[0]
                     seen_input = True
-                elif node.args:
-                    values[node] = node.args[0]
-                else:
+                elif not node.args and not str(node.target).startswith("*"):
                     raise Unfusable(f"the model's forward takes more than one argument ({node.target})")
                 continue
             if node.op == "get_attr":

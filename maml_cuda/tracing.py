@@ -6,6 +6,7 @@ not see gradients being switched off: each of these is looked for here.
 
 from __future__ import annotations
 
+import inspect
 import operator
 import threading
 from collections.abc import Callable, Container
@@ -21,6 +22,9 @@ from .side_effects import Held, Unfusable, Watch, described
 _ONE_AT_A_TIME = threading.Lock()  # torch.fx patches nn.Module itself while it traces
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+_ABSENT: dict[Any, Any] = {inspect.Parameter.VAR_POSITIONAL: (), inspect.Parameter.VAR_KEYWORD: {}}
 
 
 class _Proxy(torch.fx.Proxy):
@@ -62,6 +66,16 @@ class _Tracer(torch.fx.Tracer):
         return type(m) in self.leaves or (
             m.__module__.startswith("torch.nn") and not isinstance(m, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
         )
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """A proxy for x alone: the other arguments are what they are in model(x), so that their branches are too."""
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for i, p in enumerate(inspect.signature(root_fn).parameters.values()):
+            if i > 1 and p.kind in _ABSENT:
+                args[i] = _ABSENT[p.kind]
+            elif i > 1 and p.default is not p.empty:
+                args[i] = p.default
+        return function, args
 
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
         return _Proxy(node, self)
