@@ -29,6 +29,7 @@ class Binding:
         names: the plan's parameters, and the buffers that it reads.
         log_std: of a model that returns (mean, log_std), in the plan beside each other: "shared" or "rows" (Plan).
         on: the type of the model's device.
+        dtypes: of the model's floating-point parameters, frozen ones included; of complex ones those of their parts.
         places: of the parameters and learned rates in the flat gradient (unwatched.places).
         plain: whether its parameters are torch's own, no subclass that would want to see what is done with them.
         problems: of meta-steps whose arguments have passed every check, by their signature (unwatched.signature).
@@ -65,8 +66,12 @@ class Binding:
         self._loss = loss
         self._inner_steps = inner_steps
         self._first: tuple[dict[str, Any], str] = next(
-            (m._parameters, key) for m in model.modules() for key, p in m._parameters.items() if p is not None
+            (m._parameters, key)
+            for m in model.modules()
+            for key, p in m._parameters.items()
+            if p is not None and p.requires_grad
         )
+        self.dtypes = {p.dtype.to_real() for p in model.parameters() if p.is_floating_point() or p.is_complex()}
         checks.rates(tensors(inner_lr), self.like())
         if fused:
             try:
@@ -110,15 +115,16 @@ class Binding:
         return _core.same_attributes(self._tensors, _WATCHED, self._attributes)
 
     def like(self) -> Tensor:
-        """A parameter of the model, for its dtype and device."""
+        """A trainable parameter of the model, for its dtype and device; the real part of a complex one."""
         owner, key = self._first
         like: Tensor = owner[key]
-        return like
+        return like.real if like.is_complex() else like
 
     def in_its_dtype(self, x: Tree) -> Tree:
-        """x as it is read inside autocast, whose own dtype does not count: in the model's."""
+        """x as it is read inside autocast, whose own dtype does not count: in the model's, or in another one that it
+        has."""
         dtype = self.like().dtype
-        return trees.mapped(lambda t: t.to(dtype) if t.is_floating_point() else t, x)
+        return trees.mapped(lambda t: t.to(dtype) if t.is_floating_point() and t.dtype not in self.dtypes else t, x)
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         """The plan's parameters, and its rate tensors in the model's dtype."""

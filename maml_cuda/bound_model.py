@@ -208,7 +208,7 @@ class BoundModel(nn.Module):
         """x with its target y, checked, and inside autocast in the model's own dtype."""
         if torch.is_autocast_enabled(binding.on):
             x = binding.in_its_dtype(x)
-        data_checks.data(x_name, x, y_name, y, binding.like(), self.loss, bool(binding.text))
+        data_checks.data(x_name, x, y_name, y, binding.like(), binding.dtypes, self.loss, bool(binding.text))
         return x
 
     def _look_at_labels(self, binding: Binding, x: Tensor, **given: Target) -> None:

@@ -166,12 +166,14 @@ def steps(value: Any, what: str) -> None:
 
 
 def one_dtype_and_device(parameters: Iterable[Tensor]) -> None:
-    """All parameters on one device and of one dtype."""
-    kinds = {(p.dtype, p.device) for p in parameters}
-    if len(kinds) > 1:
+    """All parameters on one device, and the trainable ones of one dtype; complex ones count by that of their parts."""
+    parameters = list(parameters)
+    devices = {p.device for p in parameters}
+    trainable = [p for p in parameters if p.requires_grad]
+    if len(devices) > 1 or len({p.dtype.to_real() for p in trainable}) > 1:
         raise ValueError(
-            "the model's parameters must have one dtype and stand on one device, got "
-            + ", ".join(sorted(f"{d} on {v}" for d, v in kinds))
+            "the model's trainable parameters must have one dtype, and all must stand on one device, got "
+            + ", ".join(sorted({f"{p.dtype} on {p.device}" for p in (trainable if len(devices) == 1 else parameters)}))
         )
 
 

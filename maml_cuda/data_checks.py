@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,22 +15,32 @@ from .trees import Tree
 OF_CLASSES = ("cross_entropy", "categorical_policy_gradient")  # whose targets are classes in [0, C)
 
 
-def data(x_name: str, x: Tree, y_name: str | None, y: Any, like: Tensor, loss: str | Callable, fused: bool) -> None:
-    """One set, for a model whose parameters are like `like`: x [tasks, samples, ...] or a pytree of tensors
-    [tasks, ...], and its y. fused: a plan is there, which takes samples of at least one axis; it takes no pytree."""
+def data(
+    x_name: str, x: Tree, y_name: str | None, y: Any, like: Tensor, dtypes: Collection[torch.dtype],
+    loss: str | Callable, fused: bool,
+) -> None:  # fmt: skip
+    """One set, for a model whose trainable parameters are like `like`, and all of them of `dtypes`: x
+    [tasks, samples, ...] or a pytree of tensors [tasks, ...], and its y. fused: a plan is there, which takes samples of
+    at least one axis, in the dtype of `like`; it takes no pytree."""
     fused = fused and isinstance(x, Tensor)
+    dtypes = {like.dtype} if fused else dtypes
     leaves = _leaves(x_name, x)
     if isinstance(x, Tensor):
         _has_axes(x_name, x, y_name, y, fused)
     for name, leaf in leaves:
         if leaf.device != like.device:
             raise ValueError(f"{name} must be on the model's device {like.device}, got {leaf.device}")
-        if leaf.dtype != like.dtype and (fused or leaf.is_floating_point()):
-            raise TypeError(f"{name} must have the model's dtype {like.dtype}, got {leaf.dtype}")
+        dtype = leaf.dtype if fused else leaf.dtype.to_real()
+        if dtype not in dtypes and (fused or dtype.is_floating_point):
+            raise _of_another_dtype(name, leaf, dtypes)
         if fused:
             _constant(name, leaf, fused)
     if y_name is not None:
-        _fits(y_name, y, x_name, x, like, loss, fused)
+        _fits(y_name, y, x_name, x, like, dtypes, loss, fused)
+
+
+def _of_another_dtype(name: str, t: Tensor, dtypes: Collection[torch.dtype]) -> TypeError:
+    return TypeError(f"{name} must have the model's dtype {' or '.join(sorted(map(str, dtypes)))}, got {t.dtype}")
 
 
 def one_tensor(x_name: str, x: Any, what: str) -> None:
@@ -79,7 +89,10 @@ def lacks_axis(x_name: str, x: Tensor, why: str = "") -> ValueError:
     )
 
 
-def _fits(y_name: str, y: Any, x_name: str, x: Tree, like: Tensor, loss: str | Callable, fused: bool) -> None:
+def _fits(
+    y_name: str, y: Any, x_name: str, x: Tree, like: Tensor, dtypes: Collection[torch.dtype], loss: str | Callable,
+    fused: bool,
+) -> None:  # fmt: skip
     """The target is what the loss takes, for these x."""
     if loss in POLICY_LOSSES:
         if not isinstance(y, PolicyTarget):
@@ -98,8 +111,8 @@ def _fits(y_name: str, y: Any, x_name: str, x: Tree, like: Tensor, loss: str | C
         if y.dim() != 2:
             raise ValueError(f"{y_name} must have shape [tasks, samples], got {list(y.shape)}")
     elif loss == "mse":
-        if y.dtype != like.dtype:
-            raise TypeError(f"{y_name} must have the model's dtype {like.dtype}, got {y.dtype}")
+        if y.dtype not in dtypes:
+            raise _of_another_dtype(y_name, y, dtypes)
         _constant(y_name, y, fused)
 
 
@@ -259,6 +272,8 @@ def prediction(loss: str, value: Any) -> None:
             f"the model must return one tensor for {loss}, got {_described(value)}; (mean, log_std) goes with "
             "gaussian_policy_gradient"
         )
+    elif value.is_complex():
+        raise TypeError(f"the model must return real numbers for {loss}, got {value.dtype}")
     elif loss in OF_CLASSES and value.dim() != 2:
         raise ValueError(f"the model must return logits [n, classes] for {loss}, got {list(value.shape)}")
 

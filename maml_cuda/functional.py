@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,6 +90,11 @@ class Functional:
                 registry[key] = p
             for m, key, b in self._buffers:
                 m._buffers[key] = b
+
+
+def precision(parameters: Iterable[Tensor]) -> torch.dtype:
+    """The dtype in which a model counts: that of its trainable parameters, of complex ones that of their parts."""
+    return min(parameters, key=lambda p: not p.requires_grad).dtype.to_real()
 
 
 def detached(tree: Any) -> Any:

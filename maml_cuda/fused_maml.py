@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import batch_norm as norms
 from . import checks, data_checks, general, problems, reference, targets, trees, unwatched
 from .binding import Binding
+from .functional import precision
 from .policies import mean_of
 from .rates import hold, read_rates, tensors
 from .targets import Target
@@ -148,10 +149,10 @@ class FusedMAML(TrustRegion):
     @query_weights.setter
     def query_weights(self, value: Tensor | Sequence[float] | None) -> None:
         weights = checks.query_weights(value, self.inner_steps)
-        like = next(self.model.parameters())
+        parameters = list(self.model.parameters())
         self._query_weights = weights
         self._query_steps = [k for k, w in enumerate(weights or ()) if w]
-        self._query_tensor = torch.tensor(weights or (), dtype=like.dtype, device=like.device)
+        self._query_tensor = torch.tensor(weights or (), dtype=precision(parameters), device=parameters[0].device)
 
     def _queries(self, like: Tensor) -> tuple[Tensor | None, list[int]]:
         """The weights of the query losses as the ops take them: a tensor, and which of them are not zero."""
@@ -371,7 +372,7 @@ class FusedMAML(TrustRegion):
                 self.model, self.loss, self._rates(), list(self.parameters()), x_spt, y_spt, x_qry, y_qry,
                 self.inner_steps, self.first_order, task_weights, self.query_weights,
             )  # fmt: skip
-            flat = torch.cat([g.reshape(-1) for _, g in reached]) if reached else None
+            flat = problems.joined([g for _, g in reached]) if reached else None
             logits: Any = mean_of(predictions) if isinstance(self.loss, str) else predictions  # type: ignore[arg-type]
             return MetaOutput(loss, task_losses, logits, support_losses), flat, [t for t, _ in reached], None
         self._look_at_labels(binding, x_spt, y_spt=y_spt, y_qry=y_qry)

@@ -59,10 +59,14 @@ def gradcheck(
     """
     checks.tolerance(tolerance, "tolerance")
     checks.tolerance(finite_difference_tolerance, "finite_difference_tolerance")
-    maml = copy.deepcopy(maml).double()
+    maml = copy.deepcopy(maml)._apply(_in_double)
     x_spt, y_spt, x_qry, y_qry = data = trees.mapped(_in_double, (x_spt, y_spt, x_qry, y_qry))
+    buffers = [b.clone() for b in maml.buffers()]
     maml.zero_grad()
     maml(*data).loss.backward()
+    for b, before in zip(maml.buffers(), buffers, strict=True):
+        if not torch.equal(b, before):
+            b.copy_(before)  # every call here is to be of the same function
     rate = maml.inner_lr
     _, truth = reference.meta_gradient(
         maml.model, maml.loss, x_spt, y_spt, x_qry, y_qry, rate, maml.inner_steps, maml.first_order, maml._adapt_params,
@@ -87,7 +91,7 @@ def gradcheck(
                 _finite_difference_error(maml, data, p, got, direction) / scale
                 for direction in (
                     got,
-                    torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device),
+                    torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device),
                 )
             )
         table.append(GradcheckRow(name, got.norm().item(), (got - expected).norm().item() / scale, difference))
@@ -101,7 +105,7 @@ def gradcheck(
 
 
 def _in_double(t: Tensor) -> Tensor:
-    return t.double() if t.is_floating_point() else t
+    return t.to(torch.complex128) if t.is_complex() else t.double() if t.is_floating_point() else t
 
 
 def _finite_difference_error(
@@ -119,4 +123,4 @@ def _finite_difference_error(
         p -= 2 * step * unit
         down = maml(*data).loss
         p += step * unit
-    return abs(((up - down) / (2 * step) - (grad * unit).sum()).item())
+    return abs(((up - down) / (2 * step) - (grad.conj() * unit).real.sum()).item())

@@ -59,4 +59,6 @@ def value_of(loss: Callable[..., Any], prediction: Any, target: Any) -> Tensor:
             f"the loss must return a 0-d tensor, got one of shape {list(value.shape)}: losses are means over samples, "
             "as value.mean() is"
         )
+    if not value.is_floating_point():
+        raise TypeError(f"the loss must return a real number in floating point, got {value.dtype}")
     return value

@@ -159,7 +159,15 @@ def dense(tensors: list[Tensor]) -> list[Tensor]:
     return [t if t.is_contiguous() else t.contiguous() for t in tensors]
 
 
+def joined(tensors: list[Tensor]) -> Tensor:
+    """One flat tensor of them all; of complex numbers both parts."""
+    return torch.cat([(torch.view_as_real(t) if t.is_complex() else t).reshape(-1) for t in tensors])
+
+
 def cut(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
     """`flat` as tensors shaped as `like`."""
-    parts = flat.split([math.prod(t.shape) for t in like])
-    return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
+    parts = flat.split([math.prod(t.shape) * (2 if t.is_complex() else 1) for t in like])
+    return [
+        torch.complex(*part.view(*t.shape, 2).unbind(-1)) if t.is_complex() else part.view(t.shape)
+        for part, t in zip(parts, like, strict=True)
+    ]

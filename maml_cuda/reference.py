@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import policies, trees
 from .batch_norm import at_step, stepwise_names
-from .functional import Functional, detached, differentiable_twice
+from .functional import Functional, detached, differentiable_twice, precision
 from .losses import Loss, loss_function, value_of
 from .rates import InnerRates, Rate, read_rates
 from .targets import Target
@@ -78,7 +78,7 @@ def inner_loop(
                     raise unreached([name])
                 step_size = rate.at(step)
                 if isinstance(step_size, Tensor):
-                    step_size = step_size.to(g.dtype)
+                    step_size = step_size.to(g.dtype.to_real())
                 if not second_order:
                     g = g.detach()
                 if not differentiable:
@@ -174,7 +174,7 @@ def meta_step(
     # A learned rate that no step uses (steps = 0) has a gradient: zero.
     of_rates = {id(rate.value) for rate in rates.values()}
     gradients: list[Tensor | None] = [torch.zeros_like(t) if id(t) in of_rates else None for t in wanted]
-    dtype = next(model.module.parameters()).dtype
+    dtype = precision(model.module.parameters())
     twins = {id(t): t.detach().to(dtype if id(t) in of_rates else t.dtype).requires_grad_() for t in wanted}
 
     def twin(t: Tensor) -> Tensor:
@@ -270,11 +270,8 @@ def hvp(
     for t in range(trees.tasks(x)):
         _, grads, at = _gradient(model, loss, fast, names, x, y, t, create_graph=True)
         with torch.enable_grad():
-            along = sum(
-                ((g * v[n][t].detach()).sum() for n, g in zip(names, grads, strict=True) if n in v),
-                start=grads[0].new_zeros(()),
-            )
-        if along.requires_grad:
+            along = _along(names, grads, {n: d[t] for n, d in v.items()})
+        if isinstance(along, Tensor) and along.requires_grad:
             result: tuple[Tensor | None, ...] = torch.autograd.grad(along, [at[n] for n in names], allow_unused=True)
         else:
             result = (None,) * len(names)
@@ -312,13 +309,20 @@ def fisher_vector_product(
             old = detached(policy)
             divergence = (weights[t] * policies.kl_divergence(old, policy)).sum()
             first = torch.autograd.grad(divergence, at, create_graph=True, allow_unused=True)
-            along = sum((g * v[n].detach()).sum() for n, g in zip(names, first, strict=True) if g is not None)
+            along = _along(names, first, v)
         if not isinstance(along, Tensor) or not along.requires_grad:
             continue  # the policy does not depend on them
         for so_far, g in zip(total, torch.autograd.grad(along, at, allow_unused=True), strict=True):
             if g is not None:
                 so_far += g / trees.tasks(x_spt)
     return dict(zip(names, total, strict=True))
+
+
+def _along(names: list[str], gradient: Sequence[Tensor | None], v: Mapping[str, Tensor]) -> Tensor | int:
+    """The derivative in the direction v, whose gradient is the Hessian's product with v: of complex numbers by both
+    parts, as torch's gradients are."""
+    pairs = ((g, v[n].detach()) for n, g in zip(names, gradient, strict=True) if g is not None and n in v)
+    return sum((g.conj() * d).real.sum() for g, d in pairs)
 
 
 def _gradient(
