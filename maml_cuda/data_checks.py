@@ -50,6 +50,8 @@ def one_tensor(x_name: str, x: Any, what: str) -> None:
 
 def _leaves(name: str, tree: Tree) -> list[tuple[str, Tensor]]:
     """The tensors of a pytree by name, all of them of as many tasks; beside them it may hold None."""
+    if isinstance(tree, Tensor):
+        return [(name, tree)]
     leaves = trees.named_leaves(name, tree)
     found = [(where, leaf) for where, leaf in leaves if isinstance(leaf, Tensor)]
     if not found:
@@ -57,8 +59,6 @@ def _leaves(name: str, tree: Tree) -> list[tuple[str, Tensor]]:
     for where, leaf in leaves:
         if leaf is not None and not isinstance(leaf, Tensor):
             raise TypeError(f"{where} must be a tensor [tasks, ...], got {type(leaf).__name__}")
-    if isinstance(tree, Tensor):
-        return found
     first, like = found[0]
     for where, leaf in found:
         if leaf.dim() == 0:

@@ -7,6 +7,7 @@ every leaf.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ def mapped(f: Callable[[Tensor], Any], tree: Tree) -> Tree:
 
 
 def tensors(tree: Tree) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return (
+        [tree] if isinstance(tree, Tensor) else [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    )
 
 
 def named_leaves(name: str, tree: Tree) -> list[tuple[str, Any]]:
@@ -39,7 +42,7 @@ def named_leaves(name: str, tree: Tree) -> list[tuple[str, Any]]:
 
 
 def tasks(tree: Tree) -> int:
-    return len(tree if isinstance(tree, Tensor) else tensors(tree)[0])
+    return len(tensors(tree)[0])
 
 
 def of_task(tree: Tree, task: int) -> Tree:
@@ -94,9 +97,9 @@ def _combined_leaf(name: str, f: Callable[[list[Tensor]], Tensor], row: list[Any
         }
         return type(first)(**combined, validate_args=first._validate_args)
     if not isinstance(first, _CONSTANTS):
-        raise TypeError(
-            f"{name} must be a tensor, or a tuple, list or dict of tensors (any pytree), got {type(first).__name__}"
-        )
+        how = "; torch.export.register_dataclass makes it a pytree" if is_dataclass(first) else ""
+        got = f"{type(first).__name__}{how}"
+        raise TypeError(f"{name} must be a tensor, or a tuple, list or dict of tensors (any pytree), got {got}")
     for task, leaf in enumerate(row):
         if leaf != first:
             raise ValueError(f"{name} must be the same in all tasks, got {first!r} and, in task {task}, {leaf!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
@@ -173,9 +174,9 @@ def test_predictions_are_differentiable_leaf_by_leaf(case: str) -> None:
     assert_close(*results, 1e-10)
 
 
+@dataclass
 class Opaque:
-    def __init__(self, out: Tensor) -> None:
-        self.out = out
+    out: Tensor
 
 
 UNLIKE: dict[str, tuple[Callable, Callable, type[Exception], str]] = {
@@ -186,7 +187,7 @@ UNLIKE: dict[str, tuple[Callable, Callable, type[Exception], str]] = {
     ),
     "an object": (
         lambda m, x: (Opaque(m.h(x)),), lambda p, y: squared(p[0].out, y), TypeError,
-        r"the model's output\[0\] must be a tensor, .*got Opaque",
+        r"the model's output\[0\] must be a tensor, .*got Opaque; torch.export.register_dataclass makes",
     ),
     "numbers that differ": (
         lambda m, x: {"out": m.h(x), "n": int((x > 0).sum())}, lambda p, y: squared(p["out"], y), ValueError,
@@ -267,7 +268,7 @@ def test_features_are_not_taken_for_samples(features: int, backend: str) -> None
     """Without the axis of tasks a set of samples looks like tasks of numbers, and a Linear takes each for a sample."""
     maml = FusedMAML(Net(lambda m, x: m.h(x)[..., :1].expand(x.shape), features), RATE, loss=squared, backend=backend)
     x = randn(8, features)
-    fast = {n: p.expand(8, *p.shape) for n, p in maml.model.named_parameters()}
+    fast = {n: p.detach().expand(8, *p.shape) for n, p in maml.model.named_parameters()}
     calls = (
         lambda: maml(x, x, x, x),
         lambda: maml.adapt(x, x),
@@ -395,6 +396,15 @@ def test_x_that_requires_grad() -> None:
         losses.append(F.cross_entropy(torch.func.functional_call(maml.model, phi, own[1]), data[3][t]))
     (expected,) = torch.autograd.grad(torch.stack(losses).mean(), data[0]["nodes"])
     assert_close({"nodes": got}, {"nodes": expected}, 1e-10)
+
+
+def test_running_statistics_of_pytrees() -> None:
+    model = nn.BatchNorm1d(3).double()
+    maml = FusedMAML(Net(lambda m, x: m.h(model(x["x"]))), RATE, 0, loss="mse", backend="reference")
+    maml.model.norm = model
+    x_spt, y_spt, x_qry, _ = episode()
+    maml.update_statistics({"x": x_spt}, y_spt, {"x": x_qry})
+    torch.testing.assert_close(model.running_mean, 0.1 * x_qry.mean((0, 1)))
 
 
 def test_a_plan_takes_no_pytree() -> None:

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from maml_cuda import FusedMAML, gradcheck
 
-pytestmark = pytest.mark.usefixtures("machine")
-
 GENERAL = "ignore:maml_cuda runs this model on the general path:UserWarning"
 
 
@@ -79,6 +77,7 @@ def test_a_warning_of_the_constructor_points_at_the_line_of_the_user(model: nn.M
 # -- explain -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("machine")
 def test_explain_answers_for_samples_beforehand() -> None:
     maml = FusedMAML(net(), 0.1, loss="mse")
     fits = torch.randn(2, 5, 4)
@@ -100,12 +99,14 @@ def test_explain_answers_for_samples_beforehand() -> None:
     assert "linear" in maml.explain(fits)
 
 
+@pytest.mark.usefixtures("machine")
 def test_explain_of_what_runs_by_name() -> None:
     x = series()[0]
     assert "is fused on features" in FusedMAML(net(), 0.1, backend="fused").explain(x)
     assert FusedMAML(net(), 0.1, backend="reference").explain(x).startswith("backend: reference\n")
 
 
+@pytest.mark.usefixtures("machine")
 def test_explain_refuses_what_a_call_refuses() -> None:
     maml = FusedMAML(net(), 0.1, loss="mse")
     with pytest.raises(ValueError, match=r"0 \(Linear\) expects 4 features, got samples of shape \[3\]"):
@@ -148,6 +149,7 @@ def normed() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3))
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("backend", ["fused", "reference"])
 @pytest.mark.parametrize("batch_norm", ["transductive", "per_step"])
 def test_one_query_under_batch_statistics_warns_once(batch_norm: str, backend: str) -> None:
@@ -164,6 +166,7 @@ def test_one_query_under_batch_statistics_warns_once(batch_norm: str, backend: s
     assert not torch.allclose(one, together[:, :1], rtol=0.01)
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("backend", ["fused", "reference"])
 def test_one_query_under_running_statistics_is_like_any_other(backend: str) -> None:
     model = normed()

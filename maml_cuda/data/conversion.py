@@ -22,7 +22,6 @@ import json
 import math
 import os
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from maml_cuda.data.splits import SPLITS
+from maml_cuda.warn import warn
 
 FORMAT = 1
 HEADER = 128  # bytes of the .npy header, which is written last, when the number of images is known
@@ -77,7 +77,7 @@ def converted(layout: str, folder: Path, source: Source, cache: Path | None = No
     if old is not None and old["signature"] == signature:
         return old
     if source.skipped:
-        warnings.warn(_skipped(folder, source.skipped), stacklevel=4)  # the caller of images.folder
+        warn(_skipped(folder, source.skipped))
     sha256 = _checksum(folder, source)
     with _whole(images) as file:
         content = _write(file, source)
