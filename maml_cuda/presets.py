@@ -8,6 +8,8 @@ fine-tuning is the job's (benchmarks/paper/cells.py has what validated best).
 
 from typing import Any
 
+from maml_cuda.hints import did_you_mean
+
 # MAML++ (Antoniou et al. 2019): five steps, every one of which the loss of the query set counts in for the first tenth
 # of training; rates by layer and step; the inner loop leaves BatchNorm alone, whose affine map and statistics belong to
 # a step; first order for the first half; a cosine to 1e-5; the five best checkpoints vote. Their losses are means.
@@ -86,6 +88,44 @@ OF_JOB: dict[tuple[str, str], dict[str, Any]] = {
 }  # fmt: skip
 
 
+# The settings that decide something in a run, by its parts.
+_EVERY = {
+    "job", "preset", "data", "seed", "ways", "train_ways", "iterations", "shots", "test_shots", "test_queries",
+    "test_tasks",
+}  # fmt: skip
+_NET = {"width"}
+_TRAINING = {
+    "meta_batch", "meta_lr", "meta_schedule", "rotations", "validation_interval", "validation_tasks",
+    "best_checkpoints", "log_interval",
+}  # fmt: skip
+_QUERIES = {"queries"}  # of training tasks
+_ADAPTED = {"inner_lr", "test_steps", "backend"}  # to test tasks
+_INNER_LOOP = {"inner_steps"}  # in training
+_OF_MAML = {
+    "learn_inner_lr", "adapted", "batch_norm", "first_order", "first_order_iterations", "multi_step_iterations"
+}  # fmt: skip
+_WHOLE = _EVERY | _NET | _TRAINING | _QUERIES | _ADAPTED | _INNER_LOOP
+_HEEDED = {
+    "reptile": _WHOLE | {"inner_batch"},
+    "protonet": _EVERY | _NET | _TRAINING | _QUERIES,
+    "matching": _EVERY | _NET | _TRAINING | _QUERIES,
+    "pretrained": _EVERY | _NET | _TRAINING | _ADAPTED,
+    "random": _EVERY | _NET | _ADAPTED | {"adapted", "batch_norm"},
+    "nearest-pixel": _EVERY,
+}
+_HEEDED_BY_CURVES = {
+    "pretrained": _WHOLE | {"adapted"},
+    "oracle": _EVERY | _NET | _TRAINING | _QUERIES | _INNER_LOOP | {"backend"},
+    "random": _EVERY | _NET | _ADAPTED | {"adapted"},
+}
+
+
+def heeded(job: str, name: str) -> set[str]:
+    """The settings that decide something in a run of this job and preset; all others are ignored."""
+    of_job = _HEEDED | _HEEDED_BY_CURVES if job == "sinusoid" else _HEEDED
+    return of_job.get(name, _WHOLE | _OF_MAML)
+
+
 def preset(job: str, name: str, ways: int = 5, shots: int = 1) -> dict[str, Any]:
     """What the preset sets anew in the job's settings, for tasks of so many classes and support samples of each.
 
@@ -93,7 +133,8 @@ def preset(job: str, name: str, ways: int = 5, shots: int = 1) -> dict[str, Any]
     """
     of_job = CURVES if job == "sinusoid" else IMAGES
     if name not in of_job:
-        raise ValueError(f"preset must be one of {', '.join(of_job)} for {job}, got {name!r}")
+        hint = did_you_mean(name, of_job)
+        raise ValueError(f"preset must be one of {', '.join(of_job)} for {job}, got {name!r}{hint}")
     like = job if job in ("glyphs", "omniglot", "sinusoid") else "mini-imagenet"
     sizes = _reptile(like, ways, shots) if name == "reptile" and like != "sinusoid" else {}
     return of_job[name] | OF_JOB.get((like, name), {}) | sizes

@@ -11,26 +11,30 @@ from torch import Tensor
 
 from maml_cuda import plots
 from maml_cuda.algorithms import Algorithm, Maml, make_algorithm
-from maml_cuda.checkpoint import load_checkpoint, write_file
+from maml_cuda.checkpoint import load_info, load_model, locate, put, write_file
 from maml_cuda.data import MetaBatch
 from maml_cuda.evaluate import evaluate, mean_and_ci95
 from maml_cuda.jobs import Settings, classifies, make_generator, make_tasks, metric, show
+from maml_cuda.settings import restored
 from maml_cuda.versions import commit, machine, versions
 
 
 def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[Algorithm, dict[str, Any]]:
-    """What a checkpoint of ``run`` has learned, with the settings of ``given``, and the checkpoint's info.
-    FileNotFoundError where no run is."""
-    learned, _, info = load_checkpoint(run / checkpoint)
-    algorithm = make_algorithm(replace(Settings(**info["settings"]), **given))
-    algorithm.module.load_state_dict(learned)
+    """What a checkpoint of ``run`` has learned, with the settings of ``given``, and the checkpoint's info. Errors are
+    those of ``checkpoint.load_checkpoint``."""
+    folder = run / checkpoint
+    learned, info = load_model(folder)
+    algorithm = make_algorithm(replace(restored(Settings, info["settings"], folder), **given))
+    put(algorithm.module, learned, folder)
     return algorithm, info
 
 
 def load_ensemble(run: Path, **given: Any) -> tuple[list[Algorithm], list[int]]:
     """The best checkpoints of ``run``, the best first, and their iterations. ValueError where the run kept one only."""
-    bests = load_checkpoint(run / "last")[2]["bests"]
-    if not all("checkpoint" in best for best in bests) or not bests:
+    names = {path.name.partition(".")[0] for path in run.glob("best-*")}
+    kept = [load_info(run / name) for name in names if locate(run / name)]
+    bests = max(kept, key=lambda info: info["iteration"])["bests"] if kept else []  # the newest has the list
+    if not bests:
         raise ValueError(f"an ensemble must have a run that keeps several checkpoints (--best-checkpoints), got {run}")
     return [load_run(run, best["checkpoint"], **given)[0] for best in bests], [best["iteration"] for best in bests]
 
@@ -94,7 +98,7 @@ def finish(run: Path, settings: Settings) -> dict[str, Any]:
     """Tests the best checkpoint of a trained run, and the vote of the best ones where it kept several, and writes the
     pictures and, last of all, summary.json."""
     algorithm, _ = load_run(run, data=settings.data)  # which may have moved since the best checkpoint
-    last = load_checkpoint(run / "last")[2]
+    last = load_info(run / "last")
     result = test_run([algorithm], settings)
     if any("checkpoint" in one for one in last["bests"]):
         several, iterations = load_ensemble(run, data=settings.data)

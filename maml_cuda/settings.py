@@ -4,11 +4,15 @@ All but the sinusoid classify images: the glyphs that ship with the package, and
 """
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 from maml_cuda import presets
+from maml_cuda.hints import did_you_mean, folders_beside
+from maml_cuda.rl.settings import RL_JOBS
 
+S = TypeVar("S")
 SHIPPED = ("glyphs", "sinusoid")  # the jobs whose tasks come with the package; the others need a folder
 # What a setting that is a word may say.
 CHOICES = {
@@ -96,12 +100,16 @@ class Settings:
                 raise ValueError(f"{name} must be left out for {self.algorithm}, got {getattr(self, name)}")
         if self.batch_norm == "per_step" and self.adapted == "all":
             raise ValueError("adapted must be no-norm or head with per_step BatchNorm, which no inner step changes")
+        if self.adapted == "no-norm" and self.job == "sinusoid":
+            raise ValueError("adapted must be all or head for the sinusoid, whose net has no BatchNorm, got no-norm")
         if self.told and self.job != "sinusoid":
             raise ValueError(f"told must be left out for {self.job}, whose tasks have no amplitude and phase")
         if self.train_ways not in (0, self.ways) and self.algorithm not in ("protonet", "matching"):
             raise ValueError(f"train_ways must be ways, {self.ways}, for {self.algorithm}, got {self.train_ways}")
         if self.algorithm == "nearest-pixel" and self.iterations:
             raise ValueError(f"iterations must be 0 for nearest-pixel, which learns nothing, got {self.iterations}")
+        if self.preset in ("pretrained", "oracle") and self.job == "sinusoid" and self.inner_steps:
+            raise ValueError(f"inner_steps must be 0 for {self.preset}, trained without them, got {self.inner_steps}")
         if self.preset == "random" and self.iterations:
             raise ValueError(f"iterations must be 0 for random, an untrained net, got {self.iterations}")
         if self.data and self.job in SHIPPED:
@@ -216,8 +224,35 @@ def named_settings(job: str, preset: str, **given: Any) -> Settings:
     """The job's defaults, over them those of the preset, over them the values of ``given``; images are classified in
     test with the shots of training."""
     if job not in JOBS:
-        raise ValueError(f"job must be one of {', '.join(JOBS)}, or a folder of class folders, got {job!r}")
+        raise unknown_job(job)
     if classifies(job) and "shots" in given:
         given.setdefault("test_shots", given["shots"])
     ways, shots = (given.get(name, getattr(JOBS[job], name)) for name in ("ways", "shots"))
     return replace(JOBS[job], preset=preset, **presets.preset(job, preset, ways, shots) | given)
+
+
+def unknown_job(job: str) -> ValueError:
+    """With the jobs and folders that may have been meant."""
+    jobs = [*JOBS, *RL_JOBS]
+    return ValueError(
+        f"job must be one of {', '.join(jobs)}, or a folder of class folders, got {job!r}"
+        f"{did_you_mean(job, [*jobs, *folders_beside(Path(job))])}"
+    )
+
+
+def restored(kind: type[S], stored: dict[str, Any], where: Path) -> S:
+    """The settings (a ``kind``) of a checkpoint, ``where``. ValueError where they are not those of this version."""
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    for name, value in stored.items():
+        if name not in known:
+            raise ValueError(
+                f"settings of {where} must be ones that this version of maml_cuda knows, got {name}={value!r}: "
+                "it was written by another version"
+            )
+        types: tuple[Any, ...] = (int, float) if known[name].type is float else (known[name].type,)
+        if type(value) not in types:
+            raise ValueError(f"{name} of {where} must be {types[-1].__name__}, got {value!r}")
+    for name, field in known.items():
+        if name not in stored and field.default is MISSING:
+            raise ValueError(f"settings of {where} must have {name}, got none: it was written by another version")
+    return kind(**stored)

@@ -3,19 +3,14 @@
 A run is one folder: ``metrics.csv``, the checkpoints ``last/`` and ``best/`` (and ``best-1/`` to ``best-N/``,
 the N best ones in any order, where a setting asks for several), and what ``report.py`` adds at the end. Times
 stand in the checkpoint and in summary.json, never in metrics.csv, so that an interrupted and resumed run leaves
-the very file of one that was not.
+the very file of one that was not. While a command trains it, ``lock`` is there too (``ownership.py``).
 """
 
 import math
-import os
-import signal
-import threading
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,15 +18,23 @@ from tqdm import tqdm
 
 from maml_cuda.algorithms import make_algorithm, meta_lr
 from maml_cuda.checkpoint import (
+    UnusableCheckpoint,
     load_checkpoint,
+    load_info,
+    load_model,
     load_optimizer,
+    not_finite,
     optimizer_tensors,
+    put,
     save_checkpoint,
-    write_file,
 )
 from maml_cuda.data import MetaBatch
 from maml_cuda.evaluate import evaluate
+from maml_cuda.interrupts import interrupt_flag
 from maml_cuda.jobs import Settings, classifies, make_generator, make_tasks, metric, score, show
+from maml_cuda.metrics import Metrics
+from maml_cuda.ownership import LOCK
+from maml_cuda.settings import restored
 
 COLUMNS = ("iteration", "loss", "before", "after", "validation")
 # What a resumed run may set anew: none touches a number before it (the iterations do, where the outer rate is
@@ -52,6 +55,7 @@ class Training:
         self.cpu_seconds = 0.0  # of all threads of this process
         # Of the best validations, the best first: iteration, score and, where several are kept, the checkpoint's name.
         self.bests: list[dict[str, Any]] = []
+        self.metrics = Metrics(run / "metrics.csv", self.columns)
         self.running = torch.zeros(2)  # sums of loss and score since the last row of metrics.csv
         self._build()
 
@@ -74,36 +78,56 @@ class Training:
     @classmethod
     def start(cls, run: Path, settings: Settings) -> "Training":
         """A new run in a new folder. FileExistsError where ``run`` is anything but an empty folder."""
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if run.exists() and (not run.is_dir() or any(path.name != LOCK for path in run.iterdir())):
             raise FileExistsError(
                 f"{run} exists already: choose another --out, or continue that run with --resume {run}"
             )
         training = cls(run, settings)
         run.mkdir(parents=True, exist_ok=True)
-        write_file(run / "metrics.csv", (",".join(cls.columns) + "\n").encode())
+        training.metrics.start()
         training.save("last")
         return training
 
     @classmethod
-    def resume(cls, run: Path, settings: Settings) -> "Training":
-        """The run as its last checkpoint left it; rows of metrics.csv written after that are taken back."""
-        model, tensors, info = load_checkpoint(run / "last")
+    def resume(cls, run: Path, settings: Settings, checkpoint: str = "last") -> "Training":
+        """The run as this checkpoint left it, which is its last from now on; rows of metrics.csv and checkpoints that
+        were written after it are taken back. Errors are those of ``checkpoint.load_checkpoint``."""
+        model, tensors, info = load_checkpoint(run / checkpoint)
         if settings.iterations < info["iteration"]:
             raise ValueError(
                 f"iterations must be at least {info['iteration']}, which are done, got {settings.iterations}"
             )
         training = cls(run, settings)
-        training.module.load_state_dict(model)
+        put(training.module, model, run / checkpoint)
         load_optimizer(training.optimizer, tensors)
         training.generator.set_state(tensors["generator"])
         training.running = tensors["running"]
-        training.iteration, training.bests = info["iteration"], info["bests"]
-        training.seconds, training.cpu_seconds = info["seconds"], info["cpu_seconds"]
-        lines = (run / "metrics.csv").read_text().splitlines(keepends=True)
-        # A row is kept whole or not at all: what a crash cut short lies after the checkpoint too.
-        rows = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= training.iteration]
-        write_file(run / "metrics.csv", "".join(lines[:1] + rows).encode())
+        training._restore(info)
+        training.metrics.take_back(training.iteration)
+        if checkpoint != "last":
+            training._forget_what_came_later()
+            training.save("last")
         return training
+
+    def _restore(self, info: dict[str, Any]) -> None:
+        """What ``_info`` says of a checkpoint."""
+        self.iteration, self.bests = info["iteration"], info["bests"]
+        self.seconds, self.cpu_seconds = info["seconds"], info["cpu_seconds"]
+
+    def _forget_what_came_later(self) -> None:
+        """Of the best checkpoints leaves those that this iteration knows, as far as they still stand."""
+        self._save_bests()  # a crash may have come between ``best`` and ``best-<n>``
+        self.bests = [best for best in self.bests if "checkpoint" not in best or self._stands(best)]
+        for path in self.run.glob("best-*"):
+            if path.name not in {best["checkpoint"] for best in self.bests}:
+                shutil.rmtree(path)
+
+    def _stands(self, best: dict[str, Any]) -> bool:
+        """Whether its checkpoint is whole, and not that of a later iteration."""
+        try:
+            return load_model(self.run / best["checkpoint"])[1]["iteration"] == best["iteration"]
+        except UnusableCheckpoint:
+            return False
 
     def save(self, name: str) -> None:
         """Writes the checkpoint ``last``, ``best`` or ``best-<n>``."""
@@ -122,39 +146,48 @@ class Training:
         }
 
     def loop(self) -> None:
-        """Trains up to ``settings.iterations``. Ctrl-C saves first, then raises KeyboardInterrupt."""
+        """Trains up to ``settings.iterations``. All is saved before an interruption is raised: KeyboardInterrupt after
+        Ctrl-C, ``interrupts.Terminated`` after SIGTERM, OSError where the output cannot be written to any more."""
         settings = self.settings
         with (
-            (self.run / "metrics.csv").open("a") as metrics,
-            _interrupt_flag() as interrupted,
+            self.metrics as metrics,
+            interrupt_flag() as flag,
             tqdm(total=settings.iterations, initial=self.iteration, unit="it", dynamic_ncols=True) as bar,
         ):
             started, cpu_started = time.perf_counter() - self.seconds, time.process_time() - self.cpu_seconds
+
+            def save() -> None:
+                metrics.sync()  # before the checkpoint that says these rows exist
+                self.seconds = time.perf_counter() - started
+                self.cpu_seconds = time.process_time() - cpu_started
+                self._save_bests()
+                self.save("last")
+
             while self.iteration < settings.iterations:
                 self.iteration += 1
                 log = self.iteration % settings.log_interval == 0
                 validate = self.iteration % settings.validation_interval == 0
-                last = self.iteration == settings.iterations
                 before = self._step(log)
-                if log or validate or last or interrupted.is_set():
-                    self._refuse_what_diverged()  # before it is saved
-                row: dict[str, float] = {}
-                if log:
-                    row |= self._log(before, bar)
+                due = validate or self.iteration == settings.iterations or flag.signum is not None
+                if log or due:
+                    self._refuse_what_diverged(due)
+                row, words = self._log(before, bar) if log else {}, ""
                 if validate:
-                    row["validation"] = self._validate(bar)
+                    row["validation"], words = self._validate()
                 if row:
-                    cells = [f"{row[column]:.6g}" if column in row else "" for column in self.columns[1:]]
-                    metrics.write(",".join([str(self.iteration), *cells]) + "\n")
-                    metrics.flush()
-                if validate or last or interrupted.is_set():
-                    os.fsync(metrics.fileno())  # before the checkpoint that says these rows exist
-                    self.seconds = time.perf_counter() - started
-                    self.cpu_seconds = time.process_time() - cpu_started
-                    self._save_bests()
-                    self.save("last")
-                if interrupted.is_set():
-                    raise KeyboardInterrupt
+                    metrics.add(self.iteration, row)
+                if due:
+                    save()
+                try:  # last of all: nothing is lost where nobody reads it
+                    if log:
+                        bar.update(self.iteration - bar.n)
+                    if words:
+                        bar.write(words)
+                except OSError:
+                    save()
+                    raise
+                if due:
+                    flag.interrupt()
             bar.update(self.iteration - bar.n)
         if not self.bests:  # fewer iterations than one validation interval
             self.save("best")
@@ -183,17 +216,22 @@ class Training:
         self.running += torch.stack(self.algorithm.step(batch, self.iteration))
         return before
 
-    def _refuse_what_diverged(self) -> None:
-        loss = self.running[0].item()
+    def _refuse_what_diverged(self, to_be_saved: bool) -> None:
+        """ValueError where the loss, or anything of what ``to_be_saved``, is not finite."""
+        loss, found = self.running[0].item(), ""
         if not math.isfinite(loss):
+            found = f"the loss must be finite, got {loss}"
+        elif to_be_saved and (name := not_finite(self.module.state_dict() | optimizer_tensors(self.optimizer))):
+            found = f"{name} must be finite, got NaN or infinity"
+        if found:
             raise ValueError(
-                f"the loss must be finite, got {loss} before iteration {self.iteration}: "
+                f"{found} before iteration {self.iteration}: "
                 "lower --meta-lr or --inner-lr; the last checkpoint is from before that"
             )
 
     def _log(self, before: Any, bar: tqdm) -> dict[str, float]:
         """The row of metrics.csv, with what ``_step`` returned: loss and score are means since the last row, the score
-        before adaptation is one meta-batch's."""
+        before adaptation is one meta-batch's. Puts it behind the bar, which is not drawn here."""
         job = self.settings.job
         loss, after = (self.running / self.settings.log_interval).tolist()
         self.running.zero_()
@@ -205,15 +243,15 @@ class Training:
         bar.set_postfix_str(
             f"loss {loss:.3g}, {metric(job)} {scores}, {self._tasks_per_second(bar):.3g} tasks/s", refresh=False
         )
-        bar.update(self.iteration - bar.n)
         return row
 
     def _tasks_per_second(self, bar: tqdm) -> float:
         elapsed = bar.format_dict["elapsed"]
         return (self.iteration - bar.initial) * self.settings.meta_batch / elapsed if elapsed else 0.0
 
-    def _validate(self, bar: tqdm) -> float:
-        """The mean score over 1..test_steps adaptation steps (without any, where none are taken); notes the best.
+    def _validate(self) -> tuple[float, str]:
+        """The mean score over 1..test_steps adaptation steps (without any, where none are taken), and a line that says
+        it; notes the best.
 
         The tasks are the same each time, so that validations differ by the model alone. The mean over all steps
         matters for the sinusoid: late in training one step still gains while ten begin to diverge on rare tasks.
@@ -232,8 +270,8 @@ class Training:
         mean = scores.double().mean().item()
         self._note(mean, rising=classifies(settings.job), kept=settings.best_checkpoints)
         over = f" over {steps[0]} to {steps[-1]} steps" if steps[-1] else ""
-        bar.write(f"iteration {self.iteration}: validation {metric(settings.job)} {show(settings.job, mean)}{over}")
-        return mean
+        words = f"iteration {self.iteration}: validation {metric(settings.job)} {show(settings.job, mean)}{over}"
+        return mean, words
 
     def _note(self, score: float, *, rising: bool, kept: int = 1) -> None:
         """Puts a validation among the ``kept`` best, behind its equals, into the checkpoint of the one that it drives
@@ -248,36 +286,15 @@ class Training:
             new["checkpoint"] = next(name for n in range(kept) if (name := f"best-{n + 1}") not in taken)
 
 
-def resumed_settings(run: Path, given: dict[str, Any], kind: type = Settings) -> Any:
-    """The settings (a ``kind``) of the run in ``run`` with those of ``given`` that a resumed run may change.
+def resumed_settings(run: Path, given: dict[str, Any], kind: type = Settings, checkpoint: str = "last") -> Any:
+    """The settings (a ``kind``) of a checkpoint of ``run`` with those of ``given`` that a resumed run may change.
 
     FileNotFoundError where no run is, ValueError where ``given`` would make it another run.
     """
-    stored = load_checkpoint(run / "last")[2]["settings"]
-    may_change = MAY_CHANGE if stored.get("meta_schedule", "constant") == "constant" else MAY_CHANGE[1:]
+    folder = run / checkpoint
+    stored: Any = restored(kind, load_info(folder)["settings"], folder)
+    may_change = MAY_CHANGE if getattr(stored, "meta_schedule", "constant") == "constant" else MAY_CHANGE[1:]
     for name, value in given.items():
-        if name not in may_change and stored[name] != value:
-            raise ValueError(f"{name} must stay {stored[name]} in the resumed run {run}, got {value}")
-    return kind(**(stored | given))
-
-
-@contextmanager
-def _interrupt_flag() -> Iterator[threading.Event]:
-    """Ctrl-C sets the flag that is yielded; a second Ctrl-C stops at once.
-
-    Python allows signal handlers in the main thread only; elsewhere the flag is never set.
-    """
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-
-    def on_interrupt(signum: int, frame: FrameType | None) -> None:
-        flag.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGINT, previous)
+        if name not in may_change and (old := getattr(stored, name)) != value:
+            raise ValueError(f"{name} must stay {old} in the resumed run {run}, got {value}")
+    return replace(stored, **given)

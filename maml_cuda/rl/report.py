@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from maml_cuda import FusedMAML
-from maml_cuda.checkpoint import load_checkpoint, write_file
+from maml_cuda.checkpoint import load_info, load_model, put, write_file
 from maml_cuda.evaluate import mean_and_ci95
+from maml_cuda.settings import restored
 from maml_cuda.versions import commit, machine, versions
 
 from . import plots, render
@@ -25,11 +26,12 @@ from .training import make_policy, make_rl_generator
 
 
 def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[FusedMAML, dict[str, Any]]:
-    """The policy of a checkpoint of ``run``, with the settings of ``given``, and the checkpoint's info.
-    FileNotFoundError where no run is."""
-    model, _, info = load_checkpoint(run / checkpoint)
-    maml = make_policy(replace(RLSettings(**info["settings"]), **given))
-    maml.load_state_dict(model)
+    """The policy of a checkpoint of ``run``, with the settings of ``given``, and the checkpoint's info. Errors are
+    those of ``checkpoint.load_checkpoint``."""
+    folder = run / checkpoint
+    learned, info = load_model(folder)
+    maml = make_policy(replace(restored(RLSettings, info["settings"], folder), **given))
+    put(maml, learned, folder)
     return maml, info
 
 
@@ -70,7 +72,7 @@ def table(result: dict[str, Any]) -> str:
 def finish(run: Path, settings: RLSettings) -> dict[str, Any]:
     """Tests the best checkpoint of a trained run and writes the pictures and, last of all, summary.json."""
     maml, _ = load_run(run)
-    last = load_checkpoint(run / "last")[2]
+    last = load_info(run / "last")
     result = test_run([maml], settings)
     plots.learning_curve(run / "metrics.csv", run / "learning_curves.png", settings)
     label = "MAML" if settings.baseline == "none" else settings.baseline

@@ -123,3 +123,21 @@ def new_rl_settings(job: str, **given: Any) -> RLSettings:
     if baseline == "random":
         given.setdefault("iterations", 0)
     return replace(RL_JOBS[job], **given)
+
+
+# The settings that decide something in a run, by its parts.
+_EVERY = {
+    "job", "baseline", "iterations", "horizon", "inner_lr", "rate_decay", "discount", "gae_lambda", "width",
+    "output_scale", "start_std", "seed", "backend", "test_tasks", "test_steps", "test_episodes",
+}  # fmt: skip
+_TRAINING = {"episodes", "meta_batch", "outer", "validation_interval", "validation_tasks", "log_interval"}
+_OUTER = {"trpo": {"max_kl", "damping"}, "vpg": {"meta_lr"}, "clipped": {"meta_lr", "epochs", "clip"}}
+_INNER_LOOP = {"inner_steps", "every_step", "first_order"}
+
+
+def heeded(baseline: str, outer: str) -> set[str]:
+    """The settings that decide something in a run with this baseline and outer step; all others are ignored."""
+    if baseline == "random":
+        return _EVERY
+    trained = _EVERY | _TRAINING | _OUTER[outer]
+    return trained | _INNER_LOOP if baseline == "none" else trained

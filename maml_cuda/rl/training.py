@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import Generator, nn
 from tqdm import tqdm
 
 from maml_cuda import FusedMAML
-from maml_cuda.checkpoint import load_checkpoint
 from maml_cuda.train import Training
 
 from .adaptation import evaluate_returns
@@ -73,12 +71,9 @@ class RLTraining(Training):
     def backend(self) -> str:
         return self.maml.backend
 
-    @classmethod
-    def resume(cls, run: Path, settings: Any) -> RLTraining:
-        training = super().resume(run, settings)
-        assert isinstance(training, RLTraining)
-        training.clock.seconds = load_checkpoint(run / "last")[2]["seconds_of"]
-        return training
+    def _restore(self, info: dict[str, Any]) -> None:
+        super()._restore(info)
+        self.clock.seconds = info["seconds_of"]
 
     def _info(self) -> dict[str, Any]:
         return super()._info() | {"seconds_of": self.clock.seconds}
@@ -125,12 +120,11 @@ class RLTraining(Training):
     def _log(self, step: dict[str, float], bar: tqdm) -> dict[str, float]:
         shares = ", ".join(f"{what} {share:.0%}" for what, share in self.clock.shares().items())
         bar.set_postfix_str(f"return {step['before']:.1f} -> {step['after']:.1f}, {shares}", refresh=False)
-        bar.update(self.iteration - bar.n)
         return step
 
-    def _validate(self, bar: tqdm) -> float:
+    def _validate(self) -> tuple[float, str]:
         """The mean return over 1 to ``test_steps`` adaptation steps, of a baseline before any, on the same tasks each
-        time; notes the best."""
+        time, and a line that says all of them; notes the best."""
         settings = self.settings
         steps = settings.test_steps if settings.baseline == "none" else 0
         returns = evaluate_returns(
@@ -140,5 +134,4 @@ class RLTraining(Training):
         mean = float(returns[min(1, steps) :].mean())
         self._note(mean, rising=True)
         found = ", ".join(f"{value:.1f}" for value in returns.tolist())
-        bar.write(f"iteration {self.iteration}: validation return {found} after 0 to {steps} steps")
-        return mean
+        return mean, f"iteration {self.iteration}: validation return {found} after 0 to {steps} steps"
