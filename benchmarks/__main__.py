@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,6 +74,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
+    if options.threads is not None and options.threads > (os.cpu_count() or 1):
+        parser.error(f"--threads must be at most {os.cpu_count()}, the cores of this machine, got {options.threads}")
     if options.seconds is None:
         options.seconds = 0.05 if options.quick else 3.0
     for name in ("seconds", "limit"):

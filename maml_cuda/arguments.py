@@ -2,10 +2,11 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from maml_cuda import __version__, presets
-from maml_cuda.rl.settings import RL_JOBS
+from maml_cuda.hints import did_you_mean
+from maml_cuda.rl.settings import OUTER_STEPS, RL_JOBS
 from maml_cuda.settings import CHOICES, JOBS
 
 TRAIN_DESCRIPTION = """\
@@ -38,8 +39,29 @@ A run is one folder: metrics.csv, the checkpoints last/ and best/, PNG pictures 
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    whole = argparse.ArgumentParser(
+ELSEWHERE = ("--gpu", "--gpus", "--cuda", "--device")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what an unknown option may have been, and no more: the usage of ``train`` fills a screen."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            typed = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+            if any(word in ELSEWHERE for word in typed):
+                hint = "; the commands run on the CPU: on a GPU, FusedMAML serves in a training loop of your own"
+            else:
+                hint = "".join(did_you_mean(word, self._option_string_actions) for word in typed)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return options, unknown
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help has all options\n")
+
+
+def parser() -> Parser:
+    whole = Parser(
         prog="maml-cuda",
         description="Exact second-order MAML: train on a few-shot job, test it, look inside.",
     )
@@ -146,6 +168,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="continue a run as if it had never stopped; only --iterations, --test-tasks and --data may change",
     )
+    group.add_argument(
+        "--from",
+        dest="resume_from",
+        choices=("last", "best"),
+        help="with --resume: the checkpoint to go on from; what was written after it is taken back (default: last)",
+    )
     _add_machine(group)
 
 
@@ -203,9 +231,10 @@ def _setting(group: argparse._ActionsContainer, option: str, text: str, name: st
     if isinstance(first, bool):
         group.add_argument(option, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text)
         return
-    if name in CHOICES:
-        words = [word for word in CHOICES[name] if word]
-        optional: dict[str, Any] = {"nargs": "?", "const": words[0]} if "" in CHOICES[name] else {}
+    choices = CHOICES | {"outer": OUTER_STEPS}
+    if name in choices:
+        words = [word for word in choices[name] if word]
+        optional: dict[str, Any] = {"nargs": "?", "const": words[0]} if "" in choices[name] else {}
         group.add_argument(option, dest=name, choices=words, help=text, **optional)
         return
     default = f"{first}" if len(jobs) == 1 else ", ".join(f"{value} {'/'.join(names)}" for value, names in jobs.items())

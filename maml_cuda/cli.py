@@ -6,33 +6,71 @@ named in words.
 
 import argparse
 import importlib.util
+import itertools
 import json
-import sys
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from maml_cuda import build_info
+from maml_cuda import build_info, presets
 from maml_cuda.arguments import absolute, parser
-from maml_cuda.rl.settings import BASELINES as RL_BASELINES
+from maml_cuda.hints import did_you_mean, folders_beside
+from maml_cuda.interrupts import exit_status, terminable
+from maml_cuda.output import abandon, complain, readable
+from maml_cuda.ownership import owned
+from maml_cuda.rl import settings as rl_settings
 from maml_cuda.rl.settings import RL_JOBS, RLSettings, new_rl_settings
-from maml_cuda.settings import JOBS, Settings
+from maml_cuda.settings import JOBS, Settings, restored, unknown_job
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 2 for an error in words, 130 after Ctrl-C."""
-    options = parser().parse_args(arguments)
+    """Runs one command and returns its exit status: 0, 2 for an error in words, 130 after Ctrl-C, 143 after SIGTERM,
+    141 where nobody reads any more what it prints."""
     try:
-        return COMMANDS[options.command](options)
+        with readable(), terminable():
+            options = parser().parse_args(arguments)
+            return COMMANDS[options.command](options)
+    except KeyboardInterrupt as interrupt:
+        complain("\nmaml-cuda: interrupted")
+        return exit_status(interrupt)
+    except BrokenPipeError:
+        abandon()
+        return 128 + signal.SIGPIPE
     except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
-        print(f"maml-cuda: error: {error}", file=sys.stderr)
+        complain(f"maml-cuda: error: {_words(error)}")
+        abandon()
         return 2
-    except KeyboardInterrupt:
-        print("\nmaml-cuda: interrupted", file=sys.stderr)
-        return 130
+
+
+def _words(error: Exception) -> str:
+    """With the file that it is about, and what can be done."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        return f"{error}: standard output"  # whoever writes a file names it
+    folder = getattr(error, "folder", None)  # of a checkpoint that cannot be used
+    return str(error) if folder is None else f"{error}{_other_checkpoints(folder)}"
+
+
+def _other_checkpoints(folder: Path) -> str:
+    from maml_cuda.checkpoint import locate
+
+    run = folder.parent
+    if not run.is_dir():
+        return did_you_mean(str(run), folders_beside(run))
+    if folder.name != "best" and locate(run / "best"):
+        return (
+            f"; maml-cuda train --resume {run} --from best goes on from the best checkpoint, maml-cuda evaluate {run} "
+            "tests it"
+        )
+    if folder.name != "last" and locate(run / "last"):
+        return f"; maml-cuda evaluate {run} --checkpoint last tests the last checkpoint"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -51,6 +89,8 @@ def _kind(job: str) -> _Kind:
         from maml_cuda.rl.training import RLTraining
 
         return _Kind(RLSettings, new_rl_settings, RLTraining, rl_report)
+    if job not in JOBS:
+        raise unknown_job(job)
     from maml_cuda import report
     from maml_cuda.jobs import new_settings
     from maml_cuda.train import Training
@@ -58,18 +98,9 @@ def _kind(job: str) -> _Kind:
     return _Kind(Settings, new_settings, Training, report)
 
 
-def _kind_of_run(run: Path, checkpoint: str) -> _Kind:
-    """FileNotFoundError where no run is."""
-    from maml_cuda.checkpoint import load_checkpoint
-
-    return _kind(load_checkpoint(run / checkpoint)[2]["settings"]["job"])
-
-
 def train(options: argparse.Namespace) -> int:
     _need("tqdm", "matplotlib", "safetensors")
-    import torch
-
-    from maml_cuda.checkpoint import locate
+    from maml_cuda.checkpoint import load_info, locate
     from maml_cuda.train import resumed_settings
 
     _set_threads(options.threads)
@@ -80,21 +111,56 @@ def train(options: argparse.Namespace) -> int:
     names = {field.name for kind in (Settings, RLSettings) for field in fields(kind)}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
     if options.data is not None:
-        print(f"opening {options.data}; the first time converts it, which may take minutes", flush=True)
-    if options.resume is None:
-        kind = _kind(given.get("job", ""))
-        settings = kind.new_settings(**_only(kind, given))
-        run = Path(options.out or time.strftime(f"runs/{settings.job}-%Y%m%d-%H%M%S"))
-        start = kind.training.start
-    else:
-        if not (options.resume or options.out) or (options.resume and options.out not in (None, options.resume)):
-            raise ValueError("--resume must name one run folder: --resume RUN, or --resume with --out RUN")
-        run = Path(options.resume or options.out)
-        kind = _kind_of_run(run, "last")
-        settings = resumed_settings(run, _only(kind, given), kind.settings)
-        start = kind.training.resume
+        print(f"opening {options.data}; the first time converts it, which may take minutes")
+    with ExitStack() as stack:
+        if options.resume is None:
+            if options.resume_from is not None:
+                raise ValueError("--from must come with the run to go on with: --resume RUN --from best")
+            kind = _kind(given.setdefault("job", "glyphs"))
+            given = _only(kind, given)
+            _refuse_ignored(given, given)
+            settings = kind.new_settings(**given)
+            run = _own(options.out, settings.job, stack)
+            start = kind.training.start
+        else:
+            if not (options.resume or options.out) or (options.resume and options.out not in (None, options.resume)):
+                raise ValueError("--resume must name one run folder: --resume RUN, or --resume with --out RUN")
+            run, checkpoint = Path(options.resume or options.out), options.resume_from or "last"
+            kind = _kind(load_info(run / checkpoint)["settings"]["job"])
+            stack.enter_context(owned(run))
+            settings = resumed_settings(run, _only(kind, given), kind.settings, checkpoint)
+            start = partial(kind.training.resume, checkpoint=checkpoint)
+        try:
+            _train_and_test(kind, start(run, settings))
+        except KeyboardInterrupt as interrupt:
+            if locate(run / "last") is None:
+                complain("\nInterrupted before the first checkpoint; nothing was saved.")
+            else:
+                complain(f"\nInterrupted; saved in {run}. Go on with: maml-cuda train --resume {run}")
+            return exit_status(interrupt)
+    return 0
+
+
+def _own(out: str | None, job: str, stack: ExitStack) -> Path:
+    """The folder of a new run, owned until the stack is unwound: ``out``, or one of its own, whoever else begins a run
+    in this second."""
+    if out is not None:
+        stack.enter_context(owned(Path(out)))
+        return Path(out)
+    name = time.strftime(f"runs/{job}-%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        run = Path(name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            stack.enter_context(owned(run, new=True))
+            break
+    return run
+
+
+def _train_and_test(kind: _Kind, training: Any) -> None:
+    import torch
+
+    run, settings = training.run, training.settings
     try:
-        training = start(run, settings)
         print(
             f"{settings.job} in {run}: iteration {training.iteration} of {settings.iterations}, "
             f"{training.backend} backend, {torch.get_num_threads()} threads"
@@ -102,27 +168,23 @@ def train(options: argparse.Namespace) -> int:
         training.loop()
         print(f"testing the best checkpoint on {settings.test_tasks} tasks")
         print(kind.report.table(kind.report.finish(run, settings)))
-    except KeyboardInterrupt:
-        if locate(run / "last") is None:
-            print("\nInterrupted before the first checkpoint; nothing was saved.", file=sys.stderr)
-        else:
-            print(f"\nInterrupted; saved in {run}. Go on with: maml-cuda train --resume {run}", file=sys.stderr)
-        return 130
-    print(f"metrics, checkpoints, pictures and summary.json are in {run}")
-    return 0
+        print(f"metrics, checkpoints, pictures and summary.json are in {run}")
+    except OSError:  # a full disk, a closed pipe
+        complain(f"\nBroken off; what was saved is in {run}. Go on with: maml-cuda train --resume {run}")
+        raise
 
 
 def evaluate(options: argparse.Namespace) -> int:
     _need("safetensors")
-    from maml_cuda.checkpoint import load_checkpoint
-
     _set_threads(options.threads)
     run = Path(options.run)
-    stored = load_checkpoint(run / "last")[2]["settings"]
+    folder, stored = _stored(run, options.checkpoint)
     kind = _kind(stored["job"])
     model = _only(kind, _given(backend=options.backend, data=options.data))
     test = _given(test_tasks=options.tasks, test_shots=options.shots, test_queries=options.queries, seed=options.seed)
-    settings = kind.settings(**stored | model | _only(kind, test))
+    settings: Any = restored(kind.settings, stored, folder)
+    _refuse_ignored(model | _only(kind, test), asdict(settings))
+    settings = replace(settings, **model, **test)
     if options.ensemble:
         if kind.settings is not Settings:
             raise ValueError(f"ensemble must be left out for {stored['job']}, whose runs keep one best checkpoint")
@@ -142,13 +204,33 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _stored(run: Path, checkpoint: str) -> tuple[Path, dict[str, Any]]:
+    """The settings of a run, and where they are from: its last checkpoint, which knows what was set anew when it was
+    resumed, or, where that cannot be used, the one that is asked for."""
+    from maml_cuda.checkpoint import UnusableCheckpoint, load_info, locate
+
+    last, asked = run / "last", run / checkpoint
+    try:
+        return last, load_info(last)["settings"]
+    except UnusableCheckpoint as error:
+        if asked == last or locate(asked) is None:
+            raise
+        complain(f"maml-cuda: {error}; the settings are those of {asked}")
+        return asked, load_info(asked)["settings"]
+
+
 def compare(options: argparse.Namespace) -> int:
     _need("matplotlib", "safetensors")
+    from maml_cuda.checkpoint import read_json
     from maml_cuda.rl.plots import returns
 
     results: list[dict[str, Any]] = []
     for run in options.runs:
-        summary = json.loads((Path(run) / "summary.json").read_text())
+        path = Path(run) / "summary.json"
+        summary = read_json(path)
+        for key in ("task", "metric", "steps", "mean", "ci95", "test_tasks"):
+            if key not in summary:
+                raise ValueError(f"{path} must be the summary of a finished run, got one without {key}")
         if results and (summary["task"], summary["metric"]) != (results[0]["task"], results[0]["metric"]):
             raise ValueError(f"runs must be of one job, got {results[0]['task']} and {summary['task']} ({run})")
         results.append(summary)
@@ -182,9 +264,9 @@ def _only(kind: _Kind, given: dict[str, Any]) -> dict[str, Any]:
     """``given``. ValueError where one of them is no setting of this kind of jobs."""
     if kind.settings is RLSettings and "preset" in given:
         given = {"baseline": given["preset"]} | {name: value for name, value in given.items() if name != "preset"}
-        if given["baseline"] not in RL_BASELINES:
+        if given["baseline"] not in rl_settings.BASELINES:
             raise ValueError(
-                f"a policy is trained by MAML and has no preset but --baseline {', '.join(RL_BASELINES[1:])}, "
+                f"a policy is trained by MAML and has no preset but --baseline {', '.join(rl_settings.BASELINES[1:])}, "
                 f"got {given['baseline']}; --first-order, --inner-steps and --outer choose its algorithm"
             )
     names = {field.name for field in fields(kind.settings)}
@@ -192,6 +274,21 @@ def _only(kind: _Kind, given: dict[str, Any]) -> dict[str, Any]:
         if name not in names:
             raise ValueError(f"{name} must be left out for this job, which has no such setting, got {value}")
     return given
+
+
+def _refuse_ignored(given: dict[str, Any], settings: dict[str, Any]) -> None:
+    """ValueError where a value of ``given`` decides nothing in a run of ``settings``, unless it says that something is
+    off, as it is."""
+    job = settings["job"]
+    if job in RL_JOBS:
+        baseline, outer = settings.get("baseline", "none"), settings.get("outer", RL_JOBS[job].outer)
+        heeded, what = rl_settings.heeded(baseline, outer), f"{job} with outer {outer} and baseline {baseline}"
+    else:
+        what = settings.get("preset", "maml")
+        heeded = presets.heeded(job, what)
+    for name, value in given.items():
+        if name not in heeded and value != getattr(Settings, name, None):
+            raise ValueError(f"{name} must be left out for {what}, where it decides nothing, got {value}")
 
 
 def _given(**values: Any) -> dict[str, Any]:
@@ -205,10 +302,13 @@ def _need(*packages: str) -> None:
 
 
 def _set_threads(threads: int | None) -> None:
-    import torch
-
     if threads is None:
         return
+    import torch
+
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
+    cores = os.cpu_count() or 1
+    if threads > cores:  # of 100000 torch dies
+        raise ValueError(f"threads must be at most {cores}, the cores of this machine, got {threads}")
     torch.set_num_threads(threads)

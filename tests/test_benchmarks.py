@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -318,6 +319,7 @@ def test_command_fails_when_our_answer_is_refused(monkeypatch, tmp_path, capsys)
     ("arguments", "message"),
     [
         (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--threads", "100000"], f"--threads must be at most {os.cpu_count()}, the cores of this machine, got 100000"),
         (["--seconds", "nan"], "--seconds must be above 0, got nan"),
         (["--limit", "0"], "--limit must be above 0, got 0"),
         (["--readme", "--quick"], "--readme must go with a full run"),

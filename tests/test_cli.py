@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def test_every_option_reaches_the_settings(tmp_path) -> None:
     given |= {"meta_batch": 2, "meta_lr": 0.002, "seed": 9, "validation_interval": 2, "validation_tasks": 2}
     given |= {"log_interval": 1, "test_tasks": 3, "test_shots": 1, "test_queries": 2, "test_steps": 1}
     given |= {"backend": "reference", "rotations": 2, "adapted": "no-norm", "meta_schedule": "cosine"}
-    given |= {"best_checkpoints": 2, "first_order_iterations": 1, "preset": "maml", "train_ways": 2, "inner_batch": 3}
+    given |= {"best_checkpoints": 2, "first_order_iterations": 1, "preset": "maml", "train_ways": 2, "inner_batch": 0}
     given |= {"multi_step_iterations": 0, "batch_norm": "transductive"}
     options = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     out = ["--out", str(tmp_path / "run"), "--filters", "3", "--learn-inner-lr", "--first-order"]
@@ -144,7 +145,9 @@ def test_a_published_data_set_is_trained(tmp_path, capsys) -> None:
     assert "cifar-fs: accuracy on 3 test tasks, 1-shot" in capsys.readouterr().out
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tmp_path, capsys, monkeypatch, signum, status: int) -> None:
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     run = str(tmp_path / "run")
     sample = SinusoidTasks.sample
     draws = []
@@ -152,17 +155,32 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch) -> No
     def interrupting(tasks, *arguments):
         draws.append(1)
         if len(draws) == 8:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signum)
         return sample(tasks, *arguments)
 
     monkeypatch.setattr(SinusoidTasks, "sample", interrupting)
-    assert main([*TINY, "--out", run]) == 130
+    assert main([*TINY, "--out", run]) == status
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     assert f"Go on with: maml-cuda train --resume {run}" in capsys.readouterr().err
     assert main(["train", "--resume", run]) == 0
     assert "iteration 8 of 20" in capsys.readouterr().out
 
 
-def test_ctrl_c_reaches_the_command_of_a_shell(tmp_path) -> None:
+@pytest.mark.parametrize("moment", ["build", "test"])
+def test_sigterm_outside_of_the_loop_ends_in_words(tmp_path, capsys, monkeypatch, moment: str) -> None:
+    def terminated(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    where = {"build": "maml_cuda.train.make_algorithm", "test": "maml_cuda.report.test_run"}[moment]
+    monkeypatch.setattr(where, terminated)
+    assert main([*TINY, "--out", str(tmp_path / "run")]) == 143
+    words = {"build": "nothing was saved", "test": f"Go on with: maml-cuda train --resume {tmp_path / 'run'}"}
+    assert words[moment] in capsys.readouterr().err
+    assert (tmp_path / "run").exists() == (moment == "test")
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_reach_the_command_of_a_shell(tmp_path, signum, status: int) -> None:
     program = "import signal, sys; from maml_cuda.cli import main; "
     # As in the foreground: a shell's background jobs, this run of the tests perhaps among them, ignore it.
     program += "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main(sys.argv[1:]))"
@@ -175,9 +193,9 @@ def test_ctrl_c_reaches_the_command_of_a_shell(tmp_path) -> None:
     ) as process:
         assert process.stdout is not None
         assert "iteration 0 of 100000000" in process.stdout.readline()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signum)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert "Go on with: maml-cuda train --resume" in errors
     assert "Traceback" not in errors
 
@@ -207,6 +225,7 @@ def test_info_names_the_build_and_the_versions(capsys) -> None:
         (["train", ".", "--data", "/nowhere"], "data must be left out for a folder, which is the data, got /nowhere"),
         (["train", "poker"], "or a folder of class folders, got 'poker'"),
         (["train", "--threads", "0"], "threads must be at least 1, got 0"),
+        (["train", "--threads", "100000"], f"threads must be at most {os.cpu_count()}, the cores of this machine, got"),
         (["evaluate", "nowhere"], "no checkpoint in nowhere"),
     ],
 )

@@ -180,6 +180,7 @@ def test_train_resume_evaluate_and_compare(tmp_path, capsys) -> None:
         assert main(["train", "navigation", *SHORT, *baseline, "--out", str(tmp_path / name)]) == 0
     assert "after  1 steps" in capsys.readouterr().out
     assert main(["train", "--resume", str(tmp_path / "none"), "--iterations", "3"]) == 0
+    assert main(["train", "--resume", str(tmp_path / "none"), "--from", "best"]) == 0
     assert main(["evaluate", str(tmp_path / "none"), "--tasks", "3", "--json"]) == 0
     printed = capsys.readouterr().out
     assert json.loads(printed[printed.rindex("\n{") :])["test_tasks"] == 3

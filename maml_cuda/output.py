@@ -1,0 +1,54 @@
+"""Standard output and error of the commands: line by line, in any encoding, and silent once nobody can be reached."""
+
+import codecs
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SPELT = {"±": "+/-"}
+
+
+def _spelt(error: UnicodeError) -> tuple[str, int]:
+    """What an encoding lacks: in ASCII, where it has a spelling there, else escaped."""
+    assert isinstance(error, UnicodeEncodeError)
+    found = error.object[error.start : error.end]
+    return "".join(SPELT.get(c) or c.encode("ascii", "backslashreplace").decode() for c in found), error.end
+
+
+codecs.register_error("maml_cuda.spelt", _spelt)
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """Lines come as they are printed, and none is lost to an encoding that lacks a character of it. OSError at the end
+    where they could not be delivered."""
+    streams: list[Any] = [stream for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
+    before = [(stream.errors, stream.line_buffering) for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="maml_cuda.spelt", line_buffering=True)
+    try:
+        yield
+    finally:
+        for stream, (errors, line_buffering) in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors, line_buffering=line_buffering)  # flushes
+
+
+def abandon() -> None:
+    """What is still to be printed goes nowhere: the interpreter would try it once more at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def complain(words: str) -> None:
+    """On standard error, if that can be reached."""
+    try:
+        print(words, file=sys.stderr, flush=True)
+    except OSError:
+        abandon()
