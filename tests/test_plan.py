@@ -98,8 +98,6 @@ def right(maml: FusedMAML, data: list[Tensor]) -> None:
     maml.zero_grad()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        out = maml(*data)
-        out.loss.backward()
         loss, grads = reference.meta_gradient(
             maml.model,
             maml.loss,
@@ -109,6 +107,8 @@ def right(maml: FusedMAML, data: list[Tensor]) -> None:
             maml.first_order,
             maml._adapt_params,
         )
+        out = maml(*data)  # after it: a call moves the vectors of a spectral norm
+        out.loss.backward()
     close(out.loss.detach(), loss, "loss")
     for name, p in maml.model.named_parameters():
         assert (p.grad is not None) == (name in grads), name
