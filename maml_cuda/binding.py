@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _core, checks, data_checks, device, plan, problems, proof, reference, targets, trees, unwatched
+from .adapted import AdaptParams
 from .batch_norm import PerStepBatchNorm
 from .rates import InnerRates, read_rates, tensors
 from .trees import Tree
-
-AdaptParams = Callable[[str], bool] | Iterable[str] | None
 
 _WATCHED = ("requires_grad", "shape", "dtype", "device")  # of a parameter
 
@@ -60,7 +59,8 @@ class Binding:
         self._has_gradient: list[bool] = []
         self._all_have_gradient = False
         self.can_step = inner_steps > 0 or not _has_no_rate(inner_lr)
-        checks.one_dtype_and_device(model.parameters())
+        parameters = [p for _, p in model.named_parameters()]
+        checks.one_dtype_and_device(parameters)
         self._model = model
         self._inner_lr = inner_lr
         self._loss = loss
@@ -71,7 +71,7 @@ class Binding:
             for key, p in m._parameters.items()
             if p is not None and p.requires_grad
         )
-        self.dtypes = {p.dtype.to_real() for p in model.parameters() if p.is_floating_point() or p.is_complex()}
+        self.dtypes = {p.dtype.to_real() for p in parameters if p.is_floating_point() or p.is_complex()}
         checks.rates(tensors(inner_lr), self.like())
         if fused:
             try:
@@ -86,7 +86,6 @@ class Binding:
         if not self._hooked:  # they must stay empty; where they are not, what is in them may change
             self._dicts += self._hooks
         self._items = [part for d in self._dicts for item in d.items() for part in item]
-        parameters = list(model.parameters())
         self._tensors = [*parameters, *model.buffers(), *(rate for _, rate in tensors(inner_lr))]
         self._attributes = [getattr(t, name) for t in self._tensors for name in _WATCHED]
         self.on = self.like().device.type

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import batch_norm, checks, data_checks, device, problems, reference
-from .binding import AdaptParams, Binding
+from .adapted import AdaptParams, as_pickled
+from .binding import Binding
 from .rates import InnerRates, Rate, read_rates
 from .targets import Target
 from .trees import Tree
@@ -79,7 +80,10 @@ class BoundModel(nn.Module):
         return "\n".join([head, *table, *(foot if fused and x is None else [])])
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_bound": None, "_bindings": []}  # a copy binds itself
+        state = {**self.__dict__, "_bound": None, "_bindings": []}  # a copy binds itself
+        if callable(self._adapt_params):
+            state["_adapt_params"] = as_pickled(self._adapt_params, dict(self.model.named_parameters()))
+        return state
 
     def _binding(self) -> Binding:
         """What runs now: bound again where the model's modules, flags, options or hooks have changed."""
@@ -107,6 +111,7 @@ class BoundModel(nn.Module):
         checks.steps(self.inner_steps, "inner_steps")
         checks.loss(self.loss)
         checks.adapted(self._adapted(), dict(self.model.named_parameters()))
+        checks.not_adapted(self._adapted(), batch_norm.stepwise_names(self.model))
         binding = Binding(
             self.model, self.loss, self.inner_lr, self.inner_steps, self._adapt_params,
             fused=self._wanted_backend != "reference", on_device=self._on_device,
@@ -232,7 +237,7 @@ def _guard(maml: BoundModel) -> None:
     asked = 0
     for m in maml.model.modules():
         asked += 1 if m.training else 2
-    for p in maml.model.parameters():
+    for _, p in maml.model.named_parameters():
         asked += 1 if p.requires_grad else 2
     if isinstance(maml.inner_lr, float):
         asked += len({maml.inner_lr})  # what is hashed is a constant

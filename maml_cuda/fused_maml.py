@@ -19,6 +19,7 @@ from .rates import hold, read_rates, tensors
 from .targets import Target
 from .trees import Tree
 from .trust_region import TrustRegion
+from .wrappers import unwrapped
 
 
 @dataclass
@@ -47,7 +48,8 @@ class FusedMAML(TrustRegion):
     statistics are written by update_statistics alone. Under no_grad, and by all other methods, nothing is written.
 
     Args:
-        model: any module; its parameters become this module's. What cannot be fused runs on the general path.
+        model: any module; its parameters become this module's. What cannot be fused runs on the general path. Of
+            `torch.compile(model)` and `nn.DataParallel(model)` the model itself is taken.
         inner_lr: the rate of the inner loop: a float or 0-d tensor; a tensor [inner_steps]; or a dict with exactly
             the adapted names -> float, 0-d, [inner_steps], the parameter's shape, or [inner_steps, *shape]. An
             nn.Parameter among them receives its exact gradient.
@@ -57,8 +59,8 @@ class FusedMAML(TrustRegion):
             targets are PolicyTargets; or (prediction, target) -> scalar (general path; a module's parameters are
             meta-learned too).
         first_order: drop the Hessian terms (FOMAML). May be changed at any time.
-        adapt_params: which parameters the inner loop changes: a callable on the name, or names. The others still
-            receive their exact meta-gradient.
+        adapt_params: which parameters the inner loop changes: a callable on the name, which also decides on layers that
+            are added later, or names. The others still receive their exact meta-gradient.
         backend: "auto", "fused" (a ValueError where it cannot) or "reference".
         precision: of products of float32 on a GPU: "float32" (as such), "bf16x3" (relative error about 1e-5), "tf32"
             (about 6e-4) or "bfloat16" (about 5e-3); a float64 model computes in float64 whatever this says.
@@ -104,13 +106,12 @@ class FusedMAML(TrustRegion):
         super().__init__()
         if isinstance(adapt_params, Iterable) and not isinstance(adapt_params, str):
             adapt_params = list(adapt_params)
+        model = unwrapped(model)
         checks.constructor(model, inner_steps, loss, first_order, adapt_params, backend, precision)
         checks.on_device(cuda_graphs, task_chunk, check_labels)
         checks.checkpoint(checkpoint)
-        checks.one_dtype_and_device(model.parameters())
         parameters = dict(model.named_parameters())
-        if callable(adapt_params):  # as names, which can be pickled
-            adapt_params = [name for name in parameters if adapt_params(name)]
+        checks.one_dtype_and_device(parameters.values())
         norms.check_mode(model, batch_norm)
         names = reference.adapted_names(model, adapt_params)
         stepwise = norms.stepwise_names(model, batch_norm)
@@ -149,7 +150,7 @@ class FusedMAML(TrustRegion):
     @query_weights.setter
     def query_weights(self, value: Tensor | Sequence[float] | None) -> None:
         weights = checks.query_weights(value, self.inner_steps)
-        parameters = list(self.model.parameters())
+        parameters = [p for _, p in self.model.named_parameters()]
         self._query_weights = weights
         self._query_steps = [k for k, w in enumerate(weights or ()) if w]
         self._query_tensor = torch.tensor(weights or (), dtype=precision(parameters), device=parameters[0].device)

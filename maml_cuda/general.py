@@ -1,7 +1,8 @@
 """The general path of FusedMAML: reference.py behind the checks that the fused ops make themselves.
 
 Every call here runs outside autocast (the model's own dtype, as on the fused path), outside inference mode (the inner
-loop needs gradients) and outside torch.compile (double backward cannot be compiled).
+loop needs gradients) and outside torch.compile, with parts of the model that are compiled run as they were written
+(double backward cannot be compiled).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def _apart(call: Callable[P, R]) -> Callable[P, R]:
         with ExitStack() as stack:
             for device in ("cpu", "cuda"):
                 stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # of what is compiled in the model
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.set_grad_enabled(gradients))

@@ -13,28 +13,37 @@ from typing import Any
 
 from torch import Tensor
 
-from .nodes import Value, Writer
+from .nodes import Traced, Value, Writer
 from .tracing import Unfusable
 
 
-@dataclass(frozen=True)
-class Floored:
+@dataclass(frozen=True, repr=False)
+class Floored(Traced):
     """max(parameter, floor), of a parameter that no layer has taken yet; `rows`: expanded to one row a sample."""
 
     parameter: Tensor
     floor: float = -math.inf
     rows: bool = False
 
-
-class Dim:
-    """x.size(k) of a traced tensor."""
-
-    def __init__(self, axis: int) -> None:
-        self.axis = axis
+    def __repr__(self) -> str:
+        return "a clamped or expanded parameter"
 
 
-class Shape:
+@dataclass(frozen=True, repr=False)
+class Dim(Traced):
+    """x.size(axis) of a traced tensor."""
+
+    axis: int
+
+    def __repr__(self) -> str:
+        return f"the size of axis {self.axis}"
+
+
+class Shape(Traced):
     """x.shape of a traced tensor."""
+
+    def __repr__(self) -> str:
+        return "a shape"
 
 
 def _along(axes: int, value: Any, idle: int = 1) -> tuple[int, int]:

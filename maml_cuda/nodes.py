@@ -28,14 +28,26 @@ class Plan:
     log_std: str = ""  # of a model that returns (mean, log_std): "shared" [action] or "rows" [n, action]
 
 
-@dataclass
-class Value:
+class Traced:
+    """What a call gives while `forward` is read; its repr is its words in a sentence."""
+
+
+@dataclass(repr=False)
+class Value(Traced):
     """A traced tensor: its number, how its memory is laid out, and whose memory it shares."""
 
     number: int
     channels_last: bool  # False only for the input, which stands as the user gave it
     alias: int
     overwritten: str = ""  # the in-place call that changed it
+
+    def __repr__(self) -> str:
+        return "a value computed from x"
+
+
+def in_words(x: Any) -> str:
+    """What an argument is."""
+    return repr(x) if isinstance(x, Traced) else type(x).__name__
 
 
 class Writer:
@@ -53,7 +65,7 @@ class Writer:
 
     def _tensor(self, x: Any) -> Value:
         if not isinstance(x, Value):
-            raise Unfusable(f"its input is {type(x).__name__}, not a value computed from x")
+            raise Unfusable(f"its input is {in_words(x)}, not a value computed from x")
         if x.overwritten:
             raise Unfusable(f"it reads a value that {x.overwritten} has changed in place")
         return x

@@ -15,7 +15,7 @@ import torch.fx
 from torch import nn
 
 from .layers import Floored, Layers
-from .nodes import Plan, Value
+from .nodes import Plan, Traced, Value, in_words
 from .spellings import FUNCTIONS, METHODS, MODULES
 from .tracing import GLOBAL_HOOKS, HOOKS, Unfusable, described, record
 
@@ -29,6 +29,15 @@ def trace(model: nn.Module) -> Plan:
         Unfusable: the sentence why there is none.
     """
     return _Reader(model).read(record(model, MODULES))
+
+
+# Arguments of a layer that are values computed from x, or sizes of them.
+TRACED = ("self", "b", "input", "other", "x", "shape", "index")
+
+
+def _traced(argument: Any) -> list[Traced]:
+    parts = argument if isinstance(argument, (tuple, list)) else [argument]
+    return [part for part in parts if isinstance(part, Traced)]
 
 
 class _Reader(Layers):
@@ -104,16 +113,19 @@ class _Reader(Layers):
         if layer is None:
             raise Unfusable("no fused layer serves it")
         try:
-            inspect.signature(layer).bind(self, *args, **kwargs)
-        except TypeError as error:
+            given = inspect.signature(layer).bind(self, *args, **kwargs).arguments
+            for name, argument in given.items():
+                if name not in TRACED and (found := _traced(argument)):
+                    raise Unfusable(f"its {name} is {found[0]}; fused is a number or a parameter")
+            return layer(self, *args, **kwargs)
+        except (TypeError, ValueError) as error:
             raise Unfusable(f"an option that no fused layer has ({error})") from None
-        return layer(self, *args, **kwargs)
 
     def _finish(self, result: Any) -> Plan:
         policy = isinstance(result, tuple) and len(result) == 2
         mean = result[0] if policy else result
         if not isinstance(mean, Value):
-            raise Unfusable(f"the model returns {type(result).__name__}, not one tensor computed from x")
+            raise Unfusable(f"the model returns {in_words(result)}, not one tensor computed from x")
         self.here, self.path = "the prediction", ""
         x = self._tensor(mean)
         if policy:

@@ -174,7 +174,7 @@ def meta_step(
     # A learned rate that no step uses (steps = 0) has a gradient: zero.
     of_rates = {id(rate.value) for rate in rates.values()}
     gradients: list[Tensor | None] = [torch.zeros_like(t) if id(t) in of_rates else None for t in wanted]
-    dtype = precision(model.module.parameters())
+    dtype = precision(p for _, p in model.module.named_parameters())
     twins = {id(t): t.detach().to(dtype if id(t) in of_rates else t.dtype).requires_grad_() for t in wanted}
 
     def twin(t: Tensor) -> Tensor:

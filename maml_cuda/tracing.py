@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.fx
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.nn.utils import parametrize
 
 from .side_effects import Held, Unfusable, Watch, described
@@ -24,6 +25,7 @@ _ONE_AT_A_TIME = threading.Lock()  # torch.fx patches nn.Module itself while it 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+_NEVER_CALLED = (nn.ParameterList, nn.ParameterDict)  # whose __call__ raises
 _ABSENT: dict[Any, Any] = {inspect.Parameter.VAR_POSITIONAL: (), inspect.Parameter.VAR_KEYWORD: {}}
 
 
@@ -95,6 +97,9 @@ class _Tracer(torch.fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
+        if isinstance(m, OptimizedModule):
+            m = m._orig_mod
+            forward = m.forward
         before, self.path = self.path, self.path_of_module(m)
         result = super().call_module(m, forward, args, kwargs)
         self.path = before
@@ -141,7 +146,9 @@ def _check_modules(model: nn.Module) -> None:
             raise Unfusable(f"{what} has hooks, which a fused layer would not run")
         if parametrize.is_parametrized(module):
             raise Unfusable(f"{what} has parametrizations (torch.nn.utils.parametrize)")
-        if type(module).__call__ is not nn.Module.__call__:
+        if isinstance(module, OptimizedModule):  # whose own forward is the compiled one of the module inside
+            continue
+        if type(module).__call__ is not nn.Module.__call__ and not isinstance(module, _NEVER_CALLED):
             raise Unfusable(f"{what} has a __call__ of its own")
         for name, value in vars(module).items():
             if callable(value) and callable(getattr(type(module), name, None)):

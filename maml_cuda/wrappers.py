@@ -1,0 +1,35 @@
+"""Wrappers of torch's around a user's model: which are taken off, and which are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo import OptimizedModule
+
+from .warn import warn
+
+
+def unwrapped(model: Any) -> Any:
+    """The module inside `torch.compile` and `nn.DataParallel`, whose parameters are the same; anything else as it is.
+
+    Raises:
+        TypeError: a module, or a part of it, that other parameters cannot be put into (torch.jit), or whose gradients
+            would not be shared (DistributedDataParallel).
+    """
+    while isinstance(model, (OptimizedModule, nn.DataParallel)):
+        if isinstance(model, nn.DataParallel):
+            warn("maml_cuda takes the model out of nn.DataParallel: it runs on one device, with all tasks at once")
+        model = model.module if isinstance(model, nn.DataParallel) else model._orig_mod
+    for name, m in model.named_modules() if isinstance(model, nn.Module) else ():
+        what = f"{type(m).__name__}{f' ({name})' if name else ''}"
+        if isinstance(m, torch.jit.ScriptModule):
+            raise TypeError(
+                f"model must be made of Python modules, got {what}: give the module from which torch.jit made it"
+            )
+        if isinstance(m, nn.parallel.DistributedDataParallel):
+            raise TypeError(
+                f"model must be free of DistributedDataParallel, got {what}: wrap the FusedMAML, not its model"
+            )
+    return model
