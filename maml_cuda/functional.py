@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from . import trees
 
 
 class Functional:
-    """The module called with given tensors in place of its parameters, and on copies of its buffers.
+    """The module called with given tensors in place of its parameters, and on copies of its buffers, but for sparse
+    ones, which nobody writes to in place.
 
     In a call every place that holds a parameter (one layer may stand in two modules, one parameter under two names)
     holds its stand-in; afterwards, and after an error, the module's own objects are back. A backward that runs later
@@ -43,6 +45,7 @@ class Functional:
             for key, p in m._parameters.items()
             if p is not None and id(p) in names
         ]
+        self._recurrent = any(isinstance(m, nn.RNNBase) for m in modules)
         self._buffers = [(m, key, b) for m in modules for key, b in m._buffers.items() if b is not None]
         self._left: list[Tensor | None] | None = None
 
@@ -57,27 +60,33 @@ class Functional:
                 return detached(self(detached(dict(parameters)), *detached(args)))
         with self._stand_ins(parameters), _nothing_recomputed():
             result = self.module(*trees.mapped(_own, args))
-            left = [m._buffers.get(key) for m, key, _ in self._buffers] if self._left is None else self._left
+            left = [m._buffers.get(key) for m, key, _ in self._buffers]
         if self._left is None:
-            _refuse_reentrant(result, parameters)
+            _refuse_reentrant(result, trees.tensors((dict(parameters), args)))
             self._left = left
         return result
+
+    @contextmanager
+    def differentiable_twice(self) -> Iterator[None]:
+        """Inside, calls have second derivatives, which flash attention and cuDNN's recurrent layers have not."""
+        with _plain_attention(), _plain_recurrence() if self._recurrent else nullcontext():
+            yield
 
     @torch.no_grad()
     def keep_buffers(self) -> None:
         """Buffers of layers in train mode become what the first call has left in them; those of BatchNorm and its like
         stay."""
         for (m, key, before), after in zip(self._buffers, self._left or (), strict=False):
-            if not m.training or isinstance(m, _NormBase) or after is None:
+            if not m.training or isinstance(m, _NormBase) or after is None or after is before:
                 continue
-            if after.shape != before.shape or after.dtype != before.dtype:
+            if after.layout is not torch.strided or after.shape != before.shape or after.dtype != before.dtype:
                 m._buffers[key] = after.detach()
             elif not torch.equal(after, before):
                 before.copy_(after)
 
     @contextmanager
     def _stand_ins(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-        copies = {id(b): b.clone() for _, _, b in self._buffers}
+        copies = {id(b): b.clone() if b.layout is torch.strided else b for _, _, b in self._buffers}
         given = {name: _like(p, parameters[name]) for _, _, name, p in self._parameters}
         for registry, key, name, _ in self._parameters:
             registry[key] = given[name]  # type: ignore[assignment]
@@ -102,9 +111,40 @@ def detached(tree: Any) -> Any:
     return trees.mapped(Tensor.detach, tree)
 
 
-def differentiable_twice() -> Any:
-    """Inside, attention is computed by operations that have second derivatives; flash attention's has none."""
-    return sdpa_kernel(SDPBackend.MATH)
+class _ProcessWide:
+    """A context of state that all threads share: the first that comes in enters it, the last that goes out leaves."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager]) -> None:
+        self._make, self._lock, self._inside = make, Lock(), 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if not self._inside:
+                self._context = self._make()
+                self._context.__enter__()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._context.__exit__(None, None, None)
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
+_plain_attention = _ProcessWide(lambda: sdpa_kernel(SDPBackend.MATH))
+_plain_recurrence = _ProcessWide(_without_cudnn)
 
 
 def _own(t: Tensor) -> Tensor:
@@ -119,9 +159,9 @@ def _like(p: Tensor, t: Tensor) -> Tensor:
     return t
 
 
-def _refuse_reentrant(result: Any, parameters: Mapping[str, Tensor]) -> None:
-    """Looks at the graph of one call, which begins at the parameters."""
-    seen = {p.grad_fn for p in parameters.values()}
+def _refuse_reentrant(result: Any, given: list[Tensor]) -> None:
+    """Looks at the graph of one call, which begins at what it was given."""
+    seen = {t.grad_fn for t in given}
     nodes = [t.grad_fn for t in trees.tensors(result)]
     while nodes:
         node = nodes.pop()

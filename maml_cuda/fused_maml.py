@@ -42,10 +42,11 @@ class MetaOutput:
 class FusedMAML(TrustRegion):
     """MAML on a batch of tasks: the exact meta-gradient in one call (Finn, Abbeel, Levine 2017).
 
-    Each forward works on copies of the model's buffers. Those that forward writes in train mode (u and v of
-    spectral_norm, counters, moving averages) move once a call with gradients on, as in one plain training step: to what
-    its first forward left, of the first task's support set at the model's own parameters. BatchNorm's running
-    statistics are written by update_statistics alone. Under no_grad, and by all other methods, nothing is written.
+    Each forward works on copies of the buffers of the model and of a loss module. Those that forward writes in train
+    mode (u and v of spectral_norm, counters, moving averages) move once a call with gradients on, as in one plain
+    training step: to what its first forward left, of the first task's support set at the model's own parameters. So
+    they do in adapt(differentiable=True), and by nothing else. BatchNorm's running statistics are written by
+    update_statistics alone.
 
     Args:
         model: any module; its parameters become this module's. What cannot be fused runs on the general path. Of

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from . import data_checks, reference, targets, trees
 from .batch_norm import at_step
-from .functional import Functional, differentiable_twice
-from .losses import Loss, loss_function
+from .functional import Functional
+from .losses import Loss, loss_function, objective
 from .policies import mean_of
 from .rates import Rate
 from .targets import Target
@@ -75,12 +75,12 @@ def meta_step(
     tasks = trees.tasks(x_spt)
     weights = [1 / tasks] * tasks if task_weights is None else list(task_weights)
     function = Functional(model)
+    criterion = objective(loss)
     *outputs, gradients = reference.meta_step(
-        function, loss_function(loss), rates, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights,
+        function, criterion, rates, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights,
         query_weights,
     )  # fmt: skip
-    if torch.is_grad_enabled():
-        function.keep_buffers()
+    _keep_buffers(function, criterion)
     reached = [(t, g.detach()) for t, g in zip(wanted, gradients, strict=True) if g is not None]
     return (*outputs, reached)  # type: ignore[return-value]
 
@@ -114,6 +114,8 @@ def adapt(
         )[0][-1]
         for t in range(trees.tasks(x))
     ]
+    if differentiable:
+        _keep_buffers(function)
     adapted = {name: torch.stack([phi[name] for phi in tasks]) for name in rates}
     return adapted if differentiable else {name: p.detach() for name, p in adapted.items()}
 
@@ -123,7 +125,7 @@ def predict(model: nn.Module, fast: Mapping[str, Tensor], x: Tree, slot: int) ->
     _check_samples(model, {n: p[0] for n, p in fast.items()}, "x", x)
     function = Functional(model)
     differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in fast.values())
-    with at_step(model, slot), differentiable_twice() if differentiable else nullcontext():
+    with at_step(model, slot), function.differentiable_twice() if differentiable else nullcontext():
         predictions = [function({n: p[t] for n, p in fast.items()}, trees.of_task(x, t)) for t in range(trees.tasks(x))]
     return trees.stacked("the model's output", predictions)
 
@@ -177,6 +179,13 @@ def fisher_vector_product(
         Functional(model), loss_function(loss), rates, names, x_spt, y_spt, x_qry, v, targets.shares(weights), steps,
         first_order,
     )  # fmt: skip
+
+
+def _keep_buffers(*called: Callable[..., Any]) -> None:
+    """After a training step, which is what has gradients on."""
+    for each in called:
+        if isinstance(each, Functional) and torch.is_grad_enabled():
+            each.keep_buffers()
 
 
 def _check_set(

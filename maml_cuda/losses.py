@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import policies, targets
+from .functional import Functional
 from .policies import Policy
 from .targets import PolicyTarget
 
@@ -41,8 +43,17 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def loss_function(loss: Loss) -> Callable[..., Tensor]:
+def objective(loss: Loss) -> Callable[..., Tensor]:
+    """(prediction, target) -> the loss, or of a module (parameters, prediction, target) -> the loss."""
+    if isinstance(loss, nn.Module):
+        return Functional(loss)
     return LOSSES[loss] if isinstance(loss, str) else loss
+
+
+def loss_function(loss: Loss) -> Callable[..., Tensor]:
+    """(prediction, target) -> the loss, of a module at its own parameters."""
+    function = objective(loss)
+    return partial(function, dict(function.module.named_parameters())) if isinstance(function, Functional) else function
 
 
 def value_of(loss: Callable[..., Any], prediction: Any, target: Any) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from . import policies, trees
 from .batch_norm import at_step, stepwise_names
-from .functional import Functional, detached, differentiable_twice, precision
-from .losses import Loss, loss_function, value_of
+from .functional import Functional, detached, precision
+from .losses import Loss, objective, value_of
 from .rates import InnerRates, Rate, read_rates
 from .targets import Target
 from .trees import Tree
@@ -62,7 +62,7 @@ def inner_loop(
         second_order = differentiable and not first_order
         path = [phi]
         for step in range(steps):
-            with at_step(model.module, step), differentiable_twice() if second_order else nullcontext():
+            with at_step(model.module, step), model.differentiable_twice() if second_order else nullcontext():
                 value = value_of(loss, model(phi, x), y)
             grads = torch.autograd.grad(
                 value,
@@ -137,7 +137,7 @@ def meta_gradient(
     wanted = {name: t for name, t in wanted.items() if t.requires_grad}
     tasks = trees.tasks(x_spt)
     total, _, _, _, gradients = meta_step(
-        Functional(model), loss_function(loss), rates, list(wanted.values()), x_spt, y_spt, x_qry, y_qry, inner_steps,
+        Functional(model), objective(loss), rates, list(wanted.values()), x_spt, y_spt, x_qry, y_qry, inner_steps,
         first_order, [1 / tasks] * tasks, None if query_weights is None else [float(w) for w in query_weights],
     )  # fmt: skip
     return total, {name: g for name, g in zip(wanted, gradients, strict=True) if g is not None}
@@ -184,8 +184,8 @@ def meta_step(
     theta = {name: twin(p) for name, p in model.module.named_parameters()}
     rates = {name: replace(r, value=twin(r.value)) if isinstance(r.value, Tensor) else r for name, r in rates.items()}
     x_spt, y_spt, x_qry, y_qry = (trees.mapped(twin, part) for part in (x_spt, y_spt, x_qry, y_qry))
-    if isinstance(loss, nn.Module):
-        loss = partial(Functional(loss), {name: twin(p) for name, p in loss.named_parameters()})
+    if isinstance(loss, Functional):
+        loss = partial(loss, {name: twin(p) for name, p in loss.module.named_parameters()})
     for t, weight in enumerate(weights):
         path, inner = inner_loop(
             model,
@@ -304,7 +304,7 @@ def fisher_vector_product(
     total = [torch.zeros_like(p) for p in at]
     for t in range(len(x_spt)):
         path, _ = inner_loop(model, loss, theta, fixed, x_spt[t], trees.of_task(y_spt, t), steps, first_order)
-        with torch.enable_grad(), differentiable_twice():
+        with torch.enable_grad(), model.differentiable_twice():
             policy = query(model, path, steps, x_qry[t])
             old = detached(policy)
             divergence = (weights[t] * policies.kl_divergence(old, policy)).sum()
@@ -336,7 +336,7 @@ def _gradient(
     create_graph: bool,
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     at = {n: p[task].detach().requires_grad_(n in names) for n, p in fast.items()}
-    with torch.enable_grad(), differentiable_twice() if create_graph else nullcontext():
+    with torch.enable_grad(), model.differentiable_twice() if create_graph else nullcontext():
         value = value_of(loss, model(at, trees.of_task(x, task)), trees.of_task(y, task))
         grads = torch.autograd.grad(value, [at[n] for n in names], create_graph=create_graph, allow_unused=True)
     return value, [torch.zeros_like(at[n]) if g is None else g for n, g in zip(names, grads, strict=True)], at

@@ -4,6 +4,7 @@ against the oracle; afterwards the model is the one that it was."""
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from maml_cuda import FusedMAML, gradcheck
 from maml_cuda.batch_norm import PerStepBatchNorm1d
+from maml_cuda.functional import Functional
 
 from . import oracle
 from .conftest import assert_close, run
@@ -71,6 +73,8 @@ def check_entries(
     maml.zero_grad()
     fast = maml.adapt(x_spt, y_spt, differentiable=True)
     predictions = maml.predict(fast, x_qry)
+    with torch.no_grad():
+        torch.testing.assert_close(maml.predict(fast, x_qry), predictions, rtol=1e-11, atol=1e-13)
     sum(function(p, y) for p, y in zip(predictions, y_qry, strict=True)).div(len(y_qry)).backward()
     assert_close(gradients(model), expected)
 
@@ -255,6 +259,41 @@ def test_attention(attention, training):
     check_entries(Attends(attention).double().train(training), episode(5, 4))
 
 
+def test_attention_in_several_threads():
+    """What one of them needs the other does not take away."""
+    enabled = torch.backends.cuda.flash_sdp_enabled
+    function = Functional(nn.Linear(1, 1))
+    with function.differentiable_twice():
+        thread = threading.Thread(target=lambda: maml_of(Attends("scaled_dot_product").double())(*episode(5, 4)))
+        thread.start()
+        thread.join()
+        assert not enabled()
+    assert enabled()
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.LSTM(2, 3, batch_first=True), nn.Linear(3, 2)
+        self.cudnn: set[bool] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cudnn.add(torch.backends.cudnn.enabled)
+        return self.head(self.layer(x)[0][:, -1])
+
+
+def test_recurrent_layers():
+    """Without cuDNN, whose backward has no derivative, where a second one is taken."""
+    model, data = Recurrent().double(), episode(5, 2)
+    before = torch.backends.cudnn.enabled
+    maml_of(model, first_order=True, loss=F.mse_loss)(*data)
+    assert model.cudnn == {before}
+    check_entries(model, data)
+    assert model.cudnn == {before, False}
+    assert torch.backends.cudnn.enabled == before
+    copy.deepcopy(model)
+
+
 @pytest.mark.parametrize("chosen", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
 def test_the_users_choice_of_attention_comes_back(chosen):
     flags = ("flash_sdp_enabled", "math_sdp_enabled", "mem_efficient_sdp_enabled", "cudnn_sdp_enabled")
@@ -335,6 +374,15 @@ def test_reentrant_checkpoints_are_refused():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_reentrant_checkpoint_before_the_model_is_the_users():
+    below, x = nn.Linear(3, 3).double(), torch.randn(2, 4, 3).double().requires_grad_()
+    model = nn.Linear(3, 2).double()
+    fast = {n: p.detach().expand(2, *p.shape) for n, p in model.named_parameters()}
+    (expected,) = torch.autograd.grad(model(below(x)).square().sum(), below.weight)
+    maml_of(model).predict(fast, checkpoint(below, x, use_reentrant=True)).square().sum().backward()
+    torch.testing.assert_close(below.weight.grad, expected, rtol=1e-12, atol=1e-14)
+
+
 # -- a forward that differentiates -----------------------------------------------------------------------------
 
 
@@ -403,13 +451,72 @@ def test_buffers_move_once_a_call():
         torch.testing.assert_close(b, running[name], rtol=0, atol=0)
 
 
+def test_buffers_move_once_in_a_differentiable_adaptation():
+    model, data = Counting().double(), episode(3)
+    maml = maml_of(model)
+    maml.predict(maml.adapt(*data[:2], differentiable=True), data[2]).sum().backward()
+    assert int(model.count) == 1
+
+
+class Balanced(nn.Module):
+    """A loss with a parameter, and a buffer that moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        error = self.w * (prediction - target).square().mean()
+        self.scale.mul_(0.5).add_(0.5 * error.detach())
+        return error / self.scale
+
+
+def test_buffers_of_a_loss_move_once_a_call():
+    model, data, loss = nn.Linear(3, 2).double(), episode(3), Balanced()
+    once = copy.deepcopy(loss)
+    once(model(data[0][0]), data[1][0])
+
+    def plain(prediction: Tensor, target: Tensor) -> Tensor:
+        error = (prediction - target).square().mean()
+        return error / (0.5 + 0.5 * error.detach())
+
+    maml = maml_of(model, loss)
+    _, grads = run(maml, data)
+    assert_close(grads, oracle.meta_gradient(model, plain, *data, RATE, STEPS)[1])
+    assert loss.w.grad.abs() > 1e-3
+    torch.testing.assert_close(loss.scale, once.scale, rtol=1e-13, atol=0)
+    fast = maml.adapt(*data[:2])
+    maml.loss_and_grad(fast, *data[2:])
+    torch.testing.assert_close(loss.scale, once.scale, rtol=1e-13, atol=0)
+
+
+class Graph(nn.Module):
+    """Sums over neighbours, by a sparse buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("neighbours", torch.eye(3).roll(1, 0).to_sparse())
+        self.layer, self.head = nn.Linear(2, 4), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.layer(x)).transpose(0, 1).flatten(1)
+        return self.head(torch.sparse.mm(self.neighbours, h).view(3, len(x), 4).transpose(0, 1).flatten(1))
+
+
+def test_sparse_buffers():
+    model = Graph().double()
+    before = model.neighbours
+    check_entries(model, episode(3, 2))
+    assert model.neighbours is before
+
+
 def test_buffers_move_by_nothing_else():
     model, data = Counting().double(), episode(3)
     maml = maml_of(model)
     state = copy.deepcopy(model.state_dict())
-    fast = maml.adapt(*data[:2], differentiable=True)
+    fast = maml.adapt(*data[:2])
     maml.predict(fast, data[2])
-    fast = {n: p.detach() for n, p in fast.items()}
     maml.loss_and_grad(fast, *data[2:])
     maml.hvp(fast, *data[2:], fast)
     with torch.no_grad():
