@@ -1,6 +1,6 @@
 // The functions of a pointwise layer with their derivatives, once for every backend. A kink takes the side
-// that torch takes: relu'(0) = 0, leaky_relu'(0) = a, and f'' = 0 there. All functions are static: each
-// instruction set of the CPU backend compiles its own.
+// that torch takes: relu'(0) = 0, leaky_relu'(0) = a, elu'(0) = a b / c, and f'' = 0 there. All functions are
+// static: each instruction set of the CPU backend compiles its own.
 #pragma once
 
 #include <cmath>
@@ -61,7 +61,7 @@ MAML_HOST_DEVICE static inline Derivatives<T> evaluate(const Layer& l, T x) {
   } else if constexpr (F == Function::elu) {
     if (x > 0) return {b * x, b, T(0)};
     const T e = b * a * std::exp(x / c);
-    return {b * a * std::expm1(x / c), e / c, e / (c * c)};
+    return {b * a * std::expm1(x / c), e / c, x == 0 ? T(0) : e / (c * c)};
   } else if constexpr (F == Function::silu) {
     const T p = logistic(x), q = p * (1 - p);
     return {x * p, p + x * q, q * (2 + x * (1 - 2 * p))};
@@ -77,7 +77,7 @@ MAML_HOST_DEVICE static inline Derivatives<T> evaluate(const Layer& l, T x) {
   } else if constexpr (F == Function::softplus) {
     if (a * x > b) return {x, T(1), T(0)};
     const T p = logistic(a * x);
-    return {std::log1p(std::exp(a * x)) / a, p, a * p * (1 - p)};
+    return {std::log1p(std::exp(a * x)) / a, p, a * x == b ? T(0) : a * p * (1 - p)};
   } else if constexpr (F == Function::tanh) {
     const T h = std::tanh(x), dh = 1 - h * h;
     return {h, dh, -2 * h * dh};
