@@ -103,11 +103,23 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data", type=absolute, metavar="PATH", help="folder that holds the data set; its conversion is kept there"
     )
+    _add_cache(group)
     _setting(group, "--ways", "classes a task (not for the sinusoid)")
     _setting(group, "--shots", "support samples a class: what the model adapts to")
     _setting(group, "--queries", "query samples a class: what the meta-loss is taken on")
     _setting(group, "--train-ways", "classes a training task, where they are not --ways (protonet, matching)")
     _setting(group, "--rotations", "quarter turns of each training class that are classes of their own, 1 to 4")
+
+    group = parser.add_argument_group("your own images: FOLDER")
+    _setting(group, "--image-size", "height and width to which they are resized; 0: they are of one size")
+    group.add_argument(
+        "--background", metavar="COLOUR", help="of transparent ones: white, black or #rrggbb (default: white)"
+    )
+    group.add_argument(
+        "--split",
+        metavar="TRAIN/VALIDATION/TEST",
+        help="numbers of classes, such as 6/3/3 (default: by folders train, val and test, or 64/16/20 %% of them)",
+    )
 
     group = parser.add_argument_group("inner loop: adaptation to one task")
     _setting(group, "--inner-lr", "inner learning rate, on the mean loss of the support set")
@@ -166,7 +178,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="RUN",
-        help="continue a run as if it had never stopped; only --iterations, --test-tasks and --data may change",
+        help="continue a run as if it had never stopped; only --iterations, --test-tasks, --data, --cache may change",
     )
     group.add_argument(
         "--from",
@@ -180,7 +192,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     parser.add_argument("--tasks", type=int, help="test tasks (default: as in the run)")
-    parser.add_argument("--shots", type=int, help="support samples a class (default: as in the run)")
+    parser.add_argument("--ways", type=int, help="classes a task, for nets without a last layer (protonet, matching)")
+    parser.add_argument("--shots", "--test-shots", type=int, help="support samples a class (default: as in the run)")
     parser.add_argument(
         "--test-queries",
         type=int,
@@ -193,8 +206,12 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="statistics of the support or query set at hand (default), or of training tasks: a query by itself",
     )
     parser.add_argument(
-        "--data", type=absolute, metavar="PATH", help="folder that holds the data set now (default: as in the run)"
+        "--data",
+        type=absolute,
+        metavar="PATH",
+        help="folder that holds the data set now, or a folder of other classes to test on (default: as in the run)",
     )
+    _add_cache(parser)
     parser.add_argument("--seed", type=int, help="draws other test tasks (default: as in the run)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--checkpoint", choices=("best", "last"), default="best", help="(default: best)")
@@ -207,6 +224,12 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs of one job")
     parser.add_argument("--labels", metavar="A,B", help="one for each run (default: the folders' names)")
     parser.add_argument("--out", default="compare.png", metavar="PNG", help="(default: compare.png)")
+
+
+def _add_cache(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--cache", type=absolute, metavar="PATH", help="folder for the conversion, where that of the data is read-only"
+    )
 
 
 def _add_machine(parser: argparse._ActionsContainer) -> None:

@@ -176,15 +176,31 @@ def _train_and_test(kind: _Kind, training: Any) -> None:
 
 def evaluate(options: argparse.Namespace) -> int:
     _need("safetensors")
+    from maml_cuda.other_images import check_ways, other_images
+
     _set_threads(options.threads)
     run = Path(options.run)
-    folder, stored = _stored(run, options.checkpoint)
+    folder, info = _stored(run, options.checkpoint)
+    stored = info["settings"]
     kind = _kind(stored["job"])
-    model = _only(kind, _given(backend=options.backend, data=options.data))
-    test = _given(test_tasks=options.tasks, test_shots=options.shots, test_queries=options.queries, seed=options.seed)
     settings: Any = restored(kind.settings, stored, folder)
+    other: dict[str, Any] = {}
+    if kind.settings is Settings and options.data is not None:
+        trained = info.get("classes", ())  # which runs of earlier versions do not tell
+        if images := other_images(settings, options.data, trained, options.cache):
+            other, options.data, options.cache = {"other": images}, None, None
+    model = _only(kind, _given(backend=options.backend, data=options.data, cache=options.cache))
+    test = _given(
+        ways=options.ways,
+        test_tasks=options.tasks,
+        test_shots=options.shots,
+        test_queries=options.queries,
+        seed=options.seed,
+    )
     _refuse_ignored(model | _only(kind, test), asdict(settings))
     settings = replace(settings, **model, **test)
+    if kind.settings is Settings:
+        check_ways(settings, stored["ways"])
     if options.ensemble:
         if kind.settings is not Settings:
             raise ValueError(f"ensemble must be left out for {stored['job']}, whose runs keep one best checkpoint")
@@ -199,24 +215,24 @@ def evaluate(options: argparse.Namespace) -> int:
         for algorithm in algorithms:
             kind.report.hold_statistics(algorithm, settings)
         tested["batch_norm"] = options.batch_norm
-    result = kind.report.test_run(algorithms, settings) | tested
+    result = kind.report.test_run(algorithms, settings, **other) | tested
     print(json.dumps(result, indent=1) if options.json else kind.report.table(result))
     return 0
 
 
 def _stored(run: Path, checkpoint: str) -> tuple[Path, dict[str, Any]]:
-    """The settings of a run, and where they are from: its last checkpoint, which knows what was set anew when it was
-    resumed, or, where that cannot be used, the one that is asked for."""
+    """What is known of a run, its settings among it, and where that is from: its last checkpoint, which knows what was
+    set anew when it was resumed, or, where that cannot be used, the one that is asked for."""
     from maml_cuda.checkpoint import UnusableCheckpoint, load_info, locate
 
     last, asked = run / "last", run / checkpoint
     try:
-        return last, load_info(last)["settings"]
+        return last, load_info(last)
     except UnusableCheckpoint as error:
         if asked == last or locate(asked) is None:
             raise
         complain(f"maml-cuda: {error}; the settings are those of {asked}")
-        return asked, load_info(asked)["settings"]
+        return asked, load_info(asked)
 
 
 def compare(options: argparse.Namespace) -> int:

@@ -1,37 +1,70 @@
 """The jobs of ``maml-cuda train``: their tasks, model and metric."""
 
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from maml_cuda.data import GlyphTasks, ImageTasks, SinusoidTasks, images
+from maml_cuda.data import GlyphTasks, ImageTasks, SinusoidTasks, glyphs, images, splits
+from maml_cuda.data.splits import SPLITS
 from maml_cuda.fused_maml import FusedMAML
 from maml_cuda.models import conv4, conv4_max_pool, sinusoid_mlp
-from maml_cuda.settings import JOBS, Settings, classifies, metric, named_settings  # noqa: F401 (found here, too)
-
-SPLITS = ("train", "validation", "test")
+from maml_cuda.settings import (  # noqa: F401 (found here, too)
+    JOBS,
+    SHIPPED,
+    Settings,
+    classifies,
+    metric,
+    named_settings,
+)
 
 
 def new_settings(job: str = "glyphs", preset: str = "maml", **given: Any) -> Settings:
     """``named_settings`` with the data set that they are for: its folder, ``data``, is converted if it has not been yet
     (``data.images``)."""
-    if job in images.OPEN:
-        if not given.get("data"):
-            raise ValueError(f"data must name the folder that holds {job}: --data PATH")
-        given["data_sha256"] = images.OPEN[job](given["data"]).sha256
-    return named_settings(job, preset, **given)
+    settings = named_settings(job, preset, **given)
+    if job in SHIPPED:
+        return settings
+    if not settings.data:
+        raise ValueError(f"data must name the folder that holds {job}: --data PATH")
+    opened = open_images(settings)
+    return replace(settings, data_sha256=opened.sha256, image_shape=" x ".join(map(str, opened.shape)))
 
 
-def _images(settings: Settings) -> images.Images:
+def open_images(settings: Settings) -> images.Images:
+    """What ``settings.data`` holds now."""
+    cache = settings.cache or None
+    if settings.job != "folder":
+        return images.OPEN[settings.job](settings.data, cache=cache)
+    return images.folder(
+        settings.data,
+        size=settings.image_size or None,
+        background=settings.background,
+        split=splits.parsed(settings.split) if settings.split else None,
+        cache=cache,
+    )
+
+
+def images_of_run(settings: Settings) -> images.Images:
     """The images of a run. ValueError where its folder now holds other ones."""
-    opened = images.OPEN[settings.job](settings.data)
+    opened = open_images(settings)
     if opened.sha256 != settings.data_sha256:
         raise ValueError(
             f"{settings.data} must hold the images of this run, of sha256 {settings.data_sha256}, got {opened.sha256}"
         )
     return opened
+
+
+def image_shape(settings: Settings) -> tuple[int, int, int]:
+    """Channels, height and width of the images that the net of ``settings`` takes."""
+    if settings.job == "glyphs":
+        return 1, glyphs.SIDE, glyphs.SIDE
+    if not settings.image_shape:  # a run of an earlier version
+        return images_of_run(settings).shape
+    channels, height, width = map(int, settings.image_shape.split(" x "))
+    return channels, height, width
 
 
 def make_maml(settings: Settings) -> FusedMAML:
@@ -56,10 +89,8 @@ def make_model(settings: Settings) -> nn.Sequential:
         torch.manual_seed(settings.seed)
         if settings.job == "sinusoid":
             return sinusoid_mlp(settings.width, 3 if settings.told else 1)
-        if settings.job == "glyphs":
-            return conv4(settings.ways, settings.width)
-        channels, height, width = _images(settings).shape
-        if settings.job == "omniglot":
+        channels, height, width = image_shape(settings)
+        if settings.job in ("glyphs", "omniglot"):
             return conv4(settings.ways, settings.width, channels)
         return conv4_max_pool(settings.ways, settings.width, channels, height, width)
 
@@ -94,19 +125,21 @@ def _inner_rates(settings: Settings, adapted: dict[str, nn.Parameter]) -> Any:
     return {name: nn.Parameter(torch.full(shape, rate)) for name, shape in shapes.items()}
 
 
-def make_tasks(settings: Settings, split: str) -> ImageTasks | SinusoidTasks:
-    """The sampler of one split. The sinusoid's splits are one distribution and differ in their draws."""
+def make_tasks(settings: Settings, split: str, opened: images.Images | None = None) -> ImageTasks | SinusoidTasks:
+    """The sampler of one split, of the run's images or of those ``opened``. The sinusoid's splits are one distribution
+    and differ in their draws."""
     ways, shots, queries, rotations = settings.ways, settings.test_shots, settings.test_queries, 1
     if split == "train":
         ways, shots, queries = settings.train_ways or settings.ways, settings.shots, settings.queries
         rotations = settings.rotations
     if settings.job == "sinusoid":
         return SinusoidTasks(shots, queries, settings.told)
-    classes = None if settings.job == "glyphs" else _images(settings).split(split)
+    if opened is None and settings.job != "glyphs":
+        opened = images_of_run(settings)
     try:
-        if classes is None:
+        if opened is None:
             return GlyphTasks(split, ways, shots, queries, rotations)
-        return ImageTasks(classes, ways, shots, queries, rotations)
+        return ImageTasks(opened.split(split), ways, shots, queries, rotations)
     except ValueError as error:  # in the words of the sampler
         options = ("ways", "test-shots", "test-queries")
         if split == "train":

@@ -3,6 +3,7 @@
 import codecs
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,15 +23,17 @@ codecs.register_error("maml_cuda.spelt", _spelt)
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Lines come as they are printed, and none is lost to an encoding that lacks a character of it. OSError at the end
-    where they could not be delivered."""
+    """Lines come as they are printed, a warning is one, and none is lost to an encoding that lacks a character of it.
+    OSError at the end where they could not be delivered."""
     streams: list[Any] = [stream for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
     before = [(stream.errors, stream.line_buffering) for stream in streams]
     for stream in streams:
         stream.reconfigure(errors="maml_cuda.spelt", line_buffering=True)
+    form, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"maml-cuda: {message}\n"
     try:
         yield
     finally:
+        warnings.formatwarning = form
         for stream, (errors, line_buffering) in zip(streams, before, strict=True):
             stream.reconfigure(errors=errors, line_buffering=line_buffering)  # flushes
 

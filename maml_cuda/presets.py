@@ -90,8 +90,8 @@ OF_JOB: dict[tuple[str, str], dict[str, Any]] = {
 
 # The settings that decide something in a run, by its parts.
 _EVERY = {
-    "job", "preset", "data", "seed", "ways", "train_ways", "iterations", "shots", "test_shots", "test_queries",
-    "test_tasks",
+    "job", "preset", "data", "cache", "seed", "ways", "train_ways", "iterations", "shots", "test_shots", "test_queries",
+    "test_tasks", "image_size", "background", "split",
 }  # fmt: skip
 _NET = {"width"}
 _TRAINING = {

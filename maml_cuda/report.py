@@ -12,7 +12,8 @@ from torch import Tensor
 from maml_cuda import plots
 from maml_cuda.algorithms import Algorithm, Maml, make_algorithm
 from maml_cuda.checkpoint import load_info, load_model, locate, put, write_file
-from maml_cuda.data import MetaBatch
+from maml_cuda.data import ImageTasks, MetaBatch
+from maml_cuda.data.images import Images
 from maml_cuda.evaluate import evaluate, mean_and_ci95
 from maml_cuda.jobs import Settings, classifies, make_generator, make_tasks, metric, show
 from maml_cuda.settings import restored
@@ -59,18 +60,26 @@ def vote(algorithms: Sequence[Algorithm], job: str) -> Callable[[MetaBatch, Sequ
     return predictions
 
 
-def test_run(algorithms: Sequence[Algorithm], settings: Settings) -> dict[str, Any]:
+def test_run(
+    algorithms: Sequence[Algorithm],
+    settings: Settings,
+    other: Images | None = None,  # noqa: PT028 (this is no test)
+) -> dict[str, Any]:
     """The metric on ``settings.test_tasks`` test tasks after each number of adaptation steps, as JSON-able values; of
-    several algorithms, that of their mean prediction.
+    several algorithms, that of their mean prediction. The tasks are of the run's data, or of ``other`` images.
 
     ``reported`` is what a table of the field says: the score after ``settings.test_steps`` steps.
     """
     steps = list(algorithms[0].steps)
     predictions = algorithms[0].predictions if len(algorithms) == 1 else vote(algorithms, settings.job)
-    tasks = make_tasks(settings, "test")
+    tasks = make_tasks(settings, "test", other)
     scores = evaluate(predictions, settings.job, tasks, make_generator(settings, "test"), settings.test_tasks, steps)
     mean, ci95 = mean_and_ci95(scores)
     row = steps.index(min(settings.test_steps, steps[-1]))
+    data = {"data": settings.data, "data_sha256": settings.data_sha256}
+    if other is not None:
+        data = {"data": str(other.folder), "data_sha256": other.sha256}
+    classes = {"ways": settings.ways, "classes": len(tasks.names)} if isinstance(tasks, ImageTasks) else {}
     return {
         "task": settings.job,
         "metric": metric(settings.job),
@@ -82,13 +91,18 @@ def test_run(algorithms: Sequence[Algorithm], settings: Settings) -> dict[str, A
         "test_shots": settings.test_shots,
         "test_queries": settings.test_queries,
         "batch_norm": settings.batch_norm,
+        **classes,
+        **data,
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """The result of ``test_run`` for people."""
     job = result["task"]
-    lines = [f"{job}: {result['metric']} on {result['test_tasks']} test tasks, {result['test_shots']}-shot"]
+    ways = f", {result['ways']}-way" if classifies(job) else ""
+    lines = [f"{job}: {result['metric']} on {result['test_tasks']} test tasks, {result['test_shots']}-shot{ways}"]
+    if result["data"]:
+        lines.append(f"  {result['classes']} test classes of {result['data']}")
     for step, mean, ci95 in zip(result["steps"], result["mean"], result["ci95"], strict=True):
         lines.append(f"  after {step:2d} steps  {show(job, mean):>7} ± {show(job, ci95)}")
     return "\n".join(lines)
@@ -97,11 +111,12 @@ def table(result: dict[str, Any]) -> str:
 def finish(run: Path, settings: Settings) -> dict[str, Any]:
     """Tests the best checkpoint of a trained run, and the vote of the best ones where it kept several, and writes the
     pictures and, last of all, summary.json."""
-    algorithm, _ = load_run(run, data=settings.data)  # which may have moved since the best checkpoint
+    place = {"data": settings.data, "cache": settings.cache}  # which may have moved since the best checkpoint
+    algorithm, _ = load_run(run, **place)
     last = load_info(run / "last")
     result = test_run([algorithm], settings)
     if any("checkpoint" in one for one in last["bests"]):
-        several, iterations = load_ensemble(run, data=settings.data)
+        several, iterations = load_ensemble(run, **place)
         voted = test_run(several, settings)
         result["ensemble"] = {key: voted[key] for key in ("mean", "ci95", "reported")} | {"iterations": iterations}
     plots.learning_curves(run / "metrics.csv", run / "learning_curves.png", settings)

@@ -25,8 +25,11 @@ CHOICES = {
 }
 # Whole numbers of which there may be none.
 MAY_BE_0 = (
-    "seed", "inner_steps", "iterations", "train_ways", "inner_batch", "multi_step_iterations", "first_order_iterations"
+    "seed", "inner_steps", "iterations", "train_ways", "inner_batch", "multi_step_iterations", "first_order_iterations",
+    "image_size",
 )  # fmt: skip
+# What only a folder of one's own images heeds.
+OF_FOLDER = ("image_size", "background", "split")
 # What only MAML's own meta-step heeds.
 OF_MAML = ("learn_inner_lr", "adapted", "batch_norm", "first_order", "first_order_iterations", "multi_step_iterations")
 
@@ -75,6 +78,12 @@ class Settings:
     backend: str = "auto"
     data: str = ""  # the folder of a data set that does not ship with the package
     data_sha256: str = ""  # of its files: the same images, wherever the folder is
+    cache: str = ""  # the folder of its converted images, where that is another one
+    # your own images: data.images.folder
+    image_size: int = 0  # height and width; 0: as they are
+    background: str = "white"  # what shows through transparent images
+    split: str = ""  # numbers of classes, TRAIN/VALIDATION/TEST; where there are none, those of its folders, or shares
+    image_shape: str = ""  # of every image of the data set, as "3 x 84 x 84": channels, height, width
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -114,6 +123,14 @@ class Settings:
             raise ValueError(f"iterations must be 0 for random, an untrained net, got {self.iterations}")
         if self.data and self.job in SHIPPED:
             raise ValueError(f"data must be left out for {self.job}, which needs none, got {self.data}")
+        if self.cache and self.job in SHIPPED:
+            raise ValueError(f"cache must be left out for {self.job}, which needs no data, got {self.cache}")
+        for name in () if self.job == "folder" else OF_FOLDER:
+            if getattr(self, name) != type(self).__dict__[name]:
+                raise ValueError(
+                    f"{name} must be left out for {self.job}, it is for a folder of your own images, "
+                    f"got {getattr(self, name)}"
+                )
         if self.test_tasks < 2:
             raise ValueError(f"test_tasks must be at least 2 for a confidence interval, got {self.test_tasks}")
 

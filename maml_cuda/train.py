@@ -28,7 +28,7 @@ from maml_cuda.checkpoint import (
     put,
     save_checkpoint,
 )
-from maml_cuda.data import MetaBatch
+from maml_cuda.data import ImageTasks, MetaBatch
 from maml_cuda.evaluate import evaluate
 from maml_cuda.interrupts import interrupt_flag
 from maml_cuda.jobs import Settings, classifies, make_generator, make_tasks, metric, score, show
@@ -39,7 +39,7 @@ from maml_cuda.settings import restored
 COLUMNS = ("iteration", "loss", "before", "after", "validation")
 # What a resumed run may set anew: none touches a number before it (the iterations do, where the outer rate is
 # scheduled over them). The data may have moved, not changed.
-MAY_CHANGE = ("iterations", "test_tasks", "data")
+MAY_CHANGE = ("iterations", "test_tasks", "data", "cache")
 
 
 class Training:
@@ -65,7 +65,9 @@ class Training:
         self.algorithm = make_algorithm(settings)
         self.module = self.algorithm.module
         self.optimizer: Any = self.algorithm.optimizer  # None where nothing is learned
-        self.tasks = self.algorithm.sampler(make_tasks(settings, "train"))
+        tasks = make_tasks(settings, "train")
+        self.classes = list(tasks.names) if isinstance(tasks, ImageTasks) else []  # that are trained on
+        self.tasks = self.algorithm.sampler(tasks)
         self.validation_tasks = make_tasks(settings, "validation")
         make_tasks(settings, "test")  # so that what cannot be tested at the end is refused here
         self.generator = make_generator(settings, "train")
@@ -142,6 +144,7 @@ class Training:
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "bests": self.bests,
+            "classes": self.classes,
             "settings": asdict(self.settings),
         }
 

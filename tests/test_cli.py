@@ -65,7 +65,8 @@ def test_every_option_reaches_the_settings(tmp_path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     expected = given | {"job": "glyphs", "width": 3, "learn_inner_lr": "step", "first_order": True}
     expected |= {"algorithm": "maml", "told": False}
-    expected |= {"data": "", "data_sha256": ""}
+    expected |= {"data": "", "data_sha256": "", "cache": "", "image_shape": ""}
+    expected |= {"image_size": 0, "background": "white", "split": ""}  # of a folder: tests/test_other_images.py
     assert summary["settings"] == expected
     assert summary["backend"] == "reference"
 

@@ -256,14 +256,14 @@ def test_too_few_classes_say_how_many_are_needed_and_what_chooses_them(tmp_path)
     published.birds(tmp_path, classes=20, images=2)
     validation = images.folder(tmp_path).split("validation")
     message = (
-        "n_way must be 2 to 3 (validation classes of folder), got 5; 5-way tasks need 5 classes or more in each split, "
-        "15 in all, of 20 here: choose by --split TRAIN/VALIDATION/TEST (split= in Python), such as 10/5/5, or by "
-        "folders train, val and test"
+        "n_way must be 2 to 3 (validation classes of folder), got 5; 5-way tasks need 5 classes or more in a split, "
+        "15 for all three, of 20 here: choose by --split TRAIN/VALIDATION/TEST (split= in Python), such as 10/5/5, or "
+        "by folders train, val and test"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         ImageTasks(validation, n_way=5, k_shot=1, n_query=1)
     ImageTasks(images.folder(tmp_path, split=(10, 5, 5)).split("validation"), n_way=5, k_shot=1, n_query=1)
-    with pytest.raises(ValueError, match=r"21 in all, of 20 here: .* such as 8/6/6 for 6 ways, or by"):
+    with pytest.raises(ValueError, match=r"21 for all three, of 20 here: .* such as 8/6/6 for 6 ways, or by"):
         ImageTasks(validation, n_way=7, k_shot=1, n_query=1)
     with pytest.raises(ValueError, match=r"n_way must be 2 to 3 \(validation classes of folder\), got 1$"):
         ImageTasks(validation, n_way=1, k_shot=1, n_query=1)

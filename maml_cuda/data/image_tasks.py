@@ -112,6 +112,6 @@ def _choice(n_way: int, classes: int) -> str:
     if example and ways < n_way:
         example += f" for {ways} ways"
     return (
-        f"; {n_way}-way tasks need {n_way} classes or more in each split, {3 * n_way} in all, of {classes} here: "
+        f"; {n_way}-way tasks need {n_way} classes or more in a split, {3 * n_way} for all three, of {classes} here: "
         f"choose by --split TRAIN/VALIDATION/TEST (split= in Python){example}, or by folders train, val and test"
     )

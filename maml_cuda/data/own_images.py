@@ -36,12 +36,13 @@ def find(
     return Source(files, read, options=options, skipped=skipped)
 
 
-def tested_classes(path: Path) -> tuple[list[str], bool]:
-    """The names of the classes in ``path`` to test on: those of its folder for test, or, where it has no folders for
-    splits, all; and whether it has such folders. Errors as ``images.folder``."""
-    if folders := class_folders.split_folders(path):
-        return sorted(class_folders.class_folders(folders["test"]).classes), True
-    return sorted(class_folders.class_folders(path).classes), False
+def names(path: Path) -> dict[str, list[str]]:
+    """The classes in ``path``: by split where it has folders for splits, otherwise all of them to test on. Errors as
+    ``images.folder``."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} must be a folder of images (folder), got no folder")
+    folders = class_folders.split_folders(path) or {"test": path}
+    return {split: sorted(class_folders.class_folders(folder).classes) for split, folder in folders.items()}
 
 
 def _splits(path: Path, split: Sequence[int] | None) -> tuple[dict[str, Classes], list[Path]]:
