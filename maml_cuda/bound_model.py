@@ -89,13 +89,20 @@ class BoundModel(nn.Module):
         """What runs now: bound again where the model's modules, flags, options or hooks have changed."""
         if torch.compiler.is_compiling():
             _guard(self)
-            _bind_now(self)
+            self._bind_now()
             assert self._bound is not None
             return self._bound
         model: Any = self._modules["model"]  # what self.model finds after a search that ends in an exception
         if self._bound is None or not self._bound.holds(model, self.loss, self.inner_lr, self.inner_steps):
             self._bound = self._rebind()
         return self._bound
+
+    @torch.compiler.assume_constant_result  # of a method: torch 2.6 takes no module for an argument
+    def _bind_now(self) -> bool:
+        """Binds while a compiler traces: what it has bound is a constant of the compiled program."""
+        if self._bound is None or not self._bound.holds(self.model, self.loss, self.inner_lr, self.inner_steps):
+            self._bound = self._rebind()
+        return True
 
     def _rebind(self) -> Binding:
         """A binding for what has changed: one of before where everything is again as it was (`train()` after `eval()`),
@@ -126,12 +133,17 @@ class BoundModel(nn.Module):
         """Says, once, why the fused path cannot serve; raises where the user asked for it by name."""
         if self._wanted_backend == "fused":
             raise ValueError(f'backend="fused" cannot serve this model: {why_not}')
-        _warn_once(
-            self,
+        self._warn_once(
             "fallback",
             "maml_cuda runs this model on the general path (reference), which takes one task at a time by plain "
             f"autograd, because {why_not}",
         )
+
+    @torch.compiler.assume_constant_result
+    def _warn_once(self, what: str, text: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warn(text)
 
     def _warn_of_empty_statistics(self) -> None:
         for name, m in self.model.named_modules():
@@ -139,8 +151,7 @@ class BoundModel(nn.Module):
                 continue  # which never counts its batches
             tracked = getattr(m, "num_batches_tracked", None)
             if not m.training and isinstance(tracked, Tensor) and bool((tracked == 0).any()):
-                _warn_once(
-                    self,
+                self._warn_once(
                     "statistics",
                     f"{name} ({type(m).__name__}) is in eval mode with running statistics that no batch has updated",
                 )
@@ -149,8 +160,7 @@ class BoundModel(nn.Module):
         """Where predict is given one query a task, and BatchNorm takes it for the whole set."""
         layers = batch_norm.with_batch_statistics(self.model)
         if layers:
-            _warn_once(
-                self,
+            self._warn_once(
                 "single queries",
                 f"predict is given one query sample a task, which {layers[0]} normalises by its own statistics: the "
                 "predictions may be no better than chance. Give all queries of a task at once, or choose "
@@ -198,8 +208,14 @@ class BoundModel(nn.Module):
         n_support, n_query = (0 if x is None else index(x.shape[1]) for x in (x_spt, x_qry))
         second_order = not self.first_order if second_order is None else second_order
         if torch.compiler.is_compiling():
-            return _unfit_now(self, sample, n_support, n_query, x.dtype, second_order)
+            return self._unfit_now(sample, n_support, n_query, x.dtype, second_order)
         return binding.why_unfit(sample, n_support, n_query, x.dtype, second_order)
+
+    @torch.compiler.assume_constant_result
+    def _unfit_now(self, *signature: Any) -> str:
+        """Binding.why_unfit while a compiler traces, which has guarded the sizes."""
+        assert self._bound is not None
+        return self._bound.why_unfit(*signature)
 
     def _fit_alone(self, binding: Binding, x_spt: Tensor, x_qry: Tensor) -> None:
         """Raises ValueError where samples of one of the shapes do not fit the model itself."""
@@ -224,35 +240,13 @@ class BoundModel(nn.Module):
                 data_checks.target_values(name, y, classes)
 
 
-@torch._dynamo.assume_constant_result
-def _warn_once(maml: BoundModel, what: str, text: str) -> None:
-    if what not in maml._warned:
-        maml._warned.add(what)
-        warn(text)
-
-
 def _guard(maml: BoundModel) -> None:
     """Asks, under torch.compile, what the plan depends on, so that a change of it compiles anew (an attribute that
     decides nothing would not be guarded)."""
-    asked = 0
+    asked = id(maml)  # of another one the plan is another, though it looked the same when it was made
     for m in maml.model.modules():
         asked += 1 if m.training else 2
     for _, p in maml.model.named_parameters():
         asked += 1 if p.requires_grad else 2
     if isinstance(maml.inner_lr, float):
         asked += len({maml.inner_lr})  # what is hashed is a constant
-
-
-@torch._dynamo.assume_constant_result
-def _bind_now(maml: BoundModel) -> bool:
-    """Binds while a compiler traces: what it has bound is a constant of the compiled program."""
-    if maml._bound is None or not maml._bound.holds(maml.model, maml.loss, maml.inner_lr, maml.inner_steps):
-        maml._bound = maml._rebind()
-    return True
-
-
-@torch._dynamo.assume_constant_result
-def _unfit_now(maml: BoundModel, *signature: Any) -> str:
-    """Binding.why_unfit while a compiler traces, which has guarded the sizes."""
-    assert maml._bound is not None
-    return maml._bound.why_unfit(*signature)

@@ -97,8 +97,8 @@ def _fits(
     if loss in POLICY_LOSSES:
         if not isinstance(y, PolicyTarget):
             raise TypeError(f"{y_name} must be a PolicyTarget for {loss}, got {type(y).__name__}")
-        for field, value in y._asdict().items():
-            if value is not None or field not in y._field_defaults:
+        for field, value in zip(PolicyTarget._fields, y, strict=True):
+            if value is not None or field not in PolicyTarget._field_defaults:
                 _field_fits(f"{y_name}.{field}", value, x_name, x, like, str(loss), fused)
         return
     if isinstance(loss, str) and not isinstance(y, Tensor):

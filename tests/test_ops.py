@@ -19,6 +19,9 @@ from torch.overrides import TorchFunctionMode
 from maml_cuda import FusedMAML, PolicyTarget, reference
 from maml_cuda.data import Episodes
 
+from . import oracle
+from .conftest import assert_close
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
@@ -132,6 +135,7 @@ def test_every_op_is_checked() -> None:
     assert set(OPS) == set(calls())
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch 2.14's own
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name: str) -> None:
     function, args, kwargs = calls()[name]
@@ -165,6 +169,7 @@ def test_compiled_with_the_optimizer_in_the_loop(compiled: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while inductor is imported
+@pytest.mark.filterwarnings("ignore:Skipping serialization of:UserWarning")  # torch 2.6's own
 def test_inductor(compiled: Any) -> None:
     maml = FusedMAML(net(), rate(), 2)
     same(step(compiled(maml, backend="inductor"), maml, episode()), step(maml, maml, episode()))
@@ -227,6 +232,21 @@ def test_compiled_follows_the_flags() -> None:
     loss, _ = reference.meta_gradient(maml.model, "cross_entropy", *episode(), 0.3, 2)
     torch.testing.assert_close(call(*episode()).loss.detach(), loss, rtol=1e-12, atol=0)
     torch._dynamo.reset()
+
+
+def test_compiled_for_another_model(compiled: Any) -> None:
+    """Its plan is looked at anew, though it was the same when it was made."""
+    call = compiled(lambda maml, *data: maml(*data))
+    one, other = (
+        FusedMAML(nn.Sequential(nn.Linear(3, 7), nn.LeakyReLU(0.2), nn.Linear(7, 4)).double(), 0.3, 2) for _ in range(2)
+    )
+    other.model[1].negative_slope = 0.9
+    for maml in (one, other):
+        out = call(maml, *episode())
+        out.loss.backward()
+        loss, expected = oracle.meta_gradient(maml.model, "cross_entropy", *episode(), 0.3, 2)
+        torch.testing.assert_close(out.loss.detach(), loss, rtol=1e-12, atol=0)
+        assert_close({n: p.grad for n, p in maml.model.named_parameters()}, expected)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

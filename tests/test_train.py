@@ -163,7 +163,7 @@ def test_the_summary_says_what_was_trained_and_how_good_it_is(tmp_path) -> None:
     assert summary["meta_iterations"] == 20
     assert summary["tasks_per_second"] == pytest.approx(40 / summary["seconds"])
     assert Settings(**summary["settings"]) == tiny("glyphs", iterations=20)
-    assert summary["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(summary["versions"]["torch"])  # a package may leave "+cu130" away
     assert sorted(path.name for path in run.glob("*.png")) == [
         "adaptation.png",
         "learning_curves.png",
