@@ -26,7 +26,7 @@ from maml_cuda import FusedMAML, PolicyTarget, policies
 from maml_cuda.rl.inner import MetaSamples
 from maml_cuda.rl.outer import OuterStep, trpo
 from maml_cuda.rl.settings import RLSettings
-from maml_cuda.targets import of_task
+from maml_cuda.trees import of_task
 
 from .machine import machine
 from .proof import WrongAnswer
@@ -66,13 +66,13 @@ class PlainAutograd:
         task_losses = []
         for t in range(len(x_spt)):
             y: Any = of_task(y_qry, t)
-            fast = self.fast(x_spt[t], of_task(y_spt, t), True)  # type: ignore[arg-type]
+            fast = self.fast(x_spt[t], of_task(y_spt, t), True)
             task_losses.append(self.ratio(fast, x_qry[t], y.actions, y.advantages, y.old_log_probs))
         all_losses = torch.stack(task_losses)
         return SimpleNamespace(loss=all_losses.mean(), task_losses=all_losses.detach())
 
     def adapt(self, x_spt: Tensor, y_spt: PolicyTarget) -> dict[str, Tensor]:
-        each = [self.fast(x_spt[t], of_task(y_spt, t), False) for t in range(len(x_spt))]  # type: ignore[arg-type]
+        each = [self.fast(x_spt[t], of_task(y_spt, t), False) for t in range(len(x_spt))]
         return {n: torch.stack([fast[n].detach() for fast in each]) for n in each[0]}
 
     def predict(self, fast: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,7 @@ class PlainAutograd:
         parameters = dict(self.model.named_parameters())
         divergences = []
         for t in range(len(x_spt)):
-            fast = self.fast(x_spt[t], of_task(y_spt, t), True)  # type: ignore[arg-type]
+            fast = self.fast(x_spt[t], of_task(y_spt, t), True)
             mean, log_std = functional_call(self.model, fast, (x_qry[t],))
             old = mean.detach(), log_std.detach()
             divergences.append(policies.kl_divergence(old, (mean, log_std)).mean())
