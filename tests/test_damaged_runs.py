@@ -342,29 +342,28 @@ def test_a_run_whose_output_breaks_is_saved_first(whole: Path, tmp_path, monkeyp
     assert (run / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
 
 
-def command_line(*arguments: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "maml_cuda", *arguments]
-    return subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, **options)
-
-
 @pytest.mark.parametrize("command", [["train", "--help"], ["--version"], ["info"]], ids=" ".join)
 def test_a_closed_pipe_is_no_matter_for_words(command: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    done = command_line(*command, stdout=writer)
+    words = [sys.executable, "-m", "maml_cuda", *command]
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert done.stderr == ""
     assert done.returncode in ((141,) if command == ["info"] else (0, 141))  # argparse may take no notice of it
 
 
-def test_a_full_device_is_named() -> None:
+def test_a_full_device_is_named(capsys, monkeypatch) -> None:
     with Path("/dev/full").open("w") as full:
-        done = command_line("info", stdout=full)
-    words = "maml-cuda: error: [Errno 28] No space left on device: standard output\n"
-    assert (done.returncode, done.stderr) == (2, words)
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["info"]) == 2
+    assert capsys.readouterr().err == "maml-cuda: error: [Errno 28] No space left on device: standard output\n"
 
 
-def test_what_an_ascii_terminal_lacks_is_spelt(run: Path) -> None:
-    done = command_line("evaluate", str(run), stdout=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0, done.stderr
-    assert "+/-" in done.stdout
+def test_what_an_ascii_terminal_lacks_is_spelt(run: Path, monkeypatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        assert main(["evaluate", str(run)]) == 0
+    assert b"+/-" in terminal.buffer.getvalue()
+    assert (terminal.errors, terminal.line_buffering) == ("strict", False)
