@@ -110,8 +110,7 @@ def train(options: argparse.Namespace) -> int:
         options.job, options.data = "folder", absolute(options.job)
     names = {field.name for kind in (Settings, RLSettings) for field in fields(kind)}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
-    if options.data is not None:
-        print(f"opening {options.data}; the first time converts it, which may take minutes")
+    _say_that_it_is_opened(options.data)
     with ExitStack() as stack:
         if options.resume is None:
             if options.resume_from is not None:
@@ -186,6 +185,8 @@ def evaluate(options: argparse.Namespace) -> int:
     settings: Any = restored(kind.settings, stored, folder)
     other: dict[str, Any] = {}
     if kind.settings is Settings and options.data is not None:
+        if not options.json:
+            _say_that_it_is_opened(options.data)
         trained = info.get("classes", ())  # which runs of earlier versions do not tell
         if images := other_images(settings, options.data, trained, options.cache):
             other, options.data, options.cache = {"other": images}, None, None
@@ -305,6 +306,11 @@ def _refuse_ignored(given: dict[str, Any], settings: dict[str, Any]) -> None:
     for name, value in given.items():
         if name not in heeded and value != getattr(Settings, name, None):
             raise ValueError(f"{name} must be left out for {what}, where it decides nothing, got {value}")
+
+
+def _say_that_it_is_opened(data: str | None) -> None:
+    if data is not None:
+        print(f"opening {data}; the first time converts it, which may take minutes")
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -23,7 +23,8 @@ def other_images(
         cache: the folder for the converted images; None: ``path``.
 
     Raises:
-        ValueError: a class is one of ``trained`` and the images are not those of the run; those of ``images.folder``.
+        ValueError: a class is one of ``trained`` and the images are not those of the run.
+        FileNotFoundError, ValueError: those of ``images.folder``.
     """
     if not trained:
         return None
@@ -40,7 +41,10 @@ def other_images(
         try:
             images_of_run(replace(settings, data=path, cache=cache or settings.cache))
         except (FileNotFoundError, ValueError) as error:
-            raise type(error)(f"{error}; other classes must be ones never trained on, got {known[0]}") from None
+            raise ValueError(
+                f"{path} must hold the images of this run, or classes that it was not trained on, got {known[0]}, on "
+                f"which it was: {error}"
+            ) from None
         return None
     channels, height, width = image_shape(settings)
     return images.folder(

@@ -180,9 +180,11 @@ def test_classes_that_were_trained_on_are_refused(trained, fish, capsys) -> None
     run, birds = trained
     name = json.loads((run / "last" / "checkpoint.json").read_text())["classes"][0]
     shutil.copytree(birds / name, fish / name)
-    error = refused(capsys, "evaluate", run, "--data", fish)
-    assert "split must be three numbers that add up to the 6 classes of" in error
-    assert f"; other classes must be ones never trained on, got {name}" in error
+    message = (
+        f"{fish} must hold the images of this run, or classes that it was not trained on, got {name}, on which it was: "
+        "split must be three numbers that add up to the 6 classes of"
+    )
+    assert message in refused(capsys, "evaluate", run, "--data", fish)
 
 
 def test_moved_data_are_the_run_s_own(trained, tmp_path, capsys) -> None:
