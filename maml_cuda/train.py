@@ -55,6 +55,7 @@ class Training:
         self.cpu_seconds = 0.0  # of all threads of this process
         # Of the best validations, the best first: iteration, score and, where several are kept, the checkpoint's name.
         self.bests: list[dict[str, Any]] = []
+        self.classes: list[str] = []  # of images, that are trained on
         self.metrics = Metrics(run / "metrics.csv", self.columns)
         self.running = torch.zeros(2)  # sums of loss and score since the last row of metrics.csv
         self._build()
@@ -66,7 +67,8 @@ class Training:
         self.module = self.algorithm.module
         self.optimizer: Any = self.algorithm.optimizer  # None where nothing is learned
         tasks = make_tasks(settings, "train")
-        self.classes = list(tasks.names) if isinstance(tasks, ImageTasks) else []  # that are trained on
+        if isinstance(tasks, ImageTasks):
+            self.classes = list(tasks.names)
         self.tasks = self.algorithm.sampler(tasks)
         self.validation_tasks = make_tasks(settings, "validation")
         make_tasks(settings, "test")  # so that what cannot be tested at the end is refused here
