@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import batch_norm, checks, data_checks, device, problems, reference
+from . import batch_norm, checks, data_checks, device, general, problems, reference
 from .adapted import AdaptParams, as_pickled
 from .binding import Binding
 from .rates import InnerRates, Rate, read_rates
@@ -200,6 +200,8 @@ class BoundModel(nn.Module):
         for each in sets:
             if not isinstance(each, Tensor):
                 return f"x is a {type(each).__name__}; fused layers take one tensor"
+        if x.dim() == 2:
+            return "samples are numbers without axes; fused layers take samples of at least one axis"
         if others and others[0].shape[2:] != x.shape[2:]:
             self._fit_alone(binding, x, others[0])
             got = f"{list(x.shape[2:])} and {list(others[0].shape[2:])}"
@@ -230,6 +232,8 @@ class BoundModel(nn.Module):
         if torch.is_autocast_enabled(binding.on):
             x = binding.in_its_dtype(x)
         data_checks.data(x_name, x, y_name, y, binding.like(), binding.dtypes, self.loss, bool(binding.text))
+        if isinstance(x, Tensor) and x.dim() == 2 and x.is_floating_point():
+            general.check_numbers(self.model, x_name, x)
         return x
 
     def _look_at_labels(self, binding: Binding, x: Tensor, **given: Target) -> None:

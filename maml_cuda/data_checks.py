@@ -20,13 +20,13 @@ def data(
     loss: str | Callable, fused: bool,
 ) -> None:  # fmt: skip
     """One set, for a model whose trainable parameters are like `like`, and all of them of `dtypes`: x
-    [tasks, samples, ...] or a pytree of tensors [tasks, ...], and its y. fused: a plan is there, which takes samples of
-    at least one axis, in the dtype of `like`; it takes no pytree."""
+    [tasks, samples, ...] or a pytree of tensors [tasks, ...], and its y. fused: a plan is there, which takes one tensor
+    in the dtype of `like`."""
     fused = fused and isinstance(x, Tensor)
     dtypes = {like.dtype} if fused else dtypes
     leaves = _leaves(x_name, x)
     if isinstance(x, Tensor):
-        _has_axes(x_name, x, y_name, y, fused)
+        _has_axes(x_name, x, y_name, y)
     for name, leaf in leaves:
         if leaf.device != like.device:
             raise ValueError(f"{name} must be on the model's device {like.device}, got {leaf.device}")
@@ -70,11 +70,11 @@ def _leaves(name: str, tree: Tree) -> list[tuple[str, Tensor]]:
     return found
 
 
-def _has_axes(x_name: str, x: Tensor, y_name: str | None, y: Any, fused: bool) -> None:
+def _has_axes(x_name: str, x: Tensor, y_name: str | None, y: Any) -> None:
     """x [tasks, samples, ...], neither of them none."""
     if isinstance(y, Tensor) and y.dim() >= 2 and x.dim() and len(x) != len(y) and len(x) == y.shape[1]:
         raise lacks_axis(x_name, x, f", without the axis of tasks of {y_name} {list(y.shape)}")
-    if x.dim() < (3 if fused else 2):
+    if x.dim() < 2:
         raise lacks_axis(x_name, x)
     if x.shape[0] == 0:
         raise ValueError(f"{x_name} must have at least 1 task, got 0")
@@ -100,6 +100,8 @@ def _fits(
         for field, value in zip(PolicyTarget._fields, y, strict=True):
             if value is not None or field not in PolicyTarget._field_defaults:
                 _field_fits(f"{y_name}.{field}", value, x_name, x, like, str(loss), fused)
+            if not isinstance(x, Tensor):  # a pytree does not tell its samples, but the actions do
+                x_name, x = f"{y_name}.actions", y.actions
         return
     if isinstance(loss, str) and not isinstance(y, Tensor):
         raise TypeError(f"{y_name} must be a tensor for {loss}, got {type(y).__name__}")

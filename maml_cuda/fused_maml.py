@@ -341,6 +341,9 @@ class FusedMAML(TrustRegion):
         Raises:
             ValueError: no BatchNorm layer tracks running statistics; and as a call does.
         """
+        binding = self._binding()
+        x_spt = self._read(binding, "x_spt", x_spt, "y_spt", y_spt)
+        x_qry = self._read(binding, "x_qry", x_qry, None, None)
         data_checks.same_tasks(x_spt, x_qry)
         with self._collecting():
             fast = list(self.inner_loop(x_spt, y_spt, self.inner_steps))

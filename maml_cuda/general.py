@@ -67,8 +67,8 @@ def meta_step(
     """loss, task_losses, predictions (None where they cannot be stacked), support_losses, and (tensor, gradient) of
     each of `parameters` and of the data that requires grad and reaches the loss; none where gradients are off."""
     _check_query_samples(model, x_spt, x_qry)
-    _check_set(model, loss, None, "x_spt", x_spt, "y_spt", y_spt)
-    _check_set(model, loss, None, "x_qry", x_qry, "y_qry", y_qry)
+    _check_target(model, loss, None, x_spt, "y_spt", y_spt)
+    _check_target(model, loss, None, x_qry, "y_qry", y_qry)
     data = trees.tensors((x_spt, y_spt, x_qry, y_qry))
     given = {id(t): t for t in (*parameters, *data)}  # one tensor may be support and query
     wanted = [t for t in given.values() if t.requires_grad and torch.is_grad_enabled()]
@@ -97,7 +97,7 @@ def adapt(
     differentiable: bool,
 ) -> dict[str, Tensor]:
     """The adapted parameters, name -> [tasks, *shape]."""
-    _check_set(model, loss, None, "x_spt", x, "y_spt", y)
+    _check_target(model, loss, None, x, "y_spt", y)
     theta = {name: p.view_as(p) for name, p in model.named_parameters()}  # whose hooks see the outer gradient alone
     function = Functional(model)
     tasks = [
@@ -122,7 +122,6 @@ def adapt(
 
 @_apart
 def predict(model: nn.Module, fast: Mapping[str, Tensor], x: Tree, slot: int) -> Tree:
-    _check_samples(model, {n: p[0] for n, p in fast.items()}, "x", x)
     function = Functional(model)
     differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in fast.values())
     with at_step(model, slot), function.differentiable_twice() if differentiable else nullcontext():
@@ -135,7 +134,7 @@ def loss_and_grad(
     model: nn.Module, loss: Loss, fast: Mapping[str, Tensor], names: list[str], x: Tree, y: Target,
     slot: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    _check_set(model, loss, fast, "x", x, "y", y)
+    _check_target(model, loss, fast, x, "y", y)
     with at_step(model, slot):
         return reference.loss_and_grad(Functional(model), loss_function(loss), fast, names, x, y)
 
@@ -151,7 +150,7 @@ def hvp(
     v: Mapping[str, Tensor],
     slot: int,
 ) -> dict[str, Tensor]:
-    _check_set(model, loss, fast, "x", x, "y", y)
+    _check_target(model, loss, fast, x, "y", y)
     with at_step(model, slot):
         return reference.hvp(Functional(model), loss_function(loss), fast, names, x, y, v)
 
@@ -171,7 +170,7 @@ def fisher_vector_product(
     first_order: bool,
 ) -> dict[str, Tensor]:
     """By `names`."""
-    _check_set(model, loss, None, "x_spt", x_spt, "y_spt", y_spt)
+    _check_target(model, loss, None, x_spt, "y_spt", y_spt)
     if weights is None:
         weights = x_qry.new_ones(x_qry.shape[:2])
     data_checks.sample_weights("weights", weights)
@@ -188,29 +187,28 @@ def _keep_buffers(*called: Callable[..., Any]) -> None:
             each.keep_buffers()
 
 
-def _check_set(
-    model: nn.Module, loss: Loss, fast: Mapping[str, Tensor] | None, x_name: str, x: Tree, y_name: str, y: Target
+def _check_target(
+    model: nn.Module, loss: Loss, fast: Mapping[str, Tensor] | None, x: Tree, y_name: str, y: Target
 ) -> None:
-    """What no shape tells, by forwards of the first task that draw no random number: whether the model takes any number
-    of samples without axes, and whether the target fits what the model returns."""
-    parameters = dict(model.named_parameters()) if fast is None else {n: p[0] for n, p in fast.items()}
-    _check_samples(model, parameters, x_name, x)
+    """What the model returns, and that the target fits it, against one forward of the first task that draws no random
+    number."""
     if not isinstance(loss, str):
         return
+    parameters = dict(model.named_parameters()) if fast is None else {n: p[0] for n, p in fast.items()}
     prediction = _first(model, parameters, trees.of_task(x, 0))
     data_checks.prediction(loss, prediction)
     data_checks.target(y_name, loss, y, tuple(mean_of(prediction).shape))
     data_checks.target_values(y_name, y, mean_of(prediction).shape[-1] if loss in data_checks.OF_CLASSES else None)
 
 
-def _check_samples(model: nn.Module, parameters: Mapping[str, Tensor], x_name: str, x: Tree) -> None:
-    """x [tasks, samples] may be samples [tasks, features] whose tasks or samples were forgotten: a model that is meant
-    for single numbers takes one more of them."""
-    if isinstance(x, Tensor) and x.dim() == 2 and x.is_floating_point():
-        try:
-            _first(model, parameters, torch.cat([x[0], x[0, :1]]))
-        except Exception as error:
-            raise data_checks.lacks_axis(x_name, x, f"; the model takes {x.shape[1]} numbers, not one more") from error
+@_apart
+def check_numbers(model: nn.Module, x_name: str, x: Tensor) -> None:
+    """Numbers x [tasks, samples] may be samples [samples, features] whose axis of tasks was forgotten: a model that is
+    meant for numbers takes one more of them."""
+    try:
+        _first(model, dict(model.named_parameters()), torch.cat([x[0], x[0, :1]]))
+    except Exception as error:
+        raise data_checks.lacks_axis(x_name, x, f"; the model does not take {x.shape[1] + 1} numbers") from error
 
 
 def _check_query_samples(model: nn.Module, x_spt: Tree, x_qry: Tree) -> None:

@@ -24,7 +24,7 @@ from torch.distributions import (
 from torch.distributions.transforms import TanhTransform
 from torch.utils import _pytree as pytree
 
-from maml_cuda import FusedMAML, gradcheck
+from maml_cuda import FusedMAML, PolicyTarget, gradcheck
 
 from . import oracle
 from .conftest import assert_close, run
@@ -259,6 +259,13 @@ def test_numbers_as_samples() -> None:
     with pytest.warns(UserWarning, match="general path"):
         maml = FusedMAML(model, RATE, STEPS, loss=squared)
     right(maml, data, squared)
+    model.of = lambda m, x: m.h(x.view(-1, 1))  # which has a plan, for samples of one feature
+    maml = FusedMAML(model, RATE, STEPS, loss="mse")
+    with pytest.warns(UserWarning, match="general path.*because samples are numbers without axes"):
+        right(maml, data, "mse")
+    assert maml.explain(data[0]).startswith("backend: reference, because samples are numbers")
+    with pytest.raises(ValueError, match=r"fused.*cannot serve.*samples are numbers without axes"):
+        FusedMAML(model, RATE, loss="mse", backend="fused")(*data)
 
 
 @pytest.mark.filterwarnings(GENERAL)
@@ -405,6 +412,8 @@ def test_running_statistics_of_pytrees() -> None:
     x_spt, y_spt, x_qry, _ = episode()
     maml.update_statistics({"x": x_spt}, y_spt, {"x": x_qry})
     torch.testing.assert_close(model.running_mean, 0.1 * x_qry.mean((0, 1)))
+    with pytest.raises(TypeError, match=r"x_qry\['x'\] must have the model's dtype torch.float64, got torch.float32"):
+        maml.update_statistics({"x": x_spt}, y_spt, {"x": x_qry.float()})
 
 
 def test_a_plan_takes_no_pytree() -> None:
@@ -473,6 +482,34 @@ def test_pytrees_that_do_not_fit(case: str) -> None:
         with pytest.raises(error, match=text):
             call()
     assert all(p.grad is None for p in maml.parameters())
+
+
+class Policy(Graph):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_std = nn.Parameter(torch.zeros(3).double())
+
+    def forward(self, graph: Any) -> tuple[Tensor, Tensor]:
+        return super().forward(graph), self.log_std
+
+
+def test_a_policy_on_pytrees() -> None:
+    maml = FusedMAML(Policy(), RATE, STEPS, loss="gaussian_policy_gradient", backend="reference")
+    data = [graphs(SUPPORT), PolicyTarget(randn(TASKS, SUPPORT, 3), randn(TASKS, SUPPORT))]
+    data += [graphs(QUERY), PolicyTarget(randn(TASKS, QUERY, 3), randn(TASKS, QUERY))]
+
+    def loss(policy: tuple[Tensor, Tensor], target: PolicyTarget) -> Tensor:
+        log_prob = Normal(policy[0], policy[1].exp()).log_prob(target.actions).sum(-1)
+        return -(target.advantages * log_prob).mean()
+
+    right(maml, data, loss)
+    assert maml(*data).logits.shape == (TASKS, QUERY, 3)
+    short = data[1]._replace(advantages=data[1].advantages[:, :1])
+    with pytest.raises(ValueError, match=r"y_spt\.advantages must have 5 samples a task like y_spt\.actions, got 1"):
+        maml.adapt(data[0], short)
+    few = PolicyTarget(*(t[:, :1] for t in data[1][:2]))
+    with pytest.raises(ValueError, match=r"y_spt.actions must have the mean's shape \[3, 5, 3\].*got \[3, 1, 3\]"):
+        maml.adapt(data[0], few)
 
 
 def test_a_target_of_a_loss_of_your_own_has_the_tasks_of_x() -> None:
