@@ -27,7 +27,7 @@ from maml_cuda.output import abandon, complain, readable
 from maml_cuda.ownership import owned
 from maml_cuda.rl import settings as rl_settings
 from maml_cuda.rl.settings import RL_JOBS, RLSettings, new_rl_settings
-from maml_cuda.settings import JOBS, Settings, restored, unknown_job
+from maml_cuda.settings import JOBS, Settings, unknown_job
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,6 +98,17 @@ def _kind(job: str) -> _Kind:
     return _Kind(Settings, new_settings, Training, report)
 
 
+def _kind_of(info: dict[str, Any], folder: Path) -> _Kind:
+    """Of the run of the checkpoint in ``folder``."""
+    from maml_cuda.checkpoint import DamagedCheckpoint
+
+    job = info.get("settings", {}).get("job")
+    if job not in JOBS | RL_JOBS:
+        words = f"job of {folder} must be one of {', '.join(JOBS | RL_JOBS)}, got {job!r}"
+        raise DamagedCheckpoint(folder, words)
+    return _kind(job)
+
+
 def train(options: argparse.Namespace) -> int:
     _need("tqdm", "matplotlib", "safetensors")
     from maml_cuda.checkpoint import load_info, locate
@@ -125,7 +136,7 @@ def train(options: argparse.Namespace) -> int:
             if not (options.resume or options.out) or (options.resume and options.out not in (None, options.resume)):
                 raise ValueError("--resume must name one run folder: --resume RUN, or --resume with --out RUN")
             run, checkpoint = Path(options.resume or options.out), options.resume_from or "last"
-            kind = _kind(load_info(run / checkpoint)["settings"]["job"])
+            kind = _kind_of(load_info(run / checkpoint), run / checkpoint)
             stack.enter_context(owned(run))
             settings = resumed_settings(run, _only(kind, given), kind.settings, checkpoint)
             start = partial(kind.training.resume, checkpoint=checkpoint)
@@ -179,16 +190,13 @@ def evaluate(options: argparse.Namespace) -> int:
 
     _set_threads(options.threads)
     run = Path(options.run)
-    folder, info = _stored(run, options.checkpoint)
-    stored = info["settings"]
-    kind = _kind(stored["job"])
-    settings: Any = restored(kind.settings, stored, folder)
+    kind, stored, info = _stored(run, options.checkpoint)
     other: dict[str, Any] = {}
     if kind.settings is Settings and options.data is not None:
         if not options.json:
             _say_that_it_is_opened(options.data)
         trained = info.get("classes", ())  # which runs of earlier versions do not tell
-        if images := other_images(settings, options.data, trained, options.cache):
+        if images := other_images(stored, options.data, trained, options.cache):
             other, options.data, options.cache = {"other": images}, None, None
     model = _only(kind, _given(backend=options.backend, data=options.data, cache=options.cache))
     test = _given(
@@ -198,13 +206,13 @@ def evaluate(options: argparse.Namespace) -> int:
         test_queries=options.queries,
         seed=options.seed,
     )
-    _refuse_ignored(model | _only(kind, test), asdict(settings))
-    settings = replace(settings, **model, **test)
+    _refuse_ignored(model | _only(kind, test), asdict(stored))
+    settings = replace(stored, **model, **test)
     if kind.settings is Settings:
-        check_ways(settings, stored["ways"])
+        check_ways(settings, stored.ways)
     if options.ensemble:
         if kind.settings is not Settings:
-            raise ValueError(f"ensemble must be left out for {stored['job']}, whose runs keep one best checkpoint")
+            raise ValueError(f"ensemble must be left out for {stored.job}, whose runs keep one best checkpoint")
         algorithms, iterations = kind.report.load_ensemble(run, **model)
         tested: dict[str, Any] = {"ensemble": iterations}
     else:
@@ -212,7 +220,7 @@ def evaluate(options: argparse.Namespace) -> int:
         algorithms, tested = [learned], {"checkpoint": options.checkpoint, "iteration": info["iteration"]}
     if options.batch_norm == "running":
         if kind.settings is not Settings:
-            raise ValueError(f"batch_norm must be left out for {stored['job']}, whose policy has none")
+            raise ValueError(f"batch_norm must be left out for {stored.job}, whose policy has none")
         for algorithm in algorithms:
             kind.report.hold_statistics(algorithm, settings)
         tested["batch_norm"] = options.batch_norm
@@ -221,19 +229,25 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _stored(run: Path, checkpoint: str) -> tuple[Path, dict[str, Any]]:
-    """What is known of a run, its settings among it, and where that is from: its last checkpoint, which knows what was
-    set anew when it was resumed, or, where that cannot be used, the one that is asked for."""
+def _stored(run: Path, checkpoint: str) -> tuple[_Kind, Any, dict[str, Any]]:
+    """A run's kind, its settings and what else is known of it, from its last checkpoint, which knows what was set anew
+    when it was resumed, or, where that cannot be used, from the one that is asked for."""
     from maml_cuda.checkpoint import UnusableCheckpoint, load_info, locate
+    from maml_cuda.run_info import restored
+
+    def read(folder: Path) -> tuple[_Kind, Any, dict[str, Any]]:
+        info = load_info(folder)
+        kind = _kind_of(info, folder)
+        return kind, restored(kind.settings, info, folder), info
 
     last, asked = run / "last", run / checkpoint
     try:
-        return last, load_info(last)
+        return read(last)
     except UnusableCheckpoint as error:
         if asked == last or locate(asked) is None:
             raise
         complain(f"maml-cuda: {error}; the settings are those of {asked}")
-        return asked, load_info(asked)
+        return read(asked)
 
 
 def compare(options: argparse.Namespace) -> int:

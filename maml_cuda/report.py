@@ -16,7 +16,7 @@ from maml_cuda.data import ImageTasks, MetaBatch
 from maml_cuda.data.images import Images
 from maml_cuda.evaluate import evaluate, mean_and_ci95
 from maml_cuda.jobs import Settings, classifies, make_generator, make_tasks, metric, show
-from maml_cuda.settings import restored
+from maml_cuda.run_info import restored
 from maml_cuda.versions import commit, machine, versions
 
 
@@ -25,7 +25,7 @@ def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[Algorit
     those of ``checkpoint.load_checkpoint``."""
     folder = run / checkpoint
     learned, info = load_model(folder)
-    algorithm = make_algorithm(replace(restored(Settings, info["settings"], folder), **given))
+    algorithm = make_algorithm(replace(restored(Settings, info, folder), **given))
     put(algorithm.module, learned, folder)
     return algorithm, info
 

@@ -4,15 +4,14 @@ All but the sinusoid classify images: the glyphs that ship with the package, and
 """
 
 import math
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from maml_cuda import presets
 from maml_cuda.hints import did_you_mean, folders_beside
 from maml_cuda.rl.settings import RL_JOBS
 
-S = TypeVar("S")
 SHIPPED = ("glyphs", "sinusoid")  # the jobs whose tasks come with the package; the others need a folder
 # What a setting that is a word may say.
 CHOICES = {
@@ -255,21 +254,3 @@ def unknown_job(job: str) -> ValueError:
         f"job must be one of {', '.join(jobs)}, or a folder of class folders, got {job!r}"
         f"{did_you_mean(job, [*jobs, *folders_beside(Path(job))])}"
     )
-
-
-def restored(kind: type[S], stored: dict[str, Any], where: Path) -> S:
-    """The settings (a ``kind``) of a checkpoint, ``where``. ValueError where they are not those of this version."""
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
-    for name, value in stored.items():
-        if name not in known:
-            raise ValueError(
-                f"settings of {where} must be ones that this version of maml_cuda knows, got {name}={value!r}: "
-                "it was written by another version"
-            )
-        types: tuple[Any, ...] = (int, float) if known[name].type is float else (known[name].type,)
-        if type(value) not in types:
-            raise ValueError(f"{name} of {where} must be {types[-1].__name__}, got {value!r}")
-    for name, field in known.items():
-        if name not in stored and field.default is MISSING:
-            raise ValueError(f"settings of {where} must have {name}, got none: it was written by another version")
-    return kind(**stored)

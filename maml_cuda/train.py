@@ -34,12 +34,9 @@ from maml_cuda.interrupts import interrupt_flag
 from maml_cuda.jobs import Settings, classifies, make_generator, make_tasks, metric, score, show
 from maml_cuda.metrics import Metrics
 from maml_cuda.ownership import LOCK
-from maml_cuda.settings import restored
+from maml_cuda.run_info import MAY_CHANGE, checked, restored
 
 COLUMNS = ("iteration", "loss", "before", "after", "validation")
-# What a resumed run may set anew: none touches a number before it (the iterations do, where the outer rate is
-# scheduled over them). The data may have moved, not changed.
-MAY_CHANGE = ("iterations", "test_tasks", "data", "cache")
 
 
 class Training:
@@ -137,7 +134,7 @@ class Training:
         """Writes the checkpoint ``last``, ``best`` or ``best-<n>``."""
         tensors = optimizer_tensors(self.optimizer)
         tensors |= {"generator": self.generator.get_state(), "running": self.running}
-        save_checkpoint(self.run / name, self.module.state_dict(), tensors, self._info())
+        save_checkpoint(self.run / name, self.module.state_dict(), tensors, checked(self._info()))
 
     def _info(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""
@@ -297,7 +294,7 @@ def resumed_settings(run: Path, given: dict[str, Any], kind: type = Settings, ch
     FileNotFoundError where no run is, ValueError where ``given`` would make it another run.
     """
     folder = run / checkpoint
-    stored: Any = restored(kind, load_info(folder)["settings"], folder)
+    stored: Any = restored(kind, load_info(folder), folder)
     may_change = MAY_CHANGE if getattr(stored, "meta_schedule", "constant") == "constant" else MAY_CHANGE[1:]
     for name, value in given.items():
         if name not in may_change and (old := getattr(stored, name)) != value:

@@ -20,6 +20,7 @@ from maml_cuda import checkpoint
 from maml_cuda.cli import main
 from maml_cuda.metrics import Metrics
 from maml_cuda.report import load_ensemble
+from maml_cuda.run_info import checked
 from maml_cuda.train import Training, resumed_settings
 
 from .test_algorithms import small
@@ -79,10 +80,19 @@ def set_nothing(path: Path) -> None:
     path.write_text(json.dumps(info))
 
 
+def set_rate(path: Path) -> None:
+    path.write_text(path.read_text().replace('"inner_lr": 0.01', '"inner_lr": 0.03'))
+
+
+def set_iteration(path: Path) -> None:
+    path.write_text(path.read_text().replace('"iteration": 12', '"iteration": 52'))
+
+
 def set_width(path: Path) -> None:
+    """As no version would have written it, with a right checksum."""
     info = json.loads(path.read_bytes())
     info["settings"]["width"] = 7
-    path.write_text(json.dumps(info))
+    path.write_text(json.dumps(checked(info)))
 
 
 DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
@@ -91,6 +101,8 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
     ("model.safetensors", put_nan, "model.safetensors must hold finite numbers, got NaN or infinity in model.0"),
     ("model.safetensors", Path.unlink, "model.safetensors is missing"),
     ("checkpoint.json", truncate, "checkpoint.json must be JSON, got "),
+    ("checkpoint.json", set_rate, "/last must say what was saved, got other values"),
+    ("checkpoint.json", set_iteration, "/last must say what was saved, got other values"),
     ("checkpoint.json", set_width, "model.safetensors must fit the settings in checkpoint.json beside it: "),
     ("checkpoint.json", set_unknown, "must be ones that this version of maml_cuda knows, got annealing=0.5: "),
     ("checkpoint.json", set_nothing, "must have ways, got none: it was written by another version"),
@@ -127,7 +139,15 @@ def test_what_only_training_needs_is_no_matter_for_a_test(run: Path, capsys) -> 
         assert "training.safetensors must " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", [shutil.rmtree, lambda last: truncate(last / "checkpoint.json")])
+def truncate_info(last: Path) -> None:
+    truncate(last / "checkpoint.json")
+
+
+def set_rate_of(last: Path) -> None:
+    set_rate(last / "checkpoint.json")
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, truncate_info, set_rate_of])
 def test_the_best_checkpoint_is_tested_without_the_last(run: Path, capsys, damage) -> None:
     damage(run / "last")
     assert main(["evaluate", str(run), "--json"]) == 0
@@ -145,7 +165,7 @@ def test_a_damaged_best_checkpoint_leaves_the_last(run: Path, capsys) -> None:
 def test_a_checkpoint_of_before_the_checksums_is_used_with_a_warning(run: Path) -> None:
     note = run / "best" / "checkpoint.json"
     info = json.loads(note.read_bytes())
-    del info["sha256"]
+    del info["sha256"], info["info_sha256"]
     note.write_text(json.dumps(info))
     with pytest.warns(UserWarning, match="best has no checksums, an older version wrote it: its tensors are not verif"):
         assert main(["evaluate", str(run)]) == 0

@@ -13,7 +13,7 @@ import torch
 from maml_cuda import FusedMAML
 from maml_cuda.checkpoint import load_info, load_model, put, write_file
 from maml_cuda.evaluate import mean_and_ci95
-from maml_cuda.settings import restored
+from maml_cuda.run_info import restored
 from maml_cuda.versions import commit, machine, versions
 
 from . import plots, render
@@ -30,7 +30,7 @@ def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[FusedMA
     those of ``checkpoint.load_checkpoint``."""
     folder = run / checkpoint
     learned, info = load_model(folder)
-    maml = make_policy(replace(restored(RLSettings, info["settings"], folder), **given))
+    maml = make_policy(replace(restored(RLSettings, info, folder), **given))
     put(maml, learned, folder)
     return maml, info
 
