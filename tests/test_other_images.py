@@ -12,6 +12,8 @@ from PIL import Image
 from maml_cuda.algorithms import Maml
 from maml_cuda.cli import main
 from maml_cuda.data import conversion, images
+from maml_cuda.other_images import other_images
+from maml_cuda.settings import JOBS
 
 from . import published
 
@@ -218,14 +220,13 @@ def test_a_net_of_glyphs_is_tested_on_other_characters(fish, tmp_path, capsys) -
     )
 
 
-def test_the_layout_of_a_published_data_set_is_not_taken_for_classes(tmp_path, capsys) -> None:
-    """The folder images of mini-ImageNet, moved."""
+def test_the_layout_of_a_published_data_set_is_not_taken_for_classes(tmp_path) -> None:
+    """The folder images of mini-ImageNet, and Omniglot unpacked, which may have moved."""
     published.mini_imagenet_files(tmp_path / "mini")
-    options = [*SIZES, "--ways", "2", "--test-queries", "1", "--out", str(tmp_path / "run")]
-    assert main(["train", "mini-imagenet", "--data", str(tmp_path / "mini"), *options]) == 0
-    capsys.readouterr()
-    (tmp_path / "mini").rename(tmp_path / "moved")
-    assert evaluated(capsys, tmp_path / "run", "--data", tmp_path / "moved")["classes"] == 20
+    drawing = published.encoded(published.pixels(0, 105, 105) < 20)
+    published.write(tmp_path / "omniglot" / "images_background" / "Greek" / "character01" / "0001_01.png", drawing)
+    for job, folder in (("mini-imagenet", "mini"), ("omniglot", "omniglot")):
+        assert other_images(JOBS[job], str(tmp_path / folder), ["n01532829"]) is None
 
 
 def test_curves_have_no_other_data(tmp_path, fish, capsys) -> None:
