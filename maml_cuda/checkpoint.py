@@ -4,7 +4,7 @@ A folder holds tensors in safetensors files and everything else in JSON; nothing
 
     model.safetensors      state_dict of the FusedMAML: ``model.*`` and any learned ``inner_lr*``
     training.safetensors   ``optimizer.<parameter>.<name>``, ``generator`` and ``running``
-    checkpoint.json        iteration, seconds, settings, best validation so far, sha256 of the other two
+    checkpoint.json        what ``run_info.py`` and the training say of the run, and sha256 of the other two
 
 A folder that is being written has the ending ``.new``, one that is being replaced ``.old``; ``locate`` finds
 the complete one after a crash between the two renames. What cannot be written whole, as on a full disk, is removed.

@@ -44,20 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         abandon()
         return 128 + signal.SIGPIPE
     except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
-        complain(f"maml-cuda: error: {_words(error)}")
-        abandon()
+        lost = abandon()  # whoever writes a file names it
+        complain(f"maml-cuda: error: {error}{f': {lost}' if lost else _other_checkpoints(error)}")
         return 2
 
 
-def _words(error: Exception) -> str:
-    """With the file that it is about, and what can be done."""
-    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-        return f"{error}: standard output"  # whoever writes a file names it
-    folder = getattr(error, "folder", None)  # of a checkpoint that cannot be used
-    return str(error) if folder is None else f"{error}{_other_checkpoints(folder)}"
-
-
-def _other_checkpoints(folder: Path) -> str:
+def _other_checkpoints(error: Exception) -> str:
+    """What can be done about a checkpoint that cannot be used."""
+    folder = getattr(error, "folder", None)
+    if folder is None:
+        return ""
     from maml_cuda.checkpoint import locate
 
     run = folder.parent

@@ -38,15 +38,20 @@ def readable() -> Iterator[None]:
             stream.reconfigure(errors=errors, line_buffering=line_buffering)  # flushes
 
 
-def abandon() -> None:
-    """What is still to be printed goes nowhere: the interpreter would try it once more at its end."""
+def abandon() -> str:
+    """What can no longer be printed goes nowhere: the interpreter would try it once more at its end. Returns the name
+    of the stream that is lost, or nothing."""
+    lost = ""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for name, stream in (("standard output", sys.stdout), ("standard error", sys.stderr)):
         try:
-            stream.flush()
+            if stream is not None:
+                stream.flush()
         except OSError:
             os.dup2(nowhere, stream.fileno())
+            lost = name
     os.close(nowhere)
+    return lost
 
 
 def complain(words: str) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -205,8 +206,21 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/maml_cuda\.folder\..*npy'"):
         images.folder(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_disk_that_fills_while_images_are_written_is_named(tmp_path) -> None:
+    published.birds(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    size, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(OSError, match=rf"File too large: '{tmp_path}/maml_cuda\.folder\..*npy'"):
+            images.folder(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from maml_cuda import checkpoint
-from maml_cuda.cli import main
+from maml_cuda.cli import COMMANDS, main
 from maml_cuda.metrics import Metrics
 from maml_cuda.report import load_ensemble
 from maml_cuda.run_info import checked
@@ -378,6 +378,15 @@ def test_a_full_device_is_named(capsys, monkeypatch) -> None:
         monkeypatch.setattr(sys, "stdout", full)
         assert main(["info"]) == 2
     assert capsys.readouterr().err == "maml-cuda: error: [Errno 28] No space left on device: standard output\n"
+
+
+def test_an_error_of_a_file_is_not_laid_at_the_terminals_door(capsys, monkeypatch) -> None:
+    def broken(options: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setitem(COMMANDS, "info", broken)
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == "maml-cuda: error: [Errno 5] Input/output error\n"
 
 
 def test_what_an_ascii_terminal_lacks_is_spelt(run: Path, monkeypatch) -> None:

@@ -15,6 +15,7 @@ writer; one that nobody holds was left by a process that was killed, and the nex
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -34,6 +35,7 @@ from maml_cuda.data.splits import SPLITS
 from maml_cuda.warn import warn
 
 FORMAT = 1
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HEADER = 128  # bytes of the .npy header, which is written last, when the number of images is known
 
 
@@ -206,15 +208,20 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
         if os.fstat(file.fileno()).st_nlink:
             break
         file.close()  # another process took it for a leftover before it was locked
-    with file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(new, path)
-        except BaseException:
-            new.unlink(missing_ok=True)
-            raise
+    try:
+        with file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(new, path)
+            except BaseException:
+                new.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        if error.errno in FULL:  # of which Python does not say where
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 def _sweep(folder: Path, layout: str) -> None:
