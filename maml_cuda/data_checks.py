@@ -323,6 +323,10 @@ def fast(parameters: Mapping[str, Tensor], given: Any, tasks: int, what: str, al
         p = parameters[name]
         if not isinstance(value, Tensor) or tuple(value.shape) != (tasks, *p.shape):
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            if all_names and isinstance(value, Tensor) and value.dim() == p.dim() + 1 and value.shape[1:] == p.shape:
+                raise ValueError(
+                    f"x must have {len(value)} tasks like {what}, got {tasks}; samples of one task are x.unsqueeze(0)"
+                )
             raise ValueError(f"{what}[{name!r}] must have shape {[tasks, *p.shape]}, got {got}")
         if value.dtype != p.dtype or value.device != p.device:
             raise TypeError(f"{what}[{name!r}] must be {p.dtype} on {p.device}, got {value.dtype} on {value.device}")

@@ -22,6 +22,10 @@ def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
+    if prediction.shape != target.shape:  # of a task whose prediction is not shaped as the first one's
+        raise ValueError(
+            f"the prediction must have the target's shape {list(target.shape)} for mse, got {list(prediction.shape)}"
+        )
     # Written out: jvp(grad(.)) through F.mse_loss raises in torch 2.13.
     return ((prediction - target) ** 2).mean()
 

@@ -611,7 +611,9 @@ def test_building_blocks_refuse(block: str, backend: str) -> None:
         maml, lambda: call(fast | {"3.bias": fast["3.bias"].float()}), TypeError,
         "fast['3.bias'] must be torch.float64", "got torch.float32",
     )  # fmt: skip
-    refuses(maml, lambda: call(fast, x[:1], y[:1]), ValueError, "must have shape [1, ", "got [2, ")
+    refuses(
+        maml, lambda: call(fast, x[:1], y[:1]), ValueError, "x must have 2 tasks like fast", "got 1", "x.unsqueeze(0)"
+    )
     refuses(maml, lambda: call(fast, x[0, 0]), ValueError, "x must have shape [tasks, samples, ...]", "got [3]")
     if block == "predict":
         return

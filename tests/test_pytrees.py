@@ -201,6 +201,10 @@ UNLIKE: dict[str, tuple[Callable, Callable, type[Exception], str]] = {
         lambda m, x: (m.h(x), x if (x > 0).sum() > 5 else None), lambda p, y: squared(p[0], y), ValueError,
         r"the model's output\[1\] must be of one type in all tasks, got NoneType and, in task 1, Tensor",
     ),
+    "predictions that differ": (
+        lambda m, x: m.h(x[: 1 + int((x > 0).sum() > 5)]), lambda p, y: squared(p, y[: len(p)]), ValueError,
+        r"the model's output must have one shape in all tasks, got \[1, 2\] and, in task 1, \[2, 2\]",
+    ),
     "structures that differ": (
         lambda m, x: (m.h(x),) * (1 + int((x > 0).sum() > 5)), lambda p, y: squared(p[0], y), ValueError,
         "the model's output must have one structure in all tasks, got another one in task 1",
@@ -220,6 +224,15 @@ def test_what_cannot_be_put_together(case: str) -> None:
     assert maml(x_spt, y_spt, x_qry, y_qry).logits is None
     with pytest.raises(error, match=text):
         maml.predict(maml.adapt(x_spt, y_spt), x_qry)
+
+
+def test_a_named_loss_never_broadcasts() -> None:
+    """The first task's prediction is looked at beforehand; those of the others may differ."""
+    x, y, _, _ = episode()
+    x[0, :, 0], x[1:, :, 0] = 1, -1
+    maml = FusedMAML(Net(lambda m, x: m.h(x) if x[0, 0] > 0 else m.h(x)[:1]), RATE, loss="mse", backend="reference")
+    with pytest.raises(ValueError, match=r"must have the target's shape \[5, 2\] for mse, got \[1, 2\]"):
+        maml(x, y, x, y)
 
 
 # -- inputs --------------------------------------------------------------------------------------------------
