@@ -294,6 +294,9 @@ def fisher_vector_product(
 ) -> dict[str, Tensor]:
     """The Hessian, at theta, of the mean over tasks of KL(adapted policy at theta || adapted policy), times v.
 
+    It is J^T F J v, with the Jacobian J of the policy's outputs and the divergence's Hessian F in them, as its gradient
+    in them is zero. So no layer is differentiated a third time, which torch does wrong, or refuses, in BatchNorm.
+
     weights: [tasks, n_query], which sum to 1 in each task.
     """
     theta = {n: p.detach().requires_grad_(n in names) for n, p in model.module.named_parameters()}
@@ -306,13 +309,17 @@ def fisher_vector_product(
         path, _ = inner_loop(model, loss, theta, fixed, x_spt[t], trees.of_task(y_spt, t), steps, first_order)
         with torch.enable_grad(), model.differentiable_twice():
             policy = query(model, path, steps, x_qry[t])
-            old = detached(policy)
-            divergence = (weights[t] * policies.kl_divergence(old, policy)).sum()
-            first = torch.autograd.grad(divergence, at, create_graph=True, allow_unused=True)
-            along = _along(names, first, v)
-        if not isinstance(along, Tensor) or not along.requires_grad:
-            continue  # the policy does not depend on them
-        for so_far, g in zip(total, torch.autograd.grad(along, at, allow_unused=True), strict=True):
+            new = trees.mapped(lambda p: p.detach().requires_grad_(p.requires_grad), policy)
+            outputs, leaves = ([p for p in trees.tensors(tree) if p.requires_grad] for tree in (policy, new))
+            if not outputs:
+                continue  # the policy does not depend on them
+            divergence = (weights[t] * policies.kl_divergence(detached(policy), new)).sum()
+            slopes = torch.autograd.grad(divergence, leaves, create_graph=True)
+            along = _along(names, torch.autograd.grad(outputs, at, slopes, create_graph=True, allow_unused=True), v)
+            if not isinstance(along, Tensor):
+                continue
+            pushed = torch.autograd.grad(along, leaves, allow_unused=True, materialize_grads=True)
+        for so_far, g in zip(total, torch.autograd.grad(outputs, at, pushed, allow_unused=True), strict=True):
             if g is not None:
                 so_far += g / trees.tasks(x_spt)
     return dict(zip(names, total, strict=True))

@@ -289,6 +289,13 @@ def test_fisher_vector_product_of_partly_adapted(part, n):
     check_fisher(policy("gaussian"), "gaussian", episode("gaussian", n), 0.2, 2, adapt_params=PARTS[part])
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(7), nn.LayerNorm(7)], ids=["batch", "layer"])
+def test_fisher_vector_product_with_normalisation(norm):
+    """Of which torch has no third derivative."""
+    model = nn.Sequential(nn.Linear(3, 7), norm, nn.Tanh(), nn.Linear(7, 4)).double()
+    check_fisher(model, "categorical", episode("categorical"), 0.2, 2)
+
+
 def test_fisher_vector_product_holds_learned_rates_fixed():
     model = policy("gaussian")
     rates = {n: nn.Parameter(0.2 * torch.rand(2, *p.shape).double()) for n, p in model.named_parameters()}
