@@ -15,6 +15,7 @@ def test_features(check_passes, affine, channels, n):
     check_passes(model, (3,), n, tasks=1)
 
 
+@pytest.mark.filterwarnings("ignore:predict is given one query sample:UserWarning")  # which is meant here
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(("n", "size"), [(1, 3), (2, 5), (9, 8)])
 @pytest.mark.parametrize("eps", [1e-5, 0.3])
