@@ -26,6 +26,7 @@ class Binding:
         text: the plan as problems.py takes it: nodes, parameters with role and rate, rate tensors, loss, and on a GPU
             the options of FusedMAML that its kernels follow.
         names: the plan's parameters, and the buffers that it reads.
+        adapted: those of them that the inner loop changes.
         log_std: of a model that returns (mean, log_std), in the plan beside each other: "shared" or "rows" (Plan).
         on: the type of the model's device.
         dtypes: of the model's floating-point parameters, frozen ones included; of complex ones those of their parts.
@@ -49,6 +50,7 @@ class Binding:
         self.text = ""
         self._step_text = ""
         self.names: list[str] = []
+        self.adapted: list[str] = []
         self.slots: list[int | None] = []  # of each of them, where it has a slot for each step
         self.served_by: dict[str, list[str]] = {}
         self.log_std = ""
@@ -234,6 +236,7 @@ class Binding:
         if unreached:
             raise reference.unreached(unreached)
         self.names, self.served_by = traced.parameters, traced.served_by
+        self.adapted = sorted(adapted, key=self.names.index)
         layers = dict(model.named_modules())
         owners = [layers[name.rpartition(".")[0]] for name in self.names]
         self.slots = [m.steps if isinstance(m, PerStepBatchNorm) else None for m in owners]

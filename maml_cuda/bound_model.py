@@ -206,12 +206,13 @@ class BoundModel(nn.Module):
             self._fit_alone(binding, x, others[0])
             got = f"{list(x.shape[2:])} and {list(others[0].shape[2:])}"
             return f"support and query samples are of shape {got}; fused layers take one for both"
-        sample = tuple(map(index, x.shape[2:]))  # numbers, also where a compiler has symbols
-        n_support, n_query = (0 if x is None else index(x.shape[1]) for x in (x_spt, x_qry))
+        n_support = 0 if x_spt is None else x_spt.shape[1]
+        n_query = 0 if x_qry is None else x_qry.shape[1]
         second_order = not self.first_order if second_order is None else second_order
-        if torch.compiler.is_compiling():
-            return self._unfit_now(sample, n_support, n_query, x.dtype, second_order)
-        return binding.why_unfit(sample, n_support, n_query, x.dtype, second_order)
+        if torch.compiler.is_compiling():  # where a size may be a symbol
+            sample = tuple(map(index, x.shape[2:]))
+            return self._unfit_now(sample, index(n_support), index(n_query), x.dtype, second_order)
+        return binding.why_unfit(x.shape[2:], n_support, n_query, x.dtype, second_order)
 
     @torch.compiler.assume_constant_result
     def _unfit_now(self, *signature: Any) -> str:

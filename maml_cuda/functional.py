@@ -57,9 +57,10 @@ class Functional:
         """
         if not torch.is_grad_enabled():
             with torch.enable_grad():
-                return detached(self(detached(dict(parameters)), *detached(args)))
+                fixed = {name: p.detach() for name, p in parameters.items()}
+                return detached(self(fixed, *map(detached, args)))
         with self._stand_ins(parameters), _nothing_recomputed():
-            result = self.module(*trees.mapped(_own, args))
+            result = self.module(*[trees.mapped(_own, a) for a in args])
             left = [m._buffers.get(key) for m, key, _ in self._buffers]
         if self._left is None:
             _refuse_reentrant(result, trees.tensors((dict(parameters), args)))

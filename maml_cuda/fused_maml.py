@@ -296,12 +296,7 @@ class FusedMAML(TrustRegion):
             adapted, _ = torch.ops.maml_cuda.adapt_forward(
                 parameters, rates, x_spt, targets.tensors(y_spt), binding.text, steps
             )
-        chosen = set(self._adapted())
-        return self._fast(
-            dict(zip([n for n in binding.names if n in chosen], adapted, strict=True)),
-            len(x_spt),
-            differentiable,
-        )
+        return self._fast(dict(zip(binding.adapted, adapted, strict=True)), len(x_spt), differentiable)
 
     def inner_loop(self, x_spt: Tree, y_spt: Target, steps: int) -> Iterator[dict[str, Tensor]]:
         """The parameters after 0, 1, ..., `steps` inner steps, detached: each as adapt(steps=k) returns it, to the bit.
@@ -315,14 +310,12 @@ class FusedMAML(TrustRegion):
         fast = self.adapt(x_spt, y_spt, 0)
         yield fast
         x = self._read(binding, "x_spt", x_spt, "y_spt", y_spt)
-        chosen = set(self._adapted())
-        names = [name for name in binding.names if name in chosen]
         for k in range(steps):
             if self._serves(binding, x, None) and binding.backend == "cpu":
                 own = [t.detach() for t in binding.own(fast, len(x), k)]
                 rates = [t.detach() for t in binding.rates_at(k)]
                 after = torch.ops.maml_cuda.inner_step(own, rates, x, targets.tensors(y_spt), binding.step_text())
-                fast = {**fast, **dict(zip(names, after, strict=True))}
+                fast = {**fast, **dict(zip(binding.adapted, after, strict=True))}
             else:
                 fast = self.adapt(x_spt, y_spt, k + 1)
             yield fast

@@ -31,9 +31,9 @@ def mapped(f: Callable[[Tensor], Any], tree: Tree) -> Tree:
 
 
 def tensors(tree: Tree) -> list[Tensor]:
-    return (
-        [tree] if isinstance(tree, Tensor) else [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-    )
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def named_leaves(name: str, tree: Tree) -> list[tuple[str, Any]]:
@@ -47,7 +47,7 @@ def tasks(tree: Tree) -> int:
 
 def of_task(tree: Tree, task: int) -> Tree:
     """One task's part."""
-    return mapped(lambda t: t[task], tree)
+    return tree[task] if isinstance(tree, Tensor) else mapped(lambda t: t[task], tree)
 
 
 def stacked(name: str, parts: Sequence[Tree]) -> Tree:
