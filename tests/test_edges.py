@@ -122,8 +122,8 @@ def test_a_prediction_of_four_axes_is_not_fused():
     ("function", "sentence"),
     [
         (lambda m, x: F.max_pool1d(m.f(x)[:, None], x.size(1)), "indexing is not fused"),
-        (lambda m, x: F.avg_pool2d(m.f(x), x.size(0)), "its kernel_size is the size of axis 0; fused is a number"),
-        (lambda m, x: F.avg_pool2d(m.f(x), (x.shape[1], 2)), "its kernel_size is the size of axis 1"),
+        (lambda m, x: F.max_pool2d(m.f(x), x.size(0)), "its kernel_size is the size of axis 0; fused is a number"),
+        (lambda m, x: F.max_pool2d(m.f(x), (x.shape[1], 2)), "its kernel_size is the size of axis 1"),
         (lambda m, x: F.dropout(m.f(x), x.size(0)), "its p is the size of axis 0"),
         (lambda m, x: F.elu(m.f(x), m.f(x)), "its alpha is a value computed from x"),
         (lambda m, x: F.linear(m.f(x), m.f(x)), "its weight is a value computed from x; fused is a number or a param"),
