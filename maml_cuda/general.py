@@ -23,6 +23,7 @@ from .policies import mean_of
 from .rates import Rate
 from .targets import Target
 from .trees import Tree
+from .wrappers import as_written
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,7 +36,7 @@ def _apart(call: Callable[P, R]) -> Callable[P, R]:
         with ExitStack() as stack:
             for device in ("cpu", "cuda"):
                 stack.enter_context(torch.autocast(device, enabled=False))
-            stack.enter_context(torch.compiler.set_stance("force_eager"))  # of what is compiled in the model
+            stack.enter_context(as_written())  # of what is compiled in the model
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.set_grad_enabled(gradients))

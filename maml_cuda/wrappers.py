@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,3 +36,26 @@ def unwrapped(model: Any) -> Any:
                 f"model must be free of DistributedDataParallel, got {what}: wrap the FusedMAML, not its model"
             )
     return model
+
+
+_lock, _inside = threading.Lock(), 0
+_stance: Any = None
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Inside, what `torch.compile` has compiled runs as it was written. torch has one switch for all threads: the first
+    that enters turns it, the last that leaves turns it back."""
+    global _inside, _stance
+    with _lock:
+        if _inside == 0:
+            _stance = torch.compiler.set_stance("force_eager")
+            _stance.__enter__()
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                _stance.__exit__(None, None, None)

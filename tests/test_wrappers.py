@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maml_cuda import FusedMAML
+from maml_cuda.wrappers import as_written
 
 from . import oracle
 from .conftest import assert_close, run
@@ -71,6 +72,17 @@ def test_a_compiled_part(backend: str) -> None:
     assert_close({"loss": loss}, {"loss": expected_loss})
     assert_close({name.replace("_orig_mod.", ""): g for name, g in grads.items()}, expected)
     assert whole(data[0][0]).requires_grad  # still runs as the user has compiled it
+
+
+def test_threads_that_overlap_leave_compilation_on() -> None:
+    first, second = as_written(), as_written()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    graphs = []
+    torch.compile(lambda x: x + 1, backend=lambda graph, _: graphs.append(graph) or graph.forward)(torch.ones(3))
+    assert len(graphs) == 1
 
 
 def net_like(model: nn.Module) -> nn.Module:
