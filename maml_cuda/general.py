@@ -1,8 +1,8 @@
 """The general path of FusedMAML: reference.py behind the checks that the fused ops make themselves.
 
 Every call here runs outside autocast (the model's own dtype, as on the fused path), outside inference mode (the inner
-loop needs gradients) and outside torch.compile, with parts of the model that are compiled run as they were written
-(double backward cannot be compiled).
+loop needs gradients) and outside torch.compile, with compiled parts of the model run uncompiled (double backward cannot
+be compiled).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .policies import mean_of
 from .rates import Rate
 from .targets import Target
 from .trees import Tree
-from .wrappers import as_written
+from .wrappers import uncompiled
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,7 +36,7 @@ def _apart(call: Callable[P, R]) -> Callable[P, R]:
         with ExitStack() as stack:
             for device in ("cpu", "cuda"):
                 stack.enter_context(torch.autocast(device, enabled=False))
-            stack.enter_context(as_written())  # of what is compiled in the model
+            stack.enter_context(uncompiled())
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.set_grad_enabled(gradients))

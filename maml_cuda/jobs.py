@@ -11,7 +11,7 @@ from maml_cuda.data import GlyphTasks, ImageTasks, SinusoidTasks, glyphs, images
 from maml_cuda.data.splits import SPLITS
 from maml_cuda.fused_maml import FusedMAML
 from maml_cuda.models import conv4, conv4_max_pool, sinusoid_mlp
-from maml_cuda.settings import (  # noqa: F401 (found here, too)
+from maml_cuda.settings import (  # noqa: F401 (imported from here, too)
     JOBS,
     SHIPPED,
     Settings,

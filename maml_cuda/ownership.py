@@ -3,10 +3,11 @@
 import fcntl
 import os
 import socket
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from maml_cuda.warn import warn
 
 LOCK = "lock"
 
@@ -46,7 +47,7 @@ def _lock(run: Path) -> int:
             os.close(descriptor)
             raise BlockingIOError(f"{run} must have one owner, got {owner}, which trains it now") from None
         except OSError as error:
-            warnings.warn(f"{run} cannot be locked ({error.strerror}): let no second process train it", stacklevel=4)
+            warn(f"{run} cannot be locked ({error.strerror}): let no second process train it")
         if _is(path, descriptor):
             break
         os.close(descriptor)  # an owner before us has removed it at its end, after we had opened it

@@ -28,7 +28,7 @@ from .batch_norm import at_step
 from .losses import LOSSES
 from .policies import mean_of
 from .targets import PolicyTarget, Target
-from .wrappers import as_written
+from .wrappers import uncompiled
 
 # Relative. Of 57,000 comparisons in the tests, rounding in float64 leaves 2e-9 in the worst and less than 1e-10 in all
 # but 19; a misread forward is off by 1e-3 and more.
@@ -66,7 +66,7 @@ def _compare(
 ) -> str:
     generator = Generator().manual_seed(0)
     try:
-        with _generators_put_back(), as_written():  # a second derivative is not compiled
+        with _generators_put_back(), uncompiled():  # a second derivative is not compiled
             own = _copied(model, generator)
             state = {**dict(own.named_parameters()), **dict(own.named_buffers())}
             fast = {name: t.detach().clone().unsqueeze(0) for name, t in state.items()}

@@ -219,7 +219,7 @@ def meta_step(
         predictions.append(_or_none(trees.detached, prediction))
         support_losses.append(torch.stack(inner) if inner else value.detach().new_zeros(0))
         total = total + (weight.detach() if isinstance(weight, Tensor) else weight) * value.detach()
-    assert isinstance(total, Tensor)  # checks.py refuses a call without tasks
+    assert isinstance(total, Tensor)  # data_checks.py refuses a call without tasks
     gradients = [None if g is None else g.to(t.dtype) for t, g in zip(wanted, gradients, strict=True)]
     outputs = _or_none(trees.stacked, predictions)
     return total, torch.stack(task_losses), outputs, torch.stack(support_losses), gradients

@@ -1,4 +1,5 @@
-"""Wrappers of torch's around a user's model: which are taken off, and which are refused."""
+"""torch's wrappers around a user's model: for which the module inside is used, and which are refused; and how compiled
+parts run uncompiled."""
 
 from __future__ import annotations
 
@@ -43,9 +44,9 @@ _stance: Any = None
 
 
 @contextmanager
-def as_written() -> Iterator[None]:
-    """Inside, what `torch.compile` has compiled runs as it was written. torch has one switch for all threads: the first
-    that enters turns it, the last that leaves turns it back."""
+def uncompiled() -> Iterator[None]:
+    """Inside, what `torch.compile` has compiled runs uncompiled. torch has one setting for all threads: the first one
+    that enters changes it, the last one that leaves restores it."""
     global _inside, _stance
     with _lock:
         if _inside == 0:

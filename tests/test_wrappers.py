@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maml_cuda import FusedMAML
-from maml_cuda.wrappers import as_written
+from maml_cuda.wrappers import uncompiled
 
 from . import oracle
 from .conftest import assert_close, run
@@ -75,7 +75,7 @@ def test_a_compiled_part(backend: str) -> None:
 
 
 def test_threads_that_overlap_leave_compilation_on() -> None:
-    first, second = as_written(), as_written()
+    first, second = uncompiled(), uncompiled()
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
