@@ -1,4 +1,4 @@
-"""Calls on a CUDA device: the workspace, what kernels must know of a plan, and CUDA graphs of the calls that repeat."""
+"""Calls on a CUDA device: the workspace, and CUDA graphs of the calls that repeat."""
 
 from __future__ import annotations
 
@@ -54,7 +54,6 @@ class Runner:
     def __init__(self, core: Any, problem: Any, device: torch.device) -> None:
         self._make_call = core.Call
         self._core = core.CudaRunner(problem, device.index or 0)
-        self._images: dict[int, Tensor] = {}  # stream -> what kernels know of the plan, uploaded on it
         self._graphs: OrderedDict[tuple[int, int, int], tuple[Any, Tensor] | None] = OrderedDict()
         self._workspaces: dict[tuple[int, int], int] = {}
 
@@ -75,20 +74,18 @@ class Runner:
         workspace = self._allocate(like, tasks, at_once)
         call = self._make_call(tasks, at_once, workspace, *tensors, **more)
         stream = stream_of(like.device)
-        capturing = is_capturing()
-        image = self._image(like, stream, capturing)
-        if not graphs or capturing or self.executor == "megakernel":
-            self._core.run(call, image.data_ptr(), stream)
+        if not graphs or is_capturing() or self.executor == "megakernel":
+            self._core.run(call, stream)
             return
         key = (stream, tasks, at_once)
         if key not in self._graphs:  # the first call runs as it is: kernels are loaded, and a shape may come only once
-            self._core.run(call, image.data_ptr(), stream)
+            self._core.run(call, stream)
             self._keep(key, None)
             return
         kept = self._graphs[key]
         if kept is None:
             table = like.new_empty(self._core.table_bytes(call), dtype=torch.uint8)
-            kept = (self._core.capture(call, image.data_ptr(), table.data_ptr()), table)
+            kept = (self._core.capture(call, table.data_ptr()), table)
         self._keep(key, kept)
         self._core.run_graph(call, kept[0], stream)
 
@@ -97,16 +94,6 @@ class Runner:
         self._graphs.move_to_end(key)
         if len(self._graphs) > MOST_GRAPHS:
             self._graphs.popitem(last=False)
-
-    def _image(self, like: Tensor, stream: int, capturing: bool) -> Tensor:
-        """On the device, for the kernels of this stream. Inside somebody's graph it is uploaded with it, anew."""
-        image = None if capturing else self._images.get(stream)
-        if image is None:
-            image = like.new_empty(self._core.image_bytes, dtype=torch.uint8)
-            self._core.upload(image.data_ptr(), stream)
-            if not capturing:
-                self._images[stream] = image
-        return image
 
     def _allocate(self, like: Tensor, tasks: int, at_once: int) -> Tensor:
         size = self.workspace(tasks, at_once)

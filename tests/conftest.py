@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 # Read when torch loads OpenMP: the threads of several workers on the same cores must not wait by spinning.
@@ -109,32 +110,40 @@ def _no_gpu() -> str:
 
 
 MACHINES = ("cpu", "cuda_emulated", "cuda")
+EMULATIONS = ("cuda_emulated", "cuda_small_tiles")  # with the tiles that ship, and with many on small shapes
+
+
+@contextmanager
+def _machine(name: str) -> Iterator[None]:
+    """The CPU's layers, the GPU's kernels emulated on the CPU, or those on a GPU. MAML_CUDA_MACHINES names the ones
+    wanted, all by default; cuda_emulated asks for both emulations."""
+    asked = "cuda_emulated" if name in EMULATIONS else name
+    if asked not in os.environ.get("MAML_CUDA_MACHINES", ",".join(MACHINES)).split(","):
+        pytest.skip("MAML_CUDA_MACHINES does not ask for it")
+    if name == "cuda" and (why_not := _no_gpu()):
+        pytest.skip(why_not)
+    # float32 is judged by the reference's own error in float32, which torch's convolutions by default are not in.
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    small = name == "cuda_small_tiles"
+    with emulated.in_place_of_a_gpu(small_tiles=small) if name in EMULATIONS else nullcontext():
+        yield
+    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture(params=MACHINES)
 def machine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """What a test runs on: the CPU's layers, the GPU's kernels emulated on the CPU, or those on a GPU.
-
-    MAML_CUDA_MACHINES names the ones wanted, all by default.
-    """
+    """What a test runs on. What it creates is there: the mode that sees to it turns a warm call's fast path off."""
     name: str = request.param
-    if name not in os.environ.get("MAML_CUDA_MACHINES", ",".join(MACHINES)).split(","):
-        pytest.skip("MAML_CUDA_MACHINES does not ask for it")
-    if name == "cuda":
-        if why_not := _no_gpu():
-            pytest.skip(why_not)
-        # float32 is judged by the reference's own error in float32, which torch's convolutions by default are not in.
-        before = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = False
-        with OnGpu():
-            yield name
-        torch.backends.cudnn.allow_tf32 = before
-        return
-    if name == "cuda_emulated":
-        with emulated.in_place_of_a_gpu():
-            yield name
-        return
-    yield name
+    with _machine(name), OnGpu() if name == "cuda" else nullcontext():
+        yield name
+
+
+@pytest.fixture(params=MACHINES)
+def plain_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The same machines without a mode: the device on which the test puts its tensors itself."""
+    with _machine(request.param):
+        yield torch.device("cuda" if request.param == "cuda" else "cpu")
 
 
 @pytest.fixture

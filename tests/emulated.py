@@ -14,17 +14,21 @@ from unittest import mock
 from . import building
 
 
-def build(target: str, sanitizer: str = "") -> Path:
-    """Builds a target of CMakeLists.txt for the emulation; where it stands."""
-    name = f"emulated{'-' * bool(sanitizer)}{sanitizer}"
-    options = ("-DMAML_CUDA_BACKEND=emulated", f"-DMAML_CUDA_SANITIZER={sanitizer}")
-    return building.build(name, target, *options)
+def build(target: str, sanitizer: str = "", small_tiles: bool = False) -> Path:
+    """Builds a target of CMakeLists.txt for the emulation; where it stands.
+
+    small_tiles: with smaller tiles and blocks than on a GPU, so that small shapes have many of them.
+    """
+    name = "-".join(filter(None, ["emulated", sanitizer, "small" if small_tiles else ""]))
+    tiles = "ON" if small_tiles else "OFF"
+    options = (f"-DMAML_CUDA_SANITIZER={sanitizer}", f"-DMAML_CUDA_SMALL_TILES={tiles}")
+    return building.build(name, target, "-DMAML_CUDA_BACKEND=emulated", *options)
 
 
 @functools.cache
-def load() -> ModuleType:
+def load(small_tiles: bool = False) -> ModuleType:
     """The extension module whose backend "cuda" is the emulation."""
-    (library,) = build("_emulated").glob("_emulated*.so")
+    (library,) = build("_emulated", small_tiles=small_tiles).glob("_emulated*.so")
     spec = importlib.util.spec_from_file_location("_emulated", library)
     assert spec is not None
     assert spec.loader is not None
@@ -39,16 +43,21 @@ def controls() -> ctypes.CDLL:
     library = ctypes.CDLL(str(load().__file__))
     library.emulation_launches.restype = ctypes.c_int64
     library.emulation_make_stream.restype = ctypes.c_void_p
+    library.emulation_logged.restype = ctypes.c_char_p
+    library.emulation_begin_capture.argtypes = [ctypes.c_void_p]
+    library.emulation_end_capture.argtypes = [ctypes.c_void_p]
+    library.emulation_end_capture.restype = ctypes.c_void_p
+    library.emulation_replay.argtypes = [ctypes.c_void_p]
     return library
 
 
 @contextmanager
-def in_place_of_a_gpu(precisions: bool = False) -> Iterator[None]:
+def in_place_of_a_gpu(precisions: bool = False, small_tiles: bool = False) -> Iterator[None]:
     """The CPU's tensors go to the emulated kernels; `precisions`: in any precision, as on a GPU."""
     from maml_cuda import device, problems
 
     changes = [
-        (problems, "_core", load()),
+        (problems, "_core", load(small_tiles)),
         (device, "backend_of", lambda _: "cuda"),
         (device, "stream_of", lambda _: 0),
     ]

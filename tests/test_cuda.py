@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,9 +14,10 @@ from torch import Tensor, nn
 
 from maml_cuda import FusedMAML, _core, device, problems, reference
 
-from .conftest import relative_errors, run
+from .conftest import EMULATIONS, relative_errors, run
+from .emulated import controls
 
-KERNELS = pytest.mark.parametrize("machine", ["cuda_emulated", "cuda"], indirect=True)
+KERNELS = pytest.mark.parametrize("machine", ["cuda_emulated", "cuda_small_tiles", "cuda"], indirect=True)
 pytestmark = [KERNELS, pytest.mark.usefixtures("machine")]
 
 
@@ -104,17 +108,81 @@ def test_old_graphs_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(runner(maml, data)._graphs) <= 2
 
 
-def test_nothing_is_kept_of_a_call_inside_somebody_elses_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    maml = FusedMAML(conv(), 0.1, 1, backend="fused")
-    data = episodes((2, 6, 6), torch.float64)
+@pytest.fixture
+def emulated(machine: str) -> None:
+    if machine != "cuda_emulated":
+        pytest.skip("it asks the emulated device, or ends the use of a real one")
+
+
+KEPT: list[Tensor] = []  # of users' graphs
+
+
+@contextmanager
+def users_graph(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A capture on a stream of its own, as torch.cuda.graph makes one: leaves the graph in the list.
+
+    Workspaces stay, as in the memory pool of such a graph.
+    """
+    stream = controls().emulation_make_stream(0)
+    graph: list[int] = []
+    allocate = device.Runner._allocate
+
+    def keep(*arguments: Any) -> Tensor:
+        KEPT.append(allocate(*arguments))
+        return KEPT[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "stream_of", lambda _: stream)
+        patch.setattr(device, "is_capturing", lambda: True)
+        patch.setattr(device.Runner, "_allocate", keep)
+        controls().emulation_begin_capture(stream)
+        yield graph
+        graph.append(controls().emulation_end_capture(stream))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize(("make", "sends"), [(mlp, 0), (conv, 1)])
+def test_a_graph_of_the_users_reads_the_plan_and_does_not_write_it(
+    make: Any, sends: int, warm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not a call came before: replays hold the call's addresses alone, and outlive the caches."""
+    maml = FusedMAML(make(), 0.1, 5, backend="fused")
+    data = [d.contiguous() for d in episodes(SAMPLES[make], torch.float64)]
     _, expected = run(maml, data)
+    parameters = list(maml.parameters())
+    if not warm:
+        problems.problem_of.cache_clear()
+    with users_graph(monkeypatch) as graph:
+        maml.zero_grad()
+        out = maml.backward(*data)
+    assert graph[0] is not None
+    assert not any(runner(maml, data)._graphs.values())
     problems.problem_of.cache_clear()
-    monkeypatch.setattr(device, "is_capturing", lambda: True)
-    for _ in range(3):
-        _, grads = run(maml, data)
-    assert all(torch.equal(grads[name], expected[name]) for name in expected)
-    assert not runner(maml, data)._graphs
-    assert not runner(maml, data)._images
+    controls().emulation_log(1)
+    try:
+        for _ in range(2):
+            with torch.no_grad():
+                for p in parameters:
+                    p.grad.fill_(float("nan"))
+            controls().emulation_replay(graph[0])
+            assert all(torch.equal(p.grad, expected[name]) for name, p in maml.model.named_parameters())
+        launches = json.loads(controls().emulation_logged())
+    finally:
+        controls().emulation_log(0)
+    assert out.loss.isfinite()
+    assert sum("unpack_parcel" in launch["kernel"] for launch in launches) == 2 * sends
+
+
+def test_static_shared_memory_counts_towards_what_a_launch_must_ask_for() -> None:
+    """48,128 bytes of a task, and some 3 KB that the kernel declares itself: more than comes unasked."""
+    model = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+    maml = FusedMAML(model, 0.01, 1, loss="mse", backend="fused")
+    data = list(torch.randn(4, 2, 5, 1))
+    _, grads = run(maml, data)
+    assert runner(maml, data).executor == "megakernel"
+    _, expected = reference.meta_gradient(model, "mse", *data, 0.01, 1)
+    assert max(relative_errors(grads, expected).values()) < 1e-5
 
 
 @pytest.mark.parametrize("make", [mlp, conv])
@@ -182,12 +250,6 @@ def test_memory_estimate_is_for_fused_models() -> None:
         maml.memory_estimate(data[0], data[2])
 
 
-@pytest.fixture
-def emulated(machine: str) -> None:
-    if machine != "cuda_emulated":
-        pytest.skip("a device-side assertion ends the process's use of a GPU")
-
-
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("make", [mlp, conv])
 @pytest.mark.parametrize("bad", [-1, 4, -100])
@@ -238,7 +300,7 @@ def test_float64_is_float64_whatever_the_precision(allow_precision: None) -> Non
 @pytest.fixture
 def allow_precision(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The emulated device stands for a GPU, though its tensors are on the CPU."""
-    if machine == "cuda_emulated":
+    if machine in EMULATIONS:
         monkeypatch.setattr(device, "has_precisions", lambda _: True)
 
 

@@ -157,6 +157,20 @@ def test_out_of_bounds(run: Run, case: str, report: str) -> None:
     assert "planted.cu:" in verdict
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("pipeline with a misaligned address that is not read", "an asynchronous copy of misaligned bytes"),
+        ("shared memory of a function", "which no launch limit counts: declare it in the kernel"),
+    ],
+)
+def test_what_a_gpu_refuses(run: Run, case: str, words: str, schedule: str) -> None:
+    verdict = run(case, schedule)
+    assert verdict.startswith("emulation: ")
+    assert words in verdict
+
+
 def test_unknown_schedule(run: Run) -> None:
     for schedule in ["sideways", "shuffled:", "shuffled:x", "forward:1"]:
         assert run("row sum", schedule).endswith(f"is forward, backward or shuffled[:seed], not {schedule}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from torch import nn
 
 from maml_cuda import FusedMAML
 
-from .conftest import check_meta_gradient
+from .conftest import MACHINES, check_meta_gradient
 
 CASES = int(os.environ.get("MAML_CUDA_FUZZ", "300"))
 
@@ -163,6 +164,7 @@ def cases(draw):
     return model, loss, data, rate, steps, adapt, draw(st.booleans())
 
 
+@pytest.mark.parametrize("machine", [*MACHINES, "cuda_small_tiles"], indirect=True)
 @settings(
     max_examples=CASES, deadline=None, derandomize=True, database=None,
     suppress_health_check=[

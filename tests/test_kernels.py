@@ -1,5 +1,7 @@
 """The kernels by themselves, each against plain loops, in three schedules: the programs of tests/emulation.
 
+With the tiles that ship, and with small ones, of which small shapes have many; the sanitizers see the small ones.
+
 MAML_CUDA_SANITIZERS=thread,address also runs them under a race detector and an address sanitizer (minutes).
 """
 
@@ -18,10 +20,13 @@ SANITIZERS = ["", *filter(None, os.environ.get("MAML_CUDA_SANITIZERS", "").split
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_kernels(program: str, sanitizer: str) -> None:
+@pytest.mark.parametrize("small_tiles", [False, True])
+def test_kernels(program: str, sanitizer: str, small_tiles: bool) -> None:
+    if sanitizer and not small_tiles:
+        pytest.skip("it would take many minutes")
     if sanitizer and program == "bank_conflicts":
         pytest.skip("it runs no kernel: it counts what their layouts do")
-    command = [str(emulated.build(f"test_{program}", sanitizer) / f"test_{program}")]
+    command = [str(emulated.build(f"test_{program}", sanitizer, small_tiles) / f"test_{program}")]
     if sanitizer == "thread":  # which needs addresses that are not too random
         command = ["setarch", "-R", *command]
     if sanitizer:

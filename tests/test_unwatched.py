@@ -58,8 +58,10 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("weights", [None, torch.tensor([0.2, 0.5, 1.0]).double()])
-def test_the_same_bits_from_the_second_call_on(maml, weights):
-    data = episode()
+def test_the_same_bits_from_the_second_call_on(maml, weights, plain_device):
+    maml.to(plain_device)
+    data = [d.to(plain_device) for d in episode()]
+    weights = None if weights is None else weights.to(plain_device)
     first = step(maml, data, task_weights=weights)
     with mock.patch.object(ops, "meta_step", wraps=ops.meta_step) as direct:
         assert equal(step(maml, data, task_weights=weights), first)

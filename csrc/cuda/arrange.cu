@@ -14,8 +14,8 @@
 namespace maml::cuda {
 namespace {
 
-constexpr int kTile = kEmulated ? 8 : 32;
-constexpr int kTileThreads = kEmulated ? 32 : 256;
+constexpr int kTile = kSmallTiles ? 8 : 32;
+constexpr int kTileThreads = kSmallTiles ? 32 : 256;
 constexpr int64_t kFew = kTile / 4;
 
 struct Transpose {

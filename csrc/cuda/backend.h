@@ -42,20 +42,17 @@ class Runner {
 
   Executor executor() const;
 
-  /// What kernels must know of the plan: bytes on the device that stand as long as calls are made.
-  int64_t image_bytes() const;
-  void upload(void* image, void* stream) const;
-
   /// Elements of workspace that a call needs.
   int64_t workspace(int64_t tasks, int64_t at_once) const;
 
-  /// Enqueues a call.
-  void run(const Call<T>& call, const void* image, void* stream) const;
+  /// Enqueues a call, in a capture of the user's too. The first one also writes to the device what kernels
+  /// must know of the plan, and waits for that alone.
+  void run(const Call<T>& call, void* stream) const;
 
   /// A call like this one as a graph over `table`, device memory of table_bytes that stands as long as the
   /// graph does. Only for Executor::batched: the other one is a single launch already. Nothing is computed.
   int64_t table_bytes(const Call<T>& call) const;
-  Graph capture(const Call<T>& call, const void* image, void* table) const;
+  Graph capture(const Call<T>& call, void* table) const;
   /// Enqueues a call like the captured one: the same tasks, the same tensors present, other addresses.
   void run(const Call<T>& call, const Graph& graph, void* stream) const;
 

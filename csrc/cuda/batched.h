@@ -12,6 +12,7 @@
 #include "layers.h"
 #include "loss.h"
 #include "updates.h"
+#include "work.h"
 
 namespace maml::cuda {
 
@@ -61,9 +62,10 @@ template <class T>
 __global__ void __launch_bounds__(kReductionThreads)
     shared_rate_gradients_kernel(const RateSlice* slices, int count, const T* g, const T* v, T* result,
                                  const Table* table) {
+  __shared__ double sums[kReductionThreads];
   const int64_t task = blockIdx.z;
   shared_rate_gradients(slices, count, resolve(g, *table, task), resolve(v, *table, task),
-                        resolve(result, *table, task));
+                        resolve(result, *table, task), sums);
 }
 
 template <class T>
@@ -97,12 +99,20 @@ class Batched {
     }
   }
 
-  void forward(const Layer& l, const Tensors<T>& t) const { passes(l.kind).forward(launch_, l, t); }
-  void backward(const Layer& l, const Tensors<T>& t) const { passes(l.kind).backward(launch_, l, t); }
+  void forward(const Layer& l, const Tensors<T>& t) const {
+    note([&] { return work_of(Op::forward, l, t); });
+    passes(l.kind).forward(launch_, l, t);
+  }
+  void backward(const Layer& l, const Tensors<T>& t) const {
+    note([&] { return work_of(Op::backward, l, t); });
+    passes(l.kind).backward(launch_, l, t);
+  }
   void forward_tangent(const Layer& l, const Tensors<T>& t) const {
+    note([&] { return work_of(Op::forward_tangent, l, t); });
     passes(l.kind).forward_tangent(launch_, l, t);
   }
   void backward_tangent(const Layer& l, const Tensors<T>& t) const {
+    note([&] { return work_of(Op::backward_tangent, l, t); });
     passes(l.kind).backward_tangent(launch_, l, t);
   }
 
@@ -117,21 +127,26 @@ class Batched {
   void join() const { launch_.join(); }
 
   void loss(const LossPart& part, const T* z, const Target<T>& target, T* value, T* grad_z, T* saved) const {
+    note([&] { return traffic<T>(part.n * part.c, grad_z ? 4 : 2); });
     launch_loss(launch_, part, z, target, value, grad_z, saved);
   }
   void loss_tangent(const LossPart& part, const T* z, const Target<T>& target, const T* z_dot, const T* saved,
                     T* grad_z_dot) const {
+    note([&] { return traffic<T>(part.n * part.c, 3); });
     launch_loss_tangent(launch_, part, z, target, z_dot, saved, grad_z_dot);
   }
   void metric(const LossPart& part, const T* z, const Target<T>& target, const T* z_dot, T* grad_z) const {
+    note([&] { return traffic<T>(part.n * part.c, 3); });
     launch_metric(launch_, part, z, target, z_dot, grad_z);
   }
 
   void descend(const std::vector<RateSlice>& step, const T* phi, const T* g, T* next) const {
+    note([&] { return traffic<T>(problem_.packing.adapted, 3); });
     launch_("descend", descend_kernel<T>, slice_grid(), kVectorThreads, 0, slices(step), rates_, phi, g, next,
             launch_.table);
   }
   void direction(const std::vector<RateSlice>& step, const T* v, T* out) const {
+    note([&] { return traffic<T>(problem_.packing.adapted, 2); });
     launch_("direction", direction_kernel<T>, slice_grid(), kVectorThreads, 0, slices(step), rates_, v, out,
             launch_.table);
   }
@@ -148,19 +163,23 @@ class Batched {
   void retreat(int64_t size, const T* product, T* v, const std::vector<RateSlice>& step, T* out) const {
     const int64_t adapted = problem_.packing.adapted, rest = size - adapted;
     const int count = image_.slices_a_step;
+    note([&] { return traffic<T>(size, out ? 4 : 3); });
     launch_("retreat", retreat_kernel<T>, {vector_blocks(std::max(largest_, rest)), count + (rest > 0)},
             kVectorThreads, 0, slices(step), count, adapted, size, rates_, product, v, out, launch_.table);
   }
   void add_weighted(int k, int64_t size, const T* x, T* y) const {
+    note([&] { return traffic<T>(size, 3); });
     launch_("add weighted", add_weighted_kernel<T>, {vector_blocks(size)}, kVectorThreads, 0, size,
             static_cast<const T*>(place<T>(Region::query_weights, k)), x, y, launch_.table);
   }
   void copy(int64_t size, const T* from, T* to) const {
     if (size == 0) return;
+    note([&] { return traffic<T>(size, 2); });
     launch_("copy", copy_kernel<T>, {vector_blocks(size)}, kVectorThreads, 0, size, from, to, launch_.table);
   }
   void zero(int64_t size, T* to) const {
     if (size == 0) return;
+    note([&] { return traffic<T>(size, 1); });
     launch_("zero", zero_kernel<T>, {vector_blocks(size)}, kVectorThreads, 0, size, to, launch_.table);
   }
 

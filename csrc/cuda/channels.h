@@ -11,8 +11,8 @@
 
 namespace maml::cuda {
 
-inline constexpr int kThreads = kEmulated ? 32 : 256;  // of every kernel that works so
-inline constexpr int kMostWidth = kEmulated ? 8 : 32;
+inline constexpr int kThreads = kSmallTiles ? 32 : 256;  // of every kernel that works so
+inline constexpr int kMostWidth = kSmallTiles ? 8 : 32;
 // Blocks a multiprocessor: 64 registers a thread, or 128 where a number takes two.
 template <class T>
 inline constexpr int kResident = sizeof(T) == 4 ? 4 : 2;

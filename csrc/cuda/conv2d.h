@@ -11,8 +11,8 @@ namespace maml::cuda {
 
 /// Tiles of C by shape: wide, narrow (n <= 32), and for few outputs small ones whose warps share k, so that
 /// there are blocks enough and each is done soon. Matrix instructions need 64 x 32 a warp to be fed from
-/// shared memory. The emulation's have one warp, or two that share k.
-template <bool Matrix, bool Emulated = kEmulated>
+/// shared memory. The small ones have one warp, or two that share k.
+template <bool Matrix, bool SmallTiles = kSmallTiles>
 struct Tiles {
   static constexpr int kWarpM = Matrix ? 64 : 32;
   using Wide = Tile<kWarpM, 32, 2, 2, 1, 4>;
@@ -28,7 +28,7 @@ struct Tiles<Matrix, true> {
 
 /// Outputs of one task up to which small tiles are taken: fewer wide ones would leave most of a GPU idle at
 /// the usual 4 to 32 tasks.
-constexpr int64_t kSmallOutputs = kEmulated ? 512 : 65536;
+constexpr int64_t kSmallOutputs = kSmallTiles ? 512 : 65536;
 
 /// Blocks on a multiprocessor that registers must leave room for.
 template <class Arithmetic>

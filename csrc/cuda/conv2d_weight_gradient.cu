@@ -19,10 +19,10 @@
 namespace maml::cuda {
 namespace {
 
-constexpr int kSplitPixels = kEmulated ? 64 : 256;  // at least so many a split
-constexpr int kSplitGrain = 64;                     // of which whole ones, for any tile's stages
+constexpr int kSplitPixels = kSmallTiles ? 64 : 256;  // at least so many a split
+constexpr int kSplitGrain = 64;                       // of which whole ones, for any tile's stages
 constexpr int64_t kMostSplits = 32;
-constexpr int kAddThreads = kEmulated ? 32 : 256;
+constexpr int kAddThreads = kSmallTiles ? 32 : 256;
 
 template <class T>
 struct WeightGradient {

@@ -10,7 +10,7 @@
 namespace maml::cuda {
 
 /// Copies `Bytes` (4, 8 or 16, both sides aligned to them), or fills with zeros where not `inside`: then
-/// nothing is read, and `from` may be anything.
+/// nothing is read, but `from` must be aligned all the same.
 template <int Bytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
 #ifdef __CUDACC__

@@ -19,7 +19,7 @@
 namespace maml::cuda {
 namespace {
 
-constexpr int kThreads = kEmulated ? 32 : 128;
+constexpr int kThreads = kSmallTiles ? 32 : 128;
 
 /// What a shuffle leaves at place i. Step j <= i is the last one that changes place j, so that what stands at
 /// a place after it stood at j before it if that place was j's partner.

@@ -54,6 +54,10 @@ struct Element {
   bool inside;
 };
 
+/// The part of an offset that has no element: negative whatever is added, and a multiple of every vector, for
+/// a copy that brings zeros must have an aligned address, too.
+inline constexpr int kNoOffset = -(1 << 30);
+
 /// Sizes of one task's tensors fit 32 bits (conv2d_footprint sees to it).
 constexpr int int32(int64_t size) { return static_cast<int>(size); }
 
@@ -145,8 +149,8 @@ struct Rows {
   using Outer = int;
   using Inner = int;
   int depth, n;
-  __device__ __forceinline__ int outer(int j) const { return j < n ? j : -1; }
-  __device__ __forceinline__ int inner(int k) const { return k < depth ? k * n : -1; }
+  __device__ __forceinline__ int outer(int j) const { return j < n ? j : kNoOffset; }
+  __device__ __forceinline__ int inner(int k) const { return k < depth ? k * n : kNoOffset; }
   __device__ __forceinline__ Element element(int a, int b) const { return {a + b, (a | b) >= 0}; }
 };
 
@@ -158,9 +162,9 @@ struct Taps {
   int n, o, depth;
   int first, row, column;
   Divisor by_o, by_taps_w;
-  __device__ __forceinline__ int outer(int j) const { return j < n ? j * o : -1; }
+  __device__ __forceinline__ int outer(int j) const { return j < n ? j * o : kNoOffset; }
   __device__ __forceinline__ int inner(int k) const {
-    if (k >= depth) return -1;
+    if (k >= depth) return kNoOffset;
     const int t = by_o.quotient(k), channel = by_o.remainder(k, t);
     const int r = by_taps_w.quotient(t), s = by_taps_w.remainder(t, r);
     return first - r * row - s * column + channel;

@@ -2,8 +2,11 @@
 // name.
 #pragma once
 
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "address.h"
 
@@ -16,6 +19,41 @@ struct Failed : std::runtime_error {
 
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw Failed(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+/// Bytes of shared memory that a kernel declares itself, beside what a launch gives it.
+template <class... Params>
+size_t static_shared_bytes(void (*kernel)(Params...)) {
+  cudaFuncAttributes own{};
+  check(cudaFuncGetAttributes(&own, reinterpret_cast<const void*>(kernel)),
+        "asking for a kernel's shared memory");
+  return own.sharedSizeBytes;
+}
+
+/// The most shared memory that a block can have on a device.
+inline size_t most_shared_bytes(int device) {
+  int most = 0;
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "asking for shared memory");
+  return static_cast<size_t>(most);
+}
+
+/// Lets launches give a kernel all the shared memory that a block can have: without, it is 48 KB. Once for
+/// each kernel and device, and always the same, so that no thread takes back what another one is about to
+/// use.
+template <class... Params>
+void allow_shared_memory(void (*kernel)(Params...)) {
+  static std::mutex mutex;
+  static std::set<std::pair<void (*)(Params...), int>> allowed;
+  int device = 0;
+  check(cudaGetDevice(&device), "asking for the device");
+  const std::lock_guard lock(mutex);
+  if (allowed.contains({kernel, device})) return;
+  const size_t most = most_shared_bytes(device) - static_shared_bytes(kernel);
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)),
+        "allowing shared memory");
+  allowed.emplace(kernel, device);
 }
 
 /// Blocks (x, y) of one task; the task itself is blockIdx.z.
@@ -53,11 +91,7 @@ struct Launcher {
   template <class... Params>
   void operator()(const char* name, void (*kernel)(Params...), Grid grid, int threads, size_t shared_bytes,
                   std::type_identity_t<Params>... params) const {
-    if (shared_bytes > kSharedByDefault) {
-      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-            name);
-    }
+    if (shared_bytes > 0) allow_shared_memory(kernel);
     cudaLaunchConfig_t config{};
     config.gridDim =
         dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(tasks));
@@ -66,9 +100,6 @@ struct Launcher {
     config.stream = stream;
     check(cudaLaunchKernelEx(&config, kernel, params...), name);
   }
-
- private:
-  static constexpr size_t kSharedByDefault = 48 * 1024;
 };
 
 inline int64_t blocks_for(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }

@@ -6,14 +6,15 @@
 namespace maml::cuda {
 namespace {
 
-constexpr int kThreads = kEmulated ? 64 : 256;
+constexpr int kThreads = kSmallTiles ? 64 : 256;
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) value_kernel(LossPart part, const T* z, Target<T> target, T* loss,
                                                          T* grad_z, T* saved, const Table* table) {
+  __shared__ double sums[kThreads / kWarp];
   const int64_t task = blockIdx.z;
   loss_value(grid_team(), part, resolve(z, *table, task), resolve(target, *table, task),
-             resolve(loss, *table, task), resolve(grad_z, *table, task), resolve(saved, *table, task));
+             resolve(loss, *table, task), resolve(grad_z, *table, task), resolve(saved, *table, task), sums);
 }
 
 template <class T>

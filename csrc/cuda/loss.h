@@ -68,11 +68,10 @@ __device__ double square_elements(Team team, const LossPart& part, const T* z, c
 }
 
 /// The part's loss of the task blockIdx.z where wanted (loss null: not), with grad_z [n, c] and saved [n, c]
-/// (grad_z null: not). One block.
+/// (grad_z null: not). One block; `sums`: shared memory, one for each warp.
 template <class T>
 __device__ void loss_value(Team team, const LossPart& part, const T* z, const Target<T>& target, T* loss,
-                           T* grad_z, T* saved) {
-  __shared__ double sums[kWarp];  // one a warp
+                           T* grad_z, T* saved, double* sums) {
   double total = 0, count = static_cast<double>(part.samples);
   switch (part.kind) {
     case Loss::cross_entropy:

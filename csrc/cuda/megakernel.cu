@@ -17,6 +17,7 @@
 #include "arrange.h"
 #include "loss.h"
 #include "megakernel.h"
+#include "on_device.h"
 #include "pack.h"
 #include "pointwise.h"
 #include "small_product.h"
@@ -59,14 +60,14 @@ __device__ void run_layer(Op op, const Layer& l, const Tensors<T>& t) {
 }
 
 template <class T>
-__device__ void run_instruction(const Instruction<T>& i, const Image& image, const T* rates) {
+__device__ void run_instruction(const Instruction<T>& i, const Image& image, const T* rates, double* sums) {
   const Team team = block_team();
   const Tensors<T>& t = i.tensors;
   const RateSlice* slices = image.slices + i.slices;
   const int count = image.slices_a_step;
   switch (i.op) {
     case Op::loss:
-      return loss_value(team, i.loss, t.x[0], target_of(t), t.y, t.grad_x[0], t.saved);
+      return loss_value(team, i.loss, t.x[0], target_of(t), t.y, t.grad_x[0], t.saved, sums);
     case Op::loss_tangent:
       return loss_tangent(team, i.loss, t.x[0], target_of(t), t.x_dot[0], static_cast<const T*>(t.saved),
                           t.grad_x_dot[0]);
@@ -84,7 +85,7 @@ __device__ void run_instruction(const Instruction<T>& i, const Image& image, con
           elementwise_rate_gradient(team, slices[s], t.grad_y, t.x[0], t.y);
         }
       }
-      return shared_rate_gradients(slices, count, t.grad_y, t.x[0], t.y);
+      return shared_rate_gradients(slices, count, t.grad_y, t.x[0], t.y, sums);
     case Op::retreat:
       for (int s = 0; s < count; ++s) retreat(team, slices[s], rates, t.grad_y, t.y, t.saved);
       return subtract(team, i.size, t.x[0], t.grad_x[0]);
@@ -142,6 +143,7 @@ __global__ void __launch_bounds__(kThreads)
                int64_t result_size, int rate_count, Span* table_out) {
   __shared__ uint64_t slots[2 * Reader<T>::kWords];
   __shared__ Table table;
+  __shared__ double sums[kThreads];  // of reductions
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t task = blockIdx.z;
   const Team team = block_team();
@@ -174,7 +176,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < image.program_length; ++i) {
     __syncthreads();
     if (i + 1 < image.program_length) program.fetch(i + 1);
-    run_instruction(program[i], image, memory + layout.rates);
+    run_instruction(program[i], image, memory + layout.rates, sums);
     if (i + 1 < image.program_length) program.leave(i + 1, table, task);
   }
   __syncthreads();
@@ -204,6 +206,13 @@ template void launch_megakernel<float>(const Launcher&, const Problem&, const La
 template void launch_megakernel<double>(const Launcher&, const Problem&, const Layout&, const Image&,
                                         const Span*, const SpanOrder&, Span*);
 
-size_t megakernel_static_bytes() { return 2 * sizeof(Instruction<double>) + sizeof(Table) + 2048; }
+template <class T>
+bool fits_one_block(const Layout& layout, int device) {
+  const OnDevice on(device);
+  const size_t bytes = static_cast<size_t>(layout.task_size) * sizeof(T) + static_shared_bytes(megakernel<T>);
+  return bytes <= most_shared_bytes(device);
+}
+template bool fits_one_block<float>(const Layout&, int);
+template bool fits_one_block<double>(const Layout&, int);
 
 }  // namespace maml::cuda

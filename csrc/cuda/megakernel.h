@@ -10,8 +10,9 @@ namespace maml::cuda {
 /// As many spans as fit the kernel's arguments.
 inline constexpr int kMegakernelSpans = 200;
 
-/// Bytes of static shared memory, at most: what a block has less than the device's limit.
-size_t megakernel_static_bytes();
+/// Whether the shared memory of one block, less what the kernel declares itself, holds a task.
+template <class T>
+bool fits_one_block(const Layout& layout, int device);
 
 /// Runs the image's program for every task of `launch`. The call's spans are read on the host; the first
 /// block leaves a copy at `table`, on the device, for the kernels behind it. Region::task is where the

@@ -22,9 +22,9 @@
 
 namespace maml::cuda {
 
-inline constexpr int kTileRows = kEmulated ? 16 : 128;
-inline constexpr int kMostEntries = kEmulated ? 4 : 256;
-inline constexpr int kFold = kEmulated ? 3 : 128;
+inline constexpr int kTileRows = kSmallTiles ? 16 : 128;
+inline constexpr int kMostEntries = kSmallTiles ? 4 : 256;
+inline constexpr int kFold = kSmallTiles ? 3 : 128;
 
 /// `count` entries, each of so many rows of the m in all (the last may have fewer).
 template <class T>

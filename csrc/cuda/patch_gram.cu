@@ -16,10 +16,10 @@
 namespace maml::cuda {
 namespace {
 
-constexpr int kThreads = kEmulated ? 64 : 256;
+constexpr int kThreads = kSmallTiles ? 64 : 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kChunk = kEmulated ? 4 : 16;           // patches of a warp at a time
-constexpr int kPartPatches = kEmulated ? 64 : 2048;  // of a block
+constexpr int kChunk = kSmallTiles ? 4 : 16;           // patches of a warp at a time
+constexpr int kPartPatches = kSmallTiles ? 64 : 2048;  // of a block
 constexpr int64_t kMostParts = 128;
 constexpr int kWidth = (kMostPatch + 1 + 3) / 4 * 4;  // of q, in blocks
 constexpr int kBlocks = kWidth / 4 * (kWidth / 4 + 1) / 2, kSums = 16 * kBlocks;

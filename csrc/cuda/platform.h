@@ -12,7 +12,7 @@
 namespace maml::cuda {
 
 #ifdef __CUDACC__
-inline constexpr bool kEmulated = false;
+inline constexpr bool kSmallTiles = false;
 
 /// The block's dynamic shared memory.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
@@ -20,7 +20,11 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return memory;
 }
 #else
-inline constexpr bool kEmulated = true;  // kernels choose small tiles: a fiber costs more than a thread
+#ifdef MAML_CUDA_SMALL_TILES
+inline constexpr bool kSmallTiles = true;  // for tests: small shapes have many tiles and blocks then
+#else
+inline constexpr bool kSmallTiles = false;
+#endif
 inline unsigned char* dynamic_shared() { return static_cast<unsigned char*>(emulation::dynamic_shared()); }
 #endif
 

@@ -8,8 +8,8 @@
 #include "add_up.h"
 #include "backend.h"
 #include "batched.h"
+#include "device_bytes.h"
 #include "megakernel.h"
-#include "on_device.h"
 
 namespace maml::cuda {
 namespace {
@@ -101,6 +101,9 @@ struct Runner<T>::State {
   ImageBytes image;
   size_t rates_at = 0, slices_at = 0, program_at = 0;
   int program_length = 0;
+  Work program_work;  // of the megakernel
+  std::once_flag written;
+  std::shared_ptr<const DeviceBytes> on_device;  // the image, from the first call on
   std::mutex replay;  // a graph's table is written and read by its launch, in one go
 
   State(const Problem& p, int device_)
@@ -116,6 +119,7 @@ struct Runner<T>::State {
     TaskRunner<Recorder<T>, T>(recorder, problem, task, place<T>(Region::task, layout.work)).run();
     program_at = image.append(recorder.program().data(), recorder.program().size());
     program_length = static_cast<int>(recorder.program().size());
+    program_work = work_of(problem, recorder.program());
   }
 
   /// The problem as the megakernel takes it: as it is, or in the largest tiles that fit the shared memory of
@@ -123,13 +127,7 @@ struct Runner<T>::State {
   std::optional<Problem> for_one_block() const {
     if (!problem.is_linear() || all_spans().count > kMegakernelSpans) return {};
     if (problem.support.work + problem.query.work > kMostWorkOfABlock) return {};
-    int shared = 0;
-    check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          "asking for shared memory");
-    auto fits = [&](const Problem& p) {
-      const size_t bytes = Layout(p, true, true).task_size * sizeof(T) + megakernel_static_bytes();
-      return bytes <= static_cast<size_t>(shared);
-    };
+    auto fits = [&](const Problem& p) { return fits_one_block<T>(Layout(p, true, true), device); };
     if (fits(problem)) return problem;
     Problem tiled = problem;
     LayerTraits tiles = traits();
@@ -166,8 +164,10 @@ struct Runner<T>::State {
     image.append(slices.data(), slices.size());
   }
 
-  Image view(const void* at) const {
-    const auto* bytes = static_cast<const unsigned char*>(at);
+  /// The image on the device.
+  Image view() {
+    std::call_once(written, [&] { on_device = std::make_shared<const DeviceBytes>(device, image.bytes()); });
+    const auto* bytes = static_cast<const unsigned char*>(on_device->start());
     return {reinterpret_cast<const ParameterInfo*>(bytes),
             reinterpret_cast<const RateInfo*>(bytes + rates_at),
             reinterpret_cast<const RateSlice*>(bytes + slices_at),
@@ -282,6 +282,7 @@ struct Runner<T>::State {
       const int64_t tasks = std::min(chunk(call), call.tasks - c * chunk(call));
       const Launcher launch{stream, tasks, table_of(c), branch};
       if (executor == Executor::megakernel) {
+        note([&] { return program_work; });
         launch_megakernel<T>(launch, problem, layout, view, host_spans->data() + c * order.count, order,
                              const_cast<Span*>(table) + c * order.count);
       } else {
@@ -292,6 +293,7 @@ struct Runner<T>::State {
   }
 
   void pack_all(const Launcher& launch, const Image& view, int first_span, int64_t at, Region region) const {
+    note([&] { return traffic<T>(problem.packing.total, 2); });
     launch("pack", pack_kernel<T>, {8, view.parameter_count}, kVectorThreads, 0, view, first_span,
            place<T>(region, at), launch.table);
   }
@@ -317,6 +319,7 @@ struct Runner<T>::State {
     const AddUp a{launch.tasks, call.tasks, layout.totals,        layout.result,
                   equal,        c == 0,     c + 1 == chunks(call)};
     const Launcher once{launch.stream, 1, launch.table};
+    note([&] { return traffic<T>(problem.result_size, static_cast<int>(launch.tasks) + 1); });
     once("add up", add_up_kernel<T>, {16, view.parameter_count + view.rate_count + 1}, kReductionThreads, 0,
          a, view, launch.table, first);
   }
@@ -335,30 +338,23 @@ Executor Runner<T>::executor() const {
 }
 
 template <class T>
-int64_t Runner<T>::image_bytes() const {
-  return static_cast<int64_t>(state_->image.bytes().size());
-}
-
-template <class T>
-void Runner<T>::upload(void* image, void* stream) const {
-  const OnDevice on(state_->device);
-  send(static_cast<cudaStream_t>(stream), state_->image.bytes().data(), state_->image.bytes().size(), image);
-}
-
-template <class T>
 int64_t Runner<T>::workspace(int64_t tasks, int64_t at_once) const {
   return state_->workspace(tasks, at_once);
 }
 
 template <class T>
-void Runner<T>::run(const Call<T>& call, const void* image, void* stream) const {
+void Runner<T>::run(const Call<T>& call, void* stream) const {
   const OnDevice on(state_->device);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const Image view = state_->view();
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(cuda_stream, &capture), "asking whether the stream captures");
+  if (capture != cudaStreamCaptureStatusNone) keep_forever(state_->on_device);
   const std::vector<Span> spans = state_->spans(call);
   auto* table = reinterpret_cast<Span*>(call.workspace);
   if (state_->executor == Executor::batched)
     send(cuda_stream, spans.data(), spans.size() * sizeof(Span), table);
-  state_->walk(call, state_->view(image), table, &spans, cuda_stream);
+  state_->walk(call, view, table, &spans, cuda_stream);
 }
 
 template <class T>
@@ -402,15 +398,15 @@ class Capture {
 }  // namespace
 
 template <class T>
-Graph Runner<T>::capture(const Call<T>& call, const void* image, void* table) const {
+Graph Runner<T>::capture(const Call<T>& call, void* table) const {
   const OnDevice on(state_->device);
+  const Image view = state_->view();
   const Capture capture;
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t executable = nullptr;
   check(cudaStreamBeginCapture(capture.stream, cudaStreamCaptureModeRelaxed), "beginning a graph");
   try {
-    state_->walk(call, state_->view(image), static_cast<const Span*>(table), nullptr, capture.stream,
-                 &capture.branch);
+    state_->walk(call, view, static_cast<const Span*>(table), nullptr, capture.stream, &capture.branch);
   } catch (...) {
     cudaStreamEndCapture(capture.stream, &graph);
     if (graph) cudaGraphDestroy(graph);

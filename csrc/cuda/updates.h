@@ -31,7 +31,7 @@
 
 namespace maml::cuda {
 
-inline constexpr int kVectorThreads = kEmulated ? 32 : 256;
+inline constexpr int kVectorThreads = kSmallTiles ? 32 : 256;
 
 /// Blocks for a loop over `items`: few enough that each thread of a large vector has several, so that
 /// starting a block pays, whatever the number of tasks.
@@ -76,13 +76,14 @@ __device__ void elementwise_rate_gradient(Team team, const RateSlice& s, const T
   }
 }
 
-inline constexpr int kReductionThreads = kEmulated ? 32 : 256;
+inline constexpr int kReductionThreads = kSmallTiles ? 32 : 256;
 
 /// Of the rates that serve a whole parameter, slice by slice, since several may share a rate: one block of
-/// kReductionThreads. Each thread sums its elements in order, then halves of the block are added up.
+/// kReductionThreads. Each thread sums its elements in order, then halves of the block are added up. `sums`:
+/// shared memory, one for each thread.
 template <class T>
-__device__ void shared_rate_gradients(const RateSlice* slices, int count, const T* g, const T* v, T* result) {
-  __shared__ double sums[kReductionThreads];
+__device__ void shared_rate_gradients(const RateSlice* slices, int count, const T* g, const T* v, T* result,
+                                      double* sums) {
   const int thread = static_cast<int>(threadIdx.x);
   for (int k = 0; k < count; ++k) {
     const RateSlice& s = slices[k];

@@ -310,32 +310,21 @@ class BoundRunner {
         std::visit([](const auto& r) { return r.executor() == cuda::Executor::megakernel; }, runner_);
     return mega ? "megakernel" : "batched";
   }
-  int64_t image_bytes() const {
-    return std::visit([](const auto& r) { return r.image_bytes(); }, runner_);
-  }
   int64_t workspace(int64_t tasks, int64_t at_once) const {
     return std::visit([&](const auto& r) { return r.workspace(tasks, at_once); }, runner_);
   }
-  void upload(Address image, Address stream) const {
-    std::visit([&](const auto& r) { r.upload(at<void>(image), at<void>(stream)); }, runner_);
-  }
-  void run(const BoundCall& call, Address image, Address stream) const {
+  void run(const BoundCall& call, Address stream) const {
     py::gil_scoped_release unlocked;
-    std::visit(
-        [&]<class T>(const cuda::Runner<T>& r) { r.run(call.as<T>(), at<void>(image), at<void>(stream)); },
-        runner_);
+    std::visit([&]<class T>(const cuda::Runner<T>& r) { r.run(call.as<T>(), at<void>(stream)); }, runner_);
   }
   int64_t table_bytes(const BoundCall& call) const {
     return std::visit([&]<class T>(const cuda::Runner<T>& r) { return r.table_bytes(call.as<T>()); },
                       runner_);
   }
-  cuda::Graph capture(const BoundCall& call, Address image, Address table) const {
+  cuda::Graph capture(const BoundCall& call, Address table) const {
     py::gil_scoped_release unlocked;
     return std::visit(
-        [&]<class T>(const cuda::Runner<T>& r) {
-          return r.capture(call.as<T>(), at<void>(image), at<void>(table));
-        },
-        runner_);
+        [&]<class T>(const cuda::Runner<T>& r) { return r.capture(call.as<T>(), at<void>(table)); }, runner_);
   }
   void run_graph(const BoundCall& call, const cuda::Graph& graph, Address stream) const {
     py::gil_scoped_release unlocked;
@@ -425,13 +414,11 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
                           "A problem on one CUDA device; every call is enqueued on a stream.")
       .def(py::init<const BoundProblem&, int>(), py::arg("problem"), py::arg("device"))
       .def_property_readonly("executor", &BoundRunner::executor)
-      .def_property_readonly("image_bytes", &BoundRunner::image_bytes)
-      .def("upload", &BoundRunner::upload, py::arg("image"), py::arg("stream"))
       .def("workspace", &BoundRunner::workspace, py::arg("tasks"), py::arg("at_once"),
            "Elements of workspace.")
-      .def("run", &BoundRunner::run, py::arg("call"), py::arg("image"), py::arg("stream"))
+      .def("run", &BoundRunner::run, py::arg("call"), py::arg("stream"))
       .def("table_bytes", &BoundRunner::table_bytes, py::arg("call"))
-      .def("capture", &BoundRunner::capture, py::arg("call"), py::arg("image"), py::arg("table"))
+      .def("capture", &BoundRunner::capture, py::arg("call"), py::arg("table"))
       .def("run_graph", &BoundRunner::run_graph, py::arg("call"), py::arg("graph"), py::arg("stream"));
   m.attr("cuda") = MAML_CUDA_TOOLKIT;
   m.attr("cuda_architectures") = MAML_CUDA_ARCHITECTURES;

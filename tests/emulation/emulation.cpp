@@ -4,6 +4,7 @@
 #include "emulation.h"
 
 #include <algorithm>
+#include <chrono>
 #include <memory>
 #include <numeric>
 
@@ -21,8 +22,26 @@ constexpr unsigned char kPoison = 0xFF;
 constexpr uint64_t kPoisonWord = ~uint64_t{0};
 
 void poison_shared_memory() {
-  for (const SharedVariable& v : r.shared_variables) std::memset(v.start, kPoison, v.bytes);
+  for (const SharedVariable& v : r.symbols.shared_variables) std::memset(v.start, kPoison, v.bytes);
   if (r.dynamic_bytes > 0) std::memset(r.dynamic, kPoison, r.dynamic_bytes);
+}
+
+void read_symbols_once() {
+  static std::once_flag once;
+  std::call_once(once, [] { r.symbols = read_symbols(&r); });
+}
+
+/// A kernel whose launch gives it shared memory must declare all other that it uses itself: limits count no
+/// more (static_shared_bytes).
+void refuse_hidden_shared_memory(const void* kernel) {
+  const std::string name = name_of(kernel);
+  for (const SharedVariable& v : r.symbols.shared_variables) {
+    if (v.is_of(name) ||
+        std::all_of(v.start, v.start + v.bytes, [](unsigned char b) { return b == kPoison; }))
+      continue;
+    throw std::runtime_error("emulation: " + name + " has dynamic shared memory and uses " + v.name +
+                             ", which no launch limit counts: declare it in the kernel");
+  }
 }
 
 void read_environment() {
@@ -51,11 +70,14 @@ void set_block_size(dim3 size) {
 
 }  // namespace
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(const void*), const void* arguments) {
+namespace {
+
+void run_blocks(const Launch& launch, void (*kernel)(const void*), const void* arguments) {
+  const dim3 grid = launch.grid;
+  const size_t shared_bytes = launch.shared_bytes;
   const std::lock_guard lock(r.mutex);
   if (!r.schedule_known) read_environment();
-  if (!r.shared_known) r.shared_variables = find_shared_variables(&r);
-  r.shared_known = true;
+  read_symbols_once();
 
   // Memory of its own, so that AddressSanitizer knows its end.
   void* dynamic = nullptr;
@@ -66,7 +88,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(const void*)
   r.kernel = kernel;
   r.arguments = arguments;
   r.host.adopt_host();
-  set_block_size(block);
+  set_block_size(launch.block);
   indices.grid_size = grid;
 
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
@@ -83,6 +105,31 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(const void*)
     poison_shared_memory();
     run_block();
   }
+  if (shared_bytes > 0) refuse_hidden_shared_memory(launch.kernel);
+}
+
+}  // namespace
+
+void run(const Launch& launch, void (*kernel)(const void*), const void* arguments) {
+  const auto begin = std::chrono::steady_clock::now();
+  if (host.log_mode != LogMode::only) run_blocks(launch, kernel, arguments);
+  if (host.log_mode == LogMode::off) return;
+  const std::lock_guard lock(host.mutex);
+  host.log.push_back(launch);
+  host.log.back().seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+std::string name_of(const void* function) {
+  read_symbols_once();
+  const auto found = r.symbols.functions.find(function);
+  return found == r.symbols.functions.end() ? "" : found->second;
+}
+
+size_t static_shared_bytes(const void* kernel) {
+  const std::string name = name_of(kernel);
+  size_t bytes = 0;
+  for (const SharedVariable& v : r.symbols.shared_variables) bytes += v.is_of(name) ? v.bytes : 0;
+  return bytes;
 }
 
 void set_schedule(Schedule schedule, unsigned seed) {
@@ -224,8 +271,12 @@ unsigned warp_ballot(unsigned mask, bool predicate, const std::source_location& 
 namespace {
 
 bool is_shared(const unsigned char* p, size_t bytes) {
-  const auto holds = [&](const SharedVariable& v) { return p >= v.start && p + bytes <= v.start + v.bytes; };
-  return holds({r.dynamic, r.dynamic_bytes}) || std::ranges::any_of(r.shared_variables, holds);
+  const auto holds = [&](const unsigned char* start, size_t size) {
+    return p >= start && p + bytes <= start + size;
+  };
+  return holds(r.dynamic, r.dynamic_bytes) ||
+         std::ranges::any_of(r.symbols.shared_variables,
+                             [&](const SharedVariable& v) { return holds(v.start, v.bytes); });
 }
 
 bool is_aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
@@ -234,7 +285,7 @@ bool is_aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t
 
 void defer_copy(void* shared, const void* global, size_t bytes, bool valid) {
   if (bytes != 4 && bytes != 8 && bytes != 16) give_up("an asynchronous copy not of 4, 8 or 16 bytes");
-  if (!is_aligned(shared, bytes) || (valid && !is_aligned(global, bytes)))
+  if (!is_aligned(shared, bytes) || !is_aligned(global, bytes))  // of zeros too: the hardware looks first
     give_up("an asynchronous copy of misaligned bytes");
   if (!is_shared(static_cast<unsigned char*>(shared), bytes))
     give_up("an asynchronous copy to a place outside shared memory");

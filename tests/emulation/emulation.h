@@ -87,7 +87,8 @@ void warp_gather(const void* mine, size_t bytes, void* all,
                  const std::source_location& place = std::source_location::current());
 
 /// cp.async: one thread's copy of 4, 8 or 16 aligned bytes to shared memory, or of as many zeros if not
-/// valid. The bytes arrive when this thread waits; other threads may read them after a barrier behind that.
+/// valid: then nothing is read, but the address must be aligned all the same. The bytes arrive when this
+/// thread waits; other threads may read them after a barrier behind that.
 void defer_copy(void* shared, const void* global, size_t bytes, bool valid = true);
 /// cp.async.commit_group: the copies since the last commit become a group.
 void commit_copies();

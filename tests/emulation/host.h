@@ -3,12 +3,15 @@
 // (streams.h). Devices are equal and share the memory; what they tell apart is whose streams are whose.
 #pragma once
 
+#include <malloc.h>
+
 #include <array>
 #include <atomic>
 #include <cstdlib>
 #include <functional>
 #include <mutex>
 #include <new>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -65,6 +68,9 @@ enum cudaMemcpyKind {
   cudaMemcpyDefault
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;  // no other attribute is known
+};
 enum cudaDeviceAttr {
   cudaDevAttrMaxThreadsPerBlock = 1,
   cudaDevAttrMaxSharedMemoryPerBlock = 8,
@@ -85,6 +91,25 @@ inline constexpr int kMostDevices = 4;
 
 struct Stream;
 
+/// What the caller says that one task (a block along z) of a launch must do: csrc/cuda/work.h.
+struct Work {
+  double flop = 0, bytes = 0;
+  int instructions = 0;
+};
+inline thread_local Work noted;  // of the next launch
+
+struct Launch {
+  const void* kernel;
+  dim3 grid, block;
+  size_t shared_bytes;
+  const Stream* stream;
+  Work work;
+  double seconds = 0;
+};
+
+/// Whether kernels that run leave a trace, in a graph or out of it; `only`: they do nothing else.
+enum class LogMode { off, on, only };
+
 // All state of the host's side but the streams' own.
 struct Host {
   std::mutex mutex;
@@ -93,6 +118,8 @@ struct Host {
   std::array<std::atomic<int64_t>, kMostDevices> launches{};
   std::vector<Stream*> capturing;
   std::vector<std::pair<const void*, size_t>> shared_limits;  // of kernels that have asked for more
+  std::atomic<LogMode> log_mode = LogMode::off;
+  std::vector<Launch> log;
 };
 inline Host host;
 inline thread_local cudaError_t last_error = cudaSuccess;
@@ -105,8 +132,16 @@ inline cudaError_t report(cudaError_t error) {
   return error;
 }
 
-/// Runs kernel(arguments) for all threads of all blocks. Throws what goes wrong in one.
-void run(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(const void*), const void* arguments);
+/// Runs kernel(arguments) for all threads of all blocks of the launch, and logs it. Throws what goes wrong in
+/// one.
+void run(const Launch& launch, void (*kernel)(const void*), const void* arguments);
+
+/// The mangled name of a function of this program or library; empty where it has none.
+std::string name_of(const void* function);
+
+/// Bytes of the __shared__ variables that a kernel declares. Those of functions that it calls are not
+/// counted: a launch with dynamic shared memory refuses them (run).
+size_t static_shared_bytes(const void* kernel);
 
 /// A kernel and its arguments.
 template <class... Params>
@@ -131,7 +166,8 @@ inline cudaError_t check_launch(dim3 grid, dim3 block, size_t shared_bytes, cons
   if (block.x == 0 || block.y == 0 || block.z == 0 || block.x > 1024 || block.y > 1024 || block.z > 64)
     return cudaErrorInvalidConfiguration;
   if (block.x * block.y * block.z > 1024) return cudaErrorInvalidConfiguration;
-  size_t limit = kSharedByDefault;
+  if (shared_bytes == 0) return cudaSuccess;
+  size_t limit = kSharedByDefault - static_shared_bytes(kernel);
   const std::lock_guard lock(host.mutex);
   for (const auto& [k, bytes] : host.shared_limits)
     if (k == kernel && bytes > limit) limit = bytes;
@@ -177,15 +213,18 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return emulation::report(cudaErrorInvalidResourceHandle);
   ++emulation::host.launches[static_cast<size_t>(emulation::device)];
   using Call = emulation::Call<std::remove_const_t<Params>...>;
+  const emulation::Launch launch{
+      reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, config->stream,
+      std::exchange(emulation::noted, {})};
   return emulation::report(
-      emulation::submit(config->stream, [=, call = Call{kernel, {std::forward<Args>(args)...}}] {
-        emulation::run(grid, block, shared_bytes, Call::make, &call);
+      emulation::submit(config->stream, [launch, call = Call{kernel, {std::forward<Args>(args)...}}] {
+        emulation::run(launch, Call::make, &call);
       }));
 }
 
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
-      static_cast<size_t>(value) > emulation::kSharedAtMost)
+      static_cast<size_t>(value) + emulation::static_shared_bytes(kernel) > emulation::kSharedAtMost)
     return emulation::report(cudaErrorInvalidValue);
   const std::lock_guard lock(emulation::host.mutex);
   for (auto& [k, bytes] : emulation::host.shared_limits)
@@ -196,6 +235,9 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute at
 template <class... Params>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute attribute, int value) {
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  return attributes->sharedSizeBytes = emulation::static_shared_bytes(kernel), cudaSuccess;
 }
 
 // -------------------------------------------------------------------------------------------- devices
@@ -255,6 +297,7 @@ cudaError_t cudaMalloc(T** p, size_t bytes) {
 }
 inline cudaError_t cudaFree(void* p) {
   if (const cudaError_t e = emulation::refuse_while_capturing(true)) return emulation::report(e);
+  if (p) std::memset(p, 0xFF, malloc_usable_size(p));  // whoever still reads it reads NaN
   std::free(p);
   return cudaSuccess;
 }

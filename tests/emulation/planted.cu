@@ -182,7 +182,13 @@ Verdict run_failing(Kernel* kernel) {
 }
 
 // ------------------------------------------------------------------------------------ shared memory
-enum class ReadBug { none, uninitialised, past_static, past_dynamic };
+enum class ReadBug { none, uninitialised, past_static, past_dynamic, hidden };
+
+inline float through_shared(float x) {
+  __shared__ float hidden[8];
+  hidden[threadIdx.x] = x;
+  return hidden[threadIdx.x];
+}
 
 template <ReadBug bug>
 __global__ void read_shared(float* y) {
@@ -191,6 +197,7 @@ __global__ void read_shared(float* y) {
   const unsigned i = threadIdx.x;
   if (bug != ReadBug::uninitialised || blockIdx.x == 0) fixed[i] = dynamic[i] = 1;
   __syncthreads();
+  if (bug == ReadBug::hidden) fixed[i] = through_shared(fixed[i]);
   y[blockIdx.x * 8 + i] =
       fixed[i + (bug == ReadBug::past_static)] + dynamic[i + (bug == ReadBug::past_dynamic)];
 }
@@ -203,7 +210,14 @@ Verdict run_read_shared() {
 }
 
 // ------------------------------------------------- asynchronous copies in two stages, as a pipeline
-enum class CopyBug { none, no_wait, waits_for_too_few, no_barrier_after, no_barrier_before_reuse };
+enum class CopyBug {
+  none,
+  no_wait,
+  waits_for_too_few,
+  no_barrier_after,
+  no_barrier_before_reuse,
+  misaligned
+};
 
 template <CopyBug bug>
 __global__ void pipeline(const float4* x, float* y,
@@ -211,7 +225,10 @@ __global__ void pipeline(const float4* x, float* y,
   __shared__ float4 stage[2][16];
   const unsigned i = threadIdx.x;
   const auto fetch = [&](int tile) {
-    emulation::defer_copy(&stage[tile % 2][i], x + tile * 16 + i, sizeof(float4), tile < tiles);
+    const bool valid = tile < tiles;
+    const void* from = x + tile * 16 + i;
+    if (bug == CopyBug::misaligned && !valid) from = &x[-1].w;  // what is not valid is not read
+    emulation::defer_copy(&stage[tile % 2][i], from, sizeof(float4), valid);
     emulation::commit_copies();
   };
   float sum = 0;
@@ -345,6 +362,17 @@ Verdict run_limits() {
   if (!refuses(4, 49 * 1024, cudaErrorInvalidValue)) return "wrong: 49 KB unasked";
   if (allow(227 * 1024) != cudaSuccess || !refuses(4, 227 * 1024, cudaSuccess)) return "wrong: 227 KB";
   if (allow(227 * 1024 + 1) != cudaErrorInvalidValue) return "wrong: more than 227 KB";
+  const auto with_static = read_shared<ReadBug::none>;  // which declares 32 bytes
+  cudaFuncAttributes own{};
+  cudaFuncGetAttributes(&own, reinterpret_cast<const void*>(with_static));
+  if (own.sharedSizeBytes != 32) return "wrong: " + std::to_string(own.sharedSizeBytes) + " static bytes";
+  cudaLaunchConfig_t config{};
+  config.dynamicSmemBytes = 48 * 1024 - 31;
+  if (cudaLaunchKernelEx(&config, with_static, y) != cudaErrorInvalidValue) return "wrong: 48 KB and 1 byte";
+  if (cudaFuncSetAttribute(with_static, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 * 1024 - 31) !=
+      cudaErrorInvalidValue)
+    return "wrong: more than 227 KB with the static ones";
+  cudaGetLastError();
   return y[0] == 1 ? "right" : "wrong: did not run";
 }
 
@@ -388,9 +416,11 @@ const std::map<std::string, Verdict (*)()> kCases = {
     {"shared memory uninitialised", run_read_shared<ReadBug::uninitialised>},
     {"shared memory past the static end", run_read_shared<ReadBug::past_static>},
     {"shared memory past the dynamic end", run_read_shared<ReadBug::past_dynamic>},
+    {"shared memory of a function", run_read_shared<ReadBug::hidden>},
     {"pipeline", run_pipeline<CopyBug::none>},
     {"pipeline without a wait", run_pipeline<CopyBug::no_wait>},
     {"pipeline that waits for too few", run_pipeline<CopyBug::waits_for_too_few>},
+    {"pipeline with a misaligned address that is not read", run_pipeline<CopyBug::misaligned>},
     {"pipeline without a barrier after the wait", run_pipeline<CopyBug::no_barrier_after>},
     {"pipeline without a barrier before reuse", run_pipeline<CopyBug::no_barrier_before_reuse>},
     {"graph", run_graph},

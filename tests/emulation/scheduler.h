@@ -23,7 +23,7 @@
 
 #include "emulation.h"
 #include "fiber.h"
-#include "shared_variables.h"
+#include "symbols.h"
 
 namespace emulation {
 namespace {
@@ -99,8 +99,7 @@ struct Runtime {
   std::exception_ptr failure;
   char started = 0, finished = 0;  // for the race detector
 
-  bool shared_known = false;
-  std::vector<SharedVariable> shared_variables;
+  Symbols symbols;  // empty before the first launch
   unsigned char* dynamic = nullptr;
   size_t dynamic_bytes = 0;
   unsigned char gathered[32 * kExchangeAtMost];  // of a warp's lanes, while they exchange

@@ -40,12 +40,17 @@ struct Event {
   size_t work = 0;           // recorded there until then
 };
 
+/// Relaxed: what this thread does breaks no capture.
+inline thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
+
 /// What would wait for, or change, a capture that goes on: breaks it.
 inline cudaError_t refuse_while_capturing(bool relaxed_may) {
   bool refused = false;
   const std::lock_guard lock(host.mutex);
   for (Stream* s : host.capturing) {
-    if (relaxed_may && s->mode == cudaStreamCaptureModeRelaxed) continue;
+    if (relaxed_may &&
+        (s->mode == cudaStreamCaptureModeRelaxed || thread_mode == cudaStreamCaptureModeRelaxed))
+      continue;
     s->status = cudaStreamCaptureStatusInvalidated;
     refused = true;
   }
@@ -121,7 +126,8 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  if (stream == nullptr || stream->status == cudaStreamCaptureStatusNone) return cudaSuccess;
+  if (stream == nullptr || stream->status == cudaStreamCaptureStatusNone)
+    return emulation::report(emulation::refuse_while_capturing(true));
   stream->status = cudaStreamCaptureStatusInvalidated;
   return emulation::report(cudaErrorStreamCaptureUnsupported);
 }
@@ -160,6 +166,9 @@ inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCapture
   const std::lock_guard lock(emulation::host.mutex);
   emulation::host.capturing.push_back(stream);
   return cudaSuccess;
+}
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  return std::swap(*mode, emulation::thread_mode), cudaSuccess;
 }
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
   *status = stream == nullptr ? cudaStreamCaptureStatusNone : stream->status;

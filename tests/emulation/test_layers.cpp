@@ -361,6 +361,7 @@ void check_losses() {
 /// L(f(x) + x) and what follows, in shared memory by one block, as a megakernel does it.
 __global__ void one_block(Layer l, const double* x_, const double* target_, double* out_,
                           const Table* table) {
+  __shared__ double sums[kWarp];
   const int64_t count = l.n * size(l.in);
   const double *x = resolve(x_, *table, blockIdx.z), *target = resolve(target_, *table, blockIdx.z);
   double* out = resolve(out_, *table, blockIdx.z);
@@ -379,7 +380,7 @@ __global__ void one_block(Layer l, const double* x_, const double* target_, doub
   add_forward(team, l, sum);
   __syncthreads();
   loss_value(team, LossPart{Loss::mse, l.n, size(l.in), l.n, false}, y, Target<double>{target}, loss, grad_y,
-             saved);
+             saved, sums);
   __syncthreads();
   t.grad_y = grad_y, t.grad_x[0] = grad_x;
   pointwise_backward(team, l, t);

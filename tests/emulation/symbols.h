@@ -1,5 +1,5 @@
-// Finds the __shared__ variables of this program or library in its own symbol table: their names carry the
-// tag that the macro gives them.
+// What stands in the symbol table of this program or library: its functions, so its kernels, and its
+// __shared__ variables, whose names carry the tag that the macro gives them.
 #pragma once
 
 #include <dlfcn.h>
@@ -9,6 +9,7 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -18,10 +19,23 @@ namespace emulation {
 struct SharedVariable {
   unsigned char* start;
   size_t bytes;
+  std::string name;
+
+  /// Whether it is declared in this function. The name of a local variable is _ZZ, the function's name less
+  /// its _Z, E and a name of its own.
+  bool is_of(const std::string& function) const {
+    return function.starts_with("_Z") && name.compare(3, function.size() - 2, function, 2) == 0 &&
+           name[function.size() + 1] == 'E';
+  }
+};
+
+struct Symbols {
+  std::vector<SharedVariable> shared_variables;
+  std::map<const void*, std::string> functions;  // mangled names
 };
 
 /// Of the module that holds `inside`. Throws where the module's symbols have been stripped.
-inline std::vector<SharedVariable> find_shared_variables(const void* inside) {
+inline Symbols read_symbols(const void* inside) {
   struct Module {
     uintptr_t inside, base = 0;
     std::string path{};
@@ -46,7 +60,7 @@ inline std::vector<SharedVariable> find_shared_variables(const void* inside) {
   const auto at = [&]<class T>(T*, uint64_t offset) {
     return reinterpret_cast<const T*>(image.data() + offset);
   };
-  std::vector<SharedVariable> found;
+  Symbols found;
   bool has_symbols = false;
   if (image.size() >= sizeof(ElfW(Ehdr))) {
     const auto* header = at(static_cast<ElfW(Ehdr)*>(nullptr), 0);
@@ -59,13 +73,14 @@ inline std::vector<SharedVariable> find_shared_variables(const void* inside) {
       for (size_t i = 0; i < sections[s].sh_size / sizeof(ElfW(Sym)); ++i) {
         const auto& symbol = symbols[i];
         const char* name = names + symbol.st_name;
+        void* place = reinterpret_cast<void*>(module.base + symbol.st_value);
+        if ((symbol.st_info & 15) == STT_FUNC && symbol.st_value) found.functions.emplace(place, name);
         if ((symbol.st_info & 15) != STT_OBJECT || std::strncmp(name, "_ZZ", 3) != 0) continue;
         if (std::strstr(name, "B16emulation_shared") == nullptr) continue;
-        void* place = reinterpret_cast<void*>(module.base + symbol.st_value);
         // A template's variable is one for the process, and may stand in another module.
         if (symbol.st_info >> 4 == STB_GNU_UNIQUE)
           if (void* unique = dlsym(RTLD_DEFAULT, name)) place = unique;
-        found.push_back({static_cast<unsigned char*>(place), symbol.st_size});
+        found.shared_variables.push_back({static_cast<unsigned char*>(place), symbol.st_size, name});
       }
     }
   }
