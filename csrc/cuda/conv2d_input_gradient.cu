@@ -12,6 +12,7 @@
 // blockIdx: x tiles of m, class after class; y tile of n; z task. Numerics: sums in ascending k, first term
 // first, then what grad_x held. A class that no tap reaches gets zeros.
 #include "conv2d.h"
+#include "work.h"
 
 namespace maml::cuda {
 namespace {
@@ -105,6 +106,13 @@ void input_gradient(const Launcher& launch, const char* name, const Layer& l, Te
     int64_t blocks = 0;
     auto flush = [&] {
       if (p.count == 0) return;
+      note([&] {
+        Work work;
+        for (int i = 0; i < p.count; ++i)
+          work += product_work<T>(p.classes[i].to.pixels, n, p.classes[i].b.depth, terms.count,
+                                  l.n * size(l.out));
+        return work;
+      });
       launch(name, input_gradient_kernel<Arithmetic, Tile>, {blocks, blocks_for(n, Tile::kN)}, Tile::kThreads,
              Product<Arithmetic, Tile, PixelsByTaps, Taps>::kSharedBytes, p, launch.table);
       p.count = 0;

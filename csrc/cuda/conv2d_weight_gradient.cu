@@ -15,6 +15,7 @@
 #include <algorithm>
 
 #include "conv2d.h"
+#include "work.h"
 
 namespace maml::cuda {
 namespace {
@@ -165,12 +166,18 @@ void weight_gradient(const Launcher& launch, const char* name, const Layer& l, T
                             in_vectors(parts ? parts : grad_w, n),
                             add_w,
                             add_b};
+  note([&] {
+    Work work = product_work<T>(grad_w ? m : 0, n, gather.pixels, terms.count, l.n * size(l.in));
+    if (parts) work += traffic<T>(m * n * (splits - 1), 1);
+    return work;
+  });
   with_product<T>(l, m * n * splits, n, [&]<class Arithmetic, class Tile>() {
     launch(name, weight_gradient_kernel<Arithmetic, Tile>,
            {grad_w ? blocks_for(m, Tile::kM) : 1, blocks_for(n, Tile::kN) * splits}, Tile::kThreads,
            Product<Arithmetic, Tile, TapsByPixels, Rows>::kSharedBytes, p, launch.table);
   });
   if (parts) {
+    note([&] { return traffic<T>(m * n * (splits + 1), 1); });
     launch("conv2d gradient parts", add_splits_kernel<T>, {blocks_for(m * n + n, kAddThreads)}, kAddThreads,
            0, p, launch.table);
   }

@@ -45,6 +45,14 @@ inline int64_t parameter_size(const Layer& l, int p) {
   return l.kind == Kind::append ? l.out.c - l.in.c : l.out.c;
 }
 
+/// Of one launch of a convolution's product C [m, n] = A [m, k] B [k, n] of so many terms, where A gathers
+/// from `image` elements.
+template <class T>
+Work product_work(double m, double n, double k, int terms, int64_t image) {
+  const double moved = terms * (static_cast<double>(image) + k * n) + m * n;
+  return {.flop = 2 * m * n * k * terms, .bytes = moved * sizeof(T)};
+}
+
 /// Whether the derivatives need no input.
 inline bool is_linear(Kind kind) {
   return kind == Kind::channels_last || kind == Kind::flatten || kind == Kind::avg_pool ||
