@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 from . import building
@@ -38,9 +40,9 @@ def load(small_tiles: bool = False) -> ModuleType:
 
 
 @functools.cache
-def controls() -> ctypes.CDLL:
+def controls(small_tiles: bool = False) -> ctypes.CDLL:
     """What a test can ask of the emulated device: tests/emulation/controls.cpp."""
-    library = ctypes.CDLL(str(load().__file__))
+    library = ctypes.CDLL(str(load(small_tiles).__file__))
     library.emulation_launches.restype = ctypes.c_int64
     library.emulation_make_stream.restype = ctypes.c_void_p
     library.emulation_logged.restype = ctypes.c_char_p
@@ -49,6 +51,17 @@ def controls() -> ctypes.CDLL:
     library.emulation_end_capture.restype = ctypes.c_void_p
     library.emulation_replay.argtypes = [ctypes.c_void_p]
     return library
+
+
+@contextmanager
+def log(only: bool = False, small_tiles: bool = False) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """What kernels are launched from now on, as dictionaries; `only`: they are not run."""
+    library = controls(small_tiles)
+    library.emulation_log(2 if only else 1)
+    try:
+        yield lambda: json.loads(library.emulation_logged())
+    finally:
+        library.emulation_log(0)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from maml_cuda import FusedMAML, _core, device, problems, reference
 
 from .conftest import EMULATIONS, relative_errors, run
-from .emulated import controls
+from .emulated import controls, log
 
 KERNELS = pytest.mark.parametrize("machine", ["cuda_emulated", "cuda_small_tiles", "cuda"], indirect=True)
 pytestmark = [KERNELS, pytest.mark.usefixtures("machine")]
@@ -159,17 +158,14 @@ def test_a_graph_of_the_users_reads_the_plan_and_does_not_write_it(
     assert graph[0] is not None
     assert not any(runner(maml, data)._graphs.values())
     problems.problem_of.cache_clear()
-    controls().emulation_log(1)
-    try:
+    with log() as logged:
         for _ in range(2):
             with torch.no_grad():
                 for p in parameters:
                     p.grad.fill_(float("nan"))
             controls().emulation_replay(graph[0])
             assert all(torch.equal(p.grad, expected[name]) for name, p in maml.model.named_parameters())
-        launches = json.loads(controls().emulation_logged())
-    finally:
-        controls().emulation_log(0)
+        launches = logged()
     assert out.loss.isfinite()
     assert sum("unpack_parcel" in launch["kernel"] for launch in launches) == 2 * sends
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import sysconfig
 import time
 from types import SimpleNamespace
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import worker
+from benchmarks.gpu import __main__ as cli
 from benchmarks.gpu import check, jax_rival, parts, record
 
 
@@ -18,15 +22,26 @@ def dawdle(run, seconds):
         time.sleep(0.01)
 
 
-def test_every_part_keeps_to_its_share(tmp_path, monkeypatch):
+def run_in(folder, seconds, *more):
+    """A run of so many seconds, beside those that it keeps free."""
+    return record.Run(cli.parse(["--out", str(folder), "--seconds", str(seconds + record.RESERVE), *more]))
+
+
+def test_every_step_keeps_to_its_share(tmp_path, monkeypatch):
     given = {}
 
-    def part(name, most, least):
-        return parts.Part(name, lambda run, seconds: (given.update({name: seconds}), dawdle(run, seconds)), most, least)
+    def step(name, most, least, part=""):
+        def do(run, seconds):
+            given[name] = seconds
+            dawdle(run, seconds)
 
-    monkeypatch.setattr(parts, "PARTS", (part("long", 9, 0.1), part("short", 0.1, 0.1), part("last", 9, 0.3)))
-    run = record.Run({"quick": True, "emulated": True, "seconds": 1e-3}, tmp_path, 1.0)
+        return parts.Step(name, part, do, most, least)
+
+    steps = (step("long", 9, 0.1), step("short", 0.1, 0.1), step("last", 9, 0.3), step("unasked", 9, 9, "precision"))
+    monkeypatch.setattr(parts, "STEPS", steps)
+    run = run_in(tmp_path, 1.0, "--emulated")
     parts.perform(run)
+    assert list(given) == ["long", "short", "last"]
     assert given["long"] == pytest.approx(0.6, abs=0.05)
     assert given["short"] <= 0.1
     assert 0.2 < given["last"] <= 0.35
@@ -39,7 +54,7 @@ import os, time
 
 def well():
     yield {"a": {"b": 1}}
-    yield {"a": {"c": 2}}
+    yield {"a": {"c": os.getpid()}}
 
 def dies():
     yield {"before": True}
@@ -58,19 +73,81 @@ def raises():
 def test_a_job_apart_costs_only_itself(tmp_path, monkeypatch):
     (tmp_path / "some_gpu_jobs.py").write_text(JOBS)
     monkeypatch.syspath_prepend(str(tmp_path))
-    run = record.Run({"quick": True, "emulated": False, "seconds": 1e-3}, tmp_path / "out", 60.0)
+    run = run_in(tmp_path / "out", 100.0)
     try:
-        for job, seconds, reason in (
-            ("dies", 20, "its process died (exit code 7)"),
-            ("hangs", 1.5, "stopped after its 1.5 seconds"),
-            ("raises", 20, "ValueError: no"),
-            ("well", 20, None),
+        for job, seconds, end, reason in (
+            ("dies", 30, "failed", "its process died (exit code 7)"),
+            ("hangs", 3, "stopped", "stopped after its 3 seconds"),
+            ("raises", 30, "failed", "ValueError: no"),
         ):
             found = {}
-            assert run.job(found, f"some_gpu_jobs:{job}", seconds=seconds) == reason
-            assert found == ({"a": {"b": 1, "c": 2}} if reason is None else {"before": True, "failed": reason})
+            assert str(run.job(found, f"some_gpu_jobs:{job}", seconds=seconds)) == reason
+            assert found == {"before": True, end: reason}
+        processes = []
+        for fresh in (False, False, True):
+            found = {}
+            assert run.job(found, "some_gpu_jobs:well", seconds=30, fresh=fresh) is None
+            assert found["a"]["b"] == 1
+            processes.append(found["a"]["c"])
+        assert processes[0] == processes[1] != processes[2]
     finally:
         run.close()
+
+
+def test_every_piece_is_written_at_once(tmp_path, monkeypatch):
+    run = run_in(tmp_path, 60.0, "--emulated")
+    written = []
+
+    def pieces(target, *arguments, seconds):
+        for piece in ({"gpu": {"name": "Abacus"}}, {"driver": "1"}):
+            yield piece
+            written.append(json.loads((tmp_path / "abacus.json").read_text())["machine"])
+
+    monkeypatch.setattr(run._worker, "run", pieces)
+    run.job(run.record["machine"], "any:thing", seconds=1)
+    assert written == [{"gpu": {"name": "Abacus"}}, {"gpu": {"name": "Abacus"}, "driver": "1"}]
+
+
+def test_a_module_built_beforehand(tmp_path, monkeypatch):
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    (tmp_path / "maml_cuda").mkdir()
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    right, other = tmp_path / f"_core{suffix}", tmp_path / "_core.cpython-27-sparc.so"
+    for module in (right, other):
+        module.write_bytes(b"code")
+    monkeypatch.setattr(check, "installed", lambda: {"cuda": "13.0"})
+    assert check.prebuilt(right) == {"build_info": {"cuda": "13.0"}, "build": "was built beforehand"}
+    assert (tmp_path / "maml_cuda" / right.name).read_bytes() == b"code"
+    with pytest.raises(worker.Failed, match=r"of this Python, named _core\.\S+, got _core\.cpython-27-sparc\.so"):
+        check.prebuilt(other)
+    with pytest.raises(worker.Failed, match=r"--prebuilt must be a file, got .*absent"):
+        check.prebuilt(tmp_path / "absent")
+    for info in (None, {"cuda": None}):
+        monkeypatch.setattr(check, "installed", lambda info=info: info)
+        with pytest.raises(worker.Failed, match="--prebuilt must have CUDA kernels and import here, got"):
+            check.prebuilt(right)
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "expected"),
+    [
+        ("echo 'Section: GPU Speed Of Light Throughput'", None, "1 launches in report.txt"),
+        ("echo no permission; exit 1", worker.Failed, "ncu ended with exit code 1\nno permission"),
+        ("echo begun; sleep 60", worker.Stopped, "stopped after 2 seconds; what it had printed is in report.txt"),
+    ],
+)
+def test_nsight(script, error, expected, tmp_path, monkeypatch):
+    program = tmp_path / "ncu"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(check, "tool", lambda name: str(program))
+    file = tmp_path / "report.txt"
+    if error is None:
+        assert check.nsight(["-m", "this"], file, 30) == expected
+    else:
+        with pytest.raises(error, match=re.escape(expected)):
+            check.nsight(["-m", "this"], file, 2)
+    assert file.read_text()
 
 
 def test_a_build_goes_on_without_pip(monkeypatch):
@@ -102,7 +179,8 @@ def test_limit():
     assert time.monotonic() - begin < 10
 
 
-def test_the_suite_is_counted_also_when_it_is_cut_short(tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_suite_is_counted_also_when_it_is_cut_short(tmp_path, workers):
     suite = tmp_path / "test_suite.py"
     suite.write_text(
         "import os, time, pytest\n"
@@ -112,25 +190,27 @@ def test_the_suite_is_counted_also_when_it_is_cut_short(tmp_path):
         "def test_slow(): time.sleep(float(os.environ.get('SLEEP', 0)))\n"
     )
     begin = time.monotonic()
-    found = check.tests("abacus", (str(suite),), 60)
+    found = check.tests("abacus", (str(suite),), 60, workers)
     took = time.monotonic() - begin
     assert found["counts"] == {"passed": 2, "failed": 1, "skipped": 1}
     assert [name.partition("::")[2] for name in found["not_passed"]] == ["test_bad"]
     assert any("assert 1 == 2" in line for line in found["last_lines"])
     suite.write_text("import time\ndef test_good(): pass\ndef test_slow(): time.sleep(600)\n")
-    found = check.tests("abacus", (str(suite),), 1 + 3 * took)  # enough to begin, on a busy machine too
+    found = check.tests("abacus", (str(suite),), 1 + 3 * took, workers)  # enough to begin, on a busy machine too
     assert found["counts"] == {"passed": 1}
     assert found["exit_code"] is None
     assert found["notes"][-1].startswith("stopped after ")
 
 
-def test_missing_tools_are_skipped_in_words(monkeypatch):
+def test_missing_tools_are_skipped_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr(check, "tool", lambda name: None)
     with pytest.raises(check.Skipped, match="compute-sanitizer is not installed"):
         check.sanitizer("memcheck", 1)
+    with pytest.raises(check.Skipped, match=r"ncu \(Nsight Compute\) is not installed"):
+        check.nsight([], tmp_path / "report.txt", 1)
     monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(check.Skipped, match="pytest is not installed"):
-        check.tests("cuda", check.TESTS, 1)
+        check.tests("cuda", check.TESTS, 1, 1)
     with pytest.raises(ModuleNotFoundError, match="JAX is not installed"):
         jax_rival.JaxStep("float32", None, None, None, False)
 

@@ -1,15 +1,19 @@
 """The one command for a machine with an NVIDIA GPU: `python -m benchmarks.gpu`.
 
-It builds the kernels if they are missing, runs the tests and compute-sanitizer on the GPU, measures a few facts about
-it, and times every workload beside its rivals, each answer proven first, all within nine minutes. What fails is
-recorded in words and the rest goes on; nothing is written that was not measured. `--emulated` runs all of it on a CPU.
+Parts, in their order: smoke (build, the smallest meta-steps, compute-sanitizer, tests), ours (facts of the device, and
+every case in every precision), profile (time by kernel), rivals (each in a process of its own, we beside it) and, if
+asked for, precision. What is found is written at once; what fails is recorded in words and the rest goes on.
+`--emulated` runs all of it on a CPU. docs/gpu.md has the plan for the first fifteen minutes on a GPU.
 
-    __main__   the command          parts    what it does, one part after the other
+    __main__   the command          parts    what it does, one step after the other
     machine    the GPU, or the emulation in its place
     record     JSON and budgets     table    the Markdown
-    check      build, tests, sanitizer       smallest   what the sanitizer watches
-    facts      launch costs, rates, bandwidth
-    precision  the meta-gradient's error in each precision
-    matrix     prove, then time one case     sides      who is timed: we and the rivals
-    proof      float64, and a smooth twin    jax_rival  one of them
+    check      build, tests, sanitizer, Nsight Compute       smallest   what the sanitizer watches
+    cases      what is measured     facts    launch costs, rates, bandwidth
+    sides      who is timed: we and the rivals               jax_rival  one of them
+    ours       one case: time, then prove    rivals    one rival on one case
+    entrants   a side that is built and timed in turns       profile    time by kernel
+    proof      float64, and a smooth twin    precision  the meta-gradient's error in each precision
+
+`python -m benchmarks.gpu.model` predicts without a GPU what a meta-step costs; `registers` asks the compiled library.
 """

@@ -1,37 +1,52 @@
-"""Which meta-steps are measured, in the order of their importance: the time may end before the list does."""
+"""Which meta-steps are measured, and which rivals on them, in the order of their importance: the time may end before.
+
+Like the command itself it imports nothing of maml_cuda, which may not be built yet.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..workloads import OmniglotNet, Workload, images, mlp, sinusoids
+from .machine import Machine
 
 
 @dataclass(frozen=True)
 class Case:
     """A workload at a number of tasks and an order; `small`: the same net on cut shapes."""
 
-    name: str
+    workload_name: str
     tasks: int
     order: int
     small: bool = False
     emulated: bool = False
 
+    @property
+    def name(self) -> str:
+        """As `--cases` takes it."""
+        return f"{self.workload_name}-t{self.tasks}{'-first-order' if self.order == 1 else ''}"
+
     def workload(self) -> Workload:
         if self.emulated:
-            return TINY[self.name]
+            return TINY[self.workload_name]
         from ..workloads import WORKLOADS
 
-        workload = WORKLOADS[self.name]
+        workload = WORKLOADS[self.workload_name]
         return workload.shrunk() if self.small else dataclasses.replace(workload, tasks=self.tasks)
 
     def __str__(self) -> str:
-        return f"{self.name}, T={self.workload().tasks}, order {self.order}"
+        return f"{self.workload_name}, T={self.workload().tasks}, order {self.order}"
 
 
-TARGETED = (("omniglot", 32), ("mini-imagenet", 4), ("sinusoid-k1", 25), ("sinusoid-k5", 25), ("policy", 20))
-OTHERS = (("omniglot", 4), ("resnet12", 4), ("sinusoid-k1", 1000), ("sinusoid-k5", 1000))
+# Those with a target (table.py) and the small batch of Omniglot before the rest.
+WORKLOADS_AND_TASKS = (
+    ("omniglot", 4), ("omniglot", 32), ("mini-imagenet", 4), ("sinusoid-k1", 25), ("sinusoid-k5", 25), ("policy", 20),
+    ("resnet12", 4), ("sinusoid-k1", 1000), ("sinusoid-k5", 1000),
+)  # fmt: skip
+
+PROFILED = ("omniglot-t4", "omniglot-t32", "mini-imagenet-t4")  # unless others are asked for
 
 # For the emulation: a CUDA thread is dear there.
 TINY = {
@@ -42,10 +57,46 @@ TINY = {
 }
 
 
-def cases(quick: bool, emulated: bool) -> tuple[list[Case], list[Case]]:
-    """Those with a target, and the others; second order first, for its target is the one in the issue."""
-    if emulated:
-        return [Case(name, TINY[name].tasks, order, emulated=True) for name in TINY for order in (2, 1)], []
-    targeted = [Case(name, tasks, order, quick) for order in (2, 1) for name, tasks in TARGETED]
-    others = [Case(name, tasks, order, quick) for order in (2, 1) for name, tasks in OTHERS]
-    return targeted, [] if quick else others
+def cases(quick: bool, emulated: bool, names: Sequence[str] | None = None) -> list[Case]:
+    """All of them, or those of these names; second order first, for the targets are of it.
+
+    Raises:
+        ValueError: a name that none of them has.
+    """
+    found = [(name, TINY[name].tasks) for name in TINY] if emulated else WORKLOADS_AND_TASKS
+    known = {(case := Case(*pair, order, quick, emulated)).name: case for order in (2, 1) for pair in found}
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"--cases must be of {', '.join(known)}; got {name}")
+    return [case for name, case in known.items() if names is None or name in names]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A rival on a case in one precision; `seconds` for all of it, and for building it where it is compiled."""
+
+    case: Case
+    who: str
+    precision: str
+    seconds: float
+    build_seconds: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.case.name}: {self.who} {self.precision}"
+
+
+def rival_jobs(cases: list[Case], on: Machine) -> list[Job]:
+    """In the order of their importance: the fastest rivals of every case first, compiled ones in one precision, for
+    the time that compiling takes."""
+    found = []
+    for case in cases:
+        linear = case.workload().loss == "mse"
+        precision = "float32" if linear or not on.has_graphs else "tf32"
+        found.append(Job(case, "torch.func vmap", precision, 40))
+        if on.has_graphs and case.order == 2:
+            build = 40 if linear else 90
+            found.append(Job(case, "torch.compile", precision, build + 20, build))
+            found += [Job(case, "JAX jit", precision, build + 20, build)] if linear else []
+    found += [Job(job.case, "autograd loop", job.precision, 40) for job in found if job.who == "torch.func vmap"]
+    others = [job for job in found if job.precision == "tf32" and job.build_seconds is None]
+    return found + [Job(job.case, job.who, "float32", job.seconds) for job in others]

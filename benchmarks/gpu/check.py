@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -17,15 +18,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..worker import Failed
+from ..files import replace
+from ..worker import Failed, Stopped
 from .machine import ROOT, machine
 
 TESTS = (
-    "tests/test_cuda.py", "tests/test_citizenship.py", "tests/layers", "tests/test_meta_gradient.py",
-    "tests/test_errors.py",
+    "tests/test_cuda.py", "tests/test_citizenship.py", "tests/test_unwatched.py", "tests/layers",
+    "tests/test_meta_gradient.py", "tests/test_errors.py",
 )  # fmt: skip
 SMALL_TESTS = ("tests/test_errors.py::test_no_rate_to_repeat",)  # for the emulation, where each takes long
-TOOLS = ("memcheck", "racecheck")
+OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL"
+WORKERS = 8  # processes of pytest: what a test does on a GPU leaves it idle
 PIP = ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")
 # Where there is no pip, or a setuptools too old for pyproject.toml: the library alone, into the checkout.
 IN_PLACE = (
@@ -33,6 +36,7 @@ IN_PLACE = (
     "import pathlib, runpy; here = pathlib.Path.cwd(); build = runpy.run_path('setup.py'); "
     "build['compile_with_cmake'](here / 'build' / 'in_place', here / 'maml_cuda', '0', build['find_nvcc']())",
 )
+NSIGHT_KERNELS = "forward_kernel|weight_gradient|normalise_backward|megakernel|stem"
 CUDA_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 
 
@@ -126,7 +130,43 @@ def build(capability: str | None, seconds: float) -> dict[str, Any]:
     raise Failed("\n".join([f"the build failed (exit code {code}) after {took:.0f} seconds", *tail(text)]))
 
 
-def tests(backend: str, paths: tuple[str, ...], seconds: float) -> dict[str, Any]:
+def prebuilt(module: Path) -> dict[str, Any]:
+    """Puts a compiled module that was built beforehand into the checkout, where this Python imports it.
+
+    Raises:
+        Failed: it is not there, is of another Python, or has no CUDA kernels.
+    """
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    if not module.is_file():
+        raise Failed(f"--prebuilt must be a file, got {module}")
+    if module.name != f"_core{suffix}":
+        raise Failed(f"--prebuilt must be a module of this Python, named _core{suffix}, got {module.name}")
+    own = ROOT / "maml_cuda" / module.name
+    if not own.exists() or not own.samefile(module):
+        shutil.copy2(module, own)
+    info = installed()
+    if not info or not info["cuda"]:
+        raise Failed(f"--prebuilt must have CUDA kernels and import here, got {info or 'an import that fails'}")
+    return {"build_info": info, "build": "was built beforehand"}
+
+
+def nsight(program: list[str], file: Path, seconds: float) -> str:
+    """What Nsight Compute says of the kernels that a program runs, written to a file; a line about it."""
+    ncu = tool("ncu")
+    if ncu is None:
+        raise Skipped("ncu (Nsight Compute) is not installed")
+    options = ["--clock-control", "none", "--kernel-name", f"regex:{NSIGHT_KERNELS}", "--launch-count", "40"]
+    sections = ["--section", "SpeedOfLight", "--section", "Occupancy", "--section", "WarpStateStats"]
+    code, text = execute([ncu, *options, *sections, sys.executable, *program], seconds)
+    replace(file, text)
+    if code is None:
+        raise Stopped(f"stopped after {seconds:.0f} seconds; what it had printed is in {file.name}")
+    if code:
+        raise Failed("\n".join([f"ncu ended with exit code {code}", *tail(text, 6)]))
+    return f"{text.count('Section: GPU Speed Of Light')} launches in {file.name}"
+
+
+def tests(backend: str, paths: tuple[str, ...], seconds: float, workers: int) -> dict[str, Any]:
     """Runs tests of the suite on one backend: counts by outcome, and the last lines where one failed."""
     if importlib.util.find_spec("pytest") is None:
         raise Skipped("pytest is not installed")
@@ -134,13 +174,18 @@ def tests(backend: str, paths: tuple[str, ...], seconds: float) -> dict[str, Any
     if not paths:
         raise Skipped("the tests are not here: an installed package, not a checkout")
     notes = [] if importlib.util.find_spec("hypothesis") else ["hypothesis is not installed: no test here needs it"]
+    side_by_side = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
+    if not side_by_side:
+        notes.append("pytest-xdist is not installed: one process")
     command = [
-        sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider",
+        sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail=10", "-p", "no:cacheprovider", *side_by_side,
         # A warning of some library here is not what is looked for.
         "-o", "addopts=--import-mode=importlib", "-o", "filterwarnings=default", *paths,
     ]  # fmt: skip
     code, text = execute(command, seconds, MAML_CUDA_MACHINES=backend)
-    outcomes = re.findall(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", text, re.MULTILINE)
+    alone = re.findall(rf"^(\S+::.*?) ({OUTCOMES})\b", text, re.MULTILINE)
+    by_workers = re.findall(rf"^\[gw\d+\] \[ *\d+%\] ({OUTCOMES}) (\S+::.*?) *$", text, re.MULTILINE)
+    outcomes = [*alone, *((name, outcome) for outcome, name in by_workers)]
     counts = Counter(outcome.lower() for _, outcome in outcomes)
     found = {
         "backend": backend,
@@ -152,7 +197,7 @@ def tests(backend: str, paths: tuple[str, ...], seconds: float) -> dict[str, Any
     }
     if code is None:
         notes.append(f"stopped after {seconds:.0f} seconds: the tests after those counted did not run")
-    elif counts["passed"] == 0:
+    elif not counts["passed"]:
         notes.append("no test ran on this backend")
     if code:
         found["last_lines"] = tail(text)

@@ -64,6 +64,20 @@ class Gpu:
                 step()
         return graph.replay
 
+    def kernels(self, step: Step, steps: int) -> dict[str, dict[str, float]]:
+        """By name of the kernel: launches and microseconds of one step, by torch's profiler."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            for _ in range(steps):
+                step()
+            self.synchronize()
+        found: dict[str, dict[str, float]] = {}
+        for event in seen.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                add_kernel(found, event.name, event.time_range.elapsed_us(), steps)
+        return found
+
     def peak(self, action: Callable[[], Any]) -> tuple[Any, int | None]:
         """What the action gives, and the most bytes of torch's allocator beyond those in use before it."""
         self.synchronize()
@@ -96,8 +110,23 @@ class Emulated:
     def capture(self, step: Step, copies: int) -> Step:
         raise NotImplementedError("the emulation has no graphs of torch")
 
+    def kernels(self, step: Step, steps: int) -> dict[str, dict[str, float]]:
+        found: dict[str, dict[str, float]] = {}
+        with tests_emulated().log(small_tiles=True) as logged:
+            for _ in range(steps):
+                step()
+            for launch in logged():
+                add_kernel(found, launch["kernel"], launch["seconds"] * 1e6, steps)
+        return found
+
     def peak(self, action: Callable[[], Any]) -> tuple[Any, int | None]:
         return action(), None
+
+
+def add_kernel(found: dict[str, dict[str, float]], name: str, us: float, steps: int) -> None:
+    kernel = found.setdefault(name, {"launches": 0.0, "us": 0.0})
+    kernel["launches"] += 1 / steps
+    kernel["us"] += us / steps
 
 
 Machine = Gpu | Emulated
@@ -110,8 +139,20 @@ def machine(emulated: bool) -> Machine:
 
 @contextmanager
 def emulation() -> Iterator[None]:
-    """Puts the emulated kernels in the GPU's place, as the tests' fixture `machine` does."""
+    """Puts the emulated kernels in the GPU's place, as the tests do, with the small tiles, which are faster there."""
+    with tests_emulated().in_place_of_a_gpu(precisions=True, small_tiles=True):
+        yield
+
+
+@contextmanager
+def emulated_log(only: bool) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """The emulated kernels with the tiles that ship, in the GPU's place, and what they launch; `only`: and they do
+    nothing."""
+    with tests_emulated().in_place_of_a_gpu(precisions=True), tests_emulated().log(only=only) as logged:
+        yield logged
+
+
+def tests_emulated() -> Any:
     if str(ROOT) not in sys.path:  # appended: the checkout's maml_cuda must not hide an installed one
         sys.path.append(str(ROOT))
-    with importlib.import_module("tests.emulated").in_place_of_a_gpu(precisions=True):
-        yield
+    return importlib.import_module("tests.emulated")

@@ -1,17 +1,19 @@
-"""What was found, and how much time is left: written to disk after every job, so that nothing measured is lost."""
+"""What was found, and how much time is left: written to disk whenever there is something new: nothing gets lost."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 from ..files import replace, slug
-from ..worker import Apart, Failed, Here
-from .table import markdown
+from ..worker import Apart, Failed, Here, Stopped
+from .table import OURS, markdown
 
 Record = dict[str, Any]
+RESERVE = 15.0  # seconds kept free for ending a process that does not answer, and for this one to start and to write
 
 
 def merge(into: Record, piece: Record) -> None:
@@ -23,20 +25,39 @@ def merge(into: Record, piece: Record) -> None:
             into[key] = value
 
 
+def fill(into: Record, earlier: Record) -> None:
+    """Adds what is not there, dictionaries inside dictionaries included."""
+    for key, value in earlier.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            fill(into[key], value)
+        else:
+            into.setdefault(key, value)
+
+
 class Run:
     """One run of the command.
 
-    record: settings, machine, parts (status, seconds, reason), tests, sanitizer, facts, cases.
+    record: settings, machine, parts (status, seconds, reason), tests, sanitizer, facts, cases by job, kernels,
+    precision.
+    What another run has left of the same machine in the same folder stays, as far as this one does not replace it.
     """
 
-    def __init__(self, settings: Record, folder: Path, total: float) -> None:
-        self.record: Record = {"settings": settings, "machine": {}, "parts": {}, "cases": []}
-        self.emulated: bool = settings["emulated"]
-        self.quick: bool = settings["quick"]
-        self.seconds: float = settings["seconds"]  # timed, of each side
-        self.folder = folder
+    SIDE_SECONDS = (0.3, 0.05)  # timed, of each side; with --quick
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        settings = {"quick": options.quick, "emulated": options.emulated}
+        self.record: Record = {"settings": settings, "machine": {}, "parts": {}, "cases": {}}
+        self.emulated: bool = options.emulated
+        self.quick: bool = options.quick
+        self.parts: list[str] = options.parts
+        self.case_names: list[str] | None = options.cases
+        self.prebuilt: Path | None = options.prebuilt
+        self.folder: Path = options.out
+        self.side_seconds = self.SIDE_SECONDS[options.quick]
         self._begin = time.monotonic()
-        self._end = self._begin + total
+        self._end = self._begin + options.seconds - RESERVE
+        self._resumed = False
+        self._noted: Record = {}  # by this run, not by an earlier one
         self._worker = Here() if self.emulated else Apart()
 
     def left(self) -> float:
@@ -45,27 +66,47 @@ class Run:
     def elapsed(self) -> float:
         return time.monotonic() - self._begin
 
-    def job(self, into: Record, target: str, *arguments: Any, seconds: float) -> str | None:
-        """Runs a job and merges its pieces into `into`; the reason in words if it failed, there too."""
-        reason = None
+    def job(self, into: Record, target: str, *arguments: Any, seconds: float, fresh: bool = False) -> Failed | None:
+        """Runs a job and merges its pieces into `into`; why it did not come to its end, in words there, too.
+
+        fresh: in a process that nothing else has used.
+        """
+        if fresh:
+            self._worker.stop()
         try:
             for piece in self._worker.run(target, *arguments, seconds=max(0.0, min(seconds, self.left()))):
                 self.say(piece.pop("say", None))
                 merge(into, piece)
+                self.write()
         except Failed as error:
-            reason = into["failed"] = str(error)
-            self.say(f"failed: {reason}")
-        self.write()
-        return reason
+            into["stopped" if isinstance(error, Stopped) else "failed"] = str(error)
+            self.say(str(error))
+            self.write()
+            return error
+        return None
+
+    def _resume(self) -> None:
+        """Takes over what another run of the same machine has left."""
+        path = self.files()[0]
+        if path.exists() and (earlier := json.loads(path.read_text()))["settings"] == self.record["settings"]:
+            fill(self.record, earlier)
+        self._resumed = True
 
     def say(self, text: str | None) -> None:
         if text:
             print(f"[{self.elapsed():3.0f} s] {text}", flush=True)
 
+    def note(self, step: str, found: Record) -> None:
+        """How a step ended."""
+        self._noted[step] = self.record["parts"][step] = found
+
     def failed(self) -> bool:
-        return "gpu" not in self.record["machine"] or any(
-            part["status"] == "failed" for part in self.record["parts"].values()
-        )
+        """Whether a step of this run has failed, or an answer of ours is wrong or was not to be had."""
+        if "gpu" not in self.record["machine"] or any(step["status"] == "failed" for step in self._noted.values()):
+            return True
+        ours = [side for case in self.record["cases"].values() for side in case.get("sides", {}).values()]
+        ours = [side for side in ours if side["who"] == OURS]
+        return any(side["status"] == "failed" or "unproven" in side for side in ours)
 
     def close(self) -> None:
         self._worker.stop()
@@ -78,6 +119,8 @@ class Run:
         return [self.folder / f"{name}.json", self.folder / f"{name}.md"]
 
     def write(self) -> None:
+        if self.files() and not self._resumed:
+            self._resume()
         texts = (json.dumps(self.record, indent=2), markdown(self.record))
         for path, text in zip(self.files(), texts, strict=False):
             replace(path, text)

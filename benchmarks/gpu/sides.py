@@ -44,11 +44,6 @@ class Side:
     def is_ours(self) -> bool:
         return self.who == OURS
 
-    @property
-    def proven_as(self) -> str:
-        """Ours by precision, for each has kernels of its own; a rival is one formula."""
-        return self.precision if self.is_ours else self.who
-
     def enter(self) -> None:
         """What it needs of the process, before each block of steps."""
         allow_tf32(self.precision == "tf32")
@@ -94,37 +89,30 @@ def copies_of(flops: int) -> int:
 
 
 def our_sides(on: Machine, precision: str, copies: int) -> list[Side]:
-    found = [
-        Side(OURS, precision, "called", ours(precision, False)),
-        Side(OURS, precision, "graphs", ours(precision, True), runs=3),  # the second call captures
-    ]
+    """We in every form, the fastest first."""
+    found = []
     if on.has_graphs:
         found.append(Side(OURS, precision, "captured", captured(on, ours(precision, False), copies), copies))
-    return found
-
-
-def sides(on: Machine, workload: Workload, flops: int) -> list[Side]:
-    """We in every precision and form, and the rivals that need no compilation."""
-    copies = copies_of(flops)
-    found = []
-    for precision in PRECISIONS:
-        found += our_sides(on, precision, copies)
-    for precision in ("float32", "tf32") if on.has_graphs else ("float32",):
-        found.append(Side("autograd loop", precision, "called", autograd_loop))
-        found.append(Side("torch.func vmap", precision, "called", func_vmap))
-        if on.has_graphs:
-            found.append(Side("torch.func vmap", precision, "captured", captured(on, func_vmap, copies), copies))
-            if workload.tasks * workload.inner_steps <= MOST_STEPS_TO_CAPTURE:
-                found.append(Side("autograd loop", precision, "captured", captured(on, autograd_loop)))
-    return found
-
-
-def compiled_sides(on: Machine, workload: Workload, flops: int, seconds: float) -> list[Side]:
-    """The rivals that must be compiled, each within so many seconds, and we beside them; in one precision, for the time
-    that compiling takes: float32 for nets of Linear layers, tf32 for convolutions."""
-    precision = "float32" if workload.loss == "mse" else "tf32"
     return [
-        *our_sides(on, precision, copies_of(flops)),
-        Side("JAX jit", precision, "called", jax_rival.builder(precision), seconds=seconds),
-        Side("torch.compile", precision, "called", compiled, runs=3, seconds=seconds),
+        *found,
+        Side(OURS, precision, "graphs", ours(precision, True), runs=3),  # the second call captures
+        Side(OURS, precision, "called", ours(precision, False)),
     ]
+
+
+def rival_sides(
+    on: Machine, who: str, precision: str, workload: Workload, copies: int, seconds: float | None
+) -> list[Side]:
+    """A rival in its forms; `seconds`: for building it where it is compiled."""
+    if who == "JAX jit":
+        return [Side(who, precision, "called", jax_rival.builder(precision), seconds=seconds)]
+    if who == "torch.compile":
+        return [Side(who, precision, "called", compiled, runs=3, seconds=seconds)]
+    build = func_vmap if who == "torch.func vmap" else autograd_loop
+    found = [Side(who, precision, "called", build)]
+    small = workload.tasks * workload.inner_steps <= MOST_STEPS_TO_CAPTURE
+    if on.has_graphs and who == "torch.func vmap":
+        found.append(Side(who, precision, "captured", captured(on, build, copies), copies))
+    elif on.has_graphs and small:
+        found.append(Side(who, precision, "captured", captured(on, build)))
+    return found

@@ -5,10 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import nn
 
 from maml_cuda import FusedMAML
+
+from .machine import machine
 
 PRECISIONS = ("float32", "bf16x3", "tf32", "bfloat16")
 
@@ -42,6 +47,14 @@ def meta_steps(device: torch.device, graphs: bool = False) -> int:
                 maml(x_spt, y_spt, x_qry, y_qry).loss.backward()
                 count += 1
     return count
+
+
+def job(emulated: bool) -> Iterator[dict[str, Any]]:
+    """A job (../worker.py): that they run."""
+    on = machine(emulated)
+    ran = meta_steps(on.torch_device, graphs=on.has_graphs)
+    on.synchronize()
+    yield {"meta_steps": ran, "say": f"{ran} meta-steps of the smallest nets"}
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ both named; their ratio is of two medians of the same interleaved rounds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 Found = dict[str, Any]
 
 OURS = "maml_cuda"
+MOST_KERNELS = 12  # in the table of a profile
 # (workload, tasks) -> ms of a second-order meta-step on an H100, and in which precision
 TARGETS = {
     ("sinusoid-k1", 25): (0.012, "float32"),
@@ -32,7 +34,8 @@ COLUMNS = (
 
 def markdown(record: Found) -> str:
     lines = [*heading(record), "", *table(record), "", *orders(record), *targets_of_orders(record)]
-    lines += ["", *facts(record), *tests(record), *parts(record), *not_timed(record), "", *precision(record)]
+    lines += ["", *facts(record), *tests(record), *parts(record), *not_timed(record), "", *kernels(record)]
+    lines += ["", *precision(record)]
     return "\n".join(lines).replace("\n\n\n", "\n\n").strip()
 
 
@@ -49,7 +52,7 @@ def heading(record: Found) -> Iterator[str]:
     if build := machine.get("build_info"):
         words.append(f"maml_cuda {build['version']} for {', '.join(map(str, build['cuda_architectures']))}")
     yield f"One meta-step, forward and backward, on: {', '.join(words)}."
-    yield "Median (lower to upper quartile) over interleaved rounds in one process, each answer proven first."
+    yield "Median (lower to upper quartile) over interleaved rounds in one process. What fails its proof is marked."
     yield (
         "maml_cuda and rivals: the fastest of their forms, called from Python or captured in a CUDA graph; errors are "
         "of the whole meta-gradient against float64. bf16x3 stands beside rivals in tf32, bfloat16 beside none."
@@ -72,9 +75,9 @@ def table(record: Found) -> Iterator[str]:
 
 
 def of_ours(record: Found) -> Iterator[tuple[Found, str]]:
-    """Every case that names its sides with each precision that we ran, timed or refused."""
-    for case in record["cases"]:
-        if not case.get("compiled"):
+    """Every case of ours with each precision that we ran, timed or not."""
+    for case in record["cases"].values():
+        if "rival" not in case:
             names = [side["precision"] for side in case.get("sides", {}).values() if side["who"] == OURS]
             for precision in dict.fromkeys(names):
                 yield case, precision
@@ -88,18 +91,19 @@ def row(record: Found, case: Found, precision: str) -> list[str]:
     cells = [case["workload"], str(case["tasks"]), str(case["inner_steps"]), str(case["order"]), precision]
     if mine is None:
         own = [s for s in case["sides"].values() if s["who"] == OURS and s["precision"] == precision]
-        reasons = sorted({"not timed" if s["status"] == "proven" else s["status"] for s in own})
+        reasons = sorted({"not timed" if s["status"] == "built" else s["status"] for s in own})
         return [*cells, f"**{', '.join(reasons)}**", *[""] * (len(COLUMNS) - len(cells) - 1)]
+    proof = " **unproven**" if "unproven" in mine else ""
     return [
         *cells,
-        f"{time(mine)} {mine['form']}",
+        f"{time(mine)} {mine['form']}{proof}",
         time(min(called, key=median)) if called else "",
         number(case["flops"] / median(mine) / 1e9),
         f"{time(rival)} {rival['who']}, {rival['form']}" if rival else "",
         f"{ratio:.1f}x" if ratio else "",
         f"{megabytes(mine)} / {megabytes(rival) if rival else '-'}",
         f"{smooth:.1e}" if smooth is not None else "",
-        f"{mine['error']:.1e}",
+        f"{mine['error']:.1e}" if mine.get("error") is not None else "",
         target(record, case, precision, mine, ratio),
     ]
 
@@ -119,14 +123,18 @@ def fastest(case: Found, precision: str) -> Found | None:
 
 
 def against(record: Found, case: Found, precision: str) -> tuple[float | None, Found | None, Found | None]:
-    """The least ratio of a rival's time to ours, the rival, and the record it stands in, compiled rivals included."""
+    """The least ratio of a rival's time to ours beside it, both proven; the rival, and the record it stands in."""
     found: list[tuple[float, Found, Found]] = []
-    for other in record["cases"]:
-        if "workload" in other and key(other) == key(case):
-            mine = fastest(other, precision)
-            rivals = timed(other, None, RIVAL_PRECISION.get(precision, "none"))
+    for other in record["cases"].values():
+        if "rival" in other and key(other) == key(case):
+            mine = min(proven(timed(other, OURS, precision)), key=median, default=None)
+            rivals = proven(timed(other, None, RIVAL_PRECISION.get(precision, "none")))
             found += [(median(rival) / median(mine), rival, other) for rival in rivals if mine]
     return min(found, key=lambda entry: entry[0], default=(None, None, None))
+
+
+def proven(sides: list[Found]) -> list[Found]:
+    return [side for side in sides if "unproven" not in side]
 
 
 def key(case: Found) -> tuple[str, int, int]:
@@ -134,10 +142,12 @@ def key(case: Found) -> tuple[str, int, int]:
 
 
 def target(record: Found, case: Found, precision: str, mine: Found, ratio: float | None) -> str:
-    """The issue's target, met or missed; nothing where it has none or the times mean nothing."""
+    """The target, met or missed; nothing where it has none or the times mean nothing."""
     most, at = TARGETS.get((case["workload"], case["tasks"]), (None, None))
     if most is None or case["order"] != 2 or precision != at or not counts(record):
         return ""
+    if "unproven" in mine:
+        return "not judged: unproven"
     words = [f"{number(most)} ms {verdict(median(mine) <= most)}"]
     words.append(
         f"{SPEED_UP:g}x {verdict(ratio >= SPEED_UP)}" if ratio else f"{SPEED_UP:g}x not judged: no rival timed"
@@ -166,7 +176,7 @@ def orders(record: Found) -> Iterator[str]:
 
 
 def order_ratios(record: Found) -> Iterator[tuple[tuple[str, int], str, float, float]]:
-    whole = {key(case): case for case in record["cases"] if "sides" in case and not case["compiled"]}
+    whole = {key(case): case for case in record["cases"].values() if "sides" in case and "rival" not in case}
     for case, precision in of_ours(record):
         first = whole.get((case["workload"], case["tasks"], 1))
         if case["order"] == 2 and first:
@@ -219,25 +229,46 @@ def tests(record: Found) -> Iterator[str]:
 
 def parts(record: Found) -> Iterator[str]:
     for name, part in record["parts"].items():
-        if part["status"] in ("failed", "skipped"):
-            yield f"- Part {name} {part['status']}: {flat(part['reason'])}"
+        if part["status"] in ("failed", "stopped", "skipped"):
+            yield f"- Step {name} {part['status']}: {flat(part['reason'])}"
 
 
 def not_timed(record: Found) -> Iterator[str]:
-    for case in record["cases"]:
-        if "workload" not in case:
-            if "failed" in case:
-                yield f"- A case failed before it began: {flat(case['failed'])}"
-            continue
-        title = f"{case['workload']} T={case['tasks']}, order {case['order']}"
-        if "failed" in case:
-            yield f"- Not at its end: {title}: {flat(case['failed'])}"
+    for name, case in record["cases"].items():
+        for end in ("failed", "stopped"):
+            if end in case:
+                yield f"- Not at its end: {name}: {flat(case[end])}"
         reasons: dict[str, list[str]] = {}
-        for name, side in case.get("sides", {}).items():
-            if side["status"] in ("refused", "wrong", "failed", "slow"):
-                reasons.setdefault(f"{side['status']}: {flat(side['reason'])}", []).append(name)
+        for side_name, side in case.get("sides", {}).items():
+            if side["status"] in ("failed", "stopped", "slow"):
+                reasons.setdefault(f"not timed: {side['status']}: {flat(side['reason'])}", []).append(side_name)
+            elif "unproven" in side:
+                reasons.setdefault(f"unproven: {flat(side['unproven'])}", []).append(side_name)
         for reason, names in reasons.items():
-            yield f"- Not timed: {title}, {', '.join(names)} {reason}"
+            yield f"- {name}: {', '.join(names)} {reason}"
+
+
+def kernels(record: Found) -> Iterator[str]:
+    """The kernels that take most of a meta-step's time."""
+    for name, precisions in record.get("kernels", {}).items():
+        for precision, found in precisions.items():
+            if not isinstance(found, dict):
+                continue
+            total = sum(kernel["us"] for kernel in found.values())
+            yield f"Kernels of {name}, {precision}, {number(total)} us in all:"
+            yield ""
+            yield "| kernel | launches | us | of all |"
+            yield "| --- | ---: | ---: | ---: |"
+            for kernel, f in list(found.items())[:MOST_KERNELS]:
+                cells = (f"`{short(kernel)}`", f"{f['launches']:g}", number(f["us"]), f"{f['us'] / total:.0%}")
+                yield f"| {' | '.join(cells)} |"
+            yield ""
+
+
+def short(kernel: str) -> str:
+    """A kernel's name and template arguments, without namespaces and parameters."""
+    name = re.sub(r"maml::cuda::|maml::|\(anonymous namespace\)::|^void ", "", kernel)
+    return name.partition(">(")[0] + ">" if ">(" in name else name.partition("(")[0]
 
 
 def flat(text: str, most: int = 300) -> str:
