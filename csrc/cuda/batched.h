@@ -100,19 +100,19 @@ class Batched {
   }
 
   void forward(const Layer& l, const Tensors<T>& t) const {
-    note([&] { return work_of(Op::forward, l, t); });
+    note_pass(Op::forward, l, t);
     passes(l.kind).forward(launch_, l, t);
   }
   void backward(const Layer& l, const Tensors<T>& t) const {
-    note([&] { return work_of(Op::backward, l, t); });
+    note_pass(Op::backward, l, t);
     passes(l.kind).backward(launch_, l, t);
   }
   void forward_tangent(const Layer& l, const Tensors<T>& t) const {
-    note([&] { return work_of(Op::forward_tangent, l, t); });
+    note_pass(Op::forward_tangent, l, t);
     passes(l.kind).forward_tangent(launch_, l, t);
   }
   void backward_tangent(const Layer& l, const Tensors<T>& t) const {
-    note([&] { return work_of(Op::backward_tangent, l, t); });
+    note_pass(Op::backward_tangent, l, t);
     passes(l.kind).backward_tangent(launch_, l, t);
   }
 
@@ -184,6 +184,11 @@ class Batched {
   }
 
  private:
+  /// The launches of convolutions note their own products.
+  static void note_pass(Op op, const Layer& l, const Tensors<T>& t) {
+    if (l.kind != Kind::conv2d && l.kind != Kind::stem) note([&] { return work_of(op, l, t); });
+  }
+
   static const LaunchPasses<T>& passes(Kind kind) {
     static const LaunchPasses<T> table[] = {channels_last<T>(), flatten<T>(),
                                             conv2d<T>(),        batch_norm<T>(),

@@ -66,7 +66,7 @@ void convolve(const Launcher& launch, const char* name, const Layer& l, Terms<T>
       {gather},  {gather.depth, static_cast<int>(l.out.c)}, terms, bias, out, in_vectors(out, l.out.c),
       statistics};
   const int64_t m = gather.pixels, n = l.out.c;
-  note([&] { return product_work<T>(m, n, gather.depth, terms.count, l.n * size(l.in)); });
+  note([&] { return product_work<T>(m, n, gather.depth, terms.count, l.n * size(l.in), m * n); });
   with_product<T>(l, m * n, n, [&]<class Arithmetic, class Tile>() {
     launch(name, forward_kernel<Arithmetic, Tile>, {blocks_for(m, Tile::kM), blocks_for(n, Tile::kN)},
            Tile::kThreads, Product<Arithmetic, Tile, PixelsByTaps, Rows>::kSharedBytes, p, launch.table);

@@ -110,7 +110,7 @@ void input_gradient(const Launcher& launch, const char* name, const Layer& l, Te
         Work work;
         for (int i = 0; i < p.count; ++i)
           work += product_work<T>(p.classes[i].to.pixels, n, p.classes[i].b.depth, terms.count,
-                                  l.n * size(l.out));
+                                  l.n * size(l.out), p.classes[i].to.pixels * n);
         return work;
       });
       launch(name, input_gradient_kernel<Arithmetic, Tile>, {blocks, blocks_for(n, Tile::kN)}, Tile::kThreads,

@@ -167,9 +167,7 @@ void weight_gradient(const Launcher& launch, const char* name, const Layer& l, T
                             add_w,
                             add_b};
   note([&] {
-    Work work = product_work<T>(grad_w ? m : 0, n, gather.pixels, terms.count, l.n * size(l.in));
-    if (parts) work += traffic<T>(m * n * (splits - 1), 1);
-    return work;
+    return product_work<T>(grad_w ? m : 0, n, gather.pixels, terms.count, l.n * size(l.in), m * n * splits);
   });
   with_product<T>(l, m * n * splits, n, [&]<class Arithmetic, class Tile>() {
     launch(name, weight_gradient_kernel<Arithmetic, Tile>,

@@ -7,6 +7,7 @@
 #include "../plan.h"
 #include "channels.h"
 #include "stem.h"
+#include "work.h"
 
 namespace maml::cuda {
 namespace {
@@ -221,6 +222,7 @@ void patch_sums(const Launcher& launch, const char* name, const Layer& l, const 
   if (l.pooled) {
     T* const spread = t.scratch + scratch.weights;
     const int64_t rows = window_rows(windows);
+    note([&] { return traffic<T>(rows * c + windows * c, 1); });
     launch("stem unpool", spread_kernel<T>, channel_grid(rows, c, 4), kThreads, 0, static_cast<int>(rows),
            static_cast<int>(windows), static_cast<int>(c), grad_y, saved_of(l, t).places, spread,
            launch.table);

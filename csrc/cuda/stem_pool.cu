@@ -6,6 +6,7 @@
 // blockIdx: x tile of m, y tile of n, z task. Numerics: as conv2d_forward.cu; the first of equal values wins,
 // and any NaN.
 #include "stem.h"
+#include "work.h"
 
 namespace maml::cuda {
 namespace {
@@ -101,6 +102,7 @@ void convolve_and_pool(const Launcher& launch, const char* name, const Layer& l,
   const int64_t m = gather.pixels, n = l.out.c;
   const Pooled<T> p{{gather}, {gather.depth, static_cast<int>(n)}, terms, bias, y, places, in_vectors(y, n),
                     tangent};
+  note([&] { return product_work<T>(m, n, gather.depth, terms.count, l.n * size(l.in), l.n * size(l.out)); });
   with_product<T>(l, m * n, n, [&]<class Arithmetic, class Tile>() {
     launch(name, pooled_kernel<Arithmetic, Tile>, {blocks_for(m, Tile::kM), blocks_for(n, Tile::kN)},
            Tile::kThreads, Product<Arithmetic, Tile, PixelsByTaps, Rows>::kSharedBytes, p, launch.table);

@@ -46,10 +46,10 @@ inline int64_t parameter_size(const Layer& l, int p) {
 }
 
 /// Of one launch of a convolution's product C [m, n] = A [m, k] B [k, n] of so many terms, where A gathers
-/// from `image` elements.
+/// from `image` elements, and `stored` elements leave.
 template <class T>
-Work product_work(double m, double n, double k, int terms, int64_t image) {
-  const double moved = terms * (static_cast<double>(image) + k * n) + m * n;
+Work product_work(double m, double n, double k, int terms, int64_t image, double stored) {
+  const double moved = terms * (static_cast<double>(image) + k * n) + stored;
   return {.flop = 2 * m * n * k * terms, .bytes = moved * sizeof(T)};
 }
 

@@ -1,0 +1,276 @@
+"""What a meta-step asks of a GPU, and how long it should take: `python -m benchmarks.gpu.model`. It needs no GPU.
+
+The emulation (tests/emulated.py) lets the library plan a warm meta-step as on a GPU and logs its launches instead of
+running them: kernel, grid, threads, shared memory, and the FLOP and bytes that csrc/cuda/work.h counts. Registers are
+those that ptxas gave the kernels of the installed library. The rest is arithmetic, with the constants below:
+
+    time of a launch = gap + latency + max(FLOP time, bytes time)
+    bytes time       = bytes / bandwidth
+    FLOP time        = FLOP / (multiprocessors * speed(b)),   b = blocks / (waves * multiprocessors)
+    speed(b)         = rate / multiprocessors * (lone b                              for b <= 1,
+                                                 lone + (1 - lone) (b - 1) / (resident - 1) beyond)
+
+where `resident` blocks fit a multiprocessor and b of them are there on average: a grid that does not fill the GPU, and
+a last wave that is half empty, both show. A step is the sum over its launches; those of a parallel branch of its graph
+cost nothing unless they take longer than the rest. The megakernel takes its instructions' time and its products' in
+one block. A prediction is no measurement: what it is for is to tell what to look at, and what a change should bring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import re
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..workloads import WORKLOADS, Workload
+from .machine import emulated_log
+from .registers import Usage, usage
+from .table import number, short
+
+PRECISIONS = ("float32", "bf16x3", "tf32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Constant:
+    value: float
+    unit: str
+    source: str  # "estimated" or "measured"; "sm_90": a fact of the architecture
+    what: str
+
+
+C = {
+    "multiprocessors": Constant(132, "", "sm_90", "of an H100 SXM or H200"),
+    "threads": Constant(2048, "", "sm_90", "resident on a multiprocessor"),
+    "blocks": Constant(32, "", "sm_90", "resident on a multiprocessor"),
+    "registers": Constant(65536, "", "sm_90", "of a multiprocessor, given out to a warp in units of 256"),
+    "shared memory": Constant(233472, "bytes", "sm_90", "of a multiprocessor"),
+    "shared memory of a block": Constant(1024, "bytes", "sm_90", "that the system takes of each block"),
+    "gap": Constant(1.0, "us", "estimated", "between the ends of two dependent nodes of a graph, beyond their work"),
+    "latency": Constant(1.8, "us", "estimated", "of a kernel that has next to nothing to do"),
+    "bandwidth": Constant(2.0, "TB/s", "estimated", "of kernels without products: 4-byte accesses"),
+    "bandwidth of products": Constant(3.0, "TB/s", "estimated", "of kernels with products"),
+    "lone": Constant(0.45, "", "estimated", "share of a multiprocessor's rate that one block alone reaches"),
+    "instruction": Constant(0.5, "us", "estimated", "of the megakernel, beyond its products"),
+    "rate of the megakernel": Constant(0.1, "TFLOP/s", "estimated", "of one block"),
+    "rate float32 small": Constant(18, "TFLOP/s", "estimated", "products of 32 x 32 tiles, four slices of k"),
+    "rate float32 narrow": Constant(28, "TFLOP/s", "estimated", "products of at most 32 columns"),
+    "rate float32 wide": Constant(30, "TFLOP/s", "estimated", "products of 64 x 64 tiles"),
+    "rate tf32 small": Constant(45, "TFLOP/s", "estimated", ""),
+    "rate tf32 narrow": Constant(90, "TFLOP/s", "estimated", ""),
+    "rate tf32 wide": Constant(110, "TFLOP/s", "estimated", ""),
+    "rate bf16x3 small": Constant(35, "TFLOP/s", "estimated", ""),
+    "rate bf16x3 narrow": Constant(65, "TFLOP/s", "estimated", ""),
+    "rate bf16x3 wide": Constant(75, "TFLOP/s", "estimated", ""),
+    "rate bfloat16 small": Constant(50, "TFLOP/s", "estimated", ""),
+    "rate bfloat16 narrow": Constant(100, "TFLOP/s", "estimated", ""),
+    "rate bfloat16 wide": Constant(125, "TFLOP/s", "estimated", ""),
+}
+
+# Those of the targets (table.py), with the larger shots and batches.
+STEPS: dict[str, Workload] = {
+    f"{workload.name} T={workload.tasks}": workload
+    for workload in (
+        WORKLOADS["sinusoid-k1"],
+        WORKLOADS["sinusoid-k5"],
+        WORKLOADS["policy"],
+        WORKLOADS["omniglot"],
+        dataclasses.replace(WORKLOADS["omniglot"], tasks=32),
+        dataclasses.replace(WORKLOADS["omniglot"], name="omniglot-5shot", tasks=32, support=25),
+        WORKLOADS["mini-imagenet"],
+        dataclasses.replace(WORKLOADS["mini-imagenet"], tasks=32),
+        dataclasses.replace(WORKLOADS["mini-imagenet-5shot"], tasks=4),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel of a meta-step; FLOP and bytes of the whole grid, times in microseconds."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int  # bytes, static and dynamic
+    branch: bool
+    flop: float
+    bytes: float
+    instructions: int
+    registers: int | None
+
+    @property
+    def blocks(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def resident(self) -> int:
+        """Blocks that fit one multiprocessor."""
+        limits = [C["blocks"].value, C["threads"].value // (32 * math.ceil(self.threads / 32))]
+        limits.append(C["shared memory"].value // (self.shared + C["shared memory of a block"].value))
+        if self.registers:
+            of_a_warp = 256 * math.ceil(self.registers * 32 / 256)
+            limits.append(C["registers"].value // of_a_warp // math.ceil(self.threads / 32))
+        return max(1, int(min(limits)))
+
+    @property
+    def waves(self) -> int:
+        return math.ceil(self.blocks / (self.resident * C["multiprocessors"].value))
+
+    @property
+    def tile(self) -> str:
+        """The class of a product's tile, and nothing of another kernel."""
+        found = re.search(r"Tile<(\d+), (\d+), (\d+), (\d+), (\d+), (\d+)>", self.kernel)
+        if not found:
+            return ""
+        _, _, _, warps_n, slices, _ = map(int, found.groups())
+        return "wide" if warps_n == 2 else "narrow" if slices == 2 else "small"
+
+    @property
+    def precision(self) -> str:
+        names = {"Bf16x3": "bf16x3", "Tf32": "tf32", "Bf16": "bfloat16"}
+        return next((precision for name, precision in names.items() if name in self.kernel), "float32")
+
+    def microseconds(self) -> float:
+        fixed = C["gap"].value + C["latency"].value
+        if self.instructions:
+            flop_time = self.flop / self.blocks / C["rate of the megakernel"].value * 1e-6
+            return fixed + self.waves * (self.instructions * C["instruction"].value + flop_time)
+        bandwidth = C["bandwidth of products" if self.tile else "bandwidth"].value
+        return fixed + max(self.flop_time(), self.bytes / bandwidth * 1e-6)
+
+    def flop_time(self) -> float:
+        if not self.flop:
+            return 0.0
+        multiprocessors, lone = C["multiprocessors"].value, C["lone"].value
+        rate = C[f"rate {self.precision} {self.tile or 'small'}"].value / multiprocessors
+        b = self.blocks / (self.waves * multiprocessors)
+        share = lone * b if b <= 1 else lone + (1 - lone) * (b - 1) / max(1, self.resident - 1)
+        return self.flop / (multiprocessors * rate * min(1.0, share)) * 1e-6
+
+
+@dataclass(frozen=True)
+class MetaStep:
+    """The launches of a warm meta-step."""
+
+    executor: str
+    launches: tuple[Launch, ...]
+
+    @property
+    def flop(self) -> float:
+        return sum(launch.flop for launch in self.launches)
+
+    @property
+    def bytes(self) -> float:
+        return sum(launch.bytes for launch in self.launches)
+
+    def microseconds(self) -> float:
+        main, branch = (
+            sum(launch.microseconds() for launch in self.launches if launch.branch == aside) for aside in (False, True)
+        )
+        return max(main, branch)
+
+
+def meta_step(workload: Workload, precision: str, first_order: bool = False) -> MetaStep:
+    """What a meta-step launches from its second call on, as the replay of a graph; nothing is computed."""
+    from maml_cuda import FusedMAML, ops, problems
+
+    with emulated_log(only=True) as logged:
+        model, data = dataclasses.replace(workload, tasks=1).build()
+        x_spt, y_spt, x_qry, y_qry = (d.new_empty((workload.tasks, *d.shape[1:])) for d in data)
+        maml = FusedMAML(
+            model, workload.inner_lr, workload.inner_steps, loss=workload.loss, backend="fused", precision=precision
+        )
+        problem = problems.problem_of(
+            maml._binding().text, "meta_gradient", tuple(x_spt.shape[2:]), workload.support, workload.query,
+            workload.inner_steps, first_order, False, (),
+        )  # fmt: skip
+        support, query = [x_spt, y_spt, None, None], [x_qry, y_qry, None, None]
+        arguments = (list(model.parameters()), [], support, query, None, None, workload.inner_steps, True)
+        ops.meta_step(problem, *arguments)
+        before = len(logged())
+        ops.meta_step(problem, *arguments)
+        launches = logged()[before:]
+        executor = problem.runner(x_spt.device).executor
+    return MetaStep(executor, tuple(described(launches, usage())))
+
+
+def described(launches: list[dict[str, Any]], kernels: dict[str, Usage]) -> Iterator[Launch]:
+    main = statistics.mode(launch["stream"] for launch in launches)
+    for launch in launches:
+        known = kernels.get(launch["kernel"])
+        yield Launch(
+            launch["kernel"], tuple(launch["grid"]), launch["threads"],
+            launch["dynamic_shared"] + (known.shared if known else launch["static_shared"]), launch["stream"] != main,
+            launch["flop"], launch["bytes"], launch["instructions"], known.registers if known else None,
+        )  # fmt: skip
+
+
+COLUMNS = (
+    "meta-step", "K", "precision", "executor", "nodes", "blocks", "GFLOP", "MB", "shared, KB", "registers",
+    "predicted, ms",
+)  # fmt: skip
+LAUNCH_COLUMNS = (
+    "kernel", "grid", "threads", "registers", "shared", "resident", "waves", "MFLOP", "MB", "predicted, us",
+)  # fmt: skip
+
+
+def row(name: str, workload: Workload, precision: str, step: MetaStep) -> list[str]:
+    registers = [launch.registers for launch in step.launches if launch.registers]
+    products = "any" if step.executor == "megakernel" else precision
+    return [
+        name, str(workload.inner_steps), products, step.executor, str(len(step.launches)),
+        f"{statistics.median(launch.blocks for launch in step.launches):g}", number(step.flop / 1e9),
+        number(step.bytes / 1e6), number(max(launch.shared for launch in step.launches) / 1024),
+        str(max(registers)) if registers else "-", number(step.microseconds() / 1e3),
+    ]  # fmt: skip
+
+
+def launch_row(launch: Launch) -> list[str]:
+    return [
+        f"`{short(launch.kernel)}`{' (branch)' if launch.branch else ''}", " x ".join(map(str, launch.grid)),
+        str(launch.threads), str(launch.registers or "-"), str(launch.shared), str(launch.resident), str(launch.waves),
+        number(launch.flop / 1e6), number(launch.bytes / 1e6), number(launch.microseconds()),
+    ]  # fmt: skip
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.model", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("meta_steps", nargs="*", metavar="META-STEP", help=f"of {'; '.join(STEPS)} (all)")
+    parser.add_argument("--precision", action="append", choices=PRECISIONS, help="may be repeated (all)")
+    parser.add_argument("--first-order", action="store_true")
+    parser.add_argument("--launches", action="store_true", help="a table of every launch, too")
+    parser.add_argument("--constants", action="store_true", help="the table of constants instead")
+    options = parser.parse_args(arguments)
+    if options.constants:
+        rows = [[name, f"{c.value:g} {c.unit}".strip(), c.source, c.what] for name, c in C.items()]
+        print(markdown(("constant", "value", "source", "of what"), rows))
+        return
+    if unknown := [name for name in options.meta_steps if name not in STEPS]:
+        parser.error(f"META-STEP must be of {'; '.join(STEPS)}; got {unknown[0]}")
+    found = [
+        (name, precision, meta_step(STEPS[name], precision, options.first_order))
+        for name in options.meta_steps or STEPS
+        for precision in options.precision or PRECISIONS
+    ]
+    rows = [row(name, STEPS[name], precision, step) for name, precision, step in found]
+    print(markdown(COLUMNS, list(dict.fromkeys(map(tuple, rows)))))
+    if not usage():
+        print("\nNo registers: the installed library has no CUDA kernels, or there is no cuobjdump.")
+    for name, precision, step in found if options.launches else ():
+        print(f"\n{name}, {precision}\n\n{markdown(LAUNCH_COLUMNS, [launch_row(launch) for launch in step.launches])}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
