@@ -166,3 +166,17 @@ def test_every_launched_kernel_is_in_the_library() -> None:
         for name in ("sinusoid-k5 T=25", "omniglot T=4", "mini-imagenet T=4"):
             step = model.meta_step(model.STEPS[name], precision)
             assert [found.kernel for found in step.launches if not found.registers] == []
+
+
+@pytest.mark.skipif(not registers.usage(), reason="no kernels in this build, or no cuobjdump")
+def test_the_emulation_counts_shared_memory_as_the_compiler_does() -> None:
+    """Of kernels whose launch gives them more, so that limits are met here where they are met on a GPU."""
+    found = []
+    for name in ("sinusoid-k1 T=25", "omniglot T=4", "mini-imagenet T=4"):
+        _, launches = model.logged_launches(model.STEPS[name], "tf32", False)
+        found += [launch for launch in launches if launch["dynamic_shared"]]
+    assert {"megakernel", "weight_gradient_kernel"} <= {
+        launch["kernel"].partition("<")[0].rpartition("::")[2] for launch in found
+    }
+    for launch in found:
+        assert registers.usage()[launch["kernel"]].shared == launch["static_shared"], launch["kernel"]

@@ -31,7 +31,7 @@ import torch
 
 from ..workloads import WORKLOADS, Workload
 from .machine import emulated_log
-from .registers import Usage, usage
+from .registers import RESERVED, Usage, usage
 from .table import number, short
 
 PRECISIONS = ("float32", "bf16x3", "tf32", "bfloat16")
@@ -51,7 +51,7 @@ C = {
     "blocks": Constant(32, "", "sm_90", "resident on a multiprocessor"),
     "registers": Constant(65536, "", "sm_90", "of a multiprocessor, given out to a warp in units of 256"),
     "shared memory": Constant(233472, "bytes", "sm_90", "of a multiprocessor"),
-    "shared memory of a block": Constant(1024, "bytes", "sm_90", "that the system takes of each block"),
+    "reserved shared memory": Constant(RESERVED, "bytes", "sm_90", "that the system takes of each block"),
     "gap": Constant(1.0, "us", "estimated", "between the ends of two dependent nodes of a graph, beyond their work"),
     "latency": Constant(1.8, "us", "estimated", "of a kernel that has next to nothing to do"),
     "bandwidth": Constant(2.0, "TB/s", "estimated", "of kernels without products: 4-byte accesses"),
@@ -112,7 +112,7 @@ class Launch:
     def resident(self) -> int:
         """Blocks that fit one multiprocessor."""
         limits = [C["blocks"].value, C["threads"].value // (32 * math.ceil(self.threads / 32))]
-        limits.append(C["shared memory"].value // (self.shared + C["shared memory of a block"].value))
+        limits.append(C["shared memory"].value // (self.shared + C["reserved shared memory"].value))
         if self.registers:
             of_a_warp = 256 * math.ceil(self.registers * 32 / 256)
             limits.append(C["registers"].value // of_a_warp // math.ceil(self.threads / 32))
@@ -178,6 +178,12 @@ class MetaStep:
 
 def meta_step(workload: Workload, precision: str, first_order: bool = False) -> MetaStep:
     """What a meta-step launches from its second call on, as the replay of a graph; nothing is computed."""
+    executor, launches = logged_launches(workload, precision, first_order)
+    return MetaStep(executor, tuple(described(launches, usage())))
+
+
+def logged_launches(workload: Workload, precision: str, first_order: bool) -> tuple[str, list[dict[str, Any]]]:
+    """The executor and the emulation's log."""
     from maml_cuda import FusedMAML, ops, problems
 
     with emulated_log(only=True) as logged:
@@ -197,7 +203,7 @@ def meta_step(workload: Workload, precision: str, first_order: bool = False) -> 
         ops.meta_step(problem, *arguments)
         launches = logged()[before:]
         executor = problem.runner(x_spt.device).executor
-    return MetaStep(executor, tuple(described(launches, usage())))
+    return executor, launches
 
 
 def described(launches: list[dict[str, Any]], kernels: dict[str, Usage]) -> Iterator[Launch]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ARCHITECTURE = "sm_90"
+RESERVED = 1024  # bytes of shared memory that the system takes of each block, and cuobjdump counts where there are any
 
 
 class Usage(NamedTuple):
@@ -38,5 +39,6 @@ def usage() -> dict[str, Usage]:
     found: dict[str, Usage] = {}
     for name, registers, shared in re.findall(r"Function (.+):\n\s+REG:(\d+) STACK:\d+ SHARED:(\d+)", readable):
         before = found.get(name, Usage(0, 0))
-        found[name] = Usage(max(before.registers, int(registers)), max(before.shared, int(shared)))
+        own = max(0, int(shared) - RESERVED)
+        found[name] = Usage(max(before.registers, int(registers)), max(before.shared, own))
     return found
