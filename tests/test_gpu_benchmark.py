@@ -285,6 +285,11 @@ def test_a_failing_part_is_recorded_and_the_rest_goes_on(tmp_path, few_rounds, m
     assert "- Step tests failed: RuntimeError: no luck today" in text
     assert "- launch: not measured: RuntimeError: no luck today" in text
 
+    # A wrong answer of an earlier run is no failure of a later one, either.
+    side = found["cases"]["sinusoid-k1-t2: ours"]["sides"][f"{OURS} float32 called"]
+    side["unproven"] = "wrong"
+    (tmp_path / "emulated-gpu.json").write_text(json.dumps(found))
+
     # What one run has found stays when the next one adds to it, and what had failed there is no failure of this one.
     assert cli.main([*arguments, "--parts", "profile"]) == 0
     both = json.loads((tmp_path / "emulated-gpu.json").read_text())

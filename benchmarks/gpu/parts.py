@@ -103,7 +103,7 @@ def measure(run: Run, seconds: float, jobs: list[tuple[str, str, Case | Job, flo
         if left < 1:
             without.append(name)
             continue
-        found = run.record["cases"][name] = {}
+        found = run.case(name)
         run.job(found, target, argument, run.side_seconds, seconds=min(left, most), fresh=fresh)
     done = [run.record["cases"][name] for name, *_ in jobs if name not in without]
     bad = sum("failed" in found for found in done)

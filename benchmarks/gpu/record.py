@@ -58,6 +58,7 @@ class Run:
         self._end = self._begin + options.seconds - RESERVE
         self._resumed = False
         self._noted: Record = {}  # by this run, not by an earlier one
+        self._measured: list[str] = []
         self._worker = Here() if self.emulated else Apart()
 
     def left(self) -> float:
@@ -96,6 +97,12 @@ class Run:
         if text:
             print(f"[{self.elapsed():3.0f} s] {text}", flush=True)
 
+    def case(self, name: str) -> Record:
+        """The record of a case that is measured anew."""
+        self._measured.append(name)
+        self.record["cases"][name] = {}
+        return self.record["cases"][name]
+
     def note(self, step: str, found: Record) -> None:
         """How a step ended."""
         self._noted[step] = self.record["parts"][step] = found
@@ -104,9 +111,8 @@ class Run:
         """Whether a step of this run has failed, or an answer of ours is wrong or was not to be had."""
         if "gpu" not in self.record["machine"] or any(step["status"] == "failed" for step in self._noted.values()):
             return True
-        ours = [side for case in self.record["cases"].values() for side in case.get("sides", {}).values()]
-        ours = [side for side in ours if side["who"] == OURS]
-        return any(side["status"] == "failed" or "unproven" in side for side in ours)
+        sides = [side for name in self._measured for side in self.record["cases"][name].get("sides", {}).values()]
+        return any(side["who"] == OURS and (side["status"] == "failed" or "unproven" in side) for side in sides)
 
     def close(self) -> None:
         self._worker.stop()
