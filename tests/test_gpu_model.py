@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -129,11 +130,18 @@ def test_classes_of_products(kernel: str, tile: str, precision: str) -> None:
     assert (launch(kernel=kernel).tile, launch(kernel=kernel).precision) == (tile, precision)
 
 
+def test_an_unknown_tile_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"tiles of the products: expected one of \[.*\], got 3, 3, 1, 4 in f<Simt"):
+        _ = launch(kernel="f<Simt<float>, Tile<32, 32, 3, 3, 1, 4> >").tile
+
+
 def test_every_precision_has_kernels_of_its_own() -> None:
     for precision in model.PRECISIONS:
         step = model.meta_step(model.STEPS["omniglot T=4"], precision)
         assert {found.precision for found in step.launches if found.tile} == {precision}
-        assert any(found.branch for found in step.launches)  # what the query needs of no parameter
+        aside = [found.kernel for found in step.launches if found.branch]  # what the query needs of no parameter
+        assert len(aside) == 2
+        assert all("patch_" in kernel for kernel in aside)
 
 
 def test_a_branch_costs_nothing_beside_a_longer_chain() -> None:
@@ -180,3 +188,33 @@ def test_the_emulation_counts_shared_memory_as_the_compiler_does() -> None:
     }
     for launch in found:
         assert registers.usage()[launch["kernel"]].shared == launch["static_shared"], launch["kernel"]
+
+
+@pytest.mark.skipif(not registers.usage(), reason="no kernels in this build, or no cuobjdump")
+def test_shared_memory_of_kernels_is_what_they_declare() -> None:
+    """Beside it the system's own share of a block is a constant of the model, which must not be counted twice."""
+    shared = {name: used.shared for name, used in registers.usage().items()}
+    assert {bytes_ for name, bytes_ in shared.items() if "::patch_moments_kernel<float>" in name} == {14 * 256}
+    assert {bytes_ for name, bytes_ in shared.items() if "::copy_kernel<float>" in name} == {0}
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_flop_of_a_pooled_stem_are_counted_once(first_order: bool) -> None:
+    """Those of the plain products, and its Gram matrix."""
+    workload = model.STEPS["mini-imagenet T=4"]
+    net, tasks = dataclasses.replace(workload, tasks=1).build()
+    gram = 84 * 84 * 28 * 29 * (workload.support + workload.query) * workload.tasks
+    expected = flops.meta_step_flops(workload, net, tasks, first_order) + gram
+    assert model.meta_step(workload, "float32", first_order).flop == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_documentation_shows_this_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its constants, and of every meta-step what needs no registers."""
+    docs = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    model.main(["--constants"])
+    for line in capsys.readouterr().out.splitlines():
+        assert line in docs
+    model.main([])
+    for line in capsys.readouterr().out.split("\n\n")[0].splitlines():
+        start = " | ".join(line.split(" | ")[: model.COLUMNS.index("shared, KB")])
+        assert f"{start} |" in docs, start

@@ -23,6 +23,7 @@ import dataclasses
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ from .machine import emulated_log
 from .registers import RESERVED, Usage, usage
 from .table import number, short
 
+TILES = {"2, 2, 1, 4": "wide", "2, 1, 2, 3": "narrow", "1, 1, 4, 3": "small"}  # warps, slices, stages: conv2d.h
 PRECISIONS = ("float32", "bf16x3", "tf32", "bfloat16")
 
 
@@ -125,11 +127,12 @@ class Launch:
     @property
     def tile(self) -> str:
         """The class of a product's tile, and nothing of another kernel."""
-        found = re.search(r"Tile<(\d+), (\d+), (\d+), (\d+), (\d+), (\d+)>", self.kernel)
+        found = re.search(r"Tile<\d+, \d+, (\d+, \d+, \d+, \d+)>", self.kernel)
         if not found:
             return ""
-        _, _, _, warps_n, slices, _ = map(int, found.groups())
-        return "wide" if warps_n == 2 else "narrow" if slices == 2 else "small"
+        if found[1] not in TILES:
+            raise ValueError(f"tiles of the products: expected one of {sorted(TILES)}, got {found[1]} in {self.kernel}")
+        return TILES[found[1]]
 
     @property
     def precision(self) -> str:
@@ -207,12 +210,14 @@ def logged_launches(workload: Workload, precision: str, first_order: bool) -> tu
 
 
 def described(launches: list[dict[str, Any]], kernels: dict[str, Usage]) -> Iterator[Launch]:
-    main = statistics.mode(launch["stream"] for launch in launches)
+    # What sends the addresses runs before the graph, on the caller's stream, which is 0: it is no branch.
+    streams = Counter(launch["stream"] for launch in launches if launch["stream"])
     for launch in launches:
         known = kernels.get(launch["kernel"])
+        branch = 0 < streams[launch["stream"]] < max(streams.values())
         yield Launch(
             launch["kernel"], tuple(launch["grid"]), launch["threads"],
-            launch["dynamic_shared"] + (known.shared if known else launch["static_shared"]), launch["stream"] != main,
+            launch["dynamic_shared"] + (known.shared if known else launch["static_shared"]), branch,
             launch["flop"], launch["bytes"], launch["instructions"], known.registers if known else None,
         )  # fmt: skip
 
