@@ -173,12 +173,14 @@ def tests(backend: str, paths: tuple[str, ...], seconds: float, workers: int) ->
     paths = tuple(path for path in paths if (ROOT / path.partition("::")[0]).exists())
     if not paths:
         raise Skipped("the tests are not here: an installed package, not a checkout")
-    notes = [] if importlib.util.find_spec("hypothesis") else ["hypothesis is not installed: no test here needs it"]
+    notes = []
     side_by_side = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
     if not side_by_side:
         notes.append("pytest-xdist is not installed: one process")
     command = [
         sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail=10", "-p", "no:cacheprovider", *side_by_side,
+        # No test here needs these plugins, and each of the processes would import them.
+        "-p", "no:hypothesispytest", "-p", "no:benchmark",
         # A warning of some library here is not what is looked for.
         "-o", "addopts=--import-mode=importlib", "-o", "filterwarnings=default", *paths,
     ]  # fmt: skip
