@@ -80,7 +80,7 @@ def options_of(folder, *more):
 
 def test_command(tmp_path, few_rounds, monkeypatch, capsys):
     monkeypatch.setattr(record.Run, "SIDE_SECONDS", (1e-4, 1e-4))
-    names = ["omniglot-t2", "sinusoid-k1-t2-first-order"]
+    names = ["sinusoid-k1-t2", "omniglot-t2-first-order"]
     arguments = ["--emulated", "--quick", "--out", str(tmp_path), "--parts", ",".join(parts.PARTS)]
     assert cli.main([*arguments, "--cases", ",".join(names)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["emulated-gpu.json", "emulated-gpu.md"]
@@ -113,10 +113,10 @@ def test_command(tmp_path, few_rounds, monkeypatch, capsys):
             assert side["status"] == "timed"
             assert "unproven" not in side
             assert 0 < side["ms"]["q1"] <= side["ms"]["median"] <= side["ms"]["q3"]
-    batched = found["cases"]["omniglot-t2: ours"]["smooth"]
+    batched = found["cases"]["omniglot-t2-first-order: ours"]["smooth"]
     assert batched["float32"] < batched["bf16x3"] < batched["tf32"] < batched["bfloat16"]
     assert list(found["kernels"]) == names
-    by_precision = found["kernels"]["sinusoid-k1-t2-first-order"]
+    by_precision = found["kernels"]["sinusoid-k1-t2"]
     assert by_precision["float32"].keys() == by_precision["tf32"].keys()  # the megakernel knows float32 alone
     for precisions in found["kernels"].values():
         for kernels in precisions.values():
