@@ -309,6 +309,20 @@ def test_what_finds_no_time_left_says_so(tmp_path, capsys, few_rounds, monkeypat
     assert "Step describe skipped: no time was left for it" in capsys.readouterr().out
 
 
+def test_facts_are_written_as_they_come(tmp_path, monkeypatch):
+    def one(*_):
+        yield {"launch": {"value": 1.0, "unit": "us", "of": "a kernel"}}
+        raise worker.Stopped("stopped after its 7 seconds")
+
+    monkeypatch.setattr(facts, "facts", one)
+    run = record.Run(options_of(tmp_path))
+    run.record["machine"] = {"gpu": {"name": "Abacus"}}
+    with pytest.raises(worker.Stopped):
+        parts.facts(run, 10)
+    assert json.loads((tmp_path / "abacus.json").read_text())["facts"]["launch"]["value"] == 1.0
+    assert "- launch: 1 us (a kernel)." in (tmp_path / "abacus.md").read_text()
+
+
 def test_a_time_out_is_no_failure(tmp_path, few_rounds, monkeypatch):
     def late(*_):
         raise worker.Stopped("stopped after its 7 seconds")

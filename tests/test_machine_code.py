@@ -5,25 +5,17 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sysconfig
 from collections import Counter
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu.registers import tool
 from maml_cuda import _core
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 PRINTS = ("loss", "megakernel")  # printf keeps its arguments in local memory: on the way to the assertion alone
-
-
-@cache
-def tool() -> str:
-    """cuobjdump, from PATH or from the package nvidia-cuda-cuobjdump."""
-    packaged = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump"))
-    return shutil.which("cuobjdump") or next(map(str, packaged), "")
-
 
 needs_kernels = pytest.mark.skipif(_core.cuda is None, reason="this build has no CUDA kernels")
 needs_tool = pytest.mark.skipif(not tool(), reason="there is no cuobjdump")

@@ -79,10 +79,8 @@ def tests(run: Run, seconds: float) -> None:
 
 
 def facts(run: Run, seconds: float) -> None:
-    found: Record = {}
-    reason = run.job(found, ".gpu.facts:facts", run.emulated, seconds=seconds)
-    run.record["facts"] = {name: fact for name, fact in found.items() if isinstance(fact, dict)}
-    raise_if(reason)
+    found = run.record["facts"] = {}
+    raise_if(run.job(found, ".gpu.facts:facts", run.emulated, seconds=seconds))
 
 
 def ours(run: Run, seconds: float) -> None:
@@ -136,10 +134,8 @@ def nsight(run: Run, seconds: float) -> None:
 
 
 def precision(run: Run, seconds: float) -> None:
-    found: Record = {}
-    reason = run.job(found, ".gpu.precision:errors", run.emulated, run.quick, seconds=seconds)
-    run.record["precision"] = {name: errors for name, errors in found.items() if isinstance(errors, dict)}
-    raise_if(reason)
+    found = run.record["precision"] = {}
+    raise_if(run.job(found, ".gpu.precision:errors", run.emulated, run.quick, seconds=seconds))
 
 
 def chosen(run: Run) -> list[Case]:

@@ -30,7 +30,7 @@ def measure(job: Job, seconds: float) -> Iterator[Piece]:
     copies = copies_of(flops)
     theirs = rival_sides(on, job.who, job.precision, workload, copies, job.build_seconds)
     expected = truth(workload, model, tasks, first_order)
-    why = yield from doubts(theirs, job, on, expected, (workload, model, tasks, first_order))
+    why = yield from doubts(theirs, job, on, (workload, model, tasks, first_order))
     torch.backends.cudnn.benchmark = True
     started = []
     try:
@@ -48,7 +48,7 @@ def measure(job: Job, seconds: float) -> Iterator[Piece]:
     yield {"sides": {e.side.name: e.summary() for e in started}, "say": f"{case}: {medians(started)}"}
 
 
-def doubts(theirs: list[Side], job: Job, on: Machine, expected: dict, arguments: tuple) -> Iterator[Piece]:
+def doubts(theirs: list[Side], job: Job, on: Machine, arguments: tuple) -> Iterator[Piece]:
     """Returns why the rival's formula is wrong on the smooth twin, or nothing. Compiled rivals are looked at on the net
     itself alone, for the time that compiling takes."""
     if job.build_seconds is not None:

@@ -196,8 +196,13 @@ def targets_of_orders(record: Found) -> Iterator[str]:
             yield f"- Target not judged: {workload} T={tasks}, {number(most)} ms in {precision}: not timed."
 
 
+def measured(found: Found) -> Iterator[tuple[str, Found]]:
+    """What a job has found, without the words of why it did not come to its end."""
+    yield from ((name, piece) for name, piece in found.items() if isinstance(piece, dict))
+
+
 def facts(record: Found) -> Iterator[str]:
-    for name, fact in record.get("facts", {}).items():
+    for name, fact in measured(record.get("facts", {})):
         if "value" in fact:
             yield f"- {name}: {number(fact['value'])} {fact['unit']} ({fact['of']})."
         else:
@@ -212,7 +217,7 @@ def precision(record: Found) -> Iterator[str]:
     yield ""
     yield "| net | precision | smooth twin | the net itself | decisions that differ |"
     yield "| --- | --- | ---: | ---: | ---: |"
-    for workload in record["precision"].values():
+    for _, workload in measured(record["precision"]):
         for name, e in workload["errors"].items():
             cells = (workload["size"], f"`{name}`", f"{e['smooth']:.0e}", f"{e['net']:.0e}")
             yield f"| {' | '.join(cells)} | {e['flips']:.0f} of {e['decisions']:.0f} |"
@@ -251,9 +256,7 @@ def not_timed(record: Found) -> Iterator[str]:
 def kernels(record: Found) -> Iterator[str]:
     """The kernels that take most of a meta-step's time."""
     for name, precisions in record.get("kernels", {}).items():
-        for precision, found in precisions.items():
-            if not isinstance(found, dict):
-                continue
+        for precision, found in measured(precisions):
             total = sum(kernel["us"] for kernel in found.values())
             yield f"Kernels of {name}, {precision}, {number(total)} us in all:"
             yield ""
