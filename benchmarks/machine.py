@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import maml_cuda
-from maml_cuda.versions import commit, cpu_name
+from maml_cuda.train.provenance import commit, cpu_name
 
 LIBRARIES = ("learn2learn", "higher", "torchopt", "jax")
 

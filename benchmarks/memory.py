@@ -7,7 +7,7 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 
-from maml_cuda import workspace
+from maml_cuda.engine import cpu_workspace
 
 PROCESS = Path("/proc/self")
 
@@ -18,7 +18,7 @@ def peak_bytes(step: Callable[[], object]) -> int | None:
     The step has run before: what it keeps from call to call is not counted, but for our own workspace. Free memory is
     given back first, so that a step cannot hide in it.
     """
-    workspace.drop()
+    cpu_workspace.drop()
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from maml_cuda import FusedMAML, PolicyTarget, policies
+from maml_cuda.pytrees import of_task
 from maml_cuda.rl.inner import MetaSamples
 from maml_cuda.rl.outer import OuterStep, trpo
 from maml_cuda.rl.settings import RLSettings
-from maml_cuda.trees import of_task
 
 from .machine import machine
 from .proof import WrongAnswer

@@ -17,15 +17,15 @@ if PathFinder.find_spec("maml_cuda._core", __path__) is None:
         "imported from any folder but the checkout's."
     )
 
-from . import _core
-from .lazy import lazily
+from maml_cuda import _core
+from maml_cuda.lazy_imports import lazily
 
 if TYPE_CHECKING:
-    from . import policies, reference
-    from .batch_norm import PerStepBatchNorm1d, PerStepBatchNorm2d, at_step, convert_per_step
-    from .fused_maml import FusedMAML, MetaOutput
-    from .gradient_check import gradcheck
-    from .targets import PolicyTarget
+    from maml_cuda import policies, reference
+    from maml_cuda.batch_norm import PerStepBatchNorm1d, PerStepBatchNorm2d, at_step, convert_per_step
+    from maml_cuda.fused_maml import FusedMAML, MetaOutput
+    from maml_cuda.gradient_check import gradcheck
+    from maml_cuda.targets import PolicyTarget
 else:
     __getattr__ = lazily(
         __name__,

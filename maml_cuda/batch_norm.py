@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import trees
-from .functional import Functional
-from .trees import Tree
+from maml_cuda import pytrees
+from maml_cuda.functional import Functional
+from maml_cuda.pytrees import Tree
 
 LAST = 2**31 - 1  # a step beyond every slot: the last one serves it
 
@@ -261,8 +261,8 @@ def update_running(model: nn.Module, passes: Iterable[tuple[int, Mapping[str, Te
     try:
         for step, fast, x in passes:
             with at_step(model, step):
-                for t in range(trees.tasks(x)):
-                    function({n: p[t] for n, p in fast.items()}, trees.of_task(x, t))
+                for t in range(pytrees.tasks(x)):
+                    function({n: p[t] for n, p in fast.items()}, pytrees.of_task(x, t))
     finally:
         for hook in hooks:
             hook.remove()

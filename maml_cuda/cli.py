@@ -19,15 +19,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from maml_cuda import build_info, presets
-from maml_cuda.arguments import absolute, parser
-from maml_cuda.hints import did_you_mean, folders_beside
-from maml_cuda.interrupts import exit_status, terminable
-from maml_cuda.output import abandon, complain, readable
-from maml_cuda.ownership import owned
+from maml_cuda import build_info
 from maml_cuda.rl import settings as rl_settings
 from maml_cuda.rl.settings import RL_JOBS, RLSettings, new_rl_settings
-from maml_cuda.settings import JOBS, Settings, unknown_job
+from maml_cuda.train import presets
+from maml_cuda.train.arguments import absolute, parser
+from maml_cuda.train.hints import did_you_mean, folders_beside
+from maml_cuda.train.interrupts import exit_status, terminable
+from maml_cuda.train.output import abandon, complain, readable
+from maml_cuda.train.ownership import owned
+from maml_cuda.train.settings import JOBS, Settings, unknown_job
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +55,7 @@ def _other_checkpoints(error: Exception) -> str:
     folder = getattr(error, "folder", None)
     if folder is None:
         return ""
-    from maml_cuda.checkpoint import locate
+    from maml_cuda.train.checkpoint import locate
 
     run = folder.parent
     if not run.is_dir():
@@ -87,16 +88,16 @@ def _kind(job: str) -> _Kind:
         return _Kind(RLSettings, new_rl_settings, RLTraining, rl_report)
     if job not in JOBS:
         raise unknown_job(job)
-    from maml_cuda import report
-    from maml_cuda.jobs import new_settings
-    from maml_cuda.train import Training
+    from maml_cuda.train import report
+    from maml_cuda.train.jobs import new_settings
+    from maml_cuda.train.loop import Training
 
     return _Kind(Settings, new_settings, Training, report)
 
 
 def _kind_of(info: dict[str, Any], folder: Path) -> _Kind:
     """Of the run of the checkpoint in ``folder``."""
-    from maml_cuda.checkpoint import DamagedCheckpoint
+    from maml_cuda.train.checkpoint import DamagedCheckpoint
 
     job = info.get("settings", {}).get("job")
     if job not in JOBS | RL_JOBS:
@@ -107,8 +108,8 @@ def _kind_of(info: dict[str, Any], folder: Path) -> _Kind:
 
 def train(options: argparse.Namespace) -> int:
     _need("tqdm", "matplotlib", "safetensors")
-    from maml_cuda.checkpoint import load_info, locate
-    from maml_cuda.train import resumed_settings
+    from maml_cuda.train.checkpoint import load_info, locate
+    from maml_cuda.train.loop import resumed_settings
 
     _set_threads(options.threads)
     if options.job is not None and options.job not in JOBS and Path(options.job).is_dir():
@@ -182,7 +183,7 @@ def _train_and_test(kind: _Kind, training: Any) -> None:
 
 def evaluate(options: argparse.Namespace) -> int:
     _need("safetensors")
-    from maml_cuda.other_images import check_ways, other_images
+    from maml_cuda.train.other_images import check_ways, other_images
 
     _set_threads(options.threads)
     run = Path(options.run)
@@ -228,8 +229,8 @@ def evaluate(options: argparse.Namespace) -> int:
 def _stored(run: Path, checkpoint: str) -> tuple[_Kind, Any, dict[str, Any]]:
     """A run's kind, its settings and what else is known of it, from its last checkpoint, which knows what was set anew
     when it was resumed, or, where that cannot be used, from the one that is asked for."""
-    from maml_cuda.checkpoint import UnusableCheckpoint, load_info, locate
-    from maml_cuda.run_info import restored
+    from maml_cuda.train.checkpoint import UnusableCheckpoint, load_info, locate
+    from maml_cuda.train.run_info import restored
 
     def read(folder: Path) -> tuple[_Kind, Any, dict[str, Any]]:
         info = load_info(folder)
@@ -248,8 +249,8 @@ def _stored(run: Path, checkpoint: str) -> tuple[_Kind, Any, dict[str, Any]]:
 
 def compare(options: argparse.Namespace) -> int:
     _need("matplotlib", "safetensors")
-    from maml_cuda.checkpoint import read_json
     from maml_cuda.rl.plots import returns
+    from maml_cuda.train.checkpoint import read_json
 
     results: list[dict[str, Any]] = []
     for run in options.runs:
@@ -272,7 +273,7 @@ def compare(options: argparse.Namespace) -> int:
 def info(options: argparse.Namespace) -> int:
     import torch
 
-    from maml_cuda.versions import versions
+    from maml_cuda.train.provenance import versions
 
     for name, value in (build_info() | versions() | {"threads": torch.get_num_threads()}).items():
         print(f"{name:20} {value}")

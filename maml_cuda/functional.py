@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
-from . import trees
+from maml_cuda import pytrees
 
 
 class Functional:
@@ -60,10 +60,10 @@ class Functional:
                 fixed = {name: p.detach() for name, p in parameters.items()}
                 return detached(self(fixed, *map(detached, args)))
         with self._stand_ins(parameters), _nothing_recomputed():
-            result = self.module(*[trees.mapped(_own, a) for a in args])
+            result = self.module(*[pytrees.mapped(_own, a) for a in args])
             left = [m._buffers.get(key) for m, key, _ in self._buffers]
         if self._left is None:
-            _refuse_reentrant(result, trees.tensors((dict(parameters), args)))
+            _refuse_reentrant(result, pytrees.tensors((dict(parameters), args)))
             self._left = left
         return result
 
@@ -109,7 +109,7 @@ def precision(parameters: Iterable[Tensor]) -> torch.dtype:
 
 def detached(tree: Any) -> Any:
     """Its tensors without their graph."""
-    return trees.mapped(Tensor.detach, tree)
+    return pytrees.mapped(Tensor.detach, tree)
 
 
 class _ProcessWide:
@@ -163,7 +163,7 @@ def _like(p: Tensor, t: Tensor) -> Tensor:
 def _refuse_reentrant(result: Any, given: list[Tensor]) -> None:
     """Looks at the graph of one call, which begins at what it was given."""
     seen = {t.grad_fn for t in given}
-    nodes = [t.grad_fn for t in trees.tensors(result)]
+    nodes = [t.grad_fn for t in pytrees.tensors(result)]
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen:

@@ -10,16 +10,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import batch_norm as norms
-from . import checks, data_checks, general, problems, reference, targets, trees, unwatched
-from .binding import Binding
-from .functional import precision
-from .policies import mean_of
-from .rates import hold, read_rates, tensors
-from .targets import Target
-from .trees import Tree
-from .trust_region import TrustRegion
-from .wrappers import unwrapped
+from maml_cuda import batch_norm as norms
+from maml_cuda import pytrees, reference, targets
+from maml_cuda.engine import checks, data_checks, fallback, fast_path
+from maml_cuda.engine.binding import Binding
+from maml_cuda.engine.problem import joined, meta_problem
+from maml_cuda.engine.trust_region import TrustRegion
+from maml_cuda.functional import precision
+from maml_cuda.policies import mean_of
+from maml_cuda.pytrees import Tree
+from maml_cuda.rates import hold, read_rates, tensors
+from maml_cuda.targets import Target
+from maml_cuda.torch_wrappers import unwrapped
 
 
 @dataclass
@@ -195,9 +197,7 @@ class FusedMAML(TrustRegion):
         if not self._serves(binding, x_spt, x_qry):
             raise ValueError("memory_estimate must have a fused model, got one on the general path (reference)")
         _, query_steps = self._queries(binding.like())
-        problem = problems.meta_problem(
-            binding.text, x_spt, x_qry, self.inner_steps, self.first_order, True, query_steps
-        )
+        problem = meta_problem(binding.text, x_spt, x_qry, self.inner_steps, self.first_order, True, query_steps)
         return problem.workspace_bytes(x_spt, len(x_spt))
 
     # -- calls ------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ class FusedMAML(TrustRegion):
         out, flat, inputs, places = self._meta_step(x_spt, y_spt, x_qry, y_qry, task_weights)
         if flat is not None:
             if places:
-                out.loss = unwatched.attached(out.loss, flat, inputs, places)
+                out.loss = fast_path.attached(out.loss, flat, inputs, places)
             else:
                 out.loss = torch.ops.maml_cuda.attach(out.loss, flat, inputs)
         return out
@@ -260,8 +260,8 @@ class FusedMAML(TrustRegion):
             raise RuntimeError("backward must have gradients on, got them off (no_grad or inference_mode)")
         out, flat, inputs, places = self._meta_step(x_spt, y_spt, x_qry, y_qry, task_weights)
         assert flat is not None  # the adapted parameters at least have a gradient
-        if places and all(map(unwatched.only_adds, inputs)):
-            unwatched.add_gradient(flat, inputs, places)
+        if places and all(map(fast_path.only_adds, inputs)):
+            fast_path.add_gradient(flat, inputs, places)
         else:
             torch.ops.maml_cuda.attach(out.loss, flat, inputs).backward()
         return out
@@ -282,10 +282,10 @@ class FusedMAML(TrustRegion):
         x_spt = self._read(binding, "x_spt", x_spt, "y_spt", y_spt)
         differentiable = differentiable and torch.is_grad_enabled()
         if not self._serves(binding, x_spt, None):
-            adapted = general.adapt(
+            adapted = fallback.adapt(
                 self.model, self.loss, self._rates(), x_spt, y_spt, steps, self.first_order, differentiable
             )
-            return self._fast(adapted, trees.tasks(x_spt), differentiable)
+            return self._fast(adapted, pytrees.tasks(x_spt), differentiable)
         self._look_at_labels(binding, x_spt, y_spt=y_spt)
         parameters, rates = binding.tensors()
         if differentiable:
@@ -349,14 +349,14 @@ class FusedMAML(TrustRegion):
 
     def _meta_step(
         self, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None
-    ) -> tuple[MetaOutput, Tensor | None, list[Tensor], list[unwatched.Place] | None]:
+    ) -> tuple[MetaOutput, Tensor | None, list[Tensor], list[fast_path.Place] | None]:
         """What a call returns, as yet without a backward; where gradients are on, the flat meta-gradient and the
         tensors that it is of; and where nobody watches, their places in it."""
         binding = self._binding()
         if torch.is_autocast_enabled(binding.on):
             x_spt, x_qry = binding.in_its_dtype(x_spt), binding.in_its_dtype(x_qry)
         watched = bool(self._query_steps) or not binding.plain
-        signature = None if watched else unwatched.signature(x_spt, y_spt, x_qry, y_qry)
+        signature = None if watched else fast_path.signature(x_spt, y_spt, x_qry, y_qry)
         key = (signature, self.first_order)
         problem = binding.problems.get(key) if signature else None
         if problem is None:
@@ -364,22 +364,22 @@ class FusedMAML(TrustRegion):
         else:
             binding.why_not = ""
         if task_weights is not None:
-            data_checks.task_weights(task_weights, trees.tasks(x_spt), binding.like())
+            data_checks.task_weights(task_weights, pytrees.tasks(x_spt), binding.like())
         if problem is None and not self._serves(binding, x_spt, x_qry):
-            loss, task_losses, predictions, support_losses, reached = general.meta_step(
+            loss, task_losses, predictions, support_losses, reached = fallback.meta_step(
                 self.model, self.loss, self._rates(), list(self.parameters()), x_spt, y_spt, x_qry, y_qry,
                 self.inner_steps, self.first_order, task_weights, self.query_weights,
             )  # fmt: skip
-            flat = problems.joined([g for _, g in reached]) if reached else None
+            flat = joined([g for _, g in reached]) if reached else None
             logits: Any = mean_of(predictions) if isinstance(self.loss, str) else predictions  # type: ignore[arg-type]
             return MetaOutput(loss, task_losses, logits, support_losses), flat, [t for t, _ in reached], None
         self._look_at_labels(binding, x_spt, y_spt=y_spt, y_qry=y_qry)
         parameters, rates = binding.tensors()
         gradient = torch.is_grad_enabled()
         places = None
-        if problem is not None and all(map(unwatched.is_plain, rates)):
+        if problem is not None and all(map(fast_path.is_plain, rates)):
             data = x_spt, cast(Tensor, y_spt), x_qry, cast(Tensor, y_qry)
-            loss, task_losses, logits, support_losses, flat = unwatched.meta_step(
+            loss, task_losses, logits, support_losses, flat = fast_path.meta_step(
                 problem, parameters, rates, data, task_weights, self.inner_steps, gradient
             )
             places = binding.places
@@ -390,7 +390,7 @@ class FusedMAML(TrustRegion):
                 binding.text, self.inner_steps, self.first_order, gradient, weights, query_steps,
             )  # fmt: skip
         if signature and problem is None:  # the next call of its kind has nothing to check: past the dispatcher
-            binding.problems[key] = problems.meta_problem(
+            binding.problems[key] = meta_problem(
                 binding.text, x_spt, x_qry, self.inner_steps, self.first_order, gradient
             )
         out = MetaOutput(loss, task_losses, mean_of(binding.as_returned(logits)), support_losses)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import checks, reference, trees
-from .fused_maml import FusedMAML
-from .rates import InnerRates
-from .targets import Target
-from .trees import Tree
+from maml_cuda import pytrees, reference
+from maml_cuda.engine import checks
+from maml_cuda.fused_maml import FusedMAML
+from maml_cuda.pytrees import Tree
+from maml_cuda.rates import InnerRates
+from maml_cuda.targets import Target
 
 
 @dataclass
@@ -60,7 +61,7 @@ def gradcheck(
     checks.tolerance(tolerance, "tolerance")
     checks.tolerance(finite_difference_tolerance, "finite_difference_tolerance")
     maml = copy.deepcopy(maml)._apply(_in_double)
-    x_spt, y_spt, x_qry, y_qry = data = trees.mapped(_in_double, (x_spt, y_spt, x_qry, y_qry))
+    x_spt, y_spt, x_qry, y_qry = data = pytrees.mapped(_in_double, (x_spt, y_spt, x_qry, y_qry))
     buffers = [b.clone() for b in maml.buffers()]
     maml.zero_grad()
     maml(*data).loss.backward()

@@ -9,10 +9,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import policies, targets
-from .functional import Functional
-from .policies import Policy
-from .targets import PolicyTarget
+from maml_cuda import policies, targets
+from maml_cuda.functional import Functional
+from maml_cuda.policies import Policy
+from maml_cuda.targets import PolicyTarget
 
 Loss = str | Callable[..., Tensor]
 

@@ -14,13 +14,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from . import policies, trees
-from .batch_norm import at_step, stepwise_names
-from .functional import Functional, detached, precision
-from .losses import Loss, objective, value_of
-from .rates import InnerRates, Rate, read_rates
-from .targets import Target
-from .trees import Tree
+from maml_cuda import policies, pytrees
+from maml_cuda.batch_norm import at_step, stepwise_names
+from maml_cuda.functional import Functional, detached, precision
+from maml_cuda.losses import Loss, objective, value_of
+from maml_cuda.pytrees import Tree
+from maml_cuda.rates import InnerRates, Rate, read_rates
+from maml_cuda.targets import Target
 
 
 def adapted_names(model: nn.Module, adapt_params: Callable[[str], bool] | Iterable[str] | None) -> list[str]:
@@ -135,7 +135,7 @@ def meta_gradient(
     if isinstance(loss, nn.Module):
         wanted.update({f"loss.{name}": p for name, p in loss.named_parameters()})
     wanted = {name: t for name, t in wanted.items() if t.requires_grad}
-    tasks = trees.tasks(x_spt)
+    tasks = pytrees.tasks(x_spt)
     total, _, _, _, gradients = meta_step(
         Functional(model), objective(loss), rates, list(wanted.values()), x_spt, y_spt, x_qry, y_qry, inner_steps,
         first_order, [1 / tasks] * tasks, None if query_weights is None else [float(w) for w in query_weights],
@@ -183,7 +183,7 @@ def meta_step(
     both = [*map(twin, wanted), *wanted]
     theta = {name: twin(p) for name, p in model.module.named_parameters()}
     rates = {name: replace(r, value=twin(r.value)) if isinstance(r.value, Tensor) else r for name, r in rates.items()}
-    x_spt, y_spt, x_qry, y_qry = (trees.mapped(twin, part) for part in (x_spt, y_spt, x_qry, y_qry))
+    x_spt, y_spt, x_qry, y_qry = (pytrees.mapped(twin, part) for part in (x_spt, y_spt, x_qry, y_qry))
     if isinstance(loss, Functional):
         loss = partial(loss, {name: twin(p) for name, p in loss.module.named_parameters()})
     for t, weight in enumerate(weights):
@@ -192,13 +192,13 @@ def meta_step(
             loss,
             theta,
             rates,
-            trees.of_task(x_spt, t),
-            trees.of_task(y_spt, t),
+            pytrees.of_task(x_spt, t),
+            pytrees.of_task(y_spt, t),
             steps,
             first_order,
             differentiable=bool(wanted),
         )
-        x, target = trees.of_task(x_qry, t), trees.of_task(y_qry, t)
+        x, target = pytrees.of_task(x_qry, t), pytrees.of_task(y_qry, t)
         with torch.set_grad_enabled(bool(wanted)):
             prediction = query(model, path, steps, x)
             if query_weights is None:
@@ -216,12 +216,12 @@ def meta_step(
                     so_far = gradients[i]
                     gradients[i] = share if so_far is None else so_far + share
         task_losses.append(value.detach())
-        predictions.append(_or_none(trees.detached, prediction))
+        predictions.append(_or_none(pytrees.detached, prediction))
         support_losses.append(torch.stack(inner) if inner else value.detach().new_zeros(0))
         total = total + (weight.detach() if isinstance(weight, Tensor) else weight) * value.detach()
     assert isinstance(total, Tensor)  # data_checks.py refuses a call without tasks
     gradients = [None if g is None else g.to(t.dtype) for t, g in zip(wanted, gradients, strict=True)]
-    outputs = _or_none(trees.stacked, predictions)
+    outputs = _or_none(pytrees.stacked, predictions)
     return total, torch.stack(task_losses), outputs, torch.stack(support_losses), gradients
 
 
@@ -249,7 +249,7 @@ def loss_and_grad(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Per task: the loss at its own parameters [tasks], and the gradients by `names` [tasks, *shape]."""
     losses, gradients = [], []
-    for t in range(trees.tasks(x)):
+    for t in range(pytrees.tasks(x)):
         value, grads, _ = _gradient(model, loss, fast, names, x, y, t, create_graph=False)
         losses.append(value.detach())
         gradients.append(grads)
@@ -267,7 +267,7 @@ def hvp(
 ) -> dict[str, Tensor]:
     """Per task: the Hessian of the loss at its own parameters times v, by `names` [tasks, *shape]."""
     products = []
-    for t in range(trees.tasks(x)):
+    for t in range(pytrees.tasks(x)):
         _, grads, at = _gradient(model, loss, fast, names, x, y, t, create_graph=True)
         with torch.enable_grad():
             along = _along(names, grads, {n: d[t] for n, d in v.items()})
@@ -306,11 +306,11 @@ def fisher_vector_product(
     at = [theta[name] for name in names]
     total = [torch.zeros_like(p) for p in at]
     for t in range(len(x_spt)):
-        path, _ = inner_loop(model, loss, theta, fixed, x_spt[t], trees.of_task(y_spt, t), steps, first_order)
+        path, _ = inner_loop(model, loss, theta, fixed, x_spt[t], pytrees.of_task(y_spt, t), steps, first_order)
         with torch.enable_grad(), model.differentiable_twice():
             policy = query(model, path, steps, x_qry[t])
-            new = trees.mapped(lambda p: p.detach().requires_grad_(p.requires_grad), policy)
-            outputs, leaves = ([p for p in trees.tensors(tree) if p.requires_grad] for tree in (policy, new))
+            new = pytrees.mapped(lambda p: p.detach().requires_grad_(p.requires_grad), policy)
+            outputs, leaves = ([p for p in pytrees.tensors(tree) if p.requires_grad] for tree in (policy, new))
             if not outputs:
                 continue  # the policy does not depend on them
             divergence = (weights[t] * policies.kl_divergence(detached(policy), new)).sum()
@@ -321,7 +321,7 @@ def fisher_vector_product(
             pushed = torch.autograd.grad(along, leaves, allow_unused=True, materialize_grads=True)
         for so_far, g in zip(total, torch.autograd.grad(outputs, at, pushed, allow_unused=True), strict=True):
             if g is not None:
-                so_far += g / trees.tasks(x_spt)
+                so_far += g / pytrees.tasks(x_spt)
     return dict(zip(names, total, strict=True))
 
 
@@ -344,7 +344,7 @@ def _gradient(
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     at = {n: p[task].detach().requires_grad_(n in names) for n, p in fast.items()}
     with torch.enable_grad(), model.differentiable_twice() if create_graph else nullcontext():
-        value = value_of(loss, model(at, trees.of_task(x, task)), trees.of_task(y, task))
+        value = value_of(loss, model(at, pytrees.of_task(x, task)), pytrees.of_task(y, task))
         grads = torch.autograd.grad(value, [at[n] for n in names], create_graph=create_graph, allow_unused=True)
     return value, [torch.zeros_like(at[n]) if g is None else g for n, g in zip(names, grads, strict=True)], at
 

@@ -19,8 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from maml_cuda import FusedMAML, _core, reference
-
-from . import emulated
+from tests import emulated
 
 # `benchmarks` for the tests. Appended, not prepended: the checkout's maml_cuda must not hide an installed one.
 sys.path.append(str(Path(__file__).parents[1]))

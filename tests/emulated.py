@@ -1,4 +1,4 @@
-"""The CUDA kernels as a CPU library: the same sources, compiled against tests/emulation when first needed."""
+"""The CUDA kernels as a CPU library: the same sources, compiled against tests/cuda/emulation when first needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from . import building
+from tests import building
 
 
 def build(target: str, sanitizer: str = "", small_tiles: bool = False) -> Path:
@@ -41,7 +41,7 @@ def load(small_tiles: bool = False) -> ModuleType:
 
 @functools.cache
 def controls(small_tiles: bool = False) -> ctypes.CDLL:
-    """What a test can ask of the emulated device: tests/emulation/controls.cpp."""
+    """What a test can ask of the emulated device: tests/cuda/emulation/controls.cpp."""
     library = ctypes.CDLL(str(load(small_tiles).__file__))
     library.emulation_launches.restype = ctypes.c_int64
     library.emulation_make_stream.restype = ctypes.c_void_p
@@ -67,19 +67,19 @@ def log(only: bool = False, small_tiles: bool = False) -> Iterator[Callable[[], 
 @contextmanager
 def in_place_of_a_gpu(precisions: bool = False, small_tiles: bool = False) -> Iterator[None]:
     """The CPU's tensors go to the emulated kernels; `precisions`: in any precision, as on a GPU."""
-    from maml_cuda import device, problems
+    from maml_cuda.engine import cuda_runner, problem
 
     changes = [
-        (problems, "_core", load(small_tiles)),
-        (device, "backend_of", lambda _: "cuda"),
-        (device, "stream_of", lambda _: 0),
+        (problem, "_core", load(small_tiles)),
+        (cuda_runner, "backend_of", lambda _: "cuda"),
+        (cuda_runner, "stream_of", lambda _: 0),
     ]
-    changes.append((device, "is_capturing", lambda: False))
+    changes.append((cuda_runner, "is_capturing", lambda: False))
     if precisions:
-        changes.append((device, "has_precisions", lambda _: True))
-    problems.problem_of.cache_clear()
+        changes.append((cuda_runner, "has_precisions", lambda _: True))
+    problem.problem_of.cache_clear()
     with ExitStack() as stack:
-        stack.callback(problems.problem_of.cache_clear)
+        stack.callback(problem.problem_of.cache_clear)
         for owner, name, value in changes:
             stack.enter_context(mock.patch.object(owner, name, value))
         yield

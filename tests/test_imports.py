@@ -11,7 +11,7 @@ import pytest
 
 import maml_cuda
 from maml_cuda.data import images
-from maml_cuda.settings import JOBS, SHIPPED
+from maml_cuda.train.settings import JOBS, SHIPPED
 
 ROOT = Path(__file__).parent.parent
 

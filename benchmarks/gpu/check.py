@@ -23,10 +23,10 @@ from ..worker import Failed, Stopped
 from .machine import ROOT, machine
 
 TESTS = (
-    "tests/test_cuda.py", "tests/test_citizenship.py", "tests/test_unwatched.py", "tests/layers",
-    "tests/test_meta_gradient.py", "tests/test_errors.py",
+    "tests/cuda/test_backend.py", "tests/cuda/test_citizenship.py", "tests/engine/test_fast_path.py", "tests/layers",
+    "tests/engine/test_meta_gradient.py", "tests/engine/test_errors.py",
 )  # fmt: skip
-SMALL_TESTS = ("tests/test_errors.py::test_no_rate_to_repeat",)  # for the emulation, where each takes long
+SMALL_TESTS = ("tests/engine/test_errors.py::test_no_rate_to_repeat",)  # for the emulation, where each takes long
 OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL"
 WORKERS = 8  # processes of pytest: what a test does on a GPU leaves it idle
 PIP = ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")

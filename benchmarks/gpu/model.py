@@ -187,7 +187,9 @@ def meta_step(workload: Workload, precision: str, first_order: bool = False) -> 
 
 def logged_launches(workload: Workload, precision: str, first_order: bool) -> tuple[str, list[dict[str, Any]]]:
     """The executor and the emulation's log."""
-    from maml_cuda import FusedMAML, ops, problems
+    from maml_cuda import FusedMAML
+    from maml_cuda.engine import ops
+    from maml_cuda.engine.problem import problem_of
 
     with emulated_log(only=True) as logged:
         model, data = dataclasses.replace(workload, tasks=1).build()
@@ -195,7 +197,7 @@ def logged_launches(workload: Workload, precision: str, first_order: bool) -> tu
         maml = FusedMAML(
             model, workload.inner_lr, workload.inner_steps, loss=workload.loss, backend="fused", precision=precision
         )
-        problem = problems.problem_of(
+        problem = problem_of(
             maml._binding().text, "meta_gradient", tuple(x_spt.shape[2:]), workload.support, workload.query,
             workload.inner_steps, first_order, False, (),
         )  # fmt: skip

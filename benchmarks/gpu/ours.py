@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from maml_cuda import problems
+from maml_cuda.engine.problem import problem_of
 
 from ..flops import meta_step_flops
 from ..proof import WrongAnswer, truth
@@ -88,4 +88,4 @@ def executor(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bo
     x = tasks.x_spt
     sample, double = tuple(x.shape[2:]), x.dtype == torch.float64
     key: tuple[Any, ...] = (sample, workload.support, workload.query, workload.inner_steps, first_order, double)
-    return problems.problem_of(maml._binding().text, "meta_gradient", *key).runner(x.device).executor
+    return problem_of(maml._binding().text, "meta_gradient", *key).runner(x.device).executor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from maml_cuda.jobs import named_settings
+from maml_cuda.train.settings import named_settings
 
 # What finds a run's cell is its settings; these say where it ran and where its data lay, not what.
 ANY = ("data", "data_sha256", "backend", "log_interval")

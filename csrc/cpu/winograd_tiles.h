@@ -14,7 +14,7 @@
 // Tile<2>: points 0, 1, -1, infinity (and the sign of the last product turned). B and A hold 0 and 1 alone.
 // Tile<4>: points 0, a, -a, b, -b, infinity with a = 3/4, b = 3/2: of the points that float32 holds those
 // whose rounding grows least (cf. Barabasz et al. 2020, arXiv 1803.10986; measured in
-// tests/layers/test_winograd.py): 3 times the error of Tile<2>, half of that of the usual 1 and 2.
+// tests/cpu/test_winograd.py): 3 times the error of Tile<2>, half of that of the usual 1 and 2.
 //
 // The compiler chooses which products become part of an FMA, and may choose otherwise in every copy that it
 // makes of a transform: what threads share must be one copy (each_tile in winograd.cpp).

@@ -1,5 +1,5 @@
 // What a kernel needs from its platform. Under nvcc that is the CUDA runtime. Elsewhere it is the emulation
-// that the tests bring (tests/emulation): the same kernels compiled as C++, one fiber for each CUDA thread.
+// that the tests bring (tests/cuda/emulation): the same kernels compiled as C++, one fiber for each CUDA thread.
 // The shipped library never contains it.
 #pragma once
 

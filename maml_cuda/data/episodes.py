@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maml_cuda import device as devices
-from maml_cuda import problems
 from maml_cuda.data.meta_batch import MetaBatch
+from maml_cuda.engine import cuda_runner as devices
+from maml_cuda.engine.problem import _core
 
 
 class Episodes:
@@ -141,7 +141,7 @@ def _episodes(
     first: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     data = _episodes_fake(images, values, n_way, k_shot, n_query, rotations, tasks, seed, first)
-    episodes = problems._core.Episodes(
+    episodes = _core.Episodes(
         images=images.data_ptr(),
         values=values.data_ptr(),
         double=values.dtype == torch.float64,

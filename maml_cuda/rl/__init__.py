@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from maml_cuda.lazy import lazily
+from maml_cuda.lazy_imports import lazily
 
 if TYPE_CHECKING:
-    from .environment import Environment, Step
-    from .environments import ENVIRONMENTS, make_environment
+    from maml_cuda.rl.environment import Environment, Step
+    from maml_cuda.rl.environments import ENVIRONMENTS, make_environment
 else:
     __getattr__ = lazily(
         __name__,

@@ -8,13 +8,12 @@ import torch
 from torch import Generator, Tensor
 
 from maml_cuda import FusedMAML
-
-from .advantages import samples
-from .clock import Clock
-from .environment import Environment
-from .inner import descend, unadapted
-from .sampling import Episodes, sample_episodes
-from .settings import RLSettings
+from maml_cuda.rl.advantages import samples
+from maml_cuda.rl.clock import Clock
+from maml_cuda.rl.environment import Environment
+from maml_cuda.rl.inner import descend, unadapted
+from maml_cuda.rl.sampling import Episodes, sample_episodes
+from maml_cuda.rl.settings import RLSettings
 
 TASKS_AT_ONCE = 20  # bounds memory
 

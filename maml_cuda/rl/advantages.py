@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from maml_cuda import PolicyTarget
-
-from .sampling import Episodes
+from maml_cuda.rl.sampling import Episodes
 
 RIDGE = 1e-5
 

@@ -1,8 +1,8 @@
 """The environments by name."""
 
-from .environment import Environment
-from .locomotion import AntDirection, AntGoal, AntVelocity, CheetahDirection, CheetahVelocity
-from .navigation import Navigation
+from maml_cuda.rl.environment import Environment
+from maml_cuda.rl.locomotion import AntDirection, AntGoal, AntVelocity, CheetahDirection, CheetahVelocity
+from maml_cuda.rl.navigation import Navigation
 
 ENVIRONMENTS: dict[str, type[Environment]] = {
     environment.name: environment

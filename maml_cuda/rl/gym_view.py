@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from .environments import make_environment
+from maml_cuda.rl.environments import make_environment
 
 
 class SingleTask(gymnasium.Env):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from .environment import Environment, Step, need
+from maml_cuda.rl.environment import Environment, Step, need
 
 FRAME_SKIP = 5  # physics substeps of 0.01 s in a control step
 

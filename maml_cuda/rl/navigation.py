@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from .environment import Environment, Step
+from maml_cuda.rl.environment import Environment, Step
 
 
 class Navigation(Environment):

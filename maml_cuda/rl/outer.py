@@ -16,8 +16,7 @@ from torch import Tensor
 
 from maml_cuda import FusedMAML, PolicyTarget, policies
 from maml_cuda.policies import Policy
-
-from .inner import Adapted, MetaSamples, Vector, adapted
+from maml_cuda.rl.inner import Adapted, MetaSamples, Vector, adapted
 
 CG_ITERATIONS = 10
 CG_TOLERANCE = 1e-10

@@ -11,10 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from torch import Tensor
 
-from maml_cuda.plots import BLUE, GREEN, GREY, ORANGE, save
-
-from .sampling import Episodes
-from .settings import RLSettings
+from maml_cuda.rl.sampling import Episodes
+from maml_cuda.rl.settings import RLSettings
+from maml_cuda.train.plots import BLUE, GREEN, GREY, ORANGE, save
 
 COLOURS = (BLUE, ORANGE, GREEN, GREY, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MOST_EPISODES = 10  # drawn of each task

@@ -17,13 +17,12 @@ import numpy as np
 from torch import Generator, Tensor
 
 from maml_cuda import FusedMAML
-from maml_cuda.checkpoint import write_file
-
-from .adaptation import adapt_and_sample
-from .clock import Clock
-from .environments import make_environment
-from .locomotion import FRAME_SKIP, Locomotion
-from .settings import RLSettings
+from maml_cuda.rl.adaptation import adapt_and_sample
+from maml_cuda.rl.clock import Clock
+from maml_cuda.rl.environments import make_environment
+from maml_cuda.rl.locomotion import FRAME_SKIP, Locomotion
+from maml_cuda.rl.settings import RLSettings
+from maml_cuda.train.checkpoint import write_file
 
 FRAMES = 100  # of each half
 SIZE = (240, 320)  # height, width

@@ -11,18 +11,17 @@ from typing import Any
 import torch
 
 from maml_cuda import FusedMAML
-from maml_cuda.checkpoint import load_info, load_model, put, write_file
-from maml_cuda.evaluate import mean_and_ci95
-from maml_cuda.run_info import restored
-from maml_cuda.versions import commit, machine, versions
-
-from . import plots, render
-from .adaptation import adapt_and_sample, evaluate_returns
-from .clock import Clock
-from .environments import make_environment
-from .locomotion import Locomotion
-from .settings import RLSettings
-from .training import make_policy, make_rl_generator
+from maml_cuda.rl import plots, render
+from maml_cuda.rl.adaptation import adapt_and_sample, evaluate_returns
+from maml_cuda.rl.clock import Clock
+from maml_cuda.rl.environments import make_environment
+from maml_cuda.rl.locomotion import Locomotion
+from maml_cuda.rl.settings import RLSettings
+from maml_cuda.rl.training import make_policy, make_rl_generator
+from maml_cuda.train.checkpoint import load_info, load_model, put, write_file
+from maml_cuda.train.evaluate import mean_and_ci95
+from maml_cuda.train.provenance import commit, machine, versions
+from maml_cuda.train.run_info import restored
 
 
 def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[FusedMAML, dict[str, Any]]:

@@ -10,10 +10,9 @@ import torch
 from torch import Generator, Tensor
 
 from maml_cuda import policies
-
-from .clock import Clock
-from .environment import Environment
-from .policy import act
+from maml_cuda.rl.clock import Clock
+from maml_cuda.rl.environment import Environment
+from maml_cuda.rl.policy import act
 
 
 @dataclass

@@ -9,17 +9,16 @@ from torch import Generator, nn
 from tqdm import tqdm
 
 from maml_cuda import FusedMAML
-from maml_cuda.train import Training
-
-from .adaptation import evaluate_returns
-from .advantages import samples
-from .clock import Clock
-from .environments import make_environment
-from .inner import MetaSamples, descend, unadapted
-from .outer import OuterStep, clipped, trpo, vpg
-from .policy import GaussianPolicy
-from .sampling import sample_episodes
-from .settings import RLSettings
+from maml_cuda.rl.adaptation import evaluate_returns
+from maml_cuda.rl.advantages import samples
+from maml_cuda.rl.clock import Clock
+from maml_cuda.rl.environments import make_environment
+from maml_cuda.rl.inner import MetaSamples, descend, unadapted
+from maml_cuda.rl.outer import OuterStep, clipped, trpo, vpg
+from maml_cuda.rl.policy import GaussianPolicy
+from maml_cuda.rl.sampling import sample_episodes
+from maml_cuda.rl.settings import RLSettings
+from maml_cuda.train.loop import Training
 
 SPLITS = ("train", "validation", "test")
 

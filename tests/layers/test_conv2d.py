@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ..conftest import check_meta_gradient
+from tests.conftest import check_meta_gradient
 
 GEOMETRY = [  # kernel, stride, padding, height, width
     (1, 1, 0, 5, 4),

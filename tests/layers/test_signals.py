@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from maml_cuda import FusedMAML
-
-from ..conftest import check_meta_gradient
+from tests.conftest import check_meta_gradient
 
 WINDOWS = [  # kernel, stride, padding, length
     (1, 1, 0, 1),

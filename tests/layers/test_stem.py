@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maml_cuda import FusedMAML
-
-from ..conftest import assert_close
+from tests.conftest import assert_close
 
 SHAPES = [  # channels, height, width, filters, kernel, stride, padding
     (1, 6, 7, 5, 3, 2, 1),

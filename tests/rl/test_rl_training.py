@@ -19,7 +19,7 @@ from maml_cuda.rl.outer import OuterStep
 from maml_cuda.rl.report import finish, load_run, table
 from maml_cuda.rl.settings import RL_JOBS, RLSettings, new_rl_settings
 from maml_cuda.rl.training import RLTraining, make_policy, make_rl_generator
-from maml_cuda.train import resumed_settings
+from maml_cuda.train.loop import resumed_settings
 
 TINY = {
     "meta_batch": 2,

@@ -1,0 +1,161 @@
+"""The ops that have a backward: `attach`, `adapt` and `predict`.
+
+One node each, whose backward is one op of ops.py and can be differentiated no further: no graph of the inner loop ever
+exists.
+
+    attach     a meta-step's loss again, with the flat gradient of meta_gradient as its backward
+    adapt      adapt_forward, whose backward is one Hessian-vector product a step
+    predict    predict_forward
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maml_cuda.engine.ops import LIBRARY, TargetList
+from maml_cuda.engine.problem import cut, parsed
+
+
+class _Once(torch.autograd.Function):
+    """Passes gradients on and ties them to the inputs they depend on, so that a second backward raises instead of
+    losing its terms."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, what: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.what = what
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(f"the gradient of {ctx.what} cannot be differentiated again {_WHY[ctx.what]}")
+
+
+_WHY = {
+    "a meta-gradient": '(that is third order in the model); backend="reference" with a hand-written loop can',
+    "adapt": '(that is third order in the model); that of backend="reference" can',
+    "predict": "(that is second order in the model); hvp gives products with the Hessian of the loss, and the gradient "
+    'of predict with backend="reference" can be differentiated',
+}
+
+
+def once(what: str, grads: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The gradients, differentiable in name only where autograd records this backward (create_graph=True)."""
+    if not torch.is_grad_enabled():
+        return grads
+    return list(_Once.apply(len(grads), what, *grads, *inputs))
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, flat: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(flat)
+        ctx.inputs = inputs  # for shapes and for once; not their values, which a step may have changed since
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (flat,) = ctx.saved_tensors
+        grads = cut(flat.mul(grad), ctx.inputs)
+        return (None, None, *once("a meta-gradient", grads, [grad, *ctx.inputs]))
+
+
+LIBRARY.define("attach(Tensor loss, Tensor flat, Tensor[] inputs) -> Tensor")
+
+
+def _attach(loss: Tensor, flat: Tensor, inputs: list[Tensor]) -> Tensor:
+    """`loss`, whose gradient by the concatenation of `inputs` is `flat`."""
+    return _Attach.apply(loss, flat, *inputs)
+
+
+LIBRARY.impl("attach", _attach, "CompositeImplicitAutograd")
+
+
+def _saved(t: Tensor | None) -> Tensor | None:
+    """t as autograd saves it: data made in inference mode as a copy."""
+    return t.clone() if t is not None and t.is_inference() else t
+
+
+class _Adapt(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: str,
+        steps: int,
+        first_order: bool,
+        parameters: int,
+        x: Tensor,
+        y: TargetList,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.call = plan, steps, first_order, parameters
+        ctx.fields = len(y)
+        ctx.save_for_backward(*map(_saved, (x, *y, *tensors)))
+        fast, support_losses = torch.ops.maml_cuda.adapt_forward(
+            tensors[:parameters], tensors[parameters:], x, y, plan, steps
+        )
+        ctx.mark_non_differentiable(support_losses)
+        return (*fast, support_losses)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        plan, steps, first_order, count = ctx.call
+        x, *tensors = ctx.saved_tensors
+        y, tensors = tensors[: ctx.fields], tensors[ctx.fields :]
+        flat = torch.ops.maml_cuda.adapt_backward(
+            tensors[:count], tensors[count:], x, y, list(cotangents[:-1]), plan, steps, first_order
+        )
+        described = parsed(plan)
+        has_gradient = [p["role"] != "frozen" for p in described["parameters"]]
+        has_gradient += [r["learned"] for r in described["rate_tensors"]]
+        wanted = [t for t, yes in zip(tensors, has_gradient, strict=True) if yes]
+        grads = iter(once("adapt", cut(flat, wanted), [*cotangents[:-1], *wanted]))
+        return (None,) * 6 + tuple(next(grads) if yes else None for yes in has_gradient)
+
+
+LIBRARY.define(
+    "adapt(Tensor[] parameters, Tensor[] rates, Tensor x, Tensor?[] y, str plan, int steps, bool first_order) "
+    "-> (Tensor[], Tensor)"
+)
+
+
+def _adapt(
+    parameters: list[Tensor],
+    rates: list[Tensor],
+    x: Tensor,
+    y: TargetList,
+    plan: str,
+    steps: int,
+    first_order: bool,
+) -> tuple[list[Tensor], Tensor]:
+    *fast, support_losses = _Adapt.apply(plan, steps, first_order, len(parameters), x, y, *parameters, *rates)
+    return fast, support_losses
+
+
+LIBRARY.impl("adapt", _adapt, "CompositeImplicitAutograd")
+
+
+class _Predict(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: str, x: Tensor, *fast: Tensor) -> Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(*map(_saved, (x, *fast)))
+        return torch.ops.maml_cuda.predict_forward(fast, x, plan)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        x, *fast = ctx.saved_tensors
+        grads = torch.ops.maml_cuda.predict_backward(fast, x, cotangent, ctx.plan)
+        return (None, None, *once("predict", grads, [cotangent, *fast]))
+
+
+LIBRARY.define("predict(Tensor[] fast, Tensor x, str plan) -> Tensor")
+
+
+def _predict(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
+    return _Predict.apply(plan, x, *fast)
+
+
+LIBRARY.impl("predict", _predict, "CompositeImplicitAutograd")

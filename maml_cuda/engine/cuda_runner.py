@@ -1,0 +1,113 @@
+"""Calls on a CUDA device: the workspace, and CUDA graphs of the calls that repeat."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maml_cuda import _core
+
+OLDEST = (8, 0)  # compute capability
+MOST_GRAPHS = 64  # kept for one problem and device: one for each number of tasks and stream
+
+
+def why_not(device: torch.device) -> str:
+    """The sentence why no fused layer runs on this device, or nothing."""
+    if device.type == "cpu":
+        return ""
+    if device.type != "cuda":
+        return f"maml_cuda has no fused layers for {device.type}"
+    if _core.cuda is None:
+        return "this build of maml_cuda has no CUDA kernels (built without nvcc: MAML_CUDA_BUILD=cuda asks for them)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        return f"{device} has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0 or newer"
+    return ""
+
+
+def backend_of(device: torch.device) -> str:
+    """The backend that serves a device: "cpu" or "cuda"."""
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
+def has_precisions(device: torch.device) -> bool:
+    """Whether products of float32 may be computed in another precision there."""
+    return device.type != "cpu"
+
+
+def stream_of(device: torch.device) -> int:
+    """torch's current stream, as an address."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def is_capturing() -> bool:
+    """Whether the caller is recording a CUDA graph of their own."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+class Runner:
+    """A problem on one device. Everything is enqueued on torch's current stream; nothing waits for the device."""
+
+    def __init__(self, core: Any, problem: Any, device: torch.device) -> None:
+        self._make_call = core.Call
+        self._core = core.CudaRunner(problem, device.index or 0)
+        self._graphs: OrderedDict[tuple[int, int, int], tuple[Any, Tensor] | None] = OrderedDict()
+        self._workspaces: dict[tuple[int, int], int] = {}
+
+    @property
+    def executor(self) -> str:
+        """ "megakernel" or "batched"."""
+        return self._core.executor
+
+    def workspace(self, tasks: int, at_once: int) -> int:
+        """Elements of workspace that a call takes."""
+        size = self._workspaces.get((tasks, at_once))
+        if size is None:
+            size = self._workspaces[tasks, at_once] = self._core.workspace(tasks, at_once)
+        return size
+
+    def run(self, like: Tensor, tasks: int, at_once: int, graphs: bool, *tensors: Any, **more: Any) -> None:
+        """Enqueues a call; `graphs`: from its second time on, as the replay of a CUDA graph."""
+        workspace = self._allocate(like, tasks, at_once)
+        call = self._make_call(tasks, at_once, workspace, *tensors, **more)
+        stream = stream_of(like.device)
+        if not graphs or is_capturing() or self.executor == "megakernel":
+            self._core.run(call, stream)
+            return
+        key = (stream, tasks, at_once)
+        if key not in self._graphs:  # the first call runs as it is: kernels are loaded, and a shape may come only once
+            self._core.run(call, stream)
+            self._keep(key, None)
+            return
+        kept = self._graphs[key]
+        if kept is None:
+            table = like.new_empty(self._core.table_bytes(call), dtype=torch.uint8)
+            kept = (self._core.capture(call, table.data_ptr()), table)
+        self._keep(key, kept)
+        self._core.run_graph(call, kept[0], stream)
+
+    def _keep(self, key: tuple[int, int, int], graph: tuple[Any, Tensor] | None) -> None:
+        self._graphs[key] = graph
+        self._graphs.move_to_end(key)
+        if len(self._graphs) > MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+
+    def _allocate(self, like: Tensor, tasks: int, at_once: int) -> Tensor:
+        size = self.workspace(tasks, at_once)
+        try:
+            return like.new_empty(size)
+        except torch.OutOfMemoryError as error:
+            at_once = min(at_once, tasks)
+            smaller = max(1, at_once // 4)
+            raise torch.OutOfMemoryError(
+                f"maml_cuda wants {_megabytes(size, like)} of workspace on {like.device} for {at_once} tasks at once "
+                f"(activations, tangents and parameters of every inner step); task_chunk={smaller} would take "
+                f"{_megabytes(self.workspace(tasks, smaller), like)}"
+            ) from error
+
+
+def _megabytes(elements: int, like: Tensor) -> str:
+    return f"{elements * like.element_size() / 2**20:.0f} MB"

@@ -1,0 +1,332 @@
+"""Every check of what a call is given, and of what the model returns for it: what, expected, got."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maml_cuda import pytrees
+from maml_cuda.pytrees import Tree
+from maml_cuda.targets import POLICY_LOSSES, PolicyTarget, Target
+
+OF_CLASSES = ("cross_entropy", "categorical_policy_gradient")  # whose targets are classes in [0, C)
+
+
+def data(
+    x_name: str, x: Tree, y_name: str | None, y: Any, like: Tensor, dtypes: Collection[torch.dtype],
+    loss: str | Callable, fused: bool,
+) -> None:  # fmt: skip
+    """One set, for a model whose trainable parameters are like `like`, and all of them of `dtypes`: x
+    [tasks, samples, ...] or a pytree of tensors [tasks, ...], and its y. fused: a plan is there, which takes one tensor
+    in the dtype of `like`."""
+    fused = fused and isinstance(x, Tensor)
+    dtypes = {like.dtype} if fused else dtypes
+    leaves = _leaves(x_name, x)
+    if isinstance(x, Tensor):
+        _has_axes(x_name, x, y_name, y)
+    for name, leaf in leaves:
+        if leaf.device != like.device:
+            raise ValueError(f"{name} must be on the model's device {like.device}, got {leaf.device}")
+        dtype = leaf.dtype if fused else leaf.dtype.to_real()
+        if dtype not in dtypes and (fused or dtype.is_floating_point):
+            raise _of_another_dtype(name, leaf, dtypes)
+        if fused:
+            _constant(name, leaf, fused)
+    if y_name is not None:
+        _fits(y_name, y, x_name, x, like, dtypes, loss, fused)
+
+
+def _of_another_dtype(name: str, t: Tensor, dtypes: Collection[torch.dtype]) -> TypeError:
+    return TypeError(f"{name} must have the model's dtype {' or '.join(sorted(map(str, dtypes)))}, got {t.dtype}")
+
+
+def one_tensor(x_name: str, x: Any, what: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{x_name} must be a tensor for {what}, got {type(x).__name__}")
+
+
+def _leaves(name: str, tree: Tree) -> list[tuple[str, Tensor]]:
+    """The tensors of a pytree by name, all of them of as many tasks; beside them it may hold None."""
+    if isinstance(tree, Tensor):
+        return [(name, tree)]
+    leaves = pytrees.named_leaves(name, tree)
+    found = [(where, leaf) for where, leaf in leaves if isinstance(leaf, Tensor)]
+    if not found:
+        raise TypeError(f"{name} must be a tensor or a pytree of tensors, got {type(tree).__name__}")
+    for where, leaf in leaves:
+        if leaf is not None and not isinstance(leaf, Tensor):
+            raise TypeError(f"{where} must be a tensor [tasks, ...], got {type(leaf).__name__}")
+    first, like = found[0]
+    for where, leaf in found:
+        if leaf.dim() == 0:
+            raise ValueError(f"{where} must have shape [tasks, ...], got []")
+        if len(leaf) == 0:
+            raise ValueError(f"{where} must have at least 1 task, got 0")
+        if len(leaf) != len(like):
+            raise ValueError(f"{where} must have {len(like)} tasks like {first}, got {len(leaf)}")
+    return found
+
+
+def _has_axes(x_name: str, x: Tensor, y_name: str | None, y: Any) -> None:
+    """x [tasks, samples, ...], neither of them none."""
+    if isinstance(y, Tensor) and y.dim() >= 2 and x.dim() and len(x) != len(y) and len(x) == y.shape[1]:
+        raise lacks_axis(x_name, x, f", without the axis of tasks of {y_name} {list(y.shape)}")
+    if x.dim() < 2:
+        raise lacks_axis(x_name, x)
+    if x.shape[0] == 0:
+        raise ValueError(f"{x_name} must have at least 1 task, got 0")
+    if x.shape[1] == 0:
+        raise ValueError(f"{x_name} must have at least 1 sample a task, got 0")
+
+
+def lacks_axis(x_name: str, x: Tensor, why: str = "") -> ValueError:
+    return ValueError(
+        f"{x_name} must have shape [tasks, samples, ...], got {list(x.shape)}{why}: {x_name}.unsqueeze(0) makes it one "
+        f"task, {x_name}.unsqueeze(-1) gives samples that are single numbers an axis"
+    )
+
+
+def _fits(
+    y_name: str, y: Any, x_name: str, x: Tree, like: Tensor, dtypes: Collection[torch.dtype], loss: str | Callable,
+    fused: bool,
+) -> None:  # fmt: skip
+    """The target is what the loss takes, for these x."""
+    if loss in POLICY_LOSSES:
+        if not isinstance(y, PolicyTarget):
+            raise TypeError(f"{y_name} must be a PolicyTarget for {loss}, got {type(y).__name__}")
+        for field, value in zip(PolicyTarget._fields, y, strict=True):
+            if value is not None or field not in PolicyTarget._field_defaults:
+                _field_fits(f"{y_name}.{field}", value, x_name, x, like, str(loss), fused)
+            if not isinstance(x, Tensor):  # a pytree does not tell its samples, but the actions do
+                x_name, x = f"{y_name}.actions", y.actions
+        return
+    if isinstance(loss, str) and not isinstance(y, Tensor):
+        raise TypeError(f"{y_name} must be a tensor for {loss}, got {type(y).__name__}")
+    for name, leaf in _leaves(y_name, y):
+        _belongs_to(name, leaf, x_name, x, alone=isinstance(y, Tensor))
+    if loss == "cross_entropy":
+        if y.dtype != torch.int64:
+            raise TypeError(f"{y_name} must hold int64 labels for cross_entropy, got {y.dtype}")
+        if y.dim() != 2:
+            raise ValueError(f"{y_name} must have shape [tasks, samples], got {list(y.shape)}")
+    elif loss == "mse":
+        if y.dtype not in dtypes:
+            raise _of_another_dtype(y_name, y, dtypes)
+        _constant(y_name, y, fused)
+
+
+def _field_fits(name: str, value: Any, x_name: str, x: Tree, like: Tensor, loss: str, fused: bool) -> None:
+    """A field of a policy-gradient loss's target."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    _belongs_to(name, value, x_name, x)
+    actions = name.endswith(".actions")
+    dtype, rank = (torch.int64, 2) if actions and loss in OF_CLASSES else (like.dtype, 3 if actions else 2)
+    if value.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype} for {loss}, got {value.dtype}")
+    if value.dim() != rank:
+        form = "[tasks, samples, action]" if rank == 3 else "[tasks, samples]"
+        raise ValueError(f"{name} must have shape {form} for {loss}, got {list(value.shape)}")
+    _constant(name, value, fused)
+
+
+def _belongs_to(y_name: str, y: Tensor, x_name: str, x: Tree, alone: bool = True) -> None:
+    """y [tasks, ...] stands where x does, and has its tasks; and where both are tensors, not parts of pytrees, its
+    samples."""
+    like = pytrees.tensors(x)[0]
+    if y.device != like.device:
+        raise ValueError(f"{y_name} must be on the device of {x_name}, {like.device}, got {y.device}")
+    if y.dim() == 0 or len(y) != len(like):
+        got = len(y) if y.dim() else "a scalar"
+        raise ValueError(f"{y_name} must have {len(like)} tasks like {x_name}, got {got}")
+    if not alone or not isinstance(x, Tensor) or y.shape[1:2] == x.shape[1:2]:
+        return
+    raise ValueError(
+        f"{y_name} must have {x.shape[1]} samples a task like {x_name}, got {y.shape[1] if y.dim() > 1 else 'none'}; "
+        f"if these are {len(y)} samples of one task, the axis of tasks is missing: {x_name}.unsqueeze(0), "
+        f"{y_name}.unsqueeze(0)"
+    )
+
+
+def _constant(name: str, y: Tensor, fused: bool) -> None:
+    if fused and y.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f'{name} must not require grad on the fused path, got requires_grad=True; backend="reference" takes it'
+        )
+
+
+def no_graph(method: str, **given: Any) -> None:
+    """Nothing requires grad of what a method is given whose results are detached."""
+    for name, tree in given.items():
+        if torch.is_grad_enabled() and any(t.requires_grad for t in pytrees.tensors(tree)):
+            raise ValueError(
+                f"{name} must not require grad in {method}, whose results are detached, got requires_grad=True: detach "
+                "it, or differentiate a loss of predict(fast, x), which has a graph"
+            )
+
+
+def same_tasks(x_spt: Tree, x_qry: Tree) -> None:
+    """The two sets of an episode fit each other."""
+    tasks, got = pytrees.tasks(x_spt), pytrees.tasks(x_qry)
+    if got != tasks:
+        raise ValueError(f"x_qry must have {tasks} tasks like x_spt, got {got}")
+
+
+def other_samples(x_spt: Tensor, x_qry: Tensor, why: str) -> ValueError:
+    """Of a model that does not take both."""
+    return ValueError(
+        f"x_qry must have samples of shape {list(x_spt.shape[2:])} like x_spt, or of another one that the model takes, "
+        f"got {list(x_qry.shape[2:])}: {why}"
+    )
+
+
+def query_sample_weights(weights: Any, x_qry: Tensor, like: Tensor) -> None:
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a tensor, got {type(weights).__name__}")
+    if weights.shape != x_qry.shape[:2]:
+        raise ValueError(
+            f"weights must have shape {list(x_qry.shape[:2])}, one a query sample, got {list(weights.shape)}"
+        )
+    _is_like("weights", weights, like)
+
+
+def direction(parameters: Mapping[str, Tensor], v: Any) -> None:
+    """One tensor of its shape for each trainable parameter."""
+    if not isinstance(v, Mapping):
+        raise TypeError(f"v must be a mapping from parameter names to tensors, got {type(v).__name__}")
+    if v.keys() != parameters.keys():
+        missing = ", ".join(n for n in parameters if n not in v)
+        unknown = ", ".join(str(n) for n in v if n not in parameters)
+        got = " and ".join(([f"none for {missing}"] if missing else []) + ([f"unknown {unknown}"] if unknown else []))
+        raise ValueError(f"v must hold exactly the trainable parameters, got {got}")
+    for name, p in parameters.items():
+        t = v[name]
+        if not isinstance(t, Tensor) or t.shape != p.shape:
+            form = list(t.shape) if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(f"v[{name!r}] must have shape {list(p.shape)}, got {form}")
+        if t.dtype != p.dtype or t.device != p.device:
+            raise TypeError(f"v[{name!r}] must be {p.dtype} on {p.device}, got {t.dtype} on {t.device}")
+
+
+def task_weights(weights: Any, tasks: int, like: Tensor) -> None:
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"task_weights must be a tensor, got {type(weights).__name__}")
+    if tuple(weights.shape) != (tasks,):
+        raise ValueError(f"task_weights must have shape [{tasks}], one a task, got {list(weights.shape)}")
+    _is_like("task_weights", weights, like)
+    if weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError("task_weights must not require grad, got requires_grad=True")
+
+
+def _is_like(name: str, weights: Tensor, like: Tensor) -> None:
+    if weights.dtype != like.dtype or weights.device != like.device:
+        raise TypeError(
+            f"{name} must be {like.dtype} on {like.device} like the model, got {weights.dtype} on {weights.device}"
+        )
+
+
+def target_values(name: str, y: Target, classes: int | None) -> None:
+    """Labels or actions [tasks, samples] in [0, classes), weights that make a mean: where nobody else looks at them."""
+    if not isinstance(y, Tensor):
+        if y.weights is not None:
+            sample_weights(f"{name}.weights", y.weights)
+        name, y = f"{name}.actions", y.actions
+    if classes is None:
+        return
+    wrong = ((y < 0) | (y >= classes)).nonzero()
+    if len(wrong):
+        task, sample = wrong[0].tolist()
+        what = "actions" if name.endswith(".actions") else "labels"
+        raise ValueError(
+            f"{name} must hold {what} in [0, {classes}), got {int(y[task, sample])} (task {task}, sample {sample})"
+        )
+
+
+def sample_weights(name: str, weights: Tensor) -> None:
+    """Weights [tasks, samples] of means over the samples of each task."""
+    wrong = (~(weights >= 0) | weights.isinf()).nonzero()
+    if len(wrong):
+        task, sample = wrong[0].tolist()
+        got = weights[task, sample].item()
+        raise ValueError(f"{name} must be finite and at least 0, got {got} (task {task}, sample {sample})")
+    empty = (weights.sum(1) == 0).nonzero()
+    if len(empty):
+        raise ValueError(f"{name} must have a positive sum in every task, got 0 in task {int(empty[0])}")
+
+
+def prediction(loss: str, value: Any) -> None:
+    """What the model returns is what the loss takes."""
+    if loss == "gaussian_policy_gradient":
+        form = isinstance(value, tuple) and len(value) == 2 and all(isinstance(t, Tensor) for t in value)
+        if not form:
+            raise ValueError(f"the model must return (mean, log_std) for {loss}, got {_described(value)}")
+        mean, log_std = value
+        if mean.dim() != 2 or tuple(log_std.shape) not in (tuple(mean.shape), tuple(mean.shape[1:])):
+            raise ValueError(
+                f"the model must return mean [n, action] and log_std [action] or [n, action] for {loss}, "
+                f"got {list(mean.shape)} and {list(log_std.shape)}"
+            )
+    elif not isinstance(value, Tensor):
+        raise ValueError(
+            f"the model must return one tensor for {loss}, got {_described(value)}; (mean, log_std) goes with "
+            "gaussian_policy_gradient"
+        )
+    elif value.is_complex():
+        raise TypeError(f"the model must return real numbers for {loss}, got {value.dtype}")
+    elif loss in OF_CLASSES and value.dim() != 2:
+        raise ValueError(f"the model must return logits [n, classes] for {loss}, got {list(value.shape)}")
+
+
+def returns_policy(loss: str, pair: bool) -> None:
+    """The same of a model that is known to return (mean, log_std), or one tensor."""
+    if pair != (loss == "gaussian_policy_gradient"):
+        prediction(loss, (None, None) if pair else torch.empty(0))
+
+
+def _described(value: Any) -> str:
+    return f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
+
+
+def target(name: str, loss: str, y: Target, shape: tuple[int, ...]) -> None:
+    """The target fits a task's prediction (or mean) of this shape, samples first: no broadcasting."""
+    if isinstance(y, PolicyTarget):
+        name, y = f"{name}.actions", y.actions
+    if loss in OF_CLASSES:
+        if y.shape[1] != shape[0]:
+            raise ValueError(
+                f"{name} must have {shape[0]} samples a task like the prediction for {loss}, got {y.shape[1]}"
+            )
+    elif tuple(y.shape[1:]) != shape:
+        expected = [len(y), *shape]
+        what = "prediction" if loss == "mse" else "mean"
+        raise ValueError(f"{name} must have the {what}'s shape {expected} for {loss}, got {list(y.shape)}")
+
+
+def fast(parameters: Mapping[str, Tensor], given: Any, tasks: int, what: str, all_names: bool) -> None:
+    """Per-task tensors by name: [tasks, *shape] of each parameter."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what} must be a mapping from parameter names to tensors, got {type(given).__name__}")
+    unknown = [name for name in given if name not in parameters]
+    missing = [name for name in parameters if name not in given] if all_names else []
+    if unknown or missing:
+        raise ValueError(
+            f"{what} must hold {'exactly' if all_names else 'only'} the model's parameters, got "
+            + " and ".join(
+                ([f"unknown {', '.join(map(str, unknown))}"] if unknown else [])
+                + ([f"none for {', '.join(missing)}"] if missing else [])
+            )
+        )
+    for name, value in given.items():
+        p = parameters[name]
+        if not isinstance(value, Tensor) or tuple(value.shape) != (tasks, *p.shape):
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            if all_names and isinstance(value, Tensor) and value.dim() == p.dim() + 1 and value.shape[1:] == p.shape:
+                raise ValueError(
+                    f"x must have {len(value)} tasks like {what}, got {tasks}; samples of one task are x.unsqueeze(0)"
+                )
+            raise ValueError(f"{what}[{name!r}] must have shape {[tasks, *p.shape]}, got {got}")
+        if value.dtype != p.dtype or value.device != p.device:
+            raise TypeError(f"{what}[{name!r}] must be {p.dtype} on {p.device}, got {value.dtype} on {value.device}")

@@ -1,0 +1,230 @@
+"""The general path of FusedMAML: reference.py behind the checks that the fused ops make themselves.
+
+Every call here runs outside autocast (the model's own dtype, as on the fused path), outside inference mode (the inner
+loop needs gradients) and outside torch.compile, with compiled parts of the model run uncompiled (double backward cannot
+be compiled).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from maml_cuda import pytrees, reference, targets
+from maml_cuda.batch_norm import at_step
+from maml_cuda.engine import data_checks
+from maml_cuda.functional import Functional
+from maml_cuda.losses import Loss, loss_function, objective
+from maml_cuda.policies import mean_of
+from maml_cuda.pytrees import Tree
+from maml_cuda.rates import Rate
+from maml_cuda.targets import Target
+from maml_cuda.torch_wrappers import uncompiled
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _apart(call: Callable[P, R]) -> Callable[P, R]:
+    @wraps(call)
+    def apart(*args: P.args, **kwargs: P.kwargs) -> R:
+        gradients = torch.is_grad_enabled()
+        with ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(uncompiled())
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.set_grad_enabled(gradients))
+            return call(*map(_plain, args), **{name: _plain(a) for name, a in kwargs.items()})  # type: ignore[arg-type]
+
+    return torch.compiler.disable(apart)  # type: ignore[return-value]
+
+
+def _plain(argument: Any) -> Any:
+    """Its inference tensors as ordinary ones; everything else as it is."""
+    return pytrees.mapped(lambda t: t.clone() if t.is_inference() else t, argument)
+
+
+@_apart
+def meta_step(
+    model: nn.Module,
+    loss: Loss,
+    rates: Mapping[str, Rate],
+    parameters: Iterable[Tensor],
+    x_spt: Tree,
+    y_spt: Target,
+    x_qry: Tree,
+    y_qry: Target,
+    steps: int,
+    first_order: bool,
+    task_weights: Tensor | None,
+    query_weights: Sequence[float] | None,
+) -> tuple[Tensor, Tensor, Tree | None, Tensor, list[tuple[Tensor, Tensor]]]:
+    """loss, task_losses, predictions (None where they cannot be stacked), support_losses, and (tensor, gradient) of
+    each of `parameters` and of the data that requires grad and reaches the loss; none where gradients are off."""
+    _check_query_samples(model, x_spt, x_qry)
+    _check_target(model, loss, None, x_spt, "y_spt", y_spt)
+    _check_target(model, loss, None, x_qry, "y_qry", y_qry)
+    data = pytrees.tensors((x_spt, y_spt, x_qry, y_qry))
+    given = {id(t): t for t in (*parameters, *data)}  # one tensor may be support and query
+    wanted = [t for t in given.values() if t.requires_grad and torch.is_grad_enabled()]
+    tasks = pytrees.tasks(x_spt)
+    weights = [1 / tasks] * tasks if task_weights is None else list(task_weights)
+    function = Functional(model)
+    criterion = objective(loss)
+    *outputs, gradients = reference.meta_step(
+        function, criterion, rates, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights,
+        query_weights,
+    )  # fmt: skip
+    _keep_buffers(function, criterion)
+    reached = [(t, g.detach()) for t, g in zip(wanted, gradients, strict=True) if g is not None]
+    return (*outputs, reached)  # type: ignore[return-value]
+
+
+@_apart
+def adapt(
+    model: nn.Module,
+    loss: Loss,
+    rates: Mapping[str, Rate],
+    x: Tree,
+    y: Target,
+    steps: int,
+    first_order: bool,
+    differentiable: bool,
+) -> dict[str, Tensor]:
+    """The adapted parameters, name -> [tasks, *shape]."""
+    _check_target(model, loss, None, x, "y_spt", y)
+    theta = {name: p.view_as(p) for name, p in model.named_parameters()}  # whose hooks see the outer gradient alone
+    function = Functional(model)
+    tasks = [
+        reference.inner_loop(
+            function,
+            loss_function(loss),
+            theta,
+            rates,
+            pytrees.of_task(x, t),
+            pytrees.of_task(y, t),
+            steps,
+            first_order,
+            differentiable,
+        )[0][-1]
+        for t in range(pytrees.tasks(x))
+    ]
+    if differentiable:
+        _keep_buffers(function)
+    adapted = {name: torch.stack([phi[name] for phi in tasks]) for name in rates}
+    return adapted if differentiable else {name: p.detach() for name, p in adapted.items()}
+
+
+@_apart
+def predict(model: nn.Module, fast: Mapping[str, Tensor], x: Tree, slot: int) -> Tree:
+    function = Functional(model)
+    differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in fast.values())
+    with at_step(model, slot), function.differentiable_twice() if differentiable else nullcontext():
+        predictions = [
+            function({n: p[t] for n, p in fast.items()}, pytrees.of_task(x, t)) for t in range(pytrees.tasks(x))
+        ]
+    return pytrees.stacked("the model's output", predictions)
+
+
+@_apart
+def loss_and_grad(
+    model: nn.Module, loss: Loss, fast: Mapping[str, Tensor], names: list[str], x: Tree, y: Target,
+    slot: int,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    _check_target(model, loss, fast, x, "y", y)
+    with at_step(model, slot):
+        return reference.loss_and_grad(Functional(model), loss_function(loss), fast, names, x, y)
+
+
+@_apart
+def hvp(
+    model: nn.Module,
+    loss: Loss,
+    fast: Mapping[str, Tensor],
+    names: list[str],
+    x: Tree,
+    y: Target,
+    v: Mapping[str, Tensor],
+    slot: int,
+) -> dict[str, Tensor]:
+    _check_target(model, loss, fast, x, "y", y)
+    with at_step(model, slot):
+        return reference.hvp(Functional(model), loss_function(loss), fast, names, x, y, v)
+
+
+@_apart
+def fisher_vector_product(
+    model: nn.Module,
+    loss: str,
+    rates: Mapping[str, Rate],
+    names: list[str],
+    x_spt: Tensor,
+    y_spt: Target,
+    x_qry: Tensor,
+    v: Mapping[str, Tensor],
+    weights: Tensor | None,
+    steps: int,
+    first_order: bool,
+) -> dict[str, Tensor]:
+    """By `names`."""
+    _check_target(model, loss, None, x_spt, "y_spt", y_spt)
+    if weights is None:
+        weights = x_qry.new_ones(x_qry.shape[:2])
+    data_checks.sample_weights("weights", weights)
+    return reference.fisher_vector_product(
+        Functional(model), loss_function(loss), rates, names, x_spt, y_spt, x_qry, v, targets.shares(weights), steps,
+        first_order,
+    )  # fmt: skip
+
+
+def _keep_buffers(*called: Callable[..., Any]) -> None:
+    """After a training step, which is what has gradients on."""
+    for each in called:
+        if isinstance(each, Functional) and torch.is_grad_enabled():
+            each.keep_buffers()
+
+
+def _check_target(
+    model: nn.Module, loss: Loss, fast: Mapping[str, Tensor] | None, x: Tree, y_name: str, y: Target
+) -> None:
+    """What the model returns, and that the target fits it, against one forward of the first task that draws no random
+    number."""
+    if not isinstance(loss, str):
+        return
+    parameters = dict(model.named_parameters()) if fast is None else {n: p[0] for n, p in fast.items()}
+    prediction = _first(model, parameters, pytrees.of_task(x, 0))
+    data_checks.prediction(loss, prediction)
+    data_checks.target(y_name, loss, y, tuple(mean_of(prediction).shape))
+    data_checks.target_values(y_name, y, mean_of(prediction).shape[-1] if loss in data_checks.OF_CLASSES else None)
+
+
+@_apart
+def check_numbers(model: nn.Module, x_name: str, x: Tensor) -> None:
+    """Numbers x [tasks, samples] may be samples [samples, features] whose axis of tasks was forgotten: a model that is
+    meant for numbers takes one more of them."""
+    try:
+        _first(model, dict(model.named_parameters()), torch.cat([x[0], x[0, :1]]))
+    except Exception as error:
+        raise data_checks.lacks_axis(x_name, x, f"; the model does not take {x.shape[1] + 1} numbers") from error
+
+
+def _check_query_samples(model: nn.Module, x_spt: Tree, x_qry: Tree) -> None:
+    """Query samples of another shape than the support samples are for a model that takes both."""
+    if isinstance(x_spt, Tensor) and isinstance(x_qry, Tensor) and x_spt.shape[2:] != x_qry.shape[2:]:
+        try:
+            _first(model, dict(model.named_parameters()), x_qry[0])
+        except Exception as error:
+            raise data_checks.other_samples(x_spt, x_qry, str(error)) from error
+
+
+def _first(model: nn.Module, parameters: Mapping[str, Tensor], x: Tree) -> Tree:
+    on = next(iter(parameters.values())).device
+    with torch.no_grad(), torch.random.fork_rng([on] if on.type == "cuda" else []):
+        return Functional(model)(parameters, x)

@@ -1,0 +1,85 @@
+"""Fisher-vector products through the inner loop, and what many of them on the same data share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from maml_cuda import targets
+from maml_cuda.engine import data_checks
+from maml_cuda.engine.problem import Problem, cut, dense, parsed, problem_of
+
+
+class FisherProducts:
+    """Products with one Fisher matrix, at the parameters as they are. Of as many tasks as fit in `memory` bytes,
+    whatever does not depend on v is kept from one product to the next, until a tensor changes in place; no bit depends
+    on it.
+
+    Args: as the op fisher_vector_product. The core must run on the CPU where memory is not 0.
+    """
+
+    def __init__(
+        self, parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: list[Tensor | None], x_qry: Tensor,
+        weights: Tensor | None, plan: str, steps: int, first_order: bool, memory: int = 0,
+    ) -> None:  # fmt: skip
+        tasks, n_support, *sample = x_spt.shape
+
+        def problem(operation: str) -> Problem:
+            double = x_spt.dtype == torch.float64
+            return problem_of(plan, operation, tuple(sample), n_support, x_qry.shape[1], steps, first_order, double)
+
+        self.problem, self.kept = problem("fisher"), 0
+        if memory and not self.problem.core.in_lanes:  # where several tasks at a time are worth more
+            keeping = problem("kept_fisher")
+            self.kept = min(tasks, memory // (keeping.core.task_size * x_spt.element_size()))
+            if self.kept:
+                self.problem = keeping
+        self.state = x_spt.new_empty(self.kept * self.problem.core.task_size)
+        self.given = parameters, rates, x_spt, y_spt, x_qry, weights
+        self.frozen = [p["role"] == "frozen" for p in parsed(plan)["parameters"]]
+        self.versions: list[int] | None = None
+        self.read: tuple[list[Tensor], list[Tensor], list[Tensor | None], list[Tensor | None]]
+
+    def __call__(self, v: list[Tensor]) -> list[Tensor]:
+        """v: of each trainable parameter, in order."""
+        _, _, x_spt, _, _, _ = self.given
+        versions = self._versions()
+        prepared = versions is not None and versions == self.versions
+        if not prepared:
+            self._prepare()
+        parameters, rates, support, query = self.read
+        v = dense(v)
+        products = [t.new_empty(t.shape) for t in v]
+        flat = x_spt.new_empty(sum(t.numel() for t in v))
+        rest = iter(v)
+        given = [None if frozen else next(rest) for frozen in self.frozen]
+        state = {"state": self.state, "kept": self.kept, "prepared": prepared} if self.kept else {}
+        self.problem.run(
+            x_spt, x_spt.shape[0], parameters, rates, support, query, gradient=flat,
+            given=given, given_strides=[0] * len(given),  # one for all tasks
+            **state,
+        )  # fmt: skip
+        self.versions = versions
+        for product, part in zip(products, cut(flat, v), strict=True):
+            product.copy_(part)
+        return products
+
+    def _prepare(self) -> None:
+        """What the core reads.
+
+        Raises:
+            ValueError: a target or weight that it must not be.
+        """
+        parameters, rates, x_spt, y_spt, x_qry, weights = self.given
+        if weights is not None and self.problem.backend == "cpu":
+            data_checks.sample_weights("weights", weights)
+        scale = x_qry.new_ones(x_qry.shape[:2]) if weights is None else weights
+        support = self.problem.data("y_spt", x_spt, y_spt)
+        query: list[Tensor | None] = [x_qry.contiguous(), None, targets.shares(scale), None]
+        self.read = dense(parameters), dense(rates), support, query
+
+    def _versions(self) -> list[int] | None:
+        """How often each tensor has changed; None: they do not tell."""
+        parameters, rates, x_spt, y_spt, x_qry, weights = self.given
+        tensors = [t for t in (*parameters, *rates, x_spt, *y_spt, x_qry, weights) if t is not None]
+        return None if any(t.is_inference() for t in tensors) else [t._version for t in tensors]

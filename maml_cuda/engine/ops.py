@@ -1,0 +1,296 @@
+"""The fused calls as torch.library ops: schemas, implementations, fake kernels.
+
+An op is a pure function of its tensors and of `plan`, the JSON text of a plan, so that a compiled or exported program
+needs nothing else. The ops here compute and have no autograd of their own; autograd.py has those that do.
+
+    meta_gradient   loss, task losses, logits, support losses, the flat gradient of parameters and learned rates
+    adapt_forward, adapt_backward    the adapted parameters of every task, and the support losses
+    fisher_vector_product    of the adapted policies, through the inner loop
+    inner_step, predict_forward, predict_backward, loss_and_grad, hvp    at parameters that are each task's own
+
+A target is a list: one tensor, or the four fields of a PolicyTarget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from maml_cuda.engine.fisher import FisherProducts
+from maml_cuda.engine.problem import (
+    Problem,
+    adapted,
+    dense,
+    gradient_size,
+    meta_problem,
+    parsed,
+    prediction_shape,
+    problem_of,
+    spread,
+)
+
+TargetList = list[Tensor | None]
+
+LIBRARY = torch.library.Library("maml_cuda", "DEF")
+
+
+def _by_task(tensors: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """Per-task tensors [tasks, *shape], each task's part dense, and the strides from task to task (0: one for all)."""
+    parts = []
+    for t in tensors:
+        shared = t.stride(0) == 0 and t[0].is_contiguous()
+        parts.append(t if shared else t.contiguous())
+    return parts, [0 if t.stride(0) == 0 else t[0].numel() for t in parts]
+
+
+# -- meta_gradient -------------------------------------------------------------------------------------------
+
+LIBRARY.define(
+    "meta_gradient(Tensor[] parameters, Tensor[] rates, Tensor x_spt, Tensor?[] y_spt, Tensor x_qry, Tensor?[] y_qry, "
+    "Tensor? task_weights, str plan, int steps, bool first_order, bool gradient, Tensor? query_weights=None, "
+    "int[] query_steps=[]) "
+    "-> (Tensor loss, Tensor task_losses, Tensor logits, Tensor support_losses, Tensor gradient)"
+)
+
+
+def _meta_gradient(
+    parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: TargetList, x_qry: Tensor,
+    y_qry: TargetList, task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
+    query_weights: Tensor | None = None, query_steps: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    problem = meta_problem(plan, x_spt, x_qry, steps, first_order, gradient, query_steps)
+    support, query = problem.data("y_spt", x_spt, y_spt), problem.data("y_qry", x_qry, y_qry)
+    return meta_step(problem, parameters, rates, support, query, task_weights, query_weights, steps, gradient)
+
+
+def meta_step(
+    problem: Problem, parameters: list[Tensor], rates: list[Tensor], support: list[Tensor | None],
+    query: list[Tensor | None], task_weights: Tensor | None, query_weights: Tensor | None, steps: int, gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The op meta_gradient, on data that have been checked."""
+    x_spt, x_qry = cast(Tensor, support[0]), cast(Tensor, query[0])
+    parameters, rates = dense(parameters), dense(rates)
+    tasks = x_spt.shape[0]
+    outputs = _meta_outputs(x_qry, tasks, problem.prediction, steps, problem.gradient_size if gradient else 0)
+    loss, task_losses, logits, support_losses, flat = outputs
+    if task_weights is not None:
+        task_weights = task_weights.contiguous()
+    problem.run(
+        x_spt, tasks, parameters, rates, support, query, task_weights, query_weights,
+        [loss, task_losses, support_losses], logits, flat if gradient else None,
+    )  # fmt: skip
+    return outputs
+
+
+def _meta_outputs(
+    like: Tensor, tasks: int, prediction: tuple[int, ...], steps: int, gradient: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        like.new_empty(()),
+        like.new_empty(tasks),
+        like.new_empty((tasks, like.shape[1], *prediction)),
+        like.new_empty((tasks, steps)),
+        like.new_empty(gradient),
+    )
+
+
+def _meta_gradient_fake(
+    parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: TargetList, x_qry: Tensor,
+    y_qry: TargetList, task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
+    query_weights: Tensor | None = None, query_steps: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    prediction = prediction_shape(plan, x_qry)
+    return _meta_outputs(x_qry, x_qry.shape[0], prediction, steps, gradient_size(plan) if gradient else 0)
+
+
+# -- adapt ---------------------------------------------------------------------------------------------------
+
+LIBRARY.define(
+    "adapt_forward(Tensor[] parameters, Tensor[] rates, Tensor x, Tensor?[] y, str plan, int steps) "
+    "-> (Tensor[], Tensor)"
+)
+LIBRARY.define(
+    "adapt_backward(Tensor[] parameters, Tensor[] rates, Tensor x, Tensor?[] y, Tensor[] cotangents, str plan, "
+    "int steps, bool first_order) -> Tensor"
+)
+
+
+def _adapt_forward(
+    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str, steps: int
+) -> tuple[list[Tensor], Tensor]:
+    tasks, n, *sample = x.shape
+    problem = problem_of(plan, "adapt", tuple(sample), n, 0, steps, True, x.dtype == torch.float64)
+    support = problem.data("y_spt", x, y)
+    parameters, rates = dense(parameters), dense(rates)
+    fast, support_losses = _adapt_fake(parameters, rates, x, y, plan, steps)
+    problem.run(x, tasks, parameters, rates, support, losses=[None, None, support_losses], per_task=spread(plan, fast))
+    return fast, support_losses
+
+
+def _adapt_fake(
+    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str, steps: int
+) -> tuple[list[Tensor], Tensor]:
+    tasks = x.shape[0]
+    fast = [p.new_empty((tasks, *p.shape)) for p in adapted(plan, parameters)]
+    return fast, x.new_empty((tasks, steps))
+
+
+def _adapt_backward(
+    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, cotangents: list[Tensor], plan: str,
+    steps: int, first_order: bool,
+) -> Tensor:  # fmt: skip
+    tasks, n, *sample = x.shape
+    problem = problem_of(plan, "adapt_backward", tuple(sample), n, 0, steps, first_order, x.dtype == torch.float64)
+    support = problem.data("y_spt", x, y)
+    parameters, rates = dense(parameters), dense(rates)
+    given, strides = _by_task(cotangents)
+    gradient = x.new_empty(gradient_size(plan))
+    spread_given = spread(plan, given)
+    rest = iter(strides)
+    problem.run(
+        x, tasks, parameters, rates, support, given=spread_given,
+        given_strides=[0 if t is None else next(rest) for t in spread_given], gradient=gradient,
+    )  # fmt: skip
+    return gradient
+
+
+def _adapt_backward_fake(
+    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, cotangents: list[Tensor], plan: str,
+    steps: int, first_order: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(gradient_size(plan))
+
+
+# -- fisher_vector_product -----------------------------------------------------------------------------------
+
+LIBRARY.define(
+    "fisher_vector_product(Tensor[] parameters, Tensor[] rates, Tensor x_spt, Tensor?[] y_spt, Tensor x_qry, "
+    "Tensor? weights, Tensor[] v, str plan, int steps, bool first_order) -> Tensor[]"
+)
+
+
+def _fisher_vector_product(
+    parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: TargetList, x_qry: Tensor,
+    weights: Tensor | None, v: list[Tensor], plan: str, steps: int, first_order: bool,
+) -> list[Tensor]:  # fmt: skip
+    return FisherProducts(parameters, rates, x_spt, y_spt, x_qry, weights, plan, steps, first_order)(v)
+
+
+def _fisher_vector_product_fake(
+    parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: TargetList, x_qry: Tensor,
+    weights: Tensor | None, v: list[Tensor], plan: str, steps: int, first_order: bool,
+) -> list[Tensor]:  # fmt: skip
+    return [t.new_empty(t.shape) for t in v]
+
+
+# -- at each task's own parameters ---------------------------------------------------------------------------
+
+LIBRARY.define("predict_forward(Tensor[] fast, Tensor x, str plan) -> Tensor")
+LIBRARY.define("predict_backward(Tensor[] fast, Tensor x, Tensor cotangent, str plan) -> Tensor[]")
+LIBRARY.define("loss_and_grad(Tensor[] fast, Tensor x, Tensor?[] y, str plan) -> (Tensor, Tensor[])")
+LIBRARY.define("hvp(Tensor[] fast, Tensor x, Tensor?[] y, Tensor[] v, str plan) -> Tensor[]")
+LIBRARY.define("inner_step(Tensor[] fast, Tensor[] rates, Tensor x, Tensor?[] y, str plan) -> Tensor[]")
+
+
+def _own(fast: list[Tensor]) -> dict[str, list]:
+    """The arguments of a run at per-task parameters."""
+    parts, strides = _by_task(fast)
+    return {"parameters": parts, "parameter_strides": strides}
+
+
+def _inner_step(fast: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str) -> list[Tensor]:
+    """What adapt_forward does, from where each task stands: its adapted parameters after one more step. Of the CPU's
+    executor, whose tasks may each have parameters of their own in any operation; the GPU's share them in an adapt."""
+    tasks, n, *sample = x.shape
+    problem = problem_of(plan, "adapt", tuple(sample), n, 0, 1, True, x.dtype == torch.float64)
+    if problem.backend != "cpu":
+        raise NotImplementedError("inner_step runs on a CPU alone")
+    support = problem.data("y_spt", x, y)
+    rates = dense(rates)
+    after = _inner_step_fake(fast, rates, x, y, plan)
+    problem.run(x, tasks, **_own(fast), rates=rates, support=support, per_task=spread(plan, after))
+    return after
+
+
+def _inner_step_fake(fast: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in adapted(plan, fast)]
+
+
+def _predict_forward(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
+    tasks, n, *sample = x.shape
+    problem = problem_of(plan, "predict", tuple(sample), 0, n, 0, False, x.dtype == torch.float64)
+    x = x.contiguous()
+    logits = x.new_empty((tasks, n, *problem.prediction))
+    problem.run(x, tasks, **_own(fast), query=[x, None, None, None], logits=logits)
+    return logits
+
+
+def _predict_fake(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], *prediction_shape(plan, x)))
+
+
+def _predict_backward(fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: str) -> list[Tensor]:
+    tasks, n, *sample = x.shape
+    problem = problem_of(plan, "predict_backward", tuple(sample), 0, n, 0, False, x.dtype == torch.float64)
+    x, cotangent = dense([x, cotangent])
+    grads = _like_fast(fast, plan)
+    problem.run(x, tasks, **_own(fast), query=[x, None, None, None], given=[cotangent], per_task=grads)
+    return grads
+
+
+def _like_fast(fast: list[Tensor], plan: str) -> list[Tensor]:
+    """Of a buffer nothing is computed."""
+    buffers = [p.get("buffer", False) for p in parsed(plan)["parameters"]]
+    return [t.new_empty(0 if buffer else t.shape) for t, buffer in zip(fast, buffers, strict=True)]
+
+
+def _predict_backward_fake(fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: str) -> list[Tensor]:
+    return _like_fast(fast, plan)
+
+
+def _loss_and_grad(fast: list[Tensor], x: Tensor, y: TargetList, plan: str) -> tuple[Tensor, list[Tensor]]:
+    tasks, n, *sample = x.shape
+    problem = problem_of(plan, "loss_and_grad", tuple(sample), n, 0, 0, False, x.dtype == torch.float64)
+    support = problem.data("y", x, y)
+    losses, grads = _loss_and_grad_fake(fast, x, y, plan)
+    problem.run(x, tasks, **_own(fast), support=support, losses=[None, losses, None], per_task=grads)
+    return losses, grads
+
+
+def _loss_and_grad_fake(fast: list[Tensor], x: Tensor, y: TargetList, plan: str) -> tuple[Tensor, list[Tensor]]:
+    return x.new_empty(x.shape[0]), _like_fast(fast, plan)
+
+
+def _hvp(fast: list[Tensor], x: Tensor, y: TargetList, v: list[Tensor], plan: str) -> list[Tensor]:
+    tasks, n, *sample = x.shape
+    problem = problem_of(plan, "hvp", tuple(sample), n, 0, 0, False, x.dtype == torch.float64)
+    support = problem.data("y", x, y)
+    directions, strides = _by_task(v)
+    products = _like_fast(fast, plan)
+    problem.run(x, tasks, **_own(fast), support=support, given=directions, given_strides=strides, per_task=products)
+    return products
+
+
+def _hvp_fake(fast: list[Tensor], x: Tensor, y: TargetList, v: list[Tensor], plan: str) -> list[Tensor]:
+    return _like_fast(fast, plan)
+
+
+for _name, _kernel, _fake in (
+    ("meta_gradient", _meta_gradient, _meta_gradient_fake),
+    ("fisher_vector_product", _fisher_vector_product, _fisher_vector_product_fake),
+    ("adapt_forward", _adapt_forward, _adapt_fake),
+    ("adapt_backward", _adapt_backward, _adapt_backward_fake),
+    ("inner_step", _inner_step, _inner_step_fake),
+    ("predict_forward", _predict_forward, _predict_fake),
+    ("predict_backward", _predict_backward, _predict_backward_fake),
+    ("loss_and_grad", _loss_and_grad, _loss_and_grad_fake),
+    ("hvp", _hvp, _hvp_fake),
+):
+    LIBRARY.impl(_name, _kernel, "CPU")
+    LIBRARY.impl(_name, _kernel, "CUDA")
+    # Their results never require grad: what is differentiable goes through the ops below.
+    LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"maml_cuda::{_name}", _fake, lib=LIBRARY)

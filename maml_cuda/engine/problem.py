@@ -1,0 +1,174 @@
+"""What follows from a plan and the signature of a call: the core's problem, its workspace, the shapes of its results.
+
+A plan is JSON text (binding.py writes it), so that it can be an argument of an op; whatever is derived from it is
+derived once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maml_cuda import _core, targets
+from maml_cuda.engine import cpu_workspace, cuda_runner, data_checks
+from maml_cuda.targets import POLICY_LOSSES, PolicyTarget, Target
+
+
+@lru_cache(maxsize=256)
+def parsed(text: str) -> dict[str, Any]:
+    return json.loads(text)
+
+
+class Problem:
+    """Everything that follows from the signature of a call."""
+
+    __slots__ = (
+        "at_once",
+        "backend",
+        "core",
+        "gradient_size",
+        "graphs",
+        "loss",
+        "prediction",
+        "runners",
+        "target",
+        "workspaces",
+    )
+
+    def __init__(
+        self, text: str, operation: str, sample: tuple[int, ...], n_support: int, n_query: int, steps: int,
+        first_order: bool, double: bool, query_steps: tuple[int, ...] = (),
+    ):  # fmt: skip
+        plan = parsed(text)
+        self.backend = plan.get("backend", "cpu")
+        self.core = _core.Problem(
+            plan, operation, list(sample), n_support, n_query, steps, first_order, double, self.backend,
+            list(query_steps),
+        )  # fmt: skip
+        self.prediction = tuple(self.core.prediction)
+        self.loss = plan["loss"]
+        halves = 2 if self.loss == "gaussian_policy_gradient" else 1  # mean and log_std beside each other
+        self.target = (*self.prediction[:-1], self.prediction[-1] // halves)  # shape of one sample's mean
+        self.gradient_size = gradient_size(text)
+        self.at_once = plan.get("task_chunk")
+        self.graphs = plan.get("cuda_graphs", True)
+        self.workspaces: dict[tuple[int, int], int] = {}  # of the CPU: (tasks, threads) -> elements
+        self.runners: dict[torch.device, cuda_runner.Runner] = {}
+
+    def run(self, like: Tensor, tasks: int, *tensors: Any, **more: Any) -> None:
+        """`tensors`, `more`: the arguments of _core.Call from the parameters on."""
+        if self.backend == "cuda":
+            self.runner(like.device).run(like, tasks, self.at_once or tasks, self.graphs, *tensors, **more)
+            return
+        threads = torch.get_num_threads()
+        size = self.workspaces.get((tasks, threads))
+        if size is None:
+            size = self.workspaces[tasks, threads] = self.core.workspace(tasks, threads)
+        memory = cpu_workspace.take(size * like.element_size())
+        self.core.run(_core.Call(tasks, threads, memory, *tensors, **more))
+        cpu_workspace.keep(memory)
+
+    def runner(self, on: torch.device) -> cuda_runner.Runner:
+        runner = self.runners.get(on)
+        if runner is None:
+            runner = self.runners[on] = cuda_runner.Runner(_core, self.core, on)
+        return runner
+
+    def workspace_bytes(self, like: Tensor, tasks: int) -> int:
+        if self.backend == "cuda":
+            elements = self.runner(like.device).workspace(tasks, self.at_once or tasks)
+        else:
+            elements = self.core.workspace(tasks, torch.get_num_threads())
+        return elements * like.element_size()
+
+    def data(self, name: str, x: Tensor, y: list[Tensor | None]) -> list[Tensor | None]:
+        """x and what its loss compares, dense: y, and of a policy what each sample counts and its old log-probability.
+
+        Raises:
+            ValueError: a target that does not fit the prediction.
+        """
+        y = [None if t is None else t.resolve_neg() for t in y]  # which the dispatcher leaves to us in a list
+        target: Target = PolicyTarget(*y) if self.loss in POLICY_LOSSES else y[0]  # type: ignore[arg-type,assignment]
+        data_checks.target(name, self.loss, target, (x.shape[1], *self.target))
+        if isinstance(target, Tensor):
+            return [x.contiguous(), target.contiguous(), None, None]
+        if self.backend == "cpu":
+            data_checks.target_values(name, target, None)  # the core looks at the actions
+        scale, old = targets.coefficients(target), target.old_log_probs
+        return [*dense([x, target.actions, scale]), None if old is None else old.contiguous()]
+
+
+# (plan, operation, sample, n_support, n_query, steps, first_order, double, query_steps)
+problem_of = lru_cache(maxsize=1024)(Problem)
+
+
+def why_not(plan: str, sample: tuple[int, ...], n_support: int, n_query: int, dtype: torch.dtype) -> str:
+    """The sentence why no fused layer fits samples of this shape, or nothing.
+
+    Raises:
+        ValueError: they do not fit a layer of the model.
+    """
+    try:
+        problem_of(plan, "meta_loss", tuple(sample), n_support, n_query, 0, True, dtype == torch.float64)
+    except _core.Unsupported as reason:
+        return str(reason)
+    return ""
+
+
+def meta_problem(
+    plan: str, x_spt: Tensor, x_qry: Tensor, steps: int, first_order: bool, gradient: bool,
+    query_steps: Sequence[int] = (),
+) -> Problem:  # fmt: skip
+    """Of a meta-step; with `gradient` its meta-gradient too."""
+    operation = "meta_gradient" if gradient else "meta_loss"
+    sample, double = tuple(x_spt.shape[2:]), x_spt.dtype == torch.float64
+    return problem_of(
+        plan, operation, sample, x_spt.shape[1], x_qry.shape[1], steps, first_order, double, tuple(query_steps)
+    )
+
+
+def prediction_shape(plan: str, x: Tensor) -> tuple[int, ...]:
+    """Of one sample of x [tasks, n, ...]."""
+    sample, n = tuple(int(d) for d in x.shape[2:]), int(x.shape[1])
+    return problem_of(plan, "predict", sample, 0, n, 0, False, x.dtype == torch.float64).prediction
+
+
+def gradient_size(plan: str) -> int:
+    """Elements of the flat gradient: of trainable parameters, then of learned rates."""
+    described = parsed(plan)
+    trainable = sum(p["size"] for p in described["parameters"] if p["role"] != "frozen")
+    return trainable + sum(r["size"] for r in described["rate_tensors"] if r["learned"])
+
+
+def adapted(plan: str, tensors: list[Tensor]) -> list[Tensor]:
+    return [t for t, p in zip(tensors, parsed(plan)["parameters"], strict=True) if p["role"] == "adapted"]
+
+
+def spread(plan: str, adapted: list[Tensor]) -> list[Tensor | None]:
+    """One entry a parameter: the adapted ones' tensors, None for the others."""
+    rest = iter(adapted)
+    return [next(rest) if p["role"] == "adapted" else None for p in parsed(plan)["parameters"]]
+
+
+def dense(tensors: list[Tensor]) -> list[Tensor]:
+    return [t if t.is_contiguous() else t.contiguous() for t in tensors]
+
+
+def joined(tensors: list[Tensor]) -> Tensor:
+    """One flat tensor of them all; of complex numbers both parts."""
+    return torch.cat([(torch.view_as_real(t) if t.is_complex() else t).reshape(-1) for t in tensors])
+
+
+def cut(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """`flat` as tensors shaped as `like`."""
+    parts = flat.split([math.prod(t.shape) * (2 if t.is_complex() else 1) for t in like])
+    return [
+        torch.complex(*part.view(*t.shape, 2).unbind(-1)) if t.is_complex() else part.view(t.shape)
+        for part, t in zip(parts, like, strict=True)
+    ]

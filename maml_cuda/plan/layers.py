@@ -1,0 +1,403 @@
+"""The fused layers, each a method of torch's own name and signature, and the nodes of a plan that it writes.
+
+A module and its functional spelling (torch_names.py) meet in one method, so both count the same. A new layer is one
+method here and its lines there. What torch has for signals [n, channels, length] and for images is one method, with the
+number of axes that it moves along; to the core a signal is an image of one row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from maml_cuda.plan.graph import Traced, Value, Writer
+from maml_cuda.plan.tracing import Unfusable
+
+
+@dataclass(frozen=True, repr=False)
+class Floored(Traced):
+    """max(parameter, floor), of a parameter that no layer has taken yet; `rows`: expanded to one row a sample."""
+
+    parameter: Tensor
+    floor: float = -math.inf
+    rows: bool = False
+
+    def __repr__(self) -> str:
+        return "a clamped or expanded parameter"
+
+
+@dataclass(frozen=True, repr=False)
+class Dim(Traced):
+    """x.size(axis) of a traced tensor."""
+
+    axis: int
+
+    def __repr__(self) -> str:
+        return f"the size of axis {self.axis}"
+
+
+class Shape(Traced):
+    """x.shape of a traced tensor."""
+
+    def __repr__(self) -> str:
+        return "a shape"
+
+
+def _along(axes: int, value: Any, idle: int = 1) -> tuple[int, int]:
+    """A size as torch takes it, for height and width; `idle`: the height's of a layer that moves along one axis."""
+    sizes = value if isinstance(value, (tuple, list)) else [value]
+    if len(sizes) not in (1, axes) or not all(isinstance(v, int) for v in sizes):
+        raise Unfusable(f"a size that is not {'a number' if axes == 1 else 'a pair of numbers'} ({value!r})")
+    return (sizes[0] if axes == 2 else idle), sizes[-1]
+
+
+def _check_window(kernel: Any, stride: Any, padding: Any) -> None:
+    if min(*kernel, *stride) < 1 or min(padding) < 0:
+        raise Unfusable(f"kernel {list(kernel)}, stride {list(stride)}, padding {list(padding)} make no window")
+
+
+def _channels(*parameters: Any) -> int:
+    """How many the first of these has a number for; 0: there is none."""
+    given = next((p for p in parameters if isinstance(p, Tensor)), None)
+    return 0 if given is None else given.shape[-1] if given.dim() else 1
+
+
+class Layers(Writer):
+    """Writes a Plan, layer by layer. Every layer method has the signature of torch.nn.functional's."""
+
+    def linear(self, input: Any, weight: Any, bias: Any = None) -> Value:
+        x = self._tensor(input)
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            raise Unfusable("its weight is not a matrix")
+        out_features, in_features = weight.shape
+        parameters = (self._index(weight, "weight", rows=out_features), self._vector(bias, "bias", out_features))
+        return self._emit(
+            "conv2d", [x], parameters, in_features=in_features, out_features=out_features, ranks=[1],
+            window=[[1, 1], [1, 1], [0, 0], [0, 0]],
+        )  # fmt: skip
+
+    def conv(
+        self,
+        input: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        *,
+        axes: int = 2,
+    ) -> Value:
+        x = self._tensor(input)
+        if groups != 1:
+            raise Unfusable(f"groups={groups} is not fused")
+        if _along(axes, dilation) != (1, 1):
+            raise Unfusable(f"dilation={dilation} is not fused")
+        if not isinstance(weight, Tensor) or weight.dim() != 2 + axes:
+            raise Unfusable(f"its weight is not [out, in, {'length' if axes == 1 else 'height, width'}]")
+        rows, columns, *sizes = weight.shape
+        kernel = _along(axes, sizes)
+        if padding == "same":
+            before = [(k - 1) // 2 for k in kernel]
+            after = [k - 1 - b for k, b in zip(kernel, before, strict=True)]
+        else:
+            before = after = [0, 0] if padding == "valid" else list(_along(axes, padding, idle=0))
+        steps = _along(axes, stride)
+        _check_window(kernel, steps, before)
+        parameters = (self._index(weight, "weight", rows, kernel[0] * kernel[1]), self._vector(bias, "bias", rows))
+        return self._emit(
+            "conv2d", [self._image(x)], parameters, in_features=columns, out_features=rows, ranks=[axes + 1],
+            window=[list(kernel), list(steps), before, after],
+        )  # fmt: skip
+
+    def batch_norm(
+        self,
+        input: Any,
+        running_mean: Any,
+        running_var: Any,
+        weight: Any = None,
+        bias: Any = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        *,
+        ranks: tuple[int, ...] = (),
+        slots: int | None = None,
+    ) -> Value:
+        x = self._image(self._tensor(input))
+        channels = _channels(weight, bias, running_mean)
+        affine = (self._vector(weight, "weight", channels, slots), self._vector(bias, "bias", channels, slots))
+        if training:
+            return self._emit("batch_norm", [x], affine, eps=eps, ranks=list(ranks), in_features=channels)
+        if running_mean is None or running_var is None:
+            raise Unfusable("it has neither batch statistics nor running ones")
+        statistics = (
+            self._vector(running_mean, "running mean", channels, slots, buffer=True),
+            self._vector(running_var, "running variance", channels, slots, buffer=True),
+        )
+        return self._emit("running_norm", [x], (*affine, *statistics), eps=eps, ranks=list(ranks), in_features=channels)
+
+    def group_norm(
+        self,
+        input: Any,
+        num_groups: int,
+        weight: Any = None,
+        bias: Any = None,
+        eps: float = 1e-5,
+        cudnn_enabled: bool = True,
+        *,
+        ranks: tuple[int, ...] = (1, 2, 3),
+    ) -> Value:
+        """num_groups 0: every channel is a group. cudnn_enabled, of torch.group_norm, is torch's own matter."""
+        x = self._image(self._tensor(input))
+        channels = _channels(weight, bias)
+        affine = (self._vector(weight, "weight", channels), self._vector(bias, "bias", channels))
+        return self._emit(
+            "group_norm", [x], affine, eps=eps, groups=num_groups, ranks=list(ranks), in_features=channels
+        )
+
+    def layer_norm(
+        self,
+        input: Any,
+        normalized_shape: Any,
+        weight: Any = None,
+        bias: Any = None,
+        eps: float = 1e-5,
+        cudnn_enable: bool = True,
+    ) -> Value:
+        """One group of a sample, to which the sample is features: each has its own gamma and beta. cudnn_enable, of
+        torch.layer_norm, is torch's own matter."""
+        x = self._image(self._tensor(input))
+        shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+        if len(shape) > 3:
+            raise Unfusable(f"normalized_shape={shape} is not fused; the shape of a feature vector, signal or image is")
+        affine = []
+        for p, what in ((weight, "weight"), (bias, "bias")):
+            if isinstance(p, Tensor) and list(p.shape) != shape:
+                raise Unfusable(f"its {what} has shape {list(p.shape)}; fused is {shape}")
+            taps = math.prod(shape[1:])
+            affine.append(self._index(p, what, *((shape[0], taps) if taps > 1 else ())))
+        return self._emit("group_norm", [x], tuple(affine), eps=eps, ranks=[len(shape)], sample=shape)
+
+    def instance_norm(
+        self,
+        input: Any,
+        running_mean: Any = None,
+        running_var: Any = None,
+        weight: Any = None,
+        bias: Any = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        *,
+        ranks: tuple[int, ...] = (2, 3),
+    ) -> Value:
+        if not use_input_stats:
+            return self.batch_norm(input, running_mean, running_var, weight, bias, eps=eps, ranks=ranks)
+        if running_mean is not None or running_var is not None:
+            raise Unfusable("it tracks running statistics in train mode, which is not fused; in eval mode it is")
+        return self.group_norm(input, 0, weight, bias, eps, ranks=ranks)
+
+    def max_pool(
+        self,
+        input: Any,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+        *,
+        axes: int = 2,
+    ) -> Value:
+        if _along(axes, dilation) != (1, 1) or return_indices:
+            raise Unfusable("dilation and return_indices are not fused")
+        return self._pool("max_pool", axes, input, kernel_size, stride, padding, ceil_mode)
+
+    def avg_pool(
+        self,
+        input: Any,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+        *,
+        axes: int = 2,
+    ) -> Value:
+        if divisor_override is not None:
+            raise Unfusable("divisor_override is not fused")
+        return self._pool(
+            "avg_pool", axes, input, kernel_size, stride, padding, ceil_mode, count_padding=count_include_pad
+        )
+
+    def _pool(
+        self,
+        kind: str,
+        axes: int,
+        input: Any,
+        kernel_size: Any,
+        stride: Any,
+        padding: Any,
+        ceil_mode: bool,
+        **attributes: Any,
+    ) -> Value:
+        if ceil_mode:
+            raise Unfusable("ceil_mode is not fused")
+        kernel = _along(axes, kernel_size)
+        pad = _along(axes, padding, idle=0)
+        if any(2 * p > k for p, k in zip(pad, kernel, strict=True)):
+            raise Unfusable(f"padding {pad} is more than half of the kernel {kernel}")
+        steps = _along(axes, stride) if stride not in (None, [], ()) else kernel
+        _check_window(kernel, steps, pad)
+        window = [list(kernel), list(steps), list(pad), list(pad)]
+        return self._emit(kind, [self._image(self._tensor(input))], window=window, ranks=[axes + 1], **attributes)
+
+    def adaptive_avg_pool(self, input: Any, output_size: Any, *, axes: int = 2) -> Value:
+        if _along(axes, output_size) != (1, 1):
+            raise Unfusable(f"output size {output_size} is not fused; 1 is")
+        return self._emit("mean_pool", [self._image(self._tensor(input))], ranks=[axes + 1])
+
+    def mean(self, input: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
+        dims = [dim] if isinstance(dim, int) else list(dim) if isinstance(dim, (tuple, list)) else []
+        axes = len(dims)
+        # All but [n, channels]: of a signal [n, channels, length] axis 2, of an image 2 and 3.
+        if axes not in (1, 2) or sorted(d % (2 + axes) for d in dims) != [2, 3][:axes] or dtype is not None:
+            raise Unfusable(f"the mean over {dim} is not fused; over the spatial axes (2, 3), or a signal's 2, it is")
+        out_rank: dict[str, Any] = {} if keepdim else {"out_rank": 1}
+        return self._emit("mean_pool", [self._image(self._tensor(input))], ranks=[axes + 1], **out_rank)
+
+    def flatten(self, input: Any, start_dim: int = 0, end_dim: int = -1) -> Value:
+        if (start_dim, end_dim) != (1, -1):
+            raise Unfusable(f"flatten({start_dim}, {end_dim}) is not fused; flatten(1) is")
+        x = self._tensor(input)
+        return self._emit("flatten", [x], alias=x.alias, out_rank=1)
+
+    def reshape(self, input: Any, *shape: Any) -> Value:
+        if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
+            shape = tuple(shape[0])
+        x = self._tensor(input)
+        batch = len(shape) == 2 and isinstance(shape[0], Dim) and shape[0].axis == 0
+        if batch and shape[1] == -1:
+            return self.flatten(x, 1)
+        if len(shape) == 2 and (batch or shape[0] == -1) and isinstance(shape[1], int) and shape[1] > 0:
+            return self._emit("flatten", [x], alias=x.alias, out_rank=1, out_features=shape[1])
+        raise Unfusable("this reshape is not fused; into [n, features] it is")
+
+    def append(self, x: Value, behind: Any) -> Value:
+        """[x, max(parameter, floor)] for each sample."""
+        p = behind if isinstance(behind, Floored) else Floored(behind)
+        if not isinstance(p.parameter, Tensor) or id(p.parameter) not in self.names:
+            raise Unfusable("its log_std is not a parameter of the model (or one behind clamp(min=...))")
+        if p.parameter.dim() != 1:
+            raise Unfusable(f"its log_std has shape {list(p.parameter.shape)}; fused is [action]")
+        size = p.parameter.numel()
+        return self._emit(
+            "append", [x], (self._index(p.parameter, "log_std"), None), a=p.floor, ranks=[1], in_features=size,
+            out_features=2 * size,
+        )  # fmt: skip
+
+    def clamp(self, input: Any, min: Any = None, max: Any = None) -> Floored:
+        if not isinstance(input, Tensor) or max is not None or not isinstance(min, (int, float)):
+            raise Unfusable("clamp is not fused; clamp(min=number) of a policy's log_std is")
+        return Floored(input, float(min))
+
+    def expand(self, input: Any, *shape: Any) -> Floored:
+        """A parameter in one row a sample."""
+        p = input if isinstance(input, Floored) else Floored(input)
+        if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
+            shape = tuple(shape[0])
+        batch = len(shape) == 2 and isinstance(shape[0], Dim) and shape[0].axis == 0
+        if not isinstance(p.parameter, Tensor) or not batch or shape[1] not in (-1, p.parameter.numel()):
+            raise Unfusable("this expand is not fused; of a policy's log_std to one row a sample it is")
+        return Floored(p.parameter, p.floor, rows=True)
+
+    def expand_as(self, input: Any, other: Any) -> Floored:
+        p = input if isinstance(input, Floored) else Floored(input)
+        if not isinstance(p.parameter, Tensor) or not isinstance(other, Value):
+            raise Unfusable("this expand_as is not fused; of a policy's log_std to its mean it is")
+        return Floored(p.parameter, p.floor, rows=True)
+
+    def add(self, input: Any, other: Any, *, alpha: Any = 1) -> Value:
+        if alpha != 1:
+            raise Unfusable(f"alpha={alpha} is not fused")
+        for operand in (input, other):
+            if not isinstance(operand, Value):
+                raise Unfusable("the sum with a number or a parameter is not fused; of two values it is")
+        return self._emit("add", [self._image(self._tensor(input)), self._image(self._tensor(other))])
+
+    def iadd(self, input: Any, other: Any) -> Value:
+        return self._in_place(self._tensor(input), self.add(input, other))
+
+    def pointwise(self, input: Any, function: str, inplace: bool = False, **constants: Any) -> Value:
+        x = self._tensor(input)
+        y = self._emit("pointwise", [self._image(x)], function=function, **constants)
+        return self._in_place(x, y) if inplace else y
+
+    def relu(self, input: Any, inplace: bool = False) -> Value:
+        return self.pointwise(input, "relu", inplace)
+
+    def relu_(self, input: Any) -> Value:
+        return self.relu(input, inplace=True)
+
+    def leaky_relu(self, input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Value:
+        return self.pointwise(input, "leaky_relu", inplace, a=float(negative_slope))
+
+    def elu(self, input: Any, alpha: float = 1.0, inplace: bool = False) -> Value:
+        return self.pointwise(input, "elu", inplace, a=float(alpha), b=1.0, c=1.0)
+
+    def selu(self, input: Any, inplace: bool = False) -> Value:
+        return self.pointwise(input, "elu", inplace, a=1.6732632423543772, b=1.0507009873554805, c=1.0)
+
+    def celu(self, input: Any, alpha: float = 1.0, inplace: bool = False) -> Value:
+        return self.pointwise(input, "elu", inplace, a=float(alpha), b=1.0, c=float(alpha))
+
+    def silu(self, input: Any, inplace: bool = False) -> Value:
+        return self.pointwise(input, "silu", inplace)
+
+    def gelu(self, input: Any, approximate: str = "none") -> Value:
+        return self.pointwise(input, "gelu" if approximate == "none" else "gelu_tanh")
+
+    def softplus(self, input: Any, beta: float = 1.0, threshold: float = 20.0) -> Value:
+        return self.pointwise(input, "softplus", a=float(beta), b=float(threshold))
+
+    def tanh(self, input: Any) -> Value:
+        return self.pointwise(input, "tanh")
+
+    def sigmoid(self, input: Any) -> Value:
+        return self.pointwise(input, "sigmoid")
+
+    def hardtanh(self, input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Value:
+        if min_val > max_val:
+            raise Unfusable(f"min_val={min_val} is more than max_val={max_val}")
+        return self.pointwise(input, "hardtanh", inplace, a=float(min_val), b=float(max_val))
+
+    def relu6(self, input: Any, inplace: bool = False) -> Value:
+        return self.hardtanh(input, 0.0, 6.0, inplace)
+
+    def dropout(self, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Value:
+        if training and p > 0:
+            raise Unfusable(f"dropout with p={p} in train mode is random, which is not fused; in eval mode it is")
+        return self._tensor(input)
+
+    def identity(self, input: Any) -> Value:
+        return self._tensor(input)
+
+    # -- sizes ------------------------------------------------------------------------------------------------
+
+    def size(self, input: Any, dim: int | None = None) -> Any:
+        return Shape() if dim is None else Dim(dim)
+
+    def get_attribute(self, x: Any, name: str) -> Any:
+        if isinstance(x, Value) and name == "shape":
+            return Shape()
+        raise Unfusable(f"the attribute {name} of a traced value is not understood")
+
+    def get_item(self, x: Any, index: Any) -> Any:
+        if isinstance(x, Shape) and isinstance(index, int):
+            return Dim(index)
+        raise Unfusable("indexing is not fused")

@@ -1,0 +1,162 @@
+"""nn.Module -> plan: which fused layers serve it, or the sentence why not.
+
+tracing.py records what `forward` does; the record is read here call by call, and layers.py writes one node for each
+fused layer. What is not understood is refused in words, never guessed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch.fx
+from torch import nn
+
+from maml_cuda.plan.graph import Plan, Traced, Value, in_words
+from maml_cuda.plan.layers import Floored, Layers
+from maml_cuda.plan.torch_names import FUNCTIONS, METHODS, MODULES
+from maml_cuda.plan.tracing import GLOBAL_HOOKS, HOOKS, Unfusable, described, record
+
+__all__ = ["GLOBAL_HOOKS", "HOOKS", "Plan", "Unfusable", "trace"]
+
+
+def trace(model: nn.Module) -> Plan:
+    """The plan of `model` as its training flags stand now.
+
+    Raises:
+        Unfusable: the sentence why there is none.
+    """
+    return _Reader(model).read(record(model, MODULES))
+
+
+# Arguments of a layer that are values computed from x, or sizes of them.
+TRACED = ("self", "b", "input", "other", "x", "shape", "index")
+
+
+def _traced(argument: Any) -> list[Traced]:
+    parts = argument if isinstance(argument, (tuple, list)) else [argument]
+    return [part for part in parts if isinstance(part, Traced)]
+
+
+class _Reader(Layers):
+    """Reads a torch.fx graph, node by node."""
+
+    def read(self, graph: torch.fx.Graph) -> Plan:
+        self._without_unread(graph)
+        values: dict[torch.fx.Node, Any] = {}
+        seen_input = False
+        for node in graph.nodes:
+            self._locate(node)
+            if node.op == "placeholder":
+                if not seen_input:
+                    values[node] = self.values[0]
+                    seen_input = True
+                elif not node.args and not str(node.target).startswith("*"):
+                    raise Unfusable(f"the model's forward takes more than one argument ({node.target})")
+                continue
+            if node.op == "get_attr":
+                values[node] = node.meta["value"]
+                continue
+            args = torch.fx.node.map_arg(node.args, lambda n: values[n])
+            kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: values[n])
+            if node.op == "output":
+                return self._finish(args[0])
+            try:
+                values[node] = self._call(node, args, kwargs)
+            except Unfusable as reason:
+                raise Unfusable(f"{self.here}: {reason}") from None
+        raise Unfusable("the model returns nothing")
+
+    def _without_unread(self, graph: torch.fx.Graph) -> None:
+        """Drops calls whose result nobody reads, unless they might change a value that others read."""
+        for node in reversed(graph.nodes):
+            if node.users or node.op in ("output", "placeholder"):
+                continue
+            if node.op == "call_module":
+                module = self.model.get_submodule(str(node.target))
+                pure = type(module) in MODULES and not getattr(module, "inplace", False)
+            else:
+                name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
+                in_place = name.endswith("_") or (node.target in vars(operator).values() and name.startswith("i"))
+                pure = (
+                    not in_place
+                    and "out" not in node.kwargs
+                    and not any(a is True for a in (*node.args, *node.kwargs.values()))
+                )
+            if pure:
+                graph.erase_node(node)
+
+    def _locate(self, node: torch.fx.Node) -> None:
+        if node.op == "call_module":
+            self.path = str(node.target)
+            self.here = described(self.path, self.model.get_submodule(self.path))
+            return
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        path = stack[-1][0] if stack else ""
+        self.path = path if isinstance(path, str) else ""
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        self.here = f"{name} in {described(self.path, self.model.get_submodule(self.path))}"
+
+    def _call(self, node: torch.fx.Node, args: tuple, kwargs: dict) -> Any:
+        if node.op == "call_module":
+            module = self.model.get_submodule(str(node.target))
+            if type(module) not in MODULES:
+                raise Unfusable("no fused layer serves it")
+            layer: Callable[..., Any] | None = MODULES[type(module)]
+            args = (module, *args)
+        elif node.op == "call_method":
+            layer = METHODS.get(str(node.target))
+        else:
+            layer = FUNCTIONS.get(node.target)
+        if layer is None:
+            raise Unfusable("no fused layer serves it")
+        try:
+            given = inspect.signature(layer).bind(self, *args, **kwargs).arguments
+            for name, argument in given.items():
+                if name not in TRACED and (found := _traced(argument)):
+                    raise Unfusable(f"its {name} is {found[0]}; fused is a number or a parameter")
+            return layer(self, *args, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise Unfusable(f"an option that no fused layer has ({error})") from None
+
+    def _finish(self, result: Any) -> Plan:
+        policy = isinstance(result, tuple) and len(result) == 2
+        mean = result[0] if policy else result
+        if not isinstance(mean, Value):
+            raise Unfusable(f"the model returns {in_words(result)}, not one tensor computed from x")
+        self.here, self.path = "the prediction", ""
+        x = self._tensor(mean)
+        if policy:
+            x = self.append(x, result[1])
+            self.plan.log_std = "rows" if isinstance(result[1], Floored) and result[1].rows else "shared"
+        if not any(name in self.names.values() for name in self.plan.parameters):
+            raise Unfusable("the model's prediction depends on no parameter")
+        self._emit("flatten", [x], out_rank=1)  # into the user's order of elements
+        return self._without_dead(self.plan)
+
+    def _without_dead(self, plan: Plan) -> Plan:
+        """Drops nodes that do not reach the prediction, and the parameters that only they read."""
+        alive = set()
+        pending = [len(plan.nodes)]
+        while pending:
+            number = pending.pop()
+            if number and number not in alive:
+                alive.add(number)
+                pending.extend(plan.nodes[number - 1]["inputs"])
+        values = {0: 0}
+        nodes = []
+        for number, node in enumerate(plan.nodes, start=1):
+            if number in alive:
+                nodes.append({**node, "inputs": [values[i] for i in node["inputs"]]})
+                values[number] = len(nodes)
+        used = [i for i in range(len(plan.parameters)) if any(i in node["parameters"] for node in nodes)]
+        names = [name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]]
+        order = sorted(used, key=lambda i: names.index(plan.parameters[i]))
+        place = {i: position for position, i in enumerate(order)}
+        for node in nodes:
+            node["parameters"] = [None if i is None else place[i] for i in node["parameters"]]
+        parameters = [plan.parameters[i] for i in order]
+        rows_taps, slots = [plan.rows_taps[i] for i in order], [plan.slots[i] for i in order]
+        return Plan(nodes, parameters, rows_taps, slots, plan.served_by, plan.log_std)

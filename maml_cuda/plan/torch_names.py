@@ -1,0 +1,182 @@
+"""Every spelling of a fused layer: torch's modules, functions and methods, and the method of Layers that each means."""
+
+from __future__ import annotations
+
+import builtins
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from maml_cuda.batch_norm import PerStepBatchNorm, PerStepBatchNorm1d, PerStepBatchNorm2d
+from maml_cuda.plan.graph import Value
+from maml_cuda.plan.layers import Layers
+from maml_cuda.plan.tracing import Unfusable
+
+
+def _convolution(b: Layers, m: Any, input: Any, *, axes: int) -> Value:
+    if m.padding_mode != "zeros":
+        raise Unfusable(f"padding_mode={m.padding_mode!r} is not fused")
+    return b.conv(input, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups, axes=axes)
+
+
+def _batch_norm(*ranks: int) -> Callable[[Layers, Any, Any], Value]:
+    def layer(b: Layers, m: Any, input: Any) -> Value:
+        batch_statistics = m.training or (m.running_mean is None and m.running_var is None)
+        slots = m.steps if isinstance(m, PerStepBatchNorm) else None
+        value = b.batch_norm(
+            input, m.running_mean, m.running_var, m.weight, m.bias, batch_statistics, eps=m.eps, ranks=ranks,
+            slots=slots,
+        )  # fmt: skip
+        b.plan.nodes[-1]["in_features"] = m.num_features
+        return value
+
+    return layer
+
+
+def _group_norm(b: Layers, m: Any, input: Any) -> Value:
+    return b.group_norm(input, m.num_groups, m.weight, m.bias, m.eps)
+
+
+def _layer_norm(b: Layers, m: Any, input: Any) -> Value:
+    return b.layer_norm(input, m.normalized_shape, m.weight, m.bias, m.eps)
+
+
+def _instance_norm(rank: int) -> Callable[[Layers, Any, Any], Value]:
+    def layer(b: Layers, m: Any, input: Any) -> Value:
+        own = m.training or not m.track_running_stats
+        return b.instance_norm(input, m.running_mean, m.running_var, m.weight, m.bias, own, eps=m.eps, ranks=(rank,))
+
+    return layer
+
+
+def _flatten(b: Layers, m: Any, input: Any) -> Value:
+    return b.flatten(input, m.start_dim, m.end_dim)
+
+
+def _dropout(b: Layers, m: Any, input: Any) -> Value:
+    return b.dropout(input, m.p, m.training)
+
+
+def _max_pool(b: Layers, m: Any, input: Any, *, axes: int) -> Value:
+    return b.max_pool(input, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices, axes=axes)
+
+
+def _avg_pool(b: Layers, m: Any, input: Any, *, axes: int) -> Value:
+    divisor = getattr(m, "divisor_override", None)  # which a signal's has not
+    return b.avg_pool(input, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, divisor, axes=axes)
+
+
+def _adaptive_avg_pool(b: Layers, m: Any, input: Any, *, axes: int) -> Value:
+    return b.adaptive_avg_pool(input, m.output_size, axes=axes)
+
+
+MODULES: dict[type, Callable[..., Value]] = {
+    nn.Linear: lambda b, m, input: b.linear(input, m.weight, m.bias),
+    nn.Conv1d: partial(_convolution, axes=1),
+    nn.Conv2d: partial(_convolution, axes=2),
+    nn.BatchNorm1d: _batch_norm(1, 2),
+    nn.BatchNorm2d: _batch_norm(3),
+    PerStepBatchNorm1d: _batch_norm(1, 2),
+    PerStepBatchNorm2d: _batch_norm(3),
+    nn.GroupNorm: _group_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.InstanceNorm1d: _instance_norm(2),
+    nn.InstanceNorm2d: _instance_norm(3),
+    nn.ReLU: lambda b, m, input: b.relu(input, m.inplace),
+    nn.ReLU6: lambda b, m, input: b.relu6(input, m.inplace),
+    nn.LeakyReLU: lambda b, m, input: b.leaky_relu(input, m.negative_slope, m.inplace),
+    nn.ELU: lambda b, m, input: b.elu(input, m.alpha, m.inplace),
+    nn.SELU: lambda b, m, input: b.selu(input, m.inplace),
+    nn.CELU: lambda b, m, input: b.celu(input, m.alpha, m.inplace),
+    nn.SiLU: lambda b, m, input: b.silu(input, m.inplace),
+    nn.GELU: lambda b, m, input: b.gelu(input, m.approximate),
+    nn.Softplus: lambda b, m, input: b.softplus(input, m.beta, m.threshold),
+    nn.Tanh: lambda b, m, input: b.tanh(input),
+    nn.Sigmoid: lambda b, m, input: b.sigmoid(input),
+    nn.Hardtanh: lambda b, m, input: b.hardtanh(input, m.min_val, m.max_val, m.inplace),
+    nn.MaxPool1d: partial(_max_pool, axes=1),
+    nn.MaxPool2d: partial(_max_pool, axes=2),
+    nn.AvgPool1d: partial(_avg_pool, axes=1),
+    nn.AvgPool2d: partial(_avg_pool, axes=2),
+    nn.AdaptiveAvgPool1d: partial(_adaptive_avg_pool, axes=1),
+    nn.AdaptiveAvgPool2d: partial(_adaptive_avg_pool, axes=2),
+    nn.Flatten: _flatten,
+    nn.Identity: lambda b, m, input: b.identity(input),
+    nn.Dropout: _dropout,
+    nn.Dropout1d: _dropout,
+    nn.Dropout2d: _dropout,
+    nn.AlphaDropout: _dropout,
+}
+
+FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    F.linear: Layers.linear,
+    F.conv1d: partial(Layers.conv, axes=1),
+    F.conv2d: Layers.conv,
+    torch.conv1d: partial(Layers.conv, axes=1),
+    torch.conv2d: Layers.conv,
+    F.batch_norm: Layers.batch_norm,
+    F.group_norm: Layers.group_norm,
+    torch.group_norm: Layers.group_norm,
+    F.layer_norm: Layers.layer_norm,
+    torch.layer_norm: Layers.layer_norm,
+    F.instance_norm: Layers.instance_norm,
+    F.max_pool1d: partial(Layers.max_pool, axes=1),
+    F.max_pool2d: Layers.max_pool,
+    torch.max_pool1d: partial(Layers.max_pool, axes=1),
+    torch.max_pool2d: Layers.max_pool,
+    F.avg_pool1d: partial(Layers.avg_pool, axes=1),
+    F.avg_pool2d: Layers.avg_pool,
+    F.adaptive_avg_pool1d: partial(Layers.adaptive_avg_pool, axes=1),
+    F.adaptive_avg_pool2d: Layers.adaptive_avg_pool,
+    torch.mean: Layers.mean,
+    torch.flatten: Layers.flatten,
+    torch.reshape: Layers.reshape,
+    torch.add: Layers.add,
+    torch.clamp: Layers.clamp,
+    operator.add: Layers.add,
+    operator.iadd: Layers.iadd,
+    F.relu: Layers.relu,
+    F.relu_: Layers.relu_,
+    torch.relu: Layers.relu,
+    torch.relu_: Layers.relu_,
+    F.relu6: Layers.relu6,
+    F.leaky_relu: Layers.leaky_relu,
+    F.elu: Layers.elu,
+    F.selu: Layers.selu,
+    F.celu: Layers.celu,
+    F.silu: Layers.silu,
+    F.gelu: Layers.gelu,
+    F.softplus: Layers.softplus,
+    F.hardtanh: Layers.hardtanh,
+    F.tanh: Layers.tanh,
+    torch.tanh: Layers.tanh,
+    F.sigmoid: Layers.sigmoid,
+    torch.sigmoid: Layers.sigmoid,
+    F.dropout: Layers.dropout,
+    F.dropout2d: Layers.dropout,
+    builtins.getattr: Layers.get_attribute,
+    operator.getitem: Layers.get_item,
+}
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "relu": Layers.relu,
+    "relu_": Layers.relu_,
+    "tanh": Layers.tanh,
+    "sigmoid": Layers.sigmoid,
+    "mean": Layers.mean,
+    "flatten": Layers.flatten,
+    "view": Layers.reshape,
+    "reshape": Layers.reshape,
+    "add": Layers.add,
+    "clamp": Layers.clamp,
+    "expand": Layers.expand,
+    "expand_as": Layers.expand_as,
+    "add_": Layers.iadd,
+    "size": Layers.size,
+    "contiguous": Layers.identity,
+}

@@ -1,0 +1,301 @@
+"""What a run trains: each algorithm is an object that takes a meta-step and predicts on new tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from maml_cuda.batch_norm import PerStepBatchNorm2d
+from maml_cuda.data import ImageBatches, ImageTasks, MetaBatch, SinusoidTasks
+from maml_cuda.train.jobs import make_maml, make_model, make_tasks, score, without_head
+from maml_cuda.train.settings import Settings
+
+COSINE_END = 1e-5  # of MAML++'s outer rate
+LEAST_WEIGHT = 0.03  # times 1 / steps: what MAML++ leaves to the query loss of a step that is not the last
+
+
+class Algorithm:
+    """Between two meta-iterations all of its state is in ``module`` and ``optimizer``.
+
+    Attributes:
+        module: everything learned, by name.
+        optimizer: of the meta-parameters; None where nothing is learned.
+        steps: the numbers of adaptation steps after which it can be tested.
+        backend: what runs.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer | None = None
+    steps: Sequence[int] = range(11)
+    backend: str = "autograd"
+
+    def sampler(self, tasks: ImageTasks | SinusoidTasks) -> Any:
+        """What ``step`` takes draws of: the training tasks, or something made of them."""
+        return tasks
+
+    def step(self, batch: Any, iteration: int) -> tuple[Tensor, Tensor]:
+        """One meta-iteration, of which ``iteration`` counts from 1, on a draw of the sampler.
+
+        Returns the loss and the score of the batch, 0-d and detached.
+        """
+        raise NotImplementedError
+
+    def predict(self, batch: MetaBatch, steps: int) -> Tensor:
+        """Predictions on the query sets ``[tasks, n_qry, ...]`` after so many steps on the support sets."""
+        raise NotImplementedError
+
+    def predictions(self, batch: MetaBatch, steps: Sequence[int]) -> Iterator[Tensor]:
+        """Those after each number of ``steps``, which ascend."""
+        return (self.predict(batch, count) for count in steps)
+
+    def _descend(self, backward: Callable[[], Any]) -> Any:
+        """A step along what ``backward()`` leaves in ``.grad``; returns what it does."""
+        assert self.optimizer is not None
+        for group in self.optimizer.param_groups:  # zero_grad() would be a twentieth of a sinusoid's iteration
+            for p in group["params"]:
+                p.grad = None
+        returned = backward()
+        self.optimizer.step()
+        return returned
+
+
+class Maml(Algorithm):
+    """MAML (Finn et al. 2017) and what it becomes by its settings: FOMAML, ANIL, Meta-SGD, MAML++; with no inner step
+    in training the baselines that are trained on all tasks at once; untrained, the random one."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.module = self.maml = make_maml(settings)
+        self.optimizer = torch.optim.Adam(self.maml.parameters(), lr=settings.meta_lr, fused=True)
+        if settings.told:  # there is nothing left to adapt to
+            self.steps = (0,)
+
+    @property
+    def backend(self) -> str:  # type: ignore[override]
+        return self.maml.backend
+
+    def step(self, batch: MetaBatch, iteration: int) -> tuple[Tensor, Tensor]:
+        settings = self.settings
+        self.maml.first_order = settings.first_order or iteration <= settings.first_order_iterations
+        if settings.multi_step_iterations:
+            self.maml.query_weights = multi_step_weights(settings, iteration)
+        out = self._descend(lambda: self.maml.backward(*batch))
+        return out.loss, score(settings.job, out.logits, batch.y_qry).mean()
+
+    def predict(self, batch: MetaBatch, steps: int) -> Tensor:
+        fast = self.maml.adapt(batch.x_spt, batch.y_spt, steps=steps)
+        return self.maml.predict(fast, batch.x_qry, slot=max(steps - 1, 0))
+
+    def predictions(self, batch: MetaBatch, steps: Sequence[int]) -> Iterator[Tensor]:
+        for count, fast in enumerate(self.maml.inner_loop(batch.x_spt, batch.y_spt, max(steps))):
+            if count in steps:
+                yield self.maml.predict(fast, batch.x_qry, slot=max(count - 1, 0))
+
+    def hold_statistics(self, batches: Iterable[MetaBatch]) -> None:
+        """From here on BatchNorm normalises by running statistics, so that a query is classified by itself: by means
+        over the inner loops of ``batches``, of each step where BatchNorm has parameters for each."""
+        norms = [m for m in self.maml.model.modules() if isinstance(m, (nn.BatchNorm2d, PerStepBatchNorm2d))]
+        if not norms:
+            raise ValueError("running statistics must have a net with BatchNorm layers, got none")
+        for norm in norms:
+            assert norm.weight is not None
+            norm.running_mean, norm.running_var = torch.zeros_like(norm.weight), torch.ones_like(norm.weight)
+            norm.num_batches_tracked = torch.zeros(norm.weight.shape[:-1], dtype=torch.int64)
+            norm.track_running_stats, norm.momentum = True, None  # the mean over all batches
+        for batch in batches:
+            self.maml.update_statistics(batch.x_spt, batch.y_spt, batch.x_qry)
+        self.maml.batch_norm = "running"
+        self.maml.train(self.maml.training)
+
+
+class Reptile(Algorithm):
+    """Reptile (Nichol et al. 2018), batched: theta += eps * mean over tasks of (phi_K - theta).
+
+    The inner loop is SGD on minibatches of a task's support and query samples together; the authors' is Adam with
+    beta1 = 0. The outer step is SGD at rate eps along theta - mean(phi_K). In test ``adapt`` steps on the support set.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.module = self.maml = make_maml(settings)
+        self.optimizer = torch.optim.SGD(self.maml.parameters(), lr=settings.meta_lr)
+
+    @property
+    def backend(self) -> str:  # type: ignore[override]
+        return self.maml.backend
+
+    def step(self, batch: MetaBatch, iteration: int) -> tuple[Tensor, Tensor]:
+        settings, maml = self.settings, self.maml
+        x, y = torch.cat([batch.x_spt, batch.x_qry], 1), torch.cat([batch.y_spt, batch.y_qry], 1)
+        fast = maml.adapt(batch.x_spt, batch.y_spt, steps=0)
+        losses = []
+        for rows in self._minibatches(x, iteration):
+            loss, gradients = maml.loss_and_grad(fast, *(_rows_of_each(part, rows) for part in (x, y)))
+            fast |= {name: fast[name] - settings.inner_lr * gradient for name, gradient in gradients.items()}
+            losses.append(loss.mean())
+        for name, theta in maml.model.named_parameters():
+            theta.grad = theta.detach() - fast[name].mean(0)
+        assert self.optimizer is not None
+        self.optimizer.step()
+        after = maml.predict(fast, batch.x_spt)  # which the steps have seen, as they have seen all of a task
+        return torch.stack(losses).mean(), score(settings.job, after, batch.y_spt).mean()
+
+    predict, predictions = Maml.predict, Maml.predictions
+
+    def _minibatches(self, x: Tensor, iteration: int) -> Sequence[Tensor]:
+        """The samples of each inner step, ``[tasks, inner_batch]``: each task's own passes through its samples in
+        random order, decided by the seed and the iteration alone."""
+        steps, (tasks, samples) = self.settings.inner_steps, x.shape[:2]
+        size = self.settings.inner_batch or samples
+        generator = Generator().manual_seed(self.settings.seed << 32 | iteration)
+        passes = math.ceil(steps * size / samples)
+        order = torch.rand(tasks, passes, samples, generator=generator).argsort(-1).flatten(1)
+        return order[:, : steps * size].split(size, 1)
+
+
+class Metric(Algorithm):
+    """Networks that compare queries with the support set by their features: episodes without an inner loop.
+
+    BatchNorm takes its statistics over a task's support and query samples together.
+    """
+
+    steps = (0,)
+    logits: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.module = without_head(make_model(settings))
+        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=settings.meta_lr, fused=True)
+
+    def step(self, batch: MetaBatch, iteration: int) -> tuple[Tensor, Tensor]:
+        logits = self.predict(batch, 0)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.y_qry.flatten())
+        self._descend(loss.backward)
+        return loss.detach(), score(self.settings.job, logits.detach(), batch.y_qry).mean()
+
+    def predict(self, batch: MetaBatch, steps: int) -> Tensor:
+        return torch.stack([self._of_task(*task) for task in zip(*batch[:3], strict=True)])
+
+    def _of_task(self, x_spt: Tensor, y_spt: Tensor, x_qry: Tensor) -> Tensor:
+        features = self.module(torch.cat([x_spt, x_qry])).flatten(1)
+        return type(self).logits(features[: len(x_spt)], y_spt, features[len(x_spt) :])
+
+
+class ProtoNet(Metric):
+    """Prototypical networks (Snell et al. 2017)."""
+
+    @staticmethod
+    def logits(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
+        """``-|query - the mean of a class's support|^2``: ``[n_spt, d], [n_spt], [n_qry, d]`` to ``[n_qry, ways]``."""
+        one_hot = F.one_hot(labels).to(support.dtype)
+        prototypes = one_hot.T @ support / one_hot.sum(0).unsqueeze(1)
+        return -(query.unsqueeze(1) - prototypes).square().sum(-1)
+
+
+class MatchingNet(Metric):
+    """Matching networks (Vinyals et al. 2016) without full-context embeddings."""
+
+    @staticmethod
+    def logits(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
+        """``log sum of softmax(cosine(query, support)) over a class's support``, shapes as for ``ProtoNet``."""
+        attention = (F.normalize(query, dim=-1) @ F.normalize(support, dim=-1).T).softmax(-1)
+        return (attention @ F.one_hot(labels).to(support.dtype)).log()
+
+
+class Pretrained(Algorithm):
+    """Fine-tuning: a classifier of all training classes is trained; on a task a new last layer, zeros at first, takes
+    the place of its own, and the whole net steps on the support set."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.maml = make_maml(settings)
+        model = self.maml.model
+        assert isinstance(model, nn.Sequential)
+        head = model[-1]
+        assert isinstance(head, nn.Linear)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            classifier = nn.Linear(head.in_features, self.sampler(make_tasks(settings, "train")).classes)
+        self.net = nn.Sequential(without_head(model), classifier)
+        self.module = nn.ModuleDict({"maml": self.maml, "classifier": classifier})
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=settings.meta_lr, fused=True)
+
+    @property
+    def backend(self) -> str:  # type: ignore[override]
+        return self.maml.backend
+
+    def sampler(self, tasks: ImageTasks | SinusoidTasks) -> ImageBatches:
+        assert isinstance(tasks, ImageTasks)
+        return ImageBatches(tasks)
+
+    def step(self, batch: tuple[Tensor, Tensor], iteration: int) -> tuple[Tensor, Tensor]:
+        x, y = batch
+        logits = self.net(x)
+        loss = F.cross_entropy(logits, y)
+        self._descend(loss.backward)
+        return loss.detach(), score(self.settings.job, logits.detach(), y)
+
+    predict, predictions = Maml.predict, Maml.predictions
+
+
+class NearestPixel(Algorithm):
+    """The class of the support image whose pixels are nearest; nothing is learned."""
+
+    steps = (0,)
+
+    def __init__(self, settings: Settings) -> None:
+        self.module = nn.Module()
+
+    def predict(self, batch: MetaBatch, steps: int) -> Tensor:
+        distances = torch.cdist(batch.x_qry.flatten(2), batch.x_spt.flatten(2))  # [tasks, n_qry, n_spt]
+        ways = int(batch.y_spt.max()) + 1
+        of_class = F.one_hot(batch.y_spt, ways).bool().unsqueeze(1)  # [tasks, 1, n_spt, ways]
+        return -distances.unsqueeze(-1).masked_fill(~of_class, math.inf).amin(2)
+
+
+ALGORITHMS: dict[str, type[Any]] = {
+    "maml": Maml,
+    "reptile": Reptile,
+    "protonet": ProtoNet,
+    "matching": MatchingNet,
+    "pretrained": Pretrained,
+    "nearest-pixel": NearestPixel,
+}
+
+
+def make_algorithm(settings: Settings) -> Algorithm:
+    """Fresh, initialized from the seed of ``settings``."""
+    return ALGORITHMS[settings.algorithm](settings)
+
+
+def multi_step_weights(settings: Settings, iteration: int) -> Tensor | None:
+    """The weight of the query loss at phi_0 to phi_K (Antoniou et al. 2019, their code): equal ones at first, none for
+    phi_0; those before the last fall linearly, to 3 % at least, and the last gains what they lose. None, which is the
+    last alone, after ``multi_step_iterations``."""
+    if iteration > settings.multi_step_iterations:
+        return None
+    steps = settings.inner_steps
+    share = max(1 - (iteration - 1) / settings.multi_step_iterations, LEAST_WEIGHT) / steps
+    return torch.tensor([0.0] + [share] * (steps - 1) + [1 - (steps - 1) * share])
+
+
+def meta_lr(settings: Settings, iteration: int) -> float:
+    """The outer rate of an iteration, counted from 1."""
+    done = (iteration - 1) / settings.iterations
+    if settings.meta_schedule == "cosine":
+        return COSINE_END + (settings.meta_lr - COSINE_END) * (1 + math.cos(math.pi * done)) / 2
+    if settings.meta_schedule == "linear":
+        return settings.meta_lr * (1 - done)
+    return settings.meta_lr
+
+
+def _rows_of_each(x: Tensor, rows: Tensor) -> Tensor:
+    """Row ``rows[t, i]`` of ``x[t]``: ``[tasks, rows, ...]``."""
+    return x[torch.arange(len(x)).unsqueeze(1), rows]

@@ -1,0 +1,125 @@
+"""The pictures of a run. They use matplotlib's objects, not pyplot: no window, no shared state."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from maml_cuda.data import MetaBatch
+from maml_cuda.data.sinusoid import X
+from maml_cuda.train.algorithms import Algorithm
+from maml_cuda.train.checkpoint import write_file
+from maml_cuda.train.settings import Settings, metric
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # told apart with every colour vision
+
+
+def learning_curves(metrics: Path, path: Path, settings: Settings) -> None:
+    """Loss and score against the meta-iteration, from metrics.csv."""
+    with metrics.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    lines = (
+        (left, "loss", "training, after adaptation", GREY, "-"),
+        (right, "before", "training, before adaptation", ORANGE, "-"),
+        (right, "after", "training, after adaptation", BLUE, "-"),
+        (right, "validation", "validation", GREEN, "o-"),
+    )
+    for axes, column, label, colour, style in lines:
+        points = [(int(row["iteration"]), float(row[column])) for row in rows if row[column]]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=colour, label=label, linewidth=1.2, markersize=3)
+    for axes, name in ((left, "query loss"), (right, metric(settings.job))):
+        axes.set(xlabel="meta-iteration", ylabel=name)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+        if name != "accuracy":
+            axes.set_yscale("log")
+    figure.suptitle(f"{settings.job}: learning curves")
+    save(figure, path)
+
+
+def adaptation(result: dict[str, Any], path: Path) -> None:
+    """The score after each number of adaptation steps, with its interval (``report.test_run``)."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.errorbar(result["steps"], result["mean"], yerr=result["ci95"], fmt="o-", color=BLUE, capsize=3)
+    axes.set(xlabel="adaptation steps", ylabel=result["metric"], xticks=result["steps"])
+    axes.set_title(f"{result['task']}: {result['test_tasks']} test tasks, {result['test_shots']}-shot, 95 % interval")
+    axes.grid(alpha=0.3)
+    if result["metric"] == "accuracy":
+        axes.set_ylim(0, 1)
+    else:
+        axes.set_ylim(bottom=0)
+    save(figure, path)
+
+
+def image_task(algorithm: Algorithm, batch: MetaBatch, steps: int, path: Path, most: int = 8) -> None:
+    """The first task of ``batch``, a row a class: support, then up to ``most`` queries, right or wrong."""
+    ways = int(batch.y_spt.max()) + 1
+    logits = algorithm.predict(batch, steps)
+    predicted = logits[0].argmax(-1).view(ways, -1)
+    correct = (predicted == batch.y_qry[0].view(ways, -1)).float().mean()
+    support = batch.x_spt[0].unflatten(0, (ways, -1))  # [ways, shots, channels, height, width]
+    query = batch.x_qry[0].unflatten(0, (ways, -1))[:, :most]
+    shots, queries = support.shape[1], query.shape[1]
+    figure = Figure(figsize=(1 + 0.9 * (shots + queries + 0.3), 0.7 + 1.1 * ways), layout="constrained")
+    grid = figure.subplots(ways, shots + 1 + queries, squeeze=False, width_ratios=[1] * shots + [0.3] + [1] * queries)
+    for way in range(ways):
+        for column, image in enumerate(support[way]):
+            _image(grid[way, column], image, f"class {way + 1}", BLUE)
+        grid[way, shots].axis("off")
+        for column, image in enumerate(query[way]):
+            answer = int(predicted[way, column])
+            right = answer == way
+            title = f"✓ {answer + 1}" if right else f"✗ {answer + 1}"
+            _image(grid[way, shots + 1 + column], image, title, GREEN if right else ORANGE)
+    figure.suptitle(
+        f"A task of unseen classes: support (blue), queries with the predicted class\n"
+        f"after {steps} steps, {float(correct):.0%} of its {predicted.numel()} queries right"
+    )
+    save(figure, path)
+
+
+def sinusoid_fits(algorithm: Algorithm, batch: MetaBatch, path: Path) -> None:
+    """The first task of ``batch``: the true curve, its support points, the fit after 0, 1 and 10 steps."""
+    x_spt, y_spt, x_qry, y_qry = (part[:1] for part in batch)
+    grid = torch.linspace(*X, 200).view(1, -1, 1)
+    on_grid = MetaBatch(x_spt, y_spt, torch.cat([grid, x_spt[:, :1, 1:].expand(-1, 200, -1)], -1), y_qry)
+    order = x_qry[..., 0].flatten().argsort()
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+
+    def draw(x: Tensor, y: Tensor, style: str, **options: Any) -> None:
+        axes.plot(x[..., 0].flatten().numpy(), y.detach().flatten().numpy(), style, **options)
+
+    draw(x_qry[:, order], y_qry[:, order], "-", color=GREY, linewidth=4, alpha=0.4, label="truth")
+    for steps, colour, style in ((0, ORANGE, ":"), (1, GREEN, "--"), (10, BLUE, "-")):
+        if steps in algorithm.steps:
+            fit = algorithm.predict(on_grid, steps)
+            draw(grid, fit, style, color=colour, label=f"after {steps} step{'s' * (steps != 1)}")
+    draw(x_spt, y_spt, "k^", label=f"{x_spt.shape[1]} support points")
+    axes.set(xlabel="x", ylabel="y", title="sinusoid: a curve that training has not seen")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(figure, path)
+
+
+def _image(axes: Any, image: Tensor, title: str, colour: str) -> None:
+    axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)  # [height, width, 1 or 3]
+    axes.set_title(title, fontsize=9, color=colour)
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(color=colour, linewidth=2)
+
+
+def save(figure: Figure, path: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    write_file(path, content.getvalue())

@@ -1,0 +1,333 @@
+"""The benchmarks on tiny shapes: a wrong answer is refused, FLOP are right, the report is true."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import fx
+
+from benchmarks import __main__ as cli
+from benchmarks import case, entrants, flops, proof, readme, report, rivals, targets, timing, workloads
+from tests.benchmarks import odd_sides as odd
+
+OURS = entrants.OURS
+WORKLOADS = workloads.WORKLOADS
+SINUSOID = WORKLOADS["sinusoid-k1"].shrunk()
+# Those that need no library that is not here, and no compiler.
+HERE = {name: entrants.RIVALS[name] for name in ("autograd loop", "learn2learn", "torch.func vmap")}
+SIDES = {OURS: rivals.fused("fused"), **HERE}
+# Larger only in tasks or shots: the same nets.
+SMALL = [name for name in WORKLOADS if "-t" not in name and "shot" not in name]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Nets this small gain nothing from more, and lose much where another process has the other core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("name", SMALL)
+def test_every_side_is_proven_on_every_workload(name, order):
+    workload = WORKLOADS[name].shrunk()
+    model, tasks = workload.build()
+    expected = proof.truth(workload, model, tasks, order == 1)
+    for build in SIDES.values():
+        float64, float32, _ = proof.prove(build, workload, model, tasks, order == 1, expected)
+        assert float64 <= proof.FLOAT64_LIMIT
+        assert 0 < float32 <= workload.float32_limit
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_workloads_trace_and_repeat(name):
+    model, tasks = WORKLOADS[name].build()
+    again, tasks_again = WORKLOADS[name].build()
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+    assert all(map(torch.equal, tasks, tasks_again))
+    assert not torch.equal(tasks.x_spt[0], tasks.x_qry[0, : tasks.x_spt.shape[1]])
+    x = tasks.x_spt[0]
+    torch.testing.assert_close(fx.symbolic_trace(model)(x), model(x))
+
+
+def test_shapes_are_the_published_ones():
+    shapes = {name: [tuple(x.shape) for x in workload.build()[1]] for name, workload in WORKLOADS.items()}
+    assert shapes["sinusoid-k5"] == [(25, 10, 1)] * 4
+    assert shapes["sinusoid-k5-t1000"] == [(1000, 10, 1)] * 4
+    assert shapes["omniglot-20way"] == [(16, 20, 1, 28, 28), (16, 20), (16, 300, 1, 28, 28), (16, 300)]
+    assert shapes["mini-imagenet-5shot"] == [(2, 25, 3, 84, 84), (2, 25), (2, 75, 3, 84, 84), (2, 75)]
+    assert shapes["policy"] == [(20, 2000, 2)] * 4
+    assert shapes["omniglot"] == [(4, 5, 1, 28, 28), (4, 5), (4, 75, 1, 28, 28), (4, 75)]
+    assert shapes["mini-imagenet"] == [(4, 5, 3, 84, 84), (4, 5), (4, 75, 3, 84, 84), (4, 75)]
+    assert shapes["resnet12"] == [(4, 5, 3, 32, 32), (4, 5), (4, 25, 3, 32, 32), (4, 25)]
+
+
+@pytest.mark.parametrize(
+    ("name", "forward", "first"),
+    [
+        ("sinusoid-k1", 3360, 80),
+        ("policy", 20_800, 400),
+        ("omniglot", 2 * 64 * (9 * 14**2 + 576 * (7**2 + 4**2 + 2**2) + 5), 2 * 64 * 9 * 14**2),
+        (
+            "mini-imagenet",
+            2 * 32 * (27 * 84**2 + 288 * (42**2 + 21**2 + 10**2) + 5 * 25),
+            2 * 32 * 27 * 84**2,
+        ),
+        ("resnet12", 46_597_376, 2 * 16 * (27 + 3) * 32**2),  # the shortcut reads the image too
+    ],
+)
+def test_forward_flops(name, forward, first):
+    model, tasks = WORKLOADS[name].build()
+    assert flops.forward_flops(model, tasks.x_spt[0]) == (forward, first)
+
+
+def test_meta_step_flops():
+    workload = WORKLOADS["sinusoid-k5"]
+    model, tasks = workload.build()
+    first_order = 25 * (5 * 10 + 10) * (3 * 3360 - 80)
+    assert flops.meta_step_flops(workload, model, tasks, first_order=True) == first_order
+    second_order = first_order + 25 * 5 * 10 * (6 * 3360 - 4 * 80)
+    assert flops.meta_step_flops(workload, model, tasks, first_order=False) == second_order
+
+
+LIES = (odd.slightly_wrong, odd.not_a_number, odd.without_gradient, odd.wrong_in_float32, odd.posing)
+
+
+def test_what_is_not_right_is_reported_and_the_rest_is_timed():
+    """Lies, errors, hangs and deaths, each in its own words; nobody else notices."""
+    odd_ones = {f"lie {i}": lie for i, lie in enumerate(LIES)}
+    others = {"failing": odd.failing, "lacking": odd.lacking, "dying": odd.dying, "tiring": odd.tiring}
+    sides = {"autograd loop": rivals.autograd_loop, **odd_ones, **others}
+    record = case.measure(SINUSOID, 2, {OURS: rivals.fused("fused"), **sides}, 0.01, 120, {"late": "too slow before"})
+    found = record["sides"]
+    for name in odd_ones:
+        assert found[name]["status"] == "wrong"
+        assert "of the reference" in found[name]["reason"]
+    assert found["failing"] == {"status": "failed", "reason": "RuntimeError: out of luck"}
+    assert found["lacking"] == {"status": "missing", "reason": "No module named 'gone'"}
+    assert found["dying"]["status"] == "failed"
+    assert "exit code 7" in found["dying"]["reason"]
+    assert found["tiring"]["status"] == "failed"
+    assert "tired" in found["tiring"]["reason"]
+    assert all("wall_ms" not in found[name] for name in (*odd_ones, *others))
+    assert found[OURS]["status"] == found["autograd loop"]["status"] == "timed"
+    assert record["fastest_rival"] == "autograd loop"
+    assert record["speed_up"] > 0
+
+
+def test_who_hangs_is_stopped():
+    record = case.measure(SINUSOID, 1, {OURS: rivals.fused("fused"), "hanging": odd.hanging}, 0.01, 12)
+    assert record["sides"]["hanging"] == {"status": "no result", "reason": "no result in 12 s"}
+    assert record["sides"][OURS]["status"] == "timed"
+    assert record["speed_up"] is None
+
+
+def test_who_was_given_up_is_not_tried():
+    sides = {"autograd loop": rivals.autograd_loop, "late": odd.failing}
+    record = case.measure(SINUSOID, 1, sides, 0.01, 60, {"late": "too slow before"})
+    assert record["sides"]["late"] == {"status": "no result", "reason": "too slow before"}
+
+
+def test_steps_leave_the_same_gradient_when_repeated():
+    model, tasks = SINUSOID.build()
+    for build in SIDES.values():
+        step = build(SINUSOID, model, tasks, False)
+        step()
+        once = [p.grad.clone() for p in model.parameters()]
+        step()
+        assert all(map(torch.equal, once, (p.grad for p in model.parameters())))
+
+
+def test_rounds_interleave():
+    calls = []
+
+    def block(name):
+        def run(seconds):
+            calls.append(name)
+            return timing.Timing(wall=[1.0], cpu=[1.0])
+
+        return run
+
+    once = {"a": 1e-3, "b": 0.5}  # of b, three steps and more are more than a second
+    timings = timing.interleave({name: block(name) for name in once}, once, seconds=1)
+    assert len(timings["a"].wall) == timing.MAX_ROUNDS
+    assert len(timings["b"].wall) >= timing.MIN_ROUNDS
+    assert "".join(calls).startswith("aba")
+
+
+def test_quartiles():
+    assert timing.Timing(wall=[5.0, 1.0, 2.0, 4.0, 3.0]).quartiles() == (2.0, 3.0, 4.0)
+
+
+def timed(median, error=1e-15, **more):
+    wall = {"q1": median * 0.9, "median": median, "q3": median * 1.25}
+    side = {"status": "timed", "error_float64": error, "wall_ms": wall, "cpu_ms": 2 * median, "floor_fraction": 0.5}
+    return {**side, "peak_bytes": 3 * 2**20, **more}
+
+
+def record_of(*cases):
+    where = {
+        "cpu": "Abacus", "cores": 4, "threads": 2, "torch": "2.6", "commit": None, "rivals": {"higher": "0.2"},
+        "maml_cuda": {"version": "0.1.0", "cpu_isa": "avx2"},
+    }  # fmt: skip
+    return {"machine": where, "settings": {"quick": False}, "cases": [case_of(*c) for c in cases], "growth": []}
+
+
+def case_of(name, order, sides):
+    shape = {"inner_steps": 5, "tasks": 4, "flops": 100 * order, "floor_ms": 1.0}
+    return {"workload": name, "order": order, **shape, "sides": sides, **case.verdict(sides, 1.0)}
+
+
+def test_report():
+    refused = {"status": "wrong", "reason": "too far off"}
+    text = report.markdown(
+        record_of(
+            ("net", 1, {OURS: timed(2.0), "loop": timed(8.0), "vmap": timed(10.0, note="a note")}),
+            ("net", 2, {OURS: timed(250.0), "loop": timed(200.0), "vmap": refused}),
+            ("overhead", 1, {OURS: timed(0.04), "loop": timed(0.4), "vmap": timed(0.5)}),
+        )
+    )
+    lines = text.splitlines()
+    machine = "One meta-step on Abacus, 2 of 4 cores; torch 2.6, maml_cuda 0.1.0 (avx2), commit unknown; higher 0.2."
+    assert lines[0] == machine
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert rows[0][4:8] == [OURS, "fastest rival", "", "speed-up"]
+    assert rows[2][:8] == ["net", "1", "4", "5", "2 (1.8 to 2.5)", "loop", "8 (7.2 to 10)", "4.00x"]
+    assert rows[2][8:] == ["8.0x", "50%", "4 / 16", "3 / 3", "1e-15"]
+    assert rows[3][4:8] == ["250 (225 to 312)", "loop", "200 (180 to 250)", "0.80x"]
+    assert ["net", "2", "200 (0.8x)", "wrong"] in rows
+    assert "- We lose: net (order 2), 1.25x slower than loop." in lines
+    assert "- Not timed: vmap, net (order 2); wrong: too far off" in lines
+    assert "- vmap: a note." in lines
+    ratios = "FLOP 2.00, maml_cuda 125.00, loop 25.00; ours is 62.50 times that of the FLOP"
+    assert f"- Second over first order, net: {ratios}." in lines
+    assert "- `maml.backward` with almost nothing to compute, order 1: 40 us." in lines
+
+
+def test_summary():
+    record = record_of(
+        ("policy", 1, {OURS: timed(2.0), "loop": timed(8.0)}), ("policy", 2, {OURS: timed(9.0), "loop": timed(3.0)})
+    )
+    lines = report.summary(record).splitlines()
+    rows = [line for line in lines if line.startswith("| policy")]
+    assert rows == ["| policy | 4 | 5 | 9 (8.1 to 11.2) | loop | 3 (2.7 to 3.75) | 0.33x | 2x | 3.0x | 50% |"]
+    assert lines[-1] == "- We lose: policy (order 2), 3.00x slower than loop."
+
+
+def test_report_says_when_we_lose_nothing():
+    assert "- We lose none of the 1 comparisons." in report.markdown(
+        record_of(("net", 1, {OURS: timed(1.0), "loop": timed(2.0)}))
+    )
+
+
+def test_the_cost_is_fitted():
+    points = [
+        ("T", 1, 5.0),
+        ("T", 2, 8.0),
+        ("T", 4, 14.0),
+        ("K", 1, 1.0),
+        ("K", 2, 3.0),
+        ("K", 3, 3.0),
+        ("width", 1, 1.0),
+    ]
+    record = record_of(*(("net", 2, {OURS: timed(ms)}) for _, _, ms in points))
+    growth = [
+        {**measured, "axis": axis, "value": value}
+        for measured, (axis, value, _) in zip(record["cases"], points, strict=True)
+    ]
+    text = report.markdown({**record, "growth": growth})
+    assert "- Cost in T: 2 ms + 3 ms a task (least squares; the farthest point is 0% off)." in text
+    assert "- Cost in K: 0.333 ms + 1 ms an inner step (least squares; the farthest point is 33% off)." in text
+    assert "Cost in" not in report.markdown({**record, "growth": growth[:2]})
+
+
+def test_targets_are_judged():
+    def line(ours, rival, quick=False, name="omniglot"):
+        cases = [case_of(name, 2, {OURS: timed(ours), "autograd loop": timed(rival)})]
+        (found,) = (line for line in targets.judged(cases, quick) if line.startswith("- Target omniglot,"))
+        return found
+
+    assert "met: 5.00x, autograd loop; plain products at the rate of sgemm would allow 10.0x" in line(2.0, 10.0)
+    assert "**missed**: 2.00x" in line(5.0, 10.0)
+    assert "the target asks for fewer" in line(2.0, 3.0)
+    assert "without learn2learn, higher" in line(2.0, 10.0)
+    assert "not judged, the run was quick" in line(2.0, 10.0, quick=True)
+    assert "not judged, not in this run" in line(2.0, 10.0, name="policy")
+
+
+def test_the_readme_holds_the_report_between_its_markers(tmp_path):
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    assert text.index(readme.BEGIN) < text.index(readme.END)
+    file = tmp_path / "README.md"
+    file.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    readme.write("new", [tmp_path / "plot.png"], tmp_path / "report.md", file)
+    start, _, link_and_plot = file.read_text().partition("new\n\n")
+    assert start == f"before\n{readme.BEGIN}\n"
+    assert link_and_plot.startswith("[The whole report](report.md)")
+    assert link_and_plot.endswith(f"\n\n![plot](plot.png)\n{readme.END}\nafter\n")
+    file.write_text("no markers")
+    with pytest.raises(ValueError, match="must hold the markers"):
+        readme.write("new", [], tmp_path / "report.md", file)
+    assert file.read_text() == "no markers"
+
+
+def test_command(tmp_path, capsys):
+    arguments = ["--workload", "sinusoid-k1", "growth", "--quick", "--seconds", "0.01", "--out", str(tmp_path)]
+    assert cli.main([*arguments, "--rival", "autograd-loop", "learn2learn"]) == 0
+    (file,) = tmp_path.glob("*-quick.json")
+    record = json.loads(file.read_text())
+    assert file.stem.endswith(f"-{record['machine']['maml_cuda']['cpu_isa']}-quick")
+    assert [(c["workload"], c["order"]) for c in record["cases"]] == [("sinusoid-k1", 1), ("sinusoid-k1", 2)]
+    assert {(c["axis"], c["value"]) for c in record["growth"]} >= {("T", 1), ("K", 2), ("width", 16)}
+    for measured in record["cases"]:
+        assert set(measured["sides"]) == {OURS, "autograd loop", "learn2learn"}
+        for side in measured["sides"].values():
+            assert side["status"] == "timed"
+            wall = side["wall_ms"]
+            assert 0 < wall["q1"] <= wall["median"] <= wall["q3"]
+            assert side["floor_fraction"] * wall["median"] == pytest.approx(measured["floor_ms"])
+        assert measured["floor_ms"] == pytest.approx(measured["flops"] / measured["sgemm_gflops"] / 1e6)
+    assert file.with_suffix(".md").read_text() == report.markdown(record) + "\n"
+    assert {p.suffix for p in tmp_path.iterdir()} <= {".json", ".md", ".png"}
+    assert capsys.readouterr().out == report.markdown(record) + "\n"
+
+
+def test_rivals_may_run_at_one_order_alone(tmp_path):
+    arguments = ["--workload", "overhead", "--quick", "--seconds", "0.01", "--out", str(tmp_path)]
+    assert cli.main([*arguments, "--rival", "autograd-loop", "--rival-order", "2"]) == 0
+    (file,) = tmp_path.glob("*-quick.json")
+    first, second = json.loads(file.read_text())["cases"]
+    assert (first["order"], set(first["sides"])) == (1, {OURS})
+    assert (second["order"], set(second["sides"])) == (2, {OURS, "autograd loop"})
+
+
+def test_command_fails_when_our_answer_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "fused", lambda backend: odd.without_gradient)
+    arguments = ["--workload", "overhead", "--order", "1", "--quick", "--seconds", "0.01", "--rival", "autograd-loop"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 1
+    assert "maml_cuda, overhead (order 1); wrong: torch.float64 meta-gradient" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--threads", "100000"], f"--threads must be at most {os.cpu_count()}, the cores of this machine, got 100000"),
+        (["--seconds", "nan"], "--seconds must be above 0, got nan"),
+        (["--limit", "0"], "--limit must be above 0, got 0"),
+        (["--readme", "--quick"], "--readme must go with a full run"),
+        (["--workload", "nothing"], "invalid choice: 'nothing'"),
+        (["--rival", "nobody"], "invalid choice: 'nobody'"),
+        (["--order", "3"], "invalid choice: 3"),
+    ],
+)
+def test_command_refuses(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert message in capsys.readouterr().err

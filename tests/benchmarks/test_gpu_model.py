@@ -1,0 +1,219 @@
+"""The model of the CUDA backend: what a meta-step launches may shrink, and never grows unseen."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks import flops
+from benchmarks.gpu import model, registers
+from benchmarks.gpu.model import C, Launch
+from benchmarks.workloads import WORKLOADS
+from tests import emulated
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+# (meta-step, first order) -> kernels, and bytes of their operands, each read or written once. Smaller is progress:
+# write the new figures here. Larger is a change that has to be meant.
+HELD = {
+    ("sinusoid-k1 T=25", False): (2, 553632),
+    ("sinusoid-k1 T=25", True): (2, 553632),
+    ("sinusoid-k5 T=25", False): (2, 553632),
+    ("sinusoid-k5 T=25", True): (2, 553632),
+    ("policy T=20", False): (55, 1261416192),
+    ("policy T=20", True): (37, 710193792),
+    ("omniglot T=4", False): (342, 586384864),
+    ("omniglot T=4", True): (191, 385473632),
+    ("omniglot T=32", False): (342, 4681648064),
+    ("omniglot T=32", True): (191, 3074358208),
+    ("omniglot-5shot T=32", False): (362, 11284714944),
+    ("omniglot-5shot T=32", True): (201, 5693471168),
+    ("mini-imagenet T=4", False): (399, 3706451936),
+    ("mini-imagenet T=4", True): (223, 2735433824),
+    ("mini-imagenet T=32", False): (399, 29648850880),
+    ("mini-imagenet T=32", True): (223, 21880705984),
+    ("mini-imagenet-5shot T=4", False): (549, 12266186272),
+    ("mini-imagenet-5shot T=4", True): (238, 5358120224),
+}
+
+
+@pytest.mark.parametrize(("name", "first_order"), HELD)
+def test_a_meta_step_launches_and_moves_no_more_than_it_did(name: str, first_order: bool) -> None:
+    step = model.meta_step(model.STEPS[name], "float32", first_order)
+    most_nodes, most_bytes = HELD[name, first_order]
+    assert len(step.launches) <= most_nodes
+    assert step.bytes <= most_bytes * (1 + 1e-9)
+    if step.executor == "batched":  # as many kernels in every precision, on operands of the same size
+        other = model.meta_step(model.STEPS[name], "bf16x3", first_order)
+        assert (len(other.launches), other.bytes) == (len(step.launches), step.bytes)
+
+
+def test_every_meta_step_is_held() -> None:
+    assert {name for name, _ in HELD} == set(model.STEPS)
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize(("name", "slack"), [("policy T=20", 1e-9), ("omniglot T=4", 0.1), ("mini-imagenet T=4", 0.1)])
+def test_flop_are_those_of_the_products(name: str, slack: float, first_order: bool) -> None:
+    """Counted from the model's layers. A stem takes its statistics by products of their own, and its gradients from
+    their sums."""
+    workload = model.STEPS[name]
+    net, tasks = dataclasses.replace(workload, tasks=1).build()
+    expected = flops.meta_step_flops(dataclasses.replace(workload), net, tasks, first_order)
+    assert model.meta_step(workload, "float32", first_order).flop == pytest.approx(expected, rel=slack)
+
+
+def test_nothing_is_computed_and_nothing_logged_afterwards() -> None:
+    with emulated.log() as logged:
+        before = len(logged())
+    step = model.meta_step(WORKLOADS["sinusoid-k1"], "float32")
+    assert [launch.kernel.partition("<")[0].rpartition("::")[2] for launch in step.launches] == [
+        "megakernel",
+        "add_up_kernel",
+    ]
+    with emulated.log() as logged:
+        assert len(logged()) == before == 0
+
+
+def launch(**changes: object) -> Launch:
+    plain = Launch("k", (1, 1, 1), 256, 0, False, 0.0, 0.0, 0, None)
+    return dataclasses.replace(plain, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "resident"),
+    [
+        ({}, 8),  # 2048 threads
+        ({"threads": 32}, 32),  # the most blocks
+        ({"shared": 49152}, 4),  # 228 KB over 48 + 1
+        ({"registers": 64}, 4),  # 65536 over 8 warps of 2048
+        ({"registers": 65}, 3),  # 2304 a warp: 28 of them
+        ({"threads": 100, "registers": 255}, 2),  # four warps of 8192: two times
+        ({"shared": 232448}, 1),
+    ],
+)
+def test_blocks_that_fit_a_multiprocessor(changes: dict, resident: int) -> None:
+    assert launch(**changes).resident == resident
+
+
+def test_waves_and_the_time_of_a_launch() -> None:
+    fixed = C["gap"].value + C["latency"].value
+    assert launch().microseconds() == pytest.approx(fixed)
+    assert [launch(grid=(n, 1, 1)).waves for n in (1, 8 * 132, 8 * 132 + 1)] == [1, 1, 2]
+    assert launch(bytes=2e6).microseconds() == pytest.approx(fixed + 1.0)  # 2 MB at 2 TB/s
+    # 132 blocks, one on each multiprocessor, at the share of one alone; eight on each at the full rate.
+    product = {"kernel": "f<Simt<float>, Tile<32, 32, 2, 2, 1, 4> >", "flop": 30e6}
+    alone, full = (launch(grid=(n, 1, 1), **product).microseconds() - fixed for n in (132, 8 * 132))
+    assert full == pytest.approx(1.0)
+    assert alone == pytest.approx(1.0 / C["lone"].value)
+    half_empty = launch(grid=(66, 1, 1), **product).microseconds() - fixed
+    assert half_empty == pytest.approx(2 * alone)
+    program = launch(grid=(1, 1, 25), instructions=10, flop=25e5)
+    assert program.microseconds() == pytest.approx(fixed + 10 * C["instruction"].value + 1.0)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tile", "precision"),
+    [
+        ("f<MatrixArithmetic<Tf32Words>, Tile<64, 32, 2, 2, 1, 4> >", "wide", "tf32"),
+        ("f<MatrixArithmetic<Bf16x3Words>, Tile<64, 32, 2, 1, 2, 3> >", "narrow", "bf16x3"),
+        ("f<MatrixArithmetic<Bf16Words>, Tile<32, 32, 1, 1, 4, 3> >", "small", "bfloat16"),
+        ("f<Simt<float>, Tile<32, 32, 2, 2, 1, 4> >", "wide", "float32"),
+        ("spread_kernel<float>", "", "float32"),
+    ],
+)
+def test_classes_of_products(kernel: str, tile: str, precision: str) -> None:
+    assert (launch(kernel=kernel).tile, launch(kernel=kernel).precision) == (tile, precision)
+
+
+def test_an_unknown_tile_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"tiles of the products: expected one of \[.*\], got 3, 3, 1, 4 in f<Simt"):
+        _ = launch(kernel="f<Simt<float>, Tile<32, 32, 3, 3, 1, 4> >").tile
+
+
+def test_every_precision_has_kernels_of_its_own() -> None:
+    for precision in model.PRECISIONS:
+        step = model.meta_step(model.STEPS["omniglot T=4"], precision)
+        assert {found.precision for found in step.launches if found.tile} == {precision}
+        aside = [found.kernel for found in step.launches if found.branch]  # what the query needs of no parameter
+        assert len(aside) == 2
+        assert all("patch_" in kernel for kernel in aside)
+
+
+def test_a_branch_costs_nothing_beside_a_longer_chain() -> None:
+    chain, aside = launch(bytes=2e7), launch(bytes=1e7, branch=True)
+    both = model.MetaStep("batched", (chain, aside)).microseconds()
+    assert both == model.MetaStep("batched", (chain,)).microseconds()
+    assert model.MetaStep("batched", (launch(), aside)).microseconds() == aside.microseconds()
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    model.main(["sinusoid-k1 T=25", "omniglot T=4", "--precision", "tf32", "--launches"])
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert lines[0] == f"| {' | '.join(model.COLUMNS)} |"
+    assert [line.split(" | ")[3] for line in lines[2:4]] == ["megakernel", "batched"]
+    assert sum(line.startswith("| `") for line in lines) == sum(int(line.split(" | ")[4]) for line in lines[2:4])
+    assert ("No registers: " in text) == (not registers.usage())
+    model.main(["--constants"])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == len(C)
+    assert {row.split(" | ")[2] for row in rows} <= {"estimated", "measured", "sm_90"}
+    with pytest.raises(SystemExit):
+        model.main(["omniglot T=5"])
+    assert "META-STEP must be of sinusoid-k1 T=25; " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not registers.usage(), reason="no kernels in this build, or no cuobjdump")
+def test_every_launched_kernel_is_in_the_library() -> None:
+    for precision in model.PRECISIONS:
+        for name in ("sinusoid-k5 T=25", "omniglot T=4", "mini-imagenet T=4"):
+            step = model.meta_step(model.STEPS[name], precision)
+            assert [found.kernel for found in step.launches if not found.registers] == []
+
+
+@pytest.mark.skipif(not registers.usage(), reason="no kernels in this build, or no cuobjdump")
+def test_the_emulation_counts_shared_memory_as_the_compiler_does() -> None:
+    """Of kernels whose launch gives them more, so that limits are met here where they are met on a GPU."""
+    found = []
+    for name in ("sinusoid-k1 T=25", "omniglot T=4", "mini-imagenet T=4"):
+        _, launches = model.logged_launches(model.STEPS[name], "tf32", False)
+        found += [launch for launch in launches if launch["dynamic_shared"]]
+    assert {"megakernel", "weight_gradient_kernel"} <= {
+        launch["kernel"].partition("<")[0].rpartition("::")[2] for launch in found
+    }
+    for launch in found:
+        assert registers.usage()[launch["kernel"]].shared == launch["static_shared"], launch["kernel"]
+
+
+@pytest.mark.skipif(not registers.usage(), reason="no kernels in this build, or no cuobjdump")
+def test_shared_memory_of_kernels_is_what_they_declare() -> None:
+    """Beside it the system's own share of a block is a constant of the model, which must not be counted twice."""
+    shared = {name: used.shared for name, used in registers.usage().items()}
+    assert {bytes_ for name, bytes_ in shared.items() if "::patch_moments_kernel<float>" in name} == {14 * 256}
+    assert {bytes_ for name, bytes_ in shared.items() if "::copy_kernel<float>" in name} == {0}
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_flop_of_a_pooled_stem_are_counted_once(first_order: bool) -> None:
+    """Those of the plain products, and its Gram matrix."""
+    workload = model.STEPS["mini-imagenet T=4"]
+    net, tasks = dataclasses.replace(workload, tasks=1).build()
+    gram = 84 * 84 * 28 * 29 * (workload.support + workload.query) * workload.tasks
+    expected = flops.meta_step_flops(workload, net, tasks, first_order) + gram
+    assert model.meta_step(workload, "float32", first_order).flop == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_documentation_shows_this_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its constants, and of every meta-step what needs no registers."""
+    docs = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    model.main(["--constants"])
+    for line in capsys.readouterr().out.splitlines():
+        assert line in docs
+    model.main([])
+    for line in capsys.readouterr().out.split("\n\n")[0].splitlines():
+        start = " | ".join(line.split(" | ")[: model.COLUMNS.index("shared, KB")])
+        assert f"{start} |" in docs, start

@@ -1,0 +1,37 @@
+"""The kernels by themselves, each against plain loops, in three schedules: the programs of tests/cuda/emulation.
+
+With the tiles that ship, and with small ones, of which small shapes have many; the sanitizers see the small ones.
+
+MAML_CUDA_SANITIZERS=thread,address also runs them under a race detector and an address sanitizer (minutes).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+from tests import emulated
+
+PROGRAMS = ["bank_conflicts", "conv2d", "layers", "policy", "product", "stem"]
+SANITIZERS = ["", *filter(None, os.environ.get("MAML_CUDA_SANITIZERS", "").split(","))]
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("small_tiles", [False, True])
+def test_kernels(program: str, sanitizer: str, small_tiles: bool) -> None:
+    if sanitizer and not small_tiles:
+        pytest.skip("the sanitizers see small tiles: the same code, and more of them")
+    if sanitizer and program == "bank_conflicts":
+        pytest.skip("it runs no kernel: it counts what their layouts do")
+    command = [str(emulated.build(f"test_{program}", sanitizer, small_tiles) / f"test_{program}")]
+    if sanitizer == "thread":  # which needs addresses that are not too random
+        command = ["setarch", "-R", *command]
+    if sanitizer:
+        command += {"conv2d": ["1"], "layers": ["shuffled"], "policy": ["shuffled"], "stem": ["shuffled"]}.get(
+            program, []
+        )
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -1,0 +1,140 @@
+"""Regression tests: what a plan must refuse or follow, each of which was once wrong without a word."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from maml_cuda import FusedMAML
+from tests.conftest import check_meta_gradient
+
+
+class Calls(nn.Module):
+    """A module whose forward is the function given, with the parameters given."""
+
+    def __init__(self, function, **parameters) -> None:
+        super().__init__()
+        self.function = function
+        for name, p in parameters.items():
+            setattr(self, name, p if isinstance(p, nn.Module) else nn.Parameter(p))
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def why_not(model: nn.Module) -> str:
+    with pytest.warns(UserWarning, match="general path") as caught:
+        assert FusedMAML(model, 0.1, loss="mse").backend == "reference"
+    return str(caught[0].message)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5, 3), (7,)])
+def test_a_bias_that_broadcasts_is_not_fused(shape):
+    model = Calls(lambda m, x: F.linear(x, m.w, m.b), w=torch.randn(3, 4), b=torch.randn(shape))
+    assert f"bias has shape {list(shape)}" in why_not(model)
+    conv = Calls(lambda m, x: F.conv2d(x, m.w, m.b), w=torch.randn(3, 2, 1, 1), b=torch.randn(shape))
+    assert f"bias has shape {list(shape)}" in why_not(conv)
+
+
+def test_batch_norm_of_unequal_parameters_is_not_fused():
+    model = Calls(
+        lambda m, x: F.batch_norm(x, None, None, m.w, m.b, True), w=torch.randn(4), b=torch.randn(9)
+    )  # fmt: skip
+    assert "bias has shape [9]" in why_not(model)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda m, x: F.conv2d(x, m.w, stride=0),
+        lambda m, x: F.conv2d(x, m.w, stride=-1),
+        lambda m, x: F.conv2d(x, m.w, padding=-1),
+        lambda m, x: F.max_pool2d(F.conv2d(x, m.w), 2, 0),
+        lambda m, x: F.avg_pool2d(F.conv2d(x, m.w), 0, 1),
+        lambda m, x: F.avg_pool2d(F.conv2d(x, m.w), 2, 1, -1),
+    ],
+)
+def test_windows_that_are_none(layer):
+    assert "make no window" in why_not(Calls(layer, w=torch.randn(3, 2, 1, 1)))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+def test_layers_without_width_are_not_fused():
+    assert "no elements" in why_not(nn.Sequential(nn.Linear(4, 0), nn.Tanh(), nn.Linear(0, 3)))
+
+
+def test_a_module_called_with_a_keyword_is_fused():
+    model = Calls(lambda m, x: m.o(input=x), o=nn.Linear(3, 4)).double()
+    data = [torch.randn(2, 5, s).double() for s in (3, 4, 3, 4)]
+    check_meta_gradient(model, "mse", data, 0.1, 2)
+
+
+@pytest.mark.parametrize("draw", [lambda: float(torch.rand(())), random.random])
+def test_random_numbers_in_forward_are_not_frozen_in_a_plan(draw):
+    model = Calls(lambda m, x: F.leaky_relu(m.o(x), draw()), o=nn.Linear(3, 4))
+    before = torch.get_rng_state(), random.getstate()
+    assert "draws random numbers" in why_not(model)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+def test_frozen_parameters_do_not_move_in_hvp():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    model[0].weight.requires_grad_(False)
+    x, y = torch.randn(2, 6, 4).double(), torch.randn(2, 6, 3).double()
+    products = []
+    for backend in ("fused", "reference"):
+        maml = FusedMAML(model, 0.1, loss="mse", backend=backend)
+        fast = maml.adapt(x, y)
+        v = {name: torch.ones_like(p) for name, p in fast.items()}
+        products.append(maml.hvp(fast, x, y, v))
+    for name, product in products[1].items():
+        torch.testing.assert_close(products[0][name], product, rtol=1e-10, atol=1e-12)
+
+
+def test_loss_and_steps_may_be_changed():
+    model = nn.Linear(3, 4).double()
+    maml = FusedMAML(model, 0.1, 1)
+    x, y = torch.randn(2, 5, 3).double(), torch.randn(2, 5, 4).double()
+    maml.loss = "mse"
+    maml.inner_steps = 3
+    fresh = FusedMAML(model, 0.1, 3, loss="mse")
+    torch.testing.assert_close(maml(x, y, x, y).loss, fresh(x, y, x, y).loss, rtol=0, atol=0)
+    maml.inner_steps = -1
+    with pytest.raises(ValueError, match="inner_steps must be at least 0, got -1"):
+        maml(x, y, x, y)
+
+
+def test_a_prediction_of_four_axes_is_not_fused():
+    model = Calls(lambda m, x: F.batch_norm(x, None, None, m.w, m.b, True), w=torch.ones(5), b=torch.zeros(5)).double()
+    x, y = torch.randn(2, 3, 5, 2, 3, 2).double(), torch.randn(2, 3, 5, 2, 3, 2).double()
+    maml = FusedMAML(model, 0.1, loss="mse")
+    with pytest.warns(UserWarning, match="a prediction of 4 axes"):
+        assert maml(x, y, x, y).logits.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        (lambda m, x: F.max_pool1d(m.f(x)[:, None], x.size(1)), "indexing is not fused"),
+        (lambda m, x: F.max_pool2d(m.f(x), x.size(0)), "its kernel_size is the size of axis 0; fused is a number"),
+        (lambda m, x: F.max_pool2d(m.f(x), (x.shape[1], 2)), "its kernel_size is the size of axis 1"),
+        (lambda m, x: F.dropout(m.f(x), x.size(0)), "its p is the size of axis 0"),
+        (lambda m, x: F.elu(m.f(x), m.f(x)), "its alpha is a value computed from x"),
+        (lambda m, x: F.linear(m.f(x), m.f(x)), "its weight is a value computed from x; fused is a number or a param"),
+        (lambda m, x: F.relu(x.shape), "its input is a shape, not a value computed from x"),
+        (lambda m, x: F.relu(x.size(1)), "its input is the size of axis 1, not a value"),
+        (lambda m, x: torch.tanh(m.w.clamp(min=0.0)), "its input is a clamped or expanded parameter, not a value"),
+        (lambda m, x: x.shape, "the model returns a shape, not one tensor computed from x"),
+        (lambda m, x: F.elu(m.f(x), "steep"), "an option that no fused layer has (could not convert string to float"),
+        (lambda m, x: x.reshape(2, x.size(0)), "this reshape is not fused"),
+    ],
+)
+def test_sentences_name_no_class_of_ours(function, sentence):
+    words = why_not(Calls(function, w=torch.randn(3), f=nn.Linear(4, 3)))
+    assert sentence in words
+    assert " object at 0x" not in words

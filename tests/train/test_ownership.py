@@ -1,0 +1,105 @@
+"""A run folder has one owner at a time, whoever else wants it, and however that one ends."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from maml_cuda import cli
+from maml_cuda.train.ownership import LOCK, owned
+
+HOLD = "import sys, pathlib; from maml_cuda.ownership import owned\nwith owned(pathlib.Path(sys.argv[1])): "
+
+
+def test_a_second_owner_is_refused_and_told_the_first(tmp_path) -> None:
+    run = tmp_path / "runs" / "one"
+    program = HOLD + "print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError, match=f"one must have one owner, got process {first.pid} on .*, which"):
+            owned(run).__enter__()
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    assert (run / LOCK).exists()  # what a process leaves that is killed
+    with owned(run):
+        assert (run / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+    assert not (run / LOCK).exists()
+
+
+def test_an_owner_that_leaves_nothing_removes_what_it_made(tmp_path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    with owned(mine / "a" / "b"):
+        pass
+    assert list(tmp_path.iterdir()) == [mine]
+    assert list(mine.iterdir()) == []
+    with owned(mine / "a" / "b"):
+        (mine / "a" / "b" / "file").touch()
+    assert [path.name for path in (mine / "a" / "b").iterdir()] == ["file"]
+
+
+def test_a_lock_that_its_owner_removes_meanwhile_is_made_anew(tmp_path, monkeypatch) -> None:
+    flock, calls = fcntl.flock, []
+
+    def removed_first(descriptor: int, operation: int) -> None:
+        if not calls:
+            (tmp_path / LOCK).unlink()
+        calls.append(operation)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    with owned(tmp_path):
+        assert len(calls) == 2
+        monkeypatch.undo()
+        with pytest.raises(BlockingIOError):
+            owned(tmp_path).__enter__()
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch) -> None:
+    def none(descriptor: int, operation: int) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with (
+        pytest.warns(UserWarning, match=r"cannot be locked \(Operation not supported\): let no second"),
+        owned(tmp_path),
+    ):
+        pass
+
+
+def test_a_file_is_no_run_folder(tmp_path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(NotADirectoryError, match="run must be a folder, got a file"):
+        owned(tmp_path / "run").__enter__()
+
+
+def test_runs_begun_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda form: form.replace("%Y%m%d-%H%M%S", "now"))
+    with ExitStack() as stack:
+        folders = [cli._own(None, "glyphs", stack) for _ in range(3)]
+        assert folders == [Path("runs/glyphs-now"), Path("runs/glyphs-now-2"), Path("runs/glyphs-now-3")]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_refuses_a_run_that_is_running(tmp_path, capsys) -> None:
+    run = tmp_path / "run"
+    short = ["train", "sinusoid", "--iterations", "4", "--hidden", "3", "--test-tasks", "2", "--out", str(run)]
+    assert cli.main(short) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with owned(run):
+        (run / LOCK).write_text("process 17 on elsewhere\n")
+        for command in (short, ["train", "--resume", str(run), "--iterations", "9"]):
+            assert cli.main(command) == 2
+            words = capsys.readouterr().err
+            assert f"{run} must have one owner, got process 17 on elsewhere, which trains it now" in words
+        assert cli.main(["evaluate", str(run)]) == 0  # reading disturbs nobody
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
