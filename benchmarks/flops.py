@@ -1,6 +1,6 @@
 """How many floating-point operations the plain matrix products of a meta-step are, counted exactly.
 
-Winograd's tiles (csrc/cpu/winograd.cpp) do with fewer, so a step may take less than these at the rate of sgemm.
+Winograd's tiles (csrc/cpu/product/winograd.cpp) do with fewer, so a step may take less than these at the rate of sgemm.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "layers.h"
+#include "layers/layer.h"
 
 namespace maml {
 

@@ -24,7 +24,7 @@
 
 #include <algorithm>
 
-#include "plan.h"
+#include "plan/plan.h"
 
 namespace maml {
 

@@ -5,7 +5,7 @@
 // The sum over samples is in double, in their order.
 #include <algorithm>
 
-#include "layers.h"
+#include "cpu/layers.h"
 
 namespace maml::MAML_ISA {
 namespace {

@@ -1,8 +1,8 @@
 // Layers that only place values: channels_last [n, c, h, w] -> [n, h, w, c], flatten the other way round, and
 // the residual sum of two values.
-#include "linear_map.h"
-#include "product.h"
-#include "share.h"
+#include "cpu/linear_map.h"
+#include "cpu/product/product.h"
+#include "cpu/run/share.h"
 
 namespace maml::MAML_ISA {
 namespace {

@@ -3,8 +3,8 @@
 // axes.
 #include <algorithm>
 
-#include "linear_map.h"
-#include "share.h"
+#include "cpu/linear_map.h"
+#include "cpu/run/share.h"
 
 namespace maml::MAML_ISA {
 namespace {

@@ -15,8 +15,8 @@
 // the mean of what stands before. gamma and beta may be absent: 1 and 0.
 #include <cmath>
 
-#include "layers.h"
-#include "rows.h"
+#include "cpu/layers.h"
+#include "cpu/rows.h"
 
 namespace maml::MAML_ISA {
 namespace {

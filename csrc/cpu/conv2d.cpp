@@ -15,15 +15,15 @@
 // and transposed: no multiplication with a zero that the stride has put in. Linear and convolution are
 // bilinear, so each tangent is the same product of two terms into one accumulator. Where is_winograd(l), all
 // three go the way of winograd.h.
-#include "conv2d.h"
+#include "cpu/conv2d.h"
 
 #include <algorithm>
 #include <utility>
 
-#include "../patch_gram.h"
-#include "frame.h"
-#include "layers.h"
-#include "winograd.h"
+#include "cpu/frame.h"
+#include "cpu/layers.h"
+#include "cpu/product/winograd.h"
+#include "layers/patch_gram.h"
 
 namespace maml::MAML_ISA {
 namespace {

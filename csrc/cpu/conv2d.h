@@ -2,8 +2,8 @@
 // conv2d_scratch(l) elements.
 #pragma once
 
-#include "../layers.h"
-#include "product.h"
+#include "cpu/product/product.h"
+#include "layers/layer.h"
 
 namespace maml::MAML_ISA {
 

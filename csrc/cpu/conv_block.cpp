@@ -16,12 +16,12 @@
 //
 // z stands less the mean of its first group, channel by channel: a mean of 100 deviations, rounded, would
 // shift all rows by 4e-6 of one, and sum dz, zero by rights, would meet the mean of x in the weight gradient.
-#include "conv_block.h"
+#include "cpu/conv_block.h"
 
 #include <cmath>
 
-#include "../patch_gram.h"
-#include "rows.h"
+#include "cpu/rows.h"
+#include "layers/patch_gram.h"
 
 namespace maml::MAML_ISA {
 namespace {

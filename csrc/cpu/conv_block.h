@@ -4,11 +4,11 @@
 #include <algorithm>
 #include <utility>
 
-#include "conv2d.h"
-#include "kink.h"
-#include "layers.h"
-#include "pool_pairs.h"
-#include "share.h"
+#include "cpu/conv2d.h"
+#include "cpu/kink.h"
+#include "cpu/layers.h"
+#include "cpu/pool_pairs.h"
+#include "cpu/run/share.h"
 
 namespace maml::MAML_ISA {
 

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../layers.h"
-#include "share.h"
+#include "cpu/run/share.h"
+#include "layers/layer.h"
 
 namespace maml::MAML_ISA {
 

@@ -21,8 +21,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "layers.h"
-#include "rows.h"
+#include "cpu/layers.h"
+#include "cpu/rows.h"
 
 namespace maml::MAML_ISA {
 namespace {

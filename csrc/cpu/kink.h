@@ -3,8 +3,8 @@
 // keeps NaN, and makes 0 of minus infinity.
 #pragma once
 
-#include "../layers.h"
-#include "simd.h"
+#include "cpu/simd.h"
+#include "layers/layer.h"
 
 namespace maml::MAML_ISA {
 

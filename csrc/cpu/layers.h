@@ -1,7 +1,7 @@
 // The layers of the CPU backend: one .cpp each.
 #pragma once
 
-#include "../layers.h"
+#include "layers/layer.h"
 
 namespace maml::MAML_ISA {
 

@@ -2,7 +2,7 @@
 // and tangent.
 #pragma once
 
-#include "layers.h"
+#include "cpu/layers.h"
 
 namespace maml::MAML_ISA {
 

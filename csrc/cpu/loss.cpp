@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "layers.h"
+#include "cpu/layers.h"
 
 namespace maml::MAML_ISA {
 namespace {

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "layers.h"
-#include "share.h"
+#include "cpu/layers.h"
+#include "cpu/run/share.h"
 
 namespace maml::MAML_ISA {
 namespace {

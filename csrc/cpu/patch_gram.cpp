@@ -15,16 +15,16 @@
 // as the kernel has at a time, and multiplied in vectors of elements; on inner columns lane j of a sum sees
 // elements j, j + period, ..., so that there are as many sums as give every lane one residue and channel.
 // Summation order: columns by lanes, rows, samples; then classes.
-#include "../patch_gram.h"
+#include "layers/patch_gram.h"
 
 #include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <utility>
 
-#include "frame.h"
-#include "layers.h"
-#include "simd.h"
+#include "cpu/frame.h"
+#include "cpu/layers.h"
+#include "cpu/simd.h"
 
 namespace maml::MAML_ISA {
 namespace {

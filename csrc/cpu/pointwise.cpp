@@ -2,9 +2,9 @@
 //   grad_x = f'(x) g,   y_dot = f'(x) x_dot,   grad_x_dot = f'(x) g_dot + f''(x) g x_dot.
 // Results may stand where arguments do. An f without a second derivative may then find f(x) in place of x,
 // and what becomes of cotangents and tangents in place of them.
-#include "../pointwise_functions.h"
-#include "layers.h"
-#include "share.h"
+#include "cpu/layers.h"
+#include "cpu/run/share.h"
+#include "layers/functions.h"
 
 namespace maml::MAML_ISA {
 namespace {

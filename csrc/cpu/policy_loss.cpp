@@ -18,7 +18,7 @@
 #include <cmath>
 #include <numbers>
 
-#include "layers.h"
+#include "cpu/layers.h"
 
 namespace maml::MAML_ISA {
 namespace {

@@ -3,7 +3,7 @@
 // Places are numbers of T.
 #pragma once
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace maml::MAML_ISA {
 

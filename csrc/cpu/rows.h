@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "share.h"
-#include "simd.h"
+#include "cpu/run/share.h"
+#include "cpu/simd.h"
 
 namespace maml::MAML_ISA {
 

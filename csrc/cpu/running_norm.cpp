@@ -10,8 +10,8 @@
 // gamma and beta may be absent: 1 and 0. Samples do not depend on each other.
 #include <cmath>
 
-#include "layers.h"
-#include "rows.h"
+#include "cpu/layers.h"
+#include "cpu/rows.h"
 
 namespace maml::MAML_ISA {
 namespace {

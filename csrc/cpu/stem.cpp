@@ -20,13 +20,13 @@
 #include <cmath>
 #include <utility>
 
-#include "../patch_gram.h"
-#include "frame.h"
-#include "kink.h"
-#include "layers.h"
-#include "pool_pairs.h"
-#include "product.h"
-#include "rows.h"
+#include "cpu/frame.h"
+#include "cpu/kink.h"
+#include "cpu/layers.h"
+#include "cpu/pool_pairs.h"
+#include "cpu/product/product.h"
+#include "cpu/rows.h"
+#include "layers/patch_gram.h"
 
 namespace maml::MAML_ISA {
 namespace {

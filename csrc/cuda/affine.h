@@ -2,8 +2,8 @@
 // formulas): an affine map, and in the tangent another.
 #pragma once
 
-#include "../layers.h"
-#include "platform.h"
+#include "cuda/run/platform.h"
+#include "layers/layer.h"
 
 namespace maml::cuda {
 

@@ -1,6 +1,6 @@
 // A parameter's elements behind the features of every sample (append.h), for all tasks.
-#include "append.h"
-#include "layers.h"
+#include "cuda/append.h"
+#include "cuda/layers.h"
 
 namespace maml::cuda {
 namespace {

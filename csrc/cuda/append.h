@@ -6,8 +6,8 @@
 // all threads of a warp call. The twin is cpu/append.cpp.
 #pragma once
 
-#include "elementwise.h"
-#include "rows.h"
+#include "cuda/elementwise.h"
+#include "cuda/rows.h"
 
 namespace maml::cuda {
 

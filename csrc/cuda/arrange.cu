@@ -8,8 +8,8 @@
 // other, written in order; what it reads lies in a few streams.
 #include <algorithm>
 
-#include "arrange.h"
-#include "linear_map.h"
+#include "cuda/arrange.h"
+#include "cuda/linear_map.h"
 
 namespace maml::cuda {
 namespace {

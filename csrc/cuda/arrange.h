@@ -2,7 +2,7 @@
 // elements; no barriers.
 #pragma once
 
-#include "elementwise.h"
+#include "cuda/elementwise.h"
 
 namespace maml::cuda {
 

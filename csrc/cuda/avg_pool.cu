@@ -6,9 +6,9 @@
 // (windows.h), each pixel summing over the windows that hold it in ascending order. mean_pool: a block takes
 // one sample, its threads every `rows`-th pixel in ascending order, and a tree sums them. Rows of one task,
 // n h w, are numbered in 32 bits.
-#include "elementwise.h"
-#include "linear_map.h"
-#include "windows.h"
+#include "cuda/elementwise.h"
+#include "cuda/linear_map.h"
+#include "cuda/windows.h"
 
 namespace maml::cuda {
 namespace {

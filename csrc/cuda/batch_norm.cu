@@ -1,5 +1,5 @@
 // BatchNorm with batch statistics: normalise.h where f is the identity and nothing is pooled.
-#include "normalise.h"
+#include "cuda/normalise.h"
 
 namespace maml::cuda {
 

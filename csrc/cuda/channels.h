@@ -7,7 +7,7 @@
 // A thread keeps its channel, so that what belongs to the channel stays in registers.
 #pragma once
 
-#include "launch.h"
+#include "cuda/run/launch.h"
 
 namespace maml::cuda {
 

@@ -2,11 +2,11 @@
 // hands to which product. Linear and convolution are bilinear, so a tangent is the same product of two terms.
 #include <algorithm>
 
-#include "../patch_gram.h"
-#include "../plan.h"
-#include "conv2d.h"
-#include "layers.h"
-#include "statistics.h"
+#include "cuda/conv2d.h"
+#include "cuda/layers.h"
+#include "cuda/product/statistics.h"
+#include "layers/patch_gram.h"
+#include "plan/plan.h"
 
 namespace maml::cuda {
 namespace {

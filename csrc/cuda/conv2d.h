@@ -4,8 +4,8 @@
 
 #include <type_traits>
 
-#include "launch.h"
-#include "product.h"
+#include "cuda/product/product.h"
+#include "cuda/run/launch.h"
 
 namespace maml::cuda {
 

@@ -6,9 +6,9 @@
 //
 // blockIdx: x tile of m, y tile of n, z task. Numerics: sums in ascending k, first term first, then the bias.
 // Statistics of the output: tile_statistics.h.
-#include "conv2d.h"
-#include "tile_statistics.h"
-#include "work.h"
+#include "cuda/conv2d.h"
+#include "cuda/product/tile_statistics.h"
+#include "cuda/run/work.h"
 
 namespace maml::cuda {
 namespace {

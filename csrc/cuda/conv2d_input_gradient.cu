@@ -11,8 +11,8 @@
 //
 // blockIdx: x tiles of m, class after class; y tile of n; z task. Numerics: sums in ascending k, first term
 // first, then what grad_x held. A class that no tap reaches gets zeros.
-#include "conv2d.h"
-#include "work.h"
+#include "cuda/conv2d.h"
+#include "cuda/run/work.h"
 
 namespace maml::cuda {
 namespace {

@@ -14,8 +14,8 @@
 // splits in order, then what the gradient held.
 #include <algorithm>
 
-#include "conv2d.h"
-#include "work.h"
+#include "cuda/conv2d.h"
+#include "cuda/run/work.h"
 
 namespace maml::cuda {
 namespace {

@@ -1,7 +1,7 @@
 // What the layers share that work element by element.
 #pragma once
 
-#include "launch.h"
+#include "cuda/run/launch.h"
 
 namespace maml::cuda {
 

@@ -19,9 +19,9 @@
 // is kept as two numbers: rounded, a mean of many deviations would shift the whole cell. gamma and beta may
 // be absent (1 and 0); where the input does not move x_dot, and where the layer does not grad_y. The twin is
 // cpu/group_norm.cpp.
-#include "elementwise.h"
-#include "layers.h"
-#include "moments.h"
+#include "cuda/elementwise.h"
+#include "cuda/layers.h"
+#include "cuda/moments.h"
 
 namespace maml::cuda {
 namespace {

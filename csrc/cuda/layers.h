@@ -2,7 +2,7 @@
 // symbolic addresses (address.h).
 #pragma once
 
-#include "launch.h"
+#include "cuda/run/launch.h"
 
 namespace maml::cuda {
 

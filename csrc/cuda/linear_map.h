@@ -2,7 +2,7 @@
 // and tangent.
 #pragma once
 
-#include "layers.h"
+#include "cuda/layers.h"
 
 namespace maml::cuda {
 

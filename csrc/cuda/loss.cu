@@ -1,7 +1,7 @@
 // The losses of all tasks (loss.h): a value by one block a task, a tangent or a metric by as many as its rows
 // fill.
-#include "layers.h"
-#include "loss.h"
+#include "cuda/layers.h"
+#include "cuda/loss.h"
 
 namespace maml::cuda {
 namespace {

@@ -18,8 +18,8 @@
 
 #include <cmath>
 
-#include "policy_loss.h"
-#include "rows.h"
+#include "cuda/policy_loss.h"
+#include "cuda/rows.h"
 
 namespace maml::cuda {
 

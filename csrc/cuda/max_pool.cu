@@ -6,9 +6,9 @@
 //
 // A thread keeps its channel (channels.h) and takes outputs forward, cells of pixels backward (windows.h).
 // Rows of one task, n h w, are numbered in 32 bits.
-#include "elementwise.h"
-#include "layers.h"
-#include "windows.h"
+#include "cuda/elementwise.h"
+#include "cuda/layers.h"
+#include "cuda/windows.h"
 
 namespace maml::cuda {
 namespace {

@@ -17,8 +17,8 @@
 
 #include <algorithm>
 
-#include "channels.h"
-#include "statistics.h"
+#include "cuda/channels.h"
+#include "cuda/product/statistics.h"
 
 namespace maml::cuda {
 

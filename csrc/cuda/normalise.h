@@ -40,12 +40,12 @@
 // Rmu = c = 0; where the layer does not move, grad_y too.
 #pragma once
 
-#include "../pointwise_functions.h"
-#include "affine.h"
-#include "elementwise.h"
-#include "layers.h"
-#include "moments.h"
-#include "windows.h"
+#include "cuda/affine.h"
+#include "cuda/elementwise.h"
+#include "cuda/layers.h"
+#include "cuda/moments.h"
+#include "cuda/windows.h"
+#include "layers/functions.h"
 
 namespace maml::cuda {
 

@@ -8,10 +8,10 @@
 // blockIdx: x part of the patches, z task. Numerics: products of floats are exact in double.
 #include <algorithm>
 
-#include "../patch_gram.h"
-#include "../plan.h"
-#include "conv2d.h"
-#include "layers.h"
+#include "cuda/conv2d.h"
+#include "cuda/layers.h"
+#include "layers/patch_gram.h"
+#include "plan/plan.h"
 
 namespace maml::cuda {
 namespace {

@@ -1,7 +1,7 @@
 // y = f(x) for all tasks: the passes of pointwise.h, a kernel for each function, so that no element pays for
 // the others. A thread takes every (blocks * kElementThreads)-th element: neighbours access neighbours.
-#include "layers.h"
-#include "pointwise.h"
+#include "cuda/layers.h"
+#include "cuda/pointwise.h"
 
 namespace maml::cuda {
 namespace {

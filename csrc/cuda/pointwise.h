@@ -4,8 +4,8 @@
 // with the layer's own f (the switch stands outside the loop).
 #pragma once
 
-#include "../pointwise_functions.h"
-#include "elementwise.h"
+#include "cuda/elementwise.h"
+#include "layers/functions.h"
 
 namespace maml::cuda {
 

@@ -21,7 +21,7 @@
 #include <cmath>
 #include <cstdio>
 
-#include "rows.h"
+#include "cuda/rows.h"
 
 namespace maml::cuda {
 

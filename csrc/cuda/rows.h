@@ -1,7 +1,7 @@
 // Rows [n, c] that the threads of a warp share, and sums over them in a fixed tree.
 #pragma once
 
-#include "launch.h"
+#include "cuda/run/launch.h"
 
 namespace maml::cuda {
 

@@ -12,10 +12,10 @@
 // wants them, neither runs. Nothing is saved: s is computed from var by every thread. gamma and beta may be
 // absent (1 and 0); where the input does not move x_dot, and where the layer does not grad_y. The twin is
 // cpu/running_norm.cpp.
-#include "elementwise.h"
-#include "layers.h"
-#include "moments.h"
-#include "windows.h"
+#include "cuda/elementwise.h"
+#include "cuda/layers.h"
+#include "cuda/moments.h"
+#include "cuda/windows.h"
 
 namespace maml::cuda {
 namespace {

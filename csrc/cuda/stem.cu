@@ -4,10 +4,10 @@
 // zero, gamma one. blockIdx: y channels, z task.
 #include <algorithm>
 
-#include "../plan.h"
-#include "channels.h"
-#include "stem.h"
-#include "work.h"
+#include "cuda/channels.h"
+#include "cuda/run/work.h"
+#include "cuda/stem.h"
+#include "plan/plan.h"
 
 namespace maml::cuda {
 namespace {

@@ -13,9 +13,9 @@
 // computed in double. The user's bias of the convolution has no effect and no gradient.
 #pragma once
 
-#include "../patch_gram.h"
-#include "conv2d.h"
-#include "layers.h"
+#include "cuda/conv2d.h"
+#include "cuda/layers.h"
+#include "layers/patch_gram.h"
 
 namespace maml::cuda {
 

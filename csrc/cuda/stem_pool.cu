@@ -5,8 +5,8 @@
 //
 // blockIdx: x tile of m, y tile of n, z task. Numerics: as conv2d_forward.cu; the first of equal values wins,
 // and any NaN.
-#include "stem.h"
-#include "work.h"
+#include "cuda/run/work.h"
+#include "cuda/stem.h"
 
 namespace maml::cuda {
 namespace {

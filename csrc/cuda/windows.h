@@ -9,7 +9,7 @@
 
 #include <algorithm>
 
-#include "channels.h"
+#include "cuda/channels.h"
 
 namespace maml::cuda {
 

@@ -7,13 +7,13 @@
 #include <utility>
 #include <variant>
 
-#include "../cpu/backend.h"
+#include "cpu/run/backend.h"
 #ifdef MAML_CUDA_ARCHITECTURES
-#include "../cuda/backend.h"
+#include "cuda/run/backend.h"
 #endif
-#include "episodes.h"
-#include "memory.h"
-#include "watch.h"
+#include "python/episodes.h"
+#include "python/memory.h"
+#include "python/watch.h"
 
 namespace py = pybind11;
 

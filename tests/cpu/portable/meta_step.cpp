@@ -9,7 +9,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../../csrc/cpu/backend.h"
+#include "cpu/run/backend.h"
 
 using namespace maml;
 

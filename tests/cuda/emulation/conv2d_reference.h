@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "../../csrc/layers.h"
+#include "layers/layer.h"
 
 namespace conv2d_reference {
 

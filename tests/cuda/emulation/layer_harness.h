@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/layers.h"
-#include "../../csrc/cuda/statistics.h"
+#include "cuda/layers.h"
+#include "cuda/product/statistics.h"
 #include "layer_references.h"
 
 namespace maml::cuda {

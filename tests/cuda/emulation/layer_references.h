@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "../../csrc/layers.h"
+#include "layers/layer.h"
 
 namespace maml {
 

@@ -8,7 +8,7 @@
 #include <set>
 #include <vector>
 
-#include "../../csrc/cuda/tile_layout.h"
+#include "cuda/product/tile_layout.h"
 
 namespace {
 

@@ -9,9 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/layers.h"
-#include "../../csrc/cuda/mma.h"
 #include "conv2d_reference.h"
+#include "cuda/layers.h"
+#include "cuda/product/mma.h"
 
 namespace {
 

@@ -8,10 +8,10 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/arrange.h"
-#include "../../csrc/cuda/channels.h"
-#include "../../csrc/cuda/loss.h"
-#include "../../csrc/cuda/pointwise.h"
+#include "cuda/arrange.h"
+#include "cuda/channels.h"
+#include "cuda/loss.h"
+#include "cuda/pointwise.h"
 #include "emulation.h"
 #include "layer_harness.h"
 

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/loss.h"
+#include "cuda/loss.h"
 #include "emulation.h"
 #include "layer_harness.h"
 

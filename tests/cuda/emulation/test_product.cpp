@@ -5,7 +5,7 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/cuda/conv2d.h"
+#include "cuda/conv2d.h"
 
 namespace {
 

@@ -4,9 +4,9 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/patch_gram.h"
 #include "emulation.h"
 #include "layer_harness.h"
+#include "layers/patch_gram.h"
 
 namespace maml::cuda {
 namespace {

@@ -1,0 +1,449 @@
+// One call on the CPU: parameters into the layout of the layers, tasks over the threads, results added up in
+// order of tasks and handed back in the user's layout.
+//
+// A task is one thread's from beginning to end, alone or, in a small network, side by side with others in the
+// lanes of vectors (tasks_in_lanes.h). Large tasks that are left over when most threads would have none come
+// one after the other, and all threads share the passes of each (share.h). A task's sums do not know of any
+// other task; the sum over tasks runs in double, task by task within a group and group by group, in waves. So
+// the bits depend neither on the number of threads nor on who shares a batch. What one core has written is
+// slow to read for another: a group reads the parameters as they are packed and hands on nothing but its sum.
+#include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <utility>
+
+#include "cpu/layers.h"
+#include "cpu/run/backend.h"
+#include "cpu/run/share.h"
+#include "cpu/run/tasks_in_lanes.h"
+#include "meta_gradient.h"
+
+namespace maml::MAML_ISA {
+
+Footprint footprint(const Layer& layer) {
+  switch (layer.kind) {
+    case Kind::conv2d:
+      return conv2d_footprint(layer);
+    case Kind::batch_norm:
+      return batch_norm_footprint(layer);
+    case Kind::running_norm:
+      return running_norm_footprint(layer);
+    case Kind::group_norm:
+      return group_norm_footprint(layer);
+    case Kind::max_pool:
+      return max_pool_footprint(layer);
+    case Kind::conv_block:
+      return conv_block_footprint(layer);
+    case Kind::patch_gram:
+      return patch_gram_footprint(layer);
+    case Kind::stem:
+      return stem_footprint(layer);
+    default:
+      return {};
+  }
+}
+
+namespace {
+
+template <class T>
+struct Cpu : Updates<T, T> {
+  static const Passes<T>& passes(Kind kind) {
+    static const Passes<T> table[] = {channels_last<T>(), flatten<T>(),    conv2d<T>(),    batch_norm<T>(),
+                                      running_norm<T>(),  group_norm<T>(), pointwise<T>(), max_pool<T>(),
+                                      avg_pool<T>(),      mean_pool<T>(),  add<T>(),       append<T>(),
+                                      Passes<T>{},  // block
+                                      conv_block<T>(),    patch_gram<T>(), stem<T>()};
+    return table[static_cast<int>(kind)];
+  }
+  void forward(const Layer& l, const Tensors<T>& t) const { passes(l.kind).forward(l, t); }
+  void backward(const Layer& l, const Tensors<T>& t) const { passes(l.kind).backward(l, t); }
+  void forward_tangent(const Layer& l, const Tensors<T>& t) const { passes(l.kind).forward_tangent(l, t); }
+  void backward_tangent(const Layer& l, const Tensors<T>& t) const { passes(l.kind).backward_tangent(l, t); }
+
+  void loss(const LossPart& part, const T* z, const Target<T>& target, T* value, T* grad_z, T* saved) const {
+    const T loss = loss_passes<T>(part.kind).value(part, z, target, grad_z, saved);
+    if (value) *value = part.add ? *value + loss : loss;
+  }
+  void loss_tangent(const LossPart& part, const T* z, const Target<T>& target, const T* z_dot, const T* saved,
+                    T* grad_z_dot) const {
+    loss_passes<T>(part.kind).tangent(part, z, target, z_dot, saved, grad_z_dot);
+  }
+  void metric(const LossPart& part, const T* z, const Target<T>& target, const T* z_dot, T* grad_z) const {
+    loss_passes<T>(part.kind).metric(part, z, target, z_dot, grad_z);
+  }
+};
+
+/// The user's [rows, columns, taps] of a weight and the layers' [taps, columns, rows]; other parameters are
+/// the same.
+template <class From, class To>
+void pack(const Parameter& p, const From* user, To* packed) {
+  const int64_t columns = p.size / (p.rows * p.taps);
+  for (int64_t o = 0; o < p.rows; ++o) {
+    for (int64_t i = 0; i < columns; ++i) {
+      for (int64_t t = 0; t < p.taps; ++t) packed[(t * columns + i) * p.rows + o] = static_cast<To>(*user++);
+    }
+  }
+}
+template <class From, class To>
+void unpack(const Parameter& p, const From* packed, To* user) {
+  const int64_t columns = p.size / (p.rows * p.taps);
+  for (int64_t o = 0; o < p.rows; ++o) {
+    for (int64_t i = 0; i < columns; ++i) {
+      for (int64_t t = 0; t < p.taps; ++t) *user++ = static_cast<To>(packed[(t * columns + i) * p.rows + o]);
+    }
+  }
+}
+
+/// Less than so many multiply-adds (some 50 us) are done before a second thread has woken up.
+constexpr int64_t kWorkOfOneThread = 1'000'000;
+
+/// Multiply-adds of a task from which on its passes are worth the threads' meeting at each of them.
+constexpr int64_t kWorkOfATeam = 10'000'000;
+
+/// Bytes of a group of tasks in lanes up to which they are in a cache.
+constexpr int64_t kLaneBytes = int64_t{8} << 20;
+
+/// The memory of a call: what all threads share, then what each has of its own.
+template <class T>
+struct Memory {
+  static constexpr int64_t W = kLanes<T>;
+  int64_t tasks, shared = 0, thread = 0;
+  bool lanes;
+  int64_t wave;         // tasks whose results stand side by side before they are added up
+  int64_t sums, alone;  // of groups in lanes and tasks alone in a wave, at most
+
+  Memory(const Problem& p, int64_t tasks_) : tasks(tasks_) {
+    const int64_t in_lanes = W * lane_size(p);
+    lanes = p.is_linear() && !p.is_tiled() && p.operation != Operation::kept_fisher && few_lanes(tasks) &&
+            in_lanes * static_cast<int64_t>(sizeof(T)) <= kLaneBytes;
+    wave = std::min(tasks, lanes ? W * cpu::kWave : cpu::kWave);
+    sums = lanes ? (wave + W - 1) / W : 0;
+    alone = lanes ? (W - 1) / 3 : wave;
+    // Totals and sums are doubles, in elements of at least half their size. 16: to the first whole line.
+    shared = 16 + p.packing.total + p.rates_size + (alone + 2 * sums + 2) * p.result_size;
+    thread = p.task_size() + 3 * p.packing.total;
+    if (lanes) thread = std::max(thread, in_lanes);
+  }
+  /// Whether so many tasks are worth a vector: it takes the time of a third of it.
+  static bool few_lanes(int64_t tasks) { return 3 * tasks >= kLanes<T>; }
+
+  /// Vectors of a group: parameters of its own, given and going out, data, losses, and the task's workspace.
+  static int64_t lane_size(const Problem& p) {
+    return 3 * p.packing.total + p.result_size + whole_lines(predictions(p.query)) +
+           whole_lines(samples(p.support)) + whole_lines(samples(p.query)) + whole_lines(p.steps + 1) +
+           whole_lines(p.packing.total / kLanes<T> + 1) + loss_scratch(p) + p.task_size();
+  }
+  static int64_t loss_scratch(const Problem& p) {
+    return whole_lines(3 * std::max(predictions(p.support), predictions(p.query)) / kLanes<T> + 1);
+  }
+  static int64_t samples(const Stage& s) { return s.n ? s.n * s.values[0].size : 0; }
+  static int64_t predictions(const Stage& s) { return s.n ? s.n * s.values[s.output].size : 0; }
+
+  int64_t size(int64_t at_once) const { return shared + std::min(at_once, tasks) * thread; }
+};
+
+/// Bytes of a workspace below which advice on it, some 40 us a call, would be felt, and not be worth it.
+constexpr int64_t kLargeWorkspace = int64_t{8} << 20;
+
+/// What Linux should know of a workspace, of the huge pages (2 MB) that lie in it wholly.
+void advise([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes, [[maybe_unused]] int advice) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  if (bytes < kLargeWorkspace) return;
+  const auto start = (reinterpret_cast<uintptr_t>(memory) + kHuge - 1) / kHuge * kHuge;
+  const auto end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  if (start < end) madvise(reinterpret_cast<void*>(start), end - start, advice);
+#endif
+}
+
+/// Large memory comes in huge pages where it may: in those of 4 KB, taking it costs up to a quarter of a
+/// call. The caller keeps it for the next call, and until then it is the system's where it runs short:
+/// clearing fresh pages, and moving others to make room for huge ones, has cost as much as a whole call.
+#if defined(__linux__) && defined(MADV_HUGEPAGE) && defined(MADV_FREE)
+constexpr int kInUse = MADV_HUGEPAGE, kToSpare = MADV_FREE;
+#else
+constexpr int kInUse = 0, kToSpare = 0;  // no advice
+#endif
+
+template <class T>
+class Run {
+  using V = Vector<T>;
+  static constexpr int64_t W = kLanes<T>;
+
+ public:
+  Run(const Problem& problem, const Call<T>& call) : p_(problem), call_(call), memory_(problem, call.tasks) {
+    advise(call.workspace, bytes(), kInUse);
+    const int64_t kept = call.kept * problem.task_size() * static_cast<int64_t>(sizeof(T));
+    if (!call.prepared) advise(call.state, kept, kInUse);
+    // Vectors stand on whole cache lines.
+    T* at = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(call.workspace) + 63) / 64 * 64);
+    auto take = [&](int64_t size) { return std::exchange(at, at + size); };
+    theta_ = take(p_.packing.total);
+    rates_ = take(p_.rates_size);
+    results_ = take(memory_.alone * p_.result_size);
+    sums_ = reinterpret_cast<double*>(take(2 * memory_.sums * p_.result_size));
+    totals_ = reinterpret_cast<double*>(take(2 * p_.result_size));
+    const bool small = call.tasks * p_.work < kWorkOfOneThread;
+    threads_ = small ? 1 : static_cast<int>(std::min<int64_t>(call.at_once, call.tasks));
+    thread_memory_ = at;
+  }
+
+  void operator()() {
+    if (shared_parameters()) pack_all(call_.parameters, {}, 0, theta_);
+    pack_rates();
+    const bool adds_up = call_.gradient != nullptr;
+    if (adds_up) std::fill_n(totals_, p_.result_size, 0.0);
+    for (int64_t wave = 0; wave < call_.tasks; wave += memory_.wave) {
+      const int64_t end = std::min(call_.tasks, wave + memory_.wave);
+      const int64_t groups =
+          memory_.lanes ? (end - wave + (Memory<T>::few_lanes((end - wave) % W) ? W - 1 : 0)) / W : 0;
+      const int64_t alone = std::min(end, wave + groups * W), units = groups + end - alone;
+      auto run_unit = [&](int64_t u) {
+        T* memory = thread_memory_ + omp_get_thread_num() * memory_.thread;
+        if (u < groups) {
+          const int64_t first = wave + u * W;
+          run_lanes(first, std::min(W, end - first), u, memory);
+        } else {
+          run_task(alone + u - groups, u - groups, memory);
+        }
+      };
+      const int64_t shared = shared_units(units), whole = units - shared;
+      if (threads_ > 1 && whole > 1) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads_)
+        for (int64_t u = 0; u < whole; ++u) run_unit(u);
+      } else {
+        for (int64_t u = 0; u < whole; ++u) run_unit(u);
+      }
+      const Team team(call_.at_once);
+      for (int64_t u = whole; u < units; ++u) run_unit(u);
+      if (adds_up) add_up(groups, alone, end);
+    }
+    if (adds_up) hand_back_gradient();
+    if (call_.loss) {
+      double loss = 0;
+      for (int64_t t = 0; t < call_.tasks; ++t) loss += weight(t) * static_cast<double>(call_.task_losses[t]);
+      *call_.loss = static_cast<T>(loss);
+    }
+    advise(call_.workspace, bytes(), kToSpare);
+  }
+
+ private:
+  /// How many of a wave's units all threads take together: those of a last round that would leave at least
+  /// half of the threads without one.
+  int64_t shared_units(int64_t units) const {
+    if (memory_.lanes || p_.work < kWorkOfATeam) return 0;
+    const int64_t left = units % call_.at_once;
+    return 2 * left <= call_.at_once ? left : 0;
+  }
+
+  int64_t bytes() const { return memory_.size(call_.at_once) * static_cast<int64_t>(sizeof(T)); }
+  bool shared_parameters() const { return call_.parameter_strides.empty(); }
+
+  double weight(int64_t t) const {
+    if (call_.task_weights) return static_cast<double>(call_.task_weights[t]);
+    return p_.operation == Operation::adapt_backward ? 1.0 : 1.0 / static_cast<double>(call_.tasks);
+  }
+
+  void pack_all(const std::vector<const T*>& user, const std::vector<int64_t>& strides, int64_t task,
+                T* packed) const {
+    for (size_t i = 0; i < user.size(); ++i) {
+      const Parameter& parameter = p_.graph.parameters[i];
+      T* to = packed + p_.packing.at[i];
+      if (user[i]) {
+        pack(parameter, user[i] + (strides.empty() ? 0 : task * strides[i]), to);
+      } else {
+        std::fill_n(to, parameter.size, T(0));
+      }
+    }
+  }
+
+  void pack_rates() const {
+    for (size_t i = 0; i < p_.rate_tensors.size(); ++i) {
+      const RateTensor& rate = p_.rate_tensors[i];
+      T* to = rates_ + p_.rate_at[i];
+      if (rate.parameter < 0) {
+        std::copy_n(call_.rates[i], rate.size, to);
+        continue;
+      }
+      const Parameter& parameter = p_.graph.parameters[rate.parameter];
+      for (int64_t s = 0; s < rate.size; s += parameter.size) pack(parameter, call_.rates[i] + s, to + s);
+    }
+  }
+
+  const T* x_of(const Stage& s, const T* x, int64_t t) const {
+    return x ? x + t * Memory<T>::samples(s) : nullptr;
+  }
+  Target<T> target_of(const Stage& s, const Target<T>& of_all, int64_t t) const {
+    return s.n ? of_all.from(p_.graph.loss, s.values[s.output].size, t * s.n) : Target<T>{};
+  }
+  int64_t predictions() const { return Memory<T>::predictions(p_.query); }
+
+  void run_task(int64_t t, int64_t slot, T* at) const {
+    auto take = [&](int64_t size) { return std::exchange(at, at + size); };
+    T* own = take(p_.packing.total);
+    T* given = take(p_.packing.total);
+    T* out = take(p_.packing.total);
+    Task<T> task{};
+    task.theta = theta_;
+    if (!shared_parameters()) {
+      pack_all(call_.parameters, call_.parameter_strides, t, own);
+      task.theta = own;
+    }
+    task.x_support = x_of(p_.support, call_.x_support, t);
+    task.y_support = target_of(p_.support, call_.y_support, t);
+    task.x_query = x_of(p_.query, call_.x_query, t);
+    task.y_query = target_of(p_.query, call_.y_query, t);
+    task.support_losses = call_.support_losses ? call_.support_losses + t * p_.steps : nullptr;
+    task.query_loss = call_.task_losses ? call_.task_losses + t : nullptr;
+    task.logits = call_.logits ? call_.logits + t * predictions() : nullptr;
+    task.result = call_.gradient ? results_ + slot * p_.result_size : out;
+    task.adapted = out;
+    if (p_.operation == Operation::predict_backward) {
+      task.given = call_.given[0] + t * predictions();
+    } else if (!call_.given.empty()) {
+      pack_all(call_.given, call_.given_strides, t, given);
+      task.given = given;
+    }
+    const bool kept = t < call_.kept;
+    task.prepared = kept && call_.prepared;
+    if (kept) at = call_.state + t * p_.task_size();
+    const Cpu<T> backend{{rates_, call_.query_weights}};
+    TaskRunner<Cpu<T>, T>(backend, p_, task, at).run();
+    hand_back_task(out, t);
+  }
+
+  /// Tasks [first, first + count) side by side; lanes beyond them repeat the last one.
+  void run_lanes(int64_t first, int64_t count, int64_t group, T* memory) const {
+    using Tasks = TasksInLanes<T>;
+    V* at = reinterpret_cast<V*>(memory);
+    auto take = [&](int64_t size) { return std::exchange(at, at + size); };
+    auto each_lane = [&](auto f) {
+      for (int64_t lane = 0; lane < W; ++lane) f(lane, first + std::min(lane, count - 1));
+    };
+    V *own = take(p_.packing.total), *given = take(p_.packing.total), *out = take(p_.packing.total);
+    V *result = take(p_.result_size), *logits = take(whole_lines(predictions()));
+    V* x[2] = {take(whole_lines(Memory<T>::samples(p_.support))),
+               take(whole_lines(Memory<T>::samples(p_.query)))};
+    V* losses = take(whole_lines(p_.steps + 1));
+    T* packed = reinterpret_cast<T*>(take(whole_lines(p_.packing.total / W + 1)));
+    T* loss_scratch = reinterpret_cast<T*>(take(Memory<T>::loss_scratch(p_)));
+    LaneTargets<T> targets[2];
+    each_lane([&](int64_t lane, int64_t t) {
+      if (call_.x_support)
+        Tasks::give(Memory<T>::samples(p_.support), x_of(p_.support, call_.x_support, t), lane, x[0]);
+      if (call_.x_query)
+        Tasks::give(Memory<T>::samples(p_.query), x_of(p_.query, call_.x_query, t), lane, x[1]);
+      targets[0].of[lane] = target_of(p_.support, call_.y_support, t);
+      targets[1].of[lane] = target_of(p_.query, call_.y_query, t);
+      if (!shared_parameters()) {
+        pack_all(call_.parameters, call_.parameter_strides, t, packed);
+        Tasks::give(p_.packing.total, packed, lane, own);
+      }
+      if (p_.operation == Operation::predict_backward) {
+        Tasks::give(predictions(), call_.given[0] + t * predictions(), lane, logits);
+      } else if (!call_.given.empty()) {
+        pack_all(call_.given, call_.given_strides, t, packed);
+        Tasks::give(p_.packing.total, packed, lane, given);
+      }
+    });
+    if (shared_parameters()) {
+      for (int64_t i = 0; i < p_.packing.total; ++i) own[i] = broadcast(theta_[i]);
+    }
+    Task<V> task{};
+    task.theta = own;
+    task.x_support = x[0];
+    task.y_support = {&targets[0]};
+    task.x_query = x[1];
+    task.y_query = {&targets[1]};
+    task.support_losses = losses;
+    task.query_loss = losses + p_.steps;
+    task.logits = logits;
+    task.result = call_.gradient ? result : out;
+    task.given = p_.operation == Operation::predict_backward ? logits : given;
+    task.adapted = out;
+    const Tasks backend(rates_, call_.query_weights, loss_scratch);
+    TaskRunner<Tasks, V>(backend, p_, task, at).run();
+    if (call_.gradient) {
+      double weights[W];
+      for (int64_t lane = 0; lane < count; ++lane) weights[lane] = weight(first + lane);
+      Tasks::add_up(p_.result_size, result, count, weights, sums_ + group * p_.result_size);
+    }
+    T* each = reinterpret_cast<T*>(given);  // which is read no more
+    if (!call_.per_task.empty()) Tasks::separate(p_.packing.total, out, each);
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const int64_t t = first + lane;
+      if (call_.support_losses) Tasks::take(p_.steps, losses, lane, call_.support_losses + t * p_.steps);
+      if (call_.task_losses) call_.task_losses[t] = losses[p_.steps][lane];
+      if (call_.logits) Tasks::take(predictions(), logits, lane, call_.logits + t * predictions());
+      hand_back_task(each + lane * p_.packing.total, t);
+    }
+  }
+
+  /// What the call wants of each task's parameters' shapes.
+  void hand_back_task(const T* out, int64_t t) const {
+    for (size_t i = 0; i < call_.per_task.size(); ++i) {
+      const Parameter& parameter = p_.graph.parameters[i];
+      if (call_.per_task[i])
+        unpack(parameter, out + p_.packing.at[i], call_.per_task[i] + t * parameter.size);
+    }
+  }
+
+  /// Of a wave: the sums of its groups, then tasks [alone, end).
+  void add_up(int64_t groups, int64_t alone, int64_t end) const {
+    for (int64_t g = 0; g < groups; ++g) {
+      const double* sum = sums_ + g * p_.result_size;
+      for (int64_t i = 0; i < p_.result_size; ++i) totals_[i] += sum[i];
+    }
+    for (int64_t t = alone; t < end; ++t) {
+      const double w = weight(t);
+      const T* result = results_ + (t - alone) * p_.result_size;
+      for (int64_t i = 0; i < p_.result_size; ++i) totals_[i] += w * static_cast<double>(result[i]);
+    }
+  }
+
+  /// The trainable parameters in the user's order, then the learned rates.
+  void hand_back_gradient() const {
+    T* to = call_.gradient;
+    for (size_t i = 0; i < p_.graph.parameters.size(); ++i) {
+      const Parameter& parameter = p_.graph.parameters[i];
+      if (parameter.role == Role::frozen) continue;
+      unpack(parameter, totals_ + p_.packing.at[i], to);
+      to += parameter.size;
+    }
+    for (size_t i = 0; i < p_.rate_tensors.size(); ++i) {
+      const RateTensor& rate = p_.rate_tensors[i];
+      if (!rate.learned) continue;
+      const double* from = totals_ + p_.rate_grad_at[i];
+      if (rate.parameter < 0) {
+        for (int64_t j = 0; j < rate.size; ++j) to[j] = static_cast<T>(from[j]);
+      } else {
+        const Parameter& parameter = p_.graph.parameters[rate.parameter];
+        for (int64_t s = 0; s < rate.size; s += parameter.size) unpack(parameter, from + s, to + s);
+      }
+      to += rate.size;
+    }
+  }
+
+  const Problem& p_;
+  const Call<T>& call_;
+  const Memory<T> memory_;
+  double *totals_, *sums_;
+  T *theta_, *rates_, *results_, *thread_memory_;
+  int threads_;
+};
+
+}  // namespace
+
+int64_t workspace_float(const Problem& p, int64_t tasks, int64_t at_once) {
+  return Memory<float>(p, tasks).size(at_once);
+}
+int64_t workspace_double(const Problem& p, int64_t tasks, int64_t at_once) {
+  return Memory<double>(p, tasks).size(at_once);
+}
+void run_float(const Problem& problem, const Call<float>& call) { Run<float>(problem, call)(); }
+void run_double(const Problem& problem, const Call<double>& call) { Run<double>(problem, call)(); }
+
+}  // namespace maml::MAML_ISA

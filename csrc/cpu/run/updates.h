@@ -1,0 +1,103 @@
+// What the algorithm does to packed parameter vectors. V: T, or a vector of T with one task in each lane;
+// rates are the same for all tasks.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/run/share.h"
+#include "cpu/simd.h"
+#include "plan/plan.h"
+
+namespace maml::MAML_ISA {
+
+template <class V, class T>
+struct Updates {
+  const T* rates;          // packed
+  const T* query_weights;  // [steps + 1]
+
+  void descend(const std::vector<RateSlice>& slices, const V* phi, const V* g, V* next) const {
+    each_rate(slices, [&](const RateSlice& s, auto rate) {
+      share_elements(s.size, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) next[s.at + i] = phi[s.at + i] - rate(i) * g[s.at + i];
+      });
+    });
+  }
+  void direction(const std::vector<RateSlice>& slices, const V* v, V* out) const {
+    each_rate(slices, [&](const RateSlice& s, auto rate) {
+      share_elements(s.size, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) out[s.at + i] = rate(i) * v[s.at + i];
+      });
+    });
+  }
+  void rate_gradient(const std::vector<RateSlice>& slices, const V* all_g, const V* all_v, V* result) const {
+    for (const RateSlice& s : slices) {
+      if (s.grad_at == kNowhere) continue;
+      const V *g = all_g + s.at, *v = all_v + s.at;
+      V* grad_rate = result + s.grad_at;
+      if (s.elementwise) {
+        for (int64_t i = 0; i < s.size; ++i) grad_rate[i] -= g[i] * v[i];
+      } else {
+        constexpr int64_t W = sizeof(V) / sizeof(T);
+        const T *own_g = reinterpret_cast<const T*>(g), *own_v = reinterpret_cast<const T*>(v);
+        double sum[W] = {};
+        for (int64_t i = 0; i < s.size; ++i) {
+          for (int64_t lane = 0; lane < W; ++lane) {
+            sum[lane] += static_cast<double>(own_g[i * W + lane]) * static_cast<double>(own_v[i * W + lane]);
+          }
+        }
+        T* own_rate = reinterpret_cast<T*>(grad_rate);
+        for (int64_t lane = 0; lane < W; ++lane) own_rate[lane] -= static_cast<T>(sum[lane]);
+      }
+    }
+  }
+  /// One pass: what is adapted is in the slices, the rest behind it.
+  void retreat(int64_t size, const V* product, V* v, const std::vector<RateSlice>& slices, V* out) const {
+    int64_t adapted = 0;
+    if (out) {
+      each_rate(slices, [&](const RateSlice& s, auto rate) {
+        share_elements(s.size, [&](int64_t first, int64_t last) {
+          for (int64_t i = s.at + first; i < s.at + last; ++i) {
+            v[i] -= product[i];
+            out[i] = rate(i - s.at) * v[i];
+          }
+        });
+        adapted = std::max(adapted, s.at + s.size);
+      });
+    }
+    share_elements(size - adapted, [&](int64_t first, int64_t last) {
+      for (int64_t i = adapted + first; i < adapted + last; ++i) v[i] -= product[i];
+    });
+  }
+  void add_weighted(int k, int64_t size, const V* x, V* y) const {
+    const T w = query_weights[k];
+    share_elements(size, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) y[i] += w * x[i];
+    });
+  }
+  void copy(int64_t size, const V* from, V* to) const { std::copy_n(from, size, to); }
+  void zero(int64_t size, V* to) const { std::fill_n(to, size, V{}); }
+
+  template <class F>
+  bool beside(F) const {
+    return false;
+  }
+  void join() const {}
+
+ private:
+  /// f(slice, i -> rate of its element i)
+  template <class F>
+  void each_rate(const std::vector<RateSlice>& slices, F f) const {
+    for (const RateSlice& s : slices) {
+      if (s.elementwise) {
+        const T* rate = rates + s.rate_at;
+        f(s, [rate](int64_t i) { return rate[i]; });
+      } else {
+        const T rate = s.rate_at == kNowhere ? static_cast<T>(s.constant) : rates[s.rate_at];
+        f(s, [rate](int64_t) { return rate; });
+      }
+    }
+  }
+};
+
+}  // namespace maml::MAML_ISA

@@ -1,0 +1,98 @@
+// Symbolic addresses. The algorithm (meta_gradient.h) computes with pointers of one task and follows none of
+// them, so on this backend they name a place instead: a region, and a byte within it. A kernel looks the
+// region up in the call's table and finds its own task's part. So one list of launches serves every call of
+// the same shapes, in a CUDA graph too, wherever that call's tensors stand.
+#pragma once
+
+#include "cuda/run/platform.h"
+#include "layers/layer.h"
+
+namespace maml::cuda {
+
+enum class Region : int {
+  none,
+  shared,  // what all tasks read: packed parameters and rates
+  task,    // one task's part of the workspace
+  x_support,
+  y_support,
+  scale_support,
+  old_log_probs_support,
+  x_query,
+  y_query,
+  scale_query,
+  old_log_probs_query,
+  logits,
+  support_losses,
+  task_losses,
+  cotangent,  // of the prediction
+  task_weights,
+  query_weights,  // [steps + 1]
+  loss,
+  gradient,  // flat, as the user gets it
+  count
+};
+
+/// Where a tensor stands, and how many bytes lie between one task's part and the next one's (0: they share
+/// it).
+struct Span {
+  unsigned char* start;
+  int64_t stride;
+};
+
+/// A call as kernels see it: the spans of its regions, and behind them those of the user's tensors
+/// (description.h).
+struct Table {
+  Span regions[static_cast<int>(Region::count)];
+};
+
+inline constexpr int kRegionShift = 56;
+
+/// The symbolic address of an element. Adding elements to it stays in the region; Region::none gives null.
+template <class T>
+__host__ __device__ inline T* place(Region region, int64_t element = 0) {
+  if (region == Region::none) return nullptr;
+  return reinterpret_cast<T*>((static_cast<uint64_t>(region) << kRegionShift) + element * sizeof(T));
+}
+
+/// Where a symbolic address stands for one task; null for null, and in a region that this call lacks.
+template <class T>
+__device__ __forceinline__ T* resolve(T* symbolic, const Table& table, int64_t task) {
+  const uint64_t word = reinterpret_cast<uint64_t>(symbolic);
+  if (word == 0) return nullptr;
+  const Span& span = table.regions[word >> kRegionShift];
+  if (!span.start) return nullptr;
+  return reinterpret_cast<T*>(span.start + task * span.stride + (word & ((uint64_t{1} << kRegionShift) - 1)));
+}
+
+template <class T>
+__device__ __forceinline__ Tensors<T> resolve(const Tensors<T>& s, const Table& table, int64_t task) {
+  Tensors<T> t = s;
+  for (int j = 0; j < 2; ++j) {
+    t.x[j] = resolve(s.x[j], table, task);
+    t.grad_x[j] = resolve(s.grad_x[j], table, task);
+    t.x_dot[j] = resolve(s.x_dot[j], table, task);
+    t.grad_x_dot[j] = resolve(s.grad_x_dot[j], table, task);
+  }
+  for (int j = 0; j < kMostParameters; ++j) {
+    t.w[j] = resolve(s.w[j], table, task);
+    t.grad_w[j] = resolve(s.grad_w[j], table, task);
+    t.w_dot[j] = resolve(s.w_dot[j], table, task);
+    t.grad_w_dot[j] = resolve(s.grad_w_dot[j], table, task);
+  }
+  t.y = resolve(s.y, table, task);
+  t.grad_y = resolve(s.grad_y, table, task);
+  t.y_dot = resolve(s.y_dot, table, task);
+  t.grad_y_dot = resolve(s.grad_y_dot, table, task);
+  t.saved = resolve(s.saved, table, task);
+  t.saved_dot = resolve(s.saved_dot, table, task);
+  t.scratch = resolve(s.scratch, table, task);
+  return t;
+}
+
+template <class T>
+__device__ __forceinline__ Target<T> resolve(const Target<T>& s, const Table& table, int64_t task) {
+  return {resolve(static_cast<const unsigned char*>(s.y), table, task), resolve(s.scale, table, task),
+          resolve(s.old_log_probs, table, task)};
+}
+
+}  // namespace maml::cuda

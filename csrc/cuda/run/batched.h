@@ -1,0 +1,218 @@
+// The executor that serves every plan: each pass of a layer is one or a few kernels over all tasks of a chunk
+// (blockIdx.z is the task). It is a backend of TaskRunner whose calls launch.
+//
+// While a graph is captured, what the query needs of no parameter is a branch beside the inner loop: with 75
+// images of mini-ImageNet and 4 tasks that is 2.1 M patches of 27 elements, some 0.9 G multiply-adds in
+// double, at least 50 us of an H100's rate, beside steps on 5 images each that leave most of it idle. Weight
+// gradients, too, are off the chain from cotangent to cotangent, but a branch of theirs would cost a fork and
+// a join a layer and pass, scratch of its own, and cotangents that live a layer longer. Without a graph all
+// is on the caller's stream.
+#pragma once
+
+#include "cuda/layers.h"
+#include "cuda/loss.h"
+#include "cuda/run/updates.h"
+#include "cuda/run/work.h"
+
+namespace maml::cuda {
+
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    descend_kernel(const RateSlice* slices, const T* rates, const T* phi, const T* g, T* next,
+                   const Table* table) {
+  const int64_t task = blockIdx.z;
+  descend(grid_team(), slices[blockIdx.y], resolve(rates, *table, task), resolve(phi, *table, task),
+          resolve(g, *table, task), resolve(next, *table, task));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    direction_kernel(const RateSlice* slices, const T* rates, const T* v, T* out, const Table* table) {
+  const int64_t task = blockIdx.z;
+  direction(grid_team(), slices[blockIdx.y], resolve(rates, *table, task), resolve(v, *table, task),
+            resolve(out, *table, task));
+}
+
+/// Row y of blocks: slice y, and last what no inner step changes.
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    retreat_kernel(const RateSlice* slices, int count, int64_t adapted, int64_t size, const T* rates,
+                   const T* product, T* v, T* out, const Table* table) {
+  const int64_t task = blockIdx.z;
+  product = resolve(product, *table, task), v = resolve(v, *table, task);
+  if (static_cast<int>(blockIdx.y) == count) {
+    return subtract(grid_team(), size - adapted, product + adapted, v + adapted);
+  }
+  retreat(grid_team(), slices[blockIdx.y], resolve(rates, *table, task), product, v,
+          resolve(out, *table, task));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    elementwise_rate_gradient_kernel(const RateSlice* slices, const T* g, const T* v, T* result,
+                                     const Table* table) {
+  const RateSlice& slice = slices[blockIdx.y];
+  if (slice.grad_at == kNowhere || !slice.elementwise) return;
+  const int64_t task = blockIdx.z;
+  elementwise_rate_gradient(grid_team(), slice, resolve(g, *table, task), resolve(v, *table, task),
+                            resolve(result, *table, task));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kReductionThreads)
+    shared_rate_gradients_kernel(const RateSlice* slices, int count, const T* g, const T* v, T* result,
+                                 const Table* table) {
+  __shared__ double sums[kReductionThreads];
+  const int64_t task = blockIdx.z;
+  shared_rate_gradients(slices, count, resolve(g, *table, task), resolve(v, *table, task),
+                        resolve(result, *table, task), sums);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    add_weighted_kernel(int64_t size, const T* w, const T* x, T* y, const Table* table) {
+  const int64_t task = blockIdx.z;
+  add_weighted(grid_team(), size, resolve(w, *table, task), resolve(x, *table, task),
+               resolve(y, *table, task));
+}
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    copy_kernel(int64_t size, const T* from, T* to, const Table* table) {
+  copy(grid_team(), size, resolve(from, *table, blockIdx.z), resolve(to, *table, blockIdx.z));
+}
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads) zero_kernel(int64_t size, T* to, const Table* table) {
+  zero(grid_team(), size, resolve(to, *table, blockIdx.z));
+}
+
+template <class T>
+class Batched {
+ public:
+  /// `rates`: the symbolic address of the packed rates.
+  Batched(const Launcher& launch, const Problem& problem, const Image& image, const T* rates)
+      : launch_(launch), problem_(problem), image_(image), rates_(rates) {
+    for (const std::vector<RateSlice>& step : problem.slices) {
+      for (const RateSlice& s : step) {
+        largest_ = std::max(largest_, s.size);
+        if (s.grad_at != kNowhere) (s.elementwise ? learns_elementwise_ : learns_shared_) = true;
+      }
+    }
+  }
+
+  void forward(const Layer& l, const Tensors<T>& t) const {
+    note_pass(Op::forward, l, t);
+    passes(l.kind).forward(launch_, l, t);
+  }
+  void backward(const Layer& l, const Tensors<T>& t) const {
+    note_pass(Op::backward, l, t);
+    passes(l.kind).backward(launch_, l, t);
+  }
+  void forward_tangent(const Layer& l, const Tensors<T>& t) const {
+    note_pass(Op::forward_tangent, l, t);
+    passes(l.kind).forward_tangent(launch_, l, t);
+  }
+  void backward_tangent(const Layer& l, const Tensors<T>& t) const {
+    note_pass(Op::backward_tangent, l, t);
+    passes(l.kind).backward_tangent(launch_, l, t);
+  }
+
+  /// f(backend) as a branch of the graph, or nothing and false.
+  template <class F>
+  bool beside(F f) const {
+    if (!launch_.branch) return false;
+    const Launcher launch = launch_.fork();
+    f(Batched(launch, problem_, image_, rates_));
+    return true;
+  }
+  void join() const { launch_.join(); }
+
+  void loss(const LossPart& part, const T* z, const Target<T>& target, T* value, T* grad_z, T* saved) const {
+    note([&] { return traffic<T>(part.n * part.c, grad_z ? 4 : 2); });
+    launch_loss(launch_, part, z, target, value, grad_z, saved);
+  }
+  void loss_tangent(const LossPart& part, const T* z, const Target<T>& target, const T* z_dot, const T* saved,
+                    T* grad_z_dot) const {
+    note([&] { return traffic<T>(part.n * part.c, 3); });
+    launch_loss_tangent(launch_, part, z, target, z_dot, saved, grad_z_dot);
+  }
+  void metric(const LossPart& part, const T* z, const Target<T>& target, const T* z_dot, T* grad_z) const {
+    note([&] { return traffic<T>(part.n * part.c, 3); });
+    launch_metric(launch_, part, z, target, z_dot, grad_z);
+  }
+
+  void descend(const std::vector<RateSlice>& step, const T* phi, const T* g, T* next) const {
+    note([&] { return traffic<T>(problem_.packing.adapted, 3); });
+    launch_("descend", descend_kernel<T>, slice_grid(), kVectorThreads, 0, slices(step), rates_, phi, g, next,
+            launch_.table);
+  }
+  void direction(const std::vector<RateSlice>& step, const T* v, T* out) const {
+    note([&] { return traffic<T>(problem_.packing.adapted, 2); });
+    launch_("direction", direction_kernel<T>, slice_grid(), kVectorThreads, 0, slices(step), rates_, v, out,
+            launch_.table);
+  }
+  void rate_gradient(const std::vector<RateSlice>& step, const T* g, const T* v, T* result) const {
+    if (learns_elementwise_) {
+      launch_("elementwise rate gradient", elementwise_rate_gradient_kernel<T>, slice_grid(), kVectorThreads,
+              0, slices(step), g, v, result, launch_.table);
+    }
+    if (learns_shared_) {
+      launch_("rate gradient", shared_rate_gradients_kernel<T>, {}, kReductionThreads, 0, slices(step),
+              image_.slices_a_step, g, v, result, launch_.table);
+    }
+  }
+  void retreat(int64_t size, const T* product, T* v, const std::vector<RateSlice>& step, T* out) const {
+    const int64_t adapted = problem_.packing.adapted, rest = size - adapted;
+    const int count = image_.slices_a_step;
+    note([&] { return traffic<T>(size, out ? 4 : 3); });
+    launch_("retreat", retreat_kernel<T>, {vector_blocks(std::max(largest_, rest)), count + (rest > 0)},
+            kVectorThreads, 0, slices(step), count, adapted, size, rates_, product, v, out, launch_.table);
+  }
+  void add_weighted(int k, int64_t size, const T* x, T* y) const {
+    note([&] { return traffic<T>(size, 3); });
+    launch_("add weighted", add_weighted_kernel<T>, {vector_blocks(size)}, kVectorThreads, 0, size,
+            static_cast<const T*>(place<T>(Region::query_weights, k)), x, y, launch_.table);
+  }
+  void copy(int64_t size, const T* from, T* to) const {
+    if (size == 0) return;
+    note([&] { return traffic<T>(size, 2); });
+    launch_("copy", copy_kernel<T>, {vector_blocks(size)}, kVectorThreads, 0, size, from, to, launch_.table);
+  }
+  void zero(int64_t size, T* to) const {
+    if (size == 0) return;
+    note([&] { return traffic<T>(size, 1); });
+    launch_("zero", zero_kernel<T>, {vector_blocks(size)}, kVectorThreads, 0, size, to, launch_.table);
+  }
+
+ private:
+  /// The launches of convolutions note their own products.
+  static void note_pass(Op op, const Layer& l, const Tensors<T>& t) {
+    if (l.kind != Kind::conv2d && l.kind != Kind::stem) note([&] { return work_of(op, l, t); });
+  }
+
+  static const LaunchPasses<T>& passes(Kind kind) {
+    static const LaunchPasses<T> table[] = {channels_last<T>(), flatten<T>(),
+                                            conv2d<T>(),        batch_norm<T>(),
+                                            running_norm<T>(),  group_norm<T>(),
+                                            pointwise<T>(),     max_pool<T>(),
+                                            avg_pool<T>(),      mean_pool<T>(),
+                                            add<T>(),           append<T>(),
+                                            block<T>(),         {},  // conv_block
+                                            patch_gram<T>(),    stem<T>()};
+    return table[static_cast<int>(kind)];
+  }
+
+  /// The step's slices on the device.
+  const RateSlice* slices(const std::vector<RateSlice>& step) const {
+    return image_.slices + (&step - problem_.slices.data()) * image_.slices_a_step;
+  }
+  Grid slice_grid() const { return {vector_blocks(largest_), image_.slices_a_step}; }
+
+  const Launcher& launch_;
+  const Problem& problem_;
+  const Image& image_;
+  const T* rates_;
+  int64_t largest_ = 0;
+  bool learns_elementwise_ = false, learns_shared_ = false;
+};
+
+}  // namespace maml::cuda

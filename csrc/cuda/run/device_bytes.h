@@ -1,0 +1,64 @@
+// What a plan keeps on its device: memory of its own, written once, that the kernels of every call read.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <set>
+#include <vector>
+
+#include "cuda/run/on_device.h"
+
+namespace maml::cuda {
+
+/// As long as it stands, what this thread asks of CUDA is no part of a capture that goes on, and ends none.
+class OutsideCaptures {
+ public:
+  OutsideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~OutsideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  OutsideCaptures(const OutsideCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+class DeviceBytes {
+ public:
+  /// Complete when this returns, for every stream and for graphs that are being captured: the copy is on a
+  /// stream of its own, and all that is waited for.
+  DeviceBytes(int device, const std::vector<unsigned char>& bytes) {
+    const OnDevice on(device);
+    const OutsideCaptures outside;
+    void* memory = nullptr;
+    check(cudaMalloc(&memory, bytes.size()), "allocating what a plan keeps on the device");
+    memory_.reset(memory);
+    cudaStream_t stream = nullptr;
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
+    cudaError_t status = cudaMemcpyAsync(memory, bytes.data(), bytes.size(), cudaMemcpyHostToDevice, stream);
+    if (status == cudaSuccess) status = cudaStreamSynchronize(stream);
+    cudaStreamDestroy(stream);
+    check(status, "writing what a plan keeps on the device");
+  }
+
+  const void* start() const { return memory_.get(); }
+
+ private:
+  struct Free {
+    void operator()(void* memory) const {
+      const OutsideCaptures outside;
+      cudaFree(memory);  // waits for the kernels that read it
+    }
+  };
+  std::unique_ptr<void, Free> memory_;
+};
+
+/// Lets them stay as long as the process: a graph of the user's reads them, which may be replayed at any
+/// time.
+inline void keep_forever(const std::shared_ptr<const DeviceBytes>& bytes) {
+  static std::mutex mutex;
+  static auto& kept =
+      *new std::set<std::shared_ptr<const DeviceBytes>>;  // never freed: CUDA may be gone by then
+  const std::lock_guard lock(mutex);
+  kept.insert(bytes);
+}
+
+}  // namespace maml::cuda

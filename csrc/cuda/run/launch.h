@@ -1,0 +1,126 @@
+// Launching kernels: one place for the stream, the number of tasks, and the error that carries the kernel's
+// name.
+#pragma once
+
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "cuda/run/address.h"
+
+namespace maml::cuda {
+
+/// A CUDA call that failed, with what was being done.
+struct Failed : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw Failed(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+/// Bytes of shared memory that a kernel declares itself, beside what a launch gives it.
+template <class... Params>
+size_t static_shared_bytes(void (*kernel)(Params...)) {
+  cudaFuncAttributes own{};
+  check(cudaFuncGetAttributes(&own, reinterpret_cast<const void*>(kernel)),
+        "asking for a kernel's shared memory");
+  return own.sharedSizeBytes;
+}
+
+/// The most shared memory that a block can have on a device.
+inline size_t most_shared_bytes(int device) {
+  int most = 0;
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "asking for shared memory");
+  return static_cast<size_t>(most);
+}
+
+/// Lets launches give a kernel all the shared memory that a block can have: without, it is 48 KB. Once for
+/// each kernel and device, and always the same, so that no thread takes back what another one is about to
+/// use.
+template <class... Params>
+void allow_shared_memory(void (*kernel)(Params...)) {
+  static std::mutex mutex;
+  static std::set<std::pair<void (*)(Params...), int>> allowed;
+  int device = 0;
+  check(cudaGetDevice(&device), "asking for the device");
+  const std::lock_guard lock(mutex);
+  if (allowed.contains({kernel, device})) return;
+  const size_t most = most_shared_bytes(device) - static_shared_bytes(kernel);
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)),
+        "allowing shared memory");
+  allowed.emplace(kernel, device);
+}
+
+/// Blocks (x, y) of one task; the task itself is blockIdx.z.
+struct Grid {
+  int64_t x = 1, y = 1;
+};
+
+/// A second stream in a capture, and what orders it and the first: kernels launched on it are a parallel
+/// branch of the graph.
+struct Branch {
+  cudaStream_t stream = nullptr;
+  cudaEvent_t forked = nullptr, done = nullptr;
+};
+
+/// Launches kernels for all tasks of a call, in the order of the calls. A kernel takes symbolic addresses and
+/// the table that resolves them, or real addresses alone.
+struct Launcher {
+  cudaStream_t stream;
+  int64_t tasks;
+  const Table* table;              // on the device
+  const Branch* branch = nullptr;  // or null: there is one stream alone
+
+  /// Launches on the branch, which begins where this stream is.
+  Launcher fork() const {
+    check(cudaEventRecord(branch->forked, stream), "forking the graph");
+    check(cudaStreamWaitEvent(branch->stream, branch->forked, 0), "forking the graph");
+    return {branch->stream, tasks, table};
+  }
+  /// What follows waits for the branch.
+  void join() const {
+    check(cudaEventRecord(branch->done, branch->stream), "joining the graph's branches");
+    check(cudaStreamWaitEvent(stream, branch->done, 0), "joining the graph's branches");
+  }
+
+  template <class... Params>
+  void operator()(const char* name, void (*kernel)(Params...), Grid grid, int threads, size_t shared_bytes,
+                  std::type_identity_t<Params>... params) const {
+    if (shared_bytes > 0) allow_shared_memory(kernel);
+    cudaLaunchConfig_t config{};
+    config.gridDim =
+        dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(tasks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    check(cudaLaunchKernelEx(&config, kernel, params...), name);
+  }
+};
+
+inline int64_t blocks_for(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
+
+/// The threads that work on one instruction of one task together: some blocks of a grid, or one block alone.
+struct Team {
+  int block, blocks;
+  __device__ __forceinline__ int64_t first() const {
+    return static_cast<int64_t>(block) * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  }
+  __device__ __forceinline__ int64_t step() const {
+    return static_cast<int64_t>(blocks) * static_cast<int64_t>(blockDim.x);
+  }
+};
+
+/// The team of a kernel launched for one task's blocks along x.
+__device__ __forceinline__ Team grid_team() {
+  return {static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)};
+}
+
+/// The team of one block.
+__device__ __forceinline__ Team block_team() { return {0, 1}; }
+
+}  // namespace maml::cuda

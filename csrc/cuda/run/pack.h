@@ -1,0 +1,76 @@
+// Between the user's order of elements and the layers'. A weight is [rows, columns, taps] with the user and
+// [taps, columns, rows] packed; everything else is the same in both. Neighbouring threads take neighbouring
+// packed elements.
+#pragma once
+
+#include "cuda/run/updates.h"
+
+namespace maml::cuda {
+
+/// Where packed element i of a parameter stands with the user. Parameters have less than 2^31 elements.
+__device__ __forceinline__ int64_t user_index(const ParameterInfo& p, int64_t i) {
+  if (p.rows == 1 && p.taps == 1) return i;
+  const uint32_t rows = static_cast<uint32_t>(p.rows), taps = static_cast<uint32_t>(p.taps);
+  const uint32_t columns = static_cast<uint32_t>(p.size) / (rows * taps);
+  const uint32_t rest = static_cast<uint32_t>(i) / rows, row = static_cast<uint32_t>(i) - rest * rows;
+  const uint32_t tap = rest / columns, column = rest - tap * columns;
+  return (static_cast<int64_t>(row) * columns + column) * taps + tap;
+}
+
+/// packed [size] from the user's; zero where the user has none.
+template <class T>
+__device__ void pack(Team team, const ParameterInfo& p, const T* user, T* packed) {
+  for (int64_t i = team.first(); i < p.size; i += team.step())
+    packed[i] = user ? user[user_index(p, i)] : T(0);
+}
+
+template <class T>
+__device__ void unpack(Team team, const ParameterInfo& p, const T* packed, T* user) {
+  for (int64_t i = team.first(); i < p.size; i += team.step()) user[user_index(p, i)] = packed[i];
+}
+
+/// A rate tensor: parameters of it, one behind the other, where it is elementwise.
+template <class T>
+__device__ void pack_rate(Team team, const Image& image, const RateInfo& rate, const T* user, T* packed) {
+  if (rate.parameter < 0) {
+    for (int64_t i = team.first(); i < rate.size; i += team.step()) packed[i] = user[i];
+    return;
+  }
+  const ParameterInfo& p = image.parameters[rate.parameter];
+  for (int64_t at = 0; at < rate.size; at += p.size) pack(team, p, user + at, packed + at);
+}
+
+// Of the batched executor: a row of blocks along y for each tensor, whose user's copy is that span of the
+// call.
+
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    pack_kernel(Image image, int first_span, T* packed, const Table* table) {
+  const ParameterInfo& p = image.parameters[blockIdx.y];
+  const Span& user = table->regions[first_span + static_cast<int>(blockIdx.y)];
+  const int64_t task = blockIdx.z;
+  const T* from = user.start ? reinterpret_cast<const T*>(user.start + task * user.stride) : nullptr;
+  pack(grid_team(), p, from, resolve(packed, *table, task) + p.at);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    pack_rates_kernel(Image image, int first_span, T* packed, const Table* table) {
+  const RateInfo& rate = image.rates[blockIdx.y];
+  const Span& user = table->regions[first_span + static_cast<int>(blockIdx.y)];
+  pack_rate(grid_team(), image, rate, reinterpret_cast<const T*>(user.start),
+            resolve(packed, *table, 0) + rate.at);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    unpack_kernel(Image image, int first_span, const T* packed, const Table* table) {
+  const ParameterInfo& p = image.parameters[blockIdx.y];
+  const Span& user = table->regions[first_span + static_cast<int>(blockIdx.y)];
+  const int64_t task = blockIdx.z;
+  if (!user.start) return;
+  unpack(grid_team(), p, resolve(packed, *table, task) + p.at,
+         reinterpret_cast<T*>(user.start + task * user.stride));
+}
+
+}  // namespace maml::cuda

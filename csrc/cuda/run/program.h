@@ -1,0 +1,145 @@
+// The program of the megakernel: the meta-step of one task as a list of instructions, recorded by letting the
+// algorithm (meta_gradient.h) run over symbolic addresses.
+#pragma once
+
+#include <vector>
+
+#include "cuda/run/address.h"
+#include "plan/plan.h"
+
+namespace maml::cuda {
+
+enum class Op : int {
+  forward,
+  backward,
+  forward_tangent,
+  backward_tangent,
+  loss,          // x = z, the target (loss_tensors), y = value, grad_x = grad_z, saved
+  loss_tangent,  // x = z, the target, x_dot = z_dot, grad_x_dot = grad_z_dot, saved
+  metric,        // x = z, the target, x_dot = z_dot, grad_x = grad_z
+  descend,       // x = phi, grad_y = g, y = next
+  direction,     // x = v, y = out
+  retreat,       // grad_y = product, y = v, saved = out; x = product, grad_x = v behind what is adapted, size
+  rate_gradient,  // grad_y = g, x = v, y = result
+  add_weighted,   // grad_y = weight, x, y
+  copy,
+  zero
+};
+
+template <class T>
+struct Instruction {
+  Tensors<T> tensors;  // first, so that its words are the ones with symbolic addresses
+  Layer layer;
+  LossPart loss;
+  Op op;
+  int slices;    // first slice of the step
+  int64_t size;  // of a vector
+};
+
+/// z and the target of a loss in the places of an instruction's tensors, and back.
+template <class T>
+Tensors<T> loss_tensors(const T* z, const Target<T>& target) {
+  Tensors<T> t;
+  t.x[0] = z;
+  t.x[1] = static_cast<const T*>(target.y);
+  t.w[0] = target.scale;
+  t.w[1] = target.old_log_probs;
+  return t;
+}
+template <class T>
+__device__ Target<T> target_of(const Tensors<T>& t) {
+  return {t.x[1], t.w[0], t.w[1]};
+}
+
+/// A backend of TaskRunner that writes down what it is asked to do.
+template <class T>
+class Recorder {
+ public:
+  explicit Recorder(const Problem& problem) : problem_(problem) {}
+  const std::vector<Instruction<T>>& program() const { return program_; }
+
+  void forward(const Layer& l, const Tensors<T>& t) const { record(Op::forward, l, t); }
+  void backward(const Layer& l, const Tensors<T>& t) const { record(Op::backward, l, t); }
+  void forward_tangent(const Layer& l, const Tensors<T>& t) const { record(Op::forward_tangent, l, t); }
+  void backward_tangent(const Layer& l, const Tensors<T>& t) const { record(Op::backward_tangent, l, t); }
+
+  void loss(const LossPart& part, const T* z, const Target<T>& target, T* value, T* grad_z, T* saved) const {
+    Tensors<T> t = loss_tensors(z, target);
+    t.y = value;
+    t.grad_x[0] = grad_z;
+    t.saved = saved;
+    record(Op::loss, {}, t).loss = part;
+  }
+  void loss_tangent(const LossPart& part, const T* z, const Target<T>& target, const T* z_dot, const T* saved,
+                    T* grad_z_dot) const {
+    Tensors<T> t = loss_tensors(z, target);
+    t.x_dot[0] = z_dot;
+    t.grad_x_dot[0] = grad_z_dot;
+    t.saved = const_cast<T*>(saved);
+    record(Op::loss_tangent, {}, t).loss = part;
+  }
+  void metric(const LossPart& part, const T* z, const Target<T>& target, const T* z_dot, T* grad_z) const {
+    Tensors<T> t = loss_tensors(z, target);
+    t.x_dot[0] = z_dot;
+    t.grad_x[0] = grad_z;
+    record(Op::metric, {}, t).loss = part;
+  }
+
+  void descend(const std::vector<RateSlice>& step, const T* phi, const T* g, T* next) const {
+    record_vector(Op::descend, phi, g, next).slices = first_slice(step);
+  }
+  void direction(const std::vector<RateSlice>& step, const T* v, T* out) const {
+    record_vector(Op::direction, v, nullptr, out).slices = first_slice(step);
+  }
+  void rate_gradient(const std::vector<RateSlice>& step, const T* g, const T* v, T* result) const {
+    record_vector(Op::rate_gradient, v, g, result).slices = first_slice(step);
+  }
+  void retreat(int64_t size, const T* product, T* v, const std::vector<RateSlice>& step, T* out) const {
+    const int64_t adapted = problem_.packing.adapted;
+    Instruction<T>& i = record_vector(Op::retreat, product + adapted, product, v);
+    i.tensors.grad_x[0] = v + adapted;
+    i.tensors.saved = out;
+    i.slices = first_slice(step);
+    i.size = size - adapted;
+  }
+  void add_weighted(int k, int64_t size, const T* x, T* y) const {
+    record_vector(Op::add_weighted, x, place<T>(Region::query_weights, k), y).size = size;
+  }
+  void copy(int64_t size, const T* from, T* to) const {
+    record_vector(Op::copy, from, nullptr, to).size = size;
+  }
+  void zero(int64_t size, T* to) const {
+    if (size > 0) record_vector(Op::zero, nullptr, nullptr, to).size = size;
+  }
+
+  template <class F>
+  bool beside(F) const {
+    return false;
+  }
+  void join() const {}
+
+ private:
+  int first_slice(const std::vector<RateSlice>& step) const {
+    return static_cast<int>((&step - problem_.slices.data()) * static_cast<int64_t>(step.size()));
+  }
+  Instruction<T>& record_vector(Op op, const T* x, const T* g, T* y) const {
+    Tensors<T> t;
+    t.x[0] = x;
+    t.grad_y = g;
+    t.y = y;
+    return record(op, {}, t);
+  }
+  Instruction<T>& record(Op op, const Layer& layer, const Tensors<T>& tensors) const {
+    Instruction<T> instruction{};
+    instruction.tensors = tensors;
+    instruction.layer = layer;
+    instruction.op = op;
+    program_.push_back(instruction);
+    return program_.back();
+  }
+
+  const Problem& problem_;
+  mutable std::vector<Instruction<T>> program_;
+};
+
+}  // namespace maml::cuda

@@ -1,0 +1,440 @@
+// One call on a CUDA device. Its spans travel to the device first; then, chunk by chunk of tasks, parameters
+// are packed, an executor runs, and results are added up in order of tasks. Nothing here waits for the
+// device.
+#include <mutex>
+#include <optional>
+
+#include "cuda/run/add_up.h"
+#include "cuda/run/backend.h"
+#include "cuda/run/batched.h"
+#include "cuda/run/device_bytes.h"
+#include "cuda/run/megakernel.h"
+#include "meta_gradient.h"
+
+namespace maml::cuda {
+namespace {
+
+constexpr int64_t kMostTasksAtOnce = 65535;  // blockIdx.z
+
+// When a problem is one for the megakernel. Guesses, until a GPU decides.
+
+/// Multiply-adds of one forward pass over support and query above which the batched executor is taken, though
+/// the state would fit one block. A block does some 50 G a second, a load from shared memory for each of
+/// them, so that these take it 20 us: as long as the launches of such a pass, whose arithmetic then has all
+/// multiprocessors. (A policy of 2000 samples with two layers of 100 units has 21 M in each set: 20 blocks of
+/// 132 multiprocessors would work on it for more than a millisecond, all of them for about a third of that.)
+constexpr int64_t kMostWorkOfABlock = int64_t{1} << 20;
+
+/// Samples of a tile, where all of them do not fit: fewer would leave threads of the block without an
+/// element.
+constexpr int64_t kLargestTile = 128, kSmallestTile = 32;
+
+/// Tiles of a set. The program of an inner step grows with them, by some 16 kB each for a few layers.
+constexpr int64_t kMostTiles = 32;
+
+/// The symbolic tensors of a task.
+template <class T>
+Task<T> symbolic_task(const Problem& p, const Layout& layout, bool inside) {
+  const Operation o = p.operation;
+  const bool own = inside || at_own_parameters(o);
+  auto given = [&](bool there, Region region) { return there ? place<T>(region) : nullptr; };
+  Task<T> task{};
+  task.theta = own ? place<T>(Region::task, layout.own) : place<T>(Region::shared, layout.theta);
+  task.x_support = given(p.support.n > 0, Region::x_support);
+  const bool policy = is_policy(p.graph.loss);
+  if (p.support.n > 0) task.y_support = {place<T>(Region::y_support)};
+  if (p.support.n > 0 && policy) {
+    task.y_support.scale = place<T>(Region::scale_support);
+    task.y_support.old_log_probs = place<T>(Region::old_log_probs_support);
+  }
+  task.x_query = given(p.query.n > 0, Region::x_query);
+  if (p.query.n > 0) task.y_query = {place<T>(Region::y_query)};
+  if (p.query.n > 0 && policy) {
+    task.y_query.scale = place<T>(Region::scale_query);
+    task.y_query.old_log_probs = place<T>(Region::old_log_probs_query);
+  }
+  const bool meta = o == Operation::meta_gradient || o == Operation::meta_loss;
+  task.support_losses = given(meta || o == Operation::adapt, Region::support_losses);
+  task.query_loss = given(meta || o == Operation::loss_and_grad, Region::task_losses);
+  task.logits = given(meta || o == Operation::predict, Region::logits);
+  task.result = place<T>(Region::task, gives_gradient(o) ? layout.result : layout.out);
+  task.given =
+      o == Operation::predict_backward ? place<T>(Region::cotangent) : place<T>(Region::task, layout.given);
+  task.adapted = place<T>(Region::task, layout.out);
+  return task;
+}
+
+}  // namespace
+
+Footprint footprint(const Layer& layer) {
+  switch (layer.kind) {
+    case Kind::conv2d:
+      return conv2d_footprint(layer);
+    case Kind::batch_norm:
+      return batch_norm_footprint(layer);
+    case Kind::running_norm:
+      return running_norm_footprint(layer);
+    case Kind::group_norm:
+      return group_norm_footprint(layer);
+    case Kind::block:
+      return block_footprint(layer);
+    case Kind::max_pool:
+      return max_pool_footprint(layer);
+    case Kind::patch_gram:
+      return patch_gram_footprint(layer);
+    case Kind::stem:
+      return stem_footprint(layer);
+    default:
+      return {};
+  }
+}
+
+// The batched executor wants all samples at once: they are its parallelism.
+LayerTraits traits() { return {footprint, Kind::block, conv2d_statistics_rows}; }
+
+template <class T>
+struct Runner<T>::State {
+  Problem problem;
+  int device;
+  Layout layout;
+  Executor executor = Executor::batched;
+  ImageBytes image;
+  size_t rates_at = 0, slices_at = 0, program_at = 0;
+  int program_length = 0;
+  Work program_work;  // of the megakernel
+  std::once_flag written;
+  std::shared_ptr<const DeviceBytes> on_device;  // the image, from the first call on
+  std::mutex replay;  // a graph's table is written and read by its launch, in one go
+
+  State(const Problem& p, int device_)
+      : problem(p), device(device_), layout(p, at_own_parameters(p.operation), false) {
+    describe();
+    std::optional<Problem> small = for_one_block();
+    if (!small) return;
+    problem = *std::move(small);
+    executor = Executor::megakernel;
+    layout = Layout(problem, true, true);
+    const Recorder<T> recorder(problem);
+    const Task<T> task = symbolic_task<T>(problem, layout, true);
+    TaskRunner<Recorder<T>, T>(recorder, problem, task, place<T>(Region::task, layout.work)).run();
+    program_at = image.append(recorder.program().data(), recorder.program().size());
+    program_length = static_cast<int>(recorder.program().size());
+    program_work = work_of(problem, recorder.program());
+  }
+
+  /// The problem as the megakernel takes it: as it is, or in the largest tiles that fit the shared memory of
+  /// a block.
+  std::optional<Problem> for_one_block() const {
+    if (!problem.is_linear() || all_spans().count > kMegakernelSpans) return {};
+    if (problem.support.work + problem.query.work > kMostWorkOfABlock) return {};
+    auto fits = [&](const Problem& p) { return fits_one_block<T>(Layout(p, true, true), device); };
+    if (fits(problem)) return problem;
+    Problem tiled = problem;
+    LayerTraits tiles = traits();
+    for (tiles.tile = kLargestTile; tiles.tile >= kSmallestTile; tiles.tile /= 2) {
+      tiled.lay_out(tiles);
+      if (std::max(tiled.support.tiles, tiled.query.tiles) > kMostTiles) return {};
+      if (fits(tiled)) return tiled;
+    }
+    return {};
+  }
+
+  void describe() {
+    std::vector<ParameterInfo> parameters;
+    int64_t gradient = 0;
+    for (size_t i = 0; i < problem.graph.parameters.size(); ++i) {
+      const Parameter& p = problem.graph.parameters[i];
+      const bool trainable = p.role != Role::frozen;
+      parameters.push_back({p.size, p.rows, p.taps, problem.packing.at[i], trainable ? gradient : -1});
+      if (trainable) gradient += p.size;
+    }
+    std::vector<RateInfo> rates;
+    for (size_t i = 0; i < problem.rate_tensors.size(); ++i) {
+      const RateTensor& r = problem.rate_tensors[i];
+      rates.push_back(
+          {r.size, problem.rate_at[i], r.parameter, problem.rate_grad_at[i], r.learned ? gradient : -1});
+      if (r.learned) gradient += r.size;
+    }
+    image.append(parameters.data(), parameters.size());  // at 0
+    rates_at = image.append(rates.data(), rates.size());
+    slices_at = image.bytes().size();
+    std::vector<RateSlice> slices;
+    for (const std::vector<RateSlice>& step : problem.slices)
+      slices.insert(slices.end(), step.begin(), step.end());
+    image.append(slices.data(), slices.size());
+  }
+
+  /// The image on the device.
+  Image view() {
+    std::call_once(written, [&] { on_device = std::make_shared<const DeviceBytes>(device, image.bytes()); });
+    const auto* bytes = static_cast<const unsigned char*>(on_device->start());
+    return {reinterpret_cast<const ParameterInfo*>(bytes),
+            reinterpret_cast<const RateInfo*>(bytes + rates_at),
+            reinterpret_cast<const RateSlice*>(bytes + slices_at),
+            bytes + program_at,
+            static_cast<int>(problem.graph.parameters.size()),
+            static_cast<int>(problem.rate_tensors.size()),
+            static_cast<int>(problem.slices[0].size()),
+            program_length};
+  }
+
+  SpanOrder all_spans() const {
+    return {static_cast<int>(problem.graph.parameters.size()), static_cast<int>(problem.rate_tensors.size()),
+            takes_given(problem.operation), gives_per_task(problem.operation)};
+  }
+
+  static int64_t chunk(int64_t tasks, int64_t at_once) {
+    return std::min({at_once, tasks, kMostTasksAtOnce});
+  }
+  int64_t chunk(const Call<T>& call) const { return chunk(call.tasks, call.at_once); }
+  int64_t chunks(const Call<T>& call) const { return blocks_for(call.tasks, chunk(call)); }
+
+  /// Elements of the workspace for one task: with the megakernel only its result leaves the block.
+  int64_t task_stride() const {
+    return executor == Executor::batched       ? layout.task_size
+           : gives_gradient(problem.operation) ? whole_lines(problem.result_size)
+                                               : 0;
+  }
+  static int64_t elements(int64_t bytes) { return whole_lines(bytes / static_cast<int64_t>(sizeof(T))); }
+  int64_t spans_size(int64_t chunk_count) const {
+    return elements(chunk_count * all_spans().count * static_cast<int64_t>(sizeof(Span)));
+  }
+  int64_t workspace(int64_t tasks, int64_t at_once) const {
+    const int64_t size = chunk(tasks, at_once);
+    return spans_size(blocks_for(tasks, size)) + layout.shared_size + size * task_stride();
+  }
+
+  /// The spans of every chunk, one behind the other.
+  std::vector<Span> spans(const Call<T>& call) const {
+    const SpanOrder order = all_spans();
+    std::vector<Span> all;
+    T* shared = call.workspace + spans_size(chunks(call));
+    const int64_t element = sizeof(T),
+                  predictions =
+                      problem.query.n ? problem.query.n * problem.query.values[problem.query.output].size : 0;
+    auto samples = [&](const Stage& s) { return s.n ? s.n * s.values[0].size * element : 0; };
+    const Loss loss = problem.graph.loss;
+    auto targets = [&](const Stage& s) {
+      if (!s.n) return int64_t{0};
+      return s.n * (takes_classes(loss) ? 8 : Target<T>::width(loss, s.values[s.output].size) * element);
+    };
+    for (int64_t first = 0; first < call.tasks; first += chunk(call)) {
+      auto span = [&](const void* start, int64_t stride) -> Span {
+        auto* bytes = static_cast<unsigned char*>(const_cast<void*>(start));
+        return {bytes ? bytes + first * stride : nullptr, stride};
+      };
+      auto push = [&](const void* start, int64_t stride) { all.push_back(span(start, stride)); };
+      const size_t regions = all.size();
+      all.resize(regions + static_cast<size_t>(Region::count));
+      auto region = [&](Region r, const void* start, int64_t stride) {
+        all[regions + static_cast<size_t>(r)] = span(start, stride);
+      };
+      region(Region::shared, shared, 0);
+      region(Region::x_support, call.x_support, samples(problem.support));
+      region(Region::y_support, call.y_support.y, targets(problem.support));
+      region(Region::scale_support, call.y_support.scale, problem.support.n * element);
+      region(Region::old_log_probs_support, call.y_support.old_log_probs, problem.support.n * element);
+      region(Region::x_query, call.x_query, samples(problem.query));
+      region(Region::y_query, call.y_query.y, targets(problem.query));
+      region(Region::scale_query, call.y_query.scale, problem.query.n * element);
+      region(Region::old_log_probs_query, call.y_query.old_log_probs, problem.query.n * element);
+      region(Region::logits, call.logits, predictions * element);
+      region(Region::support_losses, call.support_losses, problem.steps * element);
+      region(Region::task_losses, call.task_losses, element);
+      const bool cotangent = problem.operation == Operation::predict_backward;
+      region(Region::cotangent, cotangent ? call.given[0] : nullptr, predictions * element);
+      region(Region::task_weights, call.task_weights, element);
+      region(Region::query_weights, call.query_weights, 0);
+      region(Region::loss, call.loss, 0);
+      region(Region::gradient, call.gradient, 0);
+      all[regions + static_cast<size_t>(Region::task)] = {
+          // the same memory for every chunk
+          reinterpret_cast<unsigned char*>(shared + layout.shared_size), task_stride() * element};
+      for (size_t i = 0; i < call.parameters.size(); ++i) {
+        push(call.parameters[i], call.parameter_strides.empty() ? 0 : call.parameter_strides[i] * element);
+      }
+      for (const T* rate : call.rates) push(rate, 0);
+      for (size_t i = 0; order.given < order.per_task && i < call.given.size(); ++i) {
+        push(call.given[i], call.given_strides[i] * element);
+      }
+      for (size_t i = 0; order.per_task < order.count && i < call.per_task.size(); ++i) {
+        push(call.per_task[i], problem.graph.parameters[i].size * element);
+      }
+    }
+    return all;
+  }
+
+  /// Everything but the spans, which stand at `table`.
+  void walk(const Call<T>& call, const Image& view, const Span* table, const std::vector<Span>* host_spans,
+            cudaStream_t stream, const Branch* branch = nullptr) const {
+    const SpanOrder order = all_spans();
+    auto table_of = [&](int64_t c) { return reinterpret_cast<const Table*>(table + c * order.count); };
+    if (executor == Executor::batched) {
+      const Launcher once{stream, 1, table_of(0)};
+      if (!at_own_parameters(problem.operation))
+        pack_all(once, view, order.parameters, layout.theta, Region::shared);
+      if (view.rate_count) {
+        once("pack rates", pack_rates_kernel<T>, {8, view.rate_count}, kVectorThreads, 0, view, order.rates,
+             place<T>(Region::shared, layout.rates), once.table);
+      }
+    }
+    for (int64_t c = 0; c < chunks(call); ++c) {
+      const int64_t tasks = std::min(chunk(call), call.tasks - c * chunk(call));
+      const Launcher launch{stream, tasks, table_of(c), branch};
+      if (executor == Executor::megakernel) {
+        note([&] { return program_work; });
+        launch_megakernel<T>(launch, problem, layout, view, host_spans->data() + c * order.count, order,
+                             const_cast<Span*>(table) + c * order.count);
+      } else {
+        run_batched(launch, view, order);
+      }
+      add_up(launch, call, view, c, table_of(0));
+    }
+  }
+
+  void pack_all(const Launcher& launch, const Image& view, int first_span, int64_t at, Region region) const {
+    note([&] { return traffic<T>(problem.packing.total, 2); });
+    launch("pack", pack_kernel<T>, {8, view.parameter_count}, kVectorThreads, 0, view, first_span,
+           place<T>(region, at), launch.table);
+  }
+
+  void run_batched(const Launcher& launch, const Image& view, const SpanOrder& order) const {
+    if (at_own_parameters(problem.operation))
+      pack_all(launch, view, order.parameters, layout.own, Region::task);
+    if (takes_given(problem.operation)) pack_all(launch, view, order.given, layout.given, Region::task);
+    const Batched<T> backend(launch, problem, view, place<T>(Region::shared, layout.rates));
+    const Task<T> task = symbolic_task<T>(problem, layout, false);
+    TaskRunner<Batched<T>, T>(backend, problem, task, place<T>(Region::task, layout.work)).run();
+    if (gives_per_task(problem.operation)) {
+      launch("unpack", unpack_kernel<T>, {8, view.parameter_count}, kVectorThreads, 0, view, order.per_task,
+             static_cast<const T*>(place<T>(Region::task, layout.out)), launch.table);
+    }
+  }
+
+  void add_up(const Launcher& launch, const Call<T>& call, const Image& view, int64_t c,
+              const Table* first) const {
+    if (!call.gradient && !call.loss) return;
+    const double equal =
+        problem.operation == Operation::adapt_backward ? 1.0 : 1.0 / static_cast<double>(call.tasks);
+    const AddUp a{launch.tasks, call.tasks, layout.totals,        layout.result,
+                  equal,        c == 0,     c + 1 == chunks(call)};
+    const Launcher once{launch.stream, 1, launch.table};
+    note([&] { return traffic<T>(problem.result_size, static_cast<int>(launch.tasks) + 1); });
+    once("add up", add_up_kernel<T>, {16, view.parameter_count + view.rate_count + 1}, kReductionThreads, 0,
+         a, view, launch.table, first);
+  }
+};
+
+template <class T>
+Runner<T>::Runner(const Problem& problem, int device) : state_(std::make_unique<State>(problem, device)) {}
+template <class T>
+Runner<T>::Runner(Runner&&) noexcept = default;
+template <class T>
+Runner<T>::~Runner() = default;
+
+template <class T>
+Executor Runner<T>::executor() const {
+  return state_->executor;
+}
+
+template <class T>
+int64_t Runner<T>::workspace(int64_t tasks, int64_t at_once) const {
+  return state_->workspace(tasks, at_once);
+}
+
+template <class T>
+void Runner<T>::run(const Call<T>& call, void* stream) const {
+  const OnDevice on(state_->device);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const Image view = state_->view();
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(cuda_stream, &capture), "asking whether the stream captures");
+  if (capture != cudaStreamCaptureStatusNone) keep_forever(state_->on_device);
+  const std::vector<Span> spans = state_->spans(call);
+  auto* table = reinterpret_cast<Span*>(call.workspace);
+  if (state_->executor == Executor::batched)
+    send(cuda_stream, spans.data(), spans.size() * sizeof(Span), table);
+  state_->walk(call, view, table, &spans, cuda_stream);
+}
+
+template <class T>
+int64_t Runner<T>::table_bytes(const Call<T>& call) const {
+  return state_->chunks(call) * state_->all_spans().count * static_cast<int64_t>(sizeof(Span));
+}
+
+namespace {
+
+/// Two streams for a capture, gone with it.
+class Capture {
+ public:
+  Capture() {
+    try {
+      for (cudaStream_t* s : {&stream, &branch.stream})
+        check(cudaStreamCreateWithFlags(s, cudaStreamNonBlocking), "creating a stream");
+      for (cudaEvent_t* e : {&branch.forked, &branch.done})
+        check(cudaEventCreateWithFlags(e, cudaEventDisableTiming), "creating an event");
+    } catch (...) {
+      release();
+      throw;
+    }
+  }
+  ~Capture() { release(); }
+  Capture(const Capture&) = delete;
+
+  cudaStream_t stream = nullptr;
+  Branch branch;
+
+ private:
+  void release() {
+    for (cudaEvent_t e : {branch.forked, branch.done}) {
+      if (e) cudaEventDestroy(e);
+    }
+    for (cudaStream_t s : {branch.stream, stream}) {
+      if (s) cudaStreamDestroy(s);
+    }
+  }
+};
+
+}  // namespace
+
+template <class T>
+Graph Runner<T>::capture(const Call<T>& call, void* table) const {
+  const OnDevice on(state_->device);
+  const Image view = state_->view();
+  const Capture capture;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  check(cudaStreamBeginCapture(capture.stream, cudaStreamCaptureModeRelaxed), "beginning a graph");
+  try {
+    state_->walk(call, view, static_cast<const Span*>(table), nullptr, capture.stream, &capture.branch);
+  } catch (...) {
+    cudaStreamEndCapture(capture.stream, &graph);
+    if (graph) cudaGraphDestroy(graph);
+    throw;
+  }
+  cudaError_t status = cudaStreamEndCapture(capture.stream, &graph);
+  if (status == cudaSuccess) status = cudaGraphInstantiate(&executable, graph, 0);
+  if (graph) cudaGraphDestroy(graph);
+  check(status, "capturing the call in a graph");
+  return Graph(executable, table);
+}
+
+template <class T>
+void Runner<T>::run(const Call<T>& call, const Graph& graph, void* stream) const {
+  const OnDevice on(state_->device);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const std::vector<Span> spans = state_->spans(call);
+  const std::lock_guard alone(state_->replay);
+  send(cuda_stream, spans.data(), spans.size() * sizeof(Span), graph.table());
+  check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph.executable()), cuda_stream),
+        "launching the graph");
+}
+
+Graph::~Graph() {
+  if (executable_) cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(executable_));
+}
+
+template class Runner<float>;
+template class Runner<double>;
+
+}  // namespace maml::cuda

@@ -1,0 +1,122 @@
+// The vector work of the inner and the outer loop (meta_gradient.h), over packed parameters:
+//   descend        next = phi - rate g
+//   direction      out = rate v
+//   retreat        v -= product, then out = rate v
+//   rate_gradient  grad_rate -= g v, summed in double, in a fixed tree, where one rate serves a whole
+//   parameter
+//   add_weighted   y += w x, w one number of the call's
+//   copy, zero
+// A slice is one parameter and its rate. Every function is for a team; the caller puts the barrier behind it.
+//
+// Why these are launches of their own, one an inner step (descend) and one a product (retreat), and not part
+// of the weight gradients' epilogues. With P bytes of parameters of all tasks, a step and its product write g
+// and the product (2 P), and read and write 3 P + 4 P here: 9 P. Epilogues would read and write 2 P + 3 P,
+// and save 4 P, of weights alone. For the paper's nets and K = 5 that is 4 x 5 P:
+//
+//   mini-ImageNet, T = 4     P = 0.5 MB    10 MB a meta-step:   2 to 4 us, of a target of 900
+//   Omniglot, T = 4          P = 1.8 MB    36 MB:               7 to 12 us, of about 300
+//   Omniglot, T = 32         P = 14 MB    286 MB:              55 to 95 us, of a target of 750
+//
+// at the 5 TB/s of an H100's L2 cache (50 MB, where most of this was written just before) to the 3 TB/s of
+// its memory. No launch would go: biases, BatchNorm's parameters and the first convolution's weights have
+// their gradients from three other kernels, and where k is split (5-shot, mini-ImageNet) a weight's gradient
+// is complete only in a kernel that adds up its parts, whose own traffic is no larger than this one's.
+// Against it stand a second exit of every product kernel with each form of a rate, an update that must not
+// overtake the input gradient that still reads the old weights, and gradients that learned rates want to see
+// all the same. So only Omniglot at T = 32 could gain more than a few per cent, at most an eighth, and only a
+// measurement on a GPU should buy it.
+#pragma once
+
+#include "cuda/run/description.h"
+
+namespace maml::cuda {
+
+inline constexpr int kVectorThreads = kSmallTiles ? 32 : 256;
+
+/// Blocks for a loop over `items`: few enough that each thread of a large vector has several, so that
+/// starting a block pays, whatever the number of tasks.
+inline int64_t vector_blocks(int64_t items) {
+  return std::clamp<int64_t>(blocks_for(items, int64_t{4} * kVectorThreads), 1, 64);
+}
+
+template <class T>
+__device__ __forceinline__ T rate_of(const RateSlice& s, const T* rates, int64_t i) {
+  if (s.rate_at == kNowhere) return static_cast<T>(s.constant);
+  return rates[s.rate_at + (s.elementwise ? i : 0)];
+}
+
+template <class T>
+__device__ void descend(Team team, const RateSlice& s, const T* rates, const T* phi, const T* g, T* next) {
+  for (int64_t i = team.first(); i < s.size; i += team.step()) {
+    next[s.at + i] = phi[s.at + i] - rate_of(s, rates, i) * g[s.at + i];
+  }
+}
+
+template <class T>
+__device__ void direction(Team team, const RateSlice& s, const T* rates, const T* v, T* out) {
+  for (int64_t i = team.first(); i < s.size; i += team.step())
+    out[s.at + i] = rate_of(s, rates, i) * v[s.at + i];
+}
+
+/// `out` may be null.
+template <class T>
+__device__ void retreat(Team team, const RateSlice& s, const T* rates, const T* product, T* v, T* out) {
+  for (int64_t i = team.first(); i < s.size; i += team.step()) {
+    const T moved = v[s.at + i] - product[s.at + i];
+    v[s.at + i] = moved;
+    if (out) out[s.at + i] = rate_of(s, rates, i) * moved;
+  }
+}
+
+/// Of one rate an element: no two elements share a rate.
+template <class T>
+__device__ void elementwise_rate_gradient(Team team, const RateSlice& s, const T* g, const T* v, T* result) {
+  for (int64_t i = team.first(); i < s.size; i += team.step()) {
+    result[s.grad_at + i] -= g[s.at + i] * v[s.at + i];
+  }
+}
+
+inline constexpr int kReductionThreads = kSmallTiles ? 32 : 256;
+
+/// Of the rates that serve a whole parameter, slice by slice, since several may share a rate: one block of
+/// kReductionThreads. Each thread sums its elements in order, then halves of the block are added up. `sums`:
+/// shared memory, one for each thread.
+template <class T>
+__device__ void shared_rate_gradients(const RateSlice* slices, int count, const T* g, const T* v, T* result,
+                                      double* sums) {
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int k = 0; k < count; ++k) {
+    const RateSlice& s = slices[k];
+    if (s.grad_at == kNowhere || s.elementwise) continue;
+    double sum = 0;
+    for (int64_t i = thread; i < s.size; i += kReductionThreads) {
+      sum += static_cast<double>(g[s.at + i]) * static_cast<double>(v[s.at + i]);
+    }
+    sums[thread] = sum;
+    for (int half = kReductionThreads / 2; half > 0; half /= 2) {
+      __syncthreads();
+      if (thread < half) sums[thread] += sums[thread + half];
+    }
+    if (thread == 0) result[s.grad_at] -= static_cast<T>(sums[0]);
+    __syncthreads();
+  }
+}
+
+template <class T>
+__device__ void subtract(Team team, int64_t size, const T* x, T* y) {
+  for (int64_t i = team.first(); i < size; i += team.step()) y[i] -= x[i];
+}
+template <class T>
+__device__ void add_weighted(Team team, int64_t size, const T* w, const T* x, T* y) {
+  for (int64_t i = team.first(); i < size; i += team.step()) y[i] += *w * x[i];
+}
+template <class T>
+__device__ void copy(Team team, int64_t size, const T* from, T* to) {
+  for (int64_t i = team.first(); i < size; i += team.step()) to[i] = from[i];
+}
+template <class T>
+__device__ void zero(Team team, int64_t size, T* to) {
+  for (int64_t i = team.first(); i < size; i += team.step()) to[i] = T(0);
+}
+
+}  // namespace maml::cuda

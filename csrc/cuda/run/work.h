@@ -1,0 +1,121 @@
+// What one task of a launch must do, whatever its kernel is like: the FLOP of its products, and the bytes of
+// its operands in device memory, each read or written once. On a GPU nobody asks. The emulation keeps it
+// beside the launch, for the model of this backend (benchmarks/gpu/model.py).
+#pragma once
+
+#include "cuda/run/program.h"
+
+namespace maml::cuda {
+
+struct Work {
+  double flop = 0, bytes = 0;
+  int instructions = 0;  // of the megakernel
+
+  Work& operator+=(const Work& other) {
+    flop += other.flop, bytes += other.bytes, instructions += other.instructions;
+    return *this;
+  }
+};
+
+/// `tensors` of so many elements of T.
+template <class T>
+Work traffic(int64_t size, int tensors) {
+  return {.bytes = static_cast<double>(size) * tensors * sizeof(T)};
+}
+
+/// Multiply-adds, times two, of a layer's product over all samples.
+inline double product_flop(const Layer& l) {
+  const maml::Image& pixels = l.kind == Kind::conv2d ? l.out : l.between;
+  const double patches = static_cast<double>(l.n * pixels.h * pixels.w);
+  const double patch = static_cast<double>(l.window.kernel_h * l.window.kernel_w * l.in.c);
+  switch (l.kind) {
+    case Kind::conv2d:
+    case Kind::stem:
+      return 2 * patches * patch * static_cast<double>(l.out.c);
+    case Kind::patch_gram:  // half of a symmetric matrix, a row of ones included
+      return patches * (patch + 1) * (patch + 2);
+    default:
+      return 0;
+  }
+}
+
+inline int64_t parameter_size(const Layer& l, int p) {
+  const bool product = l.kind == Kind::conv2d || l.kind == Kind::stem;
+  if (p == 0 && product) return l.window.kernel_h * l.window.kernel_w * l.in.c * l.out.c;
+  return l.kind == Kind::append ? l.out.c - l.in.c : l.out.c;
+}
+
+/// Of one launch of a convolution's product C [m, n] = A [m, k] B [k, n] of so many terms, where A gathers
+/// from `image` elements, and `stored` elements leave.
+template <class T>
+Work product_work(double m, double n, double k, int terms, int64_t image, double stored) {
+  const double moved = terms * (static_cast<double>(image) + k * n) + stored;
+  return {.flop = 2 * m * n * k * terms, .bytes = moved * sizeof(T)};
+}
+
+/// Whether the derivatives need no input.
+inline bool is_linear(Kind kind) {
+  return kind == Kind::channels_last || kind == Kind::flatten || kind == Kind::avg_pool ||
+         kind == Kind::mean_pool || kind == Kind::add;
+}
+
+template <class T>
+Work work_of(Op op, const Layer& l, const Tensors<T>& t) {
+  int64_t count = 0;
+  auto inputs = [&](auto* const(&x)[2]) {
+    count += ((x[0] != nullptr) + (x[1] != nullptr)) * l.n * size(l.in);
+  };
+  auto output = [&](const T* y) { count += (y != nullptr) * l.n * size(l.out); };
+  auto weights = [&](auto* const(&w)[kMostParameters]) {
+    for (int p = 0; p < kMostParameters; ++p) count += w[p] ? parameter_size(l, p) : 0;
+  };
+  int products = 0;
+  if (op == Op::forward || !is_linear(l.kind)) inputs(t.x);
+  switch (op) {
+    case Op::forward:
+      output(t.y), weights(t.w);
+      products = 1;
+      break;
+    case Op::backward:
+      inputs(t.grad_x), output(t.grad_y), weights(t.w), weights(t.grad_w);
+      products = (t.grad_x[0] != nullptr) + (t.grad_w[0] != nullptr);
+      break;
+    case Op::forward_tangent:
+      inputs(t.x_dot), output(t.y_dot), weights(t.w), weights(t.w_dot);
+      products = (t.x_dot[0] != nullptr) + (t.w_dot[0] != nullptr);
+      break;
+    case Op::backward_tangent:
+      inputs(t.x_dot), inputs(t.grad_x_dot), output(t.grad_y), output(t.grad_y_dot);
+      weights(t.w), weights(t.w_dot), weights(t.grad_w_dot);
+      if (t.grad_x_dot[0]) products += (t.grad_y_dot != nullptr) + (t.w_dot[0] != nullptr);
+      if (t.grad_w_dot[0]) products += (t.grad_y_dot != nullptr) + (t.x_dot[0] != nullptr);
+      break;
+    default:
+      break;
+  }
+  Work work = traffic<T>(count, 1);
+  work.flop = products * product_flop(l);
+  return work;
+}
+
+/// Of the megakernel: the program's products, and what enters and leaves the block.
+template <class T>
+Work work_of(const Problem& p, const std::vector<Instruction<T>>& program) {
+  auto samples = [](const Stage& s) { return s.n ? s.n * (s.values[0].size + s.values[s.output].size) : 0; };
+  Work work = traffic<T>(samples(p.support) + samples(p.query) + p.packing.total + p.result_size, 1);
+  work.instructions = static_cast<int>(program.size());
+  for (const Instruction<T>& i : program) work.flop += work_of(i.op, i.layer, i.tensors).flop;
+  return work;
+}
+
+/// work(), which is not called on a GPU, is of each task of the next launch.
+template <class F>
+void note([[maybe_unused]] F work) {
+#ifndef __CUDACC__
+  if (emulation::host.log_mode == emulation::LogMode::off) return;
+  const Work w = work();
+  emulation::noted = {w.flop, w.bytes, w.instructions};
+#endif
+}
+
+}  // namespace maml::cuda

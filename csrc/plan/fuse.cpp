@@ -1,0 +1,212 @@
+// Chains of nodes that become one layer. Of a convolution with the BatchNorm behind it, where the backend has
+// conv_block:
+//
+//   conv2d, batch_norm [, add] [, relu or leaky_relu] [, max_pool]      conv_block
+//
+// add may sum with any value: the joint of a residual network. A max-pool of pairs may come before an
+// ascending function, which then works on a quarter of the values; functions other than relu and leaky_relu
+// stay layers of their own behind the pool. On a constant image with few taps it is patch_gram and stem, on
+// any backend, but with a function of its own and no sum. Backends with block have batch_norm, a function
+// [, max_pool] in one.
+#include "layers/functions.h"
+#include "layers/patch_gram.h"
+#include "plan/plan.h"
+
+namespace maml {
+namespace {
+
+/// Whether f has one slope above zero and another, not negative, below.
+bool kinks(const Layer& f) {
+  return f.function == Function::relu || (f.function == Function::leaky_relu && f.a >= 0);
+}
+
+/// Whether a max-pool takes each pixel into at most one of its 2 x 2 windows.
+bool pools_pairs(const Node& pool) {
+  const Window& w = pool.layer.window;
+  return w.kernel_h == 2 && w.kernel_w == 2 && w.stride_h == 2 && w.stride_w == 2 && w.pad_top == 0 &&
+         w.pad_left == 0 && pool.pad_end == std::array<int64_t, 2>{};
+}
+
+class Chains {
+ public:
+  Chains(const Graph& graph, Kind chain)
+      : graph_(graph),
+        chain_(chain),
+        result_(graph),
+        readers_(graph.nodes.size() + 1, 0),
+        number_(graph.nodes.size() + 1, 0),
+        taken_(graph.nodes.size(), false) {
+    constant_.push_back(true);
+    for (const Node& node : graph.nodes) {
+      bool constant = true;
+      for (int input : node.inputs) {
+        if (input < 0) continue;
+        ++readers_[input];
+        constant = constant && constant_[input];
+      }
+      for (int p : node.parameters) {
+        if (p < 0) continue;
+        constant = constant && graph.parameters[p].role == Role::frozen && graph.parameters[p].slots == 1;
+      }
+      constant_.push_back(constant);
+    }
+  }
+
+  Graph fused() {
+    result_.nodes.clear();
+    for (size_t i = 0; i < graph_.nodes.size(); ++i) {
+      if (taken_[i] || conv_block(i) || sum(i) || (chain_ == Kind::block && block(i))) continue;
+      take(i, i + 1, append(renumbered(graph_.nodes[i])));
+    }
+    return result_;
+  }
+
+ private:
+  /// Whether node i is of this kind and alone reads the value of node i - 1.
+  bool continues(size_t i, Kind kind) const {
+    return i < graph_.nodes.size() && graph_.nodes[i].layer.kind == kind &&
+           graph_.nodes[i].inputs[0] == static_cast<int>(i) && readers_[i] == 1;
+  }
+  Node renumbered(Node node) const {
+    for (int& input : node.inputs) input = input < 0 ? input : number_[input];
+    return node;
+  }
+  /// The number of its value.
+  int append(Node node) {
+    result_.nodes.push_back(std::move(node));
+    return static_cast<int>(result_.nodes.size());
+  }
+  /// Nodes [first, end) are done; their last value is this one.
+  void take(size_t first, size_t end, int value) {
+    for (size_t i = first; i < end; ++i) taken_[i] = true, number_[i + 1] = value;
+  }
+
+  /// Appends the chain that starts with node i as one layer, if there is one.
+  bool block(size_t i) {
+    if (graph_.nodes[i].layer.kind != Kind::batch_norm || !continues(i + 1, Kind::pointwise)) return false;
+    Node node = renumbered(graph_.nodes[i]);
+    Layer& layer = node.layer;
+    const Layer& f = graph_.nodes[i + 1].layer;
+    layer.kind = Kind::block;
+    layer.function = f.function;
+    layer.a = f.a, layer.b = f.b, layer.c = f.c;
+    layer.pooled = continues(i + 2, Kind::max_pool);
+    if (layer.pooled) {
+      const Node& pool = graph_.nodes[i + 2];
+      layer.window = pool.layer.window;
+      node.pad_end = pool.pad_end;
+      node.pool_name = pool.name;
+    }
+    take(i, i + (layer.pooled ? 3 : 2), append(node));
+    return true;
+  }
+
+  bool is_stem(size_t i) const {
+    const Node& convolution = graph_.nodes[i];
+    const Window& window = convolution.layer.window;
+    return constant_[convolution.inputs[0]] &&
+           window.kernel_h * window.kernel_w * convolution.in_features <= kMostPatch;
+  }
+  /// Whether node i is a convolution with its BatchNorm behind it.
+  bool is_normalised(size_t i) const {
+    if (graph_.nodes[i].layer.kind != Kind::conv2d || !continues(i + 1, Kind::batch_norm)) return false;
+    const Node &convolution = graph_.nodes[i], &norm = graph_.nodes[i + 1];
+    return norm.in_features == convolution.out_features &&
+           (norm.ranks == 0 || (norm.ranks & convolution.ranks) != 0);
+  }
+
+  /// The convolution whose normalised output is one value of the sum of node j, and alone has to be computed
+  /// for it; the later of two; or -1.
+  int summand_of(size_t j) const {
+    const Node& sum = graph_.nodes[j];
+    if (chain_ != Kind::conv_block || sum.layer.kind != Kind::add) return -1;
+    int found = -1;
+    for (int value : sum.inputs) {
+      const int i = value - 2;
+      if (i > found && readers_[value] == 1 && is_normalised(i) && !is_stem(i)) found = i;
+    }
+    return found;
+  }
+  /// Whether the sum that alone reads the value of node i + 1 takes the convolution i.
+  bool waits(size_t i) const {
+    const int value = static_cast<int>(i) + 2;
+    for (size_t j = i + 2; j < graph_.nodes.size(); ++j) {
+      const auto& inputs = graph_.nodes[j].inputs;
+      if (inputs[0] == value || inputs[1] == value) return summand_of(j) == static_cast<int>(i);
+    }
+    return false;
+  }
+
+  /// Appends the chain that starts with node i as one layer, if there is one, or leaves it to the sum.
+  bool conv_block(size_t i) {
+    if (!is_normalised(i) || (!is_stem(i) && chain_ != Kind::conv_block)) return false;
+    taken_[i + 1] = true;
+    if (!waits(i)) emit(i, i + 1);
+    return true;
+  }
+
+  bool sum(size_t j) {
+    const int i = summand_of(j);
+    if (i >= 0) emit(static_cast<size_t>(i), j);
+    return i >= 0;
+  }
+
+  /// The chain of the convolution i, whose BatchNorm comes next, and where `last` is a sum that one.
+  void emit(size_t i, size_t last) {
+    Node node = renumbered(graph_.nodes[i]);
+    const Node& norm = graph_.nodes[i + 1];
+    const bool stem = is_stem(i), sums = last > i + 1;
+    if (stem) {
+      Node gram = node;
+      gram.layer.kind = Kind::patch_gram;
+      gram.parameters.fill(-1);
+      node.inputs[1] = append(gram);
+    }
+    if (sums) {
+      const Node& sum = graph_.nodes[last];
+      node.inputs[1] = number_[sum.inputs[sum.inputs[0] == static_cast<int>(i) + 2 ? 1 : 0]];
+      node.sum_name = sum.name;
+    }
+    node.layer.kind = stem ? Kind::stem : Kind::conv_block;
+    node.layer.eps = norm.layer.eps;
+    node.norm_name = norm.name;
+    node.parameters[2] = norm.parameters[0];
+    node.parameters[3] = norm.parameters[1];
+    node.layer.a = 1;
+    size_t end = last + 1;
+    const bool f = continues(end, Kind::pointwise);
+    const bool kinked = f && chain_ == Kind::conv_block && kinks(graph_.nodes[end].layer);
+    if (kinked) {
+      const Layer& function = graph_.nodes[end].layer;
+      node.layer.a = function.function == Function::relu ? 0 : function.a;
+      ++end;
+    }
+    const bool between = f && !kinked && ascends(graph_.nodes[end].layer);  // f comes behind the pool
+    const size_t pool = end + between;
+    node.layer.pooled = continues(pool, Kind::max_pool) && pools_pairs(graph_.nodes[pool]);
+    if (node.layer.pooled) node.pool_name = graph_.nodes[pool].name;
+    int value = append(node);
+    if (node.layer.pooled) {
+      if (between) {
+        Node function = graph_.nodes[end];
+        function.inputs[0] = value;
+        value = append(function);
+      }
+      end = pool + 1;
+    }
+    take(last, end, value);
+  }
+
+  const Graph& graph_;
+  const Kind chain_;
+  Graph result_;
+  std::vector<int> readers_, number_;  // of a value: how often it is read; its number in the result
+  std::vector<bool> taken_;            // of a node: it is part of a chain
+  std::vector<bool> constant_;         // of a value: it depends on nothing that is trained
+};
+
+}  // namespace
+
+Graph with_chains(const Graph& graph, Kind chain) { return Chains(graph, chain).fused(); }
+
+}  // namespace maml
