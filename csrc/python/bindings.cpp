@@ -11,7 +11,7 @@
 #ifdef MAML_CUDA_ARCHITECTURES
 #include "cuda/run/backend.h"
 #endif
-#include "python/episodes.h"
+#include "python/bind_episodes.h"
 #include "python/memory.h"
 #include "python/watch.h"
 
