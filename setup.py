@@ -1,4 +1,4 @@
-"""Builds maml_cuda._core with CMake. Everything else about the package stands in pyproject.toml."""
+"""Builds the extension module maml_cuda._core with CMake. The package metadata is in pyproject.toml."""
 
 import os
 import shlex
@@ -14,11 +14,12 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Drives CMakeLists.txt.
+    """Configures and builds CMakeLists.txt. Environment variables:
 
-    MAML_CUDA_BUILD=auto|cpu|cuda chooses the backends: auto builds the CUDA kernels wherever there is an nvcc, with or
-    without a GPU. MAML_CUDA_ARCHITECTURES="80;90" names the GPUs; the last one is also built as PTX, for newer ones.
-    CMAKE_ARGS holds further arguments of CMake.
+    MAML_CUDA_BUILD: "auto" (default) builds the CUDA kernels if nvcc is found, a GPU is not needed; "cpu"; or "cuda",
+        which fails without nvcc.
+    MAML_CUDA_ARCHITECTURES: GPU architectures, such as "80;90". The last one is also built as PTX for newer GPUs.
+    CMAKE_ARGS: further arguments for CMake.
     """
 
     def build_extension(self, ext: Extension) -> None:
@@ -28,8 +29,8 @@ class CMakeBuild(build_ext):
         nvcc = find_nvcc()
         if choice == "cuda" and nvcc is None:
             raise SystemExit(
-                "MAML_CUDA_BUILD=cuda needs nvcc, found none by CUDACXX, CUDA_HOME, PATH or in /usr/local/cuda; "
-                "install a CUDA toolkit, or build with MAML_CUDA_BUILD=cpu"
+                "MAML_CUDA_BUILD=cuda needs nvcc, found none in CUDACXX, CUDA_HOME, CUDA_PATH, PATH or "
+                "/usr/local/cuda; install a CUDA toolkit, or build with MAML_CUDA_BUILD=cpu"
             )
         with_cuda = choice != "cpu" and nvcc is not None
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -44,7 +45,7 @@ class CMakeBuild(build_ext):
 
 
 def compile_with_cmake(build: Path, folder: Path, version: str, nvcc: str | None) -> None:
-    """Leaves the library in `folder`; with nvcc, the CUDA kernels are in it."""
+    """Builds in `build` and writes the library to `folder`, with the CUDA kernels if nvcc is given."""
     import pybind11
 
     build.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,7 @@ def compile_with_cmake(build: Path, folder: Path, version: str, nvcc: str | None
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler: CUDACXX where it is set, else what CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda have."""
+    """The path of nvcc: CUDACXX if set, else the first in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda; or None."""
     if "CUDACXX" in os.environ:
         return shutil.which(os.environ["CUDACXX"])
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]

@@ -1,25 +1,26 @@
-// The algorithm, once, over any backend.
+// The MAML meta-gradient (Finn, Abbeel, Levine 2017, equation 1), written once for every backend.
 //
-// Per task: phi_0 = theta, phi_{k+1} = phi_k - alpha_k g_k with g_k = grad L(phi_k; support). Then backwards,
-// with v_K = grad L(phi_K; query):
+// Per task, with parameters theta, support loss L_s, query loss L_q, inner learning rates alpha_k, K steps:
 //
-//     v_k = v_{k+1} - H(phi_k; support) (alpha_k v_{k+1}),      dL/dalpha_k = -(g_k v_{k+1}),
+//   inner loop       phi_0 = theta,   g_k = grad L_s(phi_k),   phi_{k+1} = phi_k - alpha_k g_k
+//   query gradient   v_K = grad L_q(phi_K)
+//   outer loop       v_k = v_{k+1} - H_k (alpha_k v_{k+1}),    dL_q/dalpha_k = -g_k v_{k+1}
 //
-// where H maps a direction on the adapted parameters to a cotangent on all trainable ones; first order: v_k =
-// v_{k+1}. The task's meta-gradient is v_0 (Finn, Abbeel, Levine 2017, equation 1). H v is
-// forward-over-reverse (Pearlmutter 1994): a tangent pass forward and one backward beside the primal pass.
-// Where the query losses at several phi_k count (Antoniou, Edwards, Storkey 2019, equation 4), each with its
-// weight w_k: v_K = w_K grad L(phi_K; query), and w_k grad L(phi_k; query) is added to every v_k.
+// v_0 is the meta-gradient. H_k, the Hessian of L_s at phi_k, maps a direction on the adapted parameters to a
+// cotangent on all trainable ones, so parameters that are not adapted get their exact gradient too. First
+// order (FOMAML) drops the Hessian terms. A Hessian-vector product is forward-over-reverse (Pearlmutter
+// 1994): the tangents of a forward and a backward pass, from stored values and cotangents; no graph is built.
 //
-// A parameter with slots has a value of its own for each inner step: the support pass at phi_k reads slot k,
-// and so does the query pass at phi_{k+1}; its gradients and products go there too, and are zero elsewhere.
+// Multi-step loss (Antoniou, Edwards, Storkey 2019, equation 4): the query loss is sum_k w_k L_q(phi_k). Then
+// v_K = w_K grad L_q(phi_K), and w_k grad L_q(phi_k) is added to each earlier v_k.
+// Per-step parameters: a parameter with slots has one value per inner step. The support pass at phi_k and the
+// query pass at phi_{k+1} read slot k. Their gradients and products go to slot k and are zero elsewhere.
+// Tiles: the samples of a stage may run in tiles, one after the other. Gradients, products and losses are
+// summed in the order of the tiles. If the states of all tiles are too large, only the last one is kept, and
+// a Hessian-vector product runs the gradient pass of each tile again.
 //
-// Where a stage has tiles of samples, each of them goes through the passes by itself, and gradients, products
-// and losses are added up in their order. The states of all tiles are kept for the products, or, where these
-// are too many bytes, that of one tile alone, and a product runs its gradient pass again.
-//
-// Memory: the caller's workspace, cut up by `Problem`; nothing is allocated here, and no pointer is followed:
-// only a backend does, so that they may as well be symbolic (cuda/address.h).
+// Memory: the caller's workspace, laid out by `Problem` (plan/plan.h). Nothing is allocated here. Only a
+// backend dereferences pointers, so they may be symbolic addresses (cuda/address.h).
 #pragma once
 
 #include <algorithm>
@@ -28,23 +29,23 @@
 
 namespace maml {
 
-/// Which values a primal pass computes: all; those that move; those that depend on no parameter that is
-/// trained, or the others.
+/// Which values a forward pass computes. moving: those that change from one inner step to the next. constant:
+/// those that depend on no trainable parameter. active: those that depend on one.
 enum class Part { all, moving, constant, active };
 
-/// One task's walk over the nodes of a stage, with one tile of its samples: gradients and products are
-/// written by the first, added to by the others. `Backend` has the passes of each layer.
+/// The four passes of a stage, over one tile of one task's samples. The first tile overwrites gradients and
+/// products, later tiles add to them. `Backend` provides the four passes of each layer.
 template <class Backend, class T>
 struct Walk {
   const Backend& backend;
   const Packing& packing;
   const Stage& stage;
   int64_t tile;
-  int slot;        // the inner step whose slots are read and written
-  const T* x;      // [n, ...] the data of this task
-  const T* theta;  // packed parameters; the adapted ones are read at phi
-  const T* phi;
-  T *fixed, *step, *tangent, *scratch;
+  int slot;                             // of parameters with slots: the one that is read and written
+  const T* x;                           // [n, ...], the task's samples
+  const T* theta;                       // all parameters, packed
+  const T* phi;                         // the adapted parameters, packed: read in place of those in theta
+  T *fixed, *step, *tangent, *scratch;  // memory regions, see Stage
 
   int64_t first() const { return stage.first(tile); }
   int64_t samples() const { return stage.first(tile + 1) - first(); }
@@ -63,7 +64,7 @@ struct Walk {
     }
   }
 
-  /// From grad(output) to `gradient` [limit], packed; null: the cotangents alone.
+  /// From grad(output) to all cotangents and the packed gradient [limit]; null: cotangents only.
   void backward(T* gradient, int64_t limit) const {
     for (auto s = stage.steps.rbegin(); s != stage.steps.rend(); ++s) {
       if (!grad(s->output)) continue;
@@ -75,14 +76,14 @@ struct Walk {
     }
   }
 
-  /// From a direction on the adapted parameters to the tangents of all values.
+  /// From a direction on the adapted parameters [adapted] to the tangents of all values.
   void forward_tangent(const T* direction) const {
     for (const Stage::Step& s : stage.steps) {
       if (dot(s.output)) backend.forward_tangent(layer(s), tensors(s, direction));
     }
   }
 
-  /// From grad_dot(output) to the Hessian-vector product [trainable], packed.
+  /// From grad_dot(output) to the packed Hessian-vector product [trainable].
   void backward_tangent(const T* direction, T* product) const {
     for (auto s = stage.steps.rbegin(); s != stage.steps.rend(); ++s) {
       if (!grad_dot(s->output)) continue;
@@ -135,7 +136,7 @@ struct Walk {
       if (p >= 0) t.w[j] = (packing.at[p] < packing.adapted ? phi : theta) + packing.at_step(p, slot);
       t.w_dot[j] = parameter(p, direction, direction ? packing.adapted : 0);
     }
-    // Of the value that a convolution writes and a normalisation reads, whichever of them this is.
+    // Statistics belong to the value between a convolution and its normalisation; both layers use them.
     for (int v : {s.output, s.inputs[0]}) {
       const Stage::Value& y = stage.values[v];
       if (y.statistics_at != kNowhere) t.statistics = (y.fixed ? fixed : step) + y.statistics_at;
@@ -148,37 +149,35 @@ struct Walk {
   }
 };
 
-/// What one task reads and writes.
+/// The tensors of one task.
 template <class T>
 struct Task {
-  const T* theta;      // packed, of this task or shared by all
-  const T* x_support;  // as the user gave it
+  const T* theta;      // packed; of this task, or shared by all
+  const T* x_support;  // in the user's layout, like all data
   Target<T> y_support;
   const T* x_query;
   Target<T> y_query;
   T* support_losses;  // [steps] or null
   T* query_loss;      // [1]
   T* logits;          // [n_query, ...]
-  T* result;          // [Problem::result_size]: v_0, then the gradients of learned rates
-  const T* given;  // adapt_backward: packed v_K; predict_backward: the prediction's cotangent; hvp, fisher:
-                   // packed v
-  T* adapted;      // adapt: packed phi_K
-  bool prepared;   // kept_fisher: the workspace is as an earlier product on the same data has left it
+  T* result;          // [Problem::result_size]: v_0, then the gradients of the learned rates
+  const T* given;     // packed v_K or direction (hvp, fisher), or the prediction's cotangent
+  T* adapted;         // adapt: phi_K, packed
+  bool prepared;      // kept_fisher: the workspace still holds the state of an earlier product on this data
 };
 
-/// The operations of one task in a workspace of Problem::task_size() elements. Beside the passes, a backend
-/// has
-///   loss(part, z, target, value, grad_z, saved)   value [1], grad_z and saved where wanted
-///   loss_tangent(part, z, target, z_dot, saved, grad_z_dot)
-///   metric(part, z, target, z_dot, grad_z)        of the policy at z
-///   descend(rates, phi, g, next)       next = phi - rate g
-///   direction(rates, v, out)           out = rate v
-///   retreat(size, product, v, rates, out)  v -= product, then out = rate v where wanted
-///   rate_gradient(rates, g, v, result) result at each rate's gradient -= g v, summed where one rate serves
-///   all
-///   add_weighted(k, size, x, y)  y += w_k x, w the weights of the query losses
-///   copy(size, from, to)        zero(size, to)
-///   beside(f)  where it can, f(backend) beside all that is asked for until join(), and true; or false
+/// Runs one operation on one task, in a workspace of Problem::task_size() elements. Besides the passes of the
+/// layers, a backend provides (pointers marked * may be null: not wanted)
+///   loss(part, z, target, value*, grad_z*, saved*)           value [1] and its cotangent at the prediction z
+///   loss_tangent(part, z, target, z_dot, saved, grad_z_dot)  the tangent of grad_z
+///   metric(part, z, target, z_dot, grad_z)                   the policy's Fisher metric at z times z_dot
+///   descend(rates, phi, g, next)                             next = phi - rate g
+///   direction(rates, v, out)                                 out = rate v
+///   retreat(size, product, v, rates, out*)                   v -= product, then out = rate v
+///   rate_gradient(rates, g, v, result)                       each rate's gradient -= its sum of g v
+///   add_weighted(k, size, x, y)                              y += w_k x, the weights of the query losses
+///   copy(size, from, to), zero(size, to)
+///   beside(f), join()        f(backend) runs concurrently with all calls until join(); false: not supported
 template <class Backend, class T>
 class TaskRunner {
  public:
@@ -274,14 +273,12 @@ class TaskRunner {
       query.backward(task_.result, p_.packing.trainable);
     }
   }
-
   void loss_and_grad() { support_gradient(0, true, task_.query_loss, task_.result); }
-
   void hvp() { hessian_vector_product(0, task_.given, task_.result); }
 
-  /// J v by the tangent of the inner loop, p_{k+1} = p_k - alpha_k H_k p_k from p_0 = v; F p_K at the query;
-  /// J^T of that by the outer loop. Every trainable parameter counts as adapted here, at a rate of zero where
-  /// it is not. Nothing else than tangents depends on v.
+  /// J^T F J v, with J = dphi_K/dtheta and F the policy's Fisher matrix on the query set. J v is the tangent
+  /// of the inner loop: p_0 = v, p_{k+1} = p_k - alpha_k H_k p_k. The query pass gives F p_K; the outer loop
+  /// applies J^T. All trainable parameters count as adapted, some at rate zero. Only tangents depend on v.
   void fisher_vector_product() {
     T* p = direction_;
     backend_.copy(p_.packing.adapted, task_.given, p);
@@ -306,8 +303,8 @@ class TaskRunner {
     outer_loop();
   }
 
-  /// The inner loop, and beside it what the query needs of no parameter (the moments of its images), where
-  /// the backend can do two things at once; the part of the query's pass that is left.
+  /// Runs the inner loop. Query values that depend on no trainable parameter (moments of the images) are
+  /// computed concurrently, if the backend can. Returns the part of the query's forward pass that is left.
   Part beside_the_inner_loop() {
     const bool beside =
         p_.query.tiles == 1 && p_.query.has_constants && backend_.beside([&](const Backend& backend) {
@@ -320,7 +317,7 @@ class TaskRunner {
     return beside ? Part::active : Part::all;
   }
 
-  /// phi_1 .. phi_K, the support losses, and what the products need of each step.
+  /// Computes phi_1 .. phi_K and the support losses, and stores the state that the products need.
   void inner_loop() {
     for (int k = 0; k < p_.steps; ++k) {
       support_gradient(k, k == 0, task_.support_losses ? task_.support_losses + k : nullptr, g(k));
@@ -328,8 +325,9 @@ class TaskRunner {
     }
   }
 
-  /// The query loss at phi_k, of whose pass `part` is left, and, if wanted, its gradient: to `query_loss` and
-  /// `result`, or added to them with the weight of k. Where it does not count there are the logits, of phi_K.
+  /// The query loss at phi_k and, if wanted, its gradient: written, or for a multi-step loss added with
+  /// weight w_k. `part`: what the forward pass has yet to compute. phi_K gives the logits, with or without a
+  /// weight.
   void query(int k, Part part, bool gradient) {
     const bool weighs = p_.weighs_queries(), counts = p_.queries(k);
     T *value = weighs ? loss_ : task_.query_loss, *v = weighs ? product_ : task_.result;
@@ -347,12 +345,12 @@ class TaskRunner {
     if (gradient) backend_.add_weighted(k, p_.packing.trainable, product_, task_.result);
   }
 
-  /// From v_K in `result` to v_0 and the gradients of the learned rates. Whatever makes v_k also makes the
-  /// direction of the next product, alpha_{k-1} v_k, unless a query gradient still comes to v_k.
+  /// From v_K in `result` to v_0 and the gradients of the learned rates. `retreat` writes v_k and, at the
+  /// same time, the next direction alpha_{k-1} v_k, unless a query gradient has yet to be added to v_k.
   void outer_loop() {
     T* v = task_.result;
     backend_.zero(p_.result_size - p_.packing.trainable, v + p_.packing.trainable);
-    bool directed = false;  // direction_ is alpha_k v_{k+1}
+    bool directed = false;  // direction_ holds alpha_k v_{k+1}
     for (int k = p_.steps - 1; k >= 0; --k) {
       if (k < p_.last_query()) {
         if (p_.learns_rates()) backend_.rate_gradient(p_.rates_of(k), g(k), v, v);
@@ -368,7 +366,7 @@ class TaskRunner {
     }
   }
 
-  /// The support loss at phi_k, its cotangents, and its gradient [adapted], the outer two where wanted.
+  /// The gradient pass at phi_k; loss and gradient [adapted] may be null. `fixed_too`: the task's first pass.
   void support_gradient(int k, bool fixed_too, T* value, T* gradient) {
     for (int64_t tile = 0; tile < p_.support.tiles; ++tile) {
       tile_gradient(at_support(k, tile), fixed_too, value, gradient);
@@ -380,8 +378,7 @@ class TaskRunner {
     support.backward(gradient, p_.packing.adapted);
   }
 
-  /// product [trainable] = H(phi_k; support) direction [adapted], from the state that the gradient pass of
-  /// step k has left, or makes once more.
+  /// product [trainable] = H_k direction [adapted]; runs the gradient pass again if its state was not kept.
   void hessian_vector_product(int k, const T* direction, T* product) {
     clear_slots(product);
     for (int64_t tile = 0; tile < p_.support.tiles; ++tile) {
@@ -390,7 +387,7 @@ class TaskRunner {
       tile_product(support, direction, product);
     }
   }
-  /// Beside the state of a gradient pass.
+  /// One tile of a Hessian-vector product, from the state of its gradient pass.
   void tile_product(const Walk<Backend, T>& support, const T* direction, T* product) {
     const int output = p_.support.output;
     support.forward_tangent(direction);
@@ -399,12 +396,12 @@ class TaskRunner {
     support.backward_tangent(direction, product);
   }
 
-  /// Of parameters with slots, a pass writes one.
+  /// A pass writes one slot of a parameter; the others must be zero.
   void clear_slots(T* trainable) const {
     backend_.zero(p_.packing.trainable - p_.packing.stepwise, trainable + p_.packing.stepwise);
   }
 
-  /// A tile's part of the loss where wanted, and the cotangent of its prediction where the stage has one.
+  /// The tile's part of the loss (`value` may be null), and the cotangent of the prediction if it has one.
   void loss(const Walk<Backend, T>& walk, const Target<T>& target, T* value) {
     T* grad = walk.grad(walk.stage.output);
     backend_.loss(part(walk), walk.prediction(), targets(walk, target), value, grad,
@@ -417,12 +414,11 @@ class TaskRunner {
     return {p_.graph.loss, walk.samples(), classes(walk.stage), walk.stage.n, walk.tile > 0};
   }
 
-  /// Where nobody asks for it later, a gradient stands where the next parameters will, if these are kept
-  /// apart.
+  /// g_k; where the descent is its last use, it shares the memory of phi_{k+1}, which replaces it.
   T* g(int k) const {
     return p_.kept_gradients() == 0 ? phi(k + 1) : g_ + (p_.learns_rates() ? k : 0) * p_.packing.adapted;
   }
-  T* phi(int k) const {  // phi_0 is theta itself, which no pass writes
+  T* phi(int k) const {  // phi_0 is theta, which is never written
     if (k == 0) return const_cast<T*>(task_.theta);
     return phi_ + (p_.kept_parameters() > 1 ? k - 1 : 0) * p_.packing.adapted;
   }

@@ -1,4 +1,4 @@
-"""Targets of CMakeLists.txt that only tests need, compiled when first needed, by one process at a time."""
+"""Compiles the targets of CMakeLists.txt that only the tests need, on first use. A lock serialises processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def build(name: str, target: str, *options: str) -> Path:
-    """Builds a target in build/NAME; where it stands."""
+    """Builds a target in the folder build/NAME and returns that folder. RuntimeError with the output if it fails."""
     import pybind11
 
     folder = ROOT / "build" / name

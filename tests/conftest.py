@@ -1,4 +1,4 @@
-"""What the tests share: one body for every backend, and the comparisons with the reference."""
+"""Shared by the tests: fixtures that run one test on every backend, and comparisons with the reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-# Read when torch loads OpenMP: the threads of several workers on the same cores must not wait by spinning.
+# OpenMP reads this when torch loads it. With several workers on the same cores, idle threads must not spin.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -21,22 +21,25 @@ from torch.utils._device import _device_constructors
 from maml_cuda import FusedMAML, _core, reference
 from tests import emulated
 
-# `benchmarks` for the tests. Appended, not prepended: the checkout's maml_cuda must not hide an installed one.
+# Makes `benchmarks` importable. Appended, so that the checkout's maml_cuda does not shadow an installed one.
 sys.path.append(str(Path(__file__).parents[1]))
 
-ROUNDING = 1e-14  # what rounding leaves of an exactly zero gradient, where the loss and all values are of order 1
+ROUNDING = 1e-14  # rounding error of a gradient that is exactly zero, if the loss and all values are of order 1
 
 
 def relative_errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Per name: |got - expected|, beyond ROUNDING, over |expected| or over 1e-4 of the norm of all of them where that
-    is larger. A conv bias before BatchNorm has a gradient of exactly zero, and rounding noise on both sides."""
+    """Per name: (|got - expected| - ROUNDING) / max(|expected|, 1e-4 of the norm of all gradients together).
+
+    The lower bound is for gradients that are exactly zero, such as that of a convolution's bias before BatchNorm: both
+    sides then hold rounding noise.
+    """
     assert got.keys() == expected.keys()
     total = torch.stack([e.norm() for e in expected.values()]).norm().item()
     errors = {}
     for name, e in expected.items():
         beyond = (got[name] - e).norm().item() - ROUNDING
         scale = max(e.norm().item(), 1e-4 * total, ROUNDING)
-        errors[name] = 0.0 if beyond <= 0 else beyond / scale  # a NaN stays one, and fails
+        errors[name] = 0.0 if beyond <= 0 else beyond / scale  # NaN stays NaN, and fails
     return errors
 
 
@@ -47,12 +50,12 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance:
 
 
 def run(maml: FusedMAML, data: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """One meta-step: the loss and every gradient by name, under `inner_lr*` for learned rates."""
+    """One meta-step: the loss, and the gradients by name. Learned rates are named `inner_lr` or `inner_lr.<name>`."""
     maml.zero_grad()
     loss = maml(*data).loss
     loss.backward()
     grads = {n: p.grad for n, p in maml.model.named_parameters() if p.grad is not None}
-    for name, rate in maml.named_parameters(remove_duplicate=False):  # one rate may serve several names
+    for name, rate in maml.named_parameters(remove_duplicate=False):  # several names may share one rate
         if name.startswith("inner_lr") and rate.grad is not None:
             grads[name] = rate.grad
     return loss.detach(), grads
@@ -62,7 +65,7 @@ def check_meta_gradient(
     model: nn.Module, loss: str, data: list[Tensor], inner_lr: object, steps: int, backend: str = "fused",
     tolerance: float = 1e-10, **options: object,
 ) -> FusedMAML:  # fmt: skip
-    """The fused meta-step against the reference, in the data's own dtype."""
+    """Compares the fused meta-step with the reference, in the dtype of the data. Returns the FusedMAML."""
     maml = FusedMAML(model, inner_lr, steps, loss=loss, backend=backend, **options)
     value, grads = run(maml, data)
     expected_value, expected = reference.meta_gradient(
@@ -80,7 +83,7 @@ def check_meta_gradient(
 
 
 def fast_parameters(model: nn.Module, tasks: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Different parameters for every task."""
+    """Parameters [tasks, *shape] that differ from task to task."""
     return {
         name: p.detach() + 0.1 * torch.randn(tasks, *p.shape, dtype=p.dtype, generator=generator)
         for name, p in model.named_parameters()
@@ -93,7 +96,7 @@ def _seeded() -> None:
 
 
 class OnGpu(TorchFunctionMode):
-    """Whatever a test creates, with the numbers that it has on the CPU, on the GPU."""
+    """Creates tensors on the CPU and moves them to the GPU, so that random numbers are the same on both."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -102,26 +105,28 @@ class OnGpu(TorchFunctionMode):
 
 
 def _no_gpu() -> str:
-    """Why the tests of the GPU cannot run, or nothing."""
+    """Why tests cannot run on a GPU; "" if they can."""
     if _core.cuda is None:
         return "this build has no CUDA kernels"
     return "" if torch.cuda.is_available() else "there is no GPU"
 
 
 MACHINES = ("cpu", "cuda_emulated", "cuda")
-EMULATIONS = ("cuda_emulated", "cuda_small_tiles")  # with the tiles that ship, and with many on small shapes
+EMULATIONS = ("cuda_emulated", "cuda_small_tiles")  # with the tile sizes of a GPU, and with small tiles
 
 
 @contextmanager
 def _machine(name: str) -> Iterator[None]:
-    """The CPU's layers, the GPU's kernels emulated on the CPU, or those on a GPU. MAML_CUDA_MACHINES names the ones
-    wanted, all by default; cuda_emulated asks for both emulations."""
+    """Selects where a test runs: the CPU backend, the CUDA kernels emulated on the CPU, or a GPU.
+
+    MAML_CUDA_MACHINES lists the machines to test (default: all); cuda_emulated stands for both emulations.
+    """
     asked = "cuda_emulated" if name in EMULATIONS else name
     if asked not in os.environ.get("MAML_CUDA_MACHINES", ",".join(MACHINES)).split(","):
-        pytest.skip("MAML_CUDA_MACHINES does not ask for it")
+        pytest.skip("not in MAML_CUDA_MACHINES")
     if name == "cuda" and (why_not := _no_gpu()):
         pytest.skip(why_not)
-    # float32 is judged by the reference's own error in float32, which torch's convolutions by default are not in.
+    # The tolerance is the reference's own float32 error, but torch computes convolutions in TF32 by default.
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     small = name == "cuda_small_tiles"
@@ -132,7 +137,7 @@ def _machine(name: str) -> Iterator[None]:
 
 @pytest.fixture(params=MACHINES)
 def machine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """What a test runs on. What it creates is there: the mode that sees to it turns a warm call's fast path off."""
+    """The machine of a test, where the tensors that it creates are. On a GPU the mode disables the fast path."""
     name: str = request.param
     with _machine(name), OnGpu() if name == "cuda" else nullcontext():
         yield name
@@ -140,16 +145,17 @@ def machine(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=MACHINES)
 def plain_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """The same machines without a mode: the device on which the test puts its tensors itself."""
+    """The same machines without a torch function mode: the test moves its tensors to this device itself."""
     with _machine(request.param):
         yield torch.device("cuda" if request.param == "cuda" else "cpu")
 
 
 @pytest.fixture
 def check_passes(machine: str) -> Callable[..., None]:
-    """The four passes of the layers of a model, in float64, against autograd and double backward.
+    """A function that checks the four passes of a model's layers in float64, with different parameters per task.
 
-    forward: predict; backward: loss_and_grad, and the backward of predict; both tangents: hvp. Per-task parameters.
+    forward: `predict`. backward: `loss_and_grad`, and the backward of `predict`. Both tangents: `hvp`, against double
+    backward.
     """
 
     def check(model: nn.Module, sample: tuple[int, ...], n: int, tasks: int = 2, seed: int = 0) -> None:

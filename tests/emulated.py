@@ -1,4 +1,4 @@
-"""The CUDA kernels as a CPU library: the same sources, compiled against tests/cuda/emulation when first needed."""
+"""The CUDA kernels emulated on the CPU: the same sources, compiled with tests/cuda/emulation on first use."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from tests import building
 
 
 def build(target: str, sanitizer: str = "", small_tiles: bool = False) -> Path:
-    """Builds a target of CMakeLists.txt for the emulation; where it stands.
+    """Builds a target of CMakeLists.txt with the emulated backend and returns its folder.
 
-    small_tiles: with smaller tiles and blocks than on a GPU, so that small shapes have many of them.
+    sanitizer: "thread", "address" or "" for none.
+    small_tiles: smaller tiles and blocks than on a GPU, so that small shapes have many of them.
     """
     name = "-".join(filter(None, ["emulated", sanitizer, "small" if small_tiles else ""]))
     tiles = "ON" if small_tiles else "OFF"
@@ -29,7 +30,7 @@ def build(target: str, sanitizer: str = "", small_tiles: bool = False) -> Path:
 
 @functools.cache
 def load(small_tiles: bool = False) -> ModuleType:
-    """The extension module whose backend "cuda" is the emulation."""
+    """The extension module in which the backend "cuda" is the emulation."""
     (library,) = build("_emulated", small_tiles=small_tiles).glob("_emulated*.so")
     spec = importlib.util.spec_from_file_location("_emulated", library)
     assert spec is not None
@@ -41,7 +42,7 @@ def load(small_tiles: bool = False) -> ModuleType:
 
 @functools.cache
 def controls(small_tiles: bool = False) -> ctypes.CDLL:
-    """What a test can ask of the emulated device: tests/cuda/emulation/controls.cpp."""
+    """The C functions by which a test controls the emulated device: tests/cuda/emulation/controls.cpp."""
     library = ctypes.CDLL(str(load(small_tiles).__file__))
     library.emulation_launches.restype = ctypes.c_int64
     library.emulation_make_stream.restype = ctypes.c_void_p
@@ -55,7 +56,10 @@ def controls(small_tiles: bool = False) -> ctypes.CDLL:
 
 @contextmanager
 def log(only: bool = False, small_tiles: bool = False) -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """What kernels are launched from now on, as dictionaries; `only`: they are not run."""
+    """Yields a function that returns the kernels launched so far, one dictionary per launch.
+
+    only: log the launches without running the kernels.
+    """
     library = controls(small_tiles)
     library.emulation_log(2 if only else 1)
     try:
@@ -66,7 +70,7 @@ def log(only: bool = False, small_tiles: bool = False) -> Iterator[Callable[[], 
 
 @contextmanager
 def in_place_of_a_gpu(precisions: bool = False, small_tiles: bool = False) -> Iterator[None]:
-    """The CPU's tensors go to the emulated kernels; `precisions`: in any precision, as on a GPU."""
+    """Runs CPU tensors on the emulated kernels. precisions: accept every `precision`, as on a GPU."""
     from maml_cuda.engine import cuda_runner, problem
 
     changes = [
