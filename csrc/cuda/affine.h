@@ -1,5 +1,6 @@
-// What BatchNorm with batch statistics is to one channel once its sums are known (normalise.h has the
-// formulas): an affine map, and in the tangent another.
+// BatchNorm with batch statistics, for one channel whose sums are known (normalise.h has the formulas): an
+// affine
+// map of x, and the tangent of that map.
 #pragma once
 
 #include "cuda/run/platform.h"
@@ -7,8 +8,8 @@
 
 namespace maml::cuda {
 
-/// What the passes keep: six vectors [c], and the sample-relative pixel that each output [n, out_h, out_w, c]
-/// chose.
+/// What the passes save: six vectors [c], and for each output [n, out_h, out_w, c] of a max-pool the pixel
+/// (numbered within its sample) that holds the maximum.
 template <class T>
 struct Saved {
   T *mu, *s, *G1, *G2, *Rmu, *c;
@@ -23,8 +24,8 @@ struct Saved {
         places(reinterpret_cast<int32_t*>(p + 6 * channels)) {}
 };
 
-/// The map x -> u of one channel, and its tangent. u is the same to the bit in every pass, so that all take
-/// the same side of a kink.
+/// The map x -> u of one channel, and its tangent. Every pass computes the same bits of u, so that all passes
+/// agree on which side of a kink (of a ReLU, say) an element lies.
 template <class T>
 struct Affine {
   T mu, s, scale, beta;  // scale = gamma s

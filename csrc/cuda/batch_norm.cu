@@ -1,4 +1,4 @@
-// BatchNorm with batch statistics: normalise.h where f is the identity and nothing is pooled.
+// BatchNorm with batch statistics: normalise.h with f the identity and without a pool.
 #include "cuda/normalise.h"
 
 namespace maml::cuda {

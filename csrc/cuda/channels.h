@@ -1,23 +1,22 @@
-// How a block of threads lies over a matrix [rows, channels], and sums over its rows. `width` threads stand
-// side by side over consecutive channels, so that a row's accesses are consecutive; the others take further
-// rows:
+// How the threads of a block cover a matrix [rows, channels], and sums over its rows. `width` threads cover
+// consecutive channels of one row, so that memory accesses are coalesced; the others cover further rows:
 //
 //   thread = row * width + lane,   channel = blockIdx.y * width + lane,   width = 2^k, at most a warp
 //
-// A thread keeps its channel, so that what belongs to the channel stays in registers.
+// A thread works on one channel only, so that the channel's values stay in registers.
 #pragma once
 
 #include "cuda/run/launch.h"
 
 namespace maml::cuda {
 
-inline constexpr int kThreads = kSmallTiles ? 32 : 256;  // of every kernel that works so
+inline constexpr int kThreads = kSmallTiles ? 32 : 256;  // the block size of these kernels
 inline constexpr int kMostWidth = kSmallTiles ? 8 : 32;
-// Blocks a multiprocessor: 64 registers a thread, or 128 where a number takes two.
+// Resident blocks per multiprocessor: 64 registers a thread, or 128 for float64.
 template <class T>
 inline constexpr int kResident = sizeof(T) == 4 ? 4 : 2;
 
-/// Threads side by side.
+/// The number of threads that cover consecutive channels.
 __host__ __device__ constexpr int channel_width(int64_t channels) {
   int width = 1;
   while (width < channels && width < kMostWidth) width *= 2;
@@ -25,9 +24,9 @@ __host__ __device__ constexpr int channel_width(int64_t channels) {
 }
 
 struct Lanes {
-  int width, rows;  // threads side by side, and how many rows of them
+  int width, rows;  // the block covers rows x width elements at a time
   int row, channel;
-  bool active;  // the channel exists; the others only keep the barriers
+  bool active;  // the channel exists; other threads only take part in the barriers
 };
 
 __device__ __forceinline__ Lanes lanes_of(int64_t channels) {
@@ -40,15 +39,18 @@ __device__ __forceinline__ Lanes lanes_of(int64_t channels) {
   return lanes;
 }
 
-/// Blocks (x, y): x shares out `rows`, at least `rows_per_thread` to a thread; y the channels.
+/// Blocks (x, y): x covers `rows`, with at least `rows_per_thread` for each thread; y covers the channels.
 inline Grid channel_grid(int64_t rows, int64_t channels, int64_t rows_per_thread) {
   const int width = channel_width(channels);
   return {blocks_for(rows, kThreads / width * rows_per_thread), blocks_for(channels, width)};
 }
 
-/// sum[q] = sum over i in [0, count) of what term(i, sum) adds, per channel, known to all its threads. Each
-/// thread sums every `rows`-th i in ascending order; a tree in shared memory sums the threads. All threads
-/// call; barriers stand before and behind every use of the shared memory.
+// / Sums over rows, per channel: term(i, sum) is called for every i in [0, count) and adds its terms to
+// sum[q].
+/// All threads of a channel return the totals. Each thread sums every `rows`-th i in ascending order; then a
+// / tree in shared memory sums over the threads. All threads must call; there are barriers before and after
+// every
+/// use of the shared memory.
 template <int Q, class Sum, class Term>
 __device__ __forceinline__ void channel_sums(const Lanes& lanes, int count, Sum (&sum)[Q], Term term) {
   __shared__ Sum shared[Q][kThreads];

@@ -1,5 +1,7 @@
-// Convolution (and, with one tap on a 1 x 1 image, the linear layer), channels last: which tensors each pass
-// hands to which product. Linear and convolution are bilinear, so a tangent is the same product of two terms.
+// The passes of a convolution, channels last (a linear layer is one with one tap on a 1 x 1 image): which
+// tensors
+// each pass gives to which product. A convolution is bilinear in input and weights, so the tangent of each
+// product is the same product of two terms. The twin on the CPU is cpu/conv2d.cpp.
 #include <algorithm>
 
 #include "cuda/conv2d.h"

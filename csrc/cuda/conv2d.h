@@ -1,5 +1,6 @@
-// What the three products of a convolution share: the choice of arithmetic and tile, and the passes that
-// conv2d.cu puts together.
+// What the three matrix products of a convolution share: the choice of arithmetic and tile, and the
+// declarations
+// of the products, from which conv2d.cu builds the passes.
 #pragma once
 
 #include <type_traits>
@@ -9,9 +10,12 @@
 
 namespace maml::cuda {
 
-/// Tiles of C by shape: wide, narrow (n <= 32), and for few outputs small ones whose warps share k, so that
-/// there are blocks enough and each is done soon. Matrix instructions need 64 x 32 a warp to be fed from
-/// shared memory. The small ones have one warp, or two that share k.
+/// Tile shapes: Wide; Narrow for n <= 32; Small for few outputs, with warps that share k, so that there are
+// / enough blocks and each is done soon. With matrix instructions a warp computes 64 x 32 outputs: less would
+// be
+// / limited by the bandwidth of shared memory. With small tiles (a test build) a tile has one warp, or two
+// that
+/// share k.
 template <bool Matrix, bool SmallTiles = kSmallTiles>
 struct Tiles {
   static constexpr int kWarpM = Matrix ? 64 : 32;
@@ -26,17 +30,18 @@ struct Tiles<Matrix, true> {
   using Small = Tile<32, 32, 1, 1, 2, 2>;
 };
 
-/// Outputs of one task up to which small tiles are taken: fewer wide ones would leave most of a GPU idle at
-/// the usual 4 to 32 tasks.
+// / Up to this number of outputs of one task, Small is used: at the usual 4 to 32 tasks, Wide tiles would be
+// too
+/// few to occupy the GPU.
 constexpr int64_t kSmallOutputs = kSmallTiles ? 512 : 65536;
 
-/// Blocks on a multiprocessor that registers must leave room for.
+/// Resident blocks per multiprocessor for which the kernel's registers must suffice.
 template <class Arithmetic>
 inline constexpr int kResidentProducts = sizeof(typename Arithmetic::T) == 8 ? 2
                                          : Arithmetic::kMatrix               ? 3
                                                                              : 4;
 
-/// f.operator()<Arithmetic, Tile>() for `outputs` elements of C, n columns.
+/// Calls f.operator()<Arithmetic, Tile>() for `outputs` elements of C with n columns.
 template <class T, class F>
 void with_product(const Layer& l, int64_t outputs, int64_t n, F f) {
   auto with_tile = [&]<class Arithmetic>() {
@@ -60,8 +65,9 @@ void with_product(const Layer& l, int64_t outputs, int64_t n, F f) {
   with_tile.template operator()<Simt<T>>();
 }
 
-/// Whether a tensor can be read and written in vectors: rows of whole ones, and an address on one in every
-/// task. Of the user's own tensors that is not known.
+// / Whether a tensor can be accessed in 16-byte vectors: its rows are whole vectors, and its address is
+// aligned in
+/// every task. False for the user's own tensors, whose alignment is not known.
 template <class T>
 bool in_vectors(const T* symbolic, int64_t row) {
   const uint64_t word = reinterpret_cast<uint64_t>(symbolic);
@@ -77,7 +83,9 @@ bool in_vectors(const T* const (&symbolic)[2], int count, int64_t row) {
   return true;
 }
 
-/// The patches that a convolution reads: for each pixel of its output, or of the windows of a stem's pool.
+// / The patches that a convolution reads: one for each output pixel, or, in a stem, for each pixel of the
+// pool's
+/// windows.
 template <class T>
 Gather gather_of(const Layer& l) {
   const Window& k = l.window;
@@ -93,13 +101,13 @@ Gather gather_of(const Layer& l) {
   return gather;
 }
 
-/// Throws Unsupported for a layer that the kernels' 32-bit offsets and 16-bit places do not reach.
+/// Throws Unsupported for a layer that is too large for the kernels' 32-bit offsets and 16-bit coordinates.
 void refuse_large(const Layer& l);
 
-/// What forward and forward_tangent take of their output.
+/// The statistics that forward and forward_tangent compute of their output.
 template <class T>
 struct StatisticsOf {
-  T* entries = nullptr;       // [tiles, 2, c], or with `y` [tiles, 3, c]; null: nothing
+  T* entries = nullptr;       // [tiles, 2, c], or with `primal` [tiles, 3, c]; null: none
   const T* primal = nullptr;  // y, where the output is y_dot
 };
 

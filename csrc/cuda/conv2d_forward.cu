@@ -1,11 +1,11 @@
-// y = bias + x * w and its tangent y_dot = bias_dot + x_dot * w + x * w_dot, as one product (product.h):
+// y = bias + x * w and its tangent y_dot = bias_dot + x_dot * w + x * w_dot, each as one product (product.h):
 //
 //   C [m, n] = y     m: output pixel (sample, i, j);  n: c_out;  k: (tap, c_in)
 //   A [m, k]         x gathered at (pixel, tap), zero in the padding
-//   B [k, n]         w [tap, c_in, c_out] as it lies
+//   B [k, n]         w [tap, c_in, c_out], as it stands in memory
 //
 // blockIdx: x tile of m, y tile of n, z task. Numerics: sums in ascending k, first term first, then the bias.
-// Statistics of the output: tile_statistics.h.
+// tile_statistics.h computes the statistics of the output.
 #include "cuda/conv2d.h"
 #include "cuda/product/tile_statistics.h"
 #include "cuda/run/work.h"

@@ -1,16 +1,19 @@
-// grad_x = sum over taps of grad_y w^T and its tangent, grad_y_dot with w and grad_y with w_dot.
+// grad_x = sum over taps of grad_y w^T, and its tangent: the products of grad_y_dot with w and of grad_y with
+// w_dot.
 //
-// A gather, never a scatter: with stride s, input rows i with equal (i + pad) mod s read the same taps, so
-// each of the s x s parity classes is a stride-1 convolution of grad_y with the taps of that class, last
-// first: no multiplication with a zero that the stride has put in. One product (product.h) for each class,
-// all in one launch:
+// Every element of grad_x gathers its terms; nothing is scattered. With stride s, input rows with equal
+// (i + pad) mod s read the same taps. So each of the s x s parity classes is a convolution of grad_y with
+// stride
+// 1 and the taps of that class, last first, and no product has a factor that is zero because of the stride.
+// There
+// is one product (product.h) for each class, and one launch for all:
 //
 //   C [m, n] = grad_x     m: (sample, position of the class);  n: c_in;  k: (tap of the class, c_out)
 //   A [m, k]              grad_y gathered, zero outside
-//   B [k, n]              w [tap, c_in, c_out] as it lies, contiguous in k
+//   B [k, n]              w [tap, c_in, c_out], as it stands in memory, contiguous in k
 //
 // blockIdx: x tiles of m, class after class; y tile of n; z task. Numerics: sums in ascending k, first term
-// first, then what grad_x held. A class that no tap reaches gets zeros.
+// first; then the value that grad_x held is added. A class without taps gets zeros.
 #include "cuda/conv2d.h"
 #include "cuda/run/work.h"
 
@@ -20,11 +23,11 @@ namespace {
 struct ParityClass {
   PixelsByTaps a;
   Taps b;
-  Gather to;  // grad_x at the positions
+  Gather to;  // where its positions stand in grad_x
   int first_block;
 };
 
-constexpr int kMostClasses = 9;  // in one launch: strides up to 3 x 3, parameters below 4 KB
+constexpr int kMostClasses = 9;  // per launch: strides up to 3 x 3; kernel parameters stay below 4 KB
 
 template <class T>
 struct InputGradient {
@@ -59,8 +62,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
   });
 }
 
-/// One axis of a parity class: positions first, first + stride, ...; the taps that reach them, parity, parity
-/// + stride, ...; and the first row of grad_y that the first position reads.
+/// One axis of a parity class: its positions in grad_x are first, first + stride, ...; its taps are parity,
+/// parity + stride, ...; `start` is the first row of grad_y that the first position reads.
 struct ParityAxis {
   int64_t parity, first, positions, taps, start;
   ParityAxis(int64_t parity_, int64_t size, int64_t kernel, int64_t stride, int64_t pad) : parity(parity_) {

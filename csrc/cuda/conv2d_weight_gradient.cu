@@ -1,17 +1,22 @@
-// grad_w = sum over pixels of x^T grad_y and its tangent, x with grad_y_dot and x_dot with grad_y; and
-// grad_b = sum over pixels of grad_y. As one product (product.h):
+// grad_w = sum over output pixels of x^T grad_y, and its tangent, the products of x with grad_y_dot and of
+// x_dot
+// with grad_y; and grad_b = sum over pixels of grad_y. As one product (product.h):
 //
 //   C [m, n] = grad_w     m: (tap, c_in);  n: c_out;  k: output pixel (sample, i, j)
 //   A [m, k]              x gathered at (pixel, tap), contiguous in m, zero in the padding
-//   B [k, n]              grad_y as it lies
+//   B [k, n]              grad_y, as it stands in memory
 //
-// C is small and k is long, so k is split over blocks, as many as the layer's shape asks for: each writes its
-// part to scratch [splits, m, n], and a second kernel adds them up in order. With one split there is none.
-// The first row of tiles also sums the columns of the B it has in shared memory: grad_b, parts [splits, n]
-// behind the others. These are sums of T whatever the arithmetic of the product.
+// C is small and k is long, so k is split over blocks; the number of splits depends on the layer's shape.
+// Each
+// block writes its part to scratch [splits, m, n], and a second kernel adds up the parts in order. With one
+// split, the block writes grad_w itself. The blocks of the first row of tiles also sum the columns of the B
+// tiles
+// in shared memory: that is grad_b, in parts [splits, n] after the others. These sums are of type T, whatever
+// the
+// arithmetic of the product.
 //
-// blockIdx: x tile of m, y (tile of n, split), z task. Numerics: sums in ascending k, first term first, then
-// splits in order, then what the gradient held.
+// blockIdx: x tile of m, y (tile of n, split), z task. Numerics: sums in ascending k, first term first; then
+// splits in order; then the value that the gradient held is added.
 #include <algorithm>
 
 #include "cuda/conv2d.h"
@@ -20,8 +25,8 @@
 namespace maml::cuda {
 namespace {
 
-constexpr int kSplitPixels = kSmallTiles ? 64 : 256;  // at least so many a split
-constexpr int kSplitGrain = 64;                       // of which whole ones, for any tile's stages
+constexpr int kSplitPixels = kSmallTiles ? 64 : 256;  // the fewest pixels of a split
+constexpr int kSplitGrain = 64;                       // it has a multiple of so many, for any tile's stages
 constexpr int64_t kMostSplits = 32;
 constexpr int kAddThreads = kSmallTiles ? 32 : 256;
 
@@ -37,7 +42,7 @@ struct WeightGradient {
   __host__ __device__ int64_t outputs() const { return static_cast<int64_t>(a.gather.depth) * b.n; }
 };
 
-/// A thread's share of the column sums: column thread % N, and every (threads / N)-th vector of k.
+/// A thread's part of the column sums: column thread % N, and every (threads / N)-th vector of k.
 template <class Product, class Tile>
 struct ColumnSums {
   using T = typename Product::T;
@@ -57,7 +62,7 @@ struct ColumnSums {
       for (int x = 0; x < V; ++x) sum += slab[Layout::vector(base, lane, x, block % 4)];
     }
   }
-  /// Over all threads, in order, for the first N of them.
+  /// The sum over all threads of a column, in order; the first N threads return the totals.
   __device__ __forceinline__ T total() {
     T* const shared = reinterpret_cast<T*>(dynamic_shared());
     const int thread = static_cast<int>(threadIdx.x);
@@ -108,7 +113,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
                 [&](int m) { return m < p.a.gather.depth ? grad_w + static_cast<int64_t>(m) * n : nullptr; });
 }
 
-/// One thread for each element of grad_w and then of grad_b.
+/// One thread for each element of grad_w, then of grad_b.
 template <class T>
 __global__ void __launch_bounds__(kAddThreads)
     add_splits_kernel(const __grid_constant__ WeightGradient<T> p, const Table* table) {
@@ -128,8 +133,8 @@ __global__ void __launch_bounds__(kAddThreads)
   *to = (bias ? p.add_b : p.add_w) ? *to + sum : sum;
 }
 
-/// How many parts k is cut into: each of kSplitPixels at least, and all together no larger than what they are
-/// made of.
+/// How many parts k is split into: each has kSplitPixels pixels or more, and all parts together are no larger
+/// than the operands.
 int64_t splits_of(const Layer& l) {
   const int64_t pixels = l.n * l.out.h * l.out.w * (l.pooled ? 4 : 1);
   const int64_t outputs = l.window.kernel_h * l.window.kernel_w * l.in.c * l.out.c;

@@ -1,5 +1,6 @@
-// GroupNorm of n samples [pixels, c] of one task. A cell is one sample's channels of one group: m = pixels c
-// / groups values. LayerNorm is one group, InstanceNorm c of them. Per cell, with g = grad_y and h = gamma g:
+// GroupNorm of n samples [pixels, c] of one task. A cell is one sample's channels of one group, m = pixels c
+// /
+// groups values. LayerNorm has one group, InstanceNorm c groups. Per cell, with g = grad_y and h = gamma g:
 //
 //   mu = mean x, s = (var + eps)^-1/2 (biased), xh = (x - mu) s,   y = gamma xh + beta
 //   A = mean h, B = mean(h xh), u = h - A - xh B,                  grad_x = s u
@@ -11,13 +12,19 @@
 //   grad_x_dot = s (h_dot - RA - Rxh B - xh RB - s q u)
 //   grad_gamma_dot = sum(g_dot xh + g Rxh), grad_beta_dot = sum g_dot
 //
-// A pass is one kernel in which a block keeps some cells that stand side by side, sums over them, and goes on
-// at once to their values, which it finds in the caches. Its threads lie over the cells as channels.h has
-// them over channels, so that together they read runs of memory however few channels a group has. The
-// gradients of gamma and beta are sums per channel over the rows of [n pixels, c]: those of tiles of rows
-// (moments.h), and their merging in double, two kernels of their own; one alone where there is one tile. mu
-// is kept as two numbers: rounded, a mean of many deviations would shift the whole cell. gamma and beta may
-// be absent (1 and 0); where the input does not move x_dot, and where the layer does not grad_y. The twin is
+// Kernels: in each pass a block takes some consecutive cells, computes their sums, and then their values, for
+// which it finds the inputs in the caches. Its threads cover the cells as in channels.h they cover channels,
+// so
+// that they read contiguous memory even where a group has few channels. The gradients of gamma and beta are
+// sums
+// per channel over the rows of [n pixels, c]: one kernel sums tiles of rows (moments.h), a second one merges
+// them
+// in double; where there is one tile, the second kernel does both.
+//
+// Numerics: mu is saved as two numbers, a mean and the mean of the deviations from it. One rounded number
+// would
+// shift all values of the cell by its rounding error. gamma and beta may be absent (1 and 0); x_dot is absent
+// where the input has no tangent; grad_y may be absent in the backward tangent. The twin on the CPU is
 // cpu/group_norm.cpp.
 #include "cuda/elementwise.h"
 #include "cuda/layers.h"
@@ -26,7 +33,8 @@
 namespace maml::cuda {
 namespace {
 
-/// Cells side by side in a block: enough for a run of a warp's width, and for four values a thread.
+// / How many consecutive cells a block takes: enough for contiguous runs of a warp, and for four values a
+// thread.
 int cells_of_block(const Layer& l) {
   const int64_t width = l.in.c / l.groups, values = width * l.in.h * l.in.w;
   int cells = 1;
@@ -47,7 +55,7 @@ struct Sizes {
   __device__ __forceinline__ int values() const { return width * pixels; }
 };
 
-/// What every cell has one of.
+/// The saved values, one of each for every cell.
 template <class T>
 struct Saved {
   T *mu, *rest, *s;  // from the forward pass
@@ -70,7 +78,7 @@ struct Map {
     if (moves) Rmu = saved.Rmu[cell], q = saved.q[cell];
   }
   __device__ __forceinline__ T xh(T x) const { return (x - mu - rest) * s; }
-  /// Of a value that moves.
+  /// The tangent of xh, where x has one.
   __device__ __forceinline__ T xh_dot(T xh, T x_dot) const { return s * (x_dot - Rmu - xh * q); }
 };
 
@@ -83,12 +91,12 @@ __device__ __forceinline__ T or_value(const T* p, int64_t i, T value) {
 template <class T>
 struct View {
   Sizes sizes;
-  Lanes lanes;  // over cells in place of channels
+  Lanes lanes;  // cover cells instead of channels
   Tensors<T> t;
   Saved<T> saved;
-  int64_t cell;  // a thread without one looks at the first
-  int first;     // channel
-  int64_t at;    // the first value's element
+  int64_t cell;  // a thread without a cell reads the first
+  int first;     // the cell's first channel
+  int64_t at;    // the element of the cell's first value
 
   __device__ __forceinline__ View(const Layer& l, int width, const Tensors<T>& symbolic, const Table& table)
       : sizes(l),
@@ -114,20 +122,21 @@ struct View {
   __device__ __forceinline__ T gamma(int channel) const { return or_value(t.w[0], channel, T(1)); }
   __device__ __forceinline__ T gamma_dot(int channel) const { return or_value(t.w_dot[0], channel, T(0)); }
 
-  /// f(element, channel) of value i of the cell.
+  /// Calls f(element, channel) for value i of the cell.
   template <class F>
   __device__ __forceinline__ void value(int i, F f) const {
     const int pixel = i / sizes.width, channel = i - pixel * sizes.width;
     f(at + static_cast<int64_t>(pixel) * sizes.c + channel, first + channel);
   }
-  /// f(element, channel) of the values that fall to this thread.
+  /// Calls f(element, channel) for this thread's share of the values.
   template <class F>
   __device__ __forceinline__ void each(F f) const {
     if (!lanes.active) return;
     for (int i = lanes.row; i < sizes.values(); i += lanes.rows) value(i, f);
   }
-  /// sums[q] = the sum over the cell of what term(element, channel, sum) adds to sum[q], known to its
-  /// threads.
+  // / sums[q] = the sum over the cell of what term(element, channel, sum) adds to sum[q]. All threads of the
+  // cell
+  /// get it.
   template <int Q, class F>
   __device__ __forceinline__ void sum(T (&sums)[Q], F term) const {
     channel_sums(lanes, sizes.values(), sums, [&](int i, T(&part)[Q]) {
@@ -158,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   });
 }
 
-/// Towards x.
+/// Computes grad_x.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     group_norm_backward(Layer l, int width, Tensors<T> symbolic, const Table* table) {
@@ -202,15 +211,15 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   });
 }
 
-/// Towards x.
+/// Computes grad_x_dot.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kResident<T> - 1)  // it holds more
+__global__ void __launch_bounds__(kThreads, kResident<T> - 1)  // one block fewer: needs more registers
     group_norm_backward_tangent(Layer l, int width, Tensors<T> symbolic, const Table* table) {
   const View<T> view(l, width, symbolic, *table);
   const Tensors<T>& t = view.t;
   const T* x_dot = t.x_dot[0];
   const Map<T> map(view.saved, view.cell, x_dot != nullptr);
-  /// xh, Rxh, h and h_dot of a value.
+  /// Calls f with xh, Rxh, h and h_dot of a value.
   const auto known = [&](int64_t i, int channel, auto f) {
     const T xh = map.xh(t.x[0][i]), g = or_value(t.grad_y, i, T(0));
     f(xh, x_dot ? map.xh_dot(xh, x_dot[i]) : T(0), view.gamma(channel) * g,
@@ -234,8 +243,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T> - 1)  // it holds more
   });
 }
 
-/// Rows [first, first + count) of [n pixels, c]: the sums for gamma and beta, of the cotangents or of their
-/// tangents.
+// / The sums for gamma and beta over the rows [first, first + count) of [n pixels, c]: of the cotangents, or,
+// with
+/// kTangent, of their tangents.
 template <bool kTangent, class T>
 __device__ __forceinline__ void affine_sums(const Layer& l, const Lanes& lanes, const Tensors<T>& t,
                                             int first, int count, T (&sums)[2]) {
@@ -255,7 +265,7 @@ __device__ __forceinline__ void affine_sums(const Layer& l, const Lanes& lanes, 
   });
 }
 
-/// Block x: the entry of tile x.
+/// Block x computes the entry of tile x.
 template <bool kTangent, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     group_norm_sums(Layer l, Tensors<T> symbolic, int rows, const Table* table) {
@@ -267,7 +277,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   write_entry(lanes, l.in.c, t.scratch, sums);
 }
 
-/// The merged entries, or where there are none the sums of all rows, to gamma's and beta's gradients.
+/// Writes the gradients of gamma and beta from the merged entries, or, without entries, from the sums of all
+/// rows.
 template <bool kTangent, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     group_norm_affine(Layer l, Tensors<T> symbolic, Partials<T> partials, int rows, const Table* table) {

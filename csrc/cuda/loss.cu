@@ -1,5 +1,6 @@
-// The losses of all tasks (loss.h): a value by one block a task, a tangent or a metric by as many as its rows
-// fill.
+// The losses of all tasks (loss.h): one block a task computes a value; as many blocks as the rows fill
+// compute a
+// tangent or a metric.
 #include "cuda/layers.h"
 #include "cuda/loss.h"
 
@@ -26,7 +27,7 @@ __global__ void __launch_bounds__(kThreads)
                resolve(z_dot, *table, task), resolve(saved, *table, task), resolve(grad_z_dot, *table, task));
 }
 
-// Six blocks at once: left alone, ptxas aims at eight on sm_80, and spills for it.
+// Six resident blocks: without the bound, ptxas aims at eight on sm_80 and spills registers.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 6) metric_kernel(LossPart part, const T* z, Target<T> target,
                                                              const T* z_dot, T* grad_z, const Table* table) {

@@ -1,18 +1,27 @@
-// The losses of one task, means as in torch, over N samples; here n of them, with z their prediction [n, c]:
+// The losses of one task. They are means as in torch, over N samples; a part holds n of them, with
+// predictions
+// z [n, c]:
 //   cross_entropy  p = softmax z; L = -sum log p[label] / N;  grad_z = (p - onehot) / N;
 //                  grad_z_dot = p (z_dot - <p, z_dot>) / N
 //   mse            L = sum (z - t)^2 / (N c);  grad_z = 2 (z - t) / (N c);  grad_z_dot = 2 z_dot / (N c)
-// `saved` keeps p. The policies' formulas and kernels stand in policy_loss.h.
+// `saved` holds p. policy_loss.h has the formulas and kernels of the policy losses.
 //
-// Cross entropy: `width` threads of a warp share a row, one to eight columns each while they can (the five
-// classes of five-way tasks fall to one thread), and shuffle its maximum and sums. Every thread of a warp
-// walks the same number of rows, so that the shuffles have all of them. mse: an element a thread.
+// Cross entropy: `width` threads of a warp share a row, one to eight columns each as long as a warp suffices
+// (the
+// five classes of a 5-way task fall to one thread); its maximum and its sums are reduced by shuffles. Every
+// thread of a warp runs the same number of rows, so that all lanes take part in the shuffles. mse: one
+// element a
+// thread.
 //
-// The value is summed in double: each thread over its rows, in ascending order, then shuffles within a warp,
-// then thread 0 over the warps; the order depends on n, c and the size of the block. One block does this, for
-// it is one sum of some hundred rows. A tangent has no such sum, and any number of blocks may share it.
+// Order of sums: the value is summed in double, by each thread over its rows in ascending order, then within
+// a
+// warp by shuffles, then by thread 0 over the warps. The order depends on n, c and the block size. One block
+// computes the value: it is a single sum of a few hundred rows. A tangent has no such sum and may be shared
+// by
+// any number of blocks.
 //
-// Barriers: loss_value has one inside, between the warps' sums and thread 0; the caller's own behind every
+// Barriers: loss_value has one, between the warps' sums and thread 0. The caller puts one after every device
+// function, which separates two calls. All threads of a block call; a block is a whole number of warps.
 // device function keeps two calls apart. All threads of a block call; a block is a whole number of warps.
 #pragma once
 
@@ -23,7 +32,7 @@
 
 namespace maml::cuda {
 
-/// This thread's part of the sum of -log p[label]; grad_z and p where wanted.
+/// This thread's part of the sum of -log p[label]. Writes grad_z and p unless grad_z is null.
 template <class T>
 __device__ double cross_entropy_rows(Team team, const LossPart& part, const T* z, const int64_t* labels,
                                      T* grad_z, T* p) {
@@ -31,7 +40,7 @@ __device__ double cross_entropy_rows(Team team, const LossPart& part, const T* z
   double total = 0;
   const T per_row = 1 / static_cast<T>(part.samples);
   each_row(team, part.n, c, [&](int64_t row, int lane, int width, bool exists) {
-    const int64_t first = exists ? lane : c;  // a row that does not exist has no columns
+    const int64_t first = exists ? lane : c;  // c: a row that does not exist has no columns to read
     const T* z_row = z + row * c;
     T largest = -INFINITY;
     for (int64_t j = first; j < c; j += width) largest = z_row[j] > largest ? z_row[j] : largest;
@@ -67,8 +76,9 @@ __device__ double square_elements(Team team, const LossPart& part, const T* z, c
   return total;
 }
 
-/// The part's loss of the task blockIdx.z where wanted (loss null: not), with grad_z [n, c] and saved [n, c]
-/// (grad_z null: not). One block; `sums`: shared memory, one for each warp.
+// / Writes the part's loss of task blockIdx.z (not if `loss` is null) and grad_z [n, c] with saved [n, c]
+// (not if
+/// `grad_z` is null). Runs in one block; `sums`: shared memory, one element for each warp.
 template <class T>
 __device__ void loss_value(Team team, const LossPart& part, const T* z, const Target<T>& target, T* loss,
                            T* grad_z, T* saved, double* sums) {
@@ -130,7 +140,7 @@ __device__ void loss_tangent(Team team, const LossPart& part, const T* z, const 
   for (int64_t i = team.first(); i < count; i += step) grad_z_dot[i] = z_dot[i] * scale;
 }
 
-/// Of a policy.
+/// The product of a policy's Fisher matrix with z_dot, into grad_z (policy losses only).
 template <class T>
 __device__ void loss_metric(Team team, const LossPart& part, const T* z, const Target<T>& target,
                             const T* z_dot, T* grad_z) {

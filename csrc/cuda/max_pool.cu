@@ -1,11 +1,15 @@
-// y[i, j, c] = the largest x in the window of (i, j), all tasks, channels last. The forward pass keeps where
-// it stood (a sample-relative pixel, the first one on a tie and any NaN, as in torch); the tangents read the
-// same places. The cotangents go back to them the other way round: each pixel sums those of the windows that
-// hold it and chose it, in ascending order of outputs, so that no two threads write one element and nothing
-// is atomic.
+// y[i, j, c] = the largest x in the window of (i, j), for all tasks, channels last. The forward pass saves
+// the
+// position of the maximum (a pixel numbered within its sample; the first of equal values; a NaN wins, as in
+// torch), and all other passes read the same positions. Backward, each pixel sums the cotangents of the
+// outputs
+// that chose it, in ascending order: no two threads write the same element, and there are no atomics.
 //
-// A thread keeps its channel (channels.h) and takes outputs forward, cells of pixels backward (windows.h).
-// Rows of one task, n h w, are numbered in 32 bits.
+// Threads: a thread works on one channel (channels.h) and takes outputs in the forward passes, cells of
+// pixels in
+// the backward passes (windows.h). Limits: the rows of one task, n h w, are numbered in 32 bits. The twin on
+// the
+// CPU is cpu/max_pool.cpp.
 #include "cuda/elementwise.h"
 #include "cuda/layers.h"
 #include "cuda/windows.h"
@@ -34,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   });
 }
 
-/// y = x at the places
+/// y = x at the saved positions
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     gather_kernel(Layer l, const int32_t* symbolic_places, const T* symbolic_x, T* symbolic_y,
@@ -51,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   });
 }
 
-/// grad_x (+)= g of the outputs that chose each pixel
+/// grad_x (+)= the sum of g over the outputs that chose each pixel
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     scatter_kernel(Layer l, int cells, const int32_t* symbolic_places, const T* symbolic_g, bool add,

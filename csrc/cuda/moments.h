@@ -1,19 +1,25 @@
-// Sums per channel over the rows of a matrix [m, c] that no single block can take: one entry for each tile of
-// rows, [tiles, values, c], merged by whoever needs the whole. Two kinds of entries:
+// Sums per channel over the rows of a matrix [m, c] that is too large for one block. There is one entry for
+// each
+// tile of rows, [tiles, values, c]; the kernel that needs the total merges the entries. Two kinds of entries:
 //
 //   Sums         two plain sums
 //   Moments<1>   mean a, sum (a - mean a)^2
 //   Moments<2>   mean a, mean b, sum (a - mean a)(b - mean b)
 //
-// Moments merge by Chan's formula for any number of parts k of n_k rows: mean = sum n_k mean_k / m, and
-// sum (a - mean)^2 = sum_k [M2_k + n_k (mean_k - mean)^2]; unlike E[x^2] - mean^2 this loses no digits.
-// Within a tile T suffices, for a thread sums a few rows only; merging is in double, for it costs little and
-// a merged mean shifts everything behind it. The order of every sum depends on m and c only.
+// Moments are merged by Chan's formula (Chan, Golub, LeVeque 1979) for any number of parts k of n_k rows:
+// mean =
+// sum n_k mean_k / m, and sum (a - mean)^2 = sum_k [M2_k + n_k (mean_k - mean)^2]. Unlike E[x^2] - mean^2,
+// this
+// does not cancel. Within a tile T suffices, because a thread sums a few rows only. Merging is done in
+// double: it
+// costs little, and an error in a merged mean affects every element. The order of every sum depends on m and
+// c
+// only.
 //
-// A tile has kTileRows rows where a kernel here makes it, and kStatisticsRows where a convolution does
-// (statistics.h). Every block of the kernel that needs the whole merges all entries for its channels. Where
-// that would be more than kMostEntries, a kernel first folds kFold of them into one.
-#pragma once
+// A tile has kTileRows rows if a kernel of this file computes it, and kStatisticsRows if a convolution does
+// (statistics.h). Every block of the kernel that needs the total merges all entries of its channels. If there
+// are
+// more than kMostEntries, a kernel first folds each kFold of them into one.
 
 #include <algorithm>
 
@@ -26,14 +32,14 @@ inline constexpr int kTileRows = kSmallTiles ? 16 : 128;
 inline constexpr int kMostEntries = kSmallTiles ? 4 : 256;
 inline constexpr int kFold = kSmallTiles ? 3 : 128;
 
-/// `count` entries, each of so many rows of the m in all (the last may have fewer).
+/// `count` entries, each of `rows` of the m rows (the last entry may have fewer).
 template <class T>
 struct Partials {
   T* at;
   int count, rows;
   int64_t m;
 
-  /// Rows of the entries [first, first + number).
+  /// The number of rows in the entries [first, first + number).
   __device__ __forceinline__ double rows_of(int first, int number) const {
     const int64_t start = static_cast<int64_t>(first) * rows;
     return static_cast<double>(std::min(static_cast<int64_t>(number) * rows, m - start));
@@ -43,7 +49,7 @@ struct Partials {
 struct Sums {
   static constexpr int kValues = 2;
 
-  /// The entries [first, first + count) as one, in this thread's channel. All threads call.
+  /// The entries [first, first + count) merged into one, for this thread's channel. All threads must call.
   template <class T>
   static __device__ __forceinline__ void merge(const Lanes& lanes, int64_t c, const Partials<T>& p, int first,
                                                int count, double (&merged)[kValues]) {
@@ -80,14 +86,14 @@ struct Moments {
   }
 };
 
-/// The partials of one task.
+/// The addresses of one task's entries.
 template <class T>
 __device__ __forceinline__ Partials<T> resolve(const Partials<T>& symbolic, const Table& table,
                                                int64_t task) {
   return {resolve(symbolic.at, table, task), symbolic.count, symbolic.rows, symbolic.m};
 }
 
-/// Writes one entry [values, c] for this thread's channel.
+/// Writes entry blockIdx.x [values, c] at this thread's channel.
 template <class T, int kValues, class Value>
 __device__ __forceinline__ void write_entry(const Lanes& lanes, int64_t c, T* entries,
                                             const Value (&values)[kValues]) {
@@ -96,7 +102,7 @@ __device__ __forceinline__ void write_entry(const Lanes& lanes, int64_t c, T* en
   for (int q = 0; q < kValues; ++q) entry[q * c] = static_cast<T>(values[q]);
 }
 
-/// Block x: the entries from x * kFold on become entry x.
+/// Block x merges the entries from x * kFold on into entry x.
 template <class Kind, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     fold_kernel(int64_t c, Partials<T> symbolic, T* symbolic_out, const Table* table) {
@@ -108,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   write_entry(lanes, c, resolve(symbolic_out, *table, blockIdx.z), merged);
 }
 
-/// Block x: the moments of tile x of a, or of a and b.
+/// Block x computes the moments of tile x of a, or of a and b.
 template <int kMeans, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     moments_kernel(int64_t m, int64_t c, const T* symbolic_a, const T* symbolic_b, T* symbolic_out,
@@ -132,14 +138,15 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 
 inline int64_t tiles_of(int64_t rows) { return blocks_for(rows, kTileRows); }
 
-/// Scratch for the entries of at most three values of `rows` rows, and for what they, or those of a
-/// convolution, are folded into.
+// / Scratch for the entries of `rows` rows, of at most three values each, and for the entries that they, or
+// those
+/// of a convolution, are folded into.
 inline int64_t partials_scratch(int64_t rows, int64_t c) {
   const int64_t entries = blocks_for(rows, std::min(kTileRows, kStatisticsRows));
   return 3 * c * (tiles_of(rows) + blocks_for(entries, kFold));
 }
 
-/// Entries of `rows` rows each, as they are or folded: few enough for every block to merge.
+/// The entries of `rows` rows each, folded if there are too many for every block to merge.
 template <class Kind, class T>
 Partials<T> few_partials(const Launcher& launch, int64_t m, int64_t c, int rows, T* entries, T* scratch) {
   const int64_t count = blocks_for(m, rows);
@@ -152,7 +159,7 @@ Partials<T> few_partials(const Launcher& launch, int64_t m, int64_t c, int rows,
   return folded;
 }
 
-/// The moments of a [m, c], or of a and b: those that a convolution has taken, or else our own.
+/// The moments of a [m, c], or of a and b: from the statistics `taken` by a convolution, or computed here.
 template <int kMeans, class T>
 Partials<T> moments_of(const Launcher& launch, int64_t m, int64_t c, const T* a, const T* b, T* taken,
                        T* scratch) {

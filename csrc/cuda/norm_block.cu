@@ -1,5 +1,5 @@
-// y = pool(f(BatchNorm(x))), the chain behind a convolution, with or without the max-pool: normalise.h for
-// the layer's f.
+// y = pool(f(BatchNorm(x))), the chain after a convolution, with or without the max-pool: the kernels of
+// normalise.h for each f.
 #include "cuda/normalise.h"
 
 namespace maml::cuda {
@@ -29,7 +29,7 @@ LaunchPasses<T> passes() {
 
 Footprint block_footprint(const Layer& l) {
   Footprint needs = normalise_footprint(l);
-  if (l.pooled) needs.saved += l.n * size(l.out);  // an int32 has no more bytes than a T
+  if (l.pooled) needs.saved += l.n * size(l.out);  // an int32 each, which is no larger than a T
   return needs;
 }
 

@@ -1,9 +1,11 @@
-// y = pool(f(BatchNorm(x))) with batch statistics over the m = n h w rows of x [m, c], the kernels of
-// batch_norm (f the identity) and of block (any f; a max-pool behind it or none). Nothing between x and y is
-// stored: whoever needs u or f'(u) computes it from x again. Per channel, with g = grad_y:
+// y = pool(f(BatchNorm(x))) with batch statistics over the m = n h w rows of x [m, c]: the kernels of
+// batch_norm
+// (f the identity, no pool) and of block (any f, with or without a max-pool). Nothing between x and y is
+// stored:
+// a kernel that needs u or f'(u) computes it from x again. Per channel, with g = grad_y:
 //
 //   mu = mean x, s = (var + eps)^-1/2 (biased), xh = (x - mu) s, u = gamma xh + beta
-//   y = max of f(u) over a window, at the pixel that the output chooses
+//   y = max of f(u) over a window; the output's "chosen" pixel is the one that holds the maximum
 //
 //   g' = f'(u) (sum of g over the outputs that chose this pixel)
 //   G1 = sum g' = grad_beta, G2 = sum g' xh = grad_gamma,   v = g' - G1/m - xh G2/m
@@ -17,27 +19,37 @@
 //   R1 = sum g'_dot = grad_beta_dot, R2 = sum(g'_dot xh + g' Rxh) = grad_gamma_dot
 //   grad_x_dot = k v + gamma s (g'_dot - R1/m - Rxh G2/m - xh R2/m),   k = s (gamma_dot - gamma s c)
 //
-// Every pass is one kernel for its sums over tiles of rows (moments.h; none where a convolution has taken
-// them on the way) and one that merges them and does the rest; cotangents of a single tile are summed by the
-// second kernel itself. The sums of the cotangents run over the outputs, for only chosen pixels have a g';
-// where a pixel is chosen twice, its terms come one by one. A thread keeps its channel (channels.h); in the
-// second kernel it takes outputs, or towards grad_x the pixels of cells (windows.h), and each pixel gathers
-// from the outputs that may have chosen it, in ascending order: no two threads write one element, nothing is
-// atomic. Shared memory holds the sums alone. Rows, of x and y of one task, are numbered in 32 bits.
+// Kernels: each pass has one kernel for its sums over tiles of rows (moments.h; not where a convolution has
+// already computed them) and a second one that merges these sums and does the rest. Where one tile holds all
+// rows, the second kernel also sums the cotangents. Sums of cotangents run over the outputs, because g' is
+// zero
+// at all other pixels; a pixel chosen by two outputs contributes one term for each.
 //
-// Why y is stored, and is not made from x by the convolution that reads it, element by element on its way to
-// shared memory. With a pool between (mini-ImageNet) y is a quarter of x, and each of a 3 x 3 kernel's 9
-// reads would become 4, with 4 f. Without one, at stride 1, f and the affine map would be done 9 times an
-// element in place of once, and again in the weight gradient and in both tangents. At stride 2 (Omniglot) it
-// is 2.25 times, and here is something to gain: y of its three blocks is 18 kB an image, written and read
-// once for 11 passes of a meta-step with K = 5, T = 32: 140 MB, 30 to 50 us of a target of 750, and 33
-// launches of about 1.5 us. Against it stands that all products, which are most of those 750 us, would take
-// their operand through registers in place of cp.async, with zeros that padding wants behind f, and that
-// every block of theirs would merge the statistics first. Only a measurement on a GPU should decide that;
-// nothing else speaks for it.
+// Threads: a thread works on one channel (channels.h). In the second kernel it takes outputs, or for grad_x
+// the
+// pixels of cells (windows.h). Each pixel gathers from the outputs that may have chosen it, in ascending
+// order:
+// no two threads write the same element, and there are no atomics. Shared memory holds the sums only.
 //
-// gamma and beta may be absent (1 and 0). Where the layer's input does not move, x_dot is absent, and
-// Rmu = c = 0; where the layer does not move, grad_y too.
+// Why y is stored: the convolution that reads y could compute it from x while it loads its operand.
+//   With a pool (mini-ImageNet), y is a quarter of x. Each of the 9 reads of a 3 x 3 kernel would become 4,
+// with
+//   4 evaluations of f.
+//   Without a pool, at stride 1, f and the affine map would run 9 times for each element instead of once, and
+//   again in the weight gradient and in both tangents.
+//   At stride 2 (Omniglot) they would run 2.25 times, and there would be a gain: y of the three blocks is 18
+// kB
+//   an image, written and read once in each of the 11 passes of a meta-step with K = 5 and T = 32. That is
+//   140 MB or 30 to 50 us of an estimated 750, and 33 launches of about 1.5 us. But all products, which take
+// most
+//   of the 750 us, would load this operand through registers instead of cp.async, would need the zeros of the
+//   padding after f, and every block of them would first merge the statistics. This has not been measured.
+//
+// Limits: rows of x and y of one task are numbered in 32 bits. gamma and beta may be absent (1 and 0). x_dot
+// is
+// absent where the layer's input has no tangent; then Rmu = c = 0. grad_y may be absent in the backward
+// tangent.
+// The twins on the CPU are cpu/batch_norm.cpp and cpu/conv_block.cpp.
 #pragma once
 
 #include "cuda/affine.h"
@@ -64,14 +76,14 @@ struct Activation {
   }
 };
 
-/// One thread's view of its task: which channel it has, the tensors, the sizes in 32 bits.
+/// One thread's view of its task: the thread's channel, the tensors, and the sizes in 32 bits.
 template <class T>
 struct View {
   Lanes lanes;
   Tensors<T> t;
   Saved<T> saved;
   int64_t c;
-  int channel;             // a thread without one looks at the first
+  int channel;             // a thread without a channel reads the first
   int n, pixels, outputs;  // pixels and outputs of one sample
   bool pooled;
 
@@ -89,7 +101,7 @@ struct View {
   __device__ __forceinline__ int64_t element(int row) const { return row * c + channel; }
   __device__ __forceinline__ T mean(T sum) const { return sum / static_cast<T>(n * pixels); }
 
-  /// Block 0 writes what all blocks of a channel know, one thread for each channel.
+  /// Whether this thread writes the values that are common to a channel: block 0 does, one thread a channel.
   __device__ __forceinline__ bool writes() const { return blockIdx.x == 0 && lanes.row == 0 && lanes.active; }
 
   /// The row of x that this row of y came from.
@@ -97,7 +109,7 @@ struct View {
     return pooled ? row / outputs * pixels + saved.places[element(row)] : row;
   }
 
-  /// The affine map as the forward passes have left it.
+  /// The affine map, from what the forward pass saved, and with its tangent, from what forward_tangent saved.
   __device__ __forceinline__ Affine<T> affine() const {
     return {t, channel, saved.mu[channel], saved.s[channel]};
   }
@@ -107,14 +119,15 @@ struct View {
     return map;
   }
 
-  /// The rows [first, first + rows of it) of y that are this block's tile.
+  /// The rows [tile_start, tile_start + tile_rows) of y are this block's tile.
   __device__ __forceinline__ int tile_start() const { return static_cast<int>(blockIdx.x) * kTileRows; }
   __device__ __forceinline__ int tile_rows() const {
     return std::min(int{kTileRows}, n * outputs - tile_start());
   }
 
-  /// f(element of x, chosen) for what falls to this thread; chosen(each) calls each(element of y) for the
-  /// outputs that chose it, ascending.
+  // / Calls f(element of x, chosen) for each of this thread's elements; chosen(each) calls each(element of y)
+  // for
+  /// the outputs that chose it, in ascending order.
   template <class F>
   __device__ __forceinline__ void each_input(const Layer& l, int cells, F f) const {
     if (pooled) {
@@ -155,8 +168,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   });
 }
 
-/// The sums of all rows of y: merged from their tiles' entries, or where there are none, for all rows are one
-/// tile, what own(first row, rows, sums) computes.
+// / The sums over all rows of y: merged from the entries of the tiles, or, where all rows are one tile,
+// computed
+/// here by own(first row, rows, sums).
 template <class T, class Own>
 __device__ __forceinline__ void whole_sums(const View<T>& view, const Partials<T>& p, T (&sums)[2], Own own) {
   if (p.count == 0) return own(0, view.n * view.outputs, sums);
@@ -165,7 +179,7 @@ __device__ __forceinline__ void whole_sums(const View<T>& view, const Partials<T
   for (int q = 0; q < 2; ++q) sums[q] = static_cast<T>(merged[q]);
 }
 
-/// G1, G2 of the rows [first, first + count) of y.
+/// G1 and G2 over the rows [first, first + count) of y.
 template <class Activation, class T>
 __device__ __forceinline__ void cotangent_sums(const Layer& l, const View<T>& view, int first, int count,
                                                T (&sums)[2]) {
@@ -179,7 +193,7 @@ __device__ __forceinline__ void cotangent_sums(const Layer& l, const View<T>& vi
   });
 }
 
-/// Block x: tile x.
+/// Block x computes the sums of tile x.
 template <class Activation, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     normalise_backward_sums(Layer l, Tensors<T> symbolic, const Table* table) {
@@ -189,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   write_entry(view.lanes, view.c, view.t.scratch, sums);
 }
 
-/// out (+)= value, where wanted
+/// out[channel] (+)= value, unless `out` is null.
 template <class T>
 __device__ __forceinline__ void give(T* out, int channel, T value, bool add) {
   if (out) put(out, channel, value, add);
@@ -245,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   });
 }
 
-/// R1, R2 of the rows [first, first + count) of y.
+/// R1 and R2 over the rows [first, first + count) of y.
 template <class Activation, class T>
 __device__ __forceinline__ void cotangent_dot_sums(const Layer& l, const View<T>& view, int first, int count,
                                                    T (&sums)[2]) {
@@ -263,7 +277,7 @@ __device__ __forceinline__ void cotangent_dot_sums(const Layer& l, const View<T>
   });
 }
 
-/// Block x: tile x.
+/// Block x computes the sums of tile x.
 template <class Activation, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     normalise_backward_tangent_sums(Layer l, Tensors<T> symbolic, const Table* table) {
@@ -274,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 }
 
 template <class Activation, class T>
-__global__ void __launch_bounds__(kThreads, kResident<T> - 1)  // it holds more
+__global__ void __launch_bounds__(kThreads, kResident<T> - 1)  // one block fewer: needs more registers
     normalise_backward_tangent(Layer l, Tensors<T> symbolic, Partials<T> partials, int cells,
                                const Table* table) {
   const View<T> view(l, symbolic, *table);
@@ -310,8 +324,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T> - 1)  // it holds more
   });
 }
 
-/// Blocks that share out rows which cost every block a merge of all entries: at least two rows a thread, and
-/// 64 once there are 64 blocks.
+// / The grid of a kernel each of whose blocks merges all entries: at least two rows a thread, and up to 64 as
+// long
+/// as that leaves 64 blocks.
 inline Grid merging_grid(int64_t rows, int64_t c) {
   const int64_t at_once = kThreads / channel_width(c);
   return channel_grid(rows, c, std::clamp<int64_t>(rows / (64 * at_once), 2, 64));
@@ -357,7 +372,7 @@ struct Normalise {
   }
 
  private:
-  /// The sums of a cotangent over the rows of y, tile by tile; none where one tile is all.
+  /// The sums of a cotangent over the rows of y, tile by tile; empty where there is one tile only.
   template <class T>
   static Partials<T> sums_of(const char* name, void (*kernel)(Layer, Tensors<T>, const Table*),
                              const Launcher& launch, const Layer& l, const Tensors<T>& t) {
@@ -368,13 +383,13 @@ struct Normalise {
     return few_partials<Sums>(launch, rows, c, kTileRows, t.scratch, t.scratch);
   }
 
-  /// Where grad_x is not wanted, one block a channel still writes the sums.
+  /// Where grad_x is not wanted, one block per channel group still writes the sums.
   static Grid input_grid(const Layer& l, const void* grad_x) {
     return merging_grid(grad_x ? l.n * cells(l) : 1, l.in.c);
   }
 };
 
-/// What the passes keep beside the places of a max-pool, and need.
+/// What the passes save, without the chosen pixels of a max-pool, and their scratch.
 inline Footprint normalise_footprint(const Layer& l) {
   const int64_t rows = l.n * std::max(l.in.h * l.in.w, l.out.h * l.out.w);
   return {6 * l.in.c, partials_scratch(rows, l.in.c)};

@@ -1,11 +1,16 @@
-// The moments of the patches of a constant image (patch_gram.h), once a task: with q = (1, p) the sums
-// S = sum q q^T over all patches give their count, mean and products.
+// The moments of the patches of a constant image (patch_gram.h), computed once a task. With q = (1, p), the
+// sum
+// S = sum q q^T over all patches p contains their count, their mean and their products.
 //
-// S is symmetric: blocks of 4 x 4 on and below the diagonal, one for each lane of a warp. Warps take turns at
-// chunks of patches, which their lanes gather into shared memory as doubles, lane e element e of every patch;
-// at the end the block adds up its warps in order, and a second kernel the parts of the blocks.
+// S is symmetric, so only blocks of 4 x 4 on and below the diagonal are computed, one by each lane of a warp.
+// The
+// warps take turns at chunks of patches. A warp gathers its chunk into shared memory as doubles, where lane e
+// loads element e of every patch. At the end, the block adds up its warps in order, and a second kernel adds
+// up
+// the blocks.
 //
-// blockIdx: x part of the patches, z task. Numerics: products of floats are exact in double.
+// blockIdx: x part of the patches, z task. Numerics: everything in double, where the product of two floats is
+// exact. The twin on the CPU is cpu/patch_gram.cpp.
 #include <algorithm>
 
 #include "cuda/conv2d.h"
@@ -18,10 +23,10 @@ namespace {
 
 constexpr int kThreads = kSmallTiles ? 64 : 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kChunk = kSmallTiles ? 4 : 16;           // patches of a warp at a time
-constexpr int kPartPatches = kSmallTiles ? 64 : 2048;  // of a block
+constexpr int kChunk = kSmallTiles ? 4 : 16;           // patches that a warp takes at a time
+constexpr int kPartPatches = kSmallTiles ? 64 : 2048;  // patches of a block
 constexpr int64_t kMostParts = 128;
-constexpr int kWidth = (kMostPatch + 1 + 3) / 4 * 4;  // of q, in blocks
+constexpr int kWidth = (kMostPatch + 1 + 3) / 4 * 4;  // the length of q, rounded up to blocks
 constexpr int kBlocks = kWidth / 4 * (kWidth / 4 + 1) / 2, kSums = 16 * kBlocks;
 static_assert(kBlocks <= 32 && kMostPatch <= 32);
 
@@ -30,7 +35,7 @@ struct Patches {
   int part_patches, parts;
 };
 
-/// Where S(i, j), i >= j, stands among the sums of the blocks.
+/// The index of S(i, j), i >= j, among the sums of the blocks.
 __device__ __forceinline__ int sum_at(int i, int j) {
   return 16 * (i / 4 * (i / 4 + 1) / 2 + j / 4) + i % 4 * 4 + j % 4;
 }
@@ -47,7 +52,7 @@ __global__ void __launch_bounds__(kThreads)
   const int begin = static_cast<int>(blockIdx.x) * p.part_patches;
   const int end = std::min(begin + p.part_patches, p.gather.pixels);
   const Place tap = p.gather.tap(lane);
-  int i = 0;  // of this lane's block (i, j)
+  int i = 0;  // this lane computes block (i, j)
   while ((i + 1) * (i + 2) / 2 <= lane) ++i;
   const int j = lane - i * (i + 1) / 2;
   double sum[4][4] = {};
@@ -90,7 +95,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int k = thread; k < kSums; k += kThreads) sums[k] = total[k];
 }
 
-/// One block a task: the parts in order, then mean and centred products.
+/// One block a task adds up the parts in order and computes the mean and the centred products.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     patch_moments_kernel(int patch, int parts, const T* symbolic_sums, T* symbolic_y, const Table* table) {

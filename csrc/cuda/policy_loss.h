@@ -1,21 +1,23 @@
-// The policy-gradient losses of one task, over its samples with actions a and log pi = log pi(a | z):
+// The policy-gradient losses of one task, over samples with actions a and log pi = log pi(a | z):
 //   score form         L = -sum s log pi                  k = s
 //   likelihood ratio   L = -sum s exp(log pi - old)       k = s exp(log pi - old), k_dot = k (log pi)_dot
-// where s is what a sample counts; one with s = 0 is padding, and has no part in anything whatever its
-// numbers.
+// s is the scale of a sample. A sample with s = 0 is padding: its numbers, even NaN, change nothing.
 //   Gaussian, z = [mean, log_std], e = (a - mean) / std, e_dot = -mean_dot / std - e log_std_dot:
 //     log pi = -sum (e^2 / 2 + log_std + log(2 pi) / 2)
 //     grad_mean = -k e / std;      grad_mean_dot = -k_dot e / std - k (e_dot - e log_std_dot) / std
-//     grad_log_std = -k (e^2 - 1); grad_log_std_dot = -k_dot (e^2 - 1) - 2 k e e_dot.  `saved` keeps e, 1 /
-//     std.
+//     grad_log_std = -k (e^2 - 1); grad_log_std_dot = -k_dot (e^2 - 1) - 2 k e e_dot
+//     `saved` holds e and 1 / std.
 //   categorical, z = logits, p = softmax z:
-//     grad_z = k (p - onehot);  grad_z_dot = k_dot (p - onehot) + k p (z_dot - <p, z_dot>).  `saved` keeps p.
-// The metric is that of the Fisher matrix:
+//     grad_z = k (p - onehot);  grad_z_dot = k_dot (p - onehot) + k p (z_dot - <p, z_dot>)
+//     `saved` holds p.
+// The metric is the product of the Fisher matrix with z_dot:
 //   Gaussian: s mean_dot / std^2, 2 s log_std_dot;  categorical: s p (z_dot - <p, z_dot>)
 //
-// A Gaussian sample is one thread's: its few dimensions one after the other. The logits of a categorical one
-// are shared by `width` threads of a warp (rows.h). log pi is summed in double; k is of T. No barriers, and
-// all threads of a warp must call. The twin is cpu/policy_loss.cpp.
+// Threads: one thread computes a Gaussian sample, one dimension after the other. `width` threads of a warp
+// share
+// the logits of a categorical sample (rows.h). log pi is summed in double; k is of type T. There are no
+// barriers;
+// all threads of a warp must call. The twin on the CPU is cpu/policy_loss.cpp.
 #pragma once
 
 #include <cmath>
@@ -34,7 +36,7 @@ __device__ inline void refuse_class(const char* what, int64_t sample, int64_t go
   __trap();
 }
 
-/// k of a sample.
+/// The factor k of a sample.
 template <class T>
 __device__ __forceinline__ T coefficient(const Target<T>& target, int64_t sample, double log_prob) {
   const T scale = target.scale[sample];
@@ -42,14 +44,14 @@ __device__ __forceinline__ T coefficient(const Target<T>& target, int64_t sample
   return scale * static_cast<T>(std::exp(log_prob - static_cast<double>(target.old_log_probs[sample])));
 }
 
-/// The sample's part of the loss.
+/// The sample's term of the loss.
 template <class T>
 __device__ __forceinline__ double part_of_loss(const Target<T>& target, T k, double log_prob) {
   if (k == T(0)) return 0;
   return target.old_log_probs ? -static_cast<double>(k) : -static_cast<double>(k) * log_prob;
 }
 
-/// This thread's part of the loss; grad_z and saved where wanted.
+/// This thread's part of the loss. Writes grad_z and saved unless grad_z is null.
 template <class T>
 __device__ double gaussian_rows(Team team, const LossPart& part, const T* z, const Target<T>& target,
                                 T* grad_z, T* saved) {
@@ -113,8 +115,9 @@ __device__ void gaussian_metric(Team team, const LossPart& part, const T* z, con
   }
 }
 
-/// The softmax of a row shared by `width` threads: its largest logit, the sum of exponentials over that, and
-/// its reciprocal; `first` is the thread's own first column.
+// / The softmax of a row that `width` threads share: its largest logit, the sum of exponentials relative to
+// it,
+/// and the reciprocal of that sum. `first` is the thread's first column.
 template <class T>
 struct Softmax {
   T largest = -INFINITY, sum = 0, scale;
@@ -131,7 +134,7 @@ struct Softmax {
   __device__ T prob(T logit) const { return std::exp(logit - largest) * scale; }
 };
 
-/// This thread's part of the loss; grad_z and p where wanted.
+/// This thread's part of the loss. Writes grad_z and p unless grad_z is null.
 template <class T>
 __device__ double categorical_rows(Team team, const LossPart& part, const T* z, const Target<T>& target,
                                    T* grad_z, T* p) {

@@ -1,4 +1,4 @@
-// Rows [n, c] that the threads of a warp share, and sums over them in a fixed tree.
+// Rows of a matrix [n, c], each shared by some threads of a warp, and reductions over a row in a fixed tree.
 #pragma once
 
 #include "cuda/run/launch.h"
@@ -8,14 +8,14 @@ namespace maml::cuda {
 inline constexpr unsigned kWholeWarp = 0xffffffffu;
 inline constexpr int kWarp = 32;
 
-/// Threads that share a row of c columns: a power of two, at most a warp.
+/// The number of threads that share a row of c columns: a power of two, at most a warp.
 __device__ __forceinline__ int row_width(int64_t c) {
   int width = 1;
   while (width < kWarp && width * 8 < c) width *= 2;
   return width;
 }
 
-/// Over the `width` threads of a row; the same in all of them.
+/// The sum, or the maximum, over the `width` threads of a row; all of them get it.
 template <class T>
 __device__ __forceinline__ T row_sum(T value, int width) {
   for (int k = width / 2; k > 0; k /= 2) value += __shfl_xor_sync(kWholeWarp, value, k);
@@ -30,8 +30,9 @@ __device__ __forceinline__ T row_max(T value, int width) {
   return value;
 }
 
-/// f(row, lane, width, exists): every thread of a warp is called equally often; beyond the last row with
-/// exists = false.
+// / Calls f(row, lane, width, exists) for this thread's rows. All threads of a warp are called equally often,
+// so
+/// that f may shuffle; beyond the last row `exists` is false.
 template <class F>
 __device__ __forceinline__ void each_row(Team team, int64_t n, int64_t c, F f) {
   const int width = row_width(c);

@@ -1,5 +1,6 @@
-// BatchNorm by given statistics, constants mu and var [c], over the m = n h w rows of x [m, c]. Per channel,
-// with g = grad_y:
+// BatchNorm with given statistics mu and var [c], which are constants, over the m = n h w rows of x [m, c].
+// Per
+// channel, with g = grad_y:
 //
 //   s = (var + eps)^-1/2, xh = (x - mu) s,       y = gamma xh + beta
 //   grad_gamma = sum g xh, grad_beta = sum g,    grad_x = gamma s g
@@ -7,11 +8,14 @@
 //   grad_gamma_dot = sum(g_dot xh + g s x_dot), grad_beta_dot = sum g_dot,
 //   grad_x_dot = gamma s g_dot + gamma_dot s g
 //
-// A thread keeps its channel (channels.h) and takes rows. The sums are a kernel's over tiles of rows
-// (moments.h), merged in double by the blocks of the next kernel that stand first in a channel; where nobody
-// wants them, neither runs. Nothing is saved: s is computed from var by every thread. gamma and beta may be
-// absent (1 and 0); where the input does not move x_dot, and where the layer does not grad_y. The twin is
-// cpu/running_norm.cpp.
+// Threads: a thread works on one channel (channels.h) and takes rows. One kernel computes the sums over tiles
+// of
+// rows (moments.h); in the next kernel, the first block of each channel group merges them in double. Where no
+// gradient of gamma or beta is wanted, neither runs. Nothing is saved: every thread computes s from var.
+// gamma
+// and beta may be absent (1 and 0); x_dot is absent where the input has no tangent; grad_y may be absent in
+// the
+// backward tangent. The twin on the CPU is cpu/running_norm.cpp.
 #include "cuda/elementwise.h"
 #include "cuda/layers.h"
 #include "cuda/moments.h"
@@ -26,7 +30,7 @@ struct View {
   Lanes lanes;
   Tensors<T> t;
   int64_t c;
-  int channel;  // a thread without one looks at the first
+  int channel;  // a thread without a channel reads the first
   T mu, s, gamma, gamma_dot;
 
   __device__ View(const Layer& l, const Tensors<T>& symbolic, const Table& table)
@@ -69,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   });
 }
 
-/// Block x: the entry of tile x of the sums for gamma and beta, of the cotangents or of their tangents.
+/// Block x computes the entry of tile x: the sums for gamma and beta, of the cotangents or of their tangents.
 template <bool kTangent, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     running_norm_sums(Layer l, Tensors<T> symbolic, int rows, const Table* table) {
@@ -87,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   write_entry(view.lanes, view.c, t.scratch, sums);
 }
 
-/// The merged sums to gamma's and beta's gradient, if there are any, and the rows towards x, if wanted.
+/// Merges the entries, if any, into the gradients of gamma and beta, and computes grad_x where wanted.
 template <bool kTangent, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     running_norm_backward(Layer l, Tensors<T> symbolic, Partials<T> partials, int rows, const Table* table) {

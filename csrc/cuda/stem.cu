@@ -1,7 +1,8 @@
-// The passes of the stem (stem.h): what is per channel, and how it is put together with the products.
+// The passes of the stem (stem.h): the computations per channel, and how they are combined with the products.
 //
-// Per channel: threads lie as in channels.h, with the elements of a patch as rows. Absent parameters are
-// zero, gamma one. blockIdx: y channels, z task.
+// Per channel, the threads of a block are arranged as in channels.h, with the elements of a patch as rows.
+// Absent
+// parameters count as zero, gamma as one. blockIdx: y channels, z task. The twin on the CPU is cpu/stem.cpp.
 #include <algorithm>
 
 #include "cuda/channels.h"
@@ -12,7 +13,7 @@
 namespace maml::cuda {
 namespace {
 
-/// One channel's numbers, from what the passes keep.
+/// One channel's values, read from the parameters and from what the passes saved.
 template <class T>
 struct Channel {
   const Tensors<T>& t;
@@ -48,7 +49,7 @@ struct Channel {
   }
 };
 
-/// Weights and bias of the convolution that the stem is; scratch: [patch, o] and [o].
+/// Computes weights and bias of the stem's convolution into scratch, [patch, o] and [o].
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     stem_weights_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
@@ -98,7 +99,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   }
 }
 
-/// What y chose, back before the pool: rows by windows, zero but for the chosen ones.
+// / The cotangent before the pool, from the cotangent of y: rows in window order, zero but for the chosen
+// pixels.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     spread_kernel(int rows, int windows, int channels, const T* symbolic_g, const uint8_t* symbolic_places,
@@ -122,7 +124,7 @@ __device__ __forceinline__ void give(T* to, int64_t i, double value, bool add) {
   if (to) to[i] = add ? to[i] + static_cast<T>(value) : static_cast<T>(value);
 }
 
-/// The gradients from D and G1.
+/// Computes the gradients from D and G1.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     stem_gradients_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
@@ -147,8 +149,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   give(t.grad_w[3], ch.o, G1, t.add_w[3]);
 }
 
-/// Their tangents from D' and R1, [patch, o] and [o] of the scratch. Where the layer does not move, grad_y is
-/// absent: then D, G1, G2 and all tangents of the forward pass are zero.
+// / Computes the tangents of the gradients from D' and R1, [patch, o] and [o] in scratch. grad_y may be
+// absent:
+/// then D, G1, G2 and all tangents of the forward pass count as zero.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     stem_gradients_tangent_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
@@ -181,8 +184,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   give(t.grad_w_dot[3], ch.o, R1, t.add_w[3]);
 }
 
-/// The scratch: weights or patch sums [patch, o] with bias or cotangent sums [o] behind them, then cotangents
-/// before the pool, then what the weight gradient needs.
+/// The scratch: weights or patch sums [patch, o], followed by bias or cotangent sums [o]; then the cotangents
+/// before the pool; then the scratch of the weight gradient.
 struct StemScratch {
   int64_t weights, spread;
   explicit StemScratch(const Layer& l)
@@ -197,7 +200,7 @@ StemSaved<T> saved_of(const Layer& l, const Tensors<T>& t) {
 
 Grid per_channel(const Layer& l) { return {1, blocks_for(l.out.c, channel_width(l.out.c))}; }
 
-/// y or y_dot with the weights in scratch.
+/// Computes y or y_dot by the weights in scratch.
 template <class T>
 void convolve_stem(const Launcher& launch, const char* name, const Layer& l, const Tensors<T>& t,
                    bool tangent) {

@@ -1,5 +1,7 @@
-// The stem: y = pool(BatchNorm(conv2d(x))) of a constant x, with the moments of x's patches p (patch_gram.h).
-// With weights w [patch, o], s = (var + eps)^-1/2, a = gamma s and k = gamma_dot s - a s c, per channel:
+// The stem: y = pool(BatchNorm(conv2d(x))) of a constant x, from the moments (pbar, G) of x's patches p
+// (patch_gram.h). With weights w [patch, o], s = (var + eps)^-1/2, a = gamma s and k = gamma_dot s - a s c,
+// per
+// channel:
 //
 //   mu = w pbar, var = w G w                          Rmu = w_dot pbar, c = s w_dot G w
 //   y = pool of x * (a w) + beta - a mu               y_dot = x * (a w_dot + k w) + beta_dot - a Rmu - k mu
@@ -8,9 +10,11 @@
 //   u = D - G1 pbar - s G2 G w                        u' = D' - R1 pbar - s (R2 - s c G2) G w - s G2 G w_dot
 //   grad_w = a u                                      grad_w_dot = a u' + k u
 //
-// with g the cotangent before the pool. So both directions are a convolution with other weights and a weight
-// gradient (conv2d.h), what stands before the pool is never stored, and the rest is small, per channel, and
-// computed in double. The user's bias of the convolution has no effect and no gradient.
+// where g is the cotangent before the pool. So a forward pass is a convolution with other weights, and a
+// backward
+// pass is a weight gradient (conv2d.h). What stands before the pool is never stored. The rest is small, per
+// channel, and computed in double. The user's bias of the convolution has no effect and no gradient, because
+// BatchNorm subtracts it.
 #pragma once
 
 #include "cuda/conv2d.h"
@@ -19,12 +23,12 @@
 
 namespace maml::cuda {
 
-/// What the passes keep: of symbolic addresses too.
+/// What the passes save. The pointer may be a symbolic address: only offsets are computed from it.
 template <class T>
 struct StemSaved {
-  double *Gw, *mu, *s, *Rmu, *c, *G2;  // [patch, o], [o] ...
+  double *Gw, *mu, *s, *Rmu, *c, *G2;  // [patch, o], then [o] each
   T *D, *G1;                           // [patch, o], [o]
-  uint8_t* places;                     // member of the window that each element of y chose
+  uint8_t* places;                     // the member of its window that each element of y chose
 
   __host__ __device__ StemSaved(T* p, int64_t patch, int64_t o)
       : Gw(doubles(p, 0)),
@@ -52,7 +56,8 @@ struct StemSaved {
   }
 };
 
-/// y = pool of x * weights + bias, and the places of the largest; or, with `tangent`, y at those places.
+// / y = pool of x * weights + bias, and the places of the maxima; with `tangent`, y at the places found
+// before.
 template <class T>
 void convolve_and_pool(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms,
                        const T* bias, bool tangent, T* y, uint8_t* places);

@@ -1,10 +1,13 @@
-// y = max-pool of bias + x * w over 2 x 2 windows, each pixel in one, as one product (product.h) whose rows
-// come by windows (window_order.h): every thread has whole windows among its sums, so that what stands before
-// the pool never leaves its registers. The tangent takes the sums that the primal pass chose instead of the
-// largest.
+// y = max-pool of bias + x * w over disjoint 2 x 2 windows, as one product (product.h). The rows of the
+// product
+// are in window order (window_order.h), so that every thread holds whole windows among its sums: the values
+// before the pool stay in registers. In the tangent, the pool takes the sums at the positions that the
+// forward
+// pass chose.
 //
-// blockIdx: x tile of m, y tile of n, z task. Numerics: as conv2d_forward.cu; the first of equal values wins,
-// and any NaN.
+// blockIdx: x tile of m, y tile of n, z task. Numerics: as in conv2d_forward.cu; the first of equal values
+// wins,
+// and a NaN wins, as in torch.
 #include "cuda/run/work.h"
 #include "cuda/stem.h"
 

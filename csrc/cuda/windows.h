@@ -1,11 +1,14 @@
-// Windows that slide over the images of one task, both ways: the pixels that an output sees, and the outputs
-// that see a pixel. Pixels and outputs are numbered within their sample, row by row.
+// Windows that slide over the images of one task, in both directions: the pixels that an output reads, and
+// the
+// outputs that read a pixel. Pixels and outputs are numbered within their sample, row by row.
 //
-// The second way is walked by cells. A cell is stride_h x stride_w pixels, cell (a, b) starting where window
-// (a, b) does; so which windows hold a pixel follows from its place within the cell without a division: row o
-// of a cell lies in the windows a, a - 1, ... a - (kernel_h - 1 - o) / stride_h. Pixels ahead of the first
-// window or behind the last belong to cells whose windows do not exist.
-#pragma once
+// The second direction iterates over cells. A cell is stride_h x stride_w pixels; cell (a, b) starts where
+// window
+// (a, b) does. Which windows contain a pixel then follows from its position within the cell, without a
+// division:
+// row o of a cell lies in the windows a, a - 1, ... a - (kernel_h - 1 - o) / stride_h. Pixels before the
+// first
+// window or after the last belong to cells whose windows do not exist.
 
 #include <algorithm>
 
@@ -13,7 +16,7 @@
 
 namespace maml::cuda {
 
-/// A layer's window with its sizes in 32 bits.
+/// A layer's window, with its sizes in 32 bits.
 struct Windows {
   int in_h, in_w, out_h, out_w, kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left;
 
@@ -33,13 +36,13 @@ struct Windows {
   __device__ __forceinline__ int outputs() const { return out_h * out_w; }
 };
 
-/// Cells of one sample.
+/// The number of cells of one sample.
 inline int64_t cells_of(const Layer& l) {
   return blocks_for(l.in.h + l.window.pad_top, l.window.stride_h) *
          blocks_for(l.in.w + l.window.pad_left, l.window.stride_w);
 }
 
-/// f(pixel) for all that `output` sees, ascending; padding is not there.
+/// Calls f(pixel) for the pixels that `output` reads, in ascending order, without the padding.
 template <class F>
 __device__ __forceinline__ void each_pixel_of(const Windows& w, int output, F f) {
   const int i = output / w.out_w, j = output - i * w.out_w;
@@ -50,7 +53,8 @@ __device__ __forceinline__ void each_pixel_of(const Windows& w, int output, F f)
   }
 }
 
-/// The largest value(pixel) that `output` sees and where: the first one on a tie, and any NaN.
+// / The largest value(pixel) that `output` reads, and its pixel: the first of equal ones; a NaN wins, as in
+// torch.
 template <class T>
 struct Largest {
   T value;
@@ -67,12 +71,12 @@ __device__ __forceinline__ Largest<T> largest_of(const Windows& w, int output, F
   return best;
 }
 
-/// The outputs [i0, i1) x [j0, j1) that see a pixel.
+/// The outputs [i0, i1) x [j0, j1) that read a pixel.
 struct Seers {
   int i0, i1, j0, j1;
 };
 
-/// f(pixel, its seers) for the pixels of a cell.
+/// Calls f(pixel, its readers) for the pixels of a cell.
 template <class F>
 __device__ __forceinline__ void each_pixel_in(const Windows& w, int cell, F f) {
   const int cells_w = (w.in_w + w.pad_left + w.stride_w - 1) / w.stride_w;
@@ -92,7 +96,7 @@ __device__ __forceinline__ void each_pixel_in(const Windows& w, int cell, F f) {
   }
 }
 
-/// f(output) for every seer of a pixel, ascending.
+/// Calls f(output) for every output that reads a pixel, in ascending order.
 template <class F>
 __device__ __forceinline__ void each_output(const Windows& w, const Seers& seers, F f) {
   for (int i = seers.i0; i < seers.i1; ++i) {
@@ -100,7 +104,7 @@ __device__ __forceinline__ void each_output(const Windows& w, const Seers& seers
   }
 }
 
-/// f(row) for the rows, of `count`, that fall to this thread.
+/// Calls f(row) for this thread's share of `count` rows.
 template <class F>
 __device__ __forceinline__ void each_row(const Lanes& lanes, int count, F f) {
   if (!lanes.active) return;
@@ -108,7 +112,7 @@ __device__ __forceinline__ void each_row(const Lanes& lanes, int count, F f) {
   for (int row = static_cast<int>(blockIdx.x) * lanes.rows + lanes.row; row < count; row += step) f(row);
 }
 
-/// f(sample, item) for the items of all n samples that fall to this thread.
+/// Calls f(sample, item) for this thread's share of the items of all n samples.
 template <class F>
 __device__ __forceinline__ void each_item(const Lanes& lanes, int n, int items, F f) {
   each_row(lanes, n * items, [&](int row) {
@@ -117,9 +121,10 @@ __device__ __forceinline__ void each_item(const Lanes& lanes, int n, int items, 
   });
 }
 
-/// f(at, chosen) for the input elements, of this thread's channel, in the cells that fall to it; chosen(each)
-/// calls each(output element) for every output whose place it is, ascending. `places` [n, out_h, out_w, c]
-/// starts at this thread's channel, and elements count from there.
+// / Calls f(at, chosen) for the input elements of this thread's channel in its share of the cells;
+// chosen(each)
+/// calls each(output element) for every output that chose this pixel, in ascending order. `places`
+/// [n, out_h, out_w, c] starts at this thread's channel, and elements are counted from there.
 template <class F>
 __device__ __forceinline__ void each_place(const Windows& w, const Lanes& lanes, int n, int cells, int64_t c,
                                            const int32_t* places, F f) {

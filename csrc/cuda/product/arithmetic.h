@@ -1,23 +1,36 @@
-// What one warp does with a slab of k in shared memory: an M x N tile of sums, in one of four arithmetics.
+// The arithmetic of one warp: it multiplies one slab of k, which stands in shared memory, into an M x N tile
+// of
+// sums in registers. There are four arithmetics:
 //
-//   Simt<T>   multiply-adds of T; each sum in ascending k
+//   Simt<T>   ordinary multiply-adds of T; each sum runs in ascending k
 //   Tf32      matrix instructions on operands rounded to 10 bits of fraction
-//   Bf16      the same on 7 bits
-//   Bf16x3    the same on hi + lo, two bf16 a number: lo hi + hi lo + hi hi, an error of about 2e-5
+//   Bf16      matrix instructions on operands rounded to 7 bits of fraction
+//   Bf16x3    matrix instructions on bf16 pairs, x = hi + lo: the sum of lo hi, hi lo and hi hi has a
+// relative
+//             error of about 2e-5
 //
-// All read V x V blocks of the tiles (tile_layout.h), from indices `base` on, where this warp's part starts.
+// All of them read V x V blocks of the operand tiles (tile_layout.h); `base` is the index at which this
+// warp's
+// part of the tile starts.
 //
-// Simt: with i = lane / 8, j = lane % 8 a thread takes blocks i, i + 4, .. of A and j, j + 8, .. of B, and
-// all k of the slab, one q after the other.
+// Simt: with i = lane / 8 and j = lane % 8, a thread takes the blocks i, i + 4, .. of A and j, j + 8, .. of
+// B. It
+// goes through all k of the slab, one q after the other.
 //
-// The others compute C^T = B^T A^T, 16 of n by 8 of m an instruction, from blocks (g, q = t) of both, with
-// g = lane / 4, t = lane % 4. All the instruction asks is that both agree on the order of k, and that the
-// sums be written where their indices say. So its k are each lane's own 4 t .. 4 t + 3, in pairs that lie as
-// loaded where the tile is along k; row or column g of group x is index 4 g + x; and a thread's sums come out
-// as columns 4 g .. 4 g + 3, a whole vector, of rows 8 t .. 8 t + 7.
+// Matrix instructions: a warp computes C^T = B^T A^T, 16 columns n by 8 rows m an instruction. With g = lane
+// / 4
+// and t = lane % 4, a lane reads the blocks (g, q = t) of both operands. The result does not depend on which
+// k an
+// instruction calls first, only both operands must use the same order. So each lane feeds its own four
+// consecutive k, 4 t .. 4 t + 3, in pairs, as they were loaded (where the tile is contiguous in k, without
+// moves). Row or column g of group x is index 4 g + x. A thread's sums are then columns 4 g .. 4 g + 3, which
+// is
+// one whole vector, of rows 8 t .. 8 t + 7.
 //
-// `Sums` is what a thread holds: kRows x kColumns of the warp's tile, at(r, c) being its row(r), column(c).
-// Columns come in vectors of V. Four lanes, kRowLane and 2 kRowLane apart, share their columns, and
+// `Sums` is what a thread holds: kRows x kColumns elements of the warp's tile; at(r, c) is element (row(r),
+// column(c)). Columns come in vectors of V. The four lanes that are kRowLane and 2 kRowLane apart hold the
+// same
+// columns, and kStatisticsRows consecutive rows of the tile are kGroupRows rows of each of these lanes.
 // kStatisticsRows consecutive rows of the tile are kGroupRows of each.
 #pragma once
 
@@ -32,7 +45,7 @@ struct alignas(16) Vector {
   T element[kVector<T>];
 };
 
-/// f[i][k] = the block (lane, q) of a tile's group at `base`.
+/// f[i][k] = element (index i, k) of the block (lane, q) in the group of the tile that starts at `base`.
 template <class Layout, class T>
 __device__ __forceinline__ void load_block(const T* tile, int base, int lane, int q,
                                            T (&f)[kVector<T>][kVector<T>]) {
@@ -89,7 +102,9 @@ struct Simt {
   }
 };
 
-/// Sums of the matrix instructions: tile[i][j] is C^T of group i of m by groups 2 j, 2 j + 1 of n.
+// / The sums of the matrix instructions: tile[i][j] is C^T of group i of the rows m by groups 2 j, 2 j + 1 of
+// the
+/// columns n.
 template <int M, int N>
 struct MatrixSums {
   static constexpr int kRows = M / 4, kColumns = N / 8, kGroupRows = kStatisticsRows / 4, kRowLane = 1;
@@ -101,7 +116,9 @@ struct MatrixSums {
   static __device__ __forceinline__ int column(int lane, int c) { return c / 4 * 32 + lane / 4 * 4 + c % 4; }
 };
 
-/// The four k of one index as operands of an instruction, one word for each pair of slots it fills.
+// / The product by matrix instructions. `Words` holds the four k of one index as operands, a word for each
+// pair
+/// of slots that it fills.
 template <class Words>
 struct MatrixArithmetic {
   using T = float;
@@ -123,7 +140,7 @@ struct MatrixArithmetic {
       Words wa[4];
       load<LayoutA>(a, base_a + 32 * i, g, t, wa);
 #pragma unroll
-      for (int part = 0; part < Words::kParts; ++part) {  // neighbouring instructions have sums of their own
+      for (int part = 0; part < Words::kParts; ++part) {  // consecutive instructions write different sums
 #pragma unroll
         for (int x = 0; x < 4; ++x) {
 #pragma unroll
@@ -151,7 +168,7 @@ struct Tf32Words {
   Tf32Words() = default;
   __device__ __forceinline__ explicit Tf32Words(const float (&f)[4])
       : k{to_tf32(f[0]), to_tf32(f[1]), to_tf32(f[2]), to_tf32(f[3])} {}
-  /// d += rows g (a0) and g + 8 (a1) by column g (b), one of the instructions that make it up.
+  /// d += rows g (a0) and g + 8 (a1) times column g (b), for part `part` of the k.
   static __device__ __forceinline__ void multiply(int part, float (&d)[4], const Tf32Words& a0,
                                                   const Tf32Words& a1, const Tf32Words& b) {
     const int x = 2 * part, y = x + 1;
@@ -178,7 +195,7 @@ struct Bf16x3Words {
   __device__ __forceinline__ explicit Bf16x3Words(const float (&f)[4]) : high(f), low(rest(high, f)) {}
   static __device__ __forceinline__ void multiply(int part, float (&d)[4], const Bf16x3Words& a0,
                                                   const Bf16x3Words& a1, const Bf16x3Words& b) {
-    const bool a_low = part == 0, b_low = part == 1;  // the small products first
+    const bool a_low = part == 0, b_low = part == 1;  // the small products first: less is lost in rounding
     Bf16Words::multiply(0, d, a_low ? a0.low : a0.high, a_low ? a1.low : a1.high, b_low ? b.low : b.high);
   }
 

@@ -1,16 +1,20 @@
-// Copies from global to shared memory that run beside the arithmetic (cp.async), with their plain twins.
+// Asynchronous copies from global to shared memory (cp.async), and plain functions in their place for the
+// emulation.
 //
-// A thread issues copies, closes them into a group, and later waits until at most so many of its latest
-// groups are under way; a barrier then makes the data of all threads visible. They go through the first-level
-// cache: a convolution reads most elements once for each tap.
+// A thread issues copies and closes them into a group. Later it waits until at most a given number of its
+// latest
+// groups is still in flight; a barrier then makes the data of all threads visible to all. The copies go
+// through
+// the L1 cache (.ca), because a convolution reads most elements once for each tap.
 #pragma once
 
 #include "cuda/run/platform.h"
 
 namespace maml::cuda {
 
-/// Copies `Bytes` (4, 8 or 16, both sides aligned to them), or fills with zeros where not `inside`: then
-/// nothing is read, but `from` must be aligned all the same.
+// / Copies `Bytes` (4, 8 or 16; both addresses are aligned to them). Where not `inside`, writes zeros and
+// reads
+/// nothing; `from` must be aligned even then.
 template <int Bytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
 #ifdef __CUDACC__
@@ -23,7 +27,7 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool insi
 #endif
 }
 
-/// Closes the group of the copies issued since the last one.
+/// Closes the copies issued since the last call into a group.
 __device__ __forceinline__ void commit_copies() {
 #ifdef __CUDACC__
   asm volatile("cp.async.commit_group;\n" ::: "memory");
@@ -32,7 +36,7 @@ __device__ __forceinline__ void commit_copies() {
 #endif
 }
 
-/// Waits until at most `Pending` of this thread's groups are under way.
+/// Waits until at most `Pending` groups of this thread are in flight.
 template <int Pending>
 __device__ __forceinline__ void wait_copies() {
 #ifdef __CUDACC__

@@ -1,15 +1,19 @@
-// The operands of a convolution's products, element by element.
+// The operands of a convolution's products: where each element stands in memory.
 //
-// Each has an outer index (m of A, n of B) and k, and an element's offset is a sum of one part from either:
+// An operand has an outer index (m of A, n of B) and the inner index k. The offset of an element is the sum
+// of
+// one part that depends on the outer index and one that depends on k:
 //
-//   Gathered    an image [sample, h, w, c] read at (pixel, tap and channel). Pixel p is (sample, u, v), at
-//               row u stride_h + origin_h, column v stride_w + origin_w; tap (r, s) adds (r, s). Zero where
-//               that is outside the image. Either side may be the outer one.
+//   Gathered    an image [sample, h, w, c] that is read at (pixel, tap and channel). Pixel p is (sample, u,
+// v),
+//               at row u stride_h + origin_h and column v stride_w + origin_w; tap (r, s) adds (r, s). Zero
+//               where that is outside the image. Either of the two may be the outer index.
 //   Rows        a matrix [k, n], contiguous in n
 //   Taps        weights [tap, n, o] for the input gradient: k = (tap of a parity class, last first; o)
 //
-// So a thread that fills a tile keeps its outer parts in registers and computes one part in k for each stage.
-// Divisions are multiplications (Divisor). Offsets are 32-bit: a task's tensor has fewer than 2^31 elements.
+// A thread that fills a tile therefore keeps its outer parts in registers and computes one part in k for each
+// stage. Integer divisions are multiplications (Divisor). Offsets are 32-bit: a task's tensor has fewer than
+// 2^31 elements.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +23,9 @@
 
 namespace maml::cuda {
 
-/// Division of 0 <= x < 2^31 by a constant d (1 where d = 0): x ceil(2^(31 + l) / d) >> (31 + l), 2^l >= d.
+// / Division of 0 <= x < 2^31 by a constant d (d = 0 counts as 1): x ceil(2^(31 + l) / d) >> (31 + l), with
+// the
+/// smallest l for which 2^l >= d.
 struct Divisor {
   uint32_t divisor = 1, multiplier = 1u << 31, shift = 31;
 
@@ -36,38 +42,39 @@ struct Divisor {
   }
 };
 
-/// One side's part of an element's place: an offset, and row * 2^16 + column, so that one addition adds up
-/// both.
+/// One part of an element's position: an offset in memory, and row * 2^16 + column in the image, so that one
+/// addition adds up both coordinates.
 struct Place {
   int offset, at;
 };
 
-/// Rows and columns of an image that fit a Place, with room for padding and taps around them.
+/// The most rows and columns of an image that fit a Place, with room for padding and taps around them.
 inline constexpr int64_t kMostSide = 16000;
 
-/// A part that makes every sum fall outside: far enough above, and twice as far still no overflow.
+/// A part whose sum with any other is outside the image. Twice the value does not overflow either.
 __device__ __forceinline__ Place nowhere() { return {0, -(1 << 30)}; }
 
-/// An element: its offset, and whether there is one; else it is zero.
+/// The offset of an element. Where not `inside`, there is no element, and its value is zero.
 struct Element {
   int offset;
   bool inside;
 };
 
-/// The part of an offset that has no element: negative whatever is added, and a multiple of every vector, for
-/// a copy that brings zeros must have an aligned address, too.
+/// The part of an offset where there is no element: the sum with any other part is negative. It is a multiple
+/// of every vector, because even a copy that only writes zeros needs an aligned address.
 inline constexpr int kNoOffset = -(1 << 30);
 
-/// Sizes of one task's tensors fit 32 bits (conv2d_footprint sees to it).
+/// A size of one task's tensors, as 32 bits; conv2d_footprint checks that it fits.
 constexpr int int32(int64_t size) { return static_cast<int>(size); }
 
-/// The positions of an image that an operand is read at, and the taps around each.
+/// Which positions of an image an operand reads, and which taps around each.
 struct Gather {
   int h, w, c;  // the image
   int columns, stride_h, stride_w, origin_h, origin_w;
   int pixels, depth;  // samples * positions; taps * c
-  uint32_t beyond;    // 2^15 less the height, 2^15 less the width
-  // Pixels by 2 x 2 windows (window_order.h): how many windows there are; 0: row by row.
+  uint32_t beyond;    // (2^15 - height) * 2^16 + (2^15 - width)
+  // How many 2 x 2 windows there are where pixels come by windows (window_order.h); 0: pixels come row by
+  // row.
   int windows = 0, vector = 0, step_h = 0, step_w = 0;
   Divisor by_positions, by_columns, by_channels, by_taps_w;
 
@@ -110,14 +117,15 @@ struct Gather {
     const int r = by_taps_w.quotient(t), s = by_taps_w.remainder(t, r);
     return {(r * w + s) * c + channel, r * 65536 + s};
   }
-  /// Row and column are both inside if neither they nor they plus `beyond` set the high bit of their half.
+  // / Row and column are inside the image if the high bit of their half is clear both in `at` and in at +
+  // beyond.
   __device__ __forceinline__ Element element(const Place& a, const Place& b) const {
     const uint32_t at = static_cast<uint32_t>(a.at) + static_cast<uint32_t>(b.at);
     return {a.offset + b.offset, ((at | (at + beyond)) & 0x80008000u) == 0};
   }
 };
 
-/// A[pixel, k], contiguous in k.
+/// A[pixel, (tap, channel)], contiguous in k.
 struct PixelsByTaps {
   static constexpr bool kAlongK = true;
   using Outer = Place;
@@ -130,7 +138,7 @@ struct PixelsByTaps {
   }
 };
 
-/// A[(tap, channel), pixel], contiguous in its outer index.
+/// A[(tap, channel), pixel], contiguous in the outer index.
 struct TapsByPixels {
   static constexpr bool kAlongK = false;
   using Outer = Place;
@@ -154,7 +162,8 @@ struct Rows {
   __device__ __forceinline__ Element element(int a, int b) const { return {a + b, (a | b) >= 0}; }
 };
 
-/// B[(tap, o), n] of weights [tap, n, o]: tap (r, s) of a class stands at first - r row - s column elements.
+// / B[(tap, o), n] of weights [tap, n, o]: tap (r, s) of a parity class starts at offset first - r row - s
+// column.
 struct Taps {
   static constexpr bool kAlongK = true;
   using Outer = int;

@@ -1,13 +1,18 @@
-// The matrix instructions behind the products of reduced precision, with their plain twins, and the rounding
-// of their operands. D = A B + D in one warp, A [16, k], B [k, 8], D [16, 8] of float32.
+// The matrix instructions for products of reduced precision, the rounding of their operands, and plain
+// functions
+// that replace both in the emulation. One warp computes D = A B + D with A [16, k], B [k, 8], and D [16, 8]
+// of
+// float32.
 //
 // With g = lane / 4 and t = lane % 4 a thread holds
 //   d = D[g, 2t], D[g, 2t + 1], D[g + 8, 2t], D[g + 8, 2t + 1]
 //   tf32, k = 8    a = A[g, t], A[g + 8, t], A[g, t + 4], A[g + 8, t + 4];  b = B[t, g], B[t + 4, g]
-//   bf16, k = 16   a = A[g, 2t..], A[g + 8, 2t..], A[g, 2t + 8..], A[g + 8, 2t + 8..], pairs of neighbours;
+//   bf16, k = 16   a = A[g, 2t..], A[g + 8, 2t..], A[g, 2t + 8..], A[g + 8, 2t + 8..], pairs of consecutive
+// k;
 //                  b = B[2t.., g], B[2t + 8.., g]
-// A twin rounds operands as the instruction does and sums in float32, k ascending from d; the hardware's
-// order and its few extra bits are its own.
+// The emulation rounds operands as the instruction does and sums in float32, in ascending k, starting from d.
+// The
+// hardware sums in another order and with a few extra bits, so results may differ in the last places.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +21,9 @@
 
 namespace maml::cuda {
 
-/// x rounded to 10 bits of fraction, to nearest, ties away from zero: cvt.rna.tf32.f32 up to the 13 low bits,
-/// which the instruction does not read. Spelled out, because the compiler makes fewer moves of it.
+// / x rounded to 10 bits of fraction, to nearest, ties away from zero. Equals cvt.rna.tf32.f32 but for the 13
+// low
+/// bits, which the matrix instruction does not read. Written out because the compiler then emits fewer moves.
 __device__ __forceinline__ uint32_t to_tf32(float x) {
   const bool finite = fabsf(x) < __uint_as_float(0x7f800000u);
   return __float_as_uint(x) + (finite ? 0x1000u : 0u);
@@ -26,7 +32,7 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 #ifndef __CUDACC__
 namespace twin {
 
-/// The 16 bits of x in bf16, to nearest, ties to even.
+/// x as bf16, in 16 bits: to nearest, ties to even.
 inline uint32_t bf16(float x) {
   const uint32_t word = __float_as_uint(x);
   if (!(fabsf(x) < __uint_as_float(0x7f800000u))) return x != x ? 0x7fffu : word >> 16;
@@ -36,7 +42,7 @@ inline uint32_t bf16(float x) {
 }  // namespace twin
 #endif
 
-/// Two bf16 in a word, `low` in its low half, to nearest even.
+/// Two bf16 in one word, `low` in its low half; to nearest, ties to even.
 __device__ __forceinline__ uint32_t to_bf16(float low, float high) {
 #ifdef __CUDACC__
   uint32_t word;
@@ -47,23 +53,24 @@ __device__ __forceinline__ uint32_t to_bf16(float low, float high) {
 #endif
 }
 
-/// The values of such a word, which are float32 cut short.
+/// The two values of such a word: a bf16 is the upper half of a float32.
 __device__ __forceinline__ float low_half(uint32_t word) { return __uint_as_float(word << 16); }
 __device__ __forceinline__ float high_half(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
 
 #ifndef __CUDACC__
 namespace twin {
 
-/// What an instruction reads of a tf32 operand.
+/// The bits of a tf32 operand that the instruction reads.
 inline float tf32(uint32_t word) { return __uint_as_float(word & ~0x1fffu); }
 
-/// What the lanes of a warp bring to an instruction.
+/// The operands of one lane.
 struct Operands {
   uint32_t a[4], b[2];
 };
 
-/// d of this lane; a_of(operands of a lane, i, k), b_of(.., k) pick an element, k counted within a lane's
-/// share.
+// / d of this lane. a_of(operands of all lanes, i, half, k) and b_of(operands of all lanes, column, k) return
+// one
+/// element of A or B.
 template <int Depth, class A, class B>
 void mma(float (&d)[4], const Operands& mine, A a_of, B b_of) {
   Operands lanes[32];

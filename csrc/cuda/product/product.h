@@ -1,19 +1,25 @@
-// The product of one block, the one template behind all passes of a convolution:
+// The matrix product of one block. All passes of a convolution are instances of this template:
 //
 //   C[m, n] = sum_{term} sum_k A_term[m, k] B_term[k, n]        one or two terms, into one accumulator
 //
-// for a tile of C. Operands (gather.h) say where elements are; k goes by in stages of kDepth, the first
-// term's and then the second's.
+// A block computes one tile of C. The operands (gather.h) say where elements are. k is processed in stages of
+// kDepth: first all stages of the first term, then all of the second.
 //
-// Threads: Tile::kSlices groups of warps share a stage: each takes one slab (kSlab of k) of every stage, and
-// at the end the first group adds up all their sums, in order. Within a group warps lie kWarpsM x kWarpsN
-// over the tile, each with a kWarpM x kWarpN part of it (arithmetic.h).
+// Threads: Tile::kSlices groups of warps share a stage. Each group multiplies one slab (kSlab of k) of every
+// stage; at the end the first group adds up the sums of all groups, in order. Within a group, kWarpsM x
+// kWarpsN
+// warps cover the tile, and each computes a part of kWarpM x kWarpN (arithmetic.h).
 //
-// Shared memory: a ring of kStages stages, each [slice] slabs of A and of B (tile_layout.h). While one is
-// multiplied the next kStages - 1 are on their way (copy_async.h), 16 bytes a copy where channel counts and
-// addresses allow, else single elements. A stage is free again once every thread has passed the next barrier.
+// Shared memory: a ring of kStages stages; each holds, for every slice, a slab of A and a slab of B
+// (tile_layout.h). While one stage is multiplied, the next kStages - 1 are being copied (copy_async.h): 16
+// bytes
+// a copy where channel counts and addresses allow, else single elements. A stage may be overwritten once
+// every
+// thread has passed the next barrier.
 //
-// Numerics: what is outside an operand is zero and takes part. The order of sums depends on the tile alone.
+// Numerics: elements outside an operand are zeros that take part in the sums, so a NaN or an infinity
+// opposite
+// them yields NaN. The order of sums depends on the tile alone.
 #pragma once
 
 #include "cuda/product/arithmetic.h"
@@ -31,18 +37,18 @@ struct Tile {
                        kThreads = kGroup * Slices;
 };
 
-/// The operands' memory, symbolic addresses.
+/// The operands in memory, as symbolic addresses (run/address.h).
 template <class T>
 struct Terms {
   const T *a[2] = {}, *b[2] = {};
   int count = 0;
-  bool vectors_a = false, vectors_b = false;  // 16 bytes at a time
+  bool vectors_a = false, vectors_b = false;  // copies of 16 bytes are allowed
 
   void add(const T* a_, const T* b_) { a[count] = a_, b[count] = b_, ++count; }
 };
 
-/// Fills one operand's slabs of a stage. AlongK: four threads a row, each with some rows of every slab;
-/// AlongIndex: eight threads a k, each with every eighth vector of some k.
+/// Fills one operand's slabs of a stage. AlongK: four threads a row; each fills some rows of every slab.
+/// AlongIndex: eight threads a k; each fills every eighth vector of some k.
 template <class T, class Operand, int Indices, int Slices, int Threads>
 class Filler {
  public:
@@ -76,14 +82,16 @@ class Filler {
   static constexpr int kOuters = Operand::kAlongK ? 4 * Indices / Threads : Indices / (8 * V);
   static_assert(kOuters > 0 && (!Operand::kAlongK || 4 * Indices % Threads == 0));
 
-  /// Block (base, lane) and vector x of this thread's i-th outer index; AlongK decides x, AlongIndex has all.
+  // / Block (base, lane) and vector x of this thread's i-th outer index. AlongK determines x; AlongIndex
+  // covers
+  /// all x.
   struct Row {
     int base, lane, x;
   };
   static __device__ __forceinline__ Row row(int i) {
     const int thread = static_cast<int>(threadIdx.x);
     if constexpr (Operand::kAlongK) {
-      const int r = thread / 4 + Threads / 4 * i;  // as rows stand in the tile
+      const int r = thread / 4 + Threads / 4 * i;  // in the order of the tile's rows in memory
       return {r / (8 * V) * (8 * V), r % 8, r / 8 % V};
     } else {
       return {8 * V * i, thread % 8, 0};
@@ -102,7 +110,7 @@ class Filler {
         copy<16>(source, operand_.element(outer_[i], inner), to(slab, i, q, x));
       return;
     }
-    // Loops stay loops here: unrolled, everything that does not depend on k would end up in registers.
+    // Not unrolled: else everything that does not depend on k would be kept in registers.
 #pragma unroll 1
     for (int e = 0; e < V; ++e) {
       if constexpr (Operand::kAlongK) {
@@ -157,7 +165,8 @@ class Product {
   static constexpr int kSharedBytes =
       most(Tile::kStages * kStage, (Tile::kSlices - 1) * Tile::kGroup * kSums) * static_cast<int>(sizeof(T));
 
-  /// Where this thread's sums stand in C. `owner`: it has them; other slices have given theirs away.
+  // / Where this thread's sums stand in C. `owner`: the thread belongs to the first slice, which holds the
+  // totals.
   struct Position {
     int lane, m, n;  // of the warp's tile
     bool owner;
@@ -171,8 +180,9 @@ class Product {
   }
 
   /// Sums over k of [begin, end) in each term; `begin` is a multiple of kDepth. `look(term, slabs of B,
-  /// LayoutB)` is called for each stage while it stands in shared memory, which ends up free for the caller
-  /// after a barrier.
+  // / LayoutB)` is called for each stage while it stands in shared memory. Afterwards, and after a barrier,
+  // the
+  /// caller may use the shared memory.
   template <class Look>
   static __device__ __forceinline__ void compute(const A& a, const B& b, const Terms<T>& terms,
                                                  const Table& table, int64_t task, int m0, int n0, int begin,
@@ -184,7 +194,7 @@ class Product {
     const Position own = position(0, 0);
     const int slice = static_cast<int>(threadIdx.x) / Tile::kGroup;
 
-    const T *from_a = nullptr, *from_b = nullptr;  // of the term that is being filled
+    const T *from_a = nullptr, *from_b = nullptr;  // the term whose stages are being filled
     auto fill = [&](int stage) {
       if (stage < stages) {
         const int term = stage >= of_term, in_term = term ? stage - of_term : stage;
@@ -217,7 +227,7 @@ class Product {
   }
 
  private:
-  /// The sums of all slices, in order, into those of the first.
+  /// Adds the sums of all slices, in order, to those of the first.
   static __device__ __forceinline__ void add_slices(T* shared, int slice, Sums& sums) {
     if constexpr (Tile::kSlices > 1) {
       const int thread = static_cast<int>(threadIdx.x) % Tile::kGroup;
@@ -242,7 +252,7 @@ class Product {
   }
 };
 
-/// V sums to V elements of a row that has `left` of them from here on.
+/// Writes (or adds) V sums to V elements of a row that has `left` elements from here on.
 template <class T>
 __device__ __forceinline__ void put(T* to, const T (&values)[kVector<T>], int left, bool vectors, bool add) {
   if (vectors) {
@@ -260,7 +270,8 @@ __device__ __forceinline__ void put(T* to, const T (&values)[kVector<T>], int le
   }
 }
 
-/// Writes a thread's sums: row r of C starts at place(row), null for none; `n` columns.
+// / Writes a thread's sums. Row r of C starts at place(row), or is not written where that is null; `n`
+// columns.
 template <class Product, class Place>
 __device__ __forceinline__ void write(const typename Product::Position& at, typename Product::Sums& sums,
                                       int n, bool vectors, bool add, Place place) {

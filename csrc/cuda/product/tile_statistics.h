@@ -1,17 +1,19 @@
-// Statistics of a product's output on its way out, for the normalisation behind it: one entry for each
-// kStatisticsRows rows of C, made by the one warp that has them, in two passes over its registers:
+// Statistics of a product's output, computed while it is still in registers, for the normalisation that
+// follows.
+// There is one entry for each kStatisticsRows rows of C. The warp that holds these rows computes it in two
+// passes over its registers:
 //
 //   entry [2, n]   mean of c, sum of (c - mean)^2
-//   entry [3, n]   means of y and c, sum of (y - mean)(c - mean), with y of the primal pass from memory
+//   entry [3, n]   means of y and c, sum of (y - mean)(c - mean), with the primal pass's y read from memory
 //
-// Order of sums: a thread's rows ascending, then lanes in halves.
+// Order of sums: a thread's rows ascending, then a tree over the lanes.
 #pragma once
 
 #include "cuda/product/product.h"
 
 namespace maml::cuda {
 
-/// The sum over the lanes that share a column.
+/// The sum over the lanes that hold the same column.
 template <class Sums, class T>
 __device__ __forceinline__ T over_rows(T sum) {
 #pragma unroll
@@ -20,7 +22,7 @@ __device__ __forceinline__ T over_rows(T sum) {
   return sum;
 }
 
-/// Called by the whole warps that own the sums of C [rows, n].
+/// Called by the warps that own the sums of C [rows, n], by all lanes together.
 template <class Product, class T>
 __device__ __forceinline__ void take_statistics(const typename Product::Position& at,
                                                 typename Product::Sums& sums, int rows, int n,

@@ -1,7 +1,6 @@
-// Rows of a product by 2 x 2 windows: the order in which the four pixels of a window are four sums of one
-// thread (arithmetic.h), so that a max-pool needs no other thread. A thread's rows 4 g .. 4 g + 3 are
-// neighbours where a vector has four elements; where it has two, they are two pairs eight rows apart.
-#pragma once
+// An order of a product's rows in which the four pixels of a 2 x 2 window are four sums of one thread
+// (arithmetic.h): a max-pool then needs no exchange between threads. A thread's rows 4 g .. 4 g + 3 are one
+// window where a vector has four elements. Where it has two, they are two pairs, eight rows apart.
 
 #include "cuda/run/platform.h"
 
@@ -11,13 +10,13 @@ struct WindowRow {
   int window, member;  // member: 2 row + column within the window
 };
 
-/// Row `row` of the product; `vector`: elements of one.
+/// The window and its pixel in row `row` of the product; `vector`: how many elements a vector has.
 __host__ __device__ constexpr WindowRow window_row(int vector, int row) {
   if (vector == 4) return {row >> 2, row & 3};
   return {(row >> 4 << 2) | (row >> 1 & 3), (row >> 2 & 2) | (row & 1)};
 }
 
-/// Rows of so many windows: whole groups of four windows, the last with rows that are none's.
+/// The rows that `windows` windows take: whole groups of four windows. The rows of missing windows are empty.
 constexpr int64_t window_rows(int64_t windows) { return (windows + 3) / 4 * 16; }
 
 }  // namespace maml::cuda
