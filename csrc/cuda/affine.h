@@ -1,6 +1,5 @@
 // BatchNorm with batch statistics, for one channel whose sums are known (normalise.h has the formulas): an
-// affine
-// map of x, and the tangent of that map.
+// affine map of x, and the tangent of that map.
 #pragma once
 
 #include "cuda/run/platform.h"

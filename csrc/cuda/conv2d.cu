@@ -1,7 +1,6 @@
 // The passes of a convolution, channels last (a linear layer is one with one tap on a 1 x 1 image): which
-// tensors
-// each pass gives to which product. A convolution is bilinear in input and weights, so the tangent of each
-// product is the same product of two terms. The twin on the CPU is cpu/conv2d.cpp.
+// tensors each pass gives to which product. A convolution is bilinear in input and weights, so the tangent of
+// each product is the same product of two terms. The twin on the CPU is cpu/conv2d.cpp.
 #include <algorithm>
 
 #include "cuda/conv2d.h"

@@ -1,6 +1,5 @@
 // What the three matrix products of a convolution share: the choice of arithmetic and tile, and the
-// declarations
-// of the products, from which conv2d.cu builds the passes.
+// declarations of the products, from which conv2d.cu builds the passes.
 #pragma once
 
 #include <type_traits>
@@ -11,11 +10,9 @@
 namespace maml::cuda {
 
 /// Tile shapes: Wide; Narrow for n <= 32; Small for few outputs, with warps that share k, so that there are
-// / enough blocks and each is done soon. With matrix instructions a warp computes 64 x 32 outputs: less would
-// be
-// / limited by the bandwidth of shared memory. With small tiles (a test build) a tile has one warp, or two
-// that
-/// share k.
+/// enough blocks and each is done soon. With matrix instructions a warp computes 64 x 32 outputs: less would
+/// be limited by the bandwidth of shared memory. With small tiles (a test build) a tile has one warp, or two
+/// that share k.
 template <bool Matrix, bool SmallTiles = kSmallTiles>
 struct Tiles {
   static constexpr int kWarpM = Matrix ? 64 : 32;
@@ -30,9 +27,8 @@ struct Tiles<Matrix, true> {
   using Small = Tile<32, 32, 1, 1, 2, 2>;
 };
 
-// / Up to this number of outputs of one task, Small is used: at the usual 4 to 32 tasks, Wide tiles would be
-// too
-/// few to occupy the GPU.
+/// Up to this number of outputs of one task, Small is used: at the usual 4 to 32 tasks, Wide tiles would be
+/// too few to occupy the GPU.
 constexpr int64_t kSmallOutputs = kSmallTiles ? 512 : 65536;
 
 /// Resident blocks per multiprocessor for which the kernel's registers must suffice.
@@ -65,9 +61,8 @@ void with_product(const Layer& l, int64_t outputs, int64_t n, F f) {
   with_tile.template operator()<Simt<T>>();
 }
 
-// / Whether a tensor can be accessed in 16-byte vectors: its rows are whole vectors, and its address is
-// aligned in
-/// every task. False for the user's own tensors, whose alignment is not known.
+/// Whether a tensor can be accessed in 16-byte vectors: its rows are whole vectors, and its address is
+/// aligned in every task. False for the user's own tensors, whose alignment is not known.
 template <class T>
 bool in_vectors(const T* symbolic, int64_t row) {
   const uint64_t word = reinterpret_cast<uint64_t>(symbolic);
@@ -83,9 +78,8 @@ bool in_vectors(const T* const (&symbolic)[2], int count, int64_t row) {
   return true;
 }
 
-// / The patches that a convolution reads: one for each output pixel, or, in a stem, for each pixel of the
-// pool's
-/// windows.
+/// The patches that a convolution reads: one for each output pixel, or, in a stem, for each pixel of the
+/// pool's windows.
 template <class T>
 Gather gather_of(const Layer& l) {
   const Window& k = l.window;

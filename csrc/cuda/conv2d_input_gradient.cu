@@ -3,10 +3,8 @@
 //
 // Every element of grad_x gathers its terms; nothing is scattered. With stride s, input rows with equal
 // (i + pad) mod s read the same taps. So each of the s x s parity classes is a convolution of grad_y with
-// stride
-// 1 and the taps of that class, last first, and no product has a factor that is zero because of the stride.
-// There
-// is one product (product.h) for each class, and one launch for all:
+// stride 1 and the taps of that class, last first, and no product has a factor that is zero because of the
+// stride. There is one product (product.h) for each class, and one launch for all:
 //
 //   C [m, n] = grad_x     m: (sample, position of the class);  n: c_in;  k: (tap of the class, c_out)
 //   A [m, k]              grad_y gathered, zero outside

@@ -1,19 +1,15 @@
 // grad_w = sum over output pixels of x^T grad_y, and its tangent, the products of x with grad_y_dot and of
-// x_dot
-// with grad_y; and grad_b = sum over pixels of grad_y. As one product (product.h):
+// x_dot with grad_y; and grad_b = sum over pixels of grad_y. As one product (product.h):
 //
 //   C [m, n] = grad_w     m: (tap, c_in);  n: c_out;  k: output pixel (sample, i, j)
 //   A [m, k]              x gathered at (pixel, tap), contiguous in m, zero in the padding
 //   B [k, n]              grad_y, as it stands in memory
 //
 // C is small and k is long, so k is split over blocks; the number of splits depends on the layer's shape.
-// Each
-// block writes its part to scratch [splits, m, n], and a second kernel adds up the parts in order. With one
-// split, the block writes grad_w itself. The blocks of the first row of tiles also sum the columns of the B
-// tiles
-// in shared memory: that is grad_b, in parts [splits, n] after the others. These sums are of type T, whatever
-// the
-// arithmetic of the product.
+// Each block writes its part to scratch [splits, m, n], and a second kernel adds up the parts in order. With
+// one split, the block writes grad_w itself. The blocks of the first row of tiles also sum the columns of the
+// B tiles in shared memory: that is grad_b, in parts [splits, n] after the others. These sums are of type T,
+// whatever the arithmetic of the product.
 //
 // blockIdx: x tile of m, y (tile of n, split), z task. Numerics: sums in ascending k, first term first; then
 // splits in order; then the value that the gradient held is added.

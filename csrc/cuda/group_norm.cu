@@ -1,5 +1,4 @@
 // GroupNorm of n samples [pixels, c] of one task. A cell is one sample's channels of one group, m = pixels c
-// /
 // groups values. LayerNorm has one group, InstanceNorm c groups. Per cell, with g = grad_y and h = gamma g:
 //
 //   mu = mean x, s = (var + eps)^-1/2 (biased), xh = (x - mu) s,   y = gamma xh + beta
@@ -14,17 +13,13 @@
 //
 // Kernels: in each pass a block takes some consecutive cells, computes their sums, and then their values, for
 // which it finds the inputs in the caches. Its threads cover the cells as in channels.h they cover channels,
-// so
-// that they read contiguous memory even where a group has few channels. The gradients of gamma and beta are
-// sums
-// per channel over the rows of [n pixels, c]: one kernel sums tiles of rows (moments.h), a second one merges
-// them
-// in double; where there is one tile, the second kernel does both.
+// so that they read contiguous memory even where a group has few channels. The gradients of gamma and beta
+// are sums per channel over the rows of [n pixels, c]: one kernel sums tiles of rows (moments.h), a second
+// one merges them in double; where there is one tile, the second kernel does both.
 //
 // Numerics: mu is saved as two numbers, a mean and the mean of the deviations from it. One rounded number
-// would
-// shift all values of the cell by its rounding error. gamma and beta may be absent (1 and 0); x_dot is absent
-// where the input has no tangent; grad_y may be absent in the backward tangent. The twin on the CPU is
+// would shift all values of the cell by its rounding error. gamma and beta may be absent (1 and 0); x_dot is
+// absent where the input has no tangent; grad_y may be absent in the backward tangent. The twin on the CPU is
 // cpu/group_norm.cpp.
 #include "cuda/elementwise.h"
 #include "cuda/layers.h"
@@ -33,7 +28,7 @@
 namespace maml::cuda {
 namespace {
 
-// / How many consecutive cells a block takes: enough for contiguous runs of a warp, and for four values a
+// How many consecutive cells a block takes: enough for contiguous runs of a warp, and for four values a
 // thread.
 int cells_of_block(const Layer& l) {
   const int64_t width = l.in.c / l.groups, values = width * l.in.h * l.in.w;
@@ -134,9 +129,8 @@ struct View {
     if (!lanes.active) return;
     for (int i = lanes.row; i < sizes.values(); i += lanes.rows) value(i, f);
   }
-  // / sums[q] = the sum over the cell of what term(element, channel, sum) adds to sum[q]. All threads of the
-  // cell
-  /// get it.
+  /// sums[q] = the sum over the cell of what term(element, channel, sum) adds to sum[q]. All threads of the
+  /// cell get it.
   template <int Q, class F>
   __device__ __forceinline__ void sum(T (&sums)[Q], F term) const {
     channel_sums(lanes, sizes.values(), sums, [&](int i, T(&part)[Q]) {
@@ -243,9 +237,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T> - 1)  // one block fewe
   });
 }
 
-// / The sums for gamma and beta over the rows [first, first + count) of [n pixels, c]: of the cotangents, or,
-// with
-/// kTangent, of their tangents.
+/// The sums for gamma and beta over the rows [first, first + count) of [n pixels, c]: of the cotangents, or,
+/// with kTangent, of their tangents.
 template <bool kTangent, class T>
 __device__ __forceinline__ void affine_sums(const Layer& l, const Lanes& lanes, const Tensors<T>& t,
                                             int first, int count, T (&sums)[2]) {

@@ -1,6 +1,5 @@
 // The losses of all tasks (loss.h): one block a task computes a value; as many blocks as the rows fill
-// compute a
-// tangent or a metric.
+// compute a tangent or a metric.
 #include "cuda/layers.h"
 #include "cuda/loss.h"
 

@@ -1,24 +1,19 @@
 // The losses of one task. They are means as in torch, over N samples; a part holds n of them, with
-// predictions
-// z [n, c]:
+// predictions z [n, c]:
 //   cross_entropy  p = softmax z; L = -sum log p[label] / N;  grad_z = (p - onehot) / N;
 //                  grad_z_dot = p (z_dot - <p, z_dot>) / N
 //   mse            L = sum (z - t)^2 / (N c);  grad_z = 2 (z - t) / (N c);  grad_z_dot = 2 z_dot / (N c)
 // `saved` holds p. policy_loss.h has the formulas and kernels of the policy losses.
 //
 // Cross entropy: `width` threads of a warp share a row, one to eight columns each as long as a warp suffices
-// (the
-// five classes of a 5-way task fall to one thread); its maximum and its sums are reduced by shuffles. Every
-// thread of a warp runs the same number of rows, so that all lanes take part in the shuffles. mse: one
-// element a
-// thread.
+// (the five classes of a 5-way task fall to one thread); its maximum and its sums are reduced by shuffles.
+// Every thread of a warp runs the same number of rows, so that all lanes take part in the shuffles. mse: one
+// element a thread.
 //
 // Order of sums: the value is summed in double, by each thread over its rows in ascending order, then within
-// a
-// warp by shuffles, then by thread 0 over the warps. The order depends on n, c and the block size. One block
-// computes the value: it is a single sum of a few hundred rows. A tangent has no such sum and may be shared
-// by
-// any number of blocks.
+// a warp by shuffles, then by thread 0 over the warps. The order depends on n, c and the block size. One
+// block computes the value: it is a single sum of a few hundred rows. A tangent has no such sum and may be
+// shared by any number of blocks.
 //
 // Barriers: loss_value has one, between the warps' sums and thread 0. The caller puts one after every device
 // function, which separates two calls. All threads of a block call; a block is a whole number of warps.
@@ -76,9 +71,8 @@ __device__ double square_elements(Team team, const LossPart& part, const T* z, c
   return total;
 }
 
-// / Writes the part's loss of task blockIdx.z (not if `loss` is null) and grad_z [n, c] with saved [n, c]
-// (not if
-/// `grad_z` is null). Runs in one block; `sums`: shared memory, one element for each warp.
+/// Writes the part's loss of task blockIdx.z (not if `loss` is null) and grad_z [n, c] with saved [n, c]
+/// (not if `grad_z` is null). Runs in one block; `sums`: shared memory, one element for each warp.
 template <class T>
 __device__ void loss_value(Team team, const LossPart& part, const T* z, const Target<T>& target, T* loss,
                            T* grad_z, T* saved, double* sums) {

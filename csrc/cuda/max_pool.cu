@@ -1,15 +1,11 @@
 // y[i, j, c] = the largest x in the window of (i, j), for all tasks, channels last. The forward pass saves
-// the
-// position of the maximum (a pixel numbered within its sample; the first of equal values; a NaN wins, as in
-// torch), and all other passes read the same positions. Backward, each pixel sums the cotangents of the
-// outputs
-// that chose it, in ascending order: no two threads write the same element, and there are no atomics.
+// the position of the maximum (a pixel numbered within its sample; the first of equal values; a NaN wins, as
+// in torch), and all other passes read the same positions. Backward, each pixel sums the cotangents of the
+// outputs that chose it, in ascending order: no two threads write the same element, and there are no atomics.
 //
 // Threads: a thread works on one channel (channels.h) and takes outputs in the forward passes, cells of
-// pixels in
-// the backward passes (windows.h). Limits: the rows of one task, n h w, are numbered in 32 bits. The twin on
-// the
-// CPU is cpu/max_pool.cpp.
+// pixels in the backward passes (windows.h). Limits: the rows of one task, n h w, are numbered in 32 bits.
+// The twin on the CPU is cpu/max_pool.cpp.
 #include "cuda/elementwise.h"
 #include "cuda/layers.h"
 #include "cuda/windows.h"

@@ -1,25 +1,20 @@
 // Sums per channel over the rows of a matrix [m, c] that is too large for one block. There is one entry for
-// each
-// tile of rows, [tiles, values, c]; the kernel that needs the total merges the entries. Two kinds of entries:
+// each tile of rows, [tiles, values, c]; the kernel that needs the total merges the entries. Two kinds of
+// entries:
 //
 //   Sums         two plain sums
 //   Moments<1>   mean a, sum (a - mean a)^2
 //   Moments<2>   mean a, mean b, sum (a - mean a)(b - mean b)
 //
 // Moments are merged by Chan's formula (Chan, Golub, LeVeque 1979) for any number of parts k of n_k rows:
-// mean =
-// sum n_k mean_k / m, and sum (a - mean)^2 = sum_k [M2_k + n_k (mean_k - mean)^2]. Unlike E[x^2] - mean^2,
-// this
-// does not cancel. Within a tile T suffices, because a thread sums a few rows only. Merging is done in
-// double: it
-// costs little, and an error in a merged mean affects every element. The order of every sum depends on m and
-// c
-// only.
+// mean = sum n_k mean_k / m, and sum (a - mean)^2 = sum_k [M2_k + n_k (mean_k - mean)^2]. Unlike E[x^2] -
+// mean^2, this does not cancel. Within a tile T suffices, because a thread sums a few rows only. Merging is
+// done in double: it costs little, and an error in a merged mean affects every element. The order of every
+// sum depends on m and c only.
 //
 // A tile has kTileRows rows if a kernel of this file computes it, and kStatisticsRows if a convolution does
 // (statistics.h). Every block of the kernel that needs the total merges all entries of its channels. If there
-// are
-// more than kMostEntries, a kernel first folds each kFold of them into one.
+// are more than kMostEntries, a kernel first folds each kFold of them into one.
 
 #include <algorithm>
 
@@ -138,9 +133,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 
 inline int64_t tiles_of(int64_t rows) { return blocks_for(rows, kTileRows); }
 
-// / Scratch for the entries of `rows` rows, of at most three values each, and for the entries that they, or
-// those
-/// of a convolution, are folded into.
+/// Scratch for the entries of `rows` rows, of at most three values each, and for the entries that they, or
+/// those of a convolution, are folded into.
 inline int64_t partials_scratch(int64_t rows, int64_t c) {
   const int64_t entries = blocks_for(rows, std::min(kTileRows, kStatisticsRows));
   return 3 * c * (tiles_of(rows) + blocks_for(entries, kFold));

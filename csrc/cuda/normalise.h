@@ -1,8 +1,6 @@
 // y = pool(f(BatchNorm(x))) with batch statistics over the m = n h w rows of x [m, c]: the kernels of
-// batch_norm
-// (f the identity, no pool) and of block (any f, with or without a max-pool). Nothing between x and y is
-// stored:
-// a kernel that needs u or f'(u) computes it from x again. Per channel, with g = grad_y:
+// batch_norm (f the identity, no pool) and of block (any f, with or without a max-pool). Nothing between x
+// and y is stored: a kernel that needs u or f'(u) computes it from x again. Per channel, with g = grad_y:
 //
 //   mu = mean x, s = (var + eps)^-1/2 (biased), xh = (x - mu) s, u = gamma xh + beta
 //   y = max of f(u) over a window; the output's "chosen" pixel is the one that holds the maximum
@@ -22,34 +20,27 @@
 // Kernels: each pass has one kernel for its sums over tiles of rows (moments.h; not where a convolution has
 // already computed them) and a second one that merges these sums and does the rest. Where one tile holds all
 // rows, the second kernel also sums the cotangents. Sums of cotangents run over the outputs, because g' is
-// zero
-// at all other pixels; a pixel chosen by two outputs contributes one term for each.
+// zero at all other pixels; a pixel chosen by two outputs contributes one term for each.
 //
 // Threads: a thread works on one channel (channels.h). In the second kernel it takes outputs, or for grad_x
-// the
-// pixels of cells (windows.h). Each pixel gathers from the outputs that may have chosen it, in ascending
-// order:
-// no two threads write the same element, and there are no atomics. Shared memory holds the sums only.
+// the pixels of cells (windows.h). Each pixel gathers from the outputs that may have chosen it, in ascending
+// order: no two threads write the same element, and there are no atomics. Shared memory holds the sums only.
 //
 // Why y is stored: the convolution that reads y could compute it from x while it loads its operand.
 //   With a pool (mini-ImageNet), y is a quarter of x. Each of the 9 reads of a 3 x 3 kernel would become 4,
-// with
-//   4 evaluations of f.
+//   with 4 evaluations of f.
 //   Without a pool, at stride 1, f and the affine map would run 9 times for each element instead of once, and
 //   again in the weight gradient and in both tangents.
-//   At stride 2 (Omniglot) they would run 2.25 times, and there would be a gain: y of the three blocks is 18
-// kB
-//   an image, written and read once in each of the 11 passes of a meta-step with K = 5 and T = 32. That is
-//   140 MB or 30 to 50 us of an estimated 750, and 33 launches of about 1.5 us. But all products, which take
-// most
-//   of the 750 us, would load this operand through registers instead of cp.async, would need the zeros of the
-//   padding after f, and every block of them would first merge the statistics. This has not been measured.
+//   At stride 2 (Omniglot) they would run 2.25 times, and there would be a gain: y of the three blocks is
+//   18 kB an image, written and read once in each of the 11 passes of a meta-step with K = 5 and T = 32. That
+//   is 140 MB or 30 to 50 us of a target of 750, and 33 launches of about 1.5 us. But all products, which
+//   take most of the 750 us, would load this operand through registers instead of cp.async, would need the
+//   zeros of the padding after f, and every block of them would first merge the statistics. This has not been
+//   measured.
 //
 // Limits: rows of x and y of one task are numbered in 32 bits. gamma and beta may be absent (1 and 0). x_dot
-// is
-// absent where the layer's input has no tangent; then Rmu = c = 0. grad_y may be absent in the backward
-// tangent.
-// The twins on the CPU are cpu/batch_norm.cpp and cpu/conv_block.cpp.
+// is absent where the layer's input has no tangent; then Rmu = c = 0. grad_y may be absent in the backward
+// tangent. The twins on the CPU are cpu/batch_norm.cpp and cpu/conv_block.cpp.
 #pragma once
 
 #include "cuda/affine.h"
@@ -125,9 +116,8 @@ struct View {
     return std::min(int{kTileRows}, n * outputs - tile_start());
   }
 
-  // / Calls f(element of x, chosen) for each of this thread's elements; chosen(each) calls each(element of y)
-  // for
-  /// the outputs that chose it, in ascending order.
+  /// Calls f(element of x, chosen) for each of this thread's elements; chosen(each) calls each(element of y)
+  /// for the outputs that chose it, in ascending order.
   template <class F>
   __device__ __forceinline__ void each_input(const Layer& l, int cells, F f) const {
     if (pooled) {
@@ -168,9 +158,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   });
 }
 
-// / The sums over all rows of y: merged from the entries of the tiles, or, where all rows are one tile,
-// computed
-/// here by own(first row, rows, sums).
+/// The sums over all rows of y: merged from the entries of the tiles, or, where all rows are one tile,
+/// computed here by own(first row, rows, sums).
 template <class T, class Own>
 __device__ __forceinline__ void whole_sums(const View<T>& view, const Partials<T>& p, T (&sums)[2], Own own) {
   if (p.count == 0) return own(0, view.n * view.outputs, sums);
@@ -324,9 +313,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T> - 1)  // one block fewe
   });
 }
 
-// / The grid of a kernel each of whose blocks merges all entries: at least two rows a thread, and up to 64 as
-// long
-/// as that leaves 64 blocks.
+/// The grid of a kernel each of whose blocks merges all entries: at least two rows a thread, and up to 64 as
+/// long as that leaves 64 blocks.
 inline Grid merging_grid(int64_t rows, int64_t c) {
   const int64_t at_once = kThreads / channel_width(c);
   return channel_grid(rows, c, std::clamp<int64_t>(rows / (64 * at_once), 2, 64));

@@ -1,13 +1,10 @@
 // The moments of the patches of a constant image (patch_gram.h), computed once a task. With q = (1, p), the
-// sum
-// S = sum q q^T over all patches p contains their count, their mean and their products.
+// sum S = sum q q^T over all patches p contains their count, their mean and their products.
 //
 // S is symmetric, so only blocks of 4 x 4 on and below the diagonal are computed, one by each lane of a warp.
-// The
-// warps take turns at chunks of patches. A warp gathers its chunk into shared memory as doubles, where lane e
-// loads element e of every patch. At the end, the block adds up its warps in order, and a second kernel adds
-// up
-// the blocks.
+// The warps take turns at chunks of patches. A warp gathers its chunk into shared memory as doubles, where
+// lane e loads element e of every patch. At the end, the block adds up its warps in order, and a second
+// kernel adds up the blocks.
 //
 // blockIdx: x part of the patches, z task. Numerics: everything in double, where the product of two floats is
 // exact. The twin on the CPU is cpu/patch_gram.cpp.

@@ -14,10 +14,8 @@
 //   Gaussian: s mean_dot / std^2, 2 s log_std_dot;  categorical: s p (z_dot - <p, z_dot>)
 //
 // Threads: one thread computes a Gaussian sample, one dimension after the other. `width` threads of a warp
-// share
-// the logits of a categorical sample (rows.h). log pi is summed in double; k is of type T. There are no
-// barriers;
-// all threads of a warp must call. The twin on the CPU is cpu/policy_loss.cpp.
+// share the logits of a categorical sample (rows.h). log pi is summed in double; k is of type T. There are no
+// barriers; all threads of a warp must call. The twin on the CPU is cpu/policy_loss.cpp.
 #pragma once
 
 #include <cmath>
@@ -115,9 +113,8 @@ __device__ void gaussian_metric(Team team, const LossPart& part, const T* z, con
   }
 }
 
-// / The softmax of a row that `width` threads share: its largest logit, the sum of exponentials relative to
-// it,
-/// and the reciprocal of that sum. `first` is the thread's first column.
+/// The softmax of a row that `width` threads share: its largest logit, the sum of exponentials relative to
+/// it, and the reciprocal of that sum. `first` is the thread's first column.
 template <class T>
 struct Softmax {
   T largest = -INFINITY, sum = 0, scale;

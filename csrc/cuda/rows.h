@@ -30,9 +30,8 @@ __device__ __forceinline__ T row_max(T value, int width) {
   return value;
 }
 
-// / Calls f(row, lane, width, exists) for this thread's rows. All threads of a warp are called equally often,
-// so
-/// that f may shuffle; beyond the last row `exists` is false.
+/// Calls f(row, lane, width, exists) for this thread's rows. All threads of a warp are called equally often,
+/// so that f may shuffle; beyond the last row `exists` is false.
 template <class F>
 __device__ __forceinline__ void each_row(Team team, int64_t n, int64_t c, F f) {
   const int width = row_width(c);

@@ -1,6 +1,5 @@
 // BatchNorm with given statistics mu and var [c], which are constants, over the m = n h w rows of x [m, c].
-// Per
-// channel, with g = grad_y:
+// Per channel, with g = grad_y:
 //
 //   s = (var + eps)^-1/2, xh = (x - mu) s,       y = gamma xh + beta
 //   grad_gamma = sum g xh, grad_beta = sum g,    grad_x = gamma s g
@@ -9,13 +8,10 @@
 //   grad_x_dot = gamma s g_dot + gamma_dot s g
 //
 // Threads: a thread works on one channel (channels.h) and takes rows. One kernel computes the sums over tiles
-// of
-// rows (moments.h); in the next kernel, the first block of each channel group merges them in double. Where no
-// gradient of gamma or beta is wanted, neither runs. Nothing is saved: every thread computes s from var.
-// gamma
-// and beta may be absent (1 and 0); x_dot is absent where the input has no tangent; grad_y may be absent in
-// the
-// backward tangent. The twin on the CPU is cpu/running_norm.cpp.
+// of rows (moments.h); in the next kernel, the first block of each channel group merges them in double. Where
+// no gradient of gamma or beta is wanted, neither runs. Nothing is saved: every thread computes s from var.
+// gamma and beta may be absent (1 and 0); x_dot is absent where the input has no tangent; grad_y may be
+// absent in the backward tangent. The twin on the CPU is cpu/running_norm.cpp.
 #include "cuda/elementwise.h"
 #include "cuda/layers.h"
 #include "cuda/moments.h"

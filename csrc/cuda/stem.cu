@@ -1,8 +1,8 @@
 // The passes of the stem (stem.h): the computations per channel, and how they are combined with the products.
 //
 // Per channel, the threads of a block are arranged as in channels.h, with the elements of a patch as rows.
-// Absent
-// parameters count as zero, gamma as one. blockIdx: y channels, z task. The twin on the CPU is cpu/stem.cpp.
+// Absent parameters count as zero, gamma as one. blockIdx: y channels, z task. The twin on the CPU is
+// cpu/stem.cpp.
 #include <algorithm>
 
 #include "cuda/channels.h"
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   }
 }
 
-// / The cotangent before the pool, from the cotangent of y: rows in window order, zero but for the chosen
+// The cotangent before the pool, from the cotangent of y: rows in window order, zero but for the chosen
 // pixels.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
@@ -149,9 +149,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   give(t.grad_w[3], ch.o, G1, t.add_w[3]);
 }
 
-// / Computes the tangents of the gradients from D' and R1, [patch, o] and [o] in scratch. grad_y may be
-// absent:
-/// then D, G1, G2 and all tangents of the forward pass count as zero.
+/// Computes the tangents of the gradients from D' and R1, [patch, o] and [o] in scratch. grad_y may be
+/// absent: then D, G1, G2 and all tangents of the forward pass count as zero.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     stem_gradients_tangent_kernel(Layer l, Tensors<T> symbolic, const Table* table) {

@@ -1,7 +1,6 @@
 // The stem: y = pool(BatchNorm(conv2d(x))) of a constant x, from the moments (pbar, G) of x's patches p
 // (patch_gram.h). With weights w [patch, o], s = (var + eps)^-1/2, a = gamma s and k = gamma_dot s - a s c,
-// per
-// channel:
+// per channel:
 //
 //   mu = w pbar, var = w G w                          Rmu = w_dot pbar, c = s w_dot G w
 //   y = pool of x * (a w) + beta - a mu               y_dot = x * (a w_dot + k w) + beta_dot - a Rmu - k mu
@@ -11,10 +10,9 @@
 //   grad_w = a u                                      grad_w_dot = a u' + k u
 //
 // where g is the cotangent before the pool. So a forward pass is a convolution with other weights, and a
-// backward
-// pass is a weight gradient (conv2d.h). What stands before the pool is never stored. The rest is small, per
-// channel, and computed in double. The user's bias of the convolution has no effect and no gradient, because
-// BatchNorm subtracts it.
+// backward pass is a weight gradient (conv2d.h). What stands before the pool is never stored. The rest is
+// small, per channel, and computed in double. The user's bias of the convolution has no effect and no
+// gradient, because BatchNorm subtracts it.
 #pragma once
 
 #include "cuda/conv2d.h"
@@ -56,8 +54,7 @@ struct StemSaved {
   }
 };
 
-// / y = pool of x * weights + bias, and the places of the maxima; with `tangent`, y at the places found
-// before.
+// y = pool of x * weights + bias, and the places of the maxima; with `tangent`, y at the places found before.
 template <class T>
 void convolve_and_pool(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms,
                        const T* bias, bool tangent, T* y, uint8_t* places);

@@ -1,13 +1,10 @@
 // y = max-pool of bias + x * w over disjoint 2 x 2 windows, as one product (product.h). The rows of the
-// product
-// are in window order (window_order.h), so that every thread holds whole windows among its sums: the values
-// before the pool stay in registers. In the tangent, the pool takes the sums at the positions that the
-// forward
-// pass chose.
+// product are in window order (window_order.h), so that every thread holds whole windows among its sums: the
+// values before the pool stay in registers. In the tangent, the pool takes the sums at the positions that the
+// forward pass chose.
 //
 // blockIdx: x tile of m, y tile of n, z task. Numerics: as in conv2d_forward.cu; the first of equal values
-// wins,
-// and a NaN wins, as in torch.
+// wins, and a NaN wins, as in torch.
 #include "cuda/run/work.h"
 #include "cuda/stem.h"
 

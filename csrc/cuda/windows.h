@@ -1,14 +1,10 @@
 // Windows that slide over the images of one task, in both directions: the pixels that an output reads, and
-// the
-// outputs that read a pixel. Pixels and outputs are numbered within their sample, row by row.
+// the outputs that read a pixel. Pixels and outputs are numbered within their sample, row by row.
 //
 // The second direction iterates over cells. A cell is stride_h x stride_w pixels; cell (a, b) starts where
-// window
-// (a, b) does. Which windows contain a pixel then follows from its position within the cell, without a
-// division:
-// row o of a cell lies in the windows a, a - 1, ... a - (kernel_h - 1 - o) / stride_h. Pixels before the
-// first
-// window or after the last belong to cells whose windows do not exist.
+// window (a, b) does. Which windows contain a pixel then follows from its position within the cell, without a
+// division: row o of a cell lies in the windows a, a - 1, ... a - (kernel_h - 1 - o) / stride_h. Pixels
+// before the first window or after the last belong to cells whose windows do not exist.
 
 #include <algorithm>
 
@@ -53,7 +49,7 @@ __device__ __forceinline__ void each_pixel_of(const Windows& w, int output, F f)
   }
 }
 
-// / The largest value(pixel) that `output` reads, and its pixel: the first of equal ones; a NaN wins, as in
+// The largest value(pixel) that `output` reads, and its pixel: the first of equal ones; a NaN wins, as in
 // torch.
 template <class T>
 struct Largest {
@@ -121,10 +117,9 @@ __device__ __forceinline__ void each_item(const Lanes& lanes, int n, int items, 
   });
 }
 
-// / Calls f(at, chosen) for the input elements of this thread's channel in its share of the cells;
-// chosen(each)
-/// calls each(output element) for every output that chose this pixel, in ascending order. `places`
-/// [n, out_h, out_w, c] starts at this thread's channel, and elements are counted from there.
+/// Calls f(at, chosen) for the input elements of this thread's channel in its share of the cells;
+/// chosen(each) calls each(output element) for every output that chose this pixel, in ascending order.
+/// `places` [n, out_h, out_w, c] starts at this thread's channel, and elements are counted from there.
 template <class F>
 __device__ __forceinline__ void each_place(const Windows& w, const Lanes& lanes, int n, int cells, int64_t c,
                                            const int32_t* places, F f) {

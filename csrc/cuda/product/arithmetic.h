@@ -1,36 +1,28 @@
 // The arithmetic of one warp: it multiplies one slab of k, which stands in shared memory, into an M x N tile
-// of
-// sums in registers. There are four arithmetics:
+// of sums in registers. There are four arithmetics:
 //
 //   Simt<T>   ordinary multiply-adds of T; each sum runs in ascending k
 //   Tf32      matrix instructions on operands rounded to 10 bits of fraction
 //   Bf16      matrix instructions on operands rounded to 7 bits of fraction
 //   Bf16x3    matrix instructions on bf16 pairs, x = hi + lo: the sum of lo hi, hi lo and hi hi has a
-// relative
-//             error of about 2e-5
+//             relative error of about 2e-5
 //
 // All of them read V x V blocks of the operand tiles (tile_layout.h); `base` is the index at which this
-// warp's
-// part of the tile starts.
+// warp's part of the tile starts.
 //
 // Simt: with i = lane / 8 and j = lane % 8, a thread takes the blocks i, i + 4, .. of A and j, j + 8, .. of
-// B. It
-// goes through all k of the slab, one q after the other.
+// B. It goes through all k of the slab, one q after the other.
 //
 // Matrix instructions: a warp computes C^T = B^T A^T, 16 columns n by 8 rows m an instruction. With g = lane
-// / 4
-// and t = lane % 4, a lane reads the blocks (g, q = t) of both operands. The result does not depend on which
-// k an
-// instruction calls first, only both operands must use the same order. So each lane feeds its own four
-// consecutive k, 4 t .. 4 t + 3, in pairs, as they were loaded (where the tile is contiguous in k, without
-// moves). Row or column g of group x is index 4 g + x. A thread's sums are then columns 4 g .. 4 g + 3, which
-// is
-// one whole vector, of rows 8 t .. 8 t + 7.
+// 4 and t = lane % 4, a lane reads the blocks (g, q = t) of both operands. The result does not depend on
+// which k an instruction calls first, only both operands must use the same order. So each lane feeds its own
+// four consecutive k, 4 t .. 4 t + 3, in pairs, as they were loaded (where the tile is contiguous in k,
+// without moves). Row or column g of group x is index 4 g + x. A thread's sums are then columns 4 g .. 4 g +
+// 3, which is one whole vector, of rows 8 t .. 8 t + 7.
 //
 // `Sums` is what a thread holds: kRows x kColumns elements of the warp's tile; at(r, c) is element (row(r),
 // column(c)). Columns come in vectors of V. The four lanes that are kRowLane and 2 kRowLane apart hold the
-// same
-// columns, and kStatisticsRows consecutive rows of the tile are kGroupRows rows of each of these lanes.
+// same columns, and kStatisticsRows consecutive rows of the tile are kGroupRows rows of each of these lanes.
 // kStatisticsRows consecutive rows of the tile are kGroupRows of each.
 #pragma once
 
@@ -102,9 +94,8 @@ struct Simt {
   }
 };
 
-// / The sums of the matrix instructions: tile[i][j] is C^T of group i of the rows m by groups 2 j, 2 j + 1 of
-// the
-/// columns n.
+/// The sums of the matrix instructions: tile[i][j] is C^T of group i of the rows m by groups 2 j, 2 j + 1 of
+/// the columns n.
 template <int M, int N>
 struct MatrixSums {
   static constexpr int kRows = M / 4, kColumns = N / 8, kGroupRows = kStatisticsRows / 4, kRowLane = 1;
@@ -116,9 +107,8 @@ struct MatrixSums {
   static __device__ __forceinline__ int column(int lane, int c) { return c / 4 * 32 + lane / 4 * 4 + c % 4; }
 };
 
-// / The product by matrix instructions. `Words` holds the four k of one index as operands, a word for each
-// pair
-/// of slots that it fills.
+/// The product by matrix instructions. `Words` holds the four k of one index as operands, a word for each
+/// pair of slots that it fills.
 template <class Words>
 struct MatrixArithmetic {
   using T = float;

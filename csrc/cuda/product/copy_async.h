@@ -2,19 +2,16 @@
 // emulation.
 //
 // A thread issues copies and closes them into a group. Later it waits until at most a given number of its
-// latest
-// groups is still in flight; a barrier then makes the data of all threads visible to all. The copies go
-// through
-// the L1 cache (.ca), because a convolution reads most elements once for each tap.
+// latest groups is still in flight; a barrier then makes the data of all threads visible to all. The copies
+// go through the L1 cache (.ca), because a convolution reads most elements once for each tap.
 #pragma once
 
 #include "cuda/run/platform.h"
 
 namespace maml::cuda {
 
-// / Copies `Bytes` (4, 8 or 16; both addresses are aligned to them). Where not `inside`, writes zeros and
-// reads
-/// nothing; `from` must be aligned even then.
+/// Copies `Bytes` (4, 8 or 16; both addresses are aligned to them). Where not `inside`, writes zeros and
+/// reads nothing; `from` must be aligned even then.
 template <int Bytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
 #ifdef __CUDACC__

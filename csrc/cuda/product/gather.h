@@ -1,8 +1,7 @@
 // The operands of a convolution's products: where each element stands in memory.
 //
 // An operand has an outer index (m of A, n of B) and the inner index k. The offset of an element is the sum
-// of
-// one part that depends on the outer index and one that depends on k:
+// of one part that depends on the outer index and one that depends on k:
 //
 //   Gathered    an image [sample, h, w, c] that is read at (pixel, tap and channel). Pixel p is (sample, u,
 // v),
@@ -23,9 +22,8 @@
 
 namespace maml::cuda {
 
-// / Division of 0 <= x < 2^31 by a constant d (d = 0 counts as 1): x ceil(2^(31 + l) / d) >> (31 + l), with
-// the
-/// smallest l for which 2^l >= d.
+/// Division of 0 <= x < 2^31 by a constant d (d = 0 counts as 1): x ceil(2^(31 + l) / d) >> (31 + l), with
+/// the smallest l for which 2^l >= d.
 struct Divisor {
   uint32_t divisor = 1, multiplier = 1u << 31, shift = 31;
 
@@ -117,7 +115,7 @@ struct Gather {
     const int r = by_taps_w.quotient(t), s = by_taps_w.remainder(t, r);
     return {(r * w + s) * c + channel, r * 65536 + s};
   }
-  // / Row and column are inside the image if the high bit of their half is clear both in `at` and in at +
+  // Row and column are inside the image if the high bit of their half is clear both in `at` and in at +
   // beyond.
   __device__ __forceinline__ Element element(const Place& a, const Place& b) const {
     const uint32_t at = static_cast<uint32_t>(a.at) + static_cast<uint32_t>(b.at);
@@ -162,7 +160,7 @@ struct Rows {
   __device__ __forceinline__ Element element(int a, int b) const { return {a + b, (a | b) >= 0}; }
 };
 
-// / B[(tap, o), n] of weights [tap, n, o]: tap (r, s) of a parity class starts at offset first - r row - s
+// B[(tap, o), n] of weights [tap, n, o]: tap (r, s) of a parity class starts at offset first - r row - s
 // column.
 struct Taps {
   static constexpr bool kAlongK = true;

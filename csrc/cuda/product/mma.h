@@ -1,8 +1,6 @@
 // The matrix instructions for products of reduced precision, the rounding of their operands, and plain
-// functions
-// that replace both in the emulation. One warp computes D = A B + D with A [16, k], B [k, 8], and D [16, 8]
-// of
-// float32.
+// functions that replace both in the emulation. One warp computes D = A B + D with A [16, k], B [k, 8], and D
+// [16, 8] of float32.
 //
 // With g = lane / 4 and t = lane % 4 a thread holds
 //   d = D[g, 2t], D[g, 2t + 1], D[g + 8, 2t], D[g + 8, 2t + 1]
@@ -11,8 +9,7 @@
 // k;
 //                  b = B[2t.., g], B[2t + 8.., g]
 // The emulation rounds operands as the instruction does and sums in float32, in ascending k, starting from d.
-// The
-// hardware sums in another order and with a few extra bits, so results may differ in the last places.
+// The hardware sums in another order and with a few extra bits, so results may differ in the last places.
 #pragma once
 
 #include <cstdint>
@@ -21,9 +18,9 @@
 
 namespace maml::cuda {
 
-// / x rounded to 10 bits of fraction, to nearest, ties away from zero. Equals cvt.rna.tf32.f32 but for the 13
-// low
-/// bits, which the matrix instruction does not read. Written out because the compiler then emits fewer moves.
+/// x rounded to 10 bits of fraction, to nearest, ties away from zero. Equals cvt.rna.tf32.f32 but for the 13
+/// low bits, which the matrix instruction does not read. Written out because the compiler then emits fewer
+/// moves.
 __device__ __forceinline__ uint32_t to_tf32(float x) {
   const bool finite = fabsf(x) < __uint_as_float(0x7f800000u);
   return __float_as_uint(x) + (finite ? 0x1000u : 0u);
@@ -68,9 +65,8 @@ struct Operands {
   uint32_t a[4], b[2];
 };
 
-// / d of this lane. a_of(operands of all lanes, i, half, k) and b_of(operands of all lanes, column, k) return
-// one
-/// element of A or B.
+/// d of this lane. a_of(operands of all lanes, i, half, k) and b_of(operands of all lanes, column, k) return
+/// one element of A or B.
 template <int Depth, class A, class B>
 void mma(float (&d)[4], const Operands& mine, A a_of, B b_of) {
   Operands lanes[32];

@@ -7,19 +7,15 @@
 //
 // Threads: Tile::kSlices groups of warps share a stage. Each group multiplies one slab (kSlab of k) of every
 // stage; at the end the first group adds up the sums of all groups, in order. Within a group, kWarpsM x
-// kWarpsN
-// warps cover the tile, and each computes a part of kWarpM x kWarpN (arithmetic.h).
+// kWarpsN warps cover the tile, and each computes a part of kWarpM x kWarpN (arithmetic.h).
 //
 // Shared memory: a ring of kStages stages; each holds, for every slice, a slab of A and a slab of B
 // (tile_layout.h). While one stage is multiplied, the next kStages - 1 are being copied (copy_async.h): 16
-// bytes
-// a copy where channel counts and addresses allow, else single elements. A stage may be overwritten once
-// every
-// thread has passed the next barrier.
+// bytes a copy where channel counts and addresses allow, else single elements. A stage may be overwritten
+// once every thread has passed the next barrier.
 //
 // Numerics: elements outside an operand are zeros that take part in the sums, so a NaN or an infinity
-// opposite
-// them yields NaN. The order of sums depends on the tile alone.
+// opposite them yields NaN. The order of sums depends on the tile alone.
 #pragma once
 
 #include "cuda/product/arithmetic.h"
@@ -82,9 +78,8 @@ class Filler {
   static constexpr int kOuters = Operand::kAlongK ? 4 * Indices / Threads : Indices / (8 * V);
   static_assert(kOuters > 0 && (!Operand::kAlongK || 4 * Indices % Threads == 0));
 
-  // / Block (base, lane) and vector x of this thread's i-th outer index. AlongK determines x; AlongIndex
-  // covers
-  /// all x.
+  /// Block (base, lane) and vector x of this thread's i-th outer index. AlongK determines x; AlongIndex
+  /// covers all x.
   struct Row {
     int base, lane, x;
   };
@@ -165,7 +160,7 @@ class Product {
   static constexpr int kSharedBytes =
       most(Tile::kStages * kStage, (Tile::kSlices - 1) * Tile::kGroup * kSums) * static_cast<int>(sizeof(T));
 
-  // / Where this thread's sums stand in C. `owner`: the thread belongs to the first slice, which holds the
+  // Where this thread's sums stand in C. `owner`: the thread belongs to the first slice, which holds the
   // totals.
   struct Position {
     int lane, m, n;  // of the warp's tile
@@ -180,9 +175,8 @@ class Product {
   }
 
   /// Sums over k of [begin, end) in each term; `begin` is a multiple of kDepth. `look(term, slabs of B,
-  // / LayoutB)` is called for each stage while it stands in shared memory. Afterwards, and after a barrier,
-  // the
-  /// caller may use the shared memory.
+  /// LayoutB)` is called for each stage while it stands in shared memory. Afterwards, and after a barrier,
+  /// the caller may use the shared memory.
   template <class Look>
   static __device__ __forceinline__ void compute(const A& a, const B& b, const Terms<T>& terms,
                                                  const Table& table, int64_t task, int m0, int n0, int begin,
@@ -270,8 +264,7 @@ __device__ __forceinline__ void put(T* to, const T (&values)[kVector<T>], int le
   }
 }
 
-// / Writes a thread's sums. Row r of C starts at place(row), or is not written where that is null; `n`
-// columns.
+// Writes a thread's sums. Row r of C starts at place(row), or is not written where that is null; `n` columns.
 template <class Product, class Place>
 __device__ __forceinline__ void write(const typename Product::Position& at, typename Product::Sums& sums,
                                       int n, bool vectors, bool add, Place place) {

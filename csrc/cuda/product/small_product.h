@@ -1,14 +1,12 @@
 // The linear layer of the megakernel: products of matrices that already stand in shared memory and are too
-// small
-// for tiles.
+// small for tiles.
 //
 //   forward    y = b + x w                          y_dot = b_dot + x_dot w + x w_dot
 //   backward   grad_w = x^T g, grad_b = sum g, grad_x = g w^T; the tangent of each is a sum of two products
 //
 // Each thread computes blocks of 2 x 2 outputs, one after the other, directly from shared memory. Sums run in
 // ascending order of the inner index, first term first. The products of one pass are independent: their
-// blocks
-// form one list, and no thread waits between products.
+// blocks form one list, and no thread waits between products.
 #pragma once
 
 #include "cuda/run/launch.h"
@@ -16,9 +14,8 @@
 
 namespace maml::cuda {
 
-// / c[i, j] (+)= bias[j] + sum over terms and k of a[i, k] b[k, j], all with strides. A term whose `a` is
-// null is
-/// absent.
+/// c[i, j] (+)= bias[j] + sum over terms and k of a[i, k] b[k, j], all with strides. A term whose `a` is
+/// null is absent.
 template <class T>
 struct SmallProduct {
   struct Term {
@@ -82,8 +79,7 @@ __device__ __forceinline__ SmallProduct<T> linear_product(const Layer& l,
   return {static_cast<int>(l.n), out, in, {first, second}, in, 1, out, 1, out, bias, y, false};
 }
 
-// / The gradients of a linear layer, one or two terms each: pairs (x, g) give grad_w, pairs (g, w) give
-// grad_x.
+// The gradients of a linear layer, one or two terms each: pairs (x, g) give grad_w, pairs (g, w) give grad_x.
 template <class T>
 __device__ __forceinline__ void linear_gradients(Team team, const Layer& l,
                                                  const typename SmallProduct<T>::Term (&x_g)[2],

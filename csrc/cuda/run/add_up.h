@@ -1,10 +1,11 @@
-// The sum over tasks, in double and in order of tasks, so that neither chunks nor neighbours change its bits:
+// The sums over tasks, in double and in order of tasks. Their bits depend neither on how tasks are divided
+// into chunks nor on the grid:
 //
 //   gradient[i] = sum_t weight_t result_t[i],      loss = sum_t weight_t task_loss_t
 //
-// One thread owns one element of the result and reads the tasks' one after the other; neighbouring threads
-// read neighbouring elements. Rows of blocks along y: parameters, rate tensors, and one row for the loss.
-// Between chunks of tasks the sums wait in `totals`.
+// One thread owns one element of the result and reads it from one task after the other; consecutive threads
+// read consecutive elements. Each parameter and each rate tensor has a row of blocks along y, and one more
+// row sums the loss. Between chunks of tasks, the partial sums are kept in `totals`.
 #pragma once
 
 #include "cuda/run/layout.h"
@@ -14,13 +15,13 @@
 namespace maml::cuda {
 
 struct AddUp {
-  int64_t tasks, all_tasks;  // of this chunk, of the call
-  int64_t totals, result;    // Layout
-  double equal_weight;       // where no weights are given
-  bool first, last;          // chunk
+  int64_t tasks, all_tasks;  // of this chunk; of the call
+  int64_t totals, result;    // offsets (Layout)
+  double equal_weight;       // used where the call gives no weights
+  bool first, last;          // whether this is the first chunk, and the last
 };
 
-/// One element: its total so far and its tasks of this chunk.
+/// Element i of the result: its total so far plus the tasks of this chunk.
 template <class T>
 __device__ double sum_of_tasks(const AddUp& a, const Table& chunk, int64_t i) {
   const T* weights = resolve(place<const T>(Region::task_weights), chunk, 0);
@@ -35,7 +36,7 @@ __device__ double sum_of_tasks(const AddUp& a, const Table& chunk, int64_t i) {
   return sum;
 }
 
-/// The losses of all tasks: each thread some in order, then halves of the block.
+/// The loss, summed over all tasks: each thread sums its tasks in order, then a tree sums over the block.
 template <class T>
 __device__ void sum_losses(const AddUp& a, const Table& call) {
   __shared__ double sums[kReductionThreads];
@@ -54,7 +55,7 @@ __device__ void sum_losses(const AddUp& a, const Table& call) {
   if (thread == 0) *resolve(place<T>(Region::loss), call, 0) = static_cast<T>(sums[0]);
 }
 
-/// `chunk` and `call`: the tables of this chunk and of the first one.
+/// `chunk`: the table of this chunk; `call`: the table of the first chunk, where the call's outputs start.
 template <class T>
 __global__ void __launch_bounds__(kReductionThreads)
     add_up_kernel(AddUp a, Image image, const Table* chunk, const Table* call) {

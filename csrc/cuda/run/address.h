@@ -1,7 +1,8 @@
-// Symbolic addresses. The algorithm (meta_gradient.h) computes with pointers of one task and follows none of
-// them, so on this backend they name a place instead: a region, and a byte within it. A kernel looks the
-// region up in the call's table and finds its own task's part. So one list of launches serves every call of
-// the same shapes, in a CUDA graph too, wherever that call's tensors stand.
+// Symbolic addresses. The algorithm (meta_gradient.h) passes pointers of one task around but never
+// dereferences them. On this backend such a pointer is no address: it holds a region and a byte offset within
+// it. A kernel looks the region up in the call's table and computes the address for its own task. One list of
+// launches, or one CUDA graph, therefore serves every call with the same shapes, wherever that call's tensors
+// are.
 #pragma once
 
 #include "cuda/run/platform.h"
@@ -11,7 +12,7 @@ namespace maml::cuda {
 
 enum class Region : int {
   none,
-  shared,  // what all tasks read: packed parameters and rates
+  shared,  // read by all tasks: packed parameters and rates
   task,    // one task's part of the workspace
   x_support,
   y_support,
@@ -24,23 +25,23 @@ enum class Region : int {
   logits,
   support_losses,
   task_losses,
-  cotangent,  // of the prediction
+  cotangent,  // the cotangent of the prediction
   task_weights,
   query_weights,  // [steps + 1]
   loss,
-  gradient,  // flat, as the user gets it
+  gradient,  // the flat gradient, in the user's order of elements
   count
 };
 
-/// Where a tensor stands, and how many bytes lie between one task's part and the next one's (0: they share
-/// it).
+/// Where a tensor starts, and how many bytes lie between the parts of two consecutive tasks (0: all tasks
+/// share one part).
 struct Span {
   unsigned char* start;
   int64_t stride;
 };
 
-/// A call as kernels see it: the spans of its regions, and behind them those of the user's tensors
-/// (description.h).
+/// One call as kernels see it: the spans of its regions, followed by those of the user's parameters, rates
+/// and so on (SpanOrder in description.h).
 struct Table {
   Span regions[static_cast<int>(Region::count)];
 };
@@ -54,7 +55,7 @@ __host__ __device__ inline T* place(Region region, int64_t element = 0) {
   return reinterpret_cast<T*>((static_cast<uint64_t>(region) << kRegionShift) + element * sizeof(T));
 }
 
-/// Where a symbolic address stands for one task; null for null, and in a region that this call lacks.
+/// The address of a symbolic address for one task; null for null, and where the call lacks the region.
 template <class T>
 __device__ __forceinline__ T* resolve(T* symbolic, const Table& table, int64_t task) {
   const uint64_t word = reinterpret_cast<uint64_t>(symbolic);

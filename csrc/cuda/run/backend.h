@@ -1,5 +1,5 @@
-// The CUDA backend as the bindings see it. Streams and device memory are plain addresses here, so that nobody
-// else needs the CUDA headers.
+// The interface of the CUDA backend to the bindings. Streams and device memory are void pointers here, so
+// that the bindings compile without the CUDA headers.
 #pragma once
 
 #include <memory>
@@ -10,14 +10,14 @@
 
 namespace maml::cuda {
 
-/// What the planner must know of this backend's layers.
+/// What the planner must know about this backend's layers.
 LayerTraits traits();
 
-/// Which of the two executors serves a problem: one block a task with everything in shared memory
-/// (megakernel.h), or kernels over all tasks (batched.h).
+/// The executor that serves a problem: the megakernel, one block a task with all its state in shared memory
+/// (megakernel.h); or batched, kernels over all tasks (batched.h).
 enum class Executor { megakernel, batched };
 
-/// The kernels of a call as a CUDA graph, which reads the spans of each run at one address.
+/// The kernels of a call as a CUDA graph. Each replay reads its spans from the same table in device memory.
 class Graph {
  public:
   Graph(void* executable, void* table) : executable_(executable), table_(table) {}
@@ -31,8 +31,8 @@ class Graph {
   void *executable_, *table_;
 };
 
-/// A problem made ready for one device, with what its calls share. Errors of CUDA are std::runtime_errors
-/// that name the kernel.
+/// A problem prepared for one device, with the state that its calls share. CUDA errors are thrown as
+/// std::runtime_error with the kernel's name.
 template <class T>
 class Runner {
  public:
@@ -42,18 +42,19 @@ class Runner {
 
   Executor executor() const;
 
-  /// Elements of workspace that a call needs.
+  /// The number of elements of workspace that a call needs.
   int64_t workspace(int64_t tasks, int64_t at_once) const;
 
-  /// Enqueues a call, in a capture of the user's too. The first one also writes to the device what kernels
-  /// must know of the plan, and waits for that alone.
+  /// Enqueues a call; the stream may be in a capture of the user's. The first call also writes the
+  /// description of the plan to the device and waits for that copy; nothing else waits.
   void run(const Call<T>& call, void* stream) const;
 
-  /// A call like this one as a graph over `table`, device memory of table_bytes that stands as long as the
-  /// graph does. Only for Executor::batched: the other one is a single launch already. Nothing is computed.
+  /// Captures a call as a graph that reads its spans from `table`: device memory of table_bytes() bytes that
+  /// must outlive the graph. Only for Executor::batched, because the megakernel is a single launch already.
+  /// Captures without computing anything.
   int64_t table_bytes(const Call<T>& call) const;
   Graph capture(const Call<T>& call, void* table) const;
-  /// Enqueues a call like the captured one: the same tasks, the same tensors present, other addresses.
+  /// Enqueues a call through a captured graph: it has the same tasks and the same tensors, at any addresses.
   void run(const Call<T>& call, const Graph& graph, void* stream) const;
 
  private:

@@ -1,4 +1,5 @@
-// What kernels read beside their own arguments: of a plan, its image, written to the device once; of a call,
+// What kernels read besides their arguments. Of the plan: its description, written to the device once. Of a
+// call:
 // its spans, one for each region and for each of the user's tensors.
 #pragma once
 
@@ -13,31 +14,31 @@
 
 namespace maml::cuda {
 
-/// A parameter: in the user's order [rows, columns, taps] of `size` elements, packed [taps, columns, rows]
-/// from `at`.
+/// A parameter of `size` elements: [rows, columns, taps] in the user's order; packed as [taps, columns,
+/// rows], from offset `at`.
 struct ParameterInfo {
   int64_t size, rows, taps, at;
-  int64_t gradient_at;  // in the flat gradient; -1: frozen
+  int64_t gradient_at;  // offset in the flat gradient; -1: frozen
 };
 
-/// A rate tensor: packed from `at`; elementwise where it has a parameter's order of elements.
+/// A rate tensor, packed from offset `at`. An elementwise one has the order of elements of its parameter.
 struct RateInfo {
   int64_t size, at;
-  int64_t parameter;  // or -1
+  int64_t parameter;  // of an elementwise rate; else -1
   int64_t result_at,
-      gradient_at;  // its gradient, in a task's result and in the flat gradient; -1: not learned
+      gradient_at;  // offsets of its gradient in a task's result and in the flat gradient; -1: not learned
 };
 
-/// The plan on the device.
+/// The plan in device memory, as kernels take it by value.
 struct Image {
   const ParameterInfo* parameters;
   const RateInfo* rates;
-  const RateSlice* slices;  // [steps with rates of their own, slices_a_step]
-  const void* program;      // of the megakernel
+  const RateSlice* slices;  // [inner steps with different rates, slices_a_step]
+  const void* program;      // the megakernel's instructions
   int parameter_count, rate_count, slices_a_step, program_length;
 };
 
-/// The image as bytes to be written to the device, and its view there.
+/// The bytes that are copied to the device; append() returns the offset of the items.
 class ImageBytes {
  public:
   template <class Item>
@@ -54,7 +55,7 @@ class ImageBytes {
   std::vector<unsigned char> bytes_;
 };
 
-/// Where the spans of a call's tensors stand behind those of its regions.
+/// The indices of the call's tensors among its spans; the spans of the regions come first.
 struct SpanOrder {
   int parameters, rates, given, per_task, count;
   SpanOrder(int parameter_count, int rate_count, bool has_given, bool has_per_task) {
@@ -66,8 +67,8 @@ struct SpanOrder {
   }
 };
 
-/// Writes whole words to device memory in the order of the stream. They travel as arguments of kernels: in a
-/// graph or out of it, and no memory of the host has to stay.
+/// Writes whole 8-byte words to device memory, in stream order. The data are passed as kernel arguments: this
+/// works inside a graph capture too, and no host memory has to outlive the call.
 void send(cudaStream_t stream, const void* from, size_t bytes, void* to);
 
 }  // namespace maml::cuda

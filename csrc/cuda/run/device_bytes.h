@@ -1,4 +1,4 @@
-// What a plan keeps on its device: memory of its own, written once, that the kernels of every call read.
+// Device memory that a plan owns: written once, read by the kernels of every call.
 #pragma once
 
 #include <memory>
@@ -10,7 +10,7 @@
 
 namespace maml::cuda {
 
-/// As long as it stands, what this thread asks of CUDA is no part of a capture that goes on, and ends none.
+/// While an object exists, CUDA calls of this thread are neither part of a capture in progress nor end it.
 class OutsideCaptures {
  public:
   OutsideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
@@ -23,8 +23,8 @@ class OutsideCaptures {
 
 class DeviceBytes {
  public:
-  /// Complete when this returns, for every stream and for graphs that are being captured: the copy is on a
-  /// stream of its own, and all that is waited for.
+  /// Copies `bytes` and waits for the copy, so that the data are there for every stream and for graphs that
+  /// are being captured. The copy has a stream of its own, and nothing else is waited for.
   DeviceBytes(int device, const std::vector<unsigned char>& bytes) {
     const OnDevice on(device);
     const OutsideCaptures outside;
@@ -51,12 +51,12 @@ class DeviceBytes {
   std::unique_ptr<void, Free> memory_;
 };
 
-/// Lets them stay as long as the process: a graph of the user's reads them, which may be replayed at any
-/// time.
+/// Keeps the memory until the process ends: a graph that the user has captured reads it, and may be replayed
+/// at any time.
 inline void keep_forever(const std::shared_ptr<const DeviceBytes>& bytes) {
   static std::mutex mutex;
   static auto& kept =
-      *new std::set<std::shared_ptr<const DeviceBytes>>;  // never freed: CUDA may be gone by then
+      *new std::set<std::shared_ptr<const DeviceBytes>>;  // never freed: CUDA may be shut down before it
   const std::lock_guard lock(mutex);
   kept.insert(bytes);
 }

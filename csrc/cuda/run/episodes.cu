@@ -1,18 +1,19 @@
-// Episodes drawn on the GPU out of a data set that lives there (episodes.h), in one launch.
+// Draws episodes from a data set in GPU memory (episodes.h), in one launch.
 //
-//   x[task, image, c, i, j] = values[c, pixel (c, i, j) of the image drawn, turned as its class is]
-//   y[task, image] = the class's number in the episode
+//   x[task, image, c, i, j] = values[c, pixel (c, i, j) of the image drawn, rotated as its class is]
+//   y[task, image] = the number of the class within the episode
 //
-// A block shows one image of one task. First it learns which: for class `way` and sample `index` it needs
-// place `way` and place `index` of two shuffles, and instead of shuffling it follows that one place back
-// through the steps before (pick). Their partners are independent, so each thread computes one; then all
-// threads walk through them together, in shared memory that broadcasts. Then the block copies, a pixel a
-// thread: bytes read in order (in columns where the image is turned by 90 or 270 degrees: it is in the L1
-// cache then), floats written in order. A pixel has 256 values, so that normalisation is a look-up, 1 KB a
-// channel, which stays in the L1 cache; the host has computed the table, and every backend gives the same
-// bits.
+// A block writes one image of one task. First it finds out which image: for class `way` and sample `index` it
+// needs element `way` and element `index` of two shuffles. Instead of shuffling, it traces that one position
+// back through the steps of the shuffle (pick). The random partners of the steps are independent, so that
+// each thread computes one; then all threads go through them together, in shared memory, where all read the
+// same word (a broadcast). Then the block copies, one pixel a thread: bytes are read in order (in columns if
+// the image is rotated by 90 or 270 degrees; they then come from the L1 cache), floats are written in order.
+// A pixel has 256 possible values, so normalisation is a table look-up, 1 KB a channel, which stays in the L1
+// cache. The host has computed the table, so that every backend gives the same bits.
 //
-// Limits: images of less than 2^31 pixels, 2^31 - 1 images a launch. 128 threads, 512 bytes of shared memory.
+// Limits: images of less than 2^31 pixels, at most 2^31 - 1 images a launch. 128 threads and 512 bytes of
+// shared memory a block. The twin on the CPU is cpu/run/episodes.cpp.
 #include "cuda/run/on_device.h"
 #include "episodes.h"
 
@@ -21,13 +22,15 @@ namespace {
 
 constexpr int kThreads = kSmallTiles ? 32 : 128;
 
-/// What a shuffle leaves at place i. Step j <= i is the last one that changes place j, so that what stands at
-/// a place after it stood at j before it if that place was j's partner.
+/// The element that a shuffle leaves at position i. Step j swaps position j with partner(j) >= j, so step i
+/// is the last one that changes position i, and the element stood at partner(i) before it. From there back
+/// through the steps j < i: an element that is at `place` after step j was at j before it if partner(j) is
+/// `place`, else at `place`.
 __device__ __forceinline__ uint32_t pick(const Shuffle& shuffle, uint32_t i, uint32_t* partners) {
   uint32_t place = shuffle.partner(i);
-  for (uint32_t end = i; end > 0;) {  // steps [begin, end), the last ones first
+  for (uint32_t end = i; end > 0;) {  // the steps [begin, end), from the last to the first
     const uint32_t begin = end > kThreads ? end - kThreads : 0;
-    __syncthreads();  // until all have walked through those before
+    __syncthreads();  // all threads are done with the previous partners
     if (begin + threadIdx.x < end) partners[threadIdx.x] = shuffle.partner(begin + threadIdx.x);
     __syncthreads();
     for (uint32_t j = end; j-- > begin;) {

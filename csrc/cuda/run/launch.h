@@ -1,5 +1,4 @@
-// Launching kernels: one place for the stream, the number of tasks, and the error that carries the kernel's
-// name.
+// Launching kernels: the one place for the stream, the number of tasks, and errors that name the kernel.
 #pragma once
 
 #include <mutex>
@@ -12,7 +11,7 @@
 
 namespace maml::cuda {
 
-/// A CUDA call that failed, with what was being done.
+/// A CUDA call failed; the message says what was being done.
 struct Failed : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -21,7 +20,7 @@ inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw Failed(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-/// Bytes of shared memory that a kernel declares itself, beside what a launch gives it.
+/// The bytes of static shared memory of a kernel.
 template <class... Params>
 size_t static_shared_bytes(void (*kernel)(Params...)) {
   cudaFuncAttributes own{};
@@ -30,7 +29,7 @@ size_t static_shared_bytes(void (*kernel)(Params...)) {
   return own.sharedSizeBytes;
 }
 
-/// The most shared memory that a block can have on a device.
+/// The most shared memory that a block can use on a device.
 inline size_t most_shared_bytes(int device) {
   int most = 0;
   check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
@@ -38,9 +37,9 @@ inline size_t most_shared_bytes(int device) {
   return static_cast<size_t>(most);
 }
 
-/// Lets launches give a kernel all the shared memory that a block can have: without, it is 48 KB. Once for
-/// each kernel and device, and always the same, so that no thread takes back what another one is about to
-/// use.
+/// Lets launches give a kernel all the shared memory that a block can use; CUDA's default limit is 48 KB.
+/// Done once for each kernel and device. The value is always the same, so that no thread lowers the limit
+/// that another one is about to use.
 template <class... Params>
 void allow_shared_memory(void (*kernel)(Params...)) {
   static std::mutex mutex;
@@ -56,33 +55,33 @@ void allow_shared_memory(void (*kernel)(Params...)) {
   allowed.emplace(kernel, device);
 }
 
-/// Blocks (x, y) of one task; the task itself is blockIdx.z.
+/// The blocks (x, y) of one task; blockIdx.z is the task.
 struct Grid {
   int64_t x = 1, y = 1;
 };
 
-/// A second stream in a capture, and what orders it and the first: kernels launched on it are a parallel
-/// branch of the graph.
+/// A second stream within a graph capture, with the events that order it with the first: kernels launched on
+/// it become a parallel branch of the graph.
 struct Branch {
   cudaStream_t stream = nullptr;
   cudaEvent_t forked = nullptr, done = nullptr;
 };
 
-/// Launches kernels for all tasks of a call, in the order of the calls. A kernel takes symbolic addresses and
-/// the table that resolves them, or real addresses alone.
+/// Launches kernels for all tasks of a call, in the order of the calls. A kernel takes symbolic addresses
+/// and the table that resolves them, or real addresses only.
 struct Launcher {
   cudaStream_t stream;
   int64_t tasks;
   const Table* table;              // on the device
-  const Branch* branch = nullptr;  // or null: there is one stream alone
+  const Branch* branch = nullptr;  // null: there is one stream only
 
-  /// Launches on the branch, which begins where this stream is.
+  /// A launcher on the branch; its kernels start after those launched here so far.
   Launcher fork() const {
     check(cudaEventRecord(branch->forked, stream), "forking the graph");
     check(cudaStreamWaitEvent(branch->stream, branch->forked, 0), "forking the graph");
     return {branch->stream, tasks, table};
   }
-  /// What follows waits for the branch.
+  /// Makes the following kernels wait for the branch.
   void join() const {
     check(cudaEventRecord(branch->done, branch->stream), "joining the graph's branches");
     check(cudaStreamWaitEvent(stream, branch->done, 0), "joining the graph's branches");
@@ -104,7 +103,7 @@ struct Launcher {
 
 inline int64_t blocks_for(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
 
-/// The threads that work on one instruction of one task together: some blocks of a grid, or one block alone.
+/// The threads that work together on one instruction of one task: some blocks of a grid, or a single block.
 struct Team {
   int block, blocks;
   __device__ __forceinline__ int64_t first() const {
@@ -115,12 +114,12 @@ struct Team {
   }
 };
 
-/// The team of a kernel launched for one task's blocks along x.
+/// All blocks along x, in a kernel launched for one task's blocks.
 __device__ __forceinline__ Team grid_team() {
   return {static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)};
 }
 
-/// The team of one block.
+/// A single block.
 __device__ __forceinline__ Team block_team() { return {0, 1}; }
 
 }  // namespace maml::cuda

@@ -1,25 +1,25 @@
-// What stands where in a call's workspace: the spans, then what all tasks share, then one part for each task
-// at work.
+// The layout of a call's workspace: the spans, then the elements that all tasks share, then one part for each
+// task in flight.
 #pragma once
 
 #include "cuda/run/description.h"
 
 namespace maml::cuda {
 
-/// Offsets in elements: of `shared` in Region::shared, of the others in Region::task.
+/// Offsets in elements: those under "shared" in Region::shared, the others in Region::task.
 struct Layout {
   // shared
-  int64_t totals = 0;  // double [result_size], the sums over tasks
+  int64_t totals = 0;  // double [result_size], sums over tasks
   int64_t theta = 0, rates = 0, shared_size = 0;
-  // a task's
+  // of one task
   int64_t result = 0;  // [result_size]
-  int64_t own = 0;     // its own parameters, packed
+  int64_t own = 0;     // parameters of its own, packed
   int64_t given = 0;   // cotangents or directions, packed
-  int64_t out = 0;     // what goes to Call::per_task, packed
+  int64_t out = 0;     // the output for Call::per_task, packed
   int64_t work = 0;    // Problem::task_size()
   int64_t task_size = 0;
 
-  /// `inside`: everything a task reads stands with the task (the megakernel).
+  /// `inside`: everything that a task reads is in its own part (the megakernel).
   Layout(const Problem& p, bool own_parameters, bool inside) {
     auto take = [](int64_t& size, int64_t wanted) {
       const int64_t at = size;

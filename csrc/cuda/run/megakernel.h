@@ -1,4 +1,4 @@
-// The executor of small networks: the whole meta-step of a task in one block, everything it computes in
+// The executor for small networks: one block computes the whole meta-step of a task, with all its state in
 // shared memory.
 #pragma once
 
@@ -7,16 +7,16 @@
 
 namespace maml::cuda {
 
-/// As many spans as fit the kernel's arguments.
+/// The most spans that fit into kernel arguments.
 inline constexpr int kMegakernelSpans = 200;
 
-/// Whether the shared memory of one block, less what the kernel declares itself, holds a task.
+/// Whether one block's shared memory, without the kernel's static part, holds a task.
 template <class T>
 bool fits_one_block(const Layout& layout, int device);
 
-/// Runs the image's program for every task of `launch`. The call's spans are read on the host; the first
-/// block leaves a copy at `table`, on the device, for the kernels behind it. Region::task is where the
-/// results go (stride 0: nowhere): a task's own memory is the block's.
+/// Runs the plan's program for every task of `launch`. The spans are passed as kernel arguments; the first
+/// block also copies them to `table` in device memory, for the kernels that follow. Region::task is where
+/// results are written (stride 0: nowhere); a task's other memory is the block's shared memory.
 template <class T>
 void launch_megakernel(const Launcher& launch, const Problem& problem, const Layout& layout,
                        const Image& image, const Span* spans, const SpanOrder& order, Span* table);

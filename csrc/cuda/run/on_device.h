@@ -5,7 +5,7 @@
 
 namespace maml::cuda {
 
-/// Makes a device current, and the one before it when it goes.
+/// Makes a device current, and restores the previous one at the end of the scope.
 class OnDevice {
  public:
   explicit OnDevice(int device) {

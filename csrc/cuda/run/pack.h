@@ -1,13 +1,13 @@
-// Between the user's order of elements and the layers'. A weight is [rows, columns, taps] with the user and
-// [taps, columns, rows] packed; everything else is the same in both. Neighbouring threads take neighbouring
-// packed elements.
+// Conversion between the user's order of elements and the layers'. The user's weights are [rows, columns,
+// taps], packed ones [taps, columns, rows]; everything else has the same order in both. Consecutive threads
+// take consecutive packed elements.
 #pragma once
 
 #include "cuda/run/updates.h"
 
 namespace maml::cuda {
 
-/// Where packed element i of a parameter stands with the user. Parameters have less than 2^31 elements.
+/// The user's index of packed element i of a parameter. Parameters have less than 2^31 elements.
 __device__ __forceinline__ int64_t user_index(const ParameterInfo& p, int64_t i) {
   if (p.rows == 1 && p.taps == 1) return i;
   const uint32_t rows = static_cast<uint32_t>(p.rows), taps = static_cast<uint32_t>(p.taps);
@@ -17,7 +17,7 @@ __device__ __forceinline__ int64_t user_index(const ParameterInfo& p, int64_t i)
   return (static_cast<int64_t>(row) * columns + column) * taps + tap;
 }
 
-/// packed [size] from the user's; zero where the user has none.
+/// packed [size] from the user's tensor; zeros where the user gave none.
 template <class T>
 __device__ void pack(Team team, const ParameterInfo& p, const T* user, T* packed) {
   for (int64_t i = team.first(); i < p.size; i += team.step())
@@ -29,7 +29,7 @@ __device__ void unpack(Team team, const ParameterInfo& p, const T* packed, T* us
   for (int64_t i = team.first(); i < p.size; i += team.step()) user[user_index(p, i)] = packed[i];
 }
 
-/// A rate tensor: parameters of it, one behind the other, where it is elementwise.
+/// A rate tensor. An elementwise one is a sequence of tensors of the parameter's shape, packed one by one.
 template <class T>
 __device__ void pack_rate(Team team, const Image& image, const RateInfo& rate, const T* user, T* packed) {
   if (rate.parameter < 0) {
@@ -40,8 +40,8 @@ __device__ void pack_rate(Team team, const Image& image, const RateInfo& rate, c
   for (int64_t at = 0; at < rate.size; at += p.size) pack(team, p, user + at, packed + at);
 }
 
-// Of the batched executor: a row of blocks along y for each tensor, whose user's copy is that span of the
-// call.
+// Kernels of the batched executor: each tensor has a row of blocks along y, and span first_span + blockIdx.y
+// is the user's copy of it.
 
 template <class T>
 __global__ void __launch_bounds__(kVectorThreads)

@@ -1,6 +1,6 @@
-// What a kernel needs from its platform. Under nvcc that is the CUDA runtime. Elsewhere it is the emulation
-// that the tests bring (tests/cuda/emulation): the same kernels compiled as C++, one fiber for each CUDA
-// thread. The shipped library never contains it.
+// What kernels need of their platform. Under nvcc that is the CUDA runtime. Otherwise it is the emulation of
+// the tests (tests/cuda/emulation), in which the same kernels are compiled as C++ and every CUDA thread is a
+// fiber. The shipped library never contains the emulation.
 #pragma once
 
 #ifdef __CUDACC__
@@ -21,7 +21,7 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 }
 #else
 #ifdef MAML_CUDA_SMALL_TILES
-inline constexpr bool kSmallTiles = true;  // for tests: small shapes have many tiles and blocks then
+inline constexpr bool kSmallTiles = true;  // for tests: even small shapes then have many tiles and blocks
 #else
 inline constexpr bool kSmallTiles = false;
 #endif

@@ -1,5 +1,5 @@
-// The program of the megakernel: the meta-step of one task as a list of instructions, recorded by letting the
-// algorithm (meta_gradient.h) run over symbolic addresses.
+// The program of the megakernel: the meta-step of one task as a list of instructions. It is recorded by
+// running the algorithm (meta_gradient.h) over symbolic addresses.
 #pragma once
 
 #include <vector>
@@ -14,12 +14,13 @@ enum class Op : int {
   backward,
   forward_tangent,
   backward_tangent,
-  loss,          // x = z, the target (loss_tensors), y = value, grad_x = grad_z, saved
-  loss_tangent,  // x = z, the target, x_dot = z_dot, grad_x_dot = grad_z_dot, saved
-  metric,        // x = z, the target, x_dot = z_dot, grad_x = grad_z
-  descend,       // x = phi, grad_y = g, y = next
-  direction,     // x = v, y = out
-  retreat,       // grad_y = product, y = v, saved = out; x = product, grad_x = v behind what is adapted, size
+  loss,           // x = z, the target (loss_tensors), y = value, grad_x = grad_z, saved
+  loss_tangent,   // x = z, the target, x_dot = z_dot, grad_x_dot = grad_z_dot, saved
+  metric,         // x = z, the target, x_dot = z_dot, grad_x = grad_z
+  descend,        // x = phi, grad_y = g, y = next
+  direction,      // x = v, y = out
+  retreat,        // grad_y = product, y = v, saved = out; beyond the adapted parameters: x = product,
+                  // grad_x = v, of `size` elements
   rate_gradient,  // grad_y = g, x = v, y = result
   add_weighted,   // grad_y = weight, x, y
   copy,
@@ -28,15 +29,15 @@ enum class Op : int {
 
 template <class T>
 struct Instruction {
-  Tensors<T> tensors;  // first, so that its words are the ones with symbolic addresses
+  Tensors<T> tensors;  // first: the megakernel resolves the addresses at the start of an instruction
   Layer layer;
   LossPart loss;
   Op op;
-  int slices;    // first slice of the step
-  int64_t size;  // of a vector
+  int slices;    // the first rate slice of the inner step
+  int64_t size;  // elements of a vector
 };
 
-/// z and the target of a loss in the places of an instruction's tensors, and back.
+/// The predictions z and the target of a loss, stored as an instruction's tensors; target_of reads it back.
 template <class T>
 Tensors<T> loss_tensors(const T* z, const Target<T>& target) {
   Tensors<T> t;
@@ -51,7 +52,7 @@ __device__ Target<T> target_of(const Tensors<T>& t) {
   return {t.x[1], t.w[0], t.w[1]};
 }
 
-/// A backend of TaskRunner that writes down what it is asked to do.
+/// A backend of TaskRunner that records the operations instead of computing them.
 template <class T>
 class Recorder {
  public:

@@ -1,4 +1,4 @@
-// Small data to the device, as kernel arguments.
+// Copies small data to the device as kernel arguments.
 #include "cuda/run/description.h"
 
 namespace maml::cuda {
@@ -6,7 +6,7 @@ namespace {
 
 constexpr int kThreads = 64;
 
-/// As much as fits the 4 KB of a kernel's arguments.
+/// One kernel's worth of data: it fits the 4 KB limit of kernel arguments.
 struct Parcel {
   static constexpr size_t kWords = 448;
   uint64_t words[kWords];

@@ -1,30 +1,30 @@
-// The vector work of the inner and the outer loop (meta_gradient.h), over packed parameters:
+// The vector operations of the inner and the outer loop (meta_gradient.h), over packed parameters:
 //   descend        next = phi - rate g
 //   direction      out = rate v
 //   retreat        v -= product, then out = rate v
-//   rate_gradient  grad_rate -= g v, summed in double, in a fixed tree, where one rate serves a whole
-//   parameter
-//   add_weighted   y += w x, w one number of the call's
-//   copy, zero
-// A slice is one parameter and its rate. Every function is for a team; the caller puts the barrier behind it.
+//   rate_gradient  grad_rate -= g v; where one rate serves a whole parameter, a sum in double, in a fixed
+//   tree add_weighted   y += w x, with w one element of the call's weights copy, zero
+// A slice is one parameter with its rate. Each function is run by a team; the caller adds the barrier after
+// it.
 //
-// Why these are launches of their own, one an inner step (descend) and one a product (retreat), and not part
-// of the weight gradients' epilogues. With P bytes of parameters of all tasks, a step and its product write g
-// and the product (2 P), and read and write 3 P + 4 P here: 9 P. Epilogues would read and write 2 P + 3 P,
-// and save 4 P, of weights alone. For the paper's nets and K = 5 that is 4 x 5 P:
+// Why these are separate launches, one for each inner step (descend) and one for each Hessian-vector product
+// (retreat), and not epilogues of the weight gradients. With P bytes of parameters in all tasks, a step and
+// its product write g and the product (2 P), and these launches read and write 3 P + 4 P: together 9 P.
+// Epilogues would read and write 2 P + 3 P and so save 4 P, for weights only. For the papers' networks with K
+// = 5, 4 x 5 P is
 //
 //   mini-ImageNet, T = 4     P = 0.5 MB    10 MB a meta-step:   2 to 4 us, of a target of 900
 //   Omniglot, T = 4          P = 1.8 MB    36 MB:               7 to 12 us, of about 300
 //   Omniglot, T = 32         P = 14 MB    286 MB:              55 to 95 us, of a target of 750
 //
-// at the 5 TB/s of an H100's L2 cache (50 MB, where most of this was written just before) to the 3 TB/s of
-// its memory. No launch would go: biases, BatchNorm's parameters and the first convolution's weights have
-// their gradients from three other kernels, and where k is split (5-shot, mini-ImageNet) a weight's gradient
-// is complete only in a kernel that adds up its parts, whose own traffic is no larger than this one's.
-// Against it stand a second exit of every product kernel with each form of a rate, an update that must not
-// overtake the input gradient that still reads the old weights, and gradients that learned rates want to see
-// all the same. So only Omniglot at T = 32 could gain more than a few per cent, at most an eighth, and only a
-// measurement on a GPU should buy it.
+// between the 5 TB/s of an H100's L2 cache (50 MB; most of the data have just been written) and the 3 TB/s of
+// its memory. The number of launches would not decrease: the gradients of biases, of BatchNorm's parameters
+// and of the first convolution's weights come from three other kernels. And where k is split (5-shot,
+// mini-ImageNet), a weight's gradient is complete only in the kernel that adds up the parts, whose traffic is
+// about as large. Epilogues would also cost a second output path in every product kernel for each form of a
+// rate; the update must not overtake the input gradient, which still reads the old weights; and learned rates
+// need the gradients in memory anyway. So at most Omniglot at T = 32 could gain more than a few per cent.
+// This has not been measured.
 #pragma once
 
 #include "cuda/run/description.h"
@@ -33,8 +33,8 @@ namespace maml::cuda {
 
 inline constexpr int kVectorThreads = kSmallTiles ? 32 : 256;
 
-/// Blocks for a loop over `items`: few enough that each thread of a large vector has several, so that
-/// starting a block pays, whatever the number of tasks.
+/// The number of blocks for a loop over `items`. A thread of a large vector has several items, which
+/// amortises the start of its block.
 inline int64_t vector_blocks(int64_t items) {
   return std::clamp<int64_t>(blocks_for(items, int64_t{4} * kVectorThreads), 1, 64);
 }
@@ -68,7 +68,7 @@ __device__ void retreat(Team team, const RateSlice& s, const T* rates, const T* 
   }
 }
 
-/// Of one rate an element: no two elements share a rate.
+/// For one rate per element, where no two elements share a rate.
 template <class T>
 __device__ void elementwise_rate_gradient(Team team, const RateSlice& s, const T* g, const T* v, T* result) {
   for (int64_t i = team.first(); i < s.size; i += team.step()) {
@@ -78,9 +78,9 @@ __device__ void elementwise_rate_gradient(Team team, const RateSlice& s, const T
 
 inline constexpr int kReductionThreads = kSmallTiles ? 32 : 256;
 
-/// Of the rates that serve a whole parameter, slice by slice, since several may share a rate: one block of
-/// kReductionThreads. Each thread sums its elements in order, then halves of the block are added up. `sums`:
-/// shared memory, one for each thread.
+/// For rates that serve a whole parameter. Run by one block of kReductionThreads, slice after slice, because
+/// several slices may share a rate. Each thread sums its elements in order, then a tree sums over the block.
+/// `sums`: shared memory, one element for each thread.
 template <class T>
 __device__ void shared_rate_gradients(const RateSlice* slices, int count, const T* g, const T* v, T* result,
                                       double* sums) {
