@@ -1,5 +1,6 @@
-// GroupNorm of n samples [pixels, c] of one task. A cell is one sample's channels of one group, m = pixels c
-// groups values. LayerNorm has one group, InstanceNorm c groups. Per cell, with g = grad_y and h = gamma g:
+// GroupNorm of n samples [pixels, c] of one task. A cell is one sample's channels of one group; it has m =
+// pixels c / groups values. LayerNorm has one group, InstanceNorm c groups. Per cell, with g = grad_y and
+// h = gamma g:
 //
 //   mu = mean x, s = (var + eps)^-1/2 (biased), xh = (x - mu) s,   y = gamma xh + beta
 //   A = mean h, B = mean(h xh), u = h - A - xh B,                  grad_x = s u

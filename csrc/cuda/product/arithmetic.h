@@ -13,12 +13,12 @@
 // Simt: with i = lane / 8 and j = lane % 8, a thread takes the blocks i, i + 4, .. of A and j, j + 8, .. of
 // B. It goes through all k of the slab, one q after the other.
 //
-// Matrix instructions: a warp computes C^T = B^T A^T, 16 columns n by 8 rows m an instruction. With g = lane
-// 4 and t = lane % 4, a lane reads the blocks (g, q = t) of both operands. The result does not depend on
-// which k an instruction calls first, only both operands must use the same order. So each lane feeds its own
-// four consecutive k, 4 t .. 4 t + 3, in pairs, as they were loaded (where the tile is contiguous in k,
-// without moves). Row or column g of group x is index 4 g + x. A thread's sums are then columns 4 g .. 4 g +
-// 3, which is one whole vector, of rows 8 t .. 8 t + 7.
+// Matrix instructions: a warp computes C^T = B^T A^T, 16 columns n by 8 rows m an instruction. With
+// g = lane / 4 and t = lane % 4, a lane reads the blocks (g, q = t) of both operands. The result does not
+// depend on which k an instruction calls first; both operands only have to use the same order. So each lane
+// feeds its own four consecutive k, 4 t .. 4 t + 3, in pairs, as they were loaded (where the tile is
+// contiguous in k, without moves). Row or column g of group x is index 4 g + x. A thread's sums are then
+// columns 4 g .. 4 g + 3, which is one whole vector, of rows 8 t .. 8 t + 7.
 //
 // `Sums` is what a thread holds: kRows x kColumns elements of the warp's tile; at(r, c) is element (row(r),
 // column(c)). Columns come in vectors of V. The four lanes that are kRowLane and 2 kRowLane apart hold the
