@@ -1,4 +1,4 @@
-// What a test in Python asks of the emulated device, by ctypes (tests/emulated.py).
+// The functions by which a Python test controls the emulated device, through ctypes (tests/emulated.py).
 #include <cxxabi.h>
 
 #include <iomanip>
@@ -9,10 +9,10 @@
 
 #define CONTROL extern "C" __attribute__((visibility("default")))
 
-/// The device will have so many devices, at most 4.
+/// Sets the number of devices, at most 4.
 CONTROL void emulation_set_devices(int count) { emulation::host.devices = std::min(count, 4); }
 
-/// Kernels launched on a device, in a graph or out of it, since the program started.
+/// The number of kernels launched on a device, inside graphs and outside, since the program started.
 CONTROL int64_t emulation_launches(int device) {
   return emulation::host.launches.at(static_cast<size_t>(device));
 }
@@ -20,10 +20,10 @@ CONTROL int64_t emulation_launches(int device) {
 /// The calling thread's device.
 CONTROL int emulation_device() { return emulation::device; }
 
-/// The launch after `before` others fails, as one that wants too many registers does. Negative: none.
+/// Makes the launch after `before` others fail like one that needs too many registers. Negative: none fails.
 CONTROL void emulation_fail_launch(int before) { emulation::host.launches_to_failure = before + 1; }
 
-/// A stream of a device, for as long as the program runs.
+/// A stream of a device; it is never destroyed.
 CONTROL void* emulation_make_stream(int device) {
   const int before = std::exchange(emulation::device, device);
   cudaStream_t stream = nullptr;
@@ -32,14 +32,13 @@ CONTROL void* emulation_make_stream(int device) {
   return stream;
 }
 
-/// From now on kernels that run are logged (1), are logged and do nothing (2), or neither (0). The log is
-/// empty.
+/// Logs the kernels that run (1), logs them without running them (2), or does neither (0). Empties the log.
 CONTROL void emulation_log(int mode) {
   emulation::host.log_mode = static_cast<emulation::LogMode>(mode);
   emulation::host.log.clear();
 }
 
-/// The log as JSON: a list of launches, in the order in which they ran. Stands until the next call.
+/// The log as JSON: a list of launches in the order in which they ran. Valid until the next call.
 CONTROL const char* emulation_logged() {
   static std::string text;
   std::ostringstream json;
@@ -60,12 +59,12 @@ CONTROL const char* emulation_logged() {
   return text.c_str();
 }
 
-/// The stream begins a capture of the user's.
+/// Begins a capture of the stream, as a user would.
 CONTROL void emulation_begin_capture(void* stream) {
   cudaStreamBeginCapture(static_cast<cudaStream_t>(stream), cudaStreamCaptureModeGlobal);
 }
 
-/// Ends it; the graph, null where something has broken it.
+/// Ends the capture; returns the graph, or null if the capture was invalidated.
 CONTROL void* emulation_end_capture(void* stream) {
   cudaGraph_t graph = nullptr;
   cudaStreamEndCapture(static_cast<cudaStream_t>(stream), &graph);

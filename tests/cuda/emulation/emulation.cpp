@@ -1,6 +1,6 @@
-// What kernels call: launches, barriers, exchanges in a warp, asynchronous copies. Always built without
-// sanitizers, so that these see what the kernels do and nothing of what is done here. The memcpy and memset
-// that stand for a thread's own accesses are the sanitizers' own there, and seen.
+// The functions that kernels call: launches, barriers, exchanges within a warp, asynchronous copies. Always
+// built without sanitizers, so that these observe the kernels but not the emulation. The exceptions are
+// memcpy and memset for a thread's own accesses: the sanitizers intercept and check those.
 #include "emulation.h"
 
 #include <algorithm>
@@ -31,8 +31,8 @@ void read_symbols_once() {
   std::call_once(once, [] { r.symbols = read_symbols(&r); });
 }
 
-/// A kernel whose launch gives it shared memory must declare all other that it uses itself: limits count no
-/// more (static_shared_bytes).
+/// A kernel launched with dynamic shared memory must itself declare all static shared memory that it uses:
+/// the launch limit does not count what other functions declare (static_shared_bytes).
 void refuse_hidden_shared_memory(const void* kernel) {
   const std::string name = name_of(kernel);
   for (const SharedVariable& v : r.symbols.shared_variables) {
@@ -79,7 +79,7 @@ void run_blocks(const Launch& launch, void (*kernel)(const void*), const void* a
   if (!r.schedule_known) read_environment();
   read_symbols_once();
 
-  // Memory of its own, so that AddressSanitizer knows its end.
+  // A separate allocation, so that AddressSanitizer knows where it ends.
   void* dynamic = nullptr;
   if (shared_bytes > 0 && posix_memalign(&dynamic, 128, shared_bytes) != 0) throw std::bad_alloc();
   const std::unique_ptr<void, void (*)(void*)> owner(dynamic, std::free);
@@ -166,14 +166,14 @@ void block_barrier(const std::source_location& location) {
 // ------------------------------------------------------------------------------------- barriers of a warp
 namespace {
 
-/// Copies unseen by the sanitizers.
+/// A copy that the sanitizers do not see.
 void copy_unseen(void* to, const void* from, size_t bytes) {
   auto* t = static_cast<unsigned char*>(to);
   const auto* f = static_cast<const unsigned char*>(from);
   const auto copy_by = [&]<class Chunk>(Chunk) {
     for (; bytes >= sizeof(Chunk); bytes -= sizeof(Chunk), t += sizeof(Chunk), f += sizeof(Chunk)) {
       *reinterpret_cast<Chunk*>(t) = *reinterpret_cast<const Chunk*>(f);
-      asm volatile("" : : : "memory");  // or the compiler calls memcpy
+      asm volatile("" : : : "memory");  // keeps the compiler from calling memcpy
     }
   };
   struct [[gnu::packed, gnu::may_alias]] Wide {
@@ -187,8 +187,8 @@ void copy_unseen(void* to, const void* from, size_t bytes) {
   copy_by(static_cast<unsigned char>(0));
 }
 
-/// All lanes of the mask are there: hands each what it came for, and lets it go on. In CUDA a shuffle orders
-/// no accesses to memory, so the race detector hears of __syncwarp alone.
+/// Called when all lanes of the mask have arrived: gives each its result and lets it continue. In CUDA a
+/// shuffle does not order memory accesses, so the race detector is told about __syncwarp only.
 void open_warp(size_t warp, unsigned mask) {
   Thread* lanes = &r.threads[warp * 32];
   const Thread& me = running();
@@ -229,7 +229,7 @@ void meet_in_warp(unsigned mask, const Exchange& exchange, const std::source_loc
   me.place = Place(location);
   if (!(mask >> lane & 1))
     give_up(std::string(exchange.name) + " (" + me.place.words() + "): the mask lacks the lane that calls");
-  if (lanes < 32) mask &= (1u << lanes) - 1;  // a block's last warp may be short
+  if (lanes < 32) mask &= (1u << lanes) - 1;  // the last warp of a block may have fewer lanes
   me.mask = mask;
   me.exchange = exchange;
   me.state = State::at_warp_barrier;
@@ -285,11 +285,11 @@ bool is_aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t
 
 void defer_copy(void* shared, const void* global, size_t bytes, bool valid) {
   if (bytes != 4 && bytes != 8 && bytes != 16) give_up("an asynchronous copy not of 4, 8 or 16 bytes");
-  if (!is_aligned(shared, bytes) || !is_aligned(global, bytes))  // of zeros too: the hardware looks first
+  if (!is_aligned(shared, bytes) || !is_aligned(global, bytes))  // zeros too: hardware checks
     give_up("an asynchronous copy of misaligned bytes");
   if (!is_shared(static_cast<unsigned char*>(shared), bytes))
     give_up("an asynchronous copy to a place outside shared memory");
-  std::memset(shared, kPoison, bytes);  // from now on the place holds neither the old bytes nor the new ones
+  std::memset(shared, kPoison, bytes);  // until the wait: neither the old bytes nor the new ones
   running().copies.push_back({shared, global, bytes, valid, running().groups});
 }
 

@@ -1,23 +1,26 @@
-// CUDA on the CPU, for tests: a .cu file compiled as C++ against this header runs its kernels as they are,
-// one fiber for each CUDA thread. What goes wrong on a GPU sometimes goes wrong here always:
+// CUDA on the CPU, for tests. A .cu file compiled as C++ against this header runs its kernels unchanged, with
+// one fiber for each CUDA thread. Faults that a GPU shows only sometimes are always found here:
 //
-//   a missing barrier       a wrong answer in some schedule (set_schedule), or ThreadSanitizer's report
+//   a missing barrier       a wrong result in some schedule (set_schedule), or a report of ThreadSanitizer
 //   a read before a write   shared memory is NaN (bytes 0xFF) before every block, and so is fresh cudaMalloc
-//   a missing copy wait     the bytes of an asynchronous copy arrive at the wait; until then the place is NaN
-//   a divergent barrier     std::runtime_error, with the places, and how many threads wait and have returned
-//   out of bounds           AddressSanitizer's report; of arrays and alignment UndefinedBehaviorSanitizer's
+//   a missing copy wait     an asynchronous copy writes its bytes at the wait; until then they are NaN
+//   a divergent barrier     std::runtime_error that names the places and how many threads wait or have
+//   returned
+//   out of bounds           a report of AddressSanitizer; of UndefinedBehaviorSanitizer for arrays and
+//   alignment
 //
-// One block runs at a time, on the OS thread that launches it; other launches wait. Stricter than the
-// hardware: a thread that has returned opens no barrier, threads at different __syncthreads never meet, and
-// shuffles order no memory. Not here: the memory model without barriers, races between blocks, how nvcc
-// contracts sums of products, and the alignment of __shared__ arrays (g++ gives large ones 16 bytes or more).
+// One block runs at a time, on the OS thread that launches it; other launches wait. The emulation is stricter
+// than the hardware: a thread that has returned does not count at a barrier, threads at different
+// __syncthreads never meet, and shuffles do not order memory accesses. Not emulated: the memory model without
+// barriers, races between blocks, nvcc's contraction of a * b + c, and the alignment of __shared__ arrays
+// (g++ gives large ones 16 bytes or more).
 //
-// Build the kernels with -x c++ -std=c++20 and link emulation.cpp, which is always built without sanitizers;
-// for their reports with
+// Build the kernels with -x c++ -std=c++20 and link emulation.cpp, which is always built without sanitizers.
+// For sanitizers, add
 //   -Og -g -fsanitize=thread
 //   -Og -g -fsanitize=address,bounds,alignment -fno-sanitize-recover=all
-// Keep the symbols of the program or library: by them shared memory is found. __shared__ variables are of
-// types without constructors; `extern __shared__` is dynamic_shared().
+// Do not strip the program or library: shared variables are found by their symbols. __shared__ variables have
+// types without constructors; dynamic_shared() replaces `extern __shared__`.
 #pragma once
 
 #include <cmath>
@@ -35,8 +38,8 @@
 #define __launch_bounds__(...)
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
-// Static storage serves one block at a time. The tag enters the symbol's name, by which emulation.cpp finds
-// the variables to poison (g++ ignores section attributes in templates).
+// Static storage serves one block at a time. The tag becomes part of the symbol's name, by which
+// emulation.cpp finds the variables to poison (g++ ignores section attributes in templates).
 #define __shared__ static __attribute__((abi_tag("emulation_shared")))
 
 // clang-format off
@@ -66,51 +69,51 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 namespace emulation {
 
-/// The order in which threads that can run do run, and the blocks of a grid: ascending, descending, random.
-/// Before the first call the environment decides:
+/// The order in which threads that are ready run, and the blocks of a grid: ascending, descending or random.
+/// Before the first call, the environment decides:
 /// MAML_CUDA_EMULATION_SCHEDULE=forward|backward|shuffled[:seed].
 enum class Schedule { forward, backward, shuffled };
 void set_schedule(Schedule schedule, unsigned seed = 0);
 
-/// What the device says it has (4 until told): results must not depend on it.
+/// The number of multiprocessors that the device reports (4 by default): results must not depend on it.
 void set_multiprocessors(int count);
 
-/// How many times one fiber has handed over to another, since the program started.
+/// The number of switches from one fiber to another since the program started.
 int64_t switches();
 
-/// The block's dynamic shared memory: aligned to 128 bytes, and not a byte longer than the launch asked for.
+/// The block's dynamic shared memory: aligned to 128 bytes, and exactly as long as the launch asked for.
 void* dynamic_shared();
 
-/// All 32 lanes of a warp give `bytes` bytes; each receives 32 x bytes, in the order of the lanes. The twins
-/// of mma instructions are built on it. Like those it orders no memory.
+/// All 32 lanes of a warp give `bytes` bytes; each receives 32 x bytes, in the order of the lanes. The
+/// emulated mma instructions use it. As in CUDA, it does not order memory accesses.
 void warp_gather(const void* mine, size_t bytes, void* all,
                  const std::source_location& place = std::source_location::current());
 
-/// cp.async: one thread's copy of 4, 8 or 16 aligned bytes to shared memory, or of as many zeros if not
-/// valid: then nothing is read, but the address must be aligned all the same. The bytes arrive when this
-/// thread waits; other threads may read them after a barrier behind that.
+/// cp.async: one thread's copy of 4, 8 or 16 aligned bytes to shared memory. If not valid, it writes zeros
+/// and reads nothing, but the address must be aligned all the same. The bytes are written when this thread
+/// waits; other threads may read them after a barrier that follows.
 void defer_copy(void* shared, const void* global, size_t bytes, bool valid = true);
 /// cp.async.commit_group: the copies since the last commit become a group.
 void commit_copies();
-/// cp.async.wait_group: all groups of this thread but the `pending` youngest arrive.
+/// cp.async.wait_group: all groups of this thread but the latest `pending` ones are written.
 void wait_copies(int pending);
 
-/// Ends the launch with std::runtime_error(what) on the host.
+/// Ends the launch; the host gets std::runtime_error(what).
 [[noreturn]] void fail(const char* what);
 
-// What the functions below are made of.
+// The functions below are built on these.
 struct Indices {
   uint3 thread, block;
   dim3 block_size, grid_size;
 };
-extern Indices indices;  // of the thread that runs
-extern unsigned lane;    // of the thread that runs
+extern Indices indices;  // of the running thread
+extern unsigned lane;    // of the running thread
 void block_barrier(const std::source_location& place);
 void warp_barrier(unsigned mask, const std::source_location& place);
-/// Exchanges 4 or 8 bytes in a warp; poison comes from a lane that is not in the mask.
+/// Exchanges 4 or 8 bytes within a warp; a lane that is not in the mask yields poison.
 void warp_exchange(unsigned mask, const char* name, const void* mine, size_t bytes, unsigned from,
                    void* received, const std::source_location& place);
-/// The bits of the lanes whose predicate holds.
+/// One bit for each lane: its predicate.
 unsigned warp_ballot(unsigned mask, bool predicate, const std::source_location& place);
 
 template <class T>
@@ -138,7 +141,7 @@ inline constexpr const dim3& gridDim = emulation::indices.grid_size;
 inline constexpr int warpSize = 32;
 
 // --------------------------------------------------------------------------------- barriers and warps
-// The last argument of each is the place of the call, for messages.
+// The last argument of each function is the place of the call, for error messages.
 inline void __syncthreads(const std::source_location& place = std::source_location::current()) {
   emulation::block_barrier(place);
 }
@@ -188,7 +191,7 @@ inline int __all_sync(unsigned mask, int predicate,
 }
 
 // -------------------------------------------------------------------------------- memory and arithmetic
-// Threads of a block interleave at barriers only, and blocks not at all: a fence has nothing to do.
+// Threads of a block interleave only at barriers, and blocks not at all: fences need not do anything.
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 [[noreturn]] inline void __trap() { emulation::fail("__trap()"); }

@@ -1,7 +1,6 @@
-// Fibers: stacks of their own that hand over to one another, and what the sanitizers must be told of it. A
-// switch saves what the System V ABI wants preserved and nothing else. Where that is not x86-64's, or with
-// EMULATION_UCONTEXT, it is ucontext's, which asks the kernel for the signal mask each time and costs far
-// more.
+// Fibers: stacks that switch to one another, and the calls that tell the sanitizers about it. On x86-64 a
+// switch saves only the registers that the System V ABI preserves. Elsewhere, or with EMULATION_UCONTEXT, it
+// uses ucontext, which makes a system call for the signal mask on every switch and is far slower.
 #pragma once
 
 #include <sys/mman.h>
@@ -14,7 +13,7 @@
 #include <ucontext.h>
 #endif
 
-// Present only where the program is built with that sanitizer.
+// Present only if the program is built with that sanitizer.
 extern "C" {
 __attribute__((weak)) void* __tsan_get_current_fiber();
 __attribute__((weak)) void* __tsan_create_fiber(unsigned);
@@ -29,7 +28,7 @@ __attribute__((weak)) void __asan_unpoison_memory_region(const volatile void*, s
 
 #if defined(__x86_64__) && !defined(EMULATION_UCONTEXT)
 extern "C" void emulation_switch(void** from, void* to);
-// Pushes the preserved registers and control words, stores the stack pointer, and undoes it on the other
+// Pushes the preserved registers and control words, stores the stack pointer, and pops them from the other
 // stack.
 asm(R"(
 .text
@@ -68,7 +67,7 @@ namespace emulation {
 
 inline bool under_tsan() { return __tsan_switch_to_fiber != nullptr; }
 
-/// A stack and where it stopped. The host's own is a Fiber too, without memory.
+/// A stack, and where it was left. The host's own stack is a Fiber without memory.
 class Fiber {
  public:
   Fiber() = default;
@@ -81,34 +80,34 @@ class Fiber {
     munmap(memory_, kGuardBytes + kStackBytes);
   }
 
-  /// A stack that will run `entry`, which never returns. The colour keeps the hot ends of many stacks apart
-  /// in the caches.
+  /// A stack that will run `entry`, which never returns. `colour` shifts the start of the stack, so that the
+  /// ends of many stacks fall into different cache sets.
   void create(void (*entry)(), unsigned colour) {
     void* memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     memory_ = static_cast<char*>(memory);
-    mprotect(memory_, kGuardBytes, PROT_NONE);  // a stack that overflows faults
+    mprotect(memory_, kGuardBytes, PROT_NONE);  // makes stack overflow a fault
     if (under_tsan()) tsan_ = __tsan_create_fiber(0);
     prepare(entry, colour % 32 * 320);
   }
 
-  /// The host's side: called on the stack from which the first switch will be made.
+  /// For the host: call on the stack from which the first switch will be made.
   void adopt_host() {
     if (under_tsan()) tsan_ = __tsan_get_current_fiber();
   }
 
-  /// Leaves `from`, the fiber that runs, for this one. Orders nothing for the race detector.
+  /// Switches to this fiber from `from`, the running one. Orders no memory accesses for the race detector.
   void resume(Fiber& from) {
     if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(&from.fake_stack_, bottom_, bytes_);
     if (under_tsan()) __tsan_switch_to_fiber(tsan_, kNoSynchronization);
     leaving_ = &from;
     switch_from(from);
-    from.arrived();  // on this stack again, from wherever
+    from.arrived();  // runs when some fiber has switched back
   }
 
-  /// The first thing on a new stack, and after each switch: tells AddressSanitizer, and learns the host's
-  /// bounds.
+  /// Must be called first on a new stack, and after each switch: tells AddressSanitizer, and stores the
+  /// bounds of the host's stack.
   void arrived() {
     if (!__sanitizer_finish_switch_fiber) return;
     const void* bottom;
@@ -131,7 +130,7 @@ class Fiber {
     bottom_ = stack();
     bytes_ = kStackBytes;
     auto* top = reinterpret_cast<uint64_t*>(stack() + kStackBytes - 64 - offset / 16 * 16);
-    *--top = 0;  // no caller: unwinding ends here, and the ABI's alignment at a function's entry
+    *--top = 0;  // no return address: unwinding ends here; also aligns the stack as the ABI wants at an entry
     *--top = reinterpret_cast<uint64_t>(entry);
     for (int preserved = 0; preserved < 6; ++preserved) *--top = 0;
     --top;
@@ -159,7 +158,7 @@ class Fiber {
   size_t bytes_ = 0;
   void* fake_stack_ = nullptr;
   void* tsan_ = nullptr;
-  Fiber* leaving_ = nullptr;  // who switched to this one last
+  Fiber* leaving_ = nullptr;  // the fiber that switched to this one last
 };
 
 }  // namespace emulation

@@ -1,6 +1,6 @@
-// The host's side of the emulation: launches, memory, streams, capture and graphs, as in the CUDA runtime.
-// Work is done when it is asked for, on whatever stream; on a stream that captures it is recorded instead
-// (streams.h). Devices are equal and share the memory; what they tell apart is whose streams are whose.
+// The host side of the emulation: launches, memory, streams, capture and graphs, as in the CUDA runtime. Work
+// is done at once, on any stream; on a stream that captures, it is recorded instead (streams.h). All devices
+// are equal and share one memory; they differ only in which streams belong to them.
 #pragma once
 
 #include <malloc.h>
@@ -69,7 +69,7 @@ enum cudaMemcpyKind {
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 struct cudaFuncAttributes {
-  size_t sharedSizeBytes;  // no other attribute is known
+  size_t sharedSizeBytes;  // no other attribute is emulated
 };
 enum cudaDeviceAttr {
   cudaDevAttrMaxThreadsPerBlock = 1,
@@ -85,18 +85,18 @@ enum cudaDeviceAttr {
 namespace emulation {
 
 inline constexpr size_t kSharedByDefault = 48 * 1024, kSharedAtMost = 227 * 1024;
-inline constexpr size_t kParametersAtMost = 4096;  // 32764 from CUDA 12.1 on; the smaller one is always right
+inline constexpr size_t kParametersAtMost = 4096;  // 32764 from CUDA 12.1 on; the lower limit always holds
 
 inline constexpr int kMostDevices = 4;
 
 struct Stream;
 
-/// What the caller says that one task (a block along z) of a launch must do: csrc/cuda/work.h.
+/// The work of one task (a block along z) in a launch, as the caller declares it: csrc/cuda/run/work.h.
 struct Work {
   double flop = 0, bytes = 0;
   int instructions = 0;
 };
-inline thread_local Work noted;  // of the next launch
+inline thread_local Work noted;  // for the next launch
 
 struct Launch {
   const void* kernel;
@@ -107,17 +107,17 @@ struct Launch {
   double seconds = 0;
 };
 
-/// Whether kernels that run leave a trace, in a graph or out of it; `only`: they do nothing else.
+/// Whether the launches of kernels are logged, inside graphs and outside; `only`: and not run.
 enum class LogMode { off, on, only };
 
-// All state of the host's side but the streams' own.
+// All state of the host side except that of streams.
 struct Host {
   std::mutex mutex;
   int multiprocessors = 4, devices = 1;
-  std::atomic<int> launches_to_failure = 0;  // the last of so many fails; 0: none
+  std::atomic<int> launches_to_failure = 0;  // the last of so many launches fails; 0: none
   std::array<std::atomic<int64_t>, kMostDevices> launches{};
   std::vector<Stream*> capturing;
-  std::vector<std::pair<const void*, size_t>> shared_limits;  // of kernels that have asked for more
+  std::vector<std::pair<const void*, size_t>> shared_limits;  // of kernels with a raised limit
   std::atomic<LogMode> log_mode = LogMode::off;
   std::vector<Launch> log;
 };
@@ -132,14 +132,14 @@ inline cudaError_t report(cudaError_t error) {
   return error;
 }
 
-/// Runs kernel(arguments) for all threads of all blocks of the launch, and logs it. Throws what goes wrong in
-/// one.
+/// Runs kernel(arguments) for all threads of all blocks of the launch, and logs it. Rethrows the error of a
+/// thread.
 void run(const Launch& launch, void (*kernel)(const void*), const void* arguments);
 
-/// The mangled name of a function of this program or library; empty where it has none.
+/// The mangled name of a function of this program or library; empty if it has none.
 std::string name_of(const void* function);
 
-/// Bytes of the __shared__ variables that a kernel declares. Those of functions that it calls are not
+/// Bytes of the __shared__ variables that a kernel declares itself. Those of functions that it calls are not
 /// counted: a launch with dynamic shared memory refuses them (run).
 size_t static_shared_bytes(const void* kernel);
 
@@ -174,7 +174,7 @@ inline cudaError_t check_launch(dim3 grid, dim3 block, size_t shared_bytes, cons
   return shared_bytes > limit ? cudaErrorInvalidValue : cudaSuccess;
 }
 
-/// Whether this launch is the one that was told to fail.
+/// Whether this launch is the one that shall fail.
 inline bool fails_now() {
   int left = host.launches_to_failure;
   while (left > 0 && !host.launches_to_failure.compare_exchange_weak(left, left - 1)) {
@@ -186,7 +186,7 @@ inline bool fails_now() {
 
 #include "streams.h"
 
-struct cudaLaunchAttribute {};  // none is known
+struct cudaLaunchAttribute {};  // none is emulated
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
@@ -284,7 +284,7 @@ inline cudaError_t cudaDeviceSynchronize() {
 }
 
 // --------------------------------------------------------------------------------------------- memory
-/// NaN throughout, and exactly as long as asked for.
+/// Filled with NaN, and exactly as long as asked for.
 inline cudaError_t cudaMalloc(void** p, size_t bytes) {
   if (const cudaError_t e = emulation::refuse_while_capturing(true)) return emulation::report(e);
   if (posix_memalign(p, 256, bytes) != 0) return emulation::report(cudaErrorMemoryAllocation);
@@ -297,7 +297,7 @@ cudaError_t cudaMalloc(T** p, size_t bytes) {
 }
 inline cudaError_t cudaFree(void* p) {
   if (const cudaError_t e = emulation::refuse_while_capturing(true)) return emulation::report(e);
-  if (p) std::memset(p, 0xFF, malloc_usable_size(p));  // whoever still reads it reads NaN
+  if (p) std::memset(p, 0xFF, malloc_usable_size(p));  // later reads see NaN
   std::free(p);
   return cudaSuccess;
 }

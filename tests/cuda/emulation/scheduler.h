@@ -1,15 +1,17 @@
-// The scheduler of emulation.cpp: which thread runs, on which stack, and who goes on when a barrier opens.
+// The scheduler of emulation.cpp: which thread runs, on which stack, and which threads continue when a
+// barrier opens.
 //
-// A thread runs until it waits or returns. One that waits hands over to the next that can run, directly; one
-// that returns leaves its stack to the next that has not begun. So a kernel without barriers runs all its
-// threads on one stack and never switches. The thread that completes a barrier makes all that wait there
-// ready.
+// A thread runs until it waits or returns. When it waits, it switches directly to the next thread that is
+// ready; when it returns, the next thread that has not started runs on its stack. So a kernel without
+// barriers runs all its threads on one stack and never switches. The thread that completes a barrier makes
+// all threads that wait there ready.
 //
-// For the race detector each thread is a TSan fiber on a stack of its own, and a switch orders nothing. Only
-// a barrier does: every thread releases into its `arrived`; the one that completes the barrier acquires them
-// all and releases into its `opened`, which the others acquire when they go on. The two are objects of a
-// thread, not of a barrier, so that one who runs ahead to the next barrier tells no one anything yet. Between
-// switches nothing here may allocate or call memset and memcpy on what threads share: the sanitizers see it.
+// For the race detector each thread is a TSan fiber with its own stack, and a switch orders no memory
+// accesses. Only barriers do: every thread releases its `arrived`; the thread that completes the barrier
+// acquires all of them and releases its `opened`, which the others acquire when they continue. Both objects
+// belong to a thread, not to a barrier, so that a thread which reaches the next barrier early orders nothing
+// yet. Between switches, this code may not allocate, nor call memset or memcpy on data that threads share:
+// the sanitizers see that.
 #pragma once
 
 #include <deque>
@@ -42,10 +44,10 @@ struct Place {  // of a call in a kernel
 };
 
 constexpr size_t kThreadsAtMost = 1024;
-constexpr size_t kExchangeAtMost = 256;  // bytes of a lane
-constexpr unsigned kAllLanes = ~0u;      // in place of one lane
+constexpr size_t kExchangeAtMost = 256;  // bytes of one lane
+constexpr unsigned kAllLanes = ~0u;      // instead of the index of a lane
 
-/// What a lane brings to a warp's barrier, and what it takes away.
+/// What a lane gives at a warp's barrier, and where it receives its result.
 struct Exchange {
   const char* name = nullptr;
   const void* mine = nullptr;
@@ -55,7 +57,7 @@ struct Exchange {
   bool orders_memory = false;
 };
 
-struct Copy {  // asynchronous, not yet arrived
+struct Copy {  // an asynchronous copy that has not been written yet
   void* to;
   const void* from;
   size_t bytes;
@@ -72,12 +74,12 @@ struct Thread {
   Exchange exchange;
   std::vector<Copy> copies;
   int64_t groups;         // of copies, committed
-  char arrived, opened;   // for the race detector: their addresses are all that matters
-  char* opened_by_other;  // what to acquire when going on, if anything
+  char arrived, opened;   // for the race detector, which uses only their addresses
+  char* opened_by_other;  // what to acquire when continuing; null: nothing
 };
 
 struct Runtime {
-  std::mutex mutex;  // of a launch
+  std::mutex mutex;  // held during a launch
   Schedule schedule = Schedule::forward;
   bool schedule_known = false;
   uint64_t random = 1;
@@ -88,9 +90,9 @@ struct Runtime {
 
   std::vector<Thread> threads;  // the first `count` are the block's
   size_t count = 0, current = 0, returned = 0, at_block = 0;
-  Place block_place;                        // of those that wait at the block's barrier
-  unsigned waiting[kThreadsAtMost / 32]{};  // by warp: a bit for every lane at a warp's barrier
-  unsigned ready[kThreadsAtMost];           // a ring of the threads that can run, in their order
+  Place block_place;                        // where threads wait at the block's barrier
+  unsigned waiting[kThreadsAtMost / 32]{};  // by warp: a bit for every lane at a barrier of its warp
+  unsigned ready[kThreadsAtMost];           // a ring of the threads that are ready, in order
   size_t ready_first = 0, ready_count = 0;
 
   Fiber host;
@@ -102,7 +104,7 @@ struct Runtime {
   Symbols symbols;  // empty before the first launch
   unsigned char* dynamic = nullptr;
   size_t dynamic_bytes = 0;
-  unsigned char gathered[32 * kExchangeAtMost];  // of a warp's lanes, while they exchange
+  unsigned char gathered[32 * kExchangeAtMost];  // the bytes of a warp's lanes during an exchange
 } r;
 
 Thread& running() { return r.threads[r.current]; }
@@ -129,13 +131,13 @@ std::string words_of_block() {
   return " in block " + words(indices.block.x, indices.block.y, indices.block.z);
 }
 
-/// Ends the launch: run_kernel catches it, and the host throws it again.
+/// Ends the launch: run_kernel catches the exception, and the host rethrows it.
 [[noreturn]] void give_up(const std::string& what) {
   const uint3& i = indices.thread;
   throw std::runtime_error("emulation: " + what + ": thread " + words(i.x, i.y, i.z) + words_of_block());
 }
 
-/// No thread can run, and not all have returned.
+/// The error when no thread is ready but not all have returned.
 std::runtime_error deadlock() {
   const Thread* stuck = nullptr;  // in a warp
   size_t in_warps = 0;
@@ -160,7 +162,7 @@ unsigned& ready_at(size_t i) { return r.ready[(r.ready_first + i) % kThreadsAtMo
 
 void make_ready(size_t thread) { ready_at(r.ready_count++) = static_cast<unsigned>(thread); }
 
-/// Takes the thread that runs next; false where none can.
+/// Removes the next thread to run from the ring; false where none is ready.
 bool next_thread(size_t* next) {
   if (r.ready_count == 0) return false;
   if (r.schedule == Schedule::shuffled) std::swap(ready_at(0), ready_at(random_below(r.ready_count)));
@@ -179,13 +181,13 @@ void make_current(size_t thread) {
 
 void run_threads();
 
-/// Each thread's own stack for the race detector. Who creates one is ordered before it: the host.
+/// Under the race detector, every thread has its own stack. The host creates them: it is ordered before all.
 void create_fibers_for_tsan() {
   if (!under_tsan()) return;
   while (r.fibers.size() < r.count) r.fibers.emplace_back().create(run_threads, r.fibers.size());
 }
 
-/// The stack for a thread that begins.
+/// The stack for a thread that starts.
 Fiber* new_fiber(size_t thread) {
   if (under_tsan()) return &r.fibers[thread];
   if (r.free_fibers.empty()) {
@@ -205,10 +207,10 @@ void switch_to(Fiber& from, size_t next) {
   t.fiber->resume(from);
 }
 
-/// Waits, in the state set before, until someone has made this thread ready and its turn has come.
+/// Waits, in the state that the caller has set, until this thread has been made ready and is next.
 void wait_for_turn() {
   Thread& me = running();
-  release(&r.finished);  // for the host, should the launch fail
+  release(&r.finished);  // so that the host may continue if the launch fails
   size_t next;
   if (!next_thread(&next)) throw deadlock();
   if (&r.threads[next] == &me) {
@@ -219,7 +221,7 @@ void wait_for_turn() {
   if (me.opened_by_other != nullptr) acquire(me.opened_by_other);
 }
 
-/// Lets a thread that waits go on.
+/// Makes a waiting thread ready.
 void wake(size_t thread, char* opened) {
   r.threads[thread].opened_by_other = opened;
   make_ready(thread);
@@ -244,7 +246,7 @@ std::exception_ptr run_kernel() {
   return nullptr;
 }
 
-/// One thread from its beginning to its end. False where the block ends with it.
+/// Runs one thread from beginning to end. False where the block ends with it.
 bool run_thread(size_t* next) {
   acquire(&r.started);
   r.failure = run_kernel();
@@ -256,8 +258,8 @@ bool run_thread(size_t* next) {
   return false;
 }
 
-/// What a fiber does all its life: runs threads one after another, and hands over where the next one waited
-/// on another stack, to be taken from the free ones later.
+/// The body of every fiber: runs one thread after the other. Where the next thread waits on another stack, it
+/// switches there, and this stack becomes free.
 void run_threads() {
   Fiber& fiber = *running().fiber;
   fiber.arrived();
@@ -279,7 +281,7 @@ void run_threads() {
   }
 }
 
-/// All threads of the block, on the host's stack's behalf.
+/// Runs all threads of a block; called on the host's stack.
 void run_block() {
   r.returned = r.at_block = 0;
   for (unsigned& lanes : r.waiting) lanes = 0;
@@ -296,7 +298,7 @@ void run_block() {
   next_thread(&first);
   switch_to(r.host, first);
   acquire(&r.finished);
-  if (r.failure) {  // threads that wait still stand on their stacks
+  if (r.failure) {  // threads that wait are still on their stacks
     r.free_fibers.clear();
     r.fibers.clear();
     std::rethrow_exception(std::exchange(r.failure, nullptr));

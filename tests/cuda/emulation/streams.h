@@ -1,9 +1,9 @@
 // Streams, events, capture and graphs of the emulation. Part of host.h.
 //
-// A stream that waits for an event of a capturing one takes part in the capture, as a branch. What is
-// launched on a branch is recorded by itself, and goes into the graph when the origin waits for it: as late
-// as the graph's edges allow, so that a join that is missing, or a branch that reads what the origin
-// overwrites, shows in the numbers. Events of streams that do not capture have nothing to order.
+// A stream that waits for an event of a capturing stream joins its capture as a branch. The work launched on
+// a branch is recorded separately, and goes into the graph when the origin waits for it: as late as the
+// graph's edges allow. So a missing join, or a branch that reads what the origin overwrites, changes the
+// results. Events of streams that do not capture do nothing.
 #pragma once
 
 enum cudaStreamCaptureMode {
@@ -24,26 +24,26 @@ namespace emulation {
 using Graph = std::vector<std::function<void()>>;
 
 struct Stream {
-  bool blocking;  // towards the legacy stream
+  bool blocking;  // with respect to the legacy stream
   int device;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
   Graph captured{};
-  // Of an origin, its branches; of a branch, its origin, and whether that waits for all of it.
+  // Of an origin: its branches. Of a branch: its origin, and whether the origin waits for all of its work.
   std::vector<Stream*> branches{};
   Stream* origin = nullptr;
   bool joined = true;
 };
 
 struct Event {
-  Stream* stream = nullptr;  // that was capturing when the event was recorded
-  size_t work = 0;           // recorded there until then
+  Stream* stream = nullptr;  // the stream, if it was capturing when the event was recorded
+  size_t work = 0;           // how many pieces of work it had recorded by then
 };
 
-/// Relaxed: what this thread does breaks no capture.
+/// Relaxed: calls of this thread do not invalidate a capture.
 inline thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 
-/// What would wait for, or change, a capture that goes on: breaks it.
+/// Invalidates captures in progress, for a call that would wait for them or change them.
 inline cudaError_t refuse_while_capturing(bool relaxed_may) {
   bool refused = false;
   const std::lock_guard lock(host.mutex);
@@ -57,7 +57,7 @@ inline cudaError_t refuse_while_capturing(bool relaxed_may) {
   return refused ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
 }
 
-/// Does the work, or records it where the stream captures.
+/// Does the work, or records it if the stream captures.
 inline cudaError_t submit(Stream* stream, std::function<void()> work) {
   if (stream == nullptr) {
     const std::lock_guard lock(host.mutex);
@@ -77,7 +77,7 @@ inline cudaError_t submit(Stream* stream, std::function<void()> work) {
   return cudaSuccess;
 }
 
-/// The stream becomes a branch of this capture, if it is none yet, with what it records from now on.
+/// Makes the stream a branch of this capture, if it is none yet; what it records from now on belongs to it.
 inline cudaError_t fork(Stream* origin, Stream* branch) {
   if (branch->status == cudaStreamCaptureStatusNone) {
     branch->status = cudaStreamCaptureStatusActive;
@@ -89,7 +89,7 @@ inline cudaError_t fork(Stream* origin, Stream* branch) {
   return cudaSuccess;
 }
 
-/// The origin's next work comes behind the first `work` pieces of what the branch has recorded.
+/// The origin's next work comes after the first `work` pieces that the branch has recorded.
 inline cudaError_t join(Stream* branch, size_t work) {
   work = std::min(work, branch->captured.size());
   const auto end = branch->captured.begin() + static_cast<std::ptrdiff_t>(work);
@@ -152,7 +152,7 @@ inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, u
     return emulation::report(cudaErrorStreamCaptureInvalidated);
   if (recorded->origin == stream) return emulation::join(recorded, event->work);
   const bool own = stream->status == cudaStreamCaptureStatusNone || stream->origin == recorded;
-  if (recorded->origin != nullptr || !own)  // between branches, or two captures: not emulated
+  if (recorded->origin != nullptr || !own)  // edges between branches, or between captures: not emulated
     return emulation::report(cudaErrorStreamCaptureUnsupported);
   return emulation::fork(recorded, stream);
 }

@@ -1,5 +1,5 @@
-// What stands in the symbol table of this program or library: its functions, so its kernels, and its
-// __shared__ variables, whose names carry the tag that the macro gives them.
+// The symbol table of this program or library: its functions, hence its kernels, and its __shared__
+// variables, whose names contain the tag that the __shared__ macro adds.
 #pragma once
 
 #include <dlfcn.h>
@@ -21,8 +21,8 @@ struct SharedVariable {
   size_t bytes;
   std::string name;
 
-  /// Whether it is declared in this function. The name of a local variable is _ZZ, the function's name less
-  /// its _Z, E and a name of its own.
+  /// Whether this function declares it. The mangled name of a local variable is _ZZ, the function's name
+  /// without its _Z, E, and the variable's own name.
   bool is_of(const std::string& function) const {
     return function.starts_with("_Z") && name.compare(3, function.size() - 2, function, 2) == 0 &&
            name[function.size() + 1] == 'E';
@@ -34,7 +34,7 @@ struct Symbols {
   std::map<const void*, std::string> functions;  // mangled names
 };
 
-/// Of the module that holds `inside`. Throws where the module's symbols have been stripped.
+/// The symbols of the module that contains `inside`. Throws if they have been stripped.
 inline Symbols read_symbols(const void* inside) {
   struct Module {
     uintptr_t inside, base = 0;
@@ -77,7 +77,7 @@ inline Symbols read_symbols(const void* inside) {
         if ((symbol.st_info & 15) == STT_FUNC && symbol.st_value) found.functions.emplace(place, name);
         if ((symbol.st_info & 15) != STT_OBJECT || std::strncmp(name, "_ZZ", 3) != 0) continue;
         if (std::strstr(name, "B16emulation_shared") == nullptr) continue;
-        // A template's variable is one for the process, and may stand in another module.
+        // A template's variable exists once in the process, possibly in another module.
         if (symbol.st_info >> 4 == STB_GNU_UNIQUE)
           if (void* unique = dlsym(RTLD_DEFAULT, name)) place = unique;
         found.shared_variables.push_back({static_cast<unsigned char*>(place), symbol.st_size, name});
