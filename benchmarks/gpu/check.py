@@ -23,7 +23,7 @@ from ..worker import Failed, Stopped
 from .machine import ROOT, machine
 
 TESTS = (
-    "tests/cuda/test_backend.py", "tests/cuda/test_citizenship.py", "tests/engine/test_fast_path.py", "tests/layers",
+    "tests/cuda/test_backend.py", "tests/cuda/test_streams_and_devices.py", "tests/engine/test_fast_path.py", "tests/layers",
     "tests/engine/test_meta_gradient.py", "tests/engine/test_errors.py",
 )  # fmt: skip
 SMALL_TESTS = ("tests/engine/test_errors.py::test_no_rate_to_repeat",)  # for the emulation, where each takes long

@@ -1,4 +1,4 @@
-"""What only the CUDA backend has: two executors, graphs, chunks of tasks, precisions, labels seen on the device."""
+"""Features of the CUDA backend alone: two executors, graphs, chunks of tasks, precisions, labels checked on the device."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def episodes(sample: tuple[int, ...], dtype: torch.dtype, tasks: int = 3, seed: 
 
 
 def runner(maml: FusedMAML, data: list[Tensor], operation: str = "meta_gradient") -> cuda_runner.Runner:
-    """The one that serves the maml's meta-steps on such data."""
+    """The runner of the meta-steps on data of these shapes."""
     x_spt, _, x_qry, _ = data
     double = x_spt.dtype == torch.float64
     key = (maml._binding().text, operation, tuple(x_spt.shape[2:]), x_spt.shape[1], x_qry.shape[1], maml.inner_steps)
@@ -62,10 +62,10 @@ def test_the_plan_chooses_the_executor(make: Any, executor: str) -> None:
 @pytest.mark.parametrize(
     ("widths", "samples", "executor"),
     [
-        ((64,), 600, "megakernel"),  # in tiles
+        ((64,), 600, "megakernel"),  # all samples at once do not fit: tiles
         ((64, 64), 600, "batched"),  # too much arithmetic for one block
-        ((128, 128), 5, "batched"),  # parameters alone do not fit
-        ((), 5000, "batched"),  # a program too long
+        ((128, 128), 5, "batched"),  # the parameters do not fit one block
+        ((), 5000, "batched"),  # too many instructions
     ],
 )
 def test_what_is_too_large_for_one_block_runs_batched(widths: tuple[int, ...], samples: int, executor: str) -> None:
@@ -82,7 +82,7 @@ def test_what_is_too_large_for_one_block_runs_batched(widths: tuple[int, ...], s
 
 
 @pytest.mark.parametrize("make", [mlp, conv])
-def test_a_graph_gives_the_same_bits_for_whatever_tensors_it_is_replayed(make: Any) -> None:
+def test_a_graph_gives_the_same_bits_for_any_tensors(make: Any) -> None:
     model = make()
     plain = FusedMAML(model, 0.1, 2, cuda_graphs=False, backend="fused")
     graphs = FusedMAML(model, 0.1, 2, backend="fused")
@@ -91,7 +91,7 @@ def test_a_graph_gives_the_same_bits_for_whatever_tensors_it_is_replayed(make: A
         (loss, grads), (expected_loss, expected) = run(graphs, data), run(plain, data)
         assert torch.equal(loss, expected_loss)
         assert all(torch.equal(grads[name], expected[name]) for name in expected)
-        with torch.no_grad():  # parameters that have moved are read where they stand
+        with torch.no_grad():  # a graph reads parameters at their addresses, so it sees new values
             for p in model.parameters():
                 p.mul_(0.9)
     for maml, kept in ((graphs, make is conv), (plain, False)):
@@ -114,14 +114,14 @@ def emulated(machine: str) -> None:
         pytest.skip("it asks the emulated device, or ends the use of a real one")
 
 
-KEPT: list[Tensor] = []  # of users' graphs
+KEPT: list[Tensor] = []  # workspaces that the graphs of users_graph use
 
 
 @contextmanager
 def users_graph(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """A capture on a stream of its own, as torch.cuda.graph makes one: leaves the graph in the list.
+    """Captures on a separate stream, as torch.cuda.graph does, and appends the graph to the list.
 
-    Workspaces stay, as in the memory pool of such a graph.
+    Workspaces are never freed, as in the memory pool of such a graph.
     """
     stream = controls().emulation_make_stream(0)
     graph: list[int] = []
@@ -143,10 +143,10 @@ def users_graph(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize(("make", "sends"), [(mlp, 0), (conv, 1)])
-def test_a_graph_of_the_users_reads_the_plan_and_does_not_write_it(
+def test_a_user_graph_reads_the_plan_and_does_not_write_it(
     make: Any, sends: int, warm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether or not a call came before: replays hold the call's addresses alone, and outlive the caches."""
+    """With and without an earlier call. A replay uses only the addresses of its call, and outlives the caches."""
     maml = FusedMAML(make(), 0.1, 5, backend="fused")
     data = [d.contiguous() for d in episodes(SAMPLES[make], torch.float64)]
     _, expected = run(maml, data)
@@ -171,8 +171,8 @@ def test_a_graph_of_the_users_reads_the_plan_and_does_not_write_it(
     assert sum("unpack_parcel" in launch["kernel"] for launch in launches) == 2 * sends
 
 
-def test_static_shared_memory_counts_towards_what_a_launch_must_ask_for() -> None:
-    """48,128 bytes of a task, and some 3 KB that the kernel declares itself: more than comes unasked."""
+def test_static_shared_memory_counts_towards_the_limit_of_a_launch() -> None:
+    """A task takes 48,128 bytes and the kernel declares some 3 KB: together more than the default limit of 48 KB."""
     model = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
     maml = FusedMAML(model, 0.01, 1, loss="mse", backend="fused")
     data = list(torch.randn(4, 2, 5, 1))
@@ -224,7 +224,7 @@ def test_the_estimate_is_what_is_allocated(monkeypatch: pytest.MonkeyPatch) -> N
     assert sizes == [expected]
 
 
-def test_out_of_memory_says_how_much_for_what_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_error_names_the_bytes_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     maml = FusedMAML(conv(), 0.1, 2, backend="fused")
     data = episodes((2, 6, 6), torch.float64, tasks=8)
     monkeypatch.setattr(
@@ -263,7 +263,7 @@ def test_a_wrong_label_is_an_assertion_on_the_device(make: Any, bad: int, capfd:
 
 
 @pytest.mark.parametrize("make", [mlp, conv])
-def test_check_labels_looks_first(make: Any) -> None:
+def test_check_labels_checks_before_the_launch(make: Any) -> None:
     maml = FusedMAML(make(), 0.1, 1, check_labels=True, backend="fused")
     data = episodes(SAMPLES[make], torch.float64)
     data[3][2, 1] = 4
@@ -275,7 +275,7 @@ BANDS = {"float32": (0, 3e-6), "bf16x3": (3e-7, 3e-4), "tf32": (2e-5, 2e-2), "bf
 
 
 def test_each_precision_has_its_error(allow_precision: None) -> None:
-    """Of a smooth net, so that no kink flips. Each band has a floor, too: a precision that is not used would pass."""
+    """On a smooth net, whose derivatives have no jumps. The bands have a lower end: else an unused precision would pass."""
     model, data = conv(), episodes((2, 6, 6), torch.float64)
     _, expected = reference.meta_gradient(model, "cross_entropy", *data, 0.1, 2)
     single, data32 = model.float(), [t.float() if t.is_floating_point() else t for t in data]
@@ -298,7 +298,7 @@ def test_float64_is_float64_whatever_the_precision(allow_precision: None) -> Non
 
 @pytest.fixture
 def allow_precision(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The emulated device stands for a GPU, though its tensors are on the CPU."""
+    """Lets the emulation use the precisions of a GPU, though its tensors are on the CPU."""
     if machine in EMULATIONS:
         monkeypatch.setattr(cuda_runner, "has_precisions", lambda _: True)
 

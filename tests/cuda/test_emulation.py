@@ -1,6 +1,6 @@
-"""The emulation of CUDA that runs the kernels on the CPU: it must run what is right and catch what is not.
+"""The emulation of CUDA on the CPU: correct kernels give correct results, and every mistake is found.
 
-tests/cuda/emulation/planted.cu holds small kernels, and the same with one mistake each.
+tests/cuda/emulation/planted.cu holds small kernels, and copies of them with one mistake each.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def compile_cpp(*arguments: str | Path) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs a case of planted.cu, built with a sanitizer or with none, and returns all that it prints."""
+    """Runs a case of planted.cu, built with a sanitizer or with none, and returns its output."""
     folder = tmp_path_factory.mktemp("emulation")
     compile_cpp("-c", FOLDER / "emulation.cpp", "-o", folder / "emulation.o")
 
@@ -51,7 +51,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         environment = os.environ | {"MAML_CUDA_EMULATION_SCHEDULE": schedule}
         command = [program, case]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if "unexpected memory mapping" in done.stderr:  # ThreadSanitizer, where addresses are too random for it
+        if (
+            "unexpected memory mapping" in done.stderr
+        ):  # ThreadSanitizer fails where address randomisation uses too many bits
             done = subprocess.run(["setarch", "-R", *command], env=environment, capture_output=True, text=True)
         if not sanitizer:
             assert done.returncode == 0, done.stderr
@@ -61,7 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.parametrize("case", RIGHT)
-def test_what_is_right_passes(run: Run, case: str) -> None:
+def test_correct_kernels_pass(run: Run, case: str) -> None:
     for schedule in SCHEDULES:
         assert run(case, schedule) == "right"
     assert run(case, "shuffled:3", "thread") == "right"
@@ -81,17 +83,17 @@ def test_what_is_right_passes(run: Run, case: str) -> None:
 def test_missing_barrier(run: Run, case: str) -> None:
     verdicts = [run(case, schedule) for schedule in SCHEDULES]
     assert any(v.startswith("wrong") for v in verdicts), verdicts
-    for schedule in ["forward", "shuffled:1"]:  # the race detector needs no luck
+    for schedule in ["forward", "shuffled:1"]:  # the race detector does not depend on the schedule
         assert "ThreadSanitizer: data race" in run(case, schedule, "thread")
 
 
-def test_a_shuffle_orders_no_memory(run: Run) -> None:
+def test_a_shuffle_does_not_order_memory(run: Run) -> None:
     case = "warp reversal that takes a shuffle for a barrier"
     assert run(case) == "right"
     report = run(case, sanitizer="thread")
     assert "ThreadSanitizer: data race" in report
     assert "planted.cu" in report
-    assert "Location is global" in report  # and names the variable
+    assert "Location is global" in report  # the report names the variable
 
 
 def test_a_branch_of_a_graph_must_be_joined_and_left_alone(run: Run) -> None:
@@ -104,12 +106,12 @@ def test_a_branch_of_a_graph_must_be_joined_and_left_alone(run: Run) -> None:
     ("case", "nan"),
     [
         ("transpose that loses the tail", 95),  # 5 columns of 19
-        ("shared memory uninitialised", 8),  # the second block, although the first one wrote the same place
+        ("shared memory uninitialised", 8),  # the second block; the first one has written the same place
         ("pipeline without a wait", 16),
         ("pipeline that waits for too few", 16),
     ],
 )
-def test_what_was_not_written_is_nan(run: Run, case: str, nan: int, schedule: str) -> None:
+def test_unwritten_memory_is_nan(run: Run, case: str, nan: int, schedule: str) -> None:
     verdict = run(case, schedule)
     assert verdict.startswith("wrong")
     assert verdict.endswith(f"nan: {nan}")
@@ -136,7 +138,7 @@ def test_what_was_not_written_is_nan(run: Run, case: str, nan: int, schedule: st
         ("trap", ["__trap(): thread (5, 0, 0) in block (0, 0, 0)"]),
     ],
 )
-def test_divergence_is_told(run: Run, case: str, words: list[str], schedule: str) -> None:
+def test_divergent_barriers_are_named(run: Run, case: str, words: list[str], schedule: str) -> None:
     verdict = run(case, schedule)
     assert verdict.startswith("emulation: ")
     for expected in words:
@@ -165,7 +167,7 @@ def test_out_of_bounds(run: Run, case: str, report: str) -> None:
         ("shared memory of a function", "which no launch limit counts: declare it in the kernel"),
     ],
 )
-def test_what_a_gpu_refuses(run: Run, case: str, words: str, schedule: str) -> None:
+def test_invalid_launches_are_refused(run: Run, case: str, words: str, schedule: str) -> None:
     verdict = run(case, schedule)
     assert verdict.startswith("emulation: ")
     assert words in verdict

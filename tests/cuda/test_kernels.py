@@ -1,6 +1,6 @@
-"""The kernels by themselves, each against plain loops, in three schedules: the programs of tests/cuda/emulation.
+"""Runs the C++ programs of tests/cuda/emulation: each kernel against plain loops, in three schedules.
 
-With the tiles that ship, and with small ones, of which small shapes have many; the sanitizers see the small ones.
+With the tiles that ship, and with smaller ones, so that small shapes have many tiles; the sanitizers only run those.
 
 MAML_CUDA_SANITIZERS=thread,address also runs them under a race detector and an address sanitizer (minutes).
 """
@@ -27,7 +27,7 @@ def test_kernels(program: str, sanitizer: str, small_tiles: bool) -> None:
     if sanitizer and program == "bank_conflicts":
         pytest.skip("it runs no kernel: it counts what their layouts do")
     command = [str(emulated.build(f"test_{program}", sanitizer, small_tiles) / f"test_{program}")]
-    if sanitizer == "thread":  # which needs addresses that are not too random
+    if sanitizer == "thread":  # ThreadSanitizer fails where address randomisation uses too many bits
         command = ["setarch", "-R", *command]
     if sanitizer:
         command += {"conv2d": ["1"], "layers": ["shuffled"], "policy": ["shuffled"], "stem": ["shuffled"]}.get(

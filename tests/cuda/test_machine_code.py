@@ -1,4 +1,4 @@
-"""The kernels as the compiler left them, in the library that is installed: needs cuobjdump and nvdisasm, but no GPU."""
+"""The machine code of the kernels in the installed library. Needs cuobjdump and nvdisasm, but no GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.gpu.registers import tool
 from maml_cuda import _core
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
-PRINTS = ("loss", "megakernel")  # printf keeps its arguments in local memory: on the way to the assertion alone
+PRINTS = ("loss", "megakernel")  # they use local memory for the arguments of printf, only when an assertion fails
 
 needs_kernels = pytest.mark.skipif(_core.cuda is None, reason="this build has no CUDA kernels")
 needs_tool = pytest.mark.skipif(not tool(), reason="there is no cuobjdump")
@@ -32,7 +32,7 @@ def dump(*options: str) -> str:
 
 @cache
 def kernels(architecture: str) -> dict[str, Counter[str]]:
-    """Mangled name -> how often each instruction stands in it."""
+    """Mangled name -> how often each instruction occurs."""
     parts = re.split(r"^\s*Function : (\S+)$", dump("-arch", f"sm_{architecture}", "-sass"), flags=re.MULTILINE)[1:]
     return {name: Counter(INSTRUCTION.findall(body)) for name, body in zip(parts[::2], parts[1::2], strict=True)}
 
@@ -79,7 +79,7 @@ def test_no_hot_loop_touches_local_memory(architecture: str) -> None:
         ("11Bf16x3Words", "HMMA.16816.F32.BF16"),
     ],
 )
-def test_products_use_the_units_that_they_are_for(
+def test_products_use_the_units_of_their_precision(
     architecture: str, product: str, arithmetic: str, instruction: str
 ) -> None:
     for name, code in those(architecture, product, arithmetic).items():
@@ -90,7 +90,7 @@ def test_products_use_the_units_that_they_are_for(
         assert code["LDS.128"] > 0, f"{name}: no shared loads of 16 bytes"
 
 
-def test_the_library_shows_python_its_door_and_nothing_of_cuda() -> None:
+def test_the_library_exports_only_the_module_and_imports_nothing_of_cuda() -> None:
     if shutil.which("nm") is None:
         pytest.skip("there is no nm")
     lines = subprocess.run(

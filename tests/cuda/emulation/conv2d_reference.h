@@ -1,4 +1,4 @@
-// The convolution of one task as plain loops in double, each result added to what is there.
+// The convolution of one task as plain loops in double. Each function adds its result to the output.
 #pragma once
 
 #include <vector>
@@ -12,7 +12,8 @@ using Values = std::vector<double>;
 
 inline int64_t weights(const Layer& l) { return l.window.kernel_h * l.window.kernel_w * l.in.c * l.out.c; }
 
-/// f(y index, x index, w index) for all products of one task but for channels.
+/// Calls f(y index, x index, w index) for every pair of an output pixel and a tap; the caller loops over
+/// channels.
 template <class F>
 inline void each_tap(const Layer& l, F f) {
   for (int64_t s = 0; s < l.n; ++s) {

@@ -24,11 +24,11 @@ inline void expect(bool ok, const std::string& what) {
   std::printf("WRONG: %s\n", what.c_str());
 }
 
-constexpr int64_t kGap = 16;  // NaN elements behind every tensor, at least
+constexpr int64_t kGap = 16;  // the fewest NaN elements after every tensor
 
 inline int64_t whole(int64_t elements) { return (elements + kGap - 1) / kGap * kGap; }
 
-/// Device memory of all tasks, by symbolic addresses. Every element is NaN until somebody writes it.
+/// Memory of all tasks, addressed symbolically. Every element is NaN until it is written.
 template <class T>
 class Memory {
  public:
@@ -75,14 +75,14 @@ class Memory {
   Table table_{};
 };
 
-/// What of a layer's tensors is there.
+/// Which of a layer's tensors are present.
 struct Present {
   bool gamma = true, beta = true;  // parameters
   bool x_dot = true, gamma_dot = true, beta_dot = true;
   bool grad_x = true, grad_gamma = true, grad_beta = true;
-  bool add = false;         // to what the gradients hold
-  bool statistics = false;  // somebody has taken them
-  bool second_dot = true;   // add: the tangent of its second input
+  bool add = false;         // gradients are added to the values already there
+  bool statistics = false;  // a convolution has already computed the statistics
+  bool second_dot = true;   // Kind::add: the tangent of the second input
 };
 
 template <class T>
@@ -159,7 +159,7 @@ inline std::vector<double> random_values(std::mt19937& rng, int64_t count) {
   return values;
 }
 
-/// The entries [tiles, 2 or 3, c] that a convolution would leave of a (and b).
+/// The entries [tiles, 2 or 3, c] that a convolution would compute of a (and b).
 inline std::vector<double> tile_moments(int64_t m, int64_t c, const std::vector<double>& a,
                                         const std::vector<double>* b) {
   std::vector<double> entries;
@@ -183,7 +183,7 @@ inline std::vector<double> tile_moments(int64_t m, int64_t c, const std::vector<
   return entries;
 }
 
-inline double worst = 0;  // relative to the tolerance, over all that was compared
+inline double worst = 0;  // the largest error relative to its tolerance, over all comparisons
 
 template <class T>
 void compare(const T* got, const std::vector<double>& want, double tolerance, const std::string& what) {
@@ -274,7 +274,7 @@ std::vector<T> check_layer(const Layer& l, const Present& p, int64_t tasks = 2, 
 
   std::mt19937 rng(seed);
   std::vector<Values<Dual<double>>> truth(tasks);
-  const double held = 0.75;  // what gradients are added to
+  const double held = 0.75;  // the value that gradients are added to
   auto input = [&](const T* symbolic, int64_t task, int64_t count) {
     auto values = random_values(rng, count);
     for (double& v : values) v = static_cast<double>(static_cast<T>(v));
@@ -315,7 +315,7 @@ std::vector<T> check_layer(const Layer& l, const Present& p, int64_t tasks = 2, 
     }
   }
 
-  // Each pass sees what the algorithm would give it, and nothing else.
+  // Each pass gets the tensors that the algorithm would give it, and no others.
   const LaunchPasses<T> passes = passes_of<T>(l.kind);
   const Launcher launch = memory.launcher();
   auto run = [&](void (*pass)(const Launcher&, const Layer&, const Tensors<T>&), Tensors<T> t) {

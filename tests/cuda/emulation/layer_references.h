@@ -1,6 +1,6 @@
-// What the CUDA layers must compute, sharing nothing with them. A reference writes down the forward pass and
-// the chain rule, step by step, for any number type; with dual numbers it gives the tangents too, and f' is
-// the derivative of f itself.
+// References for the CUDA layers, sharing no code with them. A reference writes the forward pass and the
+// chain rule, step by step, for any number type. With dual numbers it also yields the tangents, and f' is
+// computed as the derivative of f itself.
 #pragma once
 
 #include <cmath>
@@ -51,8 +51,8 @@ Dual<S> erfc(Dual<S> x) {
 
 template <class S>
 struct Values {
-  std::vector<S> x[2], w[2], g;            // read; w empty: absent
-  std::vector<S> y, grad_x[2], grad_w[2];  // written
+  std::vector<S> x[2], w[2], g;            // inputs; an empty w is absent
+  std::vector<S> y, grad_x[2], grad_w[2];  // outputs
 };
 
 template <class S>
@@ -96,7 +96,8 @@ inline int64_t rows_in(const Layer& l) { return l.n * l.in.h * l.in.w; }
 inline int64_t count_in(const Layer& l) { return l.n * size(l.in); }
 inline int64_t count_out(const Layer& l) { return l.n * size(l.out); }
 
-/// f(output element, input element) for all that windows join, channel by channel.
+/// Calls f(output element, input element) for every input that an output's window contains, channel by
+/// channel.
 template <class F>
 void each_joined(const Layer& l, F f) {
   const Window& k = l.window;
@@ -113,7 +114,7 @@ void each_joined(const Layer& l, F f) {
           }
 }
 
-/// The input element that each output element is the maximum of.
+/// The input element that holds the maximum for each output element.
 template <class S>
 std::vector<int64_t> chosen_of(const Layer& l, const std::vector<S>& a) {
   std::vector<int64_t> chosen(count_out(l), -1);
@@ -183,7 +184,7 @@ void running_norm_reference(const Layer& l, Values<S>& v) {
   }
 }
 
-/// By the chain rule step by step.
+/// group_norm, by the chain rule step by step.
 template <class S>
 void group_norm_reference(const Layer& l, Values<S>& v) {
   const int64_t pixels = l.in.h * l.in.w, c = l.in.c, width = c / l.groups;

@@ -1,6 +1,6 @@
-// The test of the emulation: small kernels that are right, and the same with one mistake each. The program
-// runs the case it is told and prints "right", "wrong: ..." or the words of what was thrown
-// (tests/cuda/test_emulation.py).
+// The test of the emulation itself: small correct kernels, and copies of them with one mistake each. The
+// program runs the case that is given as argument and prints "right", "wrong: ..." or the text of the
+// exception (tests/cuda/test_emulation.py).
 #include <cstdio>
 #include <map>
 #include <stdexcept>
@@ -10,7 +10,7 @@
 
 #include "emulation.h"
 
-namespace planted {  // not anonymous: __shared__ variables of templates have to be found here too
+namespace planted {  // not anonymous: else __shared__ variables of templates would have no symbols to find
 
 using Verdict = std::string;
 
@@ -41,7 +41,7 @@ Verdict compare(const std::vector<float>& got, const std::vector<float>& expecte
          ", nan: " + std::to_string(nan);
 }
 
-// ------------------------------------------------------------------------------- a transpose, by tiles
+// --------------------------------------------------------------------------------- a tiled transpose
 constexpr int kTile = 8;
 enum class TransposeBug { none, no_barrier, lost_tail };
 
@@ -69,7 +69,7 @@ Verdict run_transpose() {
   return compare(y, expected);
 }
 
-// ------------------------------------------------------------------------------- the sums of rows
+// ---------------------------------------------------------------------------------------- row sums
 enum class SumBug { none, no_barrier, early_return, one_too_many, wrong_mask, mixed_shuffles };
 
 template <SumBug bug>
@@ -89,7 +89,7 @@ __global__ void row_sum(const float* x, float* y, int n) {
   }
   if (i % 32 == 0) partial[i / 32] = sum;
   if constexpr (bug != SumBug::no_barrier) __syncthreads();
-  if (i >= 32) return;  // one warp alone: its barriers do not wait for the block
+  if (i >= 32) return;  // only one warp goes on: its barriers do not wait for the block
   float v = i < 4 ? partial[i] : 0;
   for (unsigned d = 2; d > 0; d /= 2) v += __shfl_down_sync(~0u, v, d);
   if (i == 0) y[blockIdx.x] = v;
@@ -105,7 +105,7 @@ Verdict run_row_sum() {
   return compare(y, expected);
 }
 
-// ------------------------------------------------------------- what is exchanged within one warp
+// ------------------------------------------------------------------------- exchange within one warp
 enum class WarpBug { none, no_barrier, shuffle_for_barrier };
 
 template <WarpBug bug>
@@ -129,7 +129,7 @@ Verdict run_reverse_warp() {
 
 __global__ void warp_functions(unsigned* errors) {
   const int i = static_cast<int>(emulation::lane), warp = static_cast<int>(threadIdx.x) / 32;
-  const int lanes = warp == 0 ? 32 : 8;  // the last warp is short
+  const int lanes = warp == 0 ? 32 : 8;  // the last warp has fewer lanes
   unsigned bad = 0;
   const auto expect = [&](bool holds) { bad += !holds; };
   expect(__shfl_sync(~0u, i, 3) == 3);
@@ -140,7 +140,7 @@ __global__ void warp_functions(unsigned* errors) {
   expect(__ballot_sync(~0u, i % 2) == (lanes == 32 ? 0xaaaaaaaa : 0xaau));
   expect(__any_sync(~0u, i == 7) && !__any_sync(~0u, i == 77));
   expect(__all_sync(~0u, i < lanes) && !__all_sync(~0u, i < 7));
-  if (i < 4) expect(__shfl_sync(0xf, i, 2) == 2);  // some lanes alone
+  if (i < 4) expect(__shfl_sync(0xf, i, 2) == 2);  // a part of the warp
   if (lanes == 8) expect(std::isnan(__shfl_sync(~0u, 1.0f, 9)));
   if (lanes == 32) {
     struct Parts {
@@ -158,7 +158,7 @@ Verdict run_warp_functions() {
   return errors == 0 ? "right" : "wrong: " + std::to_string(errors);
 }
 
-// ------------------------------------------------------------------------- barriers that never meet
+// ------------------------------------------------------------------ barriers that not all threads reach
 __global__ void two_barriers(float* y) {
   if (threadIdx.x < 8) {
     __syncthreads();
@@ -209,7 +209,7 @@ Verdict run_read_shared() {
   return compare(y, std::vector<float>(16, 2));
 }
 
-// ------------------------------------------------- asynchronous copies in two stages, as a pipeline
+// ------------------------------------------------------------- a pipeline of two asynchronous stages
 enum class CopyBug {
   none,
   no_wait,
@@ -227,7 +227,7 @@ __global__ void pipeline(const float4* x, float* y,
   const auto fetch = [&](int tile) {
     const bool valid = tile < tiles;
     const void* from = x + tile * 16 + i;
-    if (bug == CopyBug::misaligned && !valid) from = &x[-1].w;  // what is not valid is not read
+    if (bug == CopyBug::misaligned && !valid) from = &x[-1].w;  // not read, but misaligned
     emulation::defer_copy(&stage[tile % 2][i], from, sizeof(float4), valid);
     emulation::commit_copies();
   };
@@ -256,7 +256,7 @@ Verdict run_pipeline() {
   return compare(y, expected);
 }
 
-// ------------------------------------------------------------------------------------- the host's side
+// --------------------------------------------------------------------------------------- the host side
 __global__ void add_one(float* x) { x[threadIdx.x] += 1; }
 
 Verdict run_graph() {
@@ -304,7 +304,7 @@ Verdict run_broken_capture() {
 
 enum class BranchBug { none, no_join, too_early };
 
-/// y = x on a branch, beside z = 2 on the origin; behind the join the origin overwrites x.
+/// y = x on a branch, parallel to z = 2 on the origin; after the join, the origin overwrites x.
 template <BranchBug bug>
 Verdict run_branch() {
   std::vector<float> x(1, 1), y(1, 0), z(1, 0);
@@ -362,7 +362,7 @@ Verdict run_limits() {
   if (!refuses(4, 49 * 1024, cudaErrorInvalidValue)) return "wrong: 49 KB unasked";
   if (allow(227 * 1024) != cudaSuccess || !refuses(4, 227 * 1024, cudaSuccess)) return "wrong: 227 KB";
   if (allow(227 * 1024 + 1) != cudaErrorInvalidValue) return "wrong: more than 227 KB";
-  const auto with_static = read_shared<ReadBug::none>;  // which declares 32 bytes
+  const auto with_static = read_shared<ReadBug::none>;  // it declares 32 bytes
   cudaFuncAttributes own{};
   cudaFuncGetAttributes(&own, reinterpret_cast<const void*>(with_static));
   if (own.sharedSizeBytes != 32) return "wrong: " + std::to_string(own.sharedSizeBytes) + " static bytes";

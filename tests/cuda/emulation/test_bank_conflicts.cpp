@@ -1,8 +1,8 @@
-// Counts the wavefronts of every access of a warp to the product's tiles in shared memory: what the
-// arithmetics read (tile_layout.h, arithmetic.h) and what the copies write (product.h). A shared memory
-// access moves 32 banks of 4 bytes at a time: lanes that ask for different words of one bank wait for each
-// other, lanes that ask for the same word do not. An access of 16 bytes a lane goes by quarters of a warp.
-// Every access in 16 bytes must take no more wavefronts than its number of distinct words needs.
+// Counts the wavefronts of every access of a warp to the product's tiles in shared memory: the reads of the
+// arithmetics (tile_layout.h, arithmetic.h) and the writes of the copies (product.h). A wavefront serves 32
+// banks of 4 bytes. Lanes that access different words of one bank need several wavefronts; lanes that access
+// the same word need one. An access of 16 bytes a lane is split into quarters of a warp. Every 16-byte access
+// must take no more wavefronts than its number of distinct words requires.
 #include <algorithm>
 #include <cstdio>
 #include <set>
@@ -16,7 +16,7 @@ using namespace maml::cuda;
 
 int failures = 0;
 
-/// Wavefronts of one access at these words, `width` words each.
+/// The wavefronts of one access to these words, `width` words a lane.
 int wavefronts(const std::vector<int>& lanes, int width) {
   const int together = 32 / width;
   int total = 0;
@@ -33,14 +33,14 @@ int wavefronts(const std::vector<int>& lanes, int width) {
 }
 
 void check(const char* what, const std::vector<int>& words, int width) {
-  const int ideal = width;  // one for each 32 / width lanes
+  const int ideal = width;  // one wavefront for each 32 / width lanes
   const int got = wavefronts(words, width);
   if (got <= ideal) return;
   std::printf("%s: %d wavefronts instead of %d\n", what, got, ideal);
   ++failures;
 }
 
-/// word(lane) for 32 lanes.
+/// word(lane) for all 32 lanes.
 template <class F>
 std::vector<int> warp(F word) {
   std::vector<int> words;
@@ -67,7 +67,7 @@ void check_layout() {
       }
     }
   }
-  for (int first = 0; first < Layout::kSize / V; first += 32) {  // 32 threads side by side fill the tile
+  for (int first = 0; first < Layout::kSize / V; first += 32) {  // 32 consecutive threads fill the tile
     check("copy of 16 bytes", warp([&](int lane) {
             const int thread = first + lane;
             if (Layout::kAlongK) {
@@ -89,7 +89,7 @@ void check_layout() {
   }
 }
 
-/// Every element has a place of its own, and vectors lie together.
+/// Every element has a place of its own, and the elements of a vector are contiguous.
 template <class T, class Layout>
 void check_cover() {
   std::set<int> places;

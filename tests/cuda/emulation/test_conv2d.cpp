@@ -1,7 +1,7 @@
-// The passes of the convolution against plain loops in double: every pass, every arithmetic, odd shapes, null
-// tensors, add flags, several tasks, in three schedules. Operands of the reduced precisions are rounded
-// before the reference sees them, so that only the order of sums is left to differ. Every output starts as
-// NaN, with NaN between the tensors that must still be there afterwards.
+// The passes of the convolution against plain loops in double: every pass, every arithmetic, odd shapes,
+// absent tensors, add flags, several tasks, in three schedules. Operands of the reduced precisions are
+// rounded before the reference sees them, so that only the order of sums differs. Every output starts as NaN,
+// and the NaN between the tensors must still be there afterwards.
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
@@ -48,12 +48,12 @@ double rounded(double v, Precision precision) {
   return v;
 }
 
-/// One tensor of all tasks: what it holds, where it is, and what it should hold.
+/// One tensor of all tasks: its values, its place, and the values expected after a pass.
 struct Tensor {
   std::string name;
   Region region;
   int64_t at, size;
-  std::vector<Values> start, rounded, want;  // one a task; want empty: as at the start
+  std::vector<Values> start, rounded, want;  // one for each task; want empty: unchanged
 };
 
 template <class T>
@@ -85,7 +85,7 @@ class Check {
 
   void begin() {
     tensors_.clear();
-    tensors_.reserve(32);  // tensors are referred to
+    tensors_.reserve(32);  // never reallocated: references to its elements are kept
     for (int64_t& end : ends_) end = kGap;
   }
   Tensor& tensor(const char* name, int64_t size, Region region = Region::task) {
@@ -94,7 +94,7 @@ class Check {
     end += whole(size) + kGap;
     return tensors_.back();
   }
-  /// With random values; T* is symbolic.
+  /// A tensor of random values; T* is symbolic.
   T* input(Tensor*& out, const char* name, int64_t size, Region region = Region::task) {
     Tensor& t = tensor(name, size, region);
     std::uniform_real_distribution<double> value(-1, 1);
@@ -114,7 +114,8 @@ class Check {
     out = &t;
     return place<T>(region, t.at);
   }
-  /// NaN, or with `add` random values that the result is added to. `want` starts as zero or as those.
+  /// An output: NaN, or, with `add`, random values that the result is added to. `want` starts as zero or as
+  /// these.
   T* output(Tensor*& out, const char* name, int64_t size, bool add = false) {
     T* symbolic;
     if (add) {
@@ -131,7 +132,7 @@ class Check {
   }
   static int64_t whole(int64_t size) { return (size + 15) / 16 * 16; }
 
-  /// Where x stands: in the workspace, or with the user, who promises no alignment.
+  /// The region of x: the workspace, or the user's tensors, whose alignment is not known.
   Region x_region() { return coin() ? Region::task : Region::x_support; }
 
   void execute(const char* pass, void (*launch_pass)(const Launcher&, const Layer&, const Tensors<T>&),
@@ -196,7 +197,7 @@ class Check {
     ++failures;
   }
 
-  /// [entries, parts, c] of y, or of y and y_dot.
+  /// Adds the entries [entries, parts, c] expected of y, or of y and y_dot.
   T* statistics(const Tensor& y, const Tensor* dot) {
     const int64_t rows = conv2d_statistics_rows(layer_), c = layer_.out.c, m = pixels();
     const int64_t entries = (m + rows - 1) / rows, parts = dot ? 3 : 2;
@@ -241,7 +242,7 @@ class Check {
     execute("forward", conv2d<T>().forward, t);
   }
 
-  /// Some of the gradients, some of them to be added to.
+  /// Random choices of which gradients are wanted, and which are added to.
   void gradients(Tensors<T>& t, T*& to_x, T* (&to_w)[kMostParameters], Tensor*& x, Tensor*& w, Tensor*& b) {
     for (bool* flag : {&t.add_x[0], &t.add_w[0], &t.add_w[1]}) *flag = coin();
     if (random_() % 4) to_x = output(x, "gradient of x", inputs(), t.add_x[0]);

@@ -1,5 +1,5 @@
-// The kernels of policies on the CPU: both losses with their tangents and metrics against formulas in dual
-// numbers, and the layer that puts log_std behind the mean, in every schedule of the emulation.
+// The kernels for policies: both losses with their tangents and metrics against formulas in dual numbers, and
+// the layer that appends log_std to the mean, in every schedule of the emulation.
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kTasks = 2;
 
-/// One sample: the loss that it adds, and grad_z.
+/// Returns one sample's term of the loss, and computes grad_z.
 template <class S>
 S sample_loss(Loss kind, const std::vector<S>& z, const double* action, double scale, const double* old,
               std::vector<S>& grad_z) {
@@ -41,7 +41,7 @@ S sample_loss(Loss kind, const std::vector<S>& z, const double* action, double s
   return S(0) - (old ? k : k * log_prob);
 }
 
-/// F z_dot of one sample.
+/// F z_dot for one sample, with F the Fisher matrix.
 std::vector<double> sample_metric(Loss kind, const std::vector<double>& z, const std::vector<double>& dot,
                                   double scale) {
   const auto c = static_cast<int64_t>(z.size()), dims = c / 2;
@@ -61,7 +61,7 @@ std::vector<double> sample_metric(Loss kind, const std::vector<double>& z, const
 template <class T>
 void check_loss(Loss kind, int64_t n, int64_t c, bool ratio) {
   const bool gaussian = kind == Loss::gaussian_policy;
-  const int64_t dims = gaussian ? c / 2 : 2;  // of an action: an int64 takes the place of two floats
+  const int64_t dims = gaussian ? c / 2 : 2;  // elements of an action: an int64 is as large as two floats
   const std::string name = std::string(gaussian ? "gaussian" : "categorical") +
                            (ratio ? " ratio" : " score") + " n " + std::to_string(n) + " c " +
                            std::to_string(c);
@@ -83,7 +83,7 @@ void check_loss(Loss kind, int64_t n, int64_t c, bool ratio) {
   for (int64_t task = 0; task < kTasks; ++task) {
     const auto zs = rounded(z, task, n * c), dots = rounded(z_dot, task, n * c), olds = rounded(old, task, n);
     auto scales = rounded(scale, task, n);
-    if (n > 1) scales[n / 2] = 0;  // padding, with an old log-probability that no number could stand
+    if (n > 1) scales[n / 2] = 0;  // padding, whose old log-probability would overflow if it were used
     memory.fill(scale, task, scales);
     if (n > 1) memory.real(old, task)[n / 2] = T(-1e30);
     std::vector<double> goal;
@@ -218,7 +218,7 @@ void check_append(int64_t n, int64_t in, int64_t behind, bool moves, bool add) {
 
 using namespace maml::cuda;
 
-/// The schedules to run; all without arguments.
+/// Runs the schedules named by the arguments; without arguments, all.
 int main(int argc, char** argv) {
   const struct {
     const char* name;

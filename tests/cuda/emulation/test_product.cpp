@@ -1,6 +1,6 @@
-// The product of a block (product.h) with the tiles of real devices, which the passes never choose under
-// emulation: every arithmetic, tile and pair of operands against a plain loop, by vectors and by elements,
-// one term and two.
+// The product of a block (product.h) with all tiles that GPUs use; the layers' own tests have too few outputs
+// for the larger ones. Every arithmetic, tile and pair of operands is compared with a plain loop, by vectors
+// and by elements, with one term and two.
 #include <cstdio>
 #include <random>
 #include <vector>
@@ -36,7 +36,7 @@ __global__ void product_kernel(Problem<typename Arithmetic::T, A, B> p, const Ta
              [&](int row) { return row < p.m ? p.c + static_cast<int64_t>(row) * p.n : nullptr; });
 }
 
-/// A[m, k] and B[k, n] as they lie for each operand.
+/// A[m, k] and B[k, n] in the order in which each operand stores them.
 PixelsByTaps operand(PixelsByTaps, int m, int, int k) {
   return {Gather(m, {k, 1, 1}, 1, 1, 1, 1, 0, 0, 1, 1)};
 }
@@ -46,7 +46,7 @@ TapsByPixels operand(TapsByPixels, int m, int, int k) {
 Rows operand(Rows, int, int n, int k) { return {k, n}; }
 Taps operand(Taps, int, int n, int k) { return {n, k, k, 0, 0, 0, Divisor(k), Divisor(1)}; }
 
-/// The region of real addresses: it starts at 16, for one that starts at 0 is not there.
+/// The start of the region that holds real addresses: 16, because a region that starts at 0 counts as absent.
 constexpr uint64_t kStart = 16;
 Table real_addresses() {
   Table table{};
@@ -62,7 +62,7 @@ template <class Arithmetic, class Tile, class A, class B>
 void check(int m, int n, int k, int count, bool vectors) {
   using T = typename Arithmetic::T;
   std::mt19937 random(static_cast<unsigned>(m + n + k + count));
-  std::uniform_int_distribution<int> small(-8, 8);  // exact in every arithmetic
+  std::uniform_int_distribution<int> small(-8, 8);  // products and sums are exact in every arithmetic
   struct alignas(16) Line {
     T element[16 / sizeof(T)];
   };

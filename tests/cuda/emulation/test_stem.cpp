@@ -1,5 +1,5 @@
-// The stem against what it stands for: the same four passes through conv2d, batch_norm and max_pool, in
-// float64, several tasks, odd shapes, everything that may be absent, in every schedule of the emulation.
+// The stem against the layers that it fuses: the same four passes through conv2d, batch_norm and max_pool in
+// float64. Several tasks, odd shapes, every optional tensor absent, in every schedule of the emulation.
 #include <random>
 #include <string>
 #include <vector>
@@ -44,7 +44,7 @@ class Chain {
     moves_ = moves, adds_ = adds;
   }
 
-  /// One layer: parameters [first, first + count) of the chain.
+  /// One layer of the chain, with the chain's parameters [first, first + count).
   struct Part {
     Layer layer;
     Tensors<T> tensors;

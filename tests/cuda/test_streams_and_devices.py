@@ -1,4 +1,4 @@
-"""A good citizen of the device: the caller's streams and device, errors that name the kernel, launches that wait."""
+"""Streams and devices of the caller, errors of failed launches, and CUDA_LAUNCH_BLOCKING=1."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ both_executors = pytest.mark.parametrize("make", [mlp, conv])
 
 
 def steps(model: nn.Module, data: list[Tensor], count: int = 3) -> list[dict[str, Tensor]]:
-    """The meta-gradients of some calls; the second is captured in a graph where there are graphs."""
+    """The meta-gradients of some calls; the second call is captured as a graph if the executor has graphs."""
     maml = FusedMAML(model, 0.1, 2, backend="fused")
     found = []
     for _ in range(count):
@@ -44,7 +44,7 @@ def same(found: list[dict[str, Tensor]], expected: dict[str, Tensor]) -> bool:
 
 @pytest.fixture
 def own_stream(machine: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
-    """A context in which a thread works on a stream of its own."""
+    """A context manager in which the thread uses a new stream."""
     if machine == "cuda":
         return lambda: torch.cuda.stream(torch.cuda.Stream())
     current = threading.local()
@@ -60,7 +60,7 @@ def own_stream(machine: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], An
 
 @both_executors
 def test_two_streams_at_once(make: Any, own_stream: Callable[[], Any], machine: str) -> None:
-    """Two threads, each with a stream, share the plan and what is kept for it, and get the bits of one alone."""
+    """Two threads with a stream each share a plan and its caches, and get the same bits as one thread alone."""
     tasks = [episodes(SAMPLES[make], torch.float64, seed=seed) for seed in (1, 2)]
     model = make()
     with own_stream():
@@ -90,7 +90,7 @@ def test_two_streams_at_once(make: Any, own_stream: Callable[[], Any], machine: 
 
 @pytest.fixture
 def second_device(machine: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """One that is not the current device."""
+    """A device other than the current one."""
     if machine == "cuda":
         if torch.cuda.device_count() < 2:
             pytest.skip("there is one GPU")
@@ -130,7 +130,7 @@ def test_the_device_of_the_tensors_is_used_and_the_current_one_stays(make: Any, 
 
 @both_executors
 def test_a_launch_that_fails_names_its_kernel(make: Any, machine: str) -> None:
-    """Of a first call and of one that is being captured, some launch after the other; the next call is right again."""
+    """Each launch of a first call, and of a call that is captured, fails in turn; the next call is right again."""
     if machine != "cuda_emulated":
         pytest.skip("a GPU does not fail when it is told to")
     controls = emulated.controls()
@@ -164,8 +164,8 @@ def test_a_launch_that_fails_names_its_kernel(make: Any, machine: str) -> None:
     assert names >= {"megakernel", "add up"} if make is mlp else len(names) > 4
 
 
-def test_launches_that_wait(machine: str) -> None:
-    """CUDA_LAUNCH_BLOCKING=1, for which every launch waits: both executors, called and in a graph."""
+def test_blocking_launches(machine: str) -> None:
+    """With CUDA_LAUNCH_BLOCKING=1 every launch waits: both executors, called directly and through a graph."""
     if machine != "cuda":
         pytest.skip("needs the CUDA driver")
     program = "from benchmarks.gpu import smallest as s; import torch; print(s.meta_steps(torch.device('cuda'), True))"
