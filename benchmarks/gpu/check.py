@@ -23,8 +23,8 @@ from ..worker import Failed, Stopped
 from .machine import ROOT, machine
 
 TESTS = (
-    "tests/cuda/test_backend.py", "tests/cuda/test_streams_and_devices.py", "tests/engine/test_fast_path.py", "tests/layers",
-    "tests/engine/test_meta_gradient.py", "tests/engine/test_errors.py",
+    "tests/cuda/test_backend.py", "tests/cuda/test_streams_and_devices.py", "tests/engine/test_fast_path.py",
+    "tests/engine/test_meta_gradient.py", "tests/engine/test_errors.py", "tests/layers",
 )  # fmt: skip
 SMALL_TESTS = ("tests/engine/test_errors.py::test_no_rate_to_repeat",)  # for the emulation, where each takes long
 OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL"

@@ -1,4 +1,4 @@
-"""Features of the CUDA backend alone: two executors, graphs, chunks of tasks, precisions, labels checked on the device."""
+"""Features of the CUDA backend alone: executors, graphs, chunks of tasks, precisions, labels checked on the device."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ BANDS = {"float32": (0, 3e-6), "bf16x3": (3e-7, 3e-4), "tf32": (2e-5, 2e-2), "bf
 
 
 def test_each_precision_has_its_error(allow_precision: None) -> None:
-    """On a smooth net, whose derivatives have no jumps. The bands have a lower end: else an unused precision would pass."""
+    """On a smooth net, whose derivatives have no jumps. Bands have a lower end: else an unused precision would pass."""
     model, data = conv(), episodes((2, 6, 6), torch.float64)
     _, expected = reference.meta_gradient(model, "cross_entropy", *data, 0.1, 2)
     single, data32 = model.float(), [t.float() if t.is_floating_point() else t for t in data]

@@ -51,9 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         environment = os.environ | {"MAML_CUDA_EMULATION_SCHEDULE": schedule}
         command = [program, case]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if (
-            "unexpected memory mapping" in done.stderr
-        ):  # ThreadSanitizer fails where address randomisation uses too many bits
+        if "unexpected memory mapping" in done.stderr:  # ThreadSanitizer and address randomisation
             done = subprocess.run(["setarch", "-R", *command], env=environment, capture_output=True, text=True)
         if not sanitizer:
             assert done.returncode == 0, done.stderr

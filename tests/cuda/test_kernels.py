@@ -23,9 +23,9 @@ SANITIZERS = ["", *filter(None, os.environ.get("MAML_CUDA_SANITIZERS", "").split
 @pytest.mark.parametrize("small_tiles", [False, True])
 def test_kernels(program: str, sanitizer: str, small_tiles: bool) -> None:
     if sanitizer and not small_tiles:
-        pytest.skip("the sanitizers see small tiles: the same code, and more of them")
+        pytest.skip("the sanitizers run with small tiles: the same code, and more tiles")
     if sanitizer and program == "bank_conflicts":
-        pytest.skip("it runs no kernel: it counts what their layouts do")
+        pytest.skip("this program runs no kernel")
     command = [str(emulated.build(f"test_{program}", sanitizer, small_tiles) / f"test_{program}")]
     if sanitizer == "thread":  # ThreadSanitizer fails where address randomisation uses too many bits
         command = ["setarch", "-R", *command]

@@ -37,7 +37,7 @@ def kernels(architecture: str) -> dict[str, Counter[str]]:
     return {name: Counter(INSTRUCTION.findall(body)) for name, body in zip(parts[::2], parts[1::2], strict=True)}
 
 
-def those(architecture: str, *words: str) -> dict[str, Counter[str]]:
+def kernels_with(architecture: str, *words: str) -> dict[str, Counter[str]]:
     found = {name: code for name, code in kernels(architecture).items() if all(word in name for word in words)}
     assert found, f"no kernel of {words}"
     return found
@@ -82,7 +82,7 @@ def test_no_hot_loop_touches_local_memory(architecture: str) -> None:
 def test_products_use_the_units_of_their_precision(
     architecture: str, product: str, arithmetic: str, instruction: str
 ) -> None:
-    for name, code in those(architecture, product, arithmetic).items():
+    for name, code in kernels_with(architecture, product, arithmetic).items():
         assert code[instruction] >= 8, f"{name}: {code[instruction]}"
         matrix = sum(count for i, count in code.items() if i.startswith("HMMA"))
         assert matrix == (code[instruction] if instruction.startswith("HMMA") else 0), name
