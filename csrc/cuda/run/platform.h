@@ -6,7 +6,7 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #else
-#include "cuda/emulation.h"
+#include "emulation.h"
 #endif
 
 namespace maml::cuda {
