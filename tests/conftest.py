@@ -1,4 +1,4 @@
-"""Shared by the tests: fixtures that run one test on every backend, and comparisons with the reference."""
+"""Shared by the tests: fixtures that run one test on every backend, random episodes, and comparisons with the reference."""
 
 from __future__ import annotations
 
@@ -82,6 +82,35 @@ def check_meta_gradient(
     return maml
 
 
+def episode(
+    sample: tuple[int, ...] = (3,),
+    *,
+    tasks: int = 3,
+    n: tuple[int, int] = (5, 3),
+    classes: int = 4,
+    target: tuple[int, ...] | None = None,
+    dtype: torch.dtype = torch.float64,
+    seed: int | None = None,
+) -> list[Tensor]:
+    """Random x_spt, y_spt, x_qry, y_qry.
+
+    Args:
+        sample: shape of a sample, so that x is [tasks, n, *sample].
+        n: samples a task in the support set and in the query set.
+        target: None for labels [tasks, n] in [0, classes); otherwise y is real, [tasks, n, *target].
+        seed: None draws from torch's global generator, which every test starts at seed 0.
+    """
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    data = []
+    for count in n:
+        data.append(torch.randn(tasks, count, *sample, generator=generator, dtype=dtype))
+        if target is None:
+            data.append(torch.randint(classes, (tasks, count), generator=generator))
+        else:
+            data.append(torch.randn(tasks, count, *target, generator=generator, dtype=dtype))
+    return data
+
+
 def fast_parameters(model: nn.Module, tasks: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Parameters [tasks, *shape] that differ from task to task."""
     return {
@@ -93,6 +122,15 @@ def fast_parameters(model: nn.Module, tasks: int, generator: torch.Generator) ->
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch runs on one thread: tensors this small gain nothing from more, and lose when other processes run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class OnGpu(TorchFunctionMode):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import maml_cuda
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -80,3 +82,12 @@ def test_an_instruction_set_that_is_not_there() -> None:
     assert run.returncode != 0
     assert "MAML_CUDA_CPU_ISA must be one of" in run.stderr
     assert "got mmx" in run.stderr
+
+
+def test_build_info() -> None:
+    info = maml_cuda.build_info()
+    assert {"version", "cuda", "cuda_architectures", "cpu_isa", "compiler"} <= set(info)
+    assert info["version"] == maml_cuda.__version__
+    assert isinstance(info["cuda_architectures"], list)
+    assert info["cpu_isa"] in info["cpu_isas"]
+    assert info["compiler"]

@@ -14,6 +14,8 @@ from benchmarks import __main__ as cli
 from benchmarks import case, entrants, flops, proof, readme, report, rivals, targets, timing, workloads
 from tests.benchmarks import odd_sides as odd
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OURS = entrants.OURS
 WORKLOADS = workloads.WORKLOADS
 SINUSOID = WORKLOADS["sinusoid-k1"].shrunk()
@@ -22,15 +24,6 @@ HERE = {name: entrants.RIVALS[name] for name in ("autograd loop", "learn2learn",
 SIDES = {OURS: rivals.fused("fused"), **HERE}
 # Larger only in tasks or shots: the same nets.
 SMALL = [name for name in WORKLOADS if "-t" not in name and "shot" not in name]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Nets this small gain nothing from more, and lose much where another process has the other core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("order", [1, 2])

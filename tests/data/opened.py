@@ -1,11 +1,12 @@
-"""What opened image data sets hold, and how one is refused."""
+"""Compares opened image data sets with what was published, and checks that one is refused."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from maml_cuda.data import images
+from maml_cuda.data import images, layouts
 
 SPLITS = {"train": "train", "validation": "val", "test": "test"}  # and what published files call them
 
@@ -30,3 +31,16 @@ def refused(open_images, folder: Path, message: str, error: type[Exception] = Va
     with pytest.raises(error, match=message):
         open_images(folder)
     assert sorted(folder.rglob("*")) == before
+
+
+def official(monkeypatch: pytest.MonkeyPatch, table: str, *archives: Path) -> None:
+    """The archives of a test are taken for the published ones."""
+    md5 = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in archives}
+    monkeypatch.setattr(layouts, table, md5)
+
+
+def check_mini_imagenet(opened: images.Images, data) -> None:
+    assert opened.shape == (3, 84, 84)
+    for split, published_as in SPLITS.items():
+        array, classes = data[published_as]["image_data"], data[published_as]["class_dict"]
+        assert_same(opened, split, {name: array[rows] for name, rows in classes.items()})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from maml_cuda import FusedMAML, gradcheck
 from tests import oracle
 from tests.conftest import assert_close, run
-from tests.engine.test_functional import RATE, STEPS, check_entries, episode, maml_of
+from tests.engine.general_path import RATE, STEPS, check_entries, episode, maml_of
 
 
 def frozen(values: Tensor) -> nn.Parameter:

@@ -10,18 +10,11 @@ from torch import Tensor, nn
 
 from maml_cuda import FusedMAML, PolicyTarget
 from tests.engine.policy_models import LOSSES, Gaussian, episode, policy
-from tests.engine.test_errors import refuses
+from tests.engine.refusals import refuses
 
-pytestmark = pytest.mark.usefixtures("machine")
+pytestmark = pytest.mark.usefixtures("machine", "labels_at_once")
 
 BACKENDS = ["fused", "reference"]
-
-
-@pytest.fixture(autouse=True)
-def _values_at_once(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU looks at actions and weights before a call where it is asked to."""
-    if machine != "cpu":
-        monkeypatch.setitem(FusedMAML.__init__.__kwdefaults__, "check_labels", True)
 
 
 def changed(y: PolicyTarget, **fields: Any) -> PolicyTarget:

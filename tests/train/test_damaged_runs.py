@@ -22,8 +22,7 @@ from maml_cuda.train.loop import Training, resumed_settings
 from maml_cuda.train.metrics import Metrics
 from maml_cuda.train.report import load_ensemble
 from maml_cuda.train.run_info import checked
-from tests.train.test_algorithms import small
-from tests.train.test_loop import files, rows, tiny, trained
+from tests.train.runs import files, rows, small, tiny, trained
 
 SHORT = (
     "sinusoid --hidden 3 --meta-batch 2 --iterations 12 --validation-interval 4 --validation-tasks 2 --log-interval 2"

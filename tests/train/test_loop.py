@@ -1,9 +1,7 @@
 """The training loop: resumed to the bit, interrupted cleanly, validated without a trace on training."""
 
-import csv
 import json
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,52 +13,7 @@ from maml_cuda.train.loop import COLUMNS, Training, resumed_settings
 from maml_cuda.train.models import conv4, conv4_max_pool
 from maml_cuda.train.report import finish, load_run
 from maml_cuda.train.settings import JOBS, Settings
-
-TINY = {
-    "glyphs": {"ways": 3, "queries": 2, "test_queries": 3, "meta_batch": 2, "width": 3},
-    "sinusoid": {"shots": 4, "queries": 3, "test_queries": 5, "meta_batch": 3, "width": 7},
-}
-
-
-def tiny(job: str, **given) -> Settings:
-    common = {"iterations": 40, "log_interval": 7, "validation_interval": 10, "validation_tasks": 3}
-    return new_settings(job, **(TINY[job] | common | {"test_tasks": 5, "test_steps": 2} | given))
-
-
-def trained(run: Path, settings: Settings) -> Training:
-    training = Training.start(run, settings)
-    training.loop()
-    return training
-
-
-def resumed(run: Path, **given) -> Training:
-    training = Training.resume(run, resumed_settings(run, given))
-    training.loop()
-    return training
-
-
-def files(run: Path) -> dict[str, bytes]:
-    """Every byte of a run but the JSON, whose only other difference is the wall-clock time."""
-    found = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    for name in [name for name in found if name.endswith(".json")]:
-        info = json.loads(found.pop(name))
-        assert info.pop("seconds") > 0
-        assert info.pop("cpu_seconds") > 0
-        info["settings"].pop("iterations")
-        found[name] = json.dumps(info).encode()
-    return found
-
-
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, training: Training, iteration: int) -> None:
-    """Ctrl-C while the tasks of this meta-iteration are drawn."""
-    sample = training.tasks.sample
-
-    def interrupting(*arguments):
-        if training.iteration == iteration:
-            signal.raise_signal(signal.SIGINT)
-        return sample(*arguments)
-
-    monkeypatch.setattr(training.tasks, "sample", interrupting)
+from tests.train.runs import files, interrupt_at, resumed, rows, tiny, trained
 
 
 @pytest.mark.parametrize("job", ["glyphs", "sinusoid"])
@@ -121,11 +74,6 @@ def test_validation_leaves_training_alone(tmp_path) -> None:
     assert often.bests[0]["score"] == pytest.approx(max(validated), rel=1e-5)
     assert never.bests == []
     assert (tmp_path / "never" / "best" / "model.safetensors").is_file()
-
-
-def rows(run: Path) -> list[dict[str, str]]:
-    with (run / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_metrics_have_a_row_where_one_is_due_and_learn(tmp_path) -> None:

@@ -1,0 +1,25 @@
+"""Fixtures of the benchmarks' tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from benchmarks.gpu import entrants, facts, machine, profile
+
+
+@pytest.fixture
+def emulation() -> Iterator[None]:
+    """CPU tensors go to the emulated CUDA kernels."""
+    with machine.emulation():
+        yield
+
+
+@pytest.fixture
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shortest possible measurements: these tests read what is reported, never a time."""
+    monkeypatch.setattr(entrants, "ROUNDS", 2)
+    monkeypatch.setattr(entrants, "BURST", 1e-4)
+    monkeypatch.setattr(facts, "REPEATS", 1)
+    monkeypatch.setattr(profile, "STEPS", 1)

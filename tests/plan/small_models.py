@@ -1,0 +1,151 @@
+"""Small models around one layer or expression, and comparisons of FusedMAML with the reference on them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maml_cuda import FusedMAML, reference
+
+CLASSES, RATE, STEPS = 4, 0.3, 2
+VECTOR, IMAGE = (3,), (2, 7, 6)
+
+
+class Net(nn.Module):
+    """The given parts, and a forward written as a function of (module, x)."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Tensor], **parts: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def dense(run: Callable[[Any, Tensor], Tensor], **parts: Any) -> Net:
+    """Linear a: 3 -> 5, b: 3 -> 5, c: 5 -> 4, and what else is given."""
+    return Net(run, **{"a": nn.Linear(3, 5), "b": nn.Linear(3, 5), "c": nn.Linear(5, CLASSES), **parts})
+
+
+def between(layer: Callable[[Tensor], Tensor]) -> Net:
+    """A function between two linear layers; b joins after it."""
+    return dense(lambda m, x: m.c(layer(m.a(x)) + m.b(x)))
+
+
+def around(layer: nn.Module, features: int = 5) -> nn.Sequential:
+    """A module between two linear layers."""
+    return nn.Sequential(nn.Linear(3, 5), layer, nn.Linear(features, CLASSES))
+
+
+def conv(run: Callable[[Any, Tensor], Tensor], features: int, **parts: Any) -> Net:
+    """Conv2d a: 2 -> 3 with padding, a head on `features`, and what else is given."""
+    return Net(run, **{"a": nn.Conv2d(2, 3, 3, padding=1), "c": nn.Linear(features, CLASSES), **parts})
+
+
+def pooled(layer: nn.Module, features: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), layer, nn.Flatten(), nn.Linear(features, CLASSES))
+
+
+def episode(sample: tuple[int, ...] = VECTOR, target: tuple[int, ...] | None = None, **to: Any) -> list[Tensor]:
+    """Two tasks of 5 and 3 samples; labels, or real targets of shape `target`."""
+    g = torch.Generator().manual_seed(3)
+    data = []
+    for n in (5, 3):
+        data.append(torch.randn(2, n, *sample, generator=g, dtype=torch.float64))
+        if target is None:
+            data.append(torch.randint(CLASSES, (2, n), generator=g))
+        else:
+            data.append(torch.randn(2, n, *target, generator=g, dtype=torch.float64))
+    return [t.to(**to) if t.is_floating_point() else t for t in data]
+
+
+def made(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make().double()
+
+
+def quiet(model: nn.Module, **given: Any) -> FusedMAML:
+    """A FusedMAML on whatever path; falling back is not the point here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return FusedMAML(model, RATE, STEPS, **given)
+
+
+def close(got: Tensor, expected: Tensor, what: str = "") -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12, msg=lambda m: f"{what}: {m}")
+
+
+def right(maml: FusedMAML, data: list[Tensor]) -> None:
+    """Whatever runs, loss and gradients are the reference's; an unreached parameter has none."""
+    maml.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        loss, grads = reference.meta_gradient(
+            maml.model,
+            maml.loss,
+            *data,
+            maml.inner_lr,
+            maml.inner_steps,
+            maml.first_order,
+            maml._adapt_params,
+        )
+        out = maml(*data)  # after it: a call moves the vectors of a spectral norm
+        out.loss.backward()
+    close(out.loss.detach(), loss, "loss")
+    for name, p in maml.model.named_parameters():
+        assert (p.grad is not None) == (name in grads), name
+        if p.grad is not None:
+            close(p.grad, grads[name], name)
+
+
+def weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape) / 2)
+
+
+def fused_is_right(model: nn.Module, data: list[Tensor], loss: str = "cross_entropy", **given: Any) -> None:
+    """Fused against reference: every output and every gradient, first and second order."""
+    fused = FusedMAML(model, RATE, STEPS, loss=loss, backend="fused", **given)
+    plain = FusedMAML(model, RATE, STEPS, loss=loss, backend="reference", **given)
+    assert (fused.backend, plain.backend) == ("cpu", "reference")
+    for first_order in (False, True):
+        results = []
+        for maml in (fused, plain):
+            maml.first_order = first_order
+            maml.zero_grad()
+            out = maml(*data)
+            out.loss.backward()
+            grads = {name: p.grad for name, p in model.named_parameters()}
+            results.append((vars(out), grads))
+        for name, value in results[0][0].items():
+            close(value.detach(), results[1][0][name].detach(), name)
+        for name, g in results[0][1].items():
+            assert (g is None) == (results[1][1][name] is None), name
+            if g is not None:
+                close(g, results[1][1][name], name)
+
+
+def trained_norm(affine: bool = True) -> nn.BatchNorm1d:
+    norm = nn.BatchNorm1d(5, affine=affine)
+    norm(torch.randn(9, 5) * 3 + 1)
+    return norm
+
+
+def trained_instance_norm() -> nn.InstanceNorm2d:
+    norm = nn.InstanceNorm2d(3, affine=True, track_running_stats=True)
+    norm(torch.randn(9, 3, 2, 2) * 3 + 1)
+    return norm
+
+
+def sentences(caught: list[warnings.WarningMessage]) -> list[str]:
+    return [str(w.message) for w in caught if "general path" in str(w.message)]
+
+
+def says(text: str, pieces: tuple[str, ...]) -> None:
+    for piece in pieces:
+        assert piece in text, f"{piece!r} is not in: {text}"
