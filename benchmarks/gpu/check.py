@@ -24,9 +24,10 @@ from .machine import ROOT, machine
 
 TESTS = (
     "tests/cuda/test_backend.py", "tests/cuda/test_streams_and_devices.py", "tests/engine/test_fast_path.py",
-    "tests/engine/test_meta_gradient.py", "tests/engine/test_errors.py", "tests/layers",
+    "tests/engine/test_meta_gradient.py", "tests/engine/test_constructor_errors.py",
+    "tests/engine/test_call_errors.py", "tests/engine/test_block_errors.py", "tests/layers",
 )  # fmt: skip
-SMALL_TESTS = ("tests/engine/test_errors.py::test_no_rate_to_repeat",)  # for the emulation, where each takes long
+SMALL_TESTS = ("tests/engine/test_block_errors.py::test_no_rate_to_repeat",)  # for the emulation, where each takes long
 OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL"
 WORKERS = 8  # processes of pytest: what a test does on a GPU leaves it idle
 PIP = ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")

@@ -175,7 +175,7 @@ def cases(draw):
 def test_random_graphs(machine, case):
     model, loss, data, rate, steps, adapt, first_order = case
     if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
-        try:  # torch refuses one value per channel, and so do we: test_errors.py
+        try:  # torch refuses one value per channel, and so do we: test_call_errors.py
             FusedMAML(model, 0.1, 0, loss=loss, backend="reference")(*data)
         except ValueError as error:
             assume("more than 1 value per channel" not in str(error))
