@@ -1,4 +1,4 @@
-"""Shared by the tests: fixtures that run one test on every backend, random episodes, and comparisons with the reference."""
+"""Shared by the tests: fixtures that run a test on every backend, random episodes, comparisons with the reference."""
 
 from __future__ import annotations
 
