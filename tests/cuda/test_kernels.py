@@ -14,7 +14,7 @@ import pytest
 
 from tests import emulated
 
-PROGRAMS = ["bank_conflicts", "conv2d", "layers", "policy", "product", "stem"]
+PROGRAMS = ["bank_conflicts", "conv2d", "layers", "losses", "policy", "product", "stem"]
 SANITIZERS = ["", *filter(None, os.environ.get("MAML_CUDA_SANITIZERS", "").split(","))]
 
 
@@ -30,7 +30,7 @@ def test_kernels(program: str, sanitizer: str, small_tiles: bool) -> None:
     if sanitizer == "thread":  # ThreadSanitizer fails where address randomisation uses too many bits
         command = ["setarch", "-R", *command]
     if sanitizer:
-        command += {"conv2d": ["1"], "layers": ["shuffled"], "policy": ["shuffled"], "stem": ["shuffled"]}.get(
+        command += {"conv2d": ["1"], "layers": ["shuffled"], "losses": ["shuffled"], "policy": ["shuffled"], "stem": ["shuffled"]}.get(
             program, []
         )
     done = subprocess.run(command, capture_output=True, text=True)

@@ -8,10 +8,12 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/layers.h"
 #include "cuda/product/statistics.h"
+#include "emulation.h"
 #include "layer_references.h"
 
 namespace maml::cuda {
@@ -372,6 +374,28 @@ std::vector<T> check_layer(const Layer& l, const Present& p, int64_t tasks = 2, 
 template <class T>
 bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() <= b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+/// Runs `check` in the schedules that the arguments name, or in all three without arguments. The race
+/// detector finds the same in each of them, so it runs one.
+template <class Check>
+void in_schedules(int argc, char** argv, Check check) {
+  const std::pair<std::string, emulation::Schedule> schedules[] = {
+      {"forward", emulation::Schedule::forward},
+      {"backward", emulation::Schedule::backward},
+      {"shuffled", emulation::Schedule::shuffled}};
+  for (const auto& [name, schedule] : schedules) {
+    if (argc > 1 && std::find(argv + 1, argv + argc, name) == argv + argc) continue;
+    emulation::set_schedule(schedule, 11);
+    check();
+    std::printf("schedule %s: %d wrong, worst error %.2g of its tolerance\n", name.c_str(), failures, worst);
+  }
+}
+
+/// Prints the number of failures; returns the exit status.
+inline int report() {
+  std::printf("%d wrong\n", failures);
+  return failures != 0;
 }
 
 }  // namespace maml::cuda

@@ -220,17 +220,7 @@ using namespace maml::cuda;
 
 /// Runs the schedules named by the arguments; without arguments, all.
 int main(int argc, char** argv) {
-  const struct {
-    const char* name;
-    emulation::Schedule schedule;
-  } schedules[] = {{"forward", emulation::Schedule::forward},
-                   {"backward", emulation::Schedule::backward},
-                   {"shuffled", emulation::Schedule::shuffled}};
-  for (const auto& s : schedules) {
-    bool wanted = argc == 1;
-    for (int i = 1; i < argc; ++i) wanted = wanted || s.name == std::string(argv[i]);
-    if (!wanted) continue;
-    emulation::set_schedule(s.schedule, 11);
+  in_schedules(argc, argv, [] {
     check_losses();
     for (const int64_t n : {1, 33, 200}) {
       for (const bool moves : {false, true}) {
@@ -239,8 +229,6 @@ int main(int argc, char** argv) {
         check_append(n, 17, 40, moves, false);
       }
     }
-    std::printf("schedule %s: %d wrong, worst error %.2g of its tolerance\n", s.name, failures, worst);
-  }
-  std::printf("%d wrong\n", failures);
-  return failures != 0;
+  });
+  return report();
 }

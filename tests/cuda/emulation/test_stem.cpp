@@ -206,15 +206,6 @@ void check_stems() {
 using namespace maml::cuda;
 
 int main(int argc, char** argv) {
-  const std::pair<std::string, emulation::Schedule> schedules[] = {
-      {"forward", emulation::Schedule::forward},
-      {"backward", emulation::Schedule::backward},
-      {"shuffled", emulation::Schedule::shuffled}};
-  for (const auto& [name, schedule] : schedules) {
-    if (argc > 1 && name != argv[1]) continue;
-    emulation::set_schedule(schedule, 11);
-    check_stems();
-    std::printf("schedule %s: %d wrong\n", name.c_str(), failures);
-  }
-  return failures != 0;
+  in_schedules(argc, argv, check_stems);
+  return report();
 }
