@@ -1,4 +1,4 @@
-// What Python sees of episodes.h: part of the extension module, beside bindings.cpp.
+// What Python sees of episodes.h: part of the extension module.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,0 +1,73 @@
+#include "python/bound_problem.h"
+
+#include <stdexcept>
+
+#include "cpu/run/backend.h"
+#include "python/plan.h"
+#ifdef MAML_CUDA_ARCHITECTURES
+#include "cuda/run/backend.h"
+#endif
+
+namespace py = pybind11;
+
+namespace maml {
+namespace {
+
+LayerTraits traits_of(const std::string& backend) {
+  if (backend == "cpu") return cpu::backend().traits;
+#ifdef MAML_CUDA_ARCHITECTURES
+  if (backend == "cuda") return cuda::traits();
+#endif
+  throw std::invalid_argument("this build of maml_cuda has no backend " + backend);
+}
+
+void check_classes(const std::string& name, const char* what, const int64_t* labels, int64_t tasks, int64_t n,
+                   int64_t classes) {
+  if (!labels) return;
+  for (int64_t i = 0; i < tasks * n; ++i) {
+    if (labels[i] >= 0 && labels[i] < classes) continue;
+    throw std::invalid_argument(name + " must hold " + what + " in [0, " + std::to_string(classes) +
+                                "), got " + std::to_string(labels[i]) + " (task " + std::to_string(i / n) +
+                                ", sample " + std::to_string(i % n) + ")");
+  }
+}
+
+}  // namespace
+
+BoundProblem::BoundProblem(const py::dict& plan, const std::string& operation,
+                           const std::vector<int64_t>& sample, int64_t n_support, int64_t n_query, int steps,
+                           bool first_order, bool is_double, const std::string& backend,
+                           const std::vector<int>& query_steps)
+    : double_(is_double),
+      problem_(graph_of(plan, operation_named(operation)), operation_named(operation),
+               rates_of(plan, operation_named(operation)), rate_tensors_of(plan, operation_named(operation)),
+               sample, n_support, n_query, steps, first_order, query_steps, is_double ? 8 : 4,
+               traits_of(backend)) {}
+
+int64_t BoundProblem::workspace(int64_t tasks, int64_t at_once) const {
+  const cpu::Backend& backend = cpu::backend();
+  return (double_ ? backend.workspace_double : backend.workspace_float)(problem_, tasks, at_once);
+}
+
+void BoundProblem::run(const BoundCall& call) const {
+  if (takes_classes(problem_.graph.loss)) check_classes(call);
+  py::gil_scoped_release unlocked;
+  if (double_) {
+    cpu::backend().run_double(problem_, call.as<double>());
+  } else {
+    cpu::backend().run_float(problem_, call.as<float>());
+  }
+}
+
+void BoundProblem::check_classes(const BoundCall& call) const {
+  const bool policy = is_policy(problem_.graph.loss);
+  const std::string field = policy ? ".actions" : "";
+  const char* what = policy ? "actions" : "labels";
+  const int64_t classes = prediction()[0];
+  maml::check_classes((at_own_parameters(problem_.operation) ? "y" : "y_spt") + field, what,
+                      call.support[1].as<int64_t>(), call.tasks, problem_.support.n, classes);
+  maml::check_classes("y_qry" + field, what, call.query[1].as<int64_t>(), call.tasks, problem_.query.n,
+                      classes);
+}
+
+}  // namespace maml
