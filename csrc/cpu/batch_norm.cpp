@@ -1,18 +1,19 @@
-// BatchNorm with batch statistics over the m = n h w rows of a [m, c] matrix, one task. Per channel, with g =
-// grad_y:
+// BatchNorm with batch statistics over the m = n h w rows of a matrix [m, c], for one task. Per channel, with
+// g = grad_y:
 //
 //   mu = mean x, s = (var + eps)^-1/2 (biased), xh = (x - mu) s,   y = gamma xh + beta
 //   G1 = sum g = grad_beta, G2 = sum g xh = grad_gamma,            grad_x = gamma s (g - G1/m - xh G2/m)
-//   Rmu = mean x_dot, c = mean(xh x_dot),                          y_dot = gamma s x_dot + xh (gamma_dot -
-//   gamma s c)
-//                                                                          + beta_dot - gamma s Rmu
+//   Rmu = mean x_dot, c = mean(xh x_dot),
+//   y_dot = gamma s x_dot + xh (gamma_dot - gamma s c) + beta_dot - gamma s Rmu
 //   R1 = sum g_dot, R2 = sum(g_dot xh + g Rxh), Rxh = s (x_dot - Rmu - xh c), u = g - G1/m - xh G2/m,
 //   grad_x_dot = (gamma_dot s - gamma s^2 c) u + gamma s (g_dot - R1/m - Rxh G2/m - xh R2/m)
 //
-// Every pass is one sweep for its sums and one for an affine map. The variance takes a sweep of its own about
-// the mean: E[x^2] - mu^2 costs one to two digits in float32. mu is kept as two numbers, mu + rest: rounded,
-// a mean of 100 deviations would shift all rows by 4e-6 of one, and sum grad_x, zero by rights, would meet
-// the mean of what stands before. gamma and beta may be absent: 1 and 0.
+// Every pass reads the matrix once for its sums and once for an affine map. The variance is a second sum,
+// about the mean, because E[x^2] - mu^2 loses one to two digits in float32. The mean is stored as two
+// numbers, mu + rest: if the mean is 100 standard deviations, one rounded number would shift all rows by 4e-6
+// of one. Then sum grad_x would not be zero, and the weight gradient of the layer before would multiply this
+// error by that layer's mean input. gamma and beta may be absent (1 and 0). The twin on the GPU is
+// cuda/normalise.h.
 #include <cmath>
 
 #include "cpu/layers.h"
@@ -21,7 +22,7 @@
 namespace maml::MAML_ISA {
 namespace {
 
-/// What the passes keep, [c] each.
+/// The values that the passes save, [c] each.
 template <class T>
 struct Saved {
   T *mu, *rest, *s, *G1, *G2, *Rmu, *c;
@@ -29,7 +30,7 @@ struct Saved {
     for (T** field : {&mu, &rest, &s, &G1, &G2, &Rmu, &c}) *field = p, p += channels;
   }
 
-  /// at -> x[at] - mean, for the channels from j on.
+  /// Returns the function at -> x[at] - mean, for the channels from j on.
   auto centred(const T* x, int64_t j, const Lanes<T>& lanes) const {
     return [x, &lanes, high = load(mu + j, lanes), low = load(rest + j, lanes)](int64_t at) {
       return load(x + at, lanes) - high - low;
@@ -79,7 +80,7 @@ void write(T* to, Vector<T> value, bool add, const Lanes<T>& lanes) {
   store(to, add ? load(to, lanes) + value : value, lanes);
 }
 
-/// out [c] (+)= sums, where wanted.
+/// out [c] (+)= sums, unless `out` is null.
 template <class T>
 void give(const T* sums, int64_t channels, bool add, T* out) {
   if (!out) return;
@@ -148,8 +149,7 @@ void forward_tangent(const Layer& l, const Tensors<T>& t) {
   });
 }
 
-/// Where the layer does not move, grad_y is absent: then x_dot, gamma_dot, c and with them every term of g
-/// vanish.
+/// grad_y may be absent: then x_dot, gamma_dot, c and with them every term of g are zero.
 template <class T>
 void backward_tangent(const Layer& l, const Tensors<T>& t) {
   const int64_t m = rows_of(l), channels = l.in.c;

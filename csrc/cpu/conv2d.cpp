@@ -1,4 +1,4 @@
-// Convolution (and, with one tap on a 1 x 1 image, the linear layer), channels last, one task.
+// Convolution, channels last, for one task (a linear layer is one with one tap on a 1 x 1 image).
 //
 //   y[m, o]        = b[o] + sum_{tap, c} x[m at tap, c] w[tap, c, o]
 //   grad_w         = sum_m x[m at tap, c] grad_y[m, o]
@@ -7,14 +7,18 @@
 //   grad_w_dot     : x with grad_y_dot, x_dot with grad_y
 //   grad_x_dot     : grad_y_dot with w, grad_y with w_dot
 //
-// All three are the products of product.h on gathered rows. Output pixels with the same taps inside the image
-// are one product with these taps: nothing is multiplied by padding, and nothing is copied. Samples go a few
-// at a time, so that what one product has read stays in the cache for the next. The input gradient is a
-// gather too, never a scatter: with stride s, input rows i with equal (i + pad) mod s read the same taps, so
-// each of the s x s parity classes is a stride-1 convolution of grad_y with the taps of that class, reversed
-// and transposed: no multiplication with a zero that the stride has put in. Linear and convolution are
-// bilinear, so each tangent is the same product of two terms into one accumulator. Where is_winograd(l), all
-// three go the way of winograd.h.
+// All of these are products of product.h on gathered rows. The output pixels whose taps inside the image are
+// the same form one product with these taps: nothing is multiplied by padding, and nothing is copied. A few
+// samples are processed at a time, so that what one product has read is still in the cache for the next.
+//
+// The input gradient gathers too; nothing is scattered. With stride s, input rows i with equal (i + pad) mod
+// s read the same taps. So each of the s x s parity classes is a convolution of grad_y with stride 1 and the
+// taps of that class, reversed and transposed, and no product has a factor that is zero because of the
+// stride.
+//
+// A convolution is bilinear, so each tangent is the same product of two terms, summed into one accumulator.
+// Where is_winograd(l), all three products are computed by Winograd's algorithm (product/winograd.h). The
+// twin on the GPU is cuda/conv2d.cu.
 #include "cpu/conv2d.h"
 
 #include <algorithm>
@@ -38,7 +42,7 @@ struct Axis {
   bool inside() const { return start >= 0 && start + (positions - 1) * stride + taps <= size; }
 };
 
-/// Neighbouring positions [first, first + count) of which the same taps are inside the image.
+/// Consecutive positions [first, first + count) whose taps inside the image are the same: [tap, tap + taps).
 struct Span {
   int64_t first, count, tap, taps;
 };
@@ -53,8 +57,8 @@ void each_span(const Axis& axis, F f) {
   }
 }
 
-/// Positions of one convolution: they read images of `channels` at their taps and write `width` elements
-/// each, position (0, 0) of the first sample at `to`, the next ones by strides.
+/// The positions of one convolution. They read images of `channels` channels at their taps and write `width`
+/// elements each: position (0, 0) of the first sample at offset `to`, the others by strides.
 struct Sweep {
   Axis rows, columns;
   int64_t channels, width, to, to_row, to_column, to_sample;
@@ -81,11 +85,11 @@ Sweep forward_sweep(const Layer& l) {
           size(l.out)};
 }
 
-/// One axis of a parity class of the input gradient: positions first, first + stride, ...; the taps that
-/// reach them, parity, parity + stride, ...
+/// One axis of a parity class of the input gradient: its positions are first, first + stride, ...; its taps
+/// are parity, parity + stride, ...
 struct ParityAxis {
   int64_t parity, first, stride, positions, taps;
-  Axis reads;  // of grad_y
+  Axis reads;  // the elements of grad_y that it reads
   ParityAxis(int64_t parity_, int64_t size, int64_t kernel, int64_t stride_, int64_t pad, int64_t out)
       : parity(parity_), stride(stride_) {
     first = ((parity - pad) % stride + stride) % stride;
@@ -125,7 +129,8 @@ void each_parity_class(const Layer& l, F f) {
   }
 }
 
-/// The products of a sweep over n samples: y (+)= bias + sum of terms a * b. `memory`: 2 group positions.
+/// The products of a sweep over n samples: y (+)= bias + sum of terms a * b. `memory`: two offsets for each
+/// position of a group.
 template <class T>
 void gather(const Sweep& p, int64_t n, const Term<T>* terms, int count, const T* bias, bool add, T* y,
             T* memory) {
@@ -164,7 +169,7 @@ void gather(const Sweep& p, int64_t n, const Term<T>* terms, int count, const T*
   }
 }
 
-/// The taps of a parity class, last first, each [c_in, c_out] -> [c_out, c_in].
+/// Writes the taps of a parity class, last first, each transposed from [c_in, c_out] to [c_out, c_in].
 template <class T>
 T* class_weights(const Layer& l, const ParityClass& p, const T* w, T* out) {
   const int64_t tap_size = l.in.c * l.out.c;
@@ -225,13 +230,14 @@ WeightGradient<T>::WeightGradient(const Layer& l, bool add, T* grad_w, T* room)
       grad_w_(grad_w),
       sums_(is_winograd(l) ? room : grad_w) {}
 
-/// A row of taps at a time, over the outputs where it is inside the image, and columns by their taps.
+/// One row of taps at a time: over the output rows where it is inside the image, with columns grouped by
+/// taps.
 template <class T>
 void WeightGradient<T>::sum(const Layer& l, const Term<T>* terms, int count, T* memory) {
   const bool add = std::exchange(started_, true);
   if (is_winograd(l)) return winograd_weight_sums(l, terms, count, add, sums_, memory);
   const Sweep p = forward_sweep(l);
-  const bool inside = p.rows.inside() && p.columns.inside();  // then every tap has one product alone
+  const bool inside = p.rows.inside() && p.columns.inside();  // one product then writes all sums of a tap
   if (!inside && !add) std::fill_n(sums_, p.rows.taps * p.columns.taps * p.channels * p.width, T(0));
   const int64_t group = p.group(l.n), no_offset = 0;
   for (int64_t s = 0; s < l.n; s += group) {
@@ -258,7 +264,7 @@ void WeightGradient<T>::sum(const Layer& l, const Term<T>* terms, int count, T* 
         o.runs = {1, j.taps * p.channels, &no_offset, &k};
         o.row = std::exchange(row, row + group * pixels);
         o.g_row = std::exchange(g_row, g_row + group * pixels);
-        if (p.positions() == 1) o.g_row = nullptr;  // one row after the other
+        if (p.positions() == 1) o.g_row = nullptr;  // the rows are contiguous
         o.m = samples * pixels;
         o.n = p.width;
         o.d = sums_;
@@ -286,7 +292,7 @@ int64_t conv2d_scratch(const Layer& l) {
 
 namespace {
 
-/// Weights of both terms as the products read them, and the rest of the scratch.
+/// Room for the weights of both terms in the form that the products read, and the rest of the scratch.
 template <class T>
 struct Memory {
   T *weights[2], *rest;

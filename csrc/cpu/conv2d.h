@@ -1,5 +1,5 @@
-// The products of a convolution, on some samples of one task, channels last (conv2d.cpp). `memory`: at least
-// conv2d_scratch(l) elements.
+// The products of a convolution on some samples of one task, channels last (conv2d.cpp). `memory` is scratch
+// of conv2d_scratch(l) elements or more.
 #pragma once
 
 #include "cpu/product/product.h"
@@ -7,31 +7,31 @@
 
 namespace maml::MAML_ISA {
 
-constexpr int64_t kGroupElements = 32768;  // of samples that go together: half of a 256 KB second-level cache
+constexpr int64_t kGroupElements = 32768;  // of a group of samples: half of a 256 KB L2 cache
 
-/// Samples that go together, so that what each has of elements stays in the cache.
+/// How many samples to process together so that their `elements` each stay in the cache.
 int64_t group_of(int64_t n, int64_t elements);
 
-/// Elements of weights as the products read them, which is also the room of a weight gradient.
+/// The number of elements of the weights in the form that the products read; a weight gradient takes as many.
 int64_t product_weights(const Layer& l);
 
-/// w as convolve reads it: itself, or in `room`.
+/// The weights w in the form that convolve reads: w itself, or transformed into `room`.
 template <class T>
 const T* forward_weights(const Layer& l, const T* w, T* room);
 
-/// y = bias + sum of terms x * w, w as forward_weights gives it.
+/// y = bias + sum of terms x * w, with weights from forward_weights.
 template <class T>
 void convolve(const Layer& l, const Term<T>* terms, int count, const T* bias, T* y, T* memory);
 
-/// w as input_gradient reads it.
+/// Writes the weights w in the form that input_gradient reads.
 template <class T>
 void transposed_weights(const Layer& l, const T* w, T* out);
 
-/// grad_x (+)= sum of terms g * w, w transposed.
+/// grad_x (+)= sum of terms g * w, with weights from transposed_weights.
 template <class T>
 void input_gradient(const Layer& l, const Term<T>* terms, int count, bool add, T* grad_x, T* memory);
 
-/// grad_w (+)= sum of terms x^T g, some samples after the other.
+/// grad_w (+)= sum of terms x^T g. Call sum() for one group of samples after the other, then finish().
 template <class T>
 class WeightGradient {
  public:

@@ -1,8 +1,8 @@
-// y = f(pool(BatchNorm(conv2d(x)) + r)), with or without the max-pool, r and f, in one layer, one task. f as
-// in kink.h. Between its passes stand z, the convolution's output, and z_dot; what is derived from them and
-// from the cotangents of y stands for a few samples at a time, in the cache, and goes straight into the
-// products. With n h w = m rows of z, g the cotangent of the norm's output (f' that of y, zero where the pool
-// has not chosen; also the cotangent of r), and per channel
+// y = f(pool(BatchNorm(conv2d(x)) + r)) as one layer, for one task; the max-pool, r and f are optional. f is
+// that of kink.h. Between the passes, only z, the convolution's output, and z_dot are stored. What is
+// computed from them and from the cotangents of y exists for a few samples at a time, in the cache, and is
+// consumed by the products at once. With m = n h w rows of z, g the cotangent of the norm's output (f' times
+// that of y; zero where the pool has not chosen the pixel; also the cotangent of r), and per channel
 //
 //   mu = mean z, s = (var z + eps)^-1/2, xh = (z - mu) s, a = gamma s
 //   G1 = sum g = grad_beta, G2 = sum g xh = grad_gamma         dz = a (g - G1/m - xh G2/m)
@@ -10,12 +10,15 @@
 //   R1 = sum g_dot, R2 = sum(g_dot xh + g Rxh)
 //   dz_dot = k (g - G1/m - xh G2/m) + a (g_dot - R1/m - Rxh G2/m - xh R2/m)
 //
-// both cotangents of z are affine in z and z_dot everywhere, plus a g, k g + a g_dot where the pool has
-// chosen. A bias of the user's convolution has no effect and no gradient. Sums run group by group of samples,
-// each about its own mean, and are put together in order (Chan, Golub, LeVeque 1979).
+// both cotangents of z are affine in z and z_dot at every pixel, plus a g or k g + a g_dot at the chosen
+// ones. A bias of the user's convolution has no effect and no gradient, because BatchNorm subtracts it. Sums
+// run over one group of samples after the other, each about the group's own mean, and are merged in order
+// (Chan, Golub, LeVeque 1979).
 //
-// z stands less the mean of its first group, channel by channel: a mean of 100 deviations, rounded, would
-// shift all rows by 4e-6 of one, and sum dz, zero by rights, would meet the mean of x in the weight gradient.
+// z is stored minus the mean of its first group, per channel. If the mean is 100 standard deviations, a
+// rounded mean would shift all rows by 4e-6 of one; then sum dz would not be zero, and the weight gradient
+// would multiply this error by the mean of x. On the GPU the same chain is conv2d followed by block
+// (cuda/normalise.h).
 #include "cpu/conv_block.h"
 
 #include <cmath>
@@ -26,7 +29,7 @@
 namespace maml::MAML_ISA {
 namespace {
 
-/// The convolution, and mean and s of its output.
+/// Computes the convolution z, and the mean and s of it.
 template <class T>
 void convolve_and_measure(const Block<T>& b) {
   const Saved<T>& saved = b.saved;
@@ -99,13 +102,13 @@ void forward(const Layer& l, const Tensors<T>& t) {
   });
 }
 
-/// out [c] (+)= sums, where wanted; null: zero.
+/// out [c] (+)= sums, unless `out` is null; a null `sums` counts as zero.
 template <class T>
 void give(const T* sums, int64_t channels, bool add, T* out) {
   for (int64_t c = 0; out && c < channels; ++c) out[c] = (add ? out[c] : T(0)) + (sums ? sums[c] : T(0));
 }
 
-/// dz of a group, from G1 and G2.
+/// dz for a group of samples, from G1 and G2.
 template <class T>
 void cotangent(const Block<T>& b, int64_t first, int64_t n, T* dz) {
   T *constant = b.scratch.vectors[0], *slope = b.scratch.vectors[1], *scale = b.scratch.vectors[2];
@@ -131,7 +134,7 @@ void cotangent(const Block<T>& b, int64_t first, int64_t n, T* dz) {
   });
 }
 
-/// grad_r (+)= the cotangent `g` of y where the pool has chosen, of some samples.
+/// grad_r (+)= the cotangent `g` of y, taken back to the pixels that the pool has chosen, for some samples.
 template <class T>
 void give_other(const Block<T>& b, int64_t first, int64_t n, const T* g, T* grad_r) {
   const bool add = b.t.add_x[1];
@@ -238,8 +241,8 @@ void forward_tangent(const Layer& l, const Tensors<T>& t) {
   });
 }
 
-/// dz_dot of a group. `moves`: there is a primal cotangent, and what the forward tangent keeps; z_dot may be
-/// null.
+/// dz_dot for a group of samples. `moves`: there is a primal cotangent, and saved values of the forward
+/// tangent; z_dot may be null.
 template <class T>
 void cotangent_tangent(const Block<T>& b, bool moves, const T* z_dot, const T* R1, const T* R2, int64_t first,
                        int64_t n, T* dz_dot) {
@@ -278,8 +281,7 @@ void cotangent_tangent(const Block<T>& b, bool moves, const T* z_dot, const T* R
   });
 }
 
-/// Where the layer does not move, grad_y is absent: then G1, G2 and all tangents of the forward pass are
-/// zero.
+/// grad_y may be absent: then G1, G2 and all tangents of the forward pass count as zero.
 template <class T>
 void backward_tangent(const Layer& l, const Tensors<T>& t) {
   const Block<T> b(l, t);

@@ -1,4 +1,4 @@
-// What the passes of conv_block.cpp share: what they keep, their scratch, and walks over the outputs.
+// What the passes of conv_block.cpp share: the values they save, their scratch, and loops over the outputs.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace maml::MAML_ISA {
 
-/// What the passes keep: z, vectors [c], and the places that the pool has chosen.
+/// The values that the passes save: z, six vectors [c], and the places that the pool has chosen.
 template <class T>
 struct Saved {
   T *z, *mu, *s, *Rmu, *c, *G1, *G2, *places;
@@ -23,7 +23,7 @@ struct Saved {
   }
 };
 
-/// The convolution on the samples of one group.
+/// The convolution, as a layer on one group of samples.
 inline Layer convolution_of(const Layer& l) {
   Layer c = l;
   c.kind = Kind::conv2d;
@@ -69,7 +69,7 @@ struct Block {
   T a(int64_t c) const { return or_value(t.w[2], c, T(1)) * saved.s[c]; }
   T k(int64_t c) const { return saved.s[c] * (or_value(t.w_dot[2], c, T(0)) - a(c) * saved.c[c]); }
 
-  /// f(first sample, a layer of those of its group)
+  /// Calls f(first sample of a group, the convolution as a layer on that group).
   template <class F>
   void each_group(F f) const {
     Layer some = group;
@@ -80,16 +80,17 @@ struct Block {
   }
 };
 
-/// Rows of y with the pixels of z that they come from: a window, or with no pool the pixel itself.
+/// Loops over the outputs y and the pixels of z that they are computed from: a 2 x 2 window, or, without a
+/// pool, one pixel.
 template <class T, bool Pooled>
 struct Outputs {
   const Block<T>& b;
   Kink<T> f{b.l, b.t.y};
   int64_t channels = b.channels, below = b.l.between.w * b.channels, step = (Pooled ? 2 : 1) * b.channels;
 
-  /// f(j, lanes, count, out, in): in rows [first, end) of y, `count` outputs from element `out` of y on,
-  /// their first pixel at element `in` of z, one vector of channels of [c0, c1); the next one is channels and
-  /// `step` further.
+  /// Calls f(j, lanes, count, out, in) for each row in [first, end) of y and each vector of channels in [c0,
+  /// c1). There are `count` outputs from element `out` of y on; the first pixel of the first one is element
+  /// `in` of z. The next output is `channels` elements further in y and `step` in z.
   template <class F>
   void runs(int64_t first, int64_t end, int64_t c0, int64_t c1, F f) const {
     const Layer& l = b.l;
@@ -100,14 +101,14 @@ struct Outputs {
       });
     }
   }
-  /// All channels of samples [first, end); threads share the rows.
+  /// runs() over all channels of samples [first, end). The rows are shared by threads.
   template <class F>
   void each_run(int64_t first, int64_t end, F f) const {
     const int64_t rows = (end - first) * b.l.out.h, start = first * b.l.out.h;
     share(rows, 1, kElementWork * rows * b.l.between.w * channels,
           [&](int64_t r0, int64_t r1) { runs(start + r0, start + r1, 0, channels, f); });
   }
-  /// The element of x [n, between] that an output comes from.
+  /// The element of x [n, between] at the pixel that the output has chosen.
   Vector<T> chosen(const T* x, int64_t out, int64_t in, const Lanes<T>& lanes) const {
     if constexpr (!Pooled) return load(x + in, lanes);
     Vector<T> v[4];
@@ -115,7 +116,8 @@ struct Outputs {
     return picked<T>(v, load(b.saved.places + out, lanes));
   }
 
-  /// sums[q] [c] of term(j, lanes) -> (out, in) -> Vector[Q], over all outputs; threads share the channels.
+  /// to[q] [c] = sums over all outputs. term(j, lanes) returns a function that, for (out, in, sum), adds the
+  /// terms of one output to Vector sum[Q]. The channels are shared by threads.
   template <int Q, class Term>
   void sums(T* const (&to)[Q], Term term) const {
     for (T* s : to) std::fill_n(s, channels, T(0));
@@ -130,8 +132,8 @@ struct Outputs {
     });
   }
 
-  /// to [samples, between] = affine(j, lanes) -> (in) -> Vector at every pixel of z, plus chosen(j, lanes) ->
-  /// (out) -> Vector where outputs come from.
+  /// Writes to [samples, between]: affine(j, lanes)(in) at every pixel of z, plus chosen(j, lanes)(out) at
+  /// the pixel that an output has chosen.
   template <class Affine, class Chosen>
   void spread(int64_t first, int64_t end, T* to, Affine affine, Chosen chosen) const {
     const Image& z = b.l.between;
@@ -153,7 +155,7 @@ struct Outputs {
         }
       }
     });
-    if constexpr (Pooled) {  // pixels that no window sees
+    if constexpr (Pooled) {  // pixels in no window
       each_vector<T>(channels, [&](int64_t j, const Lanes<T>& lanes) {
         const auto base = affine(j, lanes);
         for (int64_t row = first * z.h; row < end * z.h; ++row) {
@@ -168,7 +170,7 @@ struct Outputs {
   }
 };
 
-/// f(Outputs<T, pooled or not>)
+/// Calls f with an Outputs<T, Pooled>.
 template <class T, class F>
 void with_outputs(const Block<T>& b, F f) {
   b.l.pooled ? f(Outputs<T, true>{b}) : f(Outputs<T, false>{b});

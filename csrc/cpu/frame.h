@@ -1,5 +1,5 @@
-// What a convolution reads: an image copied into a zero-padded frame where a tap would read outside it, so
-// that the rows of every product are gathered by offset alone.
+// The input of a convolution where taps would read outside it: a copy with zero padding, so that the rows of
+// every product can be gathered by offsets alone.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace maml::MAML_ISA {
 
-/// Rows [top, top + h) and columns [left, left + w) of an image, zero where the image has none.
+/// Rows [top, top + h) and columns [left, left + w) of an image, zero outside it.
 struct Frame {
   int64_t top, left, h, w;
   bool inside(const Image& image) const {
@@ -19,13 +19,13 @@ struct Frame {
   }
 };
 
-/// What a window reads of its input for an output image.
+/// The frame that a window reads to compute an output image.
 inline Frame frame_of(const Window& k, const Image& out) {
   return {-k.pad_top, -k.pad_left, (out.h - 1) * k.stride_h + k.kernel_h,
           (out.w - 1) * k.stride_w + k.kernel_w};
 }
 
-/// Some samples of an image, as a base pointer and strides: the image itself, or a framed copy.
+/// Some samples of an image as a base pointer and strides: in the image itself, or in a padded copy.
 template <class T>
 struct Framed {
   const T* base;
@@ -58,7 +58,7 @@ Framed<T> framed(const T* x, int64_t samples, const Image& image, const Frame& f
   return {buffer, row, sample};
 }
 
-/// offsets[m] of samples x rows x columns positions.
+/// offsets[m] of the samples x rows x columns positions.
 inline void fill_offsets(int64_t samples, int64_t rows, int64_t columns, int64_t start, int64_t sample_stride,
                          int64_t row_stride, int64_t column_stride, int32_t* offsets) {
   if (rows * columns == 1) {  // a linear layer

@@ -1,5 +1,6 @@
-// GroupNorm of n samples [pixels, c], one task. A cell is one sample's channels of one group: m = pixels c /
-// groups values. LayerNorm is one group, InstanceNorm c of them. Per cell, with g = grad_y and h = gamma g:
+// GroupNorm of n samples [pixels, c], for one task. A cell is one sample's channels of one group; it has
+// m = pixels c / groups values. LayerNorm has one group, InstanceNorm c groups. Per cell, with g = grad_y and
+// h = gamma g:
 //
 //   mu = mean x, s = (var + eps)^-1/2 (biased), xh = (x - mu) s,   y = gamma xh + beta
 //   A = mean h, B = mean(h xh), u = h - A - xh B,                  grad_x = s u
@@ -11,13 +12,14 @@
 //   grad_x_dot = s (h_dot - RA - Rxh B - xh RB - s q u)
 //   grad_gamma_dot = sum(g_dot xh + g Rxh), grad_beta_dot = sum g_dot
 //
-// Each pass goes sample by sample, so that a second and third sweep find the sample in the cache. Within one,
-// sums run over the pixels for a vector of channels; weighted by gamma they add up to those of the cells, and
-// without it, over the samples, to the gradients of gamma and beta. What a cell has one of stands once for
-// each of its channels, to be read by vectors; once in all where there is a single group, whose sums never
-// leave the vectors. Threads share samples, in parts whose sums are added up in order. mu is kept as two
-// numbers, as batch_norm.cpp says. gamma and beta may be absent: 1 and 0. Samples do not depend on each
-// other.
+// Each pass processes one sample after the other, so that its second and third loop find the sample in the
+// cache. Sums run over the pixels, for a vector of channels. Weighted by gamma, they add up to the sums of
+// the cells; without it, and added up over the samples, they are the gradients of gamma and beta. A number
+// that every cell has one of is stored once for each of the cell's channels, so that it can be loaded as a
+// vector. With a single group it is stored once, and the sums stay in registers. Threads share the samples in
+// a fixed number of parts, whose sums are added up in order. The mean is stored as two numbers, for the
+// reason given in batch_norm.cpp. gamma and beta may be absent (1 and 0). Samples do not depend on each
+// other. The twin on the GPU is cuda/group_norm.cu.
 #include <algorithm>
 #include <cmath>
 
@@ -27,7 +29,7 @@
 namespace maml::MAML_ISA {
 namespace {
 
-/// v with zeros behind `lanes`.
+/// v, with zeros in the lanes that are not in `lanes`.
 template <class T>
 Vector<T> only(Vector<T> v, const Lanes<T>& lanes) {
   T part[kLanes<T>] = {};
@@ -51,7 +53,7 @@ void write(T* to, Vector<T> value, bool add, const L& lanes) {
 
 struct Cells {
   int64_t pixels, channels, groups, width;  // width: channels of a group
-  int64_t kept;                             // of each number that every cell of a sample has one of
+  int64_t kept;                             // stored elements of a number that every cell of a sample has
 
   explicit Cells(const Layer& l)
       : pixels(l.in.h * l.in.w),
@@ -60,13 +62,14 @@ struct Cells {
         width(l.in.c / l.groups),
         kept(l.groups == 1 ? 1 : l.in.c) {}
 
-  /// The cells' numbers, for the channels from j on.
+  /// The numbers of the cells that the channels from j on belong to.
   template <class T, class L>
   Vector<T> of(const T* numbers, int64_t j, const L& lanes) const {
     return groups == 1 ? broadcast(numbers[0]) : load(numbers + j, lanes);
   }
 
-  /// sum[q] += what term(element, part) adds to part[q], over the pixels, for the channels from j on.
+  /// sum[q] += the terms that term(element, part) adds to part[q], over the pixels, for the channels from j
+  /// on.
   template <class T, int Q, class F>
   void over_pixels(int64_t j, Vector<T> (&sum)[Q], F term) const {
     for (int64_t i0 = 0; i0 < pixels; i0 += kRowBlock) {
@@ -77,13 +80,13 @@ struct Cells {
     }
   }
 
-  /// means[q] = the means over the cells of one sample of what sums(j, lanes, sum) adds to sum[q] for the
-  /// channels from j on.
+  /// means[q] = the means over the cells of one sample; sums(j, lanes, sum) adds to sum[q] the sums over
+  /// pixels for the channels from j on.
   template <class T, int Q, class F>
   void mean(T* const (&means)[Q], F sums) const {
     const T per_value = 1 / static_cast<T>(pixels * width);
     Vector<T> total[Q] = {};
-    constexpr int64_t kBlock = kRowBlock * kLanes<T>;  // short sums, added up
+    constexpr int64_t kBlock = kRowBlock * kLanes<T>;  // sums of blocks are added up: less rounding
     for (int64_t first = 0; first < channels; first += kBlock) {
       Vector<T> part[Q] = {};
       each_lanes<T>(std::min(kBlock, channels - first), [&](int64_t j, const auto& lanes) {
@@ -115,27 +118,27 @@ struct Cells {
   }
 };
 
-/// What the passes know of one sample: it starts at element `at`.
+/// One sample, which starts at element `at`, and the numbers saved for its cells.
 template <class T>
 struct Sample {
   const Cells& cells;
   int64_t at;
   T *mu, *rest, *s;  // saved by the forward pass
-  T *Rmu, *q;        // and by its tangent
+  T *Rmu, *q;        // saved by its tangent
 
   Sample(const Cells& c, const Tensors<T>& t, int64_t sample) : cells(c), at(sample * c.pixels * c.channels) {
     mu = t.saved + 3 * sample * c.kept, rest = mu + c.kept, s = rest + c.kept;
     Rmu = t.saved_dot ? t.saved_dot + 2 * sample * c.kept : nullptr, q = Rmu ? Rmu + c.kept : nullptr;
   }
 
-  /// element -> xh, for the channels from j on.
+  /// Returns the function element -> xh, for the channels from j on.
   template <class L>
   auto normalised(const T* x, int64_t j, const L& lanes) const {
     return [x, lanes, high = cells.of(mu, j, lanes), low = cells.of(rest, j, lanes),
             scale = cells.of(s, j, lanes)](int64_t i) { return (load(x + i, lanes) - high - low) * scale; };
   }
 
-  /// (element, its xh) -> Rxh, for the channels from j on; zero where x does not move.
+  /// Returns the function (element, its xh) -> Rxh, for the channels from j on; zero where x has no tangent.
   template <class L>
   auto moving(const T* x_dot, int64_t j, const L& lanes) const {
     const Vector<T> none{};
@@ -145,7 +148,7 @@ struct Sample {
     };
   }
 
-  /// pixel(element) for every pixel of the channels from j on, pixel = of_channels(j, lanes).
+  /// Calls of_channels(j, lanes)(element) for every pixel of the channels from j on.
   template <class F>
   void each(F of_channels) const {
     each_lanes<T>(cells.channels, [&](int64_t j, const auto& lanes) {
@@ -155,7 +158,7 @@ struct Sample {
   }
 };
 
-/// f(sample), shared by the threads.
+/// Calls f(sample) for every sample; threads share the samples.
 template <class T, class F>
 void each_sample(const Layer& l, const Tensors<T>& t, F f) {
   const Cells cells(l);
@@ -170,8 +173,8 @@ constexpr int64_t kMeans = 4;
 int64_t parts_of(const Layer& l) { return std::min(l.n, kMostParts); }
 int64_t scratch_of_part(const Layer& l) { return 2 * l.in.c + kMeans * Cells(l).kept; }
 
-/// f(sample, sums [2, c], room for kMeans numbers of its cells); to[0] and to[1] (+)= the sums over all
-/// samples of what it adds to `sums`, where wanted.
+/// Calls f(sample, sums [2, c], room for kMeans numbers of its cells) for every sample. to[0] and to[1],
+/// unless null, (+)= the sums over all samples of what f adds to `sums`.
 template <class T, class F>
 void each_summed(const Layer& l, const Tensors<T>& t, T* const* to, F f) {
   const Cells cells(l);
@@ -279,7 +282,7 @@ void forward_tangent(const Layer& l, const Tensors<T>& t) {
   });
 }
 
-/// Where the layer does not move, grad_y is absent, and x_dot and gamma_dot too: then h is as good as zero.
+/// grad_y may be absent, then also x_dot and gamma_dot: h counts as zero.
 template <class T>
 void backward_tangent(const Layer& l, const Tensors<T>& t) {
   each_summed(l, t, t.grad_w_dot, [&](const Sample<T>& sample, T* sums, T* means) {

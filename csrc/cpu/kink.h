@@ -1,6 +1,6 @@
-// f(u) = u where u is positive, else a u, for a = Layer::a >= 0: relu, leaky_relu, and with a = 1 nothing at
-// all. y = f(u) is positive where u is, so y tells f', and f'' is zero. As in pointwise_functions.h relu
-// keeps NaN, and makes 0 of minus infinity.
+// f(u) = u where u is positive, else a u, with a = Layer::a >= 0: relu, leaky_relu, and with a = 1 the
+// identity. y = f(u) is positive exactly where u is, so that f' can be computed from y; f'' is zero. As in
+// layers/functions.h, relu maps NaN to NaN and minus infinity to 0.
 #pragma once
 
 #include "cpu/simd.h"
@@ -19,7 +19,7 @@ struct Kink {
     if (a == 0) return u <= Vector<T>{} ? Vector<T>{} : u;
     return u > Vector<T>{} ? u : u * broadcast(a);
   }
-  /// f' x, of what stands at element `at` of y.
+  /// f' x, where y is read at element `at`.
   template <class L>
   Vector<T> slope(Vector<T> x, int64_t at, const L& lanes) const {
     return !kinks ? x : load(y + at, lanes) > Vector<T>{} ? x : x * broadcast(a);

@@ -1,8 +1,9 @@
-// The losses of one task, means as in torch, over N samples; here n of them, with z their prediction [n, c]:
+// The losses of one task. They are means as in torch, over N samples; a part holds n of them, with
+// predictions z [n, c]:
 //   cross_entropy  p = softmax z; L = -sum log p[label] / N;  grad_z = (p - onehot) / N;
 //                  grad_z_dot = p (z_dot - <p, z_dot>) / N
 //   mse            L = sum (z - t)^2 / (N c);  grad_z = 2 (z - t) / (N c);  grad_z_dot = 2 z_dot / (N c)
-// The value is summed in double. `saved` keeps p.
+// The value is summed in double. `saved` holds p. The twin on the GPU is cuda/loss.h.
 #include <algorithm>
 #include <cmath>
 

@@ -1,6 +1,7 @@
-// y[i, j, c] = the largest x in the window of (i, j), one task, channels last. The forward pass keeps where
-// it stood (a sample-relative pixel, the first one on a tie and any NaN, as in torch); the tangents read the
-// same places, and the cotangents are added back to them, output by output in ascending order.
+// y[i, j, c] = the largest x in the window of (i, j), for one task, channels last. The forward pass saves the
+// position of the maximum (a pixel numbered within its sample; the first of equal values; a NaN wins, as in
+// torch). The tangents read the same positions. The backward passes add the cotangents to them, output by
+// output in ascending order. The twin on the GPU is cuda/max_pool.cu.
 #include <algorithm>
 #include <limits>
 
@@ -15,7 +16,7 @@ int32_t* places(const Tensors<T>& t) {
   return reinterpret_cast<int32_t*>(t.saved);
 }
 
-/// Samples [first, last).
+/// Computes samples [first_sample, last_sample).
 template <class T>
 void forward(const Layer& l, const Tensors<T>& t, int64_t first_sample, int64_t last_sample) {
   const Window& k = l.window;

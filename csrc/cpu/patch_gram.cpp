@@ -1,20 +1,22 @@
-// The moments of a constant image's patches (patch_gram.h): sum p and sum p p^T over all patches of a task.
+// The moments of a constant image's patches (layers/patch_gram.h): sum p and sum p p^T over all patches of a
+// task.
 //
-// Two taps of a patch see one image, the second one shifted by their distance; so all pairs of taps at one
-// distance sum the same products, pixel times shifted pixel, and differ only in which pixels they visit. A
-// tap visits all positions of the image but some at its edges, with stride s every s-th of them. Rows and
-// columns therefore fall into classes, each visited as a whole by a tap or not at all: the s residues of the
-// inner ones, and every one near an edge for itself. With f the framed image, by classes R of rows and K of
-// columns,
+// Two taps of a patch read the same image, the second one shifted by the distance between the taps. So all
+// pairs of taps with the same distance sum the same products, pixel times shifted pixel, and differ only in
+// which pixels they visit. With stride s a tap visits every s-th position of the image, except some at its
+// edges. Rows and columns therefore fall into classes that a tap visits either entirely or not at all: the s
+// residues of the inner rows, and each row near an edge as a class of its own. With f the padded image, and
+// for classes R of rows and K of columns,
 //
 //   M[R, K, c]        = sum of f[i, j, c] over i in R, j in K
 //   Q[R, K, c, d, e]  = sum of f[i, j, c] f[i + d, (j, c) + e]      d rows and e elements away, d >= 0
 //   sum p_u p_v       = sum of Q[R, K, c, ..] over the R and K that u visits,     u = (row, column, c) <= v
 //
-// which for 3 x 3 x 3 taps is a seventh of the products of all pairs. Rows are converted to double, as many
-// as the kernel has at a time, and multiplied in vectors of elements; on inner columns lane j of a sum sees
-// elements j, j + period, ..., so that there are as many sums as give every lane one residue and channel.
-// Summation order: columns by lanes, rows, samples; then classes.
+// For 3 x 3 x 3 taps this takes a seventh of the products of all pairs. Rows are converted to double, as many
+// at a time as the kernel has, and multiplied as vectors of elements. On inner columns, lane j of a sum reads
+// the elements j, j + period, ...; there are as many sums as it takes for every lane to have one residue and
+// channel. Order of sums: columns by lanes, rows, samples; then classes. The twin on the GPU is
+// cuda/patch_gram.cu.
 #include "layers/patch_gram.h"
 
 #include <algorithm>
@@ -29,12 +31,12 @@
 namespace maml::MAML_ISA {
 namespace {
 
-constexpr int kBlock = 6;        // offsets side by side in registers
-constexpr int64_t kMargin = 64;  // of a row: offsets of a patch, a block and a vector beyond its ends
+constexpr int kBlock = 6;        // offsets whose sums are in registers at the same time
+constexpr int64_t kMargin = 64;  // elements beyond both ends of a row: offsets of a patch, a block, a vector
 
-/// One axis of what the taps visit: tap t at t, t + stride, ..., `positions` of them. What lies between the
-/// taps of neighbouring positions is left out, so that stride <= taps. Classes: the residues of [first, end),
-/// then every other element.
+/// One axis of the pixels that the taps visit: tap t visits t, t + stride, ..., `positions` of them. Elements
+/// between the taps of consecutive positions are left out, so that stride <= taps. The classes are the
+/// residues of [first, end), then every other element by itself.
 struct Visits {
   int64_t taps, step, stride, positions, size, first, end;
   Visits(int64_t taps_, int64_t step_, int64_t positions_)
@@ -44,7 +46,7 @@ struct Visits {
     end = stride * positions;
     if (first >= end) first = end = size;
   }
-  /// Where an element stands in the frame.
+  /// The position of an element in the padded image.
   int64_t in_frame(int64_t i) const { return i / stride * step + i % stride; }
   int64_t edges() const { return first + size - end; }
   int64_t classes() const { return stride + edges(); }
@@ -59,14 +61,14 @@ struct Visits {
   }
 };
 
-/// The sums and where they stand.
+/// The sizes and offsets of the sums.
 struct Sums {
   static constexpr int64_t W = kLanes<double>;
   Visits rows, columns;
   int64_t channels, run;     // run: elements of a row of taps
-  int64_t offsets;           // from 1 - run on, in whole blocks
-  int64_t phases;            // vectors until lanes see the same residues and channels again
-  int64_t of_class, of_row;  // elements of Q and M of one class, of sums in lanes of one class of rows
+  int64_t offsets;           // distances e from 1 - run on, rounded up to whole blocks
+  int64_t phases;            // vectors after which lanes have the same residues and channels again
+  int64_t of_class, of_row;  // elements of Q and M for one class; of sums in lanes for one class of rows
 
   explicit Sums(const Layer& l)
       : rows(l.window.kernel_h, l.window.stride_h, l.between.h),
@@ -84,13 +86,13 @@ struct Sums {
   int64_t classes_size() const { return rows.classes() * columns.classes() * channels * of_class; }
   int64_t lanes_size() const { return rows.classes() * of_row; }
   int64_t size() const { return classes_size() + lanes_size() + rows.taps * row_size(); }
-  /// Of a class of rows and columns and a channel, in Q: [d, offsets], then M.
+  /// The offset for a class of rows, a class of columns and a channel: Q [d, offsets], then M.
   int64_t at(int64_t row_class, int64_t column_class, int64_t c) const {
     return ((row_class * columns.classes() + column_class) * channels + c) * of_class;
   }
 };
 
-/// sums[phase, e] += a[i] b[i + e] of inner columns, n elements, in lanes.
+/// sums[phase, e] += a[i] b[i + e] over n elements of inner columns, kept in lanes.
 void add_inner(const Sums& s, int64_t n, const double* a, const double* b, int64_t first_block,
                double* sums) {
   constexpr int64_t W = kLanes<double>;
@@ -116,7 +118,8 @@ void add_inner(const Sums& s, int64_t n, const double* a, const double* b, int64
   }
 }
 
-/// Row i of an image with itself and those below; row(i): converted.
+/// Adds the products of row i of an image with itself and with the rows below it; row(i) is converted to
+/// double.
 template <class Row>
 void add_row(const Sums& s, int64_t i, Row row, double* classes, double* lanes) {
   constexpr int64_t W = kLanes<double>;
@@ -151,7 +154,7 @@ void add_row(const Sums& s, int64_t i, Row row, double* classes, double* lanes) 
   }
 }
 
-/// The sums in lanes to the classes of their columns.
+/// Adds the sums in lanes to the classes of their columns.
 void gather_lanes(const Sums& s, const double* lanes, double* classes) {
   constexpr int64_t W = kLanes<double>;
   for (int64_t row_class = 0; row_class < s.rows.classes(); ++row_class) {
@@ -166,7 +169,7 @@ void gather_lanes(const Sums& s, const double* lanes, double* classes) {
   }
 }
 
-/// f(address of Q and M) for the classes that a tap visits.
+/// Calls f(address of Q and M) for the classes that a tap visits.
 template <class F>
 void each_class(const Sums& s, int64_t row, int64_t column, int64_t c, const double* classes, F f) {
   for (int64_t r = 0; r < s.rows.classes(); ++r) {
@@ -177,7 +180,7 @@ void each_class(const Sums& s, int64_t row, int64_t column, int64_t c, const dou
   }
 }
 
-/// How many elements of T so many doubles are, whatever T.
+/// The number of elements of T that holds so many doubles, for either T.
 constexpr int64_t elements(int64_t doubles) { return 2 * doubles; }
 
 template <class T>

@@ -1,19 +1,21 @@
-// The policy-gradient losses of one task, over its samples with actions a and log pi = log pi(a | z):
+// The policy-gradient losses of one task, over samples with actions a and log pi = log pi(a | z):
 //   score form         L = -sum s log pi                  k = s
 //   likelihood ratio   L = -sum s exp(log pi - old)       k = s exp(log pi - old), k_dot = k (log pi)_dot
-// where s is what a sample counts: its share of the weights times its advantage. A sample with s = 0 is
-// padding: whatever its numbers, it has no part in anything.
-//   Gaussian, z = [mean, log_std], e = (a - mean) / std:
-//     log pi = -sum (e^2 / 2 + log_std + log(2 pi) / 2);  (log pi)_dot = sum e / std mean_dot + (e^2 - 1)
-//     log_std_dot grad_mean = -k e / std;      grad_mean_dot = -k_dot e / std - k (e_dot - e log_std_dot) /
-//     std grad_log_std = -k (e^2 - 1); grad_log_std_dot = -k_dot (e^2 - 1) - 2 k e e_dot with e_dot =
-//     -mean_dot / std - e log_std_dot.  `saved` keeps e and 1 / std.
+// s is the scale of a sample: its share of the weights times its advantage. A sample with s = 0 is padding:
+// its numbers, even NaN, change nothing.
+//   Gaussian, z = [mean, log_std], e = (a - mean) / std, e_dot = -mean_dot / std - e log_std_dot:
+//     log pi = -sum (e^2 / 2 + log_std + log(2 pi) / 2)
+//     (log pi)_dot = sum e / std mean_dot + (e^2 - 1) log_std_dot
+//     grad_mean = -k e / std;      grad_mean_dot = -k_dot e / std - k (e_dot - e log_std_dot) / std
+//     grad_log_std = -k (e^2 - 1); grad_log_std_dot = -k_dot (e^2 - 1) - 2 k e e_dot
+//     `saved` holds e and 1 / std.
 //   categorical, z = logits, p = softmax z:
 //     log pi = log p[a];  (log pi)_dot = z_dot[a] - <p, z_dot>
-//     grad_z = k (p - onehot);  grad_z_dot = k_dot (p - onehot) + k p (z_dot - <p, z_dot>).  `saved` keeps p.
-// The metric is that of the Fisher matrix, in the mean over samples that s makes:
+//     grad_z = k (p - onehot);  grad_z_dot = k_dot (p - onehot) + k p (z_dot - <p, z_dot>)
+//     `saved` holds p.
+// The metric is the product of z_dot with the Fisher matrix, summed over samples with weights s:
 //   Gaussian: s mean_dot / std^2, 2 s log_std_dot;  categorical: s p (z_dot - <p, z_dot>)
-// The value is summed in double, sample by sample; so is log pi.
+// The value is summed in double, sample by sample; so is log pi. The twin on the GPU is cuda/policy_loss.h.
 #include <algorithm>
 #include <cmath>
 #include <numbers>
@@ -23,7 +25,7 @@
 namespace maml::MAML_ISA {
 namespace {
 
-/// k of sample i.
+/// The factor k of sample i.
 template <class T>
 T coefficient(const Target<T>& target, int64_t i, double log_prob) {
   const T scale = target.scale[i];
@@ -31,7 +33,7 @@ T coefficient(const Target<T>& target, int64_t i, double log_prob) {
   return scale * static_cast<T>(std::exp(log_prob - static_cast<double>(target.old_log_probs[i])));
 }
 
-/// The sample's part of the loss.
+/// The sample's term of the loss.
 template <class T>
 double part_of_loss(const Target<T>& target, T k, double log_prob) {
   if (k == T(0)) return 0;
@@ -103,7 +105,7 @@ void gaussian_metric(const LossPart& part, const T* z, const Target<T>& target, 
   }
 }
 
-/// p = softmax z; log sum exp z.
+/// p = softmax z, unless p is null; returns log sum exp z.
 template <class T>
 double softmax(int64_t c, const T* z, T* p) {
   const T largest = *std::max_element(z, z + c);
@@ -156,7 +158,7 @@ void categorical_metric(const LossPart& part, const T* z, const Target<T>& targe
   const int64_t c = part.c;
   for (int64_t i = 0; i < part.n; ++i, z += c, z_dot += c, grad_z += c) {
     T mean = 0;
-    softmax(c, z, grad_z);  // p, in the place of what is made of it
+    softmax(c, z, grad_z);  // grad_z holds p for now
     for (int64_t j = 0; j < c; ++j) mean += grad_z[j] * z_dot[j];
     for (int64_t j = 0; j < c; ++j) grad_z[j] *= target.scale[i] * (z_dot[j] - mean);
   }

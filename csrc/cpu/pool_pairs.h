@@ -1,6 +1,6 @@
-// A max-pool of 2 x 2 pixels, each in one window, on vectors of channels: the largest of a window with its
-// place (2 row + column; the first of equal ones, and any NaN), and what a place picks of another window.
-// Places are numbers of T.
+// A max-pool over disjoint windows of 2 x 2 pixels, on vectors of channels: the largest value of a window and
+// its place, and the value at a given place of another window. A place is 2 row + column, stored as a T. The
+// first of equal values wins, and a NaN wins, as in torch.
 #pragma once
 
 #include "cpu/simd.h"
@@ -26,20 +26,21 @@ inline Vector<T> picked(const Vector<T> (&v)[4], Vector<T> place) {
   return place >= broadcast(T(2)) ? bottom : top;
 }
 
-/// x where the place is p, else zero.
+/// x where the place equals p, else zero.
 template <class T>
 inline Vector<T> placed(Vector<T> x, Vector<T> place, int p) {
   return place == broadcast(static_cast<T>(p)) ? x : Vector<T>{};
 }
 
-/// The pixels of a window: x at its first one, `below` from a pixel to the one below it.
+/// The four pixels of a window whose first pixel is at x; `below` is the distance from a pixel to the one
+/// below.
 template <class T, class L>
 inline void load_window(const T* x, int64_t channels, int64_t below, const L& lanes, Vector<T> (&v)[4]) {
   v[0] = load(x, lanes), v[1] = load(x + channels, lanes);
   v[2] = load(x + below, lanes), v[3] = load(x + below + channels, lanes);
 }
 
-/// f(j, lanes): the vectors of the channels [first, last).
+/// Calls f(j, lanes) for the vectors of the channels [first, last).
 template <class T, class F>
 inline void each_vector(int64_t first, int64_t last, F f) {
   for (int64_t j = first; j < last; j += kLanes<T>) {

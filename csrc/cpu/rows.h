@@ -1,6 +1,6 @@
-// Loops over a [rows, channels] matrix: blocks of rows outside, vectors of channels inside, so that a block
-// is read once from memory however many channels there are. Sums go block by block: short sums, added up,
-// round less.
+// Loops over a matrix [rows, channels]: blocks of rows outside, vectors of channels inside, so that each
+// block is read from memory once, however many channels there are. Sums are computed block by block and then
+// added up, which rounds less than one long sum.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@ namespace maml::MAML_ISA {
 
 constexpr int64_t kRowBlock = 256;
 
-/// f(j, lanes, i0, i1): channels from j on, `lanes` of them, rows [i0, i1). Threads share the channels, so
-/// that the sums of each have one order.
+/// Calls f(j, lanes, i0, i1): channels from j on, as many as `lanes`, and rows [i0, i1). Threads share the
+/// channels, so that the order of each channel's sum does not depend on their number.
 template <class T, class F>
 inline void each_block(int64_t rows, int64_t channels, F f) {
   constexpr int W = kLanes<T>;
@@ -28,7 +28,8 @@ inline void each_block(int64_t rows, int64_t channels, F f) {
   });
 }
 
-/// sums[q][j] = sum_i term(i * channels + j)[q]; term(at, j, lanes, sum) adds to Vector sum[Q].
+/// sums[q][j] = sum over rows i of the q-th term; term(at, j, lanes, sum) adds row i's terms to Vector
+/// sum[Q], with at = i * channels + j.
 template <class T, int Q, class F>
 inline void channel_sums(int64_t rows, int64_t channels, T* const (&sums)[Q], F term) {
   for (T* s : sums) std::fill_n(s, channels, T(0));

@@ -1,5 +1,5 @@
-// BatchNorm by given statistics, constants mu and var [c], over the m = n h w rows of a [m, c] matrix, one
-// task. Per channel, with g = grad_y:
+// BatchNorm with given statistics mu and var [c], which are constants, over the m = n h w rows of a matrix
+// [m, c], for one task. Per channel, with g = grad_y:
 //
 //   s = (var + eps)^-1/2, xh = (x - mu) s,       y = gamma xh + beta
 //   grad_gamma = sum g xh, grad_beta = sum g,    grad_x = gamma s g
@@ -7,7 +7,8 @@
 //   grad_gamma_dot = sum(g_dot xh + g s x_dot), grad_beta_dot = sum g_dot,
 //   grad_x_dot = gamma s g_dot + gamma_dot s g
 //
-// gamma and beta may be absent: 1 and 0. Samples do not depend on each other.
+// gamma and beta may be absent (1 and 0). Samples do not depend on each other. The twin on the GPU is
+// cuda/running_norm.cu.
 #include <cmath>
 
 #include "cpu/layers.h"
@@ -18,7 +19,7 @@ namespace {
 
 int64_t rows_of(const Layer& l) { return l.n * l.in.h * l.in.w; }
 
-/// What is known of the channels from j on; s stands in t.saved.
+/// The values of the channels from j on; s is read from t.saved.
 template <class T>
 struct Channels {
   Vector<T> mu, s, gamma, beta, gamma_dot, beta_dot;
@@ -32,7 +33,7 @@ struct Channels {
   Vector<T> xh(Vector<T> x) const { return (x - mu) * s; }
 };
 
-/// to [m, c] (+)= f(element, what is known of its channels, lanes).
+/// to [m, c] (+)= f(element, values of its channels, lanes).
 template <class T, class F>
 void each(const Layer& l, const Tensors<T>& t, T* to, bool add, F f) {
   const int64_t channels = l.in.c;
@@ -46,7 +47,7 @@ void each(const Layer& l, const Tensors<T>& t, T* to, bool add, F f) {
   });
 }
 
-/// out [c] (+)= sums, where wanted.
+/// out [c] (+)= sums, unless `out` is null.
 template <class T>
 void give(const T* sums, int64_t channels, bool add, T* out) {
   if (!out) return;
@@ -91,7 +92,7 @@ void forward_tangent(const Layer& l, const Tensors<T>& t) {
   });
 }
 
-/// Where the layer does not move, grad_y is absent, and x_dot and gamma_dot too.
+/// grad_y may be absent, then also x_dot and gamma_dot.
 template <class T>
 void backward_tangent(const Layer& l, const Tensors<T>& t) {
   const int64_t channels = l.in.c;

@@ -1,7 +1,6 @@
-// Vectors of the instruction set that this file is compiled for, as wide as its registers, and loads and
-// stores of a part of one. The folder is compiled once for every instruction set, each time into its own
-// namespace MAML_ISA with its own MAML_VECTOR_BYTES and MAML_REGISTERS (CMakeLists.txt); backend.h chooses at
-// run time.
+// Vectors as wide as the registers of the instruction set, with full and partial loads and stores. The
+// sources of the CPU backend are compiled once for every instruction set, each time into a namespace MAML_ISA
+// with its own MAML_VECTOR_BYTES and MAML_REGISTERS (CMakeLists.txt); run/backend.h chooses one at run time.
 #pragma once
 
 #include <cstdint>
@@ -52,9 +51,9 @@ inline Vector<double> broadcast(double x) {
 #endif
 }
 
-/// The first `count` lanes: the others load zero and are not stored. count in [0, kLanes]. Without AVX-512 a
-/// mask has a price, a store's above all (dozens of operations on some CPUs): where a vector is whole, none
-/// is used.
+/// The first `count` lanes, count in [0, kLanes]: the others load zero and are not stored. Without AVX-512,
+/// masked accesses are slow, stores above all (dozens of operations on some CPUs); so a full vector is
+/// accessed without a mask.
 template <class T>
 struct Lanes {
   using V = Vector<T>;
@@ -122,7 +121,7 @@ inline void store(double* p, Vector<double> v, const Lanes<double>& lanes) {
 #endif
 }
 
-/// All lanes, in place of Lanes where a vector is whole.
+/// Stands for Lanes where a vector is full.
 struct Whole {};
 
 template <class T>
@@ -134,7 +133,7 @@ inline void store(T* p, Vector<T> v, Whole) {
   store(p, v);
 }
 
-/// f(j, lanes): the vectors of a row of channels.
+/// Calls f(j, lanes) for the vectors of a row of channels.
 template <class T, class F>
 inline void each_lanes(int64_t channels, F f) {
   constexpr int W = kLanes<T>;
@@ -143,7 +142,7 @@ inline void each_lanes(int64_t channels, F f) {
   if (j < channels) f(j, Lanes<T>(channels - j));
 }
 
-/// Lanes of a vector of half the width, where an instruction on one costs half as much; 0: nowhere.
+/// The lanes of a vector of half the width, where instructions on one cost half as much; else 0.
 #if defined(__AVX2__)
 template <class T>
 struct HalfVectorOf {
@@ -153,7 +152,7 @@ template <class T>
 using HalfVector = typename HalfVectorOf<T>::type;
 template <class T>
 constexpr int kHalf = kLanes<T> / 2;
-/// The first `count` of them, as Lanes.
+/// The first `count` lanes of a half vector, as Lanes.
 template <class T>
 struct HalfLanes : Lanes<T> {
   using V = HalfVector<T>;
@@ -169,7 +168,7 @@ inline HalfVector<T> half(Vector<T> v) {
   std::memcpy(&h, &v, sizeof(h));
   return h;
 }
-/// x in all lanes of a half: a broadcast from memory is as much work as it is wide.
+/// x in all lanes of a half vector. A broadcast from memory costs in proportion to its width.
 template <class T>
 inline HalfVector<T> broadcast_half(T x) {
 #if defined(__AVX512F__)
@@ -236,7 +235,7 @@ inline void store(T* p, typename HalfLanes<T>::V v, const HalfLanes<T>& half) {
 }
 #endif
 
-/// Element I[j] of a and b one behind the other, for every lane j.
+/// Lane j of the result is element I[j] of the concatenation of a and b.
 template <int... I, class V>
 inline V shuffle(V a, V b) {
 #if defined(__clang__)
@@ -248,8 +247,8 @@ inline V shuffle(V a, V b) {
 #endif
 }
 
-/// Turns W vectors of W lanes: the blocks of D x D elements beside the diagonal change places, D = 1, 2, 4
-/// ...
+/// Transposes W vectors of W lanes in place: swaps the off-diagonal blocks of D x D elements, for D = 1, 2,
+/// 4, ...
 template <class T, int D = 1>
 inline void turn(Vector<T> (&v)[kLanes<T>]) {
   constexpr int W = kLanes<T>;
@@ -265,7 +264,7 @@ inline void turn(Vector<T> (&v)[kLanes<T>]) {
   if constexpr (2 * D < W) turn<T, 2 * D>(v);
 }
 
-/// out[j, i] = in[i, j], at most W x W elements with strides between rows.
+/// out[j, i] = in[i, j] for at most W x W elements, with strides between rows.
 template <class T>
 inline void transpose_block(int64_t rows, int64_t columns, const T* in, int64_t in_row, T* out,
                             int64_t out_row) {

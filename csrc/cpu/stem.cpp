@@ -1,11 +1,12 @@
-// The first layers of a network on its constant input x, from the moments of x's patches (patch_gram.cpp):
-// y = f(pool(BatchNorm(conv2d(x)))), whose output before the pool is never stored; f as in kink.h. One task.
+// The first layers of a network on its constant input x: y = f(pool(BatchNorm(conv2d(x)))) from the moments
+// of x's patches (patch_gram.cpp), for one task. The output before the pool is never stored. f is that of
+// kink.h.
 //
-// With p the patch of a pixel, pbar and G its moments (patch_gram.h), w the weights [patch, o], s = (var +
-// eps)^-1/2 and a = gamma s, BatchNorm of the convolution is another convolution, with weights a w and bias
-// beta - a mu; its tangent is one with weights a w_dot + k w. A bias of the user's convolution has no effect
-// and no gradient. Per channel, with g the cotangent before the pool and f, g_dot its tangent, and k =
-// gamma_dot s - a s c:
+// With p the patch of a pixel, pbar and G the moments of p (layers/patch_gram.h), w the weights [patch, o],
+// s = (var + eps)^-1/2 and a = gamma s: BatchNorm of the convolution is another convolution, with weights a w
+// and bias beta - a mu; its tangent is one with weights a w_dot + k w. A bias of the user's convolution has
+// no effect and no gradient, because BatchNorm subtracts it. Per channel, with g the cotangent before pool
+// and f, g_dot its tangent, and k = gamma_dot s - a s c:
 //
 //   mu = w pbar, var = w G w                          Rmu = w_dot pbar, c = s w_dot G w
 //   D = sum g p, G1 = sum g = grad_beta               D' = sum g_dot p, R1 = sum g_dot = grad_beta_dot
@@ -13,9 +14,9 @@
 //   u = D - G1 pbar - s G2 G w                        u' = D' - R1 pbar - s (R2 - s c G2) G w - s G2 G w_dot
 //   grad_w = a u                                      grad_w_dot = a u' + k u
 //
-// Sums over patches run through gather_product and outer_product, a band of rows of one sample at a time, so
-// that what stands before the pool stays in the cache; what is per channel is computed in double. The pool
-// takes the first of equal values, and any NaN.
+// Sums over patches are computed by gather_product and outer_product, for a band of rows of one sample at a
+// time, so that the values before the pool stay in the cache. The computations per channel are in double. In
+// the pool, the first of equal values wins, and a NaN wins, as in torch. The twin on the GPU is cuda/stem.h.
 #include <algorithm>
 #include <cmath>
 #include <utility>
@@ -31,13 +32,13 @@
 namespace maml::MAML_ISA {
 namespace {
 
-constexpr int64_t kBandElements = 16384;  // of the convolution's output: half of a second-level cache
+constexpr int64_t kBandElements = 16384;  // of the convolution's output: half of an L2 cache
 
-/// How many elements of T so many bytes are, whatever T.
+/// The number of elements of T that holds so many bytes, for either T.
 constexpr int64_t elements(int64_t bytes) { return (bytes + 3) / 4; }
 
-/// Rows of the convolution, of one sample, that are in the cache at the same time; the pool's windows are
-/// whole in them. Columns and rows that no window sees are left out.
+/// Bands: rows of the convolution's output, for one sample, that fit the cache; they contain whole windows of
+/// the pool. Columns and rows that are in no window are left out.
 struct Bands {
   Frame frame;
   int64_t pool, columns, rows, patch;
@@ -51,12 +52,12 @@ struct Bands {
   int64_t frame_elements(const Layer& l) const { return frame.h * frame.w * l.in.c; }
 };
 
-/// One of them: some rows of the output from pixel `at` of the task on.
+/// One band: some rows of the output, from pixel `at` of the task on.
 template <class T>
 struct Band {
   const T* x;
   int64_t at, rows;
-  const int32_t* row;  // of each pixel before the pool: where its patch starts in x
+  const int32_t* row;  // for each pixel before the pool, the offset in x at which its patch starts
   Runs runs;
 };
 
@@ -81,7 +82,7 @@ void each_band(const Layer& l, const Bands& bands, const T* x, T* frame, int32_t
   }
 }
 
-/// What the passes keep.
+/// The values that the passes save.
 template <class T>
 struct Saved {
   double *Gw, *mu, *s, *Rmu, *c, *G1, *G2;
@@ -117,7 +118,7 @@ struct Scratch {
   }
 };
 
-/// What a channel's formulas read; absent is zero, or one for gamma.
+/// What the formulas of a channel read. Absent parameters count as zero, gamma as one.
 template <class T>
 struct Stem {
   const Layer& l;
@@ -168,8 +169,8 @@ struct Stem {
     }
   }
 
-  /// y = the convolution with scratch.weights and scratch.bias; of a window of it pick(pixels, out, lanes);
-  /// and of that last(value, out, lanes).
+  /// y = the convolution with scratch.weights and scratch.bias, then pick(pixels, out, lanes) of each window
+  /// of it, then last(value, out, lanes).
   template <class Pick, class Last>
   void convolve(T* y, Pick pick, Last last) const {
     fill_offsets(1, 1, bands.pixels(), 0, 0, 0, channels, scratch.c_row);
@@ -198,7 +199,8 @@ struct Stem {
     });
   }
 
-  /// g(lanes, out, in): outputs of the band, where their (first) pixel stands in scratch.before, by vectors.
+  /// Calls g(lanes, out, in) for the outputs of the band, by vectors; the (first) pixel is
+  /// scratch.before[in].
   template <class G>
   void each_output(const Band<T>& band, G g) const {
     const int64_t step = bands.pool * channels, rows = bands.pool * below();
@@ -211,9 +213,9 @@ struct Stem {
       }
     });
   }
-  int64_t below() const { return bands.columns * channels; }  // from a pixel to the one below it
+  int64_t below() const { return bands.columns * channels; }  // the distance from a pixel to the one below
 
-  /// D (patch, o) = sum g p and G (o) = sum g, g = f' grad_y at the pixels that the pool has chosen
+  /// D [patch, o] = sum g p and G [o] = sum g, with g = f' grad_y at the pixels that the pool has chosen.
   void patch_sums(const T* grad_y, T* D, T* G) const {
     const bool as_is = !l.pooled && !f.kinks;
     bool first = true;
@@ -239,7 +241,7 @@ struct Stem {
       o.d = D;
       o.add = !std::exchange(first, false);
       outer_product(o);
-      // While the band is in the cache.
+      // Now, while the band is in the cache.
       T* const sum = scratch.sum;
       channel_sums<T, 1>(band.rows * l.out.w, channels, {sum},
                          [&](int64_t i, int64_t, const Lanes<T>& lanes, Vector<T>* of) {
@@ -250,7 +252,7 @@ struct Stem {
     });
   }
 
-  /// to (+)= value(i), where wanted
+  /// to[j] (+)= value(i), unless to[j] is null.
   template <class F>
   void give(T* const (&to)[kMostParameters], int j, int64_t size, F value) const {
     for (int64_t i = 0; to[j] && i < size; ++i) {
@@ -337,8 +339,7 @@ void forward_tangent(const Layer& l, const Tensors<T>& t) {
       [&](Vector<T> u_dot, int64_t out, auto lanes) { return stem.f.slope(u_dot, out, lanes); });
 }
 
-/// Where the layer does not move, grad_y is absent: then D, G1, G2 and all tangents of the forward pass are
-/// zero.
+/// grad_y may be absent: then D, G1, G2 and all tangents of the forward pass count as zero.
 template <class T>
 void backward_tangent(const Layer& l, const Tensors<T>& t) {
   const Stem<T> stem(l, t);
