@@ -1,11 +1,11 @@
-// Rows or columns in register blocks.
+// Splitting rows or columns into register blocks.
 #pragma once
 
 #include <cstdint>
 
 namespace maml::MAML_ISA {
 
-/// f.template operator()<size>(i), for a size of 1 to Most.
+/// Calls f.template operator()<size>(i) for a size of 1 to Most; not for 0.
 template <int Most, class F>
 inline void of_size(int64_t size, int64_t i, F f) {
   if (size == Most) {
@@ -15,8 +15,9 @@ inline void of_size(int64_t size, int64_t i, F f) {
   }
 }
 
-/// Cuts [first, last) into blocks of Most and of what is more than that at the end two like ones, since a
-/// small block leaves a multiply-add's latency open: f.template operator()<size>(start of the block).
+/// Splits [first, last) into blocks of Most. If the rest at the end is longer than Most, it is two blocks of
+/// nearly equal size, because a small block does not hide the latency of its multiply-adds. Calls
+/// f.template operator()<size>(start of the block).
 template <int Most, class F>
 inline void in_like_blocks(int64_t first, int64_t last, F f) {
   for (; last - first >= 2 * Most; first += Most) f.template operator()<Most>(first);

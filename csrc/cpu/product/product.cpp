@@ -15,13 +15,13 @@ constexpr int most_rows(int vectors) {
   return vectors > 2 ? 4 : vectors > 1 ? 6 : 8;
 }
 
-/// The end of a row: Lanes of one more vector, HalfLanes of a half one, or none.
+/// The end of a row: Lanes of one more vector, HalfLanes of half a vector, or NoLanes where there is none.
 template <class T>
 struct NoLanes {
   using V = Vector<T>;
 };
 
-/// A piece of R rows in registers: V whole vectors and the end of each.
+/// A block of R rows in registers: V full vectors and the end of each row.
 template <class T, int R, int V, class End>
 struct Piece {
   static constexpr int W = kLanes<T>;
@@ -30,7 +30,7 @@ struct Piece {
   Vector<T> whole[R][V > 0 ? V : 1];
   typename End::V end[R];
 
-  /// Row r from memory.
+  /// Loads row r.
   void read(int r, const T* from, const End& lanes) {
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) whole[r][v] = load(from + v * W);
@@ -41,7 +41,7 @@ struct Piece {
     for (int v = 0; v < V; ++v) whole[r][v] = Vector<T>{};
     if constexpr (kEnd) end[r] = typename End::V{};
   }
-  /// Row r += x * the row of `b`.
+  /// Row r += x times the row of `b`.
   void add_product(int r, T x, const Piece<T, 1, V, End>& b) {
     if constexpr (V == 0 && kHalfEnd) {
       end[r] += broadcast_half(x) * b.end[0];
@@ -70,9 +70,9 @@ struct Piece {
   }
 };
 
-/// R rows of c from row m on, a piece wide from column j on. Blocks are functions of their own: in a larger
-/// one the compiler runs out of registers for their addresses. What is read of p after a store would be read
-/// anew each time, since it may be to anywhere: so `apart` and the rows' addresses are held.
+/// R rows of c from row m on, as wide as a Piece, from column j on. Blocks are separate functions, because in
+/// a larger function the compiler runs out of registers for their addresses. Stores may alias the fields of
+/// p, so what is needed after a store (`apart`, the rows' addresses) is copied to locals first.
 template <class T, int R, int V, class End>
 [[gnu::noinline]] void gather_block(const Gather<T>& p, int64_t m, int64_t j, const End& lanes) {
   Piece<T, R, V, End> sum;
@@ -112,7 +112,7 @@ template <class T, int R, int V, class End>
   for (int r = 0; r < R; ++r) sum.write(r, c[r], lanes);
 }
 
-/// Few products: they stay in registers with their rows of b, and the rows of c pass by.
+/// Up to this number of products in a sum, a and b stay in registers while the loop goes over the rows of c.
 constexpr int kFewProducts = 4;
 
 template <class T, int K, int V, class End>
@@ -143,7 +143,7 @@ template <class T, int K, int V, class End>
   }
 }
 
-/// R rows of d from element k of a run on, over the pixels [m0, m1).
+/// R rows of d from element k of a run on, summed over the pixels [m0, m1).
 template <class T, int R, int V, class End>
 [[gnu::noinline]] void outer_block(const Outer<T>& p, int64_t offset, T* d, int64_t m0, int64_t m1, int64_t j,
                                    bool add, const End& lanes) {
@@ -168,8 +168,8 @@ template <class T, int R, int V, class End>
   }
 }
 
-/// Cuts n columns into pieces of Most vectors and what is left, a lone vector or end with the last of them:
-/// f.template operator()<V>(j, end of a row).
+/// Splits n columns into pieces of Most vectors and a rest; a single vector or end is joined to the last
+/// piece. Calls f.template operator()<V>(j, end of a row).
 template <class T, int Most, class F>
 void columns(int64_t n, F f) {
   constexpr int W = kLanes<T>;
@@ -193,11 +193,11 @@ void columns(int64_t n, F f) {
   }(std::make_integer_sequence<int, Most + 2>());
 }
 
-/// Vectors of a piece, the end of its rows counted.
+/// The number of vectors of a piece, including the end of its rows.
 template <class T, int V, class End>
 constexpr int kVectors = V + !std::is_same_v<End, NoLanes<T>>;
 
-/// Threads share rows by the dozen: two register blocks of six, one and a half of eight.
+/// Threads share rows in multiples of this: four register blocks of six rows, or three of eight.
 constexpr int64_t kShareRows = 24;
 
 }  // namespace
@@ -231,7 +231,7 @@ void gather_product(const Gather<T>& p) {
 
 namespace {
 
-/// In pieces of Most vectors, and at most so many rows, if not 0.
+/// outer_product in pieces of Most vectors and, unless 0, at most `Rows` rows.
 template <class T, int Most, int Rows = 0>
 void outer_product_of(const Outer<T>& p) {
   const int64_t rows = p.runs.count * p.runs.length;
@@ -255,11 +255,12 @@ void outer_product_of(const Outer<T>& p) {
   });
 }
 
-/// Rows that are so few that a piece may have twice the vectors.
+/// Up to this number of rows, a piece may have twice the vectors.
 constexpr int kFewRows = 2;
 
-/// Few columns would leave most lanes idle: where the rows of a are dense, d is computed transposed, a's
-/// elements in the lanes, by the very same sums. False: it is not such a product.
+/// With few columns most lanes would be idle. Where the rows of a are contiguous, this computes d transposed,
+/// with the elements of a in the lanes, by the same sums in the same order. Returns false where that does not
+/// apply.
 template <class T>
 bool outer_product_transposed(const Outer<T>& p) {
   constexpr int64_t kMost = 4096;  // elements of d
@@ -299,7 +300,8 @@ void outer_product(const Outer<T>& p) {
 template <class T>
 void transpose(int64_t taps, int64_t rows, int64_t columns, const T* in, T* out) {
   constexpr int64_t W = kLanes<T>;
-  // The last block of a side of at least W goes back over its neighbour: a whole one needs no masks.
+  // The last block of a side of W or more is moved back, over elements already done: a full block needs no
+  // masks.
   const auto block_at = [](int64_t i, int64_t size) { return size < W ? i : std::min(i, size - W); };
   share(taps, 1, kElementWork * taps * rows * columns, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
@@ -325,8 +327,8 @@ void transpose(int64_t taps, int64_t rows, int64_t columns, const T* in, T* out)
 
 namespace {
 
-/// out[j] (+)= sum of rows [m0, m1) of g, of V vectors of columns: several, so that one sum need not wait for
-/// another.
+/// out[j] (+)= sum of rows [m0, m1) of g, for V vectors of columns. Several vectors at a time hide the
+/// latency of an addition.
 template <int V, class T, class L>
 void column_sums_of(int64_t m0, int64_t m1, int64_t n, const T* g, bool add, T* out, const L& lanes) {
   constexpr int W = kLanes<T>;

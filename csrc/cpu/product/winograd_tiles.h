@@ -1,23 +1,24 @@
-// The transforms of Winograd's minimal filtering in one dimension, by Toom and Cook: with three taps w, a
-// tile of M outputs y reads M + 2 inputs d, and as many products give them,
+// The transforms of Winograd's minimal filtering in one dimension, constructed by Toom and Cook's method.
+// With three taps w, a tile of M outputs y reads M + 2 inputs d and takes as many products:
 //
 //   y = A^T [(G w) * (B^T d)]
 //
-// one for each point p at which polynomials are evaluated: row p of A is 1, p, p^2, ..; row p of G is 1, p,
-// p^2 over the product of p's distances from the other points; row p of B^T has the coefficients of the
-// polynomial whose roots these are. Infinity, the last point, takes the highest coefficients. By rows, then
-// by columns: two dimensions.
+// There is one product for each point p at which polynomials are evaluated. Row p of A is 1, p, p^2, ..; row
+// p of G is 1, p, p^2 divided by the product of p's differences to the other points; row p of B^T has the
+// coefficients of the polynomial whose roots are the other points. The last point is infinity, where a
+// polynomial's value is its highest coefficient. Two dimensions: first along rows, then along columns.
 //
-// In general product t is that of value(t) of B^T d and weight(t) of G w, and is added up at point(t), which
-// A^T reads; a tile takes kReads inputs, kDown / kUp inputs to an output.
+// In general, product t multiplies value(t) of B^T d with weight(t) of G w and is added to point(t), which
+// A^T reads. A tile reads kReads inputs; kDown / kUp is the number of inputs per output.
 //
-// Tile<2>: points 0, 1, -1, infinity (and the sign of the last product turned). B and A hold 0 and 1 alone.
-// Tile<4>: points 0, a, -a, b, -b, infinity with a = 3/4, b = 3/2: of the points that float32 holds those
-// whose rounding grows least (cf. Barabasz et al. 2020, arXiv 1803.10986; measured in
-// tests/cpu/test_winograd.py): 3 times the error of Tile<2>, half of that of the usual 1 and 2.
+// Tile<2>: points 0, 1, -1, infinity (with the sign of the last product reversed). B and A consist of 0, 1,
+// -1. Tile<4>: points 0, a, -a, b, -b, infinity with a = 3/4, b = 3/2. Of the points that float32 represents
+// exactly, these have the least rounding error (cf. Barabasz et al. 2020, arXiv 1803.10986; measured in
+// tests/cpu/test_winograd.py): 3 times the error of Tile<2>, half of that of the usual points 1 and 2.
 //
-// The compiler chooses which products become part of an FMA, and may choose otherwise in every copy that it
-// makes of a transform: what threads share must be one copy (each_tile in winograd.cpp).
+// The compiler chooses which products it contracts into FMAs, and may choose differently in each inlined copy
+// of a transform. So results that threads share must come from one copy (some_tiles in
+// winograd_transforms.h).
 #pragma once
 
 #include <algorithm>
@@ -29,7 +30,7 @@ namespace maml::MAML_ISA {
 template <int M>
 struct Tile;
 
-/// The sizes of a tile of stride 1: value, weight and point are one.
+/// The sizes of a tile of stride 1: product t has value, weight and point t.
 template <int M>
 struct OnePointEach {
   using Transposed = Tile<M>;
@@ -120,7 +121,7 @@ struct Tile<4> : OnePointEach<4> {
   }
 
  private:
-  /// The quotient in the precision of V's elements.
+  /// The quotient, computed in the precision of V's elements.
   template <class V>
   static auto scale(int over, int under) {
     using T = std::remove_cvref_t<decltype(V{}[0])>;
@@ -130,11 +131,11 @@ struct Tile<4> : OnePointEach<4> {
 
 struct Doubling;
 
-/// Stride 2, y[i] = w[0] d[2i] + w[1] d[2i + 1] + w[2] d[2i + 2], in one dimension. Inputs of even place meet
-/// two taps, the first and the last, in a filter of their own: F(3, 2) has 4 products instead of 6, by points
-/// 0, 1, -1, infinity. Those of odd place meet the middle tap alone, in 3 products that need no points of
-/// their own: as y[0] and y[2] take in all of point 1, what it has too much is taken off at points 0 and
-/// infinity.
+/// Stride 2 in one dimension: y[i] = w[0] d[2i] + w[1] d[2i + 1] + w[2] d[2i + 2]. Inputs of even index are
+/// multiplied by two taps, the first and the last: a filter F(3, 2), which has 4 products instead of 6, with
+/// points 0, 1, -1, infinity. Inputs of odd index are multiplied by the middle tap only, in 3 products that
+/// need no points of their own: y[0] and y[2] contain all of point 1, and the part that does not belong to
+/// them is subtracted at points 0 and infinity.
 struct Halving {
   using Transposed = Doubling;
   static constexpr int kOutputs = 3, kReads = 7, kUp = 1, kDown = 2;
@@ -168,8 +169,9 @@ struct Halving {
   }
 };
 
-/// Its input gradient, x[2i] = w[1] g[i] and x[2i + 1] = w[0] g[i] + w[2] g[i + 1], taps reversed: F(3, 2)
-/// again. The middle tap meets the same values in its 3 products, which have points of their own.
+/// The input gradient of stride 2: x[2i] = w[1] g[i] and x[2i + 1] = w[0] g[i] + w[2] g[i + 1], with the taps
+/// reversed. F(3, 2) again; the middle tap is multiplied by the same values in 3 products with points of
+/// their own.
 struct Doubling {
   static constexpr int kOutputs = 6, kReads = 4, kUp = 2, kDown = 1;
   static constexpr int kValues = 4, kWeights = 5, kPoints = 7, kProducts = 7;
@@ -190,7 +192,7 @@ struct Doubling {
   }
 };
 
-/// Whether a sum has any terms: a vector for the transforms above, which then tell what is zero.
+/// Whether a sum has any terms. Used in place of vectors in the transforms, it tells which results are zero.
 struct Reach {
   bool any = false;
   friend constexpr Reach operator+(Reach a, Reach b) { return {a.any || b.any}; }
@@ -198,18 +200,18 @@ struct Reach {
   friend constexpr Reach operator*(Reach a, float) { return a; }
 };
 
-/// Whether a tile leaves out the products that are zero at the borders of an image.
+/// Whether a tile leaves out the products that are zero or unused at the borders of an image.
 template <class Tile>
 constexpr bool kSkips = Tile::kUp * Tile::kDown > 1;
 
-/// What a tile is to compute at the borders of an image, along one axis; sets are bits.
+/// What a tile computes at the borders of an image, along one axis. Sets are bit masks.
 template <class Tile>
 struct Borders {
-  /// The points of which something is not zero, where inputs [first, end) alone are inside the image.
+  /// The points that are not zero if only the inputs [first, end) are inside the image.
   uint32_t reading[Tile::kReads + 1][Tile::kReads + 1] = {};
-  /// The points that reach one of outputs [first, end).
+  /// The points that contribute to any of the outputs [first, end).
   uint32_t reaching[Tile::kOutputs + 1][Tile::kOutputs + 1] = {};
-  /// The values that a set of points takes, and the number of its products.
+  /// For each set of points, the values that it reads and the number of its products.
   uint32_t values[1 << Tile::kPoints] = {};
   int products[1 << Tile::kPoints] = {};
 
@@ -246,22 +248,22 @@ struct Borders {
 template <class Tile>
 inline constexpr Borders<Tile> kBorders;
 
-/// Rows and columns of a transform's results that are wanted: bits.
+/// The rows and columns of a transform's results that are wanted, as bit masks.
 struct Some {
   uint32_t rows, columns;
   bool row(int i) const { return rows >> i & 1; }
   bool column(int j) const { return columns >> j & 1; }
 };
 
-/// All of them.
+/// All rows and columns are wanted.
 struct All {
   static constexpr bool row(int) { return true; }
   static constexpr bool column(int) { return true; }
 };
 
-/// write(i, j) <- f by columns, then by rows, of read(i, j): In x In to Out x Out vectors, those wanted.
-/// `Again`: few inputs meet in a result, so that it is better to read them anew for every row than to keep
-/// what comes of all columns.
+/// write(i, j) receives the two-dimensional transform of read(i, j): f along columns, then along rows, from
+/// In x In to Out x Out vectors, for the wanted results. `Again`: each result needs few inputs, so that it is
+/// cheaper to read them again for every row than to keep the transforms of all columns.
 template <class T, int In, int Out, bool Again, class F, class Read, class Wanted, class Write>
 inline void by_both_axes(F f, Read read, Wanted wanted, Write write) {
   const auto column = [&](int j, Vector<T>(&result)[Out]) {
