@@ -1,4 +1,4 @@
-// Episodes on the CPU (episodes.h): the shuffles as in the textbook, one task after the other over threads.
+// Draws episodes on the CPU (episodes.h) by textbook Fisher-Yates shuffles; threads share the tasks.
 #include "episodes.h"
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 namespace maml::cpu {
 namespace {
 
-/// The first n of a shuffle.
+/// The first n elements of a shuffle.
 std::vector<uint32_t> start_of(const Shuffle& shuffle, int64_t n) {
   std::vector<uint32_t> order(shuffle.count);
   std::iota(order.begin(), order.end(), 0);
@@ -41,7 +41,7 @@ void draw_task(const Episodes& e, int64_t task) {
   }
 }
 
-/// Fewer pixels are placed before a second thread has woken up.
+/// Up to this number of pixels one thread is faster than waking a second one.
 constexpr int64_t kWorkOfOneThread = 100'000;
 
 }  // namespace

@@ -1,6 +1,6 @@
-// The threads that share the work of one task, where there are more threads than tasks. Work is cut only
-// where every element of a result keeps a sum of its own, in its own order: so no bit depends on who computes
-// what.
+// Sharing the work of one task among threads, where there are more threads than tasks. Work is split only
+// between elements of a result, never within a sum, so that the bits of a result do not depend on the number
+// of threads.
 #pragma once
 
 #include <omp.h>
@@ -10,10 +10,10 @@
 
 namespace maml::MAML_ISA {
 
-/// Threads that share the passes of this thread's task.
+/// The number of threads that share the passes of this thread's task.
 inline thread_local int team_size = 1;
 
-/// Makes it so many, as long as it stands.
+/// Sets it for the time of a scope.
 struct Team {
   explicit Team(int threads) { team_size = threads; }
   ~Team() { team_size = 1; }
@@ -21,14 +21,14 @@ struct Team {
   Team& operator=(const Team&) = delete;
 };
 
-/// Multiply-adds below which the others are not asked: some 5 us.
+/// Work, in multiply-adds, below which one thread does it all: some 5 us.
 constexpr int64_t kWorkToShare = 200'000;
 
-/// What an element of an elementwise pass costs, in multiply-adds.
+/// The cost of one element of an elementwise pass, in multiply-adds.
 constexpr int64_t kElementWork = 16;
 
-/// f(first, last) for parts of [0, count) that start at multiples of `grain`, one part a thread. `work`: of
-/// the whole, in multiply-adds, roughly. Inside f nothing is shared any further.
+/// Calls f(first, last) for parts of [0, count) that start at multiples of `grain`, one part a thread.
+/// `work`: the cost of the whole in multiply-adds, roughly. Inside f, nothing is shared further.
 template <class F>
 inline void share(int64_t count, int64_t grain, int64_t work, F f) {
   const int64_t grains = (count + grain - 1) / grain;
@@ -43,13 +43,13 @@ inline void share(int64_t count, int64_t grain, int64_t work, F f) {
   }
 }
 
-/// The same over samples, each with so many elements to visit.
+/// share() over samples that have `elements` elements each.
 template <class F>
 inline void share_samples(int64_t n, int64_t elements, F f) {
   share(n, 1, kElementWork * n * elements, f);
 }
 
-/// The same over elements of a vector or a value.
+/// share() over the elements of a vector or a value.
 template <class F>
 inline void share_elements(int64_t count, F f) {
   share(count, 1024, kElementWork * count, f);

@@ -1,7 +1,7 @@
-// Small networks of linear layers: as many tasks as a vector has lanes run side by side, one in each. Every
-// element of every tensor is a vector, so that products need no broadcast, no transpose and no padding, and
-// any stride is as good as any other. A task's bits are those that it has alone: sums run in the order of
-// product.h.
+// Small networks of linear layers: as many tasks as a vector has lanes are computed at the same time, one in
+// each lane. Every element of every tensor is a vector, so that products need no broadcasts, transposes or
+// padding, and strides cost nothing. A task has the same bits as when it is computed alone: sums run in the
+// order of product.h.
 #pragma once
 
 #include <bit>
@@ -13,7 +13,7 @@
 
 namespace maml::MAML_ISA {
 
-/// c[i, j] (+)= bias[j] + sum over terms, q of a[i, q] b[q, j], all with strides.
+/// c[i, j] (+)= bias[j] + sum over terms and q of a[i, q] b[q, j], all with strides.
 template <class V>
 struct LaneProduct {
   struct Term {
@@ -27,20 +27,20 @@ struct LaneProduct {
   V* c;
   bool add;
 
-  /// Sums start from what c holds, or from the bias, and take every q in order; those beyond kLongest start
-  /// from zero and are added up: as gather_product.
+  /// Sums start from the value in c or from the bias and go over q in ascending order. Beyond kLongest,
+  /// further sums start from zero and are added, as in gather_product.
   void run() const {
     register_blocks<false>(0, std::min(k, kLongest), add);
     run_in_blocks(kLongest);
   }
-  /// Sums of kLongest q start from zero and are added up: as outer_product.
+  /// Sums of kLongest q each start from zero and are added up, as in outer_product.
   void run_in_blocks(int64_t from = 0) const {
     for (int64_t q = from; q < k; q += kLongest)
       register_blocks<true>(q, std::min(k, q + kLongest), add || q > 0);
   }
 
  private:
-  /// A block's sums, a row of b and an element of a fill the registers.
+  /// The sums of a block, a row of b and an element of a together fill the registers.
   static constexpr int kRows = MAML_REGISTERS >= 32 ? 5 : 4, kColumns = MAML_REGISTERS >= 32 ? 5 : 3;
 
   template <bool Blocks>
@@ -85,14 +85,14 @@ struct LaneProduct {
   }
 };
 
-/// What a loss reads of each task, as the user gave it, of all samples (there are no tiles).
+/// The targets of each task, in the user's memory, for all samples (there are no tiles here).
 template <class T>
 struct LaneTargets {
   Target<T> of[kLanes<T>];
 };
 
-/// A backend of TaskRunner over vectors. The elementwise layers are those of one task on an array that is
-/// longer; a loss takes its tasks one after the other.
+/// A backend of TaskRunner over vectors. An elementwise layer is that of one task on an array W times as
+/// long; a loss is computed for one task after the other.
 template <class T>
 struct TasksInLanes : Updates<Vector<T>, T> {
   using V = Vector<T>;
@@ -161,13 +161,14 @@ struct TasksInLanes : Updates<Vector<T>, T> {
     }
   }
 
-  /// The tasks' arrays [W, size] of an array in lanes; whole lines of them.
+  /// Writes the tasks' arrays [W, size] from an array in lanes; `size` is a multiple of W.
   static void separate(int64_t size, const V* x, T* own) {
     for (int64_t i = 0; i < size; i += W) {
       transpose_block<T>(W, W, reinterpret_cast<const T*>(x + i), W, own + i, size);
     }
   }
-  /// sum[i] = sum of weight times element i over the first `count` tasks, in their order; whole lines of i.
+  /// sum[i] = the sum of weight times element i over the first `count` tasks, in order, for a multiple of W
+  /// of i.
   static void add_up(int64_t size, const V* x, int64_t count, const double* weight, double* sum) {
     alignas(64) T own[W][W];
     for (int64_t i = 0; i < size; i += W) {
@@ -179,7 +180,7 @@ struct TasksInLanes : Updates<Vector<T>, T> {
     }
   }
 
-  /// One task's part of an array, and back.
+  /// take() copies one task's part of an array in lanes; give() writes it back.
   static void take(int64_t size, const V* x, int64_t lane, T* own) {
     const T* from = reinterpret_cast<const T*>(x) + lane;
     for (int64_t i = 0; i < size; ++i) own[i] = from[i * W];
@@ -199,7 +200,7 @@ struct TasksInLanes : Updates<Vector<T>, T> {
   static Passes<T> elementwise(const Layer& l) {
     return l.kind == Kind::add ? add<T>() : l.kind == Kind::append ? append<T>() : pointwise<T>();
   }
-  /// The layer over lanes as elements: as further features, whose sums over samples stay apart.
+  /// The layer with the lanes as further features, which no sum over samples mixes.
   static Layer longer(Layer l) {
     l.in.c *= W;
     l.out.c *= W;
@@ -207,12 +208,12 @@ struct TasksInLanes : Updates<Vector<T>, T> {
   }
   static Tensors<T> elements(const Tensors<V>& t) { return std::bit_cast<Tensors<T>>(t); }
 
-  /// y [n, out] of terms x [n, in], w [in, out].
+  /// y [n, out] = bias + the sum of terms (x [n, in], w [in, out]).
   static void product(const Layer& l, const Terms& terms, int count, const V* bias, V* y) {
     const int64_t in = l.in.c, out = l.out.c;
     LaneProduct<V>{l.n, out, in, {terms[0], terms[1]}, count, in, 1, out, 1, out, bias, y, false}.run();
   }
-  /// From terms (x, g) the gradient of the weight, from g that of the bias, from terms (g, w) that of x.
+  /// The gradient of the weight from terms (x, g), of the bias from g, of x from terms (g, w).
   static void gradients(const Layer& l, const Terms& x_g, int x_gs, const Terms& g_w, int g_ws, const V* g,
                         const Tensors<V>& t, V* const* grad_w, V* grad_x) {
     const int64_t in = l.in.c, out = l.out.c, n = l.n;

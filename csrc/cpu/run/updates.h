@@ -1,5 +1,5 @@
-// What the algorithm does to packed parameter vectors. V: T, or a vector of T with one task in each lane;
-// rates are the same for all tasks.
+// The operations of the algorithm on packed parameter vectors (meta_gradient.h). V is T, or a vector of T
+// with one task in each lane; the rates are the same for all tasks.
 #pragma once
 
 #include <algorithm>
@@ -51,7 +51,8 @@ struct Updates {
       }
     }
   }
-  /// One pass: what is adapted is in the slices, the rest behind it.
+  /// v -= product and out = rate v in one loop over the adapted parameters, which are in the slices; the
+  /// other parameters come after them.
   void retreat(int64_t size, const V* product, V* v, const std::vector<RateSlice>& slices, V* out) const {
     int64_t adapted = 0;
     if (out) {
@@ -85,7 +86,7 @@ struct Updates {
   void join() const {}
 
  private:
-  /// f(slice, i -> rate of its element i)
+  /// Calls f(slice, function i -> rate of its element i).
   template <class F>
   void each_rate(const std::vector<RateSlice>& slices, F f) const {
     for (const RateSlice& s : slices) {
