@@ -81,11 +81,11 @@ bool in_vectors(const T* const (&symbolic)[2], int count, int64_t row) {
 /// The patches that a convolution reads: one for each output pixel, or, in a stem, for each pixel of the
 /// pool's windows.
 template <class T>
-Gather gather_of(const Layer& l) {
+PatchGather patch_gather(const Layer& l) {
   const Window& k = l.window;
   const int64_t step = l.pooled ? 2 : 1;
-  Gather gather(l.n, l.in, l.out.h, l.out.w, step * k.stride_h, step * k.stride_w, -k.pad_top, -k.pad_left,
-                k.kernel_h, k.kernel_w);
+  PatchGather gather(l.n, l.in, l.out.h, l.out.w, step * k.stride_h, step * k.stride_w, -k.pad_top,
+                     -k.pad_left, k.kernel_h, k.kernel_w);
   if (l.pooled) {
     gather.windows = gather.pixels;
     gather.pixels = int32(window_rows(gather.windows));

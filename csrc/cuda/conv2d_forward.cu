@@ -33,17 +33,17 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
   const int m0 = static_cast<int>(blockIdx.x) * Tile::kM, n0 = static_cast<int>(blockIdx.y) * Tile::kN;
   const int rows = p.a.gather.pixels, n = p.b.n;
 
-  typename Forward::Sums sums;
+  typename Forward::Accumulators sums;
   Forward::compute(p.a, p.b, p.terms, *table, task, m0, n0, 0, p.a.gather.depth, sums,
                    [](bool, const T*, auto) {});
   const auto at = Forward::position(m0, n0);
   if (!at.owner) return;
   if (const T* const bias = resolve(p.bias, *table, task)) {
 #pragma unroll
-    for (int c = 0; c < Forward::Sums::kColumns; ++c) {
+    for (int c = 0; c < Forward::Accumulators::kColumns; ++c) {
       const T shift = at.column(c) < n ? bias[at.column(c)] : T(0);
 #pragma unroll
-      for (int r = 0; r < Forward::Sums::kRows; ++r) sums.at(r, c) += shift;
+      for (int r = 0; r < Forward::Accumulators::kRows; ++r) sums.at(r, c) += shift;
     }
   }
   T* const y = resolve(p.y, *table, task);
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
 template <class T>
 void convolve(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, const T* bias, T* out,
               StatisticsOf<T> statistics) {
-  const Gather gather = gather_of<T>(l);
+  const PatchGather gather = patch_gather<T>(l);
   terms.vectors_a = in_vectors(terms.a, terms.count, l.in.c);
   terms.vectors_b = in_vectors(terms.b, terms.count, l.out.c);
   const Forward<T> p{

@@ -21,7 +21,7 @@ namespace {
 struct ParityClass {
   PixelsByTaps a;
   Taps b;
-  Gather to;  // where its positions stand in grad_x
+  PatchGather to;  // where its positions stand in grad_x
   int first_block;
 };
 
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
   const int m0 = (static_cast<int>(blockIdx.x) - c.first_block) * Tile::kM;
   const int n0 = static_cast<int>(blockIdx.y) * Tile::kN;
 
-  typename Backward::Sums sums;
+  typename Backward::Accumulators sums;
   Backward::compute(c.a, c.b, p.terms, *table, task, m0, n0, 0, c.b.depth, sums, [](bool, const T*, auto) {});
   const auto at = Backward::position(m0, n0);
   if (!at.owner) return;
@@ -78,8 +78,8 @@ ParityClass parity_class(const Layer& l, const ParityAxis& rows, const ParityAxi
   const int64_t last_row = rows.parity + (rows.taps - 1) * k.stride_h;
   const int64_t last_column = columns.parity + (columns.taps - 1) * k.stride_w;
   ParityClass c;
-  c.a.gather = Gather(l.n, l.out, rows.positions, columns.positions, 1, 1, rows.start, columns.start,
-                      rows.taps, columns.taps);
+  c.a.gather = PatchGather(l.n, l.out, rows.positions, columns.positions, 1, 1, rows.start, columns.start,
+                           rows.taps, columns.taps);
   c.b.n = static_cast<int>(l.in.c);
   c.b.o = static_cast<int>(l.out.c);
   c.b.depth = static_cast<int>(taps * l.out.c);
@@ -88,8 +88,8 @@ ParityClass parity_class(const Layer& l, const ParityAxis& rows, const ParityAxi
   c.b.column = static_cast<int>(k.stride_w * tap_size);
   c.b.by_o = Divisor(c.b.o);
   c.b.by_taps_w = c.a.gather.by_taps_w;
-  c.to = Gather(l.n, l.in, rows.positions, columns.positions, k.stride_h, k.stride_w, rows.first,
-                columns.first, 1, 1);
+  c.to = PatchGather(l.n, l.in, rows.positions, columns.positions, k.stride_h, k.stride_w, rows.first,
+                     columns.first, 1, 1);
   c.first_block = 0;
   return c;
 }

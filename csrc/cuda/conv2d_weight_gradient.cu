@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
   T* const parts = resolve(p.parts, *table, task);
   T* const grad_b = blockIdx.x == 0 ? resolve(p.grad_b, *table, task) : nullptr;
 
-  typename Weight::Sums sums;
+  typename Weight::Accumulators sums;
   ColumnSums<Weight, Tile> columns;
   Weight::compute(p.a, p.b, p.terms, *table, task, m0, n0, begin, end, sums,
                   [&](bool second, const T* slabs, auto layout) {
@@ -149,7 +149,7 @@ int64_t weight_gradient_scratch(const Layer& l) {
 template <class T>
 void weight_gradient(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, bool add_w,
                      bool add_b, T* grad_w, T* grad_b, T* scratch) {
-  const Gather gather = gather_of<T>(l);
+  const PatchGather gather = patch_gather<T>(l);
   terms.vectors_a = in_vectors(terms.a, terms.count, l.in.c);
   terms.vectors_b = in_vectors(terms.b, terms.count, l.out.c);
   const int64_t m = gather.depth, n = l.out.c, wanted = splits_of(l);

@@ -28,7 +28,7 @@ constexpr int kBlocks = kWidth / 4 * (kWidth / 4 + 1) / 2, kSums = 16 * kBlocks;
 static_assert(kBlocks <= 32 && kMostPatch <= 32);
 
 struct Patches {
-  Gather gather;
+  PatchGather gather;
   int part_patches, parts;
 };
 
@@ -122,8 +122,8 @@ int64_t parts_of(int64_t patches) {
 template <class T>
 void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   const Window& k = l.window;
-  const Gather gather(l.n, l.in, l.between.h, l.between.w, k.stride_h, k.stride_w, -k.pad_top, -k.pad_left,
-                      k.kernel_h, k.kernel_w);
+  const PatchGather gather(l.n, l.in, l.between.h, l.between.w, k.stride_h, k.stride_w, -k.pad_top,
+                           -k.pad_left, k.kernel_h, k.kernel_w);
   const int64_t part_patches = blocks_for(gather.pixels, parts_of(gather.pixels));
   const int64_t parts = blocks_for(gather.pixels, part_patches);
   launch("patch_gram sums", patch_sums_kernel<T>, {parts}, kThreads, 0,

@@ -33,12 +33,12 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
   using T = typename Arithmetic::T;
   using Forward = Product<Arithmetic, Tile, PixelsByTaps, Rows>;
   constexpr int V = kVector<T>;
-  static_assert(Forward::Sums::kRows % 4 == 0);
+  static_assert(Forward::Accumulators::kRows % 4 == 0);
   const int64_t task = blockIdx.z;
   const int m0 = static_cast<int>(blockIdx.x) * Tile::kM, n0 = static_cast<int>(blockIdx.y) * Tile::kN;
   const int n = p.b.n;
 
-  typename Forward::Sums sums;
+  typename Forward::Accumulators sums;
   Forward::compute(p.a, p.b, p.terms, *table, task, m0, n0, 0, p.a.gather.depth, sums,
                    [](bool, const T*, auto) {});
   const auto at = Forward::position(m0, n0);
@@ -47,11 +47,11 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
   T* const y = resolve(p.y, *table, task);
   uint8_t* const places = resolve(p.places, *table, task);
 #pragma unroll
-  for (int r = 0; r < Forward::Sums::kRows; r += 4) {
+  for (int r = 0; r < Forward::Accumulators::kRows; r += 4) {
     const int window = window_row(V, at.row(r)).window;
     if (window >= p.a.gather.windows) continue;
 #pragma unroll
-    for (int c = 0; c < Forward::Sums::kColumns; c += V) {
+    for (int c = 0; c < Forward::Accumulators::kColumns; c += V) {
       const int column = at.column(c), left = n - column;
       if (left <= 0) continue;
       const int64_t to = static_cast<int64_t>(window) * n + column;
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
 template <class T>
 void convolve_and_pool(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms,
                        const T* bias, bool tangent, T* y, uint8_t* places) {
-  const Gather gather = gather_of<T>(l);
+  const PatchGather gather = patch_gather<T>(l);
   terms.vectors_a = in_vectors(terms.a, terms.count, l.in.c);
   terms.vectors_b = in_vectors(terms.b, terms.count, l.out.c);
   const int64_t m = gather.pixels, n = l.out.c;

@@ -20,10 +20,10 @@
 // contiguous in k, without moves). Row or column g of group x is index 4 g + x. A thread's sums are then
 // columns 4 g .. 4 g + 3, which is one whole vector, of rows 8 t .. 8 t + 7.
 //
-// `Sums` is what a thread holds: kRows x kColumns elements of the warp's tile; at(r, c) is element (row(r),
-// column(c)). Columns come in vectors of V. The four lanes that are kRowLane and 2 kRowLane apart hold the
-// same columns, and kStatisticsRows consecutive rows of the tile are kGroupRows rows of each of these lanes.
-// kStatisticsRows consecutive rows of the tile are kGroupRows of each.
+// `Accumulators` is what a thread holds: kRows x kColumns elements of the warp's tile; at(r, c) is element
+// (row(r), column(c)). Columns come in vectors of V. The four lanes that are kRowLane and 2 kRowLane apart
+// hold the same columns, and kStatisticsRows consecutive rows of the tile are kGroupRows rows of each of
+// these lanes.
 #pragma once
 
 #include "cuda/product/mma.h"
@@ -56,7 +56,7 @@ struct Simt {
   static constexpr bool kMatrix = false;
 
   template <int M, int N>
-  struct Sums {
+  struct Accumulators {
     static constexpr int kRows = M / 4, kColumns = N / 8, kGroupRows = kStatisticsRows / 4, kRowLane = 8;
     T sum[kRows][kColumns] = {};
     __device__ __forceinline__ T& at(int r, int c) { return sum[r][c]; }
@@ -70,7 +70,7 @@ struct Simt {
 
   template <class LayoutA, class LayoutB, int M, int N>
   static __device__ __forceinline__ void multiply(const T* a, const T* b, int base_a, int base_b, int lane,
-                                                  Sums<M, N>& sums) {
+                                                  Accumulators<M, N>& sums) {
     const int i_lane = lane / 8, j_lane = lane % 8;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
@@ -97,7 +97,7 @@ struct Simt {
 /// The sums of the matrix instructions: tile[i][j] is C^T of group i of the rows m by groups 2 j, 2 j + 1 of
 /// the columns n.
 template <int M, int N>
-struct MatrixSums {
+struct MatrixAccumulators {
   static constexpr int kRows = M / 4, kColumns = N / 8, kGroupRows = kStatisticsRows / 4, kRowLane = 1;
   float tile[M / 8][N / 16][4] = {};
   __device__ __forceinline__ float& at(int r, int c) {
@@ -116,11 +116,11 @@ struct MatrixArithmetic {
   static constexpr bool kMatrix = true;
 
   template <int M, int N>
-  using Sums = MatrixSums<M, N>;
+  using Accumulators = MatrixAccumulators<M, N>;
 
   template <class LayoutA, class LayoutB, int M, int N>
   static __device__ __forceinline__ void multiply(const T* a, const T* b, int base_a, int base_b, int lane,
-                                                  MatrixSums<M, N>& sums) {
+                                                  MatrixAccumulators<M, N>& sums) {
     const int g = lane / 4, t = lane % 4;
     Words wb[N / 8];
 #pragma unroll

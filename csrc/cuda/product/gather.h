@@ -66,7 +66,7 @@ inline constexpr int kNoOffset = -(1 << 30);
 constexpr int int32(int64_t size) { return static_cast<int>(size); }
 
 /// Which positions of an image an operand reads, and which taps around each.
-struct Gather {
+struct PatchGather {
   int h, w, c;  // the image
   int columns, stride_h, stride_w, origin_h, origin_w;
   int pixels, depth;  // samples * positions; taps * c
@@ -76,9 +76,9 @@ struct Gather {
   int windows = 0, vector = 0, step_h = 0, step_w = 0;
   Divisor by_positions, by_columns, by_channels, by_taps_w;
 
-  Gather() = default;
-  Gather(int64_t samples, const Image& image, int64_t rows, int64_t columns_, int64_t stride_h_,
-         int64_t stride_w_, int64_t origin_h_, int64_t origin_w_, int64_t taps_h, int64_t taps_w_)
+  PatchGather() = default;
+  PatchGather(int64_t samples, const Image& image, int64_t rows, int64_t columns_, int64_t stride_h_,
+              int64_t stride_w_, int64_t origin_h_, int64_t origin_w_, int64_t taps_h, int64_t taps_w_)
       : h(int32(image.h)),
         w(int32(image.w)),
         c(int32(image.c)),
@@ -128,7 +128,7 @@ struct PixelsByTaps {
   static constexpr bool kAlongK = true;
   using Outer = Place;
   using Inner = Place;
-  Gather gather;
+  PatchGather gather;
   __device__ __forceinline__ Place outer(int m) const { return gather.pixel(m); }
   __device__ __forceinline__ Place inner(int k) const { return gather.tap(k); }
   __device__ __forceinline__ Element element(const Place& a, const Place& b) const {
@@ -141,7 +141,7 @@ struct TapsByPixels {
   static constexpr bool kAlongK = false;
   using Outer = Place;
   using Inner = Place;
-  Gather gather;
+  PatchGather gather;
   __device__ __forceinline__ Place outer(int m) const { return gather.tap(m); }
   __device__ __forceinline__ Place inner(int k) const { return gather.pixel(k); }
   __device__ __forceinline__ Element element(const Place& a, const Place& b) const {

@@ -143,7 +143,7 @@ template <class Arithmetic, class Tile, class A, class B>
 class Product {
  public:
   using T = typename Arithmetic::T;
-  using Sums = typename Arithmetic::template Sums<Tile::kWarpM, Tile::kWarpN>;
+  using Accumulators = typename Arithmetic::template Accumulators<Tile::kWarpM, Tile::kWarpN>;
   static constexpr int kDepth = Tile::kSlices * kSlab<T>;
 
  private:
@@ -152,21 +152,22 @@ class Product {
   using LayoutA = typename FillerA::Layout;
   using LayoutB = typename FillerB::Layout;
   static constexpr int kStage = Tile::kSlices * (LayoutA::kSize + LayoutB::kSize);
-  static constexpr int kSums = Sums::kRows * Sums::kColumns;
+  static constexpr int kAccumulators = Accumulators::kRows * Accumulators::kColumns;
 
   static constexpr int most(int a, int b) { return a > b ? a : b; }
 
  public:
   static constexpr int kSharedBytes =
-      most(Tile::kStages * kStage, (Tile::kSlices - 1) * Tile::kGroup * kSums) * static_cast<int>(sizeof(T));
+      most(Tile::kStages * kStage, (Tile::kSlices - 1) * Tile::kGroup * kAccumulators) *
+      static_cast<int>(sizeof(T));
 
   // Where this thread's sums stand in C. `owner`: the thread belongs to the first slice, which holds the
   // totals.
   struct Position {
     int lane, m, n;  // of the warp's tile
     bool owner;
-    __device__ __forceinline__ int row(int r) const { return m + Sums::row(lane, r); }
-    __device__ __forceinline__ int column(int c) const { return n + Sums::column(lane, c); }
+    __device__ __forceinline__ int row(int r) const { return m + Accumulators::row(lane, r); }
+    __device__ __forceinline__ int column(int c) const { return n + Accumulators::column(lane, c); }
   };
   static __device__ __forceinline__ Position position(int m0, int n0) {
     const int warp = static_cast<int>(threadIdx.x) / 32, w = warp % (Tile::kWarpsM * Tile::kWarpsN);
@@ -180,7 +181,7 @@ class Product {
   template <class Look>
   static __device__ __forceinline__ void compute(const A& a, const B& b, const Terms<T>& terms,
                                                  const Table& table, int64_t task, int m0, int n0, int begin,
-                                                 int end, Sums& sums, Look look) {
+                                                 int end, Accumulators& sums, Look look) {
     T* const shared = reinterpret_cast<T*>(dynamic_shared());
     const FillerA filler_a(a, m0, terms.vectors_a);
     const FillerB filler_b(b, n0, terms.vectors_b);
@@ -222,23 +223,23 @@ class Product {
 
  private:
   /// Adds the sums of all slices, in order, to those of the first.
-  static __device__ __forceinline__ void add_slices(T* shared, int slice, Sums& sums) {
+  static __device__ __forceinline__ void add_slices(T* shared, int slice, Accumulators& sums) {
     if constexpr (Tile::kSlices > 1) {
       const int thread = static_cast<int>(threadIdx.x) % Tile::kGroup;
       __syncthreads();
       if (slice > 0) {
-        T* const mine = shared + (slice - 1) * kSums * Tile::kGroup + thread;
+        T* const mine = shared + (slice - 1) * kAccumulators * Tile::kGroup + thread;
 #pragma unroll
-        for (int i = 0; i < kSums; ++i)
-          mine[i * Tile::kGroup] = sums.at(i / Sums::kColumns, i % Sums::kColumns);
+        for (int i = 0; i < kAccumulators; ++i)
+          mine[i * Tile::kGroup] = sums.at(i / Accumulators::kColumns, i % Accumulators::kColumns);
       }
       __syncthreads();
       if (slice == 0) {
         for (int other = 0; other < Tile::kSlices - 1; ++other) {
-          const T* const theirs = shared + other * kSums * Tile::kGroup + thread;
+          const T* const theirs = shared + other * kAccumulators * Tile::kGroup + thread;
 #pragma unroll
-          for (int i = 0; i < kSums; ++i) {
-            sums.at(i / Sums::kColumns, i % Sums::kColumns) += theirs[i * Tile::kGroup];
+          for (int i = 0; i < kAccumulators; ++i) {
+            sums.at(i / Accumulators::kColumns, i % Accumulators::kColumns) += theirs[i * Tile::kGroup];
           }
         }
       }
@@ -266,15 +267,16 @@ __device__ __forceinline__ void put(T* to, const T (&values)[kVector<T>], int le
 
 // Writes a thread's sums. Row r of C starts at place(row), or is not written where that is null; `n` columns.
 template <class Product, class Place>
-__device__ __forceinline__ void write(const typename Product::Position& at, typename Product::Sums& sums,
-                                      int n, bool vectors, bool add, Place place) {
+__device__ __forceinline__ void write(const typename Product::Position& at,
+                                      typename Product::Accumulators& sums, int n, bool vectors, bool add,
+                                      Place place) {
   using T = typename Product::T;
 #pragma unroll
-  for (int r = 0; r < Product::Sums::kRows; ++r) {
+  for (int r = 0; r < Product::Accumulators::kRows; ++r) {
     T* const row = place(at.row(r));
     if (!row) continue;
 #pragma unroll
-    for (int c = 0; c < Product::Sums::kColumns; c += kVector<T>) {
+    for (int c = 0; c < Product::Accumulators::kColumns; c += kVector<T>) {
       T values[kVector<T>];
 #pragma unroll
       for (int e = 0; e < kVector<T>; ++e) values[e] = sums.at(r, c + e);

@@ -14,10 +14,10 @@
 namespace maml::cuda {
 
 /// The sum over the lanes that hold the same column.
-template <class Sums, class T>
+template <class Accumulators, class T>
 __device__ __forceinline__ T over_rows(T sum) {
 #pragma unroll
-  for (int lanes = Sums::kRowLane; lanes <= 2 * Sums::kRowLane; lanes *= 2)
+  for (int lanes = Accumulators::kRowLane; lanes <= 2 * Accumulators::kRowLane; lanes *= 2)
     sum += __shfl_xor_sync(~0u, sum, lanes);
   return sum;
 }
@@ -25,19 +25,19 @@ __device__ __forceinline__ T over_rows(T sum) {
 /// Called by the warps that own the sums of C [rows, n], by all lanes together.
 template <class Product, class T>
 __device__ __forceinline__ void take_statistics(const typename Product::Position& at,
-                                                typename Product::Sums& sums, int rows, int n,
+                                                typename Product::Accumulators& sums, int rows, int n,
                                                 const T* primal, T* entries) {
-  using Sums = typename Product::Sums;
-  constexpr int kRows = Sums::kGroupRows;
-  static_assert(Sums::kRows % kRows == 0);
+  using Accumulators = typename Product::Accumulators;
+  constexpr int kRows = Accumulators::kGroupRows;
+  static_assert(Accumulators::kRows % kRows == 0);
 #pragma unroll
-  for (int group = 0; group < Sums::kRows / kRows; ++group) {
+  for (int group = 0; group < Accumulators::kRows / kRows; ++group) {
     const int first = at.m + group * kStatisticsRows;
     if (first >= rows) break;
     const T count = static_cast<T>(rows - first < kStatisticsRows ? rows - first : kStatisticsRows);
     T* const entry = entries + static_cast<int64_t>(first / kStatisticsRows) * (primal ? 3 : 2) * n;
 #pragma unroll
-    for (int c = 0; c < Sums::kColumns; ++c) {
+    for (int c = 0; c < Accumulators::kColumns; ++c) {
       const int column = at.column(c);
       T y[kRows] = {};
       T sum_y = 0, sum = 0;
@@ -49,8 +49,8 @@ __device__ __forceinline__ void take_statistics(const typename Product::Position
         sum_y += y[i];
         sum += sums.at(r, c);
       }
-      const T mean = over_rows<Sums>(sum) / count;
-      const T mean_y = primal ? over_rows<Sums>(sum_y) / count : T(0);
+      const T mean = over_rows<Accumulators>(sum) / count;
+      const T mean_y = primal ? over_rows<Accumulators>(sum_y) / count : T(0);
       T products = 0;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
@@ -59,8 +59,8 @@ __device__ __forceinline__ void take_statistics(const typename Product::Position
         const T d = sums.at(r, c) - mean;
         products += (primal ? y[i] - mean_y : d) * d;
       }
-      products = over_rows<Sums>(products);
-      if ((at.lane & 3 * Sums::kRowLane) == 0 && column < n) {
+      products = over_rows<Accumulators>(products);
+      if ((at.lane & 3 * Accumulators::kRowLane) == 0 && column < n) {
         T* to = entry + column;
         if (primal) *to = mean_y, to += n;
         *to = mean, to += n;

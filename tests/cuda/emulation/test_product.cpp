@@ -28,7 +28,7 @@ template <class Arithmetic, class Tile, class A, class B>
 __global__ void product_kernel(Problem<typename Arithmetic::T, A, B> p, const Table* table) {
   using Own = Product<Arithmetic, Tile, A, B>;
   const int m0 = static_cast<int>(blockIdx.x) * Tile::kM, n0 = static_cast<int>(blockIdx.y) * Tile::kN;
-  typename Own::Sums sums;
+  typename Own::Accumulators sums;
   Own::compute(p.a, p.b, p.terms, *table, 0, m0, n0, 0, p.k, sums, [](bool, const auto*, auto) {});
   const auto at = Own::position(m0, n0);
   if (!at.owner) return;
@@ -38,10 +38,10 @@ __global__ void product_kernel(Problem<typename Arithmetic::T, A, B> p, const Ta
 
 /// A[m, k] and B[k, n] in the order in which each operand stores them.
 PixelsByTaps operand(PixelsByTaps, int m, int, int k) {
-  return {Gather(m, {k, 1, 1}, 1, 1, 1, 1, 0, 0, 1, 1)};
+  return {PatchGather(m, {k, 1, 1}, 1, 1, 1, 1, 0, 0, 1, 1)};
 }
 TapsByPixels operand(TapsByPixels, int m, int, int k) {
-  return {Gather(k, {m, 1, 1}, 1, 1, 1, 1, 0, 0, 1, 1)};
+  return {PatchGather(k, {m, 1, 1}, 1, 1, 1, 1, 0, 0, 1, 1)};
 }
 Rows operand(Rows, int, int n, int k) { return {k, n}; }
 Taps operand(Taps, int, int n, int k) { return {n, k, k, 0, 0, 0, Divisor(k), Divisor(1)}; }
