@@ -15,6 +15,7 @@
 // A tile has kTileRows rows if a kernel of this file computes it, and kStatisticsRows if a convolution does
 // (statistics.h). Every block of the kernel that needs the total merges all entries of its channels. If there
 // are more than kMostEntries, a kernel first folds each kFold of them into one.
+#pragma once
 
 #include <algorithm>
 

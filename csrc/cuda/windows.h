@@ -5,6 +5,7 @@
 // window (a, b) does. Which windows contain a pixel then follows from its position within the cell, without a
 // division: row o of a cell lies in the windows a, a - 1, ... a - (kernel_h - 1 - o) / stride_h. Pixels
 // before the first window or after the last belong to cells whose windows do not exist.
+#pragma once
 
 #include <algorithm>
 

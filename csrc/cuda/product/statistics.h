@@ -2,6 +2,7 @@
 // may have fewer). A convolution and the normalisation after it share this number. It is the number of rows
 // that one warp of any product tile holds: an entry then needs only warp shuffles and does not depend on the
 // tile.
+#pragma once
 
 #include "cuda/run/platform.h"
 

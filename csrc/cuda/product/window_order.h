@@ -1,6 +1,7 @@
 // An order of a product's rows in which the four pixels of a 2 x 2 window are four sums of one thread
 // (arithmetic.h): a max-pool then needs no exchange between threads. A thread's rows 4 g .. 4 g + 3 are one
 // window where a vector has four elements. Where it has two, they are two pairs, eight rows apart.
+#pragma once
 
 #include "cuda/run/platform.h"
 
