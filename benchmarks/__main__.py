@@ -19,11 +19,11 @@ from .files import replace, slug
 from .growth import SIDES as GROWTH_SIDES
 from .growth import points
 from .machine import machine
-from .report import markdown, summary
+from .report import in_short, markdown, summary
 from .rivals import Builder, fused
 from .workloads import WORKLOADS, Workload
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 GROWTH = "growth"
 
 
@@ -62,8 +62,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, help="CPU threads for every side (default: torch's own choice)")
     add("--seconds", type=float, help="timed seconds per side and case (default: 3; quick: 0.05)")
     add("--limit", type=float, default=300.0, help="seconds in which a side must be built and proven (default: 300)")
-    add("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for the results (default: benchmarks/results)")
-    add("--readme", action="store_true", help="also write its summary between the README's markers")
+    add("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for the results (default: docs/benchmarks)")
+    add("--readme", action="store_true", help="also write its summaries into README.md and docs/benchmarks.md")
     add("--quick", action="store_true", help="cut shapes: does everything work? (times mean nothing)")
     add(
         "--backend",
@@ -109,7 +109,9 @@ def main(arguments: list[str] | None = None) -> int:
     for path in (*run.files(), *plots):
         print(f"written: {path}", file=sys.stderr)
     if options.readme:
-        readme.write(summary(run.record), plots, run.files()[1])
+        report_file = run.files()[1]
+        readme.write(in_short(run.record), plots[:1], report_file, readme.README)
+        readme.write(summary(run.record), plots, report_file, readme.PAGE)
     cases = run.record["cases"] + run.record["growth"]
     return int(any(case["sides"][OURS]["status"] != "timed" for case in cases))
 

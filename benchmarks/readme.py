@@ -1,4 +1,4 @@
-"""The README's figures: what stands between its two markers is written by `python -m benchmarks --readme`."""
+"""The figures of README.md and docs/benchmarks.md: `python -m benchmarks --readme` writes them between the markers."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from pathlib import Path
 from .files import replace
 
 README = Path(__file__).parents[1] / "README.md"
+PAGE = README.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- python -m benchmarks --readme -->", "<!-- end -->"
 
 
-def write(summary: str, plots: Sequence[Path], report: Path, readme: Path = README) -> None:
-    """Puts the summary, the plots and a link to the whole report between the markers."""
-    before, begin, rest = readme.read_text().partition(BEGIN)
+def write(summary: str, plots: Sequence[Path], report: Path, page: Path) -> None:
+    """Puts the summary, the plots and a link to the whole report between the markers of the page."""
+    before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"{readme.name} must hold the markers {BEGIN} and {END}, in this order")
-    pictures = [f"![{path.stem}]({path.relative_to(readme.parent)})" for path in plots]
-    link = (
-        f"[The whole report]({report.relative_to(readme.parent)}): both orders, every rival, CPU time, memory, errors."
-    )
+        raise ValueError(f"{page.name} must hold the markers {BEGIN} and {END}, in this order")
+    pictures = [f"![{path.stem}]({path.relative_to(page.parent)})" for path in plots]
+    link = f"[The whole report]({report.relative_to(page.parent)}): both orders, every rival, CPU time, memory, errors."
     inside = "\n\n".join([summary.strip(), link, *pictures])
-    replace(readme, f"{before}{begin}\n{inside}\n{end}{after}".removesuffix("\n"))
+    replace(page, f"{before}{begin}\n{inside}\n{end}{after}".removesuffix("\n"))

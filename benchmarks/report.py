@@ -35,8 +35,27 @@ def markdown(record: dict[str, Any]) -> str:
     )
 
 
+def in_short(record: dict[str, Any]) -> str:
+    """What the README shows of the report: second order, medians alone."""
+    cases = record["cases"]
+    return "\n".join([*heading(record, MEDIANS), "", *speed_table(cases), "", *losses(cases)])
+
+
+SHORT_COLUMNS = ("workload", "T", "K", OURS, "fastest rival", "", "speed-up")
+
+
+def speed_table(cases: Sequence[Case]) -> Iterator[str]:
+    def rows() -> Iterator[list[str]]:
+        for case in cases:
+            if case["order"] == 2:
+                cells = dict(zip(COLUMNS, row(case), strict=True))
+                yield [cells[name].partition(" (")[0] for name in SHORT_COLUMNS]
+
+    return markdown_table(SHORT_COLUMNS, rows())
+
+
 def summary(record: dict[str, Any]) -> str:
-    """What the README shows of the report: second order beside the fastest rival, and what we lose."""
+    """What docs/benchmarks.md shows of the report: second order beside the fastest rival, and what we lose."""
     cases = record["cases"]
     return "\n".join([*heading(record, TIMES, SHARES), "", *summary_table(cases), "", *losses(cases)])
 
@@ -60,6 +79,10 @@ def summary_table(cases: Sequence[Case]) -> Iterator[str]:
     return markdown_table(SUMMARY_COLUMNS, rows())
 
 
+MEDIANS = (
+    "Median wall time in ms of a second-order meta-step of T tasks and K inner steps; interleaved rounds, each side in "
+    "a process of its own, one of them at a time."
+)
 TIMES = (
     "Wall time in ms: median (lower to upper quartile), interleaved rounds, each side in a process of its own, "
     "one of them at a time."

@@ -13,7 +13,7 @@ from .record import RESERVE, Run
 from .table import markdown
 
 SECONDS = 540.0
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -26,7 +26,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--parts", default=",".join(DEFAULT_PARTS), help=f"of {','.join(PARTS)}, in this order (%(default)s)")
     add("--cases", help=f"of {','.join(names)}, in this order (all)")
     add("--seconds", type=float, default=SECONDS, help="for the whole command (%(default)g); from 300 on all parts fit")
-    add("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for the JSON and the table (benchmarks/results)")
+    add("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for the JSON and the table (docs/benchmarks)")
     add("--prebuilt", type=Path, metavar="FILE", help="the compiled module to take, in place of a build")
     add("--quick", action="store_true", help="cut shapes: does everything work?")
     add("--emulated", action="store_true", help="on the CPU, with the emulated kernels: a test of this command")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
+import re
 
 import pytest
 import torch
@@ -254,9 +254,7 @@ def test_targets_are_judged():
     assert "not judged, not in this run" in line(2.0, 10.0, name="policy")
 
 
-def test_the_readme_holds_the_report_between_its_markers(tmp_path):
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    assert text.index(readme.BEGIN) < text.index(readme.END)
+def test_a_page_holds_the_report_between_its_markers(tmp_path):
     file = tmp_path / "README.md"
     file.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
     readme.write("new", [tmp_path / "plot.png"], tmp_path / "report.md", file)
@@ -268,6 +266,17 @@ def test_the_readme_holds_the_report_between_its_markers(tmp_path):
     with pytest.raises(ValueError, match="must hold the markers"):
         readme.write("new", [], tmp_path / "report.md", file)
     assert file.read_text() == "no markers"
+
+
+@pytest.mark.parametrize(
+    ("page", "summary"), [(readme.README, report.in_short), (readme.PAGE, report.summary)], ids=["README", "docs"]
+)
+def test_the_pages_show_the_record_that_they_link_to(page, summary):
+    text = page.read_text()
+    block = text[text.index(readme.BEGIN) : text.index(readme.END)]
+    (linked,) = re.findall(r"\[The whole report\]\((.*)\)", block)
+    record = json.loads((page.parent / linked).with_suffix(".json").read_text())
+    assert summary(record) in block
 
 
 def test_command(tmp_path, capsys):
