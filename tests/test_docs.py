@@ -32,7 +32,7 @@ NOT_RUN = re.compile(r"<!-- not run: (.*) -->")
 FENCE = re.compile(
     rf"^(?:{NOT_RUN.pattern}\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", flags=re.DOTALL | re.MULTILINE
 )
-INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+INLINE = re.compile(r"(?<!`)`((?:[^`\n]|\n(?!\n))+)`(?!`)")  # may be wrapped
 OF_TOOLS = {"--strict", "--benchmark-only", "--benchmark-autosave", "--benchmark-compare"}  # mkdocs, pytest-benchmark
 FOLDERS = ("csrc", "maml_cuda", "tests", "benchmarks", "docs", ".ci")
 
@@ -145,7 +145,7 @@ def check_maml_cuda(arguments: list[str]) -> None:
     except SystemExit:
         pytest.fail(f"maml-cuda {shlex.join(arguments)} does not parse")
     if options.command == "train" and options.resume is None and "/" not in str(options.job):
-        assert options.job in cli.JOBS | cli.RL_JOBS or options.job == "FOLDER", arguments
+        assert options.job in {None, "FOLDER", *cli.JOBS, *cli.RL_JOBS}, arguments
         if options.preset is not None and options.job in cli.JOBS:
             cli.presets.preset(options.job, options.preset)  # a ValueError where there is none
 
