@@ -1,4 +1,4 @@
-"""The report in Markdown: the machine, us beside the fastest rival, every rival, what we lose, targets; its summary."""
+"""The report in Markdown: the machine, us beside the fastest rival, every rival, where we are slower, targets."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def speed_table(cases: Sequence[Case]) -> Iterator[str]:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """What docs/benchmarks.md shows of the report: second order beside the fastest rival, and what we lose."""
+    """What docs/benchmarks.md shows of the report: second order beside the fastest rival, and where we are slower."""
     cases = record["cases"]
     return "\n".join([*heading(record, TIMES, SHARES), "", *summary_table(cases), "", *losses(cases)])
 
@@ -80,18 +80,18 @@ def summary_table(cases: Sequence[Case]) -> Iterator[str]:
 
 
 MEDIANS = (
-    "Median wall time in ms of a second-order meta-step of T tasks and K inner steps; interleaved rounds, each side in "
-    "a process of its own, one of them at a time."
+    "Median wall time in ms of a second-order meta-step with T tasks and K inner steps. Each side runs in a process of "
+    "its own, one at a time, in interleaved rounds."
 )
 TIMES = (
-    "Wall time in ms: median (lower to upper quartile), interleaved rounds, each side in a process of its own, "
-    "one of them at a time."
+    "Wall time in ms: median (lower to upper quartile). Each side runs in a process of its own, one at a time, in "
+    "interleaved rounds."
 )
 RESOURCES = "CPU is process time. Memory is what one step adds to the resident memory of its process."
 SHARES = (
-    "Floor is the share of our time that the FLOP of the step's plain products take at the machine's own sgemm rate, "
-    "measured beside it; limit is the speed-up that this rate would allow. Convolutions in tiles do with fewer "
-    "multiplications, so both can be passed."
+    "Floor is the share of our time that the plain products of the step would take at the rate of this machine's "
+    "sgemm, which is measured beside it. Limit is the speed-up that this rate would allow. Both can be passed, because "
+    "Winograd convolutions take fewer multiplications."
 )
 
 
@@ -201,9 +201,9 @@ def losses(cases: Sequence[Case]) -> Iterator[str]:
             compared += 1
             if median(side) < median(ours):
                 ahead += 1
-                yield f"- We lose: {title(case)}, {median(ours) / median(side):.2f}x slower than {name}."
+                yield f"- Slower than {name}: {title(case)}, {median(ours) / median(side):.2f}x its time."
     if compared and not ahead:
-        yield f"- We lose none of the {compared} comparisons."
+        yield f"- Slower in none of the {compared} comparisons."
 
 
 def overhead(cases: Sequence[Case]) -> Iterator[str]:

@@ -11,14 +11,15 @@ from .cells import TABLES, Cell, Table
 
 HEAD = (
     "# Results\n\n"
-    "`python -m benchmarks.paper` wrote this page from the `summary.json` of runs; `docs/results.json` keeps their "
-    "figures. Each cell is one command:\n"
-    "`python -m benchmarks.paper --list` prints them all, `--run CELL` runs one, goes on where it was interrupted, and "
-    "puts it here; `python -m benchmarks.paper RUNS` takes in runs made by hand.\n\n"
-    "Scores are means over 600 test tasks that training has not seen, of the checkpoint that validated best, ± half "
-    "the width of the 95 % interval, 1.96 sd/√n.\n"
-    "BatchNorm is transductive: it normalises with the statistics of the set at hand, in test too. Wall times include "
-    "what else ran on the machine, CPU times (of all threads) do not; neither includes the final test."
+    "Cells of the tables of published papers. `python -m benchmarks.paper` writes this page from the `summary.json` of "
+    "runs, and keeps their figures in `docs/results.json`. Each cell is one command:\n\n"
+    "- `python -m benchmarks.paper --list` prints all commands;\n"
+    "- `python -m benchmarks.paper --run CELL` runs one and updates this page. A run that was interrupted goes on;\n"
+    "- `python -m benchmarks.paper RUNS` takes in runs that were started by hand.\n\n"
+    "A score is the mean over 600 test tasks that training has not seen, of the checkpoint that validated best, ± half "
+    "the width of the 95 % interval (1.96 sd/√n). BatchNorm is transductive, also in the test: it normalises with the "
+    "statistics of the set at hand. Wall times include whatever else ran on the machine. CPU times are those of all "
+    "threads of the run alone. Neither includes the final test."
 )
 
 

@@ -195,7 +195,7 @@ def test_report():
     assert rows[2][8:] == ["8.0x", "50%", "4 / 16", "3 / 3", "1e-15"]
     assert rows[3][4:8] == ["250 (225 to 312)", "loop", "200 (180 to 250)", "0.80x"]
     assert ["net", "2", "200 (0.8x)", "wrong"] in rows
-    assert "- We lose: net (order 2), 1.25x slower than loop." in lines
+    assert "- Slower than loop: net (order 2), 1.25x its time." in lines
     assert "- Not timed: vmap, net (order 2); wrong: too far off" in lines
     assert "- vmap: a note." in lines
     ratios = "FLOP 2.00, maml_cuda 125.00, loop 25.00; ours is 62.50 times that of the FLOP"
@@ -210,11 +210,11 @@ def test_summary():
     lines = report.summary(record).splitlines()
     rows = [line for line in lines if line.startswith("| policy")]
     assert rows == ["| policy | 4 | 5 | 9 (8.1 to 11.2) | loop | 3 (2.7 to 3.75) | 0.33x | 2x | 3.0x | 50% |"]
-    assert lines[-1] == "- We lose: policy (order 2), 3.00x slower than loop."
+    assert lines[-1] == "- Slower than loop: policy (order 2), 3.00x its time."
 
 
 def test_report_says_when_we_lose_nothing():
-    assert "- We lose none of the 1 comparisons." in report.markdown(
+    assert "- Slower in none of the 1 comparisons." in report.markdown(
         record_of(("net", 1, {OURS: timed(1.0), "loop": timed(2.0)}))
     )
 
