@@ -138,8 +138,8 @@ def _glyphs(ways: int, shots: int, presets: tuple[str, ...]) -> Table:
         cells.append(Cell("glyphs", preset, ROWS[preset], given, figures, source if figures else ""))
     note = (
         "The glyphs differ from Omniglot: 792 characters to train on in 17 to 20 typefaces (Omniglot: 1200 by 20 "
-        f"hands), 32 filters (64), {GLYPHS_ITERATIONS[ways]} iterations (60,000), and test scripts that training has not "
-        "seen."
+        f"hands), 32 filters (64), {GLYPHS_ITERATIONS[ways]} iterations (60,000), and test scripts that training "
+        "has not seen."
     )
     if "pretrained" in presets:
         note += (

@@ -95,7 +95,7 @@ NAVIGATION = RLSettings(
 )  # fmt: skip
 ANT = RLSettings(job="ant-velocity", episodes=20, horizon=200, inner_lr=0.1, iterations=500, meta_batch=40)
 # The half-cheetah's and those of the ant's direction are not the paper's, with which nothing was learned in the time
-# that they learn in now: docs/reinforcement_learning.md says what each is for.
+# that they learn in now: docs/reinforcement_learning_results.md says what each is for.
 CHEETAH = replace(
     ANT, job="cheetah-direction", episodes=5, iterations=200, meta_batch=8, outer="clipped", clip=0.4, meta_lr=5e-3,
     epochs=8, gae_lambda=0.8, output_scale=0.01, validation_interval=40, validation_tasks=10, test_episodes=10,

@@ -13,6 +13,11 @@ from maml_cuda.cli import main as maml_cuda
 from maml_cuda.train.settings import Settings
 
 
+def test_the_page_is_written_from_the_kept_figures() -> None:
+    page = (paper.DOCS / "results.md").read_text(encoding="utf-8")
+    assert page == markdown(results.load(paper.DOCS / "results.json"), "sinusoid.png", "learning.png") + "\n"
+
+
 def summary(name: str, mean: float, **given) -> dict:
     """What a run of the cell leaves, with a made-up score."""
     settings = CELLS[name].settings()
