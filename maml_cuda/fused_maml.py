@@ -26,13 +26,14 @@ from maml_cuda.torch_wrappers import unwrapped
 
 @dataclass
 class MetaOutput:
-    """What a meta-step gives back. `loss` is the only differentiable field.
+    """The result of a meta-step. `loss` is the only differentiable field.
 
-    loss: 0-d, sum over tasks of weight times task loss (the mean without task_weights).
-    task_losses: [tasks], query losses after the inner loop.
-    logits: [tasks, n_query, ...], predictions on the query sets, after the last step; of a Gaussian policy the means.
-        With a loss of your own whatever the model returns, as `predict` puts it together; None where `predict` raises.
-    support_losses: [tasks, inner_steps]; column k is the support loss at phi_k.
+    Attributes:
+        loss: 0-d, the sum over tasks of weight times task loss (without task_weights the mean).
+        task_losses: [tasks], the query losses after the inner loop.
+        logits: [tasks, n_query, ...], the predictions on the query sets after the last step; of a Gaussian policy the
+            means. With a loss of your own, what `predict` returns, or None where `predict` raises.
+        support_losses: [tasks, inner_steps]; column k is the support loss at phi_k.
     """
 
     loss: Tensor

@@ -16,11 +16,12 @@ class PolicyTarget(NamedTuple):
     With `old_log_probs` None the loss is the score form, -sum_n w_n A_n log pi(a_n|x_n) / sum_n w_n; with them the
     likelihood-ratio form, -sum_n w_n A_n exp(log pi(a_n|x_n) - old_n) / sum_n w_n.
 
-    actions: [tasks, samples, action] in the model's dtype (Gaussian), or int64 [tasks, samples] (categorical).
-    advantages: [tasks, samples].
-    old_log_probs: [tasks, samples], log-probabilities of the actions under the policy that drew them; or None.
-    weights: [tasks, samples], at least 0; None: ones. A task with fewer samples than the others is padded with any
-        finite numbers of weight 0, and its loss is then that of its own samples.
+    Attributes:
+        actions: [tasks, samples, action] in the model's dtype (Gaussian), or int64 [tasks, samples] (categorical).
+        advantages: [tasks, samples].
+        old_log_probs: [tasks, samples], log-probabilities of the actions under the policy that drew them; or None.
+        weights: [tasks, samples], at least 0; None: ones. A task with fewer samples than the others is padded with any
+            finite numbers of weight 0, and its loss is then that of its own samples.
     """
 
     actions: Tensor

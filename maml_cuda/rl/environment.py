@@ -15,11 +15,17 @@ from torch import Generator, Tensor
 
 
 class Step(NamedTuple):
-    """What a step leads to."""
+    """The result of one step of an environment.
 
-    observations: Tensor  # [tasks, episodes, observation_size] float32
-    rewards: Tensor  # [tasks, episodes] float32; 0 where the episode had ended before
-    done: Tensor  # [tasks, episodes] bool: ends with this step
+    Attributes:
+        observations: [tasks, episodes, observation_size] float32.
+        rewards: [tasks, episodes] float32; 0 where the episode had ended before.
+        done: [tasks, episodes] bool: whether the episode ends with this step.
+    """
+
+    observations: Tensor
+    rewards: Tensor
+    done: Tensor
 
 
 class Environment(ABC):
