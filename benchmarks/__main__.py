@@ -14,9 +14,8 @@ import torch
 
 from . import readme
 from .case import measure
-from .entrants import COMPILED, OURS, RIVALS, SECOND_ORDER
+from .entrants import COMPILED, GROWTH_SIDES, OURS, RIVALS, SECOND_ORDER
 from .files import replace, slug
-from .growth import SIDES as GROWTH_SIDES
 from .growth import points
 from .machine import machine
 from .report import in_short, markdown, summary

@@ -19,3 +19,4 @@ RIVALS: dict[str, Builder] = {
 }
 COMPILED = ("torch.compile", "JAX", "JAX forward-over-reverse")  # half a minute and more before the first step
 SECOND_ORDER = ("JAX forward-over-reverse",)  # the same as another without Hessian-vector products
+GROWTH_SIDES = (OURS, "autograd loop", "torch.func vmap")  # none that is compiled anew for each shape

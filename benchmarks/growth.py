@@ -6,13 +6,11 @@ import dataclasses
 from collections.abc import Iterator
 from functools import partial
 
-from .entrants import OURS
 from .workloads import WORKLOADS, OmniglotNet, Workload
 
 BASE = WORKLOADS["omniglot"]
 AXES = {"T": (1, 2, 4, 8, 16, 32), "K": (1, 2, 3, 5, 8, 12), "width": (16, 32, 64, 128)}
 QUICK = 2  # values of each axis in a quick run
-SIDES = (OURS, "autograd loop", "torch.func vmap")  # none that is compiled anew for each shape
 
 
 def points(quick: bool) -> Iterator[tuple[str, int, Workload]]:

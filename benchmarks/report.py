@@ -7,6 +7,7 @@ from typing import Any
 
 from .entrants import OURS
 from .fit import lines as fitted_lines
+from .markdown import markdown_table
 from .targets import TARGETS, judged
 
 Case = dict[str, Any]
@@ -107,13 +108,6 @@ def heading(record: dict[str, Any], *explained: str) -> Iterator[str]:
     yield " ".join(explained)
     if settings["quick"]:
         yield "**Quick run: shapes cut; it shows that everything works, its times mean nothing.**"
-
-
-def markdown_table(columns: Sequence[str], rows: Iterator[list[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(columns)} |"
-    yield f"| {' | '.join(['---', *['---:'] * (len(columns) - 1)])} |"
-    for cells in rows:
-        yield f"| {' | '.join(cells)} |"
 
 
 COLUMNS = (

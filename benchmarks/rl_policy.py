@@ -19,43 +19,12 @@ from torch.func import functional_call, grad, vmap
 
 from maml_cuda import FusedMAML, PolicyTarget, policies, reference
 
+from .gaussian_policy import LOSS, RATE, SAMPLES, TASKS, Policy, doubled, episode
 from .machine import machine
 from .proof import FLOAT64_LIMIT, WrongAnswer, relative_error
 from .timing import interleave, run_block
 
-TASKS, SAMPLES, RATE = 20, 2000, 0.1
-LOSS = "gaussian_policy_gradient"
 Step = Callable[[], object]
-
-
-class Policy(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mean = nn.Sequential(nn.Linear(2, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 2))
-        self.log_std = nn.Parameter(torch.zeros(2))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.mean(x), self.log_std
-
-
-def episode(model: nn.Module, tasks: int, samples: int) -> list:
-    """Samples of the model's own actions: x_spt, y_spt (score form), x_qry, y_qry (likelihood ratio)."""
-    data: list = []
-    for ratio in (False, True):
-        x = torch.rand(tasks, samples, 2) - 0.5
-        with torch.no_grad():
-            policy = model(x)
-            actions = policies.sample(policy)
-            old = policies.log_prob(policy, actions) if ratio else None
-        data += [x, PolicyTarget(actions, torch.randn(tasks, samples), old)]
-    return data
-
-
-def doubled(data: list) -> list:
-    return [
-        d.double() if isinstance(d, Tensor) else PolicyTarget(*(None if t is None else t.double() for t in d))
-        for d in data
-    ]
 
 
 def ours(model: nn.Module, data: list) -> Step:
