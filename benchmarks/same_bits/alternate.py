@@ -1,4 +1,4 @@
-"""The times of two versions, taken in turn: a slow minute of the machine hits both."""
+"""The times of two versions, taken in turn, so that other load on the machine slows both alike."""
 
 from __future__ import annotations
 

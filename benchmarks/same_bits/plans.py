@@ -1,6 +1,6 @@
 """Random plans: small graphs of every fused layer, shape and option, each drawn from its number alone.
 
-As tests/test_fuzz.py draws them, with the standard library's generator, so that two versions meet the same plans. Here
+As tests/engine/test_fuzz.py draws them, with the standard library's generator, so that two versions meet the same plans. Here
 a net may have normalisations and kinks: two versions with the same bits are on the same side of every kink.
 """
 
@@ -33,7 +33,9 @@ WIDE = (16, 17, 32, 40, 64)  # channels of whole and of broken registers
 LOSSES = ("cross_entropy", "mse", "gaussian_policy_gradient", "categorical_policy_gradient")
 
 
-class Dice(random.Random):
+class Random(random.Random):
+    """The standard library's generator, with two more draws."""
+
     def maybe(self, probability: float = 0.5) -> bool:
         return self.random() < probability
 
@@ -70,65 +72,65 @@ class Graph(nn.Module):
 class Layers:
     """The layers drawn so far, and the shape of a sample behind them: channels and sizes."""
 
-    def __init__(self, dice: Dice, channels: int, sizes: tuple[int, ...]) -> None:
-        self.dice, self.channels, self.sizes = dice, channels, sizes
+    def __init__(self, rng: Random, channels: int, sizes: tuple[int, ...]) -> None:
+        self.rng, self.channels, self.sizes = rng, channels, sizes
         self.layers: list[nn.Module] = []
         self.skips: list[bool] = []
 
     def add(self, layer: nn.Module, may_skip: bool = False) -> None:
         self.layers.append(layer)
-        self.skips.append(may_skip and self.dice.maybe())
+        self.skips.append(may_skip and self.rng.maybe())
 
     def spatial(self) -> None:
         """Up to five layers on a signal or an image, then the way to features."""
-        for _ in range(self.dice.randint(1, 5)):
+        for _ in range(self.rng.randint(1, 5)):
             kinds = (self.conv, self.conv, self.same_conv, self.activation, self.activation, self.norm, self.pool)
-            self.dice.choice(kinds)()
-        if self.dice.maybe():
+            self.rng.choice(kinds)()
+        if self.rng.maybe():
             self.add(TO_ONE[len(self.sizes)](1))
             self.sizes = (1,) * len(self.sizes)
         self.add(nn.Flatten())
         self.channels, self.sizes = self.channels * math.prod(self.sizes), ()
 
     def conv(self) -> None:
-        dice, out = self.dice, self.dice.width(9)
-        kernel = tuple(dice.randint(1, min(4, size)) for size in self.sizes)
-        stride = tuple(dice.randint(1, 3) for _ in self.sizes)
-        padding = tuple(dice.randint(0, 2) for _ in self.sizes)
-        self.add(CONV[len(self.sizes)](self.channels, out, kernel, stride, padding, bias=dice.maybe()))
+        rng, out = self.rng, self.rng.width(9)
+        kernel = tuple(rng.randint(1, min(4, size)) for size in self.sizes)
+        stride = tuple(rng.randint(1, 3) for _ in self.sizes)
+        padding = tuple(rng.randint(0, 2) for _ in self.sizes)
+        self.add(CONV[len(self.sizes)](self.channels, out, kernel, stride, padding, bias=rng.maybe()))
         self.channels = out
         self._slide(kernel, stride, padding)
 
     def same_conv(self) -> None:
         """Of stride 1, whose result has the shape of its input."""
-        layer = CONV[len(self.sizes)](self.channels, self.channels, self.dice.choice((1, 3, 3, 5)), padding="same")
+        layer = CONV[len(self.sizes)](self.channels, self.channels, self.rng.choice((1, 3, 3, 5)), padding="same")
         self.add(layer, may_skip=True)
-        if self.dice.maybe(0.1):  # one weight in two places
+        if self.rng.maybe(0.1):  # one weight in two places
             self.add(layer, may_skip=True)
 
     def pool(self) -> None:
-        dice, axes = self.dice, len(self.sizes)
-        kernel = dice.randint(1, min(3, *self.sizes))
-        stride, padding = dice.randint(1, 3), dice.randint(0, kernel // 2)
-        self.add(dice.choice((MAX_POOL, AVG_POOL))[axes](kernel, stride, padding))
+        rng, axes = self.rng, len(self.sizes)
+        kernel = rng.randint(1, min(3, *self.sizes))
+        stride, padding = rng.randint(1, 3), rng.randint(0, kernel // 2)
+        self.add(rng.choice((MAX_POOL, AVG_POOL))[axes](kernel, stride, padding))
         self._slide((kernel,) * axes, (stride,) * axes, (padding,) * axes)
 
     def linear(self) -> None:
-        width = self.dice.width(20)
-        self.add(nn.Linear(self.channels, width, bias=self.dice.maybe()))
+        width = self.rng.width(20)
+        self.add(nn.Linear(self.channels, width, bias=self.rng.maybe()))
         self.channels = width
 
     def activation(self) -> None:
-        self.add(self.dice.choice(ACTIVATIONS)(), may_skip=True)
+        self.add(self.rng.choice(ACTIVATIONS)(), may_skip=True)
 
     def norm(self) -> None:
         """Over the samples, by running statistics, or within each sample."""
-        dice, channels, sizes = self.dice, self.channels, self.sizes
+        rng, channels, sizes = self.rng, self.channels, self.sizes
         kinds = ["batch", "running", "group", "layer", *(["instance"] if math.prod(sizes) > 1 else [])]
-        kind, affine = dice.choice(kinds), dice.maybe()
+        kind, affine = rng.choice(kinds), rng.maybe()
         layer: Any
         if kind == "group":
-            groups = dice.choice([g for g in range(1, channels + 1) if channels % g == 0])
+            groups = rng.choice([g for g in range(1, channels + 1) if channels % g == 0])
             layer = nn.GroupNorm(groups, channels, eps=0.1, affine=affine)
         elif kind == "layer":
             layer = nn.LayerNorm([channels, *sizes], eps=0.1, elementwise_affine=affine)
@@ -150,11 +152,11 @@ class Layers:
 
 def draw(number: int) -> Plan:
     """Plan `number`: the same in every process with the same torch."""
-    dice = Dice(number)
+    rng = Random(number)
     with torch.random.fork_rng(devices=[]):
         while True:
-            torch.manual_seed(dice.randrange(2**32))
-            plan = _draw(dice)
+            torch.manual_seed(rng.randrange(2**32))
+            plan = _draw(rng)
             if _torch_takes(plan):
                 return plan
 
@@ -172,65 +174,65 @@ def _torch_takes(plan: Plan) -> bool:
     return True
 
 
-def _draw(dice: Dice) -> Plan:
-    axes = dice.choice((0, 1, 2, 2))
-    sample = (dice.randint(1, 4) if axes else dice.width(20), *(dice.randint(1, 9) for _ in range(axes)))
-    net = Layers(dice, sample[0], sample[1:])
+def _draw(rng: Random) -> Plan:
+    axes = rng.choice((0, 1, 2, 2))
+    sample = (rng.randint(1, 4) if axes else rng.width(20), *(rng.randint(1, 9) for _ in range(axes)))
+    net = Layers(rng, sample[0], sample[1:])
     if axes:
         net.spatial()
-    for _ in range(dice.randint(0, 2)):
+    for _ in range(rng.randint(0, 2)):
         net.linear()
-        if dice.maybe(0.3):
+        if rng.maybe(0.3):
             net.norm()
         net.activation()
-    classes, loss = dice.randint(1, 6), dice.choice(LOSSES)
+    classes, loss = rng.randint(1, 6), rng.choice(LOSSES)
     net.add(nn.Linear(net.channels, classes))
     log_std = 0.3 * torch.randn(classes) if loss == "gaussian_policy_gradient" else None
-    dtype = dice.choice((torch.float32, torch.float64))
+    dtype = rng.choice((torch.float32, torch.float64))
     model = Graph(net.layers, net.skips, log_std).to(dtype)
-    tasks, counts, steps = dice.randint(1, 4), (dice.randint(2, 6), dice.randint(2, 6)), dice.randint(0, 3)
+    tasks, counts, steps = rng.randint(1, 4), (rng.randint(2, 6), rng.randint(2, 6)), rng.randint(0, 3)
     data: list[Any] = []
     for samples in counts:
-        data += [torch.randn(tasks, samples, *sample).to(dtype), _target(dice, loss, tasks, samples, classes, dtype)]
-    options = {"loss": loss, "inner_steps": steps, "first_order": dice.maybe(0.3), **_learned(dice, model, loss, steps)}
-    if dice.maybe(0.2):
+        data += [torch.randn(tasks, samples, *sample).to(dtype), _target(rng, loss, tasks, samples, classes, dtype)]
+    options = {"loss": loss, "inner_steps": steps, "first_order": rng.maybe(0.3), **_learned(rng, model, loss, steps)}
+    if rng.maybe(0.2):
         options["checkpoint"] = "recompute"
-    if dice.maybe(0.2):
-        options["query_weights"] = [dice.random() for _ in range(steps + 1)]
-    return Plan(model, data, options, torch.rand(tasks).to(dtype) if dice.maybe(0.3) else None)
+    if rng.maybe(0.2):
+        options["query_weights"] = [rng.random() for _ in range(steps + 1)]
+    return Plan(model, data, options, torch.rand(tasks).to(dtype) if rng.maybe(0.3) else None)
 
 
-def _target(dice: Dice, loss: str, tasks: int, samples: int, classes: int, dtype: torch.dtype) -> Any:
+def _target(rng: Random, loss: str, tasks: int, samples: int, classes: int, dtype: torch.dtype) -> Any:
     labels = torch.randint(classes, (tasks, samples))
     numbers = torch.randn(tasks, samples, classes).to(dtype)
     if loss in ("cross_entropy", "mse"):
         return labels if loss == "cross_entropy" else numbers
-    old = (0.3 * torch.randn(tasks, samples) - 1).to(dtype) if dice.maybe() else None
-    weights = torch.rand(tasks, samples).to(dtype) if dice.maybe() else None
+    old = (0.3 * torch.randn(tasks, samples) - 1).to(dtype) if rng.maybe() else None
+    weights = torch.rand(tasks, samples).to(dtype) if rng.maybe() else None
     actions = numbers if loss == "gaussian_policy_gradient" else labels
     return PolicyTarget(actions, torch.randn(tasks, samples).to(dtype), old, weights)
 
 
-def _learned(dice: Dice, model: nn.Module, loss: str, steps: int) -> dict[str, Any]:
+def _learned(rng: Random, model: nn.Module, loss: str, steps: int) -> dict[str, Any]:
     """What is frozen, what is adapted, and at which rates."""
     shapes = {name: p.shape for name, p in model.named_parameters()}
     names = list(shapes)
     normed = any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in model.modules())
-    if normed and "policy" not in loss and dice.maybe(0.3):  # Fisher products know no slots for each step
+    if normed and "policy" not in loss and rng.maybe(0.3):  # Fisher products know no slots for each step
         return {"inner_lr": 0.1, "batch_norm": "per_step"}
-    if dice.maybe(0.3):
-        for name in dice.sample(names, dice.randint(0, len(names) - 1)):
+    if rng.maybe(0.3):
+        for name in rng.sample(names, rng.randint(0, len(names) - 1)):
             model.get_parameter(name).requires_grad_(False)
     names = [name for name in names if model.get_parameter(name).requires_grad]
-    adapted = dice.sample(names, dice.randint(1, len(names))) if dice.maybe() else None
-    if dice.maybe():
+    adapted = rng.sample(names, rng.randint(1, len(names))) if rng.maybe() else None
+    if rng.maybe():
         return {"inner_lr": 0.1, "adapt_params": adapted}
     dtype = next(model.parameters()).dtype
 
     def rate(shape: torch.Size) -> float | nn.Parameter:
         # A vector of as many numbers as there are steps could be read in two ways, and is refused.
         forms = [None, (), *([] if shape == (steps,) else [(steps,), shape, (steps, *shape)])]
-        form = dice.choice(forms)
+        form = rng.choice(forms)
         return 0.05 if form is None else nn.Parameter(0.1 * torch.rand(form).to(dtype))
 
     return {"inner_lr": {name: rate(shapes[name]) for name in adapted or names}, "adapt_params": adapted}

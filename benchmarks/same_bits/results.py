@@ -42,7 +42,7 @@ def all_results(maml: FusedMAML, data: Sequence[Any], task_weights: Tensor | Non
     x_spt, y_spt, x_qry, y_qry = data
     yield from named("input", [dict(maml.named_parameters()), *data])
 
-    for call in ("call", "call again"):  # the second one of a signature takes a shorter way
+    for call in ("call", "call again"):  # the second one of a signature takes the fast path
         maml.zero_grad()
         out = maml(*data, task_weights=task_weights)
         out.loss.backward()

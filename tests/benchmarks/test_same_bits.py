@@ -1,4 +1,4 @@
-"""Two versions side by side: what differs is named, what is the same passes, and whatever else is refused."""
+"""The comparison of two versions: differences are named, equal versions pass, wrong arguments are refused."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_an_error_ends_the_results_and_not_the_process():
     assert "not-an-isa" in Version(HERE, "not-an-isa").bits(TINY)["error"]
 
 
-def test_the_emulation_wants_a_checkout(tmp_path):
+def test_emulation_must_have_a_checkout(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"emulated must have a checkout with tests/.*, got {tmp_path}"):
         jobs.emulation(tmp_path)
 
@@ -173,7 +173,7 @@ def test_versions_are_timed_in_turn():
     assert alternate.report([times]).count("\n") == 2
 
 
-def test_slower_is_what_most_rounds_say():
+def test_slower_needs_most_rounds():
     def times(*ratios: float) -> alternate.Times:
         return alternate.Times("avx2", TINY, True, [1e-3] * len(ratios), [1e-3 * r for r in ratios])
 
