@@ -1,7 +1,7 @@
 """Random plans: small graphs of every fused layer, shape and option, each drawn from its number alone.
 
-As tests/engine/test_fuzz.py draws them, with the standard library's generator, so that two versions meet the same plans. Here
-a net may have normalisations and kinks: two versions with the same bits are on the same side of every kink.
+As tests/engine/test_fuzz.py draws them, with the standard library's generator, so that two versions meet the same
+plans. Here a net may have normalisations and kinks: two versions with the same bits are on the same side of every kink.
 """
 
 from __future__ import annotations
