@@ -7,7 +7,7 @@ namespace maml::cpu {
 namespace {
 
 bool always() { return true; }
-#if defined(__x86_64__)
+#ifdef MAML_X86_ISAS
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
@@ -26,7 +26,7 @@ bool has_avx512() {
   void run_float(const Problem&, const Call<float>&);         \
   void run_double(const Problem&, const Call<double>&);       \
   }
-#if defined(__x86_64__)
+#ifdef MAML_X86_ISAS
 MAML_DECLARE(avx512)
 MAML_DECLARE(avx2)
 #endif
@@ -45,7 +45,7 @@ LayerTraits traits(Footprint (*footprint)(const Layer&)) {
 
 // Best first.
 const Backend kBackends[] = {
-#if defined(__x86_64__)
+#ifdef MAML_X86_ISAS
     {"avx512", has_avx512, traits(avx512::footprint), avx512::workspace_float, avx512::workspace_double,
      avx512::run_float, avx512::run_double},
     {"avx2", has_avx2, traits(avx2::footprint), avx2::workspace_float, avx2::workspace_double,
