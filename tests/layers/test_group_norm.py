@@ -15,7 +15,7 @@ CONV = {1: nn.Linear, 2: nn.Conv1d, 3: nn.Conv2d}
 
 
 def between(norm, channels, sizes):
-    """The layer on channels that move, with a function behind it that bends."""
+    """The layer between adapted layers, so that its input has a tangent, and before a smooth nonlinear function."""
     layer = CONV[1 + len(sizes)]
     window = (1,) if sizes else ()
     return nn.Sequential(layer(2, channels, *window), norm, nn.Tanh(), layer(channels, 2, *window))
@@ -25,7 +25,7 @@ def between(norm, channels, sizes):
 @pytest.mark.parametrize(("channels", "groups"), [(1, 1), (6, 3), (17, 17), (33, 11), (48, 2)])
 @pytest.mark.parametrize("sizes", [(), (7,), (5, 3)])
 def test_groups(check_passes, affine, channels, groups, sizes):
-    """Vectors that hold many groups, one and a part, and groups of one value."""
+    """Vector registers that hold many groups, or a group and a part of the next, and groups of one value."""
     norm = nn.GroupNorm(groups, channels, eps=0.1, affine=affine)
     check_passes(between(norm, channels, sizes), (2, *sizes), n=3)
 
@@ -33,14 +33,14 @@ def test_groups(check_passes, affine, channels, groups, sizes):
 @pytest.mark.parametrize("n", [1, 2, 9, 130, 300])
 @pytest.mark.parametrize("norm", [nn.GroupNorm(3, 6), nn.LayerNorm(6), nn.GroupNorm(2, 6, affine=False)])
 def test_samples(check_passes, n, norm):
-    """One, more than there are parts of them that threads share, and several tiles."""
+    """One sample, more samples than threads share at once, and several tiles of samples."""
     check_passes(between(norm, 6, ()), (2,), n, tasks=1)
 
 
 @pytest.mark.parametrize("eps", [1e-5, 0.3])
 @pytest.mark.parametrize("size", [3, 17])
 def test_images(check_passes, eps, size):
-    """Of the input, which does not move, and of what does; many pixels."""
+    """On the input, which has no tangent, and behind a convolution; many pixels."""
     model = nn.Sequential(
         nn.GroupNorm(1, 2), nn.Conv2d(2, 10, 3, 1, 1), nn.GroupNorm(5, 10, eps=eps), nn.Tanh(), nn.Conv2d(10, 3, 3),
     )  # fmt: skip
@@ -65,12 +65,12 @@ def test_instances(check_passes, affine, sizes, channels):
 
 
 def test_without_bias(check_passes):
-    """(Without a weight torch itself has no second derivative.)"""
+    """With a weight: without one torch itself has no second derivative."""
     check_passes(between(nn.LayerNorm([6, 4], bias=False), 6, (4,)), (2, 4), n=3)
 
 
 class Residual(nn.Module):
-    """A value that is read twice, and pools around."""
+    """A value that two layers read, one affine map for two layers, and pools."""
 
     def __init__(self):
         super().__init__()
@@ -197,7 +197,7 @@ def test_a_moving_mean_of_many_deviations(machine, norm, ratio):
 
 
 def test_samples_do_not_depend_on_each_other(machine):
-    """So that they go in tiles, and a sample has the bits that it has alone."""
+    """A sample alone has the same bits as in a set, so samples may be computed in tiles."""
     model = conv()
     maml = FusedMAML(model, 0.1, 1, backend="fused")
     fast = {name: p.detach().unsqueeze(0) for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Every pointwise function, its first and its second derivative, over the range where it bends."""
+"""pointwise: every function with its first and second derivative, near its kinks and far out."""
 
 import pytest
 import torch
@@ -24,13 +24,13 @@ def test_passes(check_passes, function, n):
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=str)
 def test_far_and_at_the_kink(machine, function):
-    """Values far out, and exactly at a kink, are torch's, with both derivatives. Each has a task of its own."""
+    """Large arguments and exact kinks give torch's values and both derivatives. Each argument is one task."""
     model = nn.Sequential(nn.Linear(1, 1), function).double()
     kinks = [-1.0, -0.5, 0.0, -0.0, 1.0, 1.5, 2.0, 6.0, 20.0]
     x = torch.tensor([-800.0, -90.0, -20.5, *kinks, 1e-9, 19.0, 21.0, 90.0, 800.0]).double()[:, None, None]
     fast = {"0.weight": torch.ones(len(x), 1, 1).double(), "0.bias": torch.zeros(len(x), 1).double()}
     v = {"0.bias": torch.ones(len(x), 1).double()}
-    y = torch.full_like(x, -3.0)  # which no function has, so that its second derivative counts
+    y = torch.full_like(x, -3.0)  # out of every function's range, so that the second derivative counts
     fused = FusedMAML(model, 0.1, loss="mse", backend="fused")
     grads, products = fused.loss_and_grad(fast, x, y)[1], fused.hvp(fast, x, y, v)
     prediction = fused.predict(fast, x)

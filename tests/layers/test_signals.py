@@ -44,7 +44,7 @@ def test_paddings(check_passes, padding):
 @pytest.mark.parametrize("channels", [1, 15, 16, 17, 33])
 @pytest.mark.parametrize("length", [16, 25])
 def test_a_net_of_blocks(check_passes, channels, length):
-    """What few-shot nets are made of: the first layer's input is constant, pools halve."""
+    """The blocks of few-shot nets: a first layer on the constant input, strides and pools of 2."""
     model = nn.Sequential(
         nn.Conv1d(1, channels, 5, 2, 2), nn.BatchNorm1d(channels), nn.ReLU(),
         nn.Conv1d(channels, channels, 3, padding=1), nn.BatchNorm1d(channels), nn.ReLU(), nn.MaxPool1d(2),
@@ -54,7 +54,7 @@ def test_a_net_of_blocks(check_passes, channels, length):
 
 
 def test_long_kernel(check_passes):
-    """Of raw vibration signals: a first kernel of 64 samples."""
+    """A first kernel of 64 samples, as used for raw vibration signals."""
     model = nn.Sequential(nn.Conv1d(1, 8, 64, 16, 24), nn.BatchNorm1d(8), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     check_passes(model, (1, 128), n=3)
 
@@ -87,7 +87,7 @@ def test_functions_and_residuals(check_passes, mean):
 
 
 def test_signals_out(check_passes):
-    """A prediction at every moment, [n, channels, length]."""
+    """A prediction at every position, [n, channels, length]."""
     model = nn.Sequential(nn.Conv1d(2, 7, 3, padding=1), nn.Tanh(), nn.Conv1d(7, 3, 1))
     check_passes(model, (2, 9), n=4)
 

@@ -1,4 +1,4 @@
-"""The first convolution with its BatchNorm, through the moments of its input's patches, and where that may not be."""
+"""stem: the first convolution with its BatchNorm, activation and max-pool, and models where they are not fused."""
 
 from __future__ import annotations
 
@@ -11,28 +11,6 @@ from torch import Tensor, nn
 
 from maml_cuda import FusedMAML
 from tests.conftest import assert_close
-
-SHAPES = [  # channels, height, width, filters, kernel, stride, padding
-    (1, 6, 7, 5, 3, 2, 1),
-    (3, 9, 8, 17, 3, 1, 1),
-    (2, 7, 7, 64, (2, 3), (2, 1), (0, 2)),
-    (1, 12, 11, 3, 5, 1, 0),
-    (5, 4, 6, 33, 1, 1, 0),
-    (2, 9, 11, 6, 3, 2, 1),  # by strides: rows and columns fall into classes
-    (1, 13, 14, 5, (4, 3), (3, 2), (2, 0)),
-    (3, 10, 11, 4, (2, 3), (3, 5), 0),  # what no tap sees lies between the taps
-    (1, 5, 4, 6, (4, 3), 1, 0),  # fewer positions than taps
-    (1, 3, 3, 6, 5, 2, 2),
-]
-
-
-@pytest.mark.parametrize("pool", [True, False])
-@pytest.mark.parametrize(("channels", "height", "width", "filters", "kernel", "stride", "padding"), SHAPES)
-def test_shapes(check_passes, channels, height, width, filters, kernel, stride, padding, pool):
-    layers = [nn.Conv2d(channels, filters, kernel, stride, padding), nn.BatchNorm2d(filters), nn.Tanh()]
-    if pool:
-        layers.append(nn.MaxPool2d(2))
-    check_passes(nn.Sequential(*layers, nn.Conv2d(filters, 2, 1)), (channels, height, width), 3)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +28,7 @@ def test_shapes(check_passes, channels, height, width, filters, kernel, stride, 
     ],
 )
 def test_a_pool_behind_any_function(check_passes, function):
-    # Those that rise never and fall never let the pool pass; the others do not.
+    # The pool may move before a function that never decreases; before the others it may not.
     model = nn.Sequential(
         nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6, eps=0.1), function, nn.MaxPool2d(2), nn.Conv2d(6, 2, 1)
     )  # fmt: skip
@@ -82,7 +60,7 @@ def test_nothing_affine_and_no_bias(check_passes):
 
 
 class TwoReaders(nn.Module):
-    """Both a branch and what behind its BatchNorm reads the input; the convolutions share a weight."""
+    """Two branches read the input; their convolutions share a weight and their BatchNorm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +134,7 @@ def test_the_bias_before_a_norm_has_a_gradient_of_zero(machine):
 
 @pytest.mark.parametrize(("scale", "shift"), [(1, 0), (255, 0), (1e-3, 0.5), (1, -100), (0, 0), (0, 3)])
 def test_float32_as_exact_as_autograd(machine, scale, shift):
-    """Unnormalised, almost flat and blank images, and filters of mean zero, whose variance is a small difference."""
+    """Large, almost constant and constant images; filters of mean zero, so that a variance is a small difference."""
     torch.manual_seed(0)
     model = net()
     with torch.no_grad():
@@ -175,7 +153,7 @@ def test_float32_as_exact_as_autograd(machine, scale, shift):
 
 
 def test_ties_and_nan_as_in_torch(machine):
-    """Equal values in a window: the first one has the gradient."""
+    """Of equal values in a window the first one receives the gradient."""
     torch.manual_seed(0)
     model = net().double()
     tasks = tuple(x.round() if x.is_floating_point() else x for x in episode(3))

@@ -1,5 +1,7 @@
-"""Convolution, BatchNorm, sum, ReLU or LeakyReLU, and max-pool: on the CPU one layer, or
-several where the values between have other readers."""
+"""conv_block (CPU): convolution, BatchNorm, residual sum, ReLU or LeakyReLU, and max-pool in one layer.
+
+Where other layers read a value in between, they stay several layers.
+"""
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ SAMPLE = (3, 7, 9)
 
 
 class Net(nn.Module):
-    """`join` of h, which a stem gives, and of normalised convolutions of h (3 x 3 and 1 x 1) and of x (1 x 1)."""
+    """`join` combines h, the output of a stem, with normalised convolutions of h (3 x 3, 1 x 1) and of x (1 x 1)."""
 
     def __init__(self, join, channels: int = 5, inputs: int = 3) -> None:
         super().__init__()
@@ -28,7 +30,7 @@ class Net(nn.Module):
         self.join = join
         self.double()
         self(torch.randn(2, inputs, *SAMPLE[1:], dtype=torch.double)).sum().backward()
-        for p in self.parameters():  # without those that the join leaves out
+        for p in self.parameters():  # the join may leave some out
             p.requires_grad_(p.grad is not None)
             p.grad = None
 
@@ -76,14 +78,14 @@ def test_against_autograd(join, adapted):
 
 
 def test_a_summand_that_moves_alone():
-    """The sum has a tangent, the convolution that it is one layer with has none."""
+    """The residual sum has a tangent; the convolution fused with it has none."""
     adapt = lambda name: name.startswith("narrow")  # noqa: E731
     model = Net(lambda h, body, narrow, shortcut: F.relu(body(h) + F.relu(narrow(h))))
     check_meta_gradient(model, "cross_entropy", episode(), 0.1, 2, adapt_params=adapt)
 
 
 def test_many_samples_and_wide_vectors():
-    """Several groups of samples, channels that Winograd's filtering takes."""
+    """Several groups of samples, and enough channels for Winograd's method."""
     x, y = torch.randn(1, 60, 2, 16, 16, dtype=torch.double), torch.randint(3, (1, 60))
     model = Net(JOINS["two"], channels=18, inputs=2)
     check_meta_gradient(model, "cross_entropy", [x, y, x, y], 0.1, 1)
@@ -99,7 +101,7 @@ def test_shapes_that_do_not_fit():
 @pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
 @pytest.mark.parametrize("layer", ["stem", "body", "last"])
 def test_relu_of_what_is_not_finite(layer: str, value: float) -> None:
-    """As torch's: 0 of minus infinity, which 0 times it is not."""
+    """As in torch, relu(-inf) is 0; the product 0 * -inf would be NaN."""
 
     def join(h, body, narrow, shortcut):
         return F.relu(body(h) + shortcut())
