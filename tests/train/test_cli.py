@@ -171,7 +171,7 @@ def test_sigterm_outside_of_the_loop_ends_in_words(tmp_path, capsys, monkeypatch
     def terminated(*arguments: object) -> None:
         signal.raise_signal(signal.SIGTERM)
 
-    where = {"build": "maml_cuda.train.make_algorithm", "test": "maml_cuda.train.report.test_run"}[moment]
+    where = {"build": "maml_cuda.train.loop.make_algorithm", "test": "maml_cuda.train.report.test_run"}[moment]
     monkeypatch.setattr(where, terminated)
     assert main([*TINY, "--out", str(tmp_path / "run")]) == 143
     words = {"build": "nothing was saved", "test": f"Go on with: maml-cuda train --resume {tmp_path / 'run'}"}

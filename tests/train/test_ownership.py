@@ -13,7 +13,7 @@ import pytest
 from maml_cuda import cli
 from maml_cuda.train.ownership import LOCK, owned
 
-HOLD = "import sys, pathlib; from maml_cuda.ownership import owned\nwith owned(pathlib.Path(sys.argv[1])): "
+HOLD = "import sys, pathlib; from maml_cuda.train.ownership import owned\nwith owned(pathlib.Path(sys.argv[1])): "
 
 
 def test_a_second_owner_is_refused_and_told_the_first(tmp_path) -> None:
