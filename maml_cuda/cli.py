@@ -5,7 +5,6 @@ named in words.
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
@@ -20,14 +19,15 @@ from types import ModuleType
 from typing import Any
 
 from maml_cuda import build_info
+from maml_cuda.extras import require
 from maml_cuda.rl import settings as rl_settings
 from maml_cuda.rl.settings import RL_JOBS, RLSettings, new_rl_settings
 from maml_cuda.train import presets
 from maml_cuda.train.arguments import absolute, parser
-from maml_cuda.train.hints import did_you_mean, folders_beside
-from maml_cuda.train.interrupts import exit_status, terminable
-from maml_cuda.train.output import abandon, complain, readable
-from maml_cuda.train.ownership import owned
+from maml_cuda.train.hints import did_you_mean, sibling_folders
+from maml_cuda.train.interrupts import exit_status, sigterm_raises
+from maml_cuda.train.output import discard_broken_streams, print_error, readable_output
+from maml_cuda.train.run_lock import locked_run
 from maml_cuda.train.settings import JOBS, Settings, unknown_job
 
 
@@ -35,18 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 2 for an error in words, 130 after Ctrl-C, 143 after SIGTERM,
     141 where nobody reads any more what it prints."""
     try:
-        with readable(), terminable():
+        with readable_output(), sigterm_raises():
             options = parser().parse_args(arguments)
             return COMMANDS[options.command](options)
     except KeyboardInterrupt as interrupt:
-        complain("\nmaml-cuda: interrupted")
+        print_error("\nmaml-cuda: interrupted")
         return exit_status(interrupt)
     except BrokenPipeError:
-        abandon()
+        discard_broken_streams()
         return 128 + signal.SIGPIPE
     except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
-        lost = abandon()  # whoever writes a file names it
-        complain(f"maml-cuda: error: {error}{f': {lost}' if lost else _other_checkpoints(error)}")
+        lost = discard_broken_streams()  # whoever writes a file names it
+        print_error(f"maml-cuda: error: {error}{f': {lost}' if lost else _other_checkpoints(error)}")
         return 2
 
 
@@ -59,7 +59,7 @@ def _other_checkpoints(error: Exception) -> str:
 
     run = folder.parent
     if not run.is_dir():
-        return did_you_mean(str(run), folders_beside(run))
+        return did_you_mean(str(run), sibling_folders(run))
     if folder.name != "best" and locate(run / "best"):
         return (
             f"; maml-cuda train --resume {run} --from best goes on from the best checkpoint, maml-cuda evaluate {run} "
@@ -71,7 +71,7 @@ def _other_checkpoints(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class _Kind:
+class _JobKind:
     """What a kind of jobs brings to the commands."""
 
     settings: type
@@ -80,22 +80,22 @@ class _Kind:
     report: ModuleType
 
 
-def _kind(job: str) -> _Kind:
+def _job_kind(job: str) -> _JobKind:
     if job in RL_JOBS:
         from maml_cuda.rl import report as rl_report
         from maml_cuda.rl.training import RLTraining
 
-        return _Kind(RLSettings, new_rl_settings, RLTraining, rl_report)
+        return _JobKind(RLSettings, new_rl_settings, RLTraining, rl_report)
     if job not in JOBS:
         raise unknown_job(job)
     from maml_cuda.train import report
     from maml_cuda.train.jobs import new_settings
     from maml_cuda.train.loop import Training
 
-    return _Kind(Settings, new_settings, Training, report)
+    return _JobKind(Settings, new_settings, Training, report)
 
 
-def _kind_of(info: dict[str, Any], folder: Path) -> _Kind:
+def _kind_of_run(info: dict[str, Any], folder: Path) -> _JobKind:
     """Of the run of the checkpoint in ``folder``."""
     from maml_cuda.train.checkpoint import DamagedCheckpoint
 
@@ -103,11 +103,11 @@ def _kind_of(info: dict[str, Any], folder: Path) -> _Kind:
     if job not in JOBS | RL_JOBS:
         words = f"job of {folder} must be one of {', '.join(JOBS | RL_JOBS)}, got {job!r}"
         raise DamagedCheckpoint(folder, words)
-    return _kind(job)
+    return _job_kind(job)
 
 
 def train(options: argparse.Namespace) -> int:
-    _need("tqdm", "matplotlib", "safetensors")
+    require("tqdm", "matplotlib", "safetensors", extra="train")
     from maml_cuda.train.checkpoint import load_info, locate
     from maml_cuda.train.loop import resumed_settings
 
@@ -118,52 +118,52 @@ def train(options: argparse.Namespace) -> int:
         options.job, options.data = "folder", absolute(options.job)
     names = {field.name for kind in (Settings, RLSettings) for field in fields(kind)}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
-    _say_that_it_is_opened(options.data)
+    _announce_data(options.data)
     with ExitStack() as stack:
         if options.resume is None:
             if options.resume_from is not None:
                 raise ValueError("--from must come with the run to go on with: --resume RUN --from best")
-            kind = _kind(given.setdefault("job", "glyphs"))
-            given = _only(kind, given)
+            kind = _job_kind(given.setdefault("job", "glyphs"))
+            given = _checked_names(kind, given)
             _refuse_ignored(given, given)
             settings = kind.new_settings(**given)
-            run = _own(options.out, settings.job, stack)
+            run = _lock_new_run(options.out, settings.job, stack)
             start = kind.training.start
         else:
             if not (options.resume or options.out) or (options.resume and options.out not in (None, options.resume)):
                 raise ValueError("--resume must name one run folder: --resume RUN, or --resume with --out RUN")
             run, checkpoint = Path(options.resume or options.out), options.resume_from or "last"
-            kind = _kind_of(load_info(run / checkpoint), run / checkpoint)
-            stack.enter_context(owned(run))
-            settings = resumed_settings(run, _only(kind, given), kind.settings, checkpoint)
+            kind = _kind_of_run(load_info(run / checkpoint), run / checkpoint)
+            stack.enter_context(locked_run(run))
+            settings = resumed_settings(run, _checked_names(kind, given), kind.settings, checkpoint)
             start = partial(kind.training.resume, checkpoint=checkpoint)
         try:
             _train_and_test(kind, start(run, settings))
         except KeyboardInterrupt as interrupt:
             if locate(run / "last") is None:
-                complain("\nInterrupted before the first checkpoint; nothing was saved.")
+                print_error("\nInterrupted before the first checkpoint; nothing was saved.")
             else:
-                complain(f"\nInterrupted; saved in {run}. Go on with: maml-cuda train --resume {run}")
+                print_error(f"\nInterrupted; saved in {run}. Go on with: maml-cuda train --resume {run}")
             return exit_status(interrupt)
     return 0
 
 
-def _own(out: str | None, job: str, stack: ExitStack) -> Path:
+def _lock_new_run(out: str | None, job: str, stack: ExitStack) -> Path:
     """The folder of a new run, owned until the stack is unwound: ``out``, or one of its own, whoever else begins a run
     in this second."""
     if out is not None:
-        stack.enter_context(owned(Path(out)))
+        stack.enter_context(locked_run(Path(out)))
         return Path(out)
     name = time.strftime(f"runs/{job}-%Y%m%d-%H%M%S")
     for number in itertools.count(1):
         run = Path(name if number == 1 else f"{name}-{number}")
         with suppress(FileExistsError):
-            stack.enter_context(owned(run, new=True))
+            stack.enter_context(locked_run(run, new=True))
             break
     return run
 
 
-def _train_and_test(kind: _Kind, training: Any) -> None:
+def _train_and_test(kind: _JobKind, training: Any) -> None:
     import torch
 
     run, settings = training.run, training.settings
@@ -177,33 +177,33 @@ def _train_and_test(kind: _Kind, training: Any) -> None:
         print(kind.report.table(kind.report.finish(run, settings)))
         print(f"metrics, checkpoints, pictures and summary.json are in {run}")
     except OSError:  # a full disk, a closed pipe
-        complain(f"\nBroken off; what was saved is in {run}. Go on with: maml-cuda train --resume {run}")
+        print_error(f"\nBroken off; what was saved is in {run}. Go on with: maml-cuda train --resume {run}")
         raise
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    _need("safetensors")
+    require("safetensors", extra="train")
     from maml_cuda.train.other_images import check_ways, other_images
 
     _set_threads(options.threads)
     run = Path(options.run)
-    kind, stored, info = _stored(run, options.checkpoint)
+    kind, stored, info = _stored_run(run, options.checkpoint)
     other: dict[str, Any] = {}
     if kind.settings is Settings and options.data is not None:
         if not options.json:
-            _say_that_it_is_opened(options.data)
+            _announce_data(options.data)
         trained = info.get("classes", ())  # which runs of earlier versions do not tell
         if images := other_images(stored, options.data, trained, options.cache):
             other, options.data, options.cache = {"other": images}, None, None
-    model = _only(kind, _given(backend=options.backend, data=options.data, cache=options.cache))
-    test = _given(
+    model = _checked_names(kind, _without_none(backend=options.backend, data=options.data, cache=options.cache))
+    test = _without_none(
         ways=options.ways,
         test_tasks=options.tasks,
         test_shots=options.shots,
         test_queries=options.queries,
         seed=options.seed,
     )
-    _refuse_ignored(model | _only(kind, test), asdict(stored))
+    _refuse_ignored(model | _checked_names(kind, test), asdict(stored))
     settings = replace(stored, **model, **test)
     if kind.settings is Settings:
         check_ways(settings, stored.ways)
@@ -219,23 +219,23 @@ def evaluate(options: argparse.Namespace) -> int:
         if kind.settings is not Settings:
             raise ValueError(f"batch_norm must be left out for {stored.job}, whose policy has none")
         for algorithm in algorithms:
-            kind.report.hold_statistics(algorithm, settings)
+            kind.report.collect_statistics(algorithm, settings)
         tested["batch_norm"] = options.batch_norm
     result = kind.report.test_run(algorithms, settings, **other) | tested
     print(json.dumps(result, indent=1) if options.json else kind.report.table(result))
     return 0
 
 
-def _stored(run: Path, checkpoint: str) -> tuple[_Kind, Any, dict[str, Any]]:
+def _stored_run(run: Path, checkpoint: str) -> tuple[_JobKind, Any, dict[str, Any]]:
     """A run's kind, its settings and what else is known of it, from its last checkpoint, which knows what was set anew
     when it was resumed, or, where that cannot be used, from the one that is asked for."""
     from maml_cuda.train.checkpoint import UnusableCheckpoint, load_info, locate
-    from maml_cuda.train.run_info import restored
+    from maml_cuda.train.run_info import restore_settings
 
-    def read(folder: Path) -> tuple[_Kind, Any, dict[str, Any]]:
+    def read(folder: Path) -> tuple[_JobKind, Any, dict[str, Any]]:
         info = load_info(folder)
-        kind = _kind_of(info, folder)
-        return kind, restored(kind.settings, info, folder), info
+        kind = _kind_of_run(info, folder)
+        return kind, restore_settings(kind.settings, info, folder), info
 
     last, asked = run / "last", run / checkpoint
     try:
@@ -243,12 +243,12 @@ def _stored(run: Path, checkpoint: str) -> tuple[_Kind, Any, dict[str, Any]]:
     except UnusableCheckpoint as error:
         if asked == last or locate(asked) is None:
             raise
-        complain(f"maml-cuda: {error}; the settings are those of {asked}")
+        print_error(f"maml-cuda: {error}; the settings are those of {asked}")
         return read(asked)
 
 
 def compare(options: argparse.Namespace) -> int:
-    _need("matplotlib", "safetensors")
+    require("matplotlib", "safetensors", extra="train")
     from maml_cuda.rl.plots import returns
     from maml_cuda.train.checkpoint import read_json
 
@@ -288,7 +288,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 }
 
 
-def _only(kind: _Kind, given: dict[str, Any]) -> dict[str, Any]:
+def _checked_names(kind: _JobKind, given: dict[str, Any]) -> dict[str, Any]:
     """``given``. ValueError where one of them is no setting of this kind of jobs."""
     if kind.settings is RLSettings and "preset" in given:
         given = {"baseline": given["preset"]} | {name: value for name, value in given.items() if name != "preset"}
@@ -310,28 +310,22 @@ def _refuse_ignored(given: dict[str, Any], settings: dict[str, Any]) -> None:
     job = settings["job"]
     if job in RL_JOBS:
         baseline, outer = settings.get("baseline", "none"), settings.get("outer", RL_JOBS[job].outer)
-        heeded, what = rl_settings.heeded(baseline, outer), f"{job} with outer {outer} and baseline {baseline}"
+        used, what = rl_settings.used_settings(baseline, outer), f"{job} with outer {outer} and baseline {baseline}"
     else:
         what = settings.get("preset", "maml")
-        heeded = presets.heeded(job, what)
+        used = presets.used_settings(job, what)
     for name, value in given.items():
-        if name not in heeded and value != getattr(Settings, name, None):
+        if name not in used and value != getattr(Settings, name, None):
             raise ValueError(f"{name} must be left out for {what}, where it decides nothing, got {value}")
 
 
-def _say_that_it_is_opened(data: str | None) -> None:
+def _announce_data(data: str | None) -> None:
     if data is not None:
         print(f"opening {data}; the first time converts it, which may take minutes")
 
 
-def _given(**values: Any) -> dict[str, Any]:
+def _without_none(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _need(*packages: str) -> None:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ModuleNotFoundError(f'{" and ".join(missing)} must be installed: pip install "maml-cuda[train]"')
 
 
 def _set_threads(threads: int | None) -> None:

@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from maml_cuda.data.splits import SPELLINGS, SPLITS
+from maml_cuda.data.splits import FOLDER_NAMES, SPLITS
 
 # What Pillow reads, and .heic, which it does not: such photographs are refused by name, not skipped.
 ENDINGS = frozenset({
@@ -23,7 +23,7 @@ ENDINGS = frozenset({
 Classes = Mapping[str, Sequence[Path]]  # the image files of each class, by its name
 
 
-class Found(NamedTuple):
+class FoundClasses(NamedTuple):
     classes: Classes
     skipped: list[Path]  # files and folders that are no images of a class
 
@@ -41,7 +41,7 @@ def visible_files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def class_folders(folder: Path) -> Found:
+def class_folders(folder: Path) -> FoundClasses:
     """The classes in ``folder``. A folder without images is none.
 
     Raises:
@@ -61,7 +61,7 @@ def class_folders(folder: Path) -> Found:
             skipped.append(path)
     if not classes:
         raise ValueError(f"{folder} must hold folders, one for each class, got none with images directly in it")
-    return Found(classes, skipped)
+    return FoundClasses(classes, skipped)
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
@@ -73,7 +73,7 @@ def split_folders(folder: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for path in visible_folders(folder):
-        split = next((split for split, words in SPELLINGS.items() if path.name.lower() in words), None)
+        split = next((split for split, words in FOLDER_NAMES.items() if path.name.lower() in words), None)
         if split is None or not visible_folders(path):
             continue
         if split in found:
@@ -82,12 +82,12 @@ def split_folders(folder: Path) -> dict[str, Path]:
     for split in SPLITS:
         if found and split not in found:
             there = " and ".join(found[other].name for other in SPLITS if other in found)
-            wanted = " or ".join(str(folder / word) for word in SPELLINGS[split])
+            wanted = " or ".join(str(folder / word) for word in FOLDER_NAMES[split])
             raise FileNotFoundError(f"{wanted} is missing beside {there}")
     return {split: found[split] for split in SPLITS if found}
 
 
-def of_splits(folders: Mapping[str, Path]) -> tuple[dict[str, Classes], list[Path]]:
+def classes_of_splits(folders: Mapping[str, Path]) -> tuple[dict[str, Classes], list[Path]]:
     """The classes of each split, and what was skipped in all. ValueError where a class is in two: it would be tested
     on what was learned."""
     found = {split: class_folders(folder) for split, folder in folders.items()}

@@ -59,7 +59,7 @@ class Source:
     skipped: Sequence[Path] = ()  # what lies among the files and is no part of the data set
 
 
-def converted(layout: str, folder: Path, source: Source, cache: Path | None = None) -> dict[str, Any]:
+def convert(layout: str, folder: Path, source: Source, cache: Path | None = None) -> dict[str, Any]:
     """The record of the conversion of ``source``, which is in ``folder``. It is made now unless it stands already in
     ``cache`` (None: in ``folder``).
 
@@ -72,7 +72,7 @@ def converted(layout: str, folder: Path, source: Source, cache: Path | None = No
         OSError: a file cannot be read, or the conversion cannot be written.
     """
     place = folder if cache is None else cache
-    _sweep(place, layout)
+    _remove_leftovers(place, layout)
     signature, stem = _signature(folder, source), _stem(layout, folder, source, cache)
     path, images = place / f"{stem}.json", place / f"{stem}.{signature}.npy"
     old = _record(path)
@@ -81,10 +81,10 @@ def converted(layout: str, folder: Path, source: Source, cache: Path | None = No
     if source.skipped:
         warn(_skipped(folder, source.skipped))
     sha256 = _checksum(folder, source)
-    with _whole(images) as file:
+    with _complete_file(images) as file:
         content = _write(file, source)
     record = {"format": FORMAT, "signature": signature, "sha256": sha256, "images": images.name} | content
-    with _whole(path) as file:
+    with _complete_file(path) as file:
         file.write((json.dumps(record, indent=1) + "\n").encode())
     if old is not None and old["images"] != images.name:
         (place / old["images"]).unlink(missing_ok=True)
@@ -191,7 +191,7 @@ def _skipped(folder: Path, paths: Sequence[Path]) -> str:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
+def _complete_file(path: Path) -> Iterator[BinaryIO]:
     """A file that stands under ``path`` when it is complete, and nowhere after an error."""
     layout = ".".join(path.name.split(".")[:2])
     while True:
@@ -224,7 +224,7 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def _sweep(folder: Path, layout: str) -> None:
+def _remove_leftovers(folder: Path, layout: str) -> None:
     """Removes what processes that were killed left half-written."""
     for leftover in folder.glob(f"maml_cuda.{layout}.*.new"):
         try:

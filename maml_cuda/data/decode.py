@@ -46,7 +46,7 @@ def decode(
     return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
 
 
-def coloured(file: IO[bytes], what: str, background: Colour) -> bool:
+def is_coloured(file: IO[bytes], what: str, background: Colour) -> bool:
     """Whether ``decode`` needs three channels for the image in ``file`` on this background: told by its header alone.
     Errors as ``decode``."""
     with _opened(file, what) as (_, image):

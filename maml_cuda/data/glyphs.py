@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maml_cuda.data.image_tasks import ImageClasses, ImageTasks
-from maml_cuda.data.splits import named
+from maml_cuda.data.splits import split_name
 
 FILE = Path(__file__).with_name("glyphs.npz")
 FILE_SIZE = 3_543_760
@@ -55,7 +55,7 @@ class GlyphTasks(ImageTasks):
 
     def __init__(self, split: str, n_way: int, k_shot: int, n_query: int, rotations: int = 1) -> None:
         """``n_query`` query images a class. ValueError if the split has too few classes or images a class."""
-        split = named(split)
+        split = split_name(split)
         images, count, names = load_glyphs()
         chosen = torch.tensor([name.split("/")[0] in SCRIPTS[split] for name in names])
         images = images[chosen.repeat_interleave(count)].unsqueeze(1)

@@ -17,10 +17,10 @@ import numpy as np
 from maml_cuda.data.class_folders import Classes, is_image, visible_files
 from maml_cuda.data.conversion import SourceClass
 from maml_cuda.data.decode import Colour, decode
-from maml_cuda.data.splits import SPLITS, drawn
+from maml_cuda.data.splits import SPLITS, draw_split
 
 
-def listed(table: Path, images: Path) -> Classes:
+def read_table(table: Path, images: Path) -> Classes:
     """The classes of a CSV file with the columns filename and label, its files in the folder ``images``.
 
     Raises:
@@ -76,7 +76,7 @@ def read_omniglot(halves: Sequence[Path], sizes: Sequence[int]) -> Iterator[Sour
         if len(characters) != sum(sizes):
             where = " and ".join(map(str, halves))
             raise ValueError(f"{where} must have {sum(sizes)} characters together, got {len(characters)}")
-        for split, names in drawn(list(characters), sizes).items():
+        for split, names in draw_split(list(characters), sizes).items():
             for name in names:
                 yield SourceClass(split, name, _inverted(characters[name]))
 

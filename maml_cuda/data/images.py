@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from maml_cuda.data import layouts, own_images
-from maml_cuda.data.conversion import Source, converted
+from maml_cuda.data.conversion import Source, convert
 from maml_cuda.data.image_tasks import ImageClasses
-from maml_cuda.data.splits import SPLITS, named
+from maml_cuda.data.splits import SPLITS, split_name
 
 Where = str | PathLike[str]
 
@@ -45,7 +45,7 @@ class Images:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} must be a folder of images ({name}), got no folder")
         place = None if cache is None else Path(cache).expanduser()
-        record = converted(name, folder, find(folder), place)
+        record = convert(name, folder, find(folder), place)
         self.name = name
         self.folder = folder
         self.sha256: str = record["sha256"]
@@ -58,7 +58,7 @@ class Images:
     def split(self, split: str) -> ImageClasses:
         """The images of train, validation (or val, valid) or test, as they lie on the disk. ValueError for another
         name."""
-        split = named(split)
+        split = split_name(split)
         before = sum(len(self._names[earlier]) for earlier in SPLITS[: SPLITS.index(split)])
         names = self._names[split]
         offsets = torch.tensor(self._offsets[before : before + len(names) + 1])

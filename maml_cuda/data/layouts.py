@@ -27,7 +27,7 @@ FC100_SPLIT = (60, 20, 20)
 TIERED_IMAGENET_SPLIT = (351, 97, 160)
 TIERED_IMAGENET_MD5 = {"tiered-imagenet.tar": "e07e811b9f29362d159a9edd0d838c62"}
 
-SPELLINGS = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}  # in names of files
+FILE_WORDS = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}  # in names of files
 
 
 def find_omniglot(path: Path) -> Source:
@@ -56,7 +56,7 @@ def find_mini_imagenet(path: Path) -> Source:
     if pickles := _pickles(path, "miniImageNet_category_split_{}.pickle", train="train_phase_train"):
         return _of_pickles(image_pickles.read_by_label, pickles, MINI_IMAGENET_SPLIT)
     if tables := _split_files(path, "{}.csv"):
-        splits = {split: image_files.listed(table, path / "images") for split, table in tables.items()}
+        splits = {split: image_files.read_table(table, path / "images") for split, table in tables.items()}
         return _of_files(splits, 84, MINI_IMAGENET_SPLIT, list(tables.values()))
     if source := _sorted_files(path, 84, MINI_IMAGENET_SPLIT):
         return source
@@ -150,7 +150,7 @@ def _sorted_files(path: Path, side: int, sizes: tuple[int, int, int]) -> Source 
     """Those in the folders train, val and test, in a folder for each class."""
     if not (folders := class_folders.split_folders(path)):
         return None
-    classes, skipped = class_folders.of_splits(folders)
+    classes, skipped = class_folders.classes_of_splits(folders)
     return _of_files(classes, side, sizes, skipped=skipped)
 
 
@@ -163,7 +163,7 @@ def _split_files(folder: Path, pattern: str, train: str = "train") -> dict[str, 
 
     FileNotFoundError where one is missing and another is not.
     """
-    spellings = SPELLINGS | {"train": (train,)}
+    spellings = FILE_WORDS | {"train": (train,)}
     candidates = {split: [folder / pattern.format(word) for word in words] for split, words in spellings.items()}
     found = {split: path for split, paths in candidates.items() for path in paths[::-1] if path.exists()}
     for split, paths in candidates.items():
@@ -178,7 +178,7 @@ def _pickles(folder: Path, pattern: str, train: str = "train") -> dict[str, Pick
 
 
 def _in_archive(archive: Path, pattern: str) -> dict[str, Pickle]:
-    return {split: Pickle(archive, pattern.format(words[0])) for split, words in SPELLINGS.items()}
+    return {split: Pickle(archive, pattern.format(words[0])) for split, words in FILE_WORDS.items()}
 
 
 def _missing(name: str, path: Path, files: str, published: str) -> FileNotFoundError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from maml_cuda.data import class_folders, splits
 from maml_cuda.data.class_folders import Classes
 from maml_cuda.data.conversion import Source, SourceClass
-from maml_cuda.data.decode import Colour, coloured
+from maml_cuda.data.decode import Colour, is_coloured
 from maml_cuda.data.image_files import read_files
 
 COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0)}
@@ -36,7 +36,7 @@ def find(
     return Source(files, read, options=options, skipped=skipped)
 
 
-def names(path: Path) -> dict[str, list[str]]:
+def class_names(path: Path) -> dict[str, list[str]]:
     """The classes in ``path``: by split where it has folders for splits, otherwise all of them to test on. Errors as
     ``images.folder``."""
     if not path.is_dir():
@@ -51,18 +51,18 @@ def _splits(path: Path, split: Sequence[int] | None) -> tuple[dict[str, Classes]
         if split is not None:
             there = ", ".join(folder.name for folder in folders.values())
             raise ValueError(f"split must be left out for {path}, whose folders {there} are it, got {_words(split)}")
-        classes_of, skipped = class_folders.of_splits(folders)
+        classes_of, skipped = class_folders.classes_of_splits(folders)
         return classes_of, skipped + sorted(set(class_folders.visible_folders(path)) - set(folders.values()))
     classes, skipped = class_folders.class_folders(path)
     if split is None:
-        split = splits.sizes(len(classes))
+        split = splits.default_sizes(len(classes))
         if split[0] < 1:
             raise ValueError(f"{path} must hold at least 3 classes, one for each split, got {len(classes)}")
     if len(split) != len(splits.SPLITS) or min(split) < 0 or sum(split) != len(classes):
         raise ValueError(
             f"split must be three numbers that add up to the {len(classes)} classes of {path}, got {_words(split)}"
         )
-    names = splits.drawn(classes, split)
+    names = splits.draw_split(classes, split)
     return {one: {name: classes[name] for name in names[one]} for one in splits.SPLITS}, skipped
 
 
@@ -75,13 +75,13 @@ def _read(
 ) -> Iterator[SourceClass]:
     """One channel where every file is grey, three where any is of colour: whatever their order."""
     if channels is None:
-        channels = 3 if any(_coloured(file, background) for file in files) else 1
+        channels = 3 if any(_is_coloured(file, background) for file in files) else 1
     return read_files(classes, MODES[channels], size, background)
 
 
-def _coloured(path: Path, background: Colour) -> bool:
+def _is_coloured(path: Path, background: Colour) -> bool:
     with path.open("rb") as file:
-        return coloured(file, str(path), background)
+        return is_coloured(file, str(path), background)
 
 
 def _height_and_width(size: int | Sequence[int] | None) -> tuple[int, int] | None:

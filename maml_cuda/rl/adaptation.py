@@ -11,7 +11,7 @@ from maml_cuda import FusedMAML
 from maml_cuda.rl.advantages import samples
 from maml_cuda.rl.clock import Clock
 from maml_cuda.rl.environment import Environment
-from maml_cuda.rl.inner import descend, unadapted
+from maml_cuda.rl.inner import initial_parameters, inner_step
 from maml_cuda.rl.sampling import Episodes, sample_episodes
 from maml_cuda.rl.settings import RLSettings
 
@@ -28,7 +28,7 @@ def adapt_and_sample(
     steps: int,
 ) -> Iterator[Episodes]:
     """The episodes after 0, 1, ..., ``steps`` adaptation steps, at the rates of ``settings.rate``."""
-    fast = unadapted(maml, len(goals))
+    fast = initial_parameters(maml, len(goals))
     for step in range(steps + 1):
         episodes = sample_episodes(
             environment, goals, fast, settings.test_episodes, settings.horizon, generator, clock,
@@ -36,9 +36,9 @@ def adapt_and_sample(
         )  # fmt: skip
         yield episodes
         if step < steps:
-            with clock.on("gradient"):
+            with clock.measure("gradient"):
                 x, y = samples(episodes, settings.discount, settings.gae_lambda, ratio=False)
-                fast = descend(maml, fast, x, y, dict.fromkeys(fast, settings.rate(step)))
+                fast = inner_step(maml, fast, x, y, dict.fromkeys(fast, settings.rate(step)))
 
 
 def evaluate_returns(

@@ -14,7 +14,7 @@ class Clock:
         self.seconds: dict[str, float] = {"physics": 0.0, "policy": 0.0, "gradient": 0.0}
 
     @contextmanager
-    def on(self, what: str) -> Iterator[None]:
+    def measure(self, what: str) -> Iterator[None]:
         started = time.perf_counter()
         try:
             yield

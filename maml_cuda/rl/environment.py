@@ -6,7 +6,6 @@ that the same tasks can be run again by another policy.
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -109,10 +108,3 @@ class Environment(ABC):
 
 def _first(mask: Tensor, values: Tensor) -> float:
     return float(values[mask][0])
-
-
-def need(*packages: str) -> None:
-    """ModuleNotFoundError, in words, where a package of the extra [rl] is missing."""
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ModuleNotFoundError(f'{" and ".join(missing)} must be installed: pip install "maml-cuda[rl]"')

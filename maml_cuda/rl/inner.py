@@ -30,7 +30,7 @@ class MetaSamples(NamedTuple):
     query: tuple[Samples, ...]
 
 
-class Adapted(Protocol):
+class AdaptedPolicies(Protocol):
     """The adapted policies at the parameters as they are when this is made."""
 
     def policies(self) -> list[Policy]:
@@ -44,7 +44,7 @@ class Adapted(Protocol):
         """``FusedMAML.fisher`` on the states of the query sets."""
 
 
-def adapted(maml: FusedMAML, samples: MetaSamples) -> Adapted:
+def adapt_policies(maml: FusedMAML, samples: MetaSamples) -> AdaptedPolicies:
     """ValueError where there is not one support set for each inner step, or where something would be left out: the
     gradient of learned rates, query_weights, and with several steps BatchNorm with slots."""
     _check(maml, samples)
@@ -81,9 +81,9 @@ class SeveralSteps:
         self._maml, self._support = maml, samples.support
         alphas = maml._rates().items()
         self._rates = [{name: alpha.at(step) for name, alpha in alphas} for step in range(maml.inner_steps)]
-        self._phi = [unadapted(maml, len(samples.query[0][0]))]  # after 0, 1, ... steps
+        self._phi = [initial_parameters(maml, len(samples.query[0][0]))]  # after 0, 1, ... steps
         for support, rates in zip(self._support, self._rates, strict=True):
-            self._phi.append(descend(maml, self._phi[-1], *support, rates))
+            self._phi.append(inner_step(maml, self._phi[-1], *support, rates))
         self._query = dict(zip(range(maml.inner_steps, 0, -1), reversed(samples.query), strict=False))  # by step
 
     @torch.no_grad()
@@ -96,7 +96,7 @@ class SeveralSteps:
             for k, y in zip(sorted(self._query), targets, strict=True)
         }
         losses = torch.stack([losses for losses, _ in found.values()]).mean(0)
-        return losses, self._pulled_back({k: gradient for k, (_, gradient) in found.items()})
+        return losses, self._pull_back({k: gradient for k, (_, gradient) in found.items()})
 
     def fisher(self) -> Callable[[Vector], Vector]:
         """``v -> J^T F J v`` of each query set: J forwards through the chain, ``u_{k+1} = u_k - alpha_k H(phi_k; set k)
@@ -113,12 +113,12 @@ class SeveralSteps:
                 if k in states:
                     cotangents[k] = self._maml.hvp(phi, *states[k], u)
                 if k < len(self._support) and not self._maml.first_order:
-                    u = _descended(u, self._maml.hvp(phi, *self._support[k], u), self._rates[k])
-            return self._pulled_back(cotangents)
+                    u = _step_along(u, self._maml.hvp(phi, *self._support[k], u), self._rates[k])
+            return self._pull_back(cotangents)
 
         return product
 
-    def _pulled_back(self, cotangents: Mapping[int, Vector]) -> Vector:
+    def _pull_back(self, cotangents: Mapping[int, Vector]) -> Vector:
         """The mean over tasks and query sets of ``J^T`` times the cotangent of phi_k, by k."""
         v = cotangents[len(self._support)]
         for k in reversed(range(len(self._support))):
@@ -131,7 +131,7 @@ class SeveralSteps:
         return {name: cotangent.mean(0) / len(cotangents) for name, cotangent in v.items()}
 
 
-def unadapted(maml: FusedMAML, tasks: int) -> Vector:
+def initial_parameters(maml: FusedMAML, tasks: int) -> Vector:
     """The policy itself for each task, as views."""
     return {
         name: parameter.detach().unsqueeze(0).expand(tasks, *parameter.shape)
@@ -139,12 +139,12 @@ def unadapted(maml: FusedMAML, tasks: int) -> Vector:
     }
 
 
-def descend(maml: FusedMAML, fast: Mapping[str, Tensor], x: Tensor, y: PolicyTarget, rates: Rates) -> Vector:
+def inner_step(maml: FusedMAML, fast: Mapping[str, Tensor], x: Tensor, y: PolicyTarget, rates: Rates) -> Vector:
     """``fast`` after one inner step."""
-    return _descended(fast, maml.loss_and_grad(fast, x, y)[1], rates)
+    return _step_along(fast, maml.loss_and_grad(fast, x, y)[1], rates)
 
 
-def _descended(fast: Mapping[str, Tensor], along: Mapping[str, Tensor], rates: Rates) -> Vector:
+def _step_along(fast: Mapping[str, Tensor], along: Mapping[str, Tensor], rates: Rates) -> Vector:
     """``fast`` less rate times ``along``, where there is a rate."""
     return {name: value - rates[name] * along[name] if name in rates else value for name, value in fast.items()}
 

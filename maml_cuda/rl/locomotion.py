@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from maml_cuda.rl.environment import Environment, Step, need
+from maml_cuda.extras import require
+from maml_cuda.rl.environment import Environment, Step
 
 FRAME_SKIP = 5  # physics substeps of 0.01 s in a control step
 
@@ -32,7 +33,7 @@ class Locomotion(Environment):
     contacts: bool  # whether the contact force on each body is observed
 
     def __init__(self) -> None:
-        need("mujoco", "gymnasium")
+        require("mujoco", "gymnasium", extra="rl")
         import mujoco
         from mujoco import rollout
 

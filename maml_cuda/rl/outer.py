@@ -16,13 +16,13 @@ from torch import Tensor
 
 from maml_cuda import FusedMAML, PolicyTarget, policies
 from maml_cuda.policies import Policy
-from maml_cuda.rl.inner import Adapted, MetaSamples, Vector, adapted
+from maml_cuda.rl.inner import AdaptedPolicies, MetaSamples, Vector, adapt_policies
 
 CG_ITERATIONS = 10
 CG_TOLERANCE = 1e-10
 LINE_SEARCH_STEPS = 15
 LINE_SEARCH_FACTOR = 0.8
-MOST_KL = 1.0  # of a clipped step
+KL_LIMIT = 1.0  # of a clipped step
 
 
 class OuterStep(NamedTuple):
@@ -42,7 +42,7 @@ def trpo(maml: FusedMAML, samples: MetaSamples, max_kl: float, damping: float) -
     ``max_kl``. The parameters stay as they were where no length serves.
     """
     parameters = _parameters(maml)
-    now = adapted(maml, samples)
+    now = adapt_policies(maml, samples)
     before, gradient = _surrogate_and_gradient(now, [y for _, y in samples.query])
     fisher = now.fisher()
 
@@ -59,7 +59,7 @@ def trpo(maml: FusedMAML, samples: MetaSamples, max_kl: float, damping: float) -
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     for attempt in range(LINE_SEARCH_STEPS):
         _assign(parameters, start, step, -(LINE_SEARCH_FACTOR**attempt))
-        new = adapted(maml, samples).policies()
+        new = adapt_policies(maml, samples).policies()
         surrogate, kl = _surrogate(new, samples), _mean_kl(old, new, samples)
         if surrogate < before and kl <= max_kl:  # false for NaN
             return OuterStep(before, surrogate, kl, True)
@@ -69,11 +69,11 @@ def trpo(maml: FusedMAML, samples: MetaSamples, max_kl: float, damping: float) -
 
 def vpg(maml: FusedMAML, samples: MetaSamples, optimizer: torch.optim.Optimizer) -> OuterStep:
     """One step of the optimizer along the meta-gradient (REINFORCE: at the policy that acted, the ratio is 1)."""
-    now = adapted(maml, samples)
+    now = adapt_policies(maml, samples)
     old = now.policies()
     before, gradient = _surrogate_and_gradient(now, [y for _, y in samples.query])
     _optimize(maml, optimizer, gradient)
-    new = adapted(maml, samples).policies()
+    new = adapt_policies(maml, samples).policies()
     return OuterStep(before, _surrogate(new, samples), _mean_kl(old, new, samples), True)
 
 
@@ -94,16 +94,16 @@ def clipped(
     old: list[Policy] = []
     first = 0.0
     for epoch in range(epochs):
-        now = adapted(maml, samples)
+        now = adapt_policies(maml, samples)
         found = now.policies()
         kept = [_kept(policy, y, clip) for policy, (_, y) in zip(found, samples.query, strict=True)]
         loss, gradient = _surrogate_and_gradient(now, kept)
         if epoch == 0:
             old, first = found, loss
         _optimize(maml, optimizer, gradient)
-    new = adapted(maml, samples).policies()
+    new = adapt_policies(maml, samples).policies()
     kl = _mean_kl(old, new, samples)
-    if not kl <= MOST_KL:
+    if not kl <= KL_LIMIT:
         _assign(parameters, start, start, 0.0)
         return OuterStep(first, first, 0.0, False)
     return OuterStep(first, _surrogate(new, samples), kl, True)
@@ -156,7 +156,7 @@ def _assign(parameters: Mapping[str, Tensor], start: Vector, step: Vector, facto
         parameter.copy_(start[name] + factor * step[name])
 
 
-def _surrogate_and_gradient(now: Adapted, targets: Sequence[PolicyTarget]) -> tuple[float, Vector]:
+def _surrogate_and_gradient(now: AdaptedPolicies, targets: Sequence[PolicyTarget]) -> tuple[float, Vector]:
     """ValueError where one of them is not finite."""
     losses, gradient = now.surrogate_and_gradient(targets)
     broken = ~losses.isfinite()

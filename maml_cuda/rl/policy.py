@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-LEAST_LOG_STD = math.log(1e-6)
+MIN_LOG_STD = math.log(1e-6)
 
 
 class GaussianPolicy(nn.Module):
@@ -40,7 +40,7 @@ class GaussianPolicy(nn.Module):
         self.log_std = nn.Parameter(torch.full((action_size,), math.log(std)))
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        return self.layers(observations), self.log_std.clamp(min=LEAST_LOG_STD)
+        return self.layers(observations), self.log_std.clamp(min=MIN_LOG_STD)
 
 
 def act(fast: Mapping[str, Tensor], observations: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,4 +55,4 @@ def act(fast: Mapping[str, Tensor], observations: Tensor) -> tuple[Tensor, Tenso
         x = torch.baddbmm(fast[f"{name}.bias"].unsqueeze(1), x, fast[f"{name}.weight"].mT)
         if index + 1 < len(names):
             x = x.relu_()
-    return x, fast["log_std"].clamp(min=LEAST_LOG_STD)
+    return x, fast["log_std"].clamp(min=MIN_LOG_STD)

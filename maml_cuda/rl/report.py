@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from maml_cuda import FusedMAML
 from maml_cuda.rl import plots, render
@@ -17,11 +14,12 @@ from maml_cuda.rl.clock import Clock
 from maml_cuda.rl.environments import make_environment
 from maml_cuda.rl.locomotion import Locomotion
 from maml_cuda.rl.settings import RLSettings
-from maml_cuda.rl.training import make_policy, make_rl_generator
-from maml_cuda.train.checkpoint import load_info, load_model, put, write_file
+from maml_cuda.rl.training import make_policy
+from maml_cuda.train.checkpoint import load_info, load_model, load_parameters
 from maml_cuda.train.evaluate import mean_and_ci95
-from maml_cuda.train.provenance import commit, machine, versions
-from maml_cuda.train.run_info import restored
+from maml_cuda.train.jobs import make_generator
+from maml_cuda.train.run_info import restore_settings
+from maml_cuda.train.summary import write_summary
 
 
 def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[FusedMAML, dict[str, Any]]:
@@ -29,8 +27,8 @@ def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[FusedMA
     those of ``checkpoint.load_checkpoint``."""
     folder = run / checkpoint
     learned, info = load_model(folder)
-    maml = make_policy(replace(restored(RLSettings, info, folder), **given))
-    put(maml, learned, folder)
+    maml = make_policy(replace(restore_settings(RLSettings, info, folder), **given))
+    load_parameters(maml, learned, folder)
     return maml, info
 
 
@@ -38,7 +36,7 @@ def test_run(policies: Sequence[FusedMAML], settings: RLSettings) -> dict[str, A
     """The return of a policy, the only one of ``policies``, on ``settings.test_tasks`` test tasks after 0..test_steps
     adaptation steps, as JSON-able values."""
     returns = evaluate_returns(
-        policies[0], make_environment(settings.job), settings, make_rl_generator(settings, "test"), Clock(),
+        policies[0], make_environment(settings.job), settings, make_generator(settings, "test"), Clock(),
         settings.test_tasks, settings.test_steps,
     )  # fmt: skip
     mean, ci95 = mean_and_ci95(returns)
@@ -79,28 +77,21 @@ def finish(run: Path, settings: RLSettings) -> dict[str, Any]:
     result |= _pictures(run, maml, settings)
     parts = last["seconds_of"]
     total = sum(parts.values())
-    summary = result | {
-        "meta_iterations": last["iteration"],
-        "seconds": last["seconds"],
-        "cpu_seconds": last["cpu_seconds"],
-        "seconds_of": parts,
-        "shares": {what: seconds / total if total else 0.0 for what, seconds in parts.items()},
-        "best": last["bests"][0] if last["bests"] else None,
-        "backend": maml.backend,
-        "threads": torch.get_num_threads(),
-        "settings": asdict(settings),
-        "commit": commit(),
-        "machine": machine(),
-        "versions": versions(),
-    }
-    write_file(run / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
-    return summary
+    return write_summary(
+        run,
+        settings,
+        result,
+        last,
+        maml.backend,
+        seconds_of=parts,
+        shares={what: seconds / total if total else 0.0 for what, seconds in parts.items()},
+    )
 
 
 def _pictures(run: Path, maml: FusedMAML, settings: RLSettings) -> dict[str, str]:
     """Navigation: paths before and after adaptation. Robots: a GIF of both, where something can render it."""
     environment = make_environment(settings.job)
-    generator = make_rl_generator(settings, "test")
+    generator = make_generator(settings, "test")
     goals = environment.sample_goals(settings.test_tasks, generator)[:4]
     if settings.job == "navigation":
         found = adapt_and_sample(maml, environment, goals, settings, generator, Clock(), settings.test_steps)

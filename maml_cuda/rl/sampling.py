@@ -69,14 +69,14 @@ def sample_episodes(
         ValueError, FloatingPointError: as ``Environment.step``.
     """
     with _threads_for_physics(environment):
-        with clock.on("physics"):
+        with clock.measure("physics"):
             observations = environment.reset(goals, episodes, generator)
         told = goals.unsqueeze(1).expand(-1, episodes, -1)
         shape = (horizon, len(goals), episodes, environment.action_size)
         noise = torch.randn(shape, generator=generator, device=generator.device)
         seen, actions, rewards, alive = [], [], [], []
         for step in range(horizon):
-            with clock.on("policy"):
+            with clock.measure("policy"):
                 if tell_goal:
                     observations = torch.cat([observations, told], -1)
                 mean, log_std = act(fast, observations)
@@ -84,12 +84,12 @@ def sample_episodes(
                 seen.append(observations)
                 actions.append(action)
                 alive.append(environment.alive)
-            with clock.on("physics"):
+            with clock.measure("physics"):
                 observations, reward, _ = environment.step(environment.clip(action))
                 rewards.append(reward)
                 if not environment.alive.any():
                     break
-        with clock.on("policy"):
+        with clock.measure("policy"):
             was_alive = torch.stack(alive, 2).float()
             drawn = torch.stack(actions, 2)
             z = noise[: len(actions)].permute(1, 2, 0, 3)

@@ -135,7 +135,7 @@ _OUTER = {"trpo": {"max_kl", "damping"}, "vpg": {"meta_lr"}, "clipped": {"meta_l
 _INNER_LOOP = {"inner_steps", "every_step", "first_order"}
 
 
-def heeded(baseline: str, outer: str) -> set[str]:
+def used_settings(baseline: str, outer: str) -> set[str]:
     """The settings that decide something in a run with this baseline and outer step; all others are ignored."""
     if baseline == "random":
         return _EVERY

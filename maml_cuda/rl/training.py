@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Generator, nn
+from torch import nn
 from tqdm import tqdm
 
 from maml_cuda import FusedMAML
@@ -13,14 +13,13 @@ from maml_cuda.rl.adaptation import evaluate_returns
 from maml_cuda.rl.advantages import samples
 from maml_cuda.rl.clock import Clock
 from maml_cuda.rl.environments import make_environment
-from maml_cuda.rl.inner import MetaSamples, descend, unadapted
+from maml_cuda.rl.inner import MetaSamples, initial_parameters, inner_step
 from maml_cuda.rl.outer import OuterStep, clipped, trpo, vpg
 from maml_cuda.rl.policy import GaussianPolicy
 from maml_cuda.rl.sampling import sample_episodes
 from maml_cuda.rl.settings import RLSettings
+from maml_cuda.train.jobs import make_generator
 from maml_cuda.train.loop import Training
-
-SPLITS = ("train", "validation", "test")
 
 
 def make_policy(settings: RLSettings) -> FusedMAML:
@@ -43,11 +42,6 @@ def make_policy(settings: RLSettings) -> FusedMAML:
     )
 
 
-def make_rl_generator(settings: RLSettings, split: str) -> Generator:
-    """A generator for one split alone, so that validation and test never disturb the draws of training."""
-    return Generator().manual_seed(len(SPLITS) * settings.seed + SPLITS.index(split))
-
-
 class RLTraining(Training):
     """A run between two meta-iterations.
 
@@ -63,7 +57,7 @@ class RLTraining(Training):
         self.environment = make_environment(self.settings.job)
         self.module = self.maml = make_policy(self.settings)
         self.optimizer = torch.optim.Adam(self.maml.parameters(), lr=self.settings.meta_lr, fused=True)
-        self.generator = make_rl_generator(self.settings, "train")
+        self.generator = make_generator(self.settings, "train")
         self.clock = Clock()
 
     @property
@@ -80,7 +74,7 @@ class RLTraining(Training):
     def _step(self, log: bool) -> dict[str, float]:
         settings, clock = self.settings, self.clock
         goals = self.environment.sample_goals(settings.meta_batch, self.generator)
-        fast = unadapted(self.maml, len(goals))
+        fast = initial_parameters(self.maml, len(goals))
         last = settings.inner_steps
         support, query, returns = [], [], []
         for k in range(last + 1):
@@ -89,14 +83,14 @@ class RLTraining(Training):
                 tell_goal=settings.tell_goal,
             )  # fmt: skip
             returns.append(float(episodes.returns.mean()))
-            with clock.on("gradient"):
+            with clock.measure("gradient"):
                 x, y = samples(episodes, settings.discount, settings.gae_lambda, ratio=True)
                 if k == last or (k > 0 and settings.every_step):
                     query.append((x, y))
                 if k < last:
                     support.append((x, y._replace(old_log_probs=None)))
-                    fast = descend(self.maml, fast, *support[-1], dict.fromkeys(fast, settings.rate(k)))
-        with clock.on("gradient"):
+                    fast = inner_step(self.maml, fast, *support[-1], dict.fromkeys(fast, settings.rate(k)))
+        with clock.measure("gradient"):
             step = self._outer(MetaSamples(tuple(support), tuple(query)))
         std = self.maml.model.log_std.detach().exp().mean()  # type: ignore[operator, union-attr]
         return {
@@ -127,10 +121,10 @@ class RLTraining(Training):
         settings = self.settings
         steps = settings.test_steps if settings.baseline == "none" else 0
         returns = evaluate_returns(
-            self.maml, self.environment, settings, make_rl_generator(settings, "validation"), self.clock,
+            self.maml, self.environment, settings, make_generator(settings, "validation"), self.clock,
             settings.validation_tasks, steps,
         ).mean(1)  # fmt: skip
         mean = float(returns[min(1, steps) :].mean())
-        self._note(mean, rising=True)
+        self._record_validation(mean, rising=True)
         found = ", ".join(f"{value:.1f}" for value in returns.tolist())
         return mean, f"iteration {self.iteration}: validation return {found} after 0 to {steps} steps"

@@ -15,8 +15,8 @@ from maml_cuda.data import ImageBatches, ImageTasks, MetaBatch, SinusoidTasks
 from maml_cuda.train.jobs import make_maml, make_model, make_tasks, score, without_head
 from maml_cuda.train.settings import Settings
 
-COSINE_END = 1e-5  # of MAML++'s outer rate
-LEAST_WEIGHT = 0.03  # times 1 / steps: what MAML++ leaves to the query loss of a step that is not the last
+FINAL_META_LR = 1e-5  # of MAML++'s outer rate
+LEAST_SHARE = 0.03  # times 1 / steps: what MAML++ leaves to the query loss of a step that is not the last
 
 
 class Algorithm:
@@ -53,7 +53,7 @@ class Algorithm:
         """Those after each number of ``steps``, which ascend."""
         return (self.predict(batch, count) for count in steps)
 
-    def _descend(self, backward: Callable[[], Any]) -> Any:
+    def _optimizer_step(self, backward: Callable[[], Any]) -> Any:
         """A step along what ``backward()`` leaves in ``.grad``; returns what it does."""
         assert self.optimizer is not None
         for group in self.optimizer.param_groups:  # zero_grad() would be a twentieth of a sinusoid's iteration
@@ -84,7 +84,7 @@ class Maml(Algorithm):
         self.maml.first_order = settings.first_order or iteration <= settings.first_order_iterations
         if settings.multi_step_iterations:
             self.maml.query_weights = multi_step_weights(settings, iteration)
-        out = self._descend(lambda: self.maml.backward(*batch))
+        out = self._optimizer_step(lambda: self.maml.backward(*batch))
         return out.loss, score(settings.job, out.logits, batch.y_qry).mean()
 
     def predict(self, batch: MetaBatch, steps: int) -> Tensor:
@@ -96,7 +96,7 @@ class Maml(Algorithm):
             if count in steps:
                 yield self.maml.predict(fast, batch.x_qry, slot=max(count - 1, 0))
 
-    def hold_statistics(self, batches: Iterable[MetaBatch]) -> None:
+    def use_running_statistics(self, batches: Iterable[MetaBatch]) -> None:
         """From here on BatchNorm normalises by running statistics, so that a query is classified by itself: by means
         over the inner loops of ``batches``, of each step where BatchNorm has parameters for each."""
         norms = [m for m in self.maml.model.modules() if isinstance(m, (nn.BatchNorm2d, PerStepBatchNorm2d))]
@@ -135,7 +135,7 @@ class Reptile(Algorithm):
         fast = maml.adapt(batch.x_spt, batch.y_spt, steps=0)
         losses = []
         for rows in self._minibatches(x, iteration):
-            loss, gradients = maml.loss_and_grad(fast, *(_rows_of_each(part, rows) for part in (x, y)))
+            loss, gradients = maml.loss_and_grad(fast, *(_gather_rows(part, rows) for part in (x, y)))
             fast |= {name: fast[name] - settings.inner_lr * gradient for name, gradient in gradients.items()}
             losses.append(loss.mean())
         for name, theta in maml.model.named_parameters():
@@ -175,7 +175,7 @@ class Metric(Algorithm):
     def step(self, batch: MetaBatch, iteration: int) -> tuple[Tensor, Tensor]:
         logits = self.predict(batch, 0)
         loss = F.cross_entropy(logits.flatten(0, 1), batch.y_qry.flatten())
-        self._descend(loss.backward)
+        self._optimizer_step(loss.backward)
         return loss.detach(), score(self.settings.job, logits.detach(), batch.y_qry).mean()
 
     def predict(self, batch: MetaBatch, steps: int) -> Tensor:
@@ -239,7 +239,7 @@ class Pretrained(Algorithm):
         x, y = batch
         logits = self.net(x)
         loss = F.cross_entropy(logits, y)
-        self._descend(loss.backward)
+        self._optimizer_step(loss.backward)
         return loss.detach(), score(self.settings.job, logits.detach(), y)
 
     predict, predictions = Maml.predict, Maml.predictions
@@ -282,7 +282,7 @@ def multi_step_weights(settings: Settings, iteration: int) -> Tensor | None:
     if iteration > settings.multi_step_iterations:
         return None
     steps = settings.inner_steps
-    share = max(1 - (iteration - 1) / settings.multi_step_iterations, LEAST_WEIGHT) / steps
+    share = max(1 - (iteration - 1) / settings.multi_step_iterations, LEAST_SHARE) / steps
     return torch.tensor([0.0] + [share] * (steps - 1) + [1 - (steps - 1) * share])
 
 
@@ -290,12 +290,12 @@ def meta_lr(settings: Settings, iteration: int) -> float:
     """The outer rate of an iteration, counted from 1."""
     done = (iteration - 1) / settings.iterations
     if settings.meta_schedule == "cosine":
-        return COSINE_END + (settings.meta_lr - COSINE_END) * (1 + math.cos(math.pi * done)) / 2
+        return FINAL_META_LR + (settings.meta_lr - FINAL_META_LR) * (1 + math.cos(math.pi * done)) / 2
     if settings.meta_schedule == "linear":
         return settings.meta_lr * (1 - done)
     return settings.meta_lr
 
 
-def _rows_of_each(x: Tensor, rows: Tensor) -> Tensor:
+def _gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Row ``rows[t, i]`` of ``x[t]``: ``[tasks, rows, ...]``."""
     return x[torch.arange(len(x)).unsqueeze(1), rows]

@@ -96,7 +96,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("algorithm", "a preset's settings take the place of the job's own")
     names = group.add_mutually_exclusive_group()
-    named = [name for name in presets.IMAGES if name not in presets.BASELINES]
+    named = [name for name in presets.IMAGE_PRESETS if name not in presets.BASELINES]
     names.add_argument("--preset", metavar="NAME", help=f"{', '.join(named)} (default: maml), or a baseline")
     names.add_argument("--baseline", dest="preset", choices=presets.BASELINES, help="what MAML is to be better than")
 

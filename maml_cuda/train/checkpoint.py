@@ -54,10 +54,10 @@ def write_file(path: Path, content: bytes) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise named(error, path) from None
+        raise with_path(error, path) from None
 
 
-def named(error: OSError, path: Path) -> OSError:
+def with_path(error: OSError, path: Path) -> OSError:
     """The error with the path that it is about: those of writing, as on a full disk, have none."""
     return OSError(error.errno, error.strerror or str(error), str(path))
 
@@ -86,7 +86,7 @@ def save_checkpoint(folder: Path, model: dict[str, Tensor], training: dict[str, 
         if not folder.exists() and old.exists():
             os.replace(old, folder)
         shutil.rmtree(new, ignore_errors=True)
-        raise named(error, folder) from None
+        raise with_path(error, folder) from None
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -129,7 +129,7 @@ def not_finite(tensors: dict[str, Tensor]) -> str:
     return next((name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), "")
 
 
-def put(module: nn.Module, learned: dict[str, Tensor], folder: Path) -> None:
+def load_parameters(module: nn.Module, learned: dict[str, Tensor], folder: Path) -> None:
     """``module.load_state_dict``. DamagedCheckpoint where these tensors are not those of a module of its settings."""
     try:
         module.load_state_dict(learned)

@@ -20,7 +20,7 @@ def did_you_mean(got: str, names: Iterable[str], most: int = 3) -> str:
     return f"; did you mean {', '.join(others)}{' or ' * bool(others)}{last}?" if near else ""
 
 
-def folders_beside(path: Path) -> list[str]:
+def sibling_folders(path: Path) -> list[str]:
     """The folders in that of ``path``, spelt like it."""
     parent = path.absolute().parent
     return [str(path.with_name(p.name)) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []

@@ -18,36 +18,36 @@ def exit_status(interrupt: KeyboardInterrupt) -> int:
     return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
 
 
-def interrupt_at_once(signum: int, frame: FrameType | None = None) -> None:
+def raise_interrupt(signum: int, frame: FrameType | None = None) -> None:
     raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
 
 
-class Flag:
+class InterruptFlag:
     """Set to the first signal that arrives; the second one of its kind interrupts at once."""
 
     signum: int | None = None
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         self.signum = self.signum or signum
-        signal.signal(signum, interrupt_at_once)
+        signal.signal(signum, raise_interrupt)
 
     def interrupt(self) -> None:
         """Raises KeyboardInterrupt or Terminated, if a signal has arrived."""
         if self.signum is not None:
-            interrupt_at_once(self.signum)
+            raise_interrupt(self.signum)
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
+def sigterm_raises() -> Iterator[None]:
     """SIGTERM raises Terminated."""
-    with _handled({signal.SIGTERM: interrupt_at_once}):
+    with _handled({signal.SIGTERM: raise_interrupt}):
         yield
 
 
 @contextmanager
-def interrupt_flag() -> Iterator[Flag]:
+def interrupt_flag() -> Iterator[InterruptFlag]:
     """Signals set the flag that is yielded, for the moment when all is whole."""
-    flag = Flag()
+    flag = InterruptFlag()
     with _handled(dict.fromkeys(SIGNALS, flag)):
         yield flag
 

@@ -10,8 +10,9 @@ from torch import Generator, Tensor, nn
 from maml_cuda.data import GlyphTasks, ImageTasks, SinusoidTasks, glyphs, images, splits
 from maml_cuda.data.splits import SPLITS
 from maml_cuda.fused_maml import FusedMAML
+from maml_cuda.rl.settings import RLSettings
 from maml_cuda.train.models import conv4, conv4_max_pool, sinusoid_mlp
-from maml_cuda.train.settings import SHIPPED, Settings, classifies, named_settings
+from maml_cuda.train.settings import SHIPPED, Settings, is_classification, named_settings
 
 
 def new_settings(job: str = "glyphs", preset: str = "maml", **given: Any) -> Settings:
@@ -35,7 +36,7 @@ def open_images(settings: Settings) -> images.Images:
         settings.data,
         size=settings.image_size or None,
         background=settings.background,
-        split=splits.parsed(settings.split) if settings.split else None,
+        split=splits.parse_split(settings.split) if settings.split else None,
         cache=cache,
     )
 
@@ -68,7 +69,7 @@ def make_maml(settings: Settings) -> FusedMAML:
         model,
         _inner_rates(settings, {name: p for name, p in model.named_parameters() if name in adapted}),
         settings.inner_steps,
-        loss="cross_entropy" if classifies(settings.job) else "mse",
+        loss="cross_entropy" if is_classification(settings.job) else "mse",
         first_order=settings.first_order,
         adapt_params=adapted,
         backend=settings.backend,
@@ -140,18 +141,18 @@ def make_tasks(settings: Settings, split: str, opened: images.Images | None = No
         raise ValueError(f"{error}; n_way is --{options[0]}, k_shot --{options[1]}, n_query --{options[2]}") from None
 
 
-def make_generator(settings: Settings, split: str) -> Generator:
+def make_generator(settings: Settings | RLSettings, split: str) -> Generator:
     """A generator for one split alone, so that validation and test never disturb the draws of training."""
     return Generator().manual_seed(len(SPLITS) * settings.seed + SPLITS.index(split))
 
 
 def score(job: str, prediction: Tensor, target: Tensor) -> Tensor:
     """The metric of each task, ``[tasks]``: accuracy in [0, 1] for images, MSE for the sinusoid."""
-    if classifies(job):
+    if is_classification(job):
         return (prediction.argmax(-1) == target).float().mean(-1)
     return (prediction - target).square().flatten(1).mean(1)
 
 
-def show(job: str, value: float) -> str:
+def format_score(job: str, value: float) -> str:
     """A score for people."""
-    return f"{100 * value:.1f} %" if classifies(job) else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if is_classification(job) else f"{value:.3f}"

@@ -3,7 +3,7 @@
 A run is one folder: ``metrics.csv``, the checkpoints ``last/`` and ``best/`` (and ``best-1/`` to ``best-N/``,
 the N best ones in any order, where a setting asks for several), and what ``report.py`` adds at the end. Times
 stand in the checkpoint and in summary.json, never in metrics.csv, so that an interrupted and resumed run leaves
-the very file of one that was not. While a command trains it, ``lock`` is there too (``ownership.py``).
+the very file of one that was not. While a command trains it, ``lock`` is there too (``run_lock.py``).
 """
 
 import math
@@ -24,18 +24,18 @@ from maml_cuda.train.checkpoint import (
     load_info,
     load_model,
     load_optimizer,
+    load_parameters,
     not_finite,
     optimizer_tensors,
-    put,
     save_checkpoint,
 )
 from maml_cuda.train.evaluate import evaluate
 from maml_cuda.train.interrupts import interrupt_flag
-from maml_cuda.train.jobs import make_generator, make_tasks, score, show
+from maml_cuda.train.jobs import format_score, make_generator, make_tasks, score
 from maml_cuda.train.metrics import Metrics
-from maml_cuda.train.ownership import LOCK
-from maml_cuda.train.run_info import MAY_CHANGE, checked, restored
-from maml_cuda.train.settings import Settings, classifies, metric
+from maml_cuda.train.run_info import MAY_CHANGE, restore_settings, with_checksum
+from maml_cuda.train.run_lock import LOCK
+from maml_cuda.train.settings import Settings, is_classification, metric_name
 
 COLUMNS = ("iteration", "loss", "before", "after", "validation")
 
@@ -100,14 +100,14 @@ class Training:
                 f"iterations must be at least {info['iteration']}, which are done, got {settings.iterations}"
             )
         training = cls(run, settings)
-        put(training.module, model, run / checkpoint)
+        load_parameters(training.module, model, run / checkpoint)
         load_optimizer(training.optimizer, tensors)
         training.generator.set_state(tensors["generator"])
         training.running = tensors["running"]
         training._restore(info)
-        training.metrics.take_back(training.iteration)
+        training.metrics.remove_after(training.iteration)
         if checkpoint != "last":
-            training._forget_what_came_later()
+            training._remove_later_bests()
             training.save("last")
         return training
 
@@ -116,15 +116,15 @@ class Training:
         self.iteration, self.bests = info["iteration"], info["bests"]
         self.seconds, self.cpu_seconds = info["seconds"], info["cpu_seconds"]
 
-    def _forget_what_came_later(self) -> None:
+    def _remove_later_bests(self) -> None:
         """Of the best checkpoints leaves those that this iteration knows, as far as they still stand."""
         self._save_bests()  # a crash may have come between ``best`` and ``best-<n>``
-        self.bests = [best for best in self.bests if "checkpoint" not in best or self._stands(best)]
+        self.bests = [best for best in self.bests if "checkpoint" not in best or self._is_intact(best)]
         for path in self.run.glob("best-*"):
             if path.name not in {best["checkpoint"] for best in self.bests}:
                 shutil.rmtree(path)
 
-    def _stands(self, best: dict[str, Any]) -> bool:
+    def _is_intact(self, best: dict[str, Any]) -> bool:
         """Whether its checkpoint is whole, and not that of a later iteration."""
         try:
             return load_model(self.run / best["checkpoint"])[1]["iteration"] == best["iteration"]
@@ -135,7 +135,7 @@ class Training:
         """Writes the checkpoint ``last``, ``best`` or ``best-<n>``."""
         tensors = optimizer_tensors(self.optimizer)
         tensors |= {"generator": self.generator.get_state(), "running": self.running}
-        save_checkpoint(self.run / name, self.module.state_dict(), tensors, checked(self._info()))
+        save_checkpoint(self.run / name, self.module.state_dict(), tensors, with_checksum(self._info()))
 
     def _info(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""
@@ -173,7 +173,7 @@ class Training:
                 before = self._step(log)
                 due = validate or self.iteration == settings.iterations or flag.signum is not None
                 if log or due:
-                    self._refuse_what_diverged(due)
+                    self._refuse_divergence(due)
                 row, words = self._log(before, bar) if log else {}, ""
                 if validate:
                     row["validation"], words = self._validate()
@@ -219,7 +219,7 @@ class Training:
         self.running += torch.stack(self.algorithm.step(batch, self.iteration))
         return before
 
-    def _refuse_what_diverged(self, to_be_saved: bool) -> None:
+    def _refuse_divergence(self, to_be_saved: bool) -> None:
         """ValueError where the loss, or anything of what ``to_be_saved``, is not finite."""
         loss, found = self.running[0].item(), ""
         if not math.isfinite(loss):
@@ -239,12 +239,12 @@ class Training:
         loss, after = (self.running / self.settings.log_interval).tolist()
         self.running.zero_()
         row = {"loss": loss, "after": after}
-        scores = show(job, after)
+        scores = format_score(job, after)
         if before is not None:
             row["before"] = before.item()
-            scores = f"{show(job, row['before'])} -> {scores}"
+            scores = f"{format_score(job, row['before'])} -> {scores}"
         bar.set_postfix_str(
-            f"loss {loss:.3g}, {metric(job)} {scores}, {self._tasks_per_second(bar):.3g} tasks/s", refresh=False
+            f"loss {loss:.3g}, {metric_name(job)} {scores}, {self._tasks_per_second(bar):.3g} tasks/s", refresh=False
         )
         return row
 
@@ -271,12 +271,12 @@ class Training:
             steps,
         )
         mean = scores.double().mean().item()
-        self._note(mean, rising=classifies(settings.job), kept=settings.best_checkpoints)
+        self._record_validation(mean, rising=is_classification(settings.job), kept=settings.best_checkpoints)
         over = f" over {steps[0]} to {steps[-1]} steps" if steps[-1] else ""
-        words = f"iteration {self.iteration}: validation {metric(settings.job)} {show(settings.job, mean)}{over}"
-        return mean, words
+        found = f"{metric_name(settings.job)} {format_score(settings.job, mean)}{over}"
+        return mean, f"iteration {self.iteration}: validation {found}"
 
-    def _note(self, score: float, *, rising: bool, kept: int = 1) -> None:
+    def _record_validation(self, score: float, *, rising: bool, kept: int = 1) -> None:
         """Puts a validation among the ``kept`` best, behind its equals, into the checkpoint of the one that it drives
         out. ``rising``: more is better."""
         if not math.isfinite(score):
@@ -295,7 +295,7 @@ def resumed_settings(run: Path, given: dict[str, Any], kind: type = Settings, ch
     FileNotFoundError where no run is, ValueError where ``given`` would make it another run.
     """
     folder = run / checkpoint
-    stored: Any = restored(kind, load_info(folder), folder)
+    stored: Any = restore_settings(kind, load_info(folder), folder)
     may_change = MAY_CHANGE if getattr(stored, "meta_schedule", "constant") == "constant" else MAY_CHANGE[1:]
     for name, value in given.items():
         if name not in may_change and (old := getattr(stored, name)) != value:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from maml_cuda.train.checkpoint import named, write_file
+from maml_cuda.train.checkpoint import with_path, write_file
 
 
 class Metrics:
@@ -18,7 +18,7 @@ class Metrics:
         """An empty table."""
         write_file(self.path, (",".join(self.columns) + "\n").encode())
 
-    def take_back(self, iteration: int) -> None:
+    def remove_after(self, iteration: int) -> None:
         """Removes the rows after ``iteration``, and what a crash has cut short. ValueError where they are no rows."""
         head, *lines = self.path.read_bytes().splitlines(keepends=True) or [b""]
         try:
@@ -44,11 +44,11 @@ class Metrics:
                 line = line[self._file.write(line) :]
         except OSError as error:
             self._file.truncate(size)
-            raise named(error, self.path) from None
+            raise with_path(error, self.path) from None
 
     def sync(self) -> None:
         """To the disk."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise named(error, self.path) from None
+            raise with_path(error, self.path) from None

@@ -29,7 +29,7 @@ def other_images(
     if not trained:
         return None
     try:
-        found = own_images.names(Path(path))
+        found = own_images.class_names(Path(path))
     except (FileNotFoundError, ValueError):
         if settings.job in SHIPPED:
             raise

@@ -8,27 +8,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-SPELT = {"±": "+/-"}
+ASCII = {"±": "+/-"}
 
 
-def _spelt(error: UnicodeError) -> tuple[str, int]:
+def _ascii_fallback(error: UnicodeError) -> tuple[str, int]:
     """What an encoding lacks: in ASCII, where it has a spelling there, else escaped."""
     assert isinstance(error, UnicodeEncodeError)
     found = error.object[error.start : error.end]
-    return "".join(SPELT.get(c) or c.encode("ascii", "backslashreplace").decode() for c in found), error.end
+    return "".join(ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in found), error.end
 
 
-codecs.register_error("maml_cuda.spelt", _spelt)
+codecs.register_error("maml_cuda.ascii", _ascii_fallback)
 
 
 @contextmanager
-def readable() -> Iterator[None]:
+def readable_output() -> Iterator[None]:
     """Lines come as they are printed, a warning is one, and none is lost to an encoding that lacks a character of it.
     OSError at the end where they could not be delivered."""
     streams: list[Any] = [stream for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
     before = [(stream.errors, stream.line_buffering) for stream in streams]
     for stream in streams:
-        stream.reconfigure(errors="maml_cuda.spelt", line_buffering=True)
+        stream.reconfigure(errors="maml_cuda.ascii", line_buffering=True)
     form, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"maml-cuda: {message}\n"
     try:
         yield
@@ -38,7 +38,7 @@ def readable() -> Iterator[None]:
             stream.reconfigure(errors=errors, line_buffering=line_buffering)  # flushes
 
 
-def abandon() -> str:
+def discard_broken_streams() -> str:
     """What can no longer be printed goes nowhere: the interpreter would try it once more at its end. Returns the name
     of the stream that is lost, or nothing."""
     lost = ""
@@ -54,9 +54,9 @@ def abandon() -> str:
     return lost
 
 
-def complain(words: str) -> None:
+def print_error(words: str) -> None:
     """On standard error, if that can be reached."""
     try:
         print(words, file=sys.stderr, flush=True)
     except OSError:
-        abandon()
+        discard_broken_streams()

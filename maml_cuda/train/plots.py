@@ -13,7 +13,7 @@ from maml_cuda.data import MetaBatch
 from maml_cuda.data.sinusoid import X
 from maml_cuda.train.algorithms import Algorithm
 from maml_cuda.train.checkpoint import write_file
-from maml_cuda.train.settings import Settings, metric
+from maml_cuda.train.settings import Settings, metric_name
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # told apart with every colour vision
 
@@ -34,7 +34,7 @@ def learning_curves(metrics: Path, path: Path, settings: Settings) -> None:
         points = [(int(row["iteration"]), float(row[column])) for row in rows if row[column]]
         if points:
             axes.plot(*zip(*points, strict=True), style, color=colour, label=label, linewidth=1.2, markersize=3)
-    for axes, name in ((left, "query loss"), (right, metric(settings.job))):
+    for axes, name in ((left, "query loss"), (right, metric_name(settings.job))):
         axes.set(xlabel="meta-iteration", ylabel=name)
         axes.grid(alpha=0.3)
         if axes.lines:

@@ -23,7 +23,7 @@ _MAML_PLUS_PLUS: dict[str, Any] = {
     "best_checkpoints": 5,
 }
 
-IMAGES: dict[str, dict[str, Any]] = {
+IMAGE_PRESETS: dict[str, dict[str, Any]] = {
     # Finn et al. 2017, of which every job's own settings are.
     "maml": {},
     "fomaml": {"first_order": True},
@@ -49,7 +49,7 @@ IMAGES: dict[str, dict[str, Any]] = {
     "random": {"iterations": 0},
     "nearest-pixel": {"algorithm": "nearest-pixel", "iterations": 0},
 }
-CURVES: dict[str, dict[str, Any]] = {
+CURVE_PRESETS: dict[str, dict[str, Any]] = {
     "maml": {},
     "fomaml": {"first_order": True},
     "anil": {"adapted": "head"},
@@ -70,7 +70,7 @@ CURVES: dict[str, dict[str, Any]] = {
 BASELINES = ("pretrained", "random", "oracle", "nearest-pixel")
 
 # What a job's own sizes ask for.
-OF_JOB: dict[tuple[str, str], dict[str, Any]] = {
+JOB_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("omniglot", "maml++"): {
         "inner_lr": 0.1, "meta_batch": 8, "iterations": 50_000, "multi_step_iterations": 5000,
         "first_order_iterations": 25_000,
@@ -105,7 +105,7 @@ _OF_MAML = {
     "learn_inner_lr", "adapted", "batch_norm", "first_order", "first_order_iterations", "multi_step_iterations"
 }  # fmt: skip
 _WHOLE = _EVERY | _NET | _TRAINING | _QUERIES | _ADAPTED | _INNER_LOOP
-_HEEDED = {
+_USED = {
     "reptile": _WHOLE | {"inner_batch"},
     "protonet": _EVERY | _NET | _TRAINING | _QUERIES,
     "matching": _EVERY | _NET | _TRAINING | _QUERIES,
@@ -113,31 +113,31 @@ _HEEDED = {
     "random": _EVERY | _NET | _ADAPTED | {"adapted", "batch_norm"},
     "nearest-pixel": _EVERY,
 }
-_HEEDED_BY_CURVES = {
+_USED_BY_CURVES = {
     "pretrained": _WHOLE | {"adapted"},
     "oracle": _EVERY | _NET | _TRAINING | _QUERIES | _INNER_LOOP | {"backend"},
     "random": _EVERY | _NET | _ADAPTED | {"adapted"},
 }
 
 
-def heeded(job: str, name: str) -> set[str]:
+def used_settings(job: str, name: str) -> set[str]:
     """The settings that decide something in a run of this job and preset; all others are ignored."""
-    of_job = _HEEDED | _HEEDED_BY_CURVES if job == "sinusoid" else _HEEDED
+    of_job = _USED | _USED_BY_CURVES if job == "sinusoid" else _USED
     return of_job.get(name, _WHOLE | _OF_MAML)
 
 
-def preset(job: str, name: str, ways: int = 5, shots: int = 1) -> dict[str, Any]:
+def preset_settings(job: str, name: str, ways: int = 5, shots: int = 1) -> dict[str, Any]:
     """What the preset sets anew in the job's settings, for tasks of so many classes and support samples of each.
 
     ValueError where the job has no preset of this name.
     """
-    of_job = CURVES if job == "sinusoid" else IMAGES
+    of_job = CURVE_PRESETS if job == "sinusoid" else IMAGE_PRESETS
     if name not in of_job:
         hint = did_you_mean(name, of_job)
         raise ValueError(f"preset must be one of {', '.join(of_job)} for {job}, got {name!r}{hint}")
     like = job if job in ("glyphs", "omniglot", "sinusoid") else "mini-imagenet"
     sizes = _reptile(like, ways, shots) if name == "reptile" and like != "sinusoid" else {}
-    return of_job[name] | OF_JOB.get((like, name), {}) | sizes
+    return of_job[name] | JOB_PRESETS.get((like, name), {}) | sizes
 
 
 def _reptile(like: str, ways: int, shots: int) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """What stands in a run's folder at its end: the test scores in summary.json, and the pictures."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ from maml_cuda.data import ImageTasks, MetaBatch
 from maml_cuda.data.images import Images
 from maml_cuda.train import plots
 from maml_cuda.train.algorithms import Algorithm, Maml, make_algorithm
-from maml_cuda.train.checkpoint import load_info, load_model, locate, put, write_file
+from maml_cuda.train.checkpoint import load_info, load_model, load_parameters, locate
 from maml_cuda.train.evaluate import evaluate, mean_and_ci95
-from maml_cuda.train.jobs import make_generator, make_tasks, show
-from maml_cuda.train.provenance import commit, machine, versions
-from maml_cuda.train.run_info import restored
-from maml_cuda.train.settings import Settings, classifies, metric
+from maml_cuda.train.jobs import format_score, make_generator, make_tasks
+from maml_cuda.train.run_info import restore_settings
+from maml_cuda.train.settings import Settings, is_classification, metric_name
+from maml_cuda.train.summary import write_summary
 
 
 def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[Algorithm, dict[str, Any]]:
@@ -26,8 +25,8 @@ def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[Algorit
     those of ``checkpoint.load_checkpoint``."""
     folder = run / checkpoint
     learned, info = load_model(folder)
-    algorithm = make_algorithm(replace(restored(Settings, info, folder), **given))
-    put(algorithm.module, learned, folder)
+    algorithm = make_algorithm(replace(restore_settings(Settings, info, folder), **given))
+    load_parameters(algorithm.module, learned, folder)
     return algorithm, info
 
 
@@ -41,22 +40,24 @@ def load_ensemble(run: Path, **given: Any) -> tuple[list[Algorithm], list[int]]:
     return [load_run(run, best["checkpoint"], **given)[0] for best in bests], [best["iteration"] for best in bests]
 
 
-def hold_statistics(algorithm: Algorithm, settings: Settings, batches: int = 20) -> None:
+def collect_statistics(algorithm: Algorithm, settings: Settings, batches: int = 20) -> None:
     """Statistics of training tasks for BatchNorm, in place of those of the set at hand. ValueError where the algorithm
     has no inner loop to take them over."""
     if not isinstance(algorithm, Maml):
         raise ValueError(f"running statistics are collected over MAML's inner loop, got {settings.algorithm}")
     tasks, generator = make_tasks(settings, "train"), make_generator(settings, "train")
-    algorithm.hold_statistics(tasks.sample(settings.meta_batch, generator) for _ in range(batches))
+    algorithm.use_running_statistics(tasks.sample(settings.meta_batch, generator) for _ in range(batches))
 
 
-def vote(algorithms: Sequence[Algorithm], job: str) -> Callable[[MetaBatch, Sequence[int]], Iterator[Tensor]]:
+def ensemble_predictions(
+    algorithms: Sequence[Algorithm], job: str
+) -> Callable[[MetaBatch, Sequence[int]], Iterator[Tensor]]:
     """Predicts the mean of what ``algorithms`` predict: probabilities of classes, values of curves."""
 
     def predictions(batch: MetaBatch, steps: Sequence[int]) -> Iterator[Tensor]:
         for each in zip(*(algorithm.predictions(batch, steps) for algorithm in algorithms), strict=True):
             detached = [p.detach() for p in each]
-            yield torch.stack([p.softmax(-1) if classifies(job) else p for p in detached]).mean(0)
+            yield torch.stack([p.softmax(-1) if is_classification(job) else p for p in detached]).mean(0)
 
     return predictions
 
@@ -72,7 +73,7 @@ def test_run(
     ``reported`` is what a table of the field says: the score after ``settings.test_steps`` steps.
     """
     steps = list(algorithms[0].steps)
-    predictions = algorithms[0].predictions if len(algorithms) == 1 else vote(algorithms, settings.job)
+    predictions = algorithms[0].predictions if len(algorithms) == 1 else ensemble_predictions(algorithms, settings.job)
     tasks = make_tasks(settings, "test", other)
     scores = evaluate(predictions, settings.job, tasks, make_generator(settings, "test"), settings.test_tasks, steps)
     mean, ci95 = mean_and_ci95(scores)
@@ -83,7 +84,7 @@ def test_run(
     classes = {"ways": settings.ways, "classes": len(tasks.names)} if isinstance(tasks, ImageTasks) else {}
     return {
         "task": settings.job,
-        "metric": metric(settings.job),
+        "metric": metric_name(settings.job),
         "steps": steps,
         "mean": mean,
         "ci95": ci95,
@@ -100,12 +101,12 @@ def test_run(
 def table(result: dict[str, Any]) -> str:
     """The result of ``test_run`` for people."""
     job = result["task"]
-    ways = f", {result['ways']}-way" if classifies(job) else ""
+    ways = f", {result['ways']}-way" if is_classification(job) else ""
     lines = [f"{job}: {result['metric']} on {result['test_tasks']} test tasks, {result['test_shots']}-shot{ways}"]
     if result["data"]:
         lines.append(f"  {result['classes']} test classes of {result['data']}")
     for step, mean, ci95 in zip(result["steps"], result["mean"], result["ci95"], strict=True):
-        lines.append(f"  after {step:2d} steps  {show(job, mean):>7} ± {show(job, ci95)}")
+        lines.append(f"  after {step:2d} steps  {format_score(job, mean):>7} ± {format_score(job, ci95)}")
     return "\n".join(lines)
 
 
@@ -123,23 +124,16 @@ def finish(run: Path, settings: Settings) -> dict[str, Any]:
     plots.learning_curves(run / "metrics.csv", run / "learning_curves.png", settings)
     plots.adaptation(result, run / "adaptation.png")
     batch = make_tasks(settings, "test").sample(1, make_generator(settings, "test"))
-    if classifies(settings.job):
+    if is_classification(settings.job):
         plots.image_task(algorithm, batch, result["reported"]["steps"], run / "task.png")
     else:
         plots.sinusoid_fits(algorithm, batch, run / "fits.png")
-    summary = result | {
-        "meta_iterations": last["iteration"],
-        "seconds": last["seconds"],
-        "cpu_seconds": last["cpu_seconds"],
-        "tasks_per_second": last["iteration"] * settings.meta_batch / last["seconds"] if last["seconds"] else 0.0,
-        "best": last["bests"][0] if last["bests"] else None,
-        "parameters": sum(p.numel() for p in algorithm.module.parameters()),
-        "backend": algorithm.backend,
-        "threads": torch.get_num_threads(),
-        "settings": asdict(settings),
-        "commit": commit(),
-        "machine": machine(),
-        "versions": versions(),
-    }
-    write_file(run / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
-    return summary
+    return write_summary(
+        run,
+        settings,
+        result,
+        last,
+        algorithm.backend,
+        tasks_per_second=last["iteration"] * settings.meta_batch / last["seconds"] if last["seconds"] else 0.0,
+        parameters=sum(p.numel() for p in algorithm.module.parameters()),
+    )

@@ -14,12 +14,12 @@ S = TypeVar("S")
 MAY_CHANGE = ("iterations", "test_tasks", "data", "cache")
 
 
-def checked(info: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(info: dict[str, Any]) -> dict[str, Any]:
     """``info`` with a checksum of what decides numbers in it."""
     return info | {"info_sha256": _checksum(info)}
 
 
-def restored(kind: type[S], info: dict[str, Any], folder: Path) -> S:
+def restore_settings(kind: type[S], info: dict[str, Any], folder: Path) -> S:
     """The settings (a ``kind``) in the ``info`` of the checkpoint in ``folder``.
 
     Raises:

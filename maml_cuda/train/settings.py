@@ -10,7 +10,7 @@ from typing import Any
 
 from maml_cuda.rl.settings import RL_JOBS
 from maml_cuda.train import presets
-from maml_cuda.train.hints import did_you_mean, folders_beside
+from maml_cuda.train.hints import did_you_mean, sibling_folders
 
 SHIPPED = ("glyphs", "sinusoid")  # the jobs whose tasks come with the package; the others need a folder
 # What a setting that is a word may say.
@@ -28,9 +28,16 @@ MAY_BE_0 = (
     "image_size",
 )  # fmt: skip
 # What only a folder of one's own images heeds.
-OF_FOLDER = ("image_size", "background", "split")
+FOLDER_ONLY = ("image_size", "background", "split")
 # What only MAML's own meta-step heeds.
-OF_MAML = ("learn_inner_lr", "adapted", "batch_norm", "first_order", "first_order_iterations", "multi_step_iterations")
+MAML_ONLY = (
+    "learn_inner_lr",
+    "adapted",
+    "batch_norm",
+    "first_order",
+    "first_order_iterations",
+    "multi_step_iterations",
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class Settings:
         for name in ("ways", "rotations"):
             if self.job == "sinusoid" and getattr(self, name) != 1:
                 raise ValueError(f"{name} must be 1 for the sinusoid, which has no classes, got {getattr(self, name)}")
-        for name in () if self.algorithm == "maml" else OF_MAML:
+        for name in () if self.algorithm == "maml" else MAML_ONLY:
             if getattr(self, name) != type(self).__dict__[name]:
                 raise ValueError(f"{name} must be left out for {self.algorithm}, got {getattr(self, name)}")
         if self.batch_norm == "per_step" and self.adapted == "all":
@@ -124,7 +131,7 @@ class Settings:
             raise ValueError(f"data must be left out for {self.job}, which needs none, got {self.data}")
         if self.cache and self.job in SHIPPED:
             raise ValueError(f"cache must be left out for {self.job}, which needs no data, got {self.cache}")
-        for name in () if self.job == "folder" else OF_FOLDER:
+        for name in () if self.job == "folder" else FOLDER_ONLY:
             if getattr(self, name) != type(self).__dict__[name]:
                 raise ValueError(
                     f"{name} must be left out for {self.job}, it is for a folder of your own images, "
@@ -227,13 +234,13 @@ JOBS = {
 }
 
 
-def classifies(job: str) -> bool:
+def is_classification(job: str) -> bool:
     """Whether a job's tasks are classes of images, scored by their accuracy, and not curves."""
     return job != "sinusoid"
 
 
-def metric(job: str) -> str:
-    return "accuracy" if classifies(job) else "MSE"
+def metric_name(job: str) -> str:
+    return "accuracy" if is_classification(job) else "MSE"
 
 
 def named_settings(job: str, preset: str, **given: Any) -> Settings:
@@ -241,10 +248,10 @@ def named_settings(job: str, preset: str, **given: Any) -> Settings:
     test with the shots of training."""
     if job not in JOBS:
         raise unknown_job(job)
-    if classifies(job) and "shots" in given:
+    if is_classification(job) and "shots" in given:
         given.setdefault("test_shots", given["shots"])
     ways, shots = (given.get(name, getattr(JOBS[job], name)) for name in ("ways", "shots"))
-    return replace(JOBS[job], preset=preset, **presets.preset(job, preset, ways, shots) | given)
+    return replace(JOBS[job], preset=preset, **presets.preset_settings(job, preset, ways, shots) | given)
 
 
 def unknown_job(job: str) -> ValueError:
@@ -252,5 +259,5 @@ def unknown_job(job: str) -> ValueError:
     jobs = [*JOBS, *RL_JOBS]
     return ValueError(
         f"job must be one of {', '.join(jobs)}, or a folder of class folders, got {job!r}"
-        f"{did_you_mean(job, [*jobs, *folders_beside(Path(job))])}"
+        f"{did_you_mean(job, [*jobs, *sibling_folders(Path(job))])}"
     )

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from benchmarks import rl_iteration
 from benchmarks.proof import WrongAnswer
 from maml_cuda import FusedMAML, PolicyTarget
-from maml_cuda.rl.inner import MetaSamples, Samples, adapted
+from maml_cuda.rl.inner import MetaSamples, Samples, adapt_policies
 from maml_cuda.rl.outer import clipped, conjugate_gradients, dot, trpo, vpg
 from maml_cuda.rl.policy import GaussianPolicy
 
@@ -184,7 +184,7 @@ FIRST_ORDER = pytest.mark.parametrize("first_order", [False, True])
 
 
 def check_gradient_and_fisher_product(maml: FusedMAML, samples: MetaSamples) -> None:
-    oracle, now = Oracle(maml, samples), adapted(maml, samples)
+    oracle, now = Oracle(maml, samples), adapt_policies(maml, samples)
     losses, gradient = now.surrogate_and_gradient([y for _, y in samples.query])
     assert float(losses.mean()) == pytest.approx(float(oracle.surrogate().detach()), rel=1e-10)
     assert relative(oracle.flat(gradient.values()), oracle.gradient()) < 1e-9
@@ -226,7 +226,7 @@ def test_a_policy_of_which_a_part_is_frozen(backend: str, steps: int) -> None:
 def test_steps_on_one_set_are_the_fused_inner_loop(backend: str, kind: str) -> None:
     """Where every step sees the same set, the chain is what FusedMAML computes in one pass."""
     maml, samples = make(backend, kind, 3), batch(kind, 1)
-    now = adapted(maml, samples._replace(support=3 * samples.support))
+    now = adapt_policies(maml, samples._replace(support=3 * samples.support))
     _, gradient = now.surrogate_and_gradient([y for _, y in samples.query])
     maml(*samples.support[0], *samples.query[0]).loss.backward()
     assert all(relative(gradient[name], p.grad) < 1e-10 for name, p in maml.model.named_parameters())

@@ -18,7 +18,8 @@ from maml_cuda.rl.navigation import Navigation
 from maml_cuda.rl.outer import OuterStep
 from maml_cuda.rl.report import finish, load_run, table
 from maml_cuda.rl.settings import RL_JOBS, RLSettings, new_rl_settings
-from maml_cuda.rl.training import RLTraining, make_policy, make_rl_generator
+from maml_cuda.rl.training import RLTraining, make_policy
+from maml_cuda.train.jobs import make_generator
 from maml_cuda.train.loop import resumed_settings
 
 TINY = {
@@ -244,7 +245,7 @@ def test_deviations_start_as_they_are_given() -> None:
 def test_validation_is_the_mean_over_the_steps_of_the_test(tmp_path, capsys, given: dict, steps: int) -> None:
     settings = tiny(iterations=2, **given)
     trained(tmp_path, settings)
-    generator, environment = make_rl_generator(settings, "validation"), make_environment(settings.job)
+    generator, environment = make_generator(settings, "validation"), make_environment(settings.job)
     maml, tasks = load_run(tmp_path, "last")[0], settings.validation_tasks
     returns = evaluate_returns(maml, environment, settings, generator, Clock(), tasks, steps).mean(1)
     assert len(returns) == steps + 1

@@ -277,7 +277,7 @@ def test_several_checkpoints_vote_by_their_mean_probability(tmp_path) -> None:
     assert load_run(tmp_path)[1]["iteration"] == iterations[0]
     batch = tasks_of(2, 3, 1, 4)
     expected = sum(algorithm.predict(batch, 1).softmax(-1) for algorithm in algorithms) / 3
-    torch.testing.assert_close(*vote(algorithms, "glyphs")(batch, [1]), expected.detach())
+    torch.testing.assert_close(*ensemble_predictions(algorithms, "glyphs")(batch, [1]), expected.detach())
     summary = finish(tmp_path, settings)
     assert summary["ensemble"]["iterations"] == iterations
     assert summary["ensemble"]["mean"] == report.test_run(algorithms, settings)["mean"]

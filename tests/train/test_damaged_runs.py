@@ -90,7 +90,7 @@ def set_width(path: Path) -> None:
     """As no version would have written it, with a right checksum."""
     info = json.loads(path.read_bytes())
     info["settings"]["width"] = 7
-    path.write_text(json.dumps(checked(info)))
+    path.write_text(json.dumps(with_checksum(info)))
 
 
 DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [

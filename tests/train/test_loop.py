@@ -8,7 +8,7 @@ import torch
 
 from maml_cuda.train.algorithms import make_algorithm
 from maml_cuda.train.evaluate import CHUNK, evaluate, mean_and_ci95
-from maml_cuda.train.jobs import make_generator, make_maml, make_tasks, new_settings, score, show
+from maml_cuda.train.jobs import format_score, make_generator, make_maml, make_tasks, new_settings, score
 from maml_cuda.train.loop import COLUMNS, Training, resumed_settings
 from maml_cuda.train.models import conv4, conv4_max_pool
 from maml_cuda.train.report import finish, load_run
@@ -173,7 +173,7 @@ def test_scores_and_intervals_of_known_answer() -> None:
     mean, ci95 = mean_and_ci95(torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 5.0, 5.0, 5.0]]))
     assert mean == [2.5, 5.0]
     assert ci95 == pytest.approx([1.96 * (5 / 3) ** 0.5 / 2, 0.0])
-    assert (show("glyphs", 0.861), show("sinusoid", 0.3512)) == ("86.1 %", "0.351")
+    assert (format_score("glyphs", 0.861), format_score("sinusoid", 0.3512)) == ("86.1 %", "0.351")
 
 
 def test_the_nets_have_the_parameters_of_the_paper() -> None:

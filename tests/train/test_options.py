@@ -14,7 +14,7 @@ from maml_cuda.train.arguments import parser
 from maml_cuda.train.hints import did_you_mean
 from maml_cuda.train.settings import Settings
 
-NAMED = [("glyphs", name) for name in presets.IMAGES] + [("sinusoid", name) for name in presets.CURVES]
+NAMED = [("glyphs", name) for name in presets.IMAGE_PRESETS] + [("sinusoid", name) for name in presets.CURVE_PRESETS]
 
 
 def options_of(kind: type) -> dict[str, argparse.Action]:
@@ -41,10 +41,10 @@ def refusal(arguments: list[str], capsys) -> str:
 
 @pytest.mark.parametrize(("job", "name"), NAMED)
 def test_an_option_that_the_preset_ignores_is_refused(tmp_path, capsys, job: str, name: str) -> None:
-    heeded = presets.heeded(job, name)
-    assert heeded <= {field.name for field in fields(Settings)}
+    used = presets.used_settings(job, name)
+    assert used <= {field.name for field in fields(Settings)}
     for dest, action in options_of(Settings).items():
-        if dest not in heeded:
+        if dest not in used:
             words = refusal(["train", job, "--preset", name, *typed(action), "--out", str(tmp_path / "run")], capsys)
             assert f"error: {dest} must be left out for {name}, where it decides nothing, got " in words
     assert list(tmp_path.iterdir()) == []
@@ -53,23 +53,25 @@ def test_an_option_that_the_preset_ignores_is_refused(tmp_path, capsys, job: str
 @pytest.mark.parametrize("baseline", rl_settings.BASELINES)
 @pytest.mark.parametrize("outer", rl_settings.OUTER_STEPS)
 def test_an_option_that_a_policys_training_ignores_is_refused(tmp_path, capsys, baseline: str, outer: str) -> None:
-    heeded = rl_settings.heeded(baseline, outer)
-    assert heeded <= {field.name for field in fields(RLSettings)}
+    used = rl_settings.used_settings(baseline, outer)
+    assert used <= {field.name for field in fields(RLSettings)}
     chosen = ["--baseline", baseline] if baseline != "none" else []
-    if "outer" in heeded:
+    if "outer" in used:
         chosen += ["--outer", outer]
     for dest, action in options_of(RLSettings).items():
-        if dest not in heeded:
+        if dest not in used:
             words = refusal(["train", "navigation", *chosen, *typed(action), "--out", str(tmp_path / "run")], capsys)
             assert f"error: {dest} must be left out for navigation with outer " in words
     assert list(tmp_path.iterdir()) == []
 
 
 def test_every_setting_is_heeded_by_some_algorithm() -> None:
-    some = set().union(*(presets.heeded(*named) for named in NAMED))
+    some = set().union(*(presets.used_settings(*named) for named in NAMED))
     no_options = {"algorithm", "told", "data_sha256", "image_shape"}
     assert {field.name for field in fields(Settings)} - some == no_options
-    some = set().union(*(rl_settings.heeded(b, o) for b in rl_settings.BASELINES for o in rl_settings.OUTER_STEPS))
+    some = set().union(
+        *(rl_settings.used_settings(b, o) for b in rl_settings.BASELINES for o in rl_settings.OUTER_STEPS)
+    )
     assert {field.name for field in fields(RLSettings)} == some
 
 
@@ -85,7 +87,7 @@ def test_what_says_that_something_is_off_that_is_off_is_no_lie(tmp_path) -> None
 def test_the_commands_of_the_papers_cells_have_no_option_that_is_ignored(name: str) -> None:
     options = parser().parse_args(CELLS[name].command)
     given = {dest for dest in options_of(Settings) if getattr(options, dest) is not None}
-    assert given <= presets.heeded(options.job, options.preset or "maml")
+    assert given <= presets.used_settings(options.job, options.preset or "maml")
 
 
 def test_evaluate_refuses_what_the_run_ignores(tmp_path, capsys) -> None:

@@ -13,7 +13,7 @@ LOCK = "lock"
 
 
 @contextmanager
-def owned(run: Path, *, new: bool = False) -> Iterator[None]:
+def locked_run(run: Path, *, new: bool = False) -> Iterator[None]:
     """Owns the folder ``run``, made where it is missing, and removed if nothing has been put into it by the end.
 
     Raises:

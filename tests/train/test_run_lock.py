@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from maml_cuda import cli
-from maml_cuda.train.ownership import LOCK, owned
+from maml_cuda.train.run_lock import LOCK, locked_run
 
-HOLD = "import sys, pathlib; from maml_cuda.train.ownership import owned\nwith owned(pathlib.Path(sys.argv[1])): "
+HOLD = (
+    "import sys, pathlib; from maml_cuda.train.run_lock import locked_run\nwith locked_run(pathlib.Path(sys.argv[1])): "
+)
 
 
 def test_a_second_owner_is_refused_and_told_the_first(tmp_path) -> None:
@@ -25,11 +27,11 @@ def test_a_second_owner_is_refused_and_told_the_first(tmp_path) -> None:
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
         with pytest.raises(BlockingIOError, match=f"one must have one owner, got process {first.pid} on .*, which"):
-            owned(run).__enter__()
+            locked_run(run).__enter__()
         first.send_signal(signal.SIGKILL)
         first.wait()
     assert (run / LOCK).exists()  # what a process leaves that is killed
-    with owned(run):
+    with locked_run(run):
         assert (run / LOCK).read_text().startswith(f"process {os.getpid()} on ")
     assert not (run / LOCK).exists()
 
@@ -37,11 +39,11 @@ def test_a_second_owner_is_refused_and_told_the_first(tmp_path) -> None:
 def test_an_owner_that_leaves_nothing_removes_what_it_made(tmp_path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
-    with owned(mine / "a" / "b"):
+    with locked_run(mine / "a" / "b"):
         pass
     assert list(tmp_path.iterdir()) == [mine]
     assert list(mine.iterdir()) == []
-    with owned(mine / "a" / "b"):
+    with locked_run(mine / "a" / "b"):
         (mine / "a" / "b" / "file").touch()
     assert [path.name for path in (mine / "a" / "b").iterdir()] == ["file"]
 
@@ -56,11 +58,11 @@ def test_a_lock_that_its_owner_removes_meanwhile_is_made_anew(tmp_path, monkeypa
         flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", removed_first)
-    with owned(tmp_path):
+    with locked_run(tmp_path):
         assert len(calls) == 2
         monkeypatch.undo()
         with pytest.raises(BlockingIOError):
-            owned(tmp_path).__enter__()
+            locked_run(tmp_path).__enter__()
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch) -> None:
@@ -70,7 +72,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(fcntl, "flock", none)
     with (
         pytest.warns(UserWarning, match=r"cannot be locked \(Operation not supported\): let no second"),
-        owned(tmp_path),
+        locked_run(tmp_path),
     ):
         pass
 
@@ -78,14 +80,14 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch) -> None:
 def test_a_file_is_no_run_folder(tmp_path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(NotADirectoryError, match="run must be a folder, got a file"):
-        owned(tmp_path / "run").__enter__()
+        locked_run(tmp_path / "run").__enter__()
 
 
 def test_runs_begun_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda form: form.replace("%Y%m%d-%H%M%S", "now"))
     with ExitStack() as stack:
-        folders = [cli._own(None, "glyphs", stack) for _ in range(3)]
+        folders = [cli._lock_new_run(None, "glyphs", stack) for _ in range(3)]
         assert folders == [Path("runs/glyphs-now"), Path("runs/glyphs-now-2"), Path("runs/glyphs-now-3")]
     assert list(tmp_path.iterdir()) == []
 
@@ -95,7 +97,7 @@ def test_the_command_refuses_a_run_that_is_running(tmp_path, capsys) -> None:
     short = ["train", "sinusoid", "--iterations", "4", "--hidden", "3", "--test-tasks", "2", "--out", str(run)]
     assert cli.main(short) == 0
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with owned(run):
+    with locked_run(run):
         (run / LOCK).write_text("process 17 on elsewhere\n")
         for command in (short, ["train", "--resume", str(run), "--iterations", "9"]):
             assert cli.main(command) == 2
