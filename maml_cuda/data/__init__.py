@@ -1,4 +1,4 @@
-"""Few-shot tasks: glyphs and sinusoids, which ship with the package; published data sets and your own images."""
+"""Few-shot tasks: glyphs and sinusoids, which are part of the package, published data sets, and your own images."""
 
 from maml_cuda.data import images
 from maml_cuda.data.episodes import Episodes

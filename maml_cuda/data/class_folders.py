@@ -1,7 +1,8 @@
-"""A folder for each class, with its image files directly in it; what else a computer leaves there is skipped.
+"""Finds class folders: a class is a folder with its image files directly in it.
 
-``Thumbs.db``, ``desktop.ini``, a list of labels or a folder ``__MACOSX`` are no part of a data set, and neither are
-hidden files. What is an image is told by the ending of its name, so that a damaged image is an error, not skipped.
+A file is an image if the suffix of its name says so. A damaged image is therefore an error, and is not skipped. Hidden
+files are ignored; other files and folders (``Thumbs.db``, ``desktop.ini``, ``__MACOSX``, a list of labels) are reported
+as skipped.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from typing import NamedTuple
 
 from maml_cuda.data.splits import FOLDER_NAMES, SPLITS
 
-# What Pillow reads, and .heic, which it does not: such photographs are refused by name, not skipped.
+# The formats that Pillow reads, and .heic and .heif, which it does not: such photographs are an error, not skipped.
 ENDINGS = frozenset({
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm",
     ".tga", ".tif", ".tiff", ".webp",
 })  # fmt: skip
 
-Classes = Mapping[str, Sequence[Path]]  # the image files of each class, by its name
+Classes = Mapping[str, Sequence[Path]]  # class name -> its image files
 
 
 class FoundClasses(NamedTuple):
     classes: Classes
-    skipped: list[Path]  # files and folders that are no images of a class
+    skipped: list[Path]  # files and folders that are not images of a class
 
 
 def is_image(path: Path) -> bool:
@@ -33,7 +34,7 @@ def is_image(path: Path) -> bool:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Every file below, sorted; hidden ones (``.DS_Store``) are no part of a data set."""
+    """All files below ``folder``, sorted, without hidden files and hidden folders."""
     files = []
     for here, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -42,10 +43,10 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def class_folders(folder: Path) -> FoundClasses:
-    """The classes in ``folder``. A folder without images is none.
+    """The classes in ``folder``. A folder without images is not a class.
 
     Raises:
-        ValueError: there is no class, or a folder holds its images in folders of its own.
+        ValueError: there is no class, or a folder has images in its subfolders only.
     """
     classes: dict[str, list[Path]] = {}
     skipped = sorted(filter(is_image, folder.iterdir()))
@@ -56,7 +57,9 @@ def class_folders(folder: Path) -> FoundClasses:
             classes[path.name] = images
             skipped += sorted(set(inside) - set(images))
         elif below := next(filter(is_image, visible_files(path)), None):
-            raise ValueError(f"the class folder {path} must hold images, got none directly in it, but {below}")
+            raise ValueError(
+                f"the class folder {path} must hold images directly in it, got images in folders below, such as {below}"
+            )
         else:
             skipped.append(path)
     if not classes:
@@ -65,11 +68,13 @@ def class_folders(folder: Path) -> FoundClasses:
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
-    """The folders of the splits in ``folder``, {} without any. One that holds no folder is a class, whatever its name.
+    """The folders of the splits in ``folder``, by split; empty if there are none.
+
+    A folder without subfolders is a class, even if its name is that of a split.
 
     Raises:
-        ValueError: two are of one split.
-        FileNotFoundError: one is missing beside another.
+        ValueError: two folders are for the same split.
+        FileNotFoundError: there are folders for some splits and not for all.
     """
     found: dict[str, Path] = {}
     for path in visible_folders(folder):
@@ -88,14 +93,17 @@ def split_folders(folder: Path) -> dict[str, Path]:
 
 
 def classes_of_splits(folders: Mapping[str, Path]) -> tuple[dict[str, Classes], list[Path]]:
-    """The classes of each split, and what was skipped in all. ValueError where a class is in two: it would be tested
-    on what was learned."""
+    """The classes of each split, and all skipped paths.
+
+    Raises:
+        ValueError: a class is in two splits, so that it would be both trained and tested on.
+    """
     found = {split: class_folders(folder) for split, folder in folders.items()}
     for one, other in combinations(SPLITS, 2):
         if twice := sorted(found[one].classes.keys() & found[other].classes.keys()):
             raise ValueError(
                 f"the splits must have different classes, got {twice[0]} in {folders[one]} and in {folders[other]}: "
-                "tasks of validation and test are of classes never trained on; put all images of a class in one folder"
+                "validation and test use classes that are not trained on; put all images of a class in one folder"
             )
     skipped = [path for each in found.values() for path in each.skipped]
     return {split: each.classes for split, each in found.items()}, skipped

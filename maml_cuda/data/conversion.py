@@ -1,16 +1,17 @@
-"""One conversion for every data set: its images, class by class, in one memory-mapped array beside the original.
+"""Converts a data set once to one memory-mapped array.
 
-In the data set's folder, or in a cache folder that serves any number of data sets, stand afterwards
+The files are written to the data set's folder, or to a cache folder that can serve many data sets:
 
     maml_cuda.<layout>.json              format, names and offsets of the classes, checksum of the source
-    maml_cuda.<layout>.<signature>.npy   uint8 [images, channels, height, width]
+    maml_cuda.<layout>.<signature>.npy   uint8 [images, channels, height, width], class by class
 
-The JSON is ``maml_cuda.<layout>.<key>.json`` where options decide what the array holds, and in a cache folder: each
-data set and each choice of options has a conversion of its own.
+In a cache folder, or if options decide what the array holds, the first file is ``maml_cuda.<layout>.<key>.json``: each
+data set and each choice of options has its own conversion.
 
-The JSON is written last and names its array, and both appear by a rename: another process finds all or nothing, and
-two that convert at once replace a file by its like. What is being written ends in ``.new`` and is locked by its
-writer; one that nobody holds was left by a process that was killed, and the next one removes it.
+Several processes may convert at the same time. A file is written under a name that ends in ``.new``, locked by its
+writer, and renamed when it is complete. The JSON is written last and names the array, so a reader finds a complete
+conversion or none. A ``.new`` file that no process holds was left by a process that was killed; the next conversion
+removes it.
 """
 
 from __future__ import annotations
@@ -36,39 +37,47 @@ from maml_cuda.warn import warn
 
 FORMAT = 1
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-HEADER = 128  # bytes of the .npy header, which is written last, when the number of images is known
+HEADER = 128  # bytes of the .npy header; it is written last, because it holds the number of images
 
 
 class SourceClass(NamedTuple):
-    """One class as a layout reads it."""
+    """One class of a data set."""
 
     split: str
     name: str
-    images: Iterable[tuple[str, np.ndarray]]  # where each is from, and its uint8 [channels, height, width]
+    images: Iterable[tuple[str, np.ndarray]]  # (origin, for errors; uint8 [channels, height, width])
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set that was found, not yet read."""
+    """The files of a data set, and how to read them."""
 
-    files: list[Path]  # all that its images are made from
-    read: Callable[[], Iterator[SourceClass]]  # the classes, split by split in the order of SPLITS
-    md5: Mapping[str, str] = field(default_factory=dict)  # as published, by the file's name
-    classes: tuple[int, int, int] | None = None  # as published, of each split
-    options: Mapping[str, Any] = field(default_factory=dict)  # what else decides the array: its checksum holds them too
-    skipped: Sequence[Path] = ()  # what lies among the files and is no part of the data set
+    files: list[Path]  # all files that the images are read from
+    read: Callable[[], Iterator[SourceClass]]  # yields the classes, split by split in the order of SPLITS
+    md5: Mapping[str, str] = field(default_factory=dict)  # published checksums, by file name
+    classes: tuple[int, int, int] | None = None  # published number of classes of each split
+    options: Mapping[str, Any] = field(default_factory=dict)  # options that change the array; part of the checksum
+    skipped: Sequence[Path] = ()  # files and folders that do not belong to the data set
 
 
 def convert(layout: str, folder: Path, source: Source, cache: Path | None = None) -> dict[str, Any]:
-    """The record of the conversion of ``source``, which is in ``folder``. It is made now unless it stands already in
-    ``cache`` (None: in ``folder``).
+    """Converts ``source``, unless a conversion of the same files and options exists.
 
-    The record holds ``images`` (the array's file), ``shape``, ``names`` (by split), ``offsets`` ``[classes + 1]``
-    (of each class's first image) and ``sha256`` (of the source's options, names and bytes). It holds for source files
-    of the same names, sizes and times; other ones are converted anew.
+    Files count as the same if their names, sizes and modification times are.
+
+    Args:
+        layout: the name of the data set's layout.
+        folder: the data set's folder.
+        source: the files in ``folder``.
+        cache: the folder of the conversion; None: ``folder``.
+
+    Returns:
+        The record of the conversion: ``images`` (name of the array's file), ``shape``, ``names`` (class names by
+            split), ``offsets`` ``[classes + 1]`` (the first image of each class) and ``sha256`` (of the options and of
+            the files' names and bytes).
 
     Raises:
-        ValueError: a checksum, an image or the number of classes is not what it must be. Nothing is left behind.
+        ValueError: a checksum, an image or the number of classes is wrong. No file is left behind.
         OSError: a file cannot be read, or the conversion cannot be written.
     """
     place = folder if cache is None else cache
@@ -92,7 +101,7 @@ def convert(layout: str, folder: Path, source: Source, cache: Path | None = None
 
 
 def _write(file: BinaryIO, source: Source) -> dict[str, Any]:
-    """Writes the array; returns what the record says of it."""
+    """Writes the array to ``file``. Returns the entries of the record that describe it."""
     names: dict[str, list[str]] = {split: [] for split in SPLITS}
     offsets = [0]
     first, shape = "", ()
@@ -103,7 +112,7 @@ def _write(file: BinaryIO, source: Source) -> dict[str, Any]:
             if not shape:
                 first, shape = where, image.shape
             if image.shape != shape:
-                advice = "; size (--image-size) makes all of one size" if "size" in source.options else ""
+                advice = "; set size (--image-size) to resize all images" if "size" in source.options else ""
                 raise ValueError(f"{where} must have {_size(shape)} like {first}, got {_size(image.shape)}{advice}")
             file.write(image.tobytes())
             count += 1
@@ -129,7 +138,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def _record(path: Path) -> dict[str, Any] | None:
-    """The record in ``path``; None where there is none, or one of another format, or its array is not whole."""
+    """The record in ``path``; None if there is none, it has another format, or its array is incomplete."""
     try:
         record = json.loads(path.read_bytes())
         if record["format"] != FORMAT:
@@ -141,7 +150,9 @@ def _record(path: Path) -> dict[str, Any] | None:
 
 
 def _stem(layout: str, folder: Path, source: Source, cache: Path | None) -> str:
-    """How the names of its files begin: no two choices of options, and in a cache no two folders, have the same."""
+    """The prefix of the names of a conversion's files, distinct for each choice of options and, in a cache, for each
+    folder.
+    """
     stem = f"maml_cuda.{layout}"
     if cache is None and not source.options:
         return stem
@@ -150,16 +161,20 @@ def _stem(layout: str, folder: Path, source: Source, cache: Path | None) -> str:
 
 
 def _signature(folder: Path, source: Source) -> str:
-    """Changes with an option, or the name, the size or the time of a file: seconds for what a checksum takes minutes to
-    tell."""
+    """A hash of the options and of the files' names, sizes and times. Takes seconds; the checksum of the bytes takes
+    minutes.
+    """
     facts: list[Any] = list(source.options.items())
     facts += [(_name(folder, path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in source.files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def _checksum(folder: Path, source: Source) -> str:
-    """sha256 over the options, and the names and bytes of all files. ValueError where one has not the md5 that is
-    published."""
+    """sha256 of the options and of the names and bytes of all files.
+
+    Raises:
+        ValueError: a file does not have its published md5.
+    """
     total = hashlib.sha256()
     for name, value in source.options.items():
         total.update(f"{name} {json.dumps(value)}\n".encode())
@@ -174,8 +189,8 @@ def _checksum(folder: Path, source: Source) -> str:
                     md5.update(block)
         if known and md5.hexdigest() != known:
             raise ValueError(
-                f"{path} must have md5 {known}, got {md5.hexdigest()}: it was not downloaded whole, or is another "
-                "file; unpacked by yourself, its files are read as they are"
+                f"{path} must have md5 {known}, got {md5.hexdigest()}: the download is incomplete, or this is another "
+                "file; unpack it to read its files without this check"
             )
     return total.hexdigest()
 
@@ -185,14 +200,16 @@ def _name(folder: Path, path: Path) -> str:
 
 
 def _skipped(folder: Path, paths: Sequence[Path]) -> str:
-    """One line, however many they are."""
+    """The warning about skipped files: one line that names the first three."""
     several = f" and {len(paths) - 3} others" if len(paths) > 3 else ""
-    return f"skipped in {folder}, no images of a class: {', '.join(_name(folder, path) for path in paths[:3])}{several}"
+    return (
+        f"skipped in {folder}, not images of a class: {', '.join(_name(folder, path) for path in paths[:3])}{several}"
+    )
 
 
 @contextmanager
 def _complete_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that stands under ``path`` when it is complete, and nowhere after an error."""
+    """A file that appears under ``path`` once it is complete, and not at all after an error."""
     layout = ".".join(path.name.split(".")[:2])
     while True:
         new = path.with_name(f"{layout}.{uuid.uuid4().hex}.new")
@@ -201,13 +218,13 @@ def _complete_file(path: Path) -> Iterator[BinaryIO]:
             file = new.open("xb")
         except OSError as error:
             raise OSError(
-                f"{path.parent} must be writable, the converted images are kept there: {error}; cache (--cache) names "
-                "another folder for them"
+                f"{path.parent} must be writable, because the converted images are stored there: {error}; "
+                "set cache (--cache) to another folder"
             ) from error
         fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
             break
-        file.close()  # another process took it for a leftover before it was locked
+        file.close()  # before it was locked, another process removed it as a leftover
     try:
         with file:
             try:
@@ -219,17 +236,17 @@ def _complete_file(path: Path) -> Iterator[BinaryIO]:
                 new.unlink(missing_ok=True)
                 raise
     except OSError as error:
-        if error.errno in FULL:  # of which Python does not say where
+        if error.errno in FULL:  # errors of write() do not name the file
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
 def _remove_leftovers(folder: Path, layout: str) -> None:
-    """Removes what processes that were killed left half-written."""
+    """Removes incomplete files of processes that were killed."""
     for leftover in folder.glob(f"maml_cuda.{layout}.*.new"):
         try:
             with leftover.open("rb+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 leftover.unlink()
-        except OSError:  # its writer lives, another process was faster, or it is somebody else's
+        except OSError:  # locked by its writer, already removed, or owned by another user
             continue

@@ -1,4 +1,4 @@
-"""Image files to arrays, by Pillow, which is imported here alone and only when an image file is read."""
+"""Decodes image files with Pillow. Only this module imports Pillow, and only when an image file is read."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import IO, Any
 
 import numpy as np
 
-GREY = ("1", "L", "LA")  # Pillow's modes of 8 bits a channel or fewer, by what they become
+# Pillow's modes with at most 8 bits per channel, by the array that they are converted to: one channel or three.
+GREY = ("1", "L", "LA")
 COLOUR = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
-TRANSPARENT = ("LA", "PA", "RGBA")  # and whatever names a transparent colour
+TRANSPARENT = ("LA", "PA", "RGBA")  # an image of another mode is transparent if its info has "transparency"
 
 Colour = tuple[int, int, int]  # red, green, blue, each 0 to 255
 
@@ -22,23 +23,28 @@ def decode(
     size: tuple[int, int] | None = None,
     background: Colour | None = None,
 ) -> np.ndarray:
-    """The image in ``file``: ``[channels, height, width]`` uint8.
+    """Decodes one image file.
 
     Args:
+        file: the open file.
         what: the file's name, for errors.
         mode: "L" for one channel, "RGB" for three.
-        size: height and width, by Lanczos resampling; None: as the file has them.
-        background: the image is as a viewer shows it: turned as its EXIF orientation says, and on this colour where it
-            is transparent. None: pixels as they are stored, which is how the authors of published sets read theirs.
+        size: height and width in pixels, reached by Lanczos resampling; None: those of the file.
+        background: the image is decoded as a viewer shows it: rotated by its EXIF orientation, and drawn on this colour
+            where it is transparent. None: the stored pixels, which is how the authors of published data sets read
+            theirs.
+
+    Returns:
+        uint8 ``[channels, height, width]``.
 
     Raises:
-        ModuleNotFoundError: Pillow is missing.
-        ValueError: the file is no image, is cut short, or has more than 8 bits a channel.
+        ModuleNotFoundError: Pillow is not installed.
+        ValueError: the file is not an image, is incomplete, or has more than 8 bits per channel.
     """
     with _opened(file, what) as (pillow, image):
         if background is not None:
             image = _as_shown(pillow, image, background)
-        # A copy in the mode wanted comes first: Pillow resizes 1-bit images and palettes by nearest neighbours.
+        # Converts before it resizes: Pillow resizes 1-bit and palette images by nearest neighbours only.
         image = image.convert(mode)
         if size is not None and image.size != size[::-1]:
             image = image.resize(size[::-1], pillow.Resampling.LANCZOS)
@@ -47,15 +53,14 @@ def decode(
 
 
 def is_coloured(file: IO[bytes], what: str, background: Colour) -> bool:
-    """Whether ``decode`` needs three channels for the image in ``file`` on this background: told by its header alone.
-    Errors as ``decode``."""
+    """Whether an image needs three channels on this background. Reads the header only; raises as ``decode``."""
     with _opened(file, what) as (_, image):
         return image.mode not in GREY or (_transparent(image) and len(set(background)) > 1)
 
 
 @contextmanager
 def _opened(file: IO[bytes], what: str) -> Iterator[tuple[Any, Any]]:
-    """Pillow's module and the image; whatever fails while it is open is said of ``what``."""
+    """Pillow's module and the open image. Errors while it is open name ``what``."""
     pillow = _pillow()
     try:
         with pillow.open(file) as image:
@@ -64,8 +69,8 @@ def _opened(file: IO[bytes], what: str) -> Iterator[tuple[Any, Any]]:
             yield pillow, image
     except MemoryError:
         raise
-    except Exception as error:  # a damaged file fails in any way that its format can
-        raise ValueError(f"{what} must be a whole image of 8 bits a channel, got: {error}") from error
+    except Exception as error:  # Pillow raises many types for damaged files
+        raise ValueError(f"{what} must be a complete image with 8 bits per channel, got: {error}") from error
 
 
 def _as_shown(pillow: Any, image: Any, background: Colour) -> Any:

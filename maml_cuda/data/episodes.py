@@ -1,4 +1,4 @@
-"""Few-shot episodes of your own images: drawn on the device where the images are, normalised as they are read."""
+"""Few-shot episodes, drawn and normalised on the device that holds the images."""
 
 from __future__ import annotations
 
@@ -15,24 +15,31 @@ from maml_cuda.engine.problem import _core
 
 
 class Episodes:
-    """N-way K-shot tasks from uint8 images, `[classes, samples, channels, height, width]` or without channels.
+    """N-way K-shot tasks from a uint8 tensor of images.
 
-    Which images an episode shows follows from the seed and the episode's number alone: it is the same on the CPU and
-    on a GPU, to the bit, and however many are drawn at a time. Classes are drawn without replacement within an
-    episode, samples without replacement within a class.
+    An episode depends only on the seed and its number (Philox4x32-10, Salmon et al. 2011): it has the same bits on a
+    CPU and on a GPU, and for any number of episodes per draw. Classes are drawn without replacement within an episode,
+    and samples without replacement within a class.
 
         episodes = Episodes(images, n_way=5, k_shot=1, n_query=15, mean=0.5, std=0.25).to("cuda")
         for step in range(1000):
             out = maml(*episodes.draw(4, seed=0, first=4 * step))
 
     Args:
-        n_way, k_shot, n_query: classes an episode, and support and query images a class.
-        mean, std: a pixel becomes (pixel / 255 - mean) / std; numbers, or one a channel.
-        rotations: every class is so many, its images turned by 0, 1, ... quarter turns: up to 4, of square images.
+        images: uint8 ``[classes, samples, channels, height, width]`` or ``[classes, samples, height, width]``.
+        n_way: classes per episode.
+        k_shot: support images per class.
+        n_query: query images per class.
+        mean: subtracted from a pixel in [0, 1]: the result is ``(pixel / 255 - mean) / std``. A number, or one per
+            channel.
+        std: divides a pixel, see ``mean``. A number, or one per channel.
+        rotations: 1 to 4. Each class becomes this many classes, rotated by 0, 1, ... quarter turns. More than 1 needs
+            square images.
         dtype: of the episodes' images, float32 or float64.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, in words.
+        TypeError: ``images`` is not a uint8 tensor, or ``dtype`` is not float32 or float64.
+        ValueError: a shape, a number or the device does not fit.
     """
 
     def __init__(
@@ -54,17 +61,24 @@ class Episodes:
             raise ValueError(f"std must not be 0, got {std}")
         pixel = torch.arange(256, dtype=torch.float64, device="cpu") / 255
         values = (pixel - _numbers("mean", mean, channels)) / _numbers("std", std, channels)
-        self.values = values.to(images.device, dtype)  # [channels, 256], what a pixel becomes
+        self.values = values.to(images.device, dtype)  # [channels, 256]: the normalised value of each pixel value
         self.n_way, self.k_shot, self.n_query = n_way, k_shot, n_query
         self.rotations = rotations
 
     @property
     def device(self) -> torch.device:
-        """Where the images are, and the episodes will be."""
+        """The device of the images and of the episodes."""
         return self.images.device
 
     def to(self, device: torch.device | str) -> Episodes:
-        """These episodes with their images on another device. ValueError where maml_cuda has no kernels for it."""
+        """A copy with its images on another device.
+
+        Args:
+            device: a CPU, or a GPU that maml_cuda has kernels for.
+
+        Raises:
+            ValueError: maml_cuda has no kernels for the device.
+        """
         if why_not := devices.why_not(torch.device(device)):
             raise ValueError(f"episodes cannot be drawn on {device}: {why_not}")
         moved = copy.copy(self)
@@ -72,9 +86,21 @@ class Episodes:
         return moved
 
     def draw(self, num_tasks: int, seed: int, first: int = 0) -> MetaBatch:
-        """Episodes ``first`` to ``first + num_tasks - 1`` of a seed, 0 to 2**63 - 1: x ``[num_tasks, n_way * images
-        a class, channels, height, width]``, class by class; y int64 labels, which number an episode's classes in the
-        random order they were drawn."""
+        """Draws the episodes ``first`` to ``first + num_tasks - 1`` of a seed.
+
+        Args:
+            num_tasks: the number of episodes, at least 1.
+            seed: 0 to 2**63 - 1.
+            first: the number of the first episode, at least 0.
+
+        Returns:
+            x ``[num_tasks, n_way * images per class, channels, height, width]``, class by class, and int64 labels y
+            ``[num_tasks, n_way * images per class]``. Labels number the classes of an episode in the random order in
+            which they were drawn.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
         if num_tasks < 1:
             raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
         if not 0 <= seed < 2**63:
@@ -96,7 +122,7 @@ def _check(images: Any, n_way: int, k_shot: int, n_query: int, rotations: int, d
     if images.dim() not in (4, 5) or images.numel() == 0:
         raise ValueError(
             "images must have shape [classes, samples, channels, height, width] or [classes, samples, height, width], "
-            f"none of them 0, got {list(images.shape)}"
+            f"no axis of length 0, got {list(images.shape)}"
         )
     if why_not := devices.why_not(images.device):
         raise ValueError(f"episodes cannot be drawn on {images.device}: {why_not}")
@@ -118,10 +144,10 @@ def _check(images: Any, n_way: int, k_shot: int, n_query: int, rotations: int, d
 
 
 def _numbers(name: str, value: float | Sequence[float] | Tensor, channels: int) -> Tensor:
-    """``[1 or channels, 1]`` float64 on the CPU."""
+    """``value`` as float64 ``[channels, 1]`` on the CPU."""
     numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu")
     if numbers.dim() and numbers.shape != (channels,):
-        raise ValueError(f"{name} must be a number or one a channel, {channels}, got {value}")
+        raise ValueError(f"{name} must be a number or {channels} numbers, one per channel, got {value}")
     if not numbers.isfinite().all():
         raise ValueError(f"{name} must be finite, got {value}")
     return numbers.expand(channels).unsqueeze(1)

@@ -1,7 +1,8 @@
-"""Glyphs: 1141 characters of 14 scripts, 17 to 20 typefaces each, 28x28; the Omniglot protocol on open fonts.
+"""Glyphs: a data set in the protocol of Omniglot, made from open fonts.
 
-Every image is another typeface under one fixed, seeded "hand" (GLYPHS_CREDITS.md lists the faces and says how
-the file came about). Classes are split by script, so no alphabet is on two sides.
+1141 characters of 14 scripts, each with 17 to 20 images of 28 x 28 pixels. Every image uses another typeface, distorted
+by a seeded model of handwriting that is fixed. GLYPHS_CREDITS.md lists the typefaces and says how the file was made.
+The splits have different scripts, so no alphabet is in two of them.
 """
 
 import hashlib
@@ -29,7 +30,11 @@ SCRIPTS = {
 
 
 def read_file(path: Path = FILE) -> bytes:
-    """The bytes of the image file, or ValueError if they are not those that this release was tested with."""
+    """The bytes of the image file.
+
+    Raises:
+        ValueError: they are not those of this release.
+    """
     content = path.read_bytes()
     if len(content) != FILE_SIZE:
         raise ValueError(f"{path.name} must have {FILE_SIZE} bytes, got {len(content)}: install maml-cuda again")
@@ -41,20 +46,34 @@ def read_file(path: Path = FILE) -> bytes:
 
 @lru_cache(maxsize=1)
 def load_glyphs() -> tuple[Tensor, Tensor, list[str]]:
-    """All images ``[22518, 28, 28]`` uint8 in 0..15 (light ink on dark), class by class; images per class
-    ``[1141]`` int64; and the classes' names, ``Script/codepoint in hex``."""
+    """Loads all glyphs.
+
+    Returns:
+        The images, uint8 ``[22518, 28, 28]`` in 0 to 15 (0 is the background), class by class; the number of images of
+        each class, int64 ``[1141]``; the names of the classes, ``Script/codepoint in hexadecimal``.
+    """
     with np.load(io.BytesIO(read_file()), allow_pickle=False) as archive:
         packed, count, names = archive["packed"], archive["count"], archive["names"]
-    pixels = np.stack([packed >> 4, packed & 15], axis=-1)  # two pixels a byte, the high nibble first
+    pixels = np.stack([packed >> 4, packed & 15], axis=-1)  # two pixels per byte, the high four bits first
     images = torch.from_numpy(pixels.reshape(-1, SIDE, SIDE))
     return images, torch.from_numpy(count.astype(np.int64)), names.tolist()
 
 
 class GlyphTasks(ImageTasks):
-    """N-way K-shot tasks from the scripts of one split, classes drawn from all its scripts together."""
+    """N-way K-shot tasks from the glyphs of one split. The classes of a task may be of different scripts.
+
+    Args:
+        split: train, validation or test.
+        n_way: classes per task.
+        k_shot: support images per class.
+        n_query: query images per class.
+        rotations: 1 to 4. Each class becomes this many classes, rotated by 0, 1, ... quarter turns.
+
+    Raises:
+        ValueError: the split has too few classes, or too few images of one.
+    """
 
     def __init__(self, split: str, n_way: int, k_shot: int, n_query: int, rotations: int = 1) -> None:
-        """``n_query`` query images a class. ValueError if the split has too few classes or images a class."""
         split = split_name(split)
         images, count, names = load_glyphs()
         chosen = torch.tensor([name.split("/")[0] in SCRIPTS[split] for name in names])

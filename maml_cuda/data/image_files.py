@@ -1,4 +1,4 @@
-"""Data sets that are published as image files: folders of classes, zip archives, and lists in CSV files."""
+"""Reads data sets that are published as image files: folders of classes, zip archives, and lists in CSV files."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from maml_cuda.data.splits import SPLITS, draw_split
 
 
 def read_table(table: Path, images: Path) -> Classes:
-    """The classes of a CSV file with the columns filename and label, its files in the folder ``images``.
+    """The classes in a CSV file with the columns filename and label. The files are in the folder ``images``.
 
     Raises:
-        ValueError: a line that is not of this form.
-        FileNotFoundError: a file that it names is missing.
+        ValueError: a line does not have this form.
+        FileNotFoundError: a file that it names does not exist.
     """
     classes: dict[str, list[Path]] = {}
     with table.open(newline="") as file:
@@ -48,7 +48,9 @@ def read_files(
     size: tuple[int, int] | None = None,
     background: Colour | None = None,
 ) -> Iterator[SourceClass]:
-    """The classes of each split in the order of their names; ``mode``, ``size`` and ``background`` as in ``decode``."""
+    """Yields the classes of each split in the order of their names. ``mode``, ``size`` and ``background`` are those of
+    ``decode``.
+    """
     for split, classes in splits.items():
         for name in sorted(classes):
             yield SourceClass(split, name, _decoded(classes[name], mode, size, background))
@@ -63,9 +65,16 @@ def _decoded(
 
 
 def read_omniglot(halves: Sequence[Path], sizes: Sequence[int]) -> Iterator[SourceClass]:
-    """Both halves, folders or zip archives of ``<Alphabet>/characterNN/*.png``, as one set of characters.
+    """Reads the characters of both halves of Omniglot as one set, and splits it.
 
-    Ink is dark in the files and light here, 255 - pixel, at 28 x 28, as in the MAML authors' data.
+    Pixels are inverted to light ink on a dark background and resized to 28 x 28, as in the MAML authors' data.
+
+    Args:
+        halves: two folders or zip archives of ``<Alphabet>/characterNN/*.png``.
+        sizes: the number of characters of each split.
+
+    Raises:
+        ValueError: an archive is damaged, or the number of characters is wrong.
     """
     characters: dict[str, list[tuple[str, Callable[[], IO[bytes]]]]] = {}
     with ExitStack() as opened:
@@ -82,8 +91,15 @@ def read_omniglot(halves: Sequence[Path], sizes: Sequence[int]) -> Iterator[Sour
 
 
 def read_cifar100(source: Path) -> Iterator[SourceClass]:
-    """CIFAR-FS's, by its authors: a folder or zip archive of ``data/<class>/*`` with
-    ``splits/bertinetto/{train,val,test}.txt``, a class a line."""
+    """Reads CIFAR-FS in the layout of its authors.
+
+    Args:
+        source: a folder or zip archive of ``data/<class>/*`` with ``splits/bertinetto/{train,val,test}.txt``, one class
+            per line.
+
+    Raises:
+        ValueError: a list, a class or an image is missing or damaged, or a class is in two splits.
+    """
     with ExitStack() as opened:
         tables: dict[str, Callable[[], IO[bytes]]] = {}
         classes: dict[str, list[tuple[str, Callable[[], IO[bytes]]]]] = {}
@@ -106,13 +122,13 @@ def read_cifar100(source: Path) -> Iterator[SourceClass]:
 
 
 def _contents(half: Path, opened: ExitStack) -> list[tuple[str, Callable[[], IO[bytes]]]]:
-    """Each file's name, and what opens it."""
+    """The name of each file in a folder or zip archive, and a function that opens it."""
     if half.is_dir():
         return [(str(path), partial(_open, path)) for path in visible_files(half)]
     try:
         archive = opened.enter_context(zipfile.ZipFile(half))
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{half} must be a whole zip archive, got: {error}") from error
+        raise ValueError(f"{half} must be a complete zip archive, got: {error}") from error
     return [(name, partial(archive.open, name)) for name in sorted(archive.namelist())]
 
 
@@ -125,7 +141,7 @@ def _lines(open_file: Callable[[], IO[bytes]], what: str) -> list[str]:
         with open_file() as file:
             return sorted(set(file.read().decode().split()))
     except (UnicodeDecodeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{what} must be a whole text file, got: {error}") from error
+        raise ValueError(f"{what} must be a complete text file, got: {error}") from error
 
 
 def _colours(files: Sequence[tuple[str, Callable[[], IO[bytes]]]]) -> Iterator[tuple[str, np.ndarray]]:

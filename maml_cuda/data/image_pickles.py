@@ -1,4 +1,4 @@
-"""Data sets that are published as arrays: a pickle or two for each split, or a pickle and an .npz file."""
+"""Reads data sets that are published as arrays: pickles, or pickles and .npz files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from maml_cuda.data.unpickle import Pickle
 
 
 def read_by_class(sources: Mapping[str, Pickle]) -> Iterator[SourceClass]:
-    """mini-ImageNet's: ``image_data`` uint8 [images, height, width, 3], ``class_dict`` from wnid to its rows."""
+    """mini-ImageNet's pickles: ``image_data`` uint8 [images, height, width, 3], ``class_dict`` from a class name to its
+    rows.
+    """
     for split, pickle in sources.items():
         data = _entries(pickle, "image_data", "class_dict")
         images, classes = _images(data["image_data"], pickle), data["class_dict"]
@@ -26,8 +28,9 @@ def read_by_class(sources: Mapping[str, Pickle]) -> Iterator[SourceClass]:
 
 
 def read_by_label(sources: Mapping[str, Pickle]) -> Iterator[SourceClass]:
-    """MetaOptNet's, of CIFAR-FS, FC100 and mini-ImageNet: ``data`` uint8 [images, height, width, 3], ``labels`` one int
-    for each."""
+    """MetaOptNet's pickles of CIFAR-FS, FC100 and mini-ImageNet: ``data`` uint8 [images, height, width, 3], and
+    ``labels``, one integer per image.
+    """
     for split, pickle in sources.items():
         data = _entries(pickle, "data", "labels")
         images = _images(data["data"], pickle)
@@ -36,8 +39,9 @@ def read_by_label(sources: Mapping[str, Pickle]) -> Iterator[SourceClass]:
 
 
 def read_pngs(images_of: Mapping[str, Pickle], labels_of: Mapping[str, Pickle]) -> Iterator[SourceClass]:
-    """tiered-ImageNet's: a list of PNG files as uint8 arrays; ``label_specific``, which numbers the names in
-    ``label_specific_str``."""
+    """tiered-ImageNet's pickles: a list of PNG files as uint8 arrays, and ``label_specific``, an index into
+    ``label_specific_str`` for each image.
+    """
     for split, pickle in labels_of.items():
         data = _entries(pickle, "label_specific", "label_specific_str")
         images, names = images_of[split].load(), data["label_specific_str"]
@@ -50,8 +54,9 @@ def read_pngs(images_of: Mapping[str, Pickle], labels_of: Mapping[str, Pickle]) 
 
 
 def read_arrays(arrays_of: Mapping[str, Path], labels_of: Mapping[str, Pickle]) -> Iterator[SourceClass]:
-    """tiered-ImageNet's, by MetaOptNet: ``images`` uint8 [images, height, width, 3] of an .npz file, ``labels`` one int
-    for each."""
+    """tiered-ImageNet in MetaOptNet's layout: ``images`` uint8 [images, height, width, 3] of an .npz file, and pickled
+    ``labels``, one integer per image.
+    """
     for split, pickle in labels_of.items():
         labels, path = _entries(pickle, "labels")["labels"], arrays_of[split]
         try:
@@ -59,8 +64,8 @@ def read_arrays(arrays_of: Mapping[str, Path], labels_of: Mapping[str, Pickle]) 
                 loaded = arrays["images"]
         except MemoryError:
             raise
-        except Exception as error:  # a damaged file fails in any way
-            raise ValueError(f"{path} must be a whole .npz file with the array images, got: {error}") from error
+        except Exception as error:  # NumPy raises many types for damaged files
+            raise ValueError(f"{path} must be a complete .npz file with the array images, got: {error}") from error
         images = _images(loaded, path)
         for label, rows in _rows(labels, len(images), pickle):
             yield SourceClass(split, str(label), _chosen(images, rows, path))
@@ -82,10 +87,10 @@ def _images(value: Any, source: Pickle | Path) -> np.ndarray:
 
 
 def _rows(labels: Any, count: int, pickle: Pickle) -> Iterator[tuple[int, np.ndarray]]:
-    """Each label in ascending order, and the rows that have it."""
+    """Yields each label in ascending order with the rows that have it."""
     labels = np.asarray(labels)
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
-        raise ValueError(f"{pickle} must have {count} integer labels, one an image, got {labels.dtype} {labels.shape}")
+        raise ValueError(f"{pickle} must have {count} integer labels, one per image, got {labels.dtype} {labels.shape}")
     for label in np.unique(labels):
         yield int(label), np.flatnonzero(labels == label)
 

@@ -1,4 +1,4 @@
-"""N-way K-shot tasks, and plain batches, from classes of images that need not be of one size."""
+"""Samplers of N-way K-shot tasks and of plain batches. Classes may have different numbers of images."""
 
 from __future__ import annotations
 
@@ -13,25 +13,38 @@ from maml_cuda.data.meta_batch import MetaBatch
 
 @dataclass(frozen=True)
 class ImageClasses:
-    """Images, class by class."""
+    """Images, class by class.
 
-    what: str  # for errors: "test glyphs"
-    images: Tensor  # [images, channels, height, width] uint8
-    count: Tensor  # [classes] int64, each at least 1
-    names: Sequence[str]  # of the classes
-    choice: int = 0  # of how many classes the user chose them; 0: there is no choice
+    Attributes:
+        what: a description, for errors, such as "test glyphs".
+        images: uint8 ``[images, channels, height, width]``.
+        count: the number of images of each class, int64 ``[classes]``, each at least 1.
+        names: the names of the classes.
+        choice: the number of classes that the user divided into splits; 0 if the splits are fixed.
+    """
+
+    what: str
+    images: Tensor
+    count: Tensor
+    names: Sequence[str]
+    choice: int = 0
 
 
 class ImageTasks:
-    """Tasks of ``n_way`` classes drawn from all of ``classes``, with ``k_shot`` support and ``n_query`` query images
-    of each, without replacement.
+    """N-way K-shot tasks. Classes, and the images of a class, are drawn without replacement.
 
     Args:
-        rotations: every class is so many, its images turned by 0, 1, ... quarter turns, as in the Omniglot protocol.
-        white: the pixel that becomes 1.
+        classes: the classes to draw from, such as ``Images.split``.
+        n_way: classes per task.
+        k_shot: support images per class.
+        n_query: query images per class.
+        rotations: 1 to 4. Each class becomes this many classes, rotated by 0, 1, ... quarter turns, as in the Omniglot
+            protocol. More than 1 needs square images.
+        white: the pixel value that becomes 1.0.
 
     Raises:
-        ValueError: ``classes`` has too few classes or too few images of one, or is not square where it is to be turned.
+        ValueError: there are too few classes, a class has too few images, or images that are not square are to be
+            rotated.
     """
 
     def __init__(
@@ -50,18 +63,27 @@ class ImageTasks:
         if k_shot < 1 or n_query < 1 or k_shot + n_query > fewest:
             smallest = classes.names[int(self.count.argmin())]
             raise ValueError(
-                f"k_shot + n_query must be at most {fewest}, each at least 1 (of the {what}, {smallest} has no more "
+                f"k_shot + n_query must be at most {fewest}, each at least 1 (of the {what}, {smallest} has the fewest "
                 f"images), got k_shot {k_shot} and n_query {n_query}"
             )
         self.n_way, self.k_shot, self.n_query = n_way, k_shot, n_query
         self.rotations, self.white = rotations, white
-        self.first = self.count.cumsum(0) - self.count  # [classes], the row of each class's first image
+        self.first = self.count.cumsum(0) - self.count  # [classes]: the row of the first image of each class
         self.missing = torch.arange(int(self.count.max())) >= self.count.unsqueeze(1)  # [classes, most images]
 
     def sample(self, num_tasks: int, generator: Generator) -> MetaBatch:
-        """Draws ``num_tasks`` tasks: x ``[num_tasks, n_way * images a class, channels, height, width]`` float32 in
-        [0, 1], class by class; y int64 labels, which number a task's classes in the random order they were drawn."""
-        # The largest of random keys are a draw without replacement, for all tasks at once.
+        """Draws tasks.
+
+        Args:
+            num_tasks: the number of tasks.
+            generator: the source of random numbers.
+
+        Returns:
+            x float32 ``[num_tasks, n_way * images per class, channels, height, width]`` in [0, 1], class by class, and
+            int64 labels y ``[num_tasks, n_way * images per class]``. Labels number the classes of a task in the random
+            order in which they were drawn.
+        """
+        # The n_way largest of random keys are a draw without replacement, for all tasks at once.
         keys = torch.rand(num_tasks, self.rotations * len(self.count), generator=generator)
         drawn = keys.topk(self.n_way).indices  # [tasks, n_way]
         turns, classes = drawn // len(self.count), drawn % len(self.count)
@@ -86,15 +108,26 @@ class ImageTasks:
 
 
 class ImageBatches:
-    """Batches of images of all the classes that ``tasks`` draws from: what a classifier of them is trained on."""
+    """Batches of labelled images of all classes of ``tasks``, to train a classifier on.
+
+    Attributes:
+        classes: the number of classes, rotations included.
+    """
 
     def __init__(self, tasks: ImageTasks) -> None:
         self.tasks = tasks
         self.classes = tasks.rotations * len(tasks.count)
 
     def sample(self, images: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Draws with replacement: x ``[images, channels, height, width]`` float32 in [0, 1], y int64 ``[images]``,
-        every class as likely as any other."""
+        """Draws images with replacement. Every class has the same probability.
+
+        Args:
+            images: the number of images.
+            generator: the source of random numbers.
+
+        Returns:
+            x float32 ``[images, channels, height, width]`` in [0, 1], and int64 labels y ``[images]``.
+        """
         tasks = self.tasks
         y = torch.randint(self.classes, (images,), generator=generator)
         turns, classes = y // len(tasks.count), y % len(tasks.count)
@@ -106,12 +139,12 @@ class ImageBatches:
 
 
 def _choice(n_way: int, classes: int) -> str:
-    """What to do where a split of so many classes has too few for ``n_way``."""
+    """What to do if a split of ``classes`` classes in all has too few for ``n_way``."""
     ways = min(n_way, classes // 3)
     example = f", such as {classes - 2 * ways}/{ways}/{ways}" if ways >= 2 else ""
     if example and ways < n_way:
         example += f" for {ways} ways"
     return (
-        f"; {n_way}-way tasks need {n_way} classes or more in a split, {3 * n_way} for all three, of {classes} here: "
-        f"choose by --split TRAIN/VALIDATION/TEST (split= in Python){example}, or by folders train, val and test"
+        f"; {n_way}-way tasks need at least {n_way} classes in each split, {3 * n_way} for all three, and there are "
+        f"{classes}: set --split TRAIN/VALIDATION/TEST (split= in Python){example}, or make folders train, val and test"
     )

@@ -1,15 +1,18 @@
-"""Few-shot image data sets in the layouts in which they are published, and folders of your own images.
+"""Opens published few-shot image data sets, and folders of your own images.
 
     images = maml_cuda.data.images.mini_imagenet("data/mini-imagenet")
     tasks = ImageTasks(images.split("train"), n_way=5, k_shot=1, n_query=15)
     episodes = Episodes(images.tensor("train"), n_way=5, k_shot=1, n_query=15).to("cuda")
 
 Nothing is downloaded: each function says where its data set is published and which files it looks for. The first call
-converts them to one array beside the original, or in the folder ``cache`` where that is read-only (``conversion.py``),
-later ones map it into memory. The HDF5 files into which torchmeta turns its downloads are not read; the archives that
-it leaves beside them are. Every function raises FileNotFoundError where a file is missing, ValueError where one is
-damaged, not the published one, or not what its layout says, and ModuleNotFoundError where image files are to be read
-without Pillow; all before an array stands.
+converts the files to one array, in the same folder or in the folder ``cache``. Later calls map that array into memory.
+torchmeta's HDF5 files are not supported; the archives that it keeps beside them are.
+
+Every function raises these errors before it writes an array:
+
+- ``FileNotFoundError``: a file is missing.
+- ``ValueError``: a file is damaged, is not the published one, or does not have the expected layout.
+- ``ModuleNotFoundError``: image files are to be read and Pillow is not installed.
 """
 
 from __future__ import annotations
@@ -32,11 +35,12 @@ Where = str | PathLike[str]
 
 
 class Images:
-    """A converted data set: uint8 images, class by class, read from the disk as they are used.
+    """A converted data set: uint8 images, class by class, read from the disk on demand.
 
     Attributes:
-        name: of the layout.
-        sha256: checksum of the files that it was converted from, and of the options.
+        name: the name of the layout.
+        folder: the folder that was opened.
+        sha256: a checksum of the source files and of the options.
         shape: ``(channels, height, width)`` of every image.
     """
 
@@ -52,26 +56,44 @@ class Images:
         self.shape: tuple[int, int, int] = tuple(record["shape"][1:])
         self._names: dict[str, list[str]] = record["names"]
         self._offsets: list[int] = record["offsets"]
-        # Copy-on-write, so that torch takes it for writable; nobody writes.
+        # Copy-on-write, because torch warns about read-only arrays. Nothing writes to it.
         self._images = torch.from_numpy(np.load((place or folder) / record["images"], mmap_mode="c"))
 
     def split(self, split: str) -> ImageClasses:
-        """The images of train, validation (or val, valid) or test, as they lie on the disk. ValueError for another
-        name."""
+        """The images of one split, on the disk.
+
+        Args:
+            split: train, validation (val, valid) or test.
+
+        Returns:
+            What ``ImageTasks`` draws from.
+
+        Raises:
+            ValueError: there is no split of this name.
+        """
         split = split_name(split)
         before = sum(len(self._names[earlier]) for earlier in SPLITS[: SPLITS.index(split)])
         names = self._names[split]
         offsets = torch.tensor(self._offsets[before : before + len(names) + 1])
         images = self._images[offsets[0] : offsets[-1]]
-        # Of one's own folder, the classes of a split are one's own choice, unless all are in it.
+        # The user chooses the splits of an own folder, unless one split holds all classes.
         choice = len(self._offsets) - 1 if self.name == "folder" and len(names) < len(self._offsets) - 1 else 0
         return ImageClasses(f"{split} classes of {self.name}", images, offsets.diff(), names, choice)
 
     def tensor(self, split: str) -> Tensor:
-        """The images of a split for ``Episodes``: ``[classes, samples, channels, height, width]`` uint8.
+        """The images of one split as a tensor for ``Episodes``.
 
-        Where classes differ in size, each gives as many images as the smallest has, its first ones, and the tensor is
-        a copy in memory; otherwise it lies on the disk.
+        If the classes differ in size, each contributes its first images, as many as the smallest class has, and the
+        tensor is a copy in memory. Otherwise it is on the disk.
+
+        Args:
+            split: train, validation (val, valid) or test.
+
+        Returns:
+            uint8 ``[classes, samples, channels, height, width]``.
+
+        Raises:
+            ValueError: there is no split of this name.
         """
         classes = self.split(split)
         images, count = classes.images, classes.count
@@ -83,30 +105,41 @@ class Images:
 
 
 def omniglot(path: Where, *, cache: Where | None = None) -> Images:
-    """Omniglot (Lake et al. 2015): 1623 characters of 20 images, here ``[1, 28, 28]`` and light ink on dark.
+    """Omniglot (Lake et al. 2015): 1623 characters with 20 images each, ``[1, 28, 28]``, light ink on a dark
+    background.
 
-    ``path``, or ``omniglot-py`` in it, holds ``images_background`` and ``images_evaluation``, each as .zip or unpacked,
-    from https://github.com/brendenlake/omniglot/raw/master/python/. The split is the MAML paper's, 1100 characters to
-    train on, 100 to validate, 423 to test, drawn from the sorted names: the authors' own followed from the order of
-    their file system. Quarter turns as classes of their own are the sampler's: ``rotations=4``.
+    The split is that of the MAML paper: 1100 characters for training, 100 for validation, 423 for test. They are drawn
+    from the sorted names with a fixed seed; the authors' own split depended on the order of files in their file system.
+    Use ``rotations=4`` of the sampler for quarter turns as classes of their own.
 
-    Images are resized from 105 x 105 by Lanczos resampling. The authors' script asks for that too, but of 1-bit images,
-    which Pillow resizes by nearest neighbours: theirs are rougher.
+    Images are resized from 105 x 105 by Lanczos resampling. The authors' script asks for the same, but on 1-bit images,
+    which Pillow resizes by nearest neighbours; their images are therefore rougher.
+
+    Args:
+        path: a folder that holds, directly or in ``omniglot-py``, ``images_background`` and ``images_evaluation``, each
+            as .zip or unpacked, from https://github.com/brendenlake/omniglot/raw/master/python/.
+        cache: the folder of the converted images; None: ``path``.
     """
     return Images("omniglot", path, layouts.find_omniglot, cache)
 
 
 def mini_imagenet(path: Where, *, cache: Where | None = None) -> Images:
-    """mini-ImageNet (Vinyals et al. 2016): 100 classes of 600 images ``[3, 84, 84]``, split 64/16/20 as by Ravi and
-    Larochelle.
+    """mini-ImageNet (Vinyals et al. 2016): 100 classes of 600 images ``[3, 84, 84]``, split 64/16/20 (Ravi and
+    Larochelle 2017).
 
-    ``path`` holds one of, the first found being taken:
-        ``mini-imagenet-cache-{train,val,test}.pkl`` (``validation`` too), https://zenodo.org/record/7978538;
-        ``mini-imagenet.tar.gz`` with those, https://github.com/renmengye/few-shot-ssl-public;
-        ``miniImageNet_category_split_{train_phase_train,val,test}.pickle``, https://github.com/kjunelee/MetaOptNet;
-        ``images/`` with ``train.csv``, ``val.csv`` and ``test.csv`` (columns filename, label);
-        ``train/``, ``val/`` and ``test/`` with a folder for each class, as the MAML authors' script leaves them.
+    ``path`` holds one of these; the first one found is used:
+
+    - ``mini-imagenet-cache-{train,val,test}.pkl`` (or ``validation``), https://zenodo.org/record/7978538
+    - ``mini-imagenet.tar.gz`` with those, https://github.com/renmengye/few-shot-ssl-public
+    - ``miniImageNet_category_split_{train_phase_train,val,test}.pickle``, https://github.com/kjunelee/MetaOptNet
+    - ``images/`` with ``train.csv``, ``val.csv`` and ``test.csv`` (columns filename, label)
+    - ``train/``, ``val/`` and ``test/`` with a folder for each class, as written by the MAML authors' script
+
     Image files of another size are resized by Lanczos resampling.
+
+    Args:
+        path: the folder that holds the data set.
+        cache: the folder of the converted images; None: ``path``.
     """
     return Images("mini-imagenet", path, layouts.find_mini_imagenet, cache)
 
@@ -114,20 +147,27 @@ def mini_imagenet(path: Where, *, cache: Where | None = None) -> Images:
 def cifar_fs(path: Where, *, cache: Where | None = None) -> Images:
     """CIFAR-FS (Bertinetto et al. 2019): 100 classes of 600 images ``[3, 32, 32]``, split 64/16/20.
 
-    ``path`` holds one of, the first found being taken:
-        ``CIFAR_FS_{train,val,test}.pickle``, or ``CIFAR_FS.zip`` with those, https://github.com/kjunelee/MetaOptNet;
-        ``cifar100/`` with ``data/<class>/`` and ``splits/bertinetto/{train,val,test}.txt``, as
-        https://github.com/bertinetto/r2d2 and learn2learn (there in ``cifarfs/``) unpack it, or their ``cifar100.zip``;
-        ``train/``, ``val/`` and ``test/`` with a folder for each class, as learn2learn sorts them.
+    ``path`` holds one of these; the first one found is used:
+
+    - ``CIFAR_FS_{train,val,test}.pickle``, or ``CIFAR_FS.zip`` with those, https://github.com/kjunelee/MetaOptNet
+    - ``cifar100/`` with ``data/<class>/`` and ``splits/bertinetto/{train,val,test}.txt``, as unpacked by
+    https://github.com/bertinetto/r2d2 and learn2learn (there in ``cifarfs/``), or their ``cifar100.zip``
+    - ``train/``, ``val/`` and ``test/`` with a folder for each class, as sorted by learn2learn
+
+    Args:
+        path: the folder that holds the data set.
+        cache: the folder of the converted images; None: ``path``.
     """
     return Images("cifar-fs", path, layouts.find_cifar_fs, cache)
 
 
 def fc100(path: Where, *, cache: Where | None = None) -> Images:
-    """FC100 (Oreshkin et al. 2018): 100 classes of 600 images ``[3, 32, 32]``, split 60/20/20 by their superclasses.
+    """FC100 (Oreshkin et al. 2018): 100 classes of 600 images ``[3, 32, 32]``, split 60/20/20 by superclass.
 
-    ``path`` holds ``FC100_{train,val,test}.pickle``, or ``FC100.zip`` (``fc100.zip``) with those, of
-    https://github.com/kjunelee/MetaOptNet or https://zenodo.org/record/7978538.
+    Args:
+        path: a folder that holds ``FC100_{train,val,test}.pickle``, or ``FC100.zip`` (``fc100.zip``) with those, from
+            https://github.com/kjunelee/MetaOptNet or https://zenodo.org/record/7978538.
+        cache: the folder of the converted images; None: ``path``.
     """
     return Images("fc100", path, layouts.find_fc100, cache)
 
@@ -135,11 +175,17 @@ def fc100(path: Where, *, cache: Where | None = None) -> Images:
 def tiered_imagenet(path: Where, *, cache: Where | None = None) -> Images:
     """tiered-ImageNet (Ren et al. 2018): 608 classes of 732 to 1300 images ``[3, 84, 84]``, split 351/97/160.
 
-    ``path``, or ``tiered-imagenet`` in it, holds ``{train,val,test}_labels.pkl`` and beside them
-        ``{train,val,test}_images_png.pkl`` of https://github.com/renmengye/few-shot-ssl-public, or
-        ``{train,val,test}_images.npz`` of https://github.com/kjunelee/MetaOptNet;
-    or ``path`` the former's archive, ``tiered-imagenet.tar`` (``tiered_imagenet.tar``).
-    Each of these files is read whole: the conversion takes as much memory as the largest has bytes.
+    ``path``, or ``tiered-imagenet`` in it, holds ``{train,val,test}_labels.pkl`` and one of
+
+    - ``{train,val,test}_images_png.pkl``, https://github.com/renmengye/few-shot-ssl-public
+    - ``{train,val,test}_images.npz``, https://github.com/kjunelee/MetaOptNet
+
+    or ``path`` holds the archive of the former, ``tiered-imagenet.tar`` (``tiered_imagenet.tar``). The conversion reads
+    each of these files as a whole into memory.
+
+    Args:
+        path: the folder that holds the data set.
+        cache: the folder of the converted images; None: ``path``.
     """
     return Images("tiered-imagenet", path, layouts.find_tiered_imagenet, cache)
 
@@ -153,24 +199,25 @@ def folder(
     split: Sequence[int] | None = None,
     cache: Where | None = None,
 ) -> Images:
-    """Your own images: a folder with a folder for each class, which holds image files.
+    """Your own images: a folder with one folder of image files for each class.
 
-    Images are read as a viewer shows them: turned as their EXIF orientation says, and transparent ones on a background.
-    Where every file is grey they have one channel, otherwise three. Files that are no images, and folders without any,
-    are skipped with a warning when the folder is converted. Each choice of these options is a conversion of its own.
+    Images are decoded as a viewer shows them: rotated by their EXIF orientation, and drawn on a background where they
+    are transparent. Files that are not images, and folders without images, are skipped with a warning. Each choice of
+    options has its own conversion.
 
-    Where ``path`` has subfolders ``train``, ``val`` (``valid``, ``validation``) and ``test``, in upper or lower case,
-    these hold the folders of the classes and are the split: no class is in two. Elsewhere classes are drawn from the
-    sorted names, with a fixed seed.
+    If ``path`` has subfolders ``train``, ``val`` (``valid``, ``validation``) and ``test``, in upper or lower case,
+    these hold the class folders of the splits, and no class may be in two of them. Otherwise the classes are drawn from
+    the sorted names with a fixed seed.
 
     Args:
-        size: height and width, or one number for both, to which images are resized by Lanczos resampling, whatever
-            their proportions are. None: images must be of one size.
-        background: what shows through transparent images: "white", "black" or "#rrggbb".
-        channels: 1 or 3; None: 1 where every file is grey, otherwise 3.
-        split: how many of the classes are to train, to validate and to test on; they add up to all. None: 20 % to test,
-            16 % to validate (both rounded, at least 1), the others to train on.
-        cache: the folder for the converted images, made where it is missing; None: ``path``.
+        path: the folder.
+        size: height and width in pixels, or one number for both; images are resized by Lanczos resampling and may be
+            stretched. None: all images must have the same size.
+        background: the colour behind transparent images: "white", "black" or "#rrggbb".
+        channels: 1 or 3; None: 1 if every file is grey, otherwise 3.
+        split: the number of classes for training, validation and test, which add up to all classes. None: 20 % for test
+            and 16 % for validation (both rounded, at least 1), the others for training.
+        cache: the folder of the converted images, which is created if needed; None: ``path``.
     """
     find = partial(own_images.find, size=size, background=background, channels=channels, split=split)
     return Images("folder", path, find, cache)

@@ -1,7 +1,7 @@
-"""Which files each published layout is made of: they are found here, or missed in words, and not yet read.
+"""Finds the files of each published data set, without reading them.
 
-Names are held to what their authors published; where several layouts of one data set lie in a folder, the first of
-those that ``images.py`` lists is taken.
+File names must be those that the authors published. If a folder holds several layouts of a data set, the first one in
+the order of the docstrings in ``images.py`` is used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FC100_SPLIT = (60, 20, 20)
 TIERED_IMAGENET_SPLIT = (351, 97, 160)
 TIERED_IMAGENET_MD5 = {"tiered-imagenet.tar": "e07e811b9f29362d159a9edd0d838c62"}
 
-FILE_WORDS = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}  # in names of files
+FILE_WORDS = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}  # as in names of files
 
 
 def find_omniglot(path: Path) -> Source:
@@ -94,7 +94,7 @@ def find_fc100(path: Path) -> Source:
 
 
 def _metaoptnet(path: Path, prefix: str, split: tuple[int, int, int]) -> Source | None:
-    """A choice of CIFAR-100's classes as MetaOptNet pickles it, or zips these pickles."""
+    """CIFAR-FS or FC100 as MetaOptNet publishes it: pickles, or a zip archive of them."""
     pattern = prefix + "_{}.pickle"
     if pickles := _pickles(path, pattern):
         return _of_pickles(image_pickles.read_by_label, pickles, split)
@@ -140,14 +140,14 @@ def _of_files(
     tables: Sequence[Path] = (),
     skipped: Sequence[Path] = (),
 ) -> Source:
-    """Image files of colour, made ``side`` by ``side`` pixels."""
+    """Colour image files, resized to ``side`` by ``side`` pixels."""
     files = [file for of_split in classes.values() for of_class in of_split.values() for file in of_class]
     read = partial(image_files.read_files, classes, "RGB", (side, side))
     return Source([*tables, *files], read, classes=sizes, skipped=skipped)
 
 
 def _sorted_files(path: Path, side: int, sizes: tuple[int, int, int]) -> Source | None:
-    """Those in the folders train, val and test, in a folder for each class."""
+    """Image files in the folders train, val and test, with a folder for each class."""
     if not (folders := class_folders.split_folders(path)):
         return None
     classes, skipped = class_folders.classes_of_splits(folders)
@@ -159,12 +159,13 @@ def _images_below(folder: Path) -> list[Path]:
 
 
 def _split_files(folder: Path, pattern: str, train: str = "train") -> dict[str, Path]:
-    """The file of each split: ``pattern`` with ``train``, val or validation, or test in it; {} without any.
+    """The file of each split: ``pattern`` with ``train``, val or validation, or test inserted; empty if there is none.
 
-    FileNotFoundError where one is missing and another is not.
+    Raises:
+        FileNotFoundError: there are files for some splits and not for all.
     """
-    spellings = FILE_WORDS | {"train": (train,)}
-    candidates = {split: [folder / pattern.format(word) for word in words] for split, words in spellings.items()}
+    words_of = FILE_WORDS | {"train": (train,)}
+    candidates = {split: [folder / pattern.format(word) for word in words] for split, words in words_of.items()}
     found = {split: path for split, paths in candidates.items() for path in paths[::-1] if path.exists()}
     for split, paths in candidates.items():
         if found and split not in found:
@@ -184,5 +185,5 @@ def _in_archive(archive: Path, pattern: str) -> dict[str, Pickle]:
 def _missing(name: str, path: Path, files: str, published: str) -> FileNotFoundError:
     text = f"{name} is not in {path}: there must be {files}; it is published at {published}"
     if made := sorted(path.glob("*.hdf5")):
-        text += f". {made[0].name} is torchmeta's own, which is not read here: what it was made from is"
+        text += f". {made[0].name} is in torchmeta's own format, which is not supported: use the files it was made from"
     return FileNotFoundError(text)

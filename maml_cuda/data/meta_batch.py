@@ -1,4 +1,4 @@
-"""What every sampler of tasks returns."""
+"""The tensors that every sampler of tasks returns."""
 
 from typing import NamedTuple
 
@@ -6,13 +6,13 @@ from torch import Tensor
 
 
 class MetaBatch(NamedTuple):
-    """One meta-batch, tasks first, in the order in which FusedMAML takes it: ``maml(*batch)``.
+    """One meta-batch of tasks, in the order of FusedMAML's arguments: ``maml(*batch)``.
 
     Attributes:
-        x_spt: [tasks, n_support, ...].
-        y_spt: [tasks, n_support] int64 labels, or [tasks, n_support, ...] float targets.
-        x_qry: [tasks, n_query, ...].
-        y_qry: [tasks, n_query], or [tasks, n_query, ...].
+        x_spt: support inputs ``[tasks, n_spt, ...]``.
+        y_spt: support labels, int64 ``[tasks, n_spt]``, or targets, float ``[tasks, n_spt, ...]``.
+        x_qry: query inputs ``[tasks, n_qry, ...]``.
+        y_qry: query labels or targets, like ``y_spt``.
     """
 
     x_spt: Tensor

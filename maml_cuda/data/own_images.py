@@ -1,4 +1,6 @@
-"""Your own images: a folder with a folder for each class, of any files, sizes and colours that Pillow reads."""
+"""Reads your own images: a folder with one folder for each class, with any files, sizes and colours that Pillow
+supports.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from maml_cuda.data.decode import Colour, is_coloured
 from maml_cuda.data.image_files import read_files
 
 COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0)}
-MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
+MODES = {1: "L", 3: "RGB"}  # number of channels -> Pillow's mode
 
 
 def find(
@@ -24,7 +26,7 @@ def find(
     channels: int | None = None,
     split: Sequence[int] | None = None,
 ) -> Source:
-    """The classes in ``path``; the arguments are those of ``images.folder``."""
+    """The files of the classes in ``path``. The arguments are those of ``images.folder``."""
     height_and_width = _height_and_width(size)
     colour = _colour(background)
     if channels not in (None, *MODES):
@@ -37,8 +39,12 @@ def find(
 
 
 def class_names(path: Path) -> dict[str, list[str]]:
-    """The classes in ``path``: by split where it has folders for splits, otherwise all of them to test on. Errors as
-    ``images.folder``."""
+    """The names of the classes in ``path``, by split if it has folders for splits, otherwise all under "test".
+
+    Raises:
+        FileNotFoundError: ``path`` is not a folder, or the folder of a split is missing.
+        ValueError: there is no class.
+    """
     if not path.is_dir():
         raise FileNotFoundError(f"{path} must be a folder of images (folder), got no folder")
     folders = class_folders.split_folders(path) or {"test": path}
@@ -46,11 +52,13 @@ def class_names(path: Path) -> dict[str, list[str]]:
 
 
 def _splits(path: Path, split: Sequence[int] | None) -> tuple[dict[str, Classes], list[Path]]:
-    """The classes of each split, and what is skipped."""
+    """The classes of each split, and the skipped paths."""
     if folders := class_folders.split_folders(path):
         if split is not None:
             there = ", ".join(folder.name for folder in folders.values())
-            raise ValueError(f"split must be left out for {path}, whose folders {there} are it, got {_words(split)}")
+            raise ValueError(
+                f"split must be left out for {path}, whose folders {there} define the split, got {_words(split)}"
+            )
         classes_of, skipped = class_folders.classes_of_splits(folders)
         return classes_of, skipped + sorted(set(class_folders.visible_folders(path)) - set(folders.values()))
     classes, skipped = class_folders.class_folders(path)
@@ -73,7 +81,7 @@ def _read(
     background: Colour,
     channels: int | None,
 ) -> Iterator[SourceClass]:
-    """One channel where every file is grey, three where any is of colour: whatever their order."""
+    """Reads with one channel if every file is grey, otherwise with three."""
     if channels is None:
         channels = 3 if any(_is_coloured(file, background) for file in files) else 1
     return read_files(classes, MODES[channels], size, background)

@@ -1,4 +1,4 @@
-"""Sinusoid regression of the MAML paper (Finn et al. 2017, section 5.1): every task is one curve."""
+"""Sinusoid regression (Finn et al. 2017, section 5.1): every task is one curve."""
 
 import math
 
@@ -13,14 +13,18 @@ X = (-5.0, 5.0)
 
 
 def curve(x: Tensor, amplitude: Tensor, phase: Tensor) -> Tensor:
-    """``amplitude * sin(x - phase)``, as in the authors' code; the arguments broadcast."""
+    """``amplitude * sin(x - phase)``, as in the authors' code. The arguments broadcast."""
     return torch.sin(x - phase) * amplitude
 
 
 class SinusoidTasks:
-    """Curves of uniform amplitude and phase, each with ``k_shot`` support and ``n_query`` query points.
+    """Tasks that are sine curves: amplitude uniform on [0.1, 5], phase on [0, pi], x on [-5, 5].
 
-    ``told``: every x is (x, amplitude, phase), which leaves nothing to adapt to: the paper's oracle.
+    Args:
+        k_shot: support points per task.
+        n_query: query points per task.
+        told: if True, x is ``(x, amplitude, phase)``, so that there is nothing to adapt to. This is the oracle of the
+            paper.
     """
 
     def __init__(self, k_shot: int, n_query: int, told: bool = False) -> None:
@@ -29,8 +33,17 @@ class SinusoidTasks:
         self.told = told
 
     def sample(self, num_tasks: int, generator: Generator) -> MetaBatch:
-        """Draws ``num_tasks`` tasks; x and y are ``[num_tasks, points, 1]`` float32, x of 3 where it is told."""
-        # One draw for everything: at 70,000 meta-iterations each further small op is a second of the run.
+        """Draws tasks.
+
+        Args:
+            num_tasks: the number of tasks.
+            generator: the source of random numbers.
+
+        Returns:
+            x float32 ``[num_tasks, points, 1]``, or ``[num_tasks, points, 3]`` if ``told``; y float32 ``[num_tasks,
+            points, 1]``.
+        """
+        # One draw for all numbers: in a run of 70,000 iterations, every further small op costs about a second.
         uniform = torch.rand(num_tasks, 2 + self.k_shot + self.n_query, 1, generator=generator)
         amplitude, phase, x = uniform.split([1, 1, self.k_shot + self.n_query], dim=1)
         x = x * (X[1] - X[0]) + X[0]

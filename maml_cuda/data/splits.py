@@ -1,4 +1,4 @@
-"""The three splits of a data set's classes: what they are called, and which classes they have."""
+"""The three splits of a data set's classes: their names, and how classes are assigned to them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 SPLITS = ("train", "validation", "test")
-# What people call them and their folders, in upper or lower case.
+# Names of the splits and of their folders, in upper or lower case.
 FOLDER_NAMES = {
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-SPLIT_SEED = 1  # the MAML authors'. No setting: a run must not be tested on classes that another was trained on
-FOLDER_SPLIT = {"validation": 0.16, "test": 0.2}  # mini-ImageNet's shares; the other classes are trained on
+# The seed of the MAML authors. It is fixed, so that no run is tested on classes that another run was trained on.
+SPLIT_SEED = 1
+FOLDER_SPLIT = {"validation": 0.16, "test": 0.2}  # shares as in mini-ImageNet; the other classes are for training
 
 
 def split_name(word: str) -> str:
-    """The one of SPLITS that ``word`` spells. ValueError where none is."""
+    """The split that ``word`` names: one of SPLITS.
+
+    Raises:
+        ValueError: there is none.
+    """
     for split, words in FOLDER_NAMES.items():
         if word.lower() in words:
             return split
@@ -27,7 +32,11 @@ def split_name(word: str) -> str:
 
 
 def parse_split(text: str) -> tuple[int, int, int]:
-    """``6/3/3``, the number of classes to train, to validate and to test on. ValueError for another form."""
+    """Parses numbers of classes for training, validation and test, such as ``6/3/3``.
+
+    Raises:
+        ValueError: ``text`` has another form.
+    """
     if not re.fullmatch(r"\d+/\d+/\d+", text):
         raise ValueError(f"split must be TRAIN/VALIDATION/TEST, numbers of classes such as 6/3/3, got {text!r}")
     train, validation, test = map(int, text.split("/"))
@@ -35,13 +44,13 @@ def parse_split(text: str) -> tuple[int, int, int]:
 
 
 def default_sizes(classes: int) -> tuple[int, int, int]:
-    """How many of a folder's classes each split has, where nobody chooses."""
+    """The number of classes of each split of a folder, if the user does not choose them."""
     validation, test = (max(1, round(share * classes)) for share in FOLDER_SPLIT.values())
     return classes - validation - test, validation, test
 
 
 def draw_split(names: Iterable[str], sizes: Sequence[int]) -> dict[str, list[str]]:
-    """The classes of each split, so many: sorted, shuffled by SPLIT_SEED, cut, and sorted again."""
+    """Assigns classes to the splits: sorted, shuffled with SPLIT_SEED, cut into ``sizes``, and sorted again."""
     shuffled = sorted(names)
     random.Random(SPLIT_SEED).shuffle(shuffled)
     ends = accumulate(sizes)

@@ -1,4 +1,4 @@
-"""Pickles of published data sets, read without running anything: NumPy arrays, plain containers, nothing else."""
+"""Reads pickles of published data sets safely: NumPy arrays and plain containers only; no other object is created."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import numpy as np
 
 
 class _DType:
-    """A plain number and its byte order, in place of numpy.dtype: that one's state could make pointers of numbers."""
+    """Replaces numpy.dtype: a plain number type and its byte order. The state of numpy.dtype could turn numbers into
+    pointers.
+    """
 
     def __init__(self, spec: Any, *_: Any) -> None:
         if not isinstance(spec, str) or not re.fullmatch(r"[biuf]\d", spec):
@@ -27,11 +29,11 @@ class _DType:
 
 
 class _Array(np.ndarray):
-    """An array whose state says a shape, a plain dtype and bytes."""
+    """An array whose pickled state is a shape, a plain dtype and bytes."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, content = state
-        if isinstance(content, str):  # the bytes of Python 2
+        if isinstance(content, str):  # bytes that Python 2 pickled
             content = content.encode("latin1")
         super().__setstate__((1, shape, dtype.type, bool(fortran), content))  # type: ignore[arg-type]
 
@@ -43,23 +45,28 @@ def _reconstruct(*_: Any) -> np.ndarray:
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy", "ndarray"): None,  # the kind of array, which is always the one above
+    ("numpy", "ndarray"): None,  # an argument of _reconstruct, which ignores it
     ("numpy", "dtype"): _DType,
 }
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows arrays as Python 2 and, up to protocol 4, Python 3 write them; the published files are Python 2's."""
+    """Reads arrays as pickled by Python 2, like the published files, and by Python 3 up to protocol 4."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not read here; nothing was run")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not allowed; nothing was executed")
         return _ALLOWED[module, name]
 
 
 @dataclass(frozen=True)
 class Pickle:
-    """A pickle on the disk: a file, or a file of this name in a tar or zip archive."""
+    """A pickle on the disk.
+
+    Attributes:
+        path: the pickle, or a tar or zip archive that holds it.
+        member: the name of the file in the archive; None if ``path`` is the pickle.
+    """
 
     path: Path
     member: str | None = None
@@ -68,10 +75,11 @@ class Pickle:
         return f"{self.member} in {self.path}" if self.member else str(self.path)
 
     def load(self) -> Any:
-        """What it holds. The bytes of a Python 2 pickle become str (``latin1``), as NumPy's arrays in it need.
+        """Reads the pickle. Bytes of a Python 2 pickle become str (``latin1``), which NumPy's arrays need.
 
         Raises:
-            ValueError: it is cut short, is no pickle, asks for anything but arrays, or is not in the archive.
+            ValueError: it is incomplete, is not a pickle, holds anything but arrays and plain containers, or is not in
+                the archive.
         """
         if self.member is None:
             with self.path.open("rb") as file:
@@ -83,7 +91,7 @@ class Pickle:
                     with member:
                         return self._unpickle(member)
         except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{self.path} must be a whole {kind} archive, got: {error}") from error
+            raise ValueError(f"{self.path} must be a complete {kind} archive, got: {error}") from error
         raise ValueError(f"{self.path} must hold {self.member}")
 
     def _opened(self, archive: zipfile.ZipFile | tarfile.TarFile) -> IO[bytes] | None:
@@ -98,5 +106,5 @@ class Pickle:
             return _Unpickler(file, encoding="latin1").load()
         except MemoryError:
             raise
-        except Exception as error:  # damaged opcodes fail in any way
-            raise ValueError(f"{self} must be a whole pickle of arrays, got: {error}") from error
+        except Exception as error:  # damaged pickles raise many types
+            raise ValueError(f"{self} must be a complete pickle of arrays, got: {error}") from error

@@ -121,7 +121,9 @@ def test_read_only_data_is_converted_in_a_cache_folder(tmp_path, monkeypatch) ->
 def test_a_cache_that_is_no_folder_is_said_in_words(tmp_path) -> None:
     published.birds(tmp_path)
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(OSError, match=r"file must be writable, the converted images are kept there: .*File exists"):
+    with pytest.raises(
+        OSError, match=r"file must be writable, because the converted images are stored there: .*File exists"
+    ):
         images.folder(tmp_path, cache=tmp_path / "file")
 
 
@@ -233,5 +235,5 @@ def test_a_folder_that_cannot_be_written_to_is_said_in_words(tmp_path, monkeypat
         return open_file(path, mode, **options)
 
     monkeypatch.setattr(Path, "open", read_only)
-    with pytest.raises(OSError, match=r"kept there: .*Permission denied.*; cache \(--cache\) names another"):
+    with pytest.raises(OSError, match=r"stored there: .*Permission denied.*; set cache \(--cache\) to another"):
         images.folder(tmp_path)

@@ -90,9 +90,9 @@ def test_read_only_data_are_trained_on_by_a_cache(tmp_path, capsys) -> None:
         (["BIRDS", "--split", "6-3"], "split must be TRAIN/VALIDATION/TEST, numbers of classes such as 6/3/3, got"),
         (["BIRDS", "--split", "6/3/4"], "split must be three numbers that add up to the 12 classes of"),
         (["BIRDS", "--background", "grey"], "background must be white, black or #rrggbb, got 'grey'"),
-        (["BIRDS", "--ways", "5", "--queries", "1"], "5-way tasks need 5 classes or more in a split, 15 for all three, "
-         "of 12 here: choose by --split TRAIN/VALIDATION/TEST (split= in Python), such as 4/4/4 for 4 ways, or by "
-         "folders train, val and test; n_way is --ways"),
+        (["BIRDS", "--ways", "5", "--queries", "1"], "5-way tasks need at least 5 classes in each split, 15 for all "
+         "three, and there are 12: set --split TRAIN/VALIDATION/TEST (split= in Python), such as 4/4/4 for 4 ways, or "
+         "make folders train, val and test; n_way is --ways"),
     ],
 )  # fmt: skip
 def test_impossible_options_are_refused(trained, tmp_path, monkeypatch, capsys, arguments, message: str) -> None:
@@ -112,7 +112,7 @@ def test_a_warning_is_one_line_of_the_command(tmp_path, capsys, monkeypatch) -> 
 
     monkeypatch.setattr(conversion, "warn", warn)
     assert main(["train", str(tmp_path / "birds"), "--out", str(tmp_path / "run")]) == 2
-    line = f"skipped in {tmp_path / 'birds'}, no images of a class: bird 00/Thumbs.db"
+    line = f"skipped in {tmp_path / 'birds'}, not images of a class: bird 00/Thumbs.db"
     assert shown == [f"maml-cuda: {line}\n"]
 
 
