@@ -254,8 +254,8 @@ def test_too_few_classes_say_how_many_are_needed_and_what_chooses_them(tmp_path)
     validation = images.folder(tmp_path).split("validation")
     message = (
         "n_way must be 2 to 3 (validation classes of folder), got 5; 5-way tasks need at least 5 classes in each split"
-        ", 15 for all three, and there are 20: set --split TRAIN/VALIDATION/TEST (split= in Python), such as 10/5/5, or "
-        "make folders train, val and test"
+        ", 15 for all three, and there are 20: set --split TRAIN/VALIDATION/TEST (split= in Python), such as 10/5/5, "
+        "or make folders train, val and test"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         ImageTasks(validation, n_way=5, k_shot=1, n_query=1)
