@@ -1,4 +1,4 @@
-"""``python -m maml_cuda``: the command ``maml-cuda``."""
+"""``python -m maml_cuda`` is the command ``maml-cuda``."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """The command line: ``maml-cuda train | evaluate | compare | info``.
 
-What needs torch or the extra [train] is imported inside the commands: help comes at once, and a missing package can be
-named in words.
+Modules that need torch or the extra [train] are imported inside the commands, so that ``--help`` is fast and a missing
+package is reported by name.
 """
 
 import argparse
@@ -32,8 +32,15 @@ from maml_cuda.train.settings import JOBS, Settings, unknown_job
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 2 for an error in words, 130 after Ctrl-C, 143 after SIGTERM,
-    141 where nobody reads any more what it prints."""
+    """Runs one command.
+
+    Args:
+        arguments: the words of the command line; None: ``sys.argv[1:]``.
+
+    Returns:
+        The exit status: 0 on success, 2 after an error, which is printed in one line, 130 after Ctrl-C, 143 after
+            SIGTERM, 141 if standard output was closed.
+    """
     try:
         with readable_output(), sigterm_raises():
             options = parser().parse_args(arguments)
@@ -45,13 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         discard_broken_streams()
         return 128 + signal.SIGPIPE
     except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
-        lost = discard_broken_streams()  # whoever writes a file names it
+        lost = discard_broken_streams()  # the error does not name a stream; errors of files name the file
         print_error(f"maml-cuda: error: {error}{f': {lost}' if lost else _other_checkpoints(error)}")
         return 2
 
 
 def _other_checkpoints(error: Exception) -> str:
-    """What can be done about a checkpoint that cannot be used."""
+    """A hint for the user if a checkpoint cannot be used: which other checkpoint or folder there is."""
     folder = getattr(error, "folder", None)
     if folder is None:
         return ""
@@ -62,8 +69,8 @@ def _other_checkpoints(error: Exception) -> str:
         return did_you_mean(str(run), sibling_folders(run))
     if folder.name != "best" and locate(run / "best"):
         return (
-            f"; maml-cuda train --resume {run} --from best goes on from the best checkpoint, maml-cuda evaluate {run} "
-            "tests it"
+            f"; maml-cuda train --resume {run} --from best continues from the best checkpoint, "
+            f"maml-cuda evaluate {run} tests it"
         )
     if folder.name != "last" and locate(run / "last"):
         return f"; maml-cuda evaluate {run} --checkpoint last tests the last checkpoint"
@@ -72,7 +79,7 @@ def _other_checkpoints(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class _JobKind:
-    """What a kind of jobs brings to the commands."""
+    """The parts of the commands that differ between supervised and reinforcement-learning jobs."""
 
     settings: type
     new_settings: Callable[..., Any]
@@ -96,7 +103,7 @@ def _job_kind(job: str) -> _JobKind:
 
 
 def _kind_of_run(info: dict[str, Any], folder: Path) -> _JobKind:
-    """Of the run of the checkpoint in ``folder``."""
+    """The kind of the run that wrote the checkpoint in ``folder``."""
     from maml_cuda.train.checkpoint import DamagedCheckpoint
 
     job = info.get("settings", {}).get("job")
@@ -107,6 +114,7 @@ def _kind_of_run(info: dict[str, Any], folder: Path) -> _JobKind:
 
 
 def train(options: argparse.Namespace) -> int:
+    """``maml-cuda train``: trains a new run, or continues one, and tests its best checkpoint."""
     require("tqdm", "matplotlib", "safetensors", extra="train")
     from maml_cuda.train.checkpoint import load_info, locate
     from maml_cuda.train.loop import resumed_settings
@@ -114,7 +122,7 @@ def train(options: argparse.Namespace) -> int:
     _set_threads(options.threads)
     if options.job is not None and options.job not in JOBS and Path(options.job).is_dir():
         if options.data is not None:
-            raise ValueError(f"data must be left out for a folder, which is the data, got {options.data}")
+            raise ValueError(f"data must be left out if the job is the folder of the data, got {options.data}")
         options.job, options.data = "folder", absolute(options.job)
     names = {field.name for kind in (Settings, RLSettings) for field in fields(kind)}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
@@ -122,7 +130,7 @@ def train(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         if options.resume is None:
             if options.resume_from is not None:
-                raise ValueError("--from must come with the run to go on with: --resume RUN --from best")
+                raise ValueError("--from must be used with --resume: --resume RUN --from best")
             kind = _job_kind(given.setdefault("job", "glyphs"))
             given = _checked_names(kind, given)
             _refuse_ignored(given, given)
@@ -143,14 +151,15 @@ def train(options: argparse.Namespace) -> int:
             if locate(run / "last") is None:
                 print_error("\nInterrupted before the first checkpoint; nothing was saved.")
             else:
-                print_error(f"\nInterrupted; saved in {run}. Go on with: maml-cuda train --resume {run}")
+                print_error(f"\nInterrupted; the run is saved in {run}. Continue with: maml-cuda train --resume {run}")
             return exit_status(interrupt)
     return 0
 
 
 def _lock_new_run(out: str | None, job: str, stack: ExitStack) -> Path:
-    """The folder of a new run, owned until the stack is unwound: ``out``, or one of its own, whoever else begins a run
-    in this second."""
+    """The folder of a new run, locked until ``stack`` is closed: ``out``, or a new folder even if other runs start in
+    the same second.
+    """
     if out is not None:
         stack.enter_context(locked_run(Path(out)))
         return Path(out)
@@ -177,11 +186,15 @@ def _train_and_test(kind: _JobKind, training: Any) -> None:
         print(kind.report.table(kind.report.finish(run, settings)))
         print(f"metrics, checkpoints, pictures and summary.json are in {run}")
     except OSError:  # a full disk, a closed pipe
-        print_error(f"\nBroken off; what was saved is in {run}. Go on with: maml-cuda train --resume {run}")
+        print_error(
+            f"\nStopped by an error; everything up to the last checkpoint is in {run}. "
+            f"Continue with: maml-cuda train --resume {run}"
+        )
         raise
 
 
 def evaluate(options: argparse.Namespace) -> int:
+    """``maml-cuda evaluate``: tests a checkpoint of a run, on the run's data or on other images."""
     require("safetensors", extra="train")
     from maml_cuda.train.other_images import check_ways, other_images
 
@@ -192,7 +205,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if kind.settings is Settings and options.data is not None:
         if not options.json:
             _announce_data(options.data)
-        trained = info.get("classes", ())  # which runs of earlier versions do not tell
+        trained = info.get("classes", ())  # checkpoints of earlier versions do not have them
         if images := other_images(stored, options.data, trained, options.cache):
             other, options.data, options.cache = {"other": images}, None, None
     model = _checked_names(kind, _without_none(backend=options.backend, data=options.data, cache=options.cache))
@@ -217,7 +230,7 @@ def evaluate(options: argparse.Namespace) -> int:
         algorithms, tested = [learned], {"checkpoint": options.checkpoint, "iteration": info["iteration"]}
     if options.batch_norm == "running":
         if kind.settings is not Settings:
-            raise ValueError(f"batch_norm must be left out for {stored.job}, whose policy has none")
+            raise ValueError(f"batch_norm must be left out for {stored.job}, whose policy has no BatchNorm")
         for algorithm in algorithms:
             kind.report.collect_statistics(algorithm, settings)
         tested["batch_norm"] = options.batch_norm
@@ -227,8 +240,11 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def _stored_run(run: Path, checkpoint: str) -> tuple[_JobKind, Any, dict[str, Any]]:
-    """A run's kind, its settings and what else is known of it, from its last checkpoint, which knows what was set anew
-    when it was resumed, or, where that cannot be used, from the one that is asked for."""
+    """The kind of a run, its settings, and the info of a checkpoint.
+
+    They come from the last checkpoint, because it holds the settings that were changed when the run was resumed. If it
+    cannot be used, they come from ``checkpoint``.
+    """
     from maml_cuda.train.checkpoint import UnusableCheckpoint, load_info, locate
     from maml_cuda.train.run_info import restore_settings
 
@@ -248,6 +264,7 @@ def _stored_run(run: Path, checkpoint: str) -> tuple[_JobKind, Any, dict[str, An
 
 
 def compare(options: argparse.Namespace) -> int:
+    """``maml-cuda compare``: plots the test results of several runs."""
     require("matplotlib", "safetensors", extra="train")
     from maml_cuda.rl.plots import returns
     from maml_cuda.train.checkpoint import read_json
@@ -271,6 +288,7 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def info(options: argparse.Namespace) -> int:
+    """``maml-cuda info``: prints the build, the versions and the number of threads."""
     import torch
 
     from maml_cuda.train.provenance import versions
@@ -289,13 +307,17 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 def _checked_names(kind: _JobKind, given: dict[str, Any]) -> dict[str, Any]:
-    """``given``. ValueError where one of them is no setting of this kind of jobs."""
+    """``given``, with a preset of a reinforcement-learning job as its baseline.
+
+    Raises:
+        ValueError: a name is not a setting of this kind of job.
+    """
     if kind.settings is RLSettings and "preset" in given:
         given = {"baseline": given["preset"]} | {name: value for name, value in given.items() if name != "preset"}
         if given["baseline"] not in rl_settings.BASELINES:
             raise ValueError(
-                f"a policy is trained by MAML and has no preset but --baseline {', '.join(rl_settings.BASELINES[1:])}, "
-                f"got {given['baseline']}; --first-order, --inner-steps and --outer choose its algorithm"
+                f"preset must be left out for a policy, or be one of {', '.join(rl_settings.BASELINES[1:])}, "
+                f"got {given['baseline']}; --first-order, --inner-steps and --outer choose the algorithm"
             )
     names = {field.name for field in fields(kind.settings)}
     for name, value in given.items():
@@ -305,8 +327,7 @@ def _checked_names(kind: _JobKind, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_ignored(given: dict[str, Any], settings: dict[str, Any]) -> None:
-    """ValueError where a value of ``given`` decides nothing in a run of ``settings``, unless it says that something is
-    off, as it is."""
+    """Raises ValueError if a run of ``settings`` would ignore a value of ``given`` that is not the default."""
     job = settings["job"]
     if job in RL_JOBS:
         baseline, outer = settings.get("baseline", "none"), settings.get("outer", RL_JOBS[job].outer)
@@ -316,7 +337,7 @@ def _refuse_ignored(given: dict[str, Any], settings: dict[str, Any]) -> None:
         used = presets.used_settings(job, what)
     for name, value in given.items():
         if name not in used and value != getattr(Settings, name, None):
-            raise ValueError(f"{name} must be left out for {what}, where it decides nothing, got {value}")
+            raise ValueError(f"{name} must be left out for {what}, which ignores it, got {value}")
 
 
 def _announce_data(data: str | None) -> None:
@@ -336,6 +357,6 @@ def _set_threads(threads: int | None) -> None:
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     cores = os.cpu_count() or 1
-    if threads > cores:  # of 100000 torch dies
+    if threads > cores:  # torch crashes if there are far too many, such as 100000
         raise ValueError(f"threads must be at most {cores}, the cores of this machine, got {threads}")
     torch.set_num_threads(threads)

@@ -46,7 +46,7 @@ def _cholesky(gram: Tensor) -> Tensor:
     (as rllab does)."""
     broken = (~gram.isfinite()).flatten(1).any(1)
     if broken.any():
-        raise ValueError(f"observations must be finite, got some that are not in task {int(broken.nonzero()[0])}")
+        raise ValueError(f"observations must be finite, got NaN or infinity in task {int(broken.nonzero()[0])}")
     ridge = torch.full((len(gram), 1), RIDGE, dtype=gram.dtype, device=gram.device)
     while True:
         factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge.expand(-1, gram.shape[-1])))

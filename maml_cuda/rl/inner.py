@@ -173,13 +173,13 @@ def fisher_samples(policy: Policy, x: Tensor, weights: Tensor | None) -> Samples
 def _check(maml: FusedMAML, samples: MetaSamples) -> None:
     steps, sets, queries = maml.inner_steps, len(samples.support), len(samples.query)
     if sets != steps:
-        raise ValueError(f"support must hold one set for each inner step, which are {steps}, got {sets}")
+        raise ValueError(f"support must hold {steps} sets, one for each inner step, got {sets}")
     if not 1 <= queries <= max(steps, 1):
-        raise ValueError(f"query must hold 1 to {max(steps, 1)} sets, one for each inner step at most, got {queries}")
+        raise ValueError(f"query must hold 1 to {max(steps, 1)} sets, at most one for each inner step, got {queries}")
     if maml.query_weights is not None:
-        raise ValueError("query_weights must be None in an outer step of a policy, got some")
+        raise ValueError("query_weights must be None in the outer step of a policy, got weights")
     rates = [rate.value for rate in maml._rates().values()]
     if any(isinstance(rate, Tensor) and rate.requires_grad for rate in rates):
-        raise ValueError("inner_lr must be fixed in an outer step of a policy, got rates that are learned")
+        raise ValueError("inner_lr must be fixed in the outer step of a policy, got learned rates")
     if steps > 1 and maml.batch_norm == "per_step":
-        raise ValueError("batch_norm must not be per_step where each inner step has a support set of its own")
+        raise ValueError("batch_norm must not be per_step if each inner step has its own support set")

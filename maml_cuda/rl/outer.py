@@ -164,7 +164,7 @@ def _surrogate_and_gradient(now: AdaptedPolicies, targets: Sequence[PolicyTarget
         task = int(broken.nonzero()[0])
         raise ValueError(f"the surrogate must be finite, got {losses[task]:g} in task {task}")
     if not math.isfinite(dot(gradient, gradient)):
-        raise ValueError("the meta-gradient must be finite, got one that is not: lower --inner-lr")
+        raise ValueError("the meta-gradient must be finite, got NaN or infinity: lower --inner-lr")
     return float(losses.mean()), gradient
 
 

@@ -57,8 +57,8 @@ def before_and_after(
             goal = ", ".join(f"{value:.2f}" for value in goals[0].tolist())
             return f"{path.name}: before and after adaptation to the goal {goal}, rendered by {library}"
     return (
-        "no GIF: MuJoCo finds nothing to render with here. It needs EGL, OSMesa or a display; on Debian, "
-        "apt-get install libosmesa6 brings one of them"
+        "no GIF: MuJoCo cannot render on this machine. It needs EGL, OSMesa or a display; on Debian, "
+        "apt-get install libosmesa6 installs OSMesa"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run trains: each algorithm is an object that takes a meta-step and predicts on new tasks."""
+"""The algorithms that a run can train. Each one takes meta-steps and predicts on new tasks."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from maml_cuda.data import ImageBatches, ImageTasks, MetaBatch, SinusoidTasks
 from maml_cuda.train.jobs import make_maml, make_model, make_tasks, score, without_head
 from maml_cuda.train.settings import Settings
 
-FINAL_META_LR = 1e-5  # of MAML++'s outer rate
-LEAST_SHARE = 0.03  # times 1 / steps: what MAML++ leaves to the query loss of a step that is not the last
+FINAL_META_LR = 1e-5  # where the cosine schedule of MAML++ ends
+LEAST_SHARE = 0.03  # MAML++: the least weight of the query loss of a step before the last, times 1 / steps
 
 
 class Algorithm:
-    """Between two meta-iterations all of its state is in ``module`` and ``optimizer``.
+    """Base class. Between two meta-iterations, ``module`` and ``optimizer`` hold the whole state.
 
     Attributes:
-        module: everything learned, by name.
-        optimizer: of the meta-parameters; None where nothing is learned.
-        steps: the numbers of adaptation steps after which it can be tested.
-        backend: what runs.
+        module: everything that is learned, by name.
+        optimizer: the optimizer of the meta-parameters; None if nothing is learned.
+        steps: the numbers of adaptation steps after which the algorithm can be tested.
+        backend: the backend that runs: "cpu", "reference" or "autograd".
     """
 
     module: nn.Module
@@ -35,28 +35,35 @@ class Algorithm:
     backend: str = "autograd"
 
     def sampler(self, tasks: ImageTasks | SinusoidTasks) -> Any:
-        """What ``step`` takes draws of: the training tasks, or something made of them."""
+        """The object whose ``sample`` draws the batches for ``step``: ``tasks``, or an object made from them."""
         return tasks
 
     def step(self, batch: Any, iteration: int) -> tuple[Tensor, Tensor]:
-        """One meta-iteration, of which ``iteration`` counts from 1, on a draw of the sampler.
+        """One meta-iteration.
 
-        Returns the loss and the score of the batch, 0-d and detached.
+        Args:
+            batch: a draw of the sampler.
+            iteration: the number of the iteration, from 1.
+
+        Returns:
+            The loss and the score of the batch, 0-d and detached.
         """
         raise NotImplementedError
 
     def predict(self, batch: MetaBatch, steps: int) -> Tensor:
-        """Predictions on the query sets ``[tasks, n_qry, ...]`` after so many steps on the support sets."""
+        """Predictions on the query sets ``[tasks, n_qry, ...]`` after ``steps`` steps on the support sets."""
         raise NotImplementedError
 
     def predictions(self, batch: MetaBatch, steps: Sequence[int]) -> Iterator[Tensor]:
-        """Those after each number of ``steps``, which ascend."""
+        """The predictions after each number of ``steps``, which are in ascending order."""
         return (self.predict(batch, count) for count in steps)
 
     def _optimizer_step(self, backward: Callable[[], Any]) -> Any:
-        """A step along what ``backward()`` leaves in ``.grad``; returns what it does."""
+        """Takes an optimizer step with the gradients that ``backward()`` leaves in ``.grad``; returns the result of
+        ``backward()``.
+        """
         assert self.optimizer is not None
-        for group in self.optimizer.param_groups:  # zero_grad() would be a twentieth of a sinusoid's iteration
+        for group in self.optimizer.param_groups:  # zero_grad() would take 5 % of an iteration of the sinusoid
             for p in group["params"]:
                 p.grad = None
         returned = backward()
@@ -65,14 +72,17 @@ class Algorithm:
 
 
 class Maml(Algorithm):
-    """MAML (Finn et al. 2017) and what it becomes by its settings: FOMAML, ANIL, Meta-SGD, MAML++; with no inner step
-    in training the baselines that are trained on all tasks at once; untrained, the random one."""
+    """MAML (Finn et al. 2017), and the algorithms that it becomes by its settings.
+
+    These are FOMAML, ANIL, Meta-SGD and MAML++. Without inner steps in training it is a baseline that is trained on all
+    tasks at once; with no iterations it is the random baseline.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.module = self.maml = make_maml(settings)
         self.optimizer = torch.optim.Adam(self.maml.parameters(), lr=settings.meta_lr, fused=True)
-        if settings.told:  # there is nothing left to adapt to
+        if settings.told:  # the input identifies the task, so the network is not adapted
             self.steps = (0,)
 
     @property
@@ -97,11 +107,17 @@ class Maml(Algorithm):
                 yield self.maml.predict(fast, batch.x_qry, slot=max(count - 1, 0))
 
     def use_running_statistics(self, batches: Iterable[MetaBatch]) -> None:
-        """From here on BatchNorm normalises by running statistics, so that a query is classified by itself: by means
-        over the inner loops of ``batches``, of each step where BatchNorm has parameters for each."""
+        """Makes BatchNorm use running statistics, so that each query is classified independently of the others.
+
+        The statistics are means over the inner loops of ``batches``. Per-step BatchNorm has statistics for each inner
+        step.
+
+        Raises:
+            ValueError: the network has no BatchNorm layers.
+        """
         norms = [m for m in self.maml.model.modules() if isinstance(m, (nn.BatchNorm2d, PerStepBatchNorm2d))]
         if not norms:
-            raise ValueError("running statistics must have a net with BatchNorm layers, got none")
+            raise ValueError("running statistics need a net with BatchNorm layers, got none")
         for norm in norms:
             assert norm.weight is not None
             norm.running_mean, norm.running_var = torch.zeros_like(norm.weight), torch.ones_like(norm.weight)
@@ -114,10 +130,11 @@ class Maml(Algorithm):
 
 
 class Reptile(Algorithm):
-    """Reptile (Nichol et al. 2018), batched: theta += eps * mean over tasks of (phi_K - theta).
+    """Reptile (Nichol et al. 2018), batched: ``theta += eps * mean over tasks of (phi_K - theta)``.
 
-    The inner loop is SGD on minibatches of a task's support and query samples together; the authors' is Adam with
-    beta1 = 0. The outer step is SGD at rate eps along theta - mean(phi_K). In test ``adapt`` steps on the support set.
+    The inner loop is SGD on minibatches of a task's support and query samples together; the authors use Adam with beta1
+    = 0. The outer step is SGD with rate eps along ``theta - mean(phi_K)``. In tests, ``adapt`` steps on the support
+    set.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -142,14 +159,17 @@ class Reptile(Algorithm):
             theta.grad = theta.detach() - fast[name].mean(0)
         assert self.optimizer is not None
         self.optimizer.step()
-        after = maml.predict(fast, batch.x_spt)  # which the steps have seen, as they have seen all of a task
+        # The inner steps have seen all samples of a task, so this is a score on training samples.
+        after = maml.predict(fast, batch.x_spt)
         return torch.stack(losses).mean(), score(settings.job, after, batch.y_spt).mean()
 
     predict, predictions = Maml.predict, Maml.predictions
 
     def _minibatches(self, x: Tensor, iteration: int) -> Sequence[Tensor]:
-        """The samples of each inner step, ``[tasks, inner_batch]``: each task's own passes through its samples in
-        random order, decided by the seed and the iteration alone."""
+        """The rows of the samples of each inner step, ``[tasks, inner_batch]``.
+
+        Each task passes through its own samples in random order. The order depends on the seed and the iteration only.
+        """
         steps, (tasks, samples) = self.settings.inner_steps, x.shape[:2]
         size = self.settings.inner_batch or samples
         generator = Generator().manual_seed(self.settings.seed << 32 | iteration)
@@ -159,9 +179,9 @@ class Reptile(Algorithm):
 
 
 class Metric(Algorithm):
-    """Networks that compare queries with the support set by their features: episodes without an inner loop.
+    """Networks that compare the features of queries and support samples. They have no inner loop.
 
-    BatchNorm takes its statistics over a task's support and query samples together.
+    BatchNorm uses the statistics of a task's support and query samples together.
     """
 
     steps = (0,)
@@ -187,29 +207,45 @@ class Metric(Algorithm):
 
 
 class ProtoNet(Metric):
-    """Prototypical networks (Snell et al. 2017)."""
+    """Prototypical networks (Snell et al. 2017): the class whose mean support feature is nearest."""
 
     @staticmethod
     def logits(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
-        """``-|query - the mean of a class's support|^2``: ``[n_spt, d], [n_spt], [n_qry, d]`` to ``[n_qry, ways]``."""
+        """Negative squared distances between queries and the mean features of the classes.
+
+        Args:
+            support: features ``[n_spt, d]``.
+            labels: int64 ``[n_spt]``.
+            query: features ``[n_qry, d]``.
+
+        Returns:
+            ``[n_qry, ways]``.
+        """
         one_hot = F.one_hot(labels).to(support.dtype)
         prototypes = one_hot.T @ support / one_hot.sum(0).unsqueeze(1)
         return -(query.unsqueeze(1) - prototypes).square().sum(-1)
 
 
 class MatchingNet(Metric):
-    """Matching networks (Vinyals et al. 2016) without full-context embeddings."""
+    """Matching networks (Vinyals et al. 2016) without full-context embeddings: attention over the support samples."""
 
     @staticmethod
     def logits(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
-        """``log sum of softmax(cosine(query, support)) over a class's support``, shapes as for ``ProtoNet``."""
+        """Logarithm of the attention on each class: ``softmax(cosine(query, support))``, summed over the support
+        samples of a class.
+
+        Shapes are those of ``ProtoNet.logits``.
+        """
         attention = (F.normalize(query, dim=-1) @ F.normalize(support, dim=-1).T).softmax(-1)
         return (attention @ F.one_hot(labels).to(support.dtype)).log()
 
 
 class Pretrained(Algorithm):
-    """Fine-tuning: a classifier of all training classes is trained; on a task a new last layer, zeros at first, takes
-    the place of its own, and the whole net steps on the support set."""
+    """The fine-tuning baseline.
+
+    A classifier of all training classes is trained. On a task, its last layer is replaced by a new one, initialised to
+    zero, and all parameters take gradient steps on the support set.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -246,7 +282,7 @@ class Pretrained(Algorithm):
 
 
 class NearestPixel(Algorithm):
-    """The class of the support image whose pixels are nearest; nothing is learned."""
+    """Predicts the class of the support image with the nearest pixels (Euclidean distance). Nothing is learned."""
 
     steps = (0,)
 
@@ -271,14 +307,19 @@ ALGORITHMS: dict[str, type[Any]] = {
 
 
 def make_algorithm(settings: Settings) -> Algorithm:
-    """Fresh, initialized from the seed of ``settings``."""
+    """A new algorithm, initialised from the seed of ``settings``."""
     return ALGORITHMS[settings.algorithm](settings)
 
 
 def multi_step_weights(settings: Settings, iteration: int) -> Tensor | None:
-    """The weight of the query loss at phi_0 to phi_K (Antoniou et al. 2019, their code): equal ones at first, none for
-    phi_0; those before the last fall linearly, to 3 % at least, and the last gains what they lose. None, which is the
-    last alone, after ``multi_step_iterations``."""
+    """Weights of the query loss after each inner step (Antoniou et al. 2019, the authors' code).
+
+    At first the weights of phi_1 to phi_K are equal. Those before the last fall linearly, to 3 % of that at least, and
+    the last one grows by the same amount. phi_0 has weight 0.
+
+    Returns:
+        ``[inner_steps + 1]``, which sums to 1; None after ``multi_step_iterations``, when only the last step counts.
+    """
     if iteration > settings.multi_step_iterations:
         return None
     steps = settings.inner_steps
@@ -287,7 +328,7 @@ def multi_step_weights(settings: Settings, iteration: int) -> Tensor | None:
 
 
 def meta_lr(settings: Settings, iteration: int) -> float:
-    """The outer rate of an iteration, counted from 1."""
+    """The outer learning rate of an iteration, counted from 1."""
     done = (iteration - 1) / settings.iterations
     if settings.meta_schedule == "cosine":
         return FINAL_META_LR + (settings.meta_lr - FINAL_META_LR) * (1 + math.cos(math.pi * done)) / 2
@@ -297,5 +338,5 @@ def meta_lr(settings: Settings, iteration: int) -> float:
 
 
 def _gather_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """Row ``rows[t, i]`` of ``x[t]``: ``[tasks, rows, ...]``."""
+    """Rows ``rows[t, i]`` of ``x[t]``: ``[tasks, rows, ...]``."""
     return x[torch.arange(len(x)).unsqueeze(1), rows]

@@ -1,13 +1,14 @@
-"""Checkpoints: folders that are replaced whole, so that a crash at any moment leaves a complete one.
+"""Checkpoints: folders that are replaced as a whole, so that a crash at any moment leaves a complete one.
 
-A folder holds tensors in safetensors files and everything else in JSON; nothing is ever unpickled:
+A folder holds tensors in safetensors files and everything else in JSON. Nothing is unpickled:
 
-    model.safetensors      state_dict of the FusedMAML: ``model.*`` and any learned ``inner_lr*``
+    model.safetensors      state_dict of the module: for MAML ``model.*`` and learned rates ``inner_lr*``
     training.safetensors   ``optimizer.<parameter>.<name>``, ``generator`` and ``running``
-    checkpoint.json        what ``run_info.py`` and the training say of the run, and sha256 of the other two
+    checkpoint.json        the info of ``run_info.py`` and of the training, and sha256 of the other two files
 
-A folder that is being written has the ending ``.new``, one that is being replaced ``.old``; ``locate`` finds
-the complete one after a crash between the two renames. What cannot be written whole, as on a full disk, is removed.
+A folder that is being written ends in ``.new``, one that is being replaced in ``.old``. ``locate`` finds the complete
+one after a crash between the two renames. A checkpoint that cannot be written completely, for example because the disk
+is full, is removed.
 """
 
 import json
@@ -30,7 +31,11 @@ MODEL, TRAINING, INFO = "model.safetensors", "training.safetensors", "checkpoint
 
 
 class UnusableCheckpoint(Exception):
-    """``folder`` is the checkpoint that cannot be used."""
+    """A checkpoint that cannot be used.
+
+    Attributes:
+        folder: the checkpoint's folder.
+    """
 
     def __init__(self, folder: Path, words: str) -> None:
         super().__init__(words)
@@ -38,15 +43,21 @@ class UnusableCheckpoint(Exception):
 
 
 class MissingCheckpoint(UnusableCheckpoint, FileNotFoundError):
-    pass
+    """There is no checkpoint in the folder."""
 
 
 class DamagedCheckpoint(UnusableCheckpoint, ValueError):
-    pass
+    """A file of the checkpoint is missing, or does not hold what was saved."""
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes ``path`` whole or not at all: beside, to the disk, then renamed over the old file. OSError names it."""
+    """Writes a file completely or not at all.
+
+    The content is written to a file beside ``path`` and synced to the disk; then it is renamed to ``path``.
+
+    Raises:
+        OSError: it cannot be written; the error names ``path``.
+    """
     beside = path.with_name(path.name + ".new")
     try:
         _write_to_disk(beside, content)
@@ -58,19 +69,29 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def with_path(error: OSError, path: Path) -> OSError:
-    """The error with the path that it is about: those of writing, as on a full disk, have none."""
+    """The same error with a path. Errors of writing, such as a full disk, do not name the file."""
     return OSError(error.errno, error.strerror or str(error), str(path))
 
 
 def save_checkpoint(folder: Path, model: dict[str, Tensor], training: dict[str, Tensor], info: dict[str, Any]) -> None:
-    """Replaces ``folder`` by a checkpoint of these tensors and this JSON-able ``info``. After an OSError, which names
-    the folder, the old checkpoint stands, or the new one."""
+    """Replaces ``folder`` by a checkpoint.
+
+    Args:
+        folder: the checkpoint's folder.
+        model: the tensors of ``model.safetensors``.
+        training: the tensors of ``training.safetensors``.
+        info: JSON-able entries of ``checkpoint.json``.
+
+    Raises:
+        OSError: the checkpoint cannot be written; the error names the folder, which holds the old checkpoint or the new
+            one.
+    """
     files = {MODEL: save(_plain(model)), TRAINING: save(_plain(training))}
     checksums = {name: sha256(content).hexdigest() for name, content in files.items()}
     text = json.dumps({"format": FORMAT} | info | {"sha256": checksums}, indent=1) + "\n"
     new, old = _beside(folder)
     try:
-        if not folder.exists() and old.exists():  # an earlier crash fell between the two renames below
+        if not folder.exists() and old.exists():  # an earlier process crashed between the two renames below
             os.replace(old, folder)
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -91,7 +112,7 @@ def save_checkpoint(folder: Path, model: dict[str, Tensor], training: dict[str, 
 
 
 def locate(folder: Path) -> Path | None:
-    """Where the complete checkpoint of ``folder`` stands at this moment, None if there is none."""
+    """The folder that holds the complete checkpoint at this moment; None if there is none."""
     for candidate in (folder, _beside(folder)[1]):
         if (candidate / INFO).is_file():
             return candidate
@@ -99,38 +120,43 @@ def locate(folder: Path) -> Path | None:
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """``(model, training, info)`` as saved.
+    """Loads a checkpoint. Warns if an earlier version wrote it without checksums.
+
+    Returns:
+        ``(model, training, info)`` as saved.
 
     Raises:
         MissingCheckpoint: there is none (a FileNotFoundError).
-        DamagedCheckpoint: a file is missing, cut short, changed, or holds numbers that are not finite (a ValueError).
-        ValueError: it is of a newer format.
-
-    Warns where an older version wrote it without checksums.
+        DamagedCheckpoint: a file is missing, truncated or changed, or holds NaN or infinity (a ValueError).
+        ValueError: it has another format.
     """
     model, training, info = _load(folder, (MODEL, TRAINING))
     return model, training, info
 
 
 def load_model(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """``(model, info)``: ``load_checkpoint`` without what only training needs."""
+    """``(model, info)`` of a checkpoint; otherwise as ``load_checkpoint``."""
     model, info = _load(folder, (MODEL,))
     return model, info
 
 
 def load_info(folder: Path) -> dict[str, Any]:
-    """``info`` alone: ``load_checkpoint`` without its tensors."""
+    """``info`` of a checkpoint; otherwise as ``load_checkpoint``."""
     (info,) = _load(folder, ())
     return info
 
 
 def not_finite(tensors: dict[str, Tensor]) -> str:
-    """The first of ``tensors`` that holds NaN or infinity, or nothing."""
+    """The name of the first of ``tensors`` that holds NaN or infinity; empty if there is none."""
     return next((name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), "")
 
 
 def load_parameters(module: nn.Module, learned: dict[str, Tensor], folder: Path) -> None:
-    """``module.load_state_dict``. DamagedCheckpoint where these tensors are not those of a module of its settings."""
+    """Loads the tensors of a checkpoint into a module.
+
+    Raises:
+        DamagedCheckpoint: their names or shapes are not those of ``module``.
+    """
     try:
         module.load_state_dict(learned)
     except RuntimeError as error:
@@ -141,13 +167,15 @@ def load_parameters(module: nn.Module, learned: dict[str, Tensor], folder: Path)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """The state as flat names, ``optimizer.<parameter's index>.<name>``; every entry must be a tensor."""
+    """The state of an optimizer, as ``optimizer.<index of the parameter>.<name>`` -> tensor. Every entry must be a
+    tensor.
+    """
     state = optimizer.state_dict()["state"] if optimizer else {}
     return {f"optimizer.{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer | None, tensors: dict[str, Tensor]) -> None:
-    """Puts the state of ``optimizer_tensors`` back; rate and betas stay those of ``optimizer``."""
+    """Loads the state that ``optimizer_tensors`` returned. The hyperparameters of ``optimizer`` do not change."""
     if optimizer is None:
         return
     state: dict[int, dict[str, Tensor]] = {}
@@ -159,7 +187,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer | None, tensors: dict[str, T
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """ValueError, which names the file, where it is not JSON."""
+    """A JSON object in a file.
+
+    Raises:
+        ValueError: the file does not hold a JSON object; the error names it.
+    """
     return _object(path, path.read_bytes())
 
 
@@ -174,7 +206,7 @@ def _object(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def _load(folder: Path, names: Sequence[str]) -> list[Any]:
-    """The tensors of each file of ``names``, then ``info``."""
+    """The tensors of each file in ``names``, then ``info``."""
     complete, text, contents = _read(folder, names)
     try:
         info = _object(complete / INFO, text)
@@ -184,12 +216,15 @@ def _load(folder: Path, names: Sequence[str]) -> list[Any]:
         raise ValueError(f"{complete} must be a checkpoint of format {FORMAT}, got {info.get('format')}")
     checksums = info.pop("sha256", {})
     if not checksums and names:
-        warn(f"{complete} has no checksums, an older version wrote it: its tensors are not verified")
+        warn(f"{complete} has no checksums, because an older version wrote it: its tensors are not verified")
     return [_tensors(folder, complete / name, contents[name], checksums.get(name)) for name in names] + [info]
 
 
 def _read(folder: Path, names: Sequence[str]) -> tuple[Path, bytes, dict[str, bytes]]:
-    """The checkpoint's place, its info and the files of ``names``, of one moment: a run that goes on replaces it."""
+    """The checkpoint's folder, the bytes of its info, and the bytes of the files in ``names``.
+
+    All are of the same checkpoint: if a running process replaces it meanwhile, they are read again.
+    """
     while True:
         complete = locate(folder)
         if complete is None:
@@ -224,7 +259,7 @@ def _beside(folder: Path) -> tuple[Path, Path]:
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors refuses tensors that share memory, as tied parameters do.
+    # Copies, because safetensors refuses tensors that share memory, such as tied parameters.
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }

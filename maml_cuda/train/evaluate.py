@@ -1,4 +1,4 @@
-"""The metric after 0, 1, 2, ... adaptation steps on tasks that training has not seen."""
+"""Tests a model: the score of unseen tasks after 0, 1, 2, ... adaptation steps."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from maml_cuda.data import ImageTasks, MetaBatch, SinusoidTasks
 from maml_cuda.train.jobs import score
 
-CHUNK = 50  # tasks at a time: bounds memory, and the tasks drawn do not depend on how many are asked for
+CHUNK = 50  # tasks at a time; bounds memory. It is fixed, so that the first tasks do not depend on the number of tasks
 
 
 def evaluate(
@@ -20,9 +20,19 @@ def evaluate(
     num_tasks: int,
     steps: Sequence[int],
 ) -> Tensor:
-    """Scores ``[len(steps), num_tasks]``: each task's query metric (``jobs.score``) after so many steps.
+    """The score (``jobs.score``) of each task after each number of adaptation steps.
 
-    ``predictions(batch, steps)`` are what the model says of the query sets ``[tasks, n_qry, ...]`` after each of them.
+    Args:
+        predictions: ``predictions(batch, steps)`` yields predictions on the query sets ``[tasks, n_qry, ...]``, one for
+            each number of steps.
+        job: the job's name, which decides the metric.
+        tasks: the sampler of the tasks.
+        generator: the source of random numbers for the tasks.
+        num_tasks: the number of tasks.
+        steps: the numbers of adaptation steps, in ascending order.
+
+    Returns:
+        ``[len(steps), num_tasks]``.
     """
     scores = torch.empty(len(steps), num_tasks)
     for start in range(0, num_tasks, CHUNK):
@@ -35,6 +45,6 @@ def evaluate(
 
 
 def mean_and_ci95(scores: Tensor) -> tuple[list[float], list[float]]:
-    """Over the last axis: the mean, and the half width ``1.96 * sd / sqrt(n)`` of its 95 % interval."""
+    """The mean over the last axis, and the half width of its 95 % confidence interval, ``1.96 * sd / sqrt(n)``."""
     half_width = 1.96 * scores.double().std(-1) / math.sqrt(scores.shape[-1])
     return scores.double().mean(-1).tolist(), half_width.tolist()

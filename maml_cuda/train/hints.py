@@ -1,4 +1,4 @@
-"""What somebody may have meant who typed a name that is not there."""
+"""Suggests names for one that the user misspelt."""
 
 from collections.abc import Iterable
 from difflib import SequenceMatcher
@@ -6,8 +6,10 @@ from pathlib import Path
 
 
 def did_you_mean(got: str, names: Iterable[str], most: int = 3) -> str:
-    """``; did you mean A or B?`` with the names that are most like ``got``, or nothing where none is. One that shares
-    a whole word with it is: ``--lr`` may be ``--inner-lr``."""
+    """``; did you mean A or B?`` with up to ``most`` similar names; empty if none is similar.
+
+    A name that shares a whole word with ``got`` counts as similar: ``--lr`` suggests ``--inner-lr``.
+    """
     words = _words(got)
     likeness = {}
     for name in names:
@@ -21,11 +23,11 @@ def did_you_mean(got: str, names: Iterable[str], most: int = 3) -> str:
 
 
 def sibling_folders(path: Path) -> list[str]:
-    """The folders in that of ``path``, spelt like it."""
+    """The folders in the parent of ``path``, written relative or absolute like ``path``."""
     parent = path.absolute().parent
     return [str(path.with_name(p.name)) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
 
 
 def _words(name: str) -> list[str]:
-    """Of the last part of a path: the others are the same."""
+    """The words of the last part of a path."""
     return name.rstrip("/").rpartition("/")[2].lower().strip("-").replace("_", "-").split("-")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which Slurm and Docker send some seconds before they kill: a run saves at both."""
+"""Saves a run at Ctrl-C and at SIGTERM, which Slurm and Docker send before they kill a process."""
 
 import signal
 import threading
@@ -10,20 +10,21 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Terminated(KeyboardInterrupt):
-    """What SIGTERM raises, as Ctrl-C raises KeyboardInterrupt."""
+    """Raised by SIGTERM, as KeyboardInterrupt is by Ctrl-C."""
 
 
 def exit_status(interrupt: KeyboardInterrupt) -> int:
-    """As a shell counts it: 128 and the number of the signal."""
+    """The exit status in a shell's convention: 128 plus the number of the signal."""
     return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
 
 
 def raise_interrupt(signum: int, frame: FrameType | None = None) -> None:
+    """A signal handler that raises Terminated for SIGTERM, otherwise KeyboardInterrupt."""
     raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
 
 
 class InterruptFlag:
-    """Set to the first signal that arrives; the second one of its kind interrupts at once."""
+    """A signal handler that stores the first signal. A second signal of the same kind raises at once."""
 
     signum: int | None = None
 
@@ -32,21 +33,21 @@ class InterruptFlag:
         signal.signal(signum, raise_interrupt)
 
     def interrupt(self) -> None:
-        """Raises KeyboardInterrupt or Terminated, if a signal has arrived."""
+        """Raises KeyboardInterrupt or Terminated if a signal has arrived."""
         if self.signum is not None:
             raise_interrupt(self.signum)
 
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """SIGTERM raises Terminated."""
+    """A context in which SIGTERM raises Terminated."""
     with _handled({signal.SIGTERM: raise_interrupt}):
         yield
 
 
 @contextmanager
 def interrupt_flag() -> Iterator[InterruptFlag]:
-    """Signals set the flag that is yielded, for the moment when all is whole."""
+    """A context in which signals set the flag that it yields, so that the caller chooses when to raise."""
     flag = InterruptFlag()
     with _handled(dict.fromkeys(SIGNALS, flag)):
         yield flag
@@ -54,7 +55,9 @@ def interrupt_flag() -> Iterator[InterruptFlag]:
 
 @contextmanager
 def _handled(handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
-    """Python allows signal handlers in the main thread only; elsewhere these are not set."""
+    """Sets signal handlers and restores the previous ones. Does nothing outside the main thread, where Python forbids
+    handlers.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

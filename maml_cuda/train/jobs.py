@@ -1,4 +1,4 @@
-"""The jobs of ``maml-cuda train``: their tasks, model and metric."""
+"""The supervised jobs of ``maml-cuda train``: their tasks, models and metrics."""
 
 from collections import OrderedDict
 from dataclasses import replace
@@ -16,8 +16,17 @@ from maml_cuda.train.settings import SHIPPED, Settings, is_classification, named
 
 
 def new_settings(job: str = "glyphs", preset: str = "maml", **given: Any) -> Settings:
-    """``named_settings`` with the data set that they are for: its folder, ``data``, is converted if it has not been yet
-    (``data.images``)."""
+    """The settings of a new run. Opens the job's data set, and converts it if needed (``data.images``).
+
+    Args:
+        job: the name of a job.
+        preset: the name of a preset.
+        given: settings that override those of the job and of the preset.
+
+    Raises:
+        ValueError: a setting is invalid, or the job needs a data set and ``data`` is empty.
+        FileNotFoundError: a file of the data set is missing.
+    """
     settings = named_settings(job, preset, **given)
     if job in SHIPPED:
         return settings
@@ -28,7 +37,7 @@ def new_settings(job: str = "glyphs", preset: str = "maml", **given: Any) -> Set
 
 
 def open_images(settings: Settings) -> images.Images:
-    """What ``settings.data`` holds now."""
+    """Opens the data set of ``settings``."""
     cache = settings.cache or None
     if settings.job != "folder":
         return images.OPEN[settings.job](settings.data, cache=cache)
@@ -42,7 +51,11 @@ def open_images(settings: Settings) -> images.Images:
 
 
 def images_of_run(settings: Settings) -> images.Images:
-    """The images of a run. ValueError where its folder now holds other ones."""
+    """Opens the data set of a run.
+
+    Raises:
+        ValueError: its folder now holds other images.
+    """
     opened = open_images(settings)
     if opened.sha256 != settings.data_sha256:
         raise ValueError(
@@ -52,17 +65,17 @@ def images_of_run(settings: Settings) -> images.Images:
 
 
 def image_shape(settings: Settings) -> tuple[int, int, int]:
-    """Channels, height and width of the images that the net of ``settings`` takes."""
+    """Channels, height and width of the images that the network takes."""
     if settings.job == "glyphs":
         return 1, glyphs.SIDE, glyphs.SIDE
-    if not settings.image_shape:  # a run of an earlier version
+    if not settings.image_shape:  # written by an earlier version
         return images_of_run(settings).shape
     channels, height, width = map(int, settings.image_shape.split(" x "))
     return channels, height, width
 
 
 def make_maml(settings: Settings) -> FusedMAML:
-    """A fresh model of ``settings``, initialized from its seed; torch's global generator stays as it was."""
+    """A new FusedMAML, initialised from the seed of ``settings``. torch's global generator does not change."""
     model = make_model(settings)
     adapted = _adapted(settings, model)
     return FusedMAML(
@@ -78,7 +91,7 @@ def make_maml(settings: Settings) -> FusedMAML:
 
 
 def make_model(settings: Settings) -> nn.Sequential:
-    """The net alone, whose last module is the linear layer that answers."""
+    """A new network, initialised from the seed of ``settings``. Its last module is the linear output layer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         if settings.job == "sinusoid":
@@ -90,7 +103,7 @@ def make_model(settings: Settings) -> nn.Sequential:
 
 
 def without_head(model: nn.Sequential) -> nn.Sequential:
-    """The features that the last layer reads."""
+    """The network without its output layer."""
     return nn.Sequential(OrderedDict(list(model.named_children())[:-1]))
 
 
@@ -106,7 +119,7 @@ def _adapted(settings: Settings, model: nn.Sequential) -> list[str]:
 
 
 def _inner_rates(settings: Settings, adapted: dict[str, nn.Parameter]) -> Any:
-    """``FusedMAML``'s ``inner_lr``: the number, or what is learned from it on."""
+    """The argument ``inner_lr`` of FusedMAML: a number, or parameters to learn that start at that number."""
     steps, rate = settings.inner_steps, settings.inner_lr
     if settings.learn_inner_lr == "step":
         return nn.Parameter(torch.full((steps,), rate))
@@ -114,14 +127,24 @@ def _inner_rates(settings: Settings, adapted: dict[str, nn.Parameter]) -> Any:
         return rate
     shapes = {name: p.shape if settings.learn_inner_lr == "element" else (steps,) for name, p in adapted.items()}
     for name, p in adapted.items():
-        if tuple(p.shape) == (steps,):  # as many elements as steps could be either: here one an element and step
+        if tuple(p.shape) == (steps,):  # ambiguous: one rate per step or per element; use one per step and element
             shapes[name] = (steps, *p.shape)
     return {name: nn.Parameter(torch.full(shape, rate)) for name, shape in shapes.items()}
 
 
 def make_tasks(settings: Settings, split: str, opened: images.Images | None = None) -> ImageTasks | SinusoidTasks:
-    """The sampler of one split, of the run's images or of those ``opened``. The sinusoid's splits are one distribution
-    and differ in their draws."""
+    """The sampler of the tasks of one split.
+
+    The splits of the sinusoid have the same distribution and differ only in the draws.
+
+    Args:
+        settings: the settings of the run.
+        split: train, validation or test.
+        opened: the images to draw from; None: those of the run.
+
+    Raises:
+        ValueError: the split has too few classes or images.
+    """
     ways, shots, queries, rotations = settings.ways, settings.test_shots, settings.test_queries, 1
     if split == "train":
         ways, shots, queries = settings.train_ways or settings.ways, settings.shots, settings.queries
@@ -134,7 +157,7 @@ def make_tasks(settings: Settings, split: str, opened: images.Images | None = No
         if opened is None:
             return GlyphTasks(split, ways, shots, queries, rotations)
         return ImageTasks(opened.split(split), ways, shots, queries, rotations)
-    except ValueError as error:  # in the words of the sampler
+    except ValueError as error:  # the error names the arguments of the sampler; add the names of the options
         options = ("ways", "test-shots", "test-queries")
         if split == "train":
             options = ("train-ways" if settings.train_ways else "ways", "shots", "queries")
@@ -142,17 +165,17 @@ def make_tasks(settings: Settings, split: str, opened: images.Images | None = No
 
 
 def make_generator(settings: Settings | RLSettings, split: str) -> Generator:
-    """A generator for one split alone, so that validation and test never disturb the draws of training."""
+    """A generator for one split, so that draws for validation and test do not change those for training."""
     return Generator().manual_seed(len(SPLITS) * settings.seed + SPLITS.index(split))
 
 
 def score(job: str, prediction: Tensor, target: Tensor) -> Tensor:
-    """The metric of each task, ``[tasks]``: accuracy in [0, 1] for images, MSE for the sinusoid."""
+    """The metric of each task, ``[tasks]``: accuracy in [0, 1] for images, mean squared error for the sinusoid."""
     if is_classification(job):
         return (prediction.argmax(-1) == target).float().mean(-1)
     return (prediction - target).square().flatten(1).mean(1)
 
 
 def format_score(job: str, value: float) -> str:
-    """A score for people."""
+    """A score as text."""
     return f"{100 * value:.1f} %" if is_classification(job) else f"{value:.3f}"

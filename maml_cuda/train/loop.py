@@ -1,9 +1,9 @@
-"""The meta-training loop of ``maml-cuda train``, of any algorithm, resumable to the bit.
+"""The meta-training loop of ``maml-cuda train``. A resumed run gives the same bits as one that was not interrupted.
 
-A run is one folder: ``metrics.csv``, the checkpoints ``last/`` and ``best/`` (and ``best-1/`` to ``best-N/``,
-the N best ones in any order, where a setting asks for several), and what ``report.py`` adds at the end. Times
-stand in the checkpoint and in summary.json, never in metrics.csv, so that an interrupted and resumed run leaves
-the very file of one that was not. While a command trains it, ``lock`` is there too (``run_lock.py``).
+A run is one folder. It holds ``metrics.csv``, the checkpoints ``last/`` and ``best/``, ``best-1/`` to ``best-N/`` if a
+setting asks for the N best ones (in any order), and the files that ``report.py`` writes at the end. Times are in the
+checkpoint and in summary.json, not in metrics.csv, so that this file is the same for a resumed run. While a process
+trains the run, the folder also holds ``lock`` (``run_lock.py``).
 """
 
 import math
@@ -41,25 +41,38 @@ COLUMNS = ("iteration", "loss", "before", "after", "validation")
 
 
 class Training:
-    """A run between two meta-iterations: everything that a checkpoint holds."""
+    """The state of a run between two meta-iterations: everything that a checkpoint holds.
 
-    columns: tuple[str, ...] = COLUMNS  # of metrics.csv
+    Attributes:
+        run: the run's folder.
+        settings: the run's settings.
+        iteration: the number of iterations done.
+        seconds: wall time of the training.
+        cpu_seconds: CPU time of all threads.
+        bests: the best validations, the best first: iteration, score and, if several are kept, the checkpoint's name.
+        classes: the names of the classes that are trained on, for images.
+        module: everything that is learned.
+        optimizer: the optimizer of the meta-parameters; None if nothing is learned.
+        generator: the source of random numbers for the training tasks.
+        running: sums of loss and score since the last row of metrics.csv, ``[2]``.
+    """
+
+    columns: tuple[str, ...] = COLUMNS  # columns of metrics.csv
 
     def __init__(self, run: Path, settings: Settings) -> None:
         self.run = run
         self.settings = settings
         self.iteration = 0
-        self.seconds = 0.0  # of wall time
-        self.cpu_seconds = 0.0  # of all threads of this process
-        # Of the best validations, the best first: iteration, score and, where several are kept, the checkpoint's name.
+        self.seconds = 0.0
+        self.cpu_seconds = 0.0
         self.bests: list[dict[str, Any]] = []
-        self.classes: list[str] = []  # of images, that are trained on
+        self.classes: list[str] = []
         self.metrics = Metrics(run / "metrics.csv", self.columns)
-        self.running = torch.zeros(2)  # sums of loss and score since the last row of metrics.csv
+        self.running = torch.zeros(2)
         self._build()
 
     def _build(self) -> None:
-        """Everything that is learned (``module``), optimizer, tasks and generator of the settings."""
+        """Creates the module, the optimizer, the tasks and the generator."""
         settings = self.settings
         self.algorithm = make_algorithm(settings)
         self.module = self.algorithm.module
@@ -69,17 +82,21 @@ class Training:
             self.classes = list(tasks.names)
         self.tasks = self.algorithm.sampler(tasks)
         self.validation_tasks = make_tasks(settings, "validation")
-        make_tasks(settings, "test")  # so that what cannot be tested at the end is refused here
+        make_tasks(settings, "test")  # raises now if the settings could not be tested at the end
         self.generator = make_generator(settings, "train")
 
     @property
     def backend(self) -> str:
-        """What runs."""
+        """The backend that runs."""
         return self.algorithm.backend
 
     @classmethod
     def start(cls, run: Path, settings: Settings) -> "Training":
-        """A new run in a new folder. FileExistsError where ``run`` is anything but an empty folder."""
+        """A new run in a new folder.
+
+        Raises:
+            FileExistsError: ``run`` exists and is not an empty folder.
+        """
         if run.exists() and (not run.is_dir() or any(path.name != LOCK for path in run.iterdir())):
             raise FileExistsError(
                 f"{run} exists already: choose another --out, or continue that run with --resume {run}"
@@ -92,12 +109,19 @@ class Training:
 
     @classmethod
     def resume(cls, run: Path, settings: Settings, checkpoint: str = "last") -> "Training":
-        """The run as this checkpoint left it, which is its last from now on; rows of metrics.csv and checkpoints that
-        were written after it are taken back. Errors are those of ``checkpoint.load_checkpoint``."""
+        """The run in the state of a checkpoint, which becomes its last one.
+
+        Later rows of metrics.csv and later checkpoints are removed.
+
+        Raises:
+            ValueError: ``settings`` has fewer iterations than the checkpoint.
+            MissingCheckpoint: see ``checkpoint.load_checkpoint``.
+            DamagedCheckpoint: see ``checkpoint.load_checkpoint``.
+        """
         model, tensors, info = load_checkpoint(run / checkpoint)
         if settings.iterations < info["iteration"]:
             raise ValueError(
-                f"iterations must be at least {info['iteration']}, which are done, got {settings.iterations}"
+                f"iterations must be at least {info['iteration']}, which the run has done, got {settings.iterations}"
             )
         training = cls(run, settings)
         load_parameters(training.module, model, run / checkpoint)
@@ -112,20 +136,20 @@ class Training:
         return training
 
     def _restore(self, info: dict[str, Any]) -> None:
-        """What ``_info`` says of a checkpoint."""
+        """Restores the values that ``_info`` put into a checkpoint."""
         self.iteration, self.bests = info["iteration"], info["bests"]
         self.seconds, self.cpu_seconds = info["seconds"], info["cpu_seconds"]
 
     def _remove_later_bests(self) -> None:
-        """Of the best checkpoints leaves those that this iteration knows, as far as they still stand."""
-        self._save_bests()  # a crash may have come between ``best`` and ``best-<n>``
+        """Keeps the best checkpoints that are intact and not later than this iteration; removes the others."""
+        self._save_bests()  # a crash may have happened between writing ``best`` and ``best-<n>``
         self.bests = [best for best in self.bests if "checkpoint" not in best or self._is_intact(best)]
         for path in self.run.glob("best-*"):
             if path.name not in {best["checkpoint"] for best in self.bests}:
                 shutil.rmtree(path)
 
     def _is_intact(self, best: dict[str, Any]) -> bool:
-        """Whether its checkpoint is whole, and not that of a later iteration."""
+        """Whether the checkpoint of a best validation can be loaded and is of that iteration."""
         try:
             return load_model(self.run / best["checkpoint"])[1]["iteration"] == best["iteration"]
         except UnusableCheckpoint:
@@ -138,7 +162,7 @@ class Training:
         save_checkpoint(self.run / name, self.module.state_dict(), tensors, with_checksum(self._info()))
 
     def _info(self) -> dict[str, Any]:
-        """What a checkpoint holds beside tensors."""
+        """The entries of a checkpoint that are not tensors."""
         return {
             "iteration": self.iteration,
             "seconds": self.seconds,
@@ -149,8 +173,14 @@ class Training:
         }
 
     def loop(self) -> None:
-        """Trains up to ``settings.iterations``. All is saved before an interruption is raised: KeyboardInterrupt after
-        Ctrl-C, ``interrupts.Terminated`` after SIGTERM, OSError where the output cannot be written to any more."""
+        """Trains up to ``settings.iterations``. The run is saved before an interruption is raised.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C.
+            Terminated: after SIGTERM.
+            OSError: a file or standard output cannot be written.
+            ValueError: the loss or a parameter is not finite.
+        """
         settings = self.settings
         with (
             self.metrics as metrics,
@@ -160,7 +190,7 @@ class Training:
             started, cpu_started = time.perf_counter() - self.seconds, time.process_time() - self.cpu_seconds
 
             def save() -> None:
-                metrics.sync()  # before the checkpoint that says these rows exist
+                metrics.sync()  # before the checkpoint, which requires that these rows exist
                 self.seconds = time.perf_counter() - started
                 self.cpu_seconds = time.process_time() - cpu_started
                 self._save_bests()
@@ -181,7 +211,7 @@ class Training:
                     metrics.add(self.iteration, row)
                 if due:
                     save()
-                try:  # last of all: nothing is lost where nobody reads it
+                try:  # after the row and the checkpoint, which are kept if standard output is closed
                     if log:
                         bar.update(self.iteration - bar.n)
                     if words:
@@ -196,7 +226,7 @@ class Training:
             self.save("best")
 
     def _save_bests(self) -> None:
-        """Writes ``best`` and ``best-<n>`` where the validation of this iteration is among the best."""
+        """Writes ``best`` and ``best-<n>`` if the validation of this iteration is among the best."""
         for rank, best in enumerate(self.bests):
             if best["iteration"] == self.iteration:
                 if rank == 0:
@@ -205,8 +235,11 @@ class Training:
                     self.save(best["checkpoint"])
 
     def _step(self, log: bool) -> Any:
-        """One meta-iteration; where it is logged, returns the mean score of its tasks before adaptation, if it adapts
-        to tasks."""
+        """One meta-iteration.
+
+        Returns:
+            If ``log``, the mean score of its tasks before adaptation, for algorithms that adapt; otherwise None.
+        """
         settings = self.settings
         if self.optimizer is not None:
             for group in self.optimizer.param_groups:
@@ -215,12 +248,12 @@ class Training:
         before = None
         if log and isinstance(batch, MetaBatch) and len(self.algorithm.steps) > 1:
             before = score(settings.job, self.algorithm.predict(batch, 0), batch.y_qry).mean()
-        # Summed as tensors: no number leaves torch before a row is due.
+        # Summed as tensors: converting them to numbers at every iteration would cost time.
         self.running += torch.stack(self.algorithm.step(batch, self.iteration))
         return before
 
     def _refuse_divergence(self, to_be_saved: bool) -> None:
-        """ValueError where the loss, or anything of what ``to_be_saved``, is not finite."""
+        """Raises ValueError if the loss is not finite or, if ``to_be_saved``, a tensor of the checkpoint is not."""
         loss, found = self.running[0].item(), ""
         if not math.isfinite(loss):
             found = f"the loss must be finite, got {loss}"
@@ -229,12 +262,15 @@ class Training:
         if found:
             raise ValueError(
                 f"{found} before iteration {self.iteration}: "
-                "lower --meta-lr or --inner-lr; the last checkpoint is from before that"
+                "lower --meta-lr or --inner-lr; the last checkpoint was saved before that"
             )
 
     def _log(self, before: Any, bar: tqdm) -> dict[str, float]:
-        """The row of metrics.csv, with what ``_step`` returned: loss and score are means since the last row, the score
-        before adaptation is one meta-batch's. Puts it behind the bar, which is not drawn here."""
+        """The row of metrics.csv, from what ``_step`` returned. Also sets the text behind the progress bar, without
+        drawing it.
+
+        Loss and score are means since the last row; the score before adaptation is that of one meta-batch.
+        """
         job = self.settings.job
         loss, after = (self.running / self.settings.log_interval).tolist()
         self.running.zero_()
@@ -253,11 +289,12 @@ class Training:
         return (self.iteration - bar.initial) * self.settings.meta_batch / elapsed if elapsed else 0.0
 
     def _validate(self) -> tuple[float, str]:
-        """The mean score over 1..test_steps adaptation steps (without any, where none are taken), and a line that says
-        it; notes the best.
+        """The validation score and a line of text that reports it. Records the score if it is among the best.
 
-        The tasks are the same each time, so that validations differ by the model alone. The mean over all steps
-        matters for the sinusoid: late in training one step still gains while ten begin to diverge on rare tasks.
+        The score is the mean over 1 to ``test_steps`` adaptation steps, or the score without adaptation for algorithms
+        that do not adapt. The tasks are the same each time, so that validations differ by the model only. The mean over
+        all steps matters for the sinusoid: late in training, one step still improves while ten steps begin to diverge
+        on rare tasks.
         """
         settings = self.settings
         generator = make_generator(settings, "validation")
@@ -277,12 +314,17 @@ class Training:
         return mean, f"iteration {self.iteration}: validation {found}"
 
     def _record_validation(self, score: float, *, rising: bool, kept: int = 1) -> None:
-        """Puts a validation among the ``kept`` best, behind its equals, into the checkpoint of the one that it drives
-        out. ``rising``: more is better."""
+        """Adds a validation to the ``kept`` best ones, after equal ones. It takes over the checkpoint name of the one
+        that it displaces.
+
+        Args:
+            score: the validation score; ignored if it is not finite.
+            rising: whether a larger score is better.
+            kept: the number of validations to keep.
+        """
         if not math.isfinite(score):
             return
         new: dict[str, Any] = {"iteration": self.iteration, "score": score}
-        # sorted is stable
         self.bests = sorted([*self.bests, new], key=lambda best: -best["score"] if rising else best["score"])[:kept]
         if kept > 1 and new in self.bests:
             taken = {best.get("checkpoint") for best in self.bests}
@@ -290,9 +332,17 @@ class Training:
 
 
 def resumed_settings(run: Path, given: dict[str, Any], kind: type = Settings, checkpoint: str = "last") -> Any:
-    """The settings (a ``kind``) of a checkpoint of ``run`` with those of ``given`` that a resumed run may change.
+    """The settings of a checkpoint, changed by ``given``.
 
-    FileNotFoundError where no run is, ValueError where ``given`` would make it another run.
+    Args:
+        run: the run's folder.
+        given: the settings to change; only those in ``MAY_CHANGE`` may differ from the stored ones.
+        kind: the class of the settings.
+        checkpoint: the name of the checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: ``given`` changes a setting that may not change.
     """
     folder = run / checkpoint
     stored: Any = restore_settings(kind, load_info(folder), folder)

@@ -1,4 +1,4 @@
-"""metrics.csv: a row stands there whole or not at all, whatever becomes of the process and of the disk."""
+"""``metrics.csv``: each row is written completely or not at all, even if the process is killed or the disk is full."""
 
 import os
 from collections.abc import Sequence
@@ -8,18 +8,22 @@ from maml_cuda.train.checkpoint import with_path, write_file
 
 
 class Metrics:
-    """The rows of a run, each of an iteration; a context in which rows are added."""
+    """The rows of a run, one for each logged iteration. Rows are added inside its context."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path = path
         self.columns = columns  # "iteration" first
 
     def start(self) -> None:
-        """An empty table."""
+        """Writes an empty table."""
         write_file(self.path, (",".join(self.columns) + "\n").encode())
 
     def remove_after(self, iteration: int) -> None:
-        """Removes the rows after ``iteration``, and what a crash has cut short. ValueError where they are no rows."""
+        """Removes the rows after ``iteration``, and a row that a crash has truncated.
+
+        Raises:
+            ValueError: a row does not begin with an iteration.
+        """
         head, *lines = self.path.read_bytes().splitlines(keepends=True) or [b""]
         try:
             rows = [line for line in lines if line.endswith(b"\n") and int(line.split(b",")[0]) <= iteration]
@@ -35,19 +39,23 @@ class Metrics:
         self._file.close()
 
     def add(self, iteration: int, row: dict[str, float]) -> None:
-        """OSError, which names the file and leaves it as it was, where the row cannot be written."""
+        """Appends a row.
+
+        Raises:
+            OSError: it cannot be written; the error names the file, which stays as it was.
+        """
         cells = [f"{row[column]:.6g}" if column in row else "" for column in self.columns[1:]]
         line = (",".join([str(iteration), *cells]) + "\n").encode()
         size = os.fstat(self._file.fileno()).st_size
         try:
-            while line:  # a disk that is nearly full takes a part, and refuses the rest
+            while line:  # a disk that is nearly full accepts only part of a write
                 line = line[self._file.write(line) :]
         except OSError as error:
             self._file.truncate(size)
             raise with_path(error, self.path) from None
 
     def sync(self) -> None:
-        """To the disk."""
+        """Writes the rows to the disk (fsync)."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:

@@ -1,4 +1,4 @@
-"""A trained net is tested on classes of other images than its run's."""
+"""Tests a trained network on images of other classes than its run's."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -8,23 +8,28 @@ from maml_cuda.data import images, own_images
 from maml_cuda.train.jobs import image_shape, images_of_run
 from maml_cuda.train.settings import SHIPPED, Settings
 
-WITHOUT_HEAD = ("protonet", "matching", "nearest-pixel")  # the algorithms that answer for any number of classes
+WITHOUT_HEAD = ("protonet", "matching", "nearest-pixel")  # algorithms that accept any number of classes
 
 
 def other_images(
     settings: Settings, path: str, trained: Collection[str], cache: str | None = None
 ) -> images.Images | None:
-    """The images in ``path``, a folder of classes, as the net of a run of ``settings`` takes them: brought to its
-    height, width and channels. Their split for test holds the classes of the folder's own, or, without folders for
-    splits, all. None where ``path`` holds the images of the run itself, which may have moved.
+    """Opens a folder of classes as the network of a run takes them, with its height, width and channels.
+
+    The test split holds the classes of the folder's own test split, or all classes if the folder has no splits.
 
     Args:
-        trained: the names of the classes that the net was trained on; without any, no class is known to be another.
-        cache: the folder for the converted images; None: ``path``.
+        settings: the settings of the run.
+        path: the folder.
+        trained: the names of the classes that the network was trained on.
+        cache: the folder of the converted images; None: ``path``.
+
+    Returns:
+        The images; None if ``path`` holds those of the run itself, which may have moved, or if ``trained`` is empty.
 
     Raises:
-        ValueError: a class is one of ``trained`` and the images are not those of the run.
-        FileNotFoundError, ValueError: those of ``images.folder``.
+        ValueError: a class is in ``trained`` and the images are not those of the run, or see ``images.folder``.
+        FileNotFoundError: see ``images.folder``.
     """
     if not trained:
         return None
@@ -33,17 +38,17 @@ def other_images(
     except (FileNotFoundError, ValueError):
         if settings.job in SHIPPED:
             raise
-        return None  # no class folders: another layout, of the run itself
+        return None  # there are no class folders, so this is another layout: the run's own data set
     names = {name for of_split in found.values() for name in of_split}
     if len(names) < 2:
-        return None  # such as the folder images of mini-ImageNet
+        return None  # a single class: a folder of another layout, such as ``images`` of mini-ImageNet
     if known := sorted(names & set(trained)):
         try:
             images_of_run(replace(settings, data=path, cache=cache or settings.cache))
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(
-                f"{path} must hold the images of this run, or classes that it was not trained on, got {known[0]}, on "
-                f"which it was: {error}"
+                f"{path} must hold the images of this run, or classes that it was not trained on, got the "
+                f"trained class {known[0]}: {error}"
             ) from None
         return None
     channels, height, width = image_shape(settings)
@@ -58,9 +63,11 @@ def other_images(
 
 
 def check_ways(settings: Settings, trained: int) -> None:
-    """ValueError where a net that was trained for so many classes a task cannot tell apart ``settings.ways``."""
+    """Raises ValueError if a network that was trained for ``trained`` classes per task cannot be tested with
+    ``settings.ways``.
+    """
     if settings.ways != trained and settings.algorithm not in WITHOUT_HEAD:
         raise ValueError(
-            f"ways must be {trained} for this net of {settings.algorithm}, whose last layer was trained for so many "
-            f"classes, got {settings.ways}; protonet and matching have no such layer and take any"
+            f"ways must be {trained} for this net of {settings.algorithm}, whose last layer has {trained} outputs, "
+            f"got {settings.ways}; protonet and matching have no such layer and accept any number"
         )

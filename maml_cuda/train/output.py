@@ -1,4 +1,6 @@
-"""Standard output and error of the commands: line by line, in any encoding, and silent once nobody can be reached."""
+"""Standard output and standard error of the commands: printed line by line, in any encoding, and no error if they are
+closed.
+"""
 
 import codecs
 import os
@@ -12,7 +14,7 @@ ASCII = {"±": "+/-"}
 
 
 def _ascii_fallback(error: UnicodeError) -> tuple[str, int]:
-    """What an encoding lacks: in ASCII, where it has a spelling there, else escaped."""
+    """Replaces characters that an encoding lacks: by ASCII from the table, otherwise by an escape sequence."""
     assert isinstance(error, UnicodeEncodeError)
     found = error.object[error.start : error.end]
     return "".join(ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in found), error.end
@@ -23,8 +25,12 @@ codecs.register_error("maml_cuda.ascii", _ascii_fallback)
 
 @contextmanager
 def readable_output() -> Iterator[None]:
-    """Lines come as they are printed, a warning is one, and none is lost to an encoding that lacks a character of it.
-    OSError at the end where they could not be delivered."""
+    """A context in which output is printed line by line, a warning is one line, and characters that the encoding lacks
+    are replaced.
+
+    Raises:
+        OSError: at the end, if output could not be written.
+    """
     streams: list[Any] = [stream for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
     before = [(stream.errors, stream.line_buffering) for stream in streams]
     for stream in streams:
@@ -39,8 +45,12 @@ def readable_output() -> Iterator[None]:
 
 
 def discard_broken_streams() -> str:
-    """What can no longer be printed goes nowhere: the interpreter would try it once more at its end. Returns the name
-    of the stream that is lost, or nothing."""
+    """Redirects streams that can no longer be written to the null device, because the interpreter flushes them once
+    more at exit.
+
+    Returns:
+        The name of a lost stream, empty if there is none.
+    """
     lost = ""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for name, stream in (("standard output", sys.stdout), ("standard error", sys.stderr)):
@@ -55,7 +65,7 @@ def discard_broken_streams() -> str:
 
 
 def print_error(words: str) -> None:
-    """On standard error, if that can be reached."""
+    """Prints to standard error; does nothing if that is closed."""
     try:
         print(words, file=sys.stderr, flush=True)
     except OSError:

@@ -1,4 +1,4 @@
-"""The pictures of a run. They use matplotlib's objects, not pyplot: no window, no shared state."""
+"""The plots of a run. They use matplotlib's objects instead of pyplot, which has shared state and may open windows."""
 
 import csv
 import io
@@ -15,11 +15,12 @@ from maml_cuda.train.algorithms import Algorithm
 from maml_cuda.train.checkpoint import write_file
 from maml_cuda.train.settings import Settings, metric_name
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # told apart with every colour vision
+# The palette of Okabe and Ito, which colour-blind people can distinguish.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 
 
 def learning_curves(metrics: Path, path: Path, settings: Settings) -> None:
-    """Loss and score against the meta-iteration, from metrics.csv."""
+    """Plots loss and score of metrics.csv against the meta-iteration."""
     with metrics.open(newline="") as file:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -46,7 +47,7 @@ def learning_curves(metrics: Path, path: Path, settings: Settings) -> None:
 
 
 def adaptation(result: dict[str, Any], path: Path) -> None:
-    """The score after each number of adaptation steps, with its interval (``report.test_run``)."""
+    """Plots the score after each number of adaptation steps with its 95 % interval, from ``report.test_run``."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.errorbar(result["steps"], result["mean"], yerr=result["ci95"], fmt="o-", color=BLUE, capsize=3)
@@ -61,7 +62,9 @@ def adaptation(result: dict[str, Any], path: Path) -> None:
 
 
 def image_task(algorithm: Algorithm, batch: MetaBatch, steps: int, path: Path, most: int = 8) -> None:
-    """The first task of ``batch``, a row a class: support, then up to ``most`` queries, right or wrong."""
+    """Draws the first task of ``batch``: one row per class, with support images and up to ``most`` queries, marked
+    right or wrong.
+    """
     ways = int(batch.y_spt.max()) + 1
     logits = algorithm.predict(batch, steps)
     predicted = logits[0].argmax(-1).view(ways, -1)
@@ -88,7 +91,7 @@ def image_task(algorithm: Algorithm, batch: MetaBatch, steps: int, path: Path, m
 
 
 def sinusoid_fits(algorithm: Algorithm, batch: MetaBatch, path: Path) -> None:
-    """The first task of ``batch``: the true curve, its support points, the fit after 0, 1 and 10 steps."""
+    """Plots the first task of ``batch``: the true curve, its support points, and the fit after 0, 1 and 10 steps."""
     x_spt, y_spt, x_qry, y_qry = (part[:1] for part in batch)
     grid = torch.linspace(*X, 200).view(1, -1, 1)
     on_grid = MetaBatch(x_spt, y_spt, torch.cat([grid, x_spt[:, :1, 1:].expand(-1, 200, -1)], -1), y_qry)
@@ -120,6 +123,7 @@ def _image(axes: Any, image: Tensor, title: str, colour: str) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
+    """Writes the figure as PNG, completely or not at all."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     write_file(path, content.getvalue())

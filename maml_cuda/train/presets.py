@@ -1,18 +1,19 @@
-"""Algorithms by name: the settings of ``maml-cuda train --preset``, over those of the job.
+"""The algorithms of ``maml-cuda train --preset``: settings that override those of the job.
 
-Every value is the authors' own where a comment says so, on mean losses: a rate that its authors step with on a sum over
-N classes stands here times N. What they did with Adam inside the loop (Reptile) is SGD here, which is what runs fused.
-The inner rates of Reptile and of fine-tuning are ours: on glyphs Reptile's validated best of four, that of
-fine-tuning is the job's (benchmarks/paper/cells.py has what validated best).
+Values are the authors' own if a comment names the paper. Losses are means here, so a rate that its authors apply to a
+sum over N classes is multiplied by N. Reptile's authors use Adam in the inner loop; here it is SGD, which is fused. The
+inner rates of Reptile and of fine-tuning are not published: on glyphs, Reptile's is the best of four by validation, and
+that of fine-tuning is the job's (``benchmarks/paper/cells.py`` lists what was validated).
 """
 
 from typing import Any
 
 from maml_cuda.train.hints import did_you_mean
 
-# MAML++ (Antoniou et al. 2019): five steps, every one of which the loss of the query set counts in for the first tenth
-# of training; rates by layer and step; the inner loop leaves BatchNorm alone, whose affine map and statistics belong to
-# a step; first order for the first half; a cosine to 1e-5; the five best checkpoints vote. Their losses are means.
+# MAML++ (Antoniou et al. 2019): five inner steps; during the first tenth of training the query loss after every step
+# counts; one learned rate per layer and step; BatchNorm is not adapted and has parameters and statistics for each step;
+# first order for the first half of training; a cosine schedule to 1e-5; an ensemble of the five best checkpoints.
+# The authors' losses are means.
 _MAML_PLUS_PLUS: dict[str, Any] = {
     "inner_steps": 5,
     "test_steps": 5,
@@ -24,15 +25,15 @@ _MAML_PLUS_PLUS: dict[str, Any] = {
 }
 
 IMAGE_PRESETS: dict[str, dict[str, Any]] = {
-    # Finn et al. 2017, of which every job's own settings are.
+    # Finn et al. 2017. The settings of every job are for MAML.
     "maml": {},
     "fomaml": {"first_order": True},
-    # Raghu et al. 2020: the inner loop changes the last layer alone.
+    # Raghu et al. 2020: the inner loop adapts the last layer only.
     "anil": {"adapted": "head"},
-    # Li et al. 2017: one step at a rate of its own for every weight, learned from the job's rate on.
+    # Li et al. 2017: one step with a learned rate for every weight, which starts at the job's rate.
     "meta-sgd": {"learn_inner_lr": "element", "inner_steps": 1, "test_steps": 1},
     "maml++": _MAML_PLUS_PLUS,
-    # Nichol et al. 2018: 5 tasks, the outer step from 1 to 0; sizes by ways and shots are _reptile's.
+    # Nichol et al. 2018: 5 tasks, the outer rate falls from 1 to 0. _reptile adds sizes that depend on ways and shots.
     "reptile": {
         "algorithm": "reptile",
         "test_steps": 10,
@@ -40,11 +41,11 @@ IMAGE_PRESETS: dict[str, dict[str, Any]] = {
         "meta_lr": 1.0,
         "meta_schedule": "linear",
     },
-    # Snell et al. 2017: one episode of 60 ways an iteration; Vinyals et al. 2016: of as many ways as in test.
+    # Snell et al. 2017: one 60-way episode per iteration. Vinyals et al. 2016: as many ways as in test.
     "protonet": {"algorithm": "protonet", "train_ways": 60, "queries": 5, "meta_batch": 1},
     "matching": {"algorithm": "matching"},
-    # Baselines: a classifier of all training classes, whose features a new last layer is fine-tuned on; an
-    # untrained net; no net at all.
+    # Baselines: a classifier of all training classes that is fine-tuned with a new last layer, an untrained network,
+    # and the nearest neighbour in pixel space.
     "pretrained": {"algorithm": "pretrained", "meta_batch": 64, "test_steps": 10},
     "random": {"iterations": 0},
     "nearest-pixel": {"algorithm": "nearest-pixel", "iterations": 0},
@@ -62,14 +63,15 @@ CURVE_PRESETS: dict[str, dict[str, Any]] = {
         "meta_schedule": "linear",
         "iterations": 30_000,
     },
-    # Baselines of section 5.1: one net for the points of all curves; the net that is told amplitude and phase; none.
+    # Baselines of section 5.1: one network for the points of all curves, one whose input includes amplitude and phase,
+    # and an untrained network.
     "pretrained": {"inner_steps": 0},
     "oracle": {"inner_steps": 0, "told": True},
     "random": {"iterations": 0},
 }
 BASELINES = ("pretrained", "random", "oracle", "nearest-pixel")
 
-# What a job's own sizes ask for.
+# Settings of a preset that depend on the job.
 JOB_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("omniglot", "maml++"): {
         "inner_lr": 0.1, "meta_batch": 8, "iterations": 50_000, "multi_step_iterations": 5000,
@@ -88,7 +90,7 @@ JOB_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 }  # fmt: skip
 
 
-# The settings that decide something in a run, by its parts.
+# The settings that each part of a run uses.
 _EVERY = {
     "job", "preset", "data", "cache", "seed", "ways", "train_ways", "iterations", "shots", "test_shots", "test_queries",
     "test_tasks", "image_size", "background", "split",
@@ -98,9 +100,9 @@ _TRAINING = {
     "meta_batch", "meta_lr", "meta_schedule", "rotations", "validation_interval", "validation_tasks",
     "best_checkpoints", "log_interval",
 }  # fmt: skip
-_QUERIES = {"queries"}  # of training tasks
-_ADAPTED = {"inner_lr", "test_steps", "backend"}  # to test tasks
-_INNER_LOOP = {"inner_steps"}  # in training
+_QUERIES = {"queries"}  # query sets in training
+_ADAPTED = {"inner_lr", "test_steps", "backend"}  # adaptation in test
+_INNER_LOOP = {"inner_steps"}  # adaptation in training
 _OF_MAML = {
     "learn_inner_lr", "adapted", "batch_norm", "first_order", "first_order_iterations", "multi_step_iterations"
 }  # fmt: skip
@@ -121,15 +123,22 @@ _USED_BY_CURVES = {
 
 
 def used_settings(job: str, name: str) -> set[str]:
-    """The settings that decide something in a run of this job and preset; all others are ignored."""
+    """The settings that a run of this job and preset uses; it ignores all others."""
     of_job = _USED | _USED_BY_CURVES if job == "sinusoid" else _USED
     return of_job.get(name, _WHOLE | _OF_MAML)
 
 
 def preset_settings(job: str, name: str, ways: int = 5, shots: int = 1) -> dict[str, Any]:
-    """What the preset sets anew in the job's settings, for tasks of so many classes and support samples of each.
+    """The settings of a preset, which override those of the job.
 
-    ValueError where the job has no preset of this name.
+    Args:
+        job: the name of a supervised job.
+        name: the name of a preset.
+        ways: classes per task.
+        shots: support samples per class.
+
+    Raises:
+        ValueError: the job has no preset of this name.
     """
     of_job = CURVE_PRESETS if job == "sinusoid" else IMAGE_PRESETS
     if name not in of_job:
@@ -141,10 +150,12 @@ def preset_settings(job: str, name: str, ways: int = 5, shots: int = 1) -> dict[
 
 
 def _reptile(like: str, ways: int, shots: int) -> dict[str, Any]:
-    """The sizes of Reptile's authors, by the commands of https://github.com/openai/supervised-reptile: --inner-batch,
-    --inner-iters, --meta-iters, and 10 images a class of Omniglot or 15 of mini-ImageNet in training, however many are
-    support samples in test (their --train-shots; here shots and queries together). Their 20-way commands serve from 20
-    ways on, their 5-way ones below. What differs is test: theirs takes 50 of Adam's steps, on minibatches.
+    """The sizes of Reptile's authors, from the commands of https://github.com/openai/supervised-reptile.
+
+    They are --inner-batch, --inner-iters, --meta-iters, and the number of training images per class (their
+    --train-shots, here shots plus queries): 10 for Omniglot, 15 for mini-ImageNet, whatever the shots in test. Their
+    20-way commands are used from 20 ways on, their 5-way commands below. The test differs: theirs takes 50 steps of
+    Adam on minibatches.
     """
     if like == "mini-imagenet":
         images, batch, steps, iterations = 15, 10, 8, 100_000

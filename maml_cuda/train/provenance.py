@@ -1,4 +1,4 @@
-"""What decides the numbers of a run beside its settings: versions, the commit, the machine."""
+"""Where the numbers of a run come from, beside its settings: versions, the commit and the machine."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def versions() -> dict[str, str]:
-    """Of Python, this package and those it works with; "not installed" where one is missing."""
+    """The versions of Python, of this package and of the packages that it uses; "not installed" if one is missing."""
     found = {"python": platform.python_version()}
     for package in ("maml-cuda", "torch", "numpy", "safetensors", "tqdm", "matplotlib"):
         try:
@@ -19,8 +19,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The short hash of the checkout that holds this file, marked where tracked files differ from it; None where no
-    checkout tracks it (an installed package may lie in somebody else's)."""
+    """The short hash of the checkout that holds this file, with "-dirty" if tracked files have changed.
+
+    None if git does not track this file: an installed package may be inside another project's checkout.
+    """
     here = Path(__file__)
     git = ["git", "-C", str(here.parent)]
     try:
@@ -32,6 +34,7 @@ def commit() -> str | None:
 
 
 def cpu_name() -> str:
+    """The name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -39,6 +42,6 @@ def cpu_name() -> str:
 
 
 def machine() -> str:
-    """The processor and how many of its cores this process may use: "AMD EPYC, 2 cores"."""
+    """The processor and the number of cores that this process may use, such as "AMD EPYC, 2 cores"."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{cpu_name()}, {cores} cores"

@@ -1,4 +1,4 @@
-"""What stands in a run's folder at its end: the test scores in summary.json, and the pictures."""
+"""The end of a run: tests the best checkpoint and writes the plots and summary.json."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,8 +21,20 @@ from maml_cuda.train.summary import write_summary
 
 
 def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[Algorithm, dict[str, Any]]:
-    """What a checkpoint of ``run`` has learned, with the settings of ``given``, and the checkpoint's info. Errors are
-    those of ``checkpoint.load_checkpoint``."""
+    """Loads a checkpoint of a run.
+
+    Args:
+        run: the run's folder.
+        checkpoint: the name of the checkpoint.
+        given: settings that override the stored ones.
+
+    Returns:
+        The algorithm and the checkpoint's info.
+
+    Raises:
+        MissingCheckpoint: see ``checkpoint.load_checkpoint``.
+        DamagedCheckpoint: see ``checkpoint.load_checkpoint``.
+    """
     folder = run / checkpoint
     learned, info = load_model(folder)
     algorithm = make_algorithm(replace(restore_settings(Settings, info, folder), **given))
@@ -31,20 +43,30 @@ def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[Algorit
 
 
 def load_ensemble(run: Path, **given: Any) -> tuple[list[Algorithm], list[int]]:
-    """The best checkpoints of ``run``, the best first, and their iterations. ValueError where the run kept one only."""
+    """Loads the best checkpoints of a run.
+
+    Returns:
+        The algorithms, the best first, and their iterations.
+
+    Raises:
+        ValueError: the run keeps one best checkpoint only.
+    """
     names = {path.name.partition(".")[0] for path in run.glob("best-*")}
     kept = [load_info(run / name) for name in names if locate(run / name)]
-    bests = max(kept, key=lambda info: info["iteration"])["bests"] if kept else []  # the newest has the list
+    bests = max(kept, key=lambda info: info["iteration"])["bests"] if kept else []  # the newest lists all
     if not bests:
-        raise ValueError(f"an ensemble must have a run that keeps several checkpoints (--best-checkpoints), got {run}")
+        raise ValueError(f"an ensemble needs a run that keeps several checkpoints (--best-checkpoints), got {run}")
     return [load_run(run, best["checkpoint"], **given)[0] for best in bests], [best["iteration"] for best in bests]
 
 
 def collect_statistics(algorithm: Algorithm, settings: Settings, batches: int = 20) -> None:
-    """Statistics of training tasks for BatchNorm, in place of those of the set at hand. ValueError where the algorithm
-    has no inner loop to take them over."""
+    """Makes BatchNorm use running statistics of training tasks instead of those of the set at hand.
+
+    Raises:
+        ValueError: the algorithm is not MAML or its network has no BatchNorm.
+    """
     if not isinstance(algorithm, Maml):
-        raise ValueError(f"running statistics are collected over MAML's inner loop, got {settings.algorithm}")
+        raise ValueError(f"running statistics need MAML's inner loop, got {settings.algorithm}")
     tasks, generator = make_tasks(settings, "train"), make_generator(settings, "train")
     algorithm.use_running_statistics(tasks.sample(settings.meta_batch, generator) for _ in range(batches))
 
@@ -52,7 +74,7 @@ def collect_statistics(algorithm: Algorithm, settings: Settings, batches: int = 
 def ensemble_predictions(
     algorithms: Sequence[Algorithm], job: str
 ) -> Callable[[MetaBatch, Sequence[int]], Iterator[Tensor]]:
-    """Predicts the mean of what ``algorithms`` predict: probabilities of classes, values of curves."""
+    """Predicts the mean prediction of ``algorithms``: of class probabilities for images, of values for curves."""
 
     def predictions(batch: MetaBatch, steps: Sequence[int]) -> Iterator[Tensor]:
         for each in zip(*(algorithm.predictions(batch, steps) for algorithm in algorithms), strict=True):
@@ -67,10 +89,16 @@ def test_run(
     settings: Settings,
     other: Images | None = None,  # noqa: PT028 (this is no test)
 ) -> dict[str, Any]:
-    """The metric on ``settings.test_tasks`` test tasks after each number of adaptation steps, as JSON-able values; of
-    several algorithms, that of their mean prediction. The tasks are of the run's data, or of ``other`` images.
+    """Tests algorithms on ``settings.test_tasks`` test tasks after each number of adaptation steps.
 
-    ``reported`` is what a table of the field says: the score after ``settings.test_steps`` steps.
+    Args:
+        algorithms: one algorithm, or several, whose mean prediction is tested.
+        settings: the settings of the run.
+        other: images to test on; None: the data of the run.
+
+    Returns:
+        JSON-able values. ``mean`` and ``ci95`` are lists over ``steps``; ``reported`` is the score after
+        ``settings.test_steps`` steps, which papers report.
     """
     steps = list(algorithms[0].steps)
     predictions = algorithms[0].predictions if len(algorithms) == 1 else ensemble_predictions(algorithms, settings.job)
@@ -99,7 +127,7 @@ def test_run(
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result of ``test_run`` for people."""
+    """The result of ``test_run`` as text."""
     job = result["task"]
     ways = f", {result['ways']}-way" if is_classification(job) else ""
     lines = [f"{job}: {result['metric']} on {result['test_tasks']} test tasks, {result['test_shots']}-shot{ways}"]
@@ -111,9 +139,13 @@ def table(result: dict[str, Any]) -> str:
 
 
 def finish(run: Path, settings: Settings) -> dict[str, Any]:
-    """Tests the best checkpoint of a trained run, and the vote of the best ones where it kept several, and writes the
-    pictures and, last of all, summary.json."""
-    place = {"data": settings.data, "cache": settings.cache}  # which may have moved since the best checkpoint
+    """Tests the best checkpoint of a trained run, and the ensemble of the best ones if there are several; writes the
+    plots and, at the end, summary.json.
+
+    Returns:
+        The content of summary.json.
+    """
+    place = {"data": settings.data, "cache": settings.cache}  # the data may have moved since the best checkpoint
     algorithm, _ = load_run(run, **place)
     last = load_info(run / "last")
     result = test_run([algorithm], settings)

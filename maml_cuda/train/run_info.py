@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run beside tensors: the settings, the iteration and the best validations, checked."""
+"""The settings and other facts of a run in its checkpoints, protected by a checksum."""
 
 import json
 from dataclasses import MISSING, fields
@@ -9,22 +9,27 @@ from typing import Any, TypeVar
 from maml_cuda.train.checkpoint import DamagedCheckpoint
 
 S = TypeVar("S")
-# What a resumed run may set anew: none touches a number before it (the iterations do, where the outer rate is
-# scheduled over them). The data may have moved, not changed.
+# The settings that may change when a run is resumed, because earlier iterations do not depend on them. Those depend on
+# ``iterations`` if the outer rate has a schedule; see ``loop.resumed_settings``. The data may move but not change.
 MAY_CHANGE = ("iterations", "test_tasks", "data", "cache")
 
 
 def with_checksum(info: dict[str, Any]) -> dict[str, Any]:
-    """``info`` with a checksum of what decides numbers in it."""
+    """``info`` with a checksum of its settings, iteration and best validations."""
     return info | {"info_sha256": _checksum(info)}
 
 
 def restore_settings(kind: type[S], info: dict[str, Any], folder: Path) -> S:
-    """The settings (a ``kind``) in the ``info`` of the checkpoint in ``folder``.
+    """The settings in the info of a checkpoint.
+
+    Args:
+        kind: the class of the settings.
+        info: the info of the checkpoint.
+        folder: the checkpoint's folder, for errors.
 
     Raises:
-        DamagedCheckpoint: they, the iteration or the best validations are not what was saved (a ValueError).
-        ValueError: they are not those of this version.
+        DamagedCheckpoint: the settings, the iteration or the best validations do not match the checksum (a ValueError).
+        ValueError: the settings are not those of this version.
     """
     settings: dict[str, Any] = info.get("settings", {})
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
@@ -38,11 +43,11 @@ def restore_settings(kind: type[S], info: dict[str, Any], folder: Path) -> S:
         if name not in settings and field.default is MISSING:
             raise ValueError(f"settings of {folder} must have {name}, got none: it was written by another version")
     if info.get("info_sha256", _checksum(info)) != _checksum(info):
-        raise DamagedCheckpoint(folder, f"checkpoint.json in {folder} must say what was saved, got other values")
+        raise DamagedCheckpoint(folder, f"checkpoint.json in {folder} must match its checksum, got changed values")
     try:
         return kind(**settings)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{error}; it stands in the settings of {folder}") from None
+        raise ValueError(f"{error} (in the settings of {folder})") from None
 
 
 def _checksum(info: dict[str, Any]) -> str:

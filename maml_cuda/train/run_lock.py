@@ -1,4 +1,6 @@
-"""A run folder has one owner: the process that holds the lock on the file ``lock`` in it, and loses it when it dies."""
+"""Allows one process at a time to train a run: it locks the file ``lock`` in the run's folder. The lock ends with the
+process.
+"""
 
 import fcntl
 import os
@@ -14,12 +16,18 @@ LOCK = "lock"
 
 @contextmanager
 def locked_run(run: Path, *, new: bool = False) -> Iterator[None]:
-    """Owns the folder ``run``, made where it is missing, and removed if nothing has been put into it by the end.
+    """Locks the folder ``run`` for the duration of the context.
+
+    The folder is created if needed, and removed at the end if it is empty.
+
+    Args:
+        run: the run's folder.
+        new: whether the folder must not exist yet.
 
     Raises:
-        BlockingIOError: another process owns it; it is named.
+        BlockingIOError: another process holds the lock; the error names it.
         NotADirectoryError: ``run`` is a file.
-        FileExistsError: it is there already and was to be ``new``.
+        FileExistsError: ``new``, and the folder exists.
     """
     if run.exists() and not run.is_dir():
         raise NotADirectoryError(f"{run} must be a folder, got a file")
@@ -32,7 +40,7 @@ def locked_run(run: Path, *, new: bool = False) -> Iterator[None]:
         (run / LOCK).unlink(missing_ok=True)
         os.close(descriptor)
         for folder in made:
-            with suppress(OSError):  # it holds something
+            with suppress(OSError):  # the folder is not empty
                 folder.rmdir()
 
 
@@ -43,15 +51,15 @@ def _lock(run: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+            owner = os.read(descriptor, 200).decode(errors="replace").strip() or "an unknown process"
             os.close(descriptor)
-            raise BlockingIOError(f"{run} must have one owner, got {owner}, which trains it now") from None
+            raise BlockingIOError(f"{run} must not be in use by another process, got {owner}") from None
         except OSError as error:
-            warn(f"{run} cannot be locked ({error.strerror}): let no second process train it")
+            warn(f"{run} cannot be locked ({error.strerror}): make sure that no other process trains it")
         if _is(path, descriptor):
             break
-        os.close(descriptor)  # an owner before us has removed it at its end, after we had opened it
-    with suppress(OSError):  # on a full disk: the next one will not be told who we are
+        os.close(descriptor)  # the previous owner removed the file after it was opened here
+    with suppress(OSError):  # if the disk is full, the file does not name its owner
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return descriptor

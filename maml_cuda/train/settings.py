@@ -1,6 +1,7 @@
-"""The settings of ``maml-cuda train``'s supervised jobs: what each may say, and its defaults. Nothing here needs torch.
+"""The settings of the supervised jobs of ``maml-cuda train``: their names, allowed values and defaults. Does not import
+torch.
 
-All but the sinusoid classify images: the glyphs that ship with the package, and data sets that the user has.
+All jobs but the sinusoid classify images: the glyphs of this package, or data sets that the user has.
 """
 
 import math
@@ -12,8 +13,8 @@ from maml_cuda.rl.settings import RL_JOBS
 from maml_cuda.train import presets
 from maml_cuda.train.hints import did_you_mean, sibling_folders
 
-SHIPPED = ("glyphs", "sinusoid")  # the jobs whose tasks come with the package; the others need a folder
-# What a setting that is a word may say.
+SHIPPED = ("glyphs", "sinusoid")  # jobs whose tasks are part of the package; the others need a folder
+# The allowed values of settings that are words.
 CHOICES = {
     "algorithm": ("maml", "reptile", "protonet", "matching", "pretrained", "nearest-pixel"),
     "adapted": ("all", "no-norm", "head"),
@@ -22,14 +23,14 @@ CHOICES = {
     "meta_schedule": ("constant", "cosine", "linear"),
     "backend": ("auto", "fused", "reference"),
 }
-# Whole numbers of which there may be none.
+# Integers that may be 0; the others are at least 1.
 MAY_BE_0 = (
     "seed", "inner_steps", "iterations", "train_ways", "inner_batch", "multi_step_iterations", "first_order_iterations",
     "image_size",
 )  # fmt: skip
-# What only a folder of one's own images heeds.
+# Settings that only a folder of your own images uses.
 FOLDER_ONLY = ("image_size", "background", "split")
-# What only MAML's own meta-step heeds.
+# Settings that only the meta-step of MAML uses.
 MAML_ONLY = (
     "learn_inner_lr",
     "adapted",
@@ -42,13 +43,17 @@ MAML_ONLY = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides the numbers of a run; it is stored with every checkpoint."""
+    """All settings of a run. They decide its numbers and are stored in every checkpoint.
+
+    Raises:
+        ValueError: a setting is out of range, or two settings contradict each other.
+    """
 
     job: str
     # the tasks
-    ways: int  # classes a task; 1 for the sinusoid
-    shots: int  # support samples a class
-    queries: int  # query samples a class
+    ways: int  # classes per task; 1 for the sinusoid
+    shots: int  # support samples per class
+    queries: int  # query samples per class
     # the inner loop
     inner_lr: float
     inner_steps: int
@@ -65,31 +70,31 @@ class Settings:
     test_steps: int
     log_interval: int
     test_tasks: int = 600
-    rotations: int = 1  # quarter turns of each training class that are classes of their own
+    rotations: int = 1  # each training class becomes this many classes, rotated by quarter turns
     # the algorithm
-    preset: str = "maml"  # whose settings these are (presets.py), but for those that were given
-    algorithm: str = "maml"  # algorithms.py
-    adapted: str = "all"  # what the inner loop changes: all, all but BatchNorm's affine maps, the last layer
-    learn_inner_lr: str = ""  # one rate a step, a layer and step, or an element of each parameter
+    preset: str = "maml"  # the preset (presets.py) whose settings these are, except for those given by the user
+    algorithm: str = "maml"  # a class of algorithms.py
+    adapted: str = "all"  # parameters that the inner loop adapts: all, all but BatchNorm's, or those of the last layer
+    learn_inner_lr: str = ""  # one learned rate per step, per layer and step, or per element
     first_order: bool = False
-    first_order_iterations: int = 0  # so many are first order, before the others are second order
-    multi_step_iterations: int = 0  # so many take the query loss after every step, the last one ever more
+    first_order_iterations: int = 0  # the number of first-order iterations at the start
+    multi_step_iterations: int = 0  # the number of iterations at the start that use the query loss after every step
     batch_norm: str = "transductive"
-    meta_schedule: str = "constant"  # of meta_lr, over the iterations
-    best_checkpoints: int = 1  # that are kept, and vote where there are several
-    train_ways: int = 0  # classes of a training task where they are not ``ways``
-    inner_batch: int = 0  # Reptile: samples of an inner step; 0: all of the task
-    told: bool = False  # sinusoid: the net is given the amplitude and the phase of a curve
+    meta_schedule: str = "constant"  # schedule of meta_lr over the iterations
+    best_checkpoints: int = 1  # best checkpoints to keep; several are an ensemble in the final test
+    train_ways: int = 0  # classes per training task; 0: ``ways``
+    inner_batch: int = 0  # Reptile: samples per inner step; 0: all samples of the task
+    told: bool = False  # sinusoid: the input includes amplitude and phase (the oracle)
     seed: int = 0
     backend: str = "auto"
-    data: str = ""  # the folder of a data set that does not ship with the package
-    data_sha256: str = ""  # of its files: the same images, wherever the folder is
-    cache: str = ""  # the folder of its converted images, where that is another one
+    data: str = ""  # the folder of the data set
+    data_sha256: str = ""  # checksum of its files, which identifies the images wherever the folder is
+    cache: str = ""  # the folder of the converted images; empty: ``data``
     # your own images: data.images.folder
-    image_size: int = 0  # height and width; 0: as they are
-    background: str = "white"  # what shows through transparent images
-    split: str = ""  # numbers of classes, TRAIN/VALIDATION/TEST; where there are none, those of its folders, or shares
-    image_shape: str = ""  # of every image of the data set, as "3 x 84 x 84": channels, height, width
+    image_size: int = 0  # height and width in pixels; 0: those of the files
+    background: str = "white"  # the colour behind transparent images
+    split: str = ""  # numbers of classes, TRAIN/VALIDATION/TEST; empty: the folders of the splits, or fixed shares
+    image_shape: str = ""  # channels, height and width of every image of the data set, as "3 x 84 x 84"
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -114,17 +119,21 @@ class Settings:
             if getattr(self, name) != type(self).__dict__[name]:
                 raise ValueError(f"{name} must be left out for {self.algorithm}, got {getattr(self, name)}")
         if self.batch_norm == "per_step" and self.adapted == "all":
-            raise ValueError("adapted must be no-norm or head with per_step BatchNorm, which no inner step changes")
+            raise ValueError(
+                "adapted must be no-norm or head if batch_norm is per_step, whose parameters are not adapted, got all"
+            )
         if self.adapted == "no-norm" and self.job == "sinusoid":
             raise ValueError("adapted must be all or head for the sinusoid, whose net has no BatchNorm, got no-norm")
         if self.told and self.job != "sinusoid":
             raise ValueError(f"told must be left out for {self.job}, whose tasks have no amplitude and phase")
         if self.train_ways not in (0, self.ways) and self.algorithm not in ("protonet", "matching"):
-            raise ValueError(f"train_ways must be ways, {self.ways}, for {self.algorithm}, got {self.train_ways}")
+            raise ValueError(f"train_ways must equal ways, {self.ways}, for {self.algorithm}, got {self.train_ways}")
         if self.algorithm == "nearest-pixel" and self.iterations:
             raise ValueError(f"iterations must be 0 for nearest-pixel, which learns nothing, got {self.iterations}")
         if self.preset in ("pretrained", "oracle") and self.job == "sinusoid" and self.inner_steps:
-            raise ValueError(f"inner_steps must be 0 for {self.preset}, trained without them, got {self.inner_steps}")
+            raise ValueError(
+                f"inner_steps must be 0 for {self.preset}, which is trained without inner steps, got {self.inner_steps}"
+            )
         if self.preset == "random" and self.iterations:
             raise ValueError(f"iterations must be 0 for random, an untrained net, got {self.iterations}")
         if self.data and self.job in SHIPPED:
@@ -134,14 +143,14 @@ class Settings:
         for name in () if self.job == "folder" else FOLDER_ONLY:
             if getattr(self, name) != type(self).__dict__[name]:
                 raise ValueError(
-                    f"{name} must be left out for {self.job}, it is for a folder of your own images, "
+                    f"{name} must be left out for {self.job}, which is not a folder of your own images, "
                     f"got {getattr(self, name)}"
                 )
         if self.test_tasks < 2:
             raise ValueError(f"test_tasks must be at least 2 for a confidence interval, got {self.test_tasks}")
 
 
-# Held-out scripts, the rate on the mean cross-entropy (the paper's 0.4 is on the sum, 2.0 in our convention).
+# The inner rate applies to the mean cross-entropy. The paper's 0.4 applies to a sum over 5 classes, which is 2.0 here.
 GLYPHS = Settings(
     job="glyphs",
     ways=5,
@@ -161,7 +170,7 @@ GLYPHS = Settings(
     log_interval=10,
     rotations=4,
 )
-# The paper's section 5.1, for its 5-shot table 2 of appendix C: trained with the shots that it is tested with.
+# Finn et al. 2017, section 5.1 and the 5-shot column of table 2 in appendix C: trained with the shots of the test.
 SINUSOID = Settings(
     job="sinusoid",
     ways=1,
@@ -180,10 +189,10 @@ SINUSOID = Settings(
     test_steps=10,
     log_interval=500,
 )
-# The paper's section 5.2 and appendix A.1, 5-way 1-shot. Its inner rates step on N times the mean cross-entropy: the
-# authors' loss divides by the shots alone, and TensorFlow sums what is left over the N classes. Our losses are means,
-# so a rate of theirs stands here times N: 0.4 of 5-way Omniglot as 2.0 (0.1 of 20-way: 2.0 too), 0.01 of 5-way
-# mini-ImageNet as 0.05. Test sets hold 15 queries a class; theirs hold as many as the support set.
+# Finn et al. 2017, section 5.2 and appendix A.1, 5-way 1-shot. The authors' loss is N times the mean cross-entropy: it
+# divides by the shots only, and TensorFlow sums over the N classes. Losses are means here, so their inner rates are
+# multiplied by N: 0.4 for 5-way Omniglot is 2.0 (0.1 for 20-way is 2.0 too), 0.01 for 5-way mini-ImageNet is 0.05. Test
+# tasks have 15 queries per class; the authors' have as many queries as support samples.
 OMNIGLOT = Settings(
     job="omniglot",
     ways=5,
@@ -235,17 +244,25 @@ JOBS = {
 
 
 def is_classification(job: str) -> bool:
-    """Whether a job's tasks are classes of images, scored by their accuracy, and not curves."""
+    """Whether a job classifies images and is scored by accuracy. Otherwise it is regression, scored by the mean squared
+    error.
+    """
     return job != "sinusoid"
 
 
 def metric_name(job: str) -> str:
+    """The name of a job's metric."""
     return "accuracy" if is_classification(job) else "MSE"
 
 
 def named_settings(job: str, preset: str, **given: Any) -> Settings:
-    """The job's defaults, over them those of the preset, over them the values of ``given``; images are classified in
-    test with the shots of training."""
+    """The settings of a job, overridden by those of a preset, overridden by ``given``.
+
+    If ``shots`` is given for images, it is also the default of ``test_shots``.
+
+    Raises:
+        ValueError: there is no such job or preset, or a setting is invalid.
+    """
     if job not in JOBS:
         raise unknown_job(job)
     if is_classification(job) and "shots" in given:
@@ -255,7 +272,7 @@ def named_settings(job: str, preset: str, **given: Any) -> Settings:
 
 
 def unknown_job(job: str) -> ValueError:
-    """With the jobs and folders that may have been meant."""
+    """The error for a job that does not exist, with suggestions."""
     jobs = [*JOBS, *RL_JOBS]
     return ValueError(
         f"job must be one of {', '.join(jobs)}, or a folder of class folders, got {job!r}"

@@ -265,8 +265,8 @@ def test_a_whole_trpo_step(
     ("steps", "given", "words"),
     [
         (2, {}, "support must hold one set for each inner step, which are 2, got 1"),
-        (1, {"query_weights": [0.5, 0.5]}, "query_weights must be None in an outer step of a policy, got some"),
-        (1, {"inner_lr": nn.Parameter(torch.tensor(0.1).double())}, "inner_lr must be fixed in an outer step"),
+        (1, {"query_weights": [0.5, 0.5]}, "query_weights must be None in the outer step of a policy, got weights"),
+        (1, {"inner_lr": nn.Parameter(torch.tensor(0.1).double())}, "inner_lr must be fixed in the outer step"),
     ],
     ids=["support", "query_weights", "inner_lr"],
 )
@@ -276,7 +276,7 @@ def test_what_an_outer_step_would_leave_out_is_refused(backend: str, steps: int,
     start = values(maml)
     with pytest.raises(ValueError, match=words):
         trpo(maml, batch(), 0.01, 1e-5)
-    with pytest.raises(ValueError, match="query must hold 1 to 1 sets, one for each inner step at most, got 2"):
+    with pytest.raises(ValueError, match="query must hold 1 to 1 sets, at most one for each inner step, got 2"):
         trpo(make(backend), batch()._replace(query=2 * batch().query), 0.01, 1e-5)
     assert torch.equal(values(maml), start)
 
@@ -284,7 +284,7 @@ def test_what_an_outer_step_would_leave_out_is_refused(backend: str, steps: int,
 def test_slots_for_each_step_are_refused_where_the_sets_differ() -> None:
     layers = nn.Linear(3, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, CHOICES)
     maml = FusedMAML(nn.Sequential(*layers).double(), 0.1, 2, loss=LOSSES["categorical"], batch_norm="per_step")
-    with pytest.raises(ValueError, match="batch_norm must not be per_step where each inner step has a support set"):
+    with pytest.raises(ValueError, match="batch_norm must not be per_step if each inner step has its own support set"):
         trpo(maml, batch("categorical", 2), 0.01, 1e-5)
 
 

@@ -153,7 +153,7 @@ def test_without_a_renderer_a_run_says_so(tmp_path, monkeypatch) -> None:
     run, settings = tmp_path / "run", tiny("cheetah-direction", iterations=1, horizon=3)
     trained(run, settings)
     summary = finish(run, settings)
-    assert summary["animation"].startswith("no GIF: MuJoCo finds nothing to render with here.")
+    assert summary["animation"].startswith("no GIF: MuJoCo cannot render on this machine.")
     assert table(summary).endswith(summary["animation"])
     assert not (run / "before_and_after.gif").exists()
 
@@ -222,8 +222,8 @@ def test_settings_of_another_kind_are_refused(tmp_path, capsys) -> None:
 
 def test_a_preset_of_images_is_refused_in_words_of_its_own(tmp_path, capsys) -> None:
     assert main(["train", "navigation", "--preset", "anil", "--out", str(tmp_path / "a")]) == 2
-    words = "a policy is trained by MAML and has no preset but --baseline pretrained, random, oracle, got anil; "
-    assert words + "--first-order, --inner-steps and --outer choose its algorithm" in capsys.readouterr().err
+    words = "preset must be left out for a policy, or be one of pretrained, random, oracle, got anil; "
+    assert words + "--first-order, --inner-steps and --outer choose the algorithm" in capsys.readouterr().err
     assert main(["train", "navigation", "--baseline", "nearest-pixel", "--out", str(tmp_path / "a")]) == 2
     assert "got nearest-pixel" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()

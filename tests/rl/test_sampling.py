@@ -130,7 +130,7 @@ def test_a_task_without_a_step_is_named() -> None:
 def test_observations_that_are_not_finite_name_the_task() -> None:
     episodes = ragged()
     episodes.observations[1, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="observations must be finite, got some that are not in task 1"):
+    with pytest.raises(ValueError, match="observations must be finite, got NaN or infinity in task 1"):
         samples(episodes, 0.99, 1.0, ratio=False)
 
 

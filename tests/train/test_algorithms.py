@@ -178,7 +178,7 @@ def test_with_running_statistics_a_query_is_classified_by_itself(given) -> None:
     with pytest.warns(UserWarning, match="predict is given one query sample a task"):
         by_its_own_statistics = algorithm.predict(alone, 2)
     assert not torch.allclose(algorithm.predict(batch, 2)[:, :1], by_its_own_statistics, atol=1e-3)
-    report.hold_statistics(algorithm, settings, batches=3)
+    report.collect_statistics(algorithm, settings, batches=3)
     norm = algorithm.maml.model.block1.norm
     assert norm.num_batches_tracked.flatten().tolist() == [3] * norm.num_batches_tracked.numel()
     torch.testing.assert_close(algorithm.predict(batch, 2)[:, :1], algorithm.predict(alone, 2))
@@ -187,14 +187,14 @@ def test_with_running_statistics_a_query_is_classified_by_itself(given) -> None:
 @pytest.mark.parametrize(
     ("job", "preset", "message"),
     [
-        ("sinusoid", "maml", "running statistics must have a net with BatchNorm layers, got none"),
-        ("glyphs", "protonet", "running statistics are collected over MAML's inner loop, got protonet"),
+        ("sinusoid", "maml", "running statistics need a net with BatchNorm layers, got none"),
+        ("glyphs", "protonet", "running statistics need MAML's inner loop, got protonet"),
     ],
 )
 def test_running_statistics_of_nothing_are_refused(job: str, preset: str, message: str) -> None:
     settings = small(job, preset)
     with pytest.raises(ValueError, match=message):
-        report.hold_statistics(make_algorithm(settings), settings)
+        report.collect_statistics(make_algorithm(settings), settings)
 
 
 def test_the_nearest_pixel_is_found() -> None:
@@ -298,7 +298,7 @@ def test_evaluate_by_the_protocol_asked_for(tmp_path, capsys) -> None:
     assert main(["train", "sinusoid", "--baseline", "random", "--test-tasks", "2", "--out", str(tmp_path / "r")]) == 0
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "r"), "--ensemble"]) == 2
-    assert "an ensemble must have a run that keeps several checkpoints (--best-checkpoints), got" in (
+    assert "an ensemble needs a run that keeps several checkpoints (--best-checkpoints), got" in (
         capsys.readouterr().err
     )
 

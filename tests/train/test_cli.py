@@ -161,7 +161,7 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tmp_path, capsys, monkeypa
     monkeypatch.setattr(SinusoidTasks, "sample", interrupting)
     assert main([*TINY, "--out", run]) == status
     assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    assert f"Go on with: maml-cuda train --resume {run}" in capsys.readouterr().err
+    assert f"Continue with: maml-cuda train --resume {run}" in capsys.readouterr().err
     assert main(["train", "--resume", run]) == 0
     assert "iteration 8 of 20" in capsys.readouterr().out
 
@@ -174,7 +174,7 @@ def test_sigterm_outside_of_the_loop_ends_in_words(tmp_path, capsys, monkeypatch
     where = {"build": "maml_cuda.train.loop.make_algorithm", "test": "maml_cuda.train.report.test_run"}[moment]
     monkeypatch.setattr(where, terminated)
     assert main([*TINY, "--out", str(tmp_path / "run")]) == 143
-    words = {"build": "nothing was saved", "test": f"Go on with: maml-cuda train --resume {tmp_path / 'run'}"}
+    words = {"build": "nothing was saved", "test": f"Continue with: maml-cuda train --resume {tmp_path / 'run'}"}
     assert words[moment] in capsys.readouterr().err
     assert (tmp_path / "run").exists() == (moment == "test")
 
@@ -196,7 +196,7 @@ def test_signals_reach_the_command_of_a_shell(tmp_path, signum, status: int) -> 
         process.send_signal(signum)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == status
-    assert "Go on with: maml-cuda train --resume" in errors
+    assert "Continue with: maml-cuda train --resume" in errors
     assert "Traceback" not in errors
 
 
@@ -222,7 +222,10 @@ def test_info_names_the_build_and_the_versions(capsys) -> None:
         (["train", "omniglot"], "data must name the folder that holds omniglot: --data PATH"),
         (["train", "omniglot", "--data", "/nowhere"], "/nowhere must be a folder of images (omniglot), got no folder"),
         (["train", "glyphs", "--data", "/nowhere"], "data must be left out for glyphs, which needs none, got /nowhere"),
-        (["train", ".", "--data", "/nowhere"], "data must be left out for a folder, which is the data, got /nowhere"),
+        (
+            ["train", ".", "--data", "/nowhere"],
+            "data must be left out if the job is the folder of the data, got /nowhere",
+        ),
         (["train", "poker"], "or a folder of class folders, got 'poker'"),
         (["train", "--threads", "0"], "threads must be at least 1, got 0"),
         (["train", "--threads", "100000"], f"threads must be at most {os.cpu_count()}, the cores of this machine, got"),

@@ -99,8 +99,8 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
     ("model.safetensors", put_nan, "model.safetensors must hold finite numbers, got NaN or infinity in model.0"),
     ("model.safetensors", Path.unlink, "model.safetensors is missing"),
     ("checkpoint.json", truncate, "checkpoint.json must be JSON, got "),
-    ("checkpoint.json", set_rate, "/last must say what was saved, got other values"),
-    ("checkpoint.json", set_iteration, "/last must say what was saved, got other values"),
+    ("checkpoint.json", set_rate, "/last must match its checksum, got changed values"),
+    ("checkpoint.json", set_iteration, "/last must match its checksum, got changed values"),
     ("checkpoint.json", set_width, "model.safetensors must fit the settings in checkpoint.json beside it: "),
     ("checkpoint.json", set_unknown, "must be ones that this version of maml_cuda knows, got annealing=0.5: "),
     ("checkpoint.json", set_nothing, "must have ways, got none: it was written by another version"),
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_named_with_a_way_round_it(run: Path, capsys, na
         assert words in error
         assert f"{run}/last" in error
         if "settings" not in words and "version" not in words:
-            assert f"maml-cuda train --resume {run} --from best goes on from the best checkpoint" in error
+            assert f"maml-cuda train --resume {run} --from best continues from the best checkpoint" in error
     assert files_of(run) == kept
     assert main(["train", "--resume", str(run), "--from", "best"]) == 0
     assert main(["evaluate", str(run), "--checkpoint", "last"]) == 0
@@ -165,7 +165,9 @@ def test_a_checkpoint_of_before_the_checksums_is_used_with_a_warning(run: Path) 
     info = json.loads(note.read_bytes())
     del info["sha256"], info["info_sha256"]
     note.write_text(json.dumps(info))
-    with pytest.warns(UserWarning, match="best has no checksums, an older version wrote it: its tensors are not verif"):
+    with pytest.warns(
+        UserWarning, match="best has no checksums, because an older version wrote it: its tensors are not "
+    ):
         assert main(["evaluate", str(run)]) == 0
 
 
@@ -322,7 +324,7 @@ def test_a_full_disk_ends_a_run_in_words_and_it_goes_on_to_the_bit(whole: Path, 
     monkeypatch.setattr(checkpoint, "_write_to_disk", full)
     assert main([*TINY, "--out", str(run)]) == 2
     words = capsys.readouterr().err
-    assert f"Go on with: maml-cuda train --resume {run}" in words
+    assert f"Continue with: maml-cuda train --resume {run}" in words
     assert f"error: [Errno 28] No space left on device: '{run}/last'" in words
     assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["best", "last"]
     monkeypatch.undo()

@@ -224,7 +224,7 @@ def test_a_resumed_run_keeps_its_settings(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"job must stay sinusoid in the resumed run .*, got glyphs"):
         resumed_settings(tmp_path, {"job": "glyphs"})
     assert resumed_settings(tmp_path, {"meta_lr": 0.001, "iterations": 30}) == tiny("sinusoid", iterations=30)
-    with pytest.raises(ValueError, match="iterations must be at least 10, which are done, got 9"):
+    with pytest.raises(ValueError, match="iterations must be at least 10, which the run has done, got 9"):
         Training.resume(tmp_path, resumed_settings(tmp_path, {"iterations": 9}))
     with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*nowhere"):
         resumed_settings(tmp_path / "nowhere", {})

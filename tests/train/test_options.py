@@ -46,7 +46,7 @@ def test_an_option_that_the_preset_ignores_is_refused(tmp_path, capsys, job: str
     for dest, action in options_of(Settings).items():
         if dest not in used:
             words = refusal(["train", job, "--preset", name, *typed(action), "--out", str(tmp_path / "run")], capsys)
-            assert f"error: {dest} must be left out for {name}, where it decides nothing, got " in words
+            assert f"error: {dest} must be left out for {name}, which ignores it, got " in words
     assert list(tmp_path.iterdir()) == []
 
 
@@ -94,7 +94,7 @@ def test_evaluate_refuses_what_the_run_ignores(tmp_path, capsys) -> None:
     run = str(tmp_path / "run")
     assert main(["train", "glyphs", "--baseline", "nearest-pixel", "--test-tasks", "2", "--out", run]) == 0
     words = refusal(["evaluate", run, "--backend", "fused"], capsys)
-    assert "backend must be left out for nearest-pixel, where it decides nothing, got fused" in words
+    assert "backend must be left out for nearest-pixel, which ignores it, got fused" in words
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_evaluate_refuses_what_the_run_ignores(tmp_path, capsys) -> None:
         ),
         (["train", "--inner_lr=0.1"], "unrecognized arguments: --inner_lr=0.1; did you mean --inner-lr?\n"),
         (["train", "--itertions", "3"], "; did you mean --iterations?\n"),
-        (["train", "--gpu"], "--gpu; the commands run on the CPU: on a GPU, FusedMAML serves in a training loop of"),
+        (["train", "--gpu"], "--gpu; the commands run on the CPU; to use a GPU, call FusedMAML in your own"),
         (["evaluate", "run", "--zzz"], "unrecognized arguments: --zzz\nmaml-cuda evaluate --help"),
     ],
 )

@@ -83,9 +83,9 @@ def test_read_only_data_are_trained_on_by_a_cache(tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["glyphs", "--image-size", "20"], "image_size must be left out for glyphs, it is for a folder of your own"),
-        (["omniglot", "--data", ".", "--split", "6/3/3"], "split must be left out for omniglot, it is for a folder of"),
-        (["sinusoid", "--background", "black"], "background must be left out for sinusoid, it is for a folder of your"),
+        (["glyphs", "--image-size", "20"], "image_size must be left out for glyphs, which is not a folder of"),
+        (["omniglot", "--data", ".", "--split", "6/3/3"], "split must be left out for omniglot, which is not a folder"),
+        (["sinusoid", "--background", "black"], "background must be left out for sinusoid, which is not a folder of"),
         (["glyphs", "--cache", "/nowhere"], "cache must be left out for glyphs, which needs no data, got /nowhere"),
         (["BIRDS", "--split", "6-3"], "split must be TRAIN/VALIDATION/TEST, numbers of classes such as 6/3/3, got"),
         (["BIRDS", "--split", "6/3/4"], "split must be three numbers that add up to the 12 classes of"),
@@ -165,7 +165,7 @@ def test_other_classes_may_have_folders_for_splits(trained, tmp_path, capsys) ->
 
 def test_the_number_of_ways_is_that_of_the_last_layer(trained, fish, tmp_path, capsys) -> None:
     run, birds = trained
-    message = "ways must be 3 for this net of maml, whose last layer was trained for so many classes, got 2; protonet"
+    message = "ways must be 3 for this net of maml, whose last layer has 3 outputs, got 2; protonet"
     assert message in refused(capsys, "evaluate", run, "--data", fish, "--ways", "2")
     without = tmp_path / "protonet"
     options = [*SIZES[:-2], *BIRDS, "--preset", "protonet", "--train-ways", "4", "--out", str(without)]
@@ -182,8 +182,8 @@ def test_classes_that_were_trained_on_are_refused(trained, fish, capsys) -> None
     name = json.loads((run / "last" / "checkpoint.json").read_text())["classes"][0]
     shutil.copytree(birds / name, fish / name)
     message = (
-        f"{fish} must hold the images of this run, or classes that it was not trained on, got {name}, on which it was: "
-        "split must be three numbers that add up to the 6 classes of"
+        f"{fish} must hold the images of this run, or classes that it was not trained on, got the trained class {name}"
+        ": split must be three numbers that add up to the 6 classes of"
     )
     assert message in refused(capsys, "evaluate", run, "--data", fish)
 

@@ -26,7 +26,9 @@ def test_a_second_owner_is_refused_and_told_the_first(tmp_path) -> None:
     ) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
-        with pytest.raises(BlockingIOError, match=f"one must have one owner, got process {first.pid} on .*, which"):
+        with pytest.raises(
+            BlockingIOError, match=f"one must not be in use by another process, got process {first.pid} on "
+        ):
             locked_run(run).__enter__()
         first.send_signal(signal.SIGKILL)
         first.wait()
@@ -71,7 +73,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(fcntl, "flock", none)
     with (
-        pytest.warns(UserWarning, match=r"cannot be locked \(Operation not supported\): let no second"),
+        pytest.warns(UserWarning, match=r"cannot be locked \(Operation not supported\): make sure that no other"),
         locked_run(tmp_path),
     ):
         pass
@@ -102,6 +104,6 @@ def test_the_command_refuses_a_run_that_is_running(tmp_path, capsys) -> None:
         for command in (short, ["train", "--resume", str(run), "--iterations", "9"]):
             assert cli.main(command) == 2
             words = capsys.readouterr().err
-            assert f"{run} must have one owner, got process 17 on elsewhere, which trains it now" in words
+            assert f"{run} must not be in use by another process, got process 17 on elsewhere" in words
         assert cli.main(["evaluate", str(run)]) == 0  # reading disturbs nobody
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
