@@ -1,4 +1,4 @@
-"""Meta-reinforcement learning as in the MAML paper (Finn, Abbeel, Levine 2017, section 5.3)."""
+"""Meta-reinforcement learning (Finn, Abbeel and Levine 2017, section 5.3): environments, sampling and outer steps."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Adaptation in test: fresh episodes at every step, one policy-gradient step on them."""
+"""Adaptation in tests: each step samples new episodes and takes one policy-gradient step on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,20 @@ def adapt_and_sample(
     clock: Clock,
     steps: int,
 ) -> Iterator[Episodes]:
-    """The episodes after 0, 1, ..., ``steps`` adaptation steps, at the rates of ``settings.rate``."""
+    """Samples episodes and adapts the policy, in turn.
+
+    Args:
+        maml: the policy.
+        environment: the environment.
+        goals: ``[tasks, goal_size]``.
+        settings: the numbers of episodes and steps, and the inner rates.
+        generator: the source of random numbers.
+        clock: measures the time.
+        steps: the number of adaptation steps.
+
+    Yields:
+        The episodes after 0, 1, ..., ``steps`` adaptation steps.
+    """
     fast = initial_parameters(maml, len(goals))
     for step in range(steps + 1):
         episodes = sample_episodes(
@@ -50,7 +63,7 @@ def evaluate_returns(
     tasks: int,
     steps: int,
 ) -> Tensor:
-    """Mean undiscounted return of each task, ``[steps + 1, tasks]``."""
+    """The mean undiscounted return of each task after 0, 1, ..., ``steps`` adaptation steps, ``[steps + 1, tasks]``."""
     goals = environment.sample_goals(tasks, generator)
     parts = []
     for chunk in goals.split(TASKS_AT_ONCE):

@@ -1,7 +1,7 @@
-"""What every environment of the paper's third experiment is: episodes of many tasks that step together.
+"""The interface of all environments: episodes of many tasks that step together.
 
-Tensors are ``[tasks, episodes, ...]``. An environment is given a goal for each task and never draws one by itself, so
-that the same tasks can be run again by another policy.
+Tensors are ``[tasks, episodes, ...]``. The caller passes a goal for each task, so that another policy can be run on the
+same tasks.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Generator, Tensor
 
 
 class Step(NamedTuple):
-    """The result of one step of an environment.
+    """The result of one step.
 
     Attributes:
-        observations: [tasks, episodes, observation_size] float32.
-        rewards: [tasks, episodes] float32; 0 where the episode had ended before.
-        done: [tasks, episodes] bool: whether the episode ends with this step.
+        observations: float32 ``[tasks, episodes, observation_size]``.
+        rewards: float32 ``[tasks, episodes]``; 0 for episodes that had ended before.
+        done: bool ``[tasks, episodes]``; whether the episode ends with this step.
     """
 
     observations: Tensor
@@ -28,24 +28,35 @@ class Step(NamedTuple):
 
 
 class Environment(ABC):
-    """``tasks * episodes`` copies of one environment, each task with a goal of its own.
+    """``tasks * episodes`` copies of one environment. Each task has its own goal.
 
-    Subclasses set the four sizes and write ``_reset`` and ``_step``; this class checks what goes in and what comes out.
+    Subclasses set the name and the sizes, and implement ``sample_goals``, ``_reset`` and ``_step``. This class checks
+    inputs and outputs.
+
+    Attributes:
+        name: the name in ``ENVIRONMENTS``.
+        observation_size: the number of observed values.
+        action_size: the number of values of an action.
+        goal_size: the number of values of a goal.
+        action_limit: actions are in ``[-action_limit, action_limit]^action_size``.
+        threads: threads of the physics simulation; None: as many as torch has.
+        goals: the goals of the current tasks, ``[tasks, goal_size]``.
+        alive: whether each episode is still running, bool ``[tasks, episodes]``.
     """
 
     name: str
     observation_size: int
     action_size: int
     goal_size: int
-    action_limit: float = 1.0  # actions are in the box [-action_limit, action_limit]^action_size
-    threads: int | None = None  # of the physics; None: as many as torch has
+    action_limit: float = 1.0
+    threads: int | None = None
 
     goals: Tensor
     alive: Tensor
 
     @abstractmethod
     def sample_goals(self, tasks: int, generator: Generator) -> Tensor:
-        """Goals ``[tasks, goal_size]`` of new tasks."""
+        """Draws the goals of new tasks, ``[tasks, goal_size]``."""
 
     @abstractmethod
     def _reset(self, episodes: int, generator: Generator) -> Tensor:
@@ -53,12 +64,21 @@ class Environment(ABC):
 
     @abstractmethod
     def _step(self, actions: Tensor) -> Step:
-        """One step of the episodes that are alive."""
+        """One step of the episodes that are running."""
 
     def reset(self, goals: Tensor, episodes: int, generator: Generator) -> Tensor:
-        """Starts ``episodes`` episodes of each task; returns ``[tasks, episodes, observation_size]``.
+        """Starts new episodes.
 
-        ValueError where ``goals`` are not finite numbers ``[tasks, goal_size]``.
+        Args:
+            goals: the goal of each task, ``[tasks, goal_size]``.
+            episodes: episodes per task.
+            generator: the source of random numbers for the first states.
+
+        Returns:
+            The first observations, ``[tasks, episodes, observation_size]``.
+
+        Raises:
+            ValueError: ``goals`` has another shape or holds NaN or infinity, or ``episodes`` is less than 1.
         """
         if goals.dim() != 2 or goals.shape[1] != self.goal_size or not len(goals):
             raise ValueError(f"goals must be [tasks, {self.goal_size}] for {self.name}, got {list(goals.shape)}")
@@ -71,19 +91,31 @@ class Environment(ABC):
         return self._reset(episodes, generator)
 
     def clip(self, actions: Tensor) -> Tensor:
-        """A policy's actions, whose unit is the box's half side, as actions of the box (rllab's ``normalize``)."""
+        """Converts actions of a policy to actions of the environment: clips them to [-1, 1] and scales them to the
+        action range, like rllab's ``normalize``.
+        """
         return actions.clamp(-1, 1) * self.action_limit
 
     def step(self, actions: Tensor) -> Step:
-        """One step with ``actions`` ``[tasks, episodes, action_size]``; those of ended episodes are not looked at.
+        """Takes one step.
 
-        ValueError, naming the task, for an action outside the box; FloatingPointError, naming the task, where the
-        simulator returns what is not a finite number.
+        Args:
+            actions: ``[tasks, episodes, action_size]``, within the action range. Actions of episodes that have ended
+                are ignored.
+
+        Returns:
+            Observations, rewards and ends of the episodes.
+
+        Raises:
+            ValueError: the shape is wrong, or an action is out of range; the error names the task.
+            FloatingPointError: the simulator returned NaN or infinity; the error names the task.
         """
         shape = (*self.alive.shape, self.action_size)
         if actions.shape != shape:
             raise ValueError(f"actions must be {list(shape)} for {self.name}, got {list(actions.shape)}")
-        outside = ~(actions.abs() <= self.action_limit) & self.alive.unsqueeze(-1)  # NaN is outside
+        outside = ~(actions.abs() <= self.action_limit) & self.alive.unsqueeze(
+            -1
+        )  # written so that NaN counts as outside
         if outside.any():
             raise ValueError(
                 f"actions must be in the box of {self.name}, -{self.action_limit:g} to {self.action_limit:g}, "
@@ -100,7 +132,7 @@ class Environment(ABC):
         return result
 
     def _which(self, mask: Tensor) -> str:
-        """The first place of ``mask`` in words."""
+        """A description of the first task and episode in ``mask``."""
         task, episode = (int(index) for index in mask.nonzero()[0, :2])
         goal = ", ".join(f"{value:.3g}" for value in self.goals[task].tolist())
         return f"task {task} (goal {goal}), episode {episode}"

@@ -1,4 +1,4 @@
-"""The environments by name."""
+"""All environments by name."""
 
 from maml_cuda.rl.environment import Environment
 from maml_cuda.rl.locomotion import AntDirection, AntGoal, AntVelocity, CheetahDirection, CheetahVelocity
@@ -11,7 +11,16 @@ ENVIRONMENTS: dict[str, type[Environment]] = {
 
 
 def make_environment(name: str) -> Environment:
-    """A new environment. ModuleNotFoundError, in words, where it needs the extra [rl] and it is not installed."""
+    """Creates an environment.
+
+    Args:
+        name: one of ``ENVIRONMENTS``: navigation, cheetah-direction, cheetah-velocity, ant-direction, ant-velocity,
+            ant-goal.
+
+    Raises:
+        ValueError: there is no environment of this name.
+        ModuleNotFoundError: the environment needs the extra [rl], which is not installed.
+    """
     if name not in ENVIRONMENTS:
         raise ValueError(f"name must be one of {', '.join(ENVIRONMENTS)}, got {name!r}")
     return ENVIRONMENTS[name]()

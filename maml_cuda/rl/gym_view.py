@@ -1,4 +1,4 @@
-"""One task of an environment as gymnasium knows it."""
+"""One task of an environment as a ``gymnasium.Env``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from maml_cuda.rl.environments import make_environment
 
 
 class SingleTask(gymnasium.Env):
-    """The environment ``name`` with one goal, for whatever takes a ``gymnasium.Env``.
+    """One task of an environment as a ``gymnasium.Env``.
+
+    Actions must be within ``action_space``; they are not clipped.
 
     Args:
         name: one of ``maml_cuda.rl.ENVIRONMENTS``.
-        goal: ``[goal_size]``; None: drawn anew at every reset; ``reset(options={"goal": ...})`` gives one episode's.
-        horizon: steps after which an episode is truncated.
+        goal: ``[goal_size]``; None: a new goal is drawn at every reset. ``reset(options={"goal": ...})`` sets the goal
+            of one episode.
+        horizon: the number of steps after which an episode is truncated.
 
-    Actions are in the environment's own box (``action_space``), not clipped: one outside raises ValueError.
+    Raises:
+        ValueError: there is no environment of this name; in ``step``, an action is out of range.
+        ModuleNotFoundError: the environment needs the extra [rl], which is not installed.
     """
 
     def __init__(self, name: str, goal: Tensor | None = None, horizon: int = 200) -> None:
@@ -35,6 +40,15 @@ class SingleTask(gymnasium.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Starts an episode.
+
+        Args:
+            seed: the seed of the goal and of the first state; None: continue with the current random state.
+            options: ``{"goal": ...}`` sets the goal of this episode.
+
+        Returns:
+            The observation ``[observation_size]``, and ``{"goal": [goal_size]}``.
+        """
         super().reset(seed=seed)
         generator = Generator().manual_seed(int(self.np_random.integers(2**63)))
         goal = (options or {}).get("goal", self._goal)
@@ -47,6 +61,17 @@ class SingleTask(gymnasium.Env):
         return observation[0, 0].numpy().copy(), {"goal": goals[0].numpy().copy()}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Takes one step.
+
+        Args:
+            action: ``[action_size]``, within ``action_space``.
+
+        Returns:
+            Observation, reward, whether the episode has ended, whether it is truncated, and an empty dict.
+
+        Raises:
+            ValueError: the action is out of range.
+        """
         actions = torch.as_tensor(action, dtype=torch.float32).view(1, 1, -1)
         observations, rewards, done = self.environment.step(actions)
         self._steps += 1

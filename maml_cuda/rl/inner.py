@@ -1,8 +1,8 @@
-"""The adapted policies of a meta-batch, as an outer step differentiates through them.
+"""The adapted policies of a meta-batch, and derivatives through the inner loop for the outer step.
 
-With one inner step at most, everything is one fused pass. With several, each on a support set of its own, the passes
-are chained here, ``phi_{k+1} = phi_k - alpha_k grad L(phi_k; set k)``: backwards by one Hessian-vector product a step,
-``v_k = v_{k+1} - H(phi_k; set k) (alpha_k v_{k+1})``, as the fused pass itself does where all steps share one set.
+Up to one inner step is a single fused pass. Several inner steps have a support set each, so their passes are chained
+here: forward ``phi_{k+1} = phi_k - alpha_k grad L(phi_k; set k)``, backward one Hessian-vector product per step, ``v_k
+= v_{k+1} - H(phi_k; set k) (alpha_k v_{k+1})``. The fused pass does the same if all steps share one set.
 """
 
 from __future__ import annotations
@@ -16,48 +16,55 @@ from torch import Tensor
 from maml_cuda import FusedMAML, PolicyTarget, policies
 from maml_cuda.policies import Policy
 
-Vector = dict[str, Tensor]  # by parameter
-Rates = Mapping[str, float | Tensor]  # by adapted parameter
-Samples = tuple[Tensor, PolicyTarget]  # x [tasks, n, observation_size] and what was done there
+Vector = dict[str, Tensor]  # parameter name -> tensor
+Rates = Mapping[str, float | Tensor]  # adapted parameter name -> inner rate
+Samples = tuple[Tensor, PolicyTarget]  # observations [tasks, n, observation_size], and actions and advantages there
 
 
 class MetaSamples(NamedTuple):
-    """What an outer step learns from."""
+    """The samples that an outer step uses. The outer objective is the mean over the query sets.
 
-    support: tuple[Samples, ...]  # score form; set k drawn by the policies after k inner steps
-    # Likelihood-ratio form; the last set drawn by the policies after all inner steps, the one before it by those after
-    # all but one, and so on. The objective is the mean over these sets.
+    Attributes:
+        support: score form; set k is sampled by the policies after k inner steps.
+        query: likelihood-ratio form; the last set is sampled by the policies after all inner steps, the one before it
+            by the policies after all but one, and so on.
+    """
+
+    support: tuple[Samples, ...]
     query: tuple[Samples, ...]
 
 
 class AdaptedPolicies(Protocol):
-    """The adapted policies at the parameters as they are when this is made."""
+    """The adapted policies at the values that the meta-parameters have when the object is created."""
 
     def policies(self) -> list[Policy]:
-        """On the states of each query set, each task's own."""
+        """The output of each task's adapted policy on each query set."""
 
     def surrogate_and_gradient(self, targets: Sequence[PolicyTarget]) -> tuple[Tensor, Vector]:
-        """The loss of each task on the query sets' states with these targets, [tasks], and the meta-gradient of their
-        mean."""
+        """The loss of each task on the query sets with these targets, ``[tasks]``, and the meta-gradient of the mean."""
 
     def fisher(self) -> Callable[[Vector], Vector]:
-        """``FusedMAML.fisher`` on the states of the query sets."""
+        """``FusedMAML.fisher`` on the states of the query sets: a function ``v -> F v``."""
 
 
 def adapt_policies(maml: FusedMAML, samples: MetaSamples) -> AdaptedPolicies:
-    """ValueError where there is not one support set for each inner step, or where something would be left out: the
-    gradient of learned rates, query_weights, and with several steps BatchNorm with slots."""
+    """Adapts the policies of a meta-batch.
+
+    Raises:
+        ValueError: the number of support sets is not that of inner steps, or the settings need a term that is not
+            computed here: learned rates, ``query_weights``, or per-step BatchNorm with several steps.
+    """
     _check(maml, samples)
     return OneStep(maml, samples) if maml.inner_steps <= 1 else SeveralSteps(maml, samples)
 
 
 class OneStep:
-    """One inner step or none."""
+    """Adapted policies with at most one inner step."""
 
     def __init__(self, maml: FusedMAML, samples: MetaSamples) -> None:
         self._maml = maml
         ((self._x, y),) = samples.query
-        self._support = samples.support[0] if samples.support else (self._x, y)  # of no step it does not matter
+        self._support = samples.support[0] if samples.support else (self._x, y)  # unused without a step
         self._weights = y.weights
 
     @torch.no_grad()
@@ -75,7 +82,7 @@ class OneStep:
 
 
 class SeveralSteps:
-    """Several inner steps, each on a support set of its own."""
+    """Adapted policies with several inner steps, each on its own support set."""
 
     def __init__(self, maml: FusedMAML, samples: MetaSamples) -> None:
         self._maml, self._support = maml, samples.support
@@ -99,8 +106,11 @@ class SeveralSteps:
         return losses, self._pull_back({k: gradient for k, (_, gradient) in found.items()})
 
     def fisher(self) -> Callable[[Vector], Vector]:
-        """``v -> J^T F J v`` of each query set: J forwards through the chain, ``u_{k+1} = u_k - alpha_k H(phi_k; set k)
-        u_k``, the Fisher matrix of the adapted policies, and J^T backwards."""
+        """``v -> J^T F J v``, averaged over tasks and query sets.
+
+        J goes forward through the inner loop, ``u_{k+1} = u_k - alpha_k H(phi_k; set k) u_k``; F is the Fisher matrix
+        of the adapted policies; J^T goes backward.
+        """
         states = {
             k: fisher_samples(policy, self._query[k][0], self._query[k][1].weights)
             for k, policy in zip(sorted(self._query), self.policies(), strict=True)
@@ -119,7 +129,7 @@ class SeveralSteps:
         return product
 
     def _pull_back(self, cotangents: Mapping[int, Vector]) -> Vector:
-        """The mean over tasks and query sets of ``J^T`` times the cotangent of phi_k, by k."""
+        """The mean over tasks and query sets of ``J^T`` times the cotangents of phi_k, which are given by k."""
         v = cotangents[len(self._support)]
         for k in reversed(range(len(self._support))):
             if not self._maml.first_order:
@@ -132,7 +142,7 @@ class SeveralSteps:
 
 
 def initial_parameters(maml: FusedMAML, tasks: int) -> Vector:
-    """The policy itself for each task, as views."""
+    """The parameters of the policy for each task, before adaptation: name -> views ``[tasks, *shape]``."""
     return {
         name: parameter.detach().unsqueeze(0).expand(tasks, *parameter.shape)
         for name, parameter in maml.model.named_parameters()
@@ -140,22 +150,23 @@ def initial_parameters(maml: FusedMAML, tasks: int) -> Vector:
 
 
 def inner_step(maml: FusedMAML, fast: Mapping[str, Tensor], x: Tensor, y: PolicyTarget, rates: Rates) -> Vector:
-    """``fast`` after one inner step."""
+    """``fast`` after one inner gradient step on the samples ``x, y``."""
     return _step_along(fast, maml.loss_and_grad(fast, x, y)[1], rates)
 
 
 def _step_along(fast: Mapping[str, Tensor], along: Mapping[str, Tensor], rates: Rates) -> Vector:
-    """``fast`` less rate times ``along``, where there is a rate."""
+    """``fast - rate * along`` for the parameters that have a rate; the others do not change."""
     return {name: value - rates[name] * along[name] if name in rates else value for name, value in fast.items()}
 
 
 def fisher_samples(policy: Policy, x: Tensor, weights: Tensor | None) -> Samples:
-    """Samples on which the Hessian of the mean of ``-A log pi`` is the Fisher matrix of ``policy`` averaged over the
-    states x.
+    """Samples whose loss, the mean of ``-A log pi``, has the Fisher matrix of ``policy`` as its Hessian, averaged over
+    the states x.
 
-    The expectation over actions of the Hessian of ``-log pi`` is the Fisher matrix, and a few actions have it exactly:
-    of a Gaussian the two ``mean +- deviation``, of a categorical policy every action with its probability as advantage.
-    In both the mean cotangent of the policy's output is zero, so that the network's own curvature drops out.
+    The Fisher matrix is the expectation over actions of the Hessian of ``-log pi``. A few actions give it exactly:
+    ``mean + std`` and ``mean - std`` for a Gaussian, and every action, with its probability as advantage, for a
+    categorical policy. With these actions the mean cotangent of the policy's output is zero, so the curvature of the
+    network itself does not contribute.
     """
     if isinstance(policy, Tensor):
         count = policy.shape[-1]

@@ -1,12 +1,12 @@
 """The half-cheetah and the ant of the MAML paper (section 5.3), on gymnasium's models.
 
-Physics is ``mujoco.rollout``: all episodes that are alive, on as many threads as torch has or as ``threads`` says, no
-process anywhere. An episode's numbers depend on its own state and actions alone (each control step starts the solver
-afresh), so neither on the number of threads nor on its neighbours.
+``mujoco.rollout`` simulates all running episodes on several threads of one process. The numbers of an episode depend
+only on its own state and actions, because each control step starts the solver anew; they do not depend on the number of
+threads or on other episodes.
 
-What the authors' simulator calls centre of mass, its velocity, orientation and contact forces are sensors here, which
-are added to the model as it is loaded. A sensor belongs to the state before the last physics substep, 0.01 s earlier
-than ``qpos`` and ``qvel``, as gymnasium's ``xpos`` and ``cfrc_ext`` do.
+The centre of mass, its velocity, the orientation and the contact forces are sensors that are added to the model when it
+is loaded. A sensor belongs to the state before the last physics substep, 0.01 s earlier than ``qpos`` and ``qvel``,
+like gymnasium's ``xpos`` and ``cfrc_ext``.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from torch import Generator, Tensor
 from maml_cuda.extras import require
 from maml_cuda.rl.environment import Environment, Step
 
-FRAME_SKIP = 5  # physics substeps of 0.01 s in a control step
+FRAME_SKIP = 5  # physics substeps, of 0.01 s each, per control step
 
 
 class Locomotion(Environment):
-    """What the two robots share: state, physics, sensors."""
+    """What the half-cheetah and the ant share: state, physics and sensors."""
 
     model_file: str
-    contacts: bool  # whether the contact force on each body is observed
+    contacts: bool  # whether contact forces are observed
 
     def __init__(self) -> None:
         require("mujoco", "gymnasium", extra="rl")
@@ -49,7 +49,9 @@ class Locomotion(Environment):
                 self._start = self.model.numeric(index).data.copy()
 
     def _load(self) -> Any:
-        """gymnasium's model with our sensors; a state that is not finite stays so, for us to see."""
+        """gymnasium's model with the sensors added. MuJoCo does not reset states that are not finite, so ``step``
+        reports them.
+        """
         import gymnasium
 
         mujoco = self._mujoco
@@ -65,7 +67,7 @@ class Locomotion(Environment):
         if self.contacts:
             field = mujoco.mjtConDataField
             data = sum(1 << int(what) for what in (field.mjCONDATA_FORCE, field.mjCONDATA_TORQUE, field.mjCONDATA_POS))
-            net = 3  # reduced to one wrench, in world axes
+            net = 3  # reduces the contacts to one wrench, in world axes
             for index, body in enumerate(spec.bodies[1:]):
                 body.name = body.name or f"body_{index}"
                 spec.add_sensor(
@@ -74,11 +76,11 @@ class Locomotion(Environment):
                 )  # fmt: skip
         spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of gymnasium's XML: settotalmass is deprecated
+            warnings.simplefilter("ignore")  # gymnasium's XML uses settotalmass, which is deprecated
             return spec.compile()
 
     def _simulate(self, state: np.ndarray, control: np.ndarray | None, substeps: int) -> tuple[np.ndarray, np.ndarray]:
-        """State and sensors ``[rows, ...]`` after so many substeps."""
+        """State and sensors ``[rows, ...]`` after ``substeps`` substeps."""
         threads = self.threads or torch.get_num_threads()
         if self._pool is None or self._pool[0] != threads:
             data = [self._mujoco.MjData(self.model) for _ in range(threads)]
@@ -92,7 +94,7 @@ class Locomotion(Environment):
     def _reset(self, episodes: int, generator: Generator) -> Tensor:
         shape = (len(self.goals) * episodes, self.model.nq + self.model.nv)
         noise = torch.randn(shape, generator=generator, dtype=torch.float64).numpy()
-        self._states = np.zeros((shape[0], self._state_size))  # time, qpos, qvel, and no actuator states
+        self._states = np.zeros((shape[0], self._state_size))  # time, qpos, qvel; there are no actuator states
         self._states[:, 1 : 1 + self.model.nq] = self._start + 0.01 * noise[:, : self.model.nq]
         self._states[:, 1 + self.model.nq : 1 + shape[1]] = 0.1 * noise[:, self.model.nq :]
         _, sensors = self._simulate(self._states, np.zeros((shape[0], self.model.nu)), 1)
@@ -117,11 +119,11 @@ class Locomotion(Environment):
 
     @abstractmethod
     def _observe(self, state: np.ndarray, sensors: np.ndarray) -> Tensor:
-        """[rows, observation_size]"""
+        """Observations ``[rows, observation_size]``."""
 
     @abstractmethod
     def _reward(self, goals: Tensor, state: Tensor, sensors: Tensor, control: Tensor) -> Tensor:
-        """[rows]"""
+        """Rewards ``[rows]``."""
 
     def _done(self, state: Tensor) -> Tensor:
         return torch.zeros(len(state), dtype=torch.bool)
@@ -131,7 +133,7 @@ class Locomotion(Environment):
 
 
 class HalfCheetah(Locomotion):
-    """17 + 3 observations: qpos without x, qvel, centre of mass. Never ends."""
+    """20 observations: qpos without x (8), qvel (9), centre of mass (3). Episodes never end early."""
 
     model_file = "half_cheetah.xml"
     contacts = False
@@ -152,7 +154,7 @@ class HalfCheetah(Locomotion):
 
 
 class CheetahDirection(HalfCheetah):
-    """Run backwards (goal below 1) or forwards: ``direction * v - 0.05 |a|^2``."""
+    """Run backwards (goal below 1) or forwards. Reward: ``direction * v - 0.05 |a|^2``, with v in m/s."""
 
     name = "cheetah-direction"
 
@@ -161,7 +163,7 @@ class CheetahDirection(HalfCheetah):
 
 
 class CheetahVelocity(HalfCheetah):
-    """Run at the goal's velocity in m/s: ``-|v - goal| - 0.05 |a|^2``."""
+    """Run at the velocity of the goal, in m/s. Reward: ``-|v - goal| - 0.05 |a|^2``."""
 
     name = "cheetah-velocity"
 
@@ -170,8 +172,10 @@ class CheetahVelocity(HalfCheetah):
 
 
 class Ant(Locomotion):
-    """125 observations: qpos, qvel, contact forces clipped to [-1, 1], torso's rotation matrix, centre of mass.
-    Ends where the torso is below 0.2 or above 1 m."""
+    """125 observations: qpos, qvel, contact forces clipped to [-1, 1], rotation matrix of the torso, centre of mass.
+
+    An episode ends when the torso is below 0.2 m or above 1 m.
+    """
 
     model_file = "ant.xml"
     contacts = True
@@ -185,7 +189,7 @@ class Ant(Locomotion):
         sensors_ = torch.from_numpy(sensors)
         rotation = sensors_[:, 6:15].unflatten(1, (3, 3)).transpose(1, 2).flatten(1)  # sensors hold its columns
         contact = _contact(sensors_).flatten(1)
-        world = torch.zeros(len(contact), 6, dtype=contact.dtype)  # body 0, on which no force is counted
+        world = torch.zeros(len(contact), 6, dtype=contact.dtype)  # body 0 is the world, whose force is 0
         return torch.cat([torch.from_numpy(self._position(state)), world, contact, rotation, sensors_[:, :3]], 1)
 
     def _reward(self, goals: Tensor, state: Tensor, sensors: Tensor, control: Tensor) -> Tensor:
@@ -201,7 +205,7 @@ class Ant(Locomotion):
 
 
 class AntDirection(Ant):
-    """Run backwards (goal below 1.5) or forwards: ``direction * v``."""
+    """Run backwards (goal below 1.5) or forwards. Reward: ``direction * v``, with v in m/s."""
 
     name = "ant-direction"
 
@@ -210,7 +214,7 @@ class AntDirection(Ant):
 
 
 class AntVelocity(Ant):
-    """Run at the goal's velocity in m/s: ``1 - |v - goal|``."""
+    """Run at the velocity of the goal, in m/s. Reward: ``1 - |v - goal|``."""
 
     name = "ant-velocity"
 
@@ -219,7 +223,7 @@ class AntVelocity(Ant):
 
 
 class AntGoal(Ant):
-    """Reach a place on the plane: ``4 - |x - goal_x| - |y - goal_y|``."""
+    """Reach a position on the plane, in m. Reward: ``4 - |x - goal_x| - |y - goal_y|``."""
 
     name = "ant-goal"
     goal_size = 2
@@ -232,10 +236,10 @@ class AntGoal(Ant):
 
 
 def _contact(sensors: Tensor) -> Tensor:
-    """The contact force on each body, ``[rows, bodies, 6]``, clipped to [-1, 1]: MuJoCo's ``cfrc_ext``, which is torque
-    about the centre of mass of the whole robot, then force.
+    """The contact force on each body, ``[rows, bodies, 6]``, clipped to [-1, 1], as MuJoCo's ``cfrc_ext``: torque about
+    the centre of mass of the whole robot, then force.
 
-    A contact sensor holds the force that its body exerts (hence the minus), the torque of the same, and where it acts.
+    A contact sensor holds the force that its body exerts (hence the minus), the torque of that force, and its position.
     """
     force, torque, where = sensors[:, 15:].unflatten(1, (-1, 3, 3)).unbind(2)
     torque = torque + torch.linalg.cross(where - sensors[:, None, :3], force)

@@ -9,11 +9,11 @@ from maml_cuda.rl.environment import Environment, Step
 
 
 class Navigation(Environment):
-    """All points as one tensor, on any device.
+    """2D navigation. All points are one tensor, on any device.
 
-    Goal: uniform on [-0.5, 0.5]^2. Start: the origin. Observation: the position. Action: the move, in [-0.1, 0.1]^2.
-    Reward: minus the distance to the goal after the move, as in the authors' code (the paper says squared distance).
-    An episode ends within 0.01 of the goal in both coordinates.
+    Goal: uniform on [-0.5, 0.5]^2. Start: the origin. Observation: the position. Action: the displacement, in [-0.1,
+    0.1]^2. Reward: minus the distance to the goal after the move, as in the authors' code (the paper says squared
+    distance). An episode ends within 0.01 of the goal in both coordinates.
     """
 
     name = "navigation"

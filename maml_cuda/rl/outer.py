@@ -1,8 +1,8 @@
-"""The outer step: how the policy's parameters follow the meta-gradient.
+"""The outer step: updates the policy's parameters with the meta-gradient.
 
-Everything that is differentiated is differentiated by fused passes (``inner.py``): the surrogate, with its exact
-meta-gradient, and the product of the Fisher matrix of the adapted policies, through the inner steps, with a direction.
-The line search only runs forward passes.
+Fused passes compute all derivatives (``inner.py``): the surrogate with its exact meta-gradient, and the product of the
+Fisher matrix of the adapted policies with a direction, through the inner steps. The line search only runs forward
+passes.
 """
 
 from __future__ import annotations
@@ -22,24 +22,40 @@ CG_ITERATIONS = 10
 CG_TOLERANCE = 1e-10
 LINE_SEARCH_STEPS = 15
 LINE_SEARCH_FACTOR = 0.8
-KL_LIMIT = 1.0  # of a clipped step
+KL_LIMIT = 1.0  # greatest mean KL divergence of a clipped step
 
 
 class OuterStep(NamedTuple):
-    """What an outer step did."""
+    """The result of an outer step.
+
+    Attributes:
+        surrogate_before: the surrogate loss before the step.
+        surrogate_after: the surrogate loss after the step.
+        kl: the mean over tasks of KL(adapted policy before || adapted policy after).
+        accepted: whether the parameters changed.
+    """
 
     surrogate_before: float
     surrogate_after: float
-    kl: float  # mean over tasks of KL(adapted before || adapted after)
+    kl: float
     accepted: bool
 
 
 def trpo(maml: FusedMAML, samples: MetaSamples, max_kl: float, damping: float) -> OuterStep:
-    """One trust-region step (Schulman et al. 2015): along ``F^-1 g`` as far as the KL bound allows.
+    """One trust-region step (TRPO, Schulman et al. 2015).
 
-    Conjugate gradients solve ``(F + damping) s = g``; the step ``s * sqrt(2 max_kl / s^T (F + damping) s)`` is
-    shortened by 0.8, up to 15 times, until the surrogate falls and the mean KL of the adapted policies is at most
-    ``max_kl``. The parameters stay as they were where no length serves.
+    Conjugate gradients solve ``(F + damping) s = g``. The step ``s * sqrt(2 max_kl / s^T (F + damping) s)`` is
+    multiplied by 0.8, up to 15 times, until the surrogate falls and the mean KL of the adapted policies is at most
+    ``max_kl``. If no length satisfies both, the parameters do not change.
+
+    Args:
+        maml: the policy.
+        samples: the samples of the meta-batch.
+        max_kl: the bound on the mean KL divergence.
+        damping: added to the diagonal of the Fisher matrix.
+
+    Raises:
+        ValueError: the surrogate or the meta-gradient is not finite.
     """
     parameters = _parameters(maml)
     now = adapt_policies(maml, samples)
@@ -52,7 +68,7 @@ def trpo(maml: FusedMAML, samples: MetaSamples, max_kl: float, damping: float) -
 
     step = conjugate_gradients(damped_fisher, gradient)
     curvature = dot(step, damped_fisher(step))
-    if not curvature > 0:  # a gradient of zero
+    if not curvature > 0:  # the gradient is zero
         return OuterStep(before, before, 0.0, False)
     step = _scaled(step, (2 * max_kl / curvature) ** 0.5)
     old = now.policies()
@@ -61,14 +77,18 @@ def trpo(maml: FusedMAML, samples: MetaSamples, max_kl: float, damping: float) -
         _assign(parameters, start, step, -(LINE_SEARCH_FACTOR**attempt))
         new = adapt_policies(maml, samples).policies()
         surrogate, kl = _surrogate(new, samples), _mean_kl(old, new, samples)
-        if surrogate < before and kl <= max_kl:  # false for NaN
+        if surrogate < before and kl <= max_kl:  # False for NaN
             return OuterStep(before, surrogate, kl, True)
     _assign(parameters, start, step, 0.0)
     return OuterStep(before, before, 0.0, False)
 
 
 def vpg(maml: FusedMAML, samples: MetaSamples, optimizer: torch.optim.Optimizer) -> OuterStep:
-    """One step of the optimizer along the meta-gradient (REINFORCE: at the policy that acted, the ratio is 1)."""
+    """One step of the optimizer along the meta-gradient (REINFORCE, because the ratio is 1 at the policy that sampled).
+
+    Raises:
+        ValueError: the surrogate or the meta-gradient is not finite.
+    """
     now = adapt_policies(maml, samples)
     old = now.policies()
     before, gradient = _surrogate_and_gradient(now, [y for _, y in samples.query])
@@ -80,14 +100,16 @@ def vpg(maml: FusedMAML, samples: MetaSamples, optimizer: torch.optim.Optimizer)
 def clipped(
     maml: FusedMAML, samples: MetaSamples, optimizer: torch.optim.Optimizer, epochs: int, clip: float
 ) -> OuterStep:
-    """``epochs`` steps on PPO's clipped surrogate (Schulman et al. 2017) with MAML's exact gradient: the outer loss of
-    ProMP (Rothfuss et al. 2019) without its penalty on the inner KL.
+    """``epochs`` optimizer steps on PPO's clipped surrogate (Schulman et al. 2017) with MAML's exact gradient.
 
-    Where ``min(r A, clip(r) A)`` is the clipped one a sample's gradient is zero, and otherwise that of ``r A``: so each
-    epoch is the fused likelihood-ratio loss with the advantages of clipped samples set to 0.
+    This is the outer loss of ProMP (Rothfuss et al. 2019) without its penalty on the inner KL. A sample's gradient is
+    zero if the clipped term of ``min(r A, clip(r) A)`` is the smaller one, otherwise that of ``r A``. So each epoch is
+    the fused likelihood-ratio loss with the advantages of clipped samples set to 0.
 
-    Clipping bounds what a sample is worth, not how far the policies go: a step with a mean KL above 1, or with one
-    that is no number, is taken back.
+    Clipping does not bound how far the policies move. A step whose mean KL is above 1, or is NaN, is undone.
+
+    Raises:
+        ValueError: the surrogate or the meta-gradient is not finite.
     """
     parameters = _parameters(maml)
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -110,14 +132,14 @@ def clipped(
 
 
 def _kept(policy: Policy, y: PolicyTarget, clip: float) -> PolicyTarget:
-    """y without the advantages of clipped samples."""
+    """``y`` with the advantages of clipped samples set to 0."""
     ratio = _ratio(policy, y)
     is_clipped = torch.where(y.advantages > 0, ratio > 1 + clip, ratio < 1 - clip)
     return y._replace(advantages=y.advantages.masked_fill(is_clipped, 0))
 
 
 def conjugate_gradients(product: Callable[[Vector], Vector], b: Vector, iterations: int = CG_ITERATIONS) -> Vector:
-    """``x`` with ``product(x) = b`` after so many iterations from 0; fewer where the residual vanishes."""
+    """Solves ``product(x) = b`` by conjugate gradients from 0, for at most ``iterations`` iterations."""
     x = {name: torch.zeros_like(value) for name, value in b.items()}
     residual = {name: value.clone() for name, value in b.items()}
     direction = residual
@@ -135,6 +157,7 @@ def conjugate_gradients(product: Callable[[Vector], Vector], b: Vector, iteratio
 
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """The dot product over all parameters, in float64."""
     return sum(float((a[name].double() * b[name].double()).sum()) for name in a)
 
 
@@ -157,7 +180,7 @@ def _assign(parameters: Mapping[str, Tensor], start: Vector, step: Vector, facto
 
 
 def _surrogate_and_gradient(now: AdaptedPolicies, targets: Sequence[PolicyTarget]) -> tuple[float, Vector]:
-    """ValueError where one of them is not finite."""
+    """The mean surrogate loss and its meta-gradient. Raises ValueError if one is not finite."""
     losses, gradient = now.surrogate_and_gradient(targets)
     broken = ~losses.isfinite()
     if broken.any():
@@ -193,7 +216,7 @@ def _ratio(policy: Policy, y: PolicyTarget) -> Tensor:
 
 
 def _task_mean(values: Tensor, weights: Tensor | None) -> float:
-    """The mean over tasks of each task's mean over its samples ``[tasks, samples]``."""
+    """The mean over tasks of the weighted mean over each task's samples. ``values`` is ``[tasks, samples]``."""
     if weights is None:
         return float(values.mean())
     return float(((values * weights).sum(1) / weights.sum(1)).mean())

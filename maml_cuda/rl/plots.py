@@ -1,4 +1,4 @@
-"""The pictures of a reinforcement-learning run."""
+"""The plots of a reinforcement-learning run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from maml_cuda.rl.settings import RLSettings
 from maml_cuda.train.plots import BLUE, GREEN, GREY, ORANGE, save
 
 COLOURS = (BLUE, ORANGE, GREEN, GREY, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MOST_EPISODES = 10  # drawn of each task
+MOST_EPISODES = 10  # greatest number of paths per task
 
 
 def learning_curve(metrics: Path, path: Path, settings: RLSettings) -> None:
-    """The return before and after adaptation and in validation, against the meta-iteration, from metrics.csv."""
+    """Plots the returns of metrics.csv against the meta-iteration: before and after adaptation, and in validation."""
     with metrics.open(newline="") as file:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -42,7 +42,7 @@ def learning_curve(metrics: Path, path: Path, settings: RLSettings) -> None:
 
 
 def returns(results: Sequence[dict[str, Any]], labels: Sequence[str], path: Path) -> None:
-    """The return after each number of adaptation steps, with its interval, of one run or of several in one plot."""
+    """Plots the return of one or several runs after each number of adaptation steps, with its 95 % interval."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for index, (result, label) in enumerate(zip(results, labels, strict=True)):
@@ -58,7 +58,9 @@ def returns(results: Sequence[dict[str, Any]], labels: Sequence[str], path: Path
 
 
 def paths(goals: Tensor, found: Sequence[Episodes], path: Path) -> None:
-    """Navigation: a column a task, a row a number of adaptation steps; the goal is the circle."""
+    """Plots the paths of navigation: one column per task, one row per number of adaptation steps. The circle is the
+    goal.
+    """
     figure = Figure(figsize=(2.4 * len(goals), 2.4 * len(found)), layout="constrained")
     grid = figure.subplots(len(found), len(goals), squeeze=False)
     for step, episodes in enumerate(found):

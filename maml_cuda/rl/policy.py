@@ -1,4 +1,4 @@
-"""The Gaussian policy of the paper's third experiment."""
+"""The Gaussian policy of the MAML paper (section 5.3)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,19 @@ MIN_LOG_STD = math.log(1e-6)
 
 
 class GaussianPolicy(nn.Module):
-    """observation - width - width - action with ReLU, and a log standard deviation that no state changes.
+    """An MLP with two hidden layers and ReLU for the mean, and a log standard deviation that does not depend on the
+    state.
 
-    ``[n, observation_size]`` to mean ``[n, action_size]`` and log_std ``[action_size]``, which is a parameter like any
-    other: adapted and meta-learned. Weights start Xavier-uniform, those of the output layer times ``output_scale``,
-    biases at 0, standard deviations at ``std``; they never fall below 1e-6.
+    The log standard deviation is a parameter: it is adapted and meta-learned like the others. Initial weights are
+    Xavier-uniform, those of the output layer multiplied by ``output_scale``; biases are 0. Standard deviations are
+    clamped to at least 1e-6.
+
+    Args:
+        observation_size: the number of observed values.
+        action_size: the number of values of an action.
+        width: hidden units per layer.
+        output_scale: factor on the initial weights of the output layer.
+        std: the initial standard deviation.
     """
 
     def __init__(
@@ -40,14 +48,16 @@ class GaussianPolicy(nn.Module):
         self.log_std = nn.Parameter(torch.full((action_size,), math.log(std)))
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Observations ``[n, observation_size]`` to mean ``[n, action_size]`` and log_std ``[action_size]``."""
         return self.layers(observations), self.log_std.clamp(min=MIN_LOG_STD)
 
 
 def act(fast: Mapping[str, Tensor], observations: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean ``[tasks, n, action_size]`` and log_std ``[tasks, action_size]`` of each task's own GaussianPolicy.
+    """The output of each task's own GaussianPolicy: mean ``[tasks, n, action_size]`` and log_std ``[tasks,
+    action_size]``.
 
-    What ``maml.predict`` returns, as three batched products: in a closed loop of a few thousand samples a step these
-    are quicker than a call of the fused pass, which is made for many samples.
+    Equal to ``maml.predict``, computed as three batched products. While an environment is sampled there are only a few
+    thousand observations per step, and the fused pass, which is made for many samples, would be slower.
     """
     x = observations
     names = [name[:-7] for name in fast if name.startswith("layers.") and name.endswith(".weight")]

@@ -1,7 +1,8 @@
-"""A GIF of a robot before and after adaptation, where MuJoCo finds something to render with.
+"""Renders a GIF of a robot before and after adaptation, if MuJoCo can render on this machine.
 
-``python -m maml_cuda.rl.render ENVIRONMENT`` turns the states on its input into the GIF on its output: MuJoCo chooses
-its OpenGL when it is imported, and one that does not work may end the process, so that each is tried in one of its own.
+``python -m maml_cuda.rl.render ENVIRONMENT`` reads states from standard input and writes the GIF to standard output.
+MuJoCo chooses its OpenGL library when it is imported, and a library that does not work may crash the process, so each
+library is tried in a process of its own.
 """
 
 from __future__ import annotations
@@ -24,16 +25,19 @@ from maml_cuda.rl.locomotion import FRAME_SKIP, Locomotion
 from maml_cuda.rl.settings import RLSettings
 from maml_cuda.train.checkpoint import write_file
 
-FRAMES = 100  # of each half
-SIZE = (240, 320)  # height, width
-LIBRARIES = ("egl", "osmesa", "glfw")  # as MUJOCO_GL names them
+FRAMES = 100  # before adaptation, and as many after it
+SIZE = (240, 320)  # height and width in pixels
+LIBRARIES = ("egl", "osmesa", "glfw")  # values of MUJOCO_GL
 
 
 def before_and_after(
     maml: FusedMAML, environment: Locomotion, goals: Tensor, settings: RLSettings, generator: Generator, path: Path
 ) -> str:
-    """Writes ``path``: the task's first episode before adaptation, then after ``test_steps`` steps. Returns what it
-    did, or why it did not, in words."""
+    """Renders the task's first episode before adaptation and after ``test_steps`` steps, and writes it to ``path``.
+
+    Returns:
+        A sentence that says what was written, or why nothing was.
+    """
     halves = []
     recorder = _Recorder(environment)
     found = adapt_and_sample(maml, environment, goals, settings, generator, Clock(), settings.test_steps)
@@ -63,7 +67,7 @@ def before_and_after(
 
 
 class _Recorder:
-    """Keeps the state of the first episode at each step of an environment."""
+    """Records the states of the first episode of an environment."""
 
     def __init__(self, environment: Locomotion) -> None:
         self.states: list[np.ndarray] = []
@@ -81,7 +85,7 @@ class _Recorder:
 
 
 def gif(name: str, states: np.ndarray) -> bytes:
-    """The states ``[frames, state]`` of the environment ``name``, a frame each."""
+    """The states ``[frames, state]`` of the environment ``name`` as a GIF, one frame per state."""
     import mujoco
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""What stands in the folder of a reinforcement-learning run at its end: summary.json and the pictures."""
+"""The end of a reinforcement-learning run: tests the best checkpoint and writes the plots and summary.json."""
 
 from __future__ import annotations
 
@@ -23,8 +23,20 @@ from maml_cuda.train.summary import write_summary
 
 
 def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[FusedMAML, dict[str, Any]]:
-    """The policy of a checkpoint of ``run``, with the settings of ``given``, and the checkpoint's info. Errors are
-    those of ``checkpoint.load_checkpoint``."""
+    """Loads the policy of a checkpoint.
+
+    Args:
+        run: the run's folder.
+        checkpoint: the name of the checkpoint.
+        given: settings that override the stored ones.
+
+    Returns:
+        The policy and the checkpoint's info.
+
+    Raises:
+        MissingCheckpoint: see ``checkpoint.load_checkpoint``.
+        DamagedCheckpoint: see ``checkpoint.load_checkpoint``.
+    """
     folder = run / checkpoint
     learned, info = load_model(folder)
     maml = make_policy(replace(restore_settings(RLSettings, info, folder), **given))
@@ -33,8 +45,15 @@ def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[FusedMA
 
 
 def test_run(policies: Sequence[FusedMAML], settings: RLSettings) -> dict[str, Any]:
-    """The return of a policy, the only one of ``policies``, on ``settings.test_tasks`` test tasks after 0..test_steps
-    adaptation steps, as JSON-able values."""
+    """Tests a policy on ``settings.test_tasks`` test tasks after 0 to ``test_steps`` adaptation steps.
+
+    Args:
+        policies: the policy, the only element.
+        settings: the settings of the run.
+
+    Returns:
+        JSON-able values; ``mean`` and ``ci95`` are lists over ``steps``.
+    """
     returns = evaluate_returns(
         policies[0], make_environment(settings.job), settings, make_generator(settings, "test"), Clock(),
         settings.test_tasks, settings.test_steps,
@@ -53,7 +72,7 @@ def test_run(policies: Sequence[FusedMAML], settings: RLSettings) -> dict[str, A
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result of ``test_run`` for people."""
+    """The result of ``test_run`` as text."""
     kind = "" if result["baseline"] == "none" else f", {result['baseline']}"
     lines = [
         f"{result['task']}{kind}: return on {result['test_tasks']} test tasks, "
@@ -67,7 +86,11 @@ def table(result: dict[str, Any]) -> str:
 
 
 def finish(run: Path, settings: RLSettings) -> dict[str, Any]:
-    """Tests the best checkpoint of a trained run and writes the pictures and, last of all, summary.json."""
+    """Tests the best checkpoint of a trained run; writes the plots and, at the end, summary.json.
+
+    Returns:
+        The content of summary.json.
+    """
     maml, _ = load_run(run)
     last = load_info(run / "last")
     result = test_run([maml], settings)
@@ -89,7 +112,7 @@ def finish(run: Path, settings: RLSettings) -> dict[str, Any]:
 
 
 def _pictures(run: Path, maml: FusedMAML, settings: RLSettings) -> dict[str, str]:
-    """Navigation: paths before and after adaptation. Robots: a GIF of both, where something can render it."""
+    """Plots paths for navigation, or renders a GIF of a robot, before and after adaptation."""
     environment = make_environment(settings.job)
     generator = make_generator(settings, "test")
     goals = environment.sample_goals(settings.test_tasks, generator)[:4]

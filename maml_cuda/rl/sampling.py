@@ -1,4 +1,4 @@
-"""Episodes of each task's own policy, as the losses take them."""
+"""Samples episodes with each task's own policy."""
 
 from __future__ import annotations
 
@@ -17,22 +17,32 @@ from maml_cuda.rl.policy import act
 
 @dataclass
 class Episodes:
-    """Episodes of different lengths, padded with zeros up to the longest."""
+    """Episodes of different lengths, padded with zeros to the longest.
 
-    observations: Tensor  # [tasks, episodes, steps, observation_size], before the action
-    actions: Tensor  # [tasks, episodes, steps, action_size] as the policy drew them, not yet clipped to the box
-    log_probs: Tensor  # [tasks, episodes, steps]
-    rewards: Tensor  # [tasks, episodes, steps]
-    alive: Tensor  # [tasks, episodes, steps]: 1 in the episode, 0 after its end
+    Attributes:
+        observations: before each action, ``[tasks, episodes, steps, observation_size]``.
+        actions: as drawn from the policy, before clipping, ``[tasks, episodes, steps, action_size]``.
+        log_probs: log-probabilities of the actions, ``[tasks, episodes, steps]``.
+        rewards: ``[tasks, episodes, steps]``.
+        alive: 1 for steps of the episode, 0 for padding, ``[tasks, episodes, steps]``.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    log_probs: Tensor
+    rewards: Tensor
+    alive: Tensor
 
     @property
     def returns(self) -> Tensor:
-        """Undiscounted, ``[tasks, episodes]``."""
+        """The undiscounted return of each episode, ``[tasks, episodes]``."""
         return self.rewards.sum(-1)
 
     def pack(self, *values: Tensor) -> list[Tensor]:
-        """Each of ``values`` ``[tasks, episodes, steps, ...]`` as ``[tasks, samples, ...]``: every task's own samples
-        first, in order, then padding up to the task that has most."""
+        """Reshapes ``values`` from ``[tasks, episodes, steps, ...]`` to ``[tasks, samples, ...]``.
+
+        The samples of a task come first, in order; padding follows, up to the number of samples of the longest task.
+        """
         alive = self.alive.flatten(1)
         most = int(alive.sum(1).max())
         if bool(alive.all()):
@@ -57,16 +67,21 @@ def sample_episodes(
     *,
     tell_goal: bool = False,
 ) -> Episodes:
-    """``episodes`` episodes of each task, of at most ``horizon`` steps.
+    """Samples episodes of each task.
 
     Args:
+        environment: the environment.
         goals: ``[tasks, goal_size]``.
         fast: each task's parameters of a GaussianPolicy, name -> ``[tasks, *shape]``.
-        clock: told what the physics and the policy took.
-        tell_goal: the policy observes the goal too, after the environment's own observation (the oracle).
+        episodes: episodes per task.
+        horizon: the greatest number of steps of an episode.
+        generator: the source of random numbers.
+        clock: measures the time of the physics and of the policy.
+        tell_goal: whether the goal is appended to the observations (the oracle).
 
     Raises:
-        ValueError, FloatingPointError: as ``Environment.step``.
+        ValueError: see ``Environment.step``.
+        FloatingPointError: see ``Environment.step``.
     """
     with _threads_for_physics(environment):
         with clock.measure("physics"):
@@ -106,8 +121,11 @@ def sample_episodes(
 
 @contextmanager
 def _threads_for_physics(environment: Environment) -> Iterator[None]:
-    """Inside, the physics has torch's threads and torch has one: the policy's products are short, and OpenMP's threads,
-    which go on waiting awake after each, would take the cores from the physics."""
+    """A context in which the physics simulation has torch's threads, and torch has one.
+
+    The products of the policy are short. After each of them, OpenMP's threads would wait actively and take cores from
+    the simulation.
+    """
     threads, given = torch.get_num_threads(), environment.threads
     environment.threads = given or threads
     torch.set_num_threads(1)

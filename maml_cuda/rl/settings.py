@@ -1,4 +1,4 @@
-"""The reinforcement-learning jobs of ``maml-cuda train`` and their settings."""
+"""The reinforcement-learning jobs of ``maml-cuda train`` and their settings. Does not import torch."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -10,31 +10,35 @@ OUTER_STEPS = ("trpo", "vpg", "clipped")
 
 @dataclass(frozen=True)
 class RLSettings:
-    """Everything that decides the numbers of a run; it is stored with every checkpoint."""
+    """All settings of a run. They decide its numbers and are stored in every checkpoint.
+
+    Raises:
+        ValueError: a setting is out of range, or two settings contradict each other.
+    """
 
     job: str
-    # the tasks: the environment bears the job's name
-    episodes: int  # a task and adaptation step
-    horizon: int  # most steps of an episode
+    # the tasks: the job is the name of the environment
+    episodes: int  # per task and adaptation step
+    horizon: int  # greatest number of steps of an episode
     # the inner loop
-    inner_lr: float  # of the first step
+    inner_lr: float  # rate of the first step
     # meta-training
     iterations: int
-    meta_batch: int  # tasks a meta-iteration
-    inner_steps: int = 1  # in training, each on fresh episodes
-    every_step: bool = False  # the outer step counts the return after every inner step, not after the last alone
-    rate_decay: float = 0.5  # each inner step's rate is this times the one before's, in training and in test
+    meta_batch: int  # tasks per meta-iteration
+    inner_steps: int = 1  # in training, each on new episodes
+    every_step: bool = False  # the outer step uses the return after every inner step, not only after the last
+    rate_decay: float = 0.5  # factor from the rate of one inner step to that of the next, in training and in test
     outer: str = "trpo"
-    max_kl: float = 0.01  # of TRPO
-    damping: float = 1e-5
-    meta_lr: float = 1e-3  # of Adam, for the other outer steps
-    epochs: int = 5  # of the clipped outer step
+    max_kl: float = 0.01  # TRPO
+    damping: float = 1e-5  # TRPO
+    meta_lr: float = 1e-3  # Adam's rate, for the other outer steps
+    epochs: int = 5  # optimizer steps of the clipped outer step
     clip: float = 0.2
     discount: float = 0.99
     gae_lambda: float = 1.0
     width: int = 100
-    output_scale: float = 1.0  # of the output layer's weights at the start, times Xavier's
-    start_std: float = 1.0  # of actions at the start, where half the box is 1
+    output_scale: float = 1.0  # factor on the initial weights of the output layer
+    start_std: float = 1.0  # initial standard deviation of actions, in half widths of the action range
     baseline: str = "none"
     first_order: bool = False
     # validation and test
@@ -42,7 +46,7 @@ class RLSettings:
     validation_tasks: int = 40
     test_tasks: int = 40
     test_steps: int = 3
-    test_episodes: int = 20  # a task and adaptation step, in validation too
+    test_episodes: int = 20  # per task and adaptation step, in validation too
     log_interval: int = 1
     seed: int = 0
     backend: str = "auto"
@@ -76,26 +80,26 @@ class RLSettings:
             raise ValueError(f"iterations must be at least 1, got {self.iterations}")
 
     def rate(self, step: int) -> float:
-        """The inner learning rate of step ``step``, from 0."""
+        """The inner learning rate of step ``step``, counted from 0."""
         return self.inner_lr * self.rate_decay**step
 
     @property
     def tell_goal(self) -> bool:
-        """Whether the policy observes the goal."""
+        """Whether the goal is part of the observation."""
         return self.baseline == "oracle"
 
 
-# Section 5.3 and appendix A.2 of the paper, with the settings of its published code where they differ
+# Finn et al. 2017, section 5.3 and appendix A.2, with the settings of the published code where they differ
 # (docs/reinforcement_learning.md).
-# Navigation is tested on twice the samples that it trains on, as the authors' script does. Its outer step and first
-# deviations are not theirs, with which later steps stay behind at three times the cost.
+# Navigation is tested on twice the samples of training, as in the authors' script. Its outer step and initial standard
+# deviation are not the authors': with theirs, returns after several steps were lower, at three times the cost.
 NAVIGATION = RLSettings(
     job="navigation", episodes=20, horizon=100, inner_lr=0.5, iterations=100, meta_batch=20, test_episodes=40,
     outer="clipped", clip=0.3, meta_lr=2e-3, start_std=0.5,
 )  # fmt: skip
 ANT = RLSettings(job="ant-velocity", episodes=20, horizon=200, inner_lr=0.1, iterations=500, meta_batch=40)
-# The half-cheetah's and those of the ant's direction are not the paper's, with which nothing was learned in the time
-# that they learn in now: docs/reinforcement_learning_results.md says what each is for.
+# The settings of the half-cheetah and of the ant's direction are not those of the paper, with which nothing was learned
+# in the same time. docs/reinforcement_learning.md gives the reason for each.
 CHEETAH = replace(
     ANT, job="cheetah-direction", episodes=5, iterations=200, meta_batch=8, outer="clipped", clip=0.4, meta_lr=5e-3,
     epochs=8, gae_lambda=0.8, output_scale=0.01, validation_interval=40, validation_tasks=10, test_episodes=10,
@@ -115,8 +119,17 @@ RL_JOBS = {
 
 
 def new_rl_settings(job: str, **given: Any) -> RLSettings:
-    """The job's defaults with the values of ``given``. A baseline is trained without an inner step, the random one not
-    at all."""
+    """The settings of a new run.
+
+    A baseline is trained without inner steps, and the baseline "random" is not trained.
+
+    Args:
+        job: the name of a job.
+        given: settings that override those of the job.
+
+    Raises:
+        ValueError: a setting is invalid.
+    """
     baseline = given.get("baseline", "none")
     if baseline != "none":
         given.setdefault("inner_steps", 0)
@@ -125,7 +138,7 @@ def new_rl_settings(job: str, **given: Any) -> RLSettings:
     return replace(RL_JOBS[job], **given)
 
 
-# The settings that decide something in a run, by its parts.
+# The settings that each part of a run uses.
 _EVERY = {
     "job", "baseline", "iterations", "horizon", "inner_lr", "rate_decay", "discount", "gae_lambda", "width",
     "output_scale", "start_std", "seed", "backend", "test_tasks", "test_steps", "test_episodes",
@@ -136,7 +149,7 @@ _INNER_LOOP = {"inner_steps", "every_step", "first_order"}
 
 
 def used_settings(baseline: str, outer: str) -> set[str]:
-    """The settings that decide something in a run with this baseline and outer step; all others are ignored."""
+    """The settings that a run with this baseline and outer step uses; it ignores all others."""
     if baseline == "random":
         return _EVERY
     trained = _EVERY | _TRAINING | _OUTER[outer]

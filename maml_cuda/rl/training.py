@@ -1,4 +1,4 @@
-"""Meta-training of a policy: the paper's algorithm 3, as a run of ``maml-cuda train``."""
+"""Meta-training of a policy: algorithm 3 of Finn et al. 2017, as a run of ``maml-cuda train``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from maml_cuda.train.loop import Training
 
 
 def make_policy(settings: RLSettings) -> FusedMAML:
-    """A fresh policy of ``settings``, initialized from its seed; torch's global generator stays as it was."""
+    """A new policy, initialised from the seed of ``settings``. torch's global generator does not change."""
     environment = make_environment(settings.job)
     observed = environment.observation_size + settings.tell_goal * environment.goal_size
     with torch.random.fork_rng(devices=[]):
@@ -43,11 +43,11 @@ def make_policy(settings: RLSettings) -> FusedMAML:
 
 
 class RLTraining(Training):
-    """A run between two meta-iterations.
+    """The state of a run between two meta-iterations.
 
-    An iteration draws tasks; samples episodes of each with the policy itself; adapts it to each by one policy-gradient
-    step; samples episodes with the adapted policies, from which it adapts again where there are more inner steps; and
-    takes an outer step on the last ones, through the inner ones.
+    One iteration draws tasks and samples episodes of each with the policy. It adapts the policy to each task by a
+    policy-gradient step and samples episodes with the adapted policies, once for each inner step. Then it takes an
+    outer step on the last episodes, which differentiates through the inner steps.
     """
 
     columns = ("iteration", "before", "after", "surrogate", "kl", "accepted", "std", "validation")
@@ -116,8 +116,11 @@ class RLTraining(Training):
         return step
 
     def _validate(self) -> tuple[float, str]:
-        """The mean return over 1 to ``test_steps`` adaptation steps, of a baseline before any, on the same tasks each
-        time, and a line that says all of them; notes the best."""
+        """The mean return over 1 to ``test_steps`` adaptation steps (for a baseline, without adaptation), and a line of
+        text with the return after each number of steps. Records the mean if it is the best.
+
+        The tasks are the same each time.
+        """
         settings = self.settings
         steps = settings.test_steps if settings.baseline == "none" else 0
         returns = evaluate_returns(

@@ -124,7 +124,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--split",
         metavar="TRAIN/VALIDATION/TEST",
-        help="numbers of classes, such as 6/3/3 (default: the folders train, val and test, or 64/16/20 %% of the classes)",
+        help="numbers of classes, such as 6/3/3 (default: the folders train, val and test, or 64/16/20 %% of all)",
     )
 
     group = parser.add_argument_group("inner loop: adaptation to one task")
@@ -147,9 +147,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         group, "--multi-step-iterations", "first iterations that use the query loss after every inner step (MAML++)"
     )
     _setting(group, "--first-order-iterations", "first iterations that are first order")
-    _setting(
-        group, "--filters", "filters of each convolution; also --hidden: hidden units (sinusoid, policies)", "width"
-    )
+    _setting(group, "--filters", "filters per convolution, or hidden units per layer (sinusoid, policies)", "width")
     _setting(group, "--seed", "seed of the initial weights and of all tasks; the same seed gives the same bits")
 
     group = parser.add_argument_group("reinforcement learning")
