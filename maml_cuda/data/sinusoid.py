@@ -23,14 +23,14 @@ class SinusoidTasks:
     Args:
         k_shot: support points per task.
         n_query: query points per task.
-        told: if True, x is ``(x, amplitude, phase)``, so that there is nothing to adapt to. This is the oracle of the
+        oracle: if True, x is ``(x, amplitude, phase)``, so that there is nothing to adapt to. This is the oracle of the
             paper.
     """
 
-    def __init__(self, k_shot: int, n_query: int, told: bool = False) -> None:
+    def __init__(self, k_shot: int, n_query: int, oracle: bool = False) -> None:
         self.k_shot = k_shot
         self.n_query = n_query
-        self.told = told
+        self.oracle = oracle
 
     def sample(self, num_tasks: int, generator: Generator) -> MetaBatch:
         """Draws tasks.
@@ -40,7 +40,7 @@ class SinusoidTasks:
             generator: the source of random numbers.
 
         Returns:
-            x float32 ``[num_tasks, points, 1]``, or ``[num_tasks, points, 3]`` if ``told``; y float32 ``[num_tasks,
+            x float32 ``[num_tasks, points, 1]``, or ``[num_tasks, points, 3]`` if ``oracle``; y float32 ``[num_tasks,
             points, 1]``.
         """
         # One draw for all numbers: in a run of 70,000 iterations, every further small op costs about a second.
@@ -50,6 +50,6 @@ class SinusoidTasks:
         amplitude = amplitude * (AMPLITUDE[1] - AMPLITUDE[0]) + AMPLITUDE[0]
         phase = phase * (PHASE[1] - PHASE[0])
         y = curve(x, amplitude, phase)
-        if self.told:
+        if self.oracle:
             x = torch.cat([x, amplitude.expand_as(x), phase.expand_as(x)], -1)
         return MetaBatch(x[:, : self.k_shot], y[:, : self.k_shot], x[:, self.k_shot :], y[:, self.k_shot :])

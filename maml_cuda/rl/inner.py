@@ -41,7 +41,9 @@ class AdaptedPolicies(Protocol):
         """The output of each task's adapted policy on each query set."""
 
     def surrogate_and_gradient(self, targets: Sequence[PolicyTarget]) -> tuple[Tensor, Vector]:
-        """The loss of each task on the query sets with these targets, ``[tasks]``, and the meta-gradient of the mean."""
+        """The loss of each task with these targets on the query sets, ``[tasks]``, and the meta-gradient of the mean
+        loss.
+        """
 
     def fisher(self) -> Callable[[Vector], Vector]:
         """``FusedMAML.fisher`` on the states of the query sets: a function ``v -> F v``."""

@@ -86,14 +86,14 @@ def sample_episodes(
     with _threads_for_physics(environment):
         with clock.measure("physics"):
             observations = environment.reset(goals, episodes, generator)
-        told = goals.unsqueeze(1).expand(-1, episodes, -1)
+        repeated_goals = goals.unsqueeze(1).expand(-1, episodes, -1)
         shape = (horizon, len(goals), episodes, environment.action_size)
         noise = torch.randn(shape, generator=generator, device=generator.device)
         seen, actions, rewards, alive = [], [], [], []
         for step in range(horizon):
             with clock.measure("policy"):
                 if tell_goal:
-                    observations = torch.cat([observations, told], -1)
+                    observations = torch.cat([observations, repeated_goals], -1)
                 mean, log_std = act(fast, observations)
                 action = mean + log_std.exp().unsqueeze(1) * noise[step]
                 seen.append(observations)

@@ -62,12 +62,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
-    whole = Parser(
+    root = Parser(
         prog="maml-cuda",
         description="Exact second-order MAML: train a model on few-shot tasks, and test it.",
     )
-    whole.add_argument("--version", action="version", version=f"maml-cuda {__version__}")
-    commands = whole.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    root.add_argument("--version", action="version", version=f"maml-cuda {__version__}")
+    commands = root.add_subparsers(required=True, metavar="COMMAND", dest="command")
     _add_train(
         commands.add_parser(
             "train",
@@ -86,7 +86,7 @@ def parser() -> Parser:
     )
     _add_compare(commands.add_parser("compare", help="plot the test results of several runs"))
     commands.add_parser("info", help="print the build, the versions and the number of threads")
-    return whole
+    return root
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:

@@ -106,9 +106,9 @@ _INNER_LOOP = {"inner_steps"}  # adaptation in training
 _OF_MAML = {
     "learn_inner_lr", "adapted", "batch_norm", "first_order", "first_order_iterations", "multi_step_iterations"
 }  # fmt: skip
-_WHOLE = _EVERY | _NET | _TRAINING | _QUERIES | _ADAPTED | _INNER_LOOP
+_ALL_PARTS = _EVERY | _NET | _TRAINING | _QUERIES | _ADAPTED | _INNER_LOOP
 _USED = {
-    "reptile": _WHOLE | {"inner_batch"},
+    "reptile": _ALL_PARTS | {"inner_batch"},
     "protonet": _EVERY | _NET | _TRAINING | _QUERIES,
     "matching": _EVERY | _NET | _TRAINING | _QUERIES,
     "pretrained": _EVERY | _NET | _TRAINING | _ADAPTED,
@@ -116,7 +116,7 @@ _USED = {
     "nearest-pixel": _EVERY,
 }
 _USED_BY_CURVES = {
-    "pretrained": _WHOLE | {"adapted"},
+    "pretrained": _ALL_PARTS | {"adapted"},
     "oracle": _EVERY | _NET | _TRAINING | _QUERIES | _INNER_LOOP | {"backend"},
     "random": _EVERY | _NET | _ADAPTED | {"adapted"},
 }
@@ -125,7 +125,7 @@ _USED_BY_CURVES = {
 def used_settings(job: str, name: str) -> set[str]:
     """The settings that a run of this job and preset uses; it ignores all others."""
     of_job = _USED | _USED_BY_CURVES if job == "sinusoid" else _USED
-    return of_job.get(name, _WHOLE | _OF_MAML)
+    return of_job.get(name, _ALL_PARTS | _OF_MAML)
 
 
 def preset_settings(job: str, name: str, ways: int = 5, shots: int = 1) -> dict[str, Any]:

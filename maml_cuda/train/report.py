@@ -151,8 +151,8 @@ def finish(run: Path, settings: Settings) -> dict[str, Any]:
     result = test_run([algorithm], settings)
     if any("checkpoint" in one for one in last["bests"]):
         several, iterations = load_ensemble(run, **place)
-        voted = test_run(several, settings)
-        result["ensemble"] = {key: voted[key] for key in ("mean", "ci95", "reported")} | {"iterations": iterations}
+        ensemble = test_run(several, settings)
+        result["ensemble"] = {key: ensemble[key] for key in ("mean", "ci95", "reported")} | {"iterations": iterations}
     plots.learning_curves(run / "metrics.csv", run / "learning_curves.png", settings)
     plots.adaptation(result, run / "adaptation.png")
     batch = make_tasks(settings, "test").sample(1, make_generator(settings, "test"))

@@ -236,7 +236,7 @@ def test_batches_of_images_come_with_their_class_and_its_turn() -> None:
 
 
 def test_the_oracle_is_told_what_the_others_are_not() -> None:
-    told, plain = (SinusoidTasks(3, 4, told=t).sample(5, torch.Generator().manual_seed(0)) for t in (True, False))
+    told, plain = (SinusoidTasks(3, 4, oracle=t).sample(5, torch.Generator().manual_seed(0)) for t in (True, False))
     assert told.x_qry.shape == (5, 4, 3)
     assert torch.equal(told.x_qry[..., :1], plain.x_qry)
     assert torch.equal(told.y_qry, plain.y_qry)
