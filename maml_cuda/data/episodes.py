@@ -95,8 +95,8 @@ class Episodes:
 
         Returns:
             x ``[num_tasks, n_way * images per class, channels, height, width]``, class by class, and int64 labels y
-            ``[num_tasks, n_way * images per class]``. Labels number the classes of an episode in the random order in
-            which they were drawn.
+                ``[num_tasks, n_way * images per class]``. Labels number the classes of an episode in the random order
+                in which they were drawn.
 
         Raises:
             ValueError: an argument is out of range.

@@ -50,7 +50,7 @@ def load_glyphs() -> tuple[Tensor, Tensor, list[str]]:
 
     Returns:
         The images, uint8 ``[22518, 28, 28]`` in 0 to 15 (0 is the background), class by class; the number of images of
-        each class, int64 ``[1141]``; the names of the classes, ``Script/codepoint in hexadecimal``.
+            each class, int64 ``[1141]``; the names of the classes, ``Script/codepoint in hexadecimal``.
     """
     with np.load(io.BytesIO(read_file()), allow_pickle=False) as archive:
         packed, count, names = archive["packed"], archive["count"], archive["names"]

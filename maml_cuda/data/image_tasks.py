@@ -80,8 +80,8 @@ class ImageTasks:
 
         Returns:
             x float32 ``[num_tasks, n_way * images per class, channels, height, width]`` in [0, 1], class by class, and
-            int64 labels y ``[num_tasks, n_way * images per class]``. Labels number the classes of a task in the random
-            order in which they were drawn.
+                int64 labels y ``[num_tasks, n_way * images per class]``. Labels number the classes of a task in the
+                random order in which they were drawn.
         """
         # The n_way largest of random keys are a draw without replacement, for all tasks at once.
         keys = torch.rand(num_tasks, self.rotations * len(self.count), generator=generator)

@@ -37,6 +37,8 @@ Where = str | PathLike[str]
 class Images:
     """A converted data set: uint8 images, class by class, read from the disk on demand.
 
+    The functions of this module create it.
+
     Attributes:
         name: the name of the layout.
         folder: the folder that was opened.
@@ -151,7 +153,7 @@ def cifar_fs(path: Where, *, cache: Where | None = None) -> Images:
 
     - ``CIFAR_FS_{train,val,test}.pickle``, or ``CIFAR_FS.zip`` with those, https://github.com/kjunelee/MetaOptNet
     - ``cifar100/`` with ``data/<class>/`` and ``splits/bertinetto/{train,val,test}.txt``, as unpacked by
-    https://github.com/bertinetto/r2d2 and learn2learn (there in ``cifarfs/``), or their ``cifar100.zip``
+      https://github.com/bertinetto/r2d2 and learn2learn (there in ``cifarfs/``), or their ``cifar100.zip``
     - ``train/``, ``val/`` and ``test/`` with a folder for each class, as sorted by learn2learn
 
     Args:

@@ -98,7 +98,7 @@ def test_run(
 
     Returns:
         JSON-able values. ``mean`` and ``ci95`` are lists over ``steps``; ``reported`` is the score after
-        ``settings.test_steps`` steps, which papers report.
+            ``settings.test_steps`` steps, which papers report.
     """
     steps = list(algorithms[0].steps)
     predictions = algorithms[0].predictions if len(algorithms) == 1 else ensemble_predictions(algorithms, settings.job)
