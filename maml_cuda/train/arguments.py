@@ -40,7 +40,7 @@ A run is one folder: metrics.csv, the checkpoints last/ and best/, PNG plots and
 """
 
 
-DEVICE_OPTIONS = ("--gpu", "--gpus", "--cuda", "--device")  # not supported; the error says what is
+DEVICE_OPTIONS = ("--gpu", "--gpus", "--cuda", "--device")  # not supported: the error says how to use a GPU
 
 
 class Parser(argparse.ArgumentParser):

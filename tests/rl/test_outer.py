@@ -264,7 +264,7 @@ def test_a_whole_trpo_step(
 @pytest.mark.parametrize(
     ("steps", "given", "words"),
     [
-        (2, {}, "support must hold one set for each inner step, which are 2, got 1"),
+        (2, {}, "support must hold 2 sets, one for each inner step, got 1"),
         (1, {"query_weights": [0.5, 0.5]}, "query_weights must be None in the outer step of a policy, got weights"),
         (1, {"inner_lr": nn.Parameter(torch.tensor(0.1).double())}, "inner_lr must be fixed in the outer step"),
     ],

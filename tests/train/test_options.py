@@ -130,7 +130,7 @@ def test_mistyped_jobs_presets_and_folders_are_answered_too(tmp_path, capsys, mo
     assert f"; did you mean {tmp_path}/birds?" in refusal(["train", f"{tmp_path}/brids"], capsys)
     assert "got 'fomal'; did you mean fomaml" in refusal(["train", "glyphs", "--preset", "fomal"], capsys)
     assert "no checkpoint in runs/sin-1/last; did you mean runs/sine-1?" in refusal(["evaluate", "runs/sin-1"], capsys)
-    assert "--from must come with the run to go on with" in refusal(["train", "--from", "best"], capsys)
+    assert "--from must be used with --resume: --resume RUN --from best" in refusal(["train", "--from", "best"], capsys)
 
 
 def test_hints_keep_quiet_where_nothing_is_near() -> None:
