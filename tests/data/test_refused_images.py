@@ -51,9 +51,7 @@ def test_one_missing_file_is_named(tmp_path) -> None:
 @pytest.mark.parametrize("name", ["omniglot", "mini-imagenet", "cifar-fs", "fc100", "tiered-imagenet"])
 def test_the_hdf5_files_of_torchmeta_are_refused_in_words(tmp_path, name: str) -> None:
     published.write(tmp_path / "train_data.hdf5", b"\x89HDF\r\n\x1a\n")
-    message = (
-        r"it is published at .*\. train_data.hdf5 is torchmeta's own, which is not read here: what it was made from is"
-    )
+    message = r"it is published at .*\. train_data.hdf5 is in torchmeta's own format, which is not supported"
     refused(images.OPEN[name], tmp_path, message, FileNotFoundError)
 
 
@@ -72,14 +70,16 @@ def test_a_damaged_cifar100_is_refused(tmp_path) -> None:
     archive = zipped / "cifar100.zip"
     whole = archive.read_bytes()
     archive.write_bytes(whole[:-1000])
-    refused(images.cifar_fs, zipped, "cifar100.zip must be a whole zip archive, got: ")
+    refused(images.cifar_fs, zipped, "cifar100.zip must be a complete zip archive, got: ")
     table = b"splits/bertinetto/train.txt"
     at = whole.index(table) + len(table) + 8  # in the content of the first table, whose checksum no longer holds
     archive.write_bytes(whole[:at] + b"?" + whole[at + 1 :])
-    refused(images.cifar_fs, zipped, "splits/bertinetto/train.txt in .*cifar100.zip must be a whole text file, got: ")
+    refused(
+        images.cifar_fs, zipped, "splits/bertinetto/train.txt in .*cifar100.zip must be a complete text file, got: "
+    )
     at = whole.index(b"IDAT") + 60  # in an image
     archive.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
-    refused(images.cifar_fs, zipped, r"cifar100/data/.*png must be a whole image of 8 bits a channel, got: ")
+    refused(images.cifar_fs, zipped, r"cifar100/data/.*png must be a complete image with 8 bits per channel, got: ")
     tables = folder / "cifar100" / "splits" / "bertinetto"
     train, test = (tables / f"{split}.txt" for split in ("train", "test"))
     name = train.read_text().split()[0]
@@ -93,7 +93,7 @@ def test_a_damaged_cifar100_is_refused(tmp_path) -> None:
     test.write_text(words.split("\n", 1)[1])
     refused(images.cifar_fs, folder, r"train, validation, test must have \(64, 16, 20\) classes, got \(64, 16, 19\)")
     test.write_bytes(b"\xff")
-    refused(images.cifar_fs, folder, "splits/bertinetto/test.txt in .*cifar100 must be a whole text file, got: ")
+    refused(images.cifar_fs, folder, "splits/bertinetto/test.txt in .*cifar100 must be a complete text file, got: ")
     test.rename(tables / "testing.txt")
     refused(images.cifar_fs, folder, "cifar100 must hold splits/bertinetto/test.txt, a class a line")
 
@@ -102,7 +102,7 @@ def test_damaged_arrays_of_tiered_imagenet_are_refused(tmp_path) -> None:
     published.tiered_imagenet_metaoptnet(tmp_path)
     path = tmp_path / "test_images.npz"  # after two splits were written
     whole = path.read_bytes()
-    wanted = "test_images.npz must be a whole .npz file with the array images, got: "
+    wanted = "test_images.npz must be a complete .npz file with the array images, got: "
     path.write_bytes(whole[:-1000])
     refused(images.tiered_imagenet, tmp_path, wanted)
     path.write_bytes(whole[:4000] + bytes([whole[4000] ^ 255]) + whole[4001:])
@@ -126,12 +126,12 @@ def test_a_damaged_zip_of_pickles_is_refused(tmp_path) -> None:
     path = tmp_path / "FC100.zip"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1000])
-    refused(images.fc100, tmp_path, "FC100.zip must be a whole zip archive, got: ")
+    refused(images.fc100, tmp_path, "FC100.zip must be a complete zip archive, got: ")
     path.write_bytes(whole[:4000] + bytes([whole[4000] ^ 255]) + whole[4001:])
-    refused(images.fc100, tmp_path, "FC100_test.pickle in .*FC100.zip must be a whole pickle of arrays, got: ")
+    refused(images.fc100, tmp_path, "FC100_test.pickle in .*FC100.zip must be a complete pickle of arrays, got: ")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("FC100_train.pickle", pickle.dumps(Hostile(os.mkdir, str(tmp_path / "victim"))))
-    refused(images.fc100, tmp_path, "FC100_train.pickle in .*got: it asks for posix.mkdir, which is not read here")
+    refused(images.fc100, tmp_path, "FC100_train.pickle in .*got: it refers to posix.mkdir, which is not allowed")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("README", b"")
     refused(images.fc100, tmp_path, "FC100.zip must hold FC100_train.pickle")
@@ -141,7 +141,9 @@ def test_an_archive_must_have_the_published_md5(tmp_path) -> None:
     published.write(tmp_path / "images_background.zip", b"PK a download that was cut")
     published.write(tmp_path / "images_evaluation.zip", b"PK")
     got = hashlib.md5(b"PK a download that was cut").hexdigest()
-    message = rf"images_background.zip must have md5 68d2efa1b9178cc56df9314c21c6e718, got {got}: it was not downloaded"
+    message = (
+        rf"images_background.zip must have md5 68d2efa1b9178cc56df9314c21c6e718, got {got}: the download is incomplete"
+    )
     refused(images.omniglot, tmp_path, message)
     published.write(tmp_path / "mini-imagenet.tar.gz", b"")
     refused(
@@ -155,10 +157,12 @@ def test_a_damaged_archive_of_the_right_md5_is_refused_too(tmp_path, monkeypatch
     for name in ("images_background.zip", "images_evaluation.zip"):
         published.write(tmp_path / name, b"no zip")
     official(monkeypatch, "OMNIGLOT_MD5", *tmp_path.glob("*.zip"))
-    refused(images.omniglot, tmp_path, "images_background.zip must be a whole zip archive, got: File is not a zip file")
+    refused(
+        images.omniglot, tmp_path, "images_background.zip must be a complete zip archive, got: File is not a zip file"
+    )
     published.write(tmp_path / "mini-imagenet.tar.gz", b"no tar")
     official(monkeypatch, "MINI_IMAGENET_MD5", tmp_path / "mini-imagenet.tar.gz")
-    refused(images.mini_imagenet, tmp_path, "mini-imagenet.tar.gz must be a whole tar archive, got: ")
+    refused(images.mini_imagenet, tmp_path, "mini-imagenet.tar.gz must be a complete tar archive, got: ")
     with tarfile.open(tmp_path / "mini-imagenet.tar.gz", "w:gz"):
         pass
     official(monkeypatch, "MINI_IMAGENET_MD5", tmp_path / "mini-imagenet.tar.gz")
@@ -186,7 +190,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, hidden: bool, protocol: int) ->
     ):
         content = {"labels": bomb, "data": data["train"]["data"]} if hidden else bomb
         (tmp_path / "CIFAR_FS_train.pickle").write_bytes(pickle.dumps(content, protocol))
-        message = f"CIFAR_FS_train.pickle must be a whole pickle of arrays, got: it asks for {asked}, which is not read"
+        message = f"CIFAR_FS_train.pickle must be a complete pickle of arrays, got: it refers to {asked}, which is not"
         refused(images.cifar_fs, tmp_path, message)
         assert not victim.exists()
 
@@ -204,8 +208,8 @@ def test_a_pickle_cannot_make_pointers_of_numbers(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "must be a whole pickle of arrays, got: Ran out of input"),
-        (b"no pickle", "must be a whole pickle of arrays, got: "),
+        (b"", "must be a complete pickle of arrays, got: Ran out of input"),
+        (b"no pickle", "must be a complete pickle of arrays, got: "),
         (published.python2([1]), "must hold a dict of data and labels, got list"),
         (published.python2({"data": 1}), "must hold a dict of data and labels, got a dict of data"),
         (published.python2({"data": 1, "labels": []}), "uint8 .images, height, width, 3., got int"),
@@ -232,7 +236,7 @@ def test_a_truncated_pickle_is_refused(tmp_path) -> None:
     published.cifar_fs(tmp_path)
     path = tmp_path / "CIFAR_FS_test.pickle"  # after two splits were written
     path.write_bytes(path.read_bytes()[:-1000])
-    refused(images.cifar_fs, tmp_path, "CIFAR_FS_test.pickle must be a whole pickle of arrays, got: ")
+    refused(images.cifar_fs, tmp_path, "CIFAR_FS_test.pickle must be a complete pickle of arrays, got: ")
 
 
 def test_pickles_that_contradict_themselves_are_refused(tmp_path) -> None:
@@ -249,7 +253,7 @@ def test_pickles_that_contradict_themselves_are_refused(tmp_path) -> None:
     labels, pictures = (tmp_path / "tiered" / name for name in ("train_labels.pkl", "train_images_png.pkl"))
     pictures.write_bytes(published.python2([published.pixels(0, 50)]))
     labels.write_bytes(published.python2({"label_specific": [0], "label_specific_str": ["cat"]}))
-    refused(images.tiered_imagenet, tmp_path / "tiered", "image 0 of .*train_images_png.pkl must be a whole image")
+    refused(images.tiered_imagenet, tmp_path / "tiered", "image 0 of .*train_images_png.pkl must be a complete image")
     labels.write_bytes(published.python2({"label_specific": [1], "label_specific_str": ["cat"]}))
     refused(images.tiered_imagenet, tmp_path / "tiered", "label_specific of .*labels.pkl must be 0 to 0, got 1")
     pictures.write_bytes(published.python2(["text"]))

@@ -14,7 +14,7 @@ from maml_cuda.train.jobs import new_settings
 from maml_cuda.train.loop import Training, resumed_settings
 from maml_cuda.train.settings import Settings
 
-NAMES = [("glyphs", name) for name in presets.IMAGES] + [("sinusoid", name) for name in presets.CURVES]
+NAMES = [("glyphs", name) for name in presets.IMAGE_PRESETS] + [("sinusoid", name) for name in presets.CURVE_PRESETS]
 TINY = {
     "glyphs": {"ways": 3, "queries": 2, "test_queries": 3, "meta_batch": 2, "width": 3},
     "sinusoid": {"shots": 4, "queries": 3, "test_queries": 5, "meta_batch": 3, "width": 7},

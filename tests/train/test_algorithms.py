@@ -15,7 +15,7 @@ from maml_cuda.data.image_tasks import ImageClasses
 from maml_cuda.train import report
 from maml_cuda.train.algorithms import MatchingNet, ProtoNet, make_algorithm, meta_lr, multi_step_weights
 from maml_cuda.train.jobs import make_generator, make_model, make_tasks, new_settings, without_head
-from maml_cuda.train.report import finish, load_ensemble, load_run, vote
+from maml_cuda.train.report import ensemble_predictions, finish, load_ensemble, load_run
 from tests.train.runs import NAMES, small, trained
 
 

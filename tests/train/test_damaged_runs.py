@@ -21,7 +21,7 @@ from maml_cuda.train import checkpoint
 from maml_cuda.train.loop import Training, resumed_settings
 from maml_cuda.train.metrics import Metrics
 from maml_cuda.train.report import load_ensemble
-from maml_cuda.train.run_info import checked
+from maml_cuda.train.run_info import with_checksum
 from tests.train.runs import files, rows, small, tiny, trained
 
 SHORT = (

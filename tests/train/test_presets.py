@@ -44,8 +44,8 @@ def test_every_preset_trains_resumes_to_the_bit_and_is_tested(tmp_path, monkeypa
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_preset_of_every_job_is_a_whole_setting(job: str) -> None:
-    for name in presets.CURVES if job == "sinusoid" else presets.IMAGES:
-        settings = replace(JOBS[job], preset=name, **presets.preset(job, name))
+    for name in presets.CURVE_PRESETS if job == "sinusoid" else presets.IMAGE_PRESETS:
+        settings = replace(JOBS[job], preset=name, **presets.preset_settings(job, name))
         assert replace(settings, ways=settings.ways) == settings  # checked again
 
 
@@ -91,12 +91,12 @@ def test_reptile_on_glyphs_has_the_sizes_of_omniglot() -> None:
         ({"adapted": "body"}, "adapted must be one of all, no-norm, head, got 'body'"),
         ({"learn_inner_lr": "always"}, "learn_inner_lr must be one of nothing, step, layer, element, got 'always'"),
         ({"told": True}, "told must be left out for glyphs, whose tasks have no amplitude and phase"),
-        ({"train_ways": 7}, "train_ways must be ways, 5, for maml, got 7"),
+        ({"train_ways": 7}, "train_ways must equal ways, 5, for maml, got 7"),
         ({"preset": "random", "iterations": 3}, "iterations must be 0 for random, an untrained net, got 3"),
         ({"preset": "nearest-pixel", "iterations": 3}, "iterations must be 0 for nearest-pixel, .*, got 3"),
         ({"preset": "reptile", "first_order": True}, "first_order must be left out for reptile, got True"),
         ({"multi_step_iterations": 3, "inner_steps": 0}, "inner_steps must be at least 1, got 0"),
-        ({"batch_norm": "per_step"}, "adapted must be no-norm or head with per_step BatchNorm, which no inner step"),
+        ({"batch_norm": "per_step"}, "adapted must be no-norm or head if batch_norm is per_step, whose parameters"),
         ({"best_checkpoints": 0}, "best_checkpoints must be at least 1, got 0"),
     ],
 )
