@@ -9,9 +9,9 @@ class MetaBatch(NamedTuple):
     """One meta-batch of tasks, in the order of FusedMAML's arguments: ``maml(*batch)``.
 
     Attributes:
-        x_spt: support inputs ``[tasks, n_spt, ...]``.
-        y_spt: support labels, int64 ``[tasks, n_spt]``, or targets, float ``[tasks, n_spt, ...]``.
-        x_qry: query inputs ``[tasks, n_qry, ...]``.
+        x_spt: support inputs ``[tasks, n_support, ...]``.
+        y_spt: support labels, int64 ``[tasks, n_support]``, or targets, float ``[tasks, n_support, ...]``.
+        x_qry: query inputs ``[tasks, n_query, ...]``.
         y_qry: query labels or targets, like ``y_spt``.
     """
 
