@@ -158,7 +158,7 @@ def check_maml_cuda(arguments: list[str]) -> None:
     if options.command == "train" and options.resume is None and "/" not in str(options.job):
         assert options.job in {None, "FOLDER", *cli.JOBS, *cli.RL_JOBS}, arguments
         if options.preset is not None and options.job in cli.JOBS:
-            cli.presets.preset(options.job, options.preset)  # a ValueError where there is none
+            cli.presets.preset_settings(options.job, options.preset)  # a ValueError where there is none
 
 
 def check_pip(arguments: list[str]) -> None:
