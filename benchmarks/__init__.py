@@ -1,5 +1,15 @@
-"""Time one meta-step of maml_cuda beside its rivals: `python -m benchmarks`.
+"""Benchmarks of a meta-step: `python -m benchmarks` on a CPU, `python -m benchmarks.gpu` on a GPU.
 
-A side is timed only after its meta-gradient is proven against `maml_cuda.reference`; all sides of a case run
-in one process, in interleaved rounds, on the same tensors.
+Terms used in this package:
+
+    meta-step        computing the loss and the meta-gradient of one meta-batch
+    order            2: the exact meta-gradient; 1: first-order MAML, without Hessian terms
+    workload         a model and the shapes of its meta-batch (workloads.py)
+    case             a workload at one order
+    implementation   a way to compute a meta-step: maml_cuda or a baseline
+    baseline         any implementation other than maml_cuda (meta_steps.py, libraries.py, jax_meta_step.py)
+    verification     comparing a meta-gradient with the float64 reference; only verified implementations count
+
+In the JSON files, `sides` holds the result of each implementation by name, and `fastest_rival` names the fastest
+baseline.
 """

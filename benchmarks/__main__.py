@@ -1,4 +1,4 @@
-"""The command `python -m benchmarks`: JSON, a Markdown report and two plots; progress on stderr."""
+"""The command `python -m benchmarks`. Writes JSON, a Markdown report and two plots; progress goes to stderr."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 
 from . import readme
 from .case import measure
-from .entrants import COMPILED, GROWTH_SIDES, OURS, RIVALS, SECOND_ORDER
 from .files import replace, slug
 from .growth import points
+from .implementations import BASELINES, COMPILED, GROWTH_IMPLEMENTATIONS, MAML_CUDA, SECOND_ORDER_ONLY
 from .machine import machine
-from .report import in_short, markdown, summary
-from .rivals import Builder, fused
+from .meta_steps import Builder, fused
+from .report import markdown, short_summary, summary
 from .workloads import WORKLOADS, Workload
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
@@ -29,7 +29,7 @@ GROWTH = "growth"
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Time one meta-step of maml_cuda beside its rivals, each proven in float64 first.",
+        description="Times a meta-step of maml_cuda and of baselines. Each is first verified against the reference.",
     )
     add = parser.add_argument
     names = [*WORKLOADS, GROWTH]
@@ -39,36 +39,36 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         choices=names,
         default=names,
         metavar="NAME",
-        help=f"which to run: {', '.join(names)} (the cost as T, K and width grow); default: all",
+        help=f"what to run: {', '.join(names)} (growth: time against T, K and width; default: all)",
     )
-    rivals = {slug(name): name for name in RIVALS}
+    baselines = {slug(name): name for name in BASELINES}
     add(
-        "--rival",
+        "--baseline",
         nargs="*",
-        choices=rivals,
+        choices=baselines,
         metavar="NAME",
-        help=f"beside whom: {', '.join(rivals)} (default: all; quick: those that need no compilation)",
+        help=f"baselines: {', '.join(baselines)} (default: all; with --quick: those that do not compile)",
     )
-    add("--order", nargs="+", type=int, choices=(1, 2), default=[1, 2], help="first, second (default: both)")
+    add("--order", nargs="+", type=int, choices=(1, 2), default=[1, 2], help="orders to run (default: 1 2)")
     add(
-        "--rival-order",
+        "--baseline-order",
         nargs="+",
         type=int,
         choices=(1, 2),
         default=[1, 2],
-        help="of them, where rivals run, too (both)",
+        help="orders at which baselines run (default: 1 2)",
     )
-    add("--threads", type=int, help="CPU threads for every side (default: torch's own choice)")
-    add("--seconds", type=float, help="timed seconds per side and case (default: 3; quick: 0.05)")
-    add("--limit", type=float, default=300.0, help="seconds in which a side must be built and proven (default: 300)")
-    add("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for the results (default: docs/benchmarks)")
-    add("--readme", action="store_true", help="also write its summaries into README.md and docs/benchmarks.md")
-    add("--quick", action="store_true", help="cut shapes: does everything work? (times mean nothing)")
+    add("--threads", type=int, help="CPU threads (default: torch's choice)")
+    add("--seconds", type=float, help="timed seconds per implementation and case (default: 3; with --quick: 0.05)")
+    add("--limit", type=float, default=300.0, help="seconds to build and verify an implementation (default: 300)")
+    add("--out", type=Path, default=RESULTS, metavar="FOLDER", help="of the results (default: docs/benchmarks)")
+    add("--readme", action="store_true", help="also write the summaries into README.md and docs/benchmarks.md")
+    add("--quick", action="store_true", help="reduced shapes, to test the benchmark; the times are not meaningful")
     add(
         "--backend",
         choices=("fused", "auto", "reference"),
         default="fused",
-        help="backend of maml_cuda; with the default, falling back is an error",
+        help="backend of maml_cuda (default: fused, which makes a fallback an error)",
     )
     options = parser.parse_args(arguments)
     if options.threads is not None and options.threads < 1:
@@ -81,16 +81,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if not getattr(options, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(options, name)}")
     if options.readme and (options.quick or set(options.workload) < set(names)):
-        parser.error("--readme must go with a full run of every workload, got --quick or some workloads only")
-    if options.rival is None:
-        options.rival = [name for name in RIVALS if not (options.quick and name in COMPILED)]
+        parser.error("--readme must go with a full run of all workloads, got --quick or only some workloads")
+    if options.baseline is None:
+        options.baseline = [name for name in BASELINES if not (options.quick and name in COMPILED)]
     else:
-        options.rival = [rivals[name] for name in options.rival]
+        options.baseline = [baselines[name] for name in options.baseline]
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the chosen cases; 1 if any of our own answers was refused."""
+    """Runs the chosen cases. Returns 1 if maml_cuda was wrong or failed in one of them, else 0."""
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -109,54 +109,54 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"written: {path}", file=sys.stderr)
     if options.readme:
         report_file = run.files()[1]
-        readme.write(in_short(run.record), plots[:1], report_file, readme.README)
+        readme.write(short_summary(run.record), plots[:1], report_file, readme.README)
         readme.write(summary(run.record), plots, report_file, readme.PAGE)
     cases = run.record["cases"] + run.record["growth"]
-    return int(any(case["sides"][OURS]["status"] != "timed" for case in cases))
+    return int(any(case["sides"][MAML_CUDA]["status"] != "timed" for case in cases))
 
 
 class Run:
-    """The record of a run, on disk after each case, so that a run that is cut short keeps what it measured."""
+    """The record of a run. It is written after each case, so that an interrupted run keeps its measurements."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         settings = {name: getattr(options, name) for name in ("seconds", "limit", "quick", "backend")}
         self.record: dict[str, Any] = {"machine": machine(), "settings": settings, "cases": [], "growth": []}
         self._options = options
-        self._ours = {OURS: fused(options.backend)}
-        self._gave_up: dict[tuple[str, str, int], str] = {}  # rival, net, K: where there was no result in time
+        self._own = {MAML_CUDA: fused(options.backend)}
+        self._timed_out: dict[tuple[str, str, int], str] = {}  # (baseline, model, K) -> why it is skipped
 
     def case(self, workload: Workload, order: int) -> None:
-        wanted = self._options.rival if order in self._options.rival_order else []
-        rivals = {name: RIVALS[name] for name in wanted if order == 2 or name not in SECOND_ORDER}
-        # What gives no result in time will not on a larger batch or at second order either, nor what does not compile
-        # at any: the net and its steps are the same, and the smaller cases come first.
-        net = (repr(workload.model), workload.inner_steps)
-        given_up = {name: self._gave_up[(name, *net)] for name in rivals if (name, *net) in self._gave_up}
-        case = self._measure(workload, order, self._ours | rivals, self._options.seconds, given_up)
-        for name, side in case["sides"].items():
-            if side["status"] == "no result" and name not in given_up:
+        wanted = self._options.baseline if order in self._options.baseline_order else []
+        baselines = {name: BASELINES[name] for name in wanted if order == 2 or name not in SECOND_ORDER_ONLY}
+        # A baseline that has timed out is skipped in later cases with the same model and K. They are larger, so it
+        # would time out again.
+        key = (repr(workload.model), workload.inner_steps)
+        skipped = {name: self._timed_out[(name, *key)] for name in baselines if (name, *key) in self._timed_out}
+        case = self._measure(workload, order, self._own | baselines, self._options.seconds, skipped)
+        for name, result in case["sides"].items():
+            if result["status"] == "no result" and name not in skipped:
                 where = f"{workload.name}, order {order}"
-                self._gave_up[(name, *net)] = f"not tried after {side['reason']} on {where}, the same net"
+                self._timed_out[(name, *key)] = f"skipped after {result['reason']} on {where}, which has the same model"
         self.record["cases"].append(case)
         self._write()
 
     def grow(self) -> None:
-        sides = {name: (self._ours | RIVALS)[name] for name in GROWTH_SIDES}
+        implementations = {name: (self._own | BASELINES)[name] for name in GROWTH_IMPLEMENTATIONS}
         for axis, value, workload in points(self._options.quick):
-            case = self._measure(workload, 2, sides, self._options.seconds / 3, {})
+            case = self._measure(workload, 2, implementations, self._options.seconds / 3, {})
             self.record["growth"].append({"axis": axis, "value": value, **case})
             self._write()
 
     def _measure(
-        self, workload: Workload, order: int, sides: Mapping[str, Builder], seconds: float, given_up: dict[str, str]
+        self, workload: Workload, order: int, builders: Mapping[str, Builder], seconds: float, skipped: dict[str, str]
     ) -> dict[str, Any]:
-        def say(line: str) -> None:
+        def log(line: str) -> None:
             print(f"{workload.name}, order {order}: {line}", file=sys.stderr, flush=True)
 
-        return measure(workload, order, sides, seconds, self._options.limit, given_up, say)
+        return measure(workload, order, builders, seconds, self._options.limit, skipped, log)
 
     def files(self) -> tuple[Path, Path]:
-        """The JSON and the Markdown."""
+        """The paths of the JSON and the Markdown file."""
         return self._path(".json"), self._path(".md")
 
     def _path(self, ending: str) -> Path:
@@ -170,7 +170,7 @@ class Run:
             replace(path, text)
 
     def plot(self) -> list[Path]:
-        """Those plots that the run has measured; none without matplotlib."""
+        """Draws the plots for which the run has data; none without matplotlib."""
         try:
             from . import plots
         except ModuleNotFoundError as error:

@@ -1,7 +1,7 @@
-"""One case of the benchmark, a workload at one order: prove every side, time those that are right, sum up.
+"""Measures one case: verifies every implementation, times the correct ones, and summarises.
 
-Each side has a process of its own, so that a crash or a hang costs that side only and its memory is its own. One of
-them runs at a time, in interleaved rounds.
+Each implementation has its own process, so that a crash or a hang affects no other and its memory can be measured. Only
+one process runs at a time; timing alternates between them (timing.py).
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
-from .entrants import OURS
 from .flops import meta_step_flops
-from .proof import truth
-from .rivals import Builder
+from .implementations import MAML_CUDA
+from .meta_steps import Builder
 from .timing import SGEMM_FLOPS, Timing, interleave
-from .worker import Apart, Failed, Stopped
+from .verification import reference_gradient
+from .worker import Failed, SeparateProcess, TimedOut
 from .workloads import Workload
 
-Side = dict[str, Any]
+Result = dict[str, Any]
 SGEMM = "sgemm"
-PATIENCE = 60.0  # seconds that a block may take beyond ten times what it should
-WARM_UP = 0.1  # of the timed seconds
+GRACE = 60.0  # a timed block may take this many seconds more than ten times its expected duration
+WARM_UP = 0.1  # as a fraction of the timed seconds
 
 
 def measure(
@@ -34,44 +34,51 @@ def measure(
     builders: Mapping[str, Builder],
     seconds: float,
     limit: float,
-    given_up: Mapping[str, str] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    skipped: Mapping[str, str] | None = None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """The record of one case, plain enough for JSON; `builders` are the sides by name, ours under OURS.
+    """The record of one case, ready for JSON.
 
-    Each is timed for so many `seconds`, and has `limit` seconds to be built and proven. A side with a wrong answer, an
-    error or no answer in time is reported with the reason and not timed; one in `given_up` is not even tried.
+    An implementation that is wrong, raises an error or exceeds the limit is not timed; the record has the reason.
+
+    Args:
+        builders: the implementations by name, that of maml_cuda under MAML_CUDA.
+        seconds: how long each implementation is timed.
+        limit: seconds in which each must be built and verified.
+        skipped: implementations that are not tried, with the reason.
+        log: receives progress messages.
     """
     first_order = order == 1
     model, tasks = workload.build()
     flops = meta_step_flops(workload, model, tasks, first_order)
-    say("float64 reference")
-    expected = {name: grad.numpy() for name, grad in truth(workload, model, tasks, first_order).items()}
+    log("float64 reference")
+    expected = {name: grad.numpy() for name, grad in reference_gradient(workload, model, tasks, first_order).items()}
 
     threads = torch.get_num_threads()
-    sides: dict[str, Side] = {}
+    results: dict[str, Result] = {}
     with ExitStack() as processes:
-        started: dict[str, Apart] = {}
+        started: dict[str, SeparateProcess] = {}
         for name, build in builders.items():
-            if name in (given_up or {}):
-                sides[name] = {"status": "no result", "reason": given_up[name]}
+            if name in (skipped or {}):
+                results[name] = {"status": "no result", "reason": skipped[name]}
                 continue
-            say(f"prove {name}")
-            worker = Apart("forkserver")
+            log(f"verify {name}")
+            worker = SeparateProcess("forkserver")
             processes.callback(worker.stop)
-            job = (".side:prepare", build, workload, first_order, expected, threads, seconds * WARM_UP)
-            sides[name] = outcome(worker, job, limit)
-            if sides[name]["status"] == "proven":
+            job = (".jobs:prepare", build, workload, first_order, expected, threads, seconds * WARM_UP)
+            results[name] = outcome(worker, job, limit)
+            if results[name]["status"] == "verified":
                 started[name] = worker
             else:
                 worker.stop()
-        timings = time_all(started, sides, threads, seconds, processes, say)
+        timings = time_all(started, results, threads, seconds, processes, log)
 
     sgemm_rate = SGEMM_FLOPS / timings.pop(SGEMM).quartiles()[1]
-    floor = flops / sgemm_rate
+    floor = flops / sgemm_rate  # seconds of the FLOP at the rate of sgemm
     for name, timing in timings.items():
-        if sides[name]["status"] == "proven":
-            sides[name] |= summary(timing) | {"status": "timed", "floor_fraction": floor / timing.quartiles()[1]}
+        if results[name]["status"] == "verified":
+            share = floor / timing.quartiles()[1]
+            results[name] |= summary(timing) | {"status": "timed", "floor_fraction": share}
 
     shapes = ("tasks", "support", "query", "inner_steps", "inner_lr", "loss")
     return {
@@ -82,17 +89,17 @@ def measure(
         "flops": flops,
         "sgemm_gflops": sgemm_rate / 1e9,
         "floor_ms": floor * 1e3,
-        "sides": sides,
-        **verdict(sides, floor * 1e3),
+        "sides": results,
+        **verdict(results, floor * 1e3),
     }
 
 
-def outcome(worker: Apart, job: tuple[Any, ...], limit: float) -> Side:
-    """What came of a side's preparation; a failure of whatever kind is a result and not the benchmark's end."""
+def outcome(worker: SeparateProcess, job: tuple[Any, ...], limit: float) -> Result:
+    """Runs the job that prepares an implementation. Failures of any kind are results; the benchmark goes on."""
     target, *arguments = job
     try:
         (found,) = worker.run(target, *arguments, seconds=limit)
-    except Stopped:
+    except TimedOut:
         return {"status": "no result", "reason": f"no result in {limit:g} s"}
     except Failed as error:
         return {"status": "failed", "reason": str(error)}
@@ -100,51 +107,51 @@ def outcome(worker: Apart, job: tuple[Any, ...], limit: float) -> Side:
 
 
 def time_all(
-    started: Mapping[str, Apart], sides: Mapping[str, Side], threads: int, seconds: float, processes: ExitStack,
-    say: Callable[[str], None],
+    started: Mapping[str, SeparateProcess], results: Mapping[str, Result], threads: int, seconds: float,
+    processes: ExitStack, log: Callable[[str], None],
 ) -> dict[str, Timing]:  # fmt: skip
-    """The timings of every side that has started, and of sgemm."""
-    yardstick = Apart("forkserver")
-    processes.callback(yardstick.stop)
-    (ready,) = yardstick.run(".side:prepare_sgemm", threads, seconds * WARM_UP, seconds=PATIENCE)
-    once = {name: sides[name].pop("once") for name in started} | {SGEMM: ready["once"]}
-    say(f"time {', '.join(started)}")
-    blocks = {name: partial(block, worker, sides[name], once[name]) for name, worker in started.items()}
-    return interleave(blocks | {SGEMM: partial(block, yardstick, None, once[SGEMM])}, once, seconds)
+    """The timings of the verified implementations and of sgemm."""
+    sgemm = SeparateProcess("forkserver")
+    processes.callback(sgemm.stop)
+    (ready,) = sgemm.run(".jobs:prepare_sgemm", threads, seconds * WARM_UP, seconds=GRACE)
+    once = {name: results[name].pop("once") for name in started} | {SGEMM: ready["once"]}
+    log(f"time {', '.join(started)}")
+    blocks = {name: partial(block, worker, results[name], once[name]) for name, worker in started.items()}
+    return interleave(blocks | {SGEMM: partial(block, sgemm, None, once[SGEMM])}, once, seconds)
 
 
-def block(worker: Apart, side: Side | None, once: float, seconds: float) -> Timing:
-    """One side's turn; a side that fails now is out of the race."""
-    if side is not None and side["status"] != "proven":
+def block(worker: SeparateProcess, result: Result | None, once: float, seconds: float) -> Timing:
+    """Times one block. An implementation that fails is not timed again."""
+    if result is not None and result["status"] != "verified":
         return Timing()
-    patience = PATIENCE + 10 * max(once, seconds)
+    limit = GRACE + 10 * max(once, seconds)
     try:
-        (piece,) = worker.run(".side:block", seconds, seconds=patience)
+        (piece,) = worker.run(".jobs:block", seconds, seconds=limit)
     except Failed as error:
-        if side is None:
+        if result is None:
             raise
-        side |= {"status": "failed", "reason": f"while it was timed: {error}"}
+        result |= {"status": "failed", "reason": f"during timing: {error}"}
         return Timing()
     return Timing(**piece)
 
 
 def summary(timing: Timing) -> dict[str, Any]:
-    """Wall and CPU time of a step in milliseconds."""
+    """Wall and CPU time of a meta-step in milliseconds."""
     q1, median, q3 = (t * 1e3 for t in timing.quartiles())
     cpu = statistics.median(timing.cpu) * 1e3
     return {"wall_ms": {"q1": q1, "median": median, "q3": q3}, "cpu_ms": cpu, "steps": len(timing.wall)}
 
 
-def verdict(sides: Mapping[str, Side], floor_ms: float) -> dict[str, Any]:
-    """The fastest rival that was right, how many times faster we are, and how many times sgemm's rate would allow.
+def verdict(results: Mapping[str, Result], floor_ms: float) -> dict[str, Any]:
+    """The fastest baseline, the speed-up of maml_cuda over it, and the speed-up if all FLOP ran at the rate of sgemm.
 
-    None where a side is missing.
+    None where a time is missing.
     """
-    medians = {name: side["wall_ms"]["median"] for name, side in sides.items() if side["status"] == "timed"}
-    ours = medians.pop(OURS, None)
+    medians = {name: result["wall_ms"]["median"] for name, result in results.items() if result["status"] == "timed"}
+    own = medians.pop(MAML_CUDA, None)
     fastest = min(medians, key=medians.__getitem__, default=None)
     return {
         "fastest_rival": fastest,
-        "speed_up": medians[fastest] / ours if ours and fastest else None,
+        "speed_up": medians[fastest] / own if own and fastest else None,
         "speed_up_limit": medians[fastest] / floor_ms if fastest else None,
     }

@@ -1,4 +1,4 @@
-"""Whether the cost of a meta-step is linear in T and K: least squares through its medians."""
+"""Whether the time of a meta-step is linear in T and K: a least-squares fit to the median times."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .entrants import OURS
+from .implementations import MAML_CUDA
 
 Case = dict[str, Any]
-LINEAR = {"T": "a task", "K": "an inner step"}  # axes along which the FLOP are affine
+UNITS = {"T": "per task", "K": "per inner step"}  # the axes in which the FLOP count is affine
 
 
 @dataclass(frozen=True)
 class Line:
-    """ms = start + slope * value."""
+    """ms = intercept + slope * value."""
 
-    start: float
+    intercept: float
     slope: float
-    off: float  # the largest distance of a point, as a share of the point
+    max_error: float  # the largest distance of a point from the line, relative to the point
 
     def __call__(self, value: float) -> float:
-        return self.start + self.slope * value
+        return self.intercept + self.slope * value
 
 
 def line(growth: Sequence[Case], axis: str) -> Line | None:
-    """Through our times along an axis; None with fewer than three points, through which a line says nothing."""
+    """The fit to the times of maml_cuda along an axis. None for fewer than three points."""
     points = [
-        (case["value"], case["sides"][OURS]["wall_ms"]["median"])
+        (case["value"], case["sides"][MAML_CUDA]["wall_ms"]["median"])
         for case in growth
-        if case["axis"] == axis and case["sides"][OURS]["status"] == "timed"
+        if case["axis"] == axis and case["sides"][MAML_CUDA]["status"] == "timed"
     ]
     if len(points) < 3:
         return None
     fitted = statistics.linear_regression(*zip(*points, strict=True))
     found = Line(fitted.intercept, fitted.slope, 0)
-    return Line(found.start, found.slope, max(abs(found(x) - y) / y for x, y in points))
+    return Line(found.intercept, found.slope, max(abs(found(x) - y) / y for x, y in points))
 
 
 def lines(growth: Sequence[Case]) -> Iterator[str]:
-    """A line of the report for each axis."""
-    for axis, unit in LINEAR.items():
+    """One line of the report per axis."""
+    for axis, unit in UNITS.items():
         if found := line(growth, axis):
             yield (
-                f"- Cost in {axis}: {found.start:.3g} ms + {found.slope:.3g} ms {unit} (least squares; "
-                f"the farthest point is {found.off:.0%} off)."
+                f"- Time against {axis}: {found.intercept:.3g} ms + {found.slope:.3g} ms {unit} (least squares; "
+                f"largest relative error {found.max_error:.0%})."
             )

@@ -1,6 +1,7 @@
-"""How many floating-point operations the plain matrix products of a meta-step are, counted exactly.
+"""The exact number of floating-point operations (FLOP) in the matrix products of a meta-step.
 
-Winograd's tiles (csrc/cpu/product/winograd.cpp) do with fewer, so a step may take less than these at the rate of sgemm.
+Direct products are counted. Winograd convolutions (csrc/cpu/product/winograd.cpp) use fewer, so a meta-step may be
+faster than this count at the rate of sgemm.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from .workloads import Tasks, Workload
 
 
 def forward_flops(model: nn.Module, x: Tensor) -> tuple[int, int]:
-    """`(F, F1)`, FLOP a sample: all Linear and Conv2d layers, and those of them that read x itself.
+    """FLOP per sample of a forward pass over x `[N, ...]`: `(F, F1)`.
 
-    x is `[N, ...]`. 2 FLOP per multiply-add, products with zero padding included.
+    F counts all Linear and Conv2d layers, F1 those that read x itself. A multiply-add is 2 FLOP; products with zero
+    padding count.
     """
     total = first = 0
 
@@ -37,9 +39,10 @@ def forward_flops(model: nn.Module, x: Tensor) -> tuple[int, int]:
 
 
 def meta_step_flops(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool) -> int:
-    """FLOP of one meta-step with saved activations; a layer that reads the data needs no data gradient.
+    """FLOP of one meta-step that stores its activations.
 
-    A gradient costs `3F - F1` per sample, an exact Hessian-vector product `6F - 4F1`.
+    Per sample, a gradient costs `3F - F1` and a Hessian-vector product `6F - 4F1`: a layer that reads the data needs no
+    gradient of its input.
     """
     total, first = forward_flops(model, tasks.x_spt[0])
     inner = workload.inner_steps * workload.support

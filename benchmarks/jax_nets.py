@@ -1,7 +1,7 @@
-"""The nets of the workloads in JAX, on torch's parameters by their own names, images channels last.
+"""The models of the workloads in JAX. Parameters have the names that they have in torch; images are channels last.
 
-A convolution is the sum of its taps' matrix products: batched over tasks by vmap it stays a matrix product, where
-lax.conv_general_dilated becomes a grouped convolution, far slower in XLA on a CPU (see `conv`).
+A convolution is written as the sum of one matrix product per kernel element. vmap over tasks keeps these matrix
+products, but turns lax.conv_general_dilated into a grouped convolution, which XLA runs far slower on a CPU.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def batch_norm(x: Array, weight: Array, bias: Array) -> Array:
 
 
 def max_pool(x: Array) -> Array:
-    """2x2, an odd last row or column left out."""
+    """Max-pool 2x2; an odd last row or column is dropped."""
     n, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
     return x.reshape(n, height // 2, 2, width // 2, 2, channels).max((2, 4))
 
 
 def normed(theta: Theta, x: Array, conv_name: str, norm_name: str, **options: int) -> Array:
-    """Convolution, its bias if it has one, BatchNorm."""
+    """Convolution (with or without bias), then BatchNorm."""
     z = conv(x, theta[f"{conv_name}.weight"], **options)
     if f"{conv_name}.bias" in theta:
         z = z + theta[f"{conv_name}.bias"]
@@ -89,10 +89,10 @@ def resnet12(theta: Theta, x: Array) -> Array:
 
 
 def net(model: nn.Module) -> Net:
-    """The JAX twin of a workload's model."""
-    for kind, twin in ((OmniglotNet, omniglot), (MiniImageNetNet, mini_imagenet), (ResNet12, resnet12)):
+    """The JAX function of a workload's model. NotImplementedError if there is none."""
+    for kind, function in ((OmniglotNet, omniglot), (MiniImageNetNet, mini_imagenet), (ResNet12, resnet12)):
         if isinstance(model, kind):
-            return twin
+            return function
     if isinstance(model, nn.Sequential) and all(isinstance(m, (nn.Linear, nn.ReLU)) for m in model):
         names = [name for name, m in model.named_children() if isinstance(m, nn.Linear)]
 
@@ -102,7 +102,7 @@ def net(model: nn.Module) -> Net:
             return linear(theta, x, names[-1])
 
         return mlp
-    raise NotImplementedError(f"{type(model).__name__} is not written in JAX here")
+    raise NotImplementedError(f"{type(model).__name__} has no JAX version in benchmarks/jax_nets.py")
 
 
 def mse(outputs: Array, targets: Array) -> Array:

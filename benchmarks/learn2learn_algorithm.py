@@ -1,7 +1,7 @@
-"""learn2learn's MAML, for where the library itself does not import: the same operations, module by module.
+"""learn2learn's MAML, for environments in which the library cannot be imported: the same operations, rewritten.
 
-`clone` copies every module and clones every parameter, `adapt` hangs an update on each parameter and puts their sum in
-its place. The interface is that of `learn2learn.algorithms.MAML`.
+`clone` copies all modules and clones all parameters. `adapt` replaces each parameter by its sum with an update. The
+interface is that of `learn2learn.algorithms.MAML`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The rivals that are libraries for PyTorch, each used as its own MAML example uses it.
+"""Baselines from PyTorch libraries, each written like the library's own MAML example.
 
-All of them go from task to task; the backward of each runs before the next, so that one graph is alive at a time.
+All loop over tasks and run the backward pass of a task before the next one, so that only one graph exists at a time.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .rivals import LOSSES, Step, clear
+from .meta_steps import LOSSES, Step, clear
 from .workloads import Tasks, Workload
 
 
 def learn2learn(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool) -> Step:
-    """The library where it imports, else its algorithm; the step's `note` says which."""
+    """The library if it can be imported, else its algorithm; the `note` of the step says which."""
     maml_class, note = learn2learn_maml()
     maml = maml_class(model, lr=workload.inner_lr, first_order=first_order)
     loss = LOSSES[workload.loss]
@@ -34,17 +34,18 @@ def learn2learn(workload: Workload, model: nn.Module, tasks: Tasks, first_order:
 
 
 def learn2learn_maml() -> tuple[Any, str]:
+    """The MAML class, and a note for the report."""
     try:
         from learn2learn.algorithms import MAML
-    except Exception as error:  # it needs gym and others, which fail in many ways
+    except Exception as error:  # its dependencies, such as gym, fail to import in many ways
         from .learn2learn_algorithm import MAML
 
-        return MAML, f"its algorithm, written here: the library does not import ({type(error).__name__}: {error})"
+        return MAML, f"its algorithm, rewritten, because importing the library failed ({type(error).__name__}: {error})"
     return MAML, "the library"
 
 
 def higher(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool) -> Step:
-    """`innerloop_ctx`; in first order it tracks nothing, and the gradient at the adapted parameters is taken over."""
+    """`innerloop_ctx`. First order does not track gradients and uses the gradient at the adapted parameters."""
     from higher import innerloop_ctx
 
     loss = LOSSES[workload.loss]
@@ -72,7 +73,7 @@ def higher(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool
 
 
 def torchopt(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool) -> Step:
-    """`MetaSGD`, which has second order only; first order by its functional `sgd`."""
+    """`MetaSGD` for second order, its only mode; the functional `sgd` for first order."""
     import torchopt
 
     loss = LOSSES[workload.loss]

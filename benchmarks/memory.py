@@ -1,4 +1,4 @@
-"""How much memory a step takes: what it adds to the resident memory of its process while it runs."""
+"""The peak memory of a step, measured as resident memory of its process."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ PROCESS = Path("/proc/self")
 
 
 def peak_bytes(step: Callable[[], object]) -> int | None:
-    """The most bytes resident during one step beyond those before it; None where the system does not tell.
+    """Peak resident bytes during one step minus those before it. None where the system does not report them.
 
-    The step has run before: what it keeps from call to call is not counted, but for our own workspace. Free memory is
-    given back first, so that a step cannot hide in it.
+    The step must have run before. Memory that it keeps between calls does not count, except the workspace of maml_cuda.
+    Free memory is returned to the system first, so that its reuse counts.
     """
     cpu_workspace.drop()
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        (PROCESS / "clear_refs").write_text("5")  # the peak begins anew
+        (PROCESS / "clear_refs").write_text("5")  # resets the peak
         before = resident("VmRSS")
         step()
         return max(0, resident("VmHWM") - before)
@@ -31,7 +31,7 @@ def peak_bytes(step: Callable[[], object]) -> int | None:
 
 
 def resident(key: str) -> int:
-    """VmRSS (now) or VmHWM (its peak), in bytes."""
+    """VmRSS (current) or VmHWM (peak), in bytes."""
     lines = (PROCESS / "status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(f"{key}:"))
     return 1024 * int(line.split()[1])

@@ -1,4 +1,4 @@
-"""The figures of README.md and docs/benchmarks.md: `python -m benchmarks --readme` writes them between the markers."""
+"""Writes the benchmark results into README.md and docs/benchmarks.md: `python -m benchmarks --readme`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def write(summary: str, plots: Sequence[Path], report: Path, page: Path) -> None
     if not (begin and end):
         raise ValueError(f"{page.name} must hold the markers {BEGIN} and {END}, in this order")
     pictures = [f"![{path.stem}]({path.relative_to(page.parent)})" for path in plots]
-    link = f"[The whole report]({report.relative_to(page.parent)}): both orders, every rival, CPU time, memory, errors."
+    path = report.relative_to(page.parent)
+    link = f"[The whole report]({path}): both orders, all baselines, CPU time, memory, errors."
     inside = "\n\n".join([summary.strip(), link, *pictures])
     replace(page, f"{before}{begin}\n{inside}\n{end}{after}".removesuffix("\n"))

@@ -1,48 +1,46 @@
-"""The report in Markdown: the machine, us beside the fastest rival, every rival, where we are slower, targets."""
+"""The Markdown report of a run, and its summaries for the README and docs/benchmarks.md."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .entrants import OURS
 from .fit import lines as fitted_lines
+from .implementations import MAML_CUDA
 from .markdown import markdown_table
-from .targets import TARGETS, judged
+from .targets import TARGETS
+from .targets import lines as target_lines
 
 Case = dict[str, Any]
-Side = dict[str, Any]
+Result = dict[str, Any]
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The whole report of `{"machine", "settings", "cases", "growth"}`."""
+    """The whole report. `record` has the keys machine, settings, cases and growth."""
     cases = record["cases"]
     return "\n".join(
         [
-            *heading(record, TIMES, RESOURCES, SHARES),
+            *heading(record, TIMES, RESOURCES, SGEMM),
             "",
             *table(cases),
             "",
-            *rivals_table(cases),
+            *baselines_table(cases),
             "",
-            *losses(cases),
+            *slower(cases),
             *overhead(cases),
             *order_ratios(cases),
             *fitted_lines(record["growth"]),
             *notes(cases),
             *not_timed([*cases, *record["growth"]]),
-            *judged(cases, record["settings"]["quick"]),
+            *target_lines(cases, record["settings"]["quick"]),
         ]
     )
 
 
-def in_short(record: dict[str, Any]) -> str:
-    """What the README shows of the report: second order, medians alone."""
+def short_summary(record: dict[str, Any]) -> str:
+    """The part that the README shows: median times at second order, and the cases in which a baseline is faster."""
     cases = record["cases"]
-    return "\n".join([*heading(record, MEDIANS), "", *speed_table(cases), "", *losses(cases)])
-
-
-SHORT_COLUMNS = ("workload", "T", "K", OURS, "fastest rival", "", "speed-up")
+    return "\n".join([*heading(record, MEDIANS), "", *speed_table(cases), "", *slower(cases)])
 
 
 def speed_table(cases: Sequence[Case]) -> Iterator[str]:
@@ -50,18 +48,20 @@ def speed_table(cases: Sequence[Case]) -> Iterator[str]:
         for case in cases:
             if case["order"] == 2:
                 cells = dict(zip(COLUMNS, row(case), strict=True))
-                yield [cells[name].partition(" (")[0] for name in SHORT_COLUMNS]
+                yield [case["workload"], *(cells[name].partition(" (")[0] for name in SHARED)]
 
-    return markdown_table(SHORT_COLUMNS, rows())
+    return markdown_table(("workload", *SHARED), rows())
 
 
 def summary(record: dict[str, Any]) -> str:
-    """What docs/benchmarks.md shows of the report: second order beside the fastest rival, and where we are slower."""
+    """The part that docs/benchmarks.md shows: second order, and the cases in which a baseline is faster."""
     cases = record["cases"]
-    return "\n".join([*heading(record, TIMES, SHARES), "", *summary_table(cases), "", *losses(cases)])
+    return "\n".join([*heading(record, TIMES, SGEMM), "", *summary_table(cases), "", *slower(cases)])
 
 
-SUMMARY_COLUMNS = ("second order", "T", "K", OURS, "fastest rival", "", "speed-up", "target", "limit", "floor")
+SHARED = ("T", "K", f"{MAML_CUDA}, ms", "fastest baseline", "its time, ms", "speed-up")
+SHARES = ("speed-up at sgemm rate", "sgemm share")
+SUMMARY_COLUMNS = ("second order", *SHARED, "target", *SHARES)
 
 
 def summary_table(cases: Sequence[Case]) -> Iterator[str]:
@@ -72,27 +72,27 @@ def summary_table(cases: Sequence[Case]) -> Iterator[str]:
                 target = TARGETS.get(case["workload"])
                 yield [
                     case["workload"],
-                    *(cells[name] for name in ("T", "K", OURS, "fastest rival", "", "speed-up")),
+                    *(cells[name] for name in SHARED),
                     f"{target:g}x" if target else "",
-                    *(cells[name] for name in ("limit", "floor")),
+                    *(cells[name] for name in SHARES),
                 ]
 
     return markdown_table(SUMMARY_COLUMNS, rows())
 
 
 MEDIANS = (
-    "Median wall time in ms of a second-order meta-step with T tasks and K inner steps. Each side runs in a process of "
-    "its own, one at a time, in interleaved rounds."
+    "Median wall time of a second-order meta-step with T tasks and K inner steps. Each implementation has its own "
+    "process, and only one runs at a time, in interleaved rounds."
 )
 TIMES = (
-    "Wall time in ms: median (lower to upper quartile). Each side runs in a process of its own, one at a time, in "
-    "interleaved rounds."
+    "T: tasks. K: inner steps. Wall time: median (lower to upper quartile) over interleaved rounds. Each "
+    "implementation has its own process, and only one runs at a time."
 )
-RESOURCES = "CPU is process time. Memory is what one step adds to the resident memory of its process."
-SHARES = (
-    "Floor is the share of our time that the plain products of the step would take at the rate of this machine's "
-    "sgemm, which is measured beside it. Limit is the speed-up that this rate would allow. Both can be passed, because "
-    "Winograd convolutions take fewer multiplications."
+RESOURCES = "CPU: time of all threads of the process. Memory: what one step adds to the process's resident memory."
+SGEMM = (
+    "Sgemm share: the time that the FLOP of the direct matrix products would take at the rate of a large sgemm, "
+    "measured in the same rounds, as a share of the time of maml_cuda. Speed-up at sgemm rate: the speed-up if "
+    "maml_cuda took exactly that time. Winograd convolutions need fewer FLOP, so both can be exceeded."
 )
 
 
@@ -107,12 +107,12 @@ def heading(record: dict[str, Any], *explained: str) -> Iterator[str]:
     )
     yield " ".join(explained)
     if settings["quick"]:
-        yield "**Quick run: shapes cut; it shows that everything works, its times mean nothing.**"
+        yield "**Quick run with reduced shapes: it tests the benchmark; the times are not meaningful.**"
 
 
 COLUMNS = (
-    "workload", "order", "T", "K", OURS, "fastest rival", "", "speed-up", "limit", "floor", "CPU ms, ours / rival",
-    "MB, ours / rival", "float64 error",
+    "workload", "order", *SHARED, *SHARES, f"CPU ms, {MAML_CUDA} / baseline", f"MB, {MAML_CUDA} / baseline",
+    "float64 error",
 )  # fmt: skip
 
 
@@ -121,29 +121,29 @@ def table(cases: Sequence[Case]) -> Iterator[str]:
 
 
 def row(case: Case) -> list[str]:
-    ours = case["sides"][OURS]
-    rival = case["sides"].get(case["fastest_rival"])
-    timed = ours["status"] == "timed"
+    own = case["sides"][MAML_CUDA]
+    baseline = case["sides"].get(case["fastest_rival"])
+    timed = own["status"] == "timed"
     return [
         case["workload"],
         str(case["order"]),
         str(case["tasks"]),
         str(case["inner_steps"]),
-        time_cell(ours),
+        time_cell(own),
         case["fastest_rival"] or "none",
-        time_cell(rival) if rival else "",
+        time_cell(baseline) if baseline else "",
         f"{case['speed_up']:.2f}x" if case["speed_up"] else "",
         f"{case['speed_up_limit']:.1f}x" if case["speed_up_limit"] else "",
-        f"{ours['floor_fraction']:.0%}" if timed else "",
-        f"{number(ours['cpu_ms']) if timed else '-'} / {number(rival['cpu_ms']) if rival else '-'}",
-        f"{megabytes(ours)} / {megabytes(rival) if rival else '-'}",
-        f"{ours['error_float64']:.0e}" if timed else "",
+        f"{own['floor_fraction']:.0%}" if timed else "",
+        f"{number(own['cpu_ms']) if timed else '-'} / {number(baseline['cpu_ms']) if baseline else '-'}",
+        f"{megabytes(own)} / {megabytes(baseline) if baseline else '-'}",
+        f"{own['error_float64']:.0e}" if timed else "",
     ]
 
 
-def rivals_table(cases: Sequence[Case]) -> Iterator[str]:
-    """Every rival's median and how many times ours it is, or why there is none."""
-    names = list(dict.fromkeys(name for case in cases for name in case["sides"] if name != OURS))
+def baselines_table(cases: Sequence[Case]) -> Iterator[str]:
+    """Each baseline's median, relative to maml_cuda in parentheses, or its status if it has none."""
+    names = list(dict.fromkeys(name for case in cases for name in case["sides"] if name != MAML_CUDA))
 
     def rows() -> Iterator[list[str]]:
         for case in cases:
@@ -153,96 +153,97 @@ def rivals_table(cases: Sequence[Case]) -> Iterator[str]:
     return markdown_table(["workload", "order", *names], rows())
 
 
-def against(case: Case, side: Side | None) -> str:
-    if side is None:
+def against(case: Case, result: Result | None) -> str:
+    if result is None:
         return ""
-    if side["status"] != "timed":
-        return side["status"]
-    ours = case["sides"][OURS]
-    times = f" ({median(side) / median(ours):.1f}x)" if ours["status"] == "timed" else ""
-    return f"{number(median(side))}{times}"
+    if result["status"] != "timed":
+        return result["status"]
+    own = case["sides"][MAML_CUDA]
+    times = f" ({median(result) / median(own):.1f}x)" if own["status"] == "timed" else ""
+    return f"{number(median(result))}{times}"
 
 
-def time_cell(side: Side) -> str:
-    if side["status"] != "timed":
-        return f"**{side['status']}**"
-    wall = side["wall_ms"]
+def time_cell(result: Result) -> str:
+    if result["status"] != "timed":
+        return f"**{result['status']}**"
+    wall = result["wall_ms"]
     return f"{number(wall['median'])} ({number(wall['q1'])} to {number(wall['q3'])})"
 
 
-def median(side: Side) -> float:
-    return side["wall_ms"]["median"]
+def median(result: Result) -> float:
+    return result["wall_ms"]["median"]
 
 
 def number(value: float) -> str:
-    """Three significant digits, in full from 100 on."""
+    """Three significant digits; integers from 100 on."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def megabytes(side: Side) -> str:
-    peak = side.get("peak_bytes")
+def megabytes(result: Result) -> str:
+    peak = result.get("peak_bytes")
     return "-" if peak is None else number(peak / 2**20)
 
 
-def losses(cases: Sequence[Case]) -> Iterator[str]:
-    """Every rival that is ahead of us."""
-    compared = ahead = 0
+def slower(cases: Sequence[Case]) -> Iterator[str]:
+    """One line per case and baseline that is faster than maml_cuda."""
+    compared = faster = 0
     for case in cases:
-        ours = case["sides"][OURS]
-        for name, side in case["sides"].items():
-            if name == OURS or not ours["status"] == side["status"] == "timed":
+        own = case["sides"][MAML_CUDA]
+        for name, result in case["sides"].items():
+            if name == MAML_CUDA or not own["status"] == result["status"] == "timed":
                 continue
             compared += 1
-            if median(side) < median(ours):
-                ahead += 1
-                yield f"- Slower than {name}: {title(case)}, {median(ours) / median(side):.2f}x its time."
-    if compared and not ahead:
+            if median(result) < median(own):
+                faster += 1
+                yield f"- Slower than {name}: {title(case)}, {median(own) / median(result):.2f}x its time."
+    if compared and not faster:
         yield f"- Slower in none of the {compared} comparisons."
 
 
 def overhead(cases: Sequence[Case]) -> Iterator[str]:
-    """The case with almost no arithmetic, in microseconds: what Python costs a call, core included."""
+    """The time of the workload `overhead`, which has almost no arithmetic."""
     for case in cases:
-        ours = case["sides"][OURS]
-        if case["workload"] == "overhead" and ours["status"] == "timed":
-            time = f"{median(ours) * 1e3:.0f} us"
-            yield f"- `maml.backward` with almost nothing to compute, order {case['order']}: {time}."
+        own = case["sides"][MAML_CUDA]
+        if case["workload"] == "overhead" and own["status"] == "timed":
+            yield f"- A meta-step with almost no arithmetic, order {case['order']}: {median(own) * 1e3:.0f} us."
 
 
 def order_ratios(cases: Sequence[Case]) -> Iterator[str]:
-    """Second order over first order, in time and in FLOP, for each workload that ran at both."""
+    """Second order relative to first order, in time and in FLOP, for each workload with both."""
     by_key = {(case["workload"], case["order"]): case for case in cases}
     for (workload, order), second in by_key.items():
         first = by_key.get((workload, 1))
         if order != 2 or first is None:
             continue
         times = [
-            f"{name} {median(second['sides'][name]) / median(side):.2f}"
-            for name, side in first["sides"].items()
-            if side["status"] == second["sides"].get(name, {}).get("status") == "timed"
+            f"{name} {median(second['sides'][name]) / median(result):.2f}"
+            for name, result in first["sides"].items()
+            if result["status"] == second["sides"].get(name, {}).get("status") == "timed"
         ]
         flops = second["flops"] / first["flops"]
-        ours = [case["sides"][OURS] for case in (second, first)]
+        own = [case["sides"][MAML_CUDA] for case in (second, first)]
         share = ""
-        if all(side["status"] == "timed" for side in ours):
-            share = f"; ours is {median(ours[0]) / median(ours[1]) / flops:.2f} times that of the FLOP"
-        yield f"- Second over first order, {workload}: FLOP {flops:.2f}, {', '.join(times)}{share}."
+        if all(result["status"] == "timed" for result in own):
+            share = f"; time over FLOP, {MAML_CUDA}: {median(own[0]) / median(own[1]) / flops:.2f}"
+        yield f"- Second order over first order, {workload}: FLOP {flops:.2f}; time: {', '.join(times)}{share}."
 
 
 def notes(cases: Sequence[Case]) -> Iterator[str]:
-    """What a side says of itself, once."""
-    said = {(name, side["note"]): None for case in cases for name, side in case["sides"].items() if "note" in side}
-    for name, note in said:
+    """The notes of the implementations, each once."""
+    found = {
+        (name, result["note"]): None for case in cases for name, result in case["sides"].items() if "note" in result
+    }
+    for name, note in found:
         yield f"- {name}: {flat(note)}."
 
 
 def not_timed(cases: Sequence[Case]) -> Iterator[str]:
-    """Each side without a time and the reason, with all the cases that share it."""
+    """Each implementation without a time: the reason, and the cases with this reason."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for case in cases:
-        for name, side in case["sides"].items():
-            if side["status"] != "timed":
-                reasons.setdefault((name, f"{side['status']}: {flat(side['reason'])}"), []).append(title(case))
+        for name, result in case["sides"].items():
+            if result["status"] != "timed":
+                reasons.setdefault((name, f"{result['status']}: {flat(result['reason'])}"), []).append(title(case))
     for (name, reason), titles in reasons.items():
         where = "in all cases" if len(titles) == len(cases) > 1 else ", ".join(titles)
         yield f"- Not timed: {name}, {where}; {reason}"

@@ -1,12 +1,10 @@
-"""An iteration of reinforcement learning without its physics, beside plain autograd:
-`python -m benchmarks.rl_iteration`.
+"""One iteration of meta-reinforcement learning without simulation: `python -m benchmarks.rl_iteration`.
 
-Twenty tasks of 2000 samples, the paper's policy and its inner step (Finn, Abbeel, Levine 2017, section 5.3): the
-policies are adapted, as for the next rollouts, then comes the outer step of `maml-cuda train`: surrogate and
-meta-gradient, ten conjugate gradients and the length of the step (eleven Fisher-vector products), the line search. It
-is the very same code (maml_cuda.rl.outer.trpo) over both: ours differentiates by the fused passes, the rival by
-torch.autograd alone. Rollouts, returns and baselines are left out. Both steps are proven equal in float64 before they
-are timed in float32, in turn.
+20 tasks of 2000 samples with the policy and the inner step of Finn, Abbeel, Levine (2017), section 5.3. An iteration
+adapts the policies and does the TRPO step of `maml-cuda train`: surrogate loss and meta-gradient, ten iterations of
+conjugate gradients and the step length (eleven Fisher-vector products), line search. Rollouts, returns and value
+baselines are left out. The code (maml_cuda.rl.outer.trpo) is the same for maml_cuda and for the benchmark's baseline,
+which differentiates by torch.autograd. Both steps are compared in float64, then timed in float32 in alternation.
 """
 
 from __future__ import annotations
@@ -30,20 +28,20 @@ from maml_cuda.rl.settings import RLSettings
 
 from .gaussian_policy import LOSS, RATE, SAMPLES, TASKS, Policy, doubled, episode
 from .machine import machine
-from .proof import WrongAnswer
 from .rl_policy import losses
 from .timing import interleave, run_block
+from .verification import WrongGradient
 
-PROVEN_TASKS = 3
-PROVEN_DAMPING = 0.1  # with the settings' 1e-5 ten conjugate gradients make 1e-8 of what rounding differs by
-LIMIT = 1e-9  # relative, of the parameters' change
+VERIFIED_TASKS = 3
+VERIFIED_DAMPING = 0.1  # with 1e-5, as in training, ten conjugate gradient iterations amplify rounding to 1e-8
+TOLERANCE = 1e-9  # relative, of the change of the parameters
 
 
 class PlainAutograd:
-    """What trpo asks of a FusedMAML, by torch.autograd, one task at a time.
+    """The interface of FusedMAML that trpo uses, by torch.autograd, one task at a time.
 
-    The graph of the divergences' gradient is made once for all Fisher-vector products, each of which is then one more
-    backward through it: the quickest form of double backward that we know.
+    The graph of the gradient of the KL divergence is built once. Each Fisher-vector product is one backward pass
+    through it, which is the fastest form of double backward that we know.
     """
 
     inner_steps = 1
@@ -54,7 +52,7 @@ class PlainAutograd:
         self.score, self.ratio = losses(model)
 
     def _rates(self) -> dict[str, Any]:
-        return {}  # none is learned
+        return {}  # no rate is learned
 
     def fast(self, x: Tensor, y: PolicyTarget, create_graph: bool) -> dict[str, Tensor]:
         parameters = dict(self.model.named_parameters())
@@ -102,11 +100,11 @@ def fused(model: nn.Module) -> FusedMAML:
     return FusedMAML(model, RATE, 1, loss=LOSS, backend="fused")
 
 
-SIDES: dict[str, Callable[[nn.Module], Any]] = {"maml_cuda": fused, "autograd": PlainAutograd}
+IMPLEMENTATIONS: dict[str, Callable[[nn.Module], Any]] = {"maml_cuda": fused, "autograd": PlainAutograd}
 
 
 def iterations(model: nn.Module, data: list, damping: float) -> dict[str, Callable[[], tuple[OuterStep, Tensor]]]:
-    """By side, an iteration from the model as it is, each time: returns what it did and the parameters' change."""
+    """By implementation: one iteration from the initial parameters. Returns the step and the change of parameters."""
 
     def step_of(build: Callable[[nn.Module], Any]) -> Callable[[], tuple[OuterStep, Tensor]]:
         samples = MetaSamples(((data[0], data[1]),), ((data[2], data[3]),))
@@ -124,31 +122,33 @@ def iterations(model: nn.Module, data: list, damping: float) -> dict[str, Callab
 
         return step
 
-    return {name: step_of(build) for name, build in SIDES.items()}
+    return {name: step_of(build) for name, build in IMPLEMENTATIONS.items()}
 
 
-def prove(model: nn.Module, data: list) -> None:
-    """WrongAnswer where the two sides' steps differ, in float64 on a few tasks."""
+def verify(model: nn.Module, data: list) -> None:
+    """Compares both steps in float64 on a few tasks; raises WrongGradient if they differ."""
     few = [first_tasks(d) for d in doubled(data)]
-    both = iterations(copy.deepcopy(model).double(), few, PROVEN_DAMPING).values()
-    (done, ours), (expected, theirs) = (step() for step in both)
-    error = float((ours - theirs).norm() / theirs.norm())
-    if not (done.accepted and expected.accepted) or not error <= LIMIT:
-        raise WrongAnswer(f"the step must be accepted and within {LIMIT:g} of autograd's, got {error:.1e}, {done}")
+    both = iterations(copy.deepcopy(model).double(), few, VERIFIED_DAMPING).values()
+    (done, change), (expected, expected_change) = (step() for step in both)
+    error = float((change - expected_change).norm() / expected_change.norm())
+    if not (done.accepted and expected.accepted) or not error <= TOLERANCE:
+        raise WrongGradient(
+            f"the step must be accepted and within {TOLERANCE:g} of autograd's, got {error:.1e}, {done}"
+        )
 
 
 def first_tasks(d: Any) -> Any:
     if isinstance(d, Tensor):
-        return d[:PROVEN_TASKS]
-    return PolicyTarget(*(None if t is None else t[:PROVEN_TASKS] for t in d))
+        return d[:VERIFIED_TASKS]
+    return PolicyTarget(*(None if t is None else t[:VERIFIED_TASKS] for t in d))
 
 
 def run(tasks: int, samples: int, seconds: float) -> dict[str, float]:
-    """Median milliseconds of each side's iteration."""
+    """Median milliseconds of an iteration of each implementation."""
     torch.manual_seed(0)
     model = Policy()
     data = episode(model, tasks, samples)
-    prove(model, data)
+    verify(model, data)
     steps = iterations(model, data, RLSettings.damping)
     once = {name: run_block(step, 0).wall[0] for name, step in steps.items()}
     blocks = {name: lambda s, step=step: run_block(step, s) for name, step in steps.items()}
@@ -157,13 +157,13 @@ def run(tasks: int, samples: int, seconds: float) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rl_iteration", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each side (20)")
-    parser.add_argument("--quick", action="store_true", help="three tasks of 20 samples: a smoke test")
+    parser.add_argument("--seconds", type=float, default=20.0, help="timed seconds per implementation (default: 20)")
+    parser.add_argument("--quick", action="store_true", help="three tasks of 20 samples, to test the benchmark itself")
     options = parser.parse_args(arguments)
     size = (3, 20) if options.quick else (TASKS, SAMPLES)
     found = run(*size, options.seconds)
     record = {"machine": machine(), "tasks": size[0], "samples": size[1], "milliseconds": found}
-    print(json.dumps(record | {"times ours": found["autograd"] / found["maml_cuda"]}, indent=1))
+    print(json.dumps(record | {"relative time": found["autograd"] / found["maml_cuda"]}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A policy's meta-step beside autograd and torch.compile: `python -m benchmarks.rl_policy`.
+"""The meta-step of a policy, with autograd and torch.compile as baselines: `python -m benchmarks.rl_policy`.
 
-The paper's policy (Finn, Abbeel, Levine 2017, section 5.3): 20 tasks of 2000 samples, a Gaussian policy of two hidden
-layers of 100 ReLU units, one inner step of the score form, the likelihood ratio outside. Every side's meta-gradient is
-proven in float64 against the autograd reference before it is timed in float32, all in one process, in turn. With
-`--fisher` also one Fisher-vector product of ours and by double backward through the KL divergence.
+As in Finn, Abbeel, Levine (2017), section 5.3: 20 tasks of 2000 samples, a Gaussian policy with two hidden layers of
+100 ReLU units, one inner step on the score-function loss, the likelihood-ratio loss in the outer loop. Each
+meta-gradient is verified in float64 and then timed in float32, in alternation within one process. `--fisher` adds a
+Fisher-vector product by maml_cuda and by double backward through the KL divergence.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from maml_cuda import FusedMAML, PolicyTarget, policies, reference
 
 from .gaussian_policy import LOSS, RATE, SAMPLES, TASKS, Policy, doubled, episode
 from .machine import machine
-from .proof import FLOAT64_LIMIT, WrongAnswer, relative_error
 from .timing import interleave, run_block
+from .verification import FLOAT64_TOLERANCE, WrongGradient, relative_error
 
 Step = Callable[[], object]
 
 
-def ours(model: nn.Module, data: list) -> Step:
+def fused(model: nn.Module, data: list) -> Step:
     maml = FusedMAML(model, RATE, 1, loss=LOSS, backend="fused")
 
     def step() -> None:
@@ -38,7 +38,7 @@ def ours(model: nn.Module, data: list) -> Step:
 
 
 def losses(model: nn.Module) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """The two forms, written for autograd: of parameters, x, actions, advantages (and old log-probabilities)."""
+    """The inner loss (score function) and the outer loss (likelihood ratio), written for autograd."""
 
     def log_prob(params: dict, x: Tensor, actions: Tensor) -> Tensor:
         return policies.log_prob(functional_call(model, params, (x,)), actions)
@@ -53,12 +53,12 @@ def losses(model: nn.Module) -> tuple[Callable[..., Tensor], Callable[..., Tenso
 
 
 def flat(data: list) -> list[Tensor]:
-    """The tensors that are there: x, actions, advantages of the support; those and old log-probabilities."""
+    """The tensors of a meta-batch: x, actions, advantages; x, actions, advantages, old log-probabilities."""
     return [data[0], *data[1][:2], data[2], *data[3][:3]]
 
 
 def autograd_loop(model: nn.Module, data: list) -> Step:
-    """One task at a time, each with its own backward."""
+    """A loop over tasks, with one backward pass per task."""
     score, ratio = losses(model)
     params = dict(model.named_parameters())
 
@@ -73,7 +73,7 @@ def autograd_loop(model: nn.Module, data: list) -> Step:
 
 
 def compiled(model: nn.Module, data: list) -> Step:
-    """torch.compile around the whole step of torch.func, all tasks at once."""
+    """torch.compile of the whole meta-step of torch.func, vectorised over tasks."""
     score, ratio = losses(model)
 
     def adapted_loss(params: dict, x: Tensor, a: Tensor, adv: Tensor, *query: Tensor) -> Tensor:
@@ -96,28 +96,28 @@ def compiled(model: nn.Module, data: list) -> Step:
     return step
 
 
-SIDES: dict[str, Callable[[nn.Module, list], Step]] = {
-    "maml_cuda": ours, "autograd loop": autograd_loop, "torch.compile": compiled,
+IMPLEMENTATIONS: dict[str, Callable[[nn.Module, list], Step]] = {
+    "maml_cuda": fused, "autograd loop": autograd_loop, "torch.compile": compiled,
 }  # fmt: skip
 
 
-def proven(name: str, model: nn.Module, data: list) -> Step:
-    """The side's float32 step, once its float64 gradient is known to be right."""
+def verified(name: str, model: nn.Module, data: list) -> Step:
+    """The float32 step of an implementation, after its float64 gradient has been verified."""
     exact, double = copy.deepcopy(model).double(), doubled(data)
     _, expected = reference.meta_gradient(copy.deepcopy(exact), LOSS, *double, RATE, 1)
-    SIDES[name](exact, double)()
+    IMPLEMENTATIONS[name](exact, double)()
     error = relative_error(exact, expected)
-    if error > FLOAT64_LIMIT:
-        raise WrongAnswer(
-            f"{name}: the meta-gradient must be within {FLOAT64_LIMIT:g} of the reference, got {error:.1e}"
+    if error > FLOAT64_TOLERANCE:
+        raise WrongGradient(
+            f"{name}: the meta-gradient must be within {FLOAT64_TOLERANCE:g} of the reference, got {error:.1e}"
         )
-    step = SIDES[name](copy.deepcopy(model), data)
+    step = IMPLEMENTATIONS[name](copy.deepcopy(model), data)
     step()
     return step
 
 
 def fisher_steps(model: nn.Module, data: list) -> dict[str, Step]:
-    """One Fisher-vector product, fused and by double backward, proven in float64 on two tasks."""
+    """A Fisher-vector product, fused and by double backward, after both have been compared in float64 on two tasks."""
     v = {n: torch.randn_like(p) for n, p in model.named_parameters()}
 
     def product(backend: str, model: nn.Module, data: list, v: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
@@ -129,16 +129,16 @@ def fisher_steps(model: nn.Module, data: list) -> dict[str, Step]:
     got, expected = (product(b, exact, doubled(few), double)() for b in ("fused", "reference"))
     error = max(((got[n] - e).norm() / e.norm()).item() for n, e in expected.items())
     if error > 1e-9:
-        raise WrongAnswer(f"the Fisher-vector product must be within 1e-9 of double backward, got {error:.1e}")
+        raise WrongGradient(f"the Fisher-vector product must be within 1e-9 of double backward, got {error:.1e}")
     return {f"Fisher-vector product, {b}": product(b, model, data, v) for b in ("fused", "reference")}
 
 
 def run(tasks: int, samples: int, seconds: float, names: list[str], fisher: bool) -> dict[str, float]:
-    """Median milliseconds of each side."""
+    """Median milliseconds of each implementation."""
     torch.manual_seed(0)
     model = Policy()
     data = episode(model, tasks, samples)
-    steps = {name: proven(name, model, data) for name in names}
+    steps = {name: verified(name, model, data) for name in names}
     if fisher:
         steps.update(fisher_steps(model, data))
     once = {name: run_block(step, 0).wall[0] for name, step in steps.items()}
@@ -148,16 +148,17 @@ def run(tasks: int, samples: int, seconds: float, names: list[str], fisher: bool
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rl_policy", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each side (10)")
-    parser.add_argument("--side", nargs="+", choices=SIDES, default=list(SIDES), help="which (all)")
-    parser.add_argument("--fisher", action="store_true", help="Fisher-vector products too")
-    parser.add_argument("--quick", action="store_true", help="two tasks of 20 samples: a smoke test")
+    parser.add_argument("--seconds", type=float, default=10.0, help="timed seconds per implementation (default: 10)")
+    names = list(IMPLEMENTATIONS)
+    parser.add_argument("--implementation", nargs="+", choices=names, default=names, help="what to run (default: all)")
+    parser.add_argument("--fisher", action="store_true", help="also time Fisher-vector products")
+    parser.add_argument("--quick", action="store_true", help="two tasks of 20 samples, to test the benchmark itself")
     options = parser.parse_args(arguments)
     size = (2, 20) if options.quick else (TASKS, SAMPLES)
-    found = run(*size, options.seconds, options.side, options.fisher)
+    found = run(*size, options.seconds, options.implementation, options.fisher)
     record = {"machine": machine(), "tasks": size[0], "samples": size[1], "milliseconds": found}
     if "maml_cuda" in found:
-        record["times ours"] = {n: t / found["maml_cuda"] for n, t in found.items() if n in SIDES}
+        record["relative time"] = {n: t / found["maml_cuda"] for n, t in found.items() if n in IMPLEMENTATIONS}
     print(json.dumps(record, indent=1))
 
 

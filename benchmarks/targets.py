@@ -1,11 +1,11 @@
-"""The speed-ups asked for, of a second-order meta-step over the fastest rival of the run."""
+"""Target speed-ups of a second-order meta-step over the fastest baseline of the run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .entrants import OURS, RIVALS
+from .implementations import BASELINES, MAML_CUDA
 
 TARGETS = {
     "sinusoid-k1": 2.0,
@@ -21,28 +21,27 @@ TARGETS = {
 }
 
 
-def judged(cases: Sequence[dict[str, Any]], quick: bool) -> Iterator[str]:
-    """A line for each target."""
+def lines(cases: Sequence[dict[str, Any]], quick: bool) -> Iterator[str]:
+    """One line of the report per target."""
     second_order = {case["workload"]: case for case in cases if case["order"] == 2}
     for workload, target in TARGETS.items():
-        yield f"- Target {workload}, {target:g}x: {judge(second_order.get(workload), target, quick)}."
+        yield f"- Target {workload}, {target:g}x: {outcome(second_order.get(workload), target, quick)}."
 
 
-def judge(case: dict[str, Any] | None, target: float, quick: bool) -> str:
+def outcome(case: dict[str, Any] | None, target: float, quick: bool) -> str:
     if quick:
-        return "not judged, the run was quick"
+        return "not evaluated in a quick run"
     if case is None:
-        return "not judged, not in this run"
-    if case["sides"].get(OURS, {}).get("status") != "timed":
-        return "not judged, we were not timed"
+        return "not evaluated, the workload was not run"
+    if case["sides"].get(MAML_CUDA, {}).get("status") != "timed":
+        return "not evaluated, maml_cuda was not timed"
     if case["speed_up"] is None:
-        return "not judged, no rival was timed"
-    words = [
-        f"{'met' if case['speed_up'] >= target else '**missed**'}: {case['speed_up']:.2f}x, {case['fastest_rival']}"
+        return "not evaluated, no baseline was timed"
+    parts = [
+        f"{'met' if case['speed_up'] >= target else '**missed**'}: {case['speed_up']:.2f}x over {case['fastest_rival']}"
     ]
-    limit = f"plain products at the rate of sgemm would allow {case['speed_up_limit']:.1f}x"
-    words.append(limit if case["speed_up_limit"] >= target else f"{limit}: the target asks for fewer")
-    absent = [name for name in RIVALS if case["sides"].get(name, {}).get("status") != "timed"]
+    parts.append(f"at the sgemm rate it would be {case['speed_up_limit']:.1f}x")
+    absent = [name for name in BASELINES if case["sides"].get(name, {}).get("status") != "timed"]
     if absent:
-        words.append(f"without {', '.join(absent)}")
-    return "; ".join(words)
+        parts.append(f"not timed: {', '.join(absent)}")
+    return "; ".join(parts)

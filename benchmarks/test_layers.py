@@ -1,7 +1,7 @@
-"""pytest-benchmark cases of our own layers, to guard against regressions: each kind in a net of little else.
+"""pytest-benchmark cases of the layers of maml_cuda, to find regressions. Each network is dominated by one layer.
 
-Forward is `predict`, backward `loss_and_grad`, the tangents `hvp`, at parameters of each task's own; run as
-test_meta_step.py says.
+Forward is `predict`, backward is `loss_and_grad` and the tangents are `hvp`, with separate parameters for each task.
+test_meta_step.py has the commands.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ TASKS, SAMPLES = 4, 10
 
 
 def image(*layers: nn.Module) -> tuple[nn.Module, tuple[int, ...]]:
-    """The layers on 16 channels that a 1 x 1 convolution makes, which move."""
+    """A network with the layers after a 1 x 1 convolution, so that their input has a tangent; and a sample's shape."""
     return nn.Sequential(nn.Conv2d(16, 16, 1), *layers), (16, 28, 28)
 
 
 def with_statistics(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
-    """In eval mode, and not said to have seen no batch."""
+    """The layer in eval mode, with a batch count above zero, which avoids a warning."""
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.fill_(1)
     return norm.eval()

@@ -1,4 +1,4 @@
-"""Interleaved timing: every side runs in turn, and a slow minute of the machine hits them all."""
+"""Interleaved timing: implementations run in turn, so that a slow phase of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 10
 
 @dataclass
 class Timing:
-    """Seconds per step: `wall` of each step, `cpu` (all threads of the process) as each block's mean."""
+    """Seconds per step: `wall` time of each step; `cpu` time of the process, all threads, as the mean of each block."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
     def quartiles(self) -> tuple[float, float, float]:
-        """Lower quartile, median, upper quartile of the wall time."""
+        """Lower quartile, median and upper quartile of the wall time."""
         q1, median, q3 = statistics.quantiles(self.wall, n=4, method="inclusive")
         return q1, median, q3
 
 
 def run_block(step: Callable[[], object], seconds: float) -> Timing:
-    """Run step for the given seconds, at least once. The first step finds cold caches, and counts only if alone."""
+    """Runs the step for the given seconds, at least once. The first step has cold caches; it counts only if alone."""
     gc.collect()
     timing = Timing()
     cpu = time.process_time()
@@ -48,22 +48,22 @@ Block = Callable[[float], Timing]
 
 
 def interleave(blocks: Mapping[str, Block], once: Mapping[str, float], seconds: float) -> dict[str, Timing]:
-    """Time every side for about `seconds`, in up to MAX_ROUNDS rounds; `once` is what a step of it takes.
+    """Times every implementation for about `seconds`, in at most MAX_ROUNDS rounds. `once`: seconds of one step.
 
-    A side so slow that MAX_ROUNDS of its steps would pass the budget sits out rounds, but is in MIN_ROUNDS at least.
+    An implementation whose steps are too slow for MAX_ROUNDS rounds skips some, but runs in at least MIN_ROUNDS.
     """
     timings = {name: Timing() for name in blocks}
     for number in range(MAX_ROUNDS):
         for name, block in blocks.items():
-            if number % every(once[name], seconds) == 0:
+            if number % rounds_between(once[name], seconds) == 0:
                 timing = block(seconds / MAX_ROUNDS)
                 timings[name].wall += timing.wall
                 timings[name].cpu += timing.cpu
     return timings
 
 
-def every(once: float, seconds: float) -> int:
-    """In each how many rounds a side of so slow a step runs."""
+def rounds_between(once: float, seconds: float) -> int:
+    """An implementation with steps of `once` seconds runs in every n-th round; returns n."""
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / once)))
     return (MAX_ROUNDS - 1) // (rounds - 1)
 
@@ -73,7 +73,7 @@ SGEMM_FLOPS = 2 * SGEMM_SIZE**3
 
 
 def sgemm() -> Callable[[], object]:
-    """The machine's own float32 matrix product (torch's BLAS, all threads): the FLOP floor's yardstick."""
+    """A large float32 matrix product (torch's BLAS, all threads): the rate that FLOP counts are compared with."""
     a, b = torch.randn(2, SGEMM_SIZE, SGEMM_SIZE)
     out = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out)

@@ -1,7 +1,7 @@
-"""Where a job runs: in a process of its own, so that a crash, a hang or an endless compilation costs that job only.
+"""Runs jobs in a separate process, so that a crash, a hang or an endless compilation ends only that job.
 
-A job is a generator of pieces of the record, named ".module:function" in this package. The pieces that came before a
-failure are kept.
+A job is a generator function, named ".module:function" relative to this package. It yields pieces of the record
+(dictionaries); those yielded before a failure are kept.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ Piece = dict[str, Any]
 
 
 class Failed(Exception):
-    """A job or a part did not come to its end; the words say why."""
+    """A job did not finish; the message says why."""
 
 
-class Stopped(Failed):
-    """A job took longer than it was given."""
+class TimedOut(Failed):
+    """A job exceeded its time limit."""
 
 
-class Lost(Exception):
-    """The device no longer answers: a kernel faulted. Only a new process can use it again."""
+class DeviceLost(Exception):
+    """A kernel has faulted and the device no longer responds. Only a new process can use it."""
 
 
-class OutOfTime(BaseException):
-    """Raised by `limit`; no `except Exception` on the way stops it."""
+class TimeLimitExceeded(BaseException):
+    """Raised by `time_limit`. A BaseException, so that no `except Exception` in the body catches it."""
 
 
-def words(error: BaseException) -> str:
-    """An error in at most a few lines."""
+def describe_error(error: BaseException) -> str:
+    """The type and the first lines of an error message."""
     if isinstance(error, Failed):
         return str(error)
     lines = str(error).strip().splitlines()
@@ -44,12 +44,13 @@ def words(error: BaseException) -> str:
 
 
 def start(target: str, arguments: tuple[Any, ...]) -> Iterator[Piece]:
+    """Calls the job named `target`."""
     module, _, function = target.partition(":")
     return getattr(importlib.import_module(module, __package__), function)(*arguments)
 
 
-class Here:
-    """In this process, stopped only between two pieces: for the emulation."""
+class CurrentProcess:
+    """Runs jobs in this process, for the emulation. The time limit is checked between two pieces."""
 
     def run(self, target: str, *arguments: Any, seconds: float) -> Iterator[Piece]:
         end = time.monotonic() + seconds
@@ -57,21 +58,21 @@ class Here:
             for piece in start(target, arguments):
                 yield piece
                 if time.monotonic() > end:
-                    raise Stopped(f"stopped after its {seconds:.3g} seconds")
+                    raise TimedOut(f"stopped at its time limit of {seconds:.3g} s")
         except Failed:
             raise
         except Exception as error:
-            raise Failed(words(error)) from error
+            raise Failed(describe_error(error)) from error
 
     def stop(self) -> None:
         pass
 
 
-class Apart:
-    """In a process that serves one job after the other until one fails; then the next job starts a new one.
+class SeparateProcess:
+    """Runs jobs one after the other in one process. After a failure the next job starts a new process.
 
-    It is a fresh one ("spawn"), or where many are needed the fork of a server that has only imported torch and this
-    package ("forkserver").
+    method: "spawn" for a new interpreter, or "forkserver" to fork a server that has imported torch and this package,
+        which starts faster.
     """
 
     def __init__(self, method: str = "spawn") -> None:
@@ -88,7 +89,7 @@ class Apart:
             self._pipe.send((target, arguments))
             while True:
                 if not self._pipe.poll(max(0.0, end - time.monotonic())):
-                    raise Stopped(f"stopped after its {seconds:.3g} seconds")
+                    raise TimedOut(f"stopped at its time limit of {seconds:.3g} s")
                 kind, piece = self._pipe.recv()
                 if kind == "failed":
                     raise Failed(piece)
@@ -98,7 +99,7 @@ class Apart:
                 yield piece
         except (EOFError, OSError) as error:
             self._process.join(5)
-            raise Failed(f"its process died (exit code {self._process.exitcode})") from error
+            raise Failed(f"the process ended with exit code {self._process.exitcode}") from error
         finally:
             if not finished:
                 self.stop()
@@ -106,7 +107,7 @@ class Apart:
     def _start(self) -> None:
         context: Any = multiprocessing.get_context(self._method)
         if self._method == "forkserver":
-            context.set_forkserver_preload(["torch", "benchmarks.side"])
+            context.set_forkserver_preload(["torch", "benchmarks.jobs"])
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs,), daemon=True)
         self._process.start()
@@ -115,7 +116,7 @@ class Apart:
     def stop(self) -> None:
         if self._process is not None:
             with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # compilers that it started, too
+                os.killpg(self._process.pid, signal.SIGKILL)  # and the compilers that it has started
             self._process.kill()
             self._process.join(10)
             self._pipe.close()
@@ -123,8 +124,8 @@ class Apart:
 
 
 def serve(pipe: Any) -> None:
-    """The process of Apart."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    """The main function of the process of a SeparateProcess."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the parent handles Ctrl-C
     os.setpgrp()
     while True:
         try:
@@ -135,20 +136,21 @@ def serve(pipe: Any) -> None:
             for piece in start(target, arguments):
                 pipe.send(("piece", piece))
         except Exception as error:
-            pipe.send(("failed", words(error)))
+            pipe.send(("failed", describe_error(error)))
         else:
             pipe.send(("end", None))
 
 
 @contextmanager
-def limit(seconds: float) -> Iterator[None]:
-    """Raises OutOfTime in the body once the seconds are over and Python has the word again (main thread only).
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeLimitExceeded in the body after the given seconds, as soon as Python code runs (main thread only).
 
-    And again every half second: raised inside a finalizer or a callback of the garbage collector, it is lost.
+    It is raised again every half second, because an exception inside a finalizer or a callback of the garbage
+    collector is lost.
     """
 
     def ring(*_: object) -> None:
-        raise OutOfTime
+        raise TimeLimitExceeded
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 0.5)

@@ -1,4 +1,4 @@
-"""The workloads: a model, the shapes of a meta-batch, and how its tasks are drawn.
+"""The workloads: a model, the shapes of its meta-batch, and synthetic tasks.
 
 Sinusoid, policy, Omniglot and mini-ImageNet follow Finn et al. 2017 (arXiv 1703.03400, section 5).
 """
@@ -32,17 +32,19 @@ class Tasks(NamedTuple):
 DrawSet = Callable[[int], tuple[Tensor, Tensor]]
 Draw = Callable[[int, int], DrawSet]
 
-# One ReLU or argmax that flips between two correct float32 computations moves a deep net's meta-gradient:
-# autograd's own differs from float64 by 1e-4 (Omniglot), 2e-2 (mini-ImageNet), 0.15 (ResNet-12).
-FLIPS = 0.5
+# Two correct float32 computations may decide a ReLU or a maximum differently, which changes the meta-gradient of a deep
+# network: that of autograd differs from float64 by 1e-4 (Omniglot), 2e-2 (mini-ImageNet), 0.15 (ResNet-12).
+DEEP_TOLERANCE = 0.5
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One meta-step: `support` and `query` samples a task; `draw(tasks, seed)(n)` gives one set's x and y.
+    """A model with loss and shapes. It can be pickled, because `model` and `draw` are functions of a module.
 
-    It can be pickled: its model and its draw are functions of a module, with their arguments.
-    `float32_limit` is the relative error of the meta-gradient that only a wrong kernel exceeds.
+    Attributes:
+        draw: `draw(tasks, seed)(n)` returns x and y of a support or query set with n samples per task.
+        support, query: samples per task.
+        float32_tolerance: the relative error of a float32 meta-gradient that only a wrong computation exceeds.
     """
 
     name: str
@@ -54,11 +56,11 @@ class Workload:
     query: int
     inner_steps: int
     inner_lr: float
-    float32_limit: float = 1e-4
+    float32_tolerance: float = 1e-4
     seed: int = 1
 
     def build(self) -> tuple[nn.Module, Tasks]:
-        """The float32 model in train mode and its meta-batch: the same numbers at every call."""
+        """The float32 model in train mode, and its meta-batch. Every call returns the same numbers."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = self.model()
@@ -66,13 +68,13 @@ class Workload:
             return model, Tasks(*draw_set(self.support), *draw_set(self.query))
 
     def shrunk(self) -> Workload:
-        """The same net on two tasks of at most five samples and two inner steps: a smoke test."""
+        """The same network with at most two tasks, five samples and two inner steps, for quick runs."""
         small = {"tasks": 2, "support": 5, "query": 5, "inner_steps": 2}
         return dataclasses.replace(self, **{k: min(v, getattr(self, k)) for k, v in small.items()})
 
 
 def mlp(sizes: tuple[int, ...]) -> nn.Sequential:
-    """Linear layers of the given sizes with ReLU between them."""
+    """Linear layers with ReLU between them."""
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
@@ -80,7 +82,7 @@ def mlp(sizes: tuple[int, ...]) -> nn.Sequential:
 
 
 class OmniglotNet(nn.Module):
-    """Four blocks of strided convolution, BatchNorm, ReLU; mean over space; Linear. x is `[N, 1, 28, 28]`."""
+    """Four blocks of strided convolution, BatchNorm, ReLU; spatial mean; Linear. x is `[N, 1, 28, 28]`."""
 
     def __init__(self, ways: int, filters: int = 64) -> None:
         super().__init__()
@@ -110,7 +112,7 @@ class MiniImageNetNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Three 3x3 convolutions beside a 1x1 one, each with BatchNorm; LeakyReLU; max-pool 2."""
+    """Three 3x3 convolutions and a 1x1 shortcut, each with BatchNorm; LeakyReLU; max-pool 2."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -140,7 +142,7 @@ class ResNet12(nn.Module):
 
 
 def sinusoids(tasks: int, seed: int) -> DrawSet:
-    """Regress `amplitude * sin(x - phase)`, one curve a task: x and y are `[tasks, n, 1]`."""
+    """Regression of `amplitude * sin(x - phase)`, one curve per task: x and y are `[tasks, n, 1]`."""
     generator = torch.Generator().manual_seed(seed)
     amplitude = 0.1 + 4.9 * torch.rand(tasks, 1, 1, generator=generator)
     phase = torch.pi * torch.rand(tasks, 1, 1, generator=generator)
@@ -153,7 +155,7 @@ def sinusoids(tasks: int, seed: int) -> DrawSet:
 
 
 def navigation(tasks: int, seed: int) -> DrawSet:
-    """Regress the way to the task's goal, in place of a policy loss: x and y are `[tasks, n, 2]`."""
+    """Regression of the vector to the task's goal, in place of a policy loss: x and y are `[tasks, n, 2]`."""
     generator = torch.Generator().manual_seed(seed)
     goal = torch.rand(tasks, 1, 2, generator=generator) - 0.5
 
@@ -165,7 +167,7 @@ def navigation(tasks: int, seed: int) -> DrawSet:
 
 
 def images(*shape: int, ways: int = 5) -> Draw:
-    """Classify noisy copies of one random image a class: x is `[tasks, n, *shape]`, y labels `[tasks, n]`."""
+    """Classification of noisy copies of one random image per class: x `[tasks, n, *shape]`, labels `[tasks, n]`."""
     return partial(draw_images, shape, ways)
 
 
@@ -182,10 +184,10 @@ def draw_images(shape: tuple[int, ...], ways: int, tasks: int, seed: int) -> Dra
 
 
 def five_way(name: str, model: Callable[..., nn.Module], draw: Draw, steps: int, rate: float, **shape: int) -> Workload:
-    """5-way 1-shot with four tasks, unless `shape` says otherwise."""
+    """A 5-way 1-shot workload with four tasks; `shape` overrides."""
     return Workload(
         name, partial(model, 5), draw, "cross_entropy", **{"tasks": 4, "support": 5, "query": 75, **shape},
-        inner_steps=steps, inner_lr=rate, float32_limit=FLIPS,
+        inner_steps=steps, inner_lr=rate, float32_tolerance=DEEP_TOLERANCE,
     )  # fmt: skip
 
 
@@ -213,7 +215,7 @@ WORKLOADS = {
         MINI_IMAGENET,
         replace(MINI_IMAGENET, name="mini-imagenet-5shot", tasks=2, support=25),
         RESNET12,
-        # Almost no arithmetic: what a call costs in Python. Six parameters, one task, one sample.
+        # Almost no arithmetic, to measure the cost of a call: six parameters, one task, one sample.
         replace(SINUSOID, name="overhead", tasks=1, support=1, query=1),
     )
 }  # fmt: skip

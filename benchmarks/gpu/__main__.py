@@ -19,17 +19,30 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
-        description="Build, test, prove, profile and time maml_cuda on one NVIDIA GPU, and then its rivals beside it.",
+        description="Builds, tests, verifies, profiles and times maml_cuda on one NVIDIA GPU, then its baselines.",
     )
     add = parser.add_argument
     names = [case.name for case in cases(quick=False, emulated=False)]
-    add("--parts", default=",".join(DEFAULT_PARTS), help=f"of {','.join(PARTS)}, in this order (%(default)s)")
-    add("--cases", help=f"of {','.join(names)}, in this order (all)")
-    add("--seconds", type=float, default=SECONDS, help="for the whole command (%(default)g); from 300 on all parts fit")
-    add("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for the JSON and the table (docs/benchmarks)")
-    add("--prebuilt", type=Path, metavar="FILE", help="the compiled module to take, in place of a build")
-    add("--quick", action="store_true", help="cut shapes: does everything work?")
-    add("--emulated", action="store_true", help="on the CPU, with the emulated kernels: a test of this command")
+    add(
+        "--parts", default=",".join(DEFAULT_PARTS), help=f"comma-separated, of {','.join(PARTS)} (default: %(default)s)"
+    )
+    add("--cases", help=f"comma-separated, of {','.join(names)} (default: all)")
+    add(
+        "--seconds",
+        type=float,
+        default=SECONDS,
+        help="for the whole command (default: %(default)g); all parts need at least 300",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=RESULTS,
+        metavar="FOLDER",
+        help="of the JSON and the report (default: docs/benchmarks)",
+    )
+    add("--prebuilt", type=Path, metavar="FILE", help="a compiled module to use instead of building")
+    add("--quick", action="store_true", help="reduced shapes, to test the benchmark")
+    add("--emulated", action="store_true", help="run on the CPU with the emulated kernels, to test this command")
     options = parser.parse_args(arguments)
     if not options.seconds > RESERVE:
         parser.error(f"--seconds must be above {RESERVE:g}, got {options.seconds:g}")
@@ -46,7 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """All steps; 0 if every one of them was done, or had good reason not to be, and none of our answers was wrong."""
+    """Runs all steps. Returns 1 if a step failed or a result of maml_cuda is wrong, else 0."""
     from .machine import emulation
     from .parts import perform
 

@@ -1,6 +1,6 @@
-"""Which meta-steps are measured, and which rivals on them, in the order of their importance: the time may end before.
+"""The cases that are measured and the baselines on them. The most important come first, because time may run out.
 
-Like the command itself it imports nothing of maml_cuda, which may not be built yet.
+This module must not import maml_cuda, which may not be built yet.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .machine import Machine
 
 @dataclass(frozen=True)
 class Case:
-    """A workload at a number of tasks and an order; `small`: the same net on cut shapes."""
+    """A workload with a number of tasks, at one order. `small`: the same model with reduced shapes."""
 
     workload_name: str
     tasks: int
@@ -25,7 +25,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As `--cases` takes it."""
+        """The name for `--cases`."""
         return f"{self.workload_name}-t{self.tasks}{'-first-order' if self.order == 1 else ''}"
 
     def workload(self) -> Workload:
@@ -40,15 +40,15 @@ class Case:
         return f"{self.workload_name}, T={self.workload().tasks}, order {self.order}"
 
 
-# Those with a target (table.py) and the small batch of Omniglot before the rest.
+# First those with a target (table.py), and the small batch of Omniglot.
 WORKLOADS_AND_TASKS = (
     ("omniglot", 4), ("omniglot", 32), ("mini-imagenet", 4), ("sinusoid-k1", 25), ("sinusoid-k5", 25), ("policy", 20),
     ("resnet12", 4), ("sinusoid-k1", 1000), ("sinusoid-k5", 1000),
 )  # fmt: skip
 
-PROFILED = ("omniglot-t4", "omniglot-t32", "mini-imagenet-t4")  # unless others are asked for
+PROFILED = ("omniglot-t4", "omniglot-t32", "mini-imagenet-t4")  # unless --cases is given
 
-# For the emulation: a CUDA thread is dear there.
+# Tiny workloads for the emulation, where CUDA threads are slow.
 TINY = {
     "sinusoid-k1": Workload("sinusoid-k1", lambda: mlp((1, 8, 1)), sinusoids, "mse", 2, 3, 3, 1, 0.01),
     "omniglot": Workload(
@@ -58,10 +58,10 @@ TINY = {
 
 
 def cases(quick: bool, emulated: bool, names: Sequence[str] | None = None) -> list[Case]:
-    """All of them, or those of these names; second order first, for the targets are of it.
+    """The cases with these names (default: all). Second order comes first, because the targets are for it.
 
     Raises:
-        ValueError: a name that none of them has.
+        ValueError: unknown name.
     """
     found = [(name, TINY[name].tasks) for name in TINY] if emulated else WORKLOADS_AND_TASKS
     known = {(case := Case(*pair, order, quick, emulated)).name: case for order in (2, 1) for pair in found}
@@ -73,30 +73,31 @@ def cases(quick: bool, emulated: bool, names: Sequence[str] | None = None) -> li
 
 @dataclass(frozen=True)
 class Job:
-    """A rival on a case in one precision; `seconds` for all of it, and for building it where it is compiled."""
+    """A baseline on a case in one precision. `seconds`: for the whole job; `build_seconds`: for compiling."""
 
     case: Case
-    who: str
+    method: str  # a baseline's name
     precision: str
     seconds: float
     build_seconds: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.case.name}: {self.who} {self.precision}"
+        return f"{self.case.name}: {self.method} {self.precision}"
 
 
-def rival_jobs(cases: list[Case], on: Machine) -> list[Job]:
-    """In the order of their importance: the fastest rivals of every case first, compiled ones in one precision, for
-    the time that compiling takes."""
+def baseline_jobs(cases: list[Case], device: Machine) -> list[Job]:
+    """The baseline jobs, the fastest baselines of every case first. Compiled baselines run in one precision only,
+    because
+    compiling takes long."""
     found = []
     for case in cases:
         linear = case.workload().loss == "mse"
-        precision = "float32" if linear or not on.has_graphs else "tf32"
+        precision = "float32" if linear or not device.has_graphs else "tf32"
         found.append(Job(case, "torch.func vmap", precision, 40))
-        if on.has_graphs and case.order == 2:
+        if device.has_graphs and case.order == 2:
             build = 40 if linear else 90
             found.append(Job(case, "torch.compile", precision, build + 20, build))
             found += [Job(case, "JAX jit", precision, build + 20, build)] if linear else []
-    found += [Job(job.case, "autograd loop", job.precision, 40) for job in found if job.who == "torch.func vmap"]
+    found += [Job(job.case, "autograd loop", job.precision, 40) for job in found if job.method == "torch.func vmap"]
     others = [job for job in found if job.precision == "tf32" and job.build_seconds is None]
-    return found + [Job(job.case, job.who, "float32", job.seconds) for job in others]
+    return found + [Job(job.case, job.method, "float32", job.seconds) for job in others]

@@ -1,6 +1,7 @@
-"""Facts of the device that decide what a meta-step can cost: launches, graph nodes, matrix rates, bandwidth.
+"""Rates of the device that bound the time of a meta-step: launches, graph nodes, matrix products, bandwidth.
 
-A job (../worker.py): one piece a fact, `{"value", "unit", "of"}`, or `{"failed"}` in words.
+A job (../worker.py) that yields one piece per rate: value, unit and what was measured (`of`), or the reason of a
+failure.
 """
 
 from __future__ import annotations
@@ -11,86 +12,94 @@ from typing import Any
 
 import torch
 
-from ..worker import Lost, words
+from ..worker import DeviceLost, describe_error
 from ..workloads import WORKLOADS, Tasks
+from .implementations import allow_tf32, fused
 from .machine import Machine, machine
-from .sides import allow_tf32, ours
 
 REPEATS = 7
 Value = tuple[float, str, str]  # value, unit, what was measured
 
 
 def facts(emulated: bool) -> Iterator[dict[str, Any]]:
-    on = machine(emulated)
+    device = machine(emulated)
     measured: dict[str, Callable[[Machine, bool], Value]] = {"launch": launch}
-    if on.has_graphs:
+    if device.has_graphs:
         measured |= {"graph launch": graph_launch, "graph node": graph_node}
     measured |= {"overhead, called": overhead_called}
-    if on.has_graphs:
+    if device.has_graphs:
         measured |= {"overhead, captured": overhead_captured}
     for name in RATES:
         measured[f"matmul {name}"] = rate(name)
     measured["copy"] = copy_bandwidth
     for name, measure in measured.items():
         try:
-            value, unit, of = measure(on, emulated)
-        except Exception as error:  # one fact that fails is no reason to go without the others
-            yield {name: {"failed": words(error)}, "say": f"{name}: failed: {words(error)}"}
-            check(on, error)
+            value, unit, of = measure(device, emulated)
+        except Exception as error:  # a failed measurement must not prevent the others
+            yield {name: {"failed": describe_error(error)}, "say": f"{name}: failed: {describe_error(error)}"}
+            raise_if_lost(device, error)
         else:
             yield {name: {"value": value, "unit": unit, "of": of}, "say": f"{name}: {value:.3g} {unit} ({of})"}
 
 
-def check(on: Machine, error: Exception) -> None:
-    """Raises Lost where the error has cost the device."""
+def raise_if_lost(device: Machine, error: Exception) -> None:
+    """Raises DeviceLost if the device no longer responds after the error."""
     try:
-        on.synchronize()
+        device.synchronize()
     except Exception as lost:
-        raise Lost(words(lost)) from error
+        raise DeviceLost(describe_error(lost)) from error
 
 
-def median(on: Machine, step: Callable[[], object], count: int) -> float:
-    """Seconds of one step, of the median burst, after a burst to warm up."""
-    on.burst(step, count)
-    return statistics.median(on.burst(step, count) for _ in range(REPEATS)) / count
+def median(device: Machine, step: Callable[[], object], count: int) -> float:
+    """Seconds per step: the median over bursts of `count` steps, after a warm-up burst."""
+    device.burst(step, count)
+    return statistics.median(device.burst(step, count) for _ in range(REPEATS)) / count
 
 
-def tiny(on: Machine) -> Callable[[], object]:
-    x = torch.zeros(1, device=on.torch_device)
+def tiny(device: Machine) -> Callable[[], object]:
+    x = torch.zeros(1, device=device.torch_device)
     return lambda: x.add_(1)
 
 
-def launch(on: Machine, small: bool) -> Value:
-    return median(on, tiny(on), 50 if small else 2000) * 1e6, "us", "x.add_(1) of one element, called from Python"
+def launch(device: Machine, small: bool) -> Value:
+    return (
+        median(device, tiny(device), 50 if small else 2000) * 1e6,
+        "us",
+        "x.add_(1) of one element, called from Python",
+    )
 
 
-def graph_launch(on: Machine, small: bool) -> Value:
-    replay = on.capture(tiny(on), 1)
-    return median(on, replay, 50 if small else 1000) * 1e6, "us", "replay of a CUDA graph of one tiny kernel"
+def graph_launch(device: Machine, small: bool) -> Value:
+    replay = device.capture(tiny(device), 1)
+    return median(device, replay, 50 if small else 1000) * 1e6, "us", "replay of a CUDA graph of one tiny kernel"
 
 
-def graph_node(on: Machine, small: bool) -> Value:
+def graph_node(device: Machine, small: bool) -> Value:
     few, many = (20, 100) if small else (100, 1100)
-    short, long = (median(on, on.capture(tiny(on), n), 20) for n in (few, many))
-    return (long - short) / (many - few) * 1e6, "us", f"graphs of {many} and of {few} dependent tiny kernels"
+    short, long = (median(device, device.capture(tiny(device), n), 20) for n in (few, many))
+    return (
+        (long - short) / (many - few) * 1e6,
+        "us",
+        f"difference between graphs of {many} and {few} dependent tiny kernels",
+    )
 
 
-def overhead(on: Machine) -> Callable[[], object]:
+def overhead(device: Machine) -> Callable[[], object]:
     workload = WORKLOADS["overhead"]
     model, tasks = workload.build()
-    moved = Tasks(*(x.to(on.torch_device) for x in tasks))
-    return ours("float32", cuda_graphs=False)(workload, model.to(on.torch_device), moved, False)
+    moved = Tasks(*(x.to(device.torch_device) for x in tasks))
+    return fused("float32", cuda_graphs=False)(workload, model.to(device.torch_device), moved, False)
 
 
-def overhead_called(on: Machine, small: bool) -> Value:
-    value = median(on, overhead(on), 3 if small else 300)
-    return value * 1e6, "us", "a meta-step of one task and one sample (1-40-40-1), forward and backward from Python"
+def overhead_called(device: Machine, small: bool) -> Value:
+    value = median(device, overhead(device), 3 if small else 300)
+    return value * 1e6, "us", "a meta-step with one task and one sample (layers 1-40-40-1), called from Python"
 
 
-def overhead_captured(on: Machine, small: bool) -> Value:
+def overhead_captured(device: Machine, small: bool) -> Value:
     copies = 16
-    value = median(on, on.capture(overhead(on), copies), 5 if small else 50) / copies
-    return value * 1e6, "us", f"the same, {copies} of them in a CUDA graph of the caller's"
+    value = median(device, device.capture(overhead(device), copies), 5 if small else 50) / copies
+    return value * 1e6, "us", f"the same, {copies} meta-steps in one CUDA graph captured by the caller"
 
 
 RATES: dict[str, tuple[torch.dtype, bool]] = {
@@ -104,13 +113,13 @@ RATES: dict[str, tuple[torch.dtype, bool]] = {
 def rate(name: str) -> Callable[[Machine, bool], Value]:
     dtype, tf32 = RATES[name]
 
-    def measure(on: Machine, small: bool) -> Value:
+    def measure(device: Machine, small: bool) -> Value:
         n = 64 if small else 4096 if dtype == torch.float64 else 8192
-        a, b = torch.randn(2, n, n, device=on.torch_device, dtype=torch.float32).to(dtype)
+        a, b = torch.randn(2, n, n, device=device.torch_device, dtype=torch.float32).to(dtype)
         out = torch.empty_like(a)
         allow_tf32(tf32)
         try:
-            seconds = median(on, lambda: torch.mm(a, b, out=out), 2 if small else 5)
+            seconds = median(device, lambda: torch.mm(a, b, out=out), 2 if small else 5)
         finally:
             allow_tf32(False)
         return 2 * n**3 / seconds / 1e12, "TFLOP/s", f"torch.mm of {n} x {n}"
@@ -118,9 +127,9 @@ def rate(name: str) -> Callable[[Machine, bool], Value]:
     return measure
 
 
-def copy_bandwidth(on: Machine, small: bool) -> Value:
+def copy_bandwidth(device: Machine, small: bool) -> Value:
     size = 2**16 if small else 2**28
-    a = torch.empty(size, dtype=torch.uint8, device=on.torch_device)
+    a = torch.empty(size, dtype=torch.uint8, device=device.torch_device)
     b = torch.zeros_like(a)
-    seconds = median(on, lambda: a.copy_(b), 2 if small else 10)
-    return 2 * size / seconds / 1e9, "GB/s", f"read and written, copy of {size >> 10} KiB"
+    seconds = median(device, lambda: a.copy_(b), 2 if small else 10)
+    return 2 * size / seconds / 1e9, "GB/s", f"bytes read and written in a copy of {size >> 10} KiB"

@@ -1,6 +1,6 @@
-"""The device under measurement: the GPU, or on a CPU the emulation of the kernels in its place.
+"""The device that is measured: a GPU, or the emulation of the kernels on a CPU.
 
-All that the benchmark asks of a device is here: events, synchronization, memory, graphs, names.
+Both classes have the same interface: description, timing, synchronization, CUDA graphs, kernel times and peak memory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Gpu:
         torch.cuda.synchronize()
 
     def burst(self, step: Step, count: int) -> float:
-        """Seconds of `count` steps in a row, between two events."""
+        """Seconds of `count` consecutive steps, between two events."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(count):
@@ -50,7 +50,7 @@ class Gpu:
         return begin.elapsed_time(end) / 1e3
 
     def capture(self, step: Step, copies: int) -> Step:
-        """The replay of a CUDA graph of so many steps; like torch's own recipe, after three on a side stream."""
+        """The replay of a CUDA graph of `copies` steps, captured after three steps on a side stream as torch asks."""
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -58,14 +58,14 @@ class Gpu:
                 step()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # A capture that fails leaves its own stream the current one; the outer context puts back ours.
+        # A failed capture leaves its stream as the current one; the outer context restores the right one.
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             for _ in range(copies):
                 step()
         return graph.replay
 
     def kernels(self, step: Step, steps: int) -> dict[str, dict[str, float]]:
-        """By name of the kernel: launches and microseconds of one step, by torch's profiler."""
+        """Launches and microseconds per step for each kernel name, by torch's profiler."""
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
@@ -79,7 +79,7 @@ class Gpu:
         return found
 
     def peak(self, action: Callable[[], Any]) -> tuple[Any, int | None]:
-        """What the action gives, and the most bytes of torch's allocator beyond those in use before it."""
+        """The result of the action, and the peak bytes of torch's allocator minus those in use before it."""
         self.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -90,7 +90,7 @@ class Gpu:
 
 
 class Emulated:
-    """The kernels on the CPU, by the emulation that the tests use: all of the command's logic, no true times."""
+    """The emulation of the kernels on the CPU, to test the command. Its times are not meaningful."""
 
     torch_device = torch.device("cpu")
     has_graphs = False
@@ -108,7 +108,7 @@ class Emulated:
         return time.perf_counter() - begin
 
     def capture(self, step: Step, copies: int) -> Step:
-        raise NotImplementedError("the emulation has no graphs of torch")
+        raise NotImplementedError("the emulation does not support CUDA graphs")
 
     def kernels(self, step: Step, steps: int) -> dict[str, dict[str, float]]:
         found: dict[str, dict[str, float]] = {}
@@ -139,20 +139,19 @@ def machine(emulated: bool) -> Machine:
 
 @contextmanager
 def emulation() -> Iterator[None]:
-    """Puts the emulated kernels in the GPU's place, as the tests do, with the small tiles, which are faster there."""
+    """Runs CPU tensors on the emulated kernels, as the tests do, with small tiles, which are faster in emulation."""
     with tests_emulated().in_place_of_a_gpu(precisions=True, small_tiles=True):
         yield
 
 
 @contextmanager
 def emulated_log(only: bool) -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """The emulated kernels with the tiles that ship, in the GPU's place, and what they launch; `only`: and they do
-    nothing."""
+    """The emulated kernels with the tile sizes of a GPU, and a log of their launches. `only`: log without running."""
     with tests_emulated().in_place_of_a_gpu(precisions=True), tests_emulated().log(only=only) as logged:
         yield logged
 
 
 def tests_emulated() -> Any:
-    if str(ROOT) not in sys.path:  # appended: the checkout's maml_cuda must not hide an installed one
+    if str(ROOT) not in sys.path:  # appended, so that an installed maml_cuda takes precedence
         sys.path.append(str(ROOT))
     return importlib.import_module("tests.emulated")

@@ -1,19 +1,21 @@
-"""What a meta-step asks of a GPU, and how long it should take: `python -m benchmarks.gpu.model`. It needs no GPU.
+"""Predicts the time of a meta-step on a GPU without a GPU: `python -m benchmarks.gpu.model`.
 
-The emulation (tests/emulated.py) lets the library plan a warm meta-step as on a GPU and logs its launches instead of
-running them: kernel, grid, threads, shared memory, and the FLOP and bytes that csrc/cuda/work.h counts. Registers are
-those that ptxas gave the kernels of the installed library. The rest is arithmetic, with the constants below:
+The library plans a warm meta-step as for a GPU, and the emulation (tests/emulated.py) logs the launches without running
+them: kernel, grid, threads, shared memory, and the FLOP and bytes counted by csrc/cuda/run/work.h. Register counts are
+those of the compiled library. The time follows from the constants below:
 
     time of a launch = gap + latency + max(FLOP time, bytes time)
     bytes time       = bytes / bandwidth
     FLOP time        = FLOP / (multiprocessors * speed(b)),   b = blocks / (waves * multiprocessors)
     speed(b)         = rate / multiprocessors * (lone b                              for b <= 1,
-                                                 lone + (1 - lone) (b - 1) / (resident - 1) beyond)
+                                                 lone + (1 - lone) (b - 1) / (resident - 1) for b > 1)
 
-where `resident` blocks fit a multiprocessor and b of them are there on average: a grid that does not fill the GPU, and
-a last wave that is half empty, both show. A step is the sum over its launches; those of a parallel branch of its graph
-cost nothing unless they take longer than the rest. The megakernel takes its instructions' time and its products' in
-one block. A prediction is no measurement: what it is for is to tell what to look at, and what a change should bring.
+`resident` blocks fit on a multiprocessor, and b is their average number there. So the formula includes grids that do
+not fill the GPU and incomplete last waves. The time of a meta-step is the sum over its launches. Launches on a parallel
+branch of its CUDA graph count only if the branch takes longer than the rest. The megakernel takes the time of its
+instructions plus that of the products in one block.
+
+A prediction is not a measurement. It shows where the time should go, and what a change should gain.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ PRECISIONS = ("float32", "bf16x3", "tf32", "bfloat16")
 class Constant:
     value: float
     unit: str
-    source: str  # "estimated" or "measured"; "sm_90": a fact of the architecture
+    source: str  # "estimated", "measured", or "sm_90": specified by the architecture
     what: str
 
 
@@ -51,15 +53,15 @@ C = {
     "multiprocessors": Constant(132, "", "sm_90", "of an H100 SXM or H200"),
     "threads": Constant(2048, "", "sm_90", "resident on a multiprocessor"),
     "blocks": Constant(32, "", "sm_90", "resident on a multiprocessor"),
-    "registers": Constant(65536, "", "sm_90", "of a multiprocessor, given out to a warp in units of 256"),
+    "registers": Constant(65536, "", "sm_90", "of a multiprocessor, allocated per warp in units of 256"),
     "shared memory": Constant(233472, "bytes", "sm_90", "of a multiprocessor"),
-    "reserved shared memory": Constant(RESERVED, "bytes", "sm_90", "that the system takes of each block"),
-    "gap": Constant(1.0, "us", "estimated", "between the ends of two dependent nodes of a graph, beyond their work"),
-    "latency": Constant(1.8, "us", "estimated", "of a kernel that has next to nothing to do"),
+    "reserved shared memory": Constant(RESERVED, "bytes", "sm_90", "reserved by the system per block"),
+    "gap": Constant(1.0, "us", "estimated", "between two dependent nodes of a graph, without their work"),
+    "latency": Constant(1.8, "us", "estimated", "of a kernel with almost no work"),
     "bandwidth": Constant(2.0, "TB/s", "estimated", "of kernels without products: 4-byte accesses"),
     "bandwidth of products": Constant(3.0, "TB/s", "estimated", "of kernels with products"),
-    "lone": Constant(0.45, "", "estimated", "share of a multiprocessor's rate that one block alone reaches"),
-    "instruction": Constant(0.5, "us", "estimated", "of the megakernel, beyond its products"),
+    "lone": Constant(0.45, "", "estimated", "share of the rate of a multiprocessor that a single block reaches"),
+    "instruction": Constant(0.5, "us", "estimated", "of the megakernel, without its products"),
     "rate of the megakernel": Constant(0.1, "TFLOP/s", "estimated", "of one block"),
     "rate float32 small": Constant(18, "TFLOP/s", "estimated", "products of 32 x 32 tiles, four slices of k"),
     "rate float32 narrow": Constant(28, "TFLOP/s", "estimated", "products of at most 32 columns"),
@@ -75,7 +77,7 @@ C = {
     "rate bfloat16 wide": Constant(125, "TFLOP/s", "estimated", ""),
 }
 
-# Those of the targets (table.py), with the larger shots and batches.
+# The workloads with targets (table.py), and variants with more shots or tasks.
 STEPS: dict[str, Workload] = {
     f"{workload.name} T={workload.tasks}": workload
     for workload in (
@@ -94,7 +96,7 @@ STEPS: dict[str, Workload] = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel of a meta-step; FLOP and bytes of the whole grid, times in microseconds."""
+    """One kernel launch of a meta-step. FLOP and bytes are those of the whole grid."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -112,7 +114,7 @@ class Launch:
 
     @property
     def resident(self) -> int:
-        """Blocks that fit one multiprocessor."""
+        """Blocks that fit on one multiprocessor."""
         limits = [C["blocks"].value, C["threads"].value // (32 * math.ceil(self.threads / 32))]
         limits.append(C["shared memory"].value // (self.shared + C["reserved shared memory"].value))
         if self.registers:
@@ -126,7 +128,7 @@ class Launch:
 
     @property
     def tile(self) -> str:
-        """The class of a product's tile, and nothing of another kernel."""
+        """The tile class of a matrix product; "" for other kernels."""
         found = re.search(r"Tile<\d+, \d+, (\d+, \d+, \d+, \d+)>", self.kernel)
         if not found:
             return ""
@@ -180,13 +182,13 @@ class MetaStep:
 
 
 def meta_step(workload: Workload, precision: str, first_order: bool = False) -> MetaStep:
-    """What a meta-step launches from its second call on, as the replay of a graph; nothing is computed."""
+    """The launches of a meta-step from the second call on, when it replays a graph. Nothing is computed."""
     executor, launches = logged_launches(workload, precision, first_order)
     return MetaStep(executor, tuple(described(launches, usage())))
 
 
 def logged_launches(workload: Workload, precision: str, first_order: bool) -> tuple[str, list[dict[str, Any]]]:
-    """The executor and the emulation's log."""
+    """The executor, and the launches that the emulation logged."""
     from maml_cuda import FusedMAML
     from maml_cuda.engine import ops
     from maml_cuda.engine.problem import problem_of
@@ -212,7 +214,7 @@ def logged_launches(workload: Workload, precision: str, first_order: bool) -> tu
 
 
 def described(launches: list[dict[str, Any]], kernels: dict[str, Usage]) -> Iterator[Launch]:
-    # What sends the addresses runs before the graph, on the caller's stream, which is 0: it is no branch.
+    # Stream 0 is the caller's: the kernel that sends the addresses runs there before the graph. It is no branch.
     streams = Counter(launch["stream"] for launch in launches if launch["stream"])
     for launch in launches:
         known = kernels.get(launch["kernel"])
@@ -259,15 +261,15 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.model", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("meta_steps", nargs="*", metavar="META-STEP", help=f"of {'; '.join(STEPS)} (all)")
-    parser.add_argument("--precision", action="append", choices=PRECISIONS, help="may be repeated (all)")
+    parser.add_argument("meta_steps", nargs="*", metavar="META-STEP", help=f"of {'; '.join(STEPS)} (default: all)")
+    parser.add_argument("--precision", action="append", choices=PRECISIONS, help="may be repeated (default: all)")
     parser.add_argument("--first-order", action="store_true")
-    parser.add_argument("--launches", action="store_true", help="a table of every launch, too")
-    parser.add_argument("--constants", action="store_true", help="the table of constants instead")
+    parser.add_argument("--launches", action="store_true", help="also print a table of the launches")
+    parser.add_argument("--constants", action="store_true", help="print the constants instead")
     options = parser.parse_args(arguments)
     if options.constants:
         rows = [[name, f"{c.value:g} {c.unit}".strip(), c.source, c.what] for name, c in C.items()]
-        print(markdown(("constant", "value", "source", "of what"), rows))
+        print(markdown(("constant", "value", "source", "meaning"), rows))
         return
     if unknown := [name for name in options.meta_steps if name not in STEPS]:
         parser.error(f"META-STEP must be of {'; '.join(STEPS)}; got {unknown[0]}")
@@ -279,7 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [row(name, STEPS[name], precision, step) for name, precision, step in found]
     print(markdown(COLUMNS, list(dict.fromkeys(map(tuple, rows)))))
     if not usage():
-        print("\nNo registers: the installed library has no CUDA kernels, or there is no cuobjdump.")
+        print("\nNo registers: the installed library has no CUDA kernels, or cuobjdump is missing.")
     for name, precision, step in found if options.launches else ():
         print(f"\n{name}, {precision}\n\n{markdown(LAUNCH_COLUMNS, [launch_row(launch) for launch in step.launches])}")
 

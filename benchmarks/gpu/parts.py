@@ -1,4 +1,4 @@
-"""What the command does, one step after the other, each within its share of the time."""
+"""The steps of the command, in order, each with its share of the time."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 
-from ..worker import Failed, Stopped, words
+from ..worker import Failed, TimedOut, describe_error
 from . import check
-from .cases import PROFILED, Case, Job, cases, rival_jobs
+from .cases import PROFILED, Case, Job, baseline_jobs, cases
 from .machine import machine
 from .record import Record, Run
 
-CASE = 60.0  # seconds at most for timing and proving one case of ours
+CASE = 60.0  # seconds at most to time and verify maml_cuda on one case
 
 
 @dataclass(frozen=True)
 class Step:
-    """`most` seconds; at least `least` are kept free for it while earlier steps run."""
+    """One step. Earlier steps leave `reserved` seconds for it; it takes at most `limit` seconds."""
 
     name: str
-    part: str  # as --parts asks for it; "": always
+    part: str  # the part of --parts to which it belongs; "" if it always runs
     do: Callable[[Run, float], None]
-    most: float
-    least: float = 0
+    limit: float
+    reserved: float = 0
 
 
 def raise_if(reason: Failed | None) -> None:
@@ -39,7 +39,7 @@ def describe(run: Run, seconds: float) -> None:
 def build(run: Run, seconds: float) -> None:
     record = run.record["machine"]
     if run.emulated:
-        raise check.Skipped("the emulated kernels are built by tests/emulated.py")
+        raise check.Skipped("tests/emulated.py builds the emulated kernels")
     record.update(check.prebuilt(run.prebuilt) if run.prebuilt else check.build(record["gpu"]["capability"], seconds))
     run.say(f"maml_cuda {record['build_info']['version']}, kernels: {record['build']}")
 
@@ -51,12 +51,12 @@ def smallest(run: Run, seconds: float) -> None:
 
 def memcheck(run: Run, seconds: float) -> None:
     if run.emulated:
-        raise check.Skipped("the emulation runs on a CPU, where compute-sanitizer sees nothing")
+        raise check.Skipped("compute-sanitizer does not work on the emulation")
     found = check.sanitizer("memcheck", seconds)
     run.record["sanitizer"] = {"memcheck": found}
     run.say(f"memcheck: {found['verdict']}; {found['summary'] or 'no summary'}")
     if found["exit_code"] is None:
-        raise Stopped(f"memcheck was stopped after {seconds:.0f} seconds")
+        raise TimedOut(f"memcheck was stopped after {seconds:.0f} seconds")
     if found["verdict"] != "clean":
         raise Failed(f"memcheck {found['verdict']}")
 
@@ -72,7 +72,7 @@ def tests(run: Run, seconds: float) -> None:
     for line in found.get("last_lines", []):
         print("    " + line, flush=True)
     if found["exit_code"] is None and not found["not_passed"]:
-        raise Stopped(found["notes"][-1])
+        raise TimedOut(found["notes"][-1])
     if found["exit_code"] != 0 or not found["counts"].get("passed"):
         reasons = found["not_passed"] or found["notes"][-1:] or [f"pytest ended with exit code {found['exit_code']}"]
         raise Failed("; ".join(reasons))
@@ -83,33 +83,33 @@ def facts(run: Run, seconds: float) -> None:
     raise_if(run.job(found, ".gpu.facts:facts", run.emulated, seconds=seconds))
 
 
-def ours(run: Run, seconds: float) -> None:
-    jobs = [(f"{case.name}: ours", ".gpu.ours:measure", case, CASE, False) for case in chosen(run)]
+def fused(run: Run, seconds: float) -> None:
+    jobs = [(f"{case.name}: fused", ".gpu.fused:measure", case, CASE, False) for case in chosen(run)]
     measure(run, seconds, jobs)
 
 
-def against(run: Run, seconds: float) -> None:
-    found = rival_jobs(chosen(run), machine(run.emulated))
-    measure(run, seconds, [(str(job), ".gpu.rivals:measure", job, job.seconds, True) for job in found])
+def baselines(run: Run, seconds: float) -> None:
+    found = baseline_jobs(chosen(run), machine(run.emulated))
+    measure(run, seconds, [(str(job), ".gpu.baseline:measure", job, job.seconds, True) for job in found])
 
 
 def measure(run: Run, seconds: float, jobs: list[tuple[str, str, Case | Job, float, bool]]) -> None:
-    """Each job (name, target, argument, seconds, in a process of its own) as long as there is time."""
-    end, without = run.left() - seconds, []
-    for name, target, argument, most, fresh in jobs:
+    """Runs the jobs (name, target, argument, seconds, new process) while there is time."""
+    end, not_run = run.left() - seconds, []
+    for name, target, argument, limit, fresh in jobs:
         left = run.left() - end
         if left < 1:
-            without.append(name)
+            not_run.append(name)
             continue
         found = run.case(name)
-        run.job(found, target, argument, run.side_seconds, seconds=min(left, most), fresh=fresh)
-    done = [run.record["cases"][name] for name, *_ in jobs if name not in without]
-    bad = sum("failed" in found for found in done)
-    if bad:
-        raise Failed(f"{bad} of {len(jobs)} cases did not come to their end")
-    late = [name for name, *_ in jobs if "stopped" in run.record["cases"].get(name, {})] + without
+        run.job(found, target, argument, run.timed_seconds, seconds=min(left, limit), fresh=fresh)
+    done = [run.record["cases"][name] for name, *_ in jobs if name not in not_run]
+    failed = sum("failed" in found for found in done)
+    if failed:
+        raise Failed(f"{failed} of {len(jobs)} cases failed")
+    late = [name for name, *_ in jobs if "stopped" in run.record["cases"].get(name, {})] + not_run
     if late:
-        raise Stopped(f"no time was left for all of {'; '.join(late)}")
+        raise TimedOut(f"no time left for {'; '.join(late)}")
 
 
 def kernels(run: Run, seconds: float) -> None:
@@ -120,12 +120,12 @@ def kernels(run: Run, seconds: float) -> None:
         into: Record = found.setdefault(case.name, {})
         reasons.append(run.job(into, ".gpu.profile:kernels", case, seconds=run.left() - end))
     ended = [reason for reason in reasons if reason is not None]
-    raise_if(next((reason for reason in ended if not isinstance(reason, Stopped)), ended[0] if ended else None))
+    raise_if(next((reason for reason in ended if not isinstance(reason, TimedOut)), ended[0] if ended else None))
 
 
 def nsight(run: Run, seconds: float) -> None:
     if run.emulated:
-        raise check.Skipped("the emulation runs on a CPU, where Nsight Compute sees nothing")
+        raise check.Skipped("Nsight Compute does not work on the emulation")
     end, names = run.left() - seconds, ("omniglot-t4", "sinusoid-k1-t25")
     for number, name in enumerate(names):
         file = run.files()[0].with_name(f"{run.files()[0].stem}-ncu-{name}.txt")
@@ -143,45 +143,45 @@ def chosen(run: Run) -> list[Case]:
 
 
 STEPS = (
-    Step("describe", "", describe, most=60),
-    Step("build", "", build, most=300),
-    Step("smallest", "smoke", smallest, most=60),
-    Step("memcheck", "smoke", memcheck, most=60, least=20),
-    Step("tests", "smoke", tests, most=90, least=30),
-    Step("facts", "ours", facts, most=30, least=10),
-    Step("ours", "ours", ours, most=math.inf, least=100),
-    Step("kernels", "profile", kernels, most=60, least=20),
-    Step("nsight", "profile", nsight, most=80, least=20),
-    Step("rivals", "rivals", against, most=math.inf, least=60),
-    Step("precision", "precision", precision, most=60, least=20),
+    Step("describe", "", describe, limit=60),
+    Step("build", "", build, limit=300),
+    Step("smallest", "smoke", smallest, limit=60),
+    Step("memcheck", "smoke", memcheck, limit=60, reserved=20),
+    Step("tests", "smoke", tests, limit=90, reserved=30),
+    Step("facts", "fused", facts, limit=30, reserved=10),
+    Step("fused", "fused", fused, limit=math.inf, reserved=100),
+    Step("kernels", "profile", kernels, limit=60, reserved=20),
+    Step("nsight", "profile", nsight, limit=80, reserved=20),
+    Step("baselines", "baselines", baselines, limit=math.inf, reserved=60),
+    Step("precision", "precision", precision, limit=60, reserved=20),
 )
 PARTS = tuple(part for part, _ in groupby(STEPS, lambda step: step.part) if part)
-DEFAULT_PARTS = ("smoke", "ours", "profile", "rivals")
-NEEDED = "describe"  # without a device there is nothing to do
+DEFAULT_PARTS = ("smoke", "fused", "profile", "baselines")
+NEEDED = "describe"  # if it fails, there is no device
 
 
 def perform(run: Run) -> None:
-    """Every step of the parts that are wanted; what fails is recorded and the next one begins."""
+    """Runs the steps of the chosen parts. A failure is recorded, and the next step runs."""
     steps = [step for step in STEPS if not step.part or step.part in run.parts]
     for index, step in enumerate(steps):
-        kept_free = sum(later.least for later in steps[index + 1 :])
-        seconds = min(step.most, max(run.left() - kept_free, min(run.left(), step.least)))
+        reserved = sum(later.reserved for later in steps[index + 1 :])
+        seconds = min(step.limit, max(run.left() - reserved, min(run.left(), step.reserved)))
         note = {"status": "running"}
         begin = run.elapsed()
         try:
             if seconds <= 0:
-                raise check.Skipped("no time was left for it")
+                raise check.Skipped("no time left")
             run.say(f"{step.name}, at most {seconds:.0f} s")
             step.do(run, seconds)
             note["status"] = "done"
-        except check.Skipped as why:
-            note |= {"status": "skipped", "reason": str(why)}
-        except Stopped as why:
-            note |= {"status": "stopped", "reason": str(why)}
-        except Failed as why:
-            note |= {"status": "failed", "reason": str(why)}
-        except Exception as error:  # a mistake in a step must not cost the others
-            note |= {"status": "failed", "reason": words(error)}
+        except check.Skipped as error:
+            note |= {"status": "skipped", "reason": str(error)}
+        except TimedOut as error:
+            note |= {"status": "stopped", "reason": str(error)}
+        except Failed as error:
+            note |= {"status": "failed", "reason": str(error)}
+        except Exception as error:  # an error in a step must not prevent the others
+            note |= {"status": "failed", "reason": describe_error(error)}
         run.note(step.name, {**note, "seconds": round(run.elapsed() - begin, 2)})
         if note["status"] != "done":
             run.say(f"{step.name} {note['status']}: {note['reason']}")

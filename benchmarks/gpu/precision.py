@@ -1,14 +1,15 @@
-"""The meta-gradient's error in each precision, for the paper's image nets: `python -m benchmarks.gpu.precision`.
+"""Errors of the meta-gradient in each precision, for the image models: `python -m benchmarks.gpu.precision`.
 
-One ReLU or argmax that two correct computations decide differently moves a deep net's meta-gradient by per cents, in
-any precision, so there are two errors against float64, |error| / |gradient| over all parameters: of the net itself, and
-of its smooth twin (proof.py), which has no decisions and shows what rounding alone does. Beside them stand the net's
-decisions that differ: signs and places of maxima, on the support set at every step and on the query set at the end, of
-the parameters that this precision has come to and of those of float64, both looked at in float64; so without those that
-rounding changes within a pass. Medians over seeds.
+Two correct computations may decide a ReLU or a maximum differently, which changes the meta-gradient of a deep network
+by per cents in any precision. So two errors are measured against float64, |error| / |gradient| over all parameters:
+that of the model, and that of its smooth variant (verification.py), which has no such decisions and shows rounding
+errors only.
 
-`--emulated`: on a CPU, by the emulated matrix units, which round as those of a GPU do, with smaller nets and images.
-A job (../worker.py): one piece a workload.
+The number of decisions that differ is also counted: signs and positions of maxima, on the support set at every inner
+step and on the query set at the end. Both sets of parameters, those that this precision reached and those of float64,
+are evaluated in float64; decisions that rounding changes within a pass are not counted. Results are medians over seeds.
+
+`--emulated` uses emulated matrix units, which round like those of a GPU, and smaller models and images.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..proof import truth
+from ..verification import reference_gradient
 from ..workloads import WORKLOADS, MiniImageNetNet, OmniglotNet, Tasks, Workload, five_way, images
 from .cases import TINY
+from .implementations import PRECISIONS, allow_tf32, fused
 from .machine import emulation, machine
-from .proof import distance, gradients, smooth
-from .sides import PRECISIONS, allow_tf32, ours
 from .table import precision
+from .verification import distance, gradients, smooth
 
 SEEDS = 3
-# For the emulation: fewer filters, smaller images, one task, five steps and the paper's rates all the same.
+# For the emulation: fewer filters, smaller images and one task, with the paper's inner steps and rates.
 SMALL = {
     "omniglot": five_way(
         "omniglot", partial(OmniglotNet, filters=8), images(1, 28, 28), 5, 0.4, tasks=1, support=5, query=10
@@ -46,20 +47,22 @@ SMALL = {
     ),
 }  # fmt: skip
 SIZES = {
-    "omniglot": "Omniglot net, 8 of 64 filters, 28 x 28",
-    "mini-imagenet": "mini-ImageNet net, 8 of 32 filters, 16 of 84 pixels a side",
+    "omniglot": "Omniglot, 8 of 64 filters, 28 x 28",
+    "mini-imagenet": "mini-ImageNet, 8 of 32 filters, 16 x 16 of 84 x 84 pixels",
 }
 
 
 def errors(emulated: bool, quick: bool = False, seeds: int = SEEDS) -> Iterator[dict[str, Any]]:
-    """`quick`: a tiny net and one seed, which only show that it works."""
-    on = machine(emulated)
+    """The job. `quick`: a tiny model and one seed, to test the command."""
+    device = machine(emulated)
     workloads = SMALL if emulated else {name: WORKLOADS[name] for name in SMALL}
     if quick:
         workloads, seeds = {name: w.shrunk() for name, w in TINY.items() if w.loss == "cross_entropy"}, 1
     allow_tf32(False)
     for net, workload in workloads.items():
-        found = [one_seed(dataclasses.replace(workload, seed=seed), on.torch_device) for seed in range(1, seeds + 1)]
+        found = [
+            one_seed(dataclasses.replace(workload, seed=seed), device.torch_device) for seed in range(1, seeds + 1)
+        ]
         medians = {
             name: {key: statistics.median(f[name][key] for f in found) for key in found[0][name]} for name in PRECISIONS
         }
@@ -68,28 +71,28 @@ def errors(emulated: bool, quick: bool = False, seeds: int = SEEDS) -> Iterator[
 
 
 def one_seed(workload: Workload, device: torch.device) -> dict[str, dict[str, float]]:
-    """Precision -> "smooth", "net", "flips", of how many "decisions"."""
+    """By precision: the errors "smooth" and "net", and "flips", the number of "decisions" that differ from float64."""
     model, tasks = workload.build()
     model, tasks = model.to(device), Tasks(*(x.to(device) for x in tasks))
-    twin = smooth(model)
-    exact = {net: truth(workload, net, tasks, False) for net in (model, twin)}
+    variant = smooth(model)
+    exact = {net: reference_gradient(workload, net, tasks, False) for net in (model, variant)}
     expected = decisions(workload, copy.deepcopy(model).double(), tasks.double(), "float32")
     found = {}
     for name in PRECISIONS:
         off = {}
-        for net in (model, twin):
+        for net in (model, variant):
             own = copy.deepcopy(net)
-            ours(name, False)(workload, own, tasks, False)()
+            fused(name, False)(workload, own, tasks, False)()
             off[net] = distance(gradients(own), exact[net])
         flips = decisions(workload, model, tasks, name) != expected
         found[name] = {
-            "smooth": off[twin], "net": off[model], "flips": flips.sum().item(), "decisions": flips.numel(),
+            "smooth": off[variant], "net": off[model], "flips": flips.sum().item(), "decisions": flips.numel(),
         }  # fmt: skip
     return found
 
 
 def decisions(workload: Workload, model: nn.Module, tasks: Tasks, name: str) -> Tensor:
-    """Every sign and every place of a maximum, on the way of a fused inner loop, as float64 sees them."""
+    """The signs at all ReLUs and the positions of all maxima in float64, at the parameters of a fused inner loop."""
     from maml_cuda import FusedMAML
 
     maml = FusedMAML(
@@ -107,7 +110,7 @@ def decisions(workload: Workload, model: nn.Module, tasks: Tasks, name: str) -> 
 
 
 class Recorder(fx.Interpreter):
-    """Runs a net, and remembers what its ReLUs and max-pools decide."""
+    """Runs a model and records the decisions of its ReLUs and max-pools."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(fx.symbolic_trace(model))
@@ -131,7 +134,7 @@ class Recorder(fx.Interpreter):
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.precision", description=__doc__.splitlines()[0])
-    parser.add_argument("--emulated", action="store_true", help="on a CPU, by the emulated matrix units")
+    parser.add_argument("--emulated", action="store_true", help="run on a CPU with emulated matrix units")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     options = parser.parse_args()
     found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What was found, and how much time is left: written to disk whenever there is something new: nothing gets lost."""
+"""The record of a run and its time budget. The record is written whenever there is something new."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ..files import replace, slug
-from ..worker import Apart, Failed, Here, Stopped
-from .table import OURS, markdown
+from ..worker import CurrentProcess, Failed, SeparateProcess, TimedOut
+from .table import MAML_CUDA, markdown
 
 Record = dict[str, Any]
-RESERVE = 15.0  # seconds kept free for ending a process that does not answer, and for this one to start and to write
+RESERVE = 15.0  # seconds to end a process that does not respond, to start, and to write the results
 
 
 def merge(into: Record, piece: Record) -> None:
-    """Adds a piece, dictionaries inside dictionaries included."""
+    """Adds a piece, and merges nested dictionaries."""
     for key, value in piece.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             merge(into[key], value)
@@ -26,7 +26,7 @@ def merge(into: Record, piece: Record) -> None:
 
 
 def fill(into: Record, earlier: Record) -> None:
-    """Adds what is not there, dictionaries inside dictionaries included."""
+    """Adds the keys that are missing, also in nested dictionaries."""
     for key, value in earlier.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             fill(into[key], value)
@@ -37,12 +37,12 @@ def fill(into: Record, earlier: Record) -> None:
 class Run:
     """One run of the command.
 
-    record: settings, machine, parts (status, seconds, reason), tests, sanitizer, facts, cases by job, kernels,
-    precision.
-    What another run has left of the same machine in the same folder stays, as far as this one does not replace it.
+    The record has settings, machine, parts (status, seconds, reason), tests, sanitizer, facts, cases by job, kernels
+    and precision. It keeps the results of an earlier run on the same machine in the same folder, unless this run
+    replaces them.
     """
 
-    SIDE_SECONDS = (0.3, 0.05)  # timed, of each side; with --quick
+    TIMED_SECONDS = (0.3, 0.05)  # seconds per implementation, without and with --quick
 
     def __init__(self, options: argparse.Namespace) -> None:
         settings = {"quick": options.quick, "emulated": options.emulated}
@@ -53,13 +53,13 @@ class Run:
         self.case_names: list[str] | None = options.cases
         self.prebuilt: Path | None = options.prebuilt
         self.folder: Path = options.out
-        self.side_seconds = self.SIDE_SECONDS[options.quick]
+        self.timed_seconds = self.TIMED_SECONDS[options.quick]
         self._begin = time.monotonic()
         self._end = self._begin + options.seconds - RESERVE
         self._resumed = False
-        self._noted: Record = {}  # by this run, not by an earlier one
+        self._noted: Record = {}  # status of the steps of this run
         self._measured: list[str] = []
-        self._worker = Here() if self.emulated else Apart()
+        self._worker = CurrentProcess() if self.emulated else SeparateProcess()
 
     def left(self) -> float:
         return self._end - time.monotonic()
@@ -68,9 +68,9 @@ class Run:
         return time.monotonic() - self._begin
 
     def job(self, into: Record, target: str, *arguments: Any, seconds: float, fresh: bool = False) -> Failed | None:
-        """Runs a job and merges its pieces into `into`; why it did not come to its end, in words there, too.
+        """Runs a job and merges its pieces into `into`. If it fails, the reason is added to `into` and returned.
 
-        fresh: in a process that nothing else has used.
+        fresh: start a new process.
         """
         if fresh:
             self._worker.stop()
@@ -80,14 +80,14 @@ class Run:
                 merge(into, piece)
                 self.write()
         except Failed as error:
-            into["stopped" if isinstance(error, Stopped) else "failed"] = str(error)
+            into["stopped" if isinstance(error, TimedOut) else "failed"] = str(error)
             self.say(str(error))
             self.write()
             return error
         return None
 
     def _resume(self) -> None:
-        """Takes over what another run of the same machine has left."""
+        """Takes over the results of an earlier run on the same machine."""
         path = self.files()[0]
         if path.exists() and (earlier := json.loads(path.read_text()))["settings"] == self.record["settings"]:
             fill(self.record, earlier)
@@ -98,27 +98,28 @@ class Run:
             print(f"[{self.elapsed():3.0f} s] {text}", flush=True)
 
     def case(self, name: str) -> Record:
-        """The record of a case that is measured anew."""
+        """A new, empty record of a case."""
         self._measured.append(name)
         self.record["cases"][name] = {}
         return self.record["cases"][name]
 
     def note(self, step: str, found: Record) -> None:
-        """How a step ended."""
+        """Records the status of a step."""
         self._noted[step] = self.record["parts"][step] = found
 
     def failed(self) -> bool:
-        """Whether a step of this run has failed, or an answer of ours is wrong or was not to be had."""
+        """Whether a step of this run has failed, or a result of maml_cuda failed or is unverified."""
         if "gpu" not in self.record["machine"] or any(step["status"] == "failed" for step in self._noted.values()):
             return True
-        sides = [side for name in self._measured for side in self.record["cases"][name].get("sides", {}).values()]
-        return any(side["who"] == OURS and (side["status"] == "failed" or "unproven" in side) for side in sides)
+        cases = [self.record["cases"][name] for name in self._measured]
+        results = [result for case in cases for result in case.get("implementations", {}).values()]
+        return any(r["method"] == MAML_CUDA and (r["status"] == "failed" or "unverified" in r) for r in results)
 
     def close(self) -> None:
         self._worker.stop()
 
     def files(self) -> list[Path]:
-        """The JSON and the Markdown; none before the device has a name."""
+        """The paths of the JSON and the Markdown file; none before the name of the device is known."""
         if "gpu" not in self.record["machine"]:
             return []
         name = slug(self.record["machine"]["gpu"]["name"])

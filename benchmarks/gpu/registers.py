@@ -1,4 +1,4 @@
-"""What ptxas gave each kernel of the installed library: cuobjdump says it, no GPU is needed."""
+"""Registers and shared memory of each kernel in the installed library, read by cuobjdump. It needs no GPU."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from pathlib import Path
 from typing import NamedTuple
 
 ARCHITECTURE = "sm_90"
-RESERVED = 1024  # bytes of shared memory that the system takes of each block, and cuobjdump counts where there are any
+RESERVED = (
+    1024  # bytes of shared memory per block that the system reserves; cuobjdump includes them if a kernel uses any
+)
 
 
 class Usage(NamedTuple):
-    registers: int  # of a thread
-    shared: int  # bytes that the kernel declares itself
+    registers: int  # per thread
+    shared: int  # bytes of static shared memory
 
 
 def tool() -> str:
-    """cuobjdump, from PATH or from the package nvidia-cuda-cuobjdump."""
+    """The path of cuobjdump, from PATH or the package nvidia-cuda-cuobjdump; "" if there is none."""
     packaged = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump"))
     return shutil.which("cuobjdump") or next(map(str, packaged), "")
 
 
 @functools.cache
 def usage() -> dict[str, Usage]:
-    """By the kernel's name as C++ writes it; of several with one name, in files of their own, the most that one takes.
-    Empty where the library has no kernels for the architecture, or a tool is missing."""
+    """Usage by C++ name of the kernel; the maximum over kernels with the same name in different files.
+
+    Empty if the library has no kernels for the architecture, or if cuobjdump or c++filt is missing.
+    """
     from maml_cuda import _core
 
     if _core.cuda is None or not tool() or not shutil.which("c++filt"):

@@ -1,6 +1,6 @@
-"""The smallest meta-steps of both executors, in every precision: what compute-sanitizer watches.
+"""The smallest meta-steps of both executors in every precision, for compute-sanitizer.
 
-`python -m benchmarks.gpu.smallest` runs them once on the GPU and compares with nothing.
+`python -m benchmarks.gpu.smallest` runs them once on the GPU, without verification.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ def conv() -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def meta_steps(device: torch.device, graphs: bool = False) -> int:
-    """How many meta-steps ran: each net in each precision, second order, made on the CPU and copied.
+    """Runs each network in each precision at second order. Returns the number of meta-steps.
 
-    `graphs`: three times, the second of which captures a graph where there is one, and the third replays it.
+    The data are made on the CPU and copied. `graphs`: runs three meta-steps each with CUDA graphs: the second captures
+    a graph, and the third replays it.
     """
     count = 0
     for make in (mlp, conv):
@@ -50,11 +51,11 @@ def meta_steps(device: torch.device, graphs: bool = False) -> int:
 
 
 def job(emulated: bool) -> Iterator[dict[str, Any]]:
-    """A job (../worker.py): that they run."""
-    on = machine(emulated)
-    ran = meta_steps(on.torch_device, graphs=on.has_graphs)
-    on.synchronize()
-    yield {"meta_steps": ran, "say": f"{ran} meta-steps of the smallest nets"}
+    """The job (../worker.py) that runs them."""
+    device = machine(emulated)
+    ran = meta_steps(device.torch_device, graphs=device.has_graphs)
+    device.synchronize()
+    yield {"meta_steps": ran, "say": f"{ran} meta-steps of the smallest networks"}
 
 
 if __name__ == "__main__":

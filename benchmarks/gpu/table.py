@@ -1,7 +1,7 @@
-"""The record as Markdown: the device, the table with its targets, facts, tests, and what was not measured and why.
+"""The Markdown report: the device, times and targets, rates, tests, and what was not measured.
 
-Times are of one meta-step, forward and backward. Ours in the table is our fastest form and the rival's is its fastest,
-both named; their ratio is of two medians of the same interleaved rounds.
+Times are per meta-step. The table shows the fastest form of maml_cuda and of the baselines. Their ratio is that of two
+medians from the same interleaved rounds.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 Found = dict[str, Any]
 
-OURS = "maml_cuda"
-MOST_KERNELS = 12  # in the table of a profile
-# (workload, tasks) -> ms of a second-order meta-step on an H100, and in which precision
+MAML_CUDA = "maml_cuda"
+MOST_KERNELS = 12  # rows of a kernel table
+# (workload, tasks) -> (target ms of a second-order meta-step on an H100, precision)
 TARGETS = {
     ("sinusoid-k1", 25): (0.012, "float32"),
     ("sinusoid-k5", 25): (0.025, "float32"),
@@ -22,13 +22,13 @@ TARGETS = {
     ("omniglot", 32): (0.75, "tf32"),
     ("mini-imagenet", 4): (0.90, "tf32"),
 }
-SPEED_UP = 5.0  # over the fastest rival at equal precision
-ORDER_RATIO = 1.3  # second over first order in time, at most so many times that in FLOP
-# A rival of no more accurate a precision than ours; bfloat16 has none.
-RIVAL_PRECISION = {"float32": "float32", "bf16x3": "tf32", "tf32": "tf32"}
+SPEED_UP = 5.0  # over the fastest baseline at equal precision
+ORDER_RATIO = 1.3  # target: time ratio of second to first order over FLOP ratio
+# The precision of the baselines that each precision is compared with; bfloat16 has none.
+BASELINE_PRECISION = {"float32": "float32", "bf16x3": "tf32", "tf32": "tf32"}
 COLUMNS = (
-    "workload", "T", "K", "order", "precision", "maml_cuda, ms", "called, ms", "TFLOP/s", "fastest rival, ms", "ratio",
-    "peak MB, ours / rival", "error, smooth twin", "error, end to end", "target",
+    "workload", "T", "K", "order", "precision", "maml_cuda, ms", "called, ms", "TFLOP/s", "fastest baseline, ms",
+    "speed-up", "peak MB, maml_cuda / baseline", "error, smooth variant", "error, end to end", "target",
 )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def markdown(record: Found) -> str:
 
 def heading(record: Found) -> Iterator[str]:
     machine = record["machine"]
-    gpu = machine.get("gpu", {"name": "no device was found"})
+    gpu = machine.get("gpu", {"name": "no device"})
     words = [gpu["name"]]
     for key, text in (("multiprocessors", "{} multiprocessors"), ("memory_gib", "{} GiB")):
         if gpu.get(key):
@@ -51,20 +51,20 @@ def heading(record: Found) -> Iterator[str]:
             words.append(f"{key} {machine[key]}")
     if build := machine.get("build_info"):
         words.append(f"maml_cuda {build['version']} for {', '.join(map(str, build['cuda_architectures']))}")
-    yield f"One meta-step, forward and backward, on: {', '.join(words)}."
-    yield "Median (lower to upper quartile) over interleaved rounds in one process. What fails its proof is marked."
+    yield f"One meta-step on: {', '.join(words)}."
+    yield "Median (lower to upper quartile) over interleaved rounds in one process. Unverified results are marked."
     yield (
-        "maml_cuda and rivals: the fastest of their forms, called from Python or captured in a CUDA graph; errors are "
-        "of the whole meta-gradient against float64. bf16x3 stands beside rivals in tf32, bfloat16 beside none."
+        "Times are those of the fastest form: called from Python, or captured in a CUDA graph. Errors are relative, of "
+        "the whole meta-gradient against float64. bf16x3 is compared with baselines in tf32, bfloat16 with none."
     )
     if record["settings"]["emulated"]:
-        yield "**Emulated on a CPU: it shows that the command works, its times mean nothing.**"
+        yield "**Emulated on a CPU, to test the command; the times are not meaningful.**"
     elif record["settings"]["quick"]:
-        yield "**Quick run: shapes cut; it shows that everything works, its times mean nothing.**"
+        yield "**Quick run with reduced shapes, to test the command; the times are not meaningful.**"
 
 
 def table(record: Found) -> Iterator[str]:
-    rows = [row(record, case, precision) for case, precision in of_ours(record)]
+    rows = [row(record, case, precision) for case, precision in of_maml_cuda(record)]
     if not rows:
         yield "Nothing was timed."
         return
@@ -74,83 +74,86 @@ def table(record: Found) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-def of_ours(record: Found) -> Iterator[tuple[Found, str]]:
-    """Every case of ours with each precision that we ran, timed or not."""
+def of_maml_cuda(record: Found) -> Iterator[tuple[Found, str]]:
+    """Each case of maml_cuda with each of its precisions, timed or not."""
     for case in record["cases"].values():
-        if "rival" not in case:
-            names = [side["precision"] for side in case.get("sides", {}).values() if side["who"] == OURS]
+        if "baseline" not in case:
+            results = [r for r in case.get("implementations", {}).values() if r["method"] == MAML_CUDA]
+            names = [result["precision"] for result in results]
             for precision in dict.fromkeys(names):
                 yield case, precision
 
 
 def row(record: Found, case: Found, precision: str) -> list[str]:
-    mine = fastest(case, precision)
-    called = [s for s in timed(case, OURS, precision) if s["form"] != "captured"]
-    ratio, rival, _ = against(record, case, precision)
+    own = fastest(case, precision)
+    called = [s for s in timed(case, MAML_CUDA, precision) if s["form"] != "captured"]
+    ratio, baseline, _ = smallest_speed_up(record, case, precision)
     smooth = case.get("smooth", {}).get(precision)
     cells = [case["workload"], str(case["tasks"]), str(case["inner_steps"]), str(case["order"]), precision]
-    if mine is None:
-        own = [s for s in case["sides"].values() if s["who"] == OURS and s["precision"] == precision]
-        reasons = sorted({"not timed" if s["status"] == "built" else s["status"] for s in own})
+    if own is None:
+        results = [r for r in case["implementations"].values() if r["method"] == MAML_CUDA]
+        statuses = [r["status"] for r in results if r["precision"] == precision]
+        reasons = sorted({"not timed" if status == "built" else status for status in statuses})
         return [*cells, f"**{', '.join(reasons)}**", *[""] * (len(COLUMNS) - len(cells) - 1)]
-    proof = " **unproven**" if "unproven" in mine else ""
+    mark = " **unverified**" if "unverified" in own else ""
     return [
         *cells,
-        f"{time(mine)} {mine['form']}{proof}",
+        f"{time(own)} {own['form']}{mark}",
         time(min(called, key=median)) if called else "",
-        number(case["flops"] / median(mine) / 1e9),
-        f"{time(rival)} {rival['who']}, {rival['form']}" if rival else "",
+        number(case["flops"] / median(own) / 1e9),
+        f"{time(baseline)} {baseline['method']}, {baseline['form']}" if baseline else "",
         f"{ratio:.1f}x" if ratio else "",
-        f"{megabytes(mine)} / {megabytes(rival) if rival else '-'}",
+        f"{megabytes(own)} / {megabytes(baseline) if baseline else '-'}",
         f"{smooth:.1e}" if smooth is not None else "",
-        f"{mine['error']:.1e}" if mine.get("error") is not None else "",
-        target(record, case, precision, mine, ratio),
+        f"{own['error']:.1e}" if own.get("error") is not None else "",
+        target(record, case, precision, own, ratio),
     ]
 
 
-def timed(case: Found, who: str | None, precision: str) -> list[Found]:
-    """The timed sides of us, or of all rivals with who=None."""
-    sides = [s for s in case.get("sides", {}).values() if s["status"] == "timed" and s["precision"] == precision]
-    return [s for s in sides if (s["who"] == who if who else s["who"] != OURS)]
+def timed(case: Found, method: str | None, precision: str) -> list[Found]:
+    """The timed results of a method; of all baselines if it is None."""
+    results = [r for r in case.get("implementations", {}).values() if r["status"] == "timed"]
+    results = [r for r in results if r["precision"] == precision]
+    return [r for r in results if (r["method"] == method if method else r["method"] != MAML_CUDA)]
 
 
-def median(side: Found) -> float:
-    return side["ms"]["median"]
+def median(result: Found) -> float:
+    return result["ms"]["median"]
 
 
 def fastest(case: Found, precision: str) -> Found | None:
-    return min(timed(case, OURS, precision), key=median, default=None)
+    return min(timed(case, MAML_CUDA, precision), key=median, default=None)
 
 
-def against(record: Found, case: Found, precision: str) -> tuple[float | None, Found | None, Found | None]:
-    """The least ratio of a rival's time to ours beside it, both proven; the rival, and the record it stands in."""
+def smallest_speed_up(record: Found, case: Found, precision: str) -> tuple[float | None, Found | None, Found | None]:
+    """The smallest speed-up over a verified baseline: the ratio, the baseline's result, and its record."""
     found: list[tuple[float, Found, Found]] = []
     for other in record["cases"].values():
-        if "rival" in other and key(other) == key(case):
-            mine = min(proven(timed(other, OURS, precision)), key=median, default=None)
-            rivals = proven(timed(other, None, RIVAL_PRECISION.get(precision, "none")))
-            found += [(median(rival) / median(mine), rival, other) for rival in rivals if mine]
+        if "baseline" in other and key(other) == key(case):
+            own = min(verified(timed(other, MAML_CUDA, precision)), key=median, default=None)
+            baselines = verified(timed(other, None, BASELINE_PRECISION.get(precision, "none")))
+            found += [(median(baseline) / median(own), baseline, other) for baseline in baselines if own]
     return min(found, key=lambda entry: entry[0], default=(None, None, None))
 
 
-def proven(sides: list[Found]) -> list[Found]:
-    return [side for side in sides if "unproven" not in side]
+def verified(results: list[Found]) -> list[Found]:
+    return [result for result in results if "unverified" not in result]
 
 
 def key(case: Found) -> tuple[str, int, int]:
     return case["workload"], case["tasks"], case["order"]
 
 
-def target(record: Found, case: Found, precision: str, mine: Found, ratio: float | None) -> str:
-    """The target, met or missed; nothing where it has none or the times mean nothing."""
+def target(record: Found, case: Found, precision: str, own: Found, ratio: float | None) -> str:
+    """Whether the target is met; "" without a target, or if the times are not meaningful."""
     most, at = TARGETS.get((case["workload"], case["tasks"]), (None, None))
-    if most is None or case["order"] != 2 or precision != at or not counts(record):
+    if most is None or case["order"] != 2 or precision != at or not is_meaningful(record):
         return ""
-    if "unproven" in mine:
-        return "not judged: unproven"
-    words = [f"{number(most)} ms {verdict(median(mine) <= most)}"]
+    if "unverified" in own:
+        return "not evaluated: unverified"
+    words = [f"{number(most)} ms {verdict(median(own) <= most)}"]
     words.append(
-        f"{SPEED_UP:g}x {verdict(ratio >= SPEED_UP)}" if ratio else f"{SPEED_UP:g}x not judged: no rival timed"
+        f"{SPEED_UP:g}x {verdict(ratio >= SPEED_UP)}" if ratio else f"{SPEED_UP:g}x not evaluated: no baseline timed"
     )
     return "; ".join(words)
 
@@ -159,45 +162,47 @@ def verdict(met: bool) -> str:
     return "met" if met else "**missed**"
 
 
-def counts(record: Found) -> bool:
-    """Whether the times are of the true shapes on a GPU."""
+def is_meaningful(record: Found) -> bool:
+    """Whether the times are those of full shapes on a GPU."""
     return not (record["settings"]["quick"] or record["settings"]["emulated"])
 
 
 def orders(record: Found) -> Iterator[str]:
-    """Second order over first, in time and in FLOP."""
+    """Second order relative to first order, in time and in FLOP."""
     for (workload, tasks), precision, time_ratio, flop_ratio in order_ratios(record):
         excess = time_ratio / flop_ratio
-        judged = f", target {ORDER_RATIO}x: {verdict(excess <= ORDER_RATIO)}" if counts(record) else ""
+        target = f", target {ORDER_RATIO}x: {verdict(excess <= ORDER_RATIO)}" if is_meaningful(record) else ""
         yield (
-            f"- Second over first order, {workload} T={tasks} {precision}: time {time_ratio:.2f}, "
-            f"FLOP {flop_ratio:.2f}, {excess:.2f}x the FLOP ratio{judged}."
+            f"- Second order over first order, {workload} T={tasks} {precision}: time {time_ratio:.2f}, "
+            f"FLOP {flop_ratio:.2f}, {excess:.2f}x the FLOP ratio{target}."
         )
 
 
 def order_ratios(record: Found) -> Iterator[tuple[tuple[str, int], str, float, float]]:
-    whole = {key(case): case for case in record["cases"].values() if "sides" in case and "rival" not in case}
-    for case, precision in of_ours(record):
+    whole = {
+        key(case): case for case in record["cases"].values() if "implementations" in case and "baseline" not in case
+    }
+    for case, precision in of_maml_cuda(record):
         first = whole.get((case["workload"], case["tasks"], 1))
         if case["order"] == 2 and first:
-            ours, theirs = fastest(case, precision), fastest(first, precision)
-            if ours and theirs:
-                ratio = median(ours) / median(theirs)
+            at_second, at_first = fastest(case, precision), fastest(first, precision)
+            if at_second and at_first:
+                ratio = median(at_second) / median(at_first)
                 yield (case["workload"], case["tasks"]), precision, ratio, case["flops"] / first["flops"]
 
 
 def targets_of_orders(record: Found) -> Iterator[str]:
-    """Which targets were not judged, because their case was not timed."""
-    if not counts(record):
+    """The targets whose case was not timed."""
+    if not is_meaningful(record):
         return
-    done = {(*key(case), p) for case, p in of_ours(record) if fastest(case, p)}
+    done = {(*key(case), p) for case, p in of_maml_cuda(record) if fastest(case, p)}
     for (workload, tasks), (most, precision) in TARGETS.items():
         if (workload, tasks, 2, precision) not in done:
-            yield f"- Target not judged: {workload} T={tasks}, {number(most)} ms in {precision}: not timed."
+            yield f"- Target not evaluated: {workload} T={tasks}, {number(most)} ms in {precision}: not timed."
 
 
 def measured(found: Found) -> Iterator[tuple[str, Found]]:
-    """What a job has found, without the words of why it did not come to its end."""
+    """The pieces of a job, without the reason of a failure."""
     yield from ((name, piece) for name, piece in found.items() if isinstance(piece, dict))
 
 
@@ -215,7 +220,7 @@ def precision(record: Found) -> Iterator[str]:
         return
     yield "Errors of the meta-gradient against float64, |error| / |gradient|, medians over seeds:"
     yield ""
-    yield "| net | precision | smooth twin | the net itself | decisions that differ |"
+    yield "| model | precision | smooth variant | the model itself | decisions that differ |"
     yield "| --- | --- | ---: | ---: | ---: |"
     for _, workload in measured(record["precision"]):
         for name, e in workload["errors"].items():
@@ -239,28 +244,32 @@ def parts(record: Found) -> Iterator[str]:
 
 
 def not_timed(record: Found) -> Iterator[str]:
+    """The jobs that did not finish, and the implementations without a verified time, with the reasons."""
     for name, case in record["cases"].items():
         for end in ("failed", "stopped"):
             if end in case:
-                yield f"- Not at its end: {name}: {flat(case[end])}"
+                yield f"- Not finished: {name}: {flat(case[end])}"
         reasons: dict[str, list[str]] = {}
-        for side_name, side in case.get("sides", {}).items():
-            if side["status"] in ("failed", "stopped", "slow"):
-                reasons.setdefault(f"not timed: {side['status']}: {flat(side['reason'])}", []).append(side_name)
-            elif "unproven" in side:
-                reasons.setdefault(f"unproven: {flat(side['unproven'])}", []).append(side_name)
-        for reason, names in reasons.items():
-            yield f"- {name}: {', '.join(names)} {reason}"
+        for implementation, result in case.get("implementations", {}).items():
+            if result["status"] in ("failed", "stopped", "slow"):
+                reason = f"not timed: {result['status']}: {flat(result['reason'])}"
+            elif "unverified" in result:
+                reason = f"unverified: {flat(result['unverified'])}"
+            else:
+                continue
+            reasons.setdefault(reason, []).append(implementation)
+        for reason, implementations in reasons.items():
+            yield f"- {name}: {', '.join(implementations)} {reason}"
 
 
 def kernels(record: Found) -> Iterator[str]:
-    """The kernels that take most of a meta-step's time."""
+    """The slowest kernels of each profiled meta-step."""
     for name, precisions in record.get("kernels", {}).items():
         for precision, found in measured(precisions):
             total = sum(kernel["us"] for kernel in found.values())
-            yield f"Kernels of {name}, {precision}, {number(total)} us in all:"
+            yield f"Kernels of {name}, {precision}, {number(total)} us in total:"
             yield ""
-            yield "| kernel | launches | us | of all |"
+            yield "| kernel | launches | us | share |"
             yield "| --- | ---: | ---: | ---: |"
             for kernel, f in list(found.items())[:MOST_KERNELS]:
                 cells = (f"`{short(kernel)}`", f"{f['launches']:g}", number(f["us"]), f"{f['us'] / total:.0%}")
@@ -279,16 +288,16 @@ def flat(text: str, most: int = 300) -> str:
     return line if len(line) <= most else line[:most] + " ..."
 
 
-def time(side: Found) -> str:
-    ms = side["ms"]
+def time(result: Found) -> str:
+    ms = result["ms"]
     return f"{number(ms['median'])} ({number(ms['q1'])} to {number(ms['q3'])})"
 
 
 def number(value: float) -> str:
-    """Three significant digits, in full from 100 on."""
+    """Three significant digits; integers from 100 on."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def megabytes(side: Found) -> str:
-    peak = side.get("peak_bytes")
+def megabytes(result: Found) -> str:
+    peak = result.get("peak_bytes")
     return "-" if peak is None else number(peak / 2**20)

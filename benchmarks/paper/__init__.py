@@ -1,1 +1,1 @@
-"""The paper's tables, each cell by one command; `python -m benchmarks.paper`."""
+"""Reproduces the tables of the paper and related work: `python -m benchmarks.paper`. One command fills one cell."""

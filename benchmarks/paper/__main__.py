@@ -21,17 +21,17 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.paper",
-        description="The tables of the paper: lists, runs and collects their cells, and writes docs/results.md.",
+        description="Lists, runs and collects the cells of the result tables, and writes docs/results.md.",
     )
     add = parser.add_argument
-    add("runs", nargs="*", type=Path, metavar="RUNS", help="runs, or folders of runs, whose summary.json to take in")
+    add("runs", nargs="*", type=Path, metavar="RUNS", help="runs, or folders of runs, to add to the results")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="print the command of every cell")
-    what.add_argument("--run", nargs="+", metavar="CELL", help="run these cells; one that was interrupted goes on")
-    add("--data", metavar="PATH", help="with --run: the folder of the cell's data set")
+    what.add_argument("--run", nargs="+", metavar="CELL", help="run these cells; an interrupted one resumes")
+    add("--data", metavar="PATH", help="with --run: folder of the data set")
     add("--threads", metavar="N", help="with --run: CPU threads")
-    add("--out", type=Path, default=Path("runs/paper"), metavar="FOLDER", help="of the runs (default: runs/paper)")
-    add("--docs", type=Path, default=DOCS, metavar="FOLDER", help="of the page (default: docs)")
+    add("--out", type=Path, default=Path("runs/paper"), metavar="FOLDER", help="for the runs (default: runs/paper)")
+    add("--docs", type=Path, default=DOCS, metavar="FOLDER", help="for the page (default: docs)")
     options = parser.parse_args(arguments)
     for name in options.run or ():
         if name not in CELLS:
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_cell(name: str, options: argparse.Namespace) -> int:
-    """Trains and tests a cell in its own folder, from where an earlier call was interrupted; the command's status."""
+    """Trains and tests a cell in its own folder; resumes an interrupted run. Returns the exit code."""
     cell, run = CELLS[name], options.out / name
     if (run / "summary.json").exists():
         print(f"{name}: {run} is complete")
@@ -70,10 +70,10 @@ def run_cell(name: str, options: argparse.Namespace) -> int:
 
 
 def take_in(known: dict[str, Any], folders: list[Path], docs: Path) -> dict[str, Any]:
-    """Adds the runs of ``folders`` to the results and writes the page; the results."""
-    merged, strangers = results.merged(known, results.summaries(folders))
-    for stranger in strangers:
-        print(f"no cell has the settings of this run: {stranger}", file=sys.stderr)
+    """Adds the runs of ``folders`` to the results and writes the page. Returns the results."""
+    merged, unknown = results.merged(known, results.summaries(folders))
+    for run in unknown:
+        print(f"no cell has the settings of this run: {run}", file=sys.stderr)
     results.save(merged, docs / "results.json")
     sinusoid = "sinusoid.png" if figures.adaptation(merged, docs / "sinusoid.png") else None
     learning = "learning.png" if figures.learning(merged, docs / "learning.png") else None

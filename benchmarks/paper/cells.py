@@ -1,4 +1,4 @@
-"""The cells of the tables: what each trains, the figure that it stands beside, and where that figure is from."""
+"""The cells of the result tables: the settings of each run, the published score and its source."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Any
 
 from maml_cuda.train.settings import named_settings
 
-# What finds a run's cell is its settings; these say where it ran and where its data lay, not what.
-ANY = ("data", "data_sha256", "backend", "log_interval")
+# A run belongs to the cell with the same settings, except these, which describe where it ran.
+IGNORED = ("data", "data_sha256", "backend", "log_interval")
 
 MAML = "Finn et al. 2017"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: ``maml-cuda train JOB --preset PRESET`` with single settings over it.
+    """One run: ``maml-cuda train JOB --preset PRESET``, with some settings changed.
 
     Attributes:
-        row: its name in the table.
-        published: the figures beside it, in the order of the table's columns of scores, as their authors print them.
-        source: whose.
+        row: name in the table.
+        given: the changed settings.
+        published: the published scores as printed by their authors, in the order of the table's score columns.
+        source: publication of these scores.
     """
 
     job: str
@@ -46,23 +47,23 @@ class Cell:
 
     @property
     def needs_data(self) -> bool:
-        """Whether it needs what only its user can download."""
+        """Whether the user must download the data set."""
         return self.job not in ("glyphs", "sinusoid")
 
     def settings(self) -> dict[str, Any]:
         return asdict(named_settings(self.job, self.preset, **self.given))
 
     def is_of(self, settings: dict[str, Any]) -> bool:
-        """Whether a run of these settings fills it."""
-        return all(settings.get(name) == value for name, value in self.settings().items() if name not in ANY)
+        """Whether a run with these settings belongs to this cell."""
+        return all(settings.get(name) == value for name, value in self.settings().items() if name not in IGNORED)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells under one heading. ``steps``: the adaptation steps whose scores are its columns; (): the reported score."""
+    """Cells under one heading. ``steps``: adaptation steps, one score column each; (): only the reported score."""
 
     title: str
-    beside: str  # what the published figures are of
+    published_heading: str  # heading of the published scores
     cells: tuple[Cell, ...]
     steps: tuple[int, ...] = ()
     note: str = ""
@@ -74,7 +75,7 @@ def _sinusoid(shots: int) -> Table:
     rows = {
         "maml": "MAML",
         "pretrained": "pretrained on all tasks",
-        "oracle": "oracle, without a step",
+        "oracle": "oracle, no adaptation",
         "random": "untrained",
     }
     cells = [
@@ -91,12 +92,12 @@ def _sinusoid(shots: int) -> Table:
             "a constant rate. With these, two runs at two commits reached 0.602 / 0.386 / 0.334 and 0.617 / 0.661 / "
             "0.384; in the second the error of one of the 600 test curves grows at the fifth step."
         )
-    return Table(f"Sinusoid, {shots}-shot: MSE after so many steps", "the paper", tuple(cells), (1, 5, 10), note)
+    return Table(f"Sinusoid, {shots}-shot: MSE after adaptation steps", "paper", tuple(cells), (1, 5, 10), note)
 
 
 SINUSOID = {"maml": {"meta_batch": 100, "meta_schedule": "cosine"}}
 
-# On Omniglot, by ways and shots; first order MAML as the authors of Reptile tabulate it.
+# Published accuracy on Omniglot by (ways, shots). First-order MAML is from the paper on Reptile.
 OMNIGLOT = {
     "maml": (MAML, {(5, 1): "98.7 ± 0.4", (5, 5): "99.9 ± 0.1", (20, 1): "95.8 ± 0.3", (20, 5): "98.9 ± 0.2"}),
     "fomaml": (
@@ -110,9 +111,10 @@ OMNIGLOT = {
     "maml++": ("Antoniou et al. 2019", {(5, 1): "99.47", (5, 5): "99.85", (20, 1): "97.65", (20, 5): "99.33"}),
 }  # fmt: skip
 ROWS = {
-    "maml": "MAML", "fomaml": "MAML, first order", "anil": "ANIL", "meta-sgd": "Meta-SGD", "maml++": "MAML++",
+    "maml": "MAML", "fomaml": "first-order MAML", "anil": "ANIL", "meta-sgd": "Meta-SGD", "maml++": "MAML++",
     "reptile": "Reptile", "protonet": "prototypical networks", "matching": "matching networks",
-    "pretrained": "fine-tuning a pretrained net", "nearest-pixel": "nearest pixel", "random": "untrained net, adapted",
+    "pretrained": "fine-tuning a pretrained network", "nearest-pixel": "nearest pixel",
+    "random": "untrained network, adapted",
 }  # fmt: skip
 
 
@@ -123,11 +125,11 @@ def _glyphs(ways: int, shots: int, presets: tuple[str, ...]) -> Table:
         if preset not in ("random", "nearest-pixel"):
             iterations = GLYPHS_ITERATIONS[ways]
             given |= {"iterations": iterations}
-            if preset not in ("reptile", "maml++"):  # which bring a schedule of their own
+            if preset not in ("reptile", "maml++"):  # their presets have a schedule
                 given |= {"meta_schedule": "cosine"}
-            if preset == "maml++":  # the first tenth and the first half of the iterations
+            if preset == "maml++":  # the first 10 % and the first 50 % of the iterations
                 given |= {"multi_step_iterations": iterations // 10, "first_order_iterations": iterations // 2}
-            if preset == "pretrained":  # as many images an iteration as MAML's 16 tasks of 5 ways have
+            if preset == "pretrained":  # as many images per iteration as MAML with 16 tasks of 5 ways
                 given |= {"meta_batch": 480, "inner_lr": FINE_TUNING[ways]}
         if ways == 20:
             given |= GLYPHS_OF_20.get(preset, {})
@@ -152,15 +154,15 @@ def _glyphs(ways: int, shots: int, presets: tuple[str, ...]) -> Table:
             f" To stay under half an hour, MAML and its variants take {tasks} of 2 queries a class an iteration (the "
             f"paper: 16 tasks){', and matching networks 4 tasks' if shots == 1 else ''}."
         )
-    title = f"Characters, {ways}-way {shots}-shot: accuracy in %, glyphs beside Omniglot"
+    title = f"Characters, {ways}-way {shots}-shot: accuracy in %, on glyphs; published on Omniglot"
     return Table(title, "Omniglot", tuple(cells), note=note)
 
 
 GLYPHS_ITERATIONS = {5: 8000, 20: 4000}
-FINE_TUNING = {5: 0.1, 20: 0.4}  # inner rates by ways: of 300 validation tasks' best after 10 steps
+FINE_TUNING = {5: 0.1, 20: 0.4}  # inner rates by ways, best after 10 steps on 300 validation tasks
 FINE_TUNED = {5: "0.05, 0.1, 0.2, 0.4, 1 and 2", 20: "0.1, 0.2, 0.4, 1, 2 and 4"}
 
-# 20 ways as in the paper: 5 inner steps of 16 tasks; here 4 (of 5 shots 2), so that a cell stays under half an hour.
+# 20-way settings. The paper uses 5 inner steps and 16 tasks. On glyphs, 4 tasks (5-shot: 2) keep a run below 30 min.
 OF_20 = {preset: {"inner_steps": 5, "test_steps": 5, "meta_batch": 16} for preset in ("maml", "fomaml")}
 SMALL = {"meta_batch": 4, "queries": 2}
 GLYPHS_OF_20 = {preset: {"inner_steps": 5, "test_steps": 5} | SMALL for preset in ("maml", "fomaml", "anil")}
@@ -168,7 +170,7 @@ GLYPHS_OF_20 |= {"meta-sgd": SMALL, "maml++": SMALL, "matching": {"meta_batch": 
 
 
 def _published_set(job: str, title: str, rows: dict[str, dict[tuple[int, int], tuple[str, str]]]) -> Table:
-    """rows: preset -> (ways, shots) -> the figure and whose it is."""
+    """A table of published scores. rows: preset -> (ways, shots) -> (score, source)."""
     cells = []
     for preset, of in rows.items():
         for (ways, shots), (figure, source) in of.items():

@@ -1,4 +1,4 @@
-"""The page's pictures."""
+"""The figures of the page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .cells import TABLES
 
 
 def adaptation(results: dict[str, Any], path: Path) -> bool:
-    """The paper's figures 3 and 6: MSE against adaptation steps, a panel for each K. False where there is nothing."""
+    """Figures 3 and 6 of the paper: MSE against adaptation steps, one panel per shot count. False without results."""
     tables = [t for t in TABLES if t.steps and any(cell.name in results for cell in t.cells)]
     if not tables:
         return False
@@ -34,8 +34,7 @@ def adaptation(results: dict[str, Any], path: Path) -> bool:
 
 
 def learning(results: dict[str, Any], path: Path) -> bool:
-    """Validation accuracy against the meta-iteration, of the runs on glyphs, a panel for each table. False where there
-    is nothing."""
+    """Validation accuracy against meta-iterations of the runs on glyphs, one panel per table. False without results."""
     tables = [t for t in TABLES if any(cell.job == "glyphs" and _curve(results, cell.name) for cell in t.cells)]
     if not tables:
         return False

@@ -1,4 +1,4 @@
-"""The page ``docs/results.md``: every cell of the tables, filled or with the command that fills it."""
+"""The page ``docs/results.md``: the result of every cell, or the command that produces it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEAD = (
 
 
 def markdown(results: dict[str, Any], sinusoid: str | None = None, learning: str | None = None) -> str:
-    """The page. ``sinusoid``, ``learning``: paths of the pictures (figures.py), from the page."""
+    """The page. ``sinusoid``, ``learning``: paths of the figures (figures.py), relative to the page."""
     parts = [HEAD]
     for table in TABLES:
         parts.append(f"## {table.title}")
@@ -51,9 +51,9 @@ def markdown(results: dict[str, Any], sinusoid: str | None = None, learning: str
 
 def _rows(table: Table, cells: Iterable[Cell], results: dict[str, Any]) -> list[str]:
     steps = [f"{count} step{'s' * (count != 1)}" for count in table.steps]
-    head = ["", *(steps or ["here"]), table.beside, "steps in test", "wall, min", "CPU, min", "commit"]
+    head = ["", *(steps or ["maml_cuda"]), table.published_heading, "test steps", "wall, min", "CPU, min", "commit"]
     if steps:
-        head.remove("steps in test")
+        head.remove("test steps")
     return _table(head, [_row(table, cell, results[cell.name]) for cell in cells])
 
 
@@ -69,15 +69,15 @@ def _row(table: Table, cell: Cell, run: dict[str, Any]) -> list[str]:
     test = [] if table.steps else [str(run["reported"]["steps"]) if len(run["steps"]) > 1 else "–"]
     row = cell.row
     if "ensemble" in run:
-        row += f", vote of {len(run['ensemble']['iterations'])}"
-        scores = [f"{_score(run, run['ensemble']['reported'])} (the best alone: {scores[0]})"]
+        row += f", ensemble of {len(run['ensemble']['iterations'])}"
+        scores = [f"{_score(run, run['ensemble']['reported'])} (best single: {scores[0]})"]
     if run["batch_norm"] != "transductive":
         row += f", {run['batch_norm']} BatchNorm"
     return [row, *scores, published, *test, *cost, f"`{run['commit']}`"]
 
 
 def _at(run: dict[str, Any], count: int) -> str:
-    """The score after so many steps; where none are taken, that without any."""
+    """The score after ``count`` steps; for methods without adaptation, their only score."""
     row = run["steps"].index(count) if count in run["steps"] else 0
     return _score(run, {"mean": run["mean"][row], "ci95": run["ci95"][row]})
 
@@ -89,18 +89,18 @@ def _score(run: dict[str, Any], at: dict[str, float]) -> str:
 
 
 def _commands(table: Table, cells: Iterable[Cell]) -> list[str]:
-    """Cells that no run has filled yet, each with its command."""
+    """The cells without a result, each with its command."""
     cells = list(cells)
-    why = "on your own copy of the data" if cells[0].needs_data else "not run yet"
+    why = "needs your copy of the data" if cells[0].needs_data else "not run yet"
     lines = [
         [cell.row, " / ".join(cell.published) or "–", cell.source, f"`maml-cuda {shlex.join(cell.command)}`"]
         for cell in cells
     ]
-    return _table([why, table.beside, "", "command"], lines)
+    return _table([why, table.published_heading, "", "command"], lines)
 
 
 def _orders(table: Table, results: dict[str, Any]) -> str:
-    """For each task of the table, whether second order beats first order."""
+    """For each task of the table, whether second order is better than first order."""
     if table.steps:
         return ""
     scores: dict[str, dict[str, dict[str, float]]] = {}
@@ -116,16 +116,16 @@ def _verdict(second: dict[str, float], first: dict[str, float]) -> str:
     gain = 100 * (second["mean"] - first["mean"])
     width = 100 * hypot(second["ci95"], first["ci95"])
     if gain > width:
-        verdict = "Second order beats first order here"
+        verdict = "Second order is better than first order"
     elif gain < -width:
-        verdict = "Second order does **not** beat first order here: it is worse"
+        verdict = "Second order is **worse** than first order"
     else:
-        verdict = "Second order does **not** beat first order here beyond the intervals"
-    return f"{verdict}: {gain:+.1f} ± {width:.1f} points (one run each; the interval is of the test tasks alone)."
+        verdict = "Second order and first order do **not** differ beyond the intervals"
+    return f"{verdict}: {gain:+.1f} ± {width:.1f} points (one run each; the interval covers the test tasks only)."
 
 
 def _machines(results: dict[str, Any]) -> list[str]:
-    """Where and with what the cells were filled."""
+    """The machines and software of the runs."""
     groups: dict[str, list[str]] = {}
     for name, run in results.items():
         where = f"{run['machine']}, {run['threads']} threads, torch {run['torch']}, {run['backend']}"

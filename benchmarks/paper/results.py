@@ -1,4 +1,4 @@
-"""The figures of the runs that have been made, ``docs/results.json``: cell -> what its summary.json said."""
+"""The results of finished runs, ``docs/results.json``: cell name -> the kept part of its summary.json."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .cells import CELLS
 
 KEPT = ("metric", "steps", "mean", "ci95", "reported", "ensemble", "test_tasks", "test_shots", "test_queries")
 KEPT += ("batch_norm", "meta_iterations", "seconds", "cpu_seconds", "backend", "threads", "commit", "machine", "curve")
-POINTS = 40  # of a learning curve
+POINTS = 40  # at most, per learning curve
 
 
 def summaries(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """Of the runs in the folders: each a run, or a folder of runs. FileNotFoundError where one holds none."""
+    """The summaries of all runs in the folders, each a run or a folder of runs. FileNotFoundError if one has none."""
     found = []
     for folder in folders:
         paths = sorted(folder.glob("summary.json")) or sorted(folder.glob("*/summary.json"))
@@ -28,7 +28,7 @@ def summaries(folders: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def _curve(metrics: Path) -> dict[str, Any]:
-    """``curve``: the iteration and the mean score of groups of validations, at most POINTS of them; {} without any."""
+    """``curve``: (iteration, mean score) for at most POINTS groups of validations; {} without validations."""
     if not metrics.exists():
         return {}
     with metrics.open(newline="") as file:
@@ -41,20 +41,20 @@ def _curve(metrics: Path) -> dict[str, Any]:
 
 
 def merged(results: dict[str, Any], runs: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
-    """``results`` with the cells that the runs fill, in the order of the tables, and the runs that fill none.
+    """Adds runs to the results. Returns the results, ordered like the tables, and the runs that belong to no cell.
 
-    A run fills the cell whose settings it has; a later one takes the place of an earlier one.
+    A run belongs to the cell with its settings. A later run replaces an earlier one.
     """
-    results, strangers = dict(results), []
+    results, unknown = dict(results), []
     for run in runs:
         settings = run["settings"]
         name = next((name for name, cell in CELLS.items() if cell.is_of(settings)), None)
         if name is None:
-            strangers.append(f"{settings.get('job')} {settings.get('preset', '')}".strip())
+            unknown.append(f"{settings.get('job')} {settings.get('preset', '')}".strip())
             continue
         kept = {key: run[key] for key in KEPT if key in run}
         results[name] = kept | {"torch": run["versions"]["torch"]}
-    return {name: results[name] for name in CELLS if name in results}, strangers
+    return {name: results[name] for name in CELLS if name in results}, unknown
 
 
 def load(path: Path) -> dict[str, Any]:

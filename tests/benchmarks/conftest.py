@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.gpu import entrants, facts, machine, profile
+from benchmarks.gpu import facts, machine, profile, timing
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def emulation() -> Iterator[None]:
 @pytest.fixture
 def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shortest possible measurements: these tests read what is reported, never a time."""
-    monkeypatch.setattr(entrants, "ROUNDS", 2)
-    monkeypatch.setattr(entrants, "BURST", 1e-4)
+    monkeypatch.setattr(timing, "ROUNDS", 2)
+    monkeypatch.setattr(timing, "BURST", 1e-4)
     monkeypatch.setattr(facts, "REPEATS", 1)
     monkeypatch.setattr(profile, "STEPS", 1)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from benchmarks.gpu import __main__ as cli
 from benchmarks.gpu import (
+    baseline,
     cases,
-    ours,
-    proof,
+    fused,
+    implementations,
     record,
-    rivals,
-    sides,
     table,
+    verification,
 )
 
 SINUSOID = cases.Case("sinusoid-k1", 2, 2, emulated=True)
-OURS = sides.OURS
+MAML_CUDA = implementations.MAML_CUDA
 
 
 def gathered(pieces):
@@ -26,40 +26,40 @@ def gathered(pieces):
 
 
 def measured(case=SINUSOID):
-    return gathered(ours.measure(case, 1e-4))
+    return gathered(fused.measure(case, 1e-4))
 
 
-def beside(who, case=SINUSOID):
-    return gathered(rivals.measure(cases.Job(case, who, "float32", 60), 1e-4))
+def with_baseline(method, case=SINUSOID):
+    return gathered(baseline.measure(cases.Job(case, method, "float32", 60), 1e-4))
 
 
 def options_of(folder, *more):
     return cli.parse(["--emulated", "--quick", "--out", str(folder), *more])
 
 
-def spoil(monkeypatch, wrong):
-    """Ours, with a gradient that is off by a factor of `wrong(dtype, precision)`."""
-    right = sides.ours
+def change_gradient(monkeypatch, wrong):
+    """Multiplies the gradients of maml_cuda by `wrong(dtype, precision)`."""
+    right = implementations.fused
 
-    def spoiled_ours(precision, cuda_graphs):
+    def changed_fused(precision, cuda_graphs):
         def build(workload, model, tasks, first_order):
             step = right(precision, cuda_graphs)(workload, model, tasks, first_order)
 
-            def spoiled():
+            def changed():
                 step()
                 for p in model.parameters():
                     p.grad = p.grad * wrong(p.dtype, precision)
 
-            return spoiled
+            return changed
 
         return build
 
-    for module in (sides, proof, ours):
-        monkeypatch.setattr(module, "ours", spoiled_ours)
+    for module in (implementations, verification, fused):
+        monkeypatch.setattr(module, "fused", changed_fused)
 
 
 def statuses_of(found):
-    return {(side["who"], side["precision"]): side["status"] for side in found["sides"].values()}
+    return {(result["method"], result["precision"]): result["status"] for result in found["implementations"].values()}
 
 
 def table_of(**found):

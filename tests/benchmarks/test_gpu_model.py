@@ -1,4 +1,4 @@
-"""The model of the CUDA backend: what a meta-step launches may shrink, and never grows unseen."""
+"""The performance model of the CUDA backend. Launches and bytes of a meta-step must not grow unnoticed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tests import emulated
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
-# (meta-step, first order) -> kernels, and bytes of their operands, each read or written once. Smaller is progress:
-# write the new figures here. Larger is a change that has to be meant.
-HELD = {
+# (meta-step, first order) -> (kernels, bytes of their operands, each read or written once). If they shrink, enter the
+# new numbers. If they grow, the change must be intended.
+RECORDED = {
     ("sinusoid-k1 T=25", False): (2, 553632),
     ("sinusoid-k1 T=25", True): (2, 553632),
     ("sinusoid-k5 T=25", False): (2, 553632),
@@ -40,26 +40,25 @@ HELD = {
 }
 
 
-@pytest.mark.parametrize(("name", "first_order"), HELD)
+@pytest.mark.parametrize(("name", "first_order"), RECORDED)
 def test_a_meta_step_launches_and_moves_no_more_than_it_did(name: str, first_order: bool) -> None:
     step = model.meta_step(model.STEPS[name], "float32", first_order)
-    most_nodes, most_bytes = HELD[name, first_order]
+    most_nodes, most_bytes = RECORDED[name, first_order]
     assert len(step.launches) <= most_nodes
     assert step.bytes <= most_bytes * (1 + 1e-9)
-    if step.executor == "batched":  # as many kernels in every precision, on operands of the same size
+    if step.executor == "batched":  # every precision has the same number of kernels and bytes
         other = model.meta_step(model.STEPS[name], "bf16x3", first_order)
         assert (len(other.launches), other.bytes) == (len(step.launches), step.bytes)
 
 
-def test_every_meta_step_is_held() -> None:
-    assert {name for name, _ in HELD} == set(model.STEPS)
+def test_every_meta_step_is_recorded() -> None:
+    assert {name for name, _ in RECORDED} == set(model.STEPS)
 
 
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize(("name", "slack"), [("policy T=20", 1e-9), ("omniglot T=4", 0.1), ("mini-imagenet T=4", 0.1)])
 def test_flop_are_those_of_the_products(name: str, slack: float, first_order: bool) -> None:
-    """Counted from the model's layers. A stem takes its statistics by products of their own, and its gradients from
-    their sums."""
+    """The FLOP count from the layers of the model. A first convolution adds products for its statistics."""
     workload = model.STEPS[name]
     net, tasks = dataclasses.replace(workload, tasks=1).build()
     expected = flops.meta_step_flops(dataclasses.replace(workload), net, tasks, first_order)
@@ -138,7 +137,7 @@ def test_every_precision_has_kernels_of_its_own() -> None:
     for precision in model.PRECISIONS:
         step = model.meta_step(model.STEPS["omniglot T=4"], precision)
         assert {found.precision for found in step.launches if found.tile} == {precision}
-        aside = [found.kernel for found in step.launches if found.branch]  # what the query needs of no parameter
+        aside = [found.kernel for found in step.launches if found.branch]  # query values that depend on no parameter
         assert len(aside) == 2
         assert all("patch_" in kernel for kernel in aside)
 
@@ -177,7 +176,7 @@ def test_every_launched_kernel_is_in_the_library() -> None:
 
 @pytest.mark.skipif(not registers.usage(), reason="no kernels in this build, or no cuobjdump")
 def test_the_emulation_counts_shared_memory_as_the_compiler_does() -> None:
-    """Of kernels whose launch gives them more, so that limits are met here where they are met on a GPU."""
+    """For kernels with dynamic shared memory, so that the emulation enforces the limits of a GPU."""
     found = []
     for name in ("sinusoid-k1 T=25", "omniglot T=4", "mini-imagenet T=4"):
         _, launches = model.logged_launches(model.STEPS[name], "tf32", False)
@@ -191,7 +190,7 @@ def test_the_emulation_counts_shared_memory_as_the_compiler_does() -> None:
 
 @pytest.mark.skipif(not registers.usage(), reason="no kernels in this build, or no cuobjdump")
 def test_shared_memory_of_kernels_is_what_they_declare() -> None:
-    """Beside it the system's own share of a block is a constant of the model, which must not be counted twice."""
+    """The memory that the system reserves per block is a constant of the model and must not be counted twice."""
     shared = {name: used.shared for name, used in registers.usage().items()}
     assert {bytes_ for name, bytes_ in shared.items() if "::patch_moments_kernel<float>" in name} == {14 * 256}
     assert {bytes_ for name, bytes_ in shared.items() if "::copy_kernel<float>" in name} == {0}
@@ -199,7 +198,7 @@ def test_shared_memory_of_kernels_is_what_they_declare() -> None:
 
 @pytest.mark.parametrize("first_order", [False, True])
 def test_flop_of_a_pooled_stem_are_counted_once(first_order: bool) -> None:
-    """Those of the plain products, and its Gram matrix."""
+    """The FLOP of the direct products and of the Gram matrix."""
     workload = model.STEPS["mini-imagenet T=4"]
     net, tasks = dataclasses.replace(workload, tasks=1).build()
     gram = 84 * 84 * 28 * 29 * (workload.support + workload.query) * workload.tasks
@@ -208,7 +207,7 @@ def test_flop_of_a_pooled_stem_are_counted_once(first_order: bool) -> None:
 
 
 def test_the_documentation_shows_this_model(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its constants, and of every meta-step what needs no registers."""
+    """docs/gpu.md has the constants, and the columns of every meta-step that do not depend on registers."""
     docs = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
     model.main(["--constants"])
     for line in capsys.readouterr().out.splitlines():

@@ -1,4 +1,4 @@
-"""The machinery under the command for a GPU: shares of the time, processes that die, the programs it runs."""
+"""The parts of the GPU benchmark: time limits, processes that crash, external programs."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ import torch
 
 from benchmarks import worker
 from benchmarks.gpu import __main__ as cli
-from benchmarks.gpu import check, jax_rival, parts, record
+from benchmarks.gpu import check, jax_meta_step, parts, record
 
 
-def dawdle(run, seconds):
+def wait(run, seconds):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(0.01)
 
 
 def run_in(folder, seconds, *more):
-    """A run of so many seconds, beside those that it keeps free."""
+    """A run with this many seconds, plus its reserve."""
     return record.Run(cli.parse(["--out", str(folder), "--seconds", str(seconds + record.RESERVE), *more]))
 
 
-def test_every_step_keeps_to_its_share(tmp_path, monkeypatch):
+def test_every_step_keeps_to_its_share_of_the_time(tmp_path, monkeypatch):
     given = {}
 
     def step(name, most, least, part=""):
         def do(run, seconds):
             given[name] = seconds
-            dawdle(run, seconds)
+            wait(run, seconds)
 
         return parts.Step(name, part, do, most, least)
 
@@ -46,7 +46,7 @@ def test_every_step_keeps_to_its_share(tmp_path, monkeypatch):
     assert given["short"] <= 0.1
     assert 0.2 < given["last"] <= 0.35
     assert run.elapsed() < 1.3
-    assert list(tmp_path.iterdir()) == []  # nothing is written of a device without a name
+    assert list(tmp_path.iterdir()) == []  # nothing is written before the device has a name
 
 
 JOBS = """
@@ -56,7 +56,7 @@ def well():
     yield {"a": {"b": 1}}
     yield {"a": {"c": os.getpid()}}
 
-def dies():
+def crashes():
     yield {"before": True}
     os._exit(7)
 
@@ -70,14 +70,14 @@ def raises():
 """
 
 
-def test_a_job_apart_costs_only_itself(tmp_path, monkeypatch):
+def test_a_failing_job_does_not_affect_the_next_one(tmp_path, monkeypatch):
     (tmp_path / "some_gpu_jobs.py").write_text(JOBS)
     monkeypatch.syspath_prepend(str(tmp_path))
     run = run_in(tmp_path / "out", 100.0)
     try:
         for job, seconds, end, reason in (
-            ("dies", 30, "failed", "its process died (exit code 7)"),
-            ("hangs", 3, "stopped", "stopped after its 3 seconds"),
+            ("crashes", 30, "failed", "the process ended with exit code 7"),
+            ("hangs", 3, "stopped", "stopped at its time limit of 3 s"),
             ("raises", 30, "failed", "ValueError: no"),
         ):
             found = {}
@@ -108,7 +108,7 @@ def test_every_piece_is_written_at_once(tmp_path, monkeypatch):
     assert written == [{"gpu": {"name": "Abacus"}}, {"gpu": {"name": "Abacus"}, "driver": "1"}]
 
 
-def test_a_module_built_beforehand(tmp_path, monkeypatch):
+def test_prebuilt_module(tmp_path, monkeypatch):
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     (tmp_path / "maml_cuda").mkdir()
     monkeypatch.setattr(check, "ROOT", tmp_path)
@@ -116,9 +116,9 @@ def test_a_module_built_beforehand(tmp_path, monkeypatch):
     for module in (right, other):
         module.write_bytes(b"code")
     monkeypatch.setattr(check, "installed", lambda: {"cuda": "13.0"})
-    assert check.prebuilt(right) == {"build_info": {"cuda": "13.0"}, "build": "was built beforehand"}
+    assert check.prebuilt(right) == {"build_info": {"cuda": "13.0"}, "build": "prebuilt"}
     assert (tmp_path / "maml_cuda" / right.name).read_bytes() == b"code"
-    with pytest.raises(worker.Failed, match=r"of this Python, named _core\.\S+, got _core\.cpython-27-sparc\.so"):
+    with pytest.raises(worker.Failed, match=r"for this Python, named _core\.\S+, got _core\.cpython-27-sparc\.so"):
         check.prebuilt(other)
     with pytest.raises(worker.Failed, match=r"--prebuilt must be a file, got .*absent"):
         check.prebuilt(tmp_path / "absent")
@@ -133,7 +133,7 @@ def test_a_module_built_beforehand(tmp_path, monkeypatch):
     [
         ("echo 'Section: GPU Speed Of Light Throughput'", None, "1 launches in report.txt"),
         ("echo no permission; exit 1", worker.Failed, "ncu ended with exit code 1\nno permission"),
-        ("echo begun; sleep 60", worker.Stopped, "stopped after 2 seconds; what it had printed is in report.txt"),
+        ("echo begun; sleep 60", worker.TimedOut, "stopped after 2 seconds; the output until then is in report.txt"),
     ],
 )
 def test_nsight(script, error, expected, tmp_path, monkeypatch):
@@ -174,13 +174,13 @@ def test_a_build_goes_on_without_pip(monkeypatch):
 
 def test_limit():
     begin = time.monotonic()
-    with pytest.raises(worker.OutOfTime), worker.limit(0.05):
+    with pytest.raises(worker.TimeLimitExceeded), worker.time_limit(0.05):
         time.sleep(20)
     assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_suite_is_counted_also_when_it_is_cut_short(tmp_path, workers):
+def test_tests_are_counted_also_after_a_timeout(tmp_path, workers):
     suite = tmp_path / "test_suite.py"
     suite.write_text(
         "import os, time, pytest\n"
@@ -196,13 +196,13 @@ def test_the_suite_is_counted_also_when_it_is_cut_short(tmp_path, workers):
     assert [name.partition("::")[2] for name in found["not_passed"]] == ["test_bad"]
     assert any("assert 1 == 2" in line for line in found["last_lines"])
     suite.write_text("import time\ndef test_good(): pass\ndef test_slow(): time.sleep(600)\n")
-    found = check.tests("abacus", (str(suite),), 1 + 3 * took, workers)  # enough to begin, on a busy machine too
+    found = check.tests("abacus", (str(suite),), 1 + 3 * took, workers)  # enough to start, also on a busy machine
     assert found["counts"] == {"passed": 1}
     assert found["exit_code"] is None
     assert found["notes"][-1].startswith("stopped after ")
 
 
-def test_missing_tools_are_skipped_in_words(tmp_path, monkeypatch):
+def test_missing_tools_are_skipped_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(check, "tool", lambda name: None)
     with pytest.raises(check.Skipped, match="compute-sanitizer is not installed"):
         check.sanitizer("memcheck", 1)
@@ -212,15 +212,15 @@ def test_missing_tools_are_skipped_in_words(tmp_path, monkeypatch):
     with pytest.raises(check.Skipped, match="pytest is not installed"):
         check.tests("cuda", check.TESTS, 1, 1)
     with pytest.raises(ModuleNotFoundError, match="JAX is not installed"):
-        jax_rival.JaxStep("float32", None, None, None, False)
+        jax_meta_step.JaxStep("float32", None, None, None, False)
 
 
 @pytest.mark.parametrize(
     ("printed", "code", "verdict"),
     [
         ("========= ERROR SUMMARY: 0 errors", 0, "clean"),
-        ("========= ERROR SUMMARY: 2 errors", 86, "found something"),
-        ("Segmentation fault", 139, "did not come to its end"),
+        ("========= ERROR SUMMARY: 2 errors", 86, "found errors"),
+        ("Segmentation fault", 139, "did not finish"),
     ],
 )
 def test_sanitizer(printed, code, verdict, tmp_path, monkeypatch):
@@ -233,7 +233,7 @@ def test_sanitizer(printed, code, verdict, tmp_path, monkeypatch):
     assert found["summary"] == (printed[10:] if "SUMMARY" in printed else None)
 
 
-def test_no_gpu_is_said(monkeypatch):
+def test_a_missing_gpu_is_reported(monkeypatch):
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(is_available=lambda: False))
-    with pytest.raises(worker.Failed, match="there is no NVIDIA GPU here"):
+    with pytest.raises(worker.Failed, match="there is no NVIDIA GPU"):
         list(check.describe(False))

@@ -1,4 +1,4 @@
-"""The results page: cells found by their settings, merged, shown with the figure beside them or with their command."""
+"""The results page: finding cells by their settings, merging results, and the text of the page."""
 
 import json
 from dataclasses import replace
@@ -19,7 +19,7 @@ def test_the_page_is_written_from_the_kept_figures() -> None:
 
 
 def summary(name: str, mean: float, **given) -> dict:
-    """What a run of the cell leaves, with a made-up score."""
+    """The summary.json of a run of the cell, with an invented score."""
     settings = CELLS[name].settings()
     steps = [0] if settings["told"] or settings["algorithm"] == "nearest-pixel" else list(range(11))
     accuracy = settings["job"] != "sinusoid"
@@ -51,7 +51,7 @@ def page(*runs: dict) -> str:
     return markdown(results.merged({}, runs)[0])
 
 
-def test_every_cell_is_a_whole_setting_of_its_own_and_says_its_command() -> None:
+def test_cells_have_different_settings_and_a_command() -> None:
     assert len(CELLS) == sum(len(table.cells) for table in TABLES)  # no two of one name
     for name, cell in CELLS.items():
         settings = cell.settings()
@@ -61,7 +61,7 @@ def test_every_cell_is_a_whole_setting_of_its_own_and_says_its_command() -> None
 
 
 @pytest.mark.parametrize("name", ["glyphs-5way-1shot-nearest-pixel", "sinusoid-10shot-random"])
-def test_the_command_of_a_cell_makes_a_run_that_fills_it(tmp_path, capsys, name: str) -> None:
+def test_the_command_of_a_cell_produces_its_result(tmp_path, capsys, name: str) -> None:
     docs, out = tmp_path / "docs", tmp_path / "runs"
     short = ["--docs", str(docs), "--out", str(out)]
     cell = CELLS[name]
@@ -79,7 +79,7 @@ def test_the_command_of_a_cell_makes_a_run_that_fills_it(tmp_path, capsys, name:
     assert f"{name} (filled)\n" in capsys.readouterr().out
 
 
-def test_a_cell_is_run_and_an_interrupted_one_goes_on(tmp_path, monkeypatch) -> None:
+def test_a_cell_runs_and_an_interrupted_run_resumes(tmp_path, monkeypatch) -> None:
     name, called = "omniglot-5way-1shot-maml", []
 
     def train(arguments):
@@ -97,7 +97,7 @@ def test_a_cell_is_run_and_an_interrupted_one_goes_on(tmp_path, monkeypatch) -> 
     assert called[1] == ["train", "--resume", run, "--data", "here", "--threads", "1"]
 
 
-def test_runs_are_merged_over_what_is_known_and_strangers_are_named(tmp_path, capsys) -> None:
+def test_runs_are_merged_and_unknown_runs_are_reported(tmp_path, capsys) -> None:
     docs, runs = tmp_path / "docs", tmp_path / "runs"
     for folder, run in {
         "a": summary("glyphs-5way-1shot-maml", 0.5),
@@ -124,7 +124,7 @@ def test_runs_are_merged_over_what_is_known_and_strangers_are_named(tmp_path, ca
         paper.main([str(docs), "--docs", str(docs)])
 
 
-def test_a_row_says_score_interval_published_figure_times_and_commit() -> None:
+def test_a_row_has_score_interval_published_score_times_and_commit() -> None:
     text = page(summary("glyphs-5way-1shot-maml", 0.88), summary("sinusoid-5shot-maml", 0.6))
     assert "| MAML | 88.3 ± 1.0 | 98.7 ± 0.4 (Finn et al. 2017) | 3 | 2.0 | 1.0 | `abc1234` |" in text
     assert (
@@ -134,35 +134,35 @@ def test_a_row_says_score_interval_published_figure_times_and_commit() -> None:
     assert "- a machine, 2 cores, 2 threads, torch 2.13.0, cpu: sinusoid-5shot-maml, glyphs-5way-1shot-maml" in text
 
 
-def test_what_takes_no_step_stands_in_every_column_and_what_learns_nothing_has_no_time() -> None:
+def test_methods_without_adaptation_fill_all_columns_and_without_training_have_no_time() -> None:
     text = page(summary("sinusoid-5shot-oracle", 0.02), summary("glyphs-5way-1shot-nearest-pixel", 0.5))
-    assert "| oracle, without a step | 0.020 ± 0.010 | 0.020 ± 0.010 | 0.020 ± 0.010 | – | 2.0 | 1.0 |" in text
+    assert "| oracle, no adaptation | 0.020 ± 0.010 | 0.020 ± 0.010 | 0.020 ± 0.010 | – | 2.0 | 1.0 |" in text
     assert "| nearest pixel | 50.0 ± 1.0 | – | – | – | – | `abc1234` |" in text
 
 
-def test_a_vote_is_said_beside_the_best_alone() -> None:
+def test_an_ensemble_is_shown_with_its_best_member() -> None:
     voted = {"iterations": [5, 3], "mean": [], "ci95": [], "reported": {"steps": 5, "mean": 0.91, "ci95": 0.01}}
     text = page(summary("glyphs-5way-1shot-maml++", 0.88, ensemble=voted, batch_norm="per_step"))
-    assert "| MAML++, vote of 2, per_step BatchNorm | 91.0 ± 1.0 (the best alone: 88.5 ± 1.0) |" in text
+    assert "| MAML++, ensemble of 2, per_step BatchNorm | 91.0 ± 1.0 (best single: 88.5 ± 1.0) |" in text
 
 
 @pytest.mark.parametrize(
     ("second", "first", "verdict"),
     [
-        (0.80, 0.70, "Second order beats first order here: +10.0 ± 1.4 points"),
-        (0.80, 0.79, "Second order does **not** beat first order here beyond the intervals: +1.0 ± 1.4 points"),
-        (0.70, 0.80, "Second order does **not** beat first order here: it is worse: -10.0 ± 1.4 points"),
+        (0.80, 0.70, "Second order is better than first order: +10.0 ± 1.4 points"),
+        (0.80, 0.79, "Second order and first order do **not** differ beyond the intervals: +1.0 ± 1.4 points"),
+        (0.70, 0.80, "Second order is **worse** than first order: -10.0 ± 1.4 points"),
     ],
 )
-def test_the_page_says_whether_second_order_pays(second: float, first: float, verdict: str) -> None:
+def test_the_page_compares_second_and_first_order(second: float, first: float, verdict: str) -> None:
     both = page(summary("glyphs-20way-1shot-maml", second), summary("glyphs-20way-1shot-fomaml", first))
     assert verdict in both
-    assert "first order here" not in page(summary("glyphs-20way-1shot-maml", second))
+    assert "(one run each" not in page(summary("glyphs-20way-1shot-maml", second))
 
 
 def test_second_and_first_order_are_compared_on_the_same_task() -> None:
     text = page(summary("mini-imagenet-5way-1shot-maml", 0.5), summary("mini-imagenet-5way-5shot-fomaml", 0.6))
-    assert "first order here" not in text
+    assert "(one run each" not in text
 
 
 def test_the_figure_needs_a_sinusoid(tmp_path) -> None:

@@ -369,6 +369,8 @@ def test_a_network_of_its_own_size():
 def test_the_benchmark_proves_before_it_times(monkeypatch):
     milliseconds = rl_policy.run(2, 20, 0.01, ["maml_cuda", "autograd loop"], fisher=True)
     assert min(milliseconds.values()) > 0
-    monkeypatch.setitem(rl_policy.SIDES, "maml_cuda", lambda model, data: rl_policy.ours(model, [*data[:3], data[1]]))
-    with pytest.raises(rl_policy.WrongAnswer, match="maml_cuda: the meta-gradient must be within"):
+    monkeypatch.setitem(
+        rl_policy.IMPLEMENTATIONS, "maml_cuda", lambda model, data: rl_policy.fused(model, [*data[:3], data[1]])
+    )
+    with pytest.raises(rl_policy.WrongGradient, match="maml_cuda: the meta-gradient must be within"):
         rl_policy.run(2, 20, 0.01, ["maml_cuda"], fisher=False)

@@ -9,7 +9,7 @@ from torch.distributions import Categorical, Distribution, Independent, Normal, 
 from torch.func import functional_call
 
 from benchmarks import rl_iteration
-from benchmarks.proof import WrongAnswer
+from benchmarks.verification import WrongGradient
 from maml_cuda import FusedMAML, PolicyTarget
 from maml_cuda.rl.inner import MetaSamples, Samples, adapt_policies
 from maml_cuda.rl.outer import clipped, conjugate_gradients, dot, trpo, vpg
@@ -362,8 +362,8 @@ def test_conjugate_gradients_solve() -> None:
 
 def test_the_benchmark_of_an_iteration_proves_before_it_times(monkeypatch):
     assert min(rl_iteration.run(3, 20, 0.01).values()) > 0
-    wrong = copy.deepcopy(rl_iteration.SIDES)
+    wrong = copy.deepcopy(rl_iteration.IMPLEMENTATIONS)
     wrong["autograd"] = lambda model: FusedMAML(model, 2 * rl_iteration.RATE, 1, loss=rl_iteration.LOSS)
-    monkeypatch.setattr(rl_iteration, "SIDES", wrong)
-    with pytest.raises(WrongAnswer, match="within 1e-09 of autograd's"):
+    monkeypatch.setattr(rl_iteration, "IMPLEMENTATIONS", wrong)
+    with pytest.raises(WrongGradient, match="within 1e-09 of autograd's"):
         rl_iteration.run(3, 20, 0.01)

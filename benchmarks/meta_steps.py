@@ -1,8 +1,8 @@
-"""Who computes a meta-step: we, and the rivals that torch itself is enough for.
+"""Meta-steps of maml_cuda, and of the baselines that need only torch.
 
-Each builder returns a step without arguments that leaves the mean meta-gradient over tasks in the parameters'
-`.grad`. Each rival is the fastest exact form of its idea that we know; a faster one that passes the proof is
-welcome.
+A builder returns a step: a function without arguments that writes the meta-gradient, the mean over tasks, to the
+parameters' `.grad`. Each baseline is the fastest exact variant of its method that we know. Faster ones that pass the
+verification are welcome.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def clear(parameters: list[nn.Parameter]) -> None:
 
 
 def descend(params: Parameters, grads: Parameters, rate: float) -> Parameters:
-    """One SGD step out of place: `p - rate * g`, one operation a parameter."""
+    """One SGD step out of place, `p - rate * g`, as one operation per parameter."""
     return {name: torch.sub(p, grads[name], alpha=rate) for name, p in params.items()}
 
 
 def fused(backend: str, through_autograd: bool = False) -> Builder:
-    """Ours, with the named backend; the benchmark asks for "fused", so that a fallback is an error.
+    """maml_cuda on the named backend. With "fused", a fallback to the reference is an error.
 
-    It is `maml.backward`, or through autograd a call and its `loss.backward()`.
+    The step is `maml.backward`, or `maml(...).loss.backward()` if `through_autograd`.
     """
     return partial(fused_step, backend, through_autograd)
 
@@ -50,7 +50,7 @@ def fused_step(
     maml = FusedMAML(
         model, workload.inner_lr, workload.inner_steps, loss=workload.loss, first_order=first_order, backend=backend
     )
-    parameters = list(model.parameters())  # once: walking the modules costs as much as a small step
+    parameters = list(model.parameters())  # listed once: iterating over modules takes as long as a small meta-step
 
     def step() -> None:
         clear(parameters)
@@ -64,10 +64,10 @@ def fused_step(
 
 
 def autograd_loop(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool) -> Step:
-    """One task at a time; its backward runs before the next task, so that one graph is alive at a time.
+    """A loop over tasks. Each backward pass runs before the next task, so that only one graph exists at a time.
 
-    Plain NCHW: the convolutions were not faster with channels last (tried on two x86-64 cores).
-    First order keeps no graph of the inner gradients; theta is then reached through the subtractions alone.
+    Images are in NCHW layout; channels last was not faster on two x86-64 cores. First order builds no graph of the
+    inner gradients, so that the parameters are reached through the subtractions only.
     """
     loss = LOSSES[workload.loss]
     params = dict(model.named_parameters())
@@ -88,10 +88,10 @@ def autograd_loop(workload: Workload, model: nn.Module, tasks: Tasks, first_orde
 
 
 def mean_gradient(workload: Workload, model: nn.Module, first_order: bool) -> Callable[..., Parameters]:
-    """`(parameters, *tasks)` to the meta-gradient, all tasks at once: `vmap(grad(task))`, then the mean.
+    """A function from `(parameters, *tasks)` to the meta-gradient: `vmap(grad(task))`, then the mean over tasks.
 
-    The gradient is taken inside the vmap. `grad` of a vmapped mean, the order of PyTorch's own example, is
-    silently wrong with BatchNorm (seen with torch 2.13), and the proof would refuse it.
+    The order matters: `grad` of a vmapped mean, as in PyTorch's own example, silently gives wrong gradients with
+    BatchNorm (seen with torch 2.13).
     """
     loss = LOSSES[workload.loss]
 
@@ -122,17 +122,18 @@ def mean_gradient(workload: Workload, model: nn.Module, first_order: bool) -> Ca
 
 
 def func_vmap(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool) -> Step:
-    return assigning(mean_gradient(workload, model, first_order), model, tasks)
+    return step_of(mean_gradient(workload, model, first_order), model, tasks)
 
 
 def compiled(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool) -> Step:
-    """torch.compile around all of torch.func's step, in one graph, for these shapes alone."""
+    """torch.compile of the whole meta-step of torch.func: one graph, with static shapes."""
     torch._dynamo.reset()
     gradient = mean_gradient(workload, model, first_order)
-    return assigning(torch.compile(gradient, fullgraph=True, dynamic=False), model, tasks)
+    return step_of(torch.compile(gradient, fullgraph=True, dynamic=False), model, tasks)
 
 
-def assigning(gradient: Callable[..., Parameters], model: nn.Module, tasks: Tasks) -> Step:
+def step_of(gradient: Callable[..., Parameters], model: nn.Module, tasks: Tasks) -> Step:
+    """A step that assigns the result of `gradient` to the parameters' `.grad`."""
     parameters = list(model.parameters())
     params = {name: p.detach() for name, p in model.named_parameters()}
 

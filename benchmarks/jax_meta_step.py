@@ -1,6 +1,6 @@
-"""JAX's own meta-step, jit(vmap(...)): reverse over reverse, and forward over reverse as maml_cuda does it.
+"""A meta-step in JAX, jit(vmap(...)): reverse over reverse, or forward over reverse, which maml_cuda uses.
 
-The inner steps are written out, not scanned: XLA then fuses across them, and takes longer to compile.
+The inner loop is unrolled instead of scanned, so that XLA can fuse across inner steps; compiling takes longer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .rivals import Step
+from .meta_steps import Step
 from .workloads import Tasks, Workload
 
 Array = Any
@@ -30,18 +30,18 @@ def jax_forward(workload: Workload, model: nn.Module, tasks: Tasks, first_order:
 
 
 class JaxStep:
-    """Waits for its result; `copy_gradient`, not timed, leaves it in the model."""
+    """A meta-step that waits for its result. `copy_gradient` (not timed) copies it to the model's `.grad`."""
 
     def __init__(
         self, of_task: Callable, workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool
     ) -> None:
         if importlib.util.find_spec("jax") is None:
             raise ModuleNotFoundError("JAX is not installed")
-        # XLA's own pool is as large as the machine unless told otherwise, and it reads this once.
+        # The size of XLA's thread pool, read once; the default is all cores.
         os.environ.setdefault("NPROC", str(torch.get_num_threads()))
         import jax
 
-        jax.config.update("jax_enable_x64", True)  # float32 arrays stay what they are
+        jax.config.update("jax_enable_x64", True)  # for verification; float32 arrays stay float32
         from .jax_nets import LOSSES, net
 
         forward, criterion = net(model), LOSSES[workload.loss]
@@ -93,7 +93,7 @@ def reverse_over_reverse(
     loss: Callable, steps: int, rate: float, first_order: bool,
     theta: Theta, x_spt: Array, y_spt: Array, x_qry: Array, y_qry: Array,
 ) -> Theta:  # fmt: skip
-    """The gradient of the adapted loss, through the inner gradients; of one task."""
+    """The meta-gradient of one task, by reverse mode through the inner gradients."""
     import jax
 
     def adapt(start: Theta) -> Theta:
@@ -110,7 +110,7 @@ def forward_over_reverse(
     loss: Callable, steps: int, rate: float, first_order: bool,
     theta: Theta, x_spt: Array, y_spt: Array, x_qry: Array, y_qry: Array,
 ) -> Theta:  # fmt: skip
-    """The same by Hessian-vector products, each the tangent of an inner gradient."""
+    """The meta-gradient of one task, by Hessian-vector products: tangents of the inner gradients."""
     import jax
 
     def inner_gradient(at: Theta) -> Theta:

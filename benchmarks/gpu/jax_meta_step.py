@@ -1,6 +1,6 @@
-"""JAX's own meta-step, jit(vmap(grad)), of nets of Linear layers and ReLU: beside torch in one process, if installed.
+"""A meta-step in JAX, jit(vmap(grad)), for networks of Linear layers and ReLU. It runs in one process with torch.
 
-Its convolutions, batched over tasks by vmap, become grouped ones, far behind on the CPU; they are not rebuilt here.
+Convolutions are not implemented: vmap over tasks turns them into grouped convolutions, which are slow in XLA.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..rivals import Builder
+from ..meta_steps import Builder
 from ..workloads import Tasks, Workload
 
 MATMUL = {"float32": "highest", "tf32": "tensorfloat32"}
@@ -23,22 +23,22 @@ def builder(precision: str) -> Builder:
 
 
 class JaxStep:
-    """A step; `wait` until its work is done. `copy_gradient`, not timed, leaves the gradient in the model."""
+    """An asynchronous meta-step. `wait` waits for its result; `copy_gradient` (not timed) copies it to the model."""
 
     def __init__(self, precision: str, workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool) -> None:
         if importlib.util.find_spec("jax") is None:
             raise ModuleNotFoundError("JAX is not installed")
         linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
         if not (isinstance(model, nn.Sequential) and all(isinstance(m, (nn.Linear, nn.ReLU)) for m in model)):
-            raise NotImplementedError("only nets of Linear layers and ReLU are written in JAX here")
+            raise NotImplementedError("the JAX baseline supports only networks of Linear layers and ReLU")
         if workload.loss != "mse":
-            raise NotImplementedError("only the squared error is written in JAX here")
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory, too
+            raise NotImplementedError("the JAX baseline supports only the squared error")
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory for torch
         import jax
 
         on_gpu = tasks.x_spt.is_cuda
         if on_gpu and jax.default_backend() != "gpu":
-            raise RuntimeError(f"JAX sees no GPU, its backend is {jax.default_backend()}")
+            raise RuntimeError(f"JAX finds no GPU; its backend is {jax.default_backend()}")
         self._jax = jax
         self._parameters = [p for m in linears for p in (m.weight, m.bias)]
         self._theta = [array(p) for p in self._parameters]
@@ -61,7 +61,7 @@ class JaxStep:
             p.grad = torch.from_numpy(numpy.array(g)).to(p)
 
     def peak(self) -> int | None:
-        """Bytes, of the process; None where JAX does not say."""
+        """Peak bytes of the process; None if JAX does not report them."""
         stats = self._jax.devices()[0].memory_stats() or {}
         return stats.get("peak_bytes_in_use")
 

@@ -1,4 +1,4 @@
-"""One side of a case in a process of its own: jobs (worker.py) that prove it, and run it when its turn comes."""
+"""The jobs of a worker process (worker.py): verify one implementation, and time it block by block."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from typing import Any
 import torch
 
 from .memory import peak_bytes
-from .proof import WrongAnswer, prove
-from .rivals import Builder, Step
+from .meta_steps import Builder, Step
 from .timing import run_block, sgemm
+from .verification import WrongGradient, verify
 from .workloads import Workload
 
 Piece = dict[str, Any]
 
-_step: Step  # of this process
+_step: Step  # what this process times
 
 
 def prepare(
     build: Builder, workload: Workload, first_order: bool, expected: Mapping[str, Any], threads: int, seconds: float
 ) -> Iterator[Piece]:
-    """Builds and proves the side and warms it up for so many seconds.
+    """Builds and verifies an implementation, measures its memory and warms it up for the given seconds.
 
-    Status "proven" with errors, memory and what a step takes; or "wrong" or "missing" with the reason in words.
-    `expected` are arrays of numpy, which travel as they are.
+    `expected`: the float64 gradients as numpy arrays. Yields the status "verified" with errors, memory and the seconds
+    of a step; or "wrong" or "missing" with the reason.
     """
     global _step
     torch.set_num_threads(threads)
     model, tasks = workload.build()
     begin = perf_counter()
     try:
-        truth = {name: torch.from_numpy(grad) for name, grad in expected.items()}
-        float64, float32, _step = prove(build, workload, model, tasks, first_order, truth)
-    except WrongAnswer as error:
+        reference = {name: torch.from_numpy(grad) for name, grad in expected.items()}
+        float64, float32, _step = verify(build, workload, model, tasks, first_order, reference)
+    except WrongGradient as error:
         yield {"status": "wrong", "reason": str(error)}
         return
     except ModuleNotFoundError as error:
@@ -46,10 +46,11 @@ def prepare(
         found["note"] = note
     begin = perf_counter()
     peak = peak_bytes(_step)
-    yield {"status": "proven", **found, "peak_bytes": peak, **warm_up(seconds, perf_counter() - begin)}
+    yield {"status": "verified", **found, "peak_bytes": peak, **warm_up(seconds, perf_counter() - begin)}
 
 
 def prepare_sgemm(threads: int, seconds: float) -> Iterator[Piece]:
+    """Prepares the matrix product whose rate the meta-steps are compared with."""
     global _step
     torch.set_num_threads(threads)
     _step = sgemm()
@@ -57,14 +58,15 @@ def prepare_sgemm(threads: int, seconds: float) -> Iterator[Piece]:
 
 
 def warm_up(seconds: float, once: float = 0.0) -> Piece:
-    """For so many seconds, unless a step takes longer (`once`) and has just run."""
+    """Runs the step for the given seconds; not if one step, which has just run, takes longer (`once`)."""
     if once < seconds:
         once = run_block(_step, seconds).wall[-1]
     gc.collect()
-    gc.freeze()  # spares each block's collection a walk through all that was imported
+    gc.freeze()  # the collections before each block skip the objects of imported modules
     return {"once": once}
 
 
 def block(seconds: float) -> Iterator[Piece]:
+    """Times the step for the given seconds."""
     timing = run_block(_step, seconds)
     yield {"wall": timing.wall, "cpu": timing.cpu}

@@ -1,4 +1,4 @@
-"""Prove before timing: a side's meta-gradient against the float64 reference, on the inputs that are timed."""
+"""Verification: compares a meta-gradient with the float64 reference, on the inputs that are timed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from maml_cuda.reference import meta_gradient
 
-from .rivals import Builder, Step
+from .meta_steps import Builder, Step
 from .workloads import Tasks, Workload
 
-FLOAT64_LIMIT = 1e-10
+FLOAT64_TOLERANCE = 1e-10
 
 
-class WrongAnswer(Exception):
-    """A side's meta-gradient is not the reference's."""
+class WrongGradient(Exception):
+    """A meta-gradient differs from the reference."""
 
 
-def truth(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool) -> dict[str, Tensor]:
-    """The float64 meta-gradient by plain autograd, by parameter name."""
+def reference_gradient(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool) -> dict[str, Tensor]:
+    """The float64 meta-gradient of maml_cuda.reference (plain autograd), by parameter name."""
     _, grads = meta_gradient(
         copy.deepcopy(model).double(),
         workload.loss,
@@ -34,10 +34,10 @@ def truth(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool)
 
 
 def relative_error(model: nn.Module, expected: Mapping[str, Tensor]) -> float:
-    """The worst parameter's `|grad - expected| / |expected|`; NaN and a missing gradient count as infinite.
+    """The maximum over parameters of `|grad - expected| / max(|expected|, 1e-3 |all gradients|)`.
 
-    Norms below a thousandth of the whole gradient's are raised to that: a bias before BatchNorm has gradient
-    zero, and its rounding noise has no scale of its own.
+    The lower bound is for gradients that are exactly zero, such as that of a bias before BatchNorm, where only rounding
+    noise is left. NaN and a missing gradient give infinity.
     """
     whole = torch.stack([g.norm() for g in expected.values()]).norm().item()
     worst = 0.0
@@ -51,7 +51,7 @@ def relative_error(model: nn.Module, expected: Mapping[str, Tensor]) -> float:
     return worst
 
 
-def prove(
+def verify(
     build: Builder,
     workload: Workload,
     model: nn.Module,
@@ -59,18 +59,21 @@ def prove(
     first_order: bool,
     expected: Mapping[str, Tensor],
 ) -> tuple[float, float, Step]:
-    """A side's relative errors in float64 and in float32, and its float32 step; raises WrongAnswer past either limit.
+    """Verifies an implementation in float64 and float32. Returns both relative errors and the float32 step.
 
-    A step whose gradient is not torch's has a `copy_gradient`, which leaves it in the parameters.
+    A step that computes outside torch has a method `copy_gradient`, which copies its gradient to the parameters.
+
+    Raises:
+        WrongGradient: an error exceeds FLOAT64_TOLERANCE or the workload's `float32_tolerance`.
     """
     errors: list[float] = []
-    for dtype, limit in ((torch.float64, FLOAT64_LIMIT), (torch.float32, workload.float32_limit)):
+    for dtype, tolerance in ((torch.float64, FLOAT64_TOLERANCE), (torch.float32, workload.float32_tolerance)):
         own = copy.deepcopy(model).to(dtype)
         step = build(workload, own, tasks.double() if dtype == torch.float64 else tasks, first_order)
         step()
         getattr(step, "copy_gradient", lambda: None)()
         error = relative_error(own, expected)
-        if error > limit:
-            raise WrongAnswer(f"{dtype} meta-gradient must be within {limit:g} of the reference, got {error:.1e}")
+        if error > tolerance:
+            raise WrongGradient(f"{dtype} meta-gradient must be within {tolerance:g} of the reference, got {error:.1e}")
         errors.append(error)
     return errors[0], errors[1], step
