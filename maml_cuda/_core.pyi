@@ -1,9 +1,11 @@
-"""The extension module: plans as dicts (binding.py writes them); of tensors it reads the addresses alone."""
+"""The extension module, which reads the fields of a Plan and the addresses of tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+
+from maml_cuda.plan.schema import Plan
 
 version: str
 compiler: str
@@ -45,7 +47,7 @@ class Problem:
     in_lanes: bool
     def __init__(
         self,
-        plan: Mapping[str, Any],
+        plan: Plan,
         operation: str,
         sample: Sequence[int],
         n_support: int,
@@ -53,7 +55,6 @@ class Problem:
         steps: int,
         first_order: bool,
         double: bool,
-        backend: str,
         query_steps: Sequence[int] = ...,
     ) -> None: ...
     def workspace(self, tasks: int, at_once: int) -> int: ...

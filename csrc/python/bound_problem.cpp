@@ -1,6 +1,7 @@
 #include "python/bound_problem.h"
 
 #include <stdexcept>
+#include <utility>
 
 #include "cpu/run/backend.h"
 #include "python/plan.h"
@@ -32,17 +33,22 @@ void check_classes(const std::string& name, const char* what, const int64_t* lab
   }
 }
 
+Problem problem_of(ReadPlan plan, Operation operation, const std::vector<int64_t>& sample, int64_t n_support,
+                   int64_t n_query, int steps, bool first_order, bool is_double,
+                   const std::vector<int>& query_steps) {
+  return Problem(std::move(plan.graph), operation, std::move(plan.rates), std::move(plan.rate_tensors),
+                 sample, n_support, n_query, steps, first_order, query_steps, is_double ? 8 : 4,
+                 traits_of(plan.backend));
+}
+
 }  // namespace
 
-BoundProblem::BoundProblem(const py::dict& plan, const std::string& operation,
-                           const std::vector<int64_t>& sample, int64_t n_support, int64_t n_query, int steps,
-                           bool first_order, bool is_double, const std::string& backend,
+BoundProblem::BoundProblem(py::handle plan, const std::string& operation, const std::vector<int64_t>& sample,
+                           int64_t n_support, int64_t n_query, int steps, bool first_order, bool is_double,
                            const std::vector<int>& query_steps)
     : double_(is_double),
-      problem_(graph_of(plan, operation_named(operation)), operation_named(operation),
-               rates_of(plan, operation_named(operation)), rate_tensors_of(plan, operation_named(operation)),
-               sample, n_support, n_query, steps, first_order, query_steps, is_double ? 8 : 4,
-               traits_of(backend)) {}
+      problem_(problem_of(read_plan(plan, operation_named(operation)), operation_named(operation), sample,
+                          n_support, n_query, steps, first_order, is_double, query_steps)) {}
 
 int64_t BoundProblem::workspace(int64_t tasks, int64_t at_once) const {
   const cpu::Backend& backend = cpu::backend();

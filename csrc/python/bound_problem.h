@@ -13,9 +13,9 @@ namespace maml {
 
 class BoundProblem {
  public:
-  BoundProblem(const pybind11::dict& plan, const std::string& operation, const std::vector<int64_t>& sample,
+  BoundProblem(pybind11::handle plan, const std::string& operation, const std::vector<int64_t>& sample,
                int64_t n_support, int64_t n_query, int steps, bool first_order, bool is_double,
-               const std::string& backend, const std::vector<int>& query_steps);
+               const std::vector<int>& query_steps);
 
   bool is_double() const { return double_; }
   const Problem& problem() const { return problem_; }

@@ -65,10 +65,10 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
           "filled them.");
 
   py::class_<BoundProblem>(m, "Problem", py::module_local())
-      .def(py::init<const py::dict&, const std::string&, const std::vector<int64_t>&, int64_t, int64_t, int,
-                    bool, bool, const std::string&, const std::vector<int>&>(),
+      .def(py::init<py::handle, const std::string&, const std::vector<int64_t>&, int64_t, int64_t, int, bool,
+                    bool, const std::vector<int>&>(),
            py::arg("plan"), py::arg("operation"), py::arg("sample"), py::arg("n_support"), py::arg("n_query"),
-           py::arg("steps"), py::arg("first_order"), py::arg("double"), py::arg("backend"),
+           py::arg("steps"), py::arg("first_order"), py::arg("double"),
            py::arg("query_steps") = std::vector<int>{})
       .def_property_readonly("prediction", &BoundProblem::prediction, "Shape of one sample's prediction.")
       .def_property_readonly("saved_steps", &BoundProblem::saved_steps,

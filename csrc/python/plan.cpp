@@ -1,11 +1,12 @@
 #include "python/plan.h"
 
-#include <pybind11/stl.h>
-
 #include <array>
 #include <map>
+#include <optional>
 #include <stdexcept>
 #include <utility>
+
+#include "python/fields.h"
 
 namespace py = pybind11;
 
@@ -40,8 +41,10 @@ const std::map<std::string, Function> kFunctions = {
 Kind kind_named(const std::string& name) { return named(kKinds, name, "layer"); }
 Function function_named(const std::string& name) { return named(kFunctions, name, "function"); }
 
+// What a layer takes or gives, by the axes of a sample that Node::ranks and Node::out_rank count.
+const std::map<std::string, int> kLayouts = {{"features", 1}, {"signal", 2}, {"image", 3}};
 const std::map<std::string, Role> kRoles = {
-    {"adapted", Role::adapted}, {"outer", Role::outer}, {"frozen", Role::frozen}};
+    {"adapted", Role::adapted}, {"outer", Role::outer}, {"frozen", Role::frozen}, {"buffer", Role::frozen}};
 const std::map<std::string, Precision> kPrecisions = {{"float32", Precision::float32},
                                                       {"bf16x3", Precision::bf16x3},
                                                       {"tf32", Precision::tf32},
@@ -61,96 +64,166 @@ const std::map<std::string, Operation> kOperations = {{"meta_gradient", Operatio
                                                       {"fisher", Operation::fisher},
                                                       {"kept_fisher", Operation::kept_fisher}};
 
-/// A field of a plan's dict, or the default.
-template <class V>
-V field(const py::dict& d, const char* key, V otherwise) {
-  return d.contains(key) ? d[key].cast<V>() : otherwise;
+/// The index of something that the plan holds `count` of.
+int index_of(int index, size_t count, const std::string& what) {
+  if (index < 0 || static_cast<size_t>(index) >= count) {
+    throw std::invalid_argument(what + " must be from 0 to " + std::to_string(count - 1) + ", got " +
+                                std::to_string(index));
+  }
+  return index;
 }
 
 template <size_t N>
-void read_numbers(const py::dict& d, const char* key, std::array<int, N>& numbers) {
-  size_t i = 0;
-  for (py::handle value : d[key]) numbers.at(i++) = value.is_none() ? -1 : value.cast<int>();
+void check_most(size_t count, const std::array<int, N>&, const std::string& what) {
+  if (count <= N) return;
+  throw Unsupported(what + " are " + std::to_string(count) + "; fused layers read at most " +
+                    std::to_string(N));
 }
 
-Node node_of(const py::dict& d) {
+void read_window(py::handle object, Node& node) {
+  using Pair = std::array<int64_t, 2>;
+  Fields window(object);
+  const Pair kernel = window.read<Pair>("kernel"), stride = window.read<Pair>("stride");
+  const Pair begin = window.read<Pair>("pad_begin");
+  node.layer.window = {kernel[0], kernel[1], stride[0], stride[1], begin[0], begin[1]};
+  node.pad_end = window.read<Pair>("pad_end");
+  window.done();
+}
+
+/// Node `number`, which may read the values before its own, of a plan with that many parameters.
+Node read_node(py::handle object, size_t number, size_t parameters) {
+  Fields fields(object);
   Node node{};
-  node.name = d["name"].cast<std::string>();
-  read_numbers(d, "inputs", node.inputs);
-  read_numbers(d, "parameters", node.parameters);
-  node.in_features = field<int64_t>(d, "in_features", 0);
-  node.out_features = field<int64_t>(d, "out_features", 0);
-  for (py::handle rank : field(d, "ranks", py::list())) node.ranks |= 1u << rank.cast<int>();
-  node.out_rank = field(d, "out_rank", 0);
-  node.sample = field(d, "sample", std::vector<int64_t>());
-  Layer& layer = node.layer;
-  layer.kind = kind_named(d["kind"].cast<std::string>());
-  layer.function = function_named(field<std::string>(d, "function", "relu"));
-  layer.a = field(d, "a", 0.0);
-  layer.b = field(d, "b", 0.0);
-  layer.c = field(d, "c", 1.0);
-  layer.eps = field(d, "eps", 0.0);
-  layer.groups = field<int64_t>(d, "groups", 1);
-  layer.count_padding = field(d, "count_padding", true);
-  if (d.contains("window")) {  // kernel, stride, padding before, padding after: each (height, width)
-    const auto w = d["window"].cast<std::array<std::array<int64_t, 2>, 4>>();
-    layer.window = {w[0][0], w[0][1], w[1][0], w[1][1], w[2][0], w[2][1]};
-    node.pad_end = w[3];
+  node.name = fields.read<std::string>("name");
+  const std::string named_node = "node " + std::to_string(number) + " (" + node.name + "): ";
+  const auto inputs = fields.read<std::vector<int>>("inputs");
+  if (inputs.empty()) throw std::invalid_argument(named_node + "inputs must hold at least 1 value, got 0");
+  check_most(inputs.size(), node.inputs, named_node + "its inputs");
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    node.inputs[i] = index_of(inputs[i], number + 1, named_node + "its inputs");
   }
+  const auto read = fields.read<std::vector<std::optional<int>>>("parameters");
+  check_most(read.size(), node.parameters, named_node + "its parameters");
+  for (size_t i = 0; i < read.size(); ++i) {
+    if (read[i]) node.parameters[i] = index_of(*read[i], parameters, named_node + "its parameters");
+  }
+  node.in_features = fields.read<int64_t>("in_features", 0);
+  node.out_features = fields.read<int64_t>("out_features", 0);
+  for (const std::string& layout : fields.read<std::vector<std::string>>("in_layouts")) {
+    node.ranks |= 1u << named(kLayouts, layout, "layout");
+  }
+  if (const auto out = fields.read<std::optional<std::string>>("out_layout")) {
+    node.out_rank = named(kLayouts, *out, "layout");
+  }
+  node.sample = fields.read("sample", std::vector<int64_t>());
+  Layer& layer = node.layer;
+  layer.kind = kind_named(fields.read<std::string>("kind"));
+  if (const auto function = fields.read<std::optional<std::string>>("function")) {
+    layer.function = function_named(*function);
+  }
+  const auto constants = fields.read<std::vector<double>>("constants");
+  if (constants.size() > 0) layer.a = constants[0];
+  if (constants.size() > 1) layer.b = constants[1];
+  if (constants.size() > 2) layer.c = constants[2];
+  if (constants.size() > 3) {
+    throw Unsupported(named_node + "its constants are " + std::to_string(constants.size()) +
+                      "; fused functions have at most 3");
+  }
+  layer.eps = fields.read("eps", layer.eps);
+  layer.groups = fields.read("groups", layer.groups);
+  layer.count_padding = fields.read("count_padding", layer.count_padding);
+  if (const py::object window = fields.object("window"); !window.is_none()) read_window(window, node);
+  fields.done();
   return node;
+}
+
+Rate read_rate(py::handle object, size_t tensors) {
+  if (object.is_none()) return {};
+  Fields fields(object);
+  Rate rate;
+  rate.constant = fields.read("constant", 0.0);
+  if (const auto tensor = fields.read<std::optional<int>>("tensor")) {
+    rate.slot = index_of(*tensor, tensors, "InnerRate.tensor");
+  }
+  rate.per_step = fields.read<bool>("per_step");
+  rate.elementwise = fields.read<bool>("elementwise");
+  fields.done();
+  return rate;
+}
+
+Parameter read_parameter(Fields& fields, Operation operation) {
+  const std::string role = fields.read<std::string>("role");
+  Parameter p{fields.read<int64_t>("size"), fields.read<int64_t>("rows"), fields.read<int64_t>("taps"),
+              named(kRoles, role, "role"), fields.read<int64_t>("slots")};
+  if (p.slots < 1 || p.rows < 1 || p.taps < 1 || p.size < 1 || p.size % (p.slots * p.rows * p.taps) != 0) {
+    throw std::invalid_argument("Parameter.size must be a multiple of its slots, rows and taps, got " +
+                                std::to_string(p.size));
+  }
+  // The building blocks run at parameters that each task brings, of one slot that the caller has chosen: all
+  // of them can change, but a buffer is a constant.
+  if (at_own_parameters(operation)) {
+    p.size /= std::exchange(p.slots, 1);
+    if (role != "buffer") p.role = Role::adapted;
+  }
+  // The direction of a Fisher-vector product moves every parameter that is trained. Those that the inner loop
+  // leaves alone are adapted at a rate of zero.
+  if (is_fisher(operation) && p.role == Role::outer) {
+    if (p.slots > 1) {
+      throw Unsupported("a Fisher-vector product takes no parameters with a slot for each step");
+    }
+    p.role = Role::adapted;
+  }
+  return p;
+}
+
+RateTensor read_rate_tensor(py::handle object, size_t parameters, Operation operation) {
+  Fields fields(object);
+  RateTensor tensor{fields.read<int64_t>("size"), fields.read<int64_t>("steps")};
+  if (tensor.steps < 1 || tensor.size < 1 || tensor.size % tensor.steps != 0) {
+    throw std::invalid_argument("RateTensor.size must be a multiple of its steps, got " +
+                                std::to_string(tensor.size));
+  }
+  if (const auto parameter = fields.read<std::optional<int>>("parameter")) {
+    tensor.parameter = index_of(*parameter, parameters, "RateTensor.parameter");
+  }
+  tensor.learned = fields.read<bool>("learned") && !is_fisher(operation);
+  fields.done();
+  return tensor;
 }
 
 }  // namespace
 
 Operation operation_named(const std::string& name) { return named(kOperations, name, "operation"); }
 
-Graph graph_of(const py::dict& plan, Operation operation) {
-  Graph graph;
-  for (py::handle d : plan["nodes"]) graph.nodes.push_back(node_of(d.cast<py::dict>()));
-  // The building blocks work at parameters that are the task's own: each of them moves. So does each that is
-  // trained in the direction of a Fisher-vector product; the inner loop changes it at a rate of zero.
-  const bool own = at_own_parameters(operation), all_trained = is_fisher(operation);
-  for (py::handle handle : plan["parameters"]) {
-    const auto d = handle.cast<py::dict>();
-    Parameter p{d["size"].cast<int64_t>(), d["rows"].cast<int64_t>(), d["taps"].cast<int64_t>(),
-                named(kRoles, d["role"].cast<std::string>(), "role"), field<int64_t>(d, "slots", 1)};
-    if (own) {  // of one slot, which the caller has chosen; a buffer stays a constant
-      p.size /= std::exchange(p.slots, 1);
-      if (!field(d, "buffer", false)) p.role = Role::adapted;
-    }
-    if (all_trained && p.role == Role::outer) {
-      if (p.slots > 1)
-        throw Unsupported("Fisher-vector products know no parameters with a slot for each step");
-      p.role = Role::adapted;
-    }
-    graph.parameters.push_back(p);
+ReadPlan read_plan(py::handle plan, Operation operation) {
+  Fields fields(plan);
+  ReadPlan found;
+  const auto nodes = fields.read<std::vector<py::object>>("nodes");
+  const auto parameters = fields.read<std::vector<py::object>>("parameters");
+  const auto tensors = fields.read<std::vector<py::object>>("rate_tensors");
+  if (nodes.empty()) throw std::invalid_argument("Plan.nodes must hold at least 1 node, got 0");
+  for (const py::object& node : nodes) {
+    found.graph.nodes.push_back(read_node(node, found.graph.nodes.size(), parameters.size()));
   }
-  graph.loss = named(kLosses, plan["loss"].cast<std::string>(), "loss");
-  graph.precision = named(kPrecisions, field<std::string>(plan, "precision", "float32"), "precision");
-  graph.recompute = field(plan, "recompute", false);
-  return graph;
-}
-
-std::vector<Rate> rates_of(const py::dict& plan, Operation operation) {
-  std::vector<Rate> rates;
-  if (at_own_parameters(operation)) return rates;  // no inner loop
-  for (py::handle handle : plan["parameters"]) {
-    const auto d = handle.cast<py::dict>();
-    rates.push_back({field(d, "rate", 0.0), field(d, "rate_tensor", -1), field(d, "per_step", false),
-                     field(d, "elementwise", false)});
+  for (const py::object& parameter : parameters) {
+    Fields of_one(parameter);
+    found.graph.parameters.push_back(read_parameter(of_one, operation));
+    found.rates.push_back(read_rate(of_one.object("rate"), tensors.size()));
+    of_one.done();
   }
-  return rates;
-}
-
-std::vector<RateTensor> rate_tensors_of(const py::dict& plan, Operation operation) {
-  std::vector<RateTensor> tensors;
-  if (at_own_parameters(operation)) return tensors;
-  for (py::handle handle : plan["rate_tensors"]) {
-    const auto d = handle.cast<py::dict>();
-    tensors.push_back({d["size"].cast<int64_t>(), d["steps"].cast<int64_t>(), field(d, "parameter", -1),
-                       d["learned"].cast<bool>() && !is_fisher(operation)});
+  for (const py::object& tensor : tensors) {
+    found.rate_tensors.push_back(read_rate_tensor(tensor, parameters.size(), operation));
   }
-  return tensors;
+  if (at_own_parameters(operation)) {
+    found.rates.clear();
+    found.rate_tensors.clear();
+  }
+  found.graph.loss = named(kLosses, fields.read<std::string>("loss"), "loss");
+  found.graph.precision = named(kPrecisions, fields.read<std::string>("precision"), "precision");
+  found.graph.recompute = fields.read<bool>("recompute");
+  found.backend = fields.read<std::string>("backend");
+  fields.done({"cuda_graphs", "task_chunk"});
+  return found;
 }
 
 }  // namespace maml

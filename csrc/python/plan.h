@@ -1,4 +1,4 @@
-// A plan as Python gives it, translated into the core's types.
+// A plan as Python describes it (maml_cuda/plan/schema.py), translated into the core's types.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,16 +10,19 @@
 
 namespace maml {
 
-/// Throws std::invalid_argument for an unknown name, as the functions below do.
+/// Throws std::invalid_argument for an unknown name.
 Operation operation_named(const std::string& name);
 
-/// What the core makes of the plan for one operation.
-Graph graph_of(const pybind11::dict& plan, Operation operation);
+/// What the core must know of a plan to carry out one operation.
+struct ReadPlan {
+  Graph graph;
+  std::vector<Rate> rates;               // one a parameter; none for an operation without an inner loop
+  std::vector<RateTensor> rate_tensors;  // the same
+  std::string backend;
+};
 
-/// The inner learning rate of each parameter; none for an operation without an inner loop.
-std::vector<Rate> rates_of(const pybind11::dict& plan, Operation operation);
-
-/// The tensors that hold inner learning rates; none for an operation without an inner loop.
-std::vector<RateTensor> rate_tensors_of(const pybind11::dict& plan, Operation operation);
+/// Throws std::invalid_argument where a field is missing, unknown or of another type, or a number in it
+/// points nowhere; Unsupported where the core has no such graphs.
+ReadPlan read_plan(pybind11::handle plan, Operation operation);
 
 }  // namespace maml

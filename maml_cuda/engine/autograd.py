@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from maml_cuda.engine.ops import LIBRARY, TargetList
-from maml_cuda.engine.problem import cut, parsed
+from maml_cuda.engine.problem import cut
+from maml_cuda.plan.schema import plan_of
 
 
 class _Once(torch.autograd.Function):
@@ -107,9 +108,7 @@ class _Adapt(torch.autograd.Function):
         flat = torch.ops.maml_cuda.adapt_backward(
             tensors[:count], tensors[count:], x, y, list(cotangents[:-1]), plan, steps, first_order
         )
-        described = parsed(plan)
-        has_gradient = [p["role"] != "frozen" for p in described["parameters"]]
-        has_gradient += [r["learned"] for r in described["rate_tensors"]]
+        has_gradient = plan_of(plan).has_gradient
         wanted = [t for t, yes in zip(tensors, has_gradient, strict=True) if yes]
         grads = iter(once("adapt", cut(flat, wanted), [*cotangents[:-1], *wanted]))
         return (None,) * 6 + tuple(next(grads) if yes else None for yes in has_gradient)

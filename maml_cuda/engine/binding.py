@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from maml_cuda import _core, pytrees, reference, targets
 from maml_cuda.adapted_parameters import AdaptParams
 from maml_cuda.batch_norm import PerStepBatchNorm
 from maml_cuda.engine import checks, cuda_runner, data_checks, fast_path
-from maml_cuda.engine.problem import parsed, why_not
+from maml_cuda.engine.problem import why_not
 from maml_cuda.plan import proof, reader
+from maml_cuda.plan.schema import InnerRate, Parameter, Plan, RateTensor, Role
 from maml_cuda.pytrees import Tree
 from maml_cuda.rates import InnerRates, read_rates, tensors
 
@@ -26,11 +27,10 @@ class Binding:
 
     Attributes:
         why_not: the sentence, where there is no plan, or where its layers do not fit the last call's samples.
-        text: the plan as problem.py takes it: nodes, parameters with role and rate, rate tensors, loss, and on a GPU
-            the options of FusedMAML that its kernels follow.
+        plan, text: the plan, where there is one, and as the ops take it.
         names: the plan's parameters, and the buffers that it reads.
         adapted: those of them that the inner loop changes.
-        log_std: of a model that returns (mean, log_std), in the plan beside each other: "shared" or "rows" (Plan).
+        log_std: of a model that returns (mean, log_std), in the plan beside each other: "shared" or "rows" (Graph).
         on: the type of the model's device.
         dtypes: of the model's floating-point parameters, frozen ones included; of complex ones those of their parts.
         places: of the parameters and learned rates in the flat gradient (fast_path.places).
@@ -50,6 +50,7 @@ class Binding:
         recompute: bool,
     ) -> None:
         self.why_not = ""
+        self.plan: Plan | None = None
         self.text = ""
         self._step_text = ""
         self.names: list[str] = []
@@ -175,20 +176,15 @@ class Binding:
     def step_text(self) -> str:
         """The plan of one inner step at parameters that are each task's own, which `own` and `rates_at` cut for it."""
         if not self._step_text:
-            plan = json.loads(self.text)
-            for p in plan["parameters"]:
-                p["size"] //= p.pop("slots", 1)
-            for rate in plan["rate_tensors"]:
-                rate["size"] //= rate["steps"]
-                rate["steps"] = 1
-            self._step_text = json.dumps(plan)
+            assert self.plan is not None
+            self._step_text = self.plan.of_one_step().text
         return self._step_text
 
     def rates_at(self, step: int) -> list[Tensor]:
         """The rate tensors of one inner step; beyond the given ones the last repeats."""
-        per_step = [rate["steps"] for rate in parsed(self.text)["rate_tensors"]]
-        rates = zip(self.tensors()[1], per_step, strict=True)
-        return [r if steps == 1 else r[min(step, steps - 1)].contiguous() for r, steps in rates]
+        assert self.plan is not None
+        rates = zip(self.tensors()[1], self.plan.rate_tensors, strict=True)
+        return [r if d.steps == 1 else r[min(step, d.steps - 1)].contiguous() for r, d in rates]
 
     def own(self, given: Mapping[str, Tensor], tasks: int, slot: int) -> list[Tensor]:
         """The plan's tensors for each task, at one inner step: of `given` [tasks, *shape] by name, the slot's part
@@ -231,74 +227,69 @@ class Binding:
             raise reader.Unfusable(why_not)
         if p.dtype not in (torch.float32, torch.float64):
             raise reader.Unfusable(f"the model is {p.dtype}; fused are float32 and float64")
-        traced = reader.trace(model)
-        data_checks.returns_policy(loss, bool(traced.log_std))
-        self.log_std = traced.log_std
+        graph = reader.trace(model)
+        data_checks.returns_policy(loss, bool(graph.log_std))
+        self.log_std = graph.log_std
         adapted = reference.adapted_names(model, adapt_params)
-        unreached = [name for name in adapted if name not in traced.parameters]
+        self.names, self.served_by = [read.name for read in graph.reads], graph.served_by
+        unreached = [name for name in adapted if name not in self.names]
         if unreached:
             raise reference.unreached(unreached)
-        self.names, self.served_by = traced.parameters, traced.served_by
         self.adapted = sorted(adapted, key=self.names.index)
         layers = dict(model.named_modules())
         owners = [layers[name.rpartition(".")[0]] for name in self.names]
         self.slots = [m.steps if isinstance(m, PerStepBatchNorm) else None for m in owners]
-        described = self._describe(model, traced, adapted, inner_steps)
-        if recompute:
-            described["recompute"] = True
-        if cuda_runner.backend_of(p.device) == "cuda":
-            described.update(on_device, backend="cuda")
-        self.text = json.dumps({"nodes": traced.nodes, **described, "loss": loss})
+        parameters, rate_tensors = self._describe(model, graph, adapted, inner_steps)
+        backend = cuda_runner.backend_of(p.device)
+        if backend == "cpu":
+            on_device = {**on_device, "precision": "float32"}  # the only one there is
+        self.plan = Plan(
+            nodes=tuple(graph.nodes), parameters=tuple(parameters), rate_tensors=tuple(rate_tensors), loss=loss,
+            backend=backend, recompute=recompute, **on_device,
+        )  # fmt: skip
+        self.text = self.plan.text
+        self._has_gradient = self.plan.has_gradient
+        self._all_have_gradient = all(self._has_gradient)
+        self.places = fast_path.places(self.with_gradient([owner[key] for owner, key in self._slots]))
 
-    def _describe(self, model: nn.Module, traced: reader.Plan, adapted: list[str], inner_steps: int) -> dict[str, Any]:
-        """The plan's parameters and rate tensors, and where they stand."""
+    def _describe(
+        self, model: nn.Module, graph: reader.Graph, adapted: list[str], inner_steps: int
+    ) -> tuple[list[Parameter], list[RateTensor]]:
+        """The plan's parameters and rate tensors; and in _slots where each is read from at a call."""
         parameters = dict(model.named_parameters())
         buffers = dict(model.named_buffers())
         like = self.like()
         rates = read_rates(self._inner_lr, {name: parameters[name].shape for name in adapted}, inner_steps)
-        described: list[dict[str, Any]] = []
-        tensors: list[dict[str, Any]] = []
+        described: list[Parameter] = []
+        tensors: list[RateTensor] = []
         owners: list[tuple[dict[str, Any], str]] = []
         shared: dict[int, int] = {}  # a rate tensor that is one number for several parameters -> its index
-        plan_parameters = zip(traced.parameters, traced.rows_taps, traced.slots, strict=True)
-        for index, (name, (rows, taps), slots) in enumerate(plan_parameters):
+        for index, read in enumerate(graph.reads):
+            name = read.name
             p = parameters[name] if name in parameters else buffers[name]
             if p.dtype != like.dtype or p.device != like.device:
                 raise reader.Unfusable(f"{name} is {p.dtype} on {p.device}, unlike the model's parameters")
-            entry: dict[str, Any] = {"size": p.numel(), "rows": rows, "taps": taps}
-            if slots > 1:
-                entry["slots"] = slots
-            if name not in parameters:
-                entry["buffer"] = True
-            entry["role"] = "adapted" if name in rates else "outer" if p.requires_grad else "frozen"
-            described.append(entry)
+            trained: Role = "adapted" if name in rates else "outer" if p.requires_grad else "frozen"
+            rate = None
+            if name in rates:
+                value, per_step, elementwise = rates[name].value, rates[name].per_step, rates[name].elementwise
+                if not isinstance(value, Tensor):
+                    rate = InnerRate(value, None, per_step, elementwise)
+                else:
+                    at = None if elementwise else shared.get(id(value))
+                    if at is None:
+                        at = shared[id(value)] = len(tensors)
+                        steps, of = len(value) if per_step else 1, index if elementwise else None
+                        tensors.append(RateTensor(value.numel(), steps, of, value.requires_grad))
+                        owners.append(self._owner_of_rate(name, value))
+                    rate = InnerRate(None, at, per_step, elementwise)
+            role = trained if name in parameters else "buffer"
+            described.append(Parameter(p.numel(), read.rows, read.taps, read.slots, role, rate))
             path, _, key = name.rpartition(".")
             owner = model.get_submodule(path)
             self._slots.append((owner._parameters if name in parameters else owner._buffers, key))
-            if name not in rates:
-                continue
-            rate = rates[name]
-            if not isinstance(rate.value, Tensor):
-                entry["rate"] = rate.value
-                continue
-            entry.update(per_step=rate.per_step, elementwise=rate.elementwise)
-            if rate.elementwise or id(rate.value) not in shared:
-                shared[id(rate.value)] = len(tensors)
-                entry_of_tensor = {
-                    "size": rate.value.numel(),
-                    "steps": len(rate.value) if rate.per_step else 1,
-                    "learned": rate.value.requires_grad,
-                }
-                if rate.elementwise:
-                    entry_of_tensor["parameter"] = index
-                tensors.append(entry_of_tensor)
-                owners.append(self._owner_of_rate(name, rate.value))
-            entry["rate_tensor"] = len(tensors) - 1 if rate.elementwise else shared[id(rate.value)]
         self._slots += owners
-        self._has_gradient = [d["role"] != "frozen" for d in described] + [t["learned"] for t in tensors]
-        self._all_have_gradient = all(self._has_gradient)
-        self.places = fast_path.places(self.with_gradient([owner[key] for owner, key in self._slots]))
-        return {"parameters": described, "rate_tensors": tensors}
+        return described, tensors
 
     def _owner_of_rate(self, name: str, rate: Tensor) -> tuple[dict[str, Any], str]:
         """Where the rate of the parameter `name` is read from at each call."""
@@ -315,8 +306,8 @@ class _Results:
     def __init__(self, binding: Binding) -> None:
         self._binding = binding
         self._trainable = [name for name, p in binding._model.named_parameters() if p.requires_grad]
-        plan = parsed(binding.text)
-        self._text = json.dumps({key: plan[key] for key in ("nodes", "parameters", "rate_tensors", "loss")})
+        assert binding.plan is not None
+        self._text = replace(binding.plan, backend="cpu", precision="float32").text
 
     def predict(self, fast: Mapping[str, Tensor], x: Tensor) -> Any:
         prediction = torch.ops.maml_cuda.predict_forward(self._own(fast), x, self._text)

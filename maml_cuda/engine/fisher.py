@@ -7,7 +7,8 @@ from torch import Tensor
 
 from maml_cuda import targets
 from maml_cuda.engine import data_checks
-from maml_cuda.engine.problem import Problem, cut, dense, parsed, problem_of
+from maml_cuda.engine.problem import Problem, cut, dense, problem_of
+from maml_cuda.plan.schema import plan_of
 
 
 class FisherProducts:
@@ -36,7 +37,7 @@ class FisherProducts:
                 self.problem = keeping
         self.state = x_spt.new_empty(self.kept * self.problem.core.task_size)
         self.given = parameters, rates, x_spt, y_spt, x_qry, weights
-        self.frozen = [p["role"] == "frozen" for p in parsed(plan)["parameters"]]
+        self.trainable = [p.trainable for p in plan_of(plan).parameters]
         self.versions: list[int] | None = None
         self.read: tuple[list[Tensor], list[Tensor], list[Tensor | None], list[Tensor | None]]
 
@@ -52,7 +53,7 @@ class FisherProducts:
         products = [t.new_empty(t.shape) for t in v]
         flat = x_spt.new_empty(sum(t.numel() for t in v))
         rest = iter(v)
-        given = [None if frozen else next(rest) for frozen in self.frozen]
+        given = [next(rest) if trainable else None for trainable in self.trainable]
         state = {"state": self.state, "kept": self.kept, "prepared": prepared} if self.kept else {}
         self.problem.run(
             x_spt, x_spt.shape[0], parameters, rates, support, query, gradient=flat,

@@ -24,13 +24,12 @@ from maml_cuda.engine.problem import (
     Problem,
     adapted,
     dense,
-    gradient_size,
     meta_problem,
-    parsed,
     prediction_shape,
     problem_of,
     spread,
 )
+from maml_cuda.plan.schema import plan_of
 
 TargetList = list[Tensor | None]
 
@@ -103,7 +102,7 @@ def _meta_gradient_fake(
     query_weights: Tensor | None = None, query_steps: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     prediction = prediction_shape(plan, x_qry)
-    return _meta_outputs(x_qry, x_qry.shape[0], prediction, steps, gradient_size(plan) if gradient else 0)
+    return _meta_outputs(x_qry, x_qry.shape[0], prediction, steps, plan_of(plan).gradient_size if gradient else 0)
 
 
 # -- adapt ---------------------------------------------------------------------------------------------------
@@ -147,7 +146,7 @@ def _adapt_backward(
     support = problem.data("y_spt", x, y)
     parameters, rates = dense(parameters), dense(rates)
     given, strides = _by_task(cotangents)
-    gradient = x.new_empty(gradient_size(plan))
+    gradient = x.new_empty(plan_of(plan).gradient_size)
     spread_given = spread(plan, given)
     rest = iter(strides)
     problem.run(
@@ -161,7 +160,7 @@ def _adapt_backward_fake(
     parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, cotangents: list[Tensor], plan: str,
     steps: int, first_order: bool,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(gradient_size(plan))
+    return x.new_empty(plan_of(plan).gradient_size)
 
 
 # -- fisher_vector_product -----------------------------------------------------------------------------------
@@ -242,9 +241,9 @@ def _predict_backward(fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: st
 
 
 def _like_fast(fast: list[Tensor], plan: str) -> list[Tensor]:
-    """Of a buffer nothing is computed."""
-    buffers = [p.get("buffer", False) for p in parsed(plan)["parameters"]]
-    return [t.new_empty(0 if buffer else t.shape) for t, buffer in zip(fast, buffers, strict=True)]
+    """A tensor for the result of each parameter; an empty one for a buffer, which has none."""
+    parameters = plan_of(plan).parameters
+    return [t.new_empty(0 if p.role == "buffer" else t.shape) for t, p in zip(fast, parameters, strict=True)]
 
 
 def _predict_backward_fake(fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: str) -> list[Tensor]:

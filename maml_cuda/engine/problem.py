@@ -1,12 +1,10 @@
 """What follows from a plan and the signature of a call: the core's problem, its workspace, the shapes of its results.
 
-A plan is JSON text (binding.py writes it), so that it can be an argument of an op; whatever is derived from it is
-derived once.
+Each is computed once for a signature. The ops are given a plan as JSON text (plan/schema.py).
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -17,12 +15,8 @@ from torch import Tensor
 
 from maml_cuda import _core, targets
 from maml_cuda.engine import cpu_workspace, cuda_runner, data_checks
+from maml_cuda.plan.schema import plan_of
 from maml_cuda.targets import POLICY_LOSSES, PolicyTarget, Target
-
-
-@lru_cache(maxsize=256)
-def parsed(text: str) -> dict[str, Any]:
-    return json.loads(text)
 
 
 class Problem:
@@ -45,19 +39,18 @@ class Problem:
         self, text: str, operation: str, sample: tuple[int, ...], n_support: int, n_query: int, steps: int,
         first_order: bool, double: bool, query_steps: tuple[int, ...] = (),
     ):  # fmt: skip
-        plan = parsed(text)
-        self.backend = plan.get("backend", "cpu")
+        plan = plan_of(text)
+        self.backend = plan.backend
         self.core = _core.Problem(
-            plan, operation, list(sample), n_support, n_query, steps, first_order, double, self.backend,
-            list(query_steps),
-        )  # fmt: skip
+            plan, operation, list(sample), n_support, n_query, steps, first_order, double, list(query_steps)
+        )
         self.prediction = tuple(self.core.prediction)
-        self.loss = plan["loss"]
+        self.loss = plan.loss
         halves = 2 if self.loss == "gaussian_policy_gradient" else 1  # mean and log_std beside each other
         self.target = (*self.prediction[:-1], self.prediction[-1] // halves)  # shape of one sample's mean
-        self.gradient_size = gradient_size(text)
-        self.at_once = plan.get("task_chunk")
-        self.graphs = plan.get("cuda_graphs", True)
+        self.gradient_size = plan.gradient_size
+        self.at_once = plan.task_chunk
+        self.graphs = plan.cuda_graphs
         self.workspaces: dict[tuple[int, int], int] = {}  # of the CPU: (tasks, threads) -> elements
         self.runners: dict[torch.device, cuda_runner.Runner] = {}
 
@@ -139,21 +132,15 @@ def prediction_shape(plan: str, x: Tensor) -> tuple[int, ...]:
     return problem_of(plan, "predict", sample, 0, n, 0, False, x.dtype == torch.float64).prediction
 
 
-def gradient_size(plan: str) -> int:
-    """Elements of the flat gradient: of trainable parameters, then of learned rates."""
-    described = parsed(plan)
-    trainable = sum(p["size"] for p in described["parameters"] if p["role"] != "frozen")
-    return trainable + sum(r["size"] for r in described["rate_tensors"] if r["learned"])
-
-
 def adapted(plan: str, tensors: list[Tensor]) -> list[Tensor]:
-    return [t for t, p in zip(tensors, parsed(plan)["parameters"], strict=True) if p["role"] == "adapted"]
+    """Those of one tensor a parameter that belong to adapted ones."""
+    return [t for t, p in zip(tensors, plan_of(plan).parameters, strict=True) if p.role == "adapted"]
 
 
 def spread(plan: str, adapted: list[Tensor]) -> list[Tensor | None]:
     """One entry a parameter: the adapted ones' tensors, None for the others."""
     rest = iter(adapted)
-    return [next(rest) if p["role"] == "adapted" else None for p in parsed(plan)["parameters"]]
+    return [next(rest) if p.role == "adapted" else None for p in plan_of(plan).parameters]
 
 
 def dense(tensors: list[Tensor]) -> list[Tensor]:

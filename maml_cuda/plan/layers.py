@@ -1,8 +1,9 @@
-"""The fused layers, each a method of torch's own name and signature, and the nodes of a plan that it writes.
+"""The fused layers: one method for each, which writes the nodes that compute it, or says why it cannot.
 
-A module and its functional spelling (torch_names.py) meet in one method, so both count the same. A new layer is one
-method here and its lines there. What torch has for signals [n, channels, length] and for images is one method, with the
-number of axes that it moves along; to the core a signal is an image of one row.
+A method has torch's name and signature, so that a module and the function of the same name (torch_names.py) are read by
+the same code. A new layer is one method here and its lines there. Layers that torch has for signals
+[n, channels, length] and for images are one method, with the number of axes that they slide along; to the core a signal
+is an image of height 1.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from maml_cuda.plan.graph import Traced, Value, Writer
+from maml_cuda.plan.schema import Layout, Window
 from maml_cuda.plan.tracing import Unfusable
 
 
 @dataclass(frozen=True, repr=False)
 class Floored(Traced):
-    """max(parameter, floor), of a parameter that no layer has taken yet; `rows`: expanded to one row a sample."""
+    """max(parameter, floor) of a parameter that no layer has read yet; `rows`: expanded to one row a sample."""
 
     parameter: Tensor
     floor: float = -math.inf
@@ -46,8 +48,12 @@ class Shape(Traced):
         return "a shape"
 
 
+# The layout of what torch's 1d and 2d layers take, by the number of axes along which they slide.
+SLID: dict[int, Layout] = {1: "signal", 2: "image"}
+
+
 def _along(axes: int, value: Any, idle: int = 1) -> tuple[int, int]:
-    """A size as torch takes it, for height and width; `idle`: the height's of a layer that moves along one axis."""
+    """A size as torch takes it, for height and width; `idle`: the height's where a layer slides along one axis."""
     sizes = value if isinstance(value, (tuple, list)) else [value]
     if len(sizes) not in (1, axes) or not all(isinstance(v, int) for v in sizes):
         raise Unfusable(f"a size that is not {'a number' if axes == 1 else 'a pair of numbers'} ({value!r})")
@@ -60,13 +66,13 @@ def _check_window(kernel: Any, stride: Any, padding: Any) -> None:
 
 
 def _channels(*parameters: Any) -> int:
-    """How many the first of these has a number for; 0: there is none."""
+    """The channels of the first of these parameters that is given; 0: none is."""
     given = next((p for p in parameters if isinstance(p, Tensor)), None)
     return 0 if given is None else given.shape[-1] if given.dim() else 1
 
 
 class Layers(Writer):
-    """Writes a Plan, layer by layer. Every layer method has the signature of torch.nn.functional's."""
+    """Writes a Graph, layer by layer. The methods have the signatures of torch.nn.functional."""
 
     def linear(self, input: Any, weight: Any, bias: Any = None) -> Value:
         x = self._tensor(input)
@@ -75,8 +81,8 @@ class Layers(Writer):
         out_features, in_features = weight.shape
         parameters = (self._index(weight, "weight", rows=out_features), self._vector(bias, "bias", out_features))
         return self._emit(
-            "conv2d", [x], parameters, in_features=in_features, out_features=out_features, ranks=[1],
-            window=[[1, 1], [1, 1], [0, 0], [0, 0]],
+            "conv2d", [x], parameters, in_features=in_features, out_features=out_features, in_layouts=("features",),
+            window=Window((1, 1), (1, 1), (0, 0), (0, 0)),
         )  # fmt: skip
 
     def conv(
@@ -101,16 +107,16 @@ class Layers(Writer):
         rows, columns, *sizes = weight.shape
         kernel = _along(axes, sizes)
         if padding == "same":
-            before = [(k - 1) // 2 for k in kernel]
-            after = [k - 1 - b for k, b in zip(kernel, before, strict=True)]
+            before = tuple((k - 1) // 2 for k in kernel)
+            after = tuple(k - 1 - b for k, b in zip(kernel, before, strict=True))
         else:
-            before = after = [0, 0] if padding == "valid" else list(_along(axes, padding, idle=0))
+            before = after = (0, 0) if padding == "valid" else _along(axes, padding, idle=0)
         steps = _along(axes, stride)
         _check_window(kernel, steps, before)
         parameters = (self._index(weight, "weight", rows, kernel[0] * kernel[1]), self._vector(bias, "bias", rows))
         return self._emit(
-            "conv2d", [self._image(x)], parameters, in_features=columns, out_features=rows, ranks=[axes + 1],
-            window=[list(kernel), list(steps), before, after],
+            "conv2d", [self._image(x)], parameters, in_features=columns, out_features=rows, in_layouts=(SLID[axes],),
+            window=Window(kernel, steps, before, after),
         )  # fmt: skip
 
     def batch_norm(
@@ -124,21 +130,25 @@ class Layers(Writer):
         momentum: float = 0.1,
         eps: float = 1e-5,
         *,
-        ranks: tuple[int, ...] = (),
+        layouts: tuple[Layout, ...] = (),
         slots: int | None = None,
+        num_features: int | None = None,
     ) -> Value:
         x = self._image(self._tensor(input))
         channels = _channels(weight, bias, running_mean)
+        in_features = num_features or channels or None
         affine = (self._vector(weight, "weight", channels, slots), self._vector(bias, "bias", channels, slots))
         if training:
-            return self._emit("batch_norm", [x], affine, eps=eps, ranks=list(ranks), in_features=channels)
+            return self._emit("batch_norm", [x], affine, eps=eps, in_layouts=layouts, in_features=in_features)
         if running_mean is None or running_var is None:
             raise Unfusable("it has neither batch statistics nor running ones")
         statistics = (
             self._vector(running_mean, "running mean", channels, slots, buffer=True),
             self._vector(running_var, "running variance", channels, slots, buffer=True),
         )
-        return self._emit("running_norm", [x], (*affine, *statistics), eps=eps, ranks=list(ranks), in_features=channels)
+        return self._emit(
+            "running_norm", [x], (*affine, *statistics), eps=eps, in_layouts=layouts, in_features=in_features
+        )
 
     def group_norm(
         self,
@@ -149,14 +159,14 @@ class Layers(Writer):
         eps: float = 1e-5,
         cudnn_enabled: bool = True,
         *,
-        ranks: tuple[int, ...] = (1, 2, 3),
+        layouts: tuple[Layout, ...] = ("features", "signal", "image"),
     ) -> Value:
-        """num_groups 0: every channel is a group. cudnn_enabled, of torch.group_norm, is torch's own matter."""
+        """num_groups 0: every channel is a group. cudnn_enabled decides nothing here."""
         x = self._image(self._tensor(input))
         channels = _channels(weight, bias)
         affine = (self._vector(weight, "weight", channels), self._vector(bias, "bias", channels))
         return self._emit(
-            "group_norm", [x], affine, eps=eps, groups=num_groups, ranks=list(ranks), in_features=channels
+            "group_norm", [x], affine, eps=eps, groups=num_groups, in_layouts=layouts, in_features=channels or None
         )
 
     def layer_norm(
@@ -168,11 +178,11 @@ class Layers(Writer):
         eps: float = 1e-5,
         cudnn_enable: bool = True,
     ) -> Value:
-        """One group of a sample, to which the sample is features: each has its own gamma and beta. cudnn_enable, of
-        torch.layer_norm, is torch's own matter."""
+        """A group_norm of one group that takes the whole sample as features, each with its own gamma and beta.
+        cudnn_enable decides nothing here."""
         x = self._image(self._tensor(input))
         shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
-        if len(shape) > 3:
+        if not 1 <= len(shape) <= 3:
             raise Unfusable(f"normalized_shape={shape} is not fused; the shape of a feature vector, signal or image is")
         affine = []
         for p, what in ((weight, "weight"), (bias, "bias")):
@@ -180,7 +190,10 @@ class Layers(Writer):
                 raise Unfusable(f"its {what} has shape {list(p.shape)}; fused is {shape}")
             taps = math.prod(shape[1:])
             affine.append(self._index(p, what, *((shape[0], taps) if taps > 1 else ())))
-        return self._emit("group_norm", [x], tuple(affine), eps=eps, ranks=[len(shape)], sample=shape)
+        layout = ("features", *SLID.values())[len(shape) - 1]
+        return self._emit(
+            "group_norm", [x], tuple(affine), eps=eps, groups=1, in_layouts=(layout,), sample=tuple(shape)
+        )
 
     def instance_norm(
         self,
@@ -193,13 +206,13 @@ class Layers(Writer):
         momentum: float = 0.1,
         eps: float = 1e-5,
         *,
-        ranks: tuple[int, ...] = (2, 3),
+        layouts: tuple[Layout, ...] = ("signal", "image"),
     ) -> Value:
         if not use_input_stats:
-            return self.batch_norm(input, running_mean, running_var, weight, bias, eps=eps, ranks=ranks)
+            return self.batch_norm(input, running_mean, running_var, weight, bias, eps=eps, layouts=layouts)
         if running_mean is not None or running_var is not None:
             raise Unfusable("it tracks running statistics in train mode, which is not fused; in eval mode it is")
-        return self.group_norm(input, 0, weight, bias, eps, ranks=ranks)
+        return self.group_norm(input, 0, weight, bias, eps, layouts=layouts)
 
     def max_pool(
         self,
@@ -244,7 +257,7 @@ class Layers(Writer):
         stride: Any,
         padding: Any,
         ceil_mode: bool,
-        **attributes: Any,
+        count_padding: bool | None = None,
     ) -> Value:
         if ceil_mode:
             raise Unfusable("ceil_mode is not fused")
@@ -254,13 +267,15 @@ class Layers(Writer):
             raise Unfusable(f"padding {pad} is more than half of the kernel {kernel}")
         steps = _along(axes, stride) if stride not in (None, [], ()) else kernel
         _check_window(kernel, steps, pad)
-        window = [list(kernel), list(steps), list(pad), list(pad)]
-        return self._emit(kind, [self._image(self._tensor(input))], window=window, ranks=[axes + 1], **attributes)
+        return self._emit(
+            kind, [self._image(self._tensor(input))], window=Window(kernel, steps, pad, pad), in_layouts=(SLID[axes],),
+            count_padding=count_padding,
+        )  # fmt: skip
 
     def adaptive_avg_pool(self, input: Any, output_size: Any, *, axes: int = 2) -> Value:
         if _along(axes, output_size) != (1, 1):
             raise Unfusable(f"output size {output_size} is not fused; 1 is")
-        return self._emit("mean_pool", [self._image(self._tensor(input))], ranks=[axes + 1])
+        return self._emit("mean_pool", [self._image(self._tensor(input))], in_layouts=(SLID[axes],))
 
     def mean(self, input: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
         dims = [dim] if isinstance(dim, int) else list(dim) if isinstance(dim, (tuple, list)) else []
@@ -268,14 +283,16 @@ class Layers(Writer):
         # All but [n, channels]: of a signal [n, channels, length] axis 2, of an image 2 and 3.
         if axes not in (1, 2) or sorted(d % (2 + axes) for d in dims) != [2, 3][:axes] or dtype is not None:
             raise Unfusable(f"the mean over {dim} is not fused; over the spatial axes (2, 3), or a signal's 2, it is")
-        out_rank: dict[str, Any] = {} if keepdim else {"out_rank": 1}
-        return self._emit("mean_pool", [self._image(self._tensor(input))], ranks=[axes + 1], **out_rank)
+        return self._emit(
+            "mean_pool", [self._image(self._tensor(input))], in_layouts=(SLID[axes],),
+            out_layout=None if keepdim else "features",
+        )  # fmt: skip
 
     def flatten(self, input: Any, start_dim: int = 0, end_dim: int = -1) -> Value:
         if (start_dim, end_dim) != (1, -1):
             raise Unfusable(f"flatten({start_dim}, {end_dim}) is not fused; flatten(1) is")
         x = self._tensor(input)
-        return self._emit("flatten", [x], alias=x.alias, out_rank=1)
+        return self._emit("flatten", [x], alias=x.alias, out_layout="features")
 
     def reshape(self, input: Any, *shape: Any) -> Value:
         if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
@@ -285,7 +302,7 @@ class Layers(Writer):
         if batch and shape[1] == -1:
             return self.flatten(x, 1)
         if len(shape) == 2 and (batch or shape[0] == -1) and isinstance(shape[1], int) and shape[1] > 0:
-            return self._emit("flatten", [x], alias=x.alias, out_rank=1, out_features=shape[1])
+            return self._emit("flatten", [x], alias=x.alias, out_layout="features", out_features=shape[1])
         raise Unfusable("this reshape is not fused; into [n, features] it is")
 
     def append(self, x: Value, behind: Any) -> Value:
@@ -297,8 +314,8 @@ class Layers(Writer):
             raise Unfusable(f"its log_std has shape {list(p.parameter.shape)}; fused is [action]")
         size = p.parameter.numel()
         return self._emit(
-            "append", [x], (self._index(p.parameter, "log_std"), None), a=p.floor, ranks=[1], in_features=size,
-            out_features=2 * size,
+            "append", [x], (self._index(p.parameter, "log_std"),), constants=(p.floor,), in_layouts=("features",),
+            in_features=size, out_features=2 * size,
         )  # fmt: skip
 
     def clamp(self, input: Any, min: Any = None, max: Any = None) -> Floored:
@@ -333,9 +350,9 @@ class Layers(Writer):
     def iadd(self, input: Any, other: Any) -> Value:
         return self._in_place(self._tensor(input), self.add(input, other))
 
-    def pointwise(self, input: Any, function: str, inplace: bool = False, **constants: Any) -> Value:
+    def pointwise(self, input: Any, function: str, inplace: bool = False, constants: tuple[float, ...] = ()) -> Value:
         x = self._tensor(input)
-        y = self._emit("pointwise", [self._image(x)], function=function, **constants)
+        y = self._emit("pointwise", [self._image(x)], function=function, constants=constants)
         return self._in_place(x, y) if inplace else y
 
     def relu(self, input: Any, inplace: bool = False) -> Value:
@@ -345,16 +362,16 @@ class Layers(Writer):
         return self.relu(input, inplace=True)
 
     def leaky_relu(self, input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Value:
-        return self.pointwise(input, "leaky_relu", inplace, a=float(negative_slope))
+        return self.pointwise(input, "leaky_relu", inplace, (float(negative_slope),))
 
     def elu(self, input: Any, alpha: float = 1.0, inplace: bool = False) -> Value:
-        return self.pointwise(input, "elu", inplace, a=float(alpha), b=1.0, c=1.0)
+        return self.pointwise(input, "elu", inplace, (float(alpha), 1.0, 1.0))
 
     def selu(self, input: Any, inplace: bool = False) -> Value:
-        return self.pointwise(input, "elu", inplace, a=1.6732632423543772, b=1.0507009873554805, c=1.0)
+        return self.pointwise(input, "elu", inplace, (1.6732632423543772, 1.0507009873554805, 1.0))
 
     def celu(self, input: Any, alpha: float = 1.0, inplace: bool = False) -> Value:
-        return self.pointwise(input, "elu", inplace, a=float(alpha), b=1.0, c=float(alpha))
+        return self.pointwise(input, "elu", inplace, (float(alpha), 1.0, float(alpha)))
 
     def silu(self, input: Any, inplace: bool = False) -> Value:
         return self.pointwise(input, "silu", inplace)
@@ -363,7 +380,7 @@ class Layers(Writer):
         return self.pointwise(input, "gelu" if approximate == "none" else "gelu_tanh")
 
     def softplus(self, input: Any, beta: float = 1.0, threshold: float = 20.0) -> Value:
-        return self.pointwise(input, "softplus", a=float(beta), b=float(threshold))
+        return self.pointwise(input, "softplus", constants=(float(beta), float(threshold)))
 
     def tanh(self, input: Any) -> Value:
         return self.pointwise(input, "tanh")
@@ -374,7 +391,7 @@ class Layers(Writer):
     def hardtanh(self, input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Value:
         if min_val > max_val:
             raise Unfusable(f"min_val={min_val} is more than max_val={max_val}")
-        return self.pointwise(input, "hardtanh", inplace, a=float(min_val), b=float(max_val))
+        return self.pointwise(input, "hardtanh", inplace, (float(min_val), float(max_val)))
 
     def relu6(self, input: Any, inplace: bool = False) -> Value:
         return self.hardtanh(input, 0.0, 6.0, inplace)

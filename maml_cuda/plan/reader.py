@@ -1,7 +1,7 @@
-"""nn.Module -> plan: which fused layers serve it, or the sentence why not.
+"""Reads an nn.Module as a graph of fused layers, or says why it cannot.
 
-tracing.py records what `forward` does; the record is read here call by call, and layers.py writes one node for each
-fused layer. What is not understood is refused in words, never guessed.
+tracing.py records the calls of `forward`. The record is read here call by call, and layers.py writes the nodes of each
+fused layer. A call that is not understood is refused with a reason, never guessed.
 """
 
 from __future__ import annotations
@@ -9,21 +9,22 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch.fx
 from torch import nn
 
-from maml_cuda.plan.graph import Plan, Traced, Value, in_words
+from maml_cuda.plan.graph import Graph, Traced, Value, in_words
 from maml_cuda.plan.layers import Floored, Layers
 from maml_cuda.plan.torch_names import FUNCTIONS, METHODS, MODULES
 from maml_cuda.plan.tracing import GLOBAL_HOOKS, HOOKS, Unfusable, described, record
 
-__all__ = ["GLOBAL_HOOKS", "HOOKS", "Plan", "Unfusable", "trace"]
+__all__ = ["GLOBAL_HOOKS", "HOOKS", "Graph", "Unfusable", "trace"]
 
 
-def trace(model: nn.Module) -> Plan:
-    """The plan of `model` as its training flags stand now.
+def trace(model: nn.Module) -> Graph:
+    """The graph of fused layers that `model` is, with its training flags as they are.
 
     Raises:
         Unfusable: the sentence why there is none.
@@ -43,7 +44,7 @@ def _traced(argument: Any) -> list[Traced]:
 class _Reader(Layers):
     """Reads a torch.fx graph, node by node."""
 
-    def read(self, graph: torch.fx.Graph) -> Plan:
+    def read(self, graph: torch.fx.Graph) -> Graph:
         self._without_unread(graph)
         values: dict[torch.fx.Node, Any] = {}
         seen_input = False
@@ -70,7 +71,7 @@ class _Reader(Layers):
         raise Unfusable("the model returns nothing")
 
     def _without_unread(self, graph: torch.fx.Graph) -> None:
-        """Drops calls whose result nobody reads, unless they might change a value that others read."""
+        """Drops calls whose result is never read, unless they might change another value in place."""
         for node in reversed(graph.nodes):
             if node.users or node.op in ("output", "placeholder"):
                 continue
@@ -121,7 +122,7 @@ class _Reader(Layers):
         except (TypeError, ValueError) as error:
             raise Unfusable(f"an option that no fused layer has ({error})") from None
 
-    def _finish(self, result: Any) -> Plan:
+    def _finish(self, result: Any) -> Graph:
         policy = isinstance(result, tuple) and len(result) == 2
         mean = result[0] if policy else result
         if not isinstance(mean, Value):
@@ -130,33 +131,33 @@ class _Reader(Layers):
         x = self._tensor(mean)
         if policy:
             x = self.append(x, result[1])
-            self.plan.log_std = "rows" if isinstance(result[1], Floored) and result[1].rows else "shared"
-        if not any(name in self.names.values() for name in self.plan.parameters):
+            self.graph.log_std = "rows" if isinstance(result[1], Floored) and result[1].rows else "shared"
+        if not any(read.name in self.names.values() for read in self.graph.reads):
             raise Unfusable("the model's prediction depends on no parameter")
-        self._emit("flatten", [x], out_rank=1)  # into the user's order of elements
-        return self._without_dead(self.plan)
+        self._emit("flatten", [x], out_layout="features")  # into the user's order of elements
+        return self._without_dead(self.graph)
 
-    def _without_dead(self, plan: Plan) -> Plan:
+    def _without_dead(self, graph: Graph) -> Graph:
         """Drops nodes that do not reach the prediction, and the parameters that only they read."""
         alive = set()
-        pending = [len(plan.nodes)]
+        pending = [len(graph.nodes)]
         while pending:
             number = pending.pop()
             if number and number not in alive:
                 alive.add(number)
-                pending.extend(plan.nodes[number - 1]["inputs"])
-        values = {0: 0}
-        nodes = []
-        for number, node in enumerate(plan.nodes, start=1):
-            if number in alive:
-                nodes.append({**node, "inputs": [values[i] for i in node["inputs"]]})
-                values[number] = len(nodes)
-        used = [i for i in range(len(plan.parameters)) if any(i in node["parameters"] for node in nodes)]
+                pending.extend(graph.nodes[number - 1].inputs)
+        nodes = [node for number, node in enumerate(graph.nodes, start=1) if number in alive]
+        values = {0: 0, **{number: place for place, number in enumerate(sorted(alive), start=1)}}
+        read = {i for node in nodes for i in node.parameters if i is not None}
         names = [name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]]
-        order = sorted(used, key=lambda i: names.index(plan.parameters[i]))
-        place = {i: position for position, i in enumerate(order)}
-        for node in nodes:
-            node["parameters"] = [None if i is None else place[i] for i in node["parameters"]]
-        parameters = [plan.parameters[i] for i in order]
-        rows_taps, slots = [plan.rows_taps[i] for i in order], [plan.slots[i] for i in order]
-        return Plan(nodes, parameters, rows_taps, slots, plan.served_by, plan.log_std)
+        order = sorted(read, key=lambda i: names.index(graph.reads[i].name))
+        places: dict[int | None, int | None] = {None: None, **{i: place for place, i in enumerate(order)}}
+        nodes = [
+            replace(
+                node,
+                inputs=tuple(values[i] for i in node.inputs),
+                parameters=tuple(places[i] for i in node.parameters),
+            )
+            for node in nodes
+        ]
+        return Graph(nodes, [graph.reads[i] for i in order], graph.served_by, graph.log_std)

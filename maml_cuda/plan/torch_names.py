@@ -1,4 +1,4 @@
-"""Every spelling of a fused layer: torch's modules, functions and methods, and the method of Layers that each means."""
+"""The modules, functions and methods of torch that are fused, and the method of Layers that reads each."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import nn
 from maml_cuda.batch_norm import PerStepBatchNorm, PerStepBatchNorm1d, PerStepBatchNorm2d
 from maml_cuda.plan.graph import Value
 from maml_cuda.plan.layers import Layers
+from maml_cuda.plan.schema import Layout
 from maml_cuda.plan.tracing import Unfusable
 
 
@@ -24,16 +25,14 @@ def _convolution(b: Layers, m: Any, input: Any, *, axes: int) -> Value:
     return b.conv(input, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups, axes=axes)
 
 
-def _batch_norm(*ranks: int) -> Callable[[Layers, Any, Any], Value]:
+def _batch_norm(*layouts: Layout) -> Callable[[Layers, Any, Any], Value]:
     def layer(b: Layers, m: Any, input: Any) -> Value:
         batch_statistics = m.training or (m.running_mean is None and m.running_var is None)
         slots = m.steps if isinstance(m, PerStepBatchNorm) else None
-        value = b.batch_norm(
-            input, m.running_mean, m.running_var, m.weight, m.bias, batch_statistics, eps=m.eps, ranks=ranks,
-            slots=slots,
+        return b.batch_norm(
+            input, m.running_mean, m.running_var, m.weight, m.bias, batch_statistics, eps=m.eps, layouts=layouts,
+            slots=slots, num_features=m.num_features,
         )  # fmt: skip
-        b.plan.nodes[-1]["in_features"] = m.num_features
-        return value
 
     return layer
 
@@ -46,10 +45,12 @@ def _layer_norm(b: Layers, m: Any, input: Any) -> Value:
     return b.layer_norm(input, m.normalized_shape, m.weight, m.bias, m.eps)
 
 
-def _instance_norm(rank: int) -> Callable[[Layers, Any, Any], Value]:
+def _instance_norm(layout: Layout) -> Callable[[Layers, Any, Any], Value]:
     def layer(b: Layers, m: Any, input: Any) -> Value:
         own = m.training or not m.track_running_stats
-        return b.instance_norm(input, m.running_mean, m.running_var, m.weight, m.bias, own, eps=m.eps, ranks=(rank,))
+        return b.instance_norm(
+            input, m.running_mean, m.running_var, m.weight, m.bias, own, eps=m.eps, layouts=(layout,)
+        )
 
     return layer
 
@@ -67,7 +68,7 @@ def _max_pool(b: Layers, m: Any, input: Any, *, axes: int) -> Value:
 
 
 def _avg_pool(b: Layers, m: Any, input: Any, *, axes: int) -> Value:
-    divisor = getattr(m, "divisor_override", None)  # which a signal's has not
+    divisor = getattr(m, "divisor_override", None)  # AvgPool1d has none
     return b.avg_pool(input, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, divisor, axes=axes)
 
 
@@ -79,14 +80,14 @@ MODULES: dict[type, Callable[..., Value]] = {
     nn.Linear: lambda b, m, input: b.linear(input, m.weight, m.bias),
     nn.Conv1d: partial(_convolution, axes=1),
     nn.Conv2d: partial(_convolution, axes=2),
-    nn.BatchNorm1d: _batch_norm(1, 2),
-    nn.BatchNorm2d: _batch_norm(3),
-    PerStepBatchNorm1d: _batch_norm(1, 2),
-    PerStepBatchNorm2d: _batch_norm(3),
+    nn.BatchNorm1d: _batch_norm("features", "signal"),
+    nn.BatchNorm2d: _batch_norm("image"),
+    PerStepBatchNorm1d: _batch_norm("features", "signal"),
+    PerStepBatchNorm2d: _batch_norm("image"),
     nn.GroupNorm: _group_norm,
     nn.LayerNorm: _layer_norm,
-    nn.InstanceNorm1d: _instance_norm(2),
-    nn.InstanceNorm2d: _instance_norm(3),
+    nn.InstanceNorm1d: _instance_norm("signal"),
+    nn.InstanceNorm2d: _instance_norm("image"),
     nn.ReLU: lambda b, m, input: b.relu(input, m.inplace),
     nn.ReLU6: lambda b, m, input: b.relu6(input, m.inplace),
     nn.LeakyReLU: lambda b, m, input: b.leaky_relu(input, m.negative_slope, m.inplace),
