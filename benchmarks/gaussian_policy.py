@@ -1,4 +1,4 @@
-"""The paper's policy and samples of it (Finn, Abbeel, Levine 2017, section 5.3): 20 tasks of 2000, one inner step."""
+"""The Gaussian policy of Finn, Abbeel, Levine (2017), section 5.3, and a meta-batch: 20 tasks of 2000 samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Policy(nn.Module):
 
 
 def episode(model: nn.Module, tasks: int, samples: int) -> list:
-    """Samples of the model's own actions: x_spt, y_spt (score form), x_qry, y_qry (likelihood ratio)."""
+    """A meta-batch of actions of the policy: x_spt, y_spt (score function), x_qry, y_qry (likelihood ratio)."""
     data: list = []
     for ratio in (False, True):
         x = torch.rand(tasks, samples, 2) - 0.5
@@ -35,6 +35,7 @@ def episode(model: nn.Module, tasks: int, samples: int) -> list:
 
 
 def doubled(data: list) -> list:
+    """The meta-batch in float64."""
     return [
         d.double() if isinstance(d, Tensor) else PolicyTarget(*(None if t is None else t.double() for t in d))
         for d in data

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Its lines: the first column to the left, the others to the right."""
+    """The lines of a table. The first column is aligned left, the others right."""
     yield f"| {' | '.join(columns)} |"
     yield f"| {' | '.join(['---', *['---:'] * (len(columns) - 1)])} |"
     for cells in rows:
