@@ -124,7 +124,7 @@ MEASURE = """
 import torch
 from benchmarks.memory import peak_bytes
 from maml_cuda import FusedMAML
-from maml_cuda.models import conv4_max_pool
+from maml_cuda.train.models import conv4_max_pool
 
 torch.set_num_threads(2)
 data = [t for _ in range(2) for t in (torch.randn(2, 30, 3, 40, 40), torch.randint(5, (2, 30)))]
