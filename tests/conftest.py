@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -80,6 +81,34 @@ def check_meta_gradient(
     assert abs(value.item() - expected_value.item()) <= tolerance * max(1.0, abs(expected_value.item()))
     assert_close(grads, expected, tolerance)
     return maml
+
+
+def flat(grads: dict[str, Tensor]) -> Tensor:
+    return torch.cat([g.flatten() for g in grads.values()])
+
+
+def as_good_as_the_reference(model: nn.Module, data: list[Tensor], steps: int, first_order: bool = False) -> None:
+    """The float32 rule: an error of the meta-gradient of at most 2 * own + 2e-6, relative to the float64 truth.
+
+    own is the largest float32 error of the reference over 8 random orders of the samples.
+    """
+    double = [d.double() if d.is_floating_point() else d for d in data]
+    exact = copy.deepcopy(model).double()
+    truth = flat(reference.meta_gradient(exact, "cross_entropy", *double, 0.1, steps, first_order)[1])
+
+    def error(g):
+        return ((g.double() - truth).norm() / truth.norm()).item()
+
+    own = 0.0
+    for _ in range(8):
+        s, q = torch.randperm(data[0].shape[1]), torch.randperm(data[2].shape[1])
+        shuffled = [data[0][:, s], data[1][:, s], data[2][:, q], data[3][:, q]]
+        own = max(
+            own,
+            error(flat(reference.meta_gradient(model, "cross_entropy", *shuffled, 0.1, steps, first_order)[1])),
+        )
+    ours = error(flat(run(FusedMAML(model, 0.1, steps, first_order=first_order, backend="fused"), data)[1]))
+    assert ours <= 2 * own + 2e-6
 
 
 def episode(

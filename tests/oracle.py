@@ -1,7 +1,7 @@
-"""The meta-gradient by hand: a plain loop in float64 that shares no code with the package.
+"""An independent meta-gradient: a plain loop in float64 that shares no code with the package.
 
-The task's parameters are set as attributes of a copy of the modules, at every place that holds them, and every forward
-gets its own leaves of x and the buffers that the model came with.
+A task's parameters are set as attributes of a copy of the model, at every place that holds them. Every forward gets new
+leaf tensors of x, and the buffers that the model had at first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 
 class Plain:
-    """A model's copy in float64 (complex128), called with other tensors in place of its parameters."""
+    """A float64 (complex128) copy of a model, called with given tensors as its parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = copy.deepcopy(model)
@@ -42,12 +42,12 @@ class Plain:
             setattr(m, key, parameters[name])
         for m, key, b in self.buffers:
             setattr(m, key, None if b is None else b.clone())
-        with sdpa_kernel(SDPBackend.MATH):  # whose attention has second derivatives
+        with sdpa_kernel(SDPBackend.MATH):  # the one attention that has second derivatives
             return self.model(*tree_map_only(Tensor, lambda t: t.detach().clone(), x))
 
 
 def in_double(tree: Any) -> Any:
-    """Its floating-point tensors in float64, complex ones in complex128, the others as they are."""
+    """Casts floating-point tensors to float64 and complex ones to complex128; others stay."""
 
     def double(t: Tensor) -> Tensor:
         return t.to(torch.complex128) if t.is_complex() else t.double() if t.is_floating_point() else t
@@ -89,7 +89,7 @@ def meta_gradient(
     """The mean query loss over tasks and its gradient by each trainable parameter that it depends on.
 
     Args:
-        model: left alone: its parameters, buffers and flags are read.
+        model: its parameters, buffers and flags are only read.
         loss: "cross_entropy", "mse" or (prediction, target) -> scalar.
         x_spt, y_spt, x_qry, y_qry: [tasks, samples, ...], or any pytree of such tensors.
         adapted: names of the parameters that the inner loop changes; None: the trainable ones.

@@ -1,4 +1,4 @@
-"""The build says what it cannot do before it does anything."""
+"""setup.py and CMake: what they refuse before they compile, and the options that they pass on."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def test_a_build_that_cannot_be_had(choice: str, words: str, tmp_path: Path) -> 
 
 
 def commands(folder: Path, *options: str) -> str:
-    """What CMake would run to compile the CPU core."""
+    """The commands by which CMake would compile the CPU backend."""
     configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), "-DMAML_CUDA_PYTHON=OFF", *options]
     subprocess.run([*configure, "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"], check=True, capture_output=True)
     return (folder / "compile_commands.json").read_text()

@@ -1,5 +1,4 @@
-"""What importing costs and brings: no torch before it is needed, every name where it stood, words where the core is
-missing."""
+"""`import maml_cuda`: it does not import torch, has all public names, and says what to do if the core is not built."""
 
 import os
 import shutil

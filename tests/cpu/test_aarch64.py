@@ -1,4 +1,4 @@
-"""The CPU core on AArch64: cross-compiled, run by an emulator, against this machine's own answer.
+"""The CPU backend on AArch64: cross-compiled, run by an emulator, compared with this machine's result.
 
 Debian: apt-get install g++-aarch64-linux-gnu qemu-user.
 """
@@ -42,7 +42,7 @@ SAMPLES = {conv: (2, 9, 8), mlp: (3,)}
 
 @pytest.fixture(scope="module")
 def program() -> Path:
-    """tests/cpu/portable/meta_step.cpp for AArch64, by the project's own CMake."""
+    """tests/cpu/portable/meta_step.cpp for AArch64, built by CMakeLists.txt."""
     target = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}")
     return build("aarch64", "meta_step", "-DMAML_CUDA_PYTHON=OFF", *target) / "meta_step"
 

@@ -1,4 +1,4 @@
-"""Small networks: tasks side by side in the lanes of vectors have the bits that each has alone."""
+"""Small networks: several tasks in the lanes of a vector have the bits that each has alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from maml_cuda import FusedMAML
 from tests.conftest import assert_close
 
-TASKS = [3, 7, 16, 21, 45]  # lanes left over, whole vectors, vectors and tasks alone, more than one wave
+TASKS = [3, 7, 16, 21, 45]  # fewer than the lanes, whole vectors, vectors and single tasks, more than one wave
 
 
 class Residual(nn.Module):
-    """A shared layer, a residual sum, every branch of the tangents."""
+    """A shared layer and a residual sum, which take every branch of the tangents."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def rates(kind: str, model: nn.Module) -> object:
 
 
 def run(maml: FusedMAML, data: list[Tensor], first: int, end: int) -> dict[str, Tensor]:
-    """Everything that a call gives, of tasks [first, end)."""
+    """All results of a call for the tasks [first, end)."""
     data = [d[first:end] for d in data]
     weights = torch.ones(end - first, dtype=data[0].dtype)
     maml.zero_grad()

@@ -1,4 +1,4 @@
-"""Threads share one task where tasks are fewer than threads, and nothing of it is seen in a result."""
+"""With fewer tasks than threads, several threads share a task; the bits of the results are the same."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _restored() -> Iterator[None]:
 
 
 def pooled() -> nn.Module:
-    """The first layer by its patches' moments, then convolutions with BatchNorm and pool in one layer."""
+    """A stem, then convolutions fused with BatchNorm and pool."""
     return nn.Sequential(
         nn.Conv2d(3, 20, 3, padding=1), nn.BatchNorm2d(20), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(20, 36, 3, padding=1), nn.BatchNorm2d(36), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
@@ -39,7 +39,7 @@ def strided() -> nn.Module:
 
 
 def grouped() -> nn.Module:
-    """Normalised within a sample."""
+    """A net with GroupNorm."""
     return nn.Sequential(
         nn.Conv2d(3, 20, 3, padding=1), nn.GroupNorm(5, 20), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(20, 36, 3, 2, 1), nn.LayerNorm([36, 7, 7]), nn.ReLU(), nn.Flatten(), nn.Linear(36 * 49, 5),
@@ -47,7 +47,7 @@ def grouped() -> nn.Module:
 
 
 class Residual(nn.Module):
-    """The layers that stand alone: convolutions with bias, pools that overlap, functions, a sum."""
+    """Layers that are not fused with others: convolutions with bias, overlapping pools, activations, a sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def episode(make, tasks: int, dtype: torch.dtype) -> list[Tensor]:
     [*((make, torch.float32, tasks) for make in NETS for tasks in (1, 4)), (pooled, torch.float64, 1)],
 )
 def test_same_bits_for_every_number_of_threads(make, dtype, tasks):
-    """Of four tasks, one is left over for three threads."""
+    """Four tasks on three threads leave one task to be shared."""
     data = episode(make, tasks, dtype)
     model = make().to(dtype)
     rate = nn.Parameter(torch.tensor(0.1))
@@ -95,14 +95,14 @@ def test_same_bits_for_every_number_of_threads(make, dtype, tasks):
 
 
 def ticks(task: Path) -> int:
-    """CPU time of a thread, in hundredths of a second."""
+    """CPU time of a thread, in 1/100 s."""
     fields = (task / "stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_as_many_threads_share_a_task_as_torch_is_told(threads):
-    """So in a worker of a DataLoader, where torch is told one, there is one."""
+    """In a worker of a DataLoader, where torch has one thread, one thread runs."""
     maml = FusedMAML(pooled(), 0.1, 5, backend="fused")
     data = episode(pooled, 1, torch.float32)
     torch.set_num_threads(threads)

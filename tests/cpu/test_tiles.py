@@ -1,4 +1,4 @@
-"""Many samples go through the layers in tiles, where no layer makes one depend on another: nothing of it is seen."""
+"""Many samples are computed in tiles if no layer mixes samples; the results are the same."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_other_layers(make, steps, first_order):
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("part", ["head", "body", "biases"])
 def test_partly_adapted(make, first_order, part):
-    """What does not move is computed once for every tile; what is not adapted has its exact gradient all the same."""
+    """Values that do not depend on adapted parameters are computed once per tile; all gradients stay exact."""
     model = make()
     last = [n for n, _ in model.named_parameters()][-2:]
     chosen = {
@@ -80,7 +80,7 @@ def test_frozen_parameters():
 
 
 def test_tied_parameters():
-    """A shared weight adds up over layers and over tiles."""
+    """The gradient of a shared weight is summed over layers and tiles."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 4)).double()
     model[2].weight = model[0].weight
     check_meta_gradient(model, "mse", episode(mlp, "mse", 300, 129), 0.1, 2)
@@ -144,7 +144,7 @@ def test_a_task_has_its_bits_in_any_company():
 @pytest.mark.parametrize("machine", ["cpu"], indirect=True)
 @pytest.mark.parametrize("first_order", [False, True])
 def test_memory_is_bounded_in_samples(first_order):
-    """Second order keeps the states of all tiles, until they are too large."""
+    """Second order keeps the states of all tiles, up to a limit."""
     maml = FusedMAML(mlp(), 0.1, 3, first_order=first_order, backend="fused")
     few, many, most = (maml.memory_estimate(*[torch.zeros(2, n, 3).double()] * 2) for n in (256, 6400, 640 * 128))
     assert (few < many < few + 2 * (16 << 20)) if not first_order else few == many
@@ -164,7 +164,7 @@ def test_states_that_are_kept_give_the_same_bits(steps):
 
 
 class Crossing(nn.Module):
-    """Values that a function may, and may not, take the place of: one is read again, one is the input."""
+    """Values that an activation may overwrite, and others that it may not: one is read again, one is the input."""
 
     def __init__(self, function: nn.Module) -> None:
         super().__init__()

@@ -1,24 +1,24 @@
-"""3 x 3 convolutions of stride 1 in tiles of 4 x 4 outputs (from 5 x 7 on) or 2 x 2, and of stride 2 in tiles of 3 x 3:
-ragged edges, channels around the vectors and the thresholds, more tiles than go together, and the layers that hold
-such a convolution."""
+"""Winograd's method for 3 x 3 convolutions: stride 1 in tiles of 4 x 4 outputs or 2 x 2, stride 2 in tiles of 3 x 3.
+
+Partial tiles, channel counts around the vector width and the thresholds, several chunks of tiles, and fused layers.
+"""
 
 import pytest
 import torch
 from torch import nn
 
 from maml_cuda import FusedMAML
-from tests.conftest import check_meta_gradient, fast_parameters, relative_errors
-from tests.engine.test_meta_gradient import as_good_as_the_reference
+from tests.conftest import as_good_as_the_reference, check_meta_gradient, fast_parameters, relative_errors
 
 
 def twice(channels: int, out: int, padding: object = 1, bias: bool = True, stride: int = 1) -> nn.Sequential:
-    """A convolution of what moves."""
+    """A convolution whose input has a tangent."""
     second = nn.Conv2d(channels, out, 3, stride, padding, bias=bias)
     return nn.Sequential(nn.Conv2d(2, channels, 1), second)
 
 
 SIDES = [  # height, width, padding
-    (1, 1, 1),  # too small to pay
+    (1, 1, 1),  # too small for the method
     (1, 1, 2),
     (2, 2, 1),
     (2, 3, 1),
@@ -47,7 +47,7 @@ def test_sides(check_passes, height, width, padding):
 
 
 STRIDE_2 = [  # height, width, padding, whether 65 channels to 70 go in tiles
-    (4, 4, 0, False),  # too small to pay
+    (4, 4, 0, False),  # too small for the method
     (7, 7, 1, False),
     (5, 5, 0, True),
     (5, 8, 0, True),
@@ -78,7 +78,7 @@ def test_stride_2(check_passes, height, width, padding, tiles, n):
 @pytest.mark.parametrize("machine", ["cpu"], indirect=True)
 @pytest.mark.parametrize(("height", "width", "padding", "tiles"), STRIDE_2)
 def test_which_go_in_tiles_of_stride_2(machine, height, width, padding, tiles):
-    """Only a tile's transforms let an infinite pixel reach an output that does not read it: one of every sample's."""
+    """In a tile an infinite pixel reaches outputs that do not read it. Each sample has one such pixel."""
     model = twice(65, 70, padding, stride=2)
     pixels = height * width
     x = torch.zeros(1, pixels, 2, pixels)
@@ -108,7 +108,7 @@ def test_channels(check_passes, channels, out, bias):
 
 @pytest.mark.parametrize("n", [1, 24, 60])
 def test_chunks(check_passes, n):
-    """4 tiles a sample: less than goes together, as much, and more."""
+    """4 tiles a sample: less than one chunk, one chunk, and more."""
     check_passes(twice(16, 16), (2, 4, 4), n=n, tasks=1)
     check_passes(twice(16, 17), (2, 8, 7), n=n, tasks=1)
 
@@ -116,7 +116,7 @@ def test_chunks(check_passes, n):
 @pytest.mark.parametrize("machine", ["cpu"], indirect=True)
 @pytest.mark.parametrize("n", [2, 3, 20])
 def test_chunks_of_stride_2(check_passes, n):
-    """9 tiles a sample, of which 24 go together, and an image of more tiles than that."""
+    """9 tiles a sample in chunks of 24, and an image with more tiles than a chunk."""
     check_passes(twice(64, 64, stride=2), (2, 14, 14), n=n, tasks=1)
     check_passes(twice(33, 40, stride=2), (2, 14, 62), n=1, tasks=1)
 
@@ -124,13 +124,13 @@ def test_chunks_of_stride_2(check_passes, n):
 @pytest.mark.parametrize("pool", [True, False])
 @pytest.mark.parametrize("side", [5, 8])
 def test_blocks(check_passes, pool, side):
-    """With its BatchNorm and max-pool, in several groups of samples."""
+    """Fused with BatchNorm and max-pool, in several groups of samples."""
     layers = [nn.Conv2d(2, 20, 1), nn.Conv2d(20, 18, 3, padding=1), nn.BatchNorm2d(18)]
     check_passes(nn.Sequential(*layers, *[nn.MaxPool2d(2)] * pool), (2, side, side), n=60 if side == 8 else 4, tasks=1)
 
 
 def test_shared_weights_and_inputs(check_passes):
-    """One convolution read twice, on a value read twice: everything adds up."""
+    """A shared convolution, on a value that two layers read: gradients are summed."""
 
     class Twice(nn.Module):
         def __init__(self):
@@ -146,8 +146,7 @@ def test_shared_weights_and_inputs(check_passes):
 
 @pytest.mark.parametrize(("stride", "side", "out"), [(1, 8, 8), (2, 14, 7)])
 def test_float32(machine, stride, side, out):
-    """As exact as the plain sum: outputs, gradients and products no farther from float64 than twice torch's own
-    float32 plus 2e-6."""
+    """Outputs, gradients and Hessian-vector products err by at most twice torch's own float32 error, plus 2e-6."""
     generator = torch.Generator().manual_seed(0)
     model = twice(64, 64, stride=stride)
     x = torch.randn(1, 5, 2, side, side, generator=generator)
@@ -170,7 +169,7 @@ def test_float32(machine, stride, side, out):
 @pytest.mark.parametrize("machine", ["cpu"], indirect=True)
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_float32_of_the_meta_gradient(machine, steps):
-    """Rung 3 through three such convolutions, all in tiles of 4 x 4: measured at a quarter of the limit."""
+    """Three such convolutions in tiles of 4 x 4; the measured error is a quarter of the limit."""
     layers: list[nn.Module] = []
     for channels in (3, 32, 32, 32):
         layers += [nn.Conv2d(channels, 32, 3, padding=1), nn.BatchNorm2d(32), nn.Tanh()]
@@ -182,7 +181,7 @@ def test_float32_of_the_meta_gradient(machine, steps):
 @pytest.mark.parametrize("machine", ["cpu"], indirect=True)
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_float32_of_the_meta_gradient_of_stride_2(machine, steps):
-    """The same through two, as the Omniglot net has them: the second and third layer."""
+    """Two such convolutions, as in the second and third layer of the Omniglot net."""
     layers: list[nn.Module] = []
     for channels in (3, 48, 48):
         layers += [nn.Conv2d(channels, 48, 3, 2, 1), nn.BatchNorm2d(48), nn.Tanh()]
@@ -194,7 +193,7 @@ def test_float32_of_the_meta_gradient_of_stride_2(machine, steps):
 @pytest.mark.parametrize("machine", ["cpu"], indirect=True)  # a GPU chooses tiles by the number of samples
 @pytest.mark.parametrize(("side", "channels", "stride"), [(5, 16, 1), (9, 16, 1), (14, 40, 2)])
 def test_a_sample_does_not_know_its_neighbours(machine, side, channels, stride):
-    """The bits of a sample's output are the same in any set, whatever tiles went together."""
+    """A sample's output has the same bits in any set, whatever other tiles are in its chunk."""
     model = twice(channels, channels, stride=stride)
     maml = FusedMAML(model, 0.1, 1, loss="mse", backend="fused")
     generator = torch.Generator().manual_seed(0)
@@ -205,7 +204,7 @@ def test_a_sample_does_not_know_its_neighbours(machine, side, channels, stride):
 
 
 def smooth(norm: bool, pool: bool, padding: object = 1) -> nn.Module:
-    """A net whose second and third convolutions go this way, the last as a layer with its BatchNorm and pool."""
+    """A net whose second and third convolutions use Winograd's method; the third is fused with BatchNorm and pool."""
     between = [nn.BatchNorm2d(17)] * norm + [nn.AvgPool2d(2) if not norm else nn.MaxPool2d(2)] * pool
     layers = [nn.Conv2d(2, 16, 3, padding=1), nn.Tanh(), nn.Conv2d(16, 18, 3, padding=padding), nn.Tanh()]
     layers += [nn.Conv2d(18, 17, 3, padding=1), *between, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
@@ -216,7 +215,7 @@ def smooth(norm: bool, pool: bool, padding: object = 1) -> nn.Module:
 @pytest.mark.parametrize(("norm", "pool"), [(False, False), (False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("first_order", [False, True])
 def test_the_meta_gradient(machine, norm, pool, steps, first_order):
-    """Odd sides, through every inner step and product."""
+    """Odd image sizes, several inner steps."""
     if machine == "cuda_emulated" and (first_order or not (norm and pool)):
         pytest.skip("the GPU's kernels do not go this way; one net takes the emulation long enough")
     generator = torch.Generator().manual_seed(0)

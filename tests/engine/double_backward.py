@@ -25,7 +25,7 @@ def conv() -> nn.Sequential:
 
 
 def features() -> nn.Sequential:
-    """BatchNorm first, on the input itself, and last."""
+    """A net that begins and ends with BatchNorm, so that one normalises the input itself."""
     return nn.Sequential(
         nn.BatchNorm1d(3), nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3), nn.BatchNorm1d(3)
     )
@@ -66,7 +66,7 @@ def double_backward(
     maml: FusedMAML, data: list[Tensor], adapted: list[str], rates: dict[str, Tensor], weights: list[float],
     first_order: bool,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
-    """loss, task losses, logits, gradients by name; rates: name -> [steps, ...], one a step."""
+    """Loss, task losses, logits and gradients by name. rates: name -> [steps, ...], of which the last is repeated."""
     model = maml.model
     theta = dict(model.named_parameters())
     leaves = {**theta, **{f"inner_lr.{n}": r for n, r in rates.items() if r.requires_grad}}

@@ -22,7 +22,7 @@ def episode(*sample: int, loss: str = "mse", out: int = 2) -> tuple[Tensor, Tens
 
 
 def held(model: nn.Module) -> list[tuple[int, str, int]]:
-    """Which object stands in each place."""
+    """The identity of every parameter and buffer, by the dictionary that holds it."""
     registries = [r for m in model.modules() for r in (m._parameters, m._buffers)]
     return [(id(r), key, id(t)) for r in registries for key, t in r.items()]
 
@@ -34,9 +34,9 @@ def maml_of(model: nn.Module, loss: str = "mse", **options: object) -> FusedMAML
 def check_entries(
     model: nn.Module, data: tuple[Tensor, ...], loss: str = "mse", plain: nn.Module | None = None
 ) -> None:
-    """Every entry point at second order, and a call at first.
+    """Compares every entry point with the oracle: a call at first order, all of them at second order.
 
-    plain: the model for the oracle, where it is not this one.
+    plain: the oracle's model, if it differs from `model`.
     """
     x_spt, y_spt, x_qry, y_qry = data
     plain = plain or copy.deepcopy(model)
@@ -86,7 +86,7 @@ def check_entries(
 
 
 def of_each(p: Tensor) -> Tensor:
-    """Other parameters for each of two tasks; frozen ones as they are."""
+    """Different parameters for each of two tasks; frozen parameters are only expanded."""
     twice = p.detach().expand(2, *p.shape)
     return twice + 0.1 * torch.randn_like(twice) if p.requires_grad else twice
 
@@ -96,7 +96,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def derivatives(value: Tensor, at: dict[str, Tensor], v: dict[str, Tensor]) -> tuple[dict, dict]:
-    """The gradient, and the Hessian times v."""
+    """The gradient, and the Hessian-vector product with v."""
     grads = torch.autograd.grad(value, at.values(), create_graph=True)
     along = sum((g.conj() * v[n]).real.sum() for n, g in zip(at, grads, strict=True))
     products = torch.autograd.grad(along, at.values())

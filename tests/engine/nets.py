@@ -63,7 +63,7 @@ def step(
 
 
 def equal(got: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
-    """To the bit."""
+    """Asserts the same bits."""
     assert torch.equal(got[0], expected[0])
     assert got[1].keys() == expected[1].keys()
     for name, g in got[1].items():

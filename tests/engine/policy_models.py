@@ -11,7 +11,7 @@ LOSSES = {"gaussian": "gaussian_policy_gradient", "categorical": "categorical_po
 
 
 class Gaussian(nn.Module):
-    """Mean by a small smooth network, one log_std for all states. form: how forward hands log_std over."""
+    """A small smooth network gives the mean; log_std is one parameter for all states. form: how forward returns it."""
 
     def __init__(self, form: str = "plain", inputs: int = 3, hidden: int = 7, dims: int = 2) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ def policy(kind: str, **options: object) -> nn.Module:
 
 
 def target(kind: str, tasks: int, n: int, ratio: bool, ragged: bool) -> PolicyTarget:
-    """Actions that the policy might have drawn, their old log-probabilities about right."""
+    """Actions that the policy might have drawn, with old log-probabilities of plausible size."""
     gaussian = kind == "gaussian"
     actions = torch.randn(tasks, n, 2).double() if gaussian else torch.randint(4, (tasks, n))
     old = 0.3 * torch.randn(tasks, n).double() - (3 if gaussian else 1.4) if ratio else None
@@ -51,7 +51,7 @@ def episode(
     kind: str, n_support: int = 5, n_query: int = 6, tasks: int = 3, forms: tuple[bool, bool] = (False, True),
     ragged: bool = True,
 ) -> list:  # fmt: skip
-    """x_spt, y_spt, x_qry, y_qry; forms: of support and query, whether it is the likelihood ratio."""
+    """x_spt, y_spt, x_qry, y_qry. forms: for support and query, whether the loss has the likelihood ratio."""
     data: list = []
     for n, ratio in zip((n_support, n_query), forms, strict=True):
         data += [torch.randn(tasks, n, 3).double(), target(kind, tasks, n, ratio, ragged)]
@@ -59,7 +59,7 @@ def episode(
 
 
 def cast(data: list, dtype: torch.dtype) -> list:
-    """Floating-point tensors in another type."""
+    """Casts the floating-point tensors to dtype."""
 
     def one(t: Tensor | None) -> Tensor | None:
         return t.to(dtype) if t is not None and t.is_floating_point() else t
@@ -68,7 +68,7 @@ def cast(data: list, dtype: torch.dtype) -> list:
 
 
 def pick(data: list, index: object) -> list:
-    """data[..][index], in every tensor."""
+    """Indexes every tensor of data."""
     return [
         d[index] if isinstance(d, Tensor) else PolicyTarget(*(None if t is None else t[index] for t in d))  # type: ignore
         for d in data

@@ -17,7 +17,7 @@ GENERAL = "ignore:maml_cuda runs this model on the general path:UserWarning"
 
 
 class Net(nn.Module):
-    """Two layers, whose forward is the function given."""
+    """Two layers; forward is the given function of (model, x)."""
 
     def __init__(self, forward: Callable[[Net, Any], Any], features: int = 3) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def squared(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def right(maml: FusedMAML, data: Any, loss: str | Callable) -> None:
-    """Loss, meta-gradient, adapted parameters, per-task gradients and Hessian-vector products, by hand."""
+    """Compares loss, meta-gradient, adapted parameters, task gradients and Hessian-vector products with the oracle."""
     value, grads = run(maml, data)
     expected_value, expected = oracle.meta_gradient(maml.model, loss, *data, RATE, STEPS)
     assert torch.allclose(value, expected_value, rtol=1e-12)

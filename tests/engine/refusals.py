@@ -36,7 +36,7 @@ def episode(*sample: int, loss: str = "cross_entropy", n_support: int = SUPPORT)
 
 
 def state(module: nn.Module) -> list[Any]:
-    """All that an error must leave alone; read it twice and compare."""
+    """Everything that a refused call must not change: random state, tensors, flags, attributes, backend."""
     tensors = [
         *module.parameters(),
         *module.buffers(),
@@ -52,7 +52,7 @@ def state(module: nn.Module) -> list[Any]:
 
 
 def refuses(module: nn.Module, call: Callable[[], object], error: type[Exception], *pieces: str) -> None:
-    """`call` raises exactly `error`, its text holds `pieces` in this order, and `module` stays as it was."""
+    """Asserts that `call` raises `error`, that its text has `pieces` in this order, and that `module` is unchanged."""
     for p in module.parameters():
         if p.is_floating_point():
             p.grad = torch.full_like(p, 0.25)

@@ -45,7 +45,7 @@ def test_attention(attention, training):
 
 
 def test_attention_in_several_threads():
-    """What one of them needs the other does not take away."""
+    """The attention backends are a global setting of torch: two threads that change it do not disturb each other."""
     enabled = torch.backends.cuda.flash_sdp_enabled
     function = Functional(nn.Linear(1, 1))
     with function.differentiable_twice():
@@ -68,7 +68,7 @@ class Recurrent(nn.Module):
 
 
 def test_recurrent_layers():
-    """Without cuDNN, whose backward has no derivative, where a second one is taken."""
+    """cuDNN is off where a second derivative is taken, because its backward has none."""
     model, data = Recurrent().double(), episode(5, 2)
     before = torch.backends.cudnn.enabled
     maml_of(model, first_order=True, loss=F.mse_loss)(*data)

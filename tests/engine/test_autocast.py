@@ -47,7 +47,7 @@ def test_a_backward_inside_autocast(backend: str) -> None:
 
 
 def test_inputs_cast_by_autocast_come_back() -> None:
-    """What a layer before maml computed in bfloat16 is taken in the model's dtype."""
+    """Inputs that an earlier layer computed in bfloat16 are cast to the model's dtype."""
     maml = FusedMAML(net(torch.float32), 0.3, 2)
     data = [t.bfloat16() if t.is_floating_point() else t for t in episode(dtype=torch.float32)]
     widened = [t.float() if t.is_floating_point() else t for t in data]

@@ -43,7 +43,7 @@ def test_running_statistics_are_never_read_in_train_mode(backend: str) -> None:
 
 
 def test_dropout_draws_what_the_reference_draws() -> None:
-    """One mask a forward, in the order of the inner loop: the same seed gives the oracle's numbers."""
+    """Each forward draws one mask, in the order of the inner loop: the same seed gives the reference's numbers."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 50), nn.Dropout(0.5), nn.Linear(50, CLASSES)).double()
     maml = FusedMAML(model, 0.3, 2, backend="reference")

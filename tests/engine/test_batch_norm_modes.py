@@ -13,7 +13,7 @@ from tests.engine.double_backward import make, mlp
 @pytest.mark.parametrize("per_step", [False, True])
 @pytest.mark.parametrize("momentum", [0.3, None])
 def test_update_statistics(per_step, momentum):
-    """Against means and variances of the layer's inputs, taken by hand."""
+    """Compared with means and variances of the layer's inputs, computed here."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=momentum), nn.Tanh(), nn.Linear(4, 3)).double()
     maml = FusedMAML(model, 0.1, 2, batch_norm="per_step" if per_step else "transductive")
@@ -70,7 +70,7 @@ def test_conversion():
     assert (norm.eps, norm.training, norm.bias.requires_grad) == (0.01, False, False)
     assert type(model[3]) is PerStepBatchNorm1d
     assert model[3].weight is None
-    assert convert_per_step(model, 5)[1] is norm  # already
+    assert convert_per_step(model, 5)[1] is norm  # it is converted already
     assert type(convert_per_step(nn.BatchNorm1d(4), 2)) is PerStepBatchNorm1d
     shared = nn.BatchNorm1d(2)
     twice = convert_per_step(nn.Sequential(shared, nn.Linear(2, 2), shared), 2)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("machine", "one_thread", "labels_at_once")
 
 
 class Detour(nn.Module):
-    """`spare` is there, and nothing reads it."""
+    """forward does not use `spare`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def test_adapt_refuses(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rate_to_repeat(backend: str) -> None:
-    """inner_lr [0] fits inner_steps=0; `adapt` with more steps then has no last rate."""
+    """With inner_steps=0, inner_lr has shape [0]: `adapt` with more steps has no last rate to repeat."""
     maml = FusedMAML(net(), torch.zeros(0, dtype=torch.float64), 0, backend=backend)
     x, y = episode()["x_spt"], episode()["y_spt"]
     assert torch.equal(maml.adapt(x, y)["0.weight"][1], maml.model[0].weight)

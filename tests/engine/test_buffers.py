@@ -16,7 +16,7 @@ from tests.engine.general_path import RATE, STEPS, check_entries, episode, held,
 
 
 class Counting(nn.Module):
-    """Buffers that forward writes: a counter, a mean over calls, one that is assigned, and BatchNorm's."""
+    """forward writes buffers: a counter, a running mean, one that is assigned anew, and BatchNorm's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Counting(nn.Module):
 
 
 def test_buffers_move_once_a_call():
-    """To what the first forward leaves, of the first task's support set at theta; BatchNorm's stay."""
+    """They hold what the first forward leaves: on the first task's support set, at theta. BatchNorm's do not change."""
     model, data = Counting().double(), episode(3)
     once = copy.deepcopy(model)
     once(data[0][0])
@@ -62,7 +62,7 @@ def test_buffers_move_once_in_a_differentiable_adaptation():
 
 
 class Balanced(nn.Module):
-    """A loss with a parameter, and a buffer that moves."""
+    """A loss with a parameter, and a buffer that each call updates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def test_buffers_of_a_loss_move_once_a_call():
 
 
 class Graph(nn.Module):
-    """Sums over neighbours, by a sparse buffer."""
+    """Sums over neighbours, by a product with a sparse buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def test_buffers_move_by_nothing_else():
     with torch.no_grad():
         maml(*data)
     model.eval()
-    model.training = True  # its own flag is not that of its layers
+    model.training = True  # the model's own flag differs from those of its layers
     model.norm.num_batches_tracked += 1
     state["norm.num_batches_tracked"] += 1
     with pytest.raises(ValueError, match="y_qry must have the prediction's shape"):
@@ -137,14 +137,14 @@ def test_buffers_move_by_nothing_else():
 
 
 def test_gradcheck_starts_every_call_with_the_same_buffers():
-    """Its finite differences count for nothing here: they move the mean, which has no gradient."""
+    """Finite differences are wrong here, because the mean has no gradient: their tolerance is wide."""
     model, data = Counting().double(), episode(3)
     gradcheck(maml_of(model), *data, finite_difference_tolerance=10)
     assert int(model.count) == 0
 
 
 def test_spectral_norm_keeps_its_norm():
-    """300 steps, as by a plain loop whose state moves once a step."""
+    """Like a plain loop that updates the state once a step; after 300 steps the norm is 1."""
 
     def spectral() -> nn.Sequential:
         torch.manual_seed(0)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def by_hand(model: nn.Module, x: Tensor, y: Tensor, rate: Callable[[int], float], steps: int) -> dict[str, Tensor]:
-    """The inner loop of one task, written out."""
+    """The inner loop of one task, in plain torch."""
     phi = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     for k in range(steps):
@@ -140,7 +140,7 @@ def test_building_blocks_against_the_reference(inner_lr: Callable[[], Any]) -> N
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_at_parameters_that_all_tasks_share(backend: str) -> None:
-    """adapt(steps=0) of frozen parameters gives expanded views; every block takes them."""
+    """Parameters that are expanded views, as adapt(steps=0) returns frozen ones, are accepted by every block."""
     model = net()
     model[0].requires_grad_(False)
     maml = FusedMAML(model, 0.3, adapt_params=["3.bias"], backend=backend)

@@ -117,7 +117,7 @@ def test_forward_refuses(case: str, backend: str) -> None:
     good = episode()
     before = maml(**good).loss.detach()
     refuses(maml, lambda: maml(**spoil(good)), error, *pieces)
-    assert torch.equal(maml(**good).loss.detach(), before)  # and the next call is none the worse
+    assert torch.equal(maml(**good).loss.detach(), before)  # the next call is not affected
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -164,7 +164,7 @@ def test_an_input_that_requires_grad_is_for_the_reference(where: str) -> None:
     assert data[where].grad is not None
     assert data[where].grad.abs().sum() > 0
     with torch.no_grad():
-        maml(**data)  # nothing asks for that gradient here
+        maml(**data)  # without grad the input needs no gradient
 
 
 def test_features_that_do_not_fit_name_the_layer() -> None:
@@ -204,7 +204,7 @@ def test_logits_of_every_pixel(backend: str) -> None:
     maml = FusedMAML(nn.Conv2d(2, CLASSES, 3).double(), 0.1, backend=backend)
     pieces = ("must return logits [n, classes] for cross_entropy", f"got [{SUPPORT}, {CLASSES}, 2, 3]")
     with pytest.raises(ValueError, match="must return logits"):
-        maml(**episode(2, 4, 5))  # no fused layer serves such samples: the backend is the reference for them
+        maml(**episode(2, 4, 5))  # no fused layer serves this shape, so that the reference runs
     refuses(maml, lambda: maml(**episode(2, 4, 5)), ValueError, *pieces)
 
 

@@ -1,4 +1,4 @@
-"""What changes between two calls of one FusedMAML, and what a call must leave as it was."""
+"""Changes between two calls of a FusedMAML are seen, and a call changes nothing itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def net() -> nn.Sequential:
 
 
 def normalised() -> nn.Sequential:
-    """With running statistics of a batch."""
+    """A net whose running statistics are those of one batch."""
     model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4))
     model(torch.randn(20, 3))
     return model
@@ -134,7 +134,7 @@ def test_a_buffer_of_another_dtype() -> None:
     maml(*episode())
     model[1].running_mean.data = model[1].running_mean.double()
     with pytest.warns(UserWarning, match="running_mean is torch.float64"), pytest.raises(RuntimeError):
-        maml(*episode())  # nor does torch take it
+        maml(*episode())  # torch does not accept it either
 
 
 def test_a_rate_elsewhere() -> None:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_a_compiled_step_is_the_same_on_the_first_call(compiled: Any, first_order: bool) -> None:
     maml = FusedMAML(net(), learned(0.3, 0.2), 2, first_order=first_order)
     expected = step(maml, episode(), FusedMAML(maml.model, maml.inner_lr, 2, first_order=first_order))
-    call = compiled(maml)  # nothing has warmed maml up
+    call = compiled(maml)  # maml itself was not called before
     equal(step(maml, episode(), call), expected)
     equal(step(maml, episode(seed=1), call), step(maml, episode(seed=1)))
 
@@ -39,8 +39,8 @@ def test_compiled_with_the_optimizer_in_the_loop(compiled: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while inductor is imported
-@pytest.mark.filterwarnings("ignore:Skipping serialization of:UserWarning")  # torch 2.6's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by torch, while it imports inductor
+@pytest.mark.filterwarnings("ignore:Skipping serialization of:UserWarning")  # by torch 2.6
 def test_inductor(compiled: Any) -> None:
     maml = FusedMAML(net(), learned(0.3, 0.2), 2)
     equal(step(maml, episode(), compiled(maml, backend="inductor")), step(maml, episode()))
@@ -88,7 +88,7 @@ def test_compiled_building_blocks(compiled: Any) -> None:
 
 
 def test_compiled_follows_the_flags() -> None:
-    """A flag changed after compilation is seen, as it is without torch.compile."""
+    """A flag that changes after compilation takes effect, as without torch.compile."""
     torch._dynamo.reset()
     maml = FusedMAML(net(), 0.3, 2)
     call = torch.compile(maml, backend="aot_eager")
@@ -105,7 +105,7 @@ def test_compiled_follows_the_flags() -> None:
 
 
 def test_compiled_for_another_model(compiled: Any) -> None:
-    """Its plan is looked at anew, though it was the same when it was made."""
+    """Two models had the same plan when they were made; then an option of one changes."""
     call = compiled(lambda maml, *data: maml(*data))
     one, other = (
         FusedMAML(nn.Sequential(nn.Linear(3, 7), nn.LeakyReLU(0.2), nn.Linear(7, 4)).double(), 0.3, 2) for _ in range(2)

@@ -199,7 +199,7 @@ def test_a_loss_that_is_no_number(case: str) -> None:
     )
     for call in calls:
         refuses(maml, call, error, *pieces)
-    alone = FusedMAML(maml.model, 0.1, 0, loss=loss, backend="reference")  # the query loss is the first
+    alone = FusedMAML(maml.model, 0.1, 0, loss=loss, backend="reference")  # query loss first
     refuses(alone, lambda: alone(**data | {"x_qry": x, "y_qry": y}), error, *pieces)
 
 

@@ -79,7 +79,7 @@ def test_learned_rates_are_the_objects_that_were_passed() -> None:
     assert {id(p) for p in passed} < held
     assert len(held) == len(passed) + len(list(maml.model.parameters()))
     step(maml, episode())
-    del rates["0.bias"]  # a bias before a BatchNorm moves nothing
+    del rates["0.bias"]  # a bias before BatchNorm has no effect
     passed = [r for r in rates.values() if isinstance(r, nn.Parameter)]
     assert all(r.grad is not None and r.grad.abs().sum() > 0 for r in passed)
 
@@ -107,7 +107,7 @@ def test_to_double_and_back() -> None:
 
 
 def every_other(t: Tensor) -> Tensor:
-    """The same values, two apart in memory."""
+    """The same values with a stride of 2."""
     return torch.stack([t, t + 1], dim=-1)[..., 0]
 
 

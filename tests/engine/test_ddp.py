@@ -15,7 +15,7 @@ from tests.engine.nets import episode, learned, net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# In interpreters of their own: a process that has run gloo or OpenMP threads must not be forked.
+# Each rank is a new interpreter, because a process that has run gloo or OpenMP threads must not be forked.
 WORKER = """
 import os, sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel

@@ -1,5 +1,7 @@
-"""Parameters of other kinds beside those that are adapted: frozen ones in half precision or whole numbers, complex
-ones. Every entry point against the oracle."""
+"""Parameters of other dtypes beside the adapted ones: frozen ones in half precision or integers, and complex ones.
+
+Every entry point is compared with the oracle.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ def frozen(values: Tensor) -> nn.Parameter:
 
 
 class Frozen(nn.Module):
-    """A frozen table in half precision, which stands first, and the columns that are read of x."""
+    """A frozen table in half precision as the first parameter, and integers that select the columns of x."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -47,7 +49,7 @@ class Waves(nn.Module):
 
 
 class Phases(nn.Module):
-    """Complex weights alone, and a complex output."""
+    """Complex weights only, and a complex output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,13 +69,13 @@ def in_double(model: nn.Module) -> nn.Module:
 
 
 def test_frozen_parameters_of_other_dtypes():
-    """In double all but the table and the columns."""
+    """All parameters are float64, except the table and the column numbers."""
     check_entries(Frozen(torch.float64), episode(3))
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_their_dtype_is_no_ones_but_theirs(backend):
-    """float32 beside them, learned rates and weights of tasks too: as in the oracle's float64, within float32."""
+    """A float32 model with learned rates and task weights agrees with the float64 oracle to float32 rounding."""
     model, data = Frozen(), tuple(t.float() for t in episode(3))
     rate = nn.Parameter(torch.tensor(RATE))
     with warnings.catch_warnings():

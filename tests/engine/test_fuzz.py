@@ -1,4 +1,4 @@
-"""Rung 6: random small graphs of every layer kind, shape and option, against the reference.
+"""Random small networks of every layer kind, shape and option, against the reference.
 
 Each case draws a graph, a shape, a loss, rates, adapted parameters and steps, builds the module that computes it, and
 compares the whole meta-gradient in float64. MAML_CUDA_FUZZ sets the number of cases.
@@ -20,14 +20,14 @@ from tests.conftest import MACHINES, check_meta_gradient
 
 CASES = int(os.environ.get("MAML_CUDA_FUZZ", "300"))
 
-# A normalised constant is zero but for rounding, on which two correct computations differ: then a kink or a tie would
-# fall on two sides. So a drawn net has either normalisations or kinks (max-pools among them), never both.
+# Normalising a constant gives zero plus rounding noise, so that two correct computations may take different branches of
+# a ReLU or a max-pool behind it. A random net therefore has either normalisations or kinks, never both.
 SMOOTH = [nn.Tanh, nn.Sigmoid, nn.Softplus, nn.SiLU, nn.GELU, nn.Identity]
 KINKED = [nn.ReLU, nn.LeakyReLU, nn.ELU]
 
 
 class Graph(nn.Module):
-    """Layers in a row; `skips[i]` adds the value before layer i to its result, where the shapes agree."""
+    """A sequence of layers; with `skips[i]` the input of layer i is added to its output, which has the same shape."""
 
     def __init__(self, layers: list[nn.Module], skips: list[bool]) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ TO_ONE = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d}
 
 @st.composite
 def norms(draw, channels: int, sizes: tuple[int, ...]):
-    """Over the samples, or within each."""
+    """A normalisation over the samples or within each sample."""
     kinds = ["batch", "group", "layer", *(["instance"] if math.prod(sizes) > 1 else [])]
     kind, affine = draw(st.sampled_from(kinds)), draw(st.booleans())
     if kind == "group":
@@ -61,7 +61,7 @@ def norms(draw, channels: int, sizes: tuple[int, ...]):
 
 @st.composite
 def spatial_layers(draw, channels: int, sizes: tuple[int, ...], normed: bool):
-    """Up to five layers on a signal or an image, then the way to features."""
+    """Up to five layers on a signal or an image, then a flatten or a pool to one position."""
     layers: list[nn.Module] = []
     skips: list[bool] = []
     axes = len(sizes)
@@ -175,7 +175,7 @@ def cases(draw):
 def test_random_graphs(machine, case):
     model, loss, data, rate, steps, adapt, first_order = case
     if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
-        try:  # torch refuses one value per channel, and so do we: test_call_errors.py
+        try:  # torch refuses one value per channel, as FusedMAML does: test_call_errors.py
             FusedMAML(model, 0.1, 0, loss=loss, backend="reference")(*data)
         except ValueError as error:
             assume("more than 1 value per channel" not in str(error))

@@ -1,4 +1,4 @@
-"""The general path treats the user's tensors as the fused one does: their hooks, dtypes, a tensor given twice."""
+"""The general path treats the user's tensors as the fused path does: hooks, dtypes, a tensor passed twice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def episode(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor,
 
 
 def hooked(tensors, factor: float) -> list[Tensor]:
-    """What the hooks are called with; each multiplies the gradient."""
+    """Registers hooks that multiply the gradient, and returns the list of what they are called with."""
     calls: list[Tensor] = []
 
     def hook(g: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def test_hooks_see_the_gradient_of_adapted_parameters_once(backend):
 
 
 class Weighted(nn.Module):
-    """A loss with a parameter of its own."""
+    """A loss with a parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def test_hooks_of_a_loss_module_fire_once():
 @pytest.mark.filterwarnings("ignore:maml_cuda runs this model on the general path:UserWarning")
 @pytest.mark.parametrize("steps", [0, 2])
 def test_a_loss_that_holds_the_model_itself(steps):
-    """A penalty on theta in the outer loss: its gradient is added, the inner loop is not moved by it."""
+    """A penalty on theta in the outer loss: its gradient is added, and it has no effect on the inner loop."""
     data = episode()
     gradients = []
     for penalty in (0, 0.3):

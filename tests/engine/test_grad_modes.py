@@ -72,7 +72,7 @@ def test_backward_twice_with_retain_graph(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_optimizer_step_between_forward_and_backward(backend: str) -> None:
-    """The gradient is that of the parameters at the call."""
+    """The gradient is taken at the parameters of the call."""
     maml = FusedMAML(net(), learned(0.3), 2, backend=backend)
     _, expected = step(maml, episode())
     maml.zero_grad()
@@ -99,7 +99,7 @@ def test_data_reused_between_forward_and_backward(backend: str) -> None:
 
 
 def test_adapt_does_not_hide_a_changed_parameter() -> None:
-    """Its backward recomputes from the parameters, so a step in between must raise."""
+    """The backward of `adapt` recomputes from the parameters, so that a change in between must raise."""
     maml = FusedMAML(net(), 0.3, 2)
     total = sum(t.square().sum() for t in maml.adapt(*episode()[:2], differentiable=True).values())
     with torch.no_grad():

@@ -69,7 +69,7 @@ def _spoil(g: Tensor) -> Tensor:
 
 
 class Spoiled(FusedMAML):
-    """One entry of one gradient is off by 1e-5 of itself."""
+    """One entry of one gradient has a relative error of 1e-5."""
 
     def forward(self, *args: Tensor, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The inner loop walked once gives every phi_k as `adapt` does, to the bit, on every backend."""
+"""inner_loop yields every phi_k with the bits that `adapt` returns, on every backend."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""What a call takes: told beforehand, the same for many tasks as for some, and with checkpoint="recompute" the same for
-many inner steps as for one, but for the parameters of each."""
+"""Memory of a call: memory_estimate, chunks of tasks that bound it, and checkpoint="recompute".
+
+With "recompute" the memory does not grow with the inner steps, except by the parameters of each step.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ def test_recompute_takes_less_and_changes_no_bit(make, learned, machine):
         for name, value in a.items() if isinstance(a, dict) else {"loss": a}.items():
             assert torch.equal(value, b[name] if isinstance(b, dict) else b)
     estimates = [maml.memory_estimate(data[0], data[2]) for maml in (keeps, recomputes)]
-    if make is mlp and machine != "cpu":  # its states stand in shared memory, which is no part of the workspace
+    if make is mlp and machine != "cpu":  # its states are in shared memory, not in the workspace
         assert estimates[1] == estimates[0]
     else:
         assert estimates[1] < estimates[0]
@@ -69,7 +71,7 @@ def test_a_step_more_takes_one_parameter_vector_more():
     def taken(steps: int, **options: str) -> int:
         return FusedMAML(model, 0.1, steps, backend="fused", **options).memory_estimate(x_spt, x_qry)
 
-    vector = 8 * sum(-(-p.numel() // 16) * 16 for p in model.parameters())  # each on whole cache lines
+    vector = 8 * sum(-(-p.numel() // 16) * 16 for p in model.parameters())  # each rounded up to whole cache lines
     assert taken(9, checkpoint="recompute") - taken(8, checkpoint="recompute") == vector
     assert taken(9) - taken(8) > 2 * vector
 
@@ -84,7 +86,7 @@ def test_many_tasks_take_what_some_do():
 
 
 def test_a_call_works_in_what_the_call_before_it_left():
-    """And in more where it needs more; what two threads take at a time are two; an error keeps nothing."""
+    """A call reuses or grows the workspace of the last one; two threads have one each; an error keeps none."""
     small, large = episode(conv, tasks=1), episode(conv, tasks=4)
     maml = FusedMAML(conv(), 0.1, 2, backend="fused")
     cpu_workspace.drop()
@@ -107,7 +109,7 @@ def test_a_call_works_in_what_the_call_before_it_left():
 
 
 def test_two_hundred_steps_of_the_papers_net_in_two_gigabytes():
-    """One step a parameter vector of 132 KB, and more than 192 MB of states: recomputed without being asked to."""
+    """132 KB of parameters a step, and more than 192 MB of states, which are recomputed by default."""
     x_spt, x_qry = torch.empty(4, 5, 3, 84, 84), torch.empty(4, 75, 3, 84, 84)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -138,7 +140,7 @@ for steps, checkpoint in ((0, None), (2, "recompute"), (2, None)):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the resident memory from /proc")
 def test_the_estimate_is_what_becomes_resident():
-    """In a process of its own, within a tenth."""
+    """Measured in a new process; they agree within a tenth."""
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, cwd=ROOT)
     for line in done.stdout.splitlines():
         measured, estimate = map(int, line.split())

@@ -16,7 +16,7 @@ from tests.engine.general_path import STEPS, check_entries, episode, held, maml_
 
 
 class Checkpointed(nn.Module):
-    """Blocks that a backward computes again; BatchNorm has a slot for each step."""
+    """Blocks under activation checkpointing; BatchNorm has a slot for each inner step."""
 
     def __init__(self, how: bool | None) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Checkpointed(nn.Module):
 
 
 def test_checkpoints():
-    """One slot, which the oracle can take for a plain layer."""
+    """With one slot, so that the oracle can treat BatchNorm as a plain layer."""
     model = Checkpointed(False)
     model.norm = PerStepBatchNorm1d(5, 1)
     plain = copy.deepcopy(model)
@@ -47,7 +47,7 @@ def test_checkpoints():
 
 @pytest.mark.parametrize("weights", [None, [0.2, 0.3, 0.5]])
 def test_checkpoints_of_layers_with_a_slot_for_each_step(weights):
-    """And query losses at every step: as without checkpoints."""
+    """With and without query losses at every step, the gradients are those without checkpoints."""
     data, results = episode(3), []
     torch.manual_seed(3)
     state = Checkpointed(None).state_dict()
@@ -68,7 +68,7 @@ def test_checkpoints_of_layers_with_a_slot_for_each_step(weights):
 def test_reentrant_checkpoints_are_refused():
     model = Checkpointed(True).double()
     maml, (x_spt, y_spt, x_qry, y_qry) = maml_of(model), episode(3)
-    leaf = x_spt.clone().requires_grad_()  # without which such a checkpoint has no gradient at all
+    leaf = x_spt.clone().requires_grad_()  # a reentrant checkpoint has a gradient only if its input requires one
     fast = {n: p.detach().expand(2, *p.shape).clone().requires_grad_() for n, p in model.named_parameters()}
     before = held(model)
     for entry in (
@@ -92,7 +92,7 @@ def test_a_reentrant_checkpoint_before_the_model_is_the_users():
 
 
 class Force(nn.Module):
-    """Minus the gradient of an energy by the positions."""
+    """Returns the negative gradient of an energy with respect to the positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Force(nn.Module):
 
 def test_forces():
     model, data = Force().double(), episode(2)
-    model.net[2].bias.requires_grad_(False)  # of which no force depends
+    model.net[2].bias.requires_grad_(False)  # no force depends on it
     check_entries(model, data)
     with torch.inference_mode():
         maml = maml_of(model)

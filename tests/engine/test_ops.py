@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Calls(TorchFunctionMode):
-    """The first call of each of our ops, with its arguments."""
+    """Records the first call of each of maml_cuda's ops, with its arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Calls(TorchFunctionMode):
 
 
 def calls() -> dict[str, tuple[Any, tuple, dict]]:
-    """One call of every op, as FusedMAML makes it."""
+    """One call of every op, with the arguments that FusedMAML passes."""
     maml = FusedMAML(net(), learned(0.3, 0.2), 2)
     x_spt, y_spt, x_qry, y_qry = episode()
     fixed = FusedMAML(maml.model, 0.3, 2)
@@ -70,7 +70,7 @@ def test_every_op_is_checked() -> None:
     assert set(OPS) == set(calls())
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch 2.14's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # by torch 2.14
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name: str) -> None:
     function, args, kwargs = calls()[name]
@@ -104,7 +104,7 @@ def test_a_further_derivative_raises(call: str, penalty: str) -> None:
     order = "second order in the model); hvp gives products" if call == "predict" else "third order in the model"
     with pytest.raises(RuntimeError, match=re.escape(order)):
         total.backward()
-    assert all(p.grad is None for p in inputs)  # not even the terms that could be had
+    assert all(p.grad is None for p in inputs)  # not even the terms that can be computed
 
 
 def test_a_batch_of_cotangents() -> None:
@@ -112,7 +112,7 @@ def test_a_batch_of_cotangents() -> None:
     parameters = list(maml.parameters())
     plain = torch.autograd.grad(FusedMAML(maml.model, 0.3, 2)(*episode()).loss, parameters)
     scales = torch.tensor([1.0, -2.0], dtype=torch.float64)
-    for _ in range(2):  # the second call goes past the dispatcher
+    for _ in range(2):  # the second call takes the fast path
         batched = torch.autograd.grad(maml(*episode()).loss, parameters, scales, is_grads_batched=True)
         for one, both in zip(plain, batched, strict=True):
             torch.testing.assert_close(both, torch.stack([one, -2 * one]))

@@ -1,4 +1,4 @@
-"""The oracle of the tests, against the package's reference and against a function that is differentiated by hand."""
+"""tests/oracle.py against the package's reference, and against a function differentiated by hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_by_hand():
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("adapted", [None, ["2.weight", "2.bias"]])
 def test_it_agrees_with_the_reference(adapted, first_order):
-    """Two derivations that share nothing."""
+    """Two implementations that share no code."""
     model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).double()
     x, xq = torch.randn(2, 3, 6, 3).double()
     y, yq = torch.randint(4, (2, 3, 6))

@@ -1,4 +1,4 @@
-"""Policies in plain torch, against torch.distributions."""
+"""maml_cuda.policies against torch.distributions."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_one_log_std_for_all_tasks():
 
 @pytest.mark.parametrize("kind", ["categorical", "gaussian"])
 def test_samples(kind):
-    """Shapes and types, the same draws from the same generator, and the policy's own moments."""
+    """Shapes and dtypes; the same generator state gives the same draws; mean and variance are the policy's."""
     policy, like = make(kind, (2, 3))
     drawn = policies.sample(policy, torch.Generator().manual_seed(0))
     assert drawn.shape == like.shape

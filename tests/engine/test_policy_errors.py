@@ -1,4 +1,4 @@
-"""Bad policies, targets and directions are refused in words, on the fused path and on the general one."""
+"""Bad policies, targets and directions raise ValueError or TypeError, on the fused path and on the general one."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_target_that_requires_grad() -> None:
 
 
 class Returns(nn.Module):
-    """A model that returns what `f` makes of its features."""
+    """A model that returns `f` of its features."""
 
     def __init__(self, f: Any) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Returns(nn.Module):
 
 
 def test_a_policy_loss_wants_a_policy() -> None:
-    """The fused path knows it at once, the general one when it has called the model."""
+    """The fused path raises in the constructor, the general path when it has called the model."""
     data = episode("gaussian")
     with pytest.raises(ValueError, match=r"must return \(mean, log_std\) for gaussian_policy_gradient, got Tensor"):
         FusedMAML(policy("categorical"), 0.1, loss=LOSSES["gaussian"])
@@ -187,7 +187,7 @@ def test_policies_that_are_not_fused_run_on_the_general_path(case: str) -> None:
     with pytest.warns(UserWarning, match="general path") as caught:
         maml = FusedMAML(Returns(f), 0.1, loss=LOSSES["gaussian"])
     assert reason in str(caught[0].message)
-    if case not in ("three", "computed"):  # of which nobody takes the one, and the other leaves log_std unread
+    if case not in ("three", "computed"):  # the first is not read, and the second leaves log_std unread
         data = episode("gaussian", 5, 5)
         maml(*data).loss.backward()
         v = {n: torch.ones_like(p) for n, p in maml.model.named_parameters()}

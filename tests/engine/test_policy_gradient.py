@@ -1,4 +1,4 @@
-"""Policy-gradient losses through the fused passes, both policies and both forms, on every machine."""
+"""Policy-gradient losses on every backend: Gaussian and categorical policies, score and likelihood-ratio form."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_first_order(kind, steps):
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize(("n_support", "n_query"), [(128, 129), (300, 127)])
 def test_many_samples(kind, n_support, n_query):
-    """In tiles, over all of which the weights of a task sum."""
+    """Samples in tiles; the weights of a task are summed over all of them."""
     check_meta_gradient(policy(kind), LOSSES[kind], episode(kind, n_support, n_query, 2), 0.2, 2)
 
 
@@ -144,7 +144,7 @@ def test_outputs(kind):
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("n", [6, 200])
 def test_a_shorter_task_is_exact(kind, n):
-    """Padding has no part in anything, whatever it holds."""
+    """Padding has no effect, whatever it holds."""
     data = episode(kind, n, n, tasks=2, ragged=False)
     short = n // 2 + 1
     for i in (1, 3):
@@ -169,7 +169,7 @@ def test_a_shorter_task_is_exact(kind, n):
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("n", [6, 200])
 def test_bits(kind, n):
-    """The same for any number of threads, and a task's in any company."""
+    """The same bits for any number of threads, and for a task whatever its neighbours are."""
     data = cast(episode(kind, n, n, tasks=19), torch.float32)
     maml = FusedMAML(policy(kind).float(), 0.2, 2, loss=LOSSES[kind], backend="fused")
     before = torch.get_num_threads()
@@ -253,7 +253,7 @@ def test_compiles_whole(kind):
 
 
 def check_fisher(model, kind, data, inner_lr, steps, weights=None, **options):
-    """Against double backward through the inner loop and the KL divergence."""
+    """Compares with double backward through the inner loop and the KL divergence."""
     v = {n: torch.randn_like(p) for n, p in model.named_parameters() if p.requires_grad}
     products = [
         FusedMAML(model, inner_lr, steps, loss=LOSSES[kind], backend=backend, **options).fisher_vector_product(
@@ -284,13 +284,13 @@ def test_fisher_vector_product_of_many_samples(kind, n_support, n_query):
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("n", [5, 130])
 def test_fisher_vector_product_of_partly_adapted(part, n):
-    """v moves all of theta, also what the inner loop leaves alone."""
+    """v has entries for all of theta, also for parameters that are not adapted."""
     check_fisher(policy("gaussian"), "gaussian", episode("gaussian", n), 0.2, 2, adapt_params=PARTS[part])
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(7), nn.LayerNorm(7)], ids=["batch", "layer"])
 def test_fisher_vector_product_with_normalisation(norm):
-    """Of which torch has no third derivative."""
+    """torch has no third derivative of BatchNorm."""
     model = nn.Sequential(nn.Linear(3, 7), norm, nn.Tanh(), nn.Linear(7, 4)).double()
     check_fisher(model, "categorical", episode("categorical"), 0.2, 2)
 
@@ -316,7 +316,7 @@ def test_fisher_vector_product_of_first_order_and_frozen():
 )
 @pytest.mark.parametrize("memory", [0, 1 << 18, 1 << 30])
 def test_fisher_as_a_function(n, steps, first_order, memory):
-    """What is kept, of all tasks or of some, is not seen: nor when parameters or data change in place."""
+    """States kept between products, of all tasks or of some, never change a result, nor when data change in place."""
     model, data = policy("gaussian"), episode("gaussian", n, n, 3)
     maml = FusedMAML(model, 0.2, steps, loss=LOSSES["gaussian"], first_order=first_order, backend="fused")
     product = maml.fisher(*data[:3], weights=data[3].weights, memory=memory)
@@ -331,7 +331,7 @@ def test_fisher_as_a_function(n, steps, first_order, memory):
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_fisher_vector_product_is_the_hessian_of_the_divergence(kind):
-    """Written out here once more, from the public pieces alone: K = 1, two tasks."""
+    """A second derivation from public functions only: K = 1, two tasks."""
     model = policy(kind)
     data = episode(kind, tasks=2, ragged=False)
     maml = FusedMAML(model, 0.2, 1, loss=LOSSES[kind], backend="fused")
@@ -339,7 +339,7 @@ def test_fisher_vector_product_is_the_hessian_of_the_divergence(kind):
     oracle = FusedMAML(model, 0.2, 1, loss=LOSSES[kind], backend="reference")
 
     def slope(step):
-        """Of the divergence, at theta + step v, by a first-order backward through `adapt`."""
+        """The gradient of the divergence at theta + step v, by a first-order backward through `adapt`."""
         before = oracle.predict(oracle.adapt(*data[:2]), data[2])
         with torch.no_grad():
             for n, p in model.named_parameters():
@@ -358,7 +358,7 @@ def test_fisher_vector_product_is_the_hessian_of_the_divergence(kind):
 
 
 def test_a_network_of_its_own_size():
-    """More dimensions than a register has, odd everywhere."""
+    """More dimensions than a vector register has lanes, and all sizes odd."""
     model = Gaussian(hidden=33, dims=17).double()
     x = [torch.randn(2, n, 3).double() for n in (9, 11)]
     y = [PolicyTarget(torch.randn(2, n, 17).double(), torch.randn(2, n).double()) for n in (9, 11)]

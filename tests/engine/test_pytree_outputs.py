@@ -66,7 +66,7 @@ OUTPUTS: dict[str, tuple[Callable, Callable]] = {
 
 
 def parameters(output: Any) -> Any:
-    """Distributions as what they come to: their log-probabilities are functions of these."""
+    """Replaces a distribution by its parameters, of which its log-probabilities are functions."""
     if isinstance(output, Independent):
         return parameters(output.base_dist)
     if isinstance(output, Distribution):
@@ -155,12 +155,12 @@ UNLIKE: dict[str, tuple[Callable, Callable, type[Exception], str]] = {
 
 @pytest.mark.parametrize("case", UNLIKE)
 def test_what_cannot_be_put_together(case: str) -> None:
-    """The loss has no need of it: a call works, without logits. `predict` says what to return instead."""
+    """A call works, because the loss needs no stacked output, but has no logits; `predict` raises."""
     forward, loss, error, text = UNLIKE[case]
     maml = FusedMAML(Net(forward), RATE, STEPS, loss=loss, backend="reference")
     x_spt, y_spt, x_qry, y_qry = episode()
     x_qry = x_qry.abs() * torch.tensor([-1.0, 1.0, 1.0]).double()  # 8 positive numbers
-    x_qry[0, :4, 1:] *= torch.tensor([1.0, -1.0]).double()  # and in the first task 4
+    x_qry[0, :4, 1:] *= torch.tensor([1.0, -1.0]).double()  # but 4 in the first task
     right(maml, (x_spt, y_spt, x_qry, y_qry), loss)
     assert maml(x_spt, y_spt, x_qry, y_qry).logits is None
     with pytest.raises(error, match=text):
@@ -168,7 +168,7 @@ def test_what_cannot_be_put_together(case: str) -> None:
 
 
 def test_a_named_loss_never_broadcasts() -> None:
-    """The first task's prediction is looked at beforehand; those of the others may differ."""
+    """The first task's prediction has the right shape, those of the others do not."""
     x, y, _, _ = episode()
     x[0, :, 0], x[1:, :, 0] = 1, -1
     maml = FusedMAML(Net(lambda m, x: m.h(x) if x[0, 0] > 0 else m.h(x)[:1]), RATE, loss="mse", backend="reference")

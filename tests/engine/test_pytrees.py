@@ -98,7 +98,7 @@ def test_running_statistics_of_pytrees() -> None:
 
 
 def test_a_plan_takes_no_pytree() -> None:
-    """A model that has one, called with something else, falls back in words; here the model itself refuses it."""
+    """A fused model called with a pytree falls back with a warning; here the model then raises itself."""
     maml = FusedMAML(nn.Linear(3, 2).double(), RATE)
     x, y = randn(TASKS, SUPPORT, 3), torch.randint(2, (TASKS, SUPPORT))
     falls_back = pytest.warns(UserWarning, match="general path.*x is a tuple; fused layers take one tensor")

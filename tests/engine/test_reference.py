@@ -1,4 +1,4 @@
-"""Rung 1: the oracle itself, against derivatives worked out by hand and against finite differences."""
+"""maml_cuda.reference against derivatives worked out by hand and against finite differences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from maml_cuda import reference
 
 
 class Scale(nn.Module):
-    """y = w x: everything about its meta-gradient can be written down."""
+    """y = w x, whose meta-gradient has a closed form."""
 
     def __init__(self, w: float) -> None:
         super().__init__()
@@ -95,8 +95,8 @@ def test_running_statistics_are_not_touched():
 
 
 def test_a_fault_of_torch_func_is_not_ours():
-    """grad(vmap(task).mean()) through F.batch_norm is silently wrong in torch 2.13 (the order of PyTorch's own MAML
-    example); vmap(grad(task)) and this reference agree. Should torch mend it, this test says so."""
+    """In torch 2.13, grad(vmap(task).mean()) through F.batch_norm is silently wrong, in the form of PyTorch's own MAML
+    example; vmap(grad(task)) and the reference agree. The test fails when torch fixes it."""
     model, sample = _nets()["batch norm"]
     x_s, x_q = torch.randn(2, 2, 5, *sample).double()
     y_s, y_q = torch.randint(0, 4, (2, 2, 5))

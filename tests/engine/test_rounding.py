@@ -1,4 +1,4 @@
-"""Rung 3 where BatchNorm's input lies far from zero, as raw images do."""
+"""Float32 error where the mean of BatchNorm's input is many standard deviations, as for raw images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.engine.test_meta_gradient import as_good_as_the_reference
+from tests.conftest import as_good_as_the_reference
 
 FAR_FROM_ZERO = {
     "behind a convolution": lambda: [nn.Conv2d(3, 16, 5), nn.BatchNorm2d(16), nn.Tanh()],
@@ -19,7 +19,7 @@ FAR_FROM_ZERO = {
 @pytest.mark.parametrize("steps", [0, 1])
 @pytest.mark.parametrize("where", FAR_FROM_ZERO)
 def test_batch_norm_of_a_mean_of_many_deviations(machine, where, steps, ratio):
-    """A mean that is rounded to float32 would shift every row by the same, and grad_x with it."""
+    """A mean rounded to float32 would shift all rows by the same amount, and grad_x with them."""
     layers = FAR_FROM_ZERO[where]()
     model = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(3))
     data = [torch.randn(2, 6, 3, 12, 12) + ratio if x else torch.randint(3, (2, 6)) for x in (1, 0, 1, 0)]

@@ -45,7 +45,7 @@ def test_numbers_as_samples() -> None:
     with pytest.warns(UserWarning, match="general path"):
         maml = FusedMAML(model, RATE, STEPS, loss=squared)
     right(maml, data, squared)
-    model.of = lambda m, x: m.h(x.view(-1, 1))  # which has a plan, for samples of one feature
+    model.of = lambda m, x: m.h(x.view(-1, 1))  # it can be fused, for samples of one feature
     maml = FusedMAML(model, RATE, STEPS, loss="mse")
     with pytest.warns(UserWarning, match="general path.*because samples are numbers without axes"):
         right(maml, data, "mse")
@@ -58,7 +58,7 @@ def test_numbers_as_samples() -> None:
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("features", [1, 3])
 def test_features_are_not_taken_for_samples(features: int, backend: str) -> None:
-    """Without the axis of tasks a set of samples looks like tasks of numbers, and a Linear takes each for a sample."""
+    """Without the axis of tasks, x [samples, features] could be read as tasks of scalar samples: it is refused."""
     maml = FusedMAML(Net(lambda m, x: m.h(x)[..., :1].expand(x.shape), features), RATE, loss=squared, backend=backend)
     x = randn(8, features)
     fast = {n: p.detach().expand(8, *p.shape) for n, p in maml.model.named_parameters()}
@@ -77,7 +77,7 @@ def test_features_are_not_taken_for_samples(features: int, backend: str) -> None
 
 
 class Signals(nn.Module):
-    """Of any length."""
+    """A model for signals of any length."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,13 +94,13 @@ def signals(support: int, query: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def test_queries_longer_than_the_support_samples() -> None:
-    """The plan serves one shape: such a call goes to the general path in words, and the next one is fused again."""
+    """A plan has one sample shape: such a call runs on the general path with a warning; the next one is fused."""
     maml = FusedMAML(Signals(), RATE, STEPS)
     data = signals(8, 11)
     with pytest.warns(UserWarning, match=r"general path.*samples are of shape \[2, 8\] and \[2, 11\]"):
         out = maml(*data)
     assert maml.backend == "reference"
-    right(maml, data, "cross_entropy")  # its building blocks see one set at a time, and are fused
+    right(maml, data, "cross_entropy")  # building blocks get one set at a time, and are fused
     for again in (signals(8, 8), data, signals(8, 8)):
         got = maml(*again).loss
         assert torch.allclose(got, oracle.meta_gradient(maml.model, "cross_entropy", *again, RATE, STEPS)[0])

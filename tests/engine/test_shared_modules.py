@@ -1,4 +1,4 @@
-"""Modules and parameters that stand in several places of a model, on the general path."""
+"""Modules and parameters that a model holds in several places, on the general path."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.engine.general_path import RATE, STEPS, check_entries, episode, held,
 
 
 class TwoNames(nn.Module):
-    """A layer that is a submodule itself and part of another one."""
+    """A layer that is a submodule itself and part of another submodule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Wrapper(nn.Module):
 
 
 class Tied(nn.Module):
-    """One parameter under two names, in two layers of which one is transposed."""
+    """One parameter in two layers, under two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def test_what_stands_in_several_places(case):
 
 @pytest.mark.parametrize("case", SHARED)
 def test_an_optimizer_holds_what_the_model_holds(case):
-    """Trained on, as a plain loop would."""
+    """Training changes the same parameters as a plain loop does."""
     make, sample = SHARED[case]
     model = make().double()
     twin = copy.deepcopy(model)

@@ -1,5 +1,4 @@
-"""Models as people hold them: compiled, wrapped, with parameters in lists, with a `parameters` of their own; and rules
-of adaptation that meet layers added later."""
+"""Compiled and wrapped models, parameters in lists, an overridden `parameters`, adapt_params and later layers."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ def net() -> nn.Sequential:
 
 
 def check(maml: FusedMAML, plain: nn.Module, adapted: list[str] | None = None) -> None:
-    """The meta-gradient of maml is the oracle's of `plain`, which has the same parameters by the same names."""
+    """Compares the meta-gradient with the oracle's of `plain`, which has the same parameters under the same names."""
     data = episode()
     loss, grads = run(maml, data)
     expected_loss, expected = oracle.meta_gradient(plain, "cross_entropy", *data, RATE, STEPS, adapted=adapted)
@@ -70,7 +69,7 @@ def test_a_compiled_part(backend: str) -> None:
     expected_loss, expected = oracle.meta_gradient(net_like(model), "cross_entropy", *data, RATE, STEPS)
     assert_close({"loss": loss}, {"loss": expected_loss})
     assert_close({name.replace("_orig_mod.", ""): g for name, g in grads.items()}, expected)
-    assert whole(data[0][0]).requires_grad  # still runs as the user has compiled it
+    assert whole(data[0][0]).requires_grad  # the compiled code still runs
 
 
 def test_threads_that_overlap_leave_compilation_on() -> None:
@@ -144,7 +143,7 @@ class Keyed(nn.Module):
 
 
 class Contextual(nn.Module):
-    """Whose `parameters` are those that its authors adapt (CAVIA), in a form of their own."""
+    """`parameters` is overridden to return the context parameters only, as in CAVIA."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +171,7 @@ class Scaled(nn.Module):
 
 
 class Noted(Scaled):
-    """Whose gain the user has noted on a parameter."""
+    """Reads a gain that is an attribute of its weight."""
 
     def gain(self) -> float:
         return self.body.weight.gain
@@ -210,7 +209,7 @@ def test_a_fused_model_keeps_what_is_noted_on_its_parameters() -> None:
 
 
 class Heads(nn.Module):
-    """A body and a head of as many layers as it has."""
+    """A body, and a head of any number of layers."""
 
     def __init__(self) -> None:
         super().__init__()

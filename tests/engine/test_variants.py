@@ -29,7 +29,7 @@ def test_batch_norm(machine, batch_norm, net, head, first_order):
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("batch_norm", ["transductive", *NORMS])
 def test_all_of_maml_plus_plus(machine, batch_norm, steps):
-    """Rates of each layer and step, the multi-step loss and its zeros, BatchNorm in every mode."""
+    """Rates per layer and step, the multi-step loss with zero weights, BatchNorm in every mode."""
     weights = [0.0, 0.4, 0.0, 0.3, 0.2, 0.1][: steps + 1]
     check(*make("conv", steps, batch_norm=batch_norm, rates="step", weights=weights, tasks=2))
     check(*make("features", steps, batch_norm="transductive" if "per" in batch_norm else batch_norm, weights=weights))
@@ -41,7 +41,7 @@ def test_no_inner_step(machine):
 
 @pytest.mark.parametrize("frozen", ["gamma of the input", "all of BatchNorm", "the first convolution"])
 def test_frozen(machine, frozen):
-    """A per-step constant is not a constant: what comes behind it changes from step to step."""
+    """Frozen per-step parameters still differ from step to step, so that the layers behind them change."""
     names = {"gamma of the input": ("features", ["0.weight", "0.bias"]),
              "all of BatchNorm": ("conv", [f"{i}.{n}" for i in (1, 5, 9) for n in ("weight", "bias")]),
              "the first convolution": ("conv", ["0.weight", "0.bias"])}  # fmt: skip
@@ -65,7 +65,7 @@ def test_frozen(machine, frozen):
 
 
 def test_recomputed_states(machine):
-    """Where the states of the steps are not kept, the gradient pass is run again with the step's own slots."""
+    """Where states are not kept, the gradient pass is run again with the slots of its step."""
     import json
 
     maml, data, how = make("conv", 3, batch_norm="per_step", weights=[0.0, 0.2, 0.3, 0.5])
@@ -75,7 +75,7 @@ def test_recomputed_states(machine):
 
 
 def test_more_steps_than_slots(machine):
-    """The last slot serves every later step."""
+    """Steps beyond the last slot use the last slot."""
     maml, data, how = make("features", 2, batch_norm="per_step")
     with pytest.raises(ValueError, match="query_weights must hold 5 weights"):
         FusedMAML(maml.model, 0.1, 4, query_weights=[0.0, 1.0, 1.0])
@@ -85,7 +85,7 @@ def test_more_steps_than_slots(machine):
 
 @pytest.mark.parametrize("batch_norm", NORMS)
 def test_building_blocks(machine, batch_norm):
-    """predict, loss_and_grad, hvp and adapt, at every slot, against the general path."""
+    """predict, loss_and_grad, hvp and adapt at every slot, against the general path."""
     maml, data, how = make("conv", 2, batch_norm=batch_norm)
     twin = FusedMAML(maml.model, 0.1, 2, adapt_params=how["adapted"], backend="reference")
     for steps in (0, 1, 4):
@@ -117,8 +117,8 @@ def test_building_blocks(machine, batch_norm):
 
 
 def test_weights_are_a_schedule(machine):
-    """A new value is a new tensor of the call; only other zeros are another problem. None is the old call, bit by
-    bit."""
+    """New weights are a new input of the same plan; only another set of zeros makes another plan. None has the bits of
+    a call without weights."""
     from maml_cuda.engine.problem import problem_of
 
     maml, data, how = make("mlp", 2)
@@ -131,7 +131,7 @@ def test_weights_are_a_schedule(machine):
         check(maml, data, {**how, "weights": [0.0, 1 - last, last]})
     assert maml.query_weights == (0.0, 1 - 0.8, 0.8)
     assert maml._binding().text == text
-    assert problem_of.cache_info().misses <= misses + 1  # the same without gradients
+    assert problem_of.cache_info().misses <= misses + 1  # one more, for the call without gradients
     maml.query_weights = [0.0, 0.0, 2.0]
     twice = run(maml, data)
     maml.query_weights = None
@@ -151,7 +151,7 @@ def test_task_weights_and_query_weights(machine):
 
 
 def test_many_samples_in_tiles(machine):
-    """Losses and gradients of the tiles of a set add up before they are weighted."""
+    """Losses and gradients are summed over the tiles of a set before they are weighted."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     adapted = [n for n, _ in model.named_parameters()]

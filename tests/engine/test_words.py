@@ -1,4 +1,4 @@
-"""What users are told: where a warning points, what explain says of their samples, what a wrong shape asks for."""
+"""Messages to users: the line a warning points to, explain() for given samples, hints in errors about shapes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def net() -> nn.Sequential:
 
 
 def series() -> list[Tensor]:
-    """Samples of 6 steps of 4 features, on which a Linear is not fused."""
+    """Samples [6 steps, 4 features], on which Linear is not fused."""
     x, y = torch.randn(2, 2, 5, 6, 4), torch.randn(2, 2, 5, 6, 3)
     return [x[0], y[0], x[1], y[1]]
 

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from maml_cuda import FusedMAML, reference
-from tests.conftest import check_meta_gradient, run
-from tests.engine.test_meta_gradient import as_good_as_the_reference
+from tests.conftest import as_good_as_the_reference, check_meta_gradient, run
 
 CONV = {1: nn.Linear, 2: nn.Conv1d, 3: nn.Conv2d}
 

@@ -16,7 +16,7 @@ VECTOR, IMAGE = (3,), (2, 7, 6)
 
 
 class Net(nn.Module):
-    """The given parts, and a forward written as a function of (module, x)."""
+    """A module of the given parts; forward is a function of (module, x)."""
 
     def __init__(self, run: Callable[[Any, Tensor], Tensor], **parts: nn.Module | nn.Parameter) -> None:
         super().__init__()
@@ -29,12 +29,12 @@ class Net(nn.Module):
 
 
 def dense(run: Callable[[Any, Tensor], Tensor], **parts: Any) -> Net:
-    """Linear a: 3 -> 5, b: 3 -> 5, c: 5 -> 4, and what else is given."""
+    """A Net with Linear a: 3 -> 5, b: 3 -> 5, c: 5 -> 4, and the given parts."""
     return Net(run, **{"a": nn.Linear(3, 5), "b": nn.Linear(3, 5), "c": nn.Linear(5, CLASSES), **parts})
 
 
 def between(layer: Callable[[Tensor], Tensor]) -> Net:
-    """A function between two linear layers; b joins after it."""
+    """A function between two linear layers; b is added behind it."""
     return dense(lambda m, x: m.c(layer(m.a(x)) + m.b(x)))
 
 
@@ -44,7 +44,7 @@ def around(layer: nn.Module, features: int = 5) -> nn.Sequential:
 
 
 def conv(run: Callable[[Any, Tensor], Tensor], features: int, **parts: Any) -> Net:
-    """Conv2d a: 2 -> 3 with padding, a head on `features`, and what else is given."""
+    """A Net with Conv2d a: 2 -> 3, padded, Linear c on `features`, and the given parts."""
     return Net(run, **{"a": nn.Conv2d(2, 3, 3, padding=1), "c": nn.Linear(features, CLASSES), **parts})
 
 
@@ -71,7 +71,7 @@ def made(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def quiet(model: nn.Module, **given: Any) -> FusedMAML:
-    """A FusedMAML on whatever path; falling back is not the point here."""
+    """A FusedMAML on either path, without the warning of the general path."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return FusedMAML(model, RATE, STEPS, **given)
@@ -82,7 +82,7 @@ def close(got: Tensor, expected: Tensor, what: str = "") -> None:
 
 
 def right(maml: FusedMAML, data: list[Tensor]) -> None:
-    """Whatever runs, loss and gradients are the reference's; an unreached parameter has none."""
+    """Asserts that loss and gradients are the reference's, and that a parameter without a path to the loss has none."""
     maml.zero_grad()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -95,7 +95,7 @@ def right(maml: FusedMAML, data: list[Tensor]) -> None:
             maml.first_order,
             maml._adapt_params,
         )
-        out = maml(*data)  # after it: a call moves the vectors of a spectral norm
+        out = maml(*data)  # after the reference, because a call updates the vectors of a spectral norm
         out.loss.backward()
     close(out.loss.detach(), loss, "loss")
     for name, p in maml.model.named_parameters():
@@ -109,7 +109,7 @@ def weight(*shape: int) -> nn.Parameter:
 
 
 def fused_is_right(model: nn.Module, data: list[Tensor], loss: str = "cross_entropy", **given: Any) -> None:
-    """Fused against reference: every output and every gradient, first and second order."""
+    """Compares every output and gradient of both backends, at first and second order."""
     fused = FusedMAML(model, RATE, STEPS, loss=loss, backend="fused", **given)
     plain = FusedMAML(model, RATE, STEPS, loss=loss, backend="reference", **given)
     assert (fused.backend, plain.backend) == ("cpu", "reference")

@@ -1,4 +1,4 @@
-"""Regression tests: what a plan must refuse or follow, each of which was once wrong without a word."""
+"""Regression tests: models that were once fused wrongly without an error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.conftest import check_meta_gradient
 
 
 class Calls(nn.Module):
-    """A module whose forward is the function given, with the parameters given."""
+    """A module with the given parts; forward is the given function."""
 
     def __init__(self, function, **parameters) -> None:
         super().__init__()

@@ -49,7 +49,7 @@ def hooked(register: str) -> Callable[[], nn.Module]:
 def normed(norm: Callable[[nn.Module], nn.Module]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the old spellings are deprecated
+            warnings.simplefilter("ignore")  # torch deprecates the older functions
             return nn.Sequential(norm(nn.Linear(3, 5).double()), nn.Tanh(), nn.Linear(5, CLASSES))
 
     return make
@@ -253,7 +253,7 @@ LATE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...]]
     ),
 }  # fmt: skip
 IN_PLACE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...]]] = {
-    # torch itself cannot differentiate these twice: its own error follows.
+    # torch itself cannot differentiate these twice and raises its own error on the general path.
     "the input in place": (
         lambda: dense(lambda m, x: m.c(m.a(x.relu_()) + m.b(x))), VECTOR,
         ("relu_", "the model (Net)", "input in place"),
@@ -277,7 +277,7 @@ def test_falls_back_in_words(case: str) -> None:
             assert not caught
         maml(*data)
         maml(*data)
-    (sentence,) = sentences(caught)  # once, whatever is called afterwards
+    (sentence,) = sentences(caught)  # one warning, however many calls follow
     says(sentence, pieces)
     assert maml.backend == "reference"
     says(maml.explain(), ("backend: reference, because", *pieces))
@@ -295,7 +295,7 @@ def test_backend_fused_refuses_in_the_same_words(case: str) -> None:
 
 def test_backend_reference_does_not_warn() -> None:
     model = made(REFUSED["groups"][0])
-    maml = FusedMAML(model, RATE, STEPS, backend="reference")  # a warning is an error here
+    maml = FusedMAML(model, RATE, STEPS, backend="reference")  # in pytest a warning is an error
     right(maml, episode(IMAGE))
     assert maml.backend == "reference"
 

@@ -51,7 +51,7 @@ ACTIVATIONS = {
     ],
     "elu": [nn.ELU(0.7), lambda h: F.elu(h, 0.7), lambda h: F.elu(h, alpha=1.3)],
     "selu": [nn.SELU(), F.selu],
-    "celu": [nn.CELU(2.0), lambda h: F.celu(h, 2.0)],  # torch rounds 1 / alpha to float32 in its backward
+    "celu": [nn.CELU(2.0), lambda h: F.celu(h, 2.0)],  # a power of 2: torch rounds 1 / alpha to float32 in its backward
     "silu": [nn.SiLU(), F.silu],
     "gelu": [nn.GELU(), F.gelu],
     "gelu_tanh": [nn.GELU("tanh"), lambda h: F.gelu(h, approximate="tanh")],
@@ -172,7 +172,7 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
 
 
 class PlainLinear(nn.Linear):
-    """Another name, the same forward."""
+    """A subclass with the same forward."""
 
 
 def plus_equals(m: Any, x: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ def test_fused_on_images(spelling: str) -> None:
 
 
 def test_the_function_reshape() -> None:
-    """As far as torch.fx itself records it: to a size that it has recorded, from torch 2.9 on."""
+    """torch.fx records it with a size that it has traced from torch 2.9 on; before, the model falls back."""
     model = made(lambda: conv(lambda m, x: m.c(torch.reshape(m.a(x), (x.shape[0], -1))), 126))
     try:
         torch.fx.symbolic_trace(model)

@@ -87,7 +87,7 @@ def test_a_hook_that_comes_and_goes() -> None:
     handle = maml.model[0].register_forward_hook(lambda m, args, out: out * 1.5)
     with pytest.warns(UserWarning, match=r"0 \(Linear\) has hooks"):
         assert maml.backend == "reference"
-    assert maml.backend == "reference"  # no second warning: it would be an error here
+    assert maml.backend == "reference"  # a second warning would be an error here
     handle.remove()
     assert maml.backend == "cpu"
     right(maml, episode())

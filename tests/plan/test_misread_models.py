@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def alias_plus_equals(m: Any, x: Tensor) -> Tensor:
     h, b = m.a(x), m.b(x)
     alias = h
-    alias += b  # changes h too
+    alias += b  # changes h as well
     return m.c(torch.tanh(h)) + m.c(b)
 
 
@@ -35,7 +35,7 @@ def set_grad(m: Any, x: Tensor) -> Tensor:
 
 
 class Doubled(Net):
-    """A __call__ of its own around forward."""
+    """Overrides __call__."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return super().__call__(x) * 2

@@ -49,7 +49,7 @@ def test_a_loss_module_is_meta_learned() -> None:
 
 
 def _loss_at(maml: FusedMAML, p: Tensor, by: float) -> Tensor:
-    """The meta-loss with p moved by `by`, and p back in its place."""
+    """The meta-loss at p + by; p is restored."""
     before = p.clone()
     p += by
     loss = maml(*episode()).loss

@@ -1,4 +1,4 @@
-"""No plan is used on trust: models whose code is misread, planted faults in each result, and the state left behind."""
+"""A plan is compared with autograd before use: misread models, planted faults in each result, state afterwards."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TwoLayers(nn.Module):
 
 
 def model_of(function) -> nn.Module:
-    """Whose forward is a method with this very signature."""
+    """A model whose forward has the given signature."""
     return type("Model", (TwoLayers,), {"forward": function})()
 
 
@@ -148,7 +148,7 @@ def test_a_compiler_meets_the_proof(dynamic: bool) -> None:
 
 
 class Autograd:
-    """The results of another module, to be judged as a plan is."""
+    """Stands in for a plan, and returns the results of another module."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module.double()
@@ -173,7 +173,7 @@ class Autograd:
 
 
 class WrongGradient(torch.autograd.Function):
-    """tanh with a derivative that is too large by a millionth."""
+    """tanh with a derivative that is too large by 1e-6."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ class WrongGradient(torch.autograd.Function):
 
 
 class NoSecondDerivative(WrongGradient):
-    """tanh whose derivative is a constant to autograd."""
+    """tanh whose derivative autograd takes for a constant."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ def test_weights_that_have_diverged_are_no_difference(value: float) -> None:
 
 
 def test_buffers_that_stand_at_their_start_hide_nothing() -> None:
-    """A mean of 0 and a variance of 1 would leave out a whole normalisation."""
+    """With a mean of 0 and a variance of 1 a plan without the normalisation would pass: other values are used."""
     layers = nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3)
     model, without = nn.Sequential(*layers).eval(), WithoutTheFirst(*layers).eval()
     assert "prediction" in proof.why_not(model, "cross_entropy", Autograd(without), (4,), SAMPLES, False)
@@ -329,9 +329,9 @@ def test_a_forward_that_raises_on_the_copy_is_refused() -> None:
 
 
 def test_once_for_each_number_of_samples_and_mode() -> None:
-    """Also where the mode goes back and forth, as in training with validation."""
+    """Also when the mode changes back and forth, as in training with validation."""
     maml = FusedMAML(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)), 0.3)
-    maml.model[1].num_batches_tracked += 1  # some batch was seen
+    maml.model[1].num_batches_tracked += 1  # as after one batch
     x, y = torch.randn(2, 6, 4), torch.randint(3, (2, 6))
     with mock.patch.object(proof, "why_not", side_effect=proof.why_not) as proofs:
         for _ in range(3):

@@ -1,5 +1,4 @@
-"""Tracing runs the model's forward: what that does beside its result is refused, and undone, and other threads are left
-alone."""
+"""Tracing runs the model's forward: its side effects are refused and undone, and other threads are not affected."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from tests.plan.test_edges import Calls, why_not
 
 
 def layer(function) -> Calls:
-    """forward: function(module, h), h the output of a linear layer, for what it does; h is the prediction."""
+    """A model that calls function(module, h) on the output h of a linear layer, and returns h."""
 
     def forward(m: Calls, x: Tensor) -> Tensor:
         h = m.o(x)
@@ -100,7 +99,7 @@ def test_a_draw_that_forward_hides():
 
 
 def test_what_is_no_effect():
-    """The same value set again, and a tensor of forward's own changed."""
+    """Setting an attribute to its own value, and changing a tensor that forward made."""
 
     def idle(m: Calls, h: Tensor) -> None:
         m.count = int("0")
@@ -133,7 +132,7 @@ def test_a_method_set_on_an_instance_is_not_fused(make, name):
 
 
 def elsewhere(function) -> list:
-    """What function returns, or raises, in a thread of its own."""
+    """What function returns or raises in another thread, as a list."""
     results: list = []
 
     def run() -> None:
@@ -164,7 +163,7 @@ def test_other_threads_call_modules_while_one_traces():
 
 
 def test_other_threads_draw_while_one_traces():
-    """Their numbers are not taken for the model's, nor given out a second time."""
+    """Their random numbers are not taken for the model's, and are not drawn twice."""
     results = []
     busy = layer(lambda m, h: results.extend(elsewhere(lambda: (torch.rand(()).item(), random.random()))))
     torch.manual_seed(1)
