@@ -25,11 +25,14 @@ Classes = Mapping[str, Sequence[Path]]  # class name -> its image files
 
 
 class FoundClasses(NamedTuple):
+    """The classes in a folder, and what was skipped there."""
+
     classes: Classes
     skipped: list[Path]  # files and folders that are not images of a class
 
 
 def is_image(path: Path) -> bool:
+    """Whether a file counts as an image: its suffix is in ENDINGS, and it is not hidden."""
     return path.suffix.lower() in ENDINGS and not path.name.startswith(".")
 
 
@@ -110,4 +113,5 @@ def classes_of_splits(folders: Mapping[str, Path]) -> tuple[dict[str, Classes], 
 
 
 def visible_folders(folder: Path) -> list[Path]:
+    """The folders directly in ``folder``, sorted, without hidden ones."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

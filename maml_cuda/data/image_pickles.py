@@ -1,4 +1,7 @@
-"""Reads data sets that are published as arrays: pickles, or pickles and .npz files."""
+"""Reads data sets that are published as arrays: pickles, or pickles and .npz files.
+
+Every ``read_*`` function raises ValueError if a file is damaged or does not have the expected entries.
+"""
 
 from __future__ import annotations
 

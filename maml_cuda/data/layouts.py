@@ -1,7 +1,8 @@
 """Finds the files of each published data set, without reading them.
 
 File names must be those that the authors published. If a folder holds several layouts of a data set, the first one in
-the order of the docstrings in ``images.py`` is used.
+the order of the docstrings in ``images.py`` is used. A ``find_*`` function raises FileNotFoundError if there is none;
+the error names the files and where they are published.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ FILE_WORDS = {"train": ("train",), "validation": ("val", "validation"), "test": 
 
 
 def find_omniglot(path: Path) -> Source:
+    """The files of Omniglot."""
     base = path / "omniglot-py" if (path / "omniglot-py").is_dir() else path
     halves = []
     for name in ("images_background", "images_evaluation"):
@@ -46,6 +48,7 @@ def find_omniglot(path: Path) -> Source:
 
 
 def find_mini_imagenet(path: Path) -> Source:
+    """The files of mini-ImageNet."""
     pattern = "mini-imagenet-cache-{}.pkl"
     archive = path / "mini-imagenet.tar.gz"
     if pickles := _pickles(path, pattern):
@@ -69,6 +72,7 @@ def find_mini_imagenet(path: Path) -> Source:
 
 
 def find_cifar_fs(path: Path) -> Source:
+    """The files of CIFAR-FS."""
     if source := _metaoptnet(path, "CIFAR_FS", CIFAR_FS_SPLIT):
         return source
     places = (path / "cifar100", path / "cifarfs" / "cifar100", path / "cifar100.zip", path / "cifarfs.zip")
@@ -85,6 +89,7 @@ def find_cifar_fs(path: Path) -> Source:
 
 
 def find_fc100(path: Path) -> Source:
+    """The files of FC100."""
     if source := _metaoptnet(path, "FC100", FC100_SPLIT):
         return source
     raise _missing(
@@ -105,6 +110,7 @@ def _metaoptnet(path: Path, prefix: str, split: tuple[int, int, int]) -> Source 
 
 
 def find_tiered_imagenet(path: Path) -> Source:
+    """The files of tiered-ImageNet."""
     png, label = "{}_images_png.pkl", "{}_labels.pkl"
     base = path / "tiered-imagenet" if (path / "tiered-imagenet").is_dir() else path
     labels = _pickles(base, label)

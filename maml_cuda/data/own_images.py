@@ -26,7 +26,7 @@ def find(
     channels: int | None = None,
     split: Sequence[int] | None = None,
 ) -> Source:
-    """The files of the classes in ``path``. The arguments are those of ``images.folder``."""
+    """The files of the classes in ``path``. The arguments and errors are those of ``images.folder``."""
     height_and_width = _height_and_width(size)
     colour = _colour(background)
     if channels not in (None, *MODES):

@@ -141,6 +141,7 @@ class HalfCheetah(Locomotion):
     goal_size = 1
 
     def sample_goals(self, tasks: int, generator: Generator) -> Tensor:
+        """Goals ``[tasks, 1]``, uniform on [0, 2]."""
         return 2 * torch.rand(tasks, 1, generator=generator)
 
     def _observe(self, state: np.ndarray, sensors: np.ndarray) -> Tensor:
@@ -183,6 +184,7 @@ class Ant(Locomotion):
     goal_size = 1
 
     def sample_goals(self, tasks: int, generator: Generator) -> Tensor:
+        """Goals ``[tasks, 1]``, uniform on [0, 3]."""
         return 3 * torch.rand(tasks, 1, generator=generator)
 
     def _observe(self, state: np.ndarray, sensors: np.ndarray) -> Tensor:
@@ -229,6 +231,7 @@ class AntGoal(Ant):
     goal_size = 2
 
     def sample_goals(self, tasks: int, generator: Generator) -> Tensor:
+        """Goals ``[tasks, 2]``, uniform on [-3, 3]^2."""
         return 6 * torch.rand(tasks, 2, generator=generator) - 3
 
     def _progress(self, goals: Tensor, sensors: Tensor) -> Tensor:

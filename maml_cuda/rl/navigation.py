@@ -23,6 +23,7 @@ class Navigation(Environment):
     action_limit = 0.1
 
     def sample_goals(self, tasks: int, generator: Generator) -> Tensor:
+        """Goals ``[tasks, 2]``, uniform on [-0.5, 0.5]^2, on the generator's device."""
         return torch.rand(tasks, 2, generator=generator, device=generator.device) - 0.5
 
     def _reset(self, episodes: int, generator: Generator) -> Tensor:

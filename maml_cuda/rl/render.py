@@ -81,6 +81,7 @@ class _Recorder:
         return self._step(actions)
 
     def stop(self) -> None:
+        """Restores the environment's own ``_step``."""
         self._environment._step = self._step  # type: ignore[method-assign]
 
 

@@ -62,6 +62,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
+    """The parser of the command line, with all commands and options."""
     root = Parser(
         prog="maml-cuda",
         description="Exact second-order MAML: train a model on few-shot tasks, and test it.",

@@ -55,7 +55,11 @@ class Metrics:
             raise with_path(error, self.path) from None
 
     def sync(self) -> None:
-        """Writes the rows to the disk (fsync)."""
+        """Writes the rows to the disk (fsync).
+
+        Raises:
+            OSError: they cannot be written; the error names the file.
+        """
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
