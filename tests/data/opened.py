@@ -1,4 +1,4 @@
-"""Compares opened image data sets with what was published, and checks that one is refused."""
+"""Compares opened data sets with what was published, and checks that a data set is refused."""
 
 import hashlib
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from maml_cuda.data import images, layouts
 
-SPLITS = {"train": "train", "validation": "val", "test": "test"}  # and what published files call them
+SPLITS = {"train": "train", "validation": "val", "test": "test"}  # split -> the word in the names of published files
 
 
 def by_class(opened: images.Images, split: str) -> dict[str, np.ndarray]:
@@ -26,7 +26,7 @@ def assert_same(opened: images.Images, split: str, expected: dict[str, np.ndarra
 
 
 def refused(open_images, folder: Path, message: str, error: type[Exception] = ValueError) -> None:
-    """In these words, and nothing is left in the folder."""
+    """Asserts that opening raises this message and leaves no file in the folder."""
     before = sorted(folder.rglob("*"))
     with pytest.raises(error, match=message):
         open_images(folder)
@@ -34,7 +34,7 @@ def refused(open_images, folder: Path, message: str, error: type[Exception] = Va
 
 
 def official(monkeypatch: pytest.MonkeyPatch, table: str, *archives: Path) -> None:
-    """The archives of a test are taken for the published ones."""
+    """Makes the archives of a test count as the published ones."""
     md5 = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in archives}
     monkeypatch.setattr(layouts, table, md5)
 

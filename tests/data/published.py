@@ -1,4 +1,4 @@
-"""Small data sets written exactly as the published ones lie on the disk, with all their classes and few images."""
+"""Writes small data sets in the published layouts, with all classes and few images."""
 
 import io
 import pickle
@@ -153,7 +153,7 @@ def _cifar(folder: Path, prefix: str, sizes: dict[str, int]) -> dict[str, dict[s
 
 
 def zipped(folder: Path, name: str, write_files: Callable[[Path], Any]) -> Any:
-    """What ``write_files`` writes, in the zip archive ``name`` alone."""
+    """Moves what ``write_files`` writes into the zip archive ``name``."""
     data = write_files(folder)
     with zipfile.ZipFile(folder / "new", "w") as archive:
         for path in sorted(folder.iterdir()):
@@ -165,7 +165,7 @@ def zipped(folder: Path, name: str, write_files: Callable[[Path], Any]) -> Any:
 
 
 def cifar100(folder: Path, where: str) -> dict[str, dict[str, np.ndarray]]:
-    """CIFAR-FS as its authors and learn2learn have it: the images of each class of each split."""
+    """CIFAR-FS in the layout of its authors and learn2learn. Returns the images of each class of each split."""
     drawn: dict[str, dict[str, np.ndarray]] = {}
     files: dict[str, bytes] = {}
     numbers = iter(range(100))
@@ -237,7 +237,7 @@ def tiered_imagenet(folder: Path) -> dict[str, tuple[list[np.ndarray], np.ndarra
 def birds(
     folder: Path, classes: int = 10, images: int = 4, size: tuple[int, ...] = (20, 18, 3), name: str = "bird"
 ) -> dict[str, np.ndarray]:
-    """A folder of class folders: the images of each, by its name."""
+    """A folder of class folders. Returns the images of each class by its name."""
     drawn = {f"{name} {number:02d}": pixels(number, images, *size) for number in range(classes)}
     for bird, stack in drawn.items():
         for number, image in enumerate(stack):

@@ -1,4 +1,4 @@
-"""The conversion of image data sets: once, whole or not at all, whoever else converts or is killed meanwhile."""
+"""The conversion of image data sets: done once, complete or not at all, also with several processes."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ import torch
 from maml_cuda.data import conversion, images
 from tests.data import published
 
-# The last of the images waits for a line on the standard input.
+# Converts a folder, and waits for a line on standard input before the last image.
 SLOW = """
 import sys
 from maml_cuda.data import image_files as files, images
@@ -73,7 +73,7 @@ def test_every_choice_of_options_is_a_conversion_of_its_own(tmp_path, monkeypatc
     opened = [images.folder(tmp_path, **choice) for choice in choices]
     assert len({each.sha256 for each in opened}) == len(choices)
     assert written(tmp_path) == [".json"] * len(choices) + [".npy"] * len(choices)
-    monkeypatch.setattr(conversion, "_write", None)  # all stand already
+    monkeypatch.setattr(conversion, "_write", None)  # all conversions exist already
     for choice, each in zip(choices, opened, strict=True):
         again = images.folder(tmp_path, **choice)
         assert again.sha256 == each.sha256
@@ -88,7 +88,7 @@ def test_every_choice_of_options_is_a_conversion_of_its_own(tmp_path, monkeypatc
 
 
 def test_a_published_data_set_keeps_its_conversion_and_checksum(tmp_path) -> None:
-    """Those of earlier versions are still used: there is nothing to choose."""
+    """Conversions of earlier versions are still used, because these data sets have no options."""
     published.fc100(tmp_path)
     facts, total = [], hashlib.sha256()
     for path in (tmp_path / f"FC100_{split}.pickle" for split in ("train", "val", "test")):
@@ -118,7 +118,7 @@ def test_read_only_data_is_converted_in_a_cache_folder(tmp_path, monkeypatch) ->
     images.folder("here", cache=cache)  # the same folder by another name
 
 
-def test_a_cache_that_is_no_folder_is_said_in_words(tmp_path) -> None:
+def test_a_cache_that_is_not_a_folder_is_refused(tmp_path) -> None:
     published.birds(tmp_path)
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(
@@ -127,7 +127,7 @@ def test_a_cache_that_is_no_folder_is_said_in_words(tmp_path) -> None:
         images.folder(tmp_path, cache=tmp_path / "file")
 
 
-def test_changed_images_are_converted_anew_and_the_old_array_goes(tmp_path) -> None:
+def test_changed_images_are_converted_again_and_the_old_array_is_removed(tmp_path) -> None:
     published.birds(tmp_path)
     before = images.folder(tmp_path)
     (tmp_path / "bird 03" / "1.png").write_bytes(published.encoded(published.pixels(77, 20, 18, 3)))
@@ -140,7 +140,7 @@ def test_changed_images_are_converted_anew_and_the_old_array_goes(tmp_path) -> N
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone", "no JSON", "another format"])
-def test_a_conversion_that_is_not_whole_is_made_again(tmp_path, damage: str) -> None:
+def test_an_incomplete_conversion_is_made_again(tmp_path, damage: str) -> None:
     published.birds(tmp_path)
     expected = images.folder(tmp_path).split("train").images.clone()
     record, array = (next(tmp_path.glob(f"maml_cuda.folder.*.{kind}")) for kind in ("json", "npy"))
@@ -166,7 +166,7 @@ def test_the_checksum_is_of_the_images_not_of_their_place_or_time(tmp_path) -> N
     assert len(checksums) == 1
 
 
-def test_processes_that_convert_at_once_do_no_harm_and_a_killed_one_leaves_nothing(tmp_path) -> None:
+def test_processes_may_convert_at_once_and_the_file_of_a_killed_one_is_removed(tmp_path) -> None:
     published.birds(tmp_path)
     with process(tmp_path) as living, process(tmp_path) as killed:
         for each in (living, killed):
@@ -175,13 +175,13 @@ def test_processes_that_convert_at_once_do_no_harm_and_a_killed_one_leaves_nothi
         killed.send_signal(signal.SIGKILL)
         killed.wait(timeout=60)
         assert written(tmp_path) == [".new", ".new"]
-        converted = images.folder(tmp_path)  # takes away what the killed one left, and leaves the other one's alone
+        converted = images.folder(tmp_path)  # removes the file of the killed process, and not that of the other
         assert written(tmp_path) == [".json", ".new", ".npy"]
         before = converted.split("train").images.clone()
         assert living.communicate("go on\n", timeout=60)[0] == f"{converted.sha256}\n"
     assert living.returncode == 0
     assert written(tmp_path) == [".json", ".npy"]
-    for each in (converted, images.folder(tmp_path)):  # the array that is mapped stays, too
+    for each in (converted, images.folder(tmp_path)):  # the mapped array is still valid
         assert torch.equal(each.split("train").images, before)
 
 
@@ -225,7 +225,7 @@ def test_a_disk_that_fills_while_images_are_written_is_named(tmp_path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_folder_that_cannot_be_written_to_is_said_in_words(tmp_path, monkeypatch) -> None:
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch) -> None:
     published.birds(tmp_path)
     open_file = Path.open
 

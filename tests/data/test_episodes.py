@@ -1,4 +1,4 @@
-"""Episodes of the user's own images: each machine against the definition, which is written out here, and the odds."""
+"""Episodes of the user's own images: every backend against a definition in plain Python; the distribution of draws."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shuffled(seed: int, episode: int, stream: int, count: int) -> list[int]:
 def defined(
     images: Tensor, n_way: int, k_shot: int, n_query: int, tasks: int, seed: int, first: int, rotations: int = 1
 ) -> MetaBatch:
-    """What must be drawn, of images [classes, samples, channels, height, width] in the dtype of the episodes."""
+    """The expected episodes, from images [classes, samples, channels, height, width] in the dtype of the episodes."""
     x: list[Tensor] = []
     for episode in range(first, first + tasks):
         for way, c in enumerate(shuffled(seed, episode, 0, len(images) * rotations)[:n_way]):
@@ -180,7 +180,7 @@ def test_all_draws_are_equally_likely(what: Callable[[Tensor, Tensor], Tensor], 
 
 def test_turned_classes_are_equally_likely() -> None:
     images = torch.zeros(3, 2, 2, 2, dtype=torch.uint8)
-    images[:, :, 0, 0] = torch.arange(1, 4).unsqueeze(1)  # where the one bright pixel goes tells the turn
+    images[:, :, 0, 0] = torch.arange(1, 4).unsqueeze(1)  # the position of the bright pixel shows the rotation
     x = Episodes(images, 2, 1, 1, rotations=4).draw(24_000, seed=0).x_qry[:, 0, 0]
     counts = (x * 255).round().long().flatten(1).unique(dim=0, return_counts=True)[1].double()
     assert len(counts) == 12

@@ -1,4 +1,4 @@
-"""Readers of published image data sets: every known layout, compared with an independent reader."""
+"""Readers of published image data sets: every supported layout, compared with an independent reader."""
 
 import io
 import pickle
@@ -61,7 +61,7 @@ def test_turned_characters_are_classes_of_their_own(omniglot, monkeypatch) -> No
     tasks = ImageTasks(characters, n_way=400, k_shot=1, n_query=1, rotations=4)
     drawn = (tasks.sample(1, torch.Generator()).x_spt * 255).to(torch.uint8)
     shown = {image.numpy().tobytes() for image in drawn[0]}
-    assert len(shown) == 400  # all classes there are, each in one of two drawings
+    assert len(shown) == 400  # every class at every rotation, each with one of two drawings
     assert shown <= turned
 
 
@@ -109,7 +109,7 @@ def test_cifar(tmp_path, name: str) -> None:
 
 
 def test_cifar_in_zip_archives(tmp_path) -> None:
-    """MetaOptNet's CIFAR_FS.zip and FC100.zip, as they are and as learn2learn names the latter."""
+    """MetaOptNet's CIFAR_FS.zip and FC100.zip, and fc100.zip as learn2learn names it."""
     for name, prefix in (("cifar_fs", "CIFAR_FS"), ("fc100", "FC100"), ("fc100", "fc100")):
         folder = tmp_path / prefix
         data = published.zipped(folder, f"{prefix}.zip", getattr(published, name))
@@ -128,7 +128,7 @@ def assert_same_labels(opened: images.Images, split: str, array: np.ndarray, lab
 
 @pytest.mark.parametrize("where", ["cifar100.zip", "cifarfs.zip", "cifar100", "cifarfs/cifar100", "processed"])
 def test_cifar_fs_of_its_authors(tmp_path, where: str) -> None:
-    """A folder a class and the split of Bertinetto et al. beside: zipped, unpacked, in learn2learn's folder, sorted."""
+    """One folder per class and the split of Bertinetto et al.: zipped, unpacked, in learn2learn's folder, sorted."""
     drawn = published.cifar100(tmp_path, where)
     opened = images.cifar_fs(tmp_path)
     assert opened.shape == (3, 32, 32)

@@ -1,4 +1,4 @@
-"""Folders of people's own images: stray files, transparency, colours, orientation, sizes, splits, read-only data."""
+"""Folders of the user's own images: other files, transparency, colours, orientation, sizes, splits, read-only data."""
 
 import re
 from pathlib import Path
@@ -20,13 +20,16 @@ def test_a_folder_is_split_by_its_classes(tmp_path) -> None:
     assert opened.shape == (3, 20, 18)
     splits = {split: opened.split(split).names for split in SPLITS}
     assert len(splits["train"]) == 8
-    assert (splits["validation"], splits["test"]) == (["bird 01", "bird 04"], ["bird 02", "bird 09"])  # for ever
+    assert (splits["validation"], splits["test"]) == (
+        ["bird 01", "bird 04"],
+        ["bird 02", "bird 09"],
+    )  # must never change
     assert sorted(name for names in splits.values() for name in names) == sorted(birds)
     for split, names in splits.items():
         assert_same(opened, split, {name: birds[name] for name in names})
 
 
-def test_the_split_of_a_folder_is_its_own_where_it_has_one(tmp_path) -> None:
+def test_a_folder_may_have_folders_for_its_splits(tmp_path) -> None:
     for validation in ("val", "validation"):
         folder = tmp_path / validation
         names = {"train": "finch", validation: "gull", "test": "owl"}
@@ -47,7 +50,7 @@ def test_grey_images_have_one_channel(tmp_path) -> None:
 # -- stray files ---------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_image_is_skipped_with_one_line(tmp_path) -> None:
+def test_files_that_are_not_images_are_skipped_with_one_line(tmp_path) -> None:
     birds = published.birds(tmp_path, classes=12)
     for path in (
         "bird 00/Thumbs.db",
@@ -69,7 +72,7 @@ def test_what_is_no_image_is_skipped_with_one_line(tmp_path) -> None:
     for split in SPLITS:
         assert_same(opened, split, {name: birds[name] for name in opened.split(split).names})
     published.write(tmp_path / "bird 05" / "Thumbs.db", b"no image")
-    assert images.folder(tmp_path).sha256 == opened.sha256  # nothing is converted, and nothing said
+    assert images.folder(tmp_path).sha256 == opened.sha256  # no conversion, no warning
 
 
 def test_a_sorted_data_set_may_have_stray_files(tmp_path) -> None:
@@ -90,14 +93,14 @@ def test_an_unpacked_data_set_may_have_stray_files(tmp_path) -> None:
     assert_same(images.cifar_fs(tmp_path, cache=tmp_path / "cache"), "val", drawn["val"])
 
 
-def test_images_too_deep_are_refused(tmp_path) -> None:
+def test_images_in_subfolders_of_a_class_are_refused(tmp_path) -> None:
     published.birds(tmp_path / "photographs" / "birds", classes=3)
     refused(images.folder, tmp_path, "the class folder .*photographs must hold images directly in it, got .*0.png")
 
 
 # -- what an image shows -------------------------------------------------------------------------------------
 
-ORIENTED = {  # what a viewer does with the stored pixels, by the EXIF specification
+ORIENTED = {  # EXIF orientation -> what a viewer does with the stored pixels
     1: lambda x: x,
     2: np.fliplr,
     3: lambda x: np.rot90(x, 2),
@@ -130,7 +133,7 @@ def test_the_orientation_of_exif_is_obeyed(tmp_path, orientation: int) -> None:
 
 
 def transparent_images() -> dict[str, tuple[Image.Image, dict, np.ndarray, np.ndarray]]:
-    """By Pillow's mode: the image, options to save it, its colours ``[4, 4, 3]`` and its opacity ``[4, 4, 1]``."""
+    """An image of a Pillow mode, options to save it, its colours ``[4, 4, 3]`` and its opacity ``[4, 4, 1]``."""
     opacity = np.array([0, 255, 0, 255] * 4, np.uint8).reshape(4, 4, 1)
     colours, grey = published.pixels(1, 4, 4, 3), published.pixels(2, 4, 4, 1)
     grey_colours = np.broadcast_to(grey, (4, 4, 3))
@@ -152,7 +155,7 @@ def transparent_images() -> dict[str, tuple[Image.Image, dict, np.ndarray, np.nd
 @pytest.mark.parametrize(
     ("background", "colour"), [(None, 255), ("black", 0), ("#102030", [16, 32, 48]), ("#FFFFFF", 255)]
 )
-def test_transparent_images_lie_on_the_background(tmp_path, kind: str, background, colour) -> None:
+def test_transparent_images_are_drawn_on_the_background(tmp_path, kind: str, background, colour) -> None:
     image, options, colours, opacity = transparent_images()[kind]
     three_classes(tmp_path, image, **options)
     opened = images.folder(tmp_path) if background is None else images.folder(tmp_path, background=background)
@@ -200,7 +203,7 @@ def test_the_number_of_channels_can_be_chosen(tmp_path) -> None:
             assert np.abs(shown[..., 0] - luma).max() <= 1  # Pillow's rounding
 
 
-def test_images_of_any_size_are_made_of_one(tmp_path) -> None:
+def test_images_of_any_size_are_resized(tmp_path) -> None:
     published.birds(tmp_path, classes=2)
     saved(tmp_path / "owl" / "1.jpg", Image.fromarray(published.pixels(0, 31, 45, 3)))
     saved(tmp_path / "owl" / "2.png", Image.fromarray(published.pixels(1, 12, 24)))
@@ -320,7 +323,7 @@ def test_episodes_draw_from_the_mapped_images(tmp_path) -> None:
     assert all(image.permute(1, 2, 0).numpy().tobytes() in known for image in (x * 255).round().byte().flatten(0, 1))
 
 
-def test_classes_that_differ_in_size_are_drawn_whole_by_tasks_and_cut_for_episodes(tmp_path) -> None:
+def test_classes_of_different_size_are_used_fully_by_tasks_and_cut_for_episodes(tmp_path) -> None:
     for number, count in enumerate((3, 5, 4, 9, 9)):
         for image in range(count):
             path = tmp_path / ("train" if number < 3 else ("val", "test")[number - 3]) / f"{number}" / f"{image}.png"
@@ -358,7 +361,7 @@ def test_images_of_a_folder_must_fit_each_other(tmp_path) -> None:
     refused(images.folder, tmp_path, "bird 09/2.png must be a complete image with 8 bits per channel, got: ")
     odd.write_bytes(b"<html>not found</html>")
     refused(images.folder, tmp_path, "bird 09/2.png must be a complete image .* got: cannot identify image file")
-    odd.rename(tmp_path / "bird 09" / "2.HEIC")  # what Pillow does not read is no stray file
+    odd.rename(tmp_path / "bird 09" / "2.HEIC")  # a format that Pillow does not read is an error, not skipped
     refused(images.folder, tmp_path, "bird 09/2.HEIC must be a complete image .* got: cannot identify image file")
     (tmp_path / "bird 09" / "2.HEIC").unlink()
     odd.write_bytes(published.encoded(np.zeros((20, 18), np.uint16)))

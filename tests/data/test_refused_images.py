@@ -1,4 +1,4 @@
-"""Image data sets that are missing, damaged or hostile are refused, and no file is left behind."""
+"""Image data sets that are missing, damaged or malicious are refused, and no file is left behind."""
 
 import hashlib
 import os
@@ -30,7 +30,7 @@ from tests.data.opened import SPLITS, check_mini_imagenet, official, refused
          "few-shot-ssl-public, https://github.com/kjunelee/MetaOptNet"),
     ],
 )  # fmt: skip
-def test_what_is_missing_is_said_with_where_it_is_published(tmp_path, name: str, message: str) -> None:
+def test_missing_files_are_named_with_where_they_are_published(tmp_path, name: str, message: str) -> None:
     refused(images.OPEN[name], tmp_path, message, FileNotFoundError)
     with pytest.raises(FileNotFoundError, match=rf"nowhere must be a folder of images \({name}\), got no folder"):
         images.OPEN[name](tmp_path / "nowhere")
@@ -49,7 +49,7 @@ def test_one_missing_file_is_named(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["omniglot", "mini-imagenet", "cifar-fs", "fc100", "tiered-imagenet"])
-def test_the_hdf5_files_of_torchmeta_are_refused_in_words(tmp_path, name: str) -> None:
+def test_the_hdf5_files_of_torchmeta_are_refused(tmp_path, name: str) -> None:
     published.write(tmp_path / "train_data.hdf5", b"\x89HDF\r\n\x1a\n")
     message = r"it is published at .*\. train_data.hdf5 is in torchmeta's own format, which is not supported"
     refused(images.OPEN[name], tmp_path, message, FileNotFoundError)
@@ -72,7 +72,7 @@ def test_a_damaged_cifar100_is_refused(tmp_path) -> None:
     archive.write_bytes(whole[:-1000])
     refused(images.cifar_fs, zipped, "cifar100.zip must be a complete zip archive, got: ")
     table = b"splits/bertinetto/train.txt"
-    at = whole.index(table) + len(table) + 8  # in the content of the first table, whose checksum no longer holds
+    at = whole.index(table) + len(table) + 8  # in the content of the first table, which invalidates its checksum
     archive.write_bytes(whole[:at] + b"?" + whole[at + 1 :])
     refused(
         images.cifar_fs, zipped, "splits/bertinetto/train.txt in .*cifar100.zip must be a complete text file, got: "
@@ -179,7 +179,7 @@ class Hostile:
 
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_hostile_pickle_runs_nothing(tmp_path, hidden: bool, protocol: int) -> None:
+def test_a_malicious_pickle_executes_nothing(tmp_path, hidden: bool, protocol: int) -> None:
     data = published.cifar_fs(tmp_path)
     victim = tmp_path / "victim"
     for bomb, asked in (
@@ -195,13 +195,14 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, hidden: bool, protocol: int) ->
         assert not victim.exists()
 
 
-def test_a_pickle_cannot_make_pointers_of_numbers(tmp_path) -> None:
+def test_a_pickle_cannot_turn_numbers_into_pointers(tmp_path) -> None:
     published.cifar_fs(tmp_path)
     path = tmp_path / "CIFAR_FS_train.pickle"
     plain = published.python2({"data": np.arange(8, dtype=np.uint64), "labels": []})
     state = b"NNN" + b"J\xff\xff\xff\xff" * 2 + b"J" + bytes(4)  # of a dtype; its last number holds flags
     assert state in plain
-    path.write_bytes(plain.replace(state, state[:-4] + b"\x3f\0\0\0"))  # NumPy's own dtype: these are objects
+    # NumPy's own dtype would read these flags as an array of objects.
+    path.write_bytes(plain.replace(state, state[:-4] + b"\x3f\0\0\0"))
     refused(images.cifar_fs, tmp_path, r"must be uint8 \[images, height, width, 3\], got uint64 \[8\]")
 
 
@@ -281,7 +282,7 @@ def test_a_set_of_other_characters_is_not_omniglot(tmp_path) -> None:
     refused(images.omniglot, tmp_path, "must have 1623 characters together, got 2")
 
 
-def test_pillow_is_asked_for_where_it_is_missing(tmp_path, monkeypatch) -> None:
+def test_pillow_is_named_if_it_is_missing(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     images.cifar_fs(_written(published.cifar_fs, tmp_path / "pickles"))  # needs none
     published.write(tmp_path / "files" / "a" / "1.png", b"")

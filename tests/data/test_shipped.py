@@ -1,4 +1,4 @@
-"""The built-in tasks: the image file, the draws, and that no task ever shows a query among its support."""
+"""The built-in tasks: the image file, the draws, and that the support set and the query set of a task are disjoint."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def numbered(split: str, n_way: int, k_shot: int, n_query: int) -> GlyphTasks:
-    """Glyph tasks whose images show nothing but their own row number."""
+    """Glyph tasks in which every pixel of an image is the number of its row."""
     tasks = GlyphTasks(split, n_way, k_shot, n_query)
     number = torch.arange(len(tasks.images)).float() * 15  # sampling divides by 15 grey levels
     tasks.images = number.view(-1, 1, 1, 1).expand_as(tasks.images).contiguous()
@@ -39,7 +39,7 @@ def test_a_damaged_glyph_file_is_refused(tmp_path) -> None:
         glyphs.read_file(damaged)
 
 
-def test_no_script_is_on_two_sides() -> None:
+def test_no_script_is_in_two_splits() -> None:
     _, _, names = glyphs.load_glyphs()
     scripts = [script for split in glyphs.SCRIPTS.values() for script in split]
     assert sorted(scripts) == sorted({name.split("/")[0] for name in names})

@@ -1,4 +1,4 @@
-"""Rewards, resets, ends and observations against the formulas and against MuJoCo's own fields."""
+"""Environments: rewards, resets, ends and observations against the formulas and against MuJoCo's own fields."""
 
 import warnings
 
@@ -38,7 +38,7 @@ def test_navigation_by_hand() -> None:
     assert torch.equal(after.observations[0, 0], move[0, 0])
 
 
-def test_a_points_end_needs_both_coordinates() -> None:
+def test_an_episode_of_navigation_ends_near_the_goal_in_both_coordinates() -> None:
     environment = make_environment("navigation")
     environment.reset(torch.tensor([[0.0, 0.05]]), 1, seeded())
     assert not environment.step(torch.zeros(1, 1, 2)).done.any()
@@ -80,7 +80,7 @@ def test_resets_have_the_authors_noise(name: str) -> None:
 
 
 def by_mujoco(environment, state: np.ndarray, control: np.ndarray) -> tuple[mujoco.MjData, np.ndarray]:
-    """A control step by ``mj_step``, its end state, and data as of the state before the last substep."""
+    """One control step by ``mj_step``: the end state, and the data of the state before the last substep."""
     model, full = environment.model, mujoco.mjtState.mjSTATE_FULLPHYSICS
     data = mujoco.MjData(model)
     mujoco.mj_setState(model, data, state, full)
@@ -151,7 +151,7 @@ def test_sizes_are_the_authors() -> None:
 
 
 @pytest.mark.parametrize("name", ["cheetah-direction", "ant-goal"])
-def test_an_episode_depends_on_itself_alone_to_the_bit(name: str, monkeypatch) -> None:
+def test_an_episode_does_not_depend_on_the_others(name: str, monkeypatch) -> None:
     def run(threads: int, tasks: slice) -> tuple[torch.Tensor, torch.Tensor]:
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         environment = make_environment(name)
@@ -173,7 +173,7 @@ def test_an_episode_depends_on_itself_alone_to_the_bit(name: str, monkeypatch) -
         assert torch.equal(some, rewards[tasks])
 
 
-def test_ants_that_fall_end_and_are_simulated_no_more(monkeypatch) -> None:
+def test_episodes_of_ants_that_fall_end_and_are_not_simulated(monkeypatch) -> None:
     environment = make_environment("ant-direction")
     environment.reset(torch.tensor([[0.0], [3.0]]), 2, seeded())
     environment._states[1, 3] = 1.5  # the height of the second episode's torso
@@ -216,7 +216,7 @@ def test_a_single_task_is_the_batched_environment() -> None:
 # -- errors ------------------------------------------------------------------------------------------------------
 
 
-def test_an_action_outside_the_box_names_the_task() -> None:
+def test_an_action_out_of_range_is_refused_naming_the_task() -> None:
     environment = make_environment("navigation")
     environment.reset(torch.tensor([[0.1, 0.2], [0.3, 0.4]]), 2, seeded())
     actions = torch.zeros(2, 2, 2)

@@ -1,4 +1,6 @@
-"""Meta-gradient, Fisher-vector product and whole outer steps against double backward in float64, on ragged tasks."""
+"""Outer steps: meta-gradient and Fisher-vector product against double backward in float64, on tasks of different
+lengths.
+"""
 
 import copy
 
@@ -66,14 +68,14 @@ def draw(kind: str, index: int, ratio: bool) -> Samples:
 
 
 def batch(kind: str = "gaussian", steps: int = 1, every_step: bool = False) -> MetaSamples:
-    """every_step: the sets that the policies drew after each inner step are query sets, not the last one alone."""
+    """With ``every_step``, the samples after each inner step are query sets, otherwise only the last ones are."""
     support = [draw(kind, 1 + k, False) for k in range(steps)]
     between = [draw(kind, 1 + k, True) for k in range(1, steps)] if every_step else []
     return MetaSamples(tuple(support), (*between, draw(kind, 0, True)))
 
 
 def one(samples: Samples, task: int, index: int) -> Samples:
-    """A task's own samples alone."""
+    """A task's samples without padding."""
     length = LENGTHS[index][task]
     x, y = samples
     return x[task, :length], PolicyTarget(*(None if part is None else part[task, :length] for part in y))
@@ -209,12 +211,12 @@ def test_an_objective_after_every_step(backend: str, kind: str, steps: int, firs
 
 @pytest.mark.parametrize("part", [["log_std"], ["layers.4.weight", "layers.4.bias"]], ids=str)
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_policy_of_which_a_part_adapts(backend: str, steps: int, part: list[str]) -> None:
+def test_a_policy_that_is_partly_adapted(backend: str, steps: int, part: list[str]) -> None:
     check_gradient_and_fisher_product(make(backend, steps=steps, adapt_params=part), batch(steps=steps))
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_policy_of_which_a_part_is_frozen(backend: str, steps: int) -> None:
+def test_a_policy_that_is_partly_frozen(backend: str, steps: int) -> None:
     maml, samples = make(backend, steps=steps), batch(steps=steps)
     maml.model.layers[2].weight.requires_grad_(False)
     start = {name: p.detach().clone() for name, p in maml.model.named_parameters()}
@@ -224,7 +226,7 @@ def test_a_policy_of_which_a_part_is_frozen(backend: str, steps: int) -> None:
 
 
 def test_steps_on_one_set_are_the_fused_inner_loop(backend: str, kind: str) -> None:
-    """Where every step sees the same set, the chain is what FusedMAML computes in one pass."""
+    """If every step uses the same set, the result is what FusedMAML computes in one pass."""
     maml, samples = make(backend, kind, 3), batch(kind, 1)
     now = adapt_policies(maml, samples._replace(support=3 * samples.support))
     _, gradient = now.surrogate_and_gradient([y for _, y in samples.query])
@@ -270,7 +272,9 @@ def test_a_whole_trpo_step(
     ],
     ids=["support", "query_weights", "inner_lr"],
 )
-def test_what_an_outer_step_would_leave_out_is_refused(backend: str, steps: int, given: dict, words: str) -> None:
+def test_terms_that_an_outer_step_does_not_compute_are_refused(
+    backend: str, steps: int, given: dict, words: str
+) -> None:
     options = {"inner_lr": 0.1, "loss": LOSSES["gaussian"], "backend": backend} | given
     maml = FusedMAML(policy("gaussian"), inner_steps=steps, **options)
     start = values(maml)
@@ -281,19 +285,19 @@ def test_what_an_outer_step_would_leave_out_is_refused(backend: str, steps: int,
     assert torch.equal(values(maml), start)
 
 
-def test_slots_for_each_step_are_refused_where_the_sets_differ() -> None:
+def test_per_step_batch_norm_is_refused_with_a_set_for_each_step() -> None:
     layers = nn.Linear(3, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, CHOICES)
     maml = FusedMAML(nn.Sequential(*layers).double(), 0.1, 2, loss=LOSSES["categorical"], batch_norm="per_step")
     with pytest.raises(ValueError, match="batch_norm must not be per_step if each inner step has its own support set"):
         trpo(maml, batch("categorical", 2), 0.01, 1e-5)
 
 
-def test_a_step_that_nothing_accepts_leaves_the_policy_as_it_was(backend: str) -> None:
+def test_a_step_that_is_not_accepted_does_not_change_the_policy(backend: str) -> None:
     maml, samples = make(backend), batch()
     start = values(maml)
     ((x, y),) = samples.query
     none = y._replace(advantages=torch.zeros_like(y.advantages))
-    step = trpo(maml, samples._replace(query=((x, none),)), 0.01, 1e-5)  # no advantage, no gradient
+    step = trpo(maml, samples._replace(query=((x, none),)), 0.01, 1e-5)  # zero advantages give a zero gradient
     assert not step.accepted
     assert step.kl == 0
     assert torch.equal(values(maml), start)
@@ -339,7 +343,7 @@ def test_clipped_steps_follow_ppos_own_loss(backend: str, steps: int) -> None:
     assert relative(values(maml), torch.cat([p.detach().reshape(-1) for p in theta])) < 1e-9
 
 
-def test_a_clipped_step_that_goes_too_far_is_taken_back(backend: str) -> None:
+def test_a_clipped_step_that_goes_too_far_is_undone(backend: str) -> None:
     maml, samples = make(backend), batch()
     start = values(maml)
     step = clipped(maml, samples, torch.optim.SGD(maml.parameters(), lr=1e3), epochs=1, clip=0.2)

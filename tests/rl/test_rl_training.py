@@ -1,4 +1,6 @@
-"""Runs of a policy: resumed to the bit, finished with a summary, broken off in words, and learning."""
+"""Training runs of a policy: resumed with the same bits, finished with a summary, stopped by errors; and that it
+learns.
+"""
 
 import csv
 import json
@@ -53,7 +55,7 @@ def resumed(run: Path, **given) -> RLTraining:
 
 
 def files(run: Path) -> dict[str, bytes]:
-    """Every byte of a run but its times."""
+    """All bytes of a run's files except its times."""
     found = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for name in ("best/checkpoint.json", "last/checkpoint.json"):
         info = json.loads(found.pop(name))
@@ -84,7 +86,7 @@ def rows(run: Path) -> list[dict[str, str]]:
     ],
     ids=str,
 )
-def test_two_halves_are_one_run_to_the_bit(tmp_path, given: dict) -> None:
+def test_a_resumed_run_has_the_same_bits(tmp_path, given: dict) -> None:
     trained(tmp_path / "whole", tiny(**given))
     trained(tmp_path / "halves", tiny(**given | {"iterations": 2}))
     resumed(tmp_path / "halves", iterations=6)
@@ -94,7 +96,7 @@ def test_two_halves_are_one_run_to_the_bit(tmp_path, given: dict) -> None:
     assert [bool(row["validation"]) for row in rows(tmp_path / "whole")] == [False, True] * 3
 
 
-def test_an_interrupted_run_goes_on_to_the_bit(tmp_path, monkeypatch) -> None:
+def test_an_interrupted_run_resumes_with_the_same_bits(tmp_path, monkeypatch) -> None:
     trained(tmp_path / "whole", tiny())
     training = RLTraining.start(tmp_path / "broken", tiny())
     draw = training.environment.sample_goals
@@ -138,7 +140,7 @@ def test_a_finished_run(tmp_path) -> None:
     assert maml.inner_steps == 1
 
 
-def test_the_random_baseline_is_the_policy_as_it_starts(tmp_path) -> None:
+def test_the_random_baseline_is_the_initial_policy(tmp_path) -> None:
     run, settings = tmp_path / "run", tiny(baseline="random", iterations=0)
     trained(run, settings)
     fresh = make_policy(settings).state_dict()
@@ -147,7 +149,7 @@ def test_the_random_baseline_is_the_policy_as_it_starts(tmp_path) -> None:
     assert rows(run) == []
 
 
-def test_without_a_renderer_a_run_says_so(tmp_path, monkeypatch) -> None:
+def test_a_run_reports_that_nothing_can_render(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(render, "LIBRARIES", ("none-such",))
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     run, settings = tmp_path / "run", tiny("cheetah-direction", iterations=1, horizon=3)
@@ -193,7 +195,7 @@ def test_train_resume_evaluate_and_compare(tmp_path, capsys) -> None:
     assert "labels must be 2, one for each run, got 1" in capsys.readouterr().err
 
 
-def test_nan_in_the_middle_names_the_task_and_leaves_a_run_that_goes_on(tmp_path, capsys, monkeypatch) -> None:
+def test_nan_in_training_names_the_task_and_the_run_can_be_resumed(tmp_path, capsys, monkeypatch) -> None:
     run = tmp_path / "run"
     step, calls = Navigation._step, [0]
 
@@ -220,7 +222,7 @@ def test_settings_of_another_kind_are_refused(tmp_path, capsys) -> None:
     assert not (tmp_path / "a").exists()
 
 
-def test_a_preset_of_images_is_refused_in_words_of_its_own(tmp_path, capsys) -> None:
+def test_a_preset_for_images_is_refused(tmp_path, capsys) -> None:
     assert main(["train", "navigation", "--preset", "anil", "--out", str(tmp_path / "a")]) == 2
     words = "preset must be left out for a policy, or be one of pretrained, random, oracle, got anil; "
     assert words + "--first-order, --inner-steps and --outer choose the algorithm" in capsys.readouterr().err
@@ -236,7 +238,7 @@ def test_the_output_layer_starts_scaled(scale: float) -> None:
         assert torch.equal(value, expected * (scale if name == "model.layers.4.weight" else 1)), name
 
 
-def test_deviations_start_as_they_are_given() -> None:
+def test_initial_standard_deviations_are_those_given() -> None:
     found = make_policy(tiny(start_std=0.35)).model.log_std.exp()
     torch.testing.assert_close(found, torch.full((2,), 0.35))
 
@@ -272,7 +274,7 @@ def test_each_inner_step_has_its_own_rate_and_episodes(tmp_path, monkeypatch, ev
     assert all(a != b for index, a in enumerate(drawn) for b in drawn[:index])
 
 
-def test_a_label_stands_in_the_plot_as_it_is(tmp_path, monkeypatch) -> None:
+def test_a_label_is_plotted_verbatim(tmp_path, monkeypatch) -> None:
     figures = []
     monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
     result = {"task": "navigation", "metric": "return", "steps": [0, 1], "mean": [-4.0, -3.0], "ci95": [0.1, 0.1]}

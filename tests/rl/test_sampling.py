@@ -1,4 +1,4 @@
-"""Episodes, their packing, baselines and advantages, against plain loops over single episodes."""
+"""Sampled episodes, packing, baselines and advantages, against plain loops over single episodes."""
 
 import numpy as np
 import pytest
@@ -83,7 +83,7 @@ def test_features_are_clipped() -> None:
     np.testing.assert_allclose(features[0, 0], [[10, 100, 0, 0, 0, 1], [10, 100, 0.01, 1e-4, 1e-6, 1]], rtol=1e-12)
 
 
-def test_a_baseline_of_states_that_hardly_vary_is_found_with_a_larger_ridge() -> None:
+def test_the_ridge_grows_for_states_that_hardly_vary() -> None:
     """Rounding makes such a matrix indefinite: 60 features of nearly the same large value."""
     episodes = ragged(steps=40, size=30)
     episodes.observations = (9 + 1e-9 * episodes.observations) * episodes.alive.unsqueeze(-1)
@@ -148,7 +148,7 @@ def spread(maml: FusedMAML, tasks: int) -> dict[str, torch.Tensor]:
     }
 
 
-def test_acting_is_predicting() -> None:
+def test_act_equals_predict() -> None:
     maml = policy()
     fast = spread(maml, 3)
     x = torch.randn(3, 5, 2, generator=Generator().manual_seed(1))
@@ -180,7 +180,7 @@ def test_sampled_episodes_are_what_the_environment_and_the_policy_did() -> None:
     assert sum(clock.shares().values()) == pytest.approx(1)
 
 
-def test_the_oracle_is_told_the_goal() -> None:
+def test_the_oracle_observes_the_goal() -> None:
     environment = make_environment("navigation")
     maml = policy(size=4)
     goals = torch.tensor([[0.1, 0.2], [-0.3, 0.4]])
@@ -190,7 +190,7 @@ def test_the_oracle_is_told_the_goal() -> None:
     assert torch.equal(found.observations[..., 2:], goals[:, None, None].expand(2, 3, 5, 2))
 
 
-def test_in_rollouts_torch_leaves_its_threads_to_the_physics(monkeypatch) -> None:
+def test_torch_has_one_thread_while_episodes_are_sampled(monkeypatch) -> None:
     environment, seen = make_environment("navigation"), []
     step = environment._step
     monkeypatch.setattr(torch, "get_num_threads", lambda: seen[-1] if seen else 3)

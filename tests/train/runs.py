@@ -39,7 +39,7 @@ def resumed(run: Path, **given) -> Training:
 
 
 def files(run: Path) -> dict[str, bytes]:
-    """Every byte of a run but the JSON, whose only other difference is the wall-clock time."""
+    """All bytes of a run's files except JSON files, which also hold wall-clock times."""
     found = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for name in [name for name in found if name.endswith(".json")]:
         info = json.loads(found.pop(name))
@@ -51,7 +51,7 @@ def files(run: Path) -> dict[str, bytes]:
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, training: Training, iteration: int) -> None:
-    """Ctrl-C while the tasks of this meta-iteration are drawn."""
+    """Simulates Ctrl-C while the tasks of this meta-iteration are drawn."""
     sample = training.tasks.sample
 
     def interrupting(*arguments):

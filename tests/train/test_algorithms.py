@@ -1,4 +1,4 @@
-"""Each algorithm against its published formula, and the schedules and ensembles around it."""
+"""Each algorithm against its published formula; schedules and ensembles."""
 
 import json
 import math
@@ -63,7 +63,7 @@ def test_the_loss_of_episodes_is_the_cross_entropy_of_features_normalised_togeth
     assert 0 <= float(score) <= 1
 
 
-def test_reptile_is_the_mean_way_of_sgd_on_minibatches() -> None:
+def test_reptile_moves_by_the_mean_of_sgd_on_minibatches() -> None:
     settings = small("glyphs", "reptile", inner_batch=4, inner_steps=3, inner_lr=0.1, meta_lr=0.5)
     algorithm = make_algorithm(settings)
     model = make_algorithm(settings).module.model.double()
@@ -102,7 +102,7 @@ def test_anil_adapts_the_last_layer_alone() -> None:
 
 
 @pytest.mark.parametrize(("learned", "steps"), [("step", 3), ("layer", 2), ("element", 1)])
-def test_learned_rates_begin_at_the_rate_and_move(learned: str, steps: int) -> None:
+def test_learned_rates_start_at_the_inner_rate_and_change(learned: str, steps: int) -> None:
     settings = small("glyphs", "maml", learn_inner_lr=learned, inner_steps=steps, inner_lr=0.3)
     algorithm = make_algorithm(settings)
     rates = {name: p for name, p in algorithm.module.named_parameters() if name.startswith("inner_lr")}
@@ -118,7 +118,7 @@ def test_learned_rates_begin_at_the_rate_and_move(learned: str, steps: int) -> N
     assert still == ({f"block{n}.conv.bias" for n in range(1, 5)} if learned != "step" else set())  # before BatchNorm
 
 
-def test_as_many_steps_as_elements_is_one_rate_an_element_and_step() -> None:
+def test_as_many_steps_as_elements_gives_one_rate_per_element_and_step() -> None:
     algorithm = make_algorithm(small("glyphs", "maml", learn_inner_lr="layer", inner_steps=3))  # of 3 classes
     shapes = {name: tuple(p.shape) for name, p in algorithm.module.named_parameters() if name.startswith("inner_lr")}
     assert shapes["inner_lr.classifier.bias"] == (3, 3)
@@ -127,7 +127,7 @@ def test_as_many_steps_as_elements_is_one_rate_an_element_and_step() -> None:
 
 def test_the_multi_step_weights_are_those_of_the_authors() -> None:
     settings = new_settings("glyphs", inner_steps=5, multi_step_iterations=10)
-    for iteration in range(1, 11):  # theirs count epochs from 0
+    for iteration in range(1, 11):  # the authors count epochs from 0
         weights = [1 / 5] * 5
         decay = 1 / 5 / 10
         for i in range(4):
@@ -159,7 +159,7 @@ def test_derivative_order_is_annealed() -> None:
 
 
 @pytest.mark.parametrize(("job", "preset"), NAMES)
-def test_predictions_walk_the_inner_loop_once_and_are_those_of_each_count(job: str, preset: str) -> None:
+def test_predictions_run_the_inner_loop_once(job: str, preset: str) -> None:
     settings = small(job, preset)
     algorithm = make_algorithm(settings)
     batch = make_tasks(settings, "test").sample(3, make_generator(settings, "test"))
@@ -219,7 +219,7 @@ def test_a_classifier_is_trained_on_every_class_and_a_new_last_layer_on_a_task()
     assert not torch.equal(before, algorithm.maml.model.block1.conv.weight)
     assert not head.weight.any()
     batch = tasks_of(1, 3, 1, 2)
-    assert not algorithm.predict(batch, 0).any()  # says nothing before the first step
+    assert not algorithm.predict(batch, 0).any()  # the new last layer starts at zero
     assert algorithm.predict(batch, 1).any()
 
 
@@ -232,10 +232,10 @@ def test_batches_of_images_come_with_their_class_and_its_turn() -> None:
         found = [(image * 255 - of.float().rot90(label, (-2, -1))).abs().max() < 0.01 for of in images]
         assert sum(found) == 1
     seen = {tuple(image.flatten().tolist()) for image in x}
-    assert len(seen) == 6  # every image under every turn
+    assert len(seen) == 6  # every image at every rotation
 
 
-def test_the_oracle_is_told_what_the_others_are_not() -> None:
+def test_the_inputs_of_the_oracle_include_amplitude_and_phase() -> None:
     told, plain = (SinusoidTasks(3, 4, oracle=t).sample(5, torch.Generator().manual_seed(0)) for t in (True, False))
     assert told.x_qry.shape == (5, 4, 3)
     assert torch.equal(told.x_qry[..., :1], plain.x_qry)
@@ -258,7 +258,7 @@ def test_pretraining_on_all_tasks_is_one_regression() -> None:
         torch.testing.assert_close(p.grad, gradient)
 
 
-def test_several_checkpoints_vote_by_their_mean_probability(tmp_path) -> None:
+def test_an_ensemble_predicts_the_mean_probability(tmp_path) -> None:
     settings = small("glyphs", "maml", iterations=8, validation_interval=1, best_checkpoints=3)
     training = trained(tmp_path, settings)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
@@ -283,7 +283,7 @@ def test_several_checkpoints_vote_by_their_mean_probability(tmp_path) -> None:
     assert summary["ensemble"]["mean"] == report.test_run(algorithms, settings)["mean"]
 
 
-def test_evaluate_by_the_protocol_asked_for(tmp_path, capsys) -> None:
+def test_evaluate_with_other_test_settings(tmp_path, capsys) -> None:
     sizes = ["--ways", "3", "--meta-batch", "2", "--filters", "3", "--queries", "2", "--iterations", "4"]
     sizes += ["--validation-interval", "2", "--validation-tasks", "2", "--test-tasks", "3", "--best-checkpoints", "2"]
     assert main(["train", "glyphs", "--preset", "fomaml", *sizes, "--out", str(tmp_path / "run")]) == 0
@@ -314,7 +314,7 @@ def test_meta_sgd_is_its_gradient_by_double_backward() -> None:
         torch.testing.assert_close(p.grad, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_features_are_what_the_last_layer_reads() -> None:
+def test_features_are_the_input_of_the_last_layer() -> None:
     model = make_model(small("glyphs", "maml"))
     features = without_head(model)
     x = torch.rand(4, 1, 28, 28)

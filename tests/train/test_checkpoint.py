@@ -1,4 +1,4 @@
-"""Checkpoints survive a crash at any moment, and come back to the bit."""
+"""Checkpoints: complete after a crash at any moment, and loaded with the same bits."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from maml_cuda.train.checkpoint import load_checkpoint, load_optimizer, locate, 
 
 
 class Crash(BaseException):
-    """Stands for the process's death: nothing may catch it."""
+    """Simulates that the process is killed: no code may catch it."""
 
 
 def save(folder: Path, number: int) -> None:
@@ -21,14 +21,16 @@ def save(folder: Path, number: int) -> None:
 
 
 def load(folder: Path) -> int:
-    """The number of a checkpoint whose parts all belong together."""
+    """The number of a checkpoint; asserts that all its parts have the same one."""
     model, training, info = load_checkpoint(folder)
     assert model["model.w"].tolist() == training["running"].tolist() == [float(info["iteration"])] * 3
     return info["iteration"]
 
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, moment: int, after: bool) -> list[str]:
-    """The ``moment``-th call that touches the disk crashes, before or after its work; returns all calls."""
+    """Makes the ``moment``-th call that writes to the disk crash, before or after its work. Returns the list of all
+    calls.
+    """
     calls: list[str] = []
 
     def crashing(module, name: str) -> None:
@@ -66,12 +68,12 @@ def test_a_crash_at_any_moment_leaves_a_complete_checkpoint(tmp_path, after: boo
             else:
                 break
         found.append(load(folder))
-        save(folder, 3)  # and the next save works whatever was left lying about
+        save(folder, 3)  # the next save works, whatever the crash left
         assert load(folder) == 3
         assert os.listdir(folder.parent) == ["last"]
     assert {"_write_to_disk", "_sync_folder", "replace", "rmtree"} == set(calls)
     assert len(found) == len(calls)
-    assert found == sorted(found)  # first the old checkpoint, from some moment on the new one
+    assert found == sorted(found)  # the old checkpoint up to some moment, then the new one
     assert set(found) == {1, 2}
 
 
@@ -127,7 +129,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch) -> Non
         load_checkpoint(tmp_path / "last")
 
 
-def test_the_optimizer_goes_on_to_the_bit() -> None:
+def test_a_loaded_optimizer_continues_with_the_same_bits() -> None:
     def make() -> tuple[torch.nn.Linear, torch.optim.Adam]:
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 2)

@@ -1,4 +1,4 @@
-"""The command line: what each command prints, leaves and returns."""
+"""The command line: what each command prints, writes and returns."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ def run(tmp_path, capsys) -> str:
     return folder
 
 
-def test_train_leaves_a_whole_run_and_prints_where(tmp_path, capsys) -> None:
+def test_train_writes_a_complete_run_and_prints_where(tmp_path, capsys) -> None:
     assert main([*TINY, "--out", str(tmp_path / "run")]) == 0
     captured = capsys.readouterr()
     assert f"sinusoid in {tmp_path / 'run'}: iteration 0 of 20" in captured.out
@@ -83,7 +83,7 @@ def test_evaluate_repeats_the_test_of_the_run(run: str, capsys) -> None:
 
 
 @pytest.mark.parametrize("spelling", ["--resume RUN", "--resume --out RUN", "--resume RUN --out RUN"])
-def test_resume_goes_on(run: str, capsys, spelling: str) -> None:
+def test_resume_continues_the_run(run: str, capsys, spelling: str) -> None:
     assert main(["train", "--iterations", "30", *spelling.replace("RUN", run).split()]) == 0
     assert f"sinusoid in {run}: iteration 20 of 30" in capsys.readouterr().out
     with open(f"{run}/summary.json") as file:
@@ -146,7 +146,7 @@ def test_a_published_data_set_is_trained(tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tmp_path, capsys, monkeypatch, signum, status: int) -> None:
+def test_ctrl_c_and_sigterm_save_and_print_how_to_continue(tmp_path, capsys, monkeypatch, signum, status: int) -> None:
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     run = str(tmp_path / "run")
     sample = SinusoidTasks.sample
@@ -167,7 +167,7 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tmp_path, capsys, monkeypa
 
 
 @pytest.mark.parametrize("moment", ["build", "test"])
-def test_sigterm_outside_of_the_loop_ends_in_words(tmp_path, capsys, monkeypatch, moment: str) -> None:
+def test_sigterm_outside_of_the_loop_prints_what_was_saved(tmp_path, capsys, monkeypatch, moment: str) -> None:
     def terminated(*arguments: object) -> None:
         signal.raise_signal(signal.SIGTERM)
 
@@ -182,7 +182,7 @@ def test_sigterm_outside_of_the_loop_ends_in_words(tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_reach_the_command_of_a_shell(tmp_path, signum, status: int) -> None:
     program = "import signal, sys; from maml_cuda.cli import main; "
-    # As in the foreground: a shell's background jobs, this run of the tests perhaps among them, ignore it.
+    # A shell's background jobs ignore SIGINT, and the tests may run as one. This sets the handler of the foreground.
     program += "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main(sys.argv[1:]))"
     arguments = ["train", "sinusoid", "--iterations", "100000000", "--out", str(tmp_path / "run")]
     with subprocess.Popen(
@@ -232,7 +232,7 @@ def test_info_names_the_build_and_the_versions(capsys) -> None:
         (["evaluate", "nowhere"], "no checkpoint in nowhere"),
     ],
 )
-def test_errors_are_words_not_tracebacks(tmp_path, monkeypatch, capsys, arguments, message: str) -> None:
+def test_errors_are_one_line_and_not_a_traceback(tmp_path, monkeypatch, capsys, arguments, message: str) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     error = capsys.readouterr().err
@@ -246,7 +246,7 @@ def test_an_existing_run_is_not_overwritten(run: str, capsys) -> None:
     assert f"continue that run with --resume {run}" in capsys.readouterr().err
 
 
-def test_a_missing_extra_is_said_in_words(monkeypatch, capsys) -> None:
+def test_a_missing_extra_is_named(monkeypatch, capsys) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tqdm" else find_spec(name))
     assert main(["train", "glyphs"]) == 2
@@ -262,7 +262,7 @@ def test_help_is_there_for_every_command(capsys, command: list[str]) -> None:
 
 
 def test_help_shows_the_defaults_of_every_job(capsys, monkeypatch) -> None:
-    monkeypatch.setenv("COLUMNS", "1000")  # no name is broken at its hyphen
+    monkeypatch.setenv("COLUMNS", "1000")  # so that argparse does not wrap names at hyphens
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     shown = " ".join(capsys.readouterr().out.split())

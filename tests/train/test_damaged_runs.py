@@ -1,4 +1,4 @@
-"""What has been damaged is found, named, and gone round; what cannot be written is not half written."""
+"""Damaged runs and failing disks: damage is detected and reported with a way to continue; no file is written partly."""
 
 import errno
 import io
@@ -39,7 +39,7 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(whole: Path, tmp_path) -> Path:
-    """A finished run to be damaged."""
+    """A copy of a finished run, for a test to damage."""
     return shutil.copytree(whole, tmp_path / "run")
 
 
@@ -48,14 +48,14 @@ def truncate(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """One bit of the last number."""
+    """Flips one bit of the last number."""
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)
 
 
 def put_nan(path: Path) -> None:
-    """As a version that looked at nothing would have written it: with the right checksum."""
+    """Puts NaN into a tensor, with a valid checksum."""
     tensors = load_file(path)
     name = next(name for name in tensors if name.startswith(("model", "optimizer")))
     tensors[name].view(-1)[0] = torch.nan
@@ -87,7 +87,7 @@ def set_iteration(path: Path) -> None:
 
 
 def set_width(path: Path) -> None:
-    """As no version would have written it, with a right checksum."""
+    """Changes the width, with a valid checksum."""
     info = json.loads(path.read_bytes())
     info["settings"]["width"] = 7
     path.write_text(json.dumps(with_checksum(info)))
@@ -108,7 +108,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
 
 
 @pytest.mark.parametrize(("name", "damage", "words"), DAMAGES)
-def test_a_damaged_checkpoint_is_named_with_a_way_round_it(run: Path, capsys, name: str, damage, words: str) -> None:
+def test_a_damaged_checkpoint_is_named_with_what_to_do(run: Path, capsys, name: str, damage, words: str) -> None:
     damage(run / "last" / name)
     kept = files_of(run)
     capsys.readouterr()
@@ -129,7 +129,7 @@ def files_of(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
-def test_what_only_training_needs_is_no_matter_for_a_test(run: Path, capsys) -> None:
+def test_evaluate_does_not_read_the_training_tensors(run: Path, capsys) -> None:
     for damage in (flip, put_nan):
         damage(run / "last" / "training.safetensors")
         assert main(["evaluate", str(run), "--checkpoint", "last"]) == 0
@@ -192,8 +192,10 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_again(tmp_path, 
 
 
 @pytest.mark.parametrize("kept", [1, 2])
-def test_a_run_goes_on_from_its_best_checkpoint_to_the_bit(tmp_path, kept: int) -> None:
-    settings = tiny("sinusoid", meta_lr=0.3, best_checkpoints=kept)  # wild, so that the last is not the best
+def test_a_run_resumed_from_its_best_checkpoint_has_the_same_bits(tmp_path, kept: int) -> None:
+    settings = tiny(
+        "sinusoid", meta_lr=0.3, best_checkpoints=kept
+    )  # a large rate, so that the last checkpoint is not the best
     training = trained(tmp_path / "whole", settings)
     best = training.bests[0]["iteration"]
     assert best < 40
@@ -201,13 +203,13 @@ def test_a_run_goes_on_from_its_best_checkpoint_to_the_bit(tmp_path, kept: int) 
     truncate(again / "last" / "model.safetensors")
     resumed = Training.resume(again, resumed_settings(again, {}, checkpoint="best"), "best")
     assert resumed.iteration == best
-    assert Training.resume(again, settings).iteration == best  # which is the last one from now on
+    assert Training.resume(again, settings).iteration == best  # the best checkpoint is now the last one
     assert int(rows(again)[-1]["iteration"]) == best
     resumed.loop()
     assert files(again) == files(tmp_path / "whole")
 
 
-def test_a_best_checkpoint_that_a_later_one_has_replaced_is_forgotten(tmp_path) -> None:
+def test_a_best_checkpoint_that_a_later_one_replaced_is_dropped(tmp_path) -> None:
     settings = small("glyphs", "maml", iterations=8, validation_interval=1, best_checkpoints=3)
     run = tmp_path / "run"
     training = trained(run, settings)
@@ -229,7 +231,7 @@ def test_numbers_that_diverged_are_not_saved(tmp_path, monkeypatch) -> None:
     step = training.algorithm.step
 
     def broken(batch, iteration: int):
-        result = step(batch, iteration)  # whose loss is still finite
+        result = step(batch, iteration)  # its loss is still finite
         if iteration == 10:
             next(training.module.parameters()).data[0] = torch.inf
         return result
@@ -245,7 +247,7 @@ def test_numbers_that_diverged_are_not_saved(tmp_path, monkeypatch) -> None:
 
 @pytest.fixture
 def largest():
-    """Sets how many bytes a file may have, as a disk that is nearly full."""
+    """Limits the size of files, as a disk that is nearly full does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -312,7 +314,7 @@ def test_a_disk_that_is_full_at_any_moment_leaves_one_whole_checkpoint(tmp_path,
     assert not (tmp_path / "last.new").exists()
 
 
-def test_a_full_disk_ends_a_run_in_words_and_it_goes_on_to_the_bit(whole: Path, tmp_path, capsys, monkeypatch) -> None:
+def test_a_run_stopped_by_a_full_disk_resumes_with_the_same_bits(whole: Path, tmp_path, capsys, monkeypatch) -> None:
     run, write = tmp_path / "run", checkpoint._write_to_disk
 
     def full(path: Path, content: bytes) -> None:
@@ -337,7 +339,7 @@ def test_a_full_disk_ends_a_run_in_words_and_it_goes_on_to_the_bit(whole: Path, 
 
 
 class Closed(io.StringIO):
-    """A pipe whose reader goes away after some lines."""
+    """A pipe whose reader closes it after some lines."""
 
     def __init__(self, lines: int, number: int = errno.EPIPE) -> None:
         super().__init__()
@@ -354,7 +356,7 @@ class Closed(io.StringIO):
 def test_a_run_whose_output_breaks_is_saved_first(whole: Path, tmp_path, monkeypatch, number: int, status: int) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", Closed(2, number))  # the second validation finds it broken
+        patch.setattr(sys, "stdout", Closed(2, number))  # closed when the second validation is printed
         assert main([*TINY, "--out", str(run)]) == status
     assert checkpoint.load_info(run / "last")["iteration"] == 8
     assert [row["iteration"] for row in rows(run)] == ["2", "4", "6", "8"]
@@ -363,14 +365,14 @@ def test_a_run_whose_output_breaks_is_saved_first(whole: Path, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("command", [["train", "--help"], ["--version"], ["info"]], ids=" ".join)
-def test_a_closed_pipe_is_no_matter_for_words(command: list[str]) -> None:
+def test_a_closed_pipe_prints_no_error(command: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     words = [sys.executable, "-m", "maml_cuda", *command]
     done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert done.stderr == ""
-    assert done.returncode in ((141,) if command == ["info"] else (0, 141))  # argparse may take no notice of it
+    assert done.returncode in ((141,) if command == ["info"] else (0, 141))  # argparse may ignore the error
 
 
 def test_a_full_device_is_named(capsys, monkeypatch) -> None:
@@ -380,7 +382,7 @@ def test_a_full_device_is_named(capsys, monkeypatch) -> None:
     assert capsys.readouterr().err == "maml-cuda: error: [Errno 28] No space left on device: standard output\n"
 
 
-def test_an_error_of_a_file_is_not_laid_at_the_terminals_door(capsys, monkeypatch) -> None:
+def test_an_error_of_a_file_does_not_name_standard_output(capsys, monkeypatch) -> None:
     def broken(options: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -389,7 +391,7 @@ def test_an_error_of_a_file_is_not_laid_at_the_terminals_door(capsys, monkeypatc
     assert capsys.readouterr().err == "maml-cuda: error: [Errno 5] Input/output error\n"
 
 
-def test_what_an_ascii_terminal_lacks_is_spelt(run: Path, monkeypatch) -> None:
+def test_characters_that_ascii_lacks_are_replaced(run: Path, monkeypatch) -> None:
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)

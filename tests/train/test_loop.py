@@ -1,4 +1,4 @@
-"""The training loop: resumed to the bit, interrupted cleanly, validated without a trace on training."""
+"""The training loop: resumed and interrupted runs have the same bits, and validation does not affect training."""
 
 import json
 import signal
@@ -18,7 +18,7 @@ from tests.train.runs import files, interrupt_at, resumed, rows, tiny, trained
 
 @pytest.mark.parametrize("job", ["glyphs", "sinusoid"])
 @pytest.mark.parametrize("learn_inner_lr", ["", "step"])
-def test_two_halves_are_one_run_to_the_bit(tmp_path, job: str, learn_inner_lr: str) -> None:
+def test_a_resumed_run_has_the_same_bits(tmp_path, job: str, learn_inner_lr: str) -> None:
     settings = {"inner_steps": 2, "learn_inner_lr": learn_inner_lr}
     trained(tmp_path / "whole", tiny(job, **settings))
     trained(tmp_path / "halves", tiny(job, iterations=20, **settings))
@@ -32,7 +32,7 @@ def test_two_halves_are_one_run_to_the_bit(tmp_path, job: str, learn_inner_lr: s
     ]  # fmt: skip
 
 
-def test_an_interrupted_run_goes_on_to_the_bit(tmp_path, monkeypatch) -> None:
+def test_an_interrupted_run_resumes_with_the_same_bits(tmp_path, monkeypatch) -> None:
     trained(tmp_path / "whole", tiny("sinusoid"))
     training = Training.start(tmp_path / "broken", tiny("sinusoid"))
     interrupt_at(monkeypatch, training, 13)  # in the middle of a logging and of a validation interval
@@ -45,7 +45,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(tmp_path, monkeypatch) -> None:
     assert files(tmp_path / "whole") == files(tmp_path / "broken")
 
 
-def test_a_crashed_run_goes_on_from_its_last_checkpoint_to_the_bit(tmp_path, monkeypatch) -> None:
+def test_a_crashed_run_resumes_from_its_last_checkpoint_with_the_same_bits(tmp_path, monkeypatch) -> None:
     trained(tmp_path / "whole", tiny("sinusoid"))
     training = Training.start(tmp_path / "broken", tiny("sinusoid"))
 
@@ -58,13 +58,13 @@ def test_a_crashed_run_goes_on_from_its_last_checkpoint_to_the_bit(tmp_path, mon
     with pytest.raises(MemoryError):
         training.loop()
     with (tmp_path / "broken" / "metrics.csv").open("a") as metrics:
-        metrics.write("35,0.12")  # the row that the crash cut short
+        metrics.write("35,0.12")  # a row that a crash has truncated
     assert Training.resume(tmp_path / "broken", training.settings).iteration == 20
     resumed(tmp_path / "broken")
     assert files(tmp_path / "whole") == files(tmp_path / "broken")
 
 
-def test_validation_leaves_training_alone(tmp_path) -> None:
+def test_validation_does_not_affect_training(tmp_path) -> None:
     often = trained(tmp_path / "often", tiny("glyphs", iterations=12, validation_interval=2))
     never = trained(tmp_path / "never", tiny("glyphs", iterations=12, validation_interval=100))
     for name, tensor in often.algorithm.module.state_dict().items():
@@ -133,7 +133,7 @@ def test_the_sinusoid_gets_a_picture_of_its_fits(tmp_path) -> None:
 
 
 def test_the_best_checkpoint_is_the_one_that_validated_best(tmp_path) -> None:
-    training = trained(tmp_path, tiny("sinusoid", meta_lr=0.3))  # a wild run, so that the last is not the best
+    training = trained(tmp_path, tiny("sinusoid", meta_lr=0.3))  # a large rate, so that the last is not the best
     by_score = min((row for row in rows(tmp_path) if row["validation"]), key=lambda row: float(row["validation"]))
     algorithm, info = load_run(tmp_path)
     assert info["iteration"] == training.bests[0]["iteration"] == int(by_score["iteration"]) < 40
@@ -178,7 +178,7 @@ def test_scores_and_intervals_of_known_answer() -> None:
 
 def test_the_nets_have_the_parameters_of_the_paper() -> None:
     omniglot, mini_imagenet = conv4(5, 64), conv4_max_pool(5, 32, 3, 84, 84)
-    # Without BatchNorm's, which the authors count apart.
+    # Without the parameters of BatchNorm, which the authors count separately.
     assert sum(p.numel() for p in omniglot.parameters()) == 111_749 + 8 * 64
     assert sum(p.numel() for p in mini_imagenet.parameters()) == 32_645 + 8 * 32
     assert mini_imagenet(torch.zeros(2, 3, 84, 84)).shape == (2, 5)
@@ -230,7 +230,7 @@ def test_a_resumed_run_keeps_its_settings(tmp_path) -> None:
         resumed_settings(tmp_path / "nowhere", {})
 
 
-def test_a_run_that_diverges_says_so(tmp_path) -> None:
+def test_a_run_that_diverges_stops_with_an_error(tmp_path) -> None:
     training = Training.start(tmp_path, tiny("sinusoid", inner_lr=1e30))
     with pytest.raises(ValueError, match=r"the loss must be finite, got (nan|inf) before iteration 7: lower --meta-lr"):
         training.loop()

@@ -1,4 +1,4 @@
-"""Options of the command: none is ignored in silence, and a slip of the finger is understood."""
+"""Options of the command: none is ignored silently, and misspelt ones are answered with suggestions."""
 
 import argparse
 from dataclasses import MISSING, fields
@@ -25,7 +25,7 @@ def options_of(kind: type) -> dict[str, argparse.Action]:
 
 
 def typed(action: argparse.Action) -> list[str]:
-    """The option with a value that is not what it has by itself."""
+    """The option with a value that is not its default."""
     option = action.option_strings[0]
     if isinstance(action, argparse.BooleanOptionalAction):
         return [option]
@@ -34,7 +34,7 @@ def typed(action: argparse.Action) -> list[str]:
 
 
 def refusal(arguments: list[str], capsys) -> str:
-    """The words in which a command is refused before anything is done."""
+    """The error of a command that is refused before it does anything."""
     assert main(arguments) == 2
     return capsys.readouterr().err
 
@@ -65,7 +65,7 @@ def test_an_option_that_a_policys_training_ignores_is_refused(tmp_path, capsys, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_setting_is_heeded_by_some_algorithm() -> None:
+def test_every_setting_is_used_by_some_algorithm() -> None:
     some = set().union(*(presets.used_settings(*named) for named in NAMED))
     no_options = {"algorithm", "told", "data_sha256", "image_shape"}
     assert {field.name for field in fields(Settings)} - some == no_options
@@ -75,7 +75,7 @@ def test_every_setting_is_heeded_by_some_algorithm() -> None:
     assert {field.name for field in fields(RLSettings)} == some
 
 
-def test_what_says_that_something_is_off_that_is_off_is_no_lie(tmp_path) -> None:
+def test_an_option_may_turn_off_what_is_off_already(tmp_path) -> None:
     off = [field for field in fields(Settings) if field.default is not MISSING]
     assert {"first_order", "inner_batch", "adapted"} < {field.name for field in off}
     sizes = ["--iterations", "1", "--meta-batch", "1", "--ways", "2", "--filters", "2", "--test-tasks", "2"]
@@ -133,6 +133,6 @@ def test_mistyped_jobs_presets_and_folders_are_answered_too(tmp_path, capsys, mo
     assert "--from must be used with --resume: --resume RUN --from best" in refusal(["train", "--from", "best"], capsys)
 
 
-def test_hints_keep_quiet_where_nothing_is_near() -> None:
+def test_there_is_no_hint_if_no_name_is_similar() -> None:
     assert did_you_mean("poker", ["glyphs", "sinusoid"]) == ""
     assert did_you_mean("--batch-size", ["--meta-batch", "--seed"]) == "; did you mean --meta-batch?"

@@ -1,4 +1,4 @@
-"""Runs on people's own images, by the command: their options, and tests of a trained net on other classes."""
+"""Runs on the user's own images: the options, and tests of a trained network on other classes."""
 
 import json
 import shutil
@@ -121,14 +121,14 @@ def test_a_warning_is_one_line_of_the_command(tmp_path, capsys, monkeypatch) -> 
 
 @pytest.fixture
 def fish(tmp_path) -> Path:
-    """Five other classes, of another size, grey."""
+    """Five other classes of grey images of another size."""
     published.birds(tmp_path / "fish", classes=5, size=(31, 40), name="fish")
     return tmp_path / "fish"
 
 
 def test_a_trained_net_is_tested_on_other_classes(trained, fish, tmp_path, capsys, monkeypatch) -> None:
     run, birds = trained
-    known = set()  # as the net takes them: colour, 16 x 16
+    known = set()  # images as the network takes them: colour, 16 x 16
     for path in fish.rglob("*.png"):
         known.add(np.asarray(Image.open(path).convert("RGB").resize((16, 16), Image.Resampling.LANCZOS)).tobytes())
     assert len(known) == 20
@@ -139,7 +139,7 @@ def test_a_trained_net_is_tested_on_other_classes(trained, fish, tmp_path, capsy
         return before(algorithm, batch, steps)
 
     monkeypatch.setattr(Maml, "predictions", predictions)
-    birds.rename(birds.with_name("away"))  # the data of training are not needed
+    birds.rename(birds.with_name("away"))  # the training data are not needed
     try:
         result = evaluated(capsys, run, "--data", fish, "--ways", "3", "--shots", "2", "--cache", tmp_path / "cache")
     finally:
@@ -220,7 +220,7 @@ def test_a_net_of_glyphs_is_tested_on_other_characters(fish, tmp_path, capsys) -
 
 
 def test_the_layout_of_a_published_data_set_is_not_taken_for_classes(tmp_path) -> None:
-    """The folder images of mini-ImageNet, and Omniglot unpacked, which may have moved."""
+    """The layouts are the image files of mini-ImageNet, and Omniglot unpacked."""
     published.mini_imagenet_files(tmp_path / "mini")
     drawing = published.encoded(published.pixels(0, 105, 105) < 20)
     published.write(tmp_path / "omniglot" / "images_background" / "Greek" / "character01" / "0001_01.png", drawing)

@@ -1,4 +1,4 @@
-"""Presets by name: each trains, resumes to the same bits and is tested; their settings; what is refused."""
+"""Presets: each one trains, resumes with the same bits and is tested; invalid settings are refused."""
 
 import math
 from dataclasses import replace
@@ -16,7 +16,9 @@ from tests.train.runs import NAMES, files, interrupt_at, small, trained
 
 
 @pytest.mark.parametrize(("job", "preset"), NAMES)
-def test_every_preset_trains_resumes_to_the_bit_and_is_tested(tmp_path, monkeypatch, job: str, preset: str) -> None:
+def test_every_preset_trains_resumes_with_the_same_bits_and_is_tested(
+    tmp_path, monkeypatch, job: str, preset: str
+) -> None:
     settings = small(job, preset)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     training = trained(whole, settings)
@@ -43,13 +45,13 @@ def test_every_preset_trains_resumes_to_the_bit_and_is_tested(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_every_preset_of_every_job_is_a_whole_setting(job: str) -> None:
+def test_every_preset_of_every_job_is_valid(job: str) -> None:
     for name in presets.CURVE_PRESETS if job == "sinusoid" else presets.IMAGE_PRESETS:
         settings = replace(JOBS[job], preset=name, **presets.preset_settings(job, name))
-        assert replace(settings, ways=settings.ways) == settings  # checked again
+        assert replace(settings, ways=settings.ways) == settings  # replace() validates them again
 
 
-def test_single_options_are_over_the_preset_and_the_preset_over_the_job() -> None:
+def test_options_override_the_preset_which_overrides_the_job() -> None:
     settings = new_settings("glyphs", "fomaml", inner_lr=0.1)
     assert (settings.first_order, settings.inner_lr, settings.meta_batch) == (True, 0.1, JOBS["glyphs"].meta_batch)
     assert not new_settings("glyphs", "fomaml", first_order=False).first_order
@@ -100,7 +102,7 @@ def test_reptile_on_glyphs_has_the_sizes_of_omniglot() -> None:
         ({"best_checkpoints": 0}, "best_checkpoints must be at least 1, got 0"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(given, message: str) -> None:
+def test_settings_that_contradict_each_other_are_refused(given, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         new_settings(**given)
 

@@ -1,4 +1,4 @@
-"""A run folder has one owner at a time, whoever else wants it, and however that one ends."""
+"""The lock of a run folder: one process at a time, released however that process ends."""
 
 import fcntl
 import os
@@ -18,7 +18,7 @@ HOLD = (
 )
 
 
-def test_a_second_owner_is_refused_and_told_the_first(tmp_path) -> None:
+def test_a_second_process_is_refused_and_the_first_is_named(tmp_path) -> None:
     run = tmp_path / "runs" / "one"
     program = HOLD + "print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
@@ -32,13 +32,13 @@ def test_a_second_owner_is_refused_and_told_the_first(tmp_path) -> None:
             locked_run(run).__enter__()
         first.send_signal(signal.SIGKILL)
         first.wait()
-    assert (run / LOCK).exists()  # what a process leaves that is killed
+    assert (run / LOCK).exists()  # a process that is killed leaves the file
     with locked_run(run):
         assert (run / LOCK).read_text().startswith(f"process {os.getpid()} on ")
     assert not (run / LOCK).exists()
 
 
-def test_an_owner_that_leaves_nothing_removes_what_it_made(tmp_path) -> None:
+def test_folders_that_stay_empty_are_removed(tmp_path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     with locked_run(mine / "a" / "b"):
@@ -50,7 +50,7 @@ def test_an_owner_that_leaves_nothing_removes_what_it_made(tmp_path) -> None:
     assert [path.name for path in (mine / "a" / "b").iterdir()] == ["file"]
 
 
-def test_a_lock_that_its_owner_removes_meanwhile_is_made_anew(tmp_path, monkeypatch) -> None:
+def test_a_lock_file_that_is_removed_meanwhile_is_created_again(tmp_path, monkeypatch) -> None:
     flock, calls = fcntl.flock, []
 
     def removed_first(descriptor: int, operation: int) -> None:
@@ -67,7 +67,7 @@ def test_a_lock_that_its_owner_removes_meanwhile_is_made_anew(tmp_path, monkeypa
             locked_run(tmp_path).__enter__()
 
 
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch) -> None:
+def test_a_file_system_without_locks_causes_a_warning(tmp_path, monkeypatch) -> None:
     def none(descriptor: int, operation: int) -> None:
         raise OSError(95, "Operation not supported")
 
@@ -85,7 +85,7 @@ def test_a_file_is_no_run_folder(tmp_path) -> None:
         locked_run(tmp_path / "run").__enter__()
 
 
-def test_runs_begun_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch) -> None:
+def test_runs_started_in_the_same_second_have_different_folders(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda form: form.replace("%Y%m%d-%H%M%S", "now"))
     with ExitStack() as stack:
@@ -105,5 +105,5 @@ def test_the_command_refuses_a_run_that_is_running(tmp_path, capsys) -> None:
             assert cli.main(command) == 2
             words = capsys.readouterr().err
             assert f"{run} must not be in use by another process, got process 17 on elsewhere" in words
-        assert cli.main(["evaluate", str(run)]) == 0  # reading disturbs nobody
+        assert cli.main(["evaluate", str(run)]) == 0  # reading needs no lock
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
