@@ -19,13 +19,13 @@
 // summed in the order of the tiles. If the states of all tiles are too large, only the last one is kept, and
 // a Hessian-vector product runs the gradient pass of each tile again.
 //
-// Memory: the caller's workspace, laid out by `Problem` (plan/plan.h). Nothing is allocated here. Only a
+// Memory: the caller's workspace, laid out by `Problem` (plan/problem.h). Nothing is allocated here. Only a
 // backend dereferences pointers, so they may be symbolic addresses (cuda/address.h).
 #pragma once
 
 #include <algorithm>
 
-#include "plan/plan.h"
+#include "plan/problem.h"
 
 namespace maml {
 
@@ -50,12 +50,10 @@ struct Walk {
   int64_t first() const { return stage.first(tile); }
   int64_t samples() const { return stage.first(tile + 1) - first(); }
   T* value(int v) const { return (stage.values[v].fixed ? fixed : step) + stage.values[v].at; }
-  const T* input(int v) const {
-    return v < 0 ? nullptr : v == 0 ? x + first() * stage.values[0].size : value(v);
-  }
-  T* grad(int v) const { return at(step, v < 0 ? kNowhere : stage.values[v].grad_at); }
-  T* dot(int v) const { return at(tangent, v < 0 ? kNowhere : stage.values[v].dot_at); }
-  T* grad_dot(int v) const { return at(tangent, v < 0 ? kNowhere : stage.values[v].grad_dot_at); }
+  const T* input(int v) const { return v == 0 ? x + first() * stage.values[0].size : value(v); }
+  T* grad(int v) const { return at(step, stage.values[v].grad_at); }
+  T* dot(int v) const { return at(tangent, stage.values[v].dot_at); }
+  T* grad_dot(int v) const { return at(tangent, stage.values[v].grad_dot_at); }
   T* prediction() const { return value(stage.output); }
 
   void forward(Part part) const {
@@ -69,7 +67,7 @@ struct Walk {
     for (auto s = stage.steps.rbegin(); s != stage.steps.rend(); ++s) {
       if (!grad(s->output)) continue;
       Tensors<T> t = tensors(*s);
-      for (int j = 0; j < kMostParameters; ++j) {
+      for (size_t j = 0; j < s->parameters.size(); ++j) {
         t.grad_w[j] = parameter(s->parameters[j], gradient, gradient ? limit : 0);
       }
       backend.backward(layer(*s), t);
@@ -88,7 +86,7 @@ struct Walk {
     for (auto s = stage.steps.rbegin(); s != stage.steps.rend(); ++s) {
       if (!grad_dot(s->output)) continue;
       Tensors<T> t = tensors(*s, direction);
-      for (int j = 0; j < kMostParameters; ++j) {
+      for (size_t j = 0; j < s->parameters.size(); ++j) {
         t.grad_w_dot[j] = parameter(s->parameters[j], product, packing.trainable);
       }
       backend.backward_tangent(layer(*s), t);
@@ -123,14 +121,14 @@ struct Walk {
     t.grad_y = grad(s.output);
     t.y_dot = dot(s.output);
     t.grad_y_dot = grad_dot(s.output);
-    for (int j = 0; j < 2; ++j) {
+    for (size_t j = 0; j < s.inputs.size(); ++j) {
       t.x[j] = input(s.inputs[j]);
       t.grad_x[j] = grad(s.inputs[j]);
       t.x_dot[j] = dot(s.inputs[j]);
       t.grad_x_dot[j] = grad_dot(s.inputs[j]);
       t.add_x[j] = s.add_x[j];
     }
-    for (int j = 0; j < kMostParameters; ++j) {
+    for (size_t j = 0; j < s.parameters.size(); ++j) {
       t.add_w[j] = s.add_w[j] || tile > 0;
       const int p = s.parameters[j];
       if (p >= 0) t.w[j] = (packing.at[p] < packing.adapted ? phi : theta) + packing.at_step(p, slot);

@@ -5,7 +5,7 @@
 // The sum over samples is in double, in their order.
 #include <algorithm>
 
-#include "cpu/layers.h"
+#include "cpu/implement.h"
 
 namespace maml::MAML_ISA {
 namespace {
@@ -43,7 +43,7 @@ void split(const Layer& l, const Tensors<T>& t, const T* g, T* grad_x, T* grad_w
 }
 
 template <class T>
-Passes<T> passes() {
+Passes<T> all_passes() {
   return {
       [](const Layer& l, const Tensors<T>& t) {
         join(l, t.x[0], [&](int64_t j) { return std::max(t.w[0][j], static_cast<T>(l.a)); }, t.y);
@@ -64,12 +64,13 @@ Passes<T> passes() {
 }  // namespace
 
 template <>
-Passes<float> append<float>() {
-  return passes<float>();
-}
-template <>
-Passes<double> append<double>() {
-  return passes<double>();
-}
+struct OnCpu<Kind::append> {
+  static Footprint footprint(const Layer&) { return {}; }
+  template <class T>
+  static Passes<T> passes() {
+    return all_passes<T>();
+  }
+};
+template struct Implementation<Kind::append>;
 
 }  // namespace maml::MAML_ISA

@@ -1,103 +1,11 @@
-// y[i, j, c] = the mean of x over the window of (i, j); padding counts in the divisor where count_padding
-// says so. mean_pool is the same over the whole image: AdaptiveAvgPool2d(1), and the mean over the spatial
-// axes.
-#include <algorithm>
+#include "cpu/avg_pool.h"
 
-#include "cpu/linear_map.h"
-#include "cpu/run/share.h"
+#include "cpu/implement.h"
 
 namespace maml::MAML_ISA {
-namespace {
-
-struct Mean {
-  /// f(output pixel, input pixel, 1 / divisor) for every pair that a window joins, outputs ascending.
-  template <class F>
-  static void each_pair(const Layer& l, F f) {
-    const Window& k = l.window;
-    for (int64_t i = 0; i < l.out.h; ++i) {
-      const int64_t r0 = i * k.stride_h - k.pad_top, r1 = r0 + k.kernel_h;
-      for (int64_t j = 0; j < l.out.w; ++j) {
-        const int64_t q0 = j * k.stride_w - k.pad_left, q1 = q0 + k.kernel_w;
-        const int64_t ra = std::max<int64_t>(0, r0), rb = std::min(l.in.h, r1);
-        const int64_t qa = std::max<int64_t>(0, q0), qb = std::min(l.in.w, q1);
-        const int64_t divisor = l.count_padding ? k.kernel_h * k.kernel_w : (rb - ra) * (qb - qa);
-        for (int64_t r = ra; r < rb; ++r) {
-          for (int64_t q = qa; q < qb; ++q)
-            f(i * l.out.w + j, r * l.in.w + q, 1.0 / static_cast<double>(divisor));
-        }
-      }
-    }
-  }
-
-  template <class T>
-  static void apply(const Layer& l, const T* x, T* y) {
-    const int64_t c = l.in.c;
-    share_samples(l.n, size(l.in), [&](int64_t first, int64_t last) {
-      for (int64_t s = first; s < last; ++s) {
-        std::fill_n(y + s * size(l.out), size(l.out), T(0));
-        each_pair(l, [&](int64_t out, int64_t in, double weight) {
-          const T w = static_cast<T>(weight);
-          const T* __restrict from = x + s * size(l.in) + in * c;
-          T* __restrict to = y + s * size(l.out) + out * c;
-          for (int64_t ch = 0; ch < c; ++ch) to[ch] += w * from[ch];
-        });
-      }
-    });
-  }
-
-  template <class T>
-  static void transposed(const Layer& l, const T* g, bool add, T* grad_x) {
-    const int64_t c = l.in.c;
-    share_samples(l.n, size(l.in), [&](int64_t first, int64_t last) {
-      for (int64_t s = first; s < last; ++s) {
-        if (!add) std::fill_n(grad_x + s * size(l.in), size(l.in), T(0));
-        each_pair(l, [&](int64_t out, int64_t in, double weight) {
-          const T w = static_cast<T>(weight);
-          const T* __restrict from = g + s * size(l.out) + out * c;
-          T* __restrict to = grad_x + s * size(l.in) + in * c;
-          for (int64_t ch = 0; ch < c; ++ch) to[ch] += w * from[ch];
-        });
-      }
-    });
-  }
-};
-
-/// The window of mean_pool: the whole image.
-Layer whole(const Layer& l) {
-  Layer pool = l;
-  pool.window = {l.in.h, l.in.w, 1, 1, 0, 0};
-  pool.count_padding = true;
-  return pool;
-}
-
-struct MeanOfAll {
-  template <class T>
-  static void apply(const Layer& l, const T* x, T* y) {
-    Mean::apply(whole(l), x, y);
-  }
-  template <class T>
-  static void transposed(const Layer& l, const T* g, bool add, T* grad_x) {
-    Mean::transposed(whole(l), g, add, grad_x);
-  }
-};
-
-}  // namespace
 
 template <>
-Passes<float> avg_pool<float>() {
-  return linear_map<Mean, float>();
-}
-template <>
-Passes<double> avg_pool<double>() {
-  return linear_map<Mean, double>();
-}
-template <>
-Passes<float> mean_pool<float>() {
-  return linear_map<MeanOfAll, float>();
-}
-template <>
-Passes<double> mean_pool<double>() {
-  return linear_map<MeanOfAll, double>();
-}
+struct OnCpu<Kind::avg_pool> : MeanOverWindows {};
+template struct Implementation<Kind::avg_pool>;
 
 }  // namespace maml::MAML_ISA

@@ -16,7 +16,7 @@
 // cuda/normalise.h.
 #include <cmath>
 
-#include "cpu/layers.h"
+#include "cpu/implement.h"
 #include "cpu/rows.h"
 
 namespace maml::MAML_ISA {
@@ -202,15 +202,14 @@ void backward_tangent(const Layer& l, const Tensors<T>& t) {
 
 }  // namespace
 
-Footprint batch_norm_footprint(const Layer& l) { return {7 * l.in.c, 2 * l.in.c}; }
-
 template <>
-Passes<float> batch_norm<float>() {
-  return {forward<float>, backward<float>, forward_tangent<float>, backward_tangent<float>};
-}
-template <>
-Passes<double> batch_norm<double>() {
-  return {forward<double>, backward<double>, forward_tangent<double>, backward_tangent<double>};
-}
+struct OnCpu<Kind::batch_norm> {
+  static Footprint footprint(const Layer& l) { return {7 * l.in.c, 2 * l.in.c}; }
+  template <class T>
+  static Passes<T> passes() {
+    return {forward<T>, backward<T>, forward_tangent<T>, backward_tangent<T>};
+  }
+};
+template struct Implementation<Kind::batch_norm>;
 
 }  // namespace maml::MAML_ISA

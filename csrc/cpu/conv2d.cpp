@@ -25,9 +25,9 @@
 #include <utility>
 
 #include "cpu/frame.h"
-#include "cpu/layers.h"
+#include "cpu/implement.h"
 #include "cpu/product/winograd.h"
-#include "layers/patch_gram.h"
+#include "layers/patch_moments.h"
 
 namespace maml::MAML_ISA {
 namespace {
@@ -303,69 +303,7 @@ struct Memory {
   }
 };
 
-template <class T>
-void forward(const Layer& l, const Tensors<T>& t) {
-  const Memory<T> memory(l, t.scratch);
-  const Term<T> term{t.x[0], forward_weights(l, t.w[0], memory.weights[0])};
-  convolve(l, &term, 1, t.w[1], t.y, memory.rest);
-}
-
-template <class T>
-void give_weight_gradient(const Layer& l, const Term<T>* terms, int count, bool add, T* grad_w, T* scratch) {
-  const Memory<T> memory(l, scratch);
-  WeightGradient<T> gradient(l, add, grad_w, memory.weights[0]);
-  gradient.sum(l, terms, count, memory.rest);
-  gradient.finish();
-}
-
-template <class T>
-void backward(const Layer& l, const Tensors<T>& t) {
-  if (t.grad_w[0]) {
-    const Term<T> term{t.x[0], t.grad_y};
-    give_weight_gradient(l, &term, 1, t.add_w[0], t.grad_w[0], t.scratch);
-  }
-  if (t.grad_w[1]) column_sums(l.n * l.out.h * l.out.w, l.out.c, t.grad_y, t.add_w[1], t.grad_w[1]);
-  if (t.grad_x[0]) {
-    const Memory<T> memory(l, t.scratch);
-    transposed_weights(l, t.w[0], memory.weights[0]);
-    const Term<T> term{t.grad_y, memory.weights[0]};
-    input_gradient(l, &term, 1, t.add_x[0], t.grad_x[0], memory.rest);
-  }
-}
-
-template <class T>
-void forward_tangent(const Layer& l, const Tensors<T>& t) {
-  const Memory<T> memory(l, t.scratch);
-  Term<T> terms[2];
-  int count = 0;
-  if (t.x_dot[0]) terms[count++] = {t.x_dot[0], forward_weights(l, t.w[0], memory.weights[0])};
-  if (t.w_dot[0]) terms[count++] = {t.x[0], forward_weights(l, t.w_dot[0], memory.weights[1])};
-  convolve(l, terms, count, t.w_dot[1], t.y_dot, memory.rest);
-}
-
-template <class T>
-void backward_tangent(const Layer& l, const Tensors<T>& t) {
-  if (t.grad_w_dot[0]) {
-    const Term<T> terms[2] = {{t.x[0], t.grad_y_dot}, {t.x_dot[0], t.grad_y}};
-    const int count = t.x_dot[0] && t.grad_y ? 2 : 1;
-    give_weight_gradient(l, terms, count, t.add_w[0], t.grad_w_dot[0], t.scratch);
-  }
-  if (t.grad_w_dot[1]) {
-    column_sums(l.n * l.out.h * l.out.w, l.out.c, t.grad_y_dot, t.add_w[1], t.grad_w_dot[1]);
-  }
-  if (t.grad_x_dot[0]) {
-    const Memory<T> memory(l, t.scratch);
-    const bool two = t.w_dot[0] && t.grad_y;
-    transposed_weights(l, t.w[0], memory.weights[0]);
-    if (two) transposed_weights(l, t.w_dot[0], memory.weights[1]);
-    const Term<T> terms[2] = {{t.grad_y_dot, memory.weights[0]}, {t.grad_y, memory.weights[1]}};
-    input_gradient(l, terms, two ? 2 : 1, t.add_x[0], t.grad_x_dot[0], memory.rest);
-  }
-}
-
 }  // namespace
-
-Footprint conv2d_footprint(const Layer& l) { return {0, conv2d_scratch(l) + 2 * product_weights(l)}; }
 
 template const float* forward_weights<float>(const Layer&, const float*, float*);
 template const double* forward_weights<double>(const Layer&, const double*, double*);
@@ -379,12 +317,40 @@ template class WeightGradient<float>;
 template class WeightGradient<double>;
 
 template <>
-Passes<float> conv2d<float>() {
-  return {forward<float>, backward<float>, forward_tangent<float>, backward_tangent<float>};
-}
-template <>
-Passes<double> conv2d<double>() {
-  return {forward<double>, backward<double>, forward_tangent<double>, backward_tangent<double>};
-}
+struct OnCpu<Kind::conv2d> {
+  static Footprint footprint(const Layer& l) { return {0, conv2d_scratch(l) + 2 * product_weights(l)}; }
+
+  template <class T>
+  static void apply(const Layer& l, const Term<T>* terms, int count, const T* bias, T* y, T* scratch) {
+    const Memory<T> memory(l, scratch);
+    Term<T> read[2];
+    for (int t = 0; t < count; ++t) {
+      read[t] = {terms[t].a, forward_weights(l, terms[t].b, memory.weights[t])};
+    }
+    convolve(l, read, count, bias, y, memory.rest);
+  }
+  template <class T>
+  static void adjoint_x(const Layer& l, const Term<T>* terms, int count, bool add, T* grad_x, T* scratch) {
+    const Memory<T> memory(l, scratch);
+    Term<T> read[2];
+    for (int t = 0; t < count; ++t) {
+      transposed_weights(l, terms[t].b, memory.weights[t]);
+      read[t] = {terms[t].a, memory.weights[t]};
+    }
+    input_gradient(l, read, count, add, grad_x, memory.rest);
+  }
+  template <class T>
+  static void adjoint_w(const Layer& l, const Term<T>* terms, int count, bool add, T* grad_w, T* scratch) {
+    const Memory<T> memory(l, scratch);
+    WeightGradient<T> gradient(l, add, grad_w, memory.weights[0]);
+    gradient.sum(l, terms, count, memory.rest);
+    gradient.finish();
+  }
+  template <class T>
+  static void adjoint_bias(const Layer& l, const T* g, bool add, T* grad_bias) {
+    column_sums(l.n * l.out.h * l.out.w, l.out.c, g, add, grad_bias);
+  }
+};
+template struct Implementation<Kind::conv2d>;
 
 }  // namespace maml::MAML_ISA

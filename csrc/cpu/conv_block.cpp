@@ -23,8 +23,9 @@
 
 #include <cmath>
 
+#include "cpu/implement.h"
 #include "cpu/rows.h"
-#include "layers/patch_gram.h"
+#include "layers/patch_moments.h"
 
 namespace maml::MAML_ISA {
 namespace {
@@ -335,20 +336,19 @@ void backward_tangent(const Layer& l, const Tensors<T>& t) {
 
 }  // namespace
 
-Footprint conv_block_footprint(const Layer& l) {
-  const Layer group = convolution_of(l);
-  const int64_t weight = product_weights(group), z = l.n * size(l.between);
-  return {z + 6 * l.out.c + (l.pooled ? l.n * size(l.out) : 0),
-          2 * group.n * size(l.between) + 3 * weight + 7 * l.out.c + conv2d_scratch(group), z};
-}
-
 template <>
-Passes<float> conv_block<float>() {
-  return {forward<float>, backward<float>, forward_tangent<float>, backward_tangent<float>};
-}
-template <>
-Passes<double> conv_block<double>() {
-  return {forward<double>, backward<double>, forward_tangent<double>, backward_tangent<double>};
-}
+struct OnCpu<Kind::conv_block> {
+  static Footprint footprint(const Layer& l) {
+    const Layer group = convolution_of(l);
+    const int64_t weight = product_weights(group), z = l.n * size(l.between);
+    return {z + 6 * l.out.c + (l.pooled ? l.n * size(l.out) : 0),
+            2 * group.n * size(l.between) + 3 * weight + 7 * l.out.c + conv2d_scratch(group), z};
+  }
+  template <class T>
+  static Passes<T> passes() {
+    return {forward<T>, backward<T>, forward_tangent<T>, backward_tangent<T>};
+  }
+};
+template struct Implementation<Kind::conv_block>;
 
 }  // namespace maml::MAML_ISA

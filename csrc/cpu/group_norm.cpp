@@ -23,7 +23,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/layers.h"
+#include "cpu/implement.h"
 #include "cpu/rows.h"
 
 namespace maml::MAML_ISA {
@@ -337,18 +337,17 @@ void backward_tangent(const Layer& l, const Tensors<T>& t) {
 
 }  // namespace
 
-Footprint group_norm_footprint(const Layer& l) {
-  const int64_t kept = l.n * Cells(l).kept;
-  return {3 * kept, parts_of(l) * scratch_of_part(l), 2 * kept};
-}
-
 template <>
-Passes<float> group_norm<float>() {
-  return {forward<float>, backward<float>, forward_tangent<float>, backward_tangent<float>};
-}
-template <>
-Passes<double> group_norm<double>() {
-  return {forward<double>, backward<double>, forward_tangent<double>, backward_tangent<double>};
-}
+struct OnCpu<Kind::group_norm> {
+  static Footprint footprint(const Layer& l) {
+    const int64_t kept = l.n * Cells(l).kept;
+    return {3 * kept, parts_of(l) * scratch_of_part(l), 2 * kept};
+  }
+  template <class T>
+  static Passes<T> passes() {
+    return {forward<T>, backward<T>, forward_tangent<T>, backward_tangent<T>};
+  }
+};
+template struct Implementation<Kind::group_norm>;
 
 }  // namespace maml::MAML_ISA

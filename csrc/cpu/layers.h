@@ -1,40 +1,28 @@
-// The layers of the CPU backend: one .cpp each.
+// What the executors of the CPU backend know of a layer, or a loss.
 #pragma once
 
-#include "layers/layer.h"
+#include "layers/kinds.h"
 
 namespace maml::MAML_ISA {
 
+/// A kind of layer on this backend. cpu/<kind>.cpp instantiates it (implement.h). Hidden, so that a library
+/// in which one is missing does not link.
+template <Kind K>
+struct __attribute__((visibility("hidden"))) Implementation {
+  static Footprint footprint(const Layer&);
+  static Passes<float> passes(float);
+  static Passes<double> passes(double);
+};
+
+/// The four passes of a kind. None where this backend does not have it.
 template <class T>
-Passes<T> channels_last();
-template <class T>
-Passes<T> flatten();
-template <class T>
-Passes<T> conv2d();
-template <class T>
-Passes<T> batch_norm();
-template <class T>
-Passes<T> running_norm();
-template <class T>
-Passes<T> group_norm();
-template <class T>
-Passes<T> pointwise();
-template <class T>
-Passes<T> max_pool();
-template <class T>
-Passes<T> avg_pool();
-template <class T>
-Passes<T> mean_pool();
-template <class T>
-Passes<T> add();
-template <class T>
-Passes<T> conv_block();
-template <class T>
-Passes<T> patch_gram();
-template <class T>
-Passes<T> stem();
-template <class T>
-Passes<T> append();
+const Passes<T>& passes_of(Kind kind) {
+  static const auto table = for_each_kind([]<Kind K> {
+    if constexpr (Declaration<K>::on_cpu) return Implementation<K>::passes(T{});
+    return Passes<T>{};
+  });
+  return table[static_cast<size_t>(kind)];
+}
 
 template <class T>
 LossPasses<T> cross_entropy();
@@ -51,14 +39,5 @@ const LossPasses<T>& loss_passes(Loss loss) {
                                         categorical_policy<T>()};
   return table[static_cast<int>(loss)];
 }
-
-Footprint conv2d_footprint(const Layer&);
-Footprint batch_norm_footprint(const Layer&);
-Footprint running_norm_footprint(const Layer&);
-Footprint group_norm_footprint(const Layer&);
-Footprint max_pool_footprint(const Layer&);
-Footprint conv_block_footprint(const Layer&);
-Footprint patch_gram_footprint(const Layer&);
-Footprint stem_footprint(const Layer&);
 
 }  // namespace maml::MAML_ISA

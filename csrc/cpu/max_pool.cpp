@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "cpu/layers.h"
+#include "cpu/implement.h"
 #include "cpu/run/share.h"
 
 namespace maml::MAML_ISA {
@@ -18,13 +18,14 @@ int32_t* places(const Tensors<T>& t) {
 
 /// Computes samples [first_sample, last_sample).
 template <class T>
-void forward(const Layer& l, const Tensors<T>& t, int64_t first_sample, int64_t last_sample) {
+void choose(const Layer& l, const T* all_x, T* all_y, int32_t* places, int64_t first_sample,
+            int64_t last_sample) {
   const Window& k = l.window;
   const int64_t c = l.in.c;
-  T* y = t.y + first_sample * size(l.out);
-  int32_t* place = places(t) + first_sample * size(l.out);
+  T* y = all_y + first_sample * size(l.out);
+  int32_t* place = places + first_sample * size(l.out);
   for (int64_t s = first_sample; s < last_sample; ++s) {
-    const T* x = t.x[0] + s * size(l.in);
+    const T* x = all_x + s * size(l.in);
     for (int64_t i = 0; i < l.out.h; ++i) {
       const int64_t r0 = i * k.stride_h - k.pad_top;
       for (int64_t j = 0; j < l.out.w; ++j, y += c, place += c) {
@@ -54,11 +55,6 @@ void forward(const Layer& l, const Tensors<T>& t, int64_t first_sample, int64_t 
 }
 
 template <class T>
-void forward(const Layer& l, const Tensors<T>& t) {
-  share_samples(l.n, size(l.in), [&](int64_t first, int64_t last) { forward(l, t, first, last); });
-}
-
-template <class T>
 void gather(const Layer& l, const int32_t* place, const T* x, T* y) {
   const int64_t c = l.in.c, pixels = l.out.h * l.out.w;
   share_samples(l.n, size(l.out), [=](int64_t first, int64_t last) {
@@ -85,32 +81,25 @@ void scatter(const Layer& l, const int32_t* place, const T* g, bool add, T* grad
   });
 }
 
-template <class T>
-void backward(const Layer& l, const Tensors<T>& t) {
-  if (t.grad_x[0]) scatter(l, places(t), t.grad_y, t.add_x[0], t.grad_x[0]);
-}
-
-template <class T>
-void forward_tangent(const Layer& l, const Tensors<T>& t) {
-  gather(l, places(t), t.x_dot[0], t.y_dot);
-}
-
-template <class T>
-void backward_tangent(const Layer& l, const Tensors<T>& t) {
-  if (t.grad_x_dot[0]) scatter(l, places(t), t.grad_y_dot, t.add_x[0], t.grad_x_dot[0]);
-}
-
 }  // namespace
 
-Footprint max_pool_footprint(const Layer& l) { return {l.n * size(l.out), 0}; }
-
 template <>
-Passes<float> max_pool<float>() {
-  return {forward<float>, backward<float>, forward_tangent<float>, backward_tangent<float>};
-}
-template <>
-Passes<double> max_pool<double>() {
-  return {forward<double>, backward<double>, forward_tangent<double>, backward_tangent<double>};
-}
+struct OnCpu<Kind::max_pool> {
+  static int64_t choices(const Layer& l) { return l.n * size(l.out); }
+  template <class T>
+  static void choose(const Layer& l, const T* x, T* y, int32_t* places) {
+    share_samples(l.n, size(l.in),
+                  [&](int64_t first, int64_t last) { MAML_ISA::choose(l, x, y, places, first, last); });
+  }
+  template <class T>
+  static void apply(const Layer& l, const int32_t* places, const T* x, T* y) {
+    gather(l, places, x, y);
+  }
+  template <class T>
+  static void adjoint(const Layer& l, const int32_t* places, const T* g, bool add, T* grad_x) {
+    scatter(l, places, g, add, grad_x);
+  }
+};
+template struct Implementation<Kind::max_pool>;
 
 }  // namespace maml::MAML_ISA

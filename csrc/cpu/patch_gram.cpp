@@ -25,8 +25,9 @@
 #include <utility>
 
 #include "cpu/frame.h"
-#include "cpu/layers.h"
+#include "cpu/implement.h"
 #include "cpu/simd.h"
+#include "layers/patch_moments.h"
 
 namespace maml::MAML_ISA {
 namespace {
@@ -237,18 +238,17 @@ void nothing(const Layer&, const Tensors<T>&) {}
 
 }  // namespace
 
-Footprint patch_gram_footprint(const Layer& l) {
-  const Frame frame = frame_of(l.window, l.between);
-  return {0, elements(Sums(l).size()) + frame.h * frame.w * l.in.c};
-}
-
 template <>
-Passes<float> patch_gram<float>() {
-  return {forward<float>, nothing<float>, nothing<float>, nothing<float>};
-}
-template <>
-Passes<double> patch_gram<double>() {
-  return {forward<double>, nothing<double>, nothing<double>, nothing<double>};
-}
+struct OnCpu<Kind::patch_gram> {
+  static Footprint footprint(const Layer& l) {
+    const Frame frame = frame_of(l.window, l.between);
+    return {0, elements(Sums(l).size()) + frame.h * frame.w * l.in.c};
+  }
+  template <class T>
+  static Passes<T> passes() {
+    return {forward<T>, nothing<T>, nothing<T>, nothing<T>};
+  }
+};
+template struct Implementation<Kind::patch_gram>;
 
 }  // namespace maml::MAML_ISA

@@ -2,7 +2,7 @@
 //   grad_x = f'(x) g,   y_dot = f'(x) x_dot,   grad_x_dot = f'(x) g_dot + f''(x) g x_dot.
 // Results may stand where arguments do. An f without a second derivative may then find f(x) in place of x,
 // and what becomes of cotangents and tangents in place of them.
-#include "cpu/layers.h"
+#include "cpu/implement.h"
 #include "cpu/run/share.h"
 #include "layers/functions.h"
 
@@ -61,7 +61,7 @@ void backward_tangent(const Layer& layer, const Tensors<T>& t, int64_t first, in
     const Layer l = layer;
     const T *x = t.x[0], *g = t.grad_y, *x_dot = t.x_dot[0], *g_dot = t.grad_y_dot;
     T* grad_x_dot = t.grad_x_dot[0];
-    if (!bends(F) || !x_dot) {  // or the layer does not move
+    if (!FunctionDeclaration<F>::bends || !x_dot) {  // or the layer does not move
       each_element(first, last,
                    [=](int64_t i) { put(grad_x_dot, i, evaluate<F, T>(l, x[i]).df * g_dot[i], add); });
       return;
@@ -87,12 +87,12 @@ Passes<T> all_shared() {
 }  // namespace
 
 template <>
-Passes<float> pointwise<float>() {
-  return all_shared<float>();
-}
-template <>
-Passes<double> pointwise<double>() {
-  return all_shared<double>();
-}
+struct OnCpu<Kind::pointwise> {
+  template <class T>
+  static Passes<T> passes() {
+    return all_shared<T>();
+  }
+};
+template struct Implementation<Kind::pointwise>;
 
 }  // namespace maml::MAML_ISA

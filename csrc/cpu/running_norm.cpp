@@ -11,7 +11,7 @@
 // cuda/running_norm.cu.
 #include <cmath>
 
-#include "cpu/layers.h"
+#include "cpu/implement.h"
 #include "cpu/rows.h"
 
 namespace maml::MAML_ISA {
@@ -119,15 +119,14 @@ void backward_tangent(const Layer& l, const Tensors<T>& t) {
 
 }  // namespace
 
-Footprint running_norm_footprint(const Layer& l) { return {l.in.c, 2 * l.in.c}; }
-
 template <>
-Passes<float> running_norm<float>() {
-  return {forward<float>, backward<float>, forward_tangent<float>, backward_tangent<float>};
-}
-template <>
-Passes<double> running_norm<double>() {
-  return {forward<double>, backward<double>, forward_tangent<double>, backward_tangent<double>};
-}
+struct OnCpu<Kind::running_norm> {
+  static Footprint footprint(const Layer& l) { return {l.in.c, 2 * l.in.c}; }
+  template <class T>
+  static Passes<T> passes() {
+    return {forward<T>, backward<T>, forward_tangent<T>, backward_tangent<T>};
+  }
+};
+template struct Implementation<Kind::running_norm>;
 
 }  // namespace maml::MAML_ISA

@@ -22,12 +22,12 @@
 #include <utility>
 
 #include "cpu/frame.h"
+#include "cpu/implement.h"
 #include "cpu/kink.h"
-#include "cpu/layers.h"
 #include "cpu/pool_pairs.h"
 #include "cpu/product/product.h"
 #include "cpu/rows.h"
-#include "layers/patch_gram.h"
+#include "layers/patch_moments.h"
 
 namespace maml::MAML_ISA {
 namespace {
@@ -379,21 +379,20 @@ void backward_tangent(const Layer& l, const Tensors<T>& t) {
 
 }  // namespace
 
-Footprint stem_footprint(const Layer& l) {
-  const Bands bands(l);
-  const int64_t weights = bands.patch * l.out.c;
-  return {elements(8 * (weights + 6 * l.out.c)) + weights + (l.pooled ? l.n * size(l.out) : 0),
-          elements(8 * (weights + 2 * l.out.c)) + weights + 2 * l.out.c + bands.pixels() * l.out.c +
-              bands.frame_elements(l) + 2 * bands.pixels()};
-}
-
 template <>
-Passes<float> stem<float>() {
-  return {forward<float>, backward<float>, forward_tangent<float>, backward_tangent<float>};
-}
-template <>
-Passes<double> stem<double>() {
-  return {forward<double>, backward<double>, forward_tangent<double>, backward_tangent<double>};
-}
+struct OnCpu<Kind::stem> {
+  static Footprint footprint(const Layer& l) {
+    const Bands bands(l);
+    const int64_t weights = bands.patch * l.out.c;
+    return {elements(8 * (weights + 6 * l.out.c)) + weights + (l.pooled ? l.n * size(l.out) : 0),
+            elements(8 * (weights + 2 * l.out.c)) + weights + 2 * l.out.c + bands.pixels() * l.out.c +
+                bands.frame_elements(l) + 2 * bands.pixels()};
+  }
+  template <class T>
+  static Passes<T> passes() {
+    return {forward<T>, backward<T>, forward_tangent<T>, backward_tangent<T>};
+  }
+};
+template struct Implementation<Kind::stem>;
 
 }  // namespace maml::MAML_ISA

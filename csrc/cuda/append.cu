@@ -1,6 +1,6 @@
 // A parameter's elements behind the features of every sample (append.h), for all tasks.
 #include "cuda/append.h"
-#include "cuda/layers.h"
+#include "cuda/implement.h"
 
 namespace maml::cuda {
 namespace {
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kElementThreads)
 }
 
 template <class T>
-LaunchPasses<T> passes() {
+LaunchPasses<T> all_passes() {
   return {
       [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
         launch("append forward", forward_kernel<T>, element_grid(l.n * l.out.c), kElementThreads, 0, l, t,
@@ -51,12 +51,13 @@ LaunchPasses<T> passes() {
 }  // namespace
 
 template <>
-LaunchPasses<float> append<float>() {
-  return passes<float>();
-}
-template <>
-LaunchPasses<double> append<double>() {
-  return passes<double>();
-}
+struct OnGpu<Kind::append> {
+  static Footprint footprint(const Layer&) { return {}; }
+  template <class T>
+  static LaunchPasses<T> passes() {
+    return all_passes<T>();
+  }
+};
+template struct Implementation<Kind::append>;
 
 }  // namespace maml::cuda

@@ -4,59 +4,19 @@
 #include <algorithm>
 
 #include "cuda/conv2d.h"
-#include "cuda/layers.h"
+#include "cuda/implement.h"
 #include "cuda/product/statistics.h"
-#include "layers/patch_gram.h"
-#include "plan/plan.h"
+#include "layers/patch_moments.h"
+#include "plan/problem.h"
 
 namespace maml::cuda {
 namespace {
 
 template <class T>
-void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+Terms<T> terms_of(const Factors<T>* factors, int count) {
   Terms<T> terms;
-  terms.add(t.x[0], t.w[0]);
-  convolve(launch, "conv2d forward", l, terms, t.w[1], t.y, {t.statistics, nullptr});
-}
-
-template <class T>
-void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-  if (t.grad_w[0] || t.grad_w[1]) {
-    Terms<T> terms;
-    terms.add(t.x[0], t.grad_y);
-    weight_gradient(launch, "conv2d weight gradient", l, terms, t.add_w[0], t.add_w[1], t.grad_w[0],
-                    t.grad_w[1], t.scratch);
-  }
-  if (t.grad_x[0]) {
-    Terms<T> terms;
-    terms.add(t.grad_y, t.w[0]);
-    input_gradient(launch, "conv2d input gradient", l, terms, t.add_x[0], t.grad_x[0]);
-  }
-}
-
-template <class T>
-void forward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-  Terms<T> terms;
-  if (t.x_dot[0]) terms.add(t.x_dot[0], t.w[0]);
-  if (t.w_dot[0]) terms.add(t.x[0], t.w_dot[0]);
-  convolve<T>(launch, "conv2d forward tangent", l, terms, t.w_dot[1], t.y_dot, {t.statistics_dot, t.y});
-}
-
-template <class T>
-void backward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-  if (t.grad_w_dot[0] || t.grad_w_dot[1]) {
-    Terms<T> terms;
-    terms.add(t.x[0], t.grad_y_dot);
-    if (t.x_dot[0] && t.grad_y) terms.add(t.x_dot[0], t.grad_y);
-    weight_gradient(launch, "conv2d weight gradient tangent", l, terms, t.add_w[0], t.add_w[1],
-                    t.grad_w_dot[0], t.grad_w_dot[1], t.scratch);
-  }
-  if (t.grad_x_dot[0]) {
-    Terms<T> terms;
-    terms.add(t.grad_y_dot, t.w[0]);
-    if (t.w_dot[0] && t.grad_y) terms.add(t.grad_y, t.w_dot[0]);
-    input_gradient(launch, "conv2d input gradient tangent", l, terms, t.add_x[0], t.grad_x_dot[0]);
-  }
+  for (int i = 0; i < count; ++i) terms.add(factors[i].a, factors[i].b);
+  return terms;
 }
 
 }  // namespace
@@ -73,20 +33,40 @@ void refuse_large(const Layer& l) {
   }
 }
 
-Footprint conv2d_footprint(const Layer& l) {
-  refuse_large(l);
-  return {0, weight_gradient_scratch(l)};
-}
-
 int64_t conv2d_statistics_rows(const Layer&) { return kStatisticsRows; }
 
 template <>
-LaunchPasses<float> conv2d<float>() {
-  return {forward<float>, backward<float>, forward_tangent<float>, backward_tangent<float>};
-}
-template <>
-LaunchPasses<double> conv2d<double>() {
-  return {forward<double>, backward<double>, forward_tangent<double>, backward_tangent<double>};
-}
+struct OnGpu<Kind::conv2d> {
+  static Footprint footprint(const Layer& l) {
+    refuse_large(l);
+    return {0, weight_gradient_scratch(l)};
+  }
+
+  template <class T>
+  static void apply(const Launcher& launch, Tangent tangent, const Layer& l, const Factors<T>* factors,
+                    int count, const Tensors<T>& t) {
+    const Terms<T> terms = terms_of(factors, count);
+    if (tangent == Tangent::no) {
+      convolve(launch, "conv2d forward", l, terms, t.w[1], t.y, {t.statistics, nullptr});
+    } else {
+      convolve<T>(launch, "conv2d forward tangent", l, terms, t.w_dot[1], t.y_dot, {t.statistics_dot, t.y});
+    }
+  }
+  template <class T>
+  static void adjoint_x(const Launcher& launch, Tangent tangent, const Layer& l, const Factors<T>* factors,
+                        int count, bool add, T* grad_x) {
+    const char* name = tangent == Tangent::no ? "conv2d input gradient" : "conv2d input gradient tangent";
+    input_gradient(launch, name, l, terms_of(factors, count), add, grad_x);
+  }
+  template <class T>
+  static void adjoint_w(const Launcher& launch, Tangent tangent, const Layer& l, const Factors<T>* factors,
+                        int count, const Tensors<T>& t) {
+    const bool dot = tangent == Tangent::yes;
+    T* const* grad_w = dot ? t.grad_w_dot : t.grad_w;
+    weight_gradient(launch, dot ? "conv2d weight gradient tangent" : "conv2d weight gradient", l,
+                    terms_of(factors, count), t.add_w[0], t.add_w[1], grad_w[0], grad_w[1], t.scratch);
+  }
+};
+template struct Implementation<Kind::conv2d>;
 
 }  // namespace maml::cuda

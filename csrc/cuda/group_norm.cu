@@ -23,7 +23,7 @@
 // absent where the input has no tangent; grad_y may be absent in the backward tangent. The twin on the CPU is
 // cpu/group_norm.cpp.
 #include "cuda/elementwise.h"
-#include "cuda/layers.h"
+#include "cuda/implement.h"
 #include "cuda/moments.h"
 
 namespace maml::cuda {
@@ -342,24 +342,23 @@ void backward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& 
 }
 
 template <class T>
-LaunchPasses<T> passes() {
+LaunchPasses<T> all_passes() {
   return {forward<T>, backward<T>, forward_tangent<T>, backward_tangent<T>};
 }
 
 }  // namespace
 
-Footprint group_norm_footprint(const Layer& l) {
-  const int64_t cells = l.n * l.groups;
-  return {3 * cells, partials_scratch(rows_of(l), l.in.c), 2 * cells};
-}
-
 template <>
-LaunchPasses<float> group_norm<float>() {
-  return passes<float>();
-}
-template <>
-LaunchPasses<double> group_norm<double>() {
-  return passes<double>();
-}
+struct OnGpu<Kind::group_norm> {
+  static Footprint footprint(const Layer& l) {
+    const int64_t cells = l.n * l.groups;
+    return {3 * cells, partials_scratch(rows_of(l), l.in.c), 2 * cells};
+  }
+  template <class T>
+  static LaunchPasses<T> passes() {
+    return all_passes<T>();
+  }
+};
+template struct Implementation<Kind::group_norm>;
 
 }  // namespace maml::cuda

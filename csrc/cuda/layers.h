@@ -1,8 +1,9 @@
-// The layers of the CUDA backend: one .cu each. A pass launches its kernels for all tasks; the tensors are
-// symbolic addresses (address.h).
+// What the executors of the CUDA backend know of a layer, or a loss. A pass launches its kernels for all
+// tasks; the tensors are symbolic addresses (address.h).
 #pragma once
 
 #include "cuda/run/launch.h"
+#include "layers/kinds.h"
 
 namespace maml::cuda {
 
@@ -14,47 +15,30 @@ struct LaunchPasses {
   void (*backward_tangent)(const Launcher&, const Layer&, const Tensors<T>&);
 };
 
-template <class T>
-LaunchPasses<T> channels_last();
-template <class T>
-LaunchPasses<T> flatten();
-template <class T>
-LaunchPasses<T> conv2d();
-template <class T>
-LaunchPasses<T> batch_norm();
-template <class T>
-LaunchPasses<T> running_norm();
-template <class T>
-LaunchPasses<T> group_norm();
-template <class T>
-LaunchPasses<T> pointwise();
-template <class T>
-LaunchPasses<T> max_pool();
-template <class T>
-LaunchPasses<T> avg_pool();
-template <class T>
-LaunchPasses<T> mean_pool();
-template <class T>
-LaunchPasses<T> add();
-template <class T>
-LaunchPasses<T> append();
-template <class T>
-LaunchPasses<T> block();
-template <class T>
-LaunchPasses<T> patch_gram();
-template <class T>
-LaunchPasses<T> stem();
+/// A kind of layer on this backend. cuda/<kind>.cu instantiates it (implement.h). Hidden, so that a library
+/// in which one is missing does not link.
+template <Kind K>
+struct __attribute__((visibility("hidden"))) Implementation {
+  static Footprint footprint(const Layer&);
+  static LaunchPasses<float> passes(float);
+  static LaunchPasses<double> passes(double);
+};
 
-Footprint conv2d_footprint(const Layer&);
+/// The four passes of a kind. None where this backend does not have it.
+template <class T>
+const LaunchPasses<T>& passes_of(Kind kind) {
+  static const auto table = for_each_kind([]<Kind K> {
+    if constexpr (Declaration<K>::on_cuda) return Implementation<K>::passes(T{});
+    return LaunchPasses<T>{};
+  });
+  return table[static_cast<size_t>(kind)];
+}
+
+/// What a layer needs beside its tensors (run.cu).
+Footprint footprint(const Layer& layer);
+
 /// Rows of y that one entry of Tensors::statistics stands for: row m belongs to entry m / rows.
 int64_t conv2d_statistics_rows(const Layer&);
-Footprint batch_norm_footprint(const Layer&);
-Footprint running_norm_footprint(const Layer&);
-Footprint group_norm_footprint(const Layer&);
-Footprint max_pool_footprint(const Layer&);
-Footprint block_footprint(const Layer&);
-Footprint patch_gram_footprint(const Layer&);
-Footprint stem_footprint(const Layer&);
 
 /// The losses (loss.cu): writes the loss of each task [1] where wanted, and grad_z, saved where wanted.
 template <class T>

@@ -7,7 +7,7 @@
 // pixels in the backward passes (windows.h). Limits: the rows of one task, n h w, are numbered in 32 bits.
 // The twin on the CPU is cpu/max_pool.cpp.
 #include "cuda/elementwise.h"
-#include "cuda/layers.h"
+#include "cuda/implement.h"
 #include "cuda/windows.h"
 
 namespace maml::cuda {
@@ -69,53 +69,32 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   });
 }
 
-template <class T>
-int32_t* places_of(const Tensors<T>& t) {
-  return reinterpret_cast<int32_t*>(t.saved);
-}
-
-template <class T>
-void scatter(const Launcher& launch, const char* name, const Layer& l, const Tensors<T>& t, const T* g,
-             T* grad_x) {
-  const int64_t cells = cells_of(l);
-  launch(name, scatter_kernel<T>, channel_grid(l.n * cells, l.in.c, 1), kThreads, 0, l,
-         static_cast<int>(cells), places_of(t), g, t.add_x[0], grad_x, launch.table);
-}
-
 Grid output_grid(const Layer& l) { return channel_grid(l.n * l.out.h * l.out.w, l.in.c, kItemsPerThread); }
-
-template <class T>
-LaunchPasses<T> passes() {
-  return {
-      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-        launch("max_pool forward", forward_kernel<T>, output_grid(l), kThreads, 0, l, t.x[0], t.y,
-               places_of(t), launch.table);
-      },
-      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-        if (t.grad_x[0]) scatter(launch, "max_pool backward", l, t, t.grad_y, t.grad_x[0]);
-      },
-      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-        launch("max_pool forward tangent", gather_kernel<T>, output_grid(l), kThreads, 0, l, places_of(t),
-               t.x_dot[0], t.y_dot, launch.table);
-      },
-      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-        if (t.grad_x_dot[0])
-          scatter(launch, "max_pool backward tangent", l, t, t.grad_y_dot, t.grad_x_dot[0]);
-      },
-  };
-}
 
 }  // namespace
 
-Footprint max_pool_footprint(const Layer& l) { return {l.n * size(l.out), 0}; }
+template <>
+struct OnGpu<Kind::max_pool> {
+  static int64_t choices(const Layer& l) { return l.n * size(l.out); }
 
-template <>
-LaunchPasses<float> max_pool<float>() {
-  return passes<float>();
-}
-template <>
-LaunchPasses<double> max_pool<double>() {
-  return passes<double>();
-}
+  template <class T>
+  static void choose(const Launcher& launch, const Layer& l, const T* x, T* y, int32_t* places) {
+    launch("max_pool forward", forward_kernel<T>, output_grid(l), kThreads, 0, l, x, y, places, launch.table);
+  }
+  template <class T>
+  static void apply(const Launcher& launch, const Layer& l, int32_t* places, const T* x, T* y) {
+    launch("max_pool forward tangent", gather_kernel<T>, output_grid(l), kThreads, 0, l, places, x, y,
+           launch.table);
+  }
+  template <class T>
+  static void adjoint(const Launcher& launch, Tangent tangent, const Layer& l, int32_t* places, const T* g,
+                      bool add, T* grad_x) {
+    const int64_t cells = cells_of(l);
+    launch(tangent == Tangent::no ? "max_pool backward" : "max_pool backward tangent", scatter_kernel<T>,
+           channel_grid(l.n * cells, l.in.c, 1), kThreads, 0, l, static_cast<int>(cells), places, g, add,
+           grad_x, launch.table);
+  }
+};
+template struct Implementation<Kind::max_pool>;
 
 }  // namespace maml::cuda

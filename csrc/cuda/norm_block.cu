@@ -1,12 +1,13 @@
 // y = pool(f(BatchNorm(x))), the chain after a convolution, with or without the max-pool: the kernels of
 // normalise.h for each f.
+#include "cuda/implement.h"
 #include "cuda/normalise.h"
 
 namespace maml::cuda {
 namespace {
 
 template <class T>
-LaunchPasses<T> passes() {
+LaunchPasses<T> all_passes() {
   return {
       [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
         with_function(l.function, [&]<Function F>() { Normalise<Activation<F>>::forward(launch, l, t); });
@@ -27,19 +28,18 @@ LaunchPasses<T> passes() {
 
 }  // namespace
 
-Footprint block_footprint(const Layer& l) {
-  Footprint needs = normalise_footprint(l);
-  if (l.pooled) needs.saved += l.n * size(l.out);  // an int32 each, which is no larger than a T
-  return needs;
-}
-
 template <>
-LaunchPasses<float> block<float>() {
-  return passes<float>();
-}
-template <>
-LaunchPasses<double> block<double>() {
-  return passes<double>();
-}
+struct OnGpu<Kind::norm_block> {
+  static Footprint footprint(const Layer& l) {
+    Footprint needs = normalise_footprint(l);
+    if (l.pooled) needs.saved += l.n * size(l.out);  // an int32 has no more bytes than a T
+    return needs;
+  }
+  template <class T>
+  static LaunchPasses<T> passes() {
+    return all_passes<T>();
+  }
+};
+template struct Implementation<Kind::norm_block>;
 
 }  // namespace maml::cuda

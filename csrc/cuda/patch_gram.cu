@@ -1,5 +1,5 @@
-// The moments of the patches of a constant image (patch_gram.h), computed once a task. With q = (1, p), the
-// sum S = sum q q^T over all patches p contains their count, their mean and their products.
+// The moments of the patches of a constant image (layers/patch_moments.h), computed once a task. With q = (1,
+// p), the sum S = sum q q^T over all patches p contains their count, their mean and their products.
 //
 // S is symmetric, so only blocks of 4 x 4 on and below the diagonal are computed, one by each lane of a warp.
 // The warps take turns at chunks of patches. A warp gathers its chunk into shared memory as doubles, where
@@ -11,9 +11,9 @@
 #include <algorithm>
 
 #include "cuda/conv2d.h"
-#include "cuda/layers.h"
-#include "layers/patch_gram.h"
-#include "plan/plan.h"
+#include "cuda/implement.h"
+#include "layers/patch_moments.h"
+#include "plan/problem.h"
 
 namespace maml::cuda {
 namespace {
@@ -133,25 +133,24 @@ void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
 }
 
 template <class T>
-LaunchPasses<T> passes() {
+LaunchPasses<T> all_passes() {
   const auto nothing = [](const Launcher&, const Layer&, const Tensors<T>&) {};
   return {forward<T>, nothing, nothing, nothing};
 }
 
 }  // namespace
 
-Footprint patch_gram_footprint(const Layer& l) {
-  refuse_large(l);
-  return {0, 2 * kSums * parts_of(l.n * l.between.h * l.between.w)};
-}
-
 template <>
-LaunchPasses<float> patch_gram<float>() {
-  return passes<float>();
-}
-template <>
-LaunchPasses<double> patch_gram<double>() {
-  return passes<double>();
-}
+struct OnGpu<Kind::patch_gram> {
+  static Footprint footprint(const Layer& l) {
+    refuse_large(l);
+    return {0, 2 * kSums * parts_of(l.n * l.between.h * l.between.w)};
+  }
+  template <class T>
+  static LaunchPasses<T> passes() {
+    return all_passes<T>();
+  }
+};
+template struct Implementation<Kind::patch_gram>;
 
 }  // namespace maml::cuda

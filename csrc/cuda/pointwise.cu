@@ -1,6 +1,6 @@
 // y = f(x) for all tasks: the passes of pointwise.h, a kernel for each function, so that no element pays for
 // the others. A thread takes every (blocks * kElementThreads)-th element: neighbours access neighbours.
-#include "cuda/layers.h"
+#include "cuda/implement.h"
 #include "cuda/pointwise.h"
 
 namespace maml::cuda {
@@ -64,12 +64,12 @@ void backward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& 
 }  // namespace
 
 template <>
-LaunchPasses<float> pointwise<float>() {
-  return {forward<float>, backward<float>, forward_tangent<float>, backward_tangent<float>};
-}
-template <>
-LaunchPasses<double> pointwise<double>() {
-  return {forward<double>, backward<double>, forward_tangent<double>, backward_tangent<double>};
-}
+struct OnGpu<Kind::pointwise> {
+  template <class T>
+  static LaunchPasses<T> passes() {
+    return {forward<T>, backward<T>, forward_tangent<T>, backward_tangent<T>};
+  }
+};
+template struct Implementation<Kind::pointwise>;
 
 }  // namespace maml::cuda

@@ -13,7 +13,7 @@
 // gamma and beta may be absent (1 and 0); x_dot is absent where the input has no tangent; grad_y may be
 // absent in the backward tangent. The twin on the CPU is cpu/running_norm.cpp.
 #include "cuda/elementwise.h"
-#include "cuda/layers.h"
+#include "cuda/implement.h"
 #include "cuda/moments.h"
 #include "cuda/windows.h"
 
@@ -145,21 +145,20 @@ void backwards(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
 }
 
 template <class T>
-LaunchPasses<T> passes() {
+LaunchPasses<T> all_passes() {
   return {forward<T>, backwards<false, T>, forward_tangent<T>, backwards<true, T>};
 }
 
 }  // namespace
 
-Footprint running_norm_footprint(const Layer& l) { return {0, partials_scratch(rows_of(l), l.in.c)}; }
-
 template <>
-LaunchPasses<float> running_norm<float>() {
-  return passes<float>();
-}
-template <>
-LaunchPasses<double> running_norm<double>() {
-  return passes<double>();
-}
+struct OnGpu<Kind::running_norm> {
+  static Footprint footprint(const Layer& l) { return {0, partials_scratch(rows_of(l), l.in.c)}; }
+  template <class T>
+  static LaunchPasses<T> passes() {
+    return all_passes<T>();
+  }
+};
+template struct Implementation<Kind::running_norm>;
 
 }  // namespace maml::cuda

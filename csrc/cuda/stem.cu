@@ -6,9 +6,10 @@
 #include <algorithm>
 
 #include "cuda/channels.h"
+#include "cuda/implement.h"
 #include "cuda/run/work.h"
 #include "cuda/stem.h"
-#include "plan/plan.h"
+#include "plan/problem.h"
 
 namespace maml::cuda {
 namespace {
@@ -266,21 +267,20 @@ void backward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& 
 
 }  // namespace
 
-Footprint stem_footprint(const Layer& l) {
-  refuse_large(l);
-  const StemScratch scratch(l);
-  const int64_t patch = patch_size(l.window, l.in), outputs = l.pooled ? l.n * size(l.out) : 0;
-  return {StemSaved<float>::size(patch, l.out.c, outputs),
-          scratch.weights + scratch.spread + weight_gradient_scratch(l)};
-}
-
 template <>
-LaunchPasses<float> stem<float>() {
-  return {forward<float>, backward<float>, forward_tangent<float>, backward_tangent<float>};
-}
-template <>
-LaunchPasses<double> stem<double>() {
-  return {forward<double>, backward<double>, forward_tangent<double>, backward_tangent<double>};
-}
+struct OnGpu<Kind::stem> {
+  static Footprint footprint(const Layer& l) {
+    refuse_large(l);
+    const StemScratch scratch(l);
+    const int64_t patch = patch_size(l.window, l.in), outputs = l.pooled ? l.n * size(l.out) : 0;
+    return {StemSaved<float>::size(patch, l.out.c, outputs),
+            scratch.weights + scratch.spread + weight_gradient_scratch(l)};
+  }
+  template <class T>
+  static LaunchPasses<T> passes() {
+    return {forward<T>, backward<T>, forward_tangent<T>, backward_tangent<T>};
+  }
+};
+template struct Implementation<Kind::stem>;
 
 }  // namespace maml::cuda

@@ -1,6 +1,6 @@
 // The stem: y = pool(BatchNorm(conv2d(x))) of a constant x, from the moments (pbar, G) of x's patches p
-// (patch_gram.h). With weights w [patch, o], s = (var + eps)^-1/2, a = gamma s and k = gamma_dot s - a s c,
-// per channel:
+// (layers/patch_moments.h). With weights w [patch, o], s = (var + eps)^-1/2, a = gamma s and k = gamma_dot s
+// - a s c, per channel:
 //
 //   mu = w pbar, var = w G w                          Rmu = w_dot pbar, c = s w_dot G w
 //   y = pool of x * (a w) + beta - a mu               y_dot = x * (a w_dot + k w) + beta_dot - a Rmu - k mu
@@ -17,7 +17,7 @@
 
 #include "cuda/conv2d.h"
 #include "cuda/layers.h"
-#include "layers/patch_gram.h"
+#include "layers/patch_moments.h"
 
 namespace maml::cuda {
 

@@ -1,9 +1,11 @@
-// The functions of a pointwise layer with their derivatives, once for every backend. A kink takes the side
-// that torch takes: relu'(0) = 0, leaky_relu'(0) = a, elu'(0) = a b / c, and f'' = 0 there. All functions are
-// static: each instruction set of the CPU backend compiles its own.
+// The functions of a pointwise layer with their derivatives, once for every backend. A new function is one
+// line in the enumeration and one declaration (docs/adding_a_layer.md). At a kink they have the derivatives
+// that torch has: relu'(0) = 0, leaky_relu'(0) = a, elu'(0) = a b / c, and f'' = 0 there.
 #pragma once
 
+#include <array>
 #include <cmath>
+#include <utility>
 
 #include "layers/layer.h"
 
@@ -15,10 +17,19 @@
 
 namespace maml {
 
-/// Whether f'' is anything but zero.
-MAML_HOST_DEVICE static constexpr bool bends(Function f) {
-  return f != Function::relu && f != Function::leaky_relu && f != Function::hardtanh;
-}
+enum class Function : int {
+  relu,
+  leaky_relu,
+  elu,
+  silu,
+  gelu,
+  gelu_tanh,
+  softplus,
+  tanh,
+  sigmoid,
+  hardtanh,
+  count
+};
 
 /// f, f' and f'' at one point.
 template <class T>
@@ -26,23 +37,14 @@ struct Derivatives {
   T f, df, ddf;
 };
 
-/// Whether a larger x never gives a smaller f(x): then a max-pool may as well come before f.
-static inline bool ascends(const Layer& f) {
-  switch (f.function) {
-    case Function::silu:
-    case Function::gelu:
-    case Function::gelu_tanh:
-      return false;
-    case Function::leaky_relu:
-      return f.a >= 0;
-    case Function::elu:
-      return f.a >= 0 && f.b >= 0 && f.c > 0;
-    case Function::softplus:
-      return f.a > 0 && f.b >= 20;  // at the threshold b it falls by ln(1 + exp(-b)) / a
-    default:
-      return true;
-  }
-}
+// Internal linkage: each instruction set of the CPU backend compiles its own.
+namespace {
+
+/// Of each function: its name in plans; whether f'' is anything but zero (`bends`); whether a larger x never
+/// gives a smaller f(x), so that a max-pool may come before it (`ascends`); and its derivatives at x. The
+/// constants a, b and c are Layer::a, b and c.
+template <Function F>
+struct FunctionDeclaration;
 
 template <class T>
 MAML_HOST_DEVICE static inline T logistic(T x) {  // never overflows
@@ -51,69 +53,170 @@ MAML_HOST_DEVICE static inline T logistic(T x) {  // never overflows
   return e / (1 + e);
 }
 
-template <Function F, class T>
-MAML_HOST_DEVICE static inline Derivatives<T> evaluate(const Layer& l, T x) {
-  const T a = static_cast<T>(l.a), b = static_cast<T>(l.b), c = static_cast<T>(l.c);
-  if constexpr (F == Function::relu) {
+/// max(x, 0)
+template <>
+struct FunctionDeclaration<Function::relu> {
+  static constexpr const char* name = "relu";
+  static constexpr bool bends = false;
+  static bool ascends(const Layer&) { return true; }
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
     return {x > 0 || x != x ? x : T(0), x > 0 ? T(1) : T(0), T(0)};
-  } else if constexpr (F == Function::leaky_relu) {
+  }
+};
+
+/// x > 0 ? x : a x
+template <>
+struct FunctionDeclaration<Function::leaky_relu> {
+  static constexpr const char* name = "leaky_relu";
+  static constexpr bool bends = false;
+  static bool ascends(const Layer& l) { return l.a >= 0; }
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Layer& l, T x) {
+    const T a = static_cast<T>(l.a);
     return {x > 0 ? x : a * x, x > 0 ? T(1) : a, T(0)};
-  } else if constexpr (F == Function::elu) {
+  }
+};
+
+/// x > 0 ? b x : b a (exp(x / c) - 1). ELU: b = c = 1; SELU: c = 1; CELU: a = c
+template <>
+struct FunctionDeclaration<Function::elu> {
+  static constexpr const char* name = "elu";
+  static constexpr bool bends = true;
+  static bool ascends(const Layer& l) { return l.a >= 0 && l.b >= 0 && l.c > 0; }
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Layer& l, T x) {
+    const T a = static_cast<T>(l.a), b = static_cast<T>(l.b), c = static_cast<T>(l.c);
     if (x > 0) return {b * x, b, T(0)};
     const T e = b * a * std::exp(x / c);
     return {b * a * std::expm1(x / c), e / c, x == 0 ? T(0) : e / (c * c)};
-  } else if constexpr (F == Function::silu) {
+  }
+};
+
+/// x sigmoid(x)
+template <>
+struct FunctionDeclaration<Function::silu> {
+  static constexpr const char* name = "silu";
+  static constexpr bool bends = true;
+  static bool ascends(const Layer&) { return false; }
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
     const T p = logistic(x), q = p * (1 - p);
     return {x * p, p + x * q, q * (2 + x * (1 - 2 * p))};
-  } else if constexpr (F == Function::gelu) {
+  }
+};
+
+/// x Phi(x), Phi the distribution function of the normal distribution
+template <>
+struct FunctionDeclaration<Function::gelu> {
+  static constexpr const char* name = "gelu";
+  static constexpr bool bends = true;
+  static bool ascends(const Layer&) { return false; }
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
     const T cdf = std::erfc(-x * T(0.70710678118654752440)) / 2;
     const T pdf = T(0.39894228040143267794) * std::exp(-x * x / 2);
     return {x * cdf, cdf + x * pdf, pdf * (2 - x * x)};
-  } else if constexpr (F == Function::gelu_tanh) {
+  }
+};
+
+/// gelu's approximation by tanh
+template <>
+struct FunctionDeclaration<Function::gelu_tanh> {
+  static constexpr const char* name = "gelu_tanh";
+  static constexpr bool bends = true;
+  static bool ascends(const Layer&) { return false; }
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
     const T k = T(0.79788456080286535588), q = T(0.044715);
     const T u = k * (x + q * x * x * x), du = k * (1 + 3 * q * x * x), ddu = 6 * k * q * x;
     const T h = std::tanh(u), dh = 1 - h * h;
     return {x * (1 + h) / 2, (1 + h) / 2 + x * dh * du / 2, dh * du + x * dh * (ddu - 2 * h * du * du) / 2};
-  } else if constexpr (F == Function::softplus) {
+  }
+};
+
+/// log(1 + exp(a x)) / a, and x where a x > b, as in torch; at that threshold f falls by ln(1 + exp(-b)) / a
+template <>
+struct FunctionDeclaration<Function::softplus> {
+  static constexpr const char* name = "softplus";
+  static constexpr bool bends = true;
+  static bool ascends(const Layer& l) { return l.a > 0 && l.b >= 20; }
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Layer& l, T x) {
+    const T a = static_cast<T>(l.a), b = static_cast<T>(l.b);
     if (a * x > b) return {x, T(1), T(0)};
     const T p = logistic(a * x);
     return {std::log1p(std::exp(a * x)) / a, p, a * x == b ? T(0) : a * p * (1 - p)};
-  } else if constexpr (F == Function::tanh) {
+  }
+};
+
+/// tanh(x)
+template <>
+struct FunctionDeclaration<Function::tanh> {
+  static constexpr const char* name = "tanh";
+  static constexpr bool bends = true;
+  static bool ascends(const Layer&) { return true; }
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
     const T h = std::tanh(x), dh = 1 - h * h;
     return {h, dh, -2 * h * dh};
-  } else if constexpr (F == Function::sigmoid) {
+  }
+};
+
+/// 1 / (1 + exp(-x))
+template <>
+struct FunctionDeclaration<Function::sigmoid> {
+  static constexpr const char* name = "sigmoid";
+  static constexpr bool bends = true;
+  static bool ascends(const Layer&) { return true; }
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
     const T p = logistic(x), dp = p * (1 - p);
     return {p, dp, dp * (1 - 2 * p)};
-  } else {  // hardtanh
+  }
+};
+
+/// min(max(x, a), b): also ReLU6
+template <>
+struct FunctionDeclaration<Function::hardtanh> {
+  static constexpr const char* name = "hardtanh";
+  static constexpr bool bends = false;
+  static bool ascends(const Layer&) { return true; }
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Layer& l, T x) {
+    const T a = static_cast<T>(l.a), b = static_cast<T>(l.b);
     return {x < a ? a : x > b ? b : x, x > a && x < b ? T(1) : T(0), T(0)};
   }
+};
+
+}  // namespace
+
+template <Function F, class T>
+MAML_HOST_DEVICE static inline Derivatives<T> evaluate(const Layer& l, T x) {
+  return FunctionDeclaration<F>::at(l, x);
+}
+
+using AllFunctions = std::make_integer_sequence<int, static_cast<int>(Function::count)>;
+
+/// f.template operator()<F>() for every function, in the order of the enumeration, as an array.
+template <class Body>
+constexpr auto for_each_function(Body body) {
+  return [&]<int... F>(std::integer_sequence<int, F...>) {
+    return std::array{body.template operator()<static_cast<Function>(F)>()...};
+  }(AllFunctions());
 }
 
 /// body.template operator()<F>() for the layer's function.
+template <class Body, int... F>
+MAML_HOST_DEVICE static inline void with_one_of(Function f, Body& body, std::integer_sequence<int, F...>) {
+  static_cast<void>(
+      ((f == static_cast<Function>(F) ? (body.template operator()<static_cast<Function>(F)>(), true)
+                                      : false) ||
+       ...));
+}
 template <class Body>
 MAML_HOST_DEVICE static inline void with_function(Function f, Body body) {
-  switch (f) {
-    case Function::relu:
-      return body.template operator()<Function::relu>();
-    case Function::leaky_relu:
-      return body.template operator()<Function::leaky_relu>();
-    case Function::elu:
-      return body.template operator()<Function::elu>();
-    case Function::silu:
-      return body.template operator()<Function::silu>();
-    case Function::gelu:
-      return body.template operator()<Function::gelu>();
-    case Function::gelu_tanh:
-      return body.template operator()<Function::gelu_tanh>();
-    case Function::softplus:
-      return body.template operator()<Function::softplus>();
-    case Function::tanh:
-      return body.template operator()<Function::tanh>();
-    case Function::sigmoid:
-      return body.template operator()<Function::sigmoid>();
-    case Function::hardtanh:
-      return body.template operator()<Function::hardtanh>();
-  }
+  with_one_of(f, body, AllFunctions());
 }
 
 }  // namespace maml

@@ -9,52 +9,17 @@
 
 #include <cstdint>
 
+#include "layers/shape.h"
+
 namespace maml {
 
-enum class Kind {
-  channels_last,
-  flatten,
-  conv2d,
-  batch_norm,
-  running_norm,
-  group_norm,
-  pointwise,
-  max_pool,
-  avg_pool,
-  mean_pool,
-  add,
-  append,  // [x, max(w, a)]: a parameter's elements behind the features of every sample
-  // Chains in one layer, with or without the max-pool; a backend has the one or the other.
-  block,       // pool(f(batch_norm(x)))
-  conv_block,  // f(pool(batch_norm(conv2d(x)) + r)), with or without r, the other value of a sum
-  patch_gram,  // the moments of a constant image's patches (patch_gram.h), for
-  stem         // f(pool(batch_norm(conv2d(x)))) of that image
-};
-
-/// f of a pointwise layer; `a` and `b` are Layer::a and Layer::b.
-enum class Function {
-  relu,        // max(x, 0)
-  leaky_relu,  // x > 0 ? x : a x
-  elu,        // x > 0 ? b x : b a (exp(x / c) - 1), c = Layer::c: ELU (b = c = 1), SELU (c = 1), CELU (a = c)
-  silu,       // x sigmoid(x)
-  gelu,       // x Phi(x)
-  gelu_tanh,  // its tanh approximation
-  softplus,   // log(1 + exp(a x)) / a, and x where a x > b
-  tanh,
-  sigmoid,
-  hardtanh,  // min(max(x, a), b): also ReLU6
-};
+enum class Kind : int;      // layers/kinds.h
+enum class Function : int;  // layers/functions.h
 
 /// How products of float32 are computed: as such, or on matrix units from operands of three bf16 products
 /// (bf16x3), of 19 bits (tf32) or of 16 bits (bfloat16), always with float32 sums. Backends without them know
 /// float32 alone.
 enum class Precision { float32, bf16x3, tf32, bfloat16 };
-
-struct Image {
-  int64_t c, h, w;
-};
-
-inline int64_t size(const Image& s) { return s.c * s.h * s.w; }
 
 /// A sliding window: output (i, j) reads input rows i * stride_h - pad_top + [0, kernel_h), columns alike.
 struct Window {
@@ -69,18 +34,18 @@ struct Layer {
   int64_t n;  // samples at hand, of one task
   Image in, out;
   Window window;
-  Function function = Function::relu;
+  Function function{};
   // Constants of `function`; append: the floor a; conv_block and stem: f(u) = u > 0 ? u : a u, 1 for none.
   double a = 0, b = 0, c = 1;
   double eps = 0;             // of every normalisation
   int64_t groups = 1;         // group_norm; of a Node 0: every channel is one
   bool count_padding = true;  // avg_pool: padding counts in the divisor
-  bool pooled = false;  // a max-pool comes last: block: over `window`; others: of 2 x 2 pixels, each in one
+  bool pooled = false;  // a max-pool comes last: norm_block: over `window`; others: of 2 x 2 pixels, each in one
   Image between{};      // patch_gram, stem and conv_block: the convolution's output
   Precision precision = Precision::float32;  // conv2d and stem
 };
 
-constexpr int kMostParameters = 4;
+constexpr int kMostInputs = 4, kMostParameters = 4;
 
 /// One node's tensors for one task. A null pointer says "zero" for what is read, "not wanted" for what is
 /// written.
@@ -91,13 +56,13 @@ constexpr int kMostParameters = 4;
 /// or a shared parameter.
 template <class T>
 struct Tensors {
-  const T* x[2] = {};
+  const T* x[kMostInputs] = {};
   T* y = nullptr;
-  T* grad_x[2] = {};
+  T* grad_x[kMostInputs] = {};
   const T* grad_y = nullptr;
-  const T* x_dot[2] = {};
+  const T* x_dot[kMostInputs] = {};
   T* y_dot = nullptr;
-  T* grad_x_dot[2] = {};
+  T* grad_x_dot[kMostInputs] = {};
   const T* grad_y_dot = nullptr;
 
   const T* w[kMostParameters] = {};  // weight and bias; gamma and beta; stem: all four;
@@ -117,7 +82,7 @@ struct Tensors {
   T* saved_dot = nullptr;  // what the forward tangent keeps for the backward one
   T* scratch = nullptr;    // Footprint::scratch elements, dead after the pass
 
-  bool add_x[2] = {}, add_w[kMostParameters] = {};  // behind all addresses
+  bool add_x[kMostInputs] = {}, add_w[kMostParameters] = {};  // behind all addresses
 };
 
 /// A layer is four passes. With L the loss and R{.} the derivative along w_dot:
@@ -141,7 +106,7 @@ struct Footprint {
 /// What the planner must know of a backend's layers.
 struct LayerTraits {
   Footprint (*footprint)(const Layer&);  // no smaller for more samples
-  Kind chain = Kind::block;              // block or conv_block: which of the two it has
+  Kind chain;                            // norm_block or conv_block: which of the two it has
   /// Rows of y in one tile of the statistics that a convolution takes; null: it takes none.
   int64_t (*statistics_rows)(const Layer&) = nullptr;
   /// Samples that go through the layers together, at most, where no layer makes one depend on another.

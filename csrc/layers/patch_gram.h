@@ -1,27 +1,34 @@
-// What the first layer needs to know of its input. The output of a convolution is z = w p, with p the patch
-// under its window, and BatchNorm's statistics of z are those of p seen through w: with pbar = mean p and
-// G = mean (p - pbar)(p - pbar)^T over all patches of a task,
-//
-//   mean z = w pbar,    var z = w G w^T,    cov(z, z_dot) = w G w_dot^T.
-//
-// Where the input is constant so are pbar and G: they are computed once a task, and neither z nor its
-// cotangent is ever stored or summed over. Sums are of doubles: a filter of mean zero on a flat image takes
-// the difference of all but equal terms.
+// patch_gram: the moments of a constant image's patches (patch_moments.h), one for all samples of a task.
 #pragma once
 
-#include "layers/functions.h"
-#include "layers/layer.h"
+#include "layers/declaration.h"
+#include "layers/infer.h"
+#include "layers/patch_moments.h"
 
 namespace maml {
 
-/// Elements of a patch up to which G is smaller than what it saves: 5 x 5 x 1, 3 x 3 x 3.
-constexpr int64_t kMostPatch = 27;
+template <>
+struct Declaration<Kind::patch_gram> {
+  static constexpr const char* name = "patch_gram";
+  static constexpr LayerClass layer_class = LayerClass::own;
+  static constexpr int inputs = 1;
+  static constexpr bool on_cpu = true, on_cuda = true;
+  static constexpr bool mixes_samples = false;
+  static constexpr bool function_in_place = false;
+  static constexpr bool in_small_networks = false;
 
-MAML_HOST_DEVICE inline int64_t patch_size(const Window& window, const Image& image) {
-  return window.kernel_h * window.kernel_w * image.c;
-}
-
-/// Elements of T (whatever T) that the moments take: pbar [patch] and G [patch, patch], in double.
-inline int64_t patch_gram_size(int64_t patch) { return 2 * (patch + patch * patch); }
+  static Shape infer(const Node& node, std::span<const Shape> x, int64_t) {
+    Shape y = output_like_input(node, x[0]);
+    y.between = slide(node.name, node.layer.window, node.pad_end, x[0]);
+    y.between.c = y.image.c;
+    y.image = {patch_gram_size(patch_size(node.layer.window, x[0].image)), 1, 1};
+    return y;
+  }
+  static bool is_view(const Image&, bool) { return false; }
+  static int64_t work(const Layer& l) {
+    const int64_t patch = patch_size(l.window, l.in);
+    return l.n * l.between.h * l.between.w * patch * patch;
+  }
+};
 
 }  // namespace maml

@@ -8,9 +8,14 @@
 // stay layers of their own behind the pool. On a constant image with few taps it is patch_gram and stem, on
 // any backend, but with a function of its own and no sum. Backends with block have batch_norm, a function
 // [, max_pool] in one.
+#include "plan/fuse.h"
+
+#include <algorithm>
+
 #include "layers/functions.h"
-#include "layers/patch_gram.h"
-#include "plan/plan.h"
+#include "layers/kinds.h"
+#include "layers/patch_moments.h"
+#include "layers/registry.h"
 
 namespace maml {
 namespace {
@@ -40,7 +45,6 @@ class Chains {
     for (const Node& node : graph.nodes) {
       bool constant = true;
       for (int input : node.inputs) {
-        if (input < 0) continue;
         ++readers_[input];
         constant = constant && constant_[input];
       }
@@ -55,7 +59,7 @@ class Chains {
   Graph fused() {
     result_.nodes.clear();
     for (size_t i = 0; i < graph_.nodes.size(); ++i) {
-      if (taken_[i] || conv_block(i) || sum(i) || (chain_ == Kind::block && block(i))) continue;
+      if (taken_[i] || conv_block(i) || sum(i) || (chain_ == Kind::norm_block && norm_block(i))) continue;
       take(i, i + 1, append(renumbered(graph_.nodes[i])));
     }
     return result_;
@@ -68,7 +72,7 @@ class Chains {
            graph_.nodes[i].inputs[0] == static_cast<int>(i) && readers_[i] == 1;
   }
   Node renumbered(Node node) const {
-    for (int& input : node.inputs) input = input < 0 ? input : number_[input];
+    for (int& input : node.inputs) input = number_[input];
     return node;
   }
   /// The number of its value.
@@ -82,12 +86,12 @@ class Chains {
   }
 
   /// Appends the chain that starts with node i as one layer, if there is one.
-  bool block(size_t i) {
+  bool norm_block(size_t i) {
     if (graph_.nodes[i].layer.kind != Kind::batch_norm || !continues(i + 1, Kind::pointwise)) return false;
     Node node = renumbered(graph_.nodes[i]);
     Layer& layer = node.layer;
     const Layer& f = graph_.nodes[i + 1].layer;
-    layer.kind = Kind::block;
+    layer.kind = Kind::norm_block;
     layer.function = f.function;
     layer.a = f.a, layer.b = f.b, layer.c = f.c;
     layer.pooled = continues(i + 2, Kind::max_pool);
@@ -112,7 +116,9 @@ class Chains {
     if (graph_.nodes[i].layer.kind != Kind::conv2d || !continues(i + 1, Kind::batch_norm)) return false;
     const Node &convolution = graph_.nodes[i], &norm = graph_.nodes[i + 1];
     return norm.in_features == convolution.out_features &&
-           (norm.ranks == 0 || (norm.ranks & convolution.ranks) != 0);
+           (norm.layouts.empty() ||
+            std::find_first_of(norm.layouts.begin(), norm.layouts.end(), convolution.layouts.begin(),
+                               convolution.layouts.end()) != norm.layouts.end());
   }
 
   /// The convolution whose normalised output is one value of the sum of node j, and alone has to be computed
@@ -132,7 +138,9 @@ class Chains {
     const int value = static_cast<int>(i) + 2;
     for (size_t j = i + 2; j < graph_.nodes.size(); ++j) {
       const auto& inputs = graph_.nodes[j].inputs;
-      if (inputs[0] == value || inputs[1] == value) return summand_of(j) == static_cast<int>(i);
+      if (std::find(inputs.begin(), inputs.end(), value) != inputs.end()) {
+        return summand_of(j) == static_cast<int>(i);
+      }
     }
     return false;
   }
@@ -159,19 +167,19 @@ class Chains {
     if (stem) {
       Node gram = node;
       gram.layer.kind = Kind::patch_gram;
-      gram.parameters.fill(-1);
-      node.inputs[1] = append(gram);
+      gram.parameters.clear();
+      node.inputs.push_back(append(gram));
     }
     if (sums) {
       const Node& sum = graph_.nodes[last];
-      node.inputs[1] = number_[sum.inputs[sum.inputs[0] == static_cast<int>(i) + 2 ? 1 : 0]];
+      node.inputs.push_back(number_[sum.inputs[sum.inputs[0] == static_cast<int>(i) + 2 ? 1 : 0]]);
       node.sum_name = sum.name;
     }
     node.layer.kind = stem ? Kind::stem : Kind::conv_block;
     node.layer.eps = norm.layer.eps;
     node.norm_name = norm.name;
-    node.parameters[2] = norm.parameters[0];
-    node.parameters[3] = norm.parameters[1];
+    node.parameters.resize(2, -1);
+    node.parameters.insert(node.parameters.end(), norm.parameters.begin(), norm.parameters.end());
     node.layer.a = 1;
     size_t end = last + 1;
     const bool f = continues(end, Kind::pointwise);

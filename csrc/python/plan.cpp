@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "layers/registry.h"
 #include "python/fields.h"
 
 namespace py = pybind11;
@@ -20,29 +21,8 @@ Enum named(const std::map<std::string, Enum>& names, const std::string& name, co
   return found->second;
 }
 
-const std::map<std::string, Kind> kKinds = {{"channels_last", Kind::channels_last},
-                                            {"flatten", Kind::flatten},
-                                            {"conv2d", Kind::conv2d},
-                                            {"batch_norm", Kind::batch_norm},
-                                            {"running_norm", Kind::running_norm},
-                                            {"group_norm", Kind::group_norm},
-                                            {"pointwise", Kind::pointwise},
-                                            {"max_pool", Kind::max_pool},
-                                            {"avg_pool", Kind::avg_pool},
-                                            {"mean_pool", Kind::mean_pool},
-                                            {"add", Kind::add},
-                                            {"append", Kind::append}};
-const std::map<std::string, Function> kFunctions = {
-    {"relu", Function::relu},         {"leaky_relu", Function::leaky_relu},
-    {"elu", Function::elu},           {"silu", Function::silu},
-    {"gelu", Function::gelu},         {"gelu_tanh", Function::gelu_tanh},
-    {"softplus", Function::softplus}, {"tanh", Function::tanh},
-    {"sigmoid", Function::sigmoid},   {"hardtanh", Function::hardtanh}};
-Kind kind_named(const std::string& name) { return named(kKinds, name, "layer"); }
-Function function_named(const std::string& name) { return named(kFunctions, name, "function"); }
-
-// What a layer takes or gives, by the axes of a sample that Node::ranks and Node::out_rank count.
-const std::map<std::string, int> kLayouts = {{"features", 1}, {"signal", 2}, {"image", 3}};
+const std::map<std::string, SampleLayout> kLayouts = {
+    {"features", SampleLayout::features}, {"signal", SampleLayout::signal}, {"image", SampleLayout::image}};
 const std::map<std::string, Role> kRoles = {
     {"adapted", Role::adapted}, {"outer", Role::outer}, {"frozen", Role::frozen}, {"buffer", Role::frozen}};
 const std::map<std::string, Precision> kPrecisions = {{"float32", Precision::float32},
@@ -73,11 +53,10 @@ int index_of(int index, size_t count, const std::string& what) {
   return index;
 }
 
-template <size_t N>
-void check_most(size_t count, const std::array<int, N>&, const std::string& what) {
-  if (count <= N) return;
+void check_most(size_t count, int most, const std::string& what) {
+  if (count <= static_cast<size_t>(most)) return;
   throw Unsupported(what + " are " + std::to_string(count) + "; fused layers read at most " +
-                    std::to_string(N));
+                    std::to_string(most));
 }
 
 void read_window(py::handle object, Node& node) {
@@ -98,22 +77,22 @@ Node read_node(py::handle object, size_t number, size_t parameters) {
   const std::string named_node = "node " + std::to_string(number) + " (" + node.name + "): ";
   const auto inputs = fields.read<std::vector<int>>("inputs");
   if (inputs.empty()) throw std::invalid_argument(named_node + "inputs must hold at least 1 value, got 0");
-  check_most(inputs.size(), node.inputs, named_node + "its inputs");
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    node.inputs[i] = index_of(inputs[i], number + 1, named_node + "its inputs");
+  check_most(inputs.size(), kMostInputs, named_node + "its inputs");
+  for (int input : inputs) {
+    node.inputs.push_back(index_of(input, number + 1, named_node + "its inputs"));
   }
   const auto read = fields.read<std::vector<std::optional<int>>>("parameters");
-  check_most(read.size(), node.parameters, named_node + "its parameters");
-  for (size_t i = 0; i < read.size(); ++i) {
-    if (read[i]) node.parameters[i] = index_of(*read[i], parameters, named_node + "its parameters");
+  check_most(read.size(), kMostParameters, named_node + "its parameters");
+  for (std::optional<int> p : read) {
+    node.parameters.push_back(p ? index_of(*p, parameters, named_node + "its parameters") : -1);
   }
   node.in_features = fields.read<int64_t>("in_features", 0);
   node.out_features = fields.read<int64_t>("out_features", 0);
   for (const std::string& layout : fields.read<std::vector<std::string>>("in_layouts")) {
-    node.ranks |= 1u << named(kLayouts, layout, "layout");
+    node.layouts.push_back(named(kLayouts, layout, "layout"));
   }
   if (const auto out = fields.read<std::optional<std::string>>("out_layout")) {
-    node.out_rank = named(kLayouts, *out, "layout");
+    node.out_layout = named(kLayouts, *out, "layout");
   }
   node.sample = fields.read("sample", std::vector<int64_t>());
   Layer& layer = node.layer;

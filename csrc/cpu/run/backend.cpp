@@ -3,6 +3,8 @@
 
 #include <cstdlib>
 
+#include "layers/kinds.h"
+
 namespace maml::cpu {
 namespace {
 

@@ -24,44 +24,26 @@
 namespace maml::MAML_ISA {
 
 Footprint footprint(const Layer& layer) {
-  switch (layer.kind) {
-    case Kind::conv2d:
-      return conv2d_footprint(layer);
-    case Kind::batch_norm:
-      return batch_norm_footprint(layer);
-    case Kind::running_norm:
-      return running_norm_footprint(layer);
-    case Kind::group_norm:
-      return group_norm_footprint(layer);
-    case Kind::max_pool:
-      return max_pool_footprint(layer);
-    case Kind::conv_block:
-      return conv_block_footprint(layer);
-    case Kind::patch_gram:
-      return patch_gram_footprint(layer);
-    case Kind::stem:
-      return stem_footprint(layer);
-    default:
-      return {};
-  }
+  using Of = Footprint (*)(const Layer&);
+  static constexpr auto table = for_each_kind([]<Kind K>() -> Of {
+    if constexpr (Declaration<K>::on_cpu) return Implementation<K>::footprint;
+    return nullptr;
+  });
+  return table[static_cast<size_t>(layer.kind)](layer);
 }
 
 namespace {
 
 template <class T>
 struct Cpu : Updates<T, T> {
-  static const Passes<T>& passes(Kind kind) {
-    static const Passes<T> table[] = {channels_last<T>(), flatten<T>(),    conv2d<T>(),    batch_norm<T>(),
-                                      running_norm<T>(),  group_norm<T>(), pointwise<T>(), max_pool<T>(),
-                                      avg_pool<T>(),      mean_pool<T>(),  add<T>(),       append<T>(),
-                                      Passes<T>{},  // block
-                                      conv_block<T>(),    patch_gram<T>(), stem<T>()};
-    return table[static_cast<int>(kind)];
+  void forward(const Layer& l, const Tensors<T>& t) const { passes_of<T>(l.kind).forward(l, t); }
+  void backward(const Layer& l, const Tensors<T>& t) const { passes_of<T>(l.kind).backward(l, t); }
+  void forward_tangent(const Layer& l, const Tensors<T>& t) const {
+    passes_of<T>(l.kind).forward_tangent(l, t);
   }
-  void forward(const Layer& l, const Tensors<T>& t) const { passes(l.kind).forward(l, t); }
-  void backward(const Layer& l, const Tensors<T>& t) const { passes(l.kind).backward(l, t); }
-  void forward_tangent(const Layer& l, const Tensors<T>& t) const { passes(l.kind).forward_tangent(l, t); }
-  void backward_tangent(const Layer& l, const Tensors<T>& t) const { passes(l.kind).backward_tangent(l, t); }
+  void backward_tangent(const Layer& l, const Tensors<T>& t) const {
+    passes_of<T>(l.kind).backward_tangent(l, t);
+  }
 
   void loss(const LossPart& part, const T* z, const Target<T>& target, T* value, T* grad_z, T* saved) const {
     const T loss = loss_passes<T>(part.kind).value(part, z, target, grad_z, saved);
@@ -117,8 +99,8 @@ struct Memory {
 
   Memory(const Problem& p, int64_t tasks_) : tasks(tasks_) {
     const int64_t in_lanes = W * lane_size(p);
-    lanes = p.is_linear() && !p.is_tiled() && p.operation != Operation::kept_fisher && few_lanes(tasks) &&
-            in_lanes * static_cast<int64_t>(sizeof(T)) <= kLaneBytes;
+    lanes = p.is_small_network() && !p.is_tiled() && p.operation != Operation::kept_fisher &&
+            few_lanes(tasks) && in_lanes * static_cast<int64_t>(sizeof(T)) <= kLaneBytes;
     wave = std::min(tasks, lanes ? W * cpu::kWave : cpu::kWave);
     sums = lanes ? (wave + W - 1) / W : 0;
     alone = lanes ? (W - 1) / 3 : wave;

@@ -103,16 +103,16 @@ struct TasksInLanes : Updates<Vector<T>, T> {
       : Updates<V, T>{rates, query_weights}, scratch(scratch_) {}
 
   void forward(const Layer& l, const Tensors<V>& t) const {
-    if (l.kind != Kind::conv2d) return elementwise(l).forward(longer(l), elements(t));
+    if (l.kind != Kind::conv2d) return passes_of<T>(l.kind).forward(longer(l), elements(t));
     product(l, {{t.x[0], t.w[0]}, {}}, 1, t.w[1], t.y);
   }
   void backward(const Layer& l, const Tensors<V>& t) const {
-    if (l.kind != Kind::conv2d) return elementwise(l).backward(longer(l), elements(t));
+    if (l.kind != Kind::conv2d) return passes_of<T>(l.kind).backward(longer(l), elements(t));
     gradients(l, {{t.x[0], t.grad_y}, {}}, 1, {{t.grad_y, t.w[0]}, {}}, 1, t.grad_y, t, t.grad_w,
               t.grad_x[0]);
   }
   void forward_tangent(const Layer& l, const Tensors<V>& t) const {
-    if (l.kind != Kind::conv2d) return elementwise(l).forward_tangent(longer(l), elements(t));
+    if (l.kind != Kind::conv2d) return passes_of<T>(l.kind).forward_tangent(longer(l), elements(t));
     typename LaneProduct<V>::Term terms[2];
     int count = 0;
     if (t.x_dot[0]) terms[count++] = {t.x_dot[0], t.w[0]};
@@ -120,7 +120,7 @@ struct TasksInLanes : Updates<Vector<T>, T> {
     product(l, {terms[0], terms[1]}, count, t.w_dot[1], t.y_dot);
   }
   void backward_tangent(const Layer& l, const Tensors<V>& t) const {
-    if (l.kind != Kind::conv2d) return elementwise(l).backward_tangent(longer(l), elements(t));
+    if (l.kind != Kind::conv2d) return passes_of<T>(l.kind).backward_tangent(longer(l), elements(t));
     gradients(l, {{t.x[0], t.grad_y_dot}, {t.x_dot[0], t.grad_y}}, t.x_dot[0] && t.grad_y ? 2 : 1,
               {{t.grad_y_dot, t.w[0]}, {t.grad_y, t.w_dot[0]}}, t.w_dot[0] && t.grad_y ? 2 : 1, t.grad_y_dot,
               t, t.grad_w_dot, t.grad_x_dot[0]);
@@ -197,9 +197,6 @@ struct TasksInLanes : Updates<Vector<T>, T> {
     return static_cast<const LaneTargets<T>*>(target.y)->of[lane];
   }
 
-  static Passes<T> elementwise(const Layer& l) {
-    return l.kind == Kind::add ? add<T>() : l.kind == Kind::append ? append<T>() : pointwise<T>();
-  }
   /// The layer with the lanes as further features, which no sum over samples mixes.
   static Layer longer(Layer l) {
     l.in.c *= W;

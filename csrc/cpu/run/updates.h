@@ -7,7 +7,7 @@
 
 #include "cpu/run/share.h"
 #include "cpu/simd.h"
-#include "plan/plan.h"
+#include "plan/problem.h"
 
 namespace maml::MAML_ISA {
 

@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "call.h"
-#include "plan/plan.h"
+#include "plan/problem.h"
 
 namespace maml::cuda {
 

@@ -101,19 +101,19 @@ class Batched {
 
   void forward(const Layer& l, const Tensors<T>& t) const {
     note_pass(Op::forward, l, t);
-    passes(l.kind).forward(launch_, l, t);
+    passes_of<T>(l.kind).forward(launch_, l, t);
   }
   void backward(const Layer& l, const Tensors<T>& t) const {
     note_pass(Op::backward, l, t);
-    passes(l.kind).backward(launch_, l, t);
+    passes_of<T>(l.kind).backward(launch_, l, t);
   }
   void forward_tangent(const Layer& l, const Tensors<T>& t) const {
     note_pass(Op::forward_tangent, l, t);
-    passes(l.kind).forward_tangent(launch_, l, t);
+    passes_of<T>(l.kind).forward_tangent(launch_, l, t);
   }
   void backward_tangent(const Layer& l, const Tensors<T>& t) const {
     note_pass(Op::backward_tangent, l, t);
-    passes(l.kind).backward_tangent(launch_, l, t);
+    passes_of<T>(l.kind).backward_tangent(launch_, l, t);
   }
 
   /// f(backend) as a branch of the graph, or nothing and false.
@@ -187,18 +187,6 @@ class Batched {
   /// The launches of convolutions note their own products.
   static void note_pass(Op op, const Layer& l, const Tensors<T>& t) {
     if (l.kind != Kind::conv2d && l.kind != Kind::stem) note([&] { return work_of(op, l, t); });
-  }
-
-  static const LaunchPasses<T>& passes(Kind kind) {
-    static const LaunchPasses<T> table[] = {channels_last<T>(), flatten<T>(),
-                                            conv2d<T>(),        batch_norm<T>(),
-                                            running_norm<T>(),  group_norm<T>(),
-                                            pointwise<T>(),     max_pool<T>(),
-                                            avg_pool<T>(),      mean_pool<T>(),
-                                            add<T>(),           append<T>(),
-                                            block<T>(),         {},  // conv_block
-                                            patch_gram<T>(),    stem<T>()};
-    return table[static_cast<int>(kind)];
   }
 
   /// The step's slices on the device.

@@ -10,7 +10,7 @@
 
 #include "call.h"
 #include "cuda/run/launch.h"
-#include "plan/plan.h"
+#include "plan/problem.h"
 
 namespace maml::cuda {
 

@@ -13,8 +13,8 @@
 // shared memory of one block, linear layers, pointwise functions and sums.
 #include <cstddef>
 
+#include "cuda/add.h"
 #include "cuda/append.h"
-#include "cuda/arrange.h"
 #include "cuda/loss.h"
 #include "cuda/pointwise.h"
 #include "cuda/product/small_product.h"
@@ -22,6 +22,7 @@
 #include "cuda/run/on_device.h"
 #include "cuda/run/pack.h"
 #include "cuda/run/updates.h"
+#include "layers/kinds.h"
 
 namespace maml::cuda {
 namespace {

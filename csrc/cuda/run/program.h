@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "cuda/run/address.h"
-#include "plan/plan.h"
+#include "plan/problem.h"
 
 namespace maml::cuda {
 

@@ -67,30 +67,16 @@ Task<T> symbolic_task(const Problem& p, const Layout& layout, bool inside) {
 }  // namespace
 
 Footprint footprint(const Layer& layer) {
-  switch (layer.kind) {
-    case Kind::conv2d:
-      return conv2d_footprint(layer);
-    case Kind::batch_norm:
-      return batch_norm_footprint(layer);
-    case Kind::running_norm:
-      return running_norm_footprint(layer);
-    case Kind::group_norm:
-      return group_norm_footprint(layer);
-    case Kind::block:
-      return block_footprint(layer);
-    case Kind::max_pool:
-      return max_pool_footprint(layer);
-    case Kind::patch_gram:
-      return patch_gram_footprint(layer);
-    case Kind::stem:
-      return stem_footprint(layer);
-    default:
-      return {};
-  }
+  using Of = Footprint (*)(const Layer&);
+  static constexpr auto table = for_each_kind([]<Kind K>() -> Of {
+    if constexpr (Declaration<K>::on_cuda) return Implementation<K>::footprint;
+    return nullptr;
+  });
+  return table[static_cast<size_t>(layer.kind)](layer);
 }
 
 // The batched executor wants all samples at once: they are its parallelism.
-LayerTraits traits() { return {footprint, Kind::block, conv2d_statistics_rows}; }
+LayerTraits traits() { return {footprint, Kind::norm_block, conv2d_statistics_rows}; }
 
 template <class T>
 struct Runner<T>::State {
@@ -125,7 +111,7 @@ struct Runner<T>::State {
   /// The problem as the megakernel takes it: as it is, or in the largest tiles that fit the shared memory of
   /// a block.
   std::optional<Problem> for_one_block() const {
-    if (!problem.is_linear() || all_spans().count > kMegakernelSpans) return {};
+    if (!problem.is_small_network() || all_spans().count > kMegakernelSpans) return {};
     if (problem.support.work + problem.query.work > kMostWorkOfABlock) return {};
     auto fits = [&](const Problem& p) { return fits_one_block<T>(Layout(p, true, true), device); };
     if (fits(problem)) return problem;

@@ -4,6 +4,8 @@
 #pragma once
 
 #include "cuda/run/program.h"
+#include "layers/kinds.h"
+#include "layers/registry.h"
 
 namespace maml::cuda {
 
@@ -53,24 +55,18 @@ Work product_work(double m, double n, double k, int terms, int64_t image, double
   return {.flop = 2 * m * n * k * terms, .bytes = moved * sizeof(T)};
 }
 
-/// Whether the derivatives need no input.
-inline bool is_linear(Kind kind) {
-  return kind == Kind::channels_last || kind == Kind::flatten || kind == Kind::avg_pool ||
-         kind == Kind::mean_pool || kind == Kind::add;
-}
-
 template <class T>
 Work work_of(Op op, const Layer& l, const Tensors<T>& t) {
   int64_t count = 0;
-  auto inputs = [&](auto* const(&x)[2]) {
-    count += ((x[0] != nullptr) + (x[1] != nullptr)) * l.n * size(l.in);
+  auto inputs = [&](auto* const(&x)[kMostInputs]) {
+    for (const auto* p : x) count += (p != nullptr) * l.n * size(l.in);
   };
   auto output = [&](const T* y) { count += (y != nullptr) * l.n * size(l.out); };
   auto weights = [&](auto* const(&w)[kMostParameters]) {
     for (int p = 0; p < kMostParameters; ++p) count += w[p] ? parameter_size(l, p) : 0;
   };
   int products = 0;
-  if (op == Op::forward || !is_linear(l.kind)) inputs(t.x);
+  if (op == Op::forward || properties(l.kind).layer_class != LayerClass::linear) inputs(t.x);
   switch (op) {
     case Op::forward:
       output(t.y), weights(t.w);

@@ -6,7 +6,7 @@
 
 #include "emulation.h"
 #include "layer_harness.h"
-#include "layers/patch_gram.h"
+#include "layers/patch_moments.h"
 
 namespace maml::cuda {
 namespace {

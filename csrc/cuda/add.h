@@ -15,8 +15,8 @@ __device__ __forceinline__ void sum_of(Team team, int64_t count, const T* a, con
 
 /// Each grad_x that is wanted (+)= g. One after the other for an element: x + x has one cotangent.
 template <class T>
-__device__ __forceinline__ void pass_on(Team team, int64_t count, const T* g, const bool (&add)[2],
-                                        T* const (&grad_x)[2]) {
+__device__ __forceinline__ void pass_on(Team team, int64_t count, const T* g, const bool* add,
+                                        T* const* grad_x) {
   const int64_t step = team.step();
   for (int64_t i = team.first(); i < count; i += step) {
     const T value = g[i];

@@ -1,0 +1,143 @@
+// How a layer's file turns what it writes into the four passes: it specialises OnCpu for its kind, with what
+// the class of the kind asks for (layers/declaration.h), and instantiates Implementation. In each class, T is
+// float or double, samples are those of `layer.n`, and a cotangent that nothing asks for is not computed.
+#pragma once
+
+#include "cpu/layers.h"
+#include "cpu/product/product.h"
+
+namespace maml::MAML_ISA {
+
+/// linear:     apply(layer, x, y), adjoint(layer, g, add, grad_x). Of a kind with several inputs, x, add and
+///             grad_x are arrays, in which null says "zero" or "not wanted".
+/// bilinear:   apply(layer, terms, count, bias, y, scratch), y = bias + the sum of x * w over one or two
+/// terms
+///             {x, w}; its adjoints adjoint_x of terms {g, w}, adjoint_w of terms {x, g}, and adjoint_bias;
+///             footprint(layer).
+/// selection:  choose(layer, x, y, choice), and given the choice apply(layer, choice, x, y) and
+///             adjoint(layer, choice, g, add, grad_x); choices(layer), how many int32 it keeps.
+/// others:     passes<T>(), all four, and footprint(layer).
+template <Kind K>
+struct OnCpu;
+
+template <Kind K, class T>
+Passes<T> linear_passes() {
+  if constexpr (Declaration<K>::inputs == 1) {
+    return {
+        [](const Layer& l, const Tensors<T>& t) { OnCpu<K>::apply(l, t.x[0], t.y); },
+        [](const Layer& l, const Tensors<T>& t) {
+          if (t.grad_x[0]) OnCpu<K>::adjoint(l, t.grad_y, t.add_x[0], t.grad_x[0]);
+        },
+        [](const Layer& l, const Tensors<T>& t) { OnCpu<K>::apply(l, t.x_dot[0], t.y_dot); },
+        [](const Layer& l, const Tensors<T>& t) {
+          if (t.grad_x_dot[0]) OnCpu<K>::adjoint(l, t.grad_y_dot, t.add_x[0], t.grad_x_dot[0]);
+        },
+    };
+  } else {
+    return {
+        [](const Layer& l, const Tensors<T>& t) { OnCpu<K>::apply(l, t.x, t.y); },
+        [](const Layer& l, const Tensors<T>& t) { OnCpu<K>::adjoint(l, t.grad_y, t.add_x, t.grad_x); },
+        [](const Layer& l, const Tensors<T>& t) { OnCpu<K>::apply(l, t.x_dot, t.y_dot); },
+        [](const Layer& l, const Tensors<T>& t) {
+          OnCpu<K>::adjoint(l, t.grad_y_dot, t.add_x, t.grad_x_dot);
+        },
+    };
+  }
+}
+
+template <Kind K, class T>
+Passes<T> bilinear_passes() {
+  return {
+      [](const Layer& l, const Tensors<T>& t) {
+        const Term<T> term{t.x[0], t.w[0]};
+        OnCpu<K>::apply(l, &term, 1, t.w[1], t.y, t.scratch);
+      },
+      [](const Layer& l, const Tensors<T>& t) {
+        if (t.grad_w[0]) {
+          const Term<T> term{t.x[0], t.grad_y};
+          OnCpu<K>::adjoint_w(l, &term, 1, t.add_w[0], t.grad_w[0], t.scratch);
+        }
+        if (t.grad_w[1]) OnCpu<K>::adjoint_bias(l, t.grad_y, t.add_w[1], t.grad_w[1]);
+        if (t.grad_x[0]) {
+          const Term<T> term{t.grad_y, t.w[0]};
+          OnCpu<K>::adjoint_x(l, &term, 1, t.add_x[0], t.grad_x[0], t.scratch);
+        }
+      },
+      [](const Layer& l, const Tensors<T>& t) {
+        Term<T> terms[2];
+        int count = 0;
+        if (t.x_dot[0]) terms[count++] = {t.x_dot[0], t.w[0]};
+        if (t.w_dot[0]) terms[count++] = {t.x[0], t.w_dot[0]};
+        OnCpu<K>::apply(l, terms, count, t.w_dot[1], t.y_dot, t.scratch);
+      },
+      [](const Layer& l, const Tensors<T>& t) {
+        if (t.grad_w_dot[0]) {
+          const Term<T> terms[2] = {{t.x[0], t.grad_y_dot}, {t.x_dot[0], t.grad_y}};
+          OnCpu<K>::adjoint_w(l, terms, t.x_dot[0] && t.grad_y ? 2 : 1, t.add_w[0], t.grad_w_dot[0],
+                              t.scratch);
+        }
+        if (t.grad_w_dot[1]) OnCpu<K>::adjoint_bias(l, t.grad_y_dot, t.add_w[1], t.grad_w_dot[1]);
+        if (t.grad_x_dot[0]) {
+          const Term<T> terms[2] = {{t.grad_y_dot, t.w[0]}, {t.grad_y, t.w_dot[0]}};
+          OnCpu<K>::adjoint_x(l, terms, t.w_dot[0] && t.grad_y ? 2 : 1, t.add_x[0], t.grad_x_dot[0],
+                              t.scratch);
+        }
+      },
+  };
+}
+
+template <class T>
+int32_t* choice_of(const Tensors<T>& t) {
+  return reinterpret_cast<int32_t*>(t.saved);  // an int32 has no more bytes than a T
+}
+
+template <Kind K, class T>
+Passes<T> selection_passes() {
+  return {
+      [](const Layer& l, const Tensors<T>& t) { OnCpu<K>::choose(l, t.x[0], t.y, choice_of(t)); },
+      [](const Layer& l, const Tensors<T>& t) {
+        if (t.grad_x[0]) OnCpu<K>::adjoint(l, choice_of(t), t.grad_y, t.add_x[0], t.grad_x[0]);
+      },
+      [](const Layer& l, const Tensors<T>& t) { OnCpu<K>::apply(l, choice_of(t), t.x_dot[0], t.y_dot); },
+      [](const Layer& l, const Tensors<T>& t) {
+        if (t.grad_x_dot[0]) {
+          OnCpu<K>::adjoint(l, choice_of(t), t.grad_y_dot, t.add_x[0], t.grad_x_dot[0]);
+        }
+      },
+  };
+}
+
+template <Kind K, class T>
+Passes<T> passes_by_class() {
+  if constexpr (Declaration<K>::layer_class == LayerClass::linear) {
+    return linear_passes<K, T>();
+  } else if constexpr (Declaration<K>::layer_class == LayerClass::bilinear) {
+    return bilinear_passes<K, T>();
+  } else if constexpr (Declaration<K>::layer_class == LayerClass::selection) {
+    return selection_passes<K, T>();
+  } else {
+    return OnCpu<K>::template passes<T>();
+  }
+}
+
+template <Kind K>
+Footprint Implementation<K>::footprint([[maybe_unused]] const Layer& l) {
+  constexpr LayerClass layer_class = Declaration<K>::layer_class;
+  if constexpr (layer_class == LayerClass::linear || layer_class == LayerClass::pointwise) {
+    return {};
+  } else if constexpr (layer_class == LayerClass::selection) {
+    return {OnCpu<K>::choices(l)};
+  } else {
+    return OnCpu<K>::footprint(l);
+  }
+}
+template <Kind K>
+Passes<float> Implementation<K>::passes(float) {
+  return passes_by_class<K, float>();
+}
+template <Kind K>
+Passes<double> Implementation<K>::passes(double) {
+  return passes_by_class<K, double>();
+}
+
+}  // namespace maml::MAML_ISA

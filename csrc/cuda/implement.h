@@ -1,0 +1,167 @@
+// How a layer's file turns what it writes into the four passes: it specialises OnGpu for its kind, with what
+// the class of the kind asks for (layers/declaration.h), and instantiates Implementation. Everything is
+// enqueued for all tasks, in symbolic addresses; T is float or double; a cotangent that nothing asks for is
+// not computed.
+#pragma once
+
+#include "cuda/layers.h"
+
+namespace maml::cuda {
+
+/// A bilinear layer's pass, which decides on the names of its kernels.
+enum class Tangent { no, yes };
+
+/// One product of a sum: x w, g w or x g.
+template <class T>
+struct Factors {
+  const T *a, *b;
+};
+
+/// linear:     apply(launch, layer, x, y), adjoint(launch, layer, g, add, grad_x). Of a kind with several
+/// inputs,
+///             x, add and grad_x are arrays, in which null says "zero" or "not wanted".
+/// bilinear:   apply(launch, tangent, layer, factors, count, tensors), y or y_dot = bias + the sum of x * w
+/// over one
+///             or two factors {x, w}; adjoint_x(launch, tangent, layer, factors {g, w}, count, add, grad_x)
+///             and adjoint_w(launch, tangent, layer, factors {x, g}, count, tensors), which also gives the
+///             bias gradient; footprint(layer).
+/// selection:  choose(launch, layer, x, y, choice), and given the choice apply(launch, layer, choice, x, y)
+/// and
+///             adjoint(launch, layer, tangent, choice, g, add, grad_x); choices(layer), how many int32 it
+///             keeps.
+/// others:     passes<T>(), all four, and footprint(layer).
+template <Kind K>
+struct OnGpu;
+
+template <Kind K, class T>
+LaunchPasses<T> linear_passes() {
+  if constexpr (Declaration<K>::inputs == 1) {
+    return {
+        [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+          OnGpu<K>::apply(launch, l, t.x[0], t.y);
+        },
+        [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+          if (t.grad_x[0]) OnGpu<K>::adjoint(launch, l, t.grad_y, t.add_x[0], t.grad_x[0]);
+        },
+        [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+          OnGpu<K>::apply(launch, l, t.x_dot[0], t.y_dot);
+        },
+        [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+          if (t.grad_x_dot[0]) OnGpu<K>::adjoint(launch, l, t.grad_y_dot, t.add_x[0], t.grad_x_dot[0]);
+        },
+    };
+  } else {
+    return {
+        [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+          OnGpu<K>::apply(launch, l, t.x, t.y);
+        },
+        [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+          OnGpu<K>::adjoint(launch, l, t.grad_y, t.add_x, t.grad_x);
+        },
+        [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+          OnGpu<K>::apply(launch, l, t.x_dot, t.y_dot);
+        },
+        [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+          OnGpu<K>::adjoint(launch, l, t.grad_y_dot, t.add_x, t.grad_x_dot);
+        },
+    };
+  }
+}
+
+template <Kind K, class T>
+LaunchPasses<T> bilinear_passes() {
+  return {
+      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+        const Factors<T> factors{t.x[0], t.w[0]};
+        OnGpu<K>::apply(launch, Tangent::no, l, &factors, 1, t);
+      },
+      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+        if (t.grad_w[0] || t.grad_w[1]) {
+          const Factors<T> factors{t.x[0], t.grad_y};
+          OnGpu<K>::adjoint_w(launch, Tangent::no, l, &factors, 1, t);
+        }
+        if (t.grad_x[0]) {
+          const Factors<T> factors{t.grad_y, t.w[0]};
+          OnGpu<K>::adjoint_x(launch, Tangent::no, l, &factors, 1, t.add_x[0], t.grad_x[0]);
+        }
+      },
+      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+        Factors<T> factors[2];
+        int count = 0;
+        if (t.x_dot[0]) factors[count++] = {t.x_dot[0], t.w[0]};
+        if (t.w_dot[0]) factors[count++] = {t.x[0], t.w_dot[0]};
+        OnGpu<K>::apply(launch, Tangent::yes, l, factors, count, t);
+      },
+      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+        if (t.grad_w_dot[0] || t.grad_w_dot[1]) {
+          const Factors<T> factors[2] = {{t.x[0], t.grad_y_dot}, {t.x_dot[0], t.grad_y}};
+          OnGpu<K>::adjoint_w(launch, Tangent::yes, l, factors, t.x_dot[0] && t.grad_y ? 2 : 1, t);
+        }
+        if (t.grad_x_dot[0]) {
+          const Factors<T> factors[2] = {{t.grad_y_dot, t.w[0]}, {t.grad_y, t.w_dot[0]}};
+          OnGpu<K>::adjoint_x(launch, Tangent::yes, l, factors, t.w_dot[0] && t.grad_y ? 2 : 1, t.add_x[0],
+                              t.grad_x_dot[0]);
+        }
+      },
+  };
+}
+
+template <class T>
+int32_t* choice_of(const Tensors<T>& t) {
+  return reinterpret_cast<int32_t*>(t.saved);  // an int32 has no more bytes than a T
+}
+
+template <Kind K, class T>
+LaunchPasses<T> selection_passes() {
+  return {
+      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+        OnGpu<K>::choose(launch, l, t.x[0], t.y, choice_of(t));
+      },
+      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+        if (!t.grad_x[0]) return;
+        OnGpu<K>::adjoint(launch, Tangent::no, l, choice_of(t), t.grad_y, t.add_x[0], t.grad_x[0]);
+      },
+      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+        OnGpu<K>::apply(launch, l, choice_of(t), t.x_dot[0], t.y_dot);
+      },
+      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+        if (!t.grad_x_dot[0]) return;
+        OnGpu<K>::adjoint(launch, Tangent::yes, l, choice_of(t), t.grad_y_dot, t.add_x[0], t.grad_x_dot[0]);
+      },
+  };
+}
+
+template <Kind K, class T>
+LaunchPasses<T> passes_by_class() {
+  if constexpr (Declaration<K>::layer_class == LayerClass::linear) {
+    return linear_passes<K, T>();
+  } else if constexpr (Declaration<K>::layer_class == LayerClass::bilinear) {
+    return bilinear_passes<K, T>();
+  } else if constexpr (Declaration<K>::layer_class == LayerClass::selection) {
+    return selection_passes<K, T>();
+  } else {
+    return OnGpu<K>::template passes<T>();
+  }
+}
+
+template <Kind K>
+Footprint Implementation<K>::footprint([[maybe_unused]] const Layer& l) {
+  constexpr LayerClass layer_class = Declaration<K>::layer_class;
+  if constexpr (layer_class == LayerClass::linear || layer_class == LayerClass::pointwise) {
+    return {};
+  } else if constexpr (layer_class == LayerClass::selection) {
+    return {OnGpu<K>::choices(l)};
+  } else {
+    return OnGpu<K>::footprint(l);
+  }
+}
+template <Kind K>
+LaunchPasses<float> Implementation<K>::passes(float) {
+  return passes_by_class<K, float>();
+}
+template <Kind K>
+LaunchPasses<double> Implementation<K>::passes(double) {
+  return passes_by_class<K, double>();
+}
+
+}  // namespace maml::cuda

@@ -1,0 +1,57 @@
+// y[c] = the mean of x over the whole image: AdaptiveAvgPool2d(1), and a mean over the spatial axes.
+//
+// A thread keeps its channel (channels.h). A block takes one sample, its threads every `rows`-th pixel in
+// ascending order, and a tree sums them. Rows of one task, n h w, are numbered in 32 bits.
+#include "cuda/elementwise.h"
+#include "cuda/implement.h"
+#include "cuda/windows.h"
+
+namespace maml::cuda {
+namespace {
+
+/// Block x: one sample.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    mean_of_all_kernel(Layer l, const T* symbolic_x, T* symbolic_y, const Table* table) {
+  const Lanes lanes = lanes_of(l.in.c);
+  const int pixels = static_cast<int>(l.in.h * l.in.w);
+  const int64_t c = l.in.c;
+  const T* image = resolve(symbolic_x, *table, blockIdx.z) + blockIdx.x * (pixels * c) + lanes.channel;
+  T* y = resolve(symbolic_y, *table, blockIdx.z) + blockIdx.x * c + lanes.channel;
+  T sum[1];
+  channel_sums(lanes, pixels, sum, [&](int pixel, T(&s)[1]) { s[0] += image[pixel * c]; });
+  if (lanes.active && lanes.row == 0) *y = sum[0] * (1 / static_cast<T>(pixels));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    spread_over_all_kernel(Layer l, const T* symbolic_g, bool add, T* symbolic_grad_x, const Table* table) {
+  const Lanes lanes = lanes_of(l.in.c);
+  const int pixels = static_cast<int>(l.in.h * l.in.w);
+  const int64_t c = l.in.c;
+  const T* g = resolve(symbolic_g, *table, blockIdx.z) + lanes.channel;
+  T* grad_x = resolve(symbolic_grad_x, *table, blockIdx.z) + lanes.channel;
+  const T weight = 1 / static_cast<T>(pixels);
+  each_item(lanes, static_cast<int>(l.n), pixels, [&](int sample, int pixel) {
+    put(grad_x, (sample * pixels + pixel) * c, weight * g[sample * c], add);
+  });
+}
+
+}  // namespace
+
+template <>
+struct OnGpu<Kind::mean_pool> {
+  template <class T>
+  static void apply(const Launcher& launch, const Layer& l, const T* x, T* y) {
+    const Grid samples{l.n, blocks_for(l.in.c, channel_width(l.in.c))};
+    launch("mean_pool", mean_of_all_kernel<T>, samples, kThreads, 0, l, x, y, launch.table);
+  }
+  template <class T>
+  static void adjoint(const Launcher& launch, const Layer& l, const T* g, bool add, T* grad_x) {
+    launch("mean_pool transposed", spread_over_all_kernel<T>, channel_grid(l.n * l.in.h * l.in.w, l.in.c, 2),
+           kThreads, 0, l, g, add, grad_x, launch.table);
+  }
+};
+template struct Implementation<Kind::mean_pool>;
+
+}  // namespace maml::cuda

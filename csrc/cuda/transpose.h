@@ -1,0 +1,71 @@
+// Between channels first, as the user has images, and channels last, as the layers have them: a transpose of
+// each sample's matrix, out[s, j, i] (+)= in[s, i, j].
+//
+// A block takes one kTile x kTile tile through shared memory, so that it reads and writes whole rows; a row
+// of the tile is one element longer than needed, so that the threads of a column hit different banks. A
+// matrix of only a few rows or columns (an image of 3 channels) would leave most of a tile empty: there each
+// thread places one element after the other, written in order; what it reads lies in a few streams.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/elementwise.h"
+
+namespace maml::cuda {
+
+inline constexpr int kTile = kSmallTiles ? 8 : 32;
+inline constexpr int kTileThreads = kSmallTiles ? 32 : 256;
+inline constexpr int64_t kFew = kTile / 4;
+
+struct Transpose {
+  int64_t n, rows, columns;
+  bool add;
+};
+
+/// Block x: tile (s, i, j), columns fastest.
+template <class T>
+__global__ void __launch_bounds__(kTileThreads)
+    transpose_tiles(Transpose p, const T* symbolic_in, T* symbolic_out, const Table* table) {
+  __shared__ T tile[kTile][kTile + 1];
+  const int64_t across = (p.columns + kTile - 1) / kTile, down = (p.rows + kTile - 1) / kTile;
+  const int64_t block = blockIdx.x;
+  const int64_t s = block / (across * down), i0 = block / across % down * kTile, j0 = block % across * kTile;
+  const T* in = resolve(symbolic_in, *table, blockIdx.z) + s * p.rows * p.columns;
+  T* out = resolve(symbolic_out, *table, blockIdx.z) + s * p.rows * p.columns;
+  const int lane = static_cast<int>(threadIdx.x) % kTile, first = static_cast<int>(threadIdx.x) / kTile;
+  for (int k = first; k < kTile; k += kTileThreads / kTile) {
+    if (i0 + k < p.rows && j0 + lane < p.columns) tile[k][lane] = in[(i0 + k) * p.columns + j0 + lane];
+  }
+  __syncthreads();
+  for (int k = first; k < kTile; k += kTileThreads / kTile) {
+    if (j0 + k < p.columns && i0 + lane < p.rows)
+      put(out, (j0 + k) * p.rows + i0 + lane, tile[lane][k], p.add);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kElementThreads)
+    transpose_elements(Transpose p, const T* symbolic_in, T* symbolic_out, const Table* table) {
+  const T* in = resolve(symbolic_in, *table, blockIdx.z);
+  T* out = resolve(symbolic_out, *table, blockIdx.z);
+  const Team team = grid_team();
+  const int64_t each = p.rows * p.columns, step = team.step();
+  for (int64_t at = team.first(); at < p.n * each; at += step) {
+    const int64_t s = at / each, within = at - s * each, j = within / p.rows, i = within - j * p.rows;
+    put(out, at, in[s * each + i * p.columns + j], p.add);
+  }
+}
+
+/// [n, rows, columns] -> [n, columns, rows]
+template <class T>
+void transpose(const Launcher& launch, const char* name, const Transpose& p, const T* in, T* out) {
+  if (std::min(p.rows, p.columns) <= kFew) {
+    launch(name, transpose_elements<T>, element_grid(p.n * p.rows * p.columns), kElementThreads, 0, p, in,
+           out, launch.table);
+  } else {
+    const Grid tiles{p.n * blocks_for(p.rows, kTile) * blocks_for(p.columns, kTile)};
+    launch(name, transpose_tiles<T>, tiles, kTileThreads, 0, p, in, out, launch.table);
+  }
+}
+
+}  // namespace maml::cuda

@@ -1,0 +1,27 @@
+// add: the sum of two values, as in a residual network.
+#pragma once
+
+#include "layers/declaration.h"
+#include "layers/infer.h"
+
+namespace maml {
+
+template <>
+struct Declaration<Kind::add> {
+  static constexpr const char* name = "add";
+  static constexpr LayerClass layer_class = LayerClass::linear;
+  static constexpr int inputs = 2;
+  static constexpr bool on_cpu = true, on_cuda = true;
+  static constexpr bool mixes_samples = false;
+  static constexpr bool function_in_place = false;
+  static constexpr bool in_small_networks = true;
+
+  static Shape infer(const Node& node, std::span<const Shape> x, int64_t) {
+    check_sum(node.name, x[0], x[1]);
+    return output_like_input(node, x[0]);
+  }
+  static bool is_view(const Image&, bool) { return false; }
+  static int64_t work(const Layer& l) { return elementwise_work(l); }
+};
+
+}  // namespace maml

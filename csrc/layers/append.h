@@ -1,0 +1,27 @@
+// append: [x, max(w, a)], the elements of a parameter behind the features of every sample, not below the floor a. So a
+// Gaussian policy's log_std comes behind its mean.
+#pragma once
+
+#include "layers/declaration.h"
+#include "layers/infer.h"
+
+namespace maml {
+
+template <>
+struct Declaration<Kind::append> {
+  static constexpr const char* name = "append";
+  static constexpr LayerClass layer_class = LayerClass::own;
+  static constexpr int inputs = 1;
+  static constexpr bool on_cpu = true, on_cuda = true;
+  static constexpr bool mixes_samples = false;
+  static constexpr bool function_in_place = false;
+  static constexpr bool in_small_networks = true;
+
+  static Shape infer(const Node& node, std::span<const Shape> x, int64_t) {
+    return output_like_input(node, x[0]);
+  }
+  static bool is_view(const Image&, bool) { return false; }
+  static int64_t work(const Layer& l) { return elementwise_work(l); }
+};
+
+}  // namespace maml

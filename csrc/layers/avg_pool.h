@@ -1,0 +1,29 @@
+// avg_pool: the mean of each channel over each window. Padding counts in the divisor if Layer::count_padding.
+#pragma once
+
+#include "layers/declaration.h"
+#include "layers/infer.h"
+
+namespace maml {
+
+template <>
+struct Declaration<Kind::avg_pool> {
+  static constexpr const char* name = "avg_pool";
+  static constexpr LayerClass layer_class = LayerClass::linear;
+  static constexpr int inputs = 1;
+  static constexpr bool on_cpu = true, on_cuda = true;
+  static constexpr bool mixes_samples = false;
+  static constexpr bool function_in_place = false;
+  static constexpr bool in_small_networks = false;
+
+  static Shape infer(const Node& node, std::span<const Shape> x, int64_t) {
+    Shape y = output_like_input(node, x[0]);
+    const Image slid = slide(node.name, node.layer.window, node.pad_end, x[0]);
+    y.image.h = slid.h, y.image.w = slid.w;
+    return y;
+  }
+  static bool is_view(const Image&, bool) { return false; }
+  static int64_t work(const Layer& l) { return elementwise_work(l); }
+};
+
+}  // namespace maml

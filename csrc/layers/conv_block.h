@@ -1,0 +1,31 @@
+// conv_block: f(pool(batch_norm(conv2d(x)) + r)), on CPUs: a convolution with the BatchNorm behind it, with or without r,
+// the other value of a residual sum, with or without a max-pool of pairs; f is relu, leaky_relu or nothing.
+#pragma once
+
+#include "layers/declaration.h"
+#include "layers/infer.h"
+#include "layers/normalised_convolution.h"
+
+namespace maml {
+
+template <>
+struct Declaration<Kind::conv_block> {
+  static constexpr const char* name = "conv_block";
+  static constexpr LayerClass layer_class = LayerClass::own;
+  static constexpr int inputs = 2;
+  static constexpr bool on_cpu = true, on_cuda = false;
+  static constexpr bool mixes_samples = true;
+  static constexpr bool function_in_place = false;
+  static constexpr bool in_small_networks = false;
+
+  static Shape infer(const Node& node, std::span<const Shape> x, int64_t n) {
+    Shape y = normalised_convolution(node, x[0], n);
+    if (x.size() > 1) check_sum(node.sum_name, {y.layout, y.between}, x[1]);
+    pool_pairs_of(node, y);
+    return y;
+  }
+  static bool is_view(const Image&, bool) { return false; }
+  static int64_t work(const Layer& l) { return convolution_work(l, l.between); }
+};
+
+}  // namespace maml

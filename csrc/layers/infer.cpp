@@ -1,0 +1,68 @@
+#include "layers/infer.h"
+
+#include <algorithm>
+
+namespace maml {
+
+Shape output_like_input(const Node& node, const Shape& x) {
+  const auto& layouts = node.layouts;
+  if (!layouts.empty() && std::find(layouts.begin(), layouts.end(), x.layout) == layouts.end()) {
+    throw Unsupported(node.name + " is fused on " + text_of(layouts) + ", got samples of shape " +
+                      text_of(x));
+  }
+  if (node.in_features != 0 && x.image.c != node.in_features) {
+    throw std::invalid_argument(node.name + " expects " + std::to_string(node.in_features) +
+                                (x.layout == SampleLayout::features ? " features" : " channels") +
+                                ", got samples of shape " + text_of(x));
+  }
+  if (!node.sample.empty() && node.sample != axes_of(x)) {
+    throw std::invalid_argument(node.name + " expects samples of shape " + text_of(node.sample) + ", got " +
+                                text_of(x));
+  }
+  Shape y{node.out_layout.value_or(x.layout), x.image};
+  if (node.out_features != 0) y.image.c = node.out_features;
+  return y;
+}
+
+Image slide(const std::string& name, const Window& window, const std::array<int64_t, 2>& padding_end,
+            const Shape& x) {
+  if (window.kernel_h > kMostKernelRows) {
+    throw Unsupported(name + " has a kernel of " + std::to_string(window.kernel_h) +
+                      " rows; fused are at most " + std::to_string(kMostKernelRows));
+  }
+  auto positions = [&](int64_t in, int64_t kernel, int64_t stride, int64_t before, int64_t after) {
+    const int64_t room = in + before + after - kernel;
+    if (room < 0) {
+      throw std::invalid_argument(name + " has a kernel of " + std::to_string(kernel) + " on an input of " +
+                                  text_of(x) +
+                                  " a sample: the input must be at least as large as the kernel");
+    }
+    return room / stride + 1;
+  };
+  Image y = x.image;
+  y.h = positions(x.image.h, window.kernel_h, window.stride_h, window.pad_top, padding_end[0]);
+  y.w = positions(x.image.w, window.kernel_w, window.stride_w, window.pad_left, padding_end[1]);
+  return y;
+}
+
+void check_batch_statistics(const std::string& name, const Shape& x, int64_t n) {
+  if (n * x.image.h * x.image.w == 1) {
+    throw std::invalid_argument(name +
+                                " expects more than 1 value per channel in batch statistics, got 1 sample of "
+                                "shape " +
+                                text_of(x));
+  }
+}
+
+void check_sum(const std::string& name, const Shape& a, const Shape& b) {
+  if (a.layout == SampleLayout::other) {
+    throw Unsupported("the sum " + name + " is fused on features, signals and images, got samples of shape " +
+                      text_of(a));
+  }
+  if (a.layout != b.layout || axes_of(a) != axes_of(b)) {
+    throw Unsupported("the sum " + name + " of samples of shapes " + text_of(a) + " and " + text_of(b) +
+                      " broadcasts, which is not fused");
+  }
+}
+
+}  // namespace maml

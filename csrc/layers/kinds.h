@@ -1,0 +1,63 @@
+// The list of the kinds of layers. A new kind is one line in the enumeration, one include, and
+// layers/<kind>.h, cpu/<kind>.cpp, cuda/<kind>.cu (docs/adding_a_layer.md); all tables are derived from
+// these.
+#pragma once
+
+#include "layers/layer.h"
+
+namespace maml {
+
+enum class Kind : int {
+  channels_last,
+  flatten,
+  conv2d,
+  batch_norm,
+  running_norm,
+  group_norm,
+  pointwise,
+  max_pool,
+  avg_pool,
+  mean_pool,
+  add,
+  append,
+  norm_block,
+  conv_block,
+  patch_gram,
+  stem,
+  count
+};
+
+}  // namespace maml
+
+#include "layers/add.h"
+#include "layers/append.h"
+#include "layers/avg_pool.h"
+#include "layers/batch_norm.h"
+#include "layers/channels_last.h"
+#include "layers/conv2d.h"
+#include "layers/conv_block.h"
+#include "layers/flatten.h"
+#include "layers/group_norm.h"
+#include "layers/max_pool.h"
+#include "layers/mean_pool.h"
+#include "layers/norm_block.h"
+#include "layers/patch_gram.h"
+#include "layers/pointwise.h"
+#include "layers/running_norm.h"
+#include "layers/stem.h"
+
+namespace maml {
+
+constexpr int kKinds = static_cast<int>(Kind::count);
+
+/// f.template operator()<K>() for every kind, in the order of the enumeration, as an array.
+template <class F>
+constexpr auto for_each_kind(F f) {
+  return [&]<int... K>(std::integer_sequence<int, K...>) {
+    static_assert((Declared<static_cast<Kind>(K)> && ...),
+                  "every kind is declared in layers/<kind>.h, whole");
+    return std::array{f.template operator()<static_cast<Kind>(K)>()...};
+  }(std::make_integer_sequence<int, kKinds>());
+}
+
+}  // namespace maml

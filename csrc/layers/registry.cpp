@@ -1,0 +1,49 @@
+#include "layers/registry.h"
+
+#include <stdexcept>
+
+#include "layers/functions.h"
+#include "layers/kinds.h"
+
+namespace maml {
+namespace {
+
+constexpr auto kProperties = for_each_kind([]<Kind K> {
+  using D = Declaration<K>;
+  return Properties{D::name,          D::layer_class,       D::inputs,
+                    D::mixes_samples, D::function_in_place, D::in_small_networks,
+                    D::infer,         D::is_view,           D::work};
+});
+
+struct FunctionProperties {
+  const char* name;
+  bool bends;
+  bool (*ascends)(const Layer&);
+};
+constexpr auto kFunctionProperties = for_each_function([]<Function F> {
+  using D = FunctionDeclaration<F>;
+  return FunctionProperties{D::name, D::bends, D::ascends};
+});
+
+/// The index of the row with this name.
+template <class Table>
+int named(const Table& table, const std::string& name, const char* what) {
+  for (size_t i = 0; i < table.size(); ++i) {
+    if (name == table[i].name) return static_cast<int>(i);
+  }
+  throw std::invalid_argument(std::string("unknown ") + what + " " + name);
+}
+
+}  // namespace
+
+const Properties& properties(Kind kind) { return kProperties[static_cast<size_t>(kind)]; }
+Kind kind_named(const std::string& name) { return static_cast<Kind>(named(kProperties, name, "layer")); }
+Function function_named(const std::string& name) {
+  return static_cast<Function>(named(kFunctionProperties, name, "function"));
+}
+bool bends(Function function) { return kFunctionProperties[static_cast<size_t>(function)].bends; }
+bool ascends(const Layer& layer) {
+  return kFunctionProperties[static_cast<size_t>(layer.function)].ascends(layer);
+}
+
+}  // namespace maml

@@ -1,0 +1,45 @@
+// Shapes of values: what one sample looks like.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace maml {
+
+/// How the axes of a sample are to be read. To the layers all of them are images: features are one pixel, a
+/// signal is one row.
+enum class SampleLayout {
+  features,  // [c]
+  signal,    // [c, length]
+  image,     // [c, height, width]
+  other      // any other number of axes: [c, height, all the rest]
+};
+
+/// Channels, height and width.
+struct Image {
+  int64_t c, h, w;
+};
+
+inline int64_t size(const Image& s) { return s.c * s.h * s.w; }
+
+struct Shape {
+  SampleLayout layout = SampleLayout::features;
+  Image image{1, 1, 1};
+  Image between{};  // Layer::between
+};
+
+/// The shape of a sample with these axes, as the user has them.
+Shape shape_of(const std::vector<int64_t>& sample);
+
+/// The axes of a sample as the user has them; `other`: as [c, height, the rest].
+std::vector<int64_t> axes_of(const Shape& shape);
+
+/// "[3, 28, 28]"
+std::string text_of(const std::vector<int64_t>& axes);
+inline std::string text_of(const Shape& shape) { return text_of(axes_of(shape)); }
+
+/// "features [n, features] or images [n, channels, height, width]"
+std::string text_of(const std::vector<SampleLayout>& layouts);
+
+}  // namespace maml

@@ -1,0 +1,113 @@
+#include "plan/problem.h"
+
+#include "layers/kinds.h"
+#include "layers/registry.h"
+#include "plan/fuse.h"
+
+namespace maml {
+namespace {
+
+/// If the saved state of a task would be more, the gradient pass is run again for each Hessian-vector
+/// product. The bits are the same, and memory does not grow with the steps. Reading so much state from memory
+/// would take as long as computing it.
+constexpr int64_t kSavedBytes = int64_t{192} << 20;
+
+}  // namespace
+
+Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
+                 std::vector<RateTensor> rate_tensors_, const std::vector<int64_t>& sample_,
+                 int64_t n_support, int64_t n_query, int steps_, bool first_order_,
+                 const std::vector<int>& query_steps_, int64_t element_bytes_, const LayerTraits& traits)
+    : graph(with_chains(graph_, traits.chain)),
+      operation(operation_),
+      rates(std::move(rates_)),
+      rate_tensors(std::move(rate_tensors_)),
+      steps(steps_),
+      first_order(first_order_),
+      query_steps(query_steps_),
+      sample(sample_),
+      element_bytes(element_bytes_),
+      packing(graph.parameters) {
+  result_size = packing.trainable;
+  for (const RateTensor& rate : rate_tensors) {
+    rate_at.push_back(rates_size);
+    rates_size += whole_lines(rate.size);
+    rate_grad_at.push_back(rate.learned ? result_size : kNowhere);
+    if (rate.learned) result_size += whole_lines(rate.size);
+  }
+  slice_rates();
+  support.n = n_support;
+  query.n = n_query;
+  lay_out(traits);
+}
+
+void Problem::lay_out(const LayerTraits& traits) {
+  const bool products = second_order() || operation == Operation::hvp;
+  const bool query_gradient =
+      operation == Operation::meta_gradient || operation == Operation::predict_backward;
+  const Keep of_query = is_fisher(operation) ? Keep::products
+                        : query_gradient     ? Keep::gradient
+                                             : Keep::values;
+  if (support.n > 0) {
+    support = make_stage(graph, sample, support.n, Data::support, products ? Keep::products : Keep::gradient,
+                         traits);
+  }
+  if (query.n > 0) {
+    query = make_stage(graph, sample, query.n, Data::query, of_query, traits);
+  }
+  const int64_t queries = std::max<int64_t>(static_cast<int64_t>(query_steps.size()), 1);
+  work = 3 * queries * query.work + (second_order() ? 9 : 3) * std::max(steps, 1) * support.work;
+  const bool support_pass = steps > 0 || at_own_parameters(operation);
+  const bool keeps_all = operation == Operation::kept_fisher;
+  const bool keeps = second_order() && (keeps_all || !graph.recompute);
+  const int64_t most = keeps_all ? INT64_MAX : support.tiles == 1 ? kSavedBytes : traits.kept_bytes;
+  const int64_t bytes = support.tiles * support.step_size * element_bytes;
+  saved_steps = keeps && steps * bytes <= most ? steps : support_pass ? 1 : 0;
+  kept_tiles = keeps && bytes <= most ? support.tiles : 1;
+}
+
+void Problem::slice_rates() {
+  int64_t most_steps = 1;
+  for (const RateTensor& rate : rate_tensors) most_steps = std::max(most_steps, rate.steps);
+  slices.resize(most_steps);
+  for (int64_t k = 0; k < most_steps; ++k) {
+    for (size_t i = 0; i < rates.size(); ++i) {
+      if (graph.parameters[i].role != Role::adapted) continue;
+      const Rate& rate = rates[i];
+      RateSlice slice{packing.at[i], graph.parameters[i].size, rate.constant};
+      if (rate.slot >= 0) {
+        const int64_t step = std::min(k, rate_tensors[rate.slot].steps - 1);
+        const int64_t offset = rate.per_step ? step * (rate.elementwise ? slice.size : 1) : 0;
+        slice.rate_at = rate_at[rate.slot] + offset;
+        if (rate_tensors[rate.slot].learned) slice.grad_at = rate_grad_at[rate.slot] + offset;
+        slice.elementwise = rate.elementwise;
+      }
+      slices[k].push_back(slice);
+    }
+  }
+}
+
+bool Problem::is_small_network() const {
+  for (const Stage* stage : {&support, &query}) {
+    for (const Stage::Step& step : stage->steps) {
+      const Layer& l = step.layer;
+      if (!properties(l.kind).in_small_networks) return false;
+      // Of convolutions, linear layers. With one pixel, a tap that falls on padding alone would read nothing.
+      const bool features = l.in.h * l.in.w == 1 && l.out.h * l.out.w == 1;
+      const bool one_tap =
+          l.window.kernel_h * l.window.kernel_w == 1 && l.window.pad_top + l.window.pad_left == 0;
+      if (l.kind == Kind::conv2d && !(one_tap && features)) return false;
+    }
+  }
+  return true;
+}
+
+int64_t Problem::task_size() const {
+  return support.tiles * support.fixed_size + regions() * support.step_size +
+         query_regions() * query.step_size + shared_size() +
+         whole_lines(std::max(support.scratch_size, query.scratch_size)) +
+         kept_parameters() * packing.adapted + kept_gradients() * packing.adapted + packing.adapted +
+         packing.trainable + whole_lines(weighs_queries() ? 1 : 0);
+}
+
+}  // namespace maml

@@ -1,0 +1,163 @@
+#include "plan/stage.h"
+
+#include <algorithm>
+
+#include "layers/kinds.h"
+#include "layers/registry.h"
+
+namespace maml {
+namespace {
+
+/// Samples go through the layers in tiles if none of them mixes samples.
+int64_t tiles_of(const Graph& graph, int64_t n, const LayerTraits& traits) {
+  const bool mixes = std::any_of(graph.nodes.begin(), graph.nodes.end(),
+                                 [](const Node& node) { return properties(node.layer.kind).mixes_samples; });
+  return mixes ? 1 : (n - 1) / traits.tile + 1;
+}
+
+/// The shapes of all values; and of each value of the stage its size and whose memory it is.
+std::vector<Shape> infer_shapes(const Graph& graph, const std::vector<int64_t>& sample, Stage& stage) {
+  const size_t count = graph.nodes.size();
+  std::vector<Shape> shapes(count + 1);
+  stage.values.resize(count + 1);
+  shapes[0] = shape_of(sample);
+  stage.values[0].size = size(shapes[0].image);
+  for (size_t i = 0; i < count; ++i) {
+    const Node& node = graph.nodes[i];
+    const Properties& kind = properties(node.layer.kind);
+    if (node.inputs.empty() || node.inputs.size() > static_cast<size_t>(kind.inputs) ||
+        node.parameters.size() > kMostParameters) {
+      throw std::invalid_argument(
+          node.name + " (" + kind.name + ") expects 1 to " + std::to_string(kind.inputs) +
+          " inputs and at most " + std::to_string(kMostParameters) + " parameters, got " +
+          std::to_string(node.inputs.size()) + " and " + std::to_string(node.parameters.size()));
+    }
+    std::vector<Shape> inputs;
+    for (int input : node.inputs) inputs.push_back(shapes[input]);
+    shapes[i + 1] = kind.infer(node, inputs, stage.n);
+    Stage::Value& y = stage.values[i + 1];
+    y.size = size(shapes[i + 1].image);
+    if (stage.n * y.size > INT32_MAX) {
+      throw Unsupported(node.name + " has " + std::to_string(stage.n * y.size) +
+                        " values a task; fused are fewer than 2^31");
+    }
+    const bool view = kind.is_view(inputs[0].image, node.inputs[0] == 0);
+    y.root = view ? stage.values[node.inputs[0]].root : static_cast<int>(i) + 1;
+  }
+  return shapes;
+}
+
+/// The last node is a flatten into the user's order of elements: the prediction has the shape of its input.
+void check_prediction(const Graph& graph, const std::vector<Shape>& shapes, Stage& stage) {
+  const Shape& prediction = shapes[graph.nodes.back().inputs[0]];
+  if (prediction.layout == SampleLayout::other) {
+    throw Unsupported("a prediction is fused that is features, a signal or an image, got samples of shape " +
+                      text_of(prediction));
+  }
+  stage.prediction = axes_of(prediction);
+  if (takes_classes(graph.loss) && prediction.layout != SampleLayout::features) {
+    throw Unsupported(std::string("the fused ") +
+                      (is_policy(graph.loss) ? "categorical policy" : "cross_entropy") +
+                      " takes a prediction [n, classes], got samples of shape " + text_of(prediction));
+  }
+  stage.output = stage.values.back().root;
+}
+
+/// The layers that compute something, with their shapes, and what each value depends on.
+void add_steps(const Graph& graph, const std::vector<Shape>& shapes, Stage& stage) {
+  const int64_t samples = (stage.n - 1) / stage.tiles + 1;  // of the largest tile
+  for (size_t i = 0; i < graph.nodes.size(); ++i) {
+    const Node& node = graph.nodes[i];
+    const int output = static_cast<int>(i) + 1;
+    Stage::Value& y = stage.values[output];
+    if (y.root != output) continue;
+    Stage::Step step;
+    Layer& layer = step.layer = node.layer;
+    layer.precision = graph.precision;
+    layer.n = samples;
+    layer.in = shapes[node.inputs[0]].image;
+    layer.out = shapes[output].image;
+    layer.between = shapes[output].between;
+    if (!node.sample.empty()) layer.in = layer.out = {size(layer.in), 1, 1};
+    if (layer.groups == 0) layer.groups = layer.in.c;
+    step.output = output;
+    step.parameters = node.parameters;
+    for (int input : node.inputs) {
+      const int root = stage.values[input].root;
+      const Stage::Value& x = stage.values[root];
+      step.inputs.push_back(root);
+      y.active |= x.active;
+      y.moving |= x.moving;
+      y.stepwise |= x.stepwise;
+    }
+    for (int p : node.parameters) {
+      if (p < 0) continue;
+      const Parameter& parameter = graph.parameters[p];
+      y.active |= parameter.role != Role::frozen;
+      y.moving |= parameter.role == Role::adapted;
+      y.stepwise |= parameter.slots > 1;
+    }
+    stage.steps.push_back(std::move(step));
+  }
+}
+
+/// How often each value is read, by layers and as the prediction.
+std::vector<int> count_readers(const Stage& stage) {
+  std::vector<int> readers(stage.values.size(), 0);
+  for (const Stage::Step& step : stage.steps) {
+    for (int input : step.inputs) ++readers[input];
+  }
+  ++readers[stage.output];
+  return readers;
+}
+
+/// Functions that are computed in place, over their argument. It takes an f whose f' can be told from f(x) as
+/// from x, and whose f'' is zero: then no pass needs x, or the cotangent of f(x), once f has been there. And
+/// a layer that writes x, reads it in none of its passes, and whose output only f reads.
+void find_functions_in_place(Stage& stage) {
+  const std::vector<int> readers = count_readers(stage);
+  std::vector<const Stage::Step*> writer(stage.values.size(), nullptr);
+  for (const Stage::Step& step : stage.steps) writer[step.output] = &step;
+  for (const Stage::Step& step : stage.steps) {
+    const Layer& f = step.layer;
+    const int x = step.inputs[0];
+    if (f.kind != Kind::pointwise || bends(f.function) || !ascends(f)) continue;
+    if (readers[x] != 1 || !writer[x]) continue;
+    if (properties(writer[x]->layer.kind).function_in_place) stage.values[x].overwritten_by = step.output;
+  }
+}
+
+/// Backward passes run in the reverse order of the steps. The first of them to reach a cotangent writes it,
+/// the others add to it.
+void find_added_cotangents(const Graph& graph, Stage& stage) {
+  std::vector<bool> value_written(stage.values.size()), parameter_written(graph.parameters.size());
+  for (auto step = stage.steps.rbegin(); step != stage.steps.rend(); ++step) {
+    for (size_t j = 0; j < step->inputs.size(); ++j) {
+      step->add_x[j] = value_written[step->inputs[j]];
+      value_written[step->inputs[j]] = true;
+    }
+    for (size_t j = 0; j < step->parameters.size(); ++j) {
+      if (step->parameters[j] < 0) continue;
+      step->add_w[j] = parameter_written[step->parameters[j]];
+      parameter_written[step->parameters[j]] = true;
+    }
+  }
+}
+
+}  // namespace
+
+Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t n, Data data, Keep keep,
+                 const LayerTraits& traits) {
+  Stage stage;
+  stage.n = n;
+  stage.tiles = tiles_of(graph, n, traits);
+  const std::vector<Shape> shapes = infer_shapes(graph, sample, stage);
+  check_prediction(graph, shapes, stage);
+  add_steps(graph, shapes, stage);
+  if (traits.in_place) find_functions_in_place(stage);
+  find_added_cotangents(graph, stage);
+  place_values(stage, data, keep, traits);
+  return stage;
+}
+
+}  // namespace maml
