@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "cpu/run/backend.h"
+#include "layers/functions.h"
+#include "layers/kinds.h"
 
 using namespace maml;
 
@@ -29,7 +31,7 @@ struct Net {
     Node node{};
     node.layer.kind = kind;
     node.name = "node " + std::to_string(value);
-    node.inputs[0] = value++;
+    node.inputs = {value++};
     graph.nodes.push_back(node);
     return graph.nodes.back();
   }
@@ -37,43 +39,41 @@ struct Net {
     graph.parameters.push_back({size, rows, taps, Role::adapted});
     return static_cast<int>(graph.parameters.size()) - 1;
   }
-  void product(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t pad, int rank) {
+  void product(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t pad, SampleLayout layout) {
     Node& node = append(Kind::conv2d);
     node.layer.window = {kernel, kernel, stride, stride, pad, pad};
     node.pad_end = {pad, pad};
-    node.in_features = in, node.out_features = out, node.ranks = 1u << rank;
-    node.parameters[0] = parameter(in * out * kernel * kernel, out, kernel * kernel);
-    node.parameters[1] = parameter(out, 1, 1);
+    node.in_features = in, node.out_features = out, node.layouts = {layout};
+    node.parameters = {parameter(in * out * kernel * kernel, out, kernel * kernel), parameter(out, 1, 1)};
   }
   void batch_norm(int64_t channels) {
     Node& node = append(Kind::batch_norm);
     node.layer.eps = 1e-5;
-    node.in_features = channels, node.ranks = 1u << 3;
-    node.parameters[0] = parameter(channels, 1, 1);
-    node.parameters[1] = parameter(channels, 1, 1);
+    node.in_features = channels, node.layouts = {SampleLayout::image};
+    node.parameters = {parameter(channels, 1, 1), parameter(channels, 1, 1)};
   }
   void function(Function f) { append(Kind::pointwise).layer.function = f; }
   void max_pool() {
     Node& node = append(Kind::max_pool);
     node.layer.window = {2, 2, 2, 2, 0, 0};
-    node.ranks = 1u << 3;
+    node.layouts = {SampleLayout::image};
   }
-  void flatten() { append(Kind::flatten).out_rank = 1; }
+  void flatten() { append(Kind::flatten).out_layout = SampleLayout::features; }
 };
 
 Net conv() {
   Net net;
   net.sample = {2, 9, 8};
   net.append(Kind::channels_last);
-  net.product(2, 5, 3, 1, 1, 3);
+  net.product(2, 5, 3, 1, 1, SampleLayout::image);
   net.batch_norm(5);
   net.function(Function::tanh);
   net.max_pool();
-  net.product(5, 19, 3, 2, 1, 3);
+  net.product(5, 19, 3, 2, 1, SampleLayout::image);
   net.batch_norm(19);
   net.function(Function::silu);
   net.flatten();
-  net.product(19 * 2 * 2, kClasses, 1, 1, 0, 1);
+  net.product(19 * 2 * 2, kClasses, 1, 1, 0, SampleLayout::features);
   net.flatten();
   return net;
 }
@@ -81,9 +81,9 @@ Net conv() {
 Net mlp() {
   Net net;
   net.sample = {3};
-  net.product(3, 21, 1, 1, 0, 1);
+  net.product(3, 21, 1, 1, 0, SampleLayout::features);
   net.function(Function::gelu);
-  net.product(21, kClasses, 1, 1, 0, 1);
+  net.product(21, kClasses, 1, 1, 0, SampleLayout::features);
   net.flatten();
   return net;
 }

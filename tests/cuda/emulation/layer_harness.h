@@ -15,6 +15,7 @@
 #include "cuda/product/statistics.h"
 #include "emulation.h"
 #include "layer_references.h"
+#include "layers/registry.h"
 
 namespace maml::cuda {
 
@@ -87,65 +88,13 @@ struct Present {
   bool second_dot = true;   // Kind::add: the tangent of the second input
 };
 
-template <class T>
-LaunchPasses<T> passes_of(Kind kind) {
-  switch (kind) {
-    case Kind::channels_last:
-      return channels_last<T>();
-    case Kind::flatten:
-      return flatten<T>();
-    case Kind::batch_norm:
-      return batch_norm<T>();
-    case Kind::running_norm:
-      return running_norm<T>();
-    case Kind::group_norm:
-      return group_norm<T>();
-    case Kind::block:
-      return block<T>();
-    case Kind::pointwise:
-      return pointwise<T>();
-    case Kind::max_pool:
-      return max_pool<T>();
-    case Kind::avg_pool:
-      return avg_pool<T>();
-    case Kind::mean_pool:
-      return mean_pool<T>();
-    case Kind::add:
-      return cuda::add<T>();
-    case Kind::append:  // test_policy.cpp
-    case Kind::conv2d:
-    case Kind::conv_block:
-    case Kind::patch_gram:
-    case Kind::stem:
-      break;
-  }
-  std::abort();
-}
-
-inline Footprint footprint_of(const Layer& l) {
-  if (l.kind == Kind::batch_norm) return batch_norm_footprint(l);
-  if (l.kind == Kind::running_norm) return running_norm_footprint(l);
-  if (l.kind == Kind::group_norm) return group_norm_footprint(l);
-  if (l.kind == Kind::block) return block_footprint(l);
-  if (l.kind == Kind::max_pool) return max_pool_footprint(l);
-  return {};
-}
-
-inline const char* name_of(Kind kind) {
-  const char* names[] = {"channels_last", "flatten",    "conv2d",     "batch_norm",
-                         "running_norm",  "group_norm", "pointwise",  "max_pool",
-                         "avg_pool",      "mean_pool",  "add",        "append",
-                         "block",         "conv_block", "patch_gram", "stem"};
-  return names[static_cast<int>(kind)];
-}
-
 inline std::string text_of(const Layer& l, const Present& p) {
   auto n = [](int64_t v) { return std::to_string(v); };
   const Window& k = l.window;
-  std::string text = std::string(name_of(l.kind)) + " n " + n(l.n) + " in " + n(l.in.c) + "x" + n(l.in.h) +
-                     "x" + n(l.in.w) + " out " + n(l.out.h) + "x" + n(l.out.w) + " window " + n(k.kernel_h) +
-                     "x" + n(k.kernel_w) + "/" + n(k.stride_h) + "x" + n(k.stride_w) + " pad " +
-                     n(k.pad_top) + "," + n(k.pad_left) + " f " + n(static_cast<int>(l.function)) +
+  std::string text = std::string(properties(l.kind).name) + " n " + n(l.n) + " in " + n(l.in.c) + "x" +
+                     n(l.in.h) + "x" + n(l.in.w) + " out " + n(l.out.h) + "x" + n(l.out.w) + " window " +
+                     n(k.kernel_h) + "x" + n(k.kernel_w) + "/" + n(k.stride_h) + "x" + n(k.stride_w) +
+                     " pad " + n(k.pad_top) + "," + n(k.pad_left) + " f " + n(static_cast<int>(l.function)) +
                      (l.groups > 1 ? " groups " + n(l.groups) : "") + (l.pooled ? " pooled" : "");
   const bool flags[] = {p.gamma,      p.beta,      p.x_dot, p.gamma_dot,  p.beta_dot,  p.grad_x,
                         p.grad_gamma, p.grad_beta, p.add,   p.statistics, p.second_dot};
@@ -233,7 +182,7 @@ std::vector<T> check_layer(const Layer& l, const Present& p, int64_t tasks = 2, 
   const std::string name = text_of(l, p) + (sizeof(T) == 4 ? " float" : " double");
   const double tolerance = sizeof(T) == 4 ? 2e-5 : 1e-12;
   const bool normalises = l.kind == Kind::batch_norm || l.kind == Kind::running_norm ||
-                          l.kind == Kind::group_norm || l.kind == Kind::block;
+                          l.kind == Kind::group_norm || l.kind == Kind::norm_block;
   const int inputs = l.kind == Kind::add ? 2 : 1, parameters = normalises ? 2 : 0;
   const bool has[2] = {p.gamma, p.beta};
   const bool x_moves[2] = {p.x_dot, p.second_dot};
@@ -241,7 +190,7 @@ std::vector<T> check_layer(const Layer& l, const Present& p, int64_t tasks = 2, 
   const bool w_wanted[2] = {p.gamma && p.grad_gamma, p.beta && p.grad_beta};
   const bool moves = p.x_dot || (inputs == 2 && p.second_dot) || (normalises && (w_moves[0] || w_moves[1]));
   const int64_t in = count_in(l), out = count_out(l), c = l.in.c;
-  const Footprint needs = footprint_of(l);
+  const Footprint needs = footprint(l);
   const int64_t tiles = (rows_in(l) + kStatisticsRows - 1) / kStatisticsRows;
 
   Memory<T> memory(tasks, 12 * in + 8 * out + 16 * c + needs.saved + needs.saved_dot + needs.scratch +

@@ -7,7 +7,8 @@
 #include <cstdlib>
 #include <vector>
 
-#include "layers/layer.h"
+#include "layers/functions.h"
+#include "layers/kinds.h"
 
 namespace maml {
 
@@ -83,6 +84,8 @@ S f_of(const Layer& l, S x) {
       return sigmoid(x);
     case Function::hardtanh:
       return at <= l.a ? a : at >= l.b ? b : x;
+    case Function::count:
+      break;
   }
   std::abort();
 }
@@ -229,7 +232,7 @@ void normalise_reference(const Layer& l, Values<S>& v) {
   for (int64_t i = 0; i < m * c; ++i) var[i % c] += (v.x[0][i] - mu[i % c]) * (v.x[0][i] - mu[i % c]) / rows;
   auto gamma = [&](int64_t ch) { return v.w[0].empty() ? S(1) : v.w[0][ch]; };
   auto beta = [&](int64_t ch) { return v.w[1].empty() ? S(0) : v.w[1][ch]; };
-  const bool f = l.kind == Kind::block;
+  const bool f = l.kind == Kind::norm_block;
   for (int64_t i = 0; i < m * c; ++i) {
     const int64_t ch = i % c;
     u[i] = gamma(ch) * (v.x[0][i] - mu[ch]) / sqrt(var[ch] + S(l.eps)) + beta(ch);
@@ -295,7 +298,7 @@ void reference(const Layer& l, Values<S>& v) {
       v.grad_x[0] = v.grad_x[1] = v.g;
       return;
     case Kind::batch_norm:
-    case Kind::block:
+    case Kind::norm_block:
       return normalise_reference(l, v);
     case Kind::running_norm:
       return running_norm_reference(l, v);
@@ -313,6 +316,7 @@ void reference(const Layer& l, Values<S>& v) {
     case Kind::conv_block:
     case Kind::patch_gram:
     case Kind::stem:
+    case Kind::count:
       break;
   }
   std::abort();

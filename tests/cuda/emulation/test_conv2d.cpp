@@ -137,7 +137,7 @@ class Check {
 
   void execute(const char* pass, void (*launch_pass)(const Launcher&, const Layer&, const Tensors<T>&),
                Tensors<T> t) {
-    const int64_t scratch = conv2d_footprint(layer_).scratch;
+    const int64_t scratch = footprint(layer_).scratch;
     Tensor& s = tensor("scratch", scratch);
     t.scratch = place<T>(Region::task, s.at);
     Table table{};
@@ -239,7 +239,7 @@ class Check {
       add_convolution(layer_, x->rounded[task], w->rounded[task], y->want[task]);
     }
     if (coin()) t.statistics = statistics(*y, nullptr);
-    execute("forward", conv2d<T>().forward, t);
+    execute("forward", passes_of<T>(Kind::conv2d).forward, t);
   }
 
   /// Random choices of which gradients are wanted, and which are added to.
@@ -263,7 +263,7 @@ class Check {
       if (grad_w) add_weight_gradient(layer_, x->rounded[task], g->rounded[task], grad_w->want[task]);
       if (grad_b) add_columns(g->start[task], grad_b->want[task]);
     }
-    execute("backward", conv2d<T>().backward, t);
+    execute("backward", passes_of<T>(Kind::conv2d).backward, t);
   }
 
   void forward_tangent() {
@@ -284,7 +284,7 @@ class Check {
       if (w_dot) add_convolution(layer_, x->rounded[task], w_dot->rounded[task], want);
     }
     if (coin()) t.statistics_dot = statistics(*y, y_dot);
-    execute("forward_tangent", conv2d<T>().forward_tangent, t);
+    execute("forward_tangent", passes_of<T>(Kind::conv2d).forward_tangent, t);
   }
 
   void backward_tangent() {
@@ -312,7 +312,7 @@ class Check {
       }
       if (grad_b) add_columns(g_dot->start[task], grad_b->want[task]);
     }
-    execute("backward_tangent", conv2d<T>().backward_tangent, t);
+    execute("backward_tangent", passes_of<T>(Kind::conv2d).backward_tangent, t);
   }
 
   Layer layer_;

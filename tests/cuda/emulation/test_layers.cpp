@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/arrange.h"
+#include "cuda/add.h"
 #include "cuda/channels.h"
 #include "cuda/loss.h"
 #include "cuda/pointwise.h"
@@ -29,7 +29,7 @@ Layer layer(Kind kind, int64_t n, Image in) {
 /// The layer over a window; pad_end rows and columns behind the image too.
 Layer over(Layer l, Window k, int64_t pad_end = 0) {
   l.window = k;
-  l.pooled = l.kind == Kind::block;
+  l.pooled = l.kind == Kind::norm_block;
   l.out.h = (l.in.h + k.pad_top + pad_end - k.kernel_h) / k.stride_h + 1;
   l.out.w = (l.in.w + k.pad_left + pad_end - k.kernel_w) / k.stride_w + 1;
   return l;
@@ -119,19 +119,19 @@ void check_normalisation() {
     check_layer<double>(grouped(5, {6, 1, 1}, 2), p);
     check_layer<double>(layer(Kind::batch_norm, 7, {9, 5, 5}), p);
     for (const Function f : {Function::relu, Function::silu}) {
-      check_layer<double>(with(layer(Kind::block, 7, {9, 5, 5}), f), p);
-      check_layer<double>(with(over(layer(Kind::block, 7, {9, 5, 5}), kWindows[0]), f), p);
-      check_layer<double>(with(over(layer(Kind::block, 3, {5, 7, 6}), kWindows[1], 1), f), p);
+      check_layer<double>(with(layer(Kind::norm_block, 7, {9, 5, 5}), f), p);
+      check_layer<double>(with(over(layer(Kind::norm_block, 7, {9, 5, 5}), kWindows[0]), f), p);
+      check_layer<double>(with(over(layer(Kind::norm_block, 3, {5, 7, 6}), kWindows[1], 1), f), p);
     }
   }
   for (const Function f : kFunctions) {
-    check_layer<double>(with(layer(Kind::block, 3, {10, 4, 3}), f), {});
+    check_layer<double>(with(layer(Kind::norm_block, 3, {10, 4, 3}), f), {});
     for (const Window& k : kWindows) {
-      check_layer<double>(with(over(layer(Kind::block, 3, {5, 7, 6}), k, k.pad_top), f), {});
+      check_layer<double>(with(over(layer(Kind::norm_block, 3, {5, 7, 6}), k, k.pad_top), f), {});
     }
-    check_layer<float>(with(over(layer(Kind::block, 4, {3, 6, 6}), kWindows[0]), f), {});
+    check_layer<float>(with(over(layer(Kind::norm_block, 4, {3, 6, 6}), kWindows[0]), f), {});
   }
-  check_layer<double>(with(over(layer(Kind::block, 40, {3, 6, 6}), kWindows[0]), Function::tanh),
+  check_layer<double>(with(over(layer(Kind::norm_block, 40, {3, 6, 6}), kWindows[0]), Function::tanh),
                       {});  // folds
   check_layer<float>(layer(Kind::batch_norm, 50, {9, 2, 2}), {});
 }
@@ -173,7 +173,7 @@ void check_the_others() {
 
 /// The same bits in every schedule, and for a task whatever its neighbours are.
 void check_bits() {
-  const Layer layers[] = {with(over(layer(Kind::block, 9, {9, 7, 7}), kWindows[1], 1), Function::gelu),
+  const Layer layers[] = {with(over(layer(Kind::norm_block, 9, {9, 7, 7}), kWindows[1], 1), Function::gelu),
                           layer(Kind::batch_norm, 300, {3, 1, 1}),
                           layer(Kind::running_norm, 300, {3, 1, 1}),
                           grouped(9, {12, 5, 4}, 4),
@@ -201,7 +201,7 @@ void check_special_values() {
   Tensors<double> t;
   t.x[0] = memory.take(8), t.y = memory.take(2), t.saved = memory.take(2);
   memory.fill(const_cast<double*>(t.x[0]), 0, {1, 3, nan, 2, 3, 3, 5, nan});
-  max_pool<double>().forward(memory.launcher(), pool, t);
+  passes_of<double>(Kind::max_pool).forward(memory.launcher(), pool, t);
   const auto* places = reinterpret_cast<int32_t*>(memory.real(t.saved, 0));
   expect(memory.real(t.y, 0)[0] == 3 && places[0] == 1, "max_pool: the first of equal values");
   expect(std::isnan(memory.real(t.y, 0)[1]) && places[1] == 7, "max_pool: the last NaN");
@@ -210,20 +210,20 @@ void check_special_values() {
   Tensors<double> r;
   r.x[0] = memory.take(4), r.y = memory.take(4);
   memory.fill(const_cast<double*>(r.x[0]), 0, {nan, -0.0, -1, INFINITY});
-  pointwise<double>().forward(memory.launcher(), relu, r);
+  passes_of<double>(Kind::pointwise).forward(memory.launcher(), relu, r);
   const double* y = memory.real(r.y, 0);
   expect(std::isnan(y[0]) && y[1] == 0 && y[2] == 0 && y[3] == INFINITY, "relu of NaN, -0, -1 and infinity");
 
   // A block of relu whose windows are all below zero chooses each first pixel, and hands nothing back.
-  Layer block_layer = over(layer(Kind::block, 2, {1, 2, 2}), kWindows[0]);
+  Layer block_layer = over(layer(Kind::norm_block, 2, {1, 2, 2}), kWindows[0]);
   Tensors<double> b;
-  const Footprint needs = block_footprint(block_layer);
+  const Footprint needs = footprint(block_layer);
   b.x[0] = memory.take(8), b.y = memory.take(2), b.saved = memory.take(needs.saved);
   b.scratch = memory.take(needs.scratch), b.w[0] = memory.take(1), b.w[1] = memory.take(1);
   memory.fill(const_cast<double*>(b.x[0]), 0, {1, 2, 3, 4, 5, 6, 7, 8});
   memory.fill(const_cast<double*>(b.w[0]), 0, {1});
   memory.fill(const_cast<double*>(b.w[1]), 0, {-100});
-  cuda::block<double>().forward(memory.launcher(), block_layer, b);
+  passes_of<double>(Kind::norm_block).forward(memory.launcher(), block_layer, b);
   const auto* chosen = reinterpret_cast<int32_t*>(memory.real(b.saved, 0) + 6);
   expect(memory.real(b.y, 0)[0] == 0 && chosen[0] == 0 && chosen[1] == 0, "block: the first of equal zeros");
 
@@ -231,22 +231,22 @@ void check_special_values() {
   Layer norm = layer(Kind::batch_norm, 500, {1, 1, 1});
   Memory<float> large(1, 20000);
   Tensors<float> f;
-  const Footprint norm_needs = batch_norm_footprint(norm);
+  const Footprint norm_needs = footprint(norm);
   f.x[0] = large.take(500), f.y = large.take(500), f.saved = large.take(norm_needs.saved);
   f.scratch = large.take(norm_needs.scratch);
   norm.eps = 0;
   std::vector<double> x(500);
   for (int i = 0; i < 500; ++i) x[i] = 4096 + (i % 2 ? 1 : -1);  // exact in float; x^2 is not
   large.fill(const_cast<float*>(f.x[0]), 0, x);
-  batch_norm<float>().forward(large.launcher(), norm, f);
+  passes_of<float>(Kind::batch_norm).forward(large.launcher(), norm, f);
   bool exact = true;
   for (int i = 0; i < 500; ++i) exact = exact && large.real(f.y, 0)[i] == (i % 2 ? 1 : -1);
   expect(exact, "batch_norm of 4096 +- 1 is +- 1");
 
   norm = grouped(1, {1, 500, 1}, 1);
   norm.eps = 0;
-  f.y = large.take(500), f.saved = large.take(group_norm_footprint(norm).saved);
-  group_norm<float>().forward(large.launcher(), norm, f);
+  f.y = large.take(500), f.saved = large.take(footprint(norm).saved);
+  passes_of<float>(Kind::group_norm).forward(large.launcher(), norm, f);
   for (int i = 0; i < 500; ++i) exact = exact && large.real(f.y, 0)[i] == (i % 2 ? 1 : -1);
   expect(exact, "group_norm of 4096 +- 1 is +- 1");
 }

@@ -200,7 +200,7 @@ void check_append(int64_t n, int64_t in, int64_t behind, bool moves, bool add) {
   t.x[0] = x, t.w[0] = w, t.y = y, t.y_dot = y_dot, t.grad_x[0] = t.grad_x_dot[0] = grad_x;
   t.grad_y = t.grad_y_dot = g, t.grad_w[0] = t.grad_w_dot[0] = grad_w, t.add_x[0] = t.add_w[0] = add;
   if (moves) t.x_dot[0] = x_dot, t.w_dot[0] = w_dot;
-  const auto passes = append<double>();
+  const auto passes = passes_of<double>(Kind::append);
   passes.forward(launch, l, t);
   passes.forward_tangent(launch, l, t);
   (moves ? passes.backward_tangent : passes.backward)(launch, l, t);

@@ -75,12 +75,7 @@ class Chain {
 
   void run(std::vector<Part>& parts) {
     const Launcher launch = memory_.launcher();
-    auto passes = [](const Part& p) {
-      return p.layer.kind == Kind::conv2d       ? conv2d<T>()
-             : p.layer.kind == Kind::patch_gram ? patch_gram<T>()
-             : p.layer.kind == Kind::stem       ? stem<T>()
-                                                : passes_of<T>(p.layer.kind);
-    };
+    auto passes = [](const Part& p) { return passes_of<T>(p.layer.kind); };
     for (const Part& p : parts) passes(p).forward(launch, p.layer, p.tensors);
     for (size_t i = parts.size(); i-- > 0 && moves_;) {
       passes(parts[i]).backward(launch, parts[i].layer, parts[i].tensors);
@@ -117,8 +112,8 @@ void check_stem(const Layer& l, bool moves, bool adds) {
   auto stem = fused.part(Kind::stem, 0, 0, 4);
   gram.tensors.x[0] = stem.tensors.x[0] = fused.x();
   stem.tensors.x[1] = gram.tensors.y;
-  fused.own_memory(gram, patch_gram_footprint(gram.layer));
-  fused.own_memory(stem, stem_footprint(stem.layer));
+  fused.own_memory(gram, footprint(gram.layer));
+  fused.own_memory(stem, footprint(stem.layer));
   std::vector<Chain::Part> one{gram, stem};
   fused.run(one);
 
@@ -134,8 +129,8 @@ void check_stem(const Layer& l, bool moves, bool adds) {
   norm.tensors.x_dot[0] = moves ? convolution.tensors.y_dot : nullptr;
   norm.tensors.grad_x[0] = const_cast<T*>(convolution.tensors.grad_y);
   norm.tensors.grad_x_dot[0] = const_cast<T*>(convolution.tensors.grad_y_dot);
-  plain.own_memory(convolution, conv2d_footprint(convolution.layer));
-  plain.own_memory(norm, batch_norm_footprint(norm.layer));
+  plain.own_memory(convolution, footprint(convolution.layer));
+  plain.own_memory(norm, footprint(norm.layer));
   std::vector<Chain::Part> three{convolution, norm};
   if (l.pooled) {
     auto pool = plain.part(Kind::max_pool, 0, 0, 0);
@@ -145,7 +140,7 @@ void check_stem(const Layer& l, bool moves, bool adds) {
     pool.tensors.x_dot[0] = norm.tensors.y_dot;
     pool.tensors.grad_x[0] = const_cast<T*>(norm.tensors.grad_y);
     pool.tensors.grad_x_dot[0] = const_cast<T*>(norm.tensors.grad_y_dot);
-    plain.own_memory(pool, max_pool_footprint(pool.layer));
+    plain.own_memory(pool, footprint(pool.layer));
     three.push_back(pool);
   }
   plain.run(three);
