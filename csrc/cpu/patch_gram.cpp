@@ -17,8 +17,6 @@
 // the elements j, j + period, ...; there are as many sums as it takes for every lane to have one residue and
 // channel. Order of sums: columns by lanes, rows, samples; then classes. The twin on the GPU is
 // cuda/patch_gram.cu.
-#include "layers/patch_gram.h"
-
 #include <algorithm>
 #include <cmath>
 #include <numeric>

@@ -1,5 +1,5 @@
-// append: [x, max(w, a)], the elements of a parameter behind the features of every sample, not below the floor a. So a
-// Gaussian policy's log_std comes behind its mean.
+// append: [x, max(w, a)], the elements of a parameter behind the features of every sample, not below the
+// floor a. So a Gaussian policy's log_std comes behind its mean.
 #pragma once
 
 #include "layers/declaration.h"

@@ -1,5 +1,5 @@
-// batch_norm: y = gamma (x - mean) / sqrt(var + eps) + beta, with the mean and the biased variance of each channel over
-// all samples and pixels (Ioffe, Szegedy 2015).
+// batch_norm: y = gamma (x - mean) / sqrt(var + eps) + beta, with the mean and the biased variance of each
+// channel over all samples and pixels (Ioffe, Szegedy 2015).
 #pragma once
 
 #include "layers/declaration.h"

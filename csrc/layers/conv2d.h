@@ -1,5 +1,5 @@
-// conv2d: y = x * w + bias, a convolution (cross-correlation, as in torch) of images [n, h, w, c] with a weight
-// [taps, c_in, c_out]. A linear layer is the same with one tap on one pixel.
+// conv2d: y = x * w + bias, a convolution (cross-correlation, as in torch) of images [n, h, w, c] with a
+// weight [taps, c_in, c_out]. A linear layer is the same with one tap on one pixel.
 #pragma once
 
 #include "layers/declaration.h"

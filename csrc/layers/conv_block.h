@@ -1,5 +1,6 @@
-// conv_block: f(pool(batch_norm(conv2d(x)) + r)), on CPUs: a convolution with the BatchNorm behind it, with or without r,
-// the other value of a residual sum, with or without a max-pool of pairs; f is relu, leaky_relu or nothing.
+// conv_block: f(pool(batch_norm(conv2d(x)) + r)), on CPUs: a convolution with the BatchNorm behind it, with
+// or without r, the other value of a residual sum, with or without a max-pool of pairs; f is relu, leaky_relu
+// or nothing.
 #pragma once
 
 #include "layers/declaration.h"

@@ -1,6 +1,6 @@
-// group_norm: y = gamma (x - mean) / sqrt(var + eps) + beta with the statistics of each group of channels of each sample
-// (Wu, He 2018). Layer::groups 0: each channel is a group (InstanceNorm). LayerNorm is one group on a sample that is
-// taken as features (Node::sample).
+// group_norm: y = gamma (x - mean) / sqrt(var + eps) + beta with the statistics of each group of channels of
+// each sample (Wu, He 2018). Layer::groups 0: each channel is a group (InstanceNorm). LayerNorm is one group
+// on a sample that is taken as features (Node::sample).
 #pragma once
 
 #include "layers/declaration.h"

@@ -40,8 +40,9 @@ struct Layer {
   double eps = 0;             // of every normalisation
   int64_t groups = 1;         // group_norm; of a Node 0: every channel is one
   bool count_padding = true;  // avg_pool: padding counts in the divisor
-  bool pooled = false;  // a max-pool comes last: norm_block: over `window`; others: of 2 x 2 pixels, each in one
-  Image between{};      // patch_gram, stem and conv_block: the convolution's output
+  bool pooled =
+      false;        // a max-pool comes last: norm_block: over `window`; others: of 2 x 2 pixels, each in one
+  Image between{};  // patch_gram, stem and conv_block: the convolution's output
   Precision precision = Precision::float32;  // conv2d and stem
 };
 

@@ -1,4 +1,5 @@
-// stem: f(pool(batch_norm(conv2d(x)))) of a constant image x, whose moments (patch_gram) are the second input.
+// stem: f(pool(batch_norm(conv2d(x)))) of a constant image x, whose moments (patch_gram) are the second
+// input.
 #pragma once
 
 #include "layers/declaration.h"

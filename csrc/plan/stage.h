@@ -35,12 +35,12 @@ struct Stage {
   struct Step {
     Layer layer;              // on the largest tile
     std::vector<int> inputs;  // roots
-    int output;
+    int output = 0;
     std::vector<int> parameters;  // -1: absent
     // Whether a backward pass adds to the cotangent that it writes: another reader has written it before.
     std::array<bool, kMostInputs> add_x{};
     std::array<bool, kMostParameters> add_w{};
-    int64_t saved_at;                 // in the region of its output
+    int64_t saved_at = kNowhere;      // in the region of its output
     int64_t saved_dot_at = kNowhere;  // in the tangent region
   };
   int64_t n = 0, tiles = 1;

@@ -9,10 +9,13 @@ namespace maml::cpu {
 namespace {
 
 bool always() { return true; }
-#ifdef MAML_X86_ISAS
+#ifdef MAML_WITH_AVX2
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
+#ifdef MAML_WITH_AVX512
 bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq");
 }
 #endif
@@ -28,8 +31,10 @@ bool has_avx512() {
   void run_float(const Problem&, const Call<float>&);         \
   void run_double(const Problem&, const Call<double>&);       \
   }
-#ifdef MAML_X86_ISAS
+#ifdef MAML_WITH_AVX512
 MAML_DECLARE(avx512)
+#endif
+#ifdef MAML_WITH_AVX2
 MAML_DECLARE(avx2)
 #endif
 MAML_DECLARE(baseline)
@@ -47,9 +52,11 @@ LayerTraits traits(Footprint (*footprint)(const Layer&)) {
 
 // Best first.
 const Backend kBackends[] = {
-#ifdef MAML_X86_ISAS
+#ifdef MAML_WITH_AVX512
     {"avx512", has_avx512, traits(avx512::footprint), avx512::workspace_float, avx512::workspace_double,
      avx512::run_float, avx512::run_double},
+#endif
+#ifdef MAML_WITH_AVX2
     {"avx2", has_avx2, traits(avx2::footprint), avx2::workspace_float, avx2::workspace_double,
      avx2::run_float, avx2::run_double},
 #endif
