@@ -56,8 +56,8 @@ void check_batch_statistics(const std::string& name, const Shape& x, int64_t n) 
 
 void check_sum(const std::string& name, const Shape& a, const Shape& b) {
   if (a.layout == SampleLayout::other) {
-    throw Unsupported("the sum " + name + " is fused on features, signals and images, got samples of shape " +
-                      text_of(a));
+    throw Unsupported("the sum " + name +
+                      " is fused on features, signals and images, got samples of another number of axes");
   }
   if (a.layout != b.layout || axes_of(a) != axes_of(b)) {
     throw Unsupported("the sum " + name + " of samples of shapes " + text_of(a) + " and " + text_of(b) +

@@ -51,8 +51,8 @@ std::vector<Shape> infer_shapes(const Graph& graph, const std::vector<int64_t>& 
 void check_prediction(const Graph& graph, const std::vector<Shape>& shapes, Stage& stage) {
   const Shape& prediction = shapes[graph.nodes.back().inputs[0]];
   if (prediction.layout == SampleLayout::other) {
-    throw Unsupported("a prediction is fused that is features, a signal or an image, got samples of shape " +
-                      text_of(prediction));
+    throw Unsupported(
+        "a prediction of features, a signal or an image a sample is fused, got one of more axes");
   }
   stage.prediction = axes_of(prediction);
   if (takes_classes(graph.loss) && prediction.layout != SampleLayout::features) {
