@@ -25,12 +25,10 @@ std::vector<Shape> infer_shapes(const Graph& graph, const std::vector<int64_t>& 
   for (size_t i = 0; i < count; ++i) {
     const Node& node = graph.nodes[i];
     const Properties& kind = properties(node.layer.kind);
-    if (node.inputs.empty() || node.inputs.size() > static_cast<size_t>(kind.inputs) ||
-        node.parameters.size() > kMostParameters) {
-      throw std::invalid_argument(
-          node.name + " (" + kind.name + ") expects 1 to " + std::to_string(kind.inputs) +
-          " inputs and at most " + std::to_string(kMostParameters) + " parameters, got " +
-          std::to_string(node.inputs.size()) + " and " + std::to_string(node.parameters.size()));
+    if (node.inputs.empty() || node.inputs.size() > static_cast<size_t>(kind.inputs)) {
+      throw std::invalid_argument(node.name + " (" + kind.name + ") expects at most " +
+                                  std::to_string(kind.inputs) + " inputs, got " +
+                                  std::to_string(node.inputs.size()));
     }
     std::vector<Shape> inputs;
     for (int input : node.inputs) inputs.push_back(shapes[input]);
