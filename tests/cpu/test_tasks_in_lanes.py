@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maml_cuda import FusedMAML
+from tests import conftest
 from tests.conftest import assert_close
 
 TASKS = [3, 7, 16, 21, 45]  # fewer than the lanes, whole vectors, vectors and single tasks, more than one wave
@@ -34,15 +35,8 @@ def network(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def episode(tasks: int, n: int, loss: str, dtype: torch.dtype) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(samples: int) -> list[Tensor]:
-        x = torch.randn(tasks, samples, 3, generator=generator, dtype=dtype)
-        if loss == "mse":
-            return [x, torch.randn(tasks, samples, 5, generator=generator, dtype=dtype)]
-        return [x, torch.randint(5, (tasks, samples), generator=generator)]
-
-    return [*draw(n), *draw(n + 2)]
+    target = (5,) if loss == "mse" else None
+    return conftest.episode(tasks=tasks, n=(n, n + 2), classes=5, target=target, dtype=dtype, seed=1)
 
 
 def rates(kind: str, model: nn.Module) -> object:

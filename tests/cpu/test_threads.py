@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maml_cuda import FusedMAML
+from tests import conftest
 from tests.conftest import run
 
 
@@ -69,10 +70,7 @@ NETS = {pooled: (3, 28, 28), strided: (3, 28, 28), grouped: (3, 28, 28), Residua
 
 def episode(make, tasks: int, dtype: torch.dtype) -> list[Tensor]:
     n = 300 if make is mlp else 7
-    data = []
-    for count in (n, n + 4):
-        data += [torch.randn(tasks, count, *NETS[make], dtype=dtype), torch.randint(5, (tasks, count))]
-    return data
+    return conftest.episode(NETS[make], tasks=tasks, n=(n, n + 4), classes=5, dtype=dtype)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from maml_cuda import FusedMAML
+from tests import conftest
 from tests.conftest import assert_close, check_meta_gradient, run
 
 pytestmark = pytest.mark.usefixtures("machine")
@@ -33,11 +34,8 @@ SAMPLES = {mlp: (3,), conv: (2, 6, 5), with_batch_norm: (3,)}
 
 
 def episode(make, loss: str, n_support: int, n_query: int, tasks: int = 2) -> list[Tensor]:
-    data = []
-    for n in (n_support, n_query):
-        data.append(torch.randn(tasks, n, *SAMPLES[make]).double())
-        data.append(torch.randint(4, (tasks, n)) if loss == "cross_entropy" else torch.randn(tasks, n, 4).double())
-    return data
+    target = None if loss == "cross_entropy" else (4,)
+    return conftest.episode(SAMPLES[make], tasks=tasks, n=(n_support, n_query), target=target)
 
 
 @pytest.mark.parametrize(("n_support", "n_query"), COUNTS)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests import conftest
+
 TASKS, SUPPORT, QUERY, FEATURES, CLASSES = 2, 4, 3, 3, 5
 BACKENDS = ("auto", "reference")
 
@@ -24,15 +26,9 @@ def images() -> nn.Sequential:
 
 
 def episode(*sample: int, loss: str = "cross_entropy", n_support: int = SUPPORT) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(1)
-    data = {}
-    for name, n in (("spt", n_support), ("qry", QUERY)):
-        data[f"x_{name}"] = torch.randn(TASKS, n, *(sample or (FEATURES,)), generator=g, dtype=torch.float64)
-        if loss == "mse":
-            data[f"y_{name}"] = torch.randn(TASKS, n, CLASSES, generator=g, dtype=torch.float64)
-        else:
-            data[f"y_{name}"] = torch.randint(CLASSES, (TASKS, n), generator=g)
-    return {name: data[name] for name in ("x_spt", "y_spt", "x_qry", "y_qry")}
+    target, n = (CLASSES,) if loss == "mse" else None, (n_support, QUERY)
+    data = conftest.episode(sample or (FEATURES,), tasks=TASKS, n=n, classes=CLASSES, target=target, seed=1)
+    return dict(zip(("x_spt", "y_spt", "x_qry", "y_qry"), data, strict=True))
 
 
 def state(module: nn.Module) -> list[Any]:

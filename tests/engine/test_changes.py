@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maml_cuda import FusedMAML, PolicyTarget
+from tests import conftest
 
 
 def net() -> nn.Sequential:
@@ -23,17 +24,8 @@ def normalised() -> nn.Sequential:
     return model
 
 
-def episode(*sample: int) -> tuple[Tensor, ...]:
-    draw = torch.Generator().manual_seed(0)
-    sample = sample or (3,)
-    x = torch.randn(2, 2, 5, *sample, generator=draw)
-    y = torch.randint(0, 4, (2, 2, 5), generator=draw)
-    return x[0], y[0], x[1], y[1]
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
+def episode(*sample: int) -> list[Tensor]:
+    return conftest.episode(sample or (3,), tasks=2, n=(5, 5), dtype=torch.float32, seed=0)
 
 
 def freeze(maml: FusedMAML) -> None:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maml_cuda import FusedMAML
 from maml_cuda.engine import ops
+from tests import conftest
 
 
 class Own(Tensor):
@@ -34,7 +35,7 @@ class Watcher(TorchDispatchMode):
 
 
 def episode(tasks: int = 3) -> list[Tensor]:
-    return [torch.randn(tasks, n, 3).double() for n in (4, 4, 5, 5)]
+    return conftest.episode(tasks=tasks, n=(4, 5), target=(3,))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maml_cuda import FusedMAML
+from tests import conftest
 
 BACKENDS = ["fused", "reference"]
 
@@ -17,10 +18,8 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
 
 
-def episode(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x_spt, x_qry = torch.randn(2, 3, 5, 3, dtype=dtype)
-    y_spt, y_qry = torch.randint(4, (2, 3, 5))
-    return x_spt, y_spt, x_qry, y_qry
+def episode(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return conftest.episode(n=(5, 5), dtype=dtype)
 
 
 def hooked(tensors, factor: float) -> list[Tensor]:

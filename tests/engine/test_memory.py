@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from maml_cuda import FusedMAML
 from maml_cuda.engine import cpu_workspace
 from maml_cuda.train.models import conv4_max_pool
+from tests import conftest
 from tests.conftest import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,10 +37,7 @@ SAMPLES = {conv: (2, 6, 8), mlp: (2,)}
 
 
 def episode(make, tasks: int) -> list[Tensor]:
-    data = []
-    for n in (4, 6):
-        data += [torch.randn(tasks, n, *SAMPLES[make]).double(), torch.randint(3, (tasks, n))]
-    return data
+    return conftest.episode(SAMPLES[make], tasks=tasks, n=(4, 6), classes=3)
 
 
 @pytest.mark.parametrize("make", SAMPLES)

@@ -10,6 +10,7 @@ from torch import nn
 
 from maml_cuda import FusedMAML
 from maml_cuda.engine.problem import problem_of
+from tests import conftest
 from tests.conftest import as_good_as_the_reference, check_meta_gradient, flat, run
 
 pytestmark = pytest.mark.usefixtures("machine")
@@ -54,14 +55,8 @@ MODELS = {"mlp": (mlp, (3,)), "conv": (conv, (2, 9, 8)), "resnet": (ResNet, (2, 
 
 
 def episode(name, loss="cross_entropy", tasks=3, n_support=5, n_query=7, dtype=torch.float64):
-    sample = MODELS[name][1]
-    data = []
-    for n in (n_support, n_query):
-        data.append(torch.randn(tasks, n, *sample, dtype=dtype))
-        data.append(
-            torch.randint(0, 4, (tasks, n)) if loss == "cross_entropy" else torch.randn(tasks, n, 4, dtype=dtype)
-        )
-    return data
+    target = None if loss == "cross_entropy" else (4,)
+    return conftest.episode(MODELS[name][1], tasks=tasks, n=(n_support, n_query), target=target, dtype=dtype)
 
 
 def make(name, dtype=torch.float64):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maml_cuda import FusedMAML
+from tests import conftest
 from tests.conftest import check_meta_gradient
 
 SAMPLE = (3, 7, 9)
@@ -64,10 +65,7 @@ ADAPTED = {
 
 
 def episode(tasks: int = 2) -> list[Tensor]:
-    sets = []
-    for n in (4, 5):
-        sets += [torch.randn(tasks, n, *SAMPLE, dtype=torch.double), torch.randint(3, (tasks, n))]
-    return sets
+    return conftest.episode(SAMPLE, tasks=tasks, n=(4, 5), classes=3)
 
 
 @pytest.mark.usefixtures("machine")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maml_cuda import FusedMAML, reference
+from tests import conftest
 
 CLASSES, RATE, STEPS = 4, 0.3, 2
 VECTOR, IMAGE = (3,), (2, 7, 6)
@@ -53,15 +54,8 @@ def pooled(layer: nn.Module, features: int) -> nn.Sequential:
 
 
 def episode(sample: tuple[int, ...] = VECTOR, target: tuple[int, ...] | None = None, **to: Any) -> list[Tensor]:
-    """Two tasks of 5 and 3 samples; labels, or real targets of shape `target`."""
-    g = torch.Generator().manual_seed(3)
-    data = []
-    for n in (5, 3):
-        data.append(torch.randn(2, n, *sample, generator=g, dtype=torch.float64))
-        if target is None:
-            data.append(torch.randint(CLASSES, (2, n), generator=g))
-        else:
-            data.append(torch.randn(2, n, *target, generator=g, dtype=torch.float64))
+    """Two tasks of 5 and 3 samples; labels, or real targets of shape `target`. The same data at every call."""
+    data = conftest.episode(sample, tasks=2, classes=CLASSES, target=target, seed=3)
     return [t.to(**to) if t.is_floating_point() else t for t in data]
 
 
