@@ -40,8 +40,8 @@ class SinusoidTasks:
             generator: the source of random numbers.
 
         Returns:
-            x float32 ``[num_tasks, points, 1]``, or ``[num_tasks, points, 3]`` if ``oracle``; y float32 ``[num_tasks,
-                points, 1]``.
+            x float32 ``[num_tasks, points, 1]``, or ``[num_tasks, points, 3]`` if ``oracle``;
+                y float32 ``[num_tasks, points, 1]``.
         """
         # One draw for all numbers: in a run of 70,000 iterations, every further small op costs about a second.
         uniform = torch.rand(num_tasks, 2 + self.k_shot + self.n_query, 1, generator=generator)

@@ -1,8 +1,10 @@
 """The adapted policies of a meta-batch, and derivatives through the inner loop for the outer step.
 
 Up to one inner step is a single fused pass. Several inner steps have a support set each, so their passes are chained
-here: forward ``phi_{k+1} = phi_k - alpha_k grad L(phi_k; set k)``, backward one Hessian-vector product per step, ``v_k
-= v_{k+1} - H(phi_k; set k) (alpha_k v_{k+1})``. The fused pass does the same if all steps share one set.
+here, as the fused pass does if all steps share one set:
+
+    forward:  phi_{k+1} = phi_k - alpha_k grad L(phi_k; set k)
+    backward: v_k = v_{k+1} - H(phi_k; set k) (alpha_k v_{k+1})   # one Hessian-vector product per step
 """
 
 from __future__ import annotations

@@ -53,8 +53,10 @@ class GaussianPolicy(nn.Module):
 
 
 def act(fast: Mapping[str, Tensor], observations: Tensor) -> tuple[Tensor, Tensor]:
-    """The output of each task's own GaussianPolicy: mean ``[tasks, n, action_size]`` and log_std ``[tasks,
-    action_size]``.
+    """The output of each task's own GaussianPolicy.
+
+    Mean ``[tasks, n, action_size]`` and log_std ``[tasks, action_size]``, from observations
+    ``[tasks, n, observation_size]``.
 
     Equal to ``maml.predict``, computed as three batched products. While an environment is sampled there are only a few
     thousand observations per step, and the fused pass, which is made for many samples, would be slower.
