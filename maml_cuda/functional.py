@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from maml_cuda import pytrees
+from maml_cuda.engine.torch_private import no_saved_tensor_hooks
 
 
 class Functional:
@@ -59,7 +60,7 @@ class Functional:
             with torch.enable_grad():
                 fixed = {name: p.detach() for name, p in parameters.items()}
                 return detached(self(fixed, *map(detached, args)))
-        with self._stand_ins(parameters), _nothing_recomputed():
+        with self._stand_ins(parameters), no_saved_tensor_hooks():
             result = self.module(*[pytrees.mapped(_own, a) for a in args])
             left = [m._buffers.get(key) for m, key, _ in self._buffers]
         if self._left is None:
@@ -174,12 +175,3 @@ def _refuse_reentrant(result: Any, given: list[Tensor]) -> None:
                     "backward would call the model with other parameters"
                 )
             nodes += [before for before, _ in node.next_functions]
-
-
-@contextmanager
-def _nothing_recomputed() -> Iterator[None]:
-    before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)  # saves tensors as if there were no hooks
-    try:
-        yield
-    finally:
-        torch._C._autograd._saved_tensors_hooks_set_tracing(before)

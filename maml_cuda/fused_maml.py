@@ -1,48 +1,40 @@
-"""FusedMAML: arguments and delegation."""
+"""FusedMAML: its arguments, and what users call."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from maml_cuda import batch_norm as norms
-from maml_cuda import pytrees, reference, targets
-from maml_cuda.engine import checks, data_checks, fallback, fast_path
+from maml_cuda import reference
+from maml_cuda.adapted_parameters import AdaptParams, as_pickled
+from maml_cuda.engine import (
+    building_blocks,
+    checks,
+    explanation,
+    meta_step,
+    running_statistics,
+    torch_private,
+    trust_region,
+)
+from maml_cuda.engine.binder import Binder, read
 from maml_cuda.engine.binding import Binding
-from maml_cuda.engine.problem import joined, meta_problem
-from maml_cuda.engine.trust_region import TrustRegion
-from maml_cuda.functional import precision
-from maml_cuda.policies import mean_of
+from maml_cuda.engine.meta_step import MetaOutput
+from maml_cuda.engine.query_weights import QueryWeights
+from maml_cuda.engine.settings import Options, adapted_names, inner_rates
 from maml_cuda.pytrees import Tree
-from maml_cuda.rates import hold, read_rates, tensors
-from maml_cuda.targets import Target
+from maml_cuda.rates import InnerRates, Rate, hold, read_rates, tensors
+from maml_cuda.targets import PolicyTarget, Target
 from maml_cuda.torch_wrappers import unwrapped
 
-
-@dataclass
-class MetaOutput:
-    """The result of a meta-step. `loss` is the only differentiable field.
-
-    Attributes:
-        loss: 0-d, the sum over tasks of weight times task loss (without task_weights the mean).
-        task_losses: [tasks], the query losses after the inner loop.
-        logits: [tasks, n_query, ...], the predictions on the query sets after the last step; of a Gaussian policy the
-            means. With a loss of your own, what `predict` returns, or None where `predict` raises.
-        support_losses: [tasks, inner_steps]; column k is the support loss at phi_k.
-    """
-
-    loss: Tensor
-    task_losses: Tensor
-    logits: Any
-    support_losses: Tensor
+__all__ = ["FusedMAML", "MetaOutput"]
 
 
-class FusedMAML(TrustRegion):
+class FusedMAML(nn.Module):
     """MAML on a batch of tasks: the exact meta-gradient in one call (Finn, Abbeel, Levine 2017).
 
     Each forward works on copies of the buffers of the model and of a loss module. Those that forward writes in train
@@ -89,6 +81,13 @@ class FusedMAML(TrustRegion):
         ValueError, TypeError: an argument that does not fit, in words.
     """
 
+    model: nn.Module
+    inner_lr: float | Tensor | InnerRates  # type: ignore[assignment]
+    inner_steps: int
+    loss: str | Callable[..., Tensor]
+    first_order: bool
+    batch_norm: str
+
     def __init__(
         self,
         model: nn.Module,
@@ -126,60 +125,73 @@ class FusedMAML(TrustRegion):
         weights = checks.query_weights(query_weights, inner_steps)
         checks.rates(tensors(inner_lr), parameters[names[0]])
         read_rates(inner_lr, {name: parameters[name].shape for name in names}, inner_steps)
-        self.batch_norm = batch_norm
         self.inner_steps = inner_steps
         self.loss = loss
         self.first_order = first_order
-        self._on_device = {"precision": precision, "cuda_graphs": cuda_graphs, "task_chunk": task_chunk}
-        self._recompute = checkpoint is not None
-        self._check_labels = check_labels
-        self._adapt_params = adapt_params
-        self._wanted_backend = backend
-        self._warned = set()
-        self._bindings = []
-        self._collects = False
+        self.batch_norm = batch_norm
+        self._options = Options(
+            adapt_params=adapt_params,
+            backend=backend,
+            precision=precision,
+            cuda_graphs=cuda_graphs,
+            task_chunk=task_chunk,
+            recompute=checkpoint is not None,
+            check_labels=check_labels,
+        )
+        self._binder = Binder()
         with norms.put_back(model):
             if batch_norm == "per_step":
                 model = norms.convert_per_step(model, max(inner_steps, 1))
             self.model = model
             self.query_weights = weights
             hold(self, inner_lr)
-            self._bound = self._rebind()
+            self._binder.bind(self)
+
+    # -- what it is -------------------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> str:
+        """What runs: "cpu", "cuda" or "reference"."""
+        return self._binding().backend
+
+    @property
+    def precision(self) -> str:
+        """How products of float32 are computed on a GPU."""
+        return self._options.precision
 
     @property
     def query_weights(self) -> tuple[float, ...] | None:
         """The weights of the query losses at phi_0 .. phi_K, or None: the last one alone."""
-        return self._query_weights
+        return self._query_weights.values
 
     @query_weights.setter
     def query_weights(self, value: Tensor | Sequence[float] | None) -> None:
         weights = checks.query_weights(value, self.inner_steps)
-        parameters = [p for _, p in self.model.named_parameters()]
-        self._query_weights = weights
-        self._query_steps = [k for k, w in enumerate(weights or ()) if w]
-        self._query_tensor = torch.tensor(weights or (), dtype=precision(parameters), device=parameters[0].device)
-
-    def _queries(self, like: Tensor) -> tuple[Tensor | None, list[int]]:
-        """The weights of the query losses as the ops take them: a tensor, and which of them are not zero."""
-        if not self._query_steps:
-            return None, []
-        if self._query_tensor.dtype != like.dtype or self._query_tensor.device != like.device:
-            self.query_weights = self._query_weights
-        return self._query_tensor, self._query_steps
+        like = next(p for _, p in self.model.named_parameters())
+        self._query_weights = QueryWeights(weights, like)
 
     def train(self, mode: bool = True) -> FusedMAML:
         """As any module's; batch_norm="running" holds BatchNorm layers in eval mode."""
         super().train(mode)
-        self._hold_statistics()
+        self._binder.hold_statistics(self)
         return self
 
-    def _hold_statistics(self) -> None:
-        if self.batch_norm == "running" and not self._collects:
-            norms.hold_statistics(self.model)
+    def explain(self, x: Tree | None = None, y: Target | None = None) -> str:
+        """A table: each module of the model, the fused layer that serves it, or the sentence why not.
 
-    def _rebind(self) -> Binding:
-        self._hold_statistics()  # which model.train() has set free
-        return super()._rebind()
+        Args:
+            x, y: a set as for `adapt`, or x alone; the table is then of samples like these. Without them it is of
+                samples that fit the layers, or of those of the last call where they did not.
+
+        Raises:
+            ValueError, TypeError: as a call with such data.
+        """
+        binding = self._binding()
+        why_not = binding.why_not
+        if x is not None:
+            x = read(self, binding, "x", x, None if y is None else "y", y)
+            why_not = self._binder.why_unfit(self, binding, x, x) if binding.plan is not None else why_not
+        return explanation.table(self.model, binding, why_not, of_samples=x is not None)
 
     def memory_estimate(self, x_spt: Tensor, x_qry: Tensor) -> int:
         """Bytes of workspace that a meta-step on such data takes, beside its arguments and results; on a CPU, with as
@@ -191,15 +203,7 @@ class FusedMAML(TrustRegion):
         Raises:
             ValueError: the model runs on the general path, whose memory nobody can tell beforehand.
         """
-        binding = self._binding()
-        self._read(binding, "x_spt", x_spt, None, None)
-        self._read(binding, "x_qry", x_qry, None, None)
-        data_checks.same_tasks(x_spt, x_qry)
-        if not self._serves(binding, x_spt, x_qry):
-            raise ValueError("memory_estimate must have a fused model, got one on the general path (reference)")
-        _, query_steps = self._queries(binding.like())
-        problem = meta_problem(binding.text, x_spt, x_qry, self.inner_steps, self.first_order, True, query_steps)
-        return problem.workspace_bytes(x_spt, len(x_spt))
+        return meta_step.memory_estimate(self, x_spt, x_qry)
 
     # -- calls ------------------------------------------------------------------------------------------------
 
@@ -224,13 +228,7 @@ class FusedMAML(TrustRegion):
         Raises:
             ValueError, TypeError: shapes, dtypes, devices or labels that do not fit; no parameter is touched.
         """
-        out, flat, inputs, places = self._meta_step(x_spt, y_spt, x_qry, y_qry, task_weights)
-        if flat is not None:
-            if places:
-                out.loss = fast_path.attached(out.loss, flat, inputs, places)
-            else:
-                out.loss = torch.ops.maml_cuda.attach(out.loss, flat, inputs)
-        return out
+        return meta_step.forward(self, x_spt, y_spt, x_qry, y_qry, task_weights)
 
     def backward(
         self,
@@ -257,15 +255,7 @@ class FusedMAML(TrustRegion):
             RuntimeError: gradients are off.
             ValueError, TypeError: as a call does; no `.grad` is touched.
         """
-        if not torch.is_grad_enabled():
-            raise RuntimeError("backward must have gradients on, got them off (no_grad or inference_mode)")
-        out, flat, inputs, places = self._meta_step(x_spt, y_spt, x_qry, y_qry, task_weights)
-        assert flat is not None  # the adapted parameters at least have a gradient
-        if places and all(map(fast_path.only_adds, inputs)):
-            fast_path.add_gradient(flat, inputs, places)
-        else:
-            torch.ops.maml_cuda.attach(out.loss, flat, inputs).backward()
-        return out
+        return meta_step.backward(self, x_spt, y_spt, x_qry, y_qry, task_weights)
 
     def adapt(
         self, x_spt: Tree, y_spt: Target, steps: int | None = None, *, differentiable: bool = False
@@ -279,25 +269,7 @@ class FusedMAML(TrustRegion):
                 otherwise it is detached. Parameters that are not adapted are expanded views.
         """
         steps = self.inner_steps if steps is None else steps
-        binding = self._able_to_take(steps)
-        x_spt = self._read(binding, "x_spt", x_spt, "y_spt", y_spt)
-        differentiable = differentiable and torch.is_grad_enabled()
-        if not self._serves(binding, x_spt, None):
-            adapted = fallback.adapt(
-                self.model, self.loss, self._rates(), x_spt, y_spt, steps, self.first_order, differentiable
-            )
-            return self._fast(adapted, pytrees.tasks(x_spt), differentiable)
-        self._look_at_labels(binding, x_spt, y_spt=y_spt)
-        parameters, rates = binding.tensors()
-        if differentiable:
-            adapted, _ = torch.ops.maml_cuda.adapt(
-                parameters, rates, x_spt, targets.tensors(y_spt), binding.text, steps, self.first_order
-            )
-        else:
-            adapted, _ = torch.ops.maml_cuda.adapt_forward(
-                parameters, rates, x_spt, targets.tensors(y_spt), binding.text, steps
-            )
-        return self._fast(dict(zip(binding.adapted, adapted, strict=True)), len(x_spt), differentiable)
+        return building_blocks.adapt(self, x_spt, y_spt, steps, differentiable)
 
     def inner_loop(self, x_spt: Tree, y_spt: Target, steps: int) -> Iterator[dict[str, Tensor]]:
         """The parameters after 0, 1, ..., `steps` inner steps, detached: each as adapt(steps=k) returns it, to the bit.
@@ -307,19 +279,7 @@ class FusedMAML(TrustRegion):
             x_spt, y_spt: support sets, [tasks, n_support, ...].
             steps: from 0; beyond the given rates the last one repeats.
         """
-        binding = self._able_to_take(steps)
-        fast = self.adapt(x_spt, y_spt, 0)
-        yield fast
-        x = self._read(binding, "x_spt", x_spt, "y_spt", y_spt)
-        for k in range(steps):
-            if self._serves(binding, x, None) and binding.backend == "cpu":
-                own = [t.detach() for t in binding.own(fast, len(x), k)]
-                rates = [t.detach() for t in binding.rates_at(k)]
-                after = torch.ops.maml_cuda.inner_step(own, rates, x, targets.tensors(y_spt), binding.step_text())
-                fast = {**fast, **dict(zip(binding.adapted, after, strict=True))}
-            else:
-                fast = self.adapt(x_spt, y_spt, k + 1)
-            yield fast
+        return building_blocks.inner_loop(self, x_spt, y_spt, steps)
 
     def update_statistics(self, x_spt: Tree, y_spt: Tensor, x_qry: Tree) -> None:
         """One update of BatchNorm's running statistics; nothing else ever writes them.
@@ -335,98 +295,137 @@ class FusedMAML(TrustRegion):
         Raises:
             ValueError: no BatchNorm layer tracks running statistics; and as a call does.
         """
-        binding = self._binding()
-        x_spt = self._read(binding, "x_spt", x_spt, "y_spt", y_spt)
-        x_qry = self._read(binding, "x_qry", x_qry, None, None)
-        data_checks.same_tasks(x_spt, x_qry)
-        with self._collecting():
-            fast = list(self.inner_loop(x_spt, y_spt, self.inner_steps))
-            passes = [(0, fast[0], x_qry)] if self.inner_steps == 0 else []
-            for k in range(self.inner_steps):
-                passes += [(k, fast[k], x_spt), (k, fast[k + 1], x_qry)]
-            norms.update_running(self.model, passes)
+        running_statistics.update_statistics(self, x_spt, y_spt, x_qry)
 
-    # -- helpers ----------------------------------------------------------------------------------------------
+    # -- building blocks: at parameters that are each task's own -----------------------------------------------
 
-    def _meta_step(
-        self, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None
-    ) -> tuple[MetaOutput, Tensor | None, list[Tensor], list[fast_path.Place] | None]:
-        """What a call returns, as yet without a backward; where gradients are on, the flat meta-gradient and the
-        tensors that it is of; and where nobody watches, their places in it."""
-        binding = self._binding()
-        if torch.is_autocast_enabled(binding.on):
-            x_spt, x_qry = binding.in_its_dtype(x_spt), binding.in_its_dtype(x_qry)
-        watched = bool(self._query_steps) or not binding.plain
-        signature = None if watched else fast_path.signature(x_spt, y_spt, x_qry, y_qry)
-        key = (signature, self.first_order)
-        problem = binding.problems.get(key) if signature else None
-        if problem is None:
-            self._check_episode(binding, x_spt, y_spt, x_qry, y_qry)
-        else:
-            binding.why_not = ""
-        if task_weights is not None:
-            data_checks.task_weights(task_weights, pytrees.tasks(x_spt), binding.like())
-        if problem is None and not self._serves(binding, x_spt, x_qry):
-            loss, task_losses, predictions, support_losses, reached = fallback.meta_step(
-                self.model, self.loss, self._rates(), list(self.parameters()), x_spt, y_spt, x_qry, y_qry,
-                self.inner_steps, self.first_order, task_weights, self.query_weights,
-            )  # fmt: skip
-            flat = joined([g for _, g in reached]) if reached else None
-            logits: Any = mean_of(predictions) if isinstance(self.loss, str) else predictions  # type: ignore[arg-type]
-            return MetaOutput(loss, task_losses, logits, support_losses), flat, [t for t, _ in reached], None
-        self._look_at_labels(binding, x_spt, y_spt=y_spt, y_qry=y_qry)
-        parameters, rates = binding.tensors()
-        gradient = torch.is_grad_enabled()
-        places = None
-        if problem is not None and all(map(fast_path.is_plain, rates)):
-            data = x_spt, cast(Tensor, y_spt), x_qry, cast(Tensor, y_qry)
-            loss, task_losses, logits, support_losses, flat = fast_path.meta_step(
-                problem, parameters, rates, data, task_weights, self.inner_steps, gradient
-            )
-            places = binding.places
-        else:
-            weights, query_steps = self._queries(parameters[0])
-            loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
-                parameters, rates, x_spt, targets.tensors(y_spt), x_qry, targets.tensors(y_qry), task_weights,
-                binding.text, self.inner_steps, self.first_order, gradient, weights, query_steps,
-            )  # fmt: skip
-        if signature and problem is None:  # the next call of its kind has nothing to check: past the dispatcher
-            binding.problems[key] = meta_problem(
-                binding.text, x_spt, x_qry, self.inner_steps, self.first_order, gradient
-            )
-        out = MetaOutput(loss, task_losses, mean_of(binding.as_returned(logits)), support_losses)
-        if not gradient:
-            return out, None, [], None
-        return out, flat, binding.with_gradient(parameters + rates), places
+    def predict(self, fast: Mapping[str, Tensor], x: Tree, *, slot: int | None = None) -> Any:
+        """Predictions [tasks, n, ...] at each task's own parameters on its own x [tasks, n, ...]; of a model that
+        returns (mean, log_std) both, for each task.
 
-    @contextmanager
-    def _collecting(self) -> Iterator[None]:
-        """Inside, BatchNorm layers normalise with batch statistics, whatever batch_norm says."""
-        self._collects = True
-        try:
-            with norms.batch_statistics(self.model):
-                yield
-        finally:
-            self._collects = False
+        A model that returns a pytree of tensors gives one, leaf by leaf [tasks, ...]: None, numbers and strings must be
+        the same for all tasks. So does one that returns a Normal, MultivariateNormal, Beta, Categorical, Bernoulli or
+        Independent distribution: of the same type, with parameters [tasks, ...].
 
-    def _able_to_take(self, steps: int) -> Binding:
-        checks.steps(steps, "steps")
-        binding = self._binding()
-        if steps and not binding.can_step:
-            raise ValueError(f"inner_lr must hold a rate for {steps} steps, got one of shape [0]")
-        return binding
+        Differentiable in `fast`. slot: the inner step whose per-step BatchNorm is read (after k steps: k - 1); None:
+        the last one.
 
-    def _check_episode(self, binding: Binding, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target) -> None:
-        if self._query_steps and len(self._query_tensor) != self.inner_steps + 1:
-            checks.query_weights(self._query_weights, self.inner_steps)
-        self._read(binding, "x_spt", x_spt, "y_spt", y_spt)
-        self._read(binding, "x_qry", x_qry, "y_qry", y_qry)
-        data_checks.same_tasks(x_spt, x_qry)
+        Where BatchNorm uses batch statistics, a task's queries share theirs: give all of them at once. One query by
+        itself is normalised by itself alone, at chance in general, and warns; with batch_norm="running" the predictions
+        on a query do not depend on the others.
 
-    def _fast(self, adapted: Mapping[str, Tensor], tasks: int, differentiable: bool) -> dict[str, Tensor]:
-        """Every parameter by name: the adapted ones, and expanded views of the others."""
-        fast = {}
-        for name, p in self.model.named_parameters():
-            theta = p if differentiable else p.detach()
-            fast[name] = adapted[name] if name in adapted else theta.unsqueeze(0).expand(tasks, *p.shape)
-        return fast
+        Raises:
+            TypeError, ValueError: what the model returns cannot be put together; and as a call does.
+        """
+        return building_blocks.predict(self, fast, x, slot)
+
+    def loss_and_grad(
+        self, fast: Mapping[str, Tensor], x: Tree, y: Target, *, slot: int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss at each task's own parameters [tasks] and its gradient, name -> [tasks, *shape], both detached.
+
+        slot: the inner step whose per-step BatchNorm is read; None: the last one.
+
+        Raises:
+            ValueError: fast, x or y requires grad, which the results would lose.
+        """
+        return building_blocks.loss_and_grad(self, fast, x, y, slot)
+
+    def hvp(
+        self, fast: Mapping[str, Tensor], x: Tree, y: Target, v: Mapping[str, Tensor], *, slot: int | None = None
+    ) -> dict[str, Tensor]:
+        """The Hessian of the loss at each task's own parameters times v, name -> [tasks, *shape], detached.
+
+        v: name -> [tasks, *shape]; a parameter that it lacks, or that is frozen, does not move.
+        slot: the inner step whose per-step BatchNorm is read; None: the last one.
+
+        Raises:
+            ValueError: fast, x, y or v requires grad, which the result would lose.
+        """
+        return building_blocks.hvp(self, fast, x, y, v, slot)
+
+    # -- trust regions of adapted policies ---------------------------------------------------------------------
+
+    def fisher_vector_product(
+        self,
+        x_spt: Tensor,
+        y_spt: PolicyTarget,
+        x_qry: Tensor,
+        v: Mapping[str, Tensor],
+        *,
+        weights: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The Hessian-vector product of the KL divergence between adapted policies, for trust regions (TRPO).
+
+        The mean over tasks of J^T F J v: J is the Jacobian of the adapted parameters in the model's own, through the
+        inner loop, F the Fisher matrix of the adapted policy averaged over the query samples. That is the Hessian, at
+        theta = the model's parameters, of the mean over tasks and samples of KL(adapted policy now || adapted policy
+        of theta). With first_order J is the identity. Learned inner rates are held fixed.
+
+        Args:
+            x_spt, y_spt: support sets, [tasks, n_support, ...].
+            x_qry: states of the adapted policies, [tasks, n_query, ...].
+            v: name -> tensor of the parameter's shape, for every trainable parameter.
+            weights: [tasks, n_query], at least 0: the average over samples is weighted; None: all alike.
+
+        Returns:
+            name -> tensor of the parameter's shape, detached.
+        """
+        return trust_region.fisher_vector_product(self, x_spt, y_spt, x_qry, v, weights)
+
+    def fisher(
+        self,
+        x_spt: Tensor,
+        y_spt: PolicyTarget,
+        x_qry: Tensor,
+        *,
+        weights: Tensor | None = None,
+        memory: int = 1 << 30,
+    ) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+        """`fisher_vector_product` as a function of v, for many v on the same data: to the bit the same products.
+
+        On a CPU, whatever does not depend on v (adapted parameters, activations, cotangents) is computed by the first
+        product and kept as long as the function is, at most `memory` bytes of it: tasks beyond that compute it anew
+        each time, as do `checkpoint="recompute"`, small networks on few samples, and every other backend. Products are
+        those of the model's parameters and of the data as they are when they are asked for; after a change in place the
+        next one computes everything.
+
+        Args:
+            x_spt, y_spt, x_qry, weights: as in fisher_vector_product.
+            memory: bytes, at least 0.
+        """
+        return trust_region.fisher(self, x_spt, y_spt, x_qry, weights, memory)
+
+    # -- what its parts ask -----------------------------------------------------------------------------------
+
+    def _binding(self) -> Binding:
+        """What runs now: bound again where something has changed that the plan depends on."""
+        if torch.compiler.is_compiling():
+            constants = [self.inner_lr] if isinstance(self.inner_lr, float) else []
+            torch_private.guard_while_compiling(self.model, *constants)
+            self._bind_now()
+            assert self._binder.bound is not None
+            return self._binder.bound
+        return self._binder.bind(self)
+
+    @torch.compiler.assume_constant_result  # of a method: torch 2.6 takes no module for an argument
+    def _bind_now(self) -> bool:
+        """Binds while a compiler traces: what it has bound is a constant of the compiled program."""
+        self._binder.bind(self)
+        return True
+
+    def _adapted(self) -> list[str]:
+        return adapted_names(self)
+
+    def _rates(self) -> dict[str, Rate]:
+        return inner_rates(self)
+
+    @property
+    def _adapt_params(self) -> AdaptParams:
+        return self._options.adapt_params
+
+    def __getstate__(self) -> dict[str, Any]:
+        rule = self._options.adapt_params
+        if callable(rule):
+            rule = as_pickled(rule, dict(self.model.named_parameters()))
+        return {**self.__dict__, "_options": replace(self._options, adapt_params=rule)}

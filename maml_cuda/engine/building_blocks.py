@@ -1,109 +1,135 @@
-"""What people call who write their own training code: at parameters that are each task's own."""
+"""What FusedMAML's methods of the same names do, which say what the arguments mean: adapt, inner_loop, and the building
+blocks of training code of one's own, predict, loss_and_grad and hvp."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maml_cuda import pytrees, targets
 from maml_cuda.engine import checks, data_checks, fallback
+from maml_cuda.engine.binder import look_at_labels, read
 from maml_cuda.engine.binding import Binding
-from maml_cuda.engine.bound_model import BoundModel
+from maml_cuda.engine.settings import Settings, inner_rates, trainable_names
 from maml_cuda.pytrees import Tree
 from maml_cuda.targets import Target
 
 
-class BuildingBlocks(BoundModel):
-    """`fast` is a mapping, parameter name -> [tasks, *shape], as FusedMAML.adapt returns it."""
+def adapt(maml: Settings, x_spt: Tree, y_spt: Target, steps: int, differentiable: bool) -> dict[str, Tensor]:
+    binding = _able_to_take(maml, steps)
+    x_spt = read(maml, binding, "x_spt", x_spt, "y_spt", y_spt)
+    differentiable = differentiable and torch.is_grad_enabled()
+    if not maml._binder.serves(maml, binding, x_spt, None):
+        adapted = fallback.adapt(
+            maml.model, maml.loss, inner_rates(maml), x_spt, y_spt, steps, maml.first_order, differentiable
+        )
+        return _every_parameter(maml.model, adapted, pytrees.tasks(x_spt), differentiable)
+    look_at_labels(maml, binding, x_spt, y_spt=y_spt)
+    parameters, rates = binding.tensors()
+    if differentiable:
+        after, _ = torch.ops.maml_cuda.adapt(
+            parameters, rates, x_spt, targets.tensors(y_spt), binding.text, steps, maml.first_order
+        )
+    else:
+        after, _ = torch.ops.maml_cuda.adapt_forward(
+            parameters, rates, x_spt, targets.tensors(y_spt), binding.text, steps
+        )
+    return _every_parameter(maml.model, dict(zip(binding.adapted, after, strict=True)), len(x_spt), differentiable)
 
-    def predict(self, fast: Mapping[str, Tensor], x: Tree, *, slot: int | None = None) -> Any:
-        """Predictions [tasks, n, ...] at each task's own parameters on its own x [tasks, n, ...]; of a model that
-        returns (mean, log_std) both, for each task.
 
-        A model that returns a pytree of tensors gives one, leaf by leaf [tasks, ...]: None, numbers and strings must be
-        the same for all tasks. So does one that returns a Normal, MultivariateNormal, Beta, Categorical, Bernoulli or
-        Independent distribution: of the same type, with parameters [tasks, ...].
+def inner_loop(maml: Settings, x_spt: Tree, y_spt: Target, steps: int) -> Iterator[dict[str, Tensor]]:
+    binding = _able_to_take(maml, steps)
+    fast = adapt(maml, x_spt, y_spt, 0, differentiable=False)
+    yield fast
+    x = read(maml, binding, "x_spt", x_spt, "y_spt", y_spt)
+    for k in range(steps):
+        if maml._binder.serves(maml, binding, x, None) and binding.backend == "cpu":
+            own = [t.detach() for t in binding.own(fast, len(x), k)]
+            rates = [t.detach() for t in binding.rates_at(k)]
+            after = torch.ops.maml_cuda.inner_step(own, rates, x, targets.tensors(y_spt), binding.step_text())
+            fast = {**fast, **dict(zip(binding.adapted, after, strict=True))}
+        else:
+            fast = adapt(maml, x_spt, y_spt, k + 1, differentiable=False)
+        yield fast
 
-        Differentiable in `fast`. slot: the inner step whose per-step BatchNorm is read (after k steps: k - 1); None:
-        the last one.
 
-        Where BatchNorm uses batch statistics, a task's queries share theirs: give all of them at once. One query by
-        itself is normalised by itself alone, at chance in general, and warns; with batch_norm="running" the predictions
-        on a query do not depend on the others.
+def predict(maml: Settings, fast: Mapping[str, Tensor], x: Tree, slot: int | None) -> Any:
+    slot = checks.slot(slot)
+    binding, x = _checked(maml, fast, x, None)
+    if isinstance(x, Tensor) and x.shape[1] == 1:
+        maml._binder.warn_of_single_queries(maml.model)
+    if not maml._binder.serves(maml, binding, None, x):
+        return fallback.predict(maml.model, dict(fast), x, slot)
+    own = binding.own(fast, len(x), slot)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in own):
+        return binding.as_returned(torch.ops.maml_cuda.predict(own, x, binding.text))
+    return binding.as_returned(torch.ops.maml_cuda.predict_forward(own, x, binding.text))
 
-        Raises:
-            TypeError, ValueError: what the model returns cannot be put together; and as a call does.
-        """
-        slot = checks.slot(slot)
-        binding, x = self._block(fast, x, None)
-        if isinstance(x, Tensor) and x.shape[1] == 1:
-            self._warn_of_single_queries()
-        if not self._serves(binding, None, x):
-            return fallback.predict(self.model, dict(fast), x, slot)
-        own = binding.own(fast, len(x), slot)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in own):
-            return binding.as_returned(torch.ops.maml_cuda.predict(own, x, binding.text))
-        return binding.as_returned(torch.ops.maml_cuda.predict_forward(own, x, binding.text))
 
-    def loss_and_grad(
-        self, fast: Mapping[str, Tensor], x: Tree, y: Target, *, slot: int | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss at each task's own parameters [tasks] and its gradient, name -> [tasks, *shape], both detached.
+def loss_and_grad(
+    maml: Settings, fast: Mapping[str, Tensor], x: Tree, y: Target, slot: int | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    slot = checks.slot(slot)
+    data_checks.no_graph("loss_and_grad", fast=fast, x=x, y=y)
+    binding, x = _checked(maml, fast, x, y)
+    names = trainable_names(maml.model)
+    if not maml._binder.serves(maml, binding, x, None):
+        return fallback.loss_and_grad(maml.model, maml.loss, dict(fast), names, x, y, slot)
+    look_at_labels(maml, binding, x, y=y)
+    own = [t.detach() for t in binding.own(fast, len(x), slot)]
+    losses, grads = torch.ops.maml_cuda.loss_and_grad(own, x, targets.tensors(y), binding.text)
+    return losses, every_trainable(names, binding.whole(grads, fast, slot), fast)
 
-        slot: the inner step whose per-step BatchNorm is read; None: the last one.
 
-        Raises:
-            ValueError: fast, x or y requires grad, which the results would lose.
-        """
-        slot = checks.slot(slot)
-        data_checks.no_graph("loss_and_grad", fast=fast, x=x, y=y)
-        binding, x = self._block(fast, x, y)
-        names = self._trainable()
-        if not self._serves(binding, x, None):
-            return fallback.loss_and_grad(self.model, self.loss, dict(fast), names, x, y, slot)
-        self._look_at_labels(binding, x, y=y)
-        own = [t.detach() for t in binding.own(fast, len(x), slot)]
-        losses, grads = torch.ops.maml_cuda.loss_and_grad(own, x, targets.tensors(y), binding.text)
-        return losses, self._trainable_of(binding.whole(grads, fast, slot), fast)
+def hvp(
+    maml: Settings, fast: Mapping[str, Tensor], x: Tree, y: Target, v: Mapping[str, Tensor], slot: int | None
+) -> dict[str, Tensor]:
+    slot = checks.slot(slot)
+    data_checks.no_graph("hvp", fast=fast, x=x, y=y, v=v)
+    binding, x = _checked(maml, fast, x, y)
+    data_checks.fast(dict(maml.model.named_parameters()), v, pytrees.tasks(x), "v", all_names=False)
+    names = trainable_names(maml.model)
+    if not maml._binder.serves(maml, binding, x, None, second_order=True):
+        return fallback.hvp(maml.model, maml.loss, dict(fast), names, x, y, dict(v), slot)
+    look_at_labels(maml, binding, x, y=y)
+    at = [t.detach() for t in binding.own(fast, len(x), slot)]
+    moving = {n: v[n].detach() if n in v and n in names else torch.zeros_like(p) for n, p in fast.items()}
+    directions = binding.own(moving, len(x), slot)
+    products = torch.ops.maml_cuda.hvp(at, x, targets.tensors(y), directions, binding.text)
+    return every_trainable(names, binding.whole(products, fast, slot), fast)
 
-    def hvp(
-        self, fast: Mapping[str, Tensor], x: Tree, y: Target, v: Mapping[str, Tensor], *, slot: int | None = None
-    ) -> dict[str, Tensor]:
-        """The Hessian of the loss at each task's own parameters times v, name -> [tasks, *shape], detached.
 
-        v: name -> [tasks, *shape]; a parameter that it lacks, or that is frozen, does not move.
-        slot: the inner step whose per-step BatchNorm is read; None: the last one.
+def _checked(maml: Settings, fast: Mapping[str, Tensor], x: Tree, y: Target | None) -> tuple[Binding, Tree]:
+    """The binding, and x as it is read, once `fast`, x and y have passed their checks."""
+    binding = maml._binding()
+    x = read(maml, binding, "x", x, None if y is None else "y", y)
+    data_checks.fast(dict(maml.model.named_parameters()), fast, pytrees.tasks(x), "fast", all_names=True)
+    return binding, x
 
-        Raises:
-            ValueError: fast, x, y or v requires grad, which the result would lose.
-        """
-        slot = checks.slot(slot)
-        data_checks.no_graph("hvp", fast=fast, x=x, y=y, v=v)
-        binding, x = self._block(fast, x, y)
-        data_checks.fast(dict(self.model.named_parameters()), v, pytrees.tasks(x), "v", all_names=False)
-        names = self._trainable()
-        if not self._serves(binding, x, None, second_order=True):
-            return fallback.hvp(self.model, self.loss, dict(fast), names, x, y, dict(v), slot)
-        self._look_at_labels(binding, x, y=y)
-        at = [t.detach() for t in binding.own(fast, len(x), slot)]
-        moving = {n: v[n].detach() if n in v and n in names else torch.zeros_like(p) for n, p in fast.items()}
-        directions = binding.own(moving, len(x), slot)
-        products = torch.ops.maml_cuda.hvp(at, x, targets.tensors(y), directions, binding.text)
-        return self._trainable_of(binding.whole(products, fast, slot), fast)
 
-    def _block(self, fast: Mapping[str, Tensor], x: Tree, y: Target | None) -> tuple[Binding, Tree]:
-        """The checks that the building blocks share."""
-        binding = self._binding()
-        x = self._read(binding, "x", x, None if y is None else "y", y)
-        data_checks.fast(dict(self.model.named_parameters()), fast, pytrees.tasks(x), "fast", all_names=True)
-        return binding, x
+def _able_to_take(maml: Settings, steps: int) -> Binding:
+    """The binding, if it can take so many inner steps."""
+    checks.steps(steps, "steps")
+    binding = maml._binding()
+    if steps and not binding.can_step:
+        raise ValueError(f"inner_lr must hold a rate for {steps} steps, got one of shape [0]")
+    return binding
 
-    def _trainable(self) -> list[str]:
-        return [name for name, p in self.model.named_parameters() if p.requires_grad]
 
-    def _trainable_of(self, found: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By name, for every trainable parameter: zeros for one that the prediction does not depend on."""
-        return {n: found[n] if n in found else torch.zeros_like(like[n]) for n in self._trainable()}
+def _every_parameter(
+    model: nn.Module, adapted: Mapping[str, Tensor], tasks: int, differentiable: bool
+) -> dict[str, Tensor]:
+    """By name: the adapted parameters, and expanded views of the others."""
+    fast = {}
+    for name, p in model.named_parameters():
+        theta = p if differentiable else p.detach()
+        fast[name] = adapted[name] if name in adapted else theta.unsqueeze(0).expand(tasks, *p.shape)
+    return fast
+
+
+def every_trainable(names: list[str], found: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By name: what is found, and zeros for a parameter that the prediction does not depend on."""
+    return {n: found[n] if n in found else torch.zeros_like(like[n]) for n in names}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from maml_cuda import _core
-from maml_cuda.engine import ops
+from maml_cuda.engine import ops, torch_private
 from maml_cuda.engine.autograd import once
 from maml_cuda.engine.problem import Problem
 
@@ -28,14 +28,7 @@ def is_plain(t: Any) -> bool:
 def signature(*data: Any) -> tuple | None:
     """All of these tensors that their checks look at, as a key; None where going past the dispatcher would be seen: by
     a compiler or trace, a mode, a transform, a profiler, autograd on the data, or a subclass of Tensor."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
-    ):
+    if not torch_private.unobserved():
         return None
     key = _core.plain_signature(data, Tensor)
     return key and (torch.is_grad_enabled(), key)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from maml_cuda.engine.torch_private import memory_of
+
 _CONTAINERS = (dict, list, set, deque)
 _PLAIN = (bool, int, float, complex, str, bytes)
 _REGISTRIES = ("_parameters", "_buffers", "_modules")  # whose keys are attributes
@@ -134,7 +136,7 @@ class Watch(TorchDispatchMode):
                 self._writes(each)
         elif isinstance(value, Tensor):
             for name, held in self._tensors.items():
-                if _memory(held) == _memory(value):
+                if memory_of(held) == memory_of(value):
                     self.refuse(f"its forward changes {name} in place, which a fused layer would not do")
 
     @contextmanager
@@ -161,7 +163,3 @@ class Watch(TorchDispatchMode):
             yield
         finally:
             sys.setprofile(None)
-
-
-def _memory(t: Tensor) -> int:
-    return t.untyped_storage()._cdata if t.layout is torch.strided else id(t)

@@ -1,0 +1,153 @@
+"""One meta-step: a call of FusedMAML, and FusedMAML.backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from maml_cuda import pytrees, targets
+from maml_cuda.engine import checks, data_checks, fallback, fast_path
+from maml_cuda.engine.binder import look_at_labels, read
+from maml_cuda.engine.binding import Binding
+from maml_cuda.engine.problem import joined, meta_problem
+from maml_cuda.engine.settings import Settings, inner_rates
+from maml_cuda.policies import mean_of
+from maml_cuda.pytrees import Tree
+from maml_cuda.targets import Target
+
+
+@dataclass
+class MetaOutput:
+    """What a meta-step returns. `loss` is the only differentiable field.
+
+    loss: 0-d, sum over tasks of weight times task loss (the mean without task_weights).
+    task_losses: [tasks], query losses after the inner loop.
+    logits: [tasks, n_query, ...], predictions on the query sets, after the last step; of a Gaussian policy the means.
+        With a loss of your own whatever the model returns, as `predict` puts it together; None where `predict` raises.
+    support_losses: [tasks, inner_steps]; column k is the support loss at phi_k.
+    """
+
+    loss: Tensor
+    task_losses: Tensor
+    logits: Any
+    support_losses: Tensor
+
+
+@dataclass
+class Gradient:
+    """The meta-gradient of a meta-step.
+
+    flat: all of it in one tensor.
+    inputs: the tensors that it is of, in order.
+    places: of each of them in `flat`, on the fast path; None elsewhere.
+    """
+
+    flat: Tensor
+    inputs: list[Tensor]
+    places: list[fast_path.Place] | None
+
+
+def forward(
+    maml: Settings, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None
+) -> MetaOutput:
+    out, gradient = _computed(maml, x_spt, y_spt, x_qry, y_qry, task_weights)
+    if gradient is not None:
+        if gradient.places:
+            out.loss = fast_path.attached(out.loss, gradient.flat, gradient.inputs, gradient.places)
+        else:
+            out.loss = torch.ops.maml_cuda.attach(out.loss, gradient.flat, gradient.inputs)
+    return out
+
+
+def backward(
+    maml: Settings, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None
+) -> MetaOutput:
+    if not torch.is_grad_enabled():
+        raise RuntimeError("backward must have gradients on, got them off (no_grad or inference_mode)")
+    out, gradient = _computed(maml, x_spt, y_spt, x_qry, y_qry, task_weights)
+    assert gradient is not None  # the adapted parameters at least have one
+    if gradient.places and all(map(fast_path.only_adds, gradient.inputs)):
+        fast_path.add_gradient(gradient.flat, gradient.inputs, gradient.places)
+    else:
+        torch.ops.maml_cuda.attach(out.loss, gradient.flat, gradient.inputs).backward()
+    return out
+
+
+def memory_estimate(maml: Settings, x_spt: Tensor, x_qry: Tensor) -> int:
+    binding = maml._binding()
+    read(maml, binding, "x_spt", x_spt)
+    read(maml, binding, "x_qry", x_qry)
+    data_checks.same_tasks(x_spt, x_qry)
+    if not maml._binder.serves(maml, binding, x_spt, x_qry):
+        raise ValueError("memory_estimate must have a fused model, got one on the general path (reference)")
+    problem = meta_problem(
+        binding.text, x_spt, x_qry, maml.inner_steps, maml.first_order, True, maml._query_weights.steps
+    )
+    return problem.workspace_bytes(x_spt, len(x_spt))
+
+
+def _computed(
+    maml: Settings, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None
+) -> tuple[MetaOutput, Gradient | None]:
+    """What a call returns, not yet differentiable; and the meta-gradient where gradients are on."""
+    binding = maml._binding()
+    if torch.is_autocast_enabled(binding.on):
+        x_spt, x_qry = binding.in_its_dtype(x_spt), binding.in_its_dtype(x_qry)
+    usual = binding.plain and maml._query_weights.values is None
+    signature = fast_path.signature(x_spt, y_spt, x_qry, y_qry) if usual else None
+    key = (signature, maml.first_order)
+    problem = binding.problems.get(key) if signature else None
+    if problem is None:
+        _check_episode(maml, binding, x_spt, y_spt, x_qry, y_qry)
+    else:
+        binding.why_not = ""
+    if task_weights is not None:
+        data_checks.task_weights(task_weights, pytrees.tasks(x_spt), binding.like())
+    if problem is None and not maml._binder.serves(maml, binding, x_spt, x_qry):
+        return _on_the_general_path(maml, x_spt, y_spt, x_qry, y_qry, task_weights)
+    look_at_labels(maml, binding, x_spt, y_spt=y_spt, y_qry=y_qry)
+    parameters, rates = binding.tensors()
+    wanted = torch.is_grad_enabled()
+    places = None
+    if problem is not None and all(map(fast_path.is_plain, rates)):
+        data = x_spt, cast(Tensor, y_spt), x_qry, cast(Tensor, y_qry)
+        loss, task_losses, logits, support_losses, flat = fast_path.meta_step(
+            problem, parameters, rates, data, task_weights, maml.inner_steps, wanted
+        )
+        places = binding.places
+    else:
+        weights, query_steps = maml._query_weights.tensor(parameters[0]), maml._query_weights.steps
+        loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
+            parameters, rates, x_spt, targets.tensors(y_spt), x_qry, targets.tensors(y_qry), task_weights,
+            binding.text, maml.inner_steps, maml.first_order, wanted, weights, query_steps,
+        )  # fmt: skip
+    if signature and problem is None:  # the next call with data like these has passed every check
+        binding.problems[key] = meta_problem(binding.text, x_spt, x_qry, maml.inner_steps, maml.first_order, wanted)
+    out = MetaOutput(loss, task_losses, mean_of(binding.as_returned(logits)), support_losses)
+    return out, Gradient(flat, binding.with_gradient(parameters + rates), places) if wanted else None
+
+
+def _check_episode(maml: Settings, binding: Binding, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target) -> None:
+    weights = maml._query_weights.values
+    if weights is not None and len(weights) != maml.inner_steps + 1:  # as the steps have changed since
+        checks.query_weights(weights, maml.inner_steps)
+    read(maml, binding, "x_spt", x_spt, "y_spt", y_spt)
+    read(maml, binding, "x_qry", x_qry, "y_qry", y_qry)
+    data_checks.same_tasks(x_spt, x_qry)
+
+
+def _on_the_general_path(
+    maml: Settings, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None
+) -> tuple[MetaOutput, Gradient | None]:
+    loss, task_losses, predictions, support_losses, reached = fallback.meta_step(
+        maml.model, maml.loss, inner_rates(maml), list(maml.parameters()), x_spt, y_spt, x_qry, y_qry,
+        maml.inner_steps, maml.first_order, task_weights, maml._query_weights.values,
+    )  # fmt: skip
+    logits: Any = mean_of(predictions) if isinstance(maml.loss, str) else predictions  # type: ignore[arg-type]
+    out = MetaOutput(loss, task_losses, logits, support_losses)
+    if not reached:
+        return out, None
+    return out, Gradient(joined([g for _, g in reached]), [t for t, _ in reached], None)

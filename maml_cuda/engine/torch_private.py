@@ -1,0 +1,77 @@
+"""What is used of torch beyond its documented interface, and what happens where a version of torch lacks it.
+
+Everything here was seen in torch 2.6, 2.13 and 2.14.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def _missing() -> bool:
+    """Stands in for a probe that this version of torch does not have: the fast path is then never taken."""
+    return True
+
+
+def _probe(owner: Any, name: str) -> Callable[[], Any]:
+    return getattr(owner, name, _missing)
+
+
+_torch_function_mode = _probe(torch._C, "_is_torch_function_mode_enabled")
+_dispatch_modes = _probe(torch._C, "_len_torch_dispatch_stack")
+_transforms = _probe(torch._C, "_are_functorch_transforms_active")
+_tracing_state = _probe(torch._C, "_get_tracing_state")
+_profiler = _probe(torch._C._autograd, "_profiler_enabled")
+
+
+def unobserved() -> bool:
+    """Whether nothing would see an op pass through torch's dispatcher: no compiler or trace, no mode, no transform, no
+    profiler."""
+    return not (
+        torch.compiler.is_compiling()
+        or _torch_function_mode()
+        or _dispatch_modes()
+        or _transforms()
+        or _tracing_state() is not None
+        or _profiler()
+    )
+
+
+def guard_while_compiling(model: nn.Module, *constants: Any) -> None:
+    """Reads, under torch.compile, what a plan depends on, so that a change of it compiles anew.
+
+    torch.compile guards the attributes that decide something in the compiled code. So they are added up here: a sum
+    that were not used would be guarded all the same. Without guards a compiled program would outlive a change, which
+    tests/engine/test_compile.py would show.
+    """
+    read = id(model)  # another model has another plan
+    for m in model.modules():
+        read += 1 if m.training else 2
+    for _, p in model.named_parameters():
+        read += 1 if p.requires_grad else 2
+    for constant in constants:
+        read += len({constant})  # what is hashed becomes a constant of the program
+
+
+@contextmanager
+def no_saved_tensor_hooks() -> Iterator[None]:
+    """Inside, autograd saves tensors as if no hooks on saved tensors were set, by which torch.utils.checkpoint works.
+
+    Raises:
+        AttributeError: torch has no such switch any more.
+    """
+    before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
+    try:
+        yield
+    finally:
+        torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+
+
+def memory_of(t: Tensor) -> int:
+    """A number for the memory that a tensor shares with its views. Sparse tensors have none: a number of their own."""
+    return t.untyped_storage()._cdata if t.layout is torch.strided else id(t)
