@@ -158,7 +158,7 @@ Parameter read_parameter(Fields& fields, Operation operation) {
 RateTensor read_rate_tensor(py::handle object, size_t parameters, Operation operation) {
   Fields fields(object);
   RateTensor tensor{fields.read<int64_t>("size"), fields.read<int64_t>("steps")};
-  if (tensor.steps < 1 || tensor.size < 1 || tensor.size % tensor.steps != 0) {
+  if (tensor.steps == 0 ? tensor.size != 0 : tensor.steps < 0 || tensor.size % tensor.steps != 0) {
     throw std::invalid_argument("RateTensor.size must be a multiple of its steps, got " +
                                 std::to_string(tensor.size));
   }
