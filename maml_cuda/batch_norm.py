@@ -235,9 +235,9 @@ class _Collected:
     def write(self) -> None:
         m = self.layer
         for slot, sums in self.sums.items():
-            at: int | tuple = slot if isinstance(m, PerStepBatchNorm) else ()
+            at: int | tuple[()] = slot if isinstance(m, PerStepBatchNorm) else ()
             m.num_batches_tracked[at] += 1  # type: ignore[index,operator]
-            momentum = 1 / float(m.num_batches_tracked[at]) if m.momentum is None else m.momentum  # type: ignore[index,arg-type]
+            momentum = 1 / float(m.num_batches_tracked[at]) if m.momentum is None else m.momentum
             for running, total in zip((m.running_mean, m.running_var), sums, strict=True):
                 running[at] += momentum * (total / self.passes[slot] - running[at])  # type: ignore[index,operator]
 

@@ -116,7 +116,7 @@ def detached(tree: Any) -> Any:
 class _ProcessWide:
     """A context of state that all threads share: the first that comes in enters it, the last that goes out leaves."""
 
-    def __init__(self, make: Callable[[], AbstractContextManager]) -> None:
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
         self._make, self._lock, self._inside = make, Lock(), 0
 
     @contextmanager

@@ -26,7 +26,7 @@ class GradcheckRow:
     finite_difference_error: float
 
 
-class GradcheckTable(list):
+class GradcheckTable(list[GradcheckRow]):
     """The rows of a gradcheck; printing it shows the table."""
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ def gradcheck(
     """
     checks.tolerance(tolerance, "tolerance")
     checks.tolerance(finite_difference_tolerance, "finite_difference_tolerance")
-    maml = copy.deepcopy(maml)._apply(_in_double)
+    maml = copy.deepcopy(maml)._apply(_in_double)  # type: ignore[no-untyped-call]
     x_spt, y_spt, x_qry, y_qry = data = pytrees.mapped(_in_double, (x_spt, y_spt, x_qry, y_qry))
     buffers = [b.clone() for b in maml.buffers()]
     maml.zero_grad()
@@ -124,4 +124,5 @@ def _finite_difference_error(
         p -= 2 * step * unit
         down = maml(*data).loss
         p += step * unit
-    return abs(((up - down) / (2 * step) - (grad.conj() * unit).real.sum()).item())
+    difference: float = ((up - down) / (2 * step) - (grad.conj() * unit).real.sum()).item()
+    return abs(difference)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maml_cuda import _core
 from maml_cuda.data.meta_batch import MetaBatch
 from maml_cuda.engine import cuda_runner as devices
-from maml_cuda.engine.problem import _core
 
 
 class Episodes:

@@ -46,7 +46,7 @@ def once(what: str, grads: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
     """The gradients, differentiable in name only where autograd records this backward (create_graph=True)."""
     if not torch.is_grad_enabled():
         return grads
-    return list(_Once.apply(len(grads), what, *grads, *inputs))
+    return list(_Once.apply(len(grads), what, *grads, *inputs))  # type: ignore[no-untyped-call]
 
 
 class _Attach(torch.autograd.Function):
@@ -68,7 +68,7 @@ LIBRARY.define("attach(Tensor loss, Tensor flat, Tensor[] inputs) -> Tensor")
 
 def _attach(loss: Tensor, flat: Tensor, inputs: list[Tensor]) -> Tensor:
     """`loss`, whose gradient by the concatenation of `inputs` is `flat`."""
-    return _Attach.apply(loss, flat, *inputs)
+    return _Attach.apply(loss, flat, *inputs)  # type: ignore[no-any-return,no-untyped-call]
 
 
 LIBRARY.impl("attach", _attach, "CompositeImplicitAutograd")
@@ -129,7 +129,9 @@ def _adapt(
     steps: int,
     first_order: bool,
 ) -> tuple[list[Tensor], Tensor]:
-    *fast, support_losses = _Adapt.apply(plan, steps, first_order, len(parameters), x, y, *parameters, *rates)
+    *fast, support_losses = _Adapt.apply(  # type: ignore[no-untyped-call]
+        plan, steps, first_order, len(parameters), x, y, *parameters, *rates
+    )
     return fast, support_losses
 
 
@@ -141,7 +143,8 @@ class _Predict(torch.autograd.Function):
     def forward(ctx: Any, plan: str, x: Tensor, *fast: Tensor) -> Tensor:
         ctx.plan = plan
         ctx.save_for_backward(*map(_saved, (x, *fast)))
-        return torch.ops.maml_cuda.predict_forward(fast, x, plan)
+        prediction: Tensor = torch.ops.maml_cuda.predict_forward(fast, x, plan)
+        return prediction
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
@@ -154,7 +157,7 @@ LIBRARY.define("predict(Tensor[] fast, Tensor x, str plan) -> Tensor")
 
 
 def _predict(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
-    return _Predict.apply(plan, x, *fast)
+    return _Predict.apply(plan, x, *fast)  # type: ignore[no-any-return,no-untyped-call]
 
 
 LIBRARY.impl("predict", _predict, "CompositeImplicitAutograd")

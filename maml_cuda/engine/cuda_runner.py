@@ -60,7 +60,8 @@ class Runner:
     @property
     def executor(self) -> str:
         """ "megakernel" or "batched"."""
-        return self._core.executor
+        executor: str = self._core.executor
+        return executor
 
     def workspace(self, tasks: int, at_once: int) -> int:
         """Elements of workspace that a call takes."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from maml_cuda import pytrees
+from maml_cuda.losses import Loss
 from maml_cuda.pytrees import Tree
 from maml_cuda.targets import POLICY_LOSSES, PolicyTarget, Target
 
@@ -17,7 +18,7 @@ OF_CLASSES = ("cross_entropy", "categorical_policy_gradient")  # whose targets a
 
 def data(
     x_name: str, x: Tree, y_name: str | None, y: Any, like: Tensor, dtypes: Collection[torch.dtype],
-    loss: str | Callable, fused: bool,
+    loss: Loss, fused: bool,
 ) -> None:  # fmt: skip
     """One set, for a model whose trainable parameters are like `like`, and all of them of `dtypes`: x
     [tasks, samples, ...] or a pytree of tensors [tasks, ...], and its y. fused: a plan is there, which takes one tensor
@@ -90,7 +91,7 @@ def lacks_axis(x_name: str, x: Tensor, why: str = "") -> ValueError:
 
 
 def _fits(
-    y_name: str, y: Any, x_name: str, x: Tree, like: Tensor, dtypes: Collection[torch.dtype], loss: str | Callable,
+    y_name: str, y: Any, x_name: str, x: Tree, like: Tensor, dtypes: Collection[torch.dtype], loss: Loss,
     fused: bool,
 ) -> None:  # fmt: skip
     """The target is what the loss takes, for these x."""

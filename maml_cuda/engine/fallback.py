@@ -41,9 +41,9 @@ def _apart(call: Callable[P, R]) -> Callable[P, R]:
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.set_grad_enabled(gradients))
-            return call(*map(_plain, args), **{name: _plain(a) for name, a in kwargs.items()})  # type: ignore[arg-type]
+            return call(*map(_plain, args), **{name: _plain(a) for name, a in kwargs.items()})
 
-    return torch.compiler.disable(apart)  # type: ignore[return-value]
+    return torch.compiler.disable(apart)  # type: ignore[no-any-return]
 
 
 def _plain(argument: Any) -> Any:

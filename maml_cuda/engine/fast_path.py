@@ -25,7 +25,7 @@ def is_plain(t: Any) -> bool:
     return (type(t) is Tensor or type(t) is torch.nn.Parameter) and not (t.is_neg() or t._is_zerotensor())
 
 
-def signature(*data: Any) -> tuple | None:
+def signature(*data: Any) -> tuple[Any, ...] | None:
     """All of these tensors that their checks look at, as a key; None where going past the dispatcher would be seen: by
     a compiler or trace, a mode, a transform, a profiler, autograd on the data, or a subclass of Tensor."""
     if not torch_private.unobserved():
@@ -57,7 +57,7 @@ class _Attached(torch.autograd.Function):
     """The same for a loss that nobody else holds, so that it need not be copied, and with known places."""
 
     @staticmethod
-    def forward(ctx: Any, held: tuple[Tensor, Tensor, list[Place]], *inputs: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, held: tuple[Tensor, Tensor, list[Place]], *inputs: Tensor) -> Tensor:
         loss, flat, places = held
         ctx.save_for_backward(flat)
         ctx.known = inputs, places
@@ -73,7 +73,7 @@ class _Attached(torch.autograd.Function):
 
 def attached(loss: Tensor, flat: Tensor, inputs: list[Tensor], places: list[Place]) -> Tensor:
     """The op attach, past the dispatcher, on a fresh loss; `places` of the inputs in `flat`."""
-    return _Attached.apply((loss, flat, places), *inputs)
+    return _Attached.apply((loss, flat, places), *inputs)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def only_adds(t: Tensor) -> bool:

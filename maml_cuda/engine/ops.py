@@ -14,7 +14,7 @@ A target is a list: one tensor, or the four fields of a PolicyTarget.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -194,7 +194,7 @@ LIBRARY.define("hvp(Tensor[] fast, Tensor x, Tensor?[] y, Tensor[] v, str plan) 
 LIBRARY.define("inner_step(Tensor[] fast, Tensor[] rates, Tensor x, Tensor?[] y, str plan) -> Tensor[]")
 
 
-def _own(fast: list[Tensor]) -> dict[str, list]:
+def _own(fast: list[Tensor]) -> dict[str, list[Any]]:
     """The arguments of a run at per-task parameters."""
     parts, strides = _by_task(fast)
     return {"parameters": parts, "parameter_strides": strides}

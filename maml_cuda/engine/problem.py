@@ -87,7 +87,7 @@ class Problem:
             ValueError: a target that does not fit the prediction.
         """
         y = [None if t is None else t.resolve_neg() for t in y]  # which the dispatcher leaves to us in a list
-        target: Target = PolicyTarget(*y) if self.loss in POLICY_LOSSES else y[0]  # type: ignore[arg-type,assignment]
+        target: Target = PolicyTarget(*y) if self.loss in POLICY_LOSSES else y[0]  # type: ignore[arg-type]
         data_checks.target(name, self.loss, target, (x.shape[1], *self.target))
         if isinstance(target, Tensor):
             return [x.contiguous(), target.contiguous(), None, None]

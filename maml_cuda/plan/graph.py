@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from maml_cuda.plan.schema import Layout, Node, Window
-from maml_cuda.plan.tracing import Unfusable
+from maml_cuda.plan.side_effects import Unfusable
 
 
 @dataclass(frozen=True)

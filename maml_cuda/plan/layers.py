@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maml_cuda.plan.graph import Traced, Value, Writer
 from maml_cuda.plan.schema import Layout, Window
-from maml_cuda.plan.tracing import Unfusable
+from maml_cuda.plan.side_effects import Unfusable
 
 
 @dataclass(frozen=True, repr=False)

@@ -146,7 +146,8 @@ def _copied(model: nn.Module, generator: Generator) -> nn.Module:
 def _drawn(p: Tensor, generator: Generator) -> Tensor:
     """In place of a parameter: a matrix that keeps a signal's size; numbers around 0.5, as both scales and shifts."""
     if p.dim() > 1:
-        return _normal(p.shape, generator) / max(1, p[0].numel()) ** 0.5
+        root: float = max(1, p[0].numel()) ** 0.5
+        return _normal(p.shape, generator) / root
     return 0.5 + 0.5 * _normal(p.shape, generator)
 
 

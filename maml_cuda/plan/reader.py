@@ -17,8 +17,9 @@ from torch import nn
 
 from maml_cuda.plan.graph import Graph, Traced, Value, in_words
 from maml_cuda.plan.layers import Floored, Layers
+from maml_cuda.plan.side_effects import Unfusable, described
 from maml_cuda.plan.torch_names import FUNCTIONS, METHODS, MODULES
-from maml_cuda.plan.tracing import GLOBAL_HOOKS, HOOKS, Unfusable, described, record
+from maml_cuda.plan.tracing import GLOBAL_HOOKS, HOOKS, record
 
 __all__ = ["GLOBAL_HOOKS", "HOOKS", "Graph", "Unfusable", "trace"]
 
@@ -100,7 +101,7 @@ class _Reader(Layers):
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         self.here = f"{name} in {described(self.path, self.model.get_submodule(self.path))}"
 
-    def _call(self, node: torch.fx.Node, args: tuple, kwargs: dict) -> Any:
+    def _call(self, node: torch.fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.op == "call_module":
             module = self.model.get_submodule(str(node.target))
             if type(module) not in MODULES:

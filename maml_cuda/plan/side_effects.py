@@ -106,7 +106,7 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.why = ""
         self._tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for path, module in model.named_modules():
@@ -117,7 +117,9 @@ class Watch(TorchDispatchMode):
         self.why = self.why or why
         raise Unfusable(why)
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in function.tags:
             self._draws()

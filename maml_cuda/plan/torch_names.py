@@ -16,7 +16,7 @@ from maml_cuda.batch_norm import PerStepBatchNorm, PerStepBatchNorm1d, PerStepBa
 from maml_cuda.plan.graph import Value
 from maml_cuda.plan.layers import Layers
 from maml_cuda.plan.schema import Layout
-from maml_cuda.plan.tracing import Unfusable
+from maml_cuda.plan.side_effects import Unfusable
 
 
 def _convolution(b: Layers, m: Any, input: Any, *, axes: int) -> Value:

@@ -33,7 +33,7 @@ class _Proxy(torch.fx.Proxy):
     """Records `x += y` as what it is: torch.fx itself sees `x = x + y`, and loses that whoever holds x sees it too."""
 
 
-def _in_place_operator(function: Callable) -> Callable:
+def _in_place_operator(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
@@ -94,7 +94,9 @@ class _Tracer(torch.fx.Tracer):
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
-    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         if isinstance(m, OptimizedModule):

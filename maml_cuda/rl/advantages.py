@@ -54,6 +54,7 @@ def _cholesky(gram: Tensor) -> Tensor:
     if broken.any():
         raise ValueError(f"observations must be finite, got NaN or infinity in task {int(broken.nonzero()[0])}")
     ridge = torch.full((len(gram), 1), RIDGE, dtype=gram.dtype, device=gram.device)
+    factor: Tensor
     while True:
         factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge.expand(-1, gram.shape[-1])))
         if not failed.any():

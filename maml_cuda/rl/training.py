@@ -92,7 +92,7 @@ class RLTraining(Training):
                     fast = inner_step(self.maml, fast, *support[-1], dict.fromkeys(fast, settings.rate(k)))
         with clock.measure("gradient"):
             step = self._outer(MetaSamples(tuple(support), tuple(query)))
-        std = self.maml.model.log_std.detach().exp().mean()  # type: ignore[operator, union-attr]
+        std = self.maml.model.log_std.detach().exp().mean()  # type: ignore[operator]
         return {
             "before": returns[0],
             "after": returns[-1],

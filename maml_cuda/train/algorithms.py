@@ -99,7 +99,8 @@ class Maml(Algorithm):
 
     def predict(self, batch: MetaBatch, steps: int) -> Tensor:
         fast = self.maml.adapt(batch.x_spt, batch.y_spt, steps=steps)
-        return self.maml.predict(fast, batch.x_qry, slot=max(steps - 1, 0))
+        prediction: Tensor = self.maml.predict(fast, batch.x_qry, slot=max(steps - 1, 0))
+        return prediction
 
     def predictions(self, batch: MetaBatch, steps: Sequence[int]) -> Iterator[Tensor]:
         for count, fast in enumerate(self.maml.inner_loop(batch.x_spt, batch.y_spt, max(steps))):
@@ -175,7 +176,8 @@ class Reptile(Algorithm):
         generator = Generator().manual_seed(self.settings.seed << 32 | iteration)
         passes = math.ceil(steps * size / samples)
         order = torch.rand(tasks, passes, samples, generator=generator).argsort(-1).flatten(1)
-        return order[:, : steps * size].split(size, 1)
+        batches: Sequence[Tensor] = order[:, : steps * size].split(size, 1)
+        return batches
 
 
 class Metric(Algorithm):
@@ -296,7 +298,7 @@ class NearestPixel(Algorithm):
         return -distances.unsqueeze(-1).masked_fill(~of_class, math.inf).amin(2)
 
 
-ALGORITHMS: dict[str, type[Any]] = {
+ALGORITHMS: dict[str, Callable[[Settings], Algorithm]] = {
     "maml": Maml,
     "reptile": Reptile,
     "protonet": ProtoNet,

@@ -142,6 +142,7 @@ def load_model(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def load_info(folder: Path) -> dict[str, Any]:
     """``info`` of a checkpoint; otherwise as ``load_checkpoint``."""
+    info: dict[str, Any]
     (info,) = _load(folder, ())
     return info
 

@@ -151,7 +151,7 @@ class Training:
     def _is_intact(self, best: dict[str, Any]) -> bool:
         """Whether the checkpoint of a best validation can be loaded and is of that iteration."""
         try:
-            return load_model(self.run / best["checkpoint"])[1]["iteration"] == best["iteration"]
+            return bool(load_model(self.run / best["checkpoint"])[1]["iteration"] == best["iteration"])
         except UnusableCheckpoint:
             return False
 
