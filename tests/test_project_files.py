@@ -27,6 +27,16 @@ def test_the_citation_has_the_version_of_the_package() -> None:
     assert f"\nversion: {version[1]}\n" in (ROOT / "CITATION.cff").read_text()
 
 
+def test_the_changelog_starts_with_what_is_unreleased() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    introduction, first, *others = re.split(r"^## (.*)\n", text, flags=re.MULTILINE)
+    assert first == "[Unreleased]"
+    assert "\n- " not in introduction
+    versions = others[1::2]
+    assert versions
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", version) for version in versions)
+
+
 def test_contributing_lists_the_steps_of_ci() -> None:
     *steps, last = re.findall(r'^step "(.*)"$', (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     assert last == "done"
