@@ -82,7 +82,7 @@ class FusedMAML(nn.Module):
     """
 
     model: nn.Module
-    inner_lr: float | Tensor | InnerRates  # type: ignore[assignment]
+    inner_lr: float | Tensor | InnerRates
     inner_steps: int
     loss: str | Callable[..., Tensor]
     first_order: bool
@@ -408,7 +408,8 @@ class FusedMAML(nn.Module):
             return self._binder.bound
         return self._binder.bind(self)
 
-    @torch.compiler.assume_constant_result  # of a method: torch 2.6 takes no module for an argument
+    # On a method, as torch 2.6 takes no module for an argument.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _bind_now(self) -> bool:
         """Binds while a compiler traces: what it has bound is a constant of the compiled program."""
         self._binder.bind(self)

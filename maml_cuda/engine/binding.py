@@ -46,7 +46,7 @@ class Binding:
         self.served_by: dict[str, list[str]] = {}
         self.log_std = ""
         self.places: list[fast_path.Place] = []
-        self.problems: dict[tuple, Any] = {}
+        self.problems: dict[tuple[Any, ...], Any] = {}
         self._holders: list[Holder] = []
         self._has_gradient: list[bool] = []
         self._all_have_gradient = False
@@ -131,10 +131,11 @@ class Binding:
         """The reason why the plan does not serve such sets of samples, or nothing (suitability.py)."""
         if torch.compiler.is_compiling():  # where a size may be a symbol
             sizes = tuple(map(index, sample)), index(n_support), index(n_query)
-            return self._why_unfit_now(*sizes, dtype, second_order)
+            answer: str = self._why_unfit_now(*sizes, dtype, second_order)
+            return answer
         return self._suitability.why_unfit(self, sample, n_support, n_query, dtype, second_order)
 
-    @torch.compiler.assume_constant_result
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _why_unfit_now(self, *signature: Any) -> str:
         """The same while a compiler traces, which has guarded the sizes."""
         return self._suitability.why_unfit(self, *signature)

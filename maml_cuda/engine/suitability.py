@@ -25,8 +25,8 @@ class Suitability:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._answers: OrderedDict[tuple, str] = OrderedDict()  # by the arguments of why_unfit
-        self._proven: OrderedDict[tuple, None] = OrderedDict()  # (sample, samples, second_order)
+        self._answers: OrderedDict[tuple[Any, ...], str] = OrderedDict()  # by the arguments of why_unfit
+        self._proven: OrderedDict[tuple[Any, ...], None] = OrderedDict()  # (sample, samples, second_order)
 
     def why_unfit(
         self,
@@ -64,7 +64,7 @@ class Suitability:
         return reason
 
 
-def _keep(kept: OrderedDict, key: tuple, value: Any) -> None:
+def _keep(kept: OrderedDict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:
     kept[key] = value
     if len(kept) > MOST_KEPT:
         kept.popitem(last=False)
