@@ -61,8 +61,8 @@ def _python2(value: Any) -> bytes:
     return made + state
 
 
-def omniglot(folder: Path, zipped: bool = True) -> dict[str, list[bytes]]:
-    """1623 characters of two 1-bit drawings; the PNG files of each, by Alphabet/character."""
+def omniglot(folder: Path) -> dict[str, list[bytes]]:
+    """The two zip archives: 1623 characters of two 1-bit drawings. Returns the PNG files by Alphabet/character."""
     characters: dict[str, list[bytes]] = {}
     for half, alphabets in (("images_background", range(30)), ("images_evaluation", range(30, 50))):
         names = []
@@ -76,14 +76,10 @@ def omniglot(folder: Path, zipped: bool = True) -> dict[str, list[bytes]]:
             characters[name] = [encoded(~drawing) for drawing in drawings]
             for drawer, content in enumerate(characters[name], 1):
                 files[f"{half}/{name}/{number + 1:04d}_{drawer:02d}.png"] = content
-        if zipped:
-            folder.mkdir(parents=True, exist_ok=True)
-            with zipfile.ZipFile(folder / f"{half}.zip", "w") as archive:
-                for path, content in files.items():
-                    archive.writestr(path, content)
-        else:
+        folder.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(folder / f"{half}.zip", "w") as archive:
             for path, content in files.items():
-                write(folder / path, content)
+                archive.writestr(path, content)
     assert len(characters) == 1623
     return characters
 

@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,13 +20,17 @@ SIZES |= {"test-tasks": 6, "test-queries": 4, "log-interval": 5}
 TINY = ["train", "sinusoid", *(text for name, size in SIZES.items() for text in (f"--{name}", str(size)))]
 
 
-@pytest.fixture
-def run(tmp_path, capsys) -> str:
-    """A trained run, as the user types it."""
-    folder = str(tmp_path / "run")
-    assert main([*TINY, "--out", folder]) == 0
-    capsys.readouterr()
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert main([*TINY, "--out", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path) -> str:
+    """The folder of a trained run, which the test may change."""
+    return str(shutil.copytree(trained, tmp_path / "run"))
 
 
 def test_train_writes_a_complete_run_and_prints_where(tmp_path, capsys) -> None:
