@@ -46,10 +46,9 @@ inline Grid channel_grid(int64_t rows, int64_t channels, int64_t rows_per_thread
 }
 
 /// Sums over rows, per channel: term(i, sum) is called for every i in [0, count) and adds its terms to
-// sum[q].
-/// All threads of a channel return the totals. Each thread sums every `rows`-th i in ascending order; then a
-/// tree in shared memory sums over the threads. All threads must call; there are barriers before and after
-/// every use of the shared memory.
+/// sum[q]. All threads of a channel return the totals. Each thread sums every `rows`-th i in ascending order;
+/// then a tree in shared memory sums over the threads. All threads must call; there are barriers before and
+/// after every use of the shared memory.
 template <int Q, class Sum, class Term>
 __device__ __forceinline__ void channel_sums(const Lanes& lanes, int count, Sum (&sum)[Q], Term term) {
   __shared__ Sum shared[Q][kThreads];

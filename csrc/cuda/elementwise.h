@@ -15,8 +15,8 @@ __device__ __forceinline__ void put(T* to, int64_t i, T value, bool add) {
 
 inline constexpr int kElementThreads = kSmallTiles ? 32 : 256;
 
-// Blocks of kElementThreads threads, with four elements a thread: enough loads in flight to hide their
-// latency.
+/// Blocks of kElementThreads threads, with four elements a thread: enough loads in flight to hide their
+/// latency.
 inline Grid element_grid(int64_t elements) { return {blocks_for(elements, 4 * kElementThreads)}; }
 
 }  // namespace maml::cuda

@@ -29,8 +29,8 @@
 namespace maml::cuda {
 namespace {
 
-// How many consecutive cells a block takes: enough for contiguous runs of a warp, and for four values a
-// thread.
+/// How many consecutive cells a block takes: enough for contiguous runs of a warp, and for four values a
+/// thread.
 int cells_of_block(const Layer& l) {
   const int64_t width = l.in.c / l.groups, values = width * l.in.h * l.in.w;
   int cells = 1;

@@ -17,7 +17,6 @@
 //
 // Barriers: loss_value has one, between the warps' sums and thread 0. The caller puts one after every device
 // function, which separates two calls. All threads of a block call; a block is a whole number of warps.
-// device function keeps two calls apart. All threads of a block call; a block is a whole number of warps.
 #pragma once
 
 #include <cmath>

@@ -100,8 +100,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   }
 }
 
-// The cotangent before the pool, from the cotangent of y: rows in window order, zero but for the chosen
-// pixels.
+/// The cotangent before the pool, from the cotangent of y: rows in window order, zero but for the chosen
+/// pixels.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     spread_kernel(int rows, int windows, int channels, const T* symbolic_g, const uint8_t* symbolic_places,

@@ -54,7 +54,8 @@ struct StemSaved {
   }
 };
 
-// y = pool of x * weights + bias, and the places of the maxima; with `tangent`, y at the places found before.
+/// y = pool of x * weights + bias, and the places of the maxima; with `tangent`, y at the places found
+/// before.
 template <class T>
 void convolve_and_pool(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms,
                        const T* bias, bool tangent, T* y, uint8_t* places);

@@ -50,8 +50,8 @@ __device__ __forceinline__ void each_pixel_of(const Windows& w, int output, F f)
   }
 }
 
-// The largest value(pixel) that `output` reads, and its pixel: the first of equal ones; a NaN wins, as in
-// torch.
+/// The largest value(pixel) that `output` reads, and its pixel: the first of equal ones; a NaN wins, as in
+/// torch.
 template <class T>
 struct Largest {
   T value;

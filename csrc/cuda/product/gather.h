@@ -115,8 +115,8 @@ struct PatchGather {
     const int r = by_taps_w.quotient(t), s = by_taps_w.remainder(t, r);
     return {(r * w + s) * c + channel, r * 65536 + s};
   }
-  // Row and column are inside the image if the high bit of their half is clear both in `at` and in at +
-  // beyond.
+  /// Row and column are inside the image if the high bit of their half is clear both in `at` and in at +
+  /// beyond.
   __device__ __forceinline__ Element element(const Place& a, const Place& b) const {
     const uint32_t at = static_cast<uint32_t>(a.at) + static_cast<uint32_t>(b.at);
     return {a.offset + b.offset, ((at | (at + beyond)) & 0x80008000u) == 0};
@@ -160,8 +160,8 @@ struct Rows {
   __device__ __forceinline__ Element element(int a, int b) const { return {a + b, (a | b) >= 0}; }
 };
 
-// B[(tap, o), n] of weights [tap, n, o]: tap (r, s) of a parity class starts at offset first - r row - s
-// column.
+/// B[(tap, o), n] of weights [tap, n, o]: tap (r, s) of a parity class starts at offset first - r row - s
+/// column.
 struct Taps {
   static constexpr bool kAlongK = true;
   using Outer = int;

@@ -161,8 +161,8 @@ class Product {
       most(Tile::kStages * kStage, (Tile::kSlices - 1) * Tile::kGroup * kAccumulators) *
       static_cast<int>(sizeof(T));
 
-  // Where this thread's sums stand in C. `owner`: the thread belongs to the first slice, which holds the
-  // totals.
+  /// Where this thread's sums stand in C. `owner`: the thread belongs to the first slice, which holds the
+  /// totals.
   struct Position {
     int lane, m, n;  // of the warp's tile
     bool owner;
@@ -265,7 +265,8 @@ __device__ __forceinline__ void put(T* to, const T (&values)[kVector<T>], int le
   }
 }
 
-// Writes a thread's sums. Row r of C starts at place(row), or is not written where that is null; `n` columns.
+/// Writes a thread's sums. Row r of C starts at place(row), or is not written where that is null; `n`
+/// columns.
 template <class Product, class Place>
 __device__ __forceinline__ void write(const typename Product::Position& at,
                                       typename Product::Accumulators& sums, int n, bool vectors, bool add,

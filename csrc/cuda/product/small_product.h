@@ -79,7 +79,8 @@ __device__ __forceinline__ SmallProduct<T> linear_product(const Layer& l,
   return {static_cast<int>(l.n), out, in, {first, second}, in, 1, out, 1, out, bias, y, false};
 }
 
-// The gradients of a linear layer, one or two terms each: pairs (x, g) give grad_w, pairs (g, w) give grad_x.
+/// The gradients of a linear layer, one or two terms each: pairs (x, g) give grad_w, pairs (g, w) give
+/// grad_x.
 template <class T>
 __device__ __forceinline__ void linear_gradients(Team team, const Layer& l,
                                                  const typename SmallProduct<T>::Term (&x_g)[2],

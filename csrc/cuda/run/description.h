@@ -1,6 +1,5 @@
 // What kernels read besides their arguments. Of the plan: its description, written to the device once. Of a
-// call:
-// its spans, one for each region and for each of the user's tensors.
+// call: its spans, one for each region and for each of the user's tensors.
 #pragma once
 
 #include <algorithm>
