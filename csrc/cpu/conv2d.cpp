@@ -43,17 +43,17 @@ struct Axis {
 };
 
 /// Consecutive positions [first, first + count) whose taps inside the image are the same: [tap, tap + taps).
-struct Span {
+struct SameTaps {
   int64_t first, count, tap, taps;
 };
 
 template <class F>
-void each_span(const Axis& axis, F f) {
+void each_same_taps(const Axis& axis, F f) {
   for (int64_t i = 0, first = 0; i < axis.positions; first = i) {
     const int64_t tap = axis.first_tap(i), end = axis.end_tap(i);
     while (++i < axis.positions && axis.first_tap(i) == tap && axis.end_tap(i) == end) {
     }
-    f(Span{first, i - first, tap, end - tap});
+    f(SameTaps{first, i - first, tap, end - tap});
   }
 }
 
@@ -139,8 +139,8 @@ void gather(const Sweep& p, int64_t n, const Term<T>* terms, int count, const T*
   for (int64_t s = 0; s < n; s += group) {
     const int64_t samples = std::min(group, n - s);
     int32_t *row = reinterpret_cast<int32_t*>(memory), *c_row = row + group * p.positions();
-    each_span(p.rows, [&](const Span& i) {
-      each_span(p.columns, [&](const Span& j) {
+    each_same_taps(p.rows, [&](const SameTaps& i) {
+      each_same_taps(p.columns, [&](const SameTaps& j) {
         const int64_t pixels = i.count * j.count;
         if (s == 0) {
           fill_offsets(samples, i.count, j.count, p.from(i.first, i.tap, j.first, j.tap), p.from_sample(),
@@ -247,7 +247,7 @@ void WeightGradient<T>::sum(const Layer& l, const Term<T>* terms, int count, T* 
       int64_t first = 0, end = p.rows.positions;
       while (first < end && p.rows.first_tap(first) > r) ++first;
       while (first < end && p.rows.end_tap(end - 1) <= r) --end;
-      each_span(p.columns, [&](const Span& j) {
+      each_same_taps(p.columns, [&](const SameTaps& j) {
         if (first == end || j.taps == 0) return;
         const int64_t pixels = (end - first) * j.count, k = (r * p.columns.taps + j.tap) * p.channels;
         if (s == 0) {
@@ -294,9 +294,9 @@ namespace {
 
 /// Room for the weights of both terms in the form that the products read, and the rest of the scratch.
 template <class T>
-struct Memory {
+struct ProductScratch {
   T *weights[2], *rest;
-  Memory(const Layer& l, T* scratch) {
+  ProductScratch(const Layer& l, T* scratch) {
     const int64_t weight = product_weights(l);
     weights[0] = scratch, weights[1] = scratch + weight;
     rest = scratch + 2 * weight;
@@ -322,7 +322,7 @@ struct OnCpu<Kind::conv2d> {
 
   template <class T>
   static void apply(const Layer& l, const Term<T>* terms, int count, const T* bias, T* y, T* scratch) {
-    const Memory<T> memory(l, scratch);
+    const ProductScratch<T> memory(l, scratch);
     Term<T> read[2];
     for (int t = 0; t < count; ++t) {
       read[t] = {terms[t].a, forward_weights(l, terms[t].b, memory.weights[t])};
@@ -331,7 +331,7 @@ struct OnCpu<Kind::conv2d> {
   }
   template <class T>
   static void adjoint_x(const Layer& l, const Term<T>* terms, int count, bool add, T* grad_x, T* scratch) {
-    const Memory<T> memory(l, scratch);
+    const ProductScratch<T> memory(l, scratch);
     Term<T> read[2];
     for (int t = 0; t < count; ++t) {
       transposed_weights(l, terms[t].b, memory.weights[t]);
@@ -341,7 +341,7 @@ struct OnCpu<Kind::conv2d> {
   }
   template <class T>
   static void adjoint_w(const Layer& l, const Term<T>* terms, int count, bool add, T* grad_w, T* scratch) {
-    const Memory<T> memory(l, scratch);
+    const ProductScratch<T> memory(l, scratch);
     WeightGradient<T> gradient(l, add, grad_w, memory.weights[0]);
     gradient.sum(l, terms, count, memory.rest);
     gradient.finish();

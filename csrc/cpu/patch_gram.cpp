@@ -61,7 +61,7 @@ struct Visits {
 };
 
 /// The sizes and offsets of the sums.
-struct Sums {
+struct SumLayout {
   static constexpr int64_t W = kLanes<double>;
   Visits rows, columns;
   int64_t channels, run;     // run: elements of a row of taps
@@ -69,7 +69,7 @@ struct Sums {
   int64_t phases;            // vectors after which lanes have the same residues and channels again
   int64_t of_class, of_row;  // elements of Q and M for one class; of sums in lanes for one class of rows
 
-  explicit Sums(const Layer& l)
+  explicit SumLayout(const Layer& l)
       : rows(l.window.kernel_h, l.window.stride_h, l.between.h),
         columns(l.window.kernel_w, l.window.stride_w, l.between.w),
         channels(l.in.c),
@@ -92,7 +92,7 @@ struct Sums {
 };
 
 /// sums[phase, e] += a[i] b[i + e] over n elements of inner columns, kept in lanes.
-void add_inner(const Sums& s, int64_t n, const double* a, const double* b, int64_t first_block,
+void add_inner(const SumLayout& s, int64_t n, const double* a, const double* b, int64_t first_block,
                double* sums) {
   constexpr int64_t W = kLanes<double>;
   for (int64_t phase = 0; phase < s.phases; ++phase) {
@@ -120,7 +120,7 @@ void add_inner(const Sums& s, int64_t n, const double* a, const double* b, int64
 /// Adds the products of row i of an image with itself and with the rows below it; row(i) is converted to
 /// double.
 template <class Row>
-void add_row(const Sums& s, int64_t i, Row row, double* classes, double* lanes) {
+void add_row(const SumLayout& s, int64_t i, Row row, double* classes, double* lanes) {
   constexpr int64_t W = kLanes<double>;
   const int64_t row_class = s.rows.class_of(i), c = s.channels, begin = s.columns.first * c;
   const int64_t inner = (s.columns.end - s.columns.first) * c, below = std::min(s.rows.taps, s.rows.size - i);
@@ -154,7 +154,7 @@ void add_row(const Sums& s, int64_t i, Row row, double* classes, double* lanes) 
 }
 
 /// Adds the sums in lanes to the classes of their columns.
-void gather_lanes(const Sums& s, const double* lanes, double* classes) {
+void gather_lanes(const SumLayout& s, const double* lanes, double* classes) {
   constexpr int64_t W = kLanes<double>;
   for (int64_t row_class = 0; row_class < s.rows.classes(); ++row_class) {
     for (int64_t phase = 0; phase < s.phases; ++phase) {
@@ -170,7 +170,7 @@ void gather_lanes(const Sums& s, const double* lanes, double* classes) {
 
 /// Calls f(address of Q and M) for the classes that a tap visits.
 template <class F>
-void each_class(const Sums& s, int64_t row, int64_t column, int64_t c, const double* classes, F f) {
+void each_class(const SumLayout& s, int64_t row, int64_t column, int64_t c, const double* classes, F f) {
   for (int64_t r = 0; r < s.rows.classes(); ++r) {
     if (!s.rows.visits(row, r)) continue;
     for (int64_t k = 0; k < s.columns.classes(); ++k) {
@@ -184,7 +184,7 @@ constexpr int64_t elements(int64_t doubles) { return 2 * doubles; }
 
 template <class T>
 void forward(const Layer& l, const Tensors<T>& t) {
-  const Sums s(l);
+  const SumLayout s(l);
   double* classes = reinterpret_cast<double*>(t.scratch);
   double* lanes = classes + s.classes_size();
   double* converted = lanes + s.lanes_size();
@@ -240,7 +240,7 @@ template <>
 struct OnCpu<Kind::patch_gram> {
   static Footprint footprint(const Layer& l) {
     const Frame frame = frame_of(l.window, l.between);
-    return {0, elements(Sums(l).size()) + frame.h * frame.w * l.in.c};
+    return {0, elements(SumLayout(l).size()) + frame.h * frame.w * l.in.c};
   }
   template <class T>
   static Passes<T> passes() {
