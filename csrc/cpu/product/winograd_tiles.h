@@ -6,7 +6,7 @@
 // There is one product for each point p at which polynomials are evaluated. Row p of A is 1, p, p^2, ..; row
 // p of G is 1, p, p^2 divided by the product of p's differences to the other points; row p of B^T has the
 // coefficients of the polynomial whose roots are the other points. The last point is infinity, where a
-// polynomial's value is its highest coefficient. Two dimensions: first along rows, then along columns.
+// polynomial's value is its highest coefficient. Two dimensions: along both axes.
 //
 // In general, product t multiplies value(t) of B^T d with weight(t) of G w and is added to point(t), which
 // A^T reads. A tile reads kReads inputs; kDown / kUp is the number of inputs per output.
@@ -25,7 +25,7 @@
 
 #include "cpu/simd.h"
 
-namespace maml::MAML_ISA {
+namespace maml::MAML_ISA::winograd {
 
 template <int M>
 struct Tile;
@@ -303,4 +303,4 @@ inline void by_both_axes(F f, Read read, Wanted wanted, Write write) {
   }
 }
 
-}  // namespace maml::MAML_ISA
+}  // namespace maml::MAML_ISA::winograd
