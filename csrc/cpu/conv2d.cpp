@@ -152,7 +152,7 @@ void gather(const Sweep& p, int64_t n, const Term<T>* terms, int count, const T*
           runs[r] = r * p.from_row();
           weights[r] = ((i.tap + r) * p.columns.taps + j.tap) * p.channels;
         }
-        Gather<T> g{};
+        GatherProduct<T> g{};
         for (int t = 0; t < count; ++t) g.term[t] = {terms[t].a + s * p.from_sample(), terms[t].b};
         g.terms = count;
         g.runs = {j.taps > 0 ? static_cast<int>(i.taps) : 0, j.taps * p.channels, runs, weights};
@@ -256,7 +256,7 @@ void WeightGradient<T>::sum(const Layer& l, const Term<T>* terms, int count, T* 
           fill_offsets(samples, end - first, j.count, first * p.to_row + j.first * p.to_column, p.to_sample,
                        p.to_row, p.to_column, g_row);
         }
-        Outer<T> o{};
+        OuterProduct<T> o{};
         for (int t = 0; t < count; ++t) {
           o.term[t] = {terms[t].a + s * p.from_sample(), terms[t].b + s * p.to_sample};
         }

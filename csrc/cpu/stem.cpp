@@ -175,7 +175,7 @@ struct Stem {
   void convolve(T* y, Pick pick, Last last) const {
     fill_offsets(1, 1, bands.pixels(), 0, 0, 0, channels, scratch.c_row);
     each_band(l, bands, t.x[0], scratch.frame, scratch.row, [&](const Band<T>& band) {
-      Gather<T> g{};
+      GatherProduct<T> g{};
       g.term[0] = {band.x, scratch.weights};
       g.terms = 1;
       g.runs = band.runs;
@@ -231,7 +231,7 @@ struct Stem {
           }
         });
       }
-      Outer<T> o{};
+      OuterProduct<T> o{};
       o.term[0] = {band.x, as_is ? grad_y + band.at * channels : scratch.before};
       o.terms = 1;
       o.runs = band.runs;

@@ -74,7 +74,7 @@ struct Piece {
 /// a larger function the compiler runs out of registers for their addresses. Stores may alias the fields of
 /// p, so what is needed after a store (`apart`, the rows' addresses) is copied to locals first.
 template <class T, int R, int V, class End>
-[[gnu::noinline]] void gather_block(const Gather<T>& p, int64_t m, int64_t j, const End& lanes) {
+[[gnu::noinline]] void gather_block(const GatherProduct<T>& p, int64_t m, int64_t j, const End& lanes) {
   Piece<T, R, V, End> sum;
   T* c[R];
 #pragma GCC unroll 16
@@ -116,7 +116,7 @@ template <class T, int R, int V, class End>
 constexpr int kFewProducts = 4;
 
 template <class T, int K, int V, class End>
-[[gnu::noinline]] void gather_thin(const Gather<T>& p, int64_t first, int64_t last, int64_t j,
+[[gnu::noinline]] void gather_thin(const GatherProduct<T>& p, int64_t first, int64_t last, int64_t j,
                                    const End& lanes) {
   Piece<T, 1, V, End> start, b[K];
   const T* a[K];
@@ -145,8 +145,8 @@ template <class T, int K, int V, class End>
 
 /// R rows of d from element k of a run on, summed over the pixels [m0, m1).
 template <class T, int R, int V, class End>
-[[gnu::noinline]] void outer_block(const Outer<T>& p, int64_t offset, T* d, int64_t m0, int64_t m1, int64_t j,
-                                   bool add, const End& lanes) {
+[[gnu::noinline]] void outer_block(const OuterProduct<T>& p, int64_t offset, T* d, int64_t m0, int64_t m1,
+                                   int64_t j, bool add, const End& lanes) {
   Piece<T, R, V, End> sum;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) sum.zero(r);
@@ -203,10 +203,10 @@ constexpr int64_t kShareRows = 24;
 }  // namespace
 
 template <class T>
-void gather_product(const Gather<T>& p) {
+void gather_product(const GatherProduct<T>& p) {
   if (p.runs.count == 1 && p.runs.length > kLongest) {
     for (int64_t i = 0; i < p.runs.length; i += kLongest) {
-      Gather<T> part = p;
+      GatherProduct<T> part = p;
       const int64_t offset = p.runs.offset[0] + i, weight = p.runs.weight_of(0) + i;
       part.runs = {1, std::min(kLongest, p.runs.length - i), &offset, &weight};
       part.apart = p.apart || i > 0;
@@ -233,7 +233,7 @@ namespace {
 
 /// outer_product in pieces of Most vectors and, unless 0, at most `Rows` rows.
 template <class T, int Most, int Rows = 0>
-void outer_product_of(const Outer<T>& p) {
+void outer_product_of(const OuterProduct<T>& p) {
   const int64_t rows = p.runs.count * p.runs.length;
   share(rows, kShareRows, p.terms * p.m * p.n * rows, [&](int64_t first, int64_t last) {
     for (int64_t m0 = 0; m0 < p.m; m0 += kLongest) {
@@ -262,7 +262,7 @@ constexpr int kFewRows = 2;
 /// with the elements of a in the lanes, by the same sums in the same order. Returns false where that does not
 /// apply.
 template <class T>
-bool outer_product_transposed(const Outer<T>& p) {
+bool outer_product_transposed(const OuterProduct<T>& p) {
   constexpr int64_t kMost = 4096;  // elements of d
   const int64_t length = p.runs.length;
   if (p.g_row || p.runs.count != 1 || p.runs.weight_of(0) != 0 || 2 * p.n > kLanes<T> ||
@@ -277,8 +277,8 @@ bool outer_product_transposed(const Outer<T>& p) {
   for (int64_t m = 0; m < kLongest; ++m) row[m] = static_cast<int32_t>(m * p.n);
   const int64_t start = 0;
   for (int64_t m = 0; m < p.m; m += kLongest) {
-    Outer<T> o{{},     p.terms, {1, p.n, &start}, row, nullptr, std::min(kLongest, p.m - m),
-               length, turned,  p.add || m > 0};
+    OuterProduct<T> o{{},     p.terms, {1, p.n, &start}, row, nullptr, std::min(kLongest, p.m - m),
+                      length, turned,  p.add || m > 0};
     for (int t = 0; t < p.terms; ++t) {
       o.term[t] = {p.term[t].b + m * p.n, p.term[t].a + p.runs.offset[0] + p.row[0] + m * length};
     }
@@ -291,7 +291,7 @@ bool outer_product_transposed(const Outer<T>& p) {
 }  // namespace
 
 template <class T>
-void outer_product(const Outer<T>& p) {
+void outer_product(const OuterProduct<T>& p) {
   if (outer_product_transposed(p)) return;
   if (p.runs.length <= kFewRows) return outer_product_of<T, 2 * kMostVectors, kFewRows>(p);
   outer_product_of<T, kMostVectors>(p);
@@ -362,10 +362,10 @@ void column_sums(int64_t m, int64_t n, const T* g, bool add, T* out) {
   });
 }
 
-template void gather_product<float>(const Gather<float>&);
-template void gather_product<double>(const Gather<double>&);
-template void outer_product<float>(const Outer<float>&);
-template void outer_product<double>(const Outer<double>&);
+template void gather_product<float>(const GatherProduct<float>&);
+template void gather_product<double>(const GatherProduct<double>&);
+template void outer_product<float>(const OuterProduct<float>&);
+template void outer_product<double>(const OuterProduct<double>&);
 template void transpose<float>(int64_t, int64_t, int64_t, const float*, float*);
 template void transpose<double>(int64_t, int64_t, int64_t, const double*, double*);
 template void column_sums<float>(int64_t, int64_t, const float*, bool, float*);

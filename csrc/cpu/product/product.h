@@ -48,7 +48,7 @@ struct Runs {
 };
 
 template <class T>
-struct Gather {
+struct GatherProduct {
   Term<T> term[2];
   int terms;
   Runs runs;
@@ -62,7 +62,7 @@ struct Gather {
 };
 
 template <class T>
-struct Outer {
+struct OuterProduct {
   Term<T> term[2];  // b is g
   int terms;
   Runs runs;
@@ -74,9 +74,9 @@ struct Outer {
 };
 
 template <class T>
-void gather_product(const Gather<T>& g);
+void gather_product(const GatherProduct<T>& g);
 template <class T>
-void outer_product(const Outer<T>& o);
+void outer_product(const OuterProduct<T>& o);
 
 /// out[t, j, i] = in[t, i, j]: [taps, rows, columns] -> [taps, columns, rows].
 template <class T>

@@ -67,7 +67,7 @@ void convolve_plane(const Plane& g, int64_t chunk, const T* zeros, const Points<
         }
       }
       int32_t row[kMostTiles<Tile>], c_row[kMostTiles<Tile>];
-      Gather<T> product{};
+      GatherProduct<T> product{};
       for (int t = 0; t < count; ++t) product.term[t] = {from.at[t], terms[t].b};
       product.terms = count;
       product.runs = {runs, g.in.c, value, weight};
@@ -111,7 +111,7 @@ void weight_sums(const Layer& l, const Term<T>* terms, int count, bool add, T* s
       T* const d = sums + (i * Tile::kWeights + j) * (l.in.c + 1) * l.out.c;
       const bool adds = add || first > 0;
       if (rows == 0 && !adds) std::fill_n(d, l.in.c * l.out.c, T(0));
-      Outer<T> product{};
+      OuterProduct<T> product{};
       for (int t = 0; t < count; ++t) product.term[t] = {s.in.at[t], s.out.at[t]};
       product.terms = count;
       product.runs = {1, l.in.c, &no_offset};
