@@ -199,7 +199,7 @@ class Run {
       } else {
         for (int64_t u = 0; u < whole; ++u) run_unit(u);
       }
-      const Team team(call_.at_once);
+      const SharingThreads sharing(call_.at_once);
       for (int64_t u = whole; u < units; ++u) run_unit(u);
       if (adds_up) add_up(groups, alone, end);
     }

@@ -14,11 +14,11 @@ namespace maml::MAML_ISA {
 inline thread_local int team_size = 1;
 
 /// Sets it for the time of a scope.
-struct Team {
-  explicit Team(int threads) { team_size = threads; }
-  ~Team() { team_size = 1; }
-  Team(const Team&) = delete;
-  Team& operator=(const Team&) = delete;
+struct SharingThreads {
+  explicit SharingThreads(int threads) { team_size = threads; }
+  ~SharingThreads() { team_size = 1; }
+  SharingThreads(const SharingThreads&) = delete;
+  SharingThreads& operator=(const SharingThreads&) = delete;
 };
 
 /// Work, in multiply-adds, below which one thread does it all: some 5 us.
