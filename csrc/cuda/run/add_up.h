@@ -58,18 +58,18 @@ __device__ void sum_losses(const AddUp& a, const Table& call) {
 /// `chunk`: the table of this chunk; `call`: the table of the first chunk, where the call's outputs start.
 template <class T>
 __global__ void __launch_bounds__(kReductionThreads)
-    add_up_kernel(AddUp a, Image image, const Table* chunk, const Table* call) {
+    add_up_kernel(AddUp a, DevicePlan plan, const Table* chunk, const Table* call) {
   const int row = static_cast<int>(blockIdx.y);
   const Team team = grid_team();
-  if (row == image.parameter_count + image.rate_count) {
+  if (row == plan.parameter_count + plan.rate_count) {
     const bool wanted = call->regions[static_cast<int>(Region::loss)].start != nullptr;
     if (a.last && wanted && blockIdx.x == 0) sum_losses<T>(a, *call);
     return;
   }
   T* gradient = resolve(place<T>(Region::gradient), *call, 0);
   if (!gradient) return;
-  if (row < image.parameter_count) {
-    const ParameterInfo& p = image.parameters[row];
+  if (row < plan.parameter_count) {
+    const ParameterInfo& p = plan.parameters[row];
     if (p.gradient_at < 0) return;
     for (int64_t i = team.first(); i < p.size; i += team.step()) {
       const double sum = sum_of_tasks<T>(a, *chunk, p.at + i);
@@ -77,14 +77,14 @@ __global__ void __launch_bounds__(kReductionThreads)
     }
     return;
   }
-  const RateInfo& rate = image.rates[row - image.parameter_count];
+  const RateInfo& rate = plan.rates[row - plan.parameter_count];
   if (rate.gradient_at < 0) return;
   for (int64_t i = team.first(); i < rate.size; i += team.step()) {
     const double sum = sum_of_tasks<T>(a, *chunk, rate.result_at + i);
     if (!a.last) continue;
     int64_t at = i;
     if (rate.parameter >= 0) {
-      const ParameterInfo& p = image.parameters[rate.parameter];
+      const ParameterInfo& p = plan.parameters[rate.parameter];
       at = i / p.size * p.size + user_index(p, i % p.size);
     }
     gradient[rate.gradient_at + at] = static_cast<T>(sum);

@@ -89,8 +89,8 @@ template <class T>
 class Batched {
  public:
   /// `rates`: the symbolic address of the packed rates.
-  Batched(const Launcher& launch, const Problem& problem, const Image& image, const T* rates)
-      : launch_(launch), problem_(problem), image_(image), rates_(rates) {
+  Batched(const Launcher& launch, const Problem& problem, const DevicePlan& plan, const T* rates)
+      : launch_(launch), problem_(problem), plan_(plan), rates_(rates) {
     for (const std::vector<RateSlice>& step : problem.slices) {
       for (const RateSlice& s : step) {
         largest_ = std::max(largest_, s.size);
@@ -121,7 +121,7 @@ class Batched {
   bool beside(F f) const {
     if (!launch_.branch) return false;
     const Launcher launch = launch_.fork();
-    f(Batched(launch, problem_, image_, rates_));
+    f(Batched(launch, problem_, plan_, rates_));
     return true;
   }
   void join() const { launch_.join(); }
@@ -157,12 +157,12 @@ class Batched {
     }
     if (learns_shared_) {
       launch_("rate gradient", shared_rate_gradients_kernel<T>, {}, kReductionThreads, 0, slices(step),
-              image_.slices_a_step, g, v, result, launch_.table);
+              plan_.slices_a_step, g, v, result, launch_.table);
     }
   }
   void retreat(int64_t size, const T* product, T* v, const std::vector<RateSlice>& step, T* out) const {
     const int64_t adapted = problem_.packing.adapted, rest = size - adapted;
-    const int count = image_.slices_a_step;
+    const int count = plan_.slices_a_step;
     note([&] { return traffic<T>(size, out ? 4 : 3); });
     launch_("retreat", retreat_kernel<T>, {vector_blocks(std::max(largest_, rest)), count + (rest > 0)},
             kVectorThreads, 0, slices(step), count, adapted, size, rates_, product, v, out, launch_.table);
@@ -191,13 +191,13 @@ class Batched {
 
   /// The step's slices on the device.
   const RateSlice* slices(const std::vector<RateSlice>& step) const {
-    return image_.slices + (&step - problem_.slices.data()) * image_.slices_a_step;
+    return plan_.slices + (&step - problem_.slices.data()) * plan_.slices_a_step;
   }
-  Grid slice_grid() const { return {vector_blocks(largest_), image_.slices_a_step}; }
+  Grid slice_grid() const { return {vector_blocks(largest_), plan_.slices_a_step}; }
 
   const Launcher& launch_;
   const Problem& problem_;
-  const Image& image_;
+  const DevicePlan& plan_;
   const T* rates_;
   int64_t largest_ = 0;
   bool learns_elementwise_ = false, learns_shared_ = false;

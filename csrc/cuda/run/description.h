@@ -29,7 +29,7 @@ struct RateInfo {
 };
 
 /// The plan in device memory, as kernels take it by value.
-struct Image {
+struct DevicePlan {
   const ParameterInfo* parameters;
   const RateInfo* rates;
   const RateSlice* slices;  // [inner steps with different rates, slices_a_step]
@@ -38,7 +38,7 @@ struct Image {
 };
 
 /// The bytes that are copied to the device; append() returns the offset of the items.
-class ImageBytes {
+class PlanBytes {
  public:
   template <class Item>
   size_t append(const Item* items, size_t count) {

@@ -61,11 +61,12 @@ __device__ void run_layer(Op op, const Layer& l, const Tensors<T>& t) {
 }
 
 template <class T>
-__device__ void run_instruction(const Instruction<T>& i, const Image& image, const T* rates, double* sums) {
+__device__ void run_instruction(const Instruction<T>& i, const DevicePlan& plan, const T* rates,
+                                double* sums) {
   const Team team = block_team();
   const Tensors<T>& t = i.tensors;
-  const RateSlice* slices = image.slices + i.slices;
-  const int count = image.slices_a_step;
+  const RateSlice* slices = plan.slices + i.slices;
+  const int count = plan.slices_a_step;
   switch (i.op) {
     case Op::loss:
       return loss_value(team, i.loss, t.x[0], target_of(t), t.y, t.grad_x[0], t.saved, sums);
@@ -105,7 +106,7 @@ __device__ void run_instruction(const Instruction<T>& i, const Image& image, con
 template <class T>
 class Reader {
  public:
-  __device__ Reader(const Image& image, uint64_t* slots) : program_(image.program), slots_(slots) {}
+  __device__ Reader(const DevicePlan& plan, uint64_t* slots) : program_(plan.program), slots_(slots) {}
   __device__ void fetch(int instruction) {
     const uint64_t* from =
         static_cast<const uint64_t*>(program_) + static_cast<int64_t>(instruction) * kWords;
@@ -140,7 +141,7 @@ class Reader {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    megakernel(const __grid_constant__ Spans call, SpanOrder order, Image image, Layout layout,
+    megakernel(const __grid_constant__ Spans call, SpanOrder order, DevicePlan plan, Layout layout,
                int64_t result_size, int rate_count, Span* table_out) {
   __shared__ uint64_t slots[2 * Reader<T>::kWords];
   __shared__ Table table;
@@ -160,25 +161,25 @@ __global__ void __launch_bounds__(kThreads)
     const Span& s = call.spans[span];
     return s.start ? reinterpret_cast<T*>(s.start + task * s.stride) : nullptr;
   };
-  for (int p = 0; p < image.parameter_count; ++p) {
-    const ParameterInfo& parameter = image.parameters[p];
+  for (int p = 0; p < plan.parameter_count; ++p) {
+    const ParameterInfo& parameter = plan.parameters[p];
     pack(team, parameter, user(order.parameters + p), memory + layout.own + parameter.at);
     if (order.given < order.per_task) {
       pack(team, parameter, user(order.given + p), memory + layout.given + parameter.at);
     }
   }
   for (int r = 0; r < rate_count; ++r) {
-    pack_rate(team, image, image.rates[r], user(order.rates + r), memory + layout.rates + image.rates[r].at);
+    pack_rate(team, plan, plan.rates[r], user(order.rates + r), memory + layout.rates + plan.rates[r].at);
   }
-  Reader<T> program(image, slots);
+  Reader<T> program(plan, slots);
   program.fetch(0);
   __syncthreads();  // the table
   program.leave(0, table, task);
-  for (int i = 0; i < image.program_length; ++i) {
+  for (int i = 0; i < plan.program_length; ++i) {
     __syncthreads();
-    if (i + 1 < image.program_length) program.fetch(i + 1);
-    run_instruction(program[i], image, memory + layout.rates, sums);
-    if (i + 1 < image.program_length) program.leave(i + 1, table, task);
+    if (i + 1 < plan.program_length) program.fetch(i + 1);
+    run_instruction(program[i], plan, memory + layout.rates, sums);
+    if (i + 1 < plan.program_length) program.leave(i + 1, table, task);
   }
   __syncthreads();
   const Span& results = call.spans[static_cast<int>(Region::task)];
@@ -186,9 +187,9 @@ __global__ void __launch_bounds__(kThreads)
     copy(team, result_size, memory + layout.result,
          reinterpret_cast<T*>(results.start + task * results.stride));
   }
-  for (int p = 0; order.per_task < order.count && p < image.parameter_count; ++p) {
+  for (int p = 0; order.per_task < order.count && p < plan.parameter_count; ++p) {
     T* to = user(order.per_task + p);
-    if (to) unpack(team, image.parameters[p], memory + layout.out + image.parameters[p].at, to);
+    if (to) unpack(team, plan.parameters[p], memory + layout.out + plan.parameters[p].at, to);
   }
 }
 
@@ -196,15 +197,15 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 void launch_megakernel(const Launcher& launch, const Problem& problem, const Layout& layout,
-                       const Image& image, const Span* spans, const SpanOrder& order, Span* table) {
+                       const DevicePlan& plan, const Span* spans, const SpanOrder& order, Span* table) {
   Spans call{};
   std::copy_n(spans, order.count, call.spans);
   launch("megakernel", megakernel<T>, {}, kThreads, static_cast<size_t>(layout.task_size) * sizeof(T), call,
-         order, image, layout, problem.result_size, static_cast<int>(problem.rate_tensors.size()), table);
+         order, plan, layout, problem.result_size, static_cast<int>(problem.rate_tensors.size()), table);
 }
-template void launch_megakernel<float>(const Launcher&, const Problem&, const Layout&, const Image&,
+template void launch_megakernel<float>(const Launcher&, const Problem&, const Layout&, const DevicePlan&,
                                        const Span*, const SpanOrder&, Span*);
-template void launch_megakernel<double>(const Launcher&, const Problem&, const Layout&, const Image&,
+template void launch_megakernel<double>(const Launcher&, const Problem&, const Layout&, const DevicePlan&,
                                         const Span*, const SpanOrder&, Span*);
 
 template <class T>

@@ -19,6 +19,6 @@ bool fits_one_block(const Layout& layout, int device);
 /// results are written (stride 0: nowhere); a task's other memory is the block's shared memory.
 template <class T>
 void launch_megakernel(const Launcher& launch, const Problem& problem, const Layout& layout,
-                       const Image& image, const Span* spans, const SpanOrder& order, Span* table);
+                       const DevicePlan& plan, const Span* spans, const SpanOrder& order, Span* table);
 
 }  // namespace maml::cuda

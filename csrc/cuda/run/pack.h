@@ -31,12 +31,12 @@ __device__ void unpack(Team team, const ParameterInfo& p, const T* packed, T* us
 
 /// A rate tensor. An elementwise one is a sequence of tensors of the parameter's shape, packed one by one.
 template <class T>
-__device__ void pack_rate(Team team, const Image& image, const RateInfo& rate, const T* user, T* packed) {
+__device__ void pack_rate(Team team, const DevicePlan& plan, const RateInfo& rate, const T* user, T* packed) {
   if (rate.parameter < 0) {
     for (int64_t i = team.first(); i < rate.size; i += team.step()) packed[i] = user[i];
     return;
   }
-  const ParameterInfo& p = image.parameters[rate.parameter];
+  const ParameterInfo& p = plan.parameters[rate.parameter];
   for (int64_t at = 0; at < rate.size; at += p.size) pack(team, p, user + at, packed + at);
 }
 
@@ -45,8 +45,8 @@ __device__ void pack_rate(Team team, const Image& image, const RateInfo& rate, c
 
 template <class T>
 __global__ void __launch_bounds__(kVectorThreads)
-    pack_kernel(Image image, int first_span, T* packed, const Table* table) {
-  const ParameterInfo& p = image.parameters[blockIdx.y];
+    pack_kernel(DevicePlan plan, int first_span, T* packed, const Table* table) {
+  const ParameterInfo& p = plan.parameters[blockIdx.y];
   const Span& user = table->regions[first_span + static_cast<int>(blockIdx.y)];
   const int64_t task = blockIdx.z;
   const T* from = user.start ? reinterpret_cast<const T*>(user.start + task * user.stride) : nullptr;
@@ -55,17 +55,17 @@ __global__ void __launch_bounds__(kVectorThreads)
 
 template <class T>
 __global__ void __launch_bounds__(kVectorThreads)
-    pack_rates_kernel(Image image, int first_span, T* packed, const Table* table) {
-  const RateInfo& rate = image.rates[blockIdx.y];
+    pack_rates_kernel(DevicePlan plan, int first_span, T* packed, const Table* table) {
+  const RateInfo& rate = plan.rates[blockIdx.y];
   const Span& user = table->regions[first_span + static_cast<int>(blockIdx.y)];
-  pack_rate(grid_team(), image, rate, reinterpret_cast<const T*>(user.start),
+  pack_rate(grid_team(), plan, rate, reinterpret_cast<const T*>(user.start),
             resolve(packed, *table, 0) + rate.at);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kVectorThreads)
-    unpack_kernel(Image image, int first_span, const T* packed, const Table* table) {
-  const ParameterInfo& p = image.parameters[blockIdx.y];
+    unpack_kernel(DevicePlan plan, int first_span, const T* packed, const Table* table) {
+  const ParameterInfo& p = plan.parameters[blockIdx.y];
   const Span& user = table->regions[first_span + static_cast<int>(blockIdx.y)];
   const int64_t task = blockIdx.z;
   if (!user.start) return;

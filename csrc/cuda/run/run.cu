@@ -84,12 +84,12 @@ struct Runner<T>::State {
   int device;
   Layout layout;
   Executor executor = Executor::batched;
-  ImageBytes image;
+  PlanBytes plan_bytes;
   size_t rates_at = 0, slices_at = 0, program_at = 0;
   int program_length = 0;
   Work program_work;  // of the megakernel
   std::once_flag written;
-  std::shared_ptr<const DeviceBytes> on_device;  // the image, from the first call on
+  std::shared_ptr<const DeviceBytes> on_device;  // the plan, from the first call on
   std::mutex replay;  // a graph's table is written and read by its launch, in one go
 
   State(const Problem& p, int device_)
@@ -103,7 +103,7 @@ struct Runner<T>::State {
     const Recorder<T> recorder(problem);
     const Task<T> task = symbolic_task<T>(problem, layout, true);
     TaskRunner<Recorder<T>, T>(recorder, problem, task, place<T>(Region::task, layout.work)).run();
-    program_at = image.append(recorder.program().data(), recorder.program().size());
+    program_at = plan_bytes.append(recorder.program().data(), recorder.program().size());
     program_length = static_cast<int>(recorder.program().size());
     program_work = work_of(problem, recorder.program());
   }
@@ -141,18 +141,19 @@ struct Runner<T>::State {
           {r.size, problem.rate_at[i], r.parameter, problem.rate_grad_at[i], r.learned ? gradient : -1});
       if (r.learned) gradient += r.size;
     }
-    image.append(parameters.data(), parameters.size());  // at 0
-    rates_at = image.append(rates.data(), rates.size());
-    slices_at = image.bytes().size();
+    plan_bytes.append(parameters.data(), parameters.size());  // at 0
+    rates_at = plan_bytes.append(rates.data(), rates.size());
+    slices_at = plan_bytes.bytes().size();
     std::vector<RateSlice> slices;
     for (const std::vector<RateSlice>& step : problem.slices)
       slices.insert(slices.end(), step.begin(), step.end());
-    image.append(slices.data(), slices.size());
+    plan_bytes.append(slices.data(), slices.size());
   }
 
-  /// The image on the device.
-  Image view() {
-    std::call_once(written, [&] { on_device = std::make_shared<const DeviceBytes>(device, image.bytes()); });
+  /// The plan in device memory.
+  DevicePlan view() {
+    std::call_once(written,
+                   [&] { on_device = std::make_shared<const DeviceBytes>(device, plan_bytes.bytes()); });
     const auto* bytes = static_cast<const unsigned char*>(on_device->start());
     return {reinterpret_cast<const ParameterInfo*>(bytes),
             reinterpret_cast<const RateInfo*>(bytes + rates_at),
@@ -251,8 +252,8 @@ struct Runner<T>::State {
   }
 
   /// Everything but the spans, which stand at `table`.
-  void walk(const Call<T>& call, const Image& view, const Span* table, const std::vector<Span>* host_spans,
-            cudaStream_t stream, const Branch* branch = nullptr) const {
+  void walk(const Call<T>& call, const DevicePlan& view, const Span* table,
+            const std::vector<Span>* host_spans, cudaStream_t stream, const Branch* branch = nullptr) const {
     const SpanOrder order = all_spans();
     auto table_of = [&](int64_t c) { return reinterpret_cast<const Table*>(table + c * order.count); };
     if (executor == Executor::batched) {
@@ -278,13 +279,14 @@ struct Runner<T>::State {
     }
   }
 
-  void pack_all(const Launcher& launch, const Image& view, int first_span, int64_t at, Region region) const {
+  void pack_all(const Launcher& launch, const DevicePlan& view, int first_span, int64_t at,
+                Region region) const {
     note([&] { return traffic<T>(problem.packing.total, 2); });
     launch("pack", pack_kernel<T>, {8, view.parameter_count}, kVectorThreads, 0, view, first_span,
            place<T>(region, at), launch.table);
   }
 
-  void run_batched(const Launcher& launch, const Image& view, const SpanOrder& order) const {
+  void run_batched(const Launcher& launch, const DevicePlan& view, const SpanOrder& order) const {
     if (at_own_parameters(problem.operation))
       pack_all(launch, view, order.parameters, layout.own, Region::task);
     if (takes_given(problem.operation)) pack_all(launch, view, order.given, layout.given, Region::task);
@@ -297,7 +299,7 @@ struct Runner<T>::State {
     }
   }
 
-  void add_up(const Launcher& launch, const Call<T>& call, const Image& view, int64_t c,
+  void add_up(const Launcher& launch, const Call<T>& call, const DevicePlan& view, int64_t c,
               const Table* first) const {
     if (!call.gradient && !call.loss) return;
     const double equal =
@@ -332,7 +334,7 @@ template <class T>
 void Runner<T>::run(const Call<T>& call, void* stream) const {
   const OnDevice on(state_->device);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const Image view = state_->view();
+  const DevicePlan view = state_->view();
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(cuda_stream, &capture), "asking whether the stream captures");
   if (capture != cudaStreamCaptureStatusNone) keep_forever(state_->on_device);
@@ -386,7 +388,7 @@ class Capture {
 template <class T>
 Graph Runner<T>::capture(const Call<T>& call, void* table) const {
   const OnDevice on(state_->device);
-  const Image view = state_->view();
+  const DevicePlan view = state_->view();
   const Capture capture;
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t executable = nullptr;
