@@ -25,12 +25,12 @@ __device__ __forceinline__ T weight_of(const Windows& w, bool count_padding, int
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     mean_kernel(Layer l, const T* symbolic_x, T* symbolic_y, const Table* table) {
-  const Lanes lanes = lanes_of(l.in.c);
+  const ChannelThreads threads = channel_threads(l.in.c);
   const Windows w(l);
   const int64_t c = l.in.c;
-  const T* x = resolve(symbolic_x, *table, blockIdx.z) + lanes.channel;
-  T* y = resolve(symbolic_y, *table, blockIdx.z) + lanes.channel;
-  each_item(lanes, static_cast<int>(l.n), w.outputs(), [&](int sample, int output) {
+  const T* x = resolve(symbolic_x, *table, blockIdx.z) + threads.channel;
+  T* y = resolve(symbolic_y, *table, blockIdx.z) + threads.channel;
+  each_item(threads, static_cast<int>(l.n), w.outputs(), [&](int sample, int output) {
     const T* image = x + sample * w.pixels() * c;
     T sum = 0;
     each_pixel_of(w, output, [&](int pixel) { sum += image[pixel * c]; });
@@ -41,12 +41,12 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     spread_kernel(Layer l, int cells, const T* symbolic_g, bool add, T* symbolic_grad_x, const Table* table) {
-  const Lanes lanes = lanes_of(l.in.c);
+  const ChannelThreads threads = channel_threads(l.in.c);
   const Windows w(l);
   const int64_t c = l.in.c;
-  const T* g = resolve(symbolic_g, *table, blockIdx.z) + lanes.channel;
-  T* grad_x = resolve(symbolic_grad_x, *table, blockIdx.z) + lanes.channel;
-  each_item(lanes, static_cast<int>(l.n), cells, [&](int sample, int cell) {
+  const T* g = resolve(symbolic_g, *table, blockIdx.z) + threads.channel;
+  T* grad_x = resolve(symbolic_grad_x, *table, blockIdx.z) + threads.channel;
+  each_item(threads, static_cast<int>(l.n), cells, [&](int sample, int cell) {
     each_pixel_in(w, cell, [&](int pixel, const Seers& seers) {
       T sum = 0;
       each_output(w, seers, [&](int output) {

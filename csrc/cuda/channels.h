@@ -23,20 +23,22 @@ __host__ __device__ constexpr int channel_width(int64_t channels) {
   return width;
 }
 
-struct Lanes {
+/// How the block covers the matrix, and this thread's part: its channel and its first row.
+struct ChannelThreads {
   int width, rows;  // the block covers rows x width elements at a time
   int row, channel;
   bool active;  // the channel exists; other threads only take part in the barriers
 };
 
-__device__ __forceinline__ Lanes lanes_of(int64_t channels) {
-  Lanes lanes;
-  lanes.width = channel_width(channels);
-  lanes.rows = kThreads / lanes.width;
-  lanes.row = static_cast<int>(threadIdx.x) / lanes.width;
-  lanes.channel = static_cast<int>(blockIdx.y) * lanes.width + static_cast<int>(threadIdx.x) % lanes.width;
-  lanes.active = lanes.channel < channels;
-  return lanes;
+__device__ __forceinline__ ChannelThreads channel_threads(int64_t channels) {
+  ChannelThreads threads;
+  threads.width = channel_width(channels);
+  threads.rows = kThreads / threads.width;
+  threads.row = static_cast<int>(threadIdx.x) / threads.width;
+  threads.channel =
+      static_cast<int>(blockIdx.y) * threads.width + static_cast<int>(threadIdx.x) % threads.width;
+  threads.active = threads.channel < channels;
+  return threads;
 }
 
 /// Blocks (x, y): x covers `rows`, with at least `rows_per_thread` for each thread; y covers the channels.
@@ -50,22 +52,23 @@ inline Grid channel_grid(int64_t rows, int64_t channels, int64_t rows_per_thread
 /// then a tree in shared memory sums over the threads. All threads must call; there are barriers before and
 /// after every use of the shared memory.
 template <int Q, class Sum, class Term>
-__device__ __forceinline__ void channel_sums(const Lanes& lanes, int count, Sum (&sum)[Q], Term term) {
+__device__ __forceinline__ void channel_sums(const ChannelThreads& threads, int count, Sum (&sum)[Q],
+                                             Term term) {
   __shared__ Sum shared[Q][kThreads];
   const int thread = static_cast<int>(threadIdx.x);
   for (int q = 0; q < Q; ++q) sum[q] = 0;
-  if (lanes.active) {
-    for (int i = lanes.row; i < count; i += lanes.rows) term(i, sum);
+  if (threads.active) {
+    for (int i = threads.row; i < count; i += threads.rows) term(i, sum);
   }
   for (int q = 0; q < Q; ++q) shared[q][thread] = sum[q];
   __syncthreads();
-  for (int half = kThreads / 2; half >= lanes.width; half /= 2) {
+  for (int half = kThreads / 2; half >= threads.width; half /= 2) {
     if (thread < half) {
       for (int q = 0; q < Q; ++q) shared[q][thread] += shared[q][thread + half];
     }
     __syncthreads();
   }
-  for (int q = 0; q < Q; ++q) sum[q] = shared[q][thread % lanes.width];
+  for (int q = 0; q < Q; ++q) sum[q] = shared[q][thread % threads.width];
   __syncthreads();
 }
 

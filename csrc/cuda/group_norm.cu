@@ -87,7 +87,7 @@ __device__ __forceinline__ T or_value(const T* p, int64_t i, T value) {
 template <class T>
 struct View {
   Sizes sizes;
-  Lanes lanes;  // cover cells instead of channels
+  ChannelThreads threads;  // cover cells instead of channels
   Tensors<T> t;
   Saved<T> saved;
   int64_t cell;  // a thread without a cell reads the first
@@ -96,24 +96,24 @@ struct View {
 
   __device__ __forceinline__ View(const Layer& l, int width, const Tensors<T>& symbolic, const Table& table)
       : sizes(l),
-        lanes(lanes_over(sizes.cells, width)),
+        threads(threads_over(sizes.cells, width)),
         t(resolve(symbolic, table, blockIdx.z)),
         saved(t, sizes.cells) {
-    cell = lanes.active ? static_cast<int64_t>(blockIdx.x) * width + lanes.channel : 0;
+    cell = threads.active ? static_cast<int64_t>(blockIdx.x) * width + threads.channel : 0;
     first = static_cast<int>(cell % sizes.groups) * sizes.width;
     at = cell / sizes.groups * sizes.pixels * sizes.c + first;
   }
 
-  static __device__ __forceinline__ Lanes lanes_over(int64_t cells, int width) {
-    Lanes lanes;
-    lanes.width = width;
-    lanes.rows = kThreads / width;
-    lanes.row = static_cast<int>(threadIdx.x) / width;
-    lanes.channel = static_cast<int>(threadIdx.x) % width;
-    lanes.active = static_cast<int64_t>(blockIdx.x) * width + lanes.channel < cells;
-    return lanes;
+  static __device__ __forceinline__ ChannelThreads threads_over(int64_t cells, int width) {
+    ChannelThreads threads;
+    threads.width = width;
+    threads.rows = kThreads / width;
+    threads.row = static_cast<int>(threadIdx.x) / width;
+    threads.channel = static_cast<int>(threadIdx.x) % width;
+    threads.active = static_cast<int64_t>(blockIdx.x) * width + threads.channel < cells;
+    return threads;
   }
-  __device__ __forceinline__ bool writes() const { return lanes.row == 0 && lanes.active; }
+  __device__ __forceinline__ bool writes() const { return threads.row == 0 && threads.active; }
   __device__ __forceinline__ T mean(T sum) const { return sum / static_cast<T>(sizes.values()); }
   __device__ __forceinline__ T gamma(int channel) const { return or_value(t.w[0], channel, T(1)); }
   __device__ __forceinline__ T gamma_dot(int channel) const { return or_value(t.w_dot[0], channel, T(0)); }
@@ -127,14 +127,14 @@ struct View {
   /// Calls f(element, channel) for this thread's share of the values.
   template <class F>
   __device__ __forceinline__ void each(F f) const {
-    if (!lanes.active) return;
-    for (int i = lanes.row; i < sizes.values(); i += lanes.rows) value(i, f);
+    if (!threads.active) return;
+    for (int i = threads.row; i < sizes.values(); i += threads.rows) value(i, f);
   }
   /// sums[q] = the sum over the cell of what term(element, channel, sum) adds to sum[q]. All threads of the
   /// cell get it.
   template <int Q, class F>
   __device__ __forceinline__ void sum(T (&sums)[Q], F term) const {
-    channel_sums(lanes, sizes.values(), sums, [&](int i, T(&part)[Q]) {
+    channel_sums(threads, sizes.values(), sums, [&](int i, T(&part)[Q]) {
       value(i, [&](int64_t element, int channel) { term(element, channel, part); });
     });
   }
@@ -241,16 +241,16 @@ __global__ void __launch_bounds__(kThreads, kResident<T> - 1)  // one block fewe
 /// The sums for gamma and beta over the rows [first, first + count) of [n pixels, c]: of the cotangents, or,
 /// with kTangent, of their tangents.
 template <bool kTangent, class T>
-__device__ __forceinline__ void affine_sums(const Layer& l, const Lanes& lanes, const Tensors<T>& t,
-                                            int first, int count, T (&sums)[2]) {
+__device__ __forceinline__ void affine_sums(const Layer& l, const ChannelThreads& threads,
+                                            const Tensors<T>& t, int first, int count, T (&sums)[2]) {
   const Sizes sizes(l);
   const Saved<T> saved(t, sizes.cells);
   const T* x_dot = kTangent ? t.x_dot[0] : nullptr;
-  channel_sums(lanes, count, sums, [&](int i, T(&sum)[2]) {
+  channel_sums(threads, count, sums, [&](int i, T(&sum)[2]) {
     const int row = first + i;
-    const int64_t at = static_cast<int64_t>(row) * sizes.c + lanes.channel;
+    const int64_t at = static_cast<int64_t>(row) * sizes.c + threads.channel;
     const int64_t cell =
-        static_cast<int64_t>(row / sizes.pixels) * sizes.groups + lanes.channel / sizes.width;
+        static_cast<int64_t>(row / sizes.pixels) * sizes.groups + threads.channel / sizes.width;
     const Map<T> map(saved, cell, x_dot != nullptr);
     const T xh = map.xh(t.x[0][at]), g = kTangent ? t.grad_y_dot[at] : t.grad_y[at];
     sum[0] += g * xh;
@@ -264,11 +264,11 @@ template <bool kTangent, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     group_norm_sums(Layer l, Tensors<T> symbolic, int rows, const Table* table) {
   const Tensors<T> t = resolve(symbolic, *table, blockIdx.z);
-  const Lanes lanes = lanes_of(l.in.c);
+  const ChannelThreads threads = channel_threads(l.in.c);
   const int first = static_cast<int>(blockIdx.x) * kTileRows;
   T sums[2];
-  affine_sums<kTangent>(l, lanes, t, first, std::min(int{kTileRows}, rows - first), sums);
-  write_entry(lanes, l.in.c, t.scratch, sums);
+  affine_sums<kTangent>(l, threads, t, first, std::min(int{kTileRows}, rows - first), sums);
+  write_entry(threads, l.in.c, t.scratch, sums);
 }
 
 /// Writes the gradients of gamma and beta from the merged entries, or, without entries, from the sums of all
@@ -277,19 +277,19 @@ template <bool kTangent, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     group_norm_affine(Layer l, Tensors<T> symbolic, Partials<T> partials, int rows, const Table* table) {
   const Tensors<T> t = resolve(symbolic, *table, blockIdx.z);
-  const Lanes lanes = lanes_of(l.in.c);
+  const ChannelThreads threads = channel_threads(l.in.c);
   T sums[2];
   if (partials.count > 0) {
     const Partials<T> p = resolve(partials, *table, blockIdx.z);
     double merged[2];
-    Sums::merge(lanes, l.in.c, p, 0, p.count, merged);
+    Sums::merge(threads, l.in.c, p, 0, p.count, merged);
     for (int q = 0; q < 2; ++q) sums[q] = static_cast<T>(merged[q]);
   } else {
-    affine_sums<kTangent>(l, lanes, t, 0, rows, sums);
+    affine_sums<kTangent>(l, threads, t, 0, rows, sums);
   }
   for (int q = 0; q < 2; ++q) {
     T* out = kTangent ? t.grad_w_dot[q] : t.grad_w[q];
-    if (out && lanes.row == 0 && lanes.active) put(out, lanes.channel, sums[q], t.add_w[q]);
+    if (out && threads.row == 0 && threads.active) put(out, threads.channel, sums[q], t.add_w[q]);
   }
 }
 

@@ -19,13 +19,13 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     forward_kernel(Layer l, const T* symbolic_x, T* symbolic_y, int32_t* symbolic_places,
                    const Table* table) {
-  const Lanes lanes = lanes_of(l.in.c);
+  const ChannelThreads threads = channel_threads(l.in.c);
   const Windows w(l);
   const int64_t c = l.in.c;
-  const T* x = resolve(symbolic_x, *table, blockIdx.z) + lanes.channel;
-  T* y = resolve(symbolic_y, *table, blockIdx.z) + lanes.channel;
-  int32_t* places = resolve(symbolic_places, *table, blockIdx.z) + lanes.channel;
-  each_item(lanes, static_cast<int>(l.n), w.outputs(), [&](int sample, int output) {
+  const T* x = resolve(symbolic_x, *table, blockIdx.z) + threads.channel;
+  T* y = resolve(symbolic_y, *table, blockIdx.z) + threads.channel;
+  int32_t* places = resolve(symbolic_places, *table, blockIdx.z) + threads.channel;
+  each_item(threads, static_cast<int>(l.n), w.outputs(), [&](int sample, int output) {
     const T* image = x + sample * w.pixels() * c;
     const Largest<T> best = largest_of<T>(w, output, [&](int pixel) { return image[pixel * c]; });
     const int64_t at = (sample * w.outputs() + output) * c;
@@ -39,13 +39,13 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     gather_kernel(Layer l, const int32_t* symbolic_places, const T* symbolic_x, T* symbolic_y,
                   const Table* table) {
-  const Lanes lanes = lanes_of(l.in.c);
+  const ChannelThreads threads = channel_threads(l.in.c);
   const Windows w(l);
   const int64_t c = l.in.c;
-  const int32_t* places = resolve(symbolic_places, *table, blockIdx.z) + lanes.channel;
-  const T* x = resolve(symbolic_x, *table, blockIdx.z) + lanes.channel;
-  T* y = resolve(symbolic_y, *table, blockIdx.z) + lanes.channel;
-  each_item(lanes, static_cast<int>(l.n), w.outputs(), [&](int sample, int output) {
+  const int32_t* places = resolve(symbolic_places, *table, blockIdx.z) + threads.channel;
+  const T* x = resolve(symbolic_x, *table, blockIdx.z) + threads.channel;
+  T* y = resolve(symbolic_y, *table, blockIdx.z) + threads.channel;
+  each_item(threads, static_cast<int>(l.n), w.outputs(), [&](int sample, int output) {
     const int64_t at = (sample * w.outputs() + output) * c;
     y[at] = x[(sample * w.pixels() + places[at]) * c];
   });
@@ -56,13 +56,13 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     scatter_kernel(Layer l, int cells, const int32_t* symbolic_places, const T* symbolic_g, bool add,
                    T* symbolic_grad_x, const Table* table) {
-  const Lanes lanes = lanes_of(l.in.c);
+  const ChannelThreads threads = channel_threads(l.in.c);
   const Windows w(l);
   const int64_t c = l.in.c;
-  const int32_t* places = resolve(symbolic_places, *table, blockIdx.z) + lanes.channel;
-  const T* g = resolve(symbolic_g, *table, blockIdx.z) + lanes.channel;
-  T* grad_x = resolve(symbolic_grad_x, *table, blockIdx.z) + lanes.channel;
-  each_place(w, lanes, static_cast<int>(l.n), cells, c, places, [&](int64_t at, auto chosen) {
+  const int32_t* places = resolve(symbolic_places, *table, blockIdx.z) + threads.channel;
+  const T* g = resolve(symbolic_g, *table, blockIdx.z) + threads.channel;
+  T* grad_x = resolve(symbolic_grad_x, *table, blockIdx.z) + threads.channel;
+  each_place(w, threads, static_cast<int>(l.n), cells, c, places, [&](int64_t at, auto chosen) {
     T sum = 0;
     chosen([&](int64_t output) { sum += g[output]; });
     put(grad_x, at, sum, add);

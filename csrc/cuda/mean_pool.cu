@@ -13,26 +13,26 @@ namespace {
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     mean_of_all_kernel(Layer l, const T* symbolic_x, T* symbolic_y, const Table* table) {
-  const Lanes lanes = lanes_of(l.in.c);
+  const ChannelThreads threads = channel_threads(l.in.c);
   const int pixels = static_cast<int>(l.in.h * l.in.w);
   const int64_t c = l.in.c;
-  const T* image = resolve(symbolic_x, *table, blockIdx.z) + blockIdx.x * (pixels * c) + lanes.channel;
-  T* y = resolve(symbolic_y, *table, blockIdx.z) + blockIdx.x * c + lanes.channel;
+  const T* image = resolve(symbolic_x, *table, blockIdx.z) + blockIdx.x * (pixels * c) + threads.channel;
+  T* y = resolve(symbolic_y, *table, blockIdx.z) + blockIdx.x * c + threads.channel;
   T sum[1];
-  channel_sums(lanes, pixels, sum, [&](int pixel, T(&s)[1]) { s[0] += image[pixel * c]; });
-  if (lanes.active && lanes.row == 0) *y = sum[0] * (1 / static_cast<T>(pixels));
+  channel_sums(threads, pixels, sum, [&](int pixel, T(&s)[1]) { s[0] += image[pixel * c]; });
+  if (threads.active && threads.row == 0) *y = sum[0] * (1 / static_cast<T>(pixels));
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     spread_over_all_kernel(Layer l, const T* symbolic_g, bool add, T* symbolic_grad_x, const Table* table) {
-  const Lanes lanes = lanes_of(l.in.c);
+  const ChannelThreads threads = channel_threads(l.in.c);
   const int pixels = static_cast<int>(l.in.h * l.in.w);
   const int64_t c = l.in.c;
-  const T* g = resolve(symbolic_g, *table, blockIdx.z) + lanes.channel;
-  T* grad_x = resolve(symbolic_grad_x, *table, blockIdx.z) + lanes.channel;
+  const T* g = resolve(symbolic_g, *table, blockIdx.z) + threads.channel;
+  T* grad_x = resolve(symbolic_grad_x, *table, blockIdx.z) + threads.channel;
   const T weight = 1 / static_cast<T>(pixels);
-  each_item(lanes, static_cast<int>(l.n), pixels, [&](int sample, int pixel) {
+  each_item(threads, static_cast<int>(l.n), pixels, [&](int sample, int pixel) {
     put(grad_x, (sample * pixels + pixel) * c, weight * g[sample * c], add);
   });
 }

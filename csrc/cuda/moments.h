@@ -47,10 +47,10 @@ struct Sums {
 
   /// The entries [first, first + count) merged into one, for this thread's channel. All threads must call.
   template <class T>
-  static __device__ __forceinline__ void merge(const Lanes& lanes, int64_t c, const Partials<T>& p, int first,
-                                               int count, double (&merged)[kValues]) {
-    channel_sums(lanes, count, merged, [&](int k, double (&sum)[kValues]) {
-      const T* entry = p.at + (first + k) * (kValues * c) + lanes.channel;
+  static __device__ __forceinline__ void merge(const ChannelThreads& threads, int64_t c, const Partials<T>& p,
+                                               int first, int count, double (&merged)[kValues]) {
+    channel_sums(threads, count, merged, [&](int k, double (&sum)[kValues]) {
+      const T* entry = p.at + (first + k) * (kValues * c) + threads.channel;
       for (int q = 0; q < kValues; ++q) sum[q] += static_cast<double>(entry[q * c]);
     });
   }
@@ -61,18 +61,18 @@ struct Moments {
   static constexpr int kValues = kMeans + 1;
 
   template <class T>
-  static __device__ __forceinline__ void merge(const Lanes& lanes, int64_t c, const Partials<T>& p, int first,
-                                               int count, double (&merged)[kValues]) {
+  static __device__ __forceinline__ void merge(const ChannelThreads& threads, int64_t c, const Partials<T>& p,
+                                               int first, int count, double (&merged)[kValues]) {
     double mean[kMeans], product[1];
-    channel_sums(lanes, count, mean, [&](int k, double (&sum)[kMeans]) {
-      const T* entry = p.at + (first + k) * (kValues * c) + lanes.channel;
+    channel_sums(threads, count, mean, [&](int k, double (&sum)[kMeans]) {
+      const T* entry = p.at + (first + k) * (kValues * c) + threads.channel;
       const double rows = p.rows_of(first + k, 1);
       for (int q = 0; q < kMeans; ++q) sum[q] += rows * static_cast<double>(entry[q * c]);
     });
     const double all_rows = p.rows_of(first, count);
     for (int q = 0; q < kMeans; ++q) mean[q] /= all_rows;
-    channel_sums(lanes, count, product, [&](int k, double (&sum)[1]) {
-      const T* entry = p.at + (first + k) * (kValues * c) + lanes.channel;
+    channel_sums(threads, count, product, [&](int k, double (&sum)[1]) {
+      const T* entry = p.at + (first + k) * (kValues * c) + threads.channel;
       const double a = static_cast<double>(entry[0]) - mean[0];
       const double b = static_cast<double>(entry[(kMeans - 1) * c]) - mean[kMeans - 1];
       sum[0] += static_cast<double>(entry[kMeans * c]) + p.rows_of(first + k, 1) * a * b;
@@ -91,10 +91,10 @@ __device__ __forceinline__ Partials<T> resolve(const Partials<T>& symbolic, cons
 
 /// Writes entry blockIdx.x [values, c] at this thread's channel.
 template <class T, int kValues, class Value>
-__device__ __forceinline__ void write_entry(const Lanes& lanes, int64_t c, T* entries,
+__device__ __forceinline__ void write_entry(const ChannelThreads& threads, int64_t c, T* entries,
                                             const Value (&values)[kValues]) {
-  if (!lanes.active || lanes.row != 0) return;
-  T* entry = entries + blockIdx.x * (kValues * c) + lanes.channel;
+  if (!threads.active || threads.row != 0) return;
+  T* entry = entries + blockIdx.x * (kValues * c) + threads.channel;
   for (int q = 0; q < kValues; ++q) entry[q * c] = static_cast<T>(values[q]);
 }
 
@@ -102,12 +102,12 @@ __device__ __forceinline__ void write_entry(const Lanes& lanes, int64_t c, T* en
 template <class Kind, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     fold_kernel(int64_t c, Partials<T> symbolic, T* symbolic_out, const Table* table) {
-  const Lanes lanes = lanes_of(c);
+  const ChannelThreads threads = channel_threads(c);
   const Partials<T> p = resolve(symbolic, *table, blockIdx.z);
   const int first = static_cast<int>(blockIdx.x) * kFold;
   double merged[Kind::kValues];
-  Kind::merge(lanes, c, p, first, std::min(int{kFold}, p.count - first), merged);
-  write_entry(lanes, c, resolve(symbolic_out, *table, blockIdx.z), merged);
+  Kind::merge(threads, c, p, first, std::min(int{kFold}, p.count - first), merged);
+  write_entry(threads, c, resolve(symbolic_out, *table, blockIdx.z), merged);
 }
 
 /// Block x computes the moments of tile x of a, or of a and b.
@@ -115,21 +115,21 @@ template <int kMeans, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     moments_kernel(int64_t m, int64_t c, const T* symbolic_a, const T* symbolic_b, T* symbolic_out,
                    const Table* table) {
-  const Lanes lanes = lanes_of(c);
+  const ChannelThreads threads = channel_threads(c);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileRows;
   const int count = static_cast<int>(std::min<int64_t>(kTileRows, m - first));
-  const T* a = resolve(symbolic_a, *table, blockIdx.z) + first * c + lanes.channel;
-  const T* b = kMeans == 1 ? a : resolve(symbolic_b, *table, blockIdx.z) + first * c + lanes.channel;
+  const T* a = resolve(symbolic_a, *table, blockIdx.z) + first * c + threads.channel;
+  const T* b = kMeans == 1 ? a : resolve(symbolic_b, *table, blockIdx.z) + first * c + threads.channel;
   T values[kMeans + 1], mean[kMeans], product[1];
-  channel_sums(lanes, count, mean, [&](int i, T(&sum)[kMeans]) {
+  channel_sums(threads, count, mean, [&](int i, T(&sum)[kMeans]) {
     sum[0] += a[i * c];
     if constexpr (kMeans == 2) sum[1] += b[i * c];
   });
   for (int q = 0; q < kMeans; ++q) values[q] = mean[q] /= static_cast<T>(count);
-  channel_sums(lanes, count, product,
+  channel_sums(threads, count, product,
                [&](int i, T(&sum)[1]) { sum[0] += (a[i * c] - mean[0]) * (b[i * c] - mean[kMeans - 1]); });
   values[kMeans] = product[0];
-  write_entry(lanes, c, resolve(symbolic_out, *table, blockIdx.z), values);
+  write_entry(threads, c, resolve(symbolic_out, *table, blockIdx.z), values);
 }
 
 inline int64_t tiles_of(int64_t rows) { return blocks_for(rows, kTileRows); }

@@ -70,7 +70,7 @@ struct Activation {
 /// One thread's view of its task: the thread's channel, the tensors, and the sizes in 32 bits.
 template <class T>
 struct View {
-  Lanes lanes;
+  ChannelThreads threads;
   Tensors<T> t;
   Saved<T> saved;
   int64_t c;
@@ -79,11 +79,11 @@ struct View {
   bool pooled;
 
   __device__ __forceinline__ View(const Layer& l, const Tensors<T>& symbolic, const Table& table)
-      : lanes(lanes_of(l.in.c)),
+      : threads(channel_threads(l.in.c)),
         t(resolve(symbolic, table, blockIdx.z)),
         saved(t.saved, l.in.c),
         c(l.in.c),
-        channel(lanes.active ? lanes.channel : 0),
+        channel(threads.active ? threads.channel : 0),
         n(static_cast<int>(l.n)),
         pixels(static_cast<int>(l.in.h * l.in.w)),
         outputs(static_cast<int>(l.out.h * l.out.w)),
@@ -93,7 +93,9 @@ struct View {
   __device__ __forceinline__ T mean(T sum) const { return sum / static_cast<T>(n * pixels); }
 
   /// Whether this thread writes the values that are common to a channel: block 0 does, one thread a channel.
-  __device__ __forceinline__ bool writes() const { return blockIdx.x == 0 && lanes.row == 0 && lanes.active; }
+  __device__ __forceinline__ bool writes() const {
+    return blockIdx.x == 0 && threads.row == 0 && threads.active;
+  }
 
   /// The row of x that this row of y came from.
   __device__ __forceinline__ int source(int row) const {
@@ -121,11 +123,12 @@ struct View {
   template <class F>
   __device__ __forceinline__ void each_input(const Layer& l, int cells, F f) const {
     if (pooled) {
-      each_place(Windows(l), lanes, n, cells, c, saved.places + channel, [&](int64_t at, auto chosen) {
+      each_place(Windows(l), threads, n, cells, c, saved.places + channel, [&](int64_t at, auto chosen) {
         f(at + channel, [&](auto each) { chosen([&](int64_t output) { each(output + channel); }); });
       });
     } else {
-      each_row(lanes, n * pixels, [&](int row) { f(element(row), [&](auto each) { each(element(row)); }); });
+      each_row(threads, n * pixels,
+               [&](int row) { f(element(row), [&](auto each) { each(element(row)); }); });
     }
   }
 };
@@ -136,19 +139,19 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   const View<T> view(l, symbolic, *table);
   double moments[2];
   const Partials<T> p = resolve(statistics, *table, blockIdx.z);
-  Moments<1>::merge(view.lanes, view.c, p, 0, p.count, moments);
+  Moments<1>::merge(view.threads, view.c, p, 0, p.count, moments);
   const T variance = static_cast<T>(moments[1] / static_cast<double>(p.m));
   const T mu = static_cast<T>(moments[0]), s = 1 / std::sqrt(variance + static_cast<T>(l.eps));
   if (view.writes()) view.saved.mu[view.channel] = mu, view.saved.s[view.channel] = s;
   const Affine<T> map(view.t, view.channel, mu, s);
   const T* x = view.t.x[0] + view.channel;
   if (!view.pooled) {
-    each_row(view.lanes, view.n * view.pixels,
+    each_row(view.threads, view.n * view.pixels,
              [&](int row) { view.t.y[view.element(row)] = Activation::at(l, map.u(x[row * view.c])).f; });
     return;
   }
   const Windows w(l);
-  each_item(view.lanes, view.n, view.outputs, [&](int sample, int output) {
+  each_item(view.threads, view.n, view.outputs, [&](int sample, int output) {
     const T* image = x + sample * view.pixels * view.c;
     const Largest<T> best = largest_of<T>(
         w, output, [&](int pixel) { return Activation::at(l, map.u(image[pixel * view.c])).f; });
@@ -164,7 +167,7 @@ template <class T, class Own>
 __device__ __forceinline__ void whole_sums(const View<T>& view, const Partials<T>& p, T (&sums)[2], Own own) {
   if (p.count == 0) return own(0, view.n * view.outputs, sums);
   double merged[2];
-  Sums::merge(view.lanes, view.c, p, 0, p.count, merged);
+  Sums::merge(view.threads, view.c, p, 0, p.count, merged);
   for (int q = 0; q < 2; ++q) sums[q] = static_cast<T>(merged[q]);
 }
 
@@ -174,7 +177,7 @@ __device__ __forceinline__ void cotangent_sums(const Layer& l, const View<T>& vi
                                                T (&sums)[2]) {
   const Tensors<T>& t = view.t;
   const Affine<T> map = view.affine();
-  channel_sums(view.lanes, count, sums, [&](int i, T(&sum)[2]) {
+  channel_sums(view.threads, count, sums, [&](int i, T(&sum)[2]) {
     const T x = t.x[0][view.element(view.source(first + i))];
     const T g = Activation::at(l, map.u(x)).df * t.grad_y[view.element(first + i)];
     sum[0] += g;
@@ -189,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   const View<T> view(l, symbolic, *table);
   T sums[2];
   cotangent_sums<Activation>(l, view, view.tile_start(), view.tile_rows(), sums);
-  write_entry(view.lanes, view.c, view.t.scratch, sums);
+  write_entry(view.threads, view.c, view.t.scratch, sums);
 }
 
 /// out[channel] (+)= value, unless `out` is null.
@@ -235,13 +238,13 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   if (t.x_dot[0]) {
     double moments[3];
     const Partials<T> p = resolve(statistics, *table, blockIdx.z);
-    Moments<2>::merge(view.lanes, view.c, p, 0, p.count, moments);
+    Moments<2>::merge(view.threads, view.c, p, 0, p.count, moments);
     Rmu = static_cast<T>(moments[1]);
     correlation = map.s * static_cast<T>(moments[2] / static_cast<double>(p.m));
   }
   if (view.writes()) view.saved.Rmu[view.channel] = Rmu, view.saved.c[view.channel] = correlation;
   map.move(t, view.channel, Rmu, correlation);
-  each_row(view.lanes, view.n * view.outputs, [&](int row) {
+  each_row(view.threads, view.n * view.outputs, [&](int row) {
     const int64_t from = view.element(view.source(row));
     const T x = t.x[0][from], x_dot = t.x_dot[0] ? t.x_dot[0][from] : T(0);
     t.y_dot[view.element(row)] = Activation::at(l, map.u(x)).df * map.u_dot(x, x_dot);
@@ -254,7 +257,7 @@ __device__ __forceinline__ void cotangent_dot_sums(const Layer& l, const View<T>
                                                    T (&sums)[2]) {
   const Tensors<T>& t = view.t;
   const Affine<T> map = view.moving_affine();
-  channel_sums(view.lanes, count, sums, [&](int i, T(&sum)[2]) {
+  channel_sums(view.threads, count, sums, [&](int i, T(&sum)[2]) {
     const int64_t from = view.element(view.source(first + i)), at = view.element(first + i);
     const T x = t.x[0][from], x_dot = t.x_dot[0] ? t.x_dot[0][from] : T(0),
             g = t.grad_y ? t.grad_y[at] : T(0);
@@ -273,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   const View<T> view(l, symbolic, *table);
   T sums[2];
   cotangent_dot_sums<Activation>(l, view, view.tile_start(), view.tile_rows(), sums);
-  write_entry(view.lanes, view.c, view.t.scratch, sums);
+  write_entry(view.threads, view.c, view.t.scratch, sums);
 }
 
 template <class Activation, class T>

@@ -23,17 +23,17 @@ namespace {
 /// One thread's view of its task and channel.
 template <class T>
 struct View {
-  Lanes lanes;
+  ChannelThreads threads;
   Tensors<T> t;
   int64_t c;
   int channel;  // a thread without a channel reads the first
   T mu, s, gamma, gamma_dot;
 
   __device__ View(const Layer& l, const Tensors<T>& symbolic, const Table& table)
-      : lanes(lanes_of(l.in.c)),
+      : threads(channel_threads(l.in.c)),
         t(resolve(symbolic, table, blockIdx.z)),
         c(l.in.c),
-        channel(lanes.active ? lanes.channel : 0),
+        channel(threads.active ? threads.channel : 0),
         mu(t.w[2][channel]),
         s(1 / std::sqrt(t.w[3][channel] + static_cast<T>(l.eps))),
         gamma(t.w[0] ? t.w[0][channel] : T(1)),
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     running_norm_forward(Layer l, Tensors<T> symbolic, int rows, const Table* table) {
   const View<T> view(l, symbolic, *table);
   const T beta = view.t.w[1] ? view.t.w[1][view.channel] : T(0);
-  each_row(view.lanes, rows, [&](int row) {
+  each_row(view.threads, rows, [&](int row) {
     const int64_t at = view.element(row);
     view.t.y[at] = view.gamma * view.xh(at) + beta;
   });
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     running_norm_forward_tangent(Layer l, Tensors<T> symbolic, int rows, const Table* table) {
   const View<T> view(l, symbolic, *table);
   const T beta_dot = view.t.w_dot[1] ? view.t.w_dot[1][view.channel] : T(0);
-  each_row(view.lanes, rows, [&](int row) {
+  each_row(view.threads, rows, [&](int row) {
     const int64_t at = view.element(row);
     T y_dot = view.gamma_dot * view.xh(at) + beta_dot;
     if (view.t.x_dot[0]) y_dot += view.gamma * view.s * view.t.x_dot[0][at];
@@ -77,14 +77,14 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   const Tensors<T>& t = view.t;
   const int first = static_cast<int>(blockIdx.x) * kTileRows;
   T sums[2];
-  channel_sums(view.lanes, std::min(int{kTileRows}, rows - first), sums, [&](int i, T(&sum)[2]) {
+  channel_sums(view.threads, std::min(int{kTileRows}, rows - first), sums, [&](int i, T(&sum)[2]) {
     const int64_t at = view.element(first + i);
     const T g = kTangent ? t.grad_y_dot[at] : t.grad_y[at];
     sum[0] += g * view.xh(at);
     if (kTangent && t.x_dot[0]) sum[0] += t.grad_y[at] * view.s * t.x_dot[0][at];
     sum[1] += g;
   });
-  write_entry(view.lanes, view.c, t.scratch, sums);
+  write_entry(view.threads, view.c, t.scratch, sums);
 }
 
 /// Merges the entries, if any, into the gradients of gamma and beta, and computes grad_x where wanted.
@@ -96,16 +96,16 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   if (partials.count > 0 && blockIdx.x == 0) {
     const Partials<T> p = resolve(partials, *table, blockIdx.z);
     double sums[2];
-    Sums::merge(view.lanes, view.c, p, 0, p.count, sums);
+    Sums::merge(view.threads, view.c, p, 0, p.count, sums);
     for (int q = 0; q < 2; ++q) {
       T* out = kTangent ? t.grad_w_dot[q] : t.grad_w[q];
-      if (out && view.lanes.row == 0 && view.lanes.active)
+      if (out && view.threads.row == 0 && view.threads.active)
         put(out, view.channel, static_cast<T>(sums[q]), t.add_w[q]);
     }
   }
   T* to = kTangent ? t.grad_x_dot[0] : t.grad_x[0];
   if (!to) return;
-  each_row(view.lanes, rows, [&](int row) {
+  each_row(view.threads, rows, [&](int row) {
     const int64_t at = view.element(row);
     T value = view.gamma * view.s * (kTangent ? t.grad_y_dot[at] : t.grad_y[at]);
     if (kTangent && t.grad_y) value += view.gamma_dot * view.s * t.grad_y[at];

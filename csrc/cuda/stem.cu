@@ -55,47 +55,48 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     stem_weights_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
   const Tensors<T> t = resolve(symbolic, *table, blockIdx.z);
-  const Lanes lanes = lanes_of(l.out.c);
-  const Channel<T> ch(l, t, lanes.channel);
+  const ChannelThreads threads = channel_threads(l.out.c);
+  const Channel<T> ch(l, t, threads.channel);
   double sum[2];
-  channel_sums(lanes, ch.patch, sum, [&](int e, double (&to)[2]) {
+  channel_sums(threads, ch.patch, sum, [&](int e, double (&to)[2]) {
     const double Gw = ch.gram(e, t.w[0]);
     ch.saved.Gw[ch.at(e)] = Gw;
     to[0] += ch.pbar[e] * ch.w(e);
     to[1] += Gw * ch.w(e);
   });
-  if (!lanes.active) return;
+  if (!threads.active) return;
   const double mu = sum[0], s = 1 / std::sqrt((sum[1] > 0 ? sum[1] : 0) + l.eps);
   const double a = ch.value(t.w[2], ch.o, 1) * s;
-  if (lanes.row == 0) {
+  if (threads.row == 0) {
     ch.saved.mu[ch.o] = mu;
     ch.saved.s[ch.o] = s;
     t.scratch[ch.at(ch.patch)] = static_cast<T>(ch.value(t.w[3], ch.o, 0) - a * mu);
   }
-  for (int e = lanes.row; e < ch.patch; e += lanes.rows) t.scratch[ch.at(e)] = static_cast<T>(a * ch.w(e));
+  for (int e = threads.row; e < ch.patch; e += threads.rows)
+    t.scratch[ch.at(e)] = static_cast<T>(a * ch.w(e));
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     stem_weights_tangent_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
   const Tensors<T> t = resolve(symbolic, *table, blockIdx.z);
-  const Lanes lanes = lanes_of(l.out.c);
-  const Channel<T> ch(l, t, lanes.channel);
+  const ChannelThreads threads = channel_threads(l.out.c);
+  const Channel<T> ch(l, t, threads.channel);
   double sum[2];
-  channel_sums(lanes, ch.patch, sum, [&](int e, double (&to)[2]) {
+  channel_sums(threads, ch.patch, sum, [&](int e, double (&to)[2]) {
     to[0] += ch.pbar[e] * ch.w_dot(e);
     to[1] += ch.saved.Gw[ch.at(e)] * ch.w_dot(e);
   });
-  if (!lanes.active) return;
+  if (!threads.active) return;
   const double s = ch.saved.s[ch.o], a = ch.a(), Rmu = sum[0], c = s * sum[1];
   const double k = s * (ch.value(t.w_dot[2], ch.o, 0) - a * c);
-  if (lanes.row == 0) {
+  if (threads.row == 0) {
     ch.saved.Rmu[ch.o] = Rmu;
     ch.saved.c[ch.o] = c;
     t.scratch[ch.at(ch.patch)] =
         static_cast<T>(ch.value(t.w_dot[3], ch.o, 0) - a * Rmu - k * ch.saved.mu[ch.o]);
   }
-  for (int e = lanes.row; e < ch.patch; e += lanes.rows) {
+  for (int e = threads.row; e < ch.patch; e += threads.rows) {
     t.scratch[ch.at(e)] = static_cast<T>(a * ch.w_dot(e) + k * ch.w(e));
   }
 }
@@ -109,14 +110,14 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   const T* const g = resolve(symbolic_g, *table, blockIdx.z);
   const uint8_t* const places = resolve(symbolic_places, *table, blockIdx.z);
   T* const out = resolve(symbolic_out, *table, blockIdx.z);
-  const Lanes lanes = lanes_of(channels);
-  if (!lanes.active) return;
-  const int step = static_cast<int>(gridDim.x) * lanes.rows;
-  for (int row = static_cast<int>(blockIdx.x) * lanes.rows + lanes.row; row < rows; row += step) {
+  const ChannelThreads threads = channel_threads(channels);
+  if (!threads.active) return;
+  const int step = static_cast<int>(gridDim.x) * threads.rows;
+  for (int row = static_cast<int>(blockIdx.x) * threads.rows + threads.row; row < rows; row += step) {
     const WindowRow r = window_row(kVector<T>, row);
-    const int64_t from = static_cast<int64_t>(r.window) * channels + lanes.channel;
+    const int64_t from = static_cast<int64_t>(r.window) * channels + threads.channel;
     const bool chosen = r.window < windows && places[from] == r.member;
-    out[static_cast<int64_t>(row) * channels + lanes.channel] = chosen ? g[from] : T(0);
+    out[static_cast<int64_t>(row) * channels + threads.channel] = chosen ? g[from] : T(0);
   }
 }
 
@@ -130,20 +131,20 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     stem_gradients_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
   const Tensors<T> t = resolve(symbolic, *table, blockIdx.z);
-  const Lanes lanes = lanes_of(l.out.c);
-  const Channel<T> ch(l, t, lanes.channel);
+  const ChannelThreads threads = channel_threads(l.out.c);
+  const Channel<T> ch(l, t, threads.channel);
   const T* const D = ch.saved.D;
   double sum[1];
-  channel_sums(lanes, ch.patch, sum,
+  channel_sums(threads, ch.patch, sum,
                [&](int e, double (&to)[1]) { to[0] += ch.w(e) * static_cast<double>(D[ch.at(e)]); });
-  if (!lanes.active) return;
+  if (!threads.active) return;
   const double G1 = static_cast<double>(ch.saved.G1[ch.o]), s = ch.saved.s[ch.o], a = ch.a();
   const double G2 = s * (sum[0] - ch.saved.mu[ch.o] * G1);
-  for (int e = lanes.row; e < ch.patch; e += lanes.rows) {
+  for (int e = threads.row; e < ch.patch; e += threads.rows) {
     const double u = static_cast<double>(D[ch.at(e)]) - G1 * ch.pbar[e] - s * G2 * ch.saved.Gw[ch.at(e)];
     give(t.grad_w[0], ch.at(e), a * u, t.add_w[0]);
   }
-  if (lanes.row > 0) return;
+  if (threads.row > 0) return;
   ch.saved.G2[ch.o] = G2;
   give(t.grad_w[1], ch.o, 0, t.add_w[1]);
   give(t.grad_w[2], ch.o, G2, t.add_w[2]);
@@ -156,29 +157,29 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     stem_gradients_tangent_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
   const Tensors<T> t = resolve(symbolic, *table, blockIdx.z);
-  const Lanes lanes = lanes_of(l.out.c);
-  const Channel<T> ch(l, t, lanes.channel);
+  const ChannelThreads threads = channel_threads(l.out.c);
+  const Channel<T> ch(l, t, threads.channel);
   const bool moves = t.grad_y != nullptr, turns = moves && t.w_dot[0];
   const T *const D = ch.saved.D, *const D_dot = t.scratch;
   double sum[2];
-  channel_sums(lanes, ch.patch, sum, [&](int e, double (&to)[2]) {
+  channel_sums(threads, ch.patch, sum, [&](int e, double (&to)[2]) {
     to[0] += ch.w(e) * static_cast<double>(D_dot[ch.at(e)]);
     if (turns) to[1] += ch.w_dot(e) * static_cast<double>(D[ch.at(e)]);
   });
-  if (!lanes.active) return;
+  if (!threads.active) return;
   const double R1 = static_cast<double>(D_dot[ch.at(ch.patch)]), s = ch.saved.s[ch.o], a = ch.a();
   const double G1 = moves ? static_cast<double>(ch.saved.G1[ch.o]) : 0, G2 = moves ? ch.saved.G2[ch.o] : 0;
   const double c = moves ? ch.saved.c[ch.o] : 0, k = moves ? ch.k() : 0;
   const double Rmu = moves ? ch.saved.Rmu[ch.o] : 0;
   const double R2 = s * (sum[0] - ch.saved.mu[ch.o] * R1 + sum[1] - Rmu * G1 - c * G2);
-  for (int e = lanes.row; e < ch.patch; e += lanes.rows) {
+  for (int e = threads.row; e < ch.patch; e += threads.rows) {
     const double Gw = ch.saved.Gw[ch.at(e)];
     double u_dot = static_cast<double>(D_dot[ch.at(e)]) - R1 * ch.pbar[e] - s * (R2 - s * c * G2) * Gw;
     if (turns) u_dot -= s * G2 * ch.gram(e, t.w_dot[0]);
     const double u = moves ? static_cast<double>(D[ch.at(e)]) - G1 * ch.pbar[e] - s * G2 * Gw : 0;
     give(t.grad_w_dot[0], ch.at(e), a * u_dot + k * u, t.add_w[0]);
   }
-  if (lanes.row > 0) return;
+  if (threads.row > 0) return;
   give(t.grad_w_dot[1], ch.o, 0, t.add_w[1]);
   give(t.grad_w_dot[2], ch.o, R2, t.add_w[2]);
   give(t.grad_w_dot[3], ch.o, R1, t.add_w[3]);

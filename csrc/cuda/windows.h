@@ -103,16 +103,16 @@ __device__ __forceinline__ void each_output(const Windows& w, const Seers& seers
 
 /// Calls f(row) for this thread's share of `count` rows.
 template <class F>
-__device__ __forceinline__ void each_row(const Lanes& lanes, int count, F f) {
-  if (!lanes.active) return;
-  const int step = static_cast<int>(gridDim.x) * lanes.rows;
-  for (int row = static_cast<int>(blockIdx.x) * lanes.rows + lanes.row; row < count; row += step) f(row);
+__device__ __forceinline__ void each_row(const ChannelThreads& threads, int count, F f) {
+  if (!threads.active) return;
+  const int step = static_cast<int>(gridDim.x) * threads.rows;
+  for (int row = static_cast<int>(blockIdx.x) * threads.rows + threads.row; row < count; row += step) f(row);
 }
 
 /// Calls f(sample, item) for this thread's share of the items of all n samples.
 template <class F>
-__device__ __forceinline__ void each_item(const Lanes& lanes, int n, int items, F f) {
-  each_row(lanes, n * items, [&](int row) {
+__device__ __forceinline__ void each_item(const ChannelThreads& threads, int n, int items, F f) {
+  each_row(threads, n * items, [&](int row) {
     const int sample = row / items;
     f(sample, row - sample * items);
   });
@@ -122,9 +122,9 @@ __device__ __forceinline__ void each_item(const Lanes& lanes, int n, int items, 
 /// chosen(each) calls each(output element) for every output that chose this pixel, in ascending order.
 /// `places` [n, out_h, out_w, c] starts at this thread's channel, and elements are counted from there.
 template <class F>
-__device__ __forceinline__ void each_place(const Windows& w, const Lanes& lanes, int n, int cells, int64_t c,
-                                           const int32_t* places, F f) {
-  each_item(lanes, n, cells, [&](int sample, int cell) {
+__device__ __forceinline__ void each_place(const Windows& w, const ChannelThreads& threads, int n, int cells,
+                                           int64_t c, const int32_t* places, F f) {
+  each_item(threads, n, cells, [&](int sample, int cell) {
     each_pixel_in(w, cell, [&](int pixel, const Seers& seers) {
       f((sample * w.pixels() + pixel) * c, [&](auto each) {
         each_output(w, seers, [&](int output) {
