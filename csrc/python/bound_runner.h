@@ -36,12 +36,12 @@ class BoundRunner {
     return std::visit([&]<class T>(const cuda::Runner<T>& r) { return r.table_bytes(call.as<T>()); },
                       runner_);
   }
-  cuda::Graph capture(const BoundCall& call, Address table) const {
+  cuda::CudaGraph capture(const BoundCall& call, Address table) const {
     pybind11::gil_scoped_release unlocked;
     return std::visit([&]<class T>(const cuda::Runner<T>& r) { return r.capture(call.as<T>(), at(table)); },
                       runner_);
   }
-  void run_graph(const BoundCall& call, const cuda::Graph& graph, Address stream) const {
+  void run_graph(const BoundCall& call, const cuda::CudaGraph& graph, Address stream) const {
     pybind11::gil_scoped_release unlocked;
     std::visit([&]<class T>(const cuda::Runner<T>& r) { r.run(call.as<T>(), graph, at(stream)); }, runner_);
   }

@@ -82,7 +82,7 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
 
 #ifdef MAML_CUDA_ARCHITECTURES
   using maml::BoundRunner;
-  py::class_<maml::cuda::Graph>(m, "CudaGraph", py::module_local());
+  py::class_<maml::cuda::CudaGraph>(m, "CudaGraph", py::module_local());
   py::class_<BoundRunner>(m, "CudaRunner", py::module_local(),
                           "A problem on one CUDA device; every call is enqueued on a stream.")
       .def(py::init<const BoundProblem&, int>(), py::arg("problem"), py::arg("device"))

@@ -18,12 +18,12 @@ LayerTraits traits();
 enum class Executor { megakernel, batched };
 
 /// The kernels of a call as a CUDA graph. Each replay reads its spans from the same table in device memory.
-class Graph {
+class CudaGraph {
  public:
-  Graph(void* executable, void* table) : executable_(executable), table_(table) {}
-  Graph(Graph&& other) noexcept
+  CudaGraph(void* executable, void* table) : executable_(executable), table_(table) {}
+  CudaGraph(CudaGraph&& other) noexcept
       : executable_(std::exchange(other.executable_, nullptr)), table_(other.table_) {}
-  ~Graph();
+  ~CudaGraph();
   void* executable() const { return executable_; }
   void* table() const { return table_; }
 
@@ -53,9 +53,9 @@ class Runner {
   /// must outlive the graph. Only for Executor::batched, because the megakernel is a single launch already.
   /// Captures without computing anything.
   int64_t table_bytes(const Call<T>& call) const;
-  Graph capture(const Call<T>& call, void* table) const;
+  CudaGraph capture(const Call<T>& call, void* table) const;
   /// Enqueues a call through a captured graph: it has the same tasks and the same tensors, at any addresses.
-  void run(const Call<T>& call, const Graph& graph, void* stream) const;
+  void run(const Call<T>& call, const CudaGraph& graph, void* stream) const;
 
  private:
   struct State;

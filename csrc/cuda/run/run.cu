@@ -386,7 +386,7 @@ class Capture {
 }  // namespace
 
 template <class T>
-Graph Runner<T>::capture(const Call<T>& call, void* table) const {
+CudaGraph Runner<T>::capture(const Call<T>& call, void* table) const {
   const OnDevice on(state_->device);
   const DevicePlan view = state_->view();
   const Capture capture;
@@ -404,11 +404,11 @@ Graph Runner<T>::capture(const Call<T>& call, void* table) const {
   if (status == cudaSuccess) status = cudaGraphInstantiate(&executable, graph, 0);
   if (graph) cudaGraphDestroy(graph);
   check(status, "capturing the call in a graph");
-  return Graph(executable, table);
+  return CudaGraph(executable, table);
 }
 
 template <class T>
-void Runner<T>::run(const Call<T>& call, const Graph& graph, void* stream) const {
+void Runner<T>::run(const Call<T>& call, const CudaGraph& graph, void* stream) const {
   const OnDevice on(state_->device);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const std::vector<Span> spans = state_->spans(call);
@@ -418,7 +418,7 @@ void Runner<T>::run(const Call<T>& call, const Graph& graph, void* stream) const
         "launching the graph");
 }
 
-Graph::~Graph() {
+CudaGraph::~CudaGraph() {
   if (executable_) cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(executable_));
 }
 
