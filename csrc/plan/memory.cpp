@@ -10,8 +10,8 @@
 namespace maml {
 namespace {
 
-/// Offsets in one region, first fit.
-class Region {
+/// Places blocks in one region: each at the first offset where it fits.
+class FirstFit {
  public:
   /// Of `size` elements that are needed from time `first` to time `last`.
   int64_t place(int64_t size, int first, int last) {
@@ -96,7 +96,7 @@ class Placement {
       stage_.scratch_size = std::max(stage_.scratch_size, needs.scratch);
       y.fixed = data_ == Data::support && !y.moving && !y.stepwise;
       const bool stays = y.fixed || has_products();
-      Region& region = y.fixed ? fixed_ : step_;
+      FirstFit& region = y.fixed ? fixed_ : step_;
       const int first = stays || is_early(y) ? 0 : i;
       const int last = stays ? end_ : keep_ == Keep::values ? last_reader_[step.output] : backward(i);
       if (!in_place_[step.output]) {
@@ -166,7 +166,7 @@ class Placement {
   const int64_t tile_;            // samples of the largest tile
   std::vector<int> last_reader_;  // of each value, the last step that reads it; of the prediction, `steps`
   std::vector<bool> in_place_;    // of each value, whether it is computed over another one
-  Region fixed_, step_, tangent_;
+  FirstFit fixed_, step_, tangent_;
 };
 
 }  // namespace
