@@ -1,8 +1,9 @@
-// y = [x, max(w, a)]: a parameter's elements behind the features of every sample, as a policy's log_std
-// behind its mean. x [n, in], w [p], y [n, in + p]:
+// y = [x, max(w, a)]: appends a parameter's elements to the features of every sample, as a policy's log_std
+// to its mean. x [n, in], w [p], y [n, in + p]:
 //   grad_x = the first part of grad_y;  grad_w = the sum over samples of the rest, where w >= a
-// and the tangents alike: the layer is linear but for the floor a, whose slope is one where it does not hold.
-// The sum over samples is in double, in their order.
+// The tangents follow the same rule: the layer is linear except for the lower bound a, where max(w, a) has
+// slope one if w >= a and zero otherwise. The sum over samples is in double, in order. The twin on the GPU is
+// cuda/append.h.
 #include <algorithm>
 
 #include "cpu/implement.h"
@@ -10,7 +11,7 @@
 namespace maml::MAML_ISA {
 namespace {
 
-/// y from the two parts; a null one is zero.
+/// y from x and the appended elements behind(j); a null x counts as zero.
 template <class T, class F>
 void join(const Layer& l, const T* x, F behind, T* y) {
   const int64_t in = l.in.c, out = l.out.c;
@@ -20,7 +21,7 @@ void join(const Layer& l, const T* x, F behind, T* y) {
   }
 }
 
-/// g to the two parts.
+/// Distributes the cotangent g to the two parts.
 template <class T>
 void split(const Layer& l, const Tensors<T>& t, const T* g, T* grad_x, T* grad_w) {
   const int64_t in = l.in.c, out = l.out.c;

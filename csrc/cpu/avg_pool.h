@@ -1,5 +1,5 @@
-// The mean over windows, as avg_pool and mean_pool take it: y[i, j, c] = the mean of x over the window of (i,
-// j); padding counts in the divisor where count_padding says so.
+// The mean over windows, for avg_pool and mean_pool: y[i, j, c] = the mean of x over the window of (i, j);
+// count_padding decides whether padding counts in the divisor. The twin on the GPU is cuda/avg_pool.cu.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,8 @@
 namespace maml::MAML_ISA {
 
 struct MeanOverWindows {
-  /// f(output pixel, input pixel, 1 / divisor) for every pair that a window joins, outputs ascending.
+  /// Calls f(output pixel, input pixel, 1 / divisor) for every input pixel of every window, outputs
+  /// ascending.
   template <class F>
   static void each_pair(const Layer& l, F f) {
     const Window& k = l.window;

@@ -1,6 +1,6 @@
-// How a layer's file turns what it writes into the four passes: it specialises OnCpu for its kind, with what
-// the class of the kind asks for (layers/declaration.h), and instantiates Implementation. In each class, T is
-// float or double, samples are those of `layer.n`, and a cotangent that nothing asks for is not computed.
+// How a layer's file turns its functions into the four passes. It specialises OnCpu for its kind, with the
+// functions that the class of the kind requires (layers/declaration.h), and instantiates Implementation. T is
+// float or double; the samples are those of `layer.n`. A cotangent that is not wanted is not computed.
 #pragma once
 
 #include "cpu/layers.h"
@@ -8,15 +8,20 @@
 
 namespace maml::MAML_ISA {
 
-/// linear:     apply(layer, x, y), adjoint(layer, g, add, grad_x). Of a kind with several inputs, x, add and
-///             grad_x are arrays, in which null says "zero" or "not wanted".
-/// bilinear:   apply(layer, terms, count, bias, y, scratch), y = bias + the sum of x * w over one or two
-/// terms
-///             {x, w}; its adjoints adjoint_x of terms {g, w}, adjoint_w of terms {x, g}, and adjoint_bias;
-///             footprint(layer).
-/// selection:  choose(layer, x, y, choice), and given the choice apply(layer, choice, x, y) and
-///             adjoint(layer, choice, g, add, grad_x); choices(layer), how many int32 it keeps.
-/// others:     passes<T>(), all four, and footprint(layer).
+/// What OnCpu<K> must have, by the class of the kind.
+///   linear      apply(layer, x, y)
+///               adjoint(layer, g, add, grad_x)
+///               With several inputs x, add and grad_x are arrays; null means zero, or not wanted.
+///   bilinear    apply(layer, terms, count, bias, y, scratch): y = bias + the sum of x * w over one or two
+///   terms
+///               {x, w}
+///               adjoint_x of terms {g, w}, adjoint_w of terms {x, g}, adjoint_bias
+///               footprint(layer)
+///   selection   choose(layer, x, y, choice)
+///               apply(layer, choice, x, y), with a choice made before
+///               adjoint(layer, choice, g, add, grad_x)
+///               choices(layer): how many int32 a choice has
+///   others      passes<T>(): all four; footprint(layer)
 template <Kind K>
 struct OnCpu;
 
@@ -88,7 +93,7 @@ Passes<T> bilinear_passes() {
 
 template <class T>
 int32_t* choice_of(const Tensors<T>& t) {
-  return reinterpret_cast<int32_t*>(t.saved);  // an int32 has no more bytes than a T
+  return reinterpret_cast<int32_t*>(t.saved);  // an int32 is no larger than a T
 }
 
 template <Kind K, class T>

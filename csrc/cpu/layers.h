@@ -1,12 +1,12 @@
-// What the executors of the CPU backend know of a layer, or a loss.
+// The layers and losses of the CPU backend, as its executors see them.
 #pragma once
 
 #include "layers/kinds.h"
 
 namespace maml::MAML_ISA {
 
-/// A kind of layer on this backend. cpu/<kind>.cpp instantiates it (implement.h). Hidden, so that a library
-/// in which one is missing does not link.
+/// One kind of layer on this backend, instantiated in cpu/<kind>.cpp (implement.h). Hidden symbols, so that a
+/// library in which a kind is missing does not link.
 template <Kind K>
 struct __attribute__((visibility("hidden"))) Implementation {
   static Footprint footprint(const Layer&);
@@ -14,7 +14,7 @@ struct __attribute__((visibility("hidden"))) Implementation {
   static Passes<double> passes(double);
 };
 
-/// The four passes of a kind. None where this backend does not have it.
+/// The four passes of a kind; null functions where this backend does not have it.
 template <class T>
 const Passes<T>& passes_of(Kind kind) {
   static const auto table = for_each_kind([]<Kind K> {

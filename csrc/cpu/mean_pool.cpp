@@ -1,11 +1,12 @@
-// The mean over the whole image: AdaptiveAvgPool2d(1), and a mean over the spatial axes.
+// The mean over the whole image: AdaptiveAvgPool2d(1), or a mean over the spatial axes. The twin on the GPU
+// is cuda/mean_pool.cu.
 #include "cpu/avg_pool.h"
 #include "cpu/implement.h"
 
 namespace maml::MAML_ISA {
 namespace {
 
-/// As an average pool with one window.
+/// The layer as an average pool with one window.
 Layer one_window(const Layer& l) {
   Layer pool = l;
   pool.window = {l.in.h, l.in.w, 1, 1, 0, 0};

@@ -1,7 +1,7 @@
 // y = f(x), element by element, for every f of Function. With g = grad_y:
 //   grad_x = f'(x) g,   y_dot = f'(x) x_dot,   grad_x_dot = f'(x) g_dot + f''(x) g x_dot.
-// Results may stand where arguments do. An f without a second derivative may then find f(x) in place of x,
-// and what becomes of cotangents and tangents in place of them.
+// A result may overwrite its argument. So for an f without second derivative, x may already hold f(x), and
+// cotangents and tangents may already hold the results. The twin on the GPU is cuda/pointwise.h.
 #include "cpu/implement.h"
 #include "cpu/run/share.h"
 #include "layers/functions.h"
@@ -9,7 +9,7 @@
 namespace maml::MAML_ISA {
 namespace {
 
-/// f(i) of every element, of which each reads and writes but its own.
+/// Calls f(i) for every element; each call accesses element i only.
 template <class F>
 void each_element(int64_t first, int64_t last, F f) {
 #pragma omp simd
@@ -61,7 +61,7 @@ void backward_tangent(const Layer& layer, const Tensors<T>& t, int64_t first, in
     const Layer l = layer;
     const T *x = t.x[0], *g = t.grad_y, *x_dot = t.x_dot[0], *g_dot = t.grad_y_dot;
     T* grad_x_dot = t.grad_x_dot[0];
-    if (!FunctionDeclaration<F>::bends || !x_dot) {  // or the layer does not move
+    if (!FunctionDeclaration<F>::bends || !x_dot) {  // no second derivative, or no tangent
       each_element(first, last,
                    [=](int64_t i) { put(grad_x_dot, i, evaluate<F, T>(l, x[i]).df * g_dot[i], add); });
       return;

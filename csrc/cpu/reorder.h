@@ -1,11 +1,12 @@
-// Between channels first, as the user has images, and channels last, as the layers have them.
+// Conversion between channels first, the order of the user's images, and channels last, the order of the
+// layers.
 #pragma once
 
 #include "cpu/product/product.h"
 
 namespace maml::MAML_ISA {
 
-/// out[s, j, i] (+)= in[s, i, j], per sample.
+/// out[s, j, i] (+)= in[s, i, j] for every sample s.
 template <class T>
 void reorder(int64_t n, int64_t rows, int64_t columns, const T* in, bool add, T* out) {
   if (!add) return transpose(n, rows, columns, in, out);

@@ -5,7 +5,7 @@
 namespace maml::cuda {
 namespace {
 
-/// The two addends, or their cotangents.
+/// Values for the two inputs.
 template <class P>
 struct Two {
   P of[2];

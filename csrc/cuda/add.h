@@ -1,19 +1,20 @@
-// The residual sum: y = a + b, where an absent one is zero; its cotangent goes to both. A team shares out the
-// elements; no barriers.
+// The residual sum y = a + b, where an absent input is zero. Its cotangent goes to both inputs. A team shares
+// the elements; there are no barriers. The twin on the CPU is cpu/add.cpp.
 #pragma once
 
 #include "cuda/elementwise.h"
 
 namespace maml::cuda {
 
-/// y = a + b, either of which may be absent.
+/// y = a + b; one of them may be null.
 template <class T>
 __device__ __forceinline__ void sum_of(Team team, int64_t count, const T* a, const T* b, T* y) {
   const int64_t step = team.step();
   for (int64_t i = team.first(); i < count; i += step) y[i] = a && b ? a[i] + b[i] : a ? a[i] : b[i];
 }
 
-/// Each grad_x that is wanted (+)= g. One after the other for an element: x + x has one cotangent.
+/// Each grad_x that is not null (+)= g. Both are handled by the same thread: in x + x they are the same
+/// memory.
 template <class T>
 __device__ __forceinline__ void pass_on(Team team, int64_t count, const T* g, const bool* add,
                                         T* const* grad_x) {

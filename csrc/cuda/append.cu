@@ -1,4 +1,4 @@
-// A parameter's elements behind the features of every sample (append.h), for all tasks.
+// Appends a parameter's elements to the features of every sample (append.h), for all tasks.
 #include "cuda/append.h"
 #include "cuda/implement.h"
 

@@ -1,9 +1,9 @@
-// y = [x, max(w, a)]: a parameter's elements behind the features of every sample, x [n, in], w [p], y [n, in
-// + p].
+// y = [x, max(w, a)]: appends a parameter's elements to the features of every sample; x [n, in], w [p],
+// y [n, in + p].
 //   grad_x = the first part of grad_y;  grad_w = the sum over samples of the rest, where w >= a
-// and the tangents alike. A team shares out the elements of y and of grad_x; an element of grad_w is one
-// warp's, whose threads take every 32nd sample in order, in double, and add up in a fixed tree. No barriers;
-// all threads of a warp call. The twin is cpu/append.cpp.
+// The tangents follow the same rule. A team shares the elements of y and of grad_x. One warp computes an
+// element of grad_w: each lane sums every 32nd sample in order, in double, and a fixed tree sums over the
+// lanes. There are no barriers; all threads of a warp must call. The twin on the CPU is cpu/append.cpp.
 #pragma once
 
 #include "cuda/elementwise.h"
@@ -11,7 +11,7 @@
 
 namespace maml::cuda {
 
-/// y from x and, element by element, what is behind it; a null x is zero.
+/// y from x and the appended elements behind(j); a null x counts as zero.
 template <class T, class F>
 __device__ __forceinline__ void join(Team team, const Layer& l, const T* x, F behind, T* y) {
   const int64_t in = l.in.c, out = l.out.c, count = l.n * out, step = team.step();
@@ -21,7 +21,7 @@ __device__ __forceinline__ void join(Team team, const Layer& l, const T* x, F be
   }
 }
 
-/// g to the two parts.
+/// Distributes the cotangent g to the two parts.
 template <class T>
 __device__ __forceinline__ void split(Team team, const Layer& l, const Tensors<T>& t, const T* g, T* grad_x,
                                       T* grad_w) {

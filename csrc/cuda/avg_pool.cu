@@ -1,9 +1,9 @@
-// y[i, j, c] = the mean of x over the window of (i, j); padding counts in the divisor where count_padding
-// says so.
+// y[i, j, c] = the mean of x over the window of (i, j); count_padding decides whether padding counts in the
+// divisor.
 //
-// A thread keeps its channel (channels.h). It takes outputs forward, cells of pixels backward (windows.h),
-// each pixel summing over the windows that hold it in ascending order. Rows of one task, n h w, are numbered
-// in 32 bits.
+// A thread works on one channel (channels.h). In the forward passes it takes outputs, in the backward passes
+// cells of pixels (windows.h); each pixel sums over the windows that contain it, in ascending order. Limits:
+// the rows of one task, n h w, are numbered in 32 bits. The twin on the CPU is cpu/avg_pool.h.
 #include "cuda/elementwise.h"
 #include "cuda/implement.h"
 #include "cuda/windows.h"
@@ -11,7 +11,7 @@
 namespace maml::cuda {
 namespace {
 
-/// 1 / divisor of the window of an output.
+/// 1 / divisor for the window of an output.
 template <class T>
 __device__ __forceinline__ T weight_of(const Windows& w, bool count_padding, int output) {
   if (count_padding) return 1 / static_cast<T>(w.kernel_h * w.kernel_w);

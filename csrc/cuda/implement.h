@@ -1,35 +1,36 @@
-// How a layer's file turns what it writes into the four passes: it specialises OnGpu for its kind, with what
-// the class of the kind asks for (layers/declaration.h), and instantiates Implementation. Everything is
-// enqueued for all tasks, in symbolic addresses; T is float or double; a cotangent that nothing asks for is
-// not computed.
+// How a layer's file turns its functions into the four passes. It specialises OnGpu for its kind, with the
+// functions that the class of the kind requires (layers/declaration.h), and instantiates Implementation. All
+// work is enqueued for all tasks, on symbolic addresses. T is float or double. A cotangent that is not wanted
+// is not computed.
 #pragma once
 
 #include "cuda/layers.h"
 
 namespace maml::cuda {
 
-/// A bilinear layer's pass, which decides on the names of its kernels.
+/// Whether a product of a bilinear layer belongs to a tangent pass; determines the names of its kernels.
 enum class Tangent { no, yes };
 
-/// One product of a sum: x w, g w or x g.
+/// One term of a sum of products: x w, g w or x g.
 template <class T>
 struct Factors {
   const T *a, *b;
 };
 
-/// linear:     apply(launch, layer, x, y), adjoint(launch, layer, g, add, grad_x). Of a kind with several
-/// inputs,
-///             x, add and grad_x are arrays, in which null says "zero" or "not wanted".
-/// bilinear:   apply(launch, tangent, layer, factors, count, tensors), y or y_dot = bias + the sum of x * w
-/// over one
-///             or two factors {x, w}; adjoint_x(launch, tangent, layer, factors {g, w}, count, add, grad_x)
-///             and adjoint_w(launch, tangent, layer, factors {x, g}, count, tensors), which also gives the
-///             bias gradient; footprint(layer).
-/// selection:  choose(launch, layer, x, y, choice), and given the choice apply(launch, layer, choice, x, y)
-/// and
-///             adjoint(launch, layer, tangent, choice, g, add, grad_x); choices(layer), how many int32 it
-///             keeps.
-/// others:     passes<T>(), all four, and footprint(layer).
+/// What OnGpu<K> must have, by the class of the kind.
+///   linear      apply(launch, layer, x, y)
+///               adjoint(launch, layer, g, add, grad_x)
+///               With several inputs x, add and grad_x are arrays; null means zero, or not wanted.
+///   bilinear    apply(launch, tangent, layer, factors, count, tensors): y or y_dot = bias + the sum of x * w
+///               over one or two factors {x, w}
+///               adjoint_x(launch, tangent, layer, factors {g, w}, count, add, grad_x)
+///               adjoint_w(launch, tangent, layer, factors {x, g}, count, tensors): also the bias gradient
+///               footprint(layer)
+///   selection   choose(launch, layer, x, y, choice)
+///               apply(launch, layer, choice, x, y), with a choice made before
+///               adjoint(launch, layer, tangent, choice, g, add, grad_x)
+///               choices(layer): how many int32 a choice has
+///   others      passes<T>(): all four; footprint(layer)
 template <Kind K>
 struct OnGpu;
 
@@ -108,7 +109,7 @@ LaunchPasses<T> bilinear_passes() {
 
 template <class T>
 int32_t* choice_of(const Tensors<T>& t) {
-  return reinterpret_cast<int32_t*>(t.saved);  // an int32 has no more bytes than a T
+  return reinterpret_cast<int32_t*>(t.saved);  // an int32 is no larger than a T
 }
 
 template <Kind K, class T>

@@ -1,5 +1,5 @@
-// What the executors of the CUDA backend know of a layer, or a loss. A pass launches its kernels for all
-// tasks; the tensors are symbolic addresses (address.h).
+// The layers and losses of the CUDA backend, as its executors see them. A pass launches its kernels for all
+// tasks; the tensors are symbolic addresses (run/address.h).
 #pragma once
 
 #include "cuda/run/launch.h"
@@ -15,8 +15,8 @@ struct LaunchPasses {
   void (*backward_tangent)(const Launcher&, const Layer&, const Tensors<T>&);
 };
 
-/// A kind of layer on this backend. cuda/<kind>.cu instantiates it (implement.h). Hidden, so that a library
-/// in which one is missing does not link.
+/// One kind of layer on this backend, instantiated in cuda/<kind>.cu (implement.h). Hidden symbols, so that a
+/// library in which a kind is missing does not link.
 template <Kind K>
 struct __attribute__((visibility("hidden"))) Implementation {
   static Footprint footprint(const Layer&);
@@ -24,7 +24,7 @@ struct __attribute__((visibility("hidden"))) Implementation {
   static LaunchPasses<double> passes(double);
 };
 
-/// The four passes of a kind. None where this backend does not have it.
+/// The four passes of a kind; null functions where this backend does not have it.
 template <class T>
 const LaunchPasses<T>& passes_of(Kind kind) {
   static const auto table = for_each_kind([]<Kind K> {
@@ -34,13 +34,13 @@ const LaunchPasses<T>& passes_of(Kind kind) {
   return table[static_cast<size_t>(kind)];
 }
 
-/// What a layer needs beside its tensors (run.cu).
+/// What a layer saves and needs besides its tensors (run/run.cu).
 Footprint footprint(const Layer& layer);
 
-/// Rows of y that one entry of Tensors::statistics stands for: row m belongs to entry m / rows.
+/// How many rows of y one entry of Tensors::statistics stands for: row m belongs to entry m / rows.
 int64_t conv2d_statistics_rows(const Layer&);
 
-/// The losses (loss.cu): writes the loss of each task [1] where wanted, and grad_z, saved where wanted.
+/// The losses (loss.cu). Writes the loss of each task [1], and grad_z with saved, each unless it is null.
 template <class T>
 void launch_loss(const Launcher&, const LossPart&, const T* z, const Target<T>&, T* loss, T* grad_z,
                  T* saved);

@@ -1,7 +1,8 @@
-// y[c] = the mean of x over the whole image: AdaptiveAvgPool2d(1), and a mean over the spatial axes.
+// y[c] = the mean of x over the whole image: AdaptiveAvgPool2d(1), or a mean over the spatial axes.
 //
-// A thread keeps its channel (channels.h). A block takes one sample, its threads every `rows`-th pixel in
-// ascending order, and a tree sums them. Rows of one task, n h w, are numbered in 32 bits.
+// A thread works on one channel (channels.h). A block takes one sample: each thread sums every `rows`-th
+// pixel in ascending order, and a tree sums over the threads. Limits: the rows of one task, n h w, are
+// numbered in 32 bits. The twin on the CPU is cpu/mean_pool.cpp.
 #include "cuda/elementwise.h"
 #include "cuda/implement.h"
 #include "cuda/windows.h"
@@ -9,7 +10,7 @@
 namespace maml::cuda {
 namespace {
 
-/// Block x: one sample.
+/// Block x computes sample x.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     mean_of_all_kernel(Layer l, const T* symbolic_x, T* symbolic_y, const Table* table) {

@@ -1,5 +1,6 @@
-// y = f(x) for all tasks: the passes of pointwise.h, a kernel for each function, so that no element pays for
-// the others. A thread takes every (blocks * kElementThreads)-th element: neighbours access neighbours.
+// y = f(x) for all tasks: the passes of pointwise.h, with a kernel for each function, so that each has only
+// its own registers and code. Thread i of the grid takes every (blocks * kElementThreads)-th element:
+// accesses are coalesced.
 #include "cuda/implement.h"
 #include "cuda/pointwise.h"
 

@@ -1,7 +1,7 @@
 // y = f(x), element by element, for every f of Function. With g = grad_y:
 //   grad_x = f'(x) g,   y_dot = f'(x) x_dot,   grad_x_dot = f'(x) g_dot + f''(x) g x_dot.
-// A team shares out the elements; no barriers. Each pass comes twice: for an f known at compile time, and
-// with the layer's own f (the switch stands outside the loop).
+// A team shares the elements; there are no barriers. Each pass exists twice: for an f known at compile time,
+// and for the layer's own f (with the switch outside the loop). The twin on the CPU is cpu/pointwise.cpp.
 #pragma once
 
 #include "cuda/elementwise.h"
@@ -32,7 +32,7 @@ __device__ __forceinline__ void pointwise_forward_tangent(Team team, const Layer
   for (int64_t i = team.first(); i < count; i += step) t.y_dot[i] = evaluate<F, T>(l, x[i]).df * x_dot[i];
 }
 
-/// Where the layer does not move, x_dot and grad_y are absent.
+/// x_dot and grad_y may be absent, then together.
 template <Function F, class T>
 __device__ __forceinline__ void pointwise_backward_tangent(Team team, const Layer& l, const Tensors<T>& t) {
   const int64_t count = t.grad_x_dot[0] ? input_elements(l) : 0, step = team.step();

@@ -1,10 +1,11 @@
-// Between channels first, as the user has images, and channels last, as the layers have them: a transpose of
-// each sample's matrix, out[s, j, i] (+)= in[s, i, j].
+// Conversion between channels first, the order of the user's images, and channels last, the order of the
+// layers: a transpose of each sample's matrix, out[s, j, i] (+)= in[s, i, j].
 //
-// A block takes one kTile x kTile tile through shared memory, so that it reads and writes whole rows; a row
-// of the tile is one element longer than needed, so that the threads of a column hit different banks. A
-// matrix of only a few rows or columns (an image of 3 channels) would leave most of a tile empty: there each
-// thread places one element after the other, written in order; what it reads lies in a few streams.
+// A block transposes one kTile x kTile tile through shared memory, so that its global reads and writes are
+// coalesced. A row of the tile has one element more than needed, so that the threads that read a column
+// access different banks. If the matrix has only a few rows or columns (an image of 3 channels), most of a
+// tile would be empty; then each thread moves one element after the other, writes are coalesced, and reads
+// come from a few contiguous rows.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +23,7 @@ struct Transpose {
   bool add;
 };
 
-/// Block x: tile (s, i, j), columns fastest.
+/// Block x transposes tile (s, i, j), columns fastest.
 template <class T>
 __global__ void __launch_bounds__(kTileThreads)
     transpose_tiles(Transpose p, const T* symbolic_in, T* symbolic_out, const Table* table) {

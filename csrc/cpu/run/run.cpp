@@ -1,12 +1,12 @@
-// One call on the CPU: parameters into the layout of the layers, tasks over the threads, results added up in
-// order of tasks and handed back in the user's layout.
+// One call on the CPU: parameters are packed into the layers' layout, threads share the tasks, results are
+// added up in order of tasks, and the gradient is returned in the user's layout.
 //
-// A task is one thread's from beginning to end, alone or, in a small network, side by side with others in the
-// lanes of vectors (tasks_in_lanes.h). Large tasks that are left over when most threads would have none come
-// one after the other, and all threads share the passes of each (share.h). A task's sums do not know of any
-// other task; the sum over tasks runs in double, task by task within a group and group by group, in waves. So
-// the bits depend neither on the number of threads nor on who shares a batch. What one core has written is
-// slow to read for another: a group reads the parameters as they are packed and hands on nothing but its sum.
+// One thread runs a task from beginning to end: alone, or, for small networks, together with others in the
+// lanes of vectors (tasks_in_lanes.h). Where the last large tasks would leave most threads idle, these tasks
+// run one after the other, and all threads share each pass (share.h). The sums within a task do not depend on
+// other tasks. The sum over tasks is computed in double, task by task within a group and group by group, wave
+// after wave. So the bits depend neither on the number of threads nor on the other tasks of a batch.
+// Cross-core reads are slow, so a group reads the packed parameters and writes only its sum.
 #include <omp.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -58,8 +58,8 @@ struct Cpu : Updates<T, T> {
   }
 };
 
-/// The user's [rows, columns, taps] of a weight and the layers' [taps, columns, rows]; other parameters are
-/// the same.
+/// Converts between the user's weights [rows, columns, taps] and the layers' [taps, columns, rows]. Other
+/// parameters have the same layout in both.
 template <class From, class To>
 void pack(const Parameter& p, const From* user, To* packed) {
   const int64_t columns = p.size / (p.rows * p.taps);
@@ -79,23 +79,24 @@ void unpack(const Parameter& p, const From* packed, To* user) {
   }
 }
 
-/// Less than so many multiply-adds (some 50 us) are done before a second thread has woken up.
+/// Multiply-adds below which one thread does it all: these take some 50 us, as long as waking a second
+/// thread.
 constexpr int64_t kWorkOfOneThread = 1'000'000;
 
-/// Multiply-adds of a task from which on its passes are worth the threads' meeting at each of them.
+/// Multiply-adds of a task above which it pays that the threads share its passes and meet after each.
 constexpr int64_t kWorkOfATeam = 10'000'000;
 
-/// Bytes of a group of tasks in lanes up to which they are in a cache.
+/// The most bytes of a group of tasks in lanes, so that they fit a cache.
 constexpr int64_t kLaneBytes = int64_t{8} << 20;
 
-/// The memory of a call: what all threads share, then what each has of its own.
+/// The layout of a call's workspace: the part that all threads share, then a part for each thread.
 template <class T>
 struct Memory {
   static constexpr int64_t W = kLanes<T>;
   int64_t tasks, shared = 0, thread = 0;
   bool lanes;
-  int64_t wave;         // tasks whose results stand side by side before they are added up
-  int64_t sums, alone;  // of groups in lanes and tasks alone in a wave, at most
+  int64_t wave;         // tasks that are computed before their results are added up
+  int64_t sums, alone;  // the most groups in lanes, and the most tasks outside of them, in a wave
 
   Memory(const Problem& p, int64_t tasks_) : tasks(tasks_) {
     const int64_t in_lanes = W * lane_size(p);
@@ -104,15 +105,16 @@ struct Memory {
     wave = std::min(tasks, lanes ? W * cpu::kWave : cpu::kWave);
     sums = lanes ? (wave + W - 1) / W : 0;
     alone = lanes ? (W - 1) / 3 : wave;
-    // Totals and sums are doubles, in elements of at least half their size. 16: to the first whole line.
+    // Totals and sums are doubles: at most two elements of T each. 16: room to align the start to a cache line.
     shared = 16 + p.packing.total + p.rates_size + (alone + 2 * sums + 2) * p.result_size;
     thread = p.task_size() + 3 * p.packing.total;
     if (lanes) thread = std::max(thread, in_lanes);
   }
-  /// Whether so many tasks are worth a vector: it takes the time of a third of it.
+  /// Whether so many tasks justify a vector, which takes as long as a third of its lanes as single tasks.
   static bool few_lanes(int64_t tasks) { return 3 * tasks >= kLanes<T>; }
 
-  /// Vectors of a group: parameters of its own, given and going out, data, losses, and the task's workspace.
+  /// Vectors of a group: its parameters, the given and the returned ones, data, losses, and the tasks'
+  /// workspace.
   static int64_t lane_size(const Problem& p) {
     return 3 * p.packing.total + p.result_size + whole_lines(predictions(p.query)) +
            whole_lines(samples(p.support)) + whole_lines(samples(p.query)) + whole_lines(p.steps + 1) +
@@ -127,10 +129,10 @@ struct Memory {
   int64_t size(int64_t at_once) const { return shared + std::min(at_once, tasks) * thread; }
 };
 
-/// Bytes of a workspace below which advice on it, some 40 us a call, would be felt, and not be worth it.
+/// Workspaces smaller than this get no advice: it costs some 40 us a call.
 constexpr int64_t kLargeWorkspace = int64_t{8} << 20;
 
-/// What Linux should know of a workspace, of the huge pages (2 MB) that lie in it wholly.
+/// madvise() for the huge pages (2 MB) that lie entirely in a workspace; only on Linux.
 void advise([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes, [[maybe_unused]] int advice) {
 #if defined(__linux__)
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
@@ -141,9 +143,10 @@ void advise([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes, [[may
 #endif
 }
 
-/// Large memory comes in huge pages where it may: in those of 4 KB, taking it costs up to a quarter of a
-/// call. The caller keeps it for the next call, and until then it is the system's where it runs short:
-/// clearing fresh pages, and moving others to make room for huge ones, has cost as much as a whole call.
+/// Large workspaces use huge pages where possible: with pages of 4 KB, page faults cost up to a quarter of a
+/// call. The caller keeps the workspace for its next call. Between calls the system may take the pages if
+/// memory runs short (MADV_FREE). Not released unconditionally: clearing fresh pages, and compaction to make
+/// room for huge ones, has cost as much as a whole call.
 #if defined(__linux__) && defined(MADV_HUGEPAGE) && defined(MADV_FREE)
 constexpr int kInUse = MADV_HUGEPAGE, kToSpare = MADV_FREE;
 #else
@@ -160,7 +163,7 @@ class Run {
     advise(call.workspace, bytes(), kInUse);
     const int64_t kept = call.kept * problem.task_size() * static_cast<int64_t>(sizeof(T));
     if (!call.prepared) advise(call.state, kept, kInUse);
-    // Vectors stand on whole cache lines.
+    // Vectors are aligned to cache lines.
     T* at = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(call.workspace) + 63) / 64 * 64);
     auto take = [&](int64_t size) { return std::exchange(at, at + size); };
     theta_ = take(p_.packing.total);
@@ -213,7 +216,7 @@ class Run {
   }
 
  private:
-  /// How many of a wave's units all threads take together: those of a last round that would leave at least
+  /// How many of a wave's units are shared by all threads: those of a last round that would leave at least
   /// half of the threads without one.
   int64_t shared_units(int64_t units) const {
     if (memory_.lanes || p_.work < kWorkOfATeam) return 0;
@@ -297,7 +300,7 @@ class Run {
     hand_back_task(out, t);
   }
 
-  /// Tasks [first, first + count) side by side; lanes beyond them repeat the last one.
+  /// Runs tasks [first, first + count) in lanes; lanes beyond them repeat the last task.
   void run_lanes(int64_t first, int64_t count, int64_t group, T* memory) const {
     using Tasks = TasksInLanes<T>;
     V* at = reinterpret_cast<V*>(memory);
@@ -353,7 +356,7 @@ class Run {
       for (int64_t lane = 0; lane < count; ++lane) weights[lane] = weight(first + lane);
       Tasks::add_up(p_.result_size, result, count, weights, sums_ + group * p_.result_size);
     }
-    T* each = reinterpret_cast<T*>(given);  // which is read no more
+    T* each = reinterpret_cast<T*>(given);  // `given` is not needed any more
     if (!call_.per_task.empty()) Tasks::separate(p_.packing.total, out, each);
     for (int64_t lane = 0; lane < count; ++lane) {
       const int64_t t = first + lane;
@@ -364,7 +367,7 @@ class Run {
     }
   }
 
-  /// What the call wants of each task's parameters' shapes.
+  /// Writes a task's outputs that have the shapes of the parameters, for those that the call wants.
   void hand_back_task(const T* out, int64_t t) const {
     for (size_t i = 0; i < call_.per_task.size(); ++i) {
       const Parameter& parameter = p_.graph.parameters[i];
@@ -373,7 +376,7 @@ class Run {
     }
   }
 
-  /// Of a wave: the sums of its groups, then tasks [alone, end).
+  /// Adds a wave to the totals: the sums of its groups, then tasks [alone, end).
   void add_up(int64_t groups, int64_t alone, int64_t end) const {
     for (int64_t g = 0; g < groups; ++g) {
       const double* sum = sums_ + g * p_.result_size;
@@ -386,7 +389,7 @@ class Run {
     }
   }
 
-  /// The trainable parameters in the user's order, then the learned rates.
+  /// Writes the gradient: the trainable parameters in the user's order, then the learned rates.
   void hand_back_gradient() const {
     T* to = call_.gradient;
     for (size_t i = 0; i < p_.graph.parameters.size(); ++i) {

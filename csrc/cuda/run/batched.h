@@ -1,12 +1,12 @@
 // The executor that serves every plan: each pass of a layer is one or a few kernels over all tasks of a chunk
-// (blockIdx.z is the task). It is a backend of TaskRunner whose calls launch.
+// (blockIdx.z is the task). It is a backend of TaskRunner whose functions launch kernels.
 //
-// While a graph is captured, what the query needs of no parameter is a branch beside the inner loop: with 75
-// images of mini-ImageNet and 4 tasks that is 2.1 M patches of 27 elements, some 0.9 G multiply-adds in
-// double, at least 50 us of an H100's rate, beside steps on 5 images each that leave most of it idle. Weight
-// gradients, too, are off the chain from cotangent to cotangent, but a branch of theirs would cost a fork and
-// a join a layer and pass, scratch of its own, and cotangents that live a layer longer. Without a graph all
-// is on the caller's stream.
+// In a captured graph, the part of the query pass that depends on no parameter is a branch parallel to the
+// inner loop. With 75 images of mini-ImageNet and 4 tasks, that part is 2.1 M patches of 27 elements, some
+// 0.9 G multiply-adds in double, or at least 50 us at an H100's rate, while the inner steps on 5 images each
+// leave most of the GPU idle. Weight gradients could be branches too, because the chain of cotangents does
+// not wait for them. But that would cost a fork and a join for each layer and pass, separate scratch, and
+// cotangents that are kept for one layer longer. Without a graph, everything runs on the caller's stream.
 #pragma once
 
 #include "cuda/layers.h"
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kVectorThreads)
             resolve(out, *table, task));
 }
 
-/// Row y of blocks: slice y, and last what no inner step changes.
+/// Row y of blocks takes slice y; the last row takes the parameters that are not adapted.
 template <class T>
 __global__ void __launch_bounds__(kVectorThreads)
     retreat_kernel(const RateSlice* slices, int count, int64_t adapted, int64_t size, const T* rates,
@@ -116,7 +116,7 @@ class Batched {
     passes_of<T>(l.kind).backward_tangent(launch_, l, t);
   }
 
-  /// f(backend) as a branch of the graph, or nothing and false.
+  /// Runs f(backend) as a branch of the graph; without a graph does nothing and returns false.
   template <class F>
   bool beside(F f) const {
     if (!launch_.branch) return false;
@@ -184,12 +184,12 @@ class Batched {
   }
 
  private:
-  /// The launches of convolutions note their own products.
+  /// Declares the work of a pass, except where the launches of its products do so themselves.
   static void note_pass(Op op, const Layer& l, const Tensors<T>& t) {
     if (l.kind != Kind::conv2d && l.kind != Kind::stem) note([&] { return work_of(op, l, t); });
   }
 
-  /// The step's slices on the device.
+  /// The step's slices in device memory.
   const RateSlice* slices(const std::vector<RateSlice>& step) const {
     return plan_.slices + (&step - problem_.slices.data()) * plan_.slices_a_step;
   }

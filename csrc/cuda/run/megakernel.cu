@@ -1,16 +1,18 @@
-// The megakernel: one block runs the whole program of one task (program.h), K inner steps, the query and K
-// Hessian-vector products, without ever leaving its multiprocessor.
+// The megakernel: one block runs the whole program of one task (program.h): K inner steps, the query pass and
+// K Hessian-vector products.
 //
-// Everything a task computes stands in dynamic shared memory (Layout, `inside`): packed parameters, every
-// phi_k, gradients, v, activations of all steps or, where those of all samples do not fit, of one tile,
-// tangents. Data and labels are read where the user has them. Instructions run one after the other with one
-// barrier behind each; within an instruction the block's threads share the elements. While one instruction
-// runs, each thread already holds a word of the next, turns it from a symbolic address into a real one, and
-// leaves it in the other of two slots: so nobody waits for the program, and nobody resolves an address twice.
+// Shared memory: all state of a task (Layout, `inside`): packed parameters, every phi_k, gradients, v,
+// tangents, and the activations of all steps, or, where those of all samples do not fit, of one tile. Data
+// and labels are read from the user's tensors.
 //
-// Numerics: float32 or float64 products and sums in ascending order, whatever precision is asked for: with so
-// little to compute there is nothing that matrix units would save. Limits: kMegakernelSpans tensors, the
-// shared memory of one block, linear layers, pointwise functions and sums.
+// Threads: instructions run one after the other, with one barrier after each; the threads of the block share
+// the elements of an instruction. While one instruction runs, each thread has already loaded some words of
+// the next one; it resolves their symbolic addresses and stores them in the other of two slots. So no thread
+// waits for the program, and each address is resolved once.
+//
+// Numerics: products and sums of float32 or float64 in ascending order, whatever precision is asked for: the
+// products are too small for matrix instructions to pay. Limits: kMegakernelSpans tensors, the shared memory
+// of one block, and linear layers, pointwise functions, sums and appended parameters only.
 #include <cstddef>
 
 #include "cuda/add.h"
@@ -102,7 +104,7 @@ __device__ void run_instruction(const Instruction<T>& i, const DevicePlan& plan,
   }
 }
 
-/// Two slots for instructions, and each thread's words of the next one on their way.
+/// Two slots for instructions, and this thread's words of the instruction that is being loaded.
 template <class T>
 class Reader {
  public:

@@ -1,4 +1,4 @@
-// One call on a CUDA device. Its spans travel to the device first; then, chunk by chunk of tasks, parameters
+// One call on a CUDA device. Its spans are copied to the device; then, for each chunk of tasks, parameters
 // are packed, an executor runs, and results are added up in order of tasks. Nothing here waits for the
 // device.
 #include <mutex>
@@ -16,23 +16,23 @@ namespace {
 
 constexpr int64_t kMostTasksAtOnce = 65535;  // blockIdx.z
 
-// When a problem is one for the megakernel. Guesses, until a GPU decides.
+// When the megakernel serves a problem. These limits are estimates; they have not been tuned on a GPU.
 
-/// Multiply-adds of one forward pass over support and query above which the batched executor is taken, though
-/// the state would fit one block. A block does some 50 G a second, a load from shared memory for each of
-/// them, so that these take it 20 us: as long as the launches of such a pass, whose arithmetic then has all
-/// multiprocessors. (A policy of 2000 samples with two layers of 100 units has 21 M in each set: 20 blocks of
-/// 132 multiprocessors would work on it for more than a millisecond, all of them for about a third of that.)
+/// Multiply-adds of one forward pass over support and query above which the batched executor is used even if
+/// the state fits one block. A block does some 50 G multiply-adds a second, limited by one load from shared
+/// memory for each, so that these take 20 us. That is as long as the launches of such a pass take in the
+/// batched executor, which then uses all multiprocessors. (A policy of 2000 samples with two layers of 100
+/// units has 21 M in each set: 20 blocks on 132 multiprocessors would take more than a millisecond, the
+/// batched executor about a third.)
 constexpr int64_t kMostWorkOfABlock = int64_t{1} << 20;
 
-/// Samples of a tile, where all of them do not fit: fewer would leave threads of the block without an
-/// element.
+/// Samples of a tile, where not all samples fit. Smaller tiles would leave threads of the block without work.
 constexpr int64_t kLargestTile = 128, kSmallestTile = 32;
 
-/// Tiles of a set. The program of an inner step grows with them, by some 16 kB each for a few layers.
+/// Tiles of a set. Each adds some 16 kB to the program of an inner step, for a few layers.
 constexpr int64_t kMostTiles = 32;
 
-/// The symbolic tensors of a task.
+/// The tensors of a task, as symbolic addresses.
 template <class T>
 Task<T> symbolic_task(const Problem& p, const Layout& layout, bool inside) {
   const Operation o = p.operation;
@@ -75,7 +75,7 @@ Footprint footprint(const Layer& layer) {
   return table[static_cast<size_t>(layer.kind)](layer);
 }
 
-// The batched executor wants all samples at once: they are its parallelism.
+// The batched executor takes all samples at once: they are its parallelism.
 LayerTraits traits() { return {footprint, Kind::norm_block, conv2d_statistics_rows}; }
 
 template <class T>
@@ -90,7 +90,7 @@ struct Runner<T>::State {
   Work program_work;  // of the megakernel
   std::once_flag written;
   std::shared_ptr<const DeviceBytes> on_device;  // the plan, from the first call on
-  std::mutex replay;  // a graph's table is written and read by its launch, in one go
+  std::mutex replay;  // held while a graph's table is written and its launch enqueued
 
   State(const Problem& p, int device_)
       : problem(p), device(device_), layout(p, at_own_parameters(p.operation), false) {
@@ -108,8 +108,8 @@ struct Runner<T>::State {
     program_work = work_of(problem, recorder.program());
   }
 
-  /// The problem as the megakernel takes it: as it is, or in the largest tiles that fit the shared memory of
-  /// a block.
+  /// The problem in the form that the megakernel takes: unchanged, or in the largest tiles that fit the
+  /// shared memory of a block; nothing where it does not serve it.
   std::optional<Problem> for_one_block() const {
     if (!problem.is_small_network() || all_spans().count > kMegakernelSpans) return {};
     if (problem.support.work + problem.query.work > kMostWorkOfABlock) return {};
@@ -176,7 +176,7 @@ struct Runner<T>::State {
   int64_t chunk(const Call<T>& call) const { return chunk(call.tasks, call.at_once); }
   int64_t chunks(const Call<T>& call) const { return blocks_for(call.tasks, chunk(call)); }
 
-  /// Elements of the workspace for one task: with the megakernel only its result leaves the block.
+  /// Elements of the workspace for one task: with the megakernel, only the result.
   int64_t task_stride() const {
     return executor == Executor::batched       ? layout.task_size
            : gives_gradient(problem.operation) ? whole_lines(problem.result_size)
@@ -191,7 +191,7 @@ struct Runner<T>::State {
     return spans_size(blocks_for(tasks, size)) + layout.shared_size + size * task_stride();
   }
 
-  /// The spans of every chunk, one behind the other.
+  /// The spans of all chunks, one chunk after the other.
   std::vector<Span> spans(const Call<T>& call) const {
     const SpanOrder order = all_spans();
     std::vector<Span> all;
@@ -251,7 +251,7 @@ struct Runner<T>::State {
     return all;
   }
 
-  /// Everything but the spans, which stand at `table`.
+  /// Enqueues the call. Its spans are in device memory at `table`.
   void walk(const Call<T>& call, const DevicePlan& view, const Span* table,
             const std::vector<Span>* host_spans, cudaStream_t stream, const Branch* branch = nullptr) const {
     const SpanOrder order = all_spans();
@@ -352,7 +352,7 @@ int64_t Runner<T>::table_bytes(const Call<T>& call) const {
 
 namespace {
 
-/// Two streams for a capture, gone with it.
+/// Two streams and two events for a capture.
 class Capture {
  public:
   Capture() {

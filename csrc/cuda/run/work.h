@@ -1,6 +1,6 @@
-// What one task of a launch must do, whatever its kernel is like: the FLOP of its products, and the bytes of
-// its operands in device memory, each read or written once. On a GPU nobody asks. The emulation keeps it
-// beside the launch, for the model of this backend (benchmarks/gpu/model.py).
+// The work of one task of a launch, whichever kernel does it: the FLOP of its products, and the bytes of its
+// operands in device memory, each read or written once. Only the emulation records it, with each launch, for
+// the performance model of this backend (benchmarks/gpu/model.py); on a GPU it is not computed.
 #pragma once
 
 #include "cuda/run/program.h"
@@ -11,7 +11,7 @@ namespace maml::cuda {
 
 struct Work {
   double flop = 0, bytes = 0;
-  int instructions = 0;  // of the megakernel
+  int instructions = 0;  // of the megakernel's program
 
   Work& operator+=(const Work& other) {
     flop += other.flop, bytes += other.bytes, instructions += other.instructions;
@@ -19,13 +19,13 @@ struct Work {
   }
 };
 
-/// `tensors` of so many elements of T.
+/// The work of reading or writing `tensors` tensors of `size` elements of T each.
 template <class T>
 Work traffic(int64_t size, int tensors) {
   return {.bytes = static_cast<double>(size) * tensors * sizeof(T)};
 }
 
-/// Multiply-adds, times two, of a layer's product over all samples.
+/// The FLOP (two for each multiply-add) of a layer's product over all samples.
 inline double product_flop(const Layer& l) {
   const maml::Image& pixels = l.kind == Kind::conv2d ? l.out : l.between;
   const double patches = static_cast<double>(l.n * pixels.h * pixels.w);
@@ -47,8 +47,8 @@ inline int64_t parameter_size(const Layer& l, int p) {
   return l.kind == Kind::append ? l.out.c - l.in.c : l.out.c;
 }
 
-/// Of one launch of a convolution's product C [m, n] = A [m, k] B [k, n] of so many terms, where A gathers
-/// from `image` elements, and `stored` elements leave.
+/// One launch of a convolution's product C [m, n] = A [m, k] B [k, n] with `terms` terms, where A is gathered
+/// from `image` elements and `stored` elements are written.
 template <class T>
 Work product_work(double m, double n, double k, int terms, int64_t image, double stored) {
   const double moved = terms * (static_cast<double>(image) + k * n) + stored;
@@ -94,7 +94,8 @@ Work work_of(Op op, const Layer& l, const Tensors<T>& t) {
   return work;
 }
 
-/// Of the megakernel: the program's products, and what enters and leaves the block.
+/// The megakernel: the products of its program, and the elements that a block reads and writes in device
+/// memory.
 template <class T>
 Work work_of(const Problem& p, const std::vector<Instruction<T>>& program) {
   auto samples = [](const Stage& s) { return s.n ? s.n * (s.values[0].size + s.values[s.output].size) : 0; };
@@ -104,7 +105,7 @@ Work work_of(const Problem& p, const std::vector<Instruction<T>>& program) {
   return work;
 }
 
-/// work(), which is not called on a GPU, is of each task of the next launch.
+/// Declares work() as that of each task of the next launch. On a GPU work() is not called.
 template <class F>
 void note([[maybe_unused]] F work) {
 #ifndef __CUDACC__
