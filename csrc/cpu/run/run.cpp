@@ -91,21 +91,22 @@ constexpr int64_t kLaneBytes = int64_t{8} << 20;
 
 /// The layout of a call's workspace: the part that all threads share, then a part for each thread.
 template <class T>
-struct Memory {
+struct WorkspaceLayout {
   static constexpr int64_t W = kLanes<T>;
   int64_t tasks, shared = 0, thread = 0;
   bool lanes;
   int64_t wave;         // tasks that are computed before their results are added up
   int64_t sums, alone;  // the most groups in lanes, and the most tasks outside of them, in a wave
 
-  Memory(const Problem& p, int64_t tasks_) : tasks(tasks_) {
+  WorkspaceLayout(const Problem& p, int64_t tasks_) : tasks(tasks_) {
     const int64_t in_lanes = W * lane_size(p);
     lanes = p.is_small_network() && !p.is_tiled() && p.operation != Operation::kept_fisher &&
             few_lanes(tasks) && in_lanes * static_cast<int64_t>(sizeof(T)) <= kLaneBytes;
     wave = std::min(tasks, lanes ? W * cpu::kWave : cpu::kWave);
     sums = lanes ? (wave + W - 1) / W : 0;
     alone = lanes ? (W - 1) / 3 : wave;
-    // Totals and sums are doubles: at most two elements of T each. 16: room to align the start to a cache line.
+    // Totals and sums are doubles: at most two elements of T each. 16: room to align the start to a cache
+    // line.
     shared = 16 + p.packing.total + p.rates_size + (alone + 2 * sums + 2) * p.result_size;
     thread = p.task_size() + 3 * p.packing.total;
     if (lanes) thread = std::max(thread, in_lanes);
@@ -159,7 +160,7 @@ class Run {
   static constexpr int64_t W = kLanes<T>;
 
  public:
-  Run(const Problem& problem, const Call<T>& call) : p_(problem), call_(call), memory_(problem, call.tasks) {
+  Run(const Problem& problem, const Call<T>& call) : p_(problem), call_(call), layout_(problem, call.tasks) {
     advise(call.workspace, bytes(), kInUse);
     const int64_t kept = call.kept * problem.task_size() * static_cast<int64_t>(sizeof(T));
     if (!call.prepared) advise(call.state, kept, kInUse);
@@ -168,8 +169,8 @@ class Run {
     auto take = [&](int64_t size) { return std::exchange(at, at + size); };
     theta_ = take(p_.packing.total);
     rates_ = take(p_.rates_size);
-    results_ = take(memory_.alone * p_.result_size);
-    sums_ = reinterpret_cast<double*>(take(2 * memory_.sums * p_.result_size));
+    results_ = take(layout_.alone * p_.result_size);
+    sums_ = reinterpret_cast<double*>(take(2 * layout_.sums * p_.result_size));
     totals_ = reinterpret_cast<double*>(take(2 * p_.result_size));
     const bool small = call.tasks * p_.work < kWorkOfOneThread;
     threads_ = small ? 1 : static_cast<int>(std::min<int64_t>(call.at_once, call.tasks));
@@ -181,13 +182,14 @@ class Run {
     pack_rates();
     const bool adds_up = call_.gradient != nullptr;
     if (adds_up) std::fill_n(totals_, p_.result_size, 0.0);
-    for (int64_t wave = 0; wave < call_.tasks; wave += memory_.wave) {
-      const int64_t end = std::min(call_.tasks, wave + memory_.wave);
+    for (int64_t wave = 0; wave < call_.tasks; wave += layout_.wave) {
+      const int64_t end = std::min(call_.tasks, wave + layout_.wave);
       const int64_t groups =
-          memory_.lanes ? (end - wave + (Memory<T>::few_lanes((end - wave) % W) ? W - 1 : 0)) / W : 0;
+          layout_.lanes ? (end - wave + (WorkspaceLayout<T>::few_lanes((end - wave) % W) ? W - 1 : 0)) / W
+                        : 0;
       const int64_t alone = std::min(end, wave + groups * W), units = groups + end - alone;
       auto run_unit = [&](int64_t u) {
-        T* memory = thread_memory_ + omp_get_thread_num() * memory_.thread;
+        T* memory = thread_memory_ + omp_get_thread_num() * layout_.thread;
         if (u < groups) {
           const int64_t first = wave + u * W;
           run_lanes(first, std::min(W, end - first), u, memory);
@@ -219,12 +221,12 @@ class Run {
   /// How many of a wave's units are shared by all threads: those of a last round that would leave at least
   /// half of the threads without one.
   int64_t shared_units(int64_t units) const {
-    if (memory_.lanes || p_.work < kWorkOfATeam) return 0;
+    if (layout_.lanes || p_.work < kWorkOfATeam) return 0;
     const int64_t left = units % call_.at_once;
     return 2 * left <= call_.at_once ? left : 0;
   }
 
-  int64_t bytes() const { return memory_.size(call_.at_once) * static_cast<int64_t>(sizeof(T)); }
+  int64_t bytes() const { return layout_.size(call_.at_once) * static_cast<int64_t>(sizeof(T)); }
   bool shared_parameters() const { return call_.parameter_strides.empty(); }
 
   double weight(int64_t t) const {
@@ -259,12 +261,12 @@ class Run {
   }
 
   const T* x_of(const Stage& s, const T* x, int64_t t) const {
-    return x ? x + t * Memory<T>::samples(s) : nullptr;
+    return x ? x + t * WorkspaceLayout<T>::samples(s) : nullptr;
   }
   Target<T> target_of(const Stage& s, const Target<T>& of_all, int64_t t) const {
     return s.n ? of_all.from(p_.graph.loss, s.values[s.output].size, t * s.n) : Target<T>{};
   }
-  int64_t predictions() const { return Memory<T>::predictions(p_.query); }
+  int64_t predictions() const { return WorkspaceLayout<T>::predictions(p_.query); }
 
   void run_task(int64_t t, int64_t slot, T* at) const {
     auto take = [&](int64_t size) { return std::exchange(at, at + size); };
@@ -310,17 +312,18 @@ class Run {
     };
     V *own = take(p_.packing.total), *given = take(p_.packing.total), *out = take(p_.packing.total);
     V *result = take(p_.result_size), *logits = take(whole_lines(predictions()));
-    V* x[2] = {take(whole_lines(Memory<T>::samples(p_.support))),
-               take(whole_lines(Memory<T>::samples(p_.query)))};
+    V* x[2] = {take(whole_lines(WorkspaceLayout<T>::samples(p_.support))),
+               take(whole_lines(WorkspaceLayout<T>::samples(p_.query)))};
     V* losses = take(whole_lines(p_.steps + 1));
     T* packed = reinterpret_cast<T*>(take(whole_lines(p_.packing.total / W + 1)));
-    T* loss_scratch = reinterpret_cast<T*>(take(Memory<T>::loss_scratch(p_)));
+    T* loss_scratch = reinterpret_cast<T*>(take(WorkspaceLayout<T>::loss_scratch(p_)));
     LaneTargets<T> targets[2];
     each_lane([&](int64_t lane, int64_t t) {
       if (call_.x_support)
-        Tasks::give(Memory<T>::samples(p_.support), x_of(p_.support, call_.x_support, t), lane, x[0]);
+        Tasks::give(WorkspaceLayout<T>::samples(p_.support), x_of(p_.support, call_.x_support, t), lane,
+                    x[0]);
       if (call_.x_query)
-        Tasks::give(Memory<T>::samples(p_.query), x_of(p_.query, call_.x_query, t), lane, x[1]);
+        Tasks::give(WorkspaceLayout<T>::samples(p_.query), x_of(p_.query, call_.x_query, t), lane, x[1]);
       targets[0].of[lane] = target_of(p_.support, call_.y_support, t);
       targets[1].of[lane] = target_of(p_.query, call_.y_query, t);
       if (!shared_parameters()) {
@@ -414,7 +417,7 @@ class Run {
 
   const Problem& p_;
   const Call<T>& call_;
-  const Memory<T> memory_;
+  const WorkspaceLayout<T> layout_;
   double *totals_, *sums_;
   T *theta_, *rates_, *results_, *thread_memory_;
   int threads_;
@@ -423,10 +426,10 @@ class Run {
 }  // namespace
 
 int64_t workspace_float(const Problem& p, int64_t tasks, int64_t at_once) {
-  return Memory<float>(p, tasks).size(at_once);
+  return WorkspaceLayout<float>(p, tasks).size(at_once);
 }
 int64_t workspace_double(const Problem& p, int64_t tasks, int64_t at_once) {
-  return Memory<double>(p, tasks).size(at_once);
+  return WorkspaceLayout<double>(p, tasks).size(at_once);
 }
 void run_float(const Problem& problem, const Call<float>& call) { Run<float>(problem, call)(); }
 void run_double(const Problem& problem, const Call<double>& call) { Run<double>(problem, call)(); }
