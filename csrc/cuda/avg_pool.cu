@@ -47,9 +47,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   const T* g = resolve(symbolic_g, *table, blockIdx.z) + threads.channel;
   T* grad_x = resolve(symbolic_grad_x, *table, blockIdx.z) + threads.channel;
   each_item(threads, static_cast<int>(l.n), cells, [&](int sample, int cell) {
-    each_pixel_in(w, cell, [&](int pixel, const Seers& seers) {
+    each_pixel_in(w, cell, [&](int pixel, const Readers& readers) {
       T sum = 0;
-      each_output(w, seers, [&](int output) {
+      each_output(w, readers, [&](int output) {
         sum += weight_of<T>(w, l.count_padding, output) * g[(sample * w.outputs() + output) * c];
       });
       put(grad_x, (sample * w.pixels() + pixel) * c, sum, add);

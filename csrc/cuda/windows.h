@@ -69,7 +69,7 @@ __device__ __forceinline__ Largest<T> largest_of(const Windows& w, int output, F
 }
 
 /// The outputs [i0, i1) x [j0, j1) that read a pixel.
-struct Seers {
+struct Readers {
   int i0, i1, j0, j1;
 };
 
@@ -88,16 +88,16 @@ __device__ __forceinline__ void each_pixel_in(const Windows& w, int cell, F f) {
       const int q = b * w.stride_w - w.pad_left + p;
       if (q < 0 || q >= w.in_w) continue;
       f(r * w.in_w + q,
-        Seers{i0, i1, std::max(0, b - (p <= rest_w ? reach_w : reach_w - 1)), std::min(w.out_w, b + 1)});
+        Readers{i0, i1, std::max(0, b - (p <= rest_w ? reach_w : reach_w - 1)), std::min(w.out_w, b + 1)});
     }
   }
 }
 
 /// Calls f(output) for every output that reads a pixel, in ascending order.
 template <class F>
-__device__ __forceinline__ void each_output(const Windows& w, const Seers& seers, F f) {
-  for (int i = seers.i0; i < seers.i1; ++i) {
-    for (int j = seers.j0; j < seers.j1; ++j) f(i * w.out_w + j);
+__device__ __forceinline__ void each_output(const Windows& w, const Readers& readers, F f) {
+  for (int i = readers.i0; i < readers.i1; ++i) {
+    for (int j = readers.j0; j < readers.j1; ++j) f(i * w.out_w + j);
   }
 }
 
@@ -125,9 +125,9 @@ template <class F>
 __device__ __forceinline__ void each_place(const Windows& w, const ChannelThreads& threads, int n, int cells,
                                            int64_t c, const int32_t* places, F f) {
   each_item(threads, n, cells, [&](int sample, int cell) {
-    each_pixel_in(w, cell, [&](int pixel, const Seers& seers) {
+    each_pixel_in(w, cell, [&](int pixel, const Readers& readers) {
       f((sample * w.pixels() + pixel) * c, [&](auto each) {
-        each_output(w, seers, [&](int output) {
+        each_output(w, readers, [&](int output) {
           const int64_t at = (sample * w.outputs() + output) * c;
           if (places[at] == pixel) each(at);
         });

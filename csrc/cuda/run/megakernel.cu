@@ -117,7 +117,7 @@ class Reader {
       if (word < kWords) words_[j] = from[word];
     }
   }
-  __device__ void leave(int instruction, const Table& table, int64_t task) {
+  __device__ void store(int instruction, const Table& table, int64_t task) {
     for (int j = 0; j < kWordsAThread; ++j) {
       const int word = static_cast<int>(threadIdx.x) + j * kThreads;
       if (word >= kWords) continue;
@@ -176,12 +176,12 @@ __global__ void __launch_bounds__(kThreads)
   Reader<T> program(plan, slots);
   program.fetch(0);
   __syncthreads();  // the table
-  program.leave(0, table, task);
+  program.store(0, table, task);
   for (int i = 0; i < plan.program_length; ++i) {
     __syncthreads();
     if (i + 1 < plan.program_length) program.fetch(i + 1);
     run_instruction(program[i], plan, memory + layout.rates, sums);
-    if (i + 1 < plan.program_length) program.leave(i + 1, table, task);
+    if (i + 1 < plan.program_length) program.store(i + 1, table, task);
   }
   __syncthreads();
   const Span& results = call.spans[static_cast<int>(Region::task)];
