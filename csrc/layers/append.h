@@ -1,5 +1,5 @@
-// append: [x, max(w, a)], the elements of a parameter behind the features of every sample, not below the
-// floor a. So a Gaussian policy's log_std comes behind its mean.
+// append: [x, max(w, a)], which appends the elements of a parameter, but at least a, to the features of every
+// sample. A Gaussian policy appends log_std to its mean in this way.
 #pragma once
 
 #include "layers/declaration.h"

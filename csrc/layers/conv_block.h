@@ -1,6 +1,5 @@
-// conv_block: f(pool(batch_norm(conv2d(x)) + r)), on CPUs: a convolution with the BatchNorm behind it, with
-// or without r, the other value of a residual sum, with or without a max-pool of pairs; f is relu, leaky_relu
-// or nothing.
+// conv_block: f(pool(batch_norm(conv2d(x)) + r)), on CPUs only. r is the other input of a residual sum; r, f
+// and the max-pool of 2 x 2 pixels are optional; f is relu or leaky_relu.
 #pragma once
 
 #include "layers/declaration.h"

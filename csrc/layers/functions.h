@@ -1,6 +1,6 @@
-// The functions of a pointwise layer with their derivatives, once for every backend. A new function is one
-// line in the enumeration and one declaration (docs/adding_a_layer.md). At a kink they have the derivatives
-// that torch has: relu'(0) = 0, leaky_relu'(0) = a, elu'(0) = a b / c, and f'' = 0 there.
+// The functions of a pointwise layer with their derivatives, shared by all backends. A new function is one
+// line in the enumeration and one declaration (docs/adding_a_layer.md). At a kink they have torch's
+// derivatives: relu'(0) = 0, leaky_relu'(0) = a, elu'(0) = a b / c, and f'' = 0.
 #pragma once
 
 #include <array>
@@ -37,11 +37,11 @@ struct Derivatives {
   T f, df, ddf;
 };
 
-// Internal linkage: each instruction set of the CPU backend compiles its own.
+// Internal linkage: each instruction set of the CPU backend compiles its own copy.
 namespace {
 
-/// Of each function: its name in plans; whether f'' is anything but zero (`bends`); whether a larger x never
-/// gives a smaller f(x), so that a max-pool may come before it (`ascends`); and its derivatives at x. The
+/// The declaration of a function: its name in plans; `bends`, whether f'' is not identically zero; `ascends`,
+/// whether f is non-decreasing, so that a max-pool may come before it; and its derivatives at x. The
 /// constants a, b and c are Layer::a, b and c.
 template <Function F>
 struct FunctionDeclaration;

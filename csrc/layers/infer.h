@@ -1,4 +1,4 @@
-// What the declarations share to infer shapes, and to say what does not fit.
+// Helpers of the declarations: shape inference, and the errors for shapes that do not fit.
 #pragma once
 
 #include <span>
@@ -9,29 +9,30 @@
 
 namespace maml {
 
-/// The input of `node`, or an exception that names the module: its layout, its channels, its shape. The
-/// result has the layout and the channels that the node asks of its output, and is else like the input.
+/// The shape of the output of `node`: like its input, with the layout and the channels that the node sets.
+/// Throws, naming the module, where the input's layout, channels or shape do not fit.
 Shape output_like_input(const Node& node, const Shape& x);
 
-/// The image that a window makes of another one; `name`: the module, `padding_end`: below and to the right.
+/// The image that results from a window over x. `name`: the module; `padding_end`: padding below and to the
+/// right.
 Image slide(const std::string& name, const Window& window, const std::array<int64_t, 2>& padding_end,
             const Shape& x);
 
-/// Throws where batch statistics would be of one value.
+/// Throws where batch statistics would be computed from one value.
 void check_batch_statistics(const std::string& name, const Shape& x, int64_t n);
 
 /// Throws where two values cannot be added.
 void check_sum(const std::string& name, const Shape& a, const Shape& b);
 
-/// Multiply-adds of a layer that does a few for each element of its output.
+/// Approximate multiply-adds of a layer that does a few operations for each element of its output.
 inline int64_t elementwise_work(const Layer& l) { return 4 * l.n * size(l.out); }
 
-/// Multiply-adds of a convolution to `pixels` outputs a sample.
+/// Multiply-adds of a convolution with `pixels` output pixels a sample.
 inline int64_t convolution_work(const Layer& l, const Image& pixels) {
   return l.n * pixels.h * pixels.w * l.window.kernel_h * l.window.kernel_w * l.in.c * l.out.c;
 }
 
-/// Whether channels first and channels last are the same order.
+/// Whether channels-first and channels-last order are the same.
 inline bool has_one_order(const Image& image) { return image.c == 1 || image.h * image.w == 1; }
 
 }  // namespace maml

@@ -1,10 +1,10 @@
-// The contract between the plan and a backend: what a layer is, and the four passes that every backend writes
-// for it. Everything here is plain data, so that a kernel can take it by value.
+// The interface between the plan and a backend: what a layer is, and the four passes that every backend
+// implements. Everything here is plain data, so that a kernel can take it by value.
 //
-// Shapes. A value is [n, h, w, c], channels last, dense; features are [n, 1, 1, c]. The input of the plan and
-// the target of a loss stand as the user gave them, [n, c, h, w]; `channels_last` and `flatten` turn one
-// order into the other. A weight of a linear layer or a convolution is [tap, c_in, c_out], taps in row-major
-// order; all other parameters are [c].
+// Shapes. A value is [n, h, w, c], channels last, contiguous; features are [n, 1, 1, c]. The input of the
+// plan and the target of a loss have the user's order of elements, [n, c, h, w]; `channels_last` and
+// `flatten` convert between the two orders. The weight of a linear layer or a convolution is [tap, c_in,
+// c_out], taps in row-major order; all other parameters are [c].
 #pragma once
 
 #include <cstdint>
@@ -16,9 +16,9 @@ namespace maml {
 enum class Kind : int;      // layers/kinds.h
 enum class Function : int;  // layers/functions.h
 
-/// How products of float32 are computed: as such, or on matrix units from operands of three bf16 products
-/// (bf16x3), of 19 bits (tf32) or of 16 bits (bfloat16), always with float32 sums. Backends without them know
-/// float32 alone.
+/// How products of float32 are computed: in float32, or by matrix instructions on operands that are rounded
+/// to 19 bits (tf32) or 16 bits (bfloat16) or split into two bf16 (bf16x3: three products). Sums are always
+/// float32. Backends without matrix instructions support float32 only.
 enum class Precision { float32, bf16x3, tf32, bfloat16 };
 
 /// A sliding window: output (i, j) reads input rows i * stride_h - pad_top + [0, kernel_h), columns alike.
@@ -31,14 +31,15 @@ constexpr int64_t kMostKernelRows = 64;
 /// One layer with its shapes. A linear layer is a convolution with one tap on a 1 x 1 image.
 struct Layer {
   Kind kind;
-  int64_t n;  // samples at hand, of one task
+  int64_t n;  // samples of one task that are processed together
   Image in, out;
   Window window;
   Function function{};
-  // Constants of `function`; append: the floor a; conv_block and stem: f(u) = u > 0 ? u : a u, 1 for none.
+  // Constants of `function`. append: a is the lower bound. conv_block, stem: f(u) = u > 0 ? u : a u; a = 1:
+  // no f.
   double a = 0, b = 0, c = 1;
-  double eps = 0;             // of every normalisation
-  int64_t groups = 1;         // group_norm; of a Node 0: every channel is one
+  double eps = 0;             // of all normalisations
+  int64_t groups = 1;         // group_norm; in a Node, 0 means that every channel is a group
   bool count_padding = true;  // avg_pool: padding counts in the divisor
   bool pooled =
       false;        // a max-pool comes last: norm_block: over `window`; others: of 2 x 2 pixels, each in one
@@ -48,13 +49,12 @@ struct Layer {
 
 constexpr int kMostInputs = 4, kMostParameters = 4;
 
-/// One node's tensors for one task. A null pointer says "zero" for what is read, "not wanted" for what is
-/// written.
+/// One node's tensors for one task. Null means zero for an input and "not wanted" for an output.
 ///   grad_*      cotangents of the primal pass
-///   *_dot       tangents: derivatives along the direction w_dot on the parameters
-///   grad_*_dot  tangents of the cotangents: what a Hessian-vector product is made of
-/// `add_x[i]`, `add_w[i]`: add to what grad_x[i], grad_w[i] (and their tangents) hold, for a value read twice
-/// or a shared parameter.
+///   *_dot       tangents: derivatives along the direction w_dot of the parameters
+///   grad_*_dot  tangents of the cotangents, from which a Hessian-vector product is built
+/// `add_x[i]`, `add_w[i]`: add to the values in grad_x[i], grad_w[i] (and their tangents), for a value that
+/// is read twice or a parameter that is shared.
 template <class T>
 struct Tensors {
   const T* x[kMostInputs] = {};
@@ -72,18 +72,19 @@ struct Tensors {
   const T* w_dot[kMostParameters] = {};
   T* grad_w_dot[kMostParameters] = {};
 
-  // Statistics that a convolution takes of its output on the way out, for the normalisation that alone reads
-  // it, one entry for each tile of rows (a backend's own number of them), per channel: the mean of y and the
-  // sum of squares about it [tiles, 2, c]; and from the tangent pass the means of y and y_dot and the sum of
-  // products about them [tiles, 3, c]. Both layers see the same addresses.
+  // Statistics that a convolution computes of its output, where a normalisation is the only reader of that
+  // output. One entry for each tile of rows (their number is the backend's choice), per channel: the mean of
+  // y and the sum of squares about it [tiles, 2, c]; from the tangent pass, the means of y and y_dot and the
+  // sum of products about them [tiles, 3, c]. Both layers have the same addresses.
   T* statistics = nullptr;
   T* statistics_dot = nullptr;
 
-  T* saved = nullptr;      // what a pass keeps for the later ones: Footprint::saved elements
-  T* saved_dot = nullptr;  // what the forward tangent keeps for the backward one
-  T* scratch = nullptr;    // Footprint::scratch elements, dead after the pass
+  T* saved = nullptr;      // values that a pass saves for later passes: Footprint::saved elements
+  T* saved_dot = nullptr;  // values that the forward tangent saves for the backward tangent
+  T* scratch = nullptr;    // Footprint::scratch elements, not used after the pass
 
-  bool add_x[kMostInputs] = {}, add_w[kMostParameters] = {};  // behind all addresses
+  bool add_x[kMostInputs] = {},
+       add_w[kMostParameters] = {};  // after all addresses: megakernel.cu depends on it
 };
 
 /// A layer is four passes. With L the loss and R{.} the derivative along w_dot:
@@ -99,27 +100,27 @@ struct Passes {
   void (*backward_tangent)(const Layer&, const Tensors<T>&);
 };
 
-/// How many elements of T a layer keeps between its passes, and how many it needs within one.
+/// How many elements of T a layer saves between its passes, and how many it needs within one pass.
 struct Footprint {
   int64_t saved = 0, scratch = 0, saved_dot = 0;
 };
 
-/// What the planner must know of a backend's layers.
+/// What the planner must know about a backend's layers.
 struct LayerTraits {
-  Footprint (*footprint)(const Layer&);  // no smaller for more samples
-  Kind chain;                            // norm_block or conv_block: which of the two it has
-  /// Rows of y in one tile of the statistics that a convolution takes; null: it takes none.
+  Footprint (*footprint)(const Layer&);  // does not decrease with the number of samples
+  Kind chain;                            // the chain that the backend fuses: norm_block or conv_block
+  /// Rows of y in one tile of a convolution's statistics; null: convolutions compute none.
   int64_t (*statistics_rows)(const Layer&) = nullptr;
-  /// Samples that go through the layers together, at most, where no layer makes one depend on another.
+  /// The most samples that go through the layers together, where no layer mixes samples.
   int64_t tile = INT64_MAX;
-  /// Bytes of a task's tiles up to which the states of all of them are kept for its Hessian-vector products:
-  /// even from memory they are sooner read than computed again.
+  /// Bytes of a task's tiles up to which the states of all of them are kept for its Hessian-vector products,
+  /// because reading them, even from memory, is faster than computing them again.
   int64_t kept_bytes = 0;
-  /// Whether a pointwise pass may write where it reads.
+  /// Whether a pointwise pass may overwrite its input.
   bool in_place = false;
 };
 
-/// A Gaussian policy's prediction [n, c] is mean and log_std beside each other, of c / 2 dimensions.
+/// The prediction [n, c] of a Gaussian policy is the mean followed by log_std, each of c / 2 dimensions.
 enum class Loss { cross_entropy, mse, gaussian_policy, categorical_policy };
 
 inline bool is_policy(Loss loss) { return loss == Loss::gaussian_policy || loss == Loss::categorical_policy; }
@@ -128,14 +129,14 @@ inline bool takes_classes(Loss loss) {
   return loss == Loss::cross_entropy || loss == Loss::categorical_policy;
 }
 
-/// What a loss compares the predictions [n, c] of one task with.
+/// The targets of a loss for the predictions [n, c] of one task.
 template <class T>
 struct Target {
   const void* y = nullptr;           // labels or actions, int64 [n]; values [n, c]; actions [n, c / 2]
-  const T* scale = nullptr;          // policies: what each sample counts [n]
-  const T* old_log_probs = nullptr;  // policies: of the likelihood ratio [n]; null: the score form
+  const T* scale = nullptr;          // policies: the scale of each sample [n]
+  const T* old_log_probs = nullptr;  // policies: for the likelihood ratio [n]; null: the score form
 
-  /// Elements of y a sample.
+  /// The number of elements of y for one sample.
   static int64_t width(Loss loss, int64_t c) {
     return takes_classes(loss) ? 1 : loss == Loss::gaussian_policy ? c / 2 : c;
   }
@@ -152,17 +153,19 @@ struct Target {
   }
 };
 
-/// The part of n samples in the loss of one task, which is a mean over `samples`, of predictions z [n, c].
+/// A part of the loss of one task: n samples with predictions z [n, c], of the `samples` over which the loss
+/// is a mean.
 struct LossPart {
   Loss kind;
   int64_t n, c, samples;
-  bool add;  // to the value that the parts before have given
+  bool add;  // add to the value of the earlier parts
 };
 
-/// `saved` keeps n * c elements from value() for tangent().
-///   value    the loss, grad_z where it is wanted
+/// The passes of a loss. `saved` holds n * c elements from value() for tangent().
+///   value    the loss, and grad_z unless it is null
 ///   tangent  R{grad_z} from z_dot
-///   metric   F z_dot, where the Fisher matrix of the policies is the sum of scale times that of each sample
+///   metric   F z_dot; the Fisher matrix F of a policy is the sum over samples of scale times the sample's
+///   own
 template <class T>
 struct LossPasses {
   T (*value)(const LossPart&, const T* z, const Target<T>&, T* grad_z, T* saved);

@@ -1,4 +1,4 @@
-// norm_block: pool(f(batch_norm(x))), with or without the max-pool: the chain behind a convolution, on CUDA.
+// norm_block: pool(f(batch_norm(x))), on CUDA only: the chain after a convolution. The max-pool is optional.
 #pragma once
 
 #include "layers/declaration.h"

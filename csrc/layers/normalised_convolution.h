@@ -1,4 +1,4 @@
-// The shapes of a convolution with the BatchNorm behind it as one layer: conv_block and stem.
+// The shapes of a convolution followed by BatchNorm, fused in one layer: conv_block and stem.
 #pragma once
 
 #include "layers/infer.h"
@@ -16,7 +16,7 @@ inline Shape normalised_convolution(const Node& node, const Shape& x, int64_t n)
   return y;
 }
 
-/// Where the layer ends in a max-pool, which is of 2 x 2 pixels, each in one window.
+/// Applies the max-pool to the shape if the layer ends in one: disjoint windows of 2 x 2 pixels.
 inline void pool_pairs_of(const Node& node, Shape& y) {
   if (!node.layer.pooled) return;
   const Image pooled = slide(node.pool_name, {2, 2, 2, 2, 0, 0}, {}, {y.layout, y.between});

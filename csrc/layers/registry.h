@@ -1,4 +1,4 @@
-// What the declarations say of a kind of layer, or of a function, that is known at run time alone.
+// The declarations of kinds and functions as tables, for values that are known only at run time.
 #pragma once
 
 #include <string>
@@ -7,7 +7,7 @@
 
 namespace maml {
 
-/// Declaration<kind>, whose members have the same names.
+/// The members of Declaration<kind>, with the same names.
 struct Properties {
   const char* name;
   LayerClass layer_class;
@@ -19,12 +19,11 @@ struct Properties {
 };
 const Properties& properties(Kind kind);
 
-/// Throws std::invalid_argument where there is none of that name.
+/// Throws std::invalid_argument if there is none of that name.
 Kind kind_named(const std::string& name);
 Function function_named(const std::string& name);
 
-/// Of a pointwise layer's function: whether f'' is anything but zero, and whether a larger x never gives a
-/// smaller f(x).
+/// FunctionDeclaration::bends and ascends of a pointwise layer's function.
 bool bends(Function function);
 bool ascends(const Layer& layer);
 

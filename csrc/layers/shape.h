@@ -1,4 +1,4 @@
-// Shapes of values: what one sample looks like.
+// Shapes of values: the shape of one sample.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace maml {
 
-/// How the axes of a sample are to be read. To the layers all of them are images: features are one pixel, a
-/// signal is one row.
+/// How the axes of a sample are interpreted. The layers treat all of them as images: features are one pixel,
+/// a signal is one row.
 enum class SampleLayout {
   features,  // [c]
   signal,    // [c, length]

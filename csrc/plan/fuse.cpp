@@ -1,13 +1,12 @@
-// Chains of nodes that become one layer. Of a convolution with the BatchNorm behind it, where the backend has
-// conv_block:
+// Fuses chains of nodes into one layer. Where the backend has conv_block, a convolution with its BatchNorm:
 //
 //   conv2d, batch_norm [, add] [, relu or leaky_relu] [, max_pool]      conv_block
 //
-// add may sum with any value: the joint of a residual network. A max-pool of pairs may come before an
-// ascending function, which then works on a quarter of the values; functions other than relu and leaky_relu
-// stay layers of their own behind the pool. On a constant image with few taps it is patch_gram and stem, on
-// any backend, but with a function of its own and no sum. Backends with block have batch_norm, a function
-// [, max_pool] in one.
+// The other input of add may be any value, as in a residual network. A 2 x 2 max-pool is moved before a
+// non-decreasing function, which then has a quarter of the values to compute; functions other than relu and
+// leaky_relu remain layers of their own after the pool. On a constant image with few taps, the chain becomes
+// patch_gram and stem, on any backend, without the sum. Where the backend has norm_block, batch_norm, a
+// function and optionally max_pool become one layer.
 #include "plan/fuse.h"
 
 #include <algorithm>
@@ -20,12 +19,12 @@
 namespace maml {
 namespace {
 
-/// Whether f has one slope above zero and another, not negative, below.
+/// Whether f is linear with slope one above zero and a slope a >= 0 below.
 bool kinks(const Layer& f) {
   return f.function == Function::relu || (f.function == Function::leaky_relu && f.a >= 0);
 }
 
-/// Whether a max-pool takes each pixel into at most one of its 2 x 2 windows.
+/// Whether a max-pool has disjoint windows of 2 x 2 pixels.
 bool pools_pairs(const Node& pool) {
   const Window& w = pool.layer.window;
   return w.kernel_h == 2 && w.kernel_w == 2 && w.stride_h == 2 && w.stride_w == 2 && w.pad_top == 0 &&
@@ -66,7 +65,7 @@ class Chains {
   }
 
  private:
-  /// Whether node i is of this kind and alone reads the value of node i - 1.
+  /// Whether node i is of this kind and is the only reader of the value of node i - 1.
   bool continues(size_t i, Kind kind) const {
     return i < graph_.nodes.size() && graph_.nodes[i].layer.kind == kind &&
            graph_.nodes[i].inputs[0] == static_cast<int>(i) && readers_[i] == 1;
@@ -75,17 +74,17 @@ class Chains {
     for (int& input : node.inputs) input = number_[input];
     return node;
   }
-  /// The number of its value.
+  /// Appends a node to the result; returns the number of its value.
   int append(Node node) {
     result_.nodes.push_back(std::move(node));
     return static_cast<int>(result_.nodes.size());
   }
-  /// Nodes [first, end) are done; their last value is this one.
+  /// Marks nodes [first, end) as done; their last value has this number in the result.
   void take(size_t first, size_t end, int value) {
     for (size_t i = first; i < end; ++i) taken_[i] = true, number_[i + 1] = value;
   }
 
-  /// Appends the chain that starts with node i as one layer, if there is one.
+  /// Appends the chain that starts with node i as one layer; returns false if there is no such chain.
   bool norm_block(size_t i) {
     if (graph_.nodes[i].layer.kind != Kind::batch_norm || !continues(i + 1, Kind::pointwise)) return false;
     Node node = renumbered(graph_.nodes[i]);
@@ -111,7 +110,7 @@ class Chains {
     return constant_[convolution.inputs[0]] &&
            window.kernel_h * window.kernel_w * convolution.in_features <= kMostPatch;
   }
-  /// Whether node i is a convolution with its BatchNorm behind it.
+  /// Whether node i is a convolution followed by its BatchNorm.
   bool is_normalised(size_t i) const {
     if (graph_.nodes[i].layer.kind != Kind::conv2d || !continues(i + 1, Kind::batch_norm)) return false;
     const Node &convolution = graph_.nodes[i], &norm = graph_.nodes[i + 1];
@@ -121,8 +120,8 @@ class Chains {
                                convolution.layouts.end()) != norm.layouts.end());
   }
 
-  /// The convolution whose normalised output is one value of the sum of node j, and alone has to be computed
-  /// for it; the later of two; or -1.
+  /// The convolution whose normalised output is an input of the sum of node j and is read by nothing else. If
+  /// both inputs are such, the later one; -1 if none is.
   int summand_of(size_t j) const {
     const Node& sum = graph_.nodes[j];
     if (chain_ != Kind::conv_block || sum.layer.kind != Kind::add) return -1;
@@ -133,7 +132,7 @@ class Chains {
     }
     return found;
   }
-  /// Whether the sum that alone reads the value of node i + 1 takes the convolution i.
+  /// Whether the only reader of the value of node i + 1 is a sum that is fused with convolution i.
   bool waits(size_t i) const {
     const int value = static_cast<int>(i) + 2;
     for (size_t j = i + 2; j < graph_.nodes.size(); ++j) {
@@ -145,7 +144,8 @@ class Chains {
     return false;
   }
 
-  /// Appends the chain that starts with node i as one layer, if there is one, or leaves it to the sum.
+  /// Appends the chain that starts with node i as one layer, unless a later sum will; false if there is no
+  /// such chain.
   bool conv_block(size_t i) {
     if (!is_normalised(i) || (!is_stem(i) && chain_ != Kind::conv_block)) return false;
     taken_[i + 1] = true;
@@ -159,7 +159,7 @@ class Chains {
     return i >= 0;
   }
 
-  /// The chain of the convolution i, whose BatchNorm comes next, and where `last` is a sum that one.
+  /// Appends the chain of convolution i and its BatchNorm; if `last` is a sum, with that sum.
   void emit(size_t i, size_t last) {
     Node node = renumbered(graph_.nodes[i]);
     const Node& norm = graph_.nodes[i + 1];
@@ -189,7 +189,7 @@ class Chains {
       node.layer.a = function.function == Function::relu ? 0 : function.a;
       ++end;
     }
-    const bool between = f && !kinked && ascends(graph_.nodes[end].layer);  // f comes behind the pool
+    const bool between = f && !kinked && ascends(graph_.nodes[end].layer);  // f moves behind the pool
     const size_t pool = end + between;
     node.layer.pooled = continues(pool, Kind::max_pool) && pools_pairs(graph_.nodes[pool]);
     if (node.layer.pooled) node.pool_name = graph_.nodes[pool].name;
@@ -208,9 +208,9 @@ class Chains {
   const Graph& graph_;
   const Kind chain_;
   Graph result_;
-  std::vector<int> readers_, number_;  // of a value: how often it is read; its number in the result
-  std::vector<bool> taken_;            // of a node: it is part of a chain
-  std::vector<bool> constant_;         // of a value: it depends on nothing that is trained
+  std::vector<int> readers_, number_;  // for each value: how often it is read; its number in the result
+  std::vector<bool> taken_;            // for each node: it is part of a chain
+  std::vector<bool> constant_;         // for each value: it depends on no trained parameter
 };
 
 }  // namespace

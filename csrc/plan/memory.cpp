@@ -1,5 +1,5 @@
-// Where everything stands in the workspace of one task. Two blocks of a region share memory if their
-// lifetimes do not meet. Time counts passes: forward, step i runs at time i; backward, at time 2 * steps - i.
+// The layout of one task's workspace. Two blocks of a region share memory if their lifetimes do not overlap.
+// Time counts passes: the forward pass of step i runs at time i, its backward pass at time 2 * steps - i.
 #include <algorithm>
 
 #include "layers/kinds.h"
@@ -13,7 +13,7 @@ namespace {
 /// Places blocks in one region: each at the first offset where it fits.
 class FirstFit {
  public:
-  /// Of `size` elements that are needed from time `first` to time `last`.
+  /// The offset of a block of `size` elements that is needed from time `first` to time `last`.
   int64_t place(int64_t size, int first, int last) {
     size = whole_lines(size);
     int64_t at = 0;
