@@ -13,8 +13,7 @@ namespace maml::MAML_ISA {
 ///               adjoint(layer, g, add, grad_x)
 ///               With several inputs x, add and grad_x are arrays; null means zero, or not wanted.
 ///   bilinear    apply(layer, terms, count, bias, y, scratch): y = bias + the sum of x * w over one or two
-///   terms
-///               {x, w}
+///               terms {x, w}
 ///               adjoint_x of terms {g, w}, adjoint_w of terms {x, g}, adjoint_bias
 ///               footprint(layer)
 ///   selection   choose(layer, x, y, choice)

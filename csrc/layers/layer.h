@@ -83,8 +83,7 @@ struct Tensors {
   T* saved_dot = nullptr;  // values that the forward tangent saves for the backward tangent
   T* scratch = nullptr;    // Footprint::scratch elements, not used after the pass
 
-  bool add_x[kMostInputs] = {},
-       add_w[kMostParameters] = {};  // after all addresses: megakernel.cu depends on it
+  bool add_x[kMostInputs] = {}, add_w[kMostParameters] = {};  // after all addresses (see megakernel.cu)
 };
 
 /// A layer is four passes. With L the loss and R{.} the derivative along w_dot:
@@ -164,8 +163,7 @@ struct LossPart {
 /// The passes of a loss. `saved` holds n * c elements from value() for tangent().
 ///   value    the loss, and grad_z unless it is null
 ///   tangent  R{grad_z} from z_dot
-///   metric   F z_dot; the Fisher matrix F of a policy is the sum over samples of scale times the sample's
-///   own
+///   metric   F z_dot; the Fisher matrix F of a policy is the sum over samples of scale times their own
 template <class T>
 struct LossPasses {
   T (*value)(const LossPart&, const T* z, const Target<T>&, T* grad_z, T* saved);

@@ -5,9 +5,9 @@
 //   a read before a write   shared memory is NaN (bytes 0xFF) before every block, and so is fresh cudaMalloc
 //   a missing copy wait     an asynchronous copy writes its bytes at the wait; until then they are NaN
 //   a divergent barrier     std::runtime_error that names the places and how many threads wait or have
-//   returned
+//                           returned
 //   out of bounds           a report of AddressSanitizer; of UndefinedBehaviorSanitizer for arrays and
-//   alignment
+//                           alignment
 //
 // One block runs at a time, on the OS thread that launches it; other launches wait. The emulation is stricter
 // than the hardware: a thread that has returned does not count at a barrier, threads at different
