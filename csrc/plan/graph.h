@@ -1,5 +1,5 @@
-// A plan as it comes from Python: nodes in topological order over numbered values and parameters, read from
-// the user's module, without shapes.
+// A plan as Python builds it from the user's module, without shapes: nodes in topological order, with
+// numbered values and parameters.
 #pragma once
 
 #include <array>
@@ -13,36 +13,36 @@
 
 namespace maml {
 
-/// The call is right, but no fused layer can serve it; the general path can.
+/// The call is valid, but no fused layer serves it; the general path does.
 struct Unsupported : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// adapted: the inner loop changes it. outer: only the outer loop does. frozen: a constant.
+/// adapted: changed by the inner loop. outer: changed by the outer loop only. frozen: a constant.
 enum class Role { adapted, outer, frozen };
 
 struct Parameter {
-  int64_t size;  // elements, of all slots
+  int64_t size;  // elements, including all slots
   int64_t rows,
       taps;  // a weight [rows, size / rows / taps, taps] in the user's order; others: rows = taps = 1
   Role role;
-  // How many inner steps have a value of their own. Steps beyond the last slot read the last one. The inner
-  // loop changes no parameter of several slots.
+  // The number of inner steps that have a value of their own (per-step BatchNorm). Steps beyond the last slot
+  // use the last one. The inner loop does not change a parameter with several slots.
   int64_t slots = 1;
 };
 
 struct Node {
-  Layer layer;                                 // n, in and out are filled in by make_stage
-  std::string name;                            // the user's module, for error messages
-  std::string norm_name, sum_name, pool_name;  // in a fused chain: its BatchNorm, sum and max-pool
+  Layer layer;                                 // make_stage sets n, in and out
+  std::string name;                            // of the user's module, for error messages
+  std::string norm_name, sum_name, pool_name;  // in a fused chain: of its BatchNorm, sum and max-pool
   std::vector<int> inputs;                     // numbers of values; at most kMostInputs
   std::vector<int> parameters;                 // indices; -1: absent; at most kMostParameters
-  int64_t in_features = 0;   // channels that the layer's parameters ask of its input; 0: any number
-  int64_t out_features = 0;  // channels of its output; 0: as its input
+  int64_t in_features = 0;   // channels that the layer's parameters require of its input; 0: any number
+  int64_t out_features = 0;  // channels of its output; 0: as many as its input
   std::array<int64_t, 2> pad_end{0, 0};      // padding below and to the right (convolution and pools)
-  std::vector<SampleLayout> layouts;         // that the layer takes; empty: any
-  std::optional<SampleLayout> out_layout{};  // of its output; none: as its input
-  std::vector<int64_t> sample;  // group_norm: the shape that it takes, as if it were features; empty: any
+  std::vector<SampleLayout> layouts;         // the layouts that the layer accepts; empty: any
+  std::optional<SampleLayout> out_layout{};  // the layout of its output; none: that of its input
+  std::vector<int64_t> sample;  // group_norm: the shape that it accepts and treats as features; empty: any
 };
 
 /// Value 0 is the input; node i writes value i + 1; the last value is the prediction.
@@ -51,7 +51,7 @@ struct Graph {
   std::vector<Parameter> parameters;
   Loss loss = Loss::cross_entropy;
   Precision precision = Precision::float32;
-  bool recompute = false;  // run the gradient pass again for each Hessian-vector product, whatever the memory
+  bool recompute = false;  // always run the gradient pass again for each Hessian-vector product
 };
 
 }  // namespace maml

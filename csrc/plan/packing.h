@@ -1,4 +1,4 @@
-// The parameters of a plan in one vector.
+// The layout of all parameters of a plan in one vector.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,8 @@
 
 namespace maml {
 
-/// Rounded up to whole cache lines of float, so that every tensor in a workspace starts on one.
+/// The size rounded up to whole cache lines of float, so that every tensor in a workspace starts on a cache
+/// line.
 inline int64_t whole_lines(int64_t elements) { return (elements + 15) / 16 * 16; }
 
 /// Where each parameter starts in a packed parameter vector. Their order is adapted, outer, outer with slots,

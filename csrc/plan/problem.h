@@ -25,49 +25,50 @@ enum class Operation {
 
 inline bool is_fisher(Operation o) { return o == Operation::fisher || o == Operation::kept_fisher; }
 
-/// No inner loop: each task comes with parameters of its own.
+/// Whether there is no inner loop, and each task has parameters of its own.
 inline bool at_own_parameters(Operation o) {
   return o == Operation::predict || o == Operation::predict_backward || o == Operation::loss_and_grad ||
          o == Operation::hvp;
 }
-/// A gradient summed over tasks.
+/// Whether the result is a gradient summed over tasks.
 inline bool gives_gradient(Operation o) {
   return o == Operation::meta_gradient || o == Operation::adapt_backward || is_fisher(o);
 }
-/// Something of the parameters' shapes for each task.
+/// Whether each task has an output with the shapes of the parameters.
 inline bool gives_per_task(Operation o) {
   return o == Operation::adapt || o == Operation::predict_backward || o == Operation::loss_and_grad ||
          o == Operation::hvp;
 }
-/// Cotangents or directions of the parameters' shapes for each task.
+/// Whether each task takes cotangents or directions with the shapes of the parameters.
 inline bool takes_given(Operation o) {
   return o == Operation::adapt_backward || o == Operation::hvp || is_fisher(o);
 }
 
-/// The inner learning rate of one parameter: a constant, or a tensor of the caller's.
+/// The inner learning rate of one parameter: a constant, or a tensor that the caller passes.
 struct Rate {
   double constant = 0;
-  int slot = -1;             // the tensor, or -1 for the constant
-  bool per_step = false;     // its first axis counts inner steps; steps beyond it repeat the last
-  bool elementwise = false;  // it has the parameter's shape behind that
+  int slot = -1;             // the index of the tensor; -1: the constant
+  bool per_step = false;     // its first axis counts inner steps; steps beyond it use the last
+  bool elementwise = false;  // its other axes are those of the parameter
 };
 struct RateTensor {
   int64_t size;        // elements
-  int64_t steps = 1;   // of which so many steps
-  int parameter = -1;  // elementwise: whose order of elements it has
+  int64_t steps = 1;   // inner steps that it has rates for
+  int parameter = -1;  // elementwise: the parameter whose order of elements it has
   bool learned = false;
 };
 
-/// The rate of one adapted parameter in one inner step, where all of them are packed.
+/// The rate of one adapted parameter in one inner step. Offsets are in packed vectors.
 struct RateSlice {
-  int64_t at, size;            // of the parameter's elements
-  double constant;             // the rate, unless
-  int64_t rate_at = kNowhere;  // it stands there among the packed rates
-  int64_t grad_at = kNowhere;  // of its gradient, in the result
-  bool elementwise = false;    // one rate an element
+  int64_t at, size;            // the parameter's elements
+  double constant;             // the rate, if rate_at is kNowhere
+  int64_t rate_at = kNowhere;  // the offset of the rate among the packed rates
+  int64_t grad_at = kNowhere;  // the offset of its gradient in the result
+  bool elementwise = false;    // one rate for each element
 };
 
-/// The signature of a call with everything that follows from it: computed once, used by every call alike.
+/// The signature of a call, and everything that follows from it: computed once, shared by all calls with this
+/// signature.
 struct Problem {
   Graph graph;
   Operation operation;
@@ -75,28 +76,29 @@ struct Problem {
   std::vector<RateTensor> rate_tensors;
   int steps = 0;
   bool first_order = false;
-  // Ascending: the k at whose phi_k the query loss counts, with weights of the call's; none: phi_steps alone.
+  // The k, ascending, for which the query loss at phi_k counts, weighted by the call. Empty: phi_steps only.
   std::vector<int> query_steps;
   std::vector<int64_t> sample;  // shape of one sample
   int64_t element_bytes = 0;
 
   Packing packing;
   Stage support, query;
-  std::vector<int64_t> rate_at;  // where each rate tensor stands, packed
+  std::vector<int64_t> rate_at;  // the offset of each rate tensor among the packed rates
   std::vector<int64_t>
-      rate_grad_at;  // where its gradient stands behind the trainable parameters; or kNowhere
+      rate_grad_at;  // the offset of its gradient in the result, after the trainable parameters; or kNowhere
   int64_t rates_size = 0, result_size = 0;
-  std::vector<std::vector<RateSlice>> slices;  // of the inner steps; those beyond the last repeat it
-  int64_t work = 0;                            // multiply-adds of one task, roughly
-  // Step regions: `steps`, or 1, where the gradient pass is run again, or 0 without a support pass; of each,
-  // one for every tile of the support set, or one for all.
+  std::vector<std::vector<RateSlice>> slices;  // for each inner step; later steps use the last
+  int64_t work = 0;                            // approximate multiply-adds of one task
+  // The number of inner steps that have step regions: `steps`; 1 where the gradient pass is run again; 0
+  // without a support pass. And how many tiles of the support set have regions of their own: all of them, or
+  // one.
   int saved_steps = 1;
   int64_t kept_tiles = 1;
 
   Problem(Graph graph, Operation operation, std::vector<Rate> rates, std::vector<RateTensor> rate_tensors,
           const std::vector<int64_t>& sample, int64_t n_support, int64_t n_query, int steps, bool first_order,
           const std::vector<int>& query_steps, int64_t element_bytes, const LayerTraits& traits);
-  /// Makes the stages anew, as the constructor has done, for layers that differ in LayerTraits::tile.
+  /// Makes the stages again for other LayerTraits::tile.
   void lay_out(const LayerTraits& traits);
 
   bool second_order() const {
@@ -109,7 +111,7 @@ struct Problem {
   bool queries(int k) const {
     return weighs_queries() ? std::binary_search(query_steps.begin(), query_steps.end(), k) : k == steps;
   }
-  /// The last k at which anything flows back into phi_k.
+  /// The last k for which phi_k receives a gradient.
   int last_query() const { return weighs_queries() ? query_steps.back() : steps; }
   const std::vector<RateSlice>& rates_of(int step) const {
     return slices[std::min<size_t>(step, slices.size() - 1)];
@@ -118,27 +120,29 @@ struct Problem {
   bool is_small_network() const;
   bool is_tiled() const { return support.tiles > 1 || query.tiles > 1; }
   bool learns_rates() const { return result_size > packing.trainable; }
-  /// Kept states phi_1 .. phi_steps, and gradients g_0 .. g_steps-1; none where each can stand in its phi's
-  /// place.
+  /// The numbers of stored states phi_1 .. phi_steps and of stored gradients g_0 .. g_steps-1. No gradients
+  /// are stored where each can overwrite its phi.
   bool keeps_parameters() const { return second_order() || weighs_queries(); }
   int kept_parameters() const { return keeps_parameters() ? std::max(steps, 1) : 1; }
   int kept_gradients() const { return learns_rates() ? steps : keeps_parameters() ? 0 : 1; }
-  /// The step region of a tile in an inner step, and how many regions there are.
+  /// The index of the step region of a tile in an inner step, and the number of regions.
   int64_t region(int step, int64_t tile) const {
     return (saved_steps > 1 ? step * kept_tiles : 0) + (kept_tiles > 1 ? tile : 0);
   }
   int64_t regions() const { return saved_steps * kept_tiles; }
-  /// Step regions of the query set that outlive a pass.
+  /// The number of step regions of the query set that are kept after a pass.
   int64_t query_regions() const { return operation == Operation::kept_fisher ? query.tiles : 0; }
-  /// Elements of what passes share one after the other: tangents, and a query's state that is not kept.
+  /// Elements of the memory that passes share one after the other: tangents, and the query state that is not
+  /// kept.
   int64_t shared_size() const {
     return std::max(support.tangent_size, (query_regions() ? 0 : query.step_size) + query.tangent_size);
   }
-  /// Whether what the gradient pass of an inner step has left is still there for its product.
+  /// Whether the state of the gradient pass of an inner step still exists when its Hessian-vector product is
+  /// computed.
   bool keeps_state_of(int step) const {
     return support.tiles == kept_tiles && (saved_steps > 1 || step + 1 == steps);
   }
-  /// Elements of the workspace of one task at work.
+  /// Elements of the workspace for one task in flight.
   int64_t task_size() const;
 
  private:

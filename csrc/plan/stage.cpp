@@ -109,9 +109,9 @@ std::vector<int> count_readers(const Stage& stage) {
   return readers;
 }
 
-/// Functions that are computed in place, over their argument. It takes an f whose f' can be told from f(x) as
-/// from x, and whose f'' is zero: then no pass needs x, or the cotangent of f(x), once f has been there. And
-/// a layer that writes x, reads it in none of its passes, and whose output only f reads.
+/// Finds functions that can be computed in place, over their argument x. The function f must have f'' = 0 and
+/// an f' that follows from f(x): then no pass needs x, or the cotangent of f(x), once f is computed. And the
+/// layer that writes x must read it in none of its passes, and f must be the only reader of x.
 void find_functions_in_place(Stage& stage) {
   const std::vector<int> readers = count_readers(stage);
   std::vector<const Stage::Step*> writer(stage.values.size(), nullptr);
@@ -125,8 +125,8 @@ void find_functions_in_place(Stage& stage) {
   }
 }
 
-/// Backward passes run in the reverse order of the steps. The first of them to reach a cotangent writes it,
-/// the others add to it.
+/// Finds the cotangents that are added to. Backward passes run in the reverse order of the steps: the first
+/// to reach a cotangent writes it, the others add to it.
 void find_added_cotangents(const Graph& graph, Stage& stage) {
   std::vector<bool> value_written(stage.values.size()), parameter_written(graph.parameters.size());
   for (auto step = stage.steps.rbegin(); step != stage.steps.rend(); ++step) {

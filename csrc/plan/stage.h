@@ -9,35 +9,36 @@ namespace maml {
 
 constexpr int64_t kNowhere = -1;
 
-/// A graph with the shapes of one call, on n samples of one task, and the place of every value, tangent and
-/// cotangent in the task's workspace. If no layer makes a sample depend on others, the samples go through it
-/// in tiles, one after the other in the same memory, which then does not grow with n. The sizes of tiles
-/// differ by one at most. Offsets count elements. A value is
+/// A graph with the shapes of one call, on n samples of one task, and the offset of every value, tangent and
+/// cotangent in the task's workspace. If no layer mixes samples, the samples are processed in tiles, one
+/// after the other in the same memory, so that it does not grow with n. The sizes of tiles differ by at most
+/// one. Offsets count elements. A value is
 ///   active    if it depends on a parameter that is not frozen: it has a cotangent;
 ///   moving    if it depends on an adapted parameter: it changes in every inner step and has a tangent;
 ///   stepwise  if it depends on a parameter with slots: it changes in every inner step, moving or not.
-/// A value that is neither moving nor stepwise is computed once per task and stands in the `fixed` region,
-/// which has a part for each tile. The others stand in a `step` region, of which there may be one for every
-/// inner step. Tangents stand in a `tangent` region. Query values that are not active may be computed
+/// A value that is neither moving nor stepwise is computed once per task and kept in the `fixed` region,
+/// which has a part for each tile. The others are in a `step` region; there may be one of them for every
+/// inner step. Tangents are in a `tangent` region. Query values that are not active may be computed
 /// concurrently with the inner loop, in memory that nothing else uses until then.
 struct Stage {
   struct Value {
-    int64_t size = 0;  // of one sample
+    int64_t size = 0;  // elements of one sample
     bool active = false, moving = false, stepwise = false;
-    bool fixed = false;  // stands in the fixed region
+    bool fixed = false;  // in the fixed region
     int64_t at = kNowhere, grad_at = kNowhere, dot_at = kNowhere, grad_dot_at = kNowhere;
-    // Of a convolution's output that one normalisation alone reads: statistics that the convolution takes, in
-    // the region of the value, and those of its tangent pass, in the tangent region.
+    // For the output of a convolution whose only reader is a normalisation: the statistics that the
+    // convolution computes, in the value's region, and those of its tangent pass, in the tangent region.
     int64_t statistics_at = kNowhere, statistics_dot_at = kNowhere;
-    int root = 0;  // the value whose memory this one is: itself, or the input of a layer that moves nothing
+    int root = 0;  // the value that has the same memory: itself, or the input of a layer that is a view
     int overwritten_by = -1;  // the value that is computed in place over this one; -1: none
   };
   struct Step {
-    Layer layer;              // on the largest tile
+    Layer layer;              // with n of the largest tile
     std::vector<int> inputs;  // roots
     int output = 0;
     std::vector<int> parameters;  // -1: absent
-    // Whether a backward pass adds to the cotangent that it writes: another reader has written it before.
+    // Whether a backward pass adds to the cotangent, because another reader of the value has written it
+    // before.
     std::array<bool, kMostInputs> add_x{};
     std::array<bool, kMostParameters> add_w{};
     int64_t saved_at = kNowhere;      // in the region of its output
@@ -45,37 +46,37 @@ struct Stage {
   };
   int64_t n = 0, tiles = 1;
   std::vector<Value> values;
-  std::vector<Step> steps;                  // without layers that move nothing
+  std::vector<Step> steps;                  // without layers that are views
   int output = 0;                           // root of the prediction
-  std::vector<int64_t> prediction;          // shape of one sample of it, as the user sees it
-  int64_t loss_at = kNowhere;               // what the loss keeps, in the step region
-  bool has_constants = false;               // steps whose output is not active
-  int64_t constants_scratch_at = kNowhere;  // query: theirs, in the step region
+  std::vector<int64_t> prediction;          // the user's shape of one sample of it
+  int64_t loss_at = kNowhere;               // what the loss saves, in the step region
+  bool has_constants = false;               // there are steps whose output is not active
+  int64_t constants_scratch_at = kNowhere;  // query: the scratch of these steps, in the step region
   int64_t fixed_size = 0, step_size = 0, tangent_size = 0, scratch_size = 0;
-  int64_t work = 0;  // multiply-adds of one forward pass over all samples, roughly
+  int64_t work = 0;  // approximate multiply-adds of one forward pass over all samples
 
-  /// The first sample of a tile; of tile `tiles`: n.
+  /// The first sample of a tile; n for tile `tiles`.
   int64_t first(int64_t tile) const { return tile * n / tiles; }
 };
 
-/// The passes that a stage will see, which decide how long its memory is needed.
+/// The passes that a stage will run, which determine how long its memory is needed.
 enum class Keep {
   values,    // forward only: a value is needed until its last reader
   gradient,  // forward and backward: a cotangent is needed until its layer has read it
   products   // Hessian-vector products later: values and cotangents stay
 };
 
-/// support: the inner loop's data; only what moves needs a cotangent, and what does not move is fixed.
-/// query: the outer loop's data; everything active needs one.
+/// support: the data of the inner loop; only moving values need a cotangent, and values that do not move are
+/// fixed. query: the data of the outer loop; all active values need a cotangent.
 enum class Data { support, query };
 
-/// The stage of `graph` for n samples of shape `sample`, as the user has them: [c], [c, length], [c, height,
-/// width] or any other number of axes. Throws std::invalid_argument where shapes do not fit a layer,
-/// Unsupported where no fused layer fits them.
+/// The stage of `graph` for n samples of the user's shape `sample`: [c], [c, length], [c, height, width] or
+/// any other number of axes. Throws std::invalid_argument where shapes do not fit a layer, and Unsupported
+/// where no fused layer takes them.
 Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t n, Data data, Keep keep,
                  const LayerTraits& traits);
 
-/// The parts of make_stage: shapes and dependencies (stage.cpp), then memory (memory.cpp).
+/// The second part of make_stage: memory (memory.cpp), after shapes and dependencies (stage.cpp).
 void place_values(Stage& stage, Data data, Keep keep, const LayerTraits& traits);
 
 }  // namespace maml
