@@ -320,13 +320,13 @@ void check_one_block() {
 /// Sums of 1, 2, .. rows of x [rows, c] by one call after the other, which shares its memory with the last
 /// one.
 __global__ void sums_of_rows(int rows, int64_t c, const double* x_, double* out_, const Table* table) {
-  const Lanes lanes = lanes_of(c);
-  const double* x = resolve(x_, *table, blockIdx.z) + lanes.channel;
-  double* out = resolve(out_, *table, blockIdx.z) + lanes.channel;
+  const ChannelThreads threads = channel_threads(c);
+  const double* x = resolve(x_, *table, blockIdx.z) + threads.channel;
+  double* out = resolve(out_, *table, blockIdx.z) + threads.channel;
   for (int count = 1; count <= rows; ++count) {
     double sum[2];
-    channel_sums(lanes, count, sum, [&](int i, double (&s)[2]) { s[0] += x[i * c], s[1] += 1; });
-    if (lanes.active && lanes.row == lanes.rows - 1) out[(count - 1) * c] = sum[0] * sum[1];
+    channel_sums(threads, count, sum, [&](int i, double (&s)[2]) { s[0] += x[i * c], s[1] += 1; });
+    if (threads.active && threads.row == threads.rows - 1) out[(count - 1) * c] = sum[0] * sum[1];
   }
 }
 
