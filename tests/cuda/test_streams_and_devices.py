@@ -21,7 +21,7 @@ from maml_cuda.engine import cuda_runner
 from maml_cuda.engine.problem import problem_of
 from tests import emulated
 from tests.conftest import run
-from tests.cuda.test_backend import KERNELS, SAMPLES, conv, episodes, mlp
+from tests.cuda.kernel_models import KERNELS, SAMPLES, conv, episodes, mlp
 
 pytestmark = [KERNELS, pytest.mark.usefixtures("machine")]
 

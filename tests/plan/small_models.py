@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -17,13 +18,13 @@ VECTOR, IMAGE = (3,), (2, 7, 6)
 
 
 class Net(nn.Module):
-    """A module of the given parts; forward is a function of (module, x)."""
+    """A module of the given parts, of which tensors become parameters; forward is a function of (module, x)."""
 
-    def __init__(self, run: Callable[[Any, Tensor], Tensor], **parts: nn.Module | nn.Parameter) -> None:
+    def __init__(self, run: Callable[[Any, Tensor], Tensor], **parts: nn.Module | Tensor) -> None:
         super().__init__()
         self.run = run
         for name, part in parts.items():
-            setattr(self, name, part)
+            setattr(self, name, part if isinstance(part, nn.Module | nn.Parameter) else nn.Parameter(part))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(self, x)
@@ -143,3 +144,10 @@ def sentences(caught: list[warnings.WarningMessage]) -> list[str]:
 def says(text: str, pieces: tuple[str, ...]) -> None:
     for piece in pieces:
         assert piece in text, f"{piece!r} is not in: {text}"
+
+
+def why_not(model: nn.Module) -> str:
+    """The warning by which a FusedMAML of the model falls back."""
+    with pytest.warns(UserWarning, match="general path") as caught:
+        assert FusedMAML(model, 0.1, loss="mse").backend == "reference"
+    return str(caught[0].message)

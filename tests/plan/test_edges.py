@@ -11,37 +11,19 @@ from torch import nn
 
 from maml_cuda import FusedMAML
 from tests.conftest import check_meta_gradient
-
-
-class Calls(nn.Module):
-    """A module with the given parts; forward is the given function."""
-
-    def __init__(self, function, **parameters) -> None:
-        super().__init__()
-        self.function = function
-        for name, p in parameters.items():
-            setattr(self, name, p if isinstance(p, nn.Module) else nn.Parameter(p))
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
-def why_not(model: nn.Module) -> str:
-    with pytest.warns(UserWarning, match="general path") as caught:
-        assert FusedMAML(model, 0.1, loss="mse").backend == "reference"
-    return str(caught[0].message)
+from tests.plan.small_models import Net, why_not
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5, 3), (7,)])
 def test_a_bias_that_broadcasts_is_not_fused(shape):
-    model = Calls(lambda m, x: F.linear(x, m.w, m.b), w=torch.randn(3, 4), b=torch.randn(shape))
+    model = Net(lambda m, x: F.linear(x, m.w, m.b), w=torch.randn(3, 4), b=torch.randn(shape))
     assert f"bias has shape {list(shape)}" in why_not(model)
-    conv = Calls(lambda m, x: F.conv2d(x, m.w, m.b), w=torch.randn(3, 2, 1, 1), b=torch.randn(shape))
+    conv = Net(lambda m, x: F.conv2d(x, m.w, m.b), w=torch.randn(3, 2, 1, 1), b=torch.randn(shape))
     assert f"bias has shape {list(shape)}" in why_not(conv)
 
 
 def test_batch_norm_of_unequal_parameters_is_not_fused():
-    model = Calls(
+    model = Net(
         lambda m, x: F.batch_norm(x, None, None, m.w, m.b, True), w=torch.randn(4), b=torch.randn(9)
     )  # fmt: skip
     assert "bias has shape [9]" in why_not(model)
@@ -59,7 +41,7 @@ def test_batch_norm_of_unequal_parameters_is_not_fused():
     ],
 )
 def test_windows_that_are_none(layer):
-    assert "make no window" in why_not(Calls(layer, w=torch.randn(3, 2, 1, 1)))
+    assert "make no window" in why_not(Net(layer, w=torch.randn(3, 2, 1, 1)))
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
@@ -68,14 +50,14 @@ def test_layers_without_width_are_not_fused():
 
 
 def test_a_module_called_with_a_keyword_is_fused():
-    model = Calls(lambda m, x: m.o(input=x), o=nn.Linear(3, 4)).double()
+    model = Net(lambda m, x: m.o(input=x), o=nn.Linear(3, 4)).double()
     data = [torch.randn(2, 5, s).double() for s in (3, 4, 3, 4)]
     check_meta_gradient(model, "mse", data, 0.1, 2)
 
 
 @pytest.mark.parametrize("draw", [lambda: float(torch.rand(())), random.random])
 def test_random_numbers_in_forward_are_not_frozen_in_a_plan(draw):
-    model = Calls(lambda m, x: F.leaky_relu(m.o(x), draw()), o=nn.Linear(3, 4))
+    model = Net(lambda m, x: F.leaky_relu(m.o(x), draw()), o=nn.Linear(3, 4))
     before = torch.get_rng_state(), random.getstate()
     assert "draws random numbers" in why_not(model)
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -110,7 +92,7 @@ def test_loss_and_steps_may_be_changed():
 
 
 def test_a_prediction_of_four_axes_is_not_fused():
-    model = Calls(lambda m, x: F.batch_norm(x, None, None, m.w, m.b, True), w=torch.ones(5), b=torch.zeros(5)).double()
+    model = Net(lambda m, x: F.batch_norm(x, None, None, m.w, m.b, True), w=torch.ones(5), b=torch.zeros(5)).double()
     x, y = torch.randn(2, 3, 5, 2, 3, 2).double(), torch.randn(2, 3, 5, 2, 3, 2).double()
     maml = FusedMAML(model, 0.1, loss="mse")
     with pytest.warns(UserWarning, match="a prediction of features, .* is fused, got one of more axes"):
@@ -135,6 +117,6 @@ def test_a_prediction_of_four_axes_is_not_fused():
     ],
 )
 def test_sentences_name_no_class_of_ours(function, sentence):
-    words = why_not(Calls(function, w=torch.randn(3), f=nn.Linear(4, 3)))
+    words = why_not(Net(function, w=torch.randn(3), f=nn.Linear(4, 3)))
     assert sentence in words
     assert " object at 0x" not in words

@@ -15,18 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maml_cuda import FusedMAML
-from tests.plan.test_edges import Calls, why_not
+from tests.plan.small_models import Net, why_not
 
 
-def layer(function) -> Calls:
+def layer(function) -> Net:
     """A model that calls function(module, h) on the output h of a linear layer, and returns h."""
 
-    def forward(m: Calls, x: Tensor) -> Tensor:
+    def forward(m: Net, x: Tensor) -> Tensor:
         h = m.o(x)
         function(m, h)
         return h
 
-    model = Calls(forward, o=nn.Linear(3, 4))
+    model = Net(forward, o=nn.Linear(3, 4))
     model.feature, model.count, model.log, model.by_name = None, 0, [], {"last": [None]}
     model.seen, model.recent = {1}, deque([1], 2)
     model.register_buffer("average", torch.zeros(4))
@@ -34,19 +34,19 @@ def layer(function) -> Calls:
     return model
 
 
-def count(m: Calls, h: Tensor) -> None:
+def count(m: Net, h: Tensor) -> None:
     m.count += 1
 
 
-def average(m: Calls, h: Tensor) -> None:
+def average(m: Net, h: Tensor) -> None:
     m.average += 1
 
 
-def assign_average(m: Calls, h: Tensor) -> None:
+def assign_average(m: Net, h: Tensor) -> None:
     m.average = m.average + 1
 
 
-def rename(m: Calls, h: Tensor) -> None:
+def rename(m: Net, h: Tensor) -> None:
     m.other = m.feature
     del m.feature
 
@@ -85,11 +85,11 @@ def test_an_effect_of_forward_is_refused_and_undone(case):
     assert str(now) == str(before)
     assert torch.equal(torch.get_rng_state(), drawn[0])
     assert random.getstate() == drawn[1]
-    pickle.dumps({**vars(model), "function": None, "_modules": None})
+    pickle.dumps({**vars(model), "run": None, "_modules": None})
 
 
 def test_a_draw_that_forward_hides():
-    def hide(m: Calls, h: Tensor) -> None:
+    def hide(m: Net, h: Tensor) -> None:
         try:
             m.slope = float(torch.rand(()))
         except Exception:
@@ -101,7 +101,7 @@ def test_a_draw_that_forward_hides():
 def test_what_is_no_effect():
     """Setting an attribute to its own value, and changing a tensor that forward made."""
 
-    def idle(m: Calls, h: Tensor) -> None:
+    def idle(m: Net, h: Tensor) -> None:
         m.count = int("0")
         m.feature = None
         own = torch.zeros(4)
@@ -111,7 +111,7 @@ def test_what_is_no_effect():
 
 
 def test_constants_leave_nothing_in_the_model():
-    model = Calls(lambda m, x: m.o(x) * torch.ones(4), o=nn.Linear(3, 4))
+    model = Net(lambda m, x: m.o(x) * torch.ones(4), o=nn.Linear(3, 4))
     before = dict(vars(model))
     assert "mul" in why_not(model)
     assert vars(model) == before
@@ -152,7 +152,7 @@ def test_other_threads_call_modules_while_one_traces():
     x = torch.ones(2, 3)
     strange = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
 
-    def busy(m: Calls, h: Tensor) -> None:
+    def busy(m: Net, h: Tensor) -> None:
         results.extend(elsewhere(lambda: strange(x)) + elsewhere(lambda: m.o(x)) + elsewhere(lambda: m.o.weight))
 
     model = layer(busy)
@@ -177,7 +177,7 @@ def test_other_threads_draw_while_one_traces():
 
 
 def test_draws_are_seen_under_a_profiler():
-    model = Calls(lambda m, x: F.leaky_relu(m.o(x), random.random()), o=nn.Linear(3, 4))
+    model = Net(lambda m, x: F.leaky_relu(m.o(x), random.random()), o=nn.Linear(3, 4))
     before = random.getstate()
     profile = cProfile.Profile()
     profile.enable()
