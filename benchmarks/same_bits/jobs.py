@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..timing import run_block
-from ..worker import words
+from ..worker import describe_error
 from .cases import Case
 
 EMULATED = "emulated"  # in place of an instruction set: the CUDA kernels compiled for the CPU
@@ -77,7 +77,7 @@ def bits(folder: str, isa: str, case: Case) -> Iterator[dict[str, Any]]:
         for name, tensor in all_results(maml, data, task_weights):
             hashes[name] = digest(tensor)
     except Exception as error:
-        yield {"hashes": hashes, "error": words(error)}
+        yield {"hashes": hashes, "error": describe_error(error)}
     else:
         yield {"hashes": hashes, "error": ""}
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..worker import Apart, Failed
+from ..worker import Failed, SeparateProcess
 from .cases import Case
 
 PATIENCE = 3600.0  # seconds for a job
@@ -18,7 +18,7 @@ class Version:
 
     def __init__(self, folder: Path, isa: str = "") -> None:
         self._where = (str(folder), isa)
-        self._process = Apart()
+        self._process = SeparateProcess()
 
     def instruction_sets(self) -> list[str]:
         """Those of this build that this machine has, widest first."""
