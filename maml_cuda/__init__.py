@@ -1,7 +1,7 @@
 """maml_cuda: the exact MAML meta-gradient of a PyTorch model, in one fused call.
 
-Importing the package loads its compiled core alone; torch, and with it the ``torch.library`` ops of ``maml_cuda``, come
-with the first name that is used.
+Importing the package loads only its compiled core. torch, and the ``torch.library`` ops of ``maml_cuda``, are loaded at
+the first use of one of the package's names.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 if PathFinder.find_spec("maml_cuda._core", __path__) is None:
     raise ImportError(
         f"maml_cuda was imported from {Path(__file__).parent}, where its compiled core is not built. In a checkout, "
-        "build it in place: pip install -c constraints.txt -e . ; a package that was installed by `pip install .` is "
-        "imported from any folder but the checkout's."
+        "build it in place: pip install -c constraints.txt -e . ; if you installed the package by `pip install .`, run "
+        "Python in a folder other than the checkout."
     )
 
 from maml_cuda import _core
@@ -63,7 +63,18 @@ def __dir__() -> list[str]:
 
 
 def build_info() -> dict[str, object]:
-    """What this build holds and uses: version, cuda, cuda_architectures, cpu_isa, cpu_isas, compiler."""
+    """Describes the compiled core.
+
+    Returns:
+        A dict with these keys.
+
+            - `version`: of maml_cuda.
+            - `cuda`: the version of CUDA that the GPU kernels were compiled with, or None for a build without them.
+            - `cuda_architectures`: the GPU architectures that the kernels were compiled for.
+            - `cpu_isa`: the instruction set that the CPU backend uses in this process.
+            - `cpu_isas`: the instruction sets that it was compiled for.
+            - `compiler`: the C++ compiler.
+    """
     return {
         "version": _core.version,
         "cuda": _core.cuda,

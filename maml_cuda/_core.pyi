@@ -1,4 +1,7 @@
-"""The extension module, which reads the fields of a Plan and the addresses of tensors."""
+"""The compiled core: types of the extension module (csrc/python).
+
+It reads the fields of a Plan, and of tensors their addresses, shapes and dtypes; it does not depend on torch.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,13 +12,27 @@ from maml_cuda.plan.schema import Plan
 
 version: str
 compiler: str
-cuda: str | None
-cuda_architectures: str
+cuda: str | None  # version of CUDA; None in a build without CUDA
+cuda_architectures: str  # separated by spaces
 
 class Unsupported(ValueError):
-    """The call is right, but no fused layer serves it."""
+    """The arguments are valid, but no fused layer computes this."""
 
 class Call:
+    """The tensors of one call, tasks first. None: an input that is absent, or an output that is not wanted.
+
+    Attributes:
+        tasks: number of tasks.
+        at_once: number of tasks that are computed at the same time, each in a part of the workspace.
+        support, query: x, then what the loss compares with the prediction: y, scale, old_log_probs.
+        losses: loss, task_losses, support_losses.
+        parameter_strides, given_strides: elements from one task's tensor to the next; 0: all tasks read the same one.
+        given: the cotangents of a backward, or the directions of a Hessian-vector product.
+        per_task: adapted parameters, gradients or products, one tensor for each parameter.
+        state, kept, prepared: of "kept_fisher": the states of the first `kept` tasks, and whether an earlier call has
+            filled them.
+    """
+
     def __init__(
         self,
         tasks: int,
@@ -41,6 +58,15 @@ class Call:
     ) -> None: ...
 
 class Problem:
+    """A plan for one operation, with the shapes of one call.
+
+    Attributes:
+        prediction: shape of one sample's prediction.
+        saved_steps: inner steps whose states are kept for Hessian-vector products; 1: states are computed again.
+        task_size: elements of the state of one task of "kept_fisher".
+        in_lanes: whether a CPU may compute several tasks side by side in the lanes of vectors.
+    """
+
     prediction: list[int]
     saved_steps: int
     task_size: int
@@ -57,13 +83,19 @@ class Problem:
         double: bool,
         query_steps: Sequence[int] = ...,
     ) -> None: ...
-    def workspace(self, tasks: int, at_once: int) -> int: ...
-    def run(self, call: Call) -> None: ...
+    def workspace(self, tasks: int, at_once: int) -> int:
+        """Elements of workspace that a CPU needs."""
 
-class CudaGraph: ...
+    def run(self, call: Call) -> None:
+        """Runs a call on the CPU."""
+
+class CudaGraph:
+    """A captured CUDA graph."""
 
 class CudaRunner:
-    executor: str
+    """A problem on one CUDA device; every call is enqueued on a stream."""
+
+    executor: str  # "batched" or "megakernel"
     def __init__(self, problem: Problem, device: int) -> None: ...
     def workspace(self, tasks: int, at_once: int) -> int: ...
     def run(self, call: Call, stream: int) -> None: ...
@@ -72,6 +104,14 @@ class CudaRunner:
     def run_graph(self, call: Call, graph: CudaGraph, stream: int) -> None: ...
 
 class Episodes:
+    """Draws tasks of few-shot classification from an array of images. Tensors are given by their addresses.
+
+    Attributes:
+        shape: of the images: classes, samples, channels, height, width.
+        first: the number of the first task to draw.
+        data: x_spt, y_spt, x_qry, y_qry.
+    """
+
     def __init__(
         self,
         *,
@@ -88,11 +128,26 @@ class Episodes:
         tasks: int,
         data: Sequence[int],
     ) -> None: ...
-    def draw(self, threads: int) -> None: ...
-    def enqueue(self, device: int, stream: int) -> None: ...
+    def draw(self, threads: int) -> None:
+        """Draws on the CPU."""
 
-def instruction_sets() -> list[str]: ...
-def cpu_isa() -> str: ...
-def plain_signature(data: tuple[Any, ...], type: type) -> tuple[Any, ...] | None: ...
-def same_items(dicts: list[dict[str, Any]], items: list[Any]) -> bool: ...
-def same_attributes(objects: list[Any], names: tuple[str, ...], values: list[Any]) -> bool: ...
+    def enqueue(self, device: int, stream: int) -> None:
+        """Draws on a GPU."""
+
+def instruction_sets() -> list[str]:
+    """The instruction sets in this build, widest first."""
+
+def cpu_isa() -> str:
+    """The instruction set in use."""
+
+def plain_signature(data: tuple[Any, ...], type: type) -> tuple[Any, ...] | None:
+    """Shape, dtype and device of each tensor, one after the other.
+
+    None unless each object is exactly of this type, does not require grad, and is dense in memory of its own.
+    """
+
+def same_items(dicts: list[dict[str, Any]], items: list[Any]) -> bool:
+    """Whether the keys and values of the dicts, one dict after the other, are these very objects."""
+
+def same_attributes(objects: list[Any], names: tuple[str, ...], values: list[Any]) -> bool:
+    """Whether the attributes of the objects, all names of one object after the other, equal these values."""

@@ -1,4 +1,4 @@
-"""Which parameters the inner loop changes, as a user says it."""
+"""The argument `adapt_params`, which says which parameters the inner loop changes: its type, and how it is pickled."""
 
 from __future__ import annotations
 
@@ -10,24 +10,29 @@ AdaptParams = Callable[[str], bool] | Iterable[str] | None
 
 
 @dataclass(frozen=True)
-class Decided:
-    """What a function on names has decided that cannot be pickled itself (a lambda). It knows of no other names."""
+class RecordedRule:
+    """Stands for a function on names that cannot be pickled, such as a lambda: its answers for the model's names.
+
+    Raises:
+        ValueError: it is asked about a name that the model did not have when the answers were recorded.
+    """
 
     names: dict[str, bool]
 
     def __call__(self, name: str) -> bool:
         if name not in self.names:
             raise ValueError(
-                f"adapt_params must say whether the inner loop changes {name}, got a function that was lost when this "
-                "FusedMAML was copied or saved, before the model had that parameter: give a named function or names"
+                f"adapt_params must say whether the inner loop changes {name}, got a function that could not be "
+                "pickled when this FusedMAML was copied or saved, before the model had that parameter: give a function "
+                "that can be pickled, or names"
             )
         return self.names[name]
 
 
 def as_pickled(rule: Callable[[str], bool], names: Iterable[str]) -> Callable[[str], bool]:
-    """The rule, or where it cannot be pickled what it says of these names."""
+    """Returns the rule, or its recorded answers for these names if it cannot be pickled."""
     try:
         pickle.dumps(rule)
     except Exception:
-        return Decided({name: bool(rule(name)) for name in names})
+        return RecordedRule({name: bool(rule(name)) for name in names})
     return rule

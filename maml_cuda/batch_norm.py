@@ -1,5 +1,8 @@
-"""BatchNorm with parameters and statistics of their own for each inner step (MAML++, Antoniou, Edwards, Storkey 2019),
-and running statistics, which are collected when asked for and at no other time."""
+"""BatchNorm for MAML: per-step layers (MAML++; Antoniou, Edwards, Storkey 2019), and running statistics.
+
+A per-step layer has parameters and statistics of its own for each inner step; those of one step are a slot. Only
+`FusedMAML.update_statistics` writes running statistics; forward passes do not.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,37 @@ from maml_cuda import pytrees
 from maml_cuda.functional import Functional
 from maml_cuda.pytrees import Tree
 
-LAST = 2**31 - 1  # a step beyond every slot: the last one serves it
+LAST = 2**31 - 1  # an inner step beyond every slot, which reads the last slot
 
 MODES = ("transductive", "per_step", "running")
 
 
 class PerStepBatchNorm(nn.Module):
-    """BatchNorm with one slot an inner step; the last slot serves all later steps.
+    """BatchNorm with one slot for each inner step. Steps beyond the last slot read the last slot.
 
-    The support pass at phi_k reads slot k, the query pass at phi_{k+1} slot k too, as in the authors' code. gamma and
-    beta are meta-learned, not adapted. In train mode batch statistics are used, and running ones neither read nor
-    written; in eval mode the slot's running statistics, which `FusedMAML.update_statistics` collects.
+    From MAML++ (Antoniou, Edwards, Storkey 2019). The support pass at phi_k and the query pass at phi_{k+1} both read
+    slot k, as in the authors' code. `weight` (gamma) and `bias` (beta) are meta-learned and not adapted.
+
+    In train mode the layer normalises by batch statistics, and neither reads nor writes running statistics. In eval
+    mode it normalises by the slot's running statistics, which `FusedMAML.update_statistics` collects.
+
+    Args:
+        num_features: channels of the input.
+        steps: number of slots, at least 1.
+        eps: added to the variance.
+        momentum: of the running statistics; None: they are the mean over all updates.
+        affine: whether there are `weight` and `bias`.
+        track_running_stats: whether there are running statistics.
+        device, dtype: of the parameters and buffers.
 
     Attributes:
-        weight, bias: [steps, num_features], or None.
-        running_mean, running_var: [steps, num_features], or None; num_batches_tracked: [steps].
-        step: whose slot `forward` reads; the fused path does not look at it.
+        weight, bias: `[steps, num_features]`, or None.
+        running_mean, running_var: `[steps, num_features]`, or None.
+        num_batches_tracked: `[steps]`, or None; updates of each slot.
+        step: the inner step whose slot `forward` reads. FusedMAML sets it where it calls the module itself.
+
+    Raises:
+        ValueError: `steps` is less than 1. From `forward`: the input has another number of axes.
     """
 
     weight: nn.Parameter | None
@@ -37,7 +55,7 @@ class PerStepBatchNorm(nn.Module):
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
-    ranks: tuple[int, ...] = (2, 3, 4)  # axes of its input
+    ranks: tuple[int, ...] = (2, 3, 4)  # the numbers of axes that the input may have
 
     def __init__(
         self,
@@ -82,13 +100,19 @@ class PerStepBatchNorm(nn.Module):
 
 
 class PerStepBatchNorm1d(PerStepBatchNorm):
-    """Of features [n, c] or sequences [n, c, length]."""
+    """PerStepBatchNorm of features `[n, channels]` or signals `[n, channels, length]`, in place of `BatchNorm1d`.
+
+    Arguments and attributes are those of PerStepBatchNorm.
+    """
 
     ranks = (2, 3)
 
 
 class PerStepBatchNorm2d(PerStepBatchNorm):
-    """Of images [n, c, height, width]."""
+    """PerStepBatchNorm of images `[n, channels, height, width]`, in place of `BatchNorm2d`.
+
+    Arguments and attributes are those of PerStepBatchNorm.
+    """
 
     ranks = (4,)
 
@@ -98,7 +122,15 @@ _PER_STEP = {nn.BatchNorm1d: PerStepBatchNorm1d, nn.BatchNorm2d: PerStepBatchNor
 
 @contextmanager
 def at_step(model: nn.Module, step: int) -> Iterator[None]:
-    """Inside, the per-step layers of `model` read the slot of inner step `step`."""
+    """Context in which the per-step layers of `model` read the slot of one inner step.
+
+    Use it to call the model yourself, for example at adapted parameters. After k inner steps, the slot is that of step
+    k - 1.
+
+    Args:
+        model: any module; one without per-step layers is not affected.
+        step: inner step, from 0; steps beyond the last slot read the last slot.
+    """
     layers = [m for m in model.modules() if isinstance(m, PerStepBatchNorm)]
     before = [m.step for m in layers]
     for m in layers:
@@ -110,27 +142,27 @@ def at_step(model: nn.Module, step: int) -> Iterator[None]:
             m.step = step_before
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _norm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     norms = (nn.modules.batchnorm._BatchNorm, PerStepBatchNorm)
     return [(name, m) for name, m in model.named_modules() if isinstance(m, norms)]
 
 
 def stepwise_names(model: nn.Module, mode: str = "transductive") -> set[str]:
-    """Names of the parameters that have a slot for each step, or will have one once `mode` is "per_step"."""
+    """Names of the parameters that belong to per-step layers: now, or after `mode` "per_step" has converted layers."""
     kinds = (PerStepBatchNorm, *_PER_STEP) if mode == "per_step" else (PerStepBatchNorm,)
-    own = {id(p) for _, m in _layers(model) if isinstance(m, kinds) for p in m.parameters(recurse=False)}
+    own = {id(p) for _, m in _norm_layers(model) if isinstance(m, kinds) for p in m.parameters(recurse=False)}
     return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in own}
 
 
 def check_mode(model: nn.Module, mode: str) -> None:
-    """Whether `apply_mode` can do it.
+    """Checks that a model can run with this value of FusedMAML's argument `batch_norm`.
 
     Raises:
-        ValueError: the sentence why not.
+        ValueError: it cannot.
     """
     if mode not in MODES:
         raise ValueError(f"batch_norm must be one of {', '.join(MODES)}, got {mode!r}")
-    layers = _layers(model)
+    layers = _norm_layers(model)
     if mode != "transductive" and not layers:
         raise ValueError(f"batch_norm={mode!r} must have a model with BatchNorm layers, got none")
     for name, m in layers:
@@ -145,15 +177,23 @@ def check_mode(model: nn.Module, mode: str) -> None:
 
 
 def convert_per_step(model: nn.Module, steps: int) -> nn.Module:
-    """`model` with a PerStepBatchNorm of `steps` slots in place of each BatchNorm1d and BatchNorm2d, in place.
+    """Replaces each BatchNorm1d and BatchNorm2d of `model`, in place, by a per-step layer (MAML++).
 
-    Every slot starts with the layer's own parameters and statistics. An optimizer made before holds the old parameters.
+    Every slot starts with a copy of the layer's parameters and statistics. Convert before you make an optimizer: one
+    that was made earlier holds the old parameters.
+
+    Args:
+        model: a module with BatchNorm layers.
+        steps: number of slots, at least 1; normally the number of inner steps.
 
     Returns:
-        model, or its replacement where it is itself a BatchNorm.
+        `model`, or the new layer if `model` is itself a BatchNorm layer.
+
+    Raises:
+        ValueError: there is no BatchNorm layer; one is of another type, or has hooks; `steps` is less than 1.
     """
     check_mode(model, "per_step")
-    new = {id(m): _converted(m, steps) for _, m in _layers(model) if type(m) in _PER_STEP}
+    new = {id(m): _converted(m, steps) for _, m in _norm_layers(model) if type(m) in _PER_STEP}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if id(child) in new:
@@ -162,6 +202,7 @@ def convert_per_step(model: nn.Module, steps: int) -> nn.Module:
 
 
 def _converted(m: nn.Module, steps: int) -> PerStepBatchNorm:
+    """The per-step layer for a BatchNorm layer."""
     like = next((t for t in (m.weight, m.running_mean) if isinstance(t, Tensor)), None)
     place = {} if like is None else {"device": like.device, "dtype": like.dtype}
     new = _PER_STEP[type(m)](m.num_features, steps, m.eps, m.momentum, m.affine, m.running_mean is not None, **place)  # type: ignore[index,arg-type]
@@ -175,7 +216,7 @@ def _converted(m: nn.Module, steps: int) -> PerStepBatchNorm:
 
 @contextmanager
 def put_back(model: nn.Module) -> Iterator[None]:
-    """Where its body raises, the model's layers and their modes are again what they were."""
+    """Context that restores the model's submodules and training flags if its body raises."""
     before = [(m, dict(m._modules), m.training) for m in model.modules()]
     try:
         yield
@@ -188,24 +229,24 @@ def put_back(model: nn.Module) -> Iterator[None]:
 
 
 def with_batch_statistics(model: nn.Module) -> list[str]:
-    """The layers that normalise by the statistics of the set at hand."""
+    """Descriptions of the layers that normalise by batch statistics."""
     return [
         f"{name or 'the model'} ({type(m).__name__})"
-        for name, m in _layers(model)
+        for name, m in _norm_layers(model)
         if m.training or getattr(m, "running_mean", None) is None
     ]
 
 
 def hold_statistics(model: nn.Module) -> None:
-    """BatchNorm layers into eval mode: they normalise by their running statistics."""
-    for _, m in _layers(model):
+    """Sets BatchNorm layers to eval mode, in which they normalise by running statistics."""
+    for _, m in _norm_layers(model):
         m.eval()
 
 
 @contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm layers are in train mode."""
-    before = [(m, m.training) for _, m in _layers(model)]
+    """Context in which BatchNorm layers are in train mode."""
+    before = [(m, m.training) for _, m in _norm_layers(model)]
     for m, _ in before:
         m.train()
     try:
@@ -215,8 +256,11 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
             m.train(training)
 
 
-class _Collected:
-    """Means over passes of a layer's batch means and unbiased variances, for each slot."""
+class _StatisticsHook:
+    """A forward pre-hook that sums a layer's batch means and unbiased variances over passes, for each slot.
+
+    A layer that is not per-step has one slot, 0.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
@@ -233,6 +277,7 @@ class _Collected:
         self.passes[slot] = self.passes.get(slot, 0) + 1
 
     def write(self) -> None:
+        """Moves the layer's running statistics towards the means over passes, with its momentum."""
         m = self.layer
         for slot, sums in self.sums.items():
             at: int | tuple[()] = slot if isinstance(m, PerStepBatchNorm) else ()
@@ -244,16 +289,18 @@ class _Collected:
 
 @torch.no_grad()
 def update_running(model: nn.Module, passes: Iterable[tuple[int, Mapping[str, Tensor], Tree]]) -> None:
-    """One update of the running statistics, with each layer's momentum, towards the mean over passes of the batch means
-    and unbiased variances of its input.
+    """Updates running statistics once, with each layer's momentum.
+
+    The update is towards the mean, over passes and tasks, of the batch means and unbiased variances of a layer's input.
 
     Args:
-        passes: (inner step whose slot is meant, parameters name -> [tasks, *shape], x [tasks, n, ...]).
+        passes: forward passes to run, each as (inner step whose slot is updated, parameters as name ->
+            [tasks, *shape], x [tasks, n, ...]).
 
     Raises:
         ValueError: no layer tracks running statistics.
     """
-    collected = [_Collected(m) for _, m in _layers(model) if getattr(m, "running_mean", None) is not None]
+    collected = [_StatisticsHook(m) for _, m in _norm_layers(model) if getattr(m, "running_mean", None) is not None]
     if not collected:
         raise ValueError("update_statistics must have BatchNorm layers that track running statistics, got none")
     function = Functional(model)

@@ -1,4 +1,8 @@
-"""A module as a function of its parameters, whose graph needs nothing of the module afterwards."""
+"""A module as a function of its parameters.
+
+torch.func.functional_call does nearly the same. `Functional` also copies buffers, keeps parameters' own attributes, and
+turns off what would call the module again during a later backward.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +22,25 @@ from maml_cuda.engine.torch_private import no_saved_tensor_hooks
 
 
 class Functional:
-    """The module called with given tensors in place of its parameters, and on copies of its buffers, but for sparse
-    ones, which nobody writes to in place.
+    """Calls a module with given tensors in place of its parameters, on copies of its buffers.
 
-    In a call every place that holds a parameter (one layer may stand in two modules, one parameter under two names)
-    holds its stand-in; afterwards, and after an error, the module's own objects are back. A backward that runs later
-    finds everything in its graph: `torch.utils.checkpoint` would then call the module again, with other parameters, so
-    hooks on saved tensors, by which it works, are off in here.
+    During a call, every place that holds a parameter holds the given tensor, also if a layer belongs to two modules or
+    a parameter has two names. Afterwards, and after an error, the module has its own parameters and buffers again.
+    Sparse buffers are not copied, because they are not written in place.
+
+    A backward may run after the call, when the module has its own parameters again. So it must not call the module.
+    `torch.utils.checkpoint` would do that, by hooks on saved tensors; these hooks are off during a call.
 
     Raises:
-        ValueError: reentrant checkpoints, which work by other means; inside `torch.nn.utils.parametrize.cached()`,
-            whose values would outlive the parameters.
+        ValueError: forward uses `torch.utils.checkpoint` with use_reentrant=True, which works without these hooks; or
+            this is inside `torch.nn.utils.parametrize.cached()`, which would reuse values of other parameters.
     """
 
     def __init__(self, module: nn.Module) -> None:
         if parametrize._cache_enabled:
             raise ValueError(
-                "torch.nn.utils.parametrize.cached() must be off where maml_cuda calls the model, which has other "
-                "parameters in each inner step; it may stand inside forward"
+                "torch.nn.utils.parametrize.cached() must be off where maml_cuda calls the model, because it would "
+                "return values of other inner steps; it may be used inside forward"
             )
         self.module = module
         names = {id(p): name for name, p in module.named_parameters()}
@@ -48,37 +53,43 @@ class Functional:
         ]
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in modules)
         self._buffers = [(m, key, b) for m in modules for key, b in m._buffers.items() if b is not None]
-        self._left: list[Tensor | None] | None = None
+        self._after_first_call: list[Tensor | None] | None = None  # the buffers
 
     def __call__(self, parameters: Mapping[str, Tensor], *args: Any) -> Any:
-        """module(*args) at `parameters`, by name, whose tensors have a graph where gradients are on.
+        """Returns module(*args) at `parameters`, name -> tensor. The result has a graph if gradients are on.
 
-        For a forward that differentiates by its input, each tensor among args is a leaf or view of this call's own, so
-        that it differentiates by no other call's; and gradients are always on in it.
+        forward may itself use autograd, for example the gradient of its output in its input. So gradients are always on
+        inside forward, and each tensor among args is a new view or a detached tensor, in no other call's graph.
         """
         if not torch.is_grad_enabled():
             with torch.enable_grad():
                 fixed = {name: p.detach() for name, p in parameters.items()}
                 return detached(self(fixed, *map(detached, args)))
-        with self._stand_ins(parameters), no_saved_tensor_hooks():
-            result = self.module(*[pytrees.mapped(_own, a) for a in args])
-            left = [m._buffers.get(key) for m, key, _ in self._buffers]
-        if self._left is None:
-            _refuse_reentrant(result, pytrees.tensors((dict(parameters), args)))
-            self._left = left
+        with self._replaced(parameters), no_saved_tensor_hooks():
+            result = self.module(*[pytrees.mapped(_new_view, a) for a in args])
+            buffers = [m._buffers.get(key) for m, key, _ in self._buffers]
+        if self._after_first_call is None:
+            _refuse_reentrant_checkpoints(result, pytrees.tensors((dict(parameters), args)))
+            self._after_first_call = buffers
         return result
 
     @contextmanager
     def differentiable_twice(self) -> Iterator[None]:
-        """Inside, calls have second derivatives, which flash attention and cuDNN's recurrent layers have not."""
-        with _plain_attention(), _plain_recurrence() if self._recurrent else nullcontext():
+        """Context in which calls can be differentiated twice.
+
+        Flash attention and cuDNN's recurrent layers have no second derivative, so torch's other implementations are
+        used.
+        """
+        with _math_attention(), _recurrence_without_cudnn() if self._recurrent else nullcontext():
             yield
 
     @torch.no_grad()
     def keep_buffers(self) -> None:
-        """Buffers of layers in train mode become what the first call has left in them; those of BatchNorm and its like
-        stay."""
-        for (m, key, before), after in zip(self._buffers, self._left or (), strict=False):
+        """Sets buffers of layers in train mode to their values after the first call, as one plain training step would.
+
+        The running statistics of BatchNorm and InstanceNorm are not changed.
+        """
+        for (m, key, before), after in zip(self._buffers, self._after_first_call or (), strict=False):
             if not m.training or isinstance(m, _NormBase) or after is None or after is before:
                 continue
             if after.layout is not torch.strided or after.shape != before.shape or after.dtype != before.dtype:
@@ -87,9 +98,10 @@ class Functional:
                 before.copy_(after)
 
     @contextmanager
-    def _stand_ins(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    def _replaced(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        """Context in which the module has the given parameters, and copies of its buffers."""
         copies = {id(b): b.clone() if b.layout is torch.strided else b for _, _, b in self._buffers}
-        given = {name: _like(p, parameters[name]) for _, _, name, p in self._parameters}
+        given = {name: _with_attributes_of(p, parameters[name]) for _, _, name, p in self._parameters}
         for registry, key, name, _ in self._parameters:
             registry[key] = given[name]  # type: ignore[assignment]
         for m, key, b in self._buffers:
@@ -104,17 +116,20 @@ class Functional:
 
 
 def precision(parameters: Iterable[Tensor]) -> torch.dtype:
-    """The dtype in which a model counts: that of its trainable parameters, of complex ones that of their parts."""
+    """The model's real dtype: that of its first trainable parameter; for a complex one, that of its real part."""
     return min(parameters, key=lambda p: not p.requires_grad).dtype.to_real()
 
 
 def detached(tree: Any) -> Any:
-    """Its tensors without their graph."""
+    """The pytree with its tensors detached."""
     return pytrees.mapped(Tensor.detach, tree)
 
 
 class _ProcessWide:
-    """A context of state that all threads share: the first that comes in enters it, the last that goes out leaves."""
+    """A context that changes a setting of the whole process, for use by several threads at once.
+
+    The first thread that enters changes the setting, the last one that leaves restores it.
+    """
 
     def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
         self._make, self._lock, self._inside = make, Lock(), 0
@@ -145,24 +160,25 @@ def _without_cudnn() -> Iterator[None]:
         torch.backends.cudnn.enabled = before
 
 
-_plain_attention = _ProcessWide(lambda: sdpa_kernel(SDPBackend.MATH))
-_plain_recurrence = _ProcessWide(_without_cudnn)
+_math_attention = _ProcessWide(lambda: sdpa_kernel(SDPBackend.MATH))
+_recurrence_without_cudnn = _ProcessWide(_without_cudnn)
 
 
-def _own(t: Tensor) -> Tensor:
+def _new_view(t: Tensor) -> Tensor:
+    """A view of t, attached to its graph if it has one."""
     return t.view_as(t) if t.requires_grad else t.detach()
 
 
-def _like(p: Tensor, t: Tensor) -> Tensor:
-    """t with the attributes that a user has given to the parameter p."""
+def _with_attributes_of(p: Tensor, t: Tensor) -> Tensor:
+    """t with the Python attributes that the user has set on the parameter p."""
     if vars(p):
         t = t.view_as(t)
         t.__dict__.update(vars(p))
     return t
 
 
-def _refuse_reentrant(result: Any, given: list[Tensor]) -> None:
-    """Looks at the graph of one call, which begins at what it was given."""
+def _refuse_reentrant_checkpoints(result: Any, given: list[Tensor]) -> None:
+    """Searches the graph of one call, from its result back to the given tensors."""
     seen = {t.grad_fn for t in given}
     nodes = [t.grad_fn for t in pytrees.tensors(result)]
     while nodes:

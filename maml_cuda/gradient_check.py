@@ -1,4 +1,4 @@
-"""Is it truly second order? A proof on the user's own model."""
+"""gradcheck: compares the meta-gradient of the user's own model with plain autograd and with finite differences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from maml_cuda.targets import Target
 
 @dataclass
 class GradcheckRow:
-    """One parameter's meta-gradient: its norm, and the relative error against autograd and finite differences."""
+    """The result for one parameter or learned rate.
+
+    Attributes:
+        name: of the parameter; `inner_lr` or `inner_lr.<name>` of a learned rate, `loss.<name>` of a loss module.
+        norm: of its meta-gradient.
+        autograd_error: the error against `reference.meta_gradient`, relative to the norm of the whole meta-gradient.
+        finite_difference_error: the same against finite differences; NaN at first order.
+    """
 
     name: str
     norm: float
@@ -27,7 +34,7 @@ class GradcheckRow:
 
 
 class GradcheckTable(list[GradcheckRow]):
-    """The rows of a gradcheck; printing it shows the table."""
+    """The rows that gradcheck returns; `print` shows them as a table."""
 
     def __str__(self) -> str:
         width = max(len(row.name) for row in self)
@@ -49,14 +56,29 @@ def gradcheck(
     tolerance: float = 1e-8,
     finite_difference_tolerance: float = 1e-4,
 ) -> GradcheckTable:
-    """Proves the meta-gradient on a float64 copy of `maml`; the original is not touched.
+    """Checks the meta-gradient on a float64 copy of `maml`; the original is not changed.
 
-    For every parameter and learned rate: the error relative to the norm of the whole meta-gradient, against
-    `reference.meta_gradient` (double backward) and, unless `maml.first_order`, against the central difference of the
-    meta-loss along the parameter's own gradient and one random direction.
+    Each parameter and learned rate is compared with two other computations.
+
+    - `reference.meta_gradient`: plain autograd, by double backward.
+    - Central differences of the meta-loss, along the parameter's own gradient and along one random direction. They are
+      left out if `maml.first_order`, because a first-order gradient is not the derivative of the meta-loss.
+
+    Errors are relative to the norm of the whole meta-gradient.
+
+    Args:
+        maml: what to check.
+        x_spt, y_spt: support sets, `[tasks, n_support, ...]`.
+        x_qry, y_qry: query sets, `[tasks, n_query, ...]`.
+        tolerance: the largest error against autograd.
+        finite_difference_tolerance: the largest error against finite differences.
+
+    Returns:
+        A list of GradcheckRow (name, norm, autograd_error, finite_difference_error); `print` shows it as a table.
 
     Raises:
-        RuntimeError: an error beyond its tolerance; the text is the table.
+        RuntimeError: an error is larger than its tolerance; the message has the table.
+        ValueError, TypeError: a tolerance is not a number above 0, or the data do not fit, as in a call of `maml`.
     """
     checks.tolerance(tolerance, "tolerance")
     checks.tolerance(finite_difference_tolerance, "finite_difference_tolerance")
@@ -67,7 +89,7 @@ def gradcheck(
     maml(*data).loss.backward()
     for b, before in zip(maml.buffers(), buffers, strict=True):
         if not torch.equal(b, before):
-            b.copy_(before)  # every call here is to be of the same function
+            b.copy_(before)  # so that every call here evaluates the same function
     rate = maml.inner_lr
     _, truth = reference.meta_gradient(
         maml.model, maml.loss, x_spt, y_spt, x_qry, y_qry, rate, maml.inner_steps, maml.first_order, maml._adapt_params,
@@ -112,7 +134,10 @@ def _in_double(t: Tensor) -> Tensor:
 def _finite_difference_error(
     maml: FusedMAML, data: tuple[Tree, ...], p: Tensor, grad: Tensor, direction: Tensor
 ) -> float:
-    """|central difference - <grad, unit direction>| of the meta-loss."""
+    """The difference between two derivatives of the meta-loss along `direction`, scaled to norm 1, at the parameter p.
+
+    One is the central difference, the other the inner product of `grad` with the direction.
+    """
     norm = direction.norm()
     if norm == 0:
         return 0.0

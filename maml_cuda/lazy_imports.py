@@ -1,5 +1,7 @@
-"""Names of a package that are imported where they are first used (PEP 562): what never asks for one, as the command
-line's help, does not wait for torch."""
+"""Imports the names of a package at their first use (PEP 562).
+
+Code that uses none of them, such as the command line's ``--help``, does not wait for torch to be imported.
+"""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -9,8 +11,13 @@ from typing import Any
 
 
 def lazily(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of ``package``: its submodules, and the names of ``home``, each from the submodule that
-    stands there. A name must not be its own submodule's: whoever imports that would put the module in its place."""
+    """Makes the module-level ``__getattr__`` of a package. It finds the package's submodules and the names of ``home``.
+
+    Args:
+        package: the package's name.
+        home: name -> submodule that defines it. The two must differ: importing a submodule sets the package's attribute
+            of that name to the module.
+    """
 
     def load(name: str) -> Any:
         module = f"{package}.{home.get(name, name)}"

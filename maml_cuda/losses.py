@@ -1,4 +1,4 @@
-"""The losses that have a name, as plain functions (prediction, target) -> 0-d, and those of the user's own."""
+"""Losses as functions (prediction, target) -> 0-d tensor: the built-in ones and those of the user's own."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
-    if prediction.shape != target.shape:  # of a task whose prediction is not shaped as the first one's
+    if prediction.shape != target.shape:  # checks of the data saw the first task's prediction only
         raise ValueError(
             f"the prediction must have the target's shape {list(target.shape)} for mse, got {list(prediction.shape)}"
         )
-    # Written out: jvp(grad(.)) through F.mse_loss raises in torch 2.13.
+    # Not F.mse_loss: in torch 2.13, torch.func.jvp of torch.func.grad of it raises.
     return ((prediction - target) ** 2).mean()
 
 
 def policy_gradient(policy: Policy, target: PolicyTarget) -> Tensor:
-    """The two forms that PolicyTarget tells of."""
+    """Either form of the policy-gradient loss; PolicyTarget has the formulas."""
     coefficients = targets.coefficients(target)
     log_prob = policies.log_prob(policy, target.actions)
     if target.old_log_probs is None:
         return -(coefficients * log_prob).sum()
-    log_ratio = (log_prob - target.old_log_probs).masked_fill(coefficients == 0, 0)  # of padding it might overflow
+    log_ratio = (log_prob - target.old_log_probs).masked_fill(coefficients == 0, 0)  # exp of padding might overflow
     return -(coefficients * log_ratio.exp()).sum()
 
 
@@ -48,23 +48,23 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 
 def objective(loss: Loss) -> Callable[..., Tensor]:
-    """(prediction, target) -> the loss, or of a module (parameters, prediction, target) -> the loss."""
+    """The loss as a function (prediction, target), or for a module as a function (parameters, prediction, target)."""
     if isinstance(loss, nn.Module):
         return Functional(loss)
     return LOSSES[loss] if isinstance(loss, str) else loss
 
 
 def loss_function(loss: Loss) -> Callable[..., Tensor]:
-    """(prediction, target) -> the loss, of a module at its own parameters."""
+    """The loss as a function (prediction, target); a module is called at its own parameters."""
     function = objective(loss)
     return partial(function, dict(function.module.named_parameters())) if isinstance(function, Functional) else function
 
 
 def value_of(loss: Callable[..., Any], prediction: Any, target: Any) -> Tensor:
-    """The loss, a number.
+    """Calls a loss.
 
     Raises:
-        TypeError, ValueError: it returns something else.
+        TypeError, ValueError: it does not return a 0-d tensor of a real floating-point dtype.
     """
     value = loss(prediction, target)
     if not isinstance(value, Tensor):
@@ -75,5 +75,5 @@ def value_of(loss: Callable[..., Any], prediction: Any, target: Any) -> Tensor:
             "as value.mean() is"
         )
     if not value.is_floating_point():
-        raise TypeError(f"the loss must return a real number in floating point, got {value.dtype}")
+        raise TypeError(f"the loss must return a real floating-point tensor, got {value.dtype}")
     return value

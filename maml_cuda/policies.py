@@ -1,8 +1,9 @@
-"""Stochastic policies as a model returns them, batched over whatever stands before the last axes.
+"""Stochastic policies in the form that a model returns them: log-probabilities, divergences and samples.
 
-A categorical policy is its logits [..., n, actions]; a Gaussian one is (mean [..., n, action], log_std), with
-independent dimensions and log_std [..., n, action], or [..., action] for all states alike: what `maml.predict` gives
-back for all tasks at once.
+A categorical policy is its logits, `[..., n, actions]`. A Gaussian policy with independent dimensions is a pair
+`(mean, log_std)`: `mean` is `[..., n, action]`; `log_std`, the natural logarithm of the standard deviation, is
+`[..., n, action]`, or `[..., action]` if it is the same for all states. All leading axes `...` are batch axes, so these
+functions take what `maml.predict` returns for all tasks at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ Policy = Tensor | tuple[Tensor, Tensor]
 
 
 def log_prob(policy: Policy, actions: Tensor) -> Tensor:
-    """log pi(actions), [..., n]. actions: [..., n, action] (Gaussian) or int64 [..., n] (categorical)."""
+    """The logarithm of the probability (categorical) or of the density (Gaussian) of actions.
+
+    Args:
+        policy: logits, or (mean, log_std).
+        actions: int64 `[..., n]` for a categorical policy, `[..., n, action]` for a Gaussian one.
+
+    Returns:
+        `[..., n]`, in nats.
+    """
     if isinstance(policy, Tensor):
         return policy.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     mean, log_std = by_state(policy)
@@ -25,7 +34,14 @@ def log_prob(policy: Policy, actions: Tensor) -> Tensor:
 
 
 def kl_divergence(old: Policy, new: Policy) -> Tensor:
-    """KL(old || new) in each state, [..., n]."""
+    """The Kullback-Leibler divergence KL(old || new) in each state.
+
+    Args:
+        old, new: two policies of the same kind and shapes.
+
+    Returns:
+        `[..., n]`, in nats.
+    """
     if isinstance(old, Tensor):
         assert isinstance(new, Tensor)
         old_log, new_log = old.log_softmax(-1), new.log_softmax(-1)
@@ -38,7 +54,14 @@ def kl_divergence(old: Policy, new: Policy) -> Tensor:
 
 
 def entropy(policy: Policy) -> Tensor:
-    """In each state, [..., n], in nats."""
+    """The entropy (categorical) or differential entropy (Gaussian) in each state.
+
+    Args:
+        policy: logits, or (mean, log_std).
+
+    Returns:
+        `[..., n]`, in nats.
+    """
     if isinstance(policy, Tensor):
         log = policy.log_softmax(-1)
         return -(log.exp() * log).sum(-1)
@@ -47,7 +70,15 @@ def entropy(policy: Policy) -> Tensor:
 
 
 def sample(policy: Policy, generator: torch.Generator | None = None) -> Tensor:
-    """One action for each state, detached: [..., n, action] (Gaussian) or int64 [..., n] (categorical)."""
+    """Draws one action for each state.
+
+    Args:
+        policy: logits, or (mean, log_std).
+        generator: the random generator, on the policy's device; None: torch's default one.
+
+    Returns:
+        int64 `[..., n]` for a categorical policy, `[..., n, action]` for a Gaussian one; detached.
+    """
     if isinstance(policy, Tensor):
         chances = policy.detach().softmax(-1)
         drawn = torch.multinomial(chances.reshape(-1, chances.shape[-1]), 1, generator=generator)
@@ -58,11 +89,11 @@ def sample(policy: Policy, generator: torch.Generator | None = None) -> Tensor:
 
 
 def mean_of(prediction: Policy) -> Tensor:
-    """The logits, or the mean."""
+    """The logits of a categorical policy, the mean of a Gaussian one."""
     return prediction if isinstance(prediction, Tensor) else prediction[0]
 
 
 def by_state(policy: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and log_std, of which the second broadcasts to the first."""
+    """Mean and log_std, with log_std in a shape that broadcasts to the mean's."""
     mean, log_std = policy
     return mean, log_std.unsqueeze(-2) if 1 < log_std.dim() < mean.dim() else log_std

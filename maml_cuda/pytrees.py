@@ -1,7 +1,7 @@
-"""Pytrees of tensors (torch.utils._pytree): tuples, lists, dicts, and whatever else is registered there.
+"""Pytrees of tensors (torch.utils._pytree): nested tuples, lists, dicts and other types that are registered there.
 
-What x, y and a model's output may be where no fused layer serves. A tensor is a pytree of one leaf. Tasks come first in
-every leaf.
+On the general path, x, y and a model's output may be pytrees. A tensor is a pytree with one leaf. The first axis of
+every leaf counts tasks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 Tree = Any
 
-_CONSTANTS = (type(None), bool, int, float, complex, str, bytes)
+_CONSTANTS = (type(None), bool, int, float, complex, str, bytes)  # leaves that must be the same in all tasks
+# The parameters from which a distribution is made again.
 _PARAMETERS: dict[type, tuple[str, ...]] = {
     Normal: ("loc", "scale"),
     MultivariateNormal: ("loc", "scale_tril"),
@@ -26,48 +27,56 @@ _PARAMETERS: dict[type, tuple[str, ...]] = {
 
 
 def mapped(f: Callable[[Tensor], Any], tree: Tree) -> Tree:
-    """f of each of its tensors, everything else as it is."""
+    """The tree with f applied to each tensor. Other leaves are unchanged."""
     return f(tree) if isinstance(tree, Tensor) else pytree.tree_map_only(Tensor, f, tree)
 
 
 def tensors(tree: Tree) -> list[Tensor]:
+    """The leaves that are tensors."""
     if isinstance(tree, Tensor):
         return [tree]
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def named_leaves(name: str, tree: Tree) -> list[tuple[str, Any]]:
-    """Each leaf with its name: x['mask'] or x[0], where x is the tree's."""
+    """Each leaf with its name, for example x['mask'] or x[0] if the name of the tree is x."""
     return [(name + pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
 
 
 def tasks(tree: Tree) -> int:
+    """The number of tasks."""
     return len(tensors(tree)[0])
 
 
 def of_task(tree: Tree, task: int) -> Tree:
-    """One task's part."""
+    """The tree of one task: each tensor at index `task` of its first axis."""
     return tree[task] if isinstance(tree, Tensor) else mapped(lambda t: t[task], tree)
 
 
 def stacked(name: str, parts: Sequence[Tree]) -> Tree:
-    """What a model returns for each task, as one pytree: tensors [tasks, ...]; None, numbers and strings that are the
-    same for all tasks; distributions (Normal, MultivariateNormal, Beta, Categorical, Bernoulli, Independent ones) with
-    parameters [tasks, ...].
+    """Stacks what a model returns for each task into one pytree.
+
+    Tensors become [tasks, ...]. None, numbers and strings must be the same for all tasks. Distributions (Normal,
+    MultivariateNormal, Beta, Categorical, Bernoulli, Independent) get parameters [tasks, ...].
+
+    Args:
+        name: of the tree, for error messages.
+        parts: one pytree for each task.
 
     Raises:
-        TypeError, ValueError: a leaf that is something else, or differs between tasks.
+        TypeError: a leaf is of another type.
+        ValueError: structures, types, shapes or constants differ between tasks.
     """
     return _combined(name, torch.stack, parts)
 
 
 def detached(name: str, part: Tree) -> Tree:
-    """What a model returns for one task, without its graph. Raises as `stacked` does."""
+    """What a model returns for one task, detached. Raises the errors of `stacked`."""
     return _combined(name, lambda row: row[0].detach(), [part])
 
 
 def _combined(name: str, f: Callable[[list[Tensor]], Tensor], parts: Sequence[Tree]) -> Tree:
-    """f of the tensors at each place."""
+    """One tree from the trees of all tasks: f gets the tensors of all tasks at one position."""
     structures = [pytree.tree_structure(part) for part in parts]
     for task, structure in enumerate(structures):
         if structure != structures[0]:
@@ -107,7 +116,7 @@ def _combined_leaf(name: str, f: Callable[[list[Tensor]], Tensor], row: list[Any
 
 
 def _arguments(name: str, d: Any) -> dict[str, Any]:
-    """What makes such a distribution again."""
+    """The arguments that make this distribution again."""
     if type(d) is Independent:
         return {"base_distribution": d.base_dist, "reinterpreted_batch_ndims": d.reinterpreted_batch_ndims}
     if type(d) in (Categorical, Bernoulli):
@@ -116,7 +125,7 @@ def _arguments(name: str, d: Any) -> dict[str, Any]:
     if type(d) not in _PARAMETERS:
         raise TypeError(
             f"{name} must be a tensor, or a tuple, list or dict of tensors (any pytree), got the distribution "
-            f"{type(d).__name__}, whose tasks cannot be put together: return its parameters as tensors, and let the "
-            "loss make the distribution of them"
+            f"{type(d).__name__}, which cannot be stacked over tasks: return its parameters as tensors, and make the "
+            "distribution in the loss"
         )
     return {what: getattr(d, what) for what in _PARAMETERS[type(d)]}

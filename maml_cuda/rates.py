@@ -1,4 +1,4 @@
-"""The inner learning rate in every form that `inner_lr` accepts, read into one `Rate` a parameter."""
+"""Inner learning rates: every form that the argument `inner_lr` accepts becomes one `Rate` for each parameter."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Rate:
-    """alpha of one parameter: a constant, or a tensor whose first axis may count inner steps.
+    """The inner learning rate (alpha) of one parameter.
 
-    `elementwise`: behind that axis it has the parameter's shape (Meta-SGD); otherwise it is one number.
+    Attributes:
+        value: a number, or a tensor of the shape that the two flags say.
+        per_step: the first axis of `value` counts inner steps.
+        elementwise: the other axes have the parameter's shape (Meta-SGD; Li, Zhou, Chen, Li 2017). Otherwise there are
+            no other axes.
     """
 
     value: float | Tensor
@@ -22,14 +26,18 @@ class Rate:
     elementwise: bool = False
 
     def at(self, step: int) -> float | Tensor:
-        """The rate of inner step `step`; steps beyond the last rate repeat it."""
+        """The rate of inner step `step`, from 0. Steps beyond the last rate use the last one."""
         if isinstance(self.value, Tensor) and self.per_step:
             return self.value[min(step, len(self.value) - 1)]
         return self.value
 
 
 class InnerRates(nn.Module):
-    """A dict of rates whose tensors are named `<parameter name>` below this module, dots and all."""
+    """A dict parameter name -> rate, as a module.
+
+    The tensors among the rates are parameters or buffers of the module. In `state_dict` each has the name of the
+    parameter whose rate it is. Names contain dots, so submodules are made for the parts of a name.
+    """
 
     def __init__(self, rates: Mapping[str, float | Tensor]) -> None:
         super().__init__()
@@ -67,7 +75,7 @@ def _register(module: nn.Module, name: str, rate: Tensor) -> None:
 
 
 def hold(owner: nn.Module, inner_lr: float | Tensor | Mapping[str, float | Tensor]) -> None:
-    """Sets `owner.inner_lr`: a float as it is, a tensor as parameter or buffer, a dict as InnerRates."""
+    """Sets `owner.inner_lr`: a number as a float, a tensor as a parameter or buffer, a dict as InnerRates."""
     if isinstance(inner_lr, Tensor):
         _register(owner, "inner_lr", inner_lr)
     elif isinstance(inner_lr, Mapping):
@@ -77,7 +85,7 @@ def hold(owner: nn.Module, inner_lr: float | Tensor | Mapping[str, float | Tenso
 
 
 def tensors(inner_lr: float | Tensor | Mapping[str, float | Tensor] | InnerRates) -> list[tuple[str, Tensor]]:
-    """Those rates that are tensors, each with what an error calls it."""
+    """The rates that are tensors, each with its name for error messages."""
     if isinstance(inner_lr, (Mapping, InnerRates)):
         return [(f"inner_lr[{name!r}]", rate) for name, rate in inner_lr.items() if isinstance(rate, Tensor)]
     return [("inner_lr", inner_lr)] if isinstance(inner_lr, Tensor) else []
@@ -88,17 +96,17 @@ def read_rates(
     adapted: Mapping[str, torch.Size],
     steps: int,
 ) -> dict[str, Rate]:
-    """One Rate for each adapted parameter.
+    """Reads `inner_lr` as one Rate for each adapted parameter.
 
     Args:
-        inner_lr: a float or 0-d tensor; a tensor [steps]; or a dict with exactly the adapted names, each a float,
-            0-d, [steps], the parameter's shape, or [steps, *shape].
+        inner_lr: a float or 0-d tensor; a tensor [steps]; or a dict whose keys are exactly the adapted names. Each of
+            its values is a float or a tensor of shape [], [steps], the parameter's shape, or [steps, *shape].
         adapted: name -> shape of the parameters that the inner loop changes.
-        steps: inner steps.
+        steps: number of inner steps.
 
     Raises:
-        ValueError: a missing or extra name, a shape that fits no reading or two, a rate that is not finite.
-        TypeError: a rate that is neither a number nor a floating-point tensor.
+        ValueError: a name is missing or extra; a shape fits none of the forms, or two of them; a rate is not finite.
+        TypeError: a rate is neither a number nor a floating-point tensor.
     """
     if isinstance(inner_lr, (Mapping, InnerRates)):
         given = dict(inner_lr.items())
@@ -150,6 +158,6 @@ def _read_shape(what: str, rate: Tensor, shape: torch.Size | None, steps: int) -
     if not readings:
         raise ValueError(f"{what} must have shape {forms}, got {list(rate.shape)}")
     raise ValueError(
-        f"{what} of shape {list(rate.shape)} is ambiguous: one rate a step (inner_steps={steps}) or one an element of "
-        f"the parameter {list(shape or ())}; give it as {[steps, *(shape or ())]}"
+        f"{what} of shape {list(rate.shape)} is ambiguous: it can be one rate for each step (inner_steps={steps}) or "
+        f"one for each element of the parameter {list(shape or ())}; give it as {[steps, *(shape or ())]}"
     )

@@ -1,7 +1,17 @@
-"""MAML by plain autograd, one task at a time, for any module and any loss: the general path, and the oracle.
+"""MAML by plain autograd, one task at a time, for any module and any loss.
 
-Every answer of the fused path has its twin here, written as the paper has it: an inner loop of
-`torch.autograd.grad(create_graph=True)` and a backward through it (Finn, Abbeel, Levine 2017, equation 1).
+This is the general path, which runs models that have no fused layers. It is also the reference that the tests compare
+the fused path with. For each task, with support loss L_spt, query loss L_qry and rate alpha_k of inner step k:
+
+    phi_0     = theta
+    phi_{k+1} = phi_k - alpha_k * dL_spt(phi_k)/dphi_k,    k = 0 .. K-1
+
+    meta-loss     = mean over tasks of L_qry(phi_K)
+    meta-gradient = d(meta-loss)/d(theta)
+
+(Finn, Abbeel, Levine 2017, equation 1 and algorithm 1.) autograd differentiates through the inner loop, because the
+inner gradients are computed with `create_graph=True`. At first order (FOMAML, section 5.2 of the paper) they are
+constants instead. Parameters that are not adapted have alpha_k = 0: they are in the meta-gradient but do not move.
 """
 
 from __future__ import annotations
@@ -24,8 +34,10 @@ from maml_cuda.targets import Target
 
 
 def adapted_names(model: nn.Module, adapt_params: Callable[[str], bool] | Iterable[str] | None) -> list[str]:
-    """Names of the trainable parameters that the inner loop changes, in the model's order. By default all but those
-    that have a slot for each step."""
+    """Names of the parameters that the inner loop changes, in the model's order.
+
+    By default, these are all trainable parameters except those of per-step BatchNorm layers.
+    """
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     if adapt_params is None:
         stepwise = stepwise_names(model)
@@ -47,12 +59,23 @@ def inner_loop(
     first_order: bool,
     differentiable: bool = True,
 ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
-    """phi_0 .. phi_steps and the support losses of one task; a graph back to theta where `differentiable`.
+    """The inner loop of one task: phi_{k+1} = phi_k - alpha_k * dL(phi_k)/dphi_k.
 
-    theta must not be a user's leaves, whose hooks would see the inner loop's gradients. Rates count in theta's dtype.
+    Args:
+        model, loss: the task's loss is loss(model(phi, x), y).
+        theta: phi_0, name -> tensor, for all parameters. Do not give the model's own parameters: their hooks would be
+            called with the inner gradients.
+        rates: alpha_k of each adapted parameter. They are converted to the parameter's dtype.
+        x, y: the support set of the task, [samples, ...].
+        steps: K.
+        first_order: the inner gradients are constants.
+        differentiable: whether the result has a graph back to theta and to the rates.
+
+    Returns:
+        phi_0 .. phi_K, and the support losses at phi_0 .. phi_{K-1} (detached).
 
     Raises:
-        ValueError: an adapted parameter (a key of `rates`) that the support loss does not depend on.
+        ValueError: the support loss does not depend on an adapted parameter.
     """
     phi: dict[str, Tensor] = dict(theta)
     losses = []
@@ -64,33 +87,31 @@ def inner_loop(
         for step in range(steps):
             with at_step(model.module, step), model.differentiable_twice() if second_order else nullcontext():
                 value = value_of(loss, model(phi, x), y)
+            adapted = [phi[name] for name in rates]
             grads = torch.autograd.grad(
-                value,
-                [phi[name] for name in rates],
-                create_graph=second_order,
-                retain_graph=second_order or None,
-                allow_unused=True,
+                value, adapted, create_graph=second_order, retain_graph=second_order or None, allow_unused=True
             )
             losses.append(value.detach())
             phi = dict(phi)
             for (name, rate), g in zip(rates.items(), grads, strict=True):
                 if g is None:
                     raise unreached([name])
-                step_size = rate.at(step)
-                if isinstance(step_size, Tensor):
-                    step_size = step_size.to(g.dtype.to_real())
+                alpha = rate.at(step)
+                if isinstance(alpha, Tensor):
+                    alpha = alpha.to(g.dtype.to_real())
                 if not second_order:
                     g = g.detach()
                 if not differentiable:
-                    step_size = step_size.detach() if isinstance(step_size, Tensor) else step_size
-                    phi[name] = (phi[name].detach() - step_size * g).requires_grad_()
+                    alpha = alpha.detach() if isinstance(alpha, Tensor) else alpha
+                    phi[name] = (phi[name].detach() - alpha * g).requires_grad_()
                 else:
-                    phi[name] = phi[name] - step_size * g
+                    phi[name] = phi[name] - alpha * g
             path.append(phi)
     return path, losses
 
 
 def unreached(names: list[str]) -> ValueError:
+    """The error for adapted parameters that the support loss does not depend on."""
     return ValueError(
         f"adapted parameter {', '.join(names)} does not reach the support loss: every adapted parameter must; "
         "leave it out with adapt_params"
@@ -110,24 +131,43 @@ def meta_gradient(
     adapt_params: Callable[[str], bool] | Iterable[str] | None = None,
     query_weights: Tensor | Sequence[float] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean query loss over tasks after `inner_steps` steps, and its exact gradient.
+    """The meta-loss and its exact gradient, by plain autograd (Finn, Abbeel, Levine 2017, equation 1).
+
+    For each task, with rate alpha_k of inner step k and K = `inner_steps`:
+
+        phi_0     = theta
+        phi_{k+1} = phi_k - alpha_k * dL_spt(phi_k)/dphi_k
+
+    The meta-loss is the mean of L_qry(phi_K) over tasks. Its gradient is taken in theta, through all inner steps.
 
     Args:
-        model: any module; its `.grad` fields are not touched.
-        loss: a name that FusedMAML takes, or (prediction, target) -> scalar.
-        x_spt, y_spt, x_qry, y_qry: [tasks, samples, ...], or pytrees of tensors [tasks, ...] where model and loss take
-            them; a policy-gradient loss takes PolicyTargets.
-        inner_lr: every form of FusedMAML's.
-        query_weights: [inner_steps + 1]; the loss of a task is the sum of weight k times its query loss at phi_k.
+        model: any module. Its parameters and their `.grad` are not changed.
+        loss: a name that FusedMAML accepts, or a function (prediction, target) -> scalar.
+        x_spt, y_spt: support sets, `[tasks, n_support, ...]`. A model or a loss of your own may take pytrees of tensors
+            `[tasks, ...]`; a policy-gradient loss takes a PolicyTarget.
+        x_qry, y_qry: query sets, `[tasks, n_query, ...]`, in the same forms.
+        inner_lr: alpha, in any form that FusedMAML accepts.
+        inner_steps: K, from 0.
+        first_order: treat the inner gradients as constants (FOMAML).
+        adapt_params: which parameters the inner loop changes: a function of the name, or names; None: all trainable
+            ones except those of per-step BatchNorm layers.
+        query_weights: w, `[inner_steps + 1]`. The loss of a task is then the sum over k of w_k L_qry(phi_k) (the
+            multi-step loss of MAML++, Antoniou, Edwards, Storkey 2019). None: L_qry(phi_K).
 
     Returns:
-        The loss (0-d, detached), and name -> gradient of every trainable parameter that reaches the loss; learned
-        rates stand under `inner_lr` or `inner_lr.<name>`, a loss module's parameters under `loss.<name>`.
+        The meta-loss (0-d, detached), and a dict name -> gradient, of the shape of the parameter. It has every
+            trainable parameter that the meta-loss depends on. A learned rate has the name `inner_lr` or
+            `inner_lr.<name>`; a parameter of a loss module has the name `loss.<name>`.
+
+    Raises:
+        ValueError: the support loss does not depend on an adapted parameter; a rate has no possible shape, or is not
+            finite; the loss does not return a 0-d tensor.
+        TypeError: a rate or the loss has a wrong type.
     """
     adapted = adapted_names(model, adapt_params)
     parameters = dict(model.named_parameters())
     rates = read_rates(inner_lr, {name: parameters[name].shape for name in adapted}, inner_steps)
-    wanted: dict[str, Tensor] = {name: p for name, p in parameters.items() if p.requires_grad}
+    wanted: dict[str, Tensor] = dict(parameters)
     if isinstance(inner_lr, Tensor):
         wanted["inner_lr"] = inner_lr
     elif isinstance(inner_lr, (Mapping, InnerRates)):
@@ -157,60 +197,62 @@ def meta_step(
     weights: Iterable[float | Tensor],
     query_weights: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor, Tree | None, Tensor, list[Tensor | None]]:
-    """One meta-step, one task's graph at a time: loss = sum_t weights[t] * query loss of t, and its gradients.
+    """One meta-step: the loss sum_t weights[t] * L_qry(phi_K) of task t, and its gradients.
 
-    query_weights: [steps + 1], or None: the query loss of a task is the sum of weight k times the one at phi_k.
+    The graph of one task is freed before the next task begins, so memory does not grow with the number of tasks.
 
-    Twins stand in for `wanted`, so that hooks of theirs see neither the inner loop nor the single tasks. Where a loss
-    of the user's, or a forward, holds one of them itself, its gradient there counts too.
+    Leaf copies of the tensors in `wanted` take part in the computation, so that hooks of the originals are not called
+    with gradients of inner steps or single tasks. A loss or a forward of the user's own may read an original directly.
+    The gradient in the original is then added to that in its copy.
+
+    Args:
+        model, loss: the loss of a set is loss(model(phi, x), y).
+        rates: the inner rate of each adapted parameter.
+        wanted: the tensors whose gradients are computed: parameters, rates, or tensors of the data.
+        x_spt, y_spt, x_qry, y_qry: [tasks, samples, ...], or pytrees of tensors [tasks, ...].
+        steps: K.
+        first_order: the inner gradients are constants.
+        weights: of the tasks.
+        query_weights: w, [steps + 1]: the query loss of a task is sum_k w_k L_qry(phi_k). None: L_qry(phi_K).
 
     Returns:
-        loss (0-d), task_losses [tasks], predictions (trees.stacked, or None where they cannot be), support_losses
-        [tasks, steps], all detached, and the gradient of each tensor of `wanted`, or None for one that does not reach
-        the loss.
+        loss (0-d), task_losses [tasks], predictions (from pytrees.stacked; None if it raises), support_losses
+        [tasks, steps], all detached; and for each tensor in `wanted` its gradient, or None if the loss does not depend
+        on it.
     """
     total: float | Tensor = 0.0
     task_losses, predictions, support_losses = [], [], []
-    # A learned rate that no step uses (steps = 0) has a gradient: zero.
-    of_rates = {id(rate.value) for rate in rates.values()}
-    gradients: list[Tensor | None] = [torch.zeros_like(t) if id(t) in of_rates else None for t in wanted]
+    rate_ids = {id(rate.value) for rate in rates.values()}
+    # The gradient of a learned rate that no step uses (steps = 0) is zero, not None.
+    gradients: list[Tensor | None] = [torch.zeros_like(t) if id(t) in rate_ids else None for t in wanted]
     dtype = precision(p for _, p in model.module.named_parameters())
-    twins = {id(t): t.detach().to(dtype if id(t) in of_rates else t.dtype).requires_grad_() for t in wanted}
+    copies = {id(t): t.detach().to(dtype if id(t) in rate_ids else t.dtype).requires_grad_() for t in wanted}
 
-    def twin(t: Tensor) -> Tensor:
-        return twins.get(id(t), t)
+    def copied(t: Tensor) -> Tensor:
+        return copies.get(id(t), t)
 
-    both = [*map(twin, wanted), *wanted]
-    theta = {name: twin(p) for name, p in model.module.named_parameters()}
-    rates = {name: replace(r, value=twin(r.value)) if isinstance(r.value, Tensor) else r for name, r in rates.items()}
-    x_spt, y_spt, x_qry, y_qry = (pytrees.mapped(twin, part) for part in (x_spt, y_spt, x_qry, y_qry))
+    copies_and_originals = [*map(copied, wanted), *wanted]
+    theta = {name: copied(p) for name, p in model.module.named_parameters()}
+    rates = {name: replace(r, value=copied(r.value)) if isinstance(r.value, Tensor) else r for name, r in rates.items()}
+    x_spt, y_spt, x_qry, y_qry = (pytrees.mapped(copied, part) for part in (x_spt, y_spt, x_qry, y_qry))
     if isinstance(loss, Functional):
-        loss = partial(loss, {name: twin(p) for name, p in loss.module.named_parameters()})
+        loss = partial(loss, {name: copied(p) for name, p in loss.module.named_parameters()})
     for t, weight in enumerate(weights):
-        path, inner = inner_loop(
-            model,
-            loss,
-            theta,
-            rates,
-            pytrees.of_task(x_spt, t),
-            pytrees.of_task(y_spt, t),
-            steps,
-            first_order,
-            differentiable=bool(wanted),
-        )
+        x, target = pytrees.of_task(x_spt, t), pytrees.of_task(y_spt, t)
+        path, inner = inner_loop(model, loss, theta, rates, x, target, steps, first_order, differentiable=bool(wanted))
         x, target = pytrees.of_task(x_qry, t), pytrees.of_task(y_qry, t)
         with torch.set_grad_enabled(bool(wanted)):
-            prediction = query(model, path, steps, x)
+            prediction = query_prediction(model, path, steps, x)
             if query_weights is None:
                 value = value_of(loss, prediction, target)
             else:
                 value = sum(  # type: ignore[assignment]
-                    w * value_of(loss, prediction if k == steps else query(model, path, k, x), target)
+                    w * value_of(loss, prediction if k == steps else query_prediction(model, path, k, x), target)
                     for k, w in enumerate(query_weights)
                     if w
                 )
         if wanted:
-            for i, g in enumerate(torch.autograd.grad(value, both, allow_unused=True)):
+            for i, g in enumerate(torch.autograd.grad(value, copies_and_originals, allow_unused=True)):
                 if g is not None:
                     share, i = weight * g, i % len(wanted)
                     so_far = gradients[i]
@@ -219,22 +261,25 @@ def meta_step(
         predictions.append(_or_none(pytrees.detached, prediction))
         support_losses.append(torch.stack(inner) if inner else value.detach().new_zeros(0))
         total = total + (weight.detach() if isinstance(weight, Tensor) else weight) * value.detach()
-    assert isinstance(total, Tensor)  # data_checks.py refuses a call without tasks
+    assert isinstance(total, Tensor)  # engine/data_checks.py refuses a call without tasks
     gradients = [None if g is None else g.to(t.dtype) for t, g in zip(wanted, gradients, strict=True)]
     outputs = _or_none(pytrees.stacked, predictions)
     return total, torch.stack(task_losses), outputs, torch.stack(support_losses), gradients
 
 
-def _or_none(put_together: Callable[[str, Tree], Tree], predictions: Tree) -> Tree | None:
-    """None of what only a loss of the user's can take: no pytrees of tensors, or not alike in all tasks."""
+def _or_none(operation: Callable[[str, Tree], Tree], predictions: Tree) -> Tree | None:
+    """The operation's result, or None for predictions that are no pytrees of tensors or that differ in structure.
+
+    A loss of the user's own may accept such predictions.
+    """
     try:
-        return put_together("the model's output", predictions)
+        return operation("the model's output", predictions)
     except (TypeError, ValueError):
         return None
 
 
-def query(model: Functional, path: list[dict[str, Tensor]], k: int, x: Tree) -> Tree:
-    """The prediction at phi_k, whose per-step layers read the slot of the step before."""
+def query_prediction(model: Functional, path: list[dict[str, Tensor]], k: int, x: Tree) -> Tree:
+    """The prediction at phi_k, where `path` is phi_0 .. phi_K. Per-step layers read the slot of step k - 1."""
     with at_step(model.module, max(k - 1, 0)):
         return model(path[k], x)
 
@@ -247,7 +292,15 @@ def loss_and_grad(
     x: Tree,
     y: Target,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Per task: the loss at its own parameters [tasks], and the gradients by `names` [tasks, *shape]."""
+    """For each task, the loss at its own parameters and the gradient in those of them that `names` lists.
+
+    Args:
+        fast: each task's parameters, name -> [tasks, *shape].
+        x, y: [tasks, samples, ...].
+
+    Returns:
+        Losses [tasks], and name -> gradient [tasks, *shape], detached.
+    """
     losses, gradients = [], []
     for t in range(pytrees.tasks(x)):
         value, grads, _ = _gradient(model, loss, fast, names, x, y, t, create_graph=False)
@@ -265,17 +318,27 @@ def hvp(
     y: Target,
     v: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Per task: the Hessian of the loss at its own parameters times v, by `names` [tasks, *shape]."""
+    """For each task, the Hessian of the loss at its own parameters times v: H v = d(<dL/dphi, v>)/dphi.
+
+    Args:
+        fast: phi, each task's parameters, name -> [tasks, *shape].
+        names: the parameters in which the loss is differentiated.
+        x, y: [tasks, samples, ...].
+        v: name -> [tasks, *shape]; a name that is missing is a zero.
+
+    Returns:
+        name -> product [tasks, *shape], for `names`, detached.
+    """
     products = []
     for t in range(pytrees.tasks(x)):
-        _, grads, at = _gradient(model, loss, fast, names, x, y, t, create_graph=True)
+        _, grads, phi = _gradient(model, loss, fast, names, x, y, t, create_graph=True)
         with torch.enable_grad():
-            along = _along(names, grads, {n: d[t] for n, d in v.items()})
-        if isinstance(along, Tensor) and along.requires_grad:
-            result: tuple[Tensor | None, ...] = torch.autograd.grad(along, [at[n] for n in names], allow_unused=True)
+            slope = _inner_product(names, grads, {n: d[t] for n, d in v.items()})
+        if isinstance(slope, Tensor) and slope.requires_grad:
+            result: tuple[Tensor | None, ...] = torch.autograd.grad(slope, [phi[n] for n in names], allow_unused=True)
         else:
             result = (None,) * len(names)
-        products.append([torch.zeros_like(at[n]) if g is None else g for n, g in zip(names, result, strict=True)])
+        products.append([torch.zeros_like(phi[n]) if g is None else g for n, g in zip(names, result, strict=True)])
     return _stacked(names, products)
 
 
@@ -292,42 +355,61 @@ def fisher_vector_product(
     steps: int,
     first_order: bool,
 ) -> dict[str, Tensor]:
-    """The Hessian, at theta, of the mean over tasks of KL(adapted policy at theta || adapted policy), times v.
+    """The Hessian-vector product of the KL divergence between adapted policies, for trust regions (TRPO).
 
-    It is J^T F J v, with the Jacobian J of the policy's outputs and the divergence's Hessian F in them, as its gradient
-    in them is zero. So no layer is differentiated a third time, which torch does wrong, or refuses, in BatchNorm.
+    Let pi_theta be a task's policy on its query states after the inner loop from theta. The function of theta' that is
+    differentiated twice, at theta' = theta, is
 
-    weights: [tasks, n_query], which sum to 1 in each task.
+        mean over tasks of sum_n weights_n KL(pi_theta(x_n) || pi_theta'(x_n)).
+
+    Its gradient in the policy's outputs is zero at theta' = theta. So its Hessian is J^T F J: J is the Jacobian of the
+    outputs in theta, F the Hessian of the divergence in the outputs (Schulman, Levine, Moritz, Jordan, Abbeel 2015,
+    appendix C). In this form no layer is differentiated three times; torch's third derivative of BatchNorm is wrong or
+    missing.
+
+    Args:
+        rates: the inner rate of each adapted parameter; held fixed.
+        names: the parameters theta in which the divergence is differentiated.
+        x_spt, y_spt: support sets, [tasks, n_support, ...].
+        x_qry: query states, [tasks, n_query, ...].
+        v: name -> tensor of the parameter's shape.
+        weights: [tasks, n_query], which sum to 1 in each task.
+        first_order: the inner gradients are constants.
+
+    Returns:
+        name -> tensor of the parameter's shape, for `names`, detached.
     """
     theta = {n: p.detach().requires_grad_(n in names) for n, p in model.module.named_parameters()}
     fixed = {
         name: replace(r, value=r.value.detach()) if isinstance(r.value, Tensor) else r for name, r in rates.items()
     }
-    at = [theta[name] for name in names]
-    total = [torch.zeros_like(p) for p in at]
+    differentiated = [theta[name] for name in names]
+    total = [torch.zeros_like(p) for p in differentiated]
     for t in range(len(x_spt)):
         path, _ = inner_loop(model, loss, theta, fixed, x_spt[t], pytrees.of_task(y_spt, t), steps, first_order)
         with torch.enable_grad(), model.differentiable_twice():
-            policy = query(model, path, steps, x_qry[t])
+            policy = query_prediction(model, path, steps, x_qry[t])
             new = pytrees.mapped(lambda p: p.detach().requires_grad_(p.requires_grad), policy)
             outputs, leaves = ([p for p in pytrees.tensors(tree) if p.requires_grad] for tree in (policy, new))
             if not outputs:
-                continue  # the policy does not depend on them
+                continue  # no output depends on these parameters
             divergence = (weights[t] * policies.kl_divergence(detached(policy), new)).sum()
-            slopes = torch.autograd.grad(divergence, leaves, create_graph=True)
-            along = _along(names, torch.autograd.grad(outputs, at, slopes, create_graph=True, allow_unused=True), v)
-            if not isinstance(along, Tensor):
+            # s is the divergence's gradient in the leaves. ds/dleaves = F, so <J^T s, v> = <s, J v> has gradient F J v.
+            s = torch.autograd.grad(divergence, leaves, create_graph=True)
+            jt_s = torch.autograd.grad(outputs, differentiated, s, create_graph=True, allow_unused=True)
+            slope = _inner_product(names, jt_s, v)
+            if not isinstance(slope, Tensor):
                 continue
-            pushed = torch.autograd.grad(along, leaves, allow_unused=True, materialize_grads=True)
-        for so_far, g in zip(total, torch.autograd.grad(outputs, at, pushed, allow_unused=True), strict=True):
+            fj_v = torch.autograd.grad(slope, leaves, allow_unused=True, materialize_grads=True)
+        jt_fj_v = torch.autograd.grad(outputs, differentiated, fj_v, allow_unused=True)
+        for so_far, g in zip(total, jt_fj_v, strict=True):
             if g is not None:
                 so_far += g / pytrees.tasks(x_spt)
     return dict(zip(names, total, strict=True))
 
 
-def _along(names: list[str], gradient: Sequence[Tensor | None], v: Mapping[str, Tensor]) -> Tensor | int:
-    """The derivative in the direction v, whose gradient is the Hessian's product with v: of complex numbers by both
-    parts, as torch's gradients are."""
+def _inner_product(names: list[str], gradient: Sequence[Tensor | None], v: Mapping[str, Tensor]) -> Tensor | int:
+    """<gradient, v>, the derivative in the direction v. Complex numbers count as pairs of real ones, as in torch."""
     pairs = ((g, v[n].detach()) for n, g in zip(names, gradient, strict=True) if g is not None and n in v)
     return sum((g.conj() * d).real.sum() for g, d in pairs)
 
@@ -342,12 +424,14 @@ def _gradient(
     task: int,
     create_graph: bool,
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
-    at = {n: p[task].detach().requires_grad_(n in names) for n, p in fast.items()}
+    """One task's loss at its own parameters, its gradient in `names`, and these parameters, as leaves of the graph."""
+    phi = {n: p[task].detach().requires_grad_(n in names) for n, p in fast.items()}
     with torch.enable_grad(), model.differentiable_twice() if create_graph else nullcontext():
-        value = value_of(loss, model(at, pytrees.of_task(x, task)), pytrees.of_task(y, task))
-        grads = torch.autograd.grad(value, [at[n] for n in names], create_graph=create_graph, allow_unused=True)
-    return value, [torch.zeros_like(at[n]) if g is None else g for n, g in zip(names, grads, strict=True)], at
+        value = value_of(loss, model(phi, pytrees.of_task(x, task)), pytrees.of_task(y, task))
+        grads = torch.autograd.grad(value, [phi[n] for n in names], create_graph=create_graph, allow_unused=True)
+    return value, [torch.zeros_like(phi[n]) if g is None else g for n, g in zip(names, grads, strict=True)], phi
 
 
 def _stacked(names: list[str], rows: list[list[Tensor]]) -> dict[str, Tensor]:
+    """name -> [tasks, *shape], from one row of tensors for each task."""
     return {n: torch.stack([row[i].detach() for row in rows]) for i, n in enumerate(names)}

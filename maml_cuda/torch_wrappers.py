@@ -1,5 +1,7 @@
-"""torch's wrappers around a user's model: for which the module inside is used, and which are refused; and how compiled
-parts run uncompiled."""
+"""Models inside torch's wrappers (torch.compile, DataParallel, ...): which are unwrapped, and which are refused.
+
+Also a context in which compiled modules run uncompiled.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,15 @@ from maml_cuda.warn import warn
 
 
 def unwrapped(model: Any) -> Any:
-    """The module inside `torch.compile` and `nn.DataParallel`, whose parameters are the same; anything else as it is.
+    """The module inside `torch.compile(model)` or `nn.DataParallel(model)`. Any other object is returned as it is.
 
     Raises:
-        TypeError: a module, or a part of it, that other parameters cannot be put into (torch.jit), or whose gradients
-            would not be shared (DistributedDataParallel).
+        TypeError: the model has a submodule made by torch.jit, whose parameters cannot be replaced for a call; or a
+            DistributedDataParallel, which would not average the meta-gradients over processes.
     """
     while isinstance(model, (OptimizedModule, nn.DataParallel)):
         if isinstance(model, nn.DataParallel):
-            warn("maml_cuda takes the model out of nn.DataParallel: it runs on one device, with all tasks at once")
+            warn("maml_cuda uses the module inside nn.DataParallel: it runs on one device, with all tasks in one call")
         model = model.module if isinstance(model, nn.DataParallel) else model._orig_mod
     for name, m in model.named_modules() if isinstance(model, nn.Module) else ():
         what = f"{type(m).__name__}{f' ({name})' if name else ''}"
@@ -39,14 +41,17 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
-_lock, _inside = threading.Lock(), 0
+_lock, _inside = threading.Lock(), 0  # _inside: the number of threads that are in `uncompiled`
 _stance: Any = None
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Inside, what `torch.compile` has compiled runs uncompiled. torch has one setting for all threads: the first one
-    that enters changes it, the last one that leaves restores it."""
+    """Context in which functions compiled by `torch.compile` run uncompiled.
+
+    torch has one setting for all threads: the first thread that enters changes it, the last one that leaves restores
+    it.
+    """
     global _inside, _stance
     with _lock:
         if _inside == 0:

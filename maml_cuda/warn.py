@@ -1,16 +1,17 @@
-"""Warnings at the user's line."""
+"""Warnings that point at the user's line of code."""
 
 from __future__ import annotations
 
 import sys
 import warnings
 
-_NOT_THE_USERS = ("maml_cuda", "torch")  # between the user and a `forward` of ours stands nn.Module.__call__
+# Packages whose frames are skipped. torch is one of them because nn.Module.__call__ calls FusedMAML.forward.
+_SKIPPED = ("maml_cuda", "torch")
 
 
 def warn(text: str) -> None:
-    """A UserWarning at the innermost line outside of this package and of torch."""
+    """Emits a UserWarning at the innermost frame that is outside of maml_cuda and torch."""
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _SKIPPED:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, UserWarning, stacklevel=level)

@@ -132,7 +132,7 @@ def test_complex_numbers_where_none_belong():
     data = episode(3)
     with pytest.raises(TypeError, match=r"the model must return real numbers for mse, got torch\.complex128"):
         maml_of(in_double(Phases()))(*data)
-    with pytest.raises(TypeError, match=r"the loss must return a real number in floating point, got torch\.complex128"):
+    with pytest.raises(TypeError, match=r"the loss must return a real floating-point tensor, got torch\.complex128"):
         maml_of(in_double(Phases()), lambda p, t: (p - t).mean())(*data)
     with pytest.raises(TypeError, match=r"x_spt must have the model's dtype torch\.float32, got torch\.complex128"):
         maml_of(Waves())(data[0].to(torch.complex128), *data[1:])

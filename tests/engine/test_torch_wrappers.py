@@ -91,7 +91,7 @@ def net_like(model: nn.Module) -> nn.Module:
 
 def test_data_parallel_is_taken_off_with_a_word() -> None:
     model = net()
-    with pytest.warns(UserWarning, match=r"takes the model out of nn.DataParallel: it runs on one device") as caught:
+    with pytest.warns(UserWarning, match=r"uses the module inside nn.DataParallel: it runs on one device") as caught:
         maml = FusedMAML(nn.DataParallel(model), RATE, STEPS, backend="fused")
     assert caught[0].filename == __file__
     assert maml.model is model
