@@ -15,7 +15,7 @@ struct Declaration<Kind::batch_norm> {
   static constexpr bool on_cpu = true, on_cuda = true;
   static constexpr bool mixes_samples = true;
   static constexpr bool function_in_place = false;
-  static constexpr bool in_small_networks = false;
+  static constexpr bool in_lanes = false, in_megakernel = false;
 
   static Shape infer(const Node& node, std::span<const Shape> x, int64_t n) {
     check_batch_statistics(node.name, x[0], n);

@@ -1,5 +1,5 @@
 // conv_block: f(pool(batch_norm(conv2d(x)) + r)), on CPUs only. r is the other input of a residual sum; r, f
-// and the max-pool of 2 x 2 pixels are optional; f is relu or leaky_relu.
+// and the max-pool of 2 x 2 pixels are optional; f(u) = u > 0 ? u : a u, and a = 1 is no f.
 #pragma once
 
 #include "layers/declaration.h"
@@ -16,7 +16,7 @@ struct Declaration<Kind::conv_block> {
   static constexpr bool on_cpu = true, on_cuda = false;
   static constexpr bool mixes_samples = true;
   static constexpr bool function_in_place = false;
-  static constexpr bool in_small_networks = false;
+  static constexpr bool in_lanes = false, in_megakernel = false;
 
   static Shape infer(const Node& node, std::span<const Shape> x, int64_t n) {
     Shape y = normalised_convolution(node, x[0], n);

@@ -40,9 +40,11 @@ concept Declared = requires(const Node& node, std::span<const Shape> x, const La
   // Whether a function after it may be computed in place, over its output: none of its passes reads that
   // output.
   { Declaration<K>::function_in_place } -> std::convertible_to<bool>;
-  // Whether the executors of small networks have it: the CPU's tasks in lanes and the CUDA megakernel. These
-  // work on features only, element by element or (conv2d) as a product.
-  { Declaration<K>::in_small_networks } -> std::convertible_to<bool>;
+  // Whether the executors of small networks have it. The CPU's tasks in lanes run a layer on lanes as on
+  // further features, so that it must work element by element. The CUDA megakernel needs passes of its own
+  // (InBlock in cuda/run/megakernel.cu).
+  { Declaration<K>::in_lanes } -> std::convertible_to<bool>;
+  { Declaration<K>::in_megakernel } -> std::convertible_to<bool>;
   // The shape of its output. Throws std::invalid_argument where the shapes do not fit the layer, and
   // Unsupported where they fit but no fused layer takes them; both name the user's module.
   { Declaration<K>::infer(node, x, int64_t{}) } -> std::same_as<Shape>;

@@ -14,7 +14,7 @@ struct Declaration<Kind::flatten> {
   static constexpr bool on_cpu = true, on_cuda = true;
   static constexpr bool mixes_samples = false;
   static constexpr bool function_in_place = false;
-  static constexpr bool in_small_networks = false;
+  static constexpr bool in_lanes = false, in_megakernel = false;
 
   static Shape infer(const Node& node, std::span<const Shape> x, int64_t) {
     Shape y = output_like_input(node, x[0]);

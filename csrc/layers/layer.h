@@ -35,8 +35,7 @@ struct Layer {
   Image in, out;
   Window window;
   Function function{};
-  // Constants of `function`. append: a is the lower bound. conv_block, stem: f(u) = u > 0 ? u : a u; a = 1:
-  // no f.
+  // Numbers of the layer; its declaration tells what they mean (functions.h: those of a function).
   double a = 0, b = 0, c = 1;
   double eps = 0;             // of all normalisations
   int64_t groups = 1;         // group_norm; in a Node, 0 means that every channel is a group

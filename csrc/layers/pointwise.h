@@ -14,7 +14,7 @@ struct Declaration<Kind::pointwise> {
   static constexpr bool on_cpu = true, on_cuda = true;
   static constexpr bool mixes_samples = false;
   static constexpr bool function_in_place = false;
-  static constexpr bool in_small_networks = true;
+  static constexpr bool in_lanes = true, in_megakernel = true;
 
   static Shape infer(const Node& node, std::span<const Shape> x, int64_t) {
     return output_like_input(node, x[0]);

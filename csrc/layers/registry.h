@@ -12,7 +12,7 @@ struct Properties {
   const char* name;
   LayerClass layer_class;
   int inputs;
-  bool mixes_samples, function_in_place, in_small_networks;
+  bool mixes_samples, function_in_place, in_lanes, in_megakernel;
   Shape (*infer)(const Node&, std::span<const Shape>, int64_t n);
   bool (*is_view)(const Image&, bool plan_input);
   int64_t (*work)(const Layer&);

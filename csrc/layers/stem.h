@@ -1,5 +1,5 @@
 // stem: f(pool(batch_norm(conv2d(x)))) of a constant image x, whose moments (patch_gram) are the second
-// input.
+// input; f(u) = u > 0 ? u : a u.
 #pragma once
 
 #include "layers/declaration.h"
@@ -16,7 +16,7 @@ struct Declaration<Kind::stem> {
   static constexpr bool on_cpu = true, on_cuda = true;
   static constexpr bool mixes_samples = true;
   static constexpr bool function_in_place = false;
-  static constexpr bool in_small_networks = false;
+  static constexpr bool in_lanes = false, in_megakernel = false;
 
   static Shape infer(const Node& node, std::span<const Shape> x, int64_t n) {
     Shape y = normalised_convolution(node, x[0], n);

@@ -87,11 +87,11 @@ void Problem::slice_rates() {
   }
 }
 
-bool Problem::is_small_network() const {
+bool Problem::is_small_network(bool Properties::* has_kind) const {
   for (const Stage* stage : {&support, &query}) {
     for (const Stage::Step& step : stage->steps) {
       const Layer& l = step.layer;
-      if (!properties(l.kind).in_small_networks) return false;
+      if (!(properties(l.kind).*has_kind)) return false;
       // Of convolutions, linear layers. With one pixel, a tap that falls on padding alone would read nothing.
       const bool features = l.in.h * l.in.w == 1 && l.out.h * l.out.w == 1;
       const bool one_tap =
@@ -101,6 +101,9 @@ bool Problem::is_small_network() const {
   }
   return true;
 }
+
+bool Problem::runs_in_lanes() const { return is_small_network(&Properties::in_lanes) && !is_tiled(); }
+bool Problem::runs_in_megakernel() const { return is_small_network(&Properties::in_megakernel); }
 
 int64_t Problem::task_size() const {
   return support.tiles * support.fixed_size + regions() * support.step_size +

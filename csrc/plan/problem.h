@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "layers/registry.h"
 #include "plan/packing.h"
 #include "plan/stage.h"
 
@@ -116,8 +117,9 @@ struct Problem {
   const std::vector<RateSlice>& rates_of(int step) const {
     return slices[std::min<size_t>(step, slices.size() - 1)];
   }
-  /// Whether all layers are those that the executors of small networks have (Declaration::in_small_networks).
-  bool is_small_network() const;
+  /// Whether the executors of small networks take it: the CPU's tasks in lanes, the CUDA megakernel.
+  bool runs_in_lanes() const;
+  bool runs_in_megakernel() const;
   bool is_tiled() const { return support.tiles > 1 || query.tiles > 1; }
   bool learns_rates() const { return result_size > packing.trainable; }
   /// The numbers of stored states phi_1 .. phi_steps and of stored gradients g_0 .. g_steps-1. No gradients
@@ -146,6 +148,7 @@ struct Problem {
   int64_t task_size() const;
 
  private:
+  bool is_small_network(bool Properties::* has_kind) const;
   void slice_rates();
 };
 

@@ -28,7 +28,7 @@ class BoundProblem {
   int64_t workspace(int64_t tasks, int64_t at_once) const;
   int64_t task_size() const { return problem_.task_size(); }
   /// Whether a CPU may run several tasks side by side, one in each lane of a vector register.
-  bool in_lanes() const { return problem_.is_small_network() && !problem_.is_tiled(); }
+  bool in_lanes() const { return problem_.runs_in_lanes(); }
   /// Runs the call on the CPU. Throws std::invalid_argument for a label or action out of range.
   void run(const BoundCall& call) const;
 

@@ -45,7 +45,7 @@ class Node:
     sample: the shape that a layer takes as a whole, as if it were features (LayerNorm); None: any shape.
     window: of a convolution or pool.
     function: of a pointwise layer, by its name in csrc/layers/functions.h.
-    constants: of the function, in the order of csrc/layers/functions.h; of "append", the floor.
+    constants: numbers of the function or the layer, in the order that its declaration in csrc/layers tells.
     eps: of a normalisation.
     groups: of group_norm; 0: every channel is a group.
     count_padding: of avg_pool, whether padding counts in the divisor.

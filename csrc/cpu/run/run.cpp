@@ -100,7 +100,7 @@ struct WorkspaceLayout {
 
   WorkspaceLayout(const Problem& p, int64_t tasks_) : tasks(tasks_) {
     const int64_t in_lanes = W * lane_size(p);
-    lanes = p.is_small_network() && !p.is_tiled() && p.operation != Operation::kept_fisher &&
+    lanes = p.runs_in_lanes() && p.operation != Operation::kept_fisher &&
             few_lanes(tasks) && in_lanes * static_cast<int64_t>(sizeof(T)) <= kLaneBytes;
     wave = std::min(tasks, lanes ? W * cpu::kWave : cpu::kWave);
     sums = lanes ? (wave + W - 1) / W : 0;

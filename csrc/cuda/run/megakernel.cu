@@ -14,6 +14,7 @@
 // products are too small for matrix instructions to pay. Limits: kMegakernelSpans tensors, the shared memory
 // of one block, and linear layers, pointwise functions, sums and appended parameters only.
 #include <cstddef>
+#include <utility>
 
 #include "cuda/add.h"
 #include "cuda/append.h"
@@ -35,31 +36,64 @@ struct Spans {
   Span spans[kMegakernelSpans];
 };
 
-template <class T>
-__device__ void run_layer(Op op, const Layer& l, const Tensors<T>& t) {
-  const Team team = block_team();
-  switch (l.kind) {
-    case Kind::conv2d:
-      return op == Op::forward           ? linear_forward(team, l, t)
-             : op == Op::backward        ? linear_backward(team, l, t)
-             : op == Op::forward_tangent ? linear_forward_tangent(team, l, t)
-                                         : linear_backward_tangent(team, l, t);
-    case Kind::pointwise:
-      return op == Op::forward           ? pointwise_forward(team, l, t)
-             : op == Op::backward        ? pointwise_backward(team, l, t)
-             : op == Op::forward_tangent ? pointwise_forward_tangent(team, l, t)
-                                         : pointwise_backward_tangent(team, l, t);
-    case Kind::append:
-      return op == Op::forward           ? append_forward(team, l, t)
-             : op == Op::backward        ? append_backward(team, l, t)
-             : op == Op::forward_tangent ? append_forward_tangent(team, l, t)
-                                         : append_backward_tangent(team, l, t);
-    default:
-      return op == Op::forward           ? add_forward(team, l, t)
-             : op == Op::backward        ? add_backward(team, l, t)
-             : op == Op::forward_tangent ? add_forward_tangent(team, l, t)
-                                         : add_backward_tangent(team, l, t);
+/// The four passes of each kind that the megakernel has (Declaration::in_megakernel), by one block.
+template <Kind K>
+struct InBlock;
+
+template <>
+struct InBlock<Kind::conv2d> {
+  template <class T>
+  static __device__ void run(Op op, Team team, const Layer& l, const Tensors<T>& t) {
+    return op == Op::forward           ? linear_forward(team, l, t)
+           : op == Op::backward        ? linear_backward(team, l, t)
+           : op == Op::forward_tangent ? linear_forward_tangent(team, l, t)
+                                       : linear_backward_tangent(team, l, t);
   }
+};
+template <>
+struct InBlock<Kind::pointwise> {
+  template <class T>
+  static __device__ void run(Op op, Team team, const Layer& l, const Tensors<T>& t) {
+    return op == Op::forward           ? pointwise_forward(team, l, t)
+           : op == Op::backward        ? pointwise_backward(team, l, t)
+           : op == Op::forward_tangent ? pointwise_forward_tangent(team, l, t)
+                                       : pointwise_backward_tangent(team, l, t);
+  }
+};
+template <>
+struct InBlock<Kind::append> {
+  template <class T>
+  static __device__ void run(Op op, Team team, const Layer& l, const Tensors<T>& t) {
+    return op == Op::forward           ? append_forward(team, l, t)
+           : op == Op::backward        ? append_backward(team, l, t)
+           : op == Op::forward_tangent ? append_forward_tangent(team, l, t)
+                                       : append_backward_tangent(team, l, t);
+  }
+};
+template <>
+struct InBlock<Kind::add> {
+  template <class T>
+  static __device__ void run(Op op, Team team, const Layer& l, const Tensors<T>& t) {
+    return op == Op::forward           ? add_forward(team, l, t)
+           : op == Op::backward        ? add_backward(team, l, t)
+           : op == Op::forward_tangent ? add_forward_tangent(team, l, t)
+                                       : add_backward_tangent(team, l, t);
+  }
+};
+
+/// Runs the layer if it is of kind K.
+template <Kind K, class T>
+__device__ bool run_if(Op op, const Layer& l, const Tensors<T>& t) {
+  if constexpr (Declaration<K>::in_megakernel) {
+    if (l.kind == K) InBlock<K>::run(op, block_team(), l, t);
+    return l.kind == K;
+  } else {
+    return false;
+  }
+}
+template <class T, int... K>
+__device__ void run_layer(Op op, const Layer& l, const Tensors<T>& t, std::integer_sequence<int, K...>) {
+  static_cast<void>((run_if<static_cast<Kind>(K)>(op, l, t) || ...));
 }
 
 template <class T>
@@ -100,7 +134,7 @@ __device__ void run_instruction(const Instruction<T>& i, const DevicePlan& plan,
     case Op::zero:
       return zero(team, i.size, t.y);
     default:
-      return run_layer(i.op, i.layer, t);
+      return run_layer(i.op, i.layer, t, std::make_integer_sequence<int, kKinds>());
   }
 }
 

@@ -111,7 +111,7 @@ struct Runner<T>::State {
   /// The problem in the form that the megakernel takes: unchanged, or in the largest tiles that fit the
   /// shared memory of a block; nothing where it does not serve it.
   std::optional<Problem> for_one_block() const {
-    if (!problem.is_small_network() || all_spans().count > kMegakernelSpans) return {};
+    if (!problem.runs_in_megakernel() || all_spans().count > kMegakernelSpans) return {};
     if (problem.support.work + problem.query.work > kMostWorkOfABlock) return {};
     auto fits = [&](const Problem& p) { return fits_one_block<T>(Layout(p, true, true), device); };
     if (fits(problem)) return problem;
