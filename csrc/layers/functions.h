@@ -28,6 +28,7 @@ enum class Function : int {
   tanh,
   sigmoid,
   hardtanh,
+  sin,
   count
 };
 
@@ -186,6 +187,19 @@ struct FunctionDeclaration<Function::hardtanh> {
   MAML_HOST_DEVICE static Derivatives<T> at(const Layer& l, T x) {
     const T a = static_cast<T>(l.a), b = static_cast<T>(l.b);
     return {x < a ? a : x > b ? b : x, x > a && x < b ? T(1) : T(0), T(0)};
+  }
+};
+
+/// sin(x)
+template <>
+struct FunctionDeclaration<Function::sin> {
+  static constexpr const char* name = "sin";
+  static constexpr bool bends = true;
+  static bool ascends(const Layer&) { return false; }
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
+    const T s = std::sin(x);
+    return {s, std::cos(x), -s};
   }
 };
 

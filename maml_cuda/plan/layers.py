@@ -388,6 +388,9 @@ class Layers(Writer):
     def sigmoid(self, input: Any) -> Value:
         return self.pointwise(input, "sigmoid")
 
+    def sin(self, input: Any) -> Value:
+        return self.pointwise(input, "sin")
+
     def hardtanh(self, input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Value:
         if min_val > max_val:
             raise Unfusable(f"min_val={min_val} is more than max_val={max_val}")

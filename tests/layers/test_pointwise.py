@@ -3,15 +3,21 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from maml_cuda import FusedMAML
+
+
+class Sin(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin()
+
 
 # CELU at alpha = 1/2: torch 2.13's own double backward is wrong in the 8th digit where 1/alpha is not a float32.
 FUNCTIONS = [
     nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.2), nn.LeakyReLU(0.01), nn.ELU(), nn.ELU(0.7), nn.SELU(), nn.CELU(0.5),
     nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Softplus(), nn.Softplus(2.0, 3.0), nn.Tanh(), nn.Sigmoid(),
-    nn.Hardtanh(), nn.Hardtanh(-0.5, 2.0),
+    nn.Hardtanh(), nn.Hardtanh(-0.5, 2.0), Sin(),
 ]  # fmt: skip
 
 

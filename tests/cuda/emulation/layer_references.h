@@ -32,7 +32,7 @@ double value_of(Dual<S> x) {
   return value_of(x.v);
 }
 
-using std::erfc, std::exp, std::log, std::sqrt;
+using std::cos, std::erfc, std::exp, std::log, std::sin, std::sqrt;
 template <class S>
 Dual<S> exp(Dual<S> x) {
   return {exp(x.v), exp(x.v) * x.d};
@@ -48,6 +48,17 @@ Dual<S> sqrt(Dual<S> x) {
 template <class S>
 Dual<S> erfc(Dual<S> x) {
   return {erfc(x.v), S(-1.1283791670955126) * exp(-(x.v * x.v)) * x.d};
+}
+
+template <class S>
+Dual<S> cos(Dual<S> x);
+template <class S>
+Dual<S> sin(Dual<S> x) {
+  return {sin(x.v), cos(x.v) * x.d};
+}
+template <class S>
+Dual<S> cos(Dual<S> x) {
+  return {cos(x.v), -(sin(x.v) * x.d)};
 }
 
 template <class S>
@@ -84,6 +95,8 @@ S f_of(const Layer& l, S x) {
       return sigmoid(x);
     case Function::hardtanh:
       return at <= l.a ? a : at >= l.b ? b : x;
+    case Function::sin:
+      return sin(x);
     case Function::count:
       break;
   }

@@ -62,9 +62,10 @@ Layer with(Layer l, Function f) {
   return l;
 }
 
-constexpr Function kFunctions[] = {
-    Function::relu,      Function::leaky_relu, Function::elu,  Function::silu,    Function::gelu,
-    Function::gelu_tanh, Function::softplus,   Function::tanh, Function::sigmoid, Function::hardtanh};
+constexpr Function kFunctions[] = {Function::relu,     Function::leaky_relu, Function::elu,
+                                   Function::silu,     Function::gelu,       Function::gelu_tanh,
+                                   Function::softplus, Function::tanh,       Function::sigmoid,
+                                   Function::hardtanh, Function::sin};
 
 const Window kWindows[] = {{2, 2, 2, 2, 0, 0}, {3, 3, 2, 2, 1, 1}, {3, 2, 1, 1, 1, 0},
                            {2, 3, 3, 4, 0, 1}, {5, 4, 2, 3, 2, 2}, {1, 1, 1, 1, 0, 0}};
