@@ -20,6 +20,7 @@ enum class Kind : int {
   mean_pool,
   add,
   append,
+  scale,
   norm_block,
   conv_block,
   patch_gram,
@@ -44,6 +45,7 @@ enum class Kind : int {
 #include "layers/patch_gram.h"
 #include "layers/pointwise.h"
 #include "layers/running_norm.h"
+#include "layers/scale.h"
 #include "layers/stem.h"
 
 namespace maml {

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from maml_cuda.plan.graph import Traced, Value, Writer
+from maml_cuda.plan.graph import Traced, Value, Writer, in_words
 from maml_cuda.plan.schema import Layout, Window
 from maml_cuda.plan.side_effects import Unfusable
 
@@ -349,6 +349,15 @@ class Layers(Writer):
 
     def iadd(self, input: Any, other: Any) -> Value:
         return self._in_place(self._tensor(input), self.add(input, other))
+
+    def mul(self, input: Any, other: Any) -> Value:
+        x, factor = (other, input) if isinstance(other, Value) else (input, other)
+        if not isinstance(factor, (int, float)) or isinstance(factor, bool):
+            raise Unfusable(f"the product with {in_words(factor)} is not fused; with a number it is")
+        return self._emit("scale", [self._image(self._tensor(x))], constants=(float(factor),))
+
+    def neg(self, input: Any) -> Value:
+        return self.mul(input, -1.0)
 
     def pointwise(self, input: Any, function: str, inplace: bool = False, constants: tuple[float, ...] = ()) -> Value:
         x = self._tensor(input)

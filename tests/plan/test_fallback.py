@@ -69,7 +69,7 @@ def buffer_as_weight() -> nn.Module:
 
 class Scaled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * 1.5
+        return super().forward(x) / 1.5
 
 
 class Squared(nn.ReLU):
@@ -192,9 +192,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ..
     "a forward on the instance": (own_forward, VECTOR, ("1 (Tanh)", "forward of its own")),
     "a subclass of Linear": (
         lambda: Net(lambda m, x: m.b(m.a(x)), a=Scaled(3, 5), b=nn.Linear(5, CLASSES)), VECTOR,
-        ("mul", "a (Scaled)", "no fused layer"),
+        ("truediv", "a (Scaled)", "no fused layer"),
     ),
-    "a subclass of ReLU": (lambda: around(Squared()), VECTOR, ("mul", "1 (Squared)", "no fused layer")),
+    "a subclass of ReLU": (lambda: around(Squared()), VECTOR, ("mul", "1 (Squared)", "the product with a value")),
     "control flow": (lambda: dense(branches), VECTOR, ("the model (Net)", "torch.fx", "control flow")),
     "the length of a tensor": (
         lambda: dense(lambda m, x: m.c(m.a(x) + m.b(x)) * len(x)), VECTOR, ("the model (Net)", "torch.fx")
@@ -215,7 +215,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ..
         lambda: dense(lambda m, x: m.c(torch.add(m.a(x), m.b(x), alpha=2))), VECTOR,
         ("add", "the model (Net)", "alpha=2"),
     ),
-    "multiplied": (lambda: between(lambda h: h * 2), VECTOR, ("mul", "the model (Net)", "no fused layer")),
+    "multiplied": (lambda: between(lambda h: h * h), VECTOR, ("mul", "the model (Net)", "the product with a value")),
     "transposed weight": (
         lambda: dense(lambda m, x: m.c(F.linear(x, m.w.t()) + m.a(x) + m.b(x)), w=weight(3, 5)), VECTOR,
         ("t in the model (Net)", "no fused layer"),

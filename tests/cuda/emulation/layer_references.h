@@ -310,6 +310,10 @@ void reference(const Layer& l, Values<S>& v) {
       for (size_t i = 0; i < v.y.size(); ++i) v.y[i] += v.x[1][i];
       v.grad_x[0] = v.grad_x[1] = v.g;
       return;
+    case Kind::scale:
+      for (const S& x : v.x[0]) v.y.push_back(S(l.a) * x);
+      for (const S& g : v.g) v.grad_x[0].push_back(S(l.a) * g);
+      return;
     case Kind::batch_norm:
     case Kind::norm_block:
       return normalise_reference(l, v);

@@ -143,6 +143,8 @@ void check_the_others() {
   none.grad_x = false;
   fixed.x_dot = fixed.second_dot = false;
   second.x_dot = false;
+  Layer scaled = layer(Kind::scale, 3, {5, 7, 6});
+  scaled.a = -1.7;
   for (const Present& p : {plain, added, none, fixed}) {
     for (const Function f : kFunctions) check_layer<double>(with(layer(Kind::pointwise, 5, {7, 3, 3}), f), p);
     for (const Kind kind : {Kind::channels_last, Kind::flatten}) {
@@ -164,8 +166,10 @@ void check_the_others() {
       check_layer<double>(mean, p);
     }
     check_layer<double>(layer(Kind::add, 3, {5, 3, 3}), p);
+    check_layer<double>(scaled, p);
   }
   check_layer<double>(layer(Kind::add, 3, {5, 3, 3}), second);
+  check_layer<float>(scaled, {});
   check_layer<float>(layer(Kind::flatten, 3, {9, 5, 5}), {});
   check_layer<float>(over(layer(Kind::max_pool, 3, {5, 7, 6}), kWindows[1], 1), {});
   check_layer<float>(over(layer(Kind::avg_pool, 3, {5, 7, 6}), kWindows[1], 1), {});

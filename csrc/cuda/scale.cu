@@ -1,0 +1,42 @@
+// y = a x for all tasks. A thread takes every (blocks * kElementThreads)-th element, so that the threads of a
+// warp access neighbouring elements. No shared memory.
+#include "cuda/elementwise.h"
+#include "cuda/implement.h"
+
+namespace maml::cuda {
+namespace {
+
+/// out (+)= a in
+template <class T>
+__global__ void __launch_bounds__(kElementThreads)
+    scale_kernel(int64_t count, T a, const T* symbolic_in, bool add, T* symbolic_out, const Table* table) {
+  const Team team = grid_team();
+  const T* in = resolve(symbolic_in, *table, blockIdx.z);
+  T* out = resolve(symbolic_out, *table, blockIdx.z);
+  const int64_t step = team.step();
+  for (int64_t i = team.first(); i < count; i += step) put(out, i, a * in[i], add);
+}
+
+template <class T>
+void scale(const Launcher& launch, const char* name, const Layer& l, const T* in, bool add, T* out) {
+  const int64_t count = l.n * size(l.in);
+  launch(name, scale_kernel<T>, element_grid(count), kElementThreads, 0, count, static_cast<T>(l.a), in, add,
+         out, launch.table);
+}
+
+}  // namespace
+
+template <>
+struct OnGpu<Kind::scale> {
+  template <class T>
+  static void apply(const Launcher& launch, const Layer& l, const T* x, T* y) {
+    scale(launch, "scale", l, x, false, y);
+  }
+  template <class T>
+  static void adjoint(const Launcher& launch, const Layer& l, const T* g, bool add, T* grad_x) {
+    scale(launch, "scale transposed", l, g, add, grad_x);
+  }
+};
+template struct Implementation<Kind::scale>;
+
+}  // namespace maml::cuda

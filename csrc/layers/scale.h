@@ -1,0 +1,26 @@
+// scale: y = a x, with a number a.
+#pragma once
+
+#include "layers/declaration.h"
+#include "layers/infer.h"
+
+namespace maml {
+
+template <>
+struct Declaration<Kind::scale> {
+  static constexpr const char* name = "scale";
+  static constexpr LayerClass layer_class = LayerClass::linear;
+  static constexpr int inputs = 1;
+  static constexpr bool on_cpu = true, on_cuda = true;
+  static constexpr bool mixes_samples = false;
+  static constexpr bool function_in_place = true;
+  static constexpr bool in_lanes = true, in_megakernel = false;
+
+  static Shape infer(const Node& node, std::span<const Shape> x, int64_t) {
+    return output_like_input(node, x[0]);
+  }
+  static bool is_view(const Image&, bool) { return false; }
+  static int64_t work(const Layer& l) { return elementwise_work(l); }
+};
+
+}  // namespace maml
