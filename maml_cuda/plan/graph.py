@@ -1,4 +1,4 @@
-"""The graph of fused layers that reading a model gives, and how a layer writes its nodes."""
+"""The graph of fused layers that stands for a model, and the class that writes it node by node."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from maml_cuda.plan.side_effects import Unfusable
 
 @dataclass(frozen=True)
 class Read:
-    """A parameter, or a buffer, that nodes read.
+    """A parameter or a buffer that nodes read.
 
-    rows, taps: of a weight [rows, columns, *taps]; 1 and 1 of anything else.
-    slots: inner steps that have a value of their own, [slots, ...]; 1: one value for all steps.
+    Attributes:
+        name: in `model.named_parameters()` or `model.named_buffers()`.
+        rows, taps: of a weight [rows, columns, *taps]; 1 and 1 for any other tensor.
+        slots: the number of inner steps that have values of their own, in a tensor [slots, ...]; 1: all steps read the
+            same values.
     """
 
     name: str
@@ -27,38 +30,53 @@ class Read:
 
 @dataclass
 class Graph:
-    """Nodes over numbered values: value 0 is the input, node i writes value i + 1, the last one is the prediction."""
+    """Nodes over numbered values: value 0 is the input, node i writes value i + 1, the last one is the prediction.
+
+    Attributes:
+        nodes: in topological order.
+        reads: the parameters and buffers; `Node.parameters` has indices into this list.
+        served_by: module path -> names of the fused layers that compute this module, for `FusedMAML.explain`.
+        log_std: of a model that returns (mean, log_std), the shape of log_std: "shared" for [action], "rows" for
+            [n, action]. Otherwise "".
+    """
 
     nodes: list[Node] = field(default_factory=list)
-    reads: list[Read] = field(default_factory=list)  # Node.parameters counts these
-    served_by: dict[str, list[str]] = field(default_factory=dict)  # module path -> fused layers
-    log_std: str = ""  # of a model that returns (mean, log_std): "shared" [action] or "rows" [n, action]
+    reads: list[Read] = field(default_factory=list)
+    served_by: dict[str, list[str]] = field(default_factory=dict)
+    log_std: str = ""
 
 
 class Traced:
-    """The result of a call while `forward` is read. Its repr stands in error messages."""
+    """What a call in `forward` returns while the graph is written. Error messages contain its repr."""
 
 
 @dataclass(repr=False)
 class Value(Traced):
-    """A traced tensor: its number, its order in memory, and the value whose memory it shares in torch."""
+    """A tensor that is computed from the model's input.
+
+    Attributes:
+        number: of the value in the graph.
+        channels_last: whether channels are last in its memory; true except for the input, which is in torch's order.
+        alias: the number of the value whose memory it shares in torch, its own number if there is none.
+        overwritten: the call that has changed it in place, for error messages; "" if there is none.
+    """
 
     number: int
-    channels_last: bool  # False only for the input, which is in the user's order
+    channels_last: bool
     alias: int
-    overwritten: str = ""  # the in-place call that changed it
+    overwritten: str = ""
 
     def __repr__(self) -> str:
         return "a value computed from x"
 
 
-def in_words(x: Any) -> str:
-    """What an argument is, for an error message."""
+def argument_text(x: Any) -> str:
+    """What an argument is, for error messages."""
     return repr(x) if isinstance(x, Traced) else type(x).__name__
 
 
 class Writer:
-    """Writes a Graph, node by node."""
+    """Writes a Graph, node by node. It refuses what a graph cannot hold by raising Unfusable."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -66,29 +84,35 @@ class Writer:
         self.buffers = {id(b): name for name, b in model.named_buffers()}
         self.graph = Graph()
         self.values: list[Value] = [Value(0, False, 0)]
-        self.images: dict[int, Value] = {}  # of values that are not in channels-last order, those that are
-        self.here = ""  # the call that is being read, for Node.name and error messages
-        self.path = ""  # of its module
+        self.rearranged: dict[int, Value] = {}  # number of a value that is not channels-last -> its channels-last copy
+        self.call = ""  # describes the call that is being read, for Node.name and error messages
+        self.module_path = ""  # of the module that makes the call
 
-    def _tensor(self, x: Any) -> Value:
+    def _value(self, x: Any) -> Value:
+        """Checks that an argument is a value computed from the input, and that its content is still valid."""
         if not isinstance(x, Value):
-            raise Unfusable(f"its input is {in_words(x)}, not a value computed from x")
+            raise Unfusable(f"its input is {argument_text(x)}, not a value computed from x")
         if x.overwritten:
             raise Unfusable(f"it reads a value that {x.overwritten} has changed in place")
         return x
 
-    def _image(self, x: Value) -> Value:
-        """x in channels-last order."""
+    def _channels_last(self, x: Value) -> Value:
+        """x with channels last in memory."""
         if x.channels_last:
             return x
-        if x.number not in self.images:
-            self.images[x.number] = self._emit("channels_last", [x], alias=x.alias)
-        return self.images[x.number]
+        if x.number not in self.rearranged:
+            self.rearranged[x.number] = self._emit("channels_last", [x], alias=x.alias)
+        return self.rearranged[x.number]
 
-    def _index(
+    def _parameter(
         self, p: Any, what: str, rows: int = 1, taps: int = 1, slots: int = 1, buffer: bool = False
     ) -> int | None:
-        """The index of a parameter, or a buffer; a weight has `rows` outputs and `taps` taps."""
+        """The index of a parameter, or of a buffer, in Graph.reads; None for None.
+
+        Args:
+            what: its role in the layer, for error messages.
+            rows, taps, slots: as in Read.
+        """
         if p is None:
             return None
         names = self.buffers if buffer else self.names
@@ -106,12 +130,14 @@ class Writer:
         return len(self.graph.reads) - 1
 
     def _vector(self, p: Any, what: str, channels: int, slots: int | None = None, buffer: bool = False) -> int | None:
-        """The index of a bias, gamma, beta or statistic: [channels], or [slots, channels]. One that broadcasts is
-        refused."""
-        wanted = (channels,) if slots is None else (slots, channels)
-        if isinstance(p, Tensor) and tuple(p.shape) != wanted:
-            raise Unfusable(f"its {what} has shape {list(p.shape)}; fused is {list(wanted)}, one number a channel")
-        return self._index(p, what, slots=slots or 1, buffer=buffer)
+        """The index of a bias, gamma, beta or statistic of shape [channels] or [slots, channels].
+
+        A tensor of another shape would be broadcast by torch and is refused.
+        """
+        shape = (channels,) if slots is None else (slots, channels)
+        if isinstance(p, Tensor) and tuple(p.shape) != shape:
+            raise Unfusable(f"its {what} has shape {list(p.shape)}; only {list(shape)} is fused")
+        return self._parameter(p, what, slots=slots or 1, buffer=buffer)
 
     def _emit(
         self,
@@ -132,11 +158,11 @@ class Writer:
         groups: int | None = None,
         count_padding: bool | None = None,
     ) -> Value:
-        """Writes one node (schema.Node says what its fields mean) and returns its value."""
+        """Adds one node and returns its value. The arguments are the fields of schema.Node, and Value.alias."""
         numbers = tuple(x.number for x in inputs)
         self.graph.nodes.append(
             Node(
-                kind=kind, name=self.here, inputs=numbers, parameters=parameters, in_layouts=in_layouts,
+                kind=kind, name=self.call, inputs=numbers, parameters=parameters, in_layouts=in_layouts,
                 out_layout=out_layout, in_features=in_features, out_features=out_features, sample=sample, window=window,
                 function=function, constants=constants, eps=eps, groups=groups, count_padding=count_padding,
             )
@@ -144,18 +170,18 @@ class Writer:
         number = len(self.graph.nodes)
         value = Value(number, True, number if alias is None else alias)
         self.values.append(value)
-        if self.path and kind != "channels_last":
+        if self.module_path and kind != "channels_last":
             layer = "linear" if kind == "conv2d" and in_layouts == ("features",) else function or kind
-            served = self.graph.served_by.setdefault(self.path, [])
+            served = self.graph.served_by.setdefault(self.module_path, [])
             if layer not in served:
                 served.append(layer)
         return value
 
-    def _in_place(self, x: Value, y: Value) -> Value:
-        """y replaces x: a later reader of x, or of a view of it, would read y."""
+    def _overwrite(self, x: Value, y: Value) -> Value:
+        """Records that a call writes y into the memory of x. Later reads of x, or of a view of it, are refused."""
         if x.alias == 0:
             raise Unfusable("it changes the model's input in place")
         for value in self.values:
             if value.alias == x.alias and value is not y:
-                value.overwritten = self.here
+                value.overwritten = self.call
         return y

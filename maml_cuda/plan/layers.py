@@ -1,9 +1,10 @@
-"""The fused layers: one method for each, which writes the nodes that compute it, or says why it cannot.
+"""The fused layers: one method for each, which writes its nodes or refuses it by raising Unfusable.
 
-A method has torch's name and signature, so that a module and the function of the same name (torch_names.py) are read by
-the same code. A new layer is one method here and its lines there. Layers that torch has for signals
-[n, channels, length] and for images are one method, with the number of axes that they slide along; to the core a signal
-is an image of height 1.
+A method has the name and the signature of torch's function, so that one method reads both the function and the module
+of the same name (torch_names.py maps them). A new layer needs one method here and its lines there.
+
+Layers for signals [n, channels, length] and images [n, channels, height, width] share a method. Its argument `axes` is
+the number of spatial axes, 1 or 2. For the core, a signal is an image of height 1.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ from typing import Any
 
 from torch import Tensor
 
-from maml_cuda.plan.graph import Traced, Value, Writer, in_words
+from maml_cuda.plan.graph import Traced, Value, Writer, argument_text
 from maml_cuda.plan.schema import Layout, Window
 from maml_cuda.plan.side_effects import Unfusable
 
 
 @dataclass(frozen=True, repr=False)
-class Floored(Traced):
-    """max(parameter, floor) of a parameter that no layer has read yet; `rows`: expanded to one row a sample."""
+class FlooredParameter(Traced):
+    """max(parameter, floor), for the log_std of a Gaussian policy.
+
+    Attributes:
+        rows: whether it is expanded to one row for each sample.
+    """
 
     parameter: Tensor
     floor: float = -math.inf
@@ -32,8 +37,8 @@ class Floored(Traced):
 
 
 @dataclass(frozen=True, repr=False)
-class Dim(Traced):
-    """x.size(axis) of a traced tensor."""
+class Size(Traced):
+    """x.size(axis) of a value."""
 
     axis: int
 
@@ -42,44 +47,52 @@ class Dim(Traced):
 
 
 class Shape(Traced):
-    """x.shape of a traced tensor."""
+    """x.shape of a value."""
 
     def __repr__(self) -> str:
         return "a shape"
 
 
-# The layout of what torch's 1d and 2d layers take, by the number of axes along which they slide.
-SLID: dict[int, Layout] = {1: "signal", 2: "image"}
+# The layout of the samples of torch's 1d and 2d layers, by the number of spatial axes.
+SPATIAL: dict[int, Layout] = {1: "signal", 2: "image"}
 
 
-def _along(axes: int, value: Any, idle: int = 1) -> tuple[int, int]:
-    """A size as torch takes it, for height and width; `idle`: the height's where a layer slides along one axis."""
+def _height_width(axes: int, value: Any, height: int = 1) -> tuple[int, int]:
+    """A kernel size, stride, padding or dilation for (height, width), from one or two numbers as torch accepts them.
+
+    height: the number for the height if there is one spatial axis.
+    """
     sizes = value if isinstance(value, (tuple, list)) else [value]
     if len(sizes) not in (1, axes) or not all(isinstance(v, int) for v in sizes):
         raise Unfusable(f"a size that is not {'a number' if axes == 1 else 'a pair of numbers'} ({value!r})")
-    return (sizes[0] if axes == 2 else idle), sizes[-1]
+    return (sizes[0] if axes == 2 else height), sizes[-1]
 
 
 def _check_window(kernel: Any, stride: Any, padding: Any) -> None:
     if min(*kernel, *stride) < 1 or min(padding) < 0:
-        raise Unfusable(f"kernel {list(kernel)}, stride {list(stride)}, padding {list(padding)} make no window")
+        raise Unfusable(f"kernel {list(kernel)}, stride {list(stride)} and padding {list(padding)} are not valid")
 
 
-def _channels(*parameters: Any) -> int:
-    """The channels of the first of these parameters that is given; 0: none is."""
+def _channels_of(*parameters: Any) -> int:
+    """The number of channels of the first of these parameters that is not None; 0 if all are None."""
     given = next((p for p in parameters if isinstance(p, Tensor)), None)
     return 0 if given is None else given.shape[-1] if given.dim() else 1
 
 
 class Layers(Writer):
-    """Writes a Graph, layer by layer. The methods have the signatures of torch.nn.functional."""
+    """Writes a Graph, layer by layer.
+
+    A method has the name and the signature of a function of torch, and returns the value that the call returns. It
+    raises Unfusable for arguments that no fused layer has.
+    """
 
     def linear(self, input: Any, weight: Any, bias: Any = None) -> Value:
-        x = self._tensor(input)
+        """A convolution of features, which are an image of 1 x 1."""
+        x = self._value(input)
         if not isinstance(weight, Tensor) or weight.dim() != 2:
             raise Unfusable("its weight is not a matrix")
         out_features, in_features = weight.shape
-        parameters = (self._index(weight, "weight", rows=out_features), self._vector(bias, "bias", out_features))
+        parameters = (self._parameter(weight, "weight", rows=out_features), self._vector(bias, "bias", out_features))
         return self._emit(
             "conv2d", [x], parameters, in_features=in_features, out_features=out_features, in_layouts=("features",),
             window=Window((1, 1), (1, 1), (0, 0), (0, 0)),
@@ -97,26 +110,26 @@ class Layers(Writer):
         *,
         axes: int = 2,
     ) -> Value:
-        x = self._tensor(input)
+        x = self._value(input)
         if groups != 1:
             raise Unfusable(f"groups={groups} is not fused")
-        if _along(axes, dilation) != (1, 1):
+        if _height_width(axes, dilation) != (1, 1):
             raise Unfusable(f"dilation={dilation} is not fused")
         if not isinstance(weight, Tensor) or weight.dim() != 2 + axes:
             raise Unfusable(f"its weight is not [out, in, {'length' if axes == 1 else 'height, width'}]")
         rows, columns, *sizes = weight.shape
-        kernel = _along(axes, sizes)
+        kernel = _height_width(axes, sizes)
         if padding == "same":
             before = tuple((k - 1) // 2 for k in kernel)
             after = tuple(k - 1 - b for k, b in zip(kernel, before, strict=True))
         else:
-            before = after = (0, 0) if padding == "valid" else _along(axes, padding, idle=0)
-        steps = _along(axes, stride)
+            before = after = (0, 0) if padding == "valid" else _height_width(axes, padding, height=0)
+        steps = _height_width(axes, stride)
         _check_window(kernel, steps, before)
-        parameters = (self._index(weight, "weight", rows, kernel[0] * kernel[1]), self._vector(bias, "bias", rows))
+        parameters = (self._parameter(weight, "weight", rows, kernel[0] * kernel[1]), self._vector(bias, "bias", rows))
         return self._emit(
-            "conv2d", [self._image(x)], parameters, in_features=columns, out_features=rows, in_layouts=(SLID[axes],),
-            window=Window(kernel, steps, before, after),
+            "conv2d", [self._channels_last(x)], parameters, in_features=columns, out_features=rows,
+            in_layouts=(SPATIAL[axes],), window=Window(kernel, steps, before, after),
         )  # fmt: skip
 
     def batch_norm(
@@ -134,8 +147,8 @@ class Layers(Writer):
         slots: int | None = None,
         num_features: int | None = None,
     ) -> Value:
-        x = self._image(self._tensor(input))
-        channels = _channels(weight, bias, running_mean)
+        x = self._channels_last(self._value(input))
+        channels = _channels_of(weight, bias, running_mean)
         in_features = num_features or channels or None
         affine = (self._vector(weight, "weight", channels, slots), self._vector(bias, "bias", channels, slots))
         if training:
@@ -161,9 +174,9 @@ class Layers(Writer):
         *,
         layouts: tuple[Layout, ...] = ("features", "signal", "image"),
     ) -> Value:
-        """num_groups 0: every channel is a group. cudnn_enabled decides nothing here."""
-        x = self._image(self._tensor(input))
-        channels = _channels(weight, bias)
+        """num_groups=0: every channel is a group. cudnn_enabled is an argument of torch.group_norm and is ignored."""
+        x = self._channels_last(self._value(input))
+        channels = _channels_of(weight, bias)
         affine = (self._vector(weight, "weight", channels), self._vector(bias, "bias", channels))
         return self._emit(
             "group_norm", [x], affine, eps=eps, groups=num_groups, in_layouts=layouts, in_features=channels or None
@@ -178,19 +191,23 @@ class Layers(Writer):
         eps: float = 1e-5,
         cudnn_enable: bool = True,
     ) -> Value:
-        """A group_norm of one group that takes the whole sample as features, each with its own gamma and beta.
-        cudnn_enable decides nothing here."""
-        x = self._image(self._tensor(input))
+        """A group_norm with one group, in which every element of a sample is a feature with its own gamma and beta.
+
+        cudnn_enable is an argument of torch.layer_norm and is ignored.
+        """
+        x = self._channels_last(self._value(input))
         shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
         if not 1 <= len(shape) <= 3:
-            raise Unfusable(f"normalized_shape={shape} is not fused; the shape of a feature vector, signal or image is")
+            raise Unfusable(
+                f"normalized_shape={shape} is not fused; only the shape of a feature vector, signal or image is"
+            )
         affine = []
         for p, what in ((weight, "weight"), (bias, "bias")):
             if isinstance(p, Tensor) and list(p.shape) != shape:
-                raise Unfusable(f"its {what} has shape {list(p.shape)}; fused is {shape}")
+                raise Unfusable(f"its {what} has shape {list(p.shape)}; only {shape} is fused")
             taps = math.prod(shape[1:])
-            affine.append(self._index(p, what, *((shape[0], taps) if taps > 1 else ())))
-        layout = ("features", *SLID.values())[len(shape) - 1]
+            affine.append(self._parameter(p, what, *((shape[0], taps) if taps > 1 else ())))
+        layout = ("features", *SPATIAL.values())[len(shape) - 1]
         return self._emit(
             "group_norm", [x], tuple(affine), eps=eps, groups=1, in_layouts=(layout,), sample=tuple(shape)
         )
@@ -211,7 +228,7 @@ class Layers(Writer):
         if not use_input_stats:
             return self.batch_norm(input, running_mean, running_var, weight, bias, eps=eps, layouts=layouts)
         if running_mean is not None or running_var is not None:
-            raise Unfusable("it tracks running statistics in train mode, which is not fused; in eval mode it is")
+            raise Unfusable("it tracks running statistics in train mode, which is not fused; it is fused in eval mode")
         return self.group_norm(input, 0, weight, bias, eps, layouts=layouts)
 
     def max_pool(
@@ -226,7 +243,7 @@ class Layers(Writer):
         *,
         axes: int = 2,
     ) -> Value:
-        if _along(axes, dilation) != (1, 1) or return_indices:
+        if _height_width(axes, dilation) != (1, 1) or return_indices:
             raise Unfusable("dilation and return_indices are not fused")
         return self._pool("max_pool", axes, input, kernel_size, stride, padding, ceil_mode)
 
@@ -261,108 +278,110 @@ class Layers(Writer):
     ) -> Value:
         if ceil_mode:
             raise Unfusable("ceil_mode is not fused")
-        kernel = _along(axes, kernel_size)
-        pad = _along(axes, padding, idle=0)
+        kernel = _height_width(axes, kernel_size)
+        pad = _height_width(axes, padding, height=0)
         if any(2 * p > k for p, k in zip(pad, kernel, strict=True)):
             raise Unfusable(f"padding {pad} is more than half of the kernel {kernel}")
-        steps = _along(axes, stride) if stride not in (None, [], ()) else kernel
+        steps = _height_width(axes, stride) if stride not in (None, [], ()) else kernel
         _check_window(kernel, steps, pad)
         return self._emit(
-            kind, [self._image(self._tensor(input))], window=Window(kernel, steps, pad, pad), in_layouts=(SLID[axes],),
-            count_padding=count_padding,
+            kind, [self._channels_last(self._value(input))], window=Window(kernel, steps, pad, pad),
+            in_layouts=(SPATIAL[axes],), count_padding=count_padding,
         )  # fmt: skip
 
     def adaptive_avg_pool(self, input: Any, output_size: Any, *, axes: int = 2) -> Value:
-        if _along(axes, output_size) != (1, 1):
-            raise Unfusable(f"output size {output_size} is not fused; 1 is")
-        return self._emit("mean_pool", [self._image(self._tensor(input))], in_layouts=(SLID[axes],))
+        if _height_width(axes, output_size) != (1, 1):
+            raise Unfusable(f"output size {output_size} is not fused; only output size 1 is")
+        return self._emit("mean_pool", [self._channels_last(self._value(input))], in_layouts=(SPATIAL[axes],))
 
     def mean(self, input: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
         dims = [dim] if isinstance(dim, int) else list(dim) if isinstance(dim, (tuple, list)) else []
         axes = len(dims)
-        # All but [n, channels]: of a signal [n, channels, length] axis 2, of an image 2 and 3.
+        # The spatial axes: 2 of a signal [n, channels, length], 2 and 3 of an image [n, channels, height, width].
         if axes not in (1, 2) or sorted(d % (2 + axes) for d in dims) != [2, 3][:axes] or dtype is not None:
-            raise Unfusable(f"the mean over {dim} is not fused; over the spatial axes (2, 3), or a signal's 2, it is")
+            raise Unfusable(f"the mean over {dim} is not fused; only the mean over all spatial axes, (2, 3) or 2, is")
         return self._emit(
-            "mean_pool", [self._image(self._tensor(input))], in_layouts=(SLID[axes],),
+            "mean_pool", [self._channels_last(self._value(input))], in_layouts=(SPATIAL[axes],),
             out_layout=None if keepdim else "features",
         )  # fmt: skip
 
     def flatten(self, input: Any, start_dim: int = 0, end_dim: int = -1) -> Value:
         if (start_dim, end_dim) != (1, -1):
-            raise Unfusable(f"flatten({start_dim}, {end_dim}) is not fused; flatten(1) is")
-        x = self._tensor(input)
+            raise Unfusable(f"flatten({start_dim}, {end_dim}) is not fused; only flatten(1) is")
+        x = self._value(input)
         return self._emit("flatten", [x], alias=x.alias, out_layout="features")
 
     def reshape(self, input: Any, *shape: Any) -> Value:
         if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
             shape = tuple(shape[0])
-        x = self._tensor(input)
-        batch = len(shape) == 2 and isinstance(shape[0], Dim) and shape[0].axis == 0
+        x = self._value(input)
+        batch = len(shape) == 2 and isinstance(shape[0], Size) and shape[0].axis == 0
         if batch and shape[1] == -1:
             return self.flatten(x, 1)
         if len(shape) == 2 and (batch or shape[0] == -1) and isinstance(shape[1], int) and shape[1] > 0:
             return self._emit("flatten", [x], alias=x.alias, out_layout="features", out_features=shape[1])
-        raise Unfusable("this reshape is not fused; into [n, features] it is")
+        raise Unfusable("this reshape is not fused; only a reshape to [n, features] is")
 
-    def append(self, x: Value, behind: Any) -> Value:
-        """[x, max(parameter, floor)] for each sample."""
-        p = behind if isinstance(behind, Floored) else Floored(behind)
+    def append(self, mean: Value, log_std: Any) -> Value:
+        """[mean, log_std] for each sample: the two outputs of a Gaussian policy as one tensor [n, 2 * action]."""
+        p = log_std if isinstance(log_std, FlooredParameter) else FlooredParameter(log_std)
         if not isinstance(p.parameter, Tensor) or id(p.parameter) not in self.names:
-            raise Unfusable("its log_std is not a parameter of the model (or one behind clamp(min=...))")
+            raise Unfusable("its log_std is not a parameter of the model, or clamp(min=...) of one")
         if p.parameter.dim() != 1:
-            raise Unfusable(f"its log_std has shape {list(p.parameter.shape)}; fused is [action]")
+            raise Unfusable(f"its log_std has shape {list(p.parameter.shape)}; only [action] is fused")
         size = p.parameter.numel()
         return self._emit(
-            "append", [x], (self._index(p.parameter, "log_std"),), constants=(p.floor,), in_layouts=("features",),
-            in_features=size, out_features=2 * size,
+            "append", [mean], (self._parameter(p.parameter, "log_std"),), constants=(p.floor,),
+            in_layouts=("features",), in_features=size, out_features=2 * size,
         )  # fmt: skip
 
-    def clamp(self, input: Any, min: Any = None, max: Any = None) -> Floored:
+    def clamp(self, input: Any, min: Any = None, max: Any = None) -> FlooredParameter:
         if not isinstance(input, Tensor) or max is not None or not isinstance(min, (int, float)):
-            raise Unfusable("clamp is not fused; clamp(min=number) of a policy's log_std is")
-        return Floored(input, float(min))
+            raise Unfusable("this clamp is not fused; only clamp(min=number) of a policy's log_std is")
+        return FlooredParameter(input, float(min))
 
-    def expand(self, input: Any, *shape: Any) -> Floored:
-        """A parameter in one row a sample."""
-        p = input if isinstance(input, Floored) else Floored(input)
+    def expand(self, input: Any, *shape: Any) -> FlooredParameter:
+        """A parameter expanded to one row for each sample."""
+        p = input if isinstance(input, FlooredParameter) else FlooredParameter(input)
         if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
             shape = tuple(shape[0])
-        batch = len(shape) == 2 and isinstance(shape[0], Dim) and shape[0].axis == 0
+        batch = len(shape) == 2 and isinstance(shape[0], Size) and shape[0].axis == 0
         if not isinstance(p.parameter, Tensor) or not batch or shape[1] not in (-1, p.parameter.numel()):
-            raise Unfusable("this expand is not fused; of a policy's log_std to one row a sample it is")
-        return Floored(p.parameter, p.floor, rows=True)
+            raise Unfusable(
+                "this expand is not fused; only the expansion of a policy's log_std to one row for each sample is"
+            )
+        return FlooredParameter(p.parameter, p.floor, rows=True)
 
-    def expand_as(self, input: Any, other: Any) -> Floored:
-        p = input if isinstance(input, Floored) else Floored(input)
+    def expand_as(self, input: Any, other: Any) -> FlooredParameter:
+        p = input if isinstance(input, FlooredParameter) else FlooredParameter(input)
         if not isinstance(p.parameter, Tensor) or not isinstance(other, Value):
-            raise Unfusable("this expand_as is not fused; of a policy's log_std to its mean it is")
-        return Floored(p.parameter, p.floor, rows=True)
+            raise Unfusable("this expand_as is not fused; only that of a policy's log_std to its mean is")
+        return FlooredParameter(p.parameter, p.floor, rows=True)
 
     def add(self, input: Any, other: Any, *, alpha: Any = 1) -> Value:
         if alpha != 1:
             raise Unfusable(f"alpha={alpha} is not fused")
         for operand in (input, other):
             if not isinstance(operand, Value):
-                raise Unfusable("the sum with a number or a parameter is not fused; of two values it is")
-        return self._emit("add", [self._image(self._tensor(input)), self._image(self._tensor(other))])
+                raise Unfusable("the sum with a number or a parameter is not fused; only the sum of two values is")
+        return self._emit("add", [self._channels_last(self._value(input)), self._channels_last(self._value(other))])
 
     def iadd(self, input: Any, other: Any) -> Value:
-        return self._in_place(self._tensor(input), self.add(input, other))
+        return self._overwrite(self._value(input), self.add(input, other))
 
     def mul(self, input: Any, other: Any) -> Value:
         x, factor = (other, input) if isinstance(other, Value) else (input, other)
         if not isinstance(factor, (int, float)) or isinstance(factor, bool):
-            raise Unfusable(f"the product with {in_words(factor)} is not fused; with a number it is")
-        return self._emit("scale", [self._image(self._tensor(x))], constants=(float(factor),))
+            raise Unfusable(f"the product with {argument_text(factor)} is not fused; only the product with a number is")
+        return self._emit("scale", [self._channels_last(self._value(x))], constants=(float(factor),))
 
     def neg(self, input: Any) -> Value:
         return self.mul(input, -1.0)
 
     def pointwise(self, input: Any, function: str, inplace: bool = False, constants: tuple[float, ...] = ()) -> Value:
-        x = self._tensor(input)
-        y = self._emit("pointwise", [self._image(x)], function=function, constants=constants)
-        return self._in_place(x, y) if inplace else y
+        x = self._value(input)
+        y = self._emit("pointwise", [self._channels_last(x)], function=function, constants=constants)
+        return self._overwrite(x, y) if inplace else y
 
     def relu(self, input: Any, inplace: bool = False) -> Value:
         return self.pointwise(input, "relu", inplace)
@@ -372,6 +391,8 @@ class Layers(Writer):
 
     def leaky_relu(self, input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Value:
         return self.pointwise(input, "leaky_relu", inplace, (float(negative_slope),))
+
+    # The constants of elu are (a, b, c): b x for x > 0, otherwise b a (exp(x / c) - 1).
 
     def elu(self, input: Any, alpha: float = 1.0, inplace: bool = False) -> Value:
         return self.pointwise(input, "elu", inplace, (float(alpha), 1.0, 1.0))
@@ -410,23 +431,23 @@ class Layers(Writer):
 
     def dropout(self, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Value:
         if training and p > 0:
-            raise Unfusable(f"dropout with p={p} in train mode is random, which is not fused; in eval mode it is")
-        return self._tensor(input)
+            raise Unfusable(f"dropout with p={p} in train mode is not fused; it is fused in eval mode")
+        return self._value(input)
 
     def identity(self, input: Any) -> Value:
-        return self._tensor(input)
+        return self._value(input)
 
     # -- sizes ------------------------------------------------------------------------------------------------
 
     def size(self, input: Any, dim: int | None = None) -> Any:
-        return Shape() if dim is None else Dim(dim)
+        return Shape() if dim is None else Size(dim)
 
     def get_attribute(self, x: Any, name: str) -> Any:
         if isinstance(x, Value) and name == "shape":
             return Shape()
-        raise Unfusable(f"the attribute {name} of a traced value is not understood")
+        raise Unfusable(f"reading the attribute {name} of a tensor is not fused; only shape is")
 
     def get_item(self, x: Any, index: Any) -> Any:
         if isinstance(x, Shape) and isinstance(index, int):
-            return Dim(index)
+            return Size(index)
         raise Unfusable("indexing is not fused")

@@ -1,7 +1,7 @@
-"""Reads an nn.Module as a graph of fused layers, or says why it cannot.
+"""Reads an nn.Module as a graph of fused layers, or raises Unfusable with the reason why it cannot.
 
-tracing.py records the calls of `forward`. The record is read here call by call, and layers.py writes the nodes of each
-fused layer. A call that is not understood is refused with a reason, never guessed.
+tracing.py records the calls of `forward` with torch.fx. This module reads the record call by call, and layers.py writes
+the nodes for each call. A call that none of its methods reads is refused.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch.fx
 from torch import nn
 
-from maml_cuda.plan.graph import Graph, Traced, Value, in_words
-from maml_cuda.plan.layers import Floored, Layers
+from maml_cuda.plan.graph import Graph, Traced, Value, argument_text
+from maml_cuda.plan.layers import FlooredParameter, Layers
 from maml_cuda.plan.side_effects import Unfusable, described
 from maml_cuda.plan.torch_names import FUNCTIONS, METHODS, MODULES
 from maml_cuda.plan.tracing import GLOBAL_HOOKS, HOOKS, record
@@ -25,19 +25,21 @@ __all__ = ["GLOBAL_HOOKS", "HOOKS", "Graph", "Unfusable", "trace"]
 
 
 def trace(model: nn.Module) -> Graph:
-    """The graph of fused layers that `model` is, with its training flags as they are.
+    """The graph of fused layers for `model`, with its current training flags.
 
     Raises:
-        Unfusable: the sentence why there is none.
+        Unfusable: there is none; the message is the reason.
     """
     return _Reader(model).read(record(model, MODULES))
 
 
-# Arguments of a layer that are values computed from x, or sizes of them.
-TRACED = ("self", "b", "input", "other", "x", "shape", "index")
+# The arguments of a layer's method that may be values computed from x, or their shapes. All others must be numbers or
+# parameters.
+VALUE_ARGUMENTS = ("self", "layers", "input", "other", "x", "shape", "index")
 
 
 def _traced(argument: Any) -> list[Traced]:
+    """The traced objects in an argument: itself, or items of a tuple or list."""
     parts = argument if isinstance(argument, (tuple, list)) else [argument]
     return [part for part in parts if isinstance(part, Traced)]
 
@@ -46,7 +48,7 @@ class _Reader(Layers):
     """Reads a torch.fx graph, node by node."""
 
     def read(self, graph: torch.fx.Graph) -> Graph:
-        self._without_unread(graph)
+        self._remove_unused_calls(graph)
         values: dict[torch.fx.Node, Any] = {}
         seen_input = False
         for node in graph.nodes:
@@ -68,11 +70,11 @@ class _Reader(Layers):
             try:
                 values[node] = self._call(node, args, kwargs)
             except Unfusable as reason:
-                raise Unfusable(f"{self.here}: {reason}") from None
+                raise Unfusable(f"{self.call}: {reason}") from None
         raise Unfusable("the model returns nothing")
 
-    def _without_unread(self, graph: torch.fx.Graph) -> None:
-        """Drops calls whose result is never read, unless they might change another value in place."""
+    def _remove_unused_calls(self, graph: torch.fx.Graph) -> None:
+        """Removes calls whose result is never read, unless they may change another value in place."""
         for node in reversed(graph.nodes):
             if node.users or node.op in ("output", "placeholder"):
                 continue
@@ -91,17 +93,19 @@ class _Reader(Layers):
                 graph.erase_node(node)
 
     def _locate(self, node: torch.fx.Node) -> None:
+        """Sets `module_path` and `call` to those of a node of the torch.fx graph."""
         if node.op == "call_module":
-            self.path = str(node.target)
-            self.here = described(self.path, self.model.get_submodule(self.path))
+            self.module_path = str(node.target)
+            self.call = described(self.module_path, self.model.get_submodule(self.module_path))
             return
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         path = stack[-1][0] if stack else ""
-        self.path = path if isinstance(path, str) else ""
+        self.module_path = path if isinstance(path, str) else ""
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        self.here = f"{name} in {described(self.path, self.model.get_submodule(self.path))}"
+        self.call = f"{name} in {described(self.module_path, self.model.get_submodule(self.module_path))}"
 
     def _call(self, node: torch.fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls the method of Layers for one node of the torch.fx graph."""
         if node.op == "call_module":
             module = self.model.get_submodule(str(node.target))
             if type(module) not in MODULES:
@@ -117,29 +121,33 @@ class _Reader(Layers):
         try:
             given = inspect.signature(layer).bind(self, *args, **kwargs).arguments
             for name, argument in given.items():
-                if name not in TRACED and (found := _traced(argument)):
-                    raise Unfusable(f"its {name} is {found[0]}; fused is a number or a parameter")
+                if name not in VALUE_ARGUMENTS and (found := _traced(argument)):
+                    raise Unfusable(f"its {name} is {found[0]}; only a number or a parameter is fused")
             return layer(self, *args, **kwargs)
         except (TypeError, ValueError) as error:
-            raise Unfusable(f"an option that no fused layer has ({error})") from None
+            raise Unfusable(f"no fused layer has this option ({error})") from None
 
     def _finish(self, result: Any) -> Graph:
+        """Writes the last nodes, for what `forward` returns, and returns the graph."""
         policy = isinstance(result, tuple) and len(result) == 2
         mean = result[0] if policy else result
         if not isinstance(mean, Value):
-            raise Unfusable(f"the model returns {in_words(result)}, not one tensor computed from x")
-        self.here, self.path = "the prediction", ""
-        x = self._tensor(mean)
+            raise Unfusable(f"the model returns {argument_text(result)}, not one tensor computed from x")
+        self.call, self.module_path = "the prediction", ""
+        x = self._value(mean)
         if policy:
             x = self.append(x, result[1])
-            self.graph.log_std = "rows" if isinstance(result[1], Floored) and result[1].rows else "shared"
+            self.graph.log_std = "rows" if isinstance(result[1], FlooredParameter) and result[1].rows else "shared"
         if not any(read.name in self.names.values() for read in self.graph.reads):
             raise Unfusable("the model's prediction depends on no parameter")
-        self._emit("flatten", [x], out_layout="features")  # into the user's order of elements
-        return self._without_dead(self.graph)
+        self._emit("flatten", [x], out_layout="features")  # from channels last to torch's order of elements
+        return self._without_unused_nodes(self.graph)
 
-    def _without_dead(self, graph: Graph) -> Graph:
-        """Drops nodes that do not reach the prediction, and the parameters that only they read."""
+    def _without_unused_nodes(self, graph: Graph) -> Graph:
+        """The graph without nodes that the prediction does not depend on, and without parameters that only they read.
+
+        Parameters and buffers are in the model's order.
+        """
         alive = set()
         pending = [len(graph.nodes)]
         while pending:

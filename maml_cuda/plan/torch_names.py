@@ -1,4 +1,7 @@
-"""The modules, functions and methods of torch that are fused, and the method of Layers that reads each."""
+"""Tables of the modules, functions and methods of torch that are fused, each with the method of Layers that reads it.
+
+The functions of this file are for modules: they pass a module's parameters and options to the method.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,17 @@ from maml_cuda.plan.schema import Layout
 from maml_cuda.plan.side_effects import Unfusable
 
 
-def _convolution(b: Layers, m: Any, input: Any, *, axes: int) -> Value:
+def _convolution(layers: Layers, m: Any, input: Any, *, axes: int) -> Value:
     if m.padding_mode != "zeros":
         raise Unfusable(f"padding_mode={m.padding_mode!r} is not fused")
-    return b.conv(input, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups, axes=axes)
+    return layers.conv(input, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups, axes=axes)
 
 
 def _batch_norm(*layouts: Layout) -> Callable[[Layers, Any, Any], Value]:
-    def layer(b: Layers, m: Any, input: Any) -> Value:
+    def layer(layers: Layers, m: Any, input: Any) -> Value:
         batch_statistics = m.training or (m.running_mean is None and m.running_var is None)
         slots = m.steps if isinstance(m, PerStepBatchNorm) else None
-        return b.batch_norm(
+        return layers.batch_norm(
             input, m.running_mean, m.running_var, m.weight, m.bias, batch_statistics, eps=m.eps, layouts=layouts,
             slots=slots, num_features=m.num_features,
         )  # fmt: skip
@@ -37,47 +40,51 @@ def _batch_norm(*layouts: Layout) -> Callable[[Layers, Any, Any], Value]:
     return layer
 
 
-def _group_norm(b: Layers, m: Any, input: Any) -> Value:
-    return b.group_norm(input, m.num_groups, m.weight, m.bias, m.eps)
+def _group_norm(layers: Layers, m: Any, input: Any) -> Value:
+    return layers.group_norm(input, m.num_groups, m.weight, m.bias, m.eps)
 
 
-def _layer_norm(b: Layers, m: Any, input: Any) -> Value:
-    return b.layer_norm(input, m.normalized_shape, m.weight, m.bias, m.eps)
+def _layer_norm(layers: Layers, m: Any, input: Any) -> Value:
+    return layers.layer_norm(input, m.normalized_shape, m.weight, m.bias, m.eps)
 
 
 def _instance_norm(layout: Layout) -> Callable[[Layers, Any, Any], Value]:
-    def layer(b: Layers, m: Any, input: Any) -> Value:
-        own = m.training or not m.track_running_stats
-        return b.instance_norm(
-            input, m.running_mean, m.running_var, m.weight, m.bias, own, eps=m.eps, layouts=(layout,)
+    def layer(layers: Layers, m: Any, input: Any) -> Value:
+        use_input_stats = m.training or not m.track_running_stats
+        return layers.instance_norm(
+            input, m.running_mean, m.running_var, m.weight, m.bias, use_input_stats, eps=m.eps, layouts=(layout,)
         )
 
     return layer
 
 
-def _flatten(b: Layers, m: Any, input: Any) -> Value:
-    return b.flatten(input, m.start_dim, m.end_dim)
+def _flatten(layers: Layers, m: Any, input: Any) -> Value:
+    return layers.flatten(input, m.start_dim, m.end_dim)
 
 
-def _dropout(b: Layers, m: Any, input: Any) -> Value:
-    return b.dropout(input, m.p, m.training)
+def _dropout(layers: Layers, m: Any, input: Any) -> Value:
+    return layers.dropout(input, m.p, m.training)
 
 
-def _max_pool(b: Layers, m: Any, input: Any, *, axes: int) -> Value:
-    return b.max_pool(input, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices, axes=axes)
+def _max_pool(layers: Layers, m: Any, input: Any, *, axes: int) -> Value:
+    return layers.max_pool(
+        input, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices, axes=axes
+    )
 
 
-def _avg_pool(b: Layers, m: Any, input: Any, *, axes: int) -> Value:
-    divisor = getattr(m, "divisor_override", None)  # AvgPool1d has none
-    return b.avg_pool(input, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, divisor, axes=axes)
+def _avg_pool(layers: Layers, m: Any, input: Any, *, axes: int) -> Value:
+    divisor = getattr(m, "divisor_override", None)  # AvgPool1d has no such option
+    return layers.avg_pool(
+        input, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, divisor, axes=axes
+    )
 
 
-def _adaptive_avg_pool(b: Layers, m: Any, input: Any, *, axes: int) -> Value:
-    return b.adaptive_avg_pool(input, m.output_size, axes=axes)
+def _adaptive_avg_pool(layers: Layers, m: Any, input: Any, *, axes: int) -> Value:
+    return layers.adaptive_avg_pool(input, m.output_size, axes=axes)
 
 
 MODULES: dict[type, Callable[..., Value]] = {
-    nn.Linear: lambda b, m, input: b.linear(input, m.weight, m.bias),
+    nn.Linear: lambda layers, m, input: layers.linear(input, m.weight, m.bias),
     nn.Conv1d: partial(_convolution, axes=1),
     nn.Conv2d: partial(_convolution, axes=2),
     nn.BatchNorm1d: _batch_norm("features", "signal"),
@@ -88,18 +95,18 @@ MODULES: dict[type, Callable[..., Value]] = {
     nn.LayerNorm: _layer_norm,
     nn.InstanceNorm1d: _instance_norm("signal"),
     nn.InstanceNorm2d: _instance_norm("image"),
-    nn.ReLU: lambda b, m, input: b.relu(input, m.inplace),
-    nn.ReLU6: lambda b, m, input: b.relu6(input, m.inplace),
-    nn.LeakyReLU: lambda b, m, input: b.leaky_relu(input, m.negative_slope, m.inplace),
-    nn.ELU: lambda b, m, input: b.elu(input, m.alpha, m.inplace),
-    nn.SELU: lambda b, m, input: b.selu(input, m.inplace),
-    nn.CELU: lambda b, m, input: b.celu(input, m.alpha, m.inplace),
-    nn.SiLU: lambda b, m, input: b.silu(input, m.inplace),
-    nn.GELU: lambda b, m, input: b.gelu(input, m.approximate),
-    nn.Softplus: lambda b, m, input: b.softplus(input, m.beta, m.threshold),
-    nn.Tanh: lambda b, m, input: b.tanh(input),
-    nn.Sigmoid: lambda b, m, input: b.sigmoid(input),
-    nn.Hardtanh: lambda b, m, input: b.hardtanh(input, m.min_val, m.max_val, m.inplace),
+    nn.ReLU: lambda layers, m, input: layers.relu(input, m.inplace),
+    nn.ReLU6: lambda layers, m, input: layers.relu6(input, m.inplace),
+    nn.LeakyReLU: lambda layers, m, input: layers.leaky_relu(input, m.negative_slope, m.inplace),
+    nn.ELU: lambda layers, m, input: layers.elu(input, m.alpha, m.inplace),
+    nn.SELU: lambda layers, m, input: layers.selu(input, m.inplace),
+    nn.CELU: lambda layers, m, input: layers.celu(input, m.alpha, m.inplace),
+    nn.SiLU: lambda layers, m, input: layers.silu(input, m.inplace),
+    nn.GELU: lambda layers, m, input: layers.gelu(input, m.approximate),
+    nn.Softplus: lambda layers, m, input: layers.softplus(input, m.beta, m.threshold),
+    nn.Tanh: lambda layers, m, input: layers.tanh(input),
+    nn.Sigmoid: lambda layers, m, input: layers.sigmoid(input),
+    nn.Hardtanh: lambda layers, m, input: layers.hardtanh(input, m.min_val, m.max_val, m.inplace),
     nn.MaxPool1d: partial(_max_pool, axes=1),
     nn.MaxPool2d: partial(_max_pool, axes=2),
     nn.AvgPool1d: partial(_avg_pool, axes=1),
@@ -107,7 +114,7 @@ MODULES: dict[type, Callable[..., Value]] = {
     nn.AdaptiveAvgPool1d: partial(_adaptive_avg_pool, axes=1),
     nn.AdaptiveAvgPool2d: partial(_adaptive_avg_pool, axes=2),
     nn.Flatten: _flatten,
-    nn.Identity: lambda b, m, input: b.identity(input),
+    nn.Identity: lambda layers, m, input: layers.identity(input),
     nn.Dropout: _dropout,
     nn.Dropout1d: _dropout,
     nn.Dropout2d: _dropout,

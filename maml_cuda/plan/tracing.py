@@ -1,7 +1,8 @@
-"""What a model's `forward` does, as torch.fx records it, or the sentence why no record can be trusted.
+"""Records the calls of a model's `forward` with torch.fx, or raises Unfusable if the record would be incomplete.
 
-torch.fx shows a hooked, a parametrized or a patched module as a plain leaf, takes `x += y` for `x = x + y`, and does
-not see gradients being switched off: each of these is looked for here.
+torch.fx does not show everything. A module that has hooks, parametrizations or methods set on the instance looks like
+any other. `x += y` looks like `x = x + y`. `torch.no_grad` and `torch.autocast` leave no trace. This module checks for
+each of these.
 """
 
 from __future__ import annotations
@@ -18,19 +19,28 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.utils import parametrize
 
-from maml_cuda.plan.side_effects import Held, Unfusable, Watch, described
+from maml_cuda.plan.side_effects import ModuleState, SideEffectMode, Unfusable, described
 
-_ONE_AT_A_TIME = threading.Lock()  # torch.fx patches nn.Module itself while it traces
+_LOCK = threading.Lock()  # one thread traces at a time, because torch.fx patches nn.Module meanwhile
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module
 
+GLOBAL_HOOKS = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+    torch.nn.modules.module._global_backward_hooks,
+    torch.nn.modules.module._global_backward_pre_hooks,
+)
 
-_NEVER_CALLED = (nn.ParameterList, nn.ParameterDict)  # whose __call__ raises
-_ABSENT: dict[Any, Any] = {inspect.Parameter.VAR_POSITIONAL: (), inspect.Parameter.VAR_KEYWORD: {}}
+_NEVER_CALLED = (nn.ParameterList, nn.ParameterDict)  # have a __call__ of their own, which raises
+_EMPTY: dict[Any, Any] = {inspect.Parameter.VAR_POSITIONAL: (), inspect.Parameter.VAR_KEYWORD: {}}
 
 
 class _Proxy(torch.fx.Proxy):
-    """Records `x += y` as what it is: torch.fx itself sees `x = x + y`, and loses that whoever holds x sees it too."""
+    """A proxy that records `x += y` as operator.iadd.
+
+    torch.fx's own proxy records `x = x + y`, although other references to x see the change.
+    """
 
 
 def _in_place_operator(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
@@ -41,28 +51,25 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
     setattr(_Proxy, f"__{_name}__", _in_place_operator(getattr(operator, _name)))
 
 
-GLOBAL_HOOKS = (
-    torch.nn.modules.module._global_forward_hooks,
-    torch.nn.modules.module._global_forward_pre_hooks,
-    torch.nn.modules.module._global_backward_hooks,
-    torch.nn.modules.module._global_backward_pre_hooks,
-)
-
-
 class _Tracer(torch.fx.Tracer):
-    """Keeps the path of the module that is being traced, for the sentence if tracing fails, and sees what the record
-    itself would not hold: gradients switched off, or autocast switched on, inside `forward`.
+    """A tracer that refuses `torch.no_grad` and `torch.autocast` inside `forward`.
 
-    torch.fx patches nn.Module for all threads; what other threads do with modules meanwhile is none of ours.
+    torch.fx patches nn.Module for all threads. Calls in other threads run as usual and are not recorded.
+
+    Attributes:
+        leaves: types of modules that are recorded as one call.
+        path: of the module that is being traced, for error messages.
+        thread: the thread that traces.
+        tensor_attrs: torch.fx's own table of tensors -> attribute names. It has those of constants that torch.fx adds.
     """
 
     def __init__(self, leaves: Container[type]) -> None:
-        # By default it would patch the globals of whatever module is called.
+        # The default, (math,), replaces functions of math in the globals of the model's Python modules while it traces.
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]
         self.leaves = leaves
         self.path = ""
         self.thread = threading.get_ident()
-        self.tensor_attrs: dict[Any, str] = {}  # fx's own: tensors -> names, among them of constants that it adds
+        self.tensor_attrs: dict[Any, str] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in self.leaves or (
@@ -70,11 +77,11 @@ class _Tracer(torch.fx.Tracer):
         )
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        """A proxy for x alone: the other arguments are what they are in model(x), so that their branches are too."""
+        """Makes a proxy for x only. Other arguments have their defaults, as in model(x): forward can branch on them."""
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         for i, p in enumerate(inspect.signature(root_fn).parameters.values()):
-            if i > 1 and p.kind in _ABSENT:
-                args[i] = _ABSENT[p.kind]
+            if i > 1 and p.kind in _EMPTY:
+                args[i] = _EMPTY[p.kind]
             elif i > 1 and p.default is not p.empty:
                 args[i] = p.default
         return function, args
@@ -84,9 +91,9 @@ class _Tracer(torch.fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
         if not torch.is_grad_enabled():
-            raise Unfusable("it switches gradients off (torch.no_grad) inside forward")
+            raise Unfusable("it disables gradients (torch.no_grad) inside forward")
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            raise Unfusable("it switches autocast on inside forward")
+            raise Unfusable("it enables autocast inside forward")
         return super().create_node(*args, **kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -109,18 +116,23 @@ class _Tracer(torch.fx.Tracer):
 
 
 def record(model: nn.Module, leaves: Container[type]) -> torch.fx.Graph:
-    """The calls of `model.forward`, modules of a type in `leaves` as one call each. A node that reads an attribute has
-    its value as meta["value"]. The model is left as it was.
+    """Records the calls of `model.forward` as a torch.fx graph. The model is not changed.
+
+    Args:
+        leaves: types of modules that are recorded as one call; forward of any other module is recorded too.
+
+    Returns:
+        The graph. A node that reads an attribute has its value in meta["value"].
 
     Raises:
-        Unfusable: the sentence why there is no record.
+        Unfusable: there is no complete record; the message is the reason.
     """
-    with _ONE_AT_A_TIME:
+    with _LOCK:
         _check_modules(model)
-        tracer, watch, held = _Tracer(leaves), Watch(model), Held(model)
+        tracer, effects, before = _Tracer(leaves), SideEffectMode(model), ModuleState(model)
         off = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
         try:
-            with torch.inference_mode(False), torch.enable_grad(), off[0], off[1], watch, watch.of_python():
+            with torch.inference_mode(False), torch.enable_grad(), off[0], off[1], effects, effects.of_python():
                 graph = tracer.trace(model)
             for node in graph.nodes:
                 if node.op == "get_attr":
@@ -134,21 +146,26 @@ def record(model: nn.Module, leaves: Container[type]) -> torch.fx.Graph:
                 f"{inside} cannot be traced by torch.fx (data-dependent control flow?): {reason}"
             ) from error
         finally:
-            changed = held.put_back(own=set(tracer.tensor_attrs.values()))
-    if watch.why or changed:
-        raise Unfusable(watch.why or changed)
+            changed = before.restore(ignored=set(tracer.tensor_attrs.values()))
+    if effects.reason or changed:
+        raise Unfusable(effects.reason or changed)
     return graph
 
 
 def _check_modules(model: nn.Module) -> None:
-    """Raises Unfusable for what torch.fx would show as a plain leaf, and is none."""
+    """Checks what torch.fx does not show of a module.
+
+    Raises:
+        Unfusable: a module has hooks, parametrizations, a __call__ of its own, or a method set on the instance; or
+            there are global module hooks.
+    """
     for path, module in model.named_modules():
         what = described(path, module)
         if any(getattr(module, hooks, None) for hooks in HOOKS):
             raise Unfusable(f"{what} has hooks, which a fused layer would not run")
         if parametrize.is_parametrized(module):
             raise Unfusable(f"{what} has parametrizations (torch.nn.utils.parametrize)")
-        if isinstance(module, OptimizedModule):  # whose own forward is the compiled one of the module inside
+        if isinstance(module, OptimizedModule):  # has the compiled forward on the instance; the module inside is traced
             continue
         if type(module).__call__ is not nn.Module.__call__ and not isinstance(module, _NEVER_CALLED):
             raise Unfusable(f"{what} has a __call__ of its own")

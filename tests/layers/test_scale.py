@@ -48,7 +48,7 @@ def test_of_the_input(check_passes):
 @pytest.mark.parametrize(
     ("between", "words"),
     [
-        (lambda h: h * h, "the product with a value computed from x is not fused; with a number it is"),
+        (lambda h: h * h, "the product with a value computed from x is not fused; only the product with a number is"),
         (lambda h: operator.mul(h, torch.ones(())), "the product with Tensor is not fused"),
         (lambda h: h * True, "the product with bool is not fused"),
     ],

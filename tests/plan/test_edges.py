@@ -41,7 +41,7 @@ def test_batch_norm_of_unequal_parameters_is_not_fused():
     ],
 )
 def test_windows_that_are_none(layer):
-    assert "make no window" in why_not(Net(layer, w=torch.randn(3, 2, 1, 1)))
+    assert "are not valid" in why_not(Net(layer, w=torch.randn(3, 2, 1, 1)))
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
@@ -103,16 +103,16 @@ def test_a_prediction_of_four_axes_is_not_fused():
     ("function", "sentence"),
     [
         (lambda m, x: F.max_pool1d(m.f(x)[:, None], x.size(1)), "indexing is not fused"),
-        (lambda m, x: F.max_pool2d(m.f(x), x.size(0)), "its kernel_size is the size of axis 0; fused is a number"),
+        (lambda m, x: F.max_pool2d(m.f(x), x.size(0)), "its kernel_size is the size of axis 0; only a number"),
         (lambda m, x: F.max_pool2d(m.f(x), (x.shape[1], 2)), "its kernel_size is the size of axis 1"),
         (lambda m, x: F.dropout(m.f(x), x.size(0)), "its p is the size of axis 0"),
         (lambda m, x: F.elu(m.f(x), m.f(x)), "its alpha is a value computed from x"),
-        (lambda m, x: F.linear(m.f(x), m.f(x)), "its weight is a value computed from x; fused is a number or a param"),
+        (lambda m, x: F.linear(m.f(x), m.f(x)), "its weight is a value computed from x; only a number or a para"),
         (lambda m, x: F.relu(x.shape), "its input is a shape, not a value computed from x"),
         (lambda m, x: F.relu(x.size(1)), "its input is the size of axis 1, not a value"),
         (lambda m, x: torch.tanh(m.w.clamp(min=0.0)), "its input is a clamped or expanded parameter, not a value"),
         (lambda m, x: x.shape, "the model returns a shape, not one tensor computed from x"),
-        (lambda m, x: F.elu(m.f(x), "steep"), "an option that no fused layer has (could not convert string to float"),
+        (lambda m, x: F.elu(m.f(x), "steep"), "no fused layer has this option (could not convert string to float"),
         (lambda m, x: x.reshape(2, x.size(0)), "this reshape is not fused"),
     ],
 )
