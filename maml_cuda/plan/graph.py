@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from maml_cuda.plan.arguments import Traced, argument_text
 from maml_cuda.plan.schema import Layout, Node, Window
 from maml_cuda.plan.side_effects import Unfusable
 
@@ -46,10 +47,6 @@ class Graph:
     log_std: str = ""
 
 
-class Traced:
-    """What a call in `forward` returns while the graph is written. Error messages contain its repr."""
-
-
 @dataclass(repr=False)
 class Value(Traced):
     """A tensor that is computed from the model's input.
@@ -68,11 +65,6 @@ class Value(Traced):
 
     def __repr__(self) -> str:
         return "a value computed from x"
-
-
-def argument_text(x: Any) -> str:
-    """What an argument is, for error messages."""
-    return repr(x) if isinstance(x, Traced) else type(x).__name__
 
 
 class Writer:

@@ -10,73 +10,23 @@ the number of spatial axes, 1 or 2. For the core, a signal is an image of height
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from maml_cuda.plan.graph import Traced, Value, Writer, argument_text
+from maml_cuda.plan.arguments import (
+    SPATIAL,
+    FlooredParameter,
+    Shape,
+    Size,
+    argument_text,
+    channels_of,
+    check_window,
+    height_width,
+)
+from maml_cuda.plan.graph import Value, Writer
 from maml_cuda.plan.schema import Layout, Window
 from maml_cuda.plan.side_effects import Unfusable
-
-
-@dataclass(frozen=True, repr=False)
-class FlooredParameter(Traced):
-    """max(parameter, floor), for the log_std of a Gaussian policy.
-
-    Attributes:
-        rows: whether it is expanded to one row for each sample.
-    """
-
-    parameter: Tensor
-    floor: float = -math.inf
-    rows: bool = False
-
-    def __repr__(self) -> str:
-        return "a clamped or expanded parameter"
-
-
-@dataclass(frozen=True, repr=False)
-class Size(Traced):
-    """x.size(axis) of a value."""
-
-    axis: int
-
-    def __repr__(self) -> str:
-        return f"the size of axis {self.axis}"
-
-
-class Shape(Traced):
-    """x.shape of a value."""
-
-    def __repr__(self) -> str:
-        return "a shape"
-
-
-# The layout of the samples of torch's 1d and 2d layers, by the number of spatial axes.
-SPATIAL: dict[int, Layout] = {1: "signal", 2: "image"}
-
-
-def _height_width(axes: int, value: Any, height: int = 1) -> tuple[int, int]:
-    """A kernel size, stride, padding or dilation for (height, width), from one or two numbers as torch accepts them.
-
-    height: the number for the height if there is one spatial axis.
-    """
-    sizes = value if isinstance(value, (tuple, list)) else [value]
-    if len(sizes) not in (1, axes) or not all(isinstance(v, int) for v in sizes):
-        raise Unfusable(f"a size that is not {'a number' if axes == 1 else 'a pair of numbers'} ({value!r})")
-    return (sizes[0] if axes == 2 else height), sizes[-1]
-
-
-def _check_window(kernel: Any, stride: Any, padding: Any) -> None:
-    if min(*kernel, *stride) < 1 or min(padding) < 0:
-        raise Unfusable(f"kernel {list(kernel)}, stride {list(stride)} and padding {list(padding)} are not valid")
-
-
-def _channels_of(*parameters: Any) -> int:
-    """The number of channels of the first of these parameters that is not None; 0 if all are None."""
-    given = next((p for p in parameters if isinstance(p, Tensor)), None)
-    return 0 if given is None else given.shape[-1] if given.dim() else 1
 
 
 class Layers(Writer):
@@ -113,19 +63,19 @@ class Layers(Writer):
         x = self._value(input)
         if groups != 1:
             raise Unfusable(f"groups={groups} is not fused")
-        if _height_width(axes, dilation) != (1, 1):
+        if height_width(axes, dilation) != (1, 1):
             raise Unfusable(f"dilation={dilation} is not fused")
         if not isinstance(weight, Tensor) or weight.dim() != 2 + axes:
             raise Unfusable(f"its weight is not [out, in, {'length' if axes == 1 else 'height, width'}]")
         rows, columns, *sizes = weight.shape
-        kernel = _height_width(axes, sizes)
+        kernel = height_width(axes, sizes)
         if padding == "same":
             before = tuple((k - 1) // 2 for k in kernel)
             after = tuple(k - 1 - b for k, b in zip(kernel, before, strict=True))
         else:
-            before = after = (0, 0) if padding == "valid" else _height_width(axes, padding, height=0)
-        steps = _height_width(axes, stride)
-        _check_window(kernel, steps, before)
+            before = after = (0, 0) if padding == "valid" else height_width(axes, padding, height=0)
+        steps = height_width(axes, stride)
+        check_window(kernel, steps, before)
         parameters = (self._parameter(weight, "weight", rows, kernel[0] * kernel[1]), self._vector(bias, "bias", rows))
         return self._emit(
             "conv2d", [self._channels_last(x)], parameters, in_features=columns, out_features=rows,
@@ -148,7 +98,7 @@ class Layers(Writer):
         num_features: int | None = None,
     ) -> Value:
         x = self._channels_last(self._value(input))
-        channels = _channels_of(weight, bias, running_mean)
+        channels = channels_of(weight, bias, running_mean)
         in_features = num_features or channels or None
         affine = (self._vector(weight, "weight", channels, slots), self._vector(bias, "bias", channels, slots))
         if training:
@@ -176,7 +126,7 @@ class Layers(Writer):
     ) -> Value:
         """num_groups=0: every channel is a group. cudnn_enabled is an argument of torch.group_norm and is ignored."""
         x = self._channels_last(self._value(input))
-        channels = _channels_of(weight, bias)
+        channels = channels_of(weight, bias)
         affine = (self._vector(weight, "weight", channels), self._vector(bias, "bias", channels))
         return self._emit(
             "group_norm", [x], affine, eps=eps, groups=num_groups, in_layouts=layouts, in_features=channels or None
@@ -243,7 +193,7 @@ class Layers(Writer):
         *,
         axes: int = 2,
     ) -> Value:
-        if _height_width(axes, dilation) != (1, 1) or return_indices:
+        if height_width(axes, dilation) != (1, 1) or return_indices:
             raise Unfusable("dilation and return_indices are not fused")
         return self._pool("max_pool", axes, input, kernel_size, stride, padding, ceil_mode)
 
@@ -278,19 +228,19 @@ class Layers(Writer):
     ) -> Value:
         if ceil_mode:
             raise Unfusable("ceil_mode is not fused")
-        kernel = _height_width(axes, kernel_size)
-        pad = _height_width(axes, padding, height=0)
+        kernel = height_width(axes, kernel_size)
+        pad = height_width(axes, padding, height=0)
         if any(2 * p > k for p, k in zip(pad, kernel, strict=True)):
             raise Unfusable(f"padding {pad} is more than half of the kernel {kernel}")
-        steps = _height_width(axes, stride) if stride not in (None, [], ()) else kernel
-        _check_window(kernel, steps, pad)
+        steps = height_width(axes, stride) if stride not in (None, [], ()) else kernel
+        check_window(kernel, steps, pad)
         return self._emit(
             kind, [self._channels_last(self._value(input))], window=Window(kernel, steps, pad, pad),
             in_layouts=(SPATIAL[axes],), count_padding=count_padding,
         )  # fmt: skip
 
     def adaptive_avg_pool(self, input: Any, output_size: Any, *, axes: int = 2) -> Value:
-        if _height_width(axes, output_size) != (1, 1):
+        if height_width(axes, output_size) != (1, 1):
             raise Unfusable(f"output size {output_size} is not fused; only output size 1 is")
         return self._emit("mean_pool", [self._channels_last(self._value(input))], in_layouts=(SPATIAL[axes],))
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch.fx
 from torch import nn
 
-from maml_cuda.plan.graph import Graph, Traced, Value, argument_text
-from maml_cuda.plan.layers import FlooredParameter, Layers
+from maml_cuda.plan.arguments import FlooredParameter, Traced, argument_text
+from maml_cuda.plan.graph import Graph, Value
+from maml_cuda.plan.layers import Layers
 from maml_cuda.plan.side_effects import Unfusable, described
 from maml_cuda.plan.torch_names import FUNCTIONS, METHODS, MODULES
 from maml_cuda.plan.tracing import GLOBAL_HOOKS, HOOKS, record

@@ -1,9 +1,9 @@
-"""The plan of a model: a graph of fused layers, and what the inner loop does to each parameter that they read.
+"""The plan of a model: a graph of fused layers, and the role of each parameter that they read.
 
-Python writes a plan, and the C++ core reads these very objects, field by field (csrc/python/plan.cpp). As JSON text it
-is an argument of the ops (maml_cuda/engine/ops.py), so that a compiled or exported program carries all that it needs.
+Python makes the plan, and the C++ core reads these objects field by field (csrc/python/plan.cpp). The ops
+(maml_cuda/engine/ops.py) take the plan as JSON text, so a compiled or exported program contains it.
 
-No field has a default: whoever makes a plan says everything. None means that there is no such thing.
+Fields have no defaults, so a plan states every property. None means that a property does not apply.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-Layout = Literal[
-    "features", "signal", "image"
-]  # of a sample: [features], [channels, length], [channels, height, width]
-# What changes a tensor: the inner loop (and the outer one), the outer loop alone, neither; a buffer is a constant too.
+# The shape of a sample: [features], [channels, length] or [channels, height, width].
+Layout = Literal["features", "signal", "image"]
+# "adapted": the inner loop changes it, and it has a meta-gradient. "outer": it has a meta-gradient only. "frozen": a
+# parameter without a meta-gradient. "buffer": a buffer of a module, which has none either.
 Role = Literal["adapted", "outer", "frozen", "buffer"]
 
 
 @dataclass(frozen=True)
 class Window:
-    """A window that slides over an image, in numbers (height, width). A signal is an image of height 1."""
+    """The window of a convolution or a pool. Each field is (height, width). A signal is an image of height 1."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -34,21 +34,22 @@ class Window:
 class Node:
     """One layer. Value 0 is the model's input, node i writes value i + 1, the last node writes the prediction.
 
-    kind: of layer, by its name in csrc/layers.
-    name: of the user's module, for errors.
-    inputs: values that the layer reads.
-    parameters: indices into Plan.parameters; None where an optional one (a bias, gamma, beta) is absent.
-    in_layouts: of the first input, those that the layer takes; none: any.
-    out_layout: of the output; None: the input's.
-    in_features: channels that the parameters ask of the first input; None: any number.
-    out_features: channels of the output; None: the input's.
-    sample: the shape that a layer takes as a whole, as if it were features (LayerNorm); None: any shape.
-    window: of a convolution or pool.
-    function: of a pointwise layer, by its name in csrc/layers/functions.h.
-    constants: numbers of the function or the layer, in the order that its declaration in csrc/layers tells.
-    eps: of a normalisation.
-    groups: of group_norm; 0: every channel is a group.
-    count_padding: of avg_pool, whether padding counts in the divisor.
+    Attributes:
+        kind: the name of the kind of layer in csrc/layers.
+        name: the user's module or call, for error messages.
+        inputs: numbers of the values that the layer reads.
+        parameters: indices into Plan.parameters; None for an optional one (a bias, gamma, beta) that is absent.
+        in_layouts: the layouts that the first input may have; empty: any.
+        out_layout: of the output; None: that of the input.
+        in_features: channels that the first input must have; None: any number.
+        out_features: channels of the output; None: those of the input.
+        sample: the shape of a sample whose elements are all treated as features (LayerNorm); None: any shape.
+        window: of a convolution or a pool.
+        function: the name of a pointwise function in csrc/layers/functions.h.
+        constants: numbers of the function or the layer, in the order of its declaration in csrc/layers.
+        eps: of a normalisation.
+        groups: of group_norm; 0: every channel is a group.
+        count_padding: of avg_pool, whether padding counts in the divisor.
     """
 
     kind: str
@@ -70,10 +71,13 @@ class Node:
 
 @dataclass(frozen=True)
 class InnerRate:
-    """The inner learning rate of one parameter: a constant, or an index into Plan.rate_tensors.
+    """The inner learning rate of one parameter: a constant, or a tensor.
 
-    per_step: the tensor's first axis counts inner steps; steps beyond it repeat the last one.
-    elementwise: behind that axis it has the parameter's shape; otherwise it is one number.
+    Attributes:
+        constant: the number; None if the rate is a tensor.
+        tensor: an index into Plan.rate_tensors; None if the rate is a constant.
+        per_step: the first axis of the tensor counts inner steps; steps beyond its end use the last rate.
+        elementwise: the other axes of the tensor have the parameter's shape; otherwise there are none.
     """
 
     constant: float | None
@@ -84,12 +88,15 @@ class InnerRate:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter or buffer that the nodes read.
+    """A parameter or a buffer that nodes read.
 
-    size: elements, of all slots.
-    rows, taps: of a weight [rows, columns, *taps]; 1 and 1 of anything else.
-    slots: inner steps that have a value of their own, [slots, ...]; 1: one value for all steps.
-    rate: of an adapted parameter.
+    Attributes:
+        size: number of elements, of all slots.
+        rows, taps: of a weight [rows, columns, *taps]; 1 and 1 for any other tensor.
+        slots: the number of inner steps that have values of their own, in a tensor [slots, ...]; 1: all steps read the
+            same values.
+        role: whether the inner loop changes it, and whether it has a meta-gradient.
+        rate: the inner learning rate of an adapted parameter.
     """
 
     size: int
@@ -101,7 +108,7 @@ class Parameter:
 
     @property
     def trainable(self) -> bool:
-        """Whether it has a part in the meta-gradient."""
+        """Whether it has a meta-gradient."""
         return self.role in ("adapted", "outer")
 
 
@@ -109,10 +116,11 @@ class Parameter:
 class RateTensor:
     """A tensor of inner learning rates.
 
-    size: elements, of all steps.
-    steps: inner steps that have a rate of their own; 1: one rate for all steps.
-    parameter: the parameter whose shape an elementwise rate has; None: it is one number a step.
-    learned: whether it has a part in the meta-gradient.
+    Attributes:
+        size: number of elements, of all steps.
+        steps: the number of inner steps that have a rate of their own; 1: all steps have the same rate.
+        parameter: the index of the parameter whose shape an elementwise rate has; None: one number for each step.
+        learned: whether it has a meta-gradient.
     """
 
     size: int
@@ -123,14 +131,18 @@ class RateTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that the core must know of a model, but for the shapes of a call.
+    """Everything that the core needs to know about a model, except the shapes of a call.
 
-    loss: by its name in FusedMAML.
-    backend: "cpu" or "cuda".
-    precision: of products of float32 on a GPU.
-    recompute: run the gradient pass again for each Hessian-vector product instead of keeping its activations.
-    cuda_graphs: on a GPU, replay calls that repeat.
-    task_chunk: on a GPU, at most so many tasks at once; None: all of them.
+    Attributes:
+        nodes: the layers, in topological order.
+        parameters: the parameters and buffers that the nodes read.
+        rate_tensors: the tensors of inner learning rates.
+        loss: the name of the loss in FusedMAML.
+        backend: "cpu" or "cuda".
+        precision: of float32 matrix products on a GPU.
+        recompute: run the gradient pass again for each Hessian-vector product, instead of keeping its activations.
+        cuda_graphs: on a GPU, replay repeated calls as CUDA graphs.
+        task_chunk: on a GPU, the largest number of tasks to compute at once; None: all.
     """
 
     nodes: tuple[Node, ...]
@@ -150,17 +162,17 @@ class Plan:
 
     @property
     def gradient_size(self) -> int:
-        """Elements of the flat meta-gradient: of the trainable parameters, then of the learned rates."""
+        """Number of elements of the flat meta-gradient: the trainable parameters, then the learned rates."""
         trainable = sum(p.size for p in self.parameters if p.trainable)
         return trainable + sum(r.size for r in self.rate_tensors if r.learned)
 
     @property
     def has_gradient(self) -> list[bool]:
-        """Of each parameter, then of each rate tensor, whether it has a part in the meta-gradient."""
+        """For each parameter, then for each rate tensor, whether it has a meta-gradient."""
         return [p.trainable for p in self.parameters] + [r.learned for r in self.rate_tensors]
 
     def of_one_step(self) -> Plan:
-        """The plan of one inner step, whose parameters have one slot and whose rate tensors one step."""
+        """The same plan for one inner step: parameters have one slot, rate tensors have one step."""
         return replace(
             self,
             parameters=tuple(replace(p, size=p.size // p.slots, slots=1) for p in self.parameters),
@@ -170,7 +182,7 @@ class Plan:
 
 @lru_cache(maxsize=256)
 def plan_of(text: str) -> Plan:
-    """The plan that Plan.text has written.
+    """The plan from the JSON text that Plan.text returns.
 
     Raises:
         TypeError: a field is missing or unknown.
@@ -180,7 +192,7 @@ def plan_of(text: str) -> Plan:
 
 
 def _built(hint: Any, value: Any) -> Any:
-    """A value of this type from its JSON, in which a dataclass is a dict and a tuple a list."""
+    """Makes a value of type `hint` from its JSON form, in which a dataclass is a dict and a tuple is a list."""
     if value is None:
         return None
     if is_dataclass(hint):
@@ -190,6 +202,6 @@ def _built(hint: Any, value: Any) -> Any:
     if isinstance(value, list):
         (of_parts, *_) = get_args(next(arm for arm in (hint, *get_args(hint)) if get_origin(arm) is tuple))
         return tuple(_built(of_parts, part) for part in value)
-    if isinstance(value, dict):  # of a dataclass that may be absent
+    if isinstance(value, dict):  # the hint is `dataclass | None`
         return _built(next(arm for arm in get_args(hint) if is_dataclass(arm)), value)
     return value
