@@ -26,7 +26,7 @@ class PerStepBatchNorm(nn.Module):
     """BatchNorm with one slot for each inner step. Steps beyond the last slot read the last slot.
 
     From MAML++ (Antoniou, Edwards, Storkey 2019). The support pass at phi_k and the query pass at phi_{k+1} both read
-    slot k, as in the authors' code. `weight` (gamma) and `bias` (beta) are meta-learned and not adapted.
+    slot k, as in the authors' code. `weight` and `bias` are meta-learned and not adapted.
 
     In train mode the layer normalises by batch statistics, and neither reads nor writes running statistics. In eval
     mode it normalises by the slot's running statistics, which `FusedMAML.update_statistics` collects.
@@ -41,13 +41,15 @@ class PerStepBatchNorm(nn.Module):
         device, dtype: of the parameters and buffers.
 
     Attributes:
-        weight, bias: `[steps, num_features]`, or None.
-        running_mean, running_var: `[steps, num_features]`, or None.
-        num_batches_tracked: `[steps]`, or None; updates of each slot.
+        weight: gamma, `[steps, num_features]`, or None.
+        bias: beta, `[steps, num_features]`, or None.
+        running_mean: `[steps, num_features]`, or None.
+        running_var: `[steps, num_features]`, or None.
+        num_batches_tracked: updates of each slot, `[steps]`, or None.
         step: the inner step whose slot `forward` reads. FusedMAML sets it where it calls the module itself.
 
     Raises:
-        ValueError: `steps` is less than 1. From `forward`: the input has another number of axes.
+        ValueError: `steps` is less than 1; `forward` gets an input whose number of axes the class does not accept.
     """
 
     weight: nn.Parameter | None
@@ -143,6 +145,7 @@ def at_step(model: nn.Module, step: int) -> Iterator[None]:
 
 
 def _norm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The BatchNorm layers of a model, per-step ones included, each with its path."""
     norms = (nn.modules.batchnorm._BatchNorm, PerStepBatchNorm)
     return [(name, m) for name, m in model.named_modules() if isinstance(m, norms)]
 

@@ -18,10 +18,16 @@ Loss = str | Callable[..., Tensor]
 
 
 def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean over samples of the cross-entropy of logits [n, classes] and labels [n]."""
     return F.cross_entropy(prediction, target)
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean over all elements of the squared error.
+
+    Raises:
+        ValueError: the shapes differ. torch would broadcast them.
+    """
     if prediction.shape != target.shape:  # checks of the data saw the first task's prediction only
         raise ValueError(
             f"the prediction must have the target's shape {list(target.shape)} for mse, got {list(prediction.shape)}"

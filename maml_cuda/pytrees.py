@@ -88,6 +88,7 @@ def _combined(name: str, f: Callable[[list[Tensor]], Tensor], parts: Sequence[Tr
 
 
 def _combined_leaf(name: str, f: Callable[[list[Tensor]], Tensor], row: list[Any]) -> Any:
+    """One leaf from the leaves of all tasks at one position. Raises the errors of `stacked`."""
     first = row[0]
     for task, leaf in enumerate(row):
         if type(leaf) is not type(first):

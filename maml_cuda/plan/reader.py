@@ -49,6 +49,11 @@ class _Reader(Layers):
     """Reads a torch.fx graph, node by node."""
 
     def read(self, graph: torch.fx.Graph) -> Graph:
+        """Writes the nodes for all calls of the torch.fx graph.
+
+        Raises:
+            Unfusable: a call is not fused; the message names the call.
+        """
         self._remove_unused_calls(graph)
         values: dict[torch.fx.Node, Any] = {}
         seen_input = False
@@ -75,7 +80,10 @@ class _Reader(Layers):
         raise Unfusable("the model returns nothing")
 
     def _remove_unused_calls(self, graph: torch.fx.Graph) -> None:
-        """Removes calls whose result is never read, unless they may change another value in place."""
+        """Removes calls whose result is never read, unless they may change another value in place.
+
+        A name such as relu_ or iadd, an argument `out`, and an argument True (`inplace`) are signs of that.
+        """
         for node in reversed(graph.nodes):
             if node.users or node.op in ("output", "placeholder"):
                 continue
