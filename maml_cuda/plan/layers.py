@@ -66,20 +66,20 @@ class Layers(Writer):
         if height_width(axes, dilation) != (1, 1):
             raise Unfusable(f"dilation={dilation} is not fused")
         if not isinstance(weight, Tensor) or weight.dim() != 2 + axes:
-            raise Unfusable(f"its weight is not [out, in, {'length' if axes == 1 else 'height, width'}]")
+            raise Unfusable(f"its weight is not of shape [out, in, {'length' if axes == 1 else 'height, width'}]")
         rows, columns, *sizes = weight.shape
         kernel = height_width(axes, sizes)
         if padding == "same":
-            before = tuple((k - 1) // 2 for k in kernel)
-            after = tuple(k - 1 - b for k, b in zip(kernel, before, strict=True))
+            pad_begin = tuple((k - 1) // 2 for k in kernel)
+            pad_end = tuple(k - 1 - begin for k, begin in zip(kernel, pad_begin, strict=True))
         else:
-            before = after = (0, 0) if padding == "valid" else height_width(axes, padding, height=0)
-        steps = height_width(axes, stride)
-        check_window(kernel, steps, before)
+            pad_begin = pad_end = (0, 0) if padding == "valid" else height_width(axes, padding, height=0)
+        strides = height_width(axes, stride)
+        check_window(kernel, strides, pad_begin)
         parameters = (self._parameter(weight, "weight", rows, kernel[0] * kernel[1]), self._vector(bias, "bias", rows))
         return self._emit(
             "conv2d", [self._channels_last(x)], parameters, in_features=columns, out_features=rows,
-            in_layouts=(SPATIAL[axes],), window=Window(kernel, steps, before, after),
+            in_layouts=(SPATIAL[axes],), window=Window(kernel, strides, pad_begin, pad_end),
         )  # fmt: skip
 
     def batch_norm(
@@ -97,6 +97,12 @@ class Layers(Writer):
         slots: int | None = None,
         num_features: int | None = None,
     ) -> Value:
+        """Normalisation by batch statistics if `training`, by running statistics otherwise.
+
+        layouts: of the samples that the module accepts; empty: any.
+        slots: of a per-step layer, whose parameters and statistics are [slots, channels].
+        num_features: channels that the module accepts; None: those of the parameters.
+        """
         x = self._channels_last(self._value(input))
         channels = channels_of(weight, bias, running_mean)
         in_features = num_features or channels or None
@@ -155,7 +161,7 @@ class Layers(Writer):
         for p, what in ((weight, "weight"), (bias, "bias")):
             if isinstance(p, Tensor) and list(p.shape) != shape:
                 raise Unfusable(f"its {what} has shape {list(p.shape)}; only {shape} is fused")
-            taps = math.prod(shape[1:])
+            taps = math.prod(shape[1:])  # torch has channels first in gamma and beta, the core has them last
             affine.append(self._parameter(p, what, *((shape[0], taps) if taps > 1 else ())))
         layout = ("features", *SPATIAL.values())[len(shape) - 1]
         return self._emit(
@@ -175,6 +181,7 @@ class Layers(Writer):
         *,
         layouts: tuple[Layout, ...] = ("signal", "image"),
     ) -> Value:
+        """A group_norm whose groups are single channels; by running statistics, a batch_norm."""
         if not use_input_stats:
             return self.batch_norm(input, running_mean, running_var, weight, bias, eps=eps, layouts=layouts)
         if running_mean is not None or running_var is not None:
@@ -232,10 +239,10 @@ class Layers(Writer):
         pad = height_width(axes, padding, height=0)
         if any(2 * p > k for p, k in zip(pad, kernel, strict=True)):
             raise Unfusable(f"padding {pad} is more than half of the kernel {kernel}")
-        steps = height_width(axes, stride) if stride not in (None, [], ()) else kernel
-        check_window(kernel, steps, pad)
+        strides = height_width(axes, stride) if stride not in (None, [], ()) else kernel
+        check_window(kernel, strides, pad)
         return self._emit(
-            kind, [self._channels_last(self._value(input))], window=Window(kernel, steps, pad, pad),
+            kind, [self._channels_last(self._value(input))], window=Window(kernel, strides, pad, pad),
             in_layouts=(SPATIAL[axes],), count_padding=count_padding,
         )  # fmt: skip
 

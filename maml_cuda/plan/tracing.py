@@ -90,6 +90,7 @@ class _Tracer(torch.fx.Tracer):
         return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
+        """Checks the modes in which each call is made."""
         if not torch.is_grad_enabled():
             raise Unfusable("it disables gradients (torch.no_grad) inside forward")
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
@@ -119,7 +120,8 @@ def record(model: nn.Module, leaves: Container[type]) -> torch.fx.Graph:
     """Records the calls of `model.forward` as a torch.fx graph. The model is not changed.
 
     Args:
-        leaves: types of modules that are recorded as one call; forward of any other module is recorded too.
+        leaves: types of modules that are recorded as one call. Modules of torch.nn are too, except containers. For any
+            other module, the calls of its forward are recorded.
 
     Returns:
         The graph. A node that reads an attribute has its value in meta["value"].
