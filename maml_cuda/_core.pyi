@@ -86,8 +86,30 @@ class Problem:
     def workspace(self, tasks: int, at_once: int) -> int:
         """Elements of workspace that a CPU needs."""
 
-    def run(self, call: Call) -> None:
-        """Runs a call on the CPU."""
+    def run(
+        self,
+        tasks: int,
+        at_once: int,
+        workspace: Tensor,
+        parameters: Sequence[Tensor],
+        rates: Sequence[Tensor] = ...,
+        support: Sequence[Tensor | None] = ...,
+        query: Sequence[Tensor | None] = ...,
+        task_weights: Tensor | None = ...,
+        query_weights: Tensor | None = ...,
+        losses: Sequence[Tensor | None] = ...,
+        logits: Tensor | None = ...,
+        gradient: Tensor | None = ...,
+        *,
+        parameter_strides: Sequence[int] = ...,
+        given: Sequence[Tensor | None] = ...,
+        given_strides: Sequence[int] = ...,
+        per_task: Sequence[Tensor | None] = ...,
+        state: Tensor | None = ...,
+        kept: int = ...,
+        prepared: bool = ...,
+    ) -> None:
+        """Runs a call on the CPU. The arguments are those of Call."""
 
 class CudaGraph:
     """A captured CUDA graph."""
@@ -140,14 +162,22 @@ def instruction_sets() -> list[str]:
 def cpu_isa() -> str:
     """The instruction set in use."""
 
-def plain_signature(data: tuple[Any, ...], type: type) -> tuple[Any, ...] | None:
-    """Shape, dtype and device of each tensor, one after the other.
+def watch(
+    settings: tuple[Any, ...], dicts: list[dict[str, Any]], tensors: list[Tensor], names: tuple[str, ...]
+) -> tuple[Any, ...]:
+    """The state of a model that a plan was made for, for the two functions below.
 
-    None unless each object is exactly of this type, does not require grad, and is dense in memory of its own.
+    Args:
+        settings: objects that must stay the very same, or equal integers.
+        dicts: their keys and values must stay the very same objects.
+        tensors, names: the tensors' attributes of these names must stay equal.
     """
 
-def same_items(dicts: list[dict[str, Any]], items: list[Any]) -> bool:
-    """Whether the keys and values of the dicts, one dict after the other, are these very objects."""
+def unchanged(watched: tuple[Any, ...], settings: tuple[Any, ...]) -> bool:
+    """Whether nothing has changed."""
 
-def same_attributes(objects: list[Any], names: tuple[str, ...], values: list[Any]) -> bool:
-    """Whether the attributes of the objects, all names of one object after the other, equal these values."""
+def signature(
+    watched: tuple[Any, ...], settings: tuple[Any, ...], data: tuple[Any, ...], type: type
+) -> tuple[Any, ...] | None:
+    """None if something has changed. Else shape, dtype and device of each tensor, one after the other; () unless each
+    is of exactly the type, does not require grad, and its memory holds its values."""

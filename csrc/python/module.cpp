@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <utility>
+#include <vector>
 
 #include "cpu/run/backend.h"
 #include "python/bind_episodes.h"
@@ -15,56 +17,80 @@
 
 namespace py = pybind11;
 
+namespace maml {
+namespace {
+
+using Tensors = std::vector<Memory>;
+using TargetOf = std::array<Memory, 4>;
+using Losses = std::array<Memory, 3>;
+using Strides = std::vector<int64_t>;
+
+BoundCall made_call(int64_t tasks, int64_t at_once, Memory workspace, Tensors parameters, Tensors rates,
+                    TargetOf support, TargetOf query, Memory task_weights, Memory query_weights,
+                    Losses losses, Memory logits, Memory gradient, Strides parameter_strides, Tensors given,
+                    Strides given_strides, Tensors per_task, Memory state, int64_t kept, bool prepared) {
+  return {tasks,
+          at_once,
+          workspace,
+          std::move(parameters),
+          std::move(rates),
+          support,
+          query,
+          task_weights,
+          query_weights,
+          losses,
+          logits,
+          gradient,
+          std::move(parameter_strides),
+          std::move(given),
+          std::move(given_strides),
+          std::move(per_task),
+          state,
+          kept,
+          prepared};
+}
+
+/// Defines what takes the arguments of made_call.
+template <class Define>
+void with_call_arguments(Define define) {
+  define(py::arg("tasks"), py::arg("at_once"), py::arg("workspace"), py::arg("parameters"),
+         py::arg("rates") = Tensors{}, py::arg("support") = TargetOf{}, py::arg("query") = TargetOf{},
+         py::arg("task_weights") = Memory{}, py::arg("query_weights") = Memory{},
+         py::arg("losses") = Losses{}, py::arg("logits") = Memory{}, py::arg("gradient") = Memory{},
+         py::kw_only(), py::arg("parameter_strides") = Strides{}, py::arg("given") = Tensors{},
+         py::arg("given_strides") = Strides{}, py::arg("per_task") = Tensors{}, py::arg("state") = Memory{},
+         py::arg("kept") = 0, py::arg("prepared") = false);
+}
+
+/// Makes a call and runs it on the CPU: Python crosses into C++ once.
+template <class... Arguments>
+auto running(BoundCall (*make)(Arguments...)) {
+  return [make](const BoundProblem& problem, Arguments... arguments) {
+    problem.run(make(std::move(arguments)...));
+  };
+}
+
+}  // namespace
+}  // namespace maml
+
 PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
   using maml::BoundProblem;
   m.doc() = "The fused core of maml_cuda: plans, and the calls that run them.";
   py::register_local_exception<maml::Unsupported>(m, "Unsupported", PyExc_ValueError);
 
-  using maml::BoundCall;
-  using maml::Memory;
-  using Tensors = std::vector<Memory>;
-  using Target = std::array<Memory, 4>;
-  using Losses = std::array<Memory, 3>;
-  using Strides = std::vector<int64_t>;
-  py::class_<BoundCall>(m, "Call", py::module_local(), "The dense tensors of one call; None says absent.")
-      .def(
-          py::init([](int64_t tasks, int64_t at_once, Memory workspace, Tensors parameters, Tensors rates,
-                      Target support, Target query, Memory task_weights, Memory query_weights, Losses losses,
-                      Memory logits, Memory gradient, Strides parameter_strides, Tensors given,
-                      Strides given_strides, Tensors per_task, Memory state, int64_t kept, bool prepared) {
-            return BoundCall{tasks,
-                             at_once,
-                             workspace,
-                             std::move(parameters),
-                             std::move(rates),
-                             support,
-                             query,
-                             task_weights,
-                             query_weights,
-                             losses,
-                             logits,
-                             gradient,
-                             std::move(parameter_strides),
-                             std::move(given),
-                             std::move(given_strides),
-                             std::move(per_task),
-                             state,
-                             kept,
-                             prepared};
-          }),
-          py::arg("tasks"), py::arg("at_once"), py::arg("workspace"), py::arg("parameters"),
-          py::arg("rates") = Tensors{}, py::arg("support") = Target{}, py::arg("query") = Target{},
-          py::arg("task_weights") = Memory{}, py::arg("query_weights") = Memory{},
-          py::arg("losses") = Losses{}, py::arg("logits") = Memory{}, py::arg("gradient") = Memory{},
-          py::kw_only(), py::arg("parameter_strides") = Strides{}, py::arg("given") = Tensors{},
-          py::arg("given_strides") = Strides{}, py::arg("per_task") = Tensors{}, py::arg("state") = Memory{},
-          py::arg("kept") = 0, py::arg("prepared") = false,
-          "support, query: x, and what its loss compares: y, scale, old_log_probs. given: the cotangents of "
-          "a backward, or directions. losses: loss, task_losses, support_losses. at_once: tasks at the same "
-          "time. state: workspaces of the first `kept` tasks of a kept_fisher; prepared: an earlier call has "
-          "filled them.");
+  py::class_<maml::BoundCall> call(m, "Call", py::module_local(),
+                                   "The dense tensors of one call; None says absent.");
+  maml::with_call_arguments([&](auto... arguments) {
+    call.def(
+        py::init(&maml::made_call), arguments...,
+        "support, query: x, and what its loss compares: y, scale, old_log_probs. given: the cotangents of "
+        "a backward, or directions. losses: loss, task_losses, support_losses. at_once: tasks at the same "
+        "time. state: workspaces of the first `kept` tasks of a kept_fisher; prepared: an earlier call has "
+        "filled them.");
+  });
 
-  py::class_<BoundProblem>(m, "Problem", py::module_local())
+  py::class_<BoundProblem> problem(m, "Problem", py::module_local());
+  problem
       .def(py::init<py::handle, const std::string&, const std::vector<int64_t>&, int64_t, int64_t, int, bool,
                     bool, const std::vector<int>&>(),
            py::arg("plan"), py::arg("operation"), py::arg("sample"), py::arg("n_support"), py::arg("n_query"),
@@ -77,8 +103,11 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
            "Elements of workspace on the CPU.")
       .def_property_readonly("in_lanes", &BoundProblem::in_lanes,
                              "Whether a CPU may run several tasks side by side.")
-      .def_property_readonly("task_size", &BoundProblem::task_size, "Elements of a kept task's state.")
-      .def("run", &BoundProblem::run, py::arg("call"), "Runs the call on the CPU.");
+      .def_property_readonly("task_size", &BoundProblem::task_size, "Elements of a kept task's state.");
+  maml::with_call_arguments([&](auto... arguments) {
+    problem.def("run", maml::running(&maml::made_call), arguments...,
+                "Runs a call on the CPU. The arguments are those of Call.");
+  });
 
 #ifdef MAML_CUDA_ARCHITECTURES
   using maml::BoundRunner;
@@ -100,14 +129,18 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
   m.attr("cuda_architectures") = "";
 #endif
   maml::bind_episodes(m);
-  m.def(
-      "plain_signature", &maml::plain_signature, py::arg("data"), py::arg("type"),
-      "Shape, dtype and device of each tensor, one after the other; None unless each is exactly of the type, "
-      "requires no grad, and its memory holds what it says.");
-  m.def("same_items", &maml::same_items, py::arg("dicts"), py::arg("items"),
-        "Whether the dicts' keys and values, one dict after the other, are the very objects in the list.");
-  m.def("same_attributes", &maml::same_attributes, py::arg("objects"), py::arg("names"), py::arg("values"),
-        "Whether the objects' attributes, all names of one object after the other, equal the list.");
+  m.def("watch", &maml::watch, py::arg("settings"), py::arg("dicts"), py::arg("tensors"), py::arg("names"),
+        "The state of a model that a plan was made for. settings: objects that must stay the very same, or "
+        "equal "
+        "integers. dicts: their keys and values must stay the very same. tensors, names: the tensors' "
+        "attributes "
+        "of these names must stay equal.");
+  m.def("unchanged", &maml::unchanged, py::arg("watched"), py::arg("settings"),
+        "Whether nothing has changed.");
+  m.def("signature", &maml::signature, py::arg("watched"), py::arg("settings"), py::arg("data"),
+        py::arg("type"),
+        "None if something has changed. Else shape, dtype and device of each tensor, one after the other; () "
+        "unless each is of exactly the type, requires no grad, and its memory holds what it says.");
   m.def("instruction_sets", &maml::cpu::instruction_sets, "Instruction sets in this build, widest first.");
   m.def("cpu_isa", [] { return maml::cpu::backend().isa; }, "The instruction set in use.");
   m.attr("version") = MAML_CUDA_VERSION;

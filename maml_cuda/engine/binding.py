@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from maml_cuda import _core, pytrees
 from maml_cuda.engine import checks, fast_path
+from maml_cuda.engine.bounded import Bounded
 from maml_cuda.engine.planning import Holder, planned
-from maml_cuda.engine.settings import Settings
+from maml_cuda.engine.problem import Problem
+from maml_cuda.engine.settings import Settings, watched
 from maml_cuda.engine.suitability import Suitability
 from maml_cuda.plan import reader
 from maml_cuda.plan.schema import Plan
 from maml_cuda.pytrees import Tree
 from maml_cuda.rates import InnerRates, tensors
 
-_WATCHED = ("requires_grad", "shape", "dtype", "device")  # of a parameter, buffer or rate
+MOST_PROBLEMS = 64  # kept for the fast path, of as many signatures
 
 
 class Binding:
@@ -33,7 +35,8 @@ class Binding:
         dtypes: of the model's floating-point parameters, frozen ones included; of complex ones those of their parts.
         places: of the parameters and learned rates in the flat gradient (fast_path.places).
         plain: whether the parameters are torch's own, not of a subclass that would see what is done with them.
-        problems: of meta-steps whose arguments have passed every check, by their signature (fast_path.signature).
+        problems: of meta-steps whose arguments have passed every check, by signature, first_order and whether gradients
+            are on.
     """
 
     def __init__(self, maml: Settings) -> None:
@@ -46,7 +49,7 @@ class Binding:
         self.served_by: dict[str, list[str]] = {}
         self.log_std = ""
         self.places: list[fast_path.Place] = []
-        self.problems: dict[tuple[Any, ...], Any] = {}
+        self.problems: Bounded[tuple, Problem] = Bounded(MOST_PROBLEMS)
         self._holders: list[Holder] = []
         self._has_gradient: list[bool] = []
         self._all_have_gradient = False
@@ -80,31 +83,29 @@ class Binding:
     # -- whether it still holds -------------------------------------------------------------------------------
 
     def _watch(self, maml: Settings) -> None:
-        self._of = maml.model, maml.inner_lr, maml.loss, maml.inner_steps
         modules = list(maml.model.modules())
-        self._dicts = [d for m in modules for d in (m.__dict__, m._modules, m._parameters, m._buffers)]
+        dicts = [d for m in modules for d in (m.__dict__, m._modules, m._parameters, m._buffers)]
         self._hooks = [getattr(m, hooks) for m in modules for hooks in reader.HOOKS] + list(reader.GLOBAL_HOOKS)
         self._hooked = any(self._hooks)
         if not self._hooked:  # hooks must stay absent; where there are some, they may change
-            self._dicts += self._hooks
-        self._items = [part for d in self._dicts for item in d.items() for part in item]
-        rates = [rate for _, rate in tensors(maml.inner_lr)]
-        self._tensors = [*maml.model.parameters(), *maml.model.buffers(), *rates]
-        self._attributes = [getattr(t, name) for t in self._tensors for name in _WATCHED]
+            dicts += self._hooks
+        read = [*maml.model.parameters(), *maml.model.buffers(), *(rate for _, rate in tensors(maml.inner_lr))]
+        self._watched = _core.watch(watched(maml), dicts, read, ("requires_grad", "shape", "dtype", "device"))
 
     def holds(self, maml: Settings) -> bool:
         """Whether nothing has changed that the plan depends on: the modules and their attributes (flags, options, a
         forward that is set on an instance), submodules, parameters, hooks, and the shape, dtype, device and
         requires_grad of each parameter, buffer and rate. This runs at each call, so it compares objects by identity.
         """
-        model, inner_lr, loss, inner_steps = self._of
-        if maml.model is not model or maml.inner_lr is not inner_lr or maml.loss is not loss:
-            return False
-        if maml.inner_steps != inner_steps or (self._hooked and not any(self._hooks)):
-            return False
-        if not _core.same_items(self._dicts, self._items):
-            return False
-        return _core.same_attributes(self._tensors, _WATCHED, self._attributes)
+        return not (self._hooked and not any(self._hooks)) and _core.unchanged(self._watched, watched(maml))
+
+    def signature(self, maml: Settings, data: tuple[Any, ...]) -> tuple | None:
+        """None where the binding does not hold. Else whatever the checks of a call look at of `data`, as a key; () of
+        data that need more than the fast path does: autograd, a subclass of Tensor, memory that is not what it says.
+        """
+        if self._hooked and not any(self._hooks):
+            return None
+        return _core.signature(self._watched, watched(maml), data, Tensor)
 
     # -- what it says -----------------------------------------------------------------------------------------
 

@@ -1,12 +1,10 @@
-"""The workspace of a call on the CPU, which stays for the next one.
+"""The workspace of a call on the CPU, which is kept for the next one.
 
-Fresh pages have to be cleared, and to make huge ones of them the system moves others away: as long a work as a call.
-Between calls the core lends the pages to the system, which may take them as soon as it runs short of memory.
+Fresh pages must be cleared by the system, which can take as long as a call. Between calls the core marks the pages as
+free (MADV_FREE), so that the system may take them when it runs short of memory.
 """
 
 from __future__ import annotations
-
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -15,17 +13,19 @@ _kept: list[Tensor] = []  # at most one; while a call has it, another thread's c
 
 
 def take(size: int) -> Tensor:
-    """At least so many bytes."""
-    with suppress(IndexError):
+    """A workspace of at least so many bytes."""
+    try:
         workspace = _kept.pop()
-        if workspace.numel() >= size:
-            return workspace
-        del workspace  # before the larger one comes
+    except IndexError:
+        workspace = None
+    if workspace is not None and workspace.numel() >= size:
+        return workspace
+    del workspace  # before the larger one is allocated
     return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 def keep(workspace: Tensor) -> None:
-    """For the next call."""
+    """Keeps a workspace for the next call."""
     _kept[:] = [workspace]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from maml_cuda import _core
+from maml_cuda.engine.bounded import Bounded
 
 OLDEST = (8, 0)  # compute capability
 MOST_GRAPHS = 64  # kept for one problem and device: one for each number of tasks and stream
@@ -55,7 +56,7 @@ class Runner:
         self._make_call = core.Call
         self._core = core.CudaRunner(problem, device.index or 0)
         self._graphs: OrderedDict[tuple[int, int, int], tuple[Any, Tensor] | None] = OrderedDict()
-        self._workspaces: dict[tuple[int, int], int] = {}
+        self._workspaces: Bounded[tuple[int, int], int] = Bounded(64)
 
     @property
     def executor(self) -> str:

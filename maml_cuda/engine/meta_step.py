@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from maml_cuda import pytrees, targets
-from maml_cuda.engine import checks, data_checks, fallback, fast_path
+from maml_cuda.engine import checks, data_checks, fallback, fast_path, torch_private
 from maml_cuda.engine.binder import look_at_labels, read
 from maml_cuda.engine.binding import Binding
-from maml_cuda.engine.problem import joined, meta_problem
+from maml_cuda.engine.problem import Problem, joined, meta_problem
 from maml_cuda.engine.settings import Settings, inner_rates
 from maml_cuda.policies import mean_of
 from maml_cuda.pytrees import Tree
@@ -93,41 +93,67 @@ def _computed(
     maml: Settings, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None
 ) -> tuple[MetaOutput, Gradient | None]:
     """What a call returns, not yet differentiable; and the meta-gradient where gradients are on."""
-    binding = maml._binding()
-    if torch.is_autocast_enabled(binding.on):
-        x_spt, x_qry = binding.in_its_dtype(x_spt), binding.in_its_dtype(x_qry)
-    usual = binding.plain and maml._query_weights.values is None
-    signature = fast_path.signature(x_spt, y_spt, x_qry, y_qry) if usual else None
-    key = (signature, maml.first_order)
-    problem = binding.problems.get(key) if signature else None
-    if problem is None:
-        _check_episode(maml, binding, x_spt, y_spt, x_qry, y_qry)
-    else:
-        binding.why_not = ""
+    unobserved, signature = torch_private.unobserved(), None
+    binding = maml._binder.bound
+    if binding is not None and unobserved and not torch.is_autocast_enabled(binding.on):
+        signature = binding.signature(maml, (x_spt, y_spt, x_qry, y_qry))
+    if binding is None or signature is None:
+        binding = maml._binding()
+        if torch.is_autocast_enabled(binding.on):
+            x_spt, x_qry = binding.in_its_dtype(x_spt), binding.in_its_dtype(x_qry)
+        signature = binding.signature(maml, (x_spt, y_spt, x_qry, y_qry)) if unobserved else ()
+    key = signature, maml.first_order, torch.is_grad_enabled()
+    usual = bool(signature) and maml._query_weights.values is None
+    problem = binding.problems.get(key) if usual else None
+    if problem is not None:
+        parameters, rates = binding.tensors()
+        if all(map(fast_path.is_plain, rates)):
+            data = x_spt, cast(Tensor, y_spt), x_qry, cast(Tensor, y_qry)
+            return _warm(maml, binding, problem, parameters, rates, data, task_weights)
+    _check_episode(maml, binding, x_spt, y_spt, x_qry, y_qry)
     if task_weights is not None:
         data_checks.task_weights(task_weights, pytrees.tasks(x_spt), binding.like())
-    if problem is None and not maml._binder.serves(maml, binding, x_spt, x_qry):
+    if not maml._binder.serves(maml, binding, x_spt, x_qry):
         return _on_the_general_path(maml, x_spt, y_spt, x_qry, y_qry, task_weights)
     look_at_labels(maml, binding, x_spt, y_spt=y_spt, y_qry=y_qry)
     parameters, rates = binding.tensors()
     wanted = torch.is_grad_enabled()
-    places = None
-    if problem is not None and all(map(fast_path.is_plain, rates)):
-        data = x_spt, cast(Tensor, y_spt), x_qry, cast(Tensor, y_qry)
-        loss, task_losses, logits, support_losses, flat = fast_path.meta_step(
-            problem, parameters, rates, data, task_weights, maml.inner_steps, wanted
-        )
-        places = binding.places
-    else:
-        weights, query_steps = maml._query_weights.tensor(parameters[0]), maml._query_weights.steps
-        loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
-            parameters, rates, x_spt, targets.tensors(y_spt), x_qry, targets.tensors(y_qry), task_weights,
-            binding.text, maml.inner_steps, maml.first_order, wanted, weights, query_steps,
-        )  # fmt: skip
-    if signature and problem is None:  # the next call with data like these has passed every check
+    weights, query_steps = maml._query_weights.tensor(parameters[0]), maml._query_weights.steps
+    loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
+        parameters, rates, x_spt, targets.tensors(y_spt), x_qry, targets.tensors(y_qry), task_weights,
+        binding.text, maml.inner_steps, maml.first_order, wanted, weights, query_steps,
+    )  # fmt: skip
+    if usual and binding.plain:  # the next call with such data has passed every check
         binding.problems[key] = meta_problem(binding.text, x_spt, x_qry, maml.inner_steps, maml.first_order, wanted)
     out = MetaOutput(loss, task_losses, mean_of(binding.as_returned(logits)), support_losses)
-    return out, Gradient(flat, binding.with_gradient(parameters + rates), places) if wanted else None
+    return out, Gradient(flat, binding.with_gradient(parameters + rates), None) if wanted else None
+
+
+def _warm(
+    maml: Settings,
+    binding: Binding,
+    problem: Problem,
+    parameters: list[Tensor],
+    rates: list[Tensor],
+    data: tuple[Tensor, Tensor, Tensor, Tensor],
+    task_weights: Tensor | None,
+) -> tuple[MetaOutput, Gradient | None]:
+    """A call like one that has passed every check, but for the values of labels and weights."""
+    binding.why_not = ""
+    if task_weights is not None:
+        data_checks.task_weights(task_weights, len(data[0]), binding.like())
+    if maml._options.check_labels:
+        look_at_labels(maml, binding, data[0], y_spt=data[1], y_qry=data[3])
+    wanted = torch.is_grad_enabled()
+    loss, task_losses, logits, support_losses, flat = fast_path.meta_step(
+        problem, parameters, rates, data, task_weights, maml.inner_steps, wanted
+    )
+    if binding.log_std:
+        logits = mean_of(binding.as_returned(logits))
+    out = MetaOutput(loss, task_losses, logits, support_losses)
+    if not wanted:
+        return out, None
+    return out, Gradient(flat, binding.with_gradient(parameters + rates), binding.places)
 
 
 def _check_episode(maml: Settings, binding: Binding, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target) -> None:

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from maml_cuda import _core, targets
 from maml_cuda.engine import cpu_workspace, cuda_runner, data_checks
+from maml_cuda.engine.bounded import Bounded
 from maml_cuda.plan.schema import plan_of
 from maml_cuda.targets import POLICY_LOSSES, PolicyTarget, Target
+
+MOST_PROBLEMS = 128  # kept; a problem takes up to some hundred kilobytes
 
 
 class Problem:
@@ -51,7 +54,7 @@ class Problem:
         self.gradient_size = plan.gradient_size
         self.at_once = plan.task_chunk
         self.graphs = plan.cuda_graphs
-        self.workspaces: dict[tuple[int, int], int] = {}  # of the CPU: (tasks, threads) -> elements
+        self.workspaces: Bounded[tuple[int, int], int] = Bounded(64)  # of the CPU: (tasks, threads) -> bytes
         self.runners: dict[torch.device, cuda_runner.Runner] = {}
 
     def run(self, like: Tensor, tasks: int, *tensors: Any, **more: Any) -> None:
@@ -62,9 +65,9 @@ class Problem:
         threads = torch.get_num_threads()
         size = self.workspaces.get((tasks, threads))
         if size is None:
-            size = self.workspaces[tasks, threads] = self.core.workspace(tasks, threads)
-        memory = cpu_workspace.take(size * like.element_size())
-        self.core.run(_core.Call(tasks, threads, memory, *tensors, **more))
+            size = self.workspaces[tasks, threads] = self.core.workspace(tasks, threads) * like.element_size()
+        memory = cpu_workspace.take(size)
+        self.core.run(tasks, threads, memory, *tensors, **more)
         cpu_workspace.keep(memory)
 
     def runner(self, on: torch.device) -> cuda_runner.Runner:
@@ -98,7 +101,7 @@ class Problem:
 
 
 # (plan, operation, sample, n_support, n_query, steps, first_order, double, query_steps)
-problem_of = lru_cache(maxsize=1024)(Problem)
+problem_of = lru_cache(maxsize=MOST_PROBLEMS)(Problem)
 
 
 def why_not(plan: str, sample: tuple[int, ...], n_support: int, n_query: int, dtype: torch.dtype) -> str:

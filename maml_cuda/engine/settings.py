@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
@@ -51,8 +51,15 @@ class Settings(Protocol):
     _binder: Binder
     _query_weights: QueryWeights
 
+    _modules: dict[str, Any]
+
     def _binding(self) -> Binding: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+def watched(maml: Settings) -> tuple[Any, ...]:
+    """The settings that a plan depends on. The registry of modules is read as nn.Module.__getattr__ is slow."""
+    return maml._modules["model"], maml.inner_lr, maml.loss, maml.inner_steps
 
 
 def adapted_names(maml: Settings) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from maml_cuda import targets
+from maml_cuda.engine.bounded import Bounded
 from maml_cuda.engine.problem import why_not
 from maml_cuda.plan import proof
 
 if TYPE_CHECKING:
     from maml_cuda.engine.binding import Binding
 
-MOST_KEPT = 1024  # answers; beyond them the oldest is forgotten, and found again where it is asked for
+MOST_KEPT = 1024  # answers; a forgotten one is found again
 
 
 class Suitability:
@@ -25,8 +25,8 @@ class Suitability:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._answers: OrderedDict[tuple[Any, ...], str] = OrderedDict()  # by the arguments of why_unfit
-        self._proven: OrderedDict[tuple[Any, ...], None] = OrderedDict()  # (sample, samples, second_order)
+        self._answers: Bounded[tuple, str] = Bounded(MOST_KEPT)  # by the arguments of why_unfit
+        self._proven: Bounded[tuple, None] = Bounded(MOST_KEPT)  # (sample, samples, second_order)
 
     def why_unfit(
         self,
@@ -44,12 +44,10 @@ class Suitability:
         """
         key = tuple(sample), n_support, n_query, dtype, second_order
         if key not in self._answers:
-            _keep(
-                self._answers,
-                key,
+            self._answers[key] = (
                 why_not(binding.text, tuple(sample), n_support, n_query, dtype)
                 or self._disproof(binding, tuple(sample), n_support, second_order)
-                or self._disproof(binding, tuple(sample), n_query, second_order=False),
+                or self._disproof(binding, tuple(sample), n_query, second_order=False)
             )
         return self._answers[key]
 
@@ -60,14 +58,8 @@ class Suitability:
         results = _Results(binding, self._model)
         reason = proof.why_not(self._model, str(results.loss), results, sample, samples, second_order)
         if not reason:
-            _keep(self._proven, key, None)
+            self._proven[key] = None
         return reason
-
-
-def _keep(kept: OrderedDict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:
-    kept[key] = value
-    if len(kept) > MOST_KEPT:
-        kept.popitem(last=False)
 
 
 class _Results:

@@ -5,6 +5,7 @@ Results and errors are the same as without it.
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 from unittest import mock
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import maml_cuda
 from maml_cuda import FusedMAML
-from maml_cuda.engine import ops
+from maml_cuda.engine import binding, fast_path, ops, problem, torch_private
 from tests import conftest
 
 
@@ -252,3 +254,51 @@ def test_backward_refuses(maml):
             maml.backward(*data[:2], *episode(2)[2:])
         assert all(p.grad is None for p in maml.parameters())
         maml.backward(*data)
+
+
+class Recorder:
+    """Notes the names of the attributes that are asked of it."""
+
+    def __init__(self, of: Any, names: list[str]) -> None:
+        self.of, self.names = of, names
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.append(name)
+        return getattr(self.of, name)
+
+
+def test_a_warm_call_enters_the_core_twice(maml):
+    data = episode()
+    for _ in range(2):
+        step(maml, data)
+    entered: list[str] = []
+    for each in maml._binding().problems.values():
+        each.core = Recorder(each.core, entered)
+    recorder = Recorder(maml_cuda._core, entered)
+    with mock.patch.object(binding, "_core", recorder), mock.patch.object(problem, "_core", recorder):
+        maml(*data).loss.backward()
+        assert entered == ["signature", "run"]
+        maml.backward(*data)
+        assert entered == ["signature", "run"] * 2
+
+
+def test_many_shapes_keep_a_bounded_number_of_problems(maml):
+    for n in range(1, 200):
+        x, y = torch.randn(1, n, 3).double(), torch.randn(1, n, 3).double()
+        maml._binding().why_unfit = lambda *_: ""  # a proof for each shape takes too long here
+        maml(x, y, x, y)
+    gc.collect()
+    kept = [o for o in gc.get_objects() if type(o) is problem.Problem]  # isinstance asks lazy modules
+    assert problem.problem_of.cache_info().currsize == problem.MOST_PROBLEMS
+    assert len(maml._binding().problems) == binding.MOST_PROBLEMS
+    assert len(kept) <= problem.MOST_PROBLEMS + binding.MOST_PROBLEMS
+
+
+def test_a_torch_without_one_of_the_probes_has_no_fast_path(maml, monkeypatch):
+    data = episode()
+    expected = [step(maml, data), step(maml, data)][1]
+    probe = torch_private._probe(torch._C, "_a_probe_that_this_torch_lacks")
+    monkeypatch.setattr(torch_private, "_profiler", probe)
+    assert not torch_private.unobserved()
+    with mock.patch.object(fast_path, "meta_step", side_effect=AssertionError("the fast path")):
+        assert equal(step(maml, data), expected)
