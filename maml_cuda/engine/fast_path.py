@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maml_cuda.engine import ops
+from maml_cuda.engine import ops, torch_private
 from maml_cuda.engine.autograd import once
 from maml_cuda.engine.problem import Problem
 
@@ -20,12 +20,13 @@ Place = tuple[torch.Size, tuple[int, ...], int]  # shape, strides and first elem
 
 
 def is_plain(t: Any) -> bool:
-    """Whether it is a tensor of torch's own, and its memory holds what it says."""
+    """Whether it is of torch's own types, no subclass, and its memory holds its values (it is no lazy negation, and no
+    zero without memory)."""
     return (type(t) is Tensor or type(t) is torch.nn.Parameter) and not (t.is_neg() or t._is_zerotensor())
 
 
 def places(tensors: list[Tensor]) -> list[Place]:
-    """Where each of the tensors stands in one that holds them all, one after the other."""
+    """The places of tensors in a flat one that holds them all, one after the other."""
     ends = itertools.accumulate(t.numel() for t in tensors)
     strides = [torch.empty(t.shape, device="meta").stride() for t in tensors]
     return [(t.shape, s, end - t.numel()) for t, s, end in zip(tensors, strides, ends, strict=True)]
@@ -44,7 +45,7 @@ def meta_step(
 
 
 class _Attached(torch.autograd.Function):
-    """The same for a loss that nobody else holds, so that it need not be copied, and with known places."""
+    """autograd.attach for a loss that is not held elsewhere, so that it need not be copied, and with known places."""
 
     @staticmethod
     def forward(ctx: Any, held: tuple[Tensor, Tensor, list[Place]], *inputs: Tensor) -> Tensor:
@@ -61,23 +62,32 @@ class _Attached(torch.autograd.Function):
         return (None, *once("a meta-gradient", [part(*place) for place in places], [grad, *inputs]))
 
 
+_apply_attached = torch_private.direct_apply(_Attached)
+
+
 def attached(loss: Tensor, flat: Tensor, inputs: list[Tensor], places: list[Place]) -> Tensor:
-    """The op attach, past the dispatcher, on a fresh loss; `places` of the inputs in `flat`."""
-    return _Attached.apply((loss, flat, places), *inputs)  # type: ignore[no-any-return,no-untyped-call]
+    """The op attach without the dispatcher, for a loss that is not held elsewhere; `places` of the inputs in `flat`."""
+    loss = _apply_attached((loss, flat, places), *inputs)
+    return loss
 
 
 def only_adds(t: Tensor) -> bool:
-    """Whether all that autograd does with a gradient of t is to add it to `.grad`, and t is laid out as its place."""
+    """Whether autograd would only add a gradient of t to `.grad`, and t is dense, as its place is."""
     return t.is_leaf and t.is_contiguous() and not t._backward_hooks and not t._post_accumulate_grad_hooks
 
 
 def add_gradient(flat: Tensor, inputs: list[Tensor], places: list[Place]) -> None:
-    """What the backward of `attached` comes to where all that autograd does is to add."""
+    """What the backward of `attached` does where autograd only adds to `.grad`."""
     part = flat.as_strided
+    grads: list[Tensor] = []
+    added: list[Tensor] = []
     for t, place in zip(inputs, places, strict=True):
         grad = t.grad
         if grad is None:
             t.grad = part(*place)
         else:
-            with torch.no_grad():
-                grad += part(*place)
+            grads.append(grad)
+            added.append(part(*place))
+    if grads:
+        with torch.no_grad():
+            torch._foreach_add_(grads, added)

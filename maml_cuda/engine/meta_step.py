@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maml_cuda import pytrees, targets
-from maml_cuda.engine import checks, data_checks, fallback, fast_path, torch_private
+from maml_cuda.engine import data_checks, fallback, fast_path, torch_private
 from maml_cuda.engine.binder import look_at_labels, read
 from maml_cuda.engine.binding import Binding
 from maml_cuda.engine.problem import Problem, joined, meta_problem
@@ -94,8 +94,8 @@ def _computed(
 ) -> tuple[MetaOutput, Gradient | None]:
     """What a call returns, not yet differentiable; and the meta-gradient where gradients are on."""
     unobserved, signature = torch_private.unobserved(), None
-    binding = maml._binder.bound
-    if binding is not None and unobserved and not torch.is_autocast_enabled(binding.on):
+    binding = maml._binder.bound if unobserved else None  # torch.compile would take it for a constant
+    if binding is not None and not torch.is_autocast_enabled(binding.on):
         signature = binding.signature(maml, (x_spt, y_spt, x_qry, y_qry))
     if binding is None or signature is None:
         binding = maml._binding()
@@ -103,7 +103,7 @@ def _computed(
             x_spt, x_qry = binding.in_its_dtype(x_spt), binding.in_its_dtype(x_qry)
         signature = binding.signature(maml, (x_spt, y_spt, x_qry, y_qry)) if unobserved else ()
     key = signature, maml.first_order, torch.is_grad_enabled()
-    usual = bool(signature) and maml._query_weights.values is None
+    usual = bool(signature) and not maml._query_weights.steps
     problem = binding.problems.get(key) if usual else None
     if problem is not None:
         parameters, rates = binding.tensors()
@@ -157,9 +157,7 @@ def _warm(
 
 
 def _check_episode(maml: Settings, binding: Binding, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target) -> None:
-    weights = maml._query_weights.values
-    if weights is not None and len(weights) != maml.inner_steps + 1:  # as the steps have changed since
-        checks.query_weights(weights, maml.inner_steps)
+    maml._query_weights.check(maml.inner_steps)  # which may have changed since
     read(maml, binding, "x_spt", x_spt, "y_spt", y_spt)
     read(maml, binding, "x_qry", x_qry, "y_qry", y_qry)
     data_checks.same_tasks(x_spt, x_qry)

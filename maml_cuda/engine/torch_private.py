@@ -42,6 +42,16 @@ def unobserved() -> bool:
     )
 
 
+def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply without the search for tensors that an ended functorch transform has left behind.
+
+    Only for calls while no transform is active. Such a tensor has no memory, so that the core refuses it before.
+    Without the method of the C++ base class, function.apply itself.
+    """
+    base = super(torch.autograd.Function, function)
+    return getattr(base, "apply", function.apply)
+
+
 def guard_while_compiling(model: nn.Module, *constants: Any) -> None:
     """Reads, under torch.compile, what a plan depends on, so that a change of it compiles anew.
 
