@@ -201,7 +201,7 @@ class FusedMAML(nn.Module):
             x_spt, x_qry: as for a call; only their shapes, dtype and device count.
 
         Raises:
-            ValueError: the model runs on the general path, whose memory nobody can tell beforehand.
+            ValueError: the model runs on the general path, whose memory cannot be estimated.
         """
         return meta_step.memory_estimate(self, x_spt, x_qry)
 

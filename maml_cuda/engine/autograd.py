@@ -1,9 +1,9 @@
 """The ops that have a backward: `attach`, `adapt` and `predict`.
 
-One node each, whose backward is one op of ops.py and can be differentiated no further: no graph of the inner loop ever
-exists.
+Each is one node of autograd's graph. Its backward is one op of ops.py, which cannot be differentiated again, so that no
+graph of the inner loop is ever made.
 
-    attach     a meta-step's loss again, with the flat gradient of meta_gradient as its backward
+    attach     the loss of a meta-step, whose backward gives the flat gradient of meta_gradient
     adapt      adapt_forward, whose backward is one Hessian-vector product a step
     predict    predict_forward
 """
@@ -21,8 +21,8 @@ from maml_cuda.plan.schema import plan_of
 
 
 class _Once(torch.autograd.Function):
-    """Passes gradients on and ties them to the inputs they depend on, so that a second backward raises instead of
-    losing its terms."""
+    """The identity, with the inputs that the gradients depend on as further inputs, so that a second backward raises
+    instead of losing terms."""
 
     @staticmethod
     def forward(ctx: Any, count: int, what: str, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -43,7 +43,7 @@ _WHY = {
 
 
 def once(what: str, grads: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """The gradients, differentiable in name only where autograd records this backward (create_graph=True)."""
+    """The gradients. Where autograd records this backward (create_graph=True), they have a node that raises."""
     if not torch.is_grad_enabled():
         return grads
     return list(_Once.apply(len(grads), what, *grads, *inputs))  # type: ignore[no-untyped-call]
@@ -53,7 +53,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, flat: Tensor, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(flat)
-        ctx.inputs = inputs  # for shapes and for once; not their values, which a step may have changed since
+        ctx.inputs = inputs  # for their shapes and for `once`; an optimizer may change their values before the backward
         return loss.clone()
 
     @staticmethod
@@ -75,7 +75,7 @@ LIBRARY.impl("attach", _attach, "CompositeImplicitAutograd")
 
 
 def _saved(t: Tensor | None) -> Tensor | None:
-    """t as autograd saves it: data made in inference mode as a copy."""
+    """t as autograd can save it: a copy of a tensor made in inference mode."""
     return t.clone() if t is not None and t.is_inference() else t
 
 

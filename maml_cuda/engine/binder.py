@@ -39,7 +39,7 @@ class Binder:
     def bind(self, maml: Settings) -> Binding:
         """The binding that holds now."""
         if self.bound is None or not self.bound.holds(maml):
-            self.hold_statistics(maml)  # of which model.train() knows nothing
+            self.hold_statistics(maml)  # model.train() may have ended it
             self.bound = next((b for b in self._kept if b.holds(maml)), None) or self._new(maml)
         return self.bound
 

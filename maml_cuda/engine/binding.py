@@ -32,7 +32,7 @@ class Binding:
         plan, text: the plan, and as the ops take it; None and "" where there is none.
         names, adapted, slots, served_by, log_std: as of planning.Planned.
         on: the type of the model's device.
-        dtypes: of the model's floating-point parameters, frozen ones included; of complex ones those of their parts.
+        dtypes: of all floating-point and complex parameters of the model; of a complex one that of its parts.
         places: of the parameters and learned rates in the flat gradient (fast_path.places).
         plain: whether the parameters are torch's own, not of a subclass that would see what is done with them.
         problems: of meta-steps whose arguments have passed every check, by signature, first_order and whether gradients
@@ -49,7 +49,7 @@ class Binding:
         self.served_by: dict[str, list[str]] = {}
         self.log_std = ""
         self.places: list[fast_path.Place] = []
-        self.problems: Bounded[tuple, Problem] = Bounded(MOST_PROBLEMS)
+        self.problems: Bounded[tuple[Any, ...], Problem] = Bounded(MOST_PROBLEMS)
         self._holders: list[Holder] = []
         self._has_gradient: list[bool] = []
         self._all_have_gradient = False
@@ -99,9 +99,9 @@ class Binding:
         """
         return not (self._hooked and not any(self._hooks)) and _core.unchanged(self._watched, watched(maml))
 
-    def signature(self, maml: Settings, data: tuple[Any, ...]) -> tuple | None:
-        """None where the binding does not hold. Else whatever the checks of a call look at of `data`, as a key; () of
-        data that need more than the fast path does: autograd, a subclass of Tensor, memory that is not what it says.
+    def signature(self, maml: Settings, data: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """None where the binding does not hold. Else everything of `data` that the checks of a call depend on, as a
+        key; () where the fast path cannot take them: one requires grad, is a subclass of Tensor, or a lazy negation.
         """
         if self._hooked and not any(self._hooks):
             return None
@@ -121,8 +121,8 @@ class Binding:
         return like.real if like.is_complex() else like
 
     def in_its_dtype(self, x: Tree) -> Tree:
-        """x as it is read inside autocast, whose own dtype does not count: in the model's, or in another one that it
-        has."""
+        """x for a call inside autocast, whose dtype is ignored: unchanged in a dtype that the model has, else converted
+        to that of its trainable parameters."""
         dtype = self.like().dtype
         return pytrees.mapped(lambda t: t.to(dtype) if t.is_floating_point() and t.dtype not in self.dtypes else t, x)
 

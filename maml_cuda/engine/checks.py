@@ -1,5 +1,5 @@
-"""Every check of what a FusedMAML is made of, once, above all backends. What, expected, got, before anything is
-computed. data_checks.py has those of what a call is given."""
+"""The checks of the arguments of FusedMAML, the same for all backends. An error says what is wrong, what is expected
+and what was given, before anything is computed. data_checks.py checks the data of a call."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def loss(value: Any) -> None:
         )
 
 
-_loss = loss  # where an argument has its name
+_loss = loss  # for the function whose argument has this name
 
 
 def _adapt_params(parameters: Mapping[str, Tensor], adapt_params: Any) -> None:
@@ -123,7 +123,7 @@ def query_weights(value: Any, steps: int) -> tuple[float, ...] | None:
 
 
 def adapted(names: Iterable[str], parameters: Mapping[str, Tensor]) -> None:
-    """The inner loop changes something, also when parameters have been frozen since."""
+    """At least one parameter is adapted; parameters may have been frozen since the constructor ran."""
     if not list(names):
         trainable = ", ".join(name for name, p in parameters.items() if p.requires_grad) or "none"
         raise ValueError(
@@ -132,14 +132,14 @@ def adapted(names: Iterable[str], parameters: Mapping[str, Tensor]) -> None:
 
 
 def rates(tensors: Iterable[tuple[str, Tensor]], like: Tensor) -> None:
-    """Inner rates are where the model is."""
+    """Inner rates are on the model's device."""
     for name, rate in tensors:
         if rate.device != like.device:
             raise ValueError(f"{name} must be on the model's device {like.device}, got {rate.device}")
 
 
 def not_adapted(names: Iterable[str], stepwise: Iterable[str]) -> None:
-    """The inner loop leaves alone what has a slot for each step."""
+    """No parameter with a slot for each inner step is adapted."""
     adapted = [name for name in names if name in set(stepwise)]
     if adapted:
         raise ValueError(
@@ -149,7 +149,7 @@ def not_adapted(names: Iterable[str], stepwise: Iterable[str]) -> None:
 
 
 def slot(value: Any) -> int:
-    """The inner step whose per-step layers are meant."""
+    """The inner step whose slot of the per-step layers is read."""
     if value is None:
         return batch_norm.LAST
     if isinstance(value, bool) or not isinstance(value, int):
@@ -167,7 +167,7 @@ def steps(value: Any, what: str) -> None:
 
 
 def one_dtype_and_device(parameters: Iterable[Tensor]) -> None:
-    """All parameters on one device, and the trainable ones of one dtype; complex ones count by that of their parts."""
+    """All parameters are on one device, and the trainable ones have one dtype (a complex one that of its parts)."""
     parameters = list(parameters)
     devices = {p.device for p in parameters}
     trainable = [p for p in parameters if p.requires_grad]

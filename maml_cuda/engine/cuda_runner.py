@@ -16,7 +16,7 @@ MOST_GRAPHS = 64  # kept for one problem and device: one for each number of task
 
 
 def why_not(device: torch.device) -> str:
-    """The sentence why no fused layer runs on this device, or nothing."""
+    """The reason why no fused layer runs on this device, or nothing."""
     if device.type == "cpu":
         return ""
     if device.type != "cuda":
@@ -35,7 +35,7 @@ def backend_of(device: torch.device) -> str:
 
 
 def has_precisions(device: torch.device) -> bool:
-    """Whether products of float32 may be computed in another precision there."""
+    """Whether products of float32 may be computed in another precision on this device."""
     return device.type != "cpu"
 
 
@@ -45,7 +45,7 @@ def stream_of(device: torch.device) -> int:
 
 
 def is_capturing() -> bool:
-    """Whether the caller is recording a CUDA graph of their own."""
+    """Whether the user is capturing a CUDA graph."""
     return torch.cuda.is_current_stream_capturing()
 
 
@@ -80,7 +80,7 @@ class Runner:
             self._core.run(call, stream)
             return
         key = (stream, tasks, at_once)
-        if key not in self._graphs:  # the first call runs as it is: kernels are loaded, and a shape may come only once
+        if key not in self._graphs:  # the first call runs as it is: it loads kernels, and may be the only one
             self._core.run(call, stream)
             self._keep(key, None)
             return

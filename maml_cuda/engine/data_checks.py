@@ -1,4 +1,5 @@
-"""Every check of what a call is given, and of what the model returns for it: what, expected, got."""
+"""The checks of the data of a call, and of what the model returns for them. An error says what is wrong, what is
+expected and what was given."""
 
 from __future__ import annotations
 
@@ -20,9 +21,12 @@ def data(
     x_name: str, x: Tree, y_name: str | None, y: Any, like: Tensor, dtypes: Collection[torch.dtype],
     loss: Loss, fused: bool,
 ) -> None:  # fmt: skip
-    """One set, for a model whose trainable parameters are like `like`, and all of them of `dtypes`: x
-    [tasks, samples, ...] or a pytree of tensors [tasks, ...], and its y. fused: a plan is there, which takes one tensor
-    in the dtype of `like`."""
+    """One set: x [tasks, samples, ...] or a pytree of tensors [tasks, ...], and its target y.
+
+    like: a trainable parameter of the model.
+    dtypes: of all its parameters.
+    fused: there is a plan, which takes one tensor in the dtype of `like`.
+    """
     fused = fused and isinstance(x, Tensor)
     dtypes = {like.dtype} if fused else dtypes
     leaves = _leaves(x_name, x)
@@ -50,7 +54,7 @@ def one_tensor(x_name: str, x: Any, what: str) -> None:
 
 
 def _leaves(name: str, tree: Tree) -> list[tuple[str, Tensor]]:
-    """The tensors of a pytree by name, all of them of as many tasks; beside them it may hold None."""
+    """The tensors of a pytree by name, which must have the same number of tasks; other leaves must be None."""
     if isinstance(tree, Tensor):
         return [(name, tree)]
     leaves = pytrees.named_leaves(name, tree)
@@ -72,7 +76,7 @@ def _leaves(name: str, tree: Tree) -> list[tuple[str, Tensor]]:
 
 
 def _has_axes(x_name: str, x: Tensor, y_name: str | None, y: Any) -> None:
-    """x [tasks, samples, ...], neither of them none."""
+    """x is [tasks, samples, ...], with at least one of each."""
     if isinstance(y, Tensor) and y.dim() >= 2 and x.dim() and len(x) != len(y) and len(x) == y.shape[1]:
         raise lacks_axis(x_name, x, f", without the axis of tasks of {y_name} {list(y.shape)}")
     if x.dim() < 2:
@@ -135,8 +139,7 @@ def _field_fits(name: str, value: Any, x_name: str, x: Tree, like: Tensor, loss:
 
 
 def _belongs_to(y_name: str, y: Tensor, x_name: str, x: Tree, alone: bool = True) -> None:
-    """y [tasks, ...] stands where x does, and has its tasks; and where both are tensors, not parts of pytrees, its
-    samples."""
+    """y [tasks, ...] is on the device of x and has as many tasks; and where both are tensors, as many samples."""
     like = pytrees.tensors(x)[0]
     if y.device != like.device:
         raise ValueError(f"{y_name} must be on the device of {x_name}, {like.device}, got {y.device}")
@@ -160,7 +163,7 @@ def _constant(name: str, y: Tensor, fused: bool) -> None:
 
 
 def no_graph(method: str, **given: Any) -> None:
-    """Nothing requires grad of what a method is given whose results are detached."""
+    """No tensor that a method is given requires grad, where its results are detached."""
     for name, tree in given.items():
         if torch.is_grad_enabled() and any(t.requires_grad for t in pytrees.tensors(tree)):
             raise ValueError(
@@ -177,7 +180,7 @@ def same_tasks(x_spt: Tree, x_qry: Tree) -> None:
 
 
 def other_samples(x_spt: Tensor, x_qry: Tensor, why: str) -> ValueError:
-    """Of a model that does not take both."""
+    """The error for a model that does not take the shapes of both sets."""
     return ValueError(
         f"x_qry must have samples of shape {list(x_spt.shape[2:])} like x_spt, or of another one that the model takes, "
         f"got {list(x_qry.shape[2:])}: {why}"
@@ -230,7 +233,8 @@ def _is_like(name: str, weights: Tensor, like: Tensor) -> None:
 
 
 def target_values(name: str, y: Target, classes: int | None) -> None:
-    """Labels or actions [tasks, samples] in [0, classes), weights that make a mean: where nobody else looks at them."""
+    """Labels or actions [tasks, samples] are in [0, classes), and weights have a positive sum. For paths where neither
+    the core nor torch looks at them."""
     if not isinstance(y, Tensor):
         if y.weights is not None:
             sample_weights(f"{name}.weights", y.weights)
@@ -247,7 +251,7 @@ def target_values(name: str, y: Target, classes: int | None) -> None:
 
 
 def sample_weights(name: str, weights: Tensor) -> None:
-    """Weights [tasks, samples] of means over the samples of each task."""
+    """Weights [tasks, samples] are at least 0, with a positive sum in each task."""
     wrong = (~(weights >= 0) | weights.isinf()).nonzero()
     if len(wrong):
         task, sample = wrong[0].tolist()
@@ -282,7 +286,7 @@ def prediction(loss: str, value: Any) -> None:
 
 
 def returns_policy(loss: str, pair: bool) -> None:
-    """The same of a model that is known to return (mean, log_std), or one tensor."""
+    """The same, where it is only known whether the model returns (mean, log_std) or one tensor."""
     if pair != (loss == "gaussian_policy_gradient"):
         prediction(loss, (None, None) if pair else torch.empty(0))
 
@@ -292,7 +296,7 @@ def _described(value: Any) -> str:
 
 
 def target(name: str, loss: str, y: Target, shape: tuple[int, ...]) -> None:
-    """The target fits a task's prediction (or mean) of this shape, samples first: no broadcasting."""
+    """The target has exactly the shape of a task's prediction (or mean), samples first: nothing broadcasts."""
     if isinstance(y, PolicyTarget):
         name, y = f"{name}.actions", y.actions
     if loss in OF_CLASSES:

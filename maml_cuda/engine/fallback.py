@@ -1,8 +1,8 @@
-"""The general path of FusedMAML: reference.py behind the checks that the fused ops make themselves.
+"""The general path of FusedMAML: reference.py, after the checks that the fused ops make themselves.
 
-Every call here runs outside autocast (the model's own dtype, as on the fused path), outside inference mode (the inner
-loop needs gradients) and outside torch.compile, with compiled parts of the model run uncompiled (double backward cannot
-be compiled).
+Every call runs outside autocast (in the model's dtype, as on the fused path), outside inference mode (the inner loop
+needs gradients) and outside torch.compile; compiled parts of the model run uncompiled, as torch.compile has no double
+backward.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _apart(call: Callable[P, R]) -> Callable[P, R]:
 
 
 def _plain(argument: Any) -> Any:
-    """Its inference tensors as ordinary ones; everything else as it is."""
+    """The argument with ordinary copies of its inference tensors."""
     return pytrees.mapped(lambda t: t.clone() if t.is_inference() else t, argument)
 
 
@@ -100,7 +100,7 @@ def adapt(
 ) -> dict[str, Tensor]:
     """The adapted parameters, name -> [tasks, *shape]."""
     _check_target(model, loss, None, x, "y_spt", y)
-    theta = {name: p.view_as(p) for name, p in model.named_parameters()}  # whose hooks see the outer gradient alone
+    theta = {name: p.view_as(p) for name, p in model.named_parameters()}  # so that hooks see the outer gradient alone
     function = Functional(model)
     tasks = [
         reference.inner_loop(
@@ -185,7 +185,7 @@ def fisher_vector_product(
 
 
 def _keep_buffers(*called: Callable[..., Any]) -> None:
-    """After a training step, which is what has gradients on."""
+    """After a training step, that is where gradients are on."""
     for each in called:
         if isinstance(each, Functional) and torch.is_grad_enabled():
             each.keep_buffers()
@@ -194,8 +194,8 @@ def _keep_buffers(*called: Callable[..., Any]) -> None:
 def _check_target(
     model: nn.Module, loss: Loss, fast: Mapping[str, Tensor] | None, x: Tree, y_name: str, y: Target
 ) -> None:
-    """What the model returns, and that the target fits it, against one forward of the first task that draws no random
-    number."""
+    """Checks the prediction and the target by one forward of the first task, which leaves the random generators as they
+    are."""
     if not isinstance(loss, str):
         return
     parameters = dict(model.named_parameters()) if fast is None else {n: p[0] for n, p in fast.items()}

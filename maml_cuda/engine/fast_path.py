@@ -67,8 +67,7 @@ _apply_attached = torch_private.direct_apply(_Attached)
 
 def attached(loss: Tensor, flat: Tensor, inputs: list[Tensor], places: list[Place]) -> Tensor:
     """The op attach without the dispatcher, for a loss that is not held elsewhere; `places` of the inputs in `flat`."""
-    loss = _apply_attached((loss, flat, places), *inputs)
-    return loss
+    return _apply_attached((loss, flat, places), *inputs)  # type: ignore[no-any-return]
 
 
 def only_adds(t: Tensor) -> bool:

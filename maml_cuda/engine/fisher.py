@@ -1,4 +1,4 @@
-"""Fisher-vector products through the inner loop, and what many of them on the same data share."""
+"""Fisher-vector products through the inner loop: many on the same data, whose common part is computed once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from maml_cuda.plan.schema import plan_of
 
 
 class FisherProducts:
-    """Products with one Fisher matrix, at the parameters as they are. Of as many tasks as fit in `memory` bytes,
-    whatever does not depend on v is kept from one product to the next, until a tensor changes in place; no bit depends
-    on it.
+    """Products with one Fisher matrix. For as many tasks as fit in `memory` bytes, everything that does not depend on v
+    is kept from one product to the next, until a tensor changes in place. The results are the same bits without it.
 
     Args: as the op fisher_vector_product. The core must run on the CPU where memory is not 0.
     """
@@ -30,7 +29,7 @@ class FisherProducts:
             return problem_of(plan, operation, tuple(sample), n_support, x_qry.shape[1], steps, first_order, double)
 
         self.problem, self.kept = problem("fisher"), 0
-        if memory and not self.problem.core.in_lanes:  # where several tasks at a time are worth more
+        if memory and not self.problem.core.in_lanes:  # else several tasks side by side are faster
             keeping = problem("kept_fisher")
             self.kept = min(tasks, memory // (keeping.core.task_size * x_spt.element_size()))
             if self.kept:
@@ -66,10 +65,10 @@ class FisherProducts:
         return products
 
     def _prepare(self) -> None:
-        """What the core reads.
+        """Makes the tensors that the core reads.
 
         Raises:
-            ValueError: a target or weight that it must not be.
+            ValueError: a target or a weight that does not fit.
         """
         parameters, rates, x_spt, y_spt, x_qry, weights = self.given
         if weights is not None and self.problem.backend == "cpu":
@@ -80,7 +79,7 @@ class FisherProducts:
         self.read = dense(parameters), dense(rates), support, query
 
     def _versions(self) -> list[int] | None:
-        """How often each tensor has changed; None: they do not tell."""
+        """How often each tensor has been changed in place; None where inference tensors do not count it."""
         parameters, rates, x_spt, y_spt, x_qry, weights = self.given
         tensors = [t for t in (*parameters, *rates, x_spt, *y_spt, x_qry, weights) if t is not None]
         return None if any(t.is_inference() for t in tensors) else [t._version for t in tensors]

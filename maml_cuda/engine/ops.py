@@ -1,7 +1,7 @@
 """The fused calls as torch.library ops: schemas, implementations, fake kernels.
 
-An op is a pure function of its tensors and of `plan`, the JSON text of a plan, so that a compiled or exported program
-needs nothing else. The ops here compute and have no autograd of their own; autograd.py has those that do.
+An op is a pure function of its tensors and of `plan`, the JSON text of a plan (plan/schema.py), so that a compiled or
+exported program needs nothing else. The ops here have no backward; autograd.py has those that do.
 
     meta_gradient   loss, task losses, logits, support losses, the flat gradient of parameters and learned rates
     adapt_forward, adapt_backward    the adapted parameters of every task, and the support losses
@@ -201,8 +201,8 @@ def _own(fast: list[Tensor]) -> dict[str, list[Any]]:
 
 
 def _inner_step(fast: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str) -> list[Tensor]:
-    """What adapt_forward does, from where each task stands: its adapted parameters after one more step. Of the CPU's
-    executor, whose tasks may each have parameters of their own in any operation; the GPU's share them in an adapt."""
+    """One step of adapt_forward from parameters that are each task's own: the adapted parameters after it. Only the CPU
+    backend has it; on a GPU the tasks of an adapt share their parameters."""
     tasks, n, *sample = x.shape
     problem = problem_of(plan, "adapt", tuple(sample), n, 0, 1, True, x.dtype == torch.float64)
     if problem.backend != "cpu":
@@ -290,6 +290,6 @@ for _name, _kernel, _fake in (
 ):
     LIBRARY.impl(_name, _kernel, "CPU")
     LIBRARY.impl(_name, _kernel, "CUDA")
-    # Their results never require grad: what is differentiable goes through the ops below.
+    # Their results never require grad: the differentiable ops are in autograd.py.
     LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"maml_cuda::{_name}", _fake, lib=LIBRARY)

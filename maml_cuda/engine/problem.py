@@ -23,7 +23,7 @@ MOST_PROBLEMS = 128  # kept; a problem takes up to some hundred kilobytes
 
 
 class Problem:
-    """Everything that follows from the signature of a call."""
+    """A problem of the core, for one plan, operation and set of shapes, with the memory that its calls take."""
 
     __slots__ = (
         "at_once",
@@ -89,7 +89,7 @@ class Problem:
         Raises:
             ValueError: a target that does not fit the prediction.
         """
-        y = [None if t is None else t.resolve_neg() for t in y]  # which the dispatcher leaves to us in a list
+        y = [None if t is None else t.resolve_neg() for t in y]  # in a list the dispatcher leaves negations as they are
         target: Target = PolicyTarget(*y) if self.loss in POLICY_LOSSES else y[0]  # type: ignore[arg-type]
         data_checks.target(name, self.loss, target, (x.shape[1], *self.target))
         if isinstance(target, Tensor):
@@ -105,7 +105,7 @@ problem_of = lru_cache(maxsize=MOST_PROBLEMS)(Problem)
 
 
 def why_not(plan: str, sample: tuple[int, ...], n_support: int, n_query: int, dtype: torch.dtype) -> str:
-    """The sentence why no fused layer fits samples of this shape, or nothing.
+    """The reason why no fused layer fits samples of this shape, or nothing.
 
     Raises:
         ValueError: they do not fit a layer of the model.
@@ -121,7 +121,7 @@ def meta_problem(
     plan: str, x_spt: Tensor, x_qry: Tensor, steps: int, first_order: bool, gradient: bool,
     query_steps: Sequence[int] = (),
 ) -> Problem:  # fmt: skip
-    """Of a meta-step; with `gradient` its meta-gradient too."""
+    """The problem of a meta-step, with or without the meta-gradient."""
     operation = "meta_gradient" if gradient else "meta_loss"
     sample, double = tuple(x_spt.shape[2:]), x_spt.dtype == torch.float64
     return problem_of(
@@ -130,7 +130,7 @@ def meta_problem(
 
 
 def prediction_shape(plan: str, x: Tensor) -> tuple[int, ...]:
-    """Of one sample of x [tasks, n, ...]."""
+    """The shape of the prediction of one sample of x [tasks, n, ...]."""
     sample, n = tuple(int(d) for d in x.shape[2:]), int(x.shape[1])
     return problem_of(plan, "predict", sample, 0, n, 0, False, x.dtype == torch.float64).prediction
 
@@ -141,7 +141,7 @@ def adapted(plan: str, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def spread(plan: str, adapted: list[Tensor]) -> list[Tensor | None]:
-    """One entry a parameter: the adapted ones' tensors, None for the others."""
+    """One entry for each parameter: the tensor of an adapted one, None for another."""
     rest = iter(adapted)
     return [next(rest) if p.role == "adapted" else None for p in plan_of(plan).parameters]
 
@@ -151,7 +151,7 @@ def dense(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def joined(tensors: list[Tensor]) -> Tensor:
-    """One flat tensor of them all; of complex numbers both parts."""
+    """All tensors in one flat one; complex ones as their real and imaginary parts."""
     return torch.cat([(torch.view_as_real(t) if t.is_complex() else t).reshape(-1) for t in tensors])
 
 

@@ -25,8 +25,8 @@ class Suitability:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._answers: Bounded[tuple, str] = Bounded(MOST_KEPT)  # by the arguments of why_unfit
-        self._proven: Bounded[tuple, None] = Bounded(MOST_KEPT)  # (sample, samples, second_order)
+        self._answers: Bounded[tuple[Any, ...], str] = Bounded(MOST_KEPT)  # by the arguments of why_unfit
+        self._proven: Bounded[tuple[Any, ...], None] = Bounded(MOST_KEPT)  # (sample, samples, second_order)
 
     def why_unfit(
         self,
