@@ -28,8 +28,8 @@ from maml_cuda import cli
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
 WRITTEN_BY_HAND = [name for name in PAGES if not name.startswith("docs/benchmarks/")]
-LANGUAGES = {"python", "sh", "text", "mermaid", "bibtex"}
-NOT_RUN = re.compile(r"<!-- not run: (.*) -->")
+LANGUAGES = {"python", "cpp", "sh", "text", "mermaid", "bibtex"}
+NOT_RUN = re.compile(r"<!-- not run: ([^\n]*) -->")
 FENCE = re.compile(
     rf"^(?:{NOT_RUN.pattern}\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", flags=re.DOTALL | re.MULTILINE
 )

@@ -1,0 +1,153 @@
+"""docs/adding_a_layer.md: what it quotes stands in the files, and its steps, followed for `cos`, give a fused cosine."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "adding_a_layer.md").read_text(encoding="utf-8")
+QUOTED = ["csrc/layers/functions.h", "maml_cuda/plan/layers.py", "csrc/layers/scale.h", "csrc/cpu/scale.cpp"]
+
+FUNCTIONS, LAYERS, NAMES = "csrc/layers/functions.h", "maml_cuda/plan/layers.py", "maml_cuda/plan/torch_names.py"
+# The exercise: behind a text of each file, what `cos` adds to it.
+SOLUTION = [
+    (FUNCTIONS, "  sin,\n", "  cos,\n"),
+    (
+        FUNCTIONS,
+        "    return {s, std::cos(x), -s};\n  }\n};\n",
+        """
+/// cos(x)
+template <>
+struct FunctionDeclaration<Function::cos> {
+  static constexpr const char* name = "cos";
+  static constexpr bool bends = true;
+  static bool ascends(const Layer&) { return false; }
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
+    const T c = std::cos(x);
+    return {c, -std::sin(x), -c};
+  }
+};
+""",
+    ),
+    (
+        LAYERS,
+        '        return self.pointwise(input, "sin")\n',
+        '\n    def cos(self, input: Any) -> Value:\n        return self.pointwise(input, "cos")\n',
+    ),
+    (NAMES, "    torch.sin: Layers.sin,\n", "    torch.cos: Layers.cos,\n"),
+    (NAMES, '    "sin": Layers.sin,\n', '    "cos": Layers.cos,\n'),
+]
+
+# Meta-gradient of a network of cosines, fused, against a plain loop with double backward.
+CHECK = """
+import torch
+from torch import nn
+import maml_cuda
+
+class Cos(nn.Module):
+    def forward(self, x):
+        return torch.cos(x)
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(2, 9), Cos(), nn.Linear(9, 9), Cos(), nn.Linear(9, 1)).double()
+x, y = torch.randn(3, 5, 2).double(), torch.randn(3, 5, 1).double()
+maml = maml_cuda.FusedMAML(model, 0.1, 2, loss="mse", backend="fused")
+maml(x, y, -x, y).loss.backward()
+
+def loss(p, x, y):
+    h = torch.cos(x @ p[0].T + p[1])
+    h = torch.cos(h @ p[2].T + p[3])
+    return ((h @ p[4].T + p[5] - y) ** 2).mean()
+
+theta = list(model.parameters())
+total = 0
+for task in range(3):
+    p = theta
+    for _ in range(2):
+        grads = torch.autograd.grad(loss(p, x[task], y[task]), p, create_graph=True)
+        p = [q - 0.1 * g for q, g in zip(p, grads)]
+    total = total + loss(p, -x[task], y[task]) / 3
+for q, g in zip(theta, torch.autograd.grad(total, theta)):
+    torch.testing.assert_close(q.grad, g, rtol=1e-10, atol=1e-13)
+print(maml_cuda.__file__)
+"""
+
+
+def quotes() -> list[str]:
+    found = re.findall(r"^( *)```(?:cpp|python|text)\n(.*?)^ *```$", PAGE, flags=re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(text) for _, text in found]
+
+
+def without_indent(text: str) -> str:
+    return "\n".join(line.strip() for line in text.splitlines())
+
+
+def test_quotes_stand_in_the_files() -> None:
+    files = [without_indent((ROOT / name).read_text(encoding="utf-8")) for name in QUOTED]
+    names = (ROOT / NAMES).read_text(encoding="utf-8")
+    assert len(quotes()) > 5
+    for quote in quotes():
+        if "Layers.sin" in quote:
+            assert all(line in names for line in quote.splitlines())
+        else:
+            assert any(without_indent(quote) in text for text in files), quote
+
+
+def steps_for_cos(copy: Path) -> None:
+    for name, behind, added in SOLUTION:
+        path = copy / name
+        text = path.read_text(encoding="utf-8")
+        assert text.count(behind) == 1, (name, behind)
+        path.write_text(text.replace(behind, behind + added), encoding="utf-8")
+
+
+def copy_of_the_sources(folder: Path) -> Path:
+    for name in ("csrc", "maml_cuda", "tests/cpu/portable"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.npz"))
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def test_the_steps_give_a_fused_cosine(tmp_path: Path) -> None:
+    copy = copy_of_the_sources(tmp_path)
+    steps_for_cos(copy)
+    # Not optimised: a third of the time.
+    options = "-DMAML_CUDA_INSTRUCTION_SETS= -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O0"
+    env = {**os.environ, "MAML_CUDA_BUILD": "cpu", "CMAKE_ARGS": options}
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(build, cwd=copy, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    env = {**os.environ, "PYTHONPATH": str(copy), "MAML_CUDA_CPU_ISA": "baseline"}
+    done = subprocess.run([sys.executable, "-c", CHECK], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert str(copy) in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "behind", "added", "words"),
+    [
+        ("csrc/layers/functions.h", "  sin,\n", "  cos,\n", "FunctionDeclaration<maml::Function::cos>"),
+        ("csrc/layers/kinds.h", "  scale,\n", "  shift,\n", "every kind is declared"),
+        ("csrc/layers/scale.h", "mixes_samples", "_of_a_batch", "every kind is declared"),
+    ],
+    ids=["a function without its declaration", "a kind without its declaration", "a declaration without a part"],
+)
+def test_what_is_not_declared_does_not_compile(tmp_path: Path, name: str, behind: str, added: str, words: str) -> None:
+    copy = copy_of_the_sources(tmp_path)
+    path = copy / name
+    text = path.read_text(encoding="utf-8")
+    assert behind in text
+    path.write_text(text.replace(behind, behind + added, 1), encoding="utf-8")
+    source = str(copy / "csrc" / "layers" / "registry.cpp")
+    compiler = [os.environ.get("CXX", "c++"), "-std=c++20", "-fsyntax-only", f"-I{copy / 'csrc'}", source]
+    done = subprocess.run(compiler, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert words in done.stderr
