@@ -1,4 +1,4 @@
-"""docs/adding_a_layer.md: what it quotes stands in the files, and its steps, followed for `cos`, give a fused cosine."""
+"""docs/adding_a_layer.md: what it quotes stands in the files; its steps, followed for `cos`, give a fused cosine."""
 
 import os
 import re
