@@ -14,7 +14,7 @@ POLICY_LOSSES = ("gaussian_policy_gradient", "categorical_policy_gradient")
 
 
 class PolicyTarget(NamedTuple):
-    """The target of a policy-gradient loss (Finn, Abbeel, Levine 2017, section 4.2): actions and their advantages.
+    """The target of a policy-gradient loss (Finn, Abbeel, Levine 2017, section 3.2): actions and their advantages.
 
     Without `old_log_probs`, the loss of a task is the score-function form (REINFORCE):
 

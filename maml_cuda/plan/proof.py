@@ -36,7 +36,7 @@ from maml_cuda.torch_wrappers import uncompiled
 TOLERANCE = 1e-7
 SMALL = 1e-5  # a norm below this counts as this one in a relative error; values here are of order 1
 
-Named = Mapping[str, Tensor]
+Named = Mapping[str, Tensor]  # by name of a parameter or buffer
 
 
 class Results(Protocol):
@@ -44,7 +44,7 @@ class Results(Protocol):
 
     fast: parameters and buffers, name -> [1, *shape]; per-step layers are at step 0.
     x, y: [1, samples, ...].
-    A gradient or a Hessian-vector product is name -> [1, *shape], for each trainable parameter.
+    Gradients and Hessian-vector products are name -> [1, *shape], for each trainable parameter.
     """
 
     def predict(self, fast: Named, x: Tensor) -> Any: ...

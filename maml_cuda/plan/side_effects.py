@@ -121,10 +121,11 @@ class SideEffectMode(TorchDispatchMode):
         self.reason = ""
         self._tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for path, module in model.named_modules():
-            own = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
-            self._tensors.update({f"{path}.{name}".lstrip("."): value for name, value in own.items()})
+            attributes = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+            self._tensors.update({f"{path}.{name}".lstrip("."): value for name, value in attributes.items()})
 
     def refuse(self, reason: str) -> None:
+        """Raises Unfusable and keeps the first reason."""
         self.reason = self.reason or reason
         raise Unfusable(reason)
 
@@ -149,13 +150,13 @@ class SideEffectMode(TorchDispatchMode):
             for each in value:
                 self._check_written(each)
         elif isinstance(value, Tensor):
-            for name, held in self._tensors.items():
-                if memory_of(held) == memory_of(value):
+            for name, tensor in self._tensors.items():
+                if memory_of(tensor) == memory_of(value):
                     self.refuse(f"its forward changes {name} in place, which a fused layer would not do")
 
     @contextmanager
-    def of_python(self) -> Iterator[None]:
-        """A context that does the same for random numbers of Python's module `random`.
+    def watching_python_random(self) -> Iterator[None]:
+        """A context that raises Unfusable when `forward` draws a random number of Python's module `random`.
 
         It sets a profile function, which sees calls of this thread only. If a profiler already runs, the state of the
         module's shared generator is compared before and after instead.
