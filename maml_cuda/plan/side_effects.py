@@ -155,7 +155,7 @@ class SideEffectMode(TorchDispatchMode):
                     self.refuse(f"its forward changes {name} in place, which a fused layer would not do")
 
     @contextmanager
-    def watching_python_random(self) -> Iterator[None]:
+    def python_random(self) -> Iterator[None]:
         """A context that raises Unfusable when `forward` draws a random number of Python's module `random`.
 
         It sets a profile function, which sees calls of this thread only. If a profiler already runs, the state of the

@@ -134,14 +134,7 @@ def record(model: nn.Module, leaves: Container[type]) -> torch.fx.Graph:
         tracer, effects, before = _Tracer(leaves), SideEffectMode(model), ModuleState(model)
         off = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
         try:
-            with (
-                torch.inference_mode(False),
-                torch.enable_grad(),
-                off[0],
-                off[1],
-                effects,
-                effects.watching_python_random(),
-            ):
+            with torch.inference_mode(False), torch.enable_grad(), off[0], off[1], effects, effects.python_random():
                 graph = tracer.trace(model)
             for node in graph.nodes:
                 if node.op == "get_attr":
