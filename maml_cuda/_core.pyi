@@ -120,10 +120,59 @@ class CudaRunner:
     executor: str  # "batched" or "megakernel"
     def __init__(self, problem: Problem, device: int) -> None: ...
     def workspace(self, tasks: int, at_once: int) -> int: ...
-    def run(self, call: Call, stream: int) -> None: ...
+    def run(
+        self,
+        stream: int,
+        tasks: int,
+        at_once: int,
+        workspace: Tensor,
+        parameters: Sequence[Tensor],
+        rates: Sequence[Tensor] = ...,
+        support: Sequence[Tensor | None] = ...,
+        query: Sequence[Tensor | None] = ...,
+        task_weights: Tensor | None = ...,
+        query_weights: Tensor | None = ...,
+        losses: Sequence[Tensor | None] = ...,
+        logits: Tensor | None = ...,
+        gradient: Tensor | None = ...,
+        *,
+        parameter_strides: Sequence[int] = ...,
+        given: Sequence[Tensor | None] = ...,
+        given_strides: Sequence[int] = ...,
+        per_task: Sequence[Tensor | None] = ...,
+        state: Tensor | None = ...,
+        kept: int = ...,
+        prepared: bool = ...,
+    ) -> None:
+        """Runs a call. The other arguments are those of Call."""
     def table_bytes(self, call: Call) -> int: ...
     def capture(self, call: Call, table: int) -> CudaGraph: ...
-    def run_graph(self, call: Call, graph: CudaGraph, stream: int) -> None: ...
+    def run_graph(
+        self,
+        graph: CudaGraph,
+        stream: int,
+        tasks: int,
+        at_once: int,
+        workspace: Tensor,
+        parameters: Sequence[Tensor],
+        rates: Sequence[Tensor] = ...,
+        support: Sequence[Tensor | None] = ...,
+        query: Sequence[Tensor | None] = ...,
+        task_weights: Tensor | None = ...,
+        query_weights: Tensor | None = ...,
+        losses: Sequence[Tensor | None] = ...,
+        logits: Tensor | None = ...,
+        gradient: Tensor | None = ...,
+        *,
+        parameter_strides: Sequence[int] = ...,
+        given: Sequence[Tensor | None] = ...,
+        given_strides: Sequence[int] = ...,
+        per_task: Sequence[Tensor | None] = ...,
+        state: Tensor | None = ...,
+        kept: int = ...,
+        prepared: bool = ...,
+    ) -> None:
+        """Replays a graph for a call like the captured one. The other arguments are those of Call."""
 
 class Episodes:
     """Draws tasks of few-shot classification from an array of images. Tensors are given by their addresses.

@@ -62,11 +62,12 @@ void with_call_arguments(Define define) {
          py::arg("kept") = 0, py::arg("prepared") = false);
 }
 
-/// Makes a call and runs it on the CPU: Python crosses into C++ once.
-template <class... Arguments>
-auto running(BoundCall (*make)(Arguments...)) {
-  return [make](const BoundProblem& problem, Arguments... arguments) {
-    problem.run(make(std::move(arguments)...));
+/// `run` as a function of its other arguments and of those of the call, so that making a call and running it
+/// takes Python one crossing into C++.
+template <class Owner, class... Others, class... Arguments>
+auto running(void (Owner::*run)(const BoundCall&, Others...) const, BoundCall (*make)(Arguments...)) {
+  return [run, make](const Owner& owner, Others... others, Arguments... arguments) {
+    (owner.*run)(make(std::move(arguments)...), others...);
   };
 }
 
@@ -105,23 +106,26 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
                              "Whether a CPU may run several tasks side by side.")
       .def_property_readonly("task_size", &BoundProblem::task_size, "Elements of a kept task's state.");
   maml::with_call_arguments([&](auto... arguments) {
-    problem.def("run", maml::running(&maml::made_call), arguments...,
+    problem.def("run", maml::running(&BoundProblem::run, &maml::made_call), arguments...,
                 "Runs a call on the CPU. The arguments are those of Call.");
   });
 
 #ifdef MAML_CUDA_ARCHITECTURES
   using maml::BoundRunner;
   py::class_<maml::cuda::CudaGraph>(m, "CudaGraph", py::module_local());
-  py::class_<BoundRunner>(m, "CudaRunner", py::module_local(),
-                          "A problem on one CUDA device; every call is enqueued on a stream.")
-      .def(py::init<const BoundProblem&, int>(), py::arg("problem"), py::arg("device"))
+  py::class_<BoundRunner> runner(m, "CudaRunner", py::module_local(),
+                                 "A problem on one CUDA device; every call is enqueued on a stream.");
+  runner.def(py::init<const BoundProblem&, int>(), py::arg("problem"), py::arg("device"))
       .def_property_readonly("executor", &BoundRunner::executor)
       .def("workspace", &BoundRunner::workspace, py::arg("tasks"), py::arg("at_once"),
            "Elements of workspace.")
-      .def("run", &BoundRunner::run, py::arg("call"), py::arg("stream"))
       .def("table_bytes", &BoundRunner::table_bytes, py::arg("call"))
-      .def("capture", &BoundRunner::capture, py::arg("call"), py::arg("table"))
-      .def("run_graph", &BoundRunner::run_graph, py::arg("call"), py::arg("graph"), py::arg("stream"));
+      .def("capture", &BoundRunner::capture, py::arg("call"), py::arg("table"));
+  maml::with_call_arguments([&](auto... arguments) {
+    runner.def("run", maml::running(&BoundRunner::run, &maml::made_call), py::arg("stream"), arguments...);
+    runner.def("run_graph", maml::running(&BoundRunner::run_graph, &maml::made_call), py::arg("graph"),
+               py::arg("stream"), arguments...);
+  });
   m.attr("cuda") = MAML_CUDA_TOOLKIT;
   m.attr("cuda_architectures") = MAML_CUDA_ARCHITECTURES;
 #else

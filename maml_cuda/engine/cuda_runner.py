@@ -55,14 +55,9 @@ class Runner:
     def __init__(self, core: Any, problem: Any, device: torch.device) -> None:
         self._make_call = core.Call
         self._core = core.CudaRunner(problem, device.index or 0)
+        self.executor: str = self._core.executor  # "megakernel" or "batched"
         self._graphs: OrderedDict[tuple[int, int, int], tuple[Any, Tensor] | None] = OrderedDict()
         self._workspaces: Bounded[tuple[int, int], int] = Bounded(64)
-
-    @property
-    def executor(self) -> str:
-        """ "megakernel" or "batched"."""
-        executor: str = self._core.executor
-        return executor
 
     def workspace(self, tasks: int, at_once: int) -> int:
         """Elements of workspace that a call takes."""
@@ -73,23 +68,23 @@ class Runner:
 
     def run(self, like: Tensor, tasks: int, at_once: int, graphs: bool, *tensors: Any, **more: Any) -> None:
         """Enqueues a call; `graphs`: from its second time on, as the replay of a CUDA graph."""
-        workspace = self._allocate(like, tasks, at_once)
-        call = self._make_call(tasks, at_once, workspace, *tensors, **more)
+        sizes = tasks, at_once, self._allocate(like, tasks, at_once)
         stream = stream_of(like.device)
         if not graphs or is_capturing() or self.executor == "megakernel":
-            self._core.run(call, stream)
+            self._core.run(stream, *sizes, *tensors, **more)
             return
         key = (stream, tasks, at_once)
         if key not in self._graphs:  # the first call runs as it is: it loads kernels, and may be the only one
-            self._core.run(call, stream)
+            self._core.run(stream, *sizes, *tensors, **more)
             self._keep(key, None)
             return
         kept = self._graphs[key]
         if kept is None:
+            call = self._make_call(*sizes, *tensors, **more)
             table = like.new_empty(self._core.table_bytes(call), dtype=torch.uint8)
             kept = (self._core.capture(call, table.data_ptr()), table)
         self._keep(key, kept)
-        self._core.run_graph(call, kept[0], stream)
+        self._core.run_graph(kept[0], stream, *sizes, *tensors, **more)
 
     def _keep(self, key: tuple[int, int, int], graph: tuple[Any, Tensor] | None) -> None:
         self._graphs[key] = graph

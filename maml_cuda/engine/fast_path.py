@@ -89,4 +89,4 @@ def add_gradient(flat: Tensor, inputs: list[Tensor], places: list[Place]) -> Non
             added.append(part(*place))
     if grads:
         with torch.no_grad():
-            torch._foreach_add_(grads, added)
+            torch_private.add_each(grads, added)

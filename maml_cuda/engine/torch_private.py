@@ -52,12 +52,21 @@ def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return getattr(base, "apply", function.apply)
 
 
+def add_each(to: list[Tensor], added: list[Tensor]) -> None:
+    """Adds each tensor to the one at its place, in place and in one call. Without torch._foreach_add_, one by one."""
+    if hasattr(torch, "_foreach_add_"):
+        torch._foreach_add_(to, added)
+        return
+    for t, part in zip(to, added, strict=True):
+        t.add_(part)
+
+
 def guard_while_compiling(model: nn.Module, *constants: Any) -> None:
     """Reads, under torch.compile, what a plan depends on, so that a change of it compiles anew.
 
-    torch.compile guards the attributes that decide something in the compiled code. So they are added up here: a sum
-    that were not used would be guarded all the same. Without guards a compiled program would outlive a change, which
-    tests/engine/test_compile.py would show.
+    torch.compile guards an attribute, that is compiles anew when it changes, where a branch of the code depends on it.
+    So each is read here in a branch. Should a version of torch drop reads whose result is not used, compiled programs
+    would not follow changes of the model; tests/engine/test_compile.py holds that they do.
     """
     read = id(model)  # another model has another plan
     for m in model.modules():

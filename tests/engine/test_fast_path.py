@@ -267,19 +267,20 @@ class Recorder:
         return getattr(self.of, name)
 
 
-def test_a_warm_call_enters_the_core_twice(maml):
+def test_a_warm_call_enters_the_core_twice(maml, machine):
     data = episode()
-    for _ in range(2):
+    for _ in range(3):  # on a GPU the second call captures a graph
         step(maml, data)
     entered: list[str] = []
     for each in maml._binding().problems.values():
         each.core = Recorder(each.core, entered)
+        for runner in each.runners.values():
+            runner._core = Recorder(runner._core, entered)
     recorder = Recorder(maml_cuda._core, entered)
     with mock.patch.object(binding, "_core", recorder), mock.patch.object(problem, "_core", recorder):
         maml(*data).loss.backward()
-        assert entered == ["signature", "run"]
         maml.backward(*data)
-        assert entered == ["signature", "run"] * 2
+    assert entered in (["signature", "run"] * 2, ["signature", "run_graph"] * 2)
 
 
 def test_many_shapes_keep_a_bounded_number_of_problems(maml):
