@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -127,3 +129,16 @@ def test_non_contiguous_everything(backend: str) -> None:
         close(g, expected[1][name], name)
     fast = {name: t.transpose(0, -1).contiguous().transpose(0, -1) for name, t in maml.adapt(*data[:2]).items()}
     close(maml.predict(fast, data[2]), blocks)
+
+
+def test_it_is_freed_with_its_last_reference() -> None:
+    gc.disable()  # a cycle would keep it, and the memory of its workspaces on a GPU, until the next collection
+    try:
+        maml = FusedMAML(net(), 0.3, 2)
+        for _ in range(2):
+            step(maml, episode())
+        freed = weakref.ref(maml)
+        del maml
+        assert freed() is None
+    finally:
+        gc.enable()
