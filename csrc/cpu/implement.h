@@ -26,7 +26,7 @@ struct OnCpu;
 
 template <Kind K, class T>
 Passes<T> linear_passes() {
-  if constexpr (Declaration<K>::inputs == 1) {
+  if constexpr (Declaration<K>::most_inputs == 1) {
     return {
         [](const Layer& l, const Tensors<T>& t) { OnCpu<K>::apply(l, t.x[0], t.y); },
         [](const Layer& l, const Tensors<T>& t) {

@@ -36,7 +36,7 @@ struct OnGpu;
 
 template <Kind K, class T>
 LaunchPasses<T> linear_passes() {
-  if constexpr (Declaration<K>::inputs == 1) {
+  if constexpr (Declaration<K>::most_inputs == 1) {
     return {
         [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
           OnGpu<K>::apply(launch, l, t.x[0], t.y);

@@ -27,7 +27,7 @@ struct __attribute__((visibility("hidden"))) Implementation {
 /// The four passes of a kind; null functions where this backend does not have it.
 template <class T>
 const LaunchPasses<T>& passes_of(Kind kind) {
-  static const auto table = for_each_kind([]<Kind K> {
+  static const auto table = for_each_kind([&]<Kind K> {
     if constexpr (Declaration<K>::on_cuda) return Implementation<K>::passes(T{});
     return LaunchPasses<T>{};
   });

@@ -10,7 +10,7 @@ template <>
 struct Declaration<Kind::add> {
   static constexpr const char* name = "add";
   static constexpr LayerClass layer_class = LayerClass::linear;
-  static constexpr int inputs = 2;
+  static constexpr int fewest_inputs = 2, most_inputs = 2;
   static constexpr bool on_cpu = true, on_cuda = true;
   static constexpr bool mixes_samples = false;
   static constexpr bool function_in_place = false;

@@ -10,7 +10,7 @@ template <>
 struct Declaration<Kind::avg_pool> {
   static constexpr const char* name = "avg_pool";
   static constexpr LayerClass layer_class = LayerClass::linear;
-  static constexpr int inputs = 1;
+  static constexpr int fewest_inputs = 1, most_inputs = 1;
   static constexpr bool on_cpu = true, on_cuda = true;
   static constexpr bool mixes_samples = false;
   static constexpr bool function_in_place = false;

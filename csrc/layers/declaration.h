@@ -30,7 +30,8 @@ template <Kind K>
 concept Declared = requires(const Node& node, std::span<const Shape> x, const Layer& layer) {
   { Declaration<K>::name } -> std::convertible_to<const char*>;  // used in plans and by `explain`
   { Declaration<K>::layer_class } -> std::convertible_to<LayerClass>;
-  { Declaration<K>::inputs } -> std::convertible_to<int>;  // the most inputs
+  { Declaration<K>::fewest_inputs } -> std::convertible_to<int>;
+  { Declaration<K>::most_inputs } -> std::convertible_to<int>;
   // The backends that have the kind. A chain that only one of them fuses does not exist on the other.
   { Declaration<K>::on_cpu } -> std::convertible_to<bool>;
   { Declaration<K>::on_cuda } -> std::convertible_to<bool>;

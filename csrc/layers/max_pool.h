@@ -10,7 +10,7 @@ template <>
 struct Declaration<Kind::max_pool> {
   static constexpr const char* name = "max_pool";
   static constexpr LayerClass layer_class = LayerClass::selection;
-  static constexpr int inputs = 1;
+  static constexpr int fewest_inputs = 1, most_inputs = 1;
   static constexpr bool on_cpu = true, on_cuda = true;
   static constexpr bool mixes_samples = false;
   static constexpr bool function_in_place = false;

@@ -11,7 +11,7 @@ template <>
 struct Declaration<Kind::patch_gram> {
   static constexpr const char* name = "patch_gram";
   static constexpr LayerClass layer_class = LayerClass::own;
-  static constexpr int inputs = 1;
+  static constexpr int fewest_inputs = 1, most_inputs = 1;
   static constexpr bool on_cpu = true, on_cuda = true;
   static constexpr bool mixes_samples = false;
   static constexpr bool function_in_place = false;

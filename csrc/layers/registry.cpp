@@ -10,8 +10,9 @@ namespace {
 
 constexpr auto kProperties = for_each_kind([]<Kind K> {
   using D = Declaration<K>;
-  return Properties{D::name,     D::layer_class,   D::inputs, D::mixes_samples, D::function_in_place,
-                    D::in_lanes, D::in_megakernel, D::infer,  D::is_view,       D::work};
+  return Properties{D::name,          D::layer_class,       D::fewest_inputs, D::most_inputs,
+                    D::mixes_samples, D::function_in_place, D::in_lanes,      D::in_megakernel,
+                    D::infer,         D::is_view,           D::work};
 });
 
 struct FunctionProperties {

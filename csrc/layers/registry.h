@@ -11,7 +11,7 @@ namespace maml {
 struct Properties {
   const char* name;
   LayerClass layer_class;
-  int inputs;
+  int fewest_inputs, most_inputs;
   bool mixes_samples, function_in_place, in_lanes, in_megakernel;
   Shape (*infer)(const Node&, std::span<const Shape>, int64_t n);
   bool (*is_view)(const Image&, bool plan_input);

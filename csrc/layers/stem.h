@@ -12,7 +12,7 @@ template <>
 struct Declaration<Kind::stem> {
   static constexpr const char* name = "stem";
   static constexpr LayerClass layer_class = LayerClass::own;
-  static constexpr int inputs = 2;
+  static constexpr int fewest_inputs = 2, most_inputs = 2;
   static constexpr bool on_cpu = true, on_cuda = true;
   static constexpr bool mixes_samples = true;
   static constexpr bool function_in_place = false;

@@ -25,10 +25,11 @@ std::vector<Shape> infer_shapes(const Graph& graph, const std::vector<int64_t>& 
   for (size_t i = 0; i < count; ++i) {
     const Node& node = graph.nodes[i];
     const Properties& kind = properties(node.layer.kind);
-    if (node.inputs.empty() || node.inputs.size() > static_cast<size_t>(kind.inputs)) {
-      throw std::invalid_argument(node.name + " (" + kind.name + ") expects at most " +
-                                  std::to_string(kind.inputs) + " inputs, got " +
-                                  std::to_string(node.inputs.size()));
+    const int given = static_cast<int>(node.inputs.size());
+    if (given < kind.fewest_inputs || given > kind.most_inputs) {
+      throw std::invalid_argument(node.name + " (" + kind.name + ") expects " +
+                                  std::to_string(kind.fewest_inputs) + " to " +
+                                  std::to_string(kind.most_inputs) + " inputs, got " + std::to_string(given));
     }
     std::vector<Shape> inputs;
     for (int input : node.inputs) inputs.push_back(shapes[input]);

@@ -25,7 +25,7 @@ namespace maml::MAML_ISA {
 
 Footprint footprint(const Layer& layer) {
   using Of = Footprint (*)(const Layer&);
-  static constexpr auto table = for_each_kind([]<Kind K>() -> Of {
+  static constexpr auto table = for_each_kind([&]<Kind K>() -> Of {
     if constexpr (Declaration<K>::on_cpu) return Implementation<K>::footprint;
     return nullptr;
   });

@@ -68,7 +68,7 @@ Task<T> symbolic_task(const Problem& p, const Layout& layout, bool inside) {
 
 Footprint footprint(const Layer& layer) {
   using Of = Footprint (*)(const Layer&);
-  static constexpr auto table = for_each_kind([]<Kind K>() -> Of {
+  static constexpr auto table = for_each_kind([&]<Kind K>() -> Of {
     if constexpr (Declaration<K>::on_cuda) return Implementation<K>::footprint;
     return nullptr;
   });
