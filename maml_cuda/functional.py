@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from maml_cuda import pytrees
-from maml_cuda.engine.torch_private import no_saved_tensor_hooks
+from maml_cuda.torch_private import no_saved_tensor_hooks
 
 
 class Functional:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maml_cuda import batch_norm as norms
-from maml_cuda import reference
+from maml_cuda import reference, torch_private
 from maml_cuda.adapted_parameters import AdaptParams, as_pickled
 from maml_cuda.engine import (
     building_blocks,
@@ -18,7 +18,6 @@ from maml_cuda.engine import (
     explanation,
     meta_step,
     running_statistics,
-    torch_private,
     trust_region,
 )
 from maml_cuda.engine.binder import Binder, read

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maml_cuda.engine import ops, torch_private
+from maml_cuda import torch_private
+from maml_cuda.engine import ops
 from maml_cuda.engine.autograd import once
 from maml_cuda.engine.problem import Problem
 

@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from maml_cuda import pytrees, targets
-from maml_cuda.engine import data_checks, fallback, fast_path, torch_private
+from maml_cuda import pytrees, targets, torch_private
+from maml_cuda.engine import data_checks, fallback, fast_path
 from maml_cuda.engine.binder import look_at_labels, read
 from maml_cuda.engine.binding import Binding
 from maml_cuda.engine.problem import Problem, joined, meta_problem

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maml_cuda.engine.torch_private import memory_of
+from maml_cuda.torch_private import memory_of
 
 _CONTAINERS = (dict, list, set, deque)
 _PLAIN = (bool, int, float, complex, str, bytes)  # types whose values are compared by ==

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maml_cuda
-from maml_cuda import FusedMAML
-from maml_cuda.engine import binding, fast_path, ops, problem, torch_private
+from maml_cuda import FusedMAML, torch_private
+from maml_cuda.engine import binding, fast_path, ops, problem
 from tests import conftest
 
 
