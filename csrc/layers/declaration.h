@@ -7,7 +7,7 @@
 #include <span>
 #include <utility>
 
-#include "plan/graph.h"
+#include "layers/node.h"
 
 namespace maml {
 

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "plan/graph.h"
+#include "layers/node.h"
 
 namespace maml {
 
