@@ -14,8 +14,8 @@ enum class Role { adapted, outer, frozen };
 
 struct Parameter {
   int64_t size;  // elements, including all slots
-  int64_t rows,
-      taps;  // a weight [rows, size / rows / taps, taps] in the user's order; others: rows = taps = 1
+  // Of a weight [rows, size / rows / taps, taps] in the user's order; 1 and 1 of anything else.
+  int64_t rows, taps;
   Role role;
   // The number of inner steps that have a value of their own (per-step BatchNorm). Steps beyond the last slot
   // use the last one. The inner loop does not change a parameter with several slots.
