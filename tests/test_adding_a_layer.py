@@ -27,6 +27,7 @@ template <>
 struct FunctionDeclaration<Function::cos> {
   static constexpr const char* name = "cos";
   static constexpr bool bends = true;
+  static constexpr bool in_megakernel = false;
   static bool ascends(const Layer&) { return false; }
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {

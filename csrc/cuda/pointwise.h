@@ -45,24 +45,32 @@ __device__ __forceinline__ void pointwise_backward_tangent(Team team, const Laye
   }
 }
 
+/// body.template operator()<F>() for the layer's function, which the megakernel has.
+template <class Body>
+__device__ void with_megakernel_function(Function f, Body body) {
+  with_function(f, [&]<Function F>() {
+    if constexpr (FunctionDeclaration<F>::in_megakernel) body.template operator()<F>();
+  });
+}
+
 template <class T>
 __device__ void pointwise_forward(Team team, const Layer& l, const Tensors<T>& t) {
-  with_function(l.function, [&]<Function F>() { pointwise_forward<F>(team, l, t); });
+  with_megakernel_function(l.function, [&]<Function F>() { pointwise_forward<F>(team, l, t); });
 }
 
 template <class T>
 __device__ void pointwise_backward(Team team, const Layer& l, const Tensors<T>& t) {
-  with_function(l.function, [&]<Function F>() { pointwise_backward<F>(team, l, t); });
+  with_megakernel_function(l.function, [&]<Function F>() { pointwise_backward<F>(team, l, t); });
 }
 
 template <class T>
 __device__ void pointwise_forward_tangent(Team team, const Layer& l, const Tensors<T>& t) {
-  with_function(l.function, [&]<Function F>() { pointwise_forward_tangent<F>(team, l, t); });
+  with_megakernel_function(l.function, [&]<Function F>() { pointwise_forward_tangent<F>(team, l, t); });
 }
 
 template <class T>
 __device__ void pointwise_backward_tangent(Team team, const Layer& l, const Tensors<T>& t) {
-  with_function(l.function, [&]<Function F>() { pointwise_backward_tangent<F>(team, l, t); });
+  with_megakernel_function(l.function, [&]<Function F>() { pointwise_backward_tangent<F>(team, l, t); });
 }
 
 }  // namespace maml::cuda

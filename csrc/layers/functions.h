@@ -42,8 +42,8 @@ struct Derivatives {
 namespace {
 
 /// The declaration of a function: its name in plans; `bends`, whether f'' is not identically zero; `ascends`,
-/// whether f is non-decreasing, so that a max-pool may come before it; and its derivatives at x. The
-/// constants a, b and c are Layer::a, b and c.
+/// whether f is non-decreasing, so that a max-pool may come before it; `in_megakernel`, whether the CUDA
+/// megakernel has it; and its derivatives at x. The constants a, b and c are Layer::a, b and c.
 template <Function F>
 struct FunctionDeclaration;
 
@@ -59,6 +59,7 @@ template <>
 struct FunctionDeclaration<Function::relu> {
   static constexpr const char* name = "relu";
   static constexpr bool bends = false;
+  static constexpr bool in_megakernel = true;
   static bool ascends(const Layer&) { return true; }
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
@@ -71,6 +72,7 @@ template <>
 struct FunctionDeclaration<Function::leaky_relu> {
   static constexpr const char* name = "leaky_relu";
   static constexpr bool bends = false;
+  static constexpr bool in_megakernel = true;
   static bool ascends(const Layer& l) { return l.a >= 0; }
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Layer& l, T x) {
@@ -84,6 +86,7 @@ template <>
 struct FunctionDeclaration<Function::elu> {
   static constexpr const char* name = "elu";
   static constexpr bool bends = true;
+  static constexpr bool in_megakernel = true;
   static bool ascends(const Layer& l) { return l.a >= 0 && l.b >= 0 && l.c > 0; }
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Layer& l, T x) {
@@ -99,6 +102,7 @@ template <>
 struct FunctionDeclaration<Function::silu> {
   static constexpr const char* name = "silu";
   static constexpr bool bends = true;
+  static constexpr bool in_megakernel = true;
   static bool ascends(const Layer&) { return false; }
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
@@ -112,6 +116,7 @@ template <>
 struct FunctionDeclaration<Function::gelu> {
   static constexpr const char* name = "gelu";
   static constexpr bool bends = true;
+  static constexpr bool in_megakernel = true;
   static bool ascends(const Layer&) { return false; }
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
@@ -126,6 +131,7 @@ template <>
 struct FunctionDeclaration<Function::gelu_tanh> {
   static constexpr const char* name = "gelu_tanh";
   static constexpr bool bends = true;
+  static constexpr bool in_megakernel = true;
   static bool ascends(const Layer&) { return false; }
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
@@ -141,6 +147,7 @@ template <>
 struct FunctionDeclaration<Function::softplus> {
   static constexpr const char* name = "softplus";
   static constexpr bool bends = true;
+  static constexpr bool in_megakernel = true;
   static bool ascends(const Layer& l) { return l.a > 0 && l.b >= 20; }
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Layer& l, T x) {
@@ -156,6 +163,7 @@ template <>
 struct FunctionDeclaration<Function::tanh> {
   static constexpr const char* name = "tanh";
   static constexpr bool bends = true;
+  static constexpr bool in_megakernel = true;
   static bool ascends(const Layer&) { return true; }
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
@@ -169,6 +177,7 @@ template <>
 struct FunctionDeclaration<Function::sigmoid> {
   static constexpr const char* name = "sigmoid";
   static constexpr bool bends = true;
+  static constexpr bool in_megakernel = true;
   static bool ascends(const Layer&) { return true; }
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
@@ -182,6 +191,7 @@ template <>
 struct FunctionDeclaration<Function::hardtanh> {
   static constexpr const char* name = "hardtanh";
   static constexpr bool bends = false;
+  static constexpr bool in_megakernel = true;
   static bool ascends(const Layer&) { return true; }
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Layer& l, T x) {
@@ -190,11 +200,12 @@ struct FunctionDeclaration<Function::hardtanh> {
   }
 };
 
-/// sin(x)
+/// sin(x). To reduce large arguments takes CUDA local memory, which the megakernel must not use.
 template <>
 struct FunctionDeclaration<Function::sin> {
   static constexpr const char* name = "sin";
   static constexpr bool bends = true;
+  static constexpr bool in_megakernel = false;
   static bool ascends(const Layer&) { return false; }
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {

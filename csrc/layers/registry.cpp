@@ -17,12 +17,12 @@ constexpr auto kProperties = for_each_kind([]<Kind K> {
 
 struct FunctionProperties {
   const char* name;
-  bool bends;
+  bool bends, in_megakernel;
   bool (*ascends)(const Layer&);
 };
 constexpr auto kFunctionProperties = for_each_function([]<Function F> {
   using D = FunctionDeclaration<F>;
-  return FunctionProperties{D::name, D::bends, D::ascends};
+  return FunctionProperties{D::name, D::bends, D::in_megakernel, D::ascends};
 });
 
 /// The index of the row with this name.
@@ -42,6 +42,9 @@ Function function_named(const std::string& name) {
   return static_cast<Function>(named(kFunctionProperties, name, "function"));
 }
 bool bends(Function function) { return kFunctionProperties[static_cast<size_t>(function)].bends; }
+bool in_megakernel(Function function) {
+  return kFunctionProperties[static_cast<size_t>(function)].in_megakernel;
+}
 bool ascends(const Layer& layer) {
   return kFunctionProperties[static_cast<size_t>(layer.function)].ascends(layer);
 }

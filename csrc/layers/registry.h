@@ -25,6 +25,7 @@ Function function_named(const std::string& name);
 
 /// FunctionDeclaration::bends and ascends of a pointwise layer's function.
 bool bends(Function function);
+bool in_megakernel(Function function);
 bool ascends(const Layer& layer);
 
 }  // namespace maml

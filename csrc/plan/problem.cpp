@@ -103,7 +103,12 @@ bool Problem::is_small_network(bool Properties::* has_kind) const {
 }
 
 bool Problem::runs_in_lanes() const { return is_small_network(&Properties::in_lanes) && !is_tiled(); }
-bool Problem::runs_in_megakernel() const { return is_small_network(&Properties::in_megakernel); }
+bool Problem::runs_in_megakernel() const {
+  const bool has_functions = std::all_of(graph.nodes.begin(), graph.nodes.end(), [](const Node& node) {
+    return node.layer.kind != Kind::pointwise || in_megakernel(node.layer.function);
+  });
+  return has_functions && is_small_network(&Properties::in_megakernel);
+}
 
 int64_t Problem::task_size() const {
   return support.tiles * support.fixed_size + regions() * support.step_size +

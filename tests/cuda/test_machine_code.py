@@ -17,6 +17,11 @@ from maml_cuda import _core
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 PRINTS = ("loss", "megakernel")  # they use local memory for the arguments of printf, only when an assertion fails
 
+FUNCTIONS = re.findall(
+    r"^  (\w+),$", (Path(__file__).parents[2] / "csrc/layers/functions.h").read_text(encoding="utf-8"), re.MULTILINE
+)
+REDUCES_ARGUMENTS = f"FunctionE{FUNCTIONS.index('sin')}E"  # local memory, only for large arguments
+
 needs_kernels = pytest.mark.skipif(_core.cuda is None, reason="this build has no CUDA kernels")
 needs_tool = pytest.mark.skipif(not tool(), reason="there is no cuobjdump")
 each_architecture = pytest.mark.parametrize("architecture", _core.cuda_architectures.split() or ["none"])
@@ -51,7 +56,7 @@ def test_nothing_spills(architecture: str) -> None:
     assert len(found) > 100
     for name, registers, stack, shared, local in found:
         assert int(local) == 0, name
-        assert int(stack) == 0 or any(word in name for word in PRINTS), name
+        assert int(stack) == 0 or any(word in name for word in (*PRINTS, REDUCES_ARGUMENTS)), name
         assert int(registers) <= 255, name
         assert int(shared) <= 48 * 1024, name
 
@@ -60,6 +65,8 @@ def test_nothing_spills(architecture: str) -> None:
 @each_architecture
 def test_no_hot_loop_touches_local_memory(architecture: str) -> None:
     for name, code in kernels(architecture).items():
+        if REDUCES_ARGUMENTS in name:
+            continue
         loads = [i for i in code if i.startswith("LDL")]
         stores = [i for i in code if i.startswith("STL")]
         assert not loads, name
