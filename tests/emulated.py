@@ -32,11 +32,13 @@ def build(target: str, sanitizer: str = "", small_tiles: bool = False) -> Path:
 def load(small_tiles: bool = False) -> ModuleType:
     """The extension module in which the backend "cuda" is the emulation."""
     (library,) = build("_emulated", small_tiles=small_tiles).glob("_emulated*.so")
-    spec = importlib.util.spec_from_file_location("_emulated", library)
+    # pybind11 keeps modules by their name: each build needs one of its own.
+    spec = importlib.util.spec_from_file_location(f"{library.parent.name}._emulated", library)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    assert module.__file__ == str(library)
     return module
 
 
@@ -71,10 +73,13 @@ def log(only: bool = False, small_tiles: bool = False) -> Iterator[Callable[[], 
 @contextmanager
 def in_place_of_a_gpu(precisions: bool = False, small_tiles: bool = False) -> Iterator[None]:
     """Runs CPU tensors on the emulated kernels. precisions: accept every `precision`, as on a GPU."""
+    from maml_cuda.data import episodes
     from maml_cuda.engine import cuda_runner, problem
 
+    core = load(small_tiles)
     changes = [
-        (problem, "_core", load(small_tiles)),
+        (problem, "_core", core),
+        (episodes, "_core", core),
         (cuda_runner, "backend_of", lambda _: "cuda"),
         (cuda_runner, "stream_of", lambda _: 0),
     ]
