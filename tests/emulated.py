@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,9 +29,16 @@ def build(target: str, sanitizer: str = "", small_tiles: bool = False) -> Path:
     return building.build(name, target, "-DMAML_CUDA_BACKEND=emulated", *options)
 
 
+_small_tiles_in_place = False  # of the build that is in place of a GPU
+
+
+def load(small_tiles: bool | None = None) -> ModuleType:
+    """The extension module in which the backend "cuda" is the emulation; None: the one in place of a GPU."""
+    return _load(_small_tiles_in_place if small_tiles is None else small_tiles)
+
+
 @functools.cache
-def load(small_tiles: bool = False) -> ModuleType:
-    """The extension module in which the backend "cuda" is the emulation."""
+def _load(small_tiles: bool) -> ModuleType:
     (library,) = build("_emulated", small_tiles=small_tiles).glob("_emulated*.so")
     # pybind11 keeps modules by their name: each build needs one of its own.
     spec = importlib.util.spec_from_file_location(f"{library.parent.name}._emulated", library)
@@ -42,8 +50,7 @@ def load(small_tiles: bool = False) -> ModuleType:
     return module
 
 
-@functools.cache
-def controls(small_tiles: bool = False) -> ctypes.CDLL:
+def controls(small_tiles: bool | None = None) -> ctypes.CDLL:
     """The C functions by which a test controls the emulated device: tests/cuda/emulation/controls.cpp."""
     library = ctypes.CDLL(str(load(small_tiles).__file__))
     library.emulation_launches.restype = ctypes.c_int64
@@ -57,7 +64,7 @@ def controls(small_tiles: bool = False) -> ctypes.CDLL:
 
 
 @contextmanager
-def log(only: bool = False, small_tiles: bool = False) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+def log(only: bool = False, small_tiles: bool | None = None) -> Iterator[Callable[[], list[dict[str, Any]]]]:
     """Yields a function that returns the kernels launched so far, one dictionary per launch.
 
     only: log the launches without running the kernels.
@@ -86,6 +93,7 @@ def in_place_of_a_gpu(precisions: bool = False, small_tiles: bool = False) -> It
     changes.append((cuda_runner, "is_capturing", lambda: False))
     if precisions:
         changes.append((cuda_runner, "has_precisions", lambda _: True))
+    changes.append((sys.modules[__name__], "_small_tiles_in_place", small_tiles))
     problem.problem_of.cache_clear()
     with ExitStack() as stack:
         stack.callback(problem.problem_of.cache_clear)
