@@ -100,8 +100,8 @@ struct WorkspaceLayout {
 
   WorkspaceLayout(const Problem& p, int64_t tasks_) : tasks(tasks_) {
     const int64_t in_lanes = W * lane_size(p);
-    lanes = p.runs_in_lanes() && p.operation != Operation::kept_fisher &&
-            few_lanes(tasks) && in_lanes * static_cast<int64_t>(sizeof(T)) <= kLaneBytes;
+    lanes = p.runs_in_lanes() && p.operation != Operation::kept_fisher && few_lanes(tasks) &&
+            in_lanes * static_cast<int64_t>(sizeof(T)) <= kLaneBytes;
     wave = std::min(tasks, lanes ? W * cpu::kWave : cpu::kWave);
     sums = lanes ? (wave + W - 1) / W : 0;
     alone = lanes ? (W - 1) / 3 : wave;
