@@ -120,7 +120,7 @@ def copy_of_the_sources(folder: Path) -> Path:
 def test_the_steps_give_a_fused_cosine(tmp_path: Path) -> None:
     copy = copy_of_the_sources(tmp_path)
     steps_for_cos(copy)
-    # Not optimised: a third of the time.
+    # Not optimised, and one instruction set: it builds sooner.
     options = "-DMAML_CUDA_INSTRUCTION_SETS= -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O0"
     env = {**os.environ, "MAML_CUDA_BUILD": "cpu", "CMAKE_ARGS": options}
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]

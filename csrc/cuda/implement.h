@@ -28,7 +28,7 @@ struct Factors {
 ///               footprint(layer)
 ///   selection   choose(launch, layer, x, y, choice)
 ///               apply(launch, layer, choice, x, y), with a choice made before
-///               adjoint(launch, layer, tangent, choice, g, add, grad_x)
+///               adjoint(launch, tangent, layer, choice, g, add, grad_x)
 ///               choices(layer): how many int32 a choice has
 ///   others      passes<T>(): all four; footprint(layer)
 template <Kind K>

@@ -40,9 +40,10 @@ struct Layer {
   double eps = 0;             // of all normalisations
   int64_t groups = 1;         // group_norm; in a Node, 0 means that every channel is a group
   bool count_padding = true;  // avg_pool: padding counts in the divisor
-  bool pooled =
-      false;        // a max-pool comes last: norm_block: over `window`; others: of 2 x 2 pixels, each in one
-  Image between{};  // patch_gram, stem and conv_block: the convolution's output
+  // A max-pool comes last: in norm_block over `window`, in conv_block and stem of 2 x 2 pixels, each in one
+  // window.
+  bool pooled = false;
+  Image between{};                           // patch_gram, stem and conv_block: the convolution's output
   Precision precision = Precision::float32;  // conv2d and stem
 };
 

@@ -85,8 +85,8 @@ struct Problem {
   Packing packing;
   Stage support, query;
   std::vector<int64_t> rate_at;  // the offset of each rate tensor among the packed rates
-  std::vector<int64_t>
-      rate_grad_at;  // the offset of its gradient in the result, after the trainable parameters; or kNowhere
+  // The offset of each rate tensor's gradient in the result, after the trainable parameters; or kNowhere.
+  std::vector<int64_t> rate_grad_at;
   int64_t rates_size = 0, result_size = 0;
   std::vector<std::vector<RateSlice>> slices;  // for each inner step; later steps use the last
   int64_t work = 0;                            // approximate multiply-adds of one task
