@@ -1,0 +1,195 @@
+"""Faults: state that changes within a call: caches, writes in place, random numbers."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.plan.planted.settings import add, fault
+
+# -- caches on the module -----------------------------------------------------------------------------------------
+
+CACHE = "caches"
+
+
+@fault(CACHE, "mlp", "cache")
+def a_value_computed_once(self: Any, h: Tensor) -> Tensor:
+    if not hasattr(self, "cache"):
+        self.cache = h.detach().mean(0)
+    return h * self.cache
+
+
+@fault(CACHE, "resnet", "masks", plant=lambda m: setattr(m, "masks", {}))
+def a_mask_for_each_shape(self: Any, h: Tensor) -> Tensor:
+    if h.shape not in self.masks:
+        self.masks[h.shape] = torch.linspace(0, 1, h[0].numel(), dtype=h.dtype).view(h[0].shape)
+    return h * self.masks[h.shape]
+
+
+@fault(CACHE, "group norm", "last|mul")
+def a_value_that_only_a_log_reads(self: Any, h: Tensor) -> Tensor:
+    self.last, self.size = h, h.shape
+    return h * 1.5
+
+
+@fault(CACHE, "mlp", "scaled|extra|hasattr|Linear|layer")
+def a_layer_made_in_forward(self: Any, h: Tensor) -> Tensor:
+    """It is no parameter of the first call."""
+    if not hasattr(self, "extra"):
+        torch.manual_seed(5)
+        self.extra = nn.Linear(5, 5).double()
+    return self.extra(h)
+
+
+# -- writes in place ----------------------------------------------------------------------------------------------
+
+WRITE = "writes in place"
+
+
+def with_buffer(value: float | list[float] = 1.0) -> Any:
+    return lambda model: model.register_buffer("scale", torch.tensor(value, dtype=torch.float64))
+
+
+@fault(WRITE, "mlp", "scale", plant=with_buffer())
+def a_buffer_that_grows(self: Any, h: Tensor) -> Tensor:
+    self.scale += 0.5
+    return h * self.scale
+
+
+@fault(WRITE, "conv4", "scale", plant=with_buffer())
+def a_buffer_assigned_anew(self: Any, h: Tensor) -> Tensor:
+    self.scale = 0.5 * self.scale + h.detach().abs().mean()
+    return h * self.scale
+
+
+@fault(WRITE, "layer norm", "scale", plant=with_buffer([1.0, 2.0]))
+def a_buffer_through_a_view(self: Any, h: Tensor) -> Tensor:
+    self.scale.view(2, 1)[1].mul_(1.5)
+    return h * self.scale.sum()
+
+
+@fault(WRITE, "policy", "scale", plant=with_buffer([1.0, 2.0]), between=lambda m: m.scale.fill_(3.0))
+def a_buffer_changed_between_calls(self: Any, h: Tensor) -> Tensor:
+    return h * self.scale[0]
+
+
+@fault(WRITE, "regression", "weight")
+def a_weight_that_is_clipped(self: Any, h: Tensor) -> Tensor:
+    with torch.no_grad():
+        self.head.weight.clamp_(-0.2, 0.2)
+    return h * 1.5
+
+
+@fault(WRITE, "nested", "mul_|setitem|in place")
+def a_column_of_a_value(self: Any, h: Tensor) -> Tensor:
+    h = h.clone()
+    h[:, 0] *= 3
+    return h
+
+
+@fault(WRITE, "mlp", "relu_|in place")
+def a_view_of_a_value_in_place(self: Any, h: Tensor) -> Tensor:
+    h = h * 1
+    h[:, 1:4].relu_()
+    return h
+
+
+@fault(WRITE, "conv1d", "relu_|in place")
+def a_value_read_after_it_was_written(self: Any, h: Tensor) -> Tensor:
+    a = h - 0.3
+    b = F.relu(a, inplace=True)
+    return a + b * 2
+
+
+@fault(WRITE, "group norm", "masked_fill_|in place")
+def entries_filled(self: Any, h: Tensor) -> Tensor:
+    h = h + 0
+    h.view(len(h), -1).masked_fill_(torch.arange(16) % 3 == 0, 0.5)
+    return h
+
+
+@fault(WRITE, "resnet", "empty|copy_")
+def a_result_written_into_a_new_tensor(self: Any, h: Tensor) -> Tensor:
+    new = torch.empty_like(h)
+    new.copy_(h.square())
+    return new
+
+
+@fault(WRITE, "regression", "mul_|in place")
+def the_data_written(self: Any, x: Tensor) -> Tensor:
+    """Data of the next inner step too."""
+    x.mul_(0.9)
+    return self.head(self.body(x))
+
+
+def two_buffers(model: Any) -> None:
+    model.register_buffer("a", torch.tensor(1.0).double())
+    model.register_buffer("b", torch.tensor(2.0).double())
+
+
+@fault(WRITE, "mlp", r"self\.a|self\.b|swap", plant=two_buffers)
+def two_buffers_swapped(self: Any, h: Tensor) -> Tensor:
+    self.a, self.b = self.b, self.a
+    return h * self.a
+
+
+@fault(WRITE, "conv1d", "norm|running|statistic|eval", plant=lambda m: set_statistics(m, 2.0))
+def statistics_of_a_norm(self: Any, h: Tensor) -> Tensor:
+    return h * 1.5
+
+
+def set_statistics(model: Any, variance: float) -> None:
+    model.body[1].eval()
+    model.body[1].running_var.fill_(variance)
+    model.body[1].num_batches_tracked += 1
+
+
+add(
+    "statistics changed between calls", WRITE, "conv1d", "norm", plant=lambda m: set_statistics(m, 2.0),
+    between=lambda m: set_statistics(m, 0.5),
+)  # fmt: skip
+
+
+# -- random numbers -----------------------------------------------------------------------------------------------
+
+RANDOM = "random numbers"
+
+
+@fault(RANDOM, "mlp", "random|rand")
+def noise(self: Any, h: Tensor) -> Tensor:
+    return h + 0.1 * torch.randn_like(h)
+
+
+@fault(RANDOM, "conv4", "random|dropout")
+def dropout_by_function(self: Any, h: Tensor) -> Tensor:
+    return F.dropout(h, 0.25, self.training)
+
+
+def with_dropout(model: Any) -> None:
+    model.body.append(nn.Dropout(0.25))
+
+
+add("dropout", RANDOM, "layer norm", "Dropout", plant=with_dropout)
+add("dropout in eval mode at first", RANDOM, "shared", "Dropout", plant=lambda m: with_dropout(m.eval()),
+    between=lambda m: m.train())  # fmt: skip
+
+
+@fault(RANDOM, "policy", "random|perm")
+def features_permuted(self: Any, h: Tensor) -> Tensor:
+    return h[:, torch.randperm(5)]
+
+
+@fault(RANDOM, "group norm", "random|bernoulli|uniform|in place")
+def a_mask_drawn_in_place(self: Any, h: Tensor) -> Tensor:
+    return h * torch.empty(4, 1, 1, dtype=h.dtype).uniform_(0.5, 1)
+
+
+@fault(RANDOM, "shared", "random|RANDOM|draw")
+def a_random_number_drawn_once(self: Any, h: Tensor) -> Tensor:
+    if "drawn" not in self.__dict__:
+        self.drawn = 1 + random.random()
+    return h * self.drawn
