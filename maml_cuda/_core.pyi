@@ -212,14 +212,24 @@ def cpu_isa() -> str:
     """The instruction set in use."""
 
 def watch(
-    settings: tuple[Any, ...], dicts: list[dict[str, Any]], tensors: list[Tensor], names: tuple[str, ...]
+    settings: tuple[Any, ...],
+    dicts: list[dict[Any, Any]],
+    tensors: list[Tensor],
+    names: tuple[str, ...],
+    lists: list[list[Any]] = ...,
+    places: list[tuple[Any, str]] = ...,
 ) -> tuple[Any, ...]:
-    """The state of a model that a plan was made for, for the two functions below.
+    """The state that a plan was made for, for the two functions below.
+
+    An object stays the same if it is the very same, or an int, float or str of exactly this type with the same value.
 
     Args:
-        settings: objects that must stay the very same, or equal integers.
-        dicts: their keys and values must stay the very same objects.
+        settings: objects that must stay the same.
+        dicts, lists: their keys and values, or items, must stay the same, in order.
         tensors, names: the tensors' attributes of these names must stay equal.
+        places: pairs (owner, key). What is found there must stay the same, or absent: the item of a dict, the content
+            of a closure's cell (the key is ignored), what a class or its bases define by this name, the attribute of
+            any other object.
     """
 
 def unchanged(watched: tuple[Any, ...], settings: tuple[Any, ...]) -> bool:

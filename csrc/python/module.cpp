@@ -133,12 +133,12 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
   m.attr("cuda_architectures") = "";
 #endif
   maml::bind_episodes(m);
-  m.def("watch", &maml::watch, py::arg("settings"), py::arg("dicts"), py::arg("tensors"), py::arg("names"),
-        "The state of a model that a plan was made for. settings: objects that must stay the very same, or "
-        "equal "
-        "integers. dicts: their keys and values must stay the very same. tensors, names: the tensors' "
-        "attributes "
-        "of these names must stay equal.");
+  m.def(
+      "watch", &maml::watch, py::arg("settings"), py::arg("dicts"), py::arg("tensors"), py::arg("names"),
+      py::arg("lists") = py::list(), py::arg("places") = py::list(),
+      "The state that a plan was made for. settings: objects that must stay the same. dicts, lists: their "
+      "contents must stay the same. tensors, names: the tensors' attributes of these names must stay equal. "
+      "places: pairs (owner, key) of which what is found there must stay the same.");
   m.def("unchanged", &maml::unchanged, py::arg("watched"), py::arg("settings"),
         "Whether nothing has changed.");
   m.def("signature", &maml::signature, py::arg("watched"), py::arg("settings"), py::arg("data"),

@@ -6,14 +6,20 @@
 
 namespace maml {
 
-/// The state of a model that a plan was made for, as a tuple of Python's, so that its garbage collector sees
-/// through it.
+/// The state that a plan was made for, as a tuple of Python's, so that its garbage collector sees through it.
 ///
-/// settings: objects that must stay the very same, or equal integers.
-/// dicts: their keys and values must stay the very same objects, in order.
+/// An object stays the same if it is the very same, or an int, float or str of exactly this type with the
+/// same value (0.0 and -0.0 are two values).
+///
+/// settings: objects that must stay the same.
+/// dicts, lists: their keys and values, or items, must stay the same, in order.
 /// tensors, names: the tensors' attributes of these names must stay equal.
+/// places: pairs (owner, key). What is found there must stay the same, or absent: the item of a dict; the
+/// content of a closure's cell (the key is ignored); what a class or its bases define by this name, where no
+/// descriptor is called; the attribute of any other object.
 pybind11::tuple watch(const pybind11::tuple& settings, const pybind11::list& dicts,
-                      const pybind11::list& tensors, const pybind11::tuple& names);
+                      const pybind11::list& tensors, const pybind11::tuple& names,
+                      const pybind11::list& lists, const pybind11::list& places);
 
 /// Whether nothing has changed.
 bool unchanged(const pybind11::tuple& watched, const pybind11::tuple& settings);
