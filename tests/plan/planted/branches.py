@@ -89,6 +89,36 @@ def an_error_that_is_caught(self: Any, h: Tensor) -> Tensor:
     return h * scale
 
 
+@fault(BRANCH, "regression", "norm|item|float|depends")
+def a_weight_as_a_python_number(self: Any, h: Tensor) -> Tensor:
+    """It is another one at each inner step."""
+    return h * float(self.head.weight.detach().norm())
+
+
+@fault(BRANCH, "conv1d", "training|eval|norm")
+def eval_mode_inside_of_forward(self: Any, x: Tensor) -> Tensor:
+    self.body.eval()
+    h = self.body(x)
+    self.body.train()
+    return self.head(h)
+
+
+@fault(BRANCH, "resnet", "contiguous|stride|mul")
+def whether_the_data_are_contiguous(self: Any, x: Tensor) -> Tensor:
+    h = self.body(x.transpose(2, 3))
+    return self.head(h if x.transpose(2, 3).is_contiguous() else h * h)
+
+
+@fault(BRANCH, "policy", "device|mul", around=lambda: torch.device("cpu"))
+def the_type_of_the_device(self: Any, h: Tensor) -> Tensor:
+    return h * 2.5 if torch.zeros(1).device.type == "cpu" and h.device.type == "cpu" else h
+
+
+@fault(BRANCH, "shared", "grad|mul")
+def whether_a_parameter_has_a_gradient(self: Any, h: Tensor) -> Tensor:
+    return h * 2.5 if all(p.grad is None for p in self.parameters() if p.is_leaf) else h
+
+
 @fault(BRANCH, "mlp", "autocast|mul", around=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
 def whether_autocast_is_on(self: Any, h: Tensor) -> Tensor:
     """Calls run outside of the autocast that is around them."""
@@ -131,32 +161,32 @@ SIZE = "burnt-in sizes"
 LARGER = {"sizes": ((4, 3), (6, 5))}
 
 
-@fault(SIZE, "mlp", "len|mul|div", **LARGER)
+@fault(SIZE, "mlp", "len|mul|div|query set", **LARGER)
 def divided_by_the_number_of_samples(self: Any, h: Tensor) -> Tensor:
     return h / len(h)
 
 
-@fault(SIZE, "conv4", "shape|mul", **LARGER)
+@fault(SIZE, "conv4", "shape|mul|query set", **LARGER)
 def another_branch_for_more_samples(self: Any, h: Tensor) -> Tensor:
     return h * 2 if h.shape[0] > 4 else h * -1.5
 
 
-@fault(SIZE, "layer norm", "range|arange|mul|div", **LARGER)
+@fault(SIZE, "layer norm", "range|arange|mul|div|query set", **LARGER)
 def weights_that_count_the_samples(self: Any, h: Tensor) -> Tensor:
     return h * torch.arange(1, len(h) + 1).view(-1, 1) / len(h)
 
 
-@fault(SIZE, "regression", "stack|select|getitem|range|control flow|torch.fx", **LARGER)
+@fault(SIZE, "regression", "stack|select|getitem|range|control flow|torch.fx|query set", **LARGER)
 def a_loop_over_samples(self: Any, h: Tensor) -> Tensor:
     return torch.stack([h[i] * (1 + i) for i in range(len(h))])
 
 
-@fault(SIZE, "conv1d", "numel|sum|div|mul", **LARGER)
+@fault(SIZE, "conv1d", "numel|sum|div|mul|query set", **LARGER)
 def a_mean_by_hand(self: Any, h: Tensor) -> Tensor:
     return h * (h.sum() / h.numel())
 
 
-@fault(SIZE, "nested", "size|mul|view|reshape|pow", **LARGER)
+@fault(SIZE, "nested", "size|mul|view|reshape|pow|query set", **LARGER)
 def the_number_of_samples_as_an_exponent(self: Any, h: Tensor) -> Tensor:
     return h.view(h.size(0), -1) ** (h.size(0) / 4)
 
@@ -164,7 +194,7 @@ def the_number_of_samples_as_an_exponent(self: Any, h: Tensor) -> Tensor:
 @fault(
     SIZE,
     "resnet",
-    "table|slice|getitem|mul",
+    "table|slice|getitem|mul|query set",
     **LARGER,
     plant=lambda m: setattr(m, "table", torch.rand(9, 1, 1, 1).double()),
 )
@@ -172,12 +202,12 @@ def positions_of_samples(self: Any, h: Tensor) -> Tensor:
     return h * self.table[: len(h)]
 
 
-@fault(SIZE, "shared", "ones|matmul|mm|div", **LARGER)
+@fault(SIZE, "shared", "ones|matmul|mm|div|query set", **LARGER)
 def averaged_by_a_matrix(self: Any, h: Tensor) -> Tensor:
     return h + torch.ones(len(h), len(h), dtype=h.dtype) @ h / h.shape[0]
 
 
-@fault(SIZE, "group norm", "expand|linspace|mul", **LARGER)
+@fault(SIZE, "group norm", "expand|linspace|mul|query set", **LARGER)
 def a_ramp_over_samples(self: Any, h: Tensor) -> Tensor:
     return h * torch.linspace(0, 1, len(h), dtype=h.dtype).view(-1, 1, 1, 1).expand_as(h)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tests.plan.planted.settings import add, fault
 
@@ -103,6 +104,16 @@ def detached_in_place(self: Any, h: Tensor) -> Tensor:
     gate = h * 1
     gate.detach_()
     return h * gate
+
+
+@fault(CUT, "policy", "tolist|tensor|depends")
+def a_weight_through_a_list(self: Any, h: Tensor) -> Tensor:
+    return h + torch.tensor(self.head.mean.weight.tolist()).double().sum(0)
+
+
+@fault(CUT, "shared", "detach|checkpoint|mul")
+def a_checkpoint_of_a_detached_value(self: Any, h: Tensor) -> Tensor:
+    return checkpoint(lambda h: h * h.detach(), h, use_reentrant=False)
 
 
 # -- autograd inside forward --------------------------------------------------------------------------------------

@@ -81,6 +81,28 @@ def noisy(prediction: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(prediction, target + torch.randn_like(target))
 
 
+def contrastive(prediction: Tensor, target: Tensor) -> Tensor:
+    """Every sample against the others."""
+    similar = prediction @ prediction.mT / 4
+    return F.cross_entropy(similar, torch.arange(len(similar))) + F.cross_entropy(prediction, target)
+
+
+def hardest(prediction: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(prediction, target, reduction="none").topk(2).values.mean()
+
+
+def ordered(prediction: Tensor, target: Tensor) -> Tensor:
+    return (F.cross_entropy(prediction, target, reduction="none") * torch.linspace(0, 1, len(target))).mean()
+
+
+def square_root(prediction: Tensor, target: Tensor) -> Tensor:
+    """A function of the mean."""
+    return F.mse_loss(prediction, target).sqrt()
+
+
+LARGER = {"sizes": ((4, 3), (6, 5))}
+
+
 loss("label smoothing", "mlp", "smoothed|label_smoothing", plain(smoothed))
 loss("a sum over samples", "conv1d", "summed|sum", plain(summed))
 loss("a class that is ignored", "mlp", "ignoring|ignore_index", plain(ignoring))
@@ -93,6 +115,13 @@ loss("a branch on a label", "nested", "branching", plain(branching))
 loss("against itself", "shared", "itself|detach", plain(against_itself))
 loss("every prediction with every target", "regression", "broadcast|sample", plain(broadcast))
 loss("noise on the target", "regression", "noisy|random", plain(noisy))
+loss("every sample against the others", "mlp", "contrastive|sample", plain(contrastive), **LARGER)
+loss("the hardest samples", "conv1d", "hardest|topk|sample", plain(hardest))
+loss("samples weighted by their order", "nested", "ordered|linspace", plain(ordered), **LARGER)
+loss("a function of the mean", "regression", "square_root|sqrt", plain(square_root))
+loss(
+    "a sum with a burnt-in number", "layer norm", "lambda|sum", plain(lambda p, t: summed(p, t) / len(t) ** 2), **LARGER
+)
 loss("a partial", "mlp", "partial|smoothing", plain(partial(F.cross_entropy, label_smoothing=0.2)))
 loss("a mean by another sum", "regression", "lambda|sum", plain(lambda p, t: ((p - t) ** 2).sum() / len(p)))
 

@@ -154,6 +154,25 @@ add(
 )  # fmt: skip
 
 
+@fault(WRITE, "policy", "mean|var|norm", plant=lambda m: with_statistics(m))
+def statistics_of_a_functional_norm(self: Any, h: Tensor) -> Tensor:
+    h = h - self.mean
+    return F.batch_norm(h, self.mean, self.var, training=True) + self.var
+
+
+def with_statistics(model: Any) -> None:
+    model.register_buffer("mean", torch.zeros(5).double())
+    model.register_buffer("var", torch.ones(5).double())
+
+
+@fault(WRITE, "mlp", "sigma|norm|u", plant=lambda m: m.register_buffer("u", torch.ones(5).double()))
+def a_power_iteration(self: Any, h: Tensor) -> Tensor:
+    with torch.no_grad():
+        v = F.normalize(self.head.weight @ self.u, dim=0)
+        self.u.copy_(F.normalize(self.head.weight.mT @ v, dim=0))
+    return h / (v @ self.head.weight @ self.u)
+
+
 # -- random numbers -----------------------------------------------------------------------------------------------
 
 RANDOM = "random numbers"
