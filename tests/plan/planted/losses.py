@@ -178,7 +178,7 @@ def counting(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 loss(
-    "a global temperature", "policy", "weighted_errors|STRENGTH",
+    "a global temperature", "policy", "weighted_errors|STRENGTH|y_spt",
     plain(weighted_errors),
     plant=set_strength(1.0), between=set_strength(2.5),
 )  # fmt: skip
