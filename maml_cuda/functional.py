@@ -6,9 +6,8 @@ turns off what would call the module again during a later backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from threading import Lock
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +17,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from maml_cuda import pytrees
+from maml_cuda.process_wide import ProcessWide
 from maml_cuda.torch_private import no_saved_tensor_hooks
+
+_LISTS = ("_flat_weights", "_flat_weight_refs")  # of a recurrent layer
 
 
 class Functional:
@@ -51,7 +53,7 @@ class Functional:
             for key, p in m._parameters.items()
             if p is not None and id(p) in names
         ]
-        self._recurrent = any(isinstance(m, nn.RNNBase) for m in modules)
+        self._recurrent = [m for m in modules if isinstance(m, nn.RNNBase)]
         self._buffers = [(m, key, b) for m in modules for key, b in m._buffers.items() if b is not None]
         self._after_first_call: list[Tensor | None] | None = None  # the buffers
 
@@ -106,6 +108,8 @@ class Functional:
             registry[key] = given[name]  # type: ignore[assignment]
         for m, key, b in self._buffers:
             m._buffers[key] = copies[id(b)]
+        # Lists of the parameters, which forward makes anew; they would keep the graph of the call.
+        lists = [(m, name, vars(m)[name]) for m in self._recurrent for name in _LISTS if name in vars(m)]
         try:
             yield
         finally:
@@ -113,6 +117,8 @@ class Functional:
                 registry[key] = p
             for m, key, b in self._buffers:
                 m._buffers[key] = b
+            for recurrent, name, own in lists:
+                vars(recurrent)[name] = own
 
 
 def precision(parameters: Iterable[Tensor]) -> torch.dtype:
@@ -125,31 +131,6 @@ def detached(tree: Any) -> Any:
     return pytrees.mapped(Tensor.detach, tree)
 
 
-class _ProcessWide:
-    """A context that changes a setting of the whole process, for use by several threads at once.
-
-    The first thread that enters changes the setting, the last one that leaves restores it.
-    """
-
-    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
-        self._make, self._lock, self._inside = make, Lock(), 0
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        with self._lock:
-            if not self._inside:
-                self._context = self._make()
-                self._context.__enter__()
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if not self._inside:
-                    self._context.__exit__(None, None, None)
-
-
 @contextmanager
 def _without_cudnn() -> Iterator[None]:
     before = torch.backends.cudnn.enabled
@@ -160,8 +141,8 @@ def _without_cudnn() -> Iterator[None]:
         torch.backends.cudnn.enabled = before
 
 
-_math_attention = _ProcessWide(lambda: sdpa_kernel(SDPBackend.MATH))
-_recurrence_without_cudnn = _ProcessWide(_without_cudnn)
+_math_attention = ProcessWide(lambda: sdpa_kernel(SDPBackend.MATH))
+_recurrence_without_cudnn = ProcessWide(_without_cudnn)
 
 
 def _new_view(t: Tensor) -> Tensor:

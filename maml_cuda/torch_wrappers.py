@@ -5,15 +5,13 @@ Also a context in which compiled modules run uncompiled.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
+from maml_cuda.process_wide import ProcessWide
 from maml_cuda.warn import warn
 
 
@@ -41,27 +39,5 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
-_lock, _inside = threading.Lock(), 0  # _inside: the number of threads that are in `uncompiled`
-_stance: Any = None
-
-
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """Context in which functions compiled by `torch.compile` run uncompiled.
-
-    torch has one setting for all threads: the first thread that enters changes it, the last one that leaves restores
-    it.
-    """
-    global _inside, _stance
-    with _lock:
-        if _inside == 0:
-            _stance = torch.compiler.set_stance("force_eager")
-            _stance.__enter__()
-        _inside += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside -= 1
-            if _inside == 0:
-                _stance.__exit__(None, None, None)
+# A context in which functions compiled by `torch.compile` run uncompiled. torch has one setting for all threads.
+uncompiled = ProcessWide(lambda: torch.compiler.set_stance("force_eager"))
