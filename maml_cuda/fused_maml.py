@@ -20,7 +20,7 @@ from maml_cuda.engine import (
     running_statistics,
     trust_region,
 )
-from maml_cuda.engine.binder import Binder, read
+from maml_cuda.engine.binder import Binder, Set, read
 from maml_cuda.engine.binding import Binding
 from maml_cuda.engine.meta_step import MetaOutput
 from maml_cuda.engine.query_weights import QueryWeights
@@ -150,8 +150,12 @@ class FusedMAML(nn.Module):
 
     @property
     def backend(self) -> str:
-        """What runs: "cpu", "cuda" or "reference"."""
-        return self._binding().backend
+        """What runs: "cpu", "cuda" or "reference".
+
+        It is that of the last call. Whether a model can be fused is found out by its first call, or by explain(x, y);
+        before it, this is what would run a model that can.
+        """
+        return self._binder.backend(self._binding())
 
     @property
     def precision(self) -> str:
@@ -179,18 +183,19 @@ class FusedMAML(nn.Module):
         """A table: each module of the model, the fused layer that serves it, or the sentence why not.
 
         Args:
-            x, y: a set as for `adapt`, or x alone; the table is then of samples like these. Without them it is of
-                samples that fit the layers, or of those of the last call where they did not.
+            x, y: a set as for `adapt`, or x alone; the model is captured on data like these. Without them the table is
+                of the last call; before the first one it says what is known.
 
         Raises:
             ValueError, TypeError: as a call with such data.
         """
         binding = self._binding()
-        why_not = binding.why_not
+        choice = binding.last
         if x is not None:
-            x = read(self, binding, "x", x, None if y is None else "y", y)
-            why_not = self._binder.why_unfit(self, binding, x, x) if binding.plan is not None else why_not
-        return explanation.table(self.model, binding, why_not, of_samples=x is not None)
+            y_name = None if y is None else "y"
+            given = Set("x", read(self, binding, "x", x, y_name, y), y_name or "", y)
+            choice = self._binder.choice(self, binding, given, given)
+        return explanation.table(self.model, binding, choice)
 
     def memory_estimate(self, x_spt: Tensor, x_qry: Tensor) -> int:
         """Bytes of workspace that a meta-step on such data takes, beside its arguments and results; on a CPU, with as

@@ -101,7 +101,7 @@ def _combined_leaf(name: str, f: Callable[[list[Tensor]], Tensor], row: list[Any
                 raise ValueError(f"{name} must have one shape in all tasks, got {got}")
         return f(row)
     if isinstance(first, Distribution):
-        arguments = [_arguments(name, d) for d in row]
+        arguments = [arguments_of(name, d) for d in row]
         combined = {
             what: _combined_leaf(f"{name}.{what}", f, [of_one[what] for of_one in arguments]) for what in arguments[0]
         }
@@ -116,8 +116,12 @@ def _combined_leaf(name: str, f: Callable[[list[Tensor]], Tensor], row: list[Any
     return first
 
 
-def _arguments(name: str, d: Any) -> dict[str, Any]:
-    """The arguments that make this distribution again."""
+def arguments_of(name: str, d: Any) -> dict[str, Any]:
+    """The arguments that make this distribution again.
+
+    Raises:
+        TypeError: the distribution is of another type than those that are known.
+    """
     if type(d) is Independent:
         return {"base_distribution": d.base_dist, "reinterpreted_batch_ndims": d.reinterpreted_batch_ndims}
     if type(d) in (Categorical, Bernoulli):

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maml_cuda.process_wide import ProcessWide
+
 
 def _missing() -> bool:
     """Stands in for a probe that this version of torch does not have: the fast path is then never taken."""
@@ -94,3 +96,17 @@ def no_saved_tensor_hooks() -> Iterator[None]:
 def memory_of(t: Tensor) -> int:
     """A number for the memory that a tensor shares with its views. Sparse tensors have none: a number of their own."""
     return t.untyped_storage()._cdata if t.layout is torch.strided else id(t)
+
+
+@contextmanager
+def _not_compiling() -> Iterator[None]:
+    before = getattr(torch.compiler, "_is_compiling_flag", False)
+    torch.compiler._is_compiling_flag = False
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+# A context in which torch.compiler.is_compiling() is False: a compiler that traces a call of ours sets it.
+not_compiling = ProcessWide(_not_compiling)

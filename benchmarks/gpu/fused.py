@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from maml_cuda.engine import meta_step
 from maml_cuda.engine.problem import problem_of
 
 from ..flops import meta_step_flops
@@ -94,4 +95,6 @@ def executor(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bo
     x = tasks.x_spt
     sample, double = tuple(x.shape[2:]), x.dtype == torch.float64
     key: tuple[Any, ...] = (sample, workload.support, workload.query, workload.inner_steps, first_order, double)
-    return problem_of(maml._binding().text, "meta_gradient", *key).runner(x.device).executor
+    program = meta_step.program_of(maml, x, tasks.x_qry)
+    assert program is not None
+    return problem_of(program.text, "meta_gradient", *key).runner(x.device).executor

@@ -190,7 +190,7 @@ def meta_step(workload: Workload, precision: str, first_order: bool = False) -> 
 def logged_launches(workload: Workload, precision: str, first_order: bool) -> tuple[str, list[dict[str, Any]]]:
     """The executor, and the launches that the emulation logged."""
     from maml_cuda import FusedMAML
-    from maml_cuda.engine import ops
+    from maml_cuda.engine import meta_step, ops
     from maml_cuda.engine.problem import problem_of
 
     with emulated_log(only=True) as logged:
@@ -199,8 +199,10 @@ def logged_launches(workload: Workload, precision: str, first_order: bool) -> tu
         maml = FusedMAML(
             model, workload.inner_lr, workload.inner_steps, loss=workload.loss, backend="fused", precision=precision
         )
+        program = meta_step.program_of(maml, x_spt, x_qry)
+        assert program is not None
         problem = problem_of(
-            maml._binding().text, "meta_gradient", tuple(x_spt.shape[2:]), workload.support, workload.query,
+            program.text, "meta_gradient", tuple(x_spt.shape[2:]), workload.support, workload.query,
             workload.inner_steps, first_order, False, (),
         )  # fmt: skip
         support, query = [x_spt, y_spt, None, None], [x_qry, y_qry, None, None]

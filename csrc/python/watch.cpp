@@ -28,10 +28,9 @@ bool equal(PyObject* a, PyObject* b) {
   return same;
 }
 
-/// Whether it is the very same object, or an int, float or str of exactly this type with the same value. Runs
-/// no code of Python.
-bool same(PyObject* a, PyObject* b) {
-  if (a == b) return true;
+/// Whether two different objects are ints, floats or strs of exactly this type with the same value. Runs no
+/// code of Python.
+bool same_value(PyObject* a, PyObject* b) {
   if (Py_TYPE(a) != Py_TYPE(b)) return false;
   if (PyFloat_CheckExact(a)) {
     const double x = PyFloat_AS_DOUBLE(a), y = PyFloat_AS_DOUBLE(b);
@@ -39,6 +38,10 @@ bool same(PyObject* a, PyObject* b) {
   }
   return (PyLong_CheckExact(a) || PyUnicode_CheckExact(a)) && equal(a, b);
 }
+
+/// Whether it is the very same object, or an equal number or string. Inline, as nearly all objects are the
+/// same.
+inline bool same(PyObject* a, PyObject* b) { return a == b || same_value(a, b); }
 
 bool same_settings(PyObject* before, const py::tuple& now) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(before); ++i) {

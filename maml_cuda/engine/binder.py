@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from maml_cuda import batch_norm
-from maml_cuda.engine import checks, data_checks, fallback
-from maml_cuda.engine.binding import Binding
-from maml_cuda.engine.problem import prediction_shape, why_not
+from maml_cuda.capture.capture import Like
+from maml_cuda.capture.errors import DoesNotFit
+from maml_cuda.engine import checks, cuda_runner, data_checks, fallback
+from maml_cuda.engine.binding import Binding, Choice
+from maml_cuda.engine.problem import features
+from maml_cuda.engine.program import Program
+from maml_cuda.engine.programs import SetLike, Signature, TargetLike
 from maml_cuda.engine.settings import Settings, adapted_names
+from maml_cuda.losses import Loss
 from maml_cuda.pytrees import Tree
 from maml_cuda.targets import Target
 from maml_cuda.warn import warn
 
+T = TypeVar("T")
+
 KEPT_BINDINGS = 4  # train and eval mode, each with and without batch statistics
+
+
+class Set(NamedTuple):
+    """A support or query set of a call, that has passed the checks which do not depend on what runs.
+
+    x_name, y_name: of the arguments, for error messages.
+    x, y: the data; y is None where a call has no target.
+    """
+
+    x_name: str
+    x: Tree
+    y_name: str = ""
+    y: Target | None = None
 
 
 class Binder:
@@ -56,11 +77,25 @@ class Binder:
         checks.adapted(names, dict(model.named_parameters()))
         checks.not_adapted(names, batch_norm.stepwise_names(model))
         binding = Binding(maml)
+        if self.bound is not None and self.bound.unwatched == binding.unwatched:
+            binding.checks_left = 2 * self.bound.checks_left
         self._kept = [binding, *self._kept[: KEPT_BINDINGS - 1]]
-        if binding.why_not:
-            self.fall_back(maml, binding.why_not)
+        if binding.why_never:
+            self.fall_back(maml, binding.why_never)
         self._warn_of_empty_statistics(model)
         return binding
+
+    def backend(self, binding: Binding) -> str:
+        """What ran the last call, or before the first what would run a model that is fused."""
+        on_general_path = binding.refused or (binding.last is not None and binding.last.program is None)
+        return "reference" if on_general_path else cuda_runner.backend_of(binding.like().device)
+
+    def settled(self, maml: Settings, binding: Binding, result: T) -> T:
+        """The result of a call on the general path. What the call itself has changed of the state that is watched is
+        known from now on: the binding still holds."""
+        if binding is self.bound and not torch.compiler.is_compiling() and not binding.holds(maml):
+            binding.watch(maml)
+        return result
 
     def fall_back(self, maml: Settings, why_not: str) -> None:
         """Says once why the fused path cannot serve.
@@ -104,54 +139,105 @@ class Binder:
                 'batch_norm="running"',
             )
 
-    def serves(
+    def program(
         self,
         maml: Settings,
         binding: Binding,
-        x_spt: Tree | None,
-        x_qry: Tree | None,
+        support: Set | None,
+        query: Set | None,
         second_order: bool | None = None,
-    ) -> bool:
-        """Whether fused layers serve samples like those of the sets (None: there is no such set), and are proven on
-        them; falls back where not.
+    ) -> Program | None:
+        """The program that runs such sets (None: there is no such set); falls back where there is none.
 
         second_order: whether Hessian-vector products on the support set are asked for; None: as first_order says.
 
         Raises:
-            ValueError: a sample shape that does not fit the model itself.
+            ValueError, TypeError: samples that do not fit the model itself, or that fused layers would lose a gradient
+                of.
         """
-        if binding.plan is None:
-            return False
-        why_not = self.why_unfit(maml, binding, x_spt, x_qry, second_order)
+        program, why_not = self.choice(maml, binding, support, query, second_order)
+        if program is not None and program.match is not None:
+            targets = [(each.y_name, each.y) for each in (support, query) if each is not None and each.y is not None]
+            why_not = data_checks.why_not_labels(program.match, program.features, targets)
+            program = None if why_not else program
         if why_not:
             self.fall_back(maml, why_not)
         if not torch.compiler.is_compiling():
-            binding.why_not = why_not
-        return not why_not
+            binding.last = Choice(program, why_not)
+        if program is not None:
+            for given in (support, query):
+                if given is not None:
+                    data_checks.constant(given.x_name, given.x, given.y_name, given.y)
+                    if maml.loss == "mse" and given.y is not None and not program.is_direct:
+                        shape = given.x.shape[1], *program.returned.sample
+                        data_checks.target(given.y_name, maml.loss, given.y, shape)
+        return program
 
-    def why_unfit(
+    def choice(
         self,
         maml: Settings,
         binding: Binding,
-        x_spt: Tree | None,
-        x_qry: Tree | None,
+        support: Set | None,
+        query: Set | None,
         second_order: bool | None = None,
-    ) -> str:
-        """The reason why fused layers do not serve such sets, or nothing."""
-        x, *others = sets = [x for x in (x_spt, x_qry) if x is not None]
-        for each in sets:
-            if not isinstance(each, Tensor):
-                return f"x is a {type(each).__name__}; fused layers take one tensor"
-        if x.dim() == 2:
-            return "samples are numbers without axes; fused layers take samples of at least one axis"
-        if others and others[0].shape[2:] != x.shape[2:]:
-            _fit_alone(binding, x, others[0])
-            got = f"{list(x.shape[2:])} and {list(others[0].shape[2:])}"
-            return f"support and query samples are of shape {got}; fused layers take one for both"
-        n_support = 0 if x_spt is None else x_spt.shape[1]
-        n_query = 0 if x_qry is None else x_qry.shape[1]
+    ) -> Choice:
+        """What runs such sets."""
+        if binding.refused:
+            return Choice(None, binding.why_never)
+        sets = [given for given in (support, query) if given is not None]
+        first = sets[0].x
+        for given in sets:
+            if not isinstance(given.x, Tensor):
+                return Choice(None, f"x is a {type(given.x).__name__}; fused layers take one tensor")
+        if first.dim() == 2:
+            return Choice(None, "samples are numbers without axes; fused layers take samples of at least one axis")
+        if why_not := _why_not_own(maml.loss, sets):
+            return Choice(None, why_not)
         second_order = not maml.first_order if second_order is None else second_order
-        return binding.why_unfit(x.shape[2:], n_support, n_query, x.dtype, second_order)
+        if support is not None and query is not None and support.x.shape[2:] != query.x.shape[2:]:
+            self._each_fits(binding, [support, query])
+            got = f"{list(support.x.shape[2:])} and {list(query.x.shape[2:])}"
+            return Choice(None, f"support and query samples are of shape {got}; fused layers take one for both")
+        support_like, query_like = (None if given is None else _like(given, maml.loss) for given in (support, query))
+        try:
+            return binding.find(Signature(support_like, query_like, first.dtype, second_order))
+        except DoesNotFit as reason:
+            wrong = next(given for given in sets if _like(given, maml.loss) == reason.given)
+            if reason.in_loss and wrong.y is not None:
+                raise data_checks.does_not_fit_loss(wrong.y_name, wrong.y, str(reason)) from None
+            raise data_checks.does_not_fit(wrong.x_name, wrong.x, binding.like(), str(reason)) from None
+
+    def _each_fits(self, binding: Binding, sets: list[Set]) -> None:
+        """Raises ValueError where samples of one of the shapes do not fit the model itself."""
+        for given in sets:
+            try:
+                binding.find(Signature(None, SetLike(tuple(given.x.shape[1:])), given.x.dtype, False))
+            except DoesNotFit as error:
+                raise data_checks.other_samples(sets[0].x, sets[1].x, str(error)) from None
+
+
+def _why_not_own(loss: Any, sets: list[Set]) -> str:
+    """The reason why no loss of the core is looked for, for a loss of the user's own; or ""."""
+    if isinstance(loss, str):
+        return ""
+    name = getattr(loss, "__name__", type(loss).__name__)
+    if torch.compiler.is_compiling():
+        return f"the loss {name} is a callable of yours, which is not looked at inside torch.compile"
+    for given in sets:
+        leaves = pytree.tree_leaves(given.y)
+        if any(t is not None and (not isinstance(t, Tensor) or t.requires_grad) for t in leaves):
+            return f"{given.y_name} has leaves that require grad or are no tensors; fused layers take constant tensors"
+    return ""
+
+
+def _like(given: Set, loss: Loss) -> SetLike:
+    """What a signature has of a set."""
+    shape = tuple(given.x.shape[1:])
+    if given.y is None or isinstance(loss, str):
+        return SetLike(shape)
+    leaves, structure = pytree.tree_flatten(given.y)
+    likes = tuple(Like(tuple(t.shape[1:]), t.dtype) if isinstance(t, Tensor) else None for t in leaves)
+    return SetLike(shape, TargetLike(structure, likes))
 
 
 def read(
@@ -164,29 +250,19 @@ def read(
     """
     if torch.is_autocast_enabled(binding.on):
         x = binding.in_its_dtype(x)
-    fused = binding.plan is not None
-    data_checks.data(x_name, x, y_name, y, binding.like(), binding.dtypes, maml.loss, fused)
+    data_checks.data(x_name, x, y_name, y, binding.like(), binding.dtypes, maml.loss)
     if isinstance(x, Tensor) and x.dim() == 2 and x.is_floating_point():
         fallback.check_numbers(maml.model, x_name, x)
     return x
 
 
-def look_at_labels(maml: Settings, binding: Binding, x: Tensor, **given: Target) -> None:
+def look_at_labels(maml: Settings, program: Program, x: Tensor, **given: Target) -> None:
     """Where check_labels asks for it on a GPU; the ops of the CPU look by themselves.
 
     Raises:
         ValueError: a label or an action out of range.
     """
-    if maml._options.check_labels and binding.backend == "cuda":
-        classes = prediction_shape(binding.text, x)[0] if maml.loss in data_checks.OF_CLASSES else None
+    if maml._options.check_labels and program.plan.backend == "cuda":
+        classes = features(program.text, x) if program.plan.loss in data_checks.OF_CLASSES else None
         for name, y in given.items():
             data_checks.target_values(name, y, classes)
-
-
-def _fit_alone(binding: Binding, x_spt: Tensor, x_qry: Tensor) -> None:
-    """Raises ValueError where samples of one of the shapes do not fit the model itself."""
-    for x in (x_spt, x_qry):
-        try:
-            why_not(binding.text, tuple(x.shape[2:]), 0, x.shape[1], x.dtype)
-        except ValueError as error:
-            raise data_checks.other_samples(x_spt, x_qry, str(error)) from None

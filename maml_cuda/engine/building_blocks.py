@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maml_cuda import pytrees, targets
+from maml_cuda import pytrees
 from maml_cuda.engine import checks, data_checks, fallback
-from maml_cuda.engine.binder import look_at_labels, read
+from maml_cuda.engine.binder import Set, look_at_labels, read
 from maml_cuda.engine.binding import Binding
 from maml_cuda.engine.settings import Settings, inner_rates, trainable_names
 from maml_cuda.pytrees import Tree
@@ -22,22 +22,24 @@ def adapt(maml: Settings, x_spt: Tree, y_spt: Target, steps: int, differentiable
     binding = _able_to_take(maml, steps)
     x_spt = read(maml, binding, "x_spt", x_spt, "y_spt", y_spt)
     differentiable = differentiable and torch.is_grad_enabled()
-    if not maml._binder.serves(maml, binding, x_spt, None):
+    program = maml._binder.program(maml, binding, Set("x_spt", x_spt, "y_spt", y_spt), None)
+    if program is None:
         adapted = fallback.adapt(
             maml.model, maml.loss, inner_rates(maml), x_spt, y_spt, steps, maml.first_order, differentiable
         )
+        maml._binder.settled(maml, binding, adapted)
         return _every_parameter(maml.model, adapted, pytrees.tasks(x_spt), differentiable)
-    look_at_labels(maml, binding, x_spt, y_spt=y_spt)
-    parameters, rates = binding.tensors()
+    look_at_labels(maml, program, x_spt, y_spt=y_spt)
+    parameters, rates = program.tensors()
     if differentiable:
         after, _ = torch.ops.maml_cuda.adapt(
-            parameters, rates, x_spt, targets.tensors(y_spt), binding.text, steps, maml.first_order
+            parameters, rates, x_spt, program.target(y_spt), program.text, steps, maml.first_order
         )
     else:
         after, _ = torch.ops.maml_cuda.adapt_forward(
-            parameters, rates, x_spt, targets.tensors(y_spt), binding.text, steps
+            parameters, rates, x_spt, program.target(y_spt), program.text, steps
         )
-    return _every_parameter(maml.model, dict(zip(binding.adapted, after, strict=True)), len(x_spt), differentiable)
+    return _every_parameter(maml.model, dict(zip(program.adapted, after, strict=True)), len(x_spt), differentiable)
 
 
 def inner_loop(maml: Settings, x_spt: Tree, y_spt: Target, steps: int) -> Iterator[dict[str, Tensor]]:
@@ -46,11 +48,12 @@ def inner_loop(maml: Settings, x_spt: Tree, y_spt: Target, steps: int) -> Iterat
     yield fast
     x = read(maml, binding, "x_spt", x_spt, "y_spt", y_spt)
     for k in range(steps):
-        if maml._binder.serves(maml, binding, x, None) and binding.backend == "cpu":
-            own = [t.detach() for t in binding.own(fast, len(x), k)]
-            rates = [t.detach() for t in binding.rates_at(k)]
-            after = torch.ops.maml_cuda.inner_step(own, rates, x, targets.tensors(y_spt), binding.step_text())
-            fast = {**fast, **dict(zip(binding.adapted, after, strict=True))}
+        program = maml._binder.program(maml, binding, Set("x_spt", x, "y_spt", y_spt), None)
+        if program is not None and program.plan.backend == "cpu":
+            own = [t.detach() for t in program.own(fast, len(x), k)]
+            rates = [t.detach() for t in program.rates_at(k)]
+            after = torch.ops.maml_cuda.inner_step(own, rates, x, program.target(y_spt), program.step_text())
+            fast = {**fast, **dict(zip(program.adapted, after, strict=True))}
         else:
             fast = adapt(maml, x_spt, y_spt, k + 1, differentiable=False)
         yield fast
@@ -61,12 +64,13 @@ def predict(maml: Settings, fast: Mapping[str, Tensor], x: Tree, slot: int | Non
     binding, x = _checked(maml, fast, x, None)
     if isinstance(x, Tensor) and x.shape[1] == 1:
         maml._binder.warn_of_single_queries(maml.model)
-    if not maml._binder.serves(maml, binding, None, x):
-        return fallback.predict(maml.model, dict(fast), x, slot)
-    own = binding.own(fast, len(x), slot)
+    program = maml._binder.program(maml, binding, None, Set("x", x))
+    if program is None:
+        return maml._binder.settled(maml, binding, fallback.predict(maml.model, dict(fast), x, slot))
+    own = program.own(fast, len(x), slot)
     if torch.is_grad_enabled() and any(t.requires_grad for t in own):
-        return binding.as_returned(torch.ops.maml_cuda.predict(own, x, binding.text))
-    return binding.as_returned(torch.ops.maml_cuda.predict_forward(own, x, binding.text))
+        return program.as_returned(torch.ops.maml_cuda.predict(own, x, program.text))
+    return program.as_returned(torch.ops.maml_cuda.predict_forward(own, x, program.text))
 
 
 def loss_and_grad(
@@ -76,12 +80,15 @@ def loss_and_grad(
     data_checks.no_graph("loss_and_grad", fast=fast, x=x, y=y)
     binding, x = _checked(maml, fast, x, y)
     names = trainable_names(maml.model)
-    if not maml._binder.serves(maml, binding, x, None):
-        return fallback.loss_and_grad(maml.model, maml.loss, dict(fast), names, x, y, slot)
-    look_at_labels(maml, binding, x, y=y)
-    own = [t.detach() for t in binding.own(fast, len(x), slot)]
-    losses, grads = torch.ops.maml_cuda.loss_and_grad(own, x, targets.tensors(y), binding.text)
-    return losses, every_trainable(names, binding.whole(grads, fast, slot), fast)
+    program = maml._binder.program(maml, binding, Set("x", x, "y", y), None)
+    if program is None:
+        return maml._binder.settled(
+            maml, binding, fallback.loss_and_grad(maml.model, maml.loss, dict(fast), names, x, y, slot)
+        )
+    look_at_labels(maml, program, x, y=y)
+    own = [t.detach() for t in program.own(fast, len(x), slot)]
+    losses, grads = torch.ops.maml_cuda.loss_and_grad(own, x, program.target(y), program.text)
+    return losses, every_trainable(names, program.whole(grads, fast, slot), fast)
 
 
 def hvp(
@@ -92,14 +99,17 @@ def hvp(
     binding, x = _checked(maml, fast, x, y)
     data_checks.fast(dict(maml.model.named_parameters()), v, pytrees.tasks(x), "v", all_names=False)
     names = trainable_names(maml.model)
-    if not maml._binder.serves(maml, binding, x, None, second_order=True):
-        return fallback.hvp(maml.model, maml.loss, dict(fast), names, x, y, dict(v), slot)
-    look_at_labels(maml, binding, x, y=y)
-    at = [t.detach() for t in binding.own(fast, len(x), slot)]
+    program = maml._binder.program(maml, binding, Set("x", x, "y", y), None, second_order=True)
+    if program is None:
+        return maml._binder.settled(
+            maml, binding, fallback.hvp(maml.model, maml.loss, dict(fast), names, x, y, dict(v), slot)
+        )
+    look_at_labels(maml, program, x, y=y)
+    at = [t.detach() for t in program.own(fast, len(x), slot)]
     moving = {n: v[n].detach() if n in v and n in names else torch.zeros_like(p) for n, p in fast.items()}
-    directions = binding.own(moving, len(x), slot)
-    products = torch.ops.maml_cuda.hvp(at, x, targets.tensors(y), directions, binding.text)
-    return every_trainable(names, binding.whole(products, fast, slot), fast)
+    directions = program.own(moving, len(x), slot)
+    products = torch.ops.maml_cuda.hvp(at, x, program.target(y), directions, program.text)
+    return every_trainable(names, program.whole(products, fast, slot), fast)
 
 
 def _checked(maml: Settings, fast: Mapping[str, Tensor], x: Tree, y: Target | None) -> tuple[Binding, Tree]:

@@ -3,7 +3,7 @@ expected and what was given."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maml_cuda import pytrees
 from maml_cuda.losses import Loss
+from maml_cuda.plan.own_loss import Match
 from maml_cuda.pytrees import Tree
 from maml_cuda.targets import POLICY_LOSSES, PolicyTarget, Target
 
@@ -18,30 +19,24 @@ OF_CLASSES = ("cross_entropy", "categorical_policy_gradient")  # whose targets a
 
 
 def data(
-    x_name: str, x: Tree, y_name: str | None, y: Any, like: Tensor, dtypes: Collection[torch.dtype],
-    loss: Loss, fused: bool,
+    x_name: str, x: Tree, y_name: str | None, y: Any, like: Tensor, dtypes: Collection[torch.dtype], loss: Loss
 ) -> None:  # fmt: skip
     """One set: x [tasks, samples, ...] or a pytree of tensors [tasks, ...], and its target y.
 
     like: a trainable parameter of the model.
     dtypes: of all its parameters.
-    fused: there is a plan, which takes one tensor in the dtype of `like`.
     """
-    fused = fused and isinstance(x, Tensor)
-    dtypes = {like.dtype} if fused else dtypes
     leaves = _leaves(x_name, x)
     if isinstance(x, Tensor):
         _has_axes(x_name, x, y_name, y)
     for name, leaf in leaves:
         if leaf.device != like.device:
             raise ValueError(f"{name} must be on the model's device {like.device}, got {leaf.device}")
-        dtype = leaf.dtype if fused else leaf.dtype.to_real()
-        if dtype not in dtypes and (fused or dtype.is_floating_point):
+        dtype = leaf.real.dtype if leaf.is_complex() else leaf.dtype  # torch.compile cannot trace to_real
+        if dtype not in dtypes and dtype.is_floating_point:
             raise _of_another_dtype(name, leaf, dtypes)
-        if fused:
-            _constant(name, leaf, fused)
     if y_name is not None:
-        _fits(y_name, y, x_name, x, like, dtypes, loss, fused)
+        _fits(y_name, y, x_name, x, like, dtypes, loss)
 
 
 def _of_another_dtype(name: str, t: Tensor, dtypes: Collection[torch.dtype]) -> TypeError:
@@ -95,8 +90,7 @@ def lacks_axis(x_name: str, x: Tensor, why: str = "") -> ValueError:
 
 
 def _fits(
-    y_name: str, y: Any, x_name: str, x: Tree, like: Tensor, dtypes: Collection[torch.dtype], loss: Loss,
-    fused: bool,
+    y_name: str, y: Any, x_name: str, x: Tree, like: Tensor, dtypes: Collection[torch.dtype], loss: Loss
 ) -> None:  # fmt: skip
     """The target is what the loss takes, for these x."""
     if loss in POLICY_LOSSES:
@@ -104,7 +98,7 @@ def _fits(
             raise TypeError(f"{y_name} must be a PolicyTarget for {loss}, got {type(y).__name__}")
         for field, value in zip(PolicyTarget._fields, y, strict=True):
             if value is not None or field not in PolicyTarget._field_defaults:
-                _field_fits(f"{y_name}.{field}", value, x_name, x, like, str(loss), fused)
+                _field_fits(f"{y_name}.{field}", value, x_name, x, like, str(loss))
             if not isinstance(x, Tensor):  # a pytree does not tell its samples, but the actions do
                 x_name, x = f"{y_name}.actions", y.actions
         return
@@ -117,13 +111,11 @@ def _fits(
             raise TypeError(f"{y_name} must hold int64 labels for cross_entropy, got {y.dtype}")
         if y.dim() != 2:
             raise ValueError(f"{y_name} must have shape [tasks, samples], got {list(y.shape)}")
-    elif loss == "mse":
-        if y.dtype not in dtypes:
-            raise _of_another_dtype(y_name, y, dtypes)
-        _constant(y_name, y, fused)
+    elif loss == "mse" and y.dtype not in dtypes:
+        raise _of_another_dtype(y_name, y, dtypes)
 
 
-def _field_fits(name: str, value: Any, x_name: str, x: Tree, like: Tensor, loss: str, fused: bool) -> None:
+def _field_fits(name: str, value: Any, x_name: str, x: Tree, like: Tensor, loss: str) -> None:
     """A field of a policy-gradient loss's target."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -135,7 +127,6 @@ def _field_fits(name: str, value: Any, x_name: str, x: Tree, like: Tensor, loss:
     if value.dim() != rank:
         form = "[tasks, samples, action]" if rank == 3 else "[tasks, samples]"
         raise ValueError(f"{name} must have shape {form} for {loss}, got {list(value.shape)}")
-    _constant(name, value, fused)
 
 
 def _belongs_to(y_name: str, y: Tensor, x_name: str, x: Tree, alone: bool = True) -> None:
@@ -155,11 +146,49 @@ def _belongs_to(y_name: str, y: Tensor, x_name: str, x: Tree, alone: bool = True
     )
 
 
-def _constant(name: str, y: Tensor, fused: bool) -> None:
-    if fused and y.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f'{name} must not require grad on the fused path, got requires_grad=True; backend="reference" takes it'
+def constant(x_name: str, x: Tree, y_name: str, y: Target | None) -> None:
+    """The data of a fused call requires no grad."""
+    for name, tree in ((x_name, x), (y_name, y)):
+        for where, leaf in pytrees.named_leaves(name, tree):
+            if isinstance(leaf, Tensor) and leaf.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"{where} must not require grad on the fused path, got requires_grad=True; "
+                    'backend="reference" takes it'
+                )
+
+
+def why_not_labels(match: Match, classes: int, sets: Iterable[tuple[str, Target]]) -> str:
+    """The reason why a loss of the user's own is not served, or "": it may ignore labels that the core refuses.
+
+    Args:
+        sets: the name of the target and the target, of each set.
+    """
+    if match.loss not in OF_CLASSES:
+        return ""
+    for name, y in sets:
+        labels = pytrees.tensors(y)[match.leaf]
+        if bool(((labels < 0) | (labels >= classes)).any()):
+            return (
+                f"{name} holds labels outside of [0, {classes}), which a loss of yours may take and fused layers do not"
+            )
+    return ""
+
+
+def does_not_fit(x_name: str, x: Tensor, like: Tensor, why: str) -> Exception:
+    """The error for samples that the model does not take."""
+    if not x.is_floating_point():
+        return TypeError(
+            f"{x_name} must have the model's dtype {like.dtype}, or one that the model takes, got {x.dtype}: {why}"
         )
+    return ValueError(
+        f"{x_name} must have samples that the model takes, got {list(x.shape[2:])}, {x.shape[1]} a task: {why}"
+    )
+
+
+def does_not_fit_loss(y_name: str, y: Target, why: str) -> Exception:
+    """The error for a target that the user's own loss does not take with the model's prediction."""
+    got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+    return ValueError(f"{y_name} must be a target that the loss takes with the model's prediction, got {got}: {why}")
 
 
 def no_graph(method: str, **given: Any) -> None:

@@ -5,25 +5,37 @@ from __future__ import annotations
 from torch import nn
 
 from maml_cuda.engine import cuda_runner
-from maml_cuda.engine.binding import Binding
+from maml_cuda.engine.binding import Binding, Choice
 
 
-def table(model: nn.Module, binding: Binding, why_not: str, of_samples: bool) -> str:
+def table(model: nn.Module, binding: Binding, choice: Choice | None) -> str:
     """Each module of the model, and the fused layer that serves it.
 
-    why_not: the reason why no fused layer serves the model, or nothing.
-    of_samples: the table is of samples of a given shape.
+    Args:
+        choice: what runs the data in question; None: it is not known yet.
     """
-    fused = binding.plan is not None and not why_not
+    if choice is None and binding.refused:
+        choice = Choice(None, binding.why_never)
+    program, why_not = choice or Choice(None, "")
+    known = choice is not None
     rows = [("module", "type", "served by")]
     for name, module in model.named_modules():
-        layers = binding.served_by.get(name, []) if fused else []
+        layers = program.served_by.get(name, []) if program is not None else []
         if layers or not any(True for _ in module.children()):
-            by = ", ".join(layers) or ("no layer of its own" if fused else "reference")
+            by = ", ".join(layers) or ("no layer of its own" if program is not None else "reference" if known else "?")
             rows.append((name or "(the model)", type(module).__name__, by))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    fused = program is not None or not known
     head = f"backend: {cuda_runner.backend_of(binding.like().device) if fused else 'reference'}"
-    head += f", because {why_not}" if why_not else ""
+    if why_not:
+        head += f", because {why_not}"
+    if not known:
+        head += " if the model can be fused, which the first call finds out; explain(x, y) looks at your data"
     lines = [f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}" for a, b, c in rows]
-    foot = ["(for samples of a shape that these layers are fused on: explain(x) looks at yours)"]
-    return "\n".join([head, *lines, *(foot if fused and not of_samples else [])])
+    if program is not None:
+        lines += [f"{change}; fused layers do not" for change in program.ignored]
+        if program.match is not None:
+            lines.append(f"the loss is served by {program.plan.loss}{' with weights' * program.match.weighted}")
+    if binding.unwatched and fused:
+        lines.append(f"captured again from time to time, as changes of {', '.join(binding.unwatched)} are not seen")
+    return "\n".join([head, *lines])

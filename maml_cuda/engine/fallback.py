@@ -7,9 +7,10 @@ backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
+from itertools import count
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -30,20 +31,33 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _apart(call: Callable[P, R]) -> Callable[P, R]:
+def apart(call: Callable[P, R]) -> Callable[P, R]:
     @wraps(call)
-    def apart(*args: P.args, **kwargs: P.kwargs) -> R:
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
         gradients = torch.is_grad_enabled()
         with ExitStack() as stack:
             for device in ("cpu", "cuda"):
                 stack.enter_context(torch.autocast(device, enabled=False))
             stack.enter_context(uncompiled())
+            stack.enter_context(_generators_put_back_on_error())
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.set_grad_enabled(gradients))
             return call(*map(_plain, args), **{name: _plain(a) for name, a in kwargs.items()})
 
-    return torch.compiler.disable(apart)  # type: ignore[no-any-return]
+    return torch.compiler.disable(called)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _generators_put_back_on_error() -> Iterator[None]:
+    """A context, for a call that is refused after forward has drawn random numbers."""
+    cpu, gpus = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    except Exception:
+        torch.set_rng_state(cpu)
+        torch.cuda.set_rng_state_all(gpus)
+        raise
 
 
 def _plain(argument: Any) -> Any:
@@ -51,7 +65,7 @@ def _plain(argument: Any) -> Any:
     return pytrees.mapped(lambda t: t.clone() if t.is_inference() else t, argument)
 
 
-@_apart
+@apart
 def meta_step(
     model: nn.Module,
     loss: Loss,
@@ -68,9 +82,6 @@ def meta_step(
 ) -> tuple[Tensor, Tensor, Tree | None, Tensor, list[tuple[Tensor, Tensor]]]:
     """loss, task_losses, predictions (None where they cannot be stacked), support_losses, and (tensor, gradient) of
     each of `parameters` and of the data that requires grad and reaches the loss; none where gradients are off."""
-    _check_query_samples(model, x_spt, x_qry)
-    _check_target(model, loss, None, x_spt, "y_spt", y_spt)
-    _check_target(model, loss, None, x_qry, "y_qry", y_qry)
     data = pytrees.tensors((x_spt, y_spt, x_qry, y_qry))
     given = {id(t): t for t in (*parameters, *data)}  # one tensor may be support and query
     wanted = [t for t in given.values() if t.requires_grad and torch.is_grad_enabled()]
@@ -78,16 +89,21 @@ def meta_step(
     weights = [1 / tasks] * tasks if task_weights is None else list(task_weights)
     function = Functional(model)
     criterion = objective(loss)
-    *outputs, gradients = reference.meta_step(
-        function, criterion, rates, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights,
-        query_weights,
-    )  # fmt: skip
+    uses = {0: ("y_spt", y_spt), steps: ("y_qry", y_qry)}  # without steps, nothing reads y_spt
+    checked = _checked(loss, criterion, uses)
+    try:
+        *outputs, gradients = reference.meta_step(
+            function, checked, rates, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights, query_weights
+        )
+    except Exception:
+        _check_query_samples(model, x_spt, x_qry)
+        raise
     _keep_buffers(function, criterion)
     reached = [(t, g.detach()) for t, g in zip(wanted, gradients, strict=True) if g is not None]
     return (*outputs, reached)  # type: ignore[return-value]
 
 
-@_apart
+@apart
 def adapt(
     model: nn.Module,
     loss: Loss,
@@ -99,13 +115,13 @@ def adapt(
     differentiable: bool,
 ) -> dict[str, Tensor]:
     """The adapted parameters, name -> [tasks, *shape]."""
-    _check_target(model, loss, None, x, "y_spt", y)
     theta = {name: p.view_as(p) for name, p in model.named_parameters()}  # so that hooks see the outer gradient alone
     function = Functional(model)
+    checked = _checked(loss, loss_function(loss), {0: ("y_spt", y)})
     tasks = [
         reference.inner_loop(
             function,
-            loss_function(loss),
+            checked,
             theta,
             rates,
             pytrees.of_task(x, t),
@@ -122,7 +138,7 @@ def adapt(
     return adapted if differentiable else {name: p.detach() for name, p in adapted.items()}
 
 
-@_apart
+@apart
 def predict(model: nn.Module, fast: Mapping[str, Tensor], x: Tree, slot: int) -> Tree:
     function = Functional(model)
     differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in fast.values())
@@ -133,17 +149,17 @@ def predict(model: nn.Module, fast: Mapping[str, Tensor], x: Tree, slot: int) ->
     return pytrees.stacked("the model's output", predictions)
 
 
-@_apart
+@apart
 def loss_and_grad(
     model: nn.Module, loss: Loss, fast: Mapping[str, Tensor], names: list[str], x: Tree, y: Target,
     slot: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    _check_target(model, loss, fast, x, "y", y)
+    checked = _checked(loss, loss_function(loss), {0: ("y", y)})
     with at_step(model, slot):
-        return reference.loss_and_grad(Functional(model), loss_function(loss), fast, names, x, y)
+        return reference.loss_and_grad(Functional(model), checked, fast, names, x, y)
 
 
-@_apart
+@apart
 def hvp(
     model: nn.Module,
     loss: Loss,
@@ -154,12 +170,12 @@ def hvp(
     v: Mapping[str, Tensor],
     slot: int,
 ) -> dict[str, Tensor]:
-    _check_target(model, loss, fast, x, "y", y)
+    checked = _checked(loss, loss_function(loss), {0: ("y", y)})
     with at_step(model, slot):
-        return reference.hvp(Functional(model), loss_function(loss), fast, names, x, y, v)
+        return reference.hvp(Functional(model), checked, fast, names, x, y, v)
 
 
-@_apart
+@apart
 def fisher_vector_product(
     model: nn.Module,
     loss: str,
@@ -174,14 +190,13 @@ def fisher_vector_product(
     first_order: bool,
 ) -> dict[str, Tensor]:
     """By `names`."""
-    _check_target(model, loss, None, x_spt, "y_spt", y_spt)
     if weights is None:
         weights = x_qry.new_ones(x_qry.shape[:2])
     data_checks.sample_weights("weights", weights)
+    checked = _checked(loss, loss_function(loss), {0: ("y_spt", y_spt)})
     return reference.fisher_vector_product(
-        Functional(model), loss_function(loss), rates, names, x_spt, y_spt, x_qry, v, targets.shares(weights), steps,
-        first_order,
-    )  # fmt: skip
+        Functional(model), checked, rates, names, x_spt, y_spt, x_qry, v, targets.shares(weights), steps, first_order
+    )
 
 
 def _keep_buffers(*called: Callable[..., Any]) -> None:
@@ -191,21 +206,34 @@ def _keep_buffers(*called: Callable[..., Any]) -> None:
             each.keep_buffers()
 
 
-def _check_target(
-    model: nn.Module, loss: Loss, fast: Mapping[str, Tensor] | None, x: Tree, y_name: str, y: Target
-) -> None:
-    """Checks the prediction and the target by one forward of the first task, which leaves the random generators as they
-    are."""
+def _checked(
+    loss: Loss, function: Callable[..., Tensor], uses: Mapping[int, tuple[str, Target]]
+) -> Callable[..., Tensor]:
+    """The function of a loss, with checks of the prediction and of the whole target where a target is first used.
+
+    A forward of its own for these checks would be seen by a model that counts its calls, keeps values for the next one
+    or draws random numbers.
+
+    Args:
+        uses: the number of the call that is the first with a target -> the target's name, and it [tasks, ...].
+    """
     if not isinstance(loss, str):
-        return
-    parameters = dict(model.named_parameters()) if fast is None else {n: p[0] for n, p in fast.items()}
-    prediction = _first(model, parameters, pytrees.of_task(x, 0))
-    data_checks.prediction(loss, prediction)
-    data_checks.target(y_name, loss, y, tuple(mean_of(prediction).shape))
-    data_checks.target_values(y_name, y, mean_of(prediction).shape[-1] if loss in data_checks.OF_CLASSES else None)
+        return function
+    numbers = count()
+
+    def checked(prediction: Any, target: Any) -> Tensor:
+        if (number := next(numbers)) in uses:
+            name, y = uses[number]
+            data_checks.prediction(loss, prediction)
+            shape = tuple(mean_of(prediction).shape)
+            data_checks.target(name, loss, y, shape)
+            data_checks.target_values(name, y, shape[-1] if loss in data_checks.OF_CLASSES else None)
+        return function(prediction, target)
+
+    return checked
 
 
-@_apart
+@apart
 def check_numbers(model: nn.Module, x_name: str, x: Tensor) -> None:
     """Numbers x [tasks, samples] may be samples [samples, features] whose axis of tasks was forgotten: a model that is
     meant for numbers takes one more of them."""

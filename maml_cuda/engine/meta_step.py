@@ -8,11 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from maml_cuda import pytrees, targets, torch_private
+from maml_cuda import pytrees, torch_private
 from maml_cuda.engine import data_checks, fallback, fast_path
-from maml_cuda.engine.binder import look_at_labels, read
-from maml_cuda.engine.binding import Binding
+from maml_cuda.engine.binder import Set, look_at_labels, read
+from maml_cuda.engine.binding import Binding, Choice
 from maml_cuda.engine.problem import Problem, joined, meta_problem
+from maml_cuda.engine.program import Program
 from maml_cuda.engine.settings import Settings, inner_rates
 from maml_cuda.policies import mean_of
 from maml_cuda.pytrees import Tree
@@ -76,15 +77,21 @@ def backward(
     return out
 
 
-def memory_estimate(maml: Settings, x_spt: Tensor, x_qry: Tensor) -> int:
+def program_of(maml: Settings, x_spt: Tensor, x_qry: Tensor) -> Program | None:
+    """The program that runs a meta-step on such x; None where there is none."""
     binding = maml._binding()
     read(maml, binding, "x_spt", x_spt)
     read(maml, binding, "x_qry", x_qry)
     data_checks.same_tasks(x_spt, x_qry)
-    if not maml._binder.serves(maml, binding, x_spt, x_qry):
+    return maml._binder.program(maml, binding, Set("x_spt", x_spt), Set("x_qry", x_qry))
+
+
+def memory_estimate(maml: Settings, x_spt: Tensor, x_qry: Tensor) -> int:
+    program = program_of(maml, x_spt, x_qry)
+    if program is None:
         raise ValueError("memory_estimate must have a fused model, got one on the general path (reference)")
     problem = meta_problem(
-        binding.text, x_spt, x_qry, maml.inner_steps, maml.first_order, True, maml._query_weights.steps
+        program.text, x_spt, x_qry, maml.inner_steps, maml.first_order, True, maml._query_weights.steps
     )
     return problem.workspace_bytes(x_spt, len(x_spt))
 
@@ -104,34 +111,40 @@ def _computed(
         signature = binding.signature(maml, (x_spt, y_spt, x_qry, y_qry)) if unobserved else ()
     key = signature, maml.first_order, torch.is_grad_enabled()
     usual = bool(signature) and not maml._query_weights.steps
-    problem = binding.problems.get(key) if usual else None
-    if problem is not None:
-        parameters, rates = binding.tensors()
+    known = binding.problems.get(key) if usual else None
+    if known is not None:
+        parameters, rates = known[0].tensors()
         if all(map(fast_path.is_plain, rates)):
             data = x_spt, cast(Tensor, y_spt), x_qry, cast(Tensor, y_qry)
-            return _warm(maml, binding, problem, parameters, rates, data, task_weights)
+            return _warm(maml, binding, known[0], known[1], parameters, rates, data, task_weights)
     _check_episode(maml, binding, x_spt, y_spt, x_qry, y_qry)
     if task_weights is not None:
         data_checks.task_weights(task_weights, pytrees.tasks(x_spt), binding.like())
-    if not maml._binder.serves(maml, binding, x_spt, x_qry):
-        return _on_the_general_path(maml, x_spt, y_spt, x_qry, y_qry, task_weights)
-    look_at_labels(maml, binding, x_spt, y_spt=y_spt, y_qry=y_qry)
-    parameters, rates = binding.tensors()
+    program = maml._binder.program(
+        maml, binding, Set("x_spt", x_spt, "y_spt", y_spt), Set("x_qry", x_qry, "y_qry", y_qry)
+    )
+    if program is None:
+        result = _on_the_general_path(maml, x_spt, y_spt, x_qry, y_qry, task_weights)
+        return maml._binder.settled(maml, binding, result)
+    look_at_labels(maml, program, x_spt, y_spt=y_spt, y_qry=y_qry)
+    parameters, rates = program.tensors()
     wanted = torch.is_grad_enabled()
     weights, query_steps = maml._query_weights.tensor(parameters[0]), maml._query_weights.steps
     loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
-        parameters, rates, x_spt, targets.tensors(y_spt), x_qry, targets.tensors(y_qry), task_weights,
-        binding.text, maml.inner_steps, maml.first_order, wanted, weights, query_steps,
+        parameters, rates, x_spt, program.target(y_spt), x_qry, program.target(y_qry), task_weights,
+        program.text, maml.inner_steps, maml.first_order, wanted, weights, query_steps,
     )  # fmt: skip
-    if usual and binding.plain:  # the next call with such data has passed every check
-        binding.problems[key] = meta_problem(binding.text, x_spt, x_qry, maml.inner_steps, maml.first_order, wanted)
-    out = MetaOutput(loss, task_losses, mean_of(binding.as_returned(logits)), support_losses)
-    return out, Gradient(flat, binding.with_gradient(parameters + rates), None) if wanted else None
+    if usual and binding.plain and program.is_warm:  # the next call with such data has passed every check
+        problem = meta_problem(program.text, x_spt, x_qry, maml.inner_steps, maml.first_order, wanted)
+        binding.problems[key] = program, problem
+    out = MetaOutput(loss, task_losses, _logits(maml, program.as_returned(logits)), support_losses)
+    return out, Gradient(flat, program.with_gradient(parameters + rates), None) if wanted else None
 
 
 def _warm(
     maml: Settings,
     binding: Binding,
+    program: Program,
     problem: Problem,
     parameters: list[Tensor],
     rates: list[Tensor],
@@ -139,21 +152,23 @@ def _warm(
     task_weights: Tensor | None,
 ) -> tuple[MetaOutput, Gradient | None]:
     """A call like one that has passed every check, but for the values of labels and weights."""
-    binding.why_not = ""
+    last = binding.last
+    if last is None or last.program is not program:
+        binding.last = Choice(program, "")
     if task_weights is not None:
         data_checks.task_weights(task_weights, len(data[0]), binding.like())
     if maml._options.check_labels:
-        look_at_labels(maml, binding, data[0], y_spt=data[1], y_qry=data[3])
+        look_at_labels(maml, program, data[0], y_spt=data[1], y_qry=data[3])
     wanted = torch.is_grad_enabled()
     loss, task_losses, logits, support_losses, flat = fast_path.meta_step(
         problem, parameters, rates, data, task_weights, maml.inner_steps, wanted
     )
-    if binding.log_std:
-        logits = mean_of(binding.as_returned(logits))
+    if not program.is_plain:
+        logits = _logits(maml, program.as_returned(logits))
     out = MetaOutput(loss, task_losses, logits, support_losses)
     if not wanted:
         return out, None
-    return out, Gradient(flat, binding.with_gradient(parameters + rates), binding.places)
+    return out, Gradient(flat, program.with_gradient(parameters + rates), program.places)
 
 
 def _check_episode(maml: Settings, binding: Binding, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target) -> None:
@@ -163,6 +178,11 @@ def _check_episode(maml: Settings, binding: Binding, x_spt: Tree, y_spt: Target,
     data_checks.same_tasks(x_spt, x_qry)
 
 
+def _logits(maml: Settings, predictions: Any) -> Any:
+    """MetaOutput.logits."""
+    return mean_of(predictions) if isinstance(maml.loss, str) else predictions
+
+
 def _on_the_general_path(
     maml: Settings, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None
 ) -> tuple[MetaOutput, Gradient | None]:
@@ -170,8 +190,7 @@ def _on_the_general_path(
         maml.model, maml.loss, inner_rates(maml), list(maml.parameters()), x_spt, y_spt, x_qry, y_qry,
         maml.inner_steps, maml.first_order, task_weights, maml._query_weights.values,
     )  # fmt: skip
-    logits: Any = mean_of(predictions) if isinstance(maml.loss, str) else predictions  # type: ignore[arg-type]
-    out = MetaOutput(loss, task_losses, logits, support_losses)
+    out = MetaOutput(loss, task_losses, _logits(maml, predictions), support_losses)
     if not reached:
         return out, None
     return out, Gradient(joined([g for _, g in reached]), [t for t, _ in reached], None)

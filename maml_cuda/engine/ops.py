@@ -24,8 +24,8 @@ from maml_cuda.engine.problem import (
     Problem,
     adapted,
     dense,
+    features,
     meta_problem,
-    prediction_shape,
     problem_of,
     spread,
 )
@@ -73,7 +73,7 @@ def meta_step(
     x_spt, x_qry = cast(Tensor, support[0]), cast(Tensor, query[0])
     parameters, rates = dense(parameters), dense(rates)
     tasks = x_spt.shape[0]
-    outputs = _meta_outputs(x_qry, tasks, problem.prediction, steps, problem.gradient_size if gradient else 0)
+    outputs = _meta_outputs(x_qry, tasks, problem.features, steps, problem.gradient_size if gradient else 0)
     loss, task_losses, logits, support_losses, flat = outputs
     if task_weights is not None:
         task_weights = task_weights.contiguous()
@@ -85,12 +85,12 @@ def meta_step(
 
 
 def _meta_outputs(
-    like: Tensor, tasks: int, prediction: tuple[int, ...], steps: int, gradient: int
+    like: Tensor, tasks: int, features: int, steps: int, gradient: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         like.new_empty(()),
         like.new_empty(tasks),
-        like.new_empty((tasks, like.shape[1], *prediction)),
+        like.new_empty((tasks, like.shape[1], features)),
         like.new_empty((tasks, steps)),
         like.new_empty(gradient),
     )
@@ -101,8 +101,8 @@ def _meta_gradient_fake(
     y_qry: TargetList, task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
     query_weights: Tensor | None = None, query_steps: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    prediction = prediction_shape(plan, x_qry)
-    return _meta_outputs(x_qry, x_qry.shape[0], prediction, steps, plan_of(plan).gradient_size if gradient else 0)
+    gradient_size = plan_of(plan).gradient_size if gradient else 0
+    return _meta_outputs(x_qry, x_qry.shape[0], features(plan, x_qry), steps, gradient_size)
 
 
 # -- adapt ---------------------------------------------------------------------------------------------------
@@ -222,13 +222,13 @@ def _predict_forward(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
     tasks, n, *sample = x.shape
     problem = problem_of(plan, "predict", tuple(sample), 0, n, 0, False, x.dtype == torch.float64)
     x = x.contiguous()
-    logits = x.new_empty((tasks, n, *problem.prediction))
+    logits = x.new_empty((tasks, n, problem.features))
     problem.run(x, tasks, **_own(fast), query=[x, None, None, None], logits=logits)
     return logits
 
 
 def _predict_fake(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[1], *prediction_shape(plan, x)))
+    return x.new_empty((x.shape[0], x.shape[1], features(plan, x)))
 
 
 def _predict_backward(fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: str) -> list[Tensor]:

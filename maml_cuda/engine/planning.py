@@ -1,72 +1,90 @@
-"""Makes the plan of a model: what its fused layers are, and what the inner loop does to each parameter."""
+"""Makes the program of a graph: what the inner loop does to each parameter that its layers read."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from maml_cuda import reference
 from maml_cuda.batch_norm import PerStepBatchNorm
-from maml_cuda.engine import cuda_runner, data_checks
-from maml_cuda.engine.settings import Settings, adapted_names
-from maml_cuda.plan import reader
+from maml_cuda.capture.copies import Place, places
+from maml_cuda.capture.errors import Unfusable
+from maml_cuda.engine import cuda_runner, own_targets
+from maml_cuda.engine.data_checks import OF_CLASSES
+from maml_cuda.engine.program import Program
+from maml_cuda.engine.settings import Options, Settings, adapted_names
+from maml_cuda.losses import Loss
 from maml_cuda.plan.graph import Graph
+from maml_cuda.plan.own_loss import Match
 from maml_cuda.plan.schema import InnerRate, Parameter, Plan, RateTensor, Role
 from maml_cuda.rates import InnerRates, Rate, read_rates
 
-Holder = tuple[dict[str, Any], str]  # where a tensor is read from at each call: a registry of its module, and its key
-
 
 @dataclass(frozen=True)
-class Planned:
-    """A plan, and the tensors that it is of.
+class Snapshot:
+    """What a FusedMAML computes, as it was when its model was bound.
 
-    names: of the plan's parameters, and of the buffers that it reads.
-    adapted: those of them that the inner loop changes.
-    slots: of each of them, the slots where there is one for each inner step.
-    holders: of each of them, then of each rate tensor.
-    served_by: module path -> fused layers.
-    log_std: of a model that returns (mean, log_std), which in the plan are one tensor: "shared" or "rows" (Graph).
+    Attributes:
+        adapted: the names of the parameters that the inner loop changes.
+        like: one of the model's trainable parameters.
+        The others are FusedMAML's.
     """
 
-    plan: Plan
-    names: list[str]
+    model: nn.Module
+    loss: str | Callable[..., Tensor]
+    inner_lr: float | Tensor | InnerRates
+    inner_steps: int
+    options: Options
     adapted: list[str]
-    slots: list[int | None]
-    holders: list[Holder]
-    served_by: dict[str, list[str]]
-    log_std: str
+    like: Tensor
 
 
-def planned(maml: Settings, like: Tensor) -> Planned:
-    """The plan of the model with its training flags as they are; `like` is one of its trainable parameters.
+def snapshot_of(maml: Settings, like: Tensor) -> Snapshot:
+    """The snapshot of a FusedMAML as it is now."""
+    return Snapshot(maml.model, maml.loss, maml.inner_lr, maml.inner_steps, maml._options, adapted_names(maml), like)
+
+
+def why_not(snapshot: Snapshot) -> str:
+    """The reason why fused layers serve no data at all, or ""."""
+    on, dtype = snapshot.like.device, snapshot.like.dtype
+    if reason := cuda_runner.why_not(on):
+        return reason
+    return "" if dtype in (torch.float32, torch.float64) else f"the model is {dtype}; fused are float32 and float64"
+
+
+def program_of(snapshot: Snapshot, graph: Graph, match: Match | None) -> Program:
+    """The program of a graph of the model.
+
+    Args:
+        match: the loss of the core for a loss of the user's own.
 
     Raises:
         Unfusable: the reason why there is none.
-        ValueError: an adapted parameter that does not reach the support loss; a loss that does not fit the model.
+        ValueError: an adapted parameter does not reach the support loss.
     """
-    model, loss = maml.model, maml.loss
-    if not isinstance(loss, str):
-        raise reader.Unfusable(f"the loss {getattr(loss, '__name__', type(loss).__name__)} is a callable of yours")
-    if why_not := cuda_runner.why_not(like.device):
-        raise reader.Unfusable(why_not)
-    if like.dtype not in (torch.float32, torch.float64):
-        raise reader.Unfusable(f"the model is {like.dtype}; fused are float32 and float64")
-    graph = reader.trace(model)
-    data_checks.returns_policy(loss, bool(graph.log_std))
-    adapted = adapted_names(maml)
+    model, options = snapshot.model, snapshot.options
+    where = places(model)
+    loss = match.loss if match is not None else _own_name(snapshot.loss, graph)
+    if match is not None and match.loss == "mse" and match.weighted:
+        loss, graph = "gaussian_policy_gradient", own_targets.with_unit_precision(graph)
+        log_std = snapshot.like.new_full((math.prod(graph.returned.sample),), own_targets.LOG_STD)
+        where[own_targets.LOG_STD_NAME] = Place({"log_std": log_std}, "log_std")
+    is_used = isinstance(snapshot.loss, str) or match is not None
+    if is_used and graph.returned.log_softmax and loss not in OF_CLASSES:
+        raise Unfusable(
+            f"the prediction is a log_softmax; fused is that for {' and '.join(OF_CLASSES)}, not for {loss}"
+        )
     names = [read.name for read in graph.reads]
-    if unreached := [name for name in adapted if name not in names]:
+    if unreached := [name for name in snapshot.adapted if name not in names]:
         raise reference.unreached(unreached)
     modules = dict(model.named_modules())
     owners = [modules[name.rpartition(".")[0]] for name in names]
-    own = dict(model.named_parameters())
-    rates = read_rates(maml.inner_lr, {name: own[name].shape for name in adapted}, maml.inner_steps)
-    parameters, rate_tensors, rate_holders = _described(model, graph, rates, like, maml.inner_lr)
-    backend, options = cuda_runner.backend_of(like.device), maml._options
+    parameters, rate_tensors, rate_holders = _described(snapshot, graph, where)
+    backend = cuda_runner.backend_of(snapshot.like.device)
     plan = Plan(
         nodes=tuple(graph.nodes),
         parameters=tuple(parameters),
@@ -78,30 +96,36 @@ def planned(maml: Settings, like: Tensor) -> Planned:
         cuda_graphs=options.cuda_graphs,
         task_chunk=options.task_chunk,
     )
-    return Planned(
+    return Program(
         plan=plan,
         names=names,
-        adapted=sorted(adapted, key=names.index),
+        adapted=sorted(snapshot.adapted, key=names.index),
         slots=[m.steps if isinstance(m, PerStepBatchNorm) else None for m in owners],
-        holders=[_holder(m, name) for m, name in zip(owners, names, strict=True)] + rate_holders,
+        holders=[where[name] for name in names] + rate_holders,
         served_by=graph.served_by,
-        log_std=graph.log_std,
+        ignored=graph.ignored,
+        returned=graph.returned,
+        loss=snapshot.loss,
+        match=match,
     )
 
 
 def _described(
-    model: nn.Module, graph: Graph, rates: dict[str, Rate], like: Tensor, inner_lr: float | Tensor | InnerRates
-) -> tuple[list[Parameter], list[RateTensor], list[Holder]]:
+    snapshot: Snapshot, graph: Graph, where: dict[str, Place]
+) -> tuple[list[Parameter], list[RateTensor], list[Place]]:
     """The plan's parameters, its rate tensors, and what holds each of these."""
-    own, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    model, like = snapshot.model, snapshot.like
+    own = dict(model.named_parameters())
+    shapes = {name: own[name].shape for name in snapshot.adapted}
+    rates: dict[str, Rate] = read_rates(snapshot.inner_lr, shapes, snapshot.inner_steps)
     parameters: list[Parameter] = []
     rate_tensors: list[RateTensor] = []
-    holders: list[Holder] = []
+    holders: list[Place] = []
     shared: dict[int, int] = {}  # a tensor that is the rate of several parameters -> its index
     for index, read in enumerate(graph.reads):
-        t, rate = own[read.name] if read.name in own else buffers[read.name], rates.get(read.name)
+        t, rate = where[read.name].tensor, rates.get(read.name)
         if t.dtype != like.dtype or t.device != like.device:
-            raise reader.Unfusable(f"{read.name} is {t.dtype} on {t.device}, unlike the model's parameters")
+            raise Unfusable(f"{read.name} is {t.dtype} on {t.device}, unlike the model's parameters")
         described = None
         if rate is not None and not isinstance(rate.value, Tensor):
             described = InnerRate(rate.value, None, rate.per_step, rate.elementwise)
@@ -111,7 +135,7 @@ def _described(
                 at = shared[id(rate.value)] = len(rate_tensors)
                 steps, of = len(rate.value) if rate.per_step else 1, index if rate.elementwise else None
                 rate_tensors.append(RateTensor(rate.value.numel(), steps, of, rate.value.requires_grad))
-                holders.append(_holder_of_rate(inner_lr, read.name, rate.value))
+                holders.append(_holder_of_rate(snapshot.inner_lr, read.name, rate.value))
             described = InnerRate(None, at, rate.per_step, rate.elementwise)
         trained: Role = "adapted" if rate is not None else "outer" if t.requires_grad else "frozen"
         role = trained if read.name in own else "buffer"
@@ -119,15 +143,17 @@ def _described(
     return parameters, rate_tensors, holders
 
 
-def _holder(module: nn.Module, name: str) -> Holder:
-    """What holds the parameter or buffer `name`, of this module of the model."""
-    key = name.rpartition(".")[2]
-    return (module._parameters if key in module._parameters else module._buffers), key
-
-
-def _holder_of_rate(inner_lr: float | Tensor | InnerRates, name: str, rate: Tensor) -> Holder:
+def _holder_of_rate(inner_lr: float | Tensor | InnerRates, name: str, rate: Tensor) -> Place:
     """What holds the rate of the parameter `name`."""
     if not isinstance(inner_lr, InnerRates):
-        return {"inner_lr": rate}, "inner_lr"
+        return Place({"inner_lr": rate}, "inner_lr")
     path, _, key = name.rpartition(".")
-    return _holder(inner_lr.get_submodule(path), key)
+    module = inner_lr.get_submodule(path)
+    return Place(module._parameters if key in module._parameters else module._buffers, key)
+
+
+def _own_name(loss: Loss, graph: Graph) -> str:
+    """The name of a loss of ours; of a loss of the user's own that is not called, one that takes the prediction."""
+    if isinstance(loss, str):
+        return loss
+    return "gaussian_policy_gradient" if graph.returned.log_std else "mse"

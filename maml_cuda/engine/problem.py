@@ -23,16 +23,21 @@ MOST_PROBLEMS = 128  # kept; a problem takes up to some hundred kilobytes
 
 
 class Problem:
-    """A problem of the core, for one plan, operation and set of shapes, with the memory that its calls take."""
+    """A problem of the core, for one plan, operation and set of shapes, with the memory that its calls take.
+
+    Attributes:
+        features: of the prediction [n, features], in torch's order of elements.
+        target: of that or, for a Gaussian policy, of its mean alone.
+    """
 
     __slots__ = (
         "at_once",
         "backend",
         "core",
+        "features",
         "gradient_size",
         "graphs",
         "loss",
-        "prediction",
         "runners",
         "target",
         "workspaces",
@@ -47,10 +52,10 @@ class Problem:
         self.core = _core.Problem(
             plan, operation, list(sample), n_support, n_query, steps, first_order, double, list(query_steps)
         )
-        self.prediction = tuple(self.core.prediction)
+        self.features = math.prod(self.core.prediction)
         self.loss = plan.loss
         halves = 2 if self.loss == "gaussian_policy_gradient" else 1  # mean and log_std beside each other
-        self.target = (*self.prediction[:-1], self.prediction[-1] // halves)  # shape of one sample's mean
+        self.target = self.features // halves
         self.gradient_size = plan.gradient_size
         self.at_once = plan.task_chunk
         self.graphs = plan.cuda_graphs
@@ -91,7 +96,7 @@ class Problem:
         """
         y = [None if t is None else t.resolve_neg() for t in y]  # in a list the dispatcher leaves negations as they are
         target: Target = PolicyTarget(*y) if self.loss in POLICY_LOSSES else y[0]  # type: ignore[arg-type]
-        data_checks.target(name, self.loss, target, (x.shape[1], *self.target))
+        data_checks.target(name, self.loss, target, (x.shape[1], self.target))
         if isinstance(target, Tensor):
             return [x.contiguous(), target.contiguous(), None, None]
         if self.backend == "cpu":
@@ -129,10 +134,10 @@ def meta_problem(
     )
 
 
-def prediction_shape(plan: str, x: Tensor) -> tuple[int, ...]:
-    """The shape of the prediction of one sample of x [tasks, n, ...]."""
+def features(plan: str, x: Tensor) -> int:
+    """The number of elements of the prediction of one sample of x [tasks, n, ...]."""
     sample, n = tuple(int(d) for d in x.shape[2:]), int(x.shape[1])
-    return problem_of(plan, "predict", sample, 0, n, 0, False, x.dtype == torch.float64).prediction
+    return problem_of(plan, "predict", sample, 0, n, 0, False, x.dtype == torch.float64).features
 
 
 def adapted(plan: str, tensors: list[Tensor]) -> list[Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from maml_cuda import reference
@@ -58,8 +59,9 @@ class Settings(Protocol):
 
 
 def watched(maml: Settings) -> tuple[Any, ...]:
-    """The settings that a plan depends on. The registry of modules is read as nn.Module.__getattr__ is slow."""
-    return maml._modules["model"], maml.inner_lr, maml.loss, maml.inner_steps
+    """The settings that a plan depends on, torch's default dtype among them, in which code may make tensors. The
+    registry of modules is read as nn.Module.__getattr__ is slow."""
+    return maml._modules["model"], maml.inner_lr, maml.loss, maml.inner_steps, torch.get_default_dtype()
 
 
 def adapted_names(maml: Settings) -> list[str]:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from maml_cuda import targets
 from maml_cuda.engine import checks, data_checks, fallback
-from maml_cuda.engine.binder import look_at_labels, read
-from maml_cuda.engine.binding import Binding
+from maml_cuda.engine.binder import Set, look_at_labels, read
 from maml_cuda.engine.building_blocks import every_trainable
 from maml_cuda.engine.fisher import FisherProducts
+from maml_cuda.engine.program import Program
 from maml_cuda.engine.settings import Settings, inner_rates
 from maml_cuda.targets import PolicyTarget
 
@@ -21,19 +21,19 @@ from maml_cuda.targets import PolicyTarget
 def fisher_vector_product(
     maml: Settings, x_spt: Tensor, y_spt: PolicyTarget, x_qry: Tensor, v: Mapping[str, Tensor], weights: Tensor | None
 ) -> dict[str, Tensor]:
-    binding, serves, x_spt, x_qry = _read(maml, x_spt, y_spt, x_qry, weights)
+    program, x_spt, x_qry = _read(maml, x_spt, y_spt, x_qry, weights)
     trainable = _trainable(maml)
     data_checks.direction(trainable, v)
-    if not serves:
+    if program is None:
         return fallback.fisher_vector_product(
             maml.model, str(maml.loss), inner_rates(maml), list(trainable), x_spt, y_spt, x_qry, dict(v), weights,
             maml.inner_steps, maml.first_order,
         )  # fmt: skip
-    parameters, rates = binding.tensors()
-    reached = [n for n in binding.names if n in trainable]
+    parameters, rates = program.tensors()
+    reached = [n for n in program.names if n in trainable]
     products = torch.ops.maml_cuda.fisher_vector_product(
         parameters, rates, x_spt, targets.tensors(y_spt), x_qry, weights, [v[n].detach() for n in reached],
-        binding.text, maml.inner_steps, maml.first_order,
+        program.text, maml.inner_steps, maml.first_order,
     )  # fmt: skip
     return every_trainable(list(trainable), dict(zip(reached, products, strict=True)), trainable)
 
@@ -42,14 +42,14 @@ def fisher(
     maml: Settings, x_spt: Tensor, y_spt: PolicyTarget, x_qry: Tensor, weights: Tensor | None, memory: int
 ) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
     checks.steps(memory, "memory")
-    binding, serves, x_spt, x_qry = _read(maml, x_spt, y_spt, x_qry, weights)
-    if not serves or binding.backend != "cpu" or maml._options.recompute:
+    program, x_spt, x_qry = _read(maml, x_spt, y_spt, x_qry, weights)
+    if program is None or program.plan.backend != "cpu" or maml._options.recompute:
         return lambda v: fisher_vector_product(maml, x_spt, y_spt, x_qry, v, weights)
     trainable = _trainable(maml)
-    reached = [n for n in binding.names if n in trainable]
-    parameters, rates = binding.tensors()
+    reached = [n for n in program.names if n in trainable]
+    parameters, rates = program.tensors()
     products = FisherProducts(
-        parameters, rates, x_spt, targets.tensors(y_spt), x_qry, weights, binding.text, maml.inner_steps,
+        parameters, rates, x_spt, targets.tensors(y_spt), x_qry, weights, program.text, maml.inner_steps,
         maml.first_order, memory,
     )  # fmt: skip
 
@@ -67,8 +67,8 @@ def _trainable(maml: Settings) -> dict[str, Tensor]:
 
 def _read(
     maml: Settings, x_spt: Tensor, y_spt: PolicyTarget, x_qry: Tensor, weights: Tensor | None
-) -> tuple[Binding, bool, Tensor, Tensor]:
-    """The binding, whether fused layers serve a Fisher-vector product on these data, and x as they are read."""
+) -> tuple[Program | None, Tensor, Tensor]:
+    """The program of a Fisher-vector product on these data, None where there is none; and x as they are read."""
     checks.policy_loss(maml.loss, "fisher_vector_product")
     data_checks.one_tensor("x_spt", x_spt, "fisher_vector_product")
     data_checks.one_tensor("x_qry", x_qry, "fisher_vector_product")
@@ -78,12 +78,12 @@ def _read(
     data_checks.same_tasks(x_spt, x_qry)
     if weights is not None:
         data_checks.query_sample_weights(weights, x_qry, binding.like())
-    serves = maml._binder.serves(maml, binding, x_spt, x_qry)
-    if serves and any(slots is not None for slots in binding.slots):
+    program = maml._binder.program(maml, binding, Set("x_spt", x_spt, "y_spt", y_spt), Set("x_qry", x_qry))
+    if program is not None and any(slots is not None for slots in program.slots):
         maml._binder.fall_back(maml, "a Fisher-vector product takes no parameters with a slot for each step")
-        serves = False
-    if serves:
-        look_at_labels(maml, binding, x_spt, y_spt=y_spt)
+        program = None
+    if program is not None:
+        look_at_labels(maml, program, x_spt, y_spt=y_spt)
         if maml._options.check_labels and weights is not None:
             data_checks.sample_weights("weights", weights)
-    return binding, serves, x_spt, x_qry
+    return program, x_spt, x_qry

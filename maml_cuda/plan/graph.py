@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, nn
-
-from maml_cuda.plan.arguments import Traced, argument_text
+from maml_cuda.capture.errors import Unfusable
 from maml_cuda.plan.schema import Layout, Node, Window
-from maml_cuda.plan.side_effects import Unfusable
 
 
 @dataclass(frozen=True)
 class Read:
-    """A parameter or a buffer that nodes read.
+    """A parameter, a buffer or a tensor attribute that nodes read.
 
     Attributes:
-        name: in `model.named_parameters()` or `model.named_buffers()`.
+        name: its name in the model (copies.places).
         rows, taps: of a weight [rows, columns, *taps]; 1 and 1 for any other tensor.
         slots: the number of inner steps that have values of their own, in a tensor [slots, ...]; 1: all steps read the
             same values.
@@ -29,77 +27,217 @@ class Read:
     slots: int
 
 
+@dataclass(frozen=True)
+class Returned:
+    """What a model returns for the prediction [n, features] of the nodes.
+
+    Attributes:
+        sample: the shape of one sample of what the model returns, or of its mean.
+        log_softmax: it is the log_softmax of the prediction over its last axis.
+        log_std: of a Gaussian policy, whose mean and log_std are one prediction, the shape of log_std: "shared" for
+            [action], "rows" for [n, action]. Otherwise "".
+        distribution: the type of the distribution that the model returns: "Categorical", "Normal", or
+            "Independent" for Independent(Normal, 1). Otherwise "".
+    """
+
+    sample: tuple[int, ...]
+    log_softmax: bool = False
+    log_std: str = ""
+    distribution: str = ""
+
+
 @dataclass
 class Graph:
     """Nodes over numbered values: value 0 is the input, node i writes value i + 1, the last one is the prediction.
 
     Attributes:
         nodes: in topological order.
-        reads: the parameters and buffers; `Node.parameters` has indices into this list.
+        reads: the tensors of the model; `Node.parameters` has indices into this list.
         served_by: module path -> names of the fused layers that compute this module, for `FusedMAML.explain`.
-        log_std: of a model that returns (mean, log_std), the shape of log_std: "shared" for [action], "rows" for
-            [n, action]. Otherwise "".
+        returned: what the model returns.
+        ignored: what forward does besides and fused layers do not, for `FusedMAML.explain`.
     """
 
     nodes: list[Node] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     served_by: dict[str, list[str]] = field(default_factory=dict)
-    log_std: str = ""
+    returned: Returned = field(default_factory=lambda: Returned(()))
+    ignored: tuple[str, ...] = ()
 
 
-@dataclass(repr=False)
-class Value(Traced):
+class Known:
+    """Base class of what an operand of the record is to the reader. Error messages contain its repr."""
+
+
+@dataclass(frozen=True, repr=False)
+class Value(Known):
     """A tensor that is computed from the model's input.
 
     Attributes:
         number: of the value in the graph.
+        shape: of the tensor in torch, [n, ...].
+        sample: the shape of a sample in the graph. Apart from axes of size 1 and the split of the spatial axes, it is
+            that of the tensor: `shape` may be a view of it.
         channels_last: whether channels are last in its memory; true except for the input, which is in torch's order.
-        alias: the number of the value whose memory it shares in torch, its own number if there is none.
-        overwritten: the call that has changed it in place, for error messages; "" if there is none.
+        learned: whether it depends on a parameter that has a gradient.
+        padding: zeros around the spatial axes that are still to be added, (begin, end) of height and width; only a
+            convolution adds them.
+        log_softmax: it is the log_softmax of this value over its last axis; only a prediction may be.
     """
 
     number: int
+    shape: tuple[int, ...]
+    sample: tuple[int, ...]
     channels_last: bool
-    alias: int
-    overwritten: str = ""
+    learned: bool
+    padding: tuple[tuple[int, int], tuple[int, int]] | None = None
+    log_softmax: bool = False
 
     def __repr__(self) -> str:
         return "a value computed from x"
 
+    @property
+    def layout(self) -> Layout | None:
+        """The layout of a sample; None for one of more than three axes."""
+        layouts: tuple[Layout, ...] = ("features", "signal", "image")
+        return layouts[len(self.sample) - 1] if 1 <= len(self.sample) <= 3 else None
+
+
+@dataclass(frozen=True, repr=False)
+class Held(Known):
+    """A parameter, a buffer or a tensor attribute of the model, or a view of it.
+
+    Attributes:
+        name: in the model.
+        shape: of this view.
+        trained: whether it has a gradient.
+        transposed: it is the transpose of the tensor.
+        slot: it is one slot of a tensor [slots, ...].
+        floor: it is max(tensor, floor).
+        exponential: it is the exponential of that.
+        rows: it has one copy of the tensor for each sample.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    trained: bool
+    transposed: bool = False
+    slot: bool = False
+    floor: float = -math.inf
+    exponential: bool = False
+    rows: bool = False
+
+    def __repr__(self) -> str:
+        return self.name if self.whole else f"a view, a part or a function of {self.name}"
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the tensor itself, but for its shape."""
+        return not (self.transposed or self.slot or self.rows or self.exponential or self.floor > -math.inf)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, repr=False)
+class LogSumExp(Known):
+    """The logarithm of the sum of exponentials of a value [n, features], [n, 1]: a part of a log_softmax."""
+
+    of: Value
+
+    def __repr__(self) -> str:
+        return "a logsumexp"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.of.shape[:-1], 1)
+
+
+@dataclass(frozen=True, repr=False)
+class Constant(Known):
+    """Any other tensor.
+
+    Attributes:
+        what: describes it.
+        trained: whether it is computed from parameters that have a gradient.
+    """
+
+    what: str
+    trained: bool
+
+    def __repr__(self) -> str:
+        return self.what
+
+
+def text_of(argument: Any) -> str:
+    """What an argument is, for error messages."""
+    return repr(argument) if isinstance(argument, (Known, int, float)) else type(argument).__name__
+
 
 class Writer:
-    """Writes a Graph, node by node. It refuses what a graph cannot hold by raising Unfusable."""
+    """Writes a Graph, node by node. It refuses what a graph cannot hold by raising Unfusable.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.names = {id(p): name for name, p in model.named_parameters()}
-        self.buffers = {id(b): name for name, b in model.named_buffers()}
+    Attributes:
+        graph: what is written.
+        n: the number of samples.
+        call: describes the call that is being read, for Node.name and error messages.
+        module: the path of the module that makes the call.
+        result: the shapes of the results of the call.
+    """
+
+    def __init__(self, n: int) -> None:
         self.graph = Graph()
-        self.values: list[Value] = [Value(0, False, 0)]
-        self.rearranged: dict[int, Value] = {}  # number of a value that is not channels-last -> its channels-last copy
-        self.call = ""  # describes the call that is being read, for Node.name and error messages
-        self.module_path = ""  # of the module that makes the call
+        self.n = n
+        self.call = self.module = ""
+        self.results: list[tuple[int, ...]] = []
+        self._trained: set[int] = set()  # indices of graph.reads that have a gradient
+        self._rearranged: dict[int, Value] = {}  # number of a value that is not channels-last -> its copy that is
+        self._flattened: dict[int, Value] = {}  # number of a value -> the same as features in torch's order
 
-    def _value(self, x: Any) -> Value:
-        """Checks that an argument is a value computed from the input, and that its content is still valid."""
+    def value(self, x: Any) -> Value:
+        """Checks that an argument is a value computed from the input."""
         if not isinstance(x, Value):
-            raise Unfusable(f"its input is {argument_text(x)}, not a value computed from x")
-        if x.overwritten:
-            raise Unfusable(f"it reads a value that {x.overwritten} has changed in place")
+            raise Unfusable(f"its input is {text_of(x)}, not a value computed from x")
+        if x.padding is not None:
+            raise Unfusable("it reads a padded value; fused is the padding of a convolution alone")
+        if x.log_softmax:
+            raise Unfusable("it reads a log_softmax; fused is that of the prediction alone")
         return x
 
-    def _channels_last(self, x: Value) -> Value:
-        """x with channels last in memory."""
+    def channels_last(self, given: Any) -> Value:
+        """A value with channels last in memory."""
+        x = self.value(given)
         if x.channels_last:
             return x
-        if x.number not in self.rearranged:
-            self.rearranged[x.number] = self._emit("channels_last", [x], alias=x.alias)
-        return self.rearranged[x.number]
+        if x.number not in self._rearranged:
+            self._rearranged[x.number] = self.emit("channels_last", [x], x.shape, x.sample)
+        return replace(self._rearranged[x.number], shape=x.shape)
 
-    def _parameter(
-        self, p: Any, what: str, rows: int = 1, taps: int = 1, slots: int = 1, buffer: bool = False
-    ) -> int | None:
-        """The index of a parameter, or of a buffer, in Graph.reads; None for None.
+    def features(self, given: Any) -> Value:
+        """A value as features, in torch's order of elements."""
+        x = self.value(given)
+        shape = self.n, math.prod(x.sample)
+        if len(x.sample) == 1:
+            return replace(x, shape=shape)
+        if x.number not in self._flattened:
+            self._flattened[x.number] = self.emit("flatten", [x], shape, shape[1:], out_layout="features")
+        return self._flattened[x.number]
+
+    def spatial(self, x: Value, axes: int) -> tuple[int, int]:
+        """Height and width of x if it is torch's [n, channels, (height,) width] with this number of spatial axes."""
+        if axes > 2:
+            raise Unfusable(f"{axes} spatial axes are not fused; at most 2 are")
+        if len(x.shape) != 2 + axes or x.shape[1] != x.sample[0] or len(x.sample) > 3:
+            form = ("[n, features]", "[n, channels, length]", "[n, channels, height, width]")[axes]
+            raise Unfusable(f"its input is of shape {list(x.shape)}; fused are inputs of shape {form}")
+        given, known = ((1, 1, *sizes)[-2:] for sizes in (x.shape[2:], x.sample[1:]))
+        if given != known:
+            raise Unfusable(f"its input is a view of samples of shape {list(x.sample)} as {list(x.shape[1:])}")
+        return known[0], known[1]
+
+    def tensor(self, p: Any, what: str, rows: int = 1, taps: int = 1, slots: int = 1) -> int | None:
+        """The index of a tensor of the model in Graph.reads; None for None.
 
         Args:
             what: its role in the layer, for error messages.
@@ -107,42 +245,40 @@ class Writer:
         """
         if p is None:
             return None
-        names = self.buffers if buffer else self.names
-        if not isinstance(p, Tensor) or id(p) not in names:
-            raise Unfusable(f"its {what} is not a {'buffer' if buffer else 'parameter'} of the model")
-        if p.numel() == 0:
+        if not isinstance(p, Held):
+            raise Unfusable(f"its {what} is {text_of(p)}, not a parameter or a buffer of the model")
+        if p.size == 0:
             raise Unfusable(f"its {what} has no elements")
-        read = Read(names[id(p)], rows, taps, slots)
+        read = Read(p.name, rows, taps, slots)
         for index, before in enumerate(self.graph.reads):
             if before.name == read.name:
-                if (before.rows, before.taps) != (rows, taps):
+                if before != read:
                     raise Unfusable(f"its {what} is shared with a layer that uses it in another shape")
                 return index
         self.graph.reads.append(read)
-        return len(self.graph.reads) - 1
+        index = len(self.graph.reads) - 1
+        if p.trained:
+            self._trained.add(index)
+        return index
 
-    def _vector(self, p: Any, what: str, channels: int, slots: int | None = None, buffer: bool = False) -> int | None:
-        """The index of a bias, gamma, beta or statistic of shape [channels] or [slots, channels].
+    def vector(self, p: Any, what: str, channels: int, slots: int | None = None) -> int | None:
+        """The index of a bias, gamma, beta or statistic of shape [channels], or of one slot of [slots, channels]."""
+        if isinstance(p, Held) and (p.shape != (channels,) or not (p.whole if slots is None else p.slot)):
+            raise Unfusable(f"its {what} is {p} of shape {list(p.shape)}; only a tensor {[channels]} is fused")
+        return self.tensor(p, what, slots=slots or 1)
 
-        A tensor of another shape would be broadcast by torch and is refused.
-        """
-        shape = (channels,) if slots is None else (slots, channels)
-        if isinstance(p, Tensor) and tuple(p.shape) != shape:
-            raise Unfusable(f"its {what} has shape {list(p.shape)}; only {list(shape)} is fused")
-        return self._parameter(p, what, slots=slots or 1, buffer=buffer)
-
-    def _emit(
+    def emit(
         self,
         kind: str,
         inputs: list[Value],
+        shape: tuple[int, ...],
+        sample: tuple[int, ...],
         parameters: tuple[int | None, ...] = (),
         *,
-        alias: int | None = None,
-        in_layouts: tuple[Layout, ...] = (),
         out_layout: Layout | None = None,
         in_features: int | None = None,
         out_features: int | None = None,
-        sample: tuple[int, ...] | None = None,
+        normalised: tuple[int, ...] | None = None,
         window: Window | None = None,
         function: str | None = None,
         constants: tuple[float, ...] = (),
@@ -150,30 +286,25 @@ class Writer:
         groups: int | None = None,
         count_padding: bool | None = None,
     ) -> Value:
-        """Adds one node and returns its value. The arguments are the fields of schema.Node, and Value.alias."""
-        numbers = tuple(x.number for x in inputs)
+        """Adds one node and returns its value.
+
+        Args:
+            shape, sample: of the value (Value.shape, Value.sample).
+            normalised: schema.Node.sample. The other arguments are the fields of schema.Node.
+        """
+        layout = inputs[0].layout
         self.graph.nodes.append(
             Node(
-                kind=kind, name=self.call, inputs=numbers, parameters=parameters, in_layouts=in_layouts,
-                out_layout=out_layout, in_features=in_features, out_features=out_features, sample=sample, window=window,
-                function=function, constants=constants, eps=eps, groups=groups, count_padding=count_padding,
+                kind=kind, name=self.call, inputs=tuple(x.number for x in inputs), parameters=parameters,
+                in_layouts=() if layout is None else (layout,), out_layout=out_layout, in_features=in_features,
+                out_features=out_features, sample=normalised, window=window, function=function, constants=constants,
+                eps=eps, groups=groups, count_padding=count_padding,
             )
         )  # fmt: skip
-        number = len(self.graph.nodes)
-        value = Value(number, True, number if alias is None else alias)
-        self.values.append(value)
-        if self.module_path and kind != "channels_last":
-            layer = "linear" if kind == "conv2d" and in_layouts == ("features",) else function or kind
-            served = self.graph.served_by.setdefault(self.module_path, [])
+        if self.module and kind != "channels_last":
+            layer = "linear" if kind == "conv2d" and layout == "features" else function or kind
+            served = self.graph.served_by.setdefault(self.module, [])
             if layer not in served:
                 served.append(layer)
-        return value
-
-    def _overwrite(self, x: Value, y: Value) -> Value:
-        """Records that a call writes y into the memory of x. Later reads of x, or of a view of it, are refused."""
-        if x.alias == 0:
-            raise Unfusable("it changes the model's input in place")
-        for value in self.values:
-            if value.alias == x.alias and value is not y:
-                value.overwritten = self.call
-        return y
+        learned = any(x.learned for x in inputs) or not self._trained.isdisjoint(parameters)
+        return Value(len(self.graph.nodes), shape, sample, True, learned)

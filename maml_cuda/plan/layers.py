@@ -1,410 +1,301 @@
-"""The fused layers: one method for each, which writes its nodes or refuses it by raising Unfusable.
+"""The fused layers: one method for each ATen operation that they serve, which writes its nodes or raises Unfusable.
 
-A method has the name and the signature of torch's function, so that one method reads both the function and the module
-of the same name (torch_names.py maps them). A new layer needs one method here and its lines there.
+A method has the name and the signature of the operation, and returns what the operation returns. A new layer needs one
+method here. Operations that only change how a tensor is seen are in views.py.
 
-Layers for signals [n, channels, length] and images [n, channels, height, width] share a method. Its argument `axes` is
-the number of spatial axes, 1 or 2. For the core, a signal is an image of height 1.
+The operations serve signals [n, channels, length] and images [n, channels, height, width]. For the core, a signal is
+an image of height 1.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from maml_cuda.batch_norm import PerStepBatchNorm
+from maml_cuda.capture.errors import Unfusable
+from maml_cuda.plan.graph import Held, LogSumExp, Value, text_of
+from maml_cuda.plan.schema import Window
+from maml_cuda.plan.views import Views
 
-from maml_cuda.plan.arguments import (
-    SPATIAL,
-    FlooredParameter,
-    Shape,
-    Size,
-    argument_text,
-    channels_of,
-    check_window,
-    height_width,
-)
-from maml_cuda.plan.graph import Value, Writer
-from maml_cuda.plan.schema import Layout, Window
-from maml_cuda.plan.side_effects import Unfusable
+_ONE = Window((1, 1), (1, 1), (0, 0), (0, 0))
 
 
-class Layers(Writer):
-    """Writes a Graph, layer by layer.
+class Layers(Views):
+    """Writes a Graph, operation by operation."""
 
-    A method has the name and the signature of a function of torch, and returns the value that the call returns. It
-    raises Unfusable for arguments that no fused layer has.
-    """
+    # -- products -----------------------------------------------------------------------------------------------
+
+    def addmm(self, bias: Any, input: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Value:
+        """A linear layer is a convolution of features, which are an image of 1 x 1."""
+        if (beta, alpha) != (1, 1):
+            raise Unfusable(f"beta={beta} and alpha={alpha} are not fused")
+        x = self.value(input)
+        if not isinstance(weight, Held) or not weight.transposed:
+            raise Unfusable(f"it multiplies by {text_of(weight)}; fused is the product with a transposed weight matrix")
+        in_features, out_features = weight.shape
+        parameters = (self.tensor(weight, "weight", out_features), self.vector(bias, "bias", out_features))
+        return self.emit(
+            "conv2d", [x], (self.n, out_features), (out_features,), parameters, in_features=in_features,
+            out_features=out_features, window=_ONE,
+        )  # fmt: skip
+
+    def mm(self, input: Any, weight: Any) -> Value:
+        return self.addmm(None, input, weight)
 
     def linear(self, input: Any, weight: Any, bias: Any = None) -> Value:
-        """A convolution of features, which are an image of 1 x 1."""
-        x = self._value(input)
-        if not isinstance(weight, Tensor) or weight.dim() != 2:
-            raise Unfusable("its weight is not a matrix")
-        out_features, in_features = weight.shape
-        parameters = (self._parameter(weight, "weight", rows=out_features), self._vector(bias, "bias", out_features))
-        return self._emit(
-            "conv2d", [x], parameters, in_features=in_features, out_features=out_features, in_layouts=("features",),
-            window=Window((1, 1), (1, 1), (0, 0), (0, 0)),
-        )  # fmt: skip
+        return self.addmm(bias, input, self.t(weight))
 
-    def conv(
-        self,
-        input: Any,
-        weight: Any,
-        bias: Any = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-        *,
-        axes: int = 2,
-    ) -> Value:
-        x = self._value(input)
-        if groups != 1:
-            raise Unfusable(f"groups={groups} is not fused")
-        if height_width(axes, dilation) != (1, 1):
-            raise Unfusable(f"dilation={dilation} is not fused")
-        if not isinstance(weight, Tensor) or weight.dim() != 2 + axes:
-            raise Unfusable(f"its weight is not of shape [out, in, {'length' if axes == 1 else 'height, width'}]")
+    def convolution(
+        self, input: Any, weight: Any, bias: Any, stride: Sequence[int], padding: Sequence[int],
+        dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+    ) -> Value:  # fmt: skip
+        axes = len(stride)
+        if transposed or groups != 1 or any(d != 1 for d in dilation):
+            option = f"groups={groups}" if groups != 1 else f"dilation={list(dilation)}"
+            raise Unfusable(f"{'a transposed convolution' if transposed else option} is not fused")
+        added = input.padding if isinstance(input, Value) else None
+        x = self.channels_last(replace(input, padding=None) if added else input)
+        self.spatial(x, axes)
+        if not isinstance(weight, Held) or not weight.whole or len(weight.shape) != 2 + axes:
+            raise Unfusable(f"its weight is {text_of(weight)}, not a parameter [out, in, ...]")
         rows, columns, *sizes = weight.shape
-        kernel = height_width(axes, sizes)
-        if padding == "same":
-            pad_begin = tuple((k - 1) // 2 for k in kernel)
-            pad_end = tuple(k - 1 - begin for k, begin in zip(kernel, pad_begin, strict=True))
-        else:
-            pad_begin = pad_end = (0, 0) if padding == "valid" else height_width(axes, padding, height=0)
-        strides = height_width(axes, stride)
-        check_window(kernel, strides, pad_begin)
-        parameters = (self._parameter(weight, "weight", rows, kernel[0] * kernel[1]), self._vector(bias, "bias", rows))
-        return self._emit(
-            "conv2d", [self._channels_last(x)], parameters, in_features=columns, out_features=rows,
-            in_layouts=(SPATIAL[axes],), window=Window(kernel, strides, pad_begin, pad_end),
-        )  # fmt: skip
+        kernel, pad = self._pair(sizes, 1), self._pair(padding, 0)
+        begin, end = (tuple(p + a[i] for p, a in zip(pad, added or ((0, 0), (0, 0)), strict=True)) for i in (0, 1))
+        window = Window(kernel, self._pair(stride, 1), begin, end)
+        self._check_height(x, window)
+        parameters = (self.tensor(weight, "weight", rows, math.prod(kernel)), self.vector(bias, "bias", rows))
+        return self._slid("conv2d", x, window, rows, parameters, in_features=columns, out_features=rows)
 
-    def batch_norm(
-        self,
-        input: Any,
-        running_mean: Any,
-        running_var: Any,
-        weight: Any = None,
-        bias: Any = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-        *,
-        layouts: tuple[Layout, ...] = (),
-        slots: int | None = None,
-        num_features: int | None = None,
-    ) -> Value:
-        """Normalisation by batch statistics if `training`, by running statistics otherwise.
+    # -- normalisation ------------------------------------------------------------------------------------------
 
-        layouts: of the samples that the module accepts; empty: any.
-        slots: of a per-step layer, whose parameters and statistics are [slots, channels].
-        num_features: channels that the module accepts; None: those of the parameters.
-        """
-        x = self._channels_last(self._value(input))
-        channels = channels_of(weight, bias, running_mean)
-        in_features = num_features or channels or None
-        affine = (self._vector(weight, "weight", channels, slots), self._vector(bias, "bias", channels, slots))
+    def native_batch_norm(
+        self, input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool,
+        momentum: float, eps: float,
+    ) -> tuple[Value, None, None]:  # fmt: skip
+        """By batch statistics if `training`, by running ones otherwise. The slots of a per-step layer are its own."""
+        x = self.channels_last(input)
+        self._check_channels(x)
+        module = self.module_at(self.module)
+        slots = module.steps if isinstance(module, PerStepBatchNorm) else None
+        channels = x.sample[0]
+        affine = (self.vector(weight, "weight", channels, slots), self.vector(bias, "bias", channels, slots))
         if training:
-            return self._emit("batch_norm", [x], affine, eps=eps, in_layouts=layouts, in_features=in_features)
-        if running_mean is None or running_var is None:
-            raise Unfusable("it has neither batch statistics nor running ones")
-        statistics = (
-            self._vector(running_mean, "running mean", channels, slots, buffer=True),
-            self._vector(running_var, "running variance", channels, slots, buffer=True),
-        )
-        return self._emit(
-            "running_norm", [x], (*affine, *statistics), eps=eps, in_layouts=layouts, in_features=in_features
-        )
+            y = self.emit("batch_norm", [x], x.shape, x.sample, affine, eps=eps, in_features=channels)
+        else:
+            statistics = (
+                self.vector(running_mean, "running mean", channels, slots),
+                self.vector(running_var, "running variance", channels, slots),
+            )
+            parameters = (*affine, *statistics)
+            y = self.emit("running_norm", [x], x.shape, x.sample, parameters, eps=eps, in_features=channels)
+        return y, None, None
 
-    def group_norm(
-        self,
-        input: Any,
-        num_groups: int,
-        weight: Any = None,
-        bias: Any = None,
-        eps: float = 1e-5,
-        cudnn_enabled: bool = True,
-        *,
-        layouts: tuple[Layout, ...] = ("features", "signal", "image"),
-    ) -> Value:
-        """num_groups=0: every channel is a group. cudnn_enabled is an argument of torch.group_norm and is ignored."""
-        x = self._channels_last(self._value(input))
-        channels = channels_of(weight, bias)
-        affine = (self._vector(weight, "weight", channels), self._vector(bias, "bias", channels))
-        return self._emit(
-            "group_norm", [x], affine, eps=eps, groups=num_groups, in_layouts=layouts, in_features=channels or None
-        )
+    def native_group_norm(
+        self, input: Any, weight: Any, bias: Any, n: int, channels: int, pixels: int, groups: int, eps: float
+    ) -> tuple[Value, None, None]:
+        """groups=0: every channel is a group."""
+        x = self.channels_last(input)
+        self._check_channels(x)
+        affine = (self.vector(weight, "weight", channels), self.vector(bias, "bias", channels))
+        y = self.emit("group_norm", [x], x.shape, x.sample, affine, eps=eps, groups=groups, in_features=channels)
+        return y, None, None
 
-    def layer_norm(
-        self,
-        input: Any,
-        normalized_shape: Any,
-        weight: Any = None,
-        bias: Any = None,
-        eps: float = 1e-5,
-        cudnn_enable: bool = True,
-    ) -> Value:
-        """A group_norm with one group, in which every element of a sample is a feature with its own gamma and beta.
-
-        cudnn_enable is an argument of torch.layer_norm and is ignored.
-        """
-        x = self._channels_last(self._value(input))
-        shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
-        if not 1 <= len(shape) <= 3:
+    def native_layer_norm(
+        self, input: Any, shape: Sequence[int], weight: Any, bias: Any, eps: float
+    ) -> tuple[Value, None, None]:
+        """A group_norm with one group, in which every element of a sample is a feature with its own gamma and beta."""
+        x, shape = self.channels_last(input), tuple(shape)
+        if shape != x.sample or x.shape[1:] != x.sample or len(shape) > 3:
             raise Unfusable(
-                f"normalized_shape={shape} is not fused; only the shape of a feature vector, signal or image is"
+                f"normalized_shape={list(shape)} is not fused; only that of a whole sample of at most 3 axes is"
             )
         affine = []
         for p, what in ((weight, "weight"), (bias, "bias")):
-            if isinstance(p, Tensor) and list(p.shape) != shape:
-                raise Unfusable(f"its {what} has shape {list(p.shape)}; only {shape} is fused")
+            if isinstance(p, Held) and (p.shape != shape or not p.whole):
+                raise Unfusable(f"its {what} is {p} of shape {list(p.shape)}; only {list(shape)} is fused")
             taps = math.prod(shape[1:])  # torch has channels first in gamma and beta, the core has them last
-            affine.append(self._parameter(p, what, *((shape[0], taps) if taps > 1 else ())))
-        layout = ("features", *SPATIAL.values())[len(shape) - 1]
-        return self._emit(
-            "group_norm", [x], tuple(affine), eps=eps, groups=1, in_layouts=(layout,), sample=tuple(shape)
-        )
+            affine.append(self.tensor(p, what, *((shape[0], taps) if taps > 1 else ())))
+        y = self.emit("group_norm", [x], x.shape, x.sample, tuple(affine), eps=eps, groups=1, normalised=shape)
+        return y, None, None
 
     def instance_norm(
-        self,
-        input: Any,
-        running_mean: Any = None,
-        running_var: Any = None,
-        weight: Any = None,
-        bias: Any = None,
-        use_input_stats: bool = True,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-        *,
-        layouts: tuple[Layout, ...] = ("signal", "image"),
-    ) -> Value:
+        self, input: Any, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
+        use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5, cudnn_enabled: bool = True,
+    ) -> Value:  # fmt: skip
         """A group_norm whose groups are single channels; by running statistics, a batch_norm."""
         if not use_input_stats:
-            return self.batch_norm(input, running_mean, running_var, weight, bias, eps=eps, layouts=layouts)
+            return self.native_batch_norm(input, weight, bias, running_mean, running_var, False, momentum, eps)[0]
         if running_mean is not None or running_var is not None:
             raise Unfusable("it tracks running statistics in train mode, which is not fused; it is fused in eval mode")
-        return self.group_norm(input, 0, weight, bias, eps, layouts=layouts)
+        x = self.value(input)
+        return self.native_group_norm(x, weight, bias, self.n, x.sample[0], 0, 0, eps)[0]
 
-    def max_pool(
-        self,
-        input: Any,
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        dilation: Any = 1,
-        ceil_mode: bool = False,
-        return_indices: bool = False,
-        *,
-        axes: int = 2,
-    ) -> Value:
-        if height_width(axes, dilation) != (1, 1) or return_indices:
-            raise Unfusable("dilation and return_indices are not fused")
-        return self._pool("max_pool", axes, input, kernel_size, stride, padding, ceil_mode)
+    # -- pools --------------------------------------------------------------------------------------------------
 
-    def avg_pool(
-        self,
-        input: Any,
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        ceil_mode: bool = False,
-        count_include_pad: bool = True,
-        divisor_override: int | None = None,
-        *,
-        axes: int = 2,
-    ) -> Value:
+    def max_pool2d_with_indices(
+        self, input: Any, kernel_size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0, 0),
+        dilation: Sequence[int] = (1, 1), ceil_mode: bool = False,
+    ) -> tuple[Value, None]:  # fmt: skip
+        if any(d != 1 for d in dilation):
+            raise Unfusable("dilation is not fused")
+        return self._pool("max_pool", input, kernel_size, stride, padding, ceil_mode, None), None
+
+    def avg_pool2d(
+        self, input: Any, kernel_size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0, 0),
+        ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
+    ) -> Value:  # fmt: skip
         if divisor_override is not None:
             raise Unfusable("divisor_override is not fused")
-        return self._pool(
-            "avg_pool", axes, input, kernel_size, stride, padding, ceil_mode, count_padding=count_include_pad
-        )
+        return self._pool("avg_pool", input, kernel_size, stride, padding, ceil_mode, count_include_pad)
 
     def _pool(
-        self,
-        kind: str,
-        axes: int,
-        input: Any,
-        kernel_size: Any,
-        stride: Any,
-        padding: Any,
-        ceil_mode: bool,
-        count_padding: bool | None = None,
-    ) -> Value:
+        self, kind: str, input: Any, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+        ceil_mode: bool, count_padding: bool | None,
+    ) -> Value:  # fmt: skip
         if ceil_mode:
             raise Unfusable("ceil_mode is not fused")
-        kernel = height_width(axes, kernel_size)
-        pad = height_width(axes, padding, height=0)
-        if any(2 * p > k for p, k in zip(pad, kernel, strict=True)):
-            raise Unfusable(f"padding {pad} is more than half of the kernel {kernel}")
-        strides = height_width(axes, stride) if stride not in (None, [], ()) else kernel
-        check_window(kernel, strides, pad)
-        return self._emit(
-            kind, [self._channels_last(self._value(input))], window=Window(kernel, strides, pad, pad),
-            in_layouts=(SPATIAL[axes],), count_padding=count_padding,
-        )  # fmt: skip
+        x = self.channels_last(input)
+        self.spatial(x, 2)
+        kernel, pad = self._pair(kernel_size, 1), self._pair(padding, 0)
+        window = Window(kernel, self._pair(stride, 1) if stride else kernel, pad, pad)
+        self._check_height(x, window)
+        return self._slid(kind, x, window, x.sample[0], (), count_padding=count_padding)
 
-    def adaptive_avg_pool(self, input: Any, output_size: Any, *, axes: int = 2) -> Value:
-        if height_width(axes, output_size) != (1, 1):
-            raise Unfusable(f"output size {output_size} is not fused; only output size 1 is")
-        return self._emit("mean_pool", [self._channels_last(self._value(input))], in_layouts=(SPATIAL[axes],))
+    def mean(self, input: Any, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: Any = None) -> Value:
+        x = self.channels_last(input)
+        axes = {d % len(x.shape) for d in dim or ()}
+        spatial = set(range(2, len(x.shape)))
+        self._check_channels(x)
+        if not spatial or axes != spatial or dtype is not None or len(x.sample) == 1:
+            raise Unfusable(f"the mean over {dim} is not fused; only the mean over all spatial axes is")
+        sample = x.sample[:1] if not keepdim else (x.sample[0], *[1] * (len(x.sample) - 1))
+        return self.emit("mean_pool", [x], self.results[0], sample, out_layout=None if keepdim else "features")
 
-    def mean(self, input: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
-        dims = [dim] if isinstance(dim, int) else list(dim) if isinstance(dim, (tuple, list)) else []
-        axes = len(dims)
-        # The spatial axes: 2 of a signal [n, channels, length], 2 and 3 of an image [n, channels, height, width].
-        if axes not in (1, 2) or sorted(d % (2 + axes) for d in dims) != [2, 3][:axes] or dtype is not None:
-            raise Unfusable(f"the mean over {dim} is not fused; only the mean over all spatial axes, (2, 3) or 2, is")
-        return self._emit(
-            "mean_pool", [self._channels_last(self._value(input))], in_layouts=(SPATIAL[axes],),
-            out_layout=None if keepdim else "features",
-        )  # fmt: skip
+    @staticmethod
+    def _pair(sizes: Sequence[int], height: int) -> tuple[int, int]:
+        """(height, width) from one or two sizes; `height` for the height if there is one spatial axis, a length."""
+        return (sizes[0], sizes[1]) if len(sizes) == 2 else (height, sizes[0])
 
-    def flatten(self, input: Any, start_dim: int = 0, end_dim: int = -1) -> Value:
-        if (start_dim, end_dim) != (1, -1):
-            raise Unfusable(f"flatten({start_dim}, {end_dim}) is not fused; only flatten(1) is")
-        x = self._value(input)
-        return self._emit("flatten", [x], alias=x.alias, out_layout="features")
+    def _check_channels(self, x: Value) -> None:
+        if len(x.sample) > 3:
+            raise Unfusable(f"its input is of shape {list(x.shape)}; fused are inputs of at most 4 axes")
+        if len(x.shape) < 2 or x.shape[1] != x.sample[0]:
+            raise Unfusable(f"its input is of shape {list(x.shape)}, a view of samples of shape {list(x.sample)}")
 
-    def reshape(self, input: Any, *shape: Any) -> Value:
-        if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
-            shape = tuple(shape[0])
-        x = self._value(input)
-        batch = len(shape) == 2 and isinstance(shape[0], Size) and shape[0].axis == 0
-        if batch and shape[1] == -1:
-            return self.flatten(x, 1)
-        if len(shape) == 2 and (batch or shape[0] == -1) and isinstance(shape[1], int) and shape[1] > 0:
-            return self._emit("flatten", [x], alias=x.alias, out_layout="features", out_features=shape[1])
-        raise Unfusable("this reshape is not fused; only a reshape to [n, features] is")
+    def _check_height(self, x: Value, window: Window) -> None:
+        """The window of a signal or of features has height 1, and of features width 1."""
+        axes = len(x.sample) - 1
+        sizes = zip(window.kernel, window.stride, window.pad_begin, window.pad_end, strict=True)
+        for size in list(sizes)[: 2 - axes]:
+            if size[0] != 1 or any(size[2:]):
+                raise Unfusable(f"its input is a view of samples of shape {list(x.sample)} as {list(x.shape[1:])}")
 
-    def append(self, mean: Value, log_std: Any) -> Value:
-        """[mean, log_std] for each sample: the two outputs of a Gaussian policy as one tensor [n, 2 * action]."""
-        p = log_std if isinstance(log_std, FlooredParameter) else FlooredParameter(log_std)
-        if not isinstance(p.parameter, Tensor) or id(p.parameter) not in self.names:
-            raise Unfusable("its log_std is not a parameter of the model, or clamp(min=...) of one")
-        if p.parameter.dim() != 1:
-            raise Unfusable(f"its log_std has shape {list(p.parameter.shape)}; only [action] is fused")
-        size = p.parameter.numel()
-        return self._emit(
-            "append", [mean], (self._parameter(p.parameter, "log_std"),), constants=(p.floor,),
-            in_layouts=("features",), in_features=size, out_features=2 * size,
-        )  # fmt: skip
+    def _slid(
+        self, kind: str, x: Value, window: Window, channels: int, parameters: tuple[int | None, ...], **more: Any
+    ) -> Value:
+        """The node of a window over x."""
+        shape = self.results[0]
+        sizes = (1, 1, *shape[2:])[-2:]
+        sample = (channels, *sizes[2 - (len(x.sample) - 1) :])
+        return self.emit(kind, [x], shape, sample, parameters, window=window, **more)
 
-    def clamp(self, input: Any, min: Any = None, max: Any = None) -> FlooredParameter:
-        if not isinstance(input, Tensor) or max is not None or not isinstance(min, (int, float)):
-            raise Unfusable("this clamp is not fused; only clamp(min=number) of a policy's log_std is")
-        return FlooredParameter(input, float(min))
+    # -- sums and functions -------------------------------------------------------------------------------------
 
-    def expand(self, input: Any, *shape: Any) -> FlooredParameter:
-        """A parameter expanded to one row for each sample."""
-        p = input if isinstance(input, FlooredParameter) else FlooredParameter(input)
-        if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
-            shape = tuple(shape[0])
-        batch = len(shape) == 2 and isinstance(shape[0], Size) and shape[0].axis == 0
-        if not isinstance(p.parameter, Tensor) or not batch or shape[1] not in (-1, p.parameter.numel()):
+    def add(self, input: Any, other: Any, *, alpha: float = 1) -> Value:
+        if isinstance(other, (int, float)) and other == 0:
+            return self.value(input)
+        a, b = self._operand_of_sum(input), self._operand_of_sum(other)
+        if a.sample != b.sample or a.shape != b.shape:
             raise Unfusable(
-                "this expand is not fused; only the expansion of a policy's log_std to one row for each sample is"
+                f"its operands are of shape {list(a.shape)} and {list(b.shape)}; sums of one shape are fused"
             )
-        return FlooredParameter(p.parameter, p.floor, rows=True)
-
-    def expand_as(self, input: Any, other: Any) -> FlooredParameter:
-        p = input if isinstance(input, FlooredParameter) else FlooredParameter(input)
-        if not isinstance(p.parameter, Tensor) or not isinstance(other, Value):
-            raise Unfusable("this expand_as is not fused; only that of a policy's log_std to its mean is")
-        return FlooredParameter(p.parameter, p.floor, rows=True)
-
-    def add(self, input: Any, other: Any, *, alpha: Any = 1) -> Value:
         if alpha != 1:
-            raise Unfusable(f"alpha={alpha} is not fused")
-        for operand in (input, other):
-            if not isinstance(operand, Value):
-                raise Unfusable("the sum with a number or a parameter is not fused; only the sum of two values is")
-        return self._emit("add", [self._channels_last(self._value(input)), self._channels_last(self._value(other))])
+            b = self._scaled(b, float(alpha))
+        return self.emit("add", [a, b], a.shape, a.sample)
 
-    def iadd(self, input: Any, other: Any) -> Value:
-        return self._overwrite(self._value(input), self.add(input, other))
+    def sub(self, input: Any, other: Any, *, alpha: float = 1) -> Value:
+        if isinstance(other, LogSumExp) and other.of == input and alpha == 1:
+            return self._log_softmax(input, -1)
+        return self.add(input, other, alpha=-alpha)
+
+    def _operand_of_sum(self, x: Any) -> Value:
+        if not isinstance(x, Value):
+            raise Unfusable(f"the sum with {text_of(x)} is not fused; only the sum of two values is")
+        return self.channels_last(x)
 
     def mul(self, input: Any, other: Any) -> Value:
         x, factor = (other, input) if isinstance(other, Value) else (input, other)
         if not isinstance(factor, (int, float)) or isinstance(factor, bool):
-            raise Unfusable(f"the product with {argument_text(factor)} is not fused; only the product with a number is")
-        return self._emit("scale", [self._channels_last(self._value(x))], constants=(float(factor),))
+            raise Unfusable(f"the product with {text_of(factor)} is not fused; only the product with a number is")
+        return self._scaled(x, float(factor))
+
+    def div(self, input: Any, other: Any, *, rounding_mode: str | None = None) -> Value:
+        if not isinstance(other, (int, float)) or other == 0 or rounding_mode is not None:
+            raise Unfusable(f"the quotient by {text_of(other)} is not fused; only the quotient by a number is")
+        return self._scaled(input, 1 / other)
 
     def neg(self, input: Any) -> Value:
-        return self.mul(input, -1.0)
+        return self._scaled(input, -1.0)
 
-    def pointwise(self, input: Any, function: str, inplace: bool = False, constants: tuple[float, ...] = ()) -> Value:
-        x = self._value(input)
-        y = self._emit("pointwise", [self._channels_last(x)], function=function, constants=constants)
-        return self._overwrite(x, y) if inplace else y
+    def _scaled(self, x: Any, factor: float) -> Value:
+        x = self.channels_last(x)
+        return self.emit("scale", [x], x.shape, x.sample, constants=(factor,))
 
-    def relu(self, input: Any, inplace: bool = False) -> Value:
-        return self.pointwise(input, "relu", inplace)
+    def _function(self, input: Any, function: str, *constants: float) -> Value:
+        x = self.channels_last(input)
+        return self.emit("pointwise", [x], x.shape, x.sample, function=function, constants=constants)
 
-    def relu_(self, input: Any) -> Value:
-        return self.relu(input, inplace=True)
+    def relu(self, input: Any) -> Value:
+        return self._function(input, "relu")
 
-    def leaky_relu(self, input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Value:
-        return self.pointwise(input, "leaky_relu", inplace, (float(negative_slope),))
+    def leaky_relu(self, input: Any, negative_slope: float = 0.01) -> Value:
+        return self._function(input, "leaky_relu", float(negative_slope))
 
     # The constants of elu are (a, b, c): b x for x > 0, otherwise b a (exp(x / c) - 1).
 
-    def elu(self, input: Any, alpha: float = 1.0, inplace: bool = False) -> Value:
-        return self.pointwise(input, "elu", inplace, (float(alpha), 1.0, 1.0))
+    def elu(self, input: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Value:
+        return self._function(input, "elu", float(alpha), float(scale), 1 / input_scale)
 
-    def selu(self, input: Any, inplace: bool = False) -> Value:
-        return self.pointwise(input, "elu", inplace, (1.6732632423543772, 1.0507009873554805, 1.0))
+    def celu(self, input: Any, alpha: float = 1) -> Value:
+        return self._function(input, "elu", float(alpha), 1.0, float(alpha))
 
-    def celu(self, input: Any, alpha: float = 1.0, inplace: bool = False) -> Value:
-        return self.pointwise(input, "elu", inplace, (float(alpha), 1.0, float(alpha)))
+    def silu(self, input: Any) -> Value:
+        return self._function(input, "silu")
 
-    def silu(self, input: Any, inplace: bool = False) -> Value:
-        return self.pointwise(input, "silu", inplace)
+    def gelu(self, input: Any, *, approximate: str = "none") -> Value:
+        return self._function(input, "gelu" if approximate == "none" else "gelu_tanh")
 
-    def gelu(self, input: Any, approximate: str = "none") -> Value:
-        return self.pointwise(input, "gelu" if approximate == "none" else "gelu_tanh")
-
-    def softplus(self, input: Any, beta: float = 1.0, threshold: float = 20.0) -> Value:
-        return self.pointwise(input, "softplus", constants=(float(beta), float(threshold)))
+    def softplus(self, input: Any, beta: float = 1, threshold: float = 20) -> Value:
+        return self._function(input, "softplus", float(beta), float(threshold))
 
     def tanh(self, input: Any) -> Value:
-        return self.pointwise(input, "tanh")
+        return self._function(input, "tanh")
 
     def sigmoid(self, input: Any) -> Value:
-        return self.pointwise(input, "sigmoid")
+        return self._function(input, "sigmoid")
 
     def sin(self, input: Any) -> Value:
-        return self.pointwise(input, "sin")
+        return self._function(input, "sin")
 
-    def hardtanh(self, input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Value:
-        if min_val > max_val:
-            raise Unfusable(f"min_val={min_val} is more than max_val={max_val}")
-        return self.pointwise(input, "hardtanh", inplace, (float(min_val), float(max_val)))
+    def hardtanh(self, input: Any, min_val: float = -1, max_val: float = 1) -> Value:
+        return self._function(input, "hardtanh", float(min_val), float(max_val))
 
-    def relu6(self, input: Any, inplace: bool = False) -> Value:
-        return self.hardtanh(input, 0.0, 6.0, inplace)
+    # -- the two outputs of a Gaussian policy -------------------------------------------------------------------
 
-    def dropout(self, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Value:
-        if training and p > 0:
-            raise Unfusable(f"dropout with p={p} in train mode is not fused; it is fused in eval mode")
-        return self._value(input)
-
-    def identity(self, input: Any) -> Value:
-        return self._value(input)
-
-    # -- sizes ------------------------------------------------------------------------------------------------
-
-    def size(self, input: Any, dim: int | None = None) -> Any:
-        return Shape() if dim is None else Size(dim)
-
-    def get_attribute(self, x: Any, name: str) -> Any:
-        if isinstance(x, Value) and name == "shape":
-            return Shape()
-        raise Unfusable(f"reading the attribute {name} of a tensor is not fused; only shape is")
-
-    def get_item(self, x: Any, index: Any) -> Any:
-        if isinstance(x, Shape) and isinstance(index, int):
-            return Size(index)
-        raise Unfusable("indexing is not fused")
+    def append(self, mean: Value, log_std: Any) -> Value:
+        """[mean, log_std] for each sample, as one tensor [n, 2 * action]."""
+        if not isinstance(log_std, Held) or log_std.transposed or log_std.slot:
+            raise Unfusable(
+                "the model returns a pair; fused is (mean, log_std), where log_std is a parameter of the model, or "
+                f"clamp(min=...) of one, not {text_of(log_std)}"
+            )
+        size = log_std.shape[-1]
+        if len(log_std.shape) != (2 if log_std.rows else 1) or len(mean.sample) != 1:
+            raise Unfusable(f"its log_std has shape {list(log_std.shape)}; only [action] is fused")
+        return self.emit(
+            "append", [mean], (self.n, 2 * size), (2 * size,), (self.tensor(log_std, "log_std"),),
+            constants=(log_std.floor,), in_features=size, out_features=2 * size,
+        )  # fmt: skip

@@ -1,32 +1,39 @@
 """Compares a plan with its model on random data.
 
-A plan comes from reading a model's code, and code can be misread. So before a plan is used for samples of a shape, its
-results are compared with those of plain autograd on a copy of the model in float64: the prediction, the gradient of the
-loss, and one Hessian-vector product.
+A plan comes from reading what a model runs, and that can be misread. So before a plan is used for samples of a shape,
+its results are compared with those of plain autograd on a copy of the model in float64: the prediction, the gradient of
+the loss, and one Hessian-vector product.
 
 The copy has the model's modules and training flags, but random parameters, and buffers with small random changes. With
 the model's own values, a layer that is initialised to zero, or an infinite weight, could hide a difference.
+
+A loss of the user's own is compared on several draws of random data, whose labels are of every class, because whether
+it is a loss of the core is known from this comparison alone (own_loss.py).
 
 This module does not depend on how the plan was made. It needs the model, and functions that compute the three results.
 """
 
 from __future__ import annotations
 
-import copy
-import pickle
-import random
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Generator, Tensor, nn
+from torch.distributions import Distribution
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from maml_cuda import pytrees
 from maml_cuda.batch_norm import at_step
-from maml_cuda.losses import LOSSES
+from maml_cuda.capture import generators, outside_state
+from maml_cuda.capture.copies import copied, held_in_containers, in_place_of, places
+from maml_cuda.capture.errors import first_line
+from maml_cuda.losses import Loss, loss_function
 from maml_cuda.policies import mean_of
 from maml_cuda.targets import PolicyTarget, Target
 from maml_cuda.torch_wrappers import uncompiled
@@ -34,6 +41,10 @@ from maml_cuda.torch_wrappers import uncompiled
 # The largest relative error. In 57,000 comparisons by the tests, the largest error from rounding in float64 was 2e-9,
 # and all but 19 were less than 1e-10. A misread forward has an error of 1e-3 or more.
 TOLERANCE = 1e-7
+# The sizes of the numbers in targets of a loss of the user's own, each for one draw of random data: terms that are
+# too small to be seen beside the others near 1 are not far away.
+OWN_LOSS_SIZES = (1.0, 10.0, 50.0)
+MOST_DRAWS = 64
 SMALL = 1e-5  # a norm below this counts as this one in a relative error; values here are of order 1
 
 Named = Mapping[str, Tensor]  # by name of a parameter or buffer
@@ -55,52 +66,70 @@ class Results(Protocol):
 
 
 def why_not(
-    model: nn.Module, loss: str, results: Results, sample: tuple[int, ...], samples: int, second_order: bool
+    model: nn.Module,
+    loss: Loss | None,
+    results: Results,
+    sample: tuple[int, ...],
+    samples: int,
+    second_order: bool,
+    target: Any = None,
+    draws: int = 1,
 ) -> str:
     """The reason why a plan must not be used, or "" if its results are those of the model.
 
     Args:
-        loss: the name of the loss.
+        loss: None: the prediction and its gradient alone are compared.
         results: the plan's results.
         sample: the shape of one sample.
         samples: the number of samples.
         second_order: compare a Hessian-vector product too.
+        target: of a loss of the user's own, a pytree of objects with shape and dtype, like the target of one task.
+        draws: of random data; of a loss of the user's own so many that their labels are of every class.
     """
     # A new thread has none of the caller's modes (autocast, no_grad, inference, devices, fake tensors, transforms).
     with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(_compare, model, loss, results, sample, samples, second_order).result()
+        for seed in range(draws):
+            arguments = (model, loss, results, sample, samples, second_order, target, seed)
+            if reason := thread.submit(_compare, *arguments).result():
+                return reason
+    return ""
 
 
 def _compare(
-    model: nn.Module, loss: str, results: Results, sample: tuple[int, ...], samples: int, second_order: bool
-) -> str:
-    generator = Generator().manual_seed(0)
+    model: nn.Module, loss: Loss | None, results: Results, sample: tuple[int, ...], samples: int, second_order: bool,
+    target: Any, seed: int,
+) -> str:  # fmt: skip
+    generator = Generator().manual_seed(seed)
     try:
-        with _generators_restored(), uncompiled():  # compiled modules cannot be differentiated twice
-            copied = _copied(model, generator)
-            state = {**dict(copied.named_parameters()), **dict(copied.named_buffers())}
+        in_double = _InDouble() if _is_single(model) else nullcontext()
+        with generators.restored(), uncompiled(), in_double:  # compiled modules cannot be differentiated twice
+            model_copy, loss_copy = copied((model, loss), _replacements(model, generator))
+            state = {name: place.tensor for name, place in places(model_copy).items()}
             fast = {name: t.detach().clone().unsqueeze(0) for name, t in state.items()}
             x = torch.randn(samples, *sample, dtype=torch.float64, generator=generator)
-            expected = _Expected(copied, loss, x.clone(), second_order, generator)
+            with outside_state.restored(model_copy, [loss_copy] if callable(loss_copy) else []):
+                make_target = partial(_target_for, loss, target, seed, generator)
+                expected = _Expected(model_copy, loss_copy, x.clone(), make_target, second_order, generator)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return f"it could not be compared with the model on random data: {reason}"
+        return f"it could not be compared with the model on random data: {first_line(error)}"
     x, y = x.unsqueeze(0), pytrees.mapped(lambda t: t.unsqueeze(0), expected.target)
     prediction = results.predict(fast, x)
-    losses, gradient = results.loss_and_grad(fast, x, y)
+    losses, gradient = _of_prediction(results, fast, x, expected) if loss is None else results.loss_and_grad(fast, x, y)
     pairs = [
         ("prediction", _first(_parts(prediction)), _parts(expected.prediction)),
         ("loss", {"": losses[0]}, {"": expected.loss}),
         ("gradient", _first(gradient), expected.gradient),
     ]
-    if second_order:
+    if second_order and loss is not None:
         v = {name: t.unsqueeze(0) for name, t in expected.direction.items()}
         pairs.append(("Hessian-vector product", _first(results.hvp(fast, x, y, v)), expected.product))
     for what, got, wanted in pairs:
         if difference := _difference(got, wanted):
+            if callable(loss) and what != "prediction":
+                return f"the loss is a callable of yours, unlike those of the fused layers: the {what}{difference}"
             return (
                 "on random data the fused layers do not compute what forward computes: "
-                f"the {what}{difference}; maml_cuda has misread the code of forward"
+                f"the {what}{difference}; maml_cuda has misread the model"
             )
     return ""
 
@@ -108,11 +137,20 @@ def _compare(
 class _Expected:
     """The results of a model by plain autograd, and the target and direction for which they were computed."""
 
-    def __init__(self, model: nn.Module, loss: str, x: Tensor, second_order: bool, generator: Generator) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss | None,
+        x: Tensor,
+        make_target: Callable[[Any], Any],
+        second_order: bool,
+        generator: Generator,
+    ) -> None:
         with at_step(model, 0):
             self.prediction = model(x)
-        self.target = _target(loss, self.prediction, generator)
-        self.loss = LOSSES[loss](self.prediction, self.target)
+        self.target = make_target(self.prediction)
+        function = _projection if loss is None else loss_function(loss)
+        self.loss = function(self.prediction, self.target)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         parameters = list(trainable.values())
         grads = torch.autograd.grad(self.loss, parameters, create_graph=second_order, materialize_grads=True)
@@ -127,32 +165,48 @@ class _Expected:
         self.product = dict(zip(trainable, product, strict=True))
 
 
-def _copied(model: nn.Module, generator: Generator) -> nn.Module:
-    """A copy of the model in float64 on the CPU, with random parameters and changed buffers.
+def _projection(prediction: Any, cotangents: Named) -> Tensor:
+    """The product of a prediction with cotangents."""
+    return torch.stack([(t * cotangents[name]).sum() for name, t in _parts(prediction).items()]).sum()
 
-    The copy shares with the model those of its other attributes that cannot be copied (locks, files, loggers).
-    """
-    memo: dict[int, Any] = {}  # of copy.deepcopy: id of an object -> its copy
-    for module in model.modules():
-        for p in module._parameters.values():
-            if p is not None and id(p) not in memo:
-                memo[id(p)] = nn.Parameter(_random_parameter(p, generator), p.requires_grad)
-                memo[id(p)].__dict__.update(p.__dict__)  # attributes that the user has set on it
-        for t in [*module._buffers.values(), *vars(module).values()]:
-            if isinstance(t, Tensor) and id(t) not in memo:
-                memo[id(t)] = _changed_buffer(t, generator)
-    try:
-        return copy.deepcopy(model, dict(memo))
-    except Exception:
-        attributes = [value for module in model.modules() for value in vars(module).values()]
-        for value in attributes:  # the list grows in the loop, by the items of containers
-            if isinstance(value, dict):
-                attributes += value.values()
-            elif isinstance(value, (list, tuple, set)):
-                attributes += value
-            elif not isinstance(value, (Tensor, nn.Module)):
-                memo[id(value)] = value
-        return copy.deepcopy(model, memo)
+
+def _of_prediction(results: Results, fast: Named, x: Tensor, expected: _Expected) -> tuple[Tensor, dict[str, Tensor]]:
+    """The product of a plan's prediction with cotangents, [1], and its gradient."""
+    at = {name: t.requires_grad_(name in expected.gradient) for name, t in fast.items()}
+    value = _projection(results.predict(at, x), {name: t.unsqueeze(0) for name, t in expected.target.items()})
+    wanted = [at[name] for name in expected.gradient]
+    grads = torch.autograd.grad(value, wanted, materialize_grads=True)
+    return value.detach().unsqueeze(0), dict(zip(expected.gradient, grads, strict=True))
+
+
+def _replacements(model: nn.Module, generator: Generator) -> dict[int, Tensor]:
+    """For a copy in float64 on the CPU: random parameters, and other tensors with small random changes."""
+    found: dict[int, Tensor] = {}
+    for t in [*(place.tensor for place in places(model).values()), *held_in_containers(model)]:
+        if id(t) in found:
+            continue
+        of = _random_parameter if isinstance(t, nn.Parameter) else _changed_buffer
+        found[id(t)] = in_place_of(t, of(t, generator))
+    return found
+
+
+class _InDouble(TorchFunctionMode):
+    """Inside, what code makes or asks for in float32 is float64, as for a copy in float64 of a model in float32."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = pytree.tree_map_only(torch.dtype, self._double, (args, kwargs or {}))
+        result = (Tensor.double if function is Tensor.float else function)(*args, **kwargs)
+        return result.double() if isinstance(result, Tensor) and result.dtype == torch.float32 else result
+
+    @staticmethod
+    def _double(dtype: torch.dtype) -> torch.dtype:
+        return torch.float64 if dtype == torch.float32 else dtype
+
+
+def _is_single(model: nn.Module) -> bool:
+    return all(p.dtype == torch.float32 for p in model.parameters())
 
 
 def _random_parameter(p: Tensor, generator: Generator) -> Tensor:
@@ -193,9 +247,41 @@ def _target(loss: str, prediction: Any, generator: Generator) -> Target:
     return PolicyTarget(actions, _normal(mean.shape[:1], generator))
 
 
+def _target_for(loss: Loss | None, likes: Any, seed: int, generator: Generator, prediction: Any) -> Any:
+    """A random target for a prediction.
+
+    Args:
+        likes: of a loss of the user's own, what its target is like.
+        seed: the number of the draw. With it the sizes of numbers change, and the labels go through the classes.
+    """
+    parts = _parts(prediction)
+    if loss is None:  # cotangents
+        return {name: _normal(t.shape, generator) for name, t in parts.items()}
+    if isinstance(loss, str):
+        return _target(loss, prediction, generator)
+    classes = next(iter(parts.values())).shape[-1]
+
+    def leaf(like: Any) -> Any:
+        if like is None:
+            return None
+        if like.dtype.is_floating_point:
+            size = OWN_LOSS_SIZES[seed % len(OWN_LOSS_SIZES)]
+            return size * (2 * _normal(like.shape, generator) + 1)
+        count = math.prod(like.shape)
+        labels = (torch.randperm(count, generator=generator) + seed * count) % classes
+        return labels.view(like.shape).to(like.dtype)
+
+    return pytree.tree_map(leaf, likes)
+
+
 def _parts(prediction: Any) -> dict[str, Tensor]:
-    """The tensors of a prediction, by number."""
-    return {str(i): t for i, t in enumerate(prediction if isinstance(prediction, tuple) else (prediction,))}
+    """The tensors of a prediction, by name."""
+    if isinstance(prediction, Tensor):
+        return {"": prediction}
+    given: dict[Any, Any] = dict(enumerate(prediction)) if isinstance(prediction, tuple) else {}
+    if isinstance(prediction, Distribution):
+        given = pytrees.arguments_of("the prediction", prediction)
+    return {f"{key} {name}": t for key, part in given.items() for name, t in _parts(part).items()}
 
 
 def _first(by_task: Named) -> dict[str, Tensor]:
@@ -215,20 +301,3 @@ def _difference(got: Named, expected: Named) -> str:
         if not error <= TOLERANCE:  # in this form, a NaN is a difference too
             return f"{of} is off by {100 * error:.2g} %"
     return ""
-
-
-@contextmanager
-def _generators_restored() -> Iterator[None]:
-    """A context that restores the state of the global random generators. One that was not used is not set."""
-    generators: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
-        (torch.get_rng_state, torch.set_rng_state),
-        (random.getstate, random.setstate),
-        (np.random.get_state, np.random.set_state),
-    ]
-    before = [get() for get, _ in generators]
-    try:
-        yield
-    finally:
-        for (get, restore), state in zip(generators, before, strict=True):
-            if pickle.dumps(get()) != pickle.dumps(state):
-                restore(state)

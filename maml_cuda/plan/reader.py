@@ -1,162 +1,121 @@
-"""Reads an nn.Module as a graph of fused layers, or raises Unfusable with the reason why it cannot.
+"""Reads the record of a model as a graph of fused layers, or raises Unfusable with the reason why it cannot.
 
-tracing.py records the calls of `forward` with torch.fx. This module reads the record call by call, and layers.py writes
-the nodes for each call. A call that none of its methods reads is refused.
+Each operation is read by the method of Layers of the same name, which writes the nodes. An operation without one is
+refused.
 """
 
 from __future__ import annotations
 
 import inspect
-import operator
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch.fx
 from torch import nn
+from torch.distributions import Categorical, Independent, Normal
+from torch.utils import _pytree as pytree
 
-from maml_cuda.plan.arguments import FlooredParameter, Traced, argument_text
-from maml_cuda.plan.graph import Graph, Value
+from maml_cuda.capture.errors import Unfusable
+from maml_cuda.capture.python_state import Change
+from maml_cuda.capture.record import Made, Operand, Operation, Record
+from maml_cuda.plan.graph import Constant, Graph, Held, Known, LogSumExp, Returned, Value, Writer, text_of
 from maml_cuda.plan.layers import Layers
-from maml_cuda.plan.side_effects import Unfusable, described
-from maml_cuda.plan.torch_names import FUNCTIONS, METHODS, MODULES
-from maml_cuda.plan.tracing import GLOBAL_HOOKS, HOOKS, record
 
-__all__ = ["GLOBAL_HOOKS", "HOOKS", "Graph", "Unfusable", "trace"]
+# The methods that read operations, which are named like them.
+_OPERATIONS = {
+    name: method
+    for name, method in inspect.getmembers(Layers, inspect.isfunction)
+    if not hasattr(Writer, name) and name not in ("append", "module_at", "__init__")
+}
 
 
-def trace(model: nn.Module) -> Graph:
-    """The graph of fused layers for `model`, with its current training flags.
+def graph_of(model: nn.Module, record: Record, changes: tuple[Change, ...] = ()) -> Graph:
+    """The graph of the prediction in a record of the model.
+
+    Args:
+        changes: of Python state by forward, which fused layers do not make.
 
     Raises:
         Unfusable: there is none; the message is the reason.
     """
-    return _Reader(model).read(record(model, MODULES))
-
-
-# The arguments of a layer's method that may be values computed from x, or their shapes. All others must be numbers or
-# parameters.
-VALUE_ARGUMENTS = ("self", "layers", "input", "other", "x", "shape", "index")
-
-
-def _traced(argument: Any) -> list[Traced]:
-    """The traced objects in an argument: itself, or items of a tuple or list."""
-    parts = argument if isinstance(argument, (tuple, list)) else [argument]
-    return [part for part in parts if isinstance(part, Traced)]
+    graph = _Reader(model, record).read()
+    graph.ignored = tuple(map(str, changes))
+    return graph
 
 
 class _Reader(Layers):
-    """Reads a torch.fx graph, node by node."""
+    def __init__(self, model: nn.Module, record: Record) -> None:
+        super().__init__(model, record.x.shape[0])
+        self._record = record
+        self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        shape = record.x.shape
+        self._known: dict[int, Known] = {id(record.x): Value(0, shape, shape[1:], False, False)}
 
-    def read(self, graph: torch.fx.Graph) -> Graph:
-        """Writes the nodes for all calls of the torch.fx graph.
-
-        Raises:
-            Unfusable: a call is not fused; the message names the call.
-        """
-        self._remove_unused_calls(graph)
-        values: dict[torch.fx.Node, Any] = {}
-        seen_input = False
-        for node in graph.nodes:
-            self._locate(node)
-            if node.op == "placeholder":
-                if not seen_input:
-                    values[node] = self.values[0]
-                    seen_input = True
-                elif not node.args and not str(node.target).startswith("*"):
-                    raise Unfusable(f"the model's forward takes more than one argument ({node.target})")
-                continue
-            if node.op == "get_attr":
-                values[node] = node.meta["value"]
-                continue
-            args = torch.fx.node.map_arg(node.args, lambda n: values[n])
-            kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: values[n])
-            if node.op == "output":
-                return self._finish(args[0])
+    def read(self) -> Graph:
+        prediction = self._record.prediction
+        for operation in self._record.needed_for(prediction):
+            self.call, self.module = operation.call, operation.module
+            self.results = [operand.shape for operand in operation.results]
             try:
-                values[node] = self._call(node, args, kwargs)
+                self._read(operation)
             except Unfusable as reason:
                 raise Unfusable(f"{self.call}: {reason}") from None
-        raise Unfusable("the model returns nothing")
+        self.call, self.module = "the prediction", ""
+        return self._finish(pytree.tree_map_only(Operand, self._operand, prediction))
 
-    def _remove_unused_calls(self, graph: torch.fx.Graph) -> None:
-        """Removes calls whose result is never read, unless they may change another value in place.
-
-        A name such as relu_ or iadd, an argument `out`, and an argument True (`inplace`) are signs of that.
-        """
-        for node in reversed(graph.nodes):
-            if node.users or node.op in ("output", "placeholder"):
-                continue
-            if node.op == "call_module":
-                module = self.model.get_submodule(str(node.target))
-                pure = type(module) in MODULES and not getattr(module, "inplace", False)
-            else:
-                name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
-                in_place = name.endswith("_") or (node.target in vars(operator).values() and name.startswith("i"))
-                pure = (
-                    not in_place
-                    and "out" not in node.kwargs
-                    and not any(a is True for a in (*node.args, *node.kwargs.values()))
-                )
-            if pure:
-                graph.erase_node(node)
-
-    def _locate(self, node: torch.fx.Node) -> None:
-        """Sets `module_path` and `call` to those of a node of the torch.fx graph."""
-        if node.op == "call_module":
-            self.module_path = str(node.target)
-            self.call = described(self.module_path, self.model.get_submodule(self.module_path))
-            return
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        path = stack[-1][0] if stack else ""
-        self.module_path = path if isinstance(path, str) else ""
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        self.call = f"{name} in {described(self.module_path, self.model.get_submodule(self.module_path))}"
-
-    def _call(self, node: torch.fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Calls the method of Layers for one node of the torch.fx graph."""
-        if node.op == "call_module":
-            module = self.model.get_submodule(str(node.target))
-            if type(module) not in MODULES:
-                raise Unfusable("no fused layer serves it")
-            layer: Callable[..., Any] | None = MODULES[type(module)]
-            args = (module, *args)
-        elif node.op == "call_method":
-            layer = METHODS.get(str(node.target))
+    def _read(self, operation: Operation) -> None:
+        args, kwargs = pytree.tree_map_only(Operand, self._operand, (operation.args, operation.kwargs))
+        known = [self._operand(operand) for operand in operation.operands()]
+        learned = any(_is_learned(k) for k in known)
+        if operation.boundary and learned:
+            raise Unfusable(operation.boundary)
+        method = _OPERATIONS.get(operation.name)
+        if method is None or all(isinstance(k, Constant) for k in known):
+            if any(isinstance(k, (Value, LogSumExp)) for k in known):
+                raise Unfusable(f"no fused layer serves it ({operation.name})")
+            what = "a tensor computed from parameters" if learned else "a tensor made in forward"
+            results: Any = (Constant(what, learned),) * len(operation.results)
         else:
-            layer = FUNCTIONS.get(node.target)
-        if layer is None:
+            try:
+                results = method(self, *args, **kwargs)
+            except TypeError as error:
+                raise Unfusable(f"no fused layer has this option ({error})") from None
+        for operand, result in zip(
+            operation.results, results if isinstance(results, tuple) else (results,), strict=False
+        ):
+            if isinstance(result, Known):
+                self._known[id(operand)] = result
+
+    def _operand(self, operand: Operand) -> Known:
+        if operand.overwritten == self.call:  # inside one function of torch
             raise Unfusable("no fused layer serves it")
-        try:
-            given = inspect.signature(layer).bind(self, *args, **kwargs).arguments
-            for name, argument in given.items():
-                if name not in VALUE_ARGUMENTS and (found := _traced(argument)):
-                    raise Unfusable(f"its {name} is {found[0]}; only a number or a parameter is fused")
-            return layer(self, *args, **kwargs)
-        except (TypeError, ValueError) as error:
-            raise Unfusable(f"no fused layer has this option ({error})") from None
+        if operand.overwritten:
+            raise Unfusable(f"it reads a value that {operand.overwritten} has changed in place")
+        if id(operand) not in self._known:
+            self._known[id(operand)] = self._input(operand)
+        return self._known[id(operand)]
 
-    def _finish(self, result: Any) -> Graph:
+    def _input(self, operand: Operand) -> Known:
+        if operand.source == "model":
+            return Held(operand.name, operand.shape, self._requires_grad.get(operand.name, False))
+        return Constant("the target" if operand.source == "y" else "a tensor that is not the model's", False)
+
+    def _finish(self, prediction: Any) -> Graph:
         """Writes the last nodes, for what `forward` returns, and returns the graph."""
-        policy = isinstance(result, tuple) and len(result) == 2
-        mean = result[0] if policy else result
+        mean, log_std, distribution = _parts(prediction)
         if not isinstance(mean, Value):
-            raise Unfusable(f"the model returns {argument_text(result)}, not one tensor computed from x")
-        self.call, self.module_path = "the prediction", ""
-        x = self._value(mean)
-        if policy:
-            x = self.append(x, result[1])
-            self.graph.log_std = "rows" if isinstance(result[1], FlooredParameter) and result[1].rows else "shared"
-        if not any(read.name in self.names.values() for read in self.graph.reads):
+            raise Unfusable(f"the model returns {text_of(prediction)}, not one tensor computed from x")
+        x = self.value(replace(mean, log_softmax=False))
+        self.graph.returned = Returned(x.shape[1:], mean.log_softmax, distribution=distribution)
+        if log_std is not None:
+            x = self.append(x, log_std)
+            self.graph.returned = replace(self.graph.returned, log_std="rows" if log_std.rows else "shared")
+        if not x.learned:
             raise Unfusable("the model's prediction depends on no parameter")
-        self._emit("flatten", [x], out_layout="features")  # from channels last to torch's order of elements
-        return self._without_unused_nodes(self.graph)
+        self.emit("flatten", [x], x.shape, x.sample, out_layout="features")  # to torch's order of elements
+        return self._ordered(self.graph)
 
-    def _without_unused_nodes(self, graph: Graph) -> Graph:
-        """The graph without nodes that the prediction does not depend on, and without parameters that only they read.
-
-        Parameters and buffers are in the model's order.
-        """
+    def _ordered(self, graph: Graph) -> Graph:
+        """The graph without nodes that the prediction does not depend on, with its tensors in the model's order."""
         alive = set()
         pending = [len(graph.nodes)]
         while pending:
@@ -168,9 +127,9 @@ class _Reader(Layers):
         values = {0: 0, **{number: place for place, number in enumerate(sorted(alive), start=1)}}
         read = {i for node in nodes for i in node.parameters if i is not None}
         names = [name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]]
-        order = sorted(read, key=lambda i: names.index(graph.reads[i].name))
+        order = sorted(read, key=lambda i: [*names, graph.reads[i].name].index(graph.reads[i].name))
         places: dict[int | None, int | None] = {None: None, **{i: place for place, i in enumerate(order)}}
-        nodes = [
+        graph.nodes = [
             replace(
                 node,
                 inputs=tuple(values[i] for i in node.inputs),
@@ -178,4 +137,33 @@ class _Reader(Layers):
             )
             for node in nodes
         ]
-        return Graph(nodes, [graph.reads[i] for i in order], graph.served_by, graph.log_std)
+        graph.reads = [graph.reads[i] for i in order]
+        return graph
+
+
+def _parts(prediction: Any) -> tuple[Any, Any, str]:
+    """The mean or logits, the log_std of a Gaussian policy or None, and the name of the distribution or ""."""
+    if isinstance(prediction, Made):
+        kind, arguments = prediction
+        if kind is Independent and arguments["reinterpreted_batch_ndims"] == 1:
+            mean, log_std, inside = _parts(arguments["base_distribution"])
+            if inside == "Normal":
+                return mean, log_std, "Independent"
+        scale = arguments.get("scale")
+        if kind is Normal and isinstance(scale, Held) and scale.exponential:
+            return arguments["loc"], replace(scale, exponential=False), "Normal"
+        if kind is Categorical and "logits" in arguments:
+            return arguments["logits"], None, "Categorical"
+        raise Unfusable(
+            f"the model returns {kind.__name__}; fused are Categorical of logits, and Normal of exp(log_std)"
+        )
+    if type(prediction) is tuple and len(prediction) == 2 and prediction[1] is not None:
+        return (*prediction, "")
+    return prediction, None, ""
+
+
+def _is_learned(known: Known) -> bool:
+    """Whether it depends on a parameter that has a gradient."""
+    if isinstance(known, LogSumExp):
+        return known.of.learned
+    return known.learned if isinstance(known, Value) else known.trained  # type: ignore[attr-defined]

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from maml_cuda.plan.code_names import ANY_ATTRIBUTE, ANYTHING, MAKE, UNUSED, imported, names_in
+from maml_cuda.capture.code_names import ANY_ATTRIBUTE, ANYTHING, MAKE, UNUSED, imported, names_in
 
 MOST_ITEMS = 3000  # watched items and places of one model, as each takes nanoseconds at every call
 
@@ -70,15 +70,12 @@ def guards_of(model: nn.Module, functions: Iterable[Callable[..., Any]] = ()) ->
     Not included: the attributes, parameters, buffers and submodules of the model's modules, and their hook registries
     that are empty. The caller watches them.
     """
-    walk = _Walk()
-    walk.model(model)
-    for function in functions:
-        walk.add(function, getattr(function, "__name__", type(function).__name__), "")
-    walk.run()
-    return Guards([*walk.dicts.values()], [*walk.lists.values()], [*walk.places.values()], [*walk.unwatched])
+    walk = Walk(model, functions)
+    places = [(place.owner, place.key) for place in walk.places.values()]
+    return Guards([*walk.dicts.values()], [*walk.lists.values()], places, [*walk.unwatched])
 
 
-def _is_library(module: str | None) -> bool:
+def is_library(module: str | None) -> bool:
     return module is not None and module.partition(".")[0] in _LIBRARIES
 
 
@@ -117,48 +114,73 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _HOOKS = frozenset(name for name in _OF_EVERY_MODULE if "hooks" in name and "state_dict" not in name)
 
 
-class _Walk:
-    """Goes through objects, each once, from a queue, so that there may be cycles and long chains.
+class Found(NamedTuple):
+    """An object, with its name and where it was found, for descriptions: "table", " that Net.forward reads"."""
 
-    An object comes with its name and where it was found, for descriptions: "table", " that Net.forward reads".
+    value: Any
+    name: str
+    where: str
+
+
+class FoundPlace(NamedTuple):
+    """A place of Guards, with the name of what it holds."""
+
+    owner: Any
+    key: str
+    name: str
+    where: str
+
+
+class Walk:
+    """Goes through the objects that calls of a model and of functions can reach, each once, from a queue, so that there
+    may be cycles and long chains.
+
+    Attributes:
+        found: each object that can change, by its id; the objects are kept, as an id may be given again. Not the
+            model's own modules.
+        functions, classes, python_modules, instances: those of the user's code, with where they were found.
+        dicts, lists, places, unwatched: for Guards.
+        attributes: the names of attributes that some code reads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, functions: Iterable[Callable[..., Any]]) -> None:
         self.dicts: dict[int, dict[Any, Any]] = {}
         self.lists: dict[int, list[Any]] = {}
-        self.places: dict[tuple[int, str], tuple[Any, str]] = {}
+        self.places: dict[tuple[int, str], FoundPlace] = {}
         self.unwatched: dict[str, None] = {}
-        self._items = 0
-        self._seen: dict[int, Any] = {}  # by id; the objects are kept, as an id may be given again
-        self._queue: deque[tuple[Any, str, str]] = deque()
+        self.found: dict[int, Found] = {}
+        self.functions: list[FunctionType] = []
         # Of these, the attributes count that some code names, or all where code reads attributes that it does not name.
-        self._classes: dict[type, bool] = {}  # and whether code may make instances
-        self._python_modules: list[ModuleType] = []
-        self._instances: list[tuple[Any, str, str]] = []
-        self._attributes = {"forward"}
-
-    def model(self, model: nn.Module) -> None:
+        self.classes: dict[type, bool] = {}  # and whether code may make instances
+        self.python_modules: list[ModuleType] = []
+        self.instances: list[Found] = []
+        self.attributes = {"forward"}
+        self._items = 0
+        self._own = {id(module) for module in model.modules()}
+        self._queue: deque[Found] = deque()
         for path, module in model.named_modules():
-            self._seen[id(module)] = module
             self._module(module, "", f" of {path or 'the model'} ({type(module).__name__})", is_own=True)
-        for tensor in (*model.parameters(), *model.buffers()):
-            self.add(tensor, "a tensor", "")
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self._add(tensor, name, "")
+        for function in functions:
+            self._add(function, getattr(function, "__name__", type(function).__name__), "")
+        self._run()
 
-    def add(self, value: Any, name: str, where: str) -> None:
-        if type(value) not in _EXACT_CONSTANTS and id(value) not in self._seen:
-            self._seen[id(value)] = value
-            self._queue.append((value, name, where))
+    def _add(self, value: Any, name: str, where: str) -> None:
+        if type(value) not in _EXACT_CONSTANTS and id(value) not in self.found and id(value) not in self._own:
+            self.found[id(value)] = Found(value, name, where)
+            self._queue.append(self.found[id(value)])
 
-    def run(self) -> None:
+    def _run(self) -> None:
         while True:
             while self._queue:
                 self._visit(*self._queue.popleft())
-            names = None if self._attributes & ANY_ATTRIBUTE else self._attributes
-            for cls, made in self._classes.items():
+            names = None if self.attributes & ANY_ATTRIBUTE else self.attributes
+            for cls, made in self.classes.items():
                 self._class(cls, made, names)
-            for module in self._python_modules:
-                self._variables(module, self._attributes)
-            for instance in self._instances:
+            for module in self.python_modules:
+                self._variables(module, self.attributes)
+            for instance in self.instances:
                 self._attributes_of(*instance, names)
             if not self._queue:
                 return
@@ -179,8 +201,8 @@ class _Walk:
     def _place(self, owner: Any, key: str, value: Any, name: str, where: str) -> None:
         """A place, and what is there."""
         if (id(owner), key) not in self.places and self._fits(1, "variable", name, where):
-            self.places[id(owner), key] = owner, key
-            self.add(value, name, where)
+            self.places[id(owner), key] = FoundPlace(owner, key, name, where)
+            self._add(value, name, where)
 
     def _dict(self, content: dict[Any, Any], name: str, where: str, are_attributes: bool = False) -> None:
         """A dict, and what is in it."""
@@ -189,7 +211,7 @@ class _Walk:
             for key, value in list(content.items()):
                 if type(value) not in _EXACT_CONSTANTS:
                     key = key if isinstance(key, (int, str)) else ...
-                    self.add(value, f"{name}.{key}" if are_attributes else f"{name}[{key!r}]", where)
+                    self._add(value, f"{name}.{key}" if are_attributes else f"{name}[{key!r}]", where)
 
     def _sequence(self, content: Any, name: str, where: str) -> None:
         """A list, tuple or frozenset, and what is in it."""
@@ -199,7 +221,7 @@ class _Walk:
             self.lists[id(content)] = content
         for i, value in enumerate(content):
             if type(value) not in _EXACT_CONSTANTS:
-                self.add(value, f"{name}[{i}]", where)
+                self._add(value, f"{name}[{i}]", where)
 
     # -- objects ----------------------------------------------------------------------------------------------
 
@@ -212,17 +234,17 @@ class _Walk:
         elif isinstance(value, type):
             self._use(value, is_made=True)
         elif isinstance(value, ModuleType):
-            if not _is_library(value.__name__):
-                self._python_modules.append(value)
+            if not is_library(value.__name__):
+                self.python_modules.append(value)
         elif isinstance(value, nn.Module):
             self._module(value, name, where)
         elif isinstance(value, _OPAQUE):
             self._report("array" if isinstance(value, np.ndarray) else type(value).__name__, name, where)
         elif parts := next((parts for kind, parts in _PARTS.items() if isinstance(value, kind)), ()):
             for part in parts:
-                self.add(getattr(value, part), name, where)
+                self._add(getattr(value, part), name, where)
         elif isinstance(value, weakref.ref):
-            self.add(value(), name, where)
+            self._add(value(), name, where)
         elif isinstance(value, dict):
             self._dict(value, name, where)
             self._instance(value, name, where)
@@ -247,41 +269,41 @@ class _Walk:
                 if value or not is_own:
                     self._dict(value, f"{name}.{key}".lstrip("."), where)
             elif key not in _OF_EVERY_MODULE and type(value) not in _EXACT_CONSTANTS:
-                self.add(value, f"{name}.{key}".lstrip("."), where)
+                self._add(value, f"{name}.{key}".lstrip("."), where)
 
     def _instance(self, value: Any, name: str, where: str) -> bool:
         """An object of another class. Whether nothing but its attributes and its class can change."""
         cls = type(value)
-        if _is_library(cls.__module__) and not isinstance(value, _HOLDERS):
+        if is_library(cls.__module__) and not isinstance(value, _HOLDERS):
             return not isinstance(value, Iterator)
         self._use(cls)
-        self._instances.append((value, name, where))
-        return _attributes(value) is not None or bool(_slots(cls))
+        self.instances.append(Found(value, name, where))
+        return attributes_of(value) is not None or bool(slots_of(cls))
 
     def _attributes_of(self, value: Any, name: str, where: str, names: set[str] | None) -> None:
         """The attributes of an object: those of these names that it has or its class, so that it may get them. All if
         None, and where a base is of a library, whose code is not read.
         """
-        content, bases = _attributes(value), type(value).__mro__[:-1]
+        content, bases = attributes_of(value), type(value).__mro__[:-1]
         if content is not None:
-            if names is None or any(_is_library(base.__module__) for base in bases):
+            if names is None or any(is_library(base.__module__) for base in bases):
                 self._dict(content, name, where, are_attributes=True)
             else:
                 for key in names.intersection([*content, *(key for base in bases for key in vars(base))]):
                     self._place(content, key, content.get(key), f"{name}.{key}", where)
-        for key in _slots(type(value)):
+        for key in slots_of(type(value)):
             if names is None or key in names:
                 self._place(value, key, getattr(value, key, None), f"{name}.{key}", where)
 
     def _use(self, cls: type, is_made: bool = False) -> None:
         """A class that has instances; is_made: code names it, and so may make one."""
-        if not isinstance(cls, enum.EnumMeta) and not all(_is_library(c.__module__) for c in cls.__mro__):
-            self._classes[cls] = is_made or self._classes.get(cls, False)
+        if not isinstance(cls, enum.EnumMeta) and not all(is_library(c.__module__) for c in cls.__mro__):
+            self.classes[cls] = is_made or self.classes.get(cls, False)
 
     def _class(self, cls: type, is_made: bool, names: set[str] | None) -> None:
         """What a class and its bases define: special methods, what overrides a library's, and what has one of these
         names, or all if None."""
-        libraries = [base for base in cls.__mro__ if _is_library(base.__module__)]
+        libraries = [base for base in cls.__mro__ if is_library(base.__module__)]
         found = set()
         for base in cls.__mro__:
             if base in libraries:
@@ -304,27 +326,28 @@ class _Walk:
         reader = _short(function.__qualname__)
         reads = f" that {reader} reads"
         code, variables = function.__code__, function.__globals__
-        is_library = _is_library(variables.get("__name__"))  # __module__ is the user's where torch decorates a function
+        of_library = is_library(variables.get("__name__"))  # __module__ is the user's where torch decorates a function
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            if is_library:
-                self.add(_content(cell), name, reads)
+            if of_library:
+                self._add(_content(cell), name, reads)
             elif name != "__class__":
                 self._place(cell, "", _content(cell), name, reads)
         for key, value in vars(function).items():
             if key not in _OF_EVERY_MODULE:  # which torch.compile copies to its wrapper of a module
                 self._place(vars(function), key, value, f"{reader}.{key}", "")
-        if is_library:
+        if of_library:
             return
+        self.functions.append(function)
         for key in ("__code__", "__defaults__", "__kwdefaults__"):  # in notebooks, reloading sets them
             if getattr(function, key):
                 self._place(function, key, getattr(function, key), f"{reader}.{key}", "")
         names = names_in(code)
-        self._attributes |= names.attributes | ANY_ATTRIBUTE.intersection(names.globals)
+        self.attributes |= names.attributes | ANY_ATTRIBUTE.intersection(names.globals)
         for name in names.globals:
             if name in variables:
                 value = variables[name]
                 self._place(variables, name, value, name, reads)
-                is_own = isinstance(value, ModuleType) and not _is_library(value.__name__)
+                is_own = isinstance(value, ModuleType) and not is_library(value.__name__)
                 if is_own and ANY_ATTRIBUTE.intersection(names.globals):
                     self._report("module", name, reads)
             elif name not in _BUILTINS:
@@ -333,7 +356,7 @@ class _Walk:
                 self._report("result of", name, f" in {reader}")
         for name in names.imports:
             for module in imported(name, variables.get("__package__") or ""):
-                self.add(module, module.__name__, reads)
+                self._add(module, module.__name__, reads)
 
     def _variables(self, module: ModuleType, names: set[str]) -> None:
         variables = vars(module)
@@ -349,7 +372,7 @@ def _content(cell: CellType) -> Any:
         return None
 
 
-def _attributes(value: Any) -> dict[str, Any] | None:
+def attributes_of(value: Any) -> dict[str, Any] | None:
     try:
         attributes: dict[str, Any] = object.__getattribute__(value, "__dict__")
     except AttributeError:
@@ -357,8 +380,8 @@ def _attributes(value: Any) -> dict[str, Any] | None:
     return attributes
 
 
-def _slots(cls: type) -> list[str]:
-    users = [c for c in cls.__mro__ if not _is_library(c.__module__)]
+def slots_of(cls: type) -> list[str]:
+    users = [c for c in cls.__mro__ if not is_library(c.__module__)]
     return [key for c in users for key, slot in vars(c).items() if isinstance(slot, types.MemberDescriptorType)]
 
 

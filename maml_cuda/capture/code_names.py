@@ -1,4 +1,4 @@
-"""The names that code of Python reads: of globals, of attributes, of modules that it imports."""
+"""The names that code of Python reads or sets: of globals, of attributes, of modules that it imports."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ _READS = {
     **dict.fromkeys(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"), 1),
     "IMPORT_NAME": 2,
 }
+_SETS = frozenset(("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "DELETE_ATTR"))
 # Names with which code reads attributes that it does not name.
 ANY_ATTRIBUTE = frozenset(
     ("getattr", "hasattr", "vars", "__dict__", "__getattribute__", "attrgetter", "methodcaller", "asdict", "astuple")
@@ -29,23 +30,32 @@ UNUSED = frozenset(  # special methods that a computation does not call
 
 
 class Names(NamedTuple):
-    """The names that a function reads, with those of the functions that are defined in it."""
+    """The names that a function reads, with those of the functions that are defined in it.
+
+    Attributes:
+        globals, attributes, imports: the names that it reads.
+        set: the names of globals and attributes that it sets.
+    """
 
     globals: tuple[str, ...]
     attributes: frozenset[str]
     imports: tuple[str, ...]
+    set: frozenset[str]
 
 
 @lru_cache(maxsize=4096)
 def names_in(code: CodeType) -> Names:
     found: tuple[dict[str, None], ...] = {}, {}, {}
+    set_names = set()
     codes = [code]
     for each in codes:
         codes += [constant for constant in each.co_consts if isinstance(constant, CodeType)]
         for instruction in dis.get_instructions(each):
             if instruction.opname in _READS:
                 found[_READS[instruction.opname]][instruction.argval] = None
-    return Names(tuple(found[0]), frozenset(found[1]), tuple(found[2]))
+            elif instruction.opname in _SETS:
+                set_names.add(instruction.argval)
+    return Names(tuple(found[0]), frozenset(found[1]), tuple(found[2]), frozenset(set_names))
 
 
 def imported(name: str, package: str) -> list[ModuleType]:

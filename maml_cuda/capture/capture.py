@@ -1,0 +1,324 @@
+"""Captures what a model and its loss compute for one signature, as a record of ATen operations.
+
+A deep copy of both runs once on fake tensors, which have shapes and no values, in a thread of its own: there are none
+of the caller's modes (autocast, no_grad, inference, devices, compilers, transforms), and the model itself is not
+touched. Parameters, buffers and tensor attributes have a fake tensor at every place that holds them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.autograd.function import BackwardCFunction
+from torch.distributions import Distribution
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils import _pytree as pytree
+
+from maml_cuda import pytrees
+from maml_cuda.capture import generators, outside_state
+from maml_cuda.capture.copies import copied, held_in_containers, in_place_of, places
+from maml_cuda.capture.errors import DoesNotFit, Unfusable, described, first_line
+from maml_cuda.capture.outside_state import OutsideState
+from maml_cuda.capture.python_state import Change, PythonState, Unread, was_read
+from maml_cuda.capture.record import Made, Operand, Record
+from maml_cuda.capture.recorder import RANDOM, Recorder, modules_named
+from maml_cuda.process_wide import ProcessWide
+from maml_cuda.torch_private import no_saved_tensor_hooks, not_compiling
+from maml_cuda.torch_wrappers import uncompiled
+
+LOSS = "the loss"  # in place of the path of a module
+BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")  # of a module
+GLOBAL_BACKWARD_HOOKS = (
+    torch.nn.modules.module._global_backward_hooks,
+    torch.nn.modules.module._global_backward_pre_hooks,
+)
+
+
+@dataclass(frozen=True)
+class Like:
+    """What is known of a tensor when a model is captured.
+
+    Attributes:
+        shape: samples first.
+        dtype: of the tensor.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Captured(NamedTuple):
+    """A record, and the attributes of modules that forward changes and nothing in the record depends on."""
+
+    record: Record
+    changes: tuple[Change, ...]
+
+
+def capture(model: nn.Module, x: Like, loss: Callable[..., Any] | None = None, y: Any = None) -> Captured:
+    """Runs a copy of the model on a fake x, and the loss on the prediction and a fake y.
+
+    Args:
+        x: the input of one task.
+        loss: of the user's own; None: it is not called.
+        y: the target of one task, a pytree of Like.
+
+    Raises:
+        Unfusable: there is no complete record; the message is the reason.
+        DoesNotFit: the model raises an exception for such data.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        outcome = thread.submit(_outcome, model, x, loss, y).result()
+    if isinstance(outcome, Captured):
+        return outcome
+    raise outcome
+
+
+def _outcome(*arguments: Any) -> Captured | Unfusable | DoesNotFit:
+    """What was captured, or why not: a new exception, because the frames of the one that was raised hold fake tensors,
+    which would live as long as an exception that the user keeps."""
+    try:
+        return _captured(*arguments)
+    except (Unfusable, DoesNotFit) as reason:
+        return type(reason)(*reason.args)
+
+
+def _captured(model: nn.Module, x: Like, loss: Callable[..., Any] | None, y: Any) -> Captured:
+    _check_modules(model)
+    try:
+        try:
+            first, changes = _run(model, x, loss, y, ())
+        except (DoesNotFit, Unfusable) as reason:
+            if not isinstance(reason.__cause__, Warning):
+                raise
+            first, changes = _run(
+                model, x, loss, y, ()
+            )  # where warnings are errors: torch warns once of a kind of call
+    except DoesNotFit as reason:
+        if _takes(model, x, loss, y):
+            raise Unfusable(f"{reason} (when its tensors have no values)") from None
+        raise
+    for change in changes:
+        if change.attribute in change.module._buffers or change.attribute in change.module._parameters:
+            raise Unfusable(f"{change}, which a fused layer would not do")
+    if changes:  # found again, with the changed attributes in a state that must not be read
+        again, _ = _run(model, x, loss, y, changes)
+        if _text(again) != _text(first):
+            raise Unfusable(f"{changes[0]}, on which a later call depends")
+    return Captured(first, tuple(changes))
+
+
+def _takes(model: nn.Module, x: Like, loss: Callable[..., Any] | None, y: Any) -> bool:
+    """Whether a copy of the model and its loss runs on tensors with values."""
+    tensors = [*(place.tensor for place in places(model).values()), *held_in_containers(model)]
+    own = {id(t): in_place_of(t, t.detach().clone()) for t in tensors}
+    model_copy, loss_copy = copied((model, loss), own)
+    on = tensors[0].device
+    try:
+        with generators.restored(), uncompiled(), outside_state.restored(model_copy, _code(loss_copy)):
+            prediction = model_copy(torch.zeros(x.shape, dtype=x.dtype, device=on))
+            if loss_copy is not None:
+                target = pytree.tree_map_only(Like, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=on), y)
+                loss_copy(prediction, target)
+    except Exception:
+        return False
+    return True
+
+
+def _check_modules(model: nn.Module) -> None:
+    """Checks what is invisible when forward runs."""
+    for path, module in model.named_modules():
+        if any(getattr(module, hooks, None) for hooks in BACKWARD_HOOKS):
+            raise Unfusable(f"{described(path, module)} has backward hooks, which a fused layer would not run")
+        for p in module._parameters.values():
+            if isinstance(p, (UninitializedParameter, UninitializedBuffer)):
+                raise Unfusable(f"{described(path, module)} has parameters without a shape yet")
+    if any(GLOBAL_BACKWARD_HOOKS):
+        raise Unfusable("torch has global backward hooks of modules, which a fused layer would not run")
+
+
+def _run(
+    model: nn.Module, x: Like, loss: Callable[..., Any] | None, y: Any, unread: tuple[Change, ...] | list[Change]
+) -> tuple[Record, list[Change]]:
+    """One run of a copy.
+
+    Args:
+        unread: attributes that an Unread replaces.
+
+    Returns:
+        The record, and the attributes that forward has changed.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        replaced = {id(place.tensor): _fake(place.tensor) for place in places(model).values()}
+        replaced.update({id(t): _fake(t) for t in held_in_containers(model) if id(t) not in replaced})
+        x_fake = torch.empty(x.shape, dtype=x.dtype)
+        y_fake = pytree.tree_map_only(Like, lambda t: torch.empty(t.shape, dtype=t.dtype), y)
+    kept = {key: t for key, t in replaced.items() if t is not None}
+    model_copy, loss_copy = copied((model, loss), kept)
+    recorder = Recorder(model_copy)
+    for name, place in places(model).items():
+        if (t := kept.get(id(place.tensor))) is not None:
+            operand = recorder.know(t, Operand(tuple(t.shape), t.dtype, "model", name))
+            recorder.know(place.tensor, operand)  # code may hold the original in a closure
+    x_operand = recorder.know(x_fake, Operand(x.shape, x.dtype, "x"))
+    for number, t in enumerate(pytrees.tensors(y_fake)):
+        recorder.know(t, Operand(tuple(t.shape), t.dtype, "y", str(number)))
+    for m in model_copy.modules():
+        if isinstance(m, _NormBase) and m._buffers.get("num_batches_tracked") is not None:
+            m._buffers["num_batches_tracked"] = None  # a count that forward would read as a number
+    outside = OutsideState(model_copy, _code(loss_copy))
+    stand_ins = []
+    for change in unread:
+        stand_ins.append(Unread(change))
+        _set(model_copy.get_submodule(change.path), change.attribute, stand_ins[-1])
+    states = PythonState(model_copy), PythonState(model)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(generators.refused(lambda: recorder.refuse(f"{recorder.call()}: {RANDOM}")))
+            contexts = uncompiled(), not_compiling(), _unvalidated(), _unlogged(), no_saved_tensor_hooks(), fake
+            for context in contexts:
+                stack.enter_context(context)
+            stack.enter_context(modules_named(model_copy, recorder))
+            stack.enter_context(recorder.running())
+            prediction = model_copy(x_fake)
+            recorder.stack = [(LOSS, loss_copy)]
+            value = None if loss_copy is None else loss_copy(prediction, y_fake)
+    except Exception as error:
+        raise _reason(error, recorder) from error
+    finally:
+        changed, of_original = states[0].restore(), states[1].restore()
+        elsewhere = outside.restore()
+    if recorder.reason:
+        raise Unfusable(recorder.reason)
+    if any(map(was_read, stand_ins)):
+        raise Unfusable(f"{unread[0]}, and reads what an earlier call has left there")
+    if of_original:
+        raise Unfusable(f"{of_original[0]}, which a fused layer would not do")
+    if elsewhere:
+        raise Unfusable(elsewhere)
+    _check_derivatives((prediction, value))
+    record = Record(x_operand, recorder.operations, _operands(prediction, recorder), _operands(value, recorder))
+    return record, changed
+
+
+def _code(loss: Callable[..., Any] | None) -> list[Callable[..., Any]]:
+    return [] if loss is None else [loss]
+
+
+def _fake(t: Tensor) -> Tensor | None:
+    """A fake tensor on the CPU in place of a model's tensor; None where there is none."""
+    if t.layout is not torch.strided:
+        return None
+    return in_place_of(t, torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))
+
+
+def _set(module: nn.Module, attribute: str, value: Any) -> None:
+    """Sets an attribute, past nn.Module.__setattr__."""
+    for registry in (module._parameters, module._buffers, module._modules):
+        registry.pop(attribute, None)
+    vars(module)[attribute] = value
+
+
+def _operands(tree: Any, recorder: Recorder) -> Any:
+    """A result with an Operand for each tensor, and a Made for each distribution."""
+
+    def operands(leaf: Any) -> Any:
+        if not isinstance(leaf, Distribution):
+            return recorder.operands(leaf)
+        try:
+            arguments = pytrees.arguments_of("the prediction", leaf)
+        except TypeError as error:
+            raise Unfusable(str(error)) from None
+        return Made(type(leaf), {name: operands(value) for name, value in arguments.items()})
+
+    return pytree.tree_map(operands, tree)
+
+
+def _reason(error: Exception, recorder: Recorder) -> Exception:
+    """Why a model could not run on fake tensors."""
+    if isinstance(error, Unfusable):
+        return error
+    inside = described(*recorder.stack[-1])
+    if recorder.left is not None and recorder.left[0] is error:
+        inside = recorder.left[1]
+    if recorder.failed is not None and recorder.failed[0] is error:
+        inside = recorder.failed[1]
+        if not isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+            return DoesNotFit(f"{inside}: {first_line(error)}", in_loss=recorder.stack[0][0] == LOSS)
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return Unfusable(
+            f"{inside}: what it computes depends on values of tensors (control flow, or a number of a tensor)"
+        )
+    return Unfusable(f"{inside} cannot be captured: {first_line(error)}")
+
+
+def _check_derivatives(results: Any) -> None:
+    """Refuses an autograd.Function of the user's own between parameters and results."""
+    pending = [t.grad_fn for t in pytrees.tensors(results)]
+    seen = set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction):
+            name = type(node).__name__.removesuffix("Backward")
+            raise Unfusable(f"{name} is an autograd.Function of its own, with derivatives that no fused layer has")
+        pending += [before for before, _ in node.next_functions]
+
+
+@contextmanager
+def _unvalidated_by_all() -> Iterator[None]:
+    before = Distribution._validate_args
+    Distribution._validate_args = False
+    try:
+        yield
+    finally:
+        Distribution._validate_args = before
+
+
+# A context in which distributions do not look at the values of their arguments, as fake tensors have none.
+_unvalidated = ProcessWide(_unvalidated_by_all)
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """A context in which torch does not log exceptions of this thread's calls on fake tensors, which are handled."""
+    logger, thread = logging.getLogger("torch._subclasses.fake_tensor"), threading.get_ident()
+
+    def of_another_thread(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(of_another_thread)
+    try:
+        yield
+    finally:
+        logger.removeFilter(of_another_thread)
+
+
+def _text(record: Record) -> str:
+    """The record as text, in which equal records are equal."""
+    numbers: dict[int, str] = {}
+
+    def named(operand: Operand) -> str:
+        what = operand.source or operand.overwritten
+        return numbers.setdefault(id(operand), f"{what}{operand.name}{operand.shape}#{len(numbers)}")
+
+    def text(tree: Any) -> str:
+        return str(pytree.tree_map_only(Operand, named, tree))
+
+    lines = [
+        f"{o.name} {text((o.args, o.kwargs))} {text(o.results)}"
+        for o in record.needed_for((record.prediction, record.loss))
+    ]
+    return "\n".join([*lines, text((record.prediction, record.loss))])

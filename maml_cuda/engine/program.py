@@ -1,0 +1,155 @@
+"""A plan of a model, with the tensors that it is of: what fused layers run for some signatures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.distributions import Categorical, Independent, Normal
+
+from maml_cuda import pytrees, targets
+from maml_cuda.capture.copies import Place
+from maml_cuda.engine import fast_path, own_targets
+from maml_cuda.losses import Loss
+from maml_cuda.plan.graph import Returned
+from maml_cuda.plan.own_loss import Match
+from maml_cuda.plan.schema import Plan
+from maml_cuda.targets import Target
+
+
+class Program:
+    """What is known of a plan in Python.
+
+    Attributes:
+        plan, text: the plan, and its JSON text, as the ops take it.
+        names: of the tensors of the model that the plan reads, in its order.
+        adapted: those of them that the inner loop changes.
+        slots: of each of them, the number of slots if there is one for each inner step; None otherwise.
+        served_by: module path -> fused layers.
+        ignored: what forward does besides and fused layers do not.
+        match: the loss of the core for a loss of the user's own; None for one of ours.
+        returned: what the model returns for a prediction of the plan.
+        features: of the prediction, or of its mean.
+        is_direct: whether the targets of the plan are those of the user.
+        is_warm: whether a call like one that has passed every check needs none but those of the core.
+        is_plain: whether it returns the prediction as it is.
+        places: of the parameters and learned rates in the flat gradient (fast_path.places).
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        names: list[str],
+        adapted: list[str],
+        slots: list[int | None],
+        holders: list[Place],
+        served_by: dict[str, list[str]],
+        ignored: tuple[str, ...],
+        returned: Returned,
+        loss: Loss,
+        match: Match | None,
+    ) -> None:
+        """holders: of each tensor in `names`, then of each rate tensor. match: of a loss of the user's own."""
+        self.plan, self.text = plan, plan.text
+        self.names, self.adapted, self.slots = names, adapted, slots
+        self.served_by, self.ignored, self.returned = served_by, ignored, returned
+        self._holders = [(place.registry, place.key) for place in holders]  # plain tuples are unpacked faster
+        self._has_gradient = plan.has_gradient
+        self._all_have_gradient = all(self._has_gradient)
+        self._step_text = ""
+        weighted = match is not None and match.weighted
+        self.match, self._loss = match, loss
+        self.features = math.prod(returned.sample)
+        self.is_direct = len(returned.sample) == 1 and not weighted
+        self.is_warm = match is None or (match.loss == "mse" and not weighted)
+        self.is_plain = returned == Returned(returned.sample) and self.is_direct
+        self.places = fast_path.places(self.with_gradient([owner[key] for owner, key in holders]))
+
+    # -- its tensors --------------------------------------------------------------------------------------------
+
+    def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The plan's parameters, and its rate tensors in the model's dtype."""
+        tensors = [owner[key] for owner, key in self._holders]
+        count = len(self.names)
+        if len(tensors) == count:
+            return tensors, []
+        dtype = tensors[0].dtype
+        return tensors[:count], [r if r.dtype == dtype else r.to(dtype) for r in tensors[count:]]
+
+    def with_gradient(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Those of parameters + rate tensors that have a place in the flat gradient."""
+        if self._all_have_gradient:
+            return tensors
+        return [t for t, yes in zip(tensors, self._has_gradient, strict=True) if yes]
+
+    # -- what goes in and comes out -----------------------------------------------------------------------------
+
+    def target(self, y: Target) -> list[Tensor | None]:
+        """The tensors of a target [tasks, n, ...], as the ops take them."""
+        if self.match is None or not self.match.weighted:
+            if self.is_direct:
+                return targets.tensors(y)
+            return [y.reshape(*y.shape[:2], self.features)]
+        dtype = self.tensors()[0][0].dtype
+        weights = own_targets.advantages(self.match, self._loss, y, self.features, dtype, self._one_as_returned)
+        values = pytrees.tensors(y)[self.match.leaf]
+        labels = self.match.loss == "categorical_policy_gradient"
+        return [values if labels else values.reshape(*values.shape[:2], self.features), weights, None, None]
+
+    def as_returned(self, prediction: Tensor) -> Any:
+        """A prediction [tasks, n, features] of the plan as the model returns it."""
+        if self.is_plain:
+            return prediction
+        if self.match is not None and self.match.loss == "mse" and self.match.weighted:
+            prediction = prediction[..., : self.features]
+        return self._one_as_returned(prediction)
+
+    def _one_as_returned(self, prediction: Tensor) -> Any:
+        """The same for any leading axes [..., n, features]."""
+        returned, log_std = self.returned, None
+        if returned.log_std:
+            prediction, log_std = prediction.chunk(2, -1)
+            log_std = log_std if returned.log_std == "rows" else log_std[..., 0, :]
+        if returned.log_softmax:
+            prediction = prediction.log_softmax(-1)
+        mean = prediction.reshape(*prediction.shape[:-1], *returned.sample)
+        if returned.distribution == "Categorical":
+            return Categorical(logits=mean)
+        if returned.distribution and log_std is not None:
+            normal = Normal(mean, log_std.exp())
+            return normal if returned.distribution == "Normal" else Independent(normal, 1)
+        return mean if log_std is None else (mean, log_std)
+
+    # -- at parameters that are each task's own -----------------------------------------------------------------
+
+    def step_text(self) -> str:
+        """The plan of one inner step from parameters that are each task's own, as `own` and `rates_at` give them."""
+        if not self._step_text:
+            self._step_text = self.plan.of_one_step().text
+        return self._step_text
+
+    def rates_at(self, step: int) -> list[Tensor]:
+        """The rate tensors of one inner step; beyond the given ones the last repeats."""
+        rates = zip(self.tensors()[1], self.plan.rate_tensors, strict=True)
+        return [r if d.steps == 1 else r[min(step, d.steps - 1)].contiguous() for r, d in rates]
+
+    def own(self, given: Mapping[str, Tensor], tasks: int, slot: int) -> list[Tensor]:
+        """The plan's tensors for each task, at one inner step: of `given` [tasks, *shape] by name, the slot's part
+        where there are slots; others are the same for all tasks."""
+        tensors, like = [], next(iter(given.values()))
+        for name, slots, (owner, key) in zip(self.names, self.slots, self._holders, strict=False):
+            t = given[name] if name in given else owner[key].to(like).unsqueeze(0).expand(tasks, *owner[key].shape)
+            tensors.append(t if slots is None else t[:, min(slot, slots - 1)])
+        return tensors
+
+    def whole(self, parts: list[Tensor], like: Mapping[str, Tensor], slot: int) -> dict[str, Tensor]:
+        """The inverse of `own`, by name: zeros in the other slots."""
+        whole = dict(zip(self.names, parts, strict=True))
+        for name, slots in zip(self.names, self.slots, strict=True):
+            if slots is not None and name in like:
+                part = whole[name]
+                whole[name] = part.new_zeros(like[name].shape)
+                whole[name][:, min(slot, slots - 1)] = part
+        return whole

@@ -1,0 +1,228 @@
+"""Finds the program of a model for the data of a call: captures the model for this signature, reads the record as fused
+layers, and proves the program (plan/proof.py). Each answer is found once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from maml_cuda import targets
+from maml_cuda.capture.capture import Like, capture
+from maml_cuda.capture.errors import DoesNotFit, Unfusable, first_line
+from maml_cuda.capture.record import Operand, Record
+from maml_cuda.engine import data_checks, planning
+from maml_cuda.engine.bounded import Bounded
+from maml_cuda.engine.problem import why_not
+from maml_cuda.engine.program import Program
+from maml_cuda.losses import Loss
+from maml_cuda.plan import proof
+from maml_cuda.plan.graph import Graph
+from maml_cuda.plan.own_loss import Match, matches
+from maml_cuda.plan.reader import graph_of
+
+MOST_ANSWERS = 1024  # kept; a forgotten one is found again
+MOST_PROGRAMS = 64
+MOST_RECORDS = 64
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TargetLike:
+    """What is known of a task's target for a loss of the user's own, a pytree.
+
+    Attributes:
+        structure: of the pytree; older versions of torch cannot hash it.
+        leaves: of the pytree; None for None.
+    """
+
+    structure: pytree.TreeSpec = field(hash=False)
+    leaves: tuple[Like | None, ...]
+
+    def tree(self) -> Any:
+        """The pytree of the leaves."""
+        return pytree.tree_unflatten(self.leaves, self.structure)
+
+
+class SetLike(NamedTuple):
+    """What the choice of a program depends on of a task's support or query set.
+
+    Attributes:
+        shape: of x, [n, ...].
+        y: the target of a loss of the user's own; None: the loss is one of ours, or there is no target.
+    """
+
+    shape: Shape
+    y: TargetLike | None = None
+
+
+class Signature(NamedTuple):
+    """What the choice of a program depends on, beside the model.
+
+    Attributes:
+        support, query: the sets; None: there is none.
+        dtype: of x.
+        second_order: whether Hessian-vector products on the support set are asked for.
+    """
+
+    support: SetLike | None
+    query: SetLike | None
+    dtype: torch.dtype
+    second_order: bool
+
+
+class Programs:
+    """The programs of a model in one state.
+
+    Attributes:
+        snapshot: of the FusedMAML.
+        by_name: holds each program as an attribute, by the name that `name_for` returns.
+    """
+
+    def __init__(self, snapshot: planning.Snapshot) -> None:
+        self.snapshot = snapshot
+        self.by_name = _Holder()
+        self.reasons: Bounded[Signature, str] = Bounded(MOST_ANSWERS)
+        self._names: Bounded[Signature, str] = Bounded(MOST_ANSWERS)
+        self._records: Bounded[tuple[Any, ...], tuple[Record, Graph]] = Bounded(MOST_RECORDS)
+        self._known: Bounded[str, str] = Bounded(MOST_PROGRAMS)  # text of a program -> its name
+        self._proven: Bounded[tuple[Any, ...], None] = Bounded(MOST_ANSWERS)
+
+    def name_for(self, signature: Signature) -> str:
+        """The name of the program that serves data of this signature; "" where none does, for `reasons`.
+
+        Raises:
+            DoesNotFit: the model itself raises an exception for such data.
+            ValueError: an adapted parameter does not reach the support loss; the loss does not fit the prediction.
+        """
+        if signature not in self._names:
+            try:
+                self._names[signature] = self._found(signature)
+            except Unfusable as reason:
+                self.reasons[signature] = str(reason)
+                self._names[signature] = ""
+        return self._names[signature]
+
+    def _found(self, signature: Signature) -> str:
+        sets = [given for given in (signature.support, signature.query) if given is not None]
+        records = [self._record(given, signature.dtype) for given in sets]
+        (record, graph), (_, other) = records[0], records[-1]
+        if graph != other:
+            raise Unfusable("the model runs other operations on the query set than on the support set")
+        n_support, n_query = (0 if given is None else given.shape[0] for given in (signature.support, signature.query))
+        reason = ""
+        for match in self._matches(record, graph, sets[0].y):
+            program = planning.program_of(self.snapshot, graph, match)
+            if reason := why_not(program.text, sets[0].shape[1:], n_support, n_query, signature.dtype):
+                raise Unfusable(reason)
+            reason = self._disproof(program, signature.support, signature.second_order)
+            reason = reason or self._disproof(program, signature.query, second_order=False)
+            if not reason:
+                return self._kept(program)
+        raise Unfusable(reason)
+
+    def _record(self, given: SetLike, dtype: torch.dtype) -> tuple[Record, Graph]:
+        key = given, dtype
+        if key not in self._records:
+            model, loss = self.snapshot.model, self.snapshot.loss
+            try:
+                if given.y is None or isinstance(loss, str):
+                    captured = capture(model, Like(given.shape, dtype))
+                else:
+                    captured = capture(model, Like(given.shape, dtype), loss, given.y.tree())
+            except DoesNotFit as reason:
+                reason.given = given
+                raise
+            self._records[key] = captured.record, graph_of(model, captured.record, captured.changes)
+        return self._records[key]
+
+    def _matches(self, record: Record, graph: Graph, y: TargetLike | None) -> Iterable[Match | None]:
+        """The losses of the core that the loss may be; None stands for a loss of ours."""
+        loss = self.snapshot.loss
+        if isinstance(loss, str):
+            data_checks.returns_policy(loss, bool(graph.returned.log_std))
+            return [None]
+        if y is None:  # the prediction alone is asked for
+            return [None]
+        leaves = [Operand(like.shape, like.dtype) for like in y.leaves if like is not None]
+        return matches(record, graph.returned, math.prod(graph.returned.sample), leaves)
+
+    def _disproof(self, program: Program, given: SetLike | None, second_order: bool) -> str:
+        """The reason why a program must not be used on a set, or ""."""
+        key = program.text, program.returned, given, second_order
+        if given is None or key in self._proven or (*key[:-1], True) in self._proven:
+            return ""
+        model = self.snapshot.model
+        loss: Loss | None = self.snapshot.loss
+        target = None if given.y is None else given.y.tree()
+        if target is None and not isinstance(loss, str):  # the prediction alone is asked for
+            loss = None
+        results = _Results(program, self.snapshot)
+        draws = 1
+        if program.match is not None:  # labels of every class
+            draws = max(len(proof.OWN_LOSS_SIZES), -(-program.features // given.shape[0]))
+            if draws > proof.MOST_DRAWS:
+                return f"the loss is a callable of yours, of {program.features} classes for {given.shape[0]} samples"
+        try:
+            reason = proof.why_not(model, loss, results, given.shape[1:], given.shape[0], second_order, target, draws)
+        except Exception as error:
+            if isinstance(loss, str):
+                raise
+            reason = f"the loss could not be called on a prediction that the model has not made: {first_line(error)}"
+        if not reason:
+            self._proven[key] = None
+        return reason
+
+    def _kept(self, program: Program) -> str:
+        """The name of a program; equal ones have one name."""
+        key = f"{program.text} {program.names} {program.returned}"
+        if key not in self._known:
+            self._known[key] = f"program_{len(vars(self.by_name))}"
+            setattr(self.by_name, self._known[key], program)
+        return self._known[key]
+
+
+class _Holder:
+    """An object with attributes. torch.compile guards the attribute that it reads, and no other."""
+
+
+class _Results:
+    """What a program computes, for its proof: on the CPU, wherever the model is."""
+
+    def __init__(self, program: Program, snapshot: planning.Snapshot) -> None:
+        self._program = program
+        self._trainable = [name for name, p in snapshot.model.named_parameters() if p.requires_grad]
+        self._text = replace(program.plan, backend="cpu", precision="float32").text
+
+    def predict(self, fast: Mapping[str, Tensor], x: Tensor) -> Any:
+        own = self._own(fast)
+        op = torch.ops.maml_cuda.predict if any(t.requires_grad for t in own) else torch.ops.maml_cuda.predict_forward
+        return self._program.as_returned(op(own, x, self._text))
+
+    def loss_and_grad(
+        self, fast: Mapping[str, Tensor], x: Tensor, y: targets.Target
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, grads = torch.ops.maml_cuda.loss_and_grad(self._own(fast), x, self._program.target(y), self._text)
+        return losses, self._whole(grads, fast)
+
+    def hvp(
+        self, fast: Mapping[str, Tensor], x: Tensor, y: targets.Target, v: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        at_rest = {name: torch.zeros_like(t) for name, t in fast.items()}
+        directions = self._own({**at_rest, **v})
+        products = torch.ops.maml_cuda.hvp(self._own(fast), x, self._program.target(y), directions, self._text)
+        return self._whole(products, fast)
+
+    def _own(self, given: Mapping[str, Tensor]) -> list[Tensor]:
+        return self._program.own(given, 1, 0)
+
+    def _whole(self, parts: list[Tensor], fast: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        like = {name: fast[name] for name in self._trainable}
+        found = self._program.whole(parts, like, 0)
+        return {name: found.get(name, torch.zeros_like(t)) for name, t in like.items()}
