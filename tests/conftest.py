@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from maml_cuda import FusedMAML, _core, reference
+from maml_cuda.engine import meta_step
+from maml_cuda.engine.program import Program
 from tests import emulated
 
 # Makes `benchmarks` importable. Appended, so that the checkout's maml_cuda does not shadow an installed one.
@@ -60,6 +62,13 @@ def run(maml: FusedMAML, data: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]
         if name.startswith("inner_lr") and rate.grad is not None:
             grads[name] = rate.grad
     return loss.detach(), grads
+
+
+def program_of(maml: FusedMAML, data: list[Tensor]) -> Program:
+    """The program that runs meta-steps on such data."""
+    program = meta_step.program_of(maml, data[0], data[2])
+    assert program is not None
+    return program
 
 
 def check_meta_gradient(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from maml_cuda import FusedMAML, _core, reference
 from maml_cuda.engine import cuda_runner
 from maml_cuda.engine.problem import problem_of
-from tests.conftest import EMULATIONS, relative_errors, run
+from tests.conftest import EMULATIONS, program_of, relative_errors, run
 from tests.cuda.kernel_models import KERNELS, SAMPLES, conv, episodes, mlp
 from tests.emulated import controls, log
 
@@ -25,7 +25,14 @@ def runner(maml: FusedMAML, data: list[Tensor], operation: str = "meta_gradient"
     """The runner of the meta-steps on data of these shapes."""
     x_spt, _, x_qry, _ = data
     double = x_spt.dtype == torch.float64
-    key = (maml._binding().text, operation, tuple(x_spt.shape[2:]), x_spt.shape[1], x_qry.shape[1], maml.inner_steps)
+    key = (
+        program_of(maml, data).text,
+        operation,
+        tuple(x_spt.shape[2:]),
+        x_spt.shape[1],
+        x_qry.shape[1],
+        maml.inner_steps,
+    )
     return problem_of(*key, maml.first_order, double, ()).runner(x_spt.device)
 
 
@@ -215,7 +222,7 @@ def test_out_of_memory_error_names_the_bytes_and_the_remedy(monkeypatch: pytest.
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     data[0] = data[0].as_subclass(Full)
-    text = problem_of(maml._binding().text, "meta_loss", (2, 6, 6), 5, 4, 2, False, True)
+    text = problem_of(program_of(maml, data).text, "meta_loss", (2, 6, 6), 5, 4, 2, False, True)
     words = r"maml_cuda wants 8589934592 MB of workspace on .* for 8 tasks at once .* task_chunk=2 would take 8 MB"
     with pytest.raises(torch.OutOfMemoryError, match=words):
         text.runner(data[0].device)._allocate(data[0], 8, 8)

@@ -7,10 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maml_cuda import FusedMAML
-from tests.engine.refusals import BACKENDS, CLASSES, FEATURES, SUPPORT, change, episode, images, label, net, refuses
+from tests.engine.refusals import (
+    BACKENDS,
+    CLASSES,
+    FEATURES,
+    SUPPORT,
+    TASKS,
+    change,
+    episode,
+    images,
+    label,
+    net,
+    refuses,
+)
 
 pytestmark = pytest.mark.usefixtures("machine", "one_thread", "labels_at_once")
 
@@ -169,33 +182,32 @@ def test_an_input_that_requires_grad_is_for_the_reference(where: str) -> None:
 
 def test_features_that_do_not_fit_name_the_layer() -> None:
     maml = FusedMAML(net(), 0.1)
-    refuses(maml, lambda: maml(**episode(4)), ValueError, "0 (Linear)", "expects 3 features", "got", "[4]")
+    refuses(maml, lambda: maml(**episode(4)), ValueError, "x_spt must", "got [4]", "0 (Linear)", "[3, 7]")
     model = nn.Sequential(nn.Linear(3, 7), nn.ReLU(), nn.Linear(6, 5)).double()
-    refuses(
-        model,
-        lambda: FusedMAML(model, 0.1)(**episode(3)),
-        ValueError,
-        "2 (Linear)",
-        "expects 6",
-        "got",
-        "[7]",
-    )
+    refuses(model, lambda: FusedMAML(model, 0.1)(**episode(3)), ValueError, "got [3]", "2 (Linear)", "[4, 7] X [6, 5]")
 
 
 def test_images_that_do_not_fit_name_the_layer() -> None:
     maml = FusedMAML(images(), 0.1)
     maml(**episode(2, 4, 4))
-    refuses(
-        maml,
-        lambda: maml(**episode(3, 4, 4)),
-        ValueError,
-        "0 (Conv2d)",
-        "expects 2 channels",
-        "got",
-        "[3, 4, 4]",
-    )
-    refuses(maml, lambda: maml(**episode(2, 2, 4)), ValueError, "0 (Conv2d)", "kernel of 3", "[2, 2, 4]")
-    refuses(maml, lambda: maml(**episode(2, 5, 4)), ValueError, "3 (Linear)", "expects 12 features", "got", "[18]")
+    refuses(maml, lambda: maml(**episode(3, 4, 4)), ValueError, "got [3, 4, 4]", "0 (Conv2d)", "to have 2 channels")
+    refuses(maml, lambda: maml(**episode(2, 2, 4)), ValueError, "got [2, 2, 4]", "0 (Conv2d)", "Kernel size: (3 x 3)")
+    refuses(maml, lambda: maml(**episode(2, 5, 4)), ValueError, "got [2, 5, 4]", "3 (Linear)", "[12, 5]")
+
+
+@pytest.mark.parametrize("where", ["y_spt", "y_qry"])
+def test_a_target_of_another_shape_than_an_image(where: str) -> None:
+    model, data = nn.Conv2d(2, CLASSES, 3).double(), episode(2, 4, 5)
+    data |= {y: torch.zeros(*data[y].shape, CLASSES, 2, 3).double() for y in ("y_spt", "y_qry")}
+    data[where] = wrong = data[where][..., :2]
+    n, got = wrong.shape[1], str(list(wrong.shape))
+    ours = FusedMAML(model, 0.1, loss="mse", backend="fused")
+    shape = [TASKS, n, CLASSES, 2, 3]
+    refuses(ours, lambda: ours(**data), ValueError, f"{where} must have the prediction's shape {shape} for mse", got)
+    for loss, name in ((F.mse_loss, "mse_loss in the loss (function)"), (nn.MSELoss(), "the loss (MSELoss)")):
+        maml = FusedMAML(model, 0.1, loss=loss)
+        pieces = f"{where} must be a target that the loss takes with the model's prediction", got, f"{name}: "
+        refuses(maml, lambda maml=maml: maml(**data), ValueError, *pieces)
 
 
 @pytest.mark.filterwarnings("ignore:maml_cuda runs this model on the general path:UserWarning")
@@ -214,7 +226,8 @@ def test_batch_norm_with_one_value_per_channel(backend: str) -> None:
     data = episode(n_support=1)
     refuses(maml, lambda: maml(**data), ValueError, "more than 1 value per channel")
     refuses(maml, lambda: maml.adapt(data["x_spt"], data["y_spt"]), ValueError, "more than 1 value per channel")
-    refuses(maml, lambda: maml(**label_free_query(episode())), ValueError, "more than 1 value per channel")
+    pieces = ("x_qry must have samples", "got [3], 1 a task: 1 (BatchNorm1d)") if backend == "auto" else ()
+    refuses(maml, lambda: maml(**label_free_query(episode())), ValueError, *pieces, "more than 1 value per channel")
 
 
 def label_free_query(data: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ def test_a_shape_that_no_layer_fits_spoils_no_other() -> None:
     strict = FusedMAML(model, 0.1, loss="mse", backend="fused")
     for _ in range(2):
         loss = strict(*narrow).loss
-        with pytest.raises(ValueError, match=r'backend="fused" cannot serve this model: 0 \(Linear\) is fused on'):
+        with pytest.raises(ValueError, match=r'backend="fused" cannot serve this model: 0 \(Linear\): it views'):
             strict(*wide)
         assert strict.backend == "cpu"
     maml = FusedMAML(model, 0.1, loss="mse")
@@ -83,7 +83,7 @@ def test_a_shape_that_no_layer_fits_spoils_no_other() -> None:
     with pytest.warns(UserWarning, match="general path"):
         maml(*wide)
     assert maml.backend == "reference"
-    assert "is fused on" in maml.explain()
+    assert "0 (Linear): it views [5, 2, 3] as [10, 3], whose first axis does not count samples" in maml.explain()
     for _ in range(2):
         assert torch.equal(maml(*narrow).loss, loss)
         assert maml.backend == "cpu"

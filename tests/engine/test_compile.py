@@ -26,6 +26,41 @@ def test_a_compiled_step_is_the_same_on_the_first_call(compiled: Any, first_orde
     equal(step(maml, episode(seed=1), call), step(maml, episode(seed=1)))
 
 
+class Counts(nn.Module):
+    """A counter, an optional argument, and a forward hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(3, 4), 0
+        self.linear.register_forward_hook(lambda module, args, out: 2 * out)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        h = self.linear(x)
+        return h if scale is None else h * scale
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "sample", "target"),
+    [
+        (Counts, "cross_entropy", (3,), None),
+        (lambda: nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), "mse", (3,), ()),  # as of squeeze(-1)
+        (lambda: nn.Conv2d(2, 3, 2), "mse", (2, 4, 3), (3, 3, 2)),
+    ],
+)
+def test_what_capture_fuses_compiles_on_the_first_call(
+    compiled: Any, model: Any, loss: str, sample: tuple[int, ...], target: tuple[int, ...] | None
+) -> None:
+    data = episode(sample, target=target)
+    maml = FusedMAML(model().double(), 0.3, 2, loss=loss)
+    got = step(maml, data, compiled(maml))
+    assert getattr(maml.model, "calls", 0) == 0
+    equal(got, step(FusedMAML(maml.model, 0.3, 2, loss=loss, backend="fused"), data))
+    value, expected = oracle.meta_gradient(maml.model, loss, *data, 0.3, 2)
+    torch.testing.assert_close(got[0], value, rtol=1e-12, atol=0)
+    assert_close({name.removeprefix("model."): g for name, g in got[1].items()}, expected)
+
+
 def test_compiled_with_the_optimizer_in_the_loop(compiled: Any) -> None:
     results = []
     for wrap in (compiled, lambda f: f):
@@ -135,9 +170,9 @@ def test_compiled_in_eval_mode() -> None:
 def test_a_model_on_the_general_path_compiles_with_breaks() -> None:
     torch._dynamo.reset()
     maml = FusedMAML(nn.Sequential(nn.Linear(3, 5), nn.Softmax(1), nn.Linear(5, 4)).double(), 0.3, 2)
-    assert maml.backend == "reference"
     call = torch.compile(maml, backend="aot_eager")
     got, expected = step(maml, episode(), call), step(maml, episode())
+    assert maml.backend == "reference"
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
     torch._dynamo.reset()
 
@@ -149,7 +184,7 @@ def test_compiled_with_data_that_does_not_fit(compiled: Any, first: bool) -> Non
     if not first:
         call(*episode())
     x_spt, y_spt, x_qry, y_qry = episode()
-    with pytest.raises(Exception, match=r"0 \(Linear\) expects 3 features"):
+    with pytest.raises(Exception, match=r"0 \(Linear\): .*got \[5, 2\] X \[3, 7\]"):
         call(x_spt[..., :2], y_spt, x_qry[..., :2], y_qry)
     with pytest.raises(ValueError, match=r"y_qry must hold labels in \[0, 4\), got 9"):
         call(x_spt, y_spt, x_qry, torch.full_like(y_qry, 9))

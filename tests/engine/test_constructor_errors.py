@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from maml_cuda import FusedMAML, gradcheck
-from tests.engine.refusals import BACKENDS, dict_of_rates, episode, net, refuses
+from tests.engine.refusals import BACKENDS, CLASSES, FEATURES, dict_of_rates, episode, net, refuses
 
 pytestmark = pytest.mark.usefixtures("machine", "one_thread", "labels_at_once")
 
@@ -135,8 +135,8 @@ CONSTRUCTOR = {
         mixed, {}, ValueError, ("parameters must have one dtype", "got torch.float32", "torch.float64"),
     ),
     "fused that cannot": (
-        lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2)), {"backend": "fused"}, ValueError,
-        ('backend="fused" cannot serve this model', "0 (Conv2d)", "groups=2"),
+        lambda: net().half(), {"backend": "fused"}, ValueError,
+        ('backend="fused" cannot serve this model', "the model is torch.float16", "fused are float32 and float64"),
     ),
 }  # fmt: skip
 
@@ -162,12 +162,32 @@ def test_a_model_that_is_no_module(model: Any) -> None:
     )
 
 
-def test_backend_fused_refuses_a_callable_loss() -> None:
-    model = net()
-    refuses(
-        model, lambda: FusedMAML(model, 0.1, loss=lambda p, y: p.sum(), backend="fused"), ValueError,
-        'backend="fused" cannot', "loss",
-    )  # fmt: skip
+def grouped() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, CLASSES)).double()
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "sample", "pieces"),
+    [
+        (grouped, "cross_entropy", (2, 4, 4), ("0 (Conv2d)", "groups=2", "not fused")),
+        (net, lambda p, y: p.sum(), (FEATURES,), ("the loss is a callable of yours", "the loss is off by")),
+        (net, lambda p, y: F.cross_entropy(p, y).abs(), (FEATURES,), ("the loss is a callable of yours", "abs")),
+        (
+            lambda: net().append(nn.LogSoftmax(1)),
+            "mse",
+            (FEATURES,),
+            ("the prediction is a log_softmax", "not for mse"),
+        ),
+    ],
+)
+def test_what_backend_fused_cannot_serve_raises_at_the_first_call(
+    model: Any, loss: Any, sample: tuple[int, ...], pieces: tuple[str, ...]
+) -> None:
+    maml, data = FusedMAML(model(), 0.1, loss=loss, backend="fused"), episode(*sample, loss=loss)
+    for call in (lambda: maml(**data), lambda: maml.adapt(data["x_spt"], data["y_spt"])):
+        refuses(maml, call, ValueError, 'backend="fused" cannot serve this model', *pieces)
+    assert pieces[-1] in maml.explain(data["x_spt"], data["y_spt"])
 
 
 LOSS_VALUES = {

@@ -33,8 +33,8 @@ def test_a_copy_is_the_same_and_apart(duplicate: Callable, inner_lr: Callable[[]
     maml = FusedMAML(net(), inner_lr(), 2, backend=backend)
     expected = step(maml, episode())
     twin = duplicate(maml)
-    assert twin.backend == maml.backend
     equal(step(twin, episode()), expected)
+    assert twin.backend == maml.backend
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in maml.parameters()}
     with torch.no_grad():
         for p in twin.parameters():
@@ -104,8 +104,8 @@ def test_to_double_and_back() -> None:
     assert double[0].dtype == torch.float64
     assert all(g.dtype == torch.float64 for g in double[1].values())
     maml.float()
-    assert maml.backend == "cpu"
     equal(step(maml, episode(dtype=torch.float32)), single)
+    assert maml.backend == "cpu"
 
 
 def every_other(t: Tensor) -> Tensor:

@@ -78,11 +78,11 @@ def test_their_dtype_is_no_ones_but_theirs(backend):
     """A float32 model with learned rates and task weights agrees with the float64 oracle to float32 rounding."""
     model, data = Frozen(), tuple(t.float() for t in episode(3))
     rate = nn.Parameter(torch.tensor(RATE))
+    maml = FusedMAML(model, rate, STEPS, loss="mse", backend=backend, query_weights=[0.0, 0.0, 1.0])
+    value, expected = oracle.meta_gradient(model, "mse", *data, RATE, STEPS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        maml = FusedMAML(model, rate, STEPS, loss="mse", backend=backend, query_weights=[0.0, 0.0, 1.0])
-    value, expected = oracle.meta_gradient(model, "mse", *data, RATE, STEPS)
-    got, grads = run(maml, data)
+        got, grads = run(maml, data)
     learned = grads.pop("inner_lr")
     torch.testing.assert_close(got.double(), value, rtol=1e-5, atol=0)
     assert_close({n: g.double() for n, g in grads.items()}, expected, 1e-5)
@@ -97,12 +97,13 @@ def test_their_dtype_is_no_ones_but_theirs(backend):
 
 
 def test_a_frozen_table_is_not_fused_in_words():
+    data = tuple(t.float() for t in episode(3))
     with pytest.raises(ValueError, match='backend="fused" cannot serve this model'):
-        FusedMAML(Frozen(), RATE, STEPS, loss="mse", backend="fused")
+        FusedMAML(Frozen(), RATE, STEPS, loss="mse", backend="fused")(*data)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     model[0].weight = frozen(model[0].weight.detach().half())
     with pytest.raises(ValueError, match=r"0\.weight is torch\.float16 on cpu, unlike the model's parameters"):
-        FusedMAML(model, RATE, STEPS, loss="mse", backend="fused")
+        FusedMAML(model, RATE, STEPS, loss="mse", backend="fused")(*data)
 
 
 def test_complex_parameters():

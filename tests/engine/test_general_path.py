@@ -138,3 +138,35 @@ def test_one_tensor_as_support_and_query():
         maml(leaf, y, twin(leaf), y).loss.backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-14)
+
+
+class Counted(nn.Module):
+    """Counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.calls = net(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.net(x)
+
+
+def test_a_model_is_called_as_often_as_in_a_plain_loop():
+    """3 tasks and 2 inner steps."""
+    x_spt, y_spt, x_qry, y_qry = episode()
+    model = Counted()
+    maml = FusedMAML(model, 0.2, 2, backend="reference")
+    fast = conftest.fast_parameters(model, 3, torch.Generator())
+    counts = []
+    for call in (
+        lambda: maml(x_spt, y_spt, x_qry, y_qry),
+        lambda: maml.adapt(x_spt, y_spt),
+        lambda: maml.predict(fast, x_qry),
+        lambda: maml.loss_and_grad(fast, x_spt, y_spt),
+        lambda: maml.hvp(fast, x_spt, y_spt, fast),
+    ):
+        model.calls = 0
+        call()
+        counts.append(model.calls)
+    assert counts == [9, 6, 3, 3, 3]

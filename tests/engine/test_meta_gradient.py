@@ -11,7 +11,7 @@ from torch import nn
 from maml_cuda import FusedMAML
 from maml_cuda.engine.problem import problem_of
 from tests import conftest
-from tests.conftest import as_good_as_the_reference, check_meta_gradient, flat, run
+from tests.conftest import as_good_as_the_reference, check_meta_gradient, flat, program_of, run
 
 pytestmark = pytest.mark.usefixtures("machine")
 
@@ -173,8 +173,9 @@ def test_recomputed_states_give_the_same_bits(name):
     """Above a memory threshold the gradient pass is run again for each Hessian-vector product."""
     data = episode(name)
     maml = FusedMAML(make(name), 0.05, 4, backend="fused")
-    text = maml._binding().text
-    parameters, rates = maml._binding().tensors()
+    program = program_of(maml, data)
+    text = program.text
+    parameters, rates = program.tensors()
     listed = data[0], [data[1]], data[2], [data[3]]
     results = []
     for plan in (text, json.dumps({**json.loads(text), "recompute": True})):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maml_cuda import FusedMAML, PolicyTarget
+from tests.conftest import check_meta_gradient
 from tests.engine.policy_models import LOSSES, Gaussian, episode, policy
 from tests.engine.refusals import refuses
 
@@ -144,26 +145,24 @@ class Returns(nn.Module):
         return self.f(self.linear(x), self.log_std)
 
 
-def test_a_policy_loss_wants_a_policy() -> None:
-    """The fused path raises in the constructor, the general path when it has called the model."""
+@pytest.mark.filterwarnings("ignore:maml_cuda runs this model on the general path:UserWarning")
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_policy_loss_wants_a_policy(backend: str) -> None:
     data = episode("gaussian")
-    with pytest.raises(ValueError, match=r"must return \(mean, log_std\) for gaussian_policy_gradient, got Tensor"):
-        FusedMAML(policy("categorical"), 0.1, loss=LOSSES["gaussian"])
     for f, pieces in (
         (lambda mean, log_std: mean, ("must return (mean, log_std)", "got Tensor")),
         (lambda mean, log_std: (mean, log_std, mean), ("must return (mean, log_std)", "got a tuple of 3")),
         (lambda mean, log_std: (mean, log_std[:1]), ("log_std [action] or [n, action]", "got [5, 2] and [1]")),
     ):
-        maml = FusedMAML(Returns(f), 0.1, loss=LOSSES["gaussian"], backend="reference")
-        refuses(maml, lambda maml=maml: maml(*data), ValueError, *pieces)
+        maml = FusedMAML(Returns(f), 0.1, loss=LOSSES["gaussian"], backend=backend)
+        refuses(maml.model, lambda maml=maml: maml(*data), ValueError, *pieces)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse", "categorical_policy_gradient"])
-def test_other_losses_want_one_tensor(loss: str) -> None:
+def test_other_losses_want_one_tensor(loss: str, backend: str) -> None:
     pieces = (f"the model must return one tensor for {loss}", "got a tuple of 2", "gaussian_policy_gradient")
-    with pytest.raises(ValueError, match="the model must return one tensor"):
-        FusedMAML(Gaussian().double(), 0.1, loss=loss)
-    maml = FusedMAML(Gaussian().double(), 0.1, loss=loss, backend="reference")
+    maml = FusedMAML(Gaussian().double(), 0.1, loss=loss, backend=backend)
     data: list[Any] = episode("categorical")
     if loss != "categorical_policy_gradient":
         data[1], data[3] = (
@@ -173,25 +172,41 @@ def test_other_losses_want_one_tensor(loss: str) -> None:
 
 
 NOT_FUSED = {
-    "computed": (lambda mean, log_std: (mean, mean), "its log_std is not a parameter"),
+    "computed": (lambda mean, log_std: (mean, mean + log_std.sum()), "the sum with"),
+    "another output": (
+        lambda mean, log_std: (mean, mean),
+        "where log_std is a parameter of the model, or clamp(min=...) of one, not a value",
+    ),
     "scaled": (lambda mean, log_std: (mean, 2 * log_std), "mul"),
     "clamped on both sides": (lambda mean, log_std: (mean, log_std.clamp(-1, 1)), "clamp(min=number)"),
     "three": (lambda mean, log_std: (mean, log_std, log_std), "the model returns tuple"),
-    "expanded otherwise": (lambda mean, log_std: (mean, log_std.expand(5, 2)), "this expand is not fused"),
 }
 
 
 @pytest.mark.parametrize("case", NOT_FUSED)
 def test_policies_that_are_not_fused_run_on_the_general_path(case: str) -> None:
     f, reason = NOT_FUSED[case]
+    maml, data = FusedMAML(Returns(f), 0.1, loss=LOSSES["gaussian"]), episode("gaussian", 5, 5)
+    assert reason in maml.explain(*data[:2])
     with pytest.warns(UserWarning, match="general path") as caught:
-        maml = FusedMAML(Returns(f), 0.1, loss=LOSSES["gaussian"])
+        maml.predict(maml.adapt(*data[:2], steps=0), data[2])
     assert reason in str(caught[0].message)
-    if case not in ("three", "computed"):  # the first is not read, and the second leaves log_std unread
-        data = episode("gaussian", 5, 5)
+    if case == "three":
+        refuses(maml.model, lambda: maml(*data), ValueError, "must return (mean, log_std)", "got a tuple of 3")
+    elif case == "another output":
+        refuses(maml.model, lambda: maml(*data), ValueError, "log_std does not reach the support loss")
+    else:
         maml(*data).loss.backward()
         v = {n: torch.ones_like(p) for n, p in maml.model.named_parameters()}
         assert maml.fisher_vector_product(*data[:3], v).keys() == v.keys()
+
+
+def test_a_log_std_for_a_number_of_samples() -> None:
+    """It is fused for sets of that many samples; for other sets the model and its loss do not fit each other."""
+    model = Returns(lambda mean, log_std: (mean, log_std.expand(5, 2)))
+    maml = check_meta_gradient(model, LOSSES["gaussian"], episode("gaussian", 5, 5), 0.1, 2)
+    with pytest.raises(ValueError, match=r"the expansion of log_std is not fused; .* to one row a sample"):
+        maml(*episode("gaussian", 5, 6))
 
 
 DIRECTIONS: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {

@@ -1,4 +1,4 @@
-"""Models that return pytrees or distributions, on the general path."""
+"""Models that return pytrees or distributions, which are not fused: with backend="auto" they are refused in words."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from maml_cuda import FusedMAML
 from tests import oracle
 from tests.conftest import assert_close
-from tests.engine.pytree_models import RATE, STEPS, Net, episode, right, squared
+from tests.engine.pytree_models import GENERAL, RATE, STEPS, Net, episode, right, squared
 
 
 class Pair(NamedTuple):
@@ -78,10 +78,12 @@ def leaves_of(output: Any) -> list[Any]:
     return pytree.tree_leaves(pytree.tree_map(parameters, output))
 
 
+@pytest.mark.filterwarnings(GENERAL)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("case", OUTPUTS)
-def test_outputs_are_put_together_leaf_by_leaf(case: str) -> None:
+def test_outputs_are_put_together_leaf_by_leaf(case: str, backend: str) -> None:
     forward, loss = OUTPUTS[case]
-    maml = FusedMAML(Net(forward), RATE, STEPS, loss=loss, backend="reference")
+    maml = FusedMAML(Net(forward), RATE, STEPS, loss=loss, backend=backend)
     data = episode()
     right(maml, data, loss)
     fast = maml.adapt(*data[:2])
@@ -153,11 +155,13 @@ UNLIKE: dict[str, tuple[Callable, Callable, type[Exception], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings(GENERAL)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("case", UNLIKE)
-def test_what_cannot_be_put_together(case: str) -> None:
+def test_what_cannot_be_put_together(case: str, backend: str) -> None:
     """A call works, because the loss needs no stacked output, but has no logits; `predict` raises."""
     forward, loss, error, text = UNLIKE[case]
-    maml = FusedMAML(Net(forward), RATE, STEPS, loss=loss, backend="reference")
+    maml = FusedMAML(Net(forward), RATE, STEPS, loss=loss, backend=backend)
     x_spt, y_spt, x_qry, y_qry = episode()
     x_qry = x_qry.abs() * torch.tensor([-1.0, 1.0, 1.0]).double()  # 8 positive numbers
     x_qry[0, :4, 1:] *= torch.tensor([1.0, -1.0]).double()  # but 4 in the first task

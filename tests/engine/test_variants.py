@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from maml_cuda import FusedMAML, gradcheck
-from tests.conftest import assert_close, run
+from tests.conftest import assert_close, program_of, run
 from tests.engine.double_backward import NORMS, TOLERANCE, VARIANTS, check, double_backward, make
 
 
@@ -69,8 +69,8 @@ def test_recomputed_states(machine):
     import json
 
     maml, data, how = make("conv", 3, batch_norm="per_step", weights=[0.0, 0.2, 0.3, 0.5])
-    binding = maml._binding()
-    binding.text = json.dumps({**json.loads(binding.text), "recompute": True})
+    program = program_of(maml, data)
+    program.text = json.dumps({**json.loads(program.text), "recompute": True})
     check(maml, data, how)
 
 
@@ -125,12 +125,12 @@ def test_weights_are_a_schedule(machine):
     plain = run(maml, data)
     maml.query_weights = torch.tensor([0.0, 0.5, 0.5])
     run(maml, data)
-    text, misses = maml._binding().text, problem_of.cache_info().misses
+    text, misses = program_of(maml, data).text, problem_of.cache_info().misses
     for last in (0.6, 0.7, 0.8):
         maml.query_weights = [0.0, 1 - last, last]
         check(maml, data, {**how, "weights": [0.0, 1 - last, last]})
     assert maml.query_weights == (0.0, 1 - 0.8, 0.8)
-    assert maml._binding().text == text
+    assert program_of(maml, data).text == text
     assert problem_of.cache_info().misses <= misses + 1  # one more, for the call without gradients
     maml.query_weights = [0.0, 0.0, 2.0]
     twice = run(maml, data)

@@ -204,19 +204,20 @@ def test_samples_do_not_depend_on_each_other(machine):
     assert torch.equal(maml.predict(fast, x)[:, 4:5], maml.predict(fast, x[:, 4:5]))
 
 
+@pytest.mark.filterwarnings("ignore:input's size at dim=0 does not match num_features:UserWarning")
 @pytest.mark.parametrize(
     ("model", "shape", "why"),
     [
-        (nn.LayerNorm(9), (2, 9), r"fused on features \[n, features\], got samples of shape \[2, 9\]"),
-        (nn.LayerNorm([4, 5]), (2, 4, 5), "fused on signals"),
-        (nn.LayerNorm([2, 8]), (2, 9), r"expects samples of shape \[2, 8\], got \[2, 9\]"),
+        (nn.LayerNorm(9), (2, 9), r"normalized_shape=\[9\] is not fused"),
+        (nn.LayerNorm([4, 5]), (2, 4, 5), r"normalized_shape=\[4, 5\] is not fused"),
+        (nn.LayerNorm([2, 8]), (2, 9), r"0 \(LayerNorm\): Given normalized_shape=\[2, 8\]"),
         (nn.LayerNorm([2, 3, 4, 5]), (2, 3, 4, 5), r"normalized_shape=\[2, 3, 4, 5\]"),
-        (nn.GroupNorm(2, 4), (6, 9), "expects 4 channels"),
-        (nn.GroupNorm(2, 4, affine=False), (5, 9), r"channels that make 2 groups, got samples of shape \[5, 9\]"),
-        (nn.InstanceNorm1d(2), (2, 1), "more than 1 value per channel"),
-        (nn.InstanceNorm1d(9), (9,), "fused on signals"),
+        (nn.GroupNorm(2, 4), (6, 9), r"0 \(GroupNorm\): .*number of channels"),
+        (nn.GroupNorm(2, 4, affine=False), (5, 9), r"0 \(GroupNorm\): .*num_groups=2"),
+        (nn.InstanceNorm1d(2), (2, 1), r"0 \(InstanceNorm1d\): Expected more than 1"),
+        (nn.InstanceNorm1d(9), (9,), "whose first axis does not count samples"),
         (nn.InstanceNorm2d(2, track_running_stats=True), (2, 4, 5), "running statistics in train mode"),
-        (nn.InstanceNorm3d(2), (2, 4, 5), "no fused layer"),
+        (nn.InstanceNorm3d(2), (2, 4, 5), "whose first axis does not count samples"),
     ],
 )
 def test_what_is_not_fused_says_so(model, shape, why):

@@ -49,13 +49,15 @@ def test_of_the_input(check_passes):
     ("between", "words"),
     [
         (lambda h: h * h, "the product with a value computed from x is not fused; only the product with a number is"),
-        (lambda h: operator.mul(h, torch.ones(())), "the product with Tensor is not fused"),
-        (lambda h: h * True, "the product with bool is not fused"),
+        (lambda h: operator.mul(h, torch.ones(())), "the product with a tensor made in forward is not fused"),
+        (lambda h: h * True, "the product with True is not fused"),
+        (lambda h: h * h.new_tensor(2.0), "the product with a tensor made in forward is not fused"),
     ],
 )
 def test_other_products_are_refused(between, words):
+    maml = FusedMAML(Scaled(nn.Linear(2, 3), between, nn.Linear(3, 2)), 0.1, loss="mse", backend="fused")
     with pytest.raises(ValueError, match=words):
-        FusedMAML(Scaled(nn.Linear(2, 3), between, nn.Linear(3, 2)), 0.1, backend="fused")
+        maml.adapt(torch.ones(1, 2, 2), torch.ones(1, 2, 2))
 
 
 class Twice(nn.Module):
@@ -65,4 +67,4 @@ class Twice(nn.Module):
 
 def test_explain_names_it():
     maml = FusedMAML(nn.Sequential(nn.Linear(2, 3), Twice(), nn.Linear(3, 2)), 0.1, backend="fused")
-    assert "Twice   scale" in maml.explain()
+    assert "Twice   scale" in maml.explain(torch.ones(1, 2, 2))

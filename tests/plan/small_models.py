@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from maml_cuda import FusedMAML, reference
+from maml_cuda.losses import Loss
 from tests import conftest
 
 CLASSES, RATE, STEPS = 4, 0.3, 2
@@ -65,19 +65,15 @@ def made(make: Callable[[], nn.Module]) -> nn.Module:
     return make().double()
 
 
-def quiet(model: nn.Module, **given: Any) -> FusedMAML:
-    """A FusedMAML on either path, without the warning of the general path."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return FusedMAML(model, RATE, STEPS, **given)
-
-
 def close(got: Tensor, expected: Tensor, what: str = "") -> None:
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12, msg=lambda m: f"{what}: {m}")
 
 
 def right(maml: FusedMAML, data: list[Tensor]) -> None:
-    """Asserts that loss and gradients are the reference's, and that a parameter without a path to the loss has none."""
+    """Asserts that loss and gradients are the reference's, and that a parameter without a path to the loss has none.
+
+    It may warn of the general path.
+    """
     maml.zero_grad()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -103,11 +99,10 @@ def weight(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape) / 2)
 
 
-def fused_is_right(model: nn.Module, data: list[Tensor], loss: str = "cross_entropy", **given: Any) -> None:
+def fused_is_right(model: nn.Module, data: list[Tensor], loss: Loss = "cross_entropy", **given: Any) -> None:
     """Compares every output and gradient of both backends, at first and second order."""
     fused = FusedMAML(model, RATE, STEPS, loss=loss, backend="fused", **given)
     plain = FusedMAML(model, RATE, STEPS, loss=loss, backend="reference", **given)
-    assert (fused.backend, plain.backend) == ("cpu", "reference")
     for first_order in (False, True):
         results = []
         for maml in (fused, plain):
@@ -115,6 +110,7 @@ def fused_is_right(model: nn.Module, data: list[Tensor], loss: str = "cross_entr
             maml.zero_grad()
             out = maml(*data)
             out.loss.backward()
+            assert maml.backend == ("cpu" if maml is fused else "reference")
             grads = {name: p.grad for name, p in model.named_parameters()}
             results.append((vars(out), grads))
         for name, value in results[0][0].items():
@@ -146,8 +142,10 @@ def says(text: str, pieces: tuple[str, ...]) -> None:
         assert piece in text, f"{piece!r} is not in: {text}"
 
 
-def why_not(model: nn.Module) -> str:
-    """The warning by which a FusedMAML of the model falls back."""
-    with pytest.warns(UserWarning, match="general path") as caught:
-        assert FusedMAML(model, 0.1, loss="mse").backend == "reference"
-    return str(caught[0].message)
+def why_not(model: nn.Module, sample: tuple[int, ...]) -> str:
+    """Why a model is not fused on such samples, as `explain` says it."""
+    x = torch.zeros(2, 5, *sample, dtype=next(model.parameters()).dtype)
+    head = FusedMAML(model, 0.1, loss="mse").explain(x).splitlines()[0]
+    before = "backend: reference, because "
+    assert head.startswith(before)
+    return head.removeprefix(before)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from maml_cuda import FusedMAML
 from tests.plan.small_models import (
@@ -111,6 +112,25 @@ VECTORS: dict[str, Callable[[], nn.Module]] = {
     ),
     "the input read twice": lambda: Net(lambda m, x: m.a(x) + m.b(x), a=nn.Linear(3, CLASSES), b=nn.Linear(3, CLASSES)),
     "a result nobody reads": lambda: Net(lambda m, x: (m.a(x).exp(), m.a(x))[1], a=nn.Linear(3, CLASSES)),
+    "add with alpha": lambda: dense(lambda m, x: m.c(torch.add(m.a(x), m.b(x), alpha=2))),
+    "in place, read again": lambda: dense(read_again),
+    "buffer as weight": lambda: buffer_as_weight(),
+    "a subclass of Linear that divides": lambda: around(Scaled(5, 5)),
+    "a forward on the instance": lambda: with_own_forward(),
+    "a keyword": lambda: Net(lambda m, x: m.o(input=x), o=nn.Linear(3, CLASSES)),
+    "a forward hook": lambda: hooked("register_forward_hook", lambda m, args, out: out * 1.5),
+    "a forward pre-hook": lambda: hooked("register_forward_pre_hook", lambda m, args: (args[0] * 1.5,)),
+    "hooks that change nothing": lambda: hooked("register_forward_hook", lambda m, args, out: None),
+    "a checkpoint": lambda: dense(
+        lambda m, x: m.c(checkpoint(lambda h: m.a(h).tanh(), x, use_reentrant=False) + m.b(x))
+    ),
+    "a layer made in forward": lambda: dense(lambda m, x: m.c(nn.Tanh()(m.a(x)) + m.b(x))),
+    "a list of parameters": lambda: Net(
+        lambda m, x: F.linear(x, m.w[0], m.w[1]), w=nn.ParameterList([weight(CLASSES, 3), weight(CLASSES)])
+    ),
+    "a module under two names": lambda: twins(),
+    "__call__ of the model": lambda: Doubled(plain, a=nn.Linear(3, 5), b=nn.Linear(3, 5), c=nn.Linear(5, CLASSES)),
+    "__call__ of a layer": lambda: dense(plain, b=DoubledLinear(3, 5)),
 }
 IMAGES: dict[str, Callable[[], nn.Module]] = {
     "conv module": lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(60, CLASSES)),
@@ -167,6 +187,11 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
     "conv, norm, relu, pool": lambda: conv(
         lambda m, x: m.c(F.max_pool2d(F.relu(m.n(m.a(x))), 2).view(x.size(0), -1)), 27, n=nn.BatchNorm2d(3)
     ),
+    "a method on the instance": lambda: with_own_convolution(),
+    "pool with indices": lambda: conv(
+        lambda m, x: m.c(m.p(m.a(x))[0].flatten(1)), 27, p=nn.MaxPool2d(2, return_indices=True)
+    ),
+    "reshape function": lambda: conv(lambda m, x: m.c(torch.reshape(m.a(x), (x.shape[0], -1))), 126),
     "channels-last weights": lambda: pooled(nn.Conv2d(3, 2, 3), 40).to(memory_format=torch.channels_last),
 }  # fmt: skip
 
@@ -175,10 +200,65 @@ class PlainLinear(nn.Linear):
     """A subclass with the same forward."""
 
 
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 1.5
+
+
+class Doubled(Net):
+    """Overrides __call__."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 2
+
+
+class DoubledLinear(nn.Linear):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 2
+
+
+def plain(m: Any, x: Tensor) -> Tensor:
+    return m.c(torch.tanh(m.a(x) + m.b(x)))
+
+
+def hooked(register: str, hook: Callable[..., Any]) -> nn.Module:
+    model = around(nn.Tanh())
+    getattr(model[1], register)(hook)
+    return model
+
+
+def with_own_forward() -> nn.Module:
+    model = around(nn.Tanh())
+    model[1].forward = lambda h: torch.sigmoid(h) * 2
+    return model
+
+
+def with_own_convolution() -> nn.Module:
+    model = pooled(nn.Conv2d(3, 2, 1), 84)
+    model[2]._conv_forward = lambda x, w, b: F.conv2d(x, w, b).sigmoid()
+    return model
+
+
+def buffer_as_weight() -> nn.Module:
+    model = dense(lambda m, x: m.c(F.linear(x, m.w) + m.a(x) + m.b(x)))
+    model.register_buffer("w", torch.ones(5, 3))
+    return model
+
+
+def read_again(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return m.c(F.relu(h, inplace=True) + h + m.b(x))
+
+
 def plus_equals(m: Any, x: Tensor) -> Tensor:
     h = m.a(x)
     h += m.b(x)
     return m.c(h)
+
+
+def twins() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    return Net(lambda m, x: m.c(m.b(m.a(x).tanh())), a=layer, b=layer, c=nn.Linear(3, CLASSES))
 
 
 def tied() -> nn.Module:
@@ -202,18 +282,6 @@ def test_fused_on_features(spelling: str) -> None:
 @pytest.mark.parametrize("spelling", IMAGES)
 def test_fused_on_images(spelling: str) -> None:
     fused_is_right(made(IMAGES[spelling]), episode(IMAGE))
-
-
-def test_the_function_reshape() -> None:
-    """torch.fx records it with a size that it has traced from torch 2.9 on; before, the model falls back."""
-    model = made(lambda: conv(lambda m, x: m.c(torch.reshape(m.a(x), (x.shape[0], -1))), 126))
-    try:
-        torch.fx.symbolic_trace(model)
-    except TypeError:
-        with pytest.raises(ValueError, match=r"cannot be traced by torch.fx .*: reshape\(\): argument 'shape'"):
-            FusedMAML(model, RATE, STEPS, backend="fused")
-    else:
-        fused_is_right(model, episode(IMAGE))
 
 
 def test_mse_of_any_shape() -> None:

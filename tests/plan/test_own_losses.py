@@ -1,6 +1,8 @@
-"""Losses written by the user run on the reference; the parameters of a loss module are meta-learned."""
+"""Losses of the user's own: fused where the core has them; the parameters of a loss module are meta-learned."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,21 +10,73 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maml_cuda import FusedMAML, reference
-from tests.plan.small_models import RATE, STEPS, around, close, episode, made, quiet, right
+from tests.plan.small_models import CLASSES, IMAGE, RATE, STEPS, around, close, episode, fused_is_right, made, right
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_a_callable_loss_is_general() -> None:
-    def smooth(prediction: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(prediction, target, label_smoothing=0.1)
+OF_CLASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": F.cross_entropy,
+    "CrossEntropyLoss": nn.CrossEntropyLoss(),
+    "nll_loss": lambda p, y: F.nll_loss(F.log_softmax(p, -1), y),
+    "gather": lambda p, y: -p.log_softmax(-1).gather(1, y[:, None]).mean(),
+    "logsumexp": lambda p, y: (p.logsumexp(1) - p.gather(1, y.unsqueeze(1)).squeeze(1)).mean(),
+    "sum": lambda p, y: F.cross_entropy(p, y, reduction="sum"),
+    "a multiple": lambda p, y: F.cross_entropy(p, y) / 3,
+    "weights of samples": lambda p, y: ((1 + y) * F.cross_entropy(p, y, reduction="none")).mean(),
+}
+OF_VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse_loss": F.mse_loss,
+    "MSELoss": nn.MSELoss(),
+    "square": lambda p, y: ((p - y) ** 2).mean(),
+    "half of the sum": lambda p, y: 0.5 * (y - p).pow(2).sum(),
+    "weights of samples": lambda p, y: ((p - y).square().mean(1) * y[:, 0].exp()).mean(),
+}
+# Those of classes end in "on classes".
+REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "label smoothing on classes": (
+        lambda p, y: F.cross_entropy(p, y, label_smoothing=0.1), "no fused layer serves eq",
+    ),
+    "an index ignored on classes": (lambda p, y: F.cross_entropy(p, y, ignore_index=2), "ignore_index=2"),
+    "a square on classes": (
+        lambda p, y: (F.cross_entropy(p, y, reduction="none") ** 2).mean(), "the loss is off by",
+    ),
+    "entropy on classes": (
+        lambda p, y: F.cross_entropy(p, y) + (p.softmax(1) * p.log_softmax(1)).sum(1).mean(), "the loss is off by",
+    ),
+    "detach on classes": (lambda p, y: F.cross_entropy(p - p.detach().mean(), y), "detach stops derivatives"),
+    "maximum on classes": (lambda p, y: F.cross_entropy(p - p.max(), y), "no fused layer serves max"),
+    "root": (lambda p, y: F.mse_loss(p, y).sqrt(), "the loss is off by"),
+    "a constant added": (lambda p, y: F.mse_loss(p, y) + 1, "the loss is off by"),
+    "huber": (F.huber_loss, "no fused layer serves huber_loss"),
+    "absolute": (F.l1_loss, "no fused layer serves abs"),
+}  # fmt: skip
 
-    model = made(lambda: around(nn.Tanh()))
-    with pytest.warns(UserWarning, match="general path.*loss smooth"):
-        maml = FusedMAML(model, RATE, STEPS, loss=smooth)
-    right(maml, episode())
-    plain = FusedMAML(model, RATE, STEPS)
-    assert maml(*episode()).loss != plain(*episode()).loss
+
+@pytest.mark.parametrize("spelling", OF_CLASSES)
+def test_a_cross_entropy_is_fused(spelling: str) -> None:
+    fused_is_right(made(lambda: around(nn.Tanh())), episode(), OF_CLASSES[spelling])
+
+
+@pytest.mark.parametrize("spelling", OF_VALUES)
+def test_a_squared_error_is_fused(spelling: str) -> None:
+    fused_is_right(made(lambda: around(nn.Tanh())), episode(target=(CLASSES,)), OF_VALUES[spelling])
+
+
+@pytest.mark.parametrize("spelling", [s for s in OF_VALUES if s != "weights of samples"])
+def test_a_squared_error_of_images_is_fused(spelling: str) -> None:
+    model = made(lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Conv2d(3, 2, 2)))
+    fused_is_right(model, episode(IMAGE, target=(2, 4, 3)), OF_VALUES[spelling])
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_another_loss_is_general(case: str) -> None:
+    loss, reason = REFUSED[case]
+    data = episode() if case.endswith("on classes") else episode(target=(CLASSES,))
+    maml = FusedMAML(made(lambda: around(nn.Tanh())), RATE, STEPS, loss=loss)
+    with pytest.warns(UserWarning, match=f"general path.* because the loss is a callable of yours.*{reason}"):
+        maml(*data)
+    right(maml, data)
 
 
 class Temperature(nn.Module):
@@ -36,7 +90,7 @@ class Temperature(nn.Module):
 
 def test_a_loss_module_is_meta_learned() -> None:
     model, loss = made(lambda: around(nn.Tanh())), Temperature().double()
-    maml = quiet(model, loss=loss)
+    maml = FusedMAML(model, RATE, STEPS, loss=loss)
     assert any(p is loss.scale for p in maml.parameters())
     right(maml, episode())
     _, grads = reference.meta_gradient(model, loss, *episode(), RATE, STEPS)

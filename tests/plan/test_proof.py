@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from maml_cuda import FusedMAML
 from maml_cuda.plan import proof
@@ -94,8 +97,16 @@ def has_a_length(self, x):
     return self.b(torch.tanh(h))
 
 
-OPTIONAL = [an_optional_tensor, an_optional_flag, a_flag_that_is_false, a_name, a_number, anything]
-MISREAD = [is_instance, is_tensor, is_exactly, has_a_length]
+def has_no_fake_mode(self, x):
+    h = self.a(x)
+    return self.b(h if hasattr(x, "fake_mode") else torch.tanh(h))
+
+
+READ = [
+    *(an_optional_tensor, an_optional_flag, a_flag_that_is_false, a_name, a_number, anything),
+    *(is_instance, is_tensor, has_a_length),
+]
+MISREAD = [is_exactly, has_no_fake_mode]  # on tensors without values
 
 
 def check_against_the_oracle(maml: FusedMAML, first_order: bool = False) -> None:
@@ -107,8 +118,8 @@ def check_against_the_oracle(maml: FusedMAML, first_order: bool = False) -> None
     assert_close({"": maml.predict(fast, data[2])}, {"": maml.model(data[2]).detach()})
 
 
-@pytest.mark.parametrize("forward", OPTIONAL, ids=lambda f: f.__name__)
-def test_an_argument_that_is_left_out_has_its_default(machine: str, forward) -> None:
+@pytest.mark.parametrize("forward", READ, ids=lambda f: f.__name__)
+def test_arguments_with_defaults_and_questions_about_types_are_fused(machine: str, forward) -> None:
     check_against_the_oracle(FusedMAML(model_of(forward).double(), 0.3, 2, backend="fused"))
 
 
@@ -116,9 +127,7 @@ def test_an_argument_that_is_left_out_has_its_default(machine: str, forward) -> 
 @pytest.mark.parametrize("forward", MISREAD, ids=lambda f: f.__name__)
 def test_a_branch_that_is_misread_is_refused(machine: str, forward, first_order: bool) -> None:
     maml = FusedMAML(model_of(forward).double(), 0.3, 2, first_order=first_order)
-    sentence = (
-        "do not compute what forward computes: the prediction is off by .* %; maml_cuda has misread the code of forward"
-    )
+    sentence = "do not compute what forward computes: the prediction is off by .* %; maml_cuda has misread the model"
     with pytest.warns(UserWarning, match=sentence):
         check_against_the_oracle(maml, first_order)
     assert maml.backend == "reference"
@@ -143,7 +152,7 @@ def test_a_branch_that_is_misread_is_refused(machine: str, forward, first_order:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_compiler_meets_the_proof(dynamic: bool) -> None:
-    maml = FusedMAML(model_of(is_instance), 0.3, 2, backend="fused")
+    maml = FusedMAML(model_of(is_exactly), 0.3, 2, backend="fused")
     call = torch.compile(maml, backend="aot_eager", dynamic=dynamic)
     with pytest.raises(Exception, match="misread"):
         call(*episode(torch.float32))
@@ -228,7 +237,7 @@ def test_a_prediction_of_another_shape() -> None:
 
 
 def test_a_layer_that_starts_at_zero_hides_nothing() -> None:
-    model = model_of(is_instance)
+    model = model_of(is_exactly)
     nn.init.zeros_(model.b.weight)
     nn.init.zeros_(model.b.bias)
     with pytest.warns(UserWarning, match="misread"):
@@ -291,6 +300,22 @@ def test_generators_that_a_forward_uses_are_put_back() -> None:
     assert np.array_equal(np.random.get_state()[1], states[2])  # type: ignore[index]
 
 
+@contextmanager
+def half_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    yield
+    torch.set_default_dtype(before)
+
+
+class Zeros(TorchFunctionMode):
+    """The results of tanh are zero."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return result * 0 if function is torch.tanh else result
+
+
 @pytest.mark.parametrize(
     "surroundings",
     [
@@ -298,16 +323,29 @@ def test_generators_that_a_forward_uses_are_put_back() -> None:
         torch.inference_mode,
         lambda: torch.autocast("cpu", dtype=torch.bfloat16),
         lambda: torch.device("meta"),
+        half_by_default,
+        lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t[:1], lambda t: t),
+        lambda: torch.autograd.graph.disable_saved_tensors_hooks("not here"),
+        torch.autograd.forward_ad.dual_level,
+        Zeros,
     ],
-    ids=["no_grad", "inference mode", "autocast", "another device"],
+    ids=[
+        *("no_grad", "inference mode", "autocast", "another device", "another dtype", "hooks of saved tensors"),
+        *("no such hooks", "forward mode", "a function mode"),
+    ],
 )
 def test_the_surroundings_of_the_first_call_do_not_count(surroundings) -> None:
+    """What is found there is right, and serves calls with gradients later."""
     maml = FusedMAML(with_activation(torch.tanh), 0.3, backend="fused")
     data = episode(torch.float32)
     with surroundings():
         adapted = maml.adapt(*data[:2])
     expected = oracle.adapt(maml.model, "cross_entropy", *data[:2], 0.3, 1)
     torch.testing.assert_close({n: p.double() for n, p in adapted.items()}, expected, rtol=1e-5, atol=1e-6)
+    loss, grads = run(maml, data)
+    value, expected = oracle.meta_gradient(maml.model, "cross_entropy", *data, 0.3, 1)
+    got = {n: g.double() for n, g in {"loss": loss, **grads}.items()}
+    assert_close(got, {"loss": value, **expected}, 1e-5)
 
 
 def test_a_model_that_holds_what_cannot_be_copied() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from maml_cuda import FusedMAML, _core
 from maml_cuda.plan.schema import InnerRate, Node, Parameter, Plan, RateTensor, Window, plan_of
+from tests.conftest import episode, program_of
 
 
 def _plan() -> Plan:
@@ -26,9 +27,7 @@ def _plan() -> Plan:
         "5.bias": 0.1,
     }
     maml = FusedMAML(model, rates, 2, adapt_params=list(rates), backend="fused")
-    plan = maml._binding().plan
-    assert plan is not None
-    return plan
+    return program_of(maml, episode((2, 6, 6), dtype=torch.float32)).plan
 
 
 PLAN = _plan()

@@ -29,10 +29,10 @@ from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 from maml_cuda import FusedMAML
-from tests.plan.planted.settings import CASES, SETTINGS, TASKS, Fault, seed
+from tests.capture.planted.settings import CASES, SETTINGS, TASKS, Fault, seed
 
-NAMES = ("branches", "constants", "state", "gradients", "functions", "losses")
-FILES = [importlib.import_module(f"tests.plan.planted.{name}") for name in NAMES]
+NAMES = ("branches", "globals", "constants", "state", "gradients", "functions", "losses")
+FILES = [importlib.import_module(f"tests.capture.planted.{name}") for name in NAMES]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

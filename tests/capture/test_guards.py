@@ -16,8 +16,8 @@ import pytest
 from torch import nn
 
 from maml_cuda import _core
-from maml_cuda.plan import guards
-from maml_cuda.plan.guards import Guards, guards_of
+from maml_cuda.capture import guards
+from maml_cuda.capture.guards import Guards, guards_of
 
 PROGRAM = """
 import collections, dataclasses, enum, functools, itertools, logging, math, re, sys, threading, types, typing, warnings

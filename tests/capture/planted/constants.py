@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.plan.planted.settings import add, fault
+from tests.capture.planted.settings import add, fault
 
 # -- constant tensors ---------------------------------------------------------------------------------------------
 

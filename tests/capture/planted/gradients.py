@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tests.plan.planted.settings import add, fault
+from tests.capture.planted.settings import add, fault
 
 # -- derivatives that are cut -------------------------------------------------------------------------------------
 
@@ -125,6 +125,16 @@ def energy(h: Tensor) -> Tensor:
     return (h.tanh() * h).sum()
 
 
+@fault(INSIDE, "mlp", "grad")
+def a_gradient_without_its_graph(self: Any, h: Tensor) -> Tensor:
+    return h + torch.autograd.grad(energy(h), h, retain_graph=True)[0]
+
+
+@fault(INSIDE, "regression", "grad")
+def a_gradient_with_its_graph(self: Any, h: Tensor) -> Tensor:
+    return h + torch.autograd.grad(energy(h), h, create_graph=True)[0]
+
+
 @fault(INSIDE, "nested", "grad")
 def a_gradient_of_a_leaf(self: Any, h: Tensor) -> Tensor:
     leaf = h.detach().requires_grad_()
@@ -216,12 +226,33 @@ add(
 )
 
 
+@fault(HOOKS, "shared", WORDS)
+def a_hook_of_a_value(self: Any, h: Tensor) -> Tensor:
+    h.register_hook(lambda g: g * 2)
+    return h
+
+
+@fault(HOOKS, "policy", WORDS)
+def a_hook_of_a_value_that_cuts(self: Any, h: Tensor) -> Tensor:
+    """The gradient is right, and its derivative is not."""
+    h = h * h
+    h.register_hook(lambda g: g.detach())
+    return h
+
+
 @fault(HOOKS, "regression", WORDS)
 def a_hook_of_a_graph_node(self: Any, h: Tensor) -> Tensor:
     h = h * 1.5
     if h.grad_fn is not None:
         h.grad_fn.register_hook(lambda grad_in, grad_out: tuple(g if g is None else g * 2 for g in grad_in))
     return h
+
+
+@fault(HOOKS, "nested", WORDS)
+def a_hook_of_one_of_two_values(self: Any, h: Tensor) -> Tensor:
+    a, b = h * 1, h * 2
+    a.register_hook(torch.sign)
+    return a + b
 
 
 add("a hook of a parameter", HOOKS, "mlp", WORDS, plant=lambda m: m.head.weight.register_hook(lambda g: g * 2))

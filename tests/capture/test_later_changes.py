@@ -84,12 +84,24 @@ def test_a_bias_given_later_is_seen() -> None:
 
 def test_a_hook_that_comes_and_goes() -> None:
     maml = FusedMAML(made(lambda: around(nn.Tanh())), RATE, STEPS)
-    handle = maml.model[0].register_forward_hook(lambda m, args, out: out * 1.5)
-    with pytest.warns(UserWarning, match=r"0 \(Linear\) has hooks"):
-        assert maml.backend == "reference"
-    assert maml.backend == "reference"  # a second warning would be an error here
-    handle.remove()
-    assert maml.backend == "cpu"
+    right(maml, episode())
+    for _ in range(2):
+        handle = maml.model[0].register_forward_hook(lambda m, args, out: out * 1.5)
+        right(maml, episode())
+        assert maml.backend == "cpu"
+        handle.remove()
+        right(maml, episode())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):  # the second time without a warning
+            handle = maml.model[0].register_full_backward_hook(lambda m, into, out: None)
+            maml(*episode())
+            assert maml.backend == "reference"
+            handle.remove()
+            maml(*episode())
+            assert maml.backend == "cpu"
+    (sentence,) = sentences(caught)
+    assert "0 (Linear) has backward hooks" in sentence
     right(maml, episode())
 
 

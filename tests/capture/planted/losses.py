@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.plan.planted.settings import add, nothing
+from tests.capture.planted.settings import add, nothing
 
 LOSS = "losses"
 Made = Callable[[Any], Any]

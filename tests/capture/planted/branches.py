@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.plan.planted.settings import add, fault
+from tests.capture.planted.settings import add, fault
 
 # -- another branch -----------------------------------------------------------------------------------------------
 

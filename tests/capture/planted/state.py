@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.plan.planted.settings import add, fault
+from tests.capture.planted.settings import add, fault
 
 # -- caches on the module -----------------------------------------------------------------------------------------
 
@@ -23,11 +24,62 @@ def a_value_computed_once(self: Any, h: Tensor) -> Tensor:
     return h * self.cache
 
 
+@fault(CACHE, "conv4", "cache", plant=lambda m: setattr(m, "cache", None))
+def the_last_value(self: Any, h: Tensor) -> Tensor:
+    before, self.cache = self.cache, h.detach()
+    return h if before is None else h * before.mean(0)
+
+
+@fault(CACHE, "layer norm", "weight|cache")
+def a_weight_computed_once(self: Any, h: Tensor) -> Tensor:
+    """With its graph, back to the parameters of the first call."""
+    if "cache" not in self.__dict__:
+        self.cache = self.head.weight.sum(0)
+    return h + self.cache
+
+
+@fault(CACHE, "conv1d", "seen", plant=lambda m: setattr(m, "seen", []))
+def a_list_that_grows(self: Any, h: Tensor) -> Tensor:
+    self.seen.append(1)
+    return h * (1 + len(self.seen) % 3)
+
+
+@fault(CACHE, "nested", "count", plant=lambda m: setattr(m, "count", 0))
+def another_branch_at_the_third_forward(self: Any, h: Tensor) -> Tensor:
+    self.count += 1
+    return h.tanh() * 2 if self.count >= 3 else h
+
+
+@fault(CACHE, "policy", "COUNTS", plant=lambda m: COUNTS.clear())
+def another_branch_at_the_ninth_forward(self: Any, h: Tensor) -> Tensor:
+    """That is in the second call."""
+    COUNTS.append(1)
+    return h * 2 if len(COUNTS) >= 9 else h
+
+
+COUNTS: list[int] = []
+
+
 @fault(CACHE, "resnet", "masks", plant=lambda m: setattr(m, "masks", {}))
 def a_mask_for_each_shape(self: Any, h: Tensor) -> Tensor:
     if h.shape not in self.masks:
         self.masks[h.shape] = torch.linspace(0, 1, h[0].numel(), dtype=h.dtype).view(h[0].shape)
     return h * self.masks[h.shape]
+
+
+@fault(CACHE, "regression", "average", plant=lambda m: setattr(m, "average", 1.0))
+def a_moving_average(self: Any, h: Tensor) -> Tensor:
+    self.average = 0.5 * self.average + h.detach().abs().mean()
+    return h / self.average
+
+
+@fault(CACHE, "shared", "kept|mul", plant=lambda m: KEPT.clear())
+def a_global_cache(self: Any, h: Tensor) -> Tensor:
+    KEPT.setdefault("mean", h.detach().mean(0))
+    return h * KEPT["mean"]
+
+
+KEPT: dict[str, Tensor] = {}
 
 
 @fault(CACHE, "group norm", "last|mul")
@@ -81,6 +133,12 @@ def a_buffer_changed_between_calls(self: Any, h: Tensor) -> Tensor:
 def a_weight_that_is_clipped(self: Any, h: Tensor) -> Tensor:
     with torch.no_grad():
         self.head.weight.clamp_(-0.2, 0.2)
+    return h * 1.5
+
+
+@fault(WRITE, "shared", "weight")
+def a_weight_written_through_data(self: Any, h: Tensor) -> Tensor:
+    self.head.weight.data.mul_(0.9)
     return h * 1.5
 
 
@@ -173,6 +231,16 @@ def a_power_iteration(self: Any, h: Tensor) -> Tensor:
     return h / (v @ self.head.weight @ self.u)
 
 
+def two_activations(model: Any) -> None:
+    model.a, model.b = nn.Tanh(), nn.Sigmoid()
+
+
+@fault(CACHE, "layer norm", r"self\.a|self\.b|swap", plant=two_activations)
+def two_layers_swapped_in_forward(self: Any, h: Tensor) -> Tensor:
+    self.a, self.b = self.b, self.a
+    return self.a(h)
+
+
 # -- random numbers -----------------------------------------------------------------------------------------------
 
 RANDOM = "random numbers"
@@ -195,6 +263,30 @@ def with_dropout(model: Any) -> None:
 add("dropout", RANDOM, "layer norm", "Dropout", plant=with_dropout)
 add("dropout in eval mode at first", RANDOM, "shared", "Dropout", plant=lambda m: with_dropout(m.eval()),
     between=lambda m: m.train())  # fmt: skip
+
+
+@fault(RANDOM, "conv1d", "random")
+def python_random(self: Any, h: Tensor) -> Tensor:
+    return h * random.random()
+
+
+@fault(RANDOM, "resnet", "random")
+def numpy_random(self: Any, h: Tensor) -> Tensor:
+    return h * float(np.random.rand())
+
+
+def with_generator(model: Any) -> None:
+    model.draw = random.Random(3)
+
+
+@fault(RANDOM, "regression", "random|draw", plant=with_generator)
+def a_generator_of_the_model(self: Any, h: Tensor) -> Tensor:
+    return h * self.draw.random()
+
+
+@fault(RANDOM, "nested", "random|generator", plant=lambda m: setattr(m, "g", torch.Generator().manual_seed(3)))
+def a_torch_generator_of_the_model(self: Any, h: Tensor) -> Tensor:
+    return h * torch.rand((), generator=self.g).double()
 
 
 @fault(RANDOM, "policy", "random|perm")

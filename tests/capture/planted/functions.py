@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.plan.planted.settings import add, fault
+from tests.capture.planted.settings import add, fault
 
 # -- functions with derivatives of their own ----------------------------------------------------------------------
 
