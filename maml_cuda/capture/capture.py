@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -95,14 +95,7 @@ def _outcome(*arguments: Any) -> Captured | Unfusable | DoesNotFit:
 def _captured(model: nn.Module, x: Like, loss: Callable[..., Any] | None, y: Any) -> Captured:
     _check_modules(model)
     try:
-        try:
-            first, changes = _run(model, x, loss, y, ())
-        except (DoesNotFit, Unfusable) as reason:
-            if not isinstance(reason.__cause__, Warning):
-                raise
-            first, changes = _run(
-                model, x, loss, y, ()
-            )  # where warnings are errors: torch warns once of a kind of call
+        first, changes = _first_run(model, x, loss, y)
     except DoesNotFit as reason:
         if _takes(model, x, loss, y):
             raise Unfusable(f"{reason} (when its tensors have no values)") from None
@@ -111,10 +104,19 @@ def _captured(model: nn.Module, x: Like, loss: Callable[..., Any] | None, y: Any
         if change.attribute in change.module._buffers or change.attribute in change.module._parameters:
             raise Unfusable(f"{change}, which a fused layer would not do")
     if changes:  # found again, with the changed attributes in a state that must not be read
-        again, _ = _run(model, x, loss, y, changes)
+        again, _ = _run(model, x, loss, y, unread=changes)
         if _text(again) != _text(first):
             raise Unfusable(f"{changes[0]}, on which a later call depends")
     return Captured(first, tuple(changes))
+
+
+def _first_run(model: nn.Module, x: Like, loss: Callable[..., Any] | None, y: Any) -> tuple[Record, list[Change]]:
+    try:
+        return _run(model, x, loss, y)
+    except (DoesNotFit, Unfusable) as reason:
+        if isinstance(reason.__cause__, Warning):  # warnings are errors, and torch warns once of a kind of call
+            return _run(model, x, loss, y)
+        raise
 
 
 def _takes(model: nn.Module, x: Like, loss: Callable[..., Any] | None, y: Any) -> bool:
@@ -147,7 +149,7 @@ def _check_modules(model: nn.Module) -> None:
 
 
 def _run(
-    model: nn.Module, x: Like, loss: Callable[..., Any] | None, y: Any, unread: tuple[Change, ...] | list[Change]
+    model: nn.Module, x: Like, loss: Callable[..., Any] | None, y: Any, unread: Sequence[Change] = ()
 ) -> tuple[Record, list[Change]]:
     """One run of a copy.
 
@@ -159,28 +161,23 @@ def _run(
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
-        replaced = {id(place.tensor): _fake(place.tensor) for place in places(model).values()}
-        replaced.update({id(t): _fake(t) for t in held_in_containers(model) if id(t) not in replaced})
+        fakes = _fakes(model)
         x_fake = torch.empty(x.shape, dtype=x.dtype)
         y_fake = pytree.tree_map_only(Like, lambda t: torch.empty(t.shape, dtype=t.dtype), y)
-    kept = {key: t for key, t in replaced.items() if t is not None}
-    model_copy, loss_copy = copied((model, loss), kept)
+    model_copy, loss_copy = copied((model, loss), fakes)
+    for m in model_copy.modules():
+        if isinstance(m, _NormBase) and m._buffers.get("num_batches_tracked") is not None:
+            m._buffers["num_batches_tracked"] = None  # a count that forward would read as a number
     recorder = Recorder(model_copy)
     for name, place in places(model).items():
-        if (t := kept.get(id(place.tensor))) is not None:
+        if (t := fakes.get(id(place.tensor))) is not None:
             operand = recorder.know(t, Operand(tuple(t.shape), t.dtype, "model", name))
             recorder.know(place.tensor, operand)  # code may hold the original in a closure
     x_operand = recorder.know(x_fake, Operand(x.shape, x.dtype, "x"))
     for number, t in enumerate(pytrees.tensors(y_fake)):
         recorder.know(t, Operand(tuple(t.shape), t.dtype, "y", str(number)))
-    for m in model_copy.modules():
-        if isinstance(m, _NormBase) and m._buffers.get("num_batches_tracked") is not None:
-            m._buffers["num_batches_tracked"] = None  # a count that forward would read as a number
     outside = OutsideState(model_copy, _code(loss_copy))
-    stand_ins = []
-    for change in unread:
-        stand_ins.append(Unread(change))
-        _set(model_copy.get_submodule(change.path), change.attribute, stand_ins[-1])
+    stand_ins = [_replace_by_unread(model_copy, change) for change in unread]
     states = PythonState(model_copy), PythonState(model)
     try:
         with ExitStack() as stack:
@@ -215,18 +212,23 @@ def _code(loss: Callable[..., Any] | None) -> list[Callable[..., Any]]:
     return [] if loss is None else [loss]
 
 
-def _fake(t: Tensor) -> Tensor | None:
-    """A fake tensor on the CPU in place of a model's tensor; None where there is none."""
-    if t.layout is not torch.strided:
-        return None
-    return in_place_of(t, torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))
+def _fakes(model: nn.Module) -> dict[int, Tensor]:
+    """id of a tensor of the model -> a fake tensor on the CPU. Sparse tensors have none."""
+    tensors = {id(t): t for t in (*(place.tensor for place in places(model).values()), *held_in_containers(model))}
+    return {
+        key: in_place_of(t, torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))
+        for key, t in tensors.items()
+        if t.layout is torch.strided
+    }
 
 
-def _set(module: nn.Module, attribute: str, value: Any) -> None:
-    """Sets an attribute, past nn.Module.__setattr__."""
+def _replace_by_unread(model: nn.Module, change: Change) -> Unread:
+    """Sets an attribute to an Unread, past nn.Module.__setattr__."""
+    module, value = model.get_submodule(change.path), Unread(change)
     for registry in (module._parameters, module._buffers, module._modules):
-        registry.pop(attribute, None)
-    vars(module)[attribute] = value
+        registry.pop(change.attribute, None)
+    vars(module)[change.attribute] = value
+    return value
 
 
 def _operands(tree: Any, recorder: Recorder) -> Any:
