@@ -56,7 +56,7 @@ class Binding:
     """
 
     def __init__(self, maml: Settings) -> None:
-        self.problems: Bounded[tuple[Any, ...], tuple[Program, Problem]] = Bounded(MOST_PROBLEMS)
+        self.problems: Bounded[tuple[Any, ...], tuple[Program, Problem, Choice]] = Bounded(MOST_PROBLEMS)
         self.can_step = maml.inner_steps > 0 or not _has_no_rate(maml.inner_lr)
         self._first = _first_trainable(maml.model)
         parameters = [p for _, p in maml.model.named_parameters()]

@@ -113,16 +113,17 @@ def _computed(
     usual = bool(signature) and not maml._query_weights.steps
     known = binding.problems.get(key) if usual else None
     if known is not None:
-        parameters, rates = known[0].tensors()
+        warm, problem, choice = known
+        parameters, rates = warm.tensors()
         if all(map(fast_path.is_plain, rates)):
             data = x_spt, cast(Tensor, y_spt), x_qry, cast(Tensor, y_qry)
-            return _warm(maml, binding, known[0], known[1], parameters, rates, data, task_weights)
+            binding.last = choice
+            return _warm(maml, binding, warm, problem, parameters, rates, data, task_weights)
     _check_episode(maml, binding, x_spt, y_spt, x_qry, y_qry)
     if task_weights is not None:
         data_checks.task_weights(task_weights, pytrees.tasks(x_spt), binding.like())
-    program = maml._binder.program(
-        maml, binding, Set("x_spt", x_spt, "y_spt", y_spt), Set("x_qry", x_qry, "y_qry", y_qry)
-    )
+    support, query = Set("x_spt", x_spt, "y_spt", y_spt), Set("x_qry", x_qry, "y_qry", y_qry)
+    program = maml._binder.program(maml, binding, support, query)
     if program is None:
         result = _on_the_general_path(maml, x_spt, y_spt, x_qry, y_qry, task_weights)
         return maml._binder.settled(maml, binding, result)
@@ -136,7 +137,7 @@ def _computed(
     )  # fmt: skip
     if usual and binding.plain and program.is_warm:  # the next call with such data has passed every check
         problem = meta_problem(program.text, x_spt, x_qry, maml.inner_steps, maml.first_order, wanted)
-        binding.problems[key] = program, problem
+        binding.problems[key] = program, problem, Choice(program, "")
     out = MetaOutput(loss, task_losses, _logits(maml, program.as_returned(logits)), support_losses)
     return out, Gradient(flat, program.with_gradient(parameters + rates), None) if wanted else None
 
@@ -152,9 +153,6 @@ def _warm(
     task_weights: Tensor | None,
 ) -> tuple[MetaOutput, Gradient | None]:
     """A call like one that has passed every check, but for the values of labels and weights."""
-    last = binding.last
-    if last is None or last.program is not program:
-        binding.last = Choice(program, "")
     if task_weights is not None:
         data_checks.task_weights(task_weights, len(data[0]), binding.like())
     if maml._options.check_labels:

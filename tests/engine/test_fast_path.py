@@ -292,7 +292,7 @@ def test_a_warm_call_enters_the_core_twice(maml, machine):
     for _ in range(3):  # on a GPU the second call captures a graph
         step(maml, data)
     entered: list[str] = []
-    for _, each in maml._binding().problems.values():
+    for _, each, _ in maml._binding().problems.values():
         each.core = Recorder(each.core, entered)
         for runner in each.runners.values():
             runner._core = Recorder(runner._core, entered)
