@@ -4,7 +4,7 @@ layers, and proves the program (plan/proof.py). Each answer is found once."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -112,12 +112,14 @@ class Programs:
     def _found(self, signature: Signature) -> str:
         sets = [given for given in (signature.support, signature.query) if given is not None]
         records = [self._record(given, signature.dtype) for given in sets]
-        (record, graph), (_, other) = records[0], records[-1]
-        if graph != other:
+        graph = records[0][1]
+        if graph != records[-1][1]:
             raise Unfusable("the model runs other operations on the query set than on the support set")
         n_support, n_query = (0 if given is None else given.shape[0] for given in (signature.support, signature.query))
-        reason = ""
-        for match in self._matches(record, graph, sets[0].y):
+        reason = "the loss is a callable of yours, which computes different things on the support and on the query set"
+        for match in self._matches(
+            graph, [(record, given.y) for (record, _), given in zip(records, sets, strict=True)]
+        ):
             program = planning.program_of(self.snapshot, graph, match)
             if reason := why_not(program.text, sets[0].shape[1:], n_support, n_query, signature.dtype):
                 raise Unfusable(reason)
@@ -142,20 +144,24 @@ class Programs:
             self._records[key] = captured.record, graph_of(model, captured.record, captured.changes)
         return self._records[key]
 
-    def _matches(self, record: Record, graph: Graph, y: TargetLike | None) -> Iterable[Match | None]:
-        """The losses of the core that the loss may be; None stands for a loss of ours."""
+    def _matches(self, graph: Graph, sets: Sequence[tuple[Record, TargetLike | None]]) -> list[Match | None]:
+        """The losses of the core that the loss may be on each of the sets; None stands for a loss of ours."""
         loss = self.snapshot.loss
         if isinstance(loss, str):
             data_checks.returns_policy(loss, bool(graph.returned.log_std))
             return [None]
-        if y is None:  # the prediction alone is asked for
+        found: list[list[Match]] = []
+        for record, y in sets:
+            if y is not None:
+                leaves = [Operand(like.shape, like.dtype) for like in y.leaves if like is not None]
+                found.append(list(matches(record, graph.returned, math.prod(graph.returned.sample), leaves)))
+        if not found:  # the prediction alone is asked for
             return [None]
-        leaves = [Operand(like.shape, like.dtype) for like in y.leaves if like is not None]
-        return matches(record, graph.returned, math.prod(graph.returned.sample), leaves)
+        return [match for match in found[0] if match in found[-1]]
 
     def _disproof(self, program: Program, given: SetLike | None, second_order: bool) -> str:
         """The reason why a program must not be used on a set, or ""."""
-        key = program.text, program.returned, given, second_order
+        key = program.text, program.returned, program.match, given, second_order
         if given is None or key in self._proven or (*key[:-1], True) in self._proven:
             return ""
         model = self.snapshot.model
@@ -181,7 +187,7 @@ class Programs:
 
     def _kept(self, program: Program) -> str:
         """The name of a program; equal ones have one name."""
-        key = f"{program.text} {program.names} {program.returned}"
+        key = f"{program.text} {program.names} {program.returned} {program.match}"
         if key not in self._known:
             self._known[key] = f"program_{len(vars(self.by_name))}"
             setattr(self.by_name, self._known[key], program)

@@ -386,6 +386,31 @@ def test_another_loss(name: str) -> None:
         FusedMAML(mlp(), 0.1, 2, loss=loss, backend="fused")(episode()[0], target(5), episode()[2], target(3))
 
 
+def test_each_leaf_of_a_target_has_its_program(machine: str) -> None:
+    """The labels may be any leaf; what is known of one is not taken for another."""
+
+    def of(second: bool) -> Callable[[Tensor, Any], Tensor]:
+        return lambda p, y: F.cross_entropy(p, y["second" if second else "first"])
+
+    model, tasks = mlp(), {"first": labels(5), "second": labels(5)}
+    x_spt, x_qry = torch.randn(2, 3, 5, 3).double()
+    for second in (False, True):
+        maml = FusedMAML(model, 0.1, 2, loss=of(second), backend="fused")
+        plain = FusedMAML(model, 0.1, 2, loss=of(second), backend="reference")
+        maml(x_spt, tasks, x_qry, tasks)  # the same signature for both sets
+        for steps in (1, 3):
+            ours, theirs = maml.adapt(x_spt, tasks, steps), plain.adapt(x_spt, tasks, steps)
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_another_loss_on_the_query_set() -> None:
+    def by_size(p: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(p, y) if len(p) > 4 else F.huber_loss(p, y, delta=100.0)
+
+    with pytest.raises(ValueError, match="no fused layer serves huber_loss"):
+        FusedMAML(mlp(), 0.1, loss=by_size, backend="fused")(episode()[0], values(5), episode()[2], values(3))
+
+
 def test_labels_that_the_loss_ignores() -> None:
     """A callable may take labels that the core refuses: torch's -100 for padding."""
     data = episode()
