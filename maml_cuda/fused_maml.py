@@ -51,12 +51,13 @@ class FusedMAML(nn.Module):
         inner_steps: steps of the inner loop, from 0.
         loss: "cross_entropy" (mean over samples), "mse" (mean over all elements), "gaussian_policy_gradient" (of a
             model that returns (mean, log_std)) or "categorical_policy_gradient" (of one that returns logits), whose
-            targets are PolicyTargets; or (prediction, target) -> scalar (general path; a module's parameters are
-            meta-learned too).
+            targets are PolicyTargets; or (prediction, target) -> scalar, fused if it is a cross-entropy, a squared
+            error or a weighted sum of either over samples in any form, else on the general path, where a module's
+            parameters are meta-learned too.
         first_order: drop the Hessian terms (FOMAML). May be changed at any time.
         adapt_params: which parameters the inner loop changes: a callable on the name, which also decides on layers that
             are added later, or names. The others still receive their exact meta-gradient.
-        backend: "auto", "fused" (a ValueError where it cannot) or "reference".
+        backend: "auto", "fused" (a ValueError of the first call that cannot be fused) or "reference".
         precision: of products of float32 on a GPU: "float32" (as such), "bf16x3" (relative error about 1e-5), "tf32"
             (about 6e-4) or "bfloat16" (about 5e-3); a float64 model computes in float64 whatever this says.
         cuda_graphs: on a GPU, calls of a shape that repeats are replayed as CUDA graphs.

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from maml_cuda import pytrees
 from maml_cuda.capture import generators, outside_state
-from maml_cuda.capture.copies import copied, held_in_containers, in_place_of, places
+from maml_cuda.capture.copies import copied, in_place_of, places, tensors_of
 from maml_cuda.capture.errors import DoesNotFit, Unfusable, described, first_line
 from maml_cuda.capture.outside_state import OutsideState
 from maml_cuda.capture.python_state import Change, PythonState, Unread, was_read
@@ -121,7 +121,7 @@ def _first_run(model: nn.Module, x: Like, loss: Callable[..., Any] | None, y: An
 
 def _takes(model: nn.Module, x: Like, loss: Callable[..., Any] | None, y: Any) -> bool:
     """Whether a copy of the model and its loss runs on tensors with values."""
-    tensors = [*(place.tensor for place in places(model).values()), *held_in_containers(model)]
+    tensors = tensors_of(model)
     own = {id(t): in_place_of(t, t.detach().clone()) for t in tensors}
     model_copy, loss_copy = copied((model, loss), own)
     on = tensors[0].device
@@ -214,10 +214,9 @@ def _code(loss: Callable[..., Any] | None) -> list[Callable[..., Any]]:
 
 def _fakes(model: nn.Module) -> dict[int, Tensor]:
     """id of a tensor of the model -> a fake tensor on the CPU. Sparse tensors have none."""
-    tensors = {id(t): t for t in (*(place.tensor for place in places(model).values()), *held_in_containers(model))}
     return {
-        key: in_place_of(t, torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))
-        for key, t in tensors.items()
+        id(t): in_place_of(t, torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))
+        for t in tensors_of(model)
         if t.layout is torch.strided
     }
 

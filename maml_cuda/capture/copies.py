@@ -111,9 +111,10 @@ def _copied(objects: T, memo: dict[int, Any]) -> T:
     return result
 
 
-def held_in_containers(model: nn.Module) -> Iterator[Tensor]:
-    """The tensors in lists, tuples, sets and dicts that are attributes of the model's modules."""
-    yield from _attributes(model, of_interest=lambda v: isinstance(v, Tensor))
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """Each tensor of `places`, then each one in a list, tuple, set or dict that is an attribute of a module, once."""
+    in_containers = _attributes(model, of_interest=lambda v: isinstance(v, Tensor))
+    return list({id(t): t for t in (*(place.tensor for place in places(model).values()), *in_containers)}.values())
 
 
 def _attributes(

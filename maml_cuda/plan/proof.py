@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from maml_cuda import pytrees
 from maml_cuda.batch_norm import at_step
 from maml_cuda.capture import generators, outside_state
-from maml_cuda.capture.copies import copied, held_in_containers, in_place_of, places
+from maml_cuda.capture.copies import copied, in_place_of, places, tensors_of
 from maml_cuda.capture.errors import first_line
 from maml_cuda.losses import Loss, loss_function
 from maml_cuda.policies import mean_of
@@ -44,7 +44,7 @@ TOLERANCE = 1e-7
 # The sizes of the numbers in targets of a loss of the user's own, each for one draw of random data: terms that are
 # too small to be seen beside the others near 1 are not far away.
 OWN_LOSS_SIZES = (1.0, 10.0, 50.0)
-MOST_DRAWS = 64
+MOST_DRAWS = 64  # of random data for one loss of the user's own; its labels need more if classes are many
 SMALL = 1e-5  # a norm below this counts as this one in a relative error; values here are of order 1
 
 Named = Mapping[str, Tensor]  # by name of a parameter or buffer
@@ -182,9 +182,7 @@ def _of_prediction(results: Results, fast: Named, x: Tensor, expected: _Expected
 def _replacements(model: nn.Module, generator: Generator) -> dict[int, Tensor]:
     """For a copy in float64 on the CPU: random parameters, and other tensors with small random changes."""
     found: dict[int, Tensor] = {}
-    for t in [*(place.tensor for place in places(model).values()), *held_in_containers(model)]:
-        if id(t) in found:
-            continue
+    for t in tensors_of(model):
         of = _random_parameter if isinstance(t, nn.Parameter) else _changed_buffer
         found[id(t)] = in_place_of(t, of(t, generator))
     return found
