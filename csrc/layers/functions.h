@@ -1,5 +1,6 @@
-// The functions of a pointwise layer with their derivatives, shared by all backends. A new function is one
-// line in the enumeration and one declaration (docs/adding_a_layer.md). At a kink they have torch's
+// The functions of one variable with their derivatives, shared by all backends: of a pointwise layer, and of
+// the expression of a map. A new function is one line in the enumeration and one declaration
+// (docs/adding_a_layer.md). At a kink they have torch's
 // derivatives: relu'(0) = 0, leaky_relu'(0) = a, elu'(0) = a b / c, and f'' = 0.
 #pragma once
 
@@ -29,6 +30,21 @@ enum class Function : int {
   sigmoid,
   hardtanh,
   sin,
+  cos,
+  exp,
+  expm1,
+  log,
+  log1p,
+  log_sigmoid,
+  erf,
+  sqrt,
+  rsqrt,
+  reciprocal,
+  power,
+  abs,
+  sign,
+  clamp,
+  affine,
   count
 };
 
@@ -43,7 +59,7 @@ namespace {
 
 /// The declaration of a function: its name in plans; `bends`, whether f'' is not identically zero; `ascends`,
 /// whether f is non-decreasing, so that a max-pool may come before it; `in_megakernel`, whether the CUDA
-/// megakernel has it; and its derivatives at x. The constants a, b and c are Layer::a, b and c.
+/// megakernel has it; and its derivatives at x. Its constants are a, b and c.
 template <Function F>
 struct FunctionDeclaration;
 
@@ -60,9 +76,9 @@ struct FunctionDeclaration<Function::relu> {
   static constexpr const char* name = "relu";
   static constexpr bool bends = false;
   static constexpr bool in_megakernel = true;
-  static bool ascends(const Layer&) { return true; }
+  static bool ascends(const Constants&) { return true; }
   template <class T>
-  MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
     return {x > 0 || x != x ? x : T(0), x > 0 ? T(1) : T(0), T(0)};
   }
 };
@@ -73,9 +89,9 @@ struct FunctionDeclaration<Function::leaky_relu> {
   static constexpr const char* name = "leaky_relu";
   static constexpr bool bends = false;
   static constexpr bool in_megakernel = true;
-  static bool ascends(const Layer& l) { return l.a >= 0; }
+  static bool ascends(const Constants& l) { return l.a >= 0; }
   template <class T>
-  MAML_HOST_DEVICE static Derivatives<T> at(const Layer& l, T x) {
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants& l, T x) {
     const T a = static_cast<T>(l.a);
     return {x > 0 ? x : a * x, x > 0 ? T(1) : a, T(0)};
   }
@@ -87,9 +103,9 @@ struct FunctionDeclaration<Function::elu> {
   static constexpr const char* name = "elu";
   static constexpr bool bends = true;
   static constexpr bool in_megakernel = true;
-  static bool ascends(const Layer& l) { return l.a >= 0 && l.b >= 0 && l.c > 0; }
+  static bool ascends(const Constants& l) { return l.a >= 0 && l.b >= 0 && l.c > 0; }
   template <class T>
-  MAML_HOST_DEVICE static Derivatives<T> at(const Layer& l, T x) {
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants& l, T x) {
     const T a = static_cast<T>(l.a), b = static_cast<T>(l.b), c = static_cast<T>(l.c);
     if (x > 0) return {b * x, b, T(0)};
     const T e = b * a * std::exp(x / c);
@@ -103,9 +119,9 @@ struct FunctionDeclaration<Function::silu> {
   static constexpr const char* name = "silu";
   static constexpr bool bends = true;
   static constexpr bool in_megakernel = true;
-  static bool ascends(const Layer&) { return false; }
+  static bool ascends(const Constants&) { return false; }
   template <class T>
-  MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
     const T p = logistic(x), q = p * (1 - p);
     return {x * p, p + x * q, q * (2 + x * (1 - 2 * p))};
   }
@@ -117,9 +133,9 @@ struct FunctionDeclaration<Function::gelu> {
   static constexpr const char* name = "gelu";
   static constexpr bool bends = true;
   static constexpr bool in_megakernel = true;
-  static bool ascends(const Layer&) { return false; }
+  static bool ascends(const Constants&) { return false; }
   template <class T>
-  MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
     const T cdf = std::erfc(-x * T(0.70710678118654752440)) / 2;
     const T pdf = T(0.39894228040143267794) * std::exp(-x * x / 2);
     return {x * cdf, cdf + x * pdf, pdf * (2 - x * x)};
@@ -132,9 +148,9 @@ struct FunctionDeclaration<Function::gelu_tanh> {
   static constexpr const char* name = "gelu_tanh";
   static constexpr bool bends = true;
   static constexpr bool in_megakernel = true;
-  static bool ascends(const Layer&) { return false; }
+  static bool ascends(const Constants&) { return false; }
   template <class T>
-  MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
     const T k = T(0.79788456080286535588), q = T(0.044715);
     const T u = k * (x + q * x * x * x), du = k * (1 + 3 * q * x * x), ddu = 6 * k * q * x;
     const T h = std::tanh(u), dh = 1 - h * h;
@@ -148,9 +164,9 @@ struct FunctionDeclaration<Function::softplus> {
   static constexpr const char* name = "softplus";
   static constexpr bool bends = true;
   static constexpr bool in_megakernel = true;
-  static bool ascends(const Layer& l) { return l.a > 0 && l.b >= 20; }
+  static bool ascends(const Constants& l) { return l.a > 0 && l.b >= 20; }
   template <class T>
-  MAML_HOST_DEVICE static Derivatives<T> at(const Layer& l, T x) {
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants& l, T x) {
     const T a = static_cast<T>(l.a), b = static_cast<T>(l.b);
     if (a * x > b) return {x, T(1), T(0)};
     const T p = logistic(a * x);
@@ -164,9 +180,9 @@ struct FunctionDeclaration<Function::tanh> {
   static constexpr const char* name = "tanh";
   static constexpr bool bends = true;
   static constexpr bool in_megakernel = true;
-  static bool ascends(const Layer&) { return true; }
+  static bool ascends(const Constants&) { return true; }
   template <class T>
-  MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
     const T h = std::tanh(x), dh = 1 - h * h;
     return {h, dh, -2 * h * dh};
   }
@@ -178,9 +194,9 @@ struct FunctionDeclaration<Function::sigmoid> {
   static constexpr const char* name = "sigmoid";
   static constexpr bool bends = true;
   static constexpr bool in_megakernel = true;
-  static bool ascends(const Layer&) { return true; }
+  static bool ascends(const Constants&) { return true; }
   template <class T>
-  MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
     const T p = logistic(x), dp = p * (1 - p);
     return {p, dp, dp * (1 - 2 * p)};
   }
@@ -192,9 +208,9 @@ struct FunctionDeclaration<Function::hardtanh> {
   static constexpr const char* name = "hardtanh";
   static constexpr bool bends = false;
   static constexpr bool in_megakernel = true;
-  static bool ascends(const Layer&) { return true; }
+  static bool ascends(const Constants&) { return true; }
   template <class T>
-  MAML_HOST_DEVICE static Derivatives<T> at(const Layer& l, T x) {
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants& l, T x) {
     const T a = static_cast<T>(l.a), b = static_cast<T>(l.b);
     return {x < a ? a : x > b ? b : x, x > a && x < b ? T(1) : T(0), T(0)};
   }
@@ -206,18 +222,204 @@ struct FunctionDeclaration<Function::sin> {
   static constexpr const char* name = "sin";
   static constexpr bool bends = true;
   static constexpr bool in_megakernel = false;
-  static bool ascends(const Layer&) { return false; }
+  static bool ascends(const Constants&) { return false; }
   template <class T>
-  MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
     const T s = std::sin(x);
     return {s, std::cos(x), -s};
+  }
+};
+
+/// The functions below are those of map alone.
+struct OfMap {
+  static constexpr bool in_megakernel = false;
+  static bool ascends(const Constants&) { return false; }
+};
+
+/// cos(x)
+template <>
+struct FunctionDeclaration<Function::cos> : OfMap {
+  static constexpr const char* name = "cos";
+  static constexpr bool bends = true;
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
+    const T c = std::cos(x);
+    return {c, -std::sin(x), -c};
+  }
+};
+
+/// exp(x)
+template <>
+struct FunctionDeclaration<Function::exp> : OfMap {
+  static constexpr const char* name = "exp";
+  static constexpr bool bends = true;
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
+    const T e = std::exp(x);
+    return {e, e, e};
+  }
+};
+
+/// exp(x) - 1
+template <>
+struct FunctionDeclaration<Function::expm1> : OfMap {
+  static constexpr const char* name = "expm1";
+  static constexpr bool bends = true;
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
+    const T m = std::expm1(x);
+    return {m, m + 1, m + 1};
+  }
+};
+
+/// log(x)
+template <>
+struct FunctionDeclaration<Function::log> : OfMap {
+  static constexpr const char* name = "log";
+  static constexpr bool bends = true;
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
+    const T r = 1 / x;
+    return {std::log(x), r, -r * r};
+  }
+};
+
+/// log(1 + x)
+template <>
+struct FunctionDeclaration<Function::log1p> : OfMap {
+  static constexpr const char* name = "log1p";
+  static constexpr bool bends = true;
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
+    const T r = 1 / (1 + x);
+    return {std::log1p(x), r, -r * r};
+  }
+};
+
+/// log(sigmoid(x))
+template <>
+struct FunctionDeclaration<Function::log_sigmoid> : OfMap {
+  static constexpr const char* name = "log_sigmoid";
+  static constexpr bool bends = true;
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
+    const T p = logistic(x);
+    return {(x < 0 ? x : T(0)) - std::log1p(std::exp(x < 0 ? x : -x)), 1 - p, -p * (1 - p)};
+  }
+};
+
+/// The error function
+template <>
+struct FunctionDeclaration<Function::erf> : OfMap {
+  static constexpr const char* name = "erf";
+  static constexpr bool bends = true;
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
+    const T d = T(1.12837916709551257390) * std::exp(-x * x);
+    return {std::erf(x), d, -2 * x * d};
+  }
+};
+
+/// The square root
+template <>
+struct FunctionDeclaration<Function::sqrt> : OfMap {
+  static constexpr const char* name = "sqrt";
+  static constexpr bool bends = true;
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
+    const T r = std::sqrt(x), d = 1 / (2 * r);
+    return {r, d, -d / (2 * x)};
+  }
+};
+
+/// 1 / sqrt(x)
+template <>
+struct FunctionDeclaration<Function::rsqrt> : OfMap {
+  static constexpr const char* name = "rsqrt";
+  static constexpr bool bends = true;
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
+    const T r = 1 / std::sqrt(x), d = T(-0.5) * r * r * r;
+    return {r, d, T(-1.5) * d * r * r};
+  }
+};
+
+/// 1 / x
+template <>
+struct FunctionDeclaration<Function::reciprocal> : OfMap {
+  static constexpr const char* name = "reciprocal";
+  static constexpr bool bends = true;
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
+    const T r = 1 / x;
+    return {r, -r * r, 2 * r * r * r};
+  }
+};
+
+/// x to the power of a number a. A derivative whose factor a or a - 1 is zero is zero everywhere.
+template <>
+struct FunctionDeclaration<Function::power> : OfMap {
+  static constexpr const char* name = "power";
+  static constexpr bool bends = true;
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants& l, T x) {
+    const T a = static_cast<T>(l.a);
+    if (a == 2) return {x * x, 2 * x, T(2)};
+    return {std::pow(x, a), a == 0 ? T(0) : a * std::pow(x, a - 1),
+            a == 0 || a == 1 ? T(0) : a * (a - 1) * std::pow(x, a - 2)};
+  }
+};
+
+/// |x|, with the derivative 0 at 0
+template <>
+struct FunctionDeclaration<Function::abs> : OfMap {
+  static constexpr const char* name = "abs";
+  static constexpr bool bends = false;
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
+    return {x < 0 ? -x : x, x > 0 ? T(1) : x < 0 ? T(-1) : T(0), T(0)};
+  }
+};
+
+/// 1, 0 or -1
+template <>
+struct FunctionDeclaration<Function::sign> : OfMap {
+  static constexpr const char* name = "sign";
+  static constexpr bool bends = false;
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
+    return {x > 0 ? T(1) : x < 0 ? T(-1) : T(0), T(0), T(0)};
+  }
+};
+
+/// min(max(x, a), b), with the derivative 1 at both ends, where hardtanh has 0
+template <>
+struct FunctionDeclaration<Function::clamp> : OfMap {
+  static constexpr const char* name = "clamp";
+  static constexpr bool bends = false;
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants& l, T x) {
+    const T a = static_cast<T>(l.a), b = static_cast<T>(l.b);
+    return {x < a ? a : x > b ? b : x, x >= a && x <= b ? T(1) : T(0), T(0)};
+  }
+};
+
+/// a x + b
+template <>
+struct FunctionDeclaration<Function::affine> : OfMap {
+  static constexpr const char* name = "affine";
+  static constexpr bool bends = false;
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants& l, T x) {
+    const T a = static_cast<T>(l.a), b = static_cast<T>(l.b);
+    return {a * x + b, a, T(0)};
   }
 };
 
 }  // namespace
 
 template <Function F, class T>
-MAML_HOST_DEVICE static inline Derivatives<T> evaluate(const Layer& l, T x) {
+MAML_HOST_DEVICE static inline Derivatives<T> evaluate(const Constants& l, T x) {
   return FunctionDeclaration<F>::at(l, x);
 }
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "layers/kinds.h"
+
 namespace maml {
 
 Shape output_like_input(const Node& node, const Shape& x) {
@@ -52,6 +54,30 @@ void check_batch_statistics(const std::string& name, const Shape& x, int64_t n) 
                                 "shape " +
                                 text_of(x));
   }
+}
+
+Shape output_of_loops(const Node& node, std::span<const Shape> x) {
+  const bool moves = node.layer.kind == Kind::move;
+  const size_t nests = moves ? x.size() : 1;
+  if (!node.loops || node.loops->size() != nests) {
+    throw std::invalid_argument(node.name + " expects " + std::to_string(nests) + " nests of loops, got " +
+                                std::to_string(node.loops ? node.loops->size() : 0));
+  }
+  for (size_t i = 0; i < x.size(); ++i) {
+    const View& view = moves ? (*node.loops)[i].x[0] : node.loops->front().x[i];
+    if (view.size == size(x[i].image) && view.samples == x[i].samples) continue;
+    throw std::invalid_argument(node.name + " expects operand " + std::to_string(i) + " of " +
+                                std::to_string(view.size) + " elements, got " +
+                                std::to_string(size(x[i].image)));
+  }
+  const View& y = node.loops->front().y;
+  for (const Loops& loops : *node.loops) {
+    if (loops.y.size == y.size && loops.y.samples == y.samples) continue;
+    throw std::invalid_argument(node.name + " expects one output, got several");
+  }
+  Shape shape{SampleLayout::other, {y.size, 1, 1}};
+  shape.samples = y.samples;
+  return shape;
 }
 
 void check_sum(const std::string& name, const Shape& a, const Shape& b) {

@@ -21,11 +21,19 @@ Image slide(const std::string& name, const Window& window, const std::array<int6
 /// Throws where batch statistics would be computed from one value.
 void check_batch_statistics(const std::string& name, const Shape& x, int64_t n);
 
+/// The shape of the output of a layer on tensors of any shape. Throws where its loops leave an operand.
+Shape output_of_loops(const Node& node, std::span<const Shape> x);
+
 /// Throws where two values cannot be added.
 void check_sum(const std::string& name, const Shape& a, const Shape& b);
 
 /// Approximate multiply-adds of a layer that does a few operations for each element of its output.
 inline int64_t elementwise_work(const Layer& l) { return 4 * l.n * size(l.out); }
+
+/// The same for a layer on tensors of any shape, with this many operations a step of its loops.
+inline int64_t work_of_loops(const Layer& l, int64_t operations) {
+  return operations * iterations(l.loops[0], l.n);
+}
 
 /// Multiply-adds of a convolution with `pixels` output pixels a sample.
 inline int64_t convolution_work(const Layer& l, const Image& pixels) {

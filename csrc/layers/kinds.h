@@ -21,6 +21,16 @@ enum class Kind : int {
   add,
   append,
   scale,
+  parameter,
+  view,
+  move,
+  map,
+  reduce,
+  extreme,
+  contract,
+  softmax,
+  log_softmax,
+  stop,
   norm_block,
   conv_block,
   patch_gram,
@@ -35,18 +45,28 @@ enum class Kind : int {
 #include "layers/avg_pool.h"
 #include "layers/batch_norm.h"
 #include "layers/channels_last.h"
+#include "layers/contract.h"
 #include "layers/conv2d.h"
 #include "layers/conv_block.h"
+#include "layers/extreme.h"
 #include "layers/flatten.h"
 #include "layers/group_norm.h"
+#include "layers/log_softmax.h"
+#include "layers/map.h"
 #include "layers/max_pool.h"
 #include "layers/mean_pool.h"
+#include "layers/move.h"
 #include "layers/norm_block.h"
+#include "layers/parameter.h"
 #include "layers/patch_gram.h"
 #include "layers/pointwise.h"
+#include "layers/reduce.h"
 #include "layers/running_norm.h"
 #include "layers/scale.h"
+#include "layers/softmax.h"
 #include "layers/stem.h"
+#include "layers/stop.h"
+#include "layers/view.h"
 
 namespace maml {
 

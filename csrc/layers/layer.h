@@ -13,8 +13,11 @@
 
 namespace maml {
 
-enum class Kind : int;      // layers/kinds.h
-enum class Function : int;  // layers/functions.h
+enum class Kind : int;       // layers/kinds.h
+enum class Function : int;   // layers/functions.h
+enum class Reduction : int;  // layers/loops.h
+struct Loops;
+struct Expression;
 
 /// How products of float32 are computed: in float32, or by matrix instructions on operands that are rounded
 /// to 19 bits (tf32) or 16 bits (bfloat16) or split into two bf16 (bf16x3: three products). Sums are always
@@ -28,15 +31,18 @@ struct Window {
 
 constexpr int64_t kMostKernelRows = 64;
 
+/// Numbers of a layer; its declaration tells what they mean (functions.h: those of a function).
+struct Constants {
+  double a = 0, b = 0, c = 1;
+};
+
 /// One layer with its shapes. A linear layer is a convolution with one tap on a 1 x 1 image.
-struct Layer {
+struct Layer : Constants {
   Kind kind;
   int64_t n;  // samples of one task that are processed together
   Image in, out;
   Window window;
   Function function{};
-  // Numbers of the layer; its declaration tells what they mean (functions.h: those of a function).
-  double a = 0, b = 0, c = 1;
   double eps = 0;             // of all normalisations
   int64_t groups = 1;         // group_norm; in a Node, 0 means that every channel is a group
   bool count_padding = true;  // avg_pool: padding counts in the divisor
@@ -45,6 +51,10 @@ struct Layer {
   bool pooled = false;
   Image between{};                           // patch_gram, stem and conv_block: the convolution's output
   Precision precision = Precision::float32;  // conv2d and stem
+  // Of the layers on tensors of any shape (loops.h), owned by the plan. move: one for each input.
+  const Loops* loops = nullptr;
+  const Expression* expression = nullptr;  // map
+  Reduction reduction{};                   // reduce
 };
 
 constexpr int kMostInputs = 4, kMostParameters = 4;

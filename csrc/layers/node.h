@@ -3,12 +3,13 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "layers/layer.h"
+#include "layers/loops.h"
 
 namespace maml {
 
@@ -29,6 +30,10 @@ struct Node {
   std::vector<SampleLayout> layouts;         // the layouts that the layer accepts; empty: any
   std::optional<SampleLayout> out_layout{};  // the layout of its output; none: that of its input
   std::vector<int64_t> sample;  // group_norm: the shape that it accepts and treats as features; empty: any
+  Image image{};                // view: the image that its input is seen as
+  // What Layer::loops and Layer::expression point to.
+  std::shared_ptr<const std::vector<Loops>> loops;
+  std::shared_ptr<const Expression> expression;
 };
 
 }  // namespace maml

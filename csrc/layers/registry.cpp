@@ -18,7 +18,7 @@ constexpr auto kProperties = for_each_kind([]<Kind K> {
 struct FunctionProperties {
   const char* name;
   bool bends, in_megakernel;
-  bool (*ascends)(const Layer&);
+  bool (*ascends)(const Constants&);
 };
 constexpr auto kFunctionProperties = for_each_function([]<Function F> {
   using D = FunctionDeclaration<F>;

@@ -26,7 +26,8 @@ inline int64_t size(const Image& s) { return s.c * s.h * s.w; }
 struct Shape {
   SampleLayout layout = SampleLayout::features;
   Image image{1, 1, 1};
-  Image between{};  // Layer::between
+  Image between{};      // Layer::between
+  bool samples = true;  // whether there is one for each sample; otherwise one for the task
 };
 
 /// The shape of a sample with these axes, as the user has them.

@@ -1,0 +1,79 @@
+// Layers on tensors of any shape. What they compute does not depend on what their axes mean, so they are
+// given as nested loops in which every operand has a stride for each axis:
+//
+//   move      y[.] = x_j[.]                    for each input j, loops of its own
+//   map       y[.] = f(x_0[.], x_1[.], ...)    f: an Expression
+//   reduce    y[.] = the sum, mean or extreme of x[.] over the axes along which y has stride 0
+//   contract  y[.] = the sum of x_0[.] x_1[.] over the axes along which y has stride 0
+//   softmax, log_softmax                       over the last axis
+//   stop      y = x, with cotangent and tangent 0
+//
+// A permutation, an expansion or a part of a value is a view: strides and an offset, no layer. A broadcast
+// operand has stride 0. Its cotangent is the sum over that axis.
+#pragma once
+
+#include "layers/combinations.h"
+
+namespace maml {
+
+constexpr int kMostAxes = 8;
+constexpr int64_t kSamples = -1;  // the size of the axis of samples, Layer::n
+
+/// The elements of one operand: (i_0, i_1, ...) is at offset + the sum of i_a stride[a].
+struct View {
+  int64_t size = 0;      // elements of the operand, of one sample if it has samples
+  bool samples = false;  // whether it has a part for each sample: that axis has the stride `size`
+  bool whole = false;    // whether the loops come to each of its elements, to each once
+  int64_t offset = 0;
+  int64_t stride[kMostAxes] = {};
+};
+
+struct Loops {
+  int axes = 0;
+  int64_t size[kMostAxes] = {};  // kSamples for at most one axis
+  View x[kMostInputs], y;        // of move: x[0] is the input that these loops are of
+};
+
+/// The number of steps along an axis.
+MAML_HOST_DEVICE inline int64_t extent(const Loops& loops, int axis, int64_t n) {
+  return loops.size[axis] == kSamples ? n : loops.size[axis];
+}
+/// How often the loops' body runs.
+MAML_HOST_DEVICE inline int64_t iterations(const Loops& loops, int64_t n) {
+  int64_t count = 1;
+  for (int a = 0; a < loops.axes; ++a) count *= extent(loops, a, n);
+  return count;
+}
+/// The elements of an operand for n samples.
+MAML_HOST_DEVICE inline int64_t elements(const View& view, int64_t n) {
+  return view.samples ? n * view.size : view.size;
+}
+
+/// How a reduce layer combines the elements. amax and amin share the derivative among equal extremes, as
+/// torch.amax does; max and min give it to the first of them, as torch.max over one axis does.
+enum class Reduction : int { sum, mean, amax, amin, max, min, count };
+
+inline const char* name_of(Reduction reduction) {
+  static const char* const kNames[] = {"sum", "mean", "amax", "amin", "max", "min"};
+  return kNames[static_cast<int>(reduction)];
+}
+
+constexpr int kMostInstructions = 20;
+
+/// One operation of an expression: `function` of one argument, or else `combination` of two or three.
+/// Arguments are numbers of operands x_0 ... x_m-1, or m + i for the result of instruction i.
+struct ExpressionStep {
+  bool unary = true;
+  Function function{};
+  Combination combination{};
+  int argument[3] = {};
+  double a = 0, b = 0, c = 1;  // the constants of the function
+};
+
+/// A function of `operands` arguments; the result of the last instruction is its value.
+struct Expression {
+  int operands = 0, count = 0;
+  ExpressionStep step[kMostInstructions];
+};
+
+}  // namespace maml
