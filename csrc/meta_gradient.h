@@ -50,7 +50,11 @@ struct Walk {
   int64_t first() const { return stage.first(tile); }
   int64_t samples() const { return stage.first(tile + 1) - first(); }
   T* value(int v) const { return (stage.values[v].fixed ? fixed : step) + stage.values[v].at; }
-  const T* input(int v) const { return v == 0 ? x + first() * stage.values[0].size : value(v); }
+  const T* input(int v) const {
+    const Stage::Value& input = stage.values[v];
+    if (input.parameter >= 0) return parameter(input.parameter);
+    return v == 0 ? x + first() * input.size : value(v);
+  }
   T* grad(int v) const { return at(step, stage.values[v].grad_at); }
   T* dot(int v) const { return at(tangent, stage.values[v].dot_at); }
   T* grad_dot(int v) const { return at(tangent, stage.values[v].grad_dot_at); }
@@ -66,18 +70,14 @@ struct Walk {
   void backward(T* gradient, int64_t limit) const {
     for (auto s = stage.steps.rbegin(); s != stage.steps.rend(); ++s) {
       if (!grad(s->output)) continue;
-      Tensors<T> t = tensors(*s);
-      for (size_t j = 0; j < s->parameters.size(); ++j) {
-        t.grad_w[j] = parameter(s->parameters[j], gradient, gradient ? limit : 0);
-      }
-      backend.backward(layer(*s), t);
+      backend.backward(layer(*s), tensors(*s, {.gradient = gradient, .limit = gradient ? limit : 0}));
     }
   }
 
   /// From a direction on the adapted parameters [adapted] to the tangents of all values.
   void forward_tangent(const T* direction) const {
     for (const Stage::Step& s : stage.steps) {
-      if (dot(s.output)) backend.forward_tangent(layer(s), tensors(s, direction));
+      if (dot(s.output)) backend.forward_tangent(layer(s), tensors(s, {.direction = direction}));
     }
   }
 
@@ -85,11 +85,7 @@ struct Walk {
   void backward_tangent(const T* direction, T* product) const {
     for (auto s = stage.steps.rbegin(); s != stage.steps.rend(); ++s) {
       if (!grad_dot(s->output)) continue;
-      Tensors<T> t = tensors(*s, direction);
-      for (size_t j = 0; j < s->parameters.size(); ++j) {
-        t.grad_w_dot[j] = parameter(s->parameters[j], product, packing.trainable);
-      }
-      backend.backward_tangent(layer(*s), t);
+      backend.backward_tangent(layer(*s), tensors(*s, {.direction = direction, .product = product}));
     }
   }
 
@@ -104,18 +100,28 @@ struct Walk {
   }
   static T* at(T* region, int64_t offset) { return offset == kNowhere ? nullptr : region + offset; }
 
+  /// The packed vectors that belong to the parameters in one pass. The gradient has `limit` elements.
+  struct Packed {
+    const T* direction = nullptr;
+    T* gradient = nullptr;
+    int64_t limit = 0;
+    T* product = nullptr;
+  };
   template <class P>
   P* parameter(int p, P* packed, int64_t limit) const {
-    return p < 0 || packing.at[p] >= limit ? nullptr : packed + packing.at_step(p, slot);
+    return !packed || p < 0 || packing.at[p] >= limit ? nullptr : packed + packing.at_step(p, slot);
+  }
+  const T* parameter(int p) const {
+    return (packing.at[p] < packing.adapted ? phi : theta) + packing.at_step(p, slot);
   }
 
   Layer layer(const Stage::Step& s) const {
     Layer l = s.layer;
-    l.n = samples();
+    l.n = samples() * s.rows;
     return l;
   }
 
-  Tensors<T> tensors(const Stage::Step& s, const T* direction = nullptr) const {
+  Tensors<T> tensors(const Stage::Step& s, const Packed& packed = {}) const {
     Tensors<T> t;
     t.y = value(s.output);
     t.grad_y = grad(s.output);
@@ -123,16 +129,25 @@ struct Walk {
     t.grad_y_dot = grad_dot(s.output);
     for (size_t j = 0; j < s.inputs.size(); ++j) {
       t.x[j] = input(s.inputs[j]);
+      t.add_x[j] = s.add_x[j];
+      if (const int p = stage.values[s.inputs[j]].parameter; p >= 0) {
+        t.add_x[j] |= tile > 0;
+        t.grad_x[j] = parameter(p, packed.gradient, packed.limit);
+        t.x_dot[j] = parameter(p, packed.direction, packing.adapted);
+        t.grad_x_dot[j] = parameter(p, packed.product, packing.trainable);
+        continue;
+      }
       t.grad_x[j] = grad(s.inputs[j]);
       t.x_dot[j] = dot(s.inputs[j]);
       t.grad_x_dot[j] = grad_dot(s.inputs[j]);
-      t.add_x[j] = s.add_x[j];
     }
     for (size_t j = 0; j < s.parameters.size(); ++j) {
       t.add_w[j] = s.add_w[j] || tile > 0;
       const int p = s.parameters[j];
-      if (p >= 0) t.w[j] = (packing.at[p] < packing.adapted ? phi : theta) + packing.at_step(p, slot);
-      t.w_dot[j] = parameter(p, direction, direction ? packing.adapted : 0);
+      if (p >= 0) t.w[j] = parameter(p);
+      t.grad_w[j] = parameter(p, packed.gradient, packed.limit);
+      t.w_dot[j] = parameter(p, packed.direction, packing.adapted);
+      t.grad_w_dot[j] = parameter(p, packed.product, packing.trainable);
     }
     // Statistics belong to the value between a convolution and its normalisation; both layers use them.
     for (int v : {s.output, s.inputs[0]}) {

@@ -22,6 +22,7 @@ Shape output_like_input(const Node& node, const Shape& x) {
                                 text_of(x));
   }
   Shape y{node.out_layout.value_or(x.layout), x.image};
+  y.rows = x.rows;
   if (node.out_features != 0) y.image.c = node.out_features;
   return y;
 }
@@ -65,10 +66,9 @@ Shape output_of_loops(const Node& node, std::span<const Shape> x) {
   }
   for (size_t i = 0; i < x.size(); ++i) {
     const View& view = moves ? (*node.loops)[i].x[0] : node.loops->front().x[i];
-    if (view.size == size(x[i].image) && view.samples == x[i].samples) continue;
+    if (view.size == size(x[i]) && view.samples == x[i].samples) continue;
     throw std::invalid_argument(node.name + " expects operand " + std::to_string(i) + " of " +
-                                std::to_string(view.size) + " elements, got " +
-                                std::to_string(size(x[i].image)));
+                                std::to_string(view.size) + " elements, got " + std::to_string(size(x[i])));
   }
   const View& y = node.loops->front().y;
   for (const Loops& loops : *node.loops) {

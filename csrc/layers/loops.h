@@ -67,7 +67,7 @@ struct ExpressionStep {
   Function function{};
   Combination combination{};
   int argument[3] = {};
-  double a = 0, b = 0, c = 1;  // the constants of the function
+  Constants constants;  // of the function
 };
 
 /// A function of `operands` arguments; the result of the last instruction is its value.

@@ -30,7 +30,8 @@ struct Node {
   std::vector<SampleLayout> layouts;         // the layouts that the layer accepts; empty: any
   std::optional<SampleLayout> out_layout{};  // the layout of its output; none: that of its input
   std::vector<int64_t> sample;  // group_norm: the shape that it accepts and treats as features; empty: any
-  Image image{};                // view: the image that its input is seen as
+  Image image{};                // view: the images that its input is seen as; parameter: {elements, 1, 1}
+  int64_t rows = 1;             // view: images in a sample
   // What Layer::loops and Layer::expression point to.
   std::shared_ptr<const std::vector<Loops>> loops;
   std::shared_ptr<const Expression> expression;

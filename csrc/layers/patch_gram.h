@@ -22,6 +22,7 @@ struct Declaration<Kind::patch_gram> {
     y.between = slide(node.name, node.layer.window, node.pad_end, x[0]);
     y.between.c = y.image.c;
     y.image = {patch_gram_size(patch_size(node.layer.window, x[0].image)), 1, 1};
+    y.samples = false;
     return y;
   }
   static bool is_view(const Image&, bool) { return false; }

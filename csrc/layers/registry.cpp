@@ -2,7 +2,7 @@
 
 #include <stdexcept>
 
-#include "layers/functions.h"
+#include "layers/combinations.h"
 #include "layers/kinds.h"
 
 namespace maml {
@@ -25,6 +25,9 @@ constexpr auto kFunctionProperties = for_each_function([]<Function F> {
   return FunctionProperties{D::name, D::bends, D::in_megakernel, D::ascends};
 });
 
+constexpr auto kCombinationNames =
+    for_each_combination([]<Combination C> { return CombinationDeclaration<C>::name; });
+
 /// The index of the row with this name.
 template <class Table>
 int named(const Table& table, const std::string& name, const char* what) {
@@ -40,6 +43,12 @@ const Properties& properties(Kind kind) { return kProperties[static_cast<size_t>
 Kind kind_named(const std::string& name) { return static_cast<Kind>(named(kProperties, name, "layer")); }
 Function function_named(const std::string& name) {
   return static_cast<Function>(named(kFunctionProperties, name, "function"));
+}
+std::optional<Combination> combination_named(const std::string& name) {
+  for (size_t c = 0; c < kCombinationNames.size(); ++c) {
+    if (name == kCombinationNames[c]) return static_cast<Combination>(c);
+  }
+  return {};
 }
 bool bends(Function function) { return kFunctionProperties[static_cast<size_t>(function)].bends; }
 bool in_megakernel(Function function) {

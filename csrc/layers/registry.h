@@ -1,6 +1,7 @@
 // The declarations of kinds and functions as tables, for values that are known only at run time.
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "layers/declaration.h"
@@ -22,6 +23,8 @@ const Properties& properties(Kind kind);
 /// Throws std::invalid_argument if there is none of that name.
 Kind kind_named(const std::string& name);
 Function function_named(const std::string& name);
+/// Nothing if there is none of that name.
+std::optional<Combination> combination_named(const std::string& name);
 
 /// FunctionDeclaration::bends and ascends of a pointwise layer's function.
 bool bends(Function function);

@@ -28,7 +28,10 @@ struct Shape {
   Image image{1, 1, 1};
   Image between{};      // Layer::between
   bool samples = true;  // whether there is one for each sample; otherwise one for the task
+  int64_t rows = 1;     // images in a sample: a token of a sequence is an image of one pixel
 };
+
+inline int64_t size(const Shape& s) { return s.rows * size(s.image); }
 
 /// The shape of a sample with these axes, as the user has them.
 Shape shape_of(const std::vector<int64_t>& sample);

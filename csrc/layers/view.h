@@ -1,4 +1,4 @@
-// view: the same memory, seen as an image with channels last (Node::image, Node::out_layout).
+// view: the same memory, seen as images with channels last (Node::image, Node::rows, Node::out_layout).
 #pragma once
 
 #include "layers/declaration.h"
@@ -17,12 +17,14 @@ struct Declaration<Kind::view> {
   static constexpr bool in_lanes = true, in_megakernel = true;
 
   static Shape infer(const Node& node, std::span<const Shape> x, int64_t) {
-    if (size(node.image) != size(x[0].image)) {
-      throw std::invalid_argument(node.name + " expects samples of " + std::to_string(size(node.image)) +
-                                  " elements, got " + text_of(x[0]));
+    if (node.rows * size(node.image) != size(x[0])) {
+      throw std::invalid_argument(node.name + " expects samples of " +
+                                  std::to_string(node.rows * size(node.image)) + " elements, got " +
+                                  text_of(x[0]));
     }
     Shape y{node.out_layout.value_or(SampleLayout::other), node.image};
     y.samples = x[0].samples;
+    y.rows = node.rows;
     return y;
   }
   static bool is_view(const Image&, bool) { return true; }

@@ -67,7 +67,7 @@ class Chains {
  private:
   /// Whether node i is of this kind and is the only reader of the value of node i - 1.
   bool continues(size_t i, Kind kind) const {
-    return i < graph_.nodes.size() && graph_.nodes[i].layer.kind == kind &&
+    return i < graph_.nodes.size() && graph_.nodes[i].layer.kind == kind && !graph_.nodes[i].inputs.empty() &&
            graph_.nodes[i].inputs[0] == static_cast<int>(i) && readers_[i] == 1;
   }
   Node renumbered(Node node) const {

@@ -77,6 +77,7 @@ class Placement {
 
  private:
   int backward(int i) const { return 2 * steps_ - i; }
+  int64_t elements(const Stage::Value& y) const { return y.samples ? tile_ * y.size : y.size; }
   bool has_products() const { return keep_ == Keep::products; }
   /// Whether a value of the query set may be computed before everything else.
   bool is_early(const Stage::Value& y) const { return data_ == Data::query && !y.active; }
@@ -91,7 +92,7 @@ class Placement {
       stage_.has_constants |= !y.active;
       if (is_early(y)) constants_scratch = std::max(constants_scratch, needs.scratch);
       Layer all_samples = layer;
-      all_samples.n = stage_.n;
+      all_samples.n = stage_.n * step.rows;
       stage_.work += properties(layer.kind).work(all_samples);
       stage_.scratch_size = std::max(stage_.scratch_size, needs.scratch);
       y.fixed = data_ == Data::support && !y.moving && !y.stepwise;
@@ -100,8 +101,7 @@ class Placement {
       const int first = stays || is_early(y) ? 0 : i;
       const int last = stays ? end_ : keep_ == Keep::values ? last_reader_[step.output] : backward(i);
       if (!in_place_[step.output]) {
-        const int64_t samples = layer.kind == Kind::patch_gram ? 1 : tile_;  // one moment for all samples
-        y.at = region.place(samples * y.size, first, last);
+        y.at = region.place(elements(y), first, last);
       }
       if (y.overwritten_by >= 0) stage_.values[y.overwritten_by].at = y.at;
       step.saved_at = region.place(needs.saved, first, !stays && keep_ == Keep::values ? i : last);
@@ -117,13 +117,13 @@ class Placement {
       const int written = backward(last_reader_[step.output]);
       const bool products = has_products();
       if (data_ == Data::support ? y.moving : y.active) {
-        y.grad_at = step_.place(tile_ * y.size, products ? 0 : written, products ? end_ : backward(i));
+        y.grad_at = step_.place(elements(y), products ? 0 : written, products ? end_ : backward(i));
       }
       if (products && y.moving) {
-        y.dot_at = tangent_.place(tile_ * y.size, i, backward(i));
+        y.dot_at = tangent_.place(elements(y), i, backward(i));
         step.saved_dot_at = tangent_.place(traits_.footprint(step.layer).saved_dot, i, backward(i));
       }
-      if (products && y.active) y.grad_dot_at = tangent_.place(tile_ * y.size, written, backward(i));
+      if (products && y.active) y.grad_dot_at = tangent_.place(elements(y), written, backward(i));
       if (y.overwritten_by < 0) continue;
       Stage::Value& over = stage_.values[y.overwritten_by];
       over.grad_at = y.grad_at, over.dot_at = y.dot_at, over.grad_dot_at = y.grad_dot_at;

@@ -8,11 +8,27 @@
 namespace maml {
 namespace {
 
+/// Whether a sample of the output depends on other samples: so it is where a layer takes the samples together
+/// to a value without.
+bool mixes_samples(const Graph& graph, const Stage& stage, size_t i) {
+  const Node& node = graph.nodes[i];
+  if (properties(node.layer.kind).mixes_samples) return true;
+  return !stage.values[i + 1].samples &&
+         std::any_of(node.inputs.begin(), node.inputs.end(), [&](int x) { return stage.values[x].samples; });
+}
+
 /// Samples go through the layers in tiles if none of them mixes samples.
-int64_t tiles_of(const Graph& graph, int64_t n, const LayerTraits& traits) {
-  const bool mixes = std::any_of(graph.nodes.begin(), graph.nodes.end(),
-                                 [](const Node& node) { return properties(node.layer.kind).mixes_samples; });
-  return mixes ? 1 : (n - 1) / traits.tile + 1;
+int64_t tiles_of(const Graph& graph, const Stage& stage, const LayerTraits& traits) {
+  for (size_t i = 0; i < graph.nodes.size(); ++i) {
+    if (mixes_samples(graph, stage, i)) return 1;
+  }
+  return (stage.n - 1) / traits.tile + 1;
+}
+
+/// The layers that take several images a sample; those over loops do not look at images at all.
+bool takes_rows(const Node& node) {
+  const Kind kind = node.layer.kind;
+  return kind == Kind::conv2d || kind == Kind::group_norm || kind == Kind::view || node.loops;
 }
 
 /// The shapes of all values; and of each value of the stage its size and whose memory it is.
@@ -21,7 +37,7 @@ std::vector<Shape> infer_shapes(const Graph& graph, const std::vector<int64_t>& 
   std::vector<Shape> shapes(count + 1);
   stage.values.resize(count + 1);
   shapes[0] = shape_of(sample);
-  stage.values[0].size = size(shapes[0].image);
+  stage.values[0].size = size(shapes[0]);
   for (size_t i = 0; i < count; ++i) {
     const Node& node = graph.nodes[i];
     const Properties& kind = properties(node.layer.kind);
@@ -32,15 +48,23 @@ std::vector<Shape> infer_shapes(const Graph& graph, const std::vector<int64_t>& 
                                   std::to_string(kind.most_inputs) + " inputs, got " + std::to_string(given));
     }
     std::vector<Shape> inputs;
-    for (int input : node.inputs) inputs.push_back(shapes[input]);
+    for (int input : node.inputs) {
+      inputs.push_back(shapes[input]);
+      if (shapes[input].rows != 1 && !takes_rows(node)) {
+        throw std::invalid_argument(node.name + " (" + kind.name + ") takes one image a sample, got " +
+                                    std::to_string(shapes[input].rows));
+      }
+    }
     shapes[i + 1] = kind.infer(node, inputs, stage.n);
     Stage::Value& y = stage.values[i + 1];
-    y.size = size(shapes[i + 1].image);
+    y.size = size(shapes[i + 1]);
+    y.samples = shapes[i + 1].samples;
+    if (node.layer.kind == Kind::parameter) y.parameter = node.parameters.at(0);
     if (stage.n * y.size > INT32_MAX) {
       throw Unsupported(node.name + " has " + std::to_string(stage.n * y.size) +
                         " values a task; fused are fewer than 2^31");
     }
-    const bool view = kind.is_view(inputs[0].image, node.inputs[0] == 0);
+    const bool view = given > 0 && kind.is_view(inputs[0].image, node.inputs[0] == 0);
     y.root = view ? stage.values[node.inputs[0]].root : static_cast<int>(i) + 1;
   }
   return shapes;
@@ -60,6 +84,9 @@ void check_prediction(const Graph& graph, const std::vector<Shape>& shapes, Stag
                       " takes a prediction [n, classes], got samples of shape " + text_of(prediction));
   }
   stage.output = stage.values.back().root;
+  if (!stage.values[stage.output].samples) {
+    throw Unsupported("a prediction for each sample is fused, got one that is the same for all");
+  }
 }
 
 /// The layers that compute something, with their shapes, and what each value depends on.
@@ -70,10 +97,21 @@ void add_steps(const Graph& graph, const std::vector<Shape>& shapes, Stage& stag
     const int output = static_cast<int>(i) + 1;
     Stage::Value& y = stage.values[output];
     if (y.root != output) continue;
+    for (int p : node.parameters) {
+      if (p < 0) continue;
+      const Parameter& parameter = graph.parameters[p];
+      y.active |= parameter.role != Role::frozen;
+      y.moving |= parameter.role == Role::adapted;
+      y.stepwise |= parameter.slots > 1;
+    }
+    if (y.parameter >= 0) continue;
     Stage::Step step;
     Layer& layer = step.layer = node.layer;
     layer.precision = graph.precision;
-    layer.n = samples;
+    step.rows = shapes[output].rows;
+    layer.n = samples * step.rows;
+    if (node.loops) layer.loops = node.loops->data();
+    layer.expression = node.expression.get();
     layer.in = shapes[node.inputs[0]].image;
     layer.out = shapes[output].image;
     layer.between = shapes[output].between;
@@ -88,13 +126,6 @@ void add_steps(const Graph& graph, const std::vector<Shape>& shapes, Stage& stag
       y.active |= x.active;
       y.moving |= x.moving;
       y.stepwise |= x.stepwise;
-    }
-    for (int p : node.parameters) {
-      if (p < 0) continue;
-      const Parameter& parameter = graph.parameters[p];
-      y.active |= parameter.role != Role::frozen;
-      y.moving |= parameter.role == Role::adapted;
-      y.stepwise |= parameter.slots > 1;
     }
     stage.steps.push_back(std::move(step));
   }
@@ -132,8 +163,11 @@ void find_added_cotangents(const Graph& graph, Stage& stage) {
   std::vector<bool> value_written(stage.values.size()), parameter_written(graph.parameters.size());
   for (auto step = stage.steps.rbegin(); step != stage.steps.rend(); ++step) {
     for (size_t j = 0; j < step->inputs.size(); ++j) {
-      step->add_x[j] = value_written[step->inputs[j]];
-      value_written[step->inputs[j]] = true;
+      const int input = step->inputs[j], parameter = stage.values[input].parameter;
+      const auto written =
+          parameter < 0 ? value_written.begin() + input : parameter_written.begin() + parameter;
+      step->add_x[j] = *written;
+      *written = true;
     }
     for (size_t j = 0; j < step->parameters.size(); ++j) {
       if (step->parameters[j] < 0) continue;
@@ -149,8 +183,8 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
                  const LayerTraits& traits) {
   Stage stage;
   stage.n = n;
-  stage.tiles = tiles_of(graph, n, traits);
   const std::vector<Shape> shapes = infer_shapes(graph, sample, stage);
+  stage.tiles = tiles_of(graph, stage, traits);
   check_prediction(graph, shapes, stage);
   add_steps(graph, shapes, stage);
   if (traits.in_place) find_functions_in_place(stage);

@@ -22,7 +22,9 @@ constexpr int64_t kNowhere = -1;
 /// concurrently with the inner loop, in memory that nothing else uses until then.
 struct Stage {
   struct Value {
-    int64_t size = 0;  // elements of one sample
+    int64_t size = 0;     // elements of one sample, or of the task if it has no samples
+    bool samples = true;  // whether it has a part for each sample
+    int parameter = -1;   // the parameter whose memory it is; -1: it has memory of its own
     bool active = false, moving = false, stepwise = false;
     bool fixed = false;  // in the fixed region
     int64_t at = kNowhere, grad_at = kNowhere, dot_at = kNowhere, grad_dot_at = kNowhere;
@@ -34,6 +36,7 @@ struct Stage {
   };
   struct Step {
     Layer layer;              // with n of the largest tile
+    int64_t rows = 1;         // Shape::rows: layer.n is this multiple of the samples
     std::vector<int> inputs;  // roots
     int output = 0;
     std::vector<int> parameters;  // -1: absent

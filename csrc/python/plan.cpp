@@ -6,8 +6,10 @@
 #include <stdexcept>
 #include <utility>
 
+#include "layers/kinds.h"
 #include "layers/registry.h"
 #include "python/fields.h"
+#include "python/loops.h"
 
 namespace py = pybind11;
 
@@ -76,7 +78,11 @@ Node read_node(py::handle object, size_t number, size_t parameters) {
   node.name = fields.read<std::string>("name");
   const std::string named_node = "node " + std::to_string(number) + " (" + node.name + "): ";
   const auto inputs = fields.read<std::vector<int>>("inputs");
-  if (inputs.empty()) throw std::invalid_argument(named_node + "inputs must hold at least 1 value, got 0");
+  Layer& layer = node.layer;
+  layer.kind = kind_named(fields.read<std::string>("kind"));
+  if (inputs.empty() && layer.kind != Kind::parameter) {
+    throw std::invalid_argument(named_node + "inputs must hold at least 1 value, got 0");
+  }
   check_most(inputs.size(), kMostInputs, named_node + "its inputs");
   for (int input : inputs) {
     node.inputs.push_back(index_of(input, number + 1, named_node + "its inputs"));
@@ -95,8 +101,6 @@ Node read_node(py::handle object, size_t number, size_t parameters) {
     node.out_layout = named(kLayouts, *out, "layout");
   }
   node.sample = fields.read("sample", std::vector<int64_t>());
-  Layer& layer = node.layer;
-  layer.kind = kind_named(fields.read<std::string>("kind"));
   if (const auto function = fields.read<std::optional<std::string>>("function")) {
     layer.function = function_named(*function);
   }
@@ -112,6 +116,14 @@ Node read_node(py::handle object, size_t number, size_t parameters) {
   layer.groups = fields.read("groups", layer.groups);
   layer.count_padding = fields.read("count_padding", layer.count_padding);
   if (const py::object window = fields.object("window"); !window.is_none()) read_window(window, node);
+  if (const auto image = fields.read<std::optional<std::array<int64_t, 3>>>("image")) {
+    node.image = {(*image)[0], (*image)[1], (*image)[2]};
+  }
+  node.rows = fields.read("rows", int64_t{1});
+  if (const auto reduction = fields.read<std::optional<std::string>>("reduction")) {
+    layer.reduction = reduction_named(*reduction);
+  }
+  read_loops(fields.object("loops"), fields.object("instructions"), named_node, node);
   fields.done();
   return node;
 }

@@ -31,6 +31,51 @@ class Window:
 
 
 @dataclass(frozen=True)
+class View:
+    """The elements of an operand that loops come to: (i_0, i_1, ...) is at offset + i_0 strides[0] + i_1 strides[1] ...
+
+    Attributes:
+        size: elements of the operand, of one sample if it has samples.
+        samples: whether it has a part for each sample. The axis of samples has the stride `size`, or 0.
+        offset, strides: in elements. A stride of 0 is a broadcast.
+    """
+
+    size: int
+    samples: bool
+    offset: int
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Loops:
+    """Nested loops of a layer on tensors of any shape (csrc/layers/loops.h).
+
+    Attributes:
+        sizes: of the axes; None: that of samples.
+        inputs, output: their views.
+    """
+
+    sizes: tuple[int | None, ...]
+    inputs: tuple[View, ...]
+    output: View
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One operation of the expression of a map.
+
+    Attributes:
+        name: of a function in csrc/layers/functions.h or combinations.h.
+        arguments: numbers of the node's inputs, or their count + i for the result of instruction i.
+        constants: numbers of the function.
+    """
+
+    name: str
+    arguments: tuple[int, ...]
+    constants: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Node:
     """One layer. Value 0 is the model's input, node i writes value i + 1, the last node writes the prediction.
 
@@ -50,6 +95,11 @@ class Node:
         eps: of a normalisation.
         groups: of group_norm; 0: every channel is a group.
         count_padding: of avg_pool, whether padding counts in the divisor.
+        image: (channels, height, width) as which a `view` sees its input; of a `parameter`, (elements, 1, 1).
+        rows: of `view`, the number of images in a sample; None: 1.
+        loops: of a layer on tensors of any shape; of `move`, one for each input.
+        instructions: the expression of a `map`; the last one gives its value.
+        reduction: of `reduce` and `extreme`, a name of Reduction in csrc/layers/loops.h.
     """
 
     kind: str
@@ -67,6 +117,11 @@ class Node:
     eps: float | None
     groups: int | None
     count_padding: bool | None
+    image: tuple[int, int, int] | None = None
+    rows: int | None = None
+    loops: tuple[Loops, ...] = ()
+    instructions: tuple[Instruction, ...] = ()
+    reduction: str | None = None
 
 
 @dataclass(frozen=True)
