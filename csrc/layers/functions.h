@@ -38,6 +38,7 @@ enum class Function : int {
   log_sigmoid,
   erf,
   sqrt,
+  root,
   rsqrt,
   reciprocal,
   power,
@@ -329,6 +330,18 @@ struct FunctionDeclaration<Function::sqrt> : OfMap {
   MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
     const T r = std::sqrt(x), d = 1 / (2 * r);
     return {r, d, -d / (2 * x)};
+  }
+};
+
+/// The square root, with the derivative 0 at 0, as of a norm or a standard deviation
+template <>
+struct FunctionDeclaration<Function::root> : OfMap {
+  static constexpr const char* name = "root";
+  static constexpr bool bends = true;
+  template <class T>
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
+    const T r = std::sqrt(x), d = x == 0 ? T(0) : 1 / (2 * r);
+    return {r, d, x == 0 ? T(0) : -d / (2 * x)};
   }
 };
 

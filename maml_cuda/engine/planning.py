@@ -73,6 +73,9 @@ def program_of(snapshot: Snapshot, graph: Graph, match: Match | None) -> Program
         loss, graph = "gaussian_policy_gradient", own_targets.with_unit_precision(graph)
         log_std = snapshot.like.new_full((math.prod(graph.returned.sample),), own_targets.LOG_STD)
         where[own_targets.LOG_STD_NAME] = Place({"log_std": log_std}, "log_std")
+    for name, literal in graph.literals.items():
+        t = literal.to(snapshot.like)
+        where[name] = Place({name: t}, name)
     is_used = isinstance(snapshot.loss, str) or match is not None
     if is_used and graph.returned.log_softmax and loss not in OF_CLASSES:
         raise Unfusable(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from maml_cuda.capture.errors import Unfusable
-from maml_cuda.plan.schema import Layout, Node, Window
+from maml_cuda.plan.schema import Instruction, Layout, Loops, Node, Window
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Graph:
         served_by: module path -> names of the fused layers that compute this module, for `FusedMAML.explain`.
         returned: what the model returns.
         ignored: what forward does besides and fused layers do not, for `FusedMAML.explain`.
+        literals: tensors made in forward from numbers alone, by the names that they have in `reads`. A name tells the
+            content.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -63,6 +68,7 @@ class Graph:
     served_by: dict[str, list[str]] = field(default_factory=dict)
     returned: Returned = field(default_factory=lambda: Returned(()))
     ignored: tuple[str, ...] = ()
+    literals: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
 
 class Known:
@@ -161,10 +167,12 @@ class Constant(Known):
     Attributes:
         what: describes it.
         trained: whether it is computed from parameters that have a gradient.
+        make: makes the tensor, if it is made from numbers alone; otherwise None.
     """
 
     what: str
     trained: bool
+    make: Callable[[], Tensor] | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         return self.what
@@ -293,18 +301,66 @@ class Writer:
             normalised: schema.Node.sample. The other arguments are the fields of schema.Node.
         """
         layout = inputs[0].layout
-        self.graph.nodes.append(
-            Node(
-                kind=kind, name=self.call, inputs=tuple(x.number for x in inputs), parameters=parameters,
-                in_layouts=() if layout is None else (layout,), out_layout=out_layout, in_features=in_features,
-                out_features=out_features, sample=normalised, window=window, function=function, constants=constants,
-                eps=eps, groups=groups, count_padding=count_padding,
-            )
+        self._append(
+            kind, [x.number for x in inputs], parameters, in_layouts=() if layout is None else (layout,),
+            out_layout=out_layout, in_features=in_features, out_features=out_features, sample=normalised,
+            window=window, function=function, constants=constants, eps=eps, groups=groups,
+            count_padding=count_padding,
         )  # fmt: skip
-        if self.module and kind != "channels_last":
-            layer = "linear" if kind == "conv2d" and layout == "features" else function or kind
-            served = self.graph.served_by.setdefault(self.module, [])
-            if layer not in served:
-                served.append(layer)
+        if kind != "channels_last":
+            self.serve("linear" if kind == "conv2d" and layout == "features" else function or kind)
         learned = any(x.learned for x in inputs) or not self._trained.isdisjoint(parameters)
         return Value(len(self.graph.nodes), shape, sample, True, learned)
+
+    def emit_on_any(
+        self,
+        kind: str,
+        inputs: Sequence[int],
+        *,
+        parameters: tuple[int | None, ...] = (),
+        image: tuple[int, int, int] | None = None,
+        rows: int | None = None,
+        out_layout: Layout | None = None,
+        loops: tuple[Loops, ...] = (),
+        instructions: tuple[Instruction, ...] = (),
+        reduction: str | None = None,
+    ) -> int:
+        """Adds one node of a kind on tensors of any shape and returns the number of its value. The arguments are the
+        fields of schema.Node."""
+        return self._append(
+            kind, inputs, parameters, image=image, rows=rows, out_layout=out_layout, loops=loops,
+            instructions=instructions, reduction=reduction,
+        )  # fmt: skip
+
+    def _append(self, kind: str, inputs: Sequence[int], parameters: tuple[int | None, ...], **fields: Any) -> int:
+        nothing = dict.fromkeys(
+            ("out_layout", "in_features", "out_features", "sample", "window", "function", "eps", "groups",
+             "count_padding", "image", "rows", "reduction")
+        )  # fmt: skip
+        empty: dict[str, Any] = dict.fromkeys(("in_layouts", "constants", "loops", "instructions"), ())
+        fields = {**nothing, **empty, **fields}
+        self.graph.nodes.append(
+            Node(kind=kind, name=self.call, inputs=tuple(inputs), parameters=parameters, **fields)
+        )
+        return len(self.graph.nodes)
+
+    def serve(self, layer: str) -> None:
+        """Notes that a fused layer serves the module that makes the call."""
+        served = self.graph.served_by.setdefault(self.module, []) if self.module else []
+        if layer not in served:
+            served.append(layer)
+
+    def mark(self) -> Any:
+        """The state of what is written, for `undo`."""
+        served = {path: list(layers) for path, layers in self.graph.served_by.items()}
+        return len(self.graph.nodes), len(self.graph.reads), served
+
+    def undo(self, mark: Any) -> None:
+        """Takes back what was written since `mark`."""
+        nodes, reads, served = mark
+        del self.graph.nodes[nodes:], self.graph.reads[reads:]
+        self.graph.served_by = served
+        self._trained = {index for index in self._trained if index < reads}
+        for copies in (self._rearranged, self._flattened):
+            for number in [number for number, copy in copies.items() if copy.number > nodes]:
+                del copies[number]

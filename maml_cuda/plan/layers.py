@@ -35,8 +35,15 @@ class Layers(Views):
         x = self.value(input)
         if not isinstance(weight, Held) or not weight.transposed:
             raise Unfusable(f"it multiplies by {text_of(weight)}; fused is the product with a transposed weight matrix")
+        return self.linear_of_features(x, weight, bias)
+
+    def linear_of_features(self, x: Value, weight: Held, bias: Held | None) -> Value:
+        """The product of features with a matrix [in, out], which may be the transpose of a parameter."""
+        if len(weight.shape) != 2 or not replace(weight, transposed=False).whole:
+            raise Unfusable(f"it multiplies by {weight}")
         in_features, out_features = weight.shape
-        parameters = (self.tensor(weight, "weight", out_features), self.vector(bias, "bias", out_features))
+        rows = out_features if weight.transposed else 1
+        parameters = (self.tensor(weight, "weight", rows), self.vector(bias, "bias", out_features))
         return self.emit(
             "conv2d", [x], (self.n, out_features), (out_features,), parameters, in_features=in_features,
             out_features=out_features, window=_ONE,

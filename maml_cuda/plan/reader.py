@@ -8,24 +8,34 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils import _pytree as pytree
 
 from maml_cuda.capture.errors import Unfusable
 from maml_cuda.capture.python_state import Change
 from maml_cuda.capture.record import Made, Operand, Operation, Record
-from maml_cuda.plan.graph import Constant, Graph, Held, Known, LogSumExp, Returned, Value, Writer, text_of
+from maml_cuda.plan.graph import Constant, Graph, Held, Known, LogSumExp, Returned, Value, text_of
 from maml_cuda.plan.layers import Layers
+from maml_cuda.plan.loops import LoopWriter
+from maml_cuda.plan.strided import Strided
+from maml_cuda.plan.tensors import Tensors
 
 # The methods that read operations, which are named like them.
 _OPERATIONS = {
     name: method
     for name, method in inspect.getmembers(Layers, inspect.isfunction)
-    if not hasattr(Writer, name) and name not in ("append", "module_at", "__init__")
+    if not hasattr(LoopWriter, name) and name not in ("append", "module_at", "linear_of_features", "__init__")
 }
+_ON_ANY_SHAPE = dict(inspect.getmembers(Tensors, inspect.isfunction))
+# Of the first, those whose input is an image; a view of a value is brought into that form.
+_ON_IMAGES = frozenset((
+    "convolution", "native_batch_norm", "native_group_norm", "instance_norm", "max_pool2d_with_indices", "avg_pool2d",
+))  # fmt: skip
 
 
 def graph_of(model: nn.Module, record: Record, changes: tuple[Change, ...] = ()) -> Graph:
@@ -44,7 +54,8 @@ def graph_of(model: nn.Module, record: Record, changes: tuple[Change, ...] = ())
 
 class _Reader(Layers):
     def __init__(self, model: nn.Module, record: Record) -> None:
-        super().__init__(model, record.x.shape[0])
+        super().__init__(model, record.x.shape[0], record.x.dtype)
+        self._tensors = Tensors(self)
         self._record = record
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         shape = record.x.shape
@@ -66,24 +77,54 @@ class _Reader(Layers):
         args, kwargs = pytree.tree_map_only(Operand, self._operand, (operation.args, operation.kwargs))
         known = [self._operand(operand) for operand in operation.operands()]
         learned = any(_is_learned(k) for k in known)
-        if operation.boundary and learned:
-            raise Unfusable(operation.boundary)
-        method = _OPERATIONS.get(operation.name)
-        if method is None or all(isinstance(k, Constant) for k in known):
-            if any(isinstance(k, (Value, LogSumExp)) for k in known):
-                raise Unfusable(f"no fused layer serves it ({operation.name})")
-            what = "a tensor computed from parameters" if learned else "a tensor made in forward"
-            results: Any = (Constant(what, learned),) * len(operation.results)
+        if all(isinstance(k, Constant) for k in known):
+            results: Any = self._made(operation, args, kwargs)
         else:
-            try:
-                results = method(self, *args, **kwargs)
-            except TypeError as error:
-                raise Unfusable(f"no fused layer has this option ({error})") from None
+            results = self._written(operation.name, args, kwargs)
+            if operation.boundary and learned:
+                results = pytree.tree_map_only(Known, lambda k: self.stop(self.strided(k)), results)
         for operand, result in zip(
             operation.results, results if isinstance(results, tuple) else (results,), strict=False
         ):
             if isinstance(result, Known):
                 self._known[id(operand)] = result
+
+    def _made(self, operation: Operation, args: Any, kwargs: Any) -> tuple[Constant, ...]:
+        """The results of an operation on no tensors, or on such results."""
+        known = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Constant)]
+        if any(k.make is None for k in known):
+            return (Constant(known[0].what, any(k.trained for k in known)),) * len(operation.results)
+
+        def make(index: int) -> Tensor:
+            given = pytree.tree_map_only(Constant, lambda k: k.make(), (args, kwargs))
+            result = pytree.tree_leaves(getattr(torch.ops.aten, operation.name)(*given[0], **given[1]))[index]
+            assert isinstance(result, Tensor)
+            return result
+
+        return tuple(
+            Constant("a tensor made in forward", False, partial(make, i)) for i in range(len(operation.results))
+        )
+
+    def _written(self, name: str, args: Any, kwargs: Any) -> Any:
+        """Writes an operation. The layers on features, signals and images come first, then those over loops."""
+        readers = [(_OPERATIONS, self, (args, kwargs)), (_ON_ANY_SHAPE, self._tensors, (args, kwargs))]
+        if name in _ON_IMAGES:
+            readers[1] = (_OPERATIONS, self, (None, None))
+        reason = Unfusable(f"no fused layer serves it ({name})")
+        for methods, reader, given in readers:
+            if name not in methods:
+                continue
+            mark = self.mark()
+            try:
+                if given[0] is None:
+                    given = pytree.tree_map_only(Strided, self.image, (args, kwargs))
+                return methods[name](reader, *given[0], **given[1])
+            except Unfusable as found:
+                reason = found
+            except TypeError as error:
+                reason = Unfusable(f"no fused layer has this option ({error})")
+            self.undo(mark)
+        raise reason
 
     def _operand(self, operand: Operand) -> Known:
         if operand.overwritten == self.call:  # inside one function of torch
@@ -102,6 +143,8 @@ class _Reader(Layers):
     def _finish(self, prediction: Any) -> Graph:
         """Writes the last nodes, for what `forward` returns, and returns the graph."""
         mean, log_std, distribution = _parts(prediction)
+        if isinstance(mean, Strided):
+            mean = self.as_features(mean)
         if not isinstance(mean, Value):
             raise Unfusable(f"the model returns {text_of(prediction)}, not one tensor computed from x")
         x = self.value(replace(mean, log_softmax=False))
@@ -127,7 +170,7 @@ class _Reader(Layers):
         values = {0: 0, **{number: place for place, number in enumerate(sorted(alive), start=1)}}
         read = {i for node in nodes for i in node.parameters if i is not None}
         names = [name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]]
-        order = sorted(read, key=lambda i: [*names, graph.reads[i].name].index(graph.reads[i].name))
+        order = sorted(read, key=lambda i: ([*names, graph.reads[i].name].index(graph.reads[i].name), i))
         places: dict[int | None, int | None] = {None: None, **{i: place for place, i in enumerate(order)}}
         graph.nodes = [
             replace(
@@ -138,6 +181,7 @@ class _Reader(Layers):
             for node in nodes
         ]
         graph.reads = [graph.reads[i] for i in order]
+        graph.literals = {r.name: graph.literals[r.name] for r in graph.reads if r.name in graph.literals}
         return graph
 
 
@@ -166,4 +210,4 @@ def _is_learned(known: Known) -> bool:
     """Whether it depends on a parameter that has a gradient."""
     if isinstance(known, LogSumExp):
         return known.of.learned
-    return known.learned if isinstance(known, Value) else known.trained  # type: ignore[attr-defined]
+    return known.learned if isinstance(known, (Value, Strided)) else known.trained  # type: ignore[attr-defined]

@@ -117,11 +117,11 @@ class Node:
     eps: float | None
     groups: int | None
     count_padding: bool | None
-    image: tuple[int, int, int] | None = None
-    rows: int | None = None
-    loops: tuple[Loops, ...] = ()
-    instructions: tuple[Instruction, ...] = ()
-    reduction: str | None = None
+    image: tuple[int, int, int] | None
+    rows: int | None
+    loops: tuple[Loops, ...]
+    instructions: tuple[Instruction, ...]
+    reduction: str | None
 
 
 @dataclass(frozen=True)

@@ -11,22 +11,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from maml_cuda.batch_norm import PerStepBatchNorm
 from maml_cuda.capture.errors import Unfusable
-from maml_cuda.plan.graph import Held, Known, LogSumExp, Value, Writer, text_of
+from maml_cuda.plan.graph import Held, Known, LogSumExp, Value, text_of
+from maml_cuda.plan.loops import LoopWriter
 
 
-class Views(Writer):
+class Views(LoopWriter):
     """Reads views.
 
     Attributes:
         model: the model, whose modules calls name.
     """
 
-    def __init__(self, model: nn.Module, n: int) -> None:
-        super().__init__(n)
+    def __init__(self, model: nn.Module, n: int, dtype: torch.dtype) -> None:
+        super().__init__(n, dtype)
         self.model = model
 
     def module_at(self, path: str) -> nn.Module:
