@@ -16,6 +16,8 @@ namespace maml::MAML_ISA {
 ///               terms {x, w}
 ///               adjoint_x of terms {g, w}, adjoint_w of terms {x, g}, adjoint_bias
 ///               footprint(layer)
+///               With two inputs and no weight: product(layer, of, terms, count, add, out, scratch), one of
+///               the three products of Product, in one function
 ///   selection   choose(layer, x, y, choice)
 ///               apply(layer, choice, x, y), with a choice made before
 ///               adjoint(layer, choice, g, add, grad_x)
@@ -23,6 +25,10 @@ namespace maml::MAML_ISA {
 ///   others      passes<T>(): all four; footprint(layer)
 template <Kind K>
 struct OnCpu;
+
+/// The products of a bilinear layer of two inputs, by their results: y from terms {x_0, x_1}, the cotangent of
+/// x_0 from terms {g, x_1}, and the cotangent of x_1 from terms {x_0, g}.
+enum class Product { cotangent_0, cotangent_1, y };
 
 template <Kind K, class T>
 Passes<T> linear_passes() {
@@ -90,6 +96,39 @@ Passes<T> bilinear_passes() {
   };
 }
 
+template <Kind K, class T>
+Passes<T> bilinear_passes_of_inputs() {
+  return {
+      [](const Layer& l, const Tensors<T>& t) {
+        const Term<T> term{t.x[0], t.x[1]};
+        OnCpu<K>::product(l, Product::y, &term, 1, false, t.y, t.scratch);
+      },
+      [](const Layer& l, const Tensors<T>& t) {
+        const Term<T> terms[2] = {{t.grad_y, t.x[1]}, {t.x[0], t.grad_y}};
+        for (int j = 0; j < 2; ++j) {
+          if (!t.grad_x[j]) continue;
+          OnCpu<K>::product(l, Product{j}, &terms[j], 1, t.add_x[j], t.grad_x[j], t.scratch);
+        }
+      },
+      [](const Layer& l, const Tensors<T>& t) {
+        Term<T> terms[2];
+        int count = 0;
+        if (t.x_dot[0]) terms[count++] = {t.x_dot[0], t.x[1]};
+        if (t.x_dot[1]) terms[count++] = {t.x[0], t.x_dot[1]};
+        OnCpu<K>::product(l, Product::y, terms, count, false, t.y_dot, t.scratch);
+      },
+      [](const Layer& l, const Tensors<T>& t) {
+        const Term<T> terms[2][2] = {{{t.grad_y_dot, t.x[1]}, {t.grad_y, t.x_dot[1]}},
+                                     {{t.x[0], t.grad_y_dot}, {t.x_dot[0], t.grad_y}}};
+        for (int j = 0; j < 2; ++j) {
+          if (!t.grad_x_dot[j]) continue;
+          const int count = t.grad_y && t.x_dot[1 - j] ? 2 : 1;
+          OnCpu<K>::product(l, Product{j}, terms[j], count, t.add_x[j], t.grad_x_dot[j], t.scratch);
+        }
+      },
+  };
+}
+
 template <class T>
 int32_t* choice_of(const Tensors<T>& t) {
   return reinterpret_cast<int32_t*>(t.saved);  // an int32 is no larger than a T
@@ -116,7 +155,11 @@ Passes<T> passes_by_class() {
   if constexpr (Declaration<K>::layer_class == LayerClass::linear) {
     return linear_passes<K, T>();
   } else if constexpr (Declaration<K>::layer_class == LayerClass::bilinear) {
-    return bilinear_passes<K, T>();
+    if constexpr (Declaration<K>::most_inputs == 1) {
+      return bilinear_passes<K, T>();
+    } else {
+      return bilinear_passes_of_inputs<K, T>();
+    }
   } else if constexpr (Declaration<K>::layer_class == LayerClass::selection) {
     return selection_passes<K, T>();
   } else {

@@ -1,0 +1,241 @@
+// y = the sum of x_0 x_1 over the axes that y does not have, and its two adjoints, which are contractions too:
+// all are R = sum A B. An axis belongs to one of four groups, by the operands that have it (a stride of 0 is no
+// axis):
+//
+//   batch: R, A and B    m: R and A    n: R and B    k: A and B
+//
+// For each index of the batch this is a product of matrices [m, k] [k, n], computed by one of the products of
+// product.h, with the factors in either order:
+//
+//   gather_product  reads rows of A along k and B as [k, n], and writes rows of R along n
+//   outer_product   reads rows of A along m and of B along n, and writes R as [m, n]
+//
+// An operand whose strides do not fit is copied to scratch, or added from there. The form that costs least is
+// taken. The twin on the GPU is cuda/contract.cu.
+#include <algorithm>
+#include <cassert>
+#include <limits>
+
+#include "cpu/implement.h"
+#include "cpu/strided.h"
+
+namespace maml::MAML_ISA {
+namespace {
+
+/// The axes of a contraction, by groups, each with the strides of the operands that have them.
+struct Groups {
+  Nest<3> batch;    // r, a, b
+  Nest<2> m, n, k;  // r, a;  r, b;  a, b
+  const View *r, *a, *b;
+
+  Groups(const Loops& loops, int64_t samples, Product of) {
+    r = of == Product::y ? &loops.y : &loops.x[static_cast<int>(of)];
+    a = of == Product::cotangent_0 ? &loops.y : &loops.x[0];
+    b = of == Product::cotangent_1 ? &loops.y : &loops.x[1];
+    for (int axis = 0; axis < loops.axes; ++axis) {
+      const int64_t steps = extent(loops, axis, samples);
+      const int64_t of_r = r->stride[axis], of_a = a->stride[axis], of_b = b->stride[axis];
+      assert(steps == 1 || (of_r != 0) + (of_a != 0) + (of_b != 0) >= 2);
+      if (of_r != 0 && of_a != 0 && of_b != 0) {
+        batch.append(steps, {of_r, of_a, of_b});
+      } else if (of_b == 0) {
+        m.append(steps, {of_r, of_a});
+      } else if (of_a == 0) {
+        n.append(steps, {of_r, of_b});
+      } else {
+        k.append(steps, {of_a, of_b});
+      }
+    }
+    for (Nest<2>* group : {&m, &n, &k}) {
+      group->sort();
+      group->join();
+    }
+  }
+  /// The same with the factors in the other order: the transpose of R.
+  void swap() {
+    std::swap(a, b);
+    std::swap(m, n);
+    for (int axis = 0; axis < k.axes; ++axis) std::swap(k.stride[0][axis], k.stride[1][axis]);
+    for (int axis = 0; axis < batch.axes; ++axis) std::swap(batch.stride[1][axis], batch.stride[2][axis]);
+    k.sort();
+    k.join();
+  }
+};
+
+/// Whether a group is one axis with this stride for an operand, or empty.
+bool is_row(const Nest<2>& group, int operand, int64_t stride = 1) {
+  return group.axes == 0 || (group.axes == 1 && group.stride[operand][0] == stride);
+}
+
+/// The loops over [rows, columns] with strides of one operand, and those of a dense matrix.
+Nest<2> matrix(const Nest<2>& rows, int of_rows, const Nest<2>& columns, int of_columns, bool to_dense) {
+  Nest<2> nest;
+  const auto append = [&](const Nest<2>& group, int operand, int64_t dense) {
+    dense *= group.iterations();
+    for (int a = 0; a < group.axes; ++a) {
+      dense /= group.size[a];
+      const int64_t strided = group.stride[operand][a];
+      nest.append(group.size[a], {to_dense ? dense : strided, to_dense ? strided : dense});
+    }
+  };
+  append(rows, of_rows, columns.iterations());
+  append(columns, of_columns, 1);
+  return nest;
+}
+
+/// How a contraction is computed.
+struct Form {
+  Groups of;
+  bool swapped, outer, pack_a, pack_b, pack_r;
+  int64_t m, n, k;
+
+  Form(const Groups& groups, bool swapped_, bool outer_) : of(groups), swapped(swapped_), outer(outer_) {
+    if (swapped) of.swap();
+    m = of.m.iterations(), n = of.n.iterations(), k = of.k.iterations();
+    pack_a = !is_row(outer ? of.m : of.k, outer ? 1 : 0);
+    pack_b = !is_row(of.n, 1) || !(outer || is_row(of.k, 1, n));
+    pack_r = !is_row(of.n, 0) || !(outer ? is_row(of.m, 0, n) : injective(of_r(false), 1));
+  }
+  Nest<2> of_a() const { return outer ? matrix(of.k, 0, of.m, 1, true) : matrix(of.m, 1, of.k, 0, true); }
+  Nest<2> of_b() const { return matrix(of.k, 1, of.n, 1, true); }
+  Nest<2> of_r(bool to_dense) const { return matrix(of.m, 0, of.n, 0, to_dense); }
+
+  /// Multiply-adds, with those of unused lanes, and what it costs to pack an element in units of these.
+  int64_t cost() const {
+    constexpr int64_t kWide = 16, kPack = 2 * kWide;
+    return m * k * ((n + kWide - 1) / kWide * kWide) +
+           kPack * (pack_a * m * k + pack_b * k * n + pack_r * m * n);
+  }
+  int64_t rows() const { return outer ? k : m; }
+  int64_t scratch() const { return 2 * (rows() + pack_a * m * k + pack_b * k * n) + pack_r * m * n; }
+};
+
+/// The cheapest form for some samples; it is taken for any number, so that more never need less scratch.
+Form form_of(const Layer& l, Product of) {
+  constexpr int64_t kSome = 16;
+  const Groups some(*l.loops, kSome, of);
+  bool swapped = false, outer = false;
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (const bool o : {false, true}) {
+    for (const bool s : {false, true}) {
+      const int64_t cost = Form(some, s, o).cost();
+      if (cost >= least) continue;
+      least = cost, swapped = s, outer = o;
+    }
+  }
+  return Form(Groups(*l.loops, l.n, of), swapped, outer);
+}
+
+/// The two offsets of each row that a product gathers.
+void fill_rows(const Nest<2>& group, int32_t* first, int32_t* second) {
+  const int64_t count = group.iterations();
+  Odometer<2> at(group, 0, group.axes);
+  for (int64_t i = 0; i < count; ++i, at.next()) {
+    first[i] = static_cast<int32_t>(at[0]);
+    second[i] = static_cast<int32_t>(at[1]);
+  }
+}
+void fill_rows(int64_t count, int64_t stride, int32_t* rows) {
+  for (int64_t i = 0; i < count; ++i) rows[i] = static_cast<int32_t>(i * stride);
+}
+
+/// The products of all indices of the batch in one form.
+template <class T>
+class Contraction {
+ public:
+  Contraction(const Form& form, T* scratch) : f_(form), of_a_(f_.of_a()), of_b_(f_.of_b()) {
+    const auto take = [&](int64_t size) { return std::exchange(scratch, scratch + size); };
+    row_ = reinterpret_cast<int32_t*>(take(f_.rows()));
+    other_row_ = reinterpret_cast<int32_t*>(take(f_.rows()));
+    for (T*& p : packed_a_) p = take(f_.pack_a * f_.m * f_.k);
+    for (T*& p : packed_b_) p = take(f_.pack_b * f_.k * f_.n);
+    packed_r_ = scratch;
+    if (f_.outer) {
+      fill_rows(f_.of.k, row_, other_row_);
+      if (f_.pack_a) fill_rows(f_.k, f_.m, row_);
+      if (f_.pack_b) fill_rows(f_.k, f_.n, other_row_);
+    } else {
+      fill_rows(f_.of.m, other_row_, row_);
+      if (f_.pack_a) fill_rows(f_.m, f_.k, row_);
+      if (f_.pack_r) fill_rows(f_.m, f_.n, other_row_);
+    }
+  }
+
+  void operator()(const Term<T>* terms, int count, bool add, T* r) const {
+    const Nest<3>& batch = f_.of.batch;
+    Odometer<3> at(batch, 0, batch.axes);
+    for (int64_t i = 0, end = batch.iterations(); i < end; ++i, at.next()) {
+      Term<T> own[2];
+      for (int t = 0; t < count; ++t) {
+        own[t] = f_.swapped ? Term<T>{terms[t].b, terms[t].a} : terms[t];
+        own[t].a = packed(f_.pack_a, of_a_, own[t].a + f_.of.a->offset + at[1], packed_a_[t]);
+        own[t].b = packed(f_.pack_b, of_b_, own[t].b + f_.of.b->offset + at[2], packed_b_[t]);
+      }
+      T* const to = r + f_.of.r->offset + at[0];
+      product(own, count, add && !f_.pack_r, f_.pack_r ? packed_r_ : to);
+      if (f_.pack_r) strided::run<T>(f_.of_r(false), to, packed_r_, add, 1);
+    }
+  }
+
+ private:
+  static const T* packed(bool pack, const Nest<2>& nest, const T* from, T* to) {
+    if (!pack) return from;
+    strided::run<T>(nest, to, from, false, 1);
+    return to;
+  }
+
+  void product(const Term<T> (&terms)[2], int count, bool add, T* r) const {
+    const int64_t start = 0;
+    if (f_.outer) {
+      outer_product<T>({{terms[0], terms[1]}, count, {1, f_.m, &start}, row_, other_row_, f_.k, f_.n, r, add});
+    } else {
+      gather_product<T>({{terms[0], terms[1]},
+                         count,
+                         {1, f_.k, &start},
+                         row_,
+                         f_.m,
+                         f_.n,
+                         r,
+                         other_row_,
+                         nullptr,
+                         add});
+    }
+  }
+
+  const Form& f_;
+  Nest<2> of_a_, of_b_;
+  int32_t *row_, *other_row_;
+  T *packed_a_[2], *packed_b_[2], *packed_r_;
+};
+
+}  // namespace
+
+template <>
+struct OnCpu<Kind::contract> {
+  static Footprint footprint(const Layer& l) {
+    int64_t most = elements(l.loops->y, l.n);
+    for (const View& x : {l.loops->x[0], l.loops->x[1]}) most = std::max(most, elements(x, l.n));
+    int64_t scratch = 0;
+    for (Product of : {Product::y, Product::cotangent_0, Product::cotangent_1}) {
+      const Form form = form_of(l, of);
+      most = std::max({most, form.m * form.k, form.k * form.n, form.m * form.n});
+      scratch = std::max(scratch, form.scratch());
+    }
+    if (most > std::numeric_limits<int32_t>::max()) {
+      throw Unsupported("a contraction of " + std::to_string(most) + " elements of one task, at most " +
+                        std::to_string(std::numeric_limits<int32_t>::max()) + " are fused");
+    }
+    return {0, scratch};
+  }
+
+  template <class T>
+  static void product(const Layer& l, Product of, const Term<T>* terms, int count, bool add, T* out,
+                      T* scratch) {
+    const Form form = form_of(l, of);
+    add = start(*l.loops, l.n, *form.of.r, out, add);
+    Contraction<T>(form, scratch)(terms, count, add, out);
+  }
+};
+template struct Implementation<Kind::contract>;
+
+}  // namespace maml::MAML_ISA
