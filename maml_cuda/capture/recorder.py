@@ -29,6 +29,15 @@ RANDOM = "its forward draws random numbers, which fused layers do not"
 _OUTSIDE = "it changes a tensor outside of the model in place"
 
 
+def _without_dropout(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether it is an operation of attention, which draws random numbers for its dropout alone, without dropout."""
+    names = [argument.name for argument in function._schema.arguments]
+    if "dropout_p" not in names or not function._schema.name.startswith("aten::_scaled_dot_product"):
+        return False
+    at = names.index("dropout_p")
+    return bool((args[at] if at < len(args) else kwargs.get("dropout_p", 0)) == 0)
+
+
 def _getter(name: str) -> Any:
     """The function that a TorchFunctionMode sees where an attribute of a tensor is read."""
     return getattr(Tensor, name).__get__
@@ -119,7 +128,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if not self.recording or function.namespace == "prim":
             return function(*args, **kwargs)
-        if torch.Tag.nondeterministic_seeded in function.tags:
+        if torch.Tag.nondeterministic_seeded in function.tags and not _without_dropout(function, args, kwargs):
             self.refuse(f"{self.call()}: {RANDOM}")
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             self.refuse(f"{described(*self.stack[-1])}: it enables autocast inside forward")

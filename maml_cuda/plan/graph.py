@@ -339,9 +339,7 @@ class Writer:
         )  # fmt: skip
         empty: dict[str, Any] = dict.fromkeys(("in_layouts", "constants", "loops", "instructions"), ())
         fields = {**nothing, **empty, **fields}
-        self.graph.nodes.append(
-            Node(kind=kind, name=self.call, inputs=tuple(inputs), parameters=parameters, **fields)
-        )
+        self.graph.nodes.append(Node(kind=kind, name=self.call, inputs=tuple(inputs), parameters=parameters, **fields))
         return len(self.graph.nodes)
 
     def serve(self, layer: str) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor
 from maml_cuda.capture.errors import Unfusable
 from maml_cuda.plan.graph import Constant, Held, LogSumExp, Value, Writer, text_of
 from maml_cuda.plan.schema import Instruction, Layout, Loops, View
+from maml_cuda.plan.simplify import MOST_INPUTS, merged_loops
 from maml_cuda.plan.strided import Atom, Axis, NotAView, Step, Strided, aligned, merged
 
-MOST_INPUTS = 4  # of a node (csrc/layers/layer.h)
 _LAYOUTS: dict[int, Layout] = {2: "features", 3: "signal", 4: "image"}  # by the number of axes
 
 
@@ -128,6 +128,7 @@ class LoopWriter(Writer):
         steps: Sequence[Step],
         reduced: Sequence[int] = (),
         order: Sequence[int] | None = None,
+        apart: int = 0,
         **fields: Any,
     ) -> tuple[int, int, bool, list[Axis]]:
         """Adds a layer over loops.
@@ -136,6 +137,7 @@ class LoopWriter(Writer):
             steps: of the loops; their order is that of the result's axes.
             reduced: axes that the result does not have.
             order: of the steps in the loops; by default the one in which the first operand is in memory.
+            apart: how many of the last steps must remain axes of the loops.
             fields: of the node.
 
         Returns:
@@ -155,10 +157,11 @@ class LoopWriter(Writer):
             if kept[i] and steps[i].size is None:
                 strides[i] = size
         samples = any(kept[i] and steps[i].size is None for i in order)
-        nest = [(steps[i].size, (*steps[i].strides, strides[i])) for i in order]
-        sizes, all_strides = _merged(nest, len(operands) + 1)
-        views = [View(x.size, x.samples, x.offset, s) for x, s in zip(operands, all_strides[:-1], strict=True)]
-        loops = Loops(sizes, tuple(views), View(size, samples, 0, all_strides[-1]))
+        views = [
+            View(x.size, x.samples, x.offset, tuple(steps[i].strides[j] for i in order)) for j, x in enumerate(operands)
+        ]
+        output = View(size, samples, 0, tuple(strides[i] for i in order))
+        loops = merged_loops(Loops(tuple(steps[i].size for i in order), tuple(views), output), apart)
         number = self.emit_on_any(kind, [x.number for x in operands], loops=(loops,), **fields)
         axes: list[list[Atom]] = [[] for _ in range(1 + max((step.axis for step in steps), default=-1))]
         for i, step in enumerate(steps):
@@ -239,7 +242,7 @@ class LoopWriter(Writer):
         if not any(step.axis == dim for step in steps):  # of one element
             steps.append(Step(1, (0,), dim))
         order = sorted(range(len(steps)), key=lambda i: steps[i].axis == dim)
-        result = self.over_loops(kind, [x], steps, order=order)
+        result = self.over_loops(kind, [x], steps, order=order, apart=1)
         self.serve(kind)
         return self._value(result, len(x.axes), x.learned)
 
@@ -308,10 +311,11 @@ class LoopWriter(Writer):
                 part = self.dense(part)
                 steps = aligned([part.axes, to], self.n)
             steps.sort(key=lambda step: step.size is not None)
-            merged_sizes, (from_part, to_y) = _merged([(step.size, step.strides) for step in steps], 2)
             offset = sum(strides[d] * first for d, first in start.items())
-            part_view = View(part.size, part.samples, part.offset, from_part)
-            nests.append((part.number, Loops(merged_sizes, (part_view,), View(size, samples, offset, to_y))))
+            from_part = View(part.size, part.samples, part.offset, tuple(step.strides[0] for step in steps))
+            to_y = View(size, samples, offset, tuple(step.strides[1] for step in steps))
+            loops = Loops(tuple(step.size for step in steps), (from_part,), to_y)
+            nests.append((part.number, merged_loops(loops)))
         number = self.emit_on_any("move", [x for x, _ in nests], loops=tuple(loops for _, loops in nests))
         self.serve("move")
         learned = any(part.learned for part in parts)
@@ -400,22 +404,6 @@ def _shortened(axis: Axis, size: int, n: int) -> Axis:
     """The beginning of an axis of the output, as long as that of a part; of samples all."""
     (*samples, last) = axis
     return (*samples, Atom(size // n if samples else size, last.stride))
-
-
-def _merged(
-    steps: Sequence[tuple[int | None, tuple[int, ...]]], operands: int
-) -> tuple[tuple[int | None, ...], list[tuple[int, ...]]]:
-    """Sizes and, for each operand, strides of loops with as few axes as possible."""
-    kept: list[tuple[int | None, tuple[int, ...]]] = []
-    for size, strides in steps:
-        if size == 1:
-            continue
-        if kept and kept[-1][0] and size and all(o == i * size for o, i in zip(kept[-1][1], strides, strict=True)):
-            kept[-1] = (kept[-1][0] * size, strides)
-        else:
-            kept.append((size, strides))
-    kept = kept or [(1, (0,) * operands)]
-    return tuple(size for size, _ in kept), [tuple(s) for s in zip(*(strides for _, strides in kept), strict=True)]
 
 
 def _is_dense(x: Strided) -> bool:

@@ -22,6 +22,7 @@ from maml_cuda.capture.record import Made, Operand, Operation, Record
 from maml_cuda.plan.graph import Constant, Graph, Held, Known, LogSumExp, Returned, Value, text_of
 from maml_cuda.plan.layers import Layers
 from maml_cuda.plan.loops import LoopWriter
+from maml_cuda.plan.simplify import simplified
 from maml_cuda.plan.strided import Strided
 from maml_cuda.plan.tensors import Tensors
 
@@ -159,6 +160,7 @@ class _Reader(Layers):
 
     def _ordered(self, graph: Graph) -> Graph:
         """The graph without nodes that the prediction does not depend on, with its tensors in the model's order."""
+        graph.nodes = simplified(graph.nodes)
         alive = set()
         pending = [len(graph.nodes)]
         while pending:

@@ -44,28 +44,28 @@ class Tensors:
         return self.view(x, ())
 
     def unsqueeze(self, x: Any, dim: int) -> Strided:
-        x = self.to.strided(x)
-        return x.unsqueeze(dim % (len(x.axes) + 1))
+        given = self.to.strided(x)
+        return given.unsqueeze(dim % (len(given.axes) + 1))
 
     def permute(self, x: Any, dims: Sequence[int]) -> Strided:
-        x = self.to.strided(x)
-        return x.permute([d % len(x.axes) for d in dims])
+        given = self.to.strided(x)
+        return given.permute([d % len(given.axes) for d in dims])
 
     def transpose(self, x: Any, dim0: int, dim1: int) -> Strided:
-        x = self.to.strided(x)
-        axes = list(range(len(x.axes)))
+        given = self.to.strided(x)
+        axes = list(range(len(given.axes)))
         axes[dim0], axes[dim1] = axes[dim1], axes[dim0]
-        return x.permute(axes)
+        return given.permute(axes)
 
     def t(self, x: Any) -> Strided:
-        x = self.to.strided(x)
-        return x.permute(range(len(x.axes))[::-1])
+        given = self.to.strided(x)
+        return given.permute(range(len(given.axes))[::-1])
 
     def expand(self, x: Any, size: Sequence[int], *, implicit: bool = False) -> Strided:
         return self.to.strided(x).expand(self.to.results[0])
 
-    def repeat(self, x: Any, repeats: Sequence[int]) -> Strided:
-        x = self.to.strided(x)
+    def repeat(self, input: Any, repeats: Sequence[int]) -> Strided:
+        x = self.to.strided(input)
         while len(x.axes) < len(repeats):
             x = x.unsqueeze(0)
         shape = x.shape
@@ -101,16 +101,16 @@ class Tensors:
 
     split_with_sizes = split
 
-    def flip(self, x: Any, dims: Sequence[int]) -> Strided:
-        x = self.to.strided(x)
+    def flip(self, input: Any, dims: Sequence[int]) -> Strided:
+        x = self.to.strided(input)
         for d in dims:
             d, size = d % len(x.axes), x.shape[d]
             if size > 1:
                 x = self.to.viewed(x, lambda x, d=d, size=size: x.slice(d, size - 1, size, -1))  # type: ignore[misc]
         return x
 
-    def roll(self, x: Any, shifts: Sequence[int], dims: Sequence[int] = ()) -> Strided:
-        x = self.to.strided(x)
+    def roll(self, input: Any, shifts: Sequence[int], dims: Sequence[int] = ()) -> Strided:
+        x = self.to.strided(input)
         if not dims:
             return self.to.seen_as(self.roll(self.to.seen_as(x, (math.prod(x.shape),)), shifts, (0,)), x.shape)
         for shift, d in zip(shifts, dims, strict=True):
@@ -353,6 +353,12 @@ class Tensors:
     def _softmax(self, x: Any, dim: int, half_to_float: bool = False) -> Strided:
         return self._along("softmax", x, dim)
 
+    def _safe_softmax(self, input: Any, dim: int, dtype: Any = None) -> Strided:
+        """Zeros where all elements are -inf."""
+        x = self.to.strided(self._to_copy(input, dtype=dtype))
+        empty = self.to.map("eq", self.to.reduce("extreme", "amax", x, self._dims(x, dim), True), -math.inf)
+        return self.to.map("where", empty, 0.0, self._softmax(self.to.map("where", empty, 0.0, x), dim))
+
     def _log_softmax(self, x: Any, dim: int, half_to_float: bool = False) -> Strided:
         return self._along("log_softmax", x, dim)
 
@@ -411,13 +417,11 @@ class Tensors:
         weight = self.to.t(weight) if isinstance(weight, Held) and weight.whole else self.t(weight)
         return self.to.seen_as(self.addmm(bias, flat, weight), self.to.results[0])
 
-    def scaled_dot_product_attention(
-        self, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
-        scale: float | None = None, enable_gqa: bool = False,
-    ) -> Strided:  # fmt: skip
+    def _scaled_dot_product_flash_attention_for_cpu(
+        self, query: Any, key: Any, value: Any, dropout_p: float = 0.0, is_causal: bool = False, *,
+        attn_mask: Any = None, scale: float | None = None,
+    ) -> tuple[Strided, None]:  # fmt: skip
         """softmax(query key' scale + mask) value."""
-        if dropout_p != 0 or enable_gqa:
-            raise Unfusable("attention with dropout or enable_gqa is not fused")
         q, k, v = self.to.strided(query), self.to.strided(key), self.to.strided(value)
         batch = len(q.axes) - 2
         factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -426,16 +430,10 @@ class Tensors:
             below = torch.ones(scores.shape[-2:], dtype=torch.float64).tril()
             scores = self.to.map("where", self.to.literal(below), scores, -math.inf)
         if attn_mask is not None:
-            scores = self._masked(scores, attn_mask)
+            scores = self.to.map("add", scores, attn_mask)
         weights = self.to.along("softmax", scores, len(scores.axes) - 1)
         order = [*range(batch), batch + 1, batch]
-        return self.to.contract(weights, v.permute(order), batch, 1)
-
-    def _masked(self, scores: Strided, mask: Any) -> Strided:
-        """A mask of booleans keeps the scores where it is true; one of numbers is added."""
-        if self.to.is_boolean(mask):
-            return self.to.map("where", mask, scores, -math.inf)
-        return self.to.map("add", scores, mask)
+        return self.to.contract(weights, v.permute(order), batch, 1), None
 
     # -- normalisation ------------------------------------------------------------------------------------------
 
@@ -457,9 +455,7 @@ class Tensors:
         )  # fmt: skip
         return self.to.of_rows(y, x, axes, shape), None, None
 
-    def _fused_rms_norm(
-        self, input: Any, shape: Sequence[int], weight: Any, eps: float | None
-    ) -> tuple[Strided, None]:
+    def _fused_rms_norm(self, input: Any, shape: Sequence[int], weight: Any, eps: float | None) -> tuple[Strided, None]:
         x, axes = self.to.strided(input), len(shape)
         dims = list(range(len(x.axes) - axes, len(x.axes)))
         mean = self.to.reduce("reduce", "mean", self.pow(x, 2), dims, True)
@@ -482,5 +478,3 @@ for _name in (*_FUNCTIONS, *_COMBINATIONS):
 
 def _is_number(x: Any) -> bool:
     return isinstance(x, (int, float))
-
-
