@@ -82,7 +82,8 @@ def program_of(snapshot: Snapshot, graph: Graph, match: Match | None) -> Program
             f"the prediction is a log_softmax; fused is that for {' and '.join(OF_CLASSES)}, not for {loss}"
         )
     names = [read.name for read in graph.reads]
-    if unreached := [name for name in snapshot.adapted if name not in names]:
+    reached = graph.differentiated()
+    if unreached := [name for name in snapshot.adapted if name not in reached]:
         raise reference.unreached(unreached)
     modules = dict(model.named_modules())
     owners = [modules[name.rpartition(".")[0]] for name in names]
@@ -127,7 +128,7 @@ def _described(
     shared: dict[int, int] = {}  # a tensor that is the rate of several parameters -> its index
     for index, read in enumerate(graph.reads):
         t, rate = where[read.name].tensor, rates.get(read.name)
-        if t.dtype != like.dtype or t.device != like.device:
+        if (t.dtype != like.dtype and not _is_mask(t)) or t.device != like.device:
             raise Unfusable(f"{read.name} is {t.dtype} on {t.device}, unlike the model's parameters")
         described = None
         if rate is not None and not isinstance(rate.value, Tensor):
@@ -144,6 +145,11 @@ def _described(
         role = trained if read.name in own else "buffer"
         parameters.append(Parameter(t.numel(), read.rows, read.taps, read.slots, role, described))
     return parameters, rate_tensors, holders
+
+
+def _is_mask(t: Tensor) -> bool:
+    """Whether it holds truth values or integers, which the core takes in the model's dtype."""
+    return not t.is_floating_point() and not t.is_complex()
 
 
 def _holder_of_rate(inner_lr: float | Tensor | InnerRates, name: str, rate: Tensor) -> Place:

@@ -70,6 +70,16 @@ class Graph:
     ignored: tuple[str, ...] = ()
     literals: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
+    def differentiated(self) -> set[str]:
+        """The names of the tensors by which the prediction has a derivative."""
+        pending, seen = [len(self.nodes)], set()
+        while pending:
+            number = pending.pop()
+            if number and number not in seen and self.nodes[number - 1].kind != "stop":
+                seen.add(number)
+                pending.extend(self.nodes[number - 1].inputs)
+        return {self.reads[p].name for number in seen for p in self.nodes[number - 1].parameters if p is not None}
+
 
 class Known:
     """Base class of what an operand of the record is to the reader. Error messages contain its repr."""
