@@ -1,6 +1,6 @@
-// y = the sum of x_0 x_1 over the axes that y does not have, and its two adjoints, which are contractions too:
-// all are R = sum A B. An axis belongs to one of four groups, by the operands that have it (a stride of 0 is no
-// axis):
+// y = the sum of x_0 x_1 over the axes that y does not have, and its two adjoints, which are contractions
+// too: all are R = sum A B. An axis belongs to one of four groups, by the operands that have it (a stride of
+// 0 is no axis):
 //
 //   batch: R, A and B    m: R and A    n: R and B    k: A and B
 //
@@ -187,18 +187,11 @@ class Contraction {
   void product(const Term<T> (&terms)[2], int count, bool add, T* r) const {
     const int64_t start = 0;
     if (f_.outer) {
-      outer_product<T>({{terms[0], terms[1]}, count, {1, f_.m, &start}, row_, other_row_, f_.k, f_.n, r, add});
+      outer_product<T>(
+          {{terms[0], terms[1]}, count, {1, f_.m, &start}, row_, other_row_, f_.k, f_.n, r, add});
     } else {
-      gather_product<T>({{terms[0], terms[1]},
-                         count,
-                         {1, f_.k, &start},
-                         row_,
-                         f_.m,
-                         f_.n,
-                         r,
-                         other_row_,
-                         nullptr,
-                         add});
+      gather_product<T>(
+          {{terms[0], terms[1]}, count, {1, f_.k, &start}, row_, f_.m, f_.n, r, other_row_, nullptr, add});
     }
   }
 

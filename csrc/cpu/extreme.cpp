@@ -83,9 +83,8 @@ template <class T>
 void apply(const Layer& l, const Tensors<T>& t, const T* from, T* to) {
   const int32_t* chosen = choice_of(t);
   if (!shares(l)) {
-    each_element(l, true, [&](const Axes& axes, int64_t x, int64_t y) {
-      to[y] = from[x + axes.place(chosen[y])];
-    });
+    each_element(l, true,
+                 [&](const Axes& axes, int64_t x, int64_t y) { to[y] = from[x + axes.place(chosen[y])]; });
     return;
   }
   each_element(l, true, [&](const Axes& axes, int64_t x, int64_t y) {
@@ -103,9 +102,8 @@ void adjoint(const Layer& l, const Tensors<T>& t, const T* g, T* grad_x) {
   if (!t.add_x[0]) set_to_zero(l.loops->x[0], l.n, grad_x);
   const int32_t* chosen = choice_of(t);
   if (!shares(l)) {
-    each_element(l, false, [&](const Axes& axes, int64_t x, int64_t y) {
-      grad_x[x + axes.place(chosen[y])] += g[y];
-    });
+    each_element(l, false,
+                 [&](const Axes& axes, int64_t x, int64_t y) { grad_x[x + axes.place(chosen[y])] += g[y]; });
     return;
   }
   each_element(l, false, [&](const Axes& axes, int64_t x, int64_t y) {

@@ -26,8 +26,8 @@ namespace maml::MAML_ISA {
 template <Kind K>
 struct OnCpu;
 
-/// The products of a bilinear layer of two inputs, by their results: y from terms {x_0, x_1}, the cotangent of
-/// x_0 from terms {g, x_1}, and the cotangent of x_1 from terms {x_0, g}.
+/// The products of a bilinear layer of two inputs, by their results: y from terms {x_0, x_1}, the cotangent
+/// of x_0 from terms {g, x_1}, and the cotangent of x_1 from terms {x_0, g}.
 enum class Product { cotangent_0, cotangent_1, y };
 
 template <Kind K, class T>

@@ -64,9 +64,8 @@ void backward_tangent(const Layer& l, const Tensors<T>& t) {
     const auto x_dot = of_x(t.x_dot[0]);
     const T sum = sum_of<T>(length, [=](int64_t i) { return g[i]; });
     const T mean = sum_of<T>(length, [=](int64_t i) { return std::exp(y[i]) * x_dot[i]; });
-    put_row(length, to.at, to.step, add, [=](int64_t i) {
-      return g_dot[i] - std::exp(y[i]) * ((x_dot[i] - mean) * sum + sum_dot);
-    });
+    put_row(length, to.at, to.step, add,
+            [=](int64_t i) { return g_dot[i] - std::exp(y[i]) * ((x_dot[i] - mean) * sum + sum_dot); });
   });
 }
 

@@ -67,9 +67,8 @@ void backward_tangent(const Layer& l, const Tensors<T>& t) {
     const T mean = sum_of<T>(length, [=](int64_t i) { return s[i] * g[i]; });
     const T x_mean = sum_of<T>(length, [=](int64_t i) { return s[i] * x_dot[i]; });
     mean_dot += sum_of<T>(length, [=](int64_t i) { return s[i] * (x_dot[i] - x_mean) * g[i]; });
-    put_row(length, to.at, to.step, add, [=](int64_t i) {
-      return s[i] * ((x_dot[i] - x_mean) * (g[i] - mean) + (g_dot[i] - mean_dot));
-    });
+    put_row(length, to.at, to.step, add,
+            [=](int64_t i) { return s[i] * ((x_dot[i] - x_mean) * (g[i] - mean) + (g_dot[i] - mean_dot)); });
   });
 }
 

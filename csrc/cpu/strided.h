@@ -3,10 +3,10 @@
 //   assign      to[.] = factor from[.]
 //   accumulate  to[.] += factor from[.], summed over the axes along which `to` has stride 0
 //
-// Both go over a Nest, whose axes are sorted such that `to` is written in its own order, and joined where they
-// are one for all operands. The innermost loop is vectorised where strides are 1 or 0. A sum of many elements
-// is split into blocks, which rounds less. Threads share the elements of `to` where the loops come to each of
-// them once.
+// Both go over a Nest, whose axes are sorted such that `to` is written in its own order, and joined where
+// they are one for all operands. The innermost loop is vectorised where strides are 1 or 0. A sum of many
+// elements is split into blocks, which rounds less. Threads share the elements of `to` where the loops come
+// to each of them once.
 #pragma once
 
 #include <algorithm>
