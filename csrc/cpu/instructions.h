@@ -29,7 +29,7 @@ inline bool is_flat(const ExpressionStep& s) {
 }
 inline double constant_slope(const ExpressionStep& s, int argument) {
   if (is_flat(s)) return 0;
-  return s.unary ? s.a : s.combination == Combination::sub && argument == 1 ? -1 : 1;
+  return s.unary ? s.constants.a : s.combination == Combination::sub && argument == 1 ? -1 : 1;
 }
 /// Whether each slope is the other argument.
 inline bool is_product(const ExpressionStep& s) { return !s.unary && s.combination == Combination::mul; }
@@ -79,7 +79,7 @@ namespace instructions {
 template <class T, Function F, bool Slopes, int Moving>
 void of_function(const ExpressionStep& s, const Block<T>& b) {
   constexpr bool kBends = FunctionDeclaration<F>::bends, kSelects = selects(F);
-  const Constants constants{s.a, s.b, s.c};
+  const Constants constants = s.constants;
   const T *x = b.x[0], *x_dot = b.x_dot[0];
   T *y = b.y, *y_dot = b.y_dot, *slope = b.slope[0], *slope_dot = b.slope_dot[0];
 #pragma omp simd
