@@ -82,7 +82,7 @@ class Functional:
         Flash attention and cuDNN's recurrent layers have no second derivative, so torch's other implementations are
         used.
         """
-        with _math_attention(), _recurrence_without_cudnn() if self._recurrent else nullcontext():
+        with math_attention(), _recurrence_without_cudnn() if self._recurrent else nullcontext():
             yield
 
     @torch.no_grad()
@@ -141,7 +141,7 @@ def _without_cudnn() -> Iterator[None]:
         torch.backends.cudnn.enabled = before
 
 
-_math_attention = ProcessWide(lambda: sdpa_kernel(SDPBackend.MATH))
+math_attention = ProcessWide(lambda: sdpa_kernel(SDPBackend.MATH))
 _recurrence_without_cudnn = ProcessWide(_without_cudnn)
 
 
