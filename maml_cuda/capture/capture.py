@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -168,11 +168,18 @@ def _run(
     for m in model_copy.modules():
         if isinstance(m, _NormBase) and m._buffers.get("num_batches_tracked") is not None:
             m._buffers["num_batches_tracked"] = None  # a count that forward would read as a number
+    trained = {id(t): t for t in fakes.values() if t.requires_grad}
+    for m in model_copy.modules():
+        if not isinstance(m, nn.RNNBase):  # whose lists are kept up to date
+            for key, attribute in vars(m).items():
+                if key not in ("_parameters", "_buffers", "_modules") and not isinstance(attribute, Tensor):
+                    vars(m)[key] = _with_others(attribute, trained)
     recorder = Recorder(model_copy)
     for name, place in places(model).items():
         if (t := fakes.get(id(place.tensor))) is not None:
             operand = recorder.know(t, Operand(tuple(t.shape), t.dtype, "model", name))
-            recorder.know(place.tensor, operand)  # code may hold the original in a closure
+            if not t.requires_grad:  # code may hold the original in a closure, where the inner loop changes nothing
+                recorder.know(place.tensor, operand)
     x_operand = recorder.know(x_fake, Operand(x.shape, x.dtype, "x"))
     for number, t in enumerate(pytrees.tensors(y_fake)):
         recorder.know(t, Operand(tuple(t.shape), t.dtype, "y", str(number)))
@@ -206,6 +213,20 @@ def _run(
     _check_derivatives((prediction, value))
     record = Record(x_operand, recorder.operations, _operands(prediction, recorder), _operands(value, recorder))
     return record, changed
+
+
+def _with_others(attribute: Any, trained: Mapping[int, Tensor]) -> Any:
+    """A container in which another tensor takes the place of each trained parameter of the model: in a container the
+    inner loop does not change it."""
+    if id(attribute) in trained:
+        return attribute.detach().clone()
+    if type(attribute) not in (dict, list, tuple, set):
+        return attribute
+    items = list(attribute.items() if type(attribute) is dict else enumerate(attribute))
+    made = {key: _with_others(item, trained) for key, item in items}
+    if all(made[key] is item for key, item in items):
+        return attribute
+    return made if type(attribute) is dict else type(attribute)(made.values())
 
 
 def _code(loss: Callable[..., Any] | None) -> list[Callable[..., Any]]:

@@ -125,6 +125,7 @@ def _described(
     parameters: list[Parameter] = []
     rate_tensors: list[RateTensor] = []
     holders: list[Place] = []
+    reached = graph.differentiated()
     shared: dict[int, int] = {}  # a tensor that is the rate of several parameters -> its index
     for index, read in enumerate(graph.reads):
         t, rate = where[read.name].tensor, rates.get(read.name)
@@ -141,7 +142,8 @@ def _described(
                 rate_tensors.append(RateTensor(rate.value.numel(), steps, of, rate.value.requires_grad))
                 holders.append(_holder_of_rate(snapshot.inner_lr, read.name, rate.value))
             described = InnerRate(None, at, rate.per_step, rate.elementwise)
-        trained: Role = "adapted" if rate is not None else "outer" if t.requires_grad else "frozen"
+        learned = t.requires_grad and read.name in reached
+        trained: Role = "adapted" if rate is not None else "outer" if learned else "frozen"
         role = trained if read.name in own else "buffer"
         parameters.append(Parameter(t.numel(), read.rows, read.taps, read.slots, role, described))
     return parameters, rate_tensors, holders

@@ -108,18 +108,15 @@ class _Reader(Layers):
 
     def _written(self, name: str, args: Any, kwargs: Any) -> Any:
         """Writes an operation. The layers on features, signals and images come first, then those over loops."""
-        readers = [(_OPERATIONS, self, (args, kwargs)), (_ON_ANY_SHAPE, self._tensors, (args, kwargs))]
-        if name in _ON_IMAGES:
-            readers[1] = (_OPERATIONS, self, (None, None))
         reason = Unfusable(f"no fused layer serves it ({name})")
-        for methods, reader, given in readers:
+        on_view = name in _ON_IMAGES and isinstance(args[0], Strided)
+        for methods, reader in ((_OPERATIONS, self), (_ON_ANY_SHAPE, self._tensors)):
             if name not in methods:
                 continue
             mark = self.mark()
             try:
-                if given[0] is None:
-                    given = pytree.tree_map_only(Strided, self.image, (args, kwargs))
-                return methods[name](reader, *given[0], **given[1])
+                given = (self.image(args[0]), *args[1:]) if on_view else args
+                return methods[name](reader, *given, **kwargs)
             except Unfusable as found:
                 reason = found
             except TypeError as error:
