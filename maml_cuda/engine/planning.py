@@ -129,7 +129,7 @@ def _described(
     shared: dict[int, int] = {}  # a tensor that is the rate of several parameters -> its index
     for index, read in enumerate(graph.reads):
         t, rate = where[read.name].tensor, rates.get(read.name)
-        if (t.dtype != like.dtype and not _is_mask(t)) or t.device != like.device:
+        if (t.dtype != like.dtype and (t.requires_grad or t.is_complex())) or t.device != like.device:
             raise Unfusable(f"{read.name} is {t.dtype} on {t.device}, unlike the model's parameters")
         described = None
         if rate is not None and not isinstance(rate.value, Tensor):
@@ -147,11 +147,6 @@ def _described(
         role = trained if read.name in own else "buffer"
         parameters.append(Parameter(t.numel(), read.rows, read.taps, read.slots, role, described))
     return parameters, rate_tensors, holders
-
-
-def _is_mask(t: Tensor) -> bool:
-    """Whether it holds truth values or integers, which the core takes in the model's dtype."""
-    return not t.is_floating_point() and not t.is_complex()
 
 
 def _holder_of_rate(inner_lr: float | Tensor | InnerRates, name: str, rate: Tensor) -> Place:

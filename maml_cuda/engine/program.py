@@ -56,7 +56,9 @@ class Program:
         self.names, self.adapted, self.slots = names, adapted, slots
         self.served_by, self.ignored, self.returned = served_by, ignored, returned
         self._holders = [(place.registry, place.key) for place in holders]  # plain tuples are unpacked faster
-        self._masks = [i for i, (owner, key) in enumerate(self._holders) if not owner[key].is_floating_point()]
+        dtypes = [owner[key].dtype for owner, key in self._holders[: len(names)]]
+        self._dtype = next(d for d, p in zip(dtypes, plan.parameters, strict=True) if p.trainable)
+        self._casts = any(d != self._dtype for d in dtypes)
         self._has_gradient = plan.has_gradient
         self._all_have_gradient = all(self._has_gradient)
         self._step_text = ""
@@ -74,12 +76,11 @@ class Program:
         """The plan's parameters, and its rate tensors in the model's dtype."""
         tensors = [owner[key] for owner, key in self._holders]
         count = len(self.names)
-        if self._masks:  # of truth values or integers
-            dtype = next(t.dtype for t in tensors if t.is_floating_point())
-            tensors = [t if t.is_floating_point() else t.to(dtype) for t in tensors]
+        if self._casts:  # masks, integers, and constants of another precision
+            tensors = [t.to(self._dtype) for t in tensors]
         if len(tensors) == count:
             return tensors, []
-        dtype = tensors[0].dtype
+        dtype = self._dtype
         return tensors[:count], [r if r.dtype == dtype else r.to(dtype) for r in tensors[count:]]
 
     def with_gradient(self, tensors: list[Tensor]) -> list[Tensor]:

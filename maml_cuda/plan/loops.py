@@ -142,11 +142,14 @@ class LoopWriter(Writer):
 
         Returns:
             The number of the value; its size; whether it has samples; and its axes, those that are reduced without an
-            atom.
+            atom. An axis along which all operands repeat their elements is not stored.
         """
         kept = [step.axis not in reduced for step in steps]
         order = list(order) if order is not None else self._order_in_memory(operands, steps)
         order.sort(key=lambda i: steps[i].size is not None)  # samples outside
+        if kind != "move":  # the result repeats its elements where all operands do
+            last = order[len(order) - apart :]
+            order = [i for i in order if any(steps[i].strides) or not kept[i] or i in last]
         strides, size = [0] * len(steps), 1
         for i in reversed(order):
             step_size = steps[i].size
@@ -338,9 +341,9 @@ class LoopWriter(Writer):
             except NotAView:
                 a, b = self.dense(a), self.dense(b)
                 continue
-            if all(step.strides[0] and step.strides[1] for step in steps if step.axis in reduced) and all(
-                step.strides[0] or step.strides[1] for step in steps
-            ):
+            if sum(step.size is None for step in steps) > 1:
+                raise Unfusable("it combines the samples with themselves")
+            if all(all(step.strides) for step in steps if step.axis in reduced):
                 result = self.over_loops("contract", [a, b], steps, reduced, order=range(len(steps)))
                 self.serve("contract")
                 y = self._value(result, shared + m + n + summed, learned)

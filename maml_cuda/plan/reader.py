@@ -77,6 +77,10 @@ class _Reader(Layers):
     def _read(self, operation: Operation) -> None:
         args, kwargs = pytree.tree_map_only(Operand, self._operand, (operation.args, operation.kwargs))
         known = [self._operand(operand) for operand in operation.operands()]
+        if not all(isinstance(k, Constant) for k in known):
+            for operand in operation.results:
+                if operand.dtype.is_floating_point and operand.dtype != self.dtype:
+                    raise Unfusable(f"it computes in {operand.dtype}, where the model's input is {self.dtype}")
         learned = any(_is_learned(k) for k in known)
         if all(isinstance(k, Constant) for k in known):
             results: Any = self._made(operation, args, kwargs)
@@ -87,6 +91,8 @@ class _Reader(Layers):
         for operand, result in zip(
             operation.results, results if isinstance(results, tuple) else (results,), strict=False
         ):
+            if result is None:
+                result = Constant(f"a result of {operation.name} that no fused layer computes", learned)
             if isinstance(result, Known):
                 self._known[id(operand)] = result
 

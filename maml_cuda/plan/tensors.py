@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from maml_cuda.capture.errors import Unfusable
-from maml_cuda.plan.graph import Held, Value, text_of
+from maml_cuda.plan.graph import Constant, Held, Value, text_of
 from maml_cuda.plan.layers import Layers
 from maml_cuda.plan.strided import Strided
 
@@ -144,11 +144,15 @@ class Tensors:
         return self.to.concatenated([x.unsqueeze(dim) for x in parts], dim)
 
     def constant_pad_nd(self, x: Any, pad: Sequence[int], value: float = 0) -> Strided:
-        if value != 0:
-            raise Unfusable(f"padding with {value} is not fused; padding with zeros is")
         x = self.to.strided(x)
-        added = list(zip(pad[::2], pad[1::2], strict=True))[::-1]
-        return self.to.padded(x, [(0, 0)] * (len(x.axes) - len(added)) + added)
+        last = list(zip(pad[::2], pad[1::2], strict=True))[::-1]
+        added = [(0, 0)] * (len(x.axes) - len(last)) + last
+        y = self.to.padded(x, added)
+        if value == 0:
+            return y
+        sizes = [1 if pair == (0, 0) else size for pair, size in zip(added, x.shape, strict=True)]
+        inside = torch.nn.functional.pad(torch.ones(sizes, dtype=torch.float64), list(pad))
+        return self.to.map("where", self.to.literal(inside), y, value)
 
     # -- element by element -------------------------------------------------------------------------------------
 
@@ -216,6 +220,28 @@ class Tensors:
 
     def masked_fill(self, x: Any, mask: Any, value: Any) -> Strided:
         return self.to.map("where", mask, value, x)
+
+    def zeros_like(self, x: Any, **options: Any) -> Constant:
+        return self._constant(0.0)
+
+    def ones_like(self, x: Any, **options: Any) -> Constant:
+        return self._constant(1.0)
+
+    def full_like(self, x: Any, value: float, **options: Any) -> Constant:
+        return self._constant(value)
+
+    def new_zeros(self, x: Any, size: Sequence[int], **options: Any) -> Constant:
+        return self._constant(0.0)
+
+    def new_ones(self, x: Any, size: Sequence[int], **options: Any) -> Constant:
+        return self._constant(1.0)
+
+    def new_full(self, x: Any, size: Sequence[int], value: float, **options: Any) -> Constant:
+        return self._constant(value)
+
+    def _constant(self, value: float) -> Constant:
+        shape = self.to.results[0]
+        return Constant("a tensor made in forward", False, lambda: torch.full(shape, value, dtype=torch.float64))
 
     def logical_not(self, x: Any) -> Strided:
         return self.to.map("eq", x, 0.0)
@@ -346,6 +372,11 @@ class Tensors:
         if ord == 1:
             return self.sum(self.to.map("abs", x), dim, keepdim)
         raise Unfusable(f"a norm of order {ord} is not fused; those of order 1 and 2 are")
+
+    def _weight_norm_interface(self, v: Any, g: Any, dim: int = 0) -> tuple[Strided, Strided]:
+        x = self.to.strided(v)
+        norm = self.linalg_vector_norm(x, 2, [d for d in range(len(x.axes)) if d != dim % len(x.axes)], True)
+        return self.to.map("mul", x, self.to.map("div", g, norm)), norm
 
     def norm(self, x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Strided:
         return self.linalg_vector_norm(x, 2 if p is None else p, dim, keepdim, dtype=dtype)
