@@ -1,0 +1,318 @@
+"""Plans of layers on tensors of any shape, written by hand, and what torch computes for them.
+
+`Sketch` builds a plan node by node, on operands that are strided views. `check` runs the plan in the core and compares
+the prediction, the gradient and a Hessian-vector product with autograd on `evaluated`, which reads the loops of the
+plan by their definition: it gathers all elements of an operand by index and calls torch's function on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import maml_cuda  # noqa: F401  (registers the ops)
+from maml_cuda.plan import schema
+from maml_cuda.plan.schema import Instruction, Loops, View
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "relu": torch.relu,
+    "leaky_relu": lambda x, a: F.leaky_relu(x, a),
+    "elu": lambda x, a, b, c: b * torch.where(x > 0, x, a * torch.expm1(torch.where(x > 0, 0 * x, x) / c)),
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "softplus": lambda x, a, b: F.softplus(x, a, b),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "hardtanh": lambda x, a, b: F.hardtanh(x, a, b),
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "exp": torch.exp,
+    "expm1": torch.expm1,
+    "log": torch.log,
+    "log1p": torch.log1p,
+    "log_sigmoid": F.logsigmoid,
+    "erf": torch.erf,
+    "sqrt": torch.sqrt,
+    "root": lambda x: torch.where(x == 0, 0 * x, torch.sqrt(torch.where(x == 0, 1, x))),
+    "rsqrt": torch.rsqrt,
+    "reciprocal": torch.reciprocal,
+    "power": lambda x, a: x**a,
+    "abs": torch.abs,
+    "sign": torch.sign,
+    "clamp": lambda x, a, b: torch.clamp(x, a, b),
+    "affine": lambda x, a, b: a * x + b,
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "pow": torch.pow,
+    "atan2": torch.atan2,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    "eq": lambda x, y: (x == y).to(x.dtype),
+    "ne": lambda x, y: (x != y).to(x.dtype),
+    "lt": lambda x, y: (x < y).to(x.dtype),
+    "le": lambda x, y: (x <= y).to(x.dtype),
+    "gt": lambda x, y: (x > y).to(x.dtype),
+    "ge": lambda x, y: (x >= y).to(x.dtype),
+    "where": lambda condition, x, y: torch.where(condition != 0, x, y),
+}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A strided view of a value. A size of None is the axis of samples."""
+
+    value: int
+    size: int
+    samples: bool
+    sizes: tuple[int | None, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+
+    def permuted(self, *axes: int) -> Operand:
+        return replace(self, sizes=tuple(self.sizes[a] for a in axes), strides=tuple(self.strides[a] for a in axes))
+
+    def narrowed(self, axis: int, start: int, size: int, step: int = 1) -> Operand:
+        sizes, strides = list(self.sizes), list(self.strides)
+        offset = self.offset + start * strides[axis]
+        sizes[axis], strides[axis] = size, strides[axis] * step
+        return replace(self, sizes=tuple(sizes), strides=tuple(strides), offset=offset)
+
+    def flipped(self, axis: int) -> Operand:
+        size = self.sizes[axis]
+        assert size is not None
+        return self.narrowed(axis, size - 1, size, -1)
+
+    def unsqueezed(self, axis: int, size: int | None = 1) -> Operand:
+        """With another axis, along which it is the same."""
+        sizes, strides = list(self.sizes), list(self.strides)
+        sizes.insert(axis, size)
+        strides.insert(axis, 0)
+        return replace(self, sizes=tuple(sizes), strides=tuple(strides))
+
+    def split(self, axis: int, *parts: int) -> Operand:
+        """With one axis as several."""
+        strides = [self.strides[axis] * math.prod(parts[i + 1 :]) for i in range(len(parts))]
+        sizes = (*self.sizes[:axis], *parts, *self.sizes[axis + 1 :])
+        return replace(self, sizes=sizes, strides=(*self.strides[:axis], *strides, *self.strides[axis + 1 :]))
+
+    def view(self) -> View:
+        return View(self.size, self.samples, self.offset, self.strides)
+
+
+def dense(value: int, sizes: Sequence[int | None]) -> Operand:
+    """A value in row-major order, of which each sample is contiguous."""
+    size = math.prod(s for s in sizes if s is not None)
+    strides = (size if s is None else math.prod(t or 1 for t in sizes[a + 1 :]) for a, s in enumerate(sizes))
+    return Operand(value, size, None in sizes, tuple(sizes), tuple(strides))
+
+
+class Sketch:
+    """A plan under construction. The input of the plan is `x` [samples, *sample]."""
+
+    def __init__(self, *sample: int) -> None:
+        self.x = dense(0, (None, *sample))
+        self.nodes: list[schema.Node] = []
+        self.parameters: list[schema.Parameter] = []
+
+    def _add(self, kind: str, inputs: Sequence[Operand], sizes: Sequence[int | None], **fields: object) -> Operand:
+        none = dict.fromkeys(
+            ["out_layout", "in_features", "out_features", "sample", "window", "function", "eps", "groups"]
+            + ["count_padding", "image", "rows", "reduction"]
+        )
+        lists: dict[str, tuple[object, ...]] = dict.fromkeys(
+            ["parameters", "in_layouts", "constants", "loops", "instructions"], ()
+        )
+        node = {**none, **lists, "kind": kind, "name": f"{kind} {len(self.nodes)}", **fields}
+        self.nodes.append(schema.Node(inputs=tuple(i.value for i in inputs), **node))  # type: ignore[arg-type]
+        return dense(len(self.nodes), sizes)
+
+    def parameter(self, *shape: int, role: schema.Role = "adapted") -> Operand:
+        size = math.prod(shape)
+        rate = schema.InnerRate(0.1, None, False, False) if role == "adapted" else None
+        self.parameters.append(schema.Parameter(size, 1, 1, 1, role, rate))
+        return self._add("parameter", (), shape, parameters=(len(self.parameters) - 1,), image=(size, 1, 1))
+
+    def _loops(self, inputs: Sequence[Operand], strides: Sequence[int], of: Operand, offset: int = 0) -> Loops:
+        assert all(i.sizes == inputs[0].sizes for i in inputs)
+        output = View(of.size, of.samples, offset, tuple(strides))
+        return Loops(inputs[0].sizes, tuple(i.view() for i in inputs), output)
+
+    def map(self, *inputs: Operand, steps: Sequence[tuple[object, ...]]) -> Operand:
+        """steps: (name, argument, ..., [constants])."""
+        instructions = []
+        for name, *arguments in steps:
+            constants = arguments.pop() if isinstance(arguments[-1], list) else []
+            instructions.append(Instruction(str(name), tuple(arguments), tuple(map(float, constants))))  # type: ignore
+        y = dense(0, inputs[0].sizes)
+        loops = (self._loops(inputs, y.strides, y),)
+        return self._add("map", inputs, y.sizes, loops=loops, instructions=tuple(instructions))
+
+    def _over(self, kind: str, inputs: Sequence[Operand], axes: Sequence[int], **fields: object) -> Operand:
+        """A layer whose output has stride 0 along some axes."""
+        sizes = inputs[0].sizes
+        y = dense(0, [s for a, s in enumerate(sizes) if a not in axes])
+        strides = iter(y.strides)
+        own = [0 if a in axes else next(strides) for a in range(len(sizes))]
+        return self._add(kind, inputs, y.sizes, loops=(self._loops(inputs, own, y),), **fields)
+
+    def reduce(self, x: Operand, axes: Sequence[int], reduction: str) -> Operand:
+        kind = "reduce" if reduction in ("sum", "mean") else "extreme"
+        return self._over(kind, (x,), axes, reduction=reduction)
+
+    def contract(self, a: Operand, b: Operand, axes: Sequence[int]) -> Operand:
+        return self._over("contract", (a, b), axes)
+
+    def softmax(self, x: Operand, kind: str = "softmax") -> Operand:
+        return self._over(kind, (x,), ())
+
+    def stop(self, x: Operand) -> Operand:
+        return self._over("stop", (x,), ())
+
+    def move(self, sizes: Sequence[int | None], *parts: tuple[Operand, Callable[[Operand], Operand]]) -> Operand:
+        """parts: an operand, and its place as a view of the output."""
+        y = dense(0, sizes)
+        loops = []
+        for part, place in parts:
+            at = place(y)
+            assert at.sizes == part.sizes
+            loops.append(self._loops((part,), at.strides, y, at.offset))
+        return self._add("move", [part for part, _ in parts], y.sizes, loops=tuple(loops))
+
+    def plan(self) -> schema.Plan:
+        """The plan, whose prediction is the last value as features."""
+        (loops, *_) = self.nodes[-1].loops
+        features = loops.output.size
+        y = dense(len(self.nodes), (None, features))
+        y = self._add("view", (y,), (None, features), image=(features, 1, 1), rows=1, out_layout="features")
+        self._add("flatten", (y,), (None, features))
+        return schema.Plan(
+            tuple(self.nodes), tuple(self.parameters), (), "mse", "cpu", "float32", False, False, None
+        )  # fmt: skip
+
+
+def elements(view: View, sizes: Sequence[int | None], value: Tensor, n: int) -> Tensor:
+    """The elements of a value that loops come to, with their axes."""
+    return value.flatten()[places(view, sizes, n)]
+
+
+def places(view: View, sizes: Sequence[int | None], n: int) -> Tensor:
+    at = torch.tensor(view.offset)
+    for size, stride in zip(sizes, view.strides, strict=True):
+        at = at.unsqueeze(-1) + stride * torch.arange(n if size is None else size)
+    return at
+
+
+def evaluated(plan: schema.Plan, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The prediction [n, features] of one task, by torch."""
+    n = x.shape[0]
+    values = [x]
+    for node in plan.nodes:
+        values.append(_evaluated(node, [values[i] for i in node.inputs], parameters, n))
+    return values[-1].reshape(n, -1)
+
+
+def _evaluated(node: schema.Node, inputs: Sequence[Tensor], parameters: Sequence[Tensor], n: int) -> Tensor:
+    if node.kind in ("view", "flatten"):
+        return inputs[0]
+    if node.kind == "parameter":
+        (index,) = node.parameters
+        assert index is not None
+        return parameters[index]
+    output = node.loops[0].output
+    y = inputs[0].new_zeros(output.size * (n if output.samples else 1))
+    if node.kind == "move":
+        for loops, x in zip(node.loops, inputs, strict=True):
+            at = places(loops.output, loops.sizes, n)
+            y = y.index_put((at,), elements(loops.inputs[0], loops.sizes, x, n))
+        return y
+    (loops,) = node.loops
+    x = [elements(view, loops.sizes, value, n) for view, value in zip(loops.inputs, inputs, strict=True)]
+    over = [a for a, stride in enumerate(output.strides) if stride == 0 and (n if loops.sizes[a] is None else loops.sizes[a]) != 1]  # fmt: skip
+    if node.kind == "map":
+        for step in node.instructions:
+            x.append(FUNCTIONS[step.name](*(x[a] for a in step.arguments), *step.constants))
+        result = x[-1]
+    elif node.kind == "contract":
+        result = (x[0] * x[1]).sum(over, keepdim=True) if over else x[0] * x[1]
+    elif node.kind in ("softmax", "log_softmax"):
+        result = getattr(torch, node.kind)(x[0], -1)
+    elif node.kind == "stop":
+        result = x[0].detach()
+    else:
+        result = reduced(x[0], over, str(node.reduction))
+    at = places(output, loops.sizes, n)
+    for a in over:
+        at = at.narrow(a, 0, 1)
+    return y.index_put((at,), result)
+
+
+def reduced(x: Tensor, over: Sequence[int], reduction: str) -> Tensor:
+    if reduction in ("max", "min"):  # over one axis, as which all of them are seen
+        kept = [a for a in range(x.ndim) if a not in over]
+        shape = [1 if a in over else x.shape[a] for a in range(x.ndim)]
+        flat = x.permute(*kept, *over).flatten(len(kept)) if over else x.unsqueeze(-1)
+        return getattr(torch, reduction)(flat, -1).values.reshape(shape)
+    return getattr(torch, reduction)(x, over, keepdim=True) if over else x
+
+
+def check(plan: schema.Plan, x: Tensor, parameters: Sequence[Tensor], tolerance: float = 1e-10) -> None:
+    """Compares prediction, gradient and Hessian-vector product with autograd in float64.
+
+    Args:
+        x: [tasks, n, *sample] in the dtype to be checked, float32 or float64.
+        parameters: [tasks, size] each.
+        tolerance: of the largest difference, relative to the largest element of the expected result.
+    """
+    text, dtype = plan.text, x.dtype
+    own = [p.to(dtype) for p in parameters]
+    prediction = torch.ops.maml_cuda.predict_forward(own, x, text)
+    y = torch.randn(prediction.shape, dtype=torch.float64).to(dtype)
+    directions = [torch.randn(p.shape, dtype=torch.float64).to(dtype) for p in own]
+    losses, gradient = torch.ops.maml_cuda.loss_and_grad(own, x, [y], text)
+    product = torch.ops.maml_cuda.hvp(own, x, [y], directions, text)
+    for t in range(x.shape[0]):
+        exact = [p[t].double().requires_grad_() for p in own]
+        expected = evaluated(plan, x[t].double(), exact)
+        _same(prediction[t], expected.detach(), tolerance, "prediction")
+        loss = F.mse_loss(expected, y[t].double())
+        _same(losses[t], loss.detach(), tolerance, "loss")
+        first = torch.autograd.grad(loss, exact, create_graph=True, materialize_grads=True)
+        along = sum((g * v[t].double()).sum() for g, v in zip(first, directions, strict=True))
+        second = torch.autograd.grad(along, exact, materialize_grads=True) if along.requires_grad else first  # type: ignore
+        for i, p in enumerate(plan.parameters):
+            if p.role == "buffer":
+                continue
+            _same(gradient[i][t], first[i].detach(), tolerance, f"gradient of parameter {i}")
+            wanted = second[i] if along.requires_grad else torch.zeros_like(first[i])  # type: ignore
+            _same(product[i][t], wanted.detach(), tolerance, f"product of parameter {i}")
+
+
+def _same(got: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    got = got.double().reshape(expected.shape)
+    assert torch.equal(got.isnan(), expected.isnan()), f"{what}: NaN in other places: {got} instead of {expected}"
+    got, expected = got.nan_to_num(0, 1e300, -1e300), expected.nan_to_num(0, 1e300, -1e300)
+    error = (got - expected).abs().max().item()
+    scale = max(expected.abs().max().item(), 1e-3)
+    assert error <= tolerance * scale, f"{what}: {error / scale:.2e} > {tolerance:.0e}"
+
+
+def drawn(plan: schema.Plan, sample: Sequence[int], n: int, tasks: int = 2) -> tuple[Tensor, list[Tensor]]:
+    """Random data and parameters in float64."""
+    x = torch.randn(tasks, n, *sample, dtype=torch.float64)
+    return x, [torch.randn(tasks, p.size, dtype=torch.float64) for p in plan.parameters]
+
+
+def check_drawn(sketch: Sketch, n: int, tolerance: float = 1e-10) -> None:
+    plan = sketch.plan()
+    sample = [s for s in sketch.x.sizes if s is not None]
+    x, parameters = drawn(plan, sample, n)
+    check(plan, x, parameters, tolerance)
+    check(plan, x.float(), parameters, 3e-5)  # more digits are lost where terms of a derivative cancel

@@ -1,0 +1,108 @@
+"""contract: products of matrices and of batches of them, in every order of the axes."""
+
+import itertools
+
+import pytest
+
+from tests.layers.plans import Sketch, check_drawn
+from tests.layers.test_move import finished, moving
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 4, 5), (17, 33, 18), (1, 300, 2), (20, 1, 19)], ids=str)
+def test_value_by_parameter(order, sizes):
+    """y[s, t, o] = sum_i x[s, t, i] w[i, o], with the axes of both in any order."""
+    tokens, width, out = sizes
+    sketch = Sketch(*[(tokens, width)[a] for a in order if a < 2])
+    h = moving(sketch)
+    if order.index(0) > order.index(1):
+        h = h.permuted(0, 2, 1)
+    w = sketch.parameter(width, out) if order[0] < 2 else sketch.parameter(out, width).permuted(1, 0)
+    a, b = h.unsqueezed(3, out), w.unsqueezed(0, None).unsqueezed(1, tokens)
+    if order[1] == 2:
+        a, b = b, a
+    finished(sketch, sketch.contract(a, b, (2,)))
+    check_drawn(sketch, 3)
+
+
+def attention(sketch: Sketch, heads: int, swapped: bool) -> None:
+    """softmax(Q K') V of one value, which is read as all three."""
+    _, tokens, width = sketch.x.sizes
+    assert tokens is not None and width is not None
+    size = width // heads
+    h = moving(sketch).split(2, heads, size).permuted(0, 2, 1, 3)  # [n, heads, tokens, size]
+    q, k = h.unsqueezed(3, tokens), h.unsqueezed(2, tokens)
+    scores = sketch.contract(k, q, (4,)) if swapped else sketch.contract(q, k, (4,))
+    weights = sketch.softmax(scores)
+    v = h.unsqueezed(2, tokens)
+    y = sketch.contract(weights.unsqueezed(4, size), v, (3,))
+    finished(sketch, y)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("n", [1, 4])
+def test_attention(heads, swapped, n):
+    sketch = Sketch(7, 12)
+    attention(sketch, heads, swapped)
+    check_drawn(sketch, n)
+
+
+def test_square_of_a_value():
+    """Both factors are one value, with its own cotangent twice."""
+    sketch = Sketch(5, 5)
+    h = moving(sketch)
+    finished(sketch, sketch.contract(h.unsqueezed(3, 5), h.unsqueezed(1, 5), (2,)))
+    check_drawn(sketch, 3)
+
+
+def test_parameter_by_parameter():
+    """A computed weight, as of LoRA, that belongs to the task."""
+    sketch = Sketch(6)
+    a, b = sketch.parameter(6, 2), sketch.parameter(2, 5)
+    w = sketch.contract(a.unsqueezed(2, 5), b.unsqueezed(0, 6), (1,))
+    y = sketch.contract(moving(sketch).unsqueezed(2, 5), w.unsqueezed(0, None), (1,))
+    finished(sketch, y)
+    check_drawn(sketch, 4)
+
+
+def test_over_samples():
+    sketch = Sketch(3, 4)
+    h = moving(sketch)
+    moment = sketch.contract(h.unsqueezed(3, 4), h.unsqueezed(2, 4), (0, 1))  # [4, 4]
+    y = sketch.contract(h.unsqueezed(3, 4), moment.unsqueezed(0, None).unsqueezed(1, 3), (2,))
+    finished(sketch, y)
+    check_drawn(sketch, 6)
+
+
+@pytest.mark.parametrize("axes", [(1,), (2,), (1, 2), ()], ids=str)
+def test_elementwise_and_inner_products(axes):
+    sketch = Sketch(4, 5)
+    h = moving(sketch)
+    finished(sketch, sketch.contract(h, h.flipped(2), axes))
+    check_drawn(sketch, 3)
+
+
+def test_parts_of_values():
+    """Views that do not cover their operands, in all three places."""
+    sketch = Sketch(6, 9)
+    h = moving(sketch)
+    a, b = h.narrowed(1, 1, 4).narrowed(2, 1, 3), h.narrowed(1, 2, 3, 1).narrowed(2, 0, 5, 2)
+    finished(sketch, sketch.contract(a.unsqueezed(3, 5), b.unsqueezed(1, 4), (2,)))
+    check_drawn(sketch, 3)
+
+
+def test_several_summed_axes():
+    sketch = Sketch(4, 3, 5)
+    h = moving(sketch).permuted(0, 3, 1, 2)
+    w = sketch.parameter(3, 6, 4).permuted(2, 0, 1)
+    y = sketch.contract(h.unsqueezed(4, 6), w.unsqueezed(0, 5).unsqueezed(0, None), (2, 3))
+    finished(sketch, y)
+    check_drawn(sketch, 3)
+
+
+def test_long_sums():
+    sketch = Sketch(700)
+    w = sketch.parameter(3, 700).permuted(1, 0)
+    finished(sketch, sketch.contract(moving(sketch).unsqueezed(2, 3), w.unsqueezed(0, None), (1,)))
+    check_drawn(sketch, 2)
