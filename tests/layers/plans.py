@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,10 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "ge": lambda x, y: (x >= y).to(x.dtype),
     "where": lambda condition, x, y: torch.where(condition != 0, x, y),
 }
+
+
+# The fields of a node to which none of them applies.
+NO_FIELDS = {field.name: () if str(field.type).endswith("...]") else None for field in fields(schema.Node)}
 
 
 @dataclass(frozen=True)
@@ -122,16 +126,9 @@ class Sketch:
         self.nodes: list[schema.Node] = []
         self.parameters: list[schema.Parameter] = []
 
-    def _add(self, kind: str, inputs: Sequence[Operand], sizes: Sequence[int | None], **fields: object) -> Operand:
-        none = dict.fromkeys(
-            ["out_layout", "in_features", "out_features", "sample", "window", "function", "eps", "groups"]
-            + ["count_padding", "image", "rows", "reduction"]
-        )
-        lists: dict[str, tuple[object, ...]] = dict.fromkeys(
-            ["parameters", "in_layouts", "constants", "loops", "instructions"], ()
-        )
-        node = {**none, **lists, "kind": kind, "name": f"{kind} {len(self.nodes)}", **fields}
-        self.nodes.append(schema.Node(inputs=tuple(i.value for i in inputs), **node))  # type: ignore[arg-type]
+    def _add(self, kind: str, inputs: Sequence[Operand], sizes: Sequence[int | None], **given: object) -> Operand:
+        named = {"kind": kind, "name": f"{kind} {len(self.nodes)}", "inputs": tuple(i.value for i in inputs)}
+        self.nodes.append(schema.Node(**{**NO_FIELDS, **named, **given}))
         return dense(len(self.nodes), sizes)
 
     def parameter(self, *shape: int, role: schema.Role = "adapted") -> Operand:
@@ -150,7 +147,7 @@ class Sketch:
         instructions = []
         for name, *arguments in steps:
             constants = arguments.pop() if isinstance(arguments[-1], list) else []
-            instructions.append(Instruction(str(name), tuple(arguments), tuple(map(float, constants))))  # type: ignore
+            instructions.append(Instruction(str(name), tuple(arguments), tuple(map(float, constants))))
         y = dense(0, inputs[0].sizes)
         loops = (self._loops(inputs, y.strides, y),)
         return self._add("map", inputs, y.sizes, loops=loops, instructions=tuple(instructions))
@@ -235,7 +232,8 @@ def _evaluated(node: schema.Node, inputs: Sequence[Tensor], parameters: Sequence
         return y
     (loops,) = node.loops
     x = [elements(view, loops.sizes, value, n) for view, value in zip(loops.inputs, inputs, strict=True)]
-    over = [a for a, stride in enumerate(output.strides) if stride == 0 and (n if loops.sizes[a] is None else loops.sizes[a]) != 1]  # fmt: skip
+    extents = [n if size is None else size for size in loops.sizes]
+    over = [a for a, stride in enumerate(output.strides) if stride == 0 and extents[a] != 1]
     if node.kind == "map":
         for step in node.instructions:
             x.append(FUNCTIONS[step.name](*(x[a] for a in step.arguments), *step.constants))
@@ -286,12 +284,12 @@ def check(plan: schema.Plan, x: Tensor, parameters: Sequence[Tensor], tolerance:
         _same(losses[t], loss.detach(), tolerance, "loss")
         first = torch.autograd.grad(loss, exact, create_graph=True, materialize_grads=True)
         along = sum((g * v[t].double()).sum() for g, v in zip(first, directions, strict=True))
-        second = torch.autograd.grad(along, exact, materialize_grads=True) if along.requires_grad else first  # type: ignore
+        second = torch.autograd.grad(along, exact, materialize_grads=True) if along.requires_grad else first
         for i, p in enumerate(plan.parameters):
             if p.role == "buffer":
                 continue
             _same(gradient[i][t], first[i].detach(), tolerance, f"gradient of parameter {i}")
-            wanted = second[i] if along.requires_grad else torch.zeros_like(first[i])  # type: ignore
+            wanted = second[i] if along.requires_grad else torch.zeros_like(first[i])
             _same(product[i][t], wanted.detach(), tolerance, f"product of parameter {i}")
 
 

@@ -28,7 +28,6 @@ def test_value_by_parameter(order, sizes):
 def attention(sketch: Sketch, heads: int, swapped: bool) -> None:
     """softmax(Q K') V of one value, which is read as all three."""
     _, tokens, width = sketch.x.sizes
-    assert tokens is not None and width is not None
     size = width // heads
     h = moving(sketch).split(2, heads, size).permuted(0, 2, 1, 3)  # [n, heads, tokens, size]
     q, k = h.unsqueezed(3, tokens), h.unsqueezed(2, tokens)
