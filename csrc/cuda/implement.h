@@ -17,6 +17,9 @@ struct Factors {
   const T *a, *b;
 };
 
+/// The operands of a bilinear layer of two inputs. A product gives one of them from the other two.
+enum class Operand { x0, x1, y };
+
 /// What OnGpu<K> must have, by the class of the kind.
 ///   linear      apply(launch, layer, x, y)
 ///               adjoint(launch, layer, g, add, grad_x)
@@ -25,6 +28,10 @@ struct Factors {
 ///               over one or two factors {x, w}
 ///               adjoint_x(launch, tangent, layer, factors {g, w}, count, add, grad_x)
 ///               adjoint_w(launch, tangent, layer, factors {x, g}, count, tensors): also the bias gradient
+///               footprint(layer)
+///               Of two inputs in place of an input and parameters, y = B(x0, x1):
+///               product(launch, tangent, layer, result, factors, count, add, out), with one or two factors
+///               {x0, x1} of a result y, {y, x1} of x0, {x0, y} of x1, of which y stands for its cotangent
 ///               footprint(layer)
 ///   selection   choose(launch, layer, x, y, choice)
 ///               apply(launch, layer, choice, x, y), with a choice made before
@@ -107,6 +114,41 @@ LaunchPasses<T> bilinear_passes() {
   };
 }
 
+template <Kind K, class T>
+LaunchPasses<T> two_input_passes() {
+  return {
+      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+        const Factors<T> factors{t.x[0], t.x[1]};
+        OnGpu<K>::product(launch, Tangent::no, l, Operand::y, &factors, 1, false, t.y);
+      },
+      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+        const Factors<T> of_x0{t.grad_y, t.x[1]}, of_x1{t.x[0], t.grad_y};
+        auto give = [&](Operand to, const Factors<T>& factors, bool add, T* grad_x) {
+          if (grad_x) OnGpu<K>::product(launch, Tangent::no, l, to, &factors, 1, add, grad_x);
+        };
+        give(Operand::x0, of_x0, t.add_x[0], t.grad_x[0]);
+        give(Operand::x1, of_x1, t.add_x[1], t.grad_x[1]);
+      },
+      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+        Factors<T> factors[2];
+        int count = 0;
+        if (t.x_dot[0]) factors[count++] = {t.x_dot[0], t.x[1]};
+        if (t.x_dot[1]) factors[count++] = {t.x[0], t.x_dot[1]};
+        OnGpu<K>::product(launch, Tangent::yes, l, Operand::y, factors, count, false, t.y_dot);
+      },
+      [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+        const Factors<T> of_x0[2] = {{t.grad_y_dot, t.x[1]}, {t.grad_y, t.x_dot[1]}};
+        const Factors<T> of_x1[2] = {{t.x[0], t.grad_y_dot}, {t.x_dot[0], t.grad_y}};
+        auto give = [&](Operand to, const Factors<T>* factors, bool moves, bool add, T* grad_x_dot) {
+          if (!grad_x_dot) return;
+          OnGpu<K>::product(launch, Tangent::yes, l, to, factors, moves && t.grad_y ? 2 : 1, add, grad_x_dot);
+        };
+        give(Operand::x0, of_x0, t.x_dot[1] != nullptr, t.add_x[0], t.grad_x_dot[0]);
+        give(Operand::x1, of_x1, t.x_dot[0] != nullptr, t.add_x[1], t.grad_x_dot[1]);
+      },
+  };
+}
+
 template <class T>
 int32_t* choice_of(const Tensors<T>& t) {
   return reinterpret_cast<int32_t*>(t.saved);  // an int32 is no larger than a T
@@ -136,6 +178,9 @@ template <Kind K, class T>
 LaunchPasses<T> passes_by_class() {
   if constexpr (Declaration<K>::layer_class == LayerClass::linear) {
     return linear_passes<K, T>();
+  } else if constexpr (Declaration<K>::layer_class == LayerClass::bilinear &&
+                       Declaration<K>::most_inputs == 2) {
+    return two_input_passes<K, T>();
   } else if constexpr (Declaration<K>::layer_class == LayerClass::bilinear) {
     return bilinear_passes<K, T>();
   } else if constexpr (Declaration<K>::layer_class == LayerClass::selection) {

@@ -36,7 +36,8 @@ struct Spans {
   Span spans[kMegakernelSpans];
 };
 
-/// The four passes of each kind that the megakernel has (Declaration::in_megakernel), by one block.
+/// The four passes of each kind that the megakernel has (Declaration::in_megakernel), by one block; a kind
+/// that computes nothing has none.
 template <Kind K>
 struct InBlock;
 
@@ -84,7 +85,7 @@ struct InBlock<Kind::add> {
 /// Runs the layer if it is of kind K.
 template <Kind K, class T>
 __device__ bool run_if(Op op, const Layer& l, const Tensors<T>& t) {
-  if constexpr (Declaration<K>::in_megakernel) {
+  if constexpr (Declaration<K>::in_megakernel && Declaration<K>::on_cuda) {
     if (l.kind == K) InBlock<K>::run(op, block_team(), l, t);
     return l.kind == K;
   } else {

@@ -1,0 +1,68 @@
+// y = the sum of x_0 x_1 along the axes that y does not have, for all tasks, with plain multiply-adds in
+// row-major order. y and the cotangents of both inputs are the same kind of sum, with the operands in other
+// roles: a thread takes an element of the result and sums along the axes that the result does not have.
+#include "cuda/implement.h"
+#include "cuda/strided.h"
+
+namespace maml::cuda {
+namespace {
+
+/// The operands of the nests: both factors and the result.
+enum : int { kA, kB, kResult, kOperands };
+
+template <class T>
+struct Terms {
+  Factors<T> of[2];
+  int count;
+};
+
+/// out (+)= the sum of a b over the terms, one term after the other at each step
+template <class T>
+__global__ void __launch_bounds__(kElementThreads)
+    product_kernel(const __grid_constant__ Split<kOperands> loops, Terms<T> terms, bool add, T* symbolic_out,
+                   const Table* table) {
+  const Team team = grid_team();
+  for (Factors<T>& f : terms.of) {
+    f = {resolve(f.a, *table, blockIdx.z), resolve(f.b, *table, blockIdx.z)};
+  }
+  T* out = resolve(symbolic_out, *table, blockIdx.z);
+  for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
+    const Offsets<kOperands> to = outer_step(loops, step);
+    T sum = 0;
+    each_step(loops.inner, to, [&](const Offsets<kOperands>& at) {
+      for (int term = 0; term < terms.count; ++term) {
+        sum += terms.of[term].a[at.of[kA]] * terms.of[term].b[at.of[kB]];
+      }
+    });
+    put(out, to.of[kResult], sum, add);
+  }
+}
+
+const View& view_of(const Loops& loops, Operand operand) {
+  return operand == Operand::y ? loops.y : loops.x[operand == Operand::x1];
+}
+
+}  // namespace
+
+template <>
+struct OnGpu<Kind::contract> {
+  static Footprint footprint(const Layer&) { return {}; }
+
+  template <class T>
+  static void product(const Launcher& launch, Tangent tangent, const Layer& l, Operand result,
+                      const Factors<T>* factors, int count, bool add, T* out) {
+    const Loops& loops = *l.loops;
+    const View& to = view_of(loops, result);
+    const View& a = view_of(loops, result == Operand::x0 ? Operand::y : Operand::x0);
+    const View& b = view_of(loops, result == Operand::x1 ? Operand::y : Operand::x1);
+    const Split<kOperands> s = split<kOperands>(loops, l.n, to, {&a, &b, &to});
+    clear_unless_reached(launch, to, l.n, s.outer.steps, add, out);
+    Terms<T> terms{{}, count};
+    std::copy_n(factors, count, terms.of);
+    launch(tangent == Tangent::yes ? "contract tangent" : "contract", product_kernel<T>,
+           step_grid(s.outer.steps), kElementThreads, 0, s, terms, add, out, launch.table);
+  }
+};
+template struct Implementation<Kind::contract>;
+
+}  // namespace maml::cuda

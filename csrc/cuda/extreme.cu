@@ -1,0 +1,181 @@
+// y = the largest or the smallest x along the axes that y does not have, for all tasks. A NaN wins. amax and
+// amin save how many elements are equal to y, and share the derivative among them; max and min save the place
+// of the first one, numbered along those axes, which has all of it. With either, the layer is linear, and its
+// tangent and adjoint are sums with these shares (strided.h).
+//
+// As in torch, a NaN equals no element: the shares of amax and amin are then 0 / 0. Limits: the places of one
+// element of y are numbered in 32 bits.
+#include "cuda/implement.h"
+#include "cuda/strided.h"
+
+namespace maml::cuda {
+namespace {
+
+/// Operands of the nests.
+enum : int { kX, kY, kPlace, kOperands };
+
+/// How the derivative is shared: one number for each element of y, which later passes read.
+template <class T>
+union Share {
+  T ties;
+  int32_t place;
+};
+
+__host__ __device__ constexpr bool takes_first(Reduction r) {
+  return r == Reduction::max || r == Reduction::min;
+}
+__host__ __device__ constexpr bool takes_largest(Reduction r) {
+  return r == Reduction::amax || r == Reduction::max;
+}
+
+/// Whether a replaces b as the extreme. Nothing replaces a NaN.
+template <class T>
+__device__ __forceinline__ bool beats(Reduction r, T a, T b) {
+  return b == b && (a != a || (takes_largest(r) ? a > b : a < b));
+}
+
+/// The loops split by the axes of one operand; the operand kPlace numbers the elements that one of y has.
+Split<kOperands> split_by(const Layer& l, const View& by) {
+  const Loops& loops = *l.loops;
+  View place;
+  int64_t count = 1;
+  for (int a = loops.axes - 1; a >= 0; --a) {
+    if (loops.y.stride[a] != 0) continue;
+    place.stride[a] = count;
+    count *= extent(loops, a, l.n);
+  }
+  return split<kOperands>(loops, l.n, by, {&loops.x[0], &loops.y, &place});
+}
+
+template <class T>
+__global__ void __launch_bounds__(kElementThreads)
+    forward_kernel(const __grid_constant__ Split<kOperands> loops, Reduction reduction, const T* symbolic_x,
+                   T* symbolic_y, Share<T>* symbolic_shares, const Table* table) {
+  const Team team = grid_team();
+  const T* x = resolve(symbolic_x, *table, blockIdx.z);
+  T* y = resolve(symbolic_y, *table, blockIdx.z);
+  Share<T>* shares = resolve(symbolic_shares, *table, blockIdx.z);
+  for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
+    const Offsets<kOperands> from = outer_step(loops, step);
+    T best = x[from.of[kX]];
+    int64_t place = 0, ties = 0;
+    each_step(loops.inner, from, [&](const Offsets<kOperands>& at) {
+      const T value = x[at.of[kX]];
+      if (beats(reduction, value, best)) best = value, place = at.of[kPlace], ties = 0;
+      ties += value == best;
+    });
+    Share<T>& share = shares[from.of[kY]];
+    y[from.of[kY]] = best;
+    if (takes_first(reduction)) {
+      share.place = static_cast<int32_t>(place);
+    } else {
+      share.ties = static_cast<T>(ties);
+    }
+  }
+}
+
+/// The share of an element of x in the derivative of its y, times a number.
+template <class T>
+__device__ __forceinline__ T shared(Reduction reduction, const Offsets<kOperands>& at, const T* x, const T* y,
+                                    const Share<T>* shares, T number) {
+  const Share<T> share = shares[at.of[kY]];
+  if (takes_first(reduction)) return share.place == at.of[kPlace] ? number : T(0);
+  const bool tie = x[at.of[kX]] == y[at.of[kY]];
+  return (tie ? number : T(0)) / share.ties;
+}
+
+/// y_dot = the sum of the shares of x_dot; split by y
+template <class T>
+__global__ void __launch_bounds__(kElementThreads)
+    tangent_kernel(const __grid_constant__ Split<kOperands> loops, Reduction reduction, const T* symbolic_x,
+                   const T* symbolic_y, const Share<T>* symbolic_shares, const T* symbolic_x_dot,
+                   T* symbolic_y_dot, const Table* table) {
+  const Team team = grid_team();
+  const T *x = resolve(symbolic_x, *table, blockIdx.z), *y = resolve(symbolic_y, *table, blockIdx.z);
+  const T* x_dot = resolve(symbolic_x_dot, *table, blockIdx.z);
+  const Share<T>* shares = resolve(symbolic_shares, *table, blockIdx.z);
+  T* y_dot = resolve(symbolic_y_dot, *table, blockIdx.z);
+  for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
+    const Offsets<kOperands> to = outer_step(loops, step);
+    T sum = 0;
+    each_step(loops.inner, to, [&](const Offsets<kOperands>& at) {
+      sum += shared(reduction, at, x, y, shares, x_dot[at.of[kX]]);
+    });
+    y_dot[to.of[kY]] = sum;
+  }
+}
+
+/// grad_x (+)= the sum of the shares of g; split by x
+template <class T>
+__global__ void __launch_bounds__(kElementThreads)
+    cotangent_kernel(const __grid_constant__ Split<kOperands> loops, Reduction reduction, const T* symbolic_x,
+                     const T* symbolic_y, const Share<T>* symbolic_shares, const T* symbolic_g, bool add,
+                     T* symbolic_grad_x, const Table* table) {
+  const Team team = grid_team();
+  const T *x = resolve(symbolic_x, *table, blockIdx.z), *y = resolve(symbolic_y, *table, blockIdx.z);
+  const T* g = resolve(symbolic_g, *table, blockIdx.z);
+  const Share<T>* shares = resolve(symbolic_shares, *table, blockIdx.z);
+  T* grad_x = resolve(symbolic_grad_x, *table, blockIdx.z);
+  for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
+    const Offsets<kOperands> to = outer_step(loops, step);
+    T sum = 0;
+    each_step(loops.inner, to, [&](const Offsets<kOperands>& at) {
+      sum += shared(reduction, at, x, y, shares, g[at.of[kY]]);
+    });
+    put(grad_x, to.of[kX], sum, add);
+  }
+}
+
+template <class T>
+Share<T>* shares_of(const Tensors<T>& t) {
+  static_assert(sizeof(Share<T>) == sizeof(T));
+  return reinterpret_cast<Share<T>*>(t.saved);
+}
+
+template <class T>
+void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+  const Split<kOperands> loops = split_by(l, l.loops->y);
+  launch("extreme forward", forward_kernel<T>, step_grid(loops.outer.steps), kElementThreads, 0, loops,
+         l.reduction, t.x[0], t.y, shares_of(t), launch.table);
+}
+
+template <class T>
+void forward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+  const Split<kOperands> loops = split_by(l, l.loops->y);
+  launch("extreme forward tangent", tangent_kernel<T>, step_grid(loops.outer.steps), kElementThreads, 0,
+         loops, l.reduction, t.x[0], t.y, shares_of(t), t.x_dot[0], t.y_dot, launch.table);
+}
+
+/// Of g, or of its tangent.
+template <class T>
+void give(const Launcher& launch, const char* name, const Layer& l, const Tensors<T>& t, const T* g,
+          T* grad_x) {
+  if (!grad_x) return;
+  const View& x = l.loops->x[0];
+  const Split<kOperands> loops = split_by(l, x);
+  clear_unless_reached(launch, x, l.n, loops.outer.steps, t.add_x[0], grad_x);
+  launch(name, cotangent_kernel<T>, step_grid(loops.outer.steps), kElementThreads, 0, loops, l.reduction,
+         t.x[0], t.y, shares_of(t), g, t.add_x[0], grad_x, launch.table);
+}
+template <class T>
+void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+  give(launch, "extreme backward", l, t, t.grad_y, t.grad_x[0]);
+}
+template <class T>
+void backward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+  give(launch, "extreme backward tangent", l, t, t.grad_y_dot, t.grad_x_dot[0]);
+}
+
+}  // namespace
+
+template <>
+struct OnGpu<Kind::extreme> {
+  static Footprint footprint(const Layer& l) { return {elements(l.loops->y, l.n)}; }
+  template <class T>
+  static LaunchPasses<T> passes() {
+    return {forward<T>, backward<T>, forward_tangent<T>, backward_tangent<T>};
+  }
+};
+template struct Implementation<Kind::extreme>;
+
+}  // namespace maml::cuda

@@ -1,0 +1,249 @@
+// y = f(x_0, x_1, ...), element by element, for all tasks. f is an expression (layers/loops.h), which a
+// thread interprets, with its values in local memory. v_k: an operand or the result of an instruction; bar
+// v_k: the derivative of f by it, times g = grad_y; R{.}: the tangent. For an instruction v_k = h(a, b):
+//
+//   R v_k     = h_a Ra + h_b Rb
+//   bar a    += h_a bar v_k,                                                                 and b alike
+//   R{bar a} += h_a R{bar v_k} + (h_aa Ra + h_ab Rb) bar v_k,                                and b alike
+//
+// Threads: forward, a thread takes an element of y. Backward, it takes an element of one input and sums over
+// the elements of y that read it (strided.h); each input that wants a cotangent has a launch of its own,
+// which computes the expression again.
+//
+// A value that does not move has no tangent, not one of 0: its derivative may be infinite, and 0 times that
+// is NaN. where() takes one of its arguments and never multiplies by 0.
+#include "cuda/implement.h"
+#include "cuda/strided.h"
+
+namespace maml::cuda {
+namespace {
+
+constexpr int kValues = kMostInputs + kMostInstructions;
+constexpr int kOperands = kMostInputs + 1, kY = kMostInputs;  // of the nests: the inputs, then y
+static_assert(sizeof(Split<kOperands>) + sizeof(Expression) + sizeof(Tensors<double>) < 4000,
+              "a kernel has at most 4 KB of arguments");
+
+/// A set of values, one bit each.
+using Set = unsigned;
+static_assert(kValues <= 8 * sizeof(Set));
+
+__host__ __device__ inline bool contains(Set set, int value) { return set >> value & 1; }
+
+/// The operands and results that move, where these operands do.
+Set moving(const Expression& e, Set operands) {
+  Set moves = operands;
+  for (int i = 0; i < e.count; ++i) {
+    const ExpressionStep& step = e.step[i];
+    const bool ternary = !step.unary && step.combination == Combination::where;
+    for (int k = 0; k < (step.unary ? 1 : ternary ? 3 : 2); ++k) {
+      if (contains(moves, step.argument[k])) moves |= Set{1} << (e.operands + i);
+    }
+  }
+  return moves;
+}
+
+/// An instruction at its arguments: the values a and b that it depends on, and its derivatives by them. b <
+/// 0: it depends on a alone.
+template <class T>
+struct Applied {
+  int a, b;
+  Partials<T> h;
+};
+
+template <class T>
+__device__ __forceinline__ Applied<T> apply(const ExpressionStep& step, const T* v) {
+  const int x = step.argument[0], y = step.argument[1];
+  if (step.unary) {
+    Applied<T> applied{x, -1, {}};
+    with_function(step.function, [&]<Function F>() {
+      const Derivatives<T> d = evaluate<F, T>(Constants{step.a, step.b, step.c}, v[x]);
+      applied.h.f = d.f, applied.h.fx = d.df, applied.h.fxx = d.ddf;
+    });
+    return applied;
+  }
+  if (step.combination == Combination::where) {
+    const int taken = v[x] != 0 ? y : step.argument[2];
+    return {taken, -1, {v[taken], T(1), T(0), T(0), T(0), T(0)}};
+  }
+  Applied<T> applied{x, y, {}};
+  with_combination(step.combination, [&]<Combination C>() {
+    applied.h = CombinationDeclaration<C>::template at<T>(v[x], v[y]);
+  });
+  return applied;
+}
+
+/// The expression at one element of y.
+template <class T>
+struct Values {
+  T v[kValues], dot[kValues];
+
+  __device__ __forceinline__ void read(const Expression& e, const Offsets<kOperands>& at,
+                                       const T* const (&x)[kMostInputs]) {
+    for (int j = 0; j < e.operands; ++j) v[j] = x[j][at.of[j]];
+  }
+  __device__ __forceinline__ void read_tangents(const Expression& e, const Offsets<kOperands>& at,
+                                                const T* const (&x_dot)[kMostInputs]) {
+    for (int j = 0; j < e.operands; ++j) dot[j] = x_dot[j] ? x_dot[j][at.of[j]] : T(0);
+  }
+  /// All results and the tangents of those that move.
+  __device__ __forceinline__ void run(const Expression& e, Set moves) {
+    for (int i = 0; i < e.count; ++i) {
+      const Applied<T> step = apply(e.step[i], v);
+      v[e.operands + i] = step.h.f;
+      if (moves == 0) continue;
+      T sum = 0;
+      if (contains(moves, step.a)) sum += step.h.fx * dot[step.a];
+      if (step.b >= 0 && contains(moves, step.b)) sum += step.h.fy * dot[step.b];
+      dot[e.operands + i] = sum;
+    }
+  }
+};
+
+template <class T>
+struct Pointers {
+  const T* of[kMostInputs];
+};
+template <class T>
+__device__ __forceinline__ Pointers<T> resolve_all(const T* const (&symbolic)[kMostInputs],
+                                                   const Table& table) {
+  Pointers<T> p;
+  for (int j = 0; j < kMostInputs; ++j) p.of[j] = resolve(symbolic[j], table, blockIdx.z);
+  return p;
+}
+
+template <bool kTangent, class T>
+__global__ void __launch_bounds__(kElementThreads)
+    forward_kernel(const __grid_constant__ Split<kOperands> loops, const __grid_constant__ Expression e,
+                   Set moves, const __grid_constant__ Tensors<T> symbolic, const Table* table) {
+  const Team team = grid_team();
+  const Pointers<T> x = resolve_all(symbolic.x, *table), x_dot = resolve_all(symbolic.x_dot, *table);
+  T* y = resolve(kTangent ? symbolic.y_dot : symbolic.y, *table, blockIdx.z);
+  for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
+    const Offsets<kOperands> at = outer_step(loops, step);
+    Values<T> values;
+    values.read(e, at, x.of);
+    if (kTangent) values.read_tangents(e, at, x_dot.of);
+    values.run(e, moves);
+    y[at.of[kY]] = (kTangent ? values.dot : values.v)[e.operands + e.count - 1];
+  }
+}
+
+/// bar v_k of one operand
+template <class T>
+__device__ __forceinline__ T cotangent(const Expression& e, int operand, const Values<T>& values, T g) {
+  T bar[kValues] = {};
+  bar[e.operands + e.count - 1] = g;
+  for (int i = e.count - 1; i >= 0; --i) {
+    const Applied<T> step = apply(e.step[i], values.v);
+    const T b = bar[e.operands + i];
+    bar[step.a] += step.h.fx * b;
+    if (step.b >= 0) bar[step.b] += step.h.fy * b;
+  }
+  return bar[operand];
+}
+
+/// R{bar v_k} of one operand; with no `moves`, g is not read.
+template <class T>
+__device__ __forceinline__ T cotangent_dot(const Expression& e, int operand, const Values<T>& values,
+                                           Set moves, T g, T g_dot) {
+  T bar[kValues] = {}, dot[kValues] = {};
+  bar[e.operands + e.count - 1] = g, dot[e.operands + e.count - 1] = g_dot;
+  for (int i = e.count - 1; i >= 0; --i) {
+    const Applied<T> step = apply(e.step[i], values.v);
+    const T b = bar[e.operands + i], b_dot = dot[e.operands + i];
+    const bool a_moves = contains(moves, step.a), b_moves = step.b >= 0 && contains(moves, step.b);
+    T da = 0, db = 0;  // the tangents of h_a and h_b
+    if (a_moves) da += step.h.fxx * values.dot[step.a], db += step.h.fxy * values.dot[step.a];
+    if (b_moves) da += step.h.fxy * values.dot[step.b], db += step.h.fyy * values.dot[step.b];
+    bar[step.a] += step.h.fx * b;
+    dot[step.a] += step.h.fx * b_dot;
+    if (a_moves || b_moves) dot[step.a] += da * b;
+    if (step.b < 0) continue;
+    bar[step.b] += step.h.fy * b;
+    dot[step.b] += step.h.fy * b_dot;
+    if (a_moves || b_moves) dot[step.b] += db * b;
+  }
+  return dot[operand];
+}
+
+/// The cotangent of one operand, or its tangent; the loops are split by that operand.
+template <bool kTangent, class T>
+__global__ void __launch_bounds__(kElementThreads)
+    backward_kernel(const __grid_constant__ Split<kOperands> loops, const __grid_constant__ Expression e,
+                    Set moves, int operand, const __grid_constant__ Tensors<T> symbolic, const Table* table) {
+  const Team team = grid_team();
+  const Pointers<T> x = resolve_all(symbolic.x, *table), x_dot = resolve_all(symbolic.x_dot, *table);
+  const T* g = resolve(symbolic.grad_y, *table, blockIdx.z);
+  const T* g_dot = resolve(symbolic.grad_y_dot, *table, blockIdx.z);
+  T* out = resolve((kTangent ? symbolic.grad_x_dot : symbolic.grad_x)[operand], *table, blockIdx.z);
+  for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
+    const Offsets<kOperands> to = outer_step(loops, step);
+    T sum = 0;
+    each_step(loops.inner, to, [&](const Offsets<kOperands>& at) {
+      Values<T> values;
+      values.read(e, at, x.of);
+      if (kTangent) values.read_tangents(e, at, x_dot.of);
+      values.run(e, moves);
+      if constexpr (kTangent) {
+        const T c = g ? g[at.of[kY]] : T(0);
+        sum += cotangent_dot(e, operand, values, moves, c, g_dot[at.of[kY]]);
+      } else {
+        sum += cotangent(e, operand, values, g[at.of[kY]]);
+      }
+    });
+    put(out, to.of[operand], sum, symbolic.add_x[operand]);
+  }
+}
+
+Split<kOperands> split_by(const Layer& l, const View& by) {
+  const Loops& loops = *l.loops;
+  const View* const operands[] = {&loops.x[0], &loops.x[1], &loops.x[2], &loops.x[3], &loops.y};
+  static_assert(std::size(operands) == kOperands);
+  return split<kOperands>(loops, l.n, by, operands);
+}
+
+/// Those with a tangent.
+template <class T>
+Set operands_that_move(const Expression& e, const Tensors<T>& t) {
+  Set moves = 0;
+  for (int j = 0; j < e.operands; ++j) moves |= Set{t.x_dot[j] != nullptr} << j;
+  return moves;
+}
+
+template <bool kTangent, class T>
+void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+  const Expression& e = *l.expression;
+  const Split<kOperands> loops = split_by(l, l.loops->y);
+  const Set moves = kTangent ? moving(e, operands_that_move(e, t)) : 0;
+  launch(kTangent ? "map forward tangent" : "map forward", forward_kernel<kTangent, T>,
+         step_grid(loops.outer.steps), kElementThreads, 0, loops, e, moves, t, launch.table);
+}
+
+template <bool kTangent, class T>
+void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
+  const Expression& e = *l.expression;
+  // Without g, what an input adds to R{bar a} is 0.
+  const Set moves = kTangent && t.grad_y ? moving(e, operands_that_move(e, t)) : 0;
+  for (int j = 0; j < e.operands; ++j) {
+    T* out = (kTangent ? t.grad_x_dot : t.grad_x)[j];
+    if (!out) continue;
+    const Split<kOperands> loops = split_by(l, l.loops->x[j]);
+    clear_unless_reached(launch, l.loops->x[j], l.n, loops.outer.steps, t.add_x[j], out);
+    launch(kTangent ? "map backward tangent" : "map backward", backward_kernel<kTangent, T>,
+           step_grid(loops.outer.steps), kElementThreads, 0, loops, e, moves, j, t, launch.table);
+  }
+}
+
+}  // namespace
+
+template <>
+struct OnGpu<Kind::map> {
+  static Footprint footprint(const Layer&) { return {}; }
+  template <class T>
+  static LaunchPasses<T> passes() {
+    return {forward<false, T>, backward<false, T>, forward<true, T>, backward<true, T>};
+  }
+};
+template struct Implementation<Kind::map>;
+
+}  // namespace maml::cuda

@@ -1,0 +1,140 @@
+// Kernels on strided operands (layers/loops.h). The host divides the axes of the loops in two: those that the
+// result of a kernel has, and those along which its stride is 0. A thread takes a step of the first and goes
+// over all steps of the second, in row-major order, so that it alone writes an element: there are no atomics,
+// and every sum has one order. A kernel takes both nests by value; it never reads Layer::loops.
+#pragma once
+
+#include <initializer_list>
+
+#include "cuda/elementwise.h"
+#include "cuda/run/updates.h"
+#include "layers/loops.h"
+
+namespace maml::cuda {
+
+/// Elements of M operands.
+template <int M>
+struct Offsets {
+  int64_t of[M];
+};
+
+/// Some axes of the loops, the last one fastest, with the strides of M operands. There is at least one axis,
+/// and neighbours along which the operands move as along a single axis are one.
+template <int M>
+struct Nest {
+  int axes = 0;
+  int64_t steps = 1;
+  int64_t size[kMostAxes] = {}, stride[kMostAxes][M] = {};
+
+  void append(int64_t extent, const int64_t (&strides)[M]) {
+    steps *= extent;
+    bool merges = axes > 0;
+    for (int m = 0; merges && m < M; ++m) merges = stride[axes - 1][m] == extent * strides[m];
+    if (!merges) ++axes;
+    size[axes - 1] = merges ? extent * size[axes - 1] : extent;
+    for (int m = 0; m < M; ++m) stride[axes - 1][m] = strides[m];
+  }
+};
+
+/// The loops in two nests: the axes along which one operand has a stride, and those along which it has none.
+template <int M>
+struct Split {
+  Offsets<M> first;  // of the operands
+  Nest<M> outer, inner;
+};
+
+/// Splits the loops by the axes that the operand `by` has.
+template <int M>
+Split<M> split(const Loops& loops, int64_t n, const View& by, const View* const (&operands)[M]) {
+  Split<M> s;
+  for (int m = 0; m < M; ++m) s.first.of[m] = operands[m]->offset;
+  for (int a = 0; a < loops.axes; ++a) {
+    if (extent(loops, a, n) == 1) continue;
+    int64_t strides[M];
+    for (int m = 0; m < M; ++m) strides[m] = operands[m]->stride[a];
+    (by.stride[a] != 0 ? s.outer : s.inner).append(extent(loops, a, n), strides);
+  }
+  for (Nest<M>* nest : {&s.outer, &s.inner}) {
+    if (nest->axes == 0) nest->append(1, {});
+  }
+  return s;
+}
+
+/// Where the operands are at a step of the first `axes` axes.
+template <int M>
+__device__ __forceinline__ Offsets<M> advance(Offsets<M> at, const Nest<M>& nest, int axes, int64_t step) {
+  for (int a = axes - 1; a >= 0; --a) {
+    const int64_t rest = step / nest.size[a], i = step - rest * nest.size[a];
+    for (int m = 0; m < M; ++m) at.of[m] += i * nest.stride[a][m];
+    step = rest;
+  }
+  return at;
+}
+template <int M>
+__device__ __forceinline__ Offsets<M> outer_step(const Split<M>& loops, int64_t step) {
+  return advance(loops.first, loops.outer, loops.outer.axes, step);
+}
+
+/// f(offsets) at every step of a nest, in order, for operands that start at `from`.
+template <int M, class F>
+__device__ __forceinline__ void each_step(const Nest<M>& nest, const Offsets<M>& from, F f) {
+  const int last = nest.axes - 1;
+  const int64_t length = nest.size[last], rows = nest.steps / length;
+  for (int64_t row = 0; row < rows; ++row) {
+    Offsets<M> at = advance(from, nest, last, row);
+    for (int64_t i = 0; i < length; ++i) {
+      f(at);
+      for (int m = 0; m < M; ++m) at.of[m] += nest.stride[last][m];
+    }
+  }
+}
+
+/// A thread a step: the work of a step is often a loop.
+inline Grid step_grid(int64_t steps) { return {blocks_for(steps, kElementThreads)}; }
+
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads) clear_kernel(int64_t count, T* out, const Table* table) {
+  zero(grid_team(), count, resolve(out, *table, blockIdx.z));
+}
+/// Sets all elements of an operand to 0.
+template <class T>
+void clear(const Launcher& launch, const View& view, int64_t n, T* out) {
+  const int64_t count = elements(view, n);
+  launch("clear", clear_kernel<T>, {vector_blocks(count)}, kVectorThreads, 0, count, out, launch.table);
+}
+/// The same where a pass writes, and does not come to all elements: it takes `steps` steps along the axes
+/// that the operand has, each to another element.
+template <class T>
+void clear_unless_reached(const Launcher& launch, const View& view, int64_t n, int64_t steps, bool add,
+                          T* out) {
+  if (!add && steps != elements(view, n)) clear(launch, view, n, out);
+}
+
+/// out (+)= scale times the sum of in along the axes that out does not have.
+template <class T>
+__global__ void __launch_bounds__(kElementThreads)
+    sum_kernel(const __grid_constant__ Split<2> loops, T scale, const T* symbolic_in, bool add,
+               T* symbolic_out, const Table* table) {
+  const Team team = grid_team();
+  const T* in = resolve(symbolic_in, *table, blockIdx.z);
+  T* out = resolve(symbolic_out, *table, blockIdx.z);
+  for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
+    const Offsets<2> to = outer_step(loops, step);
+    T sum = -T(0);  // so that the sum of a single -0 is -0
+    each_step(loops.inner, to, [&](const Offsets<2>& at) { sum += in[at.of[0]]; });
+    put(out, to.of[1], scale * sum, add);
+  }
+}
+
+/// out (+)= scale times the sum of in, seen as `from`, along the axes that `to` does not have: a copy where
+/// it has all of them. An element of out that `to` does not reach is 0, unless it adds.
+template <class T>
+void sum(const Launcher& launch, const char* name, const Loops& loops, int64_t n, const View& from,
+         const View& to, T scale, const T* in, bool add, T* out) {
+  const Split<2> s = split<2>(loops, n, to, {&from, &to});
+  clear_unless_reached(launch, to, n, s.outer.steps, add, out);
+  launch(name, sum_kernel<T>, step_grid(s.outer.steps), kElementThreads, 0, s, scale, in, add, out,
+         launch.table);
+}
+
+}  // namespace maml::cuda
