@@ -1,0 +1,236 @@
+// References for the CUDA layers on tensors of any shape, sharing no code with them: the loops of
+// layers/loops.h are run one step after the other, in dual numbers, and write the forward pass and the chain
+// rule. The expressions of a map are written by hand; their derivatives are those of the formula itself.
+#pragma once
+
+#include <functional>
+#include <map>
+
+#include "layer_references.h"
+
+namespace maml {
+
+/// Calls f(index) for every step of the loops, in row-major order.
+template <class F>
+void each_index(const Loops& loops, int64_t n, F f) {
+  std::vector<int64_t> index(kMostAxes, 0);
+  for (;;) {
+    f(index);
+    int a = loops.axes - 1;
+    for (; a >= 0; --a) {
+      if (++index[a] < (loops.size[a] == kSamples ? n : loops.size[a])) break;
+      index[a] = 0;
+    }
+    if (a < 0) return;
+  }
+}
+
+inline int64_t at(const View& view, const std::vector<int64_t>& index) {
+  int64_t element = view.offset;
+  for (int a = 0; a < kMostAxes; ++a) element += index[a] * view.stride[a];
+  return element;
+}
+
+inline int64_t count_of(const View& view, int64_t n) { return view.samples ? n * view.size : view.size; }
+
+/// An instruction of an expression; see ExpressionStep.
+inline ExpressionStep unary(Function f, int x, double a = 0, double b = 0, double c = 1) {
+  ExpressionStep step;
+  step.function = f, step.argument[0] = x, step.a = a, step.b = b, step.c = c;
+  return step;
+}
+inline ExpressionStep combined(Combination f, int x, int y, int z = 0) {
+  ExpressionStep step;
+  step.unary = false, step.combination = f;
+  step.argument[0] = x, step.argument[1] = y, step.argument[2] = z;
+  return step;
+}
+inline Expression expression(int operands, const std::vector<ExpressionStep>& steps) {
+  Expression e;
+  e.operands = operands, e.count = static_cast<int>(steps.size());
+  for (int i = 0; i < e.count; ++i) e.step[i] = steps[i];
+  return e;
+}
+
+inline double angle(double y, double x) { return std::atan2(y, x); }
+template <class S>
+Dual<S> angle(Dual<S> y, Dual<S> x) {
+  return {angle(y.v, x.v), (x.v * y.d - y.v * x.d) / (x.v * x.v + y.v * y.v)};
+}
+
+template <class S>
+S combination_of(Combination c, S x, S y) {
+  const double a = value_of(x), b = value_of(y);
+  switch (c) {
+    case Combination::add:
+      return x + y;
+    case Combination::sub:
+      return x - y;
+    case Combination::mul:
+      return x * y;
+    case Combination::div:
+      return x / y;
+    case Combination::pow:
+      return exp(y * log(x));
+    case Combination::atan2:
+      return angle(x, y);
+    case Combination::maximum:
+      return a == b ? (x + y) / S(2) : a > b ? x : y;
+    case Combination::minimum:
+      return a == b ? (x + y) / S(2) : a < b ? x : y;
+    case Combination::eq:
+      return S(a == b);
+    case Combination::ne:
+      return S(a != b);
+    case Combination::lt:
+      return S(a < b);
+    case Combination::le:
+      return S(a <= b);
+    case Combination::gt:
+      return S(a > b);
+    case Combination::ge:
+      return S(a >= b);
+    case Combination::where:
+    case Combination::count:
+      break;
+  }
+  std::abort();
+}
+
+/// An expression and the same as a formula; see formulas() in test_loops.cpp. The derivatives of the formula
+/// need two levels of dual numbers.
+using Twice = Dual<Dual<double>>;
+struct Formula {
+  Expression e;
+  std::function<Twice(const std::vector<Twice>& x)> f;
+  bool positive = false;  // the arguments
+};
+
+/// A layer with what it points to. `inputs`: how many operands are given.
+struct LoopLayer {
+  Layer layer{};
+  std::vector<Loops> loops;
+  Formula formula{};
+  int inputs = 1;
+
+  const View& x(int j) const { return layer.kind == Kind::move ? loops[j].x[0] : loops[0].x[j]; }
+  const View& y() const { return loops[0].y; }
+};
+
+/// The values of one task: operands, y, and the cotangents.
+struct LoopValues {
+  std::vector<Dual<double>> x[kMostInputs], g, y, grad_x[kMostInputs];
+};
+
+using D = Dual<double>;
+
+inline void extreme_reference(const LoopLayer& l, LoopValues& v) {
+  const Reduction r = l.layer.reduction;
+  std::map<int64_t, std::vector<int64_t>> elements;  // of x, for each of y
+  each_index(l.loops[0], l.layer.n, [&](const auto& i) { elements[at(l.y(), i)].push_back(at(l.x(0), i)); });
+  for (const auto& [y, all] : elements) {
+    const bool largest = r == Reduction::amax || r == Reduction::max;
+    int64_t best = all[0];
+    for (const int64_t e : all) {
+      if (largest ? v.x[0][e].v > v.x[0][best].v : v.x[0][e].v < v.x[0][best].v) best = e;
+    }
+    std::vector<int64_t> chosen;
+    for (const int64_t e : all) {
+      if (v.x[0][e].v != v.x[0][best].v) continue;
+      if (chosen.empty() || r == Reduction::amax || r == Reduction::amin) chosen.push_back(e);
+    }
+    const D share = D(1) / D(static_cast<double>(chosen.size()));
+    for (const int64_t e : chosen) {
+      v.y[y] += share * v.x[0][e];
+      v.grad_x[0][e] += share * v.g[y];
+    }
+  }
+}
+
+inline void softmax_reference(const LoopLayer& l, LoopValues& v) {
+  std::map<std::vector<int64_t>, std::vector<std::pair<int64_t, int64_t>>> rows;  // elements of x and y
+  each_index(l.loops[0], l.layer.n, [&](std::vector<int64_t> i) {
+    const std::pair<int64_t, int64_t> elements{at(l.x(0), i), at(l.y(), i)};
+    i[l.loops[0].axes - 1] = 0;
+    rows[i].push_back(elements);
+  });
+  for (const auto& [key, row] : rows) {
+    D sum(0), grad_sum(0);
+    for (const auto& [x, y] : row) sum += exp(v.x[0][x]);
+    for (const auto& [x, y] : row) {
+      const D e = exp(v.x[0][x]);
+      v.y[y] = l.layer.kind == Kind::softmax ? e / sum : log(e / sum);
+      grad_sum += l.layer.kind == Kind::softmax ? -(v.g[y] * e) / (sum * sum) : -v.g[y] / sum;
+    }
+    for (const auto& [x, y] : row) {
+      const D e = exp(v.x[0][x]);
+      v.grad_x[0][x] += l.layer.kind == Kind::softmax ? v.g[y] / sum * e : v.g[y];
+      v.grad_x[0][x] += grad_sum * e;
+    }
+  }
+}
+
+inline void map_reference(const LoopLayer& l, LoopValues& v) {
+  each_index(l.loops[0], l.layer.n, [&](const auto& i) {
+    std::vector<Twice> x;
+    for (int j = 0; j < l.inputs; ++j) x.emplace_back(v.x[j][at(l.x(j), i)], D(0));
+    const int64_t y = at(l.y(), i);
+    v.y[y] = l.formula.f(x).v;
+    for (int j = 0; j < l.inputs; ++j) {
+      x[j].d = D(1);
+      v.grad_x[j][at(l.x(j), i)] += l.formula.f(x).d * v.g[y];
+      x[j].d = D(0);
+    }
+  });
+}
+
+/// Computes y and the cotangents of all operands.
+inline void loop_reference(const LoopLayer& l, LoopValues& v) {
+  const int64_t n = l.layer.n;
+  v.y.assign(count_of(l.y(), n), D(0));
+  for (int j = 0; j < l.inputs; ++j) v.grad_x[j].assign(count_of(l.x(j), n), D(0));
+  switch (l.layer.kind) {
+    case Kind::move:
+      for (int j = 0; j < l.inputs; ++j) {
+        const Loops& loops = l.loops[j];
+        each_index(loops, n, [&](const auto& i) {
+          v.y[at(loops.y, i)] = v.x[j][at(loops.x[0], i)];
+          v.grad_x[j][at(loops.x[0], i)] += v.g[at(loops.y, i)];
+        });
+      }
+      return;
+    case Kind::reduce: {
+      double count = 1;
+      for (int a = 0; a < l.loops[0].axes && l.layer.reduction == Reduction::mean; ++a) {
+        if (l.y().stride[a] == 0) count *= static_cast<double>(extent(l.loops[0], a, n));
+      }
+      each_index(l.loops[0], n, [&](const auto& i) {
+        v.y[at(l.y(), i)] += v.x[0][at(l.x(0), i)] / D(count);
+        v.grad_x[0][at(l.x(0), i)] += v.g[at(l.y(), i)] / D(count);
+      });
+      return;
+    }
+    case Kind::contract:
+      each_index(l.loops[0], n, [&](const auto& i) {
+        const int64_t a = at(l.x(0), i), b = at(l.x(1), i), y = at(l.y(), i);
+        v.y[y] += v.x[0][a] * v.x[1][b];
+        v.grad_x[0][a] += v.g[y] * v.x[1][b];
+        v.grad_x[1][b] += v.g[y] * v.x[0][a];
+      });
+      return;
+    case Kind::stop:
+      each_index(l.loops[0], n, [&](const auto& i) { v.y[at(l.y(), i)] = D(v.x[0][at(l.x(0), i)].v); });
+      return;
+    case Kind::extreme:
+      return extreme_reference(l, v);
+    case Kind::softmax:
+    case Kind::log_softmax:
+      return softmax_reference(l, v);
+    case Kind::map:
+      return map_reference(l, v);
+    default:
+      std::abort();
+  }
+}
+
+}  // namespace maml
