@@ -97,7 +97,7 @@ S combination_of(Combination c, S x, S y) {
   std::abort();
 }
 
-/// An expression and the same as a formula; see formulas() in test_loops.cpp. The derivatives of the formula
+/// An expression and the same as a formula; see formulas() in loop_cases.h. The derivatives of the formula
 /// need two levels of dual numbers.
 using Twice = Dual<Dual<double>>;
 struct Formula {

@@ -2,188 +2,18 @@
 // (loop_references.h), on random views (permuted, sliced, reversed, broadcast; with samples and without),
 // with every optional tensor absent, with the same value as two inputs, and the same bits in every schedule
 // of the emulation.
-#include <array>
+#include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <numeric>
-#include <random>
+#include <limits>
 #include <string>
 #include <vector>
 
 #include "emulation.h"
+#include "loop_cases.h"
 #include "loop_harness.h"
 
 namespace maml::cuda {
 namespace {
-
-// ---- random loops and views
-
-class Random {
- public:
-  explicit Random(unsigned seed) : rng_(seed) {}
-  int64_t below(int64_t limit) { return static_cast<int64_t>(rng_() % static_cast<unsigned>(limit)); }
-  bool with(double probability) { return static_cast<double>(rng_()) < probability * 4294967296.0; }
-
-  /// Loops over 1 to 4 axes, of which one may be that of the samples.
-  Loops loops() {
-    Loops l;
-    l.axes = static_cast<int>(1 + below(4));
-    for (int a = 0; a < l.axes; ++a) l.size[a] = 1 + below(4);
-    if (with(0.7)) l.size[below(l.axes)] = kSamples;
-    return l;
-  }
-
-  /// An operand with the axes for which has[axis]; the others are broadcast. Its axes are in any order in
-  /// memory, the samples first. `sliced`: it may be a part of its value, with steps forward or backward.
-  View view(const Loops& loops, int64_t n, const std::array<bool, kMostAxes>& has, bool sliced) {
-    View v;
-    std::vector<int> order;
-    int samples = -1;
-    for (int a = 0; a < loops.axes; ++a) {
-      if (has[a] && loops.size[a] == kSamples) samples = a;
-      if (has[a] && loops.size[a] != kSamples) order.insert(order.begin() + below(order.size() + 1), a);
-    }
-    v.size = 1;
-    for (const int a : order) {
-      const int64_t step = sliced && with(0.4) ? 2 : 1, before = sliced ? below(2) : 0,
-                    after = sliced ? below(2) : 0;
-      const bool reversed = sliced && with(0.3);
-      v.offset += (before + (reversed ? (loops.size[a] - 1) * step : 0)) * v.size;
-      v.stride[a] = (reversed ? -step : step) * v.size;
-      v.size *= before + (loops.size[a] - 1) * step + 1 + after;
-    }
-    v.samples = samples >= 0;
-    if (v.samples) v.stride[samples] = v.size;
-    std::vector<int> visits(count_of(v, n));
-    each_index(loops, n, [&](const auto& i) { ++visits[at(v, i)]; });
-    v.whole = std::all_of(visits.begin(), visits.end(), [](int count) { return count == 1; });
-    return v;
-  }
-
-  std::array<bool, kMostAxes> axes(double probability) {
-    std::array<bool, kMostAxes> has;
-    for (bool& h : has) h = with(probability);
-    return has;
-  }
-
- private:
-  std::mt19937 rng_;
-};
-
-constexpr std::array<bool, kMostAxes> kAll = {true, true, true, true, true, true, true, true};
-
-/// A layer of one nest of loops.
-LoopLayer random_layer(Random& random, Kind kind, int inputs) {
-  LoopLayer l;
-  l.layer.kind = kind;
-  l.layer.n = 1 + random.below(4);
-  l.inputs = inputs;
-  Loops loops = random.loops();
-  const bool reduces = kind == Kind::reduce || kind == Kind::extreme || kind == Kind::contract;
-  loops.y = random.view(loops, l.layer.n, reduces ? random.axes(0.5) : kAll, false);
-  for (int j = 0; j < inputs; ++j) {
-    loops.x[j] = random.view(loops, l.layer.n, random.axes(0.75), random.with(0.5));
-  }
-  l.loops = {loops};
-  return l;
-}
-
-/// y consists of parts along one axis, with zeros between some of them.
-LoopLayer random_move(Random& random) {
-  LoopLayer l;
-  l.layer.kind = Kind::move;
-  l.layer.n = 1 + random.below(4);
-  Loops all = random.loops();
-  const int axis = static_cast<int>(random.below(all.axes));
-  l.inputs = all.size[axis] == kSamples ? 1 : static_cast<int>(1 + random.below(kMostInputs));
-  std::vector<int64_t> starts, sizes;
-  int64_t end = 0;
-  for (int j = 0; j < l.inputs; ++j) {
-    end += random.with(0.3);
-    starts.push_back(end);
-    sizes.push_back(1 + random.below(3));
-    end += sizes.back();
-  }
-  if (all.size[axis] != kSamples) all.size[axis] = end + random.with(0.3);
-  all.y = random.view(all, l.layer.n, kAll, false);
-  for (int j = 0; j < l.inputs; ++j) {
-    Loops part = all;
-    if (all.size[axis] != kSamples) {
-      part.size[axis] = sizes[j];
-      part.y.offset += starts[j] * all.y.stride[axis];
-      part.y.whole = sizes[j] == all.size[axis];
-    }
-    part.x[0] = random.view(part, l.layer.n, random.axes(0.8), random.with(0.5));
-    l.loops.push_back(part);
-  }
-  return l;
-}
-
-// ---- expressions
-
-std::vector<Formula> formulas() {
-  using F = Function;
-  using C = Combination;
-  using X = const std::vector<Twice>&;
-  const Twice one(1);
-  const auto sigmoid = [=](Twice x) { return one / (one + exp(-x)); };
-  std::vector<Formula> all = {
-      {expression(3, {combined(C::mul, 0, 1), combined(C::add, 3, 2)}),
-       [](X x) { return x[0] * x[1] + x[2]; }},
-      {expression(2, {unary(F::silu, 0), combined(C::mul, 2, 1)}),
-       [=](X x) { return x[0] * sigmoid(x[0]) * x[1]; }},
-      {expression(3, {combined(C::sub, 0, 1), combined(C::mul, 2, 2), unary(F::affine, 4, 1, 0.5),
-                      unary(F::sqrt, 5), combined(C::div, 3, 6)}),
-       [](X x) { return (x[0] - x[1]) / sqrt(x[2] * x[2] + Twice(0.5)); }},
-      {expression(2, {combined(C::gt, 0, 1), combined(C::mul, 0, 1), unary(F::sin, 3), unary(F::tanh, 1),
-                      combined(C::where, 2, 4, 5)}),
-       [=](X x) {
-         return value_of(x[0]) > value_of(x[1]) ? sin(x[0] * x[1])
-                                                : Twice(2) * sigmoid(Twice(2) * x[1]) - one;
-       }},
-      {expression(2, {unary(F::exp, 0), combined(C::pow, 2, 1)}), [](X x) { return exp(x[0] * x[1]); }},
-      {expression(4, {combined(C::mul, 0, 1), combined(C::mul, 2, 3), combined(C::sub, 4, 5),
-                      combined(C::mul, 6, 6), combined(C::mul, 7, 0)}),
-       [](X x) {
-         const Twice d = x[0] * x[1] - x[2] * x[3];
-         return d * d * x[0];
-       }},
-      {expression(1, {combined(C::mul, 0, 0), combined(C::mul, 1, 0), unary(F::cos, 2)}),
-       [](X x) { return cos(x[0] * x[0] * x[0]); }},
-      {expression(2, {combined(C::maximum, 0, 1), combined(C::minimum, 0, 1), combined(C::mul, 2, 2),
-                      combined(C::mul, 4, 3)}),
-       [](X x) {
-         const bool first = value_of(x[0]) > value_of(x[1]);
-         const Twice &large = x[first ? 0 : 1], &small = x[first ? 1 : 0];
-         return large * large * small;
-       }},
-  };
-  // As many instructions as there may be.
-  std::vector<ExpressionStep> steps;
-  for (int i = 0; i < kMostInstructions; ++i) {
-    steps.push_back(i % 2 == 0 ? unary(F::sin, i) : unary(F::affine, i, 1.1, 0.2));
-  }
-  all.push_back({expression(1, steps), [](X x) {
-                   Twice v = x[0];
-                   for (int i = 0; i < kMostInstructions; ++i) {
-                     v = i % 2 == 0 ? sin(v) : Twice(1.1) * v + Twice(0.2);
-                   }
-                   return v;
-                 }});
-  for (int f = 0; f < static_cast<int>(F::count); ++f) {
-    const Layer l = with(Layer{}, static_cast<F>(f));
-    all.push_back({expression(1, {unary(l.function, 0, l.a, l.b, l.c)}), [=](X x) { return f_of(l, x[0]); },
-                   takes_positive(l.function)});
-  }
-  for (int c = 0; c < static_cast<int>(C::where); ++c) {  // where() is in a formula above
-    const auto combination = static_cast<C>(c);
-    all.push_back({expression(2, {combined(combination, 0, 1)}),
-                   [=](X x) { return combination_of(combination, x[0], x[1]); }, true});
-  }
-  return all;
-}
-
-// ---- the cases
 
 /// Which operands move and are wanted, and whether cotangents add.
 LoopPresent random_presence(Random& random) {
@@ -266,6 +96,145 @@ std::vector<std::vector<T>> check_products_with_itself() {
   return {check_loops<T>(each, same), check_loops<T>(over, same), check_loops<T>(over, same, 1)};
 }
 
+struct Outputs {
+  std::vector<double> y, y_dot, grad_x[2], grad_x_dot[2];
+};
+
+/// What the four passes give at these operands, one row of elements each. An operand with an empty x_dot does
+/// not move. The cotangent g and its tangent are those of every element of y.
+Outputs outputs_at(LoopLayer l, const std::vector<std::vector<double>>& x,
+                   const std::vector<std::vector<double>>& x_dot, double g, double g_dot) {
+  const auto count = static_cast<int64_t>(x[0].size());
+  const int64_t out = l.layer.kind == Kind::extreme ? 1 : count;
+  const View row{count, false, true, 0, {1}};
+  l.layer.n = 1;
+  l.loops = {loops_over({count}, {row, row}, {out, false, true, 0, {out == 1 ? 0 : 1}})};
+  l.layer.loops = l.loops.data(), l.layer.expression = &l.formula.e;
+  const Footprint needs = footprint(l.layer);
+  Memory<double> memory(1, 20 * (count + 2 * kGap) + needs.saved + 2 * kGap);
+  Tensors<double> t;
+  for (size_t j = 0; j < x.size(); ++j) {
+    auto given = [&](const std::vector<double>& values) {
+      double* to = memory.take(count);
+      memory.fill(to, 0, values);
+      return to;
+    };
+    t.x[j] = given(x[j]);
+    if (!x_dot[j].empty()) t.x_dot[j] = given(x_dot[j]);
+    t.grad_x[j] = memory.take(count), t.grad_x_dot[j] = memory.take(count);
+  }
+  double *grad_y = memory.take(out), *grad_y_dot = memory.take(out);
+  memory.fill(grad_y, 0, std::vector<double>(out, g));
+  memory.fill(grad_y_dot, 0, std::vector<double>(out, g_dot));
+  t.grad_y = grad_y, t.grad_y_dot = grad_y_dot;
+  t.y = memory.take(out), t.y_dot = memory.take(out), t.saved = memory.take(needs.saved);
+  const LaunchPasses<double> passes = passes_of<double>(l.layer.kind);
+  for (const auto pass : {passes.forward, passes.backward, passes.forward_tangent, passes.backward_tangent}) {
+    pass(memory.launcher(), l.layer, t);
+  }
+  auto values = [&](double* from, int64_t size) {
+    return std::vector<double>(memory.real(from, 0), memory.real(from, 0) + size);
+  };
+  Outputs o{values(t.y, out), values(t.y_dot, out), {}, {}};
+  for (size_t j = 0; j < x.size(); ++j) {
+    o.grad_x[j] = values(t.grad_x[j], count), o.grad_x_dot[j] = values(t.grad_x_dot[j], count);
+  }
+  return o;
+}
+
+LoopLayer layer_of(Kind kind) {
+  LoopLayer l;
+  l.layer.kind = kind;
+  return l;
+}
+LoopLayer map_of(const Expression& e) {
+  LoopLayer l = layer_of(Kind::map);
+  l.formula.e = e;
+  return l;
+}
+
+/// Whether all are equal, a NaN to a NaN, and -0 only to -0.
+bool equal(const std::vector<double>& got, const std::vector<double>& want) {
+  return std::equal(got.begin(), got.end(), want.begin(), want.end(), [](double a, double b) {
+    return (a == b && std::signbit(a) == std::signbit(b)) || (std::isnan(a) && std::isnan(b));
+  });
+}
+
+/// Ties, kinks, NaN and infinity, as torch has them.
+void check_special_values() {
+  using F = Function;
+  using C = Combination;
+  const double nan = std::numeric_limits<double>::quiet_NaN(), inf = std::numeric_limits<double>::infinity();
+  const std::vector<double> ones = {1, 1, 1, 1};
+  auto is = [](const std::vector<double>& got, const std::vector<double>& want, const std::string& what) {
+    expect(equal(got, want), what);
+  };
+
+  is(outputs_at(layer_of(Kind::move), {{-0.0, 0.0, nan, -inf}}, {ones}, 1, 1).y, {-0.0, 0.0, nan, -inf},
+     "move: the same bits");
+
+  LoopLayer extreme = layer_of(Kind::extreme);
+  extreme.layer.reduction = Reduction::max;
+  Outputs o = outputs_at(extreme, {{1, nan, 7, nan}}, {{1, 2, 3, 4}}, 3, 5);
+  expect(equal(o.y, {nan}) && equal(o.y_dot, {2}) && equal(o.grad_x[0], {0, 3, 0, 0}) &&
+             equal(o.grad_x_dot[0], {0, 5, 0, 0}),
+         "max: the first NaN");
+  o = outputs_at(extreme, {{-inf, 7, 7, 2}}, {{1, 2, 3, 4}}, 3, 5);
+  expect(equal(o.y, {7}) && equal(o.y_dot, {2}) && equal(o.grad_x[0], {0, 3, 0, 0}), "max: the first tie");
+  extreme.layer.reduction = Reduction::amin;
+  o = outputs_at(extreme, {{-2, 7, -2, 2}}, {{1, 2, 4, 8}}, 3, 5);
+  expect(equal(o.y, {-2}) && equal(o.y_dot, {2.5}) && equal(o.grad_x[0], {1.5, 0, 1.5, 0}) &&
+             equal(o.grad_x_dot[0], {2.5, 0, 2.5, 0}),
+         "amin: ties share");
+  o = outputs_at(extreme, {{1, nan, 7, 2}}, {ones}, 3, 5);
+  expect(equal(o.y, {nan}) && equal(o.grad_x[0], {nan, nan, nan, nan}), "amin: a NaN has no share");
+
+  for (const Kind kind : {Kind::softmax, Kind::log_softmax}) {
+    const std::string name = properties(kind).name;
+    const bool log = kind == Kind::log_softmax;
+    o = outputs_at(layer_of(kind), {{1000, -inf, 1000, -1e308}}, {{1, 2, 3, 4}}, 1, 0);
+    is(o.y,
+       log ? std::vector<double>{-std::log(2), -inf, -std::log(2), -1e308} : std::vector{0.5, 0.0, 0.5, 0.0},
+       name + ": large elements");
+    is(o.y_dot, log ? std::vector{-1.0, 0.0, 1.0, 2.0} : std::vector{-0.5, 0.0, 0.5, 0.0},
+       name + ": tangents at a mask");
+    is(o.grad_x_dot[0], log ? std::vector{2.0, 0.0, -2.0, 0.0} : std::vector{0.0, 0.0, 0.0, 0.0},
+       name + ": cotangents at a mask");
+    is(outputs_at(layer_of(kind), {{-inf, -inf}}, {{1, 1}}, 1, 1).y, {nan, nan}, name + ": a row of -inf");
+  }
+
+  // A value that does not move has no tangent, though its derivative is infinite.
+  const LoopLayer root = map_of(expression(2, {unary(F::sqrt, 0), combined(C::mul, 2, 1)}));
+  o = outputs_at(root, {{0, 4}, {3, 3}}, {{}, {2, 2}}, 1, 5);
+  expect(equal(o.y_dot, {0, 4}) && equal(o.grad_x[1], {0, 2}) && equal(o.grad_x_dot[1], {0, 10}),
+         "map: the root of 0, which does not move");
+  // The argument that where() does not take is never multiplied by 0.
+  const LoopLayer where =
+      map_of(expression(2, {unary(F::affine, 0, 0, 2), combined(C::gt, 0, 2), combined(C::where, 3, 0, 1)}));
+  o = outputs_at(where, {{3, 1, nan}, {inf, inf, -2}}, {{4, 5, 6}, {inf, inf, 1}}, 7, 8);
+  expect(equal(o.y, {3, inf, -2}) && equal(o.y_dot, {4, inf, 1}) && equal(o.grad_x[0], {7, 0, 0}) &&
+             equal(o.grad_x[1], {0, 7, 7}) && equal(o.grad_x_dot[0], {8, 0, 0}),
+         "map: where() selects");
+  const LoopLayer larger = map_of(expression(2, {combined(C::maximum, 0, 1)}));
+  o = outputs_at(larger, {{1, 2, nan}, {1, 3, 1}}, {{2, 2, 2}, {4, 4, 4}}, 6, 8);
+  expect(equal(o.y, {1, 3, nan}) && o.y_dot[0] == 3 && o.y_dot[1] == 4 && o.grad_x[0][0] == 3 &&
+             o.grad_x[1][0] == 3 && o.grad_x[0][1] == 0 && o.grad_x_dot[1][0] == 4,
+         "map: a tie of maximum");
+  auto derivatives = [&](const ExpressionStep& step, const std::vector<double>& x) {
+    return outputs_at(map_of(expression(1, {step})), {x}, {std::vector<double>(x.size(), 1)}, 1, 0);
+  };
+  is(derivatives(unary(F::abs, 0), {-1, 0, 2}).grad_x[0], {-1, 0, 1}, "map: |x| at 0");
+  is(derivatives(unary(F::clamp, 0, -1, 2), {-2, -1, 2, 3}).grad_x[0], {0, 1, 1, 0},
+     "map: the ends of clamp");
+  is(derivatives(unary(F::power, 0, 2), {0, 3}).grad_x_dot[0], {2, 2}, "map: the square at 0");
+  is(derivatives(unary(F::power, 0, 1), {0, 3}).grad_x_dot[0], {0, 0}, "map: the power 1 at 0");
+  const LoopLayer power = map_of(expression(2, {combined(C::pow, 0, 1)}));
+  o = outputs_at(power, {{0, 0, 2}, {0, 2, 0}}, {{1, 1, 1}, {1, 1, 1}}, 1, 0);
+  expect(equal(o.y, {1, 0, 1}) && equal(o.grad_x[0], {0, 0, 0}) && o.grad_x[1][0] == 0 &&
+             o.grad_x[1][1] == 0 && o.grad_x[1][2] == std::log(2),
+         "map: powers of 0 and to 0");
+}
+
 /// The same bits in every schedule, and for a task whatever its neighbours are.
 void check_bits() {
   std::vector<std::vector<std::vector<float>>> all;
@@ -294,11 +263,12 @@ using namespace maml::cuda;
 
 int main(int argc, char** argv) {
   in_schedules(argc, argv, [] {
-    check_random<double>(40);
-    check_random<float>(10);
+    check_random<double>(100);
+    check_random<float>(30);
     check_maps<double>();
     check_maps<float>();
     check_products_with_itself<double>();
+    check_special_values();
   });
   if (argc == 1) check_bits();
   return report();

@@ -1,0 +1,176 @@
+// Random layers on tensors of any shape, and the expressions of the maps among them.
+#pragma once
+
+#include <array>
+#include <random>
+#include <vector>
+
+#include "loop_references.h"
+
+namespace maml {
+
+class Random {
+ public:
+  explicit Random(unsigned seed) : rng_(seed) {}
+  int64_t below(int64_t limit) { return static_cast<int64_t>(rng_() % static_cast<unsigned>(limit)); }
+  bool with(double probability) { return static_cast<double>(rng_()) < probability * 4294967296.0; }
+
+  /// Loops over 1 to 4 axes, of which one may be that of the samples.
+  Loops loops() {
+    Loops l;
+    l.axes = static_cast<int>(1 + below(4));
+    for (int a = 0; a < l.axes; ++a) l.size[a] = 1 + below(4);
+    if (with(0.7)) l.size[below(l.axes)] = kSamples;
+    return l;
+  }
+
+  /// An operand with the axes for which has[axis]; the others are broadcast. Its axes are in any order in
+  /// memory, the samples first. `sliced`: it may be a part of its value, with steps forward or backward.
+  View view(const Loops& loops, int64_t n, const std::array<bool, kMostAxes>& has, bool sliced) {
+    View v;
+    std::vector<int> order;
+    int samples = -1;
+    for (int a = 0; a < loops.axes; ++a) {
+      if (has[a] && loops.size[a] == kSamples) samples = a;
+      if (has[a] && loops.size[a] != kSamples) order.insert(order.begin() + below(order.size() + 1), a);
+    }
+    v.size = 1;
+    for (const int a : order) {
+      const int64_t step = sliced && with(0.4) ? 2 : 1, before = sliced ? below(2) : 0,
+                    after = sliced ? below(2) : 0;
+      const bool reversed = sliced && with(0.3);
+      v.offset += (before + (reversed ? (loops.size[a] - 1) * step : 0)) * v.size;
+      v.stride[a] = (reversed ? -step : step) * v.size;
+      v.size *= before + (loops.size[a] - 1) * step + 1 + after;
+    }
+    v.samples = samples >= 0;
+    if (v.samples) v.stride[samples] = v.size;
+    std::vector<int> visits(count_of(v, n));
+    each_index(loops, n, [&](const auto& i) { ++visits[at(v, i)]; });
+    v.whole = std::all_of(visits.begin(), visits.end(), [](int count) { return count == 1; });
+    return v;
+  }
+
+  std::array<bool, kMostAxes> axes(double probability) {
+    std::array<bool, kMostAxes> has;
+    for (bool& h : has) h = with(probability);
+    return has;
+  }
+
+ private:
+  std::mt19937 rng_;
+};
+
+inline constexpr std::array<bool, kMostAxes> kAll = {true, true, true, true, true, true, true, true};
+
+/// A layer of one nest of loops.
+inline LoopLayer random_layer(Random& random, Kind kind, int inputs) {
+  LoopLayer l;
+  l.layer.kind = kind;
+  l.layer.n = 1 + random.below(4);
+  l.inputs = inputs;
+  Loops loops = random.loops();
+  const bool reduces = kind == Kind::reduce || kind == Kind::extreme || kind == Kind::contract;
+  loops.y = random.view(loops, l.layer.n, reduces ? random.axes(0.5) : kAll, false);
+  for (int j = 0; j < inputs; ++j) {
+    loops.x[j] = random.view(loops, l.layer.n, random.axes(0.75), random.with(0.5));
+  }
+  l.loops = {loops};
+  return l;
+}
+
+/// y consists of parts along one axis, with zeros between some of them.
+inline LoopLayer random_move(Random& random) {
+  LoopLayer l;
+  l.layer.kind = Kind::move;
+  l.layer.n = 1 + random.below(4);
+  Loops all = random.loops();
+  const int axis = static_cast<int>(random.below(all.axes));
+  l.inputs = all.size[axis] == kSamples ? 1 : static_cast<int>(1 + random.below(kMostInputs));
+  std::vector<int64_t> starts, sizes;
+  int64_t end = 0;
+  for (int j = 0; j < l.inputs; ++j) {
+    end += random.with(0.3);
+    starts.push_back(end);
+    sizes.push_back(1 + random.below(3));
+    end += sizes.back();
+  }
+  if (all.size[axis] != kSamples) all.size[axis] = end + random.with(0.3);
+  all.y = random.view(all, l.layer.n, kAll, false);
+  for (int j = 0; j < l.inputs; ++j) {
+    Loops part = all;
+    if (all.size[axis] != kSamples) {
+      part.size[axis] = sizes[j];
+      part.y.offset += starts[j] * all.y.stride[axis];
+      part.y.whole = sizes[j] == all.size[axis];
+    }
+    part.x[0] = random.view(part, l.layer.n, random.axes(0.8), random.with(0.5));
+    l.loops.push_back(part);
+  }
+  return l;
+}
+
+/// Expressions of several instructions, and each function and combination alone.
+inline std::vector<Formula> formulas() {
+  using F = Function;
+  using C = Combination;
+  using X = const std::vector<Twice>&;
+  const Twice one(1);
+  const auto sigmoid = [=](Twice x) { return one / (one + exp(-x)); };
+  std::vector<Formula> all = {
+      {expression(3, {combined(C::mul, 0, 1), combined(C::add, 3, 2)}),
+       [](X x) { return x[0] * x[1] + x[2]; }},
+      {expression(2, {unary(F::silu, 0), combined(C::mul, 2, 1)}),
+       [=](X x) { return x[0] * sigmoid(x[0]) * x[1]; }},
+      {expression(3, {combined(C::sub, 0, 1), combined(C::mul, 2, 2), unary(F::affine, 4, 1, 0.5),
+                      unary(F::sqrt, 5), combined(C::div, 3, 6)}),
+       [](X x) { return (x[0] - x[1]) / sqrt(x[2] * x[2] + Twice(0.5)); }},
+      {expression(2, {combined(C::gt, 0, 1), combined(C::mul, 0, 1), unary(F::sin, 3), unary(F::tanh, 1),
+                      combined(C::where, 2, 4, 5)}),
+       [=](X x) {
+         return value_of(x[0]) > value_of(x[1]) ? sin(x[0] * x[1])
+                                                : Twice(2) * sigmoid(Twice(2) * x[1]) - one;
+       }},
+      {expression(2, {unary(F::exp, 0), combined(C::pow, 2, 1)}), [](X x) { return exp(x[0] * x[1]); }},
+      {expression(4, {combined(C::mul, 0, 1), combined(C::mul, 2, 3), combined(C::sub, 4, 5),
+                      combined(C::mul, 6, 6), combined(C::mul, 7, 0)}),
+       [](X x) {
+         const Twice d = x[0] * x[1] - x[2] * x[3];
+         return d * d * x[0];
+       }},
+      {expression(1, {combined(C::mul, 0, 0), combined(C::mul, 1, 0), unary(F::cos, 2)}),
+       [](X x) { return cos(x[0] * x[0] * x[0]); }},
+      {expression(2, {combined(C::maximum, 0, 1), combined(C::minimum, 0, 1), combined(C::mul, 2, 2),
+                      combined(C::mul, 4, 3)}),
+       [](X x) {
+         const bool first = value_of(x[0]) > value_of(x[1]);
+         const Twice &large = x[first ? 0 : 1], &small = x[first ? 1 : 0];
+         return large * large * small;
+       }},
+  };
+  // As many instructions as there may be.
+  std::vector<ExpressionStep> steps;
+  for (int i = 0; i < kMostInstructions; ++i) {
+    steps.push_back(i % 2 == 0 ? unary(F::sin, i) : unary(F::affine, i, 1.1, 0.2));
+  }
+  all.push_back({expression(1, steps), [](X x) {
+                   Twice v = x[0];
+                   for (int i = 0; i < kMostInstructions; ++i) {
+                     v = i % 2 == 0 ? sin(v) : Twice(1.1) * v + Twice(0.2);
+                   }
+                   return v;
+                 }});
+  for (int f = 0; f < static_cast<int>(F::count); ++f) {
+    const Layer l = with(Layer{}, static_cast<F>(f));
+    all.push_back({expression(1, {unary(l.function, 0, l.a, l.b, l.c)}), [=](X x) { return f_of(l, x[0]); },
+                   takes_positive(l.function)});
+  }
+  for (int c = 0; c < static_cast<int>(C::where); ++c) {  // where() is in a formula above
+    const auto combination = static_cast<C>(c);
+    all.push_back({expression(2, {combined(combination, 0, 1)}),
+                   [=](X x) { return combination_of(combination, x[0], x[1]); }, true});
+  }
+  return all;
+}
+
+}  // namespace maml
