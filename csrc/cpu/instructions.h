@@ -8,24 +8,11 @@
 
 namespace maml::MAML_ISA {
 
-/// Whether the first argument of an instruction has no derivative: the condition of `where`.
-inline int first_argument(const ExpressionStep& s) {
-  return !s.unary && s.combination == Combination::where ? 1 : 0;
-}
-/// The number of its arguments from there on.
-inline int arguments(const ExpressionStep& s) { return s.unary ? 1 : 2; }
-
-constexpr bool is_comparison(Combination c) { return c >= Combination::eq && c <= Combination::ge; }
-
 /// Whether all slopes are the same number everywhere, and then that number.
 inline bool has_constant_slopes(const ExpressionStep& s) {
   if (s.unary) return s.function == Function::affine || s.function == Function::sign;
   return s.combination == Combination::add || s.combination == Combination::sub ||
          is_comparison(s.combination);
-}
-/// Whether its derivatives are zero everywhere.
-inline bool is_flat(const ExpressionStep& s) {
-  return s.unary ? s.function == Function::sign : is_comparison(s.combination);
 }
 inline double constant_slope(const ExpressionStep& s, int argument) {
   if (is_flat(s)) return 0;
@@ -42,23 +29,6 @@ inline bool bends(const ExpressionStep& s) {
       for_each_combination([]<Combination C> { return CombinationDeclaration<C>::bends; });
   return s.unary ? functions[static_cast<size_t>(s.function)]
                  : combinations[static_cast<size_t>(s.combination)];
-}
-
-/// Whether its slopes choose between 0 and the cotangent, so that 0 times infinity is 0, as in torch.
-constexpr bool selects(Function f) {
-  return f == Function::relu || f == Function::hardtanh || f == Function::clamp;
-}
-constexpr bool selects(Combination c) {
-  return c == Combination::maximum || c == Combination::minimum || c == Combination::where;
-}
-inline bool selects(const ExpressionStep& s) {
-  return s.unary ? selects(s.function) : selects(s.combination);
-}
-
-/// slope x
-template <bool Selects, class T>
-inline T times(T slope, T x) {
-  return Selects && slope == 0 ? T(0) : slope * x;
 }
 
 /// What an instruction reads and writes of a block of elements. x_dot, slope and slope_dot are of the

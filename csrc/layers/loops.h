@@ -70,6 +70,38 @@ struct ExpressionStep {
   Constants constants;  // of the function
 };
 
+/// Whether the first argument of an instruction has no derivative: the condition of `where`.
+MAML_HOST_DEVICE inline int first_argument(const ExpressionStep& s) {
+  return !s.unary && s.combination == Combination::where ? 1 : 0;
+}
+/// The number of its arguments from there on.
+MAML_HOST_DEVICE inline int arguments(const ExpressionStep& s) { return s.unary ? 1 : 2; }
+
+MAML_HOST_DEVICE constexpr bool is_comparison(Combination c) {
+  return c >= Combination::eq && c <= Combination::ge;
+}
+/// Whether the derivatives of an instruction are zero everywhere.
+MAML_HOST_DEVICE inline bool is_flat(const ExpressionStep& s) {
+  return s.unary ? s.function == Function::sign : is_comparison(s.combination);
+}
+
+/// Whether a derivative of an instruction chooses between 0 and the cotangent, so that 0 times infinity is 0,
+/// as in torch.
+MAML_HOST_DEVICE constexpr bool selects(Function f) {
+  return f == Function::relu || f == Function::hardtanh || f == Function::clamp;
+}
+MAML_HOST_DEVICE constexpr bool selects(Combination c) {
+  return c == Combination::maximum || c == Combination::minimum || c == Combination::where;
+}
+MAML_HOST_DEVICE inline bool selects(const ExpressionStep& s) {
+  return s.unary ? selects(s.function) : selects(s.combination);
+}
+/// slope x
+template <bool Selects, class T>
+MAML_HOST_DEVICE static inline T times(T slope, T x) {
+  return Selects && slope == 0 ? T(0) : slope * x;
+}
+
 /// A function of `operands` arguments; the result of the last instruction is its value.
 struct Expression {
   int operands = 0, count = 0;
