@@ -1,6 +1,7 @@
 // y = the sum of x_0 x_1 along the axes that y does not have, for all tasks, with plain multiply-adds in
 // row-major order. y and the cotangents of both inputs are the same kind of sum, with the operands in other
-// roles: a thread takes an element of the result and sums along the axes that the result does not have.
+// roles: a thread takes an element of the result and sums along the axes that the result does not have. The
+// twin on the CPU is cpu/contract.cpp.
 #include "cuda/implement.h"
 #include "cuda/strided.h"
 
@@ -28,13 +29,13 @@ __global__ void __launch_bounds__(kElementThreads)
   T* out = resolve(symbolic_out, *table, blockIdx.z);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kOperands> to = outer_step(loops, step);
-    T sum = 0;
+    Sum<T> sum;
     each_step(loops.inner, to, [&](const Offsets<kOperands>& at) {
       for (int term = 0; term < terms.count; ++term) {
         sum += terms.of[term].a[at.of[kA]] * terms.of[term].b[at.of[kB]];
       }
     });
-    put(out, to.of[kResult], sum, add);
+    put(out, to.of[kResult], sum.value(), add);
   }
 }
 

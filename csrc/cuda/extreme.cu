@@ -3,8 +3,8 @@
 // of the first one, numbered along those axes, which has all of it. With either, the layer is linear, and its
 // tangent and adjoint are sums with these shares (strided.h).
 //
-// As in torch, a NaN equals no element: the shares of amax and amin are then 0 / 0. Limits: the places of one
-// element of y are numbered in 32 bits.
+// As in torch, a NaN equals no element: the shares of amax and amin are then 0 / 0. Limits: the elements of x
+// that one of y has are numbered in 32 bits. The twin on the CPU is cpu/extreme.cpp.
 #include "cuda/implement.h"
 #include "cuda/strided.h"
 
@@ -13,13 +13,6 @@ namespace {
 
 /// Operands of the nests.
 enum : int { kX, kY, kPlace, kOperands };
-
-/// How the derivative is shared: one number for each element of y, which later passes read.
-template <class T>
-union Share {
-  T ties;
-  int32_t place;
-};
 
 __host__ __device__ constexpr bool takes_first(Reduction r) {
   return r == Reduction::max || r == Reduction::min;
@@ -50,11 +43,11 @@ Split<kOperands> split_by(const Layer& l, const View& by) {
 template <class T>
 __global__ void __launch_bounds__(kElementThreads)
     forward_kernel(const __grid_constant__ Split<kOperands> loops, Reduction reduction, const T* symbolic_x,
-                   T* symbolic_y, Share<T>* symbolic_shares, const Table* table) {
+                   T* symbolic_y, int32_t* symbolic_chosen, const Table* table) {
   const Team team = grid_team();
   const T* x = resolve(symbolic_x, *table, blockIdx.z);
   T* y = resolve(symbolic_y, *table, blockIdx.z);
-  Share<T>* shares = resolve(symbolic_shares, *table, blockIdx.z);
+  int32_t* chosen = resolve(symbolic_chosen, *table, blockIdx.z);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kOperands> from = outer_step(loops, step);
     T best = x[from.of[kX]];
@@ -64,44 +57,39 @@ __global__ void __launch_bounds__(kElementThreads)
       if (beats(reduction, value, best)) best = value, place = at.of[kPlace], ties = 0;
       ties += value == best;
     });
-    Share<T>& share = shares[from.of[kY]];
     y[from.of[kY]] = best;
-    if (takes_first(reduction)) {
-      share.place = static_cast<int32_t>(place);
-    } else {
-      share.ties = static_cast<T>(ties);
-    }
+    chosen[from.of[kY]] = static_cast<int32_t>(takes_first(reduction) ? place : ties);
   }
 }
 
 /// The share of an element of x in the derivative of its y, times a number.
 template <class T>
 __device__ __forceinline__ T shared(Reduction reduction, const Offsets<kOperands>& at, const T* x, const T* y,
-                                    const Share<T>* shares, T number) {
-  const Share<T> share = shares[at.of[kY]];
-  if (takes_first(reduction)) return share.place == at.of[kPlace] ? number : T(0);
+                                    const int32_t* chosen, T number) {
+  const int32_t choice = chosen[at.of[kY]];
+  if (takes_first(reduction)) return choice == at.of[kPlace] ? number : T(0);
   const bool tie = x[at.of[kX]] == y[at.of[kY]];
-  return (tie ? number : T(0)) / share.ties;
+  return (tie ? number : T(0)) / static_cast<T>(choice);
 }
 
 /// y_dot = the sum of the shares of x_dot; split by y
 template <class T>
 __global__ void __launch_bounds__(kElementThreads)
     tangent_kernel(const __grid_constant__ Split<kOperands> loops, Reduction reduction, const T* symbolic_x,
-                   const T* symbolic_y, const Share<T>* symbolic_shares, const T* symbolic_x_dot,
+                   const T* symbolic_y, const int32_t* symbolic_chosen, const T* symbolic_x_dot,
                    T* symbolic_y_dot, const Table* table) {
   const Team team = grid_team();
   const T *x = resolve(symbolic_x, *table, blockIdx.z), *y = resolve(symbolic_y, *table, blockIdx.z);
   const T* x_dot = resolve(symbolic_x_dot, *table, blockIdx.z);
-  const Share<T>* shares = resolve(symbolic_shares, *table, blockIdx.z);
+  const int32_t* chosen = resolve(symbolic_chosen, *table, blockIdx.z);
   T* y_dot = resolve(symbolic_y_dot, *table, blockIdx.z);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kOperands> to = outer_step(loops, step);
-    T sum = 0;
+    Sum<T> sum;
     each_step(loops.inner, to, [&](const Offsets<kOperands>& at) {
-      sum += shared(reduction, at, x, y, shares, x_dot[at.of[kX]]);
+      sum += shared(reduction, at, x, y, chosen, x_dot[at.of[kX]]);
     });
-    y_dot[to.of[kY]] = sum;
+    y_dot[to.of[kY]] = sum.value();
   }
 }
 
@@ -109,41 +97,35 @@ __global__ void __launch_bounds__(kElementThreads)
 template <class T>
 __global__ void __launch_bounds__(kElementThreads)
     cotangent_kernel(const __grid_constant__ Split<kOperands> loops, Reduction reduction, const T* symbolic_x,
-                     const T* symbolic_y, const Share<T>* symbolic_shares, const T* symbolic_g, bool add,
+                     const T* symbolic_y, const int32_t* symbolic_chosen, const T* symbolic_g, bool add,
                      T* symbolic_grad_x, const Table* table) {
   const Team team = grid_team();
   const T *x = resolve(symbolic_x, *table, blockIdx.z), *y = resolve(symbolic_y, *table, blockIdx.z);
   const T* g = resolve(symbolic_g, *table, blockIdx.z);
-  const Share<T>* shares = resolve(symbolic_shares, *table, blockIdx.z);
+  const int32_t* chosen = resolve(symbolic_chosen, *table, blockIdx.z);
   T* grad_x = resolve(symbolic_grad_x, *table, blockIdx.z);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kOperands> to = outer_step(loops, step);
-    T sum = 0;
+    Sum<T> sum;
     each_step(loops.inner, to, [&](const Offsets<kOperands>& at) {
-      sum += shared(reduction, at, x, y, shares, g[at.of[kY]]);
+      sum += shared(reduction, at, x, y, chosen, g[at.of[kY]]);
     });
-    put(grad_x, to.of[kX], sum, add);
+    put(grad_x, to.of[kX], sum.value(), add);
   }
-}
-
-template <class T>
-Share<T>* shares_of(const Tensors<T>& t) {
-  static_assert(sizeof(Share<T>) == sizeof(T));
-  return reinterpret_cast<Share<T>*>(t.saved);
 }
 
 template <class T>
 void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   const Split<kOperands> loops = split_by(l, l.loops->y);
   launch("extreme forward", forward_kernel<T>, step_grid(loops.outer.steps), kElementThreads, 0, loops,
-         l.reduction, t.x[0], t.y, shares_of(t), launch.table);
+         l.reduction, t.x[0], t.y, choice_of(t), launch.table);
 }
 
 template <class T>
 void forward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   const Split<kOperands> loops = split_by(l, l.loops->y);
   launch("extreme forward tangent", tangent_kernel<T>, step_grid(loops.outer.steps), kElementThreads, 0,
-         loops, l.reduction, t.x[0], t.y, shares_of(t), t.x_dot[0], t.y_dot, launch.table);
+         loops, l.reduction, t.x[0], t.y, choice_of(t), t.x_dot[0], t.y_dot, launch.table);
 }
 
 /// Of g, or of its tangent.
@@ -155,7 +137,7 @@ void give(const Launcher& launch, const char* name, const Layer& l, const Tensor
   const Split<kOperands> loops = split_by(l, x);
   clear_unless_reached(launch, x, l.n, loops.outer.steps, t.add_x[0], grad_x);
   launch(name, cotangent_kernel<T>, step_grid(loops.outer.steps), kElementThreads, 0, loops, l.reduction,
-         t.x[0], t.y, shares_of(t), g, t.add_x[0], grad_x, launch.table);
+         t.x[0], t.y, choice_of(t), g, t.add_x[0], grad_x, launch.table);
 }
 template <class T>
 void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {

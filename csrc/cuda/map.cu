@@ -29,46 +29,52 @@ static_assert(kValues <= 8 * sizeof(Set));
 
 __host__ __device__ inline bool contains(Set set, int value) { return set >> value & 1; }
 
-/// The operands and results that move, where these operands do.
-Set moving(const Expression& e, Set operands) {
-  Set moves = operands;
+/// These operands, and the results whose derivatives by them are not zero everywhere.
+Set dependent(const Expression& e, Set operands) {
+  Set all = operands;
   for (int i = 0; i < e.count; ++i) {
-    const ExpressionStep& step = e.step[i];
-    const bool ternary = !step.unary && step.combination == Combination::where;
-    for (int k = 0; k < (step.unary ? 1 : ternary ? 3 : 2); ++k) {
-      if (contains(moves, step.argument[k])) moves |= Set{1} << (e.operands + i);
+    const ExpressionStep& s = e.step[i];
+    for (int k = 0; k < arguments(s) && !is_flat(s); ++k) {
+      if (contains(all, s.argument[first_argument(s) + k])) all |= Set{1} << (e.operands + i);
     }
   }
-  return moves;
+  return all;
 }
 
-/// An instruction at its arguments: the values a and b that it depends on, and its derivatives by them. b <
-/// 0: it depends on a alone.
+/// An instruction at its arguments: the values a and b that it depends on (or a alone: then b is negative),
+/// and its derivatives by them.
 template <class T>
 struct Applied {
   int a, b;
   Partials<T> h;
+  bool selects, bends;
+
+  /// slope x
+  __device__ __forceinline__ T product(T slope, T x) const {
+    return selects ? times<true>(slope, x) : times<false>(slope, x);
+  }
 };
 
 template <class T>
-__device__ __forceinline__ Applied<T> apply(const ExpressionStep& step, const T* v) {
-  const int x = step.argument[0], y = step.argument[1];
-  if (step.unary) {
-    Applied<T> applied{x, -1, {}};
-    with_function(step.function, [&]<Function F>() {
-      const Derivatives<T> d = evaluate<F, T>(Constants{step.a, step.b, step.c}, v[x]);
+__device__ __forceinline__ Applied<T> apply(const ExpressionStep& s, const T* v) {
+  const int x = s.argument[0], y = s.argument[1];
+  Applied<T> applied{x, -1, {}, selects(s), false};
+  if (s.unary) {
+    with_function(s.function, [&]<Function F>() {
+      const Derivatives<T> d = evaluate<F, T>(s.constants, v[x]);
       applied.h.f = d.f, applied.h.fx = d.df, applied.h.fxx = d.ddf;
+      applied.bends = FunctionDeclaration<F>::bends;
     });
-    return applied;
+  } else if (s.combination == Combination::where) {
+    applied.a = v[x] != 0 ? y : s.argument[2];
+    applied.h.f = v[applied.a], applied.h.fx = T(1);
+  } else {
+    applied.b = y;
+    with_combination(s.combination, [&]<Combination C>() {
+      applied.h = CombinationDeclaration<C>::template at<T>(v[x], v[y]);
+      applied.bends = CombinationDeclaration<C>::bends;
+    });
   }
-  if (step.combination == Combination::where) {
-    const int taken = v[x] != 0 ? y : step.argument[2];
-    return {taken, -1, {v[taken], T(1), T(0), T(0), T(0), T(0)}};
-  }
-  Applied<T> applied{x, y, {}};
-  with_combination(step.combination, [&]<Combination C>() {
-    applied.h = CombinationDeclaration<C>::template at<T>(v[x], v[y]);
-  });
   return applied;
 }
 
@@ -85,16 +91,16 @@ struct Values {
                                                 const T* const (&x_dot)[kMostInputs]) {
     for (int j = 0; j < e.operands; ++j) dot[j] = x_dot[j] ? x_dot[j][at.of[j]] : T(0);
   }
-  /// All results and the tangents of those that move.
+  /// All results and their tangents, 0 of those that do not move.
   __device__ __forceinline__ void run(const Expression& e, Set moves) {
     for (int i = 0; i < e.count; ++i) {
       const Applied<T> step = apply(e.step[i], v);
+      T& tangent = dot[e.operands + i];
       v[e.operands + i] = step.h.f;
-      if (moves == 0) continue;
-      T sum = 0;
-      if (contains(moves, step.a)) sum += step.h.fx * dot[step.a];
-      if (step.b >= 0 && contains(moves, step.b)) sum += step.h.fy * dot[step.b];
-      dot[e.operands + i] = sum;
+      tangent = 0;
+      if (!contains(moves, e.operands + i)) continue;
+      if (contains(moves, step.a)) tangent += step.product(step.h.fx, dot[step.a]);
+      if (step.b >= 0 && contains(moves, step.b)) tangent += step.product(step.h.fy, dot[step.b]);
     }
   }
 };
@@ -128,49 +134,55 @@ __global__ void __launch_bounds__(kElementThreads)
   }
 }
 
-/// bar v_k of one operand
+/// bar v_k of one operand; `wanted`: the results that depend on it
 template <class T>
-__device__ __forceinline__ T cotangent(const Expression& e, int operand, const Values<T>& values, T g) {
+__device__ __forceinline__ T cotangent(const Expression& e, int operand, Set wanted, const Values<T>& values,
+                                       T g) {
   T bar[kValues] = {};
   bar[e.operands + e.count - 1] = g;
   for (int i = e.count - 1; i >= 0; --i) {
+    if (!contains(wanted, e.operands + i)) continue;
     const Applied<T> step = apply(e.step[i], values.v);
     const T b = bar[e.operands + i];
-    bar[step.a] += step.h.fx * b;
-    if (step.b >= 0) bar[step.b] += step.h.fy * b;
+    bar[step.a] += step.product(step.h.fx, b);
+    if (step.b >= 0) bar[step.b] += step.product(step.h.fy, b);
   }
   return bar[operand];
 }
 
-/// R{bar v_k} of one operand; with no `moves`, g is not read.
+/// R{bar v_k} of one operand; g is not read if nothing moves.
 template <class T>
-__device__ __forceinline__ T cotangent_dot(const Expression& e, int operand, const Values<T>& values,
-                                           Set moves, T g, T g_dot) {
-  T bar[kValues] = {}, dot[kValues] = {};
-  bar[e.operands + e.count - 1] = g, dot[e.operands + e.count - 1] = g_dot;
+__device__ __forceinline__ T cotangent_dot(const Expression& e, int operand, Set wanted, Set moves,
+                                           const Values<T>& values, T g, T g_dot) {
+  T bar[kValues] = {}, bar_dot[kValues] = {};
+  bar[e.operands + e.count - 1] = g, bar_dot[e.operands + e.count - 1] = g_dot;
   for (int i = e.count - 1; i >= 0; --i) {
+    if (!contains(wanted, e.operands + i)) continue;
     const Applied<T> step = apply(e.step[i], values.v);
-    const T b = bar[e.operands + i], b_dot = dot[e.operands + i];
-    const bool a_moves = contains(moves, step.a), b_moves = step.b >= 0 && contains(moves, step.b);
-    T da = 0, db = 0;  // the tangents of h_a and h_b
-    if (a_moves) da += step.h.fxx * values.dot[step.a], db += step.h.fxy * values.dot[step.a];
-    if (b_moves) da += step.h.fxy * values.dot[step.b], db += step.h.fyy * values.dot[step.b];
-    bar[step.a] += step.h.fx * b;
-    dot[step.a] += step.h.fx * b_dot;
-    if (a_moves || b_moves) dot[step.a] += da * b;
+    const T b = bar[e.operands + i], b_dot = bar_dot[e.operands + i];
+    const bool turns = step.bends && contains(moves, e.operands + i);  // h_a and h_b have tangents
+    T da = 0, db = 0;
+    if (turns && contains(moves, step.a)) {
+      da += step.h.fxx * values.dot[step.a], db += step.h.fxy * values.dot[step.a];
+    }
+    if (turns && step.b >= 0 && contains(moves, step.b)) {
+      da += step.h.fxy * values.dot[step.b], db += step.h.fyy * values.dot[step.b];
+    }
+    bar[step.a] += step.product(step.h.fx, b);
+    bar_dot[step.a] += step.product(step.h.fx, b_dot) + (turns ? da * b : T(0));
     if (step.b < 0) continue;
-    bar[step.b] += step.h.fy * b;
-    dot[step.b] += step.h.fy * b_dot;
-    if (a_moves || b_moves) dot[step.b] += db * b;
+    bar[step.b] += step.product(step.h.fy, b);
+    bar_dot[step.b] += step.product(step.h.fy, b_dot) + (turns ? db * b : T(0));
   }
-  return dot[operand];
+  return bar_dot[operand];
 }
 
 /// The cotangent of one operand, or its tangent; the loops are split by that operand.
 template <bool kTangent, class T>
 __global__ void __launch_bounds__(kElementThreads)
     backward_kernel(const __grid_constant__ Split<kOperands> loops, const __grid_constant__ Expression e,
-                    Set moves, int operand, const __grid_constant__ Tensors<T> symbolic, const Table* table) {
+                    Set moves, int operand, Set wanted, const __grid_constant__ Tensors<T> symbolic,
+                    const Table* table) {
   const Team team = grid_team();
   const Pointers<T> x = resolve_all(symbolic.x, *table), x_dot = resolve_all(symbolic.x_dot, *table);
   const T* g = resolve(symbolic.grad_y, *table, blockIdx.z);
@@ -178,7 +190,7 @@ __global__ void __launch_bounds__(kElementThreads)
   T* out = resolve((kTangent ? symbolic.grad_x_dot : symbolic.grad_x)[operand], *table, blockIdx.z);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kOperands> to = outer_step(loops, step);
-    T sum = 0;
+    Sum<T> sum;
     each_step(loops.inner, to, [&](const Offsets<kOperands>& at) {
       Values<T> values;
       values.read(e, at, x.of);
@@ -186,12 +198,12 @@ __global__ void __launch_bounds__(kElementThreads)
       values.run(e, moves);
       if constexpr (kTangent) {
         const T c = g ? g[at.of[kY]] : T(0);
-        sum += cotangent_dot(e, operand, values, moves, c, g_dot[at.of[kY]]);
+        sum += cotangent_dot(e, operand, wanted, moves, values, c, g_dot[at.of[kY]]);
       } else {
-        sum += cotangent(e, operand, values, g[at.of[kY]]);
+        sum += cotangent(e, operand, wanted, values, g[at.of[kY]]);
       }
     });
-    put(out, to.of[operand], sum, symbolic.add_x[operand]);
+    put(out, to.of[operand], sum.value(), symbolic.add_x[operand]);
   }
 }
 
@@ -214,7 +226,7 @@ template <bool kTangent, class T>
 void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   const Expression& e = *l.expression;
   const Split<kOperands> loops = split_by(l, l.loops->y);
-  const Set moves = kTangent ? moving(e, operands_that_move(e, t)) : 0;
+  const Set moves = kTangent ? dependent(e, operands_that_move(e, t)) : 0;
   launch(kTangent ? "map forward tangent" : "map forward", forward_kernel<kTangent, T>,
          step_grid(loops.outer.steps), kElementThreads, 0, loops, e, moves, t, launch.table);
 }
@@ -223,14 +235,15 @@ template <bool kTangent, class T>
 void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   const Expression& e = *l.expression;
   // Without g, what an input adds to R{bar a} is 0.
-  const Set moves = kTangent && t.grad_y ? moving(e, operands_that_move(e, t)) : 0;
+  const Set moves = kTangent && t.grad_y ? dependent(e, operands_that_move(e, t)) : 0;
   for (int j = 0; j < e.operands; ++j) {
     T* out = (kTangent ? t.grad_x_dot : t.grad_x)[j];
     if (!out) continue;
     const Split<kOperands> loops = split_by(l, l.loops->x[j]);
     clear_unless_reached(launch, l.loops->x[j], l.n, loops.outer.steps, t.add_x[j], out);
     launch(kTangent ? "map backward tangent" : "map backward", backward_kernel<kTangent, T>,
-           step_grid(loops.outer.steps), kElementThreads, 0, loops, e, moves, j, t, launch.table);
+           step_grid(loops.outer.steps), kElementThreads, 0, loops, e, moves, j, dependent(e, Set{1} << j), t,
+           launch.table);
   }
 }
 

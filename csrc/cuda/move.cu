@@ -1,5 +1,6 @@
 // y = x_j, each input seen through its own loops, for all tasks: one copy a part (strided.h). The cotangent
-// of an element that a part reads several times is the sum in row-major order.
+// of an element that a part reads several times is the sum in row-major order. The twin on the CPU is
+// cpu/move.cpp.
 #include "cuda/implement.h"
 #include "cuda/strided.h"
 

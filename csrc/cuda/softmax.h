@@ -106,13 +106,14 @@ __global__ void __launch_bounds__(kElementThreads)
     const Offsets<2> at = outer_step(rows.loops, row);
     const T* x = resolve(symbolic_x, *table, blockIdx.z) + at.of[0];
     T* y = resolve(symbolic_y, *table, blockIdx.z) + at.of[1];
-    T largest = x[0], sum = 0;
+    T largest = x[0];
+    Sum<T> sum;
     for (int64_t i = 1; i < length; ++i) {
       if (x[i * rows.x_stride] > largest) largest = x[i * rows.x_stride];
     }
     for (int64_t i = 0; i < length; ++i) sum += std::exp(x[i * rows.x_stride] - largest);
     for (int64_t i = 0; i < length; ++i) {
-      y[i * rows.y_stride] = Form::value(x[i * rows.x_stride] - largest, sum);
+      y[i * rows.y_stride] = Form::value(x[i * rows.x_stride] - largest, sum.value());
     }
   }
 }
@@ -127,13 +128,13 @@ __global__ void __launch_bounds__(kElementThreads)
     const T* y = resolve(symbolic_y, *table, blockIdx.z) + at.of[1];
     const T* x_dot = resolve(symbolic_x_dot, *table, blockIdx.z) + at.of[0];
     T* y_dot = resolve(symbolic_y_dot, *table, blockIdx.z) + at.of[1];
-    T B = 0;
+    Sum<T> B;
     for (int64_t i = 0; i < rows.length; ++i) {
       B += Form::probability(y[i * rows.y_stride]) * x_dot[i * rows.x_stride];
     }
     for (int64_t i = 0; i < rows.length; ++i) {
       const T s = Form::probability(y[i * rows.y_stride]);
-      y_dot[i * rows.y_stride] = Form::tangent(s, x_dot[i * rows.x_stride], B);
+      y_dot[i * rows.y_stride] = Form::tangent(s, x_dot[i * rows.x_stride], B.value());
     }
   }
 }
@@ -149,14 +150,14 @@ __global__ void __launch_bounds__(kElementThreads)
     each_step(rows.loops.inner, outer_step(rows.loops, row), [&](const Offsets<2>& at) {
       const T* y = resolve(symbolic_y, *table, blockIdx.z) + at.of[1];
       const T* g = resolve(symbolic_g, *table, blockIdx.z) + at.of[1];
-      T A = 0;
+      Sum<T> A;
       for (int64_t i = 0; i < rows.length; ++i) {
         A += Form::share(Form::probability(y[i * rows.y_stride]), g[i * rows.y_stride]);
       }
       for (int64_t i = 0; i < rows.length; ++i) {
         const int64_t from = i * rows.y_stride;
-        put(grad_x, at.of[0] + i * rows.x_stride, Form::cotangent(Form::probability(y[from]), g[from], A),
-            add);
+        put(grad_x, at.of[0] + i * rows.x_stride,
+            Form::cotangent(Form::probability(y[from]), g[from], A.value()), add);
       }
     });
   }
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(kElementThreads)
   };
   for (int64_t row = team.first(); row < rows.loops.outer.steps; row += team.step()) {
     each_step(rows.loops.inner, outer_step(rows.loops, row), [&](const Offsets<2>& at) {
-      T A = 0, RA = 0;
+      Sum<T> A, RA;
       for (int64_t i = 0; i < rows.length; ++i) {
         known(at.of[1] + i * rows.y_stride, [&](T s, T yd, T c, T cd) {
           A += Form::share(s, c);
@@ -186,8 +187,9 @@ __global__ void __launch_bounds__(kElementThreads)
         });
       }
       for (int64_t i = 0; i < rows.length; ++i) {
-        const T value = known(at.of[1] + i * rows.y_stride,
-                              [&](T s, T yd, T c, T cd) { return Form::cotangent_dot(s, yd, c, cd, A, RA); });
+        const T value = known(at.of[1] + i * rows.y_stride, [&](T s, T yd, T c, T cd) {
+          return Form::cotangent_dot(s, yd, c, cd, A.value(), RA.value());
+        });
         put(grad_x_dot, at.of[0] + i * rows.x_stride, value, add);
       }
     });

@@ -4,8 +4,6 @@
 // and every sum has one order. A kernel takes both nests by value; it never reads Layer::loops.
 #pragma once
 
-#include <initializer_list>
-
 #include "cuda/elementwise.h"
 #include "cuda/run/updates.h"
 #include "layers/loops.h"
@@ -89,6 +87,26 @@ __device__ __forceinline__ void each_step(const Nest<M>& nest, const Offsets<M>&
   }
 }
 
+/// A sum in the order of its terms. Blocks of terms are summed in T, and the blocks in double, so that a long
+/// sum rounds no more than a short one.
+template <class T>
+class Sum {
+ public:
+  __device__ __forceinline__ void operator+=(T term) {
+    block_ += term;
+    if (++count_ % kBlock != 0) return;
+    total_ += static_cast<double>(block_);
+    block_ = -T(0);
+  }
+  __device__ __forceinline__ T value() const { return static_cast<T>(total_ + static_cast<double>(block_)); }
+
+ private:
+  static constexpr int kBlock = 256;
+  double total_ = -0.0;  // so that the sum of a single -0 is -0
+  T block_ = -T(0);
+  unsigned count_ = 0;
+};
+
 /// A thread a step: the work of a step is often a loop.
 inline Grid step_grid(int64_t steps) { return {blocks_for(steps, kElementThreads)}; }
 
@@ -120,9 +138,9 @@ __global__ void __launch_bounds__(kElementThreads)
   T* out = resolve(symbolic_out, *table, blockIdx.z);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<2> to = outer_step(loops, step);
-    T sum = -T(0);  // so that the sum of a single -0 is -0
+    Sum<T> sum;
     each_step(loops.inner, to, [&](const Offsets<2>& at) { sum += in[at.of[0]]; });
-    put(out, to.of[1], scale * sum, add);
+    put(out, to.of[1], scale * sum.value(), add);
   }
 }
 

@@ -25,8 +25,16 @@ Work traffic(int64_t size, int tensors) {
   return {.bytes = static_cast<double>(size) * tensors * sizeof(T)};
 }
 
+/// The elements of an input, and of the output, of all samples.
+inline int64_t input_size(const Layer& l, int j) {
+  if (!l.loops) return l.n * size(l.in);
+  return elements(l.kind == Kind::move ? l.loops[j].x[0] : l.loops->x[j], l.n);
+}
+inline int64_t output_size(const Layer& l) { return l.loops ? elements(l.loops->y, l.n) : l.n * size(l.out); }
+
 /// The FLOP (two for each multiply-add) of a layer's product over all samples.
 inline double product_flop(const Layer& l) {
+  if (l.kind == Kind::contract) return 2 * static_cast<double>(iterations(*l.loops, l.n));
   const maml::Image& pixels = l.kind == Kind::conv2d ? l.out : l.between;
   const double patches = static_cast<double>(l.n * pixels.h * pixels.w);
   const double patch = static_cast<double>(l.window.kernel_h * l.window.kernel_w * l.in.c);
@@ -59,12 +67,17 @@ template <class T>
 Work work_of(Op op, const Layer& l, const Tensors<T>& t) {
   int64_t count = 0;
   auto inputs = [&](auto* const(&x)[kMostInputs]) {
-    for (const auto* p : x) count += (p != nullptr) * l.n * size(l.in);
+    for (int j = 0; j < kMostInputs; ++j) count += x[j] ? input_size(l, j) : 0;
   };
-  auto output = [&](const T* y) { count += (y != nullptr) * l.n * size(l.out); };
+  auto output = [&](const T* y) { count += y ? output_size(l) : 0; };
   auto weights = [&](auto* const(&w)[kMostParameters]) {
     for (int p = 0; p < kMostParameters; ++p) count += w[p] ? parameter_size(l, p) : 0;
   };
+  // The second factor of a product: an input, or the weight.
+  const bool contracts = l.kind == Kind::contract;
+  const T* second_dot = contracts ? t.x_dot[1] : t.w_dot[0];
+  const T* grad_second = contracts ? t.grad_x[1] : t.grad_w[0];
+  const T* grad_second_dot = contracts ? t.grad_x_dot[1] : t.grad_w_dot[0];
   int products = 0;
   if (op == Op::forward || properties(l.kind).layer_class != LayerClass::linear) inputs(t.x);
   switch (op) {
@@ -74,17 +87,17 @@ Work work_of(Op op, const Layer& l, const Tensors<T>& t) {
       break;
     case Op::backward:
       inputs(t.grad_x), output(t.grad_y), weights(t.w), weights(t.grad_w);
-      products = (t.grad_x[0] != nullptr) + (t.grad_w[0] != nullptr);
+      products = (t.grad_x[0] != nullptr) + (grad_second != nullptr);
       break;
     case Op::forward_tangent:
       inputs(t.x_dot), output(t.y_dot), weights(t.w), weights(t.w_dot);
-      products = (t.x_dot[0] != nullptr) + (t.w_dot[0] != nullptr);
+      products = (t.x_dot[0] != nullptr) + (second_dot != nullptr);
       break;
     case Op::backward_tangent:
       inputs(t.x_dot), inputs(t.grad_x_dot), output(t.grad_y), output(t.grad_y_dot);
       weights(t.w), weights(t.w_dot), weights(t.grad_w_dot);
-      if (t.grad_x_dot[0]) products += (t.grad_y_dot != nullptr) + (t.w_dot[0] != nullptr);
-      if (t.grad_w_dot[0]) products += (t.grad_y_dot != nullptr) + (t.x_dot[0] != nullptr);
+      if (t.grad_x_dot[0]) products += (t.grad_y_dot != nullptr) + (second_dot != nullptr);
+      if (grad_second_dot) products += (t.grad_y_dot != nullptr) + (t.x_dot[0] != nullptr);
       break;
     default:
       break;

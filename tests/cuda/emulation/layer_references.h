@@ -97,8 +97,8 @@ inline Layer with(Layer l, Function f) {
   return l;
 }
 inline bool takes_positive(Function f) {
-  return f == Function::log || f == Function::log1p || f == Function::sqrt || f == Function::rsqrt ||
-         f == Function::reciprocal || f == Function::power;
+  return f == Function::log || f == Function::log1p || f == Function::sqrt || f == Function::root ||
+         f == Function::rsqrt || f == Function::reciprocal || f == Function::power;
 }
 inline std::vector<double> made_positive(std::vector<double> values) {
   for (double& v : values) v = std::fabs(v) + 0.3;
@@ -150,6 +150,7 @@ S f_of(const Layer& l, S x) {
     case Function::erf:
       return one - erfc(x);
     case Function::sqrt:
+    case Function::root:
       return sqrt(x);
     case Function::rsqrt:
       return one / sqrt(x);

@@ -36,7 +36,7 @@ inline int64_t count_of(const View& view, int64_t n) { return view.samples ? n *
 /// An instruction of an expression; see ExpressionStep.
 inline ExpressionStep unary(Function f, int x, double a = 0, double b = 0, double c = 1) {
   ExpressionStep step;
-  step.function = f, step.argument[0] = x, step.a = a, step.b = b, step.c = c;
+  step.function = f, step.argument[0] = x, step.constants = {a, b, c};
   return step;
 }
 inline ExpressionStep combined(Combination f, int x, int y, int z = 0) {
