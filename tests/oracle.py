@@ -1,7 +1,7 @@
 """An independent meta-gradient: a plain loop in float64 that shares no code with the package.
 
-A task's parameters are set as attributes of a copy of the model, at every place that holds them. Every forward gets new
-leaf tensors of x, and the buffers that the model had at first.
+A task's parameters take the places of those of a copy of the model, wherever it holds them. Every forward gets new leaf
+tensors of x, and the buffers that the model had at first.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ class Plain:
         self.parameters = {n: in_double(p.detach()) for n, p in self.model.named_parameters()}
         self.trainable = [n for n, p in self.model.named_parameters() if p.requires_grad]
         self.buffers = [(m, key, in_double(b)) for m in self.model.modules() for key, b in m._buffers.items()]
-        for m, key, _ in self.places:
-            del m._parameters[key]
+        self.recurrent = [m for m in self.model.modules() if isinstance(m, nn.RNNBase)]
 
     def __call__(self, parameters: Mapping[str, Tensor], *x: Any) -> Any:
         for m, key, name in self.places:
-            setattr(m, key, parameters[name])
+            m._parameters[key] = parameters[name]
+        for m in self.recurrent:  # which keep a list of them too
+            m._flat_weights = [getattr(m, name) for name in m._flat_weights_names]
         for m, key, b in self.buffers:
             setattr(m, key, None if b is None else b.clone())
         with sdpa_kernel(SDPBackend.MATH):  # the one attention that has second derivatives

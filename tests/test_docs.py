@@ -131,7 +131,7 @@ def test_commands_parse(page: str, capsys: pytest.CaptureFixture[str]) -> None:
         program, *arguments = words
         if program == "maml-cuda":
             check_maml_cuda(arguments)
-        elif program == "python" and arguments[0] == "-m" and arguments[1].startswith("benchmarks"):
+        elif program == "python" and arguments[0] == "-m" and arguments[1].startswith(("benchmarks", "tests")):
             check_options(arguments[2:], options_of_module(arguments[1]))
         elif program == "python":
             assert (ROOT / arguments[0]).exists() or arguments[:2] == ["-m", "maml_cuda"], command
