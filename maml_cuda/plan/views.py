@@ -37,7 +37,8 @@ class Views(LoopWriter):
     def _seen_as(self, given: Any, shape: tuple[int, ...]) -> Known:
         """A tensor in another shape, with the same order of elements."""
         if isinstance(given, Held):
-            if math.prod(given.shape) == math.prod(shape) and _without_ones(given.shape) == _without_ones(shape):
+            same = math.prod(given.shape) == math.prod(shape) and _without_ones(given.shape) == _without_ones(shape)
+            if shape == given.shape or (same and not given.transposed):
                 return replace(given, shape=shape)
             raise Unfusable(f"it views {given} of shape {list(given.shape)} as {list(shape)}")
         x = self.value(given)

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 #   b:     grouped, dilated and transposed convolutions and computed kernels, resampling, recurrence, rows of a table,
 #          several inputs, losses of one's own, buffers that forward writes
 #   never: Fourier transforms and complex numbers; control flow that depends on values or on what earlier calls left
-BUILT_PARTS = {"today"}
+BUILT_PARTS = {"today", "a"}
 
 TASKS = 2
 Draw = Callable[[int, Generator], Any]  # (samples, generator) -> [TASKS, samples, ...], or a tree of such tensors
