@@ -4,6 +4,7 @@
 
 #include <array>
 
+#include "cpu/vector_math.h"
 #include "layers/loops.h"
 
 namespace maml::MAML_ISA {
@@ -45,20 +46,33 @@ using Instruction = void (*)(const ExpressionStep&, const Block<T>&);
 
 namespace instructions {
 
-/// Moving: the set of arguments with a tangent, as bits. If there is one, the tangents are computed.
+/// Element i, computed in numbers of type N. Moving: the set of arguments with a tangent, as bits. If there
+/// is one, the tangents are computed.
+template <class N, Function F, bool Slopes, int Moving, class T>
+inline void one(const Constants& constants, const Block<T>& b, int64_t i) {
+  constexpr bool kSelects = selects(F);
+  const Derivatives<N> d = evaluate<F, N>(constants, b.x[0][i]);
+  b.y[i] = plain(d.f);
+  if constexpr (Moving != 0) b.y_dot[i] = times<kSelects>(plain(d.df), b.x_dot[0][i]);
+  if constexpr (Slopes) b.slope[0][i] = plain(d.df);
+  if constexpr (Slopes && Moving != 0 && FunctionDeclaration<F>::bends) {
+    b.slope_dot[0][i] = plain(d.ddf) * b.x_dot[0][i];
+  }
+}
+
 template <class T, Function F, bool Slopes, int Moving>
-void of_function(const ExpressionStep& s, const Block<T>& b) {
-  constexpr bool kBends = FunctionDeclaration<F>::bends, kSelects = selects(F);
+void of_function(const ExpressionStep& s, const Block<T>& block) {
+  const Block<T> b = block;
   const Constants constants = s.constants;
-  const T *x = b.x[0], *x_dot = b.x_dot[0];
-  T *y = b.y, *y_dot = b.y_dot, *slope = b.slope[0], *slope_dot = b.slope_dot[0];
 #pragma omp simd
-  for (int64_t i = 0; i < b.count; ++i) {
-    const Derivatives<T> d = evaluate<F, T>(constants, x[i]);
-    y[i] = d.f;
-    if constexpr (Moving != 0) y_dot[i] = times<kSelects>(d.df, x_dot[i]);
-    if constexpr (Slopes) slope[i] = d.df;
-    if constexpr (Slopes && Moving != 0 && kBends) slope_dot[i] = d.ddf * x_dot[i];
+  for (int64_t i = 0; i < b.count; ++i) one<InLoop<T>, F, Slopes, Moving>(constants, b, i);
+  if constexpr (std::is_same_v<T, float> && (F == Function::sin || F == Function::cos)) {
+    bool beyond = false;
+    for (int64_t i = 0; i < b.count; ++i) beyond |= !(std::abs(b.x[0][i]) <= kMostAngle);
+    if (!beyond) return;
+    for (int64_t i = 0; i < b.count; ++i) {
+      if (!(std::abs(b.x[0][i]) <= kMostAngle)) one<T, F, Slopes, Moving>(constants, b, i);
+    }
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include "cpu/implement.h"
 #include "cpu/softmax_rows.h"
+#include "cpu/vector_math.h"
 
 namespace maml::MAML_ISA {
 namespace {
@@ -14,7 +15,7 @@ void forward(const Layer& l, const Tensors<T>& t) {
     const auto x = of_x(t.x[0]);
     const auto y = of_y(t.y);
     const T largest = largest_of(length, x);
-    const T sum = sum_of<T>(length, [=](int64_t i) { return std::exp(x[i] - largest); });
+    const T sum = sum_of<T>(length, [=](int64_t i) { return exp_of(x[i] - largest); });
     const T log_sum = std::log(sum);
 #pragma omp simd
     for (int64_t i = 0; i < length; ++i) y[i] = (x[i] - largest) - log_sum;
@@ -30,7 +31,7 @@ void backward(const Layer& l, const Tensors<T>& t) {
     const auto g = of_y(t.grad_y);
     const auto to = of_x(t.grad_x[0]);
     const T sum = sum_of<T>(length, [=](int64_t i) { return g[i]; });
-    put_row(length, to.at, to.step, add, [=](int64_t i) { return g[i] - std::exp(y[i]) * sum; });
+    put_row(length, to.at, to.step, add, [=](int64_t i) { return g[i] - exp_of(y[i]) * sum; });
   });
 }
 
@@ -40,7 +41,7 @@ void forward_tangent(const Layer& l, const Tensors<T>& t) {
     const auto y = of_y(t.y);
     const auto x_dot = of_x(t.x_dot[0]);
     const auto y_dot = of_y(t.y_dot);
-    const T mean = sum_of<T>(length, [=](int64_t i) { return std::exp(y[i]) * x_dot[i]; });
+    const T mean = sum_of<T>(length, [=](int64_t i) { return exp_of(y[i]) * x_dot[i]; });
 #pragma omp simd
     for (int64_t i = 0; i < length; ++i) y_dot[i] = x_dot[i] - mean;
   });
@@ -57,15 +58,15 @@ void backward_tangent(const Layer& l, const Tensors<T>& t) {
     const auto to = of_x(t.grad_x_dot[0]);
     const T sum_dot = sum_of<T>(length, [=](int64_t i) { return g_dot[i]; });
     if (!bends) {
-      put_row(length, to.at, to.step, add, [=](int64_t i) { return g_dot[i] - std::exp(y[i]) * sum_dot; });
+      put_row(length, to.at, to.step, add, [=](int64_t i) { return g_dot[i] - exp_of(y[i]) * sum_dot; });
       return;
     }
     const auto g = of_y(t.grad_y);
     const auto x_dot = of_x(t.x_dot[0]);
     const T sum = sum_of<T>(length, [=](int64_t i) { return g[i]; });
-    const T mean = sum_of<T>(length, [=](int64_t i) { return std::exp(y[i]) * x_dot[i]; });
+    const T mean = sum_of<T>(length, [=](int64_t i) { return exp_of(y[i]) * x_dot[i]; });
     put_row(length, to.at, to.step, add,
-            [=](int64_t i) { return g_dot[i] - std::exp(y[i]) * ((x_dot[i] - mean) * sum + sum_dot); });
+            [=](int64_t i) { return g_dot[i] - exp_of(y[i]) * ((x_dot[i] - mean) * sum + sum_dot); });
   });
 }
 

@@ -1,10 +1,9 @@
 // softmax over the last axis (the formulas are in layers/softmax.h). The largest element is subtracted first,
 // so that nothing overflows. Minus infinity gives exactly 0, and a row of nothing else NaN, as in torch. The
 // twin on the GPU is cuda/softmax.cu.
-#include <cmath>
-
 #include "cpu/implement.h"
 #include "cpu/softmax_rows.h"
+#include "cpu/vector_math.h"
 
 namespace maml::MAML_ISA {
 namespace {
@@ -16,7 +15,7 @@ void forward(const Layer& l, const Tensors<T>& t) {
     const auto y = of_y(t.y);
     const T largest = largest_of(length, x);
 #pragma omp simd
-    for (int64_t i = 0; i < length; ++i) y[i] = std::exp(x[i] - largest);
+    for (int64_t i = 0; i < length; ++i) y[i] = exp_of(x[i] - largest);
     const T sum = sum_of<T>(length, [=](int64_t i) { return y[i]; });
 #pragma omp simd
     for (int64_t i = 0; i < length; ++i) y[i] /= sum;

@@ -58,6 +58,10 @@ struct Derivatives {
 // Internal linkage: each instruction set of the CPU backend compiles its own copy.
 namespace {
 
+// Elementary functions are called by their names alone: T may be a type that has its own.
+using std::cos, std::erf, std::erfc, std::exp, std::expm1, std::log, std::log1p, std::pow, std::sin,
+    std::sqrt, std::tanh;
+
 /// The declaration of a function: its name in plans; `bends`, whether f'' is not identically zero; `ascends`,
 /// whether f is non-decreasing, so that a max-pool may come before it; `in_megakernel`, whether the CUDA
 /// megakernel has it; and its derivatives at x. Its constants are a, b and c.
@@ -66,8 +70,8 @@ struct FunctionDeclaration;
 
 template <class T>
 MAML_HOST_DEVICE static inline T logistic(T x) {  // never overflows
-  if (x >= 0) return 1 / (1 + std::exp(-x));
-  const T e = std::exp(x);
+  if (x >= 0) return 1 / (1 + exp(-x));
+  const T e = exp(x);
   return e / (1 + e);
 }
 
@@ -109,8 +113,8 @@ struct FunctionDeclaration<Function::elu> {
   MAML_HOST_DEVICE static Derivatives<T> at(const Constants& l, T x) {
     const T a = static_cast<T>(l.a), b = static_cast<T>(l.b), c = static_cast<T>(l.c);
     if (x > 0) return {b * x, b, T(0)};
-    const T e = b * a * std::exp(x / c);
-    return {b * a * std::expm1(x / c), e / c, x == 0 ? T(0) : e / (c * c)};
+    const T e = b * a * exp(x / c);
+    return {b * a * expm1(x / c), e / c, x == 0 ? T(0) : e / (c * c)};
   }
 };
 
@@ -137,8 +141,8 @@ struct FunctionDeclaration<Function::gelu> {
   static bool ascends(const Constants&) { return false; }
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
-    const T cdf = std::erfc(-x * T(0.70710678118654752440)) / 2;
-    const T pdf = T(0.39894228040143267794) * std::exp(-x * x / 2);
+    const T cdf = erfc(-x * T(0.70710678118654752440)) / 2;
+    const T pdf = T(0.39894228040143267794) * exp(-x * x / 2);
     return {x * cdf, cdf + x * pdf, pdf * (2 - x * x)};
   }
 };
@@ -154,7 +158,7 @@ struct FunctionDeclaration<Function::gelu_tanh> {
   MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
     const T k = T(0.79788456080286535588), q = T(0.044715);
     const T u = k * (x + q * x * x * x), du = k * (1 + 3 * q * x * x), ddu = 6 * k * q * x;
-    const T h = std::tanh(u), dh = 1 - h * h;
+    const T h = tanh(u), dh = 1 - h * h;
     return {x * (1 + h) / 2, (1 + h) / 2 + x * dh * du / 2, dh * du + x * dh * (ddu - 2 * h * du * du) / 2};
   }
 };
@@ -171,7 +175,7 @@ struct FunctionDeclaration<Function::softplus> {
     const T a = static_cast<T>(l.a), b = static_cast<T>(l.b);
     if (a * x > b) return {x, T(1), T(0)};
     const T p = logistic(a * x);
-    return {std::log1p(std::exp(a * x)) / a, p, a * x == b ? T(0) : a * p * (1 - p)};
+    return {log1p(exp(a * x)) / a, p, a * x == b ? T(0) : a * p * (1 - p)};
   }
 };
 
@@ -184,7 +188,7 @@ struct FunctionDeclaration<Function::tanh> {
   static bool ascends(const Constants&) { return true; }
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
-    const T h = std::tanh(x), dh = 1 - h * h;
+    const T h = tanh(x), dh = 1 - h * h;
     return {h, dh, -2 * h * dh};
   }
 };
@@ -226,8 +230,8 @@ struct FunctionDeclaration<Function::sin> {
   static bool ascends(const Constants&) { return false; }
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
-    const T s = std::sin(x);
-    return {s, std::cos(x), -s};
+    const T s = sin(x);
+    return {s, cos(x), -s};
   }
 };
 
@@ -244,8 +248,8 @@ struct FunctionDeclaration<Function::cos> : OfMap {
   static constexpr bool bends = true;
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
-    const T c = std::cos(x);
-    return {c, -std::sin(x), -c};
+    const T c = cos(x);
+    return {c, -sin(x), -c};
   }
 };
 
@@ -256,7 +260,7 @@ struct FunctionDeclaration<Function::exp> : OfMap {
   static constexpr bool bends = true;
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
-    const T e = std::exp(x);
+    const T e = exp(x);
     return {e, e, e};
   }
 };
@@ -268,7 +272,7 @@ struct FunctionDeclaration<Function::expm1> : OfMap {
   static constexpr bool bends = true;
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
-    const T m = std::expm1(x);
+    const T m = expm1(x);
     return {m, m + 1, m + 1};
   }
 };
@@ -281,7 +285,7 @@ struct FunctionDeclaration<Function::log> : OfMap {
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
     const T r = 1 / x;
-    return {std::log(x), r, -r * r};
+    return {log(x), r, -r * r};
   }
 };
 
@@ -293,7 +297,7 @@ struct FunctionDeclaration<Function::log1p> : OfMap {
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
     const T r = 1 / (1 + x);
-    return {std::log1p(x), r, -r * r};
+    return {log1p(x), r, -r * r};
   }
 };
 
@@ -305,7 +309,7 @@ struct FunctionDeclaration<Function::log_sigmoid> : OfMap {
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
     const T p = logistic(x);
-    return {(x < 0 ? x : T(0)) - std::log1p(std::exp(x < 0 ? x : -x)), 1 - p, -p * (1 - p)};
+    return {(x < 0 ? x : T(0)) - log1p(exp(x < 0 ? x : -x)), 1 - p, -p * (1 - p)};
   }
 };
 
@@ -316,8 +320,8 @@ struct FunctionDeclaration<Function::erf> : OfMap {
   static constexpr bool bends = true;
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
-    const T d = T(1.12837916709551257390) * std::exp(-x * x);
-    return {std::erf(x), d, -2 * x * d};
+    const T d = T(1.12837916709551257390) * exp(-x * x);
+    return {erf(x), d, -2 * x * d};
   }
 };
 
@@ -328,7 +332,7 @@ struct FunctionDeclaration<Function::sqrt> : OfMap {
   static constexpr bool bends = true;
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
-    const T r = std::sqrt(x), d = 1 / (2 * r);
+    const T r = sqrt(x), d = 1 / (2 * r);
     return {r, d, -d / (2 * x)};
   }
 };
@@ -340,7 +344,7 @@ struct FunctionDeclaration<Function::root> : OfMap {
   static constexpr bool bends = true;
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
-    const T r = std::sqrt(x), d = x == 0 ? T(0) : 1 / (2 * r);
+    const T r = sqrt(x), d = x == 0 ? T(0) : 1 / (2 * r);
     return {r, d, x == 0 ? T(0) : -d / (2 * x)};
   }
 };
@@ -352,7 +356,7 @@ struct FunctionDeclaration<Function::rsqrt> : OfMap {
   static constexpr bool bends = true;
   template <class T>
   MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
-    const T r = 1 / std::sqrt(x), d = T(-0.5) * r * r * r;
+    const T r = 1 / sqrt(x), d = T(-0.5) * r * r * r;
     return {r, d, T(-1.5) * d * r * r};
   }
 };
@@ -378,8 +382,8 @@ struct FunctionDeclaration<Function::power> : OfMap {
   MAML_HOST_DEVICE static Derivatives<T> at(const Constants& l, T x) {
     const T a = static_cast<T>(l.a);
     if (a == 2) return {x * x, 2 * x, T(2)};
-    return {std::pow(x, a), a == 0 ? T(0) : a * std::pow(x, a - 1),
-            a == 0 || a == 1 ? T(0) : a * (a - 1) * std::pow(x, a - 2)};
+    return {pow(x, a), a == 0 ? T(0) : a * pow(x, a - 1),
+            a == 0 || a == 1 ? T(0) : a * (a - 1) * pow(x, a - 2)};
   }
 };
 
