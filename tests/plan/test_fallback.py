@@ -105,10 +105,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ..
     "adaptive to 2": (
         lambda: pooled(nn.AdaptiveAvgPool2d(2), 12), IMAGE, ("2 (AdaptiveAvgPool2d)", "no fused layer serves it"),
     ),
-    "mean over channels": (
-        lambda: conv(lambda m, x: m.c(m.a(x).mean(1).flatten(1)), 42), IMAGE,
-        ("mean", "the model (Net)", "over [1]"),
-    ),
     "conv transposed": (
         lambda: pooled(nn.ConvTranspose2d(3, 2, 1), 84), IMAGE,
         ("2 (ConvTranspose2d)", "a transposed convolution"),
@@ -121,9 +117,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ..
         lambda: nn.Sequential(nn.ConvTranspose1d(2, 3, 2), nn.Flatten(), nn.Linear(18, CLASSES)), (2, 5),
         ("0 (ConvTranspose1d)", "a transposed convolution"),
     ),
-    "mean over all axes": (
-        lambda: conv(lambda m, x: m.c(m.a(x).mean((1, 2, 3)).view(-1, 1)), 1), IMAGE, ("mean", "over [1, 2, 3]"),
-    ),
     "instance norm 3d": (
         lambda: nn.Sequential(nn.InstanceNorm3d(2), nn.Flatten(), nn.Linear(36, CLASSES)), (2, 2, 3, 3),
         ("0 (InstanceNorm3d)", "at most 4 axes"),
@@ -132,9 +125,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ..
         lambda: pooled(nn.InstanceNorm2d(3, track_running_stats=True), 126), IMAGE,
         ("2 (InstanceNorm2d)", "running statistics in train mode"),
     ),
-    "rms norm": (lambda: around(nn.RMSNorm(5)), VECTOR, ("1 (RMSNorm)", "no fused layer")),
-    "softmax": (lambda: around(nn.Softmax(1)), VECTOR, ("1 (Softmax)", "no fused layer")),
-    "prelu": (lambda: around(nn.PReLU()), VECTOR, ("1 (PReLU)", "no fused layer")),
     "functional batch norm of a computed variance": (
         lambda: dense(
             lambda m, x: m.c(F.batch_norm(m.a(x), m.n.running_mean, m.n.running_var + 1)) + m.c(m.b(x)),
@@ -161,7 +151,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ..
     ),
     "old spectral norm": (normed(nn.utils.spectral_norm), VECTOR, ("0 (Linear)", "0.weight_v in place")),
     "old weight norm": (normed(nn.utils.weight_norm), VECTOR, ("0 (Linear)", "computed from parameters")),
-    "a subclass of ReLU": (lambda: around(Squared()), VECTOR, ("mul", "1 (Squared)", "the product with a value")),
     "control flow": (lambda: dense(branches), VECTOR, ("bool in the model (Net)", "control flow")),
     "the length of a tensor": (
         lambda: dense(lambda m, x: m.c(m.a(x) + m.b(x)) * len(x)), VECTOR,
@@ -170,55 +159,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ..
     "lstm": (Recurrent, (4, 3), ("cell (LSTM)", "no fused layer serves it (lstm)")),
     "in place, a view read again": (
         lambda: conv(flat_view_read_again, 126), IMAGE, ("c (Linear)", "relu_", "in place"),
-    ),
-    "scalar added": (lambda: between(lambda h: h + 1), VECTOR, ("add", "the model (Net)", "the sum with 1")),
-    "parameter added": (
-        lambda: dense(lambda m, x: m.c(m.a(x) + m.d + m.b(x)), d=weight(5)), VECTOR,
-        ("add", "the model (Net)", "the sum with d"),
-    ),
-    "constant expanded": (
-        lambda: between(lambda h: h + torch.ones(5).double().expand(len(h), 5)), VECTOR,
-        ("add", "the model (Net)", "the sum with a tensor made in forward"),
-    ),
-    "logsumexp transposed": (
-        lambda: between(lambda h: h - h.logsumexp(-1, keepdim=True).t().t()), VECTOR,
-        ("t in the model (Net)", "the transpose of a logsumexp"),
-    ),
-    "logsumexp repeated": (
-        lambda: between(lambda h: h - h.logsumexp(-1, keepdim=True)[:, :1].repeat(1, 5)), VECTOR,
-        ("repeat in the model (Net)", "no fused layer serves it (repeat)"),
-    ),
-    "multiplied": (lambda: between(lambda h: h * h), VECTOR, ("mul", "the model (Net)", "the product with a value")),
-    "transposed weight": (
-        lambda: dense(lambda m, x: m.c(F.linear(x, m.w.t()) + m.a(x) + m.b(x)), w=weight(3, 5)), VECTOR,
-        ("linear in the model (Net)", "it multiplies by w"),
-    ),
-    "detach": (
-        lambda: dense(lambda m, x: m.c(m.a(x) + m.b(x)) + m.c(m.a(x)).detach()), VECTOR,
-        ("detach in the model (Net)", "stops derivatives"),
-    ),
-    "permute": (
-        lambda: conv(lambda m, x: m.c(m.a(x).permute(0, 2, 3, 1).flatten(1)), 126), IMAGE,
-        ("permute", "the permutation [0, 2, 3, 1]"),
-    ),
-    "broadcasting add": (
-        lambda: dense(lambda m, x: m.c(m.a(x) + m.b(x) + m.s(x)), s=nn.Linear(3, 1)), VECTOR,
-        ("add", "the model (Net)", "[5, 5]", "[5, 1]"),
-    ),
-    "broadcasting add of images": (
-        lambda: conv(lambda m, x: m.c((m.a(x) + m.p(m.a(x))).flatten(1)), 126, p=nn.AdaptiveAvgPool2d(1)),
-        IMAGE,
-        ("add", "the model (Net)", "[5, 3, 7, 6]", "[5, 3, 1, 1]"),
-    ),
-    "linear on rows": (
-        lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Flatten(), nn.Linear(10, CLASSES)), (2, 3),
-        ("0 (Linear)", "views [5, 2, 3] as [10, 3]", "count samples"),
-    ),
-    "layer norm over the width of images": (
-        lambda: pooled(nn.LayerNorm(6), 126), IMAGE, ("2 (LayerNorm)", "normalized_shape=[6]", "a whole sample"),
-    ),
-    "mean over the width of images": (
-        lambda: conv(lambda m, x: m.c(m.a(x).mean(-1).flatten(1)), 21), IMAGE, ("mean", "the mean over [-1]"),
     ),
 }  # fmt: skip
 IN_PLACE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...]]] = {
