@@ -31,7 +31,6 @@ from tests.plan.small_models import (
     says,
     sentences,
     trained_norm,
-    weight,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -129,7 +128,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ..
         lambda: dense(
             lambda m, x: m.c(F.batch_norm(m.a(x), m.n.running_mean, m.n.running_var + 1)) + m.c(m.b(x)),
             n=nn.BatchNorm1d(5, affine=False),
-        ), VECTOR, ("add", "the model (Net)", "the sum with n.running_var"),
+        ), VECTOR, ("batch_norm", "the model (Net)", "not a parameter or a buffer of the model"),
     ),
     "dropout": (lambda: around(nn.Dropout(0.5)), VECTOR, ("1 (Dropout)", "draws random numbers")),
     "dropout functional": (
@@ -143,14 +142,17 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ..
         normed(parametrizations.spectral_norm), VECTOR, ("0.parametrizations.weight.0 (_SpectralNorm)", "_u in place"),
     ),
     "weight norm": (
-        normed(parametrizations.weight_norm), VECTOR, ("0 (ParametrizedLinear)", "computed from parameters"),
+        normed(parametrizations.weight_norm), VECTOR,
+        ("0.parametrizations.weight.0 (_WeightNorm)", "no fused layer serves it (_weight_norm_interface)"),
     ),
     "orthogonal": (
         normed(parametrizations.orthogonal), VECTOR,
-        ("0.parametrizations.weight.0 (_Orthogonal)", "its input is 0.parametrizations.weight.0.base, not a value"),
+        ("0.parametrizations.weight.0 (_Orthogonal)", "no fused layer serves it (linalg_householder_product)"),
     ),
     "old spectral norm": (normed(nn.utils.spectral_norm), VECTOR, ("0 (Linear)", "0.weight_v in place")),
-    "old weight norm": (normed(nn.utils.weight_norm), VECTOR, ("0 (Linear)", "computed from parameters")),
+    "old weight norm": (
+        normed(nn.utils.weight_norm), VECTOR, ("0 (Linear)", "no fused layer serves it (_weight_norm_interface)"),
+    ),
     "control flow": (lambda: dense(branches), VECTOR, ("bool in the model (Net)", "control flow")),
     "the length of a tensor": (
         lambda: dense(lambda m, x: m.c(m.a(x) + m.b(x)) * len(x)), VECTOR,
@@ -161,6 +163,49 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ..
         lambda: conv(flat_view_read_again, 126), IMAGE, ("c (Linear)", "relu_", "in place"),
     ),
 }  # fmt: skip
+# Functions of [n, 5] between two linear layers.
+EXPRESSIONS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "integer division": (
+        lambda h: h + h.detach() // 2, "floordiv in the model (Net): no fused layer serves it (floor_divide)",
+    ),
+    "division to an integer": (
+        lambda h: torch.div(h, 2, rounding_mode="floor"),
+        "div in the model (Net): a quotient with rounding_mode='floor' is not fused",
+    ),
+    "remainder": (lambda h: h % 2, "remainder in the model (Net): no fused layer serves it (remainder)"),
+    "round": (lambda h: h.round(), "round in the model (Net): no fused layer serves it (round)"),
+    "sum so far": (lambda h: h.cumsum(1), "cumsum in the model (Net): no fused layer serves it (cumsum)"),
+    "product of all": (lambda h: h * h.prod(1, keepdim=True), "no fused layer serves it (prod)"),
+    "Fourier transform": (lambda h: torch.fft.fft(h).real, "fft_fft in the model (Net): no fused layer serves it"),
+    "sorted": (lambda h: h.sort(1)[0], "sort in the model (Net): no fused layer serves it (sort)"),
+    "the largest two": (lambda h: h.topk(2)[0].sum(1, keepdim=True), "no fused layer serves it (topk)"),
+    "by positions": (lambda h: h[:, [1, 0, 2, 4, 3]], "getitem in the model (Net): no fused layer serves it (index)"),
+    "padding with a number": (
+        lambda h: F.pad(h, (1, -1), value=0.5), "pad in the model (Net): padding with 0.5 is not fused",
+    ),
+    "clamp to a tensor": (lambda h: h.clamp(h.mean(0)), "a clamp to tensors is not fused; one to numbers is"),
+    "3-norm": (lambda h: h.norm(3, 1, keepdim=True) * h, "a norm of order 3 is not fused; those of order 1 and 2 are"),
+    "another dtype": (lambda h: h.float().double(), "a conversion to torch.float32 is not fused"),
+    "random numbers": (lambda h: h + torch.rand(5), "rand in the model (Net): its forward draws random numbers"),
+    "samples backwards": (lambda h: h.flip(0), "flip in the model (Net): it takes a part of the samples"),
+    "samples rolled": (lambda h: h.roll(1, 0), "roll in the model (Net): it takes a part of the samples"),
+    "samples chosen": (lambda h: h + h[0], "getitem in the model (Net): it takes a part of the samples"),
+    "samples in parts": (lambda h: torch.cat(h.chunk(2)), "chunk in the model (Net): it takes a part of the samples"),
+    "samples joined": (lambda h: torch.cat([h, h])[: len(h)], "cat in the model (Net): it joins or pads the samples"),
+    "samples padded": (lambda h: F.pad(h, (0, 0, 1, 0))[1:], "pad in the model (Net): it joins or pads the samples"),
+    "softmax of samples": (lambda h: h.softmax(0), "softmax in the model (Net): it is taken over the samples"),
+    "deviation of samples": (lambda h: h / h.std(0), "std in the model (Net): a variance over samples is not fused"),
+    "samples mixed by a view": (
+        lambda h: h.t().reshape(-1).view(-1, 5), "view in the model (Net): it mixes samples with other axes",
+    ),
+    "samples by samples": (
+        lambda h: (h @ h.t()) @ h, "matmul in the model (Net): it combines the samples with each other",
+    ),
+}  # fmt: skip
+REFUSED |= {
+    name: (lambda function=function: between(function), VECTOR, (words,))
+    for name, (function, words) in EXPRESSIONS.items()
+}
 IN_PLACE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...]]] = {
     # torch itself cannot differentiate these twice and raises its own error on the general path.
     "the input in place": (
@@ -188,7 +233,7 @@ def test_falls_back_in_words(case: str) -> None:
     says(sentence, pieces)
     assert maml.backend == "reference"
     says(maml.explain(), ("backend: reference, because", *pieces))
-    if "dropout" not in case:
+    if "random numbers" not in sentence:
         right(maml, data)
 
 

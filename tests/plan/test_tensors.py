@@ -80,7 +80,9 @@ VECTORS: dict[str, Callable[[], nn.Module]] = {
     "a product by einsum": lambda: dense(
         lambda m, x: m.c(torch.einsum("ni,ij->nj", m.a(x) + m.b(x), m.w)), w=weight(5, 5)
     ),
-    "one number as bias": lambda: dense(lambda m, x: m.c(F.linear(m.a(x) + m.b(x), m.w, m.d)), w=weight(5, 5), d=weight()),
+    "one number as bias": lambda: dense(
+        lambda m, x: m.c(F.linear(m.a(x) + m.b(x), m.w, m.d)), w=weight(5, 5), d=weight()
+    ),
     "a bias of one element": lambda: dense(
         lambda m, x: m.c(F.linear(m.a(x) + m.b(x), m.w, m.d)), w=weight(5, 5), d=weight(1)
     ),
