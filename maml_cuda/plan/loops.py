@@ -396,7 +396,7 @@ class LoopWriter(Writer):
     def as_features(self, x: Strided) -> Value:
         """A prediction [n, ...] as features in torch's order of elements."""
         if not x.axes or x.axes[0] != (Atom(None, x.size),):
-            raise Unfusable(f"it is of shape {list(x.shape)}, whose first axis does not count samples")
+            raise Unfusable(f"the prediction is of shape {list(x.shape)}, whose first axis does not count samples")
         if not _is_dense(x):
             x = self.dense(x)
         number = self.emit_on_any("view", [x.number], image=(x.size, 1, 1), out_layout="features")

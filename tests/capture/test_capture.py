@@ -16,7 +16,8 @@ from maml_cuda.capture.copies import copied, places
 from maml_cuda.capture.errors import DoesNotFit, Unfusable
 from maml_cuda.engine import programs
 from maml_cuda.plan.reader import graph_of
-from tests.conftest import episode
+from tests import oracle
+from tests.conftest import assert_close, episode, fast_parameters, run
 
 X = Like((5, 3), torch.float32)
 
@@ -65,8 +66,9 @@ def test_operations_in_place() -> None:
         (lambda self, x: (h := self.a(x), h.view(5, 4).relu_(), h)[2], "reads a value that relu_? in .* has changed"),
         (lambda self, x: self.a(x.relu_()), "changes the model's input in place"),
         (lambda self, x: (self.a.weight.data.mul_(2), self.a(x))[1], r"changes a\.weight in place"),
-        (lambda self, x: self.a(x).detach(), "detach stops derivatives"),
-        (lambda self, x: self.a(x).data, r"\.data stops derivatives"),
+        (lambda self, x: self.a(x).detach(), "the model's prediction depends on no parameter"),
+        (lambda self, x: self.a(x).data, "the model's prediction depends on no parameter"),
+        (lambda self, x: no_grad(self.a(x)), "the model's prediction depends on no parameter"),
         (lambda self, x: self.a(x) if self.a(x).sum() > 0 else x, "depends on values of tensors"),
         (lambda self, x: self.a(x) * self.a(x).sum().item(), "depends on values of tensors"),
         (lambda self, x: F.dropout(self.a(x)), "draws random numbers"),
@@ -81,14 +83,68 @@ def test_refused(forward: Any, words: str) -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_no_grad_where_a_parameter_is() -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.a(x)
+class Stops(nn.Module):
+    """What derivatives do not pass: `stopped`, of a value and of a weight."""
 
-    model = Calls(forward)
-    with pytest.raises(Unfusable, match=r"a \(Linear\): it disables gradients"):
-        graph_of(model, capture(model, X).record)
+    def __init__(self, stopped: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.stopped = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 4), stopped
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        return self.c(h * self.stopped(h.sin()) + self.b(x) @ self.stopped(self.c.weight.exp()))
+
+
+def no_grad(h: Tensor) -> Tensor:
+    with torch.no_grad():
+        return h * 1
+
+
+def set_grad_enabled(h: Tensor) -> Tensor:
+    with torch.set_grad_enabled(False):
+        return h + 1
+
+
+def data(h: Tensor) -> Tensor:
+    return h.data
+
+
+def detached_view(h: Tensor) -> Tensor:
+    return h.t().detach().t()
+
+
+def enabled_again(h: Tensor) -> Tensor:
+    with torch.no_grad(), torch.enable_grad():
+        return h * 2
+
+
+@pytest.mark.parametrize(
+    "stopped",
+    [Tensor.detach, data, no_grad, set_grad_enabled, detached_view, torch.no_grad()(torch.sin), enabled_again],
+    ids=["detach", "data", "no_grad", "set_grad_enabled", "detached_view", "decorator", "enabled_again"],
+)
+def test_what_derivatives_do_not_pass(machine: str, stopped: Any) -> None:
+    """Gradient and Hessian-vector product against autograd, and the meta-gradient against an independent one."""
+    model = Stops(stopped).double()
+    maml = FusedMAML(model, 0.1, 2, backend="fused")
+    x, y, *_ = given = episode()
+    for first_order in (False, True):
+        maml.first_order = first_order
+        loss, grads = run(maml, given)
+        expected, gradients = oracle.meta_gradient(model, "cross_entropy", *given, 0.1, 2, first_order)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        assert_close(grads, gradients)
+    generator = torch.Generator().manual_seed(1)
+    fast, v = (fast_parameters(model, 3, generator) for _ in range(2))
+    grads, products = maml.loss_and_grad(fast, x, y)[1], maml.hvp(fast, x, y, v)
+    for task in range(3):
+        leaves = {name: p[task].clone().requires_grad_() for name, p in fast.items()}
+        loss = F.cross_entropy(oracle.Plain(model)(leaves, x[task]), y[task])
+        first = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+        along = sum((g * v[name][task]).sum() for name, g in zip(leaves, first, strict=True))
+        second = torch.autograd.grad(along, list(leaves.values()))
+        assert_close({name: grads[name][task] for name in leaves}, dict(zip(leaves, first, strict=True)))
+        assert_close({name: products[name][task] for name in leaves}, dict(zip(leaves, second, strict=True)))
 
 
 def test_what_does_not_fit_and_what_cannot_be_captured() -> None:

@@ -121,12 +121,18 @@ def test_an_option_changed_after_construction_is_seen(layer: nn.Module, attribut
 
 def test_dropout_turned_up_after_construction_is_seen() -> None:
     maml = FusedMAML(made(lambda: around(nn.Dropout(0.0))), RATE, STEPS)
-    maml.model[1].p = 1.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        maml(*episode()).loss.backward()
-    assert maml.backend == "reference"
+    maml(*episode()).loss.backward()
+    assert maml.model[0].weight.grad.abs().sum() > 0
+    maml.zero_grad()
+    maml.model[1].p = 1.0  # a product with zeros
+    maml(*episode()).loss.backward()
+    assert maml.backend == "cpu"
     assert maml.model[0].weight.grad.abs().sum() == 0
+    right(maml, episode())
+    maml.model[1].p = 0.5
+    with pytest.warns(UserWarning, match="draws random numbers"):
+        maml(*episode())
+    assert maml.backend == "reference"
 
 
 def test_eval_and_train_after_construction() -> None:

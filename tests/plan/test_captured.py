@@ -226,7 +226,9 @@ def pixels() -> nn.Module:
 @pytest.mark.parametrize(
     "loss", ["mse", nn.MSELoss(), lambda p, y: 3 * (p - y).square().sum()], ids=["mse", "MSELoss", "sum"]
 )
-@pytest.mark.parametrize(("make", "sample", "target"), [(OneNumber, (3,), ()), (pixels, (2, 4, 5), (2, 4, 5))])
+@pytest.mark.parametrize(
+    ("make", "sample", "target"), [(OneNumber, (3,), ()), (Number, (3,), ()), (pixels, (2, 4, 5), (2, 4, 5))]
+)
 def test_predictions_of_other_shapes(machine, make, sample, target, loss) -> None:
     data = episode(sample, target=target)
     maml = check_meta_gradient(make().double(), loss, data, 0.01, 2)
@@ -239,11 +241,6 @@ def test_targets_of_another_shape(machine) -> None:
     maml = FusedMAML(OneNumber().double(), 0.1, loss="mse")
     with pytest.raises(ValueError, match=r"must have the prediction's shape \[3, 5\] for mse, got \[3, 5, 1\]"):
         maml(*episode((3,), target=(1,)))
-
-
-def test_a_part_of_the_prediction_is_not_fused() -> None:
-    with pytest.raises(ValueError, match=r'backend="fused" cannot serve this model: getitem in the model \(Number\)'):
-        FusedMAML(Number(), 0.1, loss="mse", backend="fused")(*episode(target=(), dtype=torch.float32))
 
 
 # -- losses of the user's own -------------------------------------------------------------------------------------

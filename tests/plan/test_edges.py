@@ -10,13 +10,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from maml_cuda import FusedMAML
-from tests.plan.small_models import Net, why_not
+from tests.plan.small_models import Net, episode, fused_is_right, why_not
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (5, 3)])
-def test_a_bias_that_broadcasts_is_not_fused(shape):
-    model = Net(lambda m, x: F.linear(x, m.w, m.b), w=torch.randn(3, 4), b=torch.randn(shape))
-    assert f"its bias is b of shape {list(shape)}; only a tensor [3] is fused" in why_not(model, (4,))
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (1, 3)])
+def test_a_bias_that_broadcasts(shape):
+    model = Net(lambda m, x: F.linear(x, m.w, m.b), w=torch.randn(3, 4), b=torch.randn(shape)).double()
+    fused_is_right(model, episode((4,), target=(3,)), "mse")
+
+
+@pytest.mark.parametrize("features", [3, 5])
+def test_a_bias_for_each_sample_is_not_fused(features):
+    """Neither where as many samples as features are given."""
+    model = Net(lambda m, x: F.linear(x, m.w, m.b), w=torch.randn(features, 4), b=torch.randn(5, features))
+    assert why_not(model, (4,)) == "linear in the model (Net): it combines the samples with another axis"
 
 
 @pytest.mark.parametrize(
@@ -95,16 +102,18 @@ def test_a_prediction_of_four_axes_is_not_fused():
 @pytest.mark.parametrize(
     ("function", "sentence"),
     [
-        (lambda m, x: F.linear(m.f(x), m.f(x)), "the transpose of a value computed from x is not fused"),
-        (lambda m, x: F.linear(m.f(x), m.w.outer(m.w)), "outer in the model (Net): the product with w is not fused"),
+        (lambda m, x: F.linear(m.f(x), m.f(x)), "linear in the model (Net): it combines the samples with themselves"),
         (lambda m, x: F.elu(m.f(x), float(m.f(x)[0, 0])), "depends on values of tensors"),
-        (lambda m, x: torch.tanh(m.w.clamp(min=0.0)), "its input is a view, a part or a function of w, not a value"),
-        (lambda m, x: m.f(x) + torch.ones(3), "the sum with a tensor made in forward is not fused"),
+        (
+            lambda m, x: torch.tanh(m.w.clamp(min=0.0)),
+            "the prediction is of shape [3], whose first axis does not count",
+        ),
         (lambda m, x: x.shape, "the model returns tuple, not one tensor computed from x"),
-        (lambda m, x: m.f(x).T, "the permutation [1, 0] of a value computed from x is not fused"),
-        (lambda m, x: m.f(x)[:, 0], "a part of a value computed from x is not fused"),
-        (lambda m, x: m.f(x)[:2], "a slice of a value computed from x is not fused"),
-        (lambda m, x: m.f(x).reshape(3, -1), "it views [5, 3] as [3, 5], whose first axis does not count samples"),
+        (lambda m, x: m.f(x).T, "the prediction is of shape [3, 5], whose first axis does not count samples"),
+        (lambda m, x: m.f(x)[:2], "getitem in the model (Net): it takes a part of the samples"),
+        (lambda m, x: m.f(x).sum(0), "the prediction is of shape [3], whose first axis does not count samples"),
+        (lambda m, x: m.f(x).reshape(3, -1), "reshape in the model (Net): it mixes samples with other axes"),
+        (lambda m, x: m.f(x) * m.f(x).max(1)[1][:, None], "a result of max that no fused layer computes"),
         (lambda m, x: m.w, "the model returns w, not one tensor computed from x"),
         (lambda m, x: x.tanh(), "the model's prediction depends on no parameter"),
     ],

@@ -60,6 +60,7 @@ EXPRESSIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "split": lambda h: torch.cat(h.split([1, 4], 1)[::-1], 1),
     "stacked": lambda h: torch.stack([h, h.sin()], 1).flatten(1)[:, 2:7],
     "padded": lambda h: F.pad(h, (2, -2)),
+    "padded with a number": lambda h: F.pad(h, (2, -2), value=0.5),
     "transposed twice": lambda h: (h.t() * torch.arange(5)[:, None]).t(),
     "in one axis with the samples": lambda h: (h.reshape(-1) * 2).view(len(h), 5),
     "an expansion over the samples": lambda h: h.unsqueeze(0).expand(3, len(h), 5).mean(0),
