@@ -43,6 +43,7 @@ struct Walk {
   int64_t tile;
   int slot;                             // of parameters with slots: the one that is read and written
   const T* x;                           // [n, ...], the task's samples
+  const T* y;                           // [n, ...], what a computed loss compares
   const T* theta;                       // all parameters, packed
   const T* phi;                         // the adapted parameters, packed: read in place of those in theta
   T *fixed, *step, *tangent, *scratch;  // memory regions, see Stage
@@ -53,12 +54,15 @@ struct Walk {
   const T* input(int v) const {
     const Stage::Value& input = stage.values[v];
     if (input.parameter >= 0) return parameter(input.parameter);
+    if (input.target) return y + first() * input.size;
     return v == 0 ? x + first() * input.size : value(v);
   }
   T* grad(int v) const { return at(step, stage.values[v].grad_at); }
   T* dot(int v) const { return at(tangent, stage.values[v].dot_at); }
   T* grad_dot(int v) const { return at(tangent, stage.values[v].grad_dot_at); }
   T* prediction() const { return value(stage.output); }
+  /// What the loss is taken of: the prediction, or what layers have computed as the loss.
+  T* differentiated() const { return value(stage.differentiated); }
 
   void forward(Part part) const {
     for (const Stage::Step& s : stage.steps) {
@@ -282,7 +286,7 @@ class TaskRunner {
       const auto query = at_query(p_.steps, tile, backend_);
       query.forward(Part::all);
       backend_.copy(query.samples() * classes(p_.query), task_.given + query.first() * classes(p_.query),
-                    query.grad(p_.query.output));
+                    query.grad(p_.query.differentiated));
       query.backward(task_.result, p_.packing.trainable);
     }
   }
@@ -402,9 +406,9 @@ class TaskRunner {
   }
   /// One tile of a Hessian-vector product, from the state of its gradient pass.
   void tile_product(const Walk<Backend, T>& support, const T* direction, T* product) {
-    const int output = p_.support.output;
+    const int output = p_.support.differentiated;
     support.forward_tangent(direction);
-    backend_.loss_tangent(part(support), support.prediction(), targets(support, task_.y_support),
+    backend_.loss_tangent(part(support), support.differentiated(), targets(support, task_.y_support),
                           support.dot(output), support.loss_saved(), support.grad_dot(output));
     support.backward_tangent(direction, product);
   }
@@ -416,14 +420,16 @@ class TaskRunner {
 
   /// The tile's part of the loss (`value` may be null), and the cotangent of the prediction if it has one.
   void loss(const Walk<Backend, T>& walk, const Target<T>& target, T* value) {
-    T* grad = walk.grad(walk.stage.output);
-    backend_.loss(part(walk), walk.prediction(), targets(walk, target), value, grad,
+    T* grad = walk.grad(walk.stage.differentiated);
+    backend_.loss(part(walk), walk.differentiated(), targets(walk, target), value, grad,
                   grad ? walk.loss_saved() : nullptr);
   }
   Target<T> targets(const Walk<Backend, T>& walk, const Target<T>& of_task) const {
+    if (p_.graph.loss == Loss::computed) return of_task;
     return of_task.from(p_.graph.loss, classes(walk.stage), walk.first());
   }
   LossPart part(const Walk<Backend, T>& walk) const {
+    if (p_.graph.loss == Loss::computed) return {Loss::computed, 1, 1, 1, false};
     return {p_.graph.loss, walk.samples(), classes(walk.stage), walk.stage.n, walk.tile > 0};
   }
 
@@ -438,14 +444,16 @@ class TaskRunner {
   Walk<Backend, T> at_support(int k, int64_t tile) const {
     T* fixed = fixed_ + tile * p_.support.fixed_size;
     T* step = steps_ + p_.region(k, tile) * p_.support.step_size;
-    return {backend_,    p_.packing, p_.support, tile, k,       task_.x_support,
+    const T* y = static_cast<const T*>(task_.y_support.y);
+    return {backend_,    p_.packing, p_.support, tile, k,       task_.x_support, y,
             task_.theta, phi(k),     fixed,      step, shared_, scratch_};
   }
   Walk<Backend, T> at_query(int k, int64_t tile, const Backend& backend) const {
     const bool kept = p_.query_regions() > 0;
     T* step = kept ? query_ + tile * p_.query.step_size : shared_;
     T* tangent = kept ? shared_ : shared_ + p_.query.step_size;
-    return {backend, p_.packing, p_.query, tile,    std::max(k - 1, 0), task_.x_query, task_.theta, phi(k),
+    const T* y = static_cast<const T*>(task_.y_query.y);
+    return {backend, p_.packing, p_.query, tile,    std::max(k - 1, 0), task_.x_query, y, task_.theta, phi(k),
             nullptr, step,       tangent,  scratch_};
   }
   static int64_t classes(const Stage& stage) { return stage.values[stage.output].size; }

@@ -32,11 +32,13 @@ template <class T>
 LossPasses<T> gaussian_policy();
 template <class T>
 LossPasses<T> categorical_policy();
+template <class T>
+LossPasses<T> computed_loss();
 
 template <class T>
 const LossPasses<T>& loss_passes(Loss loss) {
   static const LossPasses<T> table[] = {cross_entropy<T>(), mse<T>(), gaussian_policy<T>(),
-                                        categorical_policy<T>()};
+                                        categorical_policy<T>(), computed_loss<T>()};
   return table[static_cast<int>(loss)];
 }
 

@@ -3,6 +3,7 @@
 //   cross_entropy  p = softmax z; L = -sum log p[label] / N;  grad_z = (p - onehot) / N;
 //                  grad_z_dot = p (z_dot - <p, z_dot>) / N
 //   mse            L = sum (z - t)^2 / (N c);  grad_z = 2 (z - t) / (N c);  grad_z_dot = 2 z_dot / (N c)
+//   computed       z is the loss itself: grad_z = 1;  grad_z_dot = 0
 // The value is summed in double. `saved` holds p. The twin on the GPU is cuda/loss.h.
 #include <algorithm>
 #include <cmath>
@@ -62,8 +63,23 @@ void mse_tangent(const LossPart& part, const T*, const Target<T>&, const T* z_do
   }
 }
 
+template <class T>
+T computed_value(const LossPart&, const T* z, const Target<T>&, T* grad_z, T*) {
+  if (grad_z) *grad_z = T(1);
+  return *z;
+}
+
+template <class T>
+void computed_tangent(const LossPart&, const T*, const Target<T>&, const T*, const T*, T* grad_z_dot) {
+  *grad_z_dot = T(0);
+}
+
 }  // namespace
 
+template <class T>
+LossPasses<T> computed_loss() {
+  return {computed_value<T>, computed_tangent<T>};
+}
 template <class T>
 LossPasses<T> cross_entropy() {
   return {cross_entropy_value<T>, cross_entropy_tangent<T>};
@@ -72,6 +88,8 @@ template <class T>
 LossPasses<T> mse() {
   return {mse_value<T>, mse_tangent<T>};
 }
+template LossPasses<float> computed_loss<float>();
+template LossPasses<double> computed_loss<double>();
 template LossPasses<float> cross_entropy<float>();
 template LossPasses<double> cross_entropy<double>();
 template LossPasses<float> mse<float>();

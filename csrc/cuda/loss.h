@@ -3,6 +3,7 @@
 //   cross_entropy  p = softmax z; L = -sum log p[label] / N;  grad_z = (p - onehot) / N;
 //                  grad_z_dot = p (z_dot - <p, z_dot>) / N
 //   mse            L = sum (z - t)^2 / (N c);  grad_z = 2 (z - t) / (N c);  grad_z_dot = 2 z_dot / (N c)
+//   computed       z is the loss itself: grad_z = 1;  grad_z_dot = 0
 // `saved` holds p. policy_loss.h has the formulas and kernels of the policy losses.
 //
 // Cross entropy: `width` threads of a warp share a row, one to eight columns each as long as a warp suffices
@@ -92,6 +93,12 @@ __device__ void loss_value(Team team, const LossPart& part, const T* z, const Ta
       total = categorical_rows(team, part, z, target, grad_z, saved);
       count = 1;
       break;
+    case Loss::computed:
+      if (threadIdx.x == 0) {
+        total = static_cast<double>(*z);
+        if (grad_z) *grad_z = T(1);
+      }
+      break;
   }
   total = row_sum(total, kWarp);
   const int warps = static_cast<int>(blockDim.x) / kWarp;
@@ -129,8 +136,9 @@ __device__ void loss_tangent(Team team, const LossPart& part, const T* z, const 
   if (part.kind == Loss::categorical_policy)
     return categorical_tangent(team, part, z, target, z_dot, saved, grad_z_dot);
   const int64_t count = part.n * part.c, step = team.step();
-  const T scale = 2 / static_cast<T>(part.samples * part.c);
-  for (int64_t i = team.first(); i < count; i += step) grad_z_dot[i] = z_dot[i] * scale;
+  const bool computed = part.kind == Loss::computed;  // the derivative of its cotangent, which is 1
+  const T scale = computed ? T(0) : 2 / static_cast<T>(part.samples * part.c);
+  for (int64_t i = team.first(); i < count; i += step) grad_z_dot[i] = computed ? T(0) : z_dot[i] * scale;
 }
 
 /// The product of a policy's Fisher matrix with z_dot, into grad_z (policy losses only).

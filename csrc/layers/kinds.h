@@ -22,6 +22,7 @@ enum class Kind : int {
   append,
   scale,
   parameter,
+  target,
   view,
   move,
   map,
@@ -66,6 +67,7 @@ enum class Kind : int {
 #include "layers/softmax.h"
 #include "layers/stem.h"
 #include "layers/stop.h"
+#include "layers/target.h"
 #include "layers/view.h"
 
 namespace maml {

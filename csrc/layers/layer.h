@@ -130,7 +130,8 @@ struct LayerTraits {
 };
 
 /// The prediction [n, c] of a Gaussian policy is the mean followed by log_std, each of c / 2 dimensions.
-enum class Loss { cross_entropy, mse, gaussian_policy, categorical_policy };
+/// computed: layers of the plan compute the loss, a value of one element.
+enum class Loss { cross_entropy, mse, gaussian_policy, categorical_policy, computed };
 
 inline bool is_policy(Loss loss) { return loss == Loss::gaussian_policy || loss == Loss::categorical_policy; }
 /// Whether a target is one of c classes.
@@ -138,7 +139,7 @@ inline bool takes_classes(Loss loss) {
   return loss == Loss::cross_entropy || loss == Loss::categorical_policy;
 }
 
-/// The targets of a loss for the predictions [n, c] of one task.
+/// The targets of a loss for the predictions [n, c] of one task. A computed loss has c numbers a sample.
 template <class T>
 struct Target {
   const void* y = nullptr;           // labels or actions, int64 [n]; values [n, c]; actions [n, c / 2]

@@ -61,6 +61,8 @@ class Chains {
       if (taken_[i] || conv_block(i) || sum(i) || (chain_ == Kind::norm_block && norm_block(i))) continue;
       take(i, i + 1, append(renumbered(graph_.nodes[i])));
     }
+    result_.prediction = number_[graph_.prediction];
+    result_.loss_value = number_[graph_.loss_value];
     return result_;
   }
 

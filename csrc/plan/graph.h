@@ -22,9 +22,11 @@ struct Parameter {
   int64_t slots = 1;
 };
 
-/// Value 0 is the input; node i writes value i + 1; the last value is the prediction.
+/// Value 0 is the input; node i writes value i + 1.
 struct Graph {
   std::vector<Node> nodes;
+  int prediction = 0;  // its value, which a flatten writes
+  int loss_value = 0;  // of a computed loss
   std::vector<Parameter> parameters;
   Loss loss = Loss::cross_entropy;
   Precision precision = Precision::float32;

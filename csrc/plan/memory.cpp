@@ -56,7 +56,7 @@ class Placement {
     for (int i = 0; i < steps_; ++i) {
       for (int input : stage.steps[i].inputs) last_reader_[input] = i;
     }
-    last_reader_[stage.output] = steps_;
+    last_reader_[stage.output] = last_reader_[stage.differentiated] = steps_;
     // A value that another one overwrites shares its buffer, and is kept as long.
     for (size_t v = 0; v < stage.values.size(); ++v) {
       const int over = stage.values[v].overwritten_by;
@@ -113,7 +113,7 @@ class Placement {
     for (int i = steps_ - 1; i >= 0; --i) {
       Stage::Step& step = stage_.steps[i];
       Stage::Value& y = stage_.values[step.output];
-      if (in_place_[step.output]) continue;
+      if (in_place_[step.output] || !y.leads) continue;
       const int written = backward(last_reader_[step.output]);
       const bool products = has_products();
       if (data_ == Data::support ? y.moving : y.active) {
@@ -128,7 +128,7 @@ class Placement {
       Stage::Value& over = stage_.values[y.overwritten_by];
       over.grad_at = y.grad_at, over.dot_at = y.dot_at, over.grad_dot_at = y.grad_dot_at;
     }
-    stage_.loss_at = step_.place(tile_ * stage_.values[stage_.output].size, has_products() ? 0 : steps_,
+    stage_.loss_at = step_.place(elements(stage_.values[stage_.differentiated]), has_products() ? 0 : steps_,
                                  has_products() ? end_ : steps_);
   }
 

@@ -50,10 +50,11 @@ void Problem::lay_out(const LayerTraits& traits) {
                                              : Keep::values;
   if (support.n > 0) {
     support = make_stage(graph, sample, support.n, Data::support, products ? Keep::products : Keep::gradient,
-                         traits);
+                         true, traits);
   }
   if (query.n > 0) {
-    query = make_stage(graph, sample, query.n, Data::query, of_query, traits);
+    const bool predicts = operation == Operation::predict || operation == Operation::predict_backward;
+    query = make_stage(graph, sample, query.n, Data::query, of_query, !predicts, traits);
   }
   const int64_t queries = std::max<int64_t>(static_cast<int64_t>(query_steps.size()), 1);
   work = 3 * queries * query.work + (second_order() ? 9 : 3) * std::max(steps, 1) * support.work;

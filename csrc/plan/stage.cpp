@@ -60,6 +60,8 @@ std::vector<Shape> infer_shapes(const Graph& graph, const std::vector<int64_t>& 
     y.size = size(shapes[i + 1]);
     y.samples = shapes[i + 1].samples;
     if (node.layer.kind == Kind::parameter) y.parameter = node.parameters.at(0);
+    y.target = node.layer.kind == Kind::target;
+    if (y.target) stage.target_width = y.size;
     if (stage.n * y.size > INT32_MAX) {
       throw Unsupported(node.name + " has " + std::to_string(stage.n * y.size) +
                         " values a task; fused are fewer than 2^31");
@@ -70,9 +72,9 @@ std::vector<Shape> infer_shapes(const Graph& graph, const std::vector<int64_t>& 
   return shapes;
 }
 
-/// The last node is a flatten into the user's order of elements: the prediction has the shape of its input.
+/// A flatten into the user's order of elements writes the prediction, which has the shape of its input.
 void check_prediction(const Graph& graph, const std::vector<Shape>& shapes, Stage& stage) {
-  const Shape& prediction = shapes[graph.nodes.back().inputs[0]];
+  const Shape& prediction = shapes[graph.nodes[graph.prediction - 1].inputs.at(0)];
   if (prediction.layout == SampleLayout::other) {
     throw Unsupported(
         "a prediction of features, a signal or an image a sample is fused, got one of more axes");
@@ -83,14 +85,47 @@ void check_prediction(const Graph& graph, const std::vector<Shape>& shapes, Stag
                       (is_policy(graph.loss) ? "categorical policy" : "cross_entropy") +
                       " takes a prediction [n, classes], got samples of shape " + text_of(prediction));
   }
-  stage.output = stage.values.back().root;
+  stage.output = stage.values[graph.prediction].root;
   if (!stage.values[stage.output].samples) {
     throw Unsupported("a prediction for each sample is fused, got one that is the same for all");
   }
 }
 
+/// For each value, whether one of these depends on it.
+std::vector<bool> leading_to(const Graph& graph, std::vector<int> pending) {
+  std::vector<bool> leads(graph.nodes.size() + 1, false);
+  while (!pending.empty()) {
+    const int value = pending.back();
+    pending.pop_back();
+    if (leads[value]) continue;
+    leads[value] = true;
+    if (value == 0) continue;
+    const std::vector<int>& inputs = graph.nodes[value - 1].inputs;
+    pending.insert(pending.end(), inputs.begin(), inputs.end());
+  }
+  return leads;
+}
+
+/// What is differentiated, and what it depends on.
+void find_differentiated(const Graph& graph, bool has_target, Stage& stage) {
+  const bool computes = graph.loss == Loss::computed && has_target;
+  const int value = computes ? graph.loss_value : graph.prediction;
+  stage.differentiated = stage.values[value].root;
+  if (computes &&
+      (stage.values[stage.differentiated].samples || stage.values[stage.differentiated].size != 1)) {
+    throw std::invalid_argument("a computed loss must be one number a task");
+  }
+  const std::vector<bool> leads = leading_to(graph, {value});
+  for (size_t v = 0; v < leads.size(); ++v) {
+    if (leads[v]) stage.values[stage.values[v].root].leads = true;
+  }
+}
+
 /// The layers that compute something, with their shapes, and what each value depends on.
-void add_steps(const Graph& graph, const std::vector<Shape>& shapes, Stage& stage) {
+void add_steps(const Graph& graph, bool has_target, const std::vector<Shape>& shapes, Stage& stage) {
+  std::vector<int> wanted = {graph.prediction};
+  if (has_target && graph.loss == Loss::computed) wanted.push_back(graph.loss_value);
+  const std::vector<bool> computed = leading_to(graph, wanted);
   const int64_t samples = (stage.n - 1) / stage.tiles + 1;  // of the largest tile
   for (size_t i = 0; i < graph.nodes.size(); ++i) {
     const Node& node = graph.nodes[i];
@@ -104,7 +139,7 @@ void add_steps(const Graph& graph, const std::vector<Shape>& shapes, Stage& stag
       y.moving |= parameter.role == Role::adapted;
       y.stepwise |= parameter.slots > 1;
     }
-    if (y.parameter >= 0) continue;
+    if (y.parameter >= 0 || y.target || !computed[output]) continue;
     Stage::Step step;
     Layer& layer = step.layer = node.layer;
     layer.precision = graph.precision;
@@ -138,6 +173,7 @@ std::vector<int> count_readers(const Stage& stage) {
     for (int input : step.inputs) ++readers[input];
   }
   ++readers[stage.output];
+  if (stage.differentiated != stage.output) ++readers[stage.differentiated];
   return readers;
 }
 
@@ -162,6 +198,7 @@ void find_functions_in_place(Stage& stage) {
 void find_added_cotangents(const Graph& graph, Stage& stage) {
   std::vector<bool> value_written(stage.values.size()), parameter_written(graph.parameters.size());
   for (auto step = stage.steps.rbegin(); step != stage.steps.rend(); ++step) {
+    if (!stage.values[step->output].leads) continue;
     for (size_t j = 0; j < step->inputs.size(); ++j) {
       const int input = step->inputs[j], parameter = stage.values[input].parameter;
       const auto written =
@@ -180,13 +217,14 @@ void find_added_cotangents(const Graph& graph, Stage& stage) {
 }  // namespace
 
 Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t n, Data data, Keep keep,
-                 const LayerTraits& traits) {
+                 bool has_target, const LayerTraits& traits) {
   Stage stage;
   stage.n = n;
   const std::vector<Shape> shapes = infer_shapes(graph, sample, stage);
   stage.tiles = tiles_of(graph, stage, traits);
   check_prediction(graph, shapes, stage);
-  add_steps(graph, shapes, stage);
+  find_differentiated(graph, has_target, stage);
+  add_steps(graph, has_target, shapes, stage);
   if (traits.in_place) find_functions_in_place(stage);
   find_added_cotangents(graph, stage);
   place_values(stage, data, keep, traits);

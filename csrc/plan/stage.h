@@ -13,8 +13,8 @@ constexpr int64_t kNowhere = -1;
 /// cotangent in the task's workspace. If no layer mixes samples, the samples are processed in tiles, one
 /// after the other in the same memory, so that it does not grow with n. The sizes of tiles differ by at most
 /// one. Offsets count elements. A value is
-///   active    if it depends on a parameter that is not frozen: it has a cotangent;
-///   moving    if it depends on an adapted parameter: it changes in every inner step and has a tangent;
+///   active    if it depends on a parameter that is not frozen: it has a cotangent, if the loss depends on
+///   it; moving    if it depends on an adapted parameter: it changes in every inner step and has a tangent;
 ///   stepwise  if it depends on a parameter with slots: it changes in every inner step, moving or not.
 /// A value that is neither moving nor stepwise is computed once per task and kept in the `fixed` region,
 /// which has a part for each tile. The others are in a `step` region; there may be one of them for every
@@ -24,8 +24,10 @@ struct Stage {
   struct Value {
     int64_t size = 0;     // elements of one sample, or of the task if it has no samples
     bool samples = true;  // whether it has a part for each sample
-    int parameter = -1;   // the parameter whose memory it is; -1: it has memory of its own
+    int parameter = -1;   // the parameter whose memory it is; -1: it is none
+    bool target = false;  // whether it is the memory of the target
     bool active = false, moving = false, stepwise = false;
+    bool leads = false;  // whether what is differentiated depends on it; otherwise it has no cotangent
     bool fixed = false;  // in the fixed region
     int64_t at = kNowhere, grad_at = kNowhere, dot_at = kNowhere, grad_dot_at = kNowhere;
     // For the output of a convolution whose only reader is a normalisation: the statistics that the
@@ -49,11 +51,13 @@ struct Stage {
   };
   int64_t n = 0, tiles = 1;
   std::vector<Value> values;
-  std::vector<Step> steps;                  // without layers that are views
-  int output = 0;                           // root of the prediction
-  std::vector<int64_t> prediction;          // the user's shape of one sample of it
-  int64_t loss_at = kNowhere;               // what the loss saves, in the step region
-  bool has_constants = false;               // there are steps whose output is not active
+  std::vector<Step> steps;          // without layers that are views
+  int output = 0;                   // root of the prediction
+  int differentiated = 0;           // root of what is differentiated: a computed loss, or the prediction
+  int64_t target_width = 0;         // numbers that a computed loss compares for one sample
+  std::vector<int64_t> prediction;  // the user's shape of one sample of it
+  int64_t loss_at = kNowhere;       // what the loss saves, in the step region
+  bool has_constants = false;       // there are steps whose output is not active
   int64_t constants_scratch_at = kNowhere;  // query: the scratch of these steps, in the step region
   int64_t fixed_size = 0, step_size = 0, tangent_size = 0, scratch_size = 0;
   int64_t work = 0;  // approximate multiply-adds of one forward pass over all samples
@@ -61,6 +65,11 @@ struct Stage {
   /// The first sample of a tile; n for tile `tiles`.
   int64_t first(int64_t tile) const { return tile * n / tiles; }
 };
+
+/// The c of a loss's target (Target::from).
+inline int64_t target_columns(Loss loss, const Stage& stage) {
+  return loss == Loss::computed ? stage.target_width : stage.values[stage.output].size;
+}
 
 /// The passes that a stage will run, which determine how long its memory is needed.
 enum class Keep {
@@ -76,8 +85,9 @@ enum class Data { support, query };
 /// The stage of `graph` for n samples of the user's shape `sample`: [c], [c, length], [c, height, width] or
 /// any other number of axes. Throws std::invalid_argument where shapes do not fit a layer, and Unsupported
 /// where no fused layer takes them.
+/// `has_target`: the call has targets, so that a computed loss is computed.
 Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t n, Data data, Keep keep,
-                 const LayerTraits& traits);
+                 bool has_target, const LayerTraits& traits);
 
 /// The second part of make_stage: memory (memory.cpp), after shapes and dependencies (stage.cpp).
 void place_values(Stage& stage, Data data, Keep keep, const LayerTraits& traits);

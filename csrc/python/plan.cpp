@@ -34,7 +34,8 @@ const std::map<std::string, Precision> kPrecisions = {{"float32", Precision::flo
 const std::map<std::string, Loss> kLosses = {{"cross_entropy", Loss::cross_entropy},
                                              {"mse", Loss::mse},
                                              {"gaussian_policy_gradient", Loss::gaussian_policy},
-                                             {"categorical_policy_gradient", Loss::categorical_policy}};
+                                             {"categorical_policy_gradient", Loss::categorical_policy},
+                                             {"computed", Loss::computed}};
 const std::map<std::string, Operation> kOperations = {{"meta_gradient", Operation::meta_gradient},
                                                       {"meta_loss", Operation::meta_loss},
                                                       {"adapt", Operation::adapt},
@@ -80,7 +81,7 @@ Node read_node(py::handle object, size_t number, size_t parameters) {
   const auto inputs = fields.read<std::vector<int>>("inputs");
   Layer& layer = node.layer;
   layer.kind = kind_named(fields.read<std::string>("kind"));
-  if (inputs.empty() && layer.kind != Kind::parameter) {
+  if (inputs.empty() && layer.kind != Kind::parameter && layer.kind != Kind::target) {
     throw std::invalid_argument(named_node + "inputs must hold at least 1 value, got 0");
   }
   check_most(inputs.size(), kMostInputs, named_node + "its inputs");
@@ -209,11 +210,21 @@ ReadPlan read_plan(py::handle plan, Operation operation) {
     found.rates.clear();
     found.rate_tensors.clear();
   }
+  const auto value = [&](int number) {
+    return index_of(number, found.graph.nodes.size() + 1, "Plan's values");
+  };
+  found.graph.prediction = value(fields.read<int>("prediction"));
+  found.graph.loss_value = value(fields.read("loss_value", 0));
+  if (found.graph.prediction == 0 ||
+      found.graph.nodes[found.graph.prediction - 1].layer.kind != Kind::flatten) {
+    throw std::invalid_argument("Plan.prediction must be the value of a flatten, got " +
+                                std::to_string(found.graph.prediction));
+  }
   found.graph.loss = named(kLosses, fields.read<std::string>("loss"), "loss");
   found.graph.precision = named(kPrecisions, fields.read<std::string>("precision"), "precision");
   found.graph.recompute = fields.read<bool>("recompute");
   found.backend = fields.read<std::string>("backend");
-  fields.done({"cuda_graphs", "task_chunk"});
+  fields.done({"cuda_graphs", "task_chunk", "target"});
   return found;
 }
 

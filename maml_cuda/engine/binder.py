@@ -158,7 +158,7 @@ class Binder:
         program, why_not = self.choice(maml, binding, support, query, second_order)
         if program is not None and program.match is not None:
             targets = [(each.y_name, each.y) for each in (support, query) if each is not None and each.y is not None]
-            why_not = data_checks.why_not_labels(program.match, program.features, targets)
+            why_not = data_checks.why_not_labels(program.labels, targets)
             program = None if why_not else program
         if why_not:
             self.fall_back(maml, why_not)

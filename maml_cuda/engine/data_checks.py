@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maml_cuda import pytrees
 from maml_cuda.losses import Loss
-from maml_cuda.plan.own_loss import Match
+from maml_cuda.plan.graph import Labels
 from maml_cuda.pytrees import Tree
 from maml_cuda.targets import POLICY_LOSSES, PolicyTarget, Target
 
@@ -157,20 +157,21 @@ def constant(x_name: str, x: Tree, y_name: str, y: Target | None) -> None:
                 )
 
 
-def why_not_labels(match: Match, classes: int, sets: Iterable[tuple[str, Target]]) -> str:
+def why_not_labels(of_classes: Iterable[Labels], sets: Iterable[tuple[str, Target]]) -> str:
     """The reason why a loss of the user's own is not served, or "": it may ignore labels that the core refuses.
 
     Args:
         sets: the name of the target and the target, of each set.
     """
-    if match.loss not in OF_CLASSES:
-        return ""
     for name, y in sets:
-        labels = pytrees.tensors(y)[match.leaf]
-        if bool(((labels < 0) | (labels >= classes)).any()):
-            return (
-                f"{name} holds labels outside of [0, {classes}), which a loss of yours may take and fused layers do not"
-            )
+        for leaf, classes, ignored in of_classes:
+            labels = pytrees.tensors(y)[leaf]
+            outside = (labels < 0) | (labels >= classes)
+            if bool((outside if ignored is None else outside & (labels != ignored)).any()):
+                return (
+                    f"{name} holds labels outside of [0, {classes}), which a loss of yours may take and fused layers "
+                    "do not"
+                )
     return ""
 
 

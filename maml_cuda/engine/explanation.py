@@ -6,6 +6,7 @@ from torch import nn
 
 from maml_cuda.engine import cuda_runner
 from maml_cuda.engine.binding import Binding, Choice
+from maml_cuda.plan.own_loss import COMPUTED
 
 
 def table(model: nn.Module, binding: Binding, choice: Choice | None) -> str:
@@ -35,7 +36,8 @@ def table(model: nn.Module, binding: Binding, choice: Choice | None) -> str:
     if program is not None:
         lines += [f"{change}; fused layers do not" for change in program.ignored]
         if program.match is not None:
-            lines.append(f"the loss is served by {program.plan.loss}{' with weights' * program.match.weighted}")
+            served = "layers" if program.match == COMPUTED else program.plan.loss
+            lines.append(f"the loss is served by {served}{' with weights' * program.match.weighted}")
     if binding.unwatched and fused:
         lines.append(f"captured again from time to time, as changes of {', '.join(binding.unwatched)} are not seen")
     return "\n".join([head, *lines])

@@ -18,7 +18,7 @@ from maml_cuda.engine.data_checks import OF_CLASSES
 from maml_cuda.engine.program import Program
 from maml_cuda.engine.settings import Options, Settings, adapted_names
 from maml_cuda.losses import Loss
-from maml_cuda.plan.graph import Graph
+from maml_cuda.plan.graph import Graph, Labels
 from maml_cuda.plan.own_loss import Match
 from maml_cuda.plan.schema import InnerRate, Parameter, Plan, RateTensor, Role
 from maml_cuda.rates import InnerRates, Rate, read_rates
@@ -82,6 +82,9 @@ def program_of(snapshot: Snapshot, graph: Graph, match: Match | None) -> Program
             f"the prediction is a log_softmax; fused is that for {' and '.join(OF_CLASSES)}, not for {loss}"
         )
     names = [read.name for read in graph.reads]
+    labels = graph.labels
+    if match is not None and match.loss in OF_CLASSES:
+        labels = (Labels(match.leaf, math.prod(graph.returned.sample), None),)
     reached = graph.differentiated()
     if unreached := [name for name in snapshot.adapted if name not in reached]:
         raise reference.unreached(unreached)
@@ -93,7 +96,10 @@ def program_of(snapshot: Snapshot, graph: Graph, match: Match | None) -> Program
         nodes=tuple(graph.nodes),
         parameters=tuple(parameters),
         rate_tensors=tuple(rate_tensors),
+        prediction=graph.prediction,
         loss=loss,
+        loss_value=graph.loss_value,
+        target=graph.target,
         backend=backend,
         precision="float32" if backend == "cpu" else options.precision,
         recompute=options.recompute,
@@ -111,6 +117,7 @@ def program_of(snapshot: Snapshot, graph: Graph, match: Match | None) -> Program
         returned=graph.returned,
         loss=snapshot.loss,
         match=match,
+        labels=labels,
     )
 
 

@@ -27,7 +27,7 @@ class Problem:
 
     Attributes:
         features: of the prediction [n, features], in torch's order of elements.
-        target: of that or, for a Gaussian policy, of its mean alone.
+        target: of that or, for a Gaussian policy, of its mean alone; what a computed loss compares.
     """
 
     __slots__ = (
@@ -54,8 +54,9 @@ class Problem:
         )
         self.features = math.prod(self.core.prediction)
         self.loss = plan.loss
+        computed = plan.target if self.loss == "computed" else None
         halves = 2 if self.loss == "gaussian_policy_gradient" else 1  # mean and log_std beside each other
-        self.target = self.features // halves
+        self.target = self.features // halves if computed is None else computed
         self.gradient_size = plan.gradient_size
         self.at_once = plan.task_chunk
         self.graphs = plan.cuda_graphs

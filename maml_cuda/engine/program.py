@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributions import Categorical, Independent, Normal
 
@@ -13,8 +14,8 @@ from maml_cuda import pytrees, targets
 from maml_cuda.capture.copies import Place
 from maml_cuda.engine import fast_path, own_targets
 from maml_cuda.losses import Loss
-from maml_cuda.plan.graph import Returned
-from maml_cuda.plan.own_loss import Match
+from maml_cuda.plan.graph import Labels, Returned
+from maml_cuda.plan.own_loss import COMPUTED, Match
 from maml_cuda.plan.schema import Plan
 from maml_cuda.targets import Target
 
@@ -30,6 +31,7 @@ class Program:
         served_by: module path -> fused layers.
         ignored: what forward does besides and fused layers do not.
         match: the loss of the core for a loss of the user's own; None for one of ours.
+        labels: class labels in the target of a loss of the user's own.
         returned: what the model returns for a prediction of the plan.
         features: of the prediction, or of its mean.
         is_direct: whether the targets of the plan are those of the user.
@@ -50,6 +52,7 @@ class Program:
         returned: Returned,
         loss: Loss,
         match: Match | None,
+        labels: tuple[Labels, ...],
     ) -> None:
         """holders: of each tensor in `names`, then of each rate tensor. match: of a loss of the user's own."""
         self.plan, self.text = plan, plan.text
@@ -63,7 +66,7 @@ class Program:
         self._all_have_gradient = all(self._has_gradient)
         self._step_text = ""
         weighted = match is not None and match.weighted
-        self.match, self._loss = match, loss
+        self.match, self._loss, self.labels = match, loss, labels
         self.features = math.prod(returned.sample)
         self.is_direct = len(returned.sample) == 1 and not weighted
         self.is_warm = match is None or (match.loss == "mse" and not weighted)
@@ -93,6 +96,10 @@ class Program:
 
     def target(self, y: Target) -> list[Tensor | None]:
         """The tensors of a target [tasks, n, ...], as the ops take them."""
+        if self.match == COMPUTED:
+            dtype = self.tensors()[0][0].dtype
+            leaves = [leaf.reshape(*leaf.shape[:2], -1).to(dtype) for leaf in pytrees.tensors(y)]
+            return [leaves[0] if len(leaves) == 1 else torch.cat(leaves, -1), None, None, None]
         if self.match is None or not self.match.weighted:
             if self.is_direct:
                 return targets.tensors(y)

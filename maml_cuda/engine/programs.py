@@ -4,7 +4,7 @@ layers, and proves the program (plan/proof.py). Each answer is found once."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from maml_cuda.engine.program import Program
 from maml_cuda.losses import Loss
 from maml_cuda.plan import proof
 from maml_cuda.plan.graph import Graph
-from maml_cuda.plan.own_loss import Match, matches
+from maml_cuda.plan.own_loss import COMPUTED, Match, matches
 from maml_cuda.plan.reader import graph_of
 
 MOST_ANSWERS = 1024  # kept; a forgotten one is found again
@@ -116,11 +116,9 @@ class Programs:
         if graph != records[-1][1]:
             raise Unfusable("the model runs other operations on the query set than on the support set")
         n_support, n_query = (0 if given is None else given.shape[0] for given in (signature.support, signature.query))
-        reason = "the loss is a callable of yours, which computes different things on the support and on the query set"
-        for match in self._matches(
-            graph, [(record, given.y) for (record, _), given in zip(records, sets, strict=True)]
-        ):
-            program = planning.program_of(self.snapshot, graph, match)
+        reason = ""
+        for read, match in self._candidates(sets, [record for record, _ in records], graph):
+            program = planning.program_of(self.snapshot, read, match)
             if reason := why_not(program.text, sets[0].shape[1:], n_support, n_query, signature.dtype):
                 raise Unfusable(reason)
             reason = self._disproof(program, signature.support, signature.second_order)
@@ -128,6 +126,31 @@ class Programs:
             if not reason:
                 return self._kept(program)
         raise Unfusable(reason)
+
+    def _candidates(
+        self, sets: list[SetLike], records: list[Record], graph: Graph
+    ) -> Iterator[tuple[Graph, Match | None]]:
+        """What may compute the loss: a loss of the core, and then the operations of a loss of the user's own, read as
+        layers.
+
+        Raises:
+            Unfusable: nothing does.
+        """
+        try:
+            for match in self._matches(graph, [(r, given.y) for r, given in zip(records, sets, strict=True)]):
+                yield graph, match
+        except Unfusable:
+            pass
+        with_target = [(r, given.y) for r, given in zip(records, sets, strict=True) if given.y is not None]
+        if isinstance(self.snapshot.loss, str) or not with_target:
+            return
+        graphs = [
+            graph_of(self.snapshot.model, record, (), [like.shape for like in y.leaves if like is not None])
+            for record, y in with_target
+        ]
+        if graphs[0] != graphs[-1]:
+            raise Unfusable("the loss is a callable of yours, which computes different things on the two sets")
+        yield replace(graphs[0], ignored=graph.ignored), COMPUTED
 
     def _record(self, given: SetLike, dtype: torch.dtype) -> tuple[Record, Graph]:
         key = given, dtype
@@ -172,7 +195,9 @@ class Programs:
         results = _Results(program, self.snapshot)
         draws = 1
         if program.match is not None:  # labels of every class
-            draws = max(len(proof.OWN_LOSS_SIZES), -(-program.features // given.shape[0]))
+            draws = len(proof.OWN_LOSS_SIZES)
+            if program.match != COMPUTED:
+                draws = max(draws, -(-program.features // given.shape[0]))
             if draws > proof.MOST_DRAWS:
                 return f"the loss is a callable of yours, of {program.features} classes for {given.shape[0]} samples"
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -49,9 +49,23 @@ class Returned:
     distribution: str = ""
 
 
+class Labels(NamedTuple):
+    """Class labels in the target of a computed loss.
+
+    Attributes:
+        leaf: their number among the leaves of the target.
+        classes: how many there are; a label from 0 on.
+        ignored: a label that does not count.
+    """
+
+    leaf: int
+    classes: int
+    ignored: int | None
+
+
 @dataclass
 class Graph:
-    """Nodes over numbered values: value 0 is the input, node i writes value i + 1, the last one is the prediction.
+    """Nodes over numbered values: value 0 is the input, node i writes value i + 1.
 
     Attributes:
         nodes: in topological order.
@@ -61,6 +75,10 @@ class Graph:
         ignored: what forward does besides and fused layers do not, for `FusedMAML.explain`.
         literals: tensors made in forward from numbers alone, by the names that they have in `reads`. A name tells the
             content.
+        prediction: its value.
+        loss_value: that of the loss, if nodes compute it.
+        target: how many numbers such a loss compares for each sample.
+        labels: those of them that are class labels.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -69,10 +87,14 @@ class Graph:
     returned: Returned = field(default_factory=lambda: Returned(()))
     ignored: tuple[str, ...] = ()
     literals: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    prediction: int = 0
+    loss_value: int | None = None
+    target: int | None = None
+    labels: tuple[Labels, ...] = ()
 
     def differentiated(self) -> set[str]:
-        """The names of the tensors by which the prediction has a derivative."""
-        pending, seen = [len(self.nodes)], set()
+        """The names of the tensors by which the loss has a derivative."""
+        pending, seen = [self.loss_value or self.prediction], set()
         while pending:
             number = pending.pop()
             if number and number not in seen and self.nodes[number - 1].kind != "stop":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maml_cuda.capture.errors import Unfusable
-from maml_cuda.plan.graph import Constant, Held, LogSumExp, Value, Writer, text_of
+from maml_cuda.plan.graph import Constant, Held, Labels, LogSumExp, Value, Writer, text_of
 from maml_cuda.plan.schema import Instruction, Layout, Loops, View
 from maml_cuda.plan.simplify import MOST_INPUTS, merged_loops
 from maml_cuda.plan.strided import Atom, Axis, NotAView, Step, Strided, aligned, merged
@@ -30,7 +30,10 @@ class LoopWriter(Writer):
     def __init__(self, n: int, dtype: torch.dtype) -> None:
         super().__init__(n)
         self.dtype = dtype
+        self.labels: list[Labels] = []
         self._as_values: dict[Any, int] = {}  # a tensor of the model -> the number of its value
+        self._target = 0  # the number of the value that holds the target
+        self._columns: dict[int, int] = {}  # where a leaf of the target begins -> its number
 
     # -- operands -----------------------------------------------------------------------------------------------
 
@@ -99,6 +102,27 @@ class LoopWriter(Writer):
                     raise Unfusable(f"it reads {name}, of which each inner step has its own")
                 return {"rows": read.rows, "taps": read.taps}
         return {}
+
+    def targets(self, shapes: Sequence[tuple[int, ...]]) -> list[Strided]:
+        """The leaves of the target of a computed loss, each [n, ...]. They stand beside each other in one value."""
+        for shape in shapes:
+            if shape[:1] != (self.n,):
+                raise Unfusable(f"a part of the target has shape {list(shape)}, without an axis of samples")
+        widths = [math.prod(shape[1:]) for shape in shapes]
+        self.graph.target = total = sum(widths)
+        self._target = self.emit_on_any("target", (), image=(total, 1, 1))
+        leaves = []
+        for leaf, shape in enumerate(shapes):
+            start = sum(widths[:leaf])
+            self._columns[start] = leaf
+            axes = [(Atom(None, total),), *((Atom(s, math.prod(shape[d + 2 :])),) for d, s in enumerate(shape[1:]))]
+            view = Strided(self._target, total, True, start, tuple(map(merged, axes)), self.n, False)
+            leaves.append(view)
+        return leaves
+
+    def leaf_of(self, x: Strided) -> int | None:
+        """The number of the leaf of the target that this is a view of."""
+        return self._columns.get(x.offset) if self._target and x.number == self._target else None
 
     def literal(self, t: Tensor) -> Strided:
         """A tensor that is made from numbers alone. An axis along which it is constant is not stored."""

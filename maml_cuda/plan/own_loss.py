@@ -53,6 +53,9 @@ class Match:
     weighted: bool
 
 
+COMPUTED = Match("computed", -1, False)  # nodes of the plan compute the loss of the user's own
+
+
 def matches(record: Record, returned: Returned, features: int, y: list[Operand]) -> Iterator[Match]:
     """The losses of the core that the loss in a record may be, likely ones first.
 

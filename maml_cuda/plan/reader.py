@@ -7,6 +7,7 @@ refused.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,9 +23,9 @@ from maml_cuda.capture.record import Made, Operand, Operation, Record
 from maml_cuda.plan.graph import Constant, Graph, Held, Known, LogSumExp, Returned, Value, text_of
 from maml_cuda.plan.layers import Layers
 from maml_cuda.plan.loops import LoopWriter
+from maml_cuda.plan.loss_functions import LossFunctions
 from maml_cuda.plan.simplify import simplified
 from maml_cuda.plan.strided import Strided
-from maml_cuda.plan.tensors import Tensors
 
 # The methods that read operations, which are named like them.
 _OPERATIONS = {
@@ -32,31 +33,35 @@ _OPERATIONS = {
     for name, method in inspect.getmembers(Layers, inspect.isfunction)
     if not hasattr(LoopWriter, name) and name not in ("append", "module_at", "linear_of_features", "__init__")
 }
-_ON_ANY_SHAPE = dict(inspect.getmembers(Tensors, inspect.isfunction))
+_ON_ANY_SHAPE = dict(inspect.getmembers(LossFunctions, inspect.isfunction))
 # Of the first, those whose input is an image; a view of a value is brought into that form.
 _ON_IMAGES = frozenset((
     "convolution", "native_batch_norm", "native_group_norm", "instance_norm", "max_pool2d_with_indices", "avg_pool2d",
 ))  # fmt: skip
 
 
-def graph_of(model: nn.Module, record: Record, changes: tuple[Change, ...] = ()) -> Graph:
+def graph_of(
+    model: nn.Module, record: Record, changes: tuple[Change, ...] = (), target: Sequence[tuple[int, ...]] | None = None
+) -> Graph:
     """The graph of the prediction in a record of the model.
 
     Args:
         changes: of Python state by forward, which fused layers do not make.
+        target: the shapes of the leaves of one task's target; then the graph computes the loss too.
 
     Raises:
         Unfusable: there is none; the message is the reason.
     """
-    graph = _Reader(model, record).read()
+    graph = _Reader(model, record, target).read()
     graph.ignored = tuple(map(str, changes))
     return graph
 
 
 class _Reader(Layers):
-    def __init__(self, model: nn.Module, record: Record) -> None:
+    def __init__(self, model: nn.Module, record: Record, target: Sequence[tuple[int, ...]] | None) -> None:
         super().__init__(model, record.x.shape[0], record.x.dtype)
-        self._tensors = Tensors(self)
+        self._tensors = LossFunctions(self)
+        self._target_shapes = target
         self._record = record
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         shape = record.x.shape
@@ -64,15 +69,34 @@ class _Reader(Layers):
 
     def read(self) -> Graph:
         prediction = self._record.prediction
-        for operation in self._record.needed_for(prediction):
+        of_prediction = self._record.needed_for(prediction)
+        self._read_all(of_prediction)
+        self.call, self.module = "the prediction", ""
+        self._finish(pytree.tree_map_only(Operand, self._operand, prediction))
+        self.graph.prediction = len(self.graph.nodes)
+        if self._target_shapes is not None:
+            self._leaves = self.targets(self._target_shapes)
+            done = set(map(id, of_prediction))
+            self._read_all([o for o in self._record.needed_for(self._record.loss) if id(o) not in done])
+            self._finish_loss()
+        return self._ordered(self.graph)
+
+    def _read_all(self, operations: list[Operation]) -> None:
+        for operation in operations:
             self.call, self.module = operation.call, operation.module
             self.results = [operand.shape for operand in operation.results]
             try:
                 self._read(operation)
             except Unfusable as reason:
                 raise Unfusable(f"{self.call}: {reason}") from None
-        self.call, self.module = "the prediction", ""
-        return self._finish(pytree.tree_map_only(Operand, self._operand, prediction))
+
+    def _finish_loss(self) -> None:
+        self.call, self.module = "the loss", ""
+        loss = self.strided(self._operand(self._record.loss))
+        if loss.shape != () or loss.samples or loss.size != 1:
+            raise Unfusable(f"the loss has shape {list(loss.shape)}, or is not computed from all samples; fused is one number")
+        self.graph.loss_value = loss.number
+        self.graph.labels = tuple(dict.fromkeys(self.labels))
 
     def _read(self, operation: Operation) -> None:
         args, kwargs = pytree.tree_map_only(Operand, self._operand, (operation.args, operation.kwargs))
@@ -142,10 +166,12 @@ class _Reader(Layers):
     def _input(self, operand: Operand) -> Known:
         if operand.source == "model":
             return Held(operand.name, operand.shape, self._requires_grad.get(operand.name, False))
+        if operand.source == "y" and self._target_shapes is not None:
+            return self._leaves[int(operand.name)]
         return Constant("the target" if operand.source == "y" else "a tensor that is not the model's", False)
 
-    def _finish(self, prediction: Any) -> Graph:
-        """Writes the last nodes, for what `forward` returns, and returns the graph."""
+    def _finish(self, prediction: Any) -> None:
+        """Writes the last nodes of the prediction, for what `forward` returns."""
         mean, log_std, distribution = _parts(prediction)
         if isinstance(mean, Strided):
             mean = self.as_features(mean)
@@ -159,13 +185,13 @@ class _Reader(Layers):
         if not x.learned:
             raise Unfusable("the model's prediction depends on no parameter")
         self.emit("flatten", [x], x.shape, x.sample, out_layout="features")  # to torch's order of elements
-        return self._ordered(self.graph)
 
     def _ordered(self, graph: Graph) -> Graph:
-        """The graph without nodes that the prediction does not depend on, with its tensors in the model's order."""
-        graph.nodes = simplified(graph.nodes)
+        """The graph without nodes that nothing depends on, with its tensors in the model's order."""
+        results = [graph.prediction, *([] if graph.loss_value is None else [graph.loss_value])]
+        graph.nodes = simplified(graph.nodes, results)
         alive = set()
-        pending = [len(graph.nodes)]
+        pending = list(results)
         while pending:
             number = pending.pop()
             if number and number not in alive:
@@ -186,6 +212,8 @@ class _Reader(Layers):
             for node in nodes
         ]
         graph.reads = [graph.reads[i] for i in order]
+        graph.prediction = values[graph.prediction]
+        graph.loss_value = None if graph.loss_value is None else values[graph.loss_value]
         graph.literals = {r.name: graph.literals[r.name] for r in graph.reads if r.name in graph.literals}
         return graph
 

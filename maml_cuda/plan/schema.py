@@ -192,7 +192,10 @@ class Plan:
         nodes: the layers, in topological order.
         parameters: the parameters and buffers that the nodes read.
         rate_tensors: the tensors of inner learning rates.
-        loss: the name of the loss in FusedMAML.
+        prediction: its value, which a flatten writes.
+        loss: the name of the loss in FusedMAML; "computed": nodes compute it.
+        loss_value: of a computed loss.
+        target: of a computed loss, how many numbers it compares for each sample.
         backend: "cpu" or "cuda".
         precision: of float32 matrix products on a GPU.
         recompute: run the gradient pass again for each Hessian-vector product, instead of keeping its activations.
@@ -203,7 +206,10 @@ class Plan:
     nodes: tuple[Node, ...]
     parameters: tuple[Parameter, ...]
     rate_tensors: tuple[RateTensor, ...]
+    prediction: int
     loss: str
+    loss_value: int | None
+    target: int | None
     backend: str
     precision: str
     recompute: bool

@@ -12,15 +12,21 @@ from maml_cuda.plan.schema import Instruction, Loops, Node, View
 MOST_INPUTS = 4  # of a node (csrc/layers/layer.h)
 MOST_INSTRUCTIONS = 20  # of an expression (csrc/layers/loops.h)
 # Layers that depend on nothing but their inputs and fields. The others come in chains that the core looks for.
-_ON_ANY_SHAPE = ("parameter", "view", "move", "map", "reduce", "extreme", "contract", "softmax", "log_softmax", "stop")
+_ON_ANY_SHAPE = frozenset((
+    "parameter", "target", "view", "move", "map", "reduce", "extreme", "contract", "softmax", "log_softmax", "stop",
+))  # fmt: skip
 
 Sizes = tuple[int | None, ...]
 Strides = tuple[int, ...]
 
 
-def simplified(nodes: Sequence[Node]) -> list[Node]:
-    """The same graph with fewer nodes. Nodes that are not read any more stay."""
-    return _with_maps_fused(_without_repetitions(nodes))
+def simplified(nodes: Sequence[Node], results: Sequence[int]) -> list[Node]:
+    """The same graph with fewer nodes. Nodes that are not read any more stay.
+
+    Args:
+        results: the values that are wanted.
+    """
+    return _with_maps_fused(_without_repetitions(nodes), results)
 
 
 def _without_repetitions(nodes: Sequence[Node]) -> list[Node]:
@@ -36,10 +42,11 @@ def _without_repetitions(nodes: Sequence[Node]) -> list[Node]:
     return changed
 
 
-def _with_maps_fused(nodes: Sequence[Node]) -> list[Node]:
+def _with_maps_fused(nodes: Sequence[Node], results: Sequence[int]) -> list[Node]:
     """A map whose only reader is a map over the same elements becomes a part of that one."""
     fused = list(nodes)
-    readers = Counter(i for node in _alive(fused) for i in set(node.inputs))
+    readers = Counter(i for node in _alive(fused, results) for i in set(node.inputs))
+    readers.update(results)
     for j, node in enumerate(fused):
         if node.kind != "map":
             continue
@@ -53,9 +60,9 @@ def _with_maps_fused(nodes: Sequence[Node]) -> list[Node]:
     return fused
 
 
-def _alive(nodes: Sequence[Node]) -> list[Node]:
-    """The nodes that the last one depends on."""
-    alive, pending = set(), [len(nodes)]
+def _alive(nodes: Sequence[Node], results: Sequence[int]) -> list[Node]:
+    """The nodes that the results depend on."""
+    alive, pending = set(), list(results)
     while pending:
         number = pending.pop()
         if number and number not in alive:

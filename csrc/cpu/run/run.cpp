@@ -264,7 +264,7 @@ class Run {
     return x ? x + t * WorkspaceLayout<T>::samples(s) : nullptr;
   }
   Target<T> target_of(const Stage& s, const Target<T>& of_all, int64_t t) const {
-    return s.n ? of_all.from(p_.graph.loss, s.values[s.output].size, t * s.n) : Target<T>{};
+    return s.n ? of_all.from(p_.graph.loss, target_columns(p_.graph.loss, s), t * s.n) : Target<T>{};
   }
   int64_t predictions() const { return WorkspaceLayout<T>::predictions(p_.query); }
 

@@ -203,7 +203,7 @@ struct Runner<T>::State {
     const Loss loss = problem.graph.loss;
     auto targets = [&](const Stage& s) {
       if (!s.n) return int64_t{0};
-      return s.n * (takes_classes(loss) ? 8 : Target<T>::width(loss, s.values[s.output].size) * element);
+      return s.n * (takes_classes(loss) ? 8 : Target<T>::width(loss, target_columns(loss, s)) * element);
     };
     for (int64_t first = 0; first < call.tasks; first += chunk(call)) {
       auto span = [&](const void* start, int64_t stride) -> Span {
