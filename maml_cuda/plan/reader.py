@@ -102,6 +102,9 @@ class _Reader(Layers):
         args, kwargs = pytree.tree_map_only(Operand, self._operand, (operation.args, operation.kwargs))
         known = [self._operand(operand) for operand in operation.operands()]
         if not all(isinstance(k, Constant) for k in known):
+            for operand in operation.operands() if operation.name != "_to_copy" else ():
+                if operand.source == "model" and operand.dtype.is_floating_point and operand.dtype != self.dtype:
+                    raise Unfusable(f"{operand.name} is {operand.dtype}, unlike the model's input")
             for operand in operation.results:
                 if operand.dtype.is_floating_point and operand.dtype != self.dtype:
                     raise Unfusable(f"it computes in {operand.dtype}, where the model's input is {self.dtype}")
