@@ -13,6 +13,7 @@
 // An operand whose strides do not fit is copied to scratch, or added from there. The form that costs least is
 // taken. The twin on the GPU is cuda/contract.cu.
 #include <algorithm>
+#include <bit>
 #include <cassert>
 #include <limits>
 
@@ -94,15 +95,16 @@ struct Form {
     m = of.m.iterations(), n = of.n.iterations(), k = of.k.iterations();
     pack_a = !is_row(outer ? of.m : of.k, outer ? 1 : 0);
     pack_b = !is_row(of.n, 1) || !(outer || is_row(of.k, 1, n));
-    pack_r = !is_row(of.n, 0) || !(outer ? is_row(of.m, 0, n) : injective(of_r(false), 1));
+    pack_r = !is_row(of.n, 0) || !(outer ? is_row(of.m, 0, n) : injective(of_r()));
   }
   Nest<2> of_a() const { return outer ? matrix(of.k, 0, of.m, 1, true) : matrix(of.m, 1, of.k, 0, true); }
   Nest<2> of_b() const { return matrix(of.k, 1, of.n, 1, true); }
-  Nest<2> of_r(bool to_dense) const { return matrix(of.m, 0, of.n, 0, to_dense); }
+  /// From a dense matrix.
+  Nest<2> of_r() const { return matrix(of.m, 0, of.n, 0, false); }
 
   /// Multiply-adds, with those of unused lanes, and what it costs to pack an element in units of these.
   int64_t cost() const {
-    constexpr int64_t kWide = 16, kPack = 2 * kWide;
+    constexpr int64_t kWide = 16, kPack = 12;
     return m * k * ((n + kWide - 1) / kWide * kWide) +
            kPack * (pack_a * m * k + pack_b * k * n + pack_r * m * n);
   }
@@ -110,20 +112,23 @@ struct Form {
   int64_t scratch() const { return 2 * (rows() + pack_a * m * k + pack_b * k * n) + pack_r * m * n; }
 };
 
-/// The cheapest form for some samples; it is taken for any number, so that more never need less scratch.
-Form form_of(const Layer& l, Product of) {
-  constexpr int64_t kSome = 16;
-  const Groups some(*l.loops, kSome, of);
+/// The cheapest form for a number of samples, with the axes of another number.
+Form cheapest(const Layer& l, Product of, int64_t samples, int64_t n) {
+  const Groups at(*l.loops, samples, of);
   bool swapped = false, outer = false;
   int64_t least = std::numeric_limits<int64_t>::max();
   for (const bool o : {false, true}) {
     for (const bool s : {false, true}) {
-      const int64_t cost = Form(some, s, o).cost();
+      const int64_t cost = Form(at, s, o).cost();
       if (cost >= least) continue;
       least = cost, swapped = s, outer = o;
     }
   }
-  return Form(Groups(*l.loops, l.n, of), swapped, outer);
+  return Form(Groups(*l.loops, n, of), swapped, outer);
+}
+/// The choice is made for powers of two, so that the footprint can go through the forms of fewer samples.
+Form form_of(const Layer& l, Product of) {
+  return cheapest(l, of, static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(l.n))), l.n);
 }
 
 /// The two offsets of each row that a product gathers.
@@ -143,7 +148,8 @@ void fill_rows(int64_t count, int64_t stride, int32_t* rows) {
 template <class T>
 class Contraction {
  public:
-  Contraction(const Form& form, T* scratch) : f_(form), of_a_(f_.of_a()), of_b_(f_.of_b()) {
+  Contraction(const Form& form, T* scratch)
+      : f_(form), copy_a_(f_.of_a()), copy_b_(f_.of_b()), copy_r_(f_.of_r()) {
     const auto take = [&](int64_t size) { return std::exchange(scratch, scratch + size); };
     row_ = reinterpret_cast<int32_t*>(take(f_.rows()));
     other_row_ = reinterpret_cast<int32_t*>(take(f_.rows()));
@@ -168,19 +174,19 @@ class Contraction {
       Term<T> own[2];
       for (int t = 0; t < count; ++t) {
         own[t] = f_.swapped ? Term<T>{terms[t].b, terms[t].a} : terms[t];
-        own[t].a = packed(f_.pack_a, of_a_, own[t].a + f_.of.a->offset + at[1], packed_a_[t]);
-        own[t].b = packed(f_.pack_b, of_b_, own[t].b + f_.of.b->offset + at[2], packed_b_[t]);
+        own[t].a = packed(f_.pack_a, copy_a_, own[t].a + f_.of.a->offset + at[1], packed_a_[t]);
+        own[t].b = packed(f_.pack_b, copy_b_, own[t].b + f_.of.b->offset + at[2], packed_b_[t]);
       }
       T* const to = r + f_.of.r->offset + at[0];
       product(own, count, add && !f_.pack_r, f_.pack_r ? packed_r_ : to);
-      if (f_.pack_r) strided::run<T>(f_.of_r(false), to, packed_r_, add, 1);
+      if (f_.pack_r) copy_r_(to, static_cast<const T*>(packed_r_), add, T(1));
     }
   }
 
  private:
-  static const T* packed(bool pack, const Nest<2>& nest, const T* from, T* to) {
+  static const T* packed(bool pack, const strided::Copy& copy, const T* from, T* to) {
     if (!pack) return from;
-    strided::run<T>(nest, to, from, false, 1);
+    copy(to, from, false, T(1));
     return to;
   }
 
@@ -196,7 +202,7 @@ class Contraction {
   }
 
   const Form& f_;
-  Nest<2> of_a_, of_b_;
+  strided::Copy copy_a_, copy_b_, copy_r_;
   int32_t *row_, *other_row_;
   T *packed_a_[2], *packed_b_[2], *packed_r_;
 };
@@ -210,9 +216,11 @@ struct OnCpu<Kind::contract> {
     for (const View& x : {l.loops->x[0], l.loops->x[1]}) most = std::max(most, elements(x, l.n));
     int64_t scratch = 0;
     for (Product of : {Product::y, Product::cotangent_0, Product::cotangent_1}) {
-      const Form form = form_of(l, of);
-      most = std::max({most, form.m * form.k, form.k * form.n, form.m * form.n});
-      scratch = std::max(scratch, form.scratch());
+      for (int64_t samples = 1; samples <= l.n; samples *= 2) {
+        const Form form = cheapest(l, of, samples, std::min(l.n, 2 * samples - 1));
+        most = std::max({most, form.m * form.k, form.k * form.n, form.m * form.n});
+        scratch = std::max(scratch, form.scratch());
+      }
     }
     if (most > std::numeric_limits<int32_t>::max()) {
       throw Unsupported("a contraction of " + std::to_string(most) + " elements of one task, at most " +

@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "cpu/run/share.h"
+#include "cpu/simd.h"
 #include "layers/loops.h"
 
 namespace maml::MAML_ISA {
@@ -232,53 +233,109 @@ T sum_all(const Nest<2>& nest, int first, const T* from) {
   return static_cast<T>(total);
 }
 
-/// to (+)= factor from. The axes of the nest along which `to` has stride 0 are summed over.
+/// to (+)= factor from, with one operand contiguous along the axis p and the other one along q: blocks are
+/// turned in registers.
 template <class T>
-void run(Nest<2> nest, T* to, const T* from, bool add, T factor) {
-  nest.sort();  // the axes to sum over come last
-  nest.join();
-  int kept = 0;
-  while (kept < nest.axes && nest.stride[0][kept] != 0) ++kept;
-  Nest<2> of_to = nest;
-  of_to.axes = kept;
-  const int64_t work = kElementWork * nest.iterations();
-  const auto each = [&](int64_t count, auto f) {
-    injective(of_to, 0) ? share(count, 1, work, f) : f(int64_t{0}, count);
-  };
-  const bool sums = kept < nest.axes;
-  if (kept == 0 || (sums && std::abs(nest.stride[1][kept - 1]) != 1)) {
-    each(nest.iterations(0, kept), [&](int64_t first, int64_t last) {
-      Odometer<2> at(nest, 0, kept, first);
-      for (int64_t i = first; i < last; ++i, at.next()) {
-        const T value = factor * (sums ? sum_all(nest, kept, from + at[1]) : from[at[1]]);
-        T& element = to[at[0]];
-        element = add ? element + value : value;
+void turned(int64_t size_p, int64_t size_q, const T* from, int64_t from_p, T* to, int64_t to_q, bool add,
+            T factor) {
+  constexpr int64_t W = kLanes<T>;
+  alignas(64) T block[W * W];
+  for (int64_t j = 0; j < size_q; j += W) {
+    const int64_t columns = std::min(W, size_q - j);
+    for (int64_t i = 0; i < size_p; i += W) {
+      const int64_t rows = std::min(W, size_p - i);
+      transpose_block(rows, columns, from + i * from_p + j, from_p, block, W);
+      for (int64_t c = 0; c < columns; ++c) {
+        const T* row = block + c * W;
+        put_row(rows, to + (j + c) * to_q + i, 1, add, [=](int64_t r) { return factor * row[r]; });
+      }
+    }
+  }
+}
+
+/// The loops of to (+)= factor from, prepared for many calls. The axes along which `to` has stride 0 are
+/// summed over.
+class Copy {
+ public:
+  explicit Copy(Nest<2> nest) : nest_(nest), rows_(nest) {
+    nest_.sort();  // the axes to sum over come last
+    nest_.join();
+    while (kept_ < nest_.axes && nest_.stride[0][kept_] != 0) ++kept_;
+    Nest<2> of_to = nest_;
+    of_to.axes = kept_;
+    apart_ = injective(of_to, 0);
+    rows_ = nest_;
+    rows_.axes = 0;
+    turns_ = turned_axis();
+    for (int a = 0; a + 1 < kept_; ++a) {
+      if (a != turns_) rows_.append(nest_.size[a], {nest_.stride[0][a], nest_.stride[1][a]});
+    }
+  }
+
+  template <class T>
+  void operator()(T* to, const T* from, bool add, T factor) const {
+    const bool sums = kept_ < nest_.axes;
+    if (kept_ == 0 || (sums && std::abs(nest_.stride[1][kept_ - 1]) != 1)) {
+      return each(nest_.iterations(0, kept_), [&](int64_t first, int64_t last) {
+        Odometer<2> at(nest_, 0, kept_, first);
+        for (int64_t i = first; i < last; ++i, at.next()) {
+          const T value = factor * (sums ? sum_all(nest_, kept_, from + at[1]) : from[at[1]]);
+          T& element = to[at[0]];
+          element = add ? element + value : value;
+        }
+      });
+    }
+    // Rows along the last axis of `to`, in pieces.
+    const int inner = kept_ - 1;
+    const int64_t size = nest_.size[inner], to_stride = nest_.stride[0][inner];
+    const int64_t from_stride = nest_.stride[1][inner];
+    const int64_t piece = sums ? kColumns : turns_ >= 0 ? kTurned : size, pieces = (size + piece - 1) / piece;
+    each(rows_.iterations() * pieces, [&](int64_t first, int64_t last) {
+      Odometer<2> at(rows_, 0, rows_.axes, first / pieces);
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t start = i % pieces * piece, count = std::min(piece, size - start);
+        T* row = to + at[0] + start * to_stride;
+        const T* source = from + at[1] + start * from_stride;
+        if (sums) {
+          add_rows(nest_, kept_, count, source, from_stride, row, to_stride, add, factor);
+        } else if (turns_ >= 0) {
+          turned(count, nest_.size[turns_], source, from_stride, row, nest_.stride[0][turns_], add, factor);
+        } else {
+          with_stride(from_stride, [&](auto step) {
+            put_row(count, row, to_stride, add, [=](int64_t j) { return factor * source[j * step]; });
+          });
+        }
+        if ((i + 1) % pieces == 0) at.next();
       }
     });
-    return;
   }
-  const int inner = kept - 1;
-  const int64_t size = nest.size[inner], to_stride = nest.stride[0][inner];
-  const int64_t from_stride = nest.stride[1][inner];
-  const int64_t rows = nest.iterations(0, inner), piece = sums ? kColumns : size;
-  const int64_t pieces = (size + piece - 1) / piece;
-  each(rows * pieces, [&](int64_t first, int64_t last) {
-    Odometer<2> at(nest, 0, inner, first / pieces);
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t start = i % pieces * piece, count = std::min(piece, size - start);
-      T* row = to + at[0] + start * to_stride;
-      const T* source = from + at[1] + start * from_stride;
-      if (sums) {
-        add_rows(nest, kept, count, source, from_stride, row, to_stride, add, factor);
-      } else {
-        with_stride(from_stride, [&](auto step) {
-          put_row(count, row, to_stride, add, [=](int64_t j) { return factor * source[j * step]; });
-        });
-      }
-      if ((i + 1) % pieces == 0) at.next();
+
+ private:
+  static constexpr int64_t kTurned = 64;
+
+  /// The axis along which `from` is contiguous where `to` is not, if both axes are long; otherwise -1.
+  int turned_axis() const {
+    constexpr int64_t kLong = 4;
+    const int inner = nest_.axes - 1;
+    if (kept_ < nest_.axes || nest_.axes < 2 || !apart_ || nest_.stride[0][inner] != 1 ||
+        std::abs(nest_.stride[1][inner]) <= 1 || nest_.size[inner] < kLong)
+      return -1;
+    for (int a = 0; a < inner; ++a) {
+      if (nest_.stride[1][a] == 1 && nest_.size[a] >= kLong) return a;
     }
-  });
-}
+    return -1;
+  }
+
+  /// Threads share [0, count) where they write to different elements.
+  template <class F>
+  void each(int64_t count, F f) const {
+    apart_ ? share(count, 1, kElementWork * nest_.iterations(), f) : f(int64_t{0}, count);
+  }
+
+  Nest<2> nest_, rows_;  // rows_: the outer axes of `to`
+  int kept_ = 0, turns_ = -1;
+  bool apart_;
+};
 
 }  // namespace strided
 
@@ -300,8 +357,8 @@ bool start(const Loops& loops, int64_t n, const View& view, T* to, bool add) {
 template <class T>
 void assign(const Loops& loops, int64_t n, const View& to_view, T* to, const View& from_view, const T* from,
             T factor = 1) {
-  strided::run(nest_of<2>(loops, n, {&to_view, &from_view}), to + to_view.offset, from + from_view.offset,
-               false, factor);
+  const strided::Copy copy(nest_of<2>(loops, n, {&to_view, &from_view}));
+  copy(to + to_view.offset, from + from_view.offset, false, factor);
 }
 
 /// to (+)= factor from. Without `add`, elements to which the loops do not come are set to 0.
@@ -309,8 +366,8 @@ template <class T>
 void accumulate(const Loops& loops, int64_t n, const View& to_view, T* to, const View& from_view,
                 const T* from, bool add, T factor = 1) {
   add = start(loops, n, to_view, to, add);
-  strided::run(nest_of<2>(loops, n, {&to_view, &from_view}), to + to_view.offset, from + from_view.offset,
-               add, factor);
+  const strided::Copy copy(nest_of<2>(loops, n, {&to_view, &from_view}));
+  copy(to + to_view.offset, from + from_view.offset, add, factor);
 }
 
 }  // namespace maml::MAML_ISA
