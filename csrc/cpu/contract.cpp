@@ -223,8 +223,9 @@ struct OnCpu<Kind::contract> {
       }
     }
     if (most > std::numeric_limits<int32_t>::max()) {
-      throw Unsupported("a contraction of " + std::to_string(most) + " elements of one task, at most " +
-                        std::to_string(std::numeric_limits<int32_t>::max()) + " are fused");
+      throw Unsupported("fused contractions are of at most " +
+                        std::to_string(std::numeric_limits<int32_t>::max()) + " elements of one task, got " +
+                        std::to_string(most));
     }
     return {0, scratch};
   }

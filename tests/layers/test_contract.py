@@ -3,8 +3,10 @@
 import itertools
 
 import pytest
+import torch
 
-from tests.layers.plans import Sketch, check_drawn
+from maml_cuda._core import Unsupported
+from tests.layers.plans import Sketch, check_drawn, drawn
 from tests.layers.test_move import finished, moving
 
 
@@ -105,3 +107,36 @@ def test_long_sums():
     w = sketch.parameter(3, 700).permuted(1, 0)
     finished(sketch, sketch.contract(moving(sketch).unsqueezed(2, 3), w.unsqueezed(0, None), (1,)))
     check_drawn(sketch, 2)
+
+
+def test_threads_do_not_change_bits():
+    sketch = Sketch(48, 65)
+    h = moving(sketch)
+    w = sketch.parameter(65, 70)
+    y = sketch.contract(h.unsqueezed(3, 70), w.unsqueezed(0, 48).unsqueezed(0, None), (2,))
+    p = sketch.parameter(70).unsqueezed(0, 48).unsqueezed(0, None)
+    sketch.softmax(sketch.map(y, p, steps=[("mul", 0, 1), ("tanh", 2)]).permuted(0, 2, 1))
+    plan = sketch.plan()
+    x, parameters = drawn(plan, (48, 65), 60, tasks=1)
+    x, parameters = x.float(), [q.float() for q in parameters]
+    target = torch.randn(1, 60, 48 * 70)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            loss, gradient = torch.ops.maml_cuda.loss_and_grad(parameters, x, [target], plan.text)
+            product = torch.ops.maml_cuda.hvp(parameters, x, [target], gradient, plan.text)
+            results.append([loss, *gradient, *product])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_what_has_no_32_bit_offset_is_refused():
+    sketch = Sketch(50000)
+    sketch.contract(sketch.x.unsqueezed(2, 50000), sketch.x.unsqueezed(1, 50000), ())
+    words = "fused contractions are of at most 2147483647 elements of one task, got 2500000000"
+    with pytest.raises(Unsupported, match=words):
+        torch.ops.maml_cuda.predict_forward([], torch.zeros(1, 1, 50000), sketch.plan().text)

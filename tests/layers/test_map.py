@@ -48,6 +48,27 @@ def two_operands(sketch: Sketch, p: Operand, moves: str) -> list[Operand]:
     ]
 
 
+@pytest.mark.parametrize(
+    "name", ["exp", "expm1", "log", "log1p", "sin", "cos", "tanh", "sigmoid", "erf", "sqrt", "rsqrt", "reciprocal"]
+)
+def test_accuracy_in_float32(name):
+    """Within 2 units in the last place at floats of every size, with NaN and infinities where torch has them."""
+    sketch = Sketch(1)
+    sketch.map(sketch.x, steps=[(name, 0)])
+    bits = torch.arange(-(2**31), 2**31, 10007)
+    x = bits.to(torch.int32).view(torch.float32)
+    x = torch.cat([x, torch.tensor([0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, 88.7, -103.5])])
+    y = torch.ops.maml_cuda.predict_forward([], x.reshape(1, -1, 1), sketch.plan().text).flatten().double()
+    exact = FUNCTIONS[name](x.double())
+    expected = exact.float()
+    assert torch.equal(y.isnan(), expected.isnan())
+    infinite = expected.isinf() | y.isinf()
+    assert torch.equal(y[infinite], expected[infinite].double())
+    known = ~(infinite | expected.isnan())
+    unit = torch.exp2((expected[known].double().abs().clamp(min=2**-126)).log2().floor() - 23)
+    assert ((y[known] - exact[known]).abs() / unit).max() <= 2
+
+
 @pytest.mark.parametrize("name", COMBINATIONS)
 @pytest.mark.parametrize("moves", ["both", "first", "second"])
 def test_combinations(name, moves):

@@ -75,8 +75,10 @@ def test_overlapping_windows():
 
 
 def test_large():
+    """Transposed copies, of which one adds to the cotangent of the other."""
     sketch = Sketch(65, 130)
-    h = moving(sketch).permuted(0, 2, 1)
-    y = sketch.move(h.sizes, (h, lambda y: y))
+    h = moving(sketch)
+    once, twice = (sketch.move((None, 130, 65), (h.permuted(0, 2, 1), lambda y: y)) for _ in range(2))
+    y = sketch.map(once, twice, steps=[("sin", 0), ("mul", 1, 2)])
     finished(sketch, y)
     check_drawn(sketch, 3)
