@@ -2,6 +2,7 @@
 // they are wanted, its tangent, its slopes (the partial derivatives by its arguments) and their tangents.
 #pragma once
 
+#include <algorithm>
 #include <array>
 
 #include "cpu/vector_math.h"
@@ -67,9 +68,10 @@ void of_function(const ExpressionStep& s, const Block<T>& block) {
 #pragma omp simd
   for (int64_t i = 0; i < b.count; ++i) one<InLoop<T>, F, Slopes, Moving>(constants, b, i);
   if constexpr (std::is_same_v<T, float> && (F == Function::sin || F == Function::cos)) {
-    bool beyond = false;
-    for (int64_t i = 0; i < b.count; ++i) beyond |= !(std::abs(b.x[0][i]) <= kMostAngle);
-    if (!beyond) return;
+    float most = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < b.count; ++i) most = std::max(most, std::abs(b.x[0][i]));
+    if (most <= kMostAngle) return;
     for (int64_t i = 0; i < b.count; ++i) {
       if (!(std::abs(b.x[0][i]) <= kMostAngle)) one<T, F, Slopes, Moving>(constants, b, i);
     }
