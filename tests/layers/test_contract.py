@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from maml_cuda._core import Unsupported
-from tests.layers.plans import Sketch, check_drawn, drawn
+from tests.layers.plans import Operand, Sketch, check_drawn, drawn
 from tests.layers.test_move import finished, moving
 
 
@@ -135,8 +135,11 @@ def test_threads_do_not_change_bits():
 
 
 def test_what_has_no_32_bit_offset_is_refused():
-    sketch = Sketch(50000)
-    sketch.contract(sketch.x.unsqueezed(2, 50000), sketch.x.unsqueezed(1, 50000), ())
+    """Overlapping windows of a small value, of more elements than have 32-bit offsets."""
+    sketch = Sketch(100_000)
+    windows = Operand(0, 100_000, True, (None, 50_000, 50_000), (100_000, 1, 1))
+    w = sketch.parameter(50_000).unsqueezed(0, 50_000).unsqueezed(0, None)
+    sketch.contract(windows, w, (2,))
     words = "fused contractions are of at most 2147483647 elements of one task, got 2500000000"
     with pytest.raises(Unsupported, match=words):
-        torch.ops.maml_cuda.predict_forward([], torch.zeros(1, 1, 50000), sketch.plan().text)
+        torch.ops.maml_cuda.predict_forward([torch.zeros(1, 50_000)], torch.zeros(1, 1, 100_000), sketch.plan().text)
