@@ -1,4 +1,4 @@
-"""docs/adding_a_layer.md: what it quotes stands in the files; its steps, followed for `cos`, give a fused cosine."""
+"""docs/adding_a_layer.md: what it quotes stands in the files; its steps, followed for `atan`, give a fused arctangent."""
 
 import os
 import re
@@ -15,24 +15,24 @@ PAGE = (ROOT / "docs" / "adding_a_layer.md").read_text(encoding="utf-8")
 QUOTED = ["csrc/layers/functions.h", "maml_cuda/plan/layers.py", "csrc/layers/scale.h", "csrc/cpu/scale.cpp"]
 
 FUNCTIONS, LAYERS = "csrc/layers/functions.h", "maml_cuda/plan/layers.py"
-# The exercise: behind a text of each file, what `cos` adds to it.
+# The exercise: behind a text of each file, what `atan` adds to it.
 SOLUTION = [
-    (FUNCTIONS, "  sin,\n", "  cos,\n"),
+    (FUNCTIONS, "  sin,\n", "  atan,\n"),
     (
         FUNCTIONS,
-        "    return {s, std::cos(x), -s};\n  }\n};\n",
+        "    return {s, cos(x), -s};\n  }\n};\n",
         """
-/// cos(x)
+/// atan(x)
 template <>
-struct FunctionDeclaration<Function::cos> {
-  static constexpr const char* name = "cos";
+struct FunctionDeclaration<Function::atan> {
+  static constexpr const char* name = "atan";
   static constexpr bool bends = true;
   static constexpr bool in_megakernel = false;
-  static bool ascends(const Layer&) { return false; }
+  static bool ascends(const Constants&) { return true; }
   template <class T>
-  MAML_HOST_DEVICE static Derivatives<T> at(const Layer&, T x) {
-    const T c = std::cos(x);
-    return {c, -std::sin(x), -c};
+  MAML_HOST_DEVICE static Derivatives<T> at(const Constants&, T x) {
+    const T d = 1 / (1 + x * x);
+    return {atan(x), d, -2 * x * d * d};
   }
 };
 """,
@@ -40,29 +40,29 @@ struct FunctionDeclaration<Function::cos> {
     (
         LAYERS,
         '        return self._function(input, "sin")\n',
-        '\n    def cos(self, input: Any) -> Value:\n        return self._function(input, "cos")\n',
+        '\n    def atan(self, input: Any) -> Value:\n        return self._function(input, "atan")\n',
     ),
 ]
 
-# Meta-gradient of a network of cosines, fused, against a plain loop with double backward.
+# Meta-gradient of a network of arctangents, fused, against a plain loop with double backward.
 CHECK = """
 import torch
 from torch import nn
 import maml_cuda
 
-class Cos(nn.Module):
+class Atan(nn.Module):
     def forward(self, x):
-        return torch.cos(x)
+        return torch.atan(x)
 
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(2, 9), Cos(), nn.Linear(9, 9), Cos(), nn.Linear(9, 1)).double()
+model = nn.Sequential(nn.Linear(2, 9), Atan(), nn.Linear(9, 9), Atan(), nn.Linear(9, 1)).double()
 x, y = torch.randn(3, 5, 2).double(), torch.randn(3, 5, 1).double()
 maml = maml_cuda.FusedMAML(model, 0.1, 2, loss="mse", backend="fused")
 maml(x, y, -x, y).loss.backward()
 
 def loss(p, x, y):
-    h = torch.cos(x @ p[0].T + p[1])
-    h = torch.cos(h @ p[2].T + p[3])
+    h = torch.atan(x @ p[0].T + p[1])
+    h = torch.atan(h @ p[2].T + p[3])
     return ((h @ p[4].T + p[5] - y) ** 2).mean()
 
 theta = list(model.parameters())
@@ -95,7 +95,7 @@ def test_quotes_stand_in_the_files() -> None:
         assert any(without_indent(quote) in text for text in files), quote
 
 
-def steps_for_cos(copy: Path) -> None:
+def steps_for_atan(copy: Path) -> None:
     for name, behind, added in SOLUTION:
         path = copy / name
         text = path.read_text(encoding="utf-8")
@@ -111,9 +111,9 @@ def copy_of_the_sources(folder: Path) -> Path:
     return folder
 
 
-def test_the_steps_give_a_fused_cosine(tmp_path: Path) -> None:
+def test_the_steps_give_a_fused_arctangent(tmp_path: Path) -> None:
     copy = copy_of_the_sources(tmp_path)
-    steps_for_cos(copy)
+    steps_for_atan(copy)
     # Not optimised, and one instruction set: it builds sooner.
     options = "-DMAML_CUDA_INSTRUCTION_SETS= -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O0"
     env = {**os.environ, "MAML_CUDA_BUILD": "cpu", "CMAKE_ARGS": options}
@@ -129,7 +129,7 @@ def test_the_steps_give_a_fused_cosine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "behind", "added", "words"),
     [
-        ("csrc/layers/functions.h", "  sin,\n", "  cos,\n", "FunctionDeclaration<maml::Function::cos>"),
+        ("csrc/layers/functions.h", "  sin,\n", "  atan,\n", "FunctionDeclaration<maml::Function::atan>"),
         ("csrc/layers/kinds.h", "  scale,\n", "  shift,\n", "every kind is declared"),
         ("csrc/layers/scale.h", "mixes_samples", "_of_a_batch", "every kind is declared"),
     ],

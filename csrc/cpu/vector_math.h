@@ -249,7 +249,22 @@ inline Vectorised logistic(Vectorised x) { return vector_math::logistic(x.value)
 inline Vectorised erf(Vectorised x) { return vector_math::erf(x.value); }
 inline Vectorised erfc(Vectorised x) { return vector_math::erfc(x.value); }
 inline Vectorised sqrt(Vectorised x) { return std::sqrt(x.value); }
+
+// Not vectorised.
+inline Vectorised acos(Vectorised x) { return std::acos(x.value); }
+inline Vectorised acosh(Vectorised x) { return std::acosh(x.value); }
+inline Vectorised asin(Vectorised x) { return std::asin(x.value); }
+inline Vectorised asinh(Vectorised x) { return std::asinh(x.value); }
+inline Vectorised atan(Vectorised x) { return std::atan(x.value); }
+inline Vectorised atanh(Vectorised x) { return std::atanh(x.value); }
+inline Vectorised cbrt(Vectorised x) { return std::cbrt(x.value); }
+inline Vectorised cosh(Vectorised x) { return std::cosh(x.value); }
+inline Vectorised exp2(Vectorised x) { return std::exp2(x.value); }
+inline Vectorised log10(Vectorised x) { return std::log10(x.value); }
+inline Vectorised log2(Vectorised x) { return std::log2(x.value); }
 inline Vectorised pow(Vectorised x, Vectorised y) { return std::pow(x.value, y.value); }
+inline Vectorised sinh(Vectorised x) { return std::sinh(x.value); }
+inline Vectorised tan(Vectorised x) { return std::tan(x.value); }
 
 /// exp(x) in a loop over elements of type T.
 template <class T>

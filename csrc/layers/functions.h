@@ -59,8 +59,9 @@ struct Derivatives {
 namespace {
 
 // Elementary functions are called by their names alone: T may be a type that has its own.
-using std::cos, std::erf, std::erfc, std::exp, std::expm1, std::log, std::log1p, std::pow, std::sin,
-    std::sqrt, std::tanh;
+using std::acos, std::acosh, std::asin, std::asinh, std::atan, std::atanh, std::cbrt, std::cos, std::cosh,
+    std::erf, std::erfc, std::exp, std::exp2, std::expm1, std::log, std::log10, std::log1p, std::log2,
+    std::pow, std::sin, std::sinh, std::sqrt, std::tan, std::tanh;
 
 /// The declaration of a function: its name in plans; `bends`, whether f'' is not identically zero; `ascends`,
 /// whether f is non-decreasing, so that a max-pool may come before it; `in_megakernel`, whether the CUDA
