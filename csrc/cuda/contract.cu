@@ -11,29 +11,28 @@ namespace {
 /// The operands of the nests: both factors and the result.
 enum : int { kA, kB, kResult, kOperands };
 
+/// A term without factors is null.
 template <class T>
 struct Terms {
   Factors<T> of[2];
-  int count;
 };
 
 /// out (+)= the sum of a b over the terms, one term after the other at each step
 template <class T>
-__global__ void __launch_bounds__(kElementThreads)
+__global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     product_kernel(const __grid_constant__ Split<kOperands> loops, Terms<T> terms, bool add, T* symbolic_out,
                    const Table* table) {
   const Team team = grid_team();
-  for (Factors<T>& f : terms.of) {
-    f = {resolve(f.a, *table, blockIdx.z), resolve(f.b, *table, blockIdx.z)};
-  }
-  T* out = resolve(symbolic_out, *table, blockIdx.z);
+  const int64_t task = blockIdx.z;
+  const T *a = resolve(terms.of[0].a, *table, task), *b = resolve(terms.of[0].b, *table, task);
+  const T *a2 = resolve(terms.of[1].a, *table, task), *b2 = resolve(terms.of[1].b, *table, task);
+  T* out = resolve(symbolic_out, *table, task);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kOperands> to = outer_step(loops, step);
     Sum<T> sum;
     each_step(loops.inner, to, [&](const Offsets<kOperands>& at) {
-      for (int term = 0; term < terms.count; ++term) {
-        sum += terms.of[term].a[at.of[kA]] * terms.of[term].b[at.of[kB]];
-      }
+      if (a) sum += a[at.of[kA]] * b[at.of[kB]];
+      if (a2) sum += a2[at.of[kA]] * b2[at.of[kB]];
     });
     put(out, to.of[kResult], sum.value(), add);
   }
@@ -58,7 +57,7 @@ struct OnGpu<Kind::contract> {
     const View& b = view_of(loops, result == Operand::x1 ? Operand::y : Operand::x1);
     const Split<kOperands> s = split<kOperands>(loops, l.n, to, {&a, &b, &to});
     clear_unless_reached(launch, to, l.n, s.outer.steps, add, out);
-    Terms<T> terms{{}, count};
+    Terms<T> terms{};
     std::copy_n(factors, count, terms.of);
     launch(tangent == Tangent::yes ? "contract tangent" : "contract", product_kernel<T>,
            step_grid(s.outer.steps), kElementThreads, 0, s, terms, add, out, launch.table);

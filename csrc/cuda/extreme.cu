@@ -41,7 +41,7 @@ Split<kOperands> split_by(const Layer& l, const View& by) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kElementThreads)
+__global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     forward_kernel(const __grid_constant__ Split<kOperands> loops, Reduction reduction, const T* symbolic_x,
                    T* symbolic_y, int32_t* symbolic_chosen, const Table* table) {
   const Team team = grid_team();
@@ -74,7 +74,7 @@ __device__ __forceinline__ T shared(Reduction reduction, const Offsets<kOperands
 
 /// y_dot = the sum of the shares of x_dot; split by y
 template <class T>
-__global__ void __launch_bounds__(kElementThreads)
+__global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     tangent_kernel(const __grid_constant__ Split<kOperands> loops, Reduction reduction, const T* symbolic_x,
                    const T* symbolic_y, const int32_t* symbolic_chosen, const T* symbolic_x_dot,
                    T* symbolic_y_dot, const Table* table) {
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kElementThreads)
 
 /// grad_x (+)= the sum of the shares of g; split by x
 template <class T>
-__global__ void __launch_bounds__(kElementThreads)
+__global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     cotangent_kernel(const __grid_constant__ Split<kOperands> loops, Reduction reduction, const T* symbolic_x,
                      const T* symbolic_y, const int32_t* symbolic_chosen, const T* symbolic_g, bool add,
                      T* symbolic_grad_x, const Table* table) {

@@ -118,7 +118,7 @@ __device__ __forceinline__ Pointers<T> resolve_all(const T* const (&symbolic)[kM
 }
 
 template <bool kTangent, class T>
-__global__ void __launch_bounds__(kElementThreads)
+__global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     forward_kernel(const __grid_constant__ Split<kOperands> loops, const __grid_constant__ Expression e,
                    Set moves, const __grid_constant__ Tensors<T> symbolic, const Table* table) {
   const Team team = grid_team();
@@ -179,7 +179,7 @@ __device__ __forceinline__ T cotangent_dot(const Expression& e, int operand, Set
 
 /// The cotangent of one operand, or its tangent; the loops are split by that operand.
 template <bool kTangent, class T>
-__global__ void __launch_bounds__(kElementThreads)
+__global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     backward_kernel(const __grid_constant__ Split<kOperands> loops, const __grid_constant__ Expression e,
                     Set moves, int operand, Set wanted, const __grid_constant__ Tensors<T> symbolic,
                     const Table* table) {

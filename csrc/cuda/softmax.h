@@ -12,12 +12,16 @@
 
 namespace maml::cuda {
 
-/// What the two kinds do with an element of a row. s: the probability. A: the sum of `share` over the row;
-/// RA: its tangent. B: the sum of s x_dot.
+/// What the two kinds do with an element of a row. below: x - the largest x. s: the probability. A: the sum
+/// of `share` over the row; RA: its tangent. B: the sum of s x_dot.
 struct Softmax {
   template <class T>
-  static __device__ T value(T below, T sum) {  // below: x - the largest x; sum: of exp(below)
-    return std::exp(below) / sum;
+  static __device__ T scale(T sum) {
+    return 1 / sum;
+  }
+  template <class T>
+  static __device__ T value(T below, T scale) {
+    return std::exp(below) * scale;
   }
   template <class T>
   static __device__ T probability(T y) {
@@ -47,8 +51,12 @@ struct Softmax {
 
 struct LogSoftmax {
   template <class T>
-  static __device__ T value(T below, T sum) {
-    return below - std::log(sum);
+  static __device__ T scale(T sum) {
+    return std::log(sum);
+  }
+  template <class T>
+  static __device__ T value(T below, T scale) {
+    return below - scale;
   }
   template <class T>
   static __device__ T probability(T y) {
@@ -97,7 +105,7 @@ inline Rows rows_of(const Layer& l, const View& by) {
 }
 
 template <class Form, class T>
-__global__ void __launch_bounds__(kElementThreads)
+__global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     softmax_forward(const __grid_constant__ Rows rows, const T* symbolic_x, T* symbolic_y,
                     const Table* table) {
   const Team team = grid_team();
@@ -112,14 +120,15 @@ __global__ void __launch_bounds__(kElementThreads)
       if (x[i * rows.x_stride] > largest) largest = x[i * rows.x_stride];
     }
     for (int64_t i = 0; i < length; ++i) sum += std::exp(x[i * rows.x_stride] - largest);
+    const T scale = Form::scale(sum.value());
     for (int64_t i = 0; i < length; ++i) {
-      y[i * rows.y_stride] = Form::value(x[i * rows.x_stride] - largest, sum.value());
+      y[i * rows.y_stride] = Form::value(x[i * rows.x_stride] - largest, scale);
     }
   }
 }
 
 template <class Form, class T>
-__global__ void __launch_bounds__(kElementThreads)
+__global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     softmax_tangent(const __grid_constant__ Rows rows, const T* symbolic_y, const T* symbolic_x_dot,
                     T* symbolic_y_dot, const Table* table) {
   const Team team = grid_team();
@@ -141,7 +150,7 @@ __global__ void __launch_bounds__(kElementThreads)
 
 /// grad_x (+)= what y and g give
 template <class Form, class T>
-__global__ void __launch_bounds__(kElementThreads)
+__global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     softmax_cotangent(const __grid_constant__ Rows rows, const T* symbolic_y, const T* symbolic_g, bool add,
                       T* symbolic_grad_x, const Table* table) {
   const Team team = grid_team();
@@ -165,7 +174,7 @@ __global__ void __launch_bounds__(kElementThreads)
 
 /// grad_x_dot (+)= what y, y_dot, g and g_dot give; y_dot and g may be absent.
 template <class Form, class T>
-__global__ void __launch_bounds__(kElementThreads)
+__global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     softmax_cotangent_dot(const __grid_constant__ Rows rows, const T* symbolic_y, const T* symbolic_y_dot,
                           const T* symbolic_g, const T* symbolic_g_dot, bool add, T* symbolic_grad_x_dot,
                           const Table* table) {

@@ -2,7 +2,14 @@
 // result of a kernel has, and those along which its stride is 0. A thread takes a step of the first and goes
 // over all steps of the second, in row-major order, so that it alone writes an element: there are no atomics,
 // and every sum has one order. A kernel takes both nests by value; it never reads Layer::loops.
+//
+// Limits: a value of one task has fewer than 2^31 elements, and so has a sum, so that steps are numbered in
+// 32 bits: a division of 64 bits is a function call on a GPU.
 #pragma once
+
+#include <limits>
+#include <stdexcept>
+#include <string>
 
 #include "cuda/elementwise.h"
 #include "cuda/run/updates.h"
@@ -20,16 +27,19 @@ struct Offsets {
 /// and neighbours along which the operands move as along a single axis are one.
 template <int M>
 struct Nest {
-  int axes = 0;
-  int64_t steps = 1;
-  int64_t size[kMostAxes] = {}, stride[kMostAxes][M] = {};
+  int axes = 0, steps = 1, size[kMostAxes] = {};
+  int64_t stride[kMostAxes][M] = {};
 
   void append(int64_t extent, const int64_t (&strides)[M]) {
-    steps *= extent;
+    if (extent > std::numeric_limits<int>::max() / steps) {
+      throw std::invalid_argument("a layer over loops takes fewer than 2^31 steps a task, got " +
+                                  std::to_string(extent * steps));
+    }
+    steps *= static_cast<int>(extent);
     bool merges = axes > 0;
     for (int m = 0; merges && m < M; ++m) merges = stride[axes - 1][m] == extent * strides[m];
     if (!merges) ++axes;
-    size[axes - 1] = merges ? extent * size[axes - 1] : extent;
+    size[axes - 1] = static_cast<int>(merges ? extent * size[axes - 1] : extent);
     for (int m = 0; m < M; ++m) stride[axes - 1][m] = strides[m];
   }
 };
@@ -60,9 +70,9 @@ Split<M> split(const Loops& loops, int64_t n, const View& by, const View* const 
 
 /// Where the operands are at a step of the first `axes` axes.
 template <int M>
-__device__ __forceinline__ Offsets<M> advance(Offsets<M> at, const Nest<M>& nest, int axes, int64_t step) {
+__device__ __forceinline__ Offsets<M> advance(Offsets<M> at, const Nest<M>& nest, int axes, unsigned step) {
   for (int a = axes - 1; a >= 0; --a) {
-    const int64_t rest = step / nest.size[a], i = step - rest * nest.size[a];
+    const unsigned size = static_cast<unsigned>(nest.size[a]), rest = step / size, i = step - rest * size;
     for (int m = 0; m < M; ++m) at.of[m] += i * nest.stride[a][m];
     step = rest;
   }
@@ -70,17 +80,17 @@ __device__ __forceinline__ Offsets<M> advance(Offsets<M> at, const Nest<M>& nest
 }
 template <int M>
 __device__ __forceinline__ Offsets<M> outer_step(const Split<M>& loops, int64_t step) {
-  return advance(loops.first, loops.outer, loops.outer.axes, step);
+  return advance(loops.first, loops.outer, loops.outer.axes, static_cast<unsigned>(step));
 }
 
 /// f(offsets) at every step of a nest, in order, for operands that start at `from`.
 template <int M, class F>
 __device__ __forceinline__ void each_step(const Nest<M>& nest, const Offsets<M>& from, F f) {
   const int last = nest.axes - 1;
-  const int64_t length = nest.size[last], rows = nest.steps / length;
-  for (int64_t row = 0; row < rows; ++row) {
-    Offsets<M> at = advance(from, nest, last, row);
-    for (int64_t i = 0; i < length; ++i) {
+  const int length = nest.size[last], rows = nest.steps / length;
+  for (int row = 0; row < rows; ++row) {
+    Offsets<M> at = advance(from, nest, last, static_cast<unsigned>(row));
+    for (int i = 0; i < length; ++i) {
       f(at);
       for (int m = 0; m < M; ++m) at.of[m] += nest.stride[last][m];
     }
@@ -107,6 +117,9 @@ class Sum {
   unsigned count_ = 0;
 };
 
+/// How many blocks a multiprocessor must hold: without a number, nvcc spills registers to hold more.
+inline constexpr int kResidentSteps = 2;
+
 /// A thread a step: the work of a step is often a loop.
 inline Grid step_grid(int64_t steps) { return {blocks_for(steps, kElementThreads)}; }
 
@@ -130,7 +143,7 @@ void clear_unless_reached(const Launcher& launch, const View& view, int64_t n, i
 
 /// out (+)= scale times the sum of in along the axes that out does not have.
 template <class T>
-__global__ void __launch_bounds__(kElementThreads)
+__global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     sum_kernel(const __grid_constant__ Split<2> loops, T scale, const T* symbolic_in, bool add,
                T* symbolic_out, const Table* table) {
   const Team team = grid_team();

@@ -235,6 +235,26 @@ void check_special_values() {
          "map: powers of 0 and to 0");
 }
 
+/// What steps of 32 bits cannot number is refused before anything runs.
+void check_limits() {
+  LoopLayer l = layer_of(Kind::reduce);
+  l.layer.n = 1;
+  l.loops = {
+      loops_over({int64_t{1} << 16, int64_t{1} << 15}, {{1, false, false, 0, {}}}, {1, false, false, 0, {}})};
+  l.layer.loops = l.loops.data();
+  Memory<double> memory(1, 100);
+  Tensors<double> t;
+  t.x[0] = memory.take(1), t.y = memory.take(1);
+  std::string error;
+  try {
+    passes_of<double>(Kind::reduce).forward(memory.launcher(), l.layer, t);
+  } catch (const std::invalid_argument& e) {
+    error = e.what();
+  }
+  expect(error == "a layer over loops takes fewer than 2^31 steps a task, got 2147483648",
+         "loops: 2^31 steps are refused, got: " + error);
+}
+
 /// The same bits in every schedule, and for a task whatever its neighbours are.
 void check_bits() {
   std::vector<std::vector<std::vector<float>>> all;
@@ -269,6 +289,7 @@ int main(int argc, char** argv) {
     check_maps<float>();
     check_products_with_itself<double>();
     check_special_values();
+    check_limits();
   });
   if (argc == 1) check_bits();
   return report();
