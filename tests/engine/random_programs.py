@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests import oracle
+
 SAMPLES = 11, 13  # of the two evaluations: no other size is a multiple of them
 MOST_ELEMENTS, LARGEST = 2000, 30.0
 SMOOTH = [
@@ -43,16 +45,20 @@ class RandomProgram:
     Attributes:
         source: of the module.
         model: on which every parameter has a value.
-        adapted: the names of those that the prediction depends on.
         loss: "mse" or "cross_entropy".
         data: x_spt, y_spt, x_qry, y_qry.
+        inner_lr: so small that a step is shorter than 0.1.
+        adapted: names of parameters that the loss depends on.
     """
 
     source: str
     model: nn.Module
-    adapted: list[str]
     loss: str
     data: list[Tensor]
+    inner_lr: float
+    steps: int
+    first_order: bool
+    adapted: list[str]
 
 
 @dataclass
@@ -404,7 +410,7 @@ def completed(
     counts: tuple[int, int],
     sample: list[int],
 ) -> RandomProgram:
-    """Adds the loss, the data and the names of the parameters that the prediction depends on."""
+    """Adds the loss, the data and the inner loop."""
     data: list[Tensor] = []
     loss = random.choice(["mse", "cross_entropy"])
     names, parameters = zip(*model.named_parameters(), strict=True)
@@ -418,6 +424,11 @@ def completed(
         else:
             y = torch.randn(2, *out.shape, generator=generator, dtype=torch.float64)
         data += [x, y]
-    grads = torch.autograd.grad((out * out).sum(), parameters, allow_unused=True)
-    adapted = [name for name, g in zip(names, grads, strict=True) if g is not None]
-    return RandomProgram(source, model, adapted, loss, data)
+    out = model(data[0].flatten(0, 1))  # both tasks
+    value = oracle.LOSSES[loss](out, data[1].flatten(0, 1))
+    grads = torch.autograd.grad(value, parameters, allow_unused=True)
+    length = sum(g.norm().item() for g in grads if g is not None)
+    reached = [name for name, g in zip(names, grads, strict=True) if g is not None]
+    adapted = reached if random.random() < 0.5 else random.sample(reached, random.randint(1, len(reached)))
+    rate, steps, first_order = 0.1 / (1 + length), random.randint(1, 3), random.random() < 0.2
+    return RandomProgram(source, model, loss, data, rate, steps, first_order, adapted)

@@ -24,9 +24,12 @@ FUSED = 0.8 if "a" in BUILT_PARTS else 0.0  # the share at least
 
 def check(program: RandomProgram) -> str:
     """Compares a meta-step with the oracle. Returns why the program was not fused, or ""."""
-    given = program.model, program.loss, *program.data, 0.05, 2
-    value, expected = oracle.meta_gradient(*given, adapted=program.adapted)
-    maml = FusedMAML(program.model, 0.05, 2, loss=program.loss, adapt_params=program.adapted)
+    given = program.model, program.loss, *program.data, program.inner_lr, program.steps, program.first_order
+    value, expected = oracle.meta_gradient(*given, program.adapted)
+    maml = FusedMAML(
+        program.model, program.inner_lr, program.steps, loss=program.loss, first_order=program.first_order,
+        adapt_params=program.adapted,
+    )  # fmt: skip
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "maml_cuda runs this model on the general path")
         loss, grads = run(maml, program.data)
