@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 from maml_cuda import pytrees
 from maml_cuda.process_wide import ProcessWide
@@ -79,10 +80,9 @@ class Functional:
     def differentiable_twice(self) -> Iterator[None]:
         """Context in which calls can be differentiated twice.
 
-        Flash attention and cuDNN's recurrent layers have no second derivative, so torch's other implementations are
-        used.
+        cuDNN's recurrent layers have no second derivative, so torch's other implementation is used.
         """
-        with math_attention(), _recurrence_without_cudnn() if self._recurrent else nullcontext():
+        with second_derivatives(), _recurrence_without_cudnn() if self._recurrent else nullcontext():
             yield
 
     @torch.no_grad()
@@ -141,8 +141,34 @@ def _without_cudnn() -> Iterator[None]:
         torch.backends.cudnn.enabled = before
 
 
-math_attention = ProcessWide(lambda: sdpa_kernel(SDPBackend.MATH))
+_math_attention = ProcessWide(lambda: sdpa_kernel(SDPBackend.MATH))
 _recurrence_without_cudnn = ProcessWide(_without_cudnn)
+
+
+class _WeightNorm(TorchFunctionMode):
+    """Computes weight normalisation by its formula.
+
+    The second derivative of torch's own kernel takes the norms for constants: torch.autograd.gradgradcheck fails in
+    torch 2.6, 2.13 and 2.14.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+@contextmanager
+def second_derivatives() -> Iterator[None]:
+    """Context in which attention, whose fast kernels have none, and weight normalisation have second derivatives."""
+    with _math_attention(), _WeightNorm():
+        yield
 
 
 def _new_view(t: Tensor) -> Tensor:

@@ -14,12 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": F.cross_entropy,
     "mse": lambda prediction, target: ((prediction - target) ** 2).mean(),
 }
+
+
+class WeightNorm(TorchFunctionMode):
+    """Weight normalisation from its formula: torch's second derivative takes the norms for constants."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch._weight_norm:
+            v, g, dim = args
+            return v * (g / torch.norm_except_dim(v, 2, dim))
+        return function(*args, **(kwargs or {}))
 
 
 class Plain:
@@ -43,7 +54,7 @@ class Plain:
             m._flat_weights = [getattr(m, name) for name in m._flat_weights_names]
         for m, key, b in self.buffers:
             setattr(m, key, None if b is None else b.clone())
-        with sdpa_kernel(SDPBackend.MATH):  # the one attention that has second derivatives
+        with WeightNorm(), sdpa_kernel(SDPBackend.MATH):  # the one attention that has second derivatives
             return self.model(*tree_map_only(Tensor, lambda t: t.detach().clone(), x))
 
 

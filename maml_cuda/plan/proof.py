@@ -33,7 +33,7 @@ from maml_cuda.batch_norm import at_step
 from maml_cuda.capture import generators, outside_state
 from maml_cuda.capture.copies import copied, in_place_of, places, tensors_of
 from maml_cuda.capture.errors import first_line
-from maml_cuda.functional import math_attention
+from maml_cuda.functional import second_derivatives
 from maml_cuda.losses import Loss, loss_function
 from maml_cuda.policies import mean_of
 from maml_cuda.targets import PolicyTarget, Target
@@ -103,8 +103,8 @@ def _compare(
     generator = Generator().manual_seed(seed)
     try:
         in_double = _InDouble() if _is_single(model) else nullcontext()
-        # Neither compiled modules nor torch's fast attention can be differentiated twice.
-        with generators.restored(), uncompiled(), math_attention(), in_double:
+        # Compiled modules cannot be differentiated twice.
+        with generators.restored(), uncompiled(), second_derivatives(), in_double:
             model_copy, loss_copy = copied((model, loss), _replacements(model, generator))
             state = {name: place.tensor for name, place in places(model_copy).items()}
             fast = {name: t.detach().clone().unsqueeze(0) for name, t in state.items()}

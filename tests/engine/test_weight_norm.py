@@ -1,0 +1,58 @@
+"""Weight normalisation, of whose own kernel torch has a wrong second derivative, against its formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from maml_cuda import FusedMAML
+from tests import oracle
+from tests.conftest import assert_close, episode, run
+
+
+class Written(nn.Module):
+    """Two linear layers whose weights are v g / |v|, with the rows' norms |v|."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = (5, 3), (2, 5)
+        self.v = nn.ParameterList(nn.Parameter(torch.randn(shape)) for shape in sizes)
+        self.g = nn.ParameterList(nn.Parameter(torch.rand(rows, 1)) for rows, _ in sizes)
+        self.b = nn.ParameterList(nn.Parameter(torch.randn(rows)) for rows, _ in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (v * g / (v * v).sum(1, keepdim=True).sqrt() for v, g in zip(self.v, self.g, strict=True))
+        return F.linear(torch.tanh(F.linear(x, first, self.b[0])), second, self.b[1])
+
+
+def of_torch(written: Written) -> tuple[nn.Module, dict[str, str]]:
+    """The same net by torch's parametrization, and its name for each parameter of `written`."""
+    model = nn.Sequential(weight_norm(nn.Linear(3, 5)), nn.Tanh(), weight_norm(nn.Linear(5, 2))).double()
+    names = {}
+    for i in range(2):
+        weight = f"{2 * i}.parametrizations.weight.original"
+        names |= {f"g.{i}": f"{weight}0", f"v.{i}": f"{weight}1", f"b.{i}": f"{2 * i}.bias"}
+    model.load_state_dict({names[name]: p for name, p in written.state_dict().items()})
+    return model, names
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.filterwarnings("ignore:maml_cuda runs this model on the general path")
+def test_its_meta_gradient_is_that_of_the_formula(backend: str) -> None:
+    written, data = Written().double(), episode((3,), target=(2,))
+    value, expected = oracle.meta_gradient(written, "mse", *data, 0.1, 2)
+    model, names = of_torch(written)
+    loss, grads = run(FusedMAML(model, 0.1, 2, loss="mse", backend=backend), data)
+    torch.testing.assert_close(loss, value, rtol=1e-12, atol=0)
+    assert_close({name: grads[names[name]] for name in expected}, expected)
+
+
+def test_the_oracle_has_it_too() -> None:
+    written, data = Written().double(), episode((3,), target=(2,))
+    _, expected = oracle.meta_gradient(written, "mse", *data, 0.1, 2)
+    model, names = of_torch(written)
+    _, grads = oracle.meta_gradient(model, "mse", *data, 0.1, 2)
+    assert_close({name: grads[names[name]] for name in expected}, expected)
