@@ -70,10 +70,15 @@ def test_instances(check_passes, affine, sizes, channels):
 )
 def test_trailing_axes(check_passes, affine, shape, channels, sizes):
     """LayerNorm of each row of a sample."""
-    norm = nn.LayerNorm(shape, elementwise_affine=affine)
+    norm = nn.LayerNorm(shape, eps=0.1, elementwise_affine=affine)
     layer = {1: nn.Conv1d, 2: nn.Conv2d}[len(sizes)]
     model = nn.Sequential(layer(2, channels, 1), norm, nn.Tanh(), layer(channels, 2, 1))
     check_passes(model, (2, *sizes), n=3)
+
+
+def test_samples_of_four_axes(check_passes):
+    model = nn.Sequential(nn.LayerNorm([2, 3, 4, 5]), nn.Tanh(), nn.Flatten(), nn.Linear(120, 2))
+    check_passes(model, (2, 3, 4, 5), n=3)
 
 
 def test_without_bias(check_passes):
@@ -222,13 +227,13 @@ def test_samples_do_not_depend_on_each_other(machine):
     ("model", "shape", "why"),
     [
         (nn.LayerNorm([2, 8]), (2, 9), r"0 \(LayerNorm\): Given normalized_shape=\[2, 8\]"),
-        (nn.LayerNorm([2, 3, 4, 5]), (2, 3, 4, 5), r"normalized_shape=\[2, 3, 4, 5\]"),
         (nn.GroupNorm(2, 4), (6, 9), r"0 \(GroupNorm\): .*number of channels"),
         (nn.GroupNorm(2, 4, affine=False), (5, 9), r"0 \(GroupNorm\): .*num_groups=2"),
         (nn.InstanceNorm1d(2), (2, 1), r"0 \(InstanceNorm1d\): Expected more than 1"),
         (nn.InstanceNorm1d(9), (9,), "whose first axis does not count samples"),
+        (nn.GroupNorm(1, 2), (2, 3, 4, 5), r"0 \(GroupNorm\): .* at most"),
         (nn.InstanceNorm2d(2, track_running_stats=True), (2, 4, 5), "running statistics in train mode"),
-        (nn.InstanceNorm3d(2), (2, 4, 5), "whose first axis does not count samples"),
+        (nn.InstanceNorm3d(2), (2, 4, 5), r"\[1, 2, 2, 4, 5\]; fused are inputs of at most 4 axes"),
     ],
 )
 def test_what_is_not_fused_says_so(model, shape, why):
