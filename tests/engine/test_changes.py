@@ -67,15 +67,32 @@ def test_another_model() -> None:
     assert second[0].weight.grad is not None
 
 
+class SumsSoFar(nn.Linear):
+    """Of series [n, steps, features]; it is fused for samples [features] alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.cumsum(1) if x.dim() > 2 else x)
+
+
+def test_samples_with_more_axes() -> None:
+    model = nn.Linear(3, 4).double()
+    data = episode()[0].double(), torch.rand(2, 5, 4).double(), episode()[2].double(), torch.rand(2, 5, 4).double()
+    wide = [t[:, :, None].expand(*t.shape[:2], 6, t.shape[2]).contiguous() for t in data]
+    maml, plain = (FusedMAML(model, 0.1, loss="mse", backend=backend) for backend in ("fused", "reference"))
+    for given in (data, wide, data):
+        torch.testing.assert_close(maml(*given).loss, plain(*given).loss, rtol=1e-12, atol=0)
+        assert maml.backend == "cpu"
+
+
 def test_a_shape_that_no_layer_fits_spoils_no_other() -> None:
-    model = nn.Sequential(nn.Linear(3, 4))
+    model = nn.Sequential(SumsSoFar(3, 4))
     wide = episode(2, 3)
     wide = wide[0], torch.rand(2, 5, 2, 4), wide[2], torch.rand(2, 5, 2, 4)
     narrow = episode()[0], torch.rand(2, 5, 4), episode()[2], torch.rand(2, 5, 4)
     strict = FusedMAML(model, 0.1, loss="mse", backend="fused")
     for _ in range(2):
         loss = strict(*narrow).loss
-        with pytest.raises(ValueError, match=r'backend="fused" cannot serve this model: 0 \(Linear\): it views'):
+        with pytest.raises(ValueError, match=r'"fused" cannot serve this model: cumsum in 0 \(SumsSoFar\)'):
             strict(*wide)
         assert strict.backend == "cpu"
     maml = FusedMAML(model, 0.1, loss="mse")
@@ -83,7 +100,7 @@ def test_a_shape_that_no_layer_fits_spoils_no_other() -> None:
     with pytest.warns(UserWarning, match="general path"):
         maml(*wide)
     assert maml.backend == "reference"
-    assert "0 (Linear): it views [5, 2, 3] as [10, 3], whose first axis does not count samples" in maml.explain()
+    assert "cumsum in 0 (SumsSoFar): no fused layer serves it" in maml.explain()
     for _ in range(2):
         assert torch.equal(maml(*narrow).loss, loss)
         assert maml.backend == "cpu"

@@ -12,16 +12,23 @@ from torch import Tensor, nn
 
 from maml_cuda import FusedMAML, gradcheck
 
-SERIES = "0 (Linear): it views [5, 6, 4] as [30, 4], whose first axis does not count samples"  # as of `series`
+SERIES = "cumsum in 0 (SumsSoFar): no fused layer serves it (cumsum)"  # as of `series`
 GENERAL = "ignore:maml_cuda runs this model on the general path:UserWarning"
 
 
+class SumsSoFar(nn.Linear):
+    """Of series [n, steps, features]; it is fused for samples [features] alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.cumsum(1) if x.dim() > 2 else x)
+
+
 def net() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    return nn.Sequential(SumsSoFar(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 def series() -> list[Tensor]:
-    """Samples [6 steps, 4 features], on which Linear is not fused."""
+    """Samples [6 steps, 4 features], on which the net is not fused."""
     x, y = torch.randn(2, 2, 5, 6, 4), torch.randn(2, 2, 5, 6, 3)
     return [x[0], y[0], x[1], y[1]]
 
@@ -105,7 +112,9 @@ def test_explain_of_what_runs_by_name() -> None:
 @pytest.mark.usefixtures("machine")
 def test_explain_refuses_what_a_call_refuses() -> None:
     maml = FusedMAML(net(), 0.1, loss="mse")
-    with pytest.raises(ValueError, match=r"x must have samples .*got \[3\], 5 a task: 0 \(Linear\): .*\[4, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"x must have samples .*got \[3\], 5 a task: linear in 0 \(SumsSoFar\): .*\[4, 5\]"
+    ):
         maml.explain(torch.randn(2, 5, 3))
     with pytest.raises(ValueError, match="y must have 5 samples a task like x, got 4"):
         maml.explain(torch.randn(2, 5, 4), torch.randn(2, 4, 3))
