@@ -25,6 +25,7 @@ enum class Kind : int {
   target,
   view,
   move,
+  windows,
   map,
   reduce,
   extreme,
@@ -69,6 +70,7 @@ enum class Kind : int {
 #include "layers/stop.h"
 #include "layers/target.h"
 #include "layers/view.h"
+#include "layers/windows.h"
 
 namespace maml {
 

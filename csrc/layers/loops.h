@@ -2,6 +2,7 @@
 // given as nested loops in which every operand has a stride for each axis:
 //
 //   move      y[.] = x_j[.]                    for each input j, loops of its own
+//   windows   y[.] = x[.] at positions + taps  along some axes of x (Slide), 0 outside of x
 //   map       y[.] = f(x_0[.], x_1[.], ...)    f: an Expression
 //   reduce    y[.] = the sum, mean or extreme of x[.] over the axes along which y has stride 0
 //   contract  y[.] = the sum of x_0[.] x_1[.] over the axes along which y has stride 0
@@ -28,10 +29,23 @@ struct View {
   int64_t stride[kMostAxes] = {};
 };
 
+constexpr int kMostSlides = 3;
+
+/// Of `windows`: an axis of x over which a window slides. The loops have two axes in its place, that of the
+/// window's positions and that of its taps; at (p, t) they are at element p stride + t dilation - padding of
+/// the axis. x has the stride 0 along both.
+struct Slide {
+  int position = 0, tap = 0;       // axes of the loops
+  int64_t size = 0, x_stride = 0;  // of the axis of x
+  int64_t stride = 1, dilation = 1, padding = 0;
+};
+
 struct Loops {
   int axes = 0;
   int64_t size[kMostAxes] = {};  // kSamples for at most one axis
   View x[kMostInputs], y;        // of move: x[0] is the input that these loops are of
+  int slides = 0;
+  Slide slide[kMostSlides];
 };
 
 /// The number of steps along an axis.

@@ -35,6 +35,48 @@ bool is_whole(const Loops& loops, const View& view) {
   return view.offset == 0 && visited == view.size && all_samples;
 }
 
+/// Whether the slides are over axes of the loops along which x has no stride of its own.
+bool is_known(const Slide& s, const Loops& loops) {
+  const auto is_free = [&](int a) {
+    return a >= 0 && a < loops.axes && loops.size[a] != kSamples && loops.x[0].stride[a] == 0;
+  };
+  return is_free(s.position) && is_free(s.tap) && s.position != s.tap && s.size > 0 && s.stride > 0 &&
+         s.dilation > 0;
+}
+
+void read_slides(const Objects& slides, const std::string& named_node, Loops& loops) {
+  if (slides.size() > kMostSlides) {
+    throw Unsupported(named_node + "fused are windows over at most " + std::to_string(kMostSlides) +
+                      " axes, got " + std::to_string(slides.size()));
+  }
+  int64_t first = loops.x[0].offset, last = first;
+  for (int a = 0; a < loops.axes; ++a) {
+    if (loops.size[a] == kSamples) continue;
+    (loops.x[0].stride[a] < 0 ? first : last) += (loops.size[a] - 1) * loops.x[0].stride[a];
+  }
+  for (const py::object& object : slides) {
+    Fields fields(object);
+    Slide& s = loops.slide[loops.slides++];
+    s.position = fields.read<int>("position");
+    s.tap = fields.read<int>("tap");
+    s.size = fields.read<int64_t>("size");
+    s.x_stride = fields.read<int64_t>("x_stride");
+    s.stride = fields.read<int64_t>("stride");
+    s.dilation = fields.read<int64_t>("dilation");
+    s.padding = fields.read<int64_t>("padding");
+    fields.done();
+    if (!is_known(s, loops)) {
+      throw std::invalid_argument(named_node + "Slide must name two axes of the loops along which x has " +
+                                  "stride 0, and have a positive size, stride and dilation");
+    }
+    (s.x_stride < 0 ? first : last) += (s.size - 1) * s.x_stride;
+  }
+  if (first < 0 || last >= loops.x[0].size) {
+    throw std::invalid_argument(named_node + "windows of " + std::to_string(loops.x[0].size) +
+                                " elements leave their operand");
+  }
+}
+
 View read_view(py::handle object, const Loops& loops, const std::string& named_node) {
   Fields fields(object);
   View view;
@@ -133,10 +175,12 @@ Reduction reduction_named(const std::string& name) {
   throw std::invalid_argument("unknown reduction " + name);
 }
 
-void read_loops(py::handle loops, py::handle instructions, const std::string& named_node, Node& node) {
+void read_loops(py::handle loops, py::handle slides, py::handle instructions, const std::string& named_node,
+                Node& node) {
   std::vector<Loops> all;
   for (const py::object& one : py::cast<Objects>(loops)) all.push_back(read_one(one, named_node));
   if (all.empty()) return;
+  read_slides(py::cast<Objects>(slides), named_node, all.front());
   node.loops = std::make_shared<const std::vector<Loops>>(std::move(all));
   const auto steps = py::cast<Objects>(instructions);
   if (steps.empty()) return;

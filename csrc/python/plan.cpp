@@ -124,7 +124,8 @@ Node read_node(py::handle object, size_t number, size_t parameters) {
   if (const auto reduction = fields.read<std::optional<std::string>>("reduction")) {
     layer.reduction = reduction_named(*reduction);
   }
-  read_loops(fields.object("loops"), fields.object("instructions"), named_node, node);
+  read_loops(fields.object("loops"), fields.object("slides"), fields.object("instructions"), named_node,
+             node);
   fields.done();
   return node;
 }

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from maml_cuda.capture.errors import Unfusable
-from maml_cuda.plan.schema import Instruction, Layout, Loops, Node, Window
+from maml_cuda.plan.schema import Instruction, Layout, Loops, Node, Slide, Window
 
 
 @dataclass(frozen=True)
@@ -354,6 +354,7 @@ class Writer:
         rows: int | None = None,
         out_layout: Layout | None = None,
         loops: tuple[Loops, ...] = (),
+        slides: tuple[Slide, ...] = (),
         instructions: tuple[Instruction, ...] = (),
         reduction: str | None = None,
     ) -> int:
@@ -361,7 +362,7 @@ class Writer:
         fields of schema.Node."""
         return self._append(
             kind, inputs, parameters, image=image, rows=rows, out_layout=out_layout, loops=loops,
-            instructions=instructions, reduction=reduction,
+            slides=slides, instructions=instructions, reduction=reduction,
         )  # fmt: skip
 
     def _append(self, kind: str, inputs: Sequence[int], parameters: tuple[int | None, ...], **fields: Any) -> int:
@@ -369,7 +370,7 @@ class Writer:
             ("out_layout", "in_features", "out_features", "sample", "window", "function", "eps", "groups",
              "count_padding", "image", "rows", "reduction")
         )  # fmt: skip
-        empty: dict[str, Any] = dict.fromkeys(("in_layouts", "constants", "loops", "instructions"), ())
+        empty: dict[str, Any] = dict.fromkeys(("in_layouts", "constants", "loops", "slides", "instructions"), ())
         fields = {**nothing, **empty, **fields}
         self.graph.nodes.append(Node(kind=kind, name=self.call, inputs=tuple(inputs), parameters=parameters, **fields))
         return len(self.graph.nodes)

@@ -61,6 +61,26 @@ class Loops:
 
 
 @dataclass(frozen=True)
+class Slide:
+    """An axis of the input of `windows`, which the loops have as two: at position p and tap t they read its element
+    p stride + t dilation - padding, or 0 outside.
+
+    Attributes:
+        position, tap: the two axes of the loops. The input's view has stride 0 along both.
+        size, x_stride: of the axis in memory.
+        stride, dilation, padding: of the window.
+    """
+
+    position: int
+    tap: int
+    size: int
+    x_stride: int
+    stride: int
+    dilation: int
+    padding: int
+
+
+@dataclass(frozen=True)
 class Instruction:
     """One operation of the expression of a map.
 
@@ -98,6 +118,7 @@ class Node:
         image: (channels, height, width) as which a `view` sees its input; of a `parameter`, (elements, 1, 1).
         rows: of `view`, the number of images in a sample; None: 1.
         loops: of a layer on tensors of any shape; of `move`, one for each input.
+        slides: of `windows`, for each axis of its input over which a window slides.
         instructions: the expression of a `map`; the last one gives its value.
         reduction: of `reduce` and `extreme`, a name of Reduction in csrc/layers/loops.h.
     """
@@ -120,6 +141,7 @@ class Node:
     image: tuple[int, int, int] | None
     rows: int | None
     loops: tuple[Loops, ...]
+    slides: tuple[Slide, ...]
     instructions: tuple[Instruction, ...]
     reduction: str | None
 

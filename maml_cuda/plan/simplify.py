@@ -13,7 +13,8 @@ MOST_INPUTS = 4  # of a node (csrc/layers/layer.h)
 MOST_INSTRUCTIONS = 20  # of an expression (csrc/layers/loops.h)
 # Layers that depend on nothing but their inputs and fields. The others come in chains that the core looks for.
 _ON_ANY_SHAPE = frozenset((
-    "parameter", "target", "view", "move", "map", "reduce", "extreme", "contract", "softmax", "log_softmax", "stop",
+    "parameter", "target", "view", "move", "windows", "map", "reduce", "extreme", "contract", "softmax", "log_softmax",
+    "stop",
 ))  # fmt: skip
 
 Sizes = tuple[int | None, ...]

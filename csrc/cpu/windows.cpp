@@ -1,0 +1,80 @@
+// y = the windows of x, 0 where they leave it. Each tap of a window is a copy: its elements of x, for all
+// positions at which it is inside, form a strided view. The adjoint adds the taps in ascending order. The
+// twin on the GPU is cuda/windows.cu.
+#include "cpu/implement.h"
+#include "cpu/strided.h"
+
+namespace maml::MAML_ISA {
+namespace {
+
+/// The positions at which a tap is inside x.
+struct Part {
+  int64_t tap, first, count;
+};
+
+int64_t ceiling(int64_t a, int64_t b) { return a > 0 ? (a - 1) / b + 1 : -(-a / b); }
+
+Part inside(const Loops& loops, const Slide& s, int64_t tap) {
+  const int64_t start = tap * s.dilation - s.padding;  // of position 0
+  const int64_t first = std::max<int64_t>(0, ceiling(-start, s.stride));
+  const int64_t end = std::min(loops.size[s.position], ceiling(s.size - start, s.stride));
+  return {tap, first, end - first};
+}
+
+/// f(the loops over all positions at which it is inside) for each tap of the window, in ascending order.
+template <class F>
+void each_tap(const Loops& loops, F f) {
+  Part part[kMostSlides];
+  const auto visit = [&](const auto& self, int slide) -> void {
+    if (slide < loops.slides) {
+      for (int64_t tap = 0; tap < loops.size[loops.slide[slide].tap]; ++tap) {
+        part[slide] = inside(loops, loops.slide[slide], tap);
+        if (part[slide].count > 0) self(self, slide + 1);
+      }
+      return;
+    }
+    Loops own = loops;
+    for (int i = 0; i < loops.slides; ++i) {
+      const Slide& s = loops.slide[i];
+      const Part& p = part[i];
+      own.size[s.position] = p.count, own.size[s.tap] = 1;
+      own.x[0].stride[s.position] = s.stride * s.x_stride;
+      own.x[0].offset += (p.first * s.stride + p.tap * s.dilation - s.padding) * s.x_stride;
+      own.y.offset += p.first * own.y.stride[s.position] + p.tap * own.y.stride[s.tap];
+    }
+    f(own);
+  };
+  visit(visit, 0);
+}
+
+/// Whether no window leaves x.
+bool all_inside(const Loops& loops) {
+  for (int i = 0; i < loops.slides; ++i) {
+    const Slide& s = loops.slide[i];
+    const int64_t last =
+        (loops.size[s.position] - 1) * s.stride + (loops.size[s.tap] - 1) * s.dilation - s.padding;
+    if (s.padding > 0 || last >= s.size) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+template <>
+struct OnCpu<Kind::windows> {
+  template <class T>
+  static void apply(const Layer& l, const T* x, T* y) {
+    const Loops& loops = *l.loops;
+    if (!all_inside(loops)) set_to_zero(loops.y, l.n, y);
+    each_tap(loops, [&](const Loops& tap) { assign(tap, l.n, tap.y, y, tap.x[0], x); });
+  }
+  template <class T>
+  static void adjoint(const Layer& l, const T* g, bool add, T* grad_x) {
+    const Loops& loops = *l.loops;
+    if (!add) set_to_zero(loops.x[0], l.n, grad_x);
+    each_tap(loops, [&](const Loops& tap) { accumulate(tap, l.n, tap.x[0], grad_x, tap.y, g, true); });
+  }
+};
+template struct Implementation<Kind::windows>;
+
+}  // namespace maml::MAML_ISA
