@@ -11,7 +11,8 @@
 //   outer_product   reads rows of A along m and of B along n, and writes R as [m, n]
 //
 // An operand whose strides do not fit is copied to scratch, or added from there. The form that costs least is
-// taken. The twin on the GPU is cuda/contract.cu.
+// taken. Where all three have an axis of stride 1, as the channels of a depthwise convolution, its elements
+// are lanes: vectors along that axis are multiplied and added. The twin on the GPU is cuda/contract.cu.
 #include <algorithm>
 #include <bit>
 #include <cassert>
@@ -23,10 +24,14 @@
 namespace maml::MAML_ISA {
 namespace {
 
+/// The least size of an axis whose elements are lanes.
+constexpr int64_t kFewestLanes = 8;
+
 /// The axes of a contraction, by groups, each with the strides of the operands that have them.
 struct Groups {
-  Nest<3> batch;    // r, a, b
-  Nest<2> m, n, k;  // r, a;  r, b;  a, b
+  int64_t lanes = 1;  // the size of an axis of the batch along which all strides are 1
+  Nest<3> batch;      // r, a, b
+  Nest<2> m, n, k;    // r, a;  r, b;  a, b
   const View *r, *a, *b;
 
   Groups(const Loops& loops, int64_t samples, Product of) {
@@ -37,7 +42,10 @@ struct Groups {
       const int64_t steps = extent(loops, axis, samples);
       const int64_t of_r = r->stride[axis], of_a = a->stride[axis], of_b = b->stride[axis];
       assert(steps == 1 || (of_r != 0) + (of_a != 0) + (of_b != 0) >= 2);
-      if (of_r != 0 && of_a != 0 && of_b != 0) {
+      const bool dense = of_r == 1 && of_a == 1 && of_b == 1 && loops.size[axis] != kSamples;
+      if (dense && lanes == 1 && steps >= kFewestLanes) {
+        lanes = steps;
+      } else if (of_r != 0 && of_a != 0 && of_b != 0) {
         batch.append(steps, {of_r, of_a, of_b});
       } else if (of_b == 0) {
         m.append(steps, {of_r, of_a});
@@ -207,6 +215,57 @@ class Contraction {
   T *packed_a_[2], *packed_b_[2], *packed_r_;
 };
 
+/// The sums of products of lanes, at one place of the result, for `count` lanes.
+template <class T>
+void add_products(const Nest<3>& summed, const Term<T>* terms, int count_terms, int64_t count, bool add,
+                  T* r) {
+  const int64_t rows = summed.iterations();
+  Odometer<3> at(summed, 0, summed.axes);
+  T total[strided::kColumns] = {};
+  for (int64_t start = 0; start < rows; start += kSumBlock) {
+    const int64_t end = std::min(rows, start + kSumBlock);
+    T sum[strided::kColumns] = {};
+    for (int64_t row = start; row < end; ++row, at.next()) {
+      for (int t = 0; t < count_terms; ++t) {
+        const T *a = terms[t].a + at[1], *b = terms[t].b + at[2];
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) sum[i] += a[i] * b[i];
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) total[i] += sum[i];
+  }
+  put_row(count, r, 1, add, [&](int64_t i) { return total[i]; });
+}
+
+/// The contraction of operands with lanes.
+template <class T>
+void multiply_lanes(const Groups& of, const Term<T>* terms, int count, bool add, T* r) {
+  Nest<3> outer = of.batch, summed;
+  for (int a = 0; a < of.m.axes; ++a) outer.append(of.m.size[a], {of.m.stride[0][a], of.m.stride[1][a], 0});
+  for (int a = 0; a < of.n.axes; ++a) outer.append(of.n.size[a], {of.n.stride[0][a], 0, of.n.stride[1][a]});
+  for (int a = 0; a < of.k.axes; ++a) summed.append(of.k.size[a], {0, of.k.stride[0][a], of.k.stride[1][a]});
+  outer.sort();
+  outer.join();
+  const int64_t work = 2 * count * of.lanes * outer.iterations() * summed.iterations();
+  const auto compute = [&](int64_t first, int64_t last) {
+    Odometer<3> at(outer, 0, outer.axes, first);
+    for (int64_t i = first; i < last; ++i, at.next()) {
+      for (int64_t lane = 0; lane < of.lanes; lane += strided::kColumns) {
+        Term<T> own[2];
+        for (int t = 0; t < count; ++t) {
+          own[t].a = terms[t].a + of.a->offset + at[1] + lane;
+          own[t].b = terms[t].b + of.b->offset + at[2] + lane;
+        }
+        add_products(summed, own, count, std::min(strided::kColumns, of.lanes - lane), add,
+                     r + of.r->offset + at[0] + lane);
+      }
+    }
+  };
+  Nest<3> of_r = outer;
+  of_r.append(of.lanes, {1, 1, 1});
+  injective(of_r) ? share(outer.iterations(), 1, work, compute) : compute(0, outer.iterations());
+}
+
 }  // namespace
 
 template <>
@@ -216,6 +275,7 @@ struct OnCpu<Kind::contract> {
     for (const View& x : {l.loops->x[0], l.loops->x[1]}) most = std::max(most, elements(x, l.n));
     int64_t scratch = 0;
     for (Product of : {Product::y, Product::cotangent_0, Product::cotangent_1}) {
+      if (Groups(*l.loops, l.n, of).lanes > 1) continue;
       for (int64_t samples = 1; samples <= l.n; samples *= 2) {
         const Form form = cheapest(l, of, samples, std::min(l.n, 2 * samples - 1));
         most = std::max({most, form.m * form.k, form.k * form.n, form.m * form.n});
@@ -233,8 +293,10 @@ struct OnCpu<Kind::contract> {
   template <class T>
   static void product(const Layer& l, Product of, const Term<T>* terms, int count, bool add, T* out,
                       T* scratch) {
+    const Groups groups(*l.loops, l.n, of);
+    add = start(*l.loops, l.n, *groups.r, out, add);
+    if (groups.lanes > 1) return multiply_lanes(groups, terms, count, add, out);
     const Form form = form_of(l, of);
-    add = start(*l.loops, l.n, *form.of.r, out, add);
     Contraction<T>(form, scratch)(terms, count, add, out);
   }
 };

@@ -7,44 +7,36 @@
 namespace maml::MAML_ISA {
 namespace {
 
-/// The positions at which a tap is inside x.
-struct Part {
-  int64_t tap, first, count;
-};
-
 int64_t ceiling(int64_t a, int64_t b) { return a > 0 ? (a - 1) / b + 1 : -(-a / b); }
 
-Part inside(const Loops& loops, const Slide& s, int64_t tap) {
+/// Narrows the loops to one tap of a slide and the positions at which it is inside x. Returns whether there
+/// are any.
+bool narrow(Loops& loops, const Slide& s, int64_t tap) {
   const int64_t start = tap * s.dilation - s.padding;  // of position 0
   const int64_t first = std::max<int64_t>(0, ceiling(-start, s.stride));
   const int64_t end = std::min(loops.size[s.position], ceiling(s.size - start, s.stride));
-  return {tap, first, end - first};
+  loops.size[s.position] = end - first, loops.size[s.tap] = 1;
+  loops.x[0].stride[s.position] = s.stride * s.x_stride;
+  loops.x[0].offset += (first * s.stride + start) * s.x_stride;
+  loops.y.offset += first * loops.y.stride[s.position] + tap * loops.y.stride[s.tap];
+  return first < end;
 }
 
-/// f(the loops over all positions at which it is inside) for each tap of the window, in ascending order.
+/// f(the loops over the positions at which it is inside) for each tap of the window, in ascending order.
 template <class F>
 void each_tap(const Loops& loops, F f) {
-  Part part[kMostSlides];
-  const auto visit = [&](const auto& self, int slide) -> void {
-    if (slide < loops.slides) {
-      for (int64_t tap = 0; tap < loops.size[loops.slide[slide].tap]; ++tap) {
-        part[slide] = inside(loops, loops.slide[slide], tap);
-        if (part[slide].count > 0) self(self, slide + 1);
-      }
-      return;
-    }
+  int64_t taps = 1;
+  for (int i = 0; i < loops.slides; ++i) taps *= loops.size[loops.slide[i].tap];
+  for (int64_t tap = 0; tap < taps; ++tap) {
     Loops own = loops;
-    for (int i = 0; i < loops.slides; ++i) {
-      const Slide& s = loops.slide[i];
-      const Part& p = part[i];
-      own.size[s.position] = p.count, own.size[s.tap] = 1;
-      own.x[0].stride[s.position] = s.stride * s.x_stride;
-      own.x[0].offset += (p.first * s.stride + p.tap * s.dilation - s.padding) * s.x_stride;
-      own.y.offset += p.first * own.y.stride[s.position] + p.tap * own.y.stride[s.tap];
+    bool any = true;
+    for (int64_t i = loops.slides - 1, rest = tap; i >= 0; --i) {
+      const int64_t kernel = loops.size[loops.slide[i].tap];
+      any &= narrow(own, loops.slide[i], rest % kernel);
+      rest /= kernel;
     }
-    f(own);
-  };
-  visit(visit, 0);
+    if (any) f(own);
+  }
 }
 
 /// Whether no window leaves x.

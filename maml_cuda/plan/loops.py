@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from maml_cuda.capture.errors import Unfusable
 from maml_cuda.plan.graph import Constant, Held, Labels, LogSumExp, Value, Writer, text_of
@@ -71,13 +72,18 @@ class LoopWriter(Writer):
         seen = self.seen_as(given, x.shape)
         return self.log_softmax_of(seen, len(x.shape) - 1) if x.log_softmax else seen
 
-    def _of_parameter(self, x: Held) -> Strided:
+    def weight(self, x: Any, rows: int, taps: int) -> Strided:
+        """A weight [rows, columns, *taps] as a view of a value. A tensor of the model is kept in the order [taps,
+        columns, rows], unless another layer has it in another one."""
+        return self._of_parameter(x, rows, taps) if isinstance(x, Held) else self.strided(x)
+
+    def _of_parameter(self, x: Held, rows: int = 1, taps: int = 1) -> Strided:
         """A parameter, a buffer or a view of one as a value of the task."""
         if x.slot:
             raise Unfusable(f"it reads {x}")
         shape = x.shape[1:] if x.rows else x.shape
         shape = shape[::-1] if x.transposed else shape
-        index = self.tensor(replace(x, shape=shape), "operand", **self._known_layout(x.name))
+        index = self.tensor(replace(x, shape=shape), "operand", *self._known_layout(x.name, rows, taps))
         assert index is not None
         read, size = self.graph.reads[index], math.prod(shape)
         if x.name not in self._as_values:
@@ -94,14 +100,14 @@ class LoopWriter(Writer):
             value = self.map("exp", value)
         return value.expand(x.shape) if x.rows else value
 
-    def _known_layout(self, name: str) -> dict[str, int]:
-        """How another layer holds the tensor in memory."""
+    def _known_layout(self, name: str, rows: int, taps: int) -> tuple[int, int]:
+        """Rows and taps as which another layer holds the tensor in memory; those that are given if there is none."""
         for read in self.graph.reads:
             if read.name == name:
                 if read.slots > 1:
                     raise Unfusable(f"it reads {name}, of which each inner step has its own")
-                return {"rows": read.rows, "taps": read.taps}
-        return {}
+                return read.rows, read.taps
+        return rows, taps
 
     def targets(self, shapes: Sequence[tuple[int, ...]]) -> list[Strided]:
         """The leaves of the target of a computed loss, each [n, ...]. They stand beside each other in one value."""
@@ -227,6 +233,12 @@ class LoopWriter(Writer):
         steps = aligned([x.axes], self.n)
         return self._value(self.over_loops("move", [x], steps, order=range(len(steps))), len(x.axes), x.learned)
 
+    def dense_images(self, x: Strided, axes: int) -> Strided:
+        """The same of images with this number of spatial axes, the last ones, in which channels are last in memory."""
+        first = len(x.axes) - axes
+        order = [*range(first - 1), *range(first, len(x.axes)), *range(max(first - 1, 0), first)]
+        return self.dense(x.permute(order)).permute([order.index(d) for d in range(len(order))])
+
     def viewed(self, x: Strided, see: Callable[[Strided], Strided]) -> Strided:
         """see(x), of a copy where it is not a view of x itself."""
         try:
@@ -305,15 +317,24 @@ class LoopWriter(Writer):
         shape[dim] = end
         return self.placed(parts, [{dim: start} for start in starts], shape)
 
-    def padded(self, x: Strided, added: Sequence[tuple[int, int]]) -> Strided:
-        """Zeros before and behind each axis. A negative number cuts elements off."""
+    def padded(self, x: Strided, added: Sequence[tuple[int, int]], value: float = 0) -> Strided:
+        """A number before and behind each axis. A negative size cuts elements off. In memory, axes keep their order."""
         for d, (before, after) in enumerate(added):
             if min(before, after) < 0:
                 first, last = max(-before, 0), x.shape[d] - max(-after, 0)
                 x = self.viewed(x, lambda x, d=d, first=first, last=last: x.slice(d, first, last - first))  # type: ignore[misc]
         more = [(max(before, 0), max(after, 0)) for before, after in added]
-        shape = [size + before + after for size, (before, after) in zip(x.shape, more, strict=True)]
-        return self.placed([x], [{d: before for d, (before, _) in enumerate(more)}], shape)
+        if not any(map(any, more)):
+            return x
+        order = x.order
+        inside = torch.ones([size if any(pair) else 1 for size, pair in zip(x.shape, more, strict=True)])
+        shape = [x.shape[d] + sum(more[d]) for d in order]
+        y = self.placed([x.permute(order)], [{i: more[d][0] for i, d in enumerate(order)}], shape)
+        y = y.permute([order.index(d) for d in range(len(order))])
+        if value == 0:
+            return y
+        mask = functional.pad(inside.to(torch.float64), [size for pair in reversed(more) for size in pair])
+        return self.map("where", self.literal(mask), y, value)
 
     def placed(self, parts: Sequence[Strided], starts: Sequence[dict[int, int]], shape: Sequence[int]) -> Strided:
         """A tensor of this shape, zero but for parts that begin at starts[part][axis], in torch's order of elements
@@ -348,11 +369,12 @@ class LoopWriter(Writer):
         learned = any(part.learned for part in parts)
         return Strided(number, size, samples, 0, tuple(map(merged, whole)), self.n, learned)
 
-    def contract(self, a: Strided, b: Strided, shared: int, summed: int) -> Strided:
+    def contract(self, a: Strided, b: Strided, shared: int, summed: int, order: Sequence[int] | None = None) -> Strided:
         """The sum of a[shared, m, k] b[shared, n, k] over k: [shared, m, n], each of them several axes.
 
         Args:
             shared, summed: how many axes both begin with, and end with.
+            order: in which the axes of the result are in memory.
         """
         learned = a.learned or b.learned
         for _ in range(2):
@@ -368,7 +390,9 @@ class LoopWriter(Writer):
             if sum(step.size is None for step in steps) > 1:
                 raise Unfusable("it combines the samples with themselves")
             if all(all(step.strides) for step in steps if step.axis in reduced):
-                result = self.over_loops("contract", [a, b], steps, reduced, order=range(len(steps)))
+                places = [*(range(shared + m + n) if order is None else order), *reduced]
+                in_memory = sorted(range(len(steps)), key=lambda i: places.index(steps[i].axis))
+                result = self.over_loops("contract", [a, b], steps, reduced, order=in_memory)
                 self.serve("contract")
                 y = self._value(result, shared + m + n + summed, learned)
                 return replace(y, axes=y.axes[: shared + m + n])

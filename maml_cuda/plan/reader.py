@@ -148,7 +148,7 @@ class _Reader(Layers):
                 continue
             mark = self.mark()
             try:
-                given = (self.image(args[0]), *args[1:]) if on_view else args
+                given = (self.image(args[0]), *args[1:]) if on_view and reader is self else args
                 return methods[name](reader, *given, **kwargs)
             except Unfusable as found:
                 reason = found

@@ -69,6 +69,12 @@ class Strided(Known):
     def shape(self) -> tuple[int, ...]:
         return tuple(map(self.extent, self.axes))
 
+    @property
+    def order(self) -> list[int]:
+        """The axes in the order in which they are in memory, outer ones first."""
+        strides = [max((abs(atom.stride) for atom in axis), default=0) for axis in self.axes]
+        return sorted(range(len(strides)), key=lambda d: -strides[d])
+
     def with_axes(self, axes: Iterable[Axis], offset: int = 0) -> Strided:
         """The same value with other axes; `offset` is added."""
         return replace(self, axes=tuple(map(merged, axes)), offset=self.offset + offset)

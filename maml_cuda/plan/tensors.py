@@ -15,6 +15,7 @@ import torch
 from maml_cuda.capture.errors import Unfusable
 from maml_cuda.plan.graph import Constant, Held, Value, text_of
 from maml_cuda.plan.layers import Layers
+from maml_cuda.plan.resampling import Resampling
 from maml_cuda.plan.strided import Strided
 
 # Functions of one operand, and functions of several, whose names in ATen are those in csrc/layers.
@@ -23,7 +24,7 @@ _FUNCTIONS = ("relu", "silu", "tanh", "sigmoid", "sin", "cos", "exp", "expm1", "
 _COMBINATIONS = ("sub", "atan2", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "where")
 
 
-class Tensors:
+class Tensors(Resampling):
     """Reads operations on tensors of any shape.
 
     Attributes:
@@ -147,12 +148,7 @@ class Tensors:
         x = self.to.strided(x)
         last = list(zip(pad[::2], pad[1::2], strict=True))[::-1]
         added = [(0, 0)] * (len(x.axes) - len(last)) + last
-        y = self.to.padded(x, added)
-        if value == 0:
-            return y
-        sizes = [1 if pair == (0, 0) else size for pair, size in zip(added, x.shape, strict=True)]
-        inside = torch.nn.functional.pad(torch.ones(sizes, dtype=torch.float64), list(pad))
-        return self.to.map("where", self.to.literal(inside), y, value)
+        return self.to.padded(x, added, value)
 
     # -- element by element -------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import maml_cuda  # noqa: F401  (registers the ops)
 from maml_cuda.plan import schema
-from maml_cuda.plan.schema import Instruction, Loops, View
+from maml_cuda.plan.schema import Instruction, Loops, Slide, View
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "relu": torch.relu,
@@ -183,6 +183,22 @@ class Sketch:
             loops.append(self._loops((part,), at.strides, y, at.offset))
         return self._add("move", [part for part, _ in parts], y.sizes, loops=tuple(loops))
 
+    def windows(self, x: Operand, *slides: tuple[int, int, int, int, int]) -> Operand:
+        """slides: (axis, kernel, stride, dilation, padding). The axes are those of x, then the taps of each slide."""
+        given, y_sizes = x, list(x.sizes)
+        fields = []
+        for tap, (axis, kernel, stride, dilation, padding) in enumerate(slides, start=len(x.sizes)):
+            size = x.sizes[axis]
+            assert size is not None
+            y_sizes[axis] = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            y_sizes.append(kernel)
+            fields.append(Slide(axis, tap, size, x.strides[axis], stride, dilation, padding))
+            given = replace(given, strides=tuple(0 if a == axis else s for a, s in enumerate(given.strides)))
+        given = replace(given, sizes=tuple(y_sizes), strides=(*given.strides, *[0] * len(slides)))
+        y = dense(0, y_sizes)
+        loops = (self._loops((given,), y.strides, y),)
+        return self._add("windows", (x,), y.sizes, loops=loops, slides=tuple(fields))
+
     def plan(self) -> schema.Plan:
         """The plan, whose prediction is the last value as features."""
         (loops, *_) = self.nodes[-1].loops
@@ -231,6 +247,8 @@ def _evaluated(node: schema.Node, inputs: Sequence[Tensor], parameters: Sequence
             y = y.index_put((at,), elements(loops.inputs[0], loops.sizes, x, n))
         return y
     (loops,) = node.loops
+    if node.kind == "windows":
+        return y.index_put((places(output, loops.sizes, n),), windows(node, inputs[0], n))
     x = [elements(view, loops.sizes, value, n) for view, value in zip(loops.inputs, inputs, strict=True)]
     extents = [n if size is None else size for size in loops.sizes]
     over = [a for a, stride in enumerate(output.strides) if stride == 0 and extents[a] != 1]
@@ -250,6 +268,18 @@ def _evaluated(node: schema.Node, inputs: Sequence[Tensor], parameters: Sequence
     for a in over:
         at = at.narrow(a, 0, 1)
     return y.index_put((at,), result)
+
+
+def windows(node: schema.Node, x: Tensor, n: int) -> Tensor:
+    (loops,) = node.loops
+    at = places(loops.inputs[0], loops.sizes, n)
+    inside = torch.ones_like(at, dtype=torch.bool)
+    axes = torch.meshgrid(*(torch.arange(n if size is None else size) for size in loops.sizes), indexing="ij")
+    for s in node.slides:
+        place = axes[s.position] * s.stride + axes[s.tap] * s.dilation - s.padding
+        inside &= (place >= 0) & (place < s.size)
+        at = at + place * s.x_stride
+    return torch.where(inside, x.flatten()[torch.where(inside, at, 0)], 0)
 
 
 def reduced(x: Tensor, over: Sequence[int], reduction: str) -> Tensor:

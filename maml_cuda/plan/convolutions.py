@@ -1,0 +1,174 @@
+"""Convolutions and pools over any number of axes, made of windows (windows.py): a convolution is the product of the
+windows with a weight, a pool is an extreme or a mean over their taps.
+
+They serve what the layers on signals and images (layers.py) do not: dilation, groups, transposed convolutions, three
+spatial axes, weights that are computed, pools in ceil_mode. Methods have the names and signatures of ATen operations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from maml_cuda.capture.errors import Unfusable
+from maml_cuda.plan.layers import Layers
+from maml_cuda.plan.strided import Strided
+from maml_cuda.plan.windows import Sliding, windows
+
+
+class Convolutions:
+    """Reads convolutions and pools.
+
+    Attributes:
+        to: writes the graph.
+    """
+
+    to: Layers
+
+    def convolution(
+        self, input: Any, weight: Any, bias: Any, stride: Sequence[int], padding: Sequence[int],
+        dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+    ) -> Strided:  # fmt: skip
+        x, axes = self.to.strided(input), len(stride)
+        kernel, positions = weight.shape[2:], self.to.results[0][2:]
+        rows = 1 if transposed else weight.shape[0]
+        w = self.to.weight(weight, rows, math.prod(kernel))
+        w = self.to.seen_as(w, (groups, w.shape[0] // groups, *w.shape[1:]))  # [groups, out, in, ...]
+        if transposed:
+            x = self._spread(x, stride)
+            w = w.permute([0, 2, 1, *range(3, 3 + axes)])
+            for d, size in enumerate(kernel, start=3):
+                w = self.to.viewed(w, lambda w, d=d, size=size: w.slice(d, size - 1, size, -1) if size > 1 else w)  # type: ignore[misc]
+            padding = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
+            stride = [1] * axes
+        taken = windows(
+            self.to, x, [Sliding(*s) for s in zip(kernel, stride, dilation, padding, positions, strict=True)]
+        )
+        taken = self.to.seen_as(taken, (x.shape[0], groups, x.shape[1] // groups, *taken.shape[2:]))
+        pixels, taps = range(3, 3 + axes), range(3 + axes, 3 + 2 * axes)
+        a = taken.permute([1, 0, *pixels, 2, *taps])  # [groups, n, positions ..., in, taps ...]
+        # [groups, n, positions ..., out], which in memory is an image with channels last
+        y = self.to.contract(a, w, 1, 1 + axes, order=[1, *range(2, 2 + axes), 0, 2 + axes])
+        y = y.permute([1, 0, 2 + axes, *range(2, 2 + axes)])
+        y = self.to.seen_as(y, self.to.results[0])
+        if bias is None:
+            return y
+        return self.to.map("add", y, self.to.seen_as(self.to.strided(bias), (bias.shape[0], *[1] * axes)))
+
+    def _spread(self, x: Strided, steps: Sequence[int]) -> Strided:
+        """x with steps - 1 zeros between the elements of its last axes."""
+        first = len(x.axes) - len(steps)
+        for d, step in enumerate(steps, start=first):
+            if step == 1 or x.shape[d] == 1:
+                continue
+            apart = x.unsqueeze(d + 1)
+            added = [(0, step - 1 if a == d + 1 else 0) for a in range(len(apart.axes))]
+            shape = [*x.shape[:d], x.shape[d] * step, *x.shape[d + 1 :]]
+            size = shape[d] - step + 1
+            x = self.to.seen_as(self.to.padded(apart, added), shape)
+            x = self.to.viewed(x, lambda x, d=d, size=size: x.slice(d, 0, size))  # type: ignore[misc]
+        return x
+
+    # -- pools --------------------------------------------------------------------------------------------------
+
+    def max_pool2d_with_indices(
+        self, input: Any, kernel_size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0, 0),
+        dilation: Sequence[int] = (1, 1), ceil_mode: bool = False,
+    ) -> tuple[Strided, None]:  # fmt: skip
+        return self._max_pool(input, kernel_size, stride, padding, dilation), None
+
+    def max_pool3d_with_indices(
+        self, input: Any, kernel_size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0, 0, 0),
+        dilation: Sequence[int] = (1, 1, 1), ceil_mode: bool = False,
+    ) -> tuple[Strided, None]:  # fmt: skip
+        return self._max_pool(input, kernel_size, stride, padding, dilation), None
+
+    def avg_pool2d(
+        self, input: Any, kernel_size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0, 0),
+        ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
+    ) -> Strided:  # fmt: skip
+        return self._avg_pool(input, kernel_size, stride, padding, count_include_pad, divisor_override)
+
+    def avg_pool3d(
+        self, input: Any, kernel_size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0, 0, 0),
+        ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
+    ) -> Strided:  # fmt: skip
+        return self._avg_pool(input, kernel_size, stride, padding, count_include_pad, divisor_override)
+
+    def _sliding(
+        self, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    ) -> list[Sliding]:
+        positions = self.to.results[0][-len(kernel) :]
+        options = zip(kernel, stride or kernel, dilation, padding, positions, strict=True)
+        return [Sliding(*option) for option in options]
+
+    def _max_pool(
+        self, input: Any, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    ) -> Strided:
+        """Padding is -inf. Of equal maxima the first one has the derivative."""
+        x = self.to.strided(input)
+        sliding = self._sliding(kernel, stride, padding, dilation)
+        ends = [max(s.end - size, 0) for s, size in zip(sliding, x.shape[-len(kernel) :], strict=True)]
+        added = [(s.padding, end) for s, end in zip(sliding, ends, strict=True)]
+        x = self.to.padded(x, [(0, 0)] * (len(x.axes) - len(added)) + added, -math.inf)
+        return self._over_taps("extreme", "max", x, [s._replace(padding=0) for s in sliding])
+
+    def _avg_pool(
+        self, input: Any, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+        count_padding: bool, divisor: int | None,
+    ) -> Strided:  # fmt: skip
+        x, axes = self.to.strided(input), len(kernel)
+        sliding = self._sliding(kernel, stride, padding, (1,) * axes)
+        y = self._over_taps("reduce", "sum", x, sliding)
+        counts = torch.ones((), dtype=torch.float64)
+        for s, size in zip(sliding, x.shape[-axes:], strict=True):
+            begin = torch.arange(s.positions) * s.stride - s.padding
+            end = torch.clamp(begin + s.kernel, max=size + (s.padding if count_padding else 0))
+            begin = begin if count_padding else torch.clamp(begin, min=0)
+            counts = counts.unsqueeze(-1) * (end - begin)
+        if divisor is not None:
+            counts = torch.full_like(counts, divisor)
+        return self.to.map("mul", y, self.to.literal(1 / counts))
+
+    def _over_taps(self, kind: str, reduction: str, x: Strided, sliding: Sequence[Sliding]) -> Strided:
+        """A reduction of each window."""
+        axes, taken = len(sliding), windows(self.to, x, sliding)
+        first = len(x.axes) - axes
+        channels = [*range(first - 1, first)] if first else []
+        before = [d for d in range(first) if d not in channels]
+        order = [*before, *range(first, first + axes), *channels, *range(first + axes, first + 2 * axes)]
+        y = self.to.reduce(kind, reduction, taken.permute(order), range(first + axes, first + 2 * axes), False)
+        return y.permute([order.index(d) for d in range(first + axes)])
+
+    # -- windows themselves -------------------------------------------------------------------------------------
+
+    def im2col(
+        self, input: Any, kernel_size: Sequence[int], dilation: Sequence[int], padding: Sequence[int],
+        stride: Sequence[int],
+    ) -> Strided:  # fmt: skip
+        """[n, channels taps, positions]"""
+        x, axes = self.to.strided(input), len(kernel_size)
+        options = [*zip(kernel_size, stride, dilation, padding, strict=True)]
+        positions = [
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for (k, s, d, p), size in zip(options, x.shape[-axes:], strict=True)
+        ]
+        taken = windows(self.to, x, [Sliding(*o, count) for o, count in zip(options, positions, strict=True)])
+        first = len(x.axes) - axes
+        order = [*range(first), *range(first + axes, first + 2 * axes), *range(first, first + axes)]
+        return self.to.seen_as(taken.permute(order), self.to.results[0])
+
+    def unfold(self, input: Any, dimension: int, size: int, step: int) -> Strided:
+        """The windows over one axis, whose taps are a new last axis."""
+        x = self.to.strided(input)
+        if not x.axes:
+            raise Unfusable("it slides over the only element")
+        dims = len(x.axes)
+        d = dimension % dims
+        order = [*(a for a in range(dims) if a != d), d]
+        positions = self.to.results[0][d]
+        taken = windows(self.to, x.permute(order), [Sliding(size, step, 1, 0, positions)])
+        return taken.permute([*(order.index(a) for a in range(dims)), dims])
