@@ -39,9 +39,8 @@ class Resampling(Convolutions):
     def _times(self, x: Strided, matrix: Tensor, d: int) -> Strided:
         """The product with a constant matrix along an axis, or the view that it is: a repetition of elements."""
         out, size = matrix.shape
-        if out % size == 0 and torch.equal(
-            matrix, torch.eye(size, dtype=torch.float64).repeat_interleave(out // size, 0)
-        ):
+        one = torch.eye(size, dtype=torch.float64)
+        if out % size == 0 and torch.equal(matrix, one.repeat_interleave(out // size, 0)):
             each = x.unsqueeze(d + 1)
             each = each.expand([*x.shape[: d + 1], out // size, *x.shape[d + 1 :]])
             return self.to.seen_as(each, [*x.shape[:d], out, *x.shape[d + 1 :]])
@@ -99,8 +98,10 @@ class Resampling(Convolutions):
         first = len(x.axes) - len(output_size)
         sizes = [*zip(x.shape[first:], shape[first:], strict=True)]
         if any(size % out for size, out in sizes):
-            raise Unfusable(f"an adaptive maximum of {list(x.shape[first:])} elements in {list(shape[first:])} parts is "
-                            "not fused; one whose sizes divide is")  # fmt: skip
+            raise Unfusable(
+                f"an adaptive maximum of {list(x.shape[first:])} elements in {list(shape[first:])} parts is not fused; "
+                "one whose sizes divide is"
+            )
         sliding = [Sliding(size // out, size // out, 1, 0, out) for size, out in sizes]
         return self._over_taps("extreme", "max", x, sliding), None
 

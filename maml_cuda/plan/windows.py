@@ -76,6 +76,6 @@ def windows(to: LoopWriter, given: Strided, sliding: Sequence[Sliding]) -> Strid
     to_y = View(y_size, x.samples, 0, tuple(y_strides))
     number = to.emit_on_any("windows", [x.number], loops=(Loops(sizes, (from_x,), to_y),), slides=slides)
     to.serve("windows")
-    written = {at: stride for at, stride in zip(atoms, y_strides, strict=True)}
+    written = dict(zip(atoms, y_strides, strict=True))
     of_y = [[Atom(atom.size, written.get((a, atom), 0)) for atom in axis] for a, axis in enumerate(axes)]
     return Strided(number, y_size, x.samples, 0, tuple(map(merged, of_y)), x.n, x.learned)
