@@ -3,6 +3,7 @@
 
 #include <array>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "loop_references.h"
@@ -75,6 +76,39 @@ inline LoopLayer random_layer(Random& random, Kind kind, int inputs) {
   for (int j = 0; j < inputs; ++j) {
     loops.x[j] = random.view(loops, l.layer.n, random.axes(0.75), random.with(0.5));
   }
+  l.loops = {loops};
+  return l;
+}
+
+/// The windows of x over 1 to 3 axes, some of which leave x.
+inline LoopLayer random_windows(Random& random) {
+  LoopLayer l;
+  l.layer.kind = Kind::windows;
+  l.layer.n = 1 + random.below(3);
+  Loops loops;
+  loops.slides = static_cast<int>(1 + random.below(kMostSlides));
+  const int rest = loops.slides == kMostSlides ? 2 : 3;  // axes that x and y share
+  loops.axes = rest + 2 * loops.slides;
+  std::vector<int> axes(loops.axes);
+  for (int a = 0; a < loops.axes; ++a) axes.insert(axes.begin() + random.below(a + 1), a), axes.pop_back();
+  for (const int a : axes) loops.size[a] = 1 + random.below(3);
+  if (random.with(0.7)) loops.size[axes[0]] = kSamples;
+  loops.y = random.view(loops, l.layer.n, kAll, false);
+  Loops of_x = loops;  // an axis of x where the positions are, none where the taps are
+  std::array<bool, kMostAxes> has = kAll;
+  for (int i = 0; i < loops.slides; ++i) {
+    Slide& s = loops.slide[i];
+    s.position = axes[rest + 2 * i], s.tap = axes[rest + 2 * i + 1];
+    s.size = of_x.size[s.position] = 1 + random.below(5);
+    s.stride = 1 + random.below(3), s.dilation = 1 + random.below(3), s.padding = random.below(5) - 1;
+    has[s.tap] = false;
+  }
+  loops.x[0] = random.view(of_x, l.layer.n, has, random.with(0.5));
+  for (int i = 0; i < loops.slides; ++i) {
+    Slide& s = loops.slide[i];
+    s.x_stride = std::exchange(loops.x[0].stride[s.position], 0);
+  }
+  loops.x[0].whole = false;
   l.loops = {loops};
   return l;
 }

@@ -199,6 +199,21 @@ inline void loop_reference(const LoopLayer& l, LoopValues& v) {
         });
       }
       return;
+    case Kind::windows: {
+      const Loops& loops = l.loops[0];
+      each_index(loops, n, [&](const auto& i) {
+        int64_t x = at(l.x(0), i);
+        for (int d = 0; d < loops.slides; ++d) {
+          const Slide& s = loops.slide[d];
+          const int64_t place = i[s.position] * s.stride + i[s.tap] * s.dilation - s.padding;
+          if (place < 0 || place >= s.size) return;
+          x += place * s.x_stride;
+        }
+        v.y[at(l.y(), i)] = v.x[0][x];
+        v.grad_x[0][x] += v.g[at(l.y(), i)];
+      });
+      return;
+    }
     case Kind::reduce: {
       double count = 1;
       for (int a = 0; a < l.loops[0].axes && l.layer.reduction == Reduction::mean; ++a) {

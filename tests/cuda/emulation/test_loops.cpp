@@ -29,6 +29,7 @@ void check_random(int seeds) {
   for (int seed = 0; seed < seeds; ++seed) {
     Random random(seed);
     check_loops<T>(random_move(random), random_presence(random));
+    check_loops<T>(random_windows(random), random_presence(random));
     for (const Kind kind : {Kind::softmax, Kind::log_softmax, Kind::stop}) {
       check_loops<T>(random_layer(random, kind, 1), random_presence(random));
     }
@@ -264,6 +265,7 @@ void check_bits() {
     all.push_back(check_products_with_itself<float>());
     expect(same_bits(all.back()[2], all.back()[1]), "contract: a task depends on its neighbours");
     Random random(3);
+    all.back().push_back(check_loops<float>(random_windows(random), {}));
     for (const Kind kind : {Kind::softmax, Kind::reduce, Kind::extreme}) {
       all.back().push_back(check_loops<float>(random_layer(random, kind, 1), {}));
     }
