@@ -60,7 +60,7 @@ class Resampling(Convolutions):
             eye, scale = torch.eye(size, dtype=torch.float64), scales[axis]
             if in_1d:
                 return function(eye.unsqueeze(0), [out], *options, scale)[0].t()  # type: ignore[no-any-return]
-            return function(eye[None, :, :, None], [out, 1], *options, scale, None)[0, :, :, 0].t()  # type: ignore[no-any-return]
+            return function(eye[None, :, None], [1, out], *options, None, scale)[0, :, 0].t()  # type: ignore[no-any-return]
 
         return self._resampled(input, matrix_of)
 

@@ -15,6 +15,7 @@ import torch
 from maml_cuda.capture.errors import Unfusable
 from maml_cuda.plan.graph import Constant, Held, Value, text_of
 from maml_cuda.plan.layers import Layers
+from maml_cuda.plan.normalisations import Normalisations
 from maml_cuda.plan.resampling import Resampling
 from maml_cuda.plan.strided import Strided
 
@@ -24,7 +25,7 @@ _FUNCTIONS = ("relu", "silu", "tanh", "sigmoid", "sin", "cos", "exp", "expm1", "
 _COMBINATIONS = ("sub", "atan2", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "where")
 
 
-class Tensors(Resampling):
+class Tensors(Resampling, Normalisations):
     """Reads operations on tensors of any shape.
 
     Attributes:
