@@ -91,12 +91,13 @@ def test_loss_and_steps_may_be_changed():
         maml(x, y, x, y)
 
 
-def test_a_prediction_of_four_axes_is_not_fused():
+def test_a_prediction_of_four_axes():
     model = Net(lambda m, x: F.batch_norm(x, None, None, m.w, m.b, True), w=torch.ones(5), b=torch.zeros(5)).double()
     x, y = torch.randn(2, 3, 5, 2, 3, 2).double(), torch.randn(2, 3, 5, 2, 3, 2).double()
-    maml = FusedMAML(model, 0.1, loss="mse")
-    with pytest.warns(UserWarning, match="fused are inputs of at most 4 axes"):
-        assert maml(x, y, x, y).logits.shape == x.shape
+    maml = FusedMAML(model, 0.1, loss="mse", backend="fused")
+    result, expected = maml(x, y, x, y), FusedMAML(model, 0.1, loss="mse", backend="reference")(x, y, x, y)
+    torch.testing.assert_close(result.logits, expected.logits, rtol=0, atol=1e-12)
+    torch.testing.assert_close(result.loss, expected.loss, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ EXPRESSIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "one feature": lambda h: h[:, 2:3] * h,
     "selected": lambda h: h[:, 2].unsqueeze(1) * h,
     "backwards": lambda h: h.flip(1),
+    "the sum so far": lambda h: h.cumsum(1),
     "rolled": lambda h: h.roll(2, 1),
     "split": lambda h: torch.cat(h.split([1, 4], 1)[::-1], 1),
     "stacked": lambda h: torch.stack([h, h.sin()], 1).flatten(1)[:, 2:7],
