@@ -12,9 +12,8 @@ from torch import Generator, Tensor, nn
 
 # What is built: a model of another part is expected on the general path.
 #   today: layers of features, signals and images
-#   a:     move, map, reduce, contract and softmax, on tensors of any shape
-#   b:     grouped, dilated and transposed convolutions and computed kernels, resampling, recurrence, rows of a table,
-#          several inputs, losses of one's own, buffers that forward writes
+#   a:     move, windows, map, reduce, contract and softmax, on tensors of any shape
+#   b:     recurrence, rows of a table, several inputs, losses of one's own, buffers that forward writes
 #   never: Fourier transforms and complex numbers; control flow that depends on values or on what earlier calls left
 BUILT_PARTS = {"today", "a"}
 

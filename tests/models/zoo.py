@@ -142,32 +142,32 @@ def residual_models() -> Iterable[Published]:
             residual.stem(4), [residual.GroupedBottleneck(4, 2, 2), residual.GroupedBottleneck(8, 2, 3, 2)], 12,
             CLASSES, 4,
         ),
-        IMAGE, CLASSES, "b",
+        IMAGE, CLASSES, "a",
     )  # fmt: skip
     yield Published(
         "densenet", "Huang et al. 2017; pytorch-cifar DenseNet", lambda: residual.DenseNet(3, 3, CLASSES), IMAGE,
         CLASSES, "a",
     )  # fmt: skip
     yield Published(
-        "convnext", "Liu et al. 2022; ConvNeXt", lambda: residual.ConvNeXt([4, 6], CLASSES), IMAGE, CLASSES, "b"
+        "convnext", "Liu et al. 2022; ConvNeXt", lambda: residual.ConvNeXt([4, 6], CLASSES), IMAGE, CLASSES, "a"
     )
 
 
 def mobile_models() -> Iterable[Published]:
     yield Published(
         "mobilenetv2", "Sandler et al. 2018; pytorch-cifar MobileNetV2",
-        lambda: mobile.MobileNetV2(4, [(1, 4, 1), (2, 6, 2), (2, 6, 1)], 8, CLASSES), IMAGE, CLASSES, "b",
+        lambda: mobile.MobileNetV2(4, [(1, 4, 1), (2, 6, 2), (2, 6, 1)], 8, CLASSES), IMAGE, CLASSES, "a",
     )  # fmt: skip
     yield Published(
         "efficientnet", "Tan and Le 2019; pytorch-cifar EfficientNet",
         lambda: mobile.EfficientNet(
             4, [mobile.MBConv(4, 4, 3, 1, 2), mobile.MBConv(4, 6, 5, 2, 2)], 6, CLASSES, dropout=0.0
         ),
-        IMAGE, CLASSES, "b",
+        IMAGE, CLASSES, "a",
     )  # fmt: skip
     yield Published(
         "shufflenetv2", "Ma et al. 2018; pytorch-cifar ShuffleNetV2",
-        lambda: mobile.ShuffleNetV2(4, [8, 8], 8, CLASSES), IMAGE, CLASSES, "b",
+        lambda: mobile.ShuffleNetV2(4, [8, 8], 8, CLASSES), IMAGE, CLASSES, "a",
     )  # fmt: skip
 
 
@@ -356,11 +356,11 @@ def adapter_models() -> Iterable[Published]:
     yield Published(
         "lora_conv", "Hu et al. 2022; loralib Conv2d",
         lambda: nn.Sequential(adapters.LoRAConv2d(1, 4, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64, CLASSES)),
-        (1, 6, 6), CLASSES, "b",
+        (1, 6, 6), CLASSES, "a",
     )  # fmt: skip
     yield Published(
         "hypernetwork", "Ha et al. 2017; g1910/HyperNetworks", lambda: adapters.HyperResNet(3, 4, CLASSES), IMAGE,
-        CLASSES, "b", inner_lr=0.01,
+        CLASSES, "a", inner_lr=0.01,
     )  # fmt: skip
     yield Published(
         "hypernetwork_mlp", "von Oswald et al. 2020; hypercl", lambda: adapters.HyperMLP([3, 6, 1], 4, 8), (3,), (1,),
