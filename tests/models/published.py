@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 #   a:     move, windows, map, reduce, contract and softmax, on tensors of any shape
 #   b:     recurrence, rows of a table, several inputs, losses of one's own, buffers that forward writes
 #   never: Fourier transforms and complex numbers; control flow that depends on values or on what earlier calls left
-BUILT_PARTS = {"today", "a"}
+BUILT_PARTS = {"today", "a", "b"}
 
 TASKS = 2
 Draw = Callable[[int, Generator], Any]  # (samples, generator) -> [TASKS, samples, ...], or a tree of such tensors
