@@ -201,7 +201,10 @@ class Programs:
             if draws > proof.MOST_DRAWS:
                 return f"the loss is a callable of yours, of {program.features} classes for {given.shape[0]} samples"
         try:
-            reason = proof.why_not(model, loss, results, given.shape[1:], given.shape[0], second_order, target, draws)
+            classes = {label.leaf: label.classes for label in program.labels}
+            reason = proof.why_not(
+                model, loss, results, given.shape[1:], given.shape[0], second_order, target, draws, classes
+            )
         except Exception as error:
             if isinstance(loss, str):
                 raise

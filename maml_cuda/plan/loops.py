@@ -377,6 +377,16 @@ class LoopWriter(Writer):
             order: in which the axes of the result are in memory.
         """
         learned = a.learned or b.learned
+        a, of_a = _without_repeated(a, range(len(a.axes) - summed))
+        b, of_b = _without_repeated(b, range(len(b.axes) - summed))
+        repeated = [axis or other for axis, other in zip(of_a[:shared], of_b, strict=False)]
+        repeated += [*of_a[shared:], *of_b[shared:]]
+        y = self._contract(a, b, shared, summed, order, learned)
+        return replace(y, axes=tuple(axis or more for axis, more in zip(y.axes, repeated, strict=True)))
+
+    def _contract(
+        self, a: Strided, b: Strided, shared: int, summed: int, order: Sequence[int] | None, learned: bool
+    ) -> Strided:
         for _ in range(2):
             m, n = len(a.axes) - shared - summed, len(b.axes) - shared - summed
             of_a = [*a.axes[: shared + m], *[()] * n, *a.axes[shared + m :]]
@@ -455,6 +465,13 @@ def _shortened(axis: Axis, size: int, n: int) -> Axis:
     """The beginning of an axis of the output, as long as that of a part; of samples all."""
     (*samples, last) = axis
     return (*samples, Atom(size // n if samples else size, last.stride))
+
+
+def _without_repeated(x: Strided, dims: Sequence[int]) -> tuple[Strided, list[Axis]]:
+    """The same without axes along which all elements are equal; and these axes, by dimension."""
+    repeated = [x.axes[d] if all(atom.stride == 0 for atom in x.axes[d]) else () for d in dims]
+    kept = [() if d < len(repeated) and repeated[d] else axis for d, axis in enumerate(x.axes)]
+    return replace(x, axes=tuple(kept)), repeated
 
 
 def _is_dense(x: Strided) -> bool:

@@ -103,6 +103,17 @@ class LossFunctions(Tensors):
         terms = self.to.map("sub", negative, log)
         return self._reduced(terms if weight is None else self.to.map("mul", terms, weight), reduction)
 
+    def soft_margin_loss(self, input: Any, target: Any, reduction: int = MEAN) -> Strided:
+        """log(1 + exp(-t x))"""
+        return self._reduced(self.neg(self.to.map("log_sigmoid", self.to.map("mul", target, input))), reduction)
+
+    def binary_cross_entropy(self, input: Any, target: Any, weight: Any = None, reduction: int = MEAN) -> Strided:
+        """-t log p - (1 - t) log(1 - p), with logarithms of at least -100."""
+        yes = self.clamp_min(self.to.map("log", input), -100)
+        no = self.clamp_min(self.to.map("log1p", self.neg(input)), -100)
+        terms = self.neg(self.add(self.mul(target, yes), self.mul(self._affine(target, -1.0, 1.0), no)))
+        return self._reduced(terms if weight is None else self.mul(terms, weight), reduction)
+
     # -- derivatives that forward takes by torch.autograd.grad(create_graph=True) --------------------------------
 
     def tanh_backward(self, g: Any, y: Any) -> Strided:

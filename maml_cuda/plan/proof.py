@@ -75,6 +75,7 @@ def why_not(
     second_order: bool,
     target: Any = None,
     draws: int = 1,
+    classes: Mapping[int, int] | None = None,
 ) -> str:
     """The reason why a plan must not be used, or "" if its results are those of the model.
 
@@ -86,11 +87,13 @@ def why_not(
         second_order: compare a Hessian-vector product too.
         target: of a loss of the user's own, a pytree of objects with shape and dtype, like the target of one task.
         draws: of random data; of a loss of the user's own so many that their labels are of every class.
+        classes: of the leaves of the target that are known to be class labels, how many there are; otherwise as many
+            as the prediction has features.
     """
     # A new thread has none of the caller's modes (autocast, no_grad, inference, devices, fake tensors, transforms).
     with ThreadPoolExecutor(max_workers=1) as thread:
         for seed in range(draws):
-            arguments = (model, loss, results, sample, samples, second_order, target, seed)
+            arguments = (model, loss, results, sample, samples, second_order, target, classes or {}, seed)
             if reason := thread.submit(_compare, *arguments).result():
                 return reason
     return ""
@@ -98,7 +101,7 @@ def why_not(
 
 def _compare(
     model: nn.Module, loss: Loss | None, results: Results, sample: tuple[int, ...], samples: int, second_order: bool,
-    target: Any, seed: int,
+    target: Any, classes: Mapping[int, int], seed: int,
 ) -> str:  # fmt: skip
     generator = Generator().manual_seed(seed)
     try:
@@ -110,7 +113,7 @@ def _compare(
             fast = {name: t.detach().clone().unsqueeze(0) for name, t in state.items()}
             x = torch.randn(samples, *sample, dtype=torch.float64, generator=generator)
             with outside_state.restored(model_copy, [loss_copy] if callable(loss_copy) else []):
-                make_target = partial(_target_for, loss, target, seed, generator)
+                make_target = partial(_target_for, loss, target, classes, seed, generator)
                 expected = _Expected(model_copy, loss_copy, x.clone(), make_target, second_order, generator)
     except Exception as error:
         return f"it could not be compared with the model on random data: {first_line(error)}"
@@ -247,11 +250,14 @@ def _target(loss: str, prediction: Any, generator: Generator) -> Target:
     return PolicyTarget(actions, _normal(mean.shape[:1], generator))
 
 
-def _target_for(loss: Loss | None, likes: Any, seed: int, generator: Generator, prediction: Any) -> Any:
+def _target_for(
+    loss: Loss | None, likes: Any, classes: Mapping[int, int], seed: int, generator: Generator, prediction: Any
+) -> Any:
     """A random target for a prediction.
 
     Args:
         likes: of a loss of the user's own, what its target is like.
+        classes: by the number of a leaf.
         seed: the number of the draw. With it the sizes of numbers change, and the labels go through the classes.
     """
     parts = _parts(prediction)
@@ -259,19 +265,20 @@ def _target_for(loss: Loss | None, likes: Any, seed: int, generator: Generator, 
         return {name: _normal(t.shape, generator) for name, t in parts.items()}
     if isinstance(loss, str):
         return _target(loss, prediction, generator)
-    classes = next(iter(parts.values())).shape[-1]
+    features = next(iter(parts.values())).shape[-1]
 
-    def leaf(like: Any) -> Any:
-        if like is None:
-            return None
+    def leaf(number: int, like: Any) -> Any:
         if like.dtype.is_floating_point:
             size = OWN_LOSS_SIZES[seed % len(OWN_LOSS_SIZES)]
             return size * (2 * _normal(like.shape, generator) + 1)
         count = math.prod(like.shape)
-        labels = (torch.randperm(count, generator=generator) + seed * count) % classes
+        labels = (torch.randperm(count, generator=generator) + seed * count) % classes.get(number, features)
         return labels.view(like.shape).to(like.dtype)
 
-    return pytree.tree_map(leaf, likes)
+    leaves, structure = pytree.tree_flatten(likes)
+    numbers = iter(range(len(leaves)))
+    made = [None if like is None else leaf(next(numbers), like) for like in leaves]
+    return pytree.tree_unflatten(made, structure)
 
 
 def _parts(prediction: Any) -> dict[str, Tensor]:

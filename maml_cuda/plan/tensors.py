@@ -205,7 +205,8 @@ class Tensors(Resampling, Normalisations):
 
     def clamp(self, x: Any, min: Any = None, max: Any = None) -> Strided:
         if not all(bound is None or _is_number(bound) for bound in (min, max)):
-            raise Unfusable("a clamp to tensors is not fused; one to numbers is")
+            y = x if min is None else self.to.map("where", self.to.map("ge", x, min), x, min)
+            return y if max is None else self.to.map("where", self.to.map("le", y, max), y, max)
         low, high = (-math.inf if min is None else float(min)), (math.inf if max is None else float(max))
         return self.to.map("clamp", x, constants=(low, high))
 
@@ -239,6 +240,17 @@ class Tensors(Resampling, Normalisations):
     def _constant(self, value: float) -> Constant:
         shape = self.to.results[0]
         return Constant("a tensor made in forward", False, lambda: torch.full(shape, value, dtype=torch.float64))
+
+    def cosh(self, x: Any) -> Strided:
+        return self._affine(self.add(self.to.map("exp", x), self.to.map("exp", self.neg(x))), 0.5, 0.0)
+
+    def sinh(self, x: Any) -> Strided:
+        return self._affine(self.sub(self.to.map("exp", x), self.to.map("exp", self.neg(x))), 0.5, 0.0)
+
+    def xlogy(self, x: Any, y: Any) -> Strided:
+        """x log y; 0 where x is 0 and y is not positive."""
+        empty = self.logical_and(self.to.map("eq", x, 0.0), self.to.map("le", y, 0.0))
+        return self.to.map("where", empty, 0.0, self.to.map("mul", x, self.to.map("log", y)))
 
     def logical_not(self, x: Any) -> Strided:
         return self.to.map("eq", x, 0.0)
