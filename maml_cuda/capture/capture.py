@@ -164,7 +164,9 @@ def _run(
         fakes = _fakes(model)
         x_fake = torch.empty(x.shape, dtype=x.dtype)
         y_fake = pytree.tree_map_only(Like, lambda t: torch.empty(t.shape, dtype=t.dtype), y)
-    model_copy, loss_copy = copied((model, loss), fakes)
+    own = {id(t): t for t in (*loss.parameters(), *loss.buffers())} if isinstance(loss, nn.Module) else {}
+    copies: set[int] = set()
+    model_copy, loss_copy = copied((model, loss), {**own, **fakes}, copies)
     for m in model_copy.modules():
         if isinstance(m, _NormBase) and m._buffers.get("num_batches_tracked") is not None:
             m._buffers["num_batches_tracked"] = None  # a count that forward would read as a number
@@ -175,6 +177,7 @@ def _run(
                 if key not in ("_parameters", "_buffers", "_modules") and not isinstance(attribute, Tensor):
                     vars(m)[key] = _with_others(attribute, trained)
     recorder = Recorder(model_copy)
+    recorder.copies = copies
     for name, place in places(model).items():
         if (t := fakes.get(id(place.tensor))) is not None:
             operand = recorder.know(t, Operand(tuple(t.shape), t.dtype, "model", name))

@@ -61,7 +61,7 @@ def in_place_of(t: Tensor, made: Tensor) -> Tensor:
     return made
 
 
-def copied(objects: T, replaced: Mapping[int, Tensor]) -> T:
+def copied(objects: T, replaced: Mapping[int, Tensor], copies: set[int] | None = None) -> T:
     """A deep copy of a model, or of a tuple of it and its loss.
 
     Functions that close over modules or tensors close over their copies. Shared with the original are objects that
@@ -70,13 +70,20 @@ def copied(objects: T, replaced: Mapping[int, Tensor]) -> T:
 
     Args:
         replaced: id of a tensor -> the tensor that takes its place, wherever the objects hold it.
+        copies: receives the ids of the tensors that are new copies.
     """
     shared = {id(part): part for part in _shared(objects)}
+    memo: dict[int, Any] = {**replaced, **shared}
     try:
-        return _copied(objects, {**replaced, **shared})
+        result = _copied(objects, memo)
     except Exception:
         shared.update({id(value): value for value in _attributes(objects)})
-        return _copied(objects, {**replaced, **shared})
+        memo = {**replaced, **shared}
+        result = _copied(objects, memo)
+    if copies is not None:
+        known = {id(t) for t in replaced.values()}
+        copies.update(id(t) for key, t in memo.items() if isinstance(t, Tensor) and id(t) not in known | {key})
+    return result
 
 
 def _shared(objects: Any) -> list[Any]:

@@ -23,6 +23,9 @@ class Operand:
         source: what it is if no operation has computed it.
         name: of a tensor of the model; of a part of the target, its number among the leaves of the pytree.
         overwritten: the call that has changed its memory in place since; "": its content is valid.
+        tensor: the tensor itself, if it is no copy: of a source that is not the model's, such as the weights of classes
+            that a loss holds.
+        number: the content of a tensor that forward makes of a number.
     """
 
     shape: tuple[int, ...]
@@ -30,6 +33,8 @@ class Operand:
     source: Source | None = None
     name: str = ""
     overwritten: str = ""
+    tensor: torch.Tensor | None = None
+    number: torch.Tensor | None = None
 
 
 @dataclass(eq=False)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -51,6 +52,7 @@ _OPAQUE = {  # recorded as one operation
     F.instance_norm: "instance_norm",
     torch.instance_norm: "instance_norm",
     F.one_hot: "one_hot",
+    torch.cosine_similarity: "cosine_similarity",
     torch.lstm: "lstm",
     torch.gru: "gru",
     torch.rnn_tanh: "rnn_tanh",
@@ -79,6 +81,7 @@ class Recorder(TorchDispatchMode):
         self.function = ""  # the name of the outermost call of torch
         self.boundary = ""  # why no derivative passes through the calls that run now
         self.recording = True
+        self.copies: set[int] = set()  # ids of tensors that are copies of the user's, and not kept up to date
         self._operands: dict[int, Operand] = {}  # id of a tensor -> what it is now
         self._outside: set[int] = set()  # memory of views of tensors from outside, which they do not share when fake
         self._tensors: list[Tensor] = []  # keeps them alive, so that an id stays that of one tensor
@@ -105,7 +108,9 @@ class Recorder(TorchDispatchMode):
     def operand(self, t: Tensor) -> Operand:
         """What a tensor is."""
         if id(t) not in self._operands:
-            self.know(t, Operand(tuple(t.shape), t.dtype, "other"))
+            original = None if isinstance(t, FakeTensor) or id(t) in self.copies else t
+            number = t.constant if isinstance(t, FakeTensor) else None
+            self.know(t, Operand(tuple(t.shape), t.dtype, "other", tensor=original, number=number))
         return self._operands[id(t)]
 
     def operands(self, tree: Any) -> Any:
@@ -137,6 +142,9 @@ class Recorder(TorchDispatchMode):
         for t in written:
             self._check_written(t, name)
         given, named = self.operands(args), self.operands({k: v for k, v in kwargs.items() if k != "out"})
+        if name == "lift_fresh":  # torch.tensor(number)
+            made = given[0]
+            made.number, made.tensor = made.tensor, None
         results = function(*args, **kwargs)
         if _is_view(function) and any(o.source == "other" for o in operands_of((given, named))):
             self._outside.update(memory_of(t) for t in pytree.tree_leaves(results))

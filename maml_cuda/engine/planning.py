@@ -76,6 +76,7 @@ def program_of(snapshot: Snapshot, graph: Graph, match: Match | None) -> Program
     for name, literal in graph.literals.items():
         t = literal.to(snapshot.like)
         where[name] = Place({name: t}, name)
+    where.update({name: Place({name: t}, name) for name, t in graph.outside.items()})
     is_used = isinstance(snapshot.loss, str) or match is not None
     if is_used and graph.returned.log_softmax and loss not in OF_CLASSES:
         raise Unfusable(
@@ -118,6 +119,7 @@ def program_of(snapshot: Snapshot, graph: Graph, match: Match | None) -> Program
         loss=snapshot.loss,
         match=match,
         labels=labels,
+        identities=graph.identities,
     )
 
 

@@ -32,6 +32,7 @@ class Program:
         ignored: what forward does besides and fused layers do not.
         match: the loss of the core for a loss of the user's own; None for one of ours.
         labels: class labels in the target of a loss of the user's own.
+        identities: of the tensors that it reads and that are not the model's.
         returned: what the model returns for a prediction of the plan.
         features: of the prediction, or of its mean.
         is_direct: whether the targets of the plan are those of the user.
@@ -53,6 +54,7 @@ class Program:
         loss: Loss,
         match: Match | None,
         labels: tuple[Labels, ...],
+        identities: tuple[int, ...],
     ) -> None:
         """holders: of each tensor in `names`, then of each rate tensor. match: of a loss of the user's own."""
         self.plan, self.text = plan, plan.text
@@ -66,7 +68,7 @@ class Program:
         self._all_have_gradient = all(self._has_gradient)
         self._step_text = ""
         weighted = match is not None and match.weighted
-        self.match, self._loss, self.labels = match, loss, labels
+        self.match, self._loss, self.labels, self.identities = match, loss, labels, identities
         self.features = math.prod(returned.sample)
         self.is_direct = len(returned.sample) == 1 and not weighted
         self.is_warm = match is None or (match.loss == "mse" and not weighted)

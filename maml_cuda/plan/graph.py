@@ -79,6 +79,8 @@ class Graph:
         loss_value: that of the loss, if nodes compute it.
         target: how many numbers such a loss compares for each sample.
         labels: those of them that are class labels.
+        outside: tensors that are not the model's, read at every call, by the names that they have in `reads`.
+        identities: of these.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -91,6 +93,8 @@ class Graph:
     loss_value: int | None = None
     target: int | None = None
     labels: tuple[Labels, ...] = ()
+    outside: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    identities: tuple[int, ...] = ()
 
     def differentiated(self) -> set[str]:
         """The names of the tensors by which the loss has a derivative."""

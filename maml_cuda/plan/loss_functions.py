@@ -103,6 +103,16 @@ class LossFunctions(Tensors):
         terms = self.to.map("sub", negative, log)
         return self._reduced(terms if weight is None else self.to.map("mul", terms, weight), reduction)
 
+    def cosine_similarity(self, x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Strided:
+        """x1 x2 / (|x1| |x2|), with norms of at least eps. As in torch, this bound has no part in the derivative."""
+        a, b = self.to.strided(x1), self.to.strided(x2)
+        product = self.sum(self.to.map("mul", a, b), [dim])
+        return self.to.map("div", product, self.to.map("mul", self._norm(a, dim, eps), self._norm(b, dim, eps)))
+
+    def _norm(self, x: Strided, dim: int, eps: float) -> Strided:
+        norm = self.linalg_vector_norm(x, 2, [dim])
+        return self.to.map("add", norm, self.to.stop(self.to.map("sub", self.clamp_min(norm, eps), norm)))
+
     def soft_margin_loss(self, input: Any, target: Any, reduction: int = MEAN) -> Strided:
         """log(1 + exp(-t x))"""
         return self._reduced(self.neg(self.to.map("log_sigmoid", self.to.map("mul", target, input))), reduction)

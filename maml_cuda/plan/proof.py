@@ -155,7 +155,11 @@ class _Expected:
             self.prediction = model(x)
         self.target = make_target(self.prediction)
         function = _projection if loss is None else loss_function(loss)
-        self.loss = function(self.prediction, self.target)
+        try:
+            self.loss = function(self.prediction, self.target)
+        except Exception:  # it may take probabilities alone
+            self.target = pytree.tree_map_only(Tensor, _between_0_and_1, self.target)
+            self.loss = function(self.prediction, self.target)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         parameters = list(trainable.values())
         grads = torch.autograd.grad(self.loss, parameters, create_graph=second_order, materialize_grads=True)
@@ -279,6 +283,10 @@ def _target_for(
     numbers = iter(range(len(leaves)))
     made = [None if like is None else leaf(next(numbers), like) for like in leaves]
     return pytree.tree_unflatten(made, structure)
+
+
+def _between_0_and_1(t: Tensor) -> Tensor:
+    return t.sigmoid() if t.is_floating_point() else t
 
 
 def _parts(prediction: Any) -> dict[str, Tensor]:

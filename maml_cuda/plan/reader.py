@@ -171,7 +171,22 @@ class _Reader(Layers):
             return Held(operand.name, operand.shape, self._requires_grad.get(operand.name, False))
         if operand.source == "y" and self._target_shapes is not None:
             return self._leaves[int(operand.name)]
+        if (number := operand.number) is not None:
+            return Constant("a tensor made in forward", False, lambda: number)
+        if operand.tensor is not None and operand.source == "other":
+            return self._outside(operand.tensor)
         return Constant("the target" if operand.source == "y" else "a tensor that is not the model's", False)
+
+    def _outside(self, t: Tensor) -> Known:
+        """A tensor that is not the model's, for example the weights of classes in a loss."""
+        if t.requires_grad:
+            return Constant("a tensor that requires grad and is not the model's", False)
+        name = next((name for name, known in self.graph.outside.items() if known is t), "")
+        if not name:
+            name = f"tensor {len(self.graph.outside)} outside of the model"
+            self.graph.outside[name] = t
+            self.graph.identities += (id(t),)
+        return Held(name, tuple(t.shape), False)
 
     def _finish(self, prediction: Any) -> None:
         """Writes the last nodes of the prediction, for what `forward` returns."""
