@@ -211,6 +211,18 @@ class Evaluation {
     }
     constexpr int64_t kLine = 64 / sizeof(T), kElements = kRegisterBytes / sizeof(T);
     block_ = std::min(kMostBlock, kElements / count / kLine * kLine);
+    // If an operand repeats from block to block, its registers are read once, and its cotangent is added up
+    // in its register.
+    int64_t longest = 1;
+    for (int j = 0; j < m_; ++j) {
+      const int64_t period = operand_[j].period();
+      if (period <= block_ && period < count_) longest = std::max(longest, period);
+    }
+    block_ -= block_ % longest;
+    for (int j = 0; j < m_; ++j) {
+      const int64_t period = operand_[j].period();
+      repeats_[j] = period < count_ && block_ % period == 0;
+    }
   }
 
   void run(int64_t first, int64_t last) const {
@@ -219,7 +231,7 @@ class Evaluation {
     for (int part = 0; part < kParts; ++part) {
       for (int k = 0; k <= last_; ++k) at[part][k] = memory + place_[part][k] * block_;
     }
-    int64_t added[kMostInputs] = {};
+    int64_t pending[kMostInputs] = {};  // elements whose cotangents are not yet added to the target
     for (int j = 0; j < m_; ++j) {
       if (target_[j].sums) set_to_zero(loops_.x[j], n_, target_[j].sums);
     }
@@ -228,25 +240,21 @@ class Evaluation {
       read(start, count, start == first, at);
       up(count, at);
       if (!down()) continue;
-      down(count, at);
-      for (int j = 0; j < m_; ++j) write(j, start, count, at, added[j]);
+      down(count, at, pending);
+      for (int j = 0; j < m_; ++j) write(j, start, count, at, pending[j]);
     }
-    for (int j = 0; j < m_; ++j) {
-      if (target_[j].sums) add_sums(j);
-    }
+    for (int j = 0; j < m_; ++j) finish(j, at, pending[j]);
   }
 
-  /// The operands and results of a block, in place or in registers. A uniform operand is read once.
+  /// The operands and results of a block, in place or in registers.
   void read(int64_t start, int64_t count, bool first, Registers& at) const {
     const auto operand = [&](Part part, int j, const T* x) {
       if (!needs_[part][j]) return;
       const MapOperand& o = operand_[j];
       if (o.dense()) {
         at[part][j] = const_cast<T*>(x) + o.offset + start;
-      } else if (!o.uniform()) {
+      } else if (first || !repeats_[j]) {
         o.gather(x, start, start + count, at[part][j]);
-      } else if (first) {
-        std::fill_n(at[part][j], block_, x[o.offset]);
       }
     };
     for (int j = 0; j < m_; ++j) {
@@ -304,9 +312,11 @@ class Evaluation {
     return {at[kSlope + a][k], 0, moving_[i] != 0 && bends(s) ? at[kSlopeDot + a][k] : nullptr};
   }
 
-  void down(int64_t count, const Registers& at) const {
+  void down(int64_t count, const Registers& at, const int64_t* pending) const {
     bool started[kMostVariables] = {};
-    for (int j = 0; j < m_; ++j) started[j] = target_[j].in_place && target_[j].add;
+    for (int j = 0; j < m_; ++j) {
+      started[j] = target_[j].in_place ? target_[j].add : repeats_[j] && pending[j] > 0;
+    }
     started[last_] = true;
     for (int i = e_.count - 1; i >= 0; --i) {
       const ExpressionStep& s = e_.step[i];
@@ -333,24 +343,28 @@ class Evaluation {
     }
   }
 
-  /// Adds a block of an operand's cotangent from its register. `added`: since the sums were last added up.
-  void write(int j, int64_t start, int64_t count, const Registers& at, int64_t& added) const {
+  /// Adds a block of an operand's cotangent to its target, or leaves it for finish().
+  void write(int j, int64_t start, int64_t count, const Registers& at, int64_t& pending) const {
     const Target<T>& target = target_[j];
     if (!target.to || target.in_place) return;
     const MapOperand& x = operand_[j];
     const T* from = at[result()][j];
-    if (!target.sums) return x.scatter(from, start, start + count, target.to, target.add);
-    x.scatter(from, start, start + count, target.sums, true);
-    added += count;
-    if (added < kSumBlock * x.places()) return;
-    add_sums(j);
-    added = 0;
+    if (!repeats_[j] && !target.sums) return x.scatter(from, start, start + count, target.to, target.add);
+    if (!repeats_[j]) x.scatter(from, start, start + count, target.sums, true);
+    pending += count;
+    if (pending >= kSumBlock * (repeats_[j] ? block_ : x.places())) finish(j, at, pending);
   }
-  void add_sums(int j) const {
-    T *to = target_[j].to, *sums = target_[j].sums;
-    for (int64_t i = 0, size = elements(loops_.x[j], n_); i < size; ++i) {
-      to[i] += std::exchange(sums[i], T(0));
+  void finish(int j, const Registers& at, int64_t& pending) const {
+    const Target<T>& target = target_[j];
+    if (pending == 0) return;
+    if (repeats_[j]) {
+      operand_[j].scatter(at[result()][j], 0, std::min(pending, block_), target.to, true);
+    } else {
+      for (int64_t i = 0, size = elements(loops_.x[j], n_); i < size; ++i) {
+        target.to[i] += std::exchange(target.sums[i], T(0));
+      }
     }
+    pending = 0;
   }
 
   const Loops& loops_;
@@ -362,6 +376,7 @@ class Evaluation {
   MapOperand operand_[kMostInputs];
   Target<T> target_[kMostInputs];
   int owner_[kMostInputs] = {};
+  bool repeats_[kMostInputs] = {};
   bool apart_ = true;  // no two threads would write to one element
   bool moves_[kMostVariables] = {}, wanted_[kMostVariables] = {}, needs_[2][kMostVariables] = {};
   bool runs_[kMostInstructions] = {}, slopes_[kMostInstructions] = {};

@@ -18,8 +18,11 @@ class MapOperand {
   int64_t offset = 0;
   /// Whether the elements lie in the order of y.
   bool dense() const { return nest_.axes == 0 || (nest_.axes == 1 && stride_ == 1); }
-  /// Whether it is one element.
-  bool uniform() const { return nest_.axes == 0 || (nest_.axes == 1 && stride_ == 0); }
+  /// The number of elements of y after which it repeats; all of them if it does not.
+  int64_t period() const {
+    const int64_t all = nest_.iterations();
+    return nest_.axes > 0 && nest_.stride[0][0] == 0 ? all / nest_.size[0] : all;
+  }
   /// Whether no element is visited twice.
   bool injective() const { return MAML_ISA::injective(nest_); }
   /// How many elements are visited.

@@ -160,6 +160,18 @@ def test_broadcasts(n):
     check_drawn(sketch, n)
 
 
+@pytest.mark.parametrize(("sample", "n"), [((5,), 30_000), ((3, 700), 20), ((1, 700), 20)], ids=str)
+def test_long_sums_of_cotangents(sample, n):
+    """Of an operand that repeats from block to block, and of one that does not."""
+    sketch = Sketch(*sample)
+    p = sketch.parameter(sample[0])
+    for axis, size in enumerate(sample[1:], start=1):
+        p = p.unsqueezed(axis, size)
+    h = sketch.map(sketch.x, p.unsqueezed(0, None), steps=[("mul", 0, 1), ("tanh", 2), ("add", 3, 1)])
+    sketch.map(h, p.unsqueezed(0, None), steps=[("mul", 0, 1)])
+    check_drawn(sketch, n)
+
+
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize(
     "view",
