@@ -4,6 +4,9 @@
 //
 //   batch: R, A and B    m: R and A    n: R and B    k: A and B
 //
+// An axis of one operand alone belongs to m or n, with a stride of 0 for the other one: R is then summed over
+// it, or A is broadcast.
+//
 // For each index of the batch this is a product of matrices [m, k] [k, n], computed by one of the products of
 // product.h, with the factors in either order:
 //
@@ -15,7 +18,6 @@
 // are lanes: vectors along that axis are multiplied and added. The twin on the GPU is cuda/contract.cu.
 #include <algorithm>
 #include <bit>
-#include <cassert>
 #include <limits>
 
 #include "cpu/implement.h"
@@ -41,7 +43,6 @@ struct Groups {
     for (int axis = 0; axis < loops.axes; ++axis) {
       const int64_t steps = extent(loops, axis, samples);
       const int64_t of_r = r->stride[axis], of_a = a->stride[axis], of_b = b->stride[axis];
-      assert(steps == 1 || (of_r != 0) + (of_a != 0) + (of_b != 0) >= 2);
       const bool dense = of_r == 1 && of_a == 1 && of_b == 1 && loops.size[axis] != kSamples;
       if (dense && lanes == 1 && steps >= kFewestLanes) {
         lanes = steps;

@@ -1,6 +1,7 @@
 #include "layers/infer.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "layers/kinds.h"
 
@@ -57,6 +58,45 @@ void check_batch_statistics(const std::string& name, const Shape& x, int64_t n) 
   }
 }
 
+namespace {
+
+/// Throws unless loops come to each element of the output once; layers that sum, along the axes that it has.
+/// The loops of a map come to them in their order.
+void check_output(const Node& node) {
+  const Kind kind = node.layer.kind;
+  const bool sums = kind == Kind::reduce || kind == Kind::extreme || kind == Kind::contract;
+  const bool ordered = kind == Kind::map;
+  if (!sums && !ordered && kind != Kind::softmax && kind != Kind::log_softmax && kind != Kind::stop) return;
+  const Loops& loops = node.loops->front();
+  const View& y = loops.y;
+  std::vector<int> axes;
+  bool samples = false, once = y.offset == 0;
+  for (int a = 0; a < loops.axes; ++a) {
+    if (loops.size[a] == 1 || (sums && y.stride[a] == 0)) continue;
+    if (loops.size[a] != kSamples) {
+      axes.push_back(a);
+      continue;
+    }
+    samples = y.stride[a] == y.size;
+    once = once && samples && !(ordered && !axes.empty());
+  }
+  std::reverse(axes.begin(), axes.end());
+  if (!ordered) {
+    std::stable_sort(axes.begin(), axes.end(), [&](int a, int b) { return y.stride[a] < y.stride[b]; });
+  }
+  int64_t size = 1;
+  for (int a : axes) {
+    once = once && y.stride[a] == size;
+    size *= loops.size[a];
+  }
+  if (once && size == y.size && samples == y.samples) return;
+  throw std::invalid_argument(node.name + " expects loops that come to each of the " +
+                              std::to_string(y.size) + " elements of its output once" +
+                              (ordered ? ", in their order" : ""));
+}
+
+}  // namespace
+
 Shape output_of_loops(const Node& node, std::span<const Shape> x) {
   const bool moves = node.layer.kind == Kind::move;
   const size_t nests = moves ? x.size() : 1;
@@ -74,6 +114,14 @@ Shape output_of_loops(const Node& node, std::span<const Shape> x) {
   for (const Loops& loops : *node.loops) {
     if (loops.y.size == y.size && loops.y.samples == y.samples) continue;
     throw std::invalid_argument(node.name + " expects one output, got several");
+  }
+  check_output(node);
+  if (node.layer.kind == Kind::map && !node.expression) {
+    throw std::invalid_argument(node.name + " expects at least 1 instruction, got 0");
+  }
+  if ((node.layer.kind == Kind::softmax || node.layer.kind == Kind::log_softmax) &&
+      node.loops->front().axes == 0) {
+    throw std::invalid_argument(node.name + " expects at least 1 axis, got 0");
   }
   Shape shape{SampleLayout::other, {y.size, 1, 1}};
   shape.samples = y.samples;

@@ -206,8 +206,10 @@ class Sketch:
         y = dense(len(self.nodes), (None, features))
         y = self._add("view", (y,), (None, features), image=(features, 1, 1), rows=1, out_layout="features")
         self._add("flatten", (y,), (None, features))
+        nodes, parameters = tuple(self.nodes), tuple(self.parameters)
+        prediction = len(nodes)
         return schema.Plan(
-            tuple(self.nodes), tuple(self.parameters), (), "mse", "cpu", "float32", False, False, None
+            nodes, parameters, (), prediction, "mse", None, None, "cpu", "float32", False, False, None
         )  # fmt: skip
 
 

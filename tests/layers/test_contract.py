@@ -102,6 +102,17 @@ def test_several_summed_axes():
     check_drawn(sketch, 3)
 
 
+def test_axes_of_one_operand():
+    """An axis that only one factor has is summed over, one that only y has is a broadcast."""
+    sketch = Sketch(4, 3, 5)
+    h = moving(sketch)  # its second axis is summed over, and so is the third one of w
+    w = sketch.parameter(5, 6, 2)
+    a = h.unsqueezed(4, 6).unsqueezed(5, 2)
+    b = w.unsqueezed(0, 3).unsqueezed(0, 4).unsqueezed(0, None)
+    finished(sketch, sketch.contract(a, b, (2, 3, 5)))
+    check_drawn(sketch, 3)
+
+
 def test_long_sums():
     sketch = Sketch(700)
     w = sketch.parameter(3, 700).permuted(1, 0)
