@@ -34,29 +34,56 @@ class Convolutions:
     ) -> Strided:  # fmt: skip
         x, axes = self.to.strided(input), len(stride)
         kernel, positions = weight.shape[2:], self.to.results[0][2:]
-        rows = 1 if transposed else weight.shape[0]
-        w = self.to.weight(weight, rows, math.prod(kernel))
-        w = self.to.seen_as(w, (groups, w.shape[0] // groups, *w.shape[1:]))  # [groups, out, in, ...]
+        w = self.to.weight(weight, 1 if transposed else weight.shape[0], math.prod(kernel))
+        w = self.to.seen_as(w, (groups, w.shape[0] // groups, *w.shape[1:]))
         if transposed:
-            x = self._spread(x, stride)
-            w = w.permute([0, 2, 1, *range(3, 3 + axes)])
-            for d, size in enumerate(kernel, start=3):
-                w = self.to.viewed(w, lambda w, d=d, size=size: w.slice(d, size - 1, size, -1) if size > 1 else w)  # type: ignore[misc]
-            padding = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
-            stride = [1] * axes
-        taken = windows(
-            self.to, x, [Sliding(*s) for s in zip(kernel, stride, dilation, padding, positions, strict=True)]
-        )
-        taken = self.to.seen_as(taken, (x.shape[0], groups, x.shape[1] // groups, *taken.shape[2:]))
-        pixels, taps = range(3, 3 + axes), range(3 + axes, 3 + 2 * axes)
-        a = taken.permute([1, 0, *pixels, 2, *taps])  # [groups, n, positions ..., in, taps ...]
-        # [groups, n, positions ..., out], which in memory is an image with channels last
-        y = self.to.contract(a, w, 1, 1 + axes, order=[1, *range(2, 2 + axes), 0, 2 + axes])
-        y = y.permute([1, 0, 2 + axes, *range(2, 2 + axes)])
-        y = self.to.seen_as(y, self.to.results[0])
+            y = self._transposed(x, w, stride, padding, dilation)
+        else:
+            sliding = [Sliding(*s) for s in zip(kernel, stride, dilation, padding, positions, strict=True)]
+            y = self._product(x, sliding, w.permute([0, 1, *range(3, 3 + axes), 2]), 0)
+            y = self.to.seen_as(y, self.to.results[0])
         if bias is None:
             return y
         return self.to.map("add", y, self.to.seen_as(self.to.strided(bias), (bias.shape[0], *[1] * axes)))
+
+    def _product(self, x: Strided, sliding: Sequence[Sliding], w: Strided, parts: int) -> Strided:
+        """The product of the windows of x with weights [groups, *parts, out, *kernel, in], of which there may be
+        several axes of parts: [n, groups, out, *positions, *parts], in memory [n, *positions, *parts, groups, out]."""
+        axes, groups = len(sliding), w.shape[0]
+        taken = windows(self.to, x, sliding)
+        taken = self.to.seen_as(taken, (x.shape[0], groups, x.shape[1] // groups, *taken.shape[2:]))
+        a = taken.permute([1, 0, *range(3, 3 + 2 * axes), 2])  # [groups, n, *positions, *kernel, in]
+        pixels, out = range(2, 2 + axes + parts), 2 + axes + parts
+        y = self.to.contract(a, w, 1, 1 + axes, order=[1, *pixels, 0, out])
+        return y.permute([1, 0, out, *pixels])
+
+    def _transposed(
+        self, x: Strided, w: Strided, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    ) -> Strided:
+        """By weights [groups, in, out, *kernel]. Output q stride + part is the sum of x[q - j] w[j stride + part] over
+        j, so this is a convolution for each part of the weight."""
+        axes, sizes = len(stride), self.to.results[0][2:]
+        w, sliding = self._spread(w, dilation), []
+        for d, (step, before) in enumerate(zip(stride, padding, strict=True)):
+            size, kernel = x.shape[2 + d], w.shape[3 + d]
+            taps = -(-max(kernel, before + sizes[d] - (size - 1) * step) // step)
+            w = self.to.padded(w, [(0, taps * step - kernel if a == 3 + d else 0) for a in range(3 + axes)])
+            sliding.append(Sliding(taps, 1, 1, taps - 1, size + taps - 1))
+        split = [size for s, step in zip(sliding, stride, strict=True) for size in (s.kernel, step)]
+        w = self.to.seen_as(w, (*w.shape[:3], *split))
+        kernel_axes, part_axes = range(3, 3 + 2 * axes, 2), range(4, 4 + 2 * axes, 2)
+        for d in kernel_axes:
+            w = w.slice(d, w.shape[d] - 1, w.shape[d], -1)
+        order = [0, *kernel_axes, 1, *part_axes, 2]  # in memory, so that both factors have the summed axes as one
+        w = self.to.dense(w.permute(order)).permute([order.index(d) for d in range(len(order))])
+        y = self._product(x, sliding, w.permute([0, *part_axes, 2, *kernel_axes, 1]), axes)
+        pairs = [d for i in range(axes) for d in (3 + i, 3 + axes + i)]
+        whole = [s.positions * step for s, step in zip(sliding, stride, strict=True)]
+        y = self.to.seen_as(y.permute([0, 1, 2, *pairs]), (x.shape[0], w.shape[0] * w.shape[2], *whole))
+        y = self.to.dense_images(y, axes)
+        for d, (before, size) in enumerate(zip(padding, sizes, strict=True), start=2):
+            y = y.slice(d, before, size)
+        return y
 
     def _spread(self, x: Strided, steps: Sequence[int]) -> Strided:
         """x with steps - 1 zeros between the elements of its last axes."""
