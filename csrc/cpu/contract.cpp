@@ -21,6 +21,7 @@
 #include <limits>
 
 #include "cpu/implement.h"
+#include "cpu/simd.h"
 #include "cpu/strided.h"
 
 namespace maml::MAML_ISA {
@@ -216,31 +217,39 @@ class Contraction {
   T *packed_a_[2], *packed_b_[2], *packed_r_;
 };
 
-/// The sums of products of lanes, at one place of the result, for `count` lanes.
-template <class T>
-void add_products(const Nest<3>& summed, const Term<T>* terms, int count_terms, int64_t count, bool add,
-                  T* r) {
-  const int64_t rows = summed.iterations();
-  Odometer<3> at(summed, 0, summed.axes);
-  T total[strided::kColumns] = {};
-  for (int64_t start = 0; start < rows; start += kSumBlock) {
-    const int64_t end = std::min(rows, start + kSumBlock);
-    T sum[strided::kColumns] = {};
-    for (int64_t row = start; row < end; ++row, at.next()) {
-      for (int t = 0; t < count_terms; ++t) {
-        const T *a = terms[t].a + at[1], *b = terms[t].b + at[2];
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) sum[i] += a[i] * b[i];
+/// The sums of products of some vectors of lanes, at one place of the result.
+template <int Vectors, class T, class L>
+void add_products(const Nest<3>& summed, const Term<T>* terms, int count, bool add, T* r, L lanes) {
+  const int inner = std::max(0, summed.axes - 1);
+  const int64_t rows = summed.iterations(0, inner), size = summed.iterations(inner, summed.axes);
+  const int64_t of_a = summed.axes ? summed.stride[1][inner] : 0;
+  const int64_t of_b = summed.axes ? summed.stride[2][inner] : 0;
+  Odometer<3> at(summed, 0, inner);
+  Vector<T> total[Vectors] = {};
+  for (int64_t row = 0; row < rows; ++row, at.next()) {
+    for (int64_t start = 0; start < size; start += kSumBlock) {
+      Vector<T> sum[Vectors] = {};
+      for (int64_t i = start, end = std::min(size, start + kSumBlock); i < end; ++i) {
+        for (int t = 0; t < count; ++t) {
+          const T *a = terms[t].a + at[1] + i * of_a, *b = terms[t].b + at[2] + i * of_b;
+          for (int v = 0; v < Vectors; ++v) {
+            sum[v] += load(a + v * kLanes<T>, lanes) * load(b + v * kLanes<T>, lanes);
+          }
+        }
       }
+      for (int v = 0; v < Vectors; ++v) total[v] += sum[v];
     }
-    for (int64_t i = 0; i < count; ++i) total[i] += sum[i];
   }
-  put_row(count, r, 1, add, [&](int64_t i) { return total[i]; });
+  for (int v = 0; v < Vectors; ++v) {
+    T* const to = r + v * kLanes<T>;
+    store(to, add ? load(to, lanes) + total[v] : total[v], lanes);
+  }
 }
 
 /// The contraction of operands with lanes.
 template <class T>
 void multiply_lanes(const Groups& of, const Term<T>* terms, int count, bool add, T* r) {
+  constexpr int64_t W = kLanes<T>;
   Nest<3> outer = of.batch, summed;
   for (int a = 0; a < of.m.axes; ++a) outer.append(of.m.size[a], {of.m.stride[0][a], of.m.stride[1][a], 0});
   for (int a = 0; a < of.n.axes; ++a) outer.append(of.n.size[a], {of.n.stride[0][a], 0, of.n.stride[1][a]});
@@ -251,14 +260,24 @@ void multiply_lanes(const Groups& of, const Term<T>* terms, int count, bool add,
   const auto compute = [&](int64_t first, int64_t last) {
     Odometer<3> at(outer, 0, outer.axes, first);
     for (int64_t i = first; i < last; ++i, at.next()) {
-      for (int64_t lane = 0; lane < of.lanes; lane += strided::kColumns) {
+      for (int64_t lane = 0, size; lane < of.lanes; lane += size) {
         Term<T> own[2];
         for (int t = 0; t < count; ++t) {
           own[t].a = terms[t].a + of.a->offset + at[1] + lane;
           own[t].b = terms[t].b + of.b->offset + at[2] + lane;
         }
-        add_products(summed, own, count, std::min(strided::kColumns, of.lanes - lane), add,
-                     r + of.r->offset + at[0] + lane);
+        T* const to = r + of.r->offset + at[0] + lane;
+        const int64_t left = of.lanes - lane;
+        if (left >= 4 * W) {
+          size = 4 * W;
+          add_products<4>(summed, own, count, add, to, Whole());
+        } else if (left >= 2 * W) {
+          size = 2 * W;
+          add_products<2>(summed, own, count, add, to, Whole());
+        } else {
+          size = std::min(left, W);
+          add_products<1>(summed, own, count, add, to, Lanes<T>(size));
+        }
       }
     }
   };

@@ -50,8 +50,12 @@ class Convolutions:
         """The product of the windows of x with weights [groups, *parts, out, *kernel, in], of which there may be
         several axes of parts: [n, groups, out, *positions, *parts], in memory [n, *positions, *parts, groups, out]."""
         axes, groups = len(sliding), w.shape[0]
-        taken = windows(self.to, x, sliding)
-        taken = self.to.seen_as(taken, (x.shape[0], groups, x.shape[1] // groups, *taken.shape[2:]))
+        n, channels, *sizes = x.shape
+        if 1 < groups < channels and axes < 3:  # windows of each group, whose elements are then a row in memory
+            taken = windows(self.to, self.to.seen_as(x, (n, groups, channels // groups, *sizes)), sliding)
+        else:
+            taken = windows(self.to, x, sliding)
+            taken = self.to.seen_as(taken, (n, groups, channels // groups, *taken.shape[2:]))
         a = taken.permute([1, 0, *range(3, 3 + 2 * axes), 2])  # [groups, n, *positions, *kernel, in]
         pixels, out = range(2, 2 + axes + parts), 2 + axes + parts
         y = self.to.contract(a, w, 1, 1 + axes, order=[1, *pixels, 0, out])
