@@ -225,7 +225,13 @@ ReadPlan read_plan(py::handle plan, Operation operation) {
   found.graph.precision = named(kPrecisions, fields.read<std::string>("precision"), "precision");
   found.graph.recompute = fields.read<bool>("recompute");
   found.backend = fields.read<std::string>("backend");
-  fields.done({"cuda_graphs", "task_chunk", "target"});
+  const auto target = fields.read("target", int64_t{0});
+  for (const Node& node : found.graph.nodes) {
+    if (node.layer.kind != Kind::target || node.image.c == target) continue;
+    throw std::invalid_argument("Plan.target must be the width of its node, " + std::to_string(node.image.c) +
+                                ", got " + std::to_string(target));
+  }
+  fields.done({"cuda_graphs", "task_chunk"});
   return found;
 }
 
