@@ -94,7 +94,9 @@ class _Reader(Layers):
         self.call, self.module = "the loss", ""
         loss = self.strided(self._operand(self._record.loss))
         if loss.shape != () or loss.samples or loss.size != 1:
-            raise Unfusable(f"the loss has shape {list(loss.shape)}, or is not computed from all samples; fused is one number")
+            raise Unfusable(
+                f"the loss has shape {list(loss.shape)}, or is not computed from all samples; fused is one number"
+            )
         self.graph.loss_value = loss.number
         self.graph.labels = tuple(dict.fromkeys(self.labels))
 

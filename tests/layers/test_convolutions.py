@@ -224,18 +224,17 @@ class Unfolded(nn.Module):
         return torch.sin(self.unfold(torch.tanh(self.first(x)))).flatten(1)
 
 
-@pytest.mark.parametrize(
-    "unfold",
-    [
-        lambda x: F.unfold(x, 3, padding=1),
-        lambda x: F.unfold(x, (2, 3), dilation=(2, 1), stride=(1, 2)),
-        lambda x: x.unfold(2, 2, 2),
-        lambda x: x.unfold(-1, 3, 1),
-        lambda x: x.unfold(2, 3, 1).unfold(3, 3, 1),
-        lambda x: x.unfold(1, 2, 1),
-    ],
-    ids=str,
-)
+UNFOLDS = {
+    "im2col": lambda x: F.unfold(x, 3, padding=1),
+    "im2col, dilated": lambda x: F.unfold(x, (2, 3), dilation=(2, 1), stride=(1, 2)),
+    "rows apart": lambda x: x.unfold(2, 2, 2),
+    "columns": lambda x: x.unfold(-1, 3, 1),
+    "rows and columns": lambda x: x.unfold(2, 3, 1).unfold(3, 3, 1),
+    "channels": lambda x: x.unfold(1, 2, 1),
+}
+
+
+@pytest.mark.parametrize("unfold", UNFOLDS.values(), ids=UNFOLDS)
 def test_unfold(check_passes, unfold):
     check_passes(Unfolded(unfold), (3, 7, 5), n=2)
 
