@@ -40,8 +40,8 @@ bool is_known(const Slide& s, const Loops& loops) {
   const auto is_free = [&](int a) {
     return a >= 0 && a < loops.axes && loops.size[a] != kSamples && loops.x[0].stride[a] == 0;
   };
-  return is_free(s.position) && is_free(s.tap) && s.position != s.tap && s.size > 0 && s.stride > 0 &&
-         s.dilation > 0;
+  return is_free(s.position) && is_free(s.tap) && s.position != s.tap && s.size > 0 &&
+         (s.size == 1 || s.x_stride != 0) && s.stride > 0 && s.dilation > 0;
 }
 
 void read_slides(const Objects& slides, const std::string& named_node, Loops& loops) {
@@ -66,8 +66,9 @@ void read_slides(const Objects& slides, const std::string& named_node, Loops& lo
     s.padding = fields.read<int64_t>("padding");
     fields.done();
     if (!is_known(s, loops)) {
-      throw std::invalid_argument(named_node + "Slide must name two axes of the loops along which x has " +
-                                  "stride 0, and have a positive size, stride and dilation");
+      throw std::invalid_argument(
+          named_node + "Slide must name two axes of the loops along which x has " +
+          "stride 0, and have a positive size, stride and dilation, and x_stride for more than one element");
     }
     (s.x_stride < 0 ? first : last) += (s.size - 1) * s.x_stride;
   }

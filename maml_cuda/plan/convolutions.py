@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from maml_cuda.capture.errors import Unfusable
+from maml_cuda.plan.graph import Held
 from maml_cuda.plan.layers import Layers
 from maml_cuda.plan.strided import Strided
 from maml_cuda.plan.windows import Sliding, windows
@@ -33,8 +34,9 @@ class Convolutions:
         dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
     ) -> Strided:  # fmt: skip
         x, axes = self.to.strided(input), len(stride)
-        kernel, positions = weight.shape[2:], self.to.results[0][2:]
-        w = self.to.weight(weight, 1 if transposed else weight.shape[0], math.prod(kernel))
+        given = weight if isinstance(weight, Held) else self.to.strided(weight)
+        kernel, positions = given.shape[2:], self.to.results[0][2:]
+        w = self.to.weight(given, 1 if transposed else given.shape[0], math.prod(kernel))
         w = self.to.seen_as(w, (groups, w.shape[0] // groups, *w.shape[1:]))
         if transposed:
             y = self._transposed(x, w, stride, padding, dilation)
@@ -44,7 +46,8 @@ class Convolutions:
             y = self.to.seen_as(y, self.to.results[0])
         if bias is None:
             return y
-        return self.to.map("add", y, self.to.seen_as(self.to.strided(bias), (bias.shape[0], *[1] * axes)))
+        added = self.to.strided(bias)
+        return self.to.map("add", y, self.to.seen_as(added, (*added.shape, *[1] * axes)))
 
     def _product(self, x: Strided, sliding: Sequence[Sliding], w: Strided, parts: int) -> Strided:
         """The product of the windows of x with weights [groups, *parts, out, *kernel, in], of which there may be
@@ -77,7 +80,7 @@ class Convolutions:
         w = self.to.seen_as(w, (*w.shape[:3], *split))
         kernel_axes, part_axes = range(3, 3 + 2 * axes, 2), range(4, 4 + 2 * axes, 2)
         for d in kernel_axes:
-            w = w.slice(d, w.shape[d] - 1, w.shape[d], -1)
+            w = self.to.viewed(w, lambda w, d=d: w.slice(d, w.shape[d] - 1, w.shape[d], -1))  # type: ignore[misc]
         order = [0, *kernel_axes, 1, *part_axes, 2]  # in memory, so that both factors have the summed axes as one
         w = self.to.dense(w.permute(order)).permute([order.index(d) for d in range(len(order))])
         y = self._product(x, sliding, w.permute([0, *part_axes, 2, *kernel_axes, 1]), axes)

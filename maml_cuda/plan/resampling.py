@@ -25,13 +25,12 @@ _LONGEST_SUM = 1024
 class Resampling(Convolutions):
     """Reads these operations."""
 
-    def _resampled(self, input: Any, matrix_of: Callable[[int, int, int], Tensor]) -> Strided:
-        """The product with matrix_of(axis, in, out) along each axis whose size changes, in float64."""
-        x = self.to.strided(input)
-        shape = self.to.results[0]
-        axes = len(x.axes) - 2
-        for d, (size, out) in enumerate(zip(x.shape[2:], shape[2:], strict=True), start=2):
-            matrix = matrix_of(d - 2 - axes, size, out)
+    def _resampled(self, input: Any, axes: int, matrix_of: Callable[[int, int, int], Tensor]) -> Strided:
+        """The product with matrix_of(axis, in, out) along the last axes, in float64. Axis -1 is the last one."""
+        x, shape = self.to.strided(input), self.to.results[0]
+        for d in range(len(x.axes) - axes, len(x.axes)):
+            size, out = x.shape[d], shape[d]
+            matrix = matrix_of(d - len(x.axes), size, out)
             if not torch.equal(matrix, torch.eye(size, dtype=torch.float64)):
                 x = self._times(x, matrix, d)
         return x
@@ -62,7 +61,7 @@ class Resampling(Convolutions):
                 return function(eye.unsqueeze(0), [out], *options, scale)[0].t()  # type: ignore[no-any-return]
             return function(eye[None, :, None], [1, out], *options, None, scale)[0, :, 0].t()  # type: ignore[no-any-return]
 
-        return self._resampled(input, matrix_of)
+        return self._resampled(input, len(self.to.results[0]) - 2, matrix_of)
 
     def upsample_nearest1d(self, input: Any, output_size: Any, *scales: Any) -> Strided:
         return self._interpolated("upsample_nearest1d", input, scales or (None,) * 3)
@@ -89,7 +88,7 @@ class Resampling(Convolutions):
     # -- adaptive pools -----------------------------------------------------------------------------------------
 
     def _adaptive_avg_pool2d(self, input: Any, output_size: Sequence[int]) -> Strided:
-        return self._resampled(input, lambda axis, size, out: _means(size, out))
+        return self._resampled(input, len(output_size), lambda axis, size, out: _means(size, out))
 
     _adaptive_avg_pool3d = adaptive_avg_pool1d = _adaptive_avg_pool2d
 

@@ -42,13 +42,15 @@ def windows(to: LoopWriter, given: Strided, sliding: Sequence[Sliding]) -> Strid
     ..., kernel_1, kernel_2, ...]. In memory, the axis before the sizes is the last one: channels, for an image.
     """
     first, count = len(given.axes) - len(sliding), len(sliding)
-    x = given if all(len(axis) <= 1 for axis in given.axes[first:]) else to.dense_images(given, count)
+    if any(atom.size is None for axis in given.axes[first:] for atom in axis):
+        raise Unfusable("it slides over the samples")
+    is_plain = all(len(axis) <= 1 and all(atom.stride for atom in axis) for axis in given.axes[first:])
+    x = given if is_plain else to.dense_images(given, count)
     axes: list[Axis] = [*x.axes[:first], *[()] * (2 * count)]  # of the result; as yet with the strides of x
     slid, offset = {}, 0
     for d, s in enumerate(sliding):
         (size, stride), *_ = x.axes[first + d] or (Atom(1, 0),)
-        if size is None:
-            raise Unfusable("it slides over the samples")
+        assert size is not None
         position, tap = first + d, first + count + d
         if s.is_view(size):
             axes[position], axes[tap] = (Atom(s.positions, s.stride * stride),), (Atom(s.kernel, s.dilation * stride),)

@@ -170,6 +170,41 @@ def test_of_a_weight_that_two_read(check_passes, dilated_first):
     check_passes(Twice(dilated_first), (3, 5, 4), n=2)
 
 
+class Blurred(nn.Module):
+    """A fixed kernel that forward makes, on values that repeat: an upsampled image, and one that is constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.level = nn.Conv2d(3, 4, 1), nn.Parameter(torch.randn(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = torch.tensor([1.0, 2.0, 1.0], dtype=x.dtype).outer(torch.tensor([1.0, 3.0, 1.0], dtype=x.dtype)) / 20
+        kernel = kernel.expand(4, 1, 3, 3)
+        h = F.interpolate(torch.tanh(self.first(x)), scale_factor=2)
+        level = self.level.expand(1, 4, *h.shape[2:])
+        return torch.sin(F.conv2d(h, kernel, padding=1, groups=4) + F.conv2d(level, kernel, padding=1, groups=4))
+
+
+def test_of_values_that_repeat(check_passes):
+    check_passes(Blurred(), (3, 3, 2), n=3)
+
+
+class Autoencoder(nn.Module):
+    """One weight in a convolution and in a transposed one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(F.conv2d(x, self.weight, stride=2, padding=1))
+        return F.conv_transpose2d(h, self.weight, stride=2, padding=1, output_padding=(0, 1))
+
+
+def test_of_a_weight_that_is_transposed(check_passes):
+    check_passes(Autoencoder(), (3, 5, 4), n=2)
+
+
 # -- pools --------------------------------------------------------------------------------------------------------
 
 POOLS = {

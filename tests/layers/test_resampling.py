@@ -75,6 +75,11 @@ def test_adaptive_pool(check_passes, pool):
     check_passes(between(layer, axes), (3, *SIZES[axes]), n=2)
 
 
+def test_adaptive_pool_of_features(check_passes):
+    """Samples are where channels would be."""
+    check_passes(nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.AdaptiveAvgPool1d(3), nn.Linear(3, 2)), (3,), n=4)
+
+
 @pytest.mark.parametrize(
     ("axes", "layer"),
     [

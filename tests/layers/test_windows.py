@@ -104,3 +104,4 @@ def test_errors():
     assert "Slide must name two axes of the loops along which x has stride 0" in error(tap=2)
     assert "Slide must name two axes of the loops" in error(position=0)
     assert "and have a positive size, stride and dilation" in error(stride=0)
+    assert "and x_stride for more than one element" in error(x_stride=0)
