@@ -1,6 +1,7 @@
 #include "layers/infer.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <vector>
 
 #include "layers/kinds.h"
@@ -98,14 +99,14 @@ void check_output(const Node& node) {
 }  // namespace
 
 Shape output_of_loops(const Node& node, std::span<const Shape> x) {
-  const bool moves = node.layer.kind == Kind::move;
-  const size_t nests = moves ? x.size() : 1;
+  const bool apart = node.layer.kind == Kind::move || node.layer.kind == Kind::recurrence;
+  const size_t nests = apart ? x.size() : 1;
   if (!node.loops || node.loops->size() != nests) {
     throw std::invalid_argument(node.name + " expects " + std::to_string(nests) + " nests of loops, got " +
                                 std::to_string(node.loops ? node.loops->size() : 0));
   }
   for (size_t i = 0; i < x.size(); ++i) {
-    const View& view = moves ? (*node.loops)[i].x[0] : node.loops->front().x[i];
+    const View& view = apart ? (*node.loops)[i].x[0] : node.loops->front().x[i];
     if (view.size == size(x[i]) && view.samples == x[i].samples) continue;
     throw std::invalid_argument(node.name + " expects operand " + std::to_string(i) + " of " +
                                 std::to_string(view.size) + " elements, got " + std::to_string(size(x[i])));
@@ -126,6 +127,35 @@ Shape output_of_loops(const Node& node, std::span<const Shape> x) {
   Shape shape{SampleLayout::other, {y.size, 1, 1}};
   shape.samples = y.samples;
   return shape;
+}
+
+void check_recurrence(const Node& node, int64_t n) {
+  const Loops& loops = node.loops->front();
+  const int states = states_of(node.layer.cell);
+  const int64_t length = loops.size[1], in = loops.size[2], hidden = loops.y.stride[1];
+  const View &x = loops.x[0], &y = loops.y;
+  bool fits = node.loops->size() == 1 || static_cast<int>(node.loops->size()) == 1 + states;
+  fits = fits && node.parameters.size() == 4 && node.parameters[0] >= 0 && node.parameters[1] >= 0;
+  fits = fits && loops.axes == 3 && loops.size[0] == kSamples && x.samples && x.stride[0] == x.size;
+  fits = fits && (in == 1 || x.stride[2] == 1) && (length == 1 || std::abs(x.stride[1]) >= in);
+  fits = fits && y.samples && y.offset == 0 && hidden > 0 && y.size == (length + states - 1) * hidden;
+  for (size_t j = 1; fits && j < node.loops->size(); ++j) {
+    const Loops& state = (*node.loops)[j];
+    fits = state.axes == 2 && state.size[0] == kSamples && state.size[1] == hidden;
+    fits = fits && (hidden == 1 || state.x[0].stride[1] == 1);
+    fits = fits && state.x[0].stride[0] == (state.x[0].samples ? state.x[0].size : 0);
+  }
+  if (!fits) {
+    throw std::invalid_argument(node.name +
+                                " expects a sequence [samples, length, features], states [samples, hidden] "
+                                "and four parameters, got other loops");
+  }
+  constexpr int64_t kMostSaved = 6;  // of a unit at a step (cells.h)
+  const int64_t saved = n * std::max(x.size, kMostSaved * length * hidden);
+  if (saved > INT32_MAX) {
+    throw Unsupported(node.name + " saves " + std::to_string(saved) +
+                      " values a task; fused are fewer than 2^31");
+  }
 }
 
 void check_sum(const std::string& name, const Shape& a, const Shape& b) {

@@ -24,6 +24,10 @@ void check_batch_statistics(const std::string& name, const Shape& x, int64_t n);
 /// The shape of the output of a layer on tensors of any shape. Throws where its loops leave an operand.
 Shape output_of_loops(const Node& node, std::span<const Shape> x);
 
+/// Throws where the loops of a recurrence are not those of sequences and states (recurrence.h), or where the
+/// offsets of its rows would not be int32.
+void check_recurrence(const Node& node, int64_t n);
+
 /// Throws where two values cannot be added.
 void check_sum(const std::string& name, const Shape& a, const Shape& b);
 

@@ -33,6 +33,7 @@ enum class Kind : int {
   softmax,
   log_softmax,
   stop,
+  recurrence,
   norm_block,
   conv_block,
   patch_gram,
@@ -62,6 +63,7 @@ enum class Kind : int {
 #include "layers/parameter.h"
 #include "layers/patch_gram.h"
 #include "layers/pointwise.h"
+#include "layers/recurrence.h"
 #include "layers/reduce.h"
 #include "layers/running_norm.h"
 #include "layers/scale.h"

@@ -16,6 +16,7 @@ namespace maml {
 enum class Kind : int;       // layers/kinds.h
 enum class Function : int;   // layers/functions.h
 enum class Reduction : int;  // layers/loops.h
+enum class Cell : int;       // layers/cells.h
 struct Loops;
 struct Expression;
 
@@ -51,10 +52,12 @@ struct Layer : Constants {
   bool pooled = false;
   Image between{};                           // patch_gram, stem and conv_block: the convolution's output
   Precision precision = Precision::float32;  // conv2d and stem
-  // Of the layers on tensors of any shape (loops.h), owned by the plan. move: one for each input.
+  // Of the layers on tensors of any shape (loops.h), owned by the plan. move and recurrence: one for each
+  // input.
   const Loops* loops = nullptr;
   const Expression* expression = nullptr;  // map
   Reduction reduction{};                   // reduce
+  Cell cell{};                             // recurrence
 };
 
 constexpr int kMostInputs = 4, kMostParameters = 4;

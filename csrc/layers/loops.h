@@ -8,6 +8,7 @@
 //   contract  y[.] = the sum of x_0[.] x_1[.] over the axes along which y has stride 0
 //   softmax, log_softmax                       over the last axis
 //   stop      y = x, with cotangent and tangent 0
+//   recurrence                                 over time (recurrence.h); for each input, loops of its own
 //
 // A permutation, an expansion or a part of a value is a view: strides and an offset, no layer. A broadcast
 // operand has stride 0. Its cotangent is the sum over that axis.
@@ -43,7 +44,7 @@ struct Slide {
 struct Loops {
   int axes = 0;
   int64_t size[kMostAxes] = {};  // kSamples for at most one axis
-  View x[kMostInputs], y;        // of move: x[0] is the input that these loops are of
+  View x[kMostInputs], y;        // of move and recurrence: x[0] is the input that these loops are of
   int slides = 0;
   Slide slide[kMostSlides];
 };

@@ -44,6 +44,12 @@ Kind kind_named(const std::string& name) { return static_cast<Kind>(named(kPrope
 Function function_named(const std::string& name) {
   return static_cast<Function>(named(kFunctionProperties, name, "function"));
 }
+Cell cell_named(const std::string& name) {
+  for (int c = 0; c < static_cast<int>(Cell::count); ++c) {
+    if (name == name_of(static_cast<Cell>(c))) return static_cast<Cell>(c);
+  }
+  throw std::invalid_argument("unknown cell " + name);
+}
 std::optional<Combination> combination_named(const std::string& name) {
   for (size_t c = 0; c < kCombinationNames.size(); ++c) {
     if (name == kCombinationNames[c]) return static_cast<Combination>(c);

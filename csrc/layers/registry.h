@@ -23,6 +23,7 @@ const Properties& properties(Kind kind);
 /// Throws std::invalid_argument if there is none of that name.
 Kind kind_named(const std::string& name);
 Function function_named(const std::string& name);
+Cell cell_named(const std::string& name);
 /// Nothing if there is none of that name.
 std::optional<Combination> combination_named(const std::string& name);
 

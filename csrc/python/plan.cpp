@@ -124,6 +124,7 @@ Node read_node(py::handle object, size_t number, size_t parameters) {
   if (const auto reduction = fields.read<std::optional<std::string>>("reduction")) {
     layer.reduction = reduction_named(*reduction);
   }
+  if (const auto cell = fields.read<std::optional<std::string>>("cell")) layer.cell = cell_named(*cell);
   read_loops(fields.object("loops"), fields.object("slides"), fields.object("instructions"), named_node,
              node);
   fields.done();

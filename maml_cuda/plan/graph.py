@@ -361,18 +361,19 @@ class Writer:
         slides: tuple[Slide, ...] = (),
         instructions: tuple[Instruction, ...] = (),
         reduction: str | None = None,
+        cell: str | None = None,
     ) -> int:
         """Adds one node of a kind on tensors of any shape and returns the number of its value. The arguments are the
         fields of schema.Node."""
         return self._append(
             kind, inputs, parameters, image=image, rows=rows, out_layout=out_layout, loops=loops,
-            slides=slides, instructions=instructions, reduction=reduction,
+            slides=slides, instructions=instructions, reduction=reduction, cell=cell,
         )  # fmt: skip
 
     def _append(self, kind: str, inputs: Sequence[int], parameters: tuple[int | None, ...], **fields: Any) -> int:
         nothing = dict.fromkeys(
             ("out_layout", "in_features", "out_features", "sample", "window", "function", "eps", "groups",
-             "count_padding", "image", "rows", "reduction")
+             "count_padding", "image", "rows", "reduction", "cell")
         )  # fmt: skip
         empty: dict[str, Any] = dict.fromkeys(("in_layouts", "constants", "loops", "slides", "instructions"), ())
         fields = {**nothing, **empty, **fields}

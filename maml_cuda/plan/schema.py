@@ -117,10 +117,11 @@ class Node:
         count_padding: of avg_pool, whether padding counts in the divisor.
         image: (channels, height, width) as which a `view` sees its input; of a `parameter`, (elements, 1, 1).
         rows: of `view`, the number of images in a sample; None: 1.
-        loops: of a layer on tensors of any shape; of `move`, one for each input.
+        loops: of a layer on tensors of any shape; of `move` and `recurrence`, one for each input.
         slides: of `windows`, for each axis of its input over which a window slides.
         instructions: the expression of a `map`; the last one gives its value.
         reduction: of `reduce` and `extreme`, a name of Reduction in csrc/layers/loops.h.
+        cell: of `recurrence`, a name of Cell in csrc/layers/cells.h.
     """
 
     kind: str
@@ -144,6 +145,7 @@ class Node:
     slides: tuple[Slide, ...]
     instructions: tuple[Instruction, ...]
     reduction: str | None
+    cell: str | None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from maml_cuda.capture.errors import Unfusable
 from maml_cuda.plan.graph import Constant, Held, Value, text_of
 from maml_cuda.plan.layers import Layers
 from maml_cuda.plan.normalisations import Normalisations
+from maml_cuda.plan.recurrences import Recurrences
 from maml_cuda.plan.resampling import Resampling
 from maml_cuda.plan.strided import Strided
 
@@ -25,7 +26,7 @@ _FUNCTIONS = ("relu", "silu", "tanh", "sigmoid", "sin", "cos", "exp", "expm1", "
 _COMBINATIONS = ("sub", "atan2", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "where")
 
 
-class Tensors(Resampling, Normalisations):
+class Tensors(Resampling, Normalisations, Recurrences):
     """Reads operations on tensors of any shape.
 
     Attributes:

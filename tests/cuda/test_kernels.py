@@ -14,9 +14,10 @@ import pytest
 
 from tests import emulated
 
-PROGRAMS = ["bank_conflicts", "conv2d", "layers", "loops", "losses", "policy", "product", "stem"]
+PROGRAMS = ["bank_conflicts", "conv2d", "layers", "loops", "losses", "policy", "product", "recurrence", "stem"]
 # The arguments that run one schedule. `product` has none to choose.
-ONE_SCHEDULE = {"conv2d": ["1"], **{name: ["shuffled"] for name in ("layers", "loops", "losses", "policy", "stem")}}
+SHUFFLED = ("layers", "loops", "losses", "policy", "recurrence", "stem")
+ONE_SCHEDULE = {"conv2d": ["1"], **{name: ["shuffled"] for name in SHUFFLED}}
 SANITIZERS = os.environ.get("MAML_CUDA_SANITIZERS", "").split(",")
 
 

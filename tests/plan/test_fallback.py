@@ -62,8 +62,8 @@ class Squared(nn.ReLU):
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.cell = nn.LSTM(3, 5, batch_first=True)
-        self.head = nn.Linear(5, CLASSES)
+        self.cell = nn.LSTM(3, 5, batch_first=True, proj_size=2)
+        self.head = nn.Linear(2, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.cell(x)[0][:, -1])
@@ -115,7 +115,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ..
         lambda: dense(lambda m, x: m.c(m.a(x) + m.b(x)) * len(x)), VECTOR,
         ("the model runs other operations on the query set than on the support set",),
     ),
-    "lstm": (Recurrent, (4, 3), ("cell (LSTM)", "no fused layer serves it (lstm)")),
+    "lstm": (Recurrent, (4, 3), ("cell (LSTM)", "proj_size is not fused")),
     "in place, a view read again": (
         lambda: conv(flat_view_read_again, 126), IMAGE, ("c (Linear)", "relu_", "in place"),
     ),

@@ -28,12 +28,14 @@ Work traffic(int64_t size, int tensors) {
 /// The elements of an input, and of the output, of all samples.
 inline int64_t input_size(const Layer& l, int j) {
   if (!l.loops) return l.n * size(l.in);
-  return elements(l.kind == Kind::move ? l.loops[j].x[0] : l.loops->x[j], l.n);
+  const bool apart = l.kind == Kind::move || l.kind == Kind::recurrence;  // loops for each input
+  return elements(apart ? l.loops[j].x[0] : l.loops->x[j], l.n);
 }
 inline int64_t output_size(const Layer& l) { return l.loops ? elements(l.loops->y, l.n) : l.n * size(l.out); }
 
 /// The FLOP (two for each multiply-add) of a layer's product over all samples.
 inline double product_flop(const Layer& l) {
+  if (l.kind == Kind::recurrence) return 2 * static_cast<double>(properties(l.kind).work(l));
   if (l.kind == Kind::contract) return 2 * static_cast<double>(iterations(*l.loops, l.n));
   const maml::Image& pixels = l.kind == Kind::conv2d ? l.out : l.between;
   const double patches = static_cast<double>(l.n * pixels.h * pixels.w);
@@ -50,6 +52,10 @@ inline double product_flop(const Layer& l) {
 }
 
 inline int64_t parameter_size(const Layer& l, int p) {
+  if (l.kind == Kind::recurrence) {
+    const RecurrenceSizes r(*l.loops, l.n);
+    return (p == 0 ? r.in : p == 1 ? r.hidden : 1) * r.hidden * gates_of(l.cell);
+  }
   const bool product = l.kind == Kind::conv2d || l.kind == Kind::stem;
   if (p == 0 && product) return l.window.kernel_h * l.window.kernel_w * l.in.c * l.out.c;
   return l.kind == Kind::append ? l.out.c - l.in.c : l.out.c;
