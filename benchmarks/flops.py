@@ -15,8 +15,8 @@ from .workloads import Tasks, Workload
 def forward_flops(model: nn.Module, x: Tensor) -> tuple[int, int]:
     """FLOP per sample of a forward pass over x `[N, ...]`: `(F, F1)`.
 
-    F counts all Linear and Conv2d layers, F1 those that read x itself. A multiply-add is 2 FLOP; products with zero
-    padding count.
+    F counts all Linear, Conv2d and LSTM layers, F1 the products with x itself. A multiply-add is 2 FLOP; products with
+    zero padding count.
     """
     total = first = 0
 
@@ -27,8 +27,19 @@ def forward_flops(model: nn.Module, x: Tensor) -> tuple[int, int]:
         total += flops
         first += flops if inputs[0] is x else 0
 
-    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    handles = [layer.register_forward_hook(count) for layer in layers]
+    def count_lstm(module: nn.LSTM, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        nonlocal total, first
+        length = inputs[0].shape[1]
+        of_input, of_state = (2 * length * w.numel() for w in (module.weight_ih_l0, module.weight_hh_l0))
+        total += of_input + of_state
+        first += of_input if inputs[0] is x else 0
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            handles.append(module.register_forward_hook(count))
+        elif isinstance(module, nn.LSTM):
+            handles.append(module.register_forward_hook(count_lstm))
     try:
         with torch.no_grad():
             model(x)

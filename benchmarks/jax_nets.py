@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from torch import nn
 
-from .workloads import MiniImageNetNet, OmniglotNet, ResNet12
+from .workloads import LastOfLSTM, MiniImageNetNet, OmniglotNet, ResNet12
 
 Array = Any
 Theta = dict[str, Array]
@@ -88,9 +88,26 @@ def resnet12(theta: Theta, x: Array) -> Array:
     return linear(theta, x.mean((1, 2)), "head")
 
 
+def lstm(theta: Theta, x: Array) -> Array:
+    """The last output of an LSTM, then a linear layer. x `[n, length, inputs]`."""
+    weight = theta["lstm.weight_hh_l0"].T
+    gates = x @ theta["lstm.weight_ih_l0"].T + theta["lstm.bias_ih_l0"] + theta["lstm.bias_hh_l0"]
+
+    def step(state: tuple[Array, Array], of_input: Array) -> tuple[tuple[Array, Array], None]:
+        h, c = state
+        i, f, g, o = jnp.split(of_input + h @ weight, 4, axis=-1)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        return (jax.nn.sigmoid(o) * jnp.tanh(c), c), None
+
+    zeros = jnp.zeros((x.shape[0], weight.shape[0]), x.dtype)
+    (h, _), _ = jax.lax.scan(step, (zeros, zeros), gates.swapaxes(0, 1))
+    return linear(theta, h, "head")
+
+
 def net(model: nn.Module) -> Net:
     """The JAX function of a workload's model. NotImplementedError if there is none."""
-    for kind, function in ((OmniglotNet, omniglot), (MiniImageNetNet, mini_imagenet), (ResNet12, resnet12)):
+    functions = ((OmniglotNet, omniglot), (MiniImageNetNet, mini_imagenet), (ResNet12, resnet12), (LastOfLSTM, lstm))
+    for kind, function in functions:
         if isinstance(model, kind):
             return function
     if isinstance(model, nn.Sequential) and all(isinstance(m, (nn.Linear, nn.ReLU)) for m in model):

@@ -18,6 +18,7 @@ TARGETS = {
     "mini-imagenet": 6.0,
     "mini-imagenet-5shot": 6.0,
     "resnet12": 4.0,
+    "lstm": 4.0,
 }
 
 

@@ -141,6 +141,18 @@ class ResNet12(nn.Module):
         return self.head(self.blocks(x).mean((2, 3)))
 
 
+class LastOfLSTM(nn.Module):
+    """An LSTM over a sequence, and Linear on its last output. x is `[N, length, inputs]`."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(inputs, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
 def sinusoids(tasks: int, seed: int) -> DrawSet:
     """Regression of `amplitude * sin(x - phase)`, one curve per task: x and y are `[tasks, n, 1]`."""
     generator = torch.Generator().manual_seed(seed)
@@ -162,6 +174,23 @@ def navigation(tasks: int, seed: int) -> DrawSet:
     def draw_set(samples: int) -> tuple[Tensor, Tensor]:
         x = torch.rand(tasks, samples, 2, generator=generator) - 0.5
         return x, goal - x
+
+    return draw_set
+
+
+def sequences(length: int, inputs: int) -> Draw:
+    """Regression of a weighted mean over a random walk, with weights of the task: x `[tasks, n, length, inputs]`."""
+    return partial(draw_sequences, length, inputs)
+
+
+def draw_sequences(length: int, inputs: int, tasks: int, seed: int) -> DrawSet:
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(tasks, 1, inputs, 1, generator=generator) / inputs**0.5
+
+    def draw_set(samples: int) -> tuple[Tensor, Tensor]:
+        steps = torch.randn(tasks, samples, length, inputs, generator=generator)
+        x = steps.cumsum(2) / length**0.5
+        return x, (x.mean(2, keepdim=True) @ weights).squeeze(2)
 
     return draw_set
 
@@ -196,6 +225,7 @@ POLICY = Workload("policy", partial(mlp, (2, 100, 100, 2)), navigation, "mse", 2
 OMNIGLOT = five_way("omniglot", OmniglotNet, images(1, 28, 28), 5, 0.4)
 MINI_IMAGENET = five_way("mini-imagenet", MiniImageNetNet, images(3, 84, 84), 5, 0.01)
 RESNET12 = five_way("resnet12", ResNet12, images(3, 32, 32), 3, 0.01, query=25)
+LSTM = Workload("lstm", partial(LastOfLSTM, 24, 64, 1), sequences(30, 24), "mse", 4, 10, 10, 5, 0.05)
 replace = dataclasses.replace
 
 WORKLOADS = {
@@ -215,6 +245,7 @@ WORKLOADS = {
         MINI_IMAGENET,
         replace(MINI_IMAGENET, name="mini-imagenet-5shot", tasks=2, support=25),
         RESNET12,
+        LSTM,
         # Almost no arithmetic, to measure the cost of a call: six parameters, one task, one sample.
         replace(SINUSOID, name="overhead", tasks=1, support=1, query=1),
     )
