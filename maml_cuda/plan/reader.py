@@ -77,7 +77,11 @@ class _Reader(Layers):
         if self._target_shapes is not None:
             self._leaves = self.targets(self._target_shapes)
             done = set(map(id, of_prediction))
-            self._read_all([o for o in self._record.needed_for(self._record.loss) if id(o) not in done])
+            of_loss = [o for o in self._record.needed_for(self._record.loss) if id(o) not in done]
+            for operand in (operand for operation in of_loss for operand in operation.operands()):
+                if self._requires_grad.get(operand.name, False) and operand.source == "model":
+                    raise Unfusable(f"the loss reads {operand.name}, which it holds as it was before the inner loop")
+            self._read_all(of_loss)
             self._finish_loss()
         return self._ordered(self.graph)
 
