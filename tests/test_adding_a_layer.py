@@ -1,4 +1,4 @@
-"""docs/adding_a_layer.md: what it quotes stands in the files; its steps, followed for `atan`, give a fused arctangent."""
+"""docs/adding_a_layer.md: what it quotes stands in the files; its steps, for `atan`, give a fused arctangent."""
 
 import os
 import re

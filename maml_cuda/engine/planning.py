@@ -82,6 +82,10 @@ def program_of(snapshot: Snapshot, graph: Graph, match: Match | None) -> Program
         raise Unfusable(
             f"the prediction is a log_softmax; fused is that for {' and '.join(OF_CLASSES)}, not for {loss}"
         )
+    if loss in OF_CLASSES and is_used and len(graph.returned.sample) != 1:
+        raise Unfusable(
+            f"the fused {loss} takes a prediction [n, classes], got samples of shape {list(graph.returned.sample)}"
+        )
     names = [read.name for read in graph.reads]
     labels = graph.labels
     if match is not None and match.loss in OF_CLASSES:

@@ -81,7 +81,7 @@ class _Reader(Layers):
             for operand in (operand for operation in of_loss for operand in operation.operands()):
                 if self._requires_grad.get(operand.name, False) and operand.source == "model":
                     raise Unfusable(f"the loss reads {operand.name}, which it holds as it was before the inner loop")
-            self._read_all(of_loss)
+            self._read_all([replace(operation, module="") for operation in of_loss])
             self._finish_loss()
         return self._ordered(self.graph)
 

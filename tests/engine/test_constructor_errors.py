@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from maml_cuda import FusedMAML, gradcheck
 from tests.engine.refusals import BACKENDS, CLASSES, FEATURES, dict_of_rates, episode, net, refuses
@@ -162,17 +162,24 @@ def test_a_model_that_is_no_module(model: Any) -> None:
     )
 
 
-def grouped() -> nn.Sequential:
+class Products(nn.Module):
+    """No fused layer serves it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumprod(1)
+
+
+def unserved() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, CLASSES)).double()
+    return nn.Sequential(nn.Conv2d(2, 4, 3), Products(), nn.Flatten(), nn.Linear(16, CLASSES)).double()
 
 
 @pytest.mark.parametrize(
     ("model", "loss", "sample", "pieces"),
     [
-        (grouped, "cross_entropy", (2, 4, 4), ("0 (Conv2d)", "groups=2", "not fused")),
-        (net, lambda p, y: p.sum(), (FEATURES,), ("the loss is a callable of yours", "the loss is off by")),
-        (net, lambda p, y: F.cross_entropy(p, y).abs(), (FEATURES,), ("the loss is a callable of yours", "abs")),
+        (unserved, "cross_entropy", (2, 4, 4), ("1 (Products)", "no fused layer serves it", "cumprod")),
+        (net, lambda p, y: p.sort(1)[0].mean(), (FEATURES,), ("the loss", "sort")),
+        (net, lambda p, y: p.cumprod(1).mean(), (FEATURES,), ("the loss", "cumprod")),
         (
             lambda: net().append(nn.LogSoftmax(1)),
             "mse",
