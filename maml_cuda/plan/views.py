@@ -31,8 +31,9 @@ class Views(LoopWriter):
         super().__init__(n, dtype)
         self.model = model
 
-    def module_at(self, path: str) -> nn.Module:
-        return self.model.get_submodule(path)
+    def module_at(self, path: str) -> nn.Module | None:
+        """The module of this path; None for calls of the loss, which are in no module of the model."""
+        return dict(self.model.named_modules(remove_duplicate=False)).get(path)
 
     def _seen_as(self, given: Any, shape: tuple[int, ...]) -> Known:
         """A tensor in another shape, with the same order of elements."""

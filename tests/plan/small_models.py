@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from maml_cuda import FusedMAML, reference
 from maml_cuda.losses import Loss
-from tests import conftest
+from tests import conftest, oracle
 
 CLASSES, RATE, STEPS = 4, 0.3, 2
 VECTOR, IMAGE = (3,), (2, 7, 6)
@@ -119,6 +119,21 @@ def fused_is_right(model: nn.Module, data: list[Tensor], loss: Loss = "cross_ent
             assert (g is None) == (results[1][1][name] is None), name
             if g is not None:
                 close(g, results[1][1][name], name)
+
+
+def computed_is_right(
+    model: nn.Module, data: list[Any], loss: Loss, rate: float = RATE, first_order: bool = False, tolerance: float = 1e-9
+) -> FusedMAML:
+    """Asserts that layers compute the loss, and that it and the meta-gradient are those of the oracle."""
+    maml = FusedMAML(model, rate, STEPS, loss=loss, first_order=first_order, backend="fused")
+    out = maml(*data)
+    out.loss.backward()
+    assert "the loss is served by layers" in maml.explain()
+    expected, grads = oracle.meta_gradient(model, loss, *data, rate, STEPS, first_order)
+    got = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(out.loss.detach().double(), expected, rtol=tolerance, atol=tolerance)
+    conftest.assert_close(got, grads, tolerance)
+    return maml
 
 
 def trained_norm(affine: bool = True) -> nn.BatchNorm1d:

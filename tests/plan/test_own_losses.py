@@ -10,7 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maml_cuda import FusedMAML, reference
-from tests.plan.small_models import CLASSES, IMAGE, RATE, STEPS, around, close, episode, fused_is_right, made, right
+from tests.plan.small_models import (
+    CLASSES,
+    IMAGE,
+    RATE,
+    STEPS,
+    around,
+    close,
+    computed_is_right,
+    episode,
+    fused_is_right,
+    made,
+    right,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,24 +45,18 @@ OF_VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "weights of samples": lambda p, y: ((p - y).square().mean(1) * y[:, 0].exp()).mean(),
 }
 # Those of classes end in "on classes".
-REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
-    "label smoothing on classes": (
-        lambda p, y: F.cross_entropy(p, y, label_smoothing=0.1), "no fused layer serves eq",
-    ),
-    "an index ignored on classes": (lambda p, y: F.cross_entropy(p, y, ignore_index=2), "ignore_index=2"),
-    "a square on classes": (
-        lambda p, y: (F.cross_entropy(p, y, reduction="none") ** 2).mean(), "the loss is off by",
-    ),
-    "entropy on classes": (
-        lambda p, y: F.cross_entropy(p, y) + (p.softmax(1) * p.log_softmax(1)).sum(1).mean(), "the loss is off by",
-    ),
-    "detach on classes": (lambda p, y: F.cross_entropy(p - p.detach().mean(), y), "detach stops derivatives"),
-    "maximum on classes": (lambda p, y: F.cross_entropy(p - p.max(), y), "no fused layer serves max"),
-    "root": (lambda p, y: F.mse_loss(p, y).sqrt(), "the loss is off by"),
-    "a constant added": (lambda p, y: F.mse_loss(p, y) + 1, "the loss is off by"),
-    "huber": (F.huber_loss, "no fused layer serves huber_loss"),
-    "absolute": (F.l1_loss, "no fused layer serves abs"),
-}  # fmt: skip
+OTHER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "label smoothing on classes": lambda p, y: F.cross_entropy(p, y, label_smoothing=0.1),
+    "an index ignored on classes": lambda p, y: F.cross_entropy(p, y, ignore_index=2),
+    "a square on classes": lambda p, y: (F.cross_entropy(p, y, reduction="none") ** 2).mean(),
+    "entropy on classes": lambda p, y: F.cross_entropy(p, y) + (p.softmax(1) * p.log_softmax(1)).sum(1).mean(),
+    "detach on classes": lambda p, y: F.cross_entropy(p - p.detach().mean(), y),
+    "maximum on classes": lambda p, y: F.cross_entropy(p - p.max(), y),
+    "root": lambda p, y: F.mse_loss(p, y).sqrt(),
+    "a constant added": lambda p, y: F.mse_loss(p, y) + 1,
+    "huber": F.huber_loss,
+    "absolute": F.l1_loss,
+}
 
 
 @pytest.mark.parametrize("spelling", OF_CLASSES)
@@ -69,14 +75,10 @@ def test_a_squared_error_of_images_is_fused(spelling: str) -> None:
     fused_is_right(model, episode(IMAGE, target=(2, 4, 3)), OF_VALUES[spelling])
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_another_loss_is_general(case: str) -> None:
-    loss, reason = REFUSED[case]
+@pytest.mark.parametrize("case", OTHER)
+def test_another_loss_is_computed_by_layers(case: str) -> None:
     data = episode() if case.endswith("on classes") else episode(target=(CLASSES,))
-    maml = FusedMAML(made(lambda: around(nn.Tanh())), RATE, STEPS, loss=loss)
-    with pytest.warns(UserWarning, match=f"general path.* because the loss is a callable of yours.*{reason}"):
-        maml(*data)
-    right(maml, data)
+    computed_is_right(made(lambda: around(nn.Tanh())), data, OTHER[case])
 
 
 class Temperature(nn.Module):
