@@ -122,7 +122,12 @@ def fused_is_right(model: nn.Module, data: list[Tensor], loss: Loss = "cross_ent
 
 
 def computed_is_right(
-    model: nn.Module, data: list[Any], loss: Loss, rate: float = RATE, first_order: bool = False, tolerance: float = 1e-9
+    model: nn.Module,
+    data: list[Any],
+    loss: Loss,
+    rate: float = RATE,
+    first_order: bool = False,
+    tolerance: float = 1e-9,
 ) -> FusedMAML:
     """Asserts that layers compute the loss, and that it and the meta-gradient are those of the oracle."""
     maml = FusedMAML(model, rate, STEPS, loss=loss, first_order=first_order, backend="fused")
@@ -134,6 +139,17 @@ def computed_is_right(
     torch.testing.assert_close(out.loss.detach().double(), expected, rtol=tolerance, atol=tolerance)
     conftest.assert_close(got, grads, tolerance)
     return maml
+
+
+def normed(norm: Callable[[nn.Module], nn.Module]) -> Callable[[], nn.Module]:
+    """A model whose first layer has a normalised weight."""
+
+    def make() -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch deprecates the older functions
+            return nn.Sequential(norm(nn.Linear(3, 5).double()), nn.Tanh(), nn.Linear(5, CLASSES))
+
+    return make
 
 
 def trained_norm(affine: bool = True) -> nn.BatchNorm1d:

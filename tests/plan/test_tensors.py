@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from tests import conftest
 from tests.plan.small_models import (
@@ -22,6 +23,7 @@ from tests.plan.small_models import (
     episode,
     fused_is_right,
     made,
+    normed,
     pooled,
     weight,
 )
@@ -48,6 +50,7 @@ EXPRESSIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "a mask": lambda h: h * (h > 0),
     "where": lambda h: torch.where(h > 0, h, 0.1 * h),
     "clamp": lambda h: h.clamp(-0.5, 0.5),
+    "clamp to a tensor": lambda h: h.clamp(h.mean(0)),
     "a norm": lambda h: h / h.norm(dim=1, keepdim=True),
     "the 1-norm": lambda h: h / h.norm(1, dim=1, keepdim=True),
     "standardised": lambda h: (h - h.mean(1, keepdim=True)) / h.std(1, keepdim=True),
@@ -89,6 +92,8 @@ VECTORS: dict[str, Callable[[], nn.Module]] = {
         lambda m, x: m.c(F.linear(m.a(x) + m.b(x), m.w, m.d)), w=weight(5, 5), d=weight(1)
     ),
     "a column added": lambda: dense(lambda m, x: m.c(m.a(x) + m.b(x) + m.s(x)), s=nn.Linear(3, 1)),
+    "weight norm": normed(parametrizations.weight_norm),
+    "old weight norm": normed(nn.utils.weight_norm),
     "detach": lambda: dense(lambda m, x: m.c(m.a(x) + m.b(x)) + m.c(m.a(x)).detach()),
     "no_grad": lambda: dense(lambda m, x: m.c(m.a(x) * without_gradients(m.a(x)) + m.b(x))),
 }  # fmt: skip
