@@ -37,7 +37,8 @@ def with_unit_precision(graph: Graph) -> Graph:
         out_features=2 * features, constants=(-math.inf,),
     )  # fmt: skip
     flatten = replace(last, inputs=(number + 1,))
-    return replace(graph, nodes=[*graph.nodes, append, flatten], reads=[*graph.reads, Read(LOG_STD_NAME, 1, 1, 1)])
+    nodes, reads = [*graph.nodes, append, flatten], [*graph.reads, Read(LOG_STD_NAME, 1, 1, 1)]
+    return replace(graph, nodes=nodes, reads=reads, prediction=len(nodes))
 
 
 @apart

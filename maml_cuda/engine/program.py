@@ -96,17 +96,20 @@ class Program:
 
     # -- what goes in and comes out -----------------------------------------------------------------------------
 
-    def target(self, y: Target) -> list[Tensor | None]:
-        """The tensors of a target [tasks, n, ...], as the ops take them."""
+    def target(self, y: Target, dtype: torch.dtype | None = None) -> list[Tensor | None]:
+        """The tensors of a target [tasks, n, ...], as the ops take them.
+
+        Args:
+            dtype: in which the ops compute; None: the model's.
+        """
+        dtype = dtype or self._dtype
         if self.match == COMPUTED:
-            dtype = self.tensors()[0][0].dtype
             leaves = [leaf.reshape(*leaf.shape[:2], -1).to(dtype) for leaf in pytrees.tensors(y)]
             return [leaves[0] if len(leaves) == 1 else torch.cat(leaves, -1), None, None, None]
         if self.match is None or not self.match.weighted:
             if self.is_direct:
                 return targets.tensors(y)
             return [y.reshape(*y.shape[:2], self.features)]
-        dtype = self.tensors()[0][0].dtype
         weights = own_targets.advantages(self.match, self._loss, y, self.features, dtype, self._one_as_returned)
         values = pytrees.tensors(y)[self.match.leaf]
         labels = self.match.loss == "categorical_policy_gradient"

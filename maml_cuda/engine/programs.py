@@ -242,7 +242,7 @@ class _Results:
     def loss_and_grad(
         self, fast: Mapping[str, Tensor], x: Tensor, y: targets.Target
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        losses, grads = torch.ops.maml_cuda.loss_and_grad(self._own(fast), x, self._program.target(y), self._text)
+        losses, grads = torch.ops.maml_cuda.loss_and_grad(self._own(fast), x, self._program.target(y, x.dtype), self._text)
         return losses, self._whole(grads, fast)
 
     def hvp(
@@ -250,7 +250,7 @@ class _Results:
     ) -> dict[str, Tensor]:
         at_rest = {name: torch.zeros_like(t) for name, t in fast.items()}
         directions = self._own({**at_rest, **v})
-        products = torch.ops.maml_cuda.hvp(self._own(fast), x, self._program.target(y), directions, self._text)
+        products = torch.ops.maml_cuda.hvp(self._own(fast), x, self._program.target(y, x.dtype), directions, self._text)
         return self._whole(products, fast)
 
     def _own(self, given: Mapping[str, Tensor]) -> list[Tensor]:
