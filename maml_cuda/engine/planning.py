@@ -19,7 +19,7 @@ from maml_cuda.engine.program import Program
 from maml_cuda.engine.settings import Options, Settings, adapted_names
 from maml_cuda.losses import Loss
 from maml_cuda.plan.graph import Graph, Labels
-from maml_cuda.plan.own_loss import Match
+from maml_cuda.plan.own_loss import COMPUTED, Match
 from maml_cuda.plan.schema import InnerRate, Parameter, Plan, RateTensor, Role
 from maml_cuda.rates import InnerRates, Rate, read_rates
 
@@ -78,7 +78,7 @@ def program_of(snapshot: Snapshot, graph: Graph, match: Match | None) -> Program
         where[name] = Place({name: t}, name)
     where.update({name: Place({name: t}, name) for name, t in graph.outside.items()})
     is_used = isinstance(snapshot.loss, str) or match is not None
-    if is_used and graph.returned.log_softmax and loss not in OF_CLASSES:
+    if is_used and graph.returned.log_softmax and match != COMPUTED and loss not in OF_CLASSES:
         raise Unfusable(
             f"the prediction is a log_softmax; fused is that for {' and '.join(OF_CLASSES)}, not for {loss}"
         )

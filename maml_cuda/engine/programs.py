@@ -242,7 +242,9 @@ class _Results:
     def loss_and_grad(
         self, fast: Mapping[str, Tensor], x: Tensor, y: targets.Target
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        losses, grads = torch.ops.maml_cuda.loss_and_grad(self._own(fast), x, self._program.target(y, x.dtype), self._text)
+        losses, grads = torch.ops.maml_cuda.loss_and_grad(
+            self._own(fast), x, self._program.target(y, x.dtype), self._text
+        )
         return losses, self._whole(grads, fast)
 
     def hvp(

@@ -73,7 +73,7 @@ def matches(record: Record, returned: Returned, features: int, y: list[Operand])
     for leaf, operand in enumerate(y):
         labels = operand.dtype == torch.int64 and operand.shape == (n,) and returned.sample == (features,)
         values = operand.dtype.is_floating_point and math.prod(operand.shape) == n * features
-        values = values and operand.shape[:1] == (n,)
+        values = values and operand.shape[:1] == (n,) and not returned.log_softmax
         if returned.log_std:
             names = [("gaussian_policy_gradient", True)] if values else []
         elif labels:

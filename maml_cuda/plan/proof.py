@@ -203,13 +203,15 @@ class _InDouble(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args, kwargs = pytree.tree_map_only(torch.dtype, self._double, (args, kwargs or {}))
+        args, kwargs = pytree.tree_map_only((torch.dtype, Tensor), self._double, (args, kwargs or {}))
         result = (Tensor.double if function is Tensor.float else function)(*args, **kwargs)
         return result.double() if isinstance(result, Tensor) and result.dtype == torch.float32 else result
 
     @staticmethod
-    def _double(dtype: torch.dtype) -> torch.dtype:
-        return torch.float64 if dtype == torch.float32 else dtype
+    def _double(given: Any) -> Any:
+        if isinstance(given, Tensor):  # of float32: one that is not the model's, such as the weights of classes
+            return given.double() if given.dtype == torch.float32 else given
+        return torch.float64 if given == torch.float32 else given
 
 
 def _is_single(model: nn.Module) -> bool:
