@@ -329,7 +329,14 @@ class Tensors(Resampling, Normalisations, Recurrences):
         return self._reduce("reduce", "sum", self._to_copy(x, dtype=dtype), dim, keepdim)
 
     def mean(self, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Strided:
-        return self._reduce("reduce", "mean", self._to_copy(x, dtype=dtype), dim, keepdim)
+        x = self.to.strided(self._to_copy(x, dtype=dtype))
+        dims = self._dims(x, dim)
+        # The mean of equal elements, such as the deviations of a policy repeated for each sample, is one of them.
+        axes = (
+            tuple(atom for atom in axis if d not in dims or atom.size is None or atom.stride != 0)
+            for d, axis in enumerate(x.axes)
+        )
+        return self.to.reduce("reduce", "mean", x.with_axes(axes), dims, keepdim)
 
     def amax(self, x: Any, dim: Any = None, keepdim: bool = False) -> Strided:
         return self._reduce("extreme", "amax", x, dim, keepdim)

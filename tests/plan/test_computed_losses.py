@@ -360,6 +360,7 @@ def with_entropy(policy: Any, y: dict[str, Tensor]) -> Tensor:
 
 OTHER_MODELS: dict[str, tuple[Callable[[], nn.Module], Loss, Callable[[int], Any]]] = {
     "Normal": (Gaussian, clipped, actions),
+    "Normal, with entropy": (Gaussian, with_entropy, actions),
     "Categorical": (Discrete, clipped, classes),
     "Categorical, with entropy": (Discrete, with_entropy, classes),
     "log_softmax, weights": (LogProbabilities, lambda p, y: F.nll_loss(p, y, weight=WEIGHTS), labels),

@@ -68,6 +68,8 @@ EXPRESSIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed twice": lambda h: (h.t() * torch.arange(5)[:, None]).t(),
     "in one axis with the samples": lambda h: (h.reshape(-1) * 2).view(len(h), 5),
     "an expansion over the samples": lambda h: h.unsqueeze(0).expand(3, len(h), 5).mean(0),
+    "the mean of an expansion": lambda h: h.unsqueeze(2).expand(len(h), 5, 3).mean(2),
+    "the mean of an expansion and more": lambda h: h - h.unsqueeze(2).expand(len(h), 5, 3).mean((1, 2)).unsqueeze(1),
     "less the mean over the samples": lambda h: h - h.mean(0),
     "less the largest of the samples": lambda h: h - h.amax(0),
     "times the sum of all": lambda h: h * h.sum(),
