@@ -238,6 +238,15 @@ REFUSED: dict[str, tuple[Loss, Callable[[int], Any], str]] = {
 }  # fmt: skip
 
 
+def test_a_loss_that_reads_parameters_of_the_model_is_refused() -> None:
+    """It holds them as they were before the inner loop."""
+    model = mlp()
+    maml = FusedMAML(model, RATE, STEPS, loss=lambda p, y: F.l1_loss(p, y) + model[0].weight.square().sum())
+    with pytest.warns(UserWarning, match="the loss reads 0.weight, which it holds as it was before the inner loop"):
+        maml(*data_of(values))
+    assert maml.backend == "reference"
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_is_refused_in_words(name: str) -> None:
     loss, target, words = REFUSED[name]
