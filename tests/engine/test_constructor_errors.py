@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from maml_cuda import FusedMAML, gradcheck
-from tests.engine.refusals import BACKENDS, CLASSES, FEATURES, dict_of_rates, episode, net, refuses
+from tests.engine.refusals import BACKENDS, FEATURES, dict_of_rates, episode, net, refuses
 
 pytestmark = pytest.mark.usefixtures("machine", "one_thread", "labels_at_once")
 
@@ -162,24 +162,12 @@ def test_a_model_that_is_no_module(model: Any) -> None:
     )
 
 
-class Products(nn.Module):
-    """No fused layer serves it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.cumprod(1)
-
-
-def unserved() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 4, 3), Products(), nn.Flatten(), nn.Linear(16, CLASSES)).double()
-
-
 @pytest.mark.parametrize(
     ("model", "loss", "sample", "pieces"),
     [
-        (unserved, "cross_entropy", (2, 4, 4), ("1 (Products)", "no fused layer serves it", "cumprod")),
-        (net, lambda p, y: p.sort(1)[0].mean(), (FEATURES,), ("the loss", "sort")),
-        (net, lambda p, y: p.cumprod(1).mean(), (FEATURES,), ("the loss", "cumprod")),
+        (lambda: net().append(nn.Dropout()), "cross_entropy", (FEATURES,), ("(Dropout)", "draws random numbers")),
+        (net, F.multi_margin_loss, (FEATURES,), ("multi_margin_loss in the loss", "no fused layer serves it")),
+        (net, lambda p, y: F.cross_entropy(p + p.round(), y), (FEATURES,), ("round in the loss", "no fused layer")),
         (
             lambda: net().append(nn.LogSoftmax(1)),
             "mse",
