@@ -1,65 +1,14 @@
-"""The models of the workloads in JAX. Parameters have the names that they have in torch; images are channels last.
-
-A convolution is written as the sum of one matrix product per kernel element. vmap over tasks keeps these matrix
-products, but turns lax.conv_general_dilated into a grouped convolution, which XLA runs far slower on a CPU.
-"""
+"""The models of the workloads in JAX. Parameters have the names that they have in torch."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from torch import nn
 
+from .jax_layers import Array, Net, Theta, channels_last, linear, max_pool, normed
+from .jax_modern_nets import MODERN_NETS
 from .workloads import LastOfLSTM, MiniImageNetNet, OmniglotNet, ResNet12
-
-Array = Any
-Theta = dict[str, Array]
-Net = Callable[[Theta, Array], Array]
-
-
-def conv(x: Array, weight: Array, stride: int = 1, padding: int = 1) -> Array:
-    """x `[n, height, width, in]`, weight `[out, in, kernel, kernel]`."""
-    kernel = weight.shape[-1]
-    height, width = ((size + 2 * padding - kernel) // stride + 1 for size in x.shape[1:3])
-    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    total = 0.0
-    for i in range(kernel):
-        for j in range(kernel):
-            rows = slice(i, i + stride * (height - 1) + 1, stride)
-            columns = slice(j, j + stride * (width - 1) + 1, stride)
-            total = total + x[:, rows, columns] @ weight[:, :, i, j].T
-    return total
-
-
-def batch_norm(x: Array, weight: Array, bias: Array) -> Array:
-    mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
-    return (x - mean) * jax.lax.rsqrt(variance + 1e-5) * weight + bias
-
-
-def max_pool(x: Array) -> Array:
-    """Max-pool 2x2; an odd last row or column is dropped."""
-    n, height, width, channels = x.shape
-    x = x[:, : height // 2 * 2, : width // 2 * 2]
-    return x.reshape(n, height // 2, 2, width // 2, 2, channels).max((2, 4))
-
-
-def normed(theta: Theta, x: Array, conv_name: str, norm_name: str, **options: int) -> Array:
-    """Convolution (with or without bias), then BatchNorm."""
-    z = conv(x, theta[f"{conv_name}.weight"], **options)
-    if f"{conv_name}.bias" in theta:
-        z = z + theta[f"{conv_name}.bias"]
-    return batch_norm(z, theta[f"{norm_name}.weight"], theta[f"{norm_name}.bias"])
-
-
-def linear(theta: Theta, x: Array, name: str) -> Array:
-    return x @ theta[f"{name}.weight"].T + theta[f"{name}.bias"]
-
-
-def channels_last(x: Array) -> Array:
-    return x.transpose(0, 2, 3, 1)
 
 
 def omniglot(theta: Theta, x: Array) -> Array:
@@ -110,6 +59,9 @@ def net(model: nn.Module) -> Net:
     for kind, function in functions:
         if isinstance(model, kind):
             return function
+    for modern, build in MODERN_NETS.items():
+        if isinstance(model, modern):
+            return build(model)
     if isinstance(model, nn.Sequential) and all(isinstance(m, (nn.Linear, nn.ReLU)) for m in model):
         names = [name for name, m in model.named_children() if isinstance(m, nn.Linear)]
 

@@ -8,7 +8,7 @@ from typing import Any
 from .fit import lines as fitted_lines
 from .implementations import MAML_CUDA
 from .markdown import markdown_table
-from .targets import TARGETS
+from .targets import cell as target_cell
 from .targets import lines as target_lines
 
 Case = dict[str, Any]
@@ -69,11 +69,10 @@ def summary_table(cases: Sequence[Case]) -> Iterator[str]:
         for case in cases:
             if case["order"] == 2:
                 cells = dict(zip(COLUMNS, row(case), strict=True))
-                target = TARGETS.get(case["workload"])
                 yield [
                     case["workload"],
                     *(cells[name] for name in SHARED),
-                    f"{target:g}x" if target else "",
+                    target_cell(case["workload"]),
                     *(cells[name] for name in SHARES),
                 ]
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .modern_nets import Burgers, MobileNet, Siren, Transformer, UNet, ViT
+
 
 class Tasks(NamedTuple):
     """A meta-batch: inputs `[tasks, n, ...]`, targets `[tasks, n]` (labels) or `[tasks, n, outputs]`."""
@@ -35,6 +37,7 @@ Draw = Callable[[int, int], DrawSet]
 # Two correct float32 computations may decide a ReLU or a maximum differently, which changes the meta-gradient of a deep
 # network: that of autograd differs from float64 by 1e-4 (Omniglot), 2e-2 (mini-ImageNet), 0.15 (ResNet-12).
 DEEP_TOLERANCE = 0.5
+SMOOTH_TOLERANCE = 1e-3  # of a deep network without such decisions, whose error is up to 1e-4
 
 
 @dataclass(frozen=True)
@@ -212,11 +215,67 @@ def draw_images(shape: tuple[int, ...], ways: int, tasks: int, seed: int) -> Dra
     return draw_set
 
 
-def five_way(name: str, model: Callable[..., nn.Module], draw: Draw, steps: int, rate: float, **shape: int) -> Workload:
+def fields(outputs: int) -> Draw:
+    """Regression of smooth fields on the plane, a sum of waves per task: x `[tasks, n, 2]`, y `[tasks, n, outputs]`."""
+    return partial(draw_fields, outputs)
+
+
+def draw_fields(outputs: int, tasks: int, seed: int) -> DrawSet:
+    generator = torch.Generator().manual_seed(seed)
+    waves = 8
+    frequencies = 2 * torch.pi * torch.randn(tasks, 2, waves, generator=generator)
+    phases = 2 * torch.pi * torch.rand(tasks, 1, waves, generator=generator)
+    amplitudes = torch.randn(tasks, waves, outputs, generator=generator) / waves
+
+    def draw_set(samples: int) -> tuple[Tensor, Tensor]:
+        x = 2 * torch.rand(tasks, samples, 2, generator=generator) - 1
+        return x, torch.sin(x @ frequencies + phases) @ amplitudes
+
+    return draw_set
+
+
+def maps(channels: int, side: int) -> Draw:
+    """Regression of a map, a blurred mix of the channels: x `[tasks, n, channels, side, side]`, y of one channel."""
+    return partial(draw_maps, channels, side)
+
+
+def draw_maps(channels: int, side: int, tasks: int, seed: int) -> DrawSet:
+    generator = torch.Generator().manual_seed(seed)
+    mixture = torch.randn(tasks, 1, channels, 1, 1, generator=generator)
+
+    def draw_set(samples: int) -> tuple[Tensor, Tensor]:
+        x = torch.rand(tasks, samples, channels, side, side, generator=generator)
+        mixed = (x * mixture).sum(2, keepdim=True)
+        return x, F.avg_pool2d(mixed.flatten(0, 1), 5, stride=1, padding=2).view_as(mixed)
+
+    return draw_set
+
+
+def travelling_waves(tasks: int, seed: int) -> DrawSet:
+    """Solutions `u = c - a tanh(a (x - c t) / (2 nu))` of the Burgers equation, `a` and `c` of the task.
+
+    x is `[tasks, n, 2]`, points `(x, t)`; y is `[tasks, n, 2]`, `u` and the residual, which is zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    a, c = (0.2 + 0.8 * torch.rand(tasks, 1, generator=generator) for _ in range(2))
+
+    def draw_set(samples: int) -> tuple[Tensor, Tensor]:
+        points = torch.rand(tasks, samples, 2, generator=generator) * torch.tensor([2.0, 1.0]) - torch.tensor([1.0, 0])
+        x, t = points.unbind(-1)
+        u = c - a * torch.tanh(a * (x - c * t) / (2 * Burgers.VISCOSITY))
+        return points, torch.stack((u, torch.zeros_like(u)), -1)
+
+    return draw_set
+
+
+def five_way(
+    name: str, model: Callable[..., nn.Module], draw: Draw, steps: int, rate: float,
+    tolerance: float = DEEP_TOLERANCE, **shape: int,
+) -> Workload:  # fmt: skip
     """A 5-way 1-shot workload with four tasks; `shape` overrides."""
     return Workload(
         name, partial(model, 5), draw, "cross_entropy", **{"tasks": 4, "support": 5, "query": 75, **shape},
-        inner_steps=steps, inner_lr=rate, float32_tolerance=DEEP_TOLERANCE,
+        inner_steps=steps, inner_lr=rate, float32_tolerance=tolerance,
     )  # fmt: skip
 
 
@@ -226,6 +285,13 @@ OMNIGLOT = five_way("omniglot", OmniglotNet, images(1, 28, 28), 5, 0.4)
 MINI_IMAGENET = five_way("mini-imagenet", MiniImageNetNet, images(3, 84, 84), 5, 0.01)
 RESNET12 = five_way("resnet12", ResNet12, images(3, 32, 32), 3, 0.01, query=25)
 LSTM = Workload("lstm", partial(LastOfLSTM, 24, 64, 1), sequences(30, 24), "mse", 4, 10, 10, 5, 0.05)
+TRANSFORMER = five_way("transformer", Transformer, images(32, 16), 5, 0.05, SMOOTH_TOLERANCE, query=15)
+SIREN = Workload("siren", partial(Siren, (2, *[128] * 4, 3)), fields(3), "mse", 4, 1024, 1024, 5, 0.01)
+GRADNCP = Workload("siren-gradncp", partial(Siren, (2, *[256] * 5, 3)), fields(3), "mse", 8, 1024, 1024, 4, 0.01)
+MBCONV = five_way("mbconv", MobileNet, images(3, 32, 32), 5, 0.01, SMOOTH_TOLERANCE, query=25)
+UNET = Workload("unet", UNet, maps(3, 32), "mse", 4, 5, 15, 5, 0.01, DEEP_TOLERANCE)
+VIT = five_way("vit", ViT, images(3, 32, 32), 5, 0.05, SMOOTH_TOLERANCE, query=25)
+PINN = Workload("pinn", partial(Burgers, (2, *[64] * 4, 1)), travelling_waves, "mse", 4, 256, 256, 5, 0.01)
 replace = dataclasses.replace
 
 WORKLOADS = {
@@ -246,6 +312,13 @@ WORKLOADS = {
         replace(MINI_IMAGENET, name="mini-imagenet-5shot", tasks=2, support=25),
         RESNET12,
         LSTM,
+        TRANSFORMER,
+        SIREN,
+        GRADNCP,
+        MBCONV,
+        UNET,
+        VIT,
+        PINN,
         # Almost no arithmetic, to measure the cost of a call: six parameters, one task, one sample.
         replace(SINUSOID, name="overhead", tasks=1, support=1, query=1),
     )

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 PLANS = "plans"
 GAUSSIAN_POLICY = "gaussian-policy"
 GROWTH = {f"omniglot-{axis.lower()}{value}": workload for axis, value, workload in points(quick=False)}
-NOT_IN_0_1 = {"lstm"}  # workloads that version 0.1.0 does not fuse
+# Workloads that version 0.1.0 does not fuse.
+NOT_IN_0_1 = {"lstm", "transformer", "siren", "siren-gradncp", "mbconv", "unet", "vit", "pinn"}
 NAMES = (*(name for name in WORKLOADS if name not in NOT_IN_0_1), *GROWTH, GAUSSIAN_POLICY)
 
 

@@ -8,7 +8,6 @@ import re
 
 import pytest
 import torch
-from torch import fx
 
 from benchmarks import __main__ as cli
 from benchmarks import (
@@ -33,8 +32,13 @@ SINUSOID = WORKLOADS["sinusoid-k1"].shrunk()
 # Baselines that need no other library and no compiler.
 AVAILABLE = {name: implementations.BASELINES[name] for name in ("autograd loop", "learn2learn", "torch.func vmap")}
 INCLUDED = {MAML_CUDA: meta_steps.fused("fused"), **AVAILABLE}
+# What a baseline says of a workload that it cannot run.
+REFUSED = {
+    ("lstm", "torch.func vmap"): "Batching rule not implemented for aten::lstm.input",
+    ("pinn", "torch.func vmap"): r"requires_grad_\(\).* functorch",
+}
 # One workload per model.
-SMALL = [name for name in WORKLOADS if "-t" not in name and "shot" not in name]
+SMALL = [name for name in WORKLOADS if not any(part in name for part in ("-t", "shot", "gradncp"))]
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -44,22 +48,35 @@ def test_every_implementation_is_verified_on_every_workload(name, order):
     model, tasks = workload.build()
     expected = verification.reference_gradient(workload, model, tasks, order == 1)
     for baseline, build in INCLUDED.items():
-        if name == "lstm" and baseline == "torch.func vmap":
-            continue  # which has no rule for torch.lstm
+        if (name, baseline) in REFUSED:
+            with pytest.raises(RuntimeError, match=REFUSED[name, baseline]):
+                verification.verify(build, workload, model, tasks, order == 1, expected)
+            continue
         float64, float32, _ = verification.verify(build, workload, model, tasks, order == 1, expected)
         assert float64 <= verification.FLOAT64_TOLERANCE
         assert 0 < float32 <= workload.float32_tolerance
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_workloads_trace_and_repeat(name):
+def test_workloads_repeat(name):
     model, tasks = WORKLOADS[name].build()
     again, tasks_again = WORKLOADS[name].build()
     assert all(map(torch.equal, model.parameters(), again.parameters()))
     assert all(map(torch.equal, tasks, tasks_again))
     assert not torch.equal(tasks.x_spt[0], tasks.x_qry[0, : tasks.x_spt.shape[1]])
-    x = tasks.x_spt[0]
-    torch.testing.assert_close(fx.symbolic_trace(model)(x), model(x))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_jax_has_the_same_model(name):
+    jax = pytest.importorskip("jax")
+    from benchmarks.jax_nets import net
+
+    jax.config.update("jax_enable_x64", True)
+    model, tasks = WORKLOADS[name].shrunk().build()
+    model, x = model.double(), tasks.double().x_spt[0]
+    theta = {name: jax.numpy.asarray(p.detach().numpy()) for name, p in model.named_parameters()}
+    found = net(model)(theta, jax.numpy.asarray(x.numpy()))
+    torch.testing.assert_close(torch.tensor(found.tolist(), dtype=x.dtype), model(x).detach(), rtol=1e-10, atol=1e-12)
 
 
 def test_shapes_are_the_published_ones():
@@ -72,7 +89,37 @@ def test_shapes_are_the_published_ones():
     assert shapes["omniglot"] == [(4, 5, 1, 28, 28), (4, 5), (4, 75, 1, 28, 28), (4, 75)]
     assert shapes["mini-imagenet"] == [(4, 5, 3, 84, 84), (4, 5), (4, 75, 3, 84, 84), (4, 75)]
     assert shapes["lstm"] == [(4, 10, 30, 24), (4, 10, 1)] * 2
+    assert shapes["transformer"] == [(4, 5, 32, 16), (4, 5), (4, 15, 32, 16), (4, 15)]
+    assert shapes["siren"] == [(4, 1024, 2), (4, 1024, 3)] * 2
+    assert shapes["siren-gradncp"] == [(8, 1024, 2), (8, 1024, 3)] * 2
     assert shapes["resnet12"] == [(4, 5, 3, 32, 32), (4, 5), (4, 25, 3, 32, 32), (4, 25)]
+
+
+def mbconv_flops(inputs, outputs, side, stride):
+    """Expansion, depthwise convolution, the two layers of the excitation, projection."""
+    middle, after = 4 * inputs, (side // stride) ** 2
+    expansion = inputs * middle * side**2
+    return 2 * (expansion + middle * (9 * after + 2 * (inputs // 4) + outputs * after))
+
+
+MBCONV = (
+    2 * 16 * 27 * 16**2
+    + mbconv_flops(16, 16, 16, 1)
+    + mbconv_flops(16, 24, 16, 2)
+    + mbconv_flops(24, 24, 8, 1)
+    + mbconv_flops(24, 40, 8, 2)
+    + 2 * 40 * 5
+)
+# Two convolutions at each of five places, two transposed convolutions, the head.
+UNET = 2 * (
+    9 * (32**2 * (3 * 16 + 16 * 16) + 16**2 * (16 * 32 + 32 * 32) + 8**2 * (32 * 64 + 64 * 64))
+    + 9 * (16**2 * (64 * 32 + 32 * 32) + 32**2 * (32 * 16 + 16 * 16))
+    + 4 * (8**2 * 64 * 32 + 16**2 * 32 * 16)
+    + 32**2 * 16
+)
+# Of u: the first layer, three layers, the last one; the same for its derivatives by the point; of u_x by x: the first
+# layer in both directions, three layers in both.
+PINN = 2 * ((2 * 64 + 3 * 64**2 + 64) + (64 + 3 * 64**2 + 2 * 64) + (2 * 2 * 64 + 2 * 3 * 64**2))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +134,15 @@ def test_shapes_are_the_published_ones():
             2 * 32 * 27 * 84**2,
         ),
         ("resnet12", 46_597_376, 2 * 16 * (27 + 3) * 32**2),  # the shortcut reads the image too
-        ("lstm", 2 * 30 * 256 * (24 + 64) + 2 * 64, 2 * 30 * 256 * 24),
+        ("lstm", 2 * 30 * 256 * (24 + 64) + 2 * 64, 2 * 256 * (30 * 24 + 64)),  # the first state is constant
+        # Parameters of a block: 4 d d of attention, 2 d h of the feed-forward net; its products of values: 2 L L d.
+        ("transformer", 2 * 32 * 16 * 64 + 4 * (32 * (4 * 64 + 2 * 256) * 64 + 2 * 32**2 * 64) + 640, 2 * 32 * 16 * 64),
+        ("siren", 2 * (2 * 128 + 3 * 128**2 + 128 * 3), 2 * 2 * 128),
+        ("siren-gradncp", 2 * (2 * 256 + 4 * 256**2 + 256 * 3), 2 * 2 * 256),
+        ("mbconv", MBCONV, 2 * 16 * 27 * 16**2),
+        ("unet", UNET, 2 * 16 * 27 * 32**2),
+        ("vit", 2 * 64 * 48 * 64 + 4 * (65 * (4 * 64 + 2 * 128) * 64 + 2 * 65**2 * 64) + 640, 2 * 64 * 48 * 64),
+        ("pinn", PINN, 2 * (1 + 2) * 64),  # both derivatives start with a constant
     ],
 )
 def test_forward_flops(name, forward, first):
@@ -273,6 +328,23 @@ def test_targets_are_evaluated():
     assert "not timed: learn2learn, higher" in line(2.0, 10.0)
     assert "not evaluated in a quick run" in line(2.0, 10.0, quick=True)
     assert "not evaluated, the workload was not run" in line(2.0, 10.0, name="policy")
+
+
+def test_targets_over_baselines_by_name():
+    sides = {MAML_CUDA: timed(2.0), "autograd loop": timed(20.0), "JAX": timed(9.0)}
+    sides["JAX forward-over-reverse"] = timed(5.0)
+    lines = list(targets.lines([case_of("transformer", 2, sides)], quick=False))
+    over_loop = "met: 10.00x over autograd loop; at the sgemm rate it would be 20.0x"
+    assert f"- Target transformer, 4x autograd loop: {over_loop}." in lines
+    over_jax = "**missed**: 2.50x over JAX forward-over-reverse; at the sgemm rate it would be 5.0x"
+    assert f"- Target transformer, 3x JAX or JAX forward-over-reverse: {over_jax}." in lines
+    sides["JAX"] = sides["JAX forward-over-reverse"] = {"status": "missing", "reason": "absent"}
+    assert "not evaluated, no baseline was timed" in list(targets.lines([case_of("transformer", 2, sides)], False))[-1]
+    assert [targets.cell(name) for name in ("siren", "transformer", "overhead")] == [
+        "2x",
+        "4x autograd loop, 3x JAX",
+        "",
+    ]
 
 
 def test_a_page_holds_the_report_between_its_markers(tmp_path):
