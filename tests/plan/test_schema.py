@@ -100,7 +100,7 @@ def test_json_with_other_fields_is_an_error():
         (Node, {"inputs": ()}, r"node 0 \(.*\): inputs must hold at least 1 value, got 0"),
         (Node, {"inputs": (0,) * 5}, r"node 0 \(.*\): its inputs are 5; fused layers read at most 4"),
         (Node, {"inputs": (0, 0)}, r".* \(channels_last\) expects 1 to 1 inputs, got 2"),
-        (Node, {"kind": "add"}, r".* \(add\) expects 2 to 2 inputs, got 1"),
+        (Node, {"kind": "add"}, "Plan.prediction must be the value of a flatten, got 8"),
         (Node, {"inputs": (9,)}, r"node 0 \(.*\): its inputs must be from 0 to 0, got 9"),
         (Node, {"parameters": (None,) * 5}, r"node 0 \(.*\): its parameters are 5; fused layers read at most 4"),
         (Node, {"parameters": (-1,)}, r"node 0 \(.*\): its parameters must be from 0 to 7, got -1"),
