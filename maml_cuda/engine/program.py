@@ -158,6 +158,7 @@ class Program:
         tensors, like = [], next(iter(given.values()))
         for name, slots, (owner, key) in zip(self.names, self.slots, self._holders, strict=False):
             t = given[name] if name in given else owner[key].to(like).unsqueeze(0).expand(tasks, *owner[key].shape)
+            t = t if t.is_floating_point() else t.to(like.dtype)  # a mask, or integers
             tensors.append(t if slots is None else t[:, min(slot, slots - 1)])
         return tensors
 

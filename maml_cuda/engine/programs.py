@@ -145,7 +145,7 @@ class Programs:
         if isinstance(self.snapshot.loss, str) or not with_target:
             return
         graphs = [
-            graph_of(self.snapshot.model, record, (), [like.shape for like in y.leaves if like is not None])
+            graph_of(self.snapshot.model, record, (), _shapes(y, record.x.shape[0]))
             for record, y in with_target
         ]
         if graphs[0] != graphs[-1]:
@@ -153,6 +153,20 @@ class Programs:
         yield replace(graphs[0], ignored=graph.ignored), COMPUTED
 
     def _record(self, given: SetLike, dtype: torch.dtype) -> tuple[Record, Graph]:
+        """The record of a set, and its graph. In a set of one sample, the axis of samples can be taken for another one;
+        then that of two samples is read, which the proof compares on one.
+
+        Raises:
+            Unfusable, DoesNotFit: as `capture`; there is no graph.
+        """
+        try:
+            return self._record_of(given, dtype)
+        except Unfusable:
+            if given.shape[0] != 1:
+                raise
+            return self._record_of(_of_two_samples(given), dtype)
+
+    def _record_of(self, given: SetLike, dtype: torch.dtype) -> tuple[Record, Graph]:
         key = given, dtype
         if key not in self._records:
             model, loss = self.snapshot.model, self.snapshot.loss
@@ -220,6 +234,19 @@ class Programs:
             self._known[key] = f"program_{len(vars(self.by_name))}"
             setattr(self.by_name, self._known[key], program)
         return self._known[key]
+
+
+def _shapes(y: TargetLike, n: int) -> list[Shape]:
+    """The shapes of the leaves of a target of n samples."""
+    return [(n, *like.shape[1:]) if like.shape else () for like in y.leaves if like is not None]
+
+
+def _of_two_samples(given: SetLike) -> SetLike:
+    y = given.y
+    if y is not None:
+        leaves = [None if like is None else replace(like, shape=(2, *like.shape[1:])) for like in y.leaves]
+        y = replace(y, leaves=tuple(leaves))
+    return given._replace(shape=(2, *given.shape[1:]), y=y)
 
 
 class _Holder:
