@@ -144,10 +144,7 @@ class Programs:
         with_target = [(r, given.y) for r, given in zip(records, sets, strict=True) if given.y is not None]
         if isinstance(self.snapshot.loss, str) or not with_target:
             return
-        graphs = [
-            graph_of(self.snapshot.model, record, (), _shapes(y, record.x.shape[0]))
-            for record, y in with_target
-        ]
+        graphs = [graph_of(self.snapshot.model, record, (), _shapes(y, record.x.shape[0])) for record, y in with_target]
         if graphs[0] != graphs[-1]:
             raise Unfusable("the loss is a callable of yours, which computes different things on the two sets")
         yield replace(graphs[0], ignored=graph.ignored), COMPUTED
