@@ -182,7 +182,7 @@ def attention_models() -> Iterable[Published]:
         IMAGE, CLASSES, "a",
     )  # fmt: skip
     yield Published(
-        "swin", "Liu et al. 2021; Swin-Transformer", lambda: attention.Swin(4, 4, 2, 2, CLASSES), IMAGE, CLASSES, "b"
+        "swin", "Liu et al. 2021; Swin-Transformer", lambda: attention.Swin(4, 4, 2, 2, CLASSES), IMAGE, CLASSES, "c"
     )
     yield Published(
         "transformer_encoder", "Vaswani et al. 2017; torch nn.TransformerEncoderLayer",
@@ -201,7 +201,7 @@ def attention_models() -> Iterable[Published]:
     )  # fmt: skip
     yield Published(
         "gpt", "Radford et al. 2019; minGPT GPT", lambda: attention.GPT(7, 8, 2, 1, 5), labels(7, 5), labels(7, 5),
-        "b", next_token,
+        "c", next_token,
     )  # fmt: skip
     yield Published(
         "bert_block", "Devlin et al. 2019; BERT-pytorch TransformerBlock",
@@ -209,7 +209,7 @@ def attention_models() -> Iterable[Published]:
     )  # fmt: skip
     yield Published(
         "bert", "Devlin et al. 2019; BERT-pytorch BERT", lambda: attention.Bert(11, 5, 8, 1, 2, CLASSES),
-        both(labels(11, 5), labels(3, 5)), CLASSES, "b",
+        both(labels(11, 5), labels(3, 5)), CLASSES, "c",
     )  # fmt: skip
     yield Published(
         "mlp_mixer", "Tolstikhin et al. 2021; mlp-mixer-pytorch", lambda: mixers.mlp_mixer(8, 4, 6, 2, CLASSES), IMAGE,
@@ -271,7 +271,7 @@ def field_models() -> Iterable[Published]:
     )  # fmt: skip
     yield Published(
         "deeponet", "Lu et al. 2021; coral DeepONet", lambda: fields.DeepONet([3, 6, 8], [2, 6, 8]),
-        both(normal(3), normal(5, 2)), (5, 1), "b", "mse",
+        both(normal(3), normal(5, 2)), (5, 1), "c", "mse",
     )  # fmt: skip
     yield Published(
         "deeponet_cartesian", "Lu et al. 2021; deepxde DeepONetCartesianProd",
@@ -337,7 +337,7 @@ def policy_models() -> Iterable[Published]:
 
 def graph_models() -> Iterable[Published]:
     yield Published(
-        "gcn", "Kipf and Welling 2017; pygcn GCN", lambda: graphs.GCN(5, 4, 6, CLASSES), (4,), CLASSES, "a",
+        "gcn", "Kipf and Welling 2017; pygcn GCN", lambda: graphs.GCN(5, 4, 6, CLASSES), (4,), CLASSES, "c",
         negative_log_likelihood, n_support=5, n_query=5,
     )  # fmt: skip
     yield Published(
@@ -373,7 +373,7 @@ def adapter_models() -> Iterable[Published]:
     vectors = tuple(f"{i}.parametrizations.weight.0.{v}" for i in (0, 2) for v in ("_u", "_v"))
     yield Published(
         "spectral_norm", "Miyato et al. 2018; torch spectral_norm", lambda: adapters.spectral_normed([3, 6, 2]),
-        (3,), (2,), "b", "mse", moves=vectors,
+        (3,), (2,), "c", "mse", moves=vectors,
     )  # fmt: skip
     yield Published(
         "cavia", "Zintgraf et al. 2019; cavia CaviaModel", lambda: adapters.CaviaModel(1, 1, 4, [8, 8]), (1,), (1,),
@@ -385,7 +385,7 @@ def adapter_models() -> Iterable[Published]:
             lambda film=film: adapters.CondConvNet(4, 3, film, CLASSES), (3, 16, 16), CLASSES, "a", adapted=context,
         )  # fmt: skip
     yield Published(
-        "melu", "Lee et al. 2019; MeLU", lambda: adapters.MeLU(2, 4, 3, 2, 4, 8), ratings, (1,), "b", "mse",
+        "melu", "Lee et al. 2019; MeLU", lambda: adapters.MeLU(2, 4, 3, 2, 4, 8), ratings, (1,), "c", "mse",
         adapted=tuple(f"{layer}.{p}" for layer in ("fc1", "fc2", "linear_out") for p in ("weight", "bias")),
     )  # fmt: skip
 

@@ -402,9 +402,12 @@ void reference(const Layer& l, Values<S>& v) {
     case Kind::conv_block:
     case Kind::patch_gram:
     case Kind::stem:
-    case Kind::parameter:  // computes nothing, like view
+    case Kind::parameter:  // computes nothing, like target and view
+    case Kind::target:
     case Kind::view:
-    case Kind::move:  // loop_references.h, and those that follow
+    case Kind::recurrence:  // test_recurrence.cpp
+    case Kind::move:        // loop_references.h, and those that follow
+    case Kind::windows:
     case Kind::map:
     case Kind::reduce:
     case Kind::extreme:
