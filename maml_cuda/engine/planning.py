@@ -95,7 +95,7 @@ def program_of(snapshot: Snapshot, graph: Graph, match: Match | None) -> Program
         raise reference.unreached(unreached)
     modules = dict(model.named_modules())
     owners = [modules[name.rpartition(".")[0]] for name in names]
-    parameters, rate_tensors, rate_holders = _described(snapshot, graph, where)
+    parameters, rate_tensors, rate_holders = _described(snapshot, graph, where, reached)
     backend = cuda_runner.backend_of(snapshot.like.device)
     plan = Plan(
         nodes=tuple(graph.nodes),
@@ -128,9 +128,13 @@ def program_of(snapshot: Snapshot, graph: Graph, match: Match | None) -> Program
 
 
 def _described(
-    snapshot: Snapshot, graph: Graph, where: dict[str, Place]
+    snapshot: Snapshot, graph: Graph, where: dict[str, Place], reached: set[str]
 ) -> tuple[list[Parameter], list[RateTensor], list[Place]]:
-    """The plan's parameters, its rate tensors, and what holds each of these."""
+    """The plan's parameters, its rate tensors, and what holds each of these.
+
+    Args:
+        reached: the names of the tensors by which the loss has a derivative.
+    """
     model, like = snapshot.model, snapshot.like
     own = dict(model.named_parameters())
     shapes = {name: own[name].shape for name in snapshot.adapted}
@@ -138,7 +142,6 @@ def _described(
     parameters: list[Parameter] = []
     rate_tensors: list[RateTensor] = []
     holders: list[Place] = []
-    reached = graph.differentiated()
     shared: dict[int, int] = {}  # a tensor that is the rate of several parameters -> its index
     for index, read in enumerate(graph.reads):
         t, rate = where[read.name].tensor, rates.get(read.name)

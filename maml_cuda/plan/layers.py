@@ -1,7 +1,9 @@
-"""The fused layers: one method for each ATen operation that they serve, which writes its nodes or raises Unfusable.
+"""The layers on features, signals and images: one method for each ATen operation that they serve, which writes its
+nodes or raises Unfusable.
 
 A method has the name and the signature of the operation, and returns what the operation returns. A new layer needs one
-method here. Operations that only change how a tensor is seen are in views.py.
+method here. Operations that only change how a tensor is seen are in views.py, those on tensors of any shape in
+tensors.py.
 
 The operations serve signals [n, channels, length] and images [n, channels, height, width]. For the core, a signal is
 an image of height 1.

@@ -70,7 +70,7 @@ class LoopWriter(Writer):
         axes = [(Atom(None, size),), *((Atom(s, stride),) for s, stride in zip(x.sample, strides, strict=False))]
         given = Strided(x.number, size, True, 0, tuple(map(merged, axes)), self.n, x.learned)
         seen = self.seen_as(given, x.shape)
-        return self.log_softmax_of(seen, len(x.shape) - 1) if x.log_softmax else seen
+        return self.along("log_softmax", seen, len(x.shape) - 1) if x.log_softmax else seen
 
     def weight(self, x: Any, rows: int, taps: int) -> Strided:
         """A weight [rows, columns, *taps] as a view of a value. A tensor of the model is kept in the order [taps,
@@ -269,7 +269,7 @@ class LoopWriter(Writer):
         result = self.over_loops(kind, [x], steps, reduced=dims, order=order, reduction=reduction)
         self.serve(reduction)
         y = self._value(result, len(x.axes), x.learned)
-        return y if keepdim else replace(y, axes=tuple(axis for d, axis in enumerate(y.axes) if d not in dims))
+        return y if keepdim else _without(y, dims)
 
     def along(self, kind: str, x: Strided, dim: int) -> Strided:
         """softmax or log_softmax over one axis."""
@@ -285,16 +285,13 @@ class LoopWriter(Writer):
         self.serve(kind)
         return self._value(result, len(x.axes), x.learned)
 
-    def log_softmax_of(self, x: Strided, dim: int) -> Strided:
-        return self.along("log_softmax", x, dim)
-
     def log_of_sum(self, x: Strided, dims: Sequence[int], keepdim: bool) -> Strided:
         """logsumexp: log sum exp(x - m) + m, where m is the largest element, whose derivative cancels."""
         m = self.stop(self.reduce("extreme", "amax", x, dims, keepdim=True))
         finite = self.map("where", self.map("eq", self.map("abs", m), math.inf), 0.0, m)
         total = self.reduce("reduce", "sum", self.map("exp", self.map("sub", x, finite)), dims, keepdim=True)
         y = self.map("add", self.map("log", total), finite)
-        return y if keepdim else replace(y, axes=tuple(axis for d, axis in enumerate(y.axes) if d not in dims))
+        return y if keepdim else _without(y, dims)
 
     def stop(self, x: Strided) -> Strided:
         """The same value, whose derivative is taken to be zero."""
@@ -465,6 +462,11 @@ def _shortened(axis: Axis, size: int, n: int) -> Axis:
     """The beginning of an axis of the output, as long as that of a part; of samples all."""
     (*samples, last) = axis
     return (*samples, Atom(size // n if samples else size, last.stride))
+
+
+def _without(x: Strided, dims: Sequence[int]) -> Strided:
+    """The same without these axes, which are of one element."""
+    return replace(x, axes=tuple(axis for d, axis in enumerate(x.axes) if d not in dims))
 
 
 def _without_repeated(x: Strided, dims: Sequence[int]) -> tuple[Strided, list[Axis]]:

@@ -2,13 +2,14 @@
 
 The losses of the core are sums over samples, `sum_n c_n l_n`: l_n is a cross-entropy, a squared error or a negative
 log-probability of sample n, and c_n is a number that depends on the target alone. A loss of the user's own is written
-in many ways. So it is not read operation by operation. Instead each loss of the core that fits the shapes is proposed,
-and the proof (proof.py) compares value, gradient and Hessian-vector product on random predictions and targets.
+in many ways. So it is not searched for these forms. Instead each loss of the core that fits the shapes is proposed, and
+the proof (proof.py) compares value, gradient and Hessian-vector product on random predictions and targets. A loss that
+is none of them is read operation by operation, as layers (COMPUTED, loss_functions.py).
 
 For that to be safe, a loss is proposed only if each of its operations is analytic in the prediction and in the target:
 two analytic functions that agree near random points agree everywhere. An operation with a kink or a threshold (clamp,
-abs, Huber, a comparison) could agree near zero and differ far away, so it is refused by name. Labels are discrete: the
-random ones are of every class.
+abs, Huber, a comparison) could agree near zero and differ far away, so no loss of the core is proposed for it. Labels
+are discrete: the random ones are of every class.
 """
 
 from __future__ import annotations
