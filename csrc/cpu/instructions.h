@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <array>
 
-#include "cpu/vector_math.h"
+#include "cpu/function_loop.h"
 #include "layers/loops.h"
 
 namespace maml::MAML_ISA {
@@ -65,17 +65,8 @@ template <class T, Function F, bool Slopes, int Moving>
 void of_function(const ExpressionStep& s, const Block<T>& block) {
   const Block<T> b = block;
   const Constants constants = s.constants;
-#pragma omp simd
-  for (int64_t i = 0; i < b.count; ++i) one<InLoop<T>, F, Slopes, Moving>(constants, b, i);
-  if constexpr (std::is_same_v<T, float> && (F == Function::sin || F == Function::cos)) {
-    float most = 0;
-#pragma omp simd reduction(max : most)
-    for (int64_t i = 0; i < b.count; ++i) most = std::max(most, std::abs(b.x[0][i]));
-    if (most <= kMostAngle) return;
-    for (int64_t i = 0; i < b.count; ++i) {
-      if (!(std::abs(b.x[0][i]) <= kMostAngle)) one<T, F, Slopes, Moving>(constants, b, i);
-    }
-  }
+  each_element<F>(b.x[0], 0, b.count,
+                  [&]<class N>(N, int64_t i) { one<N, F, Slopes, Moving>(constants, b, i); });
 }
 
 template <class T, Combination C, bool Slopes, int Moving>

@@ -2,23 +2,21 @@
 //   grad_x = f'(x) g,   y_dot = f'(x) x_dot,   grad_x_dot = f'(x) g_dot + f''(x) g x_dot.
 // A result may overwrite its argument. So for an f without second derivative, x may already hold f(x), and
 // cotangents and tangents may already hold the results. The twin on the GPU is cuda/pointwise.h.
+#include "cpu/function_loop.h"
 #include "cpu/implement.h"
 #include "cpu/run/share.h"
-#include "layers/functions.h"
 
 namespace maml::MAML_ISA {
 namespace {
 
-/// Calls f(i) for every element; each call accesses element i only.
-template <class F>
-void each_element(int64_t first, int64_t last, F f) {
-#pragma omp simd
-  for (int64_t i = first; i < last; ++i) f(i);
-}
-
-template <class T>
-void put(T* to, int64_t i, T value, bool add) {
-  to[i] = add ? to[i] + value : value;
+/// to[i] (+)= value(N(), i) for every element, as in each_element. One loop for both cases is not vectorised.
+template <Function F, class T, class Value>
+void put(const T* x, int64_t first, int64_t last, T* to, bool add, Value value) {
+  if (add) {
+    each_element<F>(x, first, last, [=]<class N>(N number, int64_t i) { to[i] += value(number, i); });
+  } else {
+    each_element<F>(x, first, last, [=]<class N>(N number, int64_t i) { to[i] = value(number, i); });
+  }
 }
 
 template <class T>
@@ -27,7 +25,7 @@ void forward(const Layer& layer, const Tensors<T>& t, int64_t first, int64_t las
     const Layer l = layer;
     const T* x = t.x[0];
     T* y = t.y;
-    each_element(first, last, [=](int64_t i) { y[i] = evaluate<F, T>(l, x[i]).f; });
+    each_element<F>(x, first, last, [=]<class N>(N, int64_t i) { y[i] = plain(evaluate<F, N>(l, x[i]).f); });
   });
 }
 
@@ -39,7 +37,8 @@ void backward(const Layer& layer, const Tensors<T>& t, int64_t first, int64_t la
     const Layer l = layer;
     const T *x = t.x[0], *g = t.grad_y;
     T* grad_x = t.grad_x[0];
-    each_element(first, last, [=](int64_t i) { put(grad_x, i, evaluate<F, T>(l, x[i]).df * g[i], add); });
+    put<F>(x, first, last, grad_x, add,
+           [=]<class N>(N, int64_t i) { return plain(evaluate<F, N>(l, x[i]).df) * g[i]; });
   });
 }
 
@@ -49,7 +48,8 @@ void forward_tangent(const Layer& layer, const Tensors<T>& t, int64_t first, int
     const Layer l = layer;
     const T *x = t.x[0], *x_dot = t.x_dot[0];
     T* y_dot = t.y_dot;
-    each_element(first, last, [=](int64_t i) { y_dot[i] = evaluate<F, T>(l, x[i]).df * x_dot[i]; });
+    each_element<F>(x, first, last,
+                    [=]<class N>(N, int64_t i) { y_dot[i] = plain(evaluate<F, N>(l, x[i]).df) * x_dot[i]; });
   });
 }
 
@@ -62,13 +62,13 @@ void backward_tangent(const Layer& layer, const Tensors<T>& t, int64_t first, in
     const T *x = t.x[0], *g = t.grad_y, *x_dot = t.x_dot[0], *g_dot = t.grad_y_dot;
     T* grad_x_dot = t.grad_x_dot[0];
     if (!FunctionDeclaration<F>::bends || !x_dot) {  // no second derivative, or no tangent
-      each_element(first, last,
-                   [=](int64_t i) { put(grad_x_dot, i, evaluate<F, T>(l, x[i]).df * g_dot[i], add); });
+      put<F>(x, first, last, grad_x_dot, add,
+             [=]<class N>(N, int64_t i) { return plain(evaluate<F, N>(l, x[i]).df) * g_dot[i]; });
       return;
     }
-    each_element(first, last, [=](int64_t i) {
-      const Derivatives<T> d = evaluate<F, T>(l, x[i]);
-      put(grad_x_dot, i, d.df * g_dot[i] + d.ddf * g[i] * x_dot[i], add);
+    put<F>(x, first, last, grad_x_dot, add, [=]<class N>(N, int64_t i) {
+      const Derivatives<N> d = evaluate<F, N>(l, x[i]);
+      return plain(d.df) * g_dot[i] + plain(d.ddf) * g[i] * x_dot[i];
     });
   });
 }

@@ -10,7 +10,7 @@
 //
 // NaN, infinities, results too small for a normal number and the ends of the range are as in the standard
 // library. sin and cos hold for |x| <= kMostAngle; a loop that may have larger ones repeats these elements
-// with the standard library (instructions.h).
+// with the standard library (function_loop.h).
 #pragma once
 
 #include <bit>

@@ -51,5 +51,21 @@ def test_far_and_at_the_kink(machine, function):
             torch.testing.assert_close(products[name][task].flatten()[0], product, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("function", [Sin(), nn.Tanh(), nn.Sigmoid(), nn.SiLU(), nn.ELU()], ids=str)
+def test_accuracy_in_float32(function):
+    """Within 4 units in the last place of the value, at floats of every size up to 80 and angles beyond 2^20."""
+    model = nn.Sequential(nn.Linear(1, 1), function)
+    fused = FusedMAML(model, 0.1, loss="mse", backend="fused")
+    x = torch.logspace(-30, 1.9, 5001)
+    x = torch.cat([x, -x, torch.tensor([0.0, 3e6, -1.7e9])])
+    fast = {"0.weight": torch.ones(1, 1, 1), "0.bias": torch.zeros(1, 1)}
+    y = fused.predict(fast, x[None, :, None]).flatten()
+    exact = function(x.double())
+    unit = torch.exp2(exact.abs().clamp(min=2**-126).log2().floor() - 23)
+    assert ((y - exact).abs() / unit).max() <= 4
+    among_others = fused.predict(fast, x[None, 3:9, None]).flatten()
+    assert torch.equal(among_others, y[3:9])  # the same bits without the large angles
+
+
 def test_functional_twin():
     assert F.relu(torch.tensor(-1.0)) == 0  # the names above are torch's own
