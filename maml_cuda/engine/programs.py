@@ -25,6 +25,7 @@ from maml_cuda.plan import proof
 from maml_cuda.plan.graph import Graph
 from maml_cuda.plan.own_loss import COMPUTED, Match, matches
 from maml_cuda.plan.reader import graph_of
+from maml_cuda.plan.sample_counts import counted
 
 MOST_ANSWERS = 1024  # kept; a forgotten one is found again
 MOST_PROGRAMS = 64
@@ -111,13 +112,17 @@ class Programs:
 
     def _found(self, signature: Signature) -> str:
         sets = [given for given in (signature.support, signature.query) if given is not None]
-        records = [self._record(given, signature.dtype) for given in sets]
-        graph = records[0][1]
-        if graph != records[-1][1]:
-            raise Unfusable("the model runs other operations on the query set than on the support set")
+        captured = [self._record(given, signature.dtype) for given in sets]
+        records, graphs = counted([record for record, _ in captured]), [graph for _, graph in captured]
+        graph = graphs[0]
+        if graph != graphs[-1]:
+            graphs = [graph_of(self.snapshot.model, record) for record in records]
+            if graphs[0] != graphs[-1]:
+                raise Unfusable("the model runs other operations on the query set than on the support set")
+            graph = replace(graphs[0], ignored=graph.ignored)
         n_support, n_query = (0 if given is None else given.shape[0] for given in (signature.support, signature.query))
         reason = ""
-        for read, match in self._candidates(sets, [record for record, _ in records], graph):
+        for read, match in self._candidates(sets, records, graph):
             program = planning.program_of(self.snapshot, read, match)
             if reason := why_not(program.text, sets[0].shape[1:], n_support, n_query, signature.dtype):
                 raise Unfusable(reason)

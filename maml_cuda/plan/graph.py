@@ -214,6 +214,15 @@ class Constant(Known):
         return self.what
 
 
+@dataclass(frozen=True)
+class SampleCount(Known):
+    """A number that follows from the number of samples n: factor (n + offset)^power."""
+
+    factor: float
+    offset: int
+    power: float
+
+
 def text_of(argument: Any) -> str:
     """What an argument is, for error messages."""
     return repr(argument) if isinstance(argument, (Known, int, float)) else type(argument).__name__

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from maml_cuda.capture.errors import Unfusable
-from maml_cuda.plan.graph import Constant, Held, Labels, LogSumExp, Value, Writer, text_of
+from maml_cuda.plan.graph import Constant, Held, Labels, LogSumExp, SampleCount, Value, Writer, text_of
 from maml_cuda.plan.schema import Instruction, Layout, Loops, View
 from maml_cuda.plan.simplify import MOST_INPUTS, merged_loops
 from maml_cuda.plan.strided import Atom, Axis, NotAView, Step, Strided, aligned, merged
@@ -52,6 +52,8 @@ class LoopWriter(Writer):
             return self.literal(torch.tensor(float(x), dtype=torch.float64))
         if isinstance(x, Constant) and x.make is not None:
             return self.literal(x.make())
+        if isinstance(x, SampleCount):
+            return self._of_count(x)
         raise Unfusable(f"it reads {text_of(x)}")
 
     def _of_image(self, x: Value) -> Strided:
@@ -144,6 +146,12 @@ class LoopWriter(Writer):
         self.graph.literals[name] = kept
         whole = self._of_parameter(Held(name, (kept.numel(),), False))
         return replace(whole, axes=tuple(map(merged, axes)))
+
+    def _of_count(self, x: SampleCount) -> Strided:
+        """The number of samples is a sum of ones over them."""
+        ones = replace(self.literal(torch.ones(())), axes=((Atom(None, 0),),))
+        n = self.map("affine", self.reduce("reduce", "sum", ones, [0], keepdim=False), constants=(1.0, float(x.offset)))
+        return self.map("affine", self.map("power", n, constants=(x.power,)), constants=(x.factor, 0.0))
 
     def undo(self, mark: Any) -> None:
         super().undo(mark)

@@ -106,7 +106,7 @@ class _Reader(Layers):
 
     def _read(self, operation: Operation) -> None:
         args, kwargs = pytree.tree_map_only(Operand, self._operand, (operation.args, operation.kwargs))
-        known = [self._operand(operand) for operand in operation.operands()]
+        known = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Known)]
         if not all(isinstance(k, Constant) for k in known):
             for operand in operation.operands() if operation.name != "_to_copy" else ():
                 if operand.source == "model" and operand.dtype.is_floating_point and operand.dtype != self.dtype:
@@ -267,4 +267,6 @@ def _is_learned(known: Known) -> bool:
     """Whether it depends on a parameter that has a gradient."""
     if isinstance(known, LogSumExp):
         return known.of.learned
-    return known.learned if isinstance(known, (Value, Strided)) else known.trained  # type: ignore[attr-defined]
+    if isinstance(known, (Value, Strided)):
+        return known.learned
+    return isinstance(known, (Held, Constant)) and known.trained

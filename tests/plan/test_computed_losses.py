@@ -95,6 +95,10 @@ LOSSES: dict[str, tuple[Loss, Callable[[int], Any]]] = {
     "hinge": (lambda p, y: F.relu(1 - p * (2 * y - 1)).mean(), bits),
     "soft margin": (lambda p, y: F.soft_margin_loss(p, 2 * y - 1), bits),
     "two terms": (two_terms, both),
+    "a sum over len(p)": (lambda p, y: (p - y).abs().sum() / len(p), values),
+    "a sum by its elements": (lambda p, y: (p - y).abs().sum() * (1 / p.numel()), values),
+    "a standard error": (lambda p, y: (p - y).abs().sum() / (y.shape[0] - 1) ** 0.5, values),
+    "kl_div, batchmean": (lambda p, y: F.kl_div(p.log_softmax(-1), y.softmax(-1), reduction="batchmean"), values),
 }
 IMAGES: dict[str, Loss] = {
     "cross-entropy": F.cross_entropy,
@@ -154,6 +158,32 @@ def test_on_each_machine(machine: str, name: str) -> None:
     loss, target = LOSSES[name]
     on = (lambda p, y: F.cross_entropy(p, y, weight=WEIGHTS.to(p.device))) if "closure" in name else loss
     check_meta_gradient(mlp(), on, data_of(target), RATE, STEPS)
+
+
+# -- numbers of samples ---------------------------------------------------------------------------------------------
+
+
+class Centred(nn.Module):
+    """Subtracts the mean of the samples, by their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.outside = nn.Linear(4, 8), nn.Linear(8, FEATURES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inside(x).tanh()
+        return self.outside(h - h.sum(0) / len(x))
+
+
+@pytest.mark.parametrize("sizes", [(5, 7), (7, 2), (1, 3), (3, 1), (4, 4)], ids=str)
+def test_each_set_has_its_own_number_of_samples(sizes: tuple[int, int]) -> None:
+    data = [t for n in sizes for t in (torch.randn(TASKS, n, 4).double(), values(n))]
+    for model in (mlp(), Centred().double()):
+        computed_is_right(model, data, lambda p, y: 3 * (p - y).abs().sum() / len(p) + len(y) ** 2 * p.mean(), RATE)
+
+
+def test_the_number_of_samples_in_a_model_with_a_loss_of_ours() -> None:
+    check_meta_gradient(Centred().double(), "mse", data_of(values), RATE, STEPS)
 
 
 # -- labels ---------------------------------------------------------------------------------------------------------
@@ -224,9 +254,8 @@ def test_weights_that_are_replaced() -> None:
 TWO_SETS = "callable of yours, which computes different things on the two sets"
 LEARNED = WEIGHTS.clone().requires_grad_()
 REFUSED: dict[str, tuple[Loss, Callable[[int], Any], str]] = {
-    "a sum over len(p)": (lambda p, y: (p - y).abs().sum() / len(p), values, TWO_SETS),
-    "kl_div, batchmean": (
-        lambda p, y: F.kl_div(p.log_softmax(-1), y.softmax(-1), reduction="batchmean"), values, TWO_SETS,
+    "a number that follows from n in another way": (
+        lambda p, y: (p - y).abs().sum() / (len(p) + 3), values, TWO_SETS,
     ),
     "gaussian_nll_loss": (
         lambda p, y: F.gaussian_nll_loss(p, y, torch.ones_like(p)), values, "depends on values of tensors",
