@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
 
 from maml_cuda import pytrees
+from maml_cuda.formulas import DIFFERENTIABLE, Formulas
 from maml_cuda.process_wide import ProcessWide
 from maml_cuda.torch_private import no_saved_tensor_hooks
 
@@ -68,7 +68,7 @@ class Functional:
             with torch.enable_grad():
                 fixed = {name: p.detach() for name, p in parameters.items()}
                 return detached(self(fixed, *map(detached, args)))
-        with self._replaced(parameters), no_saved_tensor_hooks():
+        with self._replaced(parameters), no_saved_tensor_hooks(), Formulas(DIFFERENTIABLE):
             result = self.module(*[pytrees.mapped(_new_view, a) for a in args])
             buffers = [m._buffers.get(key) for m, key, _ in self._buffers]
         if self._after_first_call is None:
@@ -145,29 +145,11 @@ _math_attention = ProcessWide(lambda: sdpa_kernel(SDPBackend.MATH))
 _recurrence_without_cudnn = ProcessWide(_without_cudnn)
 
 
-class _WeightNorm(TorchFunctionMode):
-    """Computes weight normalisation by its formula.
-
-    The second derivative of torch's own kernel takes the norms for constants: torch.autograd.gradgradcheck fails in
-    torch 2.6, 2.13 and 2.14.
-    """
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if function is torch._weight_norm:
-            return _weight_norm(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
-
-
 @contextmanager
 def second_derivatives() -> Iterator[None]:
-    """Context in which attention, whose fast kernels have none, and weight normalisation have second derivatives."""
-    with _math_attention(), _WeightNorm():
+    """Context in which attention, whose fast kernels have none, and the functions of DIFFERENTIABLE have second
+    derivatives."""
+    with _math_attention(), Formulas(DIFFERENTIABLE):
         yield
 
 

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from maml_cuda.batch_norm import PerStepBatchNorm
 from maml_cuda.capture.errors import Unfusable, described
 from maml_cuda.capture.record import Operand, Operation, operands_of
+from maml_cuda.formulas import CAPTURED
 from maml_cuda.torch_private import memory_of
 
 RANDOM = "its forward draws random numbers, which fused layers do not"
@@ -224,7 +225,7 @@ class _Calls(TorchFunctionMode):
     ) -> Any:
         recorder = self._recorder
         args, kwargs = _on_the_cpu(function, args, kwargs or {})
-        recorder.function = getattr(function, "__name__", str(function)).removeprefix("__").removesuffix("__")
+        recorder.function = name = getattr(function, "__name__", str(function)).removeprefix("__").removesuffix("__")
         if function in _GRAPH and sys._getframe(1).f_globals.get("__name__") not in _READS_GRAPH:
             recorder.refuse(f"{recorder.call()}: it reads {_GRAPH[function]} of a tensor")
         if function in _HOOKS:
@@ -234,6 +235,12 @@ class _Calls(TorchFunctionMode):
                 recorder.boundary, recorder.function = f"{_DETACHES[function]} stops derivatives", _DETACHES[function]
             if function in _OPAQUE and recorder.recording:
                 return self._as_one_operation(function, args, kwargs)
+            if function in CAPTURED:
+                with self:  # what the formula calls is recorded like calls of the user's own
+                    result = CAPTURED[function](*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+                recorder.function = name
             return function(*args, **kwargs)
         except Exception as error:
             if recorder.failed is None or recorder.failed[0] is not error:

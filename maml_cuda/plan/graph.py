@@ -219,7 +219,7 @@ class SampleCount(Known):
     """A number that follows from the number of samples n: factor (n + offset)^power."""
 
     factor: float
-    offset: int
+    offset: float
     power: float
 
 

@@ -66,7 +66,11 @@ class LossFunctions(Tensors):
         if reduction == NONE:
             return terms, total
         value = self.sum(terms)
-        return (self.to.map("div", value, total) if reduction == MEAN else value), total
+        if reduction == MEAN:  # NaN without a derivative where all labels are ignored
+            empty = self.to.map("eq", total, 0.0)
+            mean = self.to.map("div", value, self.masked_fill(total, empty, 1.0))
+            value = self.masked_fill(mean, empty, math.nan)
+        return value, total
 
     nll_loss2d_forward = nll_loss_forward
 

@@ -16,7 +16,7 @@ This module does not depend on how the plan was made. It needs the model, and fu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -153,16 +153,23 @@ class _Expected:
     ) -> None:
         with at_step(model, 0):
             self.prediction = model(x)
-        self.target = make_target(self.prediction)
         function = _projection if loss is None else loss_function(loss)
-        try:
-            self.loss = function(self.prediction, self.target)
-        except Exception:  # it may take probabilities alone
-            self.target = pytree.tree_map_only(Tensor, _between_0_and_1, self.target)
-            self.loss = function(self.prediction, self.target)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         parameters = list(trainable.values())
-        grads = torch.autograd.grad(self.loss, parameters, create_graph=second_order, materialize_grads=True)
+        given = make_target(self.prediction)
+        for form in _FORMS:  # of a target: a loss may take probabilities alone, or 0 and 1 alone
+            self.target = pytree.tree_map_only(Tensor, form, given)
+            try:
+                self.loss = function(self.prediction, self.target)
+                grads = torch.autograd.grad(
+                    self.loss, parameters, retain_graph=True, create_graph=second_order, materialize_grads=True
+                )
+            except Exception:
+                if form is _FORMS[-1]:
+                    raise
+            else:
+                if _norm(grads).isfinite():
+                    break
         self.gradient = dict(zip(trainable, grads, strict=True))
         if not second_order:
             return
@@ -287,8 +294,19 @@ def _target_for(
     return pytree.tree_unflatten(made, structure)
 
 
+def _as_it_is(t: Tensor) -> Tensor:
+    return t
+
+
 def _between_0_and_1(t: Tensor) -> Tensor:
     return t.sigmoid() if t.is_floating_point() else t
+
+
+def _0_or_1(t: Tensor) -> Tensor:
+    return (t > 0).to(t.dtype) if t.is_floating_point() else t
+
+
+_FORMS = (_as_it_is, _between_0_and_1, _0_or_1)
 
 
 def _parts(prediction: Any) -> dict[str, Tensor]:
@@ -306,9 +324,15 @@ def _first(by_task: Named) -> dict[str, Tensor]:
     return {name: t[0] for name, t in by_task.items()}
 
 
+def _norm(tensors: Iterable[Tensor]) -> Tensor:
+    """That of all tensors together."""
+    norm: Tensor = torch.stack([t.detach().norm() for t in tensors]).norm()
+    return norm
+
+
 def _difference(got: Named, expected: Named) -> str:
     """Text that says how two results differ by more than rounding, or ""."""
-    total = torch.stack([e.detach().norm() for e in expected.values()]).norm().item()
+    total = _norm(expected.values()).item()
     for name, e in expected.items():
         g, e = got[name].detach(), e.detach()
         of = f" of {name}" if name and len(expected) > 1 else ""

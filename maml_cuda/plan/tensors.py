@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from maml_cuda.capture.errors import Unfusable
-from maml_cuda.plan.graph import Constant, Held, Value, text_of
+from maml_cuda.plan.graph import Constant, Held, SampleCount, Value, text_of
 from maml_cuda.plan.layers import Layers
 from maml_cuda.plan.normalisations import Normalisations
 from maml_cuda.plan.recurrences import Recurrences
@@ -223,6 +223,8 @@ class Tensors(Resampling, Normalisations, Recurrences):
     def zeros_like(self, x: Any, **options: Any) -> Constant:
         return self._constant(0.0)
 
+    empty_like = zeros_like  # memory that is written next
+
     def ones_like(self, x: Any, **options: Any) -> Constant:
         return self._constant(1.0)
 
@@ -362,15 +364,17 @@ class Tensors(Resampling, Normalisations, Recurrences):
     def var(self, x: Any, dim: Any = None, *, correction: Any = 1, keepdim: bool = False) -> Strided:
         x = self.to.strided(x)
         dims = self._dims(x, dim)
-        if any(atom.size is None for d in dims for atom in x.axes[d]):
-            raise Unfusable("a variance over samples is not fused")
         mean = self.to.reduce("reduce", "mean", x, dims, True)
         square = self.to.map("power", self.to.map("sub", x, mean), constants=(2.0,))
         count = math.prod(x.shape[d] for d in dims)
         correction = 1 if correction is None else correction
         if count <= correction:
             raise Unfusable(f"a variance of {count} elements with correction={correction} is not fused")
-        return self._affine(self.to.reduce("reduce", "sum", square, dims, keepdim), 1 / (count - correction), 0.0)
+        total = self.to.reduce("reduce", "sum", square, dims, keepdim)
+        if any(atom.size is None for d in dims for atom in x.axes[d]):
+            each = count // self.to.n  # elements of a sample
+            return self.to.map("mul", total, SampleCount(1 / each, -correction / each, -1.0))
+        return self._affine(total, 1 / (count - correction), 0.0)
 
     def std(self, x: Any, dim: Any = None, *, correction: Any = 1, keepdim: bool = False) -> Strided:
         return self.to.map("root", self.var(x, dim, correction=correction, keepdim=keepdim))

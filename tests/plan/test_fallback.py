@@ -100,10 +100,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ..
     ),
     "old spectral norm": (normed(nn.utils.spectral_norm), VECTOR, ("0 (Linear)", "0.weight_v in place")),
     "control flow": (lambda: dense(branches), VECTOR, ("bool in the model (Net)", "control flow")),
-    "the length of a tensor": (
-        lambda: dense(lambda m, x: m.c(m.a(x) + m.b(x)) * len(x)), VECTOR,
-        ("the model runs other operations on the query set than on the support set",),
-    ),
     "lstm": (Recurrent, (4, 3), ("cell (LSTM)", "proj_size is not fused")),
     "in place, a view read again": (
         lambda: conv(flat_view_read_again, 126), IMAGE, ("c (Linear)", "relu_", "in place"),
@@ -136,7 +132,6 @@ EXPRESSIONS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "samples joined": (lambda h: torch.cat([h, h])[: len(h)], "cat in the model (Net): it joins or pads the samples"),
     "samples padded": (lambda h: F.pad(h, (0, 0, 1, 0))[1:], "pad in the model (Net): it joins or pads the samples"),
     "softmax of samples": (lambda h: h.softmax(0), "softmax in the model (Net): it is taken over the samples"),
-    "deviation of samples": (lambda h: h / h.std(0), "std in the model (Net): a variance over samples is not fused"),
     "samples mixed by a view": (
         lambda h: h.t().reshape(-1, 5), "add in the model (Net): it combines the samples with another axis",
     ),

@@ -76,6 +76,8 @@ EXPRESSIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "the Gram matrix of the features": lambda h: h @ torch.einsum("ni,nj->ij", h, h),
 }
 VECTORS: dict[str, Callable[[], nn.Module]] = {
+    "the number of samples": lambda: dense(lambda m, x: m.c(m.a(x) + m.b(x)) * len(x)),
+    "deviation of samples": lambda: between(lambda h: h / h.std(0) + h.var((0, 1), correction=0)),
     "RMSNorm": lambda: around(nn.RMSNorm(5)),
     "Softmax": lambda: around(nn.Softmax(1)),
     "PReLU": lambda: around(nn.PReLU()),

@@ -1,4 +1,4 @@
-"""Weight normalisation, of whose own kernel torch has a wrong second derivative, against its formula."""
+"""Weight and batch normalisation, where the derivatives of torch's own kernels are wrong, against their formulas."""
 
 from __future__ import annotations
 
@@ -56,3 +56,27 @@ def test_the_oracle_has_it_too() -> None:
     model, names = of_torch(written)
     _, grads = oracle.meta_gradient(model, "mse", *data, 0.1, 2)
     assert_close({name: grads[names[name]] for name in expected}, expected)
+
+
+class Turned(nn.Module):
+    """Normalises [n, 3, 1, 4] turned to [n, 4, 1, 3]; gradcheck of torch's own batch_norm fails on this view."""
+
+    def __init__(self, in_order: bool) -> None:
+        super().__init__()
+        self.in_order = in_order
+        self.scale, self.norm = nn.Parameter(torch.rand(4)), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = (x * self.scale).permute(0, 3, 2, 1)
+        return self.norm(turned.contiguous() if self.in_order else turned)
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_of_a_view_on_which_torch_is_wrong(backend: str) -> None:
+    model, data = Turned(in_order=False).double(), episode((3, 1, 4), target=(4, 1, 3))
+    twin = Turned(in_order=True).double()
+    twin.load_state_dict(model.state_dict())
+    value, expected = oracle.meta_gradient(twin, "mse", *data, 0.1, 2)
+    loss, grads = run(FusedMAML(model, 0.1, 2, loss="mse", backend=backend), data)
+    torch.testing.assert_close(loss, value, rtol=1e-12, atol=0)
+    assert_close(grads, expected)
