@@ -3,7 +3,7 @@ expected and what was given."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -338,6 +338,18 @@ def target(name: str, loss: str, y: Target, shape: tuple[int, ...]) -> None:
         expected = [len(y), *shape]
         what = "prediction" if loss == "mse" else "mean"
         raise ValueError(f"{name} must have the {what}'s shape {expected} for {loss}, got {list(y.shape)}")
+
+
+def target_dtypes(name: str, loss: str, y: Sequence[Tensor | None], dtype: torch.dtype) -> None:
+    """The tensors of an op's target are int64 where they are classes, otherwise of the dtype of x: the core reads their
+    memory as such."""
+    of_policy = loss in POLICY_LOSSES
+    for i, t in enumerate(y):
+        expected = torch.int64 if i == 0 and loss in OF_CLASSES else dtype
+        if t is not None and t.dtype != expected:
+            what = f"{name}.{PolicyTarget._fields[i]}" if of_policy else name
+            like = "" if expected == torch.int64 else " like x"
+            raise TypeError(f"{what} must be {expected}{like} for {loss}, got {t.dtype}")
 
 
 def fast(parameters: Mapping[str, Tensor], given: Any, tasks: int, what: str, all_names: bool) -> None:

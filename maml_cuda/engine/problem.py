@@ -93,8 +93,10 @@ class Problem:
         """x and what its loss compares, dense: y, and of a policy what each sample counts and its old log-probability.
 
         Raises:
+            TypeError: a target of another dtype than that in which its memory is read.
             ValueError: a target that does not fit the prediction.
         """
+        data_checks.target_dtypes(name, self.loss, y, x.dtype)
         y = [None if t is None else t.resolve_neg() for t in y]  # in a list the dispatcher leaves negations as they are
         target: Target = PolicyTarget(*y) if self.loss in POLICY_LOSSES else y[0]  # type: ignore[arg-type]
         data_checks.target(name, self.loss, target, (x.shape[1], self.target))

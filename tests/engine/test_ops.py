@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from maml_cuda import FusedMAML, PolicyTarget
@@ -124,3 +126,64 @@ def test_create_graph_does_not_change_the_gradient() -> None:
     plain = torch.autograd.grad(maml(*episode()).loss, parameters)
     with_graph = torch.autograd.grad(maml(*episode()).loss, parameters, create_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(plain, with_graph, strict=True))
+
+
+# -- dtypes of targets, whose memory the core reads ------------------------------------------------------------------
+
+WITH_TARGET = {
+    "meta_gradient": 3,
+    "adapt_forward": 3,
+    "adapt_backward": 3,
+    "inner_step": 3,
+    "loss_and_grad": 2,
+    "hvp": 2,
+}
+
+
+@pytest.mark.parametrize("name", WITH_TARGET)
+def test_labels_of_another_dtype(name: str) -> None:
+    function, args, kwargs = calls()[f"maml_cuda::{name}"]
+    at = WITH_TARGET[name]
+    wrong = [args[at][0].to(torch.int32), *args[at][1:]]
+    with pytest.raises(TypeError, match=r"^y(_spt)? must be torch.int64 for cross_entropy, got torch.int32$"):
+        function(*args[:at], wrong, *args[at + 1 :], **kwargs)
+
+
+@pytest.mark.parametrize("loss", ["mse", F.huber_loss], ids=["mse", "computed"])
+def test_values_of_another_dtype(loss: Any) -> None:
+    maml, x = FusedMAML(net(), 0.3, 2, loss=loss), torch.randn(3, 5, 3).double()
+    y = torch.randn(3, 5, 4).double()
+    with Calls() as made:
+        maml(x, y, x, y)
+    function, args, kwargs = made.seen["maml_cuda::meta_gradient"]
+    words = r"^y_qry must be torch.float64 like x for (mse|computed), got torch.float32$"
+    with pytest.raises(TypeError, match=words):
+        function(*args[:5], [args[5][0].float()], *args[6:], **kwargs)
+
+
+@pytest.mark.parametrize("field", ["actions", "advantages", "weights"])
+def test_a_field_of_a_policy_target_of_another_dtype(field: str) -> None:
+    maml = FusedMAML(net(), 0.1, 2, loss="categorical_policy_gradient")
+    x, labels, _, _ = episode()
+    ones = torch.ones(labels.shape, dtype=torch.float64)
+    y = PolicyTarget(labels, ones, weights=ones)
+    with Calls() as made:
+        maml(x, y, x, y)
+    function, args, kwargs = made.seen["maml_cuda::meta_gradient"]
+    at = PolicyTarget._fields.index(field)
+    wrong = [t.float() if i == at else t for i, t in enumerate(args[3])]
+    expected = "torch.int64" if field == "actions" else "torch.float64 like x"
+    words = f"^y_spt.{field} must be {expected} for categorical_policy_gradient, got torch.float32$"
+    with pytest.raises(TypeError, match=words):
+        function(*args[:3], wrong, *args[4:], **kwargs)
+
+
+def test_a_target_in_the_dtype_of_a_frozen_parameter() -> None:
+    """A model may have frozen parameters of another dtype. The target of its loss must be in that of x."""
+    model = nn.Sequential(nn.Linear(3, 4).double(), nn.Identity())
+    model[1].table = nn.Parameter(torch.ones(2), requires_grad=False)
+    maml, x, y = FusedMAML(model, 0.1, 2, loss="mse"), torch.randn(3, 5, 3).double(), torch.randn(3, 5, 4).double()
+    maml(x, y, x, y)
+    assert maml.backend == "cpu"
+    with pytest.raises(TypeError, match=r"y_spt must be torch.float64 like x for mse, got torch.float32"):
+        maml(x, y.float(), x, y)
