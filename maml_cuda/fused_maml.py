@@ -51,9 +51,9 @@ class FusedMAML(nn.Module):
         inner_steps: steps of the inner loop, from 0.
         loss: "cross_entropy" (mean over samples), "mse" (mean over all elements), "gaussian_policy_gradient" (of a
             model that returns (mean, log_std)) or "categorical_policy_gradient" (of one that returns logits), whose
-            targets are PolicyTargets; or (prediction, target) -> scalar, fused if it is a cross-entropy, a squared
-            error or a weighted sum of either over samples in any form, else on the general path, where a module's
-            parameters are meta-learned too.
+            targets are PolicyTargets; or (prediction, target) -> scalar, fused if its operations are. Parameters of a
+            module, and other leaf tensors that require grad and that it reads, are meta-learned too: each receives its
+            exact gradient, and the inner loop does not change it.
         first_order: drop the Hessian terms (FOMAML). May be changed at any time.
         adapt_params: which parameters the inner loop changes: a callable on the name, which also decides on layers that
             are added later, or names. The others still receive their exact meta-gradient.

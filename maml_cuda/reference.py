@@ -176,11 +176,12 @@ def meta_gradient(
         wanted.update({f"loss.{name}": p for name, p in loss.named_parameters()})
     wanted = {name: t for name, t in wanted.items() if t.requires_grad}
     tasks = pytrees.tasks(x_spt)
-    total, _, _, _, gradients = meta_step(
+    total, _, _, _, reached = meta_step(
         Functional(model), objective(loss), rates, list(wanted.values()), x_spt, y_spt, x_qry, y_qry, inner_steps,
         first_order, [1 / tasks] * tasks, None if query_weights is None else [float(w) for w in query_weights],
     )  # fmt: skip
-    return total, {name: g for name, g in zip(wanted, gradients, strict=True) if g is not None}
+    gradients = {id(t): g for t, g in reached}
+    return total, {name: gradients[id(t)] for name, t in wanted.items() if id(t) in gradients}
 
 
 def meta_step(
@@ -196,14 +197,15 @@ def meta_step(
     first_order: bool,
     weights: Iterable[float | Tensor],
     query_weights: Sequence[float] | None = None,
-) -> tuple[Tensor, Tensor, Tree | None, Tensor, list[Tensor | None]]:
+) -> tuple[Tensor, Tensor, Tree | None, Tensor, list[tuple[Tensor, Tensor]]]:
     """One meta-step: the loss sum_t weights[t] * L_qry(phi_K) of task t, and its gradients.
 
     The graph of one task is freed before the next task begins, so memory does not grow with the number of tasks.
 
     Leaf copies of the tensors in `wanted` take part in the computation, so that hooks of the originals are not called
     with gradients of inner steps or single tasks. A loss or a forward of the user's own may read an original directly.
-    The gradient in the original is then added to that in its copy.
+    The gradient in the original is then added to that in its copy. Other leaf tensors that require grad and that a loss
+    reads are parameters of the loss: they have a gradient too.
 
     Args:
         model, loss: the loss of a set is loss(model(phi, x), y).
@@ -217,21 +219,22 @@ def meta_step(
 
     Returns:
         loss (0-d), task_losses [tasks], predictions (from pytrees.stacked; None if it raises), support_losses
-        [tasks, steps], all detached; and for each tensor in `wanted` its gradient, or None if the loss does not depend
-        on it.
+        [tasks, steps], all detached; and (tensor, gradient) of each tensor in `wanted`, and of each parameter of the
+        loss, that the loss depends on.
     """
     total: float | Tensor = 0.0
     task_losses, predictions, support_losses = [], [], []
     rate_ids = {id(rate.value) for rate in rates.values()}
     # The gradient of a learned rate that no step uses (steps = 0) is zero, not None.
-    gradients: list[Tensor | None] = [torch.zeros_like(t) if id(t) in rate_ids else None for t in wanted]
+    gradients: dict[int, Tensor] = {id(t): torch.zeros_like(t) for t in wanted if id(t) in rate_ids}
     dtype = precision(p for _, p in model.module.named_parameters())
     copies = {id(t): t.detach().to(dtype if id(t) in rate_ids else t.dtype).requires_grad_() for t in wanted}
 
     def copied(t: Tensor) -> Tensor:
         return copies.get(id(t), t)
 
-    copies_and_originals = [*map(copied, wanted), *wanted]
+    leaves = [*map(copied, wanted), *wanted]
+    of_leaves = [*wanted, *wanted]  # the tensors whose gradients those in the leaves are
     theta = {name: copied(p) for name, p in model.module.named_parameters()}
     rates = {name: replace(r, value=copied(r.value)) if isinstance(r.value, Tensor) else r for name, r in rates.items()}
     x_spt, y_spt, x_qry, y_qry = (pytrees.mapped(copied, part) for part in (x_spt, y_spt, x_qry, y_qry))
@@ -252,19 +255,41 @@ def meta_step(
                     if w
                 )
         if wanted:
-            for i, g in enumerate(torch.autograd.grad(value, copies_and_originals, allow_unused=True)):
+            known = set(map(id, leaves))
+            parameters = [leaf for leaf in _leaves_between(prediction, value) if id(leaf) not in known]
+            leaves, of_leaves = [*leaves, *parameters], [*of_leaves, *parameters]
+            # A graph that the loss holds, from its parameters to a tensor outside, is needed by the next task.
+            retain_graph = len(leaves) > 2 * len(wanted) or None
+            grads = torch.autograd.grad(value, leaves, retain_graph=retain_graph, allow_unused=True)
+            for of, g in zip(of_leaves, grads, strict=True):
                 if g is not None:
-                    share, i = weight * g, i % len(wanted)
-                    so_far = gradients[i]
-                    gradients[i] = share if so_far is None else so_far + share
+                    share = weight * g
+                    gradients[id(of)] = gradients[id(of)] + share if id(of) in gradients else share
         task_losses.append(value.detach())
         predictions.append(_or_none(pytrees.detached, prediction))
         support_losses.append(torch.stack(inner) if inner else value.detach().new_zeros(0))
         total = total + (weight.detach() if isinstance(weight, Tensor) else weight) * value.detach()
     assert isinstance(total, Tensor)  # engine/data_checks.py refuses a call without tasks
-    gradients = [None if g is None else g.to(t.dtype) for t, g in zip(wanted, gradients, strict=True)]
+    reached = {id(t): t for t in of_leaves if id(t) in gradients}
     outputs = _or_none(pytrees.stacked, predictions)
-    return total, torch.stack(task_losses), outputs, torch.stack(support_losses), gradients
+    return (
+        total, torch.stack(task_losses), outputs, torch.stack(support_losses),
+        [(t, gradients[id(t)].to(t.dtype)) for t in reached.values()],
+    )  # fmt: skip
+
+
+def _leaves_between(prediction: Tree, value: Tensor) -> list[Tensor]:
+    """The leaves of the graph of a loss that require grad, without those of the graph of the prediction."""
+    seen = {t.grad_fn for t in pytrees.tensors(prediction)}
+    pending, leaves = [value.grad_fn], []
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):
+                leaves.append(node.variable)
+            pending += [before for before, _ in node.next_functions]
+    return leaves
 
 
 def _or_none(operation: Callable[[str, Tree], Tree], predictions: Tree) -> Tree | None:

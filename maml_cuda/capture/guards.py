@@ -55,12 +55,14 @@ class Guards(NamedTuple):
         dicts, lists: their contents.
         places: pairs (owner, key) that hold an object: a global (the dict of its module, its name), a variable that
             code closes over (its cell, ""), an attribute of a class or of another object.
+        tensors: whose shape, dtype, device and requires_grad must stay the same too.
         unwatched: descriptions of what may change unseen, such as "the array `table` that Net.forward reads".
     """
 
     dicts: list[dict[Any, Any]]
     lists: list[list[Any]]
     places: list[tuple[Any, str]]
+    tensors: list[Tensor]
     unwatched: list[str]
 
 
@@ -72,7 +74,8 @@ def guards_of(model: nn.Module, functions: Iterable[Callable[..., Any]] = ()) ->
     """
     walk = Walk(model, functions)
     places = [(place.owner, place.key) for place in walk.places.values()]
-    return Guards([*walk.dicts.values()], [*walk.lists.values()], places, [*walk.unwatched])
+    tensors = [found.value for found in walk.found.values() if isinstance(found.value, Tensor)]
+    return Guards([*walk.dicts.values()], [*walk.lists.values()], places, tensors, [*walk.unwatched])
 
 
 def is_library(module: str | None) -> bool:

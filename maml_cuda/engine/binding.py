@@ -85,6 +85,8 @@ class Binding:
         code = [] if isinstance(maml.loss, str) else [maml.loss]
         guards = guards_of(maml.model, [*code, *(hook for hooks in GLOBAL_HOOKS for hook in hooks.values())])
         self.unwatched = tuple(guards.unwatched)
+        known = set(map(id, read))
+        read += [t for t in guards.tensors if id(t) not in known]
         self._watched = _core.watch(
             watched(maml), [*dicts, *guards.dicts], read, ("requires_grad", "shape", "dtype", "device"),
             lists=guards.lists, places=guards.places,

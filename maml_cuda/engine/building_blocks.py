@@ -107,7 +107,7 @@ def hvp(
     look_at_labels(maml, program, x, y=y)
     at = [t.detach() for t in program.own(fast, len(x), slot)]
     moving = {n: v[n].detach() if n in v and n in names else torch.zeros_like(p) for n, p in fast.items()}
-    directions = program.own(moving, len(x), slot)
+    directions = program.directions(moving, len(x), slot)
     products = torch.ops.maml_cuda.hvp(at, x, program.target(y), directions, program.text)
     return every_trainable(names, program.whole(products, fast, slot), fast)
 

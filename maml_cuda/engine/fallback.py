@@ -92,15 +92,14 @@ def meta_step(
     uses = {0: ("y_spt", y_spt), steps: ("y_qry", y_qry)}  # without steps, nothing reads y_spt
     checked = _checked(loss, criterion, uses)
     try:
-        *outputs, gradients = reference.meta_step(
+        *outputs, reached = reference.meta_step(
             function, checked, rates, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights, query_weights
         )
     except Exception:
         _check_query_samples(model, x_spt, x_qry)
         raise
     _keep_buffers(function, criterion)
-    reached = [(t, g.detach()) for t, g in zip(wanted, gradients, strict=True) if g is not None]
-    return (*outputs, reached)  # type: ignore[return-value]
+    return (*outputs, [(t, g.detach()) for t, g in reached])  # type: ignore[return-value]
 
 
 @apart

@@ -123,6 +123,7 @@ def program_of(snapshot: Snapshot, graph: Graph, match: Match | None) -> Program
         loss=snapshot.loss,
         match=match,
         labels=labels,
+        of_loss={name: t for name, t in graph.outside.items() if t.requires_grad},
         identities=graph.identities,
     )
 
@@ -160,7 +161,7 @@ def _described(
             described = InnerRate(None, at, rate.per_step, rate.elementwise)
         learned = t.requires_grad and read.name in reached
         trained: Role = "adapted" if rate is not None else "outer" if learned else "frozen"
-        role = trained if read.name in own else "buffer"
+        role = trained if read.name in own or t.requires_grad else "buffer"
         parameters.append(Parameter(t.numel(), read.rows, read.taps, read.slots, role, described))
     return parameters, rate_tensors, holders
 

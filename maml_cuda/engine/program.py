@@ -32,7 +32,8 @@ class Program:
         ignored: what forward does besides and fused layers do not.
         match: the loss of the core for a loss of the user's own; None for one of ours.
         labels: class labels in the target of a loss of the user's own.
-        identities: of the tensors that it reads and that are not the model's.
+        of_loss: parameters of such a loss, which receive a meta-gradient, by their names in `names`.
+        identities: of all tensors that it reads and that are not the model's.
         returned: what the model returns for a prediction of the plan.
         features: of the prediction, or of its mean.
         is_direct: whether the targets of the plan are those of the user.
@@ -54,6 +55,7 @@ class Program:
         loss: Loss,
         match: Match | None,
         labels: tuple[Labels, ...],
+        of_loss: dict[str, Tensor],
         identities: tuple[int, ...],
     ) -> None:
         """holders: of each tensor in `names`, then of each rate tensor. match: of a loss of the user's own."""
@@ -70,6 +72,7 @@ class Program:
         weighted = match is not None and match.weighted
         self.match, self._loss, self.labels, self.identities = match, loss, labels, identities
         self.features = math.prod(returned.sample)
+        self.of_loss = of_loss
         self.is_direct = len(returned.sample) == 1 and not weighted
         self.is_warm = match is None or (match.loss == "mse" and not weighted)
         self.is_plain = returned == Returned(returned.sample) and self.is_direct
@@ -161,6 +164,11 @@ class Program:
             t = t if t.is_floating_point() else t.to(like.dtype)  # a mask, or integers
             tensors.append(t if slots is None else t[:, min(slot, slots - 1)])
         return tensors
+
+    def directions(self, v: Mapping[str, Tensor], tasks: int, slot: int) -> list[Tensor]:
+        """`own` of a direction, name -> [tasks, *shape], which is 0 for other tensors than those in v."""
+        tensors = self.own(v, tasks, slot)
+        return [t if name in v else torch.zeros_like(t) for name, t in zip(self.names, tensors, strict=True)]
 
     def whole(self, parts: list[Tensor], like: Mapping[str, Tensor], slot: int) -> dict[str, Tensor]:
         """The inverse of `own`, by name: zeros in the other slots."""

@@ -219,8 +219,9 @@ class Programs:
         try:
             classes = {label.leaf: label.classes for label in program.labels}
             reason = proof.why_not(
-                model, loss, results, given.shape[1:], given.shape[0], second_order, target, draws, classes
-            )
+                model, loss, results, given.shape[1:], given.shape[0], second_order, target, draws, classes,
+                program.of_loss,
+            )  # fmt: skip
         except Exception as error:
             if isinstance(loss, str):
                 raise
@@ -261,6 +262,7 @@ class _Results:
     def __init__(self, program: Program, snapshot: planning.Snapshot) -> None:
         self._program = program
         self._trainable = [name for name, p in snapshot.model.named_parameters() if p.requires_grad]
+        self._trainable += program.of_loss
         self._text = replace(program.plan, backend="cpu", precision="float32").text
 
     def predict(self, fast: Mapping[str, Tensor], x: Tensor) -> Any:
@@ -279,8 +281,7 @@ class _Results:
     def hvp(
         self, fast: Mapping[str, Tensor], x: Tensor, y: targets.Target, v: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        at_rest = {name: torch.zeros_like(t) for name, t in fast.items()}
-        directions = self._own({**at_rest, **v})
+        directions = self._program.directions(v, 1, 0)
         products = torch.ops.maml_cuda.hvp(self._own(fast), x, self._program.target(y, x.dtype), directions, self._text)
         return self._whole(products, fast)
 

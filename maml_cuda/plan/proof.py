@@ -54,9 +54,9 @@ Named = Mapping[str, Tensor]  # by name of a parameter or buffer
 class Results(Protocol):
     """The functions that a plan provides for the comparison, in float64 on the CPU, for one task.
 
-    fast: parameters and buffers, name -> [1, *shape]; per-step layers are at step 0.
+    fast: parameters and buffers, and parameters of the loss, name -> [1, *shape]; per-step layers are at step 0.
     x, y: [1, samples, ...].
-    Gradients and Hessian-vector products are name -> [1, *shape], for each trainable parameter.
+    Gradients and Hessian-vector products are name -> [1, *shape], for each trainable parameter, also of the loss.
     """
 
     def predict(self, fast: Named, x: Tensor) -> Any: ...
@@ -76,6 +76,7 @@ def why_not(
     target: Any = None,
     draws: int = 1,
     classes: Mapping[int, int] | None = None,
+    of_loss: Mapping[str, Tensor] | None = None,
 ) -> str:
     """The reason why a plan must not be used, or "" if its results are those of the model.
 
@@ -89,11 +90,14 @@ def why_not(
         draws: of random data; of a loss of the user's own so many that their labels are of every class.
         classes: of the leaves of the target that are known to be class labels, how many there are; otherwise as many
             as the prediction has features.
+        of_loss: parameters of the loss, by name.
     """
     # A new thread has none of the caller's modes (autocast, no_grad, inference, devices, fake tensors, transforms).
     with ThreadPoolExecutor(max_workers=1) as thread:
         for seed in range(draws):
-            arguments = (model, loss, results, sample, samples, second_order, target, classes or {}, seed)
+            arguments = (
+                model, loss, results, sample, samples, second_order, target, classes or {}, of_loss or {}, seed,
+            )  # fmt: skip
             if reason := thread.submit(_compare, *arguments).result():
                 return reason
     return ""
@@ -101,20 +105,22 @@ def why_not(
 
 def _compare(
     model: nn.Module, loss: Loss | None, results: Results, sample: tuple[int, ...], samples: int, second_order: bool,
-    target: Any, classes: Mapping[int, int], seed: int,
+    target: Any, classes: Mapping[int, int], of_loss: Named, seed: int,
 ) -> str:  # fmt: skip
     generator = Generator().manual_seed(seed)
     try:
+        own = {name: _changed_buffer(t, generator).requires_grad_() for name, t in of_loss.items()}
+        in_place = {id(t): own[name] for name, t in of_loss.items()}
         in_double = _InDouble() if _is_single(model) else nullcontext()
         # Compiled modules cannot be differentiated twice.
-        with generators.restored(), uncompiled(), second_derivatives(), in_double:
-            model_copy, loss_copy = copied((model, loss), _replacements(model, generator))
-            state = {name: place.tensor for name, place in places(model_copy).items()}
+        with generators.restored(), uncompiled(), second_derivatives(), in_double, _Replaced(in_place):
+            model_copy, loss_copy = copied((model, loss), {**_replacements(model, generator), **in_place})
+            state = {**{name: place.tensor for name, place in places(model_copy).items()}, **own}
             fast = {name: t.detach().clone().unsqueeze(0) for name, t in state.items()}
             x = torch.randn(samples, *sample, dtype=torch.float64, generator=generator)
             with outside_state.restored(model_copy, [loss_copy] if callable(loss_copy) else []):
                 make_target = partial(_target_for, loss, target, classes, seed, generator)
-                expected = _Expected(model_copy, loss_copy, x.clone(), make_target, second_order, generator)
+                expected = _Expected(model_copy, loss_copy, x.clone(), make_target, second_order, generator, own)
     except Exception as error:
         return f"it could not be compared with the model on random data: {first_line(error)}"
     x, y = x.unsqueeze(0), pytrees.mapped(lambda t: t.unsqueeze(0), expected.target)
@@ -150,11 +156,13 @@ class _Expected:
         make_target: Callable[[Any], Any],
         second_order: bool,
         generator: Generator,
+        of_loss: Named,
     ) -> None:
         with at_step(model, 0):
             self.prediction = model(x)
         function = _projection if loss is None else loss_function(loss)
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        of_model = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trainable = {**of_model, **of_loss}
         parameters = list(trainable.values())
         given = make_target(self.prediction)
         for form in _FORMS:  # of a target: a loss may take probabilities alone, or 0 and 1 alone
@@ -173,8 +181,8 @@ class _Expected:
         self.gradient = dict(zip(trainable, grads, strict=True))
         if not second_order:
             return
-        self.direction = {name: _normal(p.shape, generator) for name, p in trainable.items()}
-        slope = torch.stack([(g * self.direction[name]).sum() for name, g in self.gradient.items()]).sum()
+        self.direction = {name: _normal(p.shape, generator) for name, p in of_model.items()}
+        slope = torch.stack([(self.gradient[name] * v).sum() for name, v in self.direction.items()]).sum()
         product = [torch.zeros_like(p) for p in parameters]
         if slope.requires_grad:
             product = list(torch.autograd.grad(slope, parameters, materialize_grads=True))
@@ -219,6 +227,20 @@ class _InDouble(TorchFunctionMode):
         if isinstance(given, Tensor):  # of float32: one that is not the model's, such as the weights of classes
             return given.double() if given.dtype == torch.float32 else given
         return torch.float64 if given == torch.float32 else given
+
+
+class _Replaced(TorchFunctionMode):
+    """Inside, other tensors take the place of those that code may hold in a closure."""
+
+    def __init__(self, replaced: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._replaced = replaced
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: self._replaced.get(id(t), t), (args, kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def _is_single(model: nn.Module) -> bool:

@@ -63,6 +63,7 @@ class _Reader(Layers):
         self._tensors = LossFunctions(self)
         self._target_shapes = target
         self._record = record
+        self._in_loss = False
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         shape = record.x.shape
         self._known: dict[int, Known] = {id(record.x): Value(0, shape, shape[1:], False, False)}
@@ -78,6 +79,7 @@ class _Reader(Layers):
             self._leaves = self.targets(self._target_shapes)
             done = set(map(id, of_prediction))
             of_loss = [o for o in self._record.needed_for(self._record.loss) if id(o) not in done]
+            self._in_loss = True
             for operand in (operand for operation in of_loss for operand in operation.operands()):
                 if self._requires_grad.get(operand.name, False) and operand.source == "model":
                     raise Unfusable(f"the loss reads {operand.name}, which it holds as it was before the inner loop")
@@ -184,15 +186,17 @@ class _Reader(Layers):
         return Constant("the target" if operand.source == "y" else "a tensor that is not the model's", False)
 
     def _outside(self, t: Tensor) -> Known:
-        """A tensor that is not the model's, for example the weights of classes in a loss."""
-        if t.requires_grad:
+        """A tensor that is not the model's, for example the weights of classes in a loss, or a parameter of it."""
+        if own := next((name for name, p in self.model.named_parameters() if p is t), ""):
+            raise Unfusable(f"it reads {own}, which it holds as it was before the inner loop")
+        if t.requires_grad and not (self._in_loss and t.is_leaf):
             return Constant("a tensor that requires grad and is not the model's", False)
         name = next((name for name, known in self.graph.outside.items() if known is t), "")
         if not name:
             name = f"tensor {len(self.graph.outside)} outside of the model"
             self.graph.outside[name] = t
             self.graph.identities += (id(t),)
-        return Held(name, tuple(t.shape), False)
+        return Held(name, tuple(t.shape), t.requires_grad)
 
     def _finish(self, prediction: Any) -> None:
         """Writes the last nodes of the prediction, for what `forward` returns."""

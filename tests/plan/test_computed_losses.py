@@ -262,13 +262,9 @@ def test_weights_that_are_replaced() -> None:
 # -- what is refused ------------------------------------------------------------------------------------------------
 
 TWO_SETS = "callable of yours, which computes different things on the two sets"
-LEARNED = WEIGHTS.clone().requires_grad_()
 REFUSED: dict[str, tuple[Loss, Callable[[int], Any], str]] = {
     "a number that follows from n in another way": (
         lambda p, y: (p - y).abs().sum() / (len(p) + 3), values, TWO_SETS,
-    ),
-    "a tensor that requires grad": (
-        lambda p, y: F.cross_entropy(p * LEARNED, y), labels, "a tensor that requires grad and is not the model's",
     ),
 }  # fmt: skip
 
