@@ -198,7 +198,7 @@ class FusedMAML(nn.Module):
             choice = self._binder.choice(self, binding, given, given)
         return explanation.table(self.model, binding, choice)
 
-    def memory_estimate(self, x_spt: Tensor, x_qry: Tensor) -> int:
+    def memory_estimate(self, x_spt: Tree, x_qry: Tree) -> int:
         """Bytes of workspace that a meta-step on such data takes, beside its arguments and results; on a CPU, with as
         many threads as torch has now.
 
@@ -225,9 +225,10 @@ class FusedMAML(nn.Module):
 
         Args:
             x_spt, y_spt: support sets, [tasks, n_support, ...].
-            x_qry, y_qry: query sets, [tasks, n_query, ...]. On the general path x is what the model takes, of each task
-                by itself: integers, [tasks, samples], query samples of another shape than the support samples, or a
-                pytree of tensors [tasks, ...] (and None), as y is for a loss of your own.
+            x_qry, y_qry: query sets, [tasks, n_query, ...]. x may be a pytree of tensors (and None), such as a tuple or
+                a dict, of which the model gets each task's part; so may y for a loss of your own. Fused layers take
+                tensors [tasks, samples, ...]. On the general path x is what the model takes: also integers,
+                [tasks, samples], query samples of another shape than the support samples, tensors [tasks, ...].
             task_weights: [tasks]; the loss is their sum of weight times task loss. None: the mean over tasks.
 
         Raises:

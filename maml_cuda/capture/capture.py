@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -64,11 +65,11 @@ class Captured(NamedTuple):
     changes: tuple[Change, ...]
 
 
-def capture(model: nn.Module, x: Like, loss: Callable[..., Any] | None = None, y: Any = None) -> Captured:
+def capture(model: nn.Module, x: Any, loss: Callable[..., Any] | None = None, y: Any = None) -> Captured:
     """Runs a copy of the model on a fake x, and the loss on the prediction and a fake y.
 
     Args:
-        x: the input of one task.
+        x: the input of one task, a pytree of Like.
         loss: of the user's own; None: it is not called.
         y: the target of one task, a pytree of Like.
 
@@ -92,7 +93,7 @@ def _outcome(*arguments: Any) -> Captured | Unfusable | DoesNotFit:
         return type(reason)(*reason.args)
 
 
-def _captured(model: nn.Module, x: Like, loss: Callable[..., Any] | None, y: Any) -> Captured:
+def _captured(model: nn.Module, x: Any, loss: Callable[..., Any] | None, y: Any) -> Captured:
     _check_modules(model)
     try:
         first, changes = _first_run(model, x, loss, y)
@@ -110,7 +111,7 @@ def _captured(model: nn.Module, x: Like, loss: Callable[..., Any] | None, y: Any
     return Captured(first, tuple(changes))
 
 
-def _first_run(model: nn.Module, x: Like, loss: Callable[..., Any] | None, y: Any) -> tuple[Record, list[Change]]:
+def _first_run(model: nn.Module, x: Any, loss: Callable[..., Any] | None, y: Any) -> tuple[Record, list[Change]]:
     try:
         return _run(model, x, loss, y)
     except (DoesNotFit, Unfusable) as reason:
@@ -119,7 +120,7 @@ def _first_run(model: nn.Module, x: Like, loss: Callable[..., Any] | None, y: An
         raise
 
 
-def _takes(model: nn.Module, x: Like, loss: Callable[..., Any] | None, y: Any) -> bool:
+def _takes(model: nn.Module, x: Any, loss: Callable[..., Any] | None, y: Any) -> bool:
     """Whether a copy of the model and its loss runs on tensors with values."""
     tensors = tensors_of(model)
     own = {id(t): in_place_of(t, t.detach().clone()) for t in tensors}
@@ -127,13 +128,18 @@ def _takes(model: nn.Module, x: Like, loss: Callable[..., Any] | None, y: Any) -
     on = tensors[0].device
     try:
         with generators.restored(), uncompiled(), outside_state.restored(model_copy, _code(loss_copy)):
-            prediction = model_copy(torch.zeros(x.shape, dtype=x.dtype, device=on))
+            given, target = _made((x, y), partial(torch.zeros, device=on))
+            prediction = model_copy(given)
             if loss_copy is not None:
-                target = pytree.tree_map_only(Like, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=on), y)
                 loss_copy(prediction, target)
     except Exception:
         return False
     return True
+
+
+def _made(likes: Any, make: Callable[..., Tensor]) -> Any:
+    """A pytree of Like with a tensor for each."""
+    return pytree.tree_map_only(Like, lambda t: make(t.shape, dtype=t.dtype), likes)
 
 
 def _check_modules(model: nn.Module) -> None:
@@ -149,7 +155,7 @@ def _check_modules(model: nn.Module) -> None:
 
 
 def _run(
-    model: nn.Module, x: Like, loss: Callable[..., Any] | None, y: Any, unread: Sequence[Change] = ()
+    model: nn.Module, x: Any, loss: Callable[..., Any] | None, y: Any, unread: Sequence[Change] = ()
 ) -> tuple[Record, list[Change]]:
     """One run of a copy.
 
@@ -162,8 +168,7 @@ def _run(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         fakes = _fakes(model)
-        x_fake = torch.empty(x.shape, dtype=x.dtype)
-        y_fake = pytree.tree_map_only(Like, lambda t: torch.empty(t.shape, dtype=t.dtype), y)
+        x_fake, y_fake = _made((x, y), torch.empty)
     own = {id(t): t for t in (*loss.parameters(), *loss.buffers())} if isinstance(loss, nn.Module) else {}
     copies: set[int] = set()
     model_copy, loss_copy = copied((model, loss), {**own, **fakes}, copies)
@@ -183,7 +188,11 @@ def _run(
             operand = recorder.know(t, Operand(tuple(t.shape), t.dtype, "model", name))
             if not t.requires_grad:  # code may hold the original in a closure, where the inner loop changes nothing
                 recorder.know(place.tensor, operand)
-    x_operand = recorder.know(x_fake, Operand(x.shape, x.dtype, "x"))
+    inputs = [
+        recorder.know(t, Operand(tuple(t.shape), t.dtype, "x", name))
+        for name, t in pytrees.named_leaves("x", x_fake)
+        if t is not None
+    ]
     for number, t in enumerate(pytrees.tensors(y_fake)):
         recorder.know(t, Operand(tuple(t.shape), t.dtype, "y", str(number)))
     outside = OutsideState(model_copy, _code(loss_copy))
@@ -214,7 +223,7 @@ def _run(
     if elsewhere:
         raise Unfusable(elsewhere)
     _check_derivatives((prediction, value))
-    record = Record(x_operand, recorder.operations, _operands(prediction, recorder), _operands(value, recorder))
+    record = Record(tuple(inputs), recorder.operations, _operands(prediction, recorder), _operands(value, recorder))
     return record, changed
 
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
-# What an operand is if no operation has computed it: the model's input, a part of the target, a tensor of the model (a
-# parameter, a buffer or an attribute), or any other tensor.
+# What an operand is if no operation has computed it: an input of the model, a part of the target, a tensor of the model
+# (a parameter, a buffer or an attribute), or any other tensor.
 Source = Literal["x", "y", "model", "other"]
 
 
@@ -19,9 +19,10 @@ class Operand:
     """A tensor of the record.
 
     Attributes:
-        shape, dtype: of the tensor. The first axis of x counts samples.
+        shape, dtype: of the tensor. The first axis of an input counts samples.
         source: what it is if no operation has computed it.
-        name: of a tensor of the model; of a part of the target, its number among the leaves of the pytree.
+        name: of a tensor of the model; of an input, its place in the pytree, such as x['mask']; of a part of the
+            target, its number among the leaves of the pytree.
         overwritten: the call that has changed its memory in place since; "": its content is valid.
         tensor: the tensor itself, if it is no copy: of a source that is not the model's, such as the weights of classes
             that a loss holds.
@@ -80,16 +81,26 @@ class Record:
     """What a model and its loss ran for one signature.
 
     Attributes:
-        x: the model's input.
+        inputs: the tensors of the model's input x, in the order of the pytree.
         operations: in the order in which they ran.
         prediction: what the model returned, a pytree with an Operand for each tensor and a Made for each distribution.
         loss: what the loss returned; None if it was not called.
     """
 
-    x: Operand
+    inputs: tuple[Operand, ...]
     operations: list[Operation]
     prediction: Any
     loss: Any = None
+
+    @property
+    def n(self) -> int:
+        """The number of samples."""
+        return self.inputs[0].shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the model computes: that of the first input of numbers with a point."""
+        return next((x for x in self.inputs if x.dtype.is_floating_point), self.inputs[0]).dtype
 
     def needed_for(self, results: Any) -> list[Operation]:
         """The operations that a pytree of operands depends on, in order."""

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from maml_cuda import batch_norm
-from maml_cuda.capture.capture import Like
+from maml_cuda import batch_norm, pytrees
 from maml_cuda.capture.errors import DoesNotFit
 from maml_cuda.engine import checks, cuda_runner, data_checks, fallback
 from maml_cuda.engine.binding import Binding, Choice
 from maml_cuda.engine.problem import features
 from maml_cuda.engine.program import Program
-from maml_cuda.engine.programs import SetLike, Signature, TargetLike
 from maml_cuda.engine.settings import Settings, adapted_names
+from maml_cuda.engine.signatures import SetLike, Signature, tree_like
 from maml_cuda.losses import Loss
 from maml_cuda.pytrees import Tree
 from maml_cuda.targets import Target
@@ -169,7 +168,7 @@ class Binder:
                 if given is not None:
                     data_checks.constant(given.x_name, given.x, given.y_name, given.y)
                     if maml.loss == "mse" and given.y is not None and not program.is_direct:
-                        shape = given.x.shape[1], *program.returned.sample
+                        shape = pytrees.tensors(given.x)[0].shape[1], *program.returned.sample
                         data_checks.target(given.y_name, maml.loss, given.y, shape)
         return program
 
@@ -185,35 +184,51 @@ class Binder:
         if binding.refused:
             return Choice(None, binding.why_never)
         sets = [given for given in (support, query) if given is not None]
-        first = sets[0].x
-        for given in sets:
-            if not isinstance(given.x, Tensor):
-                return Choice(None, f"x is a {type(given.x).__name__}; fused layers take one tensor")
-        if first.dim() == 2:
-            return Choice(None, "samples are numbers without axes; fused layers take samples of at least one axis")
-        if why_not := _why_not_own(maml.loss, sets):
+        if why_not := next(filter(None, map(_why_not_samples, sets)), "") or _why_not_own(maml.loss, sets):
             return Choice(None, why_not)
         second_order = not maml.first_order if second_order is None else second_order
-        if support is not None and query is not None and support.x.shape[2:] != query.x.shape[2:]:
-            self._each_fits(binding, [support, query])
-            got = f"{list(support.x.shape[2:])} and {list(query.x.shape[2:])}"
-            return Choice(None, f"support and query samples are of shape {got}; fused layers take one for both")
+        if support is not None and query is not None and (got := _other_samples(support.x, query.x)):
+            self._each_fits(binding, support, query)
+            return Choice(None, f"support and query samples are {got}; fused layers take one for both")
+        if torch.compiler.is_compiling():
+            x_spt, x_qry = (None if given is None else given.x for given in (support, query))
+            return binding.find_now(x_spt, x_qry, second_order)
         support_like, query_like = (None if given is None else _like(given, maml.loss) for given in (support, query))
         try:
-            return binding.find(Signature(support_like, query_like, first.dtype, second_order))
+            return binding.find(Signature(support_like, query_like, second_order))
         except DoesNotFit as reason:
             wrong = next(given for given in sets if _like(given, maml.loss) == reason.given)
             if reason.in_loss and wrong.y is not None:
                 raise data_checks.does_not_fit_loss(wrong.y_name, wrong.y, str(reason)) from None
             raise data_checks.does_not_fit(wrong.x_name, wrong.x, binding.like(), str(reason)) from None
 
-    def _each_fits(self, binding: Binding, sets: list[Set]) -> None:
+    def _each_fits(self, binding: Binding, support: Set, query: Set) -> None:
         """Raises ValueError where samples of one of the shapes do not fit the model itself."""
-        for given in sets:
+        for given in (support, query):
             try:
-                binding.find(Signature(None, SetLike(tuple(given.x.shape[1:])), given.x.dtype, False))
+                binding.find(Signature(None, SetLike(tree_like(given.x)), False))
             except DoesNotFit as error:
-                raise data_checks.other_samples(sets[0].x, sets[1].x, str(error)) from None
+                raise data_checks.other_samples(support.x, query.x, str(error)) from None
+
+
+def _why_not_samples(given: Set) -> str:
+    """The reason why fused layers do not take such samples, or ""."""
+    if isinstance(given.x, Tensor):
+        numbers = given.x.dim() == 2
+        return "samples are numbers without axes; fused layers take samples of at least one axis" if numbers else ""
+    for name, leaf in pytrees.named_leaves(given.x_name, given.x):
+        if leaf is not None and 0 in leaf.shape[1:]:
+            return f"{name} has no elements"
+    return ""
+
+
+def _other_samples(x_spt: Tree, x_qry: Tree) -> str:
+    """How samples of the two sets differ, or ""."""
+    if isinstance(x_spt, Tensor) and isinstance(x_qry, Tensor):
+        got = list(x_spt.shape[2:]), list(x_qry.shape[2:])
+        return f"of shape {got[0]} and {got[1]}" if got[0] != got[1] else ""
+    support, query = (pytrees.mapped(lambda t: list(t.shape[2:]), x) for x in (x_spt, x_qry))
+    return f"of shapes {support} and {query}" if support != query else ""
 
 
 def _why_not_own(loss: Any, sets: list[Set]) -> str:
@@ -232,12 +247,7 @@ def _why_not_own(loss: Any, sets: list[Set]) -> str:
 
 def _like(given: Set, loss: Loss) -> SetLike:
     """What a signature has of a set."""
-    shape = tuple(given.x.shape[1:])
-    if given.y is None or isinstance(loss, str):
-        return SetLike(shape)
-    leaves, structure = pytree.tree_flatten(given.y)
-    likes = tuple(Like(tuple(t.shape[1:]), t.dtype) if isinstance(t, Tensor) else None for t in leaves)
-    return SetLike(shape, TargetLike(structure, likes))
+    return SetLike(tree_like(given.x), None if given.y is None or isinstance(loss, str) else tree_like(given.y))
 
 
 def read(

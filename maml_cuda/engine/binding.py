@@ -8,16 +8,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from maml_cuda import _core, pytrees
+from maml_cuda.capture.capture import Like
 from maml_cuda.capture.copies import Place, places
 from maml_cuda.capture.guards import guards_of
 from maml_cuda.engine import checks, fast_path, planning
 from maml_cuda.engine.bounded import Bounded
 from maml_cuda.engine.problem import Problem
 from maml_cuda.engine.program import Program
-from maml_cuda.engine.programs import Programs, SetLike, Signature
+from maml_cuda.engine.programs import Programs
 from maml_cuda.engine.settings import Settings, watched
+from maml_cuda.engine.signatures import SetLike, Signature, tree_like
 from maml_cuda.pytrees import Tree
 from maml_cuda.rates import InnerRates, tensors
 
@@ -124,17 +127,18 @@ class Binding:
             DoesNotFit: the model itself raises an exception for such data.
             ValueError: an adapted parameter does not reach the support loss.
         """
-        if torch.compiler.is_compiling():  # where a size may be a symbol
-            sets = (signature.support, signature.query)
-            support, query = (None if given is None else tuple(map(index, given.shape)) for given in sets)
-            name = self._name_now(support, query, signature.dtype, signature.second_order)
-            if not name:
-                return Choice(None, self._reason_now(support, query, signature.dtype, signature.second_order))
-        else:
-            name = self._programs.name_for(signature)
-            if not name:
-                return Choice(None, self._programs.reasons[signature])
-        return Choice(getattr(self._programs.by_name, name), "")
+        name = self._programs.name_for(signature)
+        return (
+            Choice(getattr(self._programs.by_name, name), "")
+            if name
+            else Choice(None, self._programs.reasons[signature])
+        )
+
+    def find_now(self, support: Tree | None, query: Tree | None, second_order: bool) -> Choice:
+        """What runs x of these sets, with a loss of ours, while a compiler traces. Raises as `find`."""
+        asked = *_sizes_and_dtypes(support), *_sizes_and_dtypes(query), second_order
+        name = self._name_now(*asked)
+        return Choice(getattr(self._programs.by_name, name), "") if name else Choice(None, self._reason_now(*asked))
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _name_now(self, *asked: Any) -> str:
@@ -160,12 +164,24 @@ class Binding:
         return pytrees.mapped(lambda t: t.to(dtype) if t.is_floating_point() and t.dtype not in self.dtypes else t, x)
 
 
-def _signature_of(
-    support: tuple[int, ...] | None, query: tuple[int, ...] | None, dtype: torch.dtype, second_order: bool
-) -> Signature:
-    """The signature of sets of these shapes, with a loss of ours."""
-    support_like, query_like = (None if shape is None else SetLike(shape) for shape in (support, query))
-    return Signature(support_like, query_like, dtype, second_order)
+def _sizes_and_dtypes(x: Tree) -> tuple[Any, Any]:
+    """The sizes of a task's tensors, as numbers where a compiler has made symbols; and the pytree of their dtypes."""
+    sizes = tuple(tuple(map(index, t.shape[1:])) for t in pytrees.tensors(x))
+    return sizes, pytrees.mapped(lambda t: t.dtype, x)
+
+
+def _signature_of(*asked: Any) -> Signature:
+    """The signature of what `find_now` asks for."""
+    *sets, second_order = asked
+    support, query = map(_set_of, sets[::2], sets[1::2])
+    return Signature(support, query, second_order)
+
+
+def _set_of(sizes: Any, dtypes: Any) -> SetLike | None:
+    rest = iter(sizes)
+    return (
+        SetLike(tree_like(pytree.tree_map_only(torch.dtype, lambda d: Like(next(rest), d), dtypes))) if sizes else None
+    )
 
 
 def _first_trainable(model: nn.Module) -> Place:

@@ -175,8 +175,11 @@ def why_not_labels(of_classes: Iterable[Labels], sets: Iterable[tuple[str, Targe
     return ""
 
 
-def does_not_fit(x_name: str, x: Tensor, like: Tensor, why: str) -> Exception:
+def does_not_fit(x_name: str, x: Tree, like: Tensor, why: str) -> Exception:
     """The error for samples that the model does not take."""
+    if not isinstance(x, Tensor):
+        got = pytrees.mapped(lambda t: list(t.shape[1:]), x)
+        return ValueError(f"{x_name} must be an input that the model takes, got tensors of shapes {got} a task: {why}")
     if not x.is_floating_point():
         return TypeError(
             f"{x_name} must have the model's dtype {like.dtype}, or one that the model takes, got {x.dtype}: {why}"
@@ -209,11 +212,12 @@ def same_tasks(x_spt: Tree, x_qry: Tree) -> None:
         raise ValueError(f"x_qry must have {tasks} tasks like x_spt, got {got}")
 
 
-def other_samples(x_spt: Tensor, x_qry: Tensor, why: str) -> ValueError:
+def other_samples(x_spt: Tree, x_qry: Tree, why: str) -> ValueError:
     """The error for a model that does not take the shapes of both sets."""
+    expected, got = (pytrees.mapped(lambda t: list(t.shape[2:]), x) for x in (x_spt, x_qry))
     return ValueError(
-        f"x_qry must have samples of shape {list(x_spt.shape[2:])} like x_spt, or of another one that the model takes, "
-        f"got {list(x_qry.shape[2:])}: {why}"
+        f"x_qry must have samples of shape {expected} like x_spt, or of another one that the model takes, got {got}: "
+        f"{why}"
     )
 
 

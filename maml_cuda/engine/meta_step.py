@@ -77,7 +77,7 @@ def backward(
     return out
 
 
-def program_of(maml: Settings, x_spt: Tensor, x_qry: Tensor) -> Program | None:
+def program_of(maml: Settings, x_spt: Tree, x_qry: Tree) -> Program | None:
     """The program that runs a meta-step on such x; None where there is none."""
     binding = maml._binding()
     read(maml, binding, "x_spt", x_spt)
@@ -86,10 +86,11 @@ def program_of(maml: Settings, x_spt: Tensor, x_qry: Tensor) -> Program | None:
     return maml._binder.program(maml, binding, Set("x_spt", x_spt), Set("x_qry", x_qry))
 
 
-def memory_estimate(maml: Settings, x_spt: Tensor, x_qry: Tensor) -> int:
+def memory_estimate(maml: Settings, x_spt: Tree, x_qry: Tree) -> int:
     program = program_of(maml, x_spt, x_qry)
     if program is None:
         raise ValueError("memory_estimate must have a fused model, got one on the general path (reference)")
+    x_spt, x_qry = program.input(x_spt), program.input(x_qry)
     problem = meta_problem(
         program.text, x_spt, x_qry, maml.inner_steps, maml.first_order, True, maml._query_weights.steps
     )
@@ -127,6 +128,7 @@ def _computed(
     if program is None:
         result = _on_the_general_path(maml, x_spt, y_spt, x_qry, y_qry, task_weights)
         return maml._binder.settled(maml, binding, result)
+    x_spt, x_qry = program.input(x_spt), program.input(x_qry)
     look_at_labels(maml, program, x_spt, y_spt=y_spt, y_qry=y_qry)
     parameters, rates = program.tensors()
     wanted = torch.is_grad_enabled()

@@ -13,10 +13,12 @@ from torch.distributions import Categorical, Independent, Normal
 from maml_cuda import pytrees, targets
 from maml_cuda.capture.copies import Place
 from maml_cuda.engine import fast_path, own_targets
+from maml_cuda.engine.signatures import TreeLike
 from maml_cuda.losses import Loss
 from maml_cuda.plan.graph import Labels, Returned
 from maml_cuda.plan.own_loss import COMPUTED, Match
 from maml_cuda.plan.schema import Plan
+from maml_cuda.pytrees import Tree
 from maml_cuda.targets import Target
 
 
@@ -36,6 +38,7 @@ class Program:
         identities: of all tensors that it reads and that are not the model's.
         returned: what the model returns for a prediction of the plan.
         features: of the prediction, or of its mean.
+        dtype: of the tensors that it computes with.
         is_direct: whether the targets of the plan are those of the user.
         is_warm: whether a call like one that has passed every check needs none but those of the core.
         is_plain: whether it returns the prediction as it is.
@@ -64,8 +67,8 @@ class Program:
         self.served_by, self.ignored, self.returned = served_by, ignored, returned
         self._holders = [(place.registry, place.key) for place in holders]  # plain tuples are unpacked faster
         dtypes = [owner[key].dtype for owner, key in self._holders[: len(names)]]
-        self._dtype = next(d for d, p in zip(dtypes, plan.parameters, strict=True) if p.trainable)
-        self._casts = any(d != self._dtype for d in dtypes)
+        self.dtype = next(d for d, p in zip(dtypes, plan.parameters, strict=True) if p.trainable)
+        self._casts = any(d != self.dtype for d in dtypes)
         self._has_gradient = plan.has_gradient
         self._all_have_gradient = all(self._has_gradient)
         self._step_text = ""
@@ -85,10 +88,10 @@ class Program:
         tensors = [owner[key] for owner, key in self._holders]
         count = len(self.names)
         if self._casts:  # masks, integers, and constants of another precision
-            tensors = [t.to(self._dtype) for t in tensors]
+            tensors = [t.to(self.dtype) for t in tensors]
         if len(tensors) == count:
             return tensors, []
-        dtype = self._dtype
+        dtype = self.dtype
         return tensors[:count], [r if r.dtype == dtype else r.to(dtype) for r in tensors[count:]]
 
     def with_gradient(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -99,16 +102,30 @@ class Program:
 
     # -- what goes in and comes out -----------------------------------------------------------------------------
 
+    @staticmethod
+    def sample(x: TreeLike) -> tuple[int, ...]:
+        """The shape of a sample of `input`, for x [n, ...] of one task."""
+        shapes = [like.shape[1:] for like in x.tensors]
+        return shapes[0] if len(shapes) == 1 else (sum(map(math.prod, shapes)),)
+
+    def input(self, x: Tree, dtype: torch.dtype | None = None) -> Tensor:
+        """x [tasks, n, ...] as the ops take it: one tensor as it is, several beside each other.
+
+        Args:
+            dtype: in which the ops compute; None: the model's.
+        """
+        leaves = pytrees.tensors(x)
+        return leaves[0] if len(leaves) == 1 else _beside(leaves, dtype or self.dtype)
+
     def target(self, y: Target, dtype: torch.dtype | None = None) -> list[Tensor | None]:
         """The tensors of a target [tasks, n, ...], as the ops take them.
 
         Args:
             dtype: in which the ops compute; None: the model's.
         """
-        dtype = dtype or self._dtype
+        dtype = dtype or self.dtype
         if self.match == COMPUTED:
-            leaves = [leaf.reshape(*leaf.shape[:2], -1).to(dtype) for leaf in pytrees.tensors(y)]
-            return [leaves[0] if len(leaves) == 1 else torch.cat(leaves, -1), None, None, None]
+            return [_beside(pytrees.tensors(y), dtype), None, None, None]
         if self.match is None or not self.match.weighted:
             if self.is_direct:
                 return targets.tensors(y)
@@ -179,3 +196,9 @@ class Program:
                 whole[name] = part.new_zeros(like[name].shape)
                 whole[name][:, min(slot, slots - 1)] = part
         return whole
+
+
+def _beside(leaves: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Tensors [tasks, n, ...] beside each other, [tasks, n, features]; plan/loops.py reads them as its parts."""
+    flat = [leaf.reshape(*leaf.shape[:2], -1).to(dtype) for leaf in leaves]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, -1)

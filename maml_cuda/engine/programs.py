@@ -5,77 +5,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from maml_cuda import targets
-from maml_cuda.capture.capture import Like, capture
+from maml_cuda.capture.capture import capture
 from maml_cuda.capture.errors import DoesNotFit, Unfusable, first_line
 from maml_cuda.capture.record import Operand, Record
 from maml_cuda.engine import data_checks, planning
 from maml_cuda.engine.bounded import Bounded
 from maml_cuda.engine.problem import why_not
 from maml_cuda.engine.program import Program
+from maml_cuda.engine.signatures import SetLike, Signature, TreeLike
 from maml_cuda.losses import Loss
 from maml_cuda.plan import proof
 from maml_cuda.plan.graph import Graph
 from maml_cuda.plan.own_loss import COMPUTED, Match, matches
 from maml_cuda.plan.reader import graph_of
 from maml_cuda.plan.sample_counts import counted
+from maml_cuda.pytrees import Tree
 
 MOST_ANSWERS = 1024  # kept; a forgotten one is found again
 MOST_PROGRAMS = 64
 MOST_RECORDS = 64
 
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class TargetLike:
-    """What is known of a task's target for a loss of the user's own, a pytree.
-
-    Attributes:
-        structure: of the pytree; older versions of torch cannot hash it.
-        leaves: of the pytree; None for None.
-    """
-
-    structure: pytree.TreeSpec = field(hash=False)
-    leaves: tuple[Like | None, ...]
-
-    def tree(self) -> Any:
-        """The pytree of the leaves."""
-        return pytree.tree_unflatten(self.leaves, self.structure)
-
-
-class SetLike(NamedTuple):
-    """What the choice of a program depends on of a task's support or query set.
-
-    Attributes:
-        shape: of x, [n, ...].
-        y: the target of a loss of the user's own; None: the loss is one of ours, or there is no target.
-    """
-
-    shape: Shape
-    y: TargetLike | None = None
-
-
-class Signature(NamedTuple):
-    """What the choice of a program depends on, beside the model.
-
-    Attributes:
-        support, query: the sets; None: there is none.
-        dtype: of x.
-        second_order: whether Hessian-vector products on the support set are asked for.
-    """
-
-    support: SetLike | None
-    query: SetLike | None
-    dtype: torch.dtype
-    second_order: bool
 
 
 class Programs:
@@ -91,7 +48,7 @@ class Programs:
         self.by_name = _Holder()
         self.reasons: Bounded[Signature, str] = Bounded(MOST_ANSWERS)
         self._names: Bounded[Signature, str] = Bounded(MOST_ANSWERS)
-        self._records: Bounded[tuple[Any, ...], tuple[Record, Graph]] = Bounded(MOST_RECORDS)
+        self._records: Bounded[SetLike, tuple[Record, Graph]] = Bounded(MOST_RECORDS)
         self._known: Bounded[str, str] = Bounded(MOST_PROGRAMS)  # text of a program -> its name
         self._proven: Bounded[tuple[Any, ...], None] = Bounded(MOST_ANSWERS)
 
@@ -112,7 +69,7 @@ class Programs:
 
     def _found(self, signature: Signature) -> str:
         sets = [given for given in (signature.support, signature.query) if given is not None]
-        captured = [self._record(given, signature.dtype) for given in sets]
+        captured = [self._record(given) for given in sets]
         records, graphs = counted([record for record, _ in captured]), [graph for _, graph in captured]
         graph = graphs[0]
         if graph != graphs[-1]:
@@ -120,11 +77,11 @@ class Programs:
             if graphs[0] != graphs[-1]:
                 raise Unfusable("the model runs other operations on the query set than on the support set")
             graph = replace(graphs[0], ignored=graph.ignored)
-        n_support, n_query = (0 if given is None else given.shape[0] for given in (signature.support, signature.query))
+        n_support, n_query = (0 if given is None else given.n for given in (signature.support, signature.query))
         reason = ""
         for read, match in self._candidates(sets, records, graph):
             program = planning.program_of(self.snapshot, read, match)
-            if reason := why_not(program.text, sets[0].shape[1:], n_support, n_query, signature.dtype):
+            if reason := why_not(program.text, program.sample(sets[0].x), n_support, n_query, program.dtype):
                 raise Unfusable(reason)
             reason = self._disproof(program, signature.support, signature.second_order)
             reason = reason or self._disproof(program, signature.query, second_order=False)
@@ -149,12 +106,12 @@ class Programs:
         with_target = [(r, given.y) for r, given in zip(records, sets, strict=True) if given.y is not None]
         if isinstance(self.snapshot.loss, str) or not with_target:
             return
-        graphs = [graph_of(self.snapshot.model, record, (), _shapes(y, record.x.shape[0])) for record, y in with_target]
+        graphs = [graph_of(self.snapshot.model, record, (), _shapes(y, record.n)) for record, y in with_target]
         if graphs[0] != graphs[-1]:
             raise Unfusable("the loss is a callable of yours, which computes different things on the two sets")
         yield replace(graphs[0], ignored=graph.ignored), COMPUTED
 
-    def _record(self, given: SetLike, dtype: torch.dtype) -> tuple[Record, Graph]:
+    def _record(self, given: SetLike) -> tuple[Record, Graph]:
         """The record of a set, and its graph. In a set of one sample, the axis of samples can be taken for another one;
         then that of two samples is read, which the proof compares on one.
 
@@ -162,28 +119,27 @@ class Programs:
             Unfusable, DoesNotFit: as `capture`; there is no graph.
         """
         try:
-            return self._record_of(given, dtype)
+            return self._record_of(given)
         except Unfusable:
-            if given.shape[0] != 1:
+            if given.n != 1:
                 raise
-            return self._record_of(_of_two_samples(given), dtype)
+            return self._record_of(given.of(2))
 
-    def _record_of(self, given: SetLike, dtype: torch.dtype) -> tuple[Record, Graph]:
-        key = given, dtype
-        if key not in self._records:
+    def _record_of(self, given: SetLike) -> tuple[Record, Graph]:
+        if given not in self._records:
             model, loss = self.snapshot.model, self.snapshot.loss
             try:
                 if given.y is None or isinstance(loss, str):
-                    captured = capture(model, Like(given.shape, dtype))
+                    captured = capture(model, given.x.tree())
                 else:
-                    captured = capture(model, Like(given.shape, dtype), loss, given.y.tree())
+                    captured = capture(model, given.x.tree(), loss, given.y.tree())
             except DoesNotFit as reason:
                 reason.given = given
                 raise
-            self._records[key] = captured.record, graph_of(model, captured.record, captured.changes)
-        return self._records[key]
+            self._records[given] = captured.record, graph_of(model, captured.record, captured.changes)
+        return self._records[given]
 
-    def _matches(self, graph: Graph, sets: Sequence[tuple[Record, TargetLike | None]]) -> list[Match | None]:
+    def _matches(self, graph: Graph, sets: Sequence[tuple[Record, TreeLike | None]]) -> list[Match | None]:
         """The losses of the core that the loss may be on each of the sets; None stands for a loss of ours."""
         loss = self.snapshot.loss
         if isinstance(loss, str):
@@ -192,7 +148,7 @@ class Programs:
         found: list[list[Match]] = []
         for record, y in sets:
             if y is not None:
-                leaves = [Operand(like.shape, like.dtype) for like in y.leaves if like is not None]
+                leaves = [Operand(like.shape, like.dtype) for like in y.tensors]
                 found.append(list(matches(record, graph.returned, math.prod(graph.returned.sample), leaves)))
         if not found:  # the prediction alone is asked for
             return [None]
@@ -213,15 +169,14 @@ class Programs:
         if program.match is not None:  # labels of every class
             draws = len(proof.OWN_LOSS_SIZES)
             if program.match != COMPUTED:
-                draws = max(draws, -(-program.features // given.shape[0]))
+                draws = max(draws, -(-program.features // given.n))
             if draws > proof.MOST_DRAWS:
-                return f"the loss is a callable of yours, of {program.features} classes for {given.shape[0]} samples"
+                return f"the loss is a callable of yours, of {program.features} classes for {given.n} samples"
         try:
             classes = {label.leaf: label.classes for label in program.labels}
             reason = proof.why_not(
-                model, loss, results, given.shape[1:], given.shape[0], second_order, target, draws, classes,
-                program.of_loss,
-            )  # fmt: skip
+                model, loss, results, given.x.tree(), second_order, target, draws, classes, program.of_loss
+            )
         except Exception as error:
             if isinstance(loss, str):
                 raise
@@ -239,17 +194,9 @@ class Programs:
         return self._known[key]
 
 
-def _shapes(y: TargetLike, n: int) -> list[Shape]:
+def _shapes(y: TreeLike, n: int) -> list[Shape]:
     """The shapes of the leaves of a target of n samples."""
-    return [(n, *like.shape[1:]) if like.shape else () for like in y.leaves if like is not None]
-
-
-def _of_two_samples(given: SetLike) -> SetLike:
-    y = given.y
-    if y is not None:
-        leaves = [None if like is None else replace(like, shape=(2, *like.shape[1:])) for like in y.leaves]
-        y = replace(y, leaves=tuple(leaves))
-    return given._replace(shape=(2, *given.shape[1:]), y=y)
+    return [(n, *like.shape[1:]) if like.shape else () for like in y.tensors]
 
 
 class _Holder:
@@ -265,25 +212,24 @@ class _Results:
         self._trainable += program.of_loss
         self._text = replace(program.plan, backend="cpu", precision="float32").text
 
-    def predict(self, fast: Mapping[str, Tensor], x: Tensor) -> Any:
-        own = self._own(fast)
+    def predict(self, fast: Mapping[str, Tensor], x: Tree) -> Any:
+        own, x = self._own(fast), self._input(x)
         op = torch.ops.maml_cuda.predict if any(t.requires_grad for t in own) else torch.ops.maml_cuda.predict_forward
         return self._program.as_returned(op(own, x, self._text))
 
-    def loss_and_grad(
-        self, fast: Mapping[str, Tensor], x: Tensor, y: targets.Target
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        losses, grads = torch.ops.maml_cuda.loss_and_grad(
-            self._own(fast), x, self._program.target(y, x.dtype), self._text
-        )
+    def loss_and_grad(self, fast: Mapping[str, Tensor], x: Tree, y: targets.Target) -> tuple[Tensor, dict[str, Tensor]]:
+        x, y = self._input(x), self._program.target(y, torch.float64)
+        losses, grads = torch.ops.maml_cuda.loss_and_grad(self._own(fast), x, y, self._text)
         return losses, self._whole(grads, fast)
 
-    def hvp(
-        self, fast: Mapping[str, Tensor], x: Tensor, y: targets.Target, v: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def hvp(self, fast: Mapping[str, Tensor], x: Tree, y: targets.Target, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         directions = self._program.directions(v, 1, 0)
-        products = torch.ops.maml_cuda.hvp(self._own(fast), x, self._program.target(y, x.dtype), directions, self._text)
+        x, y = self._input(x), self._program.target(y, torch.float64)
+        products = torch.ops.maml_cuda.hvp(self._own(fast), x, y, directions, self._text)
         return self._whole(products, fast)
+
+    def _input(self, x: Tree) -> Tensor:
+        return self._program.input(x, torch.float64)
 
     def _own(self, given: Mapping[str, Tensor]) -> list[Tensor]:
         return self._program.own(given, 1, 0)

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from maml_cuda.capture.errors import Unfusable
-from maml_cuda.plan.graph import Constant, Held, Labels, LogSumExp, SampleCount, Value, Writer, text_of
+from maml_cuda.capture.record import Operand
+from maml_cuda.plan.graph import Constant, Held, Known, Labels, LogSumExp, SampleCount, Value, Writer, text_of
 from maml_cuda.plan.schema import Instruction, Layout, Loops, View
 from maml_cuda.plan.simplify import MOST_INPUTS, merged_loops
 from maml_cuda.plan.strided import Atom, Axis, NotAView, Step, Strided, aligned, merged
@@ -111,22 +112,39 @@ class LoopWriter(Writer):
                 return read.rows, read.taps
         return rows, taps
 
+    def inputs(self, given: Sequence[Operand]) -> list[Known]:
+        """The inputs of the model, each [n, ...]. Several stand beside each other in value 0."""
+        if len(given) == 1:
+            (shape,) = (x.shape for x in given)
+            return [Value(0, shape, shape[1:], False, False)]
+        for x in given:
+            if not x.dtype.is_floating_point and x.dtype != torch.bool:
+                raise Unfusable(f"{x.name} is {x.dtype}; fused are several inputs of numbers with a point, and masks")
+        return [*self._beside(0, [(x.name, x.shape) for x in given])]
+
     def targets(self, shapes: Sequence[tuple[int, ...]]) -> list[Strided]:
         """The leaves of the target of a computed loss, each [n, ...]. They stand beside each other in one value."""
-        for shape in shapes:
-            if shape[:1] != (self.n,):
-                raise Unfusable(f"a part of the target has shape {list(shape)}, without an axis of samples")
-        widths = [math.prod(shape[1:]) for shape in shapes]
-        self.graph.target = total = sum(widths)
+        self.graph.target = total = sum(math.prod(shape[1:]) for shape in shapes)
         self._target = self.emit_on_any("target", (), image=(total, 1, 1))
-        leaves = []
-        for leaf, shape in enumerate(shapes):
-            start = sum(widths[:leaf])
-            self._columns[start] = leaf
-            axes = [(Atom(None, total),), *((Atom(s, math.prod(shape[d + 2 :])),) for d, s in enumerate(shape[1:]))]
-            view = Strided(self._target, total, True, start, tuple(map(merged, axes)), self.n, False)
-            leaves.append(view)
+        leaves = self._beside(self._target, [("a part of the target", shape) for shape in shapes])
+        self._columns = {leaf.offset: number for number, leaf in enumerate(leaves)}
         return leaves
+
+    def _beside(self, number: int, parts: Sequence[tuple[str, tuple[int, ...]]]) -> list[Strided]:
+        """The parts [n, ...] of a value in which they stand beside each other.
+
+        Args:
+            parts: what each is, and its shape.
+        """
+        for what, shape in parts:
+            if shape[:1] != (self.n,):
+                raise Unfusable(f"{what} has shape {list(shape)}, whose first axis does not count the {self.n} samples")
+        widths = [math.prod(shape[1:]) for _, shape in parts]
+        total, views = sum(widths), []
+        for i, (_, shape) in enumerate(parts):
+            axes = [(Atom(None, total),), *((Atom(s, math.prod(shape[d + 2 :])),) for d, s in enumerate(shape[1:]))]
+            views.append(Strided(number, total, True, sum(widths[:i]), tuple(map(merged, axes)), self.n, False))
+        return views
 
     def leaf_of(self, x: Strided) -> int | None:
         """The number of the leaf of the target that this is a view of."""

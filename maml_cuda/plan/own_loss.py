@@ -69,7 +69,7 @@ def matches(record: Record, returned: Returned, features: int, y: list[Operand])
         Unfusable: it is none; the message is the reason.
     """
     _check_analytic(record)
-    n = record.x.shape[0]
+    n = record.n
     found = False
     for leaf, operand in enumerate(y):
         labels = operand.dtype == torch.int64 and operand.shape == (n,) and returned.sample == (features,)

@@ -36,6 +36,7 @@ from maml_cuda.capture.errors import first_line
 from maml_cuda.functional import second_derivatives
 from maml_cuda.losses import Loss, loss_function
 from maml_cuda.policies import mean_of
+from maml_cuda.pytrees import Tree
 from maml_cuda.targets import PolicyTarget, Target
 from maml_cuda.torch_wrappers import uncompiled
 
@@ -55,23 +56,22 @@ class Results(Protocol):
     """The functions that a plan provides for the comparison, in float64 on the CPU, for one task.
 
     fast: parameters and buffers, and parameters of the loss, name -> [1, *shape]; per-step layers are at step 0.
-    x, y: [1, samples, ...].
+    x, y: [1, samples, ...], or pytrees of such tensors.
     Gradients and Hessian-vector products are name -> [1, *shape], for each trainable parameter, also of the loss.
     """
 
-    def predict(self, fast: Named, x: Tensor) -> Any: ...
+    def predict(self, fast: Named, x: Tree) -> Any: ...
 
-    def loss_and_grad(self, fast: Named, x: Tensor, y: Target) -> tuple[Tensor, Named]: ...
+    def loss_and_grad(self, fast: Named, x: Tree, y: Target) -> tuple[Tensor, Named]: ...
 
-    def hvp(self, fast: Named, x: Tensor, y: Target, v: Named) -> Named: ...
+    def hvp(self, fast: Named, x: Tree, y: Target, v: Named) -> Named: ...
 
 
 def why_not(
     model: nn.Module,
     loss: Loss | None,
     results: Results,
-    sample: tuple[int, ...],
-    samples: int,
+    likes: Any,
     second_order: bool,
     target: Any = None,
     draws: int = 1,
@@ -83,8 +83,7 @@ def why_not(
     Args:
         loss: None: the prediction and its gradient alone are compared.
         results: the plan's results.
-        sample: the shape of one sample.
-        samples: the number of samples.
+        likes: a pytree of objects with shape and dtype, like the input of one task.
         second_order: compare a Hessian-vector product too.
         target: of a loss of the user's own, a pytree of objects with shape and dtype, like the target of one task.
         draws: of random data; of a loss of the user's own so many that their labels are of every class.
@@ -95,17 +94,15 @@ def why_not(
     # A new thread has none of the caller's modes (autocast, no_grad, inference, devices, fake tensors, transforms).
     with ThreadPoolExecutor(max_workers=1) as thread:
         for seed in range(draws):
-            arguments = (
-                model, loss, results, sample, samples, second_order, target, classes or {}, of_loss or {}, seed,
-            )  # fmt: skip
+            arguments = (model, loss, results, likes, second_order, target, classes or {}, of_loss or {}, seed)
             if reason := thread.submit(_compare, *arguments).result():
                 return reason
     return ""
 
 
 def _compare(
-    model: nn.Module, loss: Loss | None, results: Results, sample: tuple[int, ...], samples: int, second_order: bool,
-    target: Any, classes: Mapping[int, int], of_loss: Named, seed: int,
+    model: nn.Module, loss: Loss | None, results: Results, likes: Any, second_order: bool, target: Any,
+    classes: Mapping[int, int], of_loss: Named, seed: int,
 ) -> str:  # fmt: skip
     generator = Generator().manual_seed(seed)
     try:
@@ -117,13 +114,15 @@ def _compare(
             model_copy, loss_copy = copied((model, loss), {**_replacements(model, generator), **in_place})
             state = {**{name: place.tensor for name, place in places(model_copy).items()}, **own}
             fast = {name: t.detach().clone().unsqueeze(0) for name, t in state.items()}
-            x = torch.randn(samples, *sample, dtype=torch.float64, generator=generator)
+            x = pytree.tree_map(lambda like: like and _random_input(like, generator), likes)
             with outside_state.restored(model_copy, [loss_copy] if callable(loss_copy) else []):
                 make_target = partial(_target_for, loss, target, classes, seed, generator)
-                expected = _Expected(model_copy, loss_copy, x.clone(), make_target, second_order, generator, own)
+                expected = _Expected(
+                    model_copy, loss_copy, pytrees.mapped(Tensor.clone, x), make_target, second_order, generator, own
+                )
     except Exception as error:
         return f"it could not be compared with the model on random data: {first_line(error)}"
-    x, y = x.unsqueeze(0), pytrees.mapped(lambda t: t.unsqueeze(0), expected.target)
+    x, y = pytrees.mapped(lambda t: t.unsqueeze(0), (x, expected.target))
     prediction = results.predict(fast, x)
     losses, gradient = _of_prediction(results, fast, x, expected) if loss is None else results.loss_and_grad(fast, x, y)
     pairs = [
@@ -152,7 +151,7 @@ class _Expected:
         self,
         model: nn.Module,
         loss: Loss | None,
-        x: Tensor,
+        x: Tree,
         make_target: Callable[[Any], Any],
         second_order: bool,
         generator: Generator,
@@ -194,7 +193,7 @@ def _projection(prediction: Any, cotangents: Named) -> Tensor:
     return torch.stack([(t * cotangents[name]).sum() for name, t in _parts(prediction).items()]).sum()
 
 
-def _of_prediction(results: Results, fast: Named, x: Tensor, expected: _Expected) -> tuple[Tensor, dict[str, Tensor]]:
+def _of_prediction(results: Results, fast: Named, x: Tree, expected: _Expected) -> tuple[Tensor, dict[str, Tensor]]:
     """The product of a plan's prediction with cotangents, [1], and its gradient."""
     at = {name: t.requires_grad_(name in expected.gradient) for name, t in fast.items()}
     value = _projection(results.predict(at, x), {name: t.unsqueeze(0) for name, t in expected.target.items()})
@@ -245,6 +244,14 @@ class _Replaced(TorchFunctionMode):
 
 def _is_single(model: nn.Module) -> bool:
     return all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def _random_input(like: Any, generator: Generator) -> Tensor:
+    """Random values for an input; of a mask half along the last axis, so that no row of it is empty or full."""
+    if like.dtype != torch.bool:
+        return _normal(like.shape, generator)
+    order = torch.rand(like.shape, generator=generator).argsort(-1)
+    return torch.lt(2 * order, like.shape[-1])
 
 
 def _random_parameter(p: Tensor, generator: Generator) -> Tensor:

@@ -59,14 +59,13 @@ def graph_of(
 
 class _Reader(Layers):
     def __init__(self, model: nn.Module, record: Record, target: Sequence[tuple[int, ...]] | None) -> None:
-        super().__init__(model, record.x.shape[0], record.x.dtype)
+        super().__init__(model, record.n, record.dtype)
         self._tensors = LossFunctions(self)
         self._target_shapes = target
         self._record = record
         self._in_loss = False
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-        shape = record.x.shape
-        self._known: dict[int, Known] = {id(record.x): Value(0, shape, shape[1:], False, False)}
+        self._known: dict[int, Known] = dict(zip(map(id, record.inputs), self.inputs(record.inputs), strict=True))
 
     def read(self) -> Graph:
         prediction = self._record.prediction

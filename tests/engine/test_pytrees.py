@@ -1,4 +1,5 @@
-"""Inputs and targets that are pytrees of tensors [tasks, ...], on the general path."""
+"""Inputs and targets that are pytrees of tensors [tasks, ...], on the general path; test_inputs.py has those that fused
+layers take."""
 
 from __future__ import annotations
 
@@ -97,11 +98,11 @@ def test_running_statistics_of_pytrees() -> None:
         maml.update_statistics({"x": x_spt}, y_spt, {"x": x_qry.float()})
 
 
-def test_a_plan_takes_no_pytree() -> None:
-    """A fused model called with a pytree falls back with a warning; here the model then raises itself."""
+def test_a_model_that_takes_no_pytree() -> None:
+    """The call falls back with a warning, and the model then raises itself."""
     maml = FusedMAML(nn.Linear(3, 2).double(), RATE)
     x, y = randn(TASKS, SUPPORT, 3), torch.randint(2, (TASKS, SUPPORT))
-    falls_back = pytest.warns(UserWarning, match="general path.*x is a tuple; fused layers take one tensor")
+    falls_back = pytest.warns(UserWarning, match="general path.*must be Tensor, not tuple")
     with falls_back, pytest.raises(TypeError, match="must be Tensor, not tuple"):
         maml((x,), y, (x,), y)
     with warnings.catch_warnings():

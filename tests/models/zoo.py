@@ -271,7 +271,7 @@ def field_models() -> Iterable[Published]:
     )  # fmt: skip
     yield Published(
         "deeponet", "Lu et al. 2021; coral DeepONet", lambda: fields.DeepONet([3, 6, 8], [2, 6, 8]),
-        both(normal(3), normal(5, 2)), (5, 1), "c", "mse",
+        both(normal(3), normal(5, 2)), (5, 1), "b", "mse",
     )  # fmt: skip
     yield Published(
         "deeponet_cartesian", "Lu et al. 2021; deepxde DeepONetCartesianProd",

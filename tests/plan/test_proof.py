@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from maml_cuda import FusedMAML
+from maml_cuda.capture.capture import Like
 from maml_cuda.plan import proof
 from tests import oracle
 from tests.conftest import assert_close, fast_parameters, run
 
 TASKS, SAMPLES = 2, 5
+LIKE = Like((SAMPLES, 4), torch.float64)  # one task's x
 
 
 class TwoLayers(nn.Module):
@@ -225,14 +227,14 @@ def test_each_result_is_compared(function, found: str, found_in_first_order: str
     model = with_activation(torch.tanh)
     results = Autograd(with_activation(function))
     for second_order, expected in ((True, found), (False, found_in_first_order)):
-        why_not = proof.why_not(model, "cross_entropy", results, (4,), SAMPLES, second_order)
+        why_not = proof.why_not(model, "cross_entropy", results, LIKE, second_order)
         assert expected in why_not
         assert bool(why_not) == bool(expected)
 
 
 def test_a_prediction_of_another_shape() -> None:
     results = Autograd(model_of(lambda self, x: self.b(self.a(x))[:, :2]))
-    why_not = proof.why_not(model_of(lambda self, x: self.b(self.a(x))), "cross_entropy", results, (4,), 5, True)
+    why_not = proof.why_not(model_of(lambda self, x: self.b(self.a(x))), "cross_entropy", results, LIKE, True)
     assert "the prediction has shape [5, 2], not [5, 3]" in why_not
 
 
@@ -260,7 +262,7 @@ def test_buffers_that_stand_at_their_start_hide_nothing() -> None:
     """With a mean of 0 and a variance of 1 a plan without the normalisation would pass: other values are used."""
     layers = nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3)
     model, without = nn.Sequential(*layers).eval(), WithoutTheFirst(*layers).eval()
-    assert "prediction" in proof.why_not(model, "cross_entropy", Autograd(without), (4,), SAMPLES, False)
+    assert "prediction" in proof.why_not(model, "cross_entropy", Autograd(without), LIKE, False)
 
 
 class WithoutTheFirst(nn.Sequential):
@@ -294,7 +296,7 @@ def test_generators_that_a_forward_uses_are_put_back() -> None:
 
     model, results = model_of(draws), Autograd(model_of(lambda self, x: self.b(self.a(x))))
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]  # type: ignore[index]
-    assert proof.why_not(model, "cross_entropy", results, (4,), 5, True) == ""
+    assert proof.why_not(model, "cross_entropy", results, LIKE, True) == ""
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.array_equal(np.random.get_state()[1], states[2])  # type: ignore[index]
@@ -380,7 +382,7 @@ def test_once_for_each_number_of_samples_and_mode() -> None:
             maml.predict(maml.adapt(x[:, :5], y[:, :5]), x)
             maml.eval()
             maml.predict(maml.adapt(x[:, :5], y[:, :5]), x)
-    asked = [(call.args[4], call.args[5]) for call in proofs.call_args_list]
+    asked = [(call.args[3].shape[0], call.args[4]) for call in proofs.call_args_list]
     assert asked == [(5, True), (6, False)] * 2
 
 
@@ -391,4 +393,4 @@ def test_first_order_asks_for_no_product_until_it_is_changed() -> None:
         maml(*data)
         maml.first_order = False
         maml(*data)
-    assert [call.args[5] for call in proofs.call_args_list] == [False, True]
+    assert [call.args[4] for call in proofs.call_args_list] == [False, True]
