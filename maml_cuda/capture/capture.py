@@ -102,7 +102,7 @@ def _captured(model: nn.Module, x: Any, loss: Callable[..., Any] | None, y: Any)
             raise Unfusable(f"{reason} (when its tensors have no values)") from None
         raise
     for change in changes:
-        if change.attribute in change.module._buffers or change.attribute in change.module._parameters:
+        if change.attribute in change.module._parameters:
             raise Unfusable(f"{change}, which a fused layer would not do")
     if changes:  # found again, with the changed attributes in a state that must not be read
         again, _ = _run(model, x, loss, y, unread=changes)
@@ -223,8 +223,11 @@ def _run(
     if elsewhere:
         raise Unfusable(elsewhere)
     _check_derivatives((prediction, value))
-    record = Record(tuple(inputs), recorder.operations, _operands(prediction, recorder), _operands(value, recorder))
-    return record, changed
+    anew = [change for change in changed if isinstance(change.module._buffers.get(change.attribute), Tensor)]
+    written = recorder.written.union(f"{change.path}.{change.attribute}".lstrip(".") for change in anew)
+    results = _operands(prediction, recorder), _operands(value, recorder)
+    record = Record(tuple(inputs), recorder.operations, *results, tuple(sorted(written)))
+    return record, [change for change in changed if change not in anew]
 
 
 def _with_others(attribute: Any, trained: Mapping[int, Tensor]) -> Any:

@@ -85,12 +85,14 @@ class Record:
         operations: in the order in which they ran.
         prediction: what the model returned, a pytree with an Operand for each tensor and a Made for each distribution.
         loss: what the loss returned; None if it was not called.
+        written: the names of the buffers of the model that forward writes.
     """
 
     inputs: tuple[Operand, ...]
     operations: list[Operation]
     prediction: Any
     loss: Any = None
+    written: tuple[str, ...] = ()
 
     @property
     def n(self) -> int:

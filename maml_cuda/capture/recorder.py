@@ -67,6 +67,7 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         operations: in the order in which they ran.
+        written: the names of the buffers of the model that were written in place.
         reason: the first reason to refuse the model. The model may catch the exception, so the caller looks here too.
         failed: the first exception that a call of torch has raised, and a description of the call.
         left: an exception that has left a module's forward, and a description of the innermost such module.
@@ -75,6 +76,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, root: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
+        self.written: set[str] = set()
         self.reason = ""
         self.failed: tuple[BaseException, str] | None = None
         self.left: tuple[BaseException, str] | None = None
@@ -82,6 +84,7 @@ class Recorder(TorchDispatchMode):
         self.function = ""  # the name of the outermost call of torch
         self.boundary = ""  # why no derivative passes through the calls that run now
         self.recording = True
+        self._buffers = {name for name, _ in root.named_buffers(remove_duplicate=False)}
         self.copies: set[int] = set()  # ids of tensors that are copies of the user's, and not kept up to date
         self._operands: dict[int, Operand] = {}  # id of a tensor -> what it is now
         self._outside: set[int] = set()  # memory of views of tensors from outside, which they do not share when fake
@@ -146,11 +149,14 @@ class Recorder(TorchDispatchMode):
         if name == "lift_fresh":  # torch.tensor(number)
             made = given[0]
             made.number, made.tensor = made.tensor, None
+        before = [self._operands[id(t)] for t in written]
         results = function(*args, **kwargs)
         if _is_view(function) and any(o.source == "other" for o in operands_of((given, named))):
             self._outside.update(memory_of(t) for t in pytree.tree_leaves(results))
         self.record(name.removesuffix("_"), given, named, results)
-        for t in written:
+        for t, operand in zip(written, before, strict=True):
+            if self._operands[id(t)] is operand and not self._is_statistic(operand):  # it is not among the results
+                self._operands[id(t)] = Operand(operand.shape, operand.dtype, overwritten=self.call())
             self._invalidate_views(t)
         return results
 
@@ -167,8 +173,13 @@ class Recorder(TorchDispatchMode):
                 operation.results.append(Operand((), torch.bool, "other"))
         self.operations.append(operation)
 
+    def _is_statistic(self, operand: Operand) -> bool:
+        """Whether it is a running statistic, which a normalisation writes and a plan does not."""
+        return operand.source == "model" and isinstance(self.stack[-1][1], _NormBase)
+
     def _check_written(self, t: Tensor, name: str) -> None:
-        """Refuses a write to the memory of a tensor that is not computed by the model."""
+        """Refuses a write to the memory of a tensor that is not computed by the model. A buffer may be written, but not
+        by way of a view of it."""
         self.operand(t)
         if memory_of(t) in self._outside:
             self.refuse(f"{self.call()}: {_OUTSIDE}")
@@ -177,8 +188,11 @@ class Recorder(TorchDispatchMode):
             if operand.source is None or memory_of(known) != memory_of(t):
                 continue
             if operand.source == "model":
-                if isinstance(self.stack[-1][1], _NormBase):
-                    continue  # running statistics, which a plan does not write
+                if self._is_statistic(operand):
+                    continue
+                if operand.name in self._buffers and known is t and isinstance(t, FakeTensor):
+                    self.written.add(operand.name)
+                    continue
                 self.refuse(f"{self.call()}: it changes {operand.name} in place, which a fused layer would not do")
             if operand.source in ("x", "y"):
                 what = "the model's input" if operand.source == "x" else "the target"

@@ -138,7 +138,12 @@ class Binding:
         """What runs x of these sets, with a loss of ours, while a compiler traces. Raises as `find`."""
         asked = *_sizes_and_dtypes(support), *_sizes_and_dtypes(query), second_order
         name = self._name_now(*asked)
-        return Choice(getattr(self._programs.by_name, name), "") if name else Choice(None, self._reason_now(*asked))
+        if not name:
+            return Choice(None, self._reason_now(*asked))
+        program = getattr(self._programs.by_name, name)
+        if program.written:
+            return Choice(None, f"forward writes {program.written[0]}, which fused layers inside torch.compile do not")
+        return Choice(program, "")
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _name_now(self, *asked: Any) -> str:

@@ -29,18 +29,20 @@ def adapt(maml: Settings, x_spt: Tree, y_spt: Target, steps: int, differentiable
         )
         maml._binder.settled(maml, binding, adapted)
         return _every_parameter(maml.model, adapted, pytrees.tasks(x_spt), differentiable)
-    x_spt = program.input(x_spt)
-    look_at_labels(maml, program, x_spt, y_spt=y_spt)
+    numbers = program.input(x_spt)
+    look_at_labels(maml, program, numbers, y_spt=y_spt)
     parameters, rates = program.tensors()
     if differentiable:
         after, _ = torch.ops.maml_cuda.adapt(
-            parameters, rates, x_spt, program.target(y_spt), program.text, steps, maml.first_order
+            parameters, rates, numbers, program.target(y_spt), program.text, steps, maml.first_order
         )
+        if program.written:
+            maml._binder.settled(maml, binding, fallback.write_buffers(maml.model, x_spt))
     else:
         after, _ = torch.ops.maml_cuda.adapt_forward(
-            parameters, rates, x_spt, program.target(y_spt), program.text, steps
+            parameters, rates, numbers, program.target(y_spt), program.text, steps
         )
-    return _every_parameter(maml.model, dict(zip(program.adapted, after, strict=True)), len(x_spt), differentiable)
+    return _every_parameter(maml.model, dict(zip(program.adapted, after, strict=True)), len(numbers), differentiable)
 
 
 def inner_loop(maml: Settings, x_spt: Tree, y_spt: Target, steps: int) -> Iterator[dict[str, Tensor]]:

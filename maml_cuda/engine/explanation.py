@@ -35,6 +35,10 @@ def table(model: nn.Module, binding: Binding, choice: Choice | None) -> str:
     lines = [f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}" for a, b, c in rows]
     if program is not None:
         lines += [f"{change}; fused layers do not" for change in program.ignored]
+        if program.written:
+            lines.append(
+                f"forward writes {', '.join(program.written)}: a training step calls the model itself for that"
+            )
         if program.match is not None:
             served = "layers" if program.match == COMPUTED else program.plan.loss
             lines.append(f"the loss is served by {served}{' with weights' * program.match.weighted}")

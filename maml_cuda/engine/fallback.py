@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from maml_cuda import pytrees, reference, targets
 from maml_cuda.batch_norm import at_step
+from maml_cuda.capture import generators
 from maml_cuda.engine import data_checks
 from maml_cuda.functional import Functional
 from maml_cuda.losses import Loss, loss_function, objective
@@ -196,6 +197,16 @@ def fisher_vector_product(
     return reference.fisher_vector_product(
         Functional(model), checked, rates, names, x_spt, y_spt, x_qry, v, targets.shares(weights), steps, first_order
     )
+
+
+@apart
+def write_buffers(model: nn.Module, x_spt: Tree) -> None:
+    """Moves the buffers of a model as a meta-step on fused layers does: by a forward of the first support set.
+    Random generators do not move."""
+    function = Functional(model)
+    with torch.no_grad(), generators.restored(), at_step(model, 0):
+        function(dict(model.named_parameters()), pytrees.of_task(x_spt, 0))
+    _keep_buffers(function)
 
 
 def _keep_buffers(*called: Callable[..., Any]) -> None:

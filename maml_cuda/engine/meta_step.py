@@ -128,17 +128,19 @@ def _computed(
     if program is None:
         result = _on_the_general_path(maml, x_spt, y_spt, x_qry, y_qry, task_weights)
         return maml._binder.settled(maml, binding, result)
-    x_spt, x_qry = program.input(x_spt), program.input(x_qry)
-    look_at_labels(maml, program, x_spt, y_spt=y_spt, y_qry=y_qry)
+    support_x, query_x = program.input(x_spt), program.input(x_qry)
+    look_at_labels(maml, program, support_x, y_spt=y_spt, y_qry=y_qry)
     parameters, rates = program.tensors()
     wanted = torch.is_grad_enabled()
     weights, query_steps = maml._query_weights.tensor(parameters[0]), maml._query_weights.steps
     loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
-        parameters, rates, x_spt, program.target(y_spt), x_qry, program.target(y_qry), task_weights,
+        parameters, rates, support_x, program.target(y_spt), query_x, program.target(y_qry), task_weights,
         program.text, maml.inner_steps, maml.first_order, wanted, weights, query_steps,
     )  # fmt: skip
+    if program.written and wanted:
+        maml._binder.settled(maml, binding, fallback.write_buffers(maml.model, x_spt))
     if usual and binding.plain and program.is_warm:  # the next call with such data has passed every check
-        problem = meta_problem(program.text, x_spt, x_qry, maml.inner_steps, maml.first_order, wanted)
+        problem = meta_problem(program.text, support_x, query_x, maml.inner_steps, maml.first_order, wanted)
         binding.problems[key] = program, problem, Choice(program, "")
     out = MetaOutput(loss, task_losses, _logits(maml, program.as_returned(logits)), support_losses)
     return out, Gradient(flat, program.with_gradient(parameters + rates), None) if wanted else None

@@ -31,6 +31,7 @@ class Program:
         adapted: those of them that the inner loop changes.
         slots: of each of them, the number of slots if there is one for each inner step; None otherwise.
         served_by: module path -> fused layers.
+        written: the names of the buffers of the model that forward writes.
         ignored: what forward does besides and fused layers do not.
         match: the loss of the core for a loss of the user's own; None for one of ours.
         labels: class labels in the target of a loss of the user's own.
@@ -53,6 +54,7 @@ class Program:
         slots: list[int | None],
         holders: list[Place],
         served_by: dict[str, list[str]],
+        written: tuple[str, ...],
         ignored: tuple[str, ...],
         returned: Returned,
         loss: Loss,
@@ -64,7 +66,7 @@ class Program:
         """holders: of each tensor in `names`, then of each rate tensor. match: of a loss of the user's own."""
         self.plan, self.text = plan, plan.text
         self.names, self.adapted, self.slots = names, adapted, slots
-        self.served_by, self.ignored, self.returned = served_by, ignored, returned
+        self.served_by, self.written, self.ignored, self.returned = served_by, written, ignored, returned
         self._holders = [(place.registry, place.key) for place in holders]  # plain tuples are unpacked faster
         dtypes = [owner[key].dtype for owner, key in self._holders[: len(names)]]
         self.dtype = next(d for d, p in zip(dtypes, plan.parameters, strict=True) if p.trainable)
@@ -77,7 +79,7 @@ class Program:
         self.features = math.prod(returned.sample)
         self.of_loss = of_loss
         self.is_direct = len(returned.sample) == 1 and not weighted
-        self.is_warm = match is None or (match.loss == "mse" and not weighted)
+        self.is_warm = not written and (match is None or (match.loss == "mse" and not weighted))
         self.is_plain = returned == Returned(returned.sample) and self.is_direct
         self.places = fast_path.places(self.with_gradient([owner[key] for owner, key in holders]))
 
@@ -89,6 +91,9 @@ class Program:
         count = len(self.names)
         if self._casts:  # masks, integers, and constants of another precision
             tensors = [t.to(self.dtype) for t in tensors]
+        if self.written:  # a backward of later needs them as they are now
+            of_model = zip(self.names, tensors[:count], strict=True)
+            tensors[:count] = [t.clone() if name in self.written else t for name, t in of_model]
         if len(tensors) == count:
             return tensors, []
         dtype = self.dtype

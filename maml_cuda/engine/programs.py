@@ -187,7 +187,7 @@ class Programs:
 
     def _kept(self, program: Program) -> str:
         """The name of a program; equal ones have one name."""
-        key = f"{program.text} {program.names} {program.returned} {program.match} {program.identities}"
+        key = str((program.text, program.names, program.returned, program.match, program.identities, program.written))
         if key not in self._known:
             self._known[key] = f"program_{len(vars(self.by_name))}"
             setattr(self.by_name, self._known[key], program)

@@ -53,7 +53,7 @@ def graph_of(
         Unfusable: there is none; the message is the reason.
     """
     graph = _Reader(model, record, target).read()
-    graph.ignored = tuple(map(str, changes))
+    graph.ignored, graph.written = tuple(map(str, changes)), record.written
     return graph
 
 

@@ -24,7 +24,7 @@ def counted(records: Sequence[Record]) -> list[Record]:
     """Records of one model on sets of different sizes, with a SampleCount for each number of an arithmetic operation
     that differs among them and follows from n. Without differences, or with others, they are returned as they are."""
     first, last = records[0], records[-1]
-    n = first.x.shape[0], last.x.shape[0]
+    n = first.n, last.n
     if n[0] == n[1] or [o.name for o in first.operations] != [o.name for o in last.operations]:
         return list(records)
     pairs = [_counted(a, b, n) for a, b in zip(first.operations, last.operations, strict=True)]

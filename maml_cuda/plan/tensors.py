@@ -461,7 +461,7 @@ class Tensors(Resampling, Normalisations, Recurrences):
     def mv(self, a: Any, b: Any) -> Strided:
         return self.to.contract(self.to.strided(a), self.to.strided(b), 0, 1)
 
-    dot = mv
+    dot = vdot = mv
 
     def linear(self, input: Any, weight: Any, bias: Any = None) -> Strided:
         x = self.to.strided(input)

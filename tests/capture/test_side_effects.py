@@ -65,24 +65,27 @@ IGNORED = {  # the prediction does not depend on them
     "a deque": (lambda m, h: m.recent.append(h), "changes self.recent"),
     "a layer": (lambda m, h: setattr(m, "p", nn.Identity()), "sets self.p"),
 }
+WRITTEN = {  # buffers, which a training step moves by a forward of the model itself
+    "a buffer assigned": assign_average,
+    "a buffer in place": average,
+    "buffers in place": lambda m, h: torch._foreach_add_([m.average], 1),
+}
 REFUSED = {
     "a list in a dict": (lambda m, h: m.by_name["last"].append(h), "changes self.by_name, and reads"),
     "a layer replaced": (lambda m, h: setattr(m, "o", nn.Identity()), "sets self.o, and reads"),
-    "a buffer assigned": (assign_average, "sets self.average, which a fused layer would not do"),
     "a parameter assigned": (lambda m, h: setattr(m, "w", None), "sets self.w, which a fused layer would not do"),
-    "a buffer in place": (average, "changes average in place"),
     "a part of a buffer": (lambda m, h: m.average[1:].fill_(1), "changes average in place"),
     "a tensor in place": (lambda m, h: torch.add(m.constant, 1, out=m.constant), "changes constant in place"),
-    "tensors in place": (lambda m, h: torch._foreach_add_([m.average], 1), "changes average in place"),
+    "tensors in place": (lambda m, h: torch._foreach_add_([m.constant], 1), "changes constant in place"),
     "a parameter": (lambda m, h: m.o.weight.data.mul_(2), "changes o.weight in place"),
     "a generator's draw": (lambda m, h: torch.rand(1, generator=torch.Generator()), "draws random numbers"),
     "a draw of Python's": (lambda m, h: random.gauss(0, 1), "draws random numbers"),
 }
 
 
-@pytest.mark.parametrize("case", [*IGNORED, *REFUSED])
+@pytest.mark.parametrize("case", [*IGNORED, *WRITTEN, *REFUSED])
 def test_an_effect_of_forward_is_undone(case):
-    effect, sentence = (IGNORED | REFUSED)[case]
+    effect, sentence = (IGNORED | REFUSED)[case] if case not in WRITTEN else (WRITTEN[case], "")
     model = layer(effect)
     before = copy.deepcopy([vars(model), dict(model.named_buffers()), list(model.state_dict())])
     drawn = torch.get_rng_state(), random.getstate()
@@ -90,6 +93,9 @@ def test_an_effect_of_forward_is_undone(case):
     if case in IGNORED:
         assert table.startswith("backend: cpu\n")
         assert f"the model (Net): its forward {sentence}; fused layers do not" in table.splitlines()
+    elif case in WRITTEN:
+        assert table.startswith("backend: cpu\n")
+        assert "forward writes average: a training step calls the model itself for that" in table.splitlines()
     else:
         assert table.startswith("backend: reference, because ")
         assert sentence in table.splitlines()[0]
@@ -98,6 +104,11 @@ def test_an_effect_of_forward_is_undone(case):
     assert torch.equal(torch.get_rng_state(), drawn[0])
     assert random.getstate() == drawn[1]
     pickle.dumps({**vars(model), "run": None, "_modules": None})
+
+
+def test_a_write_that_is_no_result_and_is_read():
+    model = layer(lambda m, h: (torch._foreach_add_([m.average], 1), h.add_(m.average)))
+    assert "reads a value that _foreach_add_ in the model (Net) has changed in place" in why_not(model, (3,))
 
 
 @pytest.mark.parametrize("case", IGNORED)

@@ -373,7 +373,7 @@ def adapter_models() -> Iterable[Published]:
     vectors = tuple(f"{i}.parametrizations.weight.0.{v}" for i in (0, 2) for v in ("_u", "_v"))
     yield Published(
         "spectral_norm", "Miyato et al. 2018; torch spectral_norm", lambda: adapters.spectral_normed([3, 6, 2]),
-        (3,), (2,), "c", "mse", moves=vectors,
+        (3,), (2,), "b", "mse", moves=vectors,
     )  # fmt: skip
     yield Published(
         "cavia", "Zintgraf et al. 2019; cavia CaviaModel", lambda: adapters.CaviaModel(1, 1, 4, [8, 8]), (1,), (1,),

@@ -91,14 +91,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ..
     "alpha dropout": (lambda: around(nn.AlphaDropout(0.5)), VECTOR, ("1 (AlphaDropout)", "draws random numbers")),
     "backward hook": (hooked("register_full_backward_hook"), VECTOR, ("0 (Linear)", "backward hooks")),
     "backward pre-hook": (hooked("register_full_backward_pre_hook"), VECTOR, ("0 (Linear)", "backward hooks")),
-    "spectral norm": (
-        normed(parametrizations.spectral_norm), VECTOR, ("0.parametrizations.weight.0 (_SpectralNorm)", "_u in place"),
-    ),
     "orthogonal": (
         normed(parametrizations.orthogonal), VECTOR,
         ("0.parametrizations.weight.0 (_Orthogonal)", "no fused layer serves it (linalg_householder_product)"),
     ),
-    "old spectral norm": (normed(nn.utils.spectral_norm), VECTOR, ("0 (Linear)", "0.weight_v in place")),
     "control flow": (lambda: dense(branches), VECTOR, ("bool in the model (Net)", "control flow")),
     "lstm": (Recurrent, (4, 3), ("cell (LSTM)", "proj_size is not fused")),
     "in place, a view read again": (
