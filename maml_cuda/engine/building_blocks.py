@@ -33,6 +33,8 @@ def adapt(maml: Settings, x_spt: Tree, y_spt: Target, steps: int, differentiable
     look_at_labels(maml, program, numbers, y_spt=y_spt)
     parameters, rates = program.tensors()
     if differentiable:
+        if program.written:  # the backward needs the buffers as they are now
+            parameters = [t if t.requires_grad else t.clone() for t in parameters]
         after, _ = torch.ops.maml_cuda.adapt(
             parameters, rates, numbers, program.target(y_spt), program.text, steps, maml.first_order
         )

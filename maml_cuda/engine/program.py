@@ -91,9 +91,6 @@ class Program:
         count = len(self.names)
         if self._casts:  # masks, integers, and constants of another precision
             tensors = [t.to(self.dtype) for t in tensors]
-        if self.written:  # a backward of later needs them as they are now
-            of_model = zip(self.names, tensors[:count], strict=True)
-            tensors[:count] = [t.clone() if name in self.written else t for name, t in of_model]
         if len(tensors) == count:
             return tensors, []
         dtype = self.dtype
