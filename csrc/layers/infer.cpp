@@ -65,7 +65,8 @@ namespace {
 /// The loops of a map come to them in their order.
 void check_output(const Node& node) {
   const Kind kind = node.layer.kind;
-  const bool sums = kind == Kind::reduce || kind == Kind::extreme || kind == Kind::contract;
+  const bool sums =
+      kind == Kind::reduce || kind == Kind::extreme || kind == Kind::contract || kind == Kind::attention;
   const bool ordered = kind == Kind::map;
   if (!sums && !ordered && kind != Kind::softmax && kind != Kind::log_softmax && kind != Kind::stop) return;
   const Loops& loops = node.loops->front();
@@ -155,6 +156,31 @@ void check_recurrence(const Node& node, int64_t n) {
   if (saved > INT32_MAX) {
     throw Unsupported(node.name + " saves " + std::to_string(saved) +
                       " values a task; fused are fewer than 2^31");
+  }
+}
+
+void check_attention(const Node& node) {
+  bool fits = node.loops && node.loops->size() == 1 && node.loops->front().axes >= 4;
+  if (fits) {
+    const Loops& loops = node.loops->front();
+    const int batch = loops.axes - 4;
+    for (int a = 0; a < loops.axes; ++a) {
+      const int own = a - batch;  // of queries, keys, depth, width
+      if (loops.size[a] == 1) continue;
+      fits = fits && (loops.size[a] != kSamples || a == 0) && (own < 0 || loops.size[a] != kSamples);
+      fits = fits && (loops.y.stride[a] != 0) == (own < 0 || own == 0 || own == 3);
+      if (own < 0) continue;
+      static constexpr bool kHas[4][4] = {// q, k, v, bias
+                                          {true, false, false, true},
+                                          {false, true, true, true},
+                                          {true, true, false, false},
+                                          {false, false, true, false}};
+      for (int i = 0; i < kMostInputs; ++i) fits = fits && (kHas[own][i] || loops.x[i].stride[a] == 0);
+    }
+  }
+  if (!fits) {
+    throw std::invalid_argument(node.name +
+                                " expects loops over a batch, queries, keys, depth and width, got others");
   }
 }
 

@@ -34,6 +34,7 @@ enum class Kind : int {
   log_softmax,
   stop,
   recurrence,
+  attention,
   norm_block,
   conv_block,
   patch_gram,
@@ -45,6 +46,7 @@ enum class Kind : int {
 
 #include "layers/add.h"
 #include "layers/append.h"
+#include "layers/attention.h"
 #include "layers/avg_pool.h"
 #include "layers/batch_norm.h"
 #include "layers/channels_last.h"

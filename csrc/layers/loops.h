@@ -9,6 +9,7 @@
 //   softmax, log_softmax                       over the last axis
 //   stop      y = x, with cotangent and tangent 0
 //   recurrence                                 over time (recurrence.h); for each input, loops of its own
+//   attention                                  softmax(scale q k' + bias) v (attention.h)
 //
 // A permutation, an expansion or a part of a value is a view: strides and an offset, no layer. A broadcast
 // operand has stride 0. Its cotangent is the sum over that axis.

@@ -20,11 +20,13 @@ from torch.utils import _pytree as pytree
 from maml_cuda.capture.errors import Unfusable
 from maml_cuda.capture.python_state import Change
 from maml_cuda.capture.record import Made, Operand, Operation, Record
+from maml_cuda.plan.attention import with_attention
 from maml_cuda.plan.graph import Constant, Graph, Held, Known, LogSumExp, Returned, Value, text_of
 from maml_cuda.plan.layers import Layers
 from maml_cuda.plan.loops import LoopWriter
 from maml_cuda.plan.loss_functions import LossFunctions
-from maml_cuda.plan.simplify import simplified
+from maml_cuda.plan.schema import Node
+from maml_cuda.plan.simplify import simplified, without_repetitions
 from maml_cuda.plan.strided import Strided
 
 # The methods that read operations, which are named like them.
@@ -216,7 +218,8 @@ class _Reader(Layers):
     def _ordered(self, graph: Graph) -> Graph:
         """The graph without nodes that nothing depends on, with its tensors in the model's order."""
         results = [graph.prediction, *([] if graph.loss_value is None else [graph.loss_value])]
-        graph.nodes = simplified(graph.nodes, results)
+        nodes = simplified(graph.nodes, results)
+        graph.nodes = without_repetitions(with_attention(nodes, results, lambda value: _number_of(value, nodes, graph)))
         alive = set()
         pending = list(results)
         while pending:
@@ -264,6 +267,15 @@ def _parts(prediction: Any) -> tuple[Any, Any, str]:
     if type(prediction) is tuple and len(prediction) == 2 and prediction[1] is not None:
         return (*prediction, "")
     return prediction, None, ""
+
+
+def _number_of(value: int, nodes: Sequence[Node], graph: Graph) -> float | None:
+    """The number of a value that is one number, made in forward."""
+    node = nodes[value - 1] if value else None
+    if node is None or node.kind != "parameter" or node.parameters[0] is None:
+        return None
+    literal = graph.literals.get(graph.reads[node.parameters[0]].name)
+    return literal.item() if literal is not None and literal.numel() == 1 else None
 
 
 def _is_learned(known: Known) -> bool:

@@ -14,7 +14,7 @@ MOST_INSTRUCTIONS = 20  # of an expression (csrc/layers/loops.h)
 # Layers that depend on nothing but their inputs and fields. The others come in chains that the core looks for.
 _ON_ANY_SHAPE = frozenset((
     "parameter", "target", "view", "move", "windows", "map", "reduce", "extreme", "contract", "softmax", "log_softmax",
-    "stop", "recurrence",
+    "stop", "recurrence", "attention",
 ))  # fmt: skip
 
 Sizes = tuple[int | None, ...]
@@ -27,10 +27,10 @@ def simplified(nodes: Sequence[Node], results: Sequence[int]) -> list[Node]:
     Args:
         results: the values that are wanted.
     """
-    return _with_maps_fused(_without_repetitions(nodes), results)
+    return _with_maps_fused(without_repetitions(nodes), results)
 
 
-def _without_repetitions(nodes: Sequence[Node]) -> list[Node]:
+def without_repetitions(nodes: Sequence[Node]) -> list[Node]:
     """Readers of a node that repeats an earlier one read that one instead."""
     first: dict[Node, int] = {}
     same = [0]  # for each value, the value that it repeats
@@ -46,7 +46,7 @@ def _without_repetitions(nodes: Sequence[Node]) -> list[Node]:
 def _with_maps_fused(nodes: Sequence[Node], results: Sequence[int]) -> list[Node]:
     """A map whose only reader is a map over the same elements becomes a part of that one."""
     fused = list(nodes)
-    readers = Counter(i for node in _alive(fused, results) for i in set(node.inputs))
+    readers = Counter(i for node in alive(fused, results) for i in set(node.inputs))
     readers.update(results)
     for j, node in enumerate(fused):
         if node.kind != "map":
@@ -61,7 +61,7 @@ def _with_maps_fused(nodes: Sequence[Node], results: Sequence[int]) -> list[Node
     return fused
 
 
-def _alive(nodes: Sequence[Node], results: Sequence[int]) -> list[Node]:
+def alive(nodes: Sequence[Node], results: Sequence[int]) -> list[Node]:
     """The nodes that the results depend on."""
     alive, pending = set(), list(results)
     while pending:
@@ -76,15 +76,15 @@ def _fused(first: Node, number: int, second: Node) -> Node | None:
     """Both maps as one, where `number` is the value of the first; None if they are not over the same elements."""
     (one,), (two,) = first.loops, second.loops
     slots = [k for k, i in enumerate(second.inputs) if i == number]
-    if any(not _is_in_order(two.sizes, two.inputs[k]) for k in slots):
+    if any(not is_in_order(two.sizes, two.inputs[k]) for k in slots):
         return None
-    sizes = _common(one.sizes, two.sizes)
+    sizes = common_sizes(one.sizes, two.sizes)
     if sizes is None:
         return None
     operands: list[tuple[int, View]] = []
 
     def place_of(i: int, view: View, of: Sizes) -> int:
-        operand = (i, replace(view, strides=_split(of, view.strides, sizes)))
+        operand = (i, replace(view, strides=split_strides(of, view.strides, sizes)))
         if operand not in operands:
             operands.append(operand)
         return operands.index(operand)
@@ -103,7 +103,7 @@ def _fused(first: Node, number: int, second: Node) -> Node | None:
         *_renumbered(first.instructions, of_first, start),
         *_renumbered(second.instructions, [value if p < 0 else p for p in of_second], value + 1),
     ]
-    output = replace(two.output, strides=_split(two.sizes, two.output.strides, sizes))
+    output = replace(two.output, strides=split_strides(two.sizes, two.output.strides, sizes))
     views = [view for _, view in operands]
     loops = merged_loops(Loops(sizes, tuple(views), output))
     return replace(
@@ -117,7 +117,7 @@ def _renumbered(instructions: Sequence[Instruction], operands: Sequence[int], st
     return [replace(i, arguments=tuple(numbers[a] for a in i.arguments)) for i in instructions]
 
 
-def _is_in_order(sizes: Sizes, view: View) -> bool:
+def is_in_order(sizes: Sizes, view: View) -> bool:
     """Whether the loops read each element of an operand once, in the order in which it is in memory."""
     stride = 1
     for size, given in zip(reversed(sizes), reversed(view.strides), strict=True):
@@ -127,7 +127,7 @@ def _is_in_order(sizes: Sizes, view: View) -> bool:
     return view.offset == 0 and stride == view.size and view.samples == (None in sizes)
 
 
-def _common(one: Sizes, two: Sizes) -> Sizes | None:
+def common_sizes(one: Sizes, two: Sizes) -> Sizes | None:
     """The axes of both, cut into common parts; None if they have none."""
     if (one[:1] == (None,)) != (two[:1] == (None,)):
         return None
@@ -146,7 +146,7 @@ def _common(one: Sizes, two: Sizes) -> Sizes | None:
     return (*one[: 1 if one[:1] == (None,) else 0], *reversed(parts))
 
 
-def _split(sizes: Sizes, strides: Strides, parts: Sizes) -> Strides:
+def split_strides(sizes: Sizes, strides: Strides, parts: Sizes) -> Strides:
     """The strides for the axes cut into parts."""
     result: list[int] = []
     axes = list(zip(reversed(sizes), reversed(strides), strict=True))

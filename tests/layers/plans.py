@@ -170,6 +170,21 @@ class Sketch:
     def softmax(self, x: Operand, kind: str = "softmax") -> Operand:
         return self._over(kind, (x,), ())
 
+    def attention(
+        self, q: Operand, k: Operand, v: Operand, bias: Operand | None = None, scale: float = 1.0, safe: bool = False
+    ) -> Operand:
+        """q [*batch, queries, depth], k [*batch, keys, depth], v [*batch, keys, width], bias [*batch, queries, keys]."""
+        batch = len(q.sizes) - 2
+        (queries, depth), (keys, width) = q.sizes[batch:], v.sizes[batch:]
+        inputs = [
+            q.unsqueezed(batch + 1, keys).unsqueezed(batch + 3, width),
+            k.unsqueezed(batch, queries).unsqueezed(batch + 3, width),
+            v.unsqueezed(batch, queries).unsqueezed(batch + 2, depth),
+        ]
+        if bias is not None:
+            inputs.append(bias.unsqueezed(batch + 2, depth).unsqueezed(batch + 3, width))
+        return self._over("attention", inputs, (batch + 1, batch + 2), constants=(scale, float(safe)))
+
     def stop(self, x: Operand) -> Operand:
         return self._over("stop", (x,), ())
 
@@ -260,6 +275,8 @@ def _evaluated(node: schema.Node, inputs: Sequence[Tensor], parameters: Sequence
         result = x[-1]
     elif node.kind == "contract":
         result = (x[0] * x[1]).sum(over, keepdim=True) if over else x[0] * x[1]
+    elif node.kind == "attention":
+        result = attention(x, *node.constants)
     elif node.kind in ("softmax", "log_softmax"):
         result = getattr(torch, node.kind)(x[0], -1)
     elif node.kind == "stop":
@@ -270,6 +287,19 @@ def _evaluated(node: schema.Node, inputs: Sequence[Tensor], parameters: Sequence
     for a in over:
         at = at.narrow(a, 0, 1)
     return y.index_put((at,), result)
+
+
+def attention(x: Sequence[Tensor], scale: float, safe: float) -> Tensor:
+    """x: [*batch, queries, keys, depth, width] each."""
+    q, k, v = x[0][..., :, 0, :, 0], x[1][..., 0, :, :, 0], x[2][..., 0, :, 0, :]
+    scores = scale * q @ k.transpose(-1, -2)
+    if len(x) > 3:
+        scores = scores + x[3][..., 0, 0]
+    weights = scores.softmax(-1)
+    if safe:
+        empty = (scores == -math.inf).all(-1, keepdim=True)
+        weights = torch.where(empty, 0, scores.masked_fill(empty, 0).softmax(-1))
+    return (weights @ v).unsqueeze(-2).unsqueeze(-2)
 
 
 def windows(node: schema.Node, x: Tensor, n: int) -> Tensor:
