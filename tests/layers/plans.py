@@ -173,7 +173,7 @@ class Sketch:
     def attention(
         self, q: Operand, k: Operand, v: Operand, bias: Operand | None = None, scale: float = 1.0, safe: bool = False
     ) -> Operand:
-        """q [*batch, queries, depth], k [*batch, keys, depth], v [*batch, keys, width], bias [*batch, queries, keys]."""
+        """q [*batch, queries, depth], k [*batch, keys, depth], v [*batch, keys, width], bias [*batch, queries, keys]"""
         batch = len(q.sizes) - 2
         (queries, depth), (keys, width) = q.sizes[batch:], v.sizes[batch:]
         inputs = [
@@ -345,7 +345,8 @@ def check(plan: schema.Plan, x: Tensor, parameters: Sequence[Tensor], tolerance:
         loss = F.mse_loss(expected, y[t].double())
         _same(losses[t], loss.detach(), tolerance, "loss")
         first = torch.autograd.grad(loss, exact, create_graph=True, materialize_grads=True)
-        along = sum((g * v[t].double()).sum() for g, v in zip(first, directions, strict=True))
+        moved = [i for i, p in enumerate(plan.parameters) if p.role != "buffer"]
+        along = sum((first[i] * directions[i][t].double()).sum() for i in moved)
         second = torch.autograd.grad(along, exact, materialize_grads=True) if along.requires_grad else first
         for i, p in enumerate(plan.parameters):
             if p.role == "buffer":

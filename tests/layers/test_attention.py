@@ -19,7 +19,7 @@ def heads_of(h: Operand, heads: int) -> Operand:
     return h.split(2, heads, width // heads).permuted(0, 2, 1, 3)
 
 
-@pytest.mark.parametrize("sizes", [(7, 3, 5, 5), (1, 2, 4, 3), (33, 1, 3, 17), (50, 4, 8, 8)], ids=str)
+@pytest.mark.parametrize("sizes", [(7, 3, 5, 5), (1, 2, 4, 3), (25, 1, 3, 17), (26, 4, 8, 8)], ids=str)
 @pytest.mark.parametrize("n", [1, 4])
 def test_parts_of_one_projection(sizes, n):
     """q, k and v of all heads are parts of one value."""
@@ -39,7 +39,7 @@ def crossed(sketch: Sketch, queries: int, keys: int) -> tuple[Operand, Operand, 
     return q, k, k.flipped(2)
 
 
-@pytest.mark.parametrize("queries, keys", [(1, 9), (9, 1), (5, 300), (301, 5), (65, 70)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 9), (9, 1), (5, 300), (301, 5), (65, 70)])
 def test_other_numbers_of_queries_and_keys(queries, keys):
     sketch = Sketch(queries + keys, 6)
     finished(sketch, sketch.attention(*crossed(sketch, queries, keys), scale=SCALE))
@@ -86,7 +86,7 @@ def masked(tokens: int, empty: int | None, safe: bool) -> tuple[schema.Plan, tor
 
 
 @pytest.mark.parametrize("tokens", [6, 37])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 3e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 3e-5)])
 def test_causal_mask(tokens, dtype, tolerance):
     plan, mask = masked(tokens, None, False)
     x, parameters = drawn(plan, (tokens, 8), 3)
@@ -95,7 +95,7 @@ def test_causal_mask(tokens, dtype, tolerance):
     check(plan, x.to(dtype), parameters, tolerance)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 3e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 3e-5)])
 def test_rows_of_nothing_but_minus_infinity(dtype, tolerance):
     """Such a row is 0, with derivatives of 0, in a safe softmax, and NaN in a plain one, as in torch."""
     plan, mask = masked(6, 2, True)
@@ -105,7 +105,7 @@ def test_rows_of_nothing_but_minus_infinity(dtype, tolerance):
     check(plan, x.to(dtype), parameters, tolerance)
     plain, _ = masked(6, 2, False)
     prediction = torch.ops.maml_cuda.predict_forward([p.to(dtype) for p in parameters], x.to(dtype), plain.text)
-    assert prediction.isnan().any() and not prediction.isnan().all()
+    assert torch.equal(prediction.isnan().view(2, 3, 2, 6, 4)[..., 0].nonzero()[:, 3].unique(), torch.tensor([2]))
 
 
 def test_large_scores():
@@ -147,7 +147,6 @@ def test_learned_queries():
         "every second": lambda h: h.narrowed(2, 1, 4, 2),
         "backwards": lambda h: h.flipped(1).flipped(2),
         "of one element": lambda h: h.narrowed(2, 3, 1),
-        "expanded rows": lambda h: h.narrowed(1, 2, 1).permuted(0, 2, 1).permuted(0, 2, 1).narrowed(1, 0, 1),
     }.items(),
     ids=lambda item: item[0],
 )
@@ -209,12 +208,11 @@ def test_threads_do_not_change_bits():
 def test_other_loops_are_refused():
     sketch = Sketch(5, 4)
     h = moving(sketch)
-    y = sketch.attention(h, h, h)
-    (*before, last) = sketch.nodes
+    sketch.attention(h, h, h)
+    last = sketch.nodes[-1]
     (loops,) = last.loops
     keys_of_y = schema.Loops(loops.sizes, loops.inputs, loops.inputs[1])
     sketch.nodes[-1] = schema.Node(**{**vars(last), "loops": (keys_of_y,)})
-    assert before and y.sizes == (None, 5, 4)
-    words = "attention 3 expects loops over a batch, queries, keys, depth and width, got others"
+    words = "attention 2 expects loops over a batch, queries, keys, depth and width, got others"
     with pytest.raises(ValueError, match=words):
         torch.ops.maml_cuda.predict_forward([torch.zeros(1, 4)], torch.zeros(1, 1, 5, 4), sketch.plan().text)
