@@ -80,6 +80,36 @@ inline LoopLayer random_layer(Random& random, Kind kind, int inputs) {
   return l;
 }
 
+/// Attention over up to 3 axes of a batch, with a bias or without, and operands without some of their axes.
+inline LoopLayer random_attention(Random& random) {
+  LoopLayer l;
+  l.layer.kind = Kind::attention;
+  l.layer.n = 1 + random.below(3);
+  l.layer.a = 0.5, l.layer.b = random.with(0.5);
+  l.inputs = random.with(0.5) ? 4 : 3;
+  Loops loops;
+  const int batch = static_cast<int>(random.below(4));
+  loops.axes = batch + 4;
+  for (int a = 0; a < loops.axes; ++a) loops.size[a] = 1 + random.below(a < batch ? 3 : 5);
+  if (batch > 0 && random.with(0.7)) loops.size[0] = kSamples;
+  // Of the batch; queries, keys, depth and width.
+  const auto having = [&](double probability, std::array<bool, 4> own) {
+    std::array<bool, kMostAxes> has = random.axes(probability);
+    for (int a = 0; a < 4; ++a) has[batch + a] = own[a] && (probability == 1 || random.with(0.9));
+    return has;
+  };
+  const std::array<bool, 4> of_x[] = {{true, false, true, false},
+                                      {false, true, true, false},
+                                      {false, true, false, true},
+                                      {true, true, false, false}};
+  loops.y = random.view(loops, l.layer.n, having(1, {true, false, false, true}), false);
+  for (int j = 0; j < l.inputs; ++j) {
+    loops.x[j] = random.view(loops, l.layer.n, having(0.75, of_x[j]), random.with(0.5));
+  }
+  l.loops = {loops};
+  return l;
+}
+
 /// The windows of x over 1 to 3 axes, some of which leave x.
 inline LoopLayer random_windows(Random& random) {
   LoopLayer l;

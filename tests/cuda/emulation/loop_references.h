@@ -184,6 +184,52 @@ inline void map_reference(const LoopLayer& l, LoopValues& v) {
   });
 }
 
+/// Calls f(index) for every step along some axes of the loops, from an index on.
+template <class F>
+void each_along(const Loops& loops, std::vector<int64_t> index, int axis, F f) {
+  for (index[axis] = 0; index[axis] < loops.size[axis]; ++index[axis]) f(index);
+}
+
+/// A row of scores, of weights exp(s) / sum exp(s), and of y after the other; then the chain rule backwards.
+inline void attention_reference(const LoopLayer& l, LoopValues& v) {
+  const Loops& loops = l.loops[0];
+  const int keys = loops.axes - 3, depth = loops.axes - 2, width = loops.axes - 1;
+  const D scale(l.layer.a);
+  Loops rows = loops;
+  rows.size[keys] = rows.size[depth] = rows.size[width] = 1;
+  each_index(rows, l.layer.n, [&](const auto& row) {
+    std::vector<D> weight, grad_weight;
+    D sum(0), mean(0);
+    each_along(loops, row, keys, [&](const auto& key) {
+      D score = l.inputs > 3 ? v.x[3][at(l.x(3), key)] : D(0);
+      each_along(loops, key, depth,
+                 [&](const auto& i) { score += scale * v.x[0][at(l.x(0), i)] * v.x[1][at(l.x(1), i)]; });
+      weight.push_back(exp(score));
+      sum += weight.back();
+    });
+    each_along(loops, row, keys, [&](const auto& key) {
+      D &p = weight[key[keys]], grad(0);
+      p = p / sum;
+      each_along(loops, key, width, [&](const auto& i) {
+        const D g = v.g[at(l.y(), i)];
+        v.y[at(l.y(), i)] += p * v.x[2][at(l.x(2), i)];
+        v.grad_x[2][at(l.x(2), i)] += p * g;
+        grad += g * v.x[2][at(l.x(2), i)];
+      });
+      grad_weight.push_back(grad);
+      mean += p * grad;
+    });
+    each_along(loops, row, keys, [&](const auto& key) {
+      const D grad = weight[key[keys]] * (grad_weight[key[keys]] - mean);
+      if (l.inputs > 3) v.grad_x[3][at(l.x(3), key)] += grad;
+      each_along(loops, key, depth, [&](const auto& i) {
+        v.grad_x[0][at(l.x(0), i)] += scale * grad * v.x[1][at(l.x(1), i)];
+        v.grad_x[1][at(l.x(1), i)] += scale * grad * v.x[0][at(l.x(0), i)];
+      });
+    });
+  });
+}
+
 /// Computes y and the cotangents of all operands.
 inline void loop_reference(const LoopLayer& l, LoopValues& v) {
   const int64_t n = l.layer.n;
@@ -243,6 +289,8 @@ inline void loop_reference(const LoopLayer& l, LoopValues& v) {
       return softmax_reference(l, v);
     case Kind::map:
       return map_reference(l, v);
+    case Kind::attention:
+      return attention_reference(l, v);
     default:
       std::abort();
   }

@@ -41,6 +41,7 @@ void check_random(int seeds) {
       check_loops<T>(l, random_presence(random));
     }
     check_loops<T>(random_layer(random, Kind::contract, 2), random_presence(random));
+    check_loops<T>(random_attention(random), random_presence(random));
   }
 }
 
