@@ -473,7 +473,7 @@ class Tensors(Resampling, Normalisations, Recurrences):
         self, query: Any, key: Any, value: Any, dropout_p: float = 0.0, is_causal: bool = False, *,
         attn_mask: Any = None, scale: float | None = None,
     ) -> tuple[Strided, None]:  # fmt: skip
-        """softmax(query key' scale + mask) value."""
+        """softmax(query key' scale + mask) value; 0 in a row that is masked out entirely."""
         q, k, v = self.to.strided(query), self.to.strided(key), self.to.strided(value)
         batch = len(q.axes) - 2
         factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -483,7 +483,8 @@ class Tensors(Resampling, Normalisations, Recurrences):
             scores = self.to.map("where", self.to.literal(below), scores, -math.inf)
         if attn_mask is not None:
             scores = self.to.map("add", scores, attn_mask)
-        weights = self.to.along("softmax", scores, len(scores.axes) - 1)
+        softmax = self._softmax if attn_mask is None else self._safe_softmax
+        weights = softmax(scores, len(scores.axes) - 1)
         order = [*range(batch), batch + 1, batch]
         return self.to.contract(weights, v.permute(order), batch, 1), None
 

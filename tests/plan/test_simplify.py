@@ -16,9 +16,9 @@ from maml_cuda.plan.schema import Instruction, Loops, Node, View
 from maml_cuda.plan.simplify import (
     MOST_INPUTS,
     MOST_INSTRUCTIONS,
-    _without_repetitions,
     merged_loops,
     simplified,
+    without_repetitions,
 )
 from maml_cuda.plan.strided import Atom, Strided
 
@@ -199,7 +199,7 @@ def test_equal_layers_are_one() -> None:
     same, other = (w.map("affine", w.x, constants=(c, 0.0)) for c in (2.0, 3.0))
     part, next_part = (w.map("sin", w.x.slice(1, start, 2)) for start in (0, 2))
     y = [w.map("sub", *pair).number for pair in ((a, same), (a, other), (part, next_part))]
-    nodes = _without_repetitions(w.graph.nodes)
+    nodes = without_repetitions(w.graph.nodes)
     sources = [set(nodes[number - 1].inputs) for number in y]
     assert sources == [{a.number}, {a.number, other.number}, {part.number, next_part.number}]
 
