@@ -8,7 +8,8 @@ What is looked for, where no other node reads the values in between:
 around the softmax also the two maps that make a row of nothing but -inf zero (torch's safe softmax). The scores, what
 the map makes of them and the weights have their elements in one order in memory. So the axes of both products are told
 apart by the strides that they have there: along the softmax are the keys; the axis before them are the queries, if
-neither k nor v has it; the others are a batch of matrices.
+neither k nor v has it; the others are a batch of matrices. The result is written where a `move`, which joins the heads,
+would copy it to.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ def with_attention(nodes: Sequence[Node], results: Sequence[int], number_of: Num
     for value, node in enumerate(nodes, start=1):
         if node.kind == "contract":
             graph.replace_at(value)
+        elif node.kind == "move":
+            graph.write_at(value)
     return graph.nodes
 
 
@@ -124,6 +127,25 @@ class _Graph:
             if scores.writes is not None and scores.bias is not None:
                 self.nodes[scores.bias[0] - 1] = scores.writes
             return
+
+    def write_at(self, value: int) -> None:
+        """Makes the move that writes a value an attention, if it is a copy of one in another order."""
+        node = self.nodes[value - 1]
+        attention = self._node(node.inputs[0], "attention") if len(node.inputs) == 1 else None
+        if attention is None:
+            return
+        (loops,), (copy,) = attention.loops, node.loops
+        strides = list(loops.output.strides)
+        axes = sorted((d for d, stride in enumerate(strides) if stride), key=lambda d: -strides[d])
+        sizes = tuple(loops.sizes[d] for d in axes)
+        moved = _in_memory(copy.sizes, copy.inputs[0], {"y": copy.output})
+        if moved is None or _in_memory(copy.sizes, copy.output, {}) is None:
+            return
+        if common_sizes(moved.sizes, sizes) == sizes:
+            for d, stride in zip(axes, split_strides(moved.sizes, moved.strides["y"], sizes), strict=True):
+                strides[d] = stride
+            output = replace(copy.output, strides=tuple(strides))
+            self.nodes[value - 1] = replace(attention, loops=(replace(loops, output=output),))
 
     def _node(self, value: int, kind: str, readers: int = 1) -> Node | None:
         """The node that writes a value, if it is of this kind and so many operands of others read it."""
@@ -217,24 +239,29 @@ class _Graph:
         return replace(last, kind="attention", inputs=tuple(values.values()), loops=(loops,), constants=constants)
 
 
+def _in_memory(sizes: Sizes, view: View, operands: dict[str, View]) -> _Nest | None:
+    """The axes that a dense value has, sorted as it has them in memory; None if it is not dense."""
+    has = [d for d, size in enumerate(sizes) if size != 1 and view.strides[d]]
+    nest = _chosen(sizes, sorted(has, key=lambda d: -view.strides[d]), {**operands, "": view})
+    strides = nest.strides.pop("")
+    return nest if is_in_order(nest.sizes, replace(view, strides=strides)) else None
+
+
+def _chosen(sizes: Sizes, axes: Sequence[int], operands: dict[str, View]) -> _Nest:
+    return _Nest(
+        tuple(sizes[d] for d in axes), {name: tuple(v.strides[d] for d in axes) for name, v in operands.items()}
+    )
+
+
 def _divided(sizes: Sizes, view: View, operands: dict[str, View]) -> tuple[_Nest, _Nest] | None:
     """The axes that a dense value has, sorted as it has them in memory, and one axis for all the others; None if the
     value is not dense or the others are not one axis."""
-    real = [d for d, size in enumerate(sizes) if size != 1]
-    has = sorted((d for d in real if view.strides[d]), key=lambda d: -view.strides[d])
-    nest, rest = (
-        _Nest(
-            tuple(sizes[d] for d in chosen),
-            {name: tuple(v.strides[d] for d in chosen) for name, v in operands.items()},
-        )
-        for chosen in (has, [d for d in real if not view.strides[d]])
-    )
-    if not is_in_order(nest.sizes, replace(view, strides=tuple(view.strides[d] for d in has))):
-        return None
+    nest = _in_memory(sizes, view, operands)
+    rest = _chosen(sizes, [d for d, size in enumerate(sizes) if size != 1 and not view.strides[d]], operands)
     if not rest.sizes:
         rest = _Nest((1,), dict.fromkeys(operands, (0,)))
     one = _with_last_axis(rest, math.prod(size or 0 for size in rest.sizes))
-    return None if one is None else (nest, one)
+    return None if nest is None or one is None else (nest, one)
 
 
 def _with_last_axis(nest: _Nest, size: int | None) -> _Nest | None:

@@ -117,7 +117,7 @@ ATTENTION: dict[str, Callable[[], nn.Module]] = {
     "shared keys": lambda: tokens(with_einsum, q=nn.Linear(WIDTH, WIDTH), kv=nn.Linear(WIDTH, WIDTH)),
     "groups of heads": lambda: tokens(grouped, q=nn.Linear(WIDTH, WIDTH), kv=nn.Linear(WIDTH, WIDTH)),
     "learned queries": lambda: tokens(
-        lambda m, x: (m.queries @ m.keys(x).transpose(1, 2)).softmax(-1) @ x,
+        lambda m, x: F.scaled_dot_product_attention(m.queries.expand(len(x), -1, -1), m.keys(x), x),
         queries=weight(3, WIDTH),
         keys=nn.Linear(WIDTH, WIDTH),
     ),
@@ -129,7 +129,7 @@ def test_one_layer(name):
     model = made(ATTENTION[name])
     found = kinds(model)
     assert found["attention"] == 1
-    assert not found.keys() & {"softmax", "contract", "extreme"}
+    assert not found.keys() & {"softmax", "contract", "extreme", "move"}
     fused_is_right(model, episode(SAMPLE))
 
 
@@ -146,6 +146,11 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
     "a finite number for what is masked": by_hand(lambda m, s: s.masked_fill(BELOW == 0, -1.0)),
     "a learned temperature": by_hand(lambda m, s: s * m.scale, scale=lambda: weight(1)),
     "a curved function of the scores": by_hand(lambda m, s: torch.tanh(s)),
+    "scores that a linear layer computes": lambda: tokens(
+        lambda m, x: (m.queries @ m.keys(x).transpose(1, 2)).softmax(-1) @ x,
+        queries=weight(3, WIDTH),
+        keys=nn.Linear(WIDTH, WIDTH),
+    ),
     "softmax over the queries": of_projection(lambda m, q, k, v: (q @ k.transpose(-2, -1)).softmax(-2) @ v),
     "the transpose of the weights": of_projection(
         lambda m, q, k, v: (q @ k.transpose(-2, -1)).softmax(-1).transpose(-2, -1) @ v
