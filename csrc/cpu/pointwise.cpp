@@ -21,7 +21,7 @@ void put(const T* x, int64_t first, int64_t last, T* to, bool add, Value value) 
 
 template <class T>
 void forward(const Layer& layer, const Tensors<T>& t, int64_t first, int64_t last) {
-  with_function(layer.function, [&]<Function F>() {
+  with_activation(layer.function, [&]<Function F>() {
     const Layer l = layer;
     const T* x = t.x[0];
     T* y = t.y;
@@ -33,7 +33,7 @@ template <class T>
 void backward(const Layer& layer, const Tensors<T>& t, int64_t first, int64_t last) {
   if (!t.grad_x[0]) return;
   const bool add = t.add_x[0];
-  with_function(layer.function, [&]<Function F>() {
+  with_activation(layer.function, [&]<Function F>() {
     const Layer l = layer;
     const T *x = t.x[0], *g = t.grad_y;
     T* grad_x = t.grad_x[0];
@@ -44,7 +44,7 @@ void backward(const Layer& layer, const Tensors<T>& t, int64_t first, int64_t la
 
 template <class T>
 void forward_tangent(const Layer& layer, const Tensors<T>& t, int64_t first, int64_t last) {
-  with_function(layer.function, [&]<Function F>() {
+  with_activation(layer.function, [&]<Function F>() {
     const Layer l = layer;
     const T *x = t.x[0], *x_dot = t.x_dot[0];
     T* y_dot = t.y_dot;
@@ -57,7 +57,7 @@ template <class T>
 void backward_tangent(const Layer& layer, const Tensors<T>& t, int64_t first, int64_t last) {
   if (!t.grad_x_dot[0]) return;
   const bool add = t.add_x[0];
-  with_function(layer.function, [&]<Function F>() {
+  with_activation(layer.function, [&]<Function F>() {
     const Layer l = layer;
     const T *x = t.x[0], *g = t.grad_y, *x_dot = t.x_dot[0], *g_dot = t.grad_y_dot;
     T* grad_x_dot = t.grad_x_dot[0];

@@ -10,18 +10,18 @@ template <class T>
 LaunchPasses<T> all_passes() {
   return {
       [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-        with_function(l.function, [&]<Function F>() { Normalise<Activation<F>>::forward(launch, l, t); });
+        with_activation(l.function, [&]<Function F>() { Normalise<Activation<F>>::forward(launch, l, t); });
       },
       [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-        with_function(l.function, [&]<Function F>() { Normalise<Activation<F>>::backward(launch, l, t); });
+        with_activation(l.function, [&]<Function F>() { Normalise<Activation<F>>::backward(launch, l, t); });
       },
       [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-        with_function(l.function,
-                      [&]<Function F>() { Normalise<Activation<F>>::forward_tangent(launch, l, t); });
+        with_activation(l.function,
+                        [&]<Function F>() { Normalise<Activation<F>>::forward_tangent(launch, l, t); });
       },
       [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-        with_function(l.function,
-                      [&]<Function F>() { Normalise<Activation<F>>::backward_tangent(launch, l, t); });
+        with_activation(l.function,
+                        [&]<Function F>() { Normalise<Activation<F>>::backward_tangent(launch, l, t); });
       },
   };
 }

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kElementThreads)
 
 template <class T>
 void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-  with_function(l.function, [&]<Function F>() {
+  with_activation(l.function, [&]<Function F>() {
     launch("pointwise forward", forward_kernel<F, T>, element_grid(l.n * size(l.in)), kElementThreads, 0, l,
            t, launch.table);
   });
@@ -39,7 +39,7 @@ void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
 template <class T>
 void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   if (!t.grad_x[0]) return;
-  with_function(l.function, [&]<Function F>() {
+  with_activation(l.function, [&]<Function F>() {
     launch("pointwise backward", backward_kernel<F, T>, element_grid(l.n * size(l.in)), kElementThreads, 0, l,
            t, launch.table);
   });
@@ -47,7 +47,7 @@ void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
 
 template <class T>
 void forward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-  with_function(l.function, [&]<Function F>() {
+  with_activation(l.function, [&]<Function F>() {
     launch("pointwise forward tangent", forward_tangent_kernel<F, T>, element_grid(l.n * size(l.in)),
            kElementThreads, 0, l, t, launch.table);
   });
@@ -56,7 +56,7 @@ void forward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t
 template <class T>
 void backward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   if (!t.grad_x_dot[0]) return;
-  with_function(l.function, [&]<Function F>() {
+  with_activation(l.function, [&]<Function F>() {
     launch("pointwise backward tangent", backward_tangent_kernel<F, T>, element_grid(l.n * size(l.in)),
            kElementThreads, 0, l, t, launch.table);
   });

@@ -48,7 +48,7 @@ __device__ __forceinline__ void pointwise_backward_tangent(Team team, const Laye
 /// body.template operator()<F>() for the layer's function, which the megakernel has.
 template <class Body>
 __device__ void with_megakernel_function(Function f, Body body) {
-  with_function(f, [&]<Function F>() {
+  with_activation(f, [&]<Function F>() {
     if constexpr (FunctionDeclaration<F>::in_megakernel) body.template operator()<F>();
   });
 }

@@ -3,7 +3,9 @@
 // derivatives.
 #pragma once
 
-#include "layers/functions.h"
+#include <functional>
+
+#include "layers/map_functions.h"
 
 namespace maml {
 
@@ -145,67 +147,31 @@ struct Comparison {
   static constexpr bool bends = false;
   template <class T>
   MAML_HOST_DEVICE static Partials<T> at(T x, T y) {
-    return {Holds::of(x, y) ? T(1) : T(0), T(0), T(0), T(0), T(0), T(0)};
-  }
-};
-struct Equal {
-  template <class T>
-  MAML_HOST_DEVICE static bool of(T x, T y) {
-    return x == y;
-  }
-};
-struct Unequal {
-  template <class T>
-  MAML_HOST_DEVICE static bool of(T x, T y) {
-    return x != y;
-  }
-};
-struct Less {
-  template <class T>
-  MAML_HOST_DEVICE static bool of(T x, T y) {
-    return x < y;
-  }
-};
-struct AtMost {
-  template <class T>
-  MAML_HOST_DEVICE static bool of(T x, T y) {
-    return x <= y;
-  }
-};
-struct Greater {
-  template <class T>
-  MAML_HOST_DEVICE static bool of(T x, T y) {
-    return x > y;
-  }
-};
-struct AtLeast {
-  template <class T>
-  MAML_HOST_DEVICE static bool of(T x, T y) {
-    return x >= y;
+    return {Holds()(x, y) ? T(1) : T(0), T(0), T(0), T(0), T(0), T(0)};
   }
 };
 template <>
-struct CombinationDeclaration<Combination::eq> : Comparison<Equal> {
+struct CombinationDeclaration<Combination::eq> : Comparison<std::equal_to<>> {
   static constexpr const char* name = "eq";
 };
 template <>
-struct CombinationDeclaration<Combination::ne> : Comparison<Unequal> {
+struct CombinationDeclaration<Combination::ne> : Comparison<std::not_equal_to<>> {
   static constexpr const char* name = "ne";
 };
 template <>
-struct CombinationDeclaration<Combination::lt> : Comparison<Less> {
+struct CombinationDeclaration<Combination::lt> : Comparison<std::less<>> {
   static constexpr const char* name = "lt";
 };
 template <>
-struct CombinationDeclaration<Combination::le> : Comparison<AtMost> {
+struct CombinationDeclaration<Combination::le> : Comparison<std::less_equal<>> {
   static constexpr const char* name = "le";
 };
 template <>
-struct CombinationDeclaration<Combination::gt> : Comparison<Greater> {
+struct CombinationDeclaration<Combination::gt> : Comparison<std::greater<>> {
   static constexpr const char* name = "gt";
 };
 template <>
-struct CombinationDeclaration<Combination::ge> : Comparison<AtLeast> {
+struct CombinationDeclaration<Combination::ge> : Comparison<std::greater_equal<>> {
   static constexpr const char* name = "ge";
 };
 

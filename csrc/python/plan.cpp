@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "layers/functions.h"
 #include "layers/kinds.h"
 #include "layers/registry.h"
 #include "python/fields.h"
@@ -104,6 +105,9 @@ Node read_node(py::handle object, size_t number, size_t parameters) {
   node.sample = fields.read("sample", std::vector<int64_t>());
   if (const auto function = fields.read<std::optional<std::string>>("function")) {
     layer.function = function_named(*function);
+    if (layer.function >= Function::of_maps) {
+      throw std::invalid_argument(named_node + "its function is " + *function + ", which only maps have");
+    }
   }
   const auto constants = fields.read<std::vector<double>>("constants");
   if (constants.size() > 0) layer.a = constants[0];

@@ -20,11 +20,11 @@ PRINTS = ("loss", "megakernel")  # they use local memory for the arguments of pr
 FUNCTIONS = re.findall(
     r"^  (\w+),$", (Path(__file__).parents[2] / "csrc/layers/functions.h").read_text(encoding="utf-8"), re.MULTILINE
 )
-# Kernels that use local memory: sin and cos for large arguments; the interpreter of a map's expression; the adjoint of
-# windows, which is plain so far; and some functions of maps (those behind sin) as pointwise layers, which no plan has.
-FUNCTIONS_OF_MAPS = [f"FunctionE{i}E" for i in range(FUNCTIONS.index("sin"), len(FUNCTIONS))]
+# Kernels that use local memory: sin for large arguments, the interpreter of a map's expression, and the adjoint of
+# windows, which is plain so far.
+SIN = f"FunctionE{FUNCTIONS.index('sin')}E"
 INTERPRETER = "_map_cu_"  # of the file's internal names
-LOCAL_MEMORY = (*FUNCTIONS_OF_MAPS, INTERPRETER, "windows_transposed_kernel")
+LOCAL_MEMORY = (SIN, INTERPRETER, "windows_transposed_kernel")
 
 needs_kernels = pytest.mark.skipif(_core.cuda is None, reason="this build has no CUDA kernels")
 needs_tool = pytest.mark.skipif(not tool(), reason="there is no cuobjdump")

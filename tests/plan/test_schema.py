@@ -96,6 +96,7 @@ def test_json_with_other_fields_is_an_error():
     [
         (Node, {"kind": "conv3d"}, "unknown layer conv3d"),
         (Node, {"function": "cos2"}, "unknown function cos2"),
+        (Node, {"function": "cos"}, r"node 0 \(.*\): its function is cos, which only maps have"),
         (Node, {"out_layout": "volume"}, "unknown layout volume"),
         (Node, {"inputs": ()}, r"node 0 \(.*\): inputs must hold at least 1 value, got 0"),
         (Node, {"inputs": (0,) * 5}, r"node 0 \(.*\): its inputs are 5; fused layers read at most 4"),
