@@ -313,6 +313,7 @@ WORKLOADS = {
         RESNET12,
         LSTM,
         TRANSFORMER,
+        replace(TRANSFORMER, name="transformer-k1", inner_steps=1),
         SIREN,
         GRADNCP,
         MBCONV,

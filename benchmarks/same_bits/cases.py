@@ -19,7 +19,7 @@ PLANS = "plans"
 GAUSSIAN_POLICY = "gaussian-policy"
 GROWTH = {f"omniglot-{axis.lower()}{value}": workload for axis, value, workload in points(quick=False)}
 # Workloads that version 0.1.0 does not fuse.
-NOT_IN_0_1 = {"lstm", "transformer", "siren", "siren-gradncp", "mbconv", "unet", "vit", "pinn"}
+NOT_IN_0_1 = {"lstm", "transformer", "transformer-k1", "siren", "siren-gradncp", "mbconv", "unet", "vit", "pinn"}
 NAMES = (*(name for name in WORKLOADS if name not in NOT_IN_0_1), *GROWTH, GAUSSIAN_POLICY)
 
 
