@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -130,6 +130,23 @@ def _triplet_margin_with_distance_loss(
     return _reduced((margin + near - far).clamp_min(0), reduction)
 
 
+def _padded(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+    """Circular padding: torch's own code writes to parts of a tensor."""
+    if mode != "circular":
+        return NotImplemented
+    x = input
+    for i, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
+        d = x.dim() - 1 - i
+        x = x.narrow(d, max(-before, 0), x.shape[d] - max(-before, 0) - max(-after, 0))
+        size = x.shape[d]
+        if max(before, after) > size:
+            return NotImplemented
+        last = [x.narrow(d, size - before, before)] if before > 0 else []
+        first = [x.narrow(d, 0, after)] if after > 0 else []
+        x = torch.cat([*last, x, *first], d)
+    return x
+
+
 def _reduced(terms: Tensor, reduction: str) -> Tensor:
     return terms.mean() if reduction == "mean" else terms.sum() if reduction == "sum" else terms
 
@@ -143,6 +160,7 @@ DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
 # Of functions whose own code no record can hold.
 CAPTURED: dict[Any, Callable[..., Any]] = {
     F.multi_margin_loss: _multi_margin_loss,
+    F.pad: _padded,
     F.cross_entropy: _smoothed_cross_entropy,
     F.gaussian_nll_loss: _gaussian_nll_loss,
     F.triplet_margin_with_distance_loss: _triplet_margin_with_distance_loss,

@@ -1,5 +1,5 @@
 """Operations on images of any number of axes beside convolutions and pools over windows: resampling, adaptive pools,
-shuffles of channels, padding by the image itself, and cumulative sums.
+shuffles of channels, padding by the image itself, and sums of windows.
 
 Resampling is linear along each axis, so it is a product with a constant matrix [out, in]. Methods have the names and
 signatures of ATen operations.
@@ -18,8 +18,6 @@ from maml_cuda.capture.errors import Unfusable
 from maml_cuda.plan.convolutions import Convolutions
 from maml_cuda.plan.strided import Strided
 from maml_cuda.plan.windows import Sliding
-
-_LONGEST_SUM = 1024
 
 
 class Resampling(Convolutions):
@@ -153,17 +151,28 @@ class Resampling(Convolutions):
 
     native_channel_shuffle = channel_shuffle
 
-    # -- cumulative sums ----------------------------------------------------------------------------------------
+    # -- sums of windows ----------------------------------------------------------------------------------------
 
-    def cumsum(self, input: Any, dim: int, *, dtype: Any = None) -> Strided:
-        if dtype not in (None, self.to.dtype):
-            raise Unfusable(f"a conversion to {dtype} is not fused")
-        x = self.to.strided(input)
-        if not x.axes or x.shape[d := dim % len(x.axes)] == 1:
-            return x
-        if x.shape[d] > _LONGEST_SUM:
-            raise Unfusable(f"a cumulative sum of {x.shape[d]} elements is not fused; one of {_LONGEST_SUM} is")
-        return self._times(x, torch.ones(x.shape[d], x.shape[d], dtype=torch.float64).tril(), d)
+    def col2im(
+        self, input: Any, output_size: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int],
+        padding: Sequence[int], stride: Sequence[int],
+    ) -> Strided:  # fmt: skip
+        """Of windows [n, channels taps, positions] the image in which each of their elements is added where it was."""
+        x, axes = self.to.strided(input), len(output_size)
+        options = [*zip(output_size, kernel_size, dilation, padding, stride, strict=True)]
+        positions = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, d, p, s in options]
+        *batch, taps, _ = x.shape
+        batch.append(taps // math.prod(kernel_size))  # channels
+        x = self.to.seen_as(x, (*batch, *kernel_size, *positions))
+        first = len(batch)
+        pairs = [a for i in range(axes) for a in (first + i, first + axes + i)]
+        counts = [k * count for k, count in zip(kernel_size, positions, strict=True)]
+        x = self.to.seen_as(x.permute([*range(first), *pairs]), (*batch, *counts))
+        for i, (size, k, d, p, s) in enumerate(options):
+            place = torch.arange(k).unsqueeze(1) * d + torch.arange(positions[i]) * s - p
+            matrix = (torch.arange(size).unsqueeze(1) == place.flatten()).to(torch.float64)
+            x = self._times(x, matrix, first + i)
+        return x
 
 
 def _means(size: int, out: int) -> Tensor:

@@ -17,7 +17,7 @@ from maml_cuda.plan.graph import Constant, Held, SampleCount, Value, text_of
 from maml_cuda.plan.layers import Layers
 from maml_cuda.plan.normalisations import Normalisations
 from maml_cuda.plan.recurrences import Recurrences
-from maml_cuda.plan.resampling import Resampling
+from maml_cuda.plan.scans import Scans
 from maml_cuda.plan.strided import Strided
 
 # Functions of one operand, and functions of several, whose names in ATen are those in csrc/layers.
@@ -26,7 +26,7 @@ _FUNCTIONS = ("relu", "silu", "tanh", "sigmoid", "sin", "cos", "exp", "expm1", "
 _COMBINATIONS = ("sub", "atan2", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "where")
 
 
-class Tensors(Resampling, Normalisations, Recurrences):
+class Tensors(Scans, Normalisations, Recurrences):
     """Reads operations on tensors of any shape.
 
     Attributes:

@@ -67,11 +67,11 @@ def test_another_model() -> None:
     assert second[0].weight.grad is not None
 
 
-class ProductsSoFar(nn.Linear):
+class LogSumsSoFar(nn.Linear):
     """Of series [n, steps, features]; it is fused for samples [features] alone."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.cumprod(1) if x.dim() > 2 else x)
+        return super().forward(x.logcumsumexp(1) if x.dim() > 2 else x)
 
 
 def test_samples_with_more_axes() -> None:
@@ -85,14 +85,14 @@ def test_samples_with_more_axes() -> None:
 
 
 def test_a_shape_that_no_layer_fits_spoils_no_other() -> None:
-    model = nn.Sequential(ProductsSoFar(3, 4))
+    model = nn.Sequential(LogSumsSoFar(3, 4))
     wide = episode(2, 3)
     wide = wide[0], torch.rand(2, 5, 2, 4), wide[2], torch.rand(2, 5, 2, 4)
     narrow = episode()[0], torch.rand(2, 5, 4), episode()[2], torch.rand(2, 5, 4)
     strict = FusedMAML(model, 0.1, loss="mse", backend="fused")
     for _ in range(2):
         loss = strict(*narrow).loss
-        with pytest.raises(ValueError, match=r'"fused" cannot serve this model: cumprod in 0 \(ProductsSoFar\)'):
+        with pytest.raises(ValueError, match=r'"fused" cannot serve this model: logcumsumexp in 0 \(LogSumsSoFar\)'):
             strict(*wide)
         assert strict.backend == "cpu"
     maml = FusedMAML(model, 0.1, loss="mse")
@@ -100,7 +100,7 @@ def test_a_shape_that_no_layer_fits_spoils_no_other() -> None:
     with pytest.warns(UserWarning, match="general path"):
         maml(*wide)
     assert maml.backend == "reference"
-    assert "cumprod in 0 (ProductsSoFar): no fused layer serves it" in maml.explain()
+    assert "logcumsumexp in 0 (LogSumsSoFar): no fused layer serves it" in maml.explain()
     for _ in range(2):
         assert torch.equal(maml(*narrow).loss, loss)
         assert maml.backend == "cpu"

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from maml_cuda import FusedMAML, gradcheck
 
-SERIES = "cumprod in 0 (ProductsSoFar): no fused layer serves it (cumprod)"  # as of `series`
+SERIES = "logcumsumexp in 0 (LogSumsSoFar): no fused layer serves it (logcumsumexp)"  # as of `series`
 GENERAL = "ignore:maml_cuda runs this model on the general path:UserWarning"
 
 
-class ProductsSoFar(nn.Linear):
+class LogSumsSoFar(nn.Linear):
     """Of series [n, steps, features]; it is fused for samples [features] alone."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.cumprod(1) if x.dim() > 2 else x)
+        return super().forward(x.logcumsumexp(1) if x.dim() > 2 else x)
 
 
 def net() -> nn.Sequential:
-    return nn.Sequential(ProductsSoFar(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    return nn.Sequential(LogSumsSoFar(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 def series() -> list[Tensor]:
@@ -113,7 +113,7 @@ def test_explain_of_what_runs_by_name() -> None:
 def test_explain_refuses_what_a_call_refuses() -> None:
     maml = FusedMAML(net(), 0.1, loss="mse")
     with pytest.raises(
-        ValueError, match=r"x must have samples .*got \[3\], 5 a task: linear in 0 \(ProductsSoFar\): .*\[4, 5\]"
+        ValueError, match=r"x must have samples .*got \[3\], 5 a task: linear in 0 \(LogSumsSoFar\): .*\[4, 5\]"
     ):
         maml.explain(torch.randn(2, 5, 3))
     with pytest.raises(ValueError, match="y must have 5 samples a task like x, got 4"):

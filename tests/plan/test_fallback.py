@@ -112,8 +112,10 @@ EXPRESSIONS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     ),
     "remainder": (lambda h: h % 2, "remainder in the model (Net): no fused layer serves it (remainder)"),
     "round": (lambda h: h.round(), "round in the model (Net): no fused layer serves it (round)"),
-    "product so far": (lambda h: h.cumprod(1), "cumprod in the model (Net): no fused layer serves it (cumprod)"),
-    "product of all": (lambda h: h * h.prod(1, keepdim=True), "no fused layer serves it (prod)"),
+    "logarithms of sums so far": (
+        lambda h: h.logcumsumexp(1), "logcumsumexp in the model (Net): no fused layer serves it (logcumsumexp)",
+    ),
+    "product of samples": (lambda h: h * h.prod(0), "prod in the model (Net): it takes a part of the samples"),
     "Fourier transform": (lambda h: torch.fft.fft(h).real, "fft_fft in the model (Net): no fused layer serves it"),
     "sorted": (lambda h: h.sort(1)[0], "sort in the model (Net): no fused layer serves it (sort)"),
     "the largest two": (lambda h: h.topk(2)[0].sum(1, keepdim=True), "no fused layer serves it (topk)"),
