@@ -66,8 +66,9 @@ class FusedMAML(nn.Module):
             more arithmetic, the same bits. None: so only where the states of all steps would pass 192 MB a task. The
             general path keeps what autograd keeps.
         task_chunk: on a GPU, at most so many tasks at once, so that memory grows with them alone; None: all.
-        check_labels: on a GPU, look at the labels before each call, which waits for the device. Otherwise a label out
-            of range is a device-side assertion, raised at the next synchronization. The CPU always looks.
+        check_labels: on a GPU, look at the labels, and at integers in x, before each call, which waits for the device.
+            Otherwise one out of range is a device-side assertion, raised at the next synchronization. The CPU always
+            looks.
         batch_norm: "transductive": BatchNorm as the modules' training flags say, batch statistics in train mode, so
             that a task's queries are to be predicted together (`predict`).
             "per_step": as MAML++ has it, with parameters and statistics of their own for each inner step: the model's
@@ -225,10 +226,10 @@ class FusedMAML(nn.Module):
 
         Args:
             x_spt, y_spt: support sets, [tasks, n_support, ...].
-            x_qry, y_qry: query sets, [tasks, n_query, ...]. x may be a pytree of tensors (and None), such as a tuple or
-                a dict, of which the model gets each task's part; so may y for a loss of your own. Fused layers take
-                tensors [tasks, samples, ...]. On the general path x is what the model takes: also integers,
-                [tasks, samples], query samples of another shape than the support samples, tensors [tasks, ...].
+            x_qry, y_qry: query sets, [tasks, n_query, ...]. x may hold integers, and it may be a pytree of tensors (and
+                None), such as a tuple or a dict, of which the model gets each task's part; so may y for a loss of your
+                own. Fused layers take tensors [tasks, samples, ...]. On the general path x is what the model takes:
+                also [tasks, samples], query samples of another shape than the support samples, tensors [tasks, ...].
             task_weights: [tasks]; the loss is their sum of weight times task loss. None: the mean over tasks.
 
         Raises:

@@ -344,6 +344,12 @@ void set_to_zero(const View& view, int64_t n, T* to) {
   std::fill_n(to, elements(view, n), T(0));
 }
 
+/// The cotangent of an operand that has no derivative.
+template <class T>
+void give_nothing(const View& view, int64_t n, bool add, T* grad_x) {
+  if (grad_x && !add) set_to_zero(view, n, grad_x);
+}
+
 /// Prepares `to` for values that are written once to each element to which the loops come: sets it to 0 where
 /// there are others. Returns whether the values are to be added.
 template <class T>

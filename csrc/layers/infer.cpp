@@ -68,7 +68,9 @@ void check_output(const Node& node) {
   const bool sums =
       kind == Kind::reduce || kind == Kind::extreme || kind == Kind::contract || kind == Kind::attention;
   const bool ordered = kind == Kind::map;
-  if (!sums && !ordered && kind != Kind::softmax && kind != Kind::log_softmax && kind != Kind::stop) return;
+  const bool copies = kind == Kind::softmax || kind == Kind::log_softmax || kind == Kind::stop ||
+                      kind == Kind::gather || kind == Kind::sort;
+  if (!sums && !ordered && !copies) return;
   const Loops& loops = node.loops->front();
   const View& y = loops.y;
   std::vector<int> axes;
@@ -97,6 +99,36 @@ void check_output(const Node& node) {
                               (ordered ? ", in their order" : ""));
 }
 
+/// Whether loops over the axes that an operand has come to no element of it twice, with an axis of its own.
+bool comes_once(const Loops& loops, const View& view, const Axis& axis) {
+  std::vector<std::pair<int64_t, int64_t>> axes;  // stride, size
+  if (axis.size > 1) axes.push_back({std::abs(axis.stride), axis.size});
+  for (int a = 0; a < loops.axes; ++a) {
+    if (loops.size[a] == kSamples || loops.size[a] == 1 || view.stride[a] == 0) continue;
+    axes.push_back({std::abs(view.stride[a]), loops.size[a]});
+  }
+  std::sort(axes.begin(), axes.end());
+  int64_t reach = 0;
+  for (const auto& [stride, size] : axes) {
+    if (stride <= reach) return false;
+    reach += (size - 1) * stride;
+  }
+  return true;
+}
+
+/// Throws unless threads can share what a lookup writes.
+void check_lookup(const Node& node) {
+  const Loops& loops = node.loops->front();
+  const bool scatters = node.layer.kind == Kind::scatter;
+  if (loops.axis.size >= 1 && comes_once(loops, loops.x[0], scatters ? Axis{1, 0} : loops.axis) &&
+      comes_once(loops, loops.y, scatters ? loops.axis : Axis{1, 0})) {
+    return;
+  }
+  throw std::invalid_argument(node.name +
+                              " expects an axis for its index, and loops that come to no element of an "
+                              "operand twice along the axes that it has");
+}
+
 }  // namespace
 
 Shape output_of_loops(const Node& node, std::span<const Shape> x) {
@@ -118,10 +150,12 @@ Shape output_of_loops(const Node& node, std::span<const Shape> x) {
     throw std::invalid_argument(node.name + " expects one output, got several");
   }
   check_output(node);
+  if (node.layer.kind == Kind::gather || node.layer.kind == Kind::scatter) check_lookup(node);
   if (node.layer.kind == Kind::map && !node.expression) {
     throw std::invalid_argument(node.name + " expects at least 1 instruction, got 0");
   }
-  if ((node.layer.kind == Kind::softmax || node.layer.kind == Kind::log_softmax) &&
+  if ((node.layer.kind == Kind::softmax || node.layer.kind == Kind::log_softmax ||
+       node.layer.kind == Kind::sort) &&
       node.loops->front().axes == 0) {
     throw std::invalid_argument(node.name + " expects at least 1 axis, got 0");
   }

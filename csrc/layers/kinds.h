@@ -35,6 +35,9 @@ enum class Kind : int {
   stop,
   recurrence,
   attention,
+  gather,
+  scatter,
+  sort,
   norm_block,
   conv_block,
   patch_gram,
@@ -55,6 +58,7 @@ enum class Kind : int {
 #include "layers/conv_block.h"
 #include "layers/extreme.h"
 #include "layers/flatten.h"
+#include "layers/gather.h"
 #include "layers/group_norm.h"
 #include "layers/log_softmax.h"
 #include "layers/map.h"
@@ -69,7 +73,9 @@ enum class Kind : int {
 #include "layers/reduce.h"
 #include "layers/running_norm.h"
 #include "layers/scale.h"
+#include "layers/scatter.h"
 #include "layers/softmax.h"
+#include "layers/sort.h"
 #include "layers/stem.h"
 #include "layers/stop.h"
 #include "layers/target.h"

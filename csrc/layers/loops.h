@@ -10,6 +10,9 @@
 //   stop      y = x, with cotangent and tangent 0
 //   recurrence                                 over time (recurrence.h); for each input, loops of its own
 //   attention                                  softmax(scale q k' + bias) v (attention.h)
+//   gather    y[.] = x_0[., x_1[.]]            x_1: places along one more axis of x_0 (Axis)
+//   scatter   y[., x_1[.]] = the sum of x_0[.] x_1: places along one more axis of y
+//   sort      y[.] = the places of x[.]        in order, over the last axis
 //
 // A permutation, an expansion or a part of a value is a view: strides and an offset, no layer. A broadcast
 // operand has stride 0. Its cotangent is the sum over that axis.
@@ -42,12 +45,25 @@ struct Slide {
   int64_t stride = 1, dilation = 1, padding = 0;
 };
 
+/// Of `gather` and `scatter`: an axis of an operand that the loops do not go along. Another operand, the
+/// index, has the place along it.
+struct Axis {
+  int64_t size = 0, stride = 0;
+};
+
+/// The place along an axis of this size that a value of the index is; -1 if it is outside, or NaN.
+template <class T>
+MAML_HOST_DEVICE inline int64_t place_along(int64_t size, T index) {
+  return index >= T(0) && index < static_cast<T>(size) ? static_cast<int64_t>(index) : -1;
+}
+
 struct Loops {
   int axes = 0;
   int64_t size[kMostAxes] = {};  // kSamples for at most one axis
   View x[kMostInputs], y;        // of move and recurrence: x[0] is the input that these loops are of
   int slides = 0;
   Slide slide[kMostSlides];
+  Axis axis;  // of x[0] in gather, of y in scatter
 };
 
 /// The number of steps along an axis.

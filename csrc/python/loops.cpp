@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "layers/kinds.h"
 #include "layers/registry.h"
 #include "python/fields.h"
 
@@ -75,6 +76,26 @@ void read_slides(const Objects& slides, const std::string& named_node, Loops& lo
   if (first < 0 || last >= loops.x[0].size) {
     throw std::invalid_argument(named_node + "windows of " + std::to_string(loops.x[0].size) +
                                 " elements leave their operand");
+  }
+}
+
+/// The axis of one operand along which another one is the index.
+void read_axis(py::handle object, const std::string& named_node, bool of_output, Loops& loops) {
+  if (object.is_none()) return;
+  Fields fields(object);
+  loops.axis.size = fields.read<int64_t>("size");
+  loops.axis.stride = fields.read<int64_t>("stride");
+  fields.done();
+  const View& view = of_output ? loops.y : loops.x[0];
+  int64_t first = view.offset, last = first;
+  for (int a = 0; a < loops.axes; ++a) {
+    if (loops.size[a] == kSamples) continue;
+    (view.stride[a] < 0 ? first : last) += (loops.size[a] - 1) * view.stride[a];
+  }
+  (loops.axis.stride < 0 ? first : last) += (loops.axis.size - 1) * loops.axis.stride;
+  if (loops.axis.size < 1 || first < 0 || last >= view.size) {
+    throw std::invalid_argument(named_node + "Axis of " + std::to_string(loops.axis.size) +
+                                " elements leaves its operand of " + std::to_string(view.size));
   }
 }
 
@@ -176,12 +197,13 @@ Reduction reduction_named(const std::string& name) {
   throw std::invalid_argument("unknown reduction " + name);
 }
 
-void read_loops(py::handle loops, py::handle slides, py::handle instructions, const std::string& named_node,
-                Node& node) {
+void read_loops(py::handle loops, py::handle slides, py::handle axis, py::handle instructions,
+                const std::string& named_node, Node& node) {
   std::vector<Loops> all;
   for (const py::object& one : py::cast<Objects>(loops)) all.push_back(read_one(one, named_node));
   if (all.empty()) return;
   read_slides(py::cast<Objects>(slides), named_node, all.front());
+  read_axis(axis, named_node, node.layer.kind == Kind::scatter, all.front());
   node.loops = std::make_shared<const std::vector<Loops>>(std::move(all));
   const auto steps = py::cast<Objects>(instructions);
   if (steps.empty()) return;

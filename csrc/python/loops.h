@@ -9,10 +9,10 @@
 
 namespace maml {
 
-/// Reads Node.loops, Node.slides and Node.instructions. Throws std::invalid_argument where a view leaves its
-/// operand.
-void read_loops(pybind11::handle loops, pybind11::handle slides, pybind11::handle instructions,
-                const std::string& named_node, Node& node);
+/// Reads Node.loops, Node.slides, Node.axis and Node.instructions. Throws std::invalid_argument where a view
+/// leaves its operand.
+void read_loops(pybind11::handle loops, pybind11::handle slides, pybind11::handle axis,
+                pybind11::handle instructions, const std::string& named_node, Node& node);
 
 Reduction reduction_named(const std::string& name);
 

@@ -54,6 +54,8 @@ _OPAQUE = {  # recorded as one operation
     torch.instance_norm: "instance_norm",
     F.one_hot: "one_hot",
     torch.cosine_similarity: "cosine_similarity",
+    torch.take_along_dim: "take_along_dim",
+    Tensor.take_along_dim: "take_along_dim",
     torch.lstm: "lstm",
     torch.gru: "gru",
     torch.rnn_tanh: "rnn_tanh",

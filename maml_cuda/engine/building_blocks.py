@@ -29,7 +29,7 @@ def adapt(maml: Settings, x_spt: Tree, y_spt: Target, steps: int, differentiable
         )
         maml._binder.settled(maml, binding, adapted)
         return _every_parameter(maml.model, adapted, pytrees.tasks(x_spt), differentiable)
-    numbers = program.input(x_spt)
+    numbers = program.input("x_spt", x_spt, maml._options.check_labels)
     look_at_labels(maml, program, numbers, y_spt=y_spt)
     parameters, rates = program.tensors()
     if differentiable:
@@ -57,9 +57,8 @@ def inner_loop(maml: Settings, x_spt: Tree, y_spt: Target, steps: int) -> Iterat
         if program is not None and program.plan.backend == "cpu":
             own = [t.detach() for t in program.own(fast, pytrees.tasks(x), k)]
             rates = [t.detach() for t in program.rates_at(k)]
-            after = torch.ops.maml_cuda.inner_step(
-                own, rates, program.input(x), program.target(y_spt), program.step_text()
-            )
+            numbers = program.input("x_spt", x, maml._options.check_labels)
+            after = torch.ops.maml_cuda.inner_step(own, rates, numbers, program.target(y_spt), program.step_text())
             fast = {**fast, **dict(zip(program.adapted, after, strict=True))}
         else:
             fast = adapt(maml, x_spt, y_spt, k + 1, differentiable=False)
@@ -74,7 +73,7 @@ def predict(maml: Settings, fast: Mapping[str, Tensor], x: Tree, slot: int | Non
     program = maml._binder.program(maml, binding, None, Set("x", x))
     if program is None:
         return maml._binder.settled(maml, binding, fallback.predict(maml.model, dict(fast), x, slot))
-    x = program.input(x)
+    x = program.input("x", x, maml._options.check_labels)
     own = program.own(fast, len(x), slot)
     if torch.is_grad_enabled() and any(t.requires_grad for t in own):
         return program.as_returned(torch.ops.maml_cuda.predict(own, x, program.text))
@@ -93,7 +92,7 @@ def loss_and_grad(
         return maml._binder.settled(
             maml, binding, fallback.loss_and_grad(maml.model, maml.loss, dict(fast), names, x, y, slot)
         )
-    x = program.input(x)
+    x = program.input("x", x, maml._options.check_labels)
     look_at_labels(maml, program, x, y=y)
     own = [t.detach() for t in program.own(fast, len(x), slot)]
     losses, grads = torch.ops.maml_cuda.loss_and_grad(own, x, program.target(y), program.text)
@@ -113,7 +112,7 @@ def hvp(
         return maml._binder.settled(
             maml, binding, fallback.hvp(maml.model, maml.loss, dict(fast), names, x, y, dict(v), slot)
         )
-    x = program.input(x)
+    x = program.input("x", x, maml._options.check_labels)
     look_at_labels(maml, program, x, y=y)
     at = [t.detach() for t in program.own(fast, len(x), slot)]
     moving = {n: v[n].detach() if n in v and n in names else torch.zeros_like(p) for n, p in fast.items()}

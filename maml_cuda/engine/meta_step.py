@@ -90,7 +90,7 @@ def memory_estimate(maml: Settings, x_spt: Tree, x_qry: Tree) -> int:
     program = program_of(maml, x_spt, x_qry)
     if program is None:
         raise ValueError("memory_estimate must have a fused model, got one on the general path (reference)")
-    x_spt, x_qry = program.input(x_spt), program.input(x_qry)
+    x_spt, x_qry = program.input("x_spt", x_spt, False), program.input("x_qry", x_qry, False)
     problem = meta_problem(
         program.text, x_spt, x_qry, maml.inner_steps, maml.first_order, True, maml._query_weights.steps
     )
@@ -128,7 +128,8 @@ def _computed(
     if program is None:
         result = _on_the_general_path(maml, x_spt, y_spt, x_qry, y_qry, task_weights)
         return maml._binder.settled(maml, binding, result)
-    support_x, query_x = program.input(x_spt), program.input(x_qry)
+    check = maml._options.check_labels
+    support_x, query_x = program.input("x_spt", x_spt, check), program.input("x_qry", x_qry, check)
     look_at_labels(maml, program, support_x, y_spt=y_spt, y_qry=y_qry)
     parameters, rates = program.tensors()
     wanted = torch.is_grad_enabled()

@@ -126,6 +126,7 @@ def program_of(snapshot: Snapshot, graph: Graph, match: Match | None) -> Program
         labels=labels,
         of_loss={name: t for name, t in graph.outside.items() if t.requires_grad},
         identities=graph.identities,
+        integers=graph.integers,
     )
 
 

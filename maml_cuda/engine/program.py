@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from torch.distributions import Categorical, Independent, Normal
 
 from maml_cuda import pytrees, targets
 from maml_cuda.capture.copies import Place
-from maml_cuda.engine import fast_path, own_targets
+from maml_cuda.engine import fast_path, integer_inputs, own_targets
 from maml_cuda.engine.signatures import TreeLike
 from maml_cuda.losses import Loss
-from maml_cuda.plan.graph import Labels, Returned
+from maml_cuda.plan.graph import Labels, Range, Returned
 from maml_cuda.plan.own_loss import COMPUTED, Match
 from maml_cuda.plan.schema import Plan
 from maml_cuda.pytrees import Tree
@@ -37,6 +37,7 @@ class Program:
         labels: class labels in the target of a loss of the user's own.
         of_loss: parameters of such a loss, which receive a meta-gradient, by their names in `names`.
         identities: of all tensors that it reads and that are not the model's.
+        integers: of each element of a sample, its range if it is an integer; empty: x holds none.
         returned: what the model returns for a prediction of the plan.
         features: of the prediction, or of its mean.
         dtype: of the tensors that it computes with.
@@ -62,6 +63,7 @@ class Program:
         labels: tuple[Labels, ...],
         of_loss: dict[str, Tensor],
         identities: tuple[int, ...],
+        integers: Sequence[Range | None],
     ) -> None:
         """holders: of each tensor in `names`, then of each rate tensor. match: of a loss of the user's own."""
         self.plan, self.text = plan, plan.text
@@ -79,7 +81,8 @@ class Program:
         self.features = math.prod(returned.sample)
         self.of_loss = of_loss
         self.is_direct = len(returned.sample) == 1 and not weighted
-        self.is_warm = not written and (match is None or (match.loss == "mse" and not weighted))
+        self.integers = integers
+        self.is_warm = not written and not integers and (match is None or (match.loss == "mse" and not weighted))
         self.is_plain = returned == Returned(returned.sample) and self.is_direct
         self.places = fast_path.places(self.with_gradient([owner[key] for owner, key in holders]))
 
@@ -110,14 +113,21 @@ class Program:
         shapes = [like.shape[1:] for like in x.tensors]
         return shapes[0] if len(shapes) == 1 else (sum(map(math.prod, shapes)),)
 
-    def input(self, x: Tree, dtype: torch.dtype | None = None) -> Tensor:
-        """x [tasks, n, ...] as the ops take it: one tensor as it is, several beside each other.
+    def input(self, name: str, x: Tree, check: bool, dtype: torch.dtype | None = None) -> Tensor:
+        """x [tasks, n, ...] as the ops take it: one tensor as it is, several beside each other, integers as numbers.
 
         Args:
+            name: of the argument, for error messages.
+            check: look at the values of integers on a GPU too.
             dtype: in which the ops compute; None: the model's.
+
+        Raises:
+            ValueError: an integer is out of range.
         """
-        leaves = pytrees.tensors(x)
-        return leaves[0] if len(leaves) == 1 else _beside(leaves, dtype or self.dtype)
+        dtype, leaves = dtype or self.dtype, pytrees.tensors(x)
+        if self.integers:
+            leaves = integer_inputs.numbers(name, leaves, dtype, self.integers, check or self.plan.backend == "cpu")
+        return leaves[0] if len(leaves) == 1 else _beside(leaves, dtype)
 
     def target(self, y: Target, dtype: torch.dtype | None = None) -> list[Tensor | None]:
         """The tensors of a target [tasks, n, ...], as the ops take them.
@@ -154,6 +164,8 @@ class Program:
         if returned.log_softmax:
             prediction = prediction.log_softmax(-1)
         mean = prediction.reshape(*prediction.shape[:-1], *returned.sample)
+        if returned.nones:
+            return mean, *[None] * returned.nones
         if returned.distribution == "Categorical":
             return Categorical(logits=mean)
         if returned.distribution and log_std is not None:

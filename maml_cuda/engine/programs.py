@@ -143,7 +143,7 @@ class Programs:
         """The losses of the core that the loss may be on each of the sets; None stands for a loss of ours."""
         loss = self.snapshot.loss
         if isinstance(loss, str):
-            data_checks.returns_policy(loss, bool(graph.returned.log_std))
+            data_checks.returns_policy(loss, bool(graph.returned.log_std or graph.returned.nones))
             return [None]
         found: list[list[Match]] = []
         for record, y in sets:
@@ -175,8 +175,9 @@ class Programs:
         try:
             classes = {label.leaf: label.classes for label in program.labels}
             reason = proof.why_not(
-                model, loss, results, given.x.tree(), second_order, target, draws, classes, program.of_loss
-            )
+                model, loss, results, given.x.tree(), second_order, target, draws, classes, program.of_loss,
+                program.integers,
+            )  # fmt: skip
         except Exception as error:
             if isinstance(loss, str):
                 raise
@@ -187,7 +188,8 @@ class Programs:
 
     def _kept(self, program: Program) -> str:
         """The name of a program; equal ones have one name."""
-        key = str((program.text, program.names, program.returned, program.match, program.identities, program.written))
+        known = program.names, program.returned, program.match, program.identities, program.written, program.integers
+        key = f"{program.text} {known}"
         if key not in self._known:
             self._known[key] = f"program_{len(vars(self.by_name))}"
             setattr(self.by_name, self._known[key], program)
@@ -229,7 +231,7 @@ class _Results:
         return self._whole(products, fast)
 
     def _input(self, x: Tree) -> Tensor:
-        return self._program.input(x, torch.float64)
+        return self._program.input("x", x, True, torch.float64)
 
     def _own(self, given: Mapping[str, Tensor]) -> list[Tensor]:
         return self._program.own(given, 1, 0)

@@ -83,6 +83,8 @@ def _read(
         maml._binder.fall_back(maml, "a Fisher-vector product takes no parameters with a slot for each step")
         program = None
     if program is not None:
+        check = maml._options.check_labels
+        x_spt, x_qry = program.input("x_spt", x_spt, check), program.input("x_qry", x_qry, check)
         look_at_labels(maml, program, x_spt, y_spt=y_spt)
         if maml._options.check_labels and weights is not None:
             data_checks.sample_weights("weights", weights)

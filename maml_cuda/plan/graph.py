@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from maml_cuda.capture.errors import Unfusable
-from maml_cuda.plan.schema import Instruction, Layout, Loops, Node, Slide, Window
+from maml_cuda.plan.schema import IndexedAxis, Instruction, Layout, Loops, Node, Slide, Window
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,14 @@ class Returned:
             [action], "rows" for [n, action]. Otherwise "".
         distribution: the type of the distribution that the model returns: "Categorical", "Normal", or
             "Independent" for Independent(Normal, 1). Otherwise "".
+        nones: how many None follow it in a tuple, as in (logits, None); 0: there is no tuple.
     """
 
     sample: tuple[int, ...]
     log_softmax: bool = False
     log_std: str = ""
     distribution: str = ""
+    nones: int = 0
 
 
 class Labels(NamedTuple):
@@ -61,6 +63,13 @@ class Labels(NamedTuple):
     leaf: int
     classes: int
     ignored: int | None
+
+
+class Range(NamedTuple):
+    """Whole numbers from `low` on, less than `high`."""
+
+    low: int
+    high: int
 
 
 @dataclass
@@ -80,6 +89,7 @@ class Graph:
         loss_value: that of the loss, if nodes compute it.
         target: how many numbers such a loss compares for each sample.
         labels: those of them that are class labels.
+        integers: of each element of a sample, its range if it is an integer; empty: the input holds none.
         outside: tensors that are not the model's, read at every call, by the names that they have in `reads`.
         identities: of these.
     """
@@ -95,6 +105,7 @@ class Graph:
     loss_value: int | None = None
     target: int | None = None
     labels: tuple[Labels, ...] = ()
+    integers: list[Range | None] = field(default_factory=list)
     outside: dict[str, Tensor] = field(default_factory=dict, compare=False)
     identities: tuple[int, ...] = ()
 
@@ -370,6 +381,8 @@ class Writer:
         out_layout: Layout | None = None,
         loops: tuple[Loops, ...] = (),
         slides: tuple[Slide, ...] = (),
+        axis: IndexedAxis | None = None,
+        constants: tuple[float, ...] = (),
         instructions: tuple[Instruction, ...] = (),
         reduction: str | None = None,
         cell: str | None = None,
@@ -378,13 +391,13 @@ class Writer:
         fields of schema.Node."""
         return self._append(
             kind, inputs, parameters, image=image, rows=rows, out_layout=out_layout, loops=loops,
-            slides=slides, instructions=instructions, reduction=reduction, cell=cell,
+            slides=slides, axis=axis, constants=constants, instructions=instructions, reduction=reduction, cell=cell,
         )  # fmt: skip
 
     def _append(self, kind: str, inputs: Sequence[int], parameters: tuple[int | None, ...], **fields: Any) -> int:
         nothing = dict.fromkeys(
             ("out_layout", "in_features", "out_features", "sample", "window", "function", "eps", "groups",
-             "count_padding", "image", "rows", "reduction", "cell")
+             "count_padding", "image", "rows", "axis", "reduction", "cell")
         )  # fmt: skip
         empty: dict[str, Any] = dict.fromkeys(("in_layouts", "constants", "loops", "slides", "instructions"), ())
         fields = {**nothing, **empty, **fields}

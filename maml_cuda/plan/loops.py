@@ -117,9 +117,6 @@ class LoopWriter(Writer):
         if len(given) == 1:
             (shape,) = (x.shape for x in given)
             return [Value(0, shape, shape[1:], False, False)]
-        for x in given:
-            if not x.dtype.is_floating_point and x.dtype != torch.bool:
-                raise Unfusable(f"{x.name} is {x.dtype}; fused are several inputs of numbers with a point, and masks")
         return [*self._beside(0, [(x.name, x.shape) for x in given])]
 
     def targets(self, shapes: Sequence[tuple[int, ...]]) -> list[Strided]:

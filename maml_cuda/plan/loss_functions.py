@@ -38,14 +38,18 @@ class LossFunctions(Tensors):
     def one_hot(self, labels: Any, num_classes: int = -1) -> Strided:
         if num_classes < 0:
             raise Unfusable("one_hot without a number of classes is not fused")
-        return self._is_class(labels, num_classes)
+        given = self.to.strided(labels)
+        if self.to.leaf_of(given) is not None:
+            return self._is_class(labels, num_classes)
+        index = self._index(given, num_classes)
+        return self.to.map("eq", index.unsqueeze(len(index.axes)), self._numbers(num_classes))
 
     def gather(self, x: Any, dim: int, index: Any, *, sparse_grad: bool = False) -> Strided:
-        """x[..., index] along the last axis."""
+        """Of class labels, along the last axis."""
         values, chosen = self.to.strided(x), self.to.strided(index)
         last = len(values.axes) - 1
-        if dim % len(values.axes) != last or chosen.shape[:-1] != values.shape[:-1]:
-            raise Unfusable("a gather is fused along the last axis, of all rows")
+        if self.to.leaf_of(chosen) is None or dim % len(values.axes) != last or chosen.shape[:-1] != values.shape[:-1]:
+            return super().gather(x, dim, index)
         of_class = self._is_class(chosen, values.shape[-1])
         return self.sum(self.to.map("where", of_class, values.unsqueeze(last), 0.0), [-1])
 

@@ -16,7 +16,7 @@ This module does not depend on how the plan was made. It needs the model, and fu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -35,6 +35,8 @@ from maml_cuda.capture.copies import copied, in_place_of, places, tensors_of
 from maml_cuda.capture.errors import first_line
 from maml_cuda.functional import second_derivatives
 from maml_cuda.losses import Loss, loss_function
+from maml_cuda.plan.graph import Range
+from maml_cuda.plan.integers import drawn, is_integer
 from maml_cuda.policies import mean_of
 from maml_cuda.pytrees import Tree
 from maml_cuda.targets import PolicyTarget, Target
@@ -77,6 +79,7 @@ def why_not(
     draws: int = 1,
     classes: Mapping[int, int] | None = None,
     of_loss: Mapping[str, Tensor] | None = None,
+    integers: Sequence[Range | None] = (),
 ) -> str:
     """The reason why a plan must not be used, or "" if its results are those of the model.
 
@@ -90,11 +93,14 @@ def why_not(
         classes: of the leaves of the target that are known to be class labels, how many there are; otherwise as many
             as the prediction has features.
         of_loss: parameters of the loss, by name.
+        integers: of each element of a sample that is an integer, its range.
     """
     # A new thread has none of the caller's modes (autocast, no_grad, inference, devices, fake tensors, transforms).
     with ThreadPoolExecutor(max_workers=1) as thread:
         for seed in range(draws):
-            arguments = (model, loss, results, likes, second_order, target, classes or {}, of_loss or {}, seed)
+            arguments = (
+                model, loss, results, likes, second_order, target, classes or {}, of_loss or {}, integers, seed,
+            )  # fmt: skip
             if reason := thread.submit(_compare, *arguments).result():
                 return reason
     return ""
@@ -102,7 +108,7 @@ def why_not(
 
 def _compare(
     model: nn.Module, loss: Loss | None, results: Results, likes: Any, second_order: bool, target: Any,
-    classes: Mapping[int, int], of_loss: Named, seed: int,
+    classes: Mapping[int, int], of_loss: Named, integers: Sequence[Range | None], seed: int,
 ) -> str:  # fmt: skip
     generator = Generator().manual_seed(seed)
     try:
@@ -114,7 +120,7 @@ def _compare(
             model_copy, loss_copy = copied((model, loss), {**_replacements(model, generator), **in_place})
             state = {**{name: place.tensor for name, place in places(model_copy).items()}, **own}
             fast = {name: t.detach().clone().unsqueeze(0) for name, t in state.items()}
-            x = pytree.tree_map(lambda like: like and _random_input(like, generator), likes)
+            x = _random_input(likes, integers, generator)
             with outside_state.restored(model_copy, [loss_copy] if callable(loss_copy) else []):
                 make_target = partial(_target_for, loss, target, classes, seed, generator)
                 expected = _Expected(
@@ -246,12 +252,25 @@ def _is_single(model: nn.Module) -> bool:
     return all(p.dtype == torch.float32 for p in model.parameters())
 
 
-def _random_input(like: Any, generator: Generator) -> Tensor:
-    """Random values for an input; of a mask half along the last axis, so that no row of it is empty or full."""
-    if like.dtype != torch.bool:
-        return _normal(like.shape, generator)
-    order = torch.rand(like.shape, generator=generator).argsort(-1)
-    return torch.lt(2 * order, like.shape[-1])
+def _random_input(likes: Any, integers: Sequence[Range | None], generator: Generator) -> Tree:
+    """A pytree of random inputs: of integers in their ranges; of a mask half along the last axis, so that no row of it
+    is empty or full."""
+    leaves, structure = pytree.tree_flatten(likes)
+    x: list[Tensor | None] = []
+    start = 0
+    for like in leaves:
+        end = start if like is None else start + math.prod(like.shape[1:])
+        if like is None:
+            x.append(None)
+        elif like.dtype == torch.bool:
+            order = torch.rand(like.shape, generator=generator).argsort(-1)
+            x.append(torch.lt(2 * order, like.shape[-1]))
+        elif is_integer(like.dtype):
+            x.append(drawn(like.shape, like.dtype, [r for r in integers[start:end] if r is not None], generator))
+        else:
+            x.append(_normal(like.shape, generator))
+        start = end
+    return pytree.tree_unflatten(x, structure)
 
 
 def _random_parameter(p: Tensor, generator: Generator) -> Tensor:

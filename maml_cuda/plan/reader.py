@@ -7,6 +7,7 @@ refused.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from maml_cuda.capture.python_state import Change
 from maml_cuda.capture.record import Made, Operand, Operation, Record
 from maml_cuda.plan.attention import with_attention
 from maml_cuda.plan.graph import Constant, Graph, Held, Known, LogSumExp, Returned, Value, text_of
+from maml_cuda.plan.integers import check_conversion, check_operation, exact, is_integer
 from maml_cuda.plan.layers import Layers
 from maml_cuda.plan.loops import LoopWriter
 from maml_cuda.plan.loss_functions import LossFunctions
@@ -61,13 +63,24 @@ def graph_of(
 
 class _Reader(Layers):
     def __init__(self, model: nn.Module, record: Record, target: Sequence[tuple[int, ...]] | None) -> None:
-        super().__init__(model, record.n, record.dtype)
+        dtype = record.dtype
+        if is_integer(dtype):
+            dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
+        super().__init__(model, record.n, dtype)
         self._tensors = LossFunctions(self)
         self._target_shapes = target
         self._record = record
         self._in_loss = False
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._known: dict[int, Known] = dict(zip(map(id, record.inputs), self.inputs(record.inputs), strict=True))
+        # ids of the operands that are numbers of an integer input
+        self._integers = {id(x) for x in record.inputs if is_integer(x.dtype)}
+        if self._integers:
+            self.graph.integers = [
+                exact(dtype) if id(x) in self._integers else None
+                for x in record.inputs
+                for _ in range(math.prod(x.shape[1:]))
+            ]
 
     def read(self) -> Graph:
         prediction = self._record.prediction
@@ -121,7 +134,12 @@ class _Reader(Layers):
         if all(isinstance(k, Constant) for k in known):
             results: Any = self._made(operation, args, kwargs)
         else:
-            results = self._written(operation.name, args, kwargs)
+            if check_operation(operation, self._integers):
+                self._integers.update(map(id, operation.results))
+            if operation.name == "_to_copy":
+                results = self._converted(operation, args[0])
+            else:
+                results = self._written(operation.name, args, kwargs)
             if operation.boundary and learned:
                 results = pytree.tree_map_only(Known, lambda k: self.stop(self.strided(k)), results)
         for operand, result in zip(
@@ -166,6 +184,10 @@ class _Reader(Layers):
             self.undo(mark)
         raise reason
 
+    def _converted(self, operation: Operation, x: Any) -> Any:
+        """x in another dtype."""
+        return self.map("ne", x, 0.0) if check_conversion(operation) else x
+
     def _operand(self, operand: Operand) -> Known:
         if operand.overwritten == self.call:  # inside one function of torch
             raise Unfusable("no fused layer serves it")
@@ -201,13 +223,16 @@ class _Reader(Layers):
 
     def _finish(self, prediction: Any) -> None:
         """Writes the last nodes of the prediction, for what `forward` returns."""
+        nones = 0
+        if type(prediction) is tuple and prediction and all(part is None for part in prediction[1:]):
+            prediction, nones = prediction[0], len(prediction) - 1
         mean, log_std, distribution = _parts(prediction)
         if isinstance(mean, Strided):
             mean = self.as_features(mean)
         if not isinstance(mean, Value):
             raise Unfusable(f"the model returns {text_of(prediction)}, not one tensor computed from x")
         x = self.value(replace(mean, log_softmax=False))
-        self.graph.returned = Returned(x.shape[1:], mean.log_softmax, distribution=distribution)
+        self.graph.returned = Returned(x.shape[1:], mean.log_softmax, distribution=distribution, nones=nones)
         if log_std is not None:
             x = self.append(x, log_std)
             self.graph.returned = replace(self.graph.returned, log_std="rows" if log_std.rows else "shared")

@@ -81,6 +81,19 @@ class Slide:
 
 
 @dataclass(frozen=True)
+class IndexedAxis:
+    """The axis of the first input of `gather`, or of the output of `scatter`, along which the second input has places.
+    The view of that operand does not have it.
+
+    Attributes:
+        size, stride: of the axis in memory.
+    """
+
+    size: int
+    stride: int
+
+
+@dataclass(frozen=True)
 class Instruction:
     """One operation of the expression of a map.
 
@@ -119,6 +132,7 @@ class Node:
         rows: of `view`, the number of images in a sample; None: 1.
         loops: of a layer on tensors of any shape; of `move` and `recurrence`, one for each input.
         slides: of `windows`, for each axis of its input over which a window slides.
+        axis: of `gather` and `scatter`.
         instructions: the expression of a `map`; the last one gives its value.
         reduction: of `reduce` and `extreme`, a name of Reduction in csrc/layers/loops.h.
         cell: of `recurrence`, a name of Cell in csrc/layers/cells.h.
@@ -143,6 +157,7 @@ class Node:
     rows: int | None
     loops: tuple[Loops, ...]
     slides: tuple[Slide, ...]
+    axis: IndexedAxis | None
     instructions: tuple[Instruction, ...]
     reduction: str | None
     cell: str | None

@@ -14,6 +14,7 @@ import torch
 
 from maml_cuda.capture.errors import Unfusable
 from maml_cuda.plan.graph import Constant, Held, SampleCount, Value, text_of
+from maml_cuda.plan.indexing import Indexing
 from maml_cuda.plan.layers import Layers
 from maml_cuda.plan.normalisations import Normalisations
 from maml_cuda.plan.recurrences import Recurrences
@@ -26,7 +27,7 @@ _FUNCTIONS = ("relu", "silu", "tanh", "sigmoid", "sin", "cos", "exp", "expm1", "
 _COMBINATIONS = ("sub", "atan2", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "where")
 
 
-class Tensors(Scans, Normalisations, Recurrences):
+class Tensors(Scans, Normalisations, Recurrences, Indexing):
     """Reads operations on tensors of any shape.
 
     Attributes:

@@ -84,9 +84,9 @@ class Writer:
         draw: Callable[[str], str] = self.random.choices(
             [
                 self.function, self.pair, self.view, self.parts, self.joined, self.reduced, self.product, self.own,
-                self.image,
+                self.image, self.indexed,
             ],
-            [3, 4, 4, 2, 2, 2, 4, 2, 1],
+            [3, 4, 4, 2, 2, 2, 4, 2, 1, 2],
         )[0]  # fmt: skip
         done = self.emit(draw(self.variable()))
         if not done:
@@ -213,6 +213,38 @@ class Writer:
                 f"torch.unbind({v}, {dim})[{start}]",
             ]
         )
+
+    def indexed(self, v: str) -> str:
+        """Elements in the places of an index, sums in these places, or elements in order."""
+        axes, r = self.shape(v), self.random
+        i = self.axis(v)
+        if not axes or not axes[i][0].isdigit():
+            return self.function(v)
+        size, dim, colons = int(axes[i][0]), self.spelled(v, i), ":, " * i
+        places = [r.randrange(size) for _ in range(size if r.random() < 0.4 else r.randint(1, 4))]
+        index = f"torch.tensor({places})"
+        in_its_axis = f"{index}.reshape({', '.join('-1' if a == i else '1' for a in range(len(axes)))})"
+        wide = f"{in_its_axis}.expand({', '.join('-1' if a == i else s for a, (s, _) in enumerate(axes))})"
+        part = f"{v}.narrow({dim}, 0, {min(size, len(places))})"
+        few = f"torch.tensor({places[:size]})"
+        texts = [
+            f"{v}[{colons}{[p - r.choice([0, size]) for p in places]}]",
+            f"{v}[{colons}torch.tensor([{places}, {places[::-1]}])]",
+            f"{v}.index_select({dim}, {index})",
+            f"torch.take_along_dim({v}, {in_its_axis}, {dim})",
+            f"{v}.gather({dim}, {wide})",
+            f"{v}.index_add({dim}, {few}, 0.5 * {part})",
+            f"torch.zeros_like({v}).scatter_add({dim}, {wide}.narrow({dim}, 0, {min(size, len(places))}), {part})",
+            f"F.embedding(torch.tensor({places}), {self.tensor(size, 3, constant=False)}) * {v}.mean()",
+        ]
+        if self.kinks:
+            descending = r.choice([True, False])
+            texts += [
+                f"{v}.sort({dim}, descending={descending})[0]",
+                f"{v}.topk({r.randint(1, size)}, {dim}, largest={descending})[0]",
+                f"({v} * {v}).gather({dim}, {v}.argsort({dim}))",
+            ]
+        return r.choice(texts)
 
     def joined(self, v: str) -> str:
         """Elements in another order, several times, or together with others."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import maml_cuda  # noqa: F401  (registers the ops)
 from maml_cuda.plan import schema
-from maml_cuda.plan.schema import Instruction, Loops, Slide, View
+from maml_cuda.plan.schema import IndexedAxis, Instruction, Loops, Slide, View
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "relu": torch.relu,
@@ -214,6 +214,26 @@ class Sketch:
         loops = (self._loops((given,), y.strides, y),)
         return self._add("windows", (x,), y.sizes, loops=loops, slides=tuple(fields))
 
+    def gather(self, table: Operand, index: Operand, axis: int) -> Operand:
+        """The elements of a table in the places of an index, which has the axes of the result."""
+        size = table.sizes[axis]
+        assert size is not None
+        own = tuple(0 if a == axis else s for a, s in enumerate(table.strides))
+        y = dense(0, index.sizes)
+        loops = (self._loops((replace(table, sizes=index.sizes, strides=own), index), y.strides, y),)
+        along = IndexedAxis(size, table.strides[axis])
+        return self._add("gather", (table, index), y.sizes, loops=loops, axis=along)
+
+    def scatter(self, source: Operand, index: Operand, axis: int, size: int) -> Operand:
+        """The sums of a source in the places of an index with the same axes."""
+        y = dense(0, (*source.sizes[:axis], size, *source.sizes[axis + 1 :]))
+        own = tuple(0 if a == axis else s for a, s in enumerate(y.strides))
+        loops, along = (self._loops((source, index), own, y),), IndexedAxis(size, y.strides[axis])
+        return self._add("scatter", (source, index), y.sizes, loops=loops, axis=along)
+
+    def sort(self, x: Operand, descending: bool) -> Operand:
+        return self._over("sort", (x,), (), constants=(float(descending),))
+
     def plan(self) -> schema.Plan:
         """The plan, whose prediction is the last value as features."""
         (loops, *_) = self.nodes[-1].loops
@@ -264,6 +284,8 @@ def _evaluated(node: schema.Node, inputs: Sequence[Tensor], parameters: Sequence
             y = y.index_put((at,), elements(loops.inputs[0], loops.sizes, x, n))
         return y
     (loops,) = node.loops
+    if node.kind in ("gather", "scatter"):
+        return looked_up(node, inputs, y, n)
     if node.kind == "windows":
         return y.index_put((places(output, loops.sizes, n),), windows(node, inputs[0], n))
     x = [elements(view, loops.sizes, value, n) for view, value in zip(loops.inputs, inputs, strict=True)]
@@ -281,6 +303,8 @@ def _evaluated(node: schema.Node, inputs: Sequence[Tensor], parameters: Sequence
         result = getattr(torch, node.kind)(x[0], -1)
     elif node.kind == "stop":
         result = x[0].detach()
+    elif node.kind == "sort":
+        result = torch.sort(x[0], dim=-1, descending=bool(node.constants[0]), stable=True).indices.to(x[0].dtype)
     else:
         result = reduced(x[0], over, str(node.reduction))
     at = places(output, loops.sizes, n)
@@ -300,6 +324,21 @@ def attention(x: Sequence[Tensor], scale: float, safe: float) -> Tensor:
         empty = (scores == -math.inf).all(-1, keepdim=True)
         weights = torch.where(empty, 0, scores.masked_fill(empty, 0).softmax(-1))
     return (weights @ v).unsqueeze(-2).unsqueeze(-2)
+
+
+def looked_up(node: schema.Node, inputs: Sequence[Tensor], y: Tensor, n: int) -> Tensor:
+    """gather, and scatter into y."""
+    (loops,) = node.loops
+    own, axis = places(loops.output, loops.sizes, n), node.axis
+    assert axis is not None
+    index = elements(loops.inputs[1], loops.sizes, inputs[1].detach(), n)
+    inside = (index >= 0) & (index < axis.size)
+    along = torch.where(inside, index, 0).long() * axis.stride
+    if node.kind == "gather":
+        values = inputs[0].flatten()[places(loops.inputs[0], loops.sizes, n) + along]
+        return y.index_put((own,), torch.where(inside, values, torch.nan))
+    source = elements(loops.inputs[0], loops.sizes, inputs[0], n)
+    return y.index_put((own + along,), torch.where(inside, source, torch.nan), accumulate=True)
 
 
 def windows(node: schema.Node, x: Tensor, n: int) -> Tensor:

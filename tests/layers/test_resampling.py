@@ -75,6 +75,12 @@ def test_adaptive_pool(check_passes, pool):
     check_passes(between(layer, axes), (3, *SIZES[axes]), n=2)
 
 
+def test_adaptive_pool_of_all_with_channels_last(check_passes):
+    """torch gives the result other strides."""
+    turned = Applied(lambda x: F.adaptive_avg_pool1d(x.transpose(1, 2), 1).flatten(1))
+    check_passes(nn.Sequential(nn.Linear(4, 3), turned, nn.Tanh(), nn.Linear(3, 2)), (5, 4), n=3)
+
+
 def test_adaptive_pool_of_features(check_passes):
     """Samples are where channels would be."""
     check_passes(nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.AdaptiveAvgPool1d(3), nn.Linear(3, 2)), (3,), n=4)

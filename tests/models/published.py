@@ -14,9 +14,10 @@ from torch import Generator, Tensor, nn
 #   today: layers of features, signals and images
 #   a:     move, windows, map, reduce, contract and softmax, on tensors of any shape
 #   b:     recurrence, every convolution, losses of one's own
-#   c:     rows of a table, integer and several inputs, buffers that forward writes, nodes of a graph as samples
+#   c:     rows of a table, integer inputs
+#   d:     several inputs, buffers that forward writes, nodes of a graph as samples
 #   never: Fourier transforms and complex numbers; control flow that depends on values or on what earlier calls left
-BUILT_PARTS = {"today", "a", "b"}
+BUILT_PARTS = {"today", "a", "b", "c"}
 
 TASKS = 2
 Draw = Callable[[int, Generator], Any]  # (samples, generator) -> [TASKS, samples, ...], or a tree of such tensors
@@ -32,7 +33,7 @@ class Published:
         make: makes the model, with random parameters.
         x: shape of a sample, or a function that draws inputs.
         y: number of classes, shape of a real target, or a function that draws targets.
-        part: of the work that fuses it: "today", "a", "b", "c" or "never".
+        part: of the work that fuses it: "today", "a", "b", "c", "d" or "never".
         loss: of ours by name, or (prediction, target) -> scalar.
         reason: words of the sentence why a model of part "never" is not fused.
         adapted: the parameters that the inner loop changes; None: all of them.

@@ -209,7 +209,7 @@ def attention_models() -> Iterable[Published]:
     )  # fmt: skip
     yield Published(
         "bert", "Devlin et al. 2019; BERT-pytorch BERT", lambda: attention.Bert(11, 5, 8, 1, 2, CLASSES),
-        both(labels(11, 5), labels(3, 5)), CLASSES, "c",
+        both(labels(11, 5), labels(3, 5)), CLASSES, "d",
     )  # fmt: skip
     yield Published(
         "mlp_mixer", "Tolstikhin et al. 2021; mlp-mixer-pytorch", lambda: mixers.mlp_mixer(8, 4, 6, 2, CLASSES), IMAGE,
@@ -337,7 +337,7 @@ def policy_models() -> Iterable[Published]:
 
 def graph_models() -> Iterable[Published]:
     yield Published(
-        "gcn", "Kipf and Welling 2017; pygcn GCN", lambda: graphs.GCN(5, 4, 6, CLASSES), (4,), CLASSES, "c",
+        "gcn", "Kipf and Welling 2017; pygcn GCN", lambda: graphs.GCN(5, 4, 6, CLASSES), (4,), CLASSES, "d",
         negative_log_likelihood, n_support=5, n_query=5,
     )  # fmt: skip
     yield Published(

@@ -143,6 +143,31 @@ inline LoopLayer random_windows(Random& random) {
   return l;
 }
 
+/// A gather from x, or a scatter into y, along one more axis.
+inline LoopLayer random_lookup(Random& random, Kind kind) {
+  LoopLayer l;
+  l.layer.kind = kind;
+  l.layer.n = 1 + random.below(4);
+  l.inputs = 2;
+  Loops loops = random.loops();
+  Loops with_axis = loops;  // the further axis is the last one
+  const int axis = with_axis.axes++;
+  with_axis.size[axis] = 1 + random.below(4);
+  auto has = random.axes(0.6);
+  has[axis] = true;
+  const bool gathers = kind == Kind::gather;
+  View of = random.view(with_axis, l.layer.n, has, gathers && random.with(0.5));
+  loops.axis = {with_axis.size[axis], std::exchange(of.stride[axis], 0)};
+  of.whole = false;
+  View other =
+      random.view(loops, l.layer.n, gathers ? kAll : random.axes(0.75), !gathers && random.with(0.5));
+  (gathers ? loops.x[0] : loops.y) = of;
+  (gathers ? loops.y : loops.x[0]) = other;
+  loops.x[1] = random.view(loops, l.layer.n, random.axes(0.75), random.with(0.5));
+  l.loops = {loops};
+  return l;
+}
+
 /// y consists of parts along one axis, with zeros between some of them.
 inline LoopLayer random_move(Random& random) {
   LoopLayer l;

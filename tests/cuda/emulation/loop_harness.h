@@ -35,6 +35,12 @@ inline std::string text_of(const LoopLayer& l, const LoopPresent& p) {
   return text + (p.add ? ", adds" : "") + (p.same ? ", same input" : "");
 }
 
+inline bool is_lookup(Kind kind) { return kind == Kind::gather || kind == Kind::scatter; }
+/// A place in [0, size) from a random number.
+inline double index_from(double number, int64_t size) {
+  return std::floor(std::fabs(number) * 7) - std::floor(std::floor(std::fabs(number) * 7) / size) * size;
+}
+
 /// <g, y_dot> = the sum of <grad_x, x_dot>
 inline bool is_adjoint(const LoopValues& v) {
   double left = 0, right = 0, scale = 1;
@@ -99,7 +105,8 @@ std::vector<T> check_loops(LoopLayer l, const LoopPresent& p, int64_t tasks = 2,
       auto x = input(nullptr, task, in[j]);
       if (l.formula.positive) x = made_positive(x);
       for (double& e : x) {
-        if (layer.kind == Kind::extreme) e = std::round(2 * e);  // many are equal
+        if (layer.kind == Kind::extreme || layer.kind == Kind::sort) e = std::round(2 * e);  // many are equal
+        if (j == 1 && is_lookup(layer.kind)) e = index_from(e, l.loops[0].axis.size);
         e = static_cast<double>(static_cast<T>(e));
       }
       memory.fill(const_cast<T*>(all.x[j]), task, x);
@@ -112,7 +119,7 @@ std::vector<T> check_loops(LoopLayer l, const LoopPresent& p, int64_t tasks = 2,
     const auto g = input(all.grad_y, task, out), g_dot = input(all.grad_y_dot, task, out);
     v.g = dual(g, g_dot, true);
     loop_reference(l, v);
-    const bool stops = layer.kind == Kind::stop;
+    const bool stops = layer.kind == Kind::stop || layer.kind == Kind::sort;
     expect(stops || is_adjoint(v),
            name + ": the reference's backward pass is not the adjoint of its tangent");
     for (int j = 0; j < l.inputs && stops; ++j) v.grad_x[j].assign(in[j], D(0));

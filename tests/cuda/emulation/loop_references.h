@@ -170,6 +170,39 @@ inline void softmax_reference(const LoopLayer& l, LoopValues& v) {
   }
 }
 
+/// gather and scatter: the operand with the further axis, and the other one.
+inline void lookup_reference(const LoopLayer& l, LoopValues& v) {
+  const Loops& loops = l.loops[0];
+  const bool scatters = l.layer.kind == Kind::scatter;
+  each_index(loops, l.layer.n, [&](const auto& i) {
+    const double index = v.x[1][at(l.x(1), i)].v;
+    int64_t x = at(l.x(0), i), y = at(l.y(), i);
+    const bool inside = 0 <= index && index < static_cast<double>(loops.axis.size);
+    if (inside) (scatters ? y : x) += static_cast<int64_t>(index) * loops.axis.stride;
+    const D nan(std::numeric_limits<double>::quiet_NaN());
+    v.y[y] += inside ? v.x[0][x] : nan;
+    if (inside || scatters) v.grad_x[0][x] += inside ? v.g[y] : nan;
+  });
+}
+
+/// The place of an element is the number of those that come before it.
+inline void sort_reference(const LoopLayer& l, LoopValues& v) {
+  const Loops& loops = l.loops[0];
+  const int last = loops.axes - 1;
+  each_index(loops, l.layer.n, [&](std::vector<int64_t> i) {
+    const auto own = static_cast<double>(i[last]), value = v.x[0][at(l.x(0), i)].v;
+    int64_t before = 0;
+    for (i[last] = 0; i[last] < loops.size[last]; ++i[last]) {
+      const double other = v.x[0][at(l.x(0), i)].v;
+      const bool first = static_cast<double>(i[last]) < own;
+      before += l.layer.a != 0 ? other > value || (first && other == value)
+                               : other < value || (first && other == value);
+    }
+    i[last] = before;
+    v.y[at(l.y(), i)] = D(own);
+  });
+}
+
 inline void map_reference(const LoopLayer& l, LoopValues& v) {
   each_index(l.loops[0], l.layer.n, [&](const auto& i) {
     std::vector<Twice> x;
@@ -287,6 +320,11 @@ inline void loop_reference(const LoopLayer& l, LoopValues& v) {
     case Kind::softmax:
     case Kind::log_softmax:
       return softmax_reference(l, v);
+    case Kind::gather:
+    case Kind::scatter:
+      return lookup_reference(l, v);
+    case Kind::sort:
+      return sort_reference(l, v);
     case Kind::map:
       return map_reference(l, v);
     case Kind::attention:

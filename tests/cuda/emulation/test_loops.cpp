@@ -24,6 +24,23 @@ LoopPresent random_presence(Random& random) {
   return p;
 }
 
+/// An index has no derivative, so it neither moves nor is wanted; or it is, as what was sorted, and its
+/// cotangent is 0.
+template <class T>
+void check_lookups(Random& random) {
+  for (const Kind kind : {Kind::gather, Kind::scatter}) {
+    LoopPresent p = random_presence(random);
+    p.moves[1] = false;
+    check_loops<T>(random_lookup(random, kind), p);
+  }
+  LoopLayer sorted = random_layer(random, Kind::sort, 1);
+  while (sorted.loops[0].size[sorted.loops[0].axes - 1] == kSamples) {
+    sorted = random_layer(random, Kind::sort, 1);
+  }
+  sorted.layer.a = random.with(0.5) ? 1 : 0;
+  check_loops<T>(sorted, random_presence(random));
+}
+
 template <class T>
 void check_random(int seeds) {
   for (int seed = 0; seed < seeds; ++seed) {
@@ -42,6 +59,7 @@ void check_random(int seeds) {
     }
     check_loops<T>(random_layer(random, Kind::contract, 2), random_presence(random));
     check_loops<T>(random_attention(random), random_presence(random));
+    check_lookups<T>(random);
   }
 }
 
@@ -111,6 +129,10 @@ Outputs outputs_at(LoopLayer l, const std::vector<std::vector<double>>& x,
   const View row{count, false, true, 0, {1}};
   l.layer.n = 1;
   l.loops = {loops_over({count}, {row, row}, {out, false, true, 0, {out == 1 ? 0 : 1}})};
+  if (is_lookup(l.layer.kind)) {
+    View& of = l.layer.kind == Kind::gather ? l.loops[0].x[0] : l.loops[0].y;
+    l.loops[0].axis = {count, std::exchange(of.stride[0], 0)};
+  }
   l.layer.loops = l.loops.data(), l.layer.expression = &l.formula.e;
   const Footprint needs = footprint(l.layer);
   Memory<double> memory(1, 20 * (count + 2 * kGap) + needs.saved + 2 * kGap);
@@ -204,6 +226,21 @@ void check_special_values() {
        name + ": cotangents at a mask");
     is(outputs_at(layer_of(kind), {{-inf, -inf}}, {{1, 1}}, 1, 1).y, {nan, nan}, name + ": a row of -inf");
   }
+
+  const std::vector<double> numbers = {4, 5, 6, 7};
+  for (const Kind kind : {Kind::gather, Kind::scatter}) {  // places outside
+    LoopLayer lookup = layer_of(kind);
+    o = outputs_at(lookup, {numbers, {3, -1, 4, nan}}, {ones, {}}, 2, 3);
+    if (kind == Kind::gather) {
+      expect(equal(o.y, {7, nan, nan, nan}) && equal(o.grad_x[0], {0, 0, 0, 2}), "gather: places outside");
+    } else {
+      expect(equal(o.y, {nan, 0, 0, 4}) && equal(o.grad_x[0], {2, nan, nan, nan}), "scatter: places outside");
+    }
+  }
+  LoopLayer sort = layer_of(Kind::sort);
+  is(outputs_at(sort, {{2, nan, -inf, 2}}, {ones}, 1, 1).y, {2, 0, 3, 1}, "sort: ties and NaN");
+  sort.layer.a = 1;
+  is(outputs_at(sort, {{2, nan, -inf, 2}}, {ones}, 1, 1).y, {1, 0, 3, 2}, "sort: descending");
 
   // A value that does not move has no tangent, though its derivative is infinite.
   const LoopLayer root = map_of(expression(2, {unary(F::sqrt, 0), combined(C::mul, 2, 1)}));
