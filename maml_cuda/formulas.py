@@ -68,6 +68,18 @@ def _multi_margin_loss(
     return _reduced(terms.sum(-1) / classes, reduction)
 
 
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Any:
+    """torch has no second derivative of its own kernel."""
+    return NotImplemented if inplace else F.relu6(input + 3) / 6
+
+
+def _rrelu(
+    input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+) -> Any:
+    """Draws no random numbers in eval mode, although torch's own code might."""
+    return NotImplemented if training or inplace else F.leaky_relu(input, (lower + upper) / 2)
+
+
 def _smoothed_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -156,11 +168,13 @@ DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
     torch._weight_norm: _weight_norm,
     F.batch_norm: _batch_norm,
     F.multi_margin_loss: _multi_margin_loss,
+    F.hardsigmoid: _hardsigmoid,
 }
 # Of functions whose own code no record can hold.
 CAPTURED: dict[Any, Callable[..., Any]] = {
     F.multi_margin_loss: _multi_margin_loss,
     F.pad: _padded,
+    F.rrelu: _rrelu,
     F.cross_entropy: _smoothed_cross_entropy,
     F.gaussian_nll_loss: _gaussian_nll_loss,
     F.triplet_margin_with_distance_loss: _triplet_margin_with_distance_loss,

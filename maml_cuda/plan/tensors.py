@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from maml_cuda.capture.errors import Unfusable
+from maml_cuda.plan.elementary import Elementary
 from maml_cuda.plan.graph import Constant, Held, SampleCount, Value, text_of
 from maml_cuda.plan.indexing import Indexing
 from maml_cuda.plan.layers import Layers
 from maml_cuda.plan.normalisations import Normalisations
 from maml_cuda.plan.recurrences import Recurrences
-from maml_cuda.plan.scans import Scans
 from maml_cuda.plan.strided import Strided
 
 # Functions of one operand, and functions of several, whose names in ATen are those in csrc/layers.
@@ -27,7 +27,7 @@ _FUNCTIONS = ("relu", "silu", "tanh", "sigmoid", "sin", "cos", "exp", "expm1", "
 _COMBINATIONS = ("sub", "atan2", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "where")
 
 
-class Tensors(Scans, Normalisations, Recurrences, Indexing):
+class Tensors(Elementary, Normalisations, Recurrences, Indexing):
     """Reads operations on tensors of any shape.
 
     Attributes:
@@ -393,7 +393,9 @@ class Tensors(Scans, Normalisations, Recurrences, Indexing):
             return self.to.map("root", self.sum(self.pow(x, 2), dim, keepdim))
         if ord == 1:
             return self.sum(self.to.map("abs", x), dim, keepdim)
-        raise Unfusable(f"a norm of order {ord} is not fused; those of order 1 and 2 are")
+        if ord == math.inf:
+            return self.amax(self.to.map("abs", x), dim, keepdim)
+        raise Unfusable(f"a norm of order {ord} is not fused; those of order 1, 2 and infinity are")
 
     def _weight_norm_interface(self, v: Any, g: Any, dim: int = 0) -> tuple[Strided, Strided]:
         x = self.to.strided(v)

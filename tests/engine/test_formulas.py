@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,3 +82,47 @@ def test_of_a_view_on_which_torch_is_wrong(backend: str) -> None:
     loss, grads = run(FusedMAML(model, 0.1, 2, loss="mse", backend=backend), data)
     torch.testing.assert_close(loss, value, rtol=1e-12, atol=0)
     assert_close(grads, expected)
+
+
+def hard_sigmoid(x: Tensor) -> Tensor:
+    return torch.where(x <= -3, torch.zeros_like(x), torch.where(x >= 3, torch.ones_like(x), x / 6 + 0.5))
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_hardsigmoid_has_a_second_derivative(backend: str) -> None:
+    class Gated(nn.Linear):
+        def __init__(self, gate: Any) -> None:
+            super().__init__(3, 2)
+            self.gate = gate
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = 4 * super().forward(x)
+            return h * self.gate(h)
+
+    model, data = Gated(nn.Hardsigmoid()).double(), episode((3,), target=(2,))
+    twin = Gated(hard_sigmoid).double()
+    twin.load_state_dict(model.state_dict())
+    value, expected = oracle.meta_gradient(twin, "mse", *data, 0.01, 2)
+    loss, grads = run(FusedMAML(model, 0.01, 2, loss="mse", backend=backend), data)
+    torch.testing.assert_close(loss, value, rtol=1e-12, atol=0)
+    assert_close(grads, expected)
+
+
+@pytest.mark.parametrize("function", [F.softshrink, F.hardshrink, F.hardsigmoid, lambda x: F.threshold(x, 0.5, 1.0)])
+def test_at_a_kink(function: Any) -> None:
+    """Where torch takes a derivative of one side, so do layers."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(9))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x * self.scale)
+
+    x = torch.tensor([-4, -3, -1, -0.5, 0, 0.5, 1, 3, 4]).double().expand(1, 2, 9)
+    fast, y = {"scale": torch.ones(1, 9).double()}, torch.full((1, 2, 9), 0.3).double()
+    ours, plain = (FusedMAML(Scaled().double(), 0.1, loss="mse", backend=b) for b in ("fused", "reference"))
+    for method, more in (("loss_and_grad", ()), ("hvp", ({"scale": torch.randn(1, 9).double()},))):
+        got, wanted = (getattr(maml, method)(fast, x, y, *more) for maml in (ours, plain))
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)

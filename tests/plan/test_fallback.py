@@ -120,7 +120,7 @@ EXPRESSIONS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "samples sorted": (lambda h: h.sort(0)[0], "sort in the model (Net): it selects among the samples"),
     "samples by positions": (lambda h: h[[*range(len(h))]], "getitem in the model (Net): it selects among the samples"),
     "the median": (lambda h: h.median(1)[0][:, None], "median in the model (Net): no fused layer serves it (median)"),
-    "3-norm": (lambda h: h.norm(3, 1, keepdim=True) * h, "a norm of order 3 is not fused; those of order 1 and 2 are"),
+    "3-norm": (lambda h: h.norm(3, 1, keepdim=True) * h, "those of order 1, 2 and infinity are"),
     "another dtype": (lambda h: h.float().double(), "it computes in torch.float32, where the model's input"),
     "random numbers": (lambda h: h + torch.rand(5), "rand in the model (Net): its forward draws random numbers"),
     "samples backwards": (lambda h: h.flip(0), "flip in the model (Net): it takes a part of the samples"),
