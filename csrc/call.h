@@ -40,6 +40,8 @@ struct Call {
   T* state = nullptr;
   int64_t kept = 0;
   bool prepared = false;
+  uint64_t seed = 0;       // of random masks
+  int64_t first_step = 0;  // the number of the first inner step, for random masks
 };
 
 }  // namespace maml

@@ -15,6 +15,8 @@
 // v_K = w_K grad L_q(phi_K), and w_k grad L_q(phi_k) is added to each earlier v_k.
 // Per-step parameters: a parameter with slots has one value per inner step. The support pass at phi_k and the
 // query pass at phi_{k+1} read slot k. Their gradients and products go to slot k and are zero elsewhere.
+// Random masks: they follow from the seed of the call, the task, the set and k, so that every pass at phi_k
+// has the same ones.
 // Tiles: the samples of a stage may run in tiles, one after the other. Gradients, products and losses are
 // summed in the order of the tiles. If the states of all tiles are too large, only the last one is kept, and
 // a Hessian-vector product runs the gradient pass of each tile again.
@@ -47,6 +49,7 @@ struct Walk {
   const T* theta;                       // all parameters, packed
   const T* phi;                         // the adapted parameters, packed: read in place of those in theta
   T *fixed, *step, *tangent, *scratch;  // memory regions, see Stage
+  Stream stream;                        // of random masks
 
   int64_t first() const { return stage.first(tile); }
   int64_t samples() const { return stage.first(tile + 1) - first(); }
@@ -122,6 +125,9 @@ struct Walk {
   Layer layer(const Stage::Step& s) const {
     Layer l = s.layer;
     l.n = samples() * s.rows;
+    l.stream = stream;
+    l.stream.samples = stage.n;
+    l.stream.first_sample = first();
     return l;
   }
 
@@ -181,6 +187,7 @@ struct Task {
   const T* given;     // packed v_K or direction (hvp, fisher), or the prediction's cotangent
   T* adapted;         // adapt: phi_K, packed
   bool prepared;      // kept_fisher: the workspace still holds the state of an earlier product on this data
+  Stream stream;      // of random masks; `pass` is that of phi_0
 };
 
 /// Runs one operation on one task, in a workspace of Problem::task_size() elements. Besides the passes of the
@@ -446,15 +453,23 @@ class TaskRunner {
     T* step = steps_ + p_.region(k, tile) * p_.support.step_size;
     const T* y = static_cast<const T*>(task_.y_support.y);
     return {backend_,    p_.packing, p_.support, tile, k,       task_.x_support, y,
-            task_.theta, phi(k),     fixed,      step, shared_, scratch_};
+            task_.theta, phi(k),     fixed,      step, shared_, scratch_,        stream(2 * k)};
   }
   Walk<Backend, T> at_query(int k, int64_t tile, const Backend& backend) const {
     const bool kept = p_.query_regions() > 0;
     T* step = kept ? query_ + tile * p_.query.step_size : shared_;
     T* tangent = kept ? shared_ : shared_ + p_.query.step_size;
     const T* y = static_cast<const T*>(task_.y_query.y);
-    return {backend, p_.packing, p_.query, tile,    std::max(k - 1, 0), task_.x_query, y, task_.theta, phi(k),
-            nullptr, step,       tangent,  scratch_};
+    const int slot = std::max(k - 1, 0);
+    // At parameters that are the task's own, a prediction has the masks of the loss there.
+    const Stream masks = stream(at_own_parameters(p_.operation) ? 0 : 2 * k + 1);
+    return {backend,     p_.packing, p_.query, tile, slot,    task_.x_query, y,
+            task_.theta, phi(k),     nullptr,  step, tangent, scratch_,      masks};
+  }
+  Stream stream(int pass) const {
+    Stream s = task_.stream;
+    s.pass += static_cast<uint32_t>(pass);
+    return s;
   }
   static int64_t classes(const Stage& stage) { return stage.values[stage.output].size; }
   void give_logits(const Walk<Backend, T>& query) {

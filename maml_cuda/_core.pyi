@@ -31,6 +31,7 @@ class Call:
         per_task: adapted parameters, gradients or products, one tensor for each parameter.
         state, kept, prepared: of "kept_fisher": the states of the first `kept` tasks, and whether an earlier call has
             filled them.
+        seed, first_step: of random masks: the seed of the call, and the number of its first inner step.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class Call:
         state: Tensor | None = ...,
         kept: int = ...,
         prepared: bool = ...,
+        seed: int = ...,
+        first_step: int = ...,
     ) -> None: ...
 
 class Problem:
@@ -108,6 +111,8 @@ class Problem:
         state: Tensor | None = ...,
         kept: int = ...,
         prepared: bool = ...,
+        seed: int = ...,
+        first_step: int = ...,
     ) -> None:
         """Runs a call on the CPU. The arguments are those of Call."""
 
@@ -143,6 +148,8 @@ class CudaRunner:
         state: Tensor | None = ...,
         kept: int = ...,
         prepared: bool = ...,
+        seed: int = ...,
+        first_step: int = ...,
     ) -> None:
         """Runs a call. The other arguments are those of Call."""
     def table_bytes(self, call: Call) -> int: ...
@@ -171,6 +178,8 @@ class CudaRunner:
         state: Tensor | None = ...,
         kept: int = ...,
         prepared: bool = ...,
+        seed: int = ...,
+        first_step: int = ...,
     ) -> None:
         """Replays a graph for a call like the captured one. The other arguments are those of Call."""
 

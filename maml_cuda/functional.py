@@ -7,7 +7,7 @@ turns off what would call the module again during a later backward.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from maml_cuda import pytrees
 from maml_cuda.formulas import DIFFERENTIABLE, Formulas
+from maml_cuda.masks import Masks, Seed
 from maml_cuda.process_wide import ProcessWide
 from maml_cuda.torch_private import no_saved_tensor_hooks
 
@@ -34,12 +35,15 @@ class Functional:
     A backward may run after the call, when the module has its own parameters again. So it must not call the module.
     `torch.utils.checkpoint` would do that, by hooks on saved tensors; these hooks are off during a call.
 
+    Args:
+        seed: of the masks of dropout (masks.py), if the first call draws any; None: they are torch's random numbers.
+
     Raises:
         ValueError: forward uses `torch.utils.checkpoint` with use_reentrant=True, which works without these hooks; or
             this is inside `torch.nn.utils.parametrize.cached()`, which would reuse values of other parameters.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, seed: Seed | None = None) -> None:
         if parametrize._cache_enabled:
             raise ValueError(
                 "torch.nn.utils.parametrize.cached() must be off where maml_cuda calls the model, because it would "
@@ -57,6 +61,7 @@ class Functional:
         self._recurrent = [m for m in modules if isinstance(m, nn.RNNBase)]
         self._buffers = [(m, key, b) for m in modules for key, b in m._buffers.items() if b is not None]
         self._after_first_call: list[Tensor | None] | None = None  # the buffers
+        self._masks = None if seed is None else Masks(seed)
 
     def __call__(self, parameters: Mapping[str, Tensor], *args: Any) -> Any:
         """Returns module(*args) at `parameters`, name -> tensor. The result has a graph if gradients are on.
@@ -68,13 +73,20 @@ class Functional:
             with torch.enable_grad():
                 fixed = {name: p.detach() for name, p in parameters.items()}
                 return detached(self(fixed, *map(detached, args)))
-        with self._replaced(parameters), no_saved_tensor_hooks(), Formulas(DIFFERENTIABLE):
+        masks = self._masks or nullcontext()
+        with self._replaced(parameters), no_saved_tensor_hooks(), Formulas(DIFFERENTIABLE), masks:
             result = self.module(*[pytrees.mapped(_new_view, a) for a in args])
             buffers = [m._buffers.get(key) for m, key, _ in self._buffers]
         if self._after_first_call is None:
             _refuse_reentrant_checkpoints(result, pytrees.tensors((dict(parameters), args)))
             self._after_first_call = buffers
+            if self._masks is not None and not self._masks.drawn:
+                self._masks = None  # calls are faster without
         return result
+
+    def of_pass(self, task: int, step: int) -> AbstractContextManager[None]:
+        """A context in which forward draws the masks of this task and pass (masks.py)."""
+        return nullcontext() if self._masks is None else self._masks.of_pass(task, step)
 
     @contextmanager
     def differentiable_twice(self) -> Iterator[None]:

@@ -42,6 +42,9 @@ class FusedMAML(nn.Module):
     they do in adapt(differentiable=True), and by nothing else. BatchNorm's running statistics are written by
     update_statistics alone.
 
+    Dropout in train mode has one mask for each task, inner step and set (masks.py), of a seed that each call draws from
+    torch's default generator.
+
     Args:
         model: any module; its parameters become this module's. What cannot be fused runs on the general path. Of
             `torch.compile(model)` and `nn.DataParallel(model)` the model itself is taken.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -86,15 +88,17 @@ def gradcheck(
     x_spt, y_spt, x_qry, y_qry = data = pytrees.mapped(_in_double, (x_spt, y_spt, x_qry, y_qry))
     buffers = [b.clone() for b in maml.buffers()]
     maml.zero_grad()
-    maml(*data).loss.backward()
+    with _masks_repeated():
+        maml(*data).loss.backward()
     for b, before in zip(maml.buffers(), buffers, strict=True):
         if not torch.equal(b, before):
             b.copy_(before)  # so that every call here evaluates the same function
     rate = maml.inner_lr
-    _, truth = reference.meta_gradient(
-        maml.model, maml.loss, x_spt, y_spt, x_qry, y_qry, rate, maml.inner_steps, maml.first_order, maml._adapt_params,
-        maml.query_weights,
-    )  # fmt: skip
+    with _masks_repeated():
+        _, truth = reference.meta_gradient(
+            maml.model, maml.loss, x_spt, y_spt, x_qry, y_qry, rate, maml.inner_steps, maml.first_order,
+            maml._adapt_params, maml.query_weights,
+        )  # fmt: skip
     learned: dict[str, Tensor] = dict(maml.model.named_parameters())
     if isinstance(rate, Tensor):
         learned["inner_lr"] = rate
@@ -127,6 +131,14 @@ def gradcheck(
     return table
 
 
+@contextmanager
+def _masks_repeated() -> Iterator[None]:
+    """A context whose calls draw the same masks of dropout. Torch's generator is put back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
 def _in_double(t: Tensor) -> Tensor:
     return t.to(torch.complex128) if t.is_complex() else t.double() if t.is_floating_point() else t
 
@@ -145,9 +157,11 @@ def _finite_difference_error(
     step = 1e-6 * max(1.0, p.detach().abs().max().item())
     with torch.no_grad():
         p += step * unit
-        up = maml(*data).loss
+        with _masks_repeated():
+            up = maml(*data).loss
         p -= 2 * step * unit
-        down = maml(*data).loss
+        with _masks_repeated():
+            down = maml(*data).loss
         p += step * unit
     difference: float = ((up - down) / (2 * step) - (grad.conj() * unit).real.sum()).item()
     return abs(difference)

@@ -17,7 +17,7 @@ constants instead. Parameters that are not adapted have alpha_k = 0: they are in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -28,6 +28,7 @@ from maml_cuda import policies, pytrees
 from maml_cuda.batch_norm import at_step, stepwise_names
 from maml_cuda.functional import Functional, detached, precision
 from maml_cuda.losses import Loss, objective, value_of
+from maml_cuda.masks import Seed
 from maml_cuda.pytrees import Tree
 from maml_cuda.rates import InnerRates, Rate, read_rates
 from maml_cuda.targets import Target
@@ -58,6 +59,7 @@ def inner_loop(
     steps: int,
     first_order: bool,
     differentiable: bool = True,
+    task: int = 0,
 ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
     """The inner loop of one task: phi_{k+1} = phi_k - alpha_k * dL(phi_k)/dphi_k.
 
@@ -70,6 +72,7 @@ def inner_loop(
         steps: K.
         first_order: the inner gradients are constants.
         differentiable: whether the result has a graph back to theta and to the rates.
+        task: its number in the call, for the masks of dropout.
 
     Returns:
         phi_0 .. phi_K, and the support losses at phi_0 .. phi_{K-1} (detached).
@@ -85,7 +88,11 @@ def inner_loop(
         second_order = differentiable and not first_order
         path = [phi]
         for step in range(steps):
-            with at_step(model.module, step), model.differentiable_twice() if second_order else nullcontext():
+            with ExitStack() as stack:
+                stack.enter_context(at_step(model.module, step))
+                stack.enter_context(model.of_pass(task, 2 * step))
+                if second_order:
+                    stack.enter_context(model.differentiable_twice())
                 value = value_of(loss, model(phi, x), y)
             adapted = [phi[name] for name in rates]
             grads = torch.autograd.grad(
@@ -139,6 +146,7 @@ def meta_gradient(
         phi_{k+1} = phi_k - alpha_k * dL_spt(phi_k)/dphi_k
 
     The meta-loss is the mean of L_qry(phi_K) over tasks. Its gradient is taken in theta, through all inner steps.
+    Dropout has the masks that FusedMAML has at the same state of torch's default generator.
 
     Args:
         model: any module. Its parameters and their `.grad` are not changed.
@@ -177,8 +185,9 @@ def meta_gradient(
     wanted = {name: t for name, t in wanted.items() if t.requires_grad}
     tasks = pytrees.tasks(x_spt)
     total, _, _, _, reached = meta_step(
-        Functional(model), objective(loss), rates, list(wanted.values()), x_spt, y_spt, x_qry, y_qry, inner_steps,
-        first_order, [1 / tasks] * tasks, None if query_weights is None else [float(w) for w in query_weights],
+        Functional(model, Seed()), objective(loss), rates, list(wanted.values()), x_spt, y_spt, x_qry, y_qry,
+        inner_steps, first_order, [1 / tasks] * tasks,
+        None if query_weights is None else [float(w) for w in query_weights],
     )  # fmt: skip
     gradients = {id(t): g for t, g in reached}
     return total, {name: gradients[id(t)] for name, t in wanted.items() if id(t) in gradients}
@@ -242,15 +251,15 @@ def meta_step(
         loss = partial(loss, {name: copied(p) for name, p in loss.module.named_parameters()})
     for t, weight in enumerate(weights):
         x, target = pytrees.of_task(x_spt, t), pytrees.of_task(y_spt, t)
-        path, inner = inner_loop(model, loss, theta, rates, x, target, steps, first_order, differentiable=bool(wanted))
+        path, inner = inner_loop(model, loss, theta, rates, x, target, steps, first_order, bool(wanted), t)
         x, target = pytrees.of_task(x_qry, t), pytrees.of_task(y_qry, t)
         with torch.set_grad_enabled(bool(wanted)):
-            prediction = query_prediction(model, path, steps, x)
+            prediction = query_prediction(model, path, steps, x, t)
             if query_weights is None:
                 value = value_of(loss, prediction, target)
             else:
                 value = sum(  # type: ignore[assignment]
-                    w * value_of(loss, prediction if k == steps else query_prediction(model, path, k, x), target)
+                    w * value_of(loss, prediction if k == steps else query_prediction(model, path, k, x, t), target)
                     for k, w in enumerate(query_weights)
                     if w
                 )
@@ -303,9 +312,9 @@ def _or_none(operation: Callable[[str, Tree], Tree], predictions: Tree) -> Tree 
         return None
 
 
-def query_prediction(model: Functional, path: list[dict[str, Tensor]], k: int, x: Tree) -> Tree:
+def query_prediction(model: Functional, path: list[dict[str, Tensor]], k: int, x: Tree, task: int) -> Tree:
     """The prediction at phi_k, where `path` is phi_0 .. phi_K. Per-step layers read the slot of step k - 1."""
-    with at_step(model.module, max(k - 1, 0)):
+    with at_step(model.module, max(k - 1, 0)), model.of_pass(task, 2 * k + 1):
         return model(path[k], x)
 
 
@@ -411,9 +420,9 @@ def fisher_vector_product(
     differentiated = [theta[name] for name in names]
     total = [torch.zeros_like(p) for p in differentiated]
     for t in range(len(x_spt)):
-        path, _ = inner_loop(model, loss, theta, fixed, x_spt[t], pytrees.of_task(y_spt, t), steps, first_order)
+        path, _ = inner_loop(model, loss, theta, fixed, x_spt[t], pytrees.of_task(y_spt, t), steps, first_order, task=t)
         with torch.enable_grad(), model.differentiable_twice():
-            policy = query_prediction(model, path, steps, x_qry[t])
+            policy = query_prediction(model, path, steps, x_qry[t], t)
             new = pytrees.mapped(lambda p: p.detach().requires_grad_(p.requires_grad), policy)
             outputs, leaves = ([p for p in pytrees.tensors(tree) if p.requires_grad] for tree in (policy, new))
             if not outputs:
@@ -451,7 +460,8 @@ def _gradient(
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     """One task's loss at its own parameters, its gradient in `names`, and these parameters, as leaves of the graph."""
     phi = {n: p[task].detach().requires_grad_(n in names) for n, p in fast.items()}
-    with torch.enable_grad(), model.differentiable_twice() if create_graph else nullcontext():
+    twice = model.differentiable_twice() if create_graph else nullcontext()
+    with torch.enable_grad(), twice, model.of_pass(task, 0):
         value = value_of(loss, model(phi, pytrees.of_task(x, task)), pytrees.of_task(y, task))
         grads = torch.autograd.grad(value, [phi[n] for n in names], create_graph=create_graph, allow_unused=True)
     return value, [torch.zeros_like(phi[n]) if g is None else g for n, g in zip(names, grads, strict=True)], phi

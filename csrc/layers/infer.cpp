@@ -69,7 +69,7 @@ void check_output(const Node& node) {
       kind == Kind::reduce || kind == Kind::extreme || kind == Kind::contract || kind == Kind::attention;
   const bool ordered = kind == Kind::map;
   const bool copies = kind == Kind::softmax || kind == Kind::log_softmax || kind == Kind::stop ||
-                      kind == Kind::gather || kind == Kind::sort;
+                      kind == Kind::gather || kind == Kind::sort || kind == Kind::dropout;
   if (!sums && !ordered && !copies) return;
   const Loops& loops = node.loops->front();
   const View& y = loops.y;
@@ -153,6 +153,9 @@ Shape output_of_loops(const Node& node, std::span<const Shape> x) {
   if (node.layer.kind == Kind::gather || node.layer.kind == Kind::scatter) check_lookup(node);
   if (node.layer.kind == Kind::map && !node.expression) {
     throw std::invalid_argument(node.name + " expects at least 1 instruction, got 0");
+  }
+  if (node.layer.kind == Kind::dropout && !node.mask) {
+    throw std::invalid_argument(node.name + " expects a mask, got none");
   }
   if ((node.layer.kind == Kind::softmax || node.layer.kind == Kind::log_softmax ||
        node.layer.kind == Kind::sort) &&

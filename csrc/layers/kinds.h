@@ -38,6 +38,7 @@ enum class Kind : int {
   gather,
   scatter,
   sort,
+  dropout,
   norm_block,
   conv_block,
   patch_gram,
@@ -56,6 +57,7 @@ enum class Kind : int {
 #include "layers/contract.h"
 #include "layers/conv2d.h"
 #include "layers/conv_block.h"
+#include "layers/dropout.h"
 #include "layers/extreme.h"
 #include "layers/flatten.h"
 #include "layers/gather.h"

@@ -19,6 +19,7 @@ enum class Reduction : int;  // layers/loops.h
 enum class Cell : int;       // layers/cells.h
 struct Loops;
 struct Expression;
+struct Mask;
 
 /// How products of float32 are computed: in float32, or by matrix instructions on operands that are rounded
 /// to 19 bits (tf32) or 16 bits (bfloat16) or split into two bf16 (bf16x3: three products). Sums are always
@@ -31,6 +32,15 @@ struct Window {
 };
 
 constexpr int64_t kMostKernelRows = 64;
+
+/// What all random masks of a pass have in common (philox.h).
+struct Stream {
+  uint64_t seed = 0;         // of the call
+  uint32_t task = 0;         // its number in the call
+  uint32_t pass = 0;         // 2 k: on the support set at phi_k; 2 k + 1: on the query set
+  int64_t samples = 0;       // of the set
+  int64_t first_sample = 0;  // of the tile
+};
 
 /// Numbers of a layer; its declaration tells what they mean (functions.h: those of a function).
 struct Constants {
@@ -58,6 +68,9 @@ struct Layer : Constants {
   const Expression* expression = nullptr;  // map
   Reduction reduction{};                   // reduce
   Cell cell{};                             // recurrence
+  const Mask* mask = nullptr;              // dropout
+  // dropout; `Walk` sets it for each pass. On a GPU, seed and task are those of the table (cuda/address.h).
+  Stream stream;
 };
 
 constexpr int kMostInputs = 4, kMostParameters = 4;

@@ -13,6 +13,7 @@
 //   gather    y[.] = x_0[., x_1[.]]            x_1: places along one more axis of x_0 (Axis)
 //   scatter   y[., x_1[.]] = the sum of x_0[.] x_1: places along one more axis of y
 //   sort      y[.] = the places of x[.]        in order, over the last axis
+//   dropout   y[.] = a x[.] where a random mask is 1 (Mask), otherwise 0
 //
 // A permutation, an expansion or a part of a value is a view: strides and an offset, no layer. A broadcast
 // operand has stride 0. Its cotangent is the sum over that axis.
@@ -64,6 +65,16 @@ struct Loops {
   int slides = 0;
   Slide slide[kMostSlides];
   Axis axis;  // of x[0] in gather, of y in scatter
+};
+
+/// Of `dropout`: a random mask of zeros and ones (dropout.h). Its elements are numbered in torch's order,
+/// those of all samples of the set. The loops come to number i_0 stride[0] + i_1 stride[1] + ..., where the
+/// strides of axes outside of that of the samples are times the number of samples.
+struct Mask {
+  uint32_t number = 0;  // of the masks of one forward pass
+  uint64_t keep = 0;    // an element is 1 if its random number is less: with probability keep / 2^32
+  int64_t stride[kMostAxes] = {};
+  bool times_samples[kMostAxes] = {};
 };
 
 /// The number of steps along an axis.

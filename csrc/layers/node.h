@@ -32,9 +32,10 @@ struct Node {
   std::vector<int64_t> sample;  // group_norm: the shape that it accepts and treats as features; empty: any
   Image image{};                // view: the images that its input is seen as; parameter: {elements, 1, 1}
   int64_t rows = 1;             // view: images in a sample
-  // What Layer::loops and Layer::expression point to.
+  // What Layer::loops, Layer::expression and Layer::mask point to.
   std::shared_ptr<const std::vector<Loops>> loops;
   std::shared_ptr<const Expression> expression;
+  std::shared_ptr<const Mask> mask;
 };
 
 }  // namespace maml

@@ -139,6 +139,7 @@ void add_steps(const Graph& graph, bool has_target, const std::vector<Shape>& sh
       y.moving |= parameter.role == Role::adapted;
       y.stepwise |= parameter.slots > 1;
     }
+    y.stepwise |= node.layer.kind == Kind::dropout;  // another mask in each inner step
     if (y.parameter >= 0 || y.target || !computed[output]) continue;
     Stage::Step step;
     Layer& layer = step.layer = node.layer;
@@ -147,6 +148,7 @@ void add_steps(const Graph& graph, bool has_target, const std::vector<Shape>& sh
     layer.n = samples * step.rows;
     if (node.loops) layer.loops = node.loops->data();
     layer.expression = node.expression.get();
+    layer.mask = node.mask.get();
     layer.in = shapes[node.inputs[0]].image;
     layer.out = shapes[output].image;
     layer.between = shapes[output].between;

@@ -15,7 +15,8 @@ constexpr int64_t kNowhere = -1;
 /// one. Offsets count elements. A value is
 ///   active    if it depends on a parameter that is not frozen: it has a cotangent, if the loss depends on
 ///   it; moving    if it depends on an adapted parameter: it changes in every inner step and has a tangent;
-///   stepwise  if it depends on a parameter with slots: it changes in every inner step, moving or not.
+///   stepwise  if it depends on a parameter with slots, or on a random mask: it changes in every inner step,
+///   moving or not.
 /// A value that is neither moving nor stepwise is computed once per task and kept in the `fixed` region,
 /// which has a part for each tile. The others are in a `step` region; there may be one of them for every
 /// inner step. Tangents are in a `tangent` region. Query values that are not active may be computed

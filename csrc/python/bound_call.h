@@ -28,6 +28,8 @@ struct BoundCall {
   Memory state;
   int64_t kept = 0;
   bool prepared = false;
+  uint64_t seed = 0;
+  int64_t first_step = 0;
 
   template <class T>
   Call<T> as() const {
@@ -55,6 +57,8 @@ struct BoundCall {
     call.state = state.as<T>();
     call.kept = kept;
     call.prepared = prepared;
+    call.seed = seed;
+    call.first_step = first_step;
     return call;
   }
 

@@ -221,4 +221,24 @@ void read_loops(py::handle loops, py::handle slides, py::handle axis, py::handle
   node.expression = std::make_shared<const Expression>(expression);
 }
 
+void read_mask(py::handle object, const std::string& named_node, Node& node) {
+  if (object.is_none()) return;
+  Fields fields(object);
+  Mask mask;
+  mask.number = fields.read<uint32_t>("number");
+  mask.keep = fields.read<uint64_t>("keep");
+  const auto strides = fields.read<std::vector<int64_t>>("strides");
+  const auto times_samples = fields.read<std::vector<bool>>("times_samples");
+  fields.done();
+  const size_t axes = node.loops ? node.loops->front().axes : 0;
+  const bool negative = std::any_of(strides.begin(), strides.end(), [](int64_t s) { return s < 0; });
+  if (strides.size() != axes || times_samples.size() != axes || negative) {
+    throw std::invalid_argument(named_node +
+                                "Mask.strides must be a number from 0 on for each axis of the loops");
+  }
+  std::copy(strides.begin(), strides.end(), mask.stride);
+  std::copy(times_samples.begin(), times_samples.end(), mask.times_samples);
+  node.mask = std::make_shared<const Mask>(mask);
+}
+
 }  // namespace maml

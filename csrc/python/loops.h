@@ -14,6 +14,9 @@ namespace maml {
 void read_loops(pybind11::handle loops, pybind11::handle slides, pybind11::handle axis,
                 pybind11::handle instructions, const std::string& named_node, Node& node);
 
+/// Reads Node.mask, after its loops. Throws std::invalid_argument where the mask does not fit them.
+void read_mask(pybind11::handle mask, const std::string& named_node, Node& node);
+
 Reduction reduction_named(const std::string& name);
 
 }  // namespace maml

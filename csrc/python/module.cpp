@@ -28,7 +28,8 @@ using Strides = std::vector<int64_t>;
 BoundCall made_call(int64_t tasks, int64_t at_once, Memory workspace, Tensors parameters, Tensors rates,
                     TargetOf support, TargetOf query, Memory task_weights, Memory query_weights,
                     Losses losses, Memory logits, Memory gradient, Strides parameter_strides, Tensors given,
-                    Strides given_strides, Tensors per_task, Memory state, int64_t kept, bool prepared) {
+                    Strides given_strides, Tensors per_task, Memory state, int64_t kept, bool prepared,
+                    uint64_t seed, int64_t first_step) {
   return {tasks,
           at_once,
           workspace,
@@ -47,7 +48,9 @@ BoundCall made_call(int64_t tasks, int64_t at_once, Memory workspace, Tensors pa
           std::move(per_task),
           state,
           kept,
-          prepared};
+          prepared,
+          seed,
+          first_step};
 }
 
 /// Defines what takes the arguments of made_call.
@@ -59,7 +62,8 @@ void with_call_arguments(Define define) {
          py::arg("losses") = Losses{}, py::arg("logits") = Memory{}, py::arg("gradient") = Memory{},
          py::kw_only(), py::arg("parameter_strides") = Strides{}, py::arg("given") = Tensors{},
          py::arg("given_strides") = Strides{}, py::arg("per_task") = Tensors{}, py::arg("state") = Memory{},
-         py::arg("kept") = 0, py::arg("prepared") = false);
+         py::arg("kept") = 0, py::arg("prepared") = false, py::arg("seed") = uint64_t{0},
+         py::arg("first_step") = 0);
 }
 
 /// `run` as a function of its other arguments and of those of the call, so that making a call and running it
@@ -87,7 +91,8 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
         "support, query: x, and what its loss compares: y, scale, old_log_probs. given: the cotangents of "
         "a backward, or directions. losses: loss, task_losses, support_losses. at_once: tasks at the same "
         "time. state: workspaces of the first `kept` tasks of a kept_fisher; prepared: an earlier call has "
-        "filled them.");
+        "filled them. seed, first_step: of random masks: the seed of the call, and the number of its first "
+        "inner step.");
   });
 
   py::class_<BoundProblem> problem(m, "Problem", py::module_local());

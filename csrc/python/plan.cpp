@@ -131,6 +131,7 @@ Node read_node(py::handle object, size_t number, size_t parameters) {
   if (const auto cell = fields.read<std::optional<std::string>>("cell")) layer.cell = cell_named(*cell);
   read_loops(fields.object("loops"), fields.object("slides"), fields.object("axis"),
              fields.object("instructions"), named_node, node);
+  read_mask(fields.object("mask"), named_node, node);
   fields.done();
   return node;
 }

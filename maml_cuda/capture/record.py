@@ -48,6 +48,7 @@ class Operation:
         module: the path of the module that makes the call.
         call: describes the call, for error messages and Node.name.
         boundary: the sentence why no derivative passes through it, or "".
+        drawn: how many random masks forward has drawn before (masks.py).
         results: what it computes.
     """
 
@@ -57,6 +58,7 @@ class Operation:
     module: str
     call: str
     boundary: str
+    drawn: int = 0
     results: list[Operand] = field(default_factory=list)
 
     def operands(self) -> Iterator[Operand]:

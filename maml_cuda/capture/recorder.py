@@ -25,6 +25,7 @@ from maml_cuda.batch_norm import PerStepBatchNorm
 from maml_cuda.capture.errors import Unfusable, described
 from maml_cuda.capture.record import Operand, Operation, operands_of
 from maml_cuda.formulas import CAPTURED
+from maml_cuda.masks import number_of
 from maml_cuda.torch_private import memory_of
 
 RANDOM = "its forward draws random numbers, which fused layers do not"
@@ -82,11 +83,13 @@ class Recorder(TorchDispatchMode):
         self.reason = ""
         self.failed: tuple[BaseException, str] | None = None
         self.left: tuple[BaseException, str] | None = None
+        self.root = root
         self.stack: list[tuple[str, Any]] = [("", root)]  # the modules whose forward runs
         self.function = ""  # the name of the outermost call of torch
         self.boundary = ""  # why no derivative passes through the calls that run now
         self.recording = True
         self._buffers = {name for name, _ in root.named_buffers(remove_duplicate=False)}
+        self.drawn = 0  # random masks, of this pass
         self.copies: set[int] = set()  # ids of tensors that are copies of the user's, and not kept up to date
         self._operands: dict[int, Operand] = {}  # id of a tensor -> what it is now
         self._outside: set[int] = set()  # memory of views of tensors from outside, which they do not share when fake
@@ -136,10 +139,14 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, drawn = kwargs or {}, self.drawn
+        in_model = self.stack[0][1] is self.root
+        is_mask = in_model and number_of(function, args, kwargs) is not None
+        self.drawn += is_mask
         if not self.recording or function.namespace == "prim":
             return function(*args, **kwargs)
-        if torch.Tag.nondeterministic_seeded in function.tags and not _without_dropout(function, args, kwargs):
+        is_random = torch.Tag.nondeterministic_seeded in function.tags
+        if is_random and not is_mask and not _without_dropout(function, args, kwargs):
             self.refuse(f"{self.call()}: {RANDOM}")
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             self.refuse(f"{described(*self.stack[-1])}: it enables autocast inside forward")
@@ -155,19 +162,19 @@ class Recorder(TorchDispatchMode):
         results = function(*args, **kwargs)
         if _is_view(function) and any(o.source == "other" for o in operands_of((given, named))):
             self._outside.update(memory_of(t) for t in pytree.tree_leaves(results))
-        self.record(name.removesuffix("_"), given, named, results)
+        self.record(name.removesuffix("_"), given, named, results, drawn)
         for t, operand in zip(written, before, strict=True):
             if self._operands[id(t)] is operand and not self._is_statistic(operand):  # it is not among the results
                 self._operands[id(t)] = Operand(operand.shape, operand.dtype, overwritten=self.call())
             self._invalidate_views(t)
         return results
 
-    def record(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any) -> None:
-        """Adds an operation."""
+    def record(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any, drawn: int) -> None:
+        """Adds an operation. drawn: the number of masks before it."""
         boundary = self.boundary
         if not boundary and not torch.is_grad_enabled():
             boundary = "it disables gradients (torch.no_grad) inside forward"
-        operation = Operation(name, args, kwargs, self.stack[-1][0], self.call(), boundary)
+        operation = Operation(name, args, kwargs, self.stack[-1][0], self.call(), boundary, drawn)
         for t in pytree.tree_leaves(results):
             if isinstance(t, Tensor):
                 operation.results.append(self.know(t, Operand(tuple(t.shape), t.dtype)))
@@ -267,13 +274,13 @@ class _Calls(TorchFunctionMode):
 
     def _as_one_operation(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         recorder = self._recorder
-        given, named = recorder.operands(args), recorder.operands(kwargs)
+        given, named, drawn = recorder.operands(args), recorder.operands(kwargs), recorder.drawn
         recorder.recording = False
         try:
             result = function(*args, **kwargs)
         finally:
             recorder.recording = True
-        recorder.record(_OPAQUE[function], given, named, result)
+        recorder.record(_OPAQUE[function], given, named, result, drawn)
         return result
 
 

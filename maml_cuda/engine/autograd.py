@@ -89,34 +89,35 @@ class _Adapt(torch.autograd.Function):
         parameters: int,
         x: Tensor,
         y: TargetList,
+        seed: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.call = plan, steps, first_order, parameters
+        ctx.call = plan, steps, first_order, parameters, seed
         ctx.fields = len(y)
         ctx.save_for_backward(*map(_saved, (x, *y, *tensors)))
         fast, support_losses = torch.ops.maml_cuda.adapt_forward(
-            tensors[:parameters], tensors[parameters:], x, y, plan, steps
+            tensors[:parameters], tensors[parameters:], x, y, plan, steps, seed
         )
         ctx.mark_non_differentiable(support_losses)
         return (*fast, support_losses)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        plan, steps, first_order, count = ctx.call
+        plan, steps, first_order, count, seed = ctx.call
         x, *tensors = ctx.saved_tensors
         y, tensors = tensors[: ctx.fields], tensors[ctx.fields :]
         flat = torch.ops.maml_cuda.adapt_backward(
-            tensors[:count], tensors[count:], x, y, list(cotangents[:-1]), plan, steps, first_order
+            tensors[:count], tensors[count:], x, y, list(cotangents[:-1]), plan, steps, first_order, seed
         )
         has_gradient = plan_of(plan).has_gradient
         wanted = [t for t, yes in zip(tensors, has_gradient, strict=True) if yes]
         grads = iter(once("adapt", cut(flat, wanted), [*cotangents[:-1], *wanted]))
-        return (None,) * 6 + tuple(next(grads) if yes else None for yes in has_gradient)
+        return (None,) * 7 + tuple(next(grads) if yes else None for yes in has_gradient)
 
 
 LIBRARY.define(
-    "adapt(Tensor[] parameters, Tensor[] rates, Tensor x, Tensor?[] y, str plan, int steps, bool first_order) "
-    "-> (Tensor[], Tensor)"
+    "adapt(Tensor[] parameters, Tensor[] rates, Tensor x, Tensor?[] y, str plan, int steps, bool first_order, "
+    "Tensor? seed=None) -> (Tensor[], Tensor)"
 )
 
 
@@ -128,9 +129,10 @@ def _adapt(
     plan: str,
     steps: int,
     first_order: bool,
+    seed: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     *fast, support_losses = _Adapt.apply(  # type: ignore[no-untyped-call]
-        plan, steps, first_order, len(parameters), x, y, *parameters, *rates
+        plan, steps, first_order, len(parameters), x, y, seed, *parameters, *rates
     )
     return fast, support_losses
 
@@ -140,24 +142,24 @@ LIBRARY.impl("adapt", _adapt, "CompositeImplicitAutograd")
 
 class _Predict(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: str, x: Tensor, *fast: Tensor) -> Tensor:
-        ctx.plan = plan
+    def forward(ctx: Any, plan: str, x: Tensor, seed: Tensor | None, *fast: Tensor) -> Tensor:
+        ctx.plan, ctx.seed = plan, seed
         ctx.save_for_backward(*map(_saved, (x, *fast)))
-        prediction: Tensor = torch.ops.maml_cuda.predict_forward(fast, x, plan)
+        prediction: Tensor = torch.ops.maml_cuda.predict_forward(fast, x, plan, seed)
         return prediction
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         x, *fast = ctx.saved_tensors
-        grads = torch.ops.maml_cuda.predict_backward(fast, x, cotangent, ctx.plan)
-        return (None, None, *once("predict", grads, [cotangent, *fast]))
+        grads = torch.ops.maml_cuda.predict_backward(fast, x, cotangent, ctx.plan, ctx.seed)
+        return (None, None, None, *once("predict", grads, [cotangent, *fast]))
 
 
-LIBRARY.define("predict(Tensor[] fast, Tensor x, str plan) -> Tensor")
+LIBRARY.define("predict(Tensor[] fast, Tensor x, str plan, Tensor? seed=None) -> Tensor")
 
 
-def _predict(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
-    return _Predict.apply(plan, x, *fast)  # type: ignore[no-any-return,no-untyped-call]
+def _predict(fast: list[Tensor], x: Tensor, plan: str, seed: Tensor | None = None) -> Tensor:
+    return _Predict.apply(plan, x, seed, *fast)  # type: ignore[no-any-return,no-untyped-call]
 
 
 LIBRARY.impl("predict", _predict, "CompositeImplicitAutograd")

@@ -267,12 +267,13 @@ def read(
 
 
 def look_at_labels(maml: Settings, program: Program, x: Tensor, **given: Target) -> None:
-    """Where check_labels asks for it on a GPU; the ops of the CPU look by themselves.
+    """Where check_labels asks for it on a GPU. The ops of the CPU look by themselves, but later than a seed is drawn.
 
     Raises:
         ValueError: a label or an action out of range.
     """
-    if maml._options.check_labels and program.plan.backend == "cuda":
+    draws = program.draws and not torch.compiler.is_compiling()
+    if maml._options.check_labels if program.plan.backend == "cuda" else draws:
         classes = features(program.text, x) if program.plan.loss in data_checks.OF_CLASSES else None
         for name, y in given.items():
             data_checks.target_values(name, y, classes)

@@ -14,18 +14,23 @@ from maml_cuda.engine import checks, data_checks, fallback
 from maml_cuda.engine.binder import Set, look_at_labels, read
 from maml_cuda.engine.binding import Binding
 from maml_cuda.engine.settings import Settings, inner_rates, trainable_names
+from maml_cuda.masks import Seed
 from maml_cuda.pytrees import Tree
 from maml_cuda.targets import Target
 
 
-def adapt(maml: Settings, x_spt: Tree, y_spt: Target, steps: int, differentiable: bool) -> dict[str, Tensor]:
+def adapt(
+    maml: Settings, x_spt: Tree, y_spt: Target, steps: int, differentiable: bool, seed: Seed | None = None
+) -> dict[str, Tensor]:
+    """seed: of the masks of dropout; None: one of its own."""
+    seed = seed or Seed()
     binding = _able_to_take(maml, steps)
     x_spt = read(maml, binding, "x_spt", x_spt, "y_spt", y_spt)
     differentiable = differentiable and torch.is_grad_enabled()
     program = maml._binder.program(maml, binding, Set("x_spt", x_spt, "y_spt", y_spt), None)
     if program is None:
         adapted = fallback.adapt(
-            maml.model, maml.loss, inner_rates(maml), x_spt, y_spt, steps, maml.first_order, differentiable
+            maml.model, maml.loss, inner_rates(maml), x_spt, y_spt, steps, maml.first_order, differentiable, seed
         )
         maml._binder.settled(maml, binding, adapted)
         return _every_parameter(maml.model, adapted, pytrees.tasks(x_spt), differentiable)
@@ -36,20 +41,21 @@ def adapt(maml: Settings, x_spt: Tree, y_spt: Target, steps: int, differentiable
         if program.written:  # the backward needs the buffers as they are now
             parameters = [t if t.requires_grad else t.clone() for t in parameters]
         after, _ = torch.ops.maml_cuda.adapt(
-            parameters, rates, numbers, program.target(y_spt), program.text, steps, maml.first_order
+            parameters, rates, numbers, program.target(y_spt), program.text, steps, maml.first_order, program.seed(seed)
         )
         if program.written:
             maml._binder.settled(maml, binding, fallback.write_buffers(maml.model, x_spt))
     else:
         after, _ = torch.ops.maml_cuda.adapt_forward(
-            parameters, rates, numbers, program.target(y_spt), program.text, steps
+            parameters, rates, numbers, program.target(y_spt), program.text, steps, program.seed(seed)
         )
     return _every_parameter(maml.model, dict(zip(program.adapted, after, strict=True)), len(numbers), differentiable)
 
 
 def inner_loop(maml: Settings, x_spt: Tree, y_spt: Target, steps: int) -> Iterator[dict[str, Tensor]]:
     binding = _able_to_take(maml, steps)
-    fast = adapt(maml, x_spt, y_spt, 0, differentiable=False)
+    seed = Seed()
+    fast = adapt(maml, x_spt, y_spt, 0, differentiable=False, seed=seed)
     yield fast
     x = read(maml, binding, "x_spt", x_spt, "y_spt", y_spt)
     for k in range(steps):
@@ -58,10 +64,12 @@ def inner_loop(maml: Settings, x_spt: Tree, y_spt: Target, steps: int) -> Iterat
             own = [t.detach() for t in program.own(fast, pytrees.tasks(x), k)]
             rates = [t.detach() for t in program.rates_at(k)]
             numbers = program.input("x_spt", x, maml._options.check_labels)
-            after = torch.ops.maml_cuda.inner_step(own, rates, numbers, program.target(y_spt), program.step_text())
+            after = torch.ops.maml_cuda.inner_step(
+                own, rates, numbers, program.target(y_spt), program.step_text(), k, program.seed(seed)
+            )
             fast = {**fast, **dict(zip(program.adapted, after, strict=True))}
         else:
-            fast = adapt(maml, x_spt, y_spt, k + 1, differentiable=False)
+            fast = adapt(maml, x_spt, y_spt, k + 1, differentiable=False, seed=seed)
         yield fast
 
 
@@ -72,12 +80,12 @@ def predict(maml: Settings, fast: Mapping[str, Tensor], x: Tree, slot: int | Non
         maml._binder.warn_of_single_queries(maml.model)
     program = maml._binder.program(maml, binding, None, Set("x", x))
     if program is None:
-        return maml._binder.settled(maml, binding, fallback.predict(maml.model, dict(fast), x, slot))
+        return maml._binder.settled(maml, binding, fallback.predict(maml.model, dict(fast), x, slot, Seed()))
     x = program.input("x", x, maml._options.check_labels)
-    own = program.own(fast, len(x), slot)
+    own, seed = program.own(fast, len(x), slot), program.seed(Seed())
     if torch.is_grad_enabled() and any(t.requires_grad for t in own):
-        return program.as_returned(torch.ops.maml_cuda.predict(own, x, program.text))
-    return program.as_returned(torch.ops.maml_cuda.predict_forward(own, x, program.text))
+        return program.as_returned(torch.ops.maml_cuda.predict(own, x, program.text, seed))
+    return program.as_returned(torch.ops.maml_cuda.predict_forward(own, x, program.text, seed))
 
 
 def loss_and_grad(
@@ -90,12 +98,12 @@ def loss_and_grad(
     program = maml._binder.program(maml, binding, Set("x", x, "y", y), None)
     if program is None:
         return maml._binder.settled(
-            maml, binding, fallback.loss_and_grad(maml.model, maml.loss, dict(fast), names, x, y, slot)
+            maml, binding, fallback.loss_and_grad(maml.model, maml.loss, dict(fast), names, x, y, slot, Seed())
         )
     x = program.input("x", x, maml._options.check_labels)
     look_at_labels(maml, program, x, y=y)
     own = [t.detach() for t in program.own(fast, len(x), slot)]
-    losses, grads = torch.ops.maml_cuda.loss_and_grad(own, x, program.target(y), program.text)
+    losses, grads = torch.ops.maml_cuda.loss_and_grad(own, x, program.target(y), program.text, program.seed(Seed()))
     return losses, every_trainable(names, program.whole(grads, fast, slot), fast)
 
 
@@ -110,14 +118,14 @@ def hvp(
     program = maml._binder.program(maml, binding, Set("x", x, "y", y), None, second_order=True)
     if program is None:
         return maml._binder.settled(
-            maml, binding, fallback.hvp(maml.model, maml.loss, dict(fast), names, x, y, dict(v), slot)
+            maml, binding, fallback.hvp(maml.model, maml.loss, dict(fast), names, x, y, dict(v), slot, Seed())
         )
     x = program.input("x", x, maml._options.check_labels)
     look_at_labels(maml, program, x, y=y)
     at = [t.detach() for t in program.own(fast, len(x), slot)]
     moving = {n: v[n].detach() if n in v and n in names else torch.zeros_like(p) for n, p in fast.items()}
     directions = program.directions(moving, len(x), slot)
-    products = torch.ops.maml_cuda.hvp(at, x, program.target(y), directions, program.text)
+    products = torch.ops.maml_cuda.hvp(at, x, program.target(y), directions, program.text, program.seed(Seed()))
     return every_trainable(names, program.whole(products, fast, slot), fast)
 
 

@@ -67,7 +67,15 @@ class Runner:
         return size
 
     def run(self, like: Tensor, tasks: int, at_once: int, graphs: bool, *tensors: Any, **more: Any) -> None:
-        """Enqueues a call; `graphs`: from its second time on, as the replay of a CUDA graph."""
+        """Enqueues a call; `graphs`: from its second time on, as the replay of a CUDA graph.
+
+        Raises:
+            ValueError: the call has random masks, and the user is capturing a CUDA graph.
+        """
+        if "seed" in more and is_capturing():
+            raise ValueError(
+                "a CUDA graph must have no call with dropout in train mode, got one: each replay would have its masks"
+            )
         sizes = tasks, at_once, self._allocate(like, tasks, at_once)
         stream = stream_of(like.device)
         if not graphs or is_capturing() or self.executor == "megakernel":

@@ -22,6 +22,7 @@ from maml_cuda.capture import generators
 from maml_cuda.engine import data_checks
 from maml_cuda.functional import Functional
 from maml_cuda.losses import Loss, loss_function, objective
+from maml_cuda.masks import Seed
 from maml_cuda.policies import mean_of
 from maml_cuda.pytrees import Tree
 from maml_cuda.rates import Rate
@@ -80,6 +81,7 @@ def meta_step(
     first_order: bool,
     task_weights: Tensor | None,
     query_weights: Sequence[float] | None,
+    seed: Seed,
 ) -> tuple[Tensor, Tensor, Tree | None, Tensor, list[tuple[Tensor, Tensor]]]:
     """loss, task_losses, predictions (None where they cannot be stacked), support_losses, and (tensor, gradient) of
     each of `parameters` and of the data that requires grad and reaches the loss; none where gradients are off."""
@@ -88,7 +90,7 @@ def meta_step(
     wanted = [t for t in given.values() if t.requires_grad and torch.is_grad_enabled()]
     tasks = pytrees.tasks(x_spt)
     weights = [1 / tasks] * tasks if task_weights is None else list(task_weights)
-    function = Functional(model)
+    function = Functional(model, seed)
     criterion = objective(loss)
     uses = {0: ("y_spt", y_spt), steps: ("y_qry", y_qry)}  # without steps, nothing reads y_spt
     checked = _checked(loss, criterion, uses)
@@ -113,10 +115,11 @@ def adapt(
     steps: int,
     first_order: bool,
     differentiable: bool,
+    seed: Seed,
 ) -> dict[str, Tensor]:
     """The adapted parameters, name -> [tasks, *shape]."""
     theta = {name: p.view_as(p) for name, p in model.named_parameters()}  # so that hooks see the outer gradient alone
-    function = Functional(model)
+    function = Functional(model, seed)
     checked = _checked(loss, loss_function(loss), {0: ("y_spt", y)})
     tasks = [
         reference.inner_loop(
@@ -129,6 +132,7 @@ def adapt(
             steps,
             first_order,
             differentiable,
+            t,
         )[0][-1]
         for t in range(pytrees.tasks(x))
     ]
@@ -139,24 +143,25 @@ def adapt(
 
 
 @apart
-def predict(model: nn.Module, fast: Mapping[str, Tensor], x: Tree, slot: int) -> Tree:
-    function = Functional(model)
+def predict(model: nn.Module, fast: Mapping[str, Tensor], x: Tree, slot: int, seed: Seed) -> Tree:
+    function = Functional(model, seed)
     differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in fast.values())
     with at_step(model, slot), function.differentiable_twice() if differentiable else nullcontext():
-        predictions = [
-            function({n: p[t] for n, p in fast.items()}, pytrees.of_task(x, t)) for t in range(pytrees.tasks(x))
-        ]
+        predictions = []
+        for t in range(pytrees.tasks(x)):
+            with function.of_pass(t, 0):
+                predictions.append(function({n: p[t] for n, p in fast.items()}, pytrees.of_task(x, t)))
     return pytrees.stacked("the model's output", predictions)
 
 
 @apart
 def loss_and_grad(
     model: nn.Module, loss: Loss, fast: Mapping[str, Tensor], names: list[str], x: Tree, y: Target,
-    slot: int,
+    slot: int, seed: Seed,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     checked = _checked(loss, loss_function(loss), {0: ("y", y)})
     with at_step(model, slot):
-        return reference.loss_and_grad(Functional(model), checked, fast, names, x, y)
+        return reference.loss_and_grad(Functional(model, seed), checked, fast, names, x, y)
 
 
 @apart
@@ -169,10 +174,11 @@ def hvp(
     y: Target,
     v: Mapping[str, Tensor],
     slot: int,
+    seed: Seed,
 ) -> dict[str, Tensor]:
     checked = _checked(loss, loss_function(loss), {0: ("y", y)})
     with at_step(model, slot):
-        return reference.hvp(Functional(model), checked, fast, names, x, y, v)
+        return reference.hvp(Functional(model, seed), checked, fast, names, x, y, v)
 
 
 @apart
@@ -188,6 +194,7 @@ def fisher_vector_product(
     weights: Tensor | None,
     steps: int,
     first_order: bool,
+    seed: Seed,
 ) -> dict[str, Tensor]:
     """By `names`."""
     if weights is None:
@@ -195,8 +202,9 @@ def fisher_vector_product(
     data_checks.sample_weights("weights", weights)
     checked = _checked(loss, loss_function(loss), {0: ("y_spt", y_spt)})
     return reference.fisher_vector_product(
-        Functional(model), checked, rates, names, x_spt, y_spt, x_qry, v, targets.shares(weights), steps, first_order
-    )
+        Functional(model, seed), checked, rates, names, x_spt, y_spt, x_qry, v, targets.shares(weights), steps,
+        first_order,
+    )  # fmt: skip
 
 
 @apart

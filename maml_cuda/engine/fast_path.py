@@ -38,14 +38,14 @@ def places(tensors: list[Tensor]) -> list[Place]:
 
 def meta_step(
     problem: Problem, parameters: list[Tensor], rates: list[Tensor], data: tuple[Tensor, ...],
-    task_weights: Tensor | None, steps: int, gradient: bool,
+    task_weights: Tensor | None, steps: int, gradient: bool, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op meta_gradient on `data` (x_spt, y_spt, x_qry, y_qry), which have been checked."""
     x_spt, y_spt, x_qry, y_qry = [t.contiguous() for t in data]
     if task_weights is not None:
         task_weights = task_weights.resolve_neg()
     support, query = [x_spt, y_spt, None, None], [x_qry, y_qry, None, None]
-    return ops.meta_step(problem, parameters, rates, support, query, task_weights, None, steps, gradient)
+    return ops.meta_step(problem, parameters, rates, support, query, task_weights, None, steps, gradient, seed)
 
 
 class _Attached(torch.autograd.Function):

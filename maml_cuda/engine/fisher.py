@@ -21,6 +21,7 @@ class FisherProducts:
     def __init__(
         self, parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: list[Tensor | None], x_qry: Tensor,
         weights: Tensor | None, plan: str, steps: int, first_order: bool, memory: int = 0,
+        seed: Tensor | None = None,
     ) -> None:  # fmt: skip
         tasks, n_support, *sample = x_spt.shape
 
@@ -35,6 +36,7 @@ class FisherProducts:
             if self.kept:
                 self.problem = keeping
         self.state = x_spt.new_empty(self.kept * self.problem.core.task_size)
+        self.seed = {} if seed is None else {"seed": int(seed)}
         self.given = parameters, rates, x_spt, y_spt, x_qry, weights
         self.trainable = [p.trainable for p in plan_of(plan).parameters]
         self.versions: list[int] | None = None
@@ -57,7 +59,7 @@ class FisherProducts:
         self.problem.run(
             x_spt, x_spt.shape[0], parameters, rates, support, query, gradient=flat,
             given=given, given_strides=[0] * len(given),  # one for all tasks
-            **state,
+            **state, **self.seed,
         )  # fmt: skip
         self.versions = versions
         for product, part in zip(products, cut(flat, v), strict=True):

@@ -15,6 +15,7 @@ from maml_cuda.engine.binding import Binding, Choice
 from maml_cuda.engine.problem import Problem, joined, meta_problem
 from maml_cuda.engine.program import Program
 from maml_cuda.engine.settings import Settings, inner_rates
+from maml_cuda.masks import Seed
 from maml_cuda.policies import mean_of
 from maml_cuda.pytrees import Tree
 from maml_cuda.targets import Target
@@ -136,7 +137,7 @@ def _computed(
     weights, query_steps = maml._query_weights.tensor(parameters[0]), maml._query_weights.steps
     loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
         parameters, rates, support_x, program.target(y_spt), query_x, program.target(y_qry), task_weights,
-        program.text, maml.inner_steps, maml.first_order, wanted, weights, query_steps,
+        program.text, maml.inner_steps, maml.first_order, wanted, weights, query_steps, program.seed(Seed()),
     )  # fmt: skip
     if program.written and wanted:
         maml._binder.settled(maml, binding, fallback.write_buffers(maml.model, x_spt))
@@ -160,11 +161,18 @@ def _warm(
     """A call like one that has passed every check, but for the values of labels and weights."""
     if task_weights is not None:
         data_checks.task_weights(task_weights, len(data[0]), binding.like())
-    if maml._options.check_labels:
+    if maml._options.check_labels or program.draws:
         look_at_labels(maml, program, data[0], y_spt=data[1], y_qry=data[3])
     wanted = torch.is_grad_enabled()
     loss, task_losses, logits, support_losses, flat = fast_path.meta_step(
-        problem, parameters, rates, data, task_weights, maml.inner_steps, wanted
+        problem,
+        parameters,
+        rates,
+        data,
+        task_weights,
+        maml.inner_steps,
+        wanted,
+        program.seed(Seed()),
     )
     if not program.is_plain:
         logits = _logits(maml, program.as_returned(logits))
@@ -191,7 +199,7 @@ def _on_the_general_path(
 ) -> tuple[MetaOutput, Gradient | None]:
     loss, task_losses, predictions, support_losses, reached = fallback.meta_step(
         maml.model, maml.loss, inner_rates(maml), list(maml.parameters()), x_spt, y_spt, x_qry, y_qry,
-        maml.inner_steps, maml.first_order, task_weights, maml._query_weights.values,
+        maml.inner_steps, maml.first_order, task_weights, maml._query_weights.values, Seed(),
     )  # fmt: skip
     out = MetaOutput(loss, task_losses, _logits(maml, predictions), support_losses)
     if not reached:

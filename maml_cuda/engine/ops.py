@@ -8,7 +8,8 @@ exported program needs nothing else. The ops here have no backward; autograd.py 
     fisher_vector_product    of the adapted policies, through the inner loop
     inner_step, predict_forward, predict_backward, loss_and_grad, hvp    at parameters that are each task's own
 
-A target is a list: one tensor, or the four fields of a PolicyTarget.
+A target is a list: one tensor, or the four fields of a PolicyTarget. `seed` is that of the masks of dropout
+(maml_cuda/masks.py), for a plan that draws any.
 """
 
 from __future__ import annotations
@@ -45,12 +46,17 @@ def _by_task(tensors: list[Tensor]) -> tuple[list[Tensor], list[int]]:
     return parts, [0 if t.stride(0) == 0 else t[0].numel() for t in parts]
 
 
+def _seeded(seed: Tensor | None) -> dict[str, int]:
+    """The arguments of a run for random masks."""
+    return {} if seed is None else {"seed": int(seed)}
+
+
 # -- meta_gradient -------------------------------------------------------------------------------------------
 
 LIBRARY.define(
     "meta_gradient(Tensor[] parameters, Tensor[] rates, Tensor x_spt, Tensor?[] y_spt, Tensor x_qry, Tensor?[] y_qry, "
     "Tensor? task_weights, str plan, int steps, bool first_order, bool gradient, Tensor? query_weights=None, "
-    "int[] query_steps=[]) "
+    "int[] query_steps=[], Tensor? seed=None) "
     "-> (Tensor loss, Tensor task_losses, Tensor logits, Tensor support_losses, Tensor gradient)"
 )
 
@@ -58,16 +64,17 @@ LIBRARY.define(
 def _meta_gradient(
     parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: TargetList, x_qry: Tensor,
     y_qry: TargetList, task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
-    query_weights: Tensor | None = None, query_steps: Sequence[int] = (),
+    query_weights: Tensor | None = None, query_steps: Sequence[int] = (), seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     problem = meta_problem(plan, x_spt, x_qry, steps, first_order, gradient, query_steps)
     support, query = problem.data("y_spt", x_spt, y_spt), problem.data("y_qry", x_qry, y_qry)
-    return meta_step(problem, parameters, rates, support, query, task_weights, query_weights, steps, gradient)
+    return meta_step(problem, parameters, rates, support, query, task_weights, query_weights, steps, gradient, seed)
 
 
 def meta_step(
     problem: Problem, parameters: list[Tensor], rates: list[Tensor], support: list[Tensor | None],
     query: list[Tensor | None], task_weights: Tensor | None, query_weights: Tensor | None, steps: int, gradient: bool,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op meta_gradient, on data that have been checked."""
     x_spt, x_qry = cast(Tensor, support[0]), cast(Tensor, query[0])
@@ -79,7 +86,7 @@ def meta_step(
         task_weights = task_weights.contiguous()
     problem.run(
         x_spt, tasks, parameters, rates, support, query, task_weights, query_weights,
-        [loss, task_losses, support_losses], logits, flat if gradient else None,
+        [loss, task_losses, support_losses], logits, flat if gradient else None, **_seeded(seed),
     )  # fmt: skip
     return outputs
 
@@ -99,7 +106,7 @@ def _meta_outputs(
 def _meta_gradient_fake(
     parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: TargetList, x_qry: Tensor,
     y_qry: TargetList, task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
-    query_weights: Tensor | None = None, query_steps: Sequence[int] = (),
+    query_weights: Tensor | None = None, query_steps: Sequence[int] = (), seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gradient_size = plan_of(plan).gradient_size if gradient else 0
     return _meta_outputs(x_qry, x_qry.shape[0], features(plan, x_qry), steps, gradient_size)
@@ -108,30 +115,36 @@ def _meta_gradient_fake(
 # -- adapt ---------------------------------------------------------------------------------------------------
 
 LIBRARY.define(
-    "adapt_forward(Tensor[] parameters, Tensor[] rates, Tensor x, Tensor?[] y, str plan, int steps) "
+    "adapt_forward(Tensor[] parameters, Tensor[] rates, Tensor x, Tensor?[] y, str plan, int steps, "
+    "Tensor? seed=None) "
     "-> (Tensor[], Tensor)"
 )
 LIBRARY.define(
     "adapt_backward(Tensor[] parameters, Tensor[] rates, Tensor x, Tensor?[] y, Tensor[] cotangents, str plan, "
-    "int steps, bool first_order) -> Tensor"
+    "int steps, bool first_order, Tensor? seed=None) -> Tensor"
 )
 
 
 def _adapt_forward(
-    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str, steps: int
-) -> tuple[list[Tensor], Tensor]:
+    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str, steps: int,
+    seed: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     tasks, n, *sample = x.shape
     problem = problem_of(plan, "adapt", tuple(sample), n, 0, steps, True, x.dtype == torch.float64)
     support = problem.data("y_spt", x, y)
     parameters, rates = dense(parameters), dense(rates)
     fast, support_losses = _adapt_fake(parameters, rates, x, y, plan, steps)
-    problem.run(x, tasks, parameters, rates, support, losses=[None, None, support_losses], per_task=spread(plan, fast))
+    problem.run(
+        x, tasks, parameters, rates, support, losses=[None, None, support_losses], per_task=spread(plan, fast),
+        **_seeded(seed),
+    )  # fmt: skip
     return fast, support_losses
 
 
 def _adapt_fake(
-    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str, steps: int
-) -> tuple[list[Tensor], Tensor]:
+    parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str, steps: int,
+    seed: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     tasks = x.shape[0]
     fast = [p.new_empty((tasks, *p.shape)) for p in adapted(plan, parameters)]
     return fast, x.new_empty((tasks, steps))
@@ -139,7 +152,7 @@ def _adapt_fake(
 
 def _adapt_backward(
     parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, cotangents: list[Tensor], plan: str,
-    steps: int, first_order: bool,
+    steps: int, first_order: bool, seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     tasks, n, *sample = x.shape
     problem = problem_of(plan, "adapt_backward", tuple(sample), n, 0, steps, first_order, x.dtype == torch.float64)
@@ -152,13 +165,14 @@ def _adapt_backward(
     problem.run(
         x, tasks, parameters, rates, support, given=spread_given,
         given_strides=[0 if t is None else next(rest) for t in spread_given], gradient=gradient,
+        **_seeded(seed),
     )  # fmt: skip
     return gradient
 
 
 def _adapt_backward_fake(
     parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, cotangents: list[Tensor], plan: str,
-    steps: int, first_order: bool,
+    steps: int, first_order: bool, seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(plan_of(plan).gradient_size)
 
@@ -167,31 +181,37 @@ def _adapt_backward_fake(
 
 LIBRARY.define(
     "fisher_vector_product(Tensor[] parameters, Tensor[] rates, Tensor x_spt, Tensor?[] y_spt, Tensor x_qry, "
-    "Tensor? weights, Tensor[] v, str plan, int steps, bool first_order) -> Tensor[]"
+    "Tensor? weights, Tensor[] v, str plan, int steps, bool first_order, "
+    "Tensor? seed=None) -> Tensor[]"
 )
 
 
 def _fisher_vector_product(
     parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: TargetList, x_qry: Tensor,
     weights: Tensor | None, v: list[Tensor], plan: str, steps: int, first_order: bool,
+    seed: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    return FisherProducts(parameters, rates, x_spt, y_spt, x_qry, weights, plan, steps, first_order)(v)
+    return FisherProducts(parameters, rates, x_spt, y_spt, x_qry, weights, plan, steps, first_order, seed=seed)(v)
 
 
 def _fisher_vector_product_fake(
     parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: TargetList, x_qry: Tensor,
     weights: Tensor | None, v: list[Tensor], plan: str, steps: int, first_order: bool,
+    seed: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     return [t.new_empty(t.shape) for t in v]
 
 
 # -- at each task's own parameters ---------------------------------------------------------------------------
 
-LIBRARY.define("predict_forward(Tensor[] fast, Tensor x, str plan) -> Tensor")
-LIBRARY.define("predict_backward(Tensor[] fast, Tensor x, Tensor cotangent, str plan) -> Tensor[]")
-LIBRARY.define("loss_and_grad(Tensor[] fast, Tensor x, Tensor?[] y, str plan) -> (Tensor, Tensor[])")
-LIBRARY.define("hvp(Tensor[] fast, Tensor x, Tensor?[] y, Tensor[] v, str plan) -> Tensor[]")
-LIBRARY.define("inner_step(Tensor[] fast, Tensor[] rates, Tensor x, Tensor?[] y, str plan) -> Tensor[]")
+LIBRARY.define("predict_forward(Tensor[] fast, Tensor x, str plan, Tensor? seed=None) -> Tensor")
+LIBRARY.define("predict_backward(Tensor[] fast, Tensor x, Tensor cotangent, str plan, Tensor? seed=None) -> Tensor[]")
+LIBRARY.define("loss_and_grad(Tensor[] fast, Tensor x, Tensor?[] y, str plan, Tensor? seed=None) -> (Tensor, Tensor[])")
+LIBRARY.define("hvp(Tensor[] fast, Tensor x, Tensor?[] y, Tensor[] v, str plan, Tensor? seed=None) -> Tensor[]")
+LIBRARY.define(
+    "inner_step(Tensor[] fast, Tensor[] rates, Tensor x, Tensor?[] y, str plan, int step=0, Tensor? seed=None) "
+    "-> Tensor[]"
+)
 
 
 def _own(fast: list[Tensor]) -> dict[str, list[Any]]:
@@ -200,7 +220,10 @@ def _own(fast: list[Tensor]) -> dict[str, list[Any]]:
     return {"parameters": parts, "parameter_strides": strides}
 
 
-def _inner_step(fast: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str) -> list[Tensor]:
+def _inner_step(
+    fast: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str, step: int = 0,
+    seed: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
     """One step of adapt_forward from parameters that are each task's own: the adapted parameters after it. Only the CPU
     backend has it; on a GPU the tasks of an adapt share their parameters."""
     tasks, n, *sample = x.shape
@@ -210,33 +233,41 @@ def _inner_step(fast: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetLis
     support = problem.data("y_spt", x, y)
     rates = dense(rates)
     after = _inner_step_fake(fast, rates, x, y, plan)
-    problem.run(x, tasks, **_own(fast), rates=rates, support=support, per_task=spread(plan, after))
+    problem.run(
+        x, tasks, **_own(fast), rates=rates, support=support, per_task=spread(plan, after),
+        first_step=step, **_seeded(seed),
+    )  # fmt: skip
     return after
 
 
-def _inner_step_fake(fast: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str) -> list[Tensor]:
+def _inner_step_fake(
+    fast: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str, step: int = 0,
+    seed: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
     return [t.new_empty(t.shape) for t in adapted(plan, fast)]
 
 
-def _predict_forward(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
+def _predict_forward(fast: list[Tensor], x: Tensor, plan: str, seed: Tensor | None = None) -> Tensor:
     tasks, n, *sample = x.shape
     problem = problem_of(plan, "predict", tuple(sample), 0, n, 0, False, x.dtype == torch.float64)
     x = x.contiguous()
     logits = x.new_empty((tasks, n, problem.features))
-    problem.run(x, tasks, **_own(fast), query=[x, None, None, None], logits=logits)
+    problem.run(x, tasks, **_own(fast), query=[x, None, None, None], logits=logits, **_seeded(seed))
     return logits
 
 
-def _predict_fake(fast: list[Tensor], x: Tensor, plan: str) -> Tensor:
+def _predict_fake(fast: list[Tensor], x: Tensor, plan: str, seed: Tensor | None = None) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1], features(plan, x)))
 
 
-def _predict_backward(fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: str) -> list[Tensor]:
+def _predict_backward(
+    fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: str, seed: Tensor | None = None
+) -> list[Tensor]:
     tasks, n, *sample = x.shape
     problem = problem_of(plan, "predict_backward", tuple(sample), 0, n, 0, False, x.dtype == torch.float64)
     x, cotangent = dense([x, cotangent])
     grads = _like_fast(fast, plan)
-    problem.run(x, tasks, **_own(fast), query=[x, None, None, None], given=[cotangent], per_task=grads)
+    problem.run(x, tasks, **_own(fast), query=[x, None, None, None], given=[cotangent], per_task=grads, **_seeded(seed))
     return grads
 
 
@@ -246,34 +277,47 @@ def _like_fast(fast: list[Tensor], plan: str) -> list[Tensor]:
     return [t.new_empty(0 if p.role == "buffer" else t.shape) for t, p in zip(fast, parameters, strict=True)]
 
 
-def _predict_backward_fake(fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: str) -> list[Tensor]:
+def _predict_backward_fake(
+    fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: str, seed: Tensor | None = None
+) -> list[Tensor]:
     return _like_fast(fast, plan)
 
 
-def _loss_and_grad(fast: list[Tensor], x: Tensor, y: TargetList, plan: str) -> tuple[Tensor, list[Tensor]]:
+def _loss_and_grad(
+    fast: list[Tensor], x: Tensor, y: TargetList, plan: str, seed: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
     tasks, n, *sample = x.shape
     problem = problem_of(plan, "loss_and_grad", tuple(sample), n, 0, 0, False, x.dtype == torch.float64)
     support = problem.data("y", x, y)
     losses, grads = _loss_and_grad_fake(fast, x, y, plan)
-    problem.run(x, tasks, **_own(fast), support=support, losses=[None, losses, None], per_task=grads)
+    problem.run(x, tasks, **_own(fast), support=support, losses=[None, losses, None], per_task=grads, **_seeded(seed))
     return losses, grads
 
 
-def _loss_and_grad_fake(fast: list[Tensor], x: Tensor, y: TargetList, plan: str) -> tuple[Tensor, list[Tensor]]:
+def _loss_and_grad_fake(
+    fast: list[Tensor], x: Tensor, y: TargetList, plan: str, seed: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
     return x.new_empty(x.shape[0]), _like_fast(fast, plan)
 
 
-def _hvp(fast: list[Tensor], x: Tensor, y: TargetList, v: list[Tensor], plan: str) -> list[Tensor]:
+def _hvp(
+    fast: list[Tensor], x: Tensor, y: TargetList, v: list[Tensor], plan: str, seed: Tensor | None = None
+) -> list[Tensor]:
     tasks, n, *sample = x.shape
     problem = problem_of(plan, "hvp", tuple(sample), n, 0, 0, False, x.dtype == torch.float64)
     support = problem.data("y", x, y)
     directions, strides = _by_task(v)
     products = _like_fast(fast, plan)
-    problem.run(x, tasks, **_own(fast), support=support, given=directions, given_strides=strides, per_task=products)
+    problem.run(
+        x, tasks, **_own(fast), support=support, given=directions, given_strides=strides, per_task=products,
+        **_seeded(seed),
+    )  # fmt: skip
     return products
 
 
-def _hvp_fake(fast: list[Tensor], x: Tensor, y: TargetList, v: list[Tensor], plan: str) -> list[Tensor]:
+def _hvp_fake(
+    fast: list[Tensor], x: Tensor, y: TargetList, v: list[Tensor], plan: str, seed: Tensor | None = None
+) -> list[Tensor]:
     return _like_fast(fast, plan)
 
 

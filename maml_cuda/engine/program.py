@@ -15,6 +15,7 @@ from maml_cuda.capture.copies import Place
 from maml_cuda.engine import fast_path, integer_inputs, own_targets
 from maml_cuda.engine.signatures import TreeLike
 from maml_cuda.losses import Loss
+from maml_cuda.masks import Seed
 from maml_cuda.plan.graph import Labels, Range, Returned
 from maml_cuda.plan.own_loss import COMPUTED, Match
 from maml_cuda.plan.schema import Plan
@@ -45,6 +46,7 @@ class Program:
         is_warm: whether a call like one that has passed every check needs none but those of the core.
         is_plain: whether it returns the prediction as it is.
         places: of the parameters and learned rates in the flat gradient (fast_path.places).
+        draws: whether it draws masks of dropout.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Program:
         self.integers = integers
         self.is_warm = not written and not integers and (match is None or (match.loss == "mse" and not weighted))
         self.is_plain = returned == Returned(returned.sample) and self.is_direct
+        self.draws = any(node.kind == "dropout" for node in plan.nodes)
         self.places = fast_path.places(self.with_gradient([owner[key] for owner, key in holders]))
 
     # -- its tensors --------------------------------------------------------------------------------------------
@@ -104,6 +107,10 @@ class Program:
         if self._all_have_gradient:
             return tensors
         return [t for t, yes in zip(tensors, self._has_gradient, strict=True) if yes]
+
+    def seed(self, of_call: Seed) -> Tensor | None:
+        """The seed of a call as the ops take it: None where no mask is drawn."""
+        return of_call() if self.draws else None
 
     # -- what goes in and comes out -----------------------------------------------------------------------------
 

@@ -213,21 +213,22 @@ class _Results:
         self._trainable = [name for name, p in snapshot.model.named_parameters() if p.requires_grad]
         self._trainable += program.of_loss
         self._text = replace(program.plan, backend="cpu", precision="float32").text
+        self._seed = torch.tensor(proof.SEED) if program.draws else None
 
     def predict(self, fast: Mapping[str, Tensor], x: Tree) -> Any:
         own, x = self._own(fast), self._input(x)
         op = torch.ops.maml_cuda.predict if any(t.requires_grad for t in own) else torch.ops.maml_cuda.predict_forward
-        return self._program.as_returned(op(own, x, self._text))
+        return self._program.as_returned(op(own, x, self._text, self._seed))
 
     def loss_and_grad(self, fast: Mapping[str, Tensor], x: Tree, y: targets.Target) -> tuple[Tensor, dict[str, Tensor]]:
         x, y = self._input(x), self._program.target(y, torch.float64)
-        losses, grads = torch.ops.maml_cuda.loss_and_grad(self._own(fast), x, y, self._text)
+        losses, grads = torch.ops.maml_cuda.loss_and_grad(self._own(fast), x, y, self._text, self._seed)
         return losses, self._whole(grads, fast)
 
     def hvp(self, fast: Mapping[str, Tensor], x: Tree, y: targets.Target, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         directions = self._program.directions(v, 1, 0)
         x, y = self._input(x), self._program.target(y, torch.float64)
-        products = torch.ops.maml_cuda.hvp(self._own(fast), x, y, directions, self._text)
+        products = torch.ops.maml_cuda.hvp(self._own(fast), x, y, directions, self._text, self._seed)
         return self._whole(products, fast)
 
     def _input(self, x: Tree) -> Tensor:

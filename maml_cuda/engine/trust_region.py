@@ -15,25 +15,29 @@ from maml_cuda.engine.building_blocks import every_trainable
 from maml_cuda.engine.fisher import FisherProducts
 from maml_cuda.engine.program import Program
 from maml_cuda.engine.settings import Settings, inner_rates
+from maml_cuda.masks import Seed
 from maml_cuda.targets import PolicyTarget
 
 
 def fisher_vector_product(
-    maml: Settings, x_spt: Tensor, y_spt: PolicyTarget, x_qry: Tensor, v: Mapping[str, Tensor], weights: Tensor | None
-) -> dict[str, Tensor]:
+    maml: Settings, x_spt: Tensor, y_spt: PolicyTarget, x_qry: Tensor, v: Mapping[str, Tensor], weights: Tensor | None,
+    seed: Seed | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """seed: of the masks of dropout; None: one of its own."""
+    seed = seed or Seed()
     program, x_spt, x_qry = _read(maml, x_spt, y_spt, x_qry, weights)
     trainable = _trainable(maml)
     data_checks.direction(trainable, v)
     if program is None:
         return fallback.fisher_vector_product(
             maml.model, str(maml.loss), inner_rates(maml), list(trainable), x_spt, y_spt, x_qry, dict(v), weights,
-            maml.inner_steps, maml.first_order,
+            maml.inner_steps, maml.first_order, seed,
         )  # fmt: skip
     parameters, rates = program.tensors()
     reached = [n for n in program.names if n in trainable]
     products = torch.ops.maml_cuda.fisher_vector_product(
         parameters, rates, x_spt, targets.tensors(y_spt), x_qry, weights, [v[n].detach() for n in reached],
-        program.text, maml.inner_steps, maml.first_order,
+        program.text, maml.inner_steps, maml.first_order, program.seed(seed),
     )  # fmt: skip
     return every_trainable(list(trainable), dict(zip(reached, products, strict=True)), trainable)
 
@@ -44,13 +48,14 @@ def fisher(
     checks.steps(memory, "memory")
     program, x_spt, x_qry = _read(maml, x_spt, y_spt, x_qry, weights)
     if program is None or program.plan.backend != "cpu" or maml._options.recompute:
-        return lambda v: fisher_vector_product(maml, x_spt, y_spt, x_qry, v, weights)
+        seed = Seed()  # one matrix
+        return lambda v: fisher_vector_product(maml, x_spt, y_spt, x_qry, v, weights, seed)
     trainable = _trainable(maml)
     reached = [n for n in program.names if n in trainable]
     parameters, rates = program.tensors()
     products = FisherProducts(
         parameters, rates, x_spt, targets.tensors(y_spt), x_qry, weights, program.text, maml.inner_steps,
-        maml.first_order, memory,
+        maml.first_order, memory, program.seed(Seed()),
     )  # fmt: skip
 
     def product(v: Mapping[str, Tensor]) -> dict[str, Tensor]:

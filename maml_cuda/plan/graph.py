@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from maml_cuda.capture.errors import Unfusable
-from maml_cuda.plan.schema import IndexedAxis, Instruction, Layout, Loops, Node, Slide, Window
+from maml_cuda.plan.schema import IndexedAxis, Instruction, Layout, Loops, Mask, Node, Slide, Window
 
 
 @dataclass(frozen=True)
@@ -250,6 +250,7 @@ class Writer:
         call: describes the call that is being read, for Node.name and error messages.
         module: the path of the module that makes the call.
         result: the shapes of the results of the call.
+        drawn: how many masks forward has drawn before.
     """
 
     def __init__(self, n: int) -> None:
@@ -257,6 +258,7 @@ class Writer:
         self.n = n
         self.call = self.module = ""
         self.results: list[tuple[int, ...]] = []
+        self.drawn = 0
         self._trained: set[int] = set()  # indices of graph.reads that have a gradient
         self._rearranged: dict[int, Value] = {}  # number of a value that is not channels-last -> its copy that is
         self._flattened: dict[int, Value] = {}  # number of a value -> the same as features in torch's order
@@ -386,18 +388,20 @@ class Writer:
         instructions: tuple[Instruction, ...] = (),
         reduction: str | None = None,
         cell: str | None = None,
+        mask: Mask | None = None,
     ) -> int:
         """Adds one node of a kind on tensors of any shape and returns the number of its value. The arguments are the
         fields of schema.Node."""
         return self._append(
             kind, inputs, parameters, image=image, rows=rows, out_layout=out_layout, loops=loops,
             slides=slides, axis=axis, constants=constants, instructions=instructions, reduction=reduction, cell=cell,
+            mask=mask,
         )  # fmt: skip
 
     def _append(self, kind: str, inputs: Sequence[int], parameters: tuple[int | None, ...], **fields: Any) -> int:
         nothing = dict.fromkeys(
             ("out_layout", "in_features", "out_features", "sample", "window", "function", "eps", "groups",
-             "count_padding", "image", "rows", "axis", "reduction", "cell")
+             "count_padding", "image", "rows", "axis", "reduction", "cell", "mask")
         )  # fmt: skip
         empty: dict[str, Any] = dict.fromkeys(("in_layouts", "constants", "loops", "slides", "instructions"), ())
         fields = {**nothing, **empty, **fields}

@@ -15,6 +15,7 @@ from torch.nn import functional
 from maml_cuda.capture.errors import Unfusable
 from maml_cuda.capture.record import Operand
 from maml_cuda.plan.graph import Constant, Held, Known, Labels, LogSumExp, SampleCount, Value, Writer, text_of
+from maml_cuda.plan.masks import Drawn, dropped
 from maml_cuda.plan.schema import Instruction, Layout, Loops, View
 from maml_cuda.plan.simplify import MOST_INPUTS, merged_loops
 from maml_cuda.plan.strided import Atom, Axis, NotAView, Step, Strided, aligned, merged
@@ -47,6 +48,8 @@ class LoopWriter(Writer):
             return self._of_image(x)
         if isinstance(x, Held):
             return self._of_parameter(x)
+        if isinstance(x, Drawn):
+            return dropped(self, self.literal(torch.ones((), dtype=torch.float64)), x)
         if isinstance(x, LogSumExp):
             return self.log_of_sum(self.strided(x.of), [len(x.of.shape) - 1], keepdim=True)
         if isinstance(x, (bool, int, float)):
@@ -198,7 +201,7 @@ class LoopWriter(Writer):
             atom. An axis along which all operands repeat their elements is not stored.
         """
         kept = [step.axis not in reduced for step in steps]
-        order = list(order) if order is not None else self._order_in_memory(operands, steps)
+        order = list(order) if order is not None else self.order_in_memory(operands, steps)
         order.sort(key=lambda i: steps[i].size is not None)  # samples outside
         if kind != "move":  # the result repeats its elements where all operands do
             last = order[len(order) - apart :]
@@ -226,7 +229,7 @@ class LoopWriter(Writer):
         return number, size, samples, [merged(axis) for axis in axes]
 
     @staticmethod
-    def _order_in_memory(operands: Sequence[Strided], steps: Sequence[Step]) -> list[int]:
+    def order_in_memory(operands: Sequence[Strided], steps: Sequence[Step]) -> list[int]:
         """The order of steps in which the first operand that has them all stands in memory."""
         for j in range(len(operands)):
             if all(step.strides[j] for step in steps):

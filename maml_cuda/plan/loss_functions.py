@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from maml_cuda.capture.errors import Unfusable
+from maml_cuda.plan.dropouts import Dropouts
 from maml_cuda.plan.graph import Labels
 from maml_cuda.plan.strided import Strided
-from maml_cuda.plan.tensors import Tensors
 
 NONE, MEAN, SUM = 0, 1, 2  # the reductions of ATen
 
 
-class LossFunctions(Tensors):
+class LossFunctions(Dropouts):
     """Reads operations of losses."""
 
     # -- of classes ---------------------------------------------------------------------------------------------

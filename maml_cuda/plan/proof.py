@@ -35,6 +35,7 @@ from maml_cuda.capture.copies import copied, in_place_of, places, tensors_of
 from maml_cuda.capture.errors import first_line
 from maml_cuda.functional import second_derivatives
 from maml_cuda.losses import Loss, loss_function
+from maml_cuda.masks import Masks, Seed
 from maml_cuda.plan.graph import Range
 from maml_cuda.plan.integers import drawn, is_integer
 from maml_cuda.policies import mean_of
@@ -49,6 +50,7 @@ TOLERANCE = 1e-7
 # too small to be seen beside the others near 1 are not far away.
 OWN_LOSS_SIZES = (1.0, 10.0, 50.0)
 MOST_DRAWS = 64  # of random data for one loss of the user's own; its labels need more if classes are many
+SEED = 2024  # of the masks of dropout, on both sides
 SMALL = 1e-5  # a norm below this counts as this one in a relative error; values here are of order 1
 
 Named = Mapping[str, Tensor]  # by name of a parameter or buffer
@@ -163,7 +165,7 @@ class _Expected:
         generator: Generator,
         of_loss: Named,
     ) -> None:
-        with at_step(model, 0):
+        with at_step(model, 0), Masks(Seed(SEED)):
             self.prediction = model(x)
         function = _projection if loss is None else loss_function(loss)
         of_model = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -105,6 +105,7 @@ class _Reader(Layers):
         for operation in operations:
             self.call, self.module = operation.call, operation.module
             self.results = [operand.shape for operand in operation.results]
+            self.drawn = operation.drawn
             try:
                 self._read(operation)
             except Unfusable as reason:
@@ -131,7 +132,7 @@ class _Reader(Layers):
                 if operand.dtype.is_floating_point and operand.dtype != self.dtype:
                     raise Unfusable(f"it computes in {operand.dtype}, where the model's input is {self.dtype}")
         learned = any(_is_learned(k) for k in known)
-        if all(isinstance(k, Constant) for k in known):
+        if all(isinstance(k, Constant) for k in known) and operation.name != "bernoulli":
             results: Any = self._made(operation, args, kwargs)
         else:
             if check_operation(operation, self._integers):

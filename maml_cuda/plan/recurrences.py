@@ -13,6 +13,7 @@ from typing import Any
 from maml_cuda.capture.errors import Unfusable
 from maml_cuda.plan.graph import Constant, Held, text_of
 from maml_cuda.plan.layers import Layers
+from maml_cuda.plan.masks import Drawn, dropped
 from maml_cuda.plan.schema import Loops, View
 from maml_cuda.plan.strided import Atom, Strided, aligned
 
@@ -51,8 +52,9 @@ class Recurrences:
         """The output of the last layer, and the last states of all layers and directions."""
         if not isinstance(has_biases, bool):
             raise Unfusable("packed sequences are not fused")
-        if dropout > 0 and train and num_layers > 1:
-            raise Unfusable(f"dropout={dropout} between its layers is not fused in train mode")
+        drops = dropout > 0 and train
+        if drops and dropout == 1:
+            raise Unfusable("dropout=1 between its layers is not fused")
         directions, tensors = (2 if bidirectional else 1), (4 if has_biases else 2)
         if len(params) != num_layers * directions * tensors:
             raise Unfusable("proj_size is not fused")
@@ -71,10 +73,17 @@ class Recurrences:
                 for ends_of_state, end in zip(last, ends, strict=True):
                     ends_of_state.append(end.unsqueeze(0))
             y = outputs[0] if directions == 1 else self.to.concatenated(outputs, 2)
-            x = self._sequence(y)
+            if layer + 1 < num_layers:
+                x = self._sequence(self._dropped(y, dropout, layer) if drops else y)
         self.to.serve(cell)
         y = y if batch_first else y.permute((1, 0, 2))
         return [y, *(ends[0] if len(ends) == 1 else self.to.concatenated(ends, 0) for ends in last)]
+
+    def _dropped(self, y: Strided, p: float, layer: int) -> Strided:
+        """Dropout between two layers. torch draws its mask for [length, n, features]."""
+        y = y.permute((1, 0, 2))
+        mask = Drawn(y.shape, self.to.drawn + layer, 1 - p, 1 / (1 - p))
+        return dropped(self.to, y, mask).permute((1, 0, 2))
 
     def _initial_states(self, states: Sequence[Any]) -> list[Strided]:
         """The initial states [layers * directions, n, hidden]; none where all are zeros."""

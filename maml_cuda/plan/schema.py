@@ -94,6 +94,24 @@ class IndexedAxis:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """A random mask (maml_cuda/masks.py).
+
+    Attributes:
+        number: of the masks of one forward pass.
+        keep: an element is one if its random number of 32 bits is less.
+        strides: of the loops. They come to element i_0 strides[0] + i_1 strides[1] + ..., in torch's order of the
+            elements of all samples.
+        times_samples: of an axis outside of that of the samples: its stride is times their number.
+    """
+
+    number: int
+    keep: int
+    strides: tuple[int, ...]
+    times_samples: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
 class Instruction:
     """One operation of the expression of a map.
 
@@ -136,6 +154,7 @@ class Node:
         instructions: the expression of a `map`; the last one gives its value.
         reduction: of `reduce` and `extreme`, a name of Reduction in csrc/layers/loops.h.
         cell: of `recurrence`, a name of Cell in csrc/layers/cells.h.
+        mask: of `dropout`.
     """
 
     kind: str
@@ -161,6 +180,7 @@ class Node:
     instructions: tuple[Instruction, ...]
     reduction: str | None
     cell: str | None
+    mask: Mask | None
 
 
 @dataclass(frozen=True)

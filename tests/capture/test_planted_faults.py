@@ -29,6 +29,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 from maml_cuda import FusedMAML
+from tests import given_masks
 from tests.capture.planted.settings import CASES, SETTINGS, TASKS, Fault, seed
 
 NAMES = ("branches", "globals", "constants", "state", "gradients", "functions", "losses")
@@ -111,6 +112,7 @@ class Plain:
         self.names = {id(p): name for name, p in theta.items()}
         self.buffers = [(m, key, b) for m in self.model.modules() for key, b in m._buffers.items() if b is not None]
         self.left: list[Tensor | None] | None = None
+        self.seed = given_masks.next_seed()
         leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in theta.items()}
         own = [p for p in theta.values() if p.requires_grad]
         wanted = [p for p in leaves.values() if p.requires_grad] + own  # both: a parameter may be read directly too
@@ -118,12 +120,12 @@ class Plain:
         for t in range(TASKS):
             x_spt, y_spt, x_qry, y_qry = tree_map_only(Tensor, lambda each, t=t: each[t], data)
             phi = dict(leaves)
-            for _ in range(STEPS):
+            for k in range(STEPS):
                 names = [name for name, p in phi.items() if p.requires_grad]
-                value = self.loss(self.forward(phi, x_spt), y_spt)
+                value = self.loss(self.forward(phi, x_spt, (t, 2 * k)), y_spt)
                 grads = torch.autograd.grad(value, [phi[n] for n in names], create_graph=True, materialize_grads=True)
                 phi = {**phi, **{n: phi[n] - RATE * g for n, g in zip(names, grads, strict=True)}}
-            value = self.loss(self.forward(phi, x_qry), y_qry)
+            value = self.loss(self.forward(phi, x_qry, (t, 2 * STEPS + 1)), y_qry)
             losses.append(value.detach())
             grads = torch.autograd.grad(value, wanted, materialize_grads=True)
             gradients = [so_far + g / TASKS for so_far, g in zip(gradients, grads, strict=True)]
@@ -133,7 +135,7 @@ class Plain:
                 torch.autograd.backward(p, gradients[i] + gradients[i + len(own)])
         return torch.stack(losses).mean()
 
-    def forward(self, phi: dict[str, Tensor], x: Tensor) -> Any:
+    def forward(self, phi: dict[str, Tensor], x: Tensor, masks: tuple[int, int]) -> Any:
         places = [
             (m._parameters, key, p)
             for m in self.model.modules()
@@ -146,7 +148,8 @@ class Plain:
         for m, key, b in self.buffers:
             m._buffers[key] = copies[id(b)]
         try:
-            return self.model(x.detach())
+            with given_masks.Given(self.seed, [masks], draws=4):
+                return self.model(x.detach())
         finally:
             if self.left is None:
                 self.left = [m._buffers.get(key) for m, key, _ in self.buffers]

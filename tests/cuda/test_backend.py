@@ -127,6 +127,17 @@ def users_graph(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.usefixtures("emulated")
+def test_a_user_graph_has_no_random_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 4)).double()
+    maml = FusedMAML(model, 0.1, 1, backend="fused")
+    x, y = torch.randn(2, 5, 3, dtype=torch.float64), torch.randint(4, (2, 5))
+    maml(x, y, x, y)
+    monkeypatch.setattr(cuda_runner, "is_capturing", lambda: True)
+    with pytest.raises(ValueError, match="must have no call with dropout in train mode, got one"):
+        maml(x, y, x, y)
+
+
+@pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize(("make", "sends"), [(mlp, 0), (conv, 1)])
 def test_a_user_graph_reads_the_plan_and_does_not_write_it(

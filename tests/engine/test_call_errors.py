@@ -235,8 +235,10 @@ def label_free_query(data: dict[str, Tensor]) -> dict[str, Tensor]:
     return data | {"x_qry": data["x_qry"][:, :1], "y_qry": data["y_qry"][:, :1]}
 
 
+@pytest.mark.parametrize("backend", ["fused", "reference"])
 @pytest.mark.parametrize("bad", ["y_spt", "y_qry"])
-def test_a_refused_call_draws_no_random_number(bad: str) -> None:
+def test_a_refused_call_draws_no_random_number(bad: str, backend: str) -> None:
     model = nn.Sequential(nn.Linear(FEATURES, 7), nn.Dropout(0.5), nn.Linear(7, CLASSES)).double()
-    maml = FusedMAML(model, 0.1, backend="reference")
+    maml = FusedMAML(model, 0.1, backend=backend)
+    maml(**episode())
     refuses(maml, lambda: maml(**label(bad, 99)(episode())), ValueError, f"{bad} must hold labels", "got 99")

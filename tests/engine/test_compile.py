@@ -26,6 +26,18 @@ def test_a_compiled_step_is_the_same_on_the_first_call(compiled: Any, first_orde
     equal(step(maml, episode(seed=1), call), step(maml, episode(seed=1)))
 
 
+def test_masks_of_a_compiled_step_follow_from_the_seed(compiled: Any) -> None:
+    maml = FusedMAML(nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.4), nn.Linear(5, 4)).double(), 0.1, 2)
+    call = compiled(maml)
+    losses = []
+    for step_of in (call, call, maml):
+        torch.manual_seed(3)
+        losses.append(step_of(*episode()).loss)
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(losses[0], losses[2])
+    assert not torch.equal(losses[0], call(*episode()).loss)
+
+
 class Counts(nn.Module):
     """A counter, an optional argument, and a forward hook."""
 

@@ -50,15 +50,15 @@ def calls() -> dict[str, tuple[Any, tuple, dict]]:
         actions = PolicyTarget(y_spt, torch.ones(y_spt.shape, dtype=torch.float64))
         policy.fisher_vector_product(x_spt, actions, x_qry, dict(policy.model.named_parameters()))
         Episodes(torch.zeros(3, 4, 2, 2, dtype=torch.uint8), 2, 1, 2).draw(2, seed=0)
-    parameters, rates, x, y, plan, steps = made.seen["maml_cuda::adapt_forward"][1]
+    parameters, rates, x, y, plan, steps, seed = made.seen["maml_cuda::adapt_forward"][1]
     cotangents = [torch.ones_like(fast[name]) for name, _ in maml.model.named_parameters()]
-    backward = (parameters, rates, x, y, cotangents, plan, steps, False)
+    backward = (parameters, rates, x, y, cotangents, plan, steps, False, seed)
     made.seen["maml_cuda::adapt_backward"] = (torch.ops.maml_cuda.adapt_backward, backward, {})
-    own, x, plan = made.seen["maml_cuda::predict_forward"][1]
+    own, x, plan, seed = made.seen["maml_cuda::predict_forward"][1]
     cotangent = torch.ones(3, 3, 4, dtype=torch.float64)
     made.seen["maml_cuda::predict_backward"] = (
         torch.ops.maml_cuda.predict_backward,
-        (own, x, cotangent, plan),
+        (own, x, cotangent, plan, seed),
         {},
     )
     return made.seen

@@ -18,6 +18,7 @@ from torch import Tensor
 import maml_cuda  # noqa: F401  (registers the ops)
 from maml_cuda.plan import schema
 from maml_cuda.plan.schema import IndexedAxis, Instruction, Loops, Slide, View
+from tests import given_masks
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "relu": torch.relu,
@@ -185,6 +186,9 @@ class Sketch:
             inputs.append(bias.unsqueezed(batch + 2, depth).unsqueezed(batch + 3, width))
         return self._over("attention", inputs, (batch + 1, batch + 2), constants=(scale, float(safe)))
 
+    def dropout(self, x: Operand, mask: schema.Mask, scale: float) -> Operand:
+        return self._over("dropout", (x,), (), constants=(scale,), mask=mask)
+
     def stop(self, x: Operand) -> Operand:
         return self._over("stop", (x,), ())
 
@@ -260,16 +264,16 @@ def places(view: View, sizes: Sequence[int | None], n: int) -> Tensor:
     return at
 
 
-def evaluated(plan: schema.Plan, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """The prediction [n, features] of one task, by torch."""
+def evaluated(plan: schema.Plan, x: Tensor, parameters: Sequence[Tensor], task: int = 0) -> Tensor:
+    """The prediction [n, features] of one task, by torch; its masks are those of seed 0 and pass 0."""
     n = x.shape[0]
     values = [x]
     for node in plan.nodes:
-        values.append(_evaluated(node, [values[i] for i in node.inputs], parameters, n))
+        values.append(_evaluated(node, [values[i] for i in node.inputs], parameters, n, task))
     return values[-1].reshape(n, -1)
 
 
-def _evaluated(node: schema.Node, inputs: Sequence[Tensor], parameters: Sequence[Tensor], n: int) -> Tensor:
+def _evaluated(node: schema.Node, inputs: Sequence[Tensor], parameters: Sequence[Tensor], n: int, task: int) -> Tensor:
     if node.kind in ("view", "flatten"):
         return inputs[0]
     if node.kind == "parameter":
@@ -301,6 +305,8 @@ def _evaluated(node: schema.Node, inputs: Sequence[Tensor], parameters: Sequence
         result = attention(x, *node.constants)
     elif node.kind in ("softmax", "log_softmax"):
         result = getattr(torch, node.kind)(x[0], -1)
+    elif node.kind == "dropout":
+        result = x[0] * node.constants[0] * random_mask(node, n, task)
     elif node.kind == "stop":
         result = x[0].detach()
     elif node.kind == "sort":
@@ -341,6 +347,16 @@ def looked_up(node: schema.Node, inputs: Sequence[Tensor], y: Tensor, n: int) ->
     return y.index_put((own + along,), torch.where(inside, source, torch.nan), accumulate=True)
 
 
+def random_mask(node: schema.Node, n: int, task: int) -> Tensor:
+    """The elements of the mask of a dropout that loops come to."""
+    mask, sizes = node.mask, node.loops[0].sizes
+    assert mask is not None
+    strides = tuple(s * n if times else s for s, times in zip(mask.strides, mask.times_samples, strict=True))
+    at = places(View(0, False, 0, strides), sizes, n)
+    count = int(at.max()) + 1
+    return given_masks.mask(0, task, 0, mask.number, mask.keep / 2**32, (count,))[at]
+
+
 def windows(node: schema.Node, x: Tensor, n: int) -> Tensor:
     (loops,) = node.loops
     at = places(loops.inputs[0], loops.sizes, n)
@@ -379,7 +395,7 @@ def check(plan: schema.Plan, x: Tensor, parameters: Sequence[Tensor], tolerance:
     product = torch.ops.maml_cuda.hvp(own, x, [y], directions, text)
     for t in range(x.shape[0]):
         exact = [p[t].double().requires_grad_() for p in own]
-        expected = evaluated(plan, x[t].double(), exact)
+        expected = evaluated(plan, x[t].double(), exact, t)
         _same(prediction[t], expected.detach(), tolerance, "prediction")
         loss = F.mse_loss(expected, y[t].double())
         _same(losses[t], loss.detach(), tolerance, "loss")

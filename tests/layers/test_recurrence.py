@@ -233,8 +233,8 @@ def why_not(model: nn.Module, sample: tuple[int, ...]) -> str:
 
 def test_refusals():
     assert "proj_size is not fused" in why_not(nn.Sequential(Recurrent("lstm", proj_size=2, batch_first=True)), (4, 3))
-    stacked = Recurrent("gru", num_layers=2, dropout=0.5, batch_first=True)
-    assert "dropout=0.5 between its layers is not fused in train mode" in why_not(stacked, (4, 3))
+    stacked = Recurrent("gru", num_layers=2, dropout=1.0, batch_first=True)
+    assert "dropout=1 between its layers is not fused" in why_not(stacked, (4, 3))
     assert why_not(stacked.eval(), (4, 3)) == "backend: cpu"
 
 

@@ -83,12 +83,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ..
             n=nn.BatchNorm1d(5, affine=False),
         ), VECTOR, ("batch_norm", "the model (Net)", "not a parameter or a buffer of the model"),
     ),
-    "dropout": (lambda: around(nn.Dropout(0.5)), VECTOR, ("1 (Dropout)", "draws random numbers")),
-    "dropout functional": (
-        lambda: between(lambda h: F.dropout(h, 0.25)), VECTOR,
-        ("dropout", "the model (Net)", "draws random numbers"),
+    "random slopes": (lambda: around(nn.RReLU()), VECTOR, ("1 (RReLU)", "draws random numbers")),
+    "noise": (
+        lambda: between(lambda h: h + torch.randn_like(h)), VECTOR,
+        ("randn_like", "the model (Net)", "draws random numbers"),
     ),
-    "alpha dropout": (lambda: around(nn.AlphaDropout(0.5)), VECTOR, ("1 (AlphaDropout)", "draws random numbers")),
     "backward hook": (hooked("register_full_backward_hook"), VECTOR, ("0 (Linear)", "backward hooks")),
     "backward pre-hook": (hooked("register_full_backward_pre_hook"), VECTOR, ("0 (Linear)", "backward hooks")),
     "orthogonal": (

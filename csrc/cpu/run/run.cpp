@@ -294,6 +294,7 @@ class Run {
       pack_all(call_.given, call_.given_strides, t, given);
       task.given = given;
     }
+    task.stream = {call_.seed, static_cast<uint32_t>(t), static_cast<uint32_t>(2 * call_.first_step)};
     const bool kept = t < call_.kept;
     task.prepared = kept && call_.prepared;
     if (kept) at = call_.state + t * p_.task_size();

@@ -30,6 +30,7 @@ enum class Region : int {
   query_weights,  // [steps + 1]
   loss,
   gradient,  // the flat gradient, in the user's order of elements
+  random,    // no tensor: `start` is the seed of random masks, `stride` the number of the chunk's first task
   count
 };
 
@@ -45,6 +46,14 @@ struct Span {
 struct Table {
   Span regions[static_cast<int>(Region::count)];
 };
+
+/// The random numbers of a task, where `stream` tells the pass.
+__device__ __forceinline__ Stream of_task(Stream stream, const Table& table, int64_t task) {
+  const Span& random = table.regions[static_cast<int>(Region::random)];
+  stream.seed = reinterpret_cast<uint64_t>(random.start);
+  stream.task = static_cast<uint32_t>(random.stride + task);
+  return stream;
+}
 
 inline constexpr int kRegionShift = 56;
 

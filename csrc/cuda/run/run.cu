@@ -234,6 +234,8 @@ struct Runner<T>::State {
       region(Region::query_weights, call.query_weights, 0);
       region(Region::loss, call.loss, 0);
       region(Region::gradient, call.gradient, 0);
+      all[regions + static_cast<size_t>(Region::random)] = {reinterpret_cast<unsigned char*>(call.seed),
+                                                            first};
       all[regions + static_cast<size_t>(Region::task)] = {
           // the same memory for every chunk
           reinterpret_cast<unsigned char*>(shared + layout.shared_size), task_stride() * element};

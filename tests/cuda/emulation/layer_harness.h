@@ -42,6 +42,9 @@ class Memory {
     table_.regions[static_cast<int>(Region::task)] = {reinterpret_cast<unsigned char*>(store_.data()),
                                                       stride_ * static_cast<int64_t>(sizeof(T))};
   }
+  void draw_from(uint64_t seed, int64_t first_task) {
+    table_.regions[static_cast<int>(Region::random)] = {reinterpret_cast<unsigned char*>(seed), first_task};
+  }
   T* take(int64_t elements) {
     T* at = place<T>(Region::task, used_);
     gaps_.push_back(used_ + elements);

@@ -110,6 +110,30 @@ inline LoopLayer random_attention(Random& random) {
   return l;
 }
 
+/// A mask whose elements are numbered along the axes that it has, one of which may be that of the samples.
+inline LoopLayer random_dropout(Random& random) {
+  LoopLayer l = random_layer(random, Kind::dropout, 1);
+  l.layer.a = 1.25;
+  l.layer.stream.pass = static_cast<uint32_t>(random.below(9));
+  l.layer.stream.first_sample = random.below(3);
+  l.layer.stream.samples = l.layer.stream.first_sample + l.layer.n + random.below(2);
+  l.mask.number = static_cast<uint32_t>(random.below(4));
+  l.mask.keep = random.below(5) * (int64_t{1} << 30);
+  const Loops& loops = l.loops[0];
+  bool outside = false;
+  int64_t stride = 1;
+  for (int a = loops.axes - 1; a >= 0; --a) {
+    if (random.with(0.25)) continue;
+    l.mask.stride[a] = stride, l.mask.times_samples[a] = outside;
+    if (loops.size[a] == kSamples) {
+      outside = true;
+    } else {
+      stride *= loops.size[a];
+    }
+  }
+  return l;
+}
+
 /// The windows of x over 1 to 3 axes, some of which leave x.
 inline LoopLayer random_windows(Random& random) {
   LoopLayer l;

@@ -12,6 +12,9 @@
 
 namespace maml::cuda {
 
+/// The number of the first task of a chunk, in the call.
+inline constexpr int64_t kFirstTask = 5;
+
 struct LoopPresent {
   bool moves[kMostInputs] = {true, true, true, true}, wanted[kMostInputs] = {true, true, true, true};
   bool add = false;
@@ -59,6 +62,7 @@ std::vector<T> check_loops(LoopLayer l, const LoopPresent& p, int64_t tasks = 2,
   Layer& layer = l.layer;
   layer.loops = l.loops.data();
   layer.expression = &l.formula.e;
+  layer.mask = &l.mask;
   const std::string name = text_of(l, p) + (sizeof(T) == 4 ? " float" : " double");
   const double tolerance = sizeof(T) == 4 ? 2e-5 : 1e-12;
   const int64_t n = layer.n, out = count_of(l.y(), n);
@@ -72,6 +76,7 @@ std::vector<T> check_loops(LoopLayer l, const LoopPresent& p, int64_t tasks = 2,
   }
 
   Memory<T> memory(tasks, total);
+  memory.draw_from(kSeed, kFirstTask);
   Tensors<T> all;
   for (int j = 0; j < l.inputs; ++j) {
     const bool again = p.same && j == 1;
@@ -97,6 +102,7 @@ std::vector<T> check_loops(LoopLayer l, const LoopPresent& p, int64_t tasks = 2,
   };
   for (int64_t task = 0; task < tasks; ++task) {
     LoopValues& v = truth[task];
+    v.task = static_cast<uint32_t>(kFirstTask + task);
     for (int j = 0; j < l.inputs; ++j) {
       if (p.same && j == 1) {
         v.x[1] = v.x[0];

@@ -111,6 +111,7 @@ struct LoopLayer {
   Layer layer{};
   std::vector<Loops> loops;
   Formula formula{};
+  Mask mask{};
   int inputs = 1;
 
   const View& x(int j) const { return layer.kind == Kind::move ? loops[j].x[0] : loops[0].x[j]; }
@@ -120,7 +121,25 @@ struct LoopLayer {
 /// The values of one task: operands, y, and the cotangents.
 struct LoopValues {
   std::vector<Dual<double>> x[kMostInputs], g, y, grad_x[kMostInputs];
+  uint32_t task = 0;  // its number in the call
 };
+
+/// The seed of the call.
+inline constexpr uint64_t kSeed = 0x8123456789abcdef;
+
+/// The random number of an element of a mask: Philox4x32-10 (Salmon et al. 2011).
+inline uint32_t random_number(uint32_t task, uint32_t pass, uint32_t number, int64_t element) {
+  uint32_t c[4] = {static_cast<uint32_t>(element >> 2), number, pass, task};
+  for (uint32_t r = 0; r < 10; ++r) {
+    const uint64_t left = 0xD2511F53ULL * c[0], right = 0xCD9E8D57ULL * c[2];
+    const auto key_0 = static_cast<uint32_t>(kSeed + r * 0x9E3779B9ULL);
+    const auto key_1 = static_cast<uint32_t>((kSeed >> 32) + r * 0xBB67AE85ULL);
+    const uint32_t next[4] = {static_cast<uint32_t>(right >> 32) ^ c[1] ^ key_0, static_cast<uint32_t>(right),
+                              static_cast<uint32_t>(left >> 32) ^ c[3] ^ key_1, static_cast<uint32_t>(left)};
+    std::copy_n(next, 4, c);
+  }
+  return c[element & 3];
+}
 
 using D = Dual<double>;
 
@@ -312,6 +331,21 @@ inline void loop_reference(const LoopLayer& l, LoopValues& v) {
         v.grad_x[1][b] += v.g[y] * v.x[0][a];
       });
       return;
+    case Kind::dropout: {
+      const Loops& loops = l.loops[0];
+      each_index(loops, n, [&](const auto& i) {
+        int64_t element = 0;
+        for (int a = 0; a < loops.axes; ++a) {
+          const int64_t step = i[a] + (loops.size[a] == kSamples ? l.layer.stream.first_sample : 0);
+          element += step * l.mask.stride[a] * (l.mask.times_samples[a] ? l.layer.stream.samples : 1);
+        }
+        const uint32_t random = random_number(v.task, l.layer.stream.pass, l.mask.number, element);
+        const D m(random < l.mask.keep ? l.layer.a : 0);
+        v.y[at(l.y(), i)] = m * v.x[0][at(l.x(0), i)];
+        v.grad_x[0][at(l.x(0), i)] += m * v.g[at(l.y(), i)];
+      });
+      return;
+    }
     case Kind::stop:
       each_index(l.loops[0], n, [&](const auto& i) { v.y[at(l.y(), i)] = D(v.x[0][at(l.x(0), i)].v); });
       return;

@@ -47,6 +47,7 @@ void check_random(int seeds) {
     Random random(seed);
     check_loops<T>(random_move(random), random_presence(random));
     check_loops<T>(random_windows(random), random_presence(random));
+    check_loops<T>(random_dropout(random), random_presence(random));
     for (const Kind kind : {Kind::softmax, Kind::log_softmax, Kind::stop}) {
       check_loops<T>(random_layer(random, kind, 1), random_presence(random));
     }
@@ -304,6 +305,7 @@ void check_bits() {
     expect(same_bits(all.back()[2], all.back()[1]), "contract: a task depends on its neighbours");
     Random random(3);
     all.back().push_back(check_loops<float>(random_windows(random), {}));
+    all.back().push_back(check_loops<float>(random_dropout(random), {}));
     for (const Kind kind : {Kind::softmax, Kind::reduce, Kind::extreme}) {
       all.back().push_back(check_loops<float>(random_layer(random, kind, 1), {}));
     }
