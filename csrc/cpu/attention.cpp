@@ -9,16 +9,15 @@
 // So k and v are copied to scratch, as they are and transposed; `scale` is a factor of the copies of k, and
 // of grad_k at the end. Saved are m and r of each row [rows, 2], and E [rows] from the tangent.
 //
-// Threads share the indices of the batch, each with its own part of the scratch: of a backward pass the
-// samples, one thread taking all of a sample that may be added to one element. The twin on the GPU is
-// cuda/attention.cu.
+// Threads share the indices of the batch, each with its own part of the scratch. In a backward pass one
+// thread takes all indices that are added to one element. The twin on the GPU is cuda/attention.cu.
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
+#include "cpu/attention_batch.h"
 #include "cpu/implement.h"
+#include "cpu/matrix.h"
 #include "cpu/softmax_rows.h"
-#include "cpu/strided.h"
 #include "cpu/vector_math.h"
 
 namespace maml::MAML_ISA {
@@ -35,57 +34,6 @@ constexpr int64_t kMostParts = 8;
 int64_t queries_of_block(const AttentionSizes& s) {
   const int64_t most = std::max(kFewestQueries, kTile / s.keys), blocks = (s.queries + most - 1) / most;
   return (s.queries + blocks - 1) / blocks;
-}
-
-/// A matrix within an operand; null where the operand is zero, or not wanted.
-template <class T>
-struct Matrix {
-  T* at = nullptr;
-  int64_t row = 0, column = 0;
-  T* operator[](int64_t i) const { return at + i * row; }
-};
-
-/// to += factor from, for a dense matrix. Elements of `to` may be one.
-template <class T>
-void add(const Matrix<T>& to, int64_t rows, int64_t columns, const T* from, T factor) {
-  for (int64_t i = 0; i < rows; ++i) {
-    put_row(columns, to[i], to.column, true, [=](int64_t j) { return factor * from[i * columns + j]; });
-  }
-}
-
-/// to = factor from as a dense matrix [rows, columns].
-template <class T>
-void pack(const Matrix<const T>& from, int64_t rows, int64_t columns, T factor, T* to) {
-  for (int64_t i = 0; i < rows; ++i) {
-    with_stride(from.column, [&](auto step) {
-      const T* at = from[i];
-#pragma omp simd
-      for (int64_t j = 0; j < columns; ++j) to[i * columns + j] = factor * at[j * step];
-    });
-  }
-}
-
-/// The same as its transpose [columns, rows].
-template <class T>
-void pack_turned(const Matrix<const T>& from, int64_t rows, int64_t columns, T factor, T* to) {
-  constexpr int64_t W = kLanes<T>;
-  for (int64_t i = 0; i < rows; i += W) {
-    const int64_t high = std::min(W, rows - i);
-    for (int64_t j = 0; j < columns; j += W) {
-      const int64_t wide = std::min(W, columns - j);
-      T* const block = to + j * rows + i;
-      if (from.column == 1) {
-        transpose_block(high, wide, from[i] + j, from.row, block, rows);
-        continue;
-      }
-      for (int64_t c = 0; c < wide; ++c) {
-        for (int64_t r = 0; r < high; ++r) block[c * rows + r] = from[i + r][(j + c) * from.column];
-      }
-    }
-  }
-  if (factor == 1) return;
-#pragma omp simd
-  for (int64_t i = 0; i < rows * columns; ++i) to[i] *= factor;
 }
 
 /// The passes at some indices of the batch, one after the other, with one part of the scratch.
@@ -272,10 +220,8 @@ class Attention {
   using Pair = X[kTerms];
 
   const View& view(int o) const { return o == kY ? loops_.y : loops_.x[o]; }
-  int64_t row_stride(int o) const { return view(o).stride[loops_.axes - (o == kK || o == kV ? 3 : 4)]; }
-  int64_t column_stride(int o) const {
-    return view(o).stride[loops_.axes - (o == kBias ? 3 : o == kQ || o == kK ? 2 : 1)];
-  }
+  int64_t row_stride(int o) const { return view(o).stride[loops_.axes - 4 + kAttentionAxes[o][0]]; }
+  int64_t column_stride(int o) const { return view(o).stride[loops_.axes - 4 + kAttentionAxes[o][1]]; }
   int64_t columns(int o) const { return o == kQ || o == kK ? s_.depth : s_.width; }
 
   /// The matrix of an operand at this index; of queries, the rows from this block on.
@@ -429,18 +375,7 @@ class Attention {
   int64_t index_ = 0, offset_[kOperands] = {}, first_ = 0, rows_ = 0;
 };
 
-Nest<5> batch_of(const Layer& l) {
-  const Loops& loops = *l.loops;
-  Nest<5> batch;
-  for (int a = 0; a < loops.axes - 4; ++a) {
-    batch.append(extent(loops, a, l.n), {loops.x[0].stride[a], loops.x[1].stride[a], loops.x[2].stride[a],
-                                         loops.x[3].stride[a], loops.y.stride[a]});
-  }
-  return batch;
-}
-
-/// Runs a pass. `groups`: into how many the batch can be divided such that no two of them write to one
-/// element.
+/// Runs a pass. Threads share the groups, of which no two write to one element.
 template <class T>
 void run(const Layer& l, const Tensors<T>& t, int64_t groups, void (Attention<T>::*pass)()) {
   const Nest<5> batch = batch_of(l);
@@ -458,14 +393,14 @@ void run(const Layer& l, const Tensors<T>& t, int64_t groups, void (Attention<T>
 /// A pass that writes cotangents.
 template <class T>
 void run_backward(const Layer& l, const Tensors<T>& t, T* const* grad, void (Attention<T>::*pass)()) {
-  bool any = false, of_samples = true;
+  const Loops& loops = *l.loops;
+  bool any = false;
   for (int j = 0; j < kMostInputs; ++j) {
     if (!grad[j]) continue;
-    any = true, of_samples = of_samples && l.loops->x[j].stride[0] != 0;
-    if (!t.add_x[j]) set_to_zero(l.loops->x[j], l.n, grad[j]);
+    any = true;
+    if (!t.add_x[j]) set_to_zero(loops.x[j], l.n, grad[j]);
   }
-  const bool has_samples = l.loops->size[0] == kSamples && l.loops->axes > 4;
-  if (any) run(l, t, of_samples && has_samples ? l.n : 1, pass);
+  if (any) run(l, t, groups_apart(loops, l.n, grad), pass);
 }
 
 }  // namespace

@@ -41,6 +41,9 @@ struct AttentionSizes {
         width(loops.size[loops.axes - 1]) {}
 };
 
+/// The two axes that the matrices of q, k, v, the bias and y have, of queries, keys, depth and width.
+constexpr int kAttentionAxes[5][2] = {{0, 2}, {1, 2}, {1, 3}, {0, 1}, {0, 3}};
+
 /// The number of matrices, of all samples.
 inline int64_t attention_batch(const Loops& loops, int64_t n) {
   int64_t count = 1;

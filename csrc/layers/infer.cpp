@@ -198,22 +198,17 @@ void check_recurrence(const Node& node, int64_t n) {
 
 void check_attention(const Node& node) {
   bool fits = node.loops && node.loops->size() == 1 && node.loops->front().axes >= 4;
-  if (fits) {
-    const Loops& loops = node.loops->front();
-    const int batch = loops.axes - 4;
-    for (int a = 0; a < loops.axes; ++a) {
-      const int own = a - batch;  // of queries, keys, depth, width
-      if (loops.size[a] == 1) continue;
-      fits = fits && (loops.size[a] != kSamples || a == 0) && (own < 0 || loops.size[a] != kSamples);
-      fits = fits && (loops.y.stride[a] != 0) == (own < 0 || own == 0 || own == 3);
-      if (own < 0) continue;
-      static constexpr bool kHas[4][4] = {// q, k, v, bias
-                                          {true, false, false, true},
-                                          {false, true, true, true},
-                                          {true, true, false, false},
-                                          {false, false, true, false}};
-      for (int i = 0; i < kMostInputs; ++i) fits = fits && (kHas[own][i] || loops.x[i].stride[a] == 0);
+  const Loops loops = fits ? node.loops->front() : Loops{};
+  const int batch = loops.axes - 4;
+  for (int a = 0; fits && a < loops.axes; ++a) {
+    const int own = a - batch;  // of queries, keys, depth and width
+    if (loops.size[a] == kSamples) fits = a == 0 && own < 0;
+    if (loops.size[a] == 1) continue;
+    const auto has = [&](const int (&axes)[2]) { return own < 0 || axes[0] == own || axes[1] == own; };
+    for (int i = 0; i < kMostInputs; ++i) {
+      fits = fits && (has(kAttentionAxes[i]) || loops.x[i].stride[a] == 0);
     }
+    fits = fits && has(kAttentionAxes[4]) == (loops.y.stride[a] != 0);
   }
   if (!fits) {
     throw std::invalid_argument(node.name +

@@ -179,18 +179,20 @@ def test_only_the_bias_or_the_values_move():
     check_drawn(sketch, 3)
 
 
-def test_threads_do_not_change_bits():
-    sketch = Sketch(65, 64)
-    h = heads_of(moving(sketch), 4)
-    bias = sketch.parameter(4, 65, 65).unsqueezed(0, None)
-    y = sketch.attention(h, h.flipped(2), h, None, SCALE).permuted(0, 2, 1, 3)
-    merged = sketch.map(y, steps=[("tanh", 0)])
-    z = merged.permuted(0, 2, 1, 3)
-    sketch.attention(z, z.flipped(2), z, bias, SCALE)
+@pytest.mark.parametrize("parts", ["of one value", "overlapping"])
+def test_threads_do_not_change_bits(parts):
+    """Heads are shared among threads where they are apart, and samples otherwise; with a bias that all share, nothing
+    in a backward pass is."""
+    sketch = Sketch(33, 96)
+    h = moving(sketch)
+    q, k, v = (heads_of(h.narrowed(2, i * (32 if parts == "of one value" else 8), 32), 4) for i in range(3))
+    y = sketch.map(sketch.attention(q, k, v, scale=SCALE), steps=[("tanh", 0)])
+    bias = sketch.parameter(4, 33, 33).unsqueezed(0, None)
+    sketch.attention(y, y.flipped(2), y, bias, SCALE)
     plan = sketch.plan()
-    x, parameters = drawn(plan, (65, 64), 60, tasks=1)
+    x, parameters = drawn(plan, (33, 96), 60, tasks=1)
     x, parameters = x.float(), [p.float() for p in parameters]
-    target = torch.randn(1, 60, 64 * 65)
+    target = torch.randn(1, 60, 33 * 32)
     results = []
     before = torch.get_num_threads()
     try:
