@@ -129,7 +129,7 @@ class _Graph:
             return
 
     def write_at(self, value: int) -> None:
-        """Makes the move that writes a value an attention, if it is a copy of one in another order."""
+        """Makes the move that writes a value an attention, if it only brings the result of one into another order."""
         node = self.nodes[value - 1]
         attention = self._node(node.inputs[0], "attention") if len(node.inputs) == 1 else None
         if attention is None:
@@ -139,7 +139,7 @@ class _Graph:
         axes = sorted((d for d, stride in enumerate(strides) if stride), key=lambda d: -strides[d])
         sizes = tuple(loops.sizes[d] for d in axes)
         moved = _in_memory(copy.sizes, copy.inputs[0], {"y": copy.output})
-        if moved is None or _in_memory(copy.sizes, copy.output, {}) is None:
+        if moved is None or _in_memory(copy.sizes, copy.output, {}) is None or copy.output.size != loops.output.size:
             return
         if common_sizes(moved.sizes, sizes) == sizes:
             for d, stride in zip(axes, split_strides(moved.sizes, moved.strides["y"], sizes), strict=True):

@@ -326,22 +326,46 @@ class Writer:
         return f'torch.einsum("{letters},{"".join(its)}->{"".join(kept + out)}", {v}, {other})'
 
     def own(self, v: str) -> str:
-        """Softmax, normalisation and detach."""
+        """Softmax, attention, normalisation and detach."""
         axes, r = self.shape(v), self.random
         dim = self.spelled(v, self.axis(v))
-        kind = r.choice(["softmax", "log_softmax", "norm", "written norm", "detach"])
+        kind = r.choice(["softmax", "log_softmax", "attention", "norm", "written norm", "detach"])
         if kind == "detach" or self.kinks:
             return f"{v} * {v}.detach()" if r.random() < 0.8 else f"{v}.detach()"
         if kind == "softmax":
             return r.choice([f"{v}.softmax({dim})", f"F.softmax({v}, dim={dim})"])
         if kind == "log_softmax":
             return f"F.log_softmax({v}, dim={dim})"
+        if kind == "attention" and len(axes) > 2 and not axes[-2][1] and not axes[-1][1]:
+            return self.attention(v)
         if kind == "norm":
             sizes = [int(size) for size, samples in axes if not samples][-r.randint(1, 2) :]
             affine = f", {self.tensor(*sizes)}, {self.tensor(*sizes)}" if r.random() < 0.6 else ""
             return f"F.layer_norm({v}, {tuple(sizes)}{affine or ', None, None'}, 0.1)"
         mean, var = f"{v}.mean({dim}, keepdim=True)", f"{v}.var({dim}, keepdim=True, unbiased=False)"
         return f"({v} - {mean}) / ({var} + 0.1).sqrt()"
+
+    def attention(self, v: str) -> str:
+        """Of queries with keys and values that may be other variables, with or without a mask or a bias."""
+        axes, r = self.shape(v), self.random
+        others = [u for u in self.values if self.shape(u) == axes]
+        k, values = r.choice(others), r.choice([*others, f"{r.choice(others)}.flip(-2)"])
+        count = int(axes[-2][0])
+        bias = self.tensor(count, count)
+        if r.random() < 0.5:
+            option = r.choice(["", ", is_causal=True", f", attn_mask={bias}", ", scale=0.4"])
+            return f"F.scaled_dot_product_attention({v}, {k}, {values}{option})"
+        below = f"torch.ones({count}, {count}).tril()"
+        scores = f"{v} @ {k}.mT"
+        change = r.choice(
+            [
+                f"({scores}) / 2",
+                f"0.5 * ({scores}) + {bias}",
+                f"({scores}).masked_fill({below} == 0, float('-inf'))",
+                f"torch.where({below} > 0, 0.3 * ({scores}), -torch.inf)",
+            ]
+        )
+        return f"({change}).softmax(-1) @ {values}"
 
     def image(self, v: str) -> str:
         """A layer of signals [n, channels, length] and images."""

@@ -49,7 +49,8 @@ def of_projection(attend: Callable[[Any, Tensor, Tensor, Tensor], Tensor], **par
 
     def run(m: Any, x: Tensor) -> Tensor:
         q, k, v = m.qkv(x).chunk(3, -1)
-        return merged(attend(m, heads(q), heads(k), heads(v)))
+        y = merged(attend(m, heads(q), heads(k), heads(v)))
+        return y.unflatten(2, (-1, WIDTH)).mean(2)
 
     return lambda: tokens(run, qkv=nn.Linear(WIDTH, 3 * WIDTH), **{k: make() for k, make in parts.items()})
 
@@ -130,6 +131,28 @@ def test_one_layer(name):
     found = kinds(model)
     assert found["attention"] == 1
     assert not found.keys() & {"softmax", "contract", "extreme", "move"}
+    fused_is_right(model, episode(SAMPLE))
+
+
+COPIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "repeated": lambda y: y.repeat(1, 1, 2, 1),
+    "a part": lambda y: F.pad(y[:, :, 1:], (0, 0, 1, 0)),
+    "twice": lambda y: torch.cat([y, y.flip(3)], 1),
+    "backwards": lambda y: y.flip(2).transpose(1, 2).contiguous().reshape(len(y), TOKENS, HEADS, -1).transpose(1, 2),
+    "padded": lambda y: F.pad(y, (0, 0, 0, 2)),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_of_the_result(name):
+    """Some of them are not made, because the layer writes its result where the copy would be."""
+    size = WIDTH // HEADS
+    attend = of_projection(
+        lambda m, q, k, v: m.out(COPIES[name](F.scaled_dot_product_attention(q, k, v))),
+        out=lambda: nn.Linear(size, size),
+    )
+    model = made(attend)
+    assert kinds(model)["attention"] == 1
     fused_is_right(model, episode(SAMPLE))
 
 
