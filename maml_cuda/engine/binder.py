@@ -157,8 +157,11 @@ class Binder:
         program, why_not = self.choice(maml, binding, support, query, second_order)
         if program is not None and program.match is not None:
             targets = [(each.y_name, each.y) for each in (support, query) if each is not None and each.y is not None]
-            why_not = data_checks.why_not_labels(program.labels, targets)
-            program = None if why_not else program
+            if isinstance(maml.loss, str):  # a cross-entropy of whole sets
+                for name, y in targets:
+                    data_checks.target_values(name, y, program.returned.sample[-1])
+            elif why_not := data_checks.why_not_labels(program.labels, targets):
+                program = None
         if why_not:
             self.fall_back(maml, why_not)
         if not torch.compiler.is_compiling():
@@ -168,7 +171,7 @@ class Binder:
                 if given is not None:
                     data_checks.constant(given.x_name, given.x, given.y_name, given.y)
                     if maml.loss == "mse" and given.y is not None and not program.is_direct:
-                        shape = pytrees.tensors(given.x)[0].shape[1], *program.returned.sample
+                        shape = program.prediction_shape(pytrees.tensors(given.x)[0].shape[1])
                         data_checks.target(given.y_name, maml.loss, given.y, shape)
         return program
 

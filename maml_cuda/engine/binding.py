@@ -143,6 +143,10 @@ class Binding:
         program = getattr(self._programs.by_name, name)
         if program.written:
             return Choice(None, f"forward writes {program.written[0]}, which fused layers inside torch.compile do not")
+        if program.labels:
+            return Choice(
+                None, "the labels of samples that depend on each other are not looked at inside torch.compile"
+            )
         return Choice(program, "")
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -35,6 +35,8 @@ def table(model: nn.Module, binding: Binding, choice: Choice | None) -> str:
     lines = [f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}" for a, b, c in rows]
     if program is not None:
         lines += [f"{change}; fused layers do not" for change in program.ignored]
+        if program.whole_sets:
+            lines.append("the samples of a set are combined with each other: both sets must be of one size")
         if program.written:
             lines.append(
                 f"forward writes {', '.join(program.written)}: a training step calls the model itself for that"

@@ -118,6 +118,7 @@ def program_of(snapshot: Snapshot, graph: Graph, match: Match | None) -> Program
         slots=[m.steps if isinstance(m, PerStepBatchNorm) else None for m in owners],
         holders=[where[name] for name in names] + rate_holders,
         served_by=graph.served_by,
+        whole_sets=graph.whole_sets,
         written=graph.written,
         ignored=graph.ignored,
         returned=graph.returned,

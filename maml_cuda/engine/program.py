@@ -13,7 +13,7 @@ from torch.distributions import Categorical, Independent, Normal
 from maml_cuda import pytrees, targets
 from maml_cuda.capture.copies import Place
 from maml_cuda.engine import fast_path, integer_inputs, own_targets
-from maml_cuda.engine.signatures import TreeLike
+from maml_cuda.engine.signatures import SetLike
 from maml_cuda.losses import Loss
 from maml_cuda.masks import Seed
 from maml_cuda.plan.graph import Labels, Range, Returned
@@ -32,6 +32,7 @@ class Program:
         adapted: those of them that the inner loop changes.
         slots: of each of them, the number of slots if there is one for each inner step; None otherwise.
         served_by: module path -> fused layers.
+        whole_sets: whether the samples of a set depend on each other: for the core, a whole set is one sample.
         written: the names of the buffers of the model that forward writes.
         ignored: what forward does besides and fused layers do not.
         match: the loss of the core for a loss of the user's own; None for one of ours.
@@ -57,6 +58,7 @@ class Program:
         slots: list[int | None],
         holders: list[Place],
         served_by: dict[str, list[str]],
+        whole_sets: bool,
         written: tuple[str, ...],
         ignored: tuple[str, ...],
         returned: Returned,
@@ -70,6 +72,7 @@ class Program:
         """holders: of each tensor in `names`, then of each rate tensor. match: of a loss of the user's own."""
         self.plan, self.text = plan, plan.text
         self.names, self.adapted, self.slots = names, adapted, slots
+        self.whole_sets = whole_sets
         self.served_by, self.written, self.ignored, self.returned = served_by, written, ignored, returned
         self._holders = [(place.registry, place.key) for place in holders]  # plain tuples are unpacked faster
         dtypes = [owner[key].dtype for owner, key in self._holders[: len(names)]]
@@ -82,9 +85,10 @@ class Program:
         self.match, self._loss, self.labels, self.identities = match, loss, labels, identities
         self.features = math.prod(returned.sample)
         self.of_loss = of_loss
-        self.is_direct = len(returned.sample) == 1 and not weighted
+        self.is_direct = len(returned.sample) == 1 and not weighted and not whole_sets
         self.integers = integers
-        self.is_warm = not written and not integers and (match is None or (match.loss == "mse" and not weighted))
+        is_usual = not (written or integers or whole_sets)
+        self.is_warm = is_usual and (match is None or (match.loss == "mse" and not weighted))
         self.is_plain = returned == Returned(returned.sample) and self.is_direct
         self.draws = any(node.kind == "dropout" for node in plan.nodes)
         self.places = fast_path.places(self.with_gradient([owner[key] for owner, key in holders]))
@@ -114,11 +118,18 @@ class Program:
 
     # -- what goes in and comes out -----------------------------------------------------------------------------
 
-    @staticmethod
-    def sample(x: TreeLike) -> tuple[int, ...]:
-        """The shape of a sample of `input`, for x [n, ...] of one task."""
-        shapes = [like.shape[1:] for like in x.tensors]
-        return shapes[0] if len(shapes) == 1 else (sum(map(math.prod, shapes)),)
+    def samples(self, given: SetLike) -> int:
+        """How many samples `input` has for a set."""
+        return 1 if self.whole_sets else given.n
+
+    def sample(self, given: SetLike) -> tuple[int, ...]:
+        """The shape of a sample of `input`."""
+        shapes = [like.shape if self.whole_sets else like.shape[1:] for like in given.x.tensors]
+        return shapes[0] if len(shapes) == 1 and not self.whole_sets else (sum(map(math.prod, shapes)),)
+
+    def prediction_shape(self, n: int) -> tuple[int, ...]:
+        """Of what the model returns for n samples of a task, or of its mean."""
+        return self.returned.sample if self.whole_sets else (n, *self.returned.sample)
 
     def input(self, name: str, x: Tree, check: bool, dtype: torch.dtype | None = None) -> Tensor:
         """x [tasks, n, ...] as the ops take it: one tensor as it is, several beside each other, integers as numbers.
@@ -134,7 +145,13 @@ class Program:
         dtype, leaves = dtype or self.dtype, pytrees.tensors(x)
         if self.integers:
             leaves = integer_inputs.numbers(name, leaves, dtype, self.integers, check or self.plan.backend == "cpu")
-        return leaves[0] if len(leaves) == 1 else _beside(leaves, dtype)
+        return leaves[0] if len(leaves) == 1 and not self.whole_sets else self._beside(leaves, dtype)
+
+    def _beside(self, leaves: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """Tensors [tasks, n, ...] beside each other, [tasks, n, features]; of whole sets [tasks, 1, n * features].
+        plan/loops.py reads them as its parts."""
+        flat = [t.reshape(len(t), 1 if self.whole_sets else t.shape[1], -1).to(dtype) for t in leaves]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, -1)
 
     def target(self, y: Target, dtype: torch.dtype | None = None) -> list[Tensor | None]:
         """The tensors of a target [tasks, n, ...], as the ops take them.
@@ -144,11 +161,11 @@ class Program:
         """
         dtype = dtype or self.dtype
         if self.match == COMPUTED:
-            return [_beside(pytrees.tensors(y), dtype), None, None, None]
+            return [self._beside(pytrees.tensors(y), dtype), None, None, None]
         if self.match is None or not self.match.weighted:
             if self.is_direct:
                 return targets.tensors(y)
-            return [y.reshape(*y.shape[:2], self.features)]
+            return [y.reshape(len(y), 1 if self.whole_sets else y.shape[1], self.features)]
         weights = own_targets.advantages(self.match, self._loss, y, self.features, dtype, self._one_as_returned)
         values = pytrees.tensors(y)[self.match.leaf]
         labels = self.match.loss == "categorical_policy_gradient"
@@ -170,7 +187,8 @@ class Program:
             log_std = log_std if returned.log_std == "rows" else log_std[..., 0, :]
         if returned.log_softmax:
             prediction = prediction.log_softmax(-1)
-        mean = prediction.reshape(*prediction.shape[:-1], *returned.sample)
+        leading = prediction.shape[: -2 if self.whole_sets else -1]
+        mean = prediction.reshape(*leading, *returned.sample)
         if returned.nones:
             return mean, *[None] * returned.nones
         if returned.distribution == "Categorical":
@@ -217,9 +235,3 @@ class Program:
                 whole[name] = part.new_zeros(like[name].shape)
                 whole[name][:, min(slot, slots - 1)] = part
         return whole
-
-
-def _beside(leaves: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Tensors [tasks, n, ...] beside each other, [tasks, n, features]; plan/loops.py reads them as its parts."""
-    flat = [leaf.reshape(*leaf.shape[:2], -1).to(dtype) for leaf in leaves]
-    return flat[0] if len(flat) == 1 else torch.cat(flat, -1)

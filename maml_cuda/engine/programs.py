@@ -6,21 +6,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from maml_cuda import targets
-from maml_cuda.capture.capture import capture
+from maml_cuda.capture.capture import Captured, Like, capture
 from maml_cuda.capture.errors import DoesNotFit, Unfusable, first_line
 from maml_cuda.capture.record import Operand, Record
 from maml_cuda.engine import data_checks, planning
 from maml_cuda.engine.bounded import Bounded
+from maml_cuda.engine.data_checks import OF_CLASSES
 from maml_cuda.engine.problem import why_not
 from maml_cuda.engine.program import Program
 from maml_cuda.engine.signatures import SetLike, Signature, TreeLike
-from maml_cuda.losses import Loss
+from maml_cuda.losses import Loss, cross_entropy
 from maml_cuda.plan import proof
 from maml_cuda.plan.graph import Graph
 from maml_cuda.plan.own_loss import COMPUTED, Match, matches
@@ -48,7 +49,8 @@ class Programs:
         self.by_name = _Holder()
         self.reasons: Bounded[Signature, str] = Bounded(MOST_ANSWERS)
         self._names: Bounded[Signature, str] = Bounded(MOST_ANSWERS)
-        self._records: Bounded[SetLike, tuple[Record, Graph]] = Bounded(MOST_RECORDS)
+        self._captured: Bounded[SetLike, Captured] = Bounded(MOST_RECORDS)
+        self._graphs: Bounded[tuple[SetLike, bool], Graph] = Bounded(MOST_RECORDS)
         self._known: Bounded[str, str] = Bounded(MOST_PROGRAMS)  # text of a program -> its name
         self._proven: Bounded[tuple[Any, ...], None] = Bounded(MOST_ANSWERS)
 
@@ -69,19 +71,14 @@ class Programs:
 
     def _found(self, signature: Signature) -> str:
         sets = [given for given in (signature.support, signature.query) if given is not None]
-        captured = [self._record(given) for given in sets]
-        records, graphs = counted([record for record, _ in captured]), [graph for _, graph in captured]
-        graph = graphs[0]
-        if graph != graphs[-1]:
-            graphs = [graph_of(self.snapshot.model, record) for record in records]
-            if graphs[0] != graphs[-1]:
-                raise Unfusable("the model runs other operations on the query set than on the support set")
-            graph = replace(graphs[0], ignored=graph.ignored)
-        n_support, n_query = (0 if given is None else given.n for given in (signature.support, signature.query))
+        readings = self._readings(sets)
         reason = ""
-        for read, match in self._candidates(sets, records, graph):
+        for read, match in self._candidates(sets, readings):
             program = planning.program_of(self.snapshot, read, match)
-            if reason := why_not(program.text, program.sample(sets[0].x), n_support, n_query, program.dtype):
+            n_support, n_query = (
+                0 if given is None else program.samples(given) for given in (signature.support, signature.query)
+            )
+            if reason := why_not(program.text, program.sample(sets[0]), n_support, n_query, program.dtype):
                 raise Unfusable(reason)
             reason = self._disproof(program, signature.support, signature.second_order)
             reason = reason or self._disproof(program, signature.query, second_order=False)
@@ -89,55 +86,103 @@ class Programs:
                 return self._kept(program)
         raise Unfusable(reason)
 
-    def _candidates(
-        self, sets: list[SetLike], records: list[Record], graph: Graph
-    ) -> Iterator[tuple[Graph, Match | None]]:
-        """What may compute the loss: a loss of the core, and then the operations of a loss of the user's own, read as
-        layers.
-
-        Raises:
-            Unfusable: nothing does.
-        """
-        try:
-            for match in self._matches(graph, [(r, given.y) for r, given in zip(records, sets, strict=True)]):
-                yield graph, match
-        except Unfusable:
-            pass
-        with_target = [(r, given.y) for r, given in zip(records, sets, strict=True) if given.y is not None]
-        if isinstance(self.snapshot.loss, str) or not with_target:
-            return
-        graphs = [graph_of(self.snapshot.model, record, (), _shapes(y, record.n)) for record, y in with_target]
-        if graphs[0] != graphs[-1]:
-            raise Unfusable("the loss is a callable of yours, which computes different things on the two sets")
-        yield replace(graphs[0], ignored=graph.ignored), COMPUTED
-
-    def _record(self, given: SetLike) -> tuple[Record, Graph]:
-        """The record of a set, and its graph. In a set of one sample, the axis of samples can be taken for another one;
-        then that of two samples is read, which the proof compares on one.
+    def _readings(self, sets: list[SetLike]) -> list[_Reading]:
+        """The record of each set, and its graph. Where samples are combined with each other, each set is read as one
+        sample.
 
         Raises:
             Unfusable, DoesNotFit: as `capture`; there is no graph.
         """
+        for given in sets:
+            self._capture(given)
         try:
-            return self._record_of(given)
-        except Unfusable:
+            return self._by_samples(sets)
+        except Unfusable as reason:
+            try:
+                whole = [self._read(given, whole_sets=True) for given in sets]
+            except Unfusable:
+                raise reason from None
+            if whole[0].graph != whole[-1].graph:
+                raise Unfusable(f"{reason}, which is fused where support and query sets are of one size") from None
+            return whole
+
+    def _by_samples(self, sets: list[SetLike]) -> list[_Reading]:
+        found = [self._reading(given) for given in sets]
+        records, graphs = counted([each.record for each in found]), [each.graph for each in found]
+        if graphs[0] != graphs[-1]:
+            graphs = [graph_of(self.snapshot.model, record) for record in records]
+            if graphs[0] != graphs[-1]:
+                raise Unfusable("the model runs other operations on the query set than on the support set")
+            graphs = [replace(graph, ignored=found[0].graph.ignored) for graph in graphs]
+        return list(map(_Reading, records, graphs))
+
+    def _reading(self, given: SetLike) -> _Reading:
+        """In a set of one sample, the axis of samples can be taken for another one; then that of two samples is read,
+        which the proof compares on one."""
+        try:
+            return self._read(given)
+        except Unfusable as reason:
             if given.n != 1:
                 raise
-            return self._record_of(given.of(2))
-
-    def _record_of(self, given: SetLike) -> tuple[Record, Graph]:
-        if given not in self._records:
-            model, loss = self.snapshot.model, self.snapshot.loss
             try:
-                if given.y is None or isinstance(loss, str):
-                    captured = capture(model, given.x.tree())
-                else:
-                    captured = capture(model, given.x.tree(), loss, given.y.tree())
+                return self._read(given.of(2))
+            except DoesNotFit:
+                raise reason from None
+
+    def _read(self, given: SetLike, whole_sets: bool = False) -> _Reading:
+        record, changes = self._capture(given)
+        if (given, whole_sets) not in self._graphs:
+            self._graphs[given, whole_sets] = graph_of(self.snapshot.model, record, changes, whole_sets=whole_sets)
+        return _Reading(record, self._graphs[given, whole_sets])
+
+    def _capture(self, given: SetLike) -> Captured:
+        model, loss = self.snapshot.model, self.snapshot.loss
+        if given not in self._captured:
+            with_loss = [] if given.y is None or isinstance(loss, str) else [loss, given.y.tree()]
+            try:
+                self._captured[given] = capture(model, given.x.tree(), *with_loss)
             except DoesNotFit as reason:
                 reason.given = given
                 raise
-            self._records[given] = captured.record, graph_of(model, captured.record, captured.changes)
-        return self._records[given]
+        return self._captured[given]
+
+    def _candidates(self, sets: list[SetLike], readings: list[_Reading]) -> Iterator[tuple[Graph, Match | None]]:
+        """What may compute the loss: a loss of the core, and then the operations of a loss, read as layers.
+
+        Raises:
+            Unfusable: nothing does.
+        """
+        graph, loss = readings[0].graph, self.snapshot.loss
+        if not graph.whole_sets or loss not in OF_CLASSES:  # which count samples
+            try:
+                for match in self._matches(graph, [(r.record, g.y) for r, g in zip(readings, sets, strict=True)]):
+                    yield graph, match
+            except Unfusable:
+                pass
+        if isinstance(loss, str) and not graph.whole_sets:
+            return
+        read = [
+            graph_of(self.snapshot.model, record, (), shapes, graph.whole_sets)
+            for record, shapes in self._with_loss(sets, readings)
+        ]
+        if not read:
+            return
+        if read[0] != read[-1]:
+            raise Unfusable("the loss is a callable of yours, which computes different things on the two sets")
+        yield replace(read[0], ignored=graph.ignored), COMPUTED
+
+    def _with_loss(self, sets: list[SetLike], readings: list[_Reading]) -> list[tuple[Record, list[Shape]]]:
+        """Records with the operations of the loss, each with the shapes of the leaves of its target."""
+        model, loss, returned = self.snapshot.model, self.snapshot.loss, readings[0].graph.returned
+        if not isinstance(loss, str):
+            found = [(r.record, given.of(r.record.n).y) for r, given in zip(readings, sets, strict=True)]
+            return [(record, [like.shape for like in y.tensors]) for record, y in found if y is not None]
+        if loss != "cross_entropy":
+            return []
+        if len(returned.sample) != 2:
+            raise Unfusable(f"cross_entropy takes a prediction [n, classes], got {list(returned.sample)}")
+        labels = Like(returned.sample[:1], torch.int64)
+        return [(capture(model, sets[0].x.tree(), cross_entropy, labels).record, [labels.shape])]
 
     def _matches(self, graph: Graph, sets: Sequence[tuple[Record, TreeLike | None]]) -> list[Match | None]:
         """The losses of the core that the loss may be on each of the sets; None stands for a loss of ours."""
@@ -189,16 +234,23 @@ class Programs:
     def _kept(self, program: Program) -> str:
         """The name of a program; equal ones have one name."""
         known = program.names, program.returned, program.match, program.identities, program.written, program.integers
-        key = f"{program.text} {known}"
+        key = f"{program.text} {known} {program.whole_sets}"
         if key not in self._known:
             self._known[key] = f"program_{len(vars(self.by_name))}"
             setattr(self.by_name, self._known[key], program)
         return self._known[key]
 
 
-def _shapes(y: TreeLike, n: int) -> list[Shape]:
-    """The shapes of the leaves of a target of n samples."""
-    return [(n, *like.shape[1:]) if like.shape else () for like in y.tensors]
+class _Reading(NamedTuple):
+    """What a model runs for a set.
+
+    Attributes:
+        record: the operations.
+        graph: these as layers.
+    """
+
+    record: Record
+    graph: Graph
 
 
 class _Holder:

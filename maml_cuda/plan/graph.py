@@ -81,6 +81,7 @@ class Graph:
         reads: the tensors of the model; `Node.parameters` has indices into this list.
         served_by: module path -> names of the fused layers that compute this module, for `FusedMAML.explain`.
         returned: what the model returns.
+        whole_sets: whether a whole set is one sample of the nodes.
         written: the names of the buffers of the model that forward writes.
         ignored: what forward does besides and fused layers do not, for `FusedMAML.explain`.
         literals: tensors made in forward from numbers alone, by the names that they have in `reads`. A name tells the
@@ -98,6 +99,7 @@ class Graph:
     reads: list[Read] = field(default_factory=list)
     served_by: dict[str, list[str]] = field(default_factory=dict)
     returned: Returned = field(default_factory=lambda: Returned(()))
+    whole_sets: bool = False
     written: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     literals: dict[str, Tensor] = field(default_factory=dict, compare=False)

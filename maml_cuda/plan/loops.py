@@ -28,7 +28,10 @@ class LoopWriter(Writer):
 
     Attributes:
         dtype: of the model's input.
+        whole_sets: whether a whole set is one sample, so that the axis of samples is one like any other.
     """
+
+    whole_sets = False
 
     def __init__(self, n: int, dtype: torch.dtype) -> None:
         super().__init__(n)
@@ -117,16 +120,17 @@ class LoopWriter(Writer):
 
     def inputs(self, given: Sequence[Operand]) -> list[Known]:
         """The inputs of the model, each [n, ...]. Several stand beside each other in value 0."""
-        if len(given) == 1:
+        if len(given) == 1 and not self.whole_sets:
             (shape,) = (x.shape for x in given)
             return [Value(0, shape, shape[1:], False, False)]
         return [*self._beside(0, [(x.name, x.shape) for x in given])]
 
     def targets(self, shapes: Sequence[tuple[int, ...]]) -> list[Strided]:
         """The leaves of the target of a computed loss, each [n, ...]. They stand beside each other in one value."""
-        self.graph.target = total = sum(math.prod(shape[1:]) for shape in shapes)
+        self.graph.target = total = sum(math.prod(shape if self.whole_sets else shape[1:]) for shape in shapes)
         self._target = self.emit_on_any("target", (), image=(total, 1, 1))
         leaves = self._beside(self._target, [("a part of the target", shape) for shape in shapes])
+        self._target = leaves[0].number
         self._columns = {leaf.offset: number for number, leaf in enumerate(leaves)}
         return leaves
 
@@ -136,6 +140,8 @@ class LoopWriter(Writer):
         Args:
             parts: what each is, and its shape.
         """
+        if self.whole_sets:
+            return self._beside_in_the_task(number, [shape for _, shape in parts])
         for what, shape in parts:
             if shape[:1] != (self.n,):
                 raise Unfusable(f"{what} has shape {list(shape)}, whose first axis does not count the {self.n} samples")
@@ -144,6 +150,18 @@ class LoopWriter(Writer):
         for i, (_, shape) in enumerate(parts):
             axes = [(Atom(None, total),), *((Atom(s, math.prod(shape[d + 2 :])),) for d, s in enumerate(shape[1:]))]
             views.append(Strided(number, total, True, sum(widths[:i]), tuple(map(merged, axes)), self.n, False))
+        return views
+
+    def _beside_in_the_task(self, number: int, shapes: Sequence[tuple[int, ...]]) -> list[Strided]:
+        """The same of a whole set: the value of its one sample is one of the task, the sum over that sample."""
+        total = sum(map(math.prod, shapes))
+        of_set = Strided(number, total, True, 0, ((Atom(None, total),), (Atom(total, 1),)), 1, False)
+        of_task = self.reduce("reduce", "sum", of_set, [0], keepdim=False)
+        views, start = [], 0
+        for shape in shapes:
+            axes = ((Atom(s, math.prod(shape[d + 1 :])),) for d, s in enumerate(shape))
+            views.append(of_task.with_axes(axes, start))
+            start += math.prod(shape)
         return views
 
     def leaf_of(self, x: Strided) -> int | None:
@@ -200,6 +218,8 @@ class LoopWriter(Writer):
             The number of the value; its size; whether it has samples; and its axes, those that are reduced without an
             atom. An axis along which all operands repeat their elements is not stored.
         """
+        if sum(step.size is None for step in steps) > 1:
+            raise Unfusable("it combines the samples with themselves")
         kept = [step.axis not in reduced for step in steps]
         order = list(order) if order is not None else self.order_in_memory(operands, steps)
         order.sort(key=lambda i: steps[i].size is not None)  # samples outside
@@ -420,8 +440,6 @@ class LoopWriter(Writer):
             except NotAView:
                 a, b = self.dense(a), self.dense(b)
                 continue
-            if sum(step.size is None for step in steps) > 1:
-                raise Unfusable("it combines the samples with themselves")
             if all(all(step.strides) for step in steps if step.axis in reduced):
                 places = [*(range(shared + m + n) if order is None else order), *reduced]
                 in_memory = sorted(range(len(steps)), key=lambda i: places.index(steps[i].axis))
@@ -476,6 +494,8 @@ class LoopWriter(Writer):
 
     def as_features(self, x: Strided) -> Value:
         """A prediction [n, ...] as features in torch's order of elements."""
+        if self.whole_sets:
+            x = self.dense(x.with_axes([(Atom(None, 0),), *x.axes]))
         if not x.axes or x.axes[0] != (Atom(None, x.size),):
             raise Unfusable(f"the prediction is of shape {list(x.shape)}, whose first axis does not count samples")
         if not _is_dense(x):

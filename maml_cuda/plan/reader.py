@@ -45,28 +45,35 @@ _ON_IMAGES = frozenset((
 
 
 def graph_of(
-    model: nn.Module, record: Record, changes: tuple[Change, ...] = (), target: Sequence[tuple[int, ...]] | None = None
-) -> Graph:
+    model: nn.Module, record: Record, changes: tuple[Change, ...] = (), target: Sequence[tuple[int, ...]] | None = None,
+    whole_sets: bool = False,
+) -> Graph:  # fmt: skip
     """The graph of the prediction in a record of the model.
 
     Args:
         changes: of Python state by forward, which fused layers do not make.
         target: the shapes of the leaves of one task's target; then the graph computes the loss too.
+        whole_sets: a whole set is read as one sample, so that samples may be combined with each other.
 
     Raises:
         Unfusable: there is none; the message is the reason.
     """
-    graph = _Reader(model, record, target).read()
+    graph = _Reader(model, record, target, whole_sets).read()
     graph.ignored, graph.written = tuple(map(str, changes)), record.written
     return graph
 
 
 class _Reader(Layers):
-    def __init__(self, model: nn.Module, record: Record, target: Sequence[tuple[int, ...]] | None) -> None:
+    def __init__(
+        self, model: nn.Module, record: Record, target: Sequence[tuple[int, ...]] | None, whole_sets: bool
+    ) -> None:
         dtype = record.dtype
         if is_integer(dtype):
             dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
-        super().__init__(model, record.n, dtype)
+        super().__init__(model, 1 if whole_sets else record.n, dtype)
+        if whole_sets and any(is_integer(x.dtype) for x in record.inputs):
+            raise Unfusable("its input holds integers, and it combines the samples")
+        self.whole_sets = self.graph.whole_sets = whole_sets
         self._tensors = LossFunctions(self)
         self._target_shapes = target
         self._record = record
@@ -228,6 +235,8 @@ class _Reader(Layers):
         if type(prediction) is tuple and prediction and all(part is None for part in prediction[1:]):
             prediction, nones = prediction[0], len(prediction) - 1
         mean, log_std, distribution = _parts(prediction)
+        if self.whole_sets and (log_std is not None or distribution):
+            raise Unfusable("a policy whose samples depend on each other is not fused")
         if isinstance(mean, Strided):
             mean = self.as_features(mean)
         if not isinstance(mean, Value):

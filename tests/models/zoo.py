@@ -337,7 +337,7 @@ def policy_models() -> Iterable[Published]:
 
 def graph_models() -> Iterable[Published]:
     yield Published(
-        "gcn", "Kipf and Welling 2017; pygcn GCN", lambda: graphs.GCN(5, 4, 6, CLASSES), (4,), CLASSES, "d",
+        "gcn", "Kipf and Welling 2017; pygcn GCN", lambda: graphs.GCN(5, 4, 6, CLASSES), (4,), CLASSES, "b",
         negative_log_likelihood, n_support=5, n_query=5,
     )  # fmt: skip
     yield Published(
