@@ -149,7 +149,7 @@ class Program:
 
     def _beside(self, leaves: list[Tensor], dtype: torch.dtype) -> Tensor:
         """Tensors [tasks, n, ...] beside each other, [tasks, n, features]; of whole sets [tasks, 1, n * features].
-        plan/loops.py reads them as its parts."""
+        plan/sets.py reads them as its parts."""
         flat = [t.reshape(len(t), 1 if self.whole_sets else t.shape[1], -1).to(dtype) for t in leaves]
         return flat[0] if len(flat) == 1 else torch.cat(flat, -1)
 

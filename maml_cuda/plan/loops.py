@@ -13,14 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from maml_cuda.capture.errors import Unfusable
-from maml_cuda.capture.record import Operand
-from maml_cuda.plan.graph import Constant, Held, Known, Labels, LogSumExp, SampleCount, Value, Writer, text_of
+from maml_cuda.plan.graph import Constant, Held, LogSumExp, SampleCount, Value, Writer, text_of
 from maml_cuda.plan.masks import Drawn, dropped
-from maml_cuda.plan.schema import Instruction, Layout, Loops, View
+from maml_cuda.plan.schema import Instruction, Loops, View
 from maml_cuda.plan.simplify import MOST_INPUTS, merged_loops
 from maml_cuda.plan.strided import Atom, Axis, NotAView, Step, Strided, aligned, merged
-
-_LAYOUTS: dict[int, Layout] = {2: "features", 3: "signal", 4: "image"}  # by the number of axes
 
 
 class LoopWriter(Writer):
@@ -28,18 +25,12 @@ class LoopWriter(Writer):
 
     Attributes:
         dtype: of the model's input.
-        whole_sets: whether a whole set is one sample, so that the axis of samples is one like any other.
     """
-
-    whole_sets = False
 
     def __init__(self, n: int, dtype: torch.dtype) -> None:
         super().__init__(n)
         self.dtype = dtype
-        self.labels: list[Labels] = []
         self._as_values: dict[Any, int] = {}  # a tensor of the model -> the number of its value
-        self._target = 0  # the number of the value that holds the target
-        self._columns: dict[int, int] = {}  # where a leaf of the target begins -> its number
 
     # -- operands -----------------------------------------------------------------------------------------------
 
@@ -117,56 +108,6 @@ class LoopWriter(Writer):
                     raise Unfusable(f"it reads {name}, of which each inner step has its own")
                 return read.rows, read.taps
         return rows, taps
-
-    def inputs(self, given: Sequence[Operand]) -> list[Known]:
-        """The inputs of the model, each [n, ...]. Several stand beside each other in value 0."""
-        if len(given) == 1 and not self.whole_sets:
-            (shape,) = (x.shape for x in given)
-            return [Value(0, shape, shape[1:], False, False)]
-        return [*self._beside(0, [(x.name, x.shape) for x in given])]
-
-    def targets(self, shapes: Sequence[tuple[int, ...]]) -> list[Strided]:
-        """The leaves of the target of a computed loss, each [n, ...]. They stand beside each other in one value."""
-        self.graph.target = total = sum(math.prod(shape if self.whole_sets else shape[1:]) for shape in shapes)
-        self._target = self.emit_on_any("target", (), image=(total, 1, 1))
-        leaves = self._beside(self._target, [("a part of the target", shape) for shape in shapes])
-        self._target = leaves[0].number
-        self._columns = {leaf.offset: number for number, leaf in enumerate(leaves)}
-        return leaves
-
-    def _beside(self, number: int, parts: Sequence[tuple[str, tuple[int, ...]]]) -> list[Strided]:
-        """The parts [n, ...] of a value in which they stand beside each other.
-
-        Args:
-            parts: what each is, and its shape.
-        """
-        if self.whole_sets:
-            return self._beside_in_the_task(number, [shape for _, shape in parts])
-        for what, shape in parts:
-            if shape[:1] != (self.n,):
-                raise Unfusable(f"{what} has shape {list(shape)}, whose first axis does not count the {self.n} samples")
-        widths = [math.prod(shape[1:]) for _, shape in parts]
-        total, views = sum(widths), []
-        for i, (_, shape) in enumerate(parts):
-            axes = [(Atom(None, total),), *((Atom(s, math.prod(shape[d + 2 :])),) for d, s in enumerate(shape[1:]))]
-            views.append(Strided(number, total, True, sum(widths[:i]), tuple(map(merged, axes)), self.n, False))
-        return views
-
-    def _beside_in_the_task(self, number: int, shapes: Sequence[tuple[int, ...]]) -> list[Strided]:
-        """The same of a whole set: the value of its one sample is one of the task, the sum over that sample."""
-        total = sum(map(math.prod, shapes))
-        of_set = Strided(number, total, True, 0, ((Atom(None, total),), (Atom(total, 1),)), 1, False)
-        of_task = self.reduce("reduce", "sum", of_set, [0], keepdim=False)
-        views, start = [], 0
-        for shape in shapes:
-            axes = ((Atom(s, math.prod(shape[d + 1 :])),) for d, s in enumerate(shape))
-            views.append(of_task.with_axes(axes, start))
-            start += math.prod(shape)
-        return views
-
-    def leaf_of(self, x: Strided) -> int | None:
-        """The number of the leaf of the target that this is a view of."""
-        return self._columns.get(x.offset) if self._target and x.number == self._target else None
 
     def literal(self, t: Tensor) -> Strided:
         """A tensor that is made from numbers alone. An axis along which it is constant is not stored."""
@@ -450,59 +391,6 @@ class LoopWriter(Writer):
             a, b = self.dense(a), self.dense(b)  # one of them repeats its elements
         raise Unfusable("it is a product over axes that were merged from different ones")
 
-    # -- as the images that other layers take -------------------------------------------------------------------
-
-    def rows(self, given: Strided, axes: int) -> tuple[Value, Strided]:
-        """The last axes as the features of images of one pixel, several a sample; and the same as a view."""
-        x = given
-        split = len(x.axes) - axes
-        if not x.samples or any(atom.size is None for axis in x.axes[split:] for atom in axis):
-            raise Unfusable("its input has no samples")
-        if not _is_dense(x):
-            x = self.dense(x)
-        features = math.prod(x.shape[split:])
-        number = self.emit_on_any(
-            "view", [x.number], image=(features, 1, 1), rows=x.size // features, out_layout="features"
-        )
-        return Value(number, (self.n, features), (features,), True, x.learned), x
-
-    def of_rows(self, y: Value, x: Strided, axes: int, shape: Sequence[int]) -> Strided:
-        """What a layer makes of `rows(x, axes)`: the last axes have this shape."""
-        split = len(x.axes) - axes
-        before, after = math.prod(x.shape[split:]), math.prod(shape)
-        first = [tuple(Atom(a.size, a.stride // before * after) for a in axis) for axis in x.axes[:split]]
-        last = [(Atom(s, math.prod(shape[d + 1 :])),) for d, s in enumerate(shape)]
-        axes_of_y = tuple(map(merged, [*first, *last]))
-        return Strided(y.number, x.size // before * after, True, 0, axes_of_y, self.n, y.learned)
-
-    def image(self, x: Strided) -> Value:
-        """A view [n, channels, ...] as an image with channels last in memory."""
-        shape = x.shape
-        if not 2 <= len(shape) <= 4:
-            raise Unfusable(f"its input is of shape {list(shape)}; fused are inputs of at most 4 axes")
-        if x.axes[0] != (Atom(None, x.size),):
-            raise Unfusable(f"its input is of shape {list(shape)}, whose first axis does not count samples")
-        order = [0, *range(2, len(shape)), 1]
-        if not _is_dense(x.permute(order)):
-            back = [0, len(shape) - 1, *range(1, len(shape) - 1)]
-            x = self.dense(x.permute(order)).permute(back)
-        sizes = (1, 1, *shape[2:])[-2:]
-        number = self.emit_on_any(
-            "view", [x.number], image=(shape[1], sizes[0], sizes[1]), out_layout=_LAYOUTS[len(shape)]
-        )
-        return Value(number, shape, shape[1:], True, x.learned)
-
-    def as_features(self, x: Strided) -> Value:
-        """A prediction [n, ...] as features in torch's order of elements."""
-        if self.whole_sets:
-            x = self.dense(x.with_axes([(Atom(None, 0),), *x.axes]))
-        if not x.axes or x.axes[0] != (Atom(None, x.size),):
-            raise Unfusable(f"the prediction is of shape {list(x.shape)}, whose first axis does not count samples")
-        if not _is_dense(x):
-            x = self.dense(x)
-        number = self.emit_on_any("view", [x.number], image=(x.size, 1, 1), out_layout="features")
-        return Value(number, x.shape, (x.size,), True, x.learned)
-
 
 def _shortened(axis: Axis, size: int, n: int) -> Axis:
     """The beginning of an axis of the output, as long as that of a part; of samples all."""
@@ -520,17 +408,3 @@ def _without_repeated(x: Strided, dims: Sequence[int]) -> tuple[Strided, list[Ax
     repeated = [x.axes[d] if all(atom.stride == 0 for atom in x.axes[d]) else () for d in dims]
     kept = [() if d < len(repeated) and repeated[d] else axis for d, axis in enumerate(x.axes)]
     return replace(x, axes=tuple(kept)), repeated
-
-
-def _is_dense(x: Strided) -> bool:
-    """Whether the elements of the view are those of the value, in order, but for samples, which are outside."""
-    if x.offset:
-        return False
-    sizes = [(atom.size, atom.stride) for axis in x.axes for atom in axis]
-    stride = 1
-    for size, given in reversed([s for s in sizes if s[0] is not None]):
-        if given != stride:
-            return False
-        stride *= size or 1
-    samples = [given for size, given in sizes if size is None]
-    return stride == x.size and samples == ([x.size] if x.samples else [])

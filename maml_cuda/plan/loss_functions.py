@@ -1,7 +1,7 @@
 """Operations of losses, and the derivatives by x that forward takes itself, on tensors of any shape.
 
 Methods are those of tensors.py. Class labels are compared with the number of each class: there is no gather. Labels
-that are no class are not seen then, so they are noted in `LoopWriter.labels` and looked at in every call.
+that are no class are not seen then, so they are noted in `Sets.labels` and looked at in every call.
 """
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ from maml_cuda.capture.python_state import Change
 from maml_cuda.capture.record import Made, Operand, Operation, Record
 from maml_cuda.plan.attention import with_attention
 from maml_cuda.plan.graph import Constant, Graph, Held, Known, LogSumExp, Returned, Value, text_of
+from maml_cuda.plan.images import Images
 from maml_cuda.plan.integers import check_conversion, check_operation, exact, is_integer
 from maml_cuda.plan.layers import Layers
-from maml_cuda.plan.loops import LoopWriter
 from maml_cuda.plan.loss_functions import LossFunctions
 from maml_cuda.plan.schema import Node
 from maml_cuda.plan.simplify import simplified, without_repetitions
@@ -35,7 +35,7 @@ from maml_cuda.plan.strided import Strided
 _OPERATIONS = {
     name: method
     for name, method in inspect.getmembers(Layers, inspect.isfunction)
-    if not hasattr(LoopWriter, name) and name not in ("append", "module_at", "linear_of_features", "__init__")
+    if not hasattr(Images, name) and name not in ("append", "module_at", "linear_of_features", "__init__")
 }
 _ON_ANY_SHAPE = dict(inspect.getmembers(LossFunctions, inspect.isfunction))
 # Of the first, those whose input is an image; a view of a value is brought into that form.

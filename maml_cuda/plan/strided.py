@@ -75,6 +75,20 @@ class Strided(Known):
         strides = [max((abs(atom.stride) for atom in axis), default=0) for axis in self.axes]
         return sorted(range(len(strides)), key=lambda d: -strides[d])
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether the elements of the view are those of the value, in order, but for samples, which are outside."""
+        if self.offset:
+            return False
+        sizes = [(atom.size, atom.stride) for axis in self.axes for atom in axis]
+        stride = 1
+        for size, given in reversed([s for s in sizes if s[0] is not None]):
+            if given != stride:
+                return False
+            stride *= size or 1
+        samples = [given for size, given in sizes if size is None]
+        return stride == self.size and samples == ([self.size] if self.samples else [])
+
     def with_axes(self, axes: Iterable[Axis], offset: int = 0) -> Strided:
         """The same value with other axes; `offset` is added."""
         return replace(self, axes=tuple(map(merged, axes)), offset=self.offset + offset)

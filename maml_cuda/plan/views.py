@@ -17,10 +17,10 @@ from torch import nn
 from maml_cuda.batch_norm import PerStepBatchNorm
 from maml_cuda.capture.errors import Unfusable
 from maml_cuda.plan.graph import Held, Known, LogSumExp, Value, text_of
-from maml_cuda.plan.loops import LoopWriter
+from maml_cuda.plan.images import Images
 
 
-class Views(LoopWriter):
+class Views(Images):
     """Reads views.
 
     Attributes:
