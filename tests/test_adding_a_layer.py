@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "adding_a_layer.md").read_text(encoding="utf-8")
-QUOTED = ["csrc/layers/functions.h", "maml_cuda/plan/layers.py", "csrc/layers/scale.h", "csrc/cpu/scale.cpp"]
+QUOTED = [
+    "csrc/layers/functions.h", "maml_cuda/plan/layers.py", "maml_cuda/plan/elementary.py", "csrc/layers/scale.h",
+    "csrc/cpu/scale.cpp", "csrc/layers/move.h", "csrc/cpu/move.cpp",
+]  # fmt: skip
 
 FUNCTIONS, LAYERS = "csrc/layers/functions.h", "maml_cuda/plan/layers.py"
 # The exercise: behind a text of each file, what `atan` adds to it.
