@@ -249,7 +249,6 @@ void add_products(const Nest<3>& summed, const Term<T>* terms, int count, bool a
 /// The contraction of operands with lanes.
 template <class T>
 void multiply_lanes(const Groups& of, const Term<T>* terms, int count, bool add, T* r) {
-  constexpr int64_t W = kLanes<T>;
   Nest<3> outer = of.batch, summed;
   for (int a = 0; a < of.m.axes; ++a) outer.append(of.m.size[a], {of.m.stride[0][a], of.m.stride[1][a], 0});
   for (int a = 0; a < of.n.axes; ++a) outer.append(of.n.size[a], {of.n.stride[0][a], 0, of.n.stride[1][a]});
@@ -260,25 +259,14 @@ void multiply_lanes(const Groups& of, const Term<T>* terms, int count, bool add,
   const auto compute = [&](int64_t first, int64_t last) {
     Odometer<3> at(outer, 0, outer.axes, first);
     for (int64_t i = first; i < last; ++i, at.next()) {
-      for (int64_t lane = 0, size; lane < of.lanes; lane += size) {
+      each_block<T>(of.lanes, [&](int64_t lane, auto vectors, auto lanes) {
         Term<T> own[2];
         for (int t = 0; t < count; ++t) {
           own[t].a = terms[t].a + of.a->offset + at[1] + lane;
           own[t].b = terms[t].b + of.b->offset + at[2] + lane;
         }
-        T* const to = r + of.r->offset + at[0] + lane;
-        const int64_t left = of.lanes - lane;
-        if (left >= 4 * W) {
-          size = 4 * W;
-          add_products<4>(summed, own, count, add, to, Whole());
-        } else if (left >= 2 * W) {
-          size = 2 * W;
-          add_products<2>(summed, own, count, add, to, Whole());
-        } else {
-          size = std::min(left, W);
-          add_products<1>(summed, own, count, add, to, Lanes<T>(size));
-        }
-      }
+        add_products<vectors>(summed, own, count, add, r + of.r->offset + at[0] + lane, lanes);
+      });
     }
   };
   Nest<3> of_r = outer;

@@ -142,6 +142,17 @@ inline void each_lanes(int64_t channels, F f) {
   if (j < channels) f(j, Lanes<T>(channels - j));
 }
 
+/// Calls f(j, vectors, lanes) for blocks of 4, 2 or 1 vectors of a row of channels; `vectors` is a constant.
+template <class T, class F>
+inline void each_block(int64_t channels, F f) {
+  constexpr int W = kLanes<T>;
+  int64_t j = 0;
+  for (; j + 4 * W <= channels; j += 4 * W) f(j, std::integral_constant<int, 4>(), Whole{});
+  if (j + 2 * W <= channels) f(j, std::integral_constant<int, 2>(), Whole{}), j += 2 * W;
+  each_lanes<T>(channels - j,
+                [&](int64_t i, auto lanes) { f(j + i, std::integral_constant<int, 1>(), lanes); });
+}
+
 /// The lanes of a vector of half the width, where instructions on one cost half as much; else 0.
 #if defined(__AVX2__)
 template <class T>

@@ -2,19 +2,17 @@
 // positions at which it is inside, form a strided view. The adjoint adds the taps in ascending order. The
 // twin on the GPU is cuda/windows.cu.
 #include "cpu/implement.h"
+#include "cpu/slides.h"
 #include "cpu/strided.h"
 
 namespace maml::MAML_ISA {
 namespace {
 
-int64_t ceiling(int64_t a, int64_t b) { return a > 0 ? (a - 1) / b + 1 : -(-a / b); }
-
 /// Narrows the loops to one tap of a slide and the positions at which it is inside x. Returns whether there
 /// are any.
 bool narrow(Loops& loops, const Slide& s, int64_t tap) {
   const int64_t start = tap * s.dilation - s.padding;  // of position 0
-  const int64_t first = std::max<int64_t>(0, ceiling(-start, s.stride));
-  const int64_t end = std::min(loops.size[s.position], ceiling(s.size - start, s.stride));
+  const auto [first, end] = inside(start, s.stride, s.size, loops.size[s.position]);
   loops.size[s.position] = end - first, loops.size[s.tap] = 1;
   loops.x[0].stride[s.position] = s.stride * s.x_stride;
   loops.x[0].offset += (first * s.stride + start) * s.x_stride;

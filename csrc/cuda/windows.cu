@@ -2,24 +2,13 @@
 // In the adjoint a thread takes an element of x and sums the cotangents of the windows that contain it, in
 // ascending order of their taps. The twin on the CPU is cpu/windows.cpp.
 #include "cuda/implement.h"
-#include "cuda/strided.h"
+#include "cuda/slides.h"
 
 namespace maml::cuda {
 namespace {
 
 /// The operands of the nests: x, y, and the place along each axis of x over which the window slides.
 enum : int { kX, kY, kPlace, kOperands = kPlace + kMostSlides };
-
-/// One such axis as the adjoint sees it.
-struct Taps {
-  int64_t taps = 1, positions = 1, stride = 1, dilation = 1, padding = 0;
-  int64_t of_position = 0, of_tap = 0;  // strides of y
-};
-
-struct Slides {
-  int64_t size[kMostSlides] = {1, 1, 1};  // of the axes of x
-  Taps of[kMostSlides];
-};
 
 template <class T>
 __global__ void __launch_bounds__(kElementThreads)
@@ -30,22 +19,15 @@ __global__ void __launch_bounds__(kElementThreads)
   T* y = resolve(symbolic_y, *table, blockIdx.z);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kOperands> at = outer_step(loops, step);
-    bool inside = true;
-    for (int s = 0; s < kMostSlides; ++s) {
-      inside &= 0 <= at.of[kPlace + s] && at.of[kPlace + s] < slides.size[s];
-    }
-    y[at.of[kY]] = inside ? x[at.of[kX]] : T(0);
+    y[at.of[kY]] = is_inside(slides, at.of + kPlace) ? x[at.of[kX]] : T(0);
   }
 }
 
 /// f(offset in y) for each tap of the windows over one axis that is at this place of x.
 template <class F>
-__device__ __forceinline__ void each_tap(const Taps& s, int64_t place, int64_t offset, F f) {
-  for (int64_t tap = 0; tap < s.taps; ++tap) {
-    const int64_t from = place + s.padding - tap * s.dilation, position = from / s.stride;
-    if (from < 0 || position >= s.positions || position * s.stride != from) continue;
-    f(offset + position * s.of_position + tap * s.of_tap);
-  }
+__device__ __forceinline__ void each_window(const Taps& s, int64_t place, int64_t offset, F f) {
+  each_tap(s, place,
+           [&](int64_t position, int64_t tap) { f(offset + position * s.y_position + tap * s.y_tap); });
 }
 
 template <class T>
@@ -60,52 +42,29 @@ __global__ void __launch_bounds__(kElementThreads)
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kOperands> at = outer_step(loops, step);
     Sum<T> sum;
-    each_tap(slides.of[0], at.of[kPlace], at.of[kY], [&](int64_t first) {
-      each_tap(slides.of[1], at.of[kPlace + 1], first, [&](int64_t second) {
-        each_tap(slides.of[2], at.of[kPlace + 2], second, [&](int64_t third) { sum += g[third]; });
+    each_window(slides.of[0], at.of[kPlace], at.of[kY], [&](int64_t first) {
+      each_window(slides.of[1], at.of[kPlace + 1], first, [&](int64_t second) {
+        each_window(slides.of[2], at.of[kPlace + 2], second, [&](int64_t third) { sum += g[third]; });
       });
     });
     put(grad_x, at.of[kX], sum.value(), add);
   }
 }
 
-Slides slides_of(const Loops& loops) {
-  Slides slides;
-  for (int i = 0; i < loops.slides; ++i) {
-    const Slide& s = loops.slide[i];
-    slides.size[i] = s.size;
-    slides.of[i] = {loops.size[s.tap],          loops.size[s.position], s.stride, s.dilation, s.padding,
-                    loops.y.stride[s.position], loops.y.stride[s.tap]};
-  }
-  return slides;
+Split<kOperands> split(const Placed& at, int64_t n, const View& by) {
+  const auto& place = at.place;
+  return cuda::split<kOperands>(at.loops, n, by,
+                                {&at.loops.x[0], &at.loops.y, &place[0], &place[1], &place[2]});
 }
-
 /// The loops over all elements of y.
 Split<kOperands> over_y(const Loops& loops, int64_t n) {
-  View x = loops.x[0], place[kMostSlides];
-  for (int i = 0; i < loops.slides; ++i) {
-    const Slide& s = loops.slide[i];
-    x.stride[s.position] = s.stride * s.x_stride;
-    x.stride[s.tap] = s.dilation * s.x_stride;
-    x.offset -= s.padding * s.x_stride;
-    place[i].stride[s.position] = s.stride;
-    place[i].stride[s.tap] = s.dilation;
-    place[i].offset = -s.padding;
-  }
-  return split<kOperands>(loops, n, loops.y, {&x, &loops.y, &place[0], &place[1], &place[2]});
+  const Placed at = at_windows(loops);
+  return split(at, n, at.loops.y);
 }
-
 /// The loops over all elements of x; y is where position and tap are 0.
-Split<kOperands> over_x(Loops loops, int64_t n) {
-  View &x = loops.x[0], y = loops.y, place[kMostSlides];
-  for (int i = 0; i < loops.slides; ++i) {
-    const Slide& s = loops.slide[i];
-    loops.size[s.position] = s.size, loops.size[s.tap] = 1;
-    x.stride[s.position] = s.x_stride;
-    y.stride[s.position] = 0;
-    place[i].stride[s.position] = 1;
-  }
-  return split<kOperands>(loops, n, x, {&x, &y, &place[0], &place[1], &place[2]});
+Split<kOperands> over_x(const Loops& loops, int64_t n) {
+  const Placed at = at_elements(loops);
+  return split(at, n, at.loops.x[0]);
 }
 
 }  // namespace

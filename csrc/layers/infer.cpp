@@ -65,8 +65,8 @@ namespace {
 /// The loops of a map come to them in their order.
 void check_output(const Node& node) {
   const Kind kind = node.layer.kind;
-  const bool sums =
-      kind == Kind::reduce || kind == Kind::extreme || kind == Kind::contract || kind == Kind::attention;
+  const bool sums = kind == Kind::reduce || kind == Kind::extreme || kind == Kind::contract ||
+                    kind == Kind::depthwise || kind == Kind::attention;
   const bool ordered = kind == Kind::map;
   const bool copies = kind == Kind::softmax || kind == Kind::log_softmax || kind == Kind::stop ||
                       kind == Kind::gather || kind == Kind::sort || kind == Kind::dropout;
@@ -193,6 +193,33 @@ void check_recurrence(const Node& node, int64_t n) {
   if (saved > INT32_MAX) {
     throw Unsupported(node.name + " saves " + std::to_string(saved) +
                       " values a task; fused are fewer than 2^31");
+  }
+}
+
+void check_depthwise(const Node& node) {
+  bool fits = node.loops && node.loops->size() == 1 && node.loops->front().slides > 0;
+  if (fits) {
+    const Loops& loops = node.loops->front();
+    const View &x = loops.x[0], &w = loops.x[1], &y = loops.y;
+    const int channels = loops.axes - 1;
+    int slid[kMostAxes] = {};  // how many slides name an axis
+    bool is_tap[kMostAxes] = {};
+    for (int i = 0; i < loops.slides; ++i) {
+      ++slid[loops.slide[i].position], ++slid[loops.slide[i].tap];
+      is_tap[loops.slide[i].tap] = true;
+    }
+    fits = slid[channels] == 0 && loops.size[channels] != kSamples && !w.samples;
+    for (int a = 0; a < loops.axes; ++a) {
+      fits = fits && slid[a] <= 1;
+      if (loops.size[a] == 1) continue;
+      fits = fits && (y.stride[a] != 0) == !is_tap[a] && (w.stride[a] != 0) == (is_tap[a] || a == channels);
+      fits = fits && (x.stride[a] != 0 || slid[a] == 1);
+      if (a == channels) fits = fits && x.stride[a] == 1 && w.stride[a] == 1 && y.stride[a] == 1;
+    }
+  }
+  if (!fits) {
+    throw std::invalid_argument(node.name +
+                                " expects loops over positions, taps and contiguous channels, got others");
   }
 }
 

@@ -28,6 +28,10 @@ Shape output_of_loops(const Node& node, std::span<const Shape> x);
 /// offsets of its rows would not be int32.
 void check_recurrence(const Node& node, int64_t n);
 
+/// Throws where the loops of a depthwise convolution are not those of positions, taps and channels
+/// (depthwise.h).
+void check_depthwise(const Node& node);
+
 /// Throws where the loops of an attention are not those of queries, keys and values (attention.h).
 void check_attention(const Node& node);
 

@@ -30,6 +30,7 @@ enum class Kind : int {
   reduce,
   extreme,
   contract,
+  depthwise,
   softmax,
   log_softmax,
   stop,
@@ -57,6 +58,7 @@ enum class Kind : int {
 #include "layers/contract.h"
 #include "layers/conv2d.h"
 #include "layers/conv_block.h"
+#include "layers/depthwise.h"
 #include "layers/dropout.h"
 #include "layers/extreme.h"
 #include "layers/flatten.h"

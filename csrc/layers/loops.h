@@ -6,6 +6,7 @@
 //   map       y[.] = f(x_0[.], x_1[.], ...)    f: an Expression
 //   reduce    y[.] = the sum, mean or extreme of x[.] over the axes along which y has stride 0
 //   contract  y[.] = the sum of x_0[.] x_1[.] over the axes along which y has stride 0
+//   depthwise y[.] = the sum over taps of x[.] w[.], x at positions + taps (Slide), w that of a channel
 //   softmax, log_softmax                       over the last axis
 //   stop      y = x, with cotangent and tangent 0
 //   recurrence                                 over time (recurrence.h); for each input, loops of its own
@@ -37,9 +38,9 @@ struct View {
 
 constexpr int kMostSlides = 3;
 
-/// Of `windows`: an axis of x over which a window slides. The loops have two axes in its place, that of the
-/// window's positions and that of its taps; at (p, t) they are at element p stride + t dilation - padding of
-/// the axis. x has the stride 0 along both.
+/// Of `windows` and `depthwise`: an axis of x over which a window slides. The loops have two axes in its
+/// place, that of the window's positions and that of its taps; at (p, t) they are at element p stride + t
+/// dilation - padding of the axis. x has the stride 0 along both.
 struct Slide {
   int position = 0, tap = 0;       // axes of the loops
   int64_t size = 0, x_stride = 0;  // of the axis of x

@@ -1,5 +1,6 @@
 """Convolutions and pools over any number of axes, made of windows (windows.py): a convolution is the product of the
-windows with a weight, a pool is an extreme or a mean over their taps.
+windows with a weight, a pool is an extreme or a mean over their taps. Depthwise convolutions are a layer of their own
+(depthwise.py).
 
 They serve what the layers on signals and images (layers.py) do not: dilation, groups, transposed convolutions, three
 spatial axes, weights that are computed, pools in ceil_mode. Methods have the names and signatures of ATen operations.
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from maml_cuda.capture.errors import Unfusable
+from maml_cuda.plan.depthwise import depthwise
 from maml_cuda.plan.graph import Held
 from maml_cuda.plan.layers import Layers
 from maml_cuda.plan.strided import Strided
@@ -37,13 +39,16 @@ class Convolutions:
         given = weight if isinstance(weight, Held) else self.to.strided(weight)
         kernel, positions = given.shape[2:], self.to.results[0][2:]
         w = self.to.weight(given, 1 if transposed else given.shape[0], math.prod(kernel))
-        w = self.to.seen_as(w, (groups, w.shape[0] // groups, *w.shape[1:]))
-        if transposed:
-            y = self._transposed(x, w, stride, padding, dilation)
-        else:
-            sliding = [Sliding(*s) for s in zip(kernel, stride, dilation, padding, positions, strict=True)]
-            y = self._product(x, sliding, w.permute([0, 1, *range(3, 3 + axes), 2]), 0)
-            y = self.to.seen_as(y, self.to.results[0])
+        sliding = [Sliding(*s) for s in zip(kernel, stride, dilation, padding, positions, strict=True)]
+        is_depthwise = not transposed and groups == x.shape[1] == w.shape[0]
+        y = depthwise(self.to, x, w, sliding) if is_depthwise else None
+        if y is None:
+            w = self.to.seen_as(w, (groups, w.shape[0] // groups, *w.shape[1:]))
+            if transposed:
+                y = self._transposed(x, w, stride, padding, dilation)
+            else:
+                y = self._product(x, sliding, w.permute([0, 1, *range(3, 3 + axes), 2]), 0)
+                y = self.to.seen_as(y, self.to.results[0])
         if bias is None:
             return y
         added = self.to.strided(bias)

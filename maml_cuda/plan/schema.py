@@ -62,8 +62,8 @@ class Loops:
 
 @dataclass(frozen=True)
 class Slide:
-    """An axis of the input of `windows`, which the loops have as two: at position p and tap t they read its element
-    p stride + t dilation - padding, or 0 outside.
+    """An axis of the first input of `windows` or `depthwise`, which the loops have as two: at position p and tap t they
+    read its element p stride + t dilation - padding, or 0 outside.
 
     Attributes:
         position, tap: the two axes of the loops. The input's view has stride 0 along both.
@@ -149,7 +149,7 @@ class Node:
         image: (channels, height, width) as which a `view` sees its input; of a `parameter`, (elements, 1, 1).
         rows: of `view`, the number of images in a sample; None: 1.
         loops: of a layer on tensors of any shape; of `move` and `recurrence`, one for each input.
-        slides: of `windows`, for each axis of its input over which a window slides.
+        slides: of `windows` and `depthwise`, for each axis of its input over which a window slides.
         axis: of `gather` and `scatter`.
         instructions: the expression of a `map`; the last one gives its value.
         reduction: of `reduce` and `extreme`, a name of Reduction in csrc/layers/loops.h.

@@ -14,7 +14,7 @@ MOST_INSTRUCTIONS = 20  # of an expression (csrc/layers/loops.h)
 # Layers that depend on nothing but their inputs and fields. The others come in chains that the core looks for.
 _ON_ANY_SHAPE = frozenset((
     "parameter", "target", "view", "move", "windows", "map", "reduce", "extreme", "contract", "softmax", "log_softmax",
-    "stop", "recurrence", "attention", "gather", "scatter", "sort", "dropout",
+    "stop", "recurrence", "attention", "depthwise", "gather", "scatter", "sort", "dropout",
 ))  # fmt: skip
 
 Sizes = tuple[int | None, ...]

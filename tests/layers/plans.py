@@ -238,6 +238,23 @@ class Sketch:
     def sort(self, x: Operand, descending: bool) -> Operand:
         return self._over("sort", (x,), (), constants=(float(descending),))
 
+    def depthwise(self, x: Operand, w: Operand, *slides: tuple[int, int, int, int]) -> Operand:
+        """x [*batch, *sizes, channels], w [*kernel, channels]; slides: (kernel, stride, dilation, padding)."""
+        axes = len(slides)
+        batch = len(x.sizes) - axes - 1
+        x_strides, nothing = list(x.strides), [0] * axes
+        positions, fields = [], []
+        for d, (kernel, stride, dilation, padding) in enumerate(slides):
+            size = x.sizes[batch + d]
+            assert size is not None
+            positions.append((size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1)
+            fields.append(Slide(batch + d, batch + axes + d, size, x.strides[batch + d], stride, dilation, padding))
+        sizes = (*x.sizes[:batch], *positions, *w.sizes)
+        given_x = replace(x, sizes=sizes, strides=(*x_strides[:batch], *nothing, *nothing, x_strides[-1]))
+        given_w = replace(w, sizes=sizes, strides=(*[0] * batch, *nothing, *w.strides))
+        taps = range(batch + axes, batch + 2 * axes)
+        return self._over("depthwise", (given_x, given_w), taps, slides=tuple(fields))
+
     def plan(self) -> schema.Plan:
         """The plan, whose prediction is the last value as features."""
         (loops, *_) = self.nodes[-1].loops
@@ -292,14 +309,17 @@ def _evaluated(node: schema.Node, inputs: Sequence[Tensor], parameters: Sequence
         return looked_up(node, inputs, y, n)
     if node.kind == "windows":
         return y.index_put((places(output, loops.sizes, n),), windows(node, inputs[0], n))
-    x = [elements(view, loops.sizes, value, n) for view, value in zip(loops.inputs, inputs, strict=True)]
+    if node.kind == "depthwise":
+        x = [windows(node, inputs[0], n), elements(loops.inputs[1], loops.sizes, inputs[1], n)]
+    else:
+        x = [elements(view, loops.sizes, value, n) for view, value in zip(loops.inputs, inputs, strict=True)]
     extents = [n if size is None else size for size in loops.sizes]
     over = [a for a, stride in enumerate(output.strides) if stride == 0 and extents[a] != 1]
     if node.kind == "map":
         for step in node.instructions:
             x.append(FUNCTIONS[step.name](*(x[a] for a in step.arguments), *step.constants))
         result = x[-1]
-    elif node.kind == "contract":
+    elif node.kind in ("contract", "depthwise"):
         result = (x[0] * x[1]).sum(over, keepdim=True) if over else x[0] * x[1]
     elif node.kind == "attention":
         result = attention(x, *node.constants)

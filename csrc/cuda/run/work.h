@@ -38,7 +38,8 @@ inline double product_flop(const Layer& l) {
   if (l.kind == Kind::recurrence || l.kind == Kind::attention) {
     return 2 * static_cast<double>(properties(l.kind).work(l));
   }
-  if (l.kind == Kind::contract) return 2 * static_cast<double>(iterations(*l.loops, l.n));
+  if (l.kind == Kind::contract || l.kind == Kind::depthwise)
+    return 2 * static_cast<double>(iterations(*l.loops, l.n));
   const maml::Image& pixels = l.kind == Kind::conv2d ? l.out : l.between;
   const double patches = static_cast<double>(l.n * pixels.h * pixels.w);
   const double patch = static_cast<double>(l.window.kernel_h * l.window.kernel_w * l.in.c);
@@ -82,7 +83,7 @@ Work work_of(Op op, const Layer& l, const Tensors<T>& t) {
     for (int p = 0; p < kMostParameters; ++p) count += w[p] ? parameter_size(l, p) : 0;
   };
   // The second factor of a product: an input, or the weight.
-  const bool contracts = l.kind == Kind::contract || l.kind == Kind::attention;
+  const bool contracts = l.kind == Kind::contract || l.kind == Kind::depthwise || l.kind == Kind::attention;
   const T* second_dot = contracts ? t.x_dot[1] : t.w_dot[0];
   const T* grad_second = contracts ? t.grad_x[1] : t.grad_w[0];
   const T* grad_second_dot = contracts ? t.grad_x_dot[1] : t.grad_w_dot[0];

@@ -412,6 +412,7 @@ void reference(const Layer& l, Values<S>& v) {
     case Kind::reduce:
     case Kind::extreme:
     case Kind::contract:
+    case Kind::depthwise:
     case Kind::softmax:
     case Kind::log_softmax:
     case Kind::stop:

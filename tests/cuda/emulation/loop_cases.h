@@ -188,6 +188,49 @@ inline LoopLayer random_lookup(Random& random, Kind kind) {
   (gathers ? loops.x[0] : loops.y) = of;
   (gathers ? loops.y : loops.x[0]) = other;
   loops.x[1] = random.view(loops, l.layer.n, random.axes(0.75), random.with(0.5));
+    l.loops = {loops};
+  return l;
+}
+
+/// A convolution of each channel by itself over 1 to 3 axes, with an axis of a batch, or none.
+inline LoopLayer random_depthwise(Random& random) {
+  LoopLayer l;
+  l.layer.kind = Kind::depthwise;
+  l.layer.n = 1 + random.below(3);
+  l.inputs = 2;
+  Loops loops;
+  loops.slides = static_cast<int>(1 + random.below(kMostSlides));
+  const int batch = random.with(0.8), channels = batch + 2 * loops.slides;
+  loops.axes = channels + 1;
+  for (int a = 0; a < loops.axes; ++a) loops.size[a] = 1 + random.below(a == channels ? 5 : 3);
+  if (batch > 0 && random.with(0.7)) loops.size[0] = kSamples;
+  // The views of x, w and y over the axes that each has, the channels last in memory.
+  const auto view = [&](Loops of, std::array<bool, kMostAxes> has, bool sliced) {
+    has[channels] = false;
+    View v = random.view(of, l.layer.n, has, sliced);
+    const int64_t size = of.size[channels];
+    v.size *= size, v.offset *= size;
+    for (int64_t& stride : v.stride) stride *= size;
+    v.stride[channels] = 1;
+    return v;
+  };
+  std::array<bool, kMostAxes> of_x = kAll, of_w{}, of_y = kAll;
+  Loops over_x = loops;
+  for (int i = 0; i < loops.slides; ++i) {
+    Slide& s = loops.slide[i];
+    s.position = batch + i, s.tap = batch + loops.slides + i;
+    s.size = over_x.size[s.position] = 1 + random.below(5);
+    s.stride = 1 + random.below(3), s.dilation = 1 + random.below(3), s.padding = random.below(5) - 1;
+    of_x[s.tap] = of_y[s.tap] = false, of_w[s.tap] = true;
+  }
+  loops.x[0] = view(over_x, of_x, random.with(0.5));
+  loops.x[1] = view(loops, of_w, random.with(0.5));
+  loops.y = view(loops, of_y, false);
+  for (int i = 0; i < loops.slides; ++i) {
+    Slide& s = loops.slide[i];
+    s.x_stride = std::exchange(loops.x[0].stride[s.position], 0);
+  }
+  loops.x[0].whole = loops.x[1].whole = loops.y.whole = false;
   l.loops = {loops};
   return l;
 }

@@ -282,6 +282,18 @@ inline void attention_reference(const LoopLayer& l, LoopValues& v) {
   });
 }
 
+/// The element of x at a position and a tap of its windows; -1 outside of x.
+inline int64_t at_window(const Loops& loops, const std::vector<int64_t>& i) {
+  int64_t x = at(loops.x[0], i);
+  for (int d = 0; d < loops.slides; ++d) {
+    const Slide& s = loops.slide[d];
+    const int64_t place = i[s.position] * s.stride + i[s.tap] * s.dilation - s.padding;
+    if (place < 0 || place >= s.size) return -1;
+    x += place * s.x_stride;
+  }
+  return x;
+}
+
 /// Computes y and the cotangents of all operands.
 inline void loop_reference(const LoopLayer& l, LoopValues& v) {
   const int64_t n = l.layer.n;
@@ -297,21 +309,23 @@ inline void loop_reference(const LoopLayer& l, LoopValues& v) {
         });
       }
       return;
-    case Kind::windows: {
-      const Loops& loops = l.loops[0];
-      each_index(loops, n, [&](const auto& i) {
-        int64_t x = at(l.x(0), i);
-        for (int d = 0; d < loops.slides; ++d) {
-          const Slide& s = loops.slide[d];
-          const int64_t place = i[s.position] * s.stride + i[s.tap] * s.dilation - s.padding;
-          if (place < 0 || place >= s.size) return;
-          x += place * s.x_stride;
-        }
+    case Kind::windows:
+      each_index(l.loops[0], n, [&](const auto& i) {
+        const int64_t x = at_window(l.loops[0], i);
+        if (x < 0) return;
         v.y[at(l.y(), i)] = v.x[0][x];
         v.grad_x[0][x] += v.g[at(l.y(), i)];
       });
       return;
-    }
+    case Kind::depthwise:
+      each_index(l.loops[0], n, [&](const auto& i) {
+        const int64_t x = at_window(l.loops[0], i), w = at(l.x(1), i), y = at(l.y(), i);
+        if (x < 0) return;
+        v.y[y] += v.x[0][x] * v.x[1][w];
+        v.grad_x[0][x] += v.g[y] * v.x[1][w];
+        v.grad_x[1][w] += v.g[y] * v.x[0][x];
+      });
+      return;
     case Kind::reduce: {
       double count = 1;
       for (int a = 0; a < l.loops[0].axes && l.layer.reduction == Reduction::mean; ++a) {

@@ -61,6 +61,7 @@ void check_random(int seeds) {
     check_loops<T>(random_layer(random, Kind::contract, 2), random_presence(random));
     check_loops<T>(random_attention(random), random_presence(random));
     check_lookups<T>(random);
+    check_loops<T>(random_depthwise(random), random_presence(random));
   }
 }
 
@@ -306,6 +307,7 @@ void check_bits() {
     Random random(3);
     all.back().push_back(check_loops<float>(random_windows(random), {}));
     all.back().push_back(check_loops<float>(random_dropout(random), {}));
+    all.back().push_back(check_loops<float>(random_depthwise(random), {}));
     for (const Kind kind : {Kind::softmax, Kind::reduce, Kind::extreme}) {
       all.back().push_back(check_loops<float>(random_layer(random, kind, 1), {}));
     }
