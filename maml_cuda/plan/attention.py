@@ -20,7 +20,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from maml_cuda.plan.schema import Instruction, Loops, Node, View
-from maml_cuda.plan.simplify import Sizes, Strides, alive, common_sizes, is_in_order, merged_loops, split_strides
+from maml_cuda.plan.simplify import (
+    MOST_INSTRUCTIONS,
+    Sizes,
+    Strides,
+    alive,
+    common_sizes,
+    is_in_order,
+    merged_loops,
+    split_strides,
+)
 
 MOST_AXES = 8  # of loops (csrc/layers/loops.h)
 
@@ -203,6 +212,8 @@ class _Graph:
                 return _Scores(product, scale)
             if bias < len(node.inputs):
                 return _Scores(product, scale, loops.sizes, (node.inputs[bias], loops.inputs[bias]))
+            if len(instructions) > MOST_INSTRUCTIONS or bias != len(node.inputs) + len(instructions) - 1:
+                return None
             writes, view = _map_of_others(node, place, instructions)
             return _Scores(product, scale, loops.sizes, (value, view), writes)
         return None
@@ -221,10 +232,10 @@ class _Graph:
         both = nest.joined(other)
         if both is not None and scores.bias is not None:
             both = both.joined(_Nest(scores.sizes, {"bias": scores.bias[1].strides}))
-        joined = both and _with_last_axis(both, middle.sizes[-1])
-        if joined is None:
+        of_keys = both and _with_last_axis(both, middle.sizes[-1])
+        if of_keys is None:
             return None
-        nest = joined
+        nest = of_keys
         values = {"q": first.inputs[0], "k": first.inputs[1], "v": last.inputs[1 - place]}
         views = {"q": one.inputs[0], "k": one.inputs[1], "v": two.inputs[1 - place], "y": two.output}
         if nest.has(-1, "q"):  # the product is k q'
@@ -277,10 +288,8 @@ def _loops(nest: _Nest, depth: _Nest, width: _Nest, views: dict[str, View]) -> L
     keys, batch = nest.last(), nest.without_last()
     queries = _Nest((1,), dict.fromkeys(nest.strides, (0,)))
     if batch.sizes and batch.sizes[-1] is not None and not batch.has(-1, "k", "v"):
-        merged = batch.with_last_merged() if len(batch.sizes) > 1 and not batch.has(-2, "k", "v") else None
-        while merged is not None:
+        while len(batch.sizes) > 1 and not batch.has(-2, "k", "v") and (merged := batch.with_last_merged()):
             batch = merged
-            merged = batch.with_last_merged() if len(batch.sizes) > 1 and not batch.has(-2, "k", "v") else None
         queries, batch = batch.last(), batch.without_last()
     has_all = all(batch.has(d, "y") for d in range(len(batch.sizes))) and (queries.sizes == (1,) or queries.has(0, "y"))
     if keys.has(0, "q", "y") or not has_all or (width.sizes != (1,) and not width.has(0, "y")):
@@ -306,7 +315,6 @@ class _Linear:
 
     def __init__(self, node: Node, place: int, number_of: NumberOf) -> None:
         self._node, self._place, self._number_of = node, place, number_of
-        self._known: list[tuple[float, int | None]] = []
         self.instructions: list[Instruction] = []
 
     def read(self) -> tuple[float, int | None, list[Instruction]] | None:
