@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from maml_cuda import FusedMAML, gradcheck, masks, reference
 from tests import given_masks, oracle
@@ -81,8 +82,21 @@ class Weights(nn.Module):
         return F.linear(x, F.dropout(self.w, 0.3)) + F.dropout(self.b.expand(len(x), 4), 0.5)
 
 
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.drop, self.last = nn.Linear(3, 5), nn.Dropout(0.5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(checkpoint(lambda h: self.drop(torch.sin(self.layer(h))), x, use_reentrant=False))
+
+
 def drop_connect(h: Tensor) -> Tensor:
     return h / 0.7 * torch.empty([h.shape[0], 1], dtype=h.dtype).bernoulli_(0.7)
+
+
+def drop_row(h: Tensor) -> Tensor:
+    return F.dropout(h, 0.4)
 
 
 def two(h: Tensor) -> Tensor:
@@ -112,6 +126,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "3d": (lambda: nn.Sequential(nn.Conv3d(2, 4, 2), nn.Dropout3d(), nn.Flatten(), nn.Linear(16, 4)), (2, 3, 3, 2), 1),
     "of images": (conv(nn.Dropout(0.4), nn.MaxPool2d(2)), (2, 6, 6), 1),
     "weights": (Weights, (3,), 2),
+    "over samples": (lambda: Between(torch.func.vmap(drop_row, randomness="different")), (3,), 1),
     "attention": (Attention, (5, 3), 1),
     "transformer": (Transformer, (5, 3), 4),
     "transformer, length first": (lambda: Transformer(batch_first=False), (5, 3), 4),
@@ -316,6 +331,14 @@ def test_without_masks_nothing_is_drawn(backend):
     first, again = run(maml, data), run(maml, data)
     assert torch.equal(first[0], again[0])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_checkpoint_in_forward_draws_once():
+    model, data = Checkpointed().double(), data_of("dropout")
+    loss, grads = seeded(lambda: run(FusedMAML(model, 0.1, STEPS, backend="fused"), data))
+    expected_loss, expected = seeded(lambda: reference.meta_gradient(model, "cross_entropy", *data, 0.1, STEPS))
+    assert abs(loss - expected_loss) < 1e-12
+    assert_close(grads, expected, 1e-9)
 
 
 def test_gradcheck_of_one_mask():
