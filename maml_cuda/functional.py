@@ -165,6 +165,20 @@ def second_derivatives() -> Iterator[None]:
         yield
 
 
+def leaves_between(given: Iterable[Tensor], value: Tensor) -> list[Tensor]:
+    """The leaves of a graph that require grad, without those of the graphs of the given tensors."""
+    seen = {t.grad_fn for t in given}
+    pending, leaves = [value.grad_fn], []
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if type(node).__name__ == "AccumulateGrad":
+                leaves.append(node.variable)  # type: ignore[attr-defined]
+            pending += [before for before, _ in node.next_functions]
+    return leaves
+
+
 def _new_view(t: Tensor) -> Tensor:
     """A view of t, attached to its graph if it has one."""
     return t.view_as(t) if t.requires_grad else t.detach()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from maml_cuda import policies, pytrees
 from maml_cuda.batch_norm import at_step, stepwise_names
-from maml_cuda.functional import Functional, detached, precision
+from maml_cuda.functional import Functional, detached, leaves_between, precision
 from maml_cuda.losses import Loss, objective, value_of
 from maml_cuda.masks import Seed
 from maml_cuda.pytrees import Tree
@@ -265,7 +265,8 @@ def meta_step(
                 )
         if wanted:
             known = set(map(id, leaves))
-            parameters = [leaf for leaf in _leaves_between(prediction, value) if id(leaf) not in known]
+            given = [*pytrees.tensors(prediction), *path[-1].values()]
+            parameters = [leaf for leaf in leaves_between(given, value) if id(leaf) not in known]
             leaves, of_leaves = [*leaves, *parameters], [*of_leaves, *parameters]
             # A graph that the loss holds, from its parameters to a tensor outside, is needed by the next task.
             retain_graph = len(leaves) > 2 * len(wanted) or None
@@ -285,20 +286,6 @@ def meta_step(
         total, torch.stack(task_losses), outputs, torch.stack(support_losses),
         [(t, gradients[id(t)].to(t.dtype)) for t in reached.values()],
     )  # fmt: skip
-
-
-def _leaves_between(prediction: Tree, value: Tensor) -> list[Tensor]:
-    """The leaves of the graph of a loss that require grad, without those of the graph of the prediction."""
-    seen = {t.grad_fn for t in pytrees.tensors(prediction)}
-    pending, leaves = [value.grad_fn], []
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            if hasattr(node, "variable"):
-                leaves.append(node.variable)
-            pending += [before for before, _ in node.next_functions]
-    return leaves
 
 
 def _or_none(operation: Callable[[str, Tree], Tree], predictions: Tree) -> Tree | None:

@@ -160,32 +160,6 @@ def test_on_each_machine(machine: str, name: str) -> None:
     check_meta_gradient(mlp(), on, data_of(target), RATE, STEPS)
 
 
-# -- numbers of samples ---------------------------------------------------------------------------------------------
-
-
-class Centred(nn.Module):
-    """Subtracts the mean of the samples, by their number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inside, self.outside = nn.Linear(4, 8), nn.Linear(8, FEATURES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.inside(x).tanh()
-        return self.outside(h - h.sum(0) / len(x))
-
-
-@pytest.mark.parametrize("sizes", [(5, 7), (7, 2), (1, 3), (3, 1), (4, 4)], ids=str)
-def test_each_set_has_its_own_number_of_samples(sizes: tuple[int, int]) -> None:
-    data = [t for n in sizes for t in (torch.randn(TASKS, n, 4).double(), values(n))]
-    for model in (mlp(), Centred().double()):
-        computed_is_right(model, data, lambda p, y: 3 * (p - y).abs().sum() / len(p) + len(y) ** 2 * p.mean(), RATE)
-
-
-def test_the_number_of_samples_in_a_model_with_a_loss_of_ours() -> None:
-    check_meta_gradient(Centred().double(), "mse", data_of(values), RATE, STEPS)
-
-
 # -- labels ---------------------------------------------------------------------------------------------------------
 
 
