@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from maml_cuda import FusedMAML, gradcheck
 from tests import oracle
@@ -152,15 +152,27 @@ def test_labels_inside_a_compiled_step() -> None:
     torch._dynamo.reset()
 
 
-def test_sets_of_two_sizes_are_refused() -> None:
+@pytest.mark.parametrize("case", ["attention", "distances"])
+def test_sets_of_two_sizes_are_refused(case: str) -> None:
     """A plan is of one size. Each set alone is fused, in the building blocks."""
-    maml = FusedMAML(Net(attention), RATE, STEPS, loss="mse", backend="fused")
-    data = [randn(TASKS, N, 3), randn(TASKS, N, 2), randn(TASKS, N + 1, 3), randn(TASKS, N + 1, 2)]
+    forward, x = CASES[case]
+    maml = FusedMAML(Net(forward), RATE, STEPS, loss="mse", backend="fused")
+    data = [x(N), randn(TASKS, N, 2), x(N + 1), randn(TASKS, N + 1, 2)]
     with pytest.raises(ValueError, match="combines the samples with themselves, which is fused where support"):
         maml(*data)
     fast = maml.adapt(*data[:2])
     assert_close(fast, oracle.adapt(maml.model, "mse", *data[:2], RATE, STEPS), 1e-11)
     assert maml.predict(fast, data[2]).shape == (TASKS, N + 1, 2)
+
+
+def test_integers_are_refused() -> None:
+    model = Net(lambda m, x: attention(m, m.table(x)))
+    model.table = nn.Embedding(7, 3).double()
+    x, y = torch.randint(7, (TASKS, N)), randn(TASKS, N, 2)
+    with pytest.raises(ValueError, match=r"it combines the samples with themselves$"):
+        FusedMAML(model, RATE, STEPS, loss="mse", backend="fused")(x, y, x, y)
+    general = FusedMAML(model, RATE, STEPS, loss="mse", backend="reference")
+    assert general(x, y, x, y).loss > 0
 
 
 def test_labels_and_targets_that_do_not_fit() -> None:
