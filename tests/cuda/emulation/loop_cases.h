@@ -188,7 +188,7 @@ inline LoopLayer random_lookup(Random& random, Kind kind) {
   (gathers ? loops.x[0] : loops.y) = of;
   (gathers ? loops.y : loops.x[0]) = other;
   loops.x[1] = random.view(loops, l.layer.n, random.axes(0.75), random.with(0.5));
-    l.loops = {loops};
+  l.loops = {loops};
   return l;
 }
 
