@@ -233,6 +233,7 @@ def meta_step(
     """
     total: float | Tensor = 0.0
     task_losses, predictions, support_losses = [], [], []
+    wanted = list({id(t): t for t in wanted}.values())  # a rate of several parameters once
     rate_ids = {id(rate.value) for rate in rates.values()}
     # The gradient of a learned rate that no step uses (steps = 0) is zero, not None.
     gradients: dict[int, Tensor] = {id(t): torch.zeros_like(t) for t in wanted if id(t) in rate_ids}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from maml_cuda import targets
 from maml_cuda.engine import data_checks
-from maml_cuda.engine.problem import Problem, cut, dense, problem_of
+from maml_cuda.engine.problem import Problem, cut, dense, is_double, problem_of
 from maml_cuda.plan.schema import plan_of
 
 
@@ -26,7 +25,7 @@ class FisherProducts:
         tasks, n_support, *sample = x_spt.shape
 
         def problem(operation: str) -> Problem:
-            double = x_spt.dtype == torch.float64
+            double = is_double(x_spt)
             return problem_of(plan, operation, tuple(sample), n_support, x_qry.shape[1], steps, first_order, double)
 
         self.problem, self.kept = problem("fisher"), 0

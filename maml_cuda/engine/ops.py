@@ -26,6 +26,7 @@ from maml_cuda.engine.problem import (
     adapted,
     dense,
     features,
+    is_double,
     meta_problem,
     problem_of,
     spread,
@@ -130,7 +131,7 @@ def _adapt_forward(
     seed: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     tasks, n, *sample = x.shape
-    problem = problem_of(plan, "adapt", tuple(sample), n, 0, steps, True, x.dtype == torch.float64)
+    problem = problem_of(plan, "adapt", tuple(sample), n, 0, steps, True, is_double(x))
     support = problem.data("y_spt", x, y)
     parameters, rates = dense(parameters), dense(rates)
     fast, support_losses = _adapt_fake(parameters, rates, x, y, plan, steps)
@@ -155,7 +156,7 @@ def _adapt_backward(
     steps: int, first_order: bool, seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     tasks, n, *sample = x.shape
-    problem = problem_of(plan, "adapt_backward", tuple(sample), n, 0, steps, first_order, x.dtype == torch.float64)
+    problem = problem_of(plan, "adapt_backward", tuple(sample), n, 0, steps, first_order, is_double(x))
     support = problem.data("y_spt", x, y)
     parameters, rates = dense(parameters), dense(rates)
     given, strides = _by_task(cotangents)
@@ -227,7 +228,7 @@ def _inner_step(
     """One step of adapt_forward from parameters that are each task's own: the adapted parameters after it. Only the CPU
     backend has it; on a GPU the tasks of an adapt share their parameters."""
     tasks, n, *sample = x.shape
-    problem = problem_of(plan, "adapt", tuple(sample), n, 0, 1, True, x.dtype == torch.float64)
+    problem = problem_of(plan, "adapt", tuple(sample), n, 0, 1, True, is_double(x))
     if problem.backend != "cpu":
         raise NotImplementedError("inner_step runs on a CPU alone")
     support = problem.data("y_spt", x, y)
@@ -249,7 +250,7 @@ def _inner_step_fake(
 
 def _predict_forward(fast: list[Tensor], x: Tensor, plan: str, seed: Tensor | None = None) -> Tensor:
     tasks, n, *sample = x.shape
-    problem = problem_of(plan, "predict", tuple(sample), 0, n, 0, False, x.dtype == torch.float64)
+    problem = problem_of(plan, "predict", tuple(sample), 0, n, 0, False, is_double(x))
     x = x.contiguous()
     logits = x.new_empty((tasks, n, problem.features))
     problem.run(x, tasks, **_own(fast), query=[x, None, None, None], logits=logits, **_seeded(seed))
@@ -264,7 +265,7 @@ def _predict_backward(
     fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: str, seed: Tensor | None = None
 ) -> list[Tensor]:
     tasks, n, *sample = x.shape
-    problem = problem_of(plan, "predict_backward", tuple(sample), 0, n, 0, False, x.dtype == torch.float64)
+    problem = problem_of(plan, "predict_backward", tuple(sample), 0, n, 0, False, is_double(x))
     x, cotangent = dense([x, cotangent])
     grads = _like_fast(fast, plan)
     problem.run(x, tasks, **_own(fast), query=[x, None, None, None], given=[cotangent], per_task=grads, **_seeded(seed))
@@ -287,7 +288,7 @@ def _loss_and_grad(
     fast: list[Tensor], x: Tensor, y: TargetList, plan: str, seed: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     tasks, n, *sample = x.shape
-    problem = problem_of(plan, "loss_and_grad", tuple(sample), n, 0, 0, False, x.dtype == torch.float64)
+    problem = problem_of(plan, "loss_and_grad", tuple(sample), n, 0, 0, False, is_double(x))
     support = problem.data("y", x, y)
     losses, grads = _loss_and_grad_fake(fast, x, y, plan)
     problem.run(x, tasks, **_own(fast), support=support, losses=[None, losses, None], per_task=grads, **_seeded(seed))
@@ -304,7 +305,7 @@ def _hvp(
     fast: list[Tensor], x: Tensor, y: TargetList, v: list[Tensor], plan: str, seed: Tensor | None = None
 ) -> list[Tensor]:
     tasks, n, *sample = x.shape
-    problem = problem_of(plan, "hvp", tuple(sample), n, 0, 0, False, x.dtype == torch.float64)
+    problem = problem_of(plan, "hvp", tuple(sample), n, 0, 0, False, is_double(x))
     support = problem.data("y", x, y)
     directions, strides = _by_task(v)
     products = _like_fast(fast, plan)

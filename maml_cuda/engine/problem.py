@@ -108,6 +108,17 @@ class Problem:
         return [*dense([x, target.actions, scale]), None if old is None else old.contiguous()]
 
 
+def is_double(x: Tensor) -> bool:
+    """Whether an op computes in float64, the dtype of its input; otherwise in float32.
+
+    Raises:
+        TypeError: the core would read the memory of x as what it is not.
+    """
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"x must be torch.float32 or torch.float64, got {x.dtype}")
+    return x.dtype == torch.float64
+
+
 # (plan, operation, sample, n_support, n_query, steps, first_order, double, query_steps)
 problem_of = lru_cache(maxsize=MOST_PROBLEMS)(Problem)
 
@@ -131,7 +142,7 @@ def meta_problem(
 ) -> Problem:  # fmt: skip
     """The problem of a meta-step, with or without the meta-gradient."""
     operation = "meta_gradient" if gradient else "meta_loss"
-    sample, double = tuple(x_spt.shape[2:]), x_spt.dtype == torch.float64
+    sample, double = tuple(x_spt.shape[2:]), is_double(x_spt)
     return problem_of(
         plan, operation, sample, x_spt.shape[1], x_qry.shape[1], steps, first_order, double, tuple(query_steps)
     )
@@ -140,7 +151,7 @@ def meta_problem(
 def features(plan: str, x: Tensor) -> int:
     """The number of elements of the prediction of one sample of x [tasks, n, ...]."""
     sample, n = tuple(int(d) for d in x.shape[2:]), int(x.shape[1])
-    return problem_of(plan, "predict", sample, 0, n, 0, False, x.dtype == torch.float64).features
+    return problem_of(plan, "predict", sample, 0, n, 0, False, is_double(x)).features
 
 
 def adapted(plan: str, tensors: list[Tensor]) -> list[Tensor]:

@@ -145,7 +145,9 @@ class Program:
         dtype, leaves = dtype or self.dtype, pytrees.tensors(x)
         if self.integers:
             leaves = integer_inputs.numbers(name, leaves, dtype, self.integers, check or self.plan.backend == "cpu")
-        return leaves[0] if len(leaves) == 1 and not self.whole_sets else self._beside(leaves, dtype)
+        if len(leaves) == 1 and not self.whole_sets:
+            return leaves[0] if leaves[0].dtype != torch.bool else leaves[0].to(dtype)
+        return self._beside(leaves, dtype)
 
     def _beside(self, leaves: list[Tensor], dtype: torch.dtype) -> Tensor:
         """Tensors [tasks, n, ...] beside each other, [tasks, n, features]; of whole sets [tasks, 1, n * features].

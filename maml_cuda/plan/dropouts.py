@@ -9,19 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from maml_cuda.plan.graph import Constant
 from maml_cuda.plan.masks import Drawn, dropped
 from maml_cuda.plan.tensors import Tensors
 
 
 class Dropouts(Tensors):
     """Reads the operations of dropouts. What they do with other operands is as before."""
-
-    def empty_like(self, x: Any, **options: Any) -> Constant:
-        return Constant("memory that is not set", False)
-
-    def new_empty(self, x: Any, size: Any, **options: Any) -> Constant:
-        return Constant("memory that is not set", False)
 
     def bernoulli(self, like: Any, p: Any = 0.5) -> Drawn:
         return Drawn(self.to.results[0], self.to.drawn, float(p))

@@ -104,6 +104,8 @@ class Elementary(TensorViews, Scans):
     def new_zeros(self, x: Any, size: Sequence[int], **options: Any) -> Constant:
         return self._constant(0.0)
 
+    new_empty = new_zeros  # memory that is written next
+
     def new_ones(self, x: Any, size: Sequence[int], **options: Any) -> Constant:
         return self._constant(1.0)
 

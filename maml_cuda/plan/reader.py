@@ -68,7 +68,7 @@ class _Reader(Layers):
         self, model: nn.Module, record: Record, target: Sequence[tuple[int, ...]] | None, whole_sets: bool
     ) -> None:
         dtype = record.dtype
-        if is_integer(dtype):
+        if not dtype.is_floating_point:
             dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
         super().__init__(model, 1 if whole_sets else record.n, dtype)
         if whole_sets and any(is_integer(x.dtype) for x in record.inputs):

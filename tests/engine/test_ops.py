@@ -49,6 +49,8 @@ def calls() -> dict[str, tuple[Any, tuple, dict]]:
         policy = FusedMAML(net(), 0.1, 2, loss="categorical_policy_gradient")
         actions = PolicyTarget(y_spt, torch.ones(y_spt.shape, dtype=torch.float64))
         policy.fisher_vector_product(x_spt, actions, x_qry, dict(policy.model.named_parameters()))
+        words = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Flatten(), torch.nn.Linear(8, 4)).double()
+        FusedMAML(words, 0.1).adapt(torch.randint(7, (*y_spt.shape, 2)), y_spt)
         Episodes(torch.zeros(3, 4, 2, 2, dtype=torch.uint8), 2, 1, 2).draw(2, seed=0)
     parameters, rates, x, y, plan, steps, seed = made.seen["maml_cuda::adapt_forward"][1]
     cotangents = [torch.ones_like(fast[name]) for name, _ in maml.model.named_parameters()]
@@ -147,6 +149,15 @@ def test_labels_of_another_dtype(name: str) -> None:
     wrong = [args[at][0].to(torch.int32), *args[at][1:]]
     with pytest.raises(TypeError, match=r"^y(_spt)? must be torch.int64 for cross_entropy, got torch.int32$"):
         function(*args[:at], wrong, *args[at + 1 :], **kwargs)
+
+
+@pytest.mark.parametrize("name", WITH_TARGET)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16])
+def test_an_input_of_another_dtype(name: str, dtype: torch.dtype) -> None:
+    function, args, kwargs = calls()[f"maml_cuda::{name}"]
+    at = WITH_TARGET[name] - 1
+    with pytest.raises(TypeError, match=rf"^x must be torch.float32 or torch.float64, got {dtype}$"):
+        function(*args[:at], args[at].to(dtype), *args[at + 1 :], **kwargs)
 
 
 @pytest.mark.parametrize("loss", ["mse", F.huber_loss], ids=["mse", "computed"])

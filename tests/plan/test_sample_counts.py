@@ -46,7 +46,7 @@ def test_the_number_of_samples_in_a_model_with_a_loss_of_ours() -> None:
 
 def record(n: int, number: float, name: str = "div") -> Record:
     x = Operand((n, 3), torch.float64, "x")
-    return Record(x, [Operation(name, (x, number), {}, "", "", "", [Operand((n, 3), torch.float64)])], None)
+    return Record((x,), [Operation(name, (x, number), {}, "", "", "", [Operand((n, 3), torch.float64)])], None)
 
 
 def number_of(given: Record) -> object:
