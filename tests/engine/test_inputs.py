@@ -82,6 +82,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any], tuple[int,
     "a dict with None": (Masked, lambda n: {**masked(n), "mask": None}, (2,)),
     "a nested list with an image": (Image, image, (2,)),
     "one tensor in a tuple": (lambda: Net(lambda m, x: m.h(x[0])), lambda n: (randn(TASKS, n, 3),), (2,)),
+    "integers": (
+        lambda: Net(lambda m, x: m.h(x[0]) * x[1][:, None]),
+        lambda n: (randn(TASKS, n, 3), torch.randint(3, (TASKS, n))), (2,),
+    ),
     "layouts": (
         lambda: Net(lambda m, x: m.h(x[0]) * x[1].transpose(1, 2)[:, 1]),
         lambda n: (randn(TASKS, 3, n).transpose(1, 2), randn(n, TASKS, 2, 3).transpose(0, 1)), (2,),

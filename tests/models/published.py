@@ -33,7 +33,7 @@ class Published:
         make: makes the model, with random parameters.
         x: shape of a sample, or a function that draws inputs.
         y: number of classes, shape of a real target, or a function that draws targets.
-        part: of the work that fuses it: "today", "a", "b", "c", "d" or "never".
+        part: of the work that fuses it: "today", "a", "b", "c" or "never".
         loss: of ours by name, or (prediction, target) -> scalar.
         reason: words of the sentence why a model of part "never" is not fused.
         adapted: the parameters that the inner loop changes; None: all of them.

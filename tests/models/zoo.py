@@ -209,7 +209,7 @@ def attention_models() -> Iterable[Published]:
     )  # fmt: skip
     yield Published(
         "bert", "Devlin et al. 2019; BERT-pytorch BERT", lambda: attention.Bert(11, 5, 8, 1, 2, CLASSES),
-        both(labels(11, 5), labels(3, 5)), CLASSES, "d",
+        both(labels(11, 5), labels(3, 5)), CLASSES, "b",
     )  # fmt: skip
     yield Published(
         "mlp_mixer", "Tolstikhin et al. 2021; mlp-mixer-pytorch", lambda: mixers.mlp_mixer(8, 4, 6, 2, CLASSES), IMAGE,

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from maml_cuda import FusedMAML
-from tests.conftest import check_meta_gradient
 from tests.plan.small_models import Net, episode, fused_is_right, why_not
 
 
@@ -25,7 +24,7 @@ def test_a_bias_for_each_sample(features):
     """Also where as many samples as features are given."""
     model = Net(lambda m, x: F.linear(x, m.w, m.b), w=torch.randn(features, 4), b=torch.randn(5, features)).double()
     x, y = torch.randn(2, 5, 4).double(), torch.randn(2, 5, features).double()
-    check_meta_gradient(model, "mse", [x, y, -x, y], 0.1, 2)
+    fused_is_right(model, [x, y, x + 1, y - 1], "mse")
 
 
 @pytest.mark.parametrize(
@@ -113,6 +112,11 @@ def test_a_prediction_of_four_axes():
     ],
 )
 def test_sentences_name_no_class_of_ours(function, sentence):
-    words = why_not(Net(function, w=torch.randn(3), f=nn.Linear(4, 3)), (4,))
+    """For sets of two sizes: those of one size may be fused as wholes."""
+    maml = FusedMAML(Net(function, w=torch.randn(3), f=nn.Linear(4, 3)), 0.1, loss="mse", backend="fused")
+    x, y = torch.zeros(2, 5, 4), torch.zeros(2, 5, 3)
+    with pytest.raises(ValueError, match="cannot serve this model: ") as caught:
+        maml(x, y, x[:, :4], y[:, :4])
+    words = str(caught.value)
     assert sentence in words
     assert " object at 0x" not in words
