@@ -179,6 +179,24 @@ def test_machines_draw_what_the_reference_draws(name):
     assert_close(grads, expected, 1e-9)
 
 
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_repeated_calls_and_chunks_of_tasks(chunk):
+    """On a GPU later calls are replays of a graph, which have the seeds of their calls."""
+    model, data = made("two"), data_of("two")
+    maml = FusedMAML(model, 0.1, STEPS, backend="fused", task_chunk=chunk)
+    losses = set()
+    for seed in range(4):
+        loss, grads = seeded(lambda: run(maml, data), seed)
+        expected_loss, expected = seeded(
+            lambda: reference.meta_gradient(model, "cross_entropy", *data, 0.1, STEPS), seed
+        )
+        assert abs(loss - expected_loss) < 1e-9
+        assert_close(grads, expected, 1e-9)
+        losses.add(loss.item())
+    assert len(losses) == 4
+
+
 def test_generator_gives_the_published_numbers():
     """The test vectors of Random123 (Salmon et al. 2011)."""
     for counter, key, expected in (
