@@ -8,7 +8,6 @@
 // thread alone writes to an element. The twin on the GPU is cuda/lookup.h.
 #pragma once
 
-#include <cmath>
 #include <limits>
 
 #include "cpu/strided.h"

@@ -129,6 +129,17 @@ void check_lookup(const Node& node) {
                               "operand twice along the axes that it has");
 }
 
+/// Throws unless the last axis, whose elements are sorted, is contiguous in the output.
+void check_sort(const Node& node) {
+  const Loops& loops = node.loops->front();
+  const int last = loops.axes - 1;
+  if (last >= 0 && loops.size[last] != kSamples && (loops.size[last] == 1 || loops.y.stride[last] == 1))
+    return;
+  throw std::invalid_argument(node.name +
+                              " expects a last axis that is contiguous in its output, and not that of the "
+                              "samples");
+}
+
 }  // namespace
 
 Shape output_of_loops(const Node& node, std::span<const Shape> x) {
@@ -157,11 +168,11 @@ Shape output_of_loops(const Node& node, std::span<const Shape> x) {
   if (node.layer.kind == Kind::dropout && !node.mask) {
     throw std::invalid_argument(node.name + " expects a mask, got none");
   }
-  if ((node.layer.kind == Kind::softmax || node.layer.kind == Kind::log_softmax ||
-       node.layer.kind == Kind::sort) &&
+  if ((node.layer.kind == Kind::softmax || node.layer.kind == Kind::log_softmax) &&
       node.loops->front().axes == 0) {
     throw std::invalid_argument(node.name + " expects at least 1 axis, got 0");
   }
+  if (node.layer.kind == Kind::sort) check_sort(node);
   Shape shape{SampleLayout::other, {y.size, 1, 1}};
   shape.samples = y.samples;
   return shape;

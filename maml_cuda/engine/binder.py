@@ -217,7 +217,7 @@ class Binder:
 def _why_not_samples(given: Set) -> str:
     """The reason why fused layers do not take such samples, or ""."""
     if isinstance(given.x, Tensor):
-        numbers = given.x.dim() == 2
+        numbers = given.x.dim() == 2 and given.x.is_floating_point()
         return "samples are numbers without axes; fused layers take samples of at least one axis" if numbers else ""
     for name, leaf in pytrees.named_leaves(given.x_name, given.x):
         if leaf is not None and 0 in leaf.shape[1:]:

@@ -1,6 +1,6 @@
 """Integers as the model's input: fused layers have them as numbers of the model's dtype (plan/integers.py).
 
-The check is an op, so that torch.compile does not look into it.
+The conversion is an op, so that torch.compile does not look into it.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from maml_cuda import pytrees
 from maml_cuda.engine.ops import LIBRARY
 from maml_cuda.plan.graph import Range
 from maml_cuda.plan.integers import exact, is_integer
+from maml_cuda.pytrees import Tree
 
 LIBRARY.define("from_integers(Tensor x, ScalarType dtype, str name, int[] low, int[] high, bool waits) -> Tensor")
 
 
-def numbers(
-    name: str, x: Sequence[Tensor], dtype: torch.dtype, ranges: Sequence[Range | None], waits: bool
-) -> list[Tensor]:
-    """The tensors of x [tasks, n, ...], those of integers in the model's dtype.
+def numbers(x_name: str, x: Tree, dtype: torch.dtype, ranges: Sequence[Range | None], waits: bool) -> list[Tensor]:
+    """The tensors of x [tasks, n, ...], a tensor or a pytree; those of integers in the model's dtype.
 
     Args:
-        name: of the argument, for error messages.
+        x_name: of the argument, for error messages.
         ranges: of each element of a sample that is an integer, in the order of the tensors.
         waits: look at the numbers now. Otherwise, on a GPU, one out of range is a device-side assertion.
 
@@ -32,13 +32,14 @@ def numbers(
         ValueError: a number is out of its range.
     """
     converted, start = [], 0
-    for i, t in enumerate(x):
+    for name, t in pytrees.named_leaves(x_name, x):
+        if t is None:
+            continue
         end = start + math.prod(t.shape[2:])
         if is_integer(t.dtype):
             known = [r for r in ranges[start:end] if r is not None]
             low, high = [r.low for r in known], [r.high for r in known]
-            of = name if len(x) == 1 else f"{name}[{i}]"
-            t = torch.ops.maml_cuda.from_integers(t, dtype, of, low, high, waits)
+            t = torch.ops.maml_cuda.from_integers(t, dtype, name, low, high, waits)
         converted.append(t)
         start = end
     return converted

@@ -91,7 +91,7 @@ def memory_estimate(maml: Settings, x_spt: Tree, x_qry: Tree) -> int:
     program = program_of(maml, x_spt, x_qry)
     if program is None:
         raise ValueError("memory_estimate must have a fused model, got one on the general path (reference)")
-    x_spt, x_qry = program.input("x_spt", x_spt, False), program.input("x_qry", x_qry, False)
+    x_spt, x_qry = program.values(x_spt), program.values(x_qry)
     problem = meta_problem(
         program.text, x_spt, x_qry, maml.inner_steps, maml.first_order, True, maml._query_weights.steps
     )

@@ -125,14 +125,15 @@ class Program:
     def sample(self, given: SetLike) -> tuple[int, ...]:
         """The shape of a sample of `input`."""
         shapes = [like.shape if self.whole_sets else like.shape[1:] for like in given.x.tensors]
-        return shapes[0] if len(shapes) == 1 and not self.whole_sets else (sum(map(math.prod, shapes)),)
+        is_one = len(shapes) == 1 and len(shapes[0]) > 0 and not self.whole_sets
+        return shapes[0] if is_one else (sum(map(math.prod, shapes)),)
 
     def prediction_shape(self, n: int) -> tuple[int, ...]:
         """Of what the model returns for n samples of a task, or of its mean."""
         return self.returned.sample if self.whole_sets else (n, *self.returned.sample)
 
     def input(self, name: str, x: Tree, check: bool, dtype: torch.dtype | None = None) -> Tensor:
-        """x [tasks, n, ...] as the ops take it: one tensor as it is, several beside each other, integers as numbers.
+        """`values` of x [tasks, n, ...], whose integers are looked at.
 
         Args:
             name: of the argument, for error messages.
@@ -142,12 +143,18 @@ class Program:
         Raises:
             ValueError: an integer is out of range.
         """
-        dtype, leaves = dtype or self.dtype, pytrees.tensors(x)
         if self.integers:
-            leaves = integer_inputs.numbers(name, leaves, dtype, self.integers, check or self.plan.backend == "cpu")
-        if len(leaves) == 1 and not self.whole_sets:
-            return leaves[0] if leaves[0].dtype != torch.bool else leaves[0].to(dtype)
-        return self._beside(leaves, dtype)
+            waits = check or self.plan.backend == "cpu"
+            x = integer_inputs.numbers(name, x, dtype or self.dtype, self.integers, waits)
+        return self.values(x, dtype)
+
+    def values(self, x: Tree, dtype: torch.dtype | None = None) -> Tensor:
+        """x [tasks, n, ...] as the ops take it: one tensor as it is, several beside each other, integers and masks as
+        numbers."""
+        dtype, leaves = dtype or self.dtype, pytrees.tensors(x)
+        if len(leaves) > 1 or leaves[0].dim() == 2 or self.whole_sets:
+            return self._beside(leaves, dtype)
+        return leaves[0] if leaves[0].is_floating_point() else leaves[0].to(dtype)
 
     def _beside(self, leaves: list[Tensor], dtype: torch.dtype) -> Tensor:
         """Tensors [tasks, n, ...] beside each other, [tasks, n, features]; of whole sets [tasks, 1, n * features].

@@ -51,7 +51,7 @@ def note_range(graph: Graph, x: Strided, low: int, high: int) -> None:
     """Notes that the elements of this view must be in [low, high), if it is one of the integer input."""
     if x.number != 0 or not graph.integers:
         return
-    atoms = [atom for axis in x.axes for atom in axis if atom.size is not None]
+    atoms = [atom for axis in x.axes for atom in axis if atom.size is not None and atom.stride]
     for steps in itertools.product(*(range(atom.size or 1) for atom in atoms)):
         at = x.offset + sum(i * atom.stride for i, atom in zip(steps, atoms, strict=True))
         if (before := graph.integers[at]) is not None:
@@ -93,6 +93,8 @@ def check_conversion(operation: Operation) -> bool:
     (given, *_), (made,) = operation.operands(), operation.results
     if made.dtype == torch.bool:
         return given.dtype != torch.bool
+    if made.dtype.is_complex:
+        raise Unfusable(f"a conversion to {made.dtype} is not fused")
     narrow = is_integer(made.dtype) and torch.iinfo(made.dtype).bits < 32 and given.dtype != torch.bool
     if is_integer(made.dtype) and (given.dtype.is_floating_point or narrow):
         raise Unfusable(f"a conversion of {given.dtype} to {made.dtype} is not fused")

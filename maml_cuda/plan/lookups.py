@@ -61,22 +61,24 @@ def scattered(to: LoopWriter, source: Strided, index: Strided, like: Strided, pl
         like: has the shape of the result. It has samples if one of the three has.
     """
     source, shape = _written_once(to, source), like.shape
-    of_source = [d if d < place.dim else d + place.axes - 1 for d in range(len(shape))]  # the axis of the source
-    axes_by_dim = [(like.axes[d], source.axes[of_source[d]], index.axes[of_source[d]]) for d in range(len(shape))]
-    has_samples = [
-        d != place.dim and any(atom.size is None for axis in axes for atom in axis)
-        for d, axes in enumerate(axes_by_dim)
-    ]
-    sizes = [size // to.n if of_samples else size for size, of_samples in zip(shape, has_samples, strict=True)]
-    strides = [math.prod(sizes[d + 1 :]) for d in range(len(shape))]
-    size, samples = math.prod(sizes), any(has_samples)
-    axes = [(*((Atom(None, size),) if has_samples[d] else ()), Atom(sizes[d], strides[d])) for d in range(len(shape))]
-    written = [*axes]
-    for d in range(len(shape)):
-        (*of_samples, last) = axes[d]
-        if d != place.dim:
-            extent = source.shape[of_source[d]]
-            written[d] = (*of_samples, Atom(extent // to.n if of_samples else extent, last.stride))
+    dims = range(len(shape))
+    given = {d: d if d < place.dim else d + place.axes - 1 for d in dims if d != place.dim}  # the axis of the source
+    with_samples = {
+        d
+        for d, own in given.items()
+        if any(atom.size is None for axis in (like.axes[d], source.axes[own], index.axes[own]) for atom in axis)
+    }
+    sizes = [shape[d] // to.n if d in with_samples else shape[d] for d in dims]
+    size, strides = math.prod(sizes), [math.prod(sizes[d + 1 :]) for d in dims]
+
+    def axis_of(d: int, extent: int) -> Axis:
+        """An axis of the result, or the beginning of one."""
+        if d in with_samples:
+            return Atom(None, size), Atom(extent // to.n, strides[d])
+        return (Atom(extent, strides[d]),)
+
+    whole = [axis_of(d, shape[d]) for d in dims]
+    written = [axis_of(d, source.shape[given[d]]) if d in given else () for d in dims]
     for _ in range(2):
         try:
             steps = aligned([source.axes, index.axes, _replaced(written, place)], to.n)
@@ -90,12 +92,12 @@ def scattered(to: LoopWriter, source: Strided, index: Strided, like: Strided, pl
         View(x.size, x.samples, x.offset, tuple(step.strides[j] for step in steps))
         for j, x in enumerate((source, index))
     ]
-    output = View(size, samples, 0, tuple(step.strides[2] for step in steps))
+    output = View(size, bool(with_samples), 0, tuple(step.strides[2] for step in steps))
     loops = merged_loops(Loops(tuple(step.size for step in steps), tuple(views), output))
-    axis = _indexed(to, merged(axes[place.dim]))
+    axis = _indexed(to, merged(whole[place.dim]))
     number = to.emit_on_any("scatter", [source.number, index.number], loops=(loops,), axis=axis)
     to.serve("scatter")
-    return Strided(number, size, samples, 0, tuple(map(merged, axes)), to.n, source.learned)
+    return Strided(number, size, bool(with_samples), 0, tuple(map(merged, whole)), to.n, source.learned)
 
 
 def order_along(to: LoopWriter, given: Strided, dim: int, descending: bool) -> Strided:

@@ -102,6 +102,7 @@ SELECTIONS: dict[str, Callable[[Function, Tensor], Tensor]] = {
     "index_put of samples": lambda m, x: hidden(m, x) * m.b.index_put(
         (m.pairs.expand(len(x), 4),), hidden(m, x)[:, 0, :4], accumulate=True
     ),
+    "index_put at one place": lambda m, x: hidden(m, x) * m.b.index_put((m.pairs[1],), m.b[0], accumulate=True),
     "one_hot of a buffer": lambda m, x: hidden(m, x)[:, 0] @ F.one_hot(m.pairs, 5).to(x.dtype).T,
 }  # fmt: skip
 

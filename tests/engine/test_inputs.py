@@ -224,20 +224,6 @@ def test_an_input_without_samples_is_refused() -> None:
     assert "x['context'] has shape [3], whose first axis does not count the 5 samples" in words
 
 
-def test_an_input_of_integers_beside_another() -> None:
-    model = net(lambda m, x: m.h(x[0] + m.table(x[1])))
-    model.table = nn.Embedding(5, 3).double()
-    data = [
-        (randn(TASKS, SUPPORT, 3), torch.randint(5, (TASKS, SUPPORT))), randn(TASKS, SUPPORT, 2),
-        (randn(TASKS, QUERY, 3), torch.randint(5, (TASKS, QUERY))), randn(TASKS, QUERY, 2),
-    ]  # fmt: skip
-    maml = FusedMAML(model, RATE, STEPS, loss="mse", backend="fused")
-    right(maml, data, "mse")
-    data[0][1][1, 2] = 5
-    with pytest.raises(ValueError, match=r"x_spt\[1\] must hold indices in \[-?\d, 5\), got 5 \(task 1, sample 2\)"):
-        maml(*data)
-
-
 def test_inputs_of_no_elements_are_refused() -> None:
     words = refusal(
         net(lambda m, x: m.h(torch.cat(x, -1))),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maml_cuda import FusedMAML
+from tests import oracle
 from tests.conftest import run
 from tests.engine.test_indexing import check, integers
 
@@ -181,6 +182,59 @@ def test_what_is_refused(forward, reason):
     x, y = torch.zeros(2, 3, 4, dtype=torch.int64), torch.zeros(2, 3, 4)
     with pytest.raises(ValueError, match=re.escape(reason)):
         maml_of(Function(forward))(x, y, x, y)
+
+
+class Rated(nn.Module):
+    """Numbers of a user, the ids of films and a mask, as a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.film, self.last = nn.Embedding(6, 3), nn.Linear(3, 2)
+
+    def forward(self, x: dict[str, Tensor]) -> Tensor:
+        return self.last((self.film(x["films"]) * x["mask"].unsqueeze(-1)).sum(1) * x["user"])
+
+
+def rated(samples: int, tasks: int = 2) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(samples)
+    return {
+        "films": torch.randint(6, (tasks, samples, 4), generator=generator),
+        "mask": torch.rand(tasks, samples, 4, generator=generator) < 0.5,
+        "user": torch.randn(tasks, samples, 3, generator=generator, dtype=torch.float64),
+    }
+
+
+def test_integers_among_several_inputs():
+    torch.manual_seed(0)
+    model, (x_spt, x_qry) = Rated().double(), (rated(4), rated(3))
+    data = x_spt, torch.randn(2, 4, 2, dtype=torch.float64), x_qry, torch.randn(2, 3, 2, dtype=torch.float64)
+    maml = maml_of(model)
+    value, grads = run(maml, data)
+    expected_value, expected = oracle.meta_gradient(model, "mse", *data, 0.1, 1, False)
+    torch.testing.assert_close(value, expected_value)
+    for name, e in expected.items():
+        torch.testing.assert_close(grads[name], e)
+    x_qry["films"][0, 1, 2] = 6
+    text = "x_qry['films'] must hold indices in [0, 6), got 6 (task 0, sample 1)"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        run(maml, data)
+
+
+def test_one_id_a_sample():
+    """x [tasks, samples]"""
+    torch.manual_seed(0)
+    check(nn.Sequential(nn.Embedding(5, 4), nn.Tanh(), nn.Linear(4, 2)).double(), integers(5))
+
+
+def test_compiled(compiled):
+    torch.manual_seed(0)
+    x, y = rows_of_factors(4), torch.randn(2, 4, 2, dtype=torch.float64)
+    maml = maml_of(Factors().double())
+    losses = [call(maml)(x, y, x, y).loss for call in (lambda maml: maml, compiled)]
+    assert torch.equal(*losses)
+    x[0, 0, 1] = 9
+    with pytest.raises(ValueError, match=re.escape("x_spt must hold indices in [0, 9), got 9 (task 0, sample 0)")):
+        compiled(maml)(x, y, x, y)
 
 
 def test_tiles_of_samples_and_threads():

@@ -1,10 +1,12 @@
 """gather: the elements of a value in the places of an index; the adjoint is a sum in the places."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from maml_cuda.plan.schema import Plan
-from tests.layers.plans import Operand, Sketch, check, drawn
+from tests.layers.plans import Operand, Sketch, check, check_drawn, drawn
 
 
 def moving(sketch: Sketch, *sizes: int) -> Operand:
@@ -88,3 +90,20 @@ def test_places_outside_give_nan():
         x = torch.tensor([[[0.0, wrong], [2.0, 1.0]]], dtype=torch.float64)
         got = torch.ops.maml_cuda.predict_forward([torch.arange(3.0, dtype=torch.float64)[None]], x, plan.text)
         torch.testing.assert_close(got, torch.tensor([[[0, torch.nan], [2, 1]]]).double(), equal_nan=True)
+
+
+def test_axes_that_leave_the_table():
+    sketch = Sketch(2)
+    table = replace(sketch.parameter(3), sizes=(4,))
+    sketch.gather(table.unsqueezed(0, None), sketch.x, 1)
+    with pytest.raises(ValueError, match="Axis of 4 elements leaves its operand of 3"):
+        check_drawn(sketch, 2)
+
+
+def test_a_table_whose_rows_overlap():
+    """Two threads would write to one element of its cotangent."""
+    sketch = Sketch(2)
+    table = replace(sketch.parameter(5), sizes=(3, 3), strides=(1, 1))
+    sketch.gather(table.unsqueezed(0, None), sketch.x.unsqueezed(2, 3), 1)
+    with pytest.raises(ValueError, match="gather 1 expects an axis for its index, and loops that come to no"):
+        check_drawn(sketch, 2)

@@ -31,3 +31,11 @@ def test_the_order_of_what_is_learned():
     h = moving(sketch, 6)
     finished(sketch, sketch.gather(h, sketch.sort(h, True).narrowed(1, 0, 4), 1))
     check_drawn(sketch, 5)
+
+
+def test_loops_that_do_not_sort_rows():
+    sketch = Sketch(4)
+    samples_last = sketch.sort(sketch.x.permuted(1, 0), False)
+    finished(sketch, samples_last.permuted(1, 0))
+    with pytest.raises(ValueError, match="sort 0 expects a last axis that is contiguous in its output"):
+        check_drawn(sketch, 3)

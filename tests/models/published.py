@@ -15,7 +15,6 @@ from torch import Generator, Tensor, nn
 #   a:     move, windows, map, reduce, contract and softmax, on tensors of any shape
 #   b:     recurrence, every convolution, losses of one's own
 #   c:     rows of a table, integer inputs
-#   d:     several inputs, buffers that forward writes, nodes of a graph as samples
 #   never: Fourier transforms and complex numbers; control flow that depends on values or on what earlier calls left
 BUILT_PARTS = {"today", "a", "b", "c"}
 
