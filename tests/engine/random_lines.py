@@ -348,7 +348,7 @@ class Writer:
     def attention(self, v: str) -> str:
         """Of queries with keys and values that may be other variables, with or without a mask or a bias."""
         axes, r = self.shape(v), self.random
-        others = [u for u in self.values if self.shape(u) == axes]
+        others = [u for u in self.values if self.shape(u) == axes] or [v]
         k, values = r.choice(others), r.choice([*others, f"{r.choice(others)}.flip(-2)"])
         count = int(axes[-2][0])
         bias = self.tensor(count, count)
