@@ -1,17 +1,16 @@
 // y = the sum over taps of x w, channel by channel, and its two adjoints, without windows in memory. Channels
-// are the lanes of vectors, and blocks of up to 4 vectors of them are computed after each other.
+// are the lanes of vectors, of which up to 4 are computed together. Rows that are read again for the next
+// taps or positions are still in the cache.
 //
-//   y, cotangent of x   Both are sums over taps of rows of a source, x or g. A tile of elements along the
-//   last
-//                       axis is summed in registers, over all taps, and written once. Elements of x at equal
-//                       remainders by the stride (a phase) read the same taps, so that the adjoint of a
-//                       strided convolution is a convolution for each phase. Taps are in ascending order for
-//                       y and in descending order, that of the elements of g, for x.
-//   cotangent of w      The taps of the last axis are summed in registers over a row of g, in ascending order
-//                       of its positions. The sums are added to the cotangent row by row.
+// y and the cotangent of x are both sums over taps of a source, x or g. A tile of elements along the last
+// axis is summed in registers over all taps, and written once. Elements of x at equal remainders by the
+// stride (a phase) read the same taps, so that the adjoint of a strided convolution is a convolution for each
+// phase. Taps are in ascending order for y, and in descending order, that of the elements of g, for x.
 //
-// In both, the rows that are read again for the next taps or positions are still in the cache. The twin on
-// the GPU is cuda/depthwise.cu.
+// The cotangent of w: some taps of the last axis are summed in registers over a row of g, in ascending order
+// of its positions. The sums are added to the cotangent row by row.
+//
+// The twin on the GPU is cuda/depthwise.cu.
 #include <numeric>
 
 #include "cpu/implement.h"
@@ -60,14 +59,14 @@ Phase of_y(const Axis& a) {
           .tap_step = 1,
           .taps = a.taps};
 }
-/// That of the elements of x with this remainder by the stride: at `place`, a tap t is that of position
-/// (place + padding - t dilation) / stride, if this is a whole number.
+/// That of the elements of x with this remainder by the stride. Tap t reads element i of x at the position
+/// (i + padding - t dilation) / stride, if this is a whole number, which recurs with a period in t.
 Phase of_x(const Axis& a, int64_t remainder) {
   const Slide& s = a.slide;
   const int64_t period = s.stride / std::gcd(s.stride, s.dilation), from = remainder + s.padding;
+  const int64_t end = std::max<int64_t>(0, a.taps - period);
   int64_t tap = a.taps - 1;
-  while (tap >= 0 && tap >= a.taps - period && (from - tap * s.dilation) % s.stride != 0) --tap;
-  const bool any = tap >= 0 && tap >= a.taps - period;
+  while (tap >= end && (from - tap * s.dilation) % s.stride != 0) --tap;
   return {.first = remainder,
           .step = s.stride,
           .count = ceiling(s.size - remainder, s.stride),
@@ -77,7 +76,7 @@ Phase of_x(const Axis& a, int64_t remainder) {
           .size = a.positions,
           .tap = tap,
           .tap_step = -period,
-          .taps = any ? tap / period + 1 : 0};
+          .taps = tap < end ? 0 : tap / period + 1};
 }
 
 /// The element of x at a position and a tap, which may be outside.
@@ -136,8 +135,8 @@ void sum_taps(const Taps& taps, const Term<T>* terms, int count, bool add, T* to
         const int64_t from = taps.from + i * taps.source[0] + j * taps.source[1];
         const int64_t at_w = taps.of_w + i * taps.w[0] + j * taps.w[1];
         for (int64_t k = taps.of[2].first; k < taps.of[2].end; ++k) {
-          const T *source = terms[t].a + (from + k * taps.source[2]),
-                  *w = terms[t].b + (at_w + k * taps.w[2]);
+          const T* source = terms[t].a + (from + k * taps.source[2]);
+          const T* w = terms[t].b + (at_w + k * taps.w[2]);
           Vector<T> of_w[Vectors];
           for (int v = 0; v < Vectors; ++v) of_w[v] = load(w + v * W, lanes);
           for (int q = 0; q < Tile; ++q) {
@@ -255,8 +254,8 @@ void sum_positions(const Axis& axis, int64_t tap, const Term<T>* terms, int coun
         for (int v = 0; v < Vectors; ++v) of_g[v] = load(g + v * W, lanes);
         for (int k = 0; k < Tile; ++k) {
           if (!all && (p < of[k].first || p >= of[k].end)) continue;
-          for (int v = 0; v < Vectors; ++v)
-            sum[k][v] += load(x + (place + k * between) + v * W, lanes) * of_g[v];
+          const T* at = x + (place + k * between);
+          for (int v = 0; v < Vectors; ++v) sum[k][v] += load(at + v * W, lanes) * of_g[v];
         }
       }
     };

@@ -7,7 +7,10 @@
 namespace maml::MAML_ISA {
 
 /// ceil(a / b), b > 0
-inline int64_t ceiling(int64_t a, int64_t b) { return a > 0 ? (a - 1) / b + 1 : -(-a / b); }
+inline int64_t ceiling(int64_t a, int64_t b) {
+  if (b == 1) return a;  // the usual stride and dilation: no division
+  return a > 0 ? (a - 1) / b + 1 : -(-a / b);
+}
 
 struct Range {
   int64_t first, end;  // first >= end: empty
