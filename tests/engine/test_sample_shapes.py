@@ -33,10 +33,10 @@ def test_one_id_a_sample(backend: str) -> None:
     assert torch.allclose(out.loss, (weights * out.task_losses).sum())
 
 
-def test_backend_fused_takes_samples_with_axes() -> None:
-    maml = FusedMAML(words(), RATE, backend="fused")
-    with pytest.raises(ValueError, match=r'"fused" cannot serve this model: samples are numbers without axes'):
-        maml.adapt(ids(SUPPORT), torch.randint(3, (TASKS, SUPPORT)))
+def test_several_ids_a_sample() -> None:
+    maml = FusedMAML(words().append(nn.Flatten()), RATE, STEPS, backend="fused")
+    labels = (torch.randint(6, (TASKS, n)) for n in (SUPPORT, QUERY))
+    right(maml, (ids(SUPPORT, 2), next(labels), ids(QUERY, 2), next(labels)), "cross_entropy")
 
 
 def test_numbers_as_samples() -> None:
