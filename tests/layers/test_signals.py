@@ -111,7 +111,6 @@ def test_meta_gradient(machine, batch_norm):
         (nn.Conv1d(2, 3, 3), (2, 4, 5), r"0 \(Conv1d\): Expected 2D \(unbatched\) or 3D"),
         (nn.Conv2d(2, 3, 3), (2, 9), r"0 \(Conv2d\): .*Kernel size"),
         (nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm1d(3)), (2, 5, 5), r"0.1 \(BatchNorm1d\).*: expected 2D or 3D"),
-        (nn.Conv1d(2, 2, 3, padding=1, padding_mode="circular"), (2, 9), r"0 \(Conv1d\): no fused layer serves it"),
     ],
 )
 def test_what_is_not_fused_says_so(model, shape, why):
