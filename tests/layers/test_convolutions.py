@@ -290,7 +290,7 @@ def test_windows_over_the_samples_are_refused():
     """Where support and query sets are of different sizes."""
     maml = FusedMAML(OverSamples(), inner_lr=0.1, loss="mse", backend="fused")
     x, y = torch.rand(2, 4, 3), torch.rand(2, 5, 3)
-    with pytest.raises(ValueError, match="it slides over the samples, which is fused where .* are of one size"):
+    with pytest.raises(ValueError, match=r"it slides over the samples, which is fused where .* are of one size"):
         maml(x, x, y, y)
 
 
