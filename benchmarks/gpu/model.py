@@ -206,7 +206,7 @@ def logged_launches(workload: Workload, precision: str, first_order: bool) -> tu
             workload.inner_steps, first_order, False, (),
         )  # fmt: skip
         support, query = [x_spt, y_spt, None, None], [x_qry, y_qry, None, None]
-        arguments = (list(model.parameters()), [], support, query, None, None, workload.inner_steps, True)
+        arguments = (list(model.parameters()), [], support, query, None, None, workload.inner_steps, True, None)
         ops.meta_step(problem, *arguments)
         before = len(logged())
         ops.meta_step(problem, *arguments)

@@ -413,6 +413,11 @@ void reference(const Layer& l, Values<S>& v) {
     case Kind::extreme:
     case Kind::contract:
     case Kind::depthwise:
+    case Kind::attention:
+    case Kind::gather:
+    case Kind::scatter:
+    case Kind::sort:
+    case Kind::dropout:
     case Kind::softmax:
     case Kind::log_softmax:
     case Kind::stop:
