@@ -53,11 +53,6 @@ class SetLike(NamedTuple):
         """The number of samples: the first axis of the first tensor of x."""
         return self.x.tensors[0].shape[0]
 
-    @property
-    def of_one_sample(self) -> TreeLike:
-        """x without the axes of samples."""
-        return self.x.mapped(lambda shape: shape[1:])
-
     def of(self, n: int) -> SetLike:
         """A set of n samples instead."""
 

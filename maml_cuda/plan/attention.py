@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 from maml_cuda.plan.schema import Instruction, Loops, Node, View
 from maml_cuda.plan.simplify import (
+    MOST_AXES,
     MOST_INSTRUCTIONS,
     Sizes,
     Strides,
@@ -30,8 +31,6 @@ from maml_cuda.plan.simplify import (
     merged_loops,
     split_strides,
 )
-
-MOST_AXES = 8  # of loops (csrc/layers/loops.h)
 
 # The number that all elements of a value are, if it is a constant; otherwise None.
 NumberOf = Callable[[int], float | None]

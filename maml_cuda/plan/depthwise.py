@@ -8,10 +8,9 @@ from dataclasses import replace
 
 from maml_cuda.plan.loops import LoopWriter
 from maml_cuda.plan.schema import Loops, Slide, View
+from maml_cuda.plan.simplify import MOST_AXES
 from maml_cuda.plan.strided import Atom, Axis, Strided
 from maml_cuda.plan.windows import Sliding
-
-MOST_AXES = 8  # of loops (csrc/layers/loops.h)
 
 
 def depthwise(to: LoopWriter, x: Strided, w: Strided, sliding: Sequence[Sliding]) -> Strided | None:

@@ -16,6 +16,7 @@ from maml_cuda.plan.scans import Scans
 from maml_cuda.plan.strided import Strided
 from maml_cuda.plan.tensor_views import TensorViews
 
+# Functions of one operand, and of several, whose names in ATen are those in csrc/layers.
 _FUNCTIONS = ("relu", "silu", "tanh", "sigmoid", "sin", "cos", "exp", "expm1", "log", "log1p", "erf", "sqrt", "rsqrt",
               "reciprocal", "abs", "sign")  # fmt: skip
 _COMBINATIONS = ("sub", "atan2", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "where")
@@ -193,9 +194,6 @@ class Elementary(TensorViews, Scans):
 
     _prelu_kernel = prelu
 
-    def _scaled(self, x: Any, factor: float) -> Strided:
-        return self.to.map("affine", x, constants=(factor, 0.0))
-
     def glu(self, input: Any, dim: int = -1) -> Strided:
         x = self.to.strided(input)
         d = dim % len(x.axes)
@@ -216,19 +214,19 @@ class Elementary(TensorViews, Scans):
         return self.to.map("div", self.to.map("sin", x), self.to.map("cos", x))
 
     def atanh(self, x: Any) -> Strided:
-        above, below = self.to.map("log1p", x), self.to.map("log1p", self._scaled(x, -1.0))
-        return self._scaled(self.to.map("sub", above, below), 0.5)
+        above, below = self.to.map("log1p", x), self.to.map("log1p", self.neg(x))
+        return self._affine(self.to.map("sub", above, below), 0.5, 0.0)
 
     def log2(self, x: Any) -> Strided:
-        return self._scaled(self.to.map("log", x), 1 / math.log(2))
+        return self._affine(self.to.map("log", x), 1 / math.log(2), 0.0)
 
     def log10(self, x: Any) -> Strided:
-        return self._scaled(self.to.map("log", x), 1 / math.log(10))
+        return self._affine(self.to.map("log", x), 1 / math.log(10), 0.0)
 
     def logit(self, x: Any, eps: float | None = None) -> Strided:
         if eps is not None:
             x = self.to.map("clamp", x, constants=(float(eps), 1 - float(eps)))
-        return self.to.map("sub", self.to.map("log", x), self.to.map("log1p", self._scaled(x, -1.0)))
+        return self.to.map("sub", self.to.map("log", x), self.to.map("log1p", self.neg(x)))
 
     def logaddexp(self, a: Any, b: Any) -> Strided:
         """log(exp(a) + exp(b)) with the larger one, whose derivative cancels, outside."""

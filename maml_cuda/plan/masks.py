@@ -35,7 +35,6 @@ class Drawn(Known):
     number: int
     p: float
     factor: float = 1.0
-    trained: bool = False
 
     def __repr__(self) -> str:
         return "a random mask"

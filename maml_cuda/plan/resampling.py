@@ -88,16 +88,6 @@ class Resampling(Convolutions):
     def _adaptive_avg_pool2d(self, input: Any, output_size: Sequence[int]) -> Strided:
         return self._resampled(input, len(output_size), lambda axis, size, out: _means(size, out))
 
-    def as_strided(self, input: Any, size: Sequence[int], stride: Sequence[int], storage_offset: Any = None) -> Strided:
-        """torch gives the mean over all spatial axes of a channels-last tensor, [n, channels, 1, 1], other strides
-        along the axes of one element."""
-        x = self.to.strided(input)
-        wanted = torch.empty(x.shape, device="meta").stride()
-        same = all(s == w for s, w, extent in zip(stride, wanted, x.shape, strict=False) if extent > 1)
-        if tuple(size) != x.shape or not same or storage_offset:
-            raise Unfusable("as_strided is not fused")
-        return x
-
     _adaptive_avg_pool3d = adaptive_avg_pool1d = _adaptive_avg_pool2d
 
     def adaptive_max_pool2d(self, input: Any, output_size: Sequence[int]) -> tuple[Strided, None]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from maml_cuda.plan.schema import Instruction, Loops, Node, View
 
 MOST_INPUTS = 4  # of a node (csrc/layers/layer.h)
+MOST_AXES = 8  # of loops (csrc/layers/loops.h)
 MOST_INSTRUCTIONS = 20  # of an expression (csrc/layers/loops.h)
 # Layers that depend on nothing but their inputs and fields. The others come in chains that the core looks for.
 _ON_ANY_SHAPE = frozenset((
@@ -63,13 +64,13 @@ def _with_maps_fused(nodes: Sequence[Node], results: Sequence[int]) -> list[Node
 
 def alive(nodes: Sequence[Node], results: Sequence[int]) -> list[Node]:
     """The nodes that the results depend on."""
-    alive, pending = set(), list(results)
+    found, pending = set(), list(results)
     while pending:
         number = pending.pop()
-        if number and number not in alive:
-            alive.add(number)
+        if number and number not in found:
+            found.add(number)
             pending.extend(nodes[number - 1].inputs)
-    return [nodes[number - 1] for number in sorted(alive)]
+    return [nodes[number - 1] for number in sorted(found)]
 
 
 def _fused(first: Node, number: int, second: Node) -> Node | None:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from maml_cuda.capture.errors import Unfusable
 from maml_cuda.plan.layers import Layers
 from maml_cuda.plan.strided import Strided
@@ -106,6 +108,16 @@ class TensorViews:
                     self.to.viewed(x, lambda x, d=d, size=size, cut=cut: x.slice(d, 0, size - cut)),  # type: ignore[misc]
                 ]
                 x = self.to.concatenated(parts, d)
+        return x
+
+    def as_strided(self, input: Any, size: Sequence[int], stride: Sequence[int], storage_offset: Any = None) -> Strided:
+        """torch gives the mean over all spatial axes of a channels-last tensor, [n, channels, 1, 1], other strides
+        along the axes of one element."""
+        x = self.to.strided(input)
+        wanted = torch.empty(x.shape, device="meta").stride()
+        same = all(s == w for s, w, extent in zip(stride, wanted, x.shape, strict=False) if extent > 1)
+        if tuple(size) != x.shape or not same or storage_offset:
+            raise Unfusable("as_strided is not fused")
         return x
 
     def clone(self, x: Any, *, memory_format: Any = None) -> Any:

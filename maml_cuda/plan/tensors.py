@@ -21,8 +21,6 @@ from maml_cuda.plan.recurrences import Recurrences
 from maml_cuda.plan.reductions import Reductions
 from maml_cuda.plan.strided import Strided
 
-# Functions of one operand, and functions of several, whose names in ATen are those in csrc/layers.
-
 
 class Tensors(Reductions, Normalisations, Recurrences, Indexing):
     """Reads operations on tensors of any shape.
