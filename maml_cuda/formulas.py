@@ -40,7 +40,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 def _batch_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The gradient of torch's own kernel on a CPU is wrong on some views that have an axis of size 1, such as the
-    permutation of [n, 3, 1, 4] to [n, 4, 1, 3]: torch.autograd.gradcheck fails in torch 2.6, 2.13 and 2.14."""
+    permutation of [n, 3, 1, 4] to [n, 4, 1, 3]. torch.autograd.gradcheck fails in torch 2.6, 2.13 and 2.14."""
     if 1 in input.shape and not input.is_contiguous():
         input = input.clone(memory_format=torch.contiguous_format)
     return F.batch_norm(input, *args, **kwargs)
@@ -163,14 +163,14 @@ def _reduced(terms: Tensor, reduction: str) -> Tensor:
     return terms.mean() if reduction == "mean" else terms.sum() if reduction == "sum" else terms
 
 
-# Of functions whose own derivatives are wrong, or that have none of second order.
+# For functions of torch whose first or second derivative is wrong or missing.
 DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
     torch._weight_norm: _weight_norm,
     F.batch_norm: _batch_norm,
     F.multi_margin_loss: _multi_margin_loss,
     F.hardsigmoid: _hardsigmoid,
 }
-# Of functions whose own code no record can hold.
+# For functions of torch whose own code cannot be recorded (capture/recorder.py).
 CAPTURED: dict[Any, Callable[..., Any]] = {
     F.multi_margin_loss: _multi_margin_loss,
     F.pad: _padded,

@@ -53,10 +53,10 @@ class FusedMAML(nn.Module):
             nn.Parameter among them receives its exact gradient.
         inner_steps: steps of the inner loop, from 0.
         loss: "cross_entropy" (mean over samples), "mse" (mean over all elements), "gaussian_policy_gradient" (of a
-            model that returns (mean, log_std)) or "categorical_policy_gradient" (of one that returns logits), whose
-            targets are PolicyTargets; or (prediction, target) -> scalar, fused if its operations are. Parameters of a
-            module, and other leaf tensors that require grad and that it reads, are meta-learned too: each receives its
-            exact gradient, and the inner loop does not change it.
+            model that returns (mean, log_std)) or "categorical_policy_gradient" (of one that returns logits). The
+            targets of the last two are PolicyTargets. Or a function (prediction, target) -> scalar, fused if its
+            operations are. Parameters of a loss module, and other leaf tensors that require grad and that the loss
+            reads, are meta-learned too: each receives its exact gradient, and the inner loop does not change it.
         first_order: drop the Hessian terms (FOMAML). May be changed at any time.
         adapt_params: which parameters the inner loop changes: a callable on the name, which also decides on layers that
             are added later, or names. The others still receive their exact meta-gradient.
@@ -229,10 +229,11 @@ class FusedMAML(nn.Module):
 
         Args:
             x_spt, y_spt: support sets, [tasks, n_support, ...].
-            x_qry, y_qry: query sets, [tasks, n_query, ...]. x may hold integers, and it may be a pytree of tensors (and
-                None), such as a tuple or a dict, of which the model gets each task's part; so may y for a loss of your
-                own. Fused layers take tensors [tasks, samples, ...]. On the general path x is what the model takes:
-                also [tasks, samples], query samples of another shape than the support samples, tensors [tasks, ...].
+            x_qry, y_qry: query sets, [tasks, n_query, ...].
+                x may hold integers. It may be a pytree of tensors and None, such as a tuple or a dict; the model gets
+                each task's part. So may y for a loss of your own. Where both sets are of one size, fused layers also
+                take tensors [tasks, ...] without an axis of samples. On the general path x is what the model takes:
+                also [tasks, samples], and query samples of another shape than the support samples.
             task_weights: [tasks]; the loss is their sum of weight times task loss. None: the mean over tasks.
 
         Raises:

@@ -3,10 +3,11 @@
     word(e) = Philox4x32-10(key = seed, counter = (e / 4, number of the mask, pass, task))[e mod 4]
     mask(e) = word(e) < p 2^32
 
-(Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3".) e is the number of an element of the
-mask in torch's order; masks are numbered in the order in which forward draws them. The pass is 2 k on the support set
-at phi_k, and 2 k + 1 on the query set. So a mask is the same in the gradient and in the Hessian-vector product of an
-inner step, and does not depend on threads, chunks of tasks or backends. The twin in the core is csrc/layers/philox.h.
+(Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3".) Here e is the number of an element of
+the mask in torch's order. Masks are numbered in the order in which forward draws them. The pass is 2 k on the support
+set at phi_k, and 2 k + 1 on the query set. So a mask is the same in the gradient and in the Hessian-vector product of
+an inner step, and does not depend on threads, chunks of tasks or backends. The twin in the core is
+csrc/layers/philox.h.
 """
 
 from __future__ import annotations

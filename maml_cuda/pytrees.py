@@ -1,7 +1,7 @@
 """Pytrees of tensors (torch.utils._pytree): nested tuples, lists, dicts and other types that are registered there.
 
 x, y and, on the general path, a model's output may be pytrees. A tensor is a pytree with one leaf. The first axis of
-every leaf counts tasks; where fused layers serve, the second one of x counts samples.
+every leaf counts tasks.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class Record:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the model computes: that of the first input of numbers with a point."""
+        """In which the model computes: that of the first floating-point input; without one, that of the first input."""
         return next((x for x in self.inputs if x.dtype.is_floating_point), self.inputs[0]).dtype
 
     def needed_for(self, results: Any) -> list[Operation]:

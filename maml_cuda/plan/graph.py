@@ -15,10 +15,10 @@ from maml_cuda.plan.schema import IndexedAxis, Instruction, Layout, Loops, Mask,
 
 @dataclass(frozen=True)
 class Read:
-    """A parameter, a buffer or a tensor attribute that nodes read.
+    """A parameter, a buffer or any other tensor that nodes read.
 
     Attributes:
-        name: its name in the model (copies.places).
+        name: its name in the model (copies.places), in Graph.literals or in Graph.outside.
         rows, taps: of a weight [rows, columns, *taps]; 1 and 1 for any other tensor.
         slots: the number of inner steps that have values of their own, in a tensor [slots, ...]; 1: all steps read the
             same values.
@@ -78,7 +78,7 @@ class Graph:
 
     Attributes:
         nodes: in topological order.
-        reads: the tensors of the model; `Node.parameters` has indices into this list.
+        reads: the tensors that nodes read beside the input; `Node.parameters` has indices into this list.
         served_by: module path -> names of the fused layers that compute this module, for `FusedMAML.explain`.
         returned: what the model returns.
         whole_sets: whether a whole set is one sample of the nodes.
@@ -251,7 +251,7 @@ class Writer:
         n: the number of samples.
         call: describes the call that is being read, for Node.name and error messages.
         module: the path of the module that makes the call.
-        result: the shapes of the results of the call.
+        results: the shapes of the results of the call.
         drawn: how many masks forward has drawn before.
     """
 

@@ -1,7 +1,7 @@
 """Operations of losses, and the derivatives by x that forward takes itself, on tensors of any shape.
 
-Methods are those of tensors.py. Class labels are compared with the number of each class: there is no gather. Labels
-that are no class are not seen then, so they are noted in `Sets.labels` and looked at in every call.
+Methods are as those of tensors.py. Class labels in a target are compared with the number of each class. A label that is
+no class would not be seen there, so the labels are noted in `Sets.labels` and checked in every call.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LossFunctions(Dropouts):
         return self.to.map("eq", index.unsqueeze(len(index.axes)), self._numbers(num_classes))
 
     def gather(self, x: Any, dim: int, index: Any, *, sparse_grad: bool = False) -> Strided:
-        """Of class labels, along the last axis."""
+        """The values at class labels, which are along the last axis; at any other index as `Indexing.gather`."""
         values, chosen = self.to.strided(x), self.to.strided(index)
         last = len(values.axes) - 1
         if self.to.leaf_of(chosen) is None or dim % len(values.axes) != last or chosen.shape[:-1] != values.shape[:-1]:

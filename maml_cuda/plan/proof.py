@@ -47,8 +47,8 @@ from maml_cuda.torch_wrappers import uncompiled
 # The largest relative error. In 57,000 comparisons by the tests, the largest error from rounding in float64 was 2e-9,
 # and all but 19 were less than 1e-10. A misread forward has an error of 1e-3 or more.
 TOLERANCE = 1e-7
-# The sizes of the numbers in targets of a loss of the user's own, each for one draw of random data: terms that are
-# too small to be seen beside the others near 1 are not far away.
+# The sizes of the numbers in targets of a loss of the user's own, each for one draw of random data. A term that is too
+# small to be seen beside the others for numbers near 1 is seen for larger ones.
 OWN_LOSS_SIZES = (1.0, 10.0, 50.0)
 MOST_DRAWS = 64  # of random data for one loss of the user's own; its labels need more if classes are many
 SEED = 2024  # of the masks of dropout, on both sides

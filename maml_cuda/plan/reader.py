@@ -1,7 +1,7 @@
 """Reads the record of a model as a graph of fused layers, or raises Unfusable with the reason why it cannot.
 
-Each operation is read by the method of Layers of the same name, which writes the nodes. An operation without one is
-refused.
+Each operation is read by a method of the same name, which writes the nodes: one of Layers, on features, signals and
+images, or else one of LossFunctions, on tensors of any shape. An operation that neither serves is refused.
 """
 
 from __future__ import annotations

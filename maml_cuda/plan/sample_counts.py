@@ -1,8 +1,8 @@
 """Numbers that follow from the number of samples n, such as that in `loss.sum() / len(x)`.
 
-In a record they are plain numbers. They show where a support set and a query set of different sizes are captured: there
-the same operation has another number. Such a number is read as a SampleCount, which layers compute for each set. The
-proof compares both sets, so it is enough that the formula has the right value for these two sizes.
+In a record they are plain numbers. Where a support set and a query set of different sizes are captured, the same
+operation has different numbers in the two records. Such a number is read as a SampleCount, which layers compute for
+each set. Both sets are compared with the model (proof.py), so the formula needs to be right for these two sizes alone.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ class Instruction:
     """One operation of the expression of a map.
 
     Attributes:
-        name: of a function in csrc/layers/functions.h or combinations.h.
+        name: of a function in csrc/layers/functions.h, map_functions.h or combinations.h.
         arguments: numbers of the node's inputs, or their count + i for the result of instruction i.
         constants: numbers of the function.
     """

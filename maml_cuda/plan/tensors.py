@@ -1,7 +1,9 @@
 """Operations on tensors of any shape: one method for each ATen operation, which writes layers over loops or a view.
 
 They serve what the layers on features, signals and images (layers.py) do not. A method has the name and the signature
-of the operation, and returns what the operation returns.
+of the operation, and returns what the operation returns. This file has products and norms of trailing axes; the base
+classes have views (tensor_views.py), functions of elements (elementary.py), reductions (reductions.py), sequences
+(recurrences.py) and indices (indexing.py).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from maml_cuda.plan.strided import Strided
 
 
 class Tensors(Reductions, Normalisations, Recurrences, Indexing):
-    """Reads operations on tensors of any shape.
+    """Reads operations on tensors of any shape, but for dropout and losses.
 
     Attributes:
         to: writes the graph.
