@@ -28,7 +28,7 @@ from maml_cuda.formulas import CAPTURED
 from maml_cuda.masks import number_of
 from maml_cuda.torch_private import memory_of
 
-RANDOM = "its forward draws random numbers, which fused layers do not"
+RANDOM = "its forward draws random numbers that fused layers do not draw"
 _OUTSIDE = "it changes a tensor outside of the model in place"
 
 

@@ -273,7 +273,7 @@ def test_a_change_is_refused_and_undone(case: str) -> None:
 
 @pytest.mark.parametrize("case", DRAWS)
 def test_a_draw_is_refused_and_undone(case: str) -> None:
-    refused(DRAWS[case], r"the model \(Net\): its forward draws random numbers, which fused layers do not")
+    refused(DRAWS[case], r"the model \(Net\): its forward draws random numbers that fused layers do not draw")
 
 
 @pytest.mark.parametrize("case", REFUSED)
