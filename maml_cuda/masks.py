@@ -65,10 +65,11 @@ def mask(p: float, shape: tuple[int, ...], seed: int, task: int, step: int, numb
 
 
 def philox(counter: list[Any], seed: int) -> list[Tensor]:
-    """The four words of each block.
+    """The four words of each block: int64 tensors of the shape to which the words of the counter are broadcast.
 
     Args:
-        counter: its four words, numbers or tensors int64.
+        counter: its four words, numbers or int64 tensors.
+        seed: the key, from 0 to 2^64 - 1.
     """
     c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64, device="cpu") for word in counter)
     key0, key1 = seed & _LOW, seed >> 32

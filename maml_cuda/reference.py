@@ -307,12 +307,7 @@ def query_prediction(model: Functional, path: list[dict[str, Tensor]], k: int, x
 
 
 def loss_and_grad(
-    model: Functional,
-    loss: Callable[..., Tensor],
-    fast: Mapping[str, Tensor],
-    names: list[str],
-    x: Tree,
-    y: Target,
+    model: Functional, loss: Callable[..., Tensor], fast: Mapping[str, Tensor], names: list[str], x: Tree, y: Target
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """For each task, the loss at its own parameters and the gradient in those of them that `names` lists.
 
@@ -332,14 +327,9 @@ def loss_and_grad(
 
 
 def hvp(
-    model: Functional,
-    loss: Callable[..., Tensor],
-    fast: Mapping[str, Tensor],
-    names: list[str],
-    x: Tree,
-    y: Target,
+    model: Functional, loss: Callable[..., Tensor], fast: Mapping[str, Tensor], names: list[str], x: Tree, y: Target,
     v: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """For each task, the Hessian of the loss at its own parameters times v: H v = d(<dL/dphi, v>)/dphi.
 
     Args:
@@ -437,15 +427,9 @@ def _inner_product(names: list[str], gradient: Sequence[Tensor | None], v: Mappi
 
 
 def _gradient(
-    model: Functional,
-    loss: Callable[..., Tensor],
-    fast: Mapping[str, Tensor],
-    names: list[str],
-    x: Tree,
-    y: Target,
-    task: int,
-    create_graph: bool,
-) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+    model: Functional, loss: Callable[..., Tensor], fast: Mapping[str, Tensor], names: list[str], x: Tree, y: Target,
+    task: int, create_graph: bool,
+) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:  # fmt: skip
     """One task's loss at its own parameters, its gradient in `names`, and these parameters, as leaves of the graph."""
     phi = {n: p[task].detach().requires_grad_(n in names) for n, p in fast.items()}
     twice = model.differentiable_twice() if create_graph else nullcontext()

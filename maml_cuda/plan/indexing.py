@@ -1,8 +1,8 @@
-"""Selections by indices: one method for each ATen operation that reads or writes at the places that a tensor of whole
-numbers holds, or puts elements in order.
+"""Selections by indices: one method for each ATen operation that reads or writes at the places that a tensor of
+integers holds, or sorts.
 
-Where an index is a part of the model's input, its range is noted, and looked at in every call (integers.py). Elsewhere
-a place outside gives NaN.
+Where an index is a part of the model's input, its range is noted, and checked in every call (integers.py). Any other
+index that is out of range gives NaN.
 """
 
 from __future__ import annotations

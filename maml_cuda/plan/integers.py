@@ -1,8 +1,8 @@
-"""Whole numbers in a graph: fused layers have them as values of the model's dtype, in which all up to 2^24 (float32) or
-2^53 (float64) are exact.
+"""Integers in a graph: fused layers have them as values of the model's dtype, in which all up to 2^24 (float32) or 2^53
+(float64) are exact.
 
-So that no result is rounded, the numbers of an integer input are looked at in every call, and operations that could
-make larger ones are refused.
+So that no result is rounded, the numbers of an integer input are checked in every call, and operations that could make
+larger ones are refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _EXACT = frozenset((
 ))  # fmt: skip
 
 
-MOST_DRAWN = 1 << 16  # for a proof: numbers that nothing bounds are less
+MOST_DRAWN = 1 << 16  # the bound of random integers in a proof whose range is larger
 
 
 def is_integer(dtype: torch.dtype) -> bool:
