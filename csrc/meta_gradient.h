@@ -22,7 +22,7 @@
 // a Hessian-vector product runs the gradient pass of each tile again.
 //
 // Memory: the caller's workspace, laid out by `Problem` (plan/problem.h). Nothing is allocated here. Only a
-// backend dereferences pointers, so they may be symbolic addresses (cuda/address.h).
+// backend dereferences pointers, so they may be symbolic addresses (cuda/run/address.h).
 #pragma once
 
 #include <algorithm>

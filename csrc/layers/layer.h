@@ -69,7 +69,7 @@ struct Layer : Constants {
   Reduction reduction{};                   // reduce
   Cell cell{};                             // recurrence
   const Mask* mask = nullptr;              // dropout
-  // dropout; `Walk` sets it for each pass. On a GPU, seed and task are those of the table (cuda/address.h).
+  // dropout; `Walk` sets it for each pass. On a GPU, seed and task are in the table (cuda/run/address.h).
   Stream stream;
 };
 

@@ -1,5 +1,5 @@
 // map: y = f(x_0, x_1, ...), element by element, with broadcast operands (loops.h). f is an expression of
-// many functions (functions.h, combinations.h), which a backend computes in one pass.
+// many functions (functions.h, map_functions.h, combinations.h), which a backend computes in one pass.
 #pragma once
 
 #include "layers/declaration.h"
