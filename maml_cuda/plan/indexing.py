@@ -67,7 +67,7 @@ class Indexing:
         x = self.to.strided(input)
         given = [d for d, index in enumerate(indices) if index is not None]
         if given != list(range(given[0], given[0] + len(given))):
-            raise Unfusable("a selection by indices of axes that are no neighbours is not fused")
+            raise Unfusable("a selection by indices of axes that are not adjacent is not fused")
         first, sizes = given[0], [x.shape[d] for d in given]
         wanted = [self._index(indices[d], size, negative=True) for d, size in zip(given, sizes, strict=True)]
         if len(given) == 1:
