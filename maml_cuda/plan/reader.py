@@ -194,7 +194,7 @@ class _Reader(Layers):
 
     def _converted(self, operation: Operation, x: Any) -> Any:
         """x in another dtype."""
-        return self.map("ne", x, 0.0) if check_conversion(operation) else x
+        return self.map("ne", x, 0.0) if check_conversion(operation, self.dtype) else x
 
     def _operand(self, operand: Operand) -> Known:
         if operand.overwritten == self.call:  # inside one function of torch

@@ -56,6 +56,7 @@ class Function(nn.Module):
         super().__init__()
         self.function = forward
         self.table, self.b = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(4))
+        self.register_buffer("flags", torch.tensor([1, 0, 1, 1]))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self, x) + torch.sin(self.table.sum() * self.b.sum())
@@ -172,6 +173,12 @@ def test_integers_that_are_too_large():
     (lambda m, x: m.table[x % 5].sum(1), "arithmetic on the integers of x is not fused (remainder)"),
     (lambda m, x: (m.b[:2] * 3).to(torch.int64)[x], "a conversion of torch.float32 to torch.int64 is not fused"),
     (lambda m, x: x.to(torch.int8) * m.b, "a conversion of torch.int64 to torch.int8 is not fused"),
+    (lambda m, x: -x.to(torch.int32) * m.b, "arithmetic on the integers of x is not fused (neg)"),
+    (lambda m, x: m.b * ((x > 1) + (x > 2)), "arithmetic on masks whose result is a mask is not fused (add)"),
+    (lambda m, x: m.b * ((x > 1).to(torch.uint8) * 200), "arithmetic in torch.uint8 is not fused (mul)"),
+    (lambda m, x: m.b * (m.flags & 6) * x, "arithmetic on the bits of integers is not fused (bitwise_and)"),
+    (lambda m, x: m.b * (m.flags | x), "arithmetic on the bits of integers is not fused (bitwise_or)"),
+    (lambda m, x: m.b * ~x, "arithmetic on the bits of integers is not fused (bitwise_not)"),
     (lambda m, x: F.embedding(x, m.table, max_norm=1.0).sum(1), "it changes table in place"),
     (lambda m, x: F.embedding(x, m.table, scale_grad_by_freq=True).sum(1), "scale_grad_by_freq=True is not fused"),
     (lambda m, x: F.embedding(x, m.table, sparse=True).sum(1), "sparse=True is not fused"),
