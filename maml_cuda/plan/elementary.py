@@ -121,7 +121,8 @@ class Elementary(TensorViews, Scans):
         return self._affine(self.add(self.to.map("exp", x), self.to.map("exp", self.neg(x))), 0.5, 0.0)
 
     def sinh(self, x: Any) -> Strided:
-        return self._affine(self.sub(self.to.map("exp", x), self.to.map("exp", self.neg(x))), 0.5, 0.0)
+        """(exp(x) - exp(-x)) / 2, of differences from 1, so that no digit of a small x is lost."""
+        return self._affine(self.sub(self.to.map("expm1", x), self.to.map("expm1", self.neg(x))), 0.5, 0.0)
 
     def xlogy(self, x: Any, y: Any) -> Strided:
         """x log y; 0 where x is 0 and y is not positive."""
