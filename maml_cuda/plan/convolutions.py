@@ -19,7 +19,7 @@ from maml_cuda.plan.depthwise import depthwise
 from maml_cuda.plan.graph import Held
 from maml_cuda.plan.layers import Layers
 from maml_cuda.plan.strided import Strided
-from maml_cuda.plan.windows import Sliding, windows
+from maml_cuda.plan.windows import Sliding, of_each, windows
 
 
 class Convolutions:
@@ -35,9 +35,10 @@ class Convolutions:
         self, input: Any, weight: Any, bias: Any, stride: Sequence[int], padding: Sequence[int],
         dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
     ) -> Strided:  # fmt: skip
-        x, axes = self.to.strided(input), len(stride)
-        given = weight if isinstance(weight, Held) else self.to.strided(weight)
+        x, given = self.to.strided(input), weight if isinstance(weight, Held) else self.to.strided(weight)
         kernel, positions = given.shape[2:], self.to.results[0][2:]
+        axes = len(kernel)
+        stride, padding, dilation = (of_each(option, axes) for option in (stride, padding, dilation))
         w = self.to.weight(given, 1 if transposed else given.shape[0], math.prod(kernel))
         sliding = [Sliding(*s) for s in zip(kernel, stride, dilation, padding, positions, strict=True)]
         is_depthwise = not transposed and groups == x.shape[1] == w.shape[0]
@@ -117,50 +118,50 @@ class Convolutions:
         self, input: Any, kernel_size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0, 0),
         dilation: Sequence[int] = (1, 1), ceil_mode: bool = False,
     ) -> tuple[Strided, None]:  # fmt: skip
-        return self._max_pool(input, kernel_size, stride, padding, dilation), None
+        return self._max_pool(2, input, kernel_size, stride, padding, dilation), None
 
     def max_pool3d_with_indices(
         self, input: Any, kernel_size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0, 0, 0),
         dilation: Sequence[int] = (1, 1, 1), ceil_mode: bool = False,
     ) -> tuple[Strided, None]:  # fmt: skip
-        return self._max_pool(input, kernel_size, stride, padding, dilation), None
+        return self._max_pool(3, input, kernel_size, stride, padding, dilation), None
 
     def avg_pool2d(
         self, input: Any, kernel_size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0, 0),
         ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
     ) -> Strided:  # fmt: skip
-        return self._avg_pool(input, kernel_size, stride, padding, count_include_pad, divisor_override)
+        return self._avg_pool(2, input, kernel_size, stride, padding, count_include_pad, divisor_override)
 
     def avg_pool3d(
         self, input: Any, kernel_size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0, 0, 0),
         ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
     ) -> Strided:  # fmt: skip
-        return self._avg_pool(input, kernel_size, stride, padding, count_include_pad, divisor_override)
+        return self._avg_pool(3, input, kernel_size, stride, padding, count_include_pad, divisor_override)
 
     def _sliding(
-        self, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+        self, axes: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
     ) -> list[Sliding]:
-        positions = self.to.results[0][-len(kernel) :]
-        options = zip(kernel, stride or kernel, dilation, padding, positions, strict=True)
-        return [Sliding(*option) for option in options]
+        options = (of_each(option, axes) for option in (kernel, stride or kernel, dilation, padding))
+        return [Sliding(*option) for option in zip(*options, self.to.results[0][-axes:], strict=True)]
 
     def _max_pool(
-        self, input: Any, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-    ) -> Strided:
+        self, axes: int, input: Any, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> Strided:  # fmt: skip
         """Padding is -inf. Of equal maxima the first one has the derivative."""
         x = self.to.strided(input)
-        sliding = self._sliding(kernel, stride, padding, dilation)
-        ends = [max(s.end - size, 0) for s, size in zip(sliding, x.shape[-len(kernel) :], strict=True)]
+        sliding = self._sliding(axes, kernel, stride, padding, dilation)
+        ends = [max(s.end - size, 0) for s, size in zip(sliding, x.shape[-axes:], strict=True)]
         added = [(s.padding, end) for s, end in zip(sliding, ends, strict=True)]
         x = self.to.padded(x, [(0, 0)] * (len(x.axes) - len(added)) + added, -math.inf)
         return self._over_taps("extreme", "max", x, [s._replace(padding=0) for s in sliding])
 
     def _avg_pool(
-        self, input: Any, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+        self, axes: int, input: Any, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
         count_padding: bool, divisor: int | None,
     ) -> Strided:  # fmt: skip
-        x, axes = self.to.strided(input), len(kernel)
-        sliding = self._sliding(kernel, stride, padding, (1,) * axes)
+        x = self.to.strided(input)
+        sliding = self._sliding(axes, kernel, stride, padding, (1,))
         y = self._over_taps("reduce", "sum", x, sliding)
         counts = torch.ones((), dtype=torch.float64)
         for s, size in zip(sliding, x.shape[-axes:], strict=True):

@@ -21,6 +21,7 @@ from maml_cuda.capture.errors import Unfusable
 from maml_cuda.plan.graph import Held, LogSumExp, Value, text_of
 from maml_cuda.plan.schema import Window
 from maml_cuda.plan.views import Views
+from maml_cuda.plan.windows import of_each
 
 _ONE = Window((1, 1), (1, 1), (0, 0), (0, 0))
 
@@ -71,7 +72,7 @@ class Layers(Views):
         if not isinstance(weight, Held) or not weight.whole or len(weight.shape) != 2 + axes:
             raise Unfusable(f"its weight is {text_of(weight)}, not a parameter [out, in, ...]")
         rows, columns, *sizes = weight.shape
-        kernel, pad = self._pair(sizes, 1), self._pair(padding, 0)
+        kernel, pad = self._pair(sizes, 1), self._pair(of_each(padding, axes), 0)
         begin, end = (tuple(p + a[i] for p, a in zip(pad, added or ((0, 0), (0, 0)), strict=True)) for i in (0, 1))
         window = Window(kernel, self._pair(stride, 1), begin, end)
         self._check_height(x, window)
@@ -168,8 +169,8 @@ class Layers(Views):
             raise Unfusable("ceil_mode is not fused")
         x = self.channels_last(input)
         self.spatial(x, 2)
-        kernel, pad = self._pair(kernel_size, 1), self._pair(padding, 0)
-        window = Window(kernel, self._pair(stride, 1) if stride else kernel, pad, pad)
+        kernel, step, pad = (self._pair(of_each(o, 2), 1) for o in (kernel_size, stride or kernel_size, padding))
+        window = Window(kernel, step, pad, pad)
         self._check_height(x, window)
         return self._slid(kind, x, window, x.sample[0], (), count_padding=count_padding)
 

@@ -37,6 +37,11 @@ class Sliding(NamedTuple):
         return apart and self.padding <= 0 and self.end <= size
 
 
+def of_each(option: Sequence[int], axes: int) -> Sequence[int]:
+    """An option of a convolution or a pool for each axis; a single number is that of all, as in padding="valid"."""
+    return option if len(option) == axes else [*option] * axes
+
+
 def windows(to: LoopWriter, given: Strided, sliding: Sequence[Sliding]) -> Strided:
     """The windows of x [..., size_1, size_2, ...] over its last axes, 0 outside of x: [..., positions_1, positions_2,
     ..., kernel_1, kernel_2, ...]. In memory, the axis before the sizes is the last one: channels, for an image.

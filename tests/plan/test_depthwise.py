@@ -70,6 +70,12 @@ MODELS: dict[str, tuple[int, int, Callable[[], nn.Module]]] = {  # axes, how man
     "strided and dilated": (2, 1, layer(2, (3, 2), stride=2, dilation=(1, 2), padding=(1, 2), bias=False)),
     "reflected": (2, 1, layer(2, 3, padding=1, padding_mode="reflect")),
     "of one tap": (2, 1, layer(2, 1)),
+    "without padding": (2, 1, layer(2, 3, padding="valid")),
+    "by numbers for all axes": (
+        2,
+        1,
+        inside(2, lambda m, x: F.conv2d(x, m.w, None, (2,), (1,), (2,), CHANNELS), w=lambda: weight(CHANNELS, 1, 3, 3)),
+    ),
     "of volumes": (3, 1, layer(3, (3, 1, 2), padding=(1, 0, 1))),
     "in ConvNeXt": (
         2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from maml_cuda import FusedMAML
 from tests import conftest
 from tests.plan.small_models import (
     CLASSES,
@@ -122,6 +124,16 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
     "the mean over all axes": lambda: conv(lambda m, x: m.c(m.a(x).mean((1, 2, 3)).view(-1, 1)), 1),
     "LayerNorm over the width": lambda: pooled(nn.LayerNorm(6), 126),
     "LayerNorm over height and width": lambda: pooled(nn.LayerNorm([7, 6]), 126),
+    "a pool, one number": lambda: conv(lambda m, x: m.c(F.max_pool2d(m.a(x), 3, (), (1,)).flatten(1)), 18),
+    "a dilated pool, one number": lambda: conv(
+        lambda m, x: m.c(F.max_pool2d(m.a(x), (2,), (), 0, (2,)).flatten(1)), 18
+    ),
+    "a mean pool, one number": lambda: conv(
+        lambda m, x: m.c(F.avg_pool2d(m.a(x), (2,), (), (1,), divisor_override=3).flatten(1)), 48
+    ),
+    "a convolution, one number": lambda: conv(
+        lambda m, x: m.c(F.conv2d(m.a(x), m.w, padding=(1,)).flatten(1)), 84, w=weight(2, 3, 3, 3)
+    ),
     "pixels added": lambda: conv(lambda m, x: m.c((m.a(x) + m.p(m.a(x))).flatten(1)), 126, p=nn.AdaptiveAvgPool2d(1)),
     "gates of channels": lambda: conv(
         lambda m, x: m.c((m.a(x) * m.g(m.a(x).mean((2, 3))).sigmoid()[..., None, None]).flatten(1)), 126,
@@ -180,3 +192,15 @@ def test_as_many_samples_as_features(name: str) -> None:
 def test_one_sample(name: str) -> None:
     """The axis of the samples is told from others of size 1, but in a product that torch views with more of them."""
     fused_is_right(made(lambda: between(EXPRESSIONS[name])), conftest.episode((3,), tasks=2, n=(1, 3), seed=3))
+
+
+def test_the_hyperbolic_sine_of_small_numbers():
+    """In float32 a difference of exponentials near 1 has few digits."""
+    torch.manual_seed(0)
+    model = between(lambda h: (h / 1e4).sinh() * 1e4).float()
+    maml = FusedMAML(model, 0.1, 1, backend="fused")
+    support, labels, *_ = episode(dtype=torch.float32)
+    predictions = maml.predict(maml.adapt(support, labels, steps=0), support)
+    with torch.no_grad():
+        expected = torch.stack([copy.deepcopy(model).double()(x.double()) for x in support])
+    torch.testing.assert_close(predictions.double(), expected, rtol=1e-5, atol=1e-6)
