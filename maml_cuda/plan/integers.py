@@ -1,9 +1,9 @@
-"""Integers and masks in a graph: fused layers have them as values of the model's dtype, in which all up to 2^24 (float32)
-or 2^53 (float64) are exact.
+"""Integers and masks in a graph: fused layers have them as values of the model's dtype, in which all up to 2^24
+(float32) or 2^53 (float64) are exact.
 
 So that no result is rounded, the numbers of an integer input are checked in every call, and operations that could make
-larger ones are refused. So are those whose result torch cuts to a narrow dtype: `mask + mask` is a mask, and integers of
-8 or 16 bits overflow. Random data may not show either, so they are refused by their names.
+larger ones are refused. So are those whose result torch cuts to a narrow dtype: `mask + mask` is a mask, and integers
+of 8 or 16 bits overflow. Random data may not show either, so they are refused by their names.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import Generator, Tensor
+from torch.utils import _pytree as pytree
 
 from maml_cuda.capture.errors import Unfusable
 from maml_cuda.capture.record import Operation
@@ -36,6 +37,7 @@ _OF_MASKS = _EXACT | _BITWISE | {
     "empty_like", "new_empty", "fill", "copy", "scatter",
 }  # fmt: skip
 _WIDE = 32  # bits of integers that counts and places do not overflow
+_LARGE = 1 << 16  # numbers with which arithmetic on counts and places may leave the exact ones
 
 MOST_DRAWN = 1 << 16  # the bound of random integers in a proof whose range is larger
 
@@ -91,6 +93,9 @@ def check_operation(operation: Operation, of_input: Collection[int]) -> bool:
     narrow = [dtype for dtype in dtypes if is_integer(dtype) and torch.iinfo(dtype).bits < _WIDE]
     if narrow and name not in _EXACT:
         raise Unfusable(f"arithmetic in {narrow[0]} is not fused ({name})")
+    numbers = [n for n in pytree.tree_leaves((operation.args, operation.kwargs)) if isinstance(n, (int, float))]
+    if any(map(is_integer, dtypes)) and name not in _EXACT and any(abs(n) >= _LARGE for n in numbers):
+        raise Unfusable(f"arithmetic of integers with {max(map(abs, numbers))} is not fused ({name})")
     if not any(id(operand) in of_input and is_integer(operand.dtype) for operand in operation.operands()):
         return False
     if not any(is_integer(result.dtype) for result in operation.results):

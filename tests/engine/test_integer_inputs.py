@@ -176,6 +176,7 @@ def test_integers_that_are_too_large():
     (lambda m, x: -x.to(torch.int32) * m.b, "arithmetic on the integers of x is not fused (neg)"),
     (lambda m, x: m.b * ((x > 1) + (x > 2)), "arithmetic on masks whose result is a mask is not fused (add)"),
     (lambda m, x: m.b * ((x > 1).to(torch.uint8) * 200), "arithmetic in torch.uint8 is not fused (mul)"),
+    (lambda m, x: m.b * ((x > 1).long() * 2**60 - 2**60), f"arithmetic of integers with {2**60} is not fused (mul)"),
     (lambda m, x: m.b * (m.flags & 6) * x, "arithmetic on the bits of integers is not fused (bitwise_and)"),
     (lambda m, x: m.b * (m.flags | x), "arithmetic on the bits of integers is not fused (bitwise_or)"),
     (lambda m, x: m.b * ~x, "arithmetic on the bits of integers is not fused (bitwise_not)"),
