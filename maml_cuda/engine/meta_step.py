@@ -165,15 +165,9 @@ def _warm(
         look_at_labels(maml, program, data[0], y_spt=data[1], y_qry=data[3])
     wanted = torch.is_grad_enabled()
     loss, task_losses, logits, support_losses, flat = fast_path.meta_step(
-        problem,
-        parameters,
-        rates,
-        data,
-        task_weights,
-        maml.inner_steps,
-        wanted,
-        program.seed(Seed()),
-    )
+        problem, parameters, rates, data, task_weights, maml.inner_steps, wanted,
+        program.seed(Seed()) if program.draws else None,
+    )  # fmt: skip
     if not program.is_plain:
         logits = _logits(maml, program.as_returned(logits))
     out = MetaOutput(loss, task_losses, logits, support_losses)
