@@ -120,3 +120,16 @@ def test_sentences_name_no_class_of_ours(function, sentence):
     words = str(caught.value)
     assert sentence in words
     assert " object at 0x" not in words
+
+
+@pytest.mark.filterwarnings("ignore:maml_cuda runs this model on the general path")
+@pytest.mark.parametrize(
+    "function",
+    [lambda b: b.flip(0), lambda b: b.transpose(0, 0), lambda b: F.log_softmax(b, dim=0), lambda b: b.sum(-1)],
+)
+def test_axis_0_of_a_number(function):
+    """torch takes it as if there were one."""
+    model = Net(lambda m, x: F.linear(x, m.w) * function(m.b) + m.b, w=torch.randn(3, 4), b=torch.tensor(0.3)).double()
+    x, y = torch.randn(2, 5, 4).double(), torch.randn(2, 5, 3).double()
+    results = [FusedMAML(model, 0.1, 2, loss="mse", backend=backend)(x, y, -x, y) for backend in ("auto", "reference")]
+    torch.testing.assert_close(results[0].loss, results[1].loss, rtol=1e-12, atol=0)
