@@ -197,7 +197,7 @@ class Elementary(TensorViews, Scans):
 
     def glu(self, input: Any, dim: int = -1) -> Strided:
         x = self.to.strided(input)
-        d = dim % len(x.axes)
+        d = x.axis(dim)
         half = x.shape[d] // 2
         a, b = (self.to.viewed(x, lambda x, i=i: x.slice(d, i * half, half)) for i in range(2))  # type: ignore[misc]
         return self.to.map("mul", a, self.to.map("sigmoid", b))

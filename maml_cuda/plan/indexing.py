@@ -59,7 +59,7 @@ class Indexing:
 
     def index_select(self, input: Any, dim: int, index: Any) -> Strided:
         x = self.to.strided(input)
-        dim = dim % len(x.axes)
+        dim = x.axis(dim)
         return self._selected(x, dim, self._index(index, x.shape[dim]))
 
     def index(self, input: Any, indices: Sequence[Any]) -> Strided:
@@ -90,7 +90,7 @@ class Indexing:
     def gather(self, input: Any, dim: int, index: Any, *, sparse_grad: bool = False) -> Strided:
         """y[i, j, k] = x[i, index[i, j, k], k] for dim 1."""
         x = self.to.strided(input)
-        dim = dim % len(x.axes)
+        dim = x.axis(dim)
         places = self._index(index, x.shape[dim])
         for d, size in enumerate(places.shape):
             if d != dim and size != x.shape[d]:
@@ -102,7 +102,7 @@ class Indexing:
         x, index = self.to.strided(input), self.to.strided(indices)
         if dim is None:
             x, index, dim = (*(self.to.seen_as(t, (math.prod(t.shape),)) for t in (x, index)), 0)
-        dim = dim % len(x.axes)
+        dim = x.axis(dim)
         return gathered(self.to, x, self._index(index, x.shape[dim], negative=True), Place(dim, 1))
 
     # -- sums at indices ----------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class Indexing:
     def scatter_add(self, input: Any, dim: int, index: Any, src: Any) -> Strided:
         """x[i, index[i, j, k], k] += source[i, j, k] for dim 1."""
         x, source = self.to.strided(input), self.to.strided(src)
-        dim = dim % len(x.axes)
+        dim = x.axis(dim)
         places = self._index(index, x.shape[dim])
         for d, size in enumerate(places.shape):
             source = self.to.viewed(source, lambda s, d=d, size=size: s.slice(d, 0, size))  # type: ignore[misc]
@@ -122,7 +122,7 @@ class Indexing:
         if not isinstance(src, (int, float)) or reduce is not None:
             raise Unfusable("a scatter of a tensor is not fused; that of a number and scatter_add are")
         x = self.to.strided(input)
-        dim = dim % len(x.axes)
+        dim = x.axis(dim)
         places = self._index(index, x.shape[dim])
         ones = self.to.map("affine", places, constants=(0.0, 1.0))
         hits = scattered(self.to, ones, places, x, Place(dim, 1))
@@ -130,7 +130,7 @@ class Indexing:
 
     def index_add(self, input: Any, dim: int, index: Any, source: Any, *, alpha: float = 1) -> Strided:
         x, given = self.to.strided(input), self.to.strided(source)
-        dim = dim % len(x.axes)
+        dim = x.axis(dim)
         places = self._index(index, x.shape[dim])
         places = places.with_axes([*[()] * dim, *places.axes, *[()] * (len(x.axes) - dim - 1)])
         if alpha != 1:
@@ -157,13 +157,13 @@ class Indexing:
         self, x: Any, dim: int = -1, descending: bool = False, *, stable: bool | None = None
     ) -> tuple[Strided, Strided]:
         values = self.to.strided(x)
-        dim = dim % len(values.axes)
+        dim = values.axis(dim)
         order = order_along(self.to, values, dim, descending)
         return gathered(self.to, values, order, Place(dim, 1)), order
 
     def topk(self, x: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Strided, Strided]:
         values = self.to.strided(x)
-        dim = dim % len(values.axes)
+        dim = values.axis(dim)
         order = self.to.viewed(order_along(self.to, values, dim, largest), lambda order: order.slice(dim, 0, k))
         return gathered(self.to, values, order, Place(dim, 1)), order
 

@@ -48,7 +48,7 @@ class LossFunctions(Dropouts):
         """The values at class labels, which are along the last axis; at any other index as `Indexing.gather`."""
         values, chosen = self.to.strided(x), self.to.strided(index)
         last = len(values.axes) - 1
-        if self.to.leaf_of(chosen) is None or dim % len(values.axes) != last or chosen.shape[:-1] != values.shape[:-1]:
+        if self.to.leaf_of(chosen) is None or values.axis(dim) != last or chosen.shape[:-1] != values.shape[:-1]:
             return super().gather(x, dim, index)
         of_class = self._is_class(chosen, values.shape[-1])
         return self.sum(self.to.map("where", of_class, values.unsqueeze(last), 0.0), [-1])

@@ -187,7 +187,7 @@ class _Reader(Layers):
                 return methods[name](reader, *given, **kwargs)
             except Unfusable as found:
                 reason = found
-            except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:  # such as axis 0 of a 0-d tensor
+            except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:  # options of another form
                 reason = Unfusable(f"no fused layer has this option ({error})")
             self.undo(mark)
         raise reason

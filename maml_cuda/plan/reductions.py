@@ -18,7 +18,7 @@ class Reductions(Elementary):
 
     def _dims(self, x: Strided, dim: Any) -> list[int]:
         given = range(len(x.axes)) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
-        return [d % len(x.axes) for d in given] if x.axes else []
+        return [x.axis(d) for d in given] if x.axes else []
 
     def sum(self, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Strided:
         return self._reduce("reduce", "sum", self._to_copy(x, dtype=dtype), dim, keepdim)
@@ -91,7 +91,7 @@ class Reductions(Elementary):
 
     def _weight_norm_interface(self, v: Any, g: Any, dim: int = 0) -> tuple[Strided, Strided]:
         x = self.to.strided(v)
-        norm = self.linalg_vector_norm(x, 2, [d for d in range(len(x.axes)) if d != dim % len(x.axes)], True)
+        norm = self.linalg_vector_norm(x, 2, [d for d in range(len(x.axes)) if d != x.axis(dim)], True)
         return self.to.map("mul", x, self.to.map("div", g, norm)), norm
 
     def norm(self, x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Strided:
@@ -111,7 +111,7 @@ class Reductions(Elementary):
 
     def _along(self, kind: str, x: Any, dim: int) -> Strided:
         x = self.to.strided(x)
-        return self.to.along(kind, x, dim % len(x.axes))
+        return self.to.along(kind, x, x.axis(dim))
 
     def logsumexp(self, x: Any, dim: Any, keepdim: bool = False) -> Strided:
         x = self.to.strided(x)

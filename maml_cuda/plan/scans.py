@@ -24,7 +24,7 @@ class Scans(Resampling):
             raise Unfusable(f"a conversion to {dtype} is not fused")
         x = self.to.strided(input)
         x = x if x.axes else x.unsqueeze(0)
-        return x, dim % len(x.axes)
+        return x, x.axis(dim)
 
     def cumsum(self, input: Any, dim: int, *, dtype: Any = None) -> Strided:
         x, d = self._along_axis(input, dim, dtype)

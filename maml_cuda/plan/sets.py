@@ -40,8 +40,8 @@ class Sets(LoopWriter):
     def targets(self, shapes: Sequence[tuple[int, ...]]) -> list[Strided]:
         """The leaves of the target of a computed loss, each [n, ...]. They stand beside each other in one value."""
         self.graph.target = total = sum(math.prod(shape if self.whole_sets else shape[1:]) for shape in shapes)
-        self._target = self.emit_on_any("target", (), image=(total, 1, 1))
-        leaves = self._beside(self._target, [("a part of the target", shape) for shape in shapes])
+        number = self.emit_on_any("target", (), image=(total, 1, 1))
+        leaves = self._beside(number, [("a part of the target", shape) for shape in shapes])
         self._target = leaves[0].number
         self._columns = {leaf.offset: number for number, leaf in enumerate(leaves)}
         return leaves

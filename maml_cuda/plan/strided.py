@@ -69,6 +69,16 @@ class Strided(Known):
     def shape(self) -> tuple[int, ...]:
         return tuple(map(self.extent, self.axes))
 
+    def axis(self, dim: int) -> int:
+        """The number of an axis, counted from the first one.
+
+        Raises:
+            Unfusable: there is none. torch takes a 0-d tensor as if it had one.
+        """
+        if not self.axes:
+            raise Unfusable("an operation along an axis of a 0-d tensor is not fused")
+        return dim % len(self.axes)
+
     @property
     def order(self) -> list[int]:
         """The axes in the order in which they are in memory, outer ones first."""

@@ -36,12 +36,13 @@ class TensorViews:
 
     def permute(self, x: Any, dims: Sequence[int]) -> Strided:
         given = self.to.strided(x)
-        return given.permute([d % len(given.axes) for d in dims])
+        return given.permute([given.axis(d) for d in dims])
 
     def transpose(self, x: Any, dim0: int, dim1: int) -> Strided:
         given = self.to.strided(x)
         axes = list(range(len(given.axes)))
-        axes[dim0], axes[dim1] = axes[dim1], axes[dim0]
+        first, second = given.axis(dim0), given.axis(dim1)
+        axes[first], axes[second] = axes[second], axes[first]
         return given.permute(axes)
 
     def t(self, x: Any) -> Strided:
@@ -65,13 +66,13 @@ class TensorViews:
 
     def slice(self, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Strided:
         x = self.to.strided(x)
-        dim, size = dim % len(x.axes), self.to.results[0][dim]
+        dim, size = x.axis(dim), self.to.results[0][dim]
         first = range(x.shape[dim])[slice(start, end, step)].start
         return self.to.viewed(x, lambda x: x.slice(dim, first, size, step))
 
     def select(self, x: Any, dim: int, index: int) -> Strided:
         x = self.to.strided(x)
-        dim = dim % len(x.axes)
+        dim = x.axis(dim)
         return self.to.viewed(x, lambda x: x.select(dim, index % x.shape[dim]))
 
     def unbind(self, x: Any, dim: int = 0) -> tuple[Strided, ...]:
@@ -79,7 +80,7 @@ class TensorViews:
 
     def split(self, x: Any, split_size: Any, dim: int = 0) -> tuple[Strided, ...]:
         x, parts, start = self.to.strided(x), [], 0
-        dim = dim % len(x.axes)
+        dim = x.axis(dim)
         for shape in self.to.results:
             first, size = start, shape[dim]
             parts.append(self.to.viewed(x, lambda x, first=first, size=size: x.slice(dim, first, size)))  # type: ignore[misc]
@@ -91,7 +92,7 @@ class TensorViews:
     def flip(self, input: Any, dims: Sequence[int]) -> Strided:
         x = self.to.strided(input)
         for d in dims:
-            d, size = d % len(x.axes), x.shape[d]
+            d, size = x.axis(d), x.shape[d]
             if size > 1:
                 x = self.to.viewed(x, lambda x, d=d, size=size: x.slice(d, size - 1, size, -1))  # type: ignore[misc]
         return x
@@ -101,7 +102,7 @@ class TensorViews:
         if not dims:
             return self.to.seen_as(self.roll(self.to.seen_as(x, (math.prod(x.shape),)), shifts, (0,)), x.shape)
         for shift, d in zip(shifts, dims, strict=True):
-            d, size = d % len(x.axes), x.shape[d]
+            d, size = x.axis(d), x.shape[d]
             if cut := shift % size:
                 parts = [
                     self.to.viewed(x, lambda x, d=d, size=size, cut=cut: x.slice(d, size - cut, cut)),  # type: ignore[misc]
@@ -133,7 +134,7 @@ class TensorViews:
     def cat(self, tensors: Sequence[Any], dim: int = 0) -> Strided:
         parts = [self.to.strided(x) for x in tensors]
         parts = [x for x in parts if x.shape != (0,)]
-        return self.to.concatenated(parts, dim % len(parts[0].axes))
+        return self.to.concatenated(parts, parts[0].axis(dim))
 
     def stack(self, tensors: Sequence[Any], dim: int = 0) -> Strided:
         parts = [self.to.strided(x) for x in tensors]
