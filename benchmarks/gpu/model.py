@@ -4,7 +4,7 @@ The library plans a warm meta-step as for a GPU, and the emulation (tests/emulat
 them: kernel, grid, threads, shared memory, and the FLOP and bytes counted by csrc/cuda/run/work.h. Register counts are
 those of the compiled library. The time follows from the constants below:
 
-    time of a launch = gap + latency + max(FLOP time, bytes time)
+    time of a launch = gap + latency + max(FLOP time, bytes time)    (a smaller gap where it may start early)
     bytes time       = bytes / bandwidth
     FLOP time        = FLOP / (multiprocessors * speed(b)),   b = blocks / (waves * multiprocessors)
     speed(b)         = rate / multiprocessors * (lone b                              for b <= 1,
@@ -57,7 +57,8 @@ C = {
     "shared memory": Constant(233472, "bytes", "sm_90", "of a multiprocessor"),
     "reserved shared memory": Constant(RESERVED, "bytes", "sm_90", "reserved by the system per block"),
     "gap": Constant(1.0, "us", "estimated", "between two dependent nodes of a graph, without their work"),
-    "latency": Constant(1.8, "us", "estimated", "of a kernel with almost no work"),
+    "early gap": Constant(0.4, "us", "estimated", "the same with programmatic dependent launch: the blocks wait already"),
+    "latency": Constant(1.4, "us", "estimated", "of a kernel with almost no work, whose arguments hold the addresses"),
     "bandwidth": Constant(2.0, "TB/s", "estimated", "of kernels without products: 4-byte accesses"),
     "bandwidth of products": Constant(3.0, "TB/s", "estimated", "of kernels with products"),
     "lone": Constant(0.45, "", "estimated", "share of the rate of a multiprocessor that a single block reaches"),
@@ -107,6 +108,7 @@ class Launch:
     bytes: float
     instructions: int
     registers: int | None
+    early: bool = False  # by programmatic dependent launch
 
     @property
     def blocks(self) -> int:
@@ -142,7 +144,7 @@ class Launch:
         return next((precision for name, precision in names.items() if name in self.kernel), "float32")
 
     def microseconds(self) -> float:
-        fixed = C["gap"].value + C["latency"].value
+        fixed = C["early gap" if self.early else "gap"].value + C["latency"].value
         if self.instructions:
             flop_time = self.flop / self.blocks / C["rate of the megakernel"].value * 1e-6
             return fixed + self.waves * (self.instructions * C["instruction"].value + flop_time)
@@ -225,6 +227,7 @@ def described(launches: list[dict[str, Any]], kernels: dict[str, Usage]) -> Iter
             launch["kernel"], tuple(launch["grid"]), launch["threads"],
             launch["dynamic_shared"] + (known.shared if known else launch["static_shared"]), branch,
             launch["flop"], launch["bytes"], launch["instructions"], known.registers if known else None,
+            launch["early"],
         )  # fmt: skip
 
 

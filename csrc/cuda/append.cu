@@ -7,23 +7,27 @@ namespace {
 
 template <class T>
 __global__ void __launch_bounds__(kElementThreads)
-    forward_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
-  append_forward(grid_team(), l, resolve(symbolic, *table, blockIdx.z));
+    forward_kernel(Layer l, Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  append_forward(grid_team(), l, resolve(symbolic, memory, blockIdx.z));
 }
 template <class T>
 __global__ void __launch_bounds__(kElementThreads)
-    backward_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
-  append_backward(grid_team(), l, resolve(symbolic, *table, blockIdx.z));
+    backward_kernel(Layer l, Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  append_backward(grid_team(), l, resolve(symbolic, memory, blockIdx.z));
 }
 template <class T>
 __global__ void __launch_bounds__(kElementThreads)
-    forward_tangent_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
-  append_forward_tangent(grid_team(), l, resolve(symbolic, *table, blockIdx.z));
+    forward_tangent_kernel(Layer l, Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  append_forward_tangent(grid_team(), l, resolve(symbolic, memory, blockIdx.z));
 }
 template <class T>
 __global__ void __launch_bounds__(kElementThreads)
-    backward_tangent_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
-  append_backward_tangent(grid_team(), l, resolve(symbolic, *table, blockIdx.z));
+    backward_tangent_kernel(Layer l, Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  append_backward_tangent(grid_team(), l, resolve(symbolic, memory, blockIdx.z));
 }
 
 template <class T>
@@ -31,19 +35,19 @@ LaunchPasses<T> all_passes() {
   return {
       [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
         launch("append forward", forward_kernel<T>, element_grid(l.n * l.out.c), kElementThreads, 0, l, t,
-               launch.table);
+               launch.memory);
       },
       [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
         launch("append backward", backward_kernel<T>, element_grid(l.n * l.out.c), kElementThreads, 0, l, t,
-               launch.table);
+               launch.memory);
       },
       [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
         launch("append forward tangent", forward_tangent_kernel<T>, element_grid(l.n * l.out.c),
-               kElementThreads, 0, l, t, launch.table);
+               kElementThreads, 0, l, t, launch.memory);
       },
       [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
         launch("append backward tangent", backward_tangent_kernel<T>, element_grid(l.n * l.out.c),
-               kElementThreads, 0, l, t, launch.table);
+               kElementThreads, 0, l, t, launch.memory);
       },
   };
 }

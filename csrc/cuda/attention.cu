@@ -29,15 +29,16 @@ struct ScoreRows {
 template <class T>
 __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     rows_kernel(const __grid_constant__ ScoreRows rows, Matrices<T> symbolic, const T* symbolic_bias,
-                const T* symbolic_bias_dot, T scale, bool empty_is_zero, const Table* table) {
+                const T* symbolic_bias_dot, T scale, bool empty_is_zero, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const Team team = grid_team();
   const int64_t task = blockIdx.z, keys = rows.keys;
-  const T* of_bias = resolve(symbolic_bias, *table, task);
-  const T* of_bias_dot = resolve(symbolic_bias_dot, *table, task);
+  const T* of_bias = resolve(symbolic_bias, memory, task);
+  const T* of_bias_dot = resolve(symbolic_bias_dot, memory, task);
   for (int64_t row = team.first(); row < rows.loops.outer.steps; row += team.step()) {
     const Offsets<2> at = outer_step(rows.loops, row);
     const auto row_of = [&](T* matrix) {
-      return matrix ? resolve(matrix, *table, task) + at.of[0] : nullptr;
+      return matrix ? resolve(matrix, memory, task) + at.of[0] : nullptr;
     };
     T *p = row_of(symbolic.p), *p_dot = row_of(symbolic.p_dot);
     T *ds = row_of(symbolic.ds), *ds_dot = row_of(symbolic.ds_dot);
@@ -171,7 +172,7 @@ class Attention {
     const ScoreRows rows{split<2>(before, l_.n, matrix_, {&matrix_, &x(kBias)}), l_.loops->size[keys],
                          x(kBias).stride[keys]};
     launch_("attention rows", rows_kernel<T>, step_grid(rows.loops.outer.steps), kElementThreads, 0, rows, m,
-            t_.x[kBias], t_.x_dot[kBias], scale_, l_.b != 0, launch_.table);
+            t_.x[kBias], t_.x_dot[kBias], scale_, l_.b != 0, launch_.memory);
   }
   /// The cotangents of the inputs: of p' g + p_dot' g_dot, and the like.
   void gradients(T* const* to, const T* p, const T* p_dot, const T* g, const T* g_dot, const T* ds,

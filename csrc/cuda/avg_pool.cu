@@ -24,12 +24,13 @@ __device__ __forceinline__ T weight_of(const Windows& w, bool count_padding, int
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    mean_kernel(Layer l, const T* symbolic_x, T* symbolic_y, const Table* table) {
+    mean_kernel(Layer l, const T* symbolic_x, T* symbolic_y, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const ChannelThreads threads = channel_threads(l.in.c);
   const Windows w(l);
   const int64_t c = l.in.c;
-  const T* x = resolve(symbolic_x, *table, blockIdx.z) + threads.channel;
-  T* y = resolve(symbolic_y, *table, blockIdx.z) + threads.channel;
+  const T* x = resolve(symbolic_x, memory, blockIdx.z) + threads.channel;
+  T* y = resolve(symbolic_y, memory, blockIdx.z) + threads.channel;
   each_item(threads, static_cast<int>(l.n), w.outputs(), [&](int sample, int output) {
     const T* image = x + sample * w.pixels() * c;
     T sum = 0;
@@ -40,12 +41,13 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    spread_kernel(Layer l, int cells, const T* symbolic_g, bool add, T* symbolic_grad_x, const Table* table) {
+    spread_kernel(Layer l, int cells, const T* symbolic_g, bool add, T* symbolic_grad_x, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const ChannelThreads threads = channel_threads(l.in.c);
   const Windows w(l);
   const int64_t c = l.in.c;
-  const T* g = resolve(symbolic_g, *table, blockIdx.z) + threads.channel;
-  T* grad_x = resolve(symbolic_grad_x, *table, blockIdx.z) + threads.channel;
+  const T* g = resolve(symbolic_g, memory, blockIdx.z) + threads.channel;
+  T* grad_x = resolve(symbolic_grad_x, memory, blockIdx.z) + threads.channel;
   each_item(threads, static_cast<int>(l.n), cells, [&](int sample, int cell) {
     each_pixel_in(w, cell, [&](int pixel, const Readers& readers) {
       T sum = 0;
@@ -64,13 +66,13 @@ struct OnGpu<Kind::avg_pool> {
   template <class T>
   static void apply(const Launcher& launch, const Layer& l, const T* x, T* y) {
     launch("avg_pool", mean_kernel<T>, channel_grid(l.n * l.out.h * l.out.w, l.in.c, 1), kThreads, 0, l, x, y,
-           launch.table);
+           launch.memory);
   }
   template <class T>
   static void adjoint(const Launcher& launch, const Layer& l, const T* g, bool add, T* grad_x) {
     const int64_t cells = cells_of(l);
     launch("avg_pool transposed", spread_kernel<T>, channel_grid(l.n * cells, l.in.c, 1), kThreads, 0, l,
-           static_cast<int>(cells), g, add, grad_x, launch.table);
+           static_cast<int>(cells), g, add, grad_x, launch.memory);
   }
 };
 template struct Implementation<Kind::avg_pool>;

@@ -21,12 +21,13 @@ struct Terms {
 template <class T>
 __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     product_kernel(const __grid_constant__ Split<kProductOperands> loops, Terms<T> terms, T scale, bool add,
-                   T* symbolic_out, const Table* table) {
+                   T* symbolic_out, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const Team team = grid_team();
   const int64_t task = blockIdx.z;
-  const T *a = resolve(terms.of[0].a, *table, task), *b = resolve(terms.of[0].b, *table, task);
-  const T *a2 = resolve(terms.of[1].a, *table, task), *b2 = resolve(terms.of[1].b, *table, task);
-  T* out = resolve(symbolic_out, *table, task);
+  const T *a = resolve(terms.of[0].a, memory, task), *b = resolve(terms.of[0].b, memory, task);
+  const T *a2 = resolve(terms.of[1].a, memory, task), *b2 = resolve(terms.of[1].b, memory, task);
+  T* out = resolve(symbolic_out, memory, task);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kProductOperands> to = outer_step(loops, step);
     Sum<T> sum;
@@ -45,7 +46,7 @@ void product(const Launcher& launch, const char* name, const Loops& loops, int64
   const Split<kProductOperands> s = split<kProductOperands>(loops, n, to, {&a, &b, &to});
   clear_unless_reached(launch, to, n, s.outer.steps, add, out);
   launch(name, product_kernel<T>, step_grid(s.outer.steps), kElementThreads, 0, s, terms, scale, add, out,
-         launch.table);
+         launch.memory);
 }
 
 }  // namespace maml::cuda

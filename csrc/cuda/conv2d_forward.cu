@@ -26,7 +26,8 @@ struct Forward {
 
 template <class Arithmetic, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
-    forward_kernel(const __grid_constant__ Forward<typename Arithmetic::T> p, const Table* table) {
+    forward_kernel(const __grid_constant__ Forward<typename Arithmetic::T> p, Deferred deferred) {
+  const Memory memory = deferred.ready();
   using T = typename Arithmetic::T;
   using Forward = Product<Arithmetic, Tile, PixelsByTaps, Rows>;
   const int64_t task = blockIdx.z;
@@ -34,11 +35,11 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
   const int rows = p.a.gather.pixels, n = p.b.n;
 
   typename Forward::Accumulators sums;
-  Forward::compute(p.a, p.b, p.terms, *table, task, m0, n0, 0, p.a.gather.depth, sums,
+  Forward::compute(p.a, p.b, p.terms, memory, task, m0, n0, 0, p.a.gather.depth, sums,
                    [](bool, const T*, auto) {});
   const auto at = Forward::position(m0, n0);
   if (!at.owner) return;
-  if (const T* const bias = resolve(p.bias, *table, task)) {
+  if (const T* const bias = resolve(p.bias, memory, task)) {
 #pragma unroll
     for (int c = 0; c < Forward::Accumulators::kColumns; ++c) {
       const T shift = at.column(c) < n ? bias[at.column(c)] : T(0);
@@ -46,11 +47,11 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
       for (int r = 0; r < Forward::Accumulators::kRows; ++r) sums.at(r, c) += shift;
     }
   }
-  T* const y = resolve(p.y, *table, task);
+  T* const y = resolve(p.y, memory, task);
   write<Forward>(at, sums, n, p.vectors_y, false,
                  [&](int m) { return m < rows ? y + static_cast<int64_t>(m) * n : nullptr; });
-  if (T* const entries = resolve(p.statistics.entries, *table, task)) {
-    take_statistics<Forward>(at, sums, rows, n, resolve(p.statistics.primal, *table, task), entries);
+  if (T* const entries = resolve(p.statistics.entries, memory, task)) {
+    take_statistics<Forward>(at, sums, rows, n, resolve(p.statistics.primal, memory, task), entries);
   }
 }
 
@@ -69,7 +70,7 @@ void convolve(const Launcher& launch, const char* name, const Layer& l, Terms<T>
   note([&] { return product_work<T>(m, n, gather.depth, terms.count, l.n * size(l.in), m * n); });
   with_product<T>(l, m * n, n, [&]<class Arithmetic, class Tile>() {
     launch(name, forward_kernel<Arithmetic, Tile>, {blocks_for(m, Tile::kM), blocks_for(n, Tile::kN)},
-           Tile::kThreads, Product<Arithmetic, Tile, PixelsByTaps, Rows>::kSharedBytes, p, launch.table);
+           Tile::kThreads, Product<Arithmetic, Tile, PixelsByTaps, Rows>::kSharedBytes, p, launch.memory);
   });
 }
 

@@ -39,7 +39,8 @@ struct InputGradient {
 template <class Arithmetic, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
     input_gradient_kernel(const __grid_constant__ InputGradient<typename Arithmetic::T> p,
-                          const Table* table) {
+                          Deferred deferred) {
+  const Memory memory = deferred.ready();
   using T = typename Arithmetic::T;
   using Backward = Product<Arithmetic, Tile, PixelsByTaps, Taps>;
   const int64_t task = blockIdx.z;
@@ -50,10 +51,10 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
   const int n0 = static_cast<int>(blockIdx.y) * Tile::kN;
 
   typename Backward::Accumulators sums;
-  Backward::compute(c.a, c.b, p.terms, *table, task, m0, n0, 0, c.b.depth, sums, [](bool, const T*, auto) {});
+  Backward::compute(c.a, c.b, p.terms, memory, task, m0, n0, 0, c.b.depth, sums, [](bool, const T*, auto) {});
   const auto at = Backward::position(m0, n0);
   if (!at.owner) return;
-  T* const grad_x = resolve(p.grad_x, *table, task);
+  T* const grad_x = resolve(p.grad_x, memory, task);
   write<Backward>(at, sums, c.b.n, p.vectors_x, p.add, [&](int m) {
     const Place to = c.to.pixel(m);
     return to.at < 0 ? nullptr : grad_x + to.offset;
@@ -115,7 +116,7 @@ void input_gradient(const Launcher& launch, const char* name, const Layer& l, Te
         return work;
       });
       launch(name, input_gradient_kernel<Arithmetic, Tile>, {blocks, blocks_for(n, Tile::kN)}, Tile::kThreads,
-             Product<Arithmetic, Tile, PixelsByTaps, Taps>::kSharedBytes, p, launch.table);
+             Product<Arithmetic, Tile, PixelsByTaps, Taps>::kSharedBytes, p, launch.memory);
       p.count = 0;
       blocks = 0;
     };

@@ -75,7 +75,8 @@ struct ColumnSums {
 template <class Arithmetic, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
     weight_gradient_kernel(const __grid_constant__ WeightGradient<typename Arithmetic::T> p,
-                           const Table* table) {
+                           Deferred deferred) {
+  const Memory memory = deferred.ready();
   using T = typename Arithmetic::T;
   using Weight = Product<Arithmetic, Tile, TapsByPixels, Rows>;
   static_assert(kSplitGrain % Weight::kDepth == 0);
@@ -85,12 +86,12 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
             n0 = static_cast<int>(blockIdx.y) / p.splits * Tile::kN;
   const int begin = split * p.split_pixels;
   const int end = begin + p.split_pixels < p.b.depth ? begin + p.split_pixels : p.b.depth;
-  T* const parts = resolve(p.parts, *table, task);
-  T* const grad_b = blockIdx.x == 0 ? resolve(p.grad_b, *table, task) : nullptr;
+  T* const parts = resolve(p.parts, memory, task);
+  T* const grad_b = blockIdx.x == 0 ? resolve(p.grad_b, memory, task) : nullptr;
 
   typename Weight::Accumulators sums;
   ColumnSums<Weight, Tile> columns;
-  Weight::compute(p.a, p.b, p.terms, *table, task, m0, n0, begin, end, sums,
+  Weight::compute(p.a, p.b, p.terms, memory, task, m0, n0, begin, end, sums,
                   [&](bool second, const T* slabs, auto layout) {
                     if (grad_b && !second) columns.add(slabs, layout);
                   });
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
       to[column] = p.add_b && !parts ? to[column] + total : total;
     }
   }
-  T* const grad_w = parts ? parts + split * p.outputs() : resolve(p.grad_w, *table, task);
+  T* const grad_w = parts ? parts + split * p.outputs() : resolve(p.grad_w, memory, task);
   const auto at = Weight::position(m0, n0);
   if (!at.owner || !p.grad_w) return;
   write<Weight>(at, sums, n, p.vectors_w, p.add_w && !parts,
@@ -112,14 +113,15 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
 /// One thread for each element of grad_w, then of grad_b.
 template <class T>
 __global__ void __launch_bounds__(kAddThreads)
-    add_splits_kernel(const __grid_constant__ WeightGradient<T> p, const Table* table) {
+    add_splits_kernel(const __grid_constant__ WeightGradient<T> p, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const int64_t task = blockIdx.z, outputs = p.outputs(), n = p.b.n;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kAddThreads + threadIdx.x;
   if (i >= outputs + n) return;
   const bool bias = i >= outputs;
-  T* to = resolve(bias ? p.grad_b : p.grad_w, *table, task);
+  T* to = resolve(bias ? p.grad_b : p.grad_w, memory, task);
   if (!to) return;
-  const T* from = resolve(p.parts, *table, task);
+  const T* from = resolve(p.parts, memory, task);
   const int64_t part = bias ? n : outputs;
   from += bias ? p.splits * outputs + (i - outputs) : i;
   to += bias ? i - outputs : i;
@@ -173,12 +175,12 @@ void weight_gradient(const Launcher& launch, const char* name, const Layer& l, T
   with_product<T>(l, m * n * splits, n, [&]<class Arithmetic, class Tile>() {
     launch(name, weight_gradient_kernel<Arithmetic, Tile>,
            {grad_w ? blocks_for(m, Tile::kM) : 1, blocks_for(n, Tile::kN) * splits}, Tile::kThreads,
-           Product<Arithmetic, Tile, TapsByPixels, Rows>::kSharedBytes, p, launch.table);
+           Product<Arithmetic, Tile, TapsByPixels, Rows>::kSharedBytes, p, launch.memory);
   });
   if (parts) {
     note([&] { return traffic<T>(m * n * (splits + 1), 1); });
     launch("conv2d gradient parts", add_splits_kernel<T>, {blocks_for(m * n + n, kAddThreads)}, kAddThreads,
-           0, p, launch.table);
+           0, p, launch.memory);
   }
 }
 

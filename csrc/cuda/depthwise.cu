@@ -15,12 +15,13 @@ enum : int { kX, kY, kW, kPlace, kOperands = kPlace + kMostSlides };
 template <class T>
 __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     depthwise_kernel(const __grid_constant__ Split<kOperands> loops, const __grid_constant__ Slides slides,
-                     Terms<T> terms, bool to_w, bool add, T* symbolic_out, const Table* table) {
+                     Terms<T> terms, bool to_w, bool add, T* symbolic_out, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const Team team = grid_team();
   const int64_t task = blockIdx.z;
-  const T *a = resolve(terms.of[0].a, *table, task), *b = resolve(terms.of[0].b, *table, task);
-  const T *a2 = resolve(terms.of[1].a, *table, task), *b2 = resolve(terms.of[1].b, *table, task);
-  T* out = resolve(symbolic_out, *table, task);
+  const T *a = resolve(terms.of[0].a, memory, task), *b = resolve(terms.of[0].b, memory, task);
+  const T *a2 = resolve(terms.of[1].a, memory, task), *b2 = resolve(terms.of[1].b, memory, task);
+  T* out = resolve(symbolic_out, memory, task);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kOperands> to = outer_step(loops, step);
     Sum<T> sum;
@@ -39,13 +40,14 @@ template <class T>
 __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     depthwise_transposed_kernel(const __grid_constant__ Split<kOperands> loops,
                                 const __grid_constant__ Slides slides, Terms<T> terms, bool add,
-                                T* symbolic_grad_x, const Table* table) {
+                                T* symbolic_grad_x, Deferred deferred) {
+  const Memory memory = deferred.ready();
   static_assert(kMostSlides == 3);
   const Team team = grid_team();
   const int64_t task = blockIdx.z;
-  const T *g = resolve(terms.of[0].a, *table, task), *w = resolve(terms.of[0].b, *table, task);
-  const T *g2 = resolve(terms.of[1].a, *table, task), *w2 = resolve(terms.of[1].b, *table, task);
-  T* grad_x = resolve(symbolic_grad_x, *table, task);
+  const T *g = resolve(terms.of[0].a, memory, task), *w = resolve(terms.of[0].b, memory, task);
+  const T *g2 = resolve(terms.of[1].a, memory, task), *w2 = resolve(terms.of[1].b, memory, task);
+  T* grad_x = resolve(symbolic_grad_x, memory, task);
   const Taps &outer = slides.of[0], &middle = slides.of[1], &inner = slides.of[2];
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kOperands> at = outer_step(loops, step);
@@ -86,10 +88,10 @@ struct OnGpu<Kind::depthwise> {
     clear_unless_reached(launch, to, l.n, s.outer.steps, add, out);
     if (to_x) {
       launch("depthwise transposed", depthwise_transposed_kernel<T>, step_grid(s.outer.steps),
-             kElementThreads, 0, s, slides, terms, add, out, launch.table);
+             kElementThreads, 0, s, slides, terms, add, out, launch.memory);
     } else {
       launch(tangent == Tangent::yes ? "depthwise tangent" : "depthwise", depthwise_kernel<T>,
-             step_grid(s.outer.steps), kElementThreads, 0, s, slides, terms, to_w, add, out, launch.table);
+             step_grid(s.outer.steps), kElementThreads, 0, s, slides, terms, to_w, add, out, launch.memory);
     }
   }
 };

@@ -19,11 +19,12 @@ __device__ __forceinline__ uint32_t random_number(const Stream& stream, uint32_t
 template <class T>
 __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     masked_kernel(const __grid_constant__ Split<3> loops, T a, uint32_t number, uint64_t keep, Stream stream,
-                  const T* symbolic_in, bool add, T* symbolic_out, const Table* table) {
+                  const T* symbolic_in, bool add, T* symbolic_out, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const Team team = grid_team();
-  const T* in = resolve(symbolic_in, *table, blockIdx.z);
-  T* out = resolve(symbolic_out, *table, blockIdx.z);
-  stream = of_task(stream, *table, blockIdx.z);
+  const T* in = resolve(symbolic_in, memory, blockIdx.z);
+  T* out = resolve(symbolic_out, memory, blockIdx.z);
+  stream = of_task(stream, memory, blockIdx.z);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<3> to = outer_step(loops, step);
     Sum<T> sum;
@@ -41,7 +42,7 @@ void masked(const Launcher& launch, const char* name, const Layer& l, const View
   const Split<3> s = split<3>(*l.loops, l.n, to, {&from, &to, &of_mask});
   clear_unless_reached(launch, to, l.n, s.outer.steps, add, out);
   launch(name, masked_kernel<T>, step_grid(s.outer.steps), kElementThreads, 0, s, static_cast<T>(l.a),
-         l.mask->number, l.mask->keep, l.stream, in, add, out, launch.table);
+         l.mask->number, l.mask->keep, l.stream, in, add, out, launch.memory);
 }
 
 }  // namespace

@@ -43,11 +43,12 @@ Split<kOperands> split_by(const Layer& l, const View& by) {
 template <class T>
 __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     forward_kernel(const __grid_constant__ Split<kOperands> loops, Reduction reduction, const T* symbolic_x,
-                   T* symbolic_y, int32_t* symbolic_chosen, const Table* table) {
+                   T* symbolic_y, int32_t* symbolic_chosen, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const Team team = grid_team();
-  const T* x = resolve(symbolic_x, *table, blockIdx.z);
-  T* y = resolve(symbolic_y, *table, blockIdx.z);
-  int32_t* chosen = resolve(symbolic_chosen, *table, blockIdx.z);
+  const T* x = resolve(symbolic_x, memory, blockIdx.z);
+  T* y = resolve(symbolic_y, memory, blockIdx.z);
+  int32_t* chosen = resolve(symbolic_chosen, memory, blockIdx.z);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kOperands> from = outer_step(loops, step);
     T best = x[from.of[kX]];
@@ -77,12 +78,13 @@ template <class T>
 __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     tangent_kernel(const __grid_constant__ Split<kOperands> loops, Reduction reduction, const T* symbolic_x,
                    const T* symbolic_y, const int32_t* symbolic_chosen, const T* symbolic_x_dot,
-                   T* symbolic_y_dot, const Table* table) {
+                   T* symbolic_y_dot, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const Team team = grid_team();
-  const T *x = resolve(symbolic_x, *table, blockIdx.z), *y = resolve(symbolic_y, *table, blockIdx.z);
-  const T* x_dot = resolve(symbolic_x_dot, *table, blockIdx.z);
-  const int32_t* chosen = resolve(symbolic_chosen, *table, blockIdx.z);
-  T* y_dot = resolve(symbolic_y_dot, *table, blockIdx.z);
+  const T *x = resolve(symbolic_x, memory, blockIdx.z), *y = resolve(symbolic_y, memory, blockIdx.z);
+  const T* x_dot = resolve(symbolic_x_dot, memory, blockIdx.z);
+  const int32_t* chosen = resolve(symbolic_chosen, memory, blockIdx.z);
+  T* y_dot = resolve(symbolic_y_dot, memory, blockIdx.z);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kOperands> to = outer_step(loops, step);
     Sum<T> sum;
@@ -98,12 +100,13 @@ template <class T>
 __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     cotangent_kernel(const __grid_constant__ Split<kOperands> loops, Reduction reduction, const T* symbolic_x,
                      const T* symbolic_y, const int32_t* symbolic_chosen, const T* symbolic_g, bool add,
-                     T* symbolic_grad_x, const Table* table) {
+                     T* symbolic_grad_x, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const Team team = grid_team();
-  const T *x = resolve(symbolic_x, *table, blockIdx.z), *y = resolve(symbolic_y, *table, blockIdx.z);
-  const T* g = resolve(symbolic_g, *table, blockIdx.z);
-  const int32_t* chosen = resolve(symbolic_chosen, *table, blockIdx.z);
-  T* grad_x = resolve(symbolic_grad_x, *table, blockIdx.z);
+  const T *x = resolve(symbolic_x, memory, blockIdx.z), *y = resolve(symbolic_y, memory, blockIdx.z);
+  const T* g = resolve(symbolic_g, memory, blockIdx.z);
+  const int32_t* chosen = resolve(symbolic_chosen, memory, blockIdx.z);
+  T* grad_x = resolve(symbolic_grad_x, memory, blockIdx.z);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kOperands> to = outer_step(loops, step);
     Sum<T> sum;
@@ -118,14 +121,14 @@ template <class T>
 void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   const Split<kOperands> loops = split_by(l, l.loops->y);
   launch("extreme forward", forward_kernel<T>, step_grid(loops.outer.steps), kElementThreads, 0, loops,
-         l.reduction, t.x[0], t.y, choice_of(t), launch.table);
+         l.reduction, t.x[0], t.y, choice_of(t), launch.memory);
 }
 
 template <class T>
 void forward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   const Split<kOperands> loops = split_by(l, l.loops->y);
   launch("extreme forward tangent", tangent_kernel<T>, step_grid(loops.outer.steps), kElementThreads, 0,
-         loops, l.reduction, t.x[0], t.y, choice_of(t), t.x_dot[0], t.y_dot, launch.table);
+         loops, l.reduction, t.x[0], t.y, choice_of(t), t.x_dot[0], t.y_dot, launch.memory);
 }
 
 /// Of g, or of its tangent.
@@ -137,7 +140,7 @@ void give(const Launcher& launch, const char* name, const Layer& l, const Tensor
   const Split<kOperands> loops = split_by(l, x);
   clear_unless_reached(launch, x, l.n, loops.outer.steps, t.add_x[0], grad_x);
   launch(name, cotangent_kernel<T>, step_grid(loops.outer.steps), kElementThreads, 0, loops, l.reduction,
-         t.x[0], t.y, choice_of(t), g, t.add_x[0], grad_x, launch.table);
+         t.x[0], t.y, choice_of(t), g, t.add_x[0], grad_x, launch.memory);
 }
 template <class T>
 void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {

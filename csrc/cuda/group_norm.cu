@@ -94,10 +94,10 @@ struct View {
   int first;     // the cell's first channel
   int64_t at;    // the element of the cell's first value
 
-  __device__ __forceinline__ View(const Layer& l, int width, const Tensors<T>& symbolic, const Table& table)
+  __device__ __forceinline__ View(const Layer& l, int width, const Tensors<T>& symbolic, const Memory& memory)
       : sizes(l),
         threads(threads_over(sizes.cells, width)),
-        t(resolve(symbolic, table, blockIdx.z)),
+        t(resolve(symbolic, memory, blockIdx.z)),
         saved(t, sizes.cells) {
     cell = threads.active ? static_cast<int64_t>(blockIdx.x) * width + threads.channel : 0;
     first = static_cast<int>(cell % sizes.groups) * sizes.width;
@@ -142,8 +142,9 @@ struct View {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    group_norm_forward(Layer l, int width, Tensors<T> symbolic, const Table* table) {
-  const View<T> view(l, width, symbolic, *table);
+    group_norm_forward(Layer l, int width, Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const View<T> view(l, width, symbolic, memory);
   const Tensors<T>& t = view.t;
   T mean[1], moments[2];
   view.sum(mean, [&](int64_t i, int, T(&sum)[1]) { sum[0] += t.x[0][i]; });
@@ -165,8 +166,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 /// Computes grad_x.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    group_norm_backward(Layer l, int width, Tensors<T> symbolic, const Table* table) {
-  const View<T> view(l, width, symbolic, *table);
+    group_norm_backward(Layer l, int width, Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const View<T> view(l, width, symbolic, memory);
   const Tensors<T>& t = view.t;
   const Map<T> map(view.saved, view.cell, false);
   T sums[2];
@@ -184,8 +186,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    group_norm_forward_tangent(Layer l, int width, Tensors<T> symbolic, const Table* table) {
-  const View<T> view(l, width, symbolic, *table);
+    group_norm_forward_tangent(Layer l, int width, Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const View<T> view(l, width, symbolic, memory);
   const Tensors<T>& t = view.t;
   Map<T> map(view.saved, view.cell, false);
   const T* x_dot = t.x_dot[0];
@@ -209,8 +212,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 /// Computes grad_x_dot.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T> - 1)  // one block fewer: needs more registers
-    group_norm_backward_tangent(Layer l, int width, Tensors<T> symbolic, const Table* table) {
-  const View<T> view(l, width, symbolic, *table);
+    group_norm_backward_tangent(Layer l, int width, Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const View<T> view(l, width, symbolic, memory);
   const Tensors<T>& t = view.t;
   const T* x_dot = t.x_dot[0];
   const Map<T> map(view.saved, view.cell, x_dot != nullptr);
@@ -262,8 +266,9 @@ __device__ __forceinline__ void affine_sums(const Layer& l, const ChannelThreads
 /// Block x computes the entry of tile x.
 template <bool kTangent, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    group_norm_sums(Layer l, Tensors<T> symbolic, int rows, const Table* table) {
-  const Tensors<T> t = resolve(symbolic, *table, blockIdx.z);
+    group_norm_sums(Layer l, Tensors<T> symbolic, int rows, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const Tensors<T> t = resolve(symbolic, memory, blockIdx.z);
   const ChannelThreads threads = channel_threads(l.in.c);
   const int first = static_cast<int>(blockIdx.x) * kTileRows;
   T sums[2];
@@ -275,12 +280,13 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 /// rows.
 template <bool kTangent, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    group_norm_affine(Layer l, Tensors<T> symbolic, Partials<T> partials, int rows, const Table* table) {
-  const Tensors<T> t = resolve(symbolic, *table, blockIdx.z);
+    group_norm_affine(Layer l, Tensors<T> symbolic, Partials<T> partials, int rows, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const Tensors<T> t = resolve(symbolic, memory, blockIdx.z);
   const ChannelThreads threads = channel_threads(l.in.c);
   T sums[2];
   if (partials.count > 0) {
-    const Partials<T> p = resolve(partials, *table, blockIdx.z);
+    const Partials<T> p = resolve(partials, memory, blockIdx.z);
     double merged[2];
     Sums::merge(threads, l.in.c, p, 0, p.count, merged);
     for (int q = 0; q < 2; ++q) sums[q] = static_cast<T>(merged[q]);
@@ -297,10 +303,10 @@ int64_t rows_of(const Layer& l) { return l.n * l.in.h * l.in.w; }
 
 template <class T>
 void launch_over_cells(const Launcher& launch, const char* name,
-                       void (*kernel)(Layer, int, Tensors<T>, const Table*), const Layer& l,
+                       void (*kernel)(Layer, int, Tensors<T>, Deferred), const Layer& l,
                        const Tensors<T>& t) {
   const int width = cells_of_block(l);
-  launch(name, kernel, Grid{blocks_for(l.n * l.groups, width)}, kThreads, 0, l, width, t, launch.table);
+  launch(name, kernel, Grid{blocks_for(l.n * l.groups, width)}, kThreads, 0, l, width, t, launch.memory);
 }
 
 template <bool kTangent, class T>
@@ -310,11 +316,11 @@ void give_affine(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   Partials<T> p{};
   if (tiles_of(rows) > 1) {
     launch("group_norm sums", group_norm_sums<kTangent, T>, Grid{tiles_of(rows), blocks}, kThreads, 0, l, t,
-           static_cast<int>(rows), launch.table);
+           static_cast<int>(rows), launch.memory);
     p = few_partials<Sums>(launch, rows, c, kTileRows, t.scratch, t.scratch);
   }
   launch("group_norm affine", group_norm_affine<kTangent, T>, Grid{1, blocks}, kThreads, 0, l, t, p,
-         static_cast<int>(rows), launch.table);
+         static_cast<int>(rows), launch.memory);
 }
 
 template <class T>

@@ -21,11 +21,12 @@ inline Split<kLookupOperands> lookup_loops(const Layer& l, const View& of, const
 template <class T>
 __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     look_up_kernel(const __grid_constant__ Split<kLookupOperands> loops, Axis axis, const T* symbolic_of,
-                   const T* symbolic_index, bool add, T* symbolic_to, const Table* table) {
+                   const T* symbolic_index, bool add, T* symbolic_to, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const Team team = grid_team();
-  const T* of = resolve(symbolic_of, *table, blockIdx.z);
-  const T* index = resolve(symbolic_index, *table, blockIdx.z);
-  T* to = resolve(symbolic_to, *table, blockIdx.z);
+  const T* of = resolve(symbolic_of, memory, blockIdx.z);
+  const T* index = resolve(symbolic_index, memory, blockIdx.z);
+  T* to = resolve(symbolic_to, memory, blockIdx.z);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kLookupOperands> first = outer_step(loops, step);
     Sum<T> sum;
@@ -41,11 +42,12 @@ __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
 template <class T>
 __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     add_up_kernel(const __grid_constant__ Split<kLookupOperands> loops, Axis axis, const T* symbolic_from,
-                  const T* symbolic_index, bool outside_is_nan, T* symbolic_of, const Table* table) {
+                  const T* symbolic_index, bool outside_is_nan, T* symbolic_of, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const Team team = grid_team();
-  const T* from = resolve(symbolic_from, *table, blockIdx.z);
-  const T* index = resolve(symbolic_index, *table, blockIdx.z);
-  T* of = resolve(symbolic_of, *table, blockIdx.z);
+  const T* from = resolve(symbolic_from, memory, blockIdx.z);
+  const T* index = resolve(symbolic_index, memory, blockIdx.z);
+  T* of = resolve(symbolic_of, memory, blockIdx.z);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kLookupOperands> first = outer_step(loops, step);
     each_step(loops.inner, first, [&](const Offsets<kLookupOperands>& at) {
@@ -66,7 +68,7 @@ void look_up(const Launcher& launch, const char* name, const Layer& l, const Vie
   const Split<kLookupOperands> s = lookup_loops(l, of_view, to_view, to_view);
   clear_unless_reached(launch, to_view, l.n, s.outer.steps, add, to);
   launch(name, look_up_kernel<T>, step_grid(s.outer.steps), kElementThreads, 0, s, l.loops->axis, of, index,
-         add, to, launch.table);
+         add, to, launch.memory);
 }
 
 /// A thread takes a step of the axes that `of` has in the loops.
@@ -76,7 +78,7 @@ void add_up(const Launcher& launch, const char* name, const Layer& l, const T* f
   if (!add) clear(launch, of_view, l.n, of);
   const Split<kLookupOperands> s = lookup_loops(l, of_view, of_view, from_view);
   launch(name, add_up_kernel<T>, step_grid(s.outer.steps), kElementThreads, 0, s, l.loops->axis, from, index,
-         outside_is_nan, of, launch.table);
+         outside_is_nan, of, launch.memory);
 }
 
 /// The cotangent of an operand that has no derivative.

@@ -111,19 +111,20 @@ struct Pointers {
 };
 template <class T>
 __device__ __forceinline__ Pointers<T> resolve_all(const T* const (&symbolic)[kMostInputs],
-                                                   const Table& table) {
+                                                   const Memory& memory) {
   Pointers<T> p;
-  for (int j = 0; j < kMostInputs; ++j) p.of[j] = resolve(symbolic[j], table, blockIdx.z);
+  for (int j = 0; j < kMostInputs; ++j) p.of[j] = resolve(symbolic[j], memory, blockIdx.z);
   return p;
 }
 
 template <bool kTangent, class T>
 __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     forward_kernel(const __grid_constant__ Split<kOperands> loops, const __grid_constant__ Expression e,
-                   Set moves, const __grid_constant__ Tensors<T> symbolic, const Table* table) {
+                   Set moves, const __grid_constant__ Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const Team team = grid_team();
-  const Pointers<T> x = resolve_all(symbolic.x, *table), x_dot = resolve_all(symbolic.x_dot, *table);
-  T* y = resolve(kTangent ? symbolic.y_dot : symbolic.y, *table, blockIdx.z);
+  const Pointers<T> x = resolve_all(symbolic.x, memory), x_dot = resolve_all(symbolic.x_dot, memory);
+  T* y = resolve(kTangent ? symbolic.y_dot : symbolic.y, memory, blockIdx.z);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kOperands> at = outer_step(loops, step);
     Values<T> values;
@@ -182,12 +183,13 @@ template <bool kTangent, class T>
 __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     backward_kernel(const __grid_constant__ Split<kOperands> loops, const __grid_constant__ Expression e,
                     Set moves, int operand, Set wanted, const __grid_constant__ Tensors<T> symbolic,
-                    const Table* table) {
+                    Deferred deferred) {
+  const Memory memory = deferred.ready();
   const Team team = grid_team();
-  const Pointers<T> x = resolve_all(symbolic.x, *table), x_dot = resolve_all(symbolic.x_dot, *table);
-  const T* g = resolve(symbolic.grad_y, *table, blockIdx.z);
-  const T* g_dot = resolve(symbolic.grad_y_dot, *table, blockIdx.z);
-  T* out = resolve((kTangent ? symbolic.grad_x_dot : symbolic.grad_x)[operand], *table, blockIdx.z);
+  const Pointers<T> x = resolve_all(symbolic.x, memory), x_dot = resolve_all(symbolic.x_dot, memory);
+  const T* g = resolve(symbolic.grad_y, memory, blockIdx.z);
+  const T* g_dot = resolve(symbolic.grad_y_dot, memory, blockIdx.z);
+  T* out = resolve((kTangent ? symbolic.grad_x_dot : symbolic.grad_x)[operand], memory, blockIdx.z);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kOperands> to = outer_step(loops, step);
     Sum<T> sum;
@@ -228,7 +230,7 @@ void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   const Split<kOperands> loops = split_by(l, l.loops->y);
   const Set moves = kTangent ? dependent(e, operands_that_move(e, t)) : 0;
   launch(kTangent ? "map forward tangent" : "map forward", forward_kernel<kTangent, T>,
-         step_grid(loops.outer.steps), kElementThreads, 0, loops, e, moves, t, launch.table);
+         step_grid(loops.outer.steps), kElementThreads, 0, loops, e, moves, t, launch.memory);
 }
 
 template <bool kTangent, class T>
@@ -243,7 +245,7 @@ void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
     clear_unless_reached(launch, l.loops->x[j], l.n, loops.outer.steps, t.add_x[j], out);
     launch(kTangent ? "map backward tangent" : "map backward", backward_kernel<kTangent, T>,
            step_grid(loops.outer.steps), kElementThreads, 0, loops, e, moves, j, dependent(e, Set{1} << j), t,
-           launch.table);
+           launch.memory);
   }
 }
 

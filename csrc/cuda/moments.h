@@ -84,9 +84,9 @@ struct Moments {
 
 /// The addresses of one task's entries.
 template <class T>
-__device__ __forceinline__ Partials<T> resolve(const Partials<T>& symbolic, const Table& table,
+__device__ __forceinline__ Partials<T> resolve(const Partials<T>& symbolic, const Memory& memory,
                                                int64_t task) {
-  return {resolve(symbolic.at, table, task), symbolic.count, symbolic.rows, symbolic.m};
+  return {resolve(symbolic.at, memory, task), symbolic.count, symbolic.rows, symbolic.m};
 }
 
 /// Writes entry blockIdx.x [values, c] at this thread's channel.
@@ -101,25 +101,27 @@ __device__ __forceinline__ void write_entry(const ChannelThreads& threads, int64
 /// Block x merges the entries from x * kFold on into entry x.
 template <class Kind, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    fold_kernel(int64_t c, Partials<T> symbolic, T* symbolic_out, const Table* table) {
+    fold_kernel(int64_t c, Partials<T> symbolic, T* symbolic_out, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const ChannelThreads threads = channel_threads(c);
-  const Partials<T> p = resolve(symbolic, *table, blockIdx.z);
+  const Partials<T> p = resolve(symbolic, memory, blockIdx.z);
   const int first = static_cast<int>(blockIdx.x) * kFold;
   double merged[Kind::kValues];
   Kind::merge(threads, c, p, first, std::min(int{kFold}, p.count - first), merged);
-  write_entry(threads, c, resolve(symbolic_out, *table, blockIdx.z), merged);
+  write_entry(threads, c, resolve(symbolic_out, memory, blockIdx.z), merged);
 }
 
 /// Block x computes the moments of tile x of a, or of a and b.
 template <int kMeans, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     moments_kernel(int64_t m, int64_t c, const T* symbolic_a, const T* symbolic_b, T* symbolic_out,
-                   const Table* table) {
+                   Deferred deferred) {
+  const Memory memory = deferred.ready();
   const ChannelThreads threads = channel_threads(c);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileRows;
   const int count = static_cast<int>(std::min<int64_t>(kTileRows, m - first));
-  const T* a = resolve(symbolic_a, *table, blockIdx.z) + first * c + threads.channel;
-  const T* b = kMeans == 1 ? a : resolve(symbolic_b, *table, blockIdx.z) + first * c + threads.channel;
+  const T* a = resolve(symbolic_a, memory, blockIdx.z) + first * c + threads.channel;
+  const T* b = kMeans == 1 ? a : resolve(symbolic_b, memory, blockIdx.z) + first * c + threads.channel;
   T values[kMeans + 1], mean[kMeans], product[1];
   channel_sums(threads, count, mean, [&](int i, T(&sum)[kMeans]) {
     sum[0] += a[i * c];
@@ -129,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   channel_sums(threads, count, product,
                [&](int i, T(&sum)[1]) { sum[0] += (a[i * c] - mean[0]) * (b[i * c] - mean[kMeans - 1]); });
   values[kMeans] = product[0];
-  write_entry(threads, c, resolve(symbolic_out, *table, blockIdx.z), values);
+  write_entry(threads, c, resolve(symbolic_out, memory, blockIdx.z), values);
 }
 
 inline int64_t tiles_of(int64_t rows) { return blocks_for(rows, kTileRows); }
@@ -150,7 +152,7 @@ Partials<T> few_partials(const Launcher& launch, int64_t m, int64_t c, int rows,
   const Partials<T> folded{scratch + 3 * c * tiles_of(m), static_cast<int>(blocks_for(count, kFold)),
                            rows * kFold, m};
   launch("fold partial sums", fold_kernel<Kind, T>, Grid{folded.count, blocks_for(c, channel_width(c))},
-         kThreads, 0, c, p, folded.at, launch.table);
+         kThreads, 0, c, p, folded.at, launch.memory);
   return folded;
 }
 
@@ -160,7 +162,7 @@ Partials<T> moments_of(const Launcher& launch, int64_t m, int64_t c, const T* a,
                        T* scratch) {
   if (taken) return few_partials<Moments<kMeans>>(launch, m, c, kStatisticsRows, taken, scratch);
   launch("moments", moments_kernel<kMeans, T>, Grid{tiles_of(m), blocks_for(c, channel_width(c))}, kThreads,
-         0, m, c, a, b, scratch, launch.table);
+         0, m, c, a, b, scratch, launch.memory);
   return few_partials<Moments<kMeans>>(launch, m, c, kTileRows, scratch, scratch);
 }
 

@@ -33,7 +33,7 @@ struct OnGpu<Kind::move> {
   static void copy(const Launcher& launch, const Loops& loops, int64_t n, const T* x, T* y) {
     const Split<2> s = split<2>(loops, n, loops.y, {&loops.x[0], &loops.y});
     launch("move", sum_kernel<T>, step_grid(s.outer.steps), kElementThreads, 0, s, T(1), x, false, y,
-           launch.table);
+           launch.memory);
   }
 };
 template struct Implementation<Kind::move>;

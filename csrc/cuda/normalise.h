@@ -78,9 +78,9 @@ struct View {
   int n, pixels, outputs;  // pixels and outputs of one sample
   bool pooled;
 
-  __device__ __forceinline__ View(const Layer& l, const Tensors<T>& symbolic, const Table& table)
+  __device__ __forceinline__ View(const Layer& l, const Tensors<T>& symbolic, const Memory& memory)
       : threads(channel_threads(l.in.c)),
-        t(resolve(symbolic, table, blockIdx.z)),
+        t(resolve(symbolic, memory, blockIdx.z)),
         saved(t.saved, l.in.c),
         c(l.in.c),
         channel(threads.active ? threads.channel : 0),
@@ -135,10 +135,11 @@ struct View {
 
 template <class Activation, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    normalise_forward(Layer l, Tensors<T> symbolic, Partials<T> statistics, const Table* table) {
-  const View<T> view(l, symbolic, *table);
+    normalise_forward(Layer l, Tensors<T> symbolic, Partials<T> statistics, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const View<T> view(l, symbolic, memory);
   double moments[2];
-  const Partials<T> p = resolve(statistics, *table, blockIdx.z);
+  const Partials<T> p = resolve(statistics, memory, blockIdx.z);
   Moments<1>::merge(view.threads, view.c, p, 0, p.count, moments);
   const T variance = static_cast<T>(moments[1] / static_cast<double>(p.m));
   const T mu = static_cast<T>(moments[0]), s = 1 / std::sqrt(variance + static_cast<T>(l.eps));
@@ -188,8 +189,9 @@ __device__ __forceinline__ void cotangent_sums(const Layer& l, const View<T>& vi
 /// Block x computes the sums of tile x.
 template <class Activation, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    normalise_backward_sums(Layer l, Tensors<T> symbolic, const Table* table) {
-  const View<T> view(l, symbolic, *table);
+    normalise_backward_sums(Layer l, Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const View<T> view(l, symbolic, memory);
   T sums[2];
   cotangent_sums<Activation>(l, view, view.tile_start(), view.tile_rows(), sums);
   write_entry(view.threads, view.c, view.t.scratch, sums);
@@ -203,11 +205,12 @@ __device__ __forceinline__ void give(T* out, int channel, T value, bool add) {
 
 template <class Activation, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    normalise_backward(Layer l, Tensors<T> symbolic, Partials<T> partials, int cells, const Table* table) {
-  const View<T> view(l, symbolic, *table);
+    normalise_backward(Layer l, Tensors<T> symbolic, Partials<T> partials, int cells, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const View<T> view(l, symbolic, memory);
   const Tensors<T>& t = view.t;
   T sums[2];
-  whole_sums(view, resolve(partials, *table, blockIdx.z), sums, [&](int first, int count, T(&own)[2]) {
+  whole_sums(view, resolve(partials, memory, blockIdx.z), sums, [&](int first, int count, T(&own)[2]) {
     cotangent_sums<Activation>(l, view, first, count, own);
   });
   const T G1 = sums[0], G2 = sums[1];
@@ -230,14 +233,15 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 
 template <class Activation, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    normalise_forward_tangent(Layer l, Tensors<T> symbolic, Partials<T> statistics, const Table* table) {
-  const View<T> view(l, symbolic, *table);
+    normalise_forward_tangent(Layer l, Tensors<T> symbolic, Partials<T> statistics, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const View<T> view(l, symbolic, memory);
   const Tensors<T>& t = view.t;
   Affine<T> map = view.affine();
   T Rmu = 0, correlation = 0;
   if (t.x_dot[0]) {
     double moments[3];
-    const Partials<T> p = resolve(statistics, *table, blockIdx.z);
+    const Partials<T> p = resolve(statistics, memory, blockIdx.z);
     Moments<2>::merge(view.threads, view.c, p, 0, p.count, moments);
     Rmu = static_cast<T>(moments[1]);
     correlation = map.s * static_cast<T>(moments[2] / static_cast<double>(p.m));
@@ -272,8 +276,9 @@ __device__ __forceinline__ void cotangent_dot_sums(const Layer& l, const View<T>
 /// Block x computes the sums of tile x.
 template <class Activation, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    normalise_backward_tangent_sums(Layer l, Tensors<T> symbolic, const Table* table) {
-  const View<T> view(l, symbolic, *table);
+    normalise_backward_tangent_sums(Layer l, Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const View<T> view(l, symbolic, memory);
   T sums[2];
   cotangent_dot_sums<Activation>(l, view, view.tile_start(), view.tile_rows(), sums);
   write_entry(view.threads, view.c, view.t.scratch, sums);
@@ -282,11 +287,12 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 template <class Activation, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T> - 1)  // one block fewer: needs more registers
     normalise_backward_tangent(Layer l, Tensors<T> symbolic, Partials<T> partials, int cells,
-                               const Table* table) {
-  const View<T> view(l, symbolic, *table);
+                               Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const View<T> view(l, symbolic, memory);
   const Tensors<T>& t = view.t;
   T sums[2];
-  whole_sums(view, resolve(partials, *table, blockIdx.z), sums, [&](int first, int count, T(&own)[2]) {
+  whole_sums(view, resolve(partials, memory, blockIdx.z), sums, [&](int first, int count, T(&own)[2]) {
     cotangent_dot_sums<Activation>(l, view, first, count, own);
   });
   const T R1 = sums[0], R2 = sums[1];
@@ -334,14 +340,14 @@ struct Normalise {
   static void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
     const auto p = moments_of<1, T>(launch, rows_of(l), l.in.c, t.x[0], nullptr, t.statistics, t.scratch);
     launch("batch_norm forward", normalise_forward<Activation, T>, merging_grid(output_rows(l), l.in.c),
-           kThreads, 0, l, t, p, launch.table);
+           kThreads, 0, l, t, p, launch.memory);
   }
 
   template <class T>
   static void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
     const auto p = sums_of("batch_norm backward, sums", normalise_backward_sums<Activation, T>, launch, l, t);
     launch("batch_norm backward", normalise_backward<Activation, T>, input_grid(l, t.grad_x[0]), kThreads, 0,
-           l, t, p, static_cast<int>(cells(l)), launch.table);
+           l, t, p, static_cast<int>(cells(l)), launch.memory);
   }
 
   template <class T>
@@ -351,7 +357,7 @@ struct Normalise {
       p = moments_of<2, T>(launch, rows_of(l), l.in.c, t.x[0], t.x_dot[0], t.statistics_dot, t.scratch);
     }
     launch("batch_norm forward tangent", normalise_forward_tangent<Activation, T>,
-           merging_grid(output_rows(l), l.in.c), kThreads, 0, l, t, p, launch.table);
+           merging_grid(output_rows(l), l.in.c), kThreads, 0, l, t, p, launch.memory);
   }
 
   template <class T>
@@ -359,18 +365,18 @@ struct Normalise {
     const auto p = sums_of("batch_norm backward tangent, sums",
                            normalise_backward_tangent_sums<Activation, T>, launch, l, t);
     launch("batch_norm backward tangent", normalise_backward_tangent<Activation, T>,
-           input_grid(l, t.grad_x_dot[0]), kThreads, 0, l, t, p, static_cast<int>(cells(l)), launch.table);
+           input_grid(l, t.grad_x_dot[0]), kThreads, 0, l, t, p, static_cast<int>(cells(l)), launch.memory);
   }
 
  private:
   /// The sums of a cotangent over the rows of y, tile by tile; empty where there is one tile only.
   template <class T>
-  static Partials<T> sums_of(const char* name, void (*kernel)(Layer, Tensors<T>, const Table*),
+  static Partials<T> sums_of(const char* name, void (*kernel)(Layer, Tensors<T>, Deferred),
                              const Launcher& launch, const Layer& l, const Tensors<T>& t) {
     const int64_t rows = output_rows(l), c = l.in.c;
     if (tiles_of(rows) == 1) return {};
     launch(name, kernel, Grid{tiles_of(rows), blocks_for(c, channel_width(c))}, kThreads, 0, l, t,
-           launch.table);
+           launch.memory);
     return few_partials<Sums>(launch, rows, c, kTileRows, t.scratch, t.scratch);
   }
 

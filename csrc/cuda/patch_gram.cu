@@ -40,11 +40,12 @@ __device__ __forceinline__ int sum_at(int i, int j) {
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     patch_sums_kernel(const __grid_constant__ Patches p, const T* symbolic_x, T* symbolic_sums,
-                      const Table* table) {
+                      Deferred deferred) {
+  const Memory memory = deferred.ready();
   __shared__ Vector<double> chunks[kWarps][kChunk][kWidth / 2];
   __shared__ double total[kSums];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const T* const x = resolve(symbolic_x, *table, blockIdx.z);
+  const T* const x = resolve(symbolic_x, memory, blockIdx.z);
   double* const chunk = chunks[warp][0][0].element;
   const int begin = static_cast<int>(blockIdx.x) * p.part_patches;
   const int end = std::min(begin + p.part_patches, p.gather.pixels);
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
   }
-  double* const sums = reinterpret_cast<double*>(resolve(symbolic_sums, *table, blockIdx.z)) +
+  double* const sums = reinterpret_cast<double*>(resolve(symbolic_sums, memory, blockIdx.z)) +
                        static_cast<int64_t>(blockIdx.x) * kSums;
   for (int k = thread; k < kSums; k += kThreads) sums[k] = total[k];
 }
@@ -95,17 +96,18 @@ __global__ void __launch_bounds__(kThreads)
 /// One block a task adds up the parts in order and computes the mean and the centred products.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    patch_moments_kernel(int patch, int parts, const T* symbolic_sums, T* symbolic_y, const Table* table) {
+    patch_moments_kernel(int patch, int parts, const T* symbolic_sums, T* symbolic_y, Deferred deferred) {
+  const Memory memory = deferred.ready();
   __shared__ double total[kSums];
   const int thread = static_cast<int>(threadIdx.x);
-  const double* const sums = reinterpret_cast<const double*>(resolve(symbolic_sums, *table, blockIdx.z));
+  const double* const sums = reinterpret_cast<const double*>(resolve(symbolic_sums, memory, blockIdx.z));
   for (int k = thread; k < kSums; k += kThreads) {
     double sum = 0;
     for (int part = 0; part < parts; ++part) sum += sums[static_cast<int64_t>(part) * kSums + k];
     total[k] = sum;
   }
   __syncthreads();
-  double* const mean = reinterpret_cast<double*>(resolve(symbolic_y, *table, blockIdx.z));
+  double* const mean = reinterpret_cast<double*>(resolve(symbolic_y, memory, blockIdx.z));
   const double count = total[0];
   for (int e = thread; e < patch; e += kThreads) mean[e] = total[sum_at(e + 1, 0)] / count;
   for (int k = thread; k < patch * patch; k += kThreads) {
@@ -127,9 +129,9 @@ void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   const int64_t part_patches = blocks_for(gather.pixels, parts_of(gather.pixels));
   const int64_t parts = blocks_for(gather.pixels, part_patches);
   launch("patch_gram sums", patch_sums_kernel<T>, {parts}, kThreads, 0,
-         {gather, static_cast<int>(part_patches), static_cast<int>(parts)}, t.x[0], t.scratch, launch.table);
+         {gather, static_cast<int>(part_patches), static_cast<int>(parts)}, t.x[0], t.scratch, launch.memory);
   launch("patch_gram", patch_moments_kernel<T>, {}, kThreads, 0, gather.depth, static_cast<int>(parts),
-         t.scratch, t.y, launch.table);
+         t.scratch, t.y, launch.memory);
 }
 
 template <class T>

@@ -9,30 +9,34 @@ namespace {
 
 template <Function F, class T>
 __global__ void __launch_bounds__(kElementThreads)
-    forward_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
-  pointwise_forward<F>(grid_team(), l, resolve(symbolic, *table, blockIdx.z));
+    forward_kernel(Layer l, Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  pointwise_forward<F>(grid_team(), l, resolve(symbolic, memory, blockIdx.z));
 }
 template <Function F, class T>
 __global__ void __launch_bounds__(kElementThreads)
-    backward_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
-  pointwise_backward<F>(grid_team(), l, resolve(symbolic, *table, blockIdx.z));
+    backward_kernel(Layer l, Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  pointwise_backward<F>(grid_team(), l, resolve(symbolic, memory, blockIdx.z));
 }
 template <Function F, class T>
 __global__ void __launch_bounds__(kElementThreads)
-    forward_tangent_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
-  pointwise_forward_tangent<F>(grid_team(), l, resolve(symbolic, *table, blockIdx.z));
+    forward_tangent_kernel(Layer l, Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  pointwise_forward_tangent<F>(grid_team(), l, resolve(symbolic, memory, blockIdx.z));
 }
 template <Function F, class T>
 __global__ void __launch_bounds__(kElementThreads)
-    backward_tangent_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
-  pointwise_backward_tangent<F>(grid_team(), l, resolve(symbolic, *table, blockIdx.z));
+    backward_tangent_kernel(Layer l, Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  pointwise_backward_tangent<F>(grid_team(), l, resolve(symbolic, memory, blockIdx.z));
 }
 
 template <class T>
 void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   with_activation(l.function, [&]<Function F>() {
     launch("pointwise forward", forward_kernel<F, T>, element_grid(l.n * size(l.in)), kElementThreads, 0, l,
-           t, launch.table);
+           t, launch.memory);
   });
 }
 
@@ -41,7 +45,7 @@ void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   if (!t.grad_x[0]) return;
   with_activation(l.function, [&]<Function F>() {
     launch("pointwise backward", backward_kernel<F, T>, element_grid(l.n * size(l.in)), kElementThreads, 0, l,
-           t, launch.table);
+           t, launch.memory);
   });
 }
 
@@ -49,7 +53,7 @@ template <class T>
 void forward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   with_activation(l.function, [&]<Function F>() {
     launch("pointwise forward tangent", forward_tangent_kernel<F, T>, element_grid(l.n * size(l.in)),
-           kElementThreads, 0, l, t, launch.table);
+           kElementThreads, 0, l, t, launch.memory);
   });
 }
 
@@ -58,7 +62,7 @@ void backward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& 
   if (!t.grad_x_dot[0]) return;
   with_activation(l.function, [&]<Function F>() {
     launch("pointwise backward tangent", backward_tangent_kernel<F, T>, element_grid(l.n * size(l.in)),
-           kElementThreads, 0, l, t, launch.table);
+           kElementThreads, 0, l, t, launch.memory);
   });
 }
 

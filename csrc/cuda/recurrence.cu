@@ -51,19 +51,19 @@ struct Rows {
   const Sequence& s;
   const Tensors<T> t;
   const int64_t n, hidden, width, rows;
-  __device__ Rows(const Sequence& sequence, const Tensors<T>& symbolic, const Table& table)
+  __device__ Rows(const Sequence& sequence, const Tensors<T>& symbolic, const Memory& memory)
       : s(sequence),
-        t(resolved(symbolic, table)),
+        t(resolved(symbolic, memory)),
         n(s.sizes.n),
         hidden(s.sizes.hidden),
         width(kGates * hidden),
         rows(n * s.sizes.length) {}
 
   /// resolve() has the first two inputs only.
-  static __device__ Tensors<T> resolved(const Tensors<T>& symbolic, const Table& table) {
-    Tensors<T> t = resolve(symbolic, table, blockIdx.z);
-    t.x[2] = resolve(symbolic.x[2], table, blockIdx.z);
-    t.x_dot[2] = resolve(symbolic.x_dot[2], table, blockIdx.z);
+  static __device__ Tensors<T> resolved(const Tensors<T>& symbolic, const Memory& memory) {
+    Tensors<T> t = resolve(symbolic, memory, blockIdx.z);
+    t.x[2] = resolve(symbolic.x[2], memory, blockIdx.z);
+    t.x_dot[2] = resolve(symbolic.x_dot[2], memory, blockIdx.z);
     return t;
   }
 
@@ -151,8 +151,9 @@ struct Rows {
 
 template <Cell C, class T>
 __global__ void __launch_bounds__(kElementThreads)
-    forward_kernel(const __grid_constant__ Sequence sequence, Tensors<T> symbolic, const Table* table) {
-  const Rows<T, C> r(sequence, symbolic, *table);
+    forward_kernel(const __grid_constant__ Sequence sequence, Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const Rows<T, C> r(sequence, symbolic, memory);
   const Tensors<T>& t = r.t;
   const int64_t length = sequence.sizes.length;
   for (int64_t step = 0; step < length; ++step, __syncthreads()) {
@@ -175,8 +176,9 @@ __global__ void __launch_bounds__(kElementThreads)
 template <Cell C, class T>
 __global__ void __launch_bounds__(kElementThreads)
     forward_tangent_kernel(const __grid_constant__ Sequence sequence, Tensors<T> symbolic,
-                           const Table* table) {
-  const Rows<T, C> r(sequence, symbolic, *table);
+                           Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const Rows<T, C> r(sequence, symbolic, memory);
   const Tensors<T>& t = r.t;
   const int64_t length = sequence.sizes.length;
   for (int64_t step = 0; step < length; ++step, __syncthreads()) {
@@ -206,10 +208,11 @@ __global__ void __launch_bounds__(kElementThreads)
 template <Cell C, class T>
 __global__ void __launch_bounds__(kElementThreads)
     backward_kernel(const __grid_constant__ Sequence sequence, Tensors<T> symbolic, const T* symbolic_g,
-                    bool keep, const Table* table) {
-  const Rows<T, C> r(sequence, symbolic, *table);
+                    bool keep, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const Rows<T, C> r(sequence, symbolic, memory);
   const Tensors<T>& t = r.t;
-  const T* grad_y = resolve(symbolic_g, *table, blockIdx.z);
+  const T* grad_y = resolve(symbolic_g, memory, blockIdx.z);
   for (int64_t step = sequence.sizes.length - 1; step >= 0; --step) {
     const Row row = r.row_at(step, blockIdx.x);
     for (int64_t j = threadIdx.x; j < r.hidden; j += blockDim.x) {
@@ -230,8 +233,9 @@ __global__ void __launch_bounds__(kElementThreads)
 template <Cell C, class T>
 __global__ void __launch_bounds__(kElementThreads)
     backward_tangent_kernel(const __grid_constant__ Sequence sequence, Tensors<T> symbolic,
-                            const Table* table) {
-  const Rows<T, C> r(sequence, symbolic, *table);
+                            Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const Rows<T, C> r(sequence, symbolic, memory);
   const Tensors<T>& t = r.t;
   for (int64_t step = sequence.sizes.length - 1; step >= 0; --step) {
     const Row row = r.row_at(step, blockIdx.x);
@@ -258,9 +262,10 @@ __global__ void __launch_bounds__(kElementThreads)
 template <Cell C, class T>
 __global__ void __launch_bounds__(kElementThreads)
     input_gradient_kernel(const __grid_constant__ Sequence sequence, Tensors<T> symbolic, bool second,
-                          T* symbolic_to, bool add, const Table* table) {
-  const Rows<T, C> r(sequence, symbolic, *table);
-  T* to = resolve(symbolic_to, *table, blockIdx.z);
+                          T* symbolic_to, bool add, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const Rows<T, C> r(sequence, symbolic, memory);
+  T* to = resolve(symbolic_to, memory, blockIdx.z);
   const Team team = grid_team();
   const int64_t in = sequence.sizes.in;
   for (int64_t at = team.first(); at < r.rows * in; at += team.step()) {
@@ -277,10 +282,11 @@ __global__ void __launch_bounds__(kElementThreads)
 template <Cell C, class T>
 __global__ void __launch_bounds__(kElementThreads)
     parameter_gradient_kernel(const __grid_constant__ Sequence sequence, Tensors<T> symbolic, bool second,
-                              int p, int64_t depth, T* symbolic_to, bool add, const Table* table) {
-  const Rows<T, C> r(sequence, symbolic, *table);
+                              int p, int64_t depth, T* symbolic_to, bool add, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const Rows<T, C> r(sequence, symbolic, memory);
   const Tensors<T>& t = r.t;
-  T* to = resolve(symbolic_to, *table, blockIdx.z);
+  T* to = resolve(symbolic_to, memory, blockIdx.z);
   const Team team = grid_team();
   for (int64_t at = team.first(); at < depth * r.width; at += team.step()) {
     const int64_t i = at / r.width, j = at - i * r.width;
@@ -315,13 +321,13 @@ void finish(const Launcher& launch, const Layer& l, const Sequence& sequence, co
     const int64_t depth = p == 0 ? r.in : p == 1 ? r.hidden : 1;
     launch("recurrence parameter gradient", parameter_gradient_kernel<C, T>,
            step_grid(depth * CellDeclaration<C>::gates * r.hidden), kElementThreads, 0, sequence, t, second,
-           p, depth, grad_w[p], t.add_w[p], launch.table);
+           p, depth, grad_w[p], t.add_w[p], launch.memory);
   }
   if (grad_x[0]) {
     const View& x = l.loops[0].x[0];
     clear_unless_reached(launch, x, l.n, r.n * r.length * r.in, t.add_x[0], grad_x[0]);
     launch("recurrence input gradient", input_gradient_kernel<C, T>, step_grid(r.n * r.length * r.in),
-           kElementThreads, 0, sequence, t, second, grad_x[0], t.add_x[0], launch.table);
+           kElementThreads, 0, sequence, t, second, grad_x[0], t.add_x[0], launch.memory);
   }
   const T* carried =
       t.scratch + 2 * Rows<T, C>::kSides * r.n * r.length * CellDeclaration<C>::gates * r.hidden;
@@ -348,7 +354,7 @@ void run(const Layer& l, const Tensors<T>& t, F f) {
 template <class T>
 void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   run(l, t, [&]<Cell C>(const Sequence& sequence, Grid grid) {
-    launch("recurrence forward", forward_kernel<C, T>, grid, kElementThreads, 0, sequence, t, launch.table);
+    launch("recurrence forward", forward_kernel<C, T>, grid, kElementThreads, 0, sequence, t, launch.memory);
   });
 }
 
@@ -358,7 +364,7 @@ void back(const Launcher& launch, const Layer& l, const Tensors<T>& t, const T* 
           T* const* grad_w, bool keep) {
   run(l, t, [&]<Cell C>(const Sequence& sequence, Grid grid) {
     launch("recurrence backward", backward_kernel<C, T>, grid, kElementThreads, 0, sequence, t, g, keep,
-           launch.table);
+           launch.memory);
     finish<C>(launch, l, sequence, t, false, grad_x, grad_w);
   });
 }
@@ -371,7 +377,7 @@ template <class T>
 void forward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   run(l, t, [&]<Cell C>(const Sequence& sequence, Grid grid) {
     launch("recurrence forward tangent", forward_tangent_kernel<C, T>, grid, kElementThreads, 0, sequence, t,
-           launch.table);
+           launch.memory);
   });
 }
 
@@ -380,7 +386,7 @@ void backward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& 
   if (!t.grad_y || !t.y_dot) return back(launch, l, t, t.grad_y_dot, t.grad_x_dot, t.grad_w_dot, false);
   run(l, t, [&]<Cell C>(const Sequence& sequence, Grid grid) {
     launch("recurrence backward tangent", backward_tangent_kernel<C, T>, grid, kElementThreads, 0, sequence,
-           t, launch.table);
+           t, launch.memory);
     finish<C>(launch, l, sequence, t, true, t.grad_x_dot, t.grad_w_dot);
   });
 }

@@ -29,9 +29,9 @@ struct View {
   int channel;  // a thread without a channel reads the first
   T mu, s, gamma, gamma_dot;
 
-  __device__ View(const Layer& l, const Tensors<T>& symbolic, const Table& table)
+  __device__ View(const Layer& l, const Tensors<T>& symbolic, const Memory& memory)
       : threads(channel_threads(l.in.c)),
-        t(resolve(symbolic, table, blockIdx.z)),
+        t(resolve(symbolic, memory, blockIdx.z)),
         c(l.in.c),
         channel(threads.active ? threads.channel : 0),
         mu(t.w[2][channel]),
@@ -47,8 +47,9 @@ int64_t rows_of(const Layer& l) { return l.n * l.in.h * l.in.w; }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    running_norm_forward(Layer l, Tensors<T> symbolic, int rows, const Table* table) {
-  const View<T> view(l, symbolic, *table);
+    running_norm_forward(Layer l, Tensors<T> symbolic, int rows, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const View<T> view(l, symbolic, memory);
   const T beta = view.t.w[1] ? view.t.w[1][view.channel] : T(0);
   each_row(view.threads, rows, [&](int row) {
     const int64_t at = view.element(row);
@@ -58,8 +59,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    running_norm_forward_tangent(Layer l, Tensors<T> symbolic, int rows, const Table* table) {
-  const View<T> view(l, symbolic, *table);
+    running_norm_forward_tangent(Layer l, Tensors<T> symbolic, int rows, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const View<T> view(l, symbolic, memory);
   const T beta_dot = view.t.w_dot[1] ? view.t.w_dot[1][view.channel] : T(0);
   each_row(view.threads, rows, [&](int row) {
     const int64_t at = view.element(row);
@@ -72,8 +74,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 /// Block x computes the entry of tile x: the sums for gamma and beta, of the cotangents or of their tangents.
 template <bool kTangent, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    running_norm_sums(Layer l, Tensors<T> symbolic, int rows, const Table* table) {
-  const View<T> view(l, symbolic, *table);
+    running_norm_sums(Layer l, Tensors<T> symbolic, int rows, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const View<T> view(l, symbolic, memory);
   const Tensors<T>& t = view.t;
   const int first = static_cast<int>(blockIdx.x) * kTileRows;
   T sums[2];
@@ -90,11 +93,12 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 /// Merges the entries, if any, into the gradients of gamma and beta, and computes grad_x where wanted.
 template <bool kTangent, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    running_norm_backward(Layer l, Tensors<T> symbolic, Partials<T> partials, int rows, const Table* table) {
-  const View<T> view(l, symbolic, *table);
+    running_norm_backward(Layer l, Tensors<T> symbolic, Partials<T> partials, int rows, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const View<T> view(l, symbolic, memory);
   const Tensors<T>& t = view.t;
   if (partials.count > 0 && blockIdx.x == 0) {
-    const Partials<T> p = resolve(partials, *table, blockIdx.z);
+    const Partials<T> p = resolve(partials, memory, blockIdx.z);
     double sums[2];
     Sums::merge(view.threads, view.c, p, 0, p.count, sums);
     for (int q = 0; q < 2; ++q) {
@@ -117,14 +121,14 @@ template <class T>
 void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   const int64_t rows = rows_of(l);
   launch("running_norm forward", running_norm_forward<T>, channel_grid(rows, l.in.c, 4), kThreads, 0, l, t,
-         static_cast<int>(rows), launch.table);
+         static_cast<int>(rows), launch.memory);
 }
 
 template <class T>
 void forward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   const int64_t rows = rows_of(l);
   launch("running_norm forward tangent", running_norm_forward_tangent<T>, channel_grid(rows, l.in.c, 4),
-         kThreads, 0, l, t, static_cast<int>(rows), launch.table);
+         kThreads, 0, l, t, static_cast<int>(rows), launch.memory);
 }
 
 template <bool kTangent, class T>
@@ -135,13 +139,13 @@ void backwards(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   if (sums) {
     launch("running_norm sums", running_norm_sums<kTangent, T>,
            Grid{tiles_of(rows), blocks_for(c, channel_width(c))}, kThreads, 0, l, t, static_cast<int>(rows),
-           launch.table);
+           launch.memory);
     p = few_partials<Sums>(launch, rows, c, kTileRows, t.scratch, t.scratch);
   }
   const bool wanted = (kTangent ? t.grad_x_dot[0] : t.grad_x[0]) != nullptr;
   if (!sums && !wanted) return;
   launch("running_norm backward", running_norm_backward<kTangent, T>, channel_grid(wanted ? rows : 1, c, 4),
-         kThreads, 0, l, t, p, static_cast<int>(rows), launch.table);
+         kThreads, 0, l, t, p, static_cast<int>(rows), launch.memory);
 }
 
 template <class T>

@@ -9,10 +9,11 @@ namespace {
 /// out (+)= a in
 template <class T>
 __global__ void __launch_bounds__(kElementThreads)
-    scale_kernel(int64_t count, T a, const T* symbolic_in, bool add, T* symbolic_out, const Table* table) {
+    scale_kernel(int64_t count, T a, const T* symbolic_in, bool add, T* symbolic_out, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const Team team = grid_team();
-  const T* in = resolve(symbolic_in, *table, blockIdx.z);
-  T* out = resolve(symbolic_out, *table, blockIdx.z);
+  const T* in = resolve(symbolic_in, memory, blockIdx.z);
+  T* out = resolve(symbolic_out, memory, blockIdx.z);
   const int64_t step = team.step();
   for (int64_t i = team.first(); i < count; i += step) put(out, i, a * in[i], add);
 }
@@ -21,7 +22,7 @@ template <class T>
 void scale(const Launcher& launch, const char* name, const Layer& l, const T* in, bool add, T* out) {
   const int64_t count = l.n * size(l.in);
   launch(name, scale_kernel<T>, element_grid(count), kElementThreads, 0, count, static_cast<T>(l.a), in, add,
-         out, launch.table);
+         out, launch.memory);
 }
 
 }  // namespace

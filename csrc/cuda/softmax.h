@@ -107,13 +107,14 @@ inline Rows rows_of(const Layer& l, const View& by) {
 template <class Form, class T>
 __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     softmax_forward(const __grid_constant__ Rows rows, const T* symbolic_x, T* symbolic_y,
-                    const Table* table) {
+                    Deferred deferred) {
+  const Memory memory = deferred.ready();
   const Team team = grid_team();
   const int64_t length = rows.length;
   for (int64_t row = team.first(); row < rows.loops.outer.steps; row += team.step()) {
     const Offsets<2> at = outer_step(rows.loops, row);
-    const T* x = resolve(symbolic_x, *table, blockIdx.z) + at.of[0];
-    T* y = resolve(symbolic_y, *table, blockIdx.z) + at.of[1];
+    const T* x = resolve(symbolic_x, memory, blockIdx.z) + at.of[0];
+    T* y = resolve(symbolic_y, memory, blockIdx.z) + at.of[1];
     T largest = x[0];
     Sum<T> sum;
     for (int64_t i = 1; i < length; ++i) {
@@ -130,13 +131,14 @@ __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
 template <class Form, class T>
 __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     softmax_tangent(const __grid_constant__ Rows rows, const T* symbolic_y, const T* symbolic_x_dot,
-                    T* symbolic_y_dot, const Table* table) {
+                    T* symbolic_y_dot, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const Team team = grid_team();
   for (int64_t row = team.first(); row < rows.loops.outer.steps; row += team.step()) {
     const Offsets<2> at = outer_step(rows.loops, row);
-    const T* y = resolve(symbolic_y, *table, blockIdx.z) + at.of[1];
-    const T* x_dot = resolve(symbolic_x_dot, *table, blockIdx.z) + at.of[0];
-    T* y_dot = resolve(symbolic_y_dot, *table, blockIdx.z) + at.of[1];
+    const T* y = resolve(symbolic_y, memory, blockIdx.z) + at.of[1];
+    const T* x_dot = resolve(symbolic_x_dot, memory, blockIdx.z) + at.of[0];
+    T* y_dot = resolve(symbolic_y_dot, memory, blockIdx.z) + at.of[1];
     Sum<T> B;
     for (int64_t i = 0; i < rows.length; ++i) {
       B += Form::probability(y[i * rows.y_stride]) * x_dot[i * rows.x_stride];
@@ -152,13 +154,14 @@ __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
 template <class Form, class T>
 __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     softmax_cotangent(const __grid_constant__ Rows rows, const T* symbolic_y, const T* symbolic_g, bool add,
-                      T* symbolic_grad_x, const Table* table) {
+                      T* symbolic_grad_x, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const Team team = grid_team();
-  T* grad_x = resolve(symbolic_grad_x, *table, blockIdx.z);
+  T* grad_x = resolve(symbolic_grad_x, memory, blockIdx.z);
   for (int64_t row = team.first(); row < rows.loops.outer.steps; row += team.step()) {
     each_step(rows.loops.inner, outer_step(rows.loops, row), [&](const Offsets<2>& at) {
-      const T* y = resolve(symbolic_y, *table, blockIdx.z) + at.of[1];
-      const T* g = resolve(symbolic_g, *table, blockIdx.z) + at.of[1];
+      const T* y = resolve(symbolic_y, memory, blockIdx.z) + at.of[1];
+      const T* g = resolve(symbolic_g, memory, blockIdx.z) + at.of[1];
       Sum<T> A;
       for (int64_t i = 0; i < rows.length; ++i) {
         A += Form::share(Form::probability(y[i * rows.y_stride]), g[i * rows.y_stride]);
@@ -177,11 +180,12 @@ template <class Form, class T>
 __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     softmax_cotangent_dot(const __grid_constant__ Rows rows, const T* symbolic_y, const T* symbolic_y_dot,
                           const T* symbolic_g, const T* symbolic_g_dot, bool add, T* symbolic_grad_x_dot,
-                          const Table* table) {
+                          Deferred deferred) {
+  const Memory memory = deferred.ready();
   const Team team = grid_team();
-  const T *y = resolve(symbolic_y, *table, blockIdx.z), *y_dot = resolve(symbolic_y_dot, *table, blockIdx.z);
-  const T *g = resolve(symbolic_g, *table, blockIdx.z), *g_dot = resolve(symbolic_g_dot, *table, blockIdx.z);
-  T* grad_x_dot = resolve(symbolic_grad_x_dot, *table, blockIdx.z);
+  const T *y = resolve(symbolic_y, memory, blockIdx.z), *y_dot = resolve(symbolic_y_dot, memory, blockIdx.z);
+  const T *g = resolve(symbolic_g, memory, blockIdx.z), *g_dot = resolve(symbolic_g_dot, memory, blockIdx.z);
+  T* grad_x_dot = resolve(symbolic_grad_x_dot, memory, blockIdx.z);
   /// Calls f(s, y_dot, g, g_dot) at an element of y.
   const auto known = [&](int64_t at, auto f) {
     return f(Form::probability(y[at]), y_dot ? y_dot[at] : T(0), g ? g[at] : T(0), g_dot[at]);
@@ -212,7 +216,7 @@ struct SoftmaxPasses {
   static void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
     const Rows rows = rows_of(l, l.loops->y);
     launch("softmax forward", softmax_forward<Form, T>, step_grid(rows.loops.outer.steps), kElementThreads, 0,
-           rows, t.x[0], t.y, launch.table);
+           rows, t.x[0], t.y, launch.memory);
   }
   template <class T>
   static void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
@@ -220,13 +224,13 @@ struct SoftmaxPasses {
     const Rows rows = rows_of(l, l.loops->x[0]);
     const bool add = cleared(launch, l, t.add_x[0], t.grad_x[0]);
     launch("softmax backward", softmax_cotangent<Form, T>, step_grid(rows.loops.outer.steps), kElementThreads,
-           0, rows, t.y, t.grad_y, add, t.grad_x[0], launch.table);
+           0, rows, t.y, t.grad_y, add, t.grad_x[0], launch.memory);
   }
   template <class T>
   static void forward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
     const Rows rows = rows_of(l, l.loops->y);
     launch("softmax forward tangent", softmax_tangent<Form, T>, step_grid(rows.loops.outer.steps),
-           kElementThreads, 0, rows, t.y, t.x_dot[0], t.y_dot, launch.table);
+           kElementThreads, 0, rows, t.y, t.x_dot[0], t.y_dot, launch.memory);
   }
   template <class T>
   static void backward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
@@ -235,7 +239,7 @@ struct SoftmaxPasses {
     const bool add = cleared(launch, l, t.add_x[0], t.grad_x_dot[0]);
     launch("softmax backward tangent", softmax_cotangent_dot<Form, T>, step_grid(rows.loops.outer.steps),
            kElementThreads, 0, rows, t.y, t.x_dot[0] ? t.y_dot : nullptr, t.grad_y, t.grad_y_dot, add,
-           t.grad_x_dot[0], launch.table);
+           t.grad_x_dot[0], launch.memory);
   }
 
  private:

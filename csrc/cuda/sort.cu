@@ -17,10 +17,11 @@ struct Row {
 template <class T>
 __global__ void __launch_bounds__(kElementThreads)
     sort_kernel(const __grid_constant__ Split<kOperands> loops, Row row, bool descends, const T* symbolic_x,
-                T* symbolic_y, const Table* table) {
+                T* symbolic_y, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const Team team = grid_team();
-  const T* x = resolve(symbolic_x, *table, blockIdx.z);
-  T* y = resolve(symbolic_y, *table, blockIdx.z);
+  const T* x = resolve(symbolic_x, memory, blockIdx.z);
+  T* y = resolve(symbolic_y, memory, blockIdx.z);
   const unsigned size = static_cast<unsigned>(row.size);
   for (int64_t step = team.first(); step < loops.outer.steps * row.size; step += team.step()) {
     const unsigned which = static_cast<unsigned>(step) / size,
@@ -44,7 +45,7 @@ void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   const Split<kOperands> s = split<kOperands>(rows, l.n, rows.y, {&rows.x[0], &rows.y});
   const Row row{rows.size[last], rows.x[0].stride[last], rows.y.stride[last]};
   launch("sort forward", sort_kernel<T>, step_grid(s.outer.steps * row.size), kElementThreads, 0, s, row,
-         l.a != 0, t.x[0], t.y, launch.table);
+         l.a != 0, t.x[0], t.y, launch.memory);
 }
 template <class T>
 void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {

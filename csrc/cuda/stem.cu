@@ -53,8 +53,9 @@ struct Channel {
 /// Computes weights and bias of the stem's convolution into scratch, [patch, o] and [o].
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    stem_weights_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
-  const Tensors<T> t = resolve(symbolic, *table, blockIdx.z);
+    stem_weights_kernel(Layer l, Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const Tensors<T> t = resolve(symbolic, memory, blockIdx.z);
   const ChannelThreads threads = channel_threads(l.out.c);
   const Channel<T> ch(l, t, threads.channel);
   double sum[2];
@@ -78,8 +79,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    stem_weights_tangent_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
-  const Tensors<T> t = resolve(symbolic, *table, blockIdx.z);
+    stem_weights_tangent_kernel(Layer l, Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const Tensors<T> t = resolve(symbolic, memory, blockIdx.z);
   const ChannelThreads threads = channel_threads(l.out.c);
   const Channel<T> ch(l, t, threads.channel);
   double sum[2];
@@ -106,10 +108,11 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     spread_kernel(int rows, int windows, int channels, const T* symbolic_g, const uint8_t* symbolic_places,
-                  T* symbolic_out, const Table* table) {
-  const T* const g = resolve(symbolic_g, *table, blockIdx.z);
-  const uint8_t* const places = resolve(symbolic_places, *table, blockIdx.z);
-  T* const out = resolve(symbolic_out, *table, blockIdx.z);
+                  T* symbolic_out, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const T* const g = resolve(symbolic_g, memory, blockIdx.z);
+  const uint8_t* const places = resolve(symbolic_places, memory, blockIdx.z);
+  T* const out = resolve(symbolic_out, memory, blockIdx.z);
   const ChannelThreads threads = channel_threads(channels);
   if (!threads.active) return;
   const int step = static_cast<int>(gridDim.x) * threads.rows;
@@ -129,8 +132,9 @@ __device__ __forceinline__ void give(T* to, int64_t i, double value, bool add) {
 /// Computes the gradients from D and G1.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    stem_gradients_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
-  const Tensors<T> t = resolve(symbolic, *table, blockIdx.z);
+    stem_gradients_kernel(Layer l, Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const Tensors<T> t = resolve(symbolic, memory, blockIdx.z);
   const ChannelThreads threads = channel_threads(l.out.c);
   const Channel<T> ch(l, t, threads.channel);
   const T* const D = ch.saved.D;
@@ -155,8 +159,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 /// absent: then D, G1, G2 and all tangents of the forward pass count as zero.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    stem_gradients_tangent_kernel(Layer l, Tensors<T> symbolic, const Table* table) {
-  const Tensors<T> t = resolve(symbolic, *table, blockIdx.z);
+    stem_gradients_tangent_kernel(Layer l, Tensors<T> symbolic, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const Tensors<T> t = resolve(symbolic, memory, blockIdx.z);
   const ChannelThreads threads = channel_threads(l.out.c);
   const Channel<T> ch(l, t, threads.channel);
   const bool moves = t.grad_y != nullptr, turns = moves && t.w_dot[0];
@@ -229,7 +234,7 @@ void patch_sums(const Launcher& launch, const char* name, const Layer& l, const 
     note([&] { return traffic<T>(rows * c + windows * c, 1); });
     launch("stem unpool", spread_kernel<T>, channel_grid(rows, c, 4), kThreads, 0, static_cast<int>(rows),
            static_cast<int>(windows), static_cast<int>(c), grad_y, saved_of(l, t).places, spread,
-           launch.table);
+           launch.memory);
     g = spread;
   }
   Terms<T> terms;
@@ -240,7 +245,7 @@ void patch_sums(const Launcher& launch, const char* name, const Layer& l, const 
 
 template <class T>
 void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-  launch("stem weights", stem_weights_kernel<T>, per_channel(l), kThreads, 0, l, t, launch.table);
+  launch("stem weights", stem_weights_kernel<T>, per_channel(l), kThreads, 0, l, t, launch.memory);
   convolve_stem(launch, "stem forward", l, t, false);
 }
 
@@ -248,13 +253,13 @@ template <class T>
 void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   const StemSaved<T> saved = saved_of(l, t);
   patch_sums<T>(launch, "stem patch sums", l, t, t.grad_y, saved.D, saved.G1);
-  launch("stem gradients", stem_gradients_kernel<T>, per_channel(l), kThreads, 0, l, t, launch.table);
+  launch("stem gradients", stem_gradients_kernel<T>, per_channel(l), kThreads, 0, l, t, launch.memory);
 }
 
 template <class T>
 void forward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   launch("stem weights tangent", stem_weights_tangent_kernel<T>, per_channel(l), kThreads, 0, l, t,
-         launch.table);
+         launch.memory);
   convolve_stem(launch, "stem forward tangent", l, t, true);
 }
 
@@ -263,7 +268,7 @@ void backward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& 
   patch_sums<T>(launch, "stem patch sums tangent", l, t, t.grad_y_dot, t.scratch,
                 t.scratch + patch_size(l.window, l.in) * l.out.c);
   launch("stem gradients tangent", stem_gradients_tangent_kernel<T>, per_channel(l), kThreads, 0, l, t,
-         launch.table);
+         launch.memory);
 }
 
 }  // namespace

@@ -29,7 +29,8 @@ struct alignas(kVector<T>) Members {
 
 template <class Arithmetic, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
-    pooled_kernel(const __grid_constant__ Pooled<typename Arithmetic::T> p, const Table* table) {
+    pooled_kernel(const __grid_constant__ Pooled<typename Arithmetic::T> p, Deferred deferred) {
+  const Memory memory = deferred.ready();
   using T = typename Arithmetic::T;
   using Forward = Product<Arithmetic, Tile, PixelsByTaps, Rows>;
   constexpr int V = kVector<T>;
@@ -39,13 +40,13 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
   const int n = p.b.n;
 
   typename Forward::Accumulators sums;
-  Forward::compute(p.a, p.b, p.terms, *table, task, m0, n0, 0, p.a.gather.depth, sums,
+  Forward::compute(p.a, p.b, p.terms, memory, task, m0, n0, 0, p.a.gather.depth, sums,
                    [](bool, const T*, auto) {});
   const auto at = Forward::position(m0, n0);
   if (!at.owner) return;
-  const T* const bias = resolve(p.bias, *table, task);
-  T* const y = resolve(p.y, *table, task);
-  uint8_t* const places = resolve(p.places, *table, task);
+  const T* const bias = resolve(p.bias, memory, task);
+  T* const y = resolve(p.y, memory, task);
+  uint8_t* const places = resolve(p.places, memory, task);
 #pragma unroll
   for (int r = 0; r < Forward::Accumulators::kRows; r += 4) {
     const int window = window_row(V, at.row(r)).window;
@@ -105,7 +106,7 @@ void convolve_and_pool(const Launcher& launch, const char* name, const Layer& l,
   note([&] { return product_work<T>(m, n, gather.depth, terms.count, l.n * size(l.in), l.n * size(l.out)); });
   with_product<T>(l, m * n, n, [&]<class Arithmetic, class Tile>() {
     launch(name, pooled_kernel<Arithmetic, Tile>, {blocks_for(m, Tile::kM), blocks_for(n, Tile::kN)},
-           Tile::kThreads, Product<Arithmetic, Tile, PixelsByTaps, Rows>::kSharedBytes, p, launch.table);
+           Tile::kThreads, Product<Arithmetic, Tile, PixelsByTaps, Rows>::kSharedBytes, p, launch.memory);
   });
 }
 

@@ -124,14 +124,15 @@ inline constexpr int kResidentSteps = 2;
 inline Grid step_grid(int64_t steps) { return {blocks_for(steps, kElementThreads)}; }
 
 template <class T>
-__global__ void __launch_bounds__(kVectorThreads) clear_kernel(int64_t count, T* out, const Table* table) {
-  zero(grid_team(), count, resolve(out, *table, blockIdx.z));
+__global__ void __launch_bounds__(kVectorThreads) clear_kernel(int64_t count, T* out, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  zero(grid_team(), count, resolve(out, memory, blockIdx.z));
 }
 /// Sets all elements of an operand to 0.
 template <class T>
 void clear(const Launcher& launch, const View& view, int64_t n, T* out) {
   const int64_t count = elements(view, n);
-  launch("clear", clear_kernel<T>, {vector_blocks(count)}, kVectorThreads, 0, count, out, launch.table);
+  launch("clear", clear_kernel<T>, {vector_blocks(count)}, kVectorThreads, 0, count, out, launch.memory);
 }
 /// The same where a pass writes, and does not come to all elements: it takes `steps` steps along the axes
 /// that the operand has, each to another element.
@@ -145,10 +146,11 @@ void clear_unless_reached(const Launcher& launch, const View& view, int64_t n, i
 template <class T>
 __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     sum_kernel(const __grid_constant__ Split<2> loops, T scale, const T* symbolic_in, bool add,
-               T* symbolic_out, const Table* table) {
+               T* symbolic_out, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const Team team = grid_team();
-  const T* in = resolve(symbolic_in, *table, blockIdx.z);
-  T* out = resolve(symbolic_out, *table, blockIdx.z);
+  const T* in = resolve(symbolic_in, memory, blockIdx.z);
+  T* out = resolve(symbolic_out, memory, blockIdx.z);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<2> to = outer_step(loops, step);
     Sum<T> sum;
@@ -165,7 +167,7 @@ void sum(const Launcher& launch, const char* name, const Loops& loops, int64_t n
   const Split<2> s = split<2>(loops, n, to, {&from, &to});
   clear_unless_reached(launch, to, n, s.outer.steps, add, out);
   launch(name, sum_kernel<T>, step_grid(s.outer.steps), kElementThreads, 0, s, scale, in, add, out,
-         launch.table);
+         launch.memory);
 }
 
 }  // namespace maml::cuda

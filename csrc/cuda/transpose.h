@@ -26,13 +26,14 @@ struct Transpose {
 /// Block x transposes tile (s, i, j), columns fastest.
 template <class T>
 __global__ void __launch_bounds__(kTileThreads)
-    transpose_tiles(Transpose p, const T* symbolic_in, T* symbolic_out, const Table* table) {
+    transpose_tiles(Transpose p, const T* symbolic_in, T* symbolic_out, Deferred deferred) {
+  const Memory memory = deferred.ready();
   __shared__ T tile[kTile][kTile + 1];
   const int64_t across = (p.columns + kTile - 1) / kTile, down = (p.rows + kTile - 1) / kTile;
   const int64_t block = blockIdx.x;
   const int64_t s = block / (across * down), i0 = block / across % down * kTile, j0 = block % across * kTile;
-  const T* in = resolve(symbolic_in, *table, blockIdx.z) + s * p.rows * p.columns;
-  T* out = resolve(symbolic_out, *table, blockIdx.z) + s * p.rows * p.columns;
+  const T* in = resolve(symbolic_in, memory, blockIdx.z) + s * p.rows * p.columns;
+  T* out = resolve(symbolic_out, memory, blockIdx.z) + s * p.rows * p.columns;
   const int lane = static_cast<int>(threadIdx.x) % kTile, first = static_cast<int>(threadIdx.x) / kTile;
   for (int k = first; k < kTile; k += kTileThreads / kTile) {
     if (i0 + k < p.rows && j0 + lane < p.columns) tile[k][lane] = in[(i0 + k) * p.columns + j0 + lane];
@@ -46,9 +47,10 @@ __global__ void __launch_bounds__(kTileThreads)
 
 template <class T>
 __global__ void __launch_bounds__(kElementThreads)
-    transpose_elements(Transpose p, const T* symbolic_in, T* symbolic_out, const Table* table) {
-  const T* in = resolve(symbolic_in, *table, blockIdx.z);
-  T* out = resolve(symbolic_out, *table, blockIdx.z);
+    transpose_elements(Transpose p, const T* symbolic_in, T* symbolic_out, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const T* in = resolve(symbolic_in, memory, blockIdx.z);
+  T* out = resolve(symbolic_out, memory, blockIdx.z);
   const Team team = grid_team();
   const int64_t each = p.rows * p.columns, step = team.step();
   for (int64_t at = team.first(); at < p.n * each; at += step) {
@@ -62,10 +64,10 @@ template <class T>
 void transpose(const Launcher& launch, const char* name, const Transpose& p, const T* in, T* out) {
   if (std::min(p.rows, p.columns) <= kFew) {
     launch(name, transpose_elements<T>, element_grid(p.n * p.rows * p.columns), kElementThreads, 0, p, in,
-           out, launch.table);
+           out, launch.memory);
   } else {
     const Grid tiles{p.n * blocks_for(p.rows, kTile) * blocks_for(p.columns, kTile)};
-    launch(name, transpose_tiles<T>, tiles, kTileThreads, 0, p, in, out, launch.table);
+    launch(name, transpose_tiles<T>, tiles, kTileThreads, 0, p, in, out, launch.memory);
   }
 }
 

@@ -13,10 +13,11 @@ enum : int { kX, kY, kPlace, kOperands = kPlace + kMostSlides };
 template <class T>
 __global__ void __launch_bounds__(kElementThreads)
     windows_kernel(const __grid_constant__ Split<kOperands> loops, const __grid_constant__ Slides slides,
-                   const T* symbolic_x, T* symbolic_y, const Table* table) {
+                   const T* symbolic_x, T* symbolic_y, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const Team team = grid_team();
-  const T* x = resolve(symbolic_x, *table, blockIdx.z);
-  T* y = resolve(symbolic_y, *table, blockIdx.z);
+  const T* x = resolve(symbolic_x, memory, blockIdx.z);
+  T* y = resolve(symbolic_y, memory, blockIdx.z);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kOperands> at = outer_step(loops, step);
     y[at.of[kY]] = is_inside(slides, at.of + kPlace) ? x[at.of[kX]] : T(0);
@@ -34,11 +35,12 @@ template <class T>
 __global__ void __launch_bounds__(kElementThreads)
     windows_transposed_kernel(const __grid_constant__ Split<kOperands> loops,
                               const __grid_constant__ Slides slides, const T* symbolic_g, bool add,
-                              T* symbolic_grad_x, const Table* table) {
+                              T* symbolic_grad_x, Deferred deferred) {
+  const Memory memory = deferred.ready();
   static_assert(kMostSlides == 3);
   const Team team = grid_team();
-  const T* g = resolve(symbolic_g, *table, blockIdx.z);
-  T* grad_x = resolve(symbolic_grad_x, *table, blockIdx.z);
+  const T* g = resolve(symbolic_g, memory, blockIdx.z);
+  T* grad_x = resolve(symbolic_grad_x, memory, blockIdx.z);
   for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
     const Offsets<kOperands> at = outer_step(loops, step);
     Sum<T> sum;
@@ -75,14 +77,14 @@ struct OnGpu<Kind::windows> {
   static void apply(const Launcher& launch, const Layer& l, const T* x, T* y) {
     const Split<kOperands> s = over_y(*l.loops, l.n);
     launch("windows", windows_kernel<T>, step_grid(s.outer.steps), kElementThreads, 0, s, slides_of(*l.loops),
-           x, y, launch.table);
+           x, y, launch.memory);
   }
   template <class T>
   static void adjoint(const Launcher& launch, const Layer& l, const T* g, bool add, T* grad_x) {
     const Split<kOperands> s = over_x(*l.loops, l.n);
     clear_unless_reached(launch, l.loops->x[0], l.n, s.outer.steps, add, grad_x);
     launch("windows transposed", windows_transposed_kernel<T>, step_grid(s.outer.steps), kElementThreads, 0,
-           s, slides_of(*l.loops), g, add, grad_x, launch.table);
+           s, slides_of(*l.loops), g, add, grad_x, launch.memory);
   }
 };
 template struct Implementation<Kind::windows>;

@@ -1,9 +1,14 @@
-"""Calls on a CUDA device: the workspace, and CUDA graphs of the calls that repeat."""
+"""Calls on a CUDA device: the workspace, and CUDA graphs of the calls that repeat.
+
+The kernels of a graph have the addresses of its workspace among their arguments, so that a graph keeps its workspace.
+All graphs of a stream share one: it is as large as the largest of them asks for, and is freed with the last of them.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -49,6 +54,22 @@ def is_capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
+class Workspace:
+    """Device memory that the graphs of one stream use, one after the other."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+
+
+_workspaces: WeakValueDictionary[tuple[torch.device, int, torch.dtype], Workspace] = WeakValueDictionary()
+
+
+class Graph(NamedTuple):
+    core: Any
+    table: Tensor  # the addresses of a call's tensors, on the device
+    workspace: Workspace
+
+
 class Runner:
     """A problem on one device. Everything is enqueued on torch's current stream; nothing waits for the device."""
 
@@ -56,7 +77,7 @@ class Runner:
         self._make_call = core.Call
         self._core = core.CudaRunner(problem, device.index or 0)
         self.executor: str = self._core.executor  # "megakernel" or "batched"
-        self._graphs: OrderedDict[tuple[int, int, int], tuple[Any, Tensor] | None] = OrderedDict()
+        self._graphs: OrderedDict[tuple[int, int, int], Graph | None] = OrderedDict()
         self._workspaces: Bounded[tuple[int, int], int] = Bounded(64)
 
     def workspace(self, tasks: int, at_once: int) -> int:
@@ -76,25 +97,33 @@ class Runner:
             raise ValueError(
                 "a CUDA graph must have no call with dropout in train mode, got one: each replay would have its masks"
             )
-        sizes = tasks, at_once, self._allocate(like, tasks, at_once)
         stream = stream_of(like.device)
-        if not graphs or is_capturing() or self.executor == "megakernel":
-            self._core.run(stream, *sizes, *tensors, **more)
-            return
         key = (stream, tasks, at_once)
-        if key not in self._graphs:  # the first call runs as it is: it loads kernels, and may be the only one
-            self._core.run(stream, *sizes, *tensors, **more)
-            self._keep(key, None)
+        replays = graphs and not is_capturing() and self.executor != "megakernel"
+        if not replays or key not in self._graphs:  # a first call loads kernels, and may be the only one
+            self._core.run(stream, tasks, at_once, self._allocate(like, tasks, at_once), *tensors, **more)
+            if replays:
+                self._keep(key, None)
             return
-        kept = self._graphs[key]
-        if kept is None:
-            call = self._make_call(*sizes, *tensors, **more)
-            table = like.new_empty(self._core.table_bytes(call), dtype=torch.uint8)
-            kept = (self._core.capture(call, table.data_ptr()), table)
-        self._keep(key, kept)
-        self._core.run_graph(kept[0], stream, *sizes, *tensors, **more)
+        workspace = self._workspace(like, stream, tasks, at_once)
+        call = tasks, at_once, workspace.memory, *tensors
+        graph = self._graphs[key]
+        if graph is None or graph.workspace is not workspace:
+            made = self._make_call(*call, **more)
+            table = like.new_empty(self._core.table_bytes(made), dtype=torch.uint8)
+            graph = Graph(self._core.capture(made, table.data_ptr()), table, workspace)
+        self._keep(key, graph)
+        self._core.run_graph(graph.core, stream, *call, **more)
 
-    def _keep(self, key: tuple[int, int, int], graph: tuple[Any, Tensor] | None) -> None:
+    def _workspace(self, like: Tensor, stream: int, tasks: int, at_once: int) -> Workspace:
+        """The stream's workspace, or a larger one in its place: its other graphs are captured again when they run."""
+        key = (like.device, stream, like.dtype)
+        workspace = _workspaces.get(key)
+        if workspace is None or workspace.memory.numel() < self.workspace(tasks, at_once):
+            workspace = _workspaces[key] = Workspace(self._allocate(like, tasks, at_once))
+        return workspace
+
+    def _keep(self, key: tuple[int, int, int], graph: Graph | None) -> None:
         self._graphs[key] = graph
         self._graphs.move_to_end(key)
         if len(self._graphs) > MOST_GRAPHS:

@@ -110,6 +110,8 @@ def test_waves_and_the_time_of_a_launch() -> None:
     assert alone == pytest.approx(1.0 / C["lone"].value)
     half_empty = launch(grid=(66, 1, 1), **product).microseconds() - fixed
     assert half_empty == pytest.approx(2 * alone)
+    early = launch(early=True).microseconds()
+    assert early == pytest.approx(C["early gap"].value + C["latency"].value)
     program = launch(grid=(1, 1, 25), instructions=10, flop=25e5)
     assert program.microseconds() == pytest.approx(fixed + 10 * C["instruction"].value + 1.0)
 
@@ -140,6 +142,14 @@ def test_every_precision_has_kernels_of_its_own() -> None:
         aside = [found.kernel for found in step.launches if found.branch]  # query values that depend on no parameter
         assert len(aside) == 2
         assert all("patch_" in kernel for kernel in aside)
+
+
+def test_kernels_start_early_except_after_an_event() -> None:
+    """The table is sent without it; the first kernel of a branch, and the one that joins it, wait for an event."""
+    late = [found.kernel for found in model.meta_step(model.STEPS["omniglot T=4"], "tf32").launches if not found.early]
+    assert len(late) == 3
+    assert "unpack_parcel" in late[0]
+    assert "patch_" in late[1]
 
 
 def test_a_branch_costs_nothing_beside_a_longer_chain() -> None:

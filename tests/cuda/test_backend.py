@@ -85,6 +85,22 @@ def test_a_graph_gives_the_same_bits_for_any_tensors(make: Any) -> None:
         assert bool(captured) is kept
 
 
+def test_the_graphs_of_a_stream_share_a_workspace() -> None:
+    """The largest call gives its size. A graph of the smaller workspace before it is captured again."""
+    maml = FusedMAML(conv(), 0.1, 2, backend="fused")
+    plain = FusedMAML(maml.model, 0.1, 2, cuda_graphs=False, backend="fused")
+    batches = {tasks: episodes((2, 6, 6), torch.float64, tasks=tasks, seed=tasks) for tasks in (1, 5, 2)}
+    expected = {tasks: run(plain, data) for tasks, data in batches.items()}
+    for tasks in (1, 1, 5, 5, 1, 2, 2, 1, 5):
+        loss, grads = run(maml, batches[tasks])
+        assert torch.equal(loss, expected[tasks][0])
+        assert all(torch.equal(grads[name], expected[tasks][1][name]) for name in grads)
+    graphs = [g for g in runner(maml, batches[1])._graphs.values() if g is not None]
+    assert len(graphs) == 3
+    assert len({id(graph.workspace) for graph in graphs}) == 1
+    assert graphs[0].workspace.memory.numel() == runner(maml, batches[1]).workspace(5, 5)
+
+
 def test_old_graphs_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_runner, "MOST_GRAPHS", 2)
     maml = FusedMAML(conv(), 0.1, 1, backend="fused")

@@ -22,7 +22,7 @@ SANITIZERS = {
 SCHEDULES = ["forward", "backward", "shuffled:1", "shuffled:2"]
 RIGHT = [
     "transpose", "row sum", "warp reversal", "warp functions", "shared memory", "pipeline", "graph", "broken capture",
-    "branch", "limits", "after a failure", "host threads",
+    "branch", "last block", "early", "limits", "after a failure", "host threads",
 ]  # fmt: skip
 
 Run = Callable[..., str]
@@ -163,12 +163,18 @@ def test_out_of_bounds(run: Run, case: str, report: str) -> None:
     [
         ("pipeline with a misaligned address that is not read", "an asynchronous copy of misaligned bytes"),
         ("shared memory of a function", "which no launch limit counts: declare it in the kernel"),
+        ("early without a wait", "programmatic dependent launch does not wait for those before it: thread (0, 0, 0)"),
     ],
 )
 def test_invalid_launches_are_refused(run: Run, case: str, words: str, schedule: str) -> None:
     verdict = run(case, schedule)
     assert verdict.startswith("emulation: ")
     assert words in verdict
+
+
+def test_a_last_block_that_does_not_wait_for_the_others_is_found(run: Run) -> None:
+    assert any(run("last block that is a fixed one", schedule).startswith("wrong") for schedule in SCHEDULES)
+    assert run("last block whose counter stays") == "wrong: the counter is not zero"
 
 
 def test_unknown_schedule(run: Run) -> None:

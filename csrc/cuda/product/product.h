@@ -180,8 +180,8 @@ class Product {
   /// the caller may use the shared memory.
   template <class Look>
   static __device__ __forceinline__ void compute(const A& a, const B& b, const Terms<T>& terms,
-                                                 const Table& table, int64_t task, int m0, int n0, int begin,
-                                                 int end, Accumulators& sums, Look look) {
+                                                 const Memory& memory, int64_t task, int m0, int n0,
+                                                 int begin, int end, Accumulators& sums, Look look) {
     T* const shared = reinterpret_cast<T*>(dynamic_shared());
     const FillerA filler_a(a, m0, terms.vectors_a);
     const FillerB filler_b(b, n0, terms.vectors_b);
@@ -194,8 +194,8 @@ class Product {
       if (stage < stages) {
         const int term = stage >= of_term, in_term = term ? stage - of_term : stage;
         if (in_term == 0) {
-          from_a = resolve(terms.a[term], table, task);
-          from_b = resolve(terms.b[term], table, task);
+          from_a = resolve(terms.a[term], memory, task);
+          from_b = resolve(terms.b[term], memory, task);
         }
         T* const to = shared + stage % Tile::kStages * kStage;
         filler_a.fill(from_a, begin + in_term * kDepth, to);

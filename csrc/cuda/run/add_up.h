@@ -23,10 +23,10 @@ struct AddUp {
 
 /// Element i of the result: its total so far plus the tasks of this chunk.
 template <class T>
-__device__ double sum_of_tasks(const AddUp& a, const Table& chunk, int64_t i) {
+__device__ double sum_of_tasks(const AddUp& a, const Memory& chunk, int64_t i) {
   const T* weights = resolve(place<const T>(Region::task_weights), chunk, 0);
   double* total = reinterpret_cast<double*>(resolve(place<T>(Region::shared, a.totals), chunk, 0)) + i;
-  const Span& tasks = chunk.regions[static_cast<int>(Region::task)];
+  const Span tasks = chunk.task;
   double sum = a.first ? 0 : *total;
   for (int64_t t = 0; t < a.tasks; ++t) {
     const T* result = reinterpret_cast<const T*>(tasks.start + t * tasks.stride) + a.result;
@@ -38,7 +38,7 @@ __device__ double sum_of_tasks(const AddUp& a, const Table& chunk, int64_t i) {
 
 /// The loss, summed over all tasks: each thread sums its tasks in order, then a tree sums over the block.
 template <class T>
-__device__ void sum_losses(const AddUp& a, const Table& call) {
+__device__ void sum_losses(const AddUp& a, const Memory& call) {
   __shared__ double sums[kReductionThreads];
   const int thread = static_cast<int>(threadIdx.x);
   const T* weights = resolve(place<const T>(Region::task_weights), call, 0);
@@ -55,24 +55,27 @@ __device__ void sum_losses(const AddUp& a, const Table& call) {
   if (thread == 0) *resolve(place<T>(Region::loss), call, 0) = static_cast<T>(sums[0]);
 }
 
-/// `chunk`: the table of this chunk; `call`: the table of the first chunk, where the call's outputs start.
+/// `first`: the table of the first chunk, where the call's outputs start.
 template <class T>
 __global__ void __launch_bounds__(kReductionThreads)
-    add_up_kernel(AddUp a, DevicePlan plan, const Table* chunk, const Table* call) {
+    add_up_kernel(AddUp a, DevicePlan plan, const Table* first, Deferred deferred) {
+  const Memory chunk = deferred.ready();
+  Memory call = chunk;
+  call.table = first;
   const int row = static_cast<int>(blockIdx.y);
   const Team team = grid_team();
   if (row == plan.parameter_count + plan.rate_count) {
-    const bool wanted = call->regions[static_cast<int>(Region::loss)].start != nullptr;
-    if (a.last && wanted && blockIdx.x == 0) sum_losses<T>(a, *call);
+    const bool wanted = call[Region::loss].start != nullptr;
+    if (a.last && wanted && blockIdx.x == 0) sum_losses<T>(a, call);
     return;
   }
-  T* gradient = resolve(place<T>(Region::gradient), *call, 0);
+  T* gradient = resolve(place<T>(Region::gradient), call, 0);
   if (!gradient) return;
   if (row < plan.parameter_count) {
     const ParameterInfo& p = plan.parameters[row];
     if (p.gradient_at < 0) return;
     for (int64_t i = team.first(); i < p.size; i += team.step()) {
-      const double sum = sum_of_tasks<T>(a, *chunk, p.at + i);
+      const double sum = sum_of_tasks<T>(a, chunk, p.at + i);
       if (a.last) gradient[p.gradient_at + user_index(p, i)] = static_cast<T>(sum);
     }
     return;
@@ -80,7 +83,7 @@ __global__ void __launch_bounds__(kReductionThreads)
   const RateInfo& rate = plan.rates[row - plan.parameter_count];
   if (rate.gradient_at < 0) return;
   for (int64_t i = team.first(); i < rate.size; i += team.step()) {
-    const double sum = sum_of_tasks<T>(a, *chunk, rate.result_at + i);
+    const double sum = sum_of_tasks<T>(a, chunk, rate.result_at + i);
     if (!a.last) continue;
     int64_t at = i;
     if (rate.parameter >= 0) {

@@ -1,8 +1,9 @@
 // Symbolic addresses. The algorithm (meta_gradient.h) passes pointers of one task around but never
 // dereferences them. On this backend such a pointer is no address: it holds a region and a byte offset within
-// it. A kernel looks the region up in the call's table and computes the address for its own task. One list of
-// launches, or one CUDA graph, therefore serves every call with the same shapes, wherever that call's tensors
-// are.
+// it. A kernel computes the address for its own task. The workspace, where nearly all operands are, has its
+// addresses among the kernel's arguments (Memory); a CUDA graph has a workspace of its own. The user's
+// tensors are looked up in the call's table. One list of launches, or one CUDA graph, therefore serves every
+// call with the same shapes, wherever that call's tensors are.
 #pragma once
 
 #include "cuda/run/platform.h"
@@ -47,9 +48,47 @@ struct Table {
   Span regions[static_cast<int>(Region::count)];
 };
 
+/// The counters of a task (last_block.h).
+inline constexpr int kCounters = 1024;
+
+/// A call as a kernel sees it: the addresses of the workspace, and the table of everything else.
+struct Memory {
+  const Table* table;
+  unsigned char* shared;  // Region::shared
+  Span task;              // Region::task
+  unsigned* counters;     // [tasks, kCounters] of the workspace, all zero between launches (last_block.h)
+
+  __host__ __device__ unsigned* counters_of(int64_t task) const { return counters + task * kCounters; }
+  __host__ __device__ Span operator[](Region region) const {
+    return region == Region::task     ? task
+           : region == Region::shared ? Span{shared, 0}
+                                      : table->regions[static_cast<int>(region)];
+  }
+};
+
+/// The memory of a launch, as a kernel's last argument. Programmatic dependent launch (compute
+/// capability 9.0) starts a kernel while the one before it in the stream still runs, so that its blocks are
+/// already there when their operands are. A kernel may touch memory only after ready(), which waits until all
+/// kernels before it have ended, and lets the next one start. Every thread must call it, at its beginning.
+class Deferred {
+ public:
+  Deferred() = default;
+  explicit Deferred(const Memory& memory) : memory_(memory) {}
+  __device__ __forceinline__ Memory ready() const {
+    wait_for_previous_kernels();
+    let_next_kernel_start();
+    return memory_;
+  }
+  /// For the host: nothing is read through it.
+  const Memory& memory() const { return memory_; }
+
+ private:
+  Memory memory_{};
+};
+
 /// The random numbers of a task, where `stream` tells the pass.
-__device__ __forceinline__ Stream of_task(Stream stream, const Table& table, int64_t task) {
-  const Span& random = table.regions[static_cast<int>(Region::random)];
+__device__ __forceinline__ Stream of_task(Stream stream, const Memory& memory, int64_t task) {
+  const Span random = memory[Region::random];
   stream.seed = reinterpret_cast<uint64_t>(random.start);
   stream.task = static_cast<uint32_t>(random.stride + task);
   return stream;
@@ -66,43 +105,43 @@ __host__ __device__ inline T* place(Region region, int64_t element = 0) {
 
 /// The address of a symbolic address for one task; null for null, and where the call lacks the region.
 template <class T>
-__device__ __forceinline__ T* resolve(T* symbolic, const Table& table, int64_t task) {
+__device__ __forceinline__ T* resolve(T* symbolic, const Memory& memory, int64_t task) {
   const uint64_t word = reinterpret_cast<uint64_t>(symbolic);
   if (word == 0) return nullptr;
-  const Span& span = table.regions[word >> kRegionShift];
+  const Span span = memory[static_cast<Region>(word >> kRegionShift)];
   if (!span.start) return nullptr;
   return reinterpret_cast<T*>(span.start + task * span.stride + (word & ((uint64_t{1} << kRegionShift) - 1)));
 }
 
 template <class T>
-__device__ __forceinline__ Tensors<T> resolve(const Tensors<T>& s, const Table& table, int64_t task) {
+__device__ __forceinline__ Tensors<T> resolve(const Tensors<T>& s, const Memory& memory, int64_t task) {
   Tensors<T> t = s;
   for (int j = 0; j < 2; ++j) {
-    t.x[j] = resolve(s.x[j], table, task);
-    t.grad_x[j] = resolve(s.grad_x[j], table, task);
-    t.x_dot[j] = resolve(s.x_dot[j], table, task);
-    t.grad_x_dot[j] = resolve(s.grad_x_dot[j], table, task);
+    t.x[j] = resolve(s.x[j], memory, task);
+    t.grad_x[j] = resolve(s.grad_x[j], memory, task);
+    t.x_dot[j] = resolve(s.x_dot[j], memory, task);
+    t.grad_x_dot[j] = resolve(s.grad_x_dot[j], memory, task);
   }
   for (int j = 0; j < kMostParameters; ++j) {
-    t.w[j] = resolve(s.w[j], table, task);
-    t.grad_w[j] = resolve(s.grad_w[j], table, task);
-    t.w_dot[j] = resolve(s.w_dot[j], table, task);
-    t.grad_w_dot[j] = resolve(s.grad_w_dot[j], table, task);
+    t.w[j] = resolve(s.w[j], memory, task);
+    t.grad_w[j] = resolve(s.grad_w[j], memory, task);
+    t.w_dot[j] = resolve(s.w_dot[j], memory, task);
+    t.grad_w_dot[j] = resolve(s.grad_w_dot[j], memory, task);
   }
-  t.y = resolve(s.y, table, task);
-  t.grad_y = resolve(s.grad_y, table, task);
-  t.y_dot = resolve(s.y_dot, table, task);
-  t.grad_y_dot = resolve(s.grad_y_dot, table, task);
-  t.saved = resolve(s.saved, table, task);
-  t.saved_dot = resolve(s.saved_dot, table, task);
-  t.scratch = resolve(s.scratch, table, task);
+  t.y = resolve(s.y, memory, task);
+  t.grad_y = resolve(s.grad_y, memory, task);
+  t.y_dot = resolve(s.y_dot, memory, task);
+  t.grad_y_dot = resolve(s.grad_y_dot, memory, task);
+  t.saved = resolve(s.saved, memory, task);
+  t.saved_dot = resolve(s.saved_dot, memory, task);
+  t.scratch = resolve(s.scratch, memory, task);
   return t;
 }
 
 template <class T>
-__device__ __forceinline__ Target<T> resolve(const Target<T>& s, const Table& table, int64_t task) {
-  return {resolve(static_cast<const unsigned char*>(s.y), table, task), resolve(s.scale, table, task),
-          resolve(s.old_log_probs, table, task)};
+__device__ __forceinline__ Target<T> resolve(const Target<T>& s, const Memory& memory, int64_t task) {
+  return {resolve(static_cast<const unsigned char*>(s.y), memory, task), resolve(s.scale, memory, task),
+          resolve(s.old_log_probs, memory, task)};
 }
 
 }  // namespace maml::cuda

@@ -19,70 +19,78 @@ namespace maml::cuda {
 template <class T>
 __global__ void __launch_bounds__(kVectorThreads)
     descend_kernel(const RateSlice* slices, const T* rates, const T* phi, const T* g, T* next,
-                   const Table* table) {
+                   Deferred deferred) {
+  const Memory memory = deferred.ready();
   const int64_t task = blockIdx.z;
-  descend(grid_team(), slices[blockIdx.y], resolve(rates, *table, task), resolve(phi, *table, task),
-          resolve(g, *table, task), resolve(next, *table, task));
+  descend(grid_team(), slices[blockIdx.y], resolve(rates, memory, task), resolve(phi, memory, task),
+          resolve(g, memory, task), resolve(next, memory, task));
 }
 
 template <class T>
 __global__ void __launch_bounds__(kVectorThreads)
-    direction_kernel(const RateSlice* slices, const T* rates, const T* v, T* out, const Table* table) {
+    direction_kernel(const RateSlice* slices, const T* rates, const T* v, T* out, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const int64_t task = blockIdx.z;
-  direction(grid_team(), slices[blockIdx.y], resolve(rates, *table, task), resolve(v, *table, task),
-            resolve(out, *table, task));
+  direction(grid_team(), slices[blockIdx.y], resolve(rates, memory, task), resolve(v, memory, task),
+            resolve(out, memory, task));
 }
 
 /// Row y of blocks takes slice y; the last row takes the parameters that are not adapted.
 template <class T>
 __global__ void __launch_bounds__(kVectorThreads)
     retreat_kernel(const RateSlice* slices, int count, int64_t adapted, int64_t size, const T* rates,
-                   const T* product, T* v, T* out, const Table* table) {
+                   const T* product, T* v, T* out, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const int64_t task = blockIdx.z;
-  product = resolve(product, *table, task), v = resolve(v, *table, task);
+  product = resolve(product, memory, task), v = resolve(v, memory, task);
   if (static_cast<int>(blockIdx.y) == count) {
     return subtract(grid_team(), size - adapted, product + adapted, v + adapted);
   }
-  retreat(grid_team(), slices[blockIdx.y], resolve(rates, *table, task), product, v,
-          resolve(out, *table, task));
+  retreat(grid_team(), slices[blockIdx.y], resolve(rates, memory, task), product, v,
+          resolve(out, memory, task));
 }
 
 template <class T>
 __global__ void __launch_bounds__(kVectorThreads)
     elementwise_rate_gradient_kernel(const RateSlice* slices, const T* g, const T* v, T* result,
-                                     const Table* table) {
+                                     Deferred deferred) {
+  const Memory memory = deferred.ready();
   const RateSlice& slice = slices[blockIdx.y];
   if (slice.grad_at == kNowhere || !slice.elementwise) return;
   const int64_t task = blockIdx.z;
-  elementwise_rate_gradient(grid_team(), slice, resolve(g, *table, task), resolve(v, *table, task),
-                            resolve(result, *table, task));
+  elementwise_rate_gradient(grid_team(), slice, resolve(g, memory, task), resolve(v, memory, task),
+                            resolve(result, memory, task));
 }
 
 template <class T>
 __global__ void __launch_bounds__(kReductionThreads)
     shared_rate_gradients_kernel(const RateSlice* slices, int count, const T* g, const T* v, T* result,
-                                 const Table* table) {
+                                 Deferred deferred) {
+  const Memory memory = deferred.ready();
   __shared__ double sums[kReductionThreads];
   const int64_t task = blockIdx.z;
-  shared_rate_gradients(slices, count, resolve(g, *table, task), resolve(v, *table, task),
-                        resolve(result, *table, task), sums);
+  shared_rate_gradients(slices, count, resolve(g, memory, task), resolve(v, memory, task),
+                        resolve(result, memory, task), sums);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kVectorThreads)
-    add_weighted_kernel(int64_t size, const T* w, const T* x, T* y, const Table* table) {
+    add_weighted_kernel(int64_t size, const T* w, const T* x, T* y, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const int64_t task = blockIdx.z;
-  add_weighted(grid_team(), size, resolve(w, *table, task), resolve(x, *table, task),
-               resolve(y, *table, task));
+  add_weighted(grid_team(), size, resolve(w, memory, task), resolve(x, memory, task),
+               resolve(y, memory, task));
 }
 template <class T>
 __global__ void __launch_bounds__(kVectorThreads)
-    copy_kernel(int64_t size, const T* from, T* to, const Table* table) {
-  copy(grid_team(), size, resolve(from, *table, blockIdx.z), resolve(to, *table, blockIdx.z));
+    copy_kernel(int64_t size, const T* from, T* to, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  copy(grid_team(), size, resolve(from, memory, blockIdx.z), resolve(to, memory, blockIdx.z));
 }
 template <class T>
-__global__ void __launch_bounds__(kVectorThreads) zero_kernel(int64_t size, T* to, const Table* table) {
-  zero(grid_team(), size, resolve(to, *table, blockIdx.z));
+__global__ void __launch_bounds__(kVectorThreads) zero_kernel(int64_t size, T* to, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  zero(grid_team(), size, resolve(to, memory, blockIdx.z));
 }
 
 template <class T>
@@ -143,21 +151,21 @@ class Batched {
   void descend(const std::vector<RateSlice>& step, const T* phi, const T* g, T* next) const {
     note([&] { return traffic<T>(problem_.packing.adapted, 3); });
     launch_("descend", descend_kernel<T>, slice_grid(), kVectorThreads, 0, slices(step), rates_, phi, g, next,
-            launch_.table);
+            launch_.memory);
   }
   void direction(const std::vector<RateSlice>& step, const T* v, T* out) const {
     note([&] { return traffic<T>(problem_.packing.adapted, 2); });
     launch_("direction", direction_kernel<T>, slice_grid(), kVectorThreads, 0, slices(step), rates_, v, out,
-            launch_.table);
+            launch_.memory);
   }
   void rate_gradient(const std::vector<RateSlice>& step, const T* g, const T* v, T* result) const {
     if (learns_elementwise_) {
       launch_("elementwise rate gradient", elementwise_rate_gradient_kernel<T>, slice_grid(), kVectorThreads,
-              0, slices(step), g, v, result, launch_.table);
+              0, slices(step), g, v, result, launch_.memory);
     }
     if (learns_shared_) {
       launch_("rate gradient", shared_rate_gradients_kernel<T>, {}, kReductionThreads, 0, slices(step),
-              plan_.slices_a_step, g, v, result, launch_.table);
+              plan_.slices_a_step, g, v, result, launch_.memory);
     }
   }
   void retreat(int64_t size, const T* product, T* v, const std::vector<RateSlice>& step, T* out) const {
@@ -165,22 +173,22 @@ class Batched {
     const int count = plan_.slices_a_step;
     note([&] { return traffic<T>(size, out ? 4 : 3); });
     launch_("retreat", retreat_kernel<T>, {vector_blocks(std::max(largest_, rest)), count + (rest > 0)},
-            kVectorThreads, 0, slices(step), count, adapted, size, rates_, product, v, out, launch_.table);
+            kVectorThreads, 0, slices(step), count, adapted, size, rates_, product, v, out, launch_.memory);
   }
   void add_weighted(int k, int64_t size, const T* x, T* y) const {
     note([&] { return traffic<T>(size, 3); });
     launch_("add weighted", add_weighted_kernel<T>, {vector_blocks(size)}, kVectorThreads, 0, size,
-            static_cast<const T*>(place<T>(Region::query_weights, k)), x, y, launch_.table);
+            static_cast<const T*>(place<T>(Region::query_weights, k)), x, y, launch_.memory);
   }
   void copy(int64_t size, const T* from, T* to) const {
     if (size == 0) return;
     note([&] { return traffic<T>(size, 2); });
-    launch_("copy", copy_kernel<T>, {vector_blocks(size)}, kVectorThreads, 0, size, from, to, launch_.table);
+    launch_("copy", copy_kernel<T>, {vector_blocks(size)}, kVectorThreads, 0, size, from, to, launch_.memory);
   }
   void zero(int64_t size, T* to) const {
     if (size == 0) return;
     note([&] { return traffic<T>(size, 1); });
-    launch_("zero", zero_kernel<T>, {vector_blocks(size)}, kVectorThreads, 0, size, to, launch_.table);
+    launch_("zero", zero_kernel<T>, {vector_blocks(size)}, kVectorThreads, 0, size, to, launch_.memory);
   }
 
  private:

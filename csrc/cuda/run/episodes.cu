@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) episodes_kernel(Episodes e) {
 
 void draw(const Episodes& e, int device, void* stream) {
   const OnDevice on(device);
-  const Launcher launch{static_cast<cudaStream_t>(stream), 1, nullptr};
+  const Launcher launch{static_cast<cudaStream_t>(stream), 1, Deferred()};
   const Grid images{e.tasks * e.n_way * (e.k_shot + e.n_query)};
   launch("episodes", e.is_double ? episodes_kernel<double> : episodes_kernel<float>, images, kThreads, 0, e);
 }

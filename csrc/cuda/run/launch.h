@@ -5,6 +5,7 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "cuda/run/address.h"
@@ -55,6 +56,10 @@ void allow_shared_memory(void (*kernel)(Params...)) {
   allowed.emplace(kernel, device);
 }
 
+/// Whether a kernel waits by itself for the kernels before it: it takes a Deferred.
+template <class... Params>
+inline constexpr bool kWaits = (std::is_same_v<Params, Deferred> || ...);
+
 /// The blocks (x, y) of one task; blockIdx.z is the task.
 struct Grid {
   int64_t x = 1, y = 1;
@@ -67,24 +72,36 @@ struct Branch {
   cudaEvent_t forked = nullptr, done = nullptr;
 };
 
+/// Whether a launch of this device may start before the kernel ahead of it has ended: programmatic dependent
+/// launch, from compute capability 9.0 on.
+inline bool starts_early() {
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device), "asking for the device");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "asking for the compute capability");
+  return major >= 9;
+}
+
 /// Launches kernels for all tasks of a call, in the order of the calls. A kernel takes symbolic addresses
-/// and the table that resolves them, or real addresses only.
+/// and, last, the memory that resolves them; or real addresses only.
 struct Launcher {
   cudaStream_t stream;
   int64_t tasks;
-  const Table* table;              // on the device
-  const Branch* branch = nullptr;  // null: there is one stream only
+  Deferred memory;
+  const Branch* branch = nullptr;    // null: there is one stream only
+  mutable bool after_event = false;  // the next kernel waits for an event, so it does not start early
 
   /// A launcher on the branch; its kernels start after those launched here so far.
   Launcher fork() const {
     check(cudaEventRecord(branch->forked, stream), "forking the graph");
     check(cudaStreamWaitEvent(branch->stream, branch->forked, 0), "forking the graph");
-    return {branch->stream, tasks, table};
+    return {branch->stream, tasks, memory, nullptr, true};
   }
   /// Makes the following kernels wait for the branch.
   void join() const {
     check(cudaEventRecord(branch->done, branch->stream), "joining the graph's branches");
     check(cudaStreamWaitEvent(stream, branch->done, 0), "joining the graph's branches");
+    after_event = true;
   }
 
   template <class... Params>
@@ -97,6 +114,14 @@ struct Launcher {
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    if constexpr (kWaits<Params...>) {
+      config.attrs = &early;
+      config.numAttrs = !after_event && starts_early() ? 1 : 0;
+    }
+    after_event = false;
     check(cudaLaunchKernelEx(&config, kernel, params...), name);
   }
 };

@@ -1,5 +1,5 @@
-// The layout of a call's workspace: the spans, then the elements that all tasks share, then one part for each
-// task in flight.
+// The layout of a call's workspace: the spans, the counters of each task in flight, then the elements that
+// all tasks share, then one part for each task in flight.
 #pragma once
 
 #include "cuda/run/description.h"

@@ -152,13 +152,13 @@ class Reader {
       if (word < kWords) words_[j] = from[word];
     }
   }
-  __device__ void store(int instruction, const Table& table, int64_t task) {
+  __device__ void store(int instruction, const Memory& memory, int64_t task) {
     for (int j = 0; j < kWordsAThread; ++j) {
       const int word = static_cast<int>(threadIdx.x) + j * kThreads;
       if (word >= kWords) continue;
       uint64_t value = words_[j];
       const bool symbolic = word < kSymbolicWords && (value >> kRegionShift) != 0;
-      if (symbolic) value = reinterpret_cast<uint64_t>(resolve(reinterpret_cast<T*>(value), table, task));
+      if (symbolic) value = reinterpret_cast<uint64_t>(resolve(reinterpret_cast<T*>(value), memory, task));
       slots_[instruction % 2 * kWords + word] = value;
     }
   }
@@ -189,8 +189,8 @@ __global__ void __launch_bounds__(kThreads)
   T* memory = reinterpret_cast<T*>(dynamic_shared());
   constexpr int kRegions = static_cast<int>(Region::count);
   for (int r = thread; r < kRegions; r += kThreads) table.regions[r] = call.spans[r];
-  if (thread == static_cast<int>(Region::task))
-    table.regions[thread] = {reinterpret_cast<unsigned char*>(memory), 0};
+  // The task's part of the workspace is the block's shared memory.
+  const Memory addresses{&table, nullptr, {reinterpret_cast<unsigned char*>(memory), 0}, nullptr};
   if (task == 0) {
     for (int s = thread; s < order.count; s += kThreads) table_out[s] = call.spans[s];
   }
@@ -211,12 +211,12 @@ __global__ void __launch_bounds__(kThreads)
   Reader<T> program(plan, slots);
   program.fetch(0);
   __syncthreads();  // the table
-  program.store(0, table, task);
+  program.store(0, addresses, task);
   for (int i = 0; i < plan.program_length; ++i) {
     __syncthreads();
     if (i + 1 < plan.program_length) program.fetch(i + 1);
     run_instruction(program[i], plan, memory + layout.rates, sums);
-    if (i + 1 < plan.program_length) program.store(i + 1, table, task);
+    if (i + 1 < plan.program_length) program.store(i + 1, addresses, task);
   }
   __syncthreads();
   const Span& results = call.spans[static_cast<int>(Region::task)];

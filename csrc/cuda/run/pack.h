@@ -43,33 +43,41 @@ __device__ void pack_rate(Team team, const DevicePlan& plan, const RateInfo& rat
 // Kernels of the batched executor: each tensor has a row of blocks along y, and span first_span + blockIdx.y
 // is the user's copy of it.
 
+/// One more row zeroes the first `counters` counters: the kernel that starts a call has them.
 template <class T>
 __global__ void __launch_bounds__(kVectorThreads)
-    pack_kernel(DevicePlan plan, int first_span, T* packed, const Table* table) {
+    pack_kernel(DevicePlan plan, int first_span, T* packed, int64_t counters, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  if (static_cast<int>(blockIdx.y) == plan.parameter_count) {
+    if (blockIdx.z == 0) zero(grid_team(), counters, memory.counters);
+    return;
+  }
   const ParameterInfo& p = plan.parameters[blockIdx.y];
-  const Span& user = table->regions[first_span + static_cast<int>(blockIdx.y)];
+  const Span& user = memory.table->regions[first_span + static_cast<int>(blockIdx.y)];
   const int64_t task = blockIdx.z;
   const T* from = user.start ? reinterpret_cast<const T*>(user.start + task * user.stride) : nullptr;
-  pack(grid_team(), p, from, resolve(packed, *table, task) + p.at);
+  pack(grid_team(), p, from, resolve(packed, memory, task) + p.at);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kVectorThreads)
-    pack_rates_kernel(DevicePlan plan, int first_span, T* packed, const Table* table) {
+    pack_rates_kernel(DevicePlan plan, int first_span, T* packed, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const RateInfo& rate = plan.rates[blockIdx.y];
-  const Span& user = table->regions[first_span + static_cast<int>(blockIdx.y)];
+  const Span& user = memory.table->regions[first_span + static_cast<int>(blockIdx.y)];
   pack_rate(grid_team(), plan, rate, reinterpret_cast<const T*>(user.start),
-            resolve(packed, *table, 0) + rate.at);
+            resolve(packed, memory, 0) + rate.at);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kVectorThreads)
-    unpack_kernel(DevicePlan plan, int first_span, const T* packed, const Table* table) {
+    unpack_kernel(DevicePlan plan, int first_span, const T* packed, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const ParameterInfo& p = plan.parameters[blockIdx.y];
-  const Span& user = table->regions[first_span + static_cast<int>(blockIdx.y)];
+  const Span& user = memory.table->regions[first_span + static_cast<int>(blockIdx.y)];
   const int64_t task = blockIdx.z;
   if (!user.start) return;
-  unpack(grid_team(), p, resolve(packed, *table, task) + p.at,
+  unpack(grid_team(), p, resolve(packed, memory, task) + p.at,
          reinterpret_cast<T*>(user.start + task * user.stride));
 }
 

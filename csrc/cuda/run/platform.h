@@ -14,6 +14,21 @@ namespace maml::cuda {
 #ifdef __CUDACC__
 inline constexpr bool kSmallTiles = false;
 
+/// Waits until all kernels before this one in the stream have ended and their writes are visible. Only a
+/// kernel launched with programmatic dependent launch starts earlier; for any other it does nothing.
+__device__ __forceinline__ void wait_for_previous_kernels() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// Lets the next kernel in the stream start once every block has called this, if it was launched so.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 /// The block's dynamic shared memory.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char memory[];
@@ -25,6 +40,8 @@ inline constexpr bool kSmallTiles = true;  // for tests: even small shapes then 
 #else
 inline constexpr bool kSmallTiles = false;
 #endif
+inline void wait_for_previous_kernels() { emulation::wait_for_previous_kernels(); }
+inline void let_next_kernel_start() {}
 inline unsigned char* dynamic_shared() { return static_cast<unsigned char*>(emulation::dynamic_shared()); }
 #endif
 

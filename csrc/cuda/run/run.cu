@@ -186,16 +186,33 @@ struct Runner<T>::State {
   int64_t spans_size(int64_t chunk_count) const {
     return elements(chunk_count * all_spans().count * static_cast<int64_t>(sizeof(Span)));
   }
+  int64_t counters_size(int64_t chunk) const {
+    return executor == Executor::batched
+               ? elements(chunk * kCounters * static_cast<int64_t>(sizeof(unsigned)))
+               : 0;
+  }
   int64_t workspace(int64_t tasks, int64_t at_once) const {
     const int64_t size = chunk(tasks, at_once);
-    return spans_size(blocks_for(tasks, size)) + layout.shared_size + size * task_stride();
+    return spans_size(blocks_for(tasks, size)) + counters_size(size) + layout.shared_size +
+           size * task_stride();
+  }
+
+  /// The memory of the call's first chunk, whose spans are at `table`. The others differ in their table.
+  Memory memory(const Call<T>& call, const Span* table) const {
+    T* counters = call.workspace + spans_size(chunks(call));
+    T* shared = counters + counters_size(chunk(call));
+    auto bytes = [](T* p) { return reinterpret_cast<unsigned char*>(p); };
+    return {reinterpret_cast<const Table*>(table),
+            bytes(shared),
+            {bytes(shared + layout.shared_size), task_stride() * static_cast<int64_t>(sizeof(T))},
+            reinterpret_cast<unsigned*>(counters)};
   }
 
   /// The spans of all chunks, one chunk after the other.
   std::vector<Span> spans(const Call<T>& call) const {
     const SpanOrder order = all_spans();
     std::vector<Span> all;
-    T* shared = call.workspace + spans_size(chunks(call));
+    const Memory workspace = memory(call, nullptr);
     const int64_t element = sizeof(T),
                   predictions =
                       problem.query.n ? problem.query.n * problem.query.values[problem.query.output].size : 0;
@@ -216,7 +233,7 @@ struct Runner<T>::State {
       auto region = [&](Region r, const void* start, int64_t stride) {
         all[regions + static_cast<size_t>(r)] = span(start, stride);
       };
-      region(Region::shared, shared, 0);
+      region(Region::shared, workspace.shared, 0);
       region(Region::x_support, call.x_support, samples(problem.support));
       region(Region::y_support, call.y_support.y, targets(problem.support));
       region(Region::scale_support, call.y_support.scale, problem.support.n * element);
@@ -236,9 +253,7 @@ struct Runner<T>::State {
       region(Region::gradient, call.gradient, 0);
       all[regions + static_cast<size_t>(Region::random)] = {reinterpret_cast<unsigned char*>(call.seed),
                                                             first};
-      all[regions + static_cast<size_t>(Region::task)] = {
-          // the same memory for every chunk
-          reinterpret_cast<unsigned char*>(shared + layout.shared_size), task_stride() * element};
+      all[regions + static_cast<size_t>(Region::task)] = workspace.task;  // the same for every chunk
       for (size_t i = 0; i < call.parameters.size(); ++i) {
         push(call.parameters[i], call.parameter_strides.empty() ? 0 : call.parameter_strides[i] * element);
       }
@@ -257,47 +272,51 @@ struct Runner<T>::State {
   void walk(const Call<T>& call, const DevicePlan& view, const Span* table,
             const std::vector<Span>* host_spans, cudaStream_t stream, const Branch* branch = nullptr) const {
     const SpanOrder order = all_spans();
-    auto table_of = [&](int64_t c) { return reinterpret_cast<const Table*>(table + c * order.count); };
+    auto memory_of = [&](int64_t c) { return Deferred(memory(call, table + c * order.count)); };
+    int64_t counters = chunk(call) * kCounters;  // to be zeroed
     if (executor == Executor::batched) {
-      const Launcher once{stream, 1, table_of(0)};
+      const Launcher once{stream, 1, memory_of(0)};
       if (!at_own_parameters(problem.operation))
-        pack_all(once, view, order.parameters, layout.theta, Region::shared);
+        pack_all(once, view, order.parameters, layout.theta, Region::shared, std::exchange(counters, 0));
       if (view.rate_count) {
         once("pack rates", pack_rates_kernel<T>, {8, view.rate_count}, kVectorThreads, 0, view, order.rates,
-             place<T>(Region::shared, layout.rates), once.table);
+             place<T>(Region::shared, layout.rates), once.memory);
       }
     }
     for (int64_t c = 0; c < chunks(call); ++c) {
       const int64_t tasks = std::min(chunk(call), call.tasks - c * chunk(call));
-      const Launcher launch{stream, tasks, table_of(c), branch};
+      const Launcher launch{stream, tasks, memory_of(c), branch};
       if (executor == Executor::megakernel) {
         note([&] { return program_work; });
         launch_megakernel<T>(launch, problem, layout, view, host_spans->data() + c * order.count, order,
                              const_cast<Span*>(table) + c * order.count);
       } else {
-        run_batched(launch, view, order);
+        run_batched(launch, view, order, std::exchange(counters, 0));
       }
-      add_up(launch, call, view, c, table_of(0));
+      add_up(launch, call, view, c, reinterpret_cast<const Table*>(table));
     }
   }
 
-  void pack_all(const Launcher& launch, const DevicePlan& view, int first_span, int64_t at,
-                Region region) const {
+  /// Packs the user's tensors; also zeroes so many counters.
+  void pack_all(const Launcher& launch, const DevicePlan& view, int first_span, int64_t at, Region region,
+                int64_t counters) const {
     note([&] { return traffic<T>(problem.packing.total, 2); });
-    launch("pack", pack_kernel<T>, {8, view.parameter_count}, kVectorThreads, 0, view, first_span,
-           place<T>(region, at), launch.table);
+    launch("pack", pack_kernel<T>, {8, view.parameter_count + (counters > 0)}, kVectorThreads, 0, view,
+           first_span, place<T>(region, at), counters, launch.memory);
   }
 
-  void run_batched(const Launcher& launch, const DevicePlan& view, const SpanOrder& order) const {
+  /// `counters`: how many are left to be zeroed, by the first launch.
+  void run_batched(const Launcher& launch, const DevicePlan& view, const SpanOrder& order,
+                   int64_t counters) const {
     if (at_own_parameters(problem.operation))
-      pack_all(launch, view, order.parameters, layout.own, Region::task);
-    if (takes_given(problem.operation)) pack_all(launch, view, order.given, layout.given, Region::task);
+      pack_all(launch, view, order.parameters, layout.own, Region::task, std::exchange(counters, 0));
+    if (takes_given(problem.operation)) pack_all(launch, view, order.given, layout.given, Region::task, 0);
     const Batched<T> backend(launch, problem, view, place<T>(Region::shared, layout.rates));
     const Task<T> task = symbolic_task<T>(problem, layout, false);
     TaskRunner<Batched<T>, T>(backend, problem, task, place<T>(Region::task, layout.work)).run();
     if (gives_per_task(problem.operation)) {
       launch("unpack", unpack_kernel<T>, {8, view.parameter_count}, kVectorThreads, 0, view, order.per_task,
-             static_cast<const T*>(place<T>(Region::task, layout.out)), launch.table);
+             static_cast<const T*>(place<T>(Region::task, layout.out)), launch.memory);
     }
   }
 
@@ -308,10 +327,10 @@ struct Runner<T>::State {
         problem.operation == Operation::adapt_backward ? 1.0 : 1.0 / static_cast<double>(call.tasks);
     const AddUp a{launch.tasks, call.tasks, layout.totals,        layout.result,
                   equal,        c == 0,     c + 1 == chunks(call)};
-    const Launcher once{launch.stream, 1, launch.table};
+    const Launcher once{launch.stream, 1, launch.memory};
     note([&] { return traffic<T>(problem.result_size, static_cast<int>(launch.tasks) + 1); });
     once("add up", add_up_kernel<T>, {16, view.parameter_count + view.rate_count + 1}, kReductionThreads, 0,
-         a, view, launch.table, first);
+         a, view, first, launch.memory);
   }
 };
 

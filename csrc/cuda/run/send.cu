@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void send(cudaStream_t stream, const void* from, size_t bytes, void* to) {
-  const Launcher launch{stream, 1, nullptr};
+  const Launcher launch{stream, 1, Deferred()};
   const size_t words = bytes / sizeof(uint64_t);
   for (size_t at = 0; at < words; at += Parcel::kWords) {
     Parcel parcel;

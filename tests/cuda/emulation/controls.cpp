@@ -53,7 +53,8 @@ CONTROL const char* emulation_logged() {
          << ", \"static_shared\": " << emulation::static_shared_bytes(l.kernel)
          << ", \"stream\": " << reinterpret_cast<uintptr_t>(l.stream)
          << ", \"flop\": " << l.work.flop * l.grid.z << ", \"bytes\": " << l.work.bytes * l.grid.z
-         << ", \"instructions\": " << l.work.instructions << ", \"seconds\": " << l.seconds << "}";
+         << ", \"early\": " << (l.early ? "true" : "false") << ", \"instructions\": " << l.work.instructions
+         << ", \"seconds\": " << l.seconds << "}";
   }
   text = json.str() + "]";
   return text.c_str();

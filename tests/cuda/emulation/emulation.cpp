@@ -85,6 +85,7 @@ void run_blocks(const Launch& launch, void (*kernel)(const void*), const void* a
   const std::unique_ptr<void, void (*)(void*)> owner(dynamic, std::free);
   r.dynamic = static_cast<unsigned char*>(dynamic);
   r.dynamic_bytes = shared_bytes;
+  r.early = launch.early;
   r.kernel = kernel;
   r.arguments = arguments;
   r.host.adopt_host();
@@ -162,6 +163,17 @@ void block_barrier(const std::source_location& location) {
   }
   wait_for_turn();
 }
+
+bool block_vote(bool predicate, const std::source_location& place) {
+  running().vote = predicate;
+  block_barrier(place);
+  const bool any = std::any_of(r.threads.begin(), r.threads.begin() + static_cast<std::ptrdiff_t>(r.count),
+                               [](const Thread& t) { return t.vote; });
+  block_barrier(place);  // until then, votes stay
+  return any;
+}
+
+void wait_for_previous_kernels() { running().waited = true; }
 
 // ------------------------------------------------------------------------------------- barriers of a warp
 namespace {

@@ -98,6 +98,10 @@ void commit_copies();
 /// cp.async.wait_group: all groups of this thread but the latest `pending` ones are written.
 void wait_copies(int pending);
 
+/// griddepcontrol.wait: a kernel launched with programmatic dependent launch must call it in every thread.
+/// (Here kernels run one after the other; that is all that is checked.)
+void wait_for_previous_kernels();
+
 /// Ends the launch; the host gets std::runtime_error(what).
 [[noreturn]] void fail(const char* what);
 
@@ -109,6 +113,8 @@ struct Indices {
 extern Indices indices;  // of the running thread
 extern unsigned lane;    // of the running thread
 void block_barrier(const std::source_location& place);
+/// A barrier of the block; whether any thread's predicate is true.
+bool block_vote(bool predicate, const std::source_location& place);
 void warp_barrier(unsigned mask, const std::source_location& place);
 /// Exchanges 4 or 8 bytes within a warp; a lane that is not in the mask yields poison.
 void warp_exchange(unsigned mask, const char* name, const void* mine, size_t bytes, unsigned from,
@@ -144,6 +150,10 @@ inline constexpr int warpSize = 32;
 // The last argument of each function is the place of the call, for error messages.
 inline void __syncthreads(const std::source_location& place = std::source_location::current()) {
   emulation::block_barrier(place);
+}
+inline int __syncthreads_or(int predicate,
+                            const std::source_location& place = std::source_location::current()) {
+  return emulation::block_vote(predicate != 0, place);
 }
 inline void __syncwarp(unsigned mask = ~0u,
                        const std::source_location& place = std::source_location::current()) {
@@ -209,6 +219,14 @@ T atomicAdd(T* p, std::type_identity_t<T> v) {
   __atomic_load(p, &old, __ATOMIC_RELAXED);
   do sum = old + v;
   while (!__atomic_compare_exchange(p, &old, &sum, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  return old;
+}
+
+inline unsigned atomicInc(unsigned* p, unsigned last) {
+  unsigned old = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(p, &old, old >= last ? 0 : old + 1, false, __ATOMIC_RELAXED,
+                                      __ATOMIC_RELAXED)) {
+  }
   return old;
 }
 

@@ -104,6 +104,7 @@ struct Launch {
   size_t shared_bytes;
   const Stream* stream;
   Work work;
+  bool early = false;  // launched with programmatic dependent launch
   double seconds = 0;
 };
 
@@ -186,7 +187,13 @@ inline bool fails_now() {
 
 #include "streams.h"
 
-struct cudaLaunchAttribute {};  // none is emulated
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };  // none other is emulated
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
@@ -212,10 +219,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (config->stream != nullptr && config->stream->device != emulation::device)
     return emulation::report(cudaErrorInvalidResourceHandle);
   ++emulation::host.launches[static_cast<size_t>(emulation::device)];
+  const bool early = config->numAttrs > 0 && config->attrs->val.programmaticStreamSerializationAllowed;
   using Call = emulation::Call<std::remove_const_t<Params>...>;
   const emulation::Launch launch{
       reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, config->stream,
-      std::exchange(emulation::noted, {})};
+      std::exchange(emulation::noted, {}),   early};
   return emulation::report(
       emulation::submit(config->stream, [launch, call = Call{kernel, {std::forward<Args>(args)...}}] {
         emulation::run(launch, Call::make, &call);

@@ -16,6 +16,7 @@
 #include "emulation.h"
 #include "layer_references.h"
 #include "layers/registry.h"
+#include "memory.h"
 
 namespace maml::cuda {
 
@@ -31,11 +32,11 @@ constexpr int64_t kGap = 16;  // the fewest NaN elements after every tensor
 
 inline int64_t whole(int64_t elements) { return (elements + kGap - 1) / kGap * kGap; }
 
-/// Memory of all tasks, addressed symbolically. Every element is NaN until it is written.
+/// TestMemory of all tasks, addressed symbolically. Every element is NaN until it is written.
 template <class T>
-class Memory {
+class TestMemory {
  public:
-  Memory(int64_t tasks, int64_t elements)
+  TestMemory(int64_t tasks, int64_t elements)
       : tasks_(tasks),
         stride_(whole(elements)),
         store_(tasks * stride_, std::numeric_limits<T>::quiet_NaN()) {
@@ -52,7 +53,7 @@ class Memory {
     if (used_ > stride_) std::abort();
     return at;
   }
-  T* real(T* symbolic, int64_t task) { return resolve(symbolic, table_, task); }
+  T* real(T* symbolic, int64_t task) { return resolve(symbolic, memory_of(table_).memory(), task); }
   void fill(T* symbolic, int64_t task, const std::vector<double>& values) {
     T* to = real(symbolic, task);
     for (size_t i = 0; i < values.size(); ++i) to[i] = static_cast<T>(values[i]);
@@ -72,7 +73,7 @@ class Memory {
     }
     return true;
   }
-  Launcher launcher() const { return {nullptr, tasks_, &table_}; }
+  Launcher launcher() const { return {nullptr, tasks_, memory_of(table_)}; }
 
  private:
   int64_t tasks_, stride_, used_ = 0;
@@ -196,8 +197,8 @@ std::vector<T> check_layer(const Layer& l, const Present& p, int64_t tasks = 2, 
   const Footprint needs = footprint(l);
   const int64_t tiles = (rows_in(l) + kStatisticsRows - 1) / kStatisticsRows;
 
-  Memory<T> memory(tasks, 12 * in + 8 * out + 16 * c + needs.saved + needs.saved_dot + needs.scratch +
-                              5 * tiles * c + 60 * kGap);
+  TestMemory<T> memory(tasks, 12 * in + 8 * out + 16 * c + needs.saved + needs.saved_dot + needs.scratch +
+                                  5 * tiles * c + 60 * kGap);
   Tensors<T> all;
   for (int j = 0; j < inputs; ++j) {
     all.x[j] = memory.take(in);
@@ -346,6 +347,7 @@ void in_schedules(int argc, char** argv, Check check) {
 
 /// Prints the number of failures; returns the exit status.
 inline int report() {
+  expect(counters_are_zero(), "counters that a launch has not left at zero");
   std::printf("%d wrong\n", failures);
   return failures != 0;
 }

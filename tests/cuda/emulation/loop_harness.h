@@ -75,7 +75,7 @@ std::vector<T> check_loops(LoopLayer l, const LoopPresent& p, int64_t tasks = 2,
     total += 4 * in[j] + 8 * kGap;
   }
 
-  Memory<T> memory(tasks, total);
+  TestMemory<T> memory(tasks, total);
   memory.draw_from(kSeed, kFirstTask);
   Tensors<T> all;
   for (int j = 0; j < l.inputs; ++j) {

@@ -256,6 +256,48 @@ Verdict run_pipeline() {
   return compare(y, expected);
 }
 
+// ------------------------------------------------------------------------------------------ last block
+enum class LastBug { none, fixed_block, never_zero };
+
+/// Each block sums its 32 numbers; the last one to arrive adds up the sums of all blocks.
+template <LastBug bug>
+__global__ void sum_by_last_block(const float* x, float* parts, unsigned* counter, float* y) {
+  __shared__ float mine[32];
+  mine[threadIdx.x] = x[blockIdx.x * 32 + threadIdx.x];
+  __syncthreads();
+  bool last = false;
+  if (threadIdx.x == 0) {
+    float sum = 0;
+    for (const float v : mine) sum += v;
+    parts[blockIdx.x] = sum;
+    __threadfence();
+    const unsigned most = bug == LastBug::never_zero ? gridDim.x : gridDim.x - 1;
+    last = atomicInc(counter, most) == gridDim.x - 1;
+    if (bug == LastBug::fixed_block) last = blockIdx.x == gridDim.x - 1;
+  }
+  if (!__syncthreads_or(last) || threadIdx.x > 0) return;
+  y[0] = 0;
+  for (unsigned b = 0; b < gridDim.x; ++b) y[0] += parts[b];
+}
+
+template <LastBug bug>
+Verdict run_last_block() {
+  const unsigned blocks = 5;
+  const std::vector<float> x = numbers(blocks * 32);
+  std::vector<float> parts(blocks, NAN), y(1, NAN), expected(1, 0);
+  for (const float v : x) expected[0] += v;
+  unsigned counter = 0;
+  for (int i = 0; i < 2; ++i) {
+    launch(blocks, 32, 0, sum_by_last_block<bug>, x.data(), parts.data(), &counter, y.data());
+    if (counter != 0) return "wrong: the counter is not zero";
+    const Verdict verdict = compare(y, expected);
+    if (verdict != "right") return verdict;
+    y[0] = NAN;
+    for (float& part : parts) part = NAN;
+  }
+  return "right";
+}
+
 // --------------------------------------------------------------------------------------- the host side
 __global__ void add_one(float* x) { x[threadIdx.x] += 1; }
 
@@ -346,6 +388,25 @@ Verdict run_branch() {
   return compare(y, {1, 2, 5});
 }
 
+/// A kernel launched with programmatic dependent launch.
+template <bool waits>
+__global__ void add_one_early(float* x) {
+  if (waits || threadIdx.x > 0) emulation::wait_for_previous_kernels();
+  x[threadIdx.x] += 1;
+}
+
+template <bool waits>
+Verdict run_early() {
+  std::vector<float> y(4, 1);
+  cudaLaunchAttribute early{cudaLaunchAttributeProgrammaticStreamSerialization, {1}};
+  cudaLaunchConfig_t config{};
+  config.blockDim = dim3(4);
+  config.attrs = &early;
+  config.numAttrs = 1;
+  if (cudaLaunchKernelEx(&config, add_one_early<waits>, y.data())) return "wrong: not launched";
+  return compare(y, std::vector<float>(4, 2));
+}
+
 Verdict run_limits() {
   float y[4]{};
   const auto refuses = [&](dim3 threads, size_t bytes, cudaError_t expected) {
@@ -423,6 +484,11 @@ const std::map<std::string, Verdict (*)()> kCases = {
     {"pipeline with a misaligned address that is not read", run_pipeline<CopyBug::misaligned>},
     {"pipeline without a barrier after the wait", run_pipeline<CopyBug::no_barrier_after>},
     {"pipeline without a barrier before reuse", run_pipeline<CopyBug::no_barrier_before_reuse>},
+    {"last block", run_last_block<LastBug::none>},
+    {"last block that is a fixed one", run_last_block<LastBug::fixed_block>},
+    {"last block whose counter stays", run_last_block<LastBug::never_zero>},
+    {"early", run_early<true>},
+    {"early without a wait", run_early<false>},
     {"graph", run_graph},
     {"broken capture", run_broken_capture},
     {"branch", run_branch<BranchBug::none>},

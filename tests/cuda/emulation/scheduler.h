@@ -74,6 +74,7 @@ struct Thread {
   Exchange exchange;
   std::vector<Copy> copies;
   int64_t groups;         // of copies, committed
+  bool vote, waited;      // its last predicate; whether it has waited for the kernels before this one
   char arrived, opened;   // for the race detector, which uses only their addresses
   char* opened_by_other;  // what to acquire when continuing; null: nothing
 };
@@ -104,6 +105,7 @@ struct Runtime {
   Symbols symbols;  // empty before the first launch
   unsigned char* dynamic = nullptr;
   size_t dynamic_bytes = 0;
+  bool early = false;                            // the launch may start before the previous kernel has ended
   unsigned char gathered[32 * kExchangeAtMost];  // the bytes of a warp's lanes during an exchange
 } r;
 
@@ -240,6 +242,8 @@ void for_each_in_order(size_t first, size_t last, const F& f) {
 std::exception_ptr run_kernel() {
   try {
     r.kernel(r.arguments);
+    if (r.early && !running().waited)
+      give_up("a kernel launched with programmatic dependent launch does not wait for those before it");
   } catch (...) {
     return std::current_exception();
   }
@@ -288,6 +292,7 @@ void run_block() {
   for (size_t i = 0; i < r.count; ++i) {
     r.threads[i].state = State::fresh;
     r.threads[i].groups = 0;
+    r.threads[i].vote = r.threads[i].waited = false;
     r.threads[i].copies.clear();
   }
   r.ready_count = 0;

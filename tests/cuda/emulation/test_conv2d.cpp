@@ -12,6 +12,7 @@
 #include "conv2d_reference.h"
 #include "cuda/layers.h"
 #include "cuda/product/mma.h"
+#include "memory.h"
 
 namespace {
 
@@ -162,7 +163,7 @@ class Check {
         for (int64_t i = 0; i < x.size; ++i) at(x, task)[i] = static_cast<T>(x.start[task][i]);
       }
     }
-    launch_pass({nullptr, tasks_, &table}, layer_, t);
+    launch_pass({nullptr, tasks_, memory_of(table)}, layer_, t);
     for (const Tensor& x : tensors_) {
       for (int64_t task = 0; task < tasks_; ++task) {
         if (!x.start.empty()) compare(pass, x, at(x, task), task);

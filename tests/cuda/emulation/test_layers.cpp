@@ -185,7 +185,7 @@ void check_bits() {
 /// Ties, NaN and infinity: the first maximum, any NaN; relu passes NaN on.
 void check_special_values() {
   const double nan = std::numeric_limits<double>::quiet_NaN();
-  Memory<double> memory(1, 1000);
+  TestMemory<double> memory(1, 1000);
   Layer pool = over(layer(Kind::max_pool, 1, {1, 2, 4}), kWindows[0]);
   Tensors<double> t;
   t.x[0] = memory.take(8), t.y = memory.take(2), t.saved = memory.take(2);
@@ -218,7 +218,7 @@ void check_special_values() {
 
   // A mean far from zero costs no digits, of channels or of cells.
   Layer norm = layer(Kind::batch_norm, 500, {1, 1, 1});
-  Memory<float> large(1, 20000);
+  TestMemory<float> large(1, 20000);
   Tensors<float> f;
   const Footprint norm_needs = footprint(norm);
   f.x[0] = large.take(500), f.y = large.take(500), f.saved = large.take(norm_needs.saved);
@@ -243,15 +243,15 @@ void check_special_values() {
 // ---- the device functions, one block alone
 
 /// L(f(x) + x) and what follows, in shared memory by one block, as a megakernel does it.
-__global__ void one_block(Layer l, const double* x_, const double* target_, double* out_,
-                          const Table* table) {
+__global__ void one_block(Layer l, const double* x_, const double* target_, double* out_, Deferred deferred) {
+  const Memory memory = deferred.ready();
   __shared__ double sums[kWarp];
   const int64_t count = l.n * size(l.in);
-  const double *x = resolve(x_, *table, blockIdx.z), *target = resolve(target_, *table, blockIdx.z);
-  double* out = resolve(out_, *table, blockIdx.z);
-  auto* memory = reinterpret_cast<double*>(dynamic_shared());
-  double *input = memory, *a = memory + count, *y = memory + 2 * count, *grad_y = memory + 3 * count,
-         *grad_x = memory + 4 * count, *saved = memory + 5 * count, *loss = memory + 6 * count;
+  const double *x = resolve(x_, memory, blockIdx.z), *target = resolve(target_, memory, blockIdx.z);
+  double* out = resolve(out_, memory, blockIdx.z);
+  auto* shared = reinterpret_cast<double*>(dynamic_shared());
+  double *input = shared, *a = shared + count, *y = shared + 2 * count, *grad_y = shared + 3 * count,
+         *grad_x = shared + 4 * count, *saved = shared + 5 * count, *loss = shared + 6 * count;
   const Team team = block_team();
   for (int64_t i = team.first(); i < count; i += team.step()) input[i] = x[i];
   __syncthreads();
@@ -280,7 +280,7 @@ void check_one_block() {
   const Layer l = with(layer(Kind::pointwise, 7, {11, 1, 1}), Function::silu);
   const int64_t count = count_in(l);
   for (const int threads : {32, 96, 256}) {
-    Memory<double> memory(2, 3 * count + 1 + 6 * kGap);
+    TestMemory<double> memory(2, 3 * count + 1 + 6 * kGap);
     double *x = memory.take(count), *target = memory.take(count), *out = memory.take(count + 1);
     std::mt19937 rng(3);
     std::vector<std::vector<double>> want(2);
@@ -298,7 +298,7 @@ void check_one_block() {
     }
     const Launcher launch = memory.launcher();
     launch("one block", one_block, Grid{}, threads, (6 * count + 1) * sizeof(double), l, x, target, out,
-           launch.table);
+           launch.memory);
     for (int64_t task = 0; task < 2; ++task) {
       compare(memory.real(out, task), want[task], 1e-13,
               "one block of " + std::to_string(threads) + " threads");
@@ -308,10 +308,11 @@ void check_one_block() {
 
 /// Sums of 1, 2, .. rows of x [rows, c] by one call after the other, which shares its memory with the last
 /// one.
-__global__ void sums_of_rows(int rows, int64_t c, const double* x_, double* out_, const Table* table) {
+__global__ void sums_of_rows(int rows, int64_t c, const double* x_, double* out_, Deferred deferred) {
+  const Memory memory = deferred.ready();
   const ChannelThreads threads = channel_threads(c);
-  const double* x = resolve(x_, *table, blockIdx.z) + threads.channel;
-  double* out = resolve(out_, *table, blockIdx.z) + threads.channel;
+  const double* x = resolve(x_, memory, blockIdx.z) + threads.channel;
+  double* out = resolve(out_, memory, blockIdx.z) + threads.channel;
   for (int count = 1; count <= rows; ++count) {
     double sum[2];
     channel_sums(threads, count, sum, [&](int i, double (&s)[2]) { s[0] += x[i * c], s[1] += 1; });
@@ -322,7 +323,7 @@ __global__ void sums_of_rows(int rows, int64_t c, const double* x_, double* out_
 void check_channel_sums() {
   for (const int64_t c : {1, 2, 3, 8, 13}) {
     constexpr int kRows = 70;
-    Memory<double> memory(2, 2 * kRows * c + 6 * kGap);
+    TestMemory<double> memory(2, 2 * kRows * c + 6 * kGap);
     double *x = memory.take(kRows * c), *out = memory.take(kRows * c);
     std::mt19937 rng(4);
     std::vector<std::vector<double>> want(2, std::vector<double>(kRows * c));
@@ -336,7 +337,7 @@ void check_channel_sums() {
     }
     const Launcher launch = memory.launcher();
     launch("sums of rows", sums_of_rows, Grid{1, blocks_for(c, channel_width(c))}, kThreads, 0, kRows, c, x,
-           out, launch.table);
+           out, launch.memory);
     for (int64_t task = 0; task < 2; ++task) {
       compare(memory.real(out, task), want[task], 1e-13,
               "channel sums of " + std::to_string(c) + " channels");

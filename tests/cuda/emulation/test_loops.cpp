@@ -137,7 +137,7 @@ Outputs outputs_at(LoopLayer l, const std::vector<std::vector<double>>& x,
   }
   l.layer.loops = l.loops.data(), l.layer.expression = &l.formula.e;
   const Footprint needs = footprint(l.layer);
-  Memory<double> memory(1, 20 * (count + 2 * kGap) + needs.saved + 2 * kGap);
+  TestMemory<double> memory(1, 20 * (count + 2 * kGap) + needs.saved + 2 * kGap);
   Tensors<double> t;
   for (size_t j = 0; j < x.size(); ++j) {
     auto given = [&](const std::vector<double>& values) {
@@ -283,7 +283,7 @@ void check_limits() {
   l.loops = {
       loops_over({int64_t{1} << 16, int64_t{1} << 15}, {{1, false, false, 0, {}}}, {1, false, false, 0, {}})};
   l.layer.loops = l.loops.data();
-  Memory<double> memory(1, 100);
+  TestMemory<double> memory(1, 100);
   Tensors<double> t;
   t.x[0] = memory.take(1), t.y = memory.take(1);
   std::string error;

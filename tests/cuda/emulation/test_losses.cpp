@@ -44,7 +44,7 @@ void check_loss(Loss kind, int64_t n, int64_t c, bool want_loss, bool want_grad)
                            (want_grad ? "" : ", no gradient");
   const double tolerance = sizeof(T) == 4 ? 2e-6 : 1e-13;
   constexpr int64_t kTasks = 3;
-  Memory<T> memory(kTasks, 6 * n * c + 2 * n + 16 * kGap);
+  TestMemory<T> memory(kTasks, 6 * n * c + 2 * n + 16 * kGap);
   T *z = memory.take(n * c), *z_dot = memory.take(n * c), *grad_z = memory.take(n * c),
     *saved = memory.take(n * c), *grad_z_dot = memory.take(n * c), *loss = memory.take(1),
     *target = memory.take(std::max(n * c, 2 * n));
@@ -97,7 +97,7 @@ void check_losses() {
     }
   }
   for (const int64_t bad : {int64_t{-1}, int64_t{5}, int64_t{-100}, int64_t{1} << 40}) {
-    Memory<double> memory(2, 200);
+    TestMemory<double> memory(2, 200);
     double *z = memory.take(15), *labels = memory.take(3), *loss = memory.take(1);
     for (int64_t task = 0; task < 2; ++task) {
       memory.fill(z, task, std::vector<double>(15, 0.5));

@@ -66,7 +66,7 @@ void check_loss(Loss kind, int64_t n, int64_t c, bool ratio) {
                            (ratio ? " ratio" : " score") + " n " + std::to_string(n) + " c " +
                            std::to_string(c);
   const double tolerance = sizeof(T) == 4 ? 1e-5 : 1e-12;
-  Memory<T> memory(kTasks, 6 * n * c + n * dims + 2 * n + 24 * kGap);
+  TestMemory<T> memory(kTasks, 6 * n * c + n * dims + 2 * n + 24 * kGap);
   T *z = memory.take(n * c), *z_dot = memory.take(n * c), *grad_z = memory.take(n * c),
     *saved = memory.take(n * c), *grad_z_dot = memory.take(n * c), *metric = memory.take(n * c),
     *loss = memory.take(1), *actions = memory.take(n * dims), *scale = memory.take(n), *old = memory.take(n);
@@ -139,7 +139,7 @@ void check_losses() {
     }
   }
   for (const int64_t bad : {int64_t{-1}, int64_t{5}}) {
-    Memory<double> memory(1, 200);
+    TestMemory<double> memory(1, 200);
     double *z = memory.take(15), *actions = memory.take(3), *scale = memory.take(3), *loss = memory.take(1);
     memory.fill(z, 0, std::vector<double>(15, 0.5));
     memory.fill(scale, 0, std::vector<double>(3, 1.0));
@@ -160,7 +160,7 @@ void check_append(int64_t n, int64_t in, int64_t behind, bool moves, bool add) {
   const std::string name = "append n " + std::to_string(n) + " in " + std::to_string(in) + " behind " +
                            std::to_string(behind) + (moves ? "" : ", fixed") + (add ? ", added" : "");
   const int64_t out = in + behind;
-  Memory<double> memory(kTasks, 4 * n * in + 4 * n * out + 4 * behind + 30 * kGap);
+  TestMemory<double> memory(kTasks, 4 * n * in + 4 * n * out + 4 * behind + 30 * kGap);
   double *x = memory.take(n * in), *x_dot = memory.take(n * in), *w = memory.take(behind),
          *w_dot = memory.take(behind), *y = memory.take(n * out), *y_dot = memory.take(n * out),
          *g = memory.take(n * out), *grad_x = memory.take(n * in), *grad_w = memory.take(behind);

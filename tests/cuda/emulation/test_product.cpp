@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda/conv2d.h"
+#include "memory.h"
 
 namespace {
 
@@ -25,11 +26,12 @@ struct Problem {
 };
 
 template <class Arithmetic, class Tile, class A, class B>
-__global__ void product_kernel(Problem<typename Arithmetic::T, A, B> p, const Table* table) {
+__global__ void product_kernel(Problem<typename Arithmetic::T, A, B> p, Deferred deferred) {
+  const Memory memory = deferred.ready();
   using Own = Product<Arithmetic, Tile, A, B>;
   const int m0 = static_cast<int>(blockIdx.x) * Tile::kM, n0 = static_cast<int>(blockIdx.y) * Tile::kN;
   typename Own::Accumulators sums;
-  Own::compute(p.a, p.b, p.terms, *table, 0, m0, n0, 0, p.k, sums, [](bool, const auto*, auto) {});
+  Own::compute(p.a, p.b, p.terms, memory, 0, m0, n0, 0, p.k, sums, [](bool, const auto*, auto) {});
   const auto at = Own::position(m0, n0);
   if (!at.owner) return;
   write<Own>(at, sums, p.n, p.vectors_c, p.add,
@@ -92,9 +94,9 @@ void check(int m, int n, int k, int count, bool vectors) {
   }
   constexpr int kBytes = Product<Arithmetic, Tile, A, B>::kSharedBytes;
   const Table table = real_addresses();
-  Launcher{nullptr, 1, nullptr}("product", product_kernel<Arithmetic, Tile, A, B>,
-                                {blocks_for(m, Tile::kM), blocks_for(n, Tile::kN)}, Tile::kThreads, kBytes, p,
-                                &table);
+  Launcher{nullptr, 1, Deferred()}("product", product_kernel<Arithmetic, Tile, A, B>,
+                                   {blocks_for(m, Tile::kM), blocks_for(n, Tile::kN)}, Tile::kThreads, kBytes,
+                                   p, memory_of(table));
   for (int i = 0; i < m * n; ++i) {
     if (p.c[i] == want[static_cast<size_t>(i)]) continue;
     std::printf(

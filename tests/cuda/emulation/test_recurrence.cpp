@@ -161,7 +161,7 @@ std::vector<T> check(const Case& c, int64_t tasks = 2, unsigned seed = 1) {
   const int64_t out = c.n * c.of_sample();
   int64_t total = 4 * (out + 2 * kGap) + needs.saved + needs.saved_dot + needs.scratch + 6 * kGap;
   for (int k = 0; k < kTensors; ++k) total += 4 * (c.elements(k) + 2 * kGap);
-  Memory<T> memory(tasks, total);
+  TestMemory<T> memory(tasks, total);
   T *value[kTensors] = {}, *dot[kTensors] = {}, *grad[kTensors] = {}, *grad_dot[kTensors] = {};
   for (int k = 0; k < kTensors; ++k) {
     if (!c.has(k)) continue;

@@ -96,11 +96,11 @@ class Chain {
   };
   T* x() const { return x_; }
   const std::vector<Output>& outputs() const { return outputs_; }
-  Memory<T>& memory() { return memory_; }
+  TestMemory<T>& memory() { return memory_; }
 
  private:
   Layer stem_;
-  Memory<T> memory_;
+  TestMemory<T> memory_;
   bool moves_, adds_;
   T *x_, *w_[4], *w_dot_[4], *grad_y_, *grad_y_dot_;
   std::vector<Output> outputs_;  // grad_w, grad_w_dot of each parameter, y, y_dot
