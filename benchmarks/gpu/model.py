@@ -57,7 +57,7 @@ C = {
     "shared memory": Constant(233472, "bytes", "sm_90", "of a multiprocessor"),
     "reserved shared memory": Constant(RESERVED, "bytes", "sm_90", "reserved by the system per block"),
     "gap": Constant(1.0, "us", "estimated", "between two dependent nodes of a graph, without their work"),
-    "early gap": Constant(0.4, "us", "estimated", "the same with programmatic dependent launch: the blocks wait already"),
+    "early gap": Constant(0.4, "us", "estimated", "the same with programmatic dependent launch: blocks wait already"),
     "latency": Constant(1.4, "us", "estimated", "of a kernel with almost no work, whose arguments hold the addresses"),
     "bandwidth": Constant(2.0, "TB/s", "estimated", "of kernels without products: 4-byte accesses"),
     "bandwidth of products": Constant(3.0, "TB/s", "estimated", "of kernels with products"),
