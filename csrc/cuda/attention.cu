@@ -1,230 +1,224 @@
-// y = softmax(scale q k' + bias) v, for all tasks (the formulas are in layers/attention.h). Plain kernels:
+// y = softmax(scale q k' + bias) v, for all tasks (the formulas are in layers/attention.h). Nothing as large
+// as the scores is stored: a pass computes them again, tile by tile, in shared memory and registers.
 //
-//   products   q k', g v', p v, ds k, ds' q, p' g and their tangents, a thread an element (contraction.h)
-//   rows       the softmax of a row of scores, its tangent, the cotangents of the scores and their tangents,
-//              a thread a row
+// A launch computes one result. A block has kSide rows of it (a tile of queries for y, grad_q and their
+// tangents; of keys for grad_k and grad_v; of both for grad_bias) and up to kColumns of its columns, in
+// registers, and goes over the tiles of the other axis:
 //
-// A pass has matrices as large as the scores in scratch, which all layers share; between passes nothing is
-// kept. The twin on the CPU is cpu/attention.cpp.
-#include <limits>
-
-#include "cuda/contraction.h"
+//   forward            y       += P V, with a running maximum and sum of each row (online softmax)
+//   backward           grad_q  += scale dS K,   grad_k += scale dS' Q,   grad_v += P' G
+//   forward_tangent    y_dot   += (P o Rs) V + P RV, and E; then - E y, because Rp = P o Rs - E P
+//   backward_tangent   the tangents of the results of `backward`, each the sum of two such products
+//
+// P of a tile follows from the two numbers m, r that the forward pass saved for each row, Rp with E from the
+// tangent. The means over a row D = <g, y> and R{D} = <Rg, y> + <g, Ry> are sums over the width.
+//
+// Batch: the axes of samples and heads along which the result has a stride are spread over blocks. Along the
+// others, such as the heads that share one k, the block goes over all indices and sums. A result that has no
+// stride along its own rows or columns is computed in scratch and summed from there.
+//
+// Threads and tiles: attention_block.h. The twin on the CPU is cpu/attention.cpp.
+#include "cuda/attention_block.h"
+#include "cuda/run/work.h"
 
 namespace maml::cuda {
+namespace attention {
 namespace {
 
-/// The matrices of a pass, each [batch, queries, keys]; null where a pass does not have it. Before the rows
-/// they are products: q k', its tangent, g v' and its tangent.
-template <class T>
-struct Matrices {
-  T *p, *p_dot, *ds, *ds_dot;
-};
-
-/// The rows of matrices and of the bias.
-struct ScoreRows {
-  Split<2> loops;
-  int64_t keys, bias_stride;
-};
-
-template <class T>
-__global__ void __launch_bounds__(kElementThreads, kResidentSteps)
-    rows_kernel(const __grid_constant__ ScoreRows rows, Matrices<T> symbolic, const T* symbolic_bias,
-                const T* symbolic_bias_dot, T scale, bool empty_is_zero, Deferred deferred) {
+/// blockIdx: x (index of the batch, tile of the result's rows), y columns of the result (of the bias: a
+/// tile), z task. `result`: kQ, kK, kV or kBias of a backward pass, or kY.
+template <class T, Pass pass, Operand result>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    attention_kernel(const __grid_constant__ Attend<T> p, Deferred deferred) {
   const Memory memory = deferred.ready();
-  const Team team = grid_team();
-  const int64_t task = blockIdx.z, keys = rows.keys;
-  const T* of_bias = resolve(symbolic_bias, memory, task);
-  const T* of_bias_dot = resolve(symbolic_bias_dot, memory, task);
-  for (int64_t row = team.first(); row < rows.loops.outer.steps; row += team.step()) {
-    const Offsets<2> at = outer_step(rows.loops, row);
-    const auto row_of = [&](T* matrix) {
-      return matrix ? resolve(matrix, memory, task) + at.of[0] : nullptr;
-    };
-    T *p = row_of(symbolic.p), *p_dot = row_of(symbolic.p_dot);
-    T *ds = row_of(symbolic.ds), *ds_dot = row_of(symbolic.ds_dot);
-    const auto score = [&](T product, const T* bias, int64_t j) {
-      return bias ? scale * product + bias[at.of[1] + j * rows.bias_stride] : scale * product;
-    };
-    T largest = score(p[0], of_bias, 0);
-    for (int64_t j = 0; j < keys; ++j) {
-      p[j] = score(p[j], of_bias, j);
-      if (p[j] > largest) largest = p[j];
-    }
-    if (empty_is_zero && largest == -std::numeric_limits<T>::infinity()) largest = 0;
-    Sum<T> sum;
-    for (int64_t j = 0; j < keys; ++j) {
-      p[j] = std::exp(p[j] - largest);
-      sum += p[j];
-    }
-    const T factor = empty_is_zero && sum.value() == 0 ? T(0) : 1 / sum.value();
-    for (int64_t j = 0; j < keys; ++j) p[j] *= factor;
-    if (p_dot) {
-      Sum<T> mean;
-      for (int64_t j = 0; j < keys; ++j) {
-        p_dot[j] = score(p_dot[j], of_bias_dot, j);
-        mean += p[j] * p_dot[j];
+  __shared__ Shared<T> shared;
+  Block<T> block(p, memory, blockIdx.z, shared);
+  const bool by_keys = result == kK || result == kV;
+  const int rows = by_keys ? p.keys : p.queries, tiles = (rows + kSide - 1) / kSide;
+  const int tile = static_cast<int>(blockIdx.x) % tiles * kSide;
+  const int first_column = static_cast<int>(blockIdx.y) * (result == kBias ? kSide : kColumns);
+  const Offsets<kOperands> start = outer_step(p.batch, static_cast<int>(blockIdx.x) / tiles);
+  [[maybe_unused]] const bool tangent = pass == Pass::backward_tangent && p.g;
+  each_step(p.batch.inner, start, [&](const Offsets<kOperands>& at) {
+    block.at_index(at);
+    if constexpr (result == kY) {
+      if constexpr (pass == Pass::forward) {
+        block.forward(tile, first_column);
+      } else {
+        block.forward_tangent(tile, first_column);
       }
-      for (int64_t j = 0; j < keys; ++j) p_dot[j] = p[j] * (p_dot[j] - mean.value());
+    } else if constexpr (result == kBias) {
+      block.load_rows(tile, tangent, true);
+      const auto t = block.template cotangents_of_scores<pass>(tile, first_column);
+      for (int r = 0; r < 2; ++r)
+        for (int c = 0; c < 4; ++c) block.sums[0].at[r][c] += t.first.at[r][c];
+    } else if constexpr (result == kQ) {
+      block.load_rows(tile, tangent, true);
+      for (int j0 = 0; j0 < p.keys; j0 += kSide) {
+        block.accumulate(block.template cotangents_of_scores<pass>(tile, j0), true, kK, p.x[kK],
+                         tangent ? p.x_dot[kK] : nullptr, j0, first_column);
+      }
+    } else {
+      for (int i0 = 0; i0 < p.queries; i0 += kSide) {
+        block.load_rows(i0, tangent, result == kK);
+        if constexpr (result == kK) {
+          block.accumulate(block.template cotangents_of_scores<pass>(i0, tile), false, kQ, p.x[kQ],
+                           tangent ? p.x_dot[kQ] : nullptr, i0, first_column);
+        } else {
+          block.accumulate(block.template weights_of_values<pass>(i0, tile), false, kY,
+                           pass == Pass::backward ? p.g : p.g_dot, tangent ? p.g : nullptr, i0, first_column);
+        }
+      }
     }
-    Sum<T> mean, mean_dot;
-    for (int64_t j = 0; j < keys; ++j) {
-      if (ds) mean += p[j] * ds[j];
-      if (ds && p_dot) mean_dot += p_dot[j] * ds[j];
-      if (ds_dot) mean_dot += p[j] * ds_dot[j];
-    }
-    for (int64_t j = 0; j < keys; ++j) {
-      if (ds_dot) ds_dot[j] = p[j] * (ds_dot[j] - mean_dot.value());
-      if (ds_dot && ds && p_dot) ds_dot[j] += p_dot[j] * (ds[j] - mean.value());
-      if (ds) ds[j] = p[j] * (ds[j] - mean.value());
-    }
-  }
+  });
+  const int columns = result == kBias ? p.keys : result == kQ || result == kK ? p.depth : p.width;
+  const T scale = result == kQ || result == kK ? p.scale : T(1);
+  block.write(scale, tile, rows, first_column,
+              result == kBias ? std::min(columns, first_column + kSide) : columns);
 }
 
-enum : int { kQ, kK, kV, kBias };
-
-/// The passes of a layer on the tensors of a call.
-template <class T>
-class Attention {
- public:
-  Attention(const Launcher& launch, const Layer& l, const Tensors<T>& t)
-      : launch_(launch),
-        l_(l),
-        t_(t),
-        scale_(static_cast<T>(l.a)),
-        of_scores_(*l.loops),
-        of_values_(*l.loops) {
-    const int queries = l.loops->axes - 4;
-    of_scores_.size[queries + 3] = 1;
-    of_values_.size[queries + 2] = 1;
-    int64_t size = 1;
-    for (int a = queries + 1; a >= 0; --a) {
-      matrix_.samples |= l.loops->size[a] == kSamples;
-      matrix_.stride[a] = size;
-      size *= extent(*l.loops, a, l.n);
-    }
-    matrix_.size = matrix_.samples ? size / l.n : size;
-    count_ = size;
+/// The matrices of an operand: their rows and columns, and the strides of both.
+struct Own {
+  int64_t rows, columns, row, column;
+  Own(const Loops& loops, int o) {
+    const View& view = o == kY ? loops.y : loops.x[o];
+    const int first = loops.axes - 4, i = first + kAttentionAxes[o][0], j = first + kAttentionAxes[o][1];
+    rows = loops.size[i], columns = loops.size[j], row = view.stride[i], column = view.stride[j];
   }
-
-  void forward() {
-    const Matrices<T> m = matrices(true, false, false, false);
-    scores({t_.x[kQ], t_.x[kK]}, {}, m.p);
-    rows(m);
-    values({m.p, t_.x[kV]}, {}, t_.y);
-  }
-  void backward() {
-    const bool of_scores = wants_scores(t_.grad_x);
-    const Matrices<T> m = matrices(true, false, of_scores, false);
-    scores({t_.x[kQ], t_.x[kK]}, {}, m.p);
-    if (m.ds) weights_gradient({t_.grad_y, t_.x[kV]}, {}, m.ds);
-    rows(m);
-    gradients(t_.grad_x, m.p, nullptr, t_.grad_y, nullptr, m.ds, nullptr);
-  }
-  void forward_tangent() {
-    const Matrices<T> m = matrices(true, true, false, false);
-    scores({t_.x[kQ], t_.x[kK]}, {}, m.p);
-    scores({t_.x_dot[kQ], t_.x[kK]}, {t_.x[kQ], t_.x_dot[kK]}, m.p_dot);
-    rows(m);
-    values({m.p_dot, t_.x[kV]}, {m.p, t_.x_dot[kV]}, t_.y_dot);
-  }
-  void backward_tangent() {
-    const bool bends = t_.grad_y && t_.y_dot, of_scores = wants_scores(t_.grad_x_dot);
-    const Matrices<T> m = matrices(true, bends, bends && of_scores, of_scores);
-    const T* const g = bends ? t_.grad_y : nullptr;
-    scores({t_.x[kQ], t_.x[kK]}, {}, m.p);
-    if (bends) scores({t_.x_dot[kQ], t_.x[kK]}, {t_.x[kQ], t_.x_dot[kK]}, m.p_dot);
-    if (m.ds) weights_gradient({g, t_.x[kV]}, {}, m.ds);
-    if (m.ds_dot) weights_gradient({t_.grad_y_dot, t_.x[kV]}, {g, t_.x_dot[kV]}, m.ds_dot);
-    rows(m);
-    gradients(t_.grad_x_dot, m.p, m.p_dot, t_.grad_y_dot, g, m.ds_dot, m.ds);
-  }
-
- private:
-  static bool wants_scores(T* const* grad) { return grad[kQ] || grad[kK] || grad[kBias]; }
-
-  Matrices<T> matrices(bool p, bool p_dot, bool ds, bool ds_dot) const {
-    const auto at = [&](bool wanted, int place) { return wanted ? t_.scratch + place * count_ : nullptr; };
-    return {at(p, 0), at(p_dot, 1), at(ds, 2), at(ds_dot, 3)};
-  }
-  /// Both terms, without those of which a factor is zero.
-  static Terms<T> terms(Factors<T> first, Factors<T> second) {
-    const auto known = [](const Factors<T>& f) { return f.a && f.b ? f : Factors<T>{}; };
-    return {{known(first), known(second)}};
-  }
-  const View& x(int j) const { return l_.loops->x[j]; }
-
-  void scores(Factors<T> first, Factors<T> second, T* to) const {
-    product(launch_, "attention scores", of_scores_, l_.n, matrix_, x(kQ), x(kK), terms(first, second), T(1),
-            false, to);
-  }
-  void weights_gradient(Factors<T> first, Factors<T> second, T* to) const {
-    product(launch_, "attention weights gradient", of_values_, l_.n, matrix_, l_.loops->y, x(kV),
-            terms(first, second), T(1), false, to);
-  }
-  void values(Factors<T> first, Factors<T> second, T* to) const {
-    product(launch_, "attention values", of_values_, l_.n, l_.loops->y, matrix_, x(kV), terms(first, second),
-            T(1), false, to);
-  }
-  void rows(const Matrices<T>& m) const {
-    Loops before = *l_.loops;
-    before.axes -= 3;
-    const int keys = before.axes;
-    const ScoreRows rows{split<2>(before, l_.n, matrix_, {&matrix_, &x(kBias)}), l_.loops->size[keys],
-                         x(kBias).stride[keys]};
-    launch_("attention rows", rows_kernel<T>, step_grid(rows.loops.outer.steps), kElementThreads, 0, rows, m,
-            t_.x[kBias], t_.x_dot[kBias], scale_, l_.b != 0, launch_.memory);
-  }
-  /// The cotangents of the inputs: of p' g + p_dot' g_dot, and the like.
-  void gradients(T* const* to, const T* p, const T* p_dot, const T* g, const T* g_dot, const T* ds,
-                 const T* ds_dot) const {
-    const auto add = [&](int j, const Loops& loops, const View& a, const View& b, T scale, Factors<T> first,
-                         Factors<T> second) {
-      if (!to[j]) return;
-      product(launch_, "attention gradient", loops, l_.n, x(j), a, b, terms(first, second), scale,
-              t_.add_x[j], to[j]);
-    };
-    const bool bends = ds_dot != nullptr;
-    add(kQ, of_scores_, matrix_, x(kK), scale_, {ds, t_.x[kK]}, {ds_dot, bends ? t_.x_dot[kK] : nullptr});
-    add(kK, of_scores_, matrix_, x(kQ), scale_, {ds, t_.x[kQ]}, {ds_dot, bends ? t_.x_dot[kQ] : nullptr});
-    add(kV, of_values_, matrix_, l_.loops->y, T(1), {p, g}, {p_dot, g_dot});
-    if (!to[kBias]) return;
-    Loops scores = of_scores_;
-    scores.axes -= 2;
-    sum(launch_, "attention bias gradient", scores, l_.n, matrix_, x(kBias), T(1), ds, t_.add_x[kBias],
-        to[kBias]);
-  }
-
-  const Launcher& launch_;
-  const Layer& l_;
-  const Tensors<T>& t_;
-  const T scale_;
-  Loops of_scores_, of_values_;  // without the axis of the width, and of the depth
-  View matrix_;                  // one of the matrices
-  int64_t count_;                // its elements
+  /// Whether several elements of a matrix are one element of the operand.
+  bool spread() const { return (rows > 1 && row == 0) || (columns > 1 && column == 0); }
 };
 
+/// The elements of all matrices of an operand, along the axes of the batch that it has; and their strides in
+/// row-major order.
+int64_t matrices(const Loops& loops, int64_t n, const View& view, int64_t of_one, View& row_major) {
+  int64_t count = of_one;
+  for (int a = loops.axes - 5; a >= 0; --a) {
+    if (view.stride[a] == 0) continue;
+    row_major.stride[a] = count;
+    count *= extent(loops, a, n);
+  }
+  return count;
+}
+
+/// The multiply-adds of a launch for a query and a key.
+int64_t work_of_pair(Pass pass, Operand result, const AttentionSizes& s) {
+  const bool of_scores = result != kY && result != kV;
+  const int64_t last = result == kBias ? 0 : result == kQ || result == kK ? s.depth : s.width;
+  switch (pass) {
+    case Pass::forward:
+      return s.depth + last;
+    case Pass::backward:
+      return s.depth + last + (of_scores ? s.width : 0);
+    case Pass::forward_tangent:
+      return 3 * s.depth + 2 * last;
+    case Pass::backward_tangent:
+      return 3 * s.depth + 2 * last + (of_scores ? 3 * s.width : 0);
+  }
+  return 0;
+}
+
+/// Launches the kernel of one result; nothing where it is not wanted.
+template <class T, Pass pass, Operand result>
+void compute(const Launcher& launch, const char* name, const Layer& l, const Tensors<T>& t, bool add,
+             T* out) {
+  if (!out) return;
+  const Loops& loops = *l.loops;
+  const AttentionSizes sizes(loops);
+  const View& view = result == kY ? loops.y : loops.x[result];
+  const Own own(loops, result);
+  const bool bends = pass != Pass::backward_tangent || (t.grad_y && t.y_dot);
+  View saved, scratch;
+  View all_axes;
+  std::fill_n(all_axes.stride, kMostAxes, 1);
+  matrices(loops, l.n, all_axes, sizes.queries, saved);
+  matrices(loops, l.n, view, own.rows * own.columns, scratch);
+  const View& to = own.spread() ? scratch : view;
+
+  Loops batch = loops;
+  batch.axes -= 4;
+  Attend<T> p{};
+  p.batch = split<kOperands>(
+      batch, l.n, view, {&loops.x[kQ], &loops.x[kK], &loops.x[kV], &loops.x[kBias], &loops.y, &saved, &to});
+  for (int o = 0; o < kSaved; ++o) {
+    const Own of(loops, o);
+    p.row[o] = of.row, p.column[o] = of.column;
+  }
+  p.row[kOut] = own.spread() ? own.columns : own.row, p.column[kOut] = own.spread() ? 1 : own.column;
+  p.queries = static_cast<int>(sizes.queries), p.keys = static_cast<int>(sizes.keys);
+  p.depth = static_cast<int>(sizes.depth), p.width = static_cast<int>(sizes.width);
+  p.scale = static_cast<T>(l.a), p.empty_is_zero = l.b != 0;
+  for (int j = 0; j < 4; ++j) p.x[j] = t.x[j], p.x_dot[j] = bends ? t.x_dot[j] : nullptr;
+  p.y = t.y, p.y_dot = bends ? t.y_dot : nullptr;
+  p.g = bends ? t.grad_y : nullptr, p.g_dot = pass == Pass::backward_tangent ? t.grad_y_dot : nullptr;
+  p.saved = t.saved, p.saved_dot = t.saved_dot;
+  p.out = own.spread() ? t.scratch : out, p.add = add && !own.spread();
+  const int64_t reached = p.batch.outer.steps * own.rows * own.columns;
+  if (!own.spread()) clear_unless_reached(launch, view, l.n, reached, add, out);
+  note([&] {
+    Work work = traffic<T>(
+        attention_batch(loops, l.n) * (sizes.queries + sizes.keys) * (sizes.depth + sizes.width), 1);
+    work.flop = 2.0 * static_cast<double>(attention_batch(loops, l.n) * sizes.queries * sizes.keys *
+                                          work_of_pair(pass, result, sizes));
+    return work;
+  });
+  launch(name, attention_kernel<T, pass, result>,
+         {p.batch.outer.steps * blocks_for(own.rows, kSide),
+          blocks_for(own.columns, result == kBias ? kSide : kColumns)},
+         kThreads, 0, p, launch.memory);
+  if (!own.spread()) return;
+  Loops rest = loops;
+  for (int a = 0; a < loops.axes; ++a) {
+    const int i = a - (loops.axes - 4);
+    const bool has =
+        i < 0 ? view.stride[a] != 0 : i == kAttentionAxes[result][0] || i == kAttentionAxes[result][1];
+    if (!has) rest.size[a] = 1;
+    if (has && i >= 0) scratch.stride[a] = i == kAttentionAxes[result][0] ? own.columns : 1;
+  }
+  sum(launch, "attention spread", rest, l.n, scratch, view, T(1), t.scratch, add, out);
+}
+
+template <class T, Pass pass>
+void compute_cotangents(const Launcher& launch, const Layer& l, const Tensors<T>& t, T* const* grad) {
+  compute<T, pass, kQ>(launch, "attention queries", l, t, t.add_x[kQ], grad[kQ]);
+  compute<T, pass, kK>(launch, "attention keys", l, t, t.add_x[kK], grad[kK]);
+  compute<T, pass, kV>(launch, "attention values", l, t, t.add_x[kV], grad[kV]);
+  compute<T, pass, kBias>(launch, "attention bias", l, t, t.add_x[kBias], grad[kBias]);
+}
+
 }  // namespace
+}  // namespace attention
 
 template <>
 struct OnGpu<Kind::attention> {
   static Footprint footprint(const Layer& l) {
-    const AttentionSizes s(*l.loops);
-    return {0, 4 * attention_batch(*l.loops, l.n) * s.queries * s.keys};
+    const int64_t rows = attention_batch(*l.loops, l.n) * AttentionSizes(*l.loops).queries;
+    int64_t scratch = 0;
+    for (int o = 0; o < kMostInputs; ++o) {
+      const attention::Own own(*l.loops, o);
+      View ignored;
+      if (!own.spread()) continue;
+      scratch = std::max(scratch,
+                         attention::matrices(*l.loops, l.n, l.loops->x[o], own.rows * own.columns, ignored));
+    }
+    return {2 * rows, scratch, rows};
   }
   template <class T>
   static LaunchPasses<T> passes() {
     return {
         [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-          Attention<T>(launch, l, t).forward();
+          attention::compute<T, attention::Pass::forward, attention::kY>(launch, "attention", l, t, false,
+                                                                         t.y);
         },
         [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-          Attention<T>(launch, l, t).backward();
+          attention::compute_cotangents<T, attention::Pass::backward>(launch, l, t, t.grad_x);
         },
         [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-          Attention<T>(launch, l, t).forward_tangent();
+          attention::compute<T, attention::Pass::forward_tangent, attention::kY>(launch, "attention tangent",
+                                                                                 l, t, false, t.y_dot);
         },
         [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-          Attention<T>(launch, l, t).backward_tangent();
+          attention::compute_cotangents<T, attention::Pass::backward_tangent>(launch, l, t, t.grad_x_dot);
         },
     };
   }
