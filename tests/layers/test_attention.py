@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from maml_cuda.plan import schema
+from tests.conftest import check_meta_gradient
 from tests.layers.plans import Operand, Sketch, check, check_drawn, dense, drawn
 from tests.layers.test_move import finished, moving
 
@@ -218,3 +220,29 @@ def test_other_loops_are_refused():
     words = "attention 2 expects loops over a batch, queries, keys, depth and width, got others"
     with pytest.raises(ValueError, match=words):
         torch.ops.maml_cuda.predict_forward([torch.zeros(1, 4)], torch.zeros(1, 1, 5, 4), sketch.plan().text)
+
+
+class Tokens(nn.Module):
+    """Self-attention with a bias that is a parameter, as long as several tiles of a GPU."""
+
+    def __init__(self, tokens: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.project = nn.Linear(6, 3 * 6)
+        self.bias = nn.Parameter(torch.randn(heads, tokens, tokens))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        h = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        return self.head(h.transpose(1, 2).flatten(2).mean(1))
+
+
+@pytest.mark.parametrize("tokens", [5, 37])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_meta_gradient(machine, tokens, first_order):
+    torch.manual_seed(tokens)
+    x, y = torch.randn(2, 3, tokens, 6, dtype=torch.float64), torch.randint(3, (2, 3))
+    model = Tokens(tokens, 2).double()
+    maml = check_meta_gradient(model, "cross_entropy", [x, y, x.flip(1), y], 0.1, 2, first_order=first_order)
+    assert maml.backend == ("cpu" if machine == "cpu" else "cuda")
