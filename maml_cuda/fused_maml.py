@@ -66,8 +66,8 @@ class FusedMAML(nn.Module):
         cuda_graphs: on a GPU, calls of a shape that repeats are replayed as CUDA graphs.
         checkpoint: "recompute" keeps nothing of an inner step for its Hessian-vector product but its parameters (and,
             where rates are learned, its gradient), and runs the gradient pass again: less memory, a tenth to a fifth
-            more arithmetic, the same bits. None: so only where the states of all steps would pass 192 MB a task. The
-            general path keeps what autograd keeps.
+            more arithmetic, the same bits. None: so only where the states of all steps would pass 192 MB a task on the
+            CPU, 1 GB on a GPU. The general path keeps what autograd keeps.
         task_chunk: on a GPU, at most so many tasks at once, so that memory grows with them alone; None: all.
         check_labels: on a GPU, look at the labels, and at integers in x, before each call, which waits for the device.
             Otherwise one out of range is a device-side assertion, raised at the next synchronization. The CPU always

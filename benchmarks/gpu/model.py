@@ -59,8 +59,7 @@ C = {
     "gap": Constant(1.0, "us", "estimated", "between two dependent nodes of a graph, without their work"),
     "early gap": Constant(0.4, "us", "estimated", "the same with programmatic dependent launch: blocks wait already"),
     "latency": Constant(1.4, "us", "estimated", "of a kernel with almost no work, whose arguments hold the addresses"),
-    "bandwidth": Constant(2.0, "TB/s", "estimated", "of kernels without products: 4-byte accesses"),
-    "bandwidth of products": Constant(3.0, "TB/s", "estimated", "of kernels with products"),
+    "bandwidth": Constant(3.0, "TB/s", "estimated", "16-byte accesses, 16 KB in flight on each multiprocessor"),
     "lone": Constant(0.45, "", "estimated", "share of the rate of a multiprocessor that a single block reaches"),
     "instruction": Constant(0.5, "us", "estimated", "of the megakernel, without its products"),
     "rate of the megakernel": Constant(0.1, "TFLOP/s", "estimated", "of one block"),
@@ -148,8 +147,7 @@ class Launch:
         if self.instructions:
             flop_time = self.flop / self.blocks / C["rate of the megakernel"].value * 1e-6
             return fixed + self.waves * (self.instructions * C["instruction"].value + flop_time)
-        bandwidth = C["bandwidth of products" if self.tile else "bandwidth"].value
-        return fixed + max(self.flop_time(), self.bytes / bandwidth * 1e-6)
+        return fixed + max(self.flop_time(), self.bytes / C["bandwidth"].value * 1e-6)
 
     def flop_time(self) -> float:
         if not self.flop:

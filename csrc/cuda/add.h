@@ -9,8 +9,7 @@ namespace maml::cuda {
 /// y = a + b; one of them may be null.
 template <class T>
 __device__ __forceinline__ void sum_of(Team team, int64_t count, const T* a, const T* b, T* y) {
-  const int64_t step = team.step();
-  for (int64_t i = team.first(); i < count; i += step) y[i] = a && b ? a[i] + b[i] : a ? a[i] : b[i];
+  map_elements(team, count, [](T a, T b) { return a + b; }, y, a, b);
 }
 
 /// Each grad_x that is not null (+)= g. Both are handled by the same thread: in x + x they are the same
@@ -18,12 +17,15 @@ __device__ __forceinline__ void sum_of(Team team, int64_t count, const T* a, con
 template <class T>
 __device__ __forceinline__ void pass_on(Team team, int64_t count, const T* g, const bool* add,
                                         T* const* grad_x) {
-  const int64_t step = team.step();
-  for (int64_t i = team.first(); i < count; i += step) {
-    const T value = g[i];
-    if (grad_x[0]) put(grad_x[0], i, value, add[0]);
-    if (grad_x[1]) put(grad_x[1], i, value, add[1]);
-  }
+  const Put put[2] = {{add[0]}, {add[1]}};
+  const bool same = grad_x[0] == grad_x[1];
+  map_elements(
+      team, count,
+      [&](T g, T before0, T before1) {
+        const T first = put[0](before0, g);
+        return Numbers<T, 2>{first, put[1](same ? first : before1, g)};
+      },
+      Outputs<T, 2>{{grad_x[0], grad_x[1]}}, g, put[0].before(grad_x[0]), put[1].before(grad_x[1]));
 }
 
 template <class T>

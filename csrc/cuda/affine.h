@@ -1,4 +1,4 @@
-// BatchNorm with batch statistics, for one channel whose sums are known (normalise.h has the formulas): an
+// BatchNorm with batch statistics, for channels whose sums are known (normalise.h has the formulas): an
 // affine map of x, and the tangent of that map.
 #pragma once
 
@@ -23,27 +23,30 @@ struct Saved {
         places(reinterpret_cast<int32_t*>(p + 6 * channels)) {}
 };
 
-/// The map x -> u of one channel, and its tangent. Every pass computes the same bits of u, so that all passes
-/// agree on which side of a kink (of a ReLU, say) an element lies.
-template <class T>
+/// The map x -> u, and its tangent, of one channel or of a vector of channels. Every pass computes the same
+/// bits of u, so that all passes agree on which side of a kink (of a ReLU, say) an element lies.
+template <class V>
 struct Affine {
-  T mu, s, scale, beta;  // scale = gamma s
-  T Rmu = 0, c = 0;
-  T slope = 0, shift = 0;  // slope = k, shift = beta_dot - gamma s Rmu
+  V mu, s, scale, beta;  // scale = gamma s
+  V Rmu, c;
+  V slope, shift;  // slope = k, shift = beta_dot - gamma s Rmu
 
-  __device__ __forceinline__ Affine(const Tensors<T>& t, int channel, T mu, T s)
-      : mu(mu), s(s), scale(t.w[0] ? t.w[0][channel] * s : s), beta(t.w[1] ? t.w[1][channel] : T(0)) {}
+  __device__ __forceinline__ Affine(const V& gamma, const V& beta, const V& mu, const V& s)
+      : mu(mu), s(s), scale(gamma * s), beta(beta), Rmu(0), c(0), slope(0), shift(0) {}
 
-  __device__ __forceinline__ void move(const Tensors<T>& t, int channel, T mean_dot, T correlation) {
+  __device__ __forceinline__ void move(const V& gamma_dot, const V& beta_dot, const V& mean_dot,
+                                       const V& correlation) {
     Rmu = mean_dot, c = correlation;
-    slope = s * ((t.w_dot[0] ? t.w_dot[0][channel] : T(0)) - scale * c);
-    shift = (t.w_dot[1] ? t.w_dot[1][channel] : T(0)) - scale * Rmu;
+    slope = s * (gamma_dot - scale * c);
+    shift = beta_dot - scale * Rmu;
   }
 
-  __device__ __forceinline__ T xh(T x) const { return (x - mu) * s; }
-  __device__ __forceinline__ T u(T x) const { return (x - mu) * scale + beta; }
-  __device__ __forceinline__ T xh_dot(T x, T x_dot) const { return s * (x_dot - Rmu - xh(x) * c); }
-  __device__ __forceinline__ T u_dot(T x, T x_dot) const {
+  __device__ __forceinline__ V xh(const V& x) const { return (x - mu) * s; }
+  __device__ __forceinline__ V u(const V& x) const { return (x - mu) * scale + beta; }
+  __device__ __forceinline__ V xh_dot(const V& x, const V& x_dot) const {
+    return s * (x_dot - Rmu - xh(x) * c);
+  }
+  __device__ __forceinline__ V u_dot(const V& x, const V& x_dot) const {
     return (x - mu) * slope + (scale * x_dot + shift);
   }
 };

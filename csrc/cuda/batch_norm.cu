@@ -1,6 +1,6 @@
 // BatchNorm with batch statistics: normalise.h with f the identity and without a pool.
 #include "cuda/implement.h"
-#include "cuda/normalise.h"
+#include "cuda/normalise_passes.h"
 
 namespace maml::cuda {
 

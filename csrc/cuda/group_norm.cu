@@ -246,11 +246,12 @@ __global__ void __launch_bounds__(kThreads, kResident<T> - 1)  // one block fewe
 /// with kTangent, of their tangents.
 template <bool kTangent, class T>
 __device__ __forceinline__ void affine_sums(const Layer& l, const ChannelThreads& threads,
-                                            const Tensors<T>& t, int first, int count, T (&sums)[2]) {
+                                            const Tensors<T>& t, int first, int count,
+                                            Numbers<T, 1> (&sums)[2]) {
   const Sizes sizes(l);
   const Saved<T> saved(t, sizes.cells);
   const T* x_dot = kTangent ? t.x_dot[0] : nullptr;
-  channel_sums(threads, count, sums, [&](int i, T(&sum)[2]) {
+  channel_sums(threads, count, sums, [&](int i, Numbers<T, 1>(&sum)[2]) {
     const int row = first + i;
     const int64_t at = static_cast<int64_t>(row) * sizes.c + threads.channel;
     const int64_t cell =
@@ -271,9 +272,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   const Tensors<T> t = resolve(symbolic, memory, blockIdx.z);
   const ChannelThreads threads = channel_threads(l.in.c);
   const int first = static_cast<int>(blockIdx.x) * kTileRows;
-  T sums[2];
+  Numbers<T, 1> sums[2];
   affine_sums<kTangent>(l, threads, t, first, std::min(int{kTileRows}, rows - first), sums);
-  write_entry(threads, l.in.c, t.scratch, sums);
+  write_entry(threads, static_cast<int>(blockIdx.x), l.in.c, t.scratch, sums);
 }
 
 /// Writes the gradients of gamma and beta from the merged entries, or, without entries, from the sums of all
@@ -284,18 +285,18 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   const Memory memory = deferred.ready();
   const Tensors<T> t = resolve(symbolic, memory, blockIdx.z);
   const ChannelThreads threads = channel_threads(l.in.c);
-  T sums[2];
+  Numbers<T, 1> sums[2];
   if (partials.count > 0) {
     const Partials<T> p = resolve(partials, memory, blockIdx.z);
-    double merged[2];
+    Numbers<double, 1> merged[2];
     Sums::merge(threads, l.in.c, p, 0, p.count, merged);
-    for (int q = 0; q < 2; ++q) sums[q] = static_cast<T>(merged[q]);
+    for (int q = 0; q < 2; ++q) sums[q] = converted<T>(merged[q]);
   } else {
     affine_sums<kTangent>(l, threads, t, 0, rows, sums);
   }
   for (int q = 0; q < 2; ++q) {
     T* out = kTangent ? t.grad_w_dot[q] : t.grad_w[q];
-    if (out && threads.row == 0 && threads.active) put(out, threads.channel, sums[q], t.add_w[q]);
+    if (out && threads.row == 0 && threads.active) put(out, threads.channel, sums[q].at[0], t.add_w[q]);
   }
 }
 

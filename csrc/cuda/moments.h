@@ -45,13 +45,13 @@ struct Partials {
 struct Sums {
   static constexpr int kValues = 2;
 
-  /// The entries [first, first + count) merged into one, for this thread's channel. All threads must call.
-  template <class T>
+  /// The entries [first, first + count) merged into one, for this thread's N channels. All threads must call.
+  template <class T, int N>
   static __device__ __forceinline__ void merge(const ChannelThreads& threads, int64_t c, const Partials<T>& p,
-                                               int first, int count, double (&merged)[kValues]) {
-    channel_sums(threads, count, merged, [&](int k, double (&sum)[kValues]) {
+                                               int first, int count, Numbers<double, N> (&merged)[kValues]) {
+    channel_sums(threads, count, merged, [&](int k, Numbers<double, N>(&sum)[kValues]) {
       const T* entry = p.at + (first + k) * (kValues * c) + threads.channel;
-      for (int q = 0; q < kValues; ++q) sum[q] += static_cast<double>(entry[q * c]);
+      for (int q = 0; q < kValues; ++q) sum[q] += converted<double>(load<N>(entry + q * c, threads.lanes));
     });
   }
 };
@@ -60,22 +60,24 @@ template <int kMeans>
 struct Moments {
   static constexpr int kValues = kMeans + 1;
 
-  template <class T>
+  template <class T, int N>
   static __device__ __forceinline__ void merge(const ChannelThreads& threads, int64_t c, const Partials<T>& p,
-                                               int first, int count, double (&merged)[kValues]) {
-    double mean[kMeans], product[1];
-    channel_sums(threads, count, mean, [&](int k, double (&sum)[kMeans]) {
+                                               int first, int count, Numbers<double, N> (&merged)[kValues]) {
+    using Values = Numbers<double, N>;
+    Values mean[kMeans], product[1];
+    auto value = [&](int k, int q) {
       const T* entry = p.at + (first + k) * (kValues * c) + threads.channel;
+      return converted<double>(load<N>(entry + q * c, threads.lanes));
+    };
+    channel_sums(threads, count, mean, [&](int k, Values(&sum)[kMeans]) {
       const double rows = p.rows_of(first + k, 1);
-      for (int q = 0; q < kMeans; ++q) sum[q] += rows * static_cast<double>(entry[q * c]);
+      for (int q = 0; q < kMeans; ++q) sum[q] += value(k, q) * rows;
     });
     const double all_rows = p.rows_of(first, count);
-    for (int q = 0; q < kMeans; ++q) mean[q] /= all_rows;
-    channel_sums(threads, count, product, [&](int k, double (&sum)[1]) {
-      const T* entry = p.at + (first + k) * (kValues * c) + threads.channel;
-      const double a = static_cast<double>(entry[0]) - mean[0];
-      const double b = static_cast<double>(entry[(kMeans - 1) * c]) - mean[kMeans - 1];
-      sum[0] += static_cast<double>(entry[kMeans * c]) + p.rows_of(first + k, 1) * a * b;
+    for (int q = 0; q < kMeans; ++q) mean[q] = mean[q] / all_rows;
+    channel_sums(threads, count, product, [&](int k, Values(&sum)[1]) {
+      const Values a = value(k, 0) - mean[0], b = value(k, kMeans - 1) - mean[kMeans - 1];
+      sum[0] += value(k, kMeans) + a * b * p.rows_of(first + k, 1);
     });
     for (int q = 0; q < kMeans; ++q) merged[q] = mean[q];
     merged[kMeans] = product[0];
@@ -89,49 +91,67 @@ __device__ __forceinline__ Partials<T> resolve(const Partials<T>& symbolic, cons
   return {resolve(symbolic.at, memory, task), symbolic.count, symbolic.rows, symbolic.m};
 }
 
-/// Writes entry blockIdx.x [values, c] at this thread's channel.
-template <class T, int kValues, class Value>
-__device__ __forceinline__ void write_entry(const ChannelThreads& threads, int64_t c, T* entries,
-                                            const Value (&values)[kValues]) {
+/// Writes entry `tile` [values, c] at this thread's channels.
+template <class T, int kValues, class V, int N>
+__device__ __forceinline__ void write_entry(const ChannelThreads& threads, int tile, int64_t c, T* entries,
+                                            const Numbers<V, N> (&values)[kValues]) {
   if (!threads.active || threads.row != 0) return;
-  T* entry = entries + blockIdx.x * (kValues * c) + threads.channel;
-  for (int q = 0; q < kValues; ++q) entry[q * c] = static_cast<T>(values[q]);
+  T* entry = entries + tile * (kValues * c) + threads.channel;
+  for (int q = 0; q < kValues; ++q) store(entry + q * c, converted<T>(values[q]), threads.lanes);
 }
 
-/// Block x merges the entries from x * kFold on into entry x.
+/// Merges kFold entries, from entry team.block * kFold on, into one of `out`.
+template <class Kind, class T>
+__device__ __forceinline__ void fold(Team team, int group, int64_t c, const Partials<T>& p, T* out) {
+  constexpr int N = kVector<T>;
+  const ChannelThreads threads = channel_threads<N>(c, group, aligned(p.at, out));
+  const int first = team.block * kFold;
+  Numbers<double, N> merged[Kind::kValues];
+  Kind::merge(threads, c, p, first, std::min(int{kFold}, p.count - first), merged);
+  write_entry(threads, team.block, c, out, merged);
+}
+
 template <class Kind, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     fold_kernel(int64_t c, Partials<T> symbolic, T* symbolic_out, Deferred deferred) {
   const Memory memory = deferred.ready();
-  const ChannelThreads threads = channel_threads(c);
-  const Partials<T> p = resolve(symbolic, memory, blockIdx.z);
-  const int first = static_cast<int>(blockIdx.x) * kFold;
-  double merged[Kind::kValues];
-  Kind::merge(threads, c, p, first, std::min(int{kFold}, p.count - first), merged);
-  write_entry(threads, c, resolve(symbolic_out, memory, blockIdx.z), merged);
+  fold<Kind>(grid_team(), static_cast<int>(blockIdx.y), c, resolve(symbolic, memory, blockIdx.z),
+             resolve(symbolic_out, memory, blockIdx.z));
 }
 
-/// Block x computes the moments of tile x of a, or of a and b.
+/// The moments of tile team.block of a, or of a and b. `b` is not read where kMeans is 1.
+template <int kMeans, class T>
+__device__ __forceinline__ void tile_moments(Team team, int group, int64_t m, int64_t c, const T* a,
+                                             const T* b, T* out) {
+  constexpr int N = kVector<T>;
+  using Values = Numbers<T, N>;
+  const ChannelThreads threads = channel_threads<N>(c, group, aligned(a, b, out));
+  const int64_t first = static_cast<int64_t>(team.block) * kTileRows;
+  const int count = static_cast<int>(std::min<int64_t>(kTileRows, m - first));
+  auto value = [&](const T* x, int i) {
+    return load<N>(x + (first + i) * c + threads.channel, threads.lanes);
+  };
+  Values values[kMeans + 1], mean[kMeans], product[1];
+  channel_sums(threads, count, mean, [&](int i, Values(&sum)[kMeans]) {
+    sum[0] += value(a, i);
+    if constexpr (kMeans == 2) sum[1] += value(b, i);
+  });
+  for (int q = 0; q < kMeans; ++q) values[q] = mean[q] = mean[q] / static_cast<T>(count);
+  channel_sums(threads, count, product, [&](int i, Values(&sum)[1]) {
+    const Values from_mean = value(a, i) - mean[0];
+    sum[0] += from_mean * (kMeans == 1 ? from_mean : value(b, i) - mean[kMeans - 1]);
+  });
+  values[kMeans] = product[0];
+  write_entry(threads, team.block, c, out, values);
+}
+
 template <int kMeans, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    moments_kernel(int64_t m, int64_t c, const T* symbolic_a, const T* symbolic_b, T* symbolic_out,
-                   Deferred deferred) {
+    moments_kernel(int64_t m, int64_t c, const T* a, const T* b, T* out, Deferred deferred) {
   const Memory memory = deferred.ready();
-  const ChannelThreads threads = channel_threads(c);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileRows;
-  const int count = static_cast<int>(std::min<int64_t>(kTileRows, m - first));
-  const T* a = resolve(symbolic_a, memory, blockIdx.z) + first * c + threads.channel;
-  const T* b = kMeans == 1 ? a : resolve(symbolic_b, memory, blockIdx.z) + first * c + threads.channel;
-  T values[kMeans + 1], mean[kMeans], product[1];
-  channel_sums(threads, count, mean, [&](int i, T(&sum)[kMeans]) {
-    sum[0] += a[i * c];
-    if constexpr (kMeans == 2) sum[1] += b[i * c];
-  });
-  for (int q = 0; q < kMeans; ++q) values[q] = mean[q] /= static_cast<T>(count);
-  channel_sums(threads, count, product,
-               [&](int i, T(&sum)[1]) { sum[0] += (a[i * c] - mean[0]) * (b[i * c] - mean[kMeans - 1]); });
-  values[kMeans] = product[0];
-  write_entry(threads, c, resolve(symbolic_out, memory, blockIdx.z), values);
+  const int64_t task = blockIdx.z;
+  tile_moments<kMeans>(grid_team(), static_cast<int>(blockIdx.y), m, c, resolve(a, memory, task),
+                       resolve(b, memory, task), resolve(out, memory, task));
 }
 
 inline int64_t tiles_of(int64_t rows) { return blocks_for(rows, kTileRows); }
@@ -151,7 +171,7 @@ Partials<T> few_partials(const Launcher& launch, int64_t m, int64_t c, int rows,
   if (count <= kMostEntries) return p;
   const Partials<T> folded{scratch + 3 * c * tiles_of(m), static_cast<int>(blocks_for(count, kFold)),
                            rows * kFold, m};
-  launch("fold partial sums", fold_kernel<Kind, T>, Grid{folded.count, blocks_for(c, channel_width(c))},
+  launch("fold partial sums", fold_kernel<Kind, T>, Grid{folded.count, channel_groups<kVector<T>>(c)},
          kThreads, 0, c, p, folded.at, launch.memory);
   return folded;
 }
@@ -161,8 +181,8 @@ template <int kMeans, class T>
 Partials<T> moments_of(const Launcher& launch, int64_t m, int64_t c, const T* a, const T* b, T* taken,
                        T* scratch) {
   if (taken) return few_partials<Moments<kMeans>>(launch, m, c, kStatisticsRows, taken, scratch);
-  launch("moments", moments_kernel<kMeans, T>, Grid{tiles_of(m), blocks_for(c, channel_width(c))}, kThreads,
-         0, m, c, a, b, scratch, launch.memory);
+  launch("moments", moments_kernel<kMeans, T>, Grid{tiles_of(m), channel_groups<kVector<T>>(c)}, kThreads, 0,
+         m, c, a, b, scratch, launch.memory);
   return few_partials<Moments<kMeans>>(launch, m, c, kTileRows, scratch, scratch);
 }
 

@@ -1,7 +1,7 @@
 // y = pool(f(BatchNorm(x))), the chain after a convolution, with or without the max-pool: the kernels of
 // normalise.h for each f.
 #include "cuda/implement.h"
-#include "cuda/normalise.h"
+#include "cuda/normalise_passes.h"
 
 namespace maml::cuda {
 namespace {

@@ -1,6 +1,5 @@
 // y = f(x) for all tasks: the passes of pointwise.h, with a kernel for each function, so that each has only
-// its own registers and code. Thread i of the grid takes every (blocks * kElementThreads)-th element:
-// accesses are coalesced.
+// its own registers and code.
 #include "cuda/implement.h"
 #include "cuda/pointwise.h"
 

@@ -1,5 +1,4 @@
-// y = a x for all tasks. A thread takes every (blocks * kElementThreads)-th element, so that the threads of a
-// warp access neighbouring elements. No shared memory.
+// y = a x for all tasks, in vectors of 16 bytes (vectors.h). No shared memory.
 #include "cuda/elementwise.h"
 #include "cuda/implement.h"
 
@@ -11,11 +10,11 @@ template <class T>
 __global__ void __launch_bounds__(kElementThreads)
     scale_kernel(int64_t count, T a, const T* symbolic_in, bool add, T* symbolic_out, Deferred deferred) {
   const Memory memory = deferred.ready();
-  const Team team = grid_team();
   const T* in = resolve(symbolic_in, memory, blockIdx.z);
   T* out = resolve(symbolic_out, memory, blockIdx.z);
-  const int64_t step = team.step();
-  for (int64_t i = team.first(); i < count; i += step) put(out, i, a * in[i], add);
+  const Put put{add};
+  map_elements(
+      grid_team(), count, [&](T x, T before) { return put(before, a * x); }, out, in, put.before(out));
 }
 
 template <class T>

@@ -5,7 +5,7 @@
 // coalesced. A row of the tile has one element more than needed, so that the threads that read a column
 // access different banks. If the matrix has only a few rows or columns (an image of 3 channels), most of a
 // tile would be empty; then each thread moves one element after the other, writes are coalesced, and reads
-// come from a few contiguous rows.
+// come from a few contiguous rows. With one row or one column it is a copy, in vectors (elementwise.h).
 #pragma once
 
 #include <algorithm>
@@ -59,10 +59,26 @@ __global__ void __launch_bounds__(kElementThreads)
   }
 }
 
+/// Where there is one row or one column, nothing changes its place.
+template <class T>
+__global__ void __launch_bounds__(kElementThreads)
+    transpose_vectors(Transpose p, const T* symbolic_in, T* symbolic_out, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const T* in = resolve(symbolic_in, memory, blockIdx.z);
+  T* out = resolve(symbolic_out, memory, blockIdx.z);
+  const Put put{p.add};
+  map_elements(
+      grid_team(), p.n * p.rows * p.columns, [&](T x, T before) { return put(before, x); }, out, in,
+      put.before(out));
+}
+
 /// [n, rows, columns] -> [n, columns, rows]
 template <class T>
 void transpose(const Launcher& launch, const char* name, const Transpose& p, const T* in, T* out) {
-  if (std::min(p.rows, p.columns) <= kFew) {
+  if (std::min(p.rows, p.columns) == 1) {
+    launch(name, transpose_vectors<T>, element_grid(p.n * p.rows * p.columns), kElementThreads, 0, p, in, out,
+           launch.memory);
+  } else if (std::min(p.rows, p.columns) <= kFew) {
     launch(name, transpose_elements<T>, element_grid(p.n * p.rows * p.columns), kElementThreads, 0, p, in,
            out, launch.memory);
   } else {

@@ -50,20 +50,24 @@ __device__ __forceinline__ void each_pixel_of(const Windows& w, int output, F f)
   }
 }
 
-/// The largest value(pixel) that `output` reads, and its pixel: the first of equal ones; a NaN wins, as in
-/// torch.
-template <class T>
+/// The largest values that `output` reads in N channels, and their pixels.
+template <class T, int N>
 struct Largest {
-  T value;
-  int place;
+  Numbers<T, N> value;
+  Numbers<int32_t, N> place;
 };
 
-template <class T, class F>
-__device__ __forceinline__ Largest<T> largest_of(const Windows& w, int output, F value) {
-  Largest<T> best{T(0), -1};
+/// The largest of value(pixel), a vector of channels: the first of equal ones; a NaN wins, as in torch.
+template <class T, int N, class F>
+__device__ __forceinline__ Largest<T, N> largest_of(const Windows& w, int output, F value) {
+  Largest<T, N> best{T(0), -1};
   each_pixel_of(w, output, [&](int pixel) {
-    const T v = value(pixel);
-    if (best.place < 0 || v > best.value || v != v) best = {v, pixel};
+    const Numbers<T, N> v = value(pixel);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (best.place.at[i] >= 0 && !(v.at[i] > best.value.at[i] || v.at[i] != v.at[i])) continue;
+      best.value.at[i] = v.at[i], best.place.at[i] = pixel;
+    }
   });
   return best;
 }
@@ -101,39 +105,64 @@ __device__ __forceinline__ void each_output(const Windows& w, const Readers& rea
   }
 }
 
-/// Calls f(row) for this thread's share of `count` rows.
-template <class F>
-__device__ __forceinline__ void each_row(const ChannelThreads& threads, int count, F f) {
+/// Calls store(row, load(row)) for this thread's share of `count` rows, `kAtOnce` rows at a time: all loads
+/// of these come before the first store, so that they are in flight together (vectors.h).
+template <int kAtOnce, class Load, class Store>
+__device__ __forceinline__ void each_row(Team team, const ChannelThreads& threads, int count, Load load,
+                                         Store store) {
   if (!threads.active) return;
-  const int step = static_cast<int>(gridDim.x) * threads.rows;
-  for (int row = static_cast<int>(blockIdx.x) * threads.rows + threads.row; row < count; row += step) f(row);
+  const int step = team.blocks * threads.rows;
+  for (int first = team.block * threads.rows + threads.row; first < count; first += kAtOnce * step) {
+    decltype(load(0)) loaded[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (first + k * step < count) loaded[k] = load(first + k * step);
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (first + k * step < count) store(first + k * step, loaded[k]);
+    }
+  }
 }
 
 /// Calls f(sample, item) for this thread's share of the items of all n samples.
 template <class F>
-__device__ __forceinline__ void each_item(const ChannelThreads& threads, int n, int items, F f) {
-  each_row(threads, n * items, [&](int row) {
+__device__ __forceinline__ void each_item(Team team, const ChannelThreads& threads, int n, int items, F f) {
+  if (!threads.active) return;
+  const int step = team.blocks * threads.rows;
+  for (int row = team.block * threads.rows + threads.row; row < n * items; row += step) {
     const int sample = row / items;
     f(sample, row - sample * items);
-  });
+  }
 }
 
-/// Calls f(at, chosen) for the input elements of this thread's channel in its share of the cells;
-/// chosen(each) calls each(output element) for every output that chose this pixel, in ascending order.
-/// `places` [n, out_h, out_w, c] starts at this thread's channel, and elements are counted from there.
-template <class F>
-__device__ __forceinline__ void each_place(const Windows& w, const ChannelThreads& threads, int n, int cells,
-                                           int64_t c, const int32_t* places, F f) {
-  each_item(threads, n, cells, [&](int sample, int cell) {
+/// Calls f(at, chosen) for the input elements of this thread's channels in its share of the cells;
+/// chosen(each) calls each(output element, in which channels this pixel was chosen) for every output that
+/// reads the pixel, in ascending order. `places` [n, out_h, out_w, c] starts at this thread's channels, and
+/// elements are counted from there.
+template <int N, class F>
+__device__ __forceinline__ void each_place(const Windows& w, Team team, const ChannelThreads& threads, int n,
+                                           int cells, int64_t c, const int32_t* places, F f) {
+  each_item(team, threads, n, cells, [&](int sample, int cell) {
     each_pixel_in(w, cell, [&](int pixel, const Readers& readers) {
       f((sample * w.pixels() + pixel) * c, [&](auto each) {
         each_output(w, readers, [&](int output) {
           const int64_t at = (sample * w.outputs() + output) * c;
-          if (places[at] == pixel) each(at);
+          const Numbers<int32_t, N> chosen = load<N>(places + at, threads.lanes);
+          each(at, lanewise(chosen, [&](int32_t place) { return place == pixel; }));
         });
       });
     });
   });
+}
+
+/// v where `wanted`, and zero elsewhere.
+template <class T, int N>
+__device__ __forceinline__ Numbers<T, N> where(const Numbers<bool, N>& wanted, const Numbers<T, N>& v) {
+  Numbers<T, N> result;
+#pragma unroll
+  for (int i = 0; i < N; ++i) result.at[i] = wanted.at[i] ? v.at[i] : T(0);
+  return result;
 }
 
 }  // namespace maml::cuda

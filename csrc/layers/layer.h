@@ -141,6 +141,10 @@ struct LayerTraits {
   /// Bytes of a task's tiles up to which the states of all of them are kept for its Hessian-vector products,
   /// because reading them, even from memory, is faster than computing them again.
   int64_t kept_bytes = 0;
+  /// Bytes of a task, untiled, up to which the states of all its inner steps are kept. If they would be more,
+  /// the gradient pass is run again for each Hessian-vector product: the bits are the same, and memory does
+  /// not grow with the steps. A CPU reads so much state in the time in which it computes it.
+  int64_t saved_bytes = int64_t{192} << 20;
   /// Whether a pointwise pass may overwrite its input.
   bool in_place = false;
 };

@@ -5,14 +5,6 @@
 #include "plan/fuse.h"
 
 namespace maml {
-namespace {
-
-/// If the saved state of a task would be more, the gradient pass is run again for each Hessian-vector
-/// product. The bits are the same, and memory does not grow with the steps. Reading so much state from memory
-/// would take as long as computing it.
-constexpr int64_t kSavedBytes = int64_t{192} << 20;
-
-}  // namespace
 
 Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
                  std::vector<RateTensor> rate_tensors_, const std::vector<int64_t>& sample_,
@@ -61,7 +53,7 @@ void Problem::lay_out(const LayerTraits& traits) {
   const bool support_pass = steps > 0 || at_own_parameters(operation);
   const bool keeps_all = operation == Operation::kept_fisher;
   const bool keeps = second_order() && (keeps_all || !graph.recompute);
-  const int64_t most = keeps_all ? INT64_MAX : support.tiles == 1 ? kSavedBytes : traits.kept_bytes;
+  const int64_t most = keeps_all ? INT64_MAX : support.tiles == 1 ? traits.saved_bytes : traits.kept_bytes;
   const int64_t bytes = support.tiles * support.step_size * element_bytes;
   saved_steps = keeps && steps * bytes <= most ? steps : support_pass ? 1 : 0;
   kept_tiles = keeps && bytes <= most ? support.tiles : 1;

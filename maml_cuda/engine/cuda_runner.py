@@ -77,6 +77,8 @@ class Runner:
         self._make_call = core.Call
         self._core = core.CudaRunner(problem, device.index or 0)
         self.executor: str = self._core.executor  # "megakernel" or "batched"
+        keeps = problem.saved_steps > 1
+        self._less = ', and checkpoint="recompute" keeps the states of one inner step' if keeps else ""
         self._graphs: OrderedDict[tuple[int, int, int], Graph | None] = OrderedDict()
         self._workspaces: Bounded[tuple[int, int], int] = Bounded(64)
 
@@ -139,7 +141,7 @@ class Runner:
             raise torch.OutOfMemoryError(
                 f"maml_cuda wants {_megabytes(size, like)} of workspace on {like.device} for {at_once} tasks at once "
                 f"(activations, tangents and parameters of every inner step); task_chunk={smaller} would take "
-                f"{_megabytes(self.workspace(tasks, smaller), like)}"
+                f"{_megabytes(self.workspace(tasks, smaller), like)}{self._less}"
             ) from error
 
 

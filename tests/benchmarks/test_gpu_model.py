@@ -102,7 +102,7 @@ def test_waves_and_the_time_of_a_launch() -> None:
     fixed = C["gap"].value + C["latency"].value
     assert launch().microseconds() == pytest.approx(fixed)
     assert [launch(grid=(n, 1, 1)).waves for n in (1, 8 * 132, 8 * 132 + 1)] == [1, 1, 2]
-    assert launch(bytes=2e6).microseconds() == pytest.approx(fixed + 1.0)  # 2 MB at 2 TB/s
+    assert launch(bytes=3e6).microseconds() == pytest.approx(fixed + 1.0)  # 3 MB at 3 TB/s
     # 132 blocks, one on each multiprocessor, at the share of one alone; eight on each at the full rate.
     product = {"kernel": "f<Simt<float>, Tile<32, 32, 2, 2, 1, 4> >", "flop": 30e6}
     alone, full = (launch(grid=(n, 1, 1), **product).microseconds() - fixed for n in (132, 8 * 132))

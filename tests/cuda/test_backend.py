@@ -249,9 +249,16 @@ def test_out_of_memory_error_names_the_bytes_and_the_remedy(monkeypatch: pytest.
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     data[0] = data[0].as_subclass(Full)
-    text = problem_of(program_of(maml, data).text, "meta_loss", (2, 6, 6), 5, 4, 2, False, True)
-    words = r"maml_cuda wants 8589934592 MB of workspace on .* for 8 tasks at once .* task_chunk=2 would take 8 MB"
+    text = problem_of(program_of(maml, data).text, "meta_gradient", (2, 6, 6), 5, 4, 2, False, True)
+    words = (
+        r"maml_cuda wants 8589934592 MB of workspace on .* for 8 tasks at once .* task_chunk=2 would take 8 MB, "
+        r'and checkpoint="recompute" keeps the states of one inner step$'
+    )
     with pytest.raises(torch.OutOfMemoryError, match=words):
+        text.runner(data[0].device)._allocate(data[0], 8, 8)
+    maml = FusedMAML(conv(), 0.1, 2, checkpoint="recompute", backend="fused")
+    text = problem_of(program_of(maml, data).text, "meta_gradient", (2, 6, 6), 5, 4, 2, False, True)
+    with pytest.raises(torch.OutOfMemoryError, match=r"task_chunk=2 would take 8 MB$"):
         text.runner(data[0].device)._allocate(data[0], 8, 8)
 
 

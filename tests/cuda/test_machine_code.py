@@ -101,6 +101,41 @@ def test_products_use_the_units_of_their_precision(
         assert code["LDS.128"] > 0, f"{name}: no shared loads of 16 bytes"
 
 
+@needs_tool
+@each_architecture
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "normalise_forward_kernel",
+        "normalise_backward_kernel",
+        "normalise_forward_tangent_kernel",
+        "normalise_backward_tangent_kernel",
+        "moments_kernel",
+        "running_norm_forward",
+        "running_norm_backward",
+        "mean_of_all_kernel",
+        "spread_over_all_kernel",
+        "max_pool_cu",
+        "avg_pool_cu",
+        "pointwise_cu",
+        "scale_kernel",
+        "sum_kernel",
+        "pass_on_kernel",
+        "descend_kernel",
+        "direction_kernel",
+        "retreat_kernel",
+        "add_weighted_kernel",
+        "copy_kernel",
+    ],
+)
+def test_kernels_without_products_move_16_bytes_at_a_time(architecture: str, kernel: str) -> None:
+    for name, code in kernels_with(architecture, kernel).items():
+        if "gather_kernel" not in name:  # the values at the places of a max-pool are not neighbours
+            assert code["LDG.E.128"] + code["LDG.E.128.CONSTANT"] > 0, f"{name}: no loads of 16 bytes"
+        assert code["STG.E.128"] > 0, f"{name}: no stores of 16 bytes"
+        assert code["ST.E.128"] + code["ST.E"] == 0, f"{name}: stores that may be to shared memory"
+
+
 def test_the_library_exports_only_the_module_and_imports_nothing_of_cuda() -> None:
     if shutil.which("nm") is None:
         pytest.skip("there is no nm")

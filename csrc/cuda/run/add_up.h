@@ -3,14 +3,17 @@
 //
 //   gradient[i] = sum_t weight_t result_t[i],      loss = sum_t weight_t task_loss_t
 //
-// One thread owns one element of the result and reads it from one task after the other; consecutive threads
-// read consecutive elements. Each parameter and each rate tensor has a row of blocks along y, and one more
-// row sums the loss. Between chunks of tasks, the partial sums are kept in `totals`.
+// A block owns kSummed consecutive elements of a tensor. All its threads copy the values of kTasksAtOnce
+// tasks to shared memory, with 16-byte loads that are all in flight together; then each thread adds up its
+// element in order. So the latency of memory is paid once for 64 tasks, and no tree over tasks has to be cut
+// where a chunk ends. Each parameter and each rate tensor has a row of blocks along y, and one more row sums
+// the loss. Between chunks of tasks, the partial sums are kept in `totals`.
 #pragma once
 
 #include "cuda/run/layout.h"
 #include "cuda/run/pack.h"
 #include "cuda/run/updates.h"
+#include "cuda/vectors.h"
 
 namespace maml::cuda {
 
@@ -21,19 +24,49 @@ struct AddUp {
   bool first, last;          // whether this is the first chunk, and the last
 };
 
-/// Element i of the result: its total so far plus the tasks of this chunk.
+inline constexpr int kTasksAtOnce = kSmallTiles ? 8 : 64;
+inline constexpr int kSumLanes = kSmallTiles ? 8 : 32;  // threads that read one task's vectors
 template <class T>
-__device__ double sum_of_tasks(const AddUp& a, const Memory& chunk, int64_t i) {
+inline constexpr int kSummed = kSumLanes * kVector<T>;
+static_assert(kSummed<float> <= kReductionThreads);
+inline constexpr int64_t kMostSumBlocks =
+    kSmallTiles ? 3 : 512;  // of a tensor; several for each multiprocessor
+
+/// Calls put(i, sum) for the elements i of a tensor of `size` elements, at `at` in a task's result, that this
+/// block owns; only in the last chunk. All threads must call.
+template <class T, class Put>
+__device__ __forceinline__ void each_sum(Team team, const AddUp& a, const Memory& chunk, int64_t at,
+                                         int64_t size, Put put) {
+  constexpr int N = kVector<T>, rows = kReductionThreads / kSumLanes;
+  __shared__ Numbers<T, N> values[kTasksAtOnce][kSumLanes];
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kSumLanes, row = thread / kSumLanes;
   const T* weights = resolve(place<const T>(Region::task_weights), chunk, 0);
-  double* total = reinterpret_cast<double*>(resolve(place<T>(Region::shared, a.totals), chunk, 0)) + i;
-  const Span tasks = chunk.task;
-  double sum = a.first ? 0 : *total;
-  for (int64_t t = 0; t < a.tasks; ++t) {
-    const T* result = reinterpret_cast<const T*>(tasks.start + t * tasks.stride) + a.result;
-    sum += (weights ? static_cast<double>(weights[t]) : a.equal_weight) * static_cast<double>(result[i]);
+  double* totals = reinterpret_cast<double*>(resolve(place<T>(Region::shared, a.totals), chunk, 0)) + at;
+  auto results = [&](int64_t task) { return resolve(place<T>(Region::task, a.result + at), chunk, task); };
+  const bool whole_rows = aligned(results(0)) && chunk.task.stride % 16 == 0;
+  for (int64_t first = int64_t{team.block} * kSummed<T>; first < size;
+       first += int64_t{team.blocks} * kSummed<T>) {
+    const int64_t own = first + thread, read = first + lane * N;
+    const bool owns = thread < kSummed<T> && own < size;
+    const Lanes lanes{static_cast<int>(std::min<int64_t>(N, size - read)), whole_rows && size - read >= N};
+    double sum = owns && !a.first ? totals[own] : 0;
+    for (int64_t task = 0; task < a.tasks; task += kTasksAtOnce) {
+      const int count = static_cast<int>(std::min<int64_t>(kTasksAtOnce, a.tasks - task));
+#pragma unroll
+      for (int k = 0; k < kTasksAtOnce / rows; ++k) {
+        const int t = row + k * rows;
+        if (t < count && read < size) values[t][lane] = load<N>(results(task + t) + read, lanes);
+      }
+      __syncthreads();
+      for (int t = 0; owns && t < count; ++t) {
+        const double weight = weights ? static_cast<double>(weights[task + t]) : a.equal_weight;
+        sum += weight * static_cast<double>(values[t][thread / N].at[thread % N]);
+      }
+      __syncthreads();
+    }
+    if (owns && !a.last) totals[own] = sum;
+    if (owns && a.last) put(own, static_cast<T>(sum));
   }
-  if (!a.last) *total = sum;
-  return sum;
 }
 
 /// The loss, summed over all tasks: each thread sums its tasks in order, then a tree sums over the block.
@@ -74,24 +107,20 @@ __global__ void __launch_bounds__(kReductionThreads)
   if (row < plan.parameter_count) {
     const ParameterInfo& p = plan.parameters[row];
     if (p.gradient_at < 0) return;
-    for (int64_t i = team.first(); i < p.size; i += team.step()) {
-      const double sum = sum_of_tasks<T>(a, chunk, p.at + i);
-      if (a.last) gradient[p.gradient_at + user_index(p, i)] = static_cast<T>(sum);
-    }
+    each_sum<T>(team, a, chunk, p.at, p.size,
+                [&](int64_t i, T sum) { gradient[p.gradient_at + user_index(p, i)] = sum; });
     return;
   }
   const RateInfo& rate = plan.rates[row - plan.parameter_count];
   if (rate.gradient_at < 0) return;
-  for (int64_t i = team.first(); i < rate.size; i += team.step()) {
-    const double sum = sum_of_tasks<T>(a, chunk, rate.result_at + i);
-    if (!a.last) continue;
-    int64_t at = i;
+  each_sum<T>(team, a, chunk, rate.result_at, rate.size, [&](int64_t i, T sum) {
+    int64_t to = i;
     if (rate.parameter >= 0) {
       const ParameterInfo& p = plan.parameters[rate.parameter];
-      at = i / p.size * p.size + user_index(p, i % p.size);
+      to = i / p.size * p.size + user_index(p, i % p.size);
     }
-    gradient[rate.gradient_at + at] = static_cast<T>(sum);
-  }
+    gradient[rate.gradient_at + to] = sum;
+  });
 }
 
 }  // namespace maml::cuda

@@ -103,14 +103,20 @@ __host__ __device__ inline T* place(Region region, int64_t element = 0) {
   return reinterpret_cast<T*>((static_cast<uint64_t>(region) << kRegionShift) + element * sizeof(T));
 }
 
-/// The address of a symbolic address for one task; null for null, and where the call lacks the region.
+/// The address of a symbolic address for one task; zero for zero, and where the call lacks the region.
+__device__ __forceinline__ uint64_t address_of(uint64_t symbolic, const Memory& memory, int64_t task) {
+  if (symbolic == 0) return 0;
+  const Span span = memory[static_cast<Region>(symbolic >> kRegionShift)];
+  if (!span.start) return 0;
+  return reinterpret_cast<uint64_t>(span.start) + static_cast<uint64_t>(task * span.stride) +
+         (symbolic & ((uint64_t{1} << kRegionShift) - 1));
+}
+
+/// The same of a tensor in global memory, which all are for kernels that work on all tasks.
 template <class T>
 __device__ __forceinline__ T* resolve(T* symbolic, const Memory& memory, int64_t task) {
-  const uint64_t word = reinterpret_cast<uint64_t>(symbolic);
-  if (word == 0) return nullptr;
-  const Span span = memory[static_cast<Region>(word >> kRegionShift)];
-  if (!span.start) return nullptr;
-  return reinterpret_cast<T*>(span.start + task * span.stride + (word & ((uint64_t{1} << kRegionShift) - 1)));
+  return in_global_memory(
+      reinterpret_cast<T*>(address_of(reinterpret_cast<uint64_t>(symbolic), memory, task)));
 }
 
 template <class T>

@@ -158,7 +158,7 @@ class Reader {
       if (word >= kWords) continue;
       uint64_t value = words_[j];
       const bool symbolic = word < kSymbolicWords && (value >> kRegionShift) != 0;
-      if (symbolic) value = reinterpret_cast<uint64_t>(resolve(reinterpret_cast<T*>(value), memory, task));
+      if (symbolic) value = address_of(value, memory, task);
       slots_[instruction % 2 * kWords + word] = value;
     }
   }

@@ -29,6 +29,14 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
+/// The same address, of which the compiler now knows that it is in global memory (null counts as such).
+/// Without it, every access would first find out whether the address is in shared memory.
+template <class T>
+__device__ __forceinline__ T* in_global_memory(T* address) {
+  __builtin_assume(__isGlobal(address));
+  return address;
+}
+
 /// The block's dynamic shared memory.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char memory[];
@@ -42,6 +50,10 @@ inline constexpr bool kSmallTiles = false;
 #endif
 inline void wait_for_previous_kernels() { emulation::wait_for_previous_kernels(); }
 inline void let_next_kernel_start() {}
+template <class T>
+T* in_global_memory(T* address) {
+  return address;
+}
 inline unsigned char* dynamic_shared() { return static_cast<unsigned char*>(emulation::dynamic_shared()); }
 #endif
 

@@ -27,53 +27,67 @@
 // This has not been measured.
 #pragma once
 
+#include "cuda/elementwise.h"
 #include "cuda/run/description.h"
 
 namespace maml::cuda {
 
 inline constexpr int kVectorThreads = kSmallTiles ? 32 : 256;
 
-/// The number of blocks for a loop over `items`. A thread of a large vector has several items, which
-/// amortises the start of its block.
+/// The number of blocks for a loop over `items`: one vector a thread (vectors.h), up to 64 blocks a task.
 inline int64_t vector_blocks(int64_t items) {
   return std::clamp<int64_t>(blocks_for(items, int64_t{4} * kVectorThreads), 1, 64);
 }
 
+/// The rates of a slice: a tensor with one for each element, or one number.
 template <class T>
-__device__ __forceinline__ T rate_of(const RateSlice& s, const T* rates, int64_t i) {
-  if (s.rate_at == kNowhere) return static_cast<T>(s.constant);
-  return rates[s.rate_at + (s.elementwise ? i : 0)];
-}
+struct SliceRates {
+  const T* each;  // null: `all`
+  T all;
+  __device__ __forceinline__ SliceRates(const RateSlice& s, const T* rates)
+      : each(s.elementwise && s.rate_at != kNowhere ? rates + s.rate_at : nullptr),
+        all(s.rate_at == kNowhere ? static_cast<T>(s.constant)
+            : s.elementwise       ? T(0)
+                                  : rates[s.rate_at]) {}
+  /// The rate of an element, of which `own` is the element of `each`.
+  __device__ __forceinline__ T of(T own) const { return each ? own : all; }
+};
 
 template <class T>
 __device__ void descend(Team team, const RateSlice& s, const T* rates, const T* phi, const T* g, T* next) {
-  for (int64_t i = team.first(); i < s.size; i += team.step()) {
-    next[s.at + i] = phi[s.at + i] - rate_of(s, rates, i) * g[s.at + i];
-  }
+  const SliceRates<T> rate(s, rates);
+  map_elements(
+      team, s.size, [&](T phi, T g, T own) { return phi - rate.of(own) * g; }, next + s.at, phi + s.at,
+      g + s.at, rate.each);
 }
 
 template <class T>
 __device__ void direction(Team team, const RateSlice& s, const T* rates, const T* v, T* out) {
-  for (int64_t i = team.first(); i < s.size; i += team.step())
-    out[s.at + i] = rate_of(s, rates, i) * v[s.at + i];
+  const SliceRates<T> rate(s, rates);
+  map_elements(team, s.size, [&](T v, T own) { return rate.of(own) * v; }, out + s.at, v + s.at, rate.each);
 }
 
 /// `out` may be null.
 template <class T>
 __device__ void retreat(Team team, const RateSlice& s, const T* rates, const T* product, T* v, T* out) {
-  for (int64_t i = team.first(); i < s.size; i += team.step()) {
-    const T moved = v[s.at + i] - product[s.at + i];
-    v[s.at + i] = moved;
-    if (out) out[s.at + i] = rate_of(s, rates, i) * moved;
-  }
+  const SliceRates<T> rate(s, rates);
+  const T* const before = v + s.at;
+  map_elements(
+      team, s.size,
+      [&](T v, T product, T own) {
+        const T moved = v - product;
+        return Numbers<T, 2>{moved, rate.of(own) * moved};
+      },
+      Outputs<T, 2>{{v + s.at, out ? out + s.at : nullptr}}, before, product + s.at, rate.each);
 }
 
 /// For one rate per element, where no two elements share a rate.
 template <class T>
 __device__ void elementwise_rate_gradient(Team team, const RateSlice& s, const T* g, const T* v, T* result) {
-  for (int64_t i = team.first(); i < s.size; i += team.step()) {
-    result[s.grad_at + i] -= g[s.at + i] * v[s.at + i];
-  }
+  T* const to = result + s.grad_at;
+  map_elements(
+      team, s.size, [](T before, T g, T v) { return before - g * v; }, to, static_cast<const T*>(to),
+      g + s.at, v + s.at);
 }
 
 inline constexpr int kReductionThreads = kSmallTiles ? 32 : 256;
@@ -104,19 +118,20 @@ __device__ void shared_rate_gradients(const RateSlice* slices, int count, const 
 
 template <class T>
 __device__ void subtract(Team team, int64_t size, const T* x, T* y) {
-  for (int64_t i = team.first(); i < size; i += team.step()) y[i] -= x[i];
+  map_elements(team, size, [](T y, T x) { return y - x; }, y, static_cast<const T*>(y), x);
 }
 template <class T>
 __device__ void add_weighted(Team team, int64_t size, const T* w, const T* x, T* y) {
-  for (int64_t i = team.first(); i < size; i += team.step()) y[i] += *w * x[i];
+  const T weight = *w;
+  map_elements(team, size, [=](T y, T x) { return y + weight * x; }, y, static_cast<const T*>(y), x);
 }
 template <class T>
 __device__ void copy(Team team, int64_t size, const T* from, T* to) {
-  for (int64_t i = team.first(); i < size; i += team.step()) to[i] = from[i];
+  map_elements(team, size, [](T x) { return x; }, to, from);
 }
 template <class T>
 __device__ void zero(Team team, int64_t size, T* to) {
-  for (int64_t i = team.first(); i < size; i += team.step()) to[i] = T(0);
+  map_elements(team, size, [] { return T(0); }, to);
 }
 
 }  // namespace maml::cuda

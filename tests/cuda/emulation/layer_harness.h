@@ -32,13 +32,15 @@ constexpr int64_t kGap = 16;  // the fewest NaN elements after every tensor
 
 inline int64_t whole(int64_t elements) { return (elements + kGap - 1) / kGap * kGap; }
 
-/// TestMemory of all tasks, addressed symbolically. Every element is NaN until it is written.
+inline int64_t misaligned = 0;  // how many elements behind an aligned address all tensors start
+
+/// Memory of all tasks, addressed symbolically. Every element is NaN until it is written.
 template <class T>
 class TestMemory {
  public:
   TestMemory(int64_t tasks, int64_t elements)
       : tasks_(tasks),
-        stride_(whole(elements)),
+        stride_(whole(elements + misaligned)),
         store_(tasks * stride_, std::numeric_limits<T>::quiet_NaN()) {
     table_.regions[static_cast<int>(Region::task)] = {reinterpret_cast<unsigned char*>(store_.data()),
                                                       stride_ * static_cast<int64_t>(sizeof(T))};
@@ -76,7 +78,7 @@ class TestMemory {
   Launcher launcher() const { return {nullptr, tasks_, memory_of(table_)}; }
 
  private:
-  int64_t tasks_, stride_, used_ = 0;
+  int64_t tasks_, stride_, used_ = misaligned;
   std::vector<T> store_;
   std::vector<int64_t> gaps_;
   Table table_{};

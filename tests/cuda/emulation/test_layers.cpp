@@ -160,6 +160,36 @@ void check_the_others() {
   }
 }
 
+/// Rows of whole vectors and others, and the same bits whether tensors start at aligned addresses or not.
+template <class T>
+void check_access(int64_t c) {
+  const Image in{c, 5, 4};
+  Layer scaled = layer(Kind::scale, 3, in), mean = layer(Kind::mean_pool, 3, in);
+  scaled.a = -1.7, mean.out = {c, 1, 1};
+  const Layer layers[] = {layer(Kind::batch_norm, 3, in),
+                          with(layer(Kind::norm_block, 3, in), Function::silu),
+                          with(over(layer(Kind::norm_block, 3, in), kWindows[0]), Function::relu),
+                          with(over(layer(Kind::norm_block, 1, in), kWindows[1], 1), Function::tanh),
+                          layer(Kind::running_norm, 3, in),
+                          over(layer(Kind::max_pool, 3, in), kWindows[1], 1),
+                          over(layer(Kind::avg_pool, 3, in), kWindows[1], 1),
+                          mean,
+                          with(layer(Kind::pointwise, 3, in), Function::silu),
+                          layer(Kind::add, 3, in),
+                          scaled};
+  for (const Layer& l : layers) {
+    for (const bool add : {false, true}) {
+      Present p;
+      p.add = add;
+      const auto bits = check_layer<T>(l, p, 2);
+      for (misaligned = 1; misaligned < 4; misaligned += 2) {
+        expect(same_bits(bits, check_layer<T>(l, p, 2)), text_of(l, p) + ": the bits depend on the address");
+      }
+      misaligned = 0;
+    }
+  }
+}
+
 /// The same bits in every schedule, and for a task whatever its neighbours are.
 void check_bits() {
   const Layer layers[] = {with(over(layer(Kind::norm_block, 9, {9, 7, 7}), kWindows[1], 1), Function::gelu),
@@ -355,6 +385,8 @@ int main(int argc, char** argv) {
     check_channel_sums();
     check_normalisation();
     check_the_others();
+    for (const int64_t c : {1, 2, 3, 5, 6, 7, 8, 12}) check_access<float>(c);
+    for (const int64_t c : {2, 3, 8}) check_access<double>(c);
     check_one_block();
     check_special_values();
   });
