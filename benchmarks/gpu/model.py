@@ -77,7 +77,7 @@ C = {
     "rate bfloat16 wide": Constant(125, "TFLOP/s", "estimated", ""),
 }
 
-# The workloads with targets (table.py), and variants with more shots or tasks.
+# The workloads with targets (table.py), variants with more shots or tasks, and two of layers on tensors of any shape.
 STEPS: dict[str, Workload] = {
     f"{workload.name} T={workload.tasks}": workload
     for workload in (
@@ -90,6 +90,8 @@ STEPS: dict[str, Workload] = {
         WORKLOADS["mini-imagenet"],
         dataclasses.replace(WORKLOADS["mini-imagenet"], tasks=32),
         dataclasses.replace(WORKLOADS["mini-imagenet-5shot"], tasks=4),
+        WORKLOADS["lstm"],
+        WORKLOADS["transformer"],
     )
 }
 

@@ -20,6 +20,7 @@
 // Threads and tiles: attention_block.h. The twin on the CPU is cpu/attention.cpp.
 #include "cuda/attention_block.h"
 #include "cuda/run/work.h"
+#include "cuda/shares.h"
 
 namespace maml::cuda {
 namespace attention {

@@ -1,8 +1,10 @@
 // y = the sum over taps of x w, channel by channel, and its two adjoints, for all tasks, without windows in
-// memory. A thread takes an element of the result: y and the cotangent of w are sums of products at windows
-// of x, over the taps and over all positions; an element of x sums over the windows that contain it, in
-// ascending order of their taps. All sums are in row-major order. The twin on the CPU is cpu/depthwise.cpp.
-#include "cuda/contraction.h"
+// memory. y and the cotangent of w are sums of products at windows of x, over the taps and over all positions;
+// where there are many, some threads of a block share an element (shares.h), and a warp takes consecutive
+// channels. An element of x, which a thread takes, sums over the windows that contain it, in ascending order
+// of their taps. The twin on the CPU is cpu/depthwise.cpp.
+#include "cuda/implement.h"
+#include "cuda/shares.h"
 #include "cuda/slides.h"
 
 namespace maml::cuda {
@@ -11,28 +13,35 @@ namespace {
 /// The operands of the nests: x, y, w, and the place along each axis of x over which the window slides.
 enum : int { kX, kY, kW, kPlace, kOperands = kPlace + kMostSlides };
 
+/// A term without factors is null.
+template <class T>
+struct Terms {
+  Factors<T> of[2];
+};
+
 /// out (+)= the sum of a b where a window is inside of x: y, of x and w, or the cotangent of w, of x and g.
 template <class T>
 __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
     depthwise_kernel(const __grid_constant__ Split<kOperands> loops, const __grid_constant__ Slides slides,
-                     Terms<T> terms, bool to_w, bool add, T* symbolic_out, Deferred deferred) {
+                     Shares shares, Terms<T> terms, bool to_w, bool add, T* symbolic_out, Deferred deferred) {
   const Memory memory = deferred.ready();
-  const Team team = grid_team();
   const int64_t task = blockIdx.z;
   const T *a = resolve(terms.of[0].a, memory, task), *b = resolve(terms.of[0].b, memory, task);
   const T *a2 = resolve(terms.of[1].a, memory, task), *b2 = resolve(terms.of[1].b, memory, task);
   T* out = resolve(symbolic_out, memory, task);
-  for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
+  Sharer sharer(shares);
+  sharer.each(grid_team(), loops.outer.steps, [&](int64_t step) {
     const Offsets<kOperands> to = outer_step(loops, step);
-    Sum<T> sum;
-    each_step(loops.inner, to, [&](const Offsets<kOperands>& at) {
+    Sum<T> own;
+    sharer.each_step(loops.inner, to, [&](const Offsets<kOperands>& at) {
       if (!is_inside(slides, at.of + kPlace)) return;
       const int64_t x = at.of[kX], other = to_w ? at.of[kY] : at.of[kW];
-      if (a) sum += a[x] * b[other];
-      if (a2) sum += a2[x] * b2[other];
+      if (a) own += a[x] * b[other];
+      if (a2) own += a2[x] * b2[other];
     });
-    put(out, to_w ? to.of[kW] : to.of[kY], sum.value(), add);
-  }
+    const T sum = sharer.sum(own);
+    if (sharer.is_first()) put(out, to_w ? to.of[kW] : to.of[kY], sum, add);
+  });
 }
 
 /// grad_x (+)= the sum of g w over the windows that contain an element of x.
@@ -75,7 +84,7 @@ struct OnGpu<Kind::depthwise> {
 
   template <class T>
   static void product(const Launcher& launch, Tangent tangent, const Layer& l, Operand result,
-                      const Factors<T>* factors, int count, bool add, T* out) {
+                      const Factors<T>* factors, int count, bool add, T* out, T*) {
     const bool to_x = result == Operand::x0, to_w = result == Operand::x1;
     const Placed at = to_x ? at_elements(*l.loops) : at_windows(*l.loops);
     const View &x = at.loops.x[0], &w = at.loops.x[1], &y = at.loops.y;
@@ -90,8 +99,10 @@ struct OnGpu<Kind::depthwise> {
       launch("depthwise transposed", depthwise_transposed_kernel<T>, step_grid(s.outer.steps),
              kElementThreads, 0, s, slides, terms, add, out, launch.memory);
     } else {
+      const Shares shares = shares_of(s, to_w ? kX : kY);
       launch(tangent == Tangent::yes ? "depthwise tangent" : "depthwise", depthwise_kernel<T>,
-             step_grid(s.outer.steps), kElementThreads, 0, s, slides, terms, to_w, add, out, launch.memory);
+             shared_grid(shares, s.outer.steps), kElementThreads, 0, s, slides, shares, terms, to_w, add, out,
+             launch.memory);
     }
   }
 };

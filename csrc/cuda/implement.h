@@ -30,8 +30,9 @@ enum class Operand { x0, x1, y };
 ///               adjoint_w(launch, tangent, layer, factors {x, g}, count, tensors): also the bias gradient
 ///               footprint(layer)
 ///               Of two inputs in place of an input and parameters, y = B(x0, x1):
-///               product(launch, tangent, layer, result, factors, count, add, out), with one or two factors
-///               {x0, x1} of a result y, {y, x1} of x0, {x0, y} of x1, of which y stands for its cotangent
+///               product(launch, tangent, layer, result, factors, count, add, out, scratch), with one or two
+///               factors {x0, x1} of a result y, {y, x1} of x0, {x0, y} of x1, of which y stands for its
+///               cotangent
 ///               footprint(layer)
 ///   selection   choose(launch, layer, x, y, choice)
 ///               apply(launch, layer, choice, x, y), with a choice made before
@@ -119,12 +120,12 @@ LaunchPasses<T> two_input_passes() {
   return {
       [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
         const Factors<T> factors{t.x[0], t.x[1]};
-        OnGpu<K>::product(launch, Tangent::no, l, Operand::y, &factors, 1, false, t.y);
+        OnGpu<K>::product(launch, Tangent::no, l, Operand::y, &factors, 1, false, t.y, t.scratch);
       },
       [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
         const Factors<T> of_x0{t.grad_y, t.x[1]}, of_x1{t.x[0], t.grad_y};
         auto give = [&](Operand to, const Factors<T>& factors, bool add, T* grad_x) {
-          if (grad_x) OnGpu<K>::product(launch, Tangent::no, l, to, &factors, 1, add, grad_x);
+          if (grad_x) OnGpu<K>::product(launch, Tangent::no, l, to, &factors, 1, add, grad_x, t.scratch);
         };
         give(Operand::x0, of_x0, t.add_x[0], t.grad_x[0]);
         give(Operand::x1, of_x1, t.add_x[1], t.grad_x[1]);
@@ -134,14 +135,15 @@ LaunchPasses<T> two_input_passes() {
         int count = 0;
         if (t.x_dot[0]) factors[count++] = {t.x_dot[0], t.x[1]};
         if (t.x_dot[1]) factors[count++] = {t.x[0], t.x_dot[1]};
-        OnGpu<K>::product(launch, Tangent::yes, l, Operand::y, factors, count, false, t.y_dot);
+        OnGpu<K>::product(launch, Tangent::yes, l, Operand::y, factors, count, false, t.y_dot, t.scratch);
       },
       [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
         const Factors<T> of_x0[2] = {{t.grad_y_dot, t.x[1]}, {t.grad_y, t.x_dot[1]}};
         const Factors<T> of_x1[2] = {{t.x[0], t.grad_y_dot}, {t.x_dot[0], t.grad_y}};
         auto give = [&](Operand to, const Factors<T>* factors, bool moves, bool add, T* grad_x_dot) {
           if (!grad_x_dot) return;
-          OnGpu<K>::product(launch, Tangent::yes, l, to, factors, moves && t.grad_y ? 2 : 1, add, grad_x_dot);
+          OnGpu<K>::product(launch, Tangent::yes, l, to, factors, moves && t.grad_y ? 2 : 1, add, grad_x_dot,
+                            t.scratch);
         };
         give(Operand::x0, of_x0, t.x_dot[1] != nullptr, t.add_x[0], t.grad_x_dot[0]);
         give(Operand::x1, of_x1, t.x_dot[0] != nullptr, t.add_x[1], t.grad_x_dot[1]);

@@ -7,13 +7,13 @@
 //   R{bar a} += h_a R{bar v_k} + (h_aa Ra + h_ab Rb) bar v_k,                                and b alike
 //
 // Threads: forward, a thread takes an element of y. Backward, it takes an element of one input and sums over
-// the elements of y that read it (strided.h); each input that wants a cotangent has a launch of its own,
-// which computes the expression again.
+// the elements of y that read it, or shares it with others where these are many (shares.h); each input that
+// wants a cotangent has a launch of its own, which computes the expression again.
 //
 // A value that does not move has no tangent, not one of 0: its derivative may be infinite, and 0 times that
 // is NaN. where() takes one of its arguments and never multiplies by 0.
 #include "cuda/implement.h"
-#include "cuda/strided.h"
+#include "cuda/shares.h"
 
 namespace maml::cuda {
 namespace {
@@ -181,32 +181,33 @@ __device__ __forceinline__ T cotangent_dot(const Expression& e, int operand, Set
 /// The cotangent of one operand, or its tangent; the loops are split by that operand.
 template <bool kTangent, class T>
 __global__ void __launch_bounds__(kElementThreads, kResidentSteps)
-    backward_kernel(const __grid_constant__ Split<kOperands> loops, const __grid_constant__ Expression e,
-                    Set moves, int operand, Set wanted, const __grid_constant__ Tensors<T> symbolic,
-                    Deferred deferred) {
+    backward_kernel(const __grid_constant__ Split<kOperands> loops, Shares shares,
+                    const __grid_constant__ Expression e, Set moves, int operand, Set wanted,
+                    const __grid_constant__ Tensors<T> symbolic, Deferred deferred) {
   const Memory memory = deferred.ready();
-  const Team team = grid_team();
   const Pointers<T> x = resolve_all(symbolic.x, memory), x_dot = resolve_all(symbolic.x_dot, memory);
   const T* g = resolve(symbolic.grad_y, memory, blockIdx.z);
   const T* g_dot = resolve(symbolic.grad_y_dot, memory, blockIdx.z);
   T* out = resolve((kTangent ? symbolic.grad_x_dot : symbolic.grad_x)[operand], memory, blockIdx.z);
-  for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
+  Sharer sharer(shares);
+  sharer.each(grid_team(), loops.outer.steps, [&](int64_t step) {
     const Offsets<kOperands> to = outer_step(loops, step);
-    Sum<T> sum;
-    each_step(loops.inner, to, [&](const Offsets<kOperands>& at) {
+    Sum<T> own;
+    sharer.each_step(loops.inner, to, [&](const Offsets<kOperands>& at) {
       Values<T> values;
       values.read(e, at, x.of);
       if (kTangent) values.read_tangents(e, at, x_dot.of);
       values.run(e, moves);
       if constexpr (kTangent) {
         const T c = g ? g[at.of[kY]] : T(0);
-        sum += cotangent_dot(e, operand, wanted, moves, values, c, g_dot[at.of[kY]]);
+        own += cotangent_dot(e, operand, wanted, moves, values, c, g_dot[at.of[kY]]);
       } else {
-        sum += cotangent(e, operand, wanted, values, g[at.of[kY]]);
+        own += cotangent(e, operand, wanted, values, g[at.of[kY]]);
       }
     });
-    put(out, to.of[operand], sum.value(), symbolic.add_x[operand]);
-  }
+    const T sum = sharer.sum(own);
+    if (sharer.is_first()) put(out, to.of[operand], sum, symbolic.add_x[operand]);
+  });
 }
 
 Split<kOperands> split_by(const Layer& l, const View& by) {
@@ -242,10 +243,11 @@ void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
     T* out = (kTangent ? t.grad_x_dot : t.grad_x)[j];
     if (!out) continue;
     const Split<kOperands> loops = split_by(l, l.loops->x[j]);
+    const Shares shares = shares_of(loops, kY);
     clear_unless_reached(launch, l.loops->x[j], l.n, loops.outer.steps, t.add_x[j], out);
     launch(kTangent ? "map backward tangent" : "map backward", backward_kernel<kTangent, T>,
-           step_grid(loops.outer.steps), kElementThreads, 0, loops, e, moves, j, dependent(e, Set{1} << j), t,
-           launch.memory);
+           shared_grid(shares, loops.outer.steps), kElementThreads, 0, loops, shares, e, moves, j,
+           dependent(e, Set{1} << j), t, launch.memory);
   }
 }
 

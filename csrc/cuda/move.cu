@@ -2,7 +2,7 @@
 // of an element that a part reads several times is the sum in row-major order. The twin on the CPU is
 // cpu/move.cpp.
 #include "cuda/implement.h"
-#include "cuda/strided.h"
+#include "cuda/shares.h"
 
 namespace maml::cuda {
 
@@ -32,8 +32,8 @@ struct OnGpu<Kind::move> {
   template <class T>
   static void copy(const Launcher& launch, const Loops& loops, int64_t n, const T* x, T* y) {
     const Split<2> s = split<2>(loops, n, loops.y, {&loops.x[0], &loops.y});
-    launch("move", sum_kernel<T>, step_grid(s.outer.steps), kElementThreads, 0, s, T(1), x, false, y,
-           launch.memory);
+    launch("move", sum_kernel<T>, step_grid(s.outer.steps), kElementThreads, 0, s, Shares{}, T(1), x, false,
+           y, launch.memory);
   }
 };
 template struct Implementation<Kind::move>;

@@ -1,8 +1,8 @@
 // y = the sum or the mean of x along the axes that y does not have, for all tasks. Its adjoint gives each
-// element of x the sum of the cotangents of the outputs that contain it (strided.h). The twin on the CPU is
+// element of x the sum of the cotangents of the outputs that contain it (shares.h). The twin on the CPU is
 // cpu/reduce.cpp.
 #include "cuda/implement.h"
-#include "cuda/strided.h"
+#include "cuda/shares.h"
 
 namespace maml::cuda {
 namespace {

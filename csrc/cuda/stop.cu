@@ -1,7 +1,7 @@
 // y = x for all tasks, without a derivative: its tangent is 0, and the cotangent that it gives is 0. The twin
 // on the CPU is cpu/stop.cpp.
 #include "cuda/implement.h"
-#include "cuda/strided.h"
+#include "cuda/shares.h"
 
 namespace maml::cuda {
 namespace {

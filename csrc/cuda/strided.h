@@ -1,7 +1,8 @@
 // Kernels on strided operands (layers/loops.h). The host divides the axes of the loops in two: those that the
 // result of a kernel has, and those along which its stride is 0. A thread takes a step of the first and goes
 // over all steps of the second, in row-major order, so that it alone writes an element: there are no atomics,
-// and every sum has one order. A kernel takes both nests by value; it never reads Layer::loops.
+// and every sum has one order. Or several threads share a step (shares.h). A kernel takes both nests by
+// value; it never reads Layer::loops.
 //
 // Limits: a value of one task has fewer than 2^31 elements, and so has a sum, so that steps are numbered in
 // 32 bits: a division of 64 bits is a function call on a GPU.
@@ -108,7 +109,8 @@ class Sum {
     total_ += static_cast<double>(block_);
     block_ = -T(0);
   }
-  __device__ __forceinline__ T value() const { return static_cast<T>(total_ + static_cast<double>(block_)); }
+  __device__ __forceinline__ double total() const { return total_ + static_cast<double>(block_); }
+  __device__ __forceinline__ T value() const { return static_cast<T>(total()); }
 
  private:
   static constexpr int kBlock = 256;
@@ -140,34 +142,6 @@ template <class T>
 void clear_unless_reached(const Launcher& launch, const View& view, int64_t n, int64_t steps, bool add,
                           T* out) {
   if (!add && steps != elements(view, n)) clear(launch, view, n, out);
-}
-
-/// out (+)= scale times the sum of in along the axes that out does not have.
-template <class T>
-__global__ void __launch_bounds__(kElementThreads, kResidentSteps)
-    sum_kernel(const __grid_constant__ Split<2> loops, T scale, const T* symbolic_in, bool add,
-               T* symbolic_out, Deferred deferred) {
-  const Memory memory = deferred.ready();
-  const Team team = grid_team();
-  const T* in = resolve(symbolic_in, memory, blockIdx.z);
-  T* out = resolve(symbolic_out, memory, blockIdx.z);
-  for (int64_t step = team.first(); step < loops.outer.steps; step += team.step()) {
-    const Offsets<2> to = outer_step(loops, step);
-    Sum<T> sum;
-    each_step(loops.inner, to, [&](const Offsets<2>& at) { sum += in[at.of[0]]; });
-    put(out, to.of[1], scale * sum.value(), add);
-  }
-}
-
-/// out (+)= scale times the sum of in, seen as `from`, along the axes that `to` does not have: a copy where
-/// it has all of them. An element of out that `to` does not reach is 0, unless it adds.
-template <class T>
-void sum(const Launcher& launch, const char* name, const Loops& loops, int64_t n, const View& from,
-         const View& to, T scale, const T* in, bool add, T* out) {
-  const Split<2> s = split<2>(loops, n, to, {&from, &to});
-  clear_unless_reached(launch, to, n, s.outer.steps, add, out);
-  launch(name, sum_kernel<T>, step_grid(s.outer.steps), kElementThreads, 0, s, scale, in, add, out,
-         launch.memory);
 }
 
 }  // namespace maml::cuda

@@ -308,6 +308,30 @@ def test_each_precision_has_its_error(allow_precision: None) -> None:
         assert least <= error <= most, f"{precision}: {error:.1e}"
 
 
+class Gram(nn.Module):
+    """Its only products of matrices are of two values, neither of which is a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(16, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale
+        return (x.transpose(1, 2) @ x).flatten(1) / x.shape[1]
+
+
+def test_each_precision_has_its_error_in_products_of_two_values(allow_precision: None) -> None:
+    torch.manual_seed(0)
+    model, x, y = Gram(), torch.randn(2, 4, 24, 16).double(), torch.randn(2, 4, 256).double()
+    data = [x[:, :2], y[:, :2], x[:, 2:], y[:, 2:]]
+    _, expected = reference.meta_gradient(model, "mse", *data, 0.1, 2)
+    single, data32 = model.float(), [t.float() for t in data]
+    for precision, (least, most) in BANDS.items():
+        _, grads = run(FusedMAML(single, 0.1, 2, loss="mse", precision=precision, backend="fused"), data32)
+        error = (grads["scale"].double() - expected["scale"]).norm() / expected["scale"].norm()
+        assert least <= error <= most, f"{precision}: {error:.1e}"
+
+
 def test_float64_is_float64_whatever_the_precision(allow_precision: None) -> None:
     model, data = conv(), episodes((2, 6, 6), torch.float64)
     _, expected = run(FusedMAML(model, 0.1, 2, backend="fused"), data)

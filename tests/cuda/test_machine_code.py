@@ -79,7 +79,9 @@ def test_no_hot_loop_touches_local_memory(architecture: str) -> None:
 
 @needs_tool
 @each_architecture
-@pytest.mark.parametrize("product", ["forward_kernel", "input_gradient_kernel", "weight_gradient_kernel"])
+@pytest.mark.parametrize(
+    "product", ["forward_kernel", "input_gradient_kernel", "weight_gradient_kernel", "contraction_kernel"]
+)
 @pytest.mark.parametrize(
     ("arithmetic", "instruction"),
     [

@@ -87,6 +87,12 @@ def test_sizes(check_passes, cell, n, length, features, hidden):
     check_passes(Recurrent(cell, features, hidden, batch_first=True, inner=features), (length, features), n, tasks=1)
 
 
+@pytest.mark.parametrize("hidden", [125, 180])
+def test_weights_beyond_shared_memory(check_passes, hidden):
+    """On a GPU one of two recurrent weights fits the shared memory of a block in float64, or none."""
+    check_passes(Recurrent("rnn_tanh", 3, hidden, batch_first=True), (2, 3), 2, tasks=1)
+
+
 @pytest.mark.parametrize(("cell", "output"), [*LAST, *((cell, "all") for cell in CELLS)])
 @pytest.mark.parametrize("options", [{"num_layers": 2}, {"bidirectional": True}], ids=["stacked", "bidirectional"])
 def test_layers_and_directions(check_passes, cell, output, options):

@@ -48,17 +48,21 @@ struct Table {
   Span regions[static_cast<int>(Region::count)];
 };
 
-/// The counters of a task (last_block.h).
+/// The counters that a launch has for each task (last_block.h). Each of the two streams of a call, its own and
+/// the branch, has so many.
 inline constexpr int kCounters = 1024;
+inline constexpr int kStreams = 2;
 
 /// A call as a kernel sees it: the addresses of the workspace, and the table of everything else.
 struct Memory {
   const Table* table;
   unsigned char* shared;  // Region::shared
   Span task;              // Region::task
-  unsigned* counters;     // [tasks, kCounters] of the workspace, all zero between launches (last_block.h)
+  unsigned* counters;     // [tasks, kStreams, kCounters], all zero between launches (last_block.h)
 
-  __host__ __device__ unsigned* counters_of(int64_t task) const { return counters + task * kCounters; }
+  __host__ __device__ unsigned* counters_of(int64_t task) const {
+    return counters + task * kStreams * kCounters;
+  }
   __host__ __device__ Span operator[](Region region) const {
     return region == Region::task     ? task
            : region == Region::shared ? Span{shared, 0}

@@ -194,7 +194,10 @@ class Batched {
  private:
   /// Declares the work of a pass, except where the launches of its products do so themselves.
   static void note_pass(Op op, const Layer& l, const Tensors<T>& t) {
-    if (l.kind != Kind::conv2d && l.kind != Kind::stem) note([&] { return work_of(op, l, t); });
+    for (const Kind kind : {Kind::conv2d, Kind::stem, Kind::contract, Kind::attention, Kind::recurrence}) {
+      if (l.kind == kind) return;
+    }
+    note([&] { return work_of(op, l, t); });
   }
 
   /// The step's slices in device memory.

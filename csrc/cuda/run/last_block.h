@@ -4,7 +4,7 @@
 //
 // Counters: a task has kCounters of them in the workspace (Memory::counters), zero at the start of a call. A
 // counter is zero again after its last block, so that the next launch can use it. Launches that run side by
-// side, on two branches of a graph, must not use the same counter.
+// side, on two branches of a graph, have counters of their own (Launcher::fork).
 #pragma once
 
 #include "cuda/run/address.h"

@@ -95,7 +95,9 @@ struct Launcher {
   Launcher fork() const {
     check(cudaEventRecord(branch->forked, stream), "forking the graph");
     check(cudaStreamWaitEvent(branch->stream, branch->forked, 0), "forking the graph");
-    return {branch->stream, tasks, memory, nullptr, true};
+    Memory beside = memory.memory();
+    beside.counters += kCounters;
+    return {branch->stream, tasks, Deferred(beside), nullptr, true};
   }
   /// Makes the following kernels wait for the branch.
   void join() const {

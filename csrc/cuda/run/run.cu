@@ -196,7 +196,7 @@ struct Runner<T>::State {
   }
   int64_t counters_size(int64_t chunk) const {
     return executor == Executor::batched
-               ? elements(chunk * kCounters * static_cast<int64_t>(sizeof(unsigned)))
+               ? elements(chunk * kStreams * kCounters * static_cast<int64_t>(sizeof(unsigned)))
                : 0;
   }
   int64_t workspace(int64_t tasks, int64_t at_once) const {
@@ -281,7 +281,7 @@ struct Runner<T>::State {
             const std::vector<Span>* host_spans, cudaStream_t stream, const Branch* branch = nullptr) const {
     const SpanOrder order = all_spans();
     auto memory_of = [&](int64_t c) { return Deferred(memory(call, table + c * order.count)); };
-    int64_t counters = chunk(call) * kCounters;  // to be zeroed
+    int64_t counters = chunk(call) * kStreams * kCounters;  // to be zeroed
     if (executor == Executor::batched) {
       const Launcher once{stream, 1, memory_of(0)};
       if (!at_own_parameters(problem.operation))

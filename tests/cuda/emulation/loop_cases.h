@@ -80,6 +80,36 @@ inline LoopLayer random_layer(Random& random, Kind kind, int inputs) {
   return l;
 }
 
+/// A product of matrices that are large enough for tiles: a batch, m, n and k of one or two axes in any
+/// order.
+inline LoopLayer random_contraction(Random& random) {
+  LoopLayer l;
+  l.layer.kind = Kind::contract;
+  l.layer.n = 1 + random.below(12);
+  l.inputs = 2;
+  enum Group { m, n, k, batch, groups };
+  constexpr bool has_y[] = {true, true, false, true}, has_x0[] = {true, false, true, true},
+                 has_x1[] = {false, true, true, true};
+  Loops loops;
+  std::vector<int> axes = {m, n, k};
+  for (int64_t more = random.below(3); more > 0; --more) axes.push_back(random.below(groups));
+  for (size_t a = 0; a < axes.size(); ++a) std::swap(axes[a], axes[random.below(axes.size())]);
+  loops.axes = static_cast<int>(axes.size());
+  std::array<bool, kMostAxes> of_y{}, of_x0{}, of_x1{};
+  for (int a = 0; a < loops.axes; ++a) {
+    constexpr int64_t kSizes[] = {3, 4, 8, 12, 20};
+    loops.size[a] = axes[a] == batch ? 1 + random.below(3) : kSizes[random.below(5)];
+    if (axes[a] == k && random.with(0.2)) loops.size[a] = 2 * loops.size[a] + 64;
+    of_y[a] = has_y[axes[a]], of_x0[a] = has_x0[axes[a]], of_x1[a] = has_x1[axes[a]];
+  }
+  if (random.with(0.7)) loops.size[random.below(loops.axes)] = kSamples;
+  loops.y = random.view(loops, l.layer.n, of_y, false);
+  loops.x[0] = random.view(loops, l.layer.n, of_x0, random.with(0.3));
+  loops.x[1] = random.view(loops, l.layer.n, of_x1, random.with(0.3));
+  l.loops = {loops};
+  return l;
+}
+
 /// Attention over up to 3 axes of a batch, with a bias or without, and operands without some of their axes.
 inline LoopLayer random_attention(Random& random) {
   LoopLayer l;

@@ -12,7 +12,7 @@ inline constexpr int kMostTestTasks = 64;
 
 /// The counters that every test uses: a launch leaves them at zero.
 inline std::vector<unsigned>& test_counters() {
-  static std::vector<unsigned> counters(static_cast<size_t>(kMostTestTasks * kCounters));
+  static std::vector<unsigned> counters(static_cast<size_t>(kMostTestTasks * kStreams * kCounters));
   return counters;
 }
 inline bool counters_are_zero() {

@@ -59,6 +59,7 @@ void check_random(int seeds) {
       check_loops<T>(l, random_presence(random));
     }
     check_loops<T>(random_layer(random, Kind::contract, 2), random_presence(random));
+    if (seed % 2 == 0) check_loops<T>(random_contraction(random), random_presence(random));
     check_loops<T>(random_attention(random), random_presence(random));
     check_lookups<T>(random);
     check_loops<T>(random_depthwise(random), random_presence(random));
@@ -116,6 +117,17 @@ std::vector<std::vector<T>> check_products_with_itself() {
                            {{size, true, false, 0, {C, 0, size, 1}}, {size, true, false, 0, {0, C, size, 1}}},
                            {L * L, false, true, 0, {L, 1, 0, 0}})};
   return {check_loops<T>(each, same), check_loops<T>(over, same), check_loops<T>(over, same, 1)};
+}
+
+/// y = x_0' x_1 over so many samples that the sum is split over blocks.
+template <class T>
+std::vector<T> check_split_sums(int64_t tasks) {
+  LoopLayer l;
+  l.layer.kind = Kind::contract, l.layer.n = 150, l.inputs = 2;
+  l.loops = {loops_over({kSamples, 4, 12, 8},
+                        {{48, true, true, 0, {48, 12, 1, 0}}, {32, true, true, 0, {32, 8, 0, 1}}},
+                        {96, false, true, 0, {0, 0, 8, 1}})};
+  return check_loops<T>(l, {}, tasks);
 }
 
 struct Outputs {
@@ -305,6 +317,12 @@ void check_bits() {
     all.push_back(check_products_with_itself<float>());
     expect(same_bits(all.back()[2], all.back()[1]), "contract: a task depends on its neighbours");
     Random random(3);
+    all.back().push_back(check_loops<float>(random_contraction(random), {}));
+    all.back().push_back(check_split_sums<float>(1));
+    all.back().push_back(check_split_sums<float>(2));
+    expect(std::equal(all.back().end()[-2].begin(), all.back().end()[-2].begin() + 96,
+                      all.back().back().begin()),
+           "contract: the bits of a split sum depend on the number of tasks");
     all.back().push_back(check_loops<float>(random_windows(random), {}));
     all.back().push_back(check_loops<float>(random_dropout(random), {}));
     all.back().push_back(check_loops<float>(random_depthwise(random), {}));
@@ -332,6 +350,7 @@ int main(int argc, char** argv) {
     check_maps<double>();
     check_maps<float>();
     check_products_with_itself<double>();
+    check_split_sums<double>(2);
     check_special_values();
     check_limits();
   });

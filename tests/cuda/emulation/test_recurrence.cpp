@@ -272,6 +272,9 @@ void check_all(int seeds) {
       for (int k = 0; k < kTensors; ++k) random.moves[k] = with(0.6), random.wanted[k] = with(0.7);
       check<T>(random);
     }
+    Case tiled;  // large enough for tiles of matrix products
+    tiled.cell = c.cell, tiled.n = 3, tiled.in = 8, tiled.hidden = 8;
+    check<T>(tiled, 1);
     Case fixed;  // no tangent: the Hessian-vector product of parameters that are not adapted
     fixed.cell = c.cell;
     std::fill_n(fixed.moves, kTensors, false);
