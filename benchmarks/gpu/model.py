@@ -37,7 +37,6 @@ from .machine import emulated_log
 from .registers import RESERVED, Usage, usage
 from .table import number, short
 
-TILES = {"2, 2, 1, 4": "wide", "2, 1, 2, 3": "narrow", "1, 1, 4, 3": "small"}  # warps, slices, stages: conv2d.h
 PRECISIONS = ("float32", "bf16x3", "tf32", "bfloat16")
 
 
@@ -45,7 +44,7 @@ PRECISIONS = ("float32", "bf16x3", "tf32", "bfloat16")
 class Constant:
     value: float
     unit: str
-    source: str  # "estimated", "measured", or "sm_90": specified by the architecture
+    source: str  # "estimated", "derived" (loops.py), "measured", or "sm_90": specified by the architecture
     what: str
 
 
@@ -63,18 +62,18 @@ C = {
     "lone": Constant(0.45, "", "estimated", "share of the rate of a multiprocessor that a single block reaches"),
     "instruction": Constant(0.5, "us", "estimated", "of the megakernel, without its products"),
     "rate of the megakernel": Constant(0.1, "TFLOP/s", "estimated", "of one block"),
-    "rate float32 small": Constant(18, "TFLOP/s", "estimated", "products of 32 x 32 tiles, four slices of k"),
-    "rate float32 narrow": Constant(28, "TFLOP/s", "estimated", "products of at most 32 columns"),
-    "rate float32 wide": Constant(30, "TFLOP/s", "estimated", "products of 64 x 64 tiles"),
-    "rate tf32 small": Constant(45, "TFLOP/s", "estimated", ""),
-    "rate tf32 narrow": Constant(90, "TFLOP/s", "estimated", ""),
-    "rate tf32 wide": Constant(110, "TFLOP/s", "estimated", ""),
-    "rate bf16x3 small": Constant(35, "TFLOP/s", "estimated", ""),
-    "rate bf16x3 narrow": Constant(65, "TFLOP/s", "estimated", ""),
-    "rate bf16x3 wide": Constant(75, "TFLOP/s", "estimated", ""),
-    "rate bfloat16 small": Constant(50, "TFLOP/s", "estimated", ""),
-    "rate bfloat16 narrow": Constant(100, "TFLOP/s", "estimated", ""),
-    "rate bfloat16 wide": Constant(125, "TFLOP/s", "estimated", ""),
+    "rate float32 small": Constant(25, "TFLOP/s", "derived", "products of 32 x 32 tiles, four slices of k"),
+    "rate float32 narrow": Constant(25, "TFLOP/s", "derived", "products of at most 32 columns"),
+    "rate float32 wide": Constant(34, "TFLOP/s", "derived", "products of 64 x 64 tiles; 128 x 64 with matrix units"),
+    "rate tf32 small": Constant(57, "TFLOP/s", "derived", ""),
+    "rate tf32 narrow": Constant(87, "TFLOP/s", "derived", ""),
+    "rate tf32 wide": Constant(141, "TFLOP/s", "derived", ""),
+    "rate bf16x3 small": Constant(50, "TFLOP/s", "derived", ""),
+    "rate bf16x3 narrow": Constant(79, "TFLOP/s", "derived", ""),
+    "rate bf16x3 wide": Constant(104, "TFLOP/s", "derived", ""),
+    "rate bfloat16 small": Constant(61, "TFLOP/s", "derived", ""),
+    "rate bfloat16 narrow": Constant(92, "TFLOP/s", "derived", ""),
+    "rate bfloat16 wide": Constant(144, "TFLOP/s", "derived", ""),
 }
 
 # The workloads with targets (table.py), variants with more shots or tasks, and two of layers on tensors of any shape.
@@ -94,6 +93,12 @@ STEPS: dict[str, Workload] = {
         WORKLOADS["transformer"],
     )
 }
+
+
+def tile_class(numbers: str) -> str:
+    """The name that csrc/cuda/conv2d.h gives to Tile<numbers>: warp m, warp n, warps m, warps n, slices, stages."""
+    _, warp_n, _, warps_n, slices, _ = map(int, numbers.split(", "))
+    return "small" if slices == 4 else "narrow" if warp_n * warps_n <= 32 else "wide"
 
 
 @dataclass(frozen=True)
@@ -132,12 +137,8 @@ class Launch:
     @property
     def tile(self) -> str:
         """The tile class of a matrix product; "" for other kernels."""
-        found = re.search(r"Tile<\d+, \d+, (\d+, \d+, \d+, \d+)>", self.kernel)
-        if not found:
-            return ""
-        if found[1] not in TILES:
-            raise ValueError(f"tiles of the products: expected one of {sorted(TILES)}, got {found[1]} in {self.kernel}")
-        return TILES[found[1]]
+        found = re.search(r"Tile<(\d+(?:, \d+){5})>", self.kernel)
+        return tile_class(found[1]) if found else ""
 
     @property
     def precision(self) -> str:

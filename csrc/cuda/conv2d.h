@@ -10,18 +10,20 @@
 namespace maml::cuda {
 
 /// Tile shapes: Wide; Narrow for n <= 32; Small for few outputs, with warps that share k, so that there are
-/// enough blocks and each is done soon. With matrix instructions a warp computes 64 x 32 outputs: less would
-/// be limited by the bandwidth of shared memory. With small tiles (a test build) a tile has one warp, or two
-/// that share k.
-template <bool Matrix, bool SmallTiles = kSmallTiles>
+/// enough blocks and each is done soon. With small tiles (a test build) a tile has one warp, or two that
+/// share k. A warp's part of the tile decides how often an operand is read from shared memory and rounded:
+/// docs/gpu.md derives the rates. Wide is limited by registers: 128 sums a thread with matrix instructions,
+/// 64 (8 x 8) in float32.
+template <class Arithmetic, bool SmallTiles = kSmallTiles>
 struct Tiles {
-  static constexpr int kWarpM = Matrix ? 64 : 32;
-  using Wide = Tile<kWarpM, 32, 2, 2, 1, 4>;
+  static constexpr int kWarpM = Arithmetic::kMatrix ? 64 : 32;
+  using Wide = std::conditional_t<sizeof(typename Arithmetic::T) == 8, Tile<32, 32, 2, 2, 1, 4>,
+                                  Tile<kWarpM, 64, 2, 1, 2, 3>>;
   using Narrow = Tile<kWarpM, 32, 2, 1, 2, 3>;
   using Small = Tile<32, 32, 1, 1, 4, 3>;
 };
-template <bool Matrix>
-struct Tiles<Matrix, true> {
+template <class Arithmetic>
+struct Tiles<Arithmetic, true> {
   using Wide = Tile<32, 32, 1, 1, 1, 3>;
   using Narrow = Wide;
   using Small = Tile<32, 32, 1, 1, 2, 2>;
@@ -31,17 +33,19 @@ struct Tiles<Matrix, true> {
 /// too few to occupy the GPU.
 constexpr int64_t kSmallOutputs = kSmallTiles ? 512 : 65536;
 
-/// Resident blocks per multiprocessor for which the kernel's registers must suffice.
-template <class Arithmetic>
-inline constexpr int kResidentProducts = sizeof(typename Arithmetic::T) == 8 ? 2
-                                         : Arithmetic::kMatrix               ? 3
-                                                                             : 4;
+/// Resident blocks per multiprocessor for which the kernel's registers must suffice. Most of them hold the
+/// sums of a thread and the operands of one step.
+template <class Arithmetic, class Tile>
+inline constexpr int kResidentProducts =
+    sizeof(typename Arithmetic::T) == 8 || Tile::kSums > (Arithmetic::kMatrix ? 64 : 32) ? 2
+    : Arithmetic::kMatrix                                                                ? 3
+                                                                                         : 4;
 
 /// Calls f.operator()<Arithmetic, Tile>() for `outputs` elements of C with n columns.
 template <class T, class F>
 void with_product(const Layer& l, int64_t outputs, int64_t n, F f) {
   auto with_tile = [&]<class Arithmetic>() {
-    using Choice = Tiles<Arithmetic::kMatrix>;
+    using Choice = Tiles<Arithmetic>;
     if (outputs <= kSmallOutputs) return f.template operator()<Arithmetic, typename Choice::Small>();
     if (n <= 32) return f.template operator()<Arithmetic, typename Choice::Narrow>();
     return f.template operator()<Arithmetic, typename Choice::Wide>();

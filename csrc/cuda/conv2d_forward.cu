@@ -25,7 +25,7 @@ struct Forward {
 };
 
 template <class Arithmetic, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
+__global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic, Tile>)
     forward_kernel(const __grid_constant__ Forward<typename Arithmetic::T> p, Deferred deferred) {
   const Memory memory = deferred.ready();
   using T = typename Arithmetic::T;

@@ -37,7 +37,7 @@ struct InputGradient {
 };
 
 template <class Arithmetic, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
+__global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic, Tile>)
     input_gradient_kernel(const __grid_constant__ InputGradient<typename Arithmetic::T> p,
                           Deferred deferred) {
   const Memory memory = deferred.ready();

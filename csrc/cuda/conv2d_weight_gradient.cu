@@ -73,7 +73,7 @@ struct ColumnSums {
 };
 
 template <class Arithmetic, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
+__global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic, Tile>)
     weight_gradient_kernel(const __grid_constant__ WeightGradient<typename Arithmetic::T> p,
                            Deferred deferred) {
   const Memory memory = deferred.ready();
@@ -86,16 +86,17 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
             n0 = static_cast<int>(blockIdx.y) / p.splits * Tile::kN;
   const int begin = split * p.split_pixels;
   const int end = begin + p.split_pixels < p.b.depth ? begin + p.split_pixels : p.b.depth;
-  T* const parts = resolve(p.parts, memory, task);
-  T* const grad_b = blockIdx.x == 0 ? resolve(p.grad_b, memory, task) : nullptr;
+  const bool sums_columns = blockIdx.x == 0 && p.grad_b;
 
   typename Weight::Accumulators sums;
   ColumnSums<Weight, Tile> columns;
   Weight::compute(p.a, p.b, p.terms, memory, task, m0, n0, begin, end, sums,
                   [&](bool second, const T* slabs, auto layout) {
-                    if (grad_b && !second) columns.add(slabs, layout);
+                    if (sums_columns && !second) columns.add(slabs, layout);
                   });
-  if (grad_b) {
+  T* const parts = resolve(p.parts, memory, task);
+  if (sums_columns) {
+    T* const grad_b = resolve(p.grad_b, memory, task);
     const T total = columns.total();
     const int column = n0 + static_cast<int>(threadIdx.x);
     if (static_cast<int>(threadIdx.x) < Tile::kN && column < n) {

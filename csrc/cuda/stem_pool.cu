@@ -28,7 +28,7 @@ struct alignas(kVector<T>) Members {
 };
 
 template <class Arithmetic, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic>)
+__global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic, Tile>)
     pooled_kernel(const __grid_constant__ Pooled<typename Arithmetic::T> p, Deferred deferred) {
   const Memory memory = deferred.ready();
   using T = typename Arithmetic::T;

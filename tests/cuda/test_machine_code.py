@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu.loops import loops, rates
+from benchmarks.gpu.model import C
 from benchmarks.gpu.registers import tool
 from maml_cuda import _core
 
@@ -136,6 +138,30 @@ def test_kernels_without_products_move_16_bytes_at_a_time(architecture: str, ker
             assert code["LDG.E.128"] + code["LDG.E.128.CONSTANT"] > 0, f"{name}: no loads of 16 bytes"
         assert code["STG.E.128"] > 0, f"{name}: no stores of 16 bytes"
         assert code["ST.E.128"] + code["ST.E"] == 0, f"{name}: stores that may be to shared memory"
+
+
+# The most instructions for each multiply instruction in the main loop of a product: wide, narrow and small tiles.
+MOST_ISSUED = {
+    "float32": (1.4, 1.8, 1.8), "tf32": (8, 13.5, 23), "bf16x3": (6.5, 10.5, 17.5), "bfloat16": (12, 21.5, 39),
+}  # fmt: skip
+
+
+@needs_tool
+@each_architecture
+def test_the_main_loops_of_products_issue_few_instructions(architecture: str) -> None:
+    found = loops(architecture=f"sm_{architecture}")
+    assert {(loop.precision, loop.tile) for loop in found} == {
+        (precision, tile) for precision in MOST_ISSUED for tile in ("wide", "narrow", "small")
+    }
+    for loop in found:
+        most = dict(zip(("wide", "narrow", "small"), MOST_ISSUED[loop.precision], strict=True))[loop.tile]
+        assert loop.issue <= most, f"{loop.kernel}: {loop.issue:.2f} for each of {loop.multiplies}"
+
+
+@needs_tool
+def test_the_model_has_the_rates_that_follow_from_the_machine_code() -> None:
+    for (precision, tile), rate in rates(loops()).items():
+        assert C[f"rate {precision} {tile}"].value == pytest.approx(rate, rel=0.1), (precision, tile)
 
 
 def test_the_library_exports_only_the_module_and_imports_nothing_of_cuda() -> None:

@@ -52,6 +52,12 @@ inline constexpr int64_t kMostSide = 16000;
 /// A part whose sum with any other is outside the image. Twice the value does not overflow either.
 __device__ __forceinline__ Place nowhere() { return {0, -(1 << 30)}; }
 
+/// What a lane of the warp holds; called by all lanes together.
+__device__ __forceinline__ int from_lane(int mine, int lane) { return __shfl_sync(~0u, mine, lane); }
+__device__ __forceinline__ Place from_lane(const Place& mine, int lane) {
+  return {from_lane(mine.offset, lane), from_lane(mine.at, lane)};
+}
+
 /// The offset of an element. Where not `inside`, there is no element, and its value is zero.
 struct Element {
   int offset;

@@ -18,12 +18,14 @@
 
 namespace maml::cuda {
 
-/// x rounded to 10 bits of fraction, to nearest, ties away from zero. Equals cvt.rna.tf32.f32 but for the 13
-/// low bits, which the matrix instruction does not read. Written out because the compiler then emits fewer
-/// moves.
+/// x rounded to 10 bits of fraction, to nearest, ties away from zero: half of the last place that stays is
+/// added to x, and the 13 low bits, which the matrix instruction does not read, are left as they are. Equals
+/// cvt.rna.tf32.f32 in the other bits, but for subnormal x, which the instruction truncates. Two
+/// instructions, LOP3 and FFMA, in two different pipes; cvt and a test for NaN with an integer addition take
+/// three.
 __device__ __forceinline__ uint32_t to_tf32(float x) {
-  const bool finite = fabsf(x) < __uint_as_float(0x7f800000u);
-  return __float_as_uint(x) + (finite ? 0x1000u : 0u);
+  const float power = __uint_as_float(__float_as_uint(x) & 0xff800000u);  // 2^e, infinite for NaN
+  return __float_as_uint(__fmaf_rn(power, 0x1p-11f, x));
 }
 
 #ifndef __CUDACC__

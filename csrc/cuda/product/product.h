@@ -5,9 +5,9 @@
 // A block computes one tile of C. The operands (gather.h) say where elements are. k is processed in stages of
 // kDepth: first all stages of the first term, then all of the second.
 //
-// Threads: Tile::kSlices groups of warps share a stage. Each group multiplies one slab (kSlab of k) of every
-// stage; at the end the first group adds up the sums of all groups, in order. Within a group, kWarpsM x
-// kWarpsN warps cover the tile, and each computes a part of kWarpM x kWarpN (arithmetic.h).
+// Threads: Tile::kSlices groups of warps share a stage. Each group fills and multiplies one slab (kSlab of k)
+// of every stage; at the end the first group adds up the sums of all groups, in order. Within a group,
+// kWarpsM x kWarpsN warps cover the tile, and each computes a part of kWarpM x kWarpN (arithmetic.h).
 //
 // Shared memory: a ring of kStages stages; each holds, for every slice, a slab of A and a slab of B
 // (tile_layout.h). While one stage is multiplied, the next kStages - 1 are being copied (copy_async.h): 16
@@ -29,6 +29,7 @@ template <int WarpM, int WarpN, int WarpsM, int WarpsN, int Slices, int Stages>
 struct Tile {
   static constexpr int kWarpM = WarpM, kWarpN = WarpN, kWarpsM = WarpsM, kWarpsN = WarpsN;
   static constexpr int kM = WarpM * WarpsM, kN = WarpN * WarpsN;
+  static constexpr int kSums = WarpM * WarpN / 32;  // of a thread
   static constexpr int kSlices = Slices, kStages = Stages, kGroup = 32 * WarpsM * WarpsN,
                        kThreads = kGroup * Slices;
 };
@@ -43,90 +44,105 @@ struct Terms {
   void add(const T* a_, const T* b_) { a[count] = a_, b[count] = b_, ++count; }
 };
 
-/// Fills one operand's slabs of a stage. AlongK: four threads a row; each fills some rows of every slab.
-/// AlongIndex: eight threads a k; each fills every eighth vector of some k.
-template <class T, class Operand, int Indices, int Slices, int Threads>
+/// Fills one operand's slab, by the threads of one slice. Each thread copies vectors of 16 bytes:
+///
+///   AlongK      vector q = thread % 4 of every (threads / 4)-th row: one k for all its vectors
+///   AlongIndex  vector thread % 8 of every group of indices, for every (threads / 8)-th k
+///
+/// What does not depend on k is computed once: the outer parts of the elements, and the place of a thread's
+/// first vector in the slab, from which the others are at constant distances.
+template <class T, class Operand, int Indices, int Threads>
 class Filler {
  public:
   using Layout = std::conditional_t<Operand::kAlongK, AlongK<T, Indices>, AlongIndex<T, Indices>>;
 
-  __device__ __forceinline__ Filler(const Operand& operand, int first, bool vectors)
-      : operand_(operand), first_(first), vectors_(vectors) {
+  /// `first`: the tile's first index; `thread`: within the slice.
+  __device__ __forceinline__ Filler(const Operand& operand, int first, bool vectors, int thread)
+      : operand_(operand),
+        first_(first),
+        thread_(thread),
+        k_(Operand::kAlongK ? thread % 4 * V : thread / 8 % kSlab<T>),
+        place_(Operand::kAlongK
+                   ? Layout::vector(0, thread / 4 % 8, 0, thread % 4) + thread / 32 * (8 * kSlab<T>)
+                   : Layout::vector(0, thread % 8, k_ % V, k_ / V) + thread / (8 * kSlab<T>)*(8 * V)),
+        vectors_(vectors) {
 #pragma unroll
     for (int i = 0; i < kOuters; ++i) outer_[i] = operand_.outer(index(i));
   }
 
-  __device__ __forceinline__ void fill(const T* source, int k0, T* slabs) const {
-    const int thread = static_cast<int>(threadIdx.x);
-    if constexpr (Operand::kAlongK) {
-      const int q = thread % 4;
-#pragma unroll
-      for (int slice = 0; slice < Slices; ++slice) {
-        fill_k(source, k0 + slice * kSlab<T> + V * q, q, 0, slabs + slice * Layout::kSize);
-      }
+  __device__ __forceinline__ void fill(const T* source, int k0, T* slab) const {
+    if (vectors_) {
+      fill_vectors(source, k0, slab);
     } else {
-#pragma unroll
-      for (int k = thread / 8; k < Slices * kSlab<T>; k += Threads / 8) {
-        const int slice = k / kSlab<T>, rest = k % kSlab<T>;
-        fill_k(source, k0 + k, rest / V, rest % V, slabs + slice * Layout::kSize);
-      }
+      fill_elements(source, k0, slab);
     }
   }
 
  private:
   static constexpr int V = kVector<T>;
-  static constexpr int kOuters = Operand::kAlongK ? 4 * Indices / Threads : Indices / (8 * V);
-  static_assert(kOuters > 0 && (!Operand::kAlongK || 4 * Indices % Threads == 0));
+  static constexpr int kOfGroup = 8 * kSlab<T>;  // vectors of 8 V indices, where they are AlongIndex
+  static constexpr int kPasses = Operand::kAlongK || Threads >= kOfGroup ? 1 : kOfGroup / Threads;
+  static constexpr int kStep = Operand::kAlongK ? Threads / 4 : Threads / 8;  // of rows, or of k
+  static constexpr int kVectors = Indices * 4 / Threads, kOuters = kVectors / kPasses;
+  static_assert(kOuters > 0 && kVectors * Threads == Indices * 4 && kStep % (Operand::kAlongK ? 8 : V) == 0);
 
-  /// Block (base, lane) and vector x of this thread's i-th outer index. AlongK determines x; AlongIndex
-  /// covers all x.
-  struct Row {
-    int base, lane, x;
-  };
-  static __device__ __forceinline__ Row row(int i) {
-    const int thread = static_cast<int>(threadIdx.x);
-    if constexpr (Operand::kAlongK) {
-      const int r = thread / 4 + Threads / 4 * i;  // in the order of the tile's rows in memory
-      return {r / (8 * V) * (8 * V), r % 8, r / 8 % V};
-    } else {
-      return {8 * V * i, thread % 8, 0};
-    }
-  }
+  /// The i-th outer index of this thread. The rows of an AlongK slab are in another order than the indices.
   __device__ __forceinline__ int index(int i) const {
-    const Row r = row(i);
-    return first_ + r.base + V * r.lane + r.x;
+    if constexpr (Operand::kAlongK) {
+      const int r = thread_ / 4 + kStep * i;
+      return first_ + r / (8 * V) * (8 * V) + r % 8 * V + r / 8 % V;
+    } else {
+      return first_ + (thread_ / kOfGroup + i * (Threads / kOfGroup + (Threads < kOfGroup))) * (8 * V) +
+             thread_ % 8 * V;
+    }
+  }
+  /// The place of vector i of a pass. Each pass adds a multiple of 2 to q and its double to the vector's
+  /// number by exclusive or (tile_layout.h), in bits in which the first pass has zeros.
+  __device__ __forceinline__ int place(int i, int pass) const {
+    if constexpr (Operand::kAlongK) return place_ + kSlab<T> * kStep * i;
+    const int bases = Threads / kOfGroup + (Threads < kOfGroup);
+    return (place_ ^ (2 * kStep * pass)) + Indices * kStep * pass + 8 * V * bases * i;
   }
 
-  __device__ __forceinline__ void fill_k(const T* source, int k, int q, int x, T* slab) const {
-    if (vectors_) {
-      const auto inner = operand_.inner(k);
+  __device__ __forceinline__ void fill_vectors(const T* source, int k0, T* slab) const {
+    if constexpr (kPasses == 1) {
+      copy_pass(source, operand_.inner(k0 + k_), 0, slab);
+    } else {  // a lane computes the part of one k, and passes it to the lanes that copy for this k
+      const auto mine = operand_.inner(k0 + thread_ % kSlab<T>);
 #pragma unroll
-      for (int i = 0; i < kOuters; ++i)
-        copy<16>(source, operand_.element(outer_[i], inner), to(slab, i, q, x));
-      return;
-    }
-    // Not unrolled: else everything that does not depend on k would be kept in registers.
-#pragma unroll 1
-    for (int e = 0; e < V; ++e) {
-      if constexpr (Operand::kAlongK) {
-        const auto inner = operand_.inner(k + e);
-#pragma unroll
-        for (int i = 0; i < kOuters; ++i) {
-          copy<sizeof(T)>(source, operand_.element(outer_[i], inner), to(slab, i, q, x) + e);
-        }
-      } else {
-        const auto inner = operand_.inner(k);
-#pragma unroll 1
-        for (int i = 0; i < kOuters; ++i) {
-          copy<sizeof(T)>(source, operand_.element(operand_.outer(index(i) + e), inner),
-                          to(slab, i, q, x) + e);
-        }
+      for (int pass = 0; pass < kPasses; ++pass) {
+        copy_pass(source, from_lane(mine, k_ + kStep * pass), pass, slab);
       }
     }
   }
-  static __device__ __forceinline__ T* to(T* slab, int i, int q, int x) {
-    const Row r = row(i);
-    return slab + Layout::vector(r.base, r.lane, Operand::kAlongK ? r.x : x, q);
+  __device__ __forceinline__ void copy_pass(const T* source, const typename Operand::Inner& inner, int pass,
+                                            T* slab) const {
+#pragma unroll
+    for (int i = 0; i < kOuters; ++i)
+      copy<16>(source, operand_.element(outer_[i], inner), slab + place(i, pass));
+  }
+
+  /// Not unrolled: else everything that does not depend on k would be kept in registers.
+  __device__ __forceinline__ void fill_elements(const T* source, int k0, T* slab) const {
+#pragma unroll 1
+    for (int pass = 0; pass < kPasses; ++pass) {
+#pragma unroll 1
+      for (int e = 0; e < V; ++e) {
+        if constexpr (Operand::kAlongK) {
+          const auto inner = operand_.inner(k0 + k_ + e);
+#pragma unroll
+          for (int i = 0; i < kOuters; ++i)
+            copy<sizeof(T)>(source, operand_.element(outer_[i], inner), slab + place(i, pass) + e);
+        } else {
+          const auto inner = operand_.inner(k0 + k_ + kStep * pass);
+#pragma unroll 1
+          for (int i = 0; i < kOuters; ++i) {
+            copy<sizeof(T)>(source, operand_.element(operand_.outer(index(i) + e), inner),
+                            slab + place(i, pass) + e);
+          }
+        }
+      }
+    }
   }
   template <int Bytes>
   static __device__ __forceinline__ void copy(const T* source, const Element& from, T* to) {
@@ -134,7 +150,7 @@ class Filler {
   }
 
   const Operand& operand_;
-  int first_;
+  int first_, thread_, k_, place_;
   bool vectors_;
   typename Operand::Outer outer_[kOuters];
 };
@@ -147,8 +163,8 @@ class Product {
   static constexpr int kDepth = Tile::kSlices * kSlab<T>;
 
  private:
-  using FillerA = Filler<T, A, Tile::kM, Tile::kSlices, Tile::kThreads>;
-  using FillerB = Filler<T, B, Tile::kN, Tile::kSlices, Tile::kThreads>;
+  using FillerA = Filler<T, A, Tile::kM, Tile::kGroup>;
+  using FillerB = Filler<T, B, Tile::kN, Tile::kGroup>;
   using LayoutA = typename FillerA::Layout;
   using LayoutB = typename FillerB::Layout;
   static constexpr int kStage = Tile::kSlices * (LayoutA::kSize + LayoutB::kSize);
@@ -183,39 +199,44 @@ class Product {
                                                  const Memory& memory, int64_t task, int m0, int n0,
                                                  int begin, int end, Accumulators& sums, Look look) {
     T* const shared = reinterpret_cast<T*>(dynamic_shared());
-    const FillerA filler_a(a, m0, terms.vectors_a);
-    const FillerB filler_b(b, n0, terms.vectors_b);
+    const int slice = static_cast<int>(threadIdx.x) / Tile::kGroup,
+              thread = static_cast<int>(threadIdx.x) % Tile::kGroup;
+    const FillerA filler_a(a, m0, terms.vectors_a, thread);
+    const FillerB filler_b(b, n0, terms.vectors_b, thread);
     const int of_term = (end - begin + kDepth - 1) / kDepth, stages = terms.count * of_term;
     const Position own = position(0, 0);
-    const int slice = static_cast<int>(threadIdx.x) / Tile::kGroup;
+    T* const slabs_a = shared + slice * LayoutA::kSize;  // of this slice, in the first stage
+    T* const slabs_b = shared + Tile::kSlices * LayoutA::kSize + slice * LayoutB::kSize;
 
     const T *from_a = nullptr, *from_b = nullptr;  // the term whose stages are being filled
-    auto fill = [&](int stage) {
+    int k = begin;                                 // of the next stage to fill
+    auto fill = [&](int stage, int to) {
       if (stage < stages) {
-        const int term = stage >= of_term, in_term = term ? stage - of_term : stage;
-        if (in_term == 0) {
+        if (const int term = stage == of_term; term || stage == 0) {
           from_a = resolve(terms.a[term], memory, task);
           from_b = resolve(terms.b[term], memory, task);
+          k = begin + slice * kSlab<T>;
         }
-        T* const to = shared + stage % Tile::kStages * kStage;
-        filler_a.fill(from_a, begin + in_term * kDepth, to);
-        filler_b.fill(from_b, begin + in_term * kDepth, to + Tile::kSlices * LayoutA::kSize);
+        filler_a.fill(from_a, k, slabs_a + to);
+        filler_b.fill(from_b, k, slabs_b + to);
+        k += kDepth;
       }
       commit_copies();
     };
 
 #pragma unroll 1
-    for (int stage = 0; stage < Tile::kStages - 1; ++stage) fill(stage);
+    for (int stage = 0; stage < Tile::kStages - 1; ++stage) fill(stage, stage * kStage);
+    int at = 0;  // where the stage stands; the one before it in the ring is filled meanwhile
 #pragma unroll 1
     for (int stage = 0; stage < stages; ++stage) {
       wait_copies<Tile::kStages - 2>();
       __syncthreads();
-      fill(stage + Tile::kStages - 1);
-      const T* const slabs_a = shared + stage % Tile::kStages * kStage;
-      const T* const slabs_b = slabs_a + Tile::kSlices * LayoutA::kSize;
-      Arithmetic::template multiply<LayoutA, LayoutB>(
-          slabs_a + slice * LayoutA::kSize, slabs_b + slice * LayoutB::kSize, own.m, own.n, own.lane, sums);
-      look(stage >= of_term, slabs_b, LayoutB());
+      constexpr int kLast = (Tile::kStages - 1) * kStage;
+      fill(stage + Tile::kStages - 1, at == 0 ? kLast : at - kStage);
+      Arithmetic::template multiply<LayoutA, LayoutB>(slabs_a + at, slabs_b + at, own.m, own.n, own.lane,
+                                                      sums);
+      look(stage >= of_term, shared + at + Tile::kSlices * LayoutA::kSize, LayoutB());
+      at = at == kLast ? 0 : at + kStage;
     }
     wait_copies<0>();
     add_slices(shared, slice, sums);

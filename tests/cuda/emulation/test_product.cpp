@@ -1,7 +1,9 @@
 // The product of a block (product.h) with all tiles that GPUs use; the layers' own tests have too few outputs
 // for the larger ones. Every arithmetic, tile and pair of operands is compared with a plain loop, by vectors
 // and by elements, with one term and two.
+#include <cmath>
 #include <cstdio>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -120,15 +122,35 @@ void check_tile(int count) {
 
 template <class Arithmetic>
 void check_arithmetic() {
-  using Device = Tiles<Arithmetic::kMatrix, false>;
+  using Device = Tiles<Arithmetic, false>;
   check_tile<Arithmetic, typename Device::Wide>(1);
   check_tile<Arithmetic, typename Device::Narrow>(2);
   check_tile<Arithmetic, typename Device::Small>(2);
 }
 
+/// to_tf32 against integer arithmetic: half of the last place that stays is added to the word.
+void check_rounding() {
+  std::mt19937 random(1);
+  std::vector<uint32_t> words = {0,           0x80000000u, 0x3f800fffu, 0x3f801000u, 0x3f801fffu,
+                                 0x3fffffffu, 0x7f7fefffu, 0x7f7ff000u, 0x7f7fffffu, 0x7f800000u,
+                                 0xff800000u, 0x00800000u, 0x00ffffffu};
+  for (int i = 0; i < 100000; ++i) words.push_back(random());
+  for (const uint32_t word : {0x7fffffffu, 0xffffffffu, 0x7f800001u, 0xffc00000u}) words.push_back(word);
+  for (const uint32_t word : words) {
+    const float x = __uint_as_float(word), got = twin::tf32(to_tf32(x));
+    const bool subnormal = (word & 0x7f800000u) == 0,
+               finite = std::abs(x) <= std::numeric_limits<float>::max();
+    const float want = twin::tf32(word + (finite && !subnormal ? 0x1000u : 0u));
+    if (x != x ? got != got : __float_as_uint(got) == __float_as_uint(want)) continue;
+    std::printf("to_tf32(%08x) is %08x, should be %08x\n", word, __float_as_uint(got), __float_as_uint(want));
+    ++failures;
+  }
+}
+
 }  // namespace
 
 int main() {
+  check_rounding();
   for (int schedule = 0; schedule < 3; ++schedule) {
     emulation::set_schedule(static_cast<emulation::Schedule>(schedule), 1);
     check_arithmetic<Simt<float>>();
