@@ -136,7 +136,9 @@ class Launch:
 
     @property
     def tile(self) -> str:
-        """The tile class of a matrix product; "" for other kernels."""
+        """The tile class of a matrix product; "" for other kernels. A stem has the 32 columns of narrow tiles."""
+        if "::stem_" in self.kernel:
+            return "narrow"
         found = re.search(r"Tile<(\d+(?:, \d+){5})>", self.kernel)
         return tile_class(found[1]) if found else ""
 

@@ -2,17 +2,18 @@
 // p), the sum S = sum q q^T over all patches p contains their count, their mean and their products.
 //
 // S is symmetric, so only blocks of 4 x 4 on and below the diagonal are computed, one by each lane of a warp.
-// The warps take turns at chunks of patches. A warp gathers its chunk into shared memory as doubles, where
-// lane e loads element e of every patch. At the end, the block adds up its warps in order, and a second
-// kernel adds up the blocks.
+// A block goes through its tiles of the image in shared memory (stem_tiles.h); while one is used, the next is
+// being copied. A warp takes a chunk of a tile's patches at a time and writes it to shared memory as doubles,
+// where lane e writes element e of every patch. At the end the block adds up its warps in order. The last
+// block to arrive (run/last_block.h) adds up the blocks in order and computes the moments.
 //
-// blockIdx: x part of the patches, z task. Numerics: everything in double, where the product of two floats is
+// blockIdx: x part of the tiles, z task. Numerics: everything in double, where the product of two floats is
 // exact. The twin on the CPU is cpu/patch_gram.cpp.
 #include <algorithm>
 
-#include "cuda/conv2d.h"
 #include "cuda/implement.h"
-#include "layers/patch_moments.h"
+#include "cuda/run/last_block.h"
+#include "cuda/stem_tiles.h"
 #include "plan/problem.h"
 
 namespace maml::cuda {
@@ -20,16 +21,22 @@ namespace {
 
 constexpr int kThreads = kSmallTiles ? 64 : 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kChunk = kSmallTiles ? 4 : 16;           // patches that a warp takes at a time
-constexpr int kPartPatches = kSmallTiles ? 64 : 2048;  // patches of a block
+constexpr int kChunk = kSmallTiles ? 4 : 16;  // patches that a warp takes at a time
+static_assert(kStemRows % (kWarps * kChunk) == 0);
+// Tiles of a block. The support images of a task are few: with more tiles, few multiprocessors would have
+// work, and each would go through its tiles one after the other.
+constexpr int64_t kPartTiles = kSmallTiles ? 2 : 4;
 constexpr int64_t kMostParts = 128;
 constexpr int kWidth = (kMostPatch + 1 + 3) / 4 * 4;  // the length of q, rounded up to blocks
 constexpr int kBlocks = kWidth / 4 * (kWidth / 4 + 1) / 2, kSums = 16 * kBlocks;
 static_assert(kBlocks <= 32 && kMostPatch <= 32);
 
-struct Patches {
-  PatchGather gather;
-  int part_patches, parts;
+template <class T>
+struct Gram {
+  StemTiles tiles;
+  int tiles_of_block, counter;
+  const T* x;
+  T *sums, *y;
 };
 
 /// The index of S(i, j), i >= j, among the sums of the blocks.
@@ -39,41 +46,57 @@ __device__ __forceinline__ int sum_at(int i, int j) {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    patch_sums_kernel(const __grid_constant__ Patches p, const T* symbolic_x, T* symbolic_sums,
-                      Deferred deferred) {
-  const Memory memory = deferred.ready();
+    patch_gram_kernel(const __grid_constant__ Gram<T> p, Deferred deferred) {
   __shared__ Vector<double> chunks[kWarps][kChunk][kWidth / 2];
   __shared__ double total[kSums];
+  __shared__ StemTables tables;
+  const Memory memory = deferred.ready();
+  const StemTiles& s = p.tiles;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const T* const x = resolve(symbolic_x, memory, blockIdx.z);
+  const T* const x = resolve(p.x, memory, blockIdx.z);
+  T* const buffers = reinterpret_cast<T*>(dynamic_shared());
   double* const chunk = chunks[warp][0][0].element;
-  const int begin = static_cast<int>(blockIdx.x) * p.part_patches;
-  const int end = std::min(begin + p.part_patches, p.gather.pixels);
-  const Place tap = p.gather.tap(lane);
+  const int first = static_cast<int>(blockIdx.x) * p.tiles_of_block;
+  const int end = std::min(first + p.tiles_of_block, s.tiles);
   int i = 0;  // this lane computes block (i, j)
   while ((i + 1) * (i + 2) / 2 <= lane) ++i;
   const int j = lane - i * (i + 1) / 2;
   double sum[4][4] = {};
-  for (int first = begin; first < end; first += kWarps * kChunk) {
-    for (int q = 0; q < kChunk; ++q) {
-      const int pixel = first + warp * kChunk + q;
-      const Element e = p.gather.element(p.gather.pixel(pixel), tap);
-      double* const to = chunk + q * kWidth;
-      const bool there = pixel < end;
-      if (lane + 1 < kWidth) to[lane + 1] = there && e.inside ? static_cast<double>(x[e.offset]) : 0;
-      if (lane == 0) to[0] = there ? 1 : 0;
-    }
+
+  copy_tile(s, s.tile(first), x, buffers);
+  commit_copies();
+  fill_tables(s, tables);
+  for (int number = first; number < end; ++number) {
+    wait_copies<0>();
     __syncthreads();
-    for (int q = 0; lane < kBlocks && q < kChunk; ++q) {
-      const Vector<double>* const row = chunks[warp][q];
-      const Vector<double> a[2] = {row[2 * i], row[2 * i + 1]}, b[2] = {row[2 * j], row[2 * j + 1]};
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) sum[r][c] += a[r / 2].element[r % 2] * b[c / 2].element[c % 2];
+    if (number + 1 < end) {
+      copy_tile(s, s.tile(number + 1), x, buffers + (number + 1 - first) % 2 * s.elements());
+      commit_copies();
+    }
+    const StemTiles::Tile tile = s.tile(number);
+    const T* const image = buffers + (number - first) % 2 * s.elements() + s.skew(tile);
+    for (int from = warp * kChunk; from < kStemRows; from += kWarps * kChunk) {
+      for (int q = 0; q < kChunk; ++q) {
+        const bool there = s.output(tile, tables.output[from + q]) >= 0;
+        double* const to = chunk + q * kWidth;
+        if (lane + 1 < kWidth) {
+          const bool element = there && lane < s.patch;
+          to[lane + 1] = element ? static_cast<double>(image[tables.row[from + q] + tables.tap[lane]]) : 0;
+        }
+        if (lane == 0) to[0] = there ? 1 : 0;
       }
+      __syncwarp();
+      for (int q = 0; lane < kBlocks && q < kChunk; ++q) {
+        const Vector<double>* const row = chunks[warp][q];
+        const Vector<double> a[2] = {row[2 * i], row[2 * i + 1]}, b[2] = {row[2 * j], row[2 * j + 1]};
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) sum[r][c] += a[r / 2].element[r % 2] * b[c / 2].element[c % 2];
+        }
+      }
+      __syncwarp();
     }
-    __syncthreads();
   }
   for (int turn = 0; turn < kWarps; ++turn) {
     if (warp == turn && lane < kBlocks) {
@@ -88,27 +111,25 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
   }
-  double* const sums = reinterpret_cast<double*>(resolve(symbolic_sums, memory, blockIdx.z)) +
-                       static_cast<int64_t>(blockIdx.x) * kSums;
-  for (int k = thread; k < kSums; k += kThreads) sums[k] = total[k];
-}
-
-/// One block a task adds up the parts in order and computes the mean and the centred products.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    patch_moments_kernel(int patch, int parts, const T* symbolic_sums, T* symbolic_y, Deferred deferred) {
-  const Memory memory = deferred.ready();
-  __shared__ double total[kSums];
-  const int thread = static_cast<int>(threadIdx.x);
-  const double* const sums = reinterpret_cast<const double*>(resolve(symbolic_sums, memory, blockIdx.z));
-  for (int k = thread; k < kSums; k += kThreads) {
-    double sum = 0;
-    for (int part = 0; part < parts; ++part) sum += sums[static_cast<int64_t>(part) * kSums + k];
-    total[k] = sum;
+  if (gridDim.x > 1) {
+    double* const parts = reinterpret_cast<double*>(resolve(p.sums, memory, blockIdx.z));
+    for (int k = thread; k < kSums; k += kThreads)
+      parts[static_cast<int64_t>(blockIdx.x) * kSums + k] = total[k];
+    if (!last_to_arrive(memory.counters_of(blockIdx.z) + p.counter, gridDim.x)) return;
+    for (int k = thread; k < kSums; k += kThreads) {
+      double all = 0;
+#pragma unroll 8
+      for (int part = 0; part < static_cast<int>(gridDim.x); ++part) {
+        all += parts[static_cast<int64_t>(part) * kSums + k];
+      }
+      total[k] = all;
+    }
+    __syncthreads();
   }
-  __syncthreads();
-  double* const mean = reinterpret_cast<double*>(resolve(symbolic_y, memory, blockIdx.z));
+  // The mean and the centred products.
+  double* const mean = reinterpret_cast<double*>(resolve(p.y, memory, blockIdx.z));
   const double count = total[0];
+  const int patch = s.patch;
   for (int e = thread; e < patch; e += kThreads) mean[e] = total[sum_at(e + 1, 0)] / count;
   for (int k = thread; k < patch * patch; k += kThreads) {
     const int e = k / patch, q = k % patch, high = std::max(e, q), low = std::min(e, q);
@@ -117,21 +138,24 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-int64_t parts_of(int64_t patches) {
-  return std::clamp<int64_t>(blocks_for(patches, kPartPatches), 1, kMostParts);
+/// The patches of every output of the convolution.
+StemTiles tiles_of(const Layer& l, int vector) {
+  Layer all = l;
+  all.out = l.between;
+  all.pooled = false;
+  return StemTiles(all, vector);
 }
+int64_t tiles_of_block(int64_t tiles) { return std::max(kPartTiles, blocks_for(tiles, kMostParts)); }
 
 template <class T>
 void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-  const Window& k = l.window;
-  const PatchGather gather(l.n, l.in, l.between.h, l.between.w, k.stride_h, k.stride_w, -k.pad_top,
-                           -k.pad_left, k.kernel_h, k.kernel_w);
-  const int64_t part_patches = blocks_for(gather.pixels, parts_of(gather.pixels));
-  const int64_t parts = blocks_for(gather.pixels, part_patches);
-  launch("patch_gram sums", patch_sums_kernel<T>, {parts}, kThreads, 0,
-         {gather, static_cast<int>(part_patches), static_cast<int>(parts)}, t.x[0], t.scratch, launch.memory);
-  launch("patch_gram", patch_moments_kernel<T>, {}, kThreads, 0, gather.depth, static_cast<int>(parts),
-         t.scratch, t.y, launch.memory);
+  const StemTiles tiles = tiles_of(l, kVector<T>);
+  const int64_t of_block = tiles_of_block(tiles.tiles);
+  // The moments of the query images may be computed on the branch of a graph, beside those of the support.
+  const int counter = launch.branch ? kCounters - 2 : kCounters - 1;
+  launch("patch_gram", patch_gram_kernel<T>, {blocks_for(tiles.tiles, of_block)}, kThreads,
+         2 * tiles.elements() * sizeof(T), {tiles, int32(of_block), counter, t.x[0], t.scratch, t.y},
+         launch.memory);
 }
 
 template <class T>
@@ -146,7 +170,8 @@ template <>
 struct OnGpu<Kind::patch_gram> {
   static Footprint footprint(const Layer& l) {
     refuse_large(l);
-    return {0, 2 * kSums * parts_of(l.n * l.between.h * l.between.w)};
+    const int64_t parts = std::min(blocks_for(tiles_of(l, kVector<float>).tiles, kPartTiles), kMostParts);
+    return {0, 2 * kSums * parts};
   }
   template <class T>
   static LaunchPasses<T> passes() {

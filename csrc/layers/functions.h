@@ -66,7 +66,7 @@ using std::acos, std::acosh, std::asin, std::asinh, std::atan, std::atanh, std::
 
 /// The declaration of a function: its name in plans; `bends`, whether f'' is not identically zero; `ascends`,
 /// whether f is non-decreasing, so that a max-pool may come before it; `in_megakernel`, whether the CUDA
-/// megakernel has it; and its derivatives at x. Its constants are a, b and c.
+/// megakernel and the stem's kernels have it; and its derivatives at x. Its constants are a, b and c.
 template <Function F>
 struct FunctionDeclaration;
 
@@ -223,7 +223,8 @@ struct FunctionDeclaration<Function::hardtanh> {
   }
 };
 
-/// sin(x). To reduce large arguments takes CUDA local memory, which the megakernel must not use.
+/// sin(x). To reduce large arguments takes CUDA local memory, which kernels with several functions must not
+/// use.
 template <>
 struct FunctionDeclaration<Function::sin> {
   static constexpr const char* name = "sin";

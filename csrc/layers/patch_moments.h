@@ -16,6 +16,9 @@ namespace maml {
 /// The most elements of a patch for which computing G pays: 5 x 5 x 1, 3 x 3 x 3.
 constexpr int64_t kMostPatch = 27;
 
+/// The most filters of a stem on CUDA: it has a counter for every 32 of them (cuda/run/last_block.h).
+constexpr int64_t kMostStemFilters = 1 << 14;
+
 MAML_HOST_DEVICE inline int64_t patch_size(const Window& window, const Image& image) {
   return window.kernel_h * window.kernel_w * image.c;
 }

@@ -5,8 +5,9 @@
 // The other input of add may be any value, as in a residual network. A 2 x 2 max-pool is moved before a
 // non-decreasing function, which then has a quarter of the values to compute; functions other than relu and
 // leaky_relu remain layers of their own after the pool. On a constant image with few taps, the chain becomes
-// patch_gram and stem, on any backend, without the sum. Where the backend has norm_block, batch_norm, a
-// function and optionally max_pool become one layer.
+// patch_gram and stem, on any backend, without the sum; the stem of a backend without conv_block has any
+// function that kernels can choose at run time, before a max-pool or behind it. Where the backend has
+// norm_block, batch_norm, a function and optionally max_pool become one layer.
 #include "plan/fuse.h"
 
 #include <algorithm>
@@ -110,7 +111,8 @@ class Chains {
     const Node& convolution = graph_.nodes[i];
     const Window& window = convolution.layer.window;
     return constant_[convolution.inputs[0]] &&
-           window.kernel_h * window.kernel_w * convolution.in_features <= kMostPatch;
+           window.kernel_h * window.kernel_w * convolution.in_features <= kMostPatch &&
+           (chain_ == Kind::conv_block || convolution.out_features <= kMostStemFilters);
   }
   /// Whether node i is a convolution followed by its BatchNorm.
   bool is_normalised(size_t i) const {
@@ -161,6 +163,16 @@ class Chains {
     return i >= 0;
   }
 
+  /// Whether this function becomes part of the layer.
+  bool takes(bool stem, const Layer& f) const {
+    return chain_ == Kind::conv_block ? kinks(f) : stem && in_megakernel(f.function);
+  }
+  static void set_function(Layer& layer, const Layer& f) {
+    layer.function = f.function;
+    static_cast<Constants&>(layer) = f;
+    if (f.function == Function::relu) layer.a = 0;
+  }
+
   /// Appends the chain of convolution i and its BatchNorm; if `last` is a sum, with that sum.
   void emit(size_t i, size_t last) {
     Node node = renumbered(graph_.nodes[i]);
@@ -182,27 +194,28 @@ class Chains {
     node.norm_name = norm.name;
     node.parameters.resize(2, -1);
     node.parameters.insert(node.parameters.end(), norm.parameters.begin(), norm.parameters.end());
-    node.layer.a = 1;
+    node.layer.function = Function::leaky_relu, node.layer.a = 1;  // no function
     size_t end = last + 1;
-    const bool f = continues(end, Kind::pointwise);
-    const bool kinked = f && chain_ == Kind::conv_block && kinks(graph_.nodes[end].layer);
-    if (kinked) {
-      const Layer& function = graph_.nodes[end].layer;
-      node.layer.a = function.function == Function::relu ? 0 : function.a;
-      ++end;
-    }
-    const bool between = f && !kinked && ascends(graph_.nodes[end].layer);  // f moves behind the pool
-    const size_t pool = end + between;
-    node.layer.pooled = continues(pool, Kind::max_pool) && pools_pairs(graph_.nodes[pool]);
-    if (node.layer.pooled) node.pool_name = graph_.nodes[pool].name;
-    int value = append(node);
+    const bool f = continues(end, Kind::pointwise), fused = f && takes(stem, graph_.nodes[end].layer);
+    const bool before_pool = f && !ascends(graph_.nodes[end].layer);
+    const size_t pool = end + f;
+    node.layer.pooled = !before_pool && continues(pool, Kind::max_pool) && pools_pairs(graph_.nodes[pool]);
+    if (fused) set_function(node.layer, graph_.nodes[end].layer);
+    const bool apart = node.layer.pooled && f && !fused;  // f becomes a layer behind the pool
+    const size_t function = end;
+    end = node.layer.pooled ? pool + 1 : end + fused;
     if (node.layer.pooled) {
-      if (between) {
-        Node function = graph_.nodes[end];
-        function.inputs[0] = value;
-        value = append(function);
+      node.pool_name = graph_.nodes[pool].name;
+      if (chain_ == Kind::norm_block && !f && continues(end, Kind::pointwise) &&
+          takes(stem, graph_.nodes[end].layer)) {
+        set_function(node.layer, graph_.nodes[end++].layer);
       }
-      end = pool + 1;
+    }
+    int value = append(node);
+    if (apart) {
+      Node behind = graph_.nodes[function];
+      behind.inputs[0] = value;
+      value = append(behind);
     }
     take(last, end, value);
   }

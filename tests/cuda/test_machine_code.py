@@ -82,7 +82,15 @@ def test_no_hot_loop_touches_local_memory(architecture: str) -> None:
 @needs_tool
 @each_architecture
 @pytest.mark.parametrize(
-    "product", ["forward_kernel", "input_gradient_kernel", "weight_gradient_kernel", "contraction_kernel"]
+    "product",
+    [
+        "forward_kernel",
+        "input_gradient_kernel",
+        "weight_gradient_kernel",
+        "contraction_kernel",
+        "stem_forward_kernel",
+        "stem_backward_kernel",
+    ],
 )
 @pytest.mark.parametrize(
     ("arithmetic", "instruction"),

@@ -17,7 +17,11 @@ struct Work {
     flop += other.flop, bytes += other.bytes, instructions += other.instructions;
     return *this;
   }
+  friend Work operator+(Work a, const Work& b) { return a += b; }
 };
+
+/// The work of reading or writing so many bytes.
+inline Work bytes(int64_t count) { return {.bytes = static_cast<double>(count)}; }
 
 /// The work of reading or writing `tensors` tensors of `size` elements of T each.
 template <class T>

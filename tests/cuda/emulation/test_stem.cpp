@@ -1,5 +1,6 @@
-// The stem against the layers that it fuses: the same four passes through conv2d, batch_norm and max_pool in
-// float64. Several tasks, odd shapes, every optional tensor absent, in every schedule of the emulation.
+// The stem against the layers that it fuses: the same four passes through conv2d, batch_norm, max_pool and
+// pointwise in float64. Several tasks, odd shapes, every function, every optional tensor absent, in every
+// schedule of the emulation; and each precision against float64.
 #include <random>
 #include <string>
 #include <vector>
@@ -11,13 +12,14 @@
 namespace maml::cuda {
 namespace {
 
-using T = double;
 constexpr int64_t kTasks = 2;
 
 /// One chain from x to y: the tensors of its layers, and those of its parameters.
+template <class T>
 class Chain {
  public:
-  Chain(const Layer& stem, bool moves, bool adds) : stem_(stem), memory_(kTasks, 1 << 19) {
+  Chain(const Layer& stem, bool moves, bool adds)
+      : stem_(stem), memory_(kTasks, 1 << 19), moves_(moves), adds_(adds) {
     const int64_t sizes[] = {patch_size(stem.window, stem.in) * stem.out.c, stem.out.c, stem.out.c,
                              stem.out.c};
     for (int j = 0; j < 4; ++j) {
@@ -41,7 +43,6 @@ class Chain {
       memory_.fill(grad_y_, task, random_values(rng, y));
       memory_.fill(grad_y_dot_, task, random_values(rng, y));
     }
-    moves_ = moves, adds_ = adds;
   }
 
   /// One layer of the chain, with the chain's parameters [first, first + count).
@@ -49,6 +50,7 @@ class Chain {
     Layer layer;
     Tensors<T> tensors;
   };
+  /// `out_size`: of its output; 0 for the last layer, whose output is y.
   Part part(Kind kind, int64_t out_size, int first, int count) {
     Part p{stem_, {}};
     p.layer.kind = kind;
@@ -68,12 +70,22 @@ class Chain {
     }
     return p;
   }
-  void own_memory(Part& p, Footprint f) {
+  /// Makes the output of one layer the input of the next.
+  void connect(const Part& from, Part& to) const {
+    to.tensors.x[0] = from.tensors.y;
+    to.tensors.x_dot[0] = moves_ ? from.tensors.y_dot : nullptr;
+    to.tensors.grad_x[0] = const_cast<T*>(from.tensors.grad_y);
+    to.tensors.grad_x_dot[0] = const_cast<T*>(from.tensors.grad_y_dot);
+  }
+  void own_memory(Part& p) {
+    const Footprint f = footprint(p.layer);
     p.tensors.saved = f.saved ? memory_.take(f.saved) : nullptr;
+    p.tensors.saved_dot = f.saved_dot ? memory_.take(f.saved_dot) : nullptr;
     p.tensors.scratch = f.scratch ? memory_.take(f.scratch) : nullptr;
   }
 
   void run(std::vector<Part>& parts) {
+    for (Part& p : parts) own_memory(p);
     const Launcher launch = memory_.launcher();
     auto passes = [](const Part& p) { return passes_of<T>(p.layer.kind); };
     for (const Part& p : parts) passes(p).forward(launch, p.layer, p.tensors);
@@ -85,7 +97,7 @@ class Chain {
     }
     for (size_t i = parts.size(); i-- > 0;) {
       Tensors<T> t = parts[i].tensors;
-      if (!moves_) t.grad_y = nullptr;
+      if (!moves_) t.grad_y = nullptr, t.saved_dot = nullptr;
       passes(parts[i]).backward_tangent(launch, parts[i].layer, t);
     }
   }
@@ -106,93 +118,155 @@ class Chain {
   std::vector<Output> outputs_;  // grad_w, grad_w_dot of each parameter, y, y_dot
 };
 
-void check_stem(const Layer& l, bool moves, bool adds) {
-  Chain fused(l, moves, adds), plain(l, moves, adds);
+/// The chain as layers of their own: convolution, BatchNorm, max-pool and function.
+void run_plain(const Layer& l, Chain<double>& chain) {
+  const bool f = l.function != Function::leaky_relu || l.a != 1;
+  const int64_t between = l.n * size(l.between), out = l.n * size(l.out);
+  std::vector<Chain<double>::Part> parts;
+  auto add = [&](Kind kind, int64_t out_size, int first, int count, const Image& in, const Image& to) {
+    auto p = chain.part(kind, out_size, first, count);
+    p.layer.in = in, p.layer.out = to;
+    p.layer.pooled = false;
+    p.layer.precision = Precision::float32;
+    if (parts.empty()) {
+      p.tensors.x[0] = chain.x();
+    } else {
+      chain.connect(parts.back(), p);
+    }
+    parts.push_back(p);
+  };
+  add(Kind::conv2d, between, 0, 2, l.in, l.between);
+  add(Kind::batch_norm, l.pooled || f ? between : 0, 2, 2, l.between, l.between);
+  if (l.pooled) {
+    add(Kind::max_pool, f ? out : 0, 0, 0, l.between, l.out);
+    parts.back().layer.window = {2, 2, 2, 2, 0, 0};
+  }
+  if (f) add(Kind::pointwise, 0, 0, 0, l.out, l.out);
+  chain.run(parts);
+}
+
+template <class T>
+void check_stem(const Layer& l, bool moves, bool adds, double tolerance) {
+  Chain<T> fused(l, moves, adds);
+  Chain<double> plain(l, moves, adds);
   auto gram = fused.part(Kind::patch_gram, patch_gram_size(patch_size(l.window, l.in)), 0, 0);
   auto stem = fused.part(Kind::stem, 0, 0, 4);
   gram.tensors.x[0] = stem.tensors.x[0] = fused.x();
   stem.tensors.x[1] = gram.tensors.y;
-  fused.own_memory(gram, footprint(gram.layer));
-  fused.own_memory(stem, footprint(stem.layer));
-  std::vector<Chain::Part> one{gram, stem};
+  std::vector<typename Chain<T>::Part> one{gram, stem};
   fused.run(one);
-
-  const int64_t between = l.n * size(l.between);
-  auto convolution = plain.part(Kind::conv2d, between, 0, 2);
-  convolution.layer.out = l.between;
-  convolution.layer.pooled = false;
-  auto norm = plain.part(Kind::batch_norm, l.pooled ? between : 0, 2, 2);
-  norm.layer.in = norm.layer.out = l.between;
-  norm.layer.pooled = false;
-  convolution.tensors.x[0] = plain.x();
-  norm.tensors.x[0] = convolution.tensors.y;
-  norm.tensors.x_dot[0] = moves ? convolution.tensors.y_dot : nullptr;
-  norm.tensors.grad_x[0] = const_cast<T*>(convolution.tensors.grad_y);
-  norm.tensors.grad_x_dot[0] = const_cast<T*>(convolution.tensors.grad_y_dot);
-  plain.own_memory(convolution, footprint(convolution.layer));
-  plain.own_memory(norm, footprint(norm.layer));
-  std::vector<Chain::Part> three{convolution, norm};
-  if (l.pooled) {
-    auto pool = plain.part(Kind::max_pool, 0, 0, 0);
-    pool.layer.in = l.between;
-    pool.layer.window = {2, 2, 2, 2, 0, 0};
-    pool.tensors.x[0] = norm.tensors.y;
-    pool.tensors.x_dot[0] = norm.tensors.y_dot;
-    pool.tensors.grad_x[0] = const_cast<T*>(norm.tensors.grad_y);
-    pool.tensors.grad_x_dot[0] = const_cast<T*>(norm.tensors.grad_y_dot);
-    plain.own_memory(pool, footprint(pool.layer));
-    three.push_back(pool);
-  }
-  plain.run(three);
+  run_plain(l, plain);
 
   const std::string name = "stem n " + std::to_string(l.n) + " in " + std::to_string(l.in.c) + "x" +
                            std::to_string(l.in.h) + "x" + std::to_string(l.in.w) + " out " +
-                           std::to_string(l.out.c) + (l.pooled ? " pooled" : "") + (moves ? "" : " still") +
-                           (adds ? " adds" : "");
+                           std::to_string(l.out.c) + " f " + std::to_string(static_cast<int>(l.function)) +
+                           (l.pooled ? " pooled" : "") + (moves ? "" : " still") + (adds ? " adds" : "") +
+                           " precision " + std::to_string(static_cast<int>(l.precision));
   for (size_t i = 0; i < fused.outputs().size(); ++i) {
     const bool tangent = i % 2 == 1, y = i >= 8;
     if (!moves && tangent == y) continue;  // gradients, and the tangent of y
     const auto& output = fused.outputs()[i];
     for (int64_t task = 0; task < kTasks; ++task) {
-      const T* want = plain.memory().real(plain.outputs()[i].at, task);
-      compare(fused.memory().real(output.at, task), std::vector<double>(want, want + output.size), 1e-10,
+      const double* want = plain.memory().real(plain.outputs()[i].at, task);
+      compare(fused.memory().real(output.at, task), std::vector<double>(want, want + output.size), tolerance,
               name + ", output " + std::to_string(i));
     }
   }
   expect(fused.memory().gaps_untouched(), name + " wrote behind a tensor");
 }
 
-void check_stems() {
-  for (const bool pooled : {true, false}) {
-    const struct {
-      int64_t n;
-      Image in;
-      int64_t filters;
-      Window window;
-      int64_t pad_end;
-    } cases[] = {{3, {1, 5, 6}, 5, {3, 3, 1, 1, 1, 1}, 1},
-                 {2, {3, 9, 7}, 36, {3, 3, 1, 1, 1, 1}, 1},
-                 {7, {2, 8, 9}, 17, {3, 2, 2, 1, 0, 1}, 0},
-                 {1, {1, 17, 19}, 70, {5, 5, 2, 1, 2, 0}, 2},
-                 {40, {5, 3, 4}, 2, {1, 1, 1, 1, 0, 0}, 0}};
-    for (const auto& c : cases) {
-      Layer l{};
-      l.kind = Kind::stem;
-      l.n = c.n;
-      l.in = c.in;
-      l.window = c.window;
-      l.eps = 0.1;
-      l.pooled = pooled;
-      l.between = {c.filters,
-                   (c.in.h + c.window.pad_top + c.pad_end - c.window.kernel_h) / c.window.stride_h + 1,
-                   (c.in.w + c.window.pad_left + c.pad_end - c.window.kernel_w) / c.window.stride_w + 1};
-      l.out = l.between;
-      if (pooled) l.out.h /= 2, l.out.w /= 2;
-      check_stem(l, true, false);
-      check_stem(l, false, false);
-      check_stem(l, true, true);
+struct Case {
+  int64_t n;
+  Image in;
+  int64_t filters;
+  Window window;
+  int64_t pad_end;
+};
+
+Layer stem_of(const Case& c, bool pooled, Function function, const Constants& constants) {
+  Layer l{};
+  static_cast<Constants&>(l) = constants;
+  l.kind = Kind::stem;
+  l.function = function;
+  l.n = c.n;
+  l.in = c.in;
+  l.window = c.window;
+  l.eps = 0.1;
+  l.pooled = pooled;
+  l.between = {c.filters, (c.in.h + c.window.pad_top + c.pad_end - c.window.kernel_h) / c.window.stride_h + 1,
+               (c.in.w + c.window.pad_left + c.pad_end - c.window.kernel_w) / c.window.stride_w + 1};
+  l.out = l.between;
+  if (pooled) l.out.h /= 2, l.out.w /= 2;
+  return l;
+}
+
+const Constants kNone{1, 0, 1};  // of leaky_relu: the identity
+
+void check_shapes() {
+  const Case cases[] = {{3, {1, 5, 6}, 5, {3, 3, 1, 1, 1, 1}, 1},
+                        {2, {3, 9, 8}, 36, {3, 3, 1, 1, 1, 1}, 1},   // rows of whole vectors
+                        {2, {3, 9, 7}, 36, {3, 3, 1, 1, 1, 1}, 1},   // others
+                        {1, {2, 25, 26}, 3, {3, 3, 1, 1, 0, 0}, 0},  // several tiles across and down
+                        {7, {2, 8, 9}, 17, {3, 2, 2, 1, 0, 1}, 0},
+                        {1, {1, 17, 19}, 70, {5, 5, 2, 1, 2, 0}, 2},
+                        {2, {2, 19, 23}, 4, {2, 1, 5, 4, 0, 0}, 0},  // strides beyond the kernel
+                        {2, {1, 40, 3}, 6, {27, 1, 1, 1, 3, 0}, 0},  // a tall kernel
+                        {40, {5, 3, 4}, 2, {1, 1, 1, 1, 0, 0}, 0}};
+  for (const Case& c : cases) {
+    for (const bool pooled : {true, false}) {
+      const Layer relu = stem_of(c, pooled, Function::relu, {});
+      check_stem<double>(relu, true, false, 1e-10);
+      check_stem<double>(relu, false, false, 1e-10);
+      check_stem<double>(stem_of(c, pooled, Function::leaky_relu, kNone), true, true, 1e-10);
+      check_stem<double>(stem_of(c, pooled, Function::tanh, {}), true, false, 1e-10);
     }
   }
+}
+
+void check_functions() {
+  const Case c{2, {2, 6, 7}, 5, {3, 3, 1, 1, 1, 1}, 1};
+  const std::pair<Function, Constants> functions[] = {{Function::leaky_relu, {0.1, 0, 1}},
+                                                      {Function::leaky_relu, {-0.3, 0, 1}},
+                                                      {Function::elu, {0.7, 1, 1}},
+                                                      {Function::silu, {}},
+                                                      {Function::gelu, {}},
+                                                      {Function::gelu_tanh, {}},
+                                                      {Function::softplus, {1, 20, 1}},
+                                                      {Function::sigmoid, {}},
+                                                      {Function::hardtanh, {-0.5, 0.8, 1}}};
+  for (const auto& [function, constants] : functions) {
+    for (const bool pooled : {true, false}) {
+      const Layer l = stem_of(c, pooled, function, constants);
+      check_stem<double>(l, true, false, 1e-10);
+      check_stem<double>(l, false, true, 1e-10);
+    }
+  }
+}
+
+/// Rounding moves a few maxima to another pixel, so that the gradients behind a pool agree less.
+void check_precisions() {
+  const std::pair<Precision, double> precisions[] = {{Precision::float32, 1e-5},
+                                                     {Precision::bf16x3, 1e-4},
+                                                     {Precision::tf32, 4e-3},
+                                                     {Precision::bfloat16, 4e-2}};
+  const Case cases[] = {{2, {1, 9, 12}, 36, {3, 3, 1, 1, 1, 1}, 1},
+                        {2, {3, 10, 11}, 7, {3, 3, 1, 1, 1, 1}, 1}};
+  for (const Case& c : cases) {
+    for (const auto& [precision, tolerance] : precisions) {
+      for (const bool pooled : {true, false}) {
+        Layer l = stem_of(c, pooled, Function::tanh, {});
+        l.precision = precision;
+        check_stem<float>(l, true, false,
+                          pooled && precision != Precision::float32 ? 20 * tolerance : tolerance);
+      }
+    }
+  }
+}
+
+void check_stems() {
+  check_shapes();
+  check_functions();
+  check_precisions();
 }
 
 }  // namespace
