@@ -17,8 +17,9 @@ namespace maml::cuda {
 struct Shares {
   int sharers = 1;  // of an outer step: a power of two
   bool along = false;
+  int threads = kElementThreads;  // of a block
 
-  __host__ __device__ constexpr int steps() const { return kElementThreads / sharers; }  // of a block
+  __host__ __device__ constexpr int steps() const { return threads / sharers; }  // of a block
 };
 
 /// A sharer takes at least so many inner steps, so that four loads are in flight and the tree costs little.
@@ -29,9 +30,9 @@ inline constexpr int64_t kEnoughThreads = kSmallTiles ? 64 : 32768;
 inline constexpr int kConsecutive = kSmallTiles ? 4 : 32;
 
 /// The shares of `outer` steps with `inner` steps each. `along`: the inner steps are consecutive elements.
-inline Shares shares_of(int64_t outer, int64_t inner, bool along) {
-  Shares shares{1, along};
-  const int most = along ? kElementThreads : kElementThreads / kConsecutive;
+inline Shares shares_of(int64_t outer, int64_t inner, bool along, int threads = kElementThreads) {
+  Shares shares{1, along, threads};
+  const int most = along ? threads : threads / kConsecutive;
   const auto are_few = [&] {
     return outer * shares.sharers < kEnoughThreads || (along && shares.sharers < kConsecutive);
   };
@@ -41,12 +42,12 @@ inline Shares shares_of(int64_t outer, int64_t inner, bool along) {
 }
 /// The same of loops in which it is the operand `read` that takes the time.
 template <int M>
-Shares shares_of(const Split<M>& loops, int read) {
+Shares shares_of(const Split<M>& loops, int read, int threads = kElementThreads) {
   const auto is_contiguous = [&](const Nest<M>& nest) {
     return nest.steps > 1 && std::abs(nest.stride[nest.axes - 1][read]) == 1;
   };
   return shares_of(loops.outer.steps, loops.inner.steps,
-                   is_contiguous(loops.inner) && !is_contiguous(loops.outer));
+                   is_contiguous(loops.inner) && !is_contiguous(loops.outer), threads);
 }
 
 inline Grid shared_grid(const Shares& shares, int64_t steps) { return {blocks_for(steps, shares.steps())}; }
@@ -101,13 +102,13 @@ class Sharer {
     }
   }
 
-  /// The values of all sharers of a step combined by `op`, in a tree; all of them get it. A barrier of the
-  /// block where there is more than one sharer.
+  /// The values of all sharers of a step combined by `op`, in a tree; all of them get it. `values`: shared
+  /// memory, one for each thread. Barriers of the block where there is more than one sharer.
   template <class V, class Op>
-  __device__ __forceinline__ V combined(V value, Op op) const {
+  __device__ __forceinline__ V combined(V value, Op op, V* values) const {
     if (sharers_ == 1) return value;
-    __shared__ V values[kElementThreads];
     const int thread = static_cast<int>(threadIdx.x), first = thread - share_ * distance_;
+    __syncthreads();
     values[thread] = value;
     for (int half = sharers_ / 2; half > 0; half /= 2) {
       __syncthreads();
@@ -118,10 +119,20 @@ class Sharer {
     __syncthreads();
     return value;
   }
+  template <class V, class Op>
+  __device__ __forceinline__ V combined(V value, Op op) const {
+    __shared__ V values[kElementThreads];
+    return combined(value, op, values);
+  }
+  template <class T>
+  __device__ __forceinline__ T sum(const Sum<T>& own, double* values) const {
+    if (sharers_ == 1) return own.value();
+    return static_cast<T>(combined(own.total(), [](double a, double b) { return a + b; }, values));
+  }
   template <class T>
   __device__ __forceinline__ T sum(const Sum<T>& own) const {
-    if (sharers_ == 1) return own.value();
-    return static_cast<T>(combined(own.total(), [](double a, double b) { return a + b; }));
+    __shared__ double values[kElementThreads];
+    return sum(own, values);
   }
 
  private:
