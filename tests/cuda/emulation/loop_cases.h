@@ -121,9 +121,7 @@ inline LoopLayer random_attention(Random& random) {
   const int batch = static_cast<int>(random.below(4));
   loops.axes = batch + 4;
   for (int a = 0; a < loops.axes; ++a) loops.size[a] = 1 + random.below(a < batch ? 3 : 5);
-  if (random.with(0.1)) {  // several tiles
-    for (int a = 0; a < loops.axes; ++a) loops.size[a] = 1 + random.below(a < batch ? 2 : 80);
-  }
+  if (random.with(0.2)) loops.size[batch + random.below(4)] = 20 + random.below(60);  // several tiles
   if (batch > 0 && random.with(0.7)) loops.size[0] = kSamples;
   // Of the batch; queries, keys, depth and width.
   const auto having = [&](double probability, std::array<bool, 4> own) {
