@@ -30,9 +30,12 @@ __device__ __forceinline__ void let_next_kernel_start() {
 }
 
 /// The same address, of which the compiler now knows that it is in global memory (null counts as such).
-/// Without it, every access would first find out whether the address is in shared memory.
+/// Without it, every access would first find out whether the address is in shared memory. The move hides
+/// where the address comes from: the compiler uses the assumption only where it cannot follow the address
+/// itself.
 template <class T>
 __device__ __forceinline__ T* in_global_memory(T* address) {
+  asm("mov.b64 %0, %0;" : "+l"(address));
   __builtin_assume(__isGlobal(address));
   return address;
 }
