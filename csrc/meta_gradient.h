@@ -190,6 +190,25 @@ struct Task {
   Stream stream;      // of random masks; `pass` is that of phi_0
 };
 
+/// The outputs of a gradient pass, each null if it is not wanted. `cotangent`: an input, of the prediction,
+/// in place of the loss's.
+template <class T>
+struct PassOutputs {
+  T *value = nullptr, *prediction = nullptr, *gradient = nullptr;
+  int64_t limit = 0;  // elements of the gradient
+  const T* cotangent = nullptr;
+};
+
+/// Whether a backend computes a pass of a stage as a whole, and not layer by layer. It then provides, in
+/// place of the passes of layers and losses,
+///   gradient(walk, part, target, outputs)               a target without y: there is no loss
+///   product(walk, part, target, direction, product)     the Hessian-vector product
+///   metric_gradient(walk, part, target, direction, out)  out = J^T F J direction, with J of the prediction
+///   and F
+///                                                        the policy's Fisher matrix
+template <class Backend>
+concept ComputesPasses = requires { typename Backend::PassWalk; };
+
 /// Runs one operation on one task, in a workspace of Problem::task_size() elements. Besides the passes of the
 /// layers, a backend provides (pointers marked * may be null: not wanted)
 ///   loss(part, z, target, value*, grad_z*, saved*)           value [1] and its cotangent at the prediction z
@@ -281,6 +300,10 @@ class TaskRunner {
   }
 
   void predict() {
+    if constexpr (ComputesPasses<Backend>) {
+      const auto query = at_query(p_.steps, 0, backend_);
+      return backend_.gradient(query, part(query), {}, {.prediction = task_.logits});
+    }
     for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
       const auto query = at_query(p_.steps, tile, backend_);
       query.forward(Part::all);
@@ -289,6 +312,12 @@ class TaskRunner {
   }
 
   void predict_backward() {
+    if constexpr (ComputesPasses<Backend>) {
+      const auto query = at_query(p_.steps, 0, backend_);
+      const int64_t all = p_.packing.trainable;
+      return backend_.gradient(query, part(query), {},
+                               {.gradient = task_.result, .limit = all, .cotangent = task_.given});
+    }
     for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
       const auto query = at_query(p_.steps, tile, backend_);
       query.forward(Part::all);
@@ -317,6 +346,10 @@ class TaskRunner {
     }
     for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
       const auto query = at_query(p_.steps, tile, backend_);
+      if constexpr (ComputesPasses<Backend>) {
+        backend_.metric_gradient(query, part(query), targets(query, task_.y_query), p, task_.result);
+        continue;
+      }
       const int output = p_.query.output;
       if (!task_.prepared) query.forward(Part::all);
       query.forward_tangent(p);
@@ -359,6 +392,15 @@ class TaskRunner {
     if (gradient) clear_slots(v);
     for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
       const auto query = at_query(k, tile, backend_);
+      if constexpr (ComputesPasses<Backend>) {
+        const Target<T> target = counts ? targets(query, task_.y_query) : Target<T>{};
+        backend_.gradient(query, this->part(query), target,
+                          {.value = counts ? value : nullptr,
+                           .prediction = k == p_.steps ? task_.logits : nullptr,
+                           .gradient = gradient ? v : nullptr,
+                           .limit = p_.packing.trainable});
+        continue;
+      }
       query.forward(part);
       if (counts) loss(query, task_.y_query, value);
       if (k == p_.steps) give_logits(query);
@@ -397,6 +439,10 @@ class TaskRunner {
     }
   }
   void tile_gradient(const Walk<Backend, T>& support, bool fixed_too, T* value, T* gradient) {
+    if constexpr (ComputesPasses<Backend>) {
+      return backend_.gradient(support, part(support), targets(support, task_.y_support),
+                               {.value = value, .gradient = gradient, .limit = p_.packing.adapted});
+    }
     support.forward(fixed_too ? Part::all : Part::moving);
     loss(support, task_.y_support, value);
     support.backward(gradient, p_.packing.adapted);
@@ -407,12 +453,16 @@ class TaskRunner {
     clear_slots(product);
     for (int64_t tile = 0; tile < p_.support.tiles; ++tile) {
       const auto support = at_support(k, tile);
-      if (!p_.keeps_state_of(k)) tile_gradient(support, p_.operation == Operation::hvp, nullptr, nullptr);
+      if (!ComputesPasses<Backend> && !p_.keeps_state_of(k))
+        tile_gradient(support, p_.operation == Operation::hvp, nullptr, nullptr);
       tile_product(support, direction, product);
     }
   }
   /// One tile of a Hessian-vector product, from the state of its gradient pass.
   void tile_product(const Walk<Backend, T>& support, const T* direction, T* product) {
+    if constexpr (ComputesPasses<Backend>) {
+      return backend_.product(support, part(support), targets(support, task_.y_support), direction, product);
+    }
     const int output = p_.support.differentiated;
     support.forward_tangent(direction);
     backend_.loss_tangent(part(support), support.differentiated(), targets(support, task_.y_support),
@@ -437,7 +487,7 @@ class TaskRunner {
   }
   LossPart part(const Walk<Backend, T>& walk) const {
     if (p_.graph.loss == Loss::computed) return {Loss::computed, 1, 1, 1, false};
-    return {p_.graph.loss, walk.samples(), classes(walk.stage), walk.stage.n, walk.tile > 0};
+    return {p_.graph.loss, walk.samples(), classes(walk.stage), walk.stage.n, walk.tile > 0, walk.first()};
   }
 
   /// g_k; where the descent is its last use, it shares the memory of phi_{k+1}, which replaces it.

@@ -74,6 +74,15 @@ C = {
     "rate bfloat16 small": Constant(61, "TFLOP/s", "derived", ""),
     "rate bfloat16 narrow": Constant(92, "TFLOP/s", "derived", ""),
     "rate bfloat16 wide": Constant(144, "TFLOP/s", "derived", ""),
+    # A block of the chunked executor has a multiprocessor to itself, so these are rates of single blocks, without the
+    # share `lone`. tf32: shared memory feeds 341 multiply-adds a clock (product/shared_matrix.h), 158 TFLOP/s; 55 % of
+    # them are those of 2-100-100-2, the rest fills up units; the functions, the narrow layers and the barriers, between
+    # which nothing overlaps, take another 40 %. bf16x3 issues half more instructions. float32: shared memory feeds 64
+    # multiply-adds a clock, of which 63 % are the net's.
+    "rate float32 chunk": Constant(15, "TFLOP/s", "estimated", "an MLP's pass in one kernel (csrc/cuda/run/chunk.h)"),
+    "rate tf32 chunk": Constant(50, "TFLOP/s", "estimated", ""),
+    "rate bf16x3 chunk": Constant(45, "TFLOP/s", "estimated", ""),
+    "rate bfloat16 chunk": Constant(50, "TFLOP/s", "estimated", ""),
 }
 
 # The workloads with targets (table.py), variants with more shots or tasks, and two of layers on tensors of any shape.
@@ -137,6 +146,8 @@ class Launch:
     @property
     def tile(self) -> str:
         """The tile class of a matrix product; "" for other kernels. A stem has the 32 columns of narrow tiles."""
+        if "chunk_kernel" in self.kernel:
+            return "chunk"
         if "::stem_" in self.kernel:
             return "narrow"
         found = re.search(r"Tile<(\d+(?:, \d+){5})>", self.kernel)
@@ -160,6 +171,8 @@ class Launch:
         multiprocessors, lone = C["multiprocessors"].value, C["lone"].value
         rate = C[f"rate {self.precision} {self.tile or 'small'}"].value / multiprocessors
         b = self.blocks / (self.waves * multiprocessors)
+        if self.tile == "chunk":
+            lone = 1.0
         share = lone * b if b <= 1 else lone + (1 - lone) * (b - 1) / max(1, self.resident - 1)
         return self.flop / (multiprocessors * rate * min(1.0, share)) * 1e-6
 

@@ -45,7 +45,7 @@ __device__ double cross_entropy_rows(Team team, const LossPart& part, const T* z
     sum = row_sum(sum, width);
     if (!exists) return;
     const int64_t label = labels[row];
-    if (label < 0 || label >= c) refuse_class("cross_entropy: the label", row, label, c);
+    if (label < 0 || label >= c) refuse_class("cross_entropy: the label", part.first + row, label, c);
     if (lane == 0) total += static_cast<double>(largest - z_row[label]) + std::log(static_cast<double>(sum));
     if (!grad_z) return;
     const T scale = 1 / sum;

@@ -143,7 +143,8 @@ __device__ double categorical_rows(Team team, const LossPart& part, const T* z, 
     const Softmax<T> softmax(logits, exists ? lane : c, c, width);
     if (!exists) return;
     const int64_t action = actions[row];
-    if (action < 0 || action >= c) refuse_class("categorical_policy_gradient: the action", row, action, c);
+    if (action < 0 || action >= c)
+      refuse_class("categorical_policy_gradient: the action", part.first + row, action, c);
     const double log_prob = softmax.log_prob(logits[action]);
     const T k = coefficient(target, row, log_prob);
     if (lane == 0) total += part_of_loss(target, k, log_prob);

@@ -153,9 +153,11 @@ struct LayerTraits {
 /// computed: layers of the plan compute the loss, a value of one element.
 enum class Loss { cross_entropy, mse, gaussian_policy, categorical_policy, computed };
 
-inline bool is_policy(Loss loss) { return loss == Loss::gaussian_policy || loss == Loss::categorical_policy; }
+constexpr bool is_policy(Loss loss) {
+  return loss == Loss::gaussian_policy || loss == Loss::categorical_policy;
+}
 /// Whether a target is one of c classes.
-inline bool takes_classes(Loss loss) {
+constexpr bool takes_classes(Loss loss) {
   return loss == Loss::cross_entropy || loss == Loss::categorical_policy;
 }
 
@@ -167,10 +169,10 @@ struct Target {
   const T* old_log_probs = nullptr;  // policies: for the likelihood ratio [n]; null: the score form
 
   /// The number of elements of y for one sample.
-  static int64_t width(Loss loss, int64_t c) {
+  static constexpr int64_t width(Loss loss, int64_t c) {
     return takes_classes(loss) ? 1 : loss == Loss::gaussian_policy ? c / 2 : c;
   }
-  Target from(Loss loss, int64_t c, int64_t sample) const {
+  constexpr Target from(Loss loss, int64_t c, int64_t sample) const {
     Target t = *this;
     if (y && takes_classes(loss)) {
       t.y = static_cast<const int64_t*>(y) + sample;
@@ -188,7 +190,8 @@ struct Target {
 struct LossPart {
   Loss kind;
   int64_t n, c, samples;
-  bool add;  // add to the value of the earlier parts
+  bool add;           // add to the value of the earlier parts
+  int64_t first = 0;  // the number of the first sample, for errors
 };
 
 /// The passes of a loss. `saved` holds n * c elements from value() for tangent().

@@ -21,9 +21,15 @@ class BoundRunner {
                                     : Either(cuda::Runner<float>(problem.problem(), device))) {}
 
   const char* executor() const {
-    const bool mega =
-        std::visit([](const auto& r) { return r.executor() == cuda::Executor::megakernel; }, runner_);
-    return mega ? "megakernel" : "batched";
+    switch (std::visit([](const auto& r) { return r.executor(); }, runner_)) {
+      case cuda::Executor::megakernel:
+        return "megakernel";
+      case cuda::Executor::chunked:
+        return "chunked";
+      case cuda::Executor::batched:
+        break;
+    }
+    return "batched";
   }
   int64_t workspace(int64_t tasks, int64_t at_once) const {
     return std::visit([&](const auto& r) { return r.workspace(tasks, at_once); }, runner_);

@@ -76,7 +76,7 @@ class Runner:
     def __init__(self, core: Any, problem: Any, device: torch.device) -> None:
         self._make_call = core.Call
         self._core = core.CudaRunner(problem, device.index or 0)
-        self.executor: str = self._core.executor  # "megakernel" or "batched"
+        self.executor: str = self._core.executor  # "megakernel", "chunked" or "batched"
         keeps = problem.saved_steps > 1
         self._less = ', and checkpoint="recompute" keeps the states of one inner step' if keeps else ""
         self._graphs: OrderedDict[tuple[int, int, int], Graph | None] = OrderedDict()

@@ -49,12 +49,16 @@ def test_the_plan_chooses_the_executor(make: Any, executor: str) -> None:
     ("widths", "samples", "executor"),
     [
         ((64,), 600, "megakernel"),  # all samples at once do not fit: tiles
-        ((64, 64), 600, "batched"),  # too much arithmetic for one block
-        ((128, 128), 5, "batched"),  # the parameters do not fit one block
-        ((), 5000, "batched"),  # too many instructions
+        ((64, 64), 600, "chunked"),  # too much arithmetic for one block
+        ((100, 100), 5, "chunked"),  # the parameters do not fit one block
+        ((), 5000, "chunked"),  # too many instructions
+        ((128, 128), 5, "batched"),  # nor do the weights and their direction
+        ((200,), 600, "batched"),  # too wide for chunks
     ],
 )
-def test_what_is_too_large_for_one_block_runs_batched(widths: tuple[int, ...], samples: int, executor: str) -> None:
+def test_what_is_too_large_for_one_block_runs_in_chunks_or_batched(
+    widths: tuple[int, ...], samples: int, executor: str
+) -> None:
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise((3, *widths, 4)):
         layers += [nn.Linear(inputs, outputs), nn.Tanh()]

@@ -14,9 +14,20 @@ import pytest
 
 from tests import emulated
 
-PROGRAMS = ["bank_conflicts", "conv2d", "layers", "loops", "losses", "policy", "product", "recurrence", "stem"]
+PROGRAMS = [
+    "bank_conflicts",
+    "chunks",
+    "conv2d",
+    "layers",
+    "loops",
+    "losses",
+    "policy",
+    "product",
+    "recurrence",
+    "stem",
+]
 # The arguments that run one schedule. `product` has none to choose.
-SHUFFLED = ("layers", "loops", "losses", "policy", "recurrence", "stem")
+SHUFFLED = ("chunks", "layers", "loops", "losses", "policy", "recurrence", "stem")
 ONE_SCHEDULE = {"conv2d": ["1"], **{name: ["shuffled"] for name in SHUFFLED}}
 SANITIZERS = os.environ.get("MAML_CUDA_SANITIZERS", "").split(",")
 

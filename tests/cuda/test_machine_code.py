@@ -17,7 +17,8 @@ from benchmarks.gpu.registers import tool
 from maml_cuda import _core
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
-PRINTS = ("loss", "megakernel")  # they use local memory for the arguments of printf, only when an assertion fails
+# They use local memory for the arguments of printf, only when an assertion fails.
+PRINTS = ("loss", "megakernel", "chunk_kernel")
 
 FUNCTIONS = re.findall(
     r"^  (\w+),$", (Path(__file__).parents[2] / "csrc/layers/functions.h").read_text(encoding="utf-8"), re.MULTILINE
@@ -170,6 +171,28 @@ def test_the_main_loops_of_products_issue_few_instructions(architecture: str) ->
 def test_the_model_has_the_rates_that_follow_from_the_machine_code() -> None:
     for (precision, tile), rate in rates(loops()).items():
         assert C[f"rate {precision} {tile}"].value == pytest.approx(rate, rel=0.1), (precision, tile)
+
+
+@needs_tool
+@each_architecture
+@pytest.mark.parametrize(
+    ("unit", "instruction"),
+    [
+        ("8SimtUnitIf", "FFMA"),
+        ("8SimtUnitId", "DFMA"),
+        ("9Tf32Words", "HMMA.1688.F32.TF32"),
+        ("9Bf16Words", "HMMA.16816.F32.BF16"),
+        ("11Bf16x3Words", "HMMA.16816.F32.BF16"),
+    ],
+)
+def test_chunks_use_the_units_of_their_precision(architecture: str, unit: str, instruction: str) -> None:
+    found = kernels_with(architecture, "chunk_kernel", unit)
+    assert len(found) == 3  # passes
+    for name, code in found.items():
+        assert code[instruction] >= 16, f"{name}: {code[instruction]}"
+        matrix = sum(count for i, count in code.items() if i.startswith("HMMA"))
+        assert matrix == (code[instruction] if instruction.startswith("HMMA") else 0), name
+        assert code["LDS.128"] >= 16, f"{name}: {code['LDS.128']} shared loads of 16 bytes"
 
 
 def test_the_library_exports_only_the_module_and_imports_nothing_of_cuda() -> None:

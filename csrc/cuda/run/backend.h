@@ -14,8 +14,9 @@ namespace maml::cuda {
 LayerTraits traits();
 
 /// The executor that serves a problem: the megakernel, one block a task with all its state in shared memory
-/// (megakernel.h); or batched, kernels over all tasks (batched.h).
-enum class Executor { megakernel, batched };
+/// (megakernel.h); chunked, a kernel for each pass of an MLP, one block a chunk of samples (chunked.h); or
+/// batched, kernels for each pass of a layer over all tasks (batched.h).
+enum class Executor { megakernel, chunked, batched };
 
 /// The kernels of a call as a CUDA graph. Each replay reads its spans from the same table in device memory.
 class CudaGraph {
@@ -50,7 +51,7 @@ class Runner {
   void run(const Call<T>& call, void* stream) const;
 
   /// Captures a call as a graph that reads its spans from `table`: device memory of table_bytes() bytes that
-  /// must outlive the graph. Only for Executor::batched, because the megakernel is a single launch already.
+  /// must outlive the graph. Not for the megakernel, which is a single launch already.
   /// Captures without computing anything.
   int64_t table_bytes(const Call<T>& call) const;
   CudaGraph capture(const Call<T>& call, void* table) const;

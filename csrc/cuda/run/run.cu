@@ -7,6 +7,7 @@
 #include "cuda/run/add_up.h"
 #include "cuda/run/backend.h"
 #include "cuda/run/batched.h"
+#include "cuda/run/chunked.h"
 #include "cuda/run/device_bytes.h"
 #include "cuda/run/megakernel.h"
 #include "meta_gradient.h"
@@ -92,6 +93,7 @@ struct Runner<T>::State {
   int device;
   Layout layout;
   Executor executor = Executor::batched;
+  std::optional<Chain> chain;  // of the chunked executor
   PlanBytes plan_bytes;
   size_t rates_at = 0, slices_at = 0, program_at = 0;
   int program_length = 0;
@@ -104,7 +106,14 @@ struct Runner<T>::State {
       : problem(p), device(device_), layout(p, at_own_parameters(p.operation), false) {
     describe();
     std::optional<Problem> small = for_one_block();
-    if (!small) return;
+    if (!small) {
+      chain = chain_of<T>(problem, device);
+      if (!chain) return;
+      executor = Executor::chunked;
+      problem = without_values(std::move(problem));
+      layout = Layout(problem, at_own_parameters(problem.operation), false);
+      return;
+    }
     problem = *std::move(small);
     executor = Executor::megakernel;
     layout = Layout(problem, true, true);
@@ -186,7 +195,7 @@ struct Runner<T>::State {
 
   /// Elements of the workspace for one task: with the megakernel, only the result.
   int64_t task_stride() const {
-    return executor == Executor::batched       ? layout.task_size
+    return executor != Executor::megakernel    ? layout.task_size
            : gives_gradient(problem.operation) ? whole_lines(problem.result_size)
                                                : 0;
   }
@@ -195,7 +204,7 @@ struct Runner<T>::State {
     return elements(chunk_count * all_spans().count * static_cast<int64_t>(sizeof(Span)));
   }
   int64_t counters_size(int64_t chunk) const {
-    return executor == Executor::batched
+    return executor != Executor::megakernel
                ? elements(chunk * kStreams * kCounters * static_cast<int64_t>(sizeof(unsigned)))
                : 0;
   }
@@ -282,7 +291,7 @@ struct Runner<T>::State {
     const SpanOrder order = all_spans();
     auto memory_of = [&](int64_t c) { return Deferred(memory(call, table + c * order.count)); };
     int64_t counters = chunk(call) * kStreams * kCounters;  // to be zeroed
-    if (executor == Executor::batched) {
+    if (executor != Executor::megakernel) {
       const Launcher once{stream, 1, memory_of(0)};
       if (!at_own_parameters(problem.operation))
         pack_all(once, view, order.parameters, layout.theta, Region::shared, std::exchange(counters, 0));
@@ -319,9 +328,16 @@ struct Runner<T>::State {
     if (at_own_parameters(problem.operation))
       pack_all(launch, view, order.parameters, layout.own, Region::task, std::exchange(counters, 0));
     if (takes_given(problem.operation)) pack_all(launch, view, order.given, layout.given, Region::task, 0);
-    const Batched<T> backend(launch, problem, view, place<T>(Region::shared, layout.rates));
     const Task<T> task = symbolic_task<T>(problem, layout, false);
-    TaskRunner<Batched<T>, T>(backend, problem, task, place<T>(Region::task, layout.work)).run();
+    const T* rates = place<T>(Region::shared, layout.rates);
+    T* work = place<T>(Region::task, layout.work);
+    if (executor == Executor::chunked) {
+      const Chunked<T> backend(launch, problem, view, rates, *chain);
+      TaskRunner<Chunked<T>, T>(backend, problem, task, work).run();
+    } else {
+      const Batched<T> backend(launch, problem, view, rates);
+      TaskRunner<Batched<T>, T>(backend, problem, task, work).run();
+    }
     if (gives_per_task(problem.operation)) {
       launch("unpack", unpack_kernel<T>, {8, view.parameter_count}, kVectorThreads, 0, view, order.per_task,
              static_cast<const T*>(place<T>(Region::task, layout.out)), launch.memory);
@@ -373,7 +389,7 @@ void Runner<T>::run(const Call<T>& call, void* stream) const {
   if (capture != cudaStreamCaptureStatusNone) keep_forever(state_->on_device);
   const std::vector<Span> spans = state_->spans(call);
   auto* table = reinterpret_cast<Span*>(call.workspace);
-  if (state_->executor == Executor::batched)
+  if (state_->executor != Executor::megakernel)
     send(cuda_stream, spans.data(), spans.size() * sizeof(Span), table);
   state_->walk(call, view, table, &spans, cuda_stream);
 }

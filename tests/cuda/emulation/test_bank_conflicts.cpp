@@ -8,6 +8,7 @@
 #include <set>
 #include <vector>
 
+#include "cuda/product/shared_matrix.h"
 #include "cuda/product/tile_layout.h"
 
 namespace {
@@ -113,6 +114,39 @@ void check_tiles() {
   check_layout<T, AlongIndex<T, Indices>>();
 }
 
+/// The operands of the units in shared_matrix.h, where a row has at least 8 vectors.
+template <class T>
+void check_shared_matrix(int columns) {
+  using Matrix = SharedMatrix<T>;
+  constexpr int V = kVector<T>, kWords = sizeof(T) / 4;
+  const int vectors = Matrix::vectors_of(columns);
+  auto word = [=](int row, int column) {
+    return kWords * (Matrix::offset(vectors, row, column / V) + column % V);
+  };
+  for (int base = 0; base < 32; base += 16) {
+    for (int k = 0; k < columns; k += 16) {
+      for (int x = 0; x < 4 && sizeof(T) == 4; ++x) {
+        check("unit, columns along k", warp([&](int l) { return word(4 * (l / 4) + x, k + 4 * (l % 4)); }),
+              4);
+        check("unit, columns along the index",
+              warp([&](int l) { return word(base + 4 * (l % 4) + x, 4 * (l / 4)); }), 4);
+        check("unit, rows along the index",
+              warp([&](int l) { return word(base + 4 * (l % 4) + x, k + 2 * (l / 4)); }), 2);
+        if (x < 2) {
+          check("unit, rows along k",
+                warp([&](int l) { return word(base + 2 * (l / 4) + x, k + 4 * (l % 4)); }), 4);
+        }
+      }
+    }
+    for (int k = 0; k < columns; k += V) {
+      for (int x = 0; x < 4; ++x) {
+        check("SIMT unit, rows along k", warp([&](int l) { return word(base + 4 * (l / 8) + x, k); }), 4);
+        check("SIMT unit, columns along k", warp([&](int l) { return word(4 * (l % 8) + x, k); }), 4);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -121,6 +155,9 @@ int main() {
   check_tiles<float, 128>();
   check_tiles<double, 32>();
   check_tiles<double, 64>();
+  check_shared_matrix<float>(100);
+  check_shared_matrix<float>(32);
+  check_shared_matrix<double>(40);
   std::printf("%d failures\n", failures);
   return failures != 0;
 }
