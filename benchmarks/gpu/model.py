@@ -13,7 +13,13 @@ those of the compiled library. The time follows from the constants below:
 `resident` blocks fit on a multiprocessor, and b is their average number there. So the formula includes grids that do
 not fill the GPU and incomplete last waves. The time of a meta-step is the sum over its launches. Launches on a parallel
 branch of its CUDA graph count only if the branch takes longer than the rest. The megakernel takes the time of its
-instructions plus that of the products in one block.
+instructions plus that of the products in one block. The kernel of small perceptrons takes, in each wave of b blocks a
+multiprocessor, the longer of
+
+    phases * phase + cycles    of a block alone: its barriers, and the cycles of its longest thread or of its loads
+    b * busy cycles            of all blocks: the loads of shared memory, or the instructions of all warps
+
+which csrc/cuda/run/small_mlp_work.h counts phase by phase from the loops of the compiled kernel.
 
 A prediction is not a measurement. It shows where the time should go, and what a change should gain.
 """
@@ -61,6 +67,8 @@ C = {
     "bandwidth": Constant(3.0, "TB/s", "estimated", "16-byte accesses, 16 KB in flight on each multiprocessor"),
     "lone": Constant(0.45, "", "estimated", "share of the rate of a multiprocessor that a single block reaches"),
     "instruction": Constant(0.5, "us", "estimated", "of the megakernel, without its products"),
+    "clock": Constant(1.7, "GHz", "estimated", "of a multiprocessor"),
+    "phase": Constant(60, "cycles", "estimated", "a barrier of the kernel of small perceptrons, and what follows it"),
     "rate of the megakernel": Constant(0.1, "TFLOP/s", "estimated", "of one block"),
     "rate float32 small": Constant(25, "TFLOP/s", "derived", "products of 32 x 32 tiles, four slices of k"),
     "rate float32 narrow": Constant(25, "TFLOP/s", "derived", "products of at most 32 columns"),
@@ -124,6 +132,9 @@ class Launch:
     instructions: int
     registers: int | None
     early: bool = False  # by programmatic dependent launch
+    phases: int = 0  # of the kernel of small perceptrons, with the cycles of one block
+    cycles: float = 0.0
+    busy_cycles: float = 0.0
 
     @property
     def blocks(self) -> int:
@@ -163,6 +174,10 @@ class Launch:
         if self.instructions:
             flop_time = self.flop / self.blocks / C["rate of the megakernel"].value * 1e-6
             return fixed + self.waves * (self.instructions * C["instruction"].value + flop_time)
+        if self.phases:
+            resident = math.ceil(self.blocks / (self.waves * C["multiprocessors"].value))
+            alone = self.phases * C["phase"].value + self.cycles
+            return fixed + self.waves * max(alone, resident * self.busy_cycles) / C["clock"].value * 1e-3
         return fixed + max(self.flop_time(), self.bytes / C["bandwidth"].value * 1e-6)
 
     def flop_time(self) -> float:
@@ -243,7 +258,7 @@ def described(launches: list[dict[str, Any]], kernels: dict[str, Usage]) -> Iter
             launch["kernel"], tuple(launch["grid"]), launch["threads"],
             launch["dynamic_shared"] + (known.shared if known else launch["static_shared"]), branch,
             launch["flop"], launch["bytes"], launch["instructions"], known.registers if known else None,
-            launch["early"],
+            launch["early"], launch["phases"], launch["cycles"], launch["busy_cycles"],
         )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def test_command(tmp_path, few_rounds, monkeypatch, capsys):
     assert by_precision["bfloat16"]["decisions"] > by_precision["bfloat16"]["flips"] >= 0
     lines = text.splitlines()
     assert sum(line.startswith("| omniglot, T = 2 | `") for line in lines) == len(implementations.PRECISIONS)
-    assert "| `megakernel<float>` | 1 |" in text
+    assert "| `small_mlp<float>` | 1 |" in text
     rows = [line for line in lines if line.startswith(("| sinusoid-k1 |", "| omniglot |"))]
     assert len(rows) == 2 * len(implementations.PRECISIONS)
     assert sum("autograd loop, called" in row or "vmap, called" in row for row in rows) == 2

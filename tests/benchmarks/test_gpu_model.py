@@ -74,7 +74,7 @@ def test_nothing_is_computed_and_nothing_logged_afterwards() -> None:
         before = len(logged())
     step = model.meta_step(WORKLOADS["sinusoid-k1"], "float32")
     assert [launch.kernel.partition("<")[0].rpartition("::")[2] for launch in step.launches] == [
-        "megakernel",
+        "small_mlp",
         "add_up_kernel",
     ]
     with emulated.log() as logged:
@@ -122,6 +122,12 @@ def test_waves_and_the_time_of_a_launch() -> None:
     assert early == pytest.approx(C["early gap"].value + C["latency"].value)
     program = launch(grid=(1, 1, 25), instructions=10, flop=25e5)
     assert program.microseconds() == pytest.approx(fixed + 10 * C["instruction"].value + 1.0)
+    # One block: its own cycles. Four of 64 registers on a multiprocessor: what they share, if it is more.
+    clock, phase = C["clock"].value * 1e3, C["phase"].value
+    mlp = {"phases": 10, "cycles": 4000.0, "registers": 64}
+    for blocks, busy, cycles in ((25, 3000.0, 10 * phase + 4000), (528, 3000.0, 12000), (529, 1000.0, 2 * 6000)):
+        predicted = launch(grid=(1, 1, blocks), busy_cycles=busy, **mlp).microseconds()
+        assert predicted == pytest.approx(fixed + cycles / clock)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +208,7 @@ def test_the_emulation_counts_shared_memory_as_the_compiler_does() -> None:
     for name in ("sinusoid-k1 T=25", "omniglot T=4", "mini-imagenet T=4"):
         _, launches = model.logged_launches(model.STEPS[name], "tf32", False)
         found += [launch for launch in launches if launch["dynamic_shared"]]
-    assert {"megakernel", "weight_gradient_kernel"} <= {
+    assert {"small_mlp", "weight_gradient_kernel"} <= {
         launch["kernel"].partition("<")[0].rpartition("::")[2] for launch in found
     }
     for launch in found:

@@ -18,7 +18,7 @@ from maml_cuda import _core
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 # They use local memory for the arguments of printf, only when an assertion fails.
-PRINTS = ("loss", "megakernel", "chunk_kernel")
+PRINTS = ("loss", "megakernel", "small_mlp", "chunk_kernel")
 
 FUNCTIONS = re.findall(
     r"^  (\w+),$", (Path(__file__).parents[2] / "csrc/layers/functions.h").read_text(encoding="utf-8"), re.MULTILINE
@@ -193,6 +193,17 @@ def test_chunks_use_the_units_of_their_precision(architecture: str, unit: str, i
         matrix = sum(count for i, count in code.items() if i.startswith("HMMA"))
         assert matrix == (code[instruction] if instruction.startswith("HMMA") else 0), name
         assert code["LDS.128"] >= 16, f"{name}: {code['LDS.128']} shared loads of 16 bytes"
+
+
+@needs_tool
+@each_architecture
+@pytest.mark.parametrize(("scalar", "multiply"), [("f", "FFMA"), ("d", "DFMA")])
+def test_small_perceptrons_load_vectors(architecture: str, scalar: str, multiply: str) -> None:
+    for name, code in kernels_with(architecture, f"small_mlpI{scalar}E").items():
+        loads = sum(count for i, count in code.items() if i.startswith("LDS") and "128" in i)
+        assert loads >= 30, name
+        assert code[multiply] >= 5 * loads if scalar == "f" else code[multiply] >= loads, name
+        assert sum(count for i, count in code.items() if i.startswith("LDGSTS")) > 0, name
 
 
 def test_the_library_exports_only_the_module_and_imports_nothing_of_cuda() -> None:

@@ -4,9 +4,12 @@
 //   forward    y = b + x w                          y_dot = b_dot + x_dot w + x w_dot
 //   backward   grad_w = x^T g, grad_b = sum g, grad_x = g w^T; the tangent of each is a sum of two products
 //
-// Each thread computes blocks of 2 x 2 outputs, one after the other, directly from shared memory. Sums run in
-// ascending order of the inner index, first term first. The products of one pass are independent: their
-// blocks form one list, and no thread waits between products.
+// Each thread computes blocks of 2 x 2 outputs, one after the other, directly from shared memory. Rows and
+// columns are dealt out to the blocks one by one, so that consecutive lanes read consecutive columns (no bank
+// conflict), or in the input gradient consecutive rows of w. Those are `out` elements apart: a conflict of
+// gcd(out, 32) lanes, which only padded rows would avoid (product/padded.h). Sums run in ascending order of
+// the inner index, first term first. The products of one pass are independent: their blocks form one list,
+// and no thread waits between products.
 #pragma once
 
 #include "cuda/run/launch.h"
@@ -31,8 +34,8 @@ struct SmallProduct {
   __device__ __forceinline__ int blocks() const { return c ? (m + 1) / 2 * ((n + 1) / 2) : 0; }
 
   __device__ __forceinline__ void compute(int block) const {
-    const int columns = (n + 1) / 2, row = block / columns, i0 = 2 * row, j0 = 2 * (block - row * columns);
-    const int i1 = i0 + 1 < m ? i0 + 1 : i0, j1 = j0 + 1 < n ? j0 + 1 : j0;
+    const int rows = (m + 1) / 2, columns = (n + 1) / 2, i0 = block / columns, j0 = block - i0 * columns;
+    const int i1 = i0 + rows < m ? i0 + rows : i0, j1 = j0 + columns < n ? j0 + columns : j0;
     T sum00 = 0, sum01 = 0, sum10 = 0, sum11 = 0;
 #pragma unroll
     for (int t = 0; t < 2; ++t) {

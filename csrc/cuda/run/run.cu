@@ -10,6 +10,7 @@
 #include "cuda/run/chunked.h"
 #include "cuda/run/device_bytes.h"
 #include "cuda/run/megakernel.h"
+#include "cuda/run/small_mlp_work.h"
 #include "meta_gradient.h"
 
 namespace maml::cuda {
@@ -97,7 +98,8 @@ struct Runner<T>::State {
   PlanBytes plan_bytes;
   size_t rates_at = 0, slices_at = 0, program_at = 0;
   int program_length = 0;
-  Work program_work;  // of the megakernel
+  Work program_work;            // of the megakernel
+  std::optional<SmallMlp> mlp;  // where one block runs it as such, without a program
   std::once_flag written;
   std::shared_ptr<const DeviceBytes> on_device;  // the plan, from the first call on
   std::mutex replay;  // held while a graph's table is written and its launch enqueued
@@ -105,7 +107,11 @@ struct Runner<T>::State {
   State(const Problem& p, int device_)
       : problem(p), device(device_), layout(p, at_own_parameters(p.operation), false) {
     describe();
-    std::optional<Problem> small = for_one_block();
+    std::optional<Problem> small;
+    if (problem.support.work + problem.query.work <= kMostWorkOfABlock) {
+      mlp = small_mlp_of<T>(problem, device);
+      small = mlp ? problem : for_one_block();
+    }
     if (!small) {
       chain = chain_of<T>(problem, device);
       if (!chain) return;
@@ -117,6 +123,7 @@ struct Runner<T>::State {
     problem = *std::move(small);
     executor = Executor::megakernel;
     layout = Layout(problem, true, true);
+    if (mlp) return;
     const Recorder<T> recorder(problem);
     const Task<T> task = symbolic_task<T>(problem, layout, true);
     TaskRunner<Recorder<T>, T>(recorder, problem, task, place<T>(Region::task, layout.work)).run();
@@ -129,7 +136,6 @@ struct Runner<T>::State {
   /// shared memory of a block; nothing where it does not serve it.
   std::optional<Problem> for_one_block() const {
     if (!problem.runs_in_megakernel() || all_spans().count > kMegakernelSpans) return {};
-    if (problem.support.work + problem.query.work > kMostWorkOfABlock) return {};
     auto fits = [&](const Problem& p) { return fits_one_block<T>(Layout(p, true, true), device); };
     if (fits(problem)) return problem;
     Problem tiled = problem;
@@ -304,9 +310,15 @@ struct Runner<T>::State {
       const int64_t tasks = std::min(chunk(call), call.tasks - c * chunk(call));
       const Launcher launch{stream, tasks, memory_of(c), branch};
       if (executor == Executor::megakernel) {
-        note([&] { return program_work; });
-        launch_megakernel<T>(launch, problem, layout, view, host_spans->data() + c * order.count, order,
-                             const_cast<Span*>(table) + c * order.count);
+        const Span* of_chunk = host_spans->data() + c * order.count;
+        Span* chunk_table = const_cast<Span*>(table) + c * order.count;
+        if (mlp) {
+          note([&] { return work_of<T>(problem, *mlp); });
+          launch_small_mlp<T>(launch, *mlp, of_chunk, order, chunk_table);
+        } else {
+          note([&] { return program_work; });
+          launch_megakernel<T>(launch, problem, layout, view, of_chunk, order, chunk_table);
+        }
       } else {
         run_batched(launch, view, order, std::exchange(counters, 0));
       }

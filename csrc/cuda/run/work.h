@@ -12,9 +12,14 @@ namespace maml::cuda {
 struct Work {
   double flop = 0, bytes = 0;
   int instructions = 0;  // of the megakernel's program
+  // Of the kernel of small perceptrons (small_mlp_work.h): its phases; the cycles of a block that is alone on
+  // a multiprocessor, and those for which it occupies shared memory or the schedulers.
+  int phases = 0;
+  double cycles = 0, busy_cycles = 0;
 
   Work& operator+=(const Work& other) {
-    flop += other.flop, bytes += other.bytes, instructions += other.instructions;
+    flop += other.flop, bytes += other.bytes, instructions += other.instructions, phases += other.phases;
+    cycles += other.cycles, busy_cycles += other.busy_cycles;
     return *this;
   }
   friend Work operator+(Work a, const Work& b) { return a += b; }
@@ -120,12 +125,17 @@ Work work_of(Op op, const Layer& l, const Tensors<T>& t) {
   return work;
 }
 
-/// The megakernel: the products of its program, and the elements that a block reads and writes in device
-/// memory.
+/// The elements that a block reads and writes in device memory where it computes a whole task.
+template <class T>
+Work traffic_of_task(const Problem& p) {
+  auto samples = [](const Stage& s) { return s.n ? s.n * (s.values[0].size + s.values[s.output].size) : 0; };
+  return traffic<T>(samples(p.support) + samples(p.query) + p.packing.total + p.result_size, 1);
+}
+
+/// The megakernel: the products of its program.
 template <class T>
 Work work_of(const Problem& p, const std::vector<Instruction<T>>& program) {
-  auto samples = [](const Stage& s) { return s.n ? s.n * (s.values[0].size + s.values[s.output].size) : 0; };
-  Work work = traffic<T>(samples(p.support) + samples(p.query) + p.packing.total + p.result_size, 1);
+  Work work = traffic_of_task<T>(p);
   work.instructions = static_cast<int>(program.size());
   for (const Instruction<T>& i : program) work.flop += work_of(i.op, i.layer, i.tensors).flop;
   return work;
@@ -137,7 +147,7 @@ void note([[maybe_unused]] F work) {
 #ifndef __CUDACC__
   if (emulation::host.log_mode == emulation::LogMode::off) return;
   const Work w = work();
-  emulation::noted = {w.flop, w.bytes, w.instructions};
+  emulation::noted = {w.flop, w.bytes, w.instructions, w.phases, w.cycles, w.busy_cycles};
 #endif
 }
 

@@ -54,6 +54,8 @@ CONTROL const char* emulation_logged() {
          << ", \"stream\": " << reinterpret_cast<uintptr_t>(l.stream)
          << ", \"flop\": " << l.work.flop * l.grid.z << ", \"bytes\": " << l.work.bytes * l.grid.z
          << ", \"early\": " << (l.early ? "true" : "false") << ", \"instructions\": " << l.work.instructions
+         << ", \"phases\": " << l.work.phases << ", \"cycles\": " << l.work.cycles
+         << ", \"busy_cycles\": " << l.work.busy_cycles
          << ", \"seconds\": " << l.seconds << "}";
   }
   text = json.str() + "]";

@@ -94,7 +94,8 @@ struct Stream;
 /// The work of one task (a block along z) in a launch, as the caller declares it: csrc/cuda/run/work.h.
 struct Work {
   double flop = 0, bytes = 0;
-  int instructions = 0;
+  int instructions = 0, phases = 0;
+  double cycles = 0, busy_cycles = 0;
 };
 inline thread_local Work noted;  // for the next launch
 

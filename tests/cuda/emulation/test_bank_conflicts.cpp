@@ -2,12 +2,14 @@
 // arithmetics (tile_layout.h, arithmetic.h) and the writes of the copies (product.h). A wavefront serves 32
 // banks of 4 bytes. Lanes that access different words of one bank need several wavefronts; lanes that access
 // the same word need one. An access of 16 bytes a lane is split into quarters of a warp. Every 16-byte access
-// must take no more wavefronts than its number of distinct words requires.
+// must take no more wavefronts than its number of distinct words requires. The same of padded matrices
+// (padded.h), with the tiles that the lanes of a warp have in the kernel of small perceptrons.
 #include <algorithm>
 #include <cstdio>
 #include <set>
 #include <vector>
 
+#include "cuda/product/padded.h"
 #include "cuda/product/shared_matrix.h"
 #include "cuda/product/tile_layout.h"
 
@@ -33,12 +35,14 @@ int wavefronts(const std::vector<int>& lanes, int width) {
   return total;
 }
 
-void check(const char* what, const std::vector<int>& words, int width) {
-  const int ideal = width;  // one wavefront for each 32 / width lanes
+void check(const char* what, const std::vector<int>& words, int width, int most) {
   const int got = wavefronts(words, width);
-  if (got <= ideal) return;
-  std::printf("%s: %d wavefronts instead of %d\n", what, got, ideal);
+  if (got <= most) return;
+  std::printf("%s: %d wavefronts instead of %d\n", what, got, most);
   ++failures;
+}
+void check(const char* what, const std::vector<int>& words, int width) {
+  check(what, words, width, width);  // one wavefront for each 32 / width lanes
 }
 
 /// word(lane) for all 32 lanes.
@@ -147,9 +151,47 @@ void check_shared_matrix(int columns) {
   }
 }
 
+/// The loads of a layer of `in` by `out` on n samples (run/small_mlp_tiles.h). Half a warp has 16 tiles of
+/// two rows by a vector; of a weight gradient a warp has 32 tiles of a vector by a vector.
+template <class T>
+void check_padded(int in, int out, int n) {
+  constexpr int V = kVector<T>, kWords = sizeof(T) / 4;
+  const int in_stride = padded_stride<T>(in), out_stride = padded_stride<T>(out);
+  if (in_stride <= in || in_stride / V % 2 == 0) std::printf("a stride is too short or even\n"), ++failures;
+  const int row_tiles = (n + 1) / 2;
+  auto of_tiles = [&](const char* what, int columns, bool goes_on, auto word) {
+    const int tiles = row_tiles * columns;
+    for (int first = 0; first < tiles; first += 16) {
+      check(what, warp([&](int lane) {
+              const int tile = std::min(first + lane % 16, tiles - 1);
+              return kWords * word(tile / columns, tile % columns);
+            }),
+            4, goes_on ? 8 : 4);
+    }
+  };
+  of_tiles("input of a layer", vectors<T>(out), false, [&](int row, int) { return row * in_stride; });
+  of_tiles("columns of a weight", vectors<T>(out), true, [&](int, int column) { return column * V; });
+  of_tiles("cotangent", vectors<T>(in), false, [&](int row, int) { return row * out_stride; });
+  of_tiles("rows of a weight", vectors<T>(in), true, [&](int, int column) { return column * out_stride; });
+  const int columns = vectors<T>(out), tiles = vectors<T>(in + 1) * columns;
+  for (int first = 0; first < tiles; first += 32) {
+    auto tile = [&](int lane) { return std::min(first + lane, tiles - 1); };
+    check("input, for a weight's gradient",
+          warp([&](int lane) { return kWords * (tile(lane) / columns * V); }), 4);
+    check("cotangent, for a weight's gradient",
+          warp([&](int lane) { return kWords * (tile(lane) % columns * V); }), 4, 8);
+  }
+}
+
 }  // namespace
 
 int main() {
+  for (int in = 1; in <= 130; ++in) {
+    for (const int out : {1, 2, 3, 5, 16, 32, 40, 41, 64, 100}) {
+      check_padded<float>(in, out, 10), check_padded<double>(in, out, 25);
+      check_padded<float>(out, in, 5);
+    }
+  }
   check_tiles<float, 32>();
   check_tiles<float, 64>();
   check_tiles<float, 128>();
