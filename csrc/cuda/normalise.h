@@ -129,28 +129,28 @@ struct View : ChannelView<T> {
     return std::min(int{kTileRows}, n * outputs - tile_start());
   }
 
-  /// Calls put(element of x, load(element, chosen)) for each vector of this thread; chosen(p) is the sum of p
-  /// [y] over the outputs that chose the pixel, in ascending order, and zero for a null p.
-  template <int kAtOnce, class Load, class Put>
-  __device__ __forceinline__ void each_input(const Layer& l, int cells, Load load_of, Put put) const {
+  /// Calls store(element of x, load(element, chosen)) for each vector of this thread; chosen(p) is the sum of
+  /// p [y] over the outputs that chose the pixel, in ascending order, and zero for a null p.
+  template <int kAtOnce, class Load, class Store>
+  __device__ __forceinline__ void each_input(const Layer& l, int cells, Load load_of, Store store_to) const {
     if (pooled) {
       each_place<N>(Windows(l), team, threads, n, cells, c, saved.places + channel,
                     [&](int64_t from, auto choosing) {
-                      put(from + channel, load_of(from + channel, [&](const T* p) {
-                            Values sum = T(0);
-                            if (p) {
-                              choosing([&](int64_t output, const Numbers<bool, N>& chosen) {
-                                sum += where(chosen, at(p, output + channel));
-                              });
-                            }
-                            return sum;
-                          }));
+                      store_to(from + channel, load_of(from + channel, [&](const T* p) {
+                                 Values sum = T(0);
+                                 if (p) {
+                                   choosing([&](int64_t output, const Numbers<bool, N>& chosen) {
+                                     sum += where(chosen, at(p, output + channel));
+                                   });
+                                 }
+                                 return sum;
+                               }));
                     });
     } else {
       each_row<kAtOnce>(
           team, threads, n * pixels,
           [&](int r) { return load_of(element(r), [&](const T* p) { return row(p, r); }); },
-          [&](int r, const auto& loaded) { put(element(r), loaded); });
+          [&](int r, const auto& loaded) { store_to(element(r), loaded); });
     }
   }
 };

@@ -125,7 +125,11 @@ def test_waves_and_the_time_of_a_launch() -> None:
     # One block: its own cycles. Four of 64 registers on a multiprocessor: what they share, if it is more.
     clock, phase = C["clock"].value * 1e3, C["phase"].value
     mlp = {"phases": 10, "cycles": 4000.0, "registers": 64}
-    for blocks, busy, cycles in ((25, 3000.0, 10 * phase + 4000), (528, 3000.0, 12000), (529, 1000.0, 2 * 6000)):
+    for blocks, busy, cycles in (
+        (25, 3000.0, 10 * phase + 4000),
+        (528, 3000.0, 12000),
+        (529, 1000.0, 20 * phase + 8000),
+    ):
         predicted = launch(grid=(1, 1, blocks), busy_cycles=busy, **mlp).microseconds()
         assert predicted == pytest.approx(fixed + cycles / clock)
 

@@ -189,14 +189,15 @@ def test_a_user_graph_reads_the_plan_and_does_not_write_it(
 
 
 def test_static_shared_memory_counts_towards_the_limit_of_a_launch() -> None:
-    """A task takes 48,128 bytes and the kernel declares some 3 KB: together more than the default limit of 48 KB."""
+    """A task takes 48,192 bytes and the kernel declares some 3 KB: together more than the default limit of 48 KB."""
     model = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
-    maml = FusedMAML(model, 0.01, 1, loss="mse", backend="fused")
+    rate = nn.Parameter(torch.tensor(0.01))  # learned: the kernel of plain perceptrons does not serve it
+    maml = FusedMAML(model, rate, 1, loss="mse", backend="fused")
     data = list(torch.randn(4, 2, 5, 1))
     _, grads = run(maml, data)
     assert runner(maml, data).executor == "megakernel"
     _, expected = reference.meta_gradient(model, "mse", *data, 0.01, 1)
-    assert max(relative_errors(grads, expected).values()) < 1e-5
+    assert max(relative_errors({name: grads[name] for name in expected}, expected).values()) < 1e-5
 
 
 @pytest.mark.parametrize("make", [mlp, conv])

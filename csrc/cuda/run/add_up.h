@@ -32,11 +32,11 @@ static_assert(kSummed<float> <= kReductionThreads);
 inline constexpr int64_t kMostSumBlocks =
     kSmallTiles ? 3 : 512;  // of a tensor; several for each multiprocessor
 
-/// Calls put(i, sum) for the elements i of a tensor of `size` elements, at `at` in a task's result, that this
+/// Calls store(i, sum) for the elements i of a tensor of `size` elements, at `at` in a task's result, that this
 /// block owns; only in the last chunk. All threads must call.
-template <class T, class Put>
+template <class T, class Store>
 __device__ __forceinline__ void each_sum(Team team, const AddUp& a, const Memory& chunk, int64_t at,
-                                         int64_t size, Put put) {
+                                         int64_t size, Store store) {
   constexpr int N = kVector<T>, rows = kReductionThreads / kSumLanes;
   __shared__ Numbers<T, N> values[kTasksAtOnce][kSumLanes];
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kSumLanes, row = thread / kSumLanes;
@@ -65,7 +65,7 @@ __device__ __forceinline__ void each_sum(Team team, const AddUp& a, const Memory
       __syncthreads();
     }
     if (owns && !a.last) totals[own] = sum;
-    if (owns && a.last) put(own, static_cast<T>(sum));
+    if (owns && a.last) store(own, static_cast<T>(sum));
   }
 }
 

@@ -23,9 +23,7 @@ constexpr int64_t kMostTasksAtOnce = 65535;  // blockIdx.z
 /// Multiply-adds of one forward pass over support and query above which the batched executor is used even if
 /// the state fits one block. A block does some 50 G multiply-adds a second, limited by one load from shared
 /// memory for each, so that these take 20 us. That is as long as the launches of such a pass take in the
-/// batched executor, which then uses all multiprocessors. (A policy of 2000 samples with two layers of 100
-/// units has 21 M in each set: 20 blocks on 132 multiprocessors would take more than a millisecond, the
-/// batched executor about a third.)
+/// batched executor, which then uses all multiprocessors.
 constexpr int64_t kMostWorkOfABlock = int64_t{1} << 20;
 
 /// Samples of a tile, where not all samples fit. Smaller tiles would leave threads of the block without work.
@@ -98,8 +96,8 @@ struct Runner<T>::State {
   PlanBytes plan_bytes;
   size_t rates_at = 0, slices_at = 0, program_at = 0;
   int program_length = 0;
-  Work program_work;            // of the megakernel
-  std::optional<SmallMlp> mlp;  // where one block runs it as such, without a program
+  std::optional<SmallMlp> mlp;  // run without a program, by a kernel of its own
+  Work work_of_task;            // of the megakernel
   std::once_flag written;
   std::shared_ptr<const DeviceBytes> on_device;  // the plan, from the first call on
   std::mutex replay;  // held while a graph's table is written and its launch enqueued
@@ -123,13 +121,16 @@ struct Runner<T>::State {
     problem = *std::move(small);
     executor = Executor::megakernel;
     layout = Layout(problem, true, true);
-    if (mlp) return;
+    if (mlp) {
+      work_of_task = work_of<T>(problem, *mlp);
+      return;
+    }
     const Recorder<T> recorder(problem);
     const Task<T> task = symbolic_task<T>(problem, layout, true);
     TaskRunner<Recorder<T>, T>(recorder, problem, task, place<T>(Region::task, layout.work)).run();
     program_at = plan_bytes.append(recorder.program().data(), recorder.program().size());
     program_length = static_cast<int>(recorder.program().size());
-    program_work = work_of(problem, recorder.program());
+    work_of_task = work_of(problem, recorder.program());
   }
 
   /// The problem in the form that the megakernel takes: unchanged, or in the largest tiles that fit the
@@ -310,15 +311,11 @@ struct Runner<T>::State {
       const int64_t tasks = std::min(chunk(call), call.tasks - c * chunk(call));
       const Launcher launch{stream, tasks, memory_of(c), branch};
       if (executor == Executor::megakernel) {
-        const Span* of_chunk = host_spans->data() + c * order.count;
-        Span* chunk_table = const_cast<Span*>(table) + c * order.count;
-        if (mlp) {
-          note([&] { return work_of<T>(problem, *mlp); });
-          launch_small_mlp<T>(launch, *mlp, of_chunk, order, chunk_table);
-        } else {
-          note([&] { return program_work; });
-          launch_megakernel<T>(launch, problem, layout, view, of_chunk, order, chunk_table);
-        }
+        note([&] { return work_of_task; });
+        const Span* from = host_spans->data() + c * order.count;
+        Span* to = const_cast<Span*>(table) + c * order.count;
+        if (mlp) launch_small_mlp<T>(launch, *mlp, from, order, to);
+        if (!mlp) launch_megakernel<T>(launch, problem, layout, view, from, order, to);
       } else {
         run_batched(launch, view, order, std::exchange(counters, 0));
       }

@@ -67,18 +67,23 @@ __device__ void direction(Team team, const RateSlice& s, const T* rates, const T
   map_elements(team, s.size, [&](T v, T own) { return rate.of(own) * v; }, out + s.at, v + s.at, rate.each);
 }
 
+template <class T>
+__device__ void subtract(Team team, int64_t size, const T* x, T* y) {
+  map_elements(team, size, [](T y, T x) { return y - x; }, y, static_cast<const T*>(y), x);
+}
+
 /// `out` may be null.
 template <class T>
 __device__ void retreat(Team team, const RateSlice& s, const T* rates, const T* product, T* v, T* out) {
+  if (!out) return subtract(team, s.size, product + s.at, v + s.at);
   const SliceRates<T> rate(s, rates);
-  const T* const before = v + s.at;
   map_elements(
       team, s.size,
       [&](T v, T product, T own) {
         const T moved = v - product;
         return Numbers<T, 2>{moved, rate.of(own) * moved};
       },
-      Outputs<T, 2>{{v + s.at, out ? out + s.at : nullptr}}, before, product + s.at, rate.each);
+      Outputs<T, 2>{{v + s.at, out + s.at}}, static_cast<const T*>(v + s.at), product + s.at, rate.each);
 }
 
 /// For one rate per element, where no two elements share a rate.
@@ -116,10 +121,6 @@ __device__ void shared_rate_gradients(const RateSlice* slices, int count, const 
   }
 }
 
-template <class T>
-__device__ void subtract(Team team, int64_t size, const T* x, T* y) {
-  map_elements(team, size, [](T y, T x) { return y - x; }, y, static_cast<const T*>(y), x);
-}
 template <class T>
 __device__ void add_weighted(Team team, int64_t size, const T* w, const T* x, T* y) {
   const T weight = *w;
