@@ -58,11 +58,10 @@ def test_learned_rates_and_the_multi_step_loss() -> None:
     for fused in (True, False):
         dtype = torch.float32 if fused else torch.float64
         rates = {n: nn.Parameter(torch.full((2,), 0.1, dtype=dtype)) for n, _ in model.named_parameters()}
-        maml = FusedMAML(
-            copy.deepcopy(model).to(dtype), rates, 2, loss="cross_entropy", backend="fused" if fused else "reference"
-        )
-        maml.zero_grad()
-        maml(*data(dtype), query_weights=torch.tensor([0.2, 0.3, 0.5], dtype=dtype)).loss.backward()
+        backend = "fused" if fused else "reference"
+        twin = copy.deepcopy(model).to(dtype)
+        maml = FusedMAML(twin, rates, 2, loss="cross_entropy", query_weights=[0.2, 0.3, 0.5], backend=backend)
+        maml(*data(dtype)).loss.backward()
         results.append({n: p.grad.double() for n, p in maml.named_parameters() if p.grad is not None})
     assert_close(*results, 2e-5)
 
@@ -98,7 +97,7 @@ def test_building_blocks(loss: str) -> None:
 def test_policy() -> None:
     """The policy of the MAML paper: the meta-gradient and the Fisher-vector product of TRPO."""
     torch.manual_seed(0)
-    maml, oracle = pair(GaussianPolicy(2, 2, width=100), 0.1, 1, loss="policy_gradient")
+    maml, oracle = pair(GaussianPolicy(2, 2, width=100), 0.1, 1, loss="gaussian_policy_gradient")
 
     def sets(dtype: torch.dtype) -> list[Any]:
         torch.manual_seed(1)

@@ -44,7 +44,6 @@
 #include "cuda/loss.h"
 #include "cuda/pointwise.h"
 #include "cuda/run/chain.h"
-#include "cuda/run/last_block.h"
 
 namespace maml::cuda {
 
@@ -70,7 +69,8 @@ class Chunk {
         lane_(thread_ % kWarp),
         warp_(thread_ / kWarp) {}
 
-  __device__ __forceinline__ void run(Team team, int64_t part_size, unsigned* counter) {
+  /// Writes the chunk's part; that is the result where there is one chunk only.
+  __device__ __forceinline__ void run(Team team, int64_t part_size) {
     const int samples = static_cast<int>(loss_.samples);
     const int first = samples_before(team.block, team.blocks, samples);
     const int end = samples_before(team.block + 1, team.blocks, samples);
@@ -89,8 +89,6 @@ class Chunk {
     if (t_.gradient) write_gradient(gradient, to);
     T* const value = team.blocks > 1 ? to + t_.limit : t_.value;
     if (t_.value && thread_ == 0) *value = shared_[at_.value];
-    if (team.blocks == 1 || !(t_.gradient || t_.value)) return;
-    if (last_to_arrive(counter, static_cast<unsigned>(team.blocks))) add_parts(team.blocks, part_size);
   }
 
  private:
@@ -308,7 +306,7 @@ class Chunk {
     }
     if (t_.cotangent) {
       for (int i = thread_; i < samples_ * width; i += kChunkThreads) g[i] = t_.cotangent[first_ * width + i];
-    } else if (t_.target.y) {
+    } else if (kPass == Pass::metric || t_.target.y) {  // the metric has no actions
       const Target<T> target = t_.target.from(part.kind, width, first_);
       if constexpr (kPass == Pass::metric) {
         loss_metric(team, part, y, target, y_dot, g);
@@ -434,29 +432,6 @@ class Chunk {
     }
     if (chain_.append < t_.limit && thread_ < chain_.appended)
       to[chain_.append + thread_] = shared_[at_.append_sums + thread_];
-  }
-
-  /// The sums over the parts of all chunks, in their order.
-  __device__ __forceinline__ void add_parts(int chunks, int64_t part_size) const {
-    auto add = [&](int64_t at, int size) {
-      for (int i = thread_; t_.gradient && at >= 0 && at < t_.limit && i < size; i += kChunkThreads) {
-        T sum = 0;
-#pragma unroll 4
-        for (int c = 0; c < chunks; ++c) sum += t_.parts[c * part_size + at + i];
-        t_.gradient[at + i] = sum;
-      }
-    };
-    for (int l = 0; l < chain_.count; ++l) {
-      const ChainLayer& layer = chain_.layers[l];
-      add(layer.weight, layer.in * layer.out);
-      add(layer.bias, layer.out);
-    }
-    add(chain_.append, chain_.appended);
-    if (t_.value && thread_ == 0) {
-      double value = 0;
-      for (int c = 0; c < chunks; ++c) value += static_cast<double>(t_.parts[c * part_size + t_.limit]);
-      *t_.value = static_cast<T>(value);
-    }
   }
 
   const Chain& chain_;

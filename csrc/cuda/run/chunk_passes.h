@@ -2,8 +2,34 @@
 #pragma once
 
 #include "cuda/run/chunk_kernel.h"
+#include "cuda/run/last_block.h"
 
 namespace maml::cuda {
+
+/// The sums over the parts of all chunks, in their order, by one block.
+template <class T>
+__device__ void add_parts(const Chain& chain, const ChunkTensors<T>& t, int chunks, int64_t part_size) {
+  const int thread = static_cast<int>(threadIdx.x);
+  auto add = [&](int64_t at, int size) {
+    for (int i = thread; t.gradient && at >= 0 && at < t.limit && i < size; i += kChunkThreads) {
+      T sum = 0;
+#pragma unroll 4
+      for (int c = 0; c < chunks; ++c) sum += t.parts[c * part_size + at + i];
+      t.gradient[at + i] = sum;
+    }
+  };
+  for (int l = 0; l < chain.count; ++l) {
+    const ChainLayer& layer = chain.layers[l];
+    add(layer.weight, layer.in * layer.out);
+    add(layer.bias, layer.out);
+  }
+  add(chain.append, chain.appended);
+  if (t.value && thread == 0) {
+    double value = 0;
+    for (int c = 0; c < chunks; ++c) value += static_cast<double>(t.parts[c * part_size + t.limit]);
+    *t.value = static_cast<T>(value);
+  }
+}
 
 template <class Unit, Pass kPass>
 __global__ void __launch_bounds__(kChunkThreads, 1)
@@ -25,7 +51,11 @@ __global__ void __launch_bounds__(kChunkThreads, 1)
          here(s.gradient),  s.limit,           here(s.parts)};
   }
   __syncthreads();
-  Chunk<Unit, kPass>(chain, places, loss, t, sums).run(grid_team(), part_size, memory.counters_of(task));
+  Chunk<Unit, kPass>(chain, places, loss, t, sums).run(grid_team(), part_size);
+  if (gridDim.x == 1 || !(t.gradient || t.value)) return;
+  if (last_to_arrive(memory.counters_of(task), gridDim.x)) {
+    add_parts(chain, t, static_cast<int>(gridDim.x), part_size);
+  }
 }
 
 /// f(kernel) of a pass.

@@ -273,7 +273,7 @@ void check(const Net& net, int64_t n, double tolerance) {
   t.gradient = product, t.direction = direction;
   launch_chunks<T>(launch, Pass::product, chain, whole_set, t);
   if (is_policy(net.loss)) {
-    t.gradient = metric;
+    t.gradient = metric, t.target.y = nullptr;  // it has no actions
     launch_chunks<T>(launch, Pass::metric, chain, whole_set, t);
   }
   each([&](int64_t task) {
