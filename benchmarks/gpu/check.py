@@ -37,7 +37,7 @@ IN_PLACE = (
     "import pathlib, runpy; here = pathlib.Path.cwd(); build = runpy.run_path('setup.py'); "
     "build['compile_with_cmake'](here / 'build' / 'in_place', here / 'maml_cuda', '0', build['find_nvcc']())",
 )
-NSIGHT_KERNELS = "forward_kernel|weight_gradient|normalise_backward|megakernel|small_mlp|stem"
+NSIGHT_KERNELS = "forward_kernel|gradients_kernel|normalise_backward|megakernel|small_mlp|stem"
 CUDA_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 
 

@@ -39,7 +39,7 @@ template <>
 struct OnGpu<Kind::conv2d> {
   static Footprint footprint(const Layer& l) {
     refuse_large(l);
-    return {0, weight_gradient_scratch(l)};
+    return {0, std::max(convolve_scratch(l), gradients_scratch(l))};
   }
 
   template <class T>
@@ -47,24 +47,20 @@ struct OnGpu<Kind::conv2d> {
                     int count, const Tensors<T>& t) {
     const Terms<T> terms = terms_of(factors, count);
     if (tangent == Tangent::no) {
-      convolve(launch, "conv2d forward", l, terms, t.w[1], t.y, {t.statistics, nullptr});
+      convolve(launch, "conv2d forward", l, terms, t.w[1], t.y, {t.statistics, nullptr}, t.scratch);
     } else {
-      convolve<T>(launch, "conv2d forward tangent", l, terms, t.w_dot[1], t.y_dot, {t.statistics_dot, t.y});
+      convolve<T>(launch, "conv2d forward tangent", l, terms, t.w_dot[1], t.y_dot, {t.statistics_dot, t.y},
+                  t.scratch);
     }
   }
   template <class T>
-  static void adjoint_x(const Launcher& launch, Tangent tangent, const Layer& l, const Factors<T>* factors,
-                        int count, bool add, T* grad_x) {
-    const char* name = tangent == Tangent::no ? "conv2d input gradient" : "conv2d input gradient tangent";
-    input_gradient(launch, name, l, terms_of(factors, count), add, grad_x);
-  }
-  template <class T>
-  static void adjoint_w(const Launcher& launch, Tangent tangent, const Layer& l, const Factors<T>* factors,
-                        int count, const Tensors<T>& t) {
+  static void adjoint(const Launcher& launch, Tangent tangent, const Layer& l, const Factors<T>* of_w,
+                      int count_w, const Factors<T>* of_x, int count_x, const Tensors<T>& t) {
     const bool dot = tangent == Tangent::yes;
     T* const* grad_w = dot ? t.grad_w_dot : t.grad_w;
-    weight_gradient(launch, dot ? "conv2d weight gradient tangent" : "conv2d weight gradient", l,
-                    terms_of(factors, count), t.add_w[0], t.add_w[1], grad_w[0], grad_w[1], t.scratch);
+    const WeightTerms<T> weight{terms_of(of_w, count_w), t.add_w[0], t.add_w[1], grad_w[0], grad_w[1]};
+    const InputTerms<T> input{terms_of(of_x, count_x), t.add_x[0], dot ? t.grad_x_dot[0] : t.grad_x[0]};
+    gradients(launch, dot ? "conv2d gradients tangent" : "conv2d gradients", l, weight, input, t.scratch);
   }
 };
 template struct Implementation<Kind::conv2d>;

@@ -1,68 +1,62 @@
-// What the three matrix products of a convolution share: the choice of arithmetic and tile, and the
-// declarations of the products, from which conv2d.cu builds the passes.
+// What the three matrix products of a convolution share: the choice of arithmetic, and the declarations of
+// the launches, from which conv2d.cu builds the passes.
 #pragma once
 
 #include <type_traits>
 
+#include "cuda/product/cut.h"
 #include "cuda/product/product.h"
 #include "cuda/run/launch.h"
 
 namespace maml::cuda {
 
-/// Tile shapes: Wide; Narrow for n <= 32; Small for few outputs, with warps that share k, so that there are
-/// enough blocks and each is done soon. With small tiles (a test build) a tile has one warp, or two that
-/// share k. A warp's part of the tile decides how often an operand is read from shared memory and rounded:
-/// docs/gpu.md derives the rates. Wide is limited by registers: 128 sums a thread with matrix instructions,
-/// 64 (8 x 8) in float32.
-template <class Arithmetic, bool SmallTiles = kSmallTiles>
-struct Tiles {
-  static constexpr int kWarpM = Arithmetic::kMatrix ? 64 : 32;
-  using Wide = std::conditional_t<sizeof(typename Arithmetic::T) == 8, Tile<32, 32, 2, 2, 1, 4>,
-                                  Tile<kWarpM, 64, 2, 1, 2, 3>>;
-  using Narrow = Tile<kWarpM, 32, 2, 1, 2, 3>;
-  using Small = Tile<32, 32, 1, 1, 4, 3>;
-};
-template <class Arithmetic>
-struct Tiles<Arithmetic, true> {
-  using Wide = Tile<32, 32, 1, 1, 1, 3>;
-  using Narrow = Wide;
-  using Small = Tile<32, 32, 1, 1, 2, 2>;
-};
-
-/// Up to this number of outputs of one task, Small is used: at the usual 4 to 32 tasks, Wide tiles would be
-/// too few to occupy the GPU.
-constexpr int64_t kSmallOutputs = kSmallTiles ? 512 : 65536;
-
-/// Resident blocks per multiprocessor for which the kernel's registers must suffice. Most of them hold the
-/// sums of a thread and the operands of one step.
+/// Resident blocks per multiprocessor for which the kernel's registers must suffice: 168 a thread for three
+/// blocks, 255 for two. Most of them hold the sums of a thread and the operands of one step, of which bf16x3
+/// has two parts.
 template <class Arithmetic, class Tile>
 inline constexpr int kResidentProducts =
-    sizeof(typename Arithmetic::T) == 8 || Tile::kSums > (Arithmetic::kMatrix ? 64 : 32) ? 2
-    : Arithmetic::kMatrix                                                                ? 3
-                                                                                         : 4;
+    sizeof(typename Arithmetic::T) == 8 ||
+            Tile::kSums > (Arithmetic::kMatrix && !std::is_same_v<Arithmetic, Bf16x3> ? 64 : 32)
+        ? 2
+        : 3;
 
-/// Calls f.operator()<Arithmetic, Tile>() for `outputs` elements of C with n columns.
+/// Calls f.operator()<Arithmetic>() for the precision of a layer on tensors of T.
 template <class T, class F>
-void with_product(const Layer& l, int64_t outputs, int64_t n, F f) {
-  auto with_tile = [&]<class Arithmetic>() {
-    using Choice = Tiles<Arithmetic>;
-    if (outputs <= kSmallOutputs) return f.template operator()<Arithmetic, typename Choice::Small>();
-    if (n <= 32) return f.template operator()<Arithmetic, typename Choice::Narrow>();
-    return f.template operator()<Arithmetic, typename Choice::Wide>();
-  };
+void with_arithmetic(Precision precision, F f) {
   if constexpr (std::is_same_v<T, float>) {
-    switch (l.precision) {
+    switch (precision) {
       case Precision::bf16x3:
-        return with_tile.template operator()<Bf16x3>();
+        return f.template operator()<Bf16x3>();
       case Precision::tf32:
-        return with_tile.template operator()<Tf32>();
+        return f.template operator()<Tf32>();
       case Precision::bfloat16:
-        return with_tile.template operator()<Bf16>();
+        return f.template operator()<Bf16>();
       case Precision::float32:
         break;
     }
   }
-  with_tile.template operator()<Simt<T>>();
+  f.template operator()<Simt<T>>();
+}
+
+/// Up to this number of outputs of one task, a product that is not split has Small tiles.
+constexpr int64_t kSmallOutputs = kSmallTiles ? 512 : 65536;
+
+/// Calls f.operator()<Arithmetic, Tile>() for `outputs` elements of C with n columns, where k is not split.
+template <class T, class F>
+void with_product(const Layer& l, int64_t outputs, int64_t n, F f) {
+  const TileClass tile = outputs <= kSmallOutputs ? TileClass::small
+                         : n <= 32                ? TileClass::narrow
+                                                  : TileClass::wide;
+  with_arithmetic<T>(l.precision, [&]<class Arithmetic>() {
+    with_tile<Arithmetic>(tile, [&]<class Tile>() { f.template operator()<Arithmetic, Tile>(); });
+  });
+}
+
+/// Elements of scratch for a launch of these products. Precisions with matrix instructions have other tiles.
+inline int64_t split_scratch(const Layer& l, std::span<const Extent> products) {
+  const int64_t plain = Cut(false, products).parts_size(products);
+  if (l.precision == Precision::float32) return plain;
+  return std::max(plain, Cut(true, products).parts_size(products));  // a layer may also be computed in double
 }
 
 /// Whether a tensor can be accessed in 16-byte vectors: its rows are whole vectors, and its address is
@@ -112,18 +106,30 @@ struct StatisticsOf {
 /// out = bias + sum of terms (x, w).
 template <class T>
 void convolve(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, const T* bias, T* out,
-              StatisticsOf<T> statistics);
-
-/// grad_x (+)= sum of terms (grad_y, w).
-template <class T>
-void input_gradient(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, bool add,
-                    T* grad_x);
+              StatisticsOf<T> statistics, T* scratch);
+int64_t convolve_scratch(const Layer& l);
 
 /// grad_w (+)= sum of terms (x, grad_y), grad_b (+)= column sums of the first term's grad_y; either may be
 /// null.
 template <class T>
-void weight_gradient(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, bool add_w,
-                     bool add_b, T* grad_w, T* grad_b, T* scratch);
-int64_t weight_gradient_scratch(const Layer& l);
+struct WeightTerms {
+  Terms<T> terms;
+  bool add_w = false, add_b = false;
+  T *grad_w = nullptr, *grad_b = nullptr;
+};
+
+/// grad_x (+)= sum of terms (grad_y, w); null: not wanted.
+template <class T>
+struct InputTerms {
+  Terms<T> terms;
+  bool add = false;
+  T* grad_x = nullptr;
+};
+
+/// Both gradients in one launch, or the one that is wanted.
+template <class T>
+void gradients(const Launcher& launch, const char* name, const Layer& l, const WeightTerms<T>& weight,
+               const InputTerms<T>& input, T* scratch);
+int64_t gradients_scratch(const Layer& l);
 
 }  // namespace maml::cuda

@@ -4,9 +4,11 @@
 //   A [m, k]         x gathered at (pixel, tap), zero in the padding
 //   B [k, n]         w [tap, c_in, c_out], as it stands in memory
 //
-// blockIdx: x tile of m, y tile of n, z task. Numerics: sums in ascending k, first term first, then the bias.
-// tile_statistics.h computes the statistics of the output.
+// k is split over blocks where there are few tiles (split.h). blockIdx: x the blocks of a task; z task.
+// Numerics: sums in ascending k, first term first; parts of k in order; then the bias. tile_statistics.h
+// computes the statistics of the output.
 #include "cuda/conv2d.h"
+#include "cuda/product/split.h"
 #include "cuda/product/tile_statistics.h"
 #include "cuda/run/work.h"
 
@@ -18,25 +20,31 @@ struct Forward {
   PixelsByTaps a;
   Rows b;
   Terms<T> terms;
+  Split split;
   const T* bias;
-  T* y;
+  T *y, *parts;
   bool vectors_y;
   StatisticsOf<T> statistics;
 };
 
 template <class Arithmetic, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic, Tile>)
-    forward_kernel(const __grid_constant__ Forward<typename Arithmetic::T> p, Deferred deferred) {
-  const Memory memory = deferred.ready();
+    forward_kernel(const __grid_constant__ Forward<typename Arithmetic::T> p,
+                   const __grid_constant__ Deferred deferred) {
+  const Memory& memory = deferred.ready();
   using T = typename Arithmetic::T;
   using Forward = Product<Arithmetic, Tile, PixelsByTaps, Rows>;
   const int64_t task = blockIdx.z;
-  const int m0 = static_cast<int>(blockIdx.x) * Tile::kM, n0 = static_cast<int>(blockIdx.y) * Tile::kN;
+  static_assert(kDepthGrain % Forward::kDepth == 0);
+  const Share share(p.split, static_cast<int>(blockIdx.x), p.a.gather.depth);
+  const int m0 = share.m_tile * Tile::kM, n0 = share.n_tile * Tile::kN;
   const int rows = p.a.gather.pixels, n = p.b.n;
 
   typename Forward::Accumulators sums;
-  Forward::compute(p.a, p.b, p.terms, memory, task, m0, n0, 0, p.a.gather.depth, sums,
+  Forward::compute(p.a, p.b, p.terms, memory, task, m0, n0, share.begin, share.end, sums,
                    [](bool, const T*, auto) {});
+  if (!add_parts<Forward>(p.split, share, resolve(p.parts, memory, task), memory.counters_of(task), sums))
+    return;
   const auto at = Forward::position(m0, n0);
   if (!at.owner) return;
   if (const T* const bias = resolve(p.bias, memory, task)) {
@@ -55,28 +63,49 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic, 
   }
 }
 
+Extent extent_of(const Layer& l) {
+  return {l.n * l.out.h * l.out.w, l.out.c, l.window.kernel_h * l.window.kernel_w * l.in.c};
+}
+
 }  // namespace
+
+int64_t convolve_scratch(const Layer& l) {
+  const Extent product = extent_of(l);
+  return split_scratch(l, std::span(&product, 1));
+}
 
 template <class T>
 void convolve(const Launcher& launch, const char* name, const Layer& l, Terms<T> terms, const T* bias, T* out,
-              StatisticsOf<T> statistics) {
+              StatisticsOf<T> statistics, T* scratch) {
   const PatchGather gather = patch_gather<T>(l);
   terms.vectors_a = in_vectors(terms.a, terms.count, l.in.c);
   terms.vectors_b = in_vectors(terms.b, terms.count, l.out.c);
-  const Forward<T> p{
-      {gather},  {gather.depth, static_cast<int>(l.out.c)}, terms, bias, out, in_vectors(out, l.out.c),
-      statistics};
-  const int64_t m = gather.pixels, n = l.out.c;
-  note([&] { return product_work<T>(m, n, gather.depth, terms.count, l.n * size(l.in), m * n); });
-  with_product<T>(l, m * n, n, [&]<class Arithmetic, class Tile>() {
-    launch(name, forward_kernel<Arithmetic, Tile>, {blocks_for(m, Tile::kM), blocks_for(n, Tile::kN)},
-           Tile::kThreads, Product<Arithmetic, Tile, PixelsByTaps, Rows>::kSharedBytes, p, launch.memory);
+  Forward<T> p{{gather},  {gather.depth, static_cast<int>(l.out.c)},
+               terms,     {},
+               bias,      out,
+               scratch,   in_vectors(out, l.out.c),
+               statistics};
+  const Extent product = extent_of(l);
+  with_arithmetic<T>(l.precision, [&]<class Arithmetic>() {
+    const Cut cut(Arithmetic::kMatrix, std::span(&product, 1));
+    SplitPlacer splits;
+    p.split = splits.place(cut, product);
+    note([&] {
+      Work work = traffic<T>(splits.slots() * cut.size.elements(), 2);
+      work += product_work<T>(product.m, product.n, product.k, terms.count, l.n * size(l.in),
+                              product.m * product.n);
+      return work;
+    });
+    with_tile<Arithmetic>(cut.tile, [&]<class Tile>() {
+      launch(name, forward_kernel<Arithmetic, Tile>, {cut.size.tiles(product) * p.split.parts},
+             Tile::kThreads, Product<Arithmetic, Tile, PixelsByTaps, Rows>::kSharedBytes, p, launch.memory);
+    });
   });
 }
 
 template void convolve<float>(const Launcher&, const char*, const Layer&, Terms<float>, const float*, float*,
-                              StatisticsOf<float>);
+                              StatisticsOf<float>, float*);
 template void convolve<double>(const Launcher&, const char*, const Layer&, Terms<double>, const double*,
-                               double*, StatisticsOf<double>);
+                               double*, StatisticsOf<double>, double*);
 
 }  // namespace maml::cuda

@@ -26,8 +26,8 @@ enum class Operand { x0, x1, y };
 ///               With several inputs x, add and grad_x are arrays; null means zero, or not wanted.
 ///   bilinear    apply(launch, tangent, layer, factors, count, tensors): y or y_dot = bias + the sum of x * w
 ///               over one or two factors {x, w}
-///               adjoint_x(launch, tangent, layer, factors {g, w}, count, add, grad_x)
-///               adjoint_w(launch, tangent, layer, factors {x, g}, count, tensors): also the bias gradient
+///               adjoint(launch, tangent, layer, factors {x, g}, count, factors {g, w}, count, tensors): the
+///               gradients of w, of the bias and of x, those that are wanted
 ///               footprint(layer)
 ///               Of two inputs in place of an input and parameters, y = B(x0, x1):
 ///               product(launch, tangent, layer, result, factors, count, add, out, scratch), with one or two
@@ -85,14 +85,8 @@ LaunchPasses<T> bilinear_passes() {
         OnGpu<K>::apply(launch, Tangent::no, l, &factors, 1, t);
       },
       [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-        if (t.grad_w[0] || t.grad_w[1]) {
-          const Factors<T> factors{t.x[0], t.grad_y};
-          OnGpu<K>::adjoint_w(launch, Tangent::no, l, &factors, 1, t);
-        }
-        if (t.grad_x[0]) {
-          const Factors<T> factors{t.grad_y, t.w[0]};
-          OnGpu<K>::adjoint_x(launch, Tangent::no, l, &factors, 1, t.add_x[0], t.grad_x[0]);
-        }
+        const Factors<T> of_w{t.x[0], t.grad_y}, of_x{t.grad_y, t.w[0]};
+        OnGpu<K>::adjoint(launch, Tangent::no, l, &of_w, 1, &of_x, 1, t);
       },
       [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
         Factors<T> factors[2];
@@ -102,15 +96,10 @@ LaunchPasses<T> bilinear_passes() {
         OnGpu<K>::apply(launch, Tangent::yes, l, factors, count, t);
       },
       [](const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-        if (t.grad_w_dot[0] || t.grad_w_dot[1]) {
-          const Factors<T> factors[2] = {{t.x[0], t.grad_y_dot}, {t.x_dot[0], t.grad_y}};
-          OnGpu<K>::adjoint_w(launch, Tangent::yes, l, factors, t.x_dot[0] && t.grad_y ? 2 : 1, t);
-        }
-        if (t.grad_x_dot[0]) {
-          const Factors<T> factors[2] = {{t.grad_y_dot, t.w[0]}, {t.grad_y, t.w_dot[0]}};
-          OnGpu<K>::adjoint_x(launch, Tangent::yes, l, factors, t.w_dot[0] && t.grad_y ? 2 : 1, t.add_x[0],
-                              t.grad_x_dot[0]);
-        }
+        const Factors<T> of_w[2] = {{t.x[0], t.grad_y_dot}, {t.x_dot[0], t.grad_y}};
+        const Factors<T> of_x[2] = {{t.grad_y_dot, t.w[0]}, {t.grad_y, t.w_dot[0]}};
+        OnGpu<K>::adjoint(launch, Tangent::yes, l, of_w, t.x_dot[0] && t.grad_y ? 2 : 1, of_x,
+                          t.w_dot[0] && t.grad_y ? 2 : 1, t);
       },
   };
 }

@@ -86,8 +86,7 @@ def test_no_hot_loop_touches_local_memory(architecture: str) -> None:
     "product",
     [
         "forward_kernel",
-        "input_gradient_kernel",
-        "weight_gradient_kernel",
+        "gradients_kernel",
         "contraction_kernel",
         "stem_forward_kernel",
         "stem_backward_kernel",

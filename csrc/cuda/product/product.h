@@ -160,7 +160,7 @@ class Product {
  public:
   using T = typename Arithmetic::T;
   using Accumulators = typename Arithmetic::template Accumulators<Tile::kWarpM, Tile::kWarpN>;
-  static constexpr int kDepth = Tile::kSlices * kSlab<T>;
+  static constexpr int kDepth = Tile::kSlices * kSlab<T>, kSlices = Tile::kSlices, kGroup = Tile::kGroup;
 
  private:
   using FillerA = Filler<T, A, Tile::kM, Tile::kGroup>;
@@ -239,13 +239,14 @@ class Product {
       at = at == kLast ? 0 : at + kStage;
     }
     wait_copies<0>();
-    add_slices(shared, slice, sums);
+    add_slices(sums);
   }
 
- private:
   /// Adds the sums of all slices, in order, to those of the first.
-  static __device__ __forceinline__ void add_slices(T* shared, int slice, Accumulators& sums) {
+  static __device__ __forceinline__ void add_slices(Accumulators& sums) {
     if constexpr (Tile::kSlices > 1) {
+      T* const shared = reinterpret_cast<T*>(dynamic_shared());
+      const int slice = static_cast<int>(threadIdx.x) / Tile::kGroup;
       const int thread = static_cast<int>(threadIdx.x) % Tile::kGroup;
       __syncthreads();
       if (slice > 0) {

@@ -78,7 +78,7 @@ class Deferred {
  public:
   Deferred() = default;
   explicit Deferred(const Memory& memory) : memory_(memory) {}
-  __device__ __forceinline__ Memory ready() const {
+  __device__ __forceinline__ const Memory& ready() const {
     wait_for_previous_kernels();
     let_next_kernel_start();
     return memory_;

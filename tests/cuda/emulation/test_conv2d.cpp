@@ -1,9 +1,10 @@
 // The passes of the convolution against plain loops in double: every pass, every arithmetic, odd shapes,
-// absent tensors, add flags, several tasks, in three schedules. Operands of the reduced precisions are
-// rounded before the reference sees them, so that only the order of sums differs. Every output starts as NaN,
-// and the NaN between the tensors must still be there afterwards.
+// absent tensors, add flags, several tasks, in three schedules, each with the same bits in another one.
+// Operands of the reduced precisions are rounded before the reference sees them, so that only the order of
+// sums differs. Every output starts as NaN, and the NaN between the tensors must still be there afterwards.
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <string>
@@ -60,8 +61,8 @@ struct Tensor {
 template <class T>
 class Check {
  public:
-  Check(const Case& c, Precision precision, int64_t tasks, unsigned seed)
-      : layer_(layer_of(c, precision)), tasks_(tasks), random_(seed) {
+  Check(const Case& c, Precision precision, int64_t tasks, emulation::Schedule schedule, unsigned seed)
+      : layer_(layer_of(c, precision)), tasks_(tasks), schedule_(schedule), seed_(seed), random_(seed) {
     char text[200];
     std::snprintf(text, sizeof text, "%s%d n %d %dx%dx%d -> %d kernel %dx%d stride %dx%d tasks %d seed %u",
                   sizeof(T) == 4 ? "float/" : "double/", static_cast<int>(precision), int(c.n), int(c.c_in),
@@ -136,48 +137,69 @@ class Check {
   /// The region of x: the workspace, or the user's tensors, whose alignment is not known.
   Region x_region() { return coin() ? Region::task : Region::x_support; }
 
+  /// Runs a pass and compares; then again with the blocks and threads in another order, which must give the
+  /// same bits.
   void execute(const char* pass, void (*launch_pass)(const Launcher&, const Layer&, const Tensors<T>&),
                Tensors<T> t) {
     const int64_t scratch = footprint(layer_).scratch;
     Tensor& s = tensor("scratch", scratch);
     t.scratch = place<T>(Region::task, s.at);
-    Table table{};
-    std::vector<unsigned char*> raw;
-    for (int r = 0; r < static_cast<int>(Region::count); ++r) {
-      const bool shared = r == static_cast<int>(Region::shared),
-                 users = r == static_cast<int>(Region::x_support);
-      const int64_t of_task = ends_[r], all = shared ? of_task : of_task * tasks_;
-      void* p = nullptr;
-      if (posix_memalign(&p, 64, static_cast<size_t>(all + 1) * sizeof(T)) != 0) std::abort();
-      raw.push_back(static_cast<unsigned char*>(p));
-      std::fill_n(static_cast<T*>(p), all + 1, std::numeric_limits<T>::quiet_NaN());
-      table.regions[r] = {raw.back() + (users ? sizeof(T) : 0),
-                          shared ? 0 : of_task * static_cast<int64_t>(sizeof(T))};
-    }
-    auto at = [&](const Tensor& tensor, int64_t task) {
-      const Span& span = table.regions[static_cast<int>(tensor.region)];
-      return reinterpret_cast<T*>(span.start + task * span.stride) + tensor.at;
-    };
-    for (const Tensor& x : tensors_) {
-      for (int64_t task = 0; task < tasks_ && !x.start.empty(); ++task) {
-        for (int64_t i = 0; i < x.size; ++i) at(x, task)[i] = static_cast<T>(x.start[task][i]);
+    std::vector<T> bits[2];
+    for (const bool again : {false, true}) {
+      emulation::set_schedule(again ? other(schedule_) : schedule_, seed_);
+      Table table{};
+      std::vector<unsigned char*> raw;
+      for (int r = 0; r < static_cast<int>(Region::count); ++r) {
+        const bool shared = r == static_cast<int>(Region::shared),
+                   users = r == static_cast<int>(Region::x_support);
+        const int64_t of_task = ends_[r], all = shared ? of_task : of_task * tasks_;
+        void* p = nullptr;
+        if (posix_memalign(&p, 64, static_cast<size_t>(all + 1) * sizeof(T)) != 0) std::abort();
+        raw.push_back(static_cast<unsigned char*>(p));
+        std::fill_n(static_cast<T*>(p), all + 1, std::numeric_limits<T>::quiet_NaN());
+        table.regions[r] = {raw.back() + (users ? sizeof(T) : 0),
+                            shared ? 0 : of_task * static_cast<int64_t>(sizeof(T))};
       }
-    }
-    launch_pass({nullptr, tasks_, memory_of(table)}, layer_, t);
-    for (const Tensor& x : tensors_) {
-      for (int64_t task = 0; task < tasks_; ++task) {
-        if (!x.start.empty()) compare(pass, x, at(x, task), task);
-        for (int64_t i = 1; i <= kGap; ++i) {
-          const T before = at(x, task)[-i], after = at(x, task)[whole(x.size) + i - 1];
-          if (before == before || after == after) {
-            std::printf("%s, %s: wrote outside %s\n", name_.c_str(), pass, x.name.c_str());
-            ++failures;
-            break;
+      auto at = [&](const Tensor& tensor, int64_t task) {
+        const Span& span = table.regions[static_cast<int>(tensor.region)];
+        return reinterpret_cast<T*>(span.start + task * span.stride) + tensor.at;
+      };
+      for (const Tensor& x : tensors_) {
+        for (int64_t task = 0; task < tasks_ && !x.start.empty(); ++task) {
+          for (int64_t i = 0; i < x.size; ++i) at(x, task)[i] = static_cast<T>(x.start[task][i]);
+        }
+      }
+      launch_pass({nullptr, tasks_, memory_of(table)}, layer_, t);
+      for (const Tensor& x : tensors_) {
+        for (int64_t task = 0; task < tasks_; ++task) {
+          if (!x.start.empty()) {
+            if (!again) compare(pass, x, at(x, task), task);
+            bits[again].insert(bits[again].end(), at(x, task), at(x, task) + x.size);
+          }
+          for (int64_t i = 1; i <= kGap; ++i) {
+            const T before = at(x, task)[-i], after = at(x, task)[whole(x.size) + i - 1];
+            if (before == before || after == after) {
+              std::printf("%s, %s: wrote outside %s\n", name_.c_str(), pass, x.name.c_str());
+              ++failures;
+              break;
+            }
           }
         }
       }
+      for (unsigned char* p : raw) std::free(p);
     }
-    for (unsigned char* p : raw) std::free(p);
+    if (std::memcmp(bits[0].data(), bits[1].data(), bits[0].size() * sizeof(T)) != 0) {
+      std::printf("%s, %s: the bits depend on the order of the blocks\n", name_.c_str(), pass);
+      ++failures;
+    }
+    if (!counters_are_zero()) {
+      std::printf("%s, %s: a counter is not zero\n", name_.c_str(), pass);
+      std::exit(1);
+    }
+  }
+  static emulation::Schedule other(emulation::Schedule schedule) {
+    return schedule == emulation::Schedule::backward ? emulation::Schedule::forward
+                                                     : emulation::Schedule::backward;
   }
 
   void compare(const char* pass, const Tensor& x, const T* got, int64_t task) {
@@ -318,6 +340,8 @@ class Check {
 
   Layer layer_;
   int64_t tasks_;
+  emulation::Schedule schedule_;
+  unsigned seed_;
   std::mt19937 random_;
   std::string name_;
   std::vector<Tensor> tensors_;
@@ -340,20 +364,22 @@ int main(int argc, char** argv) {
       {3, 33, 4, 4, 8, 3, 3, 1, 1, 1, 1, 1, 1},
       {1, 8, 6, 9, 36, 5, 2, 2, 3, 0, 1, 2, 0},
       {2, 4, 9, 10, 1, 3, 3, 1, 1, 0, 0, 0, 0},
-      {1, 2, 13, 13, 4, 3, 3, 4, 4, 1, 1, 1, 1},  // more classes than one launch takes
-      {1, 4, 3, 3, 4, 3, 3, 5, 5, 0, 0, 0, 0},    // stride beyond the image
+      {1, 2, 13, 13, 4, 3, 3, 4, 4, 1, 1, 1, 1},   // more classes than one launch takes
+      {1, 4, 3, 3, 4, 3, 3, 5, 5, 0, 0, 0, 0},     // stride beyond the image
+      {3, 32, 5, 4, 40, 3, 3, 2, 2, 1, 1, 1, 1},   // long sums of few outputs
+      {300, 8, 1, 1, 40, 1, 1, 1, 1, 0, 0, 0, 0},  // long sums over samples
   };
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 3;
   unsigned seed = 1;
   for (int round = 0; round < rounds; ++round) {
-    emulation::set_schedule(static_cast<emulation::Schedule>(round % 3), seed);
+    const auto schedule = static_cast<emulation::Schedule>(round % 3);
     for (const Case& c : cases) {
       for (const Precision precision :
            {Precision::float32, Precision::bf16x3, Precision::tf32, Precision::bfloat16}) {
-        Check<float>(c, precision, 1 + seed % 3, seed).run();
+        Check<float>(c, precision, 1 + seed % 3, schedule, seed).run();
         ++seed;
       }
-      Check<double>(c, Precision::tf32, 2, seed++).run();
+      Check<double>(c, Precision::tf32, 2, schedule, seed++).run();
     }
   }
   std::printf("%d failures\n", failures);
