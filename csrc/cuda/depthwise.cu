@@ -1,8 +1,8 @@
 // y = the sum over taps of x w, channel by channel, and its two adjoints, for all tasks, without windows in
-// memory. y and the cotangent of w are sums of products at windows of x, over the taps and over all positions;
-// where there are many, some threads of a block share an element (shares.h), and a warp takes consecutive
-// channels. An element of x, which a thread takes, sums over the windows that contain it, in ascending order
-// of their taps. The twin on the CPU is cpu/depthwise.cpp.
+// memory. y and the cotangent of w are sums of products at windows of x, over the taps and over all
+// positions; where there are many, some threads of a block share an element (shares.h), and a warp takes
+// consecutive channels. An element of x, which a thread takes, sums over the windows that contain it, in
+// ascending order of their taps. The twin on the CPU is cpu/depthwise.cpp.
 #include "cuda/implement.h"
 #include "cuda/shares.h"
 #include "cuda/slides.h"

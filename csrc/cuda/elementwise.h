@@ -29,7 +29,9 @@ template <int N, class T, int K, class F, size_t... J, class... In>
 __device__ __forceinline__ void map_vectors(std::index_sequence<J...>, Team team, int64_t start,
                                             int64_t count, F f, const Outputs<T, K>& out, const In*... in) {
   constexpr int inputs = static_cast<int>(sizeof...(In));
-  constexpr int at_once = std::max(1, kLoadsInFlight / std::max(1, inputs));
+  // Half as many of float64, whose functions need the registers.
+  constexpr int in_flight = sizeof(T) == 8 ? kLoadsInFlight / 2 : kLoadsInFlight;
+  constexpr int at_once = std::max(1, in_flight / std::max(1, inputs));
   constexpr Lanes lanes{N, N > 1};
   const int64_t step = team.step();
   for (int64_t first = team.first(); first < count; first += at_once * step) {

@@ -152,7 +152,8 @@ class Recurrent {
   }
 
   /// Brings the weights to shared memory. A barrier must follow.
-  __device__ __forceinline__ Recurrent(int resident, int64_t hidden, int64_t width, const T* w, const T* w_dot)
+  __device__ __forceinline__ Recurrent(int resident, int64_t hidden, int64_t width, const T* w,
+                                       const T* w_dot)
       : hidden_(static_cast<int>(hidden)), width_(static_cast<int>(width)), weights_{w, w_dot} {
     T* shared = reinterpret_cast<T*>(dynamic_shared());
     vectors_ = shared, shared += 2 * width;
@@ -205,7 +206,8 @@ class Recurrent {
     }
     __syncthreads();
   }
-  static __device__ __forceinline__ void add(const Factor<T>& f, int depth, int share, int shares, int output, T& sum) {
+  static __device__ __forceinline__ void add(const Factor<T>& f, int depth, int share, int shares, int output,
+                                             T& sum) {
     if (!f.vector || !f.matrix) return;
     const T* from = f.matrix + output * f.column;
 #pragma unroll 4

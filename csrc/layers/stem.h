@@ -1,5 +1,6 @@
 // stem: f(pool(batch_norm(conv2d(x)))) of a constant image x, whose moments (patch_gram) are the second
-// input. On the CPU f(u) = u > 0 ? u : a u; on CUDA f is Layer::function, where leaky_relu with a = 1 is none.
+// input. On the CPU f(u) = u > 0 ? u : a u; on CUDA f is Layer::function, where leaky_relu with a = 1 is
+// none.
 #pragma once
 
 #include "layers/declaration.h"

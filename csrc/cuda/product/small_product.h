@@ -6,9 +6,9 @@
 //
 // Each thread computes blocks of 2 x 2 outputs, one after the other, directly from shared memory. Rows and
 // columns are dealt out to the blocks one by one, so that consecutive lanes read consecutive columns (no bank
-// conflict), or in the input gradient consecutive rows of w. Those are `out` elements apart: a conflict of
-// gcd(out, 32) lanes, which only padded rows would avoid (product/padded.h). Sums run in ascending order of
-// the inner index, first term first. The products of one pass are independent: their blocks form one list,
+// conflict), or in the input gradient consecutive rows of w. Those are `out` elements apart: a conflict of up
+// to gcd(out, 32) lanes, which only padded rows would avoid (product/padded.h). Sums run in ascending order
+// of the inner index, first term first. The products of one pass are independent: their blocks form one list,
 // and no thread waits between products.
 #pragma once
 

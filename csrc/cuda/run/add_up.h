@@ -32,13 +32,16 @@ static_assert(kSummed<float> <= kReductionThreads);
 inline constexpr int64_t kMostSumBlocks =
     kSmallTiles ? 3 : 512;  // of a tensor; several for each multiprocessor
 
-/// Calls store(i, sum) for the elements i of a tensor of `size` elements, at `at` in a task's result, that this
-/// block owns; only in the last chunk. All threads must call.
+/// The values of tasks in shared memory.
+template <class T>
+using TaskValues = Numbers<T, kVector<T>>[kTasksAtOnce][kSumLanes];
+
+/// Calls store(i, sum) for the elements i of a tensor of `size` elements, at `at` in a task's result, that
+/// this block owns; only in the last chunk. All threads must call.
 template <class T, class Store>
 __device__ __forceinline__ void each_sum(Team team, const AddUp& a, const Memory& chunk, int64_t at,
-                                         int64_t size, Store store) {
+                                         int64_t size, TaskValues<T>& values, Store store) {
   constexpr int N = kVector<T>, rows = kReductionThreads / kSumLanes;
-  __shared__ Numbers<T, N> values[kTasksAtOnce][kSumLanes];
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kSumLanes, row = thread / kSumLanes;
   const T* weights = resolve(place<const T>(Region::task_weights), chunk, 0);
   double* totals = reinterpret_cast<double*>(resolve(place<T>(Region::shared, a.totals), chunk, 0)) + at;
@@ -92,6 +95,7 @@ __device__ void sum_losses(const AddUp& a, const Memory& call) {
 template <class T>
 __global__ void __launch_bounds__(kReductionThreads)
     add_up_kernel(AddUp a, DevicePlan plan, const Table* first, Deferred deferred) {
+  __shared__ TaskValues<T> values;
   const Memory chunk = deferred.ready();
   Memory call = chunk;
   call.table = first;
@@ -107,13 +111,13 @@ __global__ void __launch_bounds__(kReductionThreads)
   if (row < plan.parameter_count) {
     const ParameterInfo& p = plan.parameters[row];
     if (p.gradient_at < 0) return;
-    each_sum<T>(team, a, chunk, p.at, p.size,
+    each_sum<T>(team, a, chunk, p.at, p.size, values,
                 [&](int64_t i, T sum) { gradient[p.gradient_at + user_index(p, i)] = sum; });
     return;
   }
   const RateInfo& rate = plan.rates[row - plan.parameter_count];
   if (rate.gradient_at < 0) return;
-  each_sum<T>(team, a, chunk, rate.result_at, rate.size, [&](int64_t i, T sum) {
+  each_sum<T>(team, a, chunk, rate.result_at, rate.size, values, [&](int64_t i, T sum) {
     int64_t to = i;
     if (rate.parameter >= 0) {
       const ParameterInfo& p = plan.parameters[rate.parameter];

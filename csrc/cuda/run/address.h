@@ -48,8 +48,8 @@ struct Table {
   Span regions[static_cast<int>(Region::count)];
 };
 
-/// The counters that a launch has for each task (last_block.h). Each of the two streams of a call, its own and
-/// the branch, has so many.
+/// The counters that a launch has for each task (last_block.h). Each of the two streams of a call, its own
+/// and the branch, has so many.
 inline constexpr int kCounters = 1024;
 inline constexpr int kStreams = 2;
 
