@@ -13,7 +13,8 @@ those of the compiled library. The time follows from the constants below:
 `resident` blocks fit on a multiprocessor, and b is their average number there. So the formula includes grids that do
 not fill the GPU and incomplete last waves. The time of a meta-step is the sum over its launches. Launches on a parallel
 branch of its CUDA graph count only if the branch takes longer than the rest. The megakernel takes the time of its
-instructions plus that of the products in one block. The kernel of small perceptrons takes, in each wave of b blocks a
+instructions plus that of the products in one block. So does a run of small layers, whose instructions wait for device
+memory, and whose bytes all go through one multiprocessor. The kernel of small perceptrons takes, in each wave of b blocks a
 multiprocessor, the longer of
 
     phases * phase + cycles    of a block alone: its barriers, and the cycles of its longest thread or of its loads
@@ -70,6 +71,10 @@ C = {
     "clock": Constant(1.7, "GHz", "estimated", "of a multiprocessor"),
     "phase": Constant(60, "cycles", "estimated", "a barrier of the kernel of small perceptrons, and what follows it"),
     "rate of the megakernel": Constant(0.1, "TFLOP/s", "estimated", "of one block"),
+    "small instruction": Constant(
+        0.8, "us", "estimated", "of a run of small layers: two waits for L2, a sum, barriers"
+    ),
+    "bandwidth of a block": Constant(0.025, "TB/s", "estimated", "256 threads, four loads in flight, 0.35 us to L2"),
     "rate float32 small": Constant(25, "TFLOP/s", "derived", "products of 32 x 32 tiles, four slices of k"),
     "rate float32 narrow": Constant(25, "TFLOP/s", "derived", "products of at most 32 columns"),
     "rate float32 wide": Constant(34, "TFLOP/s", "derived", "products of 64 x 64 tiles; 128 x 64 with matrix units"),
@@ -173,7 +178,10 @@ class Launch:
         fixed = C["early gap" if self.early else "gap"].value + C["latency"].value
         if self.instructions:
             flop_time = self.flop / self.blocks / C["rate of the megakernel"].value * 1e-6
-            return fixed + self.waves * (self.instructions * C["instruction"].value + flop_time)
+            if "small_run_kernel" not in self.kernel:
+                return fixed + self.waves * (self.instructions * C["instruction"].value + flop_time)
+            bytes_time = self.bytes / self.blocks / C["bandwidth of a block"].value * 1e-6
+            return fixed + self.waves * (self.instructions * C["small instruction"].value + flop_time + bytes_time)
         if self.phases:
             resident = math.ceil(self.blocks / (self.waves * C["multiprocessors"].value))
             alone = self.phases * C["phase"].value + self.cycles

@@ -76,6 +76,13 @@ inline Grid channel_grid(int64_t rows, int64_t channels, int64_t rows_per_thread
   return {blocks_for(rows, kThreads / channel_width(channels) * rows_per_thread), channel_groups(channels)};
 }
 
+/// Shared memory for the sums of all calls with this number and type of sums, one for each thread.
+template <int Q, class Sum>
+__device__ __forceinline__ auto shared_sums() -> Sum (&)[Q][kThreads] {
+  __shared__ Sum shared[Q][kThreads];
+  return shared;
+}
+
 /// Sums over rows, per channel: term(i, sum) is called for every i in [0, count) and adds its terms to
 /// sum[q], a number or a vector. All threads of a channel return the totals. Each thread sums every `rows`-th
 /// i in ascending order; then a tree in shared memory sums over the threads. All threads must call; there are
@@ -83,7 +90,7 @@ inline Grid channel_grid(int64_t rows, int64_t channels, int64_t rows_per_thread
 template <int Q, class Sum, class Term>
 __device__ __forceinline__ void channel_sums(const ChannelThreads& threads, int count, Sum (&sum)[Q],
                                              Term term) {
-  __shared__ Sum shared[Q][kThreads];
+  Sum(&shared)[Q][kThreads] = shared_sums<Q, Sum>();
   const int thread = static_cast<int>(threadIdx.x);
   for (int q = 0; q < Q; ++q) sum[q] = 0;
   if (threads.active) {

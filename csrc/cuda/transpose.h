@@ -45,18 +45,23 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
+/// Element after element, numbered by Index: a division of 64 bits is a function call on a GPU.
+template <class Index, class T>
+__device__ __forceinline__ void move_elements(Team team, const Transpose& p, const T* in, T* out) {
+  const Index rows = static_cast<Index>(p.rows), columns = static_cast<Index>(p.columns);
+  const Index each = rows * columns, count = static_cast<Index>(p.n) * each;
+  for (Index at = static_cast<Index>(team.first()); at < count; at += static_cast<Index>(team.step())) {
+    const Index s = at / each, within = at - s * each, j = within / rows, i = within - j * rows;
+    put(out, at, in[s * each + i * columns + j], p.add);
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kElementThreads)
     transpose_elements(Transpose p, const T* symbolic_in, T* symbolic_out, Deferred deferred) {
   const Memory memory = deferred.ready();
-  const T* in = resolve(symbolic_in, memory, blockIdx.z);
-  T* out = resolve(symbolic_out, memory, blockIdx.z);
-  const Team team = grid_team();
-  const int64_t each = p.rows * p.columns, step = team.step();
-  for (int64_t at = team.first(); at < p.n * each; at += step) {
-    const int64_t s = at / each, within = at - s * each, j = within / p.rows, i = within - j * p.rows;
-    put(out, at, in[s * each + i * p.columns + j], p.add);
-  }
+  move_elements<int64_t>(grid_team(), p, resolve(symbolic_in, memory, blockIdx.z),
+                         resolve(symbolic_out, memory, blockIdx.z));
 }
 
 /// Where there is one row or one column, nothing changes its place.

@@ -43,7 +43,7 @@ concept Declared = requires(const Node& node, std::span<const Shape> x, const La
   { Declaration<K>::function_in_place } -> std::convertible_to<bool>;
   // Whether the executors of small networks have it. The CPU's tasks in lanes run a layer on lanes as on
   // further features, so that it must work element by element. The CUDA megakernel needs passes of its own
-  // (InBlock in cuda/run/megakernel.cu).
+  // (InBlock in cuda/run/in_block.h).
   { Declaration<K>::in_lanes } -> std::convertible_to<bool>;
   { Declaration<K>::in_megakernel } -> std::convertible_to<bool>;
   // The shape of its output. Throws std::invalid_argument where the shapes do not fit the layer, and

@@ -57,6 +57,11 @@ std::optional<Combination> combination_named(const std::string& name) {
   return {};
 }
 bool bends(Function function) { return kFunctionProperties[static_cast<size_t>(function)].bends; }
+bool is_linear(const Layer& l) {
+  const bool features = l.in.h * l.in.w == 1 && l.out.h * l.out.w == 1;
+  return features && l.window.kernel_h * l.window.kernel_w == 1 && l.window.pad_top + l.window.pad_left == 0;
+}
+
 bool in_megakernel(Function function) {
   return kFunctionProperties[static_cast<size_t>(function)].in_megakernel;
 }

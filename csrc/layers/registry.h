@@ -27,6 +27,9 @@ Cell cell_named(const std::string& name);
 /// Nothing if there is none of that name.
 std::optional<Combination> combination_named(const std::string& name);
 
+/// Whether a conv2d is a linear layer. With one pixel, a tap that falls on padding alone would read nothing.
+bool is_linear(const Layer& conv2d);
+
 /// FunctionDeclaration::bends and ascends of a pointwise layer's function.
 bool bends(Function function);
 bool in_megakernel(Function function);

@@ -85,11 +85,7 @@ bool Problem::is_small_network(bool Properties::* has_kind) const {
     for (const Stage::Step& step : stage->steps) {
       const Layer& l = step.layer;
       if (!(properties(l.kind).*has_kind)) return false;
-      // Of convolutions, linear layers. With one pixel, a tap that falls on padding alone would read nothing.
-      const bool features = l.in.h * l.in.w == 1 && l.out.h * l.out.w == 1;
-      const bool one_tap =
-          l.window.kernel_h * l.window.kernel_w == 1 && l.window.pad_top + l.window.pad_left == 0;
-      if (l.kind == Kind::conv2d && !(one_tap && features)) return false;
+      if (l.kind == Kind::conv2d && !is_linear(l)) return false;
     }
   }
   return true;

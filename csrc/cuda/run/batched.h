@@ -1,5 +1,6 @@
-// The executor that serves every plan: each pass of a layer is one or a few kernels over all tasks of a chunk
-// (blockIdx.z is the task). It is a backend of TaskRunner whose functions launch kernels.
+// The executor that serves every plan: it launches a program (program.h), instruction after instruction. Each
+// pass of a layer is one or a few kernels over all tasks of a chunk (blockIdx.z is the task); a run of small
+// instructions is one kernel together (small_run.h).
 //
 // In a captured graph, the part of the query pass that depends on no parameter is a branch parallel to the
 // inner loop. With 75 images of mini-ImageNet and 4 tasks, that part is 2.1 M patches of 27 elements, some
@@ -9,8 +10,11 @@
 // cotangents that are kept for one layer longer. Without a graph, everything runs on the caller's stream.
 #pragma once
 
+#include <optional>
+
 #include "cuda/layers.h"
 #include "cuda/loss.h"
+#include "cuda/run/small_run.h"
 #include "cuda/run/updates.h"
 #include "cuda/run/work.h"
 
@@ -93,12 +97,13 @@ __global__ void __launch_bounds__(kVectorThreads) zero_kernel(int64_t size, T* t
   zero(grid_team(), size, resolve(to, memory, blockIdx.z));
 }
 
+/// Launches single instructions.
 template <class T>
 class Batched {
  public:
   /// `rates`: the symbolic address of the packed rates.
-  Batched(const Launcher& launch, const Problem& problem, const DevicePlan& plan, const T* rates)
-      : launch_(launch), problem_(problem), plan_(plan), rates_(rates) {
+  Batched(const Problem& problem, const DevicePlan& plan, const T* rates)
+      : plan_(plan), rates_(rates), adapted_(problem.packing.adapted) {
     for (const std::vector<RateSlice>& step : problem.slices) {
       for (const RateSlice& s : step) {
         largest_ = std::max(largest_, s.size);
@@ -107,111 +112,103 @@ class Batched {
     }
   }
 
-  void forward(const Layer& l, const Tensors<T>& t) const {
-    note_pass(Op::forward, l, t);
-    passes_of<T>(l.kind).forward(launch_, l, t);
-  }
-  void backward(const Layer& l, const Tensors<T>& t) const {
-    note_pass(Op::backward, l, t);
-    passes_of<T>(l.kind).backward(launch_, l, t);
-  }
-  void forward_tangent(const Layer& l, const Tensors<T>& t) const {
-    note_pass(Op::forward_tangent, l, t);
-    passes_of<T>(l.kind).forward_tangent(launch_, l, t);
-  }
-  void backward_tangent(const Layer& l, const Tensors<T>& t) const {
-    note_pass(Op::backward_tangent, l, t);
-    passes_of<T>(l.kind).backward_tangent(launch_, l, t);
-  }
-
-  /// Runs f(backend) as a branch of the graph; without a graph does nothing and returns false.
-  template <class F>
-  bool beside(F f) const {
-    if (!launch_.branch) return false;
-    const Launcher launch = launch_.fork();
-    f(Batched(launch, problem_, plan_, rates_));
-    return true;
-  }
-  void join() const { launch_.join(); }
-
-  void loss(const LossPart& part, const T* z, const Target<T>& target, T* value, T* grad_z, T* saved) const {
-    note([&] { return traffic<T>(part.n * part.c, grad_z ? 4 : 2); });
-    launch_loss(launch_, part, z, target, value, grad_z, saved);
-  }
-  void loss_tangent(const LossPart& part, const T* z, const Target<T>& target, const T* z_dot, const T* saved,
-                    T* grad_z_dot) const {
-    note([&] { return traffic<T>(part.n * part.c, 3); });
-    launch_loss_tangent(launch_, part, z, target, z_dot, saved, grad_z_dot);
-  }
-  void metric(const LossPart& part, const T* z, const Target<T>& target, const T* z_dot, T* grad_z) const {
-    note([&] { return traffic<T>(part.n * part.c, 3); });
-    launch_metric(launch_, part, z, target, z_dot, grad_z);
-  }
-
-  void descend(const std::vector<RateSlice>& step, const T* phi, const T* g, T* next) const {
-    note([&] { return traffic<T>(problem_.packing.adapted, 3); });
-    launch_("descend", descend_kernel<T>, slice_grid(), kVectorThreads, 0, slices(step), rates_, phi, g, next,
-            launch_.memory);
-  }
-  void direction(const std::vector<RateSlice>& step, const T* v, T* out) const {
-    note([&] { return traffic<T>(problem_.packing.adapted, 2); });
-    launch_("direction", direction_kernel<T>, slice_grid(), kVectorThreads, 0, slices(step), rates_, v, out,
-            launch_.memory);
-  }
-  void rate_gradient(const std::vector<RateSlice>& step, const T* g, const T* v, T* result) const {
-    if (learns_elementwise_) {
-      launch_("elementwise rate gradient", elementwise_rate_gradient_kernel<T>, slice_grid(), kVectorThreads,
-              0, slices(step), g, v, result, launch_.memory);
-    }
-    if (learns_shared_) {
-      launch_("rate gradient", shared_rate_gradients_kernel<T>, {}, kReductionThreads, 0, slices(step),
-              plan_.slices_a_step, g, v, result, launch_.memory);
-    }
-  }
-  void retreat(int64_t size, const T* product, T* v, const std::vector<RateSlice>& step, T* out) const {
-    const int64_t adapted = problem_.packing.adapted, rest = size - adapted;
+  void operator()(const Launcher& launch, const Instruction<T>& i) const {
+    const Tensors<T>& t = i.tensors;
+    const RateSlice* slices = plan_.slices + i.slices;
     const int count = plan_.slices_a_step;
-    note([&] { return traffic<T>(size, out ? 4 : 3); });
-    launch_("retreat", retreat_kernel<T>, {vector_blocks(std::max(largest_, rest)), count + (rest > 0)},
-            kVectorThreads, 0, slices(step), count, adapted, size, rates_, product, v, out, launch_.memory);
-  }
-  void add_weighted(int k, int64_t size, const T* x, T* y) const {
-    note([&] { return traffic<T>(size, 3); });
-    launch_("add weighted", add_weighted_kernel<T>, {vector_blocks(size)}, kVectorThreads, 0, size,
-            static_cast<const T*>(place<T>(Region::query_weights, k)), x, y, launch_.memory);
-  }
-  void copy(int64_t size, const T* from, T* to) const {
-    if (size == 0) return;
-    note([&] { return traffic<T>(size, 2); });
-    launch_("copy", copy_kernel<T>, {vector_blocks(size)}, kVectorThreads, 0, size, from, to, launch_.memory);
-  }
-  void zero(int64_t size, T* to) const {
-    if (size == 0) return;
-    note([&] { return traffic<T>(size, 1); });
-    launch_("zero", zero_kernel<T>, {vector_blocks(size)}, kVectorThreads, 0, size, to, launch_.memory);
+    if (!declares_its_work(i)) note([&] { return work_of(i, adapted_); });
+    switch (i.op) {
+      case Op::forward:
+        return passes_of<T>(i.layer.kind).forward(launch, i.layer, t);
+      case Op::backward:
+        return passes_of<T>(i.layer.kind).backward(launch, i.layer, t);
+      case Op::forward_tangent:
+        return passes_of<T>(i.layer.kind).forward_tangent(launch, i.layer, t);
+      case Op::backward_tangent:
+        return passes_of<T>(i.layer.kind).backward_tangent(launch, i.layer, t);
+      case Op::loss:
+        return launch_loss(launch, i.loss, t.x[0], target_of(t), t.y, t.grad_x[0], t.saved);
+      case Op::loss_tangent:
+        return launch_loss_tangent(launch, i.loss, t.x[0], target_of(t), t.x_dot[0],
+                                   static_cast<const T*>(t.saved), t.grad_x_dot[0]);
+      case Op::metric:
+        return launch_metric(launch, i.loss, t.x[0], target_of(t), t.x_dot[0], t.grad_x[0]);
+      case Op::descend:
+        return launch("descend", descend_kernel<T>, slice_grid(), kVectorThreads, 0, slices, rates_, t.x[0],
+                      t.grad_y, t.y, launch.memory);
+      case Op::direction:
+        return launch("direction", direction_kernel<T>, slice_grid(), kVectorThreads, 0, slices, rates_,
+                      t.x[0], t.y, launch.memory);
+      case Op::rate_gradient:
+        if (learns_elementwise_) {
+          launch("elementwise rate gradient", elementwise_rate_gradient_kernel<T>, slice_grid(),
+                 kVectorThreads, 0, slices, t.grad_y, t.x[0], t.y, launch.memory);
+        }
+        if (learns_shared_) {
+          launch("rate gradient", shared_rate_gradients_kernel<T>, {}, kReductionThreads, 0, slices, count,
+                 t.grad_y, t.x[0], t.y, launch.memory);
+        }
+        return;
+      case Op::retreat:
+        return launch("retreat", retreat_kernel<T>,
+                      {vector_blocks(std::max(largest_, i.size)), count + (i.size > 0)}, kVectorThreads, 0,
+                      slices, count, adapted_, adapted_ + i.size, rates_, t.grad_y, t.y, t.saved,
+                      launch.memory);
+      case Op::add_weighted:
+        return launch("add weighted", add_weighted_kernel<T>, {vector_blocks(i.size)}, kVectorThreads, 0,
+                      i.size, t.grad_y, t.x[0], t.y, launch.memory);
+      case Op::copy:
+        return launch("copy", copy_kernel<T>, {vector_blocks(i.size)}, kVectorThreads, 0, i.size, t.x[0], t.y,
+                      launch.memory);
+      case Op::zero:
+        return launch("zero", zero_kernel<T>, {vector_blocks(i.size)}, kVectorThreads, 0, i.size, t.y,
+                      launch.memory);
+      case Op::join:
+        return;
+    }
   }
 
  private:
-  /// Declares the work of a pass, except where the launches of its products do so themselves.
-  static void note_pass(Op op, const Layer& l, const Tensors<T>& t) {
-    for (const Kind kind : {Kind::conv2d, Kind::stem, Kind::contract, Kind::attention, Kind::recurrence}) {
-      if (l.kind == kind) return;
-    }
-    note([&] { return work_of(op, l, t); });
-  }
-
-  /// The step's slices in device memory.
-  const RateSlice* slices(const std::vector<RateSlice>& step) const {
-    return plan_.slices + (&step - problem_.slices.data()) * plan_.slices_a_step;
+  /// Whether the launches of an instruction do so themselves.
+  static bool declares_its_work(const Instruction<T>& i) {
+    if (!is_pass(i.op)) return false;
+    constexpr Kind kinds[] = {Kind::conv2d, Kind::stem, Kind::contract, Kind::attention, Kind::recurrence};
+    return std::find(std::begin(kinds), std::end(kinds), i.layer.kind) != std::end(kinds);
   }
   Grid slice_grid() const { return {vector_blocks(largest_), plan_.slices_a_step}; }
 
-  const Launcher& launch_;
-  const Problem& problem_;
   const DevicePlan& plan_;
   const T* rates_;
+  const int64_t adapted_;
   int64_t largest_ = 0;
   bool learns_elementwise_ = false, learns_shared_ = false;
 };
+
+/// Launches a program that consists of these runs.
+template <class T>
+void launch_program(const Launcher& launch, const std::vector<Instruction<T>>& program,
+                    const std::vector<Run>& runs, const Problem& problem, const DevicePlan& plan,
+                    const T* rates) {
+  const Batched<T> alone(problem, plan, rates);
+  std::optional<Launcher> branch;
+  for (const Run& run : runs) {
+    const Instruction<T>& first = program[run.first];
+    if (first.beside && launch.branch && !branch) branch = launch.fork();
+    const Launcher& on = first.beside && branch ? *branch : launch;
+    if (run.interpreted >= 0) {
+      note([&] {
+        Work work;
+        for (int i = 0; i < run.length; ++i) work += work_of(program[run.first + i], problem.packing.adapted);
+        work.instructions = run.length;
+        return work;
+      });
+      launch_small_run(on, plan, run, rates);
+    } else if (first.op == Op::join) {
+      if (branch) launch.join();
+    } else {
+      alone(on, first);
+    }
+  }
+}
 
 }  // namespace maml::cuda

@@ -25,22 +25,32 @@ template <class T>
 void launch_chunks(const Launcher& launch, Pass pass, const Chain& chain, const LossPart& part,
                    const ChunkTensors<T>& tensors);
 
-/// A backend of TaskRunner that computes whole passes; the vector operations are those of the batched
-/// executor.
+/// A backend of TaskRunner that computes whole passes; the vector operations between them are recorded and
+/// launched as those of the batched executor. After the last pass, finish() launches what is left.
 template <class T>
-class Chunked : public Batched<T> {
+class Chunked : public Recorder<T> {
  public:
   Chunked(const Launcher& launch, const Problem& problem, const DevicePlan& plan, const T* rates,
           const Chain& chain)
-      : Batched<T>(launch, problem, plan, rates), launch_(launch), chain_(chain) {}
+      : Recorder<T>(problem, false), launch_(launch), vectors_(problem, plan, rates), chain_(chain) {}
 
   using PassWalk = Walk<Chunked, T>;
+
+  template <class F>
+  bool beside(F) const {
+    return false;
+  }
+
+  void finish() const {
+    for (; launched_ < this->program().size(); ++launched_) vectors_(launch_, this->program()[launched_]);
+  }
 
   void gradient(const PassWalk& walk, const LossPart& part, const Target<T>& target,
                 const PassOutputs<T>& out) const {
     ChunkTensors<T> t = tensors(walk, target);
     t.cotangent = out.cotangent, t.value = out.value, t.logits = out.prediction;
     t.gradient = out.gradient, t.limit = out.limit;
+    finish();
     launch_chunks(launch_, Pass::gradient, chain_, part, t);
   }
   void product(const PassWalk& walk, const LossPart& part, const Target<T>& target, const T* direction,
@@ -52,16 +62,12 @@ class Chunked : public Batched<T> {
     along(Pass::metric, walk, part, target, direction, result);
   }
 
-  template <class F>
-  bool beside(F) const {
-    return false;
-  }
-
  private:
   void along(Pass pass, const PassWalk& walk, const LossPart& part, const Target<T>& target,
              const T* direction, T* result) const {
     ChunkTensors<T> t = tensors(walk, target);
     t.direction = direction, t.gradient = result, t.limit = walk.packing.trainable;
+    finish();
     launch_chunks(launch_, pass, chain_, part, t);
   }
   ChunkTensors<T> tensors(const PassWalk& walk, const Target<T>& target) const {
@@ -71,7 +77,9 @@ class Chunked : public Batched<T> {
   }
 
   const Launcher& launch_;
+  const Batched<T> vectors_;
   const Chain& chain_;
+  mutable size_t launched_ = 0;
 };
 
 }  // namespace maml::cuda

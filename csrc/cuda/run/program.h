@@ -1,5 +1,6 @@
-// The program of the megakernel: the meta-step of one task as a list of instructions. It is recorded by
-// running the algorithm (meta_gradient.h) over symbolic addresses.
+// A program: what one task computes, as a list of instructions. It is recorded by running the algorithm
+// (meta_gradient.h) over symbolic addresses. The megakernel interprets all of it; the batched executor
+// launches it, with kernels of their own for most instructions (schedule.h).
 #pragma once
 
 #include <vector>
@@ -9,7 +10,7 @@
 
 namespace maml::cuda {
 
-enum class Op : int {
+enum class Op : uint8_t {
   forward,
   backward,
   forward_tangent,
@@ -24,15 +25,20 @@ enum class Op : int {
   rate_gradient,  // grad_y = g, x = v, y = result
   add_weighted,   // grad_y = weight, x, y
   copy,
-  zero
+  zero,
+  join  // waits for the instructions that run beside the others
 };
+
+/// Whether an instruction is a pass of a layer.
+constexpr bool is_pass(Op op) { return op <= Op::backward_tangent; }
 
 template <class T>
 struct Instruction {
-  Tensors<T> tensors;  // first: the megakernel resolves the addresses at the start of an instruction
+  Tensors<T> tensors;  // first: the interpreter resolves the addresses at the start of an instruction
   Layer layer;
   LossPart loss;
   Op op;
+  bool beside;   // may run concurrently with all others up to `join`
   int slices;    // the first rate slice of the inner step
   int64_t size;  // elements of a vector
 };
@@ -48,7 +54,7 @@ Tensors<T> loss_tensors(const T* z, const Target<T>& target) {
   return t;
 }
 template <class T>
-__device__ Target<T> target_of(const Tensors<T>& t) {
+__host__ __device__ Target<T> target_of(const Tensors<T>& t) {
   return {t.x[1], t.w[0], t.w[1]};
 }
 
@@ -56,7 +62,8 @@ __device__ Target<T> target_of(const Tensors<T>& t) {
 template <class T>
 class Recorder {
  public:
-  explicit Recorder(const Problem& problem) : problem_(problem) {}
+  /// `concurrent`: what is to run beside the inner loop is marked; otherwise it is left in its place.
+  Recorder(const Problem& problem, bool concurrent) : problem_(problem), concurrent_(concurrent) {}
   const std::vector<Instruction<T>>& program() const { return program_; }
 
   void forward(const Layer& l, const Tensors<T>& t) const { record(Op::forward, l, t); }
@@ -107,17 +114,21 @@ class Recorder {
     record_vector(Op::add_weighted, x, place<T>(Region::query_weights, k), y).size = size;
   }
   void copy(int64_t size, const T* from, T* to) const {
-    record_vector(Op::copy, from, nullptr, to).size = size;
+    if (size > 0) record_vector(Op::copy, from, nullptr, to).size = size;
   }
   void zero(int64_t size, T* to) const {
     if (size > 0) record_vector(Op::zero, nullptr, nullptr, to).size = size;
   }
 
   template <class F>
-  bool beside(F) const {
-    return false;
+  bool beside(F f) const {
+    if (!concurrent_) return false;
+    const size_t first = program_.size();
+    f(*this);
+    for (size_t i = first; i < program_.size(); ++i) program_[i].beside = true;
+    return true;
   }
-  void join() const {}
+  void join() const { record(Op::join, {}, {}); }
 
  private:
   int first_slice(const std::vector<RateSlice>& step) const {
@@ -140,6 +151,7 @@ class Recorder {
   }
 
   const Problem& problem_;
+  const bool concurrent_;
   mutable std::vector<Instruction<T>> program_;
 };
 

@@ -95,9 +95,11 @@ struct Runner<T>::State {
   std::optional<Chain> chain;  // of the chunked executor
   PlanBytes plan_bytes;
   size_t rates_at = 0, slices_at = 0, program_at = 0;
-  int program_length = 0;
-  std::optional<SmallMlp> mlp;  // run without a program, by a kernel of its own
-  Work work_of_task;            // of the megakernel
+  int program_length = 0;               // of the interpreted part, which is in device memory
+  std::vector<Instruction<T>> program;  // of the batched executor
+  std::vector<Run> runs;                // of `program`
+  std::optional<SmallMlp> mlp;          // run without a program, by a kernel of its own
+  Work work_of_task;                    // of the megakernel
   std::once_flag written;
   std::shared_ptr<const DeviceBytes> on_device;  // the plan, from the first call on
   std::mutex replay;  // held while a graph's table is written and its launch enqueued
@@ -110,27 +112,43 @@ struct Runner<T>::State {
       mlp = small_mlp_of<T>(problem, device);
       small = mlp ? problem : for_one_block();
     }
-    if (!small) {
-      chain = chain_of<T>(problem, device);
-      if (!chain) return;
+    if (small) {
+      problem = *std::move(small);
+      executor = Executor::megakernel;
+      layout = Layout(problem, true, true);
+      if (mlp) {
+        work_of_task = work_of<T>(problem, *mlp);
+        return;
+      }
+      const std::vector<Instruction<T>> all = record(true);
+      work_of_task = work_of(problem, all);
+      keep_on_device(all);
+    } else if ((chain = chain_of<T>(problem, device))) {
       executor = Executor::chunked;
       problem = without_values(std::move(problem));
       layout = Layout(problem, at_own_parameters(problem.operation), false);
-      return;
+    } else {
+      program = record(false);
+      runs = runs_of(problem, program);
+      std::vector<Instruction<T>> interpreted;
+      for (const Run& run : runs) {
+        const auto first = program.begin() + run.first;
+        if (run.interpreted >= 0) interpreted.insert(interpreted.end(), first, first + run.length);
+      }
+      keep_on_device(interpreted);
     }
-    problem = *std::move(small);
-    executor = Executor::megakernel;
-    layout = Layout(problem, true, true);
-    if (mlp) {
-      work_of_task = work_of<T>(problem, *mlp);
-      return;
-    }
-    const Recorder<T> recorder(problem);
-    const Task<T> task = symbolic_task<T>(problem, layout, true);
+  }
+
+  /// The program of one task, whose tensors are all `inside` the memory of a block or in the workspace.
+  std::vector<Instruction<T>> record(bool inside) const {
+    const Recorder<T> recorder(problem, !inside);
+    const Task<T> task = symbolic_task<T>(problem, layout, inside);
     TaskRunner<Recorder<T>, T>(recorder, problem, task, place<T>(Region::task, layout.work)).run();
-    program_at = plan_bytes.append(recorder.program().data(), recorder.program().size());
-    program_length = static_cast<int>(recorder.program().size());
-    work_of_task = work_of(problem, recorder.program());
+    return recorder.program();
+  }
+  void keep_on_device(const std::vector<Instruction<T>>& instructions) {
+    program_at = plan_bytes.append(instructions.data(), instructions.size());
+    program_length = static_cast<int>(instructions.size());
   }
 
   /// The problem in the form that the megakernel takes: unchanged, or in the largest tiles that fit the
@@ -337,15 +355,14 @@ struct Runner<T>::State {
     if (at_own_parameters(problem.operation))
       pack_all(launch, view, order.parameters, layout.own, Region::task, std::exchange(counters, 0));
     if (takes_given(problem.operation)) pack_all(launch, view, order.given, layout.given, Region::task, 0);
-    const Task<T> task = symbolic_task<T>(problem, layout, false);
     const T* rates = place<T>(Region::shared, layout.rates);
-    T* work = place<T>(Region::task, layout.work);
     if (executor == Executor::chunked) {
+      const Task<T> task = symbolic_task<T>(problem, layout, false);
       const Chunked<T> backend(launch, problem, view, rates, *chain);
-      TaskRunner<Chunked<T>, T>(backend, problem, task, work).run();
+      TaskRunner<Chunked<T>, T>(backend, problem, task, place<T>(Region::task, layout.work)).run();
+      backend.finish();
     } else {
-      const Batched<T> backend(launch, problem, view, rates);
-      TaskRunner<Batched<T>, T>(backend, problem, task, work).run();
+      launch_program(launch, program, runs, problem, view, rates);
     }
     if (gives_per_task(problem.operation)) {
       launch("unpack", unpack_kernel<T>, {8, view.parameter_count}, kVectorThreads, 0, view, order.per_task,

@@ -125,6 +125,36 @@ Work work_of(Op op, const Layer& l, const Tensors<T>& t) {
   return work;
 }
 
+/// An instruction, where the parameters have `adapted` adapted elements.
+template <class T>
+Work work_of(const Instruction<T>& i, int64_t adapted) {
+  const int64_t outputs = i.loss.n * i.loss.c;
+  switch (i.op) {
+    case Op::loss:
+      return traffic<T>(outputs, i.tensors.grad_x[0] ? 4 : 2);
+    case Op::loss_tangent:
+    case Op::metric:
+      return traffic<T>(outputs, 3);
+    case Op::descend:
+      return traffic<T>(adapted, 3);
+    case Op::direction:
+      return traffic<T>(adapted, 2);
+    case Op::retreat:
+      return traffic<T>(adapted + i.size, i.tensors.saved ? 4 : 3);
+    case Op::add_weighted:
+      return traffic<T>(i.size, 3);
+    case Op::copy:
+      return traffic<T>(i.size, 2);
+    case Op::zero:
+      return traffic<T>(i.size, 1);
+    case Op::rate_gradient:
+    case Op::join:
+      return {};
+    default:
+      return work_of(i.op, i.layer, i.tensors);
+  }
+}
+
 /// The elements that a block reads and writes in device memory where it computes a whole task.
 template <class T>
 Work traffic_of_task(const Problem& p) {

@@ -13,6 +13,7 @@
 
 #include "cuda/layers.h"
 #include "cuda/product/statistics.h"
+#include "cuda/run/small_run.h"
 #include "emulation.h"
 #include "layer_references.h"
 #include "layers/registry.h"
@@ -181,11 +182,15 @@ inline bool is_adjoint(const Values<Dual<double>>& v) {
   return std::fabs(left - right) <= 1e-12 * scale;
 }
 
+/// Which code computes the passes: the kind's kernels, or a block that interprets a program (small_run.h).
+enum class By { kernels, one_block };
+
 /// Runs all passes for `tasks` tasks, compares every output with the reference, and returns the bits of all
 /// outputs.
 template <class T>
-std::vector<T> check_layer(const Layer& l, const Present& p, int64_t tasks = 2, unsigned seed = 1) {
-  const std::string name = text_of(l, p) + (sizeof(T) == 4 ? " float" : " double");
+std::vector<T> check_passes(By by, const Layer& l, const Present& p, int64_t tasks, unsigned seed) {
+  const std::string name =
+      text_of(l, p) + (sizeof(T) == 4 ? " float" : " double") + (by == By::one_block ? " by one block" : "");
   const double tolerance = sizeof(T) == 4 ? 2e-5 : 1e-12;
   const bool normalises = l.kind == Kind::batch_norm || l.kind == Kind::running_norm ||
                           l.kind == Kind::group_norm || l.kind == Kind::norm_block;
@@ -273,29 +278,40 @@ std::vector<T> check_layer(const Layer& l, const Present& p, int64_t tasks = 2, 
   }
 
   // Each pass gets the tensors that the algorithm would give it, and no others.
-  const LaunchPasses<T> passes = passes_of<T>(l.kind);
   const Launcher launch = memory.launcher();
-  auto run = [&](void (*pass)(const Launcher&, const Layer&, const Tensors<T>&), Tensors<T> t) {
+  auto run = [&](Op op, const Tensors<T>& tensors) {
     memory.poison(all.scratch, needs.scratch);
-    pass(launch, l, t);
+    if (by == By::one_block) {
+      Instruction<T> instruction{};
+      instruction.tensors = tensors, instruction.layer = l, instruction.op = op;
+      DevicePlan plan{};
+      plan.program = &instruction;
+      return launch_small_run<T>(launch, plan, {0, 1, 0}, nullptr);
+    }
+    const LaunchPasses<T>& passes = passes_of<T>(l.kind);
+    const auto pass = op == Op::forward           ? passes.forward
+                      : op == Op::backward        ? passes.backward
+                      : op == Op::forward_tangent ? passes.forward_tangent
+                                                  : passes.backward_tangent;
+    pass(launch, l, tensors);
   };
   Tensors<T> t = all;
   t.y_dot = t.grad_x[0] = t.grad_x[1] = t.grad_w[0] = t.grad_w[1] = nullptr;
   t.grad_x_dot[0] = t.grad_x_dot[1] = t.grad_w_dot[0] = t.grad_w_dot[1] = nullptr;
   t.grad_y = t.grad_y_dot = t.x_dot[0] = t.x_dot[1] = t.w_dot[0] = t.w_dot[1] = nullptr;
   const Tensors<T> forward_only = t;
-  run(passes.forward, t);
+  run(Op::forward, t);
   t.grad_y = all.grad_y;
   for (int j = 0; j < 2; ++j) t.grad_x[j] = all.grad_x[j], t.grad_w[j] = all.grad_w[j];
-  if (moves) run(passes.backward, t);
+  if (moves) run(Op::backward, t);
   t = forward_only;
   t.y_dot = all.y_dot;
   for (int j = 0; j < 2; ++j) t.x_dot[j] = all.x_dot[j], t.w_dot[j] = all.w_dot[j];
-  if (moves) run(passes.forward_tangent, t);
+  if (moves) run(Op::forward_tangent, t);
   t.grad_y = moves ? all.grad_y : nullptr;
   t.grad_y_dot = all.grad_y_dot;
   for (int j = 0; j < 2; ++j) t.grad_x_dot[j] = all.grad_x_dot[j], t.grad_w_dot[j] = all.grad_w_dot[j];
-  run(passes.backward_tangent, t);
+  run(Op::backward_tangent, t);
 
   std::vector<T> bits;
   auto check = [&](T* symbolic, int64_t task, const std::vector<Dual<double>>& want, bool dot, bool added,
@@ -324,6 +340,13 @@ std::vector<T> check_layer(const Layer& l, const Present& p, int64_t tasks = 2, 
   }
   expect(memory.gaps_untouched(), name + ": wrote beyond a tensor");
   return bits;
+}
+
+/// Checks the kernels, and where one block can compute the layer, that too.
+template <class T>
+std::vector<T> check_layer(const Layer& l, const Present& p, int64_t tasks = 2, unsigned seed = 1) {
+  if (has_block_passes(l)) check_passes<T>(By::one_block, l, p, tasks, seed);
+  return check_passes<T>(By::kernels, l, p, tasks, seed);
 }
 
 template <class T>

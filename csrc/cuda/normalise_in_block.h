@@ -1,0 +1,81 @@
+// y = pool(f(BatchNorm(x))) by one block, for the interpreter (run/interpreter.h): the passes of normalise.h,
+// one group of channels after the other. The moments of x come from the statistics of the convolution before
+// it; where there are none, the block computes them tile by tile, as the kernels do. The sums of cotangents
+// run over all rows at once.
+#pragma once
+
+#include "cuda/normalise.h"
+#include "cuda/pointwise.h"
+#include "cuda/run/program.h"
+#include "layers/kinds.h"
+
+namespace maml::cuda {
+
+/// f of the layer, found at run time: the identity in a batch_norm, in a norm_block one of the megakernel's.
+struct AnyActivation {
+  template <class T, int N>
+  static __device__ __forceinline__ Derivatives<Numbers<T, N>> at(const Layer& l, const Numbers<T, N>& u) {
+    if (l.kind == Kind::batch_norm) return Identity::at(l, u);
+    if (l.function == Function::relu) return Activation<Function::relu>::at(l, u);
+    Derivatives<Numbers<T, N>> result;
+    for (int i = 0; i < N; ++i) {
+      const Derivatives<T> d = other(l, u.at[i]);
+      result.f.at[i] = d.f, result.df.at[i] = d.df, result.ddf.at[i] = d.ddf;
+    }
+    return result;
+  }
+
+ private:
+  /// Not inlined: a dozen functions at each place of use would be most of the interpreter's code.
+  template <class T>
+  static __device__ __attribute__((noinline)) Derivatives<T> other(const Layer& l, T u) {
+    Derivatives<T> d{};
+    with_megakernel_function(l.function, [&]<Function F>() { d = evaluate<F, T>(l, u); });
+    return d;
+  }
+};
+
+struct NormaliseInBlock {
+  template <class T>
+  static __device__ void run(Op op, const Layer& l, const Tensors<T>& t) {
+    const int groups = static_cast<int>(channel_groups<kVector<T>>(l.in.c));
+    for (int group = 0; group < groups; ++group) {
+      if (op == Op::forward) {
+        const Partials<T> p = moments_of<1>(group, l, t.x[0], t.x[0], t.statistics, t.scratch);
+        normalise_forward<AnyActivation>(block_team(), group, l, t, p);
+      } else if (op == Op::backward) {
+        normalise_backward<AnyActivation>(block_team(), group, l, t, Partials<T>{}, cells(l));
+      } else if (op == Op::forward_tangent) {
+        Partials<T> p{};
+        if (t.x_dot[0]) p = moments_of<2>(group, l, t.x[0], t.x_dot[0], t.statistics_dot, t.scratch);
+        normalise_forward_tangent<AnyActivation>(block_team(), group, l, t, p);
+      } else {
+        normalise_backward_tangent<AnyActivation>(block_team(), group, l, t, Partials<T>{}, cells(l));
+      }
+    }
+  }
+
+ private:
+  /// The moments of a [rows, c], or of a and b, of a group of channels: taken before, or computed into
+  /// scratch.
+  template <int kMeans, class T>
+  static __device__ __forceinline__ Partials<T> moments_of(int group, const Layer& l, const T* a, const T* b,
+                                                           T* taken, T* scratch) {
+    const int rows = static_cast<int>(l.n * l.in.h * l.in.w);
+    const int of_entry = taken ? kStatisticsRows : kTileRows, count = (rows + of_entry - 1) / of_entry;
+    for (int tile = 0; tile < count && !taken; ++tile) {
+      tile_moments<kMeans>(Team{tile, count}, group, rows, l.in.c, a, b, scratch);
+    }
+    __syncthreads();  // the entries are read by other threads
+    return {taken ? taken : scratch, count, of_entry, rows};
+  }
+
+  static __device__ __forceinline__ int cells(const Layer& l) {
+    if (!l.pooled) return static_cast<int>(l.in.h * l.in.w);
+    const Window& w = l.window;
+    return static_cast<int>((l.in.h + w.pad_top + w.stride_h - 1) / w.stride_h *
+                            ((l.in.w + w.pad_left + w.stride_w - 1) / w.stride_w));
+  }
+};
+
+}  // namespace maml::cuda
