@@ -14,8 +14,8 @@ those of the compiled library. The time follows from the constants below:
 not fill the GPU and incomplete last waves. The time of a meta-step is the sum over its launches. Launches on a parallel
 branch of its CUDA graph count only if the branch takes longer than the rest. The megakernel takes the time of its
 instructions plus that of the products in one block. So does a run of small layers, whose instructions wait for device
-memory, and whose bytes all go through one multiprocessor. The kernel of small perceptrons takes, in each wave of b blocks a
-multiprocessor, the longer of
+memory, and whose bytes all go through one multiprocessor. The kernel of small perceptrons takes, in each wave of b
+blocks a multiprocessor, the longer of
 
     phases * phase + cycles    of a block alone: its barriers, and the cycles of its longest thread or of its loads
     b * busy cycles            of all blocks: the loads of shared memory, or the instructions of all warps
