@@ -124,12 +124,10 @@ struct Tiled {
 };
 
 /// Resident blocks per multiprocessor for which registers must suffice. Places along several axes take more
-/// registers than those of an image: where a convolution's product needs all that it may have, one block
-/// fewer, else some would spill.
-template <class Arithmetic>
+/// registers than those of an image: where a convolution's product needs all that three blocks leave it, two.
+template <class Arithmetic, class Tile>
 constexpr int kResidentContractions =
-    kResidentProducts<Arithmetic> -
-    (std::is_same_v<Arithmetic, Simt<float>> || std::is_same_v<Arithmetic, Bf16x3>);
+    std::is_same_v<Arithmetic, Simt<float>> ? 2 : kResidentProducts<Arithmetic, Tile>;
 
 /// Writes the sums of one index of the batch.
 template <class Product, class T>
@@ -203,7 +201,7 @@ __device__ __forceinline__ void compute_tile(const Tiled<T>& p, const Memory& me
 }
 
 template <class Arithmetic, class Tile, bool AAlongK, bool BAlongK>
-__global__ void __launch_bounds__(Tile::kThreads, kResidentContractions<Arithmetic>)
+__global__ void __launch_bounds__(Tile::kThreads, kResidentContractions<Arithmetic, Tile>)
     contraction_kernel(const __grid_constant__ Tiled<typename Arithmetic::T> p, Deferred deferred) {
   using A = Strided<AAlongK>;
   using B = Strided<BAlongK>;

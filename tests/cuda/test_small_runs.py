@@ -100,7 +100,7 @@ def test_a_head_is_one_kernel(machine: str, first_order: bool) -> None:
     launched = kernels(maml, episodes(SAMPLES[strided], torch.float64))
     passes = 3 if first_order else 5  # two inner steps, the query, and the products of the two steps
     assert launched["small_run_kernel"] == passes
-    assert launched["input_gradient_kernel"] == passes  # of the second convolution; none is of the linear layer
+    assert launched["gradients_kernel"] == passes  # of the second convolution; none is of the linear layer
     for alone in ("normalise_forward", "normalise_backward", "mean_of_all_kernel", "value_kernel", "tangent_kernel"):
         assert launched[alone] == 0, alone
 

@@ -7,10 +7,12 @@
 #include "cuda/run/add_up.h"
 #include "cuda/run/backend.h"
 #include "cuda/run/batched.h"
+#include "cuda/run/capture.h"
 #include "cuda/run/chunked.h"
 #include "cuda/run/device_bytes.h"
 #include "cuda/run/megakernel.h"
 #include "cuda/run/small_mlp_work.h"
+#include "cuda/run/symbolic_task.h"
 #include "meta_gradient.h"
 
 namespace maml::cuda {
@@ -31,38 +33,6 @@ constexpr int64_t kLargestTile = 128, kSmallestTile = 32;
 
 /// Tiles of a set. Each adds some 16 kB to the program of an inner step, for a few layers.
 constexpr int64_t kMostTiles = 32;
-
-/// The tensors of a task, as symbolic addresses.
-template <class T>
-Task<T> symbolic_task(const Problem& p, const Layout& layout, bool inside) {
-  const Operation o = p.operation;
-  const bool own = inside || at_own_parameters(o);
-  auto given = [&](bool there, Region region) { return there ? place<T>(region) : nullptr; };
-  Task<T> task{};
-  task.theta = own ? place<T>(Region::task, layout.own) : place<T>(Region::shared, layout.theta);
-  task.x_support = given(p.support.n > 0, Region::x_support);
-  const bool policy = is_policy(p.graph.loss);
-  if (p.support.n > 0) task.y_support = {place<T>(Region::y_support)};
-  if (p.support.n > 0 && policy) {
-    task.y_support.scale = place<T>(Region::scale_support);
-    task.y_support.old_log_probs = place<T>(Region::old_log_probs_support);
-  }
-  task.x_query = given(p.query.n > 0, Region::x_query);
-  if (p.query.n > 0) task.y_query = {place<T>(Region::y_query)};
-  if (p.query.n > 0 && policy) {
-    task.y_query.scale = place<T>(Region::scale_query);
-    task.y_query.old_log_probs = place<T>(Region::old_log_probs_query);
-  }
-  const bool meta = o == Operation::meta_gradient || o == Operation::meta_loss;
-  task.support_losses = given(meta || o == Operation::adapt, Region::support_losses);
-  task.query_loss = given(meta || o == Operation::loss_and_grad, Region::task_losses);
-  task.logits = given(meta || o == Operation::predict, Region::logits);
-  task.result = place<T>(Region::task, gives_gradient(o) ? layout.result : layout.out);
-  task.given =
-      o == Operation::predict_backward ? place<T>(Region::cotangent) : place<T>(Region::task, layout.given);
-  task.adapted = place<T>(Region::task, layout.out);
-  return task;
-}
 
 }  // namespace
 
@@ -424,41 +394,6 @@ template <class T>
 int64_t Runner<T>::table_bytes(const Call<T>& call) const {
   return state_->chunks(call) * state_->all_spans().count * static_cast<int64_t>(sizeof(Span));
 }
-
-namespace {
-
-/// Two streams and two events for a capture.
-class Capture {
- public:
-  Capture() {
-    try {
-      for (cudaStream_t* s : {&stream, &branch.stream})
-        check(cudaStreamCreateWithFlags(s, cudaStreamNonBlocking), "creating a stream");
-      for (cudaEvent_t* e : {&branch.forked, &branch.done})
-        check(cudaEventCreateWithFlags(e, cudaEventDisableTiming), "creating an event");
-    } catch (...) {
-      release();
-      throw;
-    }
-  }
-  ~Capture() { release(); }
-  Capture(const Capture&) = delete;
-
-  cudaStream_t stream = nullptr;
-  Branch branch;
-
- private:
-  void release() {
-    for (cudaEvent_t e : {branch.forked, branch.done}) {
-      if (e) cudaEventDestroy(e);
-    }
-    for (cudaStream_t s : {branch.stream, stream}) {
-      if (s) cudaStreamDestroy(s);
-    }
-  }
-};
-
-}  // namespace
 
 template <class T>
 CudaGraph Runner<T>::capture(const Call<T>& call, void* table) const {
