@@ -302,28 +302,30 @@ class TaskRunner {
   void predict() {
     if constexpr (ComputesPasses<Backend>) {
       const auto query = at_query(p_.steps, 0, backend_);
-      return backend_.gradient(query, part(query), {}, {.prediction = task_.logits});
-    }
-    for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
-      const auto query = at_query(p_.steps, tile, backend_);
-      query.forward(Part::all);
-      give_logits(query);
+      backend_.gradient(query, part(query), {}, {.prediction = task_.logits});
+    } else {
+      for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
+        const auto query = at_query(p_.steps, tile, backend_);
+        query.forward(Part::all);
+        give_logits(query);
+      }
     }
   }
 
   void predict_backward() {
+    const int64_t all = p_.packing.trainable;
     if constexpr (ComputesPasses<Backend>) {
       const auto query = at_query(p_.steps, 0, backend_);
-      const int64_t all = p_.packing.trainable;
-      return backend_.gradient(query, part(query), {},
-                               {.gradient = task_.result, .limit = all, .cotangent = task_.given});
-    }
-    for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
-      const auto query = at_query(p_.steps, tile, backend_);
-      query.forward(Part::all);
-      backend_.copy(query.samples() * classes(p_.query), task_.given + query.first() * classes(p_.query),
-                    query.grad(p_.query.differentiated));
-      query.backward(task_.result, p_.packing.trainable);
+      backend_.gradient(query, part(query), {},
+                        {.gradient = task_.result, .limit = all, .cotangent = task_.given});
+    } else {
+      for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
+        const auto query = at_query(p_.steps, tile, backend_);
+        query.forward(Part::all);
+        backend_.copy(query.samples() * classes(p_.query), task_.given + query.first() * classes(p_.query),
+                      query.grad(p_.query.differentiated));
+        query.backward(task_.result, all);
+      }
     }
   }
   void loss_and_grad() { support_gradient(0, true, task_.query_loss, task_.result); }

@@ -8,14 +8,14 @@ namespace maml::cuda {
 
 /// y = a + b; one of them may be null.
 template <class T>
-__device__ __forceinline__ void sum_of(Team team, int64_t count, const T* a, const T* b, T* y) {
+__device__ __forceinline__ void sum_of(AnyTeam auto team, int64_t count, const T* a, const T* b, T* y) {
   map_elements(team, count, [](T a, T b) { return a + b; }, y, a, b);
 }
 
 /// Each grad_x that is not null (+)= g. Both are handled by the same thread: in x + x they are the same
 /// memory.
 template <class T>
-__device__ __forceinline__ void pass_on(Team team, int64_t count, const T* g, const bool* add,
+__device__ __forceinline__ void pass_on(AnyTeam auto team, int64_t count, const T* g, const bool* add,
                                         T* const* grad_x) {
   const Put put[2] = {{add[0]}, {add[1]}};
   const bool same = grad_x[0] == grad_x[1];
@@ -29,19 +29,19 @@ __device__ __forceinline__ void pass_on(Team team, int64_t count, const T* g, co
 }
 
 template <class T>
-__device__ __forceinline__ void add_forward(Team team, const Layer& l, const Tensors<T>& t) {
+__device__ __forceinline__ void add_forward(AnyTeam auto team, const Layer& l, const Tensors<T>& t) {
   sum_of(team, input_elements(l), t.x[0], t.x[1], t.y);
 }
 template <class T>
-__device__ __forceinline__ void add_backward(Team team, const Layer& l, const Tensors<T>& t) {
+__device__ __forceinline__ void add_backward(AnyTeam auto team, const Layer& l, const Tensors<T>& t) {
   pass_on(team, input_elements(l), t.grad_y, t.add_x, t.grad_x);
 }
 template <class T>
-__device__ __forceinline__ void add_forward_tangent(Team team, const Layer& l, const Tensors<T>& t) {
+__device__ __forceinline__ void add_forward_tangent(AnyTeam auto team, const Layer& l, const Tensors<T>& t) {
   sum_of(team, input_elements(l), t.x_dot[0], t.x_dot[1], t.y_dot);
 }
 template <class T>
-__device__ __forceinline__ void add_backward_tangent(Team team, const Layer& l, const Tensors<T>& t) {
+__device__ __forceinline__ void add_backward_tangent(AnyTeam auto team, const Layer& l, const Tensors<T>& t) {
   pass_on(team, input_elements(l), t.grad_y_dot, t.add_x, t.grad_x_dot);
 }
 

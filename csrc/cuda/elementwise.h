@@ -49,8 +49,10 @@ __device__ __forceinline__ void map_vectors(std::index_sequence<J...>, Team team
 #pragma unroll
       for (int e = 0; e < N; ++e) {
         const Numbers<T, K> values = f(x[k][J].at[e]...);
+#pragma unroll
         for (int j = 0; j < K; ++j) y[j].at[e] = values.at[j];
       }
+#pragma unroll
       for (int j = 0; j < K; ++j) {
         if (out.of[j]) store(out.of[j] + start + i * N, y[j], lanes);
       }
@@ -61,17 +63,21 @@ __device__ __forceinline__ void map_vectors(std::index_sequence<J...>, Team team
 /// out[i] = f(in[i]...) for the team's share of `count` elements. A null input is zero. With several outputs,
 /// f returns a vector of one value for each. An output may also be an input.
 template <class T, int K, class F, class... In>
-__device__ __forceinline__ void map_elements(Team team, int64_t count, F f, const Outputs<T, K>& out,
+__device__ __forceinline__ void map_elements(AnyTeam auto team, int64_t count, F f, const Outputs<T, K>& out,
                                              const In*... in) {
   const auto inputs = std::index_sequence_for<In...>();
-  bool whole = aligned(in...);
-  for (int j = 0; j < K; ++j) whole &= aligned(out.of[j]);
-  const int64_t vectors = whole ? count / kVector<T> : 0, done = vectors * kVector<T>;
-  if (vectors) map_vectors<kVector<T>>(inputs, team, 0, vectors, f, out, in...);
-  map_vectors<1>(inputs, team, done, count - done, f, out, in...);
+  if constexpr (std::is_same_v<decltype(team), BlockTeam>) {
+    map_vectors<1>(inputs, team, 0, count, f, out, in...);
+  } else {
+    bool whole = aligned(in...);
+    for (int j = 0; j < K; ++j) whole &= aligned(out.of[j]);
+    const int64_t vectors = whole ? count / kVector<T> : 0, done = vectors * kVector<T>;
+    if (vectors) map_vectors<kVector<T>>(inputs, team, 0, vectors, f, out, in...);
+    map_vectors<1>(inputs, team, done, count - done, f, out, in...);
+  }
 }
 template <class T, class F, class... In>
-__device__ __forceinline__ void map_elements(Team team, int64_t count, F f, T* out, const In*... in) {
+__device__ __forceinline__ void map_elements(AnyTeam auto team, int64_t count, F f, T* out, const In*... in) {
   map_elements(team, count, f, Outputs<T, 1>{{out}}, in...);
 }
 

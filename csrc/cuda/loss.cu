@@ -18,8 +18,9 @@ __global__ void __launch_bounds__(kThreads) value_kernel(LossPart part, const T*
              resolve(loss, memory, task), resolve(grad_z, memory, task), resolve(saved, memory, task), sums);
 }
 
+// Four resident blocks, six of the metric: without a bound, ptxas aims at eight and spills registers.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     tangent_kernel(LossPart part, const T* z, Target<T> target, const T* z_dot, const T* saved, T* grad_z_dot,
                    Deferred deferred) {
   const Memory memory = deferred.ready();
@@ -28,7 +29,6 @@ __global__ void __launch_bounds__(kThreads)
                resolve(z_dot, memory, task), resolve(saved, memory, task), resolve(grad_z_dot, memory, task));
 }
 
-// Six resident blocks: without the bound, ptxas aims at eight on sm_80 and spills registers.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 6)
     metric_kernel(LossPart part, const T* z, Target<T> target, const T* z_dot, T* grad_z, Deferred deferred) {

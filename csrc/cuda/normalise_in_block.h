@@ -11,27 +11,16 @@
 
 namespace maml::cuda {
 
-/// f of the layer, found at run time: the identity in a batch_norm, in a norm_block one of the megakernel's.
-struct AnyActivation {
+/// f of the layer, found at run time among those that one block has: the identity of a batch_norm, ReLU and
+/// leaky ReLU. Others would be most of the interpreter's code.
+struct BlockActivation {
+  static constexpr bool has(Function f) { return f == Function::relu || f == Function::leaky_relu; }
+
   template <class T, int N>
   static __device__ __forceinline__ Derivatives<Numbers<T, N>> at(const Layer& l, const Numbers<T, N>& u) {
     if (l.kind == Kind::batch_norm) return Identity::at(l, u);
     if (l.function == Function::relu) return Activation<Function::relu>::at(l, u);
-    Derivatives<Numbers<T, N>> result;
-    for (int i = 0; i < N; ++i) {
-      const Derivatives<T> d = other(l, u.at[i]);
-      result.f.at[i] = d.f, result.df.at[i] = d.df, result.ddf.at[i] = d.ddf;
-    }
-    return result;
-  }
-
- private:
-  /// Not inlined: a dozen functions at each place of use would be most of the interpreter's code.
-  template <class T>
-  static __device__ __attribute__((noinline)) Derivatives<T> other(const Layer& l, T u) {
-    Derivatives<T> d{};
-    with_megakernel_function(l.function, [&]<Function F>() { d = evaluate<F, T>(l, u); });
-    return d;
+    return Activation<Function::leaky_relu>::at(l, u);
   }
 };
 
@@ -42,15 +31,15 @@ struct NormaliseInBlock {
     for (int group = 0; group < groups; ++group) {
       if (op == Op::forward) {
         const Partials<T> p = moments_of<1>(group, l, t.x[0], t.x[0], t.statistics, t.scratch);
-        normalise_forward<AnyActivation>(block_team(), group, l, t, p);
+        normalise_forward<BlockActivation>(block_team(), group, l, t, p);
       } else if (op == Op::backward) {
-        normalise_backward<AnyActivation>(block_team(), group, l, t, Partials<T>{}, cells(l));
+        normalise_backward<BlockActivation>(block_team(), group, l, t, Partials<T>{}, cells(l));
       } else if (op == Op::forward_tangent) {
         Partials<T> p{};
         if (t.x_dot[0]) p = moments_of<2>(group, l, t.x[0], t.x_dot[0], t.statistics_dot, t.scratch);
-        normalise_forward_tangent<AnyActivation>(block_team(), group, l, t, p);
+        normalise_forward_tangent<BlockActivation>(block_team(), group, l, t, p);
       } else {
-        normalise_backward_tangent<AnyActivation>(block_team(), group, l, t, Partials<T>{}, cells(l));
+        normalise_backward_tangent<BlockActivation>(block_team(), group, l, t, Partials<T>{}, cells(l));
       }
     }
   }

@@ -9,6 +9,12 @@
 
 namespace maml::cuda {
 
+/// Of the backward tangent, in which ELU needs more registers than two blocks leave it.
+template <class Activation, class T>
+inline constexpr int kResidentTangents = kResidentVectors<T>;
+template <class T>
+inline constexpr int kResidentTangents<Activation<Function::elu>, T> = 1;
+
 template <class Activation, class T>
 __global__ void __launch_bounds__(kThreads, kResidentVectors<T>)
     normalise_forward_kernel(Layer l, Tensors<T> symbolic, Partials<T> statistics, Deferred deferred) {
@@ -47,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, kResidentVectors<T>)
                                               resolve(symbolic, memory, blockIdx.z));
 }
 template <class Activation, class T>
-__global__ void __launch_bounds__(kThreads, kResidentVectors<T>)
+__global__ void __launch_bounds__(kThreads, kResidentTangents<Activation, T>)
     normalise_backward_tangent_kernel(Layer l, Tensors<T> symbolic, Partials<T> partials, int cells,
                                       Deferred deferred) {
   const Memory memory = deferred.ready();

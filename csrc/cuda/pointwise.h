@@ -11,12 +11,12 @@
 namespace maml::cuda {
 
 template <Function F, class T>
-__device__ __forceinline__ void pointwise_forward(Team team, const Layer& l, const Tensors<T>& t) {
+__device__ __forceinline__ void pointwise_forward(AnyTeam auto team, const Layer& l, const Tensors<T>& t) {
   map_elements(team, input_elements(l), [&](T x) { return evaluate<F, T>(l, x).f; }, t.y, t.x[0]);
 }
 
 template <Function F, class T>
-__device__ __forceinline__ void pointwise_backward(Team team, const Layer& l, const Tensors<T>& t) {
+__device__ __forceinline__ void pointwise_backward(AnyTeam auto team, const Layer& l, const Tensors<T>& t) {
   if (!t.grad_x[0]) return;
   const Put put{t.add_x[0]};
   map_elements(
@@ -25,7 +25,8 @@ __device__ __forceinline__ void pointwise_backward(Team team, const Layer& l, co
 }
 
 template <Function F, class T>
-__device__ __forceinline__ void pointwise_forward_tangent(Team team, const Layer& l, const Tensors<T>& t) {
+__device__ __forceinline__ void pointwise_forward_tangent(AnyTeam auto team, const Layer& l,
+                                                          const Tensors<T>& t) {
   map_elements(
       team, input_elements(l), [&](T x, T x_dot) { return evaluate<F, T>(l, x).df * x_dot; }, t.y_dot, t.x[0],
       t.x_dot[0]);
@@ -33,7 +34,8 @@ __device__ __forceinline__ void pointwise_forward_tangent(Team team, const Layer
 
 /// x_dot and grad_y may be absent, then together.
 template <Function F, class T>
-__device__ __forceinline__ void pointwise_backward_tangent(Team team, const Layer& l, const Tensors<T>& t) {
+__device__ __forceinline__ void pointwise_backward_tangent(AnyTeam auto team, const Layer& l,
+                                                           const Tensors<T>& t) {
   if (!t.grad_x_dot[0]) return;
   const Put put{t.add_x[0]};
   const bool moves = t.x_dot[0] != nullptr;
@@ -57,22 +59,22 @@ __device__ void with_megakernel_function(Function f, Body body) {
 }
 
 template <class T>
-__device__ void pointwise_forward(Team team, const Layer& l, const Tensors<T>& t) {
+__device__ void pointwise_forward(AnyTeam auto team, const Layer& l, const Tensors<T>& t) {
   with_megakernel_function(l.function, [&]<Function F>() { pointwise_forward<F>(team, l, t); });
 }
 
 template <class T>
-__device__ void pointwise_backward(Team team, const Layer& l, const Tensors<T>& t) {
+__device__ void pointwise_backward(AnyTeam auto team, const Layer& l, const Tensors<T>& t) {
   with_megakernel_function(l.function, [&]<Function F>() { pointwise_backward<F>(team, l, t); });
 }
 
 template <class T>
-__device__ void pointwise_forward_tangent(Team team, const Layer& l, const Tensors<T>& t) {
+__device__ void pointwise_forward_tangent(AnyTeam auto team, const Layer& l, const Tensors<T>& t) {
   with_megakernel_function(l.function, [&]<Function F>() { pointwise_forward_tangent<F>(team, l, t); });
 }
 
 template <class T>
-__device__ void pointwise_backward_tangent(Team team, const Layer& l, const Tensors<T>& t) {
+__device__ void pointwise_backward_tangent(AnyTeam auto team, const Layer& l, const Tensors<T>& t) {
   with_megakernel_function(l.function, [&]<Function F>() { pointwise_backward_tangent<F>(team, l, t); });
 }
 

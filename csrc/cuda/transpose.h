@@ -23,9 +23,9 @@ struct Transpose {
   bool add;
 };
 
-/// Block x transposes tile (s, i, j), columns fastest.
+/// Block x transposes tile (s, i, j), columns fastest. Six resident blocks: with eight, ptxas spills.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 6)
     transpose_tiles(Transpose p, const T* symbolic_in, T* symbolic_out, Deferred deferred) {
   const Memory memory = deferred.ready();
   __shared__ T tile[kTile][kTile + 1];

@@ -26,6 +26,7 @@ struct alignas(std::min<size_t>(16, N * sizeof(T))) Numbers {
   Numbers() = default;  // trivial, for shared memory
   __device__ __forceinline__ Numbers(T first, T second) : at{first, second} {}
   __device__ __forceinline__ Numbers(T value) {
+#pragma unroll
     for (int i = 0; i < N; ++i) at[i] = value;
   }
 

@@ -29,7 +29,7 @@ concept HasBlockPasses = requires { sizeof(InBlock<K>); };
 template <>
 struct InBlock<Kind::conv2d> {  // linear layers
   template <Home H, class T>
-  static __device__ void run(Op op, Team team, const Layer& l, const Tensors<T>& t) {
+  static __device__ void run(Op op, BlockTeam team, const Layer& l, const Tensors<T>& t) {
     if constexpr (H == Home::shared_memory) {
       return op == Op::forward           ? linear_forward(team, l, t)
              : op == Op::backward        ? linear_backward(team, l, t)
@@ -46,7 +46,7 @@ struct InBlock<Kind::conv2d> {  // linear layers
 template <>
 struct InBlock<Kind::pointwise> {
   template <Home, class T>
-  static __device__ void run(Op op, Team team, const Layer& l, const Tensors<T>& t) {
+  static __device__ void run(Op op, BlockTeam team, const Layer& l, const Tensors<T>& t) {
     return op == Op::forward           ? pointwise_forward(team, l, t)
            : op == Op::backward        ? pointwise_backward(team, l, t)
            : op == Op::forward_tangent ? pointwise_forward_tangent(team, l, t)
@@ -56,7 +56,7 @@ struct InBlock<Kind::pointwise> {
 template <>
 struct InBlock<Kind::append> {
   template <Home, class T>
-  static __device__ void run(Op op, Team team, const Layer& l, const Tensors<T>& t) {
+  static __device__ void run(Op op, BlockTeam team, const Layer& l, const Tensors<T>& t) {
     return op == Op::forward           ? append_forward(team, l, t)
            : op == Op::backward        ? append_backward(team, l, t)
            : op == Op::forward_tangent ? append_forward_tangent(team, l, t)
@@ -66,7 +66,7 @@ struct InBlock<Kind::append> {
 template <>
 struct InBlock<Kind::add> {
   template <Home, class T>
-  static __device__ void run(Op op, Team team, const Layer& l, const Tensors<T>& t) {
+  static __device__ void run(Op op, BlockTeam team, const Layer& l, const Tensors<T>& t) {
     return op == Op::forward           ? add_forward(team, l, t)
            : op == Op::backward        ? add_backward(team, l, t)
            : op == Op::forward_tangent ? add_forward_tangent(team, l, t)
@@ -87,7 +87,7 @@ __device__ __forceinline__ void linear_pass(Op op, const Tensors<T>& t, Apply ap
 template <>
 struct InBlock<Kind::flatten> {
   template <Home, class T>
-  static __device__ void run(Op op, Team team, const Layer& l, const Tensors<T>& t) {
+  static __device__ void run(Op op, BlockTeam team, const Layer& l, const Tensors<T>& t) {
     const int64_t pixels = l.in.h * l.in.w;
     linear_pass(
         op, t, [&](const T* x, T* y) { move_elements<int>(team, {l.n, pixels, l.in.c, false}, x, y); },
@@ -99,7 +99,7 @@ struct InBlock<Kind::flatten> {
 template <>
 struct InBlock<Kind::mean_pool> {
   template <Home, class T>
-  static __device__ void run(Op op, Team team, const Layer& l, const Tensors<T>& t) {
+  static __device__ void run(Op op, BlockTeam team, const Layer& l, const Tensors<T>& t) {
     linear_pass(
         op, t, [&](const T* x, T* y) { mean_of_all(team, l, x, y); },
         [&](const T* g, bool add, T* grad_x) { spread_over_all(team, l, g, add, grad_x); });
@@ -108,14 +108,14 @@ struct InBlock<Kind::mean_pool> {
 template <>
 struct InBlock<Kind::norm_block> {
   template <Home, class T>
-  static __device__ void run(Op op, Team, const Layer& l, const Tensors<T>& t) {
+  static __device__ void run(Op op, BlockTeam, const Layer& l, const Tensors<T>& t) {
     NormaliseInBlock::run(op, l, t);
   }
 };
 template <>
 struct InBlock<Kind::batch_norm> {
   template <Home, class T>
-  static __device__ void run(Op op, Team, const Layer& l, const Tensors<T>& t) {
+  static __device__ void run(Op op, BlockTeam, const Layer& l, const Tensors<T>& t) {
     NormaliseInBlock::run(op, l, t);
   }
 };

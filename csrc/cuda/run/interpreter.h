@@ -47,7 +47,7 @@ __device__ void run_layer(Op op, const Layer& l, const Tensors<T>& t, std::integ
 template <Home H, class T>
 __device__ void run_instruction(const Instruction<T>& i, const DevicePlan& plan, const T* rates,
                                 double* sums) {
-  const Team team = block_team();
+  const BlockTeam team = block_team();
   const Tensors<T>& t = i.tensors;
   const RateSlice* slices = plan.slices + i.slices;
   const int count = plan.slices_a_step;

@@ -146,7 +146,12 @@ __device__ __forceinline__ Team grid_team() {
   return {static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)};
 }
 
-/// A single block.
-__device__ __forceinline__ Team block_team() { return {0, 1}; }
+/// A single block. Functions that are templates of the team make less of their loops for it: an interpreter
+/// has many of them in one kernel.
+struct BlockTeam : Team {};
+__device__ __forceinline__ BlockTeam block_team() { return {{0, 1}}; }
+
+template <class T>
+concept AnyTeam = std::is_base_of_v<Team, T>;
 
 }  // namespace maml::cuda

@@ -23,7 +23,7 @@ struct Spans {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 1)
     megakernel(const __grid_constant__ Spans call, SpanOrder order, DevicePlan plan, Layout layout,
                int64_t result_size, int rate_count, Span* table_out) {
   __shared__ uint64_t slots[2 * Reader<T>::kWords];
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kBlock)
   __shared__ double sums[kBlock];  // of reductions
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t task = blockIdx.z;
-  const Team team = block_team();
+  const BlockTeam team = block_team();
   T* memory = reinterpret_cast<T*>(dynamic_shared());
   constexpr int kRegions = static_cast<int>(Region::count);
   for (int r = thread; r < kRegions; r += kBlock) table.regions[r] = call.spans[r];

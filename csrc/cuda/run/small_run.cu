@@ -12,8 +12,8 @@ bool has_block_passes(const Layer& l) {
   static constexpr auto kinds = for_each_kind([&]<Kind K> { return HasBlockPasses<K>; });
   if (!kinds[static_cast<size_t>(l.kind)]) return false;
   if (l.kind == Kind::conv2d) return is_linear(l);
-  const bool has_function = l.kind == Kind::pointwise || l.kind == Kind::norm_block;
-  return !has_function || in_megakernel(l.function);
+  if (l.kind == Kind::norm_block) return BlockActivation::has(l.function);
+  return l.kind != Kind::pointwise || in_megakernel(l.function);
 }
 
 namespace {

@@ -54,7 +54,8 @@ struct SliceRates {
 };
 
 template <class T>
-__device__ void descend(Team team, const RateSlice& s, const T* rates, const T* phi, const T* g, T* next) {
+__device__ void descend(AnyTeam auto team, const RateSlice& s, const T* rates, const T* phi, const T* g,
+                        T* next) {
   const SliceRates<T> rate(s, rates);
   map_elements(
       team, s.size, [&](T phi, T g, T own) { return phi - rate.of(own) * g; }, next + s.at, phi + s.at,
@@ -62,19 +63,20 @@ __device__ void descend(Team team, const RateSlice& s, const T* rates, const T* 
 }
 
 template <class T>
-__device__ void direction(Team team, const RateSlice& s, const T* rates, const T* v, T* out) {
+__device__ void direction(AnyTeam auto team, const RateSlice& s, const T* rates, const T* v, T* out) {
   const SliceRates<T> rate(s, rates);
   map_elements(team, s.size, [&](T v, T own) { return rate.of(own) * v; }, out + s.at, v + s.at, rate.each);
 }
 
 template <class T>
-__device__ void subtract(Team team, int64_t size, const T* x, T* y) {
+__device__ void subtract(AnyTeam auto team, int64_t size, const T* x, T* y) {
   map_elements(team, size, [](T y, T x) { return y - x; }, y, static_cast<const T*>(y), x);
 }
 
 /// `out` may be null.
 template <class T>
-__device__ void retreat(Team team, const RateSlice& s, const T* rates, const T* product, T* v, T* out) {
+__device__ void retreat(AnyTeam auto team, const RateSlice& s, const T* rates, const T* product, T* v,
+                        T* out) {
   if (!out) return subtract(team, s.size, product + s.at, v + s.at);
   const SliceRates<T> rate(s, rates);
   map_elements(
@@ -88,7 +90,8 @@ __device__ void retreat(Team team, const RateSlice& s, const T* rates, const T* 
 
 /// For one rate per element, where no two elements share a rate.
 template <class T>
-__device__ void elementwise_rate_gradient(Team team, const RateSlice& s, const T* g, const T* v, T* result) {
+__device__ void elementwise_rate_gradient(AnyTeam auto team, const RateSlice& s, const T* g, const T* v,
+                                          T* result) {
   T* const to = result + s.grad_at;
   map_elements(
       team, s.size, [](T before, T g, T v) { return before - g * v; }, to, static_cast<const T*>(to),
@@ -122,16 +125,16 @@ __device__ void shared_rate_gradients(const RateSlice* slices, int count, const 
 }
 
 template <class T>
-__device__ void add_weighted(Team team, int64_t size, const T* w, const T* x, T* y) {
+__device__ void add_weighted(AnyTeam auto team, int64_t size, const T* w, const T* x, T* y) {
   const T weight = *w;
   map_elements(team, size, [=](T y, T x) { return y + weight * x; }, y, static_cast<const T*>(y), x);
 }
 template <class T>
-__device__ void copy(Team team, int64_t size, const T* from, T* to) {
+__device__ void copy(AnyTeam auto team, int64_t size, const T* from, T* to) {
   map_elements(team, size, [](T x) { return x; }, to, from);
 }
 template <class T>
-__device__ void zero(Team team, int64_t size, T* to) {
+__device__ void zero(AnyTeam auto team, int64_t size, T* to) {
   map_elements(team, size, [] { return T(0); }, to);
 }
 
