@@ -57,7 +57,7 @@ def residual(dtype: torch.dtype = torch.float64) -> nn.Module:
 def features(dtype: torch.dtype = torch.float64) -> nn.Module:
     """Linear layers that take the statistics of their output for a BatchNorm, more rows than one entry has."""
     return nn.Sequential(
-        nn.Linear(3, 40), nn.ReLU(), nn.Linear(40, 6, bias=False), nn.BatchNorm1d(6), nn.ELU(), nn.Linear(6, 4)
+        nn.Linear(3, 40), nn.ReLU(), nn.Linear(40, 6, bias=False), nn.BatchNorm1d(6), nn.LeakyReLU(0.2), nn.Linear(6, 4)
     ).to(dtype)
 
 
