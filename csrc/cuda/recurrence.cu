@@ -41,10 +41,14 @@ struct OverRows {
     o.x = {r.of_sample, true, false, 0, {r.of_sample, r.hidden, 1, 0}};
     return o;
   }
-  /// Of the initial h and W_hh.
-  static OverRows of_state(const Layer& l) {
+  /// Of the initial h, zero where it is not `given`, and W_hh.
+  static OverRows of_state(const Layer& l, bool given) {
     const RecurrenceSizes r(l.loops[0], l.n);
     OverRows o(l, 1, r.hidden, 0);
+    if (!given) {  // it is not read, and has no loops
+      o.x = {r.hidden, true, true, 0, {r.hidden, 0, 1, 0}};
+      return o;
+    }
     o.x = l.loops[1].x[0];
     o.x.stride[1] = 0, o.x.stride[2] = 1, o.x.stride[3] = 0;
     return o;
@@ -137,7 +141,7 @@ void finish(const Launcher& launch, const Layer& l, const Sequence& sequence, co
       add = true;
     }
     if (t.x[1] || !add) {
-      const OverRows state = OverRows::of_state(l);
+      const OverRows state = OverRows::of_state(l, t.x[1] != nullptr);
       contracted(state.to_w(l, name), {t.x[1], side(1, false)}, {t.x_dot[1], side(1, true)}, add, grad_w[1]);
     }
   }

@@ -110,7 +110,10 @@ inline Rows rows_of(const Layer& l, const View& by) {
     const int last = loops.axes - 1;
     rows.length = extent(loops, last, l.n), rows.x_stride = x.stride[last], rows.y_stride = y.stride[last];
   }
-  rows.shares = shares_of(rows.loops.outer.steps, rows.length, std::abs(rows.y_stride) == 1);
+  // Where all elements of a row of x are one, a thread takes the whole row, so that it alone adds to its
+  // cotangent.
+  const bool alone = rows.x_stride == 0 && rows.length > 1;
+  if (!alone) rows.shares = shares_of(rows.loops.outer.steps, rows.length, std::abs(rows.y_stride) == 1);
   return rows;
 }
 
