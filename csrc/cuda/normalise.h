@@ -74,6 +74,9 @@ struct Activation {
   }
 };
 
+/// The cells of one sample over which the threads of a pass to x are spread: without a pool, its pixels.
+constexpr int64_t input_cells(const Layer& l) { return l.pooled ? cells_of(l) : l.in.h * l.in.w; }
+
 /// One thread's view of its task: the thread's channels, the tensors, and the sizes in 32 bits.
 template <class T>
 struct View : ChannelView<T> {

@@ -5,7 +5,6 @@
 #pragma once
 
 #include "cuda/normalise.h"
-#include "cuda/pointwise.h"
 #include "cuda/run/program.h"
 #include "layers/kinds.h"
 
@@ -27,19 +26,20 @@ struct BlockActivation {
 struct NormaliseInBlock {
   template <class T>
   static __device__ void run(Op op, const Layer& l, const Tensors<T>& t) {
+    const int cells = static_cast<int>(input_cells(l));
     const int groups = static_cast<int>(channel_groups<kVector<T>>(l.in.c));
     for (int group = 0; group < groups; ++group) {
       if (op == Op::forward) {
         const Partials<T> p = moments_of<1>(group, l, t.x[0], t.x[0], t.statistics, t.scratch);
         normalise_forward<BlockActivation>(block_team(), group, l, t, p);
       } else if (op == Op::backward) {
-        normalise_backward<BlockActivation>(block_team(), group, l, t, Partials<T>{}, cells(l));
+        normalise_backward<BlockActivation>(block_team(), group, l, t, Partials<T>{}, cells);
       } else if (op == Op::forward_tangent) {
         Partials<T> p{};
         if (t.x_dot[0]) p = moments_of<2>(group, l, t.x[0], t.x_dot[0], t.statistics_dot, t.scratch);
         normalise_forward_tangent<BlockActivation>(block_team(), group, l, t, p);
       } else {
-        normalise_backward_tangent<BlockActivation>(block_team(), group, l, t, Partials<T>{}, cells(l));
+        normalise_backward_tangent<BlockActivation>(block_team(), group, l, t, Partials<T>{}, cells);
       }
     }
   }
@@ -57,13 +57,6 @@ struct NormaliseInBlock {
     }
     __syncthreads();  // the entries are read by other threads
     return {taken ? taken : scratch, count, of_entry, rows};
-  }
-
-  static __device__ __forceinline__ int cells(const Layer& l) {
-    if (!l.pooled) return static_cast<int>(l.in.h * l.in.w);
-    const Window& w = l.window;
-    return static_cast<int>((l.in.h + w.pad_top + w.stride_h - 1) / w.stride_h *
-                            ((l.in.w + w.pad_left + w.stride_w - 1) / w.stride_w));
   }
 };
 

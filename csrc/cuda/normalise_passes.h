@@ -67,7 +67,6 @@ template <class Activation>
 struct Normalise {
   static int64_t rows_of(const Layer& l) { return l.n * l.in.h * l.in.w; }
   static int64_t output_rows(const Layer& l) { return l.n * l.out.h * l.out.w; }
-  static int64_t cells(const Layer& l) { return l.pooled ? cells_of(l) : l.in.h * l.in.w; }
 
   template <class T>
   static void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
@@ -81,7 +80,7 @@ struct Normalise {
     const auto p =
         sums_of("batch_norm backward, sums", normalise_backward_sums_kernel<Activation, T>, launch, l, t);
     launch("batch_norm backward", normalise_backward_kernel<Activation, T>, input_grid<T>(l, t.grad_x[0]),
-           kThreads, 0, l, t, p, static_cast<int>(cells(l)), launch.memory);
+           kThreads, 0, l, t, p, static_cast<int>(input_cells(l)), launch.memory);
   }
 
   template <class T>
@@ -99,7 +98,7 @@ struct Normalise {
     const auto p = sums_of("batch_norm backward tangent, sums",
                            normalise_backward_tangent_sums_kernel<Activation, T>, launch, l, t);
     launch("batch_norm backward tangent", normalise_backward_tangent_kernel<Activation, T>,
-           input_grid<T>(l, t.grad_x_dot[0]), kThreads, 0, l, t, p, static_cast<int>(cells(l)),
+           input_grid<T>(l, t.grad_x_dot[0]), kThreads, 0, l, t, p, static_cast<int>(input_cells(l)),
            launch.memory);
   }
 
@@ -118,7 +117,7 @@ struct Normalise {
   /// Where grad_x is not wanted, one block per channel group still writes the sums.
   template <class T>
   static Grid input_grid(const Layer& l, const T* grad_x) {
-    return row_grid<T>(grad_x ? l.n * cells(l) : 1, l.in.c);
+    return row_grid<T>(grad_x ? l.n * input_cells(l) : 1, l.in.c);
   }
 };
 

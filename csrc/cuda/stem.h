@@ -21,6 +21,7 @@
 // f''(u), and its tangent saves f''(u) u_dot: no other pass evaluates f.
 #pragma once
 
+#include "cuda/conv2d.h"
 #include "cuda/layers.h"
 #include "cuda/stem_tiles.h"
 #include "layers/functions.h"
@@ -105,24 +106,6 @@ struct Stem {
   int64_t blocks() const { return blocks_for(tiles.tiles, tiles_of_block); }
   __host__ __device__ StemSaved<T> saved(T* p) const { return {p, tiles.patch, n, curved ? outputs : 0}; }
 };
-
-/// Calls f.operator()<Arithmetic>() for the layer's precision.
-template <class T, class F>
-void with_arithmetic(const Layer& l, F f) {
-  if constexpr (std::is_same_v<T, float>) {
-    switch (l.precision) {
-      case Precision::bf16x3:
-        return f.template operator()<Bf16x3>();
-      case Precision::tf32:
-        return f.template operator()<Tf32>();
-      case Precision::bfloat16:
-        return f.template operator()<Bf16>();
-      case Precision::float32:
-        break;
-    }
-  }
-  f.template operator()<Simt<T>>();
-}
 
 /// y, or with `tangent` y_dot.
 template <class T>

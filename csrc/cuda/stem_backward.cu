@@ -290,7 +290,7 @@ void stem_backward(const Launcher& launch, const Layer& l, const Tensors<T>& t, 
   });
   const int64_t matrices = kWarps * kPartRows * kStemColumns;
   const size_t shared = std::max<int64_t>(2 * s.elements(), matrices) * sizeof(T);
-  with_arithmetic<T>(l, [&]<class Arithmetic>() {
+  with_arithmetic<T>(l.precision, [&]<class Arithmetic>() {
     launch(tangent ? "stem backward tangent" : "stem backward",
            tangent ? stem_backward_kernel<Arithmetic, true> : stem_backward_kernel<Arithmetic, false>,
            {p.blocks(), blocks_for(p.n, kStemColumns)}, kBackwardThreads, shared, p, launch.memory);

@@ -278,7 +278,7 @@ void stem_forward(const Launcher& launch, const Layer& l, const Tensors<T>& t, b
     return product_work<T>(pixels, p.n, s.patch, 1, l.n * size(l.in), p.outputs * (1 + reads)) +
            traffic<T>(p.curved ? 2 * p.outputs : 0, 1) + bytes(l.pooled ? p.outputs : 0);
   });
-  with_arithmetic<T>(l, [&]<class Arithmetic>() {
+  with_arithmetic<T>(l.precision, [&]<class Arithmetic>() {
     launch(tangent ? "stem forward tangent" : "stem forward",
            tangent ? stem_forward_kernel<Arithmetic, true> : stem_forward_kernel<Arithmetic, false>,
            {p.blocks(), blocks_for(p.n, kStemColumns)}, kForwardThreads, 2 * s.elements() * sizeof(T), p,

@@ -34,7 +34,7 @@ struct Windows {
 };
 
 /// The number of cells of one sample.
-inline int64_t cells_of(const Layer& l) {
+constexpr int64_t cells_of(const Layer& l) {
   return blocks_for(l.in.h + l.window.pad_top, l.window.stride_h) *
          blocks_for(l.in.w + l.window.pad_left, l.window.stride_w);
 }

@@ -128,7 +128,7 @@ struct Launcher {
   }
 };
 
-inline int64_t blocks_for(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
+constexpr int64_t blocks_for(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
 
 /// The threads that work together on one instruction of one task: some blocks of a grid, or a single block.
 struct Team {
