@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from maml_cuda import pytrees
 from maml_cuda.functional import Functional
 from maml_cuda.pytrees import Tree
+from maml_cuda.sample_weights import Weighted, without_padding
 
 LAST = 2**31 - 1  # an inner step beyond every slot, which reads the last slot
 
@@ -291,14 +292,15 @@ class _StatisticsHook:
 
 
 @torch.no_grad()
-def update_running(model: nn.Module, passes: Iterable[tuple[int, Mapping[str, Tensor], Tree]]) -> None:
+def update_running(model: nn.Module, passes: Iterable[tuple[int, Mapping[str, Tensor], Tree, Tensor | None]]) -> None:
     """Updates running statistics once, with each layer's momentum.
 
     The update is towards the mean, over passes and tasks, of the batch means and unbiased variances of a layer's input.
 
     Args:
         passes: forward passes to run, each as (inner step whose slot is updated, parameters as name ->
-            [tasks, *shape], x [tasks, n, ...]).
+            [tasks, *shape], x [tasks, n, ...], weights of the samples [tasks, n] or None). Samples of weight 0 do not
+            take part.
 
     Raises:
         ValueError: no layer tracks running statistics.
@@ -309,10 +311,13 @@ def update_running(model: nn.Module, passes: Iterable[tuple[int, Mapping[str, Te
     function = Functional(model)
     hooks = [c.layer.register_forward_pre_hook(c) for c in collected]
     try:
-        for step, fast, x in passes:
+        for step, fast, x, weights in passes:
             with at_step(model, step):
                 for t in range(pytrees.tasks(x)):
-                    function({n: p[t] for n, p in fast.items()}, pytrees.of_task(x, t))
+                    of_task = pytrees.of_task(x, t)
+                    if weights is not None:
+                        of_task, _ = without_padding(of_task, Weighted(None, weights[t]))
+                    function({n: p[t] for n, p in fast.items()}, of_task)
     finally:
         for hook in hooks:
             hook.remove()

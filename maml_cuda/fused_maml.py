@@ -224,6 +224,8 @@ class FusedMAML(nn.Module):
         y_qry: Target,
         *,
         task_weights: Tensor | None = None,
+        spt_weights: Tensor | None = None,
+        qry_weights: Tensor | None = None,
     ) -> MetaOutput:
         """The query loss after the inner loop, whose backward is the exact meta-gradient.
 
@@ -235,11 +237,15 @@ class FusedMAML(nn.Module):
                 take tensors [tasks, ...] without an axis of samples. On the general path x is what the model takes:
                 also [tasks, samples], and query samples of another shape than the support samples.
             task_weights: [tasks]; the loss is their sum of weight times task loss. None: the mean over tasks.
+            spt_weights, qry_weights: [tasks, n], of the samples of a set, at least 0: a task's loss is the weighted
+                mean over its samples. Weight 0 is padding: what stands there counts nowhere, not in the statistics of
+                BatchNorm either, which count the other samples once each; its logits are 0. With either, a loss of
+                your own returns [samples]. Weights that require grad receive their exact gradient.
 
         Raises:
             ValueError, TypeError: shapes, dtypes, devices or labels that do not fit; no parameter is touched.
         """
-        return meta_step.forward(self, x_spt, y_spt, x_qry, y_qry, task_weights)
+        return meta_step.forward(self, x_spt, y_spt, x_qry, y_qry, task_weights, spt_weights, qry_weights)
 
     def backward(
         self,
@@ -249,6 +255,8 @@ class FusedMAML(nn.Module):
         y_qry: Target,
         *,
         task_weights: Tensor | None = None,
+        spt_weights: Tensor | None = None,
+        qry_weights: Tensor | None = None,
     ) -> MetaOutput:
         """A call and its `loss.backward()` in one: the exact meta-gradient is added to `.grad`, with the same bits.
 
@@ -257,7 +265,7 @@ class FusedMAML(nn.Module):
         DistributedDataParallel, and where a GradScaler scales the loss, call the module and then `loss.backward()`.
 
         Args:
-            x_spt, y_spt, x_qry, y_qry, task_weights: as of a call.
+            x_spt, y_spt, x_qry, y_qry, task_weights, spt_weights, qry_weights: as of a call.
 
         Returns:
             As a call, with nothing left to differentiate.
@@ -266,10 +274,16 @@ class FusedMAML(nn.Module):
             RuntimeError: gradients are off.
             ValueError, TypeError: as a call does; no `.grad` is touched.
         """
-        return meta_step.backward(self, x_spt, y_spt, x_qry, y_qry, task_weights)
+        return meta_step.backward(self, x_spt, y_spt, x_qry, y_qry, task_weights, spt_weights, qry_weights)
 
     def adapt(
-        self, x_spt: Tree, y_spt: Target, steps: int | None = None, *, differentiable: bool = False
+        self,
+        x_spt: Tree,
+        y_spt: Target,
+        steps: int | None = None,
+        *,
+        differentiable: bool = False,
+        spt_weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The parameters after the inner loop, name -> [tasks, *shape].
 
@@ -278,21 +292,33 @@ class FusedMAML(nn.Module):
             steps: None means inner_steps; beyond the given rates the last one repeats.
             differentiable: the result has a backward, of one Hessian-vector product a step (first_order: none);
                 otherwise it is detached. Parameters that are not adapted are expanded views.
+            spt_weights: of the samples, as of a call.
         """
         steps = self.inner_steps if steps is None else steps
-        return building_blocks.adapt(self, x_spt, y_spt, steps, differentiable)
+        return building_blocks.adapt(self, x_spt, y_spt, steps, differentiable, spt_weights)
 
-    def inner_loop(self, x_spt: Tree, y_spt: Target, steps: int) -> Iterator[dict[str, Tensor]]:
+    def inner_loop(
+        self, x_spt: Tree, y_spt: Target, steps: int, *, spt_weights: Tensor | None = None
+    ) -> Iterator[dict[str, Tensor]]:
         """The parameters after 0, 1, ..., `steps` inner steps, detached: each as adapt(steps=k) returns it, to the bit.
         The CPU's layers take no step twice; elsewhere each of these is adapted afresh.
 
         Args:
             x_spt, y_spt: support sets, [tasks, n_support, ...].
             steps: from 0; beyond the given rates the last one repeats.
+            spt_weights: of the samples, as of a call.
         """
-        return building_blocks.inner_loop(self, x_spt, y_spt, steps)
+        return building_blocks.inner_loop(self, x_spt, y_spt, steps, spt_weights)
 
-    def update_statistics(self, x_spt: Tree, y_spt: Tensor, x_qry: Tree) -> None:
+    def update_statistics(
+        self,
+        x_spt: Tree,
+        y_spt: Tensor,
+        x_qry: Tree,
+        *,
+        spt_weights: Tensor | None = None,
+        qry_weights: Tensor | None = None,
+    ) -> None:
         """One update of BatchNorm's running statistics; nothing else ever writes them.
 
         Towards the mean over tasks and passes of the batch means and unbiased variances, with each layer's momentum
@@ -302,15 +328,18 @@ class FusedMAML(nn.Module):
         Args:
             x_spt, y_spt: support sets, [tasks, n_support, ...].
             x_qry: query sets, [tasks, n_query, ...].
+            spt_weights, qry_weights: of the samples, as of a call: those of weight 0 count nowhere.
 
         Raises:
             ValueError: no BatchNorm layer tracks running statistics; and as a call does.
         """
-        running_statistics.update_statistics(self, x_spt, y_spt, x_qry)
+        running_statistics.update_statistics(self, x_spt, y_spt, x_qry, spt_weights, qry_weights)
 
     # -- building blocks: at parameters that are each task's own -----------------------------------------------
 
-    def predict(self, fast: Mapping[str, Tensor], x: Tree, *, slot: int | None = None) -> Any:
+    def predict(
+        self, fast: Mapping[str, Tensor], x: Tree, *, slot: int | None = None, weights: Tensor | None = None
+    ) -> Any:
         """Predictions [tasks, n, ...] at each task's own parameters on its own x [tasks, n, ...]; of a model that
         returns (mean, log_std) both, for each task.
 
@@ -319,7 +348,8 @@ class FusedMAML(nn.Module):
         Independent distribution: of the same type, with parameters [tasks, ...].
 
         Differentiable in `fast`. slot: the inner step whose per-step BatchNorm is read (after k steps: k - 1); None:
-        the last one.
+        the last one. weights: [tasks, n], of the samples: those of weight 0 are padding, which does not count in
+        BatchNorm, and whose predictions are 0; the others' weights do not matter here.
 
         Where BatchNorm uses batch statistics, a task's queries share theirs: give all of them at once. One query by
         itself is normalised by itself alone, at chance in general, and warns; with batch_norm="running" the predictions
@@ -328,32 +358,47 @@ class FusedMAML(nn.Module):
         Raises:
             TypeError, ValueError: what the model returns cannot be put together; and as a call does.
         """
-        return building_blocks.predict(self, fast, x, slot)
+        return building_blocks.predict(self, fast, x, slot, weights)
 
     def loss_and_grad(
-        self, fast: Mapping[str, Tensor], x: Tree, y: Target, *, slot: int | None = None
+        self,
+        fast: Mapping[str, Tensor],
+        x: Tree,
+        y: Target,
+        *,
+        slot: int | None = None,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss at each task's own parameters [tasks] and its gradient, name -> [tasks, *shape], both detached.
 
         slot: the inner step whose per-step BatchNorm is read; None: the last one.
+        weights: [tasks, n], of the samples, as of a call.
 
         Raises:
-            ValueError: fast, x or y requires grad, which the results would lose.
+            ValueError: fast, x, y or weights requires grad, which the results would lose.
         """
-        return building_blocks.loss_and_grad(self, fast, x, y, slot)
+        return building_blocks.loss_and_grad(self, fast, x, y, slot, weights)
 
     def hvp(
-        self, fast: Mapping[str, Tensor], x: Tree, y: Target, v: Mapping[str, Tensor], *, slot: int | None = None
+        self,
+        fast: Mapping[str, Tensor],
+        x: Tree,
+        y: Target,
+        v: Mapping[str, Tensor],
+        *,
+        slot: int | None = None,
+        weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The Hessian of the loss at each task's own parameters times v, name -> [tasks, *shape], detached.
 
         v: name -> [tasks, *shape]; a parameter that it lacks, or that is frozen, does not move.
         slot: the inner step whose per-step BatchNorm is read; None: the last one.
+        weights: [tasks, n], of the samples, as of a call.
 
         Raises:
-            ValueError: fast, x, y or v requires grad, which the result would lose.
+            ValueError: fast, x, y, v or weights requires grad, which the result would lose.
         """
-        return building_blocks.hvp(self, fast, x, y, v, slot)
+        return building_blocks.hvp(self, fast, x, y, v, slot, weights)
 
     # -- trust regions of adapted policies ---------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from maml_cuda import policies, targets
 from maml_cuda.functional import Functional
 from maml_cuda.policies import Policy
+from maml_cuda.sample_weights import Weighted
 from maml_cuda.targets import PolicyTarget
 
 Loss = str | Callable[..., Tensor]
@@ -28,12 +29,16 @@ def mse(prediction: Tensor, target: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ. torch would broadcast them.
     """
+    _same_shape(prediction, target)
+    # Not F.mse_loss: in torch 2.13, torch.func.jvp of torch.func.grad of it raises.
+    return ((prediction - target) ** 2).mean()
+
+
+def _same_shape(prediction: Tensor, target: Tensor) -> None:
     if prediction.shape != target.shape:  # checks of the data saw the first task's prediction only
         raise ValueError(
             f"the prediction must have the target's shape {list(target.shape)} for mse, got {list(prediction.shape)}"
         )
-    # Not F.mse_loss: in torch 2.13, torch.func.jvp of torch.func.grad of it raises.
-    return ((prediction - target) ** 2).mean()
 
 
 def policy_gradient(policy: Policy, target: PolicyTarget) -> Tensor:
@@ -53,25 +58,43 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def objective(loss: Loss) -> Callable[..., Tensor]:
-    """The loss as a function (prediction, target), or for a module as a function (parameters, prediction, target)."""
+def _cross_entropies(prediction: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(prediction, target, reduction="none")
+
+
+def _squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean over the elements of each sample."""
+    _same_shape(prediction, target)
+    return ((prediction - target) ** 2).reshape(len(target), -1).mean(1)
+
+
+OF_SAMPLES: dict[str, Callable[..., Tensor]] = {"cross_entropy": _cross_entropies, "mse": _squared_errors}
+
+
+def objective(loss: Loss, of_samples: bool = False) -> Callable[..., Tensor]:
+    """The loss as a function (prediction, target), or for a module as a function (parameters, prediction, target).
+
+    of_samples: whether samples have weights, so that it gives the loss of each; those of the user's own do it then.
+    """
     if isinstance(loss, nn.Module):
         return Functional(loss)
-    return LOSSES[loss] if isinstance(loss, str) else loss
+    return (OF_SAMPLES if of_samples else LOSSES)[loss] if isinstance(loss, str) else loss
 
 
-def loss_function(loss: Loss) -> Callable[..., Tensor]:
+def loss_function(loss: Loss, of_samples: bool = False) -> Callable[..., Tensor]:
     """The loss as a function (prediction, target); a module is called at its own parameters."""
-    function = objective(loss)
+    function = objective(loss, of_samples)
     return partial(function, dict(function.module.named_parameters())) if isinstance(function, Functional) else function
 
 
 def value_of(loss: Callable[..., Any], prediction: Any, target: Any) -> Tensor:
-    """Calls a loss.
+    """Calls a loss; where the target is Weighted, it is called for the losses of all samples.
 
     Raises:
         TypeError, ValueError: it does not return a 0-d tensor of a real floating-point dtype.
     """
+    if isinstance(target, Weighted):
+        return target.mean(loss(prediction, target.y))
     value = loss(prediction, target)
     if not isinstance(value, Tensor):
         raise TypeError(f"the loss must return a 0-d tensor, got {type(value).__name__}")

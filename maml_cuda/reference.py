@@ -31,6 +31,7 @@ from maml_cuda.losses import Loss, objective, value_of
 from maml_cuda.masks import Seed
 from maml_cuda.pytrees import Tree
 from maml_cuda.rates import InnerRates, Rate, read_rates
+from maml_cuda.sample_weights import Weighted, with_padding, with_weights, without_padding
 from maml_cuda.targets import Target
 
 
@@ -68,7 +69,7 @@ def inner_loop(
         theta: phi_0, name -> tensor, for all parameters. Do not give the model's own parameters: their hooks would be
             called with the inner gradients.
         rates: alpha_k of each adapted parameter. They are converted to the parameter's dtype.
-        x, y: the support set of the task, [samples, ...].
+        x, y: the support set of the task, [samples, ...]. Where y is Weighted, the loss gives those of all samples.
         steps: K.
         first_order: the inner gradients are constants.
         differentiable: whether the result has a graph back to theta and to the rates.
@@ -82,6 +83,7 @@ def inner_loop(
     """
     phi: dict[str, Tensor] = dict(theta)
     losses = []
+    x, y = without_padding(x, y)
     with torch.enable_grad():
         if not differentiable:
             phi = {name: p.detach().requires_grad_(name in rates) for name, p in phi.items()}
@@ -137,6 +139,8 @@ def meta_gradient(
     first_order: bool = False,
     adapt_params: Callable[[str], bool] | Iterable[str] | None = None,
     query_weights: Tensor | Sequence[float] | None = None,
+    spt_weights: Tensor | None = None,
+    qry_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The meta-loss and its exact gradient, by plain autograd (Finn, Abbeel, Levine 2017, equation 1).
 
@@ -161,11 +165,14 @@ def meta_gradient(
             ones except those of per-step BatchNorm layers.
         query_weights: w, `[inner_steps + 1]`. The loss of a task is then the sum over k of w_k L_qry(phi_k) (the
             multi-step loss of MAML++, Antoniou, Edwards, Storkey 2019). None: L_qry(phi_K).
+        spt_weights, qry_weights: weights of the samples, `[tasks, n]`, at least 0: L is the weighted mean over samples,
+            and the model runs on those of positive weight alone. With either, a loss of your own returns `[samples]`.
 
     Returns:
         The meta-loss (0-d, detached), and a dict name -> gradient, of the shape of the parameter. It has every
             trainable parameter that the meta-loss depends on. A learned rate has the name `inner_lr` or
-            `inner_lr.<name>`; a parameter of a loss module has the name `loss.<name>`.
+            `inner_lr.<name>`; a parameter of a loss module has the name `loss.<name>`; weights of samples that require
+            grad have the name of the argument.
 
     Raises:
         ValueError: the support loss does not depend on an adapted parameter; a rate has no possible shape, or is not
@@ -182,10 +189,19 @@ def meta_gradient(
         wanted.update({f"inner_lr.{name}": r for name, r in inner_lr.items() if isinstance(r, Tensor)})
     if isinstance(loss, nn.Module):
         wanted.update({f"loss.{name}": p for name, p in loss.named_parameters()})
-    wanted = {name: t for name, t in wanted.items() if t.requires_grad}
     tasks = pytrees.tasks(x_spt)
+    weighted = spt_weights is not None or qry_weights is not None
+    if weighted:
+        like = next(p for p in parameters.values())
+        spt_weights, qry_weights = (
+            like.new_ones(pytrees.tensors(x)[0].shape[:2]) if w is None else w
+            for x, w in ((x_spt, spt_weights), (x_qry, qry_weights))
+        )
+        wanted.update(spt_weights=spt_weights, qry_weights=qry_weights)
+    wanted = {name: t for name, t in wanted.items() if t.requires_grad}
     total, _, _, _, reached = meta_step(
-        Functional(model, Seed()), objective(loss), rates, list(wanted.values()), x_spt, y_spt, x_qry, y_qry,
+        Functional(model, Seed()), objective(loss, weighted), rates, list(wanted.values()), x_spt,
+        with_weights(y_spt, spt_weights), x_qry, with_weights(y_qry, qry_weights),
         inner_steps, first_order, [1 / tasks] * tasks,
         None if query_weights is None else [float(w) for w in query_weights],
     )  # fmt: skip
@@ -220,7 +236,8 @@ def meta_step(
         model, loss: the loss of a set is loss(model(phi, x), y).
         rates: the inner rate of each adapted parameter.
         wanted: the tensors whose gradients are computed: parameters, rates, or tensors of the data.
-        x_spt, y_spt, x_qry, y_qry: [tasks, samples, ...], or pytrees of tensors [tasks, ...].
+        x_spt, y_spt, x_qry, y_qry: [tasks, samples, ...], or pytrees of tensors [tasks, ...]. Where y is Weighted, the
+            loss gives those of all samples, and predictions are zeros for padding.
         steps: K.
         first_order: the inner gradients are constants.
         weights: of the tasks.
@@ -253,7 +270,7 @@ def meta_step(
     for t, weight in enumerate(weights):
         x, target = pytrees.of_task(x_spt, t), pytrees.of_task(y_spt, t)
         path, inner = inner_loop(model, loss, theta, rates, x, target, steps, first_order, bool(wanted), t)
-        x, target = pytrees.of_task(x_qry, t), pytrees.of_task(y_qry, t)
+        x, target = without_padding(pytrees.of_task(x_qry, t), pytrees.of_task(y_qry, t))
         with torch.set_grad_enabled(bool(wanted)):
             prediction = query_prediction(model, path, steps, x, t)
             if query_weights is None:
@@ -277,6 +294,9 @@ def meta_step(
                     share = weight * g
                     gradients[id(of)] = gradients[id(of)] + share if id(of) in gradients else share
         task_losses.append(value.detach())
+        if isinstance(y_qry, Weighted):
+            weights_of_task = y_qry.weights[t]
+            prediction = _or_none(lambda _, p: with_padding(p, weights_of_task), prediction)  # noqa: B023
         predictions.append(_or_none(pytrees.detached, prediction))
         support_losses.append(torch.stack(inner) if inner else value.detach().new_zeros(0))
         total = total + (weight.detach() if isinstance(weight, Tensor) else weight) * value.detach()
@@ -313,7 +333,7 @@ def loss_and_grad(
 
     Args:
         fast: each task's parameters, name -> [tasks, *shape].
-        x, y: [tasks, samples, ...].
+        x, y: [tasks, samples, ...]; y may be Weighted.
 
     Returns:
         Losses [tasks], and name -> gradient [tasks, *shape], detached.
@@ -434,7 +454,8 @@ def _gradient(
     phi = {n: p[task].detach().requires_grad_(n in names) for n, p in fast.items()}
     twice = model.differentiable_twice() if create_graph else nullcontext()
     with torch.enable_grad(), twice, model.of_pass(task, 0):
-        value = value_of(loss, model(phi, pytrees.of_task(x, task)), pytrees.of_task(y, task))
+        x, y = without_padding(pytrees.of_task(x, task), pytrees.of_task(y, task))
+        value = value_of(loss, model(phi, x), y)
         grads = torch.autograd.grad(value, [phi[n] for n in names], create_graph=create_graph, allow_unused=True)
     return value, [torch.zeros_like(phi[n]) if g is None else g for n, g in zip(names, grads, strict=True)], phi
 

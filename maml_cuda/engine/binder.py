@@ -18,6 +18,7 @@ from maml_cuda.engine.settings import Settings, adapted_names
 from maml_cuda.engine.signatures import SetLike, Signature, tree_like
 from maml_cuda.losses import Loss
 from maml_cuda.pytrees import Tree
+from maml_cuda.sample_weights import with_weights
 from maml_cuda.targets import Target
 from maml_cuda.warn import warn
 
@@ -31,12 +32,18 @@ class Set(NamedTuple):
 
     x_name, y_name: of the arguments, for error messages.
     x, y: the data; y is None where a call has no target.
+    weights: of the samples, [tasks, n]; None: there are none.
     """
 
     x_name: str
     x: Tree
     y_name: str = ""
     y: Target | None = None
+    weights: Tensor | None = None
+
+    def weighted(self) -> Target:
+        """y as the general path takes it."""
+        return with_weights(self.y, self.weights)
 
 
 class Binder:
@@ -187,6 +194,8 @@ class Binder:
         if binding.refused:
             return Choice(None, binding.why_never)
         sets = [given for given in (support, query) if given is not None]
+        if any(given.weights is not None for given in sets):
+            return Choice(None, "samples have weights")
         if why_not := next(filter(None, map(_why_not_samples, sets)), "") or _why_not_own(maml.loss, sets):
             return Choice(None, why_not)
         second_order = not maml.first_order if second_order is None else second_order

@@ -14,24 +14,28 @@ from maml_cuda.engine import checks, data_checks, fallback
 from maml_cuda.engine.binder import Set, look_at_labels, read
 from maml_cuda.engine.binding import Binding
 from maml_cuda.engine.settings import Settings, inner_rates, trainable_names
+from maml_cuda.engine.weighted_sets import weights_of_sets
 from maml_cuda.masks import Seed
 from maml_cuda.pytrees import Tree
 from maml_cuda.targets import Target
 
 
 def adapt(
-    maml: Settings, x_spt: Tree, y_spt: Target, steps: int, differentiable: bool, seed: Seed | None = None
-) -> dict[str, Tensor]:
+    maml: Settings, x_spt: Tree, y_spt: Target, steps: int, differentiable: bool, spt_weights: Tensor | None = None,
+    seed: Seed | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """seed: of the masks of dropout; None: one of its own."""
     seed = seed or Seed()
     binding = _able_to_take(maml, steps)
     x_spt = read(maml, binding, "x_spt", x_spt, "y_spt", y_spt)
     differentiable = differentiable and torch.is_grad_enabled()
-    program = maml._binder.program(maml, binding, Set("x_spt", x_spt, "y_spt", y_spt), None)
+    support = _with_weights(maml, binding, Set("x_spt", x_spt, "y_spt", y_spt), "spt_weights", spt_weights)
+    program = maml._binder.program(maml, binding, support, None)
     if program is None:
         adapted = fallback.adapt(
-            maml.model, maml.loss, inner_rates(maml), x_spt, y_spt, steps, maml.first_order, differentiable, seed
-        )
+            maml.model, maml.loss, inner_rates(maml), x_spt, support.weighted(), steps, maml.first_order,
+            differentiable, seed,
+        )  # fmt: skip
         maml._binder.settled(maml, binding, adapted)
         return _every_parameter(maml.model, adapted, pytrees.tasks(x_spt), differentiable)
     numbers = program.input("x_spt", x_spt, maml._options.check_labels)
@@ -52,14 +56,17 @@ def adapt(
     return _every_parameter(maml.model, dict(zip(program.adapted, after, strict=True)), len(numbers), differentiable)
 
 
-def inner_loop(maml: Settings, x_spt: Tree, y_spt: Target, steps: int) -> Iterator[dict[str, Tensor]]:
+def inner_loop(
+    maml: Settings, x_spt: Tree, y_spt: Target, steps: int, spt_weights: Tensor | None = None
+) -> Iterator[dict[str, Tensor]]:
     binding = _able_to_take(maml, steps)
     seed = Seed()
-    fast = adapt(maml, x_spt, y_spt, 0, differentiable=False, seed=seed)
+    fast = adapt(maml, x_spt, y_spt, 0, False, spt_weights, seed)
     yield fast
     x = read(maml, binding, "x_spt", x_spt, "y_spt", y_spt)
+    support = _with_weights(maml, binding, Set("x_spt", x, "y_spt", y_spt), "spt_weights", spt_weights)
     for k in range(steps):
-        program = maml._binder.program(maml, binding, Set("x_spt", x, "y_spt", y_spt), None)
+        program = maml._binder.program(maml, binding, support, None)
         if program is not None and program.plan.backend == "cpu":
             own = [t.detach() for t in program.own(fast, pytrees.tasks(x), k)]
             rates = [t.detach() for t in program.rates_at(k)]
@@ -69,18 +76,24 @@ def inner_loop(maml: Settings, x_spt: Tree, y_spt: Target, steps: int) -> Iterat
             )
             fast = {**fast, **dict(zip(program.adapted, after, strict=True))}
         else:
-            fast = adapt(maml, x_spt, y_spt, k + 1, differentiable=False, seed=seed)
+            fast = adapt(maml, x_spt, y_spt, k + 1, False, spt_weights, seed)
         yield fast
 
 
-def predict(maml: Settings, fast: Mapping[str, Tensor], x: Tree, slot: int | None) -> Any:
+def predict(
+    maml: Settings, fast: Mapping[str, Tensor], x: Tree, slot: int | None, weights: Tensor | None = None
+) -> Any:
     slot = checks.slot(slot)
     binding, x = _checked(maml, fast, x, None)
     if pytrees.tensors(x)[0].shape[1:2] == (1,):
         maml._binder.warn_of_single_queries(maml.model)
-    program = maml._binder.program(maml, binding, None, Set("x", x))
+    if weights is not None:
+        data_checks.no_graph("predict", weights=weights)
+    given = _with_weights(maml, binding, Set("x", x), "weights", weights)
+    program = maml._binder.program(maml, binding, None, given)
     if program is None:
-        return maml._binder.settled(maml, binding, fallback.predict(maml.model, dict(fast), x, slot, Seed()))
+        prediction = fallback.predict(maml.model, dict(fast), x, slot, Seed(), given.weights)
+        return maml._binder.settled(maml, binding, prediction)
     x = program.input("x", x, maml._options.check_labels)
     own, seed = program.own(fast, len(x), slot), program.seed(Seed())
     if torch.is_grad_enabled() and any(t.requires_grad for t in own):
@@ -89,14 +102,16 @@ def predict(maml: Settings, fast: Mapping[str, Tensor], x: Tree, slot: int | Non
 
 
 def loss_and_grad(
-    maml: Settings, fast: Mapping[str, Tensor], x: Tree, y: Target, slot: int | None
+    maml: Settings, fast: Mapping[str, Tensor], x: Tree, y: Target, slot: int | None, weights: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     slot = checks.slot(slot)
-    data_checks.no_graph("loss_and_grad", fast=fast, x=x, y=y)
+    data_checks.no_graph("loss_and_grad", fast=fast, x=x, y=y, weights=weights)
     binding, x = _checked(maml, fast, x, y)
     names = trainable_names(maml.model)
-    program = maml._binder.program(maml, binding, Set("x", x, "y", y), None)
+    given = _with_weights(maml, binding, Set("x", x, "y", y), "weights", weights)
+    program = maml._binder.program(maml, binding, given, None)
     if program is None:
+        y = given.weighted()
         return maml._binder.settled(
             maml, binding, fallback.loss_and_grad(maml.model, maml.loss, dict(fast), names, x, y, slot, Seed())
         )
@@ -108,15 +123,18 @@ def loss_and_grad(
 
 
 def hvp(
-    maml: Settings, fast: Mapping[str, Tensor], x: Tree, y: Target, v: Mapping[str, Tensor], slot: int | None
-) -> dict[str, Tensor]:
+    maml: Settings, fast: Mapping[str, Tensor], x: Tree, y: Target, v: Mapping[str, Tensor], slot: int | None,
+    weights: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     slot = checks.slot(slot)
-    data_checks.no_graph("hvp", fast=fast, x=x, y=y, v=v)
+    data_checks.no_graph("hvp", fast=fast, x=x, y=y, v=v, weights=weights)
     binding, x = _checked(maml, fast, x, y)
     data_checks.fast(dict(maml.model.named_parameters()), v, pytrees.tasks(x), "v", all_names=False)
     names = trainable_names(maml.model)
-    program = maml._binder.program(maml, binding, Set("x", x, "y", y), None, second_order=True)
+    given = _with_weights(maml, binding, Set("x", x, "y", y), "weights", weights)
+    program = maml._binder.program(maml, binding, given, None, second_order=True)
     if program is None:
+        y = given.weighted()
         return maml._binder.settled(
             maml, binding, fallback.hvp(maml.model, maml.loss, dict(fast), names, x, y, dict(v), slot, Seed())
         )
@@ -135,6 +153,12 @@ def _checked(maml: Settings, fast: Mapping[str, Tensor], x: Tree, y: Target | No
     x = read(maml, binding, "x", x, None if y is None else "y", y)
     data_checks.fast(dict(maml.model.named_parameters()), fast, pytrees.tasks(x), "fast", all_names=True)
     return binding, x
+
+
+def _with_weights(maml: Settings, binding: Binding, given: Set, name: str, weights: Tensor | None) -> Set:
+    """The set with the weights of its samples, once these have passed their checks."""
+    part = name, weights, given.x_name, given.x, given.y_name, given.y
+    return given._replace(weights=weights_of_sets(maml.loss, binding.like(), part)[0])
 
 
 def _able_to_take(maml: Settings, steps: int) -> Binding:

@@ -228,7 +228,7 @@ def query_sample_weights(weights: Any, x_qry: Tensor, like: Tensor) -> None:
         raise ValueError(
             f"weights must have shape {list(x_qry.shape[:2])}, one a query sample, got {list(weights.shape)}"
         )
-    _is_like("weights", weights, like)
+    is_like("weights", weights, like)
 
 
 def direction(parameters: Mapping[str, Tensor], v: Any) -> None:
@@ -254,12 +254,12 @@ def task_weights(weights: Any, tasks: int, like: Tensor) -> None:
         raise TypeError(f"task_weights must be a tensor, got {type(weights).__name__}")
     if tuple(weights.shape) != (tasks,):
         raise ValueError(f"task_weights must have shape [{tasks}], one a task, got {list(weights.shape)}")
-    _is_like("task_weights", weights, like)
+    is_like("task_weights", weights, like)
     if weights.requires_grad and torch.is_grad_enabled():
         raise ValueError("task_weights must not require grad, got requires_grad=True")
 
 
-def _is_like(name: str, weights: Tensor, like: Tensor) -> None:
+def is_like(name: str, weights: Tensor, like: Tensor) -> None:
     if weights.dtype != like.dtype or weights.device != like.device:
         raise TypeError(
             f"{name} must be {like.dtype} on {like.device} like the model, got {weights.dtype} on {weights.device}"

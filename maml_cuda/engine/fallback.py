@@ -26,6 +26,7 @@ from maml_cuda.masks import Seed
 from maml_cuda.policies import mean_of
 from maml_cuda.pytrees import Tree
 from maml_cuda.rates import Rate
+from maml_cuda.sample_weights import Weighted, with_padding, without_padding
 from maml_cuda.targets import Target
 from maml_cuda.torch_wrappers import uncompiled
 
@@ -91,7 +92,7 @@ def meta_step(
     tasks = pytrees.tasks(x_spt)
     weights = [1 / tasks] * tasks if task_weights is None else list(task_weights)
     function = Functional(model, seed)
-    criterion = objective(loss)
+    criterion = objective(loss, isinstance(y_spt, Weighted))
     uses = {0: ("y_spt", y_spt), steps: ("y_qry", y_qry)}  # without steps, nothing reads y_spt
     checked = _checked(loss, criterion, uses)
     try:
@@ -120,7 +121,7 @@ def adapt(
     """The adapted parameters, name -> [tasks, *shape]."""
     theta = {name: p.view_as(p) for name, p in model.named_parameters()}  # so that hooks see the outer gradient alone
     function = Functional(model, seed)
-    checked = _checked(loss, loss_function(loss), {0: ("y_spt", y)})
+    checked = _checked(loss, loss_function(loss, isinstance(y, Weighted)), {0: ("y_spt", y)})
     tasks = [
         reference.inner_loop(
             function,
@@ -143,14 +144,20 @@ def adapt(
 
 
 @apart
-def predict(model: nn.Module, fast: Mapping[str, Tensor], x: Tree, slot: int, seed: Seed) -> Tree:
+def predict(
+    model: nn.Module, fast: Mapping[str, Tensor], x: Tree, slot: int, seed: Seed, weights: Tensor | None = None
+) -> Tree:
     function = Functional(model, seed)
     differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in fast.values())
     with at_step(model, slot), function.differentiable_twice() if differentiable else nullcontext():
         predictions = []
         for t in range(pytrees.tasks(x)):
+            own, x_of_task = {n: p[t] for n, p in fast.items()}, pytrees.of_task(x, t)
+            if weights is not None:
+                x_of_task, _ = without_padding(x_of_task, Weighted(None, weights[t]))
             with function.of_pass(t, 0):
-                predictions.append(function({n: p[t] for n, p in fast.items()}, pytrees.of_task(x, t)))
+                prediction = function(own, x_of_task)
+            predictions.append(prediction if weights is None else with_padding(prediction, weights[t]))
     return pytrees.stacked("the model's output", predictions)
 
 
@@ -159,7 +166,7 @@ def loss_and_grad(
     model: nn.Module, loss: Loss, fast: Mapping[str, Tensor], names: list[str], x: Tree, y: Target,
     slot: int, seed: Seed,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    checked = _checked(loss, loss_function(loss), {0: ("y", y)})
+    checked = _checked(loss, loss_function(loss, isinstance(y, Weighted)), {0: ("y", y)})
     with at_step(model, slot):
         return reference.loss_and_grad(Functional(model, seed), checked, fast, names, x, y)
 
@@ -176,7 +183,7 @@ def hvp(
     slot: int,
     seed: Seed,
 ) -> dict[str, Tensor]:
-    checked = _checked(loss, loss_function(loss), {0: ("y", y)})
+    checked = _checked(loss, loss_function(loss, isinstance(y, Weighted)), {0: ("y", y)})
     with at_step(model, slot):
         return reference.hvp(Functional(model, seed), checked, fast, names, x, y, v)
 
@@ -244,6 +251,11 @@ def _checked(
             name, y = uses[number]
             data_checks.prediction(loss, prediction)
             shape = tuple(mean_of(prediction).shape)
+            if isinstance(y, Weighted):  # what stands at padding does not matter
+                counts = y.weights.detach() > 0
+                shape, y = (counts.shape[1], *shape[1:]), y.y
+                if loss in data_checks.OF_CLASSES:
+                    y = torch.where(counts, y, 0)
             data_checks.target(name, loss, y, shape)
             data_checks.target_values(name, y, shape[-1] if loss in data_checks.OF_CLASSES else None)
         return function(prediction, target)

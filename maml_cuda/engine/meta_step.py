@@ -15,6 +15,7 @@ from maml_cuda.engine.binding import Binding, Choice
 from maml_cuda.engine.problem import Problem, joined, meta_problem
 from maml_cuda.engine.program import Program
 from maml_cuda.engine.settings import Settings, inner_rates
+from maml_cuda.engine.weighted_sets import weights_of_sets
 from maml_cuda.masks import Seed
 from maml_cuda.policies import mean_of
 from maml_cuda.pytrees import Tree
@@ -53,9 +54,10 @@ class Gradient:
 
 
 def forward(
-    maml: Settings, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None
-) -> MetaOutput:
-    out, gradient = _computed(maml, x_spt, y_spt, x_qry, y_qry, task_weights)
+    maml: Settings, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None,
+    spt_weights: Tensor | None, qry_weights: Tensor | None,
+) -> MetaOutput:  # fmt: skip
+    out, gradient = _computed(maml, x_spt, y_spt, x_qry, y_qry, task_weights, spt_weights, qry_weights)
     if gradient is not None:
         if gradient.places:
             out.loss = fast_path.attached(out.loss, gradient.flat, gradient.inputs, gradient.places)
@@ -65,11 +67,12 @@ def forward(
 
 
 def backward(
-    maml: Settings, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None
-) -> MetaOutput:
+    maml: Settings, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None,
+    spt_weights: Tensor | None, qry_weights: Tensor | None,
+) -> MetaOutput:  # fmt: skip
     if not torch.is_grad_enabled():
         raise RuntimeError("backward must have gradients on, got them off (no_grad or inference_mode)")
-    out, gradient = _computed(maml, x_spt, y_spt, x_qry, y_qry, task_weights)
+    out, gradient = _computed(maml, x_spt, y_spt, x_qry, y_qry, task_weights, spt_weights, qry_weights)
     assert gradient is not None  # the adapted parameters at least have one
     if gradient.places and all(map(fast_path.only_adds, gradient.inputs)):
         fast_path.add_gradient(gradient.flat, gradient.inputs, gradient.places)
@@ -99,8 +102,9 @@ def memory_estimate(maml: Settings, x_spt: Tree, x_qry: Tree) -> int:
 
 
 def _computed(
-    maml: Settings, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None
-) -> tuple[MetaOutput, Gradient | None]:
+    maml: Settings, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None,
+    spt_weights: Tensor | None, qry_weights: Tensor | None,
+) -> tuple[MetaOutput, Gradient | None]:  # fmt: skip
     """What a call returns, not yet differentiable; and the meta-gradient where gradients are on."""
     unobserved, signature = torch_private.unobserved(), None
     binding = maml._binder.bound if unobserved else None  # torch.compile would take it for a constant
@@ -112,7 +116,8 @@ def _computed(
             x_spt, x_qry = binding.in_its_dtype(x_spt), binding.in_its_dtype(x_qry)
         signature = binding.signature(maml, (x_spt, y_spt, x_qry, y_qry)) if unobserved else ()
     key = signature, maml.first_order, torch.is_grad_enabled()
-    usual = bool(signature) and not maml._query_weights.steps
+    plain = spt_weights is None and qry_weights is None
+    usual = bool(signature) and not maml._query_weights.steps and plain
     known = binding.problems.get(key) if usual else None
     if known is not None:
         warm, problem, choice = known
@@ -124,10 +129,15 @@ def _computed(
     _check_episode(maml, binding, x_spt, y_spt, x_qry, y_qry)
     if task_weights is not None:
         data_checks.task_weights(task_weights, pytrees.tasks(x_spt), binding.like())
-    support, query = Set("x_spt", x_spt, "y_spt", y_spt), Set("x_qry", x_qry, "y_qry", y_qry)
+    spt_weights, qry_weights = weights_of_sets(
+        maml.loss, binding.like(), ("spt_weights", spt_weights, "x_spt", x_spt, "y_spt", y_spt),
+        ("qry_weights", qry_weights, "x_qry", x_qry, "y_qry", y_qry),
+    )  # fmt: skip
+    support = Set("x_spt", x_spt, "y_spt", y_spt, spt_weights)
+    query = Set("x_qry", x_qry, "y_qry", y_qry, qry_weights)
     program = maml._binder.program(maml, binding, support, query)
     if program is None:
-        result = _on_the_general_path(maml, x_spt, y_spt, x_qry, y_qry, task_weights)
+        result = _on_the_general_path(maml, x_spt, support.weighted(), x_qry, query.weighted(), task_weights)
         return maml._binder.settled(maml, binding, result)
     check = maml._options.check_labels
     support_x, query_x = program.input("x_spt", x_spt, check), program.input("x_qry", x_qry, check)

@@ -12,20 +12,28 @@ from maml_cuda.engine import data_checks
 from maml_cuda.engine.binder import Binder, read
 from maml_cuda.engine.building_blocks import inner_loop
 from maml_cuda.engine.settings import Settings
+from maml_cuda.engine.weighted_sets import weights_of_sets
 from maml_cuda.pytrees import Tree
 
 
-def update_statistics(maml: Settings, x_spt: Tree, y_spt: Tensor, x_qry: Tree) -> None:
+def update_statistics(
+    maml: Settings, x_spt: Tree, y_spt: Tensor, x_qry: Tree, spt_weights: Tensor | None, qry_weights: Tensor | None
+) -> None:
     binding = maml._binding()
     x_spt = read(maml, binding, "x_spt", x_spt, "y_spt", y_spt)
     x_qry = read(maml, binding, "x_qry", x_qry)
     data_checks.same_tasks(x_spt, x_qry)
+    like = binding.like()
+    support, query = weights_of_sets(
+        maml.loss, like, ("spt_weights", spt_weights, "x_spt", x_spt, "y_spt", y_spt),
+        ("qry_weights", qry_weights, "x_qry", x_qry, "", None),
+    )  # fmt: skip
     steps = maml.inner_steps
     with _collecting(maml, maml._binder):
-        fast = list(inner_loop(maml, x_spt, y_spt, steps))
-        passes = [(0, fast[0], x_qry)] if steps == 0 else []
+        fast = list(inner_loop(maml, x_spt, y_spt, steps, support))
+        passes = [(0, fast[0], x_qry, query)] if steps == 0 else []
         for k in range(steps):
-            passes += [(k, fast[k], x_spt), (k, fast[k + 1], x_qry)]
+            passes += [(k, fast[k], x_spt, support), (k, fast[k + 1], x_qry, query)]
         batch_norm.update_running(maml.model, passes)
 
 
