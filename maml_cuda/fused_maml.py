@@ -148,7 +148,7 @@ class FusedMAML(nn.Module):
                 model = norms.convert_per_step(model, max(inner_steps, 1))
             self.model = model
             self.query_weights = weights
-            hold(self, inner_lr)
+            hold(self, "inner_lr", inner_lr)
             self._binder.bind(self)
 
     # -- what it is -------------------------------------------------------------------------------------------

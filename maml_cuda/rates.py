@@ -1,4 +1,5 @@
-"""Inner learning rates: every form that the argument `inner_lr` accepts becomes one `Rate` for each parameter."""
+"""Inner learning rates and other hyperparameters of the inner loop: every form that the argument `inner_lr` accepts
+becomes one `Rate` for each parameter."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Rate:
-    """The inner learning rate (alpha) of one parameter.
+    """The inner learning rate (alpha) of one parameter, or another hyperparameter of its optimizer.
 
     Attributes:
         value: a number, or a tensor of the shape that the two flags say.
@@ -74,54 +75,57 @@ def _register(module: nn.Module, name: str, rate: Tensor) -> None:
         module.register_buffer(name, rate)
 
 
-def hold(owner: nn.Module, inner_lr: float | Tensor | Mapping[str, float | Tensor]) -> None:
-    """Sets `owner.inner_lr`: a number as a float, a tensor as a parameter or buffer, a dict as InnerRates."""
-    if isinstance(inner_lr, Tensor):
-        _register(owner, "inner_lr", inner_lr)
-    elif isinstance(inner_lr, Mapping):
-        owner.inner_lr = InnerRates(inner_lr)
+Value = float | Tensor | Mapping[str, float | Tensor]  # the forms of inner_lr
+Held = float | Tensor | InnerRates  # as a module holds them
+
+
+def hold(owner: nn.Module, name: str, value: Value) -> None:
+    """Sets an attribute of `owner`: a number as a float, a tensor as a parameter or buffer, a dict as InnerRates."""
+    if isinstance(value, Tensor):
+        _register(owner, name, value)
+    elif isinstance(value, Mapping):
+        setattr(owner, name, InnerRates(value))
     else:
-        owner.inner_lr = float(inner_lr)  # type: ignore[assignment]
+        setattr(owner, name, float(value))
 
 
-def tensors(inner_lr: float | Tensor | Mapping[str, float | Tensor] | InnerRates) -> list[tuple[str, Tensor]]:
+def tensors(value: Value | Held, what: str = "inner_lr") -> list[tuple[str, Tensor]]:
     """The rates that are tensors, each with its name for error messages."""
-    if isinstance(inner_lr, (Mapping, InnerRates)):
-        return [(f"inner_lr[{name!r}]", rate) for name, rate in inner_lr.items() if isinstance(rate, Tensor)]
-    return [("inner_lr", inner_lr)] if isinstance(inner_lr, Tensor) else []
+    if isinstance(value, (Mapping, InnerRates)):
+        return [(f"{what}[{name!r}]", rate) for name, rate in value.items() if isinstance(rate, Tensor)]
+    return [(what, value)] if isinstance(value, Tensor) else []
 
 
 def read_rates(
-    inner_lr: float | Tensor | Mapping[str, float | Tensor] | InnerRates,
-    adapted: Mapping[str, torch.Size],
-    steps: int,
+    value: Value | Held, adapted: Mapping[str, torch.Size], steps: int, what: str = "inner_lr"
 ) -> dict[str, Rate]:
-    """Reads `inner_lr` as one Rate for each adapted parameter.
+    """Reads `inner_lr`, or another hyperparameter, as one Rate for each adapted parameter.
 
     Args:
-        inner_lr: a float or 0-d tensor; a tensor [steps]; or a dict whose keys are exactly the adapted names. Each of
+        value: a float or 0-d tensor; a tensor [steps]; or a dict whose keys are exactly the adapted names. Each of
             its values is a float or a tensor of shape [], [steps], the parameter's shape, or [steps, *shape].
         adapted: name -> shape of the parameters that the inner loop changes.
         steps: number of inner steps.
+        what: the argument's name in errors.
 
     Raises:
         ValueError: a name is missing or extra; a shape fits none of the forms, or two of them; a rate is not finite.
         TypeError: a rate is neither a number nor a floating-point tensor.
     """
-    if isinstance(inner_lr, (Mapping, InnerRates)):
-        given = dict(inner_lr.items())
+    if isinstance(value, (Mapping, InnerRates)):
+        given = dict(value.items())
         missing = [name for name in adapted if name not in given]
         extra = [name for name in given if name not in adapted]
         if missing or extra:
             raise ValueError(
-                "inner_lr must have exactly the adapted parameters as keys, got "
+                f"{what} must have exactly the adapted parameters as keys, got "
                 + " and ".join(
                     ([f"none for {', '.join(missing)}"] if missing else [])
                     + ([f"{', '.join(map(str, extra))}, which are not adapted"] if extra else [])
                 )
             )
-        return {name: _read(f"inner_lr[{name!r}]", given[name], shape, steps) for name, shape in adapted.items()}
-    rate = _read("inner_lr", inner_lr, None, steps)
+        return {name: _read(f"{what}[{name!r}]", given[name], shape, steps) for name, shape in adapted.items()}
+    rate = _read(what, value, None, steps)
     return dict.fromkeys(adapted, rate)
 
 
