@@ -11,6 +11,10 @@
 // order (FOMAML) drops the Hessian terms. A Hessian-vector product is forward-over-reverse (Pearlmutter
 // 1994): the tangents of a forward and a backward pass, from stored values and cotangents; no graph is built.
 //
+// Truncated (Shaban, Cheng, Hatch, Boots 2019): the last steps alone are differentiated through.
+// What the others add to theta is a constant, so v_k of the first of the last steps is the meta-gradient.
+// Reptile (Nichol, Achiam, Schulman 2018, algorithm 2): theta - phi_K in place of the meta-gradient.
+//
 // Multi-step loss (Antoniou, Edwards, Storkey 2019, equation 4): the query loss is sum_k w_k L_q(phi_k). Then
 // v_K = w_K grad L_q(phi_K), and w_k grad L_q(phi_k) is added to each earlier v_k.
 // Per-step parameters: a parameter with slots has one value per inner step. The support pass at phi_k and the
@@ -270,12 +274,21 @@ class TaskRunner {
  private:
   void meta_gradient() {
     const Part part = beside_the_inner_loop();
+    if (p_.is_reptile()) return reptile(part);
     if (p_.weighs_queries()) {
       backend_.zero(1, task_.query_loss);
       backend_.zero(p_.packing.trainable, task_.result);
     }
     query(p_.steps, part, true);
     outer_loop();
+  }
+
+  void reptile(Part part) {
+    const int64_t adapted = p_.packing.adapted;
+    query(p_.steps, part, false);
+    backend_.copy(adapted, task_.theta, task_.result);
+    backend_.retreat(adapted, phi(p_.steps), task_.result, p_.rates_of(0), nullptr);
+    backend_.zero(p_.result_size - adapted, task_.result + adapted);
   }
 
   void meta_loss() {
@@ -420,12 +433,12 @@ class TaskRunner {
     backend_.zero(p_.result_size - p_.packing.trainable, v + p_.packing.trainable);
     bool directed = false;  // direction_ holds alpha_k v_{k+1}
     for (int k = p_.steps - 1; k >= 0; --k) {
-      if (k < p_.last_query()) {
+      if (k < p_.last_query() && k >= p_.first_differentiated()) {
         if (p_.learns_rates()) backend_.rate_gradient(p_.rates_of(k), g(k), v, v);
         if (p_.second_order()) {
           if (!directed) backend_.direction(p_.rates_of(k), v, direction_);
           hessian_vector_product(k, direction_, product_);
-          directed = k > 0 && !p_.queries(k);
+          directed = k > p_.first_differentiated() && !p_.queries(k);
           backend_.retreat(p_.packing.trainable, product_, v, p_.rates_of(std::max(k - 1, 0)),
                            directed ? direction_ : nullptr);
         }
@@ -494,11 +507,11 @@ class TaskRunner {
 
   /// g_k; where the descent is its last use, it shares the memory of phi_{k+1}, which replaces it.
   T* g(int k) const {
-    return p_.kept_gradients() == 0 ? phi(k + 1) : g_ + (p_.learns_rates() ? k : 0) * p_.packing.adapted;
+    return p_.kept_gradients() == 0 ? phi(k + 1) : g_ + p_.gradient_place(k) * p_.packing.adapted;
   }
   T* phi(int k) const {  // phi_0 is theta, which is never written
     if (k == 0) return const_cast<T*>(task_.theta);
-    return phi_ + (p_.kept_parameters() > 1 ? k - 1 : 0) * p_.packing.adapted;
+    return phi_ + p_.parameter_place(k) * p_.packing.adapted;
   }
   Walk<Backend, T> at_support(int k, int64_t tile) const {
     T* fixed = fixed_ + tile * p_.support.fixed_size;

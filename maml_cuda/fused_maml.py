@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maml_cuda import batch_norm as norms
-from maml_cuda import reference, torch_private
+from maml_cuda import meta_gradients, reference, torch_private
 from maml_cuda.adapted_parameters import AdaptParams, as_pickled
 from maml_cuda.engine import (
     building_blocks,
@@ -80,6 +80,11 @@ class FusedMAML(nn.Module):
             statistics, which update_statistics collects.
         query_weights: [inner_steps + 1] numbers from 0: a task's loss is the sum of weight k times its query loss at
             phi_k (the multi-step loss of MAML++). None: the query loss after the last step. May be changed at any time.
+        meta_gradient: "unrolled": the exact meta-gradient, through all inner steps. "truncated": through the last
+            `truncate` steps alone; what the steps before add to the parameters is constant (Shaban, Cheng, Hatch, Boots
+            2019). "reptile": theta - phi_K, without a gradient of the query loss, which is computed (Nichol, Achiam,
+            Schulman 2018, algorithm 2); all trainable parameters must be adapted, at rates that are not learned.
+        truncate: of "truncated": a number of inner steps, from 1.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, in words.
@@ -109,6 +114,8 @@ class FusedMAML(nn.Module):
         check_labels: bool = False,
         batch_norm: str = "transductive",
         query_weights: Tensor | Sequence[float] | None = None,
+        meta_gradient: str = "unrolled",
+        truncate: int | None = None,
     ) -> None:
         super().__init__()
         if isinstance(adapt_params, Iterable) and not isinstance(adapt_params, str):
@@ -139,6 +146,7 @@ class FusedMAML(nn.Module):
             precision=precision,
             cuda_graphs=cuda_graphs,
             task_chunk=task_chunk,
+            meta_gradient=meta_gradients.read(meta_gradient, truncate, inner_steps),
             recompute=checkpoint is not None,
             check_labels=check_labels,
         )
@@ -150,6 +158,7 @@ class FusedMAML(nn.Module):
             self.query_weights = weights
             hold(self, "inner_lr", inner_lr)
             self._binder.bind(self)
+            meta_step.check_settings(self)
 
     # -- what it is -------------------------------------------------------------------------------------------
 
@@ -166,6 +175,11 @@ class FusedMAML(nn.Module):
     def precision(self) -> str:
         """How products of float32 are computed on a GPU."""
         return self._options.precision
+
+    @property
+    def meta_gradient(self) -> str:
+        """How the meta-gradient is taken: "unrolled", "truncated" or "reptile"."""
+        return self._options.meta_gradient.kind
 
     @property
     def query_weights(self) -> tuple[float, ...] | None:
@@ -290,9 +304,13 @@ class FusedMAML(nn.Module):
         Args:
             x_spt, y_spt: support sets, [tasks, n_support, ...].
             steps: None means inner_steps; beyond the given rates the last one repeats.
-            differentiable: the result has a backward, of one Hessian-vector product a step (first_order: none);
-                otherwise it is detached. Parameters that are not adapted are expanded views.
+            differentiable: the result has a backward, of one Hessian-vector product a step (first_order: none;
+                meta_gradient="truncated": of the last steps); otherwise it is detached. Parameters that are not adapted
+                are expanded views.
             spt_weights: of the samples, as of a call.
+
+        Raises:
+            ValueError: differentiable with meta_gradient="reptile"; and as a call does.
         """
         steps = self.inner_steps if steps is None else steps
         return building_blocks.adapt(self, x_spt, y_spt, steps, differentiable, spt_weights)

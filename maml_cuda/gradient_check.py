@@ -26,7 +26,8 @@ class GradcheckRow:
         name: of the parameter; `inner_lr` or `inner_lr.<name>` of a learned rate, `loss.<name>` of a loss module.
         norm: of its meta-gradient.
         autograd_error: the error against `reference.meta_gradient`, relative to the norm of the whole meta-gradient.
-        finite_difference_error: the same against finite differences; NaN at first order.
+        finite_difference_error: the same against finite differences; NaN at first order, and where meta_gradient is not
+            "unrolled".
     """
 
     name: str
@@ -64,7 +65,8 @@ def gradcheck(
 
     - `reference.meta_gradient`: plain autograd, by double backward.
     - Central differences of the meta-loss, along the parameter's own gradient and along one random direction. They are
-      left out if `maml.first_order`, because a first-order gradient is not the derivative of the meta-loss.
+      left out if `maml.first_order` or another meta-gradient than "unrolled": what these give is not the derivative
+      of the meta-loss.
 
     Errors are relative to the norm of the whole meta-gradient.
 
@@ -97,7 +99,8 @@ def gradcheck(
     with _masks_repeated():
         _, truth = reference.meta_gradient(
             maml.model, maml.loss, x_spt, y_spt, x_qry, y_qry, rate, maml.inner_steps, maml.first_order,
-            maml._adapt_params, maml.query_weights,
+            maml._adapt_params, maml.query_weights, meta_gradient=maml.meta_gradient,
+            truncate=maml._options.meta_gradient.truncate,
         )  # fmt: skip
     learned: dict[str, Tensor] = dict(maml.model.named_parameters())
     if isinstance(rate, Tensor):
@@ -113,7 +116,7 @@ def gradcheck(
         p = learned[name]
         got = torch.zeros_like(p) if p.grad is None else p.grad
         difference = float("nan")
-        if not maml.first_order:
+        if not maml.first_order and maml.meta_gradient == "unrolled":
             difference = max(
                 _finite_difference_error(maml, data, p, got, direction) / scale
                 for direction in (

@@ -24,11 +24,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from maml_cuda import policies, pytrees
+from maml_cuda import meta_gradients, policies, pytrees
 from maml_cuda.batch_norm import at_step, stepwise_names
 from maml_cuda.functional import Functional, detached, leaves_between, precision
 from maml_cuda.losses import Loss, objective, value_of
 from maml_cuda.masks import Seed
+from maml_cuda.meta_gradients import UNROLLED, MetaGradient
 from maml_cuda.pytrees import Tree
 from maml_cuda.rates import InnerRates, Rate, read_rates
 from maml_cuda.sample_weights import Weighted, with_padding, with_weights, without_padding
@@ -61,6 +62,7 @@ def inner_loop(
     first_order: bool,
     differentiable: bool = True,
     task: int = 0,
+    how: MetaGradient = UNROLLED,
 ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
     """The inner loop of one task: phi_{k+1} = phi_k - alpha_k * dL(phi_k)/dphi_k.
 
@@ -74,6 +76,7 @@ def inner_loop(
         first_order: the inner gradients are constants.
         differentiable: whether the result has a graph back to theta and to the rates.
         task: its number in the call, for the masks of dropout.
+        how: the inner gradients and rates of the steps before `how.first_differentiated` are constants.
 
     Returns:
         phi_0 .. phi_K, and the support losses at phi_0 .. phi_{K-1} (detached).
@@ -89,16 +92,18 @@ def inner_loop(
             phi = {name: p.detach().requires_grad_(name in rates) for name, p in phi.items()}
         second_order = differentiable and not first_order
         path = [phi]
+        first = how.first_differentiated(steps)
         for step in range(steps):
+            twice = second_order and step >= first
             with ExitStack() as stack:
                 stack.enter_context(at_step(model.module, step))
                 stack.enter_context(model.of_pass(task, 2 * step))
-                if second_order:
+                if twice:
                     stack.enter_context(model.differentiable_twice())
                 value = value_of(loss, model(phi, x), y)
             adapted = [phi[name] for name in rates]
             grads = torch.autograd.grad(
-                value, adapted, create_graph=second_order, retain_graph=second_order or None, allow_unused=True
+                value, adapted, create_graph=twice, retain_graph=twice or None, allow_unused=True
             )
             losses.append(value.detach())
             phi = dict(phi)
@@ -108,10 +113,11 @@ def inner_loop(
                 alpha = rate.at(step)
                 if isinstance(alpha, Tensor):
                     alpha = alpha.to(g.dtype.to_real())
-                if not second_order:
+                if not twice:
                     g = g.detach()
+                if isinstance(alpha, Tensor) and (not differentiable or step < first):
+                    alpha = alpha.detach()
                 if not differentiable:
-                    alpha = alpha.detach() if isinstance(alpha, Tensor) else alpha
                     phi[name] = (phi[name].detach() - alpha * g).requires_grad_()
                 else:
                     phi[name] = phi[name] - alpha * g
@@ -141,6 +147,8 @@ def meta_gradient(
     query_weights: Tensor | Sequence[float] | None = None,
     spt_weights: Tensor | None = None,
     qry_weights: Tensor | None = None,
+    meta_gradient: str = "unrolled",
+    truncate: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The meta-loss and its exact gradient, by plain autograd (Finn, Abbeel, Levine 2017, equation 1).
 
@@ -167,6 +175,7 @@ def meta_gradient(
             multi-step loss of MAML++, Antoniou, Edwards, Storkey 2019). None: L_qry(phi_K).
         spt_weights, qry_weights: weights of the samples, `[tasks, n]`, at least 0: L is the weighted mean over samples,
             and the model runs on those of positive weight alone. With either, a loss of your own returns `[samples]`.
+        meta_gradient, truncate: what is computed in place of the exact gradient, as FusedMAML says.
 
     Returns:
         The meta-loss (0-d, detached), and a dict name -> gradient, of the shape of the parameter. It has every
@@ -204,6 +213,7 @@ def meta_gradient(
         with_weights(y_spt, spt_weights), x_qry, with_weights(y_qry, qry_weights),
         inner_steps, first_order, [1 / tasks] * tasks,
         None if query_weights is None else [float(w) for w in query_weights],
+        meta_gradients.read(meta_gradient, truncate, inner_steps),
     )  # fmt: skip
     gradients = {id(t): g for t, g in reached}
     return total, {name: gradients[id(t)] for name, t in wanted.items() if id(t) in gradients}
@@ -222,6 +232,7 @@ def meta_step(
     first_order: bool,
     weights: Iterable[float | Tensor],
     query_weights: Sequence[float] | None = None,
+    how: MetaGradient = UNROLLED,
 ) -> tuple[Tensor, Tensor, Tree | None, Tensor, list[tuple[Tensor, Tensor]]]:
     """One meta-step: the loss sum_t weights[t] * L_qry(phi_K) of task t, and its gradients.
 
@@ -242,6 +253,7 @@ def meta_step(
         first_order: the inner gradients are constants.
         weights: of the tasks.
         query_weights: w, [steps + 1]: the query loss of a task is sum_k w_k L_qry(phi_k). None: L_qry(phi_K).
+        how: what is computed in place of the exact gradient.
 
     Returns:
         loss (0-d), task_losses [tasks], predictions (from pytrees.stacked; None if it raises), support_losses
@@ -267,11 +279,12 @@ def meta_step(
     x_spt, y_spt, x_qry, y_qry = (pytrees.mapped(copied, part) for part in (x_spt, y_spt, x_qry, y_qry))
     if isinstance(loss, Functional):
         loss = partial(loss, {name: copied(p) for name, p in loss.module.named_parameters()})
+    differentiable = bool(wanted) and how.kind != "reptile"
     for t, weight in enumerate(weights):
         x, target = pytrees.of_task(x_spt, t), pytrees.of_task(y_spt, t)
-        path, inner = inner_loop(model, loss, theta, rates, x, target, steps, first_order, bool(wanted), t)
+        path, inner = inner_loop(model, loss, theta, rates, x, target, steps, first_order, differentiable, t, how)
         x, target = without_padding(pytrees.of_task(x_qry, t), pytrees.of_task(y_qry, t))
-        with torch.set_grad_enabled(bool(wanted)):
+        with torch.set_grad_enabled(differentiable):
             prediction = query_prediction(model, path, steps, x, t)
             if query_weights is None:
                 value = value_of(loss, prediction, target)
@@ -281,7 +294,12 @@ def meta_step(
                     for k, w in enumerate(query_weights)
                     if w
                 )
-        if wanted:
+        if wanted and how.kind == "reptile":
+            for name, p in model.module.named_parameters():
+                if name in rates:
+                    share = weight * (p.detach() - path[-1][name].detach())
+                    gradients[id(p)] = gradients[id(p)] + share if id(p) in gradients else share
+        elif wanted:
             known = set(map(id, leaves))
             given = [*pytrees.tensors(prediction), *path[-1].values()]
             parameters = [leaf for leaf in leaves_between(given, value) if id(leaf) not in known]

@@ -22,6 +22,14 @@ struct Parameter {
   int64_t slots = 1;
 };
 
+/// How the gradient of the query loss is taken through the inner loop. reptile: theta - phi_K in its place.
+enum class Outer { unrolled, reptile };
+
+struct MetaGradient {
+  Outer kind = Outer::unrolled;
+  int truncate = 0;  // inner steps, the last ones, that are differentiated through; 0: all
+};
+
 /// Value 0 is the input; node i writes value i + 1.
 struct Graph {
   std::vector<Node> nodes;
@@ -31,6 +39,7 @@ struct Graph {
   Loss loss = Loss::cross_entropy;
   Precision precision = Precision::float32;
   bool recompute = false;  // always run the gradient pass again for each Hessian-vector product
+  MetaGradient meta_gradient;
 };
 
 }  // namespace maml

@@ -36,7 +36,7 @@ Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
 void Problem::lay_out(const LayerTraits& traits) {
   const bool products = second_order() || operation == Operation::hvp;
   const bool query_gradient =
-      operation == Operation::meta_gradient || operation == Operation::predict_backward;
+      (operation == Operation::meta_gradient && !is_reptile()) || operation == Operation::predict_backward;
   const Keep of_query = is_fisher(operation) ? Keep::products
                         : query_gradient     ? Keep::gradient
                                              : Keep::values;
@@ -49,13 +49,15 @@ void Problem::lay_out(const LayerTraits& traits) {
     query = make_stage(graph, sample, query.n, Data::query, of_query, !predicts, traits);
   }
   const int64_t queries = std::max<int64_t>(static_cast<int64_t>(query_steps.size()), 1);
-  work = 3 * queries * query.work + (second_order() ? 9 : 3) * std::max(steps, 1) * support.work;
+  const int differentiated = steps - first_differentiated();
+  const int products_of_steps = second_order() ? differentiated : 0;
+  work = 3 * queries * query.work + (3 * std::max(steps, 1) + 6 * products_of_steps) * support.work;
   const bool support_pass = steps > 0 || at_own_parameters(operation);
   const bool keeps_all = operation == Operation::kept_fisher;
   const bool keeps = second_order() && (keeps_all || !graph.recompute);
   const int64_t most = keeps_all ? INT64_MAX : support.tiles == 1 ? traits.saved_bytes : traits.kept_bytes;
   const int64_t bytes = support.tiles * support.step_size * element_bytes;
-  saved_steps = keeps && steps * bytes <= most ? steps : support_pass ? 1 : 0;
+  saved_steps = keeps && differentiated * bytes <= most ? differentiated : support_pass ? 1 : 0;
   kept_tiles = keeps && bytes <= most ? support.tiles : 1;
 }
 

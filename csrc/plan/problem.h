@@ -90,9 +90,9 @@ struct Problem {
   int64_t rates_size = 0, result_size = 0;
   std::vector<std::vector<RateSlice>> slices;  // for each inner step; later steps use the last
   int64_t work = 0;                            // approximate multiply-adds of one task
-  // The number of inner steps that have step regions: `steps`; 1 where the gradient pass is run again; 0
-  // without a support pass. And how many tiles of the support set have regions of their own: all of them, or
-  // one.
+  // The number of inner steps that have step regions: all that are differentiated through; 1 where the
+  // gradient pass is run again; 0 without a support pass. And how many tiles of the support set have regions
+  // of their own: all of them, or one.
   int saved_steps = 1;
   int64_t kept_tiles = 1;
 
@@ -103,9 +103,15 @@ struct Problem {
   void lay_out(const LayerTraits& traits);
 
   bool second_order() const {
-    return !first_order && steps > 0 &&
+    return !first_order && steps > 0 && !is_reptile() &&
            (operation == Operation::meta_gradient || operation == Operation::adapt_backward ||
             is_fisher(operation));
+  }
+  bool is_reptile() const { return graph.meta_gradient.kind == Outer::reptile; }
+  /// The first inner step that is differentiated through; what the steps before it add to theta is constant.
+  int first_differentiated() const {
+    const int truncate = graph.meta_gradient.truncate;
+    return truncate ? std::max(steps - truncate, 0) : 0;
   }
   bool weighs_queries() const { return !query_steps.empty(); }
   /// Whether the query loss at phi_k counts.
@@ -122,14 +128,23 @@ struct Problem {
   bool runs_in_megakernel() const;
   bool is_tiled() const { return support.tiles > 1 || query.tiles > 1; }
   bool learns_rates() const { return result_size > packing.trainable; }
-  /// The numbers of stored states phi_1 .. phi_steps and of stored gradients g_0 .. g_steps-1. No gradients
-  /// are stored where each can overwrite its phi.
+  /// The numbers of stored states phi_1 .. phi_steps and of stored gradients g_0 .. g_steps-1, and their
+  /// places. What is before step `first_kept` is stored in one place, one after the other. No gradients are
+  /// stored where each can overwrite its phi.
   bool keeps_parameters() const { return second_order() || weighs_queries(); }
-  int kept_parameters() const { return keeps_parameters() ? std::max(steps, 1) : 1; }
-  int kept_gradients() const { return learns_rates() ? steps : keeps_parameters() ? 0 : 1; }
+  int first_kept() const { return weighs_queries() ? 0 : first_differentiated(); }
+  int kept_parameters() const { return keeps_parameters() ? parameter_place(std::max(steps, 1)) + 1 : 1; }
+  int parameter_place(int k) const {
+    return keeps_parameters() ? std::max(k - std::max(first_kept(), 1), 0) : 0;
+  }
+  int kept_gradients() const {
+    return learns_rates() ? steps - first_kept() : keeps_parameters() && first_kept() == 0 ? 0 : 1;
+  }
+  int gradient_place(int k) const { return learns_rates() ? std::max(k - first_kept(), 0) : 0; }
   /// The index of the step region of a tile in an inner step, and the number of regions.
   int64_t region(int step, int64_t tile) const {
-    return (saved_steps > 1 ? step * kept_tiles : 0) + (kept_tiles > 1 ? tile : 0);
+    const int place = saved_steps > 1 ? std::max(step - first_differentiated(), 0) : 0;
+    return place * kept_tiles + (kept_tiles > 1 ? tile : 0);
   }
   int64_t regions() const { return saved_steps * kept_tiles; }
   /// The number of step regions of the query set that are kept after a pass.

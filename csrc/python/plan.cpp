@@ -37,6 +37,8 @@ const std::map<std::string, Loss> kLosses = {{"cross_entropy", Loss::cross_entro
                                              {"gaussian_policy_gradient", Loss::gaussian_policy},
                                              {"categorical_policy_gradient", Loss::categorical_policy},
                                              {"computed", Loss::computed}};
+const std::map<std::string, Outer> kOuters = {
+    {"unrolled", Outer::unrolled}, {"truncated", Outer::unrolled}, {"reptile", Outer::reptile}};
 const std::map<std::string, Operation> kOperations = {{"meta_gradient", Operation::meta_gradient},
                                                       {"meta_loss", Operation::meta_loss},
                                                       {"adapt", Operation::adapt},
@@ -190,6 +192,18 @@ RateTensor read_rate_tensor(py::handle object, size_t parameters, Operation oper
   return tensor;
 }
 
+MetaGradient read_meta_gradient(py::handle object) {
+  Fields fields(object);
+  MetaGradient gradient{named(kOuters, fields.read<std::string>("kind"), "meta-gradient"),
+                        fields.read("truncate", 0)};
+  if (gradient.truncate < 0) {
+    throw std::invalid_argument("MetaGradient.truncate must be at least 1 or None, got " +
+                                std::to_string(gradient.truncate));
+  }
+  fields.done();
+  return gradient;
+}
+
 }  // namespace
 
 Operation operation_named(const std::string& name) { return named(kOperations, name, "operation"); }
@@ -230,6 +244,7 @@ ReadPlan read_plan(py::handle plan, Operation operation) {
   found.graph.loss = named(kLosses, fields.read<std::string>("loss"), "loss");
   found.graph.precision = named(kPrecisions, fields.read<std::string>("precision"), "precision");
   found.graph.recompute = fields.read<bool>("recompute");
+  found.graph.meta_gradient = read_meta_gradient(fields.object("meta_gradient"));
   found.backend = fields.read<std::string>("backend");
   const auto target = fields.read("target", int64_t{0});
   for (const Node& node : found.graph.nodes) {

@@ -27,6 +27,9 @@ def adapt(
     """seed: of the masks of dropout; None: one of its own."""
     seed = seed or Seed()
     binding = _able_to_take(maml, steps)
+    how = maml._options.meta_gradient
+    if differentiable and how.kind not in ("unrolled", "truncated"):
+        raise ValueError(f'differentiable must be False with meta_gradient="{how.kind}", got True')
     x_spt = read(maml, binding, "x_spt", x_spt, "y_spt", y_spt)
     differentiable = differentiable and torch.is_grad_enabled()
     support = _with_weights(maml, binding, Set("x_spt", x_spt, "y_spt", y_spt), "spt_weights", spt_weights)
@@ -34,7 +37,7 @@ def adapt(
     if program is None:
         adapted = fallback.adapt(
             maml.model, maml.loss, inner_rates(maml), x_spt, support.weighted(), steps, maml.first_order,
-            differentiable, seed,
+            differentiable, seed, how,
         )  # fmt: skip
         maml._binder.settled(maml, binding, adapted)
         return _every_parameter(maml.model, adapted, pytrees.tasks(x_spt), differentiable)

@@ -23,6 +23,7 @@ from maml_cuda.engine import data_checks
 from maml_cuda.functional import Functional
 from maml_cuda.losses import Loss, loss_function, objective
 from maml_cuda.masks import Seed
+from maml_cuda.meta_gradients import MetaGradient
 from maml_cuda.policies import mean_of
 from maml_cuda.pytrees import Tree
 from maml_cuda.rates import Rate
@@ -83,10 +84,13 @@ def meta_step(
     task_weights: Tensor | None,
     query_weights: Sequence[float] | None,
     seed: Seed,
+    how: MetaGradient,
 ) -> tuple[Tensor, Tensor, Tree | None, Tensor, list[tuple[Tensor, Tensor]]]:
     """loss, task_losses, predictions (None where they cannot be stacked), support_losses, and (tensor, gradient) of
     each of `parameters` and of the data that requires grad and reaches the loss; none where gradients are off."""
     data = pytrees.tensors((x_spt, y_spt, x_qry, y_qry))
+    if how.kind == "reptile" and any(t.requires_grad for t in data):
+        raise ValueError('data must not require grad with meta_gradient="reptile", got requires_grad=True')
     given = {id(t): t for t in (*parameters, *data)}  # one tensor may be support and query
     wanted = [t for t in given.values() if t.requires_grad and torch.is_grad_enabled()]
     tasks = pytrees.tasks(x_spt)
@@ -97,8 +101,9 @@ def meta_step(
     checked = _checked(loss, criterion, uses)
     try:
         *outputs, reached = reference.meta_step(
-            function, checked, rates, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights, query_weights
-        )
+            function, checked, rates, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights, query_weights,
+            how,
+        )  # fmt: skip
     except Exception:
         _check_query_samples(model, x_spt, x_qry)
         raise
@@ -117,6 +122,7 @@ def adapt(
     first_order: bool,
     differentiable: bool,
     seed: Seed,
+    how: MetaGradient,
 ) -> dict[str, Tensor]:
     """The adapted parameters, name -> [tasks, *shape]."""
     theta = {name: p.view_as(p) for name, p in model.named_parameters()}  # so that hooks see the outer gradient alone
@@ -134,6 +140,7 @@ def adapt(
             first_order,
             differentiable,
             t,
+            how,
         )[0][-1]
         for t in range(pytrees.tasks(x))
     ]

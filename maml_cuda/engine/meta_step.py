@@ -6,19 +6,20 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from maml_cuda import pytrees, torch_private
+from maml_cuda import meta_gradients, pytrees, torch_private
 from maml_cuda.engine import data_checks, fallback, fast_path
 from maml_cuda.engine.binder import Set, look_at_labels, read
 from maml_cuda.engine.binding import Binding, Choice
 from maml_cuda.engine.problem import Problem, joined, meta_problem
 from maml_cuda.engine.program import Program
-from maml_cuda.engine.settings import Settings, inner_rates
+from maml_cuda.engine.settings import Settings, adapted_names, inner_rates, trainable_names
 from maml_cuda.engine.weighted_sets import weights_of_sets
 from maml_cuda.masks import Seed
 from maml_cuda.policies import mean_of
 from maml_cuda.pytrees import Tree
+from maml_cuda.rates import tensors
 from maml_cuda.targets import Target
 
 
@@ -79,6 +80,19 @@ def backward(
     else:
         torch.ops.maml_cuda.attach(out.loss, gradient.flat, gradient.inputs).backward()
     return out
+
+
+def check_settings(maml: Settings) -> None:
+    """Raises ValueError where the meta-gradient that was chosen cannot be with the other settings as they are now."""
+    how = maml._options.meta_gradient
+    if how.kind == "unrolled":
+        return
+    learned = [name for name, rate in tensors(maml.inner_lr) if rate.requires_grad]
+    adapted = set(adapted_names(maml))
+    others = [name for name in trainable_names(maml.model) if name not in adapted]
+    if isinstance(maml.loss, nn.Module):
+        others += [f"loss.{name}" for name in trainable_names(maml.loss)]
+    meta_gradients.check(how, maml.first_order, maml._query_weights.values, learned, others)
 
 
 def program_of(maml: Settings, x_spt: Tree, x_qry: Tree) -> Program | None:
@@ -187,7 +201,8 @@ def _warm(
 
 
 def _check_episode(maml: Settings, binding: Binding, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target) -> None:
-    maml._query_weights.check(maml.inner_steps)  # which may have changed since
+    check_settings(maml)  # which may have changed since
+    maml._query_weights.check(maml.inner_steps)
     read(maml, binding, "x_spt", x_spt, "y_spt", y_spt)
     read(maml, binding, "x_qry", x_qry, "y_qry", y_qry)
     data_checks.same_tasks(x_spt, x_qry)
@@ -204,6 +219,7 @@ def _on_the_general_path(
     loss, task_losses, predictions, support_losses, reached = fallback.meta_step(
         maml.model, maml.loss, inner_rates(maml), list(maml.parameters()), x_spt, y_spt, x_qry, y_qry,
         maml.inner_steps, maml.first_order, task_weights, maml._query_weights.values, Seed(),
+        maml._options.meta_gradient,
     )  # fmt: skip
     out = MetaOutput(loss, task_losses, _logits(maml, predictions), support_losses)
     if not reached:

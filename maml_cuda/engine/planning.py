@@ -107,6 +107,7 @@ def program_of(snapshot: Snapshot, graph: Graph, match: Match | None) -> Program
         target=graph.target,
         backend=backend,
         precision="float32" if backend == "cpu" else options.precision,
+        meta_gradient=options.meta_gradient,
         recompute=options.recompute,
         cuda_graphs=options.cuda_graphs,
         task_chunk=options.task_chunk,

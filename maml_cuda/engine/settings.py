@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from maml_cuda import reference
 from maml_cuda.adapted_parameters import AdaptParams
+from maml_cuda.meta_gradients import MetaGradient
 from maml_cuda.rates import InnerRates, Rate, read_rates
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Options:
     precision: str
     cuda_graphs: bool
     task_chunk: int | None
+    meta_gradient: MetaGradient
     recompute: bool
     check_labels: bool
 

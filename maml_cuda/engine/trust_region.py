@@ -75,6 +75,8 @@ def _read(
 ) -> tuple[Program | None, Tensor, Tensor]:
     """The program of a Fisher-vector product on these data, None where there is none; and x as they are read."""
     checks.policy_loss(maml.loss, "fisher_vector_product")
+    if (kind := maml._options.meta_gradient.kind) != "unrolled":
+        raise ValueError(f'fisher_vector_product must have meta_gradient="unrolled", got {kind!r}')
     data_checks.one_tensor("x_spt", x_spt, "fisher_vector_product")
     data_checks.one_tensor("x_qry", x_qry, "fisher_vector_product")
     binding = maml._binding()

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from maml_cuda.meta_gradients import MetaGradient
+
 # The shape of a sample: [features], [channels, length] or [channels, height, width].
 Layout = Literal["features", "signal", "image"]
 # "adapted": the inner loop changes it, and it has a meta-gradient. "outer": it has a meta-gradient only. "frozen": a
@@ -257,6 +259,7 @@ class Plan:
         target: of a computed loss, how many numbers it compares for each sample.
         backend: "cpu" or "cuda".
         precision: of float32 matrix products on a GPU.
+        meta_gradient: how it is taken through the inner loop.
         recompute: run the gradient pass again for each Hessian-vector product, instead of keeping its activations.
         cuda_graphs: on a GPU, replay repeated calls as CUDA graphs.
         task_chunk: on a GPU, the largest number of tasks to compute at once; None: all.
@@ -271,6 +274,7 @@ class Plan:
     target: int | None
     backend: str
     precision: str
+    meta_gradient: MetaGradient
     recompute: bool
     cuda_graphs: bool
     task_chunk: int | None

@@ -94,8 +94,9 @@ def double_backward(
 def make(
     net: str, steps: int, *, rates: str = "constant", head: bool = False, weights: list[float] | None = None,
     first_order: bool = False, batch_norm: str = "transductive", seed: int = 0, tasks: int = 3, backend: str = "fused",
+    **options: object,
 ) -> tuple[FusedMAML, list[Tensor], dict]:  # fmt: skip
-    """A FusedMAML, its data, and the arguments of double_backward."""
+    """A FusedMAML with further options, its data, and the arguments of double_backward."""
     torch.manual_seed(seed)
     build, sample = NETS[net]
     model = build().double()
@@ -123,7 +124,7 @@ def make(
         by_step = {n: r if rates == "step" else r[None] for n, r in inner_lr.items()}
     maml = FusedMAML(
         model, inner_lr, steps, first_order=first_order, adapt_params=adapted, backend=backend, batch_norm=batch_norm,
-        query_weights=weights,
+        query_weights=weights, **options,
     )  # fmt: skip
     data = [torch.randn(tasks, n, *sample).double() if x else torch.randint(0, 3, (tasks, n))
             for n in (5, 7) for x in (1, 0)]  # fmt: skip

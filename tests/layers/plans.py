@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import maml_cuda  # noqa: F401  (registers the ops)
+from maml_cuda.meta_gradients import UNROLLED
 from maml_cuda.plan import schema
 from maml_cuda.plan.schema import IndexedAxis, Instruction, Loops, Slide, View
 from tests import given_masks
@@ -265,7 +266,7 @@ class Sketch:
         nodes, parameters = tuple(self.nodes), tuple(self.parameters)
         prediction = len(nodes)
         return schema.Plan(
-            nodes, parameters, (), prediction, "mse", None, None, "cpu", "float32", False, False, None
+            nodes, parameters, (), prediction, "mse", None, None, "cpu", "float32", UNROLLED, False, False, None
         )  # fmt: skip
 
 

@@ -142,6 +142,7 @@ MlpLayer mlp_layer(const Problem& p, const Stage::Step& linear, const Stage::Ste
 template <class T>
 std::optional<SmallMlp> small_mlp_of(const Problem& p, int device) {
   const bool serves = p.operation == Operation::meta_gradient && p.steps > 0 && !p.weighs_queries() &&
+                      !p.is_reptile() && p.first_differentiated() == 0 &&
                       (p.graph.loss == Loss::mse || p.graph.loss == Loss::cross_entropy) &&
                       p.rate_tensors.empty();
   if (!serves || !p.runs_in_megakernel()) return {};
