@@ -24,11 +24,15 @@ from maml_cuda.engine.binder import Binder, Set, read
 from maml_cuda.engine.binding import Binding
 from maml_cuda.engine.meta_step import MetaOutput
 from maml_cuda.engine.query_weights import QueryWeights
-from maml_cuda.engine.settings import Options, adapted_names, inner_rates
+from maml_cuda.engine.settings import Options, adapted_names, inner_update
+from maml_cuda.gradient_transforms import GradientTransform
+from maml_cuda.optim import Groups, Optimizer
+from maml_cuda.optim import read as read_update
 from maml_cuda.pytrees import Tree
-from maml_cuda.rates import InnerRates, Rate, hold, read_rates, tensors
+from maml_cuda.rates import InnerRates, hold, tensors
 from maml_cuda.targets import PolicyTarget, Target
 from maml_cuda.torch_wrappers import unwrapped
+from maml_cuda.updates import InnerUpdate
 
 __all__ = ["FusedMAML", "MetaOutput"]
 
@@ -85,6 +89,15 @@ class FusedMAML(nn.Module):
             2019). "reptile": theta - phi_K, without a gradient of the query loss, which is computed (Nichol, Achiam,
             Schulman 2018, algorithm 2); all trainable parameters must be adapted, at rates that are not learned.
         truncate: of "truncated": a number of inner steps, from 1.
+        inner_optimizer: of the inner loop, such as `maml_cuda.optim.Adam()`, with `inner_lr` as its learning rate. Each
+            task starts with a new state, and the meta-gradient goes through all states. Learned hyperparameters and
+            initial states are parameters of this module. None: phi_{k+1} = phi_k - inner_lr * gradient.
+        inner_clip_norm: the inner gradient of a task is scaled down to this norm over all adapted parameters, as by
+            torch.nn.utils.clip_grad_norm_; the scale is differentiated too. A number above 0.
+        inner_clip_value: then each of its elements is brought into [-inner_clip_value, inner_clip_value].
+        inner_transform: a function of the inner gradients of a task, a dict by name, that returns such a dict; or an
+            nn.Module of this form, whose parameters are meta-learned: a preconditioner or a mask. It runs first:
+            gradient, transform, clip, optimizer. On the general path.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, in words.
@@ -96,6 +109,10 @@ class FusedMAML(nn.Module):
     loss: str | Callable[..., Tensor]
     first_order: bool
     batch_norm: str
+    inner_optimizer: Optimizer | Groups | None
+    inner_clip_norm: float | None
+    inner_clip_value: float | None
+    inner_transform: GradientTransform | None
 
     def __init__(
         self,
@@ -116,6 +133,10 @@ class FusedMAML(nn.Module):
         query_weights: Tensor | Sequence[float] | None = None,
         meta_gradient: str = "unrolled",
         truncate: int | None = None,
+        inner_optimizer: Optimizer | Groups | None = None,
+        inner_clip_norm: float | None = None,
+        inner_clip_value: float | None = None,
+        inner_transform: GradientTransform | None = None,
     ) -> None:
         super().__init__()
         if isinstance(adapt_params, Iterable) and not isinstance(adapt_params, str):
@@ -134,8 +155,11 @@ class FusedMAML(nn.Module):
         checks.not_adapted(names, stepwise)
         checks.adapted(names, parameters)
         weights = checks.query_weights(query_weights, inner_steps)
-        checks.rates(tensors(inner_lr), parameters[names[0]])
-        read_rates(inner_lr, {name: parameters[name].shape for name in names}, inner_steps)
+        update = (inner_optimizer, inner_clip_norm, inner_clip_value, inner_transform)
+        checks.inner_update(*update, [parameters[name] for name in names])
+        held = [] if inner_optimizer is None else inner_optimizer.held_tensors()
+        checks.rates(tensors(inner_lr) + held, parameters[names[0]])
+        read_update(inner_lr, {name: parameters[name].shape for name in names}, inner_steps, *update)
         self.inner_steps = inner_steps
         self.loss = loss
         self.first_order = first_order
@@ -157,6 +181,7 @@ class FusedMAML(nn.Module):
             self.model = model
             self.query_weights = weights
             hold(self, "inner_lr", inner_lr)
+            self.inner_optimizer, self.inner_clip_norm, self.inner_clip_value, self.inner_transform = update
             self._binder.bind(self)
             meta_step.check_settings(self)
 
@@ -492,8 +517,8 @@ class FusedMAML(nn.Module):
     def _adapted(self) -> list[str]:
         return adapted_names(self)
 
-    def _rates(self) -> dict[str, Rate]:
-        return inner_rates(self)
+    def _inner_update(self) -> InnerUpdate:
+        return inner_update(self)
 
     @property
     def _adapt_params(self) -> AdaptParams:

@@ -23,7 +23,8 @@ class GradcheckRow:
     """The result for one parameter or learned rate.
 
     Attributes:
-        name: of the parameter; `inner_lr` or `inner_lr.<name>` of a learned rate, `loss.<name>` of a loss module.
+        name: of the parameter; `inner_lr` or `inner_lr.<name>` of a learned rate; `loss.<name>` of a loss module,
+            `inner_optimizer.<name>` and `inner_transform.<name>` of those.
         norm: of its meta-gradient.
         autograd_error: the error against `reference.meta_gradient`, relative to the norm of the whole meta-gradient.
         finite_difference_error: the same against finite differences; NaN at first order, and where meta_gradient is not
@@ -100,15 +101,19 @@ def gradcheck(
         _, truth = reference.meta_gradient(
             maml.model, maml.loss, x_spt, y_spt, x_qry, y_qry, rate, maml.inner_steps, maml.first_order,
             maml._adapt_params, maml.query_weights, meta_gradient=maml.meta_gradient,
-            truncate=maml._options.meta_gradient.truncate,
+            truncate=maml._options.meta_gradient.truncate, inner_optimizer=maml.inner_optimizer,
+            inner_clip_norm=maml.inner_clip_norm, inner_clip_value=maml.inner_clip_value,
+            inner_transform=maml.inner_transform,
         )  # fmt: skip
     learned: dict[str, Tensor] = dict(maml.model.named_parameters())
     if isinstance(rate, Tensor):
         learned["inner_lr"] = rate
     elif isinstance(rate, InnerRates):
         learned.update({f"inner_lr.{n}": r for n, r in rate.items() if isinstance(r, Tensor)})
-    if isinstance(maml.loss, torch.nn.Module):
-        learned.update({f"loss.{n}": p for n, p in maml.loss.named_parameters()})
+    for owner in ("loss", "inner_optimizer", "inner_transform"):
+        module = getattr(maml, owner)
+        if isinstance(module, torch.nn.Module):
+            learned.update({f"{owner}.{n}": p for n, p in module.named_parameters()})
     scale = torch.stack([g.norm() for g in truth.values()]).norm().item() or 1.0
     generator = torch.Generator().manual_seed(0)
     table = GradcheckTable()

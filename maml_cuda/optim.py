@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from maml_cuda.adapted_parameters import as_pickled
+from maml_cuda.gradient_transforms import GradientTransform, transform_of
 from maml_cuda.rates import Held, InnerRates, Rate, Value, hold, read_rates, tensors
 from maml_cuda.updates import STATE, InnerUpdate, Update, clip, root
 
@@ -101,10 +102,6 @@ class Optimizer(nn.Module):
             _check_state(f"{what}.state[{name!r}]", update, shape)
             updates[name] = update
         return updates
-
-    def settings(self) -> tuple[Any, ...]:
-        """What `read` depends on, but for the values of tensors."""
-        return (self.rule, self.nesterov, self.centered, *(getattr(self, name) for name in self.ranges))
 
     def held_tensors(self, what: str = "inner_optimizer") -> list[tuple[str, Tensor]]:
         """The hyperparameters and states that are tensors, each with its name for error messages."""
@@ -311,7 +308,7 @@ class Groups(nn.Module):
         self, rates: Mapping[str, Rate], adapted: Mapping[str, torch.Size], steps: int, what: str = "inner_optimizer"
     ) -> dict[str, Update]:
         """As Optimizer.read."""
-        self._seen = list(adapted)
+        self._seen[:] = adapted
         updates: dict[str, Update] = {}
         for i, (chosen, optimizer) in enumerate(zip(self._chosen, self.optimizers(), strict=True)):
             if callable(chosen):
@@ -331,15 +328,37 @@ class Groups(nn.Module):
             raise ValueError(f"{what} must have a group for each adapted parameter, got none for {', '.join(missing)}")
         return {name: updates[name] for name in adapted}
 
-    def settings(self) -> tuple[Any, ...]:
-        return tuple(optimizer.settings() for optimizer in self.optimizers())
-
     def held_tensors(self, what: str = "inner_optimizer") -> list[tuple[str, Tensor]]:
         return [t for i, optimizer in enumerate(self.optimizers()) for t in optimizer.held_tensors(f"{what}[{i}]")]
 
     def __getstate__(self) -> dict[str, Any]:
         chosen = [as_pickled(c, self._seen) if callable(c) else c for c in self._chosen]
         return {**self.__dict__, "_chosen": chosen}
+
+
+def read(
+    inner_lr: Value | Held,
+    adapted: Mapping[str, torch.Size],
+    steps: int,
+    optimizer: Optimizer | Groups | None = None,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    transform: GradientTransform | None = None,
+) -> InnerUpdate:
+    """The inner update of these arguments of FusedMAML.
+
+    Args:
+        adapted: name -> shape of the parameters that the inner loop changes.
+
+    Raises:
+        ValueError, TypeError: as read_rates and Optimizer.read.
+    """
+    rates = read_rates(inner_lr, adapted, steps)
+    if optimizer is None:
+        updates = {name: Update(rate) for name, rate in rates.items()}
+    else:
+        updates = optimizer.read(rates, adapted, steps)
+    return InnerUpdate(updates, clip_norm, clip_value, transform_of(transform))
 
 
 def _check(what: str, value: Any, words: str, is_in: Callable[[Tensor], Tensor]) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -27,13 +26,16 @@ from torch import Tensor, nn
 from maml_cuda import meta_gradients, policies, pytrees
 from maml_cuda.batch_norm import at_step, stepwise_names
 from maml_cuda.functional import Functional, detached, leaves_between, precision
+from maml_cuda.gradient_transforms import GradientTransform
 from maml_cuda.losses import Loss, objective, value_of
 from maml_cuda.masks import Seed
 from maml_cuda.meta_gradients import UNROLLED, MetaGradient
+from maml_cuda.optim import Groups, Optimizer, read
 from maml_cuda.pytrees import Tree
-from maml_cuda.rates import InnerRates, Rate, read_rates
+from maml_cuda.rates import InnerRates
 from maml_cuda.sample_weights import Weighted, with_padding, with_weights, without_padding
 from maml_cuda.targets import Target
+from maml_cuda.updates import InnerUpdate
 
 
 def adapted_names(model: nn.Module, adapt_params: Callable[[str], bool] | Iterable[str] | None) -> list[str]:
@@ -55,7 +57,7 @@ def inner_loop(
     model: Functional,
     loss: Callable[..., Tensor],
     theta: Mapping[str, Tensor],
-    rates: Mapping[str, Rate],
+    inner: InnerUpdate,
     x: Tree,
     y: Target,
     steps: int,
@@ -64,19 +66,19 @@ def inner_loop(
     task: int = 0,
     how: MetaGradient = UNROLLED,
 ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
-    """The inner loop of one task: phi_{k+1} = phi_k - alpha_k * dL(phi_k)/dphi_k.
+    """The inner loop of one task: phi_{k+1} = phi_k - alpha_k * dL(phi_k)/dphi_k, or what else the update says.
 
     Args:
         model, loss: the task's loss is loss(model(phi, x), y).
         theta: phi_0, name -> tensor, for all parameters. Do not give the model's own parameters: their hooks would be
             called with the inner gradients.
-        rates: alpha_k of each adapted parameter. They are converted to the parameter's dtype.
+        inner: the update of the adapted parameters.
         x, y: the support set of the task, [samples, ...]. Where y is Weighted, the loss gives those of all samples.
         steps: K.
         first_order: the inner gradients are constants.
-        differentiable: whether the result has a graph back to theta and to the rates.
+        differentiable: whether the result has a graph back to theta and to the tensors of the update.
         task: its number in the call, for the masks of dropout.
-        how: the inner gradients and rates of the steps before `how.first_differentiated` are constants.
+        how: what the steps before `how.first_differentiated` add to the parameters is constant.
 
     Returns:
         phi_0 .. phi_K, and the support losses at phi_0 .. phi_{K-1} (detached).
@@ -89,9 +91,10 @@ def inner_loop(
     x, y = without_padding(x, y)
     with torch.enable_grad():
         if not differentiable:
-            phi = {name: p.detach().requires_grad_(name in rates) for name, p in phi.items()}
+            phi = {name: p.detach().requires_grad_(name in inner.updates) for name, p in phi.items()}
+            inner = inner.mapped(Tensor.detach)
         second_order = differentiable and not first_order
-        path = [phi]
+        path, state = [phi], inner.start(phi)
         first = how.first_differentiated(steps)
         for step in range(steps):
             twice = second_order and step >= first
@@ -101,26 +104,24 @@ def inner_loop(
                 if twice:
                     stack.enter_context(model.differentiable_twice())
                 value = value_of(loss, model(phi, x), y)
-            adapted = [phi[name] for name in rates]
-            grads = torch.autograd.grad(
+            adapted = [phi[name] for name in inner.updates]
+            found = torch.autograd.grad(
                 value, adapted, create_graph=twice, retain_graph=twice or None, allow_unused=True
             )
             losses.append(value.detach())
-            phi = dict(phi)
-            for (name, rate), g in zip(rates.items(), grads, strict=True):
+            grads = {}
+            for name, g in zip(inner.updates, found, strict=True):
                 if g is None:
                     raise unreached([name])
-                alpha = rate.at(step)
-                if isinstance(alpha, Tensor):
-                    alpha = alpha.to(g.dtype.to_real())
-                if not twice:
-                    g = g.detach()
-                if isinstance(alpha, Tensor) and (not differentiable or step < first):
-                    alpha = alpha.detach()
-                if not differentiable:
-                    phi[name] = (phi[name].detach() - alpha * g).requires_grad_()
-                else:
-                    phi[name] = phi[name] - alpha * g
+                grads[name] = g if twice else g.detach()
+            with torch.set_grad_enabled(differentiable and step >= first):
+                new, state = inner.step(phi, grads, state, step)
+            if not differentiable:
+                phi = {name: p.requires_grad_(name in inner.updates) for name, p in new.items()}
+            elif step < first:  # what it adds to the parameters is constant
+                phi = {name: p.detach() + (phi[name] - phi[name].detach()) for name, p in new.items()}
+            else:
+                phi = new
             path.append(phi)
     return path, losses
 
@@ -149,6 +150,10 @@ def meta_gradient(
     qry_weights: Tensor | None = None,
     meta_gradient: str = "unrolled",
     truncate: int | None = None,
+    inner_optimizer: Optimizer | Groups | None = None,
+    inner_clip_norm: float | None = None,
+    inner_clip_value: float | None = None,
+    inner_transform: GradientTransform | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The meta-loss and its exact gradient, by plain autograd (Finn, Abbeel, Levine 2017, equation 1).
 
@@ -176,6 +181,8 @@ def meta_gradient(
         spt_weights, qry_weights: weights of the samples, `[tasks, n]`, at least 0: L is the weighted mean over samples,
             and the model runs on those of positive weight alone. With either, a loss of your own returns `[samples]`.
         meta_gradient, truncate: what is computed in place of the exact gradient, as FusedMAML says.
+        inner_optimizer, inner_clip_norm, inner_clip_value, inner_transform: as of FusedMAML. Each step is then what
+            `updates.InnerUpdate.step` does with the gradient.
 
     Returns:
         The meta-loss (0-d, detached), and a dict name -> gradient, of the shape of the parameter. It has every
@@ -190,14 +197,16 @@ def meta_gradient(
     """
     adapted = adapted_names(model, adapt_params)
     parameters = dict(model.named_parameters())
-    rates = read_rates(inner_lr, {name: parameters[name].shape for name in adapted}, inner_steps)
+    shapes = {name: parameters[name].shape for name in adapted}
+    inner = read(inner_lr, shapes, inner_steps, inner_optimizer, inner_clip_norm, inner_clip_value, inner_transform)
     wanted: dict[str, Tensor] = dict(parameters)
     if isinstance(inner_lr, Tensor):
         wanted["inner_lr"] = inner_lr
     elif isinstance(inner_lr, (Mapping, InnerRates)):
         wanted.update({f"inner_lr.{name}": r for name, r in inner_lr.items() if isinstance(r, Tensor)})
-    if isinstance(loss, nn.Module):
-        wanted.update({f"loss.{name}": p for name, p in loss.named_parameters()})
+    for owner, module in (("loss", loss), ("inner_optimizer", inner_optimizer), ("inner_transform", inner_transform)):
+        if isinstance(module, nn.Module):
+            wanted.update({f"{owner}.{name}": p for name, p in module.named_parameters()})
     tasks = pytrees.tasks(x_spt)
     weighted = spt_weights is not None or qry_weights is not None
     if weighted:
@@ -209,7 +218,7 @@ def meta_gradient(
         wanted.update(spt_weights=spt_weights, qry_weights=qry_weights)
     wanted = {name: t for name, t in wanted.items() if t.requires_grad}
     total, _, _, _, reached = meta_step(
-        Functional(model, Seed()), objective(loss, weighted), rates, list(wanted.values()), x_spt,
+        Functional(model, Seed()), objective(loss, weighted), inner, list(wanted.values()), x_spt,
         with_weights(y_spt, spt_weights), x_qry, with_weights(y_qry, qry_weights),
         inner_steps, first_order, [1 / tasks] * tasks,
         None if query_weights is None else [float(w) for w in query_weights],
@@ -222,7 +231,7 @@ def meta_gradient(
 def meta_step(
     model: Functional,
     loss: Callable[..., Tensor],
-    rates: Mapping[str, Rate],
+    inner: InnerUpdate,
     wanted: list[Tensor],
     x_spt: Tree,
     y_spt: Target,
@@ -245,8 +254,8 @@ def meta_step(
 
     Args:
         model, loss: the loss of a set is loss(model(phi, x), y).
-        rates: the inner rate of each adapted parameter.
-        wanted: the tensors whose gradients are computed: parameters, rates, or tensors of the data.
+        inner: the update of the adapted parameters.
+        wanted: the tensors whose gradients are computed: parameters, tensors of the update, or tensors of the data.
         x_spt, y_spt, x_qry, y_qry: [tasks, samples, ...], or pytrees of tensors [tasks, ...]. Where y is Weighted, the
             loss gives those of all samples, and predictions are zeros for padding.
         steps: K.
@@ -263,11 +272,12 @@ def meta_step(
     total: float | Tensor = 0.0
     task_losses, predictions, support_losses = [], [], []
     wanted = list({id(t): t for t in wanted}.values())  # a rate of several parameters once
-    rate_ids = {id(rate.value) for rate in rates.values()}
     # The gradient of a learned rate that no step uses (steps = 0) is zero, not None.
-    gradients: dict[int, Tensor] = {id(t): torch.zeros_like(t) for t in wanted if id(t) in rate_ids}
+    of_inner = set(map(id, inner.tensors()))
+    gradients: dict[int, Tensor] = {id(t): torch.zeros_like(t) for t in wanted if id(t) in of_inner}
     dtype = precision(p for _, p in model.module.named_parameters())
-    copies = {id(t): t.detach().to(dtype if id(t) in rate_ids else t.dtype).requires_grad_() for t in wanted}
+    in_dtype = {id(t) for update in inner.updates.values() for t in update.tensors() if not t.is_complex()}
+    copies = {id(t): t.detach().to(dtype if id(t) in in_dtype else t.dtype).requires_grad_() for t in wanted}
 
     def copied(t: Tensor) -> Tensor:
         return copies.get(id(t), t)
@@ -275,14 +285,14 @@ def meta_step(
     leaves = [*map(copied, wanted), *wanted]
     of_leaves = [*wanted, *wanted]  # the tensors whose gradients those in the leaves are
     theta = {name: copied(p) for name, p in model.module.named_parameters()}
-    rates = {name: replace(r, value=copied(r.value)) if isinstance(r.value, Tensor) else r for name, r in rates.items()}
+    inner = inner.mapped(copied)
     x_spt, y_spt, x_qry, y_qry = (pytrees.mapped(copied, part) for part in (x_spt, y_spt, x_qry, y_qry))
     if isinstance(loss, Functional):
         loss = partial(loss, {name: copied(p) for name, p in loss.module.named_parameters()})
     differentiable = bool(wanted) and how.kind != "reptile"
     for t, weight in enumerate(weights):
         x, target = pytrees.of_task(x_spt, t), pytrees.of_task(y_spt, t)
-        path, inner = inner_loop(model, loss, theta, rates, x, target, steps, first_order, differentiable, t, how)
+        path, losses = inner_loop(model, loss, theta, inner, x, target, steps, first_order, differentiable, t, how)
         x, target = without_padding(pytrees.of_task(x_qry, t), pytrees.of_task(y_qry, t))
         with torch.set_grad_enabled(differentiable):
             prediction = query_prediction(model, path, steps, x, t)
@@ -296,7 +306,7 @@ def meta_step(
                 )
         if wanted and how.kind == "reptile":
             for name, p in model.module.named_parameters():
-                if name in rates:
+                if name in inner.updates:
                     share = weight * (p.detach() - path[-1][name].detach())
                     gradients[id(p)] = gradients[id(p)] + share if id(p) in gradients else share
         elif wanted:
@@ -316,7 +326,7 @@ def meta_step(
             weights_of_task = y_qry.weights[t]
             prediction = _or_none(lambda _, p: with_padding(p, weights_of_task), prediction)  # noqa: B023
         predictions.append(_or_none(pytrees.detached, prediction))
-        support_losses.append(torch.stack(inner) if inner else value.detach().new_zeros(0))
+        support_losses.append(torch.stack(losses) if losses else value.detach().new_zeros(0))
         total = total + (weight.detach() if isinstance(weight, Tensor) else weight) * value.detach()
     assert isinstance(total, Tensor)  # engine/data_checks.py refuses a call without tasks
     reached = {id(t): t for t in of_leaves if id(t) in gradients}
@@ -395,7 +405,7 @@ def hvp(
 def fisher_vector_product(
     model: Functional,
     loss: Callable[..., Tensor],
-    rates: Mapping[str, Rate],
+    inner: InnerUpdate,
     names: list[str],
     x_spt: Tensor,
     y_spt: Target,
@@ -418,7 +428,7 @@ def fisher_vector_product(
     missing.
 
     Args:
-        rates: the inner rate of each adapted parameter; held fixed.
+        inner: the update of the adapted parameters, whose tensors are held fixed.
         names: the parameters theta in which the divergence is differentiated.
         x_spt, y_spt: support sets, [tasks, n_support, ...].
         x_qry: query states, [tasks, n_query, ...].
@@ -430,9 +440,7 @@ def fisher_vector_product(
         name -> tensor of the parameter's shape, for `names`, detached.
     """
     theta = {n: p.detach().requires_grad_(n in names) for n, p in model.module.named_parameters()}
-    fixed = {
-        name: replace(r, value=r.value.detach()) if isinstance(r.value, Tensor) else r for name, r in rates.items()
-    }
+    fixed = inner.mapped(Tensor.detach)
     differentiated = [theta[name] for name in names]
     total = [torch.zeros_like(p) for p in differentiated]
     for t in range(len(x_spt)):

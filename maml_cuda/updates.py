@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from maml_cuda.gradient_transforms import Transform
 from maml_cuda.rates import Rate
 
 State = dict[str, Tensor]
@@ -164,13 +165,13 @@ class InnerUpdate:
     Attributes:
         updates: of each adapted parameter.
         clip_norm, clip_value: of `clip`.
-        transform: gradients by name -> gradients of the same names and shapes.
+        transform: of all gradients.
     """
 
     updates: Mapping[str, Update]
     clip_norm: float | None = None
     clip_value: float | None = None
-    transform: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] | None = None
+    transform: Transform | None = None
 
     def start(self, phi: Mapping[str, Tensor]) -> dict[str, State]:
         """The state of each adapted parameter before the first step."""
@@ -190,42 +191,28 @@ class InnerUpdate:
             All parameters after the step (the same tensors of those that are not adapted), and the state.
 
         Raises:
-            TypeError, ValueError: the transform returns something else than tensors of the gradients' names and shapes.
+            TypeError, ValueError: as the transform does.
         """
-        grads = self.transformed(dict(grads))
+        if self.transform is not None:
+            grads = self.transform(dict(grads))
         grads = clip(grads, self.clip_norm, self.clip_value)
         new, after = dict(phi), {}
         for name, update in self.updates.items():
             new[name], after[name] = update.step(phi[name], grads[name], state[name], k)
         return new, after
 
-    def transformed(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.transform is None:
-            return grads
-        result = self.transform(dict(grads))
-        if not isinstance(result, Mapping):
-            raise TypeError(f"inner_transform must return a dict name -> gradient, got {type(result).__name__}")
-        if set(result) != set(grads):
-            raise ValueError(
-                f"inner_transform must return gradients of {', '.join(grads)}, got {', '.join(map(str, result))}"
-            )
-        for name, g in grads.items():
-            if not isinstance(result[name], Tensor):
-                raise TypeError(f"inner_transform must return tensors, got {type(result[name]).__name__} for {name}")
-            if result[name].shape != g.shape or result[name].dtype != g.dtype:
-                raise ValueError(
-                    f"inner_transform must return a gradient {list(g.shape)} of {g.dtype} for {name}, got "
-                    f"{list(result[name].shape)} of {result[name].dtype}"
-                )
-        return {name: result[name] for name in grads}
-
     def tensors(self) -> list[Tensor]:
-        """The rates, hyperparameters and initial states that are tensors."""
-        return [t for update in self.updates.values() for t in update.tensors()]
+        """The rates, hyperparameters, initial states and parameters of the transform that are tensors."""
+        of_transform = {} if self.transform is None else self.transform.parameters or {}
+        return [*(t for update in self.updates.values() for t in update.tensors()), *of_transform.values()]
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> InnerUpdate:
         """The same with `function` of each of these tensors."""
-        return replace(self, updates={name: update.mapped(function) for name, update in self.updates.items()})
+        return replace(
+            self,
+            updates={name: update.mapped(function) for name, update in self.updates.items()},
+            transform=None if self.transform is None else self.transform.mapped(function),
+        )
 
 
 def clip(grads: Mapping[str, Tensor], norm: float | None = None, value: float | None = None) -> dict[str, Tensor]:

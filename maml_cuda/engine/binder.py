@@ -79,9 +79,13 @@ class Binder:
         model = maml.model
         checks.steps(maml.inner_steps, "inner_steps")
         checks.loss(maml.loss)
-        names = adapted_names(maml)
-        checks.adapted(names, dict(model.named_parameters()))
+        names, parameters = adapted_names(maml), dict(model.named_parameters())
+        checks.adapted(names, parameters)
         checks.not_adapted(names, batch_norm.stepwise_names(model))
+        checks.inner_update(
+            maml.inner_optimizer, maml.inner_clip_norm, maml.inner_clip_value, maml.inner_transform,
+            [parameters[name] for name in names],
+        )  # fmt: skip
         binding = Binding(maml)
         if self.bound is not None and self.bound.unwatched == binding.unwatched:
             binding.checks_left = 2 * self.bound.checks_left

@@ -19,10 +19,9 @@ from maml_cuda.engine.bounded import Bounded
 from maml_cuda.engine.problem import Problem
 from maml_cuda.engine.program import Program
 from maml_cuda.engine.programs import Programs
-from maml_cuda.engine.settings import Settings, watched
+from maml_cuda.engine.settings import Settings, inner_tensors, of_inner_update, watched
 from maml_cuda.engine.signatures import SetLike, Signature, tree_like
 from maml_cuda.pytrees import Tree
-from maml_cuda.rates import InnerRates, tensors
 
 MOST_PROBLEMS = 64  # kept for the fast path, of as many signatures
 
@@ -46,6 +45,7 @@ class Binding:
     """The decisions for one state of the model, and how to see that this state still holds.
 
     Attributes:
+        without_steps: the name of a rate or hyperparameter [0], of which no inner step can be taken, or "".
         refused: fused layers serve no data: they are not wanted, or for the reason `why_never`.
         why_never: the reason why they serve none, or "".
         last: what ran the last call; None: there was none.
@@ -60,16 +60,17 @@ class Binding:
 
     def __init__(self, maml: Settings) -> None:
         self.problems: Bounded[tuple[Any, ...], tuple[Program, Problem, Choice]] = Bounded(MOST_PROBLEMS)
-        self.can_step = maml.inner_steps > 0 or not _has_no_rate(maml.inner_lr)
+        self.without_steps = "" if maml.inner_steps > 0 else _without_steps(maml)
         self._first = _first_trainable(maml.model)
         parameters = [p for _, p in maml.model.named_parameters()]
         checks.one_dtype_and_device(parameters)
-        checks.rates(tensors(maml.inner_lr), self.like())
+        checks.rates(inner_tensors(maml), self.like())
         self.dtypes = {p.dtype.to_real() for p in parameters if p.is_floating_point() or p.is_complex()}
         self.on = self.like().device.type
         self.plain = all(map(fast_path.is_plain, parameters))
         snapshot = planning.snapshot_of(maml, self.like())
-        self.why_never = "" if maml._options.backend == "reference" else planning.why_not(snapshot)
+        why_never = planning.why_not(snapshot) or _why_not_update(maml)
+        self.why_never = "" if maml._options.backend == "reference" else why_never
         self.refused = maml._options.backend == "reference" or bool(self.why_never)
         self.last: Choice | None = None
         self._programs = Programs(snapshot)
@@ -80,11 +81,11 @@ class Binding:
 
     def watch(self, maml: Settings) -> None:
         """Watches the state of the model as it is now."""
-        modules = list(maml.model.modules())
+        modules = [*maml.model.modules(), *of_inner_update(maml)]
         dicts = [d for m in modules for d in (m.__dict__, m._modules, m._parameters, m._buffers)]
         dicts += [getattr(m, hooks) for m in modules for hooks in HOOKS] + list(GLOBAL_HOOKS)
         read = [place.tensor for place in places(maml.model).values()]
-        read += [rate for _, rate in tensors(maml.inner_lr)]
+        read += [t for _, t in inner_tensors(maml)]
         code = [] if isinstance(maml.loss, str) else [maml.loss]
         guards = guards_of(maml.model, [*code, *(hook for hooks in GLOBAL_HOOKS for hook in hooks.values())])
         self.unwatched = tuple(guards.unwatched)
@@ -202,7 +203,18 @@ def _first_trainable(model: nn.Module) -> Place:
     )
 
 
-def _has_no_rate(inner_lr: float | Tensor | InnerRates) -> bool:
-    """Whether a rate per inner step holds no step at all, so that there is no last one to repeat."""
-    rates = [r for _, r in inner_lr.items()] if isinstance(inner_lr, InnerRates) else [inner_lr]
-    return any(isinstance(r, Tensor) and r.dim() > 0 and len(r) == 0 for r in rates)
+def _why_not_update(maml: Settings) -> str:
+    """The reason why fused layers do not take such inner steps, or ""."""
+    if maml.inner_transform is not None:
+        return "inner gradients pass through inner_transform"
+    if maml.inner_optimizer is not None:
+        return f"the inner optimizer is {type(maml.inner_optimizer).__name__}"
+    if maml.inner_clip_norm is not None or maml.inner_clip_value is not None:
+        return "inner gradients are clipped"
+    return ""
+
+
+def _without_steps(maml: Settings) -> str:
+    """The name of a rate or hyperparameter for each inner step that holds no step at all, so that there is no last one
+    to repeat; or ""."""
+    return next((name for name, t in inner_tensors(maml) if t.dim() > 0 and len(t) == 0), "")

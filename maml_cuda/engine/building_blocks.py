@@ -13,7 +13,7 @@ from maml_cuda import pytrees
 from maml_cuda.engine import checks, data_checks, fallback
 from maml_cuda.engine.binder import Set, look_at_labels, read
 from maml_cuda.engine.binding import Binding
-from maml_cuda.engine.settings import Settings, inner_rates, trainable_names
+from maml_cuda.engine.settings import Settings, inner_update, trainable_names
 from maml_cuda.engine.weighted_sets import weights_of_sets
 from maml_cuda.masks import Seed
 from maml_cuda.pytrees import Tree
@@ -36,7 +36,7 @@ def adapt(
     program = maml._binder.program(maml, binding, support, None)
     if program is None:
         adapted = fallback.adapt(
-            maml.model, maml.loss, inner_rates(maml), x_spt, support.weighted(), steps, maml.first_order,
+            maml.model, maml.loss, inner_update(maml), x_spt, support.weighted(), steps, maml.first_order,
             differentiable, seed, how,
         )  # fmt: skip
         maml._binder.settled(maml, binding, adapted)
@@ -168,8 +168,8 @@ def _able_to_take(maml: Settings, steps: int) -> Binding:
     """The binding, if it can take so many inner steps."""
     checks.steps(steps, "steps")
     binding = maml._binding()
-    if steps and not binding.can_step:
-        raise ValueError(f"inner_lr must hold a rate for {steps} steps, got one of shape [0]")
+    if steps and (name := binding.without_steps):
+        raise ValueError(f"{name} must hold a value for {steps} steps, got one of shape [0]")
     return binding
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from maml_cuda import batch_norm
 from maml_cuda.engine import cuda_runner
 from maml_cuda.losses import LOSSES
+from maml_cuda.optim import Groups, Optimizer
 from maml_cuda.targets import POLICY_LOSSES
 
 BACKENDS = ("auto", "fused", "reference")
@@ -136,6 +137,30 @@ def rates(tensors: Iterable[tuple[str, Tensor]], like: Tensor) -> None:
     for name, rate in tensors:
         if rate.device != like.device:
             raise ValueError(f"{name} must be on the model's device {like.device}, got {rate.device}")
+
+
+def inner_update(optimizer: Any, clip_norm: Any, clip_value: Any, transform: Any, adapted: Iterable[Tensor]) -> None:
+    """The arguments that say what an inner step does with the gradient.
+
+    adapted: the parameters that the inner loop changes.
+    """
+    if optimizer is not None and not isinstance(optimizer, (Optimizer, Groups)):
+        got = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else type(optimizer).__name__
+        raise TypeError(f"inner_optimizer must be one of maml_cuda.optim, such as maml_cuda.optim.Adam(), got {got}")
+    for name, value in (("inner_clip_norm", clip_norm), ("inner_clip_value", clip_value)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")
+        if not math.isfinite(value) or value <= 0:
+            raise ValueError(f"{name} must be finite and above 0, got {value}")
+    if clip_value is not None and any(p.is_complex() for p in adapted):
+        raise ValueError(f"inner_clip_value must be None for complex parameters, got {clip_value}")
+    if transform is not None and (isinstance(transform, type) or not callable(transform)):
+        got = f"the class {transform.__name__}" if isinstance(transform, type) else type(transform).__name__
+        raise TypeError(
+            f"inner_transform must be a function or nn.Module (dict name -> gradient) -> such a dict, got {got}"
+        )
 
 
 def not_adapted(names: Iterable[str], stepwise: Iterable[str]) -> None:

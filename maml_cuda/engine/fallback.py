@@ -26,10 +26,10 @@ from maml_cuda.masks import Seed
 from maml_cuda.meta_gradients import MetaGradient
 from maml_cuda.policies import mean_of
 from maml_cuda.pytrees import Tree
-from maml_cuda.rates import Rate
 from maml_cuda.sample_weights import Weighted, with_padding, without_padding
 from maml_cuda.targets import Target
 from maml_cuda.torch_wrappers import uncompiled
+from maml_cuda.updates import InnerUpdate
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -73,7 +73,7 @@ def _plain(argument: Any) -> Any:
 def meta_step(
     model: nn.Module,
     loss: Loss,
-    rates: Mapping[str, Rate],
+    inner: InnerUpdate,
     parameters: Iterable[Tensor],
     x_spt: Tree,
     y_spt: Target,
@@ -101,7 +101,7 @@ def meta_step(
     checked = _checked(loss, criterion, uses)
     try:
         *outputs, reached = reference.meta_step(
-            function, checked, rates, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights, query_weights,
+            function, checked, inner, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights, query_weights,
             how,
         )  # fmt: skip
     except Exception:
@@ -115,7 +115,7 @@ def meta_step(
 def adapt(
     model: nn.Module,
     loss: Loss,
-    rates: Mapping[str, Rate],
+    inner: InnerUpdate,
     x: Tree,
     y: Target,
     steps: int,
@@ -133,7 +133,7 @@ def adapt(
             function,
             checked,
             theta,
-            rates,
+            inner,
             pytrees.of_task(x, t),
             pytrees.of_task(y, t),
             steps,
@@ -146,7 +146,7 @@ def adapt(
     ]
     if differentiable:
         _keep_buffers(function)
-    adapted = {name: torch.stack([phi[name] for phi in tasks]) for name in rates}
+    adapted = {name: torch.stack([phi[name] for phi in tasks]) for name in inner.updates}
     return adapted if differentiable else {name: p.detach() for name, p in adapted.items()}
 
 
@@ -199,7 +199,7 @@ def hvp(
 def fisher_vector_product(
     model: nn.Module,
     loss: str,
-    rates: Mapping[str, Rate],
+    inner: InnerUpdate,
     names: list[str],
     x_spt: Tensor,
     y_spt: Target,
@@ -216,7 +216,7 @@ def fisher_vector_product(
     data_checks.sample_weights("weights", weights)
     checked = _checked(loss, loss_function(loss), {0: ("y_spt", y_spt)})
     return reference.fisher_vector_product(
-        Functional(model, seed), checked, rates, names, x_spt, y_spt, x_qry, v, targets.shares(weights), steps,
+        Functional(model, seed), checked, inner, names, x_spt, y_spt, x_qry, v, targets.shares(weights), steps,
         first_order,
     )  # fmt: skip
 

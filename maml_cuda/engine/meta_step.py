@@ -14,12 +14,11 @@ from maml_cuda.engine.binder import Set, look_at_labels, read
 from maml_cuda.engine.binding import Binding, Choice
 from maml_cuda.engine.problem import Problem, joined, meta_problem
 from maml_cuda.engine.program import Program
-from maml_cuda.engine.settings import Settings, adapted_names, inner_rates, trainable_names
+from maml_cuda.engine.settings import Settings, adapted_names, inner_tensors, inner_update, trainable_names
 from maml_cuda.engine.weighted_sets import weights_of_sets
 from maml_cuda.masks import Seed
 from maml_cuda.policies import mean_of
 from maml_cuda.pytrees import Tree
-from maml_cuda.rates import tensors
 from maml_cuda.targets import Target
 
 
@@ -87,7 +86,9 @@ def check_settings(maml: Settings) -> None:
     how = maml._options.meta_gradient
     if how.kind == "unrolled":
         return
-    learned = [name for name, rate in tensors(maml.inner_lr) if rate.requires_grad]
+    learned = [name for name, t in inner_tensors(maml) if t.requires_grad]
+    if isinstance(maml.inner_transform, nn.Module):
+        learned += [f"inner_transform.{name}" for name in trainable_names(maml.inner_transform)]
     adapted = set(adapted_names(maml))
     others = [name for name in trainable_names(maml.model) if name not in adapted]
     if isinstance(maml.loss, nn.Module):
@@ -217,7 +218,7 @@ def _on_the_general_path(
     maml: Settings, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None
 ) -> tuple[MetaOutput, Gradient | None]:
     loss, task_losses, predictions, support_losses, reached = fallback.meta_step(
-        maml.model, maml.loss, inner_rates(maml), list(maml.parameters()), x_spt, y_spt, x_qry, y_qry,
+        maml.model, maml.loss, inner_update(maml), list(maml.parameters()), x_spt, y_spt, x_qry, y_qry,
         maml.inner_steps, maml.first_order, task_weights, maml._query_weights.values, Seed(),
         maml._options.meta_gradient,
     )  # fmt: skip

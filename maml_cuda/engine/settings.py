@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from maml_cuda import reference
 from maml_cuda.adapted_parameters import AdaptParams
+from maml_cuda.gradient_transforms import GradientTransform
 from maml_cuda.meta_gradients import MetaGradient
-from maml_cuda.rates import InnerRates, Rate, read_rates
+from maml_cuda.optim import Groups, Optimizer, read
+from maml_cuda.rates import InnerRates, tensors
+from maml_cuda.updates import InnerUpdate
 
 if TYPE_CHECKING:
     from maml_cuda.engine.binder import Binder
@@ -49,6 +52,10 @@ class Settings(Protocol):
     loss: str | Callable[..., Tensor]
     first_order: bool
     batch_norm: str
+    inner_optimizer: Optimizer | Groups | None
+    inner_clip_norm: float | None
+    inner_clip_value: float | None
+    inner_transform: GradientTransform | None
 
     _options: Options
     _binder: Binder
@@ -63,7 +70,10 @@ class Settings(Protocol):
 def watched(maml: Settings) -> tuple[Any, ...]:
     """The settings that a plan depends on, torch's default dtype among them, in which code may make tensors. The
     registry of modules is read as nn.Module.__getattr__ is slow."""
-    return maml._modules["model"], maml.inner_lr, maml.loss, maml.inner_steps, torch.get_default_dtype()
+    return (
+        maml._modules["model"], maml.inner_lr, maml.loss, maml.inner_steps, torch.get_default_dtype(),
+        maml.inner_optimizer, maml.inner_clip_norm, maml.inner_clip_value, maml.inner_transform,
+    )  # fmt: skip
 
 
 def adapted_names(maml: Settings) -> list[str]:
@@ -71,10 +81,26 @@ def adapted_names(maml: Settings) -> list[str]:
     return reference.adapted_names(maml.model, maml._options.adapt_params)
 
 
-def inner_rates(maml: Settings) -> dict[str, Rate]:
-    """The inner learning rate of each adapted parameter."""
+def inner_update(maml: Settings) -> InnerUpdate:
+    """What an inner step does to the adapted parameters."""
     parameters = dict(maml.model.named_parameters())
-    return read_rates(maml.inner_lr, {n: parameters[n].shape for n in adapted_names(maml)}, maml.inner_steps)
+    shapes = {name: parameters[name].shape for name in adapted_names(maml)}
+    return read(
+        maml.inner_lr, shapes, maml.inner_steps, maml.inner_optimizer, maml.inner_clip_norm, maml.inner_clip_value,
+        maml.inner_transform,
+    )  # fmt: skip
+
+
+def of_inner_update(maml: Settings) -> list[nn.Module]:
+    """The modules that an inner step depends on, besides the model."""
+    given = (maml.inner_optimizer, maml.inner_transform)
+    return [m for module in given if isinstance(module, nn.Module) for m in module.modules()]
+
+
+def inner_tensors(maml: Settings) -> list[tuple[str, Tensor]]:
+    """The rates, hyperparameters and initial states that are tensors, each with its name for error messages."""
+    optimizer = maml.inner_optimizer
+    return tensors(maml.inner_lr) + ([] if optimizer is None else optimizer.held_tensors())
 
 
 def trainable_names(model: nn.Module) -> list[str]:

@@ -14,7 +14,7 @@ from maml_cuda.engine.binder import Set, look_at_labels, read
 from maml_cuda.engine.building_blocks import every_trainable
 from maml_cuda.engine.fisher import FisherProducts
 from maml_cuda.engine.program import Program
-from maml_cuda.engine.settings import Settings, inner_rates
+from maml_cuda.engine.settings import Settings, inner_update
 from maml_cuda.masks import Seed
 from maml_cuda.targets import PolicyTarget
 
@@ -30,7 +30,7 @@ def fisher_vector_product(
     data_checks.direction(trainable, v)
     if program is None:
         return fallback.fisher_vector_product(
-            maml.model, str(maml.loss), inner_rates(maml), list(trainable), x_spt, y_spt, x_qry, dict(v), weights,
+            maml.model, str(maml.loss), inner_update(maml), list(trainable), x_spt, y_spt, x_qry, dict(v), weights,
             maml.inner_steps, maml.first_order, seed,
         )  # fmt: skip
     parameters, rates = program.tensors()

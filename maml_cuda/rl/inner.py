@@ -90,8 +90,8 @@ class SeveralSteps:
 
     def __init__(self, maml: FusedMAML, samples: MetaSamples) -> None:
         self._maml, self._support = maml, samples.support
-        alphas = maml._rates().items()
-        self._rates = [{name: alpha.at(step) for name, alpha in alphas} for step in range(maml.inner_steps)]
+        updates = maml._inner_update().updates.items()
+        self._rates = [{name: update.rate.at(step) for name, update in updates} for step in range(maml.inner_steps)]
         self._phi = [initial_parameters(maml, len(samples.query[0][0]))]  # after 0, 1, ... steps
         for support, rates in zip(self._support, self._rates, strict=True):
             self._phi.append(inner_step(maml, self._phi[-1], *support, rates))
@@ -193,8 +193,17 @@ def _check(maml: FusedMAML, samples: MetaSamples) -> None:
         raise ValueError(f"query must hold 1 to {max(steps, 1)} sets, at most one for each inner step, got {queries}")
     if maml.query_weights is not None:
         raise ValueError("query_weights must be None in the outer step of a policy, got weights")
-    rates = [rate.value for rate in maml._rates().values()]
-    if any(isinstance(rate, Tensor) and rate.requires_grad for rate in rates):
+    if any(t.requires_grad for t in maml._inner_update().tensors()):
         raise ValueError("inner_lr must be fixed in the outer step of a policy, got learned rates")
+    if steps > 1 and not (maml.inner_optimizer is maml.inner_transform is None):
+        raise ValueError(
+            "inner_optimizer and inner_transform must be None if each inner step has its own support set, got "
+            f"{type(maml.inner_optimizer or maml.inner_transform).__name__}"
+        )
+    if steps > 1 and not (maml.inner_clip_norm is maml.inner_clip_value is None):
+        raise ValueError(
+            "inner_clip_norm and inner_clip_value must be None if each inner step has its own support set, got "
+            f"{maml.inner_clip_norm} and {maml.inner_clip_value}"
+        )
     if steps > 1 and maml.batch_norm == "per_step":
         raise ValueError("batch_norm must not be per_step if each inner step has its own support set")

@@ -71,7 +71,7 @@ def test_no_step_is_taken_twice() -> None:
 def test_what_cannot_be_walked_is_refused() -> None:
     maml = FusedMAML(mlp(), torch.zeros(0), 0)
     x, y = episode((4,), torch.float32)
-    with pytest.raises(ValueError, match=r"inner_lr must hold a rate for 2 steps, got one of shape \[0\]"):
+    with pytest.raises(ValueError, match=r"inner_lr must hold a value for 2 steps, got one of shape \[0\]"):
         list(maml.inner_loop(x, y, 2))
     with pytest.raises(ValueError, match="steps must be"):
         list(FusedMAML(mlp(), 0.1, 1).inner_loop(x, y, -1))
