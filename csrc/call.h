@@ -8,8 +8,9 @@
 
 namespace maml {
 
-/// Tasks are the first axis of every tensor. Tensors are dense unless they have a stride. T is float or
-/// double. A null pointer is an absent input or an output that is not wanted.
+/// Tasks are the first axis of every tensor; where a task has several support sets, these follow each other.
+/// Tensors are dense unless they have a stride. T is float or double. A null pointer is an absent input or an
+/// output that is not wanted.
 template <class T>
 struct Call {
   int64_t tasks = 0;

@@ -19,6 +19,7 @@
 // v_K = w_K grad L_q(phi_K), and w_k grad L_q(phi_k) is added to each earlier v_k.
 // Per-step parameters: a parameter with slots has one value per inner step. The support pass at phi_k and the
 // query pass at phi_{k+1} read slot k. Their gradients and products go to slot k and are zero elsewhere.
+// Per-step support: inner step k has a support set of its own, which g_k and H_k are of.
 // Random masks: they follow from the seed of the call, the task, the set and k, so that every pass at phi_k
 // has the same ones.
 // Tiles: the samples of a stage may run in tiles, one after the other. Gradients, products and losses are
@@ -180,7 +181,7 @@ struct Walk {
 template <class T>
 struct Task {
   const T* theta;      // packed; of this task, or shared by all
-  const T* x_support;  // in the user's layout, like all data
+  const T* x_support;  // in the user's layout, like all data; its sets follow each other
   Target<T> y_support;
   const T* x_query;
   Target<T> y_query;
@@ -215,6 +216,7 @@ concept ComputesPasses = requires { typename Backend::PassWalk; };
 
 /// Runs one operation on one task, in a workspace of Problem::task_size() elements. Besides the passes of the
 /// layers, a backend provides (pointers marked * may be null: not wanted)
+///   of_set(target, set)      the target of a support set, if sets do not follow each other in memory
 ///   loss(part, z, target, value*, grad_z*, saved*)           value [1] and its cotangent at the prediction z
 ///   loss_tangent(part, z, target, z_dot, saved, grad_z_dot)  the tangent of grad_z
 ///   metric(part, z, target, z_dot, grad_z)                   the policy's Fisher metric at z times z_dot
@@ -353,8 +355,8 @@ class TaskRunner {
     for (int k = 0; k < p_.steps; ++k) {
       for (int64_t tile = 0; tile < p_.support.tiles; ++tile) {
         const auto support = at_support(k, tile);
-        if (!task_.prepared) tile_gradient(support, k == 0, nullptr, g(k));
-        if (p_.second_order()) tile_product(support, p, product_);
+        if (!task_.prepared) tile_gradient(support, k, k == 0, nullptr, g(k));
+        if (p_.second_order()) tile_product(support, k, p, product_);
       }
       if (!task_.prepared) backend_.descend(p_.rates_of(k), phi(k), g(k), phi(k + 1));
       if (p_.second_order()) backend_.descend(p_.rates_of(k), p, product_, p);
@@ -450,16 +452,16 @@ class TaskRunner {
   /// The gradient pass at phi_k; loss and gradient [adapted] may be null. `fixed_too`: the task's first pass.
   void support_gradient(int k, bool fixed_too, T* value, T* gradient) {
     for (int64_t tile = 0; tile < p_.support.tiles; ++tile) {
-      tile_gradient(at_support(k, tile), fixed_too, value, gradient);
+      tile_gradient(at_support(k, tile), k, fixed_too, value, gradient);
     }
   }
-  void tile_gradient(const Walk<Backend, T>& support, bool fixed_too, T* value, T* gradient) {
+  void tile_gradient(const Walk<Backend, T>& support, int k, bool fixed_too, T* value, T* gradient) {
     if constexpr (ComputesPasses<Backend>) {
-      return backend_.gradient(support, part(support), targets(support, task_.y_support),
+      return backend_.gradient(support, part(support), targets(support, y_support(k)),
                                {.value = value, .gradient = gradient, .limit = p_.packing.adapted});
     }
     support.forward(fixed_too ? Part::all : Part::moving);
-    loss(support, task_.y_support, value);
+    loss(support, y_support(k), value);
     support.backward(gradient, p_.packing.adapted);
   }
 
@@ -469,18 +471,18 @@ class TaskRunner {
     for (int64_t tile = 0; tile < p_.support.tiles; ++tile) {
       const auto support = at_support(k, tile);
       if (!ComputesPasses<Backend> && !p_.keeps_state_of(k))
-        tile_gradient(support, p_.operation == Operation::hvp, nullptr, nullptr);
-      tile_product(support, direction, product);
+        tile_gradient(support, k, p_.operation == Operation::hvp, nullptr, nullptr);
+      tile_product(support, k, direction, product);
     }
   }
   /// One tile of a Hessian-vector product, from the state of its gradient pass.
-  void tile_product(const Walk<Backend, T>& support, const T* direction, T* product) {
+  void tile_product(const Walk<Backend, T>& support, int k, const T* direction, T* product) {
     if constexpr (ComputesPasses<Backend>) {
-      return backend_.product(support, part(support), targets(support, task_.y_support), direction, product);
+      return backend_.product(support, part(support), targets(support, y_support(k)), direction, product);
     }
     const int output = p_.support.differentiated;
     support.forward_tangent(direction);
-    backend_.loss_tangent(part(support), support.differentiated(), targets(support, task_.y_support),
+    backend_.loss_tangent(part(support), support.differentiated(), targets(support, y_support(k)),
                           support.dot(output), support.loss_saved(), support.grad_dot(output));
     support.backward_tangent(direction, product);
   }
@@ -516,9 +518,20 @@ class TaskRunner {
   Walk<Backend, T> at_support(int k, int64_t tile) const {
     T* fixed = fixed_ + tile * p_.support.fixed_size;
     T* step = steps_ + p_.region(k, tile) * p_.support.step_size;
-    const T* y = static_cast<const T*>(task_.y_support.y);
-    return {backend_,    p_.packing, p_.support, tile, k,       task_.x_support, y,
-            task_.theta, phi(k),     fixed,      step, shared_, scratch_,        stream(2 * k)};
+    const T* x = task_.x_support + set(k) * p_.support.n * p_.support.values[0].size;
+    const T* y = static_cast<const T*>(y_support(k).y);
+    return {backend_,    p_.packing, p_.support, tile, k,       x,        y,
+            task_.theta, phi(k),     fixed,      step, shared_, scratch_, stream(2 * k)};
+  }
+  /// The number of the support set of an inner step, and what its loss compares.
+  int64_t set(int k) const { return p_.support_sets() > 1 ? k : 0; }
+  Target<T> y_support(int k) const {
+    if constexpr (requires { Backend::of_set(task_.y_support, set(k)); }) {
+      return Backend::of_set(task_.y_support, set(k));
+    } else {
+      const Loss loss = p_.graph.loss;
+      return task_.y_support.from(loss, target_columns(loss, p_.support), set(k) * p_.support.n);
+    }
   }
   Walk<Backend, T> at_query(int k, int64_t tile, const Backend& backend) const {
     const bool kept = p_.query_regions() > 0;

@@ -67,12 +67,14 @@ class Problem:
         prediction: shape of one sample's prediction.
         saved_steps: inner steps whose states are kept for Hessian-vector products; 1: states are computed again.
         task_size: elements of the state of one task of "kept_fisher".
+        support_sets: of a task: one for each inner step, or one.
         in_lanes: whether a CPU may compute several tasks side by side in the lanes of vectors.
     """
 
     prediction: list[int]
     saved_steps: int
     task_size: int
+    support_sets: int
     in_lanes: bool
     def __init__(
         self,

@@ -98,6 +98,8 @@ class FusedMAML(nn.Module):
         inner_transform: a function of the inner gradients of a task, a dict by name, that returns such a dict; or an
             nn.Module of this form, whose parameters are meta-learned: a preconditioner or a mask. It runs first:
             gradient, transform, clip, optimizer. On the general path.
+        per_step_support: each inner step has a support set of its own, wherever there is an inner loop: x_spt and y_spt
+            are [inner_steps, tasks, n_support, ...]. adapt(steps=k) takes k sets.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, in words.
@@ -137,6 +139,7 @@ class FusedMAML(nn.Module):
         inner_clip_norm: float | None = None,
         inner_clip_value: float | None = None,
         inner_transform: GradientTransform | None = None,
+        per_step_support: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(adapt_params, Iterable) and not isinstance(adapt_params, str):
@@ -145,6 +148,7 @@ class FusedMAML(nn.Module):
         checks.constructor(model, inner_steps, loss, first_order, adapt_params, backend, precision)
         checks.on_device(cuda_graphs, task_chunk, check_labels)
         checks.checkpoint(checkpoint)
+        checks.per_step_support(per_step_support, inner_steps)
         parameters = dict(model.named_parameters())
         checks.one_dtype_and_device(parameters.values())
         norms.check_mode(model, batch_norm)
@@ -172,6 +176,7 @@ class FusedMAML(nn.Module):
             task_chunk=task_chunk,
             meta_gradient=meta_gradients.read(meta_gradient, truncate, inner_steps),
             recompute=checkpoint is not None,
+            per_step_support=per_step_support,
             check_labels=check_labels,
         )
         self._binder = Binder()

@@ -103,7 +103,7 @@ def gradcheck(
             maml._adapt_params, maml.query_weights, meta_gradient=maml.meta_gradient,
             truncate=maml._options.meta_gradient.truncate, inner_optimizer=maml.inner_optimizer,
             inner_clip_norm=maml.inner_clip_norm, inner_clip_value=maml.inner_clip_value,
-            inner_transform=maml.inner_transform,
+            inner_transform=maml.inner_transform, per_step_support=maml._options.per_step_support,
         )  # fmt: skip
     learned: dict[str, Tensor] = dict(maml.model.named_parameters())
     if isinstance(rate, Tensor):

@@ -65,6 +65,7 @@ def inner_loop(
     differentiable: bool = True,
     task: int = 0,
     how: MetaGradient = UNROLLED,
+    per_step: bool = False,
 ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
     """The inner loop of one task: phi_{k+1} = phi_k - alpha_k * dL(phi_k)/dphi_k, or what else the update says.
 
@@ -79,6 +80,7 @@ def inner_loop(
         differentiable: whether the result has a graph back to theta and to the tensors of the update.
         task: its number in the call, for the masks of dropout.
         how: what the steps before `how.first_differentiated` add to the parameters is constant.
+        per_step: each step has its own set: x and y are [steps, samples, ...].
 
     Returns:
         phi_0 .. phi_K, and the support losses at phi_0 .. phi_{K-1} (detached).
@@ -88,7 +90,6 @@ def inner_loop(
     """
     phi: dict[str, Tensor] = dict(theta)
     losses = []
-    x, y = without_padding(x, y)
     with torch.enable_grad():
         if not differentiable:
             phi = {name: p.detach().requires_grad_(name in inner.updates) for name, p in phi.items()}
@@ -97,13 +98,14 @@ def inner_loop(
         path, state = [phi], inner.start(phi)
         first = how.first_differentiated(steps)
         for step in range(steps):
+            x_now, y_now = without_padding(*(pytrees.of_task((x, y), step) if per_step else (x, y)))
             twice = second_order and step >= first
             with ExitStack() as stack:
                 stack.enter_context(at_step(model.module, step))
                 stack.enter_context(model.of_pass(task, 2 * step))
                 if twice:
                     stack.enter_context(model.differentiable_twice())
-                value = value_of(loss, model(phi, x), y)
+                value = value_of(loss, model(phi, x_now), y_now)
             adapted = [phi[name] for name in inner.updates]
             found = torch.autograd.grad(
                 value, adapted, create_graph=twice, retain_graph=twice or None, allow_unused=True
@@ -124,6 +126,13 @@ def inner_loop(
                 phi = new
             path.append(phi)
     return path, losses
+
+
+def sets_of_task(tree: Tree, task: int, sets: int) -> Tree:
+    """The set of a task, or its sets [sets, samples, ...], where those of all tasks follow each other."""
+    if sets == 1:
+        return pytrees.of_task(tree, task)
+    return pytrees.mapped(lambda t: t[task * sets : (task + 1) * sets], tree)
 
 
 def unreached(names: list[str]) -> ValueError:
@@ -154,6 +163,7 @@ def meta_gradient(
     inner_clip_norm: float | None = None,
     inner_clip_value: float | None = None,
     inner_transform: GradientTransform | None = None,
+    per_step_support: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The meta-loss and its exact gradient, by plain autograd (Finn, Abbeel, Levine 2017, equation 1).
 
@@ -183,6 +193,8 @@ def meta_gradient(
         meta_gradient, truncate: what is computed in place of the exact gradient, as FusedMAML says.
         inner_optimizer, inner_clip_norm, inner_clip_value, inner_transform: as of FusedMAML. Each step is then what
             `updates.InnerUpdate.step` does with the gradient.
+        per_step_support: L_spt of inner step k is that of a set of its own: x_spt and y_spt are `[inner_steps, tasks,
+            n_support, ...]`.
 
     Returns:
         The meta-loss (0-d, detached), and a dict name -> gradient, of the shape of the parameter. It has every
@@ -207,22 +219,25 @@ def meta_gradient(
     for owner, module in (("loss", loss), ("inner_optimizer", inner_optimizer), ("inner_transform", inner_transform)):
         if isinstance(module, nn.Module):
             wanted.update({f"{owner}.{name}": p for name, p in module.named_parameters()})
-    tasks = pytrees.tasks(x_spt)
+    tasks, sets = pytrees.tasks(x_qry), max(inner_steps, 1) if per_step_support else 1
     weighted = spt_weights is not None or qry_weights is not None
     if weighted:
         like = next(p for p in parameters.values())
         spt_weights, qry_weights = (
-            like.new_ones(pytrees.tensors(x)[0].shape[:2]) if w is None else w
-            for x, w in ((x_spt, spt_weights), (x_qry, qry_weights))
+            like.new_ones(pytrees.tensors(x)[0].shape[:axes]) if w is None else w
+            for x, w, axes in ((x_spt, spt_weights, 3 if per_step_support else 2), (x_qry, qry_weights, 2))
         )
         wanted.update(spt_weights=spt_weights, qry_weights=qry_weights)
     wanted = {name: t for name, t in wanted.items() if t.requires_grad}
+    y_spt = with_weights(y_spt, spt_weights)
+    if per_step_support:
+        x_spt, y_spt = pytrees.mapped(lambda t: t.transpose(0, 1).flatten(0, 1), (x_spt, y_spt))
     total, _, _, _, reached = meta_step(
         Functional(model, Seed()), objective(loss, weighted), inner, list(wanted.values()), x_spt,
-        with_weights(y_spt, spt_weights), x_qry, with_weights(y_qry, qry_weights),
+        y_spt, x_qry, with_weights(y_qry, qry_weights),
         inner_steps, first_order, [1 / tasks] * tasks,
         None if query_weights is None else [float(w) for w in query_weights],
-        meta_gradients.read(meta_gradient, truncate, inner_steps),
+        meta_gradients.read(meta_gradient, truncate, inner_steps), sets,
     )  # fmt: skip
     gradients = {id(t): g for t, g in reached}
     return total, {name: gradients[id(t)] for name, t in wanted.items() if id(t) in gradients}
@@ -242,6 +257,7 @@ def meta_step(
     weights: Iterable[float | Tensor],
     query_weights: Sequence[float] | None = None,
     how: MetaGradient = UNROLLED,
+    sets: int = 1,
 ) -> tuple[Tensor, Tensor, Tree | None, Tensor, list[tuple[Tensor, Tensor]]]:
     """One meta-step: the loss sum_t weights[t] * L_qry(phi_K) of task t, and its gradients.
 
@@ -263,6 +279,7 @@ def meta_step(
         weights: of the tasks.
         query_weights: w, [steps + 1]: the query loss of a task is sum_k w_k L_qry(phi_k). None: L_qry(phi_K).
         how: what is computed in place of the exact gradient.
+        sets: support sets of a task, which follow each other: one for all steps, or one for each.
 
     Returns:
         loss (0-d), task_losses [tasks], predictions (from pytrees.stacked; None if it raises), support_losses
@@ -291,8 +308,10 @@ def meta_step(
         loss = partial(loss, {name: copied(p) for name, p in loss.module.named_parameters()})
     differentiable = bool(wanted) and how.kind != "reptile"
     for t, weight in enumerate(weights):
-        x, target = pytrees.of_task(x_spt, t), pytrees.of_task(y_spt, t)
-        path, losses = inner_loop(model, loss, theta, inner, x, target, steps, first_order, differentiable, t, how)
+        x, target = sets_of_task(x_spt, t, sets), sets_of_task(y_spt, t, sets)
+        path, losses = inner_loop(
+            model, loss, theta, inner, x, target, steps, first_order, differentiable, t, how, sets > 1
+        )  # fmt: skip
         x, target = without_padding(pytrees.of_task(x_qry, t), pytrees.of_task(y_qry, t))
         with torch.set_grad_enabled(differentiable):
             prediction = query_prediction(model, path, steps, x, t)
@@ -414,6 +433,7 @@ def fisher_vector_product(
     weights: Tensor,
     steps: int,
     first_order: bool,
+    sets: int = 1,
 ) -> dict[str, Tensor]:
     """The Hessian-vector product of the KL divergence between adapted policies, for trust regions (TRPO).
 
@@ -435,6 +455,7 @@ def fisher_vector_product(
         v: name -> tensor of the parameter's shape.
         weights: [tasks, n_query], which sum to 1 in each task.
         first_order: the inner gradients are constants.
+        sets: support sets of a task, as in meta_step.
 
     Returns:
         name -> tensor of the parameter's shape, for `names`, detached.
@@ -443,8 +464,9 @@ def fisher_vector_product(
     fixed = inner.mapped(Tensor.detach)
     differentiated = [theta[name] for name in names]
     total = [torch.zeros_like(p) for p in differentiated]
-    for t in range(len(x_spt)):
-        path, _ = inner_loop(model, loss, theta, fixed, x_spt[t], pytrees.of_task(y_spt, t), steps, first_order, task=t)
+    for t in range(len(x_qry)):
+        x, y = sets_of_task(x_spt, t, sets), sets_of_task(y_spt, t, sets)
+        path, _ = inner_loop(model, loss, theta, fixed, x, y, steps, first_order, task=t, per_step=sets > 1)
         with torch.enable_grad(), model.differentiable_twice():
             policy = query_prediction(model, path, steps, x_qry[t], t)
             new = pytrees.mapped(lambda p: p.detach().requires_grad_(p.requires_grad), policy)
@@ -462,7 +484,7 @@ def fisher_vector_product(
         jt_fj_v = torch.autograd.grad(outputs, differentiated, fj_v, allow_unused=True)
         for so_far, g in zip(total, jt_fj_v, strict=True):
             if g is not None:
-                so_far += g / pytrees.tasks(x_spt)
+                so_far += g / pytrees.tasks(x_qry)
     return dict(zip(names, total, strict=True))
 
 

@@ -38,7 +38,8 @@ struct Graph {
   std::vector<Parameter> parameters;
   Loss loss = Loss::cross_entropy;
   Precision precision = Precision::float32;
-  bool recompute = false;  // always run the gradient pass again for each Hessian-vector product
+  bool recompute = false;         // always run the gradient pass again for each Hessian-vector product
+  bool per_step_support = false;  // each inner step has a support set of its own
   MetaGradient meta_gradient;
 };
 

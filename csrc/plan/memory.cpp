@@ -95,7 +95,7 @@ class Placement {
       all_samples.n = stage_.n * step.rows;
       stage_.work += properties(layer.kind).work(all_samples);
       stage_.scratch_size = std::max(stage_.scratch_size, needs.scratch);
-      y.fixed = data_ == Data::support && !y.moving && !y.stepwise;
+      y.fixed = data_ != Data::query && !y.moving && !y.stepwise;
       const bool stays = y.fixed || has_products();
       FirstFit& region = y.fixed ? fixed_ : step_;
       const int first = stays || is_early(y) ? 0 : i;
@@ -116,7 +116,7 @@ class Placement {
       if (in_place_[step.output] || !y.leads) continue;
       const int written = backward(last_reader_[step.output]);
       const bool products = has_products();
-      if (data_ == Data::support ? y.moving : y.active) {
+      if (data_ == Data::query ? y.active : y.moving) {
         y.grad_at = step_.place(elements(y), products ? 0 : written, products ? end_ : backward(i));
       }
       if (products && y.moving) {

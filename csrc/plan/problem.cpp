@@ -41,8 +41,9 @@ void Problem::lay_out(const LayerTraits& traits) {
                         : query_gradient     ? Keep::gradient
                                              : Keep::values;
   if (support.n > 0) {
-    support = make_stage(graph, sample, support.n, Data::support, products ? Keep::products : Keep::gradient,
-                         true, traits);
+    support =
+        make_stage(graph, sample, support.n, support_sets() > 1 ? Data::per_step_support : Data::support,
+                   products ? Keep::products : Keep::gradient, true, traits);
   }
   if (query.n > 0) {
     const bool predicts = operation == Operation::predict || operation == Operation::predict_backward;

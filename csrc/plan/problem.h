@@ -113,6 +113,10 @@ struct Problem {
     const int truncate = graph.meta_gradient.truncate;
     return truncate ? std::max(steps - truncate, 0) : 0;
   }
+  /// The number of support sets of a task: one for each inner step, or the same for all.
+  int64_t support_sets() const {
+    return graph.per_step_support && !at_own_parameters(operation) ? std::max(steps, 1) : 1;
+  }
   bool weighs_queries() const { return !query_steps.empty(); }
   /// Whether the query loss at phi_k counts.
   bool queries(int k) const {

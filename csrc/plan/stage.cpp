@@ -122,11 +122,14 @@ void find_differentiated(const Graph& graph, bool has_target, Stage& stage) {
 }
 
 /// The layers that compute something, with their shapes, and what each value depends on.
-void add_steps(const Graph& graph, bool has_target, const std::vector<Shape>& shapes, Stage& stage) {
+void add_steps(const Graph& graph, Data data, bool has_target, const std::vector<Shape>& shapes,
+               Stage& stage) {
   std::vector<int> wanted = {graph.prediction};
   if (has_target && graph.loss == Loss::computed) wanted.push_back(graph.loss_value);
   const std::vector<bool> computed = leading_to(graph, wanted);
   const int64_t samples = (stage.n - 1) / stage.tiles + 1;  // of the largest tile
+  const bool fresh = data == Data::per_step_support;
+  stage.values[0].stepwise = fresh;
   for (size_t i = 0; i < graph.nodes.size(); ++i) {
     const Node& node = graph.nodes[i];
     const int output = static_cast<int>(i) + 1;
@@ -140,6 +143,7 @@ void add_steps(const Graph& graph, bool has_target, const std::vector<Shape>& sh
       y.stepwise |= parameter.slots > 1;
     }
     y.stepwise |= node.layer.kind == Kind::dropout;  // another mask in each inner step
+    y.stepwise |= y.target && fresh;
     if (y.parameter >= 0 || y.target || !computed[output]) continue;
     Stage::Step step;
     Layer& layer = step.layer = node.layer;
@@ -226,7 +230,7 @@ Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t
   stage.tiles = tiles_of(graph, stage, traits);
   check_prediction(graph, shapes, stage);
   find_differentiated(graph, has_target, stage);
-  add_steps(graph, has_target, shapes, stage);
+  add_steps(graph, data, has_target, shapes, stage);
   if (traits.in_place) find_functions_in_place(stage);
   find_added_cotangents(graph, stage);
   place_values(stage, data, keep, traits);

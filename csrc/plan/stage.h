@@ -15,8 +15,8 @@ constexpr int64_t kNowhere = -1;
 /// one. Offsets count elements. A value is
 ///   active    if it depends on a parameter that is not frozen: it has a cotangent, if the loss depends on
 ///   it; moving    if it depends on an adapted parameter: it changes in every inner step and has a tangent;
-///   stepwise  if it depends on a parameter with slots, or on a random mask: it changes in every inner step,
-///   moving or not.
+///   stepwise  if it depends on a parameter with slots, on a random mask, or on data of which each inner step
+///   has its own: it changes in every inner step, moving or not.
 /// A value that is neither moving nor stepwise is computed once per task and kept in the `fixed` region,
 /// which has a part for each tile. The others are in a `step` region; there may be one of them for every
 /// inner step. Tangents are in a `tangent` region. Query values that are not active may be computed
@@ -80,8 +80,9 @@ enum class Keep {
 };
 
 /// support: the data of the inner loop; only moving values need a cotangent, and values that do not move are
-/// fixed. query: the data of the outer loop; all active values need a cotangent.
-enum class Data { support, query };
+/// fixed. per_step_support: the same, of which each inner step has its own. query: the data of the outer
+/// loop; all active values need a cotangent.
+enum class Data { support, per_step_support, query };
 
 /// The stage of `graph` for n samples of the user's shape `sample`: [c], [c, length], [c, height, width] or
 /// any other number of axes. Throws std::invalid_argument where shapes do not fit a layer, and Unsupported

@@ -22,14 +22,17 @@ LayerTraits traits_of(const std::string& backend) {
   throw std::invalid_argument("this build of maml_cuda has no backend " + backend);
 }
 
-void check_classes(const std::string& name, const char* what, const int64_t* labels, int64_t tasks, int64_t n,
-                   int64_t classes) {
+/// labels [tasks, sets, n].
+void check_classes(const std::string& name, const char* what, const int64_t* labels, int64_t tasks,
+                   int64_t sets, int64_t n, int64_t classes) {
   if (!labels) return;
-  for (int64_t i = 0; i < tasks * n; ++i) {
+  for (int64_t i = 0; i < tasks * sets * n; ++i) {
     if (labels[i] >= 0 && labels[i] < classes) continue;
+    const std::string step = sets > 1 ? ", inner step " + std::to_string(i / n % sets) : "";
     throw std::invalid_argument(name + " must hold " + what + " in [0, " + std::to_string(classes) +
-                                "), got " + std::to_string(labels[i]) + " (task " + std::to_string(i / n) +
-                                ", sample " + std::to_string(i % n) + ")");
+                                "), got " + std::to_string(labels[i]) + " (task " +
+                                std::to_string(i / (n * sets)) + step + ", sample " + std::to_string(i % n) +
+                                ")");
   }
 }
 
@@ -71,8 +74,9 @@ void BoundProblem::check_classes(const BoundCall& call) const {
   const char* what = policy ? "actions" : "labels";
   const int64_t classes = prediction()[0];
   maml::check_classes((at_own_parameters(problem_.operation) ? "y" : "y_spt") + field, what,
-                      call.support[1].as<int64_t>(), call.tasks, problem_.support.n, classes);
-  maml::check_classes("y_qry" + field, what, call.query[1].as<int64_t>(), call.tasks, problem_.query.n,
+                      call.support[1].as<int64_t>(), call.tasks, problem_.support_sets(), problem_.support.n,
+                      classes);
+  maml::check_classes("y_qry" + field, what, call.query[1].as<int64_t>(), call.tasks, 1, problem_.query.n,
                       classes);
 }
 

@@ -107,6 +107,9 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
                              "Inner steps whose state is kept for the products; 1: it is computed again.")
       .def("workspace", &BoundProblem::workspace, py::arg("tasks"), py::arg("at_once"),
            "Elements of workspace on the CPU.")
+      .def_property_readonly(
+          "support_sets", [](const BoundProblem& p) { return p.problem().support_sets(); },
+          "Support sets of a task: one for each inner step, or one.")
       .def_property_readonly("in_lanes", &BoundProblem::in_lanes,
                              "Whether a CPU may run several tasks side by side.")
       .def_property_readonly("task_size", &BoundProblem::task_size, "Elements of a kept task's state.");

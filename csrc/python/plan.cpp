@@ -245,6 +245,7 @@ ReadPlan read_plan(py::handle plan, Operation operation) {
   found.graph.precision = named(kPrecisions, fields.read<std::string>("precision"), "precision");
   found.graph.recompute = fields.read<bool>("recompute");
   found.graph.meta_gradient = read_meta_gradient(fields.object("meta_gradient"));
+  found.graph.per_step_support = fields.read<bool>("per_step_support");
   found.backend = fields.read<std::string>("backend");
   const auto target = fields.read("target", int64_t{0});
   for (const Node& node : found.graph.nodes) {

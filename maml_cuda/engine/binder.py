@@ -274,12 +274,16 @@ def read(
     Raises:
         ValueError, TypeError: they do not fit each other, the model or the loss.
     """
-    if torch.is_autocast_enabled(binding.on):
-        x = binding.in_its_dtype(x)
+    x = in_the_models_dtype(binding, x)
     data_checks.data(x_name, x, y_name, y, binding.like(), binding.dtypes, maml.loss)
     if isinstance(x, Tensor) and x.dim() == 2 and x.is_floating_point():
         fallback.check_numbers(maml.model, x_name, x)
     return x
+
+
+def in_the_models_dtype(binding: Binding, x: Tree) -> Tree:
+    """x, inside autocast in the model's own dtype."""
+    return binding.in_its_dtype(x) if torch.is_autocast_enabled(binding.on) else x
 
 
 def look_at_labels(maml: Settings, program: Program, x: Tensor, **given: Target) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maml_cuda import pytrees
-from maml_cuda.engine import checks, data_checks, fallback
+from maml_cuda.engine import checks, data_checks, fallback, support_sets
 from maml_cuda.engine.binder import Set, look_at_labels, read
 from maml_cuda.engine.binding import Binding
 from maml_cuda.engine.settings import Settings, inner_update, trainable_names
@@ -25,24 +25,34 @@ def adapt(
     seed: Seed | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """seed: of the masks of dropout; None: one of its own."""
-    seed = seed or Seed()
+    checks.steps(steps, "steps")
+    sets = support_sets.count(maml, steps)
+    x_spt, y_spt, spt_weights = support_sets.in_order(maml, steps, x_spt, y_spt, spt_weights)
+    return _adapt(maml, x_spt, y_spt, spt_weights, steps, sets, differentiable, seed or Seed())
+
+
+def _adapt(
+    maml: Settings, x_spt: Tree, y_spt: Target, spt_weights: Tensor | None, steps: int, sets: int,
+    differentiable: bool, seed: Seed,
+) -> dict[str, Tensor]:  # fmt: skip
+    """On so many support sets a task, in order."""
     binding = _able_to_take(maml, steps)
     how = maml._options.meta_gradient
     if differentiable and how.kind not in ("unrolled", "truncated"):
         raise ValueError(f'differentiable must be False with meta_gradient="{how.kind}", got True')
-    x_spt = read(maml, binding, "x_spt", x_spt, "y_spt", y_spt)
+    x_spt = support_sets.read_in_order(maml, binding, sets, x_spt, "y_spt", y_spt)
     differentiable = differentiable and torch.is_grad_enabled()
-    support = _with_weights(maml, binding, Set("x_spt", x_spt, "y_spt", y_spt), "spt_weights", spt_weights)
+    support = _with_weights(maml, binding, Set("x_spt", x_spt, "y_spt", y_spt), "spt_weights", spt_weights, sets)
     program = maml._binder.program(maml, binding, support, None)
     if program is None:
         adapted = fallback.adapt(
             maml.model, maml.loss, inner_update(maml), x_spt, support.weighted(), steps, maml.first_order,
-            differentiable, seed, how,
+            differentiable, seed, how, sets,
         )  # fmt: skip
         maml._binder.settled(maml, binding, adapted)
-        return _every_parameter(maml.model, adapted, pytrees.tasks(x_spt), differentiable)
-    numbers = program.input("x_spt", x_spt, maml._options.check_labels)
-    look_at_labels(maml, program, numbers, y_spt=y_spt)
+        return _every_parameter(maml.model, adapted, pytrees.tasks(x_spt) // sets, differentiable)
+    numbers = program.input("x_spt", x_spt, maml._options.check_labels, sets=sets)
+    look_at_labels(maml, program, numbers, y_spt=support_sets.by_task(y_spt, sets))
     parameters, rates = program.tensors()
     if differentiable:
         if program.written:  # the backward needs the buffers as they are now
@@ -56,30 +66,37 @@ def adapt(
         after, _ = torch.ops.maml_cuda.adapt_forward(
             parameters, rates, numbers, program.target(y_spt), program.text, steps, program.seed(seed)
         )
-    return _every_parameter(maml.model, dict(zip(program.adapted, after, strict=True)), len(numbers), differentiable)
+    adapted = dict(zip(program.adapted, after, strict=True))
+    return _every_parameter(maml.model, adapted, len(numbers) // sets, differentiable)
 
 
 def inner_loop(
     maml: Settings, x_spt: Tree, y_spt: Target, steps: int, spt_weights: Tensor | None = None
 ) -> Iterator[dict[str, Tensor]]:
     binding = _able_to_take(maml, steps)
-    seed = Seed()
-    fast = adapt(maml, x_spt, y_spt, 0, False, spt_weights, seed)
+    seed, sets = Seed(), support_sets.count(maml, steps)
+    x_spt, y_spt, spt_weights = support_sets.in_order(maml, steps, x_spt, y_spt, spt_weights)
+    x_spt = support_sets.read_in_order(maml, binding, sets, x_spt, "y_spt", y_spt)
+    tasks = pytrees.tasks(x_spt) // sets
+    x, y, weights = support_sets.part((x_spt, y_spt, spt_weights), sets, 0, 1)
+    fast = _adapt(maml, x, y, weights, 0, 1, differentiable=False, seed=seed)
     yield fast
-    x = read(maml, binding, "x_spt", x_spt, "y_spt", y_spt)
-    support = _with_weights(maml, binding, Set("x_spt", x, "y_spt", y_spt), "spt_weights", spt_weights)
     for k in range(steps):
+        x, y, weights = support_sets.part((x_spt, y_spt, spt_weights), sets, k, k + 1)
+        support = _with_weights(maml, binding, Set("x_spt", x, "y_spt", y), "spt_weights", weights)
         program = maml._binder.program(maml, binding, support, None)
         if program is not None and program.plan.backend == "cpu":
-            own = [t.detach() for t in program.own(fast, pytrees.tasks(x), k)]
+            own = [t.detach() for t in program.own(fast, tasks, k)]
             rates = [t.detach() for t in program.rates_at(k)]
             numbers = program.input("x_spt", x, maml._options.check_labels)
             after = torch.ops.maml_cuda.inner_step(
-                own, rates, numbers, program.target(y_spt), program.step_text(), k, program.seed(seed)
+                own, rates, numbers, program.target(y), program.step_text(), k, program.seed(seed)
             )
             fast = {**fast, **dict(zip(program.adapted, after, strict=True))}
         else:
-            fast = adapt(maml, x_spt, y_spt, k + 1, False, spt_weights, seed)
+            many = k + 1 if sets > 1 else 1
+            x, y, weights = support_sets.part((x_spt, y_spt, spt_weights), sets, 0, many)
+            fast = _adapt(maml, x, y, weights, k + 1, many, differentiable=False, seed=seed)
         yield fast
 
 
@@ -158,10 +175,12 @@ def _checked(maml: Settings, fast: Mapping[str, Tensor], x: Tree, y: Target | No
     return binding, x
 
 
-def _with_weights(maml: Settings, binding: Binding, given: Set, name: str, weights: Tensor | None) -> Set:
-    """The set with the weights of its samples, once these have passed their checks."""
+def _with_weights(
+    maml: Settings, binding: Binding, given: Set, name: str, weights: Tensor | None, sets: int = 1
+) -> Set:
+    """The set with the weights of its samples, once these have passed their checks. sets: of a task, in order."""
     part = name, weights, given.x_name, given.x, given.y_name, given.y
-    return given._replace(weights=weights_of_sets(maml.loss, binding.like(), part)[0])
+    return given._replace(weights=weights_of_sets(maml.loss, binding.like(), part, support_sets=sets)[0])
 
 
 def _able_to_take(maml: Settings, steps: int) -> Binding:

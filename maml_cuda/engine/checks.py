@@ -60,6 +60,13 @@ def checkpoint(value: Any) -> None:
         raise ValueError(f'checkpoint must be None or "recompute", got {value!r}')
 
 
+def per_step_support(value: Any, steps: int) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"per_step_support must be a bool, got {type(value).__name__}")
+    if value and steps == 0:
+        raise ValueError("inner_steps must be at least 1 with per_step_support=True, got 0")
+
+
 def loss(value: Any) -> None:
     if isinstance(value, str):
         if value not in LOSSES:

@@ -205,9 +205,9 @@ def no_graph(method: str, **given: Any) -> None:
             )
 
 
-def same_tasks(x_spt: Tree, x_qry: Tree) -> None:
-    """The two sets of an episode fit each other."""
-    tasks, got = pytrees.tasks(x_spt), pytrees.tasks(x_qry)
+def same_tasks(x_spt: Tree, x_qry: Tree, sets: int = 1) -> None:
+    """The two sets of an episode fit each other. sets: support sets of a task, which follow each other."""
+    tasks, got = pytrees.tasks(x_spt) // sets, pytrees.tasks(x_qry)
     if got != tasks:
         raise ValueError(f"x_qry must have {tasks} tasks like x_spt, got {got}")
 
@@ -267,8 +267,8 @@ def is_like(name: str, weights: Tensor, like: Tensor) -> None:
 
 
 def target_values(name: str, y: Target, classes: int | None) -> None:
-    """Labels or actions [tasks, samples] are in [0, classes), and weights have a positive sum. For paths where neither
-    the core nor torch looks at them."""
+    """Labels or actions [tasks, samples] or [tasks, inner steps, samples] are in [0, classes), and weights have a
+    positive sum. For paths where neither the core nor torch looks at them."""
     if not isinstance(y, Tensor):
         if y.weights is not None:
             sample_weights(f"{name}.weights", y.weights)
@@ -277,23 +277,28 @@ def target_values(name: str, y: Target, classes: int | None) -> None:
         return
     wrong = ((y < 0) | (y >= classes)).nonzero()
     if len(wrong):
-        task, sample = wrong[0].tolist()
         what = "actions" if name.endswith(".actions") else "labels"
-        raise ValueError(
-            f"{name} must hold {what} in [0, {classes}), got {int(y[task, sample])} (task {task}, sample {sample})"
-        )
+        raise ValueError(f"{name} must hold {what} in [0, {classes}), got {int(y[tuple(wrong[0])])} {_where(wrong[0])}")
 
 
 def sample_weights(name: str, weights: Tensor) -> None:
-    """Weights [tasks, samples] are at least 0, with a positive sum in each task."""
+    """Weights [tasks, samples] or [tasks, inner steps, samples] are at least 0, with a positive sum in each set."""
     wrong = (~(weights >= 0) | weights.isinf()).nonzero()
     if len(wrong):
-        task, sample = wrong[0].tolist()
-        got = weights[task, sample].item()
-        raise ValueError(f"{name} must be finite and at least 0, got {got} (task {task}, sample {sample})")
-    empty = (weights.sum(1) == 0).nonzero()
+        got = weights[tuple(wrong[0])].item()
+        raise ValueError(f"{name} must be finite and at least 0, got {got} {_where(wrong[0])}")
+    empty = (weights.sum(-1) == 0).nonzero()
     if len(empty):
-        raise ValueError(f"{name} must have a positive sum in every task, got 0 in task {int(empty[0])}")
+        task, *step = empty[0].tolist()
+        of = "".join(f", inner step {k}" for k in step)
+        raise ValueError(
+            f"{name} must have a positive sum in every {'set' if step else 'task'}, got 0 in task {task}{of}"
+        )
+
+
+def _where(index: Tensor) -> str:
+    task, *step, sample = index.tolist()
+    return f"(task {task}{''.join(f', inner step {k}' for k in step)}, sample {sample})"
 
 
 def prediction(loss: str, value: Any) -> None:

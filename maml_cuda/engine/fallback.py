@@ -85,24 +85,28 @@ def meta_step(
     query_weights: Sequence[float] | None,
     seed: Seed,
     how: MetaGradient,
+    sets: int,
 ) -> tuple[Tensor, Tensor, Tree | None, Tensor, list[tuple[Tensor, Tensor]]]:
     """loss, task_losses, predictions (None where they cannot be stacked), support_losses, and (tensor, gradient) of
-    each of `parameters` and of the data that requires grad and reaches the loss; none where gradients are off."""
+    each of `parameters` and of the data that requires grad and reaches the loss; none where gradients are off.
+
+    sets: support sets of a task, which follow each other in x_spt and y_spt.
+    """
     data = pytrees.tensors((x_spt, y_spt, x_qry, y_qry))
     if how.kind == "reptile" and any(t.requires_grad for t in data):
         raise ValueError('data must not require grad with meta_gradient="reptile", got requires_grad=True')
     given = {id(t): t for t in (*parameters, *data)}  # one tensor may be support and query
     wanted = [t for t in given.values() if t.requires_grad and torch.is_grad_enabled()]
-    tasks = pytrees.tasks(x_spt)
+    tasks = pytrees.tasks(x_qry)
     weights = [1 / tasks] * tasks if task_weights is None else list(task_weights)
     function = Functional(model, seed)
     criterion = objective(loss, isinstance(y_spt, Weighted))
     uses = {0: ("y_spt", y_spt), steps: ("y_qry", y_qry)}  # without steps, nothing reads y_spt
-    checked = _checked(loss, criterion, uses)
+    checked = _checked(loss, criterion, uses, sets)
     try:
         *outputs, reached = reference.meta_step(
             function, checked, inner, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights, query_weights,
-            how,
+            how, sets,
         )  # fmt: skip
     except Exception:
         _check_query_samples(model, x_spt, x_qry)
@@ -123,26 +127,28 @@ def adapt(
     differentiable: bool,
     seed: Seed,
     how: MetaGradient,
+    sets: int,
 ) -> dict[str, Tensor]:
-    """The adapted parameters, name -> [tasks, *shape]."""
+    """The adapted parameters, name -> [tasks, *shape]. sets: of a task, which follow each other in x and y."""
     theta = {name: p.view_as(p) for name, p in model.named_parameters()}  # so that hooks see the outer gradient alone
     function = Functional(model, seed)
-    checked = _checked(loss, loss_function(loss, isinstance(y, Weighted)), {0: ("y_spt", y)})
+    checked = _checked(loss, loss_function(loss, isinstance(y, Weighted)), {0: ("y_spt", y)}, sets)
     tasks = [
         reference.inner_loop(
             function,
             checked,
             theta,
             inner,
-            pytrees.of_task(x, t),
-            pytrees.of_task(y, t),
+            reference.sets_of_task(x, t, sets),
+            reference.sets_of_task(y, t, sets),
             steps,
             first_order,
             differentiable,
             t,
             how,
+            sets > 1,
         )[0][-1]
-        for t in range(pytrees.tasks(x))
+        for t in range(pytrees.tasks(x) // sets)
     ]
     if differentiable:
         _keep_buffers(function)
@@ -209,15 +215,16 @@ def fisher_vector_product(
     steps: int,
     first_order: bool,
     seed: Seed,
+    sets: int,
 ) -> dict[str, Tensor]:
-    """By `names`."""
+    """By `names`. sets: support sets of a task, which follow each other."""
     if weights is None:
         weights = x_qry.new_ones(x_qry.shape[:2])
     data_checks.sample_weights("weights", weights)
-    checked = _checked(loss, loss_function(loss), {0: ("y_spt", y_spt)})
+    checked = _checked(loss, loss_function(loss), {0: ("y_spt", y_spt)}, sets)
     return reference.fisher_vector_product(
         Functional(model, seed), checked, inner, names, x_spt, y_spt, x_qry, v, targets.shares(weights), steps,
-        first_order,
+        first_order, sets,
     )  # fmt: skip
 
 
@@ -239,7 +246,7 @@ def _keep_buffers(*called: Callable[..., Any]) -> None:
 
 
 def _checked(
-    loss: Loss, function: Callable[..., Tensor], uses: Mapping[int, tuple[str, Target]]
+    loss: Loss, function: Callable[..., Tensor], uses: Mapping[int, tuple[str, Target]], sets: int = 1
 ) -> Callable[..., Tensor]:
     """The function of a loss, with checks of the prediction and of the whole target where a target is first used.
 
@@ -248,6 +255,7 @@ def _checked(
 
     Args:
         uses: the number of the call that is the first with a target -> the target's name, and it [tasks, ...].
+        sets: support sets of a task, which follow each other in y_spt.
     """
     if not isinstance(loss, str):
         return function
@@ -264,6 +272,8 @@ def _checked(
                 if loss in data_checks.OF_CLASSES:
                     y = torch.where(counts, y, 0)
             data_checks.target(name, loss, y, shape)
+            if sets > 1 and name == "y_spt":
+                y = pytrees.mapped(lambda leaf: leaf.unflatten(0, (-1, sets)), y)
             data_checks.target_values(name, y, shape[-1] if loss in data_checks.OF_CLASSES else None)
         return function(prediction, target)
 

@@ -22,7 +22,7 @@ class FisherProducts:
         weights: Tensor | None, plan: str, steps: int, first_order: bool, memory: int = 0,
         seed: Tensor | None = None,
     ) -> None:  # fmt: skip
-        tasks, n_support, *sample = x_spt.shape
+        tasks, (_, n_support, *sample) = x_qry.shape[0], x_spt.shape
 
         def problem(operation: str) -> Problem:
             double = is_double(x_spt)
@@ -43,7 +43,7 @@ class FisherProducts:
 
     def __call__(self, v: list[Tensor]) -> list[Tensor]:
         """v: of each trainable parameter, in order."""
-        _, _, x_spt, _, _, _ = self.given
+        _, _, x_spt, _, x_qry, _ = self.given
         versions = self._versions()
         prepared = versions is not None and versions == self.versions
         if not prepared:
@@ -56,7 +56,7 @@ class FisherProducts:
         given = [next(rest) if trainable else None for trainable in self.trainable]
         state = {"state": self.state, "kept": self.kept, "prepared": prepared} if self.kept else {}
         self.problem.run(
-            x_spt, x_spt.shape[0], parameters, rates, support, query, gradient=flat,
+            x_spt, len(x_qry), parameters, rates, support, query, gradient=flat,
             given=given, given_strides=[0] * len(given),  # one for all tasks
             **state, **self.seed,
         )  # fmt: skip
@@ -75,7 +75,7 @@ class FisherProducts:
         if weights is not None and self.problem.backend == "cpu":
             data_checks.sample_weights("weights", weights)
         scale = x_qry.new_ones(x_qry.shape[:2]) if weights is None else weights
-        support = self.problem.data("y_spt", x_spt, y_spt)
+        support = self.problem.support("y_spt", x_spt, y_spt)
         query: list[Tensor | None] = [x_qry.contiguous(), None, targets.shares(scale), None]
         self.read = dense(parameters), dense(rates), support, query
 

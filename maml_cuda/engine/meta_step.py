@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maml_cuda import meta_gradients, pytrees, torch_private
-from maml_cuda.engine import data_checks, fallback, fast_path
+from maml_cuda.engine import data_checks, fallback, fast_path, support_sets
 from maml_cuda.engine.binder import Set, look_at_labels, read
 from maml_cuda.engine.binding import Binding, Choice
 from maml_cuda.engine.problem import Problem, joined, meta_problem
@@ -97,15 +97,17 @@ def check_settings(maml: Settings) -> None:
 
 
 def program_of(maml: Settings, x_spt: Tree, x_qry: Tree) -> Program | None:
-    """The program that runs a meta-step on such x; None where there is none."""
+    """The program that runs a meta-step on such x, whose sets are in order; None where there is none."""
     binding = maml._binding()
-    read(maml, binding, "x_spt", x_spt)
+    sets = support_sets.count(maml, maml.inner_steps)
+    support_sets.read_in_order(maml, binding, sets, x_spt)
     read(maml, binding, "x_qry", x_qry)
-    data_checks.same_tasks(x_spt, x_qry)
+    data_checks.same_tasks(x_spt, x_qry, sets)
     return maml._binder.program(maml, binding, Set("x_spt", x_spt), Set("x_qry", x_qry))
 
 
 def memory_estimate(maml: Settings, x_spt: Tree, x_qry: Tree) -> int:
+    x_spt, _, _ = support_sets.in_order(maml, maml.inner_steps, x_spt)
     program = program_of(maml, x_spt, x_qry)
     if program is None:
         raise ValueError("memory_estimate must have a fused model, got one on the general path (reference)")
@@ -113,7 +115,7 @@ def memory_estimate(maml: Settings, x_spt: Tree, x_qry: Tree) -> int:
     problem = meta_problem(
         program.text, x_spt, x_qry, maml.inner_steps, maml.first_order, True, maml._query_weights.steps
     )
-    return problem.workspace_bytes(x_spt, len(x_spt))
+    return problem.workspace_bytes(x_spt, len(x_qry))
 
 
 def _computed(
@@ -121,6 +123,8 @@ def _computed(
     spt_weights: Tensor | None, qry_weights: Tensor | None,
 ) -> tuple[MetaOutput, Gradient | None]:  # fmt: skip
     """What a call returns, not yet differentiable; and the meta-gradient where gradients are on."""
+    sets = support_sets.count(maml, maml.inner_steps)
+    x_spt, y_spt, spt_weights = support_sets.in_order(maml, maml.inner_steps, x_spt, y_spt, spt_weights)
     unobserved, signature = torch_private.unobserved(), None
     binding = maml._binder.bound if unobserved else None  # torch.compile would take it for a constant
     if binding is not None and not torch.is_autocast_enabled(binding.on):
@@ -141,22 +145,22 @@ def _computed(
             data = x_spt, cast(Tensor, y_spt), x_qry, cast(Tensor, y_qry)
             binding.last = choice
             return _warm(maml, binding, warm, problem, parameters, rates, data, task_weights)
-    _check_episode(maml, binding, x_spt, y_spt, x_qry, y_qry)
+    _check_episode(maml, binding, x_spt, y_spt, x_qry, y_qry, sets)
     if task_weights is not None:
-        data_checks.task_weights(task_weights, pytrees.tasks(x_spt), binding.like())
+        data_checks.task_weights(task_weights, pytrees.tasks(x_qry), binding.like())
     spt_weights, qry_weights = weights_of_sets(
         maml.loss, binding.like(), ("spt_weights", spt_weights, "x_spt", x_spt, "y_spt", y_spt),
-        ("qry_weights", qry_weights, "x_qry", x_qry, "y_qry", y_qry),
+        ("qry_weights", qry_weights, "x_qry", x_qry, "y_qry", y_qry), support_sets=sets,
     )  # fmt: skip
     support = Set("x_spt", x_spt, "y_spt", y_spt, spt_weights)
     query = Set("x_qry", x_qry, "y_qry", y_qry, qry_weights)
     program = maml._binder.program(maml, binding, support, query)
     if program is None:
-        result = _on_the_general_path(maml, x_spt, support.weighted(), x_qry, query.weighted(), task_weights)
+        result = _on_the_general_path(maml, x_spt, support.weighted(), x_qry, query.weighted(), task_weights, sets)
         return maml._binder.settled(maml, binding, result)
     check = maml._options.check_labels
-    support_x, query_x = program.input("x_spt", x_spt, check), program.input("x_qry", x_qry, check)
-    look_at_labels(maml, program, support_x, y_spt=y_spt, y_qry=y_qry)
+    support_x, query_x = program.input("x_spt", x_spt, check, sets=sets), program.input("x_qry", x_qry, check)
+    look_at_labels(maml, program, support_x, y_spt=support_sets.by_task(y_spt, sets), y_qry=y_qry)
     parameters, rates = program.tensors()
     wanted = torch.is_grad_enabled()
     weights, query_steps = maml._query_weights.tensor(parameters[0]), maml._query_weights.steps
@@ -185,9 +189,9 @@ def _warm(
 ) -> tuple[MetaOutput, Gradient | None]:
     """A call like one that has passed every check, but for the values of labels and weights."""
     if task_weights is not None:
-        data_checks.task_weights(task_weights, len(data[0]), binding.like())
+        data_checks.task_weights(task_weights, len(data[2]), binding.like())
     if maml._options.check_labels or program.draws:
-        look_at_labels(maml, program, data[0], y_spt=data[1], y_qry=data[3])
+        look_at_labels(maml, program, data[0], y_spt=support_sets.by_task(data[1], problem.sets), y_qry=data[3])
     wanted = torch.is_grad_enabled()
     loss, task_losses, logits, support_losses, flat = fast_path.meta_step(
         problem, parameters, rates, data, task_weights, maml.inner_steps, wanted,
@@ -201,12 +205,14 @@ def _warm(
     return out, Gradient(flat, program.with_gradient(parameters + rates), program.places)
 
 
-def _check_episode(maml: Settings, binding: Binding, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target) -> None:
+def _check_episode(
+    maml: Settings, binding: Binding, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, sets: int
+) -> None:
     check_settings(maml)  # which may have changed since
     maml._query_weights.check(maml.inner_steps)
-    read(maml, binding, "x_spt", x_spt, "y_spt", y_spt)
+    support_sets.read_in_order(maml, binding, sets, x_spt, "y_spt", y_spt)
     read(maml, binding, "x_qry", x_qry, "y_qry", y_qry)
-    data_checks.same_tasks(x_spt, x_qry)
+    data_checks.same_tasks(x_spt, x_qry, sets)
 
 
 def _logits(maml: Settings, predictions: Any) -> Any:
@@ -215,12 +221,12 @@ def _logits(maml: Settings, predictions: Any) -> Any:
 
 
 def _on_the_general_path(
-    maml: Settings, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None
+    maml: Settings, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None, sets: int
 ) -> tuple[MetaOutput, Gradient | None]:
     loss, task_losses, predictions, support_losses, reached = fallback.meta_step(
         maml.model, maml.loss, inner_update(maml), list(maml.parameters()), x_spt, y_spt, x_qry, y_qry,
         maml.inner_steps, maml.first_order, task_weights, maml._query_weights.values, Seed(),
-        maml._options.meta_gradient,
+        maml._options.meta_gradient, sets,
     )  # fmt: skip
     out = MetaOutput(loss, task_losses, _logits(maml, predictions), support_losses)
     if not reached:

@@ -8,7 +8,8 @@ exported program needs nothing else. The ops here have no backward; autograd.py 
     fisher_vector_product    of the adapted policies, through the inner loop
     inner_step, predict_forward, predict_backward, loss_and_grad, hvp    at parameters that are each task's own
 
-A target is a list: one tensor, or the four fields of a PolicyTarget. `seed` is that of the masks of dropout
+A target is a list: one tensor, or the four fields of a PolicyTarget. Where a plan has per_step_support, support data
+are [tasks * steps, n, ...]: the sets of a task follow each other. `seed` is that of the masks of dropout
 (maml_cuda/masks.py), for a plan that draws any.
 """
 
@@ -68,7 +69,7 @@ def _meta_gradient(
     query_weights: Tensor | None = None, query_steps: Sequence[int] = (), seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     problem = meta_problem(plan, x_spt, x_qry, steps, first_order, gradient, query_steps)
-    support, query = problem.data("y_spt", x_spt, y_spt), problem.data("y_qry", x_qry, y_qry)
+    support, query = problem.support("y_spt", x_spt, y_spt), problem.data("y_qry", x_qry, y_qry)
     return meta_step(problem, parameters, rates, support, query, task_weights, query_weights, steps, gradient, seed)
 
 
@@ -80,7 +81,7 @@ def meta_step(
     """The op meta_gradient, on data that have been checked."""
     x_spt, x_qry = cast(Tensor, support[0]), cast(Tensor, query[0])
     parameters, rates = dense(parameters), dense(rates)
-    tasks = x_spt.shape[0]
+    tasks = x_qry.shape[0]
     outputs = _meta_outputs(x_qry, tasks, problem.features, steps, problem.gradient_size if gradient else 0)
     loss, task_losses, logits, support_losses, flat = outputs
     if task_weights is not None:
@@ -130,9 +131,10 @@ def _adapt_forward(
     parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str, steps: int,
     seed: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
-    tasks, n, *sample = x.shape
+    _, n, *sample = x.shape
     problem = problem_of(plan, "adapt", tuple(sample), n, 0, steps, True, is_double(x))
-    support = problem.data("y_spt", x, y)
+    tasks = x.shape[0] // problem.sets
+    support = problem.support("y_spt", x, y)
     parameters, rates = dense(parameters), dense(rates)
     fast, support_losses = _adapt_fake(parameters, rates, x, y, plan, steps)
     problem.run(
@@ -146,7 +148,8 @@ def _adapt_fake(
     parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, plan: str, steps: int,
     seed: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
-    tasks = x.shape[0]
+    sets = max(steps, 1) if plan_of(plan).per_step_support else 1
+    tasks = x.shape[0] // sets
     fast = [p.new_empty((tasks, *p.shape)) for p in adapted(plan, parameters)]
     return fast, x.new_empty((tasks, steps))
 
@@ -155,9 +158,10 @@ def _adapt_backward(
     parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, cotangents: list[Tensor], plan: str,
     steps: int, first_order: bool, seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    tasks, n, *sample = x.shape
+    _, n, *sample = x.shape
     problem = problem_of(plan, "adapt_backward", tuple(sample), n, 0, steps, first_order, is_double(x))
-    support = problem.data("y_spt", x, y)
+    tasks = x.shape[0] // problem.sets
+    support = problem.support("y_spt", x, y)
     parameters, rates = dense(parameters), dense(rates)
     given, strides = _by_task(cotangents)
     gradient = x.new_empty(plan_of(plan).gradient_size)
@@ -231,7 +235,7 @@ def _inner_step(
     problem = problem_of(plan, "adapt", tuple(sample), n, 0, 1, True, is_double(x))
     if problem.backend != "cpu":
         raise NotImplementedError("inner_step runs on a CPU alone")
-    support = problem.data("y_spt", x, y)
+    support = problem.support("y_spt", x, y)
     rates = dense(rates)
     after = _inner_step_fake(fast, rates, x, y, plan)
     problem.run(

@@ -109,6 +109,7 @@ def program_of(snapshot: Snapshot, graph: Graph, match: Match | None) -> Program
         precision="float32" if backend == "cpu" else options.precision,
         meta_gradient=options.meta_gradient,
         recompute=options.recompute,
+        per_step_support=options.per_step_support,
         cuda_graphs=options.cuda_graphs,
         task_chunk=options.task_chunk,
     )

@@ -27,6 +27,7 @@ class Problem:
 
     Attributes:
         features: of the prediction [n, features], in torch's order of elements.
+        sets: support sets of a task, which follow each other.
         target: of that or, for a Gaussian policy, of its mean alone; what a computed loss compares.
     """
 
@@ -39,6 +40,7 @@ class Problem:
         "graphs",
         "loss",
         "runners",
+        "sets",
         "target",
         "workspaces",
     )
@@ -53,6 +55,7 @@ class Problem:
             plan, operation, list(sample), n_support, n_query, steps, first_order, double, list(query_steps)
         )
         self.features = math.prod(self.core.prediction)
+        self.sets = self.core.support_sets
         self.loss = plan.loss
         computed = plan.target if self.loss == "computed" else None
         halves = 2 if self.loss == "gaussian_policy_gradient" else 1  # mean and log_std beside each other
@@ -89,8 +92,13 @@ class Problem:
             elements = self.core.workspace(tasks, torch.get_num_threads())
         return elements * like.element_size()
 
-    def data(self, name: str, x: Tensor, y: list[Tensor | None]) -> list[Tensor | None]:
+    def support(self, name: str, x: Tensor, y: list[Tensor | None]) -> list[Tensor | None]:
+        return self.data(name, x, y, self.sets)
+
+    def data(self, name: str, x: Tensor, y: list[Tensor | None], sets: int = 1) -> list[Tensor | None]:
         """x and what its loss compares, dense: y, and of a policy what each sample counts and its old log-probability.
+
+        sets: of a task, which follow each other.
 
         Raises:
             TypeError: a target of another dtype than that in which its memory is read.
@@ -103,7 +111,8 @@ class Problem:
         if isinstance(target, Tensor):
             return [x.contiguous(), target.contiguous(), None, None]
         if self.backend == "cpu":
-            data_checks.target_values(name, target, None)  # the core looks at the actions
+            by_task = PolicyTarget(*(None if t is None else t.unflatten(0, (-1, sets)) for t in target))  # type: ignore[arg-type]
+            data_checks.target_values(name, by_task if sets > 1 else target, None)  # the core looks at the actions
         scale, old = targets.coefficients(target), target.old_log_probs
         return [*dense([x, target.actions, scale]), None if old is None else old.contiguous()]
 

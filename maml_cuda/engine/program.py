@@ -132,20 +132,21 @@ class Program:
         """Of what the model returns for n samples of a task, or of its mean."""
         return self.returned.sample if self.whole_sets else (n, *self.returned.sample)
 
-    def input(self, name: str, x: Tree, check: bool, dtype: torch.dtype | None = None) -> Tensor:
+    def input(self, name: str, x: Tree, check: bool, dtype: torch.dtype | None = None, sets: int = 1) -> Tensor:
         """`values` of x [tasks, n, ...], whose integers are looked at.
 
         Args:
             name: of the argument, for error messages.
             check: look at the values of integers on a GPU too.
             dtype: in which the ops compute; None: the model's.
+            sets: of each task, which follow each other.
 
         Raises:
             ValueError: an integer is out of range.
         """
         if self.integers:
             waits = check or self.plan.backend == "cpu"
-            x = integer_inputs.numbers(name, x, dtype or self.dtype, self.integers, waits)
+            x = integer_inputs.numbers(name, x, dtype or self.dtype, self.integers, waits, sets)
         return self.values(x, dtype)
 
     def values(self, x: Tree, dtype: torch.dtype | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from maml_cuda import batch_norm
-from maml_cuda.engine import data_checks
+from maml_cuda.engine import data_checks, support_sets
 from maml_cuda.engine.binder import Binder, read
 from maml_cuda.engine.building_blocks import inner_loop
 from maml_cuda.engine.settings import Settings
@@ -20,20 +20,22 @@ def update_statistics(
     maml: Settings, x_spt: Tree, y_spt: Tensor, x_qry: Tree, spt_weights: Tensor | None, qry_weights: Tensor | None
 ) -> None:
     binding = maml._binding()
-    x_spt = read(maml, binding, "x_spt", x_spt, "y_spt", y_spt)
+    steps, sets = maml.inner_steps, support_sets.count(maml, maml.inner_steps)
+    x, y, weights = support_sets.in_order(maml, steps, x_spt, y_spt, spt_weights)
+    x = support_sets.read_in_order(maml, binding, sets, x, "y_spt", y)
     x_qry = read(maml, binding, "x_qry", x_qry)
-    data_checks.same_tasks(x_spt, x_qry)
+    data_checks.same_tasks(x, x_qry, sets)
     like = binding.like()
     support, query = weights_of_sets(
-        maml.loss, like, ("spt_weights", spt_weights, "x_spt", x_spt, "y_spt", y_spt),
-        ("qry_weights", qry_weights, "x_qry", x_qry, "", None),
+        maml.loss, like, ("spt_weights", weights, "x_spt", x, "y_spt", y),
+        ("qry_weights", qry_weights, "x_qry", x_qry, "", None), support_sets=sets,
     )  # fmt: skip
-    steps = maml.inner_steps
     with _collecting(maml, maml._binder):
-        fast = list(inner_loop(maml, x_spt, y_spt, steps, support))
+        fast = list(inner_loop(maml, x_spt, y_spt, steps, spt_weights))
         passes = [(0, fast[0], x_qry, query)] if steps == 0 else []
         for k in range(steps):
-            passes += [(k, fast[k], x_spt, support), (k, fast[k + 1], x_qry, query)]
+            x_now, of_now = support_sets.part((x, support), sets, k, k + 1)
+            passes += [(k, fast[k], x_now, of_now), (k, fast[k + 1], x_qry, query)]
         batch_norm.update_running(maml.model, passes)
 
 

@@ -37,6 +37,7 @@ class Options:
     task_chunk: int | None
     meta_gradient: MetaGradient
     recompute: bool
+    per_step_support: bool
     check_labels: bool
 
 

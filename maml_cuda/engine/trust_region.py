@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maml_cuda import targets
-from maml_cuda.engine import checks, data_checks, fallback
+from maml_cuda.engine import checks, data_checks, fallback, support_sets
 from maml_cuda.engine.binder import Set, look_at_labels, read
 from maml_cuda.engine.building_blocks import every_trainable
 from maml_cuda.engine.fisher import FisherProducts
@@ -25,13 +25,13 @@ def fisher_vector_product(
 ) -> dict[str, Tensor]:  # fmt: skip
     """seed: of the masks of dropout; None: one of its own."""
     seed = seed or Seed()
-    program, x_spt, x_qry = _read(maml, x_spt, y_spt, x_qry, weights)
+    program, x_spt, y_spt, x_qry = _read(maml, x_spt, y_spt, x_qry, weights)
     trainable = _trainable(maml)
     data_checks.direction(trainable, v)
     if program is None:
         return fallback.fisher_vector_product(
             maml.model, str(maml.loss), inner_update(maml), list(trainable), x_spt, y_spt, x_qry, dict(v), weights,
-            maml.inner_steps, maml.first_order, seed,
+            maml.inner_steps, maml.first_order, seed, support_sets.count(maml, maml.inner_steps),
         )  # fmt: skip
     parameters, rates = program.tensors()
     reached = [n for n in program.names if n in trainable]
@@ -46,7 +46,7 @@ def fisher(
     maml: Settings, x_spt: Tensor, y_spt: PolicyTarget, x_qry: Tensor, weights: Tensor | None, memory: int
 ) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
     checks.steps(memory, "memory")
-    program, x_spt, x_qry = _read(maml, x_spt, y_spt, x_qry, weights)
+    program, x, y, x_qry = _read(maml, x_spt, y_spt, x_qry, weights)
     if program is None or program.plan.backend != "cpu" or maml._options.recompute:
         seed = Seed()  # one matrix
         return lambda v: fisher_vector_product(maml, x_spt, y_spt, x_qry, v, weights, seed)
@@ -54,7 +54,7 @@ def fisher(
     reached = [n for n in program.names if n in trainable]
     parameters, rates = program.tensors()
     products = FisherProducts(
-        parameters, rates, x_spt, targets.tensors(y_spt), x_qry, weights, program.text, maml.inner_steps,
+        parameters, rates, x, targets.tensors(y), x_qry, weights, program.text, maml.inner_steps,
         maml.first_order, memory, program.seed(Seed()),
     )  # fmt: skip
 
@@ -72,17 +72,19 @@ def _trainable(maml: Settings) -> dict[str, Tensor]:
 
 def _read(
     maml: Settings, x_spt: Tensor, y_spt: PolicyTarget, x_qry: Tensor, weights: Tensor | None
-) -> tuple[Program | None, Tensor, Tensor]:
-    """The program of a Fisher-vector product on these data, None where there is none; and x as they are read."""
+) -> tuple[Program | None, Tensor, PolicyTarget, Tensor]:
+    """The program of a Fisher-vector product on these data, None where there is none; and the data as they are read."""
     checks.policy_loss(maml.loss, "fisher_vector_product")
     if (kind := maml._options.meta_gradient.kind) != "unrolled":
         raise ValueError(f'fisher_vector_product must have meta_gradient="unrolled", got {kind!r}')
     data_checks.one_tensor("x_spt", x_spt, "fisher_vector_product")
     data_checks.one_tensor("x_qry", x_qry, "fisher_vector_product")
     binding = maml._binding()
-    x_spt = read(maml, binding, "x_spt", x_spt, "y_spt", y_spt)
+    sets = support_sets.count(maml, maml.inner_steps)
+    x_spt, y_spt, _ = support_sets.in_order(maml, maml.inner_steps, x_spt, y_spt)
+    x_spt = support_sets.read_in_order(maml, binding, sets, x_spt, "y_spt", y_spt)
     x_qry = read(maml, binding, "x_qry", x_qry)
-    data_checks.same_tasks(x_spt, x_qry)
+    data_checks.same_tasks(x_spt, x_qry, sets)
     if weights is not None:
         data_checks.query_sample_weights(weights, x_qry, binding.like())
     program = maml._binder.program(maml, binding, Set("x_spt", x_spt, "y_spt", y_spt), Set("x_qry", x_qry))
@@ -91,8 +93,8 @@ def _read(
         program = None
     if program is not None:
         check = maml._options.check_labels
-        x_spt, x_qry = program.input("x_spt", x_spt, check), program.input("x_qry", x_qry, check)
-        look_at_labels(maml, program, x_spt, y_spt=y_spt)
+        x_spt, x_qry = program.input("x_spt", x_spt, check, sets=sets), program.input("x_qry", x_qry, check)
+        look_at_labels(maml, program, x_spt, y_spt=support_sets.by_task(y_spt, sets))
         if maml._options.check_labels and weights is not None:
             data_checks.sample_weights("weights", weights)
-    return program, x_spt, x_qry
+    return program, x_spt, y_spt, x_qry

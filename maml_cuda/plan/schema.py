@@ -261,6 +261,7 @@ class Plan:
         precision: of float32 matrix products on a GPU.
         meta_gradient: how it is taken through the inner loop.
         recompute: run the gradient pass again for each Hessian-vector product, instead of keeping its activations.
+        per_step_support: each inner step has a support set of its own.
         cuda_graphs: on a GPU, replay repeated calls as CUDA graphs.
         task_chunk: on a GPU, the largest number of tasks to compute at once; None: all.
     """
@@ -276,6 +277,7 @@ class Plan:
     precision: str
     meta_gradient: MetaGradient
     recompute: bool
+    per_step_support: bool
     cuda_graphs: bool
     task_chunk: int | None
 

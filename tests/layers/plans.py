@@ -266,7 +266,7 @@ class Sketch:
         nodes, parameters = tuple(self.nodes), tuple(self.parameters)
         prediction = len(nodes)
         return schema.Plan(
-            nodes, parameters, (), prediction, "mse", None, None, "cpu", "float32", UNROLLED, False, False, None
+            nodes, parameters, (), prediction, "mse", None, None, "cpu", "float32", UNROLLED, False, False, False, None
         )  # fmt: skip
 
 

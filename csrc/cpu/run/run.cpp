@@ -118,11 +118,17 @@ struct WorkspaceLayout {
   /// workspace.
   static int64_t lane_size(const Problem& p) {
     return 3 * p.packing.total + p.result_size + whole_lines(predictions(p.query)) +
-           whole_lines(samples(p.support)) + whole_lines(samples(p.query)) + whole_lines(p.steps + 1) +
-           whole_lines(p.packing.total / kLanes<T> + 1) + loss_scratch(p) + p.task_size();
+           whole_lines(p.support_sets() * samples(p.support)) + whole_lines(samples(p.query)) +
+           whole_lines(p.steps + 1) + whole_lines(p.packing.total / kLanes<T> + 1) + loss_scratch(p) +
+           targets(p) + p.task_size();
   }
   static int64_t loss_scratch(const Problem& p) {
     return whole_lines(3 * std::max(predictions(p.support), predictions(p.query)) / kLanes<T> + 1);
+  }
+  /// Vectors of the targets of a task's support sets, where it has several.
+  static int64_t targets(const Problem& p) {
+    const int64_t sets = p.support_sets(), size = sizeof(LaneTargets<T>) / sizeof(Vector<T>) + 1;
+    return sets > 1 ? whole_lines(sets * size) : 0;
   }
   static int64_t samples(const Stage& s) { return s.n ? s.n * s.values[0].size : 0; }
   static int64_t predictions(const Stage& s) { return s.n ? s.n * s.values[s.output].size : 0; }
@@ -260,6 +266,7 @@ class Run {
     }
   }
 
+  /// The t-th set of samples, and what their loss compares.
   const T* x_of(const Stage& s, const T* x, int64_t t) const {
     return x ? x + t * WorkspaceLayout<T>::samples(s) : nullptr;
   }
@@ -279,8 +286,8 @@ class Run {
       pack_all(call_.parameters, call_.parameter_strides, t, own);
       task.theta = own;
     }
-    task.x_support = x_of(p_.support, call_.x_support, t);
-    task.y_support = target_of(p_.support, call_.y_support, t);
+    task.x_support = x_of(p_.support, call_.x_support, t * p_.support_sets());
+    task.y_support = target_of(p_.support, call_.y_support, t * p_.support_sets());
     task.x_query = x_of(p_.query, call_.x_query, t);
     task.y_query = target_of(p_.query, call_.y_query, t);
     task.support_losses = call_.support_losses ? call_.support_losses + t * p_.steps : nullptr;
@@ -313,20 +320,21 @@ class Run {
     };
     V *own = take(p_.packing.total), *given = take(p_.packing.total), *out = take(p_.packing.total);
     V *result = take(p_.result_size), *logits = take(whole_lines(predictions()));
-    V* x[2] = {take(whole_lines(WorkspaceLayout<T>::samples(p_.support))),
-               take(whole_lines(WorkspaceLayout<T>::samples(p_.query)))};
+    const int64_t sets = p_.support_sets(), support_size = sets * WorkspaceLayout<T>::samples(p_.support);
+    V* x[2] = {take(whole_lines(support_size)), take(whole_lines(WorkspaceLayout<T>::samples(p_.query)))};
     V* losses = take(whole_lines(p_.steps + 1));
     T* packed = reinterpret_cast<T*>(take(whole_lines(p_.packing.total / W + 1)));
     T* loss_scratch = reinterpret_cast<T*>(take(WorkspaceLayout<T>::loss_scratch(p_)));
-    LaneTargets<T> targets[2];
+    LaneTargets<T> one[2];
+    LaneTargets<T>* targets[2] = {one, one + 1};
+    if (sets > 1) targets[0] = reinterpret_cast<LaneTargets<T>*>(take(WorkspaceLayout<T>::targets(p_)));
     each_lane([&](int64_t lane, int64_t t) {
-      if (call_.x_support)
-        Tasks::give(WorkspaceLayout<T>::samples(p_.support), x_of(p_.support, call_.x_support, t), lane,
-                    x[0]);
+      if (call_.x_support) Tasks::give(support_size, x_of(p_.support, call_.x_support, t * sets), lane, x[0]);
       if (call_.x_query)
         Tasks::give(WorkspaceLayout<T>::samples(p_.query), x_of(p_.query, call_.x_query, t), lane, x[1]);
-      targets[0].of[lane] = target_of(p_.support, call_.y_support, t);
-      targets[1].of[lane] = target_of(p_.query, call_.y_query, t);
+      for (int64_t set = 0; set < sets; ++set)
+        targets[0][set].of[lane] = target_of(p_.support, call_.y_support, t * sets + set);
+      targets[1]->of[lane] = target_of(p_.query, call_.y_query, t);
       if (!shared_parameters()) {
         pack_all(call_.parameters, call_.parameter_strides, t, packed);
         Tasks::give(p_.packing.total, packed, lane, own);
@@ -344,9 +352,9 @@ class Run {
     Task<V> task{};
     task.theta = own;
     task.x_support = x[0];
-    task.y_support = {&targets[0]};
+    task.y_support = {targets[0]};
     task.x_query = x[1];
-    task.y_query = {&targets[1]};
+    task.y_query = {targets[1]};
     task.support_losses = losses;
     task.query_loss = losses + p_.steps;
     task.logits = logits;

@@ -85,7 +85,7 @@ struct LaneProduct {
   }
 };
 
-/// The targets of each task, in the user's memory, for all samples (there are no tiles here).
+/// The targets of each task in one set, in the user's memory, for all samples (there are no tiles here).
 template <class T>
 struct LaneTargets {
   Target<T> of[kLanes<T>];
@@ -101,6 +101,10 @@ struct TasksInLanes : Updates<Vector<T>, T> {
 
   TasksInLanes(const T* rates, const T* query_weights, T* scratch_)
       : Updates<V, T>{rates, query_weights}, scratch(scratch_) {}
+
+  static Target<V> of_set(const Target<V>& target, int64_t set) {
+    return {static_cast<const LaneTargets<T>*>(target.y) + set};
+  }
 
   void forward(const Layer& l, const Tensors<V>& t) const {
     if (l.kind != Kind::conv2d) return passes_of<T>(l.kind).forward(longer(l), elements(t));

@@ -228,6 +228,7 @@ struct Runner<T>::State {
     const int64_t element = sizeof(T),
                   predictions =
                       problem.query.n ? problem.query.n * problem.query.values[problem.query.output].size : 0;
+    const int64_t sets = problem.support_sets(), support = sets * problem.support.n;
     auto samples = [&](const Stage& s) { return s.n ? s.n * s.values[0].size * element : 0; };
     const Loss loss = problem.graph.loss;
     auto targets = [&](const Stage& s) {
@@ -246,10 +247,10 @@ struct Runner<T>::State {
         all[regions + static_cast<size_t>(r)] = span(start, stride);
       };
       region(Region::shared, workspace.shared, 0);
-      region(Region::x_support, call.x_support, samples(problem.support));
-      region(Region::y_support, call.y_support.y, targets(problem.support));
-      region(Region::scale_support, call.y_support.scale, problem.support.n * element);
-      region(Region::old_log_probs_support, call.y_support.old_log_probs, problem.support.n * element);
+      region(Region::x_support, call.x_support, sets * samples(problem.support));
+      region(Region::y_support, call.y_support.y, sets * targets(problem.support));
+      region(Region::scale_support, call.y_support.scale, support * element);
+      region(Region::old_log_probs_support, call.y_support.old_log_probs, support * element);
       region(Region::x_query, call.x_query, samples(problem.query));
       region(Region::y_query, call.y_query.y, targets(problem.query));
       region(Region::scale_query, call.y_query.scale, problem.query.n * element);
