@@ -25,6 +25,7 @@ from maml_cuda.pytrees import of_task
 from maml_cuda.rl.inner import MetaSamples
 from maml_cuda.rl.outer import OuterStep, trpo
 from maml_cuda.rl.settings import RLSettings
+from maml_cuda.updates import InnerUpdate
 
 from .gaussian_policy import LOSS, RATE, SAMPLES, TASKS, Policy, doubled, episode
 from .machine import machine
@@ -51,8 +52,8 @@ class PlainAutograd:
         self.model = model
         self.score, self.ratio = losses(model)
 
-    def _rates(self) -> dict[str, Any]:
-        return {}  # no rate is learned
+    def _inner_update(self) -> InnerUpdate:
+        return InnerUpdate({})  # nothing of it is learned
 
     def fast(self, x: Tensor, y: PolicyTarget, create_graph: bool) -> dict[str, Tensor]:
         parameters = dict(self.model.named_parameters())

@@ -104,3 +104,192 @@ def test_clipped(
 def test_clipped_without_an_optimizer(machine: str, backend: str, norm: float | None, value: float | None) -> None:
     maml = FusedMAML(net(), 0.2, 3, inner_clip_norm=norm, inner_clip_value=value, backend=backend)
     compare(maml, episode(), plain("sgd", 0.2, {}), norm=norm, value=value)
+
+
+# -- learned hyperparameters and states ---------------------------------------------------------------------------
+
+FORMS = ["number", "0-d", "per step", "elementwise", "per step and element", "mixed"]
+STEPS = 3
+
+
+class Given:
+    """A hyperparameter as an argument, and its value for a parameter and step."""
+
+    def __init__(self, form: str, start: float, shapes: dict[str, torch.Size]) -> None:
+        leading = (STEPS,) if "per step" in form else ()
+        if form == "number":
+            self.argument: Any = start
+        elif "element" in form:
+            self.argument = {name: learned(start, *leading, *shape) for name, shape in shapes.items()}
+        elif form == "mixed":
+            parts = [lambda shape: start, lambda shape: learned(start), lambda shape: learned(start, STEPS)]
+            parts.append(lambda shape: learned(start, STEPS, *shape))
+            self.argument = {name: parts[i % 4](shape) for i, (name, shape) in enumerate(shapes.items())}
+        else:
+            self.argument = learned(start, *leading)
+
+    def at(self, name: str, k: int) -> Any:
+        value = self.argument[name] if isinstance(self.argument, dict) else self.argument
+        steps = isinstance(value, Tensor) and value.shape[:1] == (STEPS,)
+        return value[k] if steps else value
+
+    def learned(self, name: str) -> dict[str, Tensor]:
+        held = self.argument.items() if isinstance(self.argument, dict) else [("", self.argument)]
+        return {f"{name}.{key}".rstrip("."): t for key, t in held if isinstance(t, Tensor)}
+
+
+def learned(start: float, *shape: int) -> nn.Parameter:
+    return nn.Parameter(start * (0.8 + 0.2 * torch.rand(shape, dtype=torch.float64)))
+
+
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in model.named_parameters()}
+
+
+LEARNED: list[tuple[str, dict[str, float], dict[str, bool]]] = [
+    ("sgd", {"momentum": 0.8, "dampening": 0.3, "weight_decay": 0.1}, {}),
+    ("sgd", {"momentum": 0.8, "weight_decay": 0.1}, {"nesterov": True}),
+    ("adam", {"beta1": 0.9, "beta2": 0.99, "eps": 1e-2, "weight_decay": 0.1}, {}),
+    ("adamw", {"beta1": 0.9, "beta2": 0.99, "eps": 1e-2, "weight_decay": 0.1}, {}),
+    ("adamax", {"beta1": 0.9, "beta2": 0.7, "eps": 1e-2, "weight_decay": 0.1}, {}),
+    ("rmsprop", {"alpha": 0.9, "eps": 1e-2, "weight_decay": 0.1, "momentum": 0.7}, {"centered": True}),
+    ("adagrad", {"lr_decay": 0.3, "eps": 1e-2, "weight_decay": 0.1, "initial_accumulator_value": 0.5}, {}),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("rule", "options", "flags"), LEARNED)
+def test_hyperparameters_of_every_form(
+    machine: str, backend: str, rule: str, options: dict[str, float], flags: dict[str, bool], form: str
+) -> None:
+    model = net()
+    shapes = shapes_of(model)
+    once = {"per step": "0-d", "per step and element": "elementwise", "mixed": "elementwise"}
+    given = {
+        name: Given(once.get(form, form) if name == "initial_accumulator_value" else form, value, shapes)
+        for name, value in {"lr": 0.1, **options}.items()
+    }
+    arguments: dict[str, Any] = {name: g.argument for name, g in given.items()}
+    rate = arguments.pop("lr")
+    if "beta1" in arguments:
+        arguments["betas"] = (arguments.pop("beta1"), arguments.pop("beta2"))
+    maml = FusedMAML(model, rate, STEPS, inner_optimizer=OURS[rule](**arguments, **flags), backend=backend)
+
+    def step(name: str, p: Tensor, g: Tensor, s: dict[str, Any], k: int) -> Tensor:
+        h = {key: value.at(name, k) for key, value in given.items()}
+        if "beta1" in h:
+            h["betas"] = (h.pop("beta1"), h.pop("beta2"))
+        return unrolled.RULES[rule](p, g, s, k + 1, h.pop("lr"), {**h, **flags})
+
+    wanted = {}
+    for name, value in given.items():
+        wanted |= value.learned("inner_lr" if name == "lr" else f"inner_optimizer.{name}")
+    assert set(dict(maml.named_parameters())) == {f"model.{n}" for n in shapes} | set(wanted)
+    compare(maml, episode(), step, wanted)
+
+
+def test_beyond_the_schedule_the_last_value_repeats(machine: str, backend: str) -> None:
+    schedule = torch.tensor([0.9, 0.5], dtype=torch.float64)
+    maml = FusedMAML(net(), 0.1, 2, inner_optimizer=optim.SGD(momentum=schedule), backend=backend)
+    data = episode()
+
+    def step(name: str, p: Tensor, g: Tensor, s: dict[str, Any], k: int) -> Tensor:
+        return unrolled.sgd(p, g, s, k + 1, 0.1, {"momentum": schedule[min(k, 1)]})
+
+    _, _, after = unrolled.meta_gradient(maml.model, data, 5, step, {})
+    fast = maml.adapt(*data[:2], steps=5)
+    assert_close(fast, {n: torch.stack([phi[n] for phi in after]) for n in fast}, TOLERANCE)
+
+
+STATES = {
+    "sgd": ["momentum_buffer"],
+    "adam": ["exp_avg", "exp_avg_sq"],
+    "adamax": ["exp_avg", "exp_inf"],
+    "rmsprop": ["square_avg", "grad_avg", "momentum_buffer"],
+    "adagrad": ["sum"],
+}
+
+
+@pytest.mark.parametrize("taken", [0, 4])
+@pytest.mark.parametrize(("rule", "options", "flags"), [case for case in LEARNED if case[0] != "adamw"])
+def test_initial_states(
+    machine: str, backend: str, rule: str, options: dict[str, float], flags: dict[str, bool], taken: int
+) -> None:
+    """Given for all parameters but one, and learned; with the steps behind it."""
+    model = net()
+    names = list(shapes_of(model))[:-1]
+    state = {
+        name: {key: learned(0.3 if "avg" in key and "sq" not in key else 1.0, *shapes_of(model)[name])
+               for key in STATES[rule]}
+        for name in names
+    }  # fmt: skip
+    arguments: dict[str, Any] = {name: v for name, v in options.items() if "beta" not in name}
+    if "beta1" in options:
+        arguments["betas"] = (options["beta1"], options["beta2"])
+    given = {name: {**part, "step": torch.tensor(float(taken))} for name, part in state.items()}
+    maml = FusedMAML(model, 0.1, STEPS, inner_optimizer=OURS[rule](**arguments, **flags, state=given), backend=backend)
+
+    def step(name: str, p: Tensor, g: Tensor, s: dict[str, Any], k: int) -> Tensor:
+        t = k + 1 + (taken if name in names else 0)
+        return unrolled.RULES[rule](p, g, s, t, 0.1, {**arguments, **flags})
+
+    wanted = {f"inner_optimizer.state.{name}.{key}": t for name, part in state.items() for key, t in part.items()}
+    compare(maml, episode(), step, wanted, states=lambda name: state.get(name, {}))
+
+
+# -- groups -------------------------------------------------------------------------------------------------------
+
+
+def test_groups(machine: str, backend: str) -> None:
+    momentum = learned(0.8)
+    groups = optim.Groups(
+        [
+            (["2.bias"], optim.Adagrad(eps=1e-2)),
+            (lambda name: name.endswith("bias"), optim.SGD(momentum=momentum)),
+            (lambda name: True, optim.Adam(eps=1e-2)),
+        ]
+    )
+    maml = FusedMAML(net(), 0.1, 3, inner_optimizer=groups, backend=backend)
+    assert "inner_optimizer.1.momentum" in dict(maml.named_parameters())
+    chosen = {"2.bias": ("adagrad", {"eps": 1e-2}), "0.bias": ("sgd", {"momentum": momentum})}
+
+    def step(name: str, p: Tensor, g: Tensor, s: dict[str, Any], k: int) -> Tensor:
+        rule, options = chosen.get(name, ("adam", {"eps": 1e-2}))
+        return unrolled.RULES[rule](p, g, s, k + 1, 0.1, options)
+
+    compare(maml, episode(), step, {"inner_optimizer.1.momentum": momentum})
+
+
+def test_parameters_that_are_not_adapted(machine: str, backend: str) -> None:
+    """They have no state, and no part in the norm of the gradient; they have their exact meta-gradient."""
+    adapted = ["2.weight", "2.bias"]
+    maml = FusedMAML(
+        net(), 0.1, 3, inner_optimizer=optim.Adam(eps=1e-2), inner_clip_norm=0.2, adapt_params=adapted, backend=backend
+    )
+    compare(maml, episode(), plain("adam", 0.1, {"eps": 1e-2}), adapted=adapted, norm=0.2)
+
+
+# -- gradients that are zero --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [None, 1e-8, 0.5])
+@pytest.mark.parametrize(("rule", "options"), [case for case in CASES if case[1].get("weight_decay") is None])
+def test_gradients_that_are_always_zero(
+    machine: str, backend: str, rule: str, options: dict[str, Any], clip: float | None
+) -> None:
+    """A column of inputs is zero, so that a column of weights has no gradient. The meta-gradient is finite all the
+    same: it is that of the net without this column, and zero in the column."""
+    data = episode()
+    for x in (data[0], data[2]):
+        x[..., 1] = 0
+    whole = net()
+    part = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    columns = torch.tensor([0, 2])
+    part.load_state_dict({**whole.state_dict(), "0.weight": whole[0].weight.detach()[:, columns]})
+    maml = FusedMAML(whole, 0.1, 3, inner_optimizer=OURS[rule](**options), inner_clip_norm=clip, backend=backend)
+    maml(*data).loss.backward()
+    without = [data[0][..., columns], data[1], data[2][..., columns], data[3]]
+    _, expected, _ = unrolled.meta_gradient(part, without, 3, plain(rule, 0.1, options), {}, norm=clip)
+    found = gradients(maml)
+    assert torch.equal(found["0.weight"][:, 1], torch.zeros(5, dtype=torch.float64))
+    assert_close({**found, "0.weight": found["0.weight"][:, columns]}, expected, TOLERANCE)
