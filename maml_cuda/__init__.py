@@ -21,7 +21,7 @@ from maml_cuda import _core
 from maml_cuda.lazy_imports import lazily
 
 if TYPE_CHECKING:
-    from maml_cuda import policies, reference
+    from maml_cuda import optim, policies, reference
     from maml_cuda.batch_norm import PerStepBatchNorm1d, PerStepBatchNorm2d, at_step, convert_per_step
     from maml_cuda.fused_maml import FusedMAML, MetaOutput
     from maml_cuda.gradient_check import gradcheck
@@ -53,6 +53,7 @@ __all__ = [
     "build_info",
     "convert_per_step",
     "gradcheck",
+    "optim",
     "policies",
     "reference",
 ]

@@ -24,7 +24,7 @@ from maml_cuda.engine.binder import Binder, Set, read
 from maml_cuda.engine.binding import Binding
 from maml_cuda.engine.meta_step import MetaOutput
 from maml_cuda.engine.query_weights import QueryWeights
-from maml_cuda.engine.settings import Options, adapted_names, inner_update
+from maml_cuda.engine.settings import Options, adapted_names, described_update, inner_update
 from maml_cuda.gradient_transforms import GradientTransform
 from maml_cuda.optim import Groups, Optimizer
 from maml_cuda.optim import read as read_update
@@ -244,7 +244,7 @@ class FusedMAML(nn.Module):
             y_name = None if y is None else "y"
             given = Set("x", read(self, binding, "x", x, y_name, y), y_name or "", y)
             choice = self._binder.choice(self, binding, given, given)
-        return explanation.table(self.model, binding, choice)
+        return explanation.table(self.model, binding, choice, described_update(self))
 
     def memory_estimate(self, x_spt: Tree, x_qry: Tree) -> int:
         """Bytes of workspace that a meta-step on such data takes, beside its arguments and results; on a CPU, with as
@@ -464,7 +464,8 @@ class FusedMAML(nn.Module):
         The mean over tasks of J^T F J v: J is the Jacobian of the adapted parameters in the model's own, through the
         inner loop, F the Fisher matrix of the adapted policy averaged over the query samples. That is the Hessian, at
         theta = the model's parameters, of the mean over tasks and samples of KL(adapted policy now || adapted policy
-        of theta). With first_order J is the identity. Learned inner rates are held fixed.
+        of theta). With first_order the inner gradients are constants, so that J is the identity, but for weight decay.
+        Learned rates and hyperparameters are held fixed. Through an inner optimizer, on the general path.
 
         Args:
             x_spt, y_spt: support sets, [tasks, n_support, ...].

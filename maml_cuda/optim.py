@@ -117,6 +117,10 @@ class Optimizer(nn.Module):
             states[name][key] = t  # type: ignore[assignment]
         return states
 
+    def described(self) -> str:
+        """The optimizer and its numbers in one line."""
+        return f"{type(self).__name__}({self.extra_repr()})"
+
     def extra_repr(self) -> str:
         values: dict[str, Held] = {name: getattr(self, name) for name in self.ranges}
         numbers = [f"{name}={v}" for name, v in values.items() if isinstance(v, float)]
@@ -328,11 +332,17 @@ class Groups(nn.Module):
             raise ValueError(f"{what} must have a group for each adapted parameter, got none for {', '.join(missing)}")
         return {name: updates[name] for name in adapted}
 
+    def described(self) -> str:
+        return ", ".join(f"group {i}: {optimizer.described()}" for i, optimizer in enumerate(self.optimizers()))
+
     def held_tensors(self, what: str = "inner_optimizer") -> list[tuple[str, Tensor]]:
         return [t for i, optimizer in enumerate(self.optimizers()) for t in optimizer.held_tensors(f"{what}[{i}]")]
 
     def __getstate__(self) -> dict[str, Any]:
-        chosen = [as_pickled(c, self._seen) if callable(c) else c for c in self._chosen]
+        chosen = [
+            as_pickled(c, self._seen, f"groups[{i}] must say whether it chooses") if callable(c) else c
+            for i, c in enumerate(self._chosen)
+        ]
         return {**self.__dict__, "_chosen": chosen}
 
 

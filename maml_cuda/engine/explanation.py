@@ -9,10 +9,11 @@ from maml_cuda.engine.binding import Binding, Choice
 from maml_cuda.plan.own_loss import COMPUTED
 
 
-def table(model: nn.Module, binding: Binding, choice: Choice | None) -> str:
+def table(model: nn.Module, binding: Binding, choice: Choice | None, update: str) -> str:
     """Each module of the model, and the fused layer that serves it.
 
     Args:
+        update: what an inner step does with the gradient, or "".
         choice: what runs the data in question; None: it is not known yet.
     """
     if choice is None and binding.refused:
@@ -33,6 +34,8 @@ def table(model: nn.Module, binding: Binding, choice: Choice | None) -> str:
     if not known:
         head += " if the model can be fused, which the first call finds out; explain(x, y) looks at your data"
     lines = [f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}" for a, b, c in rows]
+    if update:
+        lines.append(f"inner gradients: {update}")
     if program is not None:
         lines += [f"{change}; fused layers do not" for change in program.ignored]
         if program.whole_sets:

@@ -92,6 +92,18 @@ def inner_update(maml: Settings) -> InnerUpdate:
     )  # fmt: skip
 
 
+def described_update(maml: Settings) -> str:
+    """What an inner step does with the gradient, in words; "" for plain gradient descent."""
+    parts = []
+    if (transform := maml.inner_transform) is not None:
+        parts.append(getattr(transform, "__name__", type(transform).__name__))
+    parts += [f"clipped by norm {maml.inner_clip_norm}"] * (maml.inner_clip_norm is not None)
+    parts += [f"clipped by value {maml.inner_clip_value}"] * (maml.inner_clip_value is not None)
+    if maml.inner_optimizer is not None:
+        parts.append(maml.inner_optimizer.described())
+    return "; ".join(parts)
+
+
 def of_inner_update(maml: Settings) -> list[nn.Module]:
     """The modules that an inner step depends on, besides the model."""
     given = (maml.inner_optimizer, maml.inner_transform)
