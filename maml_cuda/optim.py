@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from maml_cuda.adapted_parameters import as_pickled
 from maml_cuda.gradient_transforms import GradientTransform, transform_of
+from maml_cuda.meta_curvature import MetaCurvature
 from maml_cuda.rates import Held, InnerRates, Rate, Value, hold, read_rates, tensors
 from maml_cuda.updates import STATE, InnerUpdate, Update, clip, root
 
@@ -35,6 +36,7 @@ __all__ = [
     "Adamax",
     "Groups",
     "InnerUpdate",
+    "MetaCurvature",
     "RMSprop",
     "Update",
     "clip",

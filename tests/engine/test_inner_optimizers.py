@@ -293,3 +293,32 @@ def test_gradients_that_are_always_zero(
     found = gradients(maml)
     assert torch.equal(found["0.weight"][:, 1], torch.zeros(5, dtype=torch.float64))
     assert_close({**found, "0.weight": found["0.weight"][:, columns]}, expected, TOLERANCE)
+
+
+# -- another implementation ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rule", ["sgd", "adam", "adamax", "rmsprop", "adagrad"])
+def test_higher(rule: str) -> None:
+    """Its Adam adds eps before it corrects the bias: a schedule of eps gives the same."""
+    higher = pytest.importorskip("higher")
+    eps = 1e-3
+    theirs: Any = {
+        "sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamax": torch.optim.Adamax,
+        "rmsprop": torch.optim.RMSprop, "adagrad": torch.optim.Adagrad,
+    }[rule]  # fmt: skip
+    options: dict[str, Any] = {"momentum": 0.9} if rule == "sgd" else {"eps": eps}
+    mine = {"eps": eps / (1 - 0.999 ** torch.arange(1, 5).double()) ** 0.5} if rule == "adam" else options
+    model, data = net(), episode()
+    for x_spt, y_spt, x_qry, y_qry in zip(*data, strict=True):
+        inner = theirs(model.parameters(), lr=0.125, **options)  # a number of float32, which its Adagrad rounds to
+        with higher.innerloop_ctx(model, inner, copy_initial_weights=False) as (fast, steps):
+            for _ in range(4):
+                steps.step(nn.functional.cross_entropy(fast(x_spt), y_spt))
+            (nn.functional.cross_entropy(fast(x_qry), y_qry) / len(data[0])).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    maml = FusedMAML(model, 0.125, 4, inner_optimizer=OURS[rule](**mine))
+    maml(*data).loss.backward()
+    assert_close(gradients(maml), expected, TOLERANCE)

@@ -187,3 +187,56 @@ def test_fused_is_refused() -> None:
     text = 'backend="fused" cannot serve this model: inner gradients pass through inner_transform'
     with pytest.raises(ValueError, match=text):
         FusedMAML(net(), 0.1, 2, inner_transform=lambda grads: grads, backend="fused")
+
+
+class OfConvolutions(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(2, 3, (2, 3)), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4))
+        self.double()
+
+
+def curvature(grads: Gradients, factors: Callable[[str], Tensor]) -> Gradients:
+    """Equation 9 of Park, Oliva 2019."""
+    found = {}
+    for name, g in grads.items():
+        if name.endswith("bias"):
+            found[name] = factors(f"{name}.0") * g
+        elif g.dim() == 2:
+            found[name] = factors(f"{name}.0") @ g @ factors(f"{name}.1").T
+        else:
+            flat = g.reshape(g.shape[0], g.shape[1], -1)
+            m = [factors(f"{name}.{axis}") for axis in range(3)]
+            found[name] = torch.einsum("ao,bi,cf,oif->abc", *m, flat).reshape(g.shape)
+    return found
+
+
+def test_meta_curvature() -> None:
+    model = OfConvolutions()
+    transform = optim.MetaCurvature(model)
+    data = episode((2, 3, 4))
+    maml = FusedMAML(model, 0.1, 3, inner_transform=transform)
+    assert_close(maml.adapt(*data[:2]), FusedMAML(model, 0.1, 3).adapt(*data[:2]), 1e-12)  # identities at first
+    with torch.no_grad():
+        for p in transform.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    wanted = {f"inner_transform.{name}": p for name, p in transform.named_parameters()}
+    assert [list(p.shape) for p in transform.parameters()] == [[3, 3], [2, 2], [6, 6], [3], [4, 4], [12, 12], [4]]
+    factors = dict(transform.named_parameters())
+    compare(
+        maml, data, plain("sgd", 0.1, {}), wanted,
+        transform=lambda grads: curvature(grads, lambda key: factors[f"factors.{key}"]),
+    )  # fmt: skip
+
+
+def test_meta_curvature_of_some_parameters() -> None:
+    model = net()
+    maml = FusedMAML(model, 0.1, 2, inner_transform=optim.MetaCurvature(model, ["2.weight"]), adapt_params=["2.weight"])
+    maml(*episode()).loss.backward()
+    assert {name for name in gradients(maml) if "factors" in name} == {
+        "inner_transform.factors.2.weight.0", "inner_transform.factors.2.weight.1",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"names must be of parameters that require grad, got 3\.weight"):
+        optim.MetaCurvature(model, ["3.weight"])
+    other = FusedMAML(model, 0.1, 2, inner_transform=optim.MetaCurvature(model, ["2.weight"]))
+    with pytest.raises(ValueError, match=r"MetaCurvature must have been made for 0\.weight, 0\.bias, 2\.bias, got"):
+        other(*episode())

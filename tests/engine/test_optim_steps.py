@@ -1,5 +1,6 @@
 """The optimizers of the inner loop step by step: the same numbers as torch.optim, to rounding."""
 
+import copy
 import itertools
 
 import pytest
@@ -85,3 +86,22 @@ def test_each_step_is_that_of_torch(rule: str, options: dict, dtype: torch.dtype
         assert set(state) == set(mine.keys())
         for key, t in state.items():
             torch.testing.assert_close(t, theirs.state[p][key], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("rule", "options"), [(rule, options) for rule, cases in CASES.items() for options in cases])
+def test_it_goes_on_from_a_state_of_torch(rule: str, options: dict) -> None:
+    p = torch.nn.Parameter(start())
+    theirs = THEIRS[rule]([p], lr=0.1, foreach=False, **options)
+    grads = gradients()
+    for g in grads[:4]:
+        p.grad = g.clone()
+        theirs.step()
+    optimizer = OURS[rule](**options, state={"p": {key: copy.copy(t) for key, t in theirs.state[p].items()}})
+    mine = update(optimizer, p.shape)
+    phi = p.detach().clone()
+    state = {key: t.clone() for key, t in mine.start(phi).items()}
+    for k, g in enumerate(grads[4:]):
+        p.grad = g.clone()
+        theirs.step()
+        phi, state = mine.step(phi, g, state, k)
+        torch.testing.assert_close(phi, p.detach(), rtol=1e-12, atol=1e-12)
