@@ -22,6 +22,9 @@ struct Call {
   Target<T> y_support;
   const T* x_query = nullptr;
   Target<T> y_query;
+  // [tasks, sets] and [tasks], on the CPU: the first so many samples are the set, the others are padding,
+  // which has the scale 0. Null: there is none.
+  const int64_t *support_counts = nullptr, *query_counts = nullptr;
   const T* task_weights = nullptr;  // [tasks]; null: 1 / tasks for meta_gradient, 1 for the other operations
   // [steps + 1], the weight of the query loss at each phi_k; null unless the problem has query_steps.
   const T* query_weights = nullptr;
@@ -41,6 +44,10 @@ struct Call {
   T* state = nullptr;
   int64_t kept = 0;
   bool prepared = false;
+  // meta_gradient and adapt_backward of samples with weights, on the CPU, [tasks, sets, n_support]: for each
+  // sample the sum over inner steps of <g, z_dot>, with g its cotangent of the support loss and z_dot the
+  // tangent of its prediction along rate times v. What the gradient of its weight follows from.
+  T* sample_slopes = nullptr;
   uint64_t seed = 0;       // of random masks
   int64_t first_step = 0;  // the number of the first inner step, for random masks
 };

@@ -55,9 +55,10 @@ struct Walk {
   const T* phi;                         // the adapted parameters, packed: read in place of those in theta
   T *fixed, *step, *tangent, *scratch;  // memory regions, see Stage
   Stream stream;                        // of random masks
+  int64_t n;                            // samples of the task: at most stage.n, which the memory is for
 
   int64_t first() const { return stage.first(tile); }
-  int64_t samples() const { return stage.first(tile + 1) - first(); }
+  int64_t samples() const { return std::min(stage.first(tile + 1), n) - first(); }
   T* value(int v) const { return (stage.values[v].fixed ? fixed : step) + stage.values[v].at; }
   const T* input(int v) const {
     const Stage::Value& input = stage.values[v];
@@ -131,7 +132,7 @@ struct Walk {
     Layer l = s.layer;
     l.n = samples() * s.rows;
     l.stream = stream;
-    l.stream.samples = stage.n;
+    l.stream.samples = n;
     l.stream.first_sample = first();
     return l;
   }
@@ -193,6 +194,10 @@ struct Task {
   T* adapted;         // adapt: phi_K, packed
   bool prepared;      // kept_fisher: the workspace still holds the state of an earlier product on this data
   Stream stream;      // of random masks; `pass` is that of phi_0
+  // How many samples each support set and the query set have, the first ones; padding behind them is not
+  // looked at. Null: all of the stage.
+  const int64_t *support_counts = nullptr, *query_count = nullptr;
+  T* sample_slopes = nullptr;  // [support sets, n_support] or null, see Call
 };
 
 /// The outputs of a gradient pass, each null if it is not wanted. `cotangent`: an input, of the prediction,
@@ -214,19 +219,24 @@ struct PassOutputs {
 template <class Backend>
 concept ComputesPasses = requires { typename Backend::PassWalk; };
 
+/// Whether a backend gives slopes of samples (Call::sample_slopes).
+template <class Backend, class T>
+concept GivesSlopes =
+    requires(const Backend& backend, const T* x, T* y) { backend.add_slopes(0, 0, x, x, y); };
+
 /// Runs one operation on one task, in a workspace of Problem::task_size() elements. Besides the passes of the
 /// layers, a backend provides (pointers marked * may be null: not wanted)
 ///   of_set(target, set)      the target of a support set, if sets do not follow each other in memory
 ///   loss(part, z, target, value*, grad_z*, saved*)           value [1] and its cotangent at the prediction z
 ///   loss_tangent(part, z, target, z_dot, saved, grad_z_dot)  the tangent of grad_z
 ///   metric(part, z, target, z_dot, grad_z)                   the policy's Fisher metric at z times z_dot
-///   descend(rates, phi, g, next)                             next = phi - rate g
-///   direction(rates, v, out)                                 out = rate v
-///   retreat(size, product, v, rates, out*)                   v -= product, then out = rate v
-///   rate_gradient(rates, g, v, result)                       each rate's gradient -= its sum of g v
-///   add_weighted(k, size, x, y)                              y += w_k x, the weights of the query losses
-///   copy(size, from, to), zero(size, to)
-///   beside(f), join()        f(backend) runs concurrently with all calls until join(); false: not supported
+///   add_slopes(n, c, g, z_dot, slopes)                       slopes [n] += <g, z_dot> of each sample; or
+///   none descend(rates, phi, g, next)                             next = phi - rate g direction(rates, v,
+///   out)                                 out = rate v retreat(size, product, v, rates, out*) v -= product,
+///   then out = rate v rate_gradient(rates, g, v, result)                       each rate's gradient -= its
+///   sum of g v add_weighted(k, size, x, y)                              y += w_k x, the weights of the query
+///   losses copy(size, from, to), zero(size, to) beside(f), join()        f(backend) runs concurrently with
+///   all calls until join(); false: not supported
 template <class Backend, class T>
 class TaskRunner {
  public:
@@ -319,7 +329,7 @@ class TaskRunner {
       const auto query = at_query(p_.steps, 0, backend_);
       backend_.gradient(query, part(query), {}, {.prediction = task_.logits});
     } else {
-      for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
+      for (int64_t tile = 0; tile < query_tiles(); ++tile) {
         const auto query = at_query(p_.steps, tile, backend_);
         query.forward(Part::all);
         give_logits(query);
@@ -334,7 +344,7 @@ class TaskRunner {
       backend_.gradient(query, part(query), {},
                         {.gradient = task_.result, .limit = all, .cotangent = task_.given});
     } else {
-      for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
+      for (int64_t tile = 0; tile < query_tiles(); ++tile) {
         const auto query = at_query(p_.steps, tile, backend_);
         query.forward(Part::all);
         backend_.copy(query.samples() * classes(p_.query), task_.given + query.first() * classes(p_.query),
@@ -353,7 +363,7 @@ class TaskRunner {
     T* p = direction_;
     backend_.copy(p_.packing.adapted, task_.given, p);
     for (int k = 0; k < p_.steps; ++k) {
-      for (int64_t tile = 0; tile < p_.support.tiles; ++tile) {
+      for (int64_t tile = 0; tile < support_tiles(k); ++tile) {
         const auto support = at_support(k, tile);
         if (!task_.prepared) tile_gradient(support, k, k == 0, nullptr, g(k));
         if (p_.second_order()) tile_product(support, k, p, product_);
@@ -361,7 +371,7 @@ class TaskRunner {
       if (!task_.prepared) backend_.descend(p_.rates_of(k), phi(k), g(k), phi(k + 1));
       if (p_.second_order()) backend_.descend(p_.rates_of(k), p, product_, p);
     }
-    for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
+    for (int64_t tile = 0; tile < query_tiles(); ++tile) {
       const auto query = at_query(p_.steps, tile, backend_);
       if constexpr (ComputesPasses<Backend>) {
         backend_.metric_gradient(query, part(query), targets(query, task_.y_query), p, task_.result);
@@ -407,7 +417,7 @@ class TaskRunner {
     T *value = weighs ? loss_ : task_.query_loss, *v = weighs ? product_ : task_.result;
     gradient = gradient && counts;
     if (gradient) clear_slots(v);
-    for (int64_t tile = 0; tile < p_.query.tiles; ++tile) {
+    for (int64_t tile = 0; tile < query_tiles(); ++tile) {
       const auto query = at_query(k, tile, backend_);
       if constexpr (ComputesPasses<Backend>) {
         const Target<T> target = counts ? targets(query, task_.y_query) : Target<T>{};
@@ -433,6 +443,7 @@ class TaskRunner {
   void outer_loop() {
     T* v = task_.result;
     backend_.zero(p_.result_size - p_.packing.trainable, v + p_.packing.trainable);
+    if (task_.sample_slopes) backend_.zero(p_.support_sets() * p_.support.n, task_.sample_slopes);
     bool directed = false;  // direction_ holds alpha_k v_{k+1}
     for (int k = p_.steps - 1; k >= 0; --k) {
       if (k < p_.last_query() && k >= p_.first_differentiated()) {
@@ -451,7 +462,7 @@ class TaskRunner {
 
   /// The gradient pass at phi_k; loss and gradient [adapted] may be null. `fixed_too`: the task's first pass.
   void support_gradient(int k, bool fixed_too, T* value, T* gradient) {
-    for (int64_t tile = 0; tile < p_.support.tiles; ++tile) {
+    for (int64_t tile = 0; tile < support_tiles(k); ++tile) {
       tile_gradient(at_support(k, tile), k, fixed_too, value, gradient);
     }
   }
@@ -468,7 +479,7 @@ class TaskRunner {
   /// product [trainable] = H_k direction [adapted]; runs the gradient pass again if its state was not kept.
   void hessian_vector_product(int k, const T* direction, T* product) {
     clear_slots(product);
-    for (int64_t tile = 0; tile < p_.support.tiles; ++tile) {
+    for (int64_t tile = 0; tile < support_tiles(k); ++tile) {
       const auto support = at_support(k, tile);
       if (!ComputesPasses<Backend> && !p_.keeps_state_of(k))
         tile_gradient(support, k, p_.operation == Operation::hvp, nullptr, nullptr);
@@ -484,6 +495,11 @@ class TaskRunner {
     support.forward_tangent(direction);
     backend_.loss_tangent(part(support), support.differentiated(), targets(support, y_support(k)),
                           support.dot(output), support.loss_saved(), support.grad_dot(output));
+    if constexpr (GivesSlopes<Backend, T>) {
+      if (task_.sample_slopes)
+        backend_.add_slopes(support.samples(), classes(p_.support), support.grad(output), support.dot(output),
+                            task_.sample_slopes + set(k) * p_.support.n + support.first());
+    }
     support.backward_tangent(direction, product);
   }
 
@@ -504,7 +520,7 @@ class TaskRunner {
   }
   LossPart part(const Walk<Backend, T>& walk) const {
     if (p_.graph.loss == Loss::computed) return {Loss::computed, 1, 1, 1, false};
-    return {p_.graph.loss, walk.samples(), classes(walk.stage), walk.stage.n, walk.tile > 0, walk.first()};
+    return {p_.graph.loss, walk.samples(), classes(walk.stage), walk.n, walk.tile > 0, walk.first()};
   }
 
   /// g_k; where the descent is its last use, it shares the memory of phi_{k+1}, which replaces it.
@@ -520,8 +536,9 @@ class TaskRunner {
     T* step = steps_ + p_.region(k, tile) * p_.support.step_size;
     const T* x = task_.x_support + set(k) * p_.support.n * p_.support.values[0].size;
     const T* y = static_cast<const T*>(y_support(k).y);
-    return {backend_,    p_.packing, p_.support, tile, k,       x,        y,
-            task_.theta, phi(k),     fixed,      step, shared_, scratch_, stream(2 * k)};
+    return {backend_, p_.packing, p_.support,  tile,          k,
+            x,        y,          task_.theta, phi(k),        fixed,
+            step,     shared_,    scratch_,    stream(2 * k), support_samples(k)};
   }
   /// The number of the support set of an inner step, and what its loss compares.
   int64_t set(int k) const { return p_.support_sets() > 1 ? k : 0; }
@@ -541,8 +558,20 @@ class TaskRunner {
     const int slot = std::max(k - 1, 0);
     // At parameters that are the task's own, a prediction has the masks of the loss there.
     const Stream masks = stream(at_own_parameters(p_.operation) ? 0 : 2 * k + 1);
-    return {backend,     p_.packing, p_.query, tile, slot,    task_.x_query, y,
-            task_.theta, phi(k),     nullptr,  step, tangent, scratch_,      masks};
+    return {backend, p_.packing, p_.query, tile,     slot,  task_.x_query,  y, task_.theta, phi(k),
+            nullptr, step,       tangent,  scratch_, masks, query_samples()};
+  }
+  int64_t support_samples(int k) const {
+    return task_.support_counts ? task_.support_counts[set(k)] : p_.support.n;
+  }
+  int64_t query_samples() const { return task_.query_count ? *task_.query_count : p_.query.n; }
+  int64_t support_tiles(int k) const { return tiles(p_.support, support_samples(k)); }
+  int64_t query_tiles() const { return tiles(p_.query, query_samples()); }
+  /// The number of a stage's tiles that have any of the first n samples.
+  static int64_t tiles(const Stage& stage, int64_t n) {
+    int64_t count = stage.tiles;
+    while (count > 1 && stage.first(count - 1) >= n) --count;
+    return count;
   }
   Stream stream(int pass) const {
     Stream s = task_.stream;

@@ -32,6 +32,7 @@ class Call:
         state, kept, prepared: of "kept_fisher": the states of the first `kept` tasks, and whether an earlier call has
             filled them.
         seed, first_step: of random masks: the seed of the call, and the number of its first inner step.
+        support_counts, query_counts: int64 [tasks], on the CPU: how many samples of each task are no padding.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class Call:
         prepared: bool = ...,
         seed: int = ...,
         first_step: int = ...,
+        support_counts: Tensor | None = ...,
+        query_counts: Tensor | None = ...,
     ) -> None: ...
 
 class Problem:
@@ -69,6 +72,7 @@ class Problem:
         task_size: elements of the state of one task of "kept_fisher".
         support_sets: of a task: one for each inner step, or one.
         in_lanes: whether a CPU may compute several tasks side by side in the lanes of vectors.
+        combines_samples: whether samples depend on each other otherwise than through a normalisation.
     """
 
     prediction: list[int]
@@ -76,6 +80,7 @@ class Problem:
     task_size: int
     support_sets: int
     in_lanes: bool
+    combines_samples: bool
     def __init__(
         self,
         plan: Plan,
@@ -87,6 +92,7 @@ class Problem:
         first_order: bool,
         double: bool,
         query_steps: Sequence[int] = ...,
+        weighted: bool = ...,
     ) -> None: ...
     def workspace(self, tasks: int, at_once: int) -> int:
         """Elements of workspace that a CPU needs."""
@@ -115,6 +121,8 @@ class Problem:
         prepared: bool = ...,
         seed: int = ...,
         first_step: int = ...,
+        support_counts: Tensor | None = ...,
+        query_counts: Tensor | None = ...,
     ) -> None:
         """Runs a call on the CPU. The arguments are those of Call."""
 
@@ -152,6 +160,8 @@ class CudaRunner:
         prepared: bool = ...,
         seed: int = ...,
         first_step: int = ...,
+        support_counts: Tensor | None = ...,
+        query_counts: Tensor | None = ...,
     ) -> None:
         """Runs a call. The other arguments are those of Call."""
     def table_bytes(self, call: Call) -> int: ...
@@ -182,6 +192,8 @@ class CudaRunner:
         prepared: bool = ...,
         seed: int = ...,
         first_step: int = ...,
+        support_counts: Tensor | None = ...,
+        query_counts: Tensor | None = ...,
     ) -> None:
         """Replays a graph for a call like the captured one. The other arguments are those of Call."""
 

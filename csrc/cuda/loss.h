@@ -4,6 +4,7 @@
 //                  grad_z_dot = p (z_dot - <p, z_dot>) / N
 //   mse            L = sum (z - t)^2 / (N c);  grad_z = 2 (z - t) / (N c);  grad_z_dot = 2 z_dot / (N c)
 //   computed       z is the loss itself: grad_z = 1;  grad_z_dot = 0
+// Where samples have a scale w, that of a sample takes the place of 1 / N.
 // `saved` holds p. policy_loss.h has the formulas and kernels of the policy losses.
 //
 // Cross entropy: `width` threads of a warp share a row, one to eight columns each as long as a warp suffices
@@ -29,11 +30,12 @@ namespace maml::cuda {
 
 /// This thread's part of the sum of -log p[label]. Writes grad_z and p unless grad_z is null.
 template <class T>
-__device__ double cross_entropy_rows(Team team, const LossPart& part, const T* z, const int64_t* labels,
+__device__ double cross_entropy_rows(Team team, const LossPart& part, const T* z, const Target<T>& target,
                                      T* grad_z, T* p) {
   const int64_t c = part.c;
+  const auto* const labels = static_cast<const int64_t*>(target.y);
   double total = 0;
-  const T per_row = 1 / static_cast<T>(part.samples);
+  const T of_all = 1 / static_cast<T>(part.samples);
   each_row(team, part.n, c, [&](int64_t row, int lane, int width, bool exists) {
     const int64_t first = exists ? lane : c;  // c: a row that does not exist has no columns to read
     const T* z_row = z + row * c;
@@ -46,8 +48,12 @@ __device__ double cross_entropy_rows(Team team, const LossPart& part, const T* z
     if (!exists) return;
     const int64_t label = labels[row];
     if (label < 0 || label >= c) refuse_class("cross_entropy: the label", part.first + row, label, c);
-    if (lane == 0) total += static_cast<double>(largest - z_row[label]) + std::log(static_cast<double>(sum));
+    if (lane == 0) {
+      const double loss = static_cast<double>(largest - z_row[label]) + std::log(static_cast<double>(sum));
+      total += target.scale ? static_cast<double>(target.scale[row]) * loss : loss;
+    }
     if (!grad_z) return;
+    const T per_row = target.scale ? target.scale[row] : of_all;
     const T scale = 1 / sum;
     for (int64_t j = lane; j < c; j += width) {
       const T probability = std::exp(z_row[j] - largest) * scale;
@@ -59,8 +65,19 @@ __device__ double cross_entropy_rows(Team team, const LossPart& part, const T* z
 }
 
 template <class T>
-__device__ double square_elements(Team team, const LossPart& part, const T* z, const T* target, T* grad_z) {
+__device__ double square_elements(Team team, const LossPart& part, const T* z, const Target<T>& of,
+                                  T* grad_z) {
+  const T* const target = static_cast<const T*>(of.y);
   double total = 0;
+  if (of.scale) {
+    const int64_t count = part.n * part.c, step = team.step();
+    for (int64_t i = team.first(); i < count; i += step) {
+      const T d = z[i] - target[i], share = of.scale[i / part.c] / static_cast<T>(part.c);
+      total += static_cast<double>(share) * static_cast<double>(d) * static_cast<double>(d);
+      if (grad_z) grad_z[i] = 2 * d * share;
+    }
+    return total;
+  }
   const T scale = 2 / static_cast<T>(part.samples * part.c);
   const int64_t count = part.n * part.c, step = team.step();
   for (int64_t i = team.first(); i < count; i += step) {
@@ -76,14 +93,14 @@ __device__ double square_elements(Team team, const LossPart& part, const T* z, c
 template <class T>
 __device__ void loss_value(Team team, const LossPart& part, const T* z, const Target<T>& target, T* loss,
                            T* grad_z, T* saved, double* sums) {
-  double total = 0, count = static_cast<double>(part.samples);
+  double total = 0, count = target.scale ? 1 : static_cast<double>(part.samples);
   switch (part.kind) {
     case Loss::cross_entropy:
-      total = cross_entropy_rows(team, part, z, static_cast<const int64_t*>(target.y), grad_z, saved);
+      total = cross_entropy_rows(team, part, z, target, grad_z, saved);
       break;
     case Loss::mse:
-      total = square_elements(team, part, z, static_cast<const T*>(target.y), grad_z);
-      count *= static_cast<double>(part.c);
+      total = square_elements(team, part, z, target, grad_z);
+      if (!target.scale) count *= static_cast<double>(part.c);
       break;
     case Loss::gaussian_policy:
       total = gaussian_rows(team, part, z, target, grad_z, saved);
@@ -112,15 +129,16 @@ __device__ void loss_value(Team team, const LossPart& part, const T* z, const Ta
 }
 
 template <class T>
-__device__ void cross_entropy_tangent(Team team, const LossPart& part, const T* z_dot, const T* p,
-                                      T* grad_z_dot) {
+__device__ void cross_entropy_tangent(Team team, const LossPart& part, const Target<T>& target,
+                                      const T* z_dot, const T* p, T* grad_z_dot) {
   const int64_t c = part.c;
-  const T per_row = 1 / static_cast<T>(part.samples);
+  const T of_all = 1 / static_cast<T>(part.samples);
   each_row(team, part.n, c, [&](int64_t row, int lane, int width, bool exists) {
     const int64_t first = exists ? lane : c;
     T mean = 0;
     for (int64_t j = first; j < c; j += width) mean += p[row * c + j] * z_dot[row * c + j];
     mean = row_sum(mean, width);
+    const T per_row = target.scale && exists ? target.scale[row] : of_all;
     for (int64_t j = first; j < c; j += width) {
       grad_z_dot[row * c + j] = p[row * c + j] * (z_dot[row * c + j] - mean) * per_row;
     }
@@ -130,13 +148,19 @@ __device__ void cross_entropy_tangent(Team team, const LossPart& part, const T* 
 template <class T>
 __device__ void loss_tangent(Team team, const LossPart& part, const T* z, const Target<T>& target,
                              const T* z_dot, const T* saved, T* grad_z_dot) {
-  if (part.kind == Loss::cross_entropy) return cross_entropy_tangent(team, part, z_dot, saved, grad_z_dot);
+  if (part.kind == Loss::cross_entropy)
+    return cross_entropy_tangent(team, part, target, z_dot, saved, grad_z_dot);
   if (part.kind == Loss::gaussian_policy)
     return gaussian_tangent(team, part, z, target, z_dot, saved, grad_z_dot);
   if (part.kind == Loss::categorical_policy)
     return categorical_tangent(team, part, z, target, z_dot, saved, grad_z_dot);
   const int64_t count = part.n * part.c, step = team.step();
   const bool computed = part.kind == Loss::computed;  // the derivative of its cotangent, which is 1
+  if (target.scale && !computed) {
+    for (int64_t i = team.first(); i < count; i += step)
+      grad_z_dot[i] = 2 * z_dot[i] * (target.scale[i / part.c] / static_cast<T>(part.c));
+    return;
+  }
   const T scale = computed ? T(0) : 2 / static_cast<T>(part.samples * part.c);
   for (int64_t i = team.first(); i < count; i += step) grad_z_dot[i] = computed ? T(0) : z_dot[i] * scale;
 }

@@ -165,7 +165,7 @@ constexpr bool takes_classes(Loss loss) {
 template <class T>
 struct Target {
   const void* y = nullptr;           // labels or actions, int64 [n]; values [n, c]; actions [n, c / 2]
-  const T* scale = nullptr;          // policies: the scale of each sample [n]
+  const T* scale = nullptr;          // policies, samples with weights: the scale of each [n]
   const T* old_log_probs = nullptr;  // policies: for the likelihood ratio [n]; null: the score form
 
   /// The number of elements of y for one sample.

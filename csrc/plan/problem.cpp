@@ -9,7 +9,8 @@ namespace maml {
 Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
                  std::vector<RateTensor> rate_tensors_, const std::vector<int64_t>& sample_,
                  int64_t n_support, int64_t n_query, int steps_, bool first_order_,
-                 const std::vector<int>& query_steps_, int64_t element_bytes_, const LayerTraits& traits)
+                 const std::vector<int>& query_steps_, bool weighted_, int64_t element_bytes_,
+                 const LayerTraits& traits)
     : graph(with_chains(graph_, traits.chain)),
       operation(operation_),
       rates(std::move(rates_)),
@@ -17,6 +18,7 @@ Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
       steps(steps_),
       first_order(first_order_),
       query_steps(query_steps_),
+      weighted(weighted_),
       sample(sample_),
       element_bytes(element_bytes_),
       packing(graph.parameters) {

@@ -79,6 +79,7 @@ struct Problem {
   bool first_order = false;
   // The k, ascending, for which the query loss at phi_k counts, weighted by the call. Empty: phi_steps only.
   std::vector<int> query_steps;
+  bool weighted = false;        // samples have weights: the targets of the loss have a scale
   std::vector<int64_t> sample;  // shape of one sample
   int64_t element_bytes = 0;
 
@@ -98,7 +99,8 @@ struct Problem {
 
   Problem(Graph graph, Operation operation, std::vector<Rate> rates, std::vector<RateTensor> rate_tensors,
           const std::vector<int64_t>& sample, int64_t n_support, int64_t n_query, int steps, bool first_order,
-          const std::vector<int>& query_steps, int64_t element_bytes, const LayerTraits& traits);
+          const std::vector<int>& query_steps, bool weighted, int64_t element_bytes,
+          const LayerTraits& traits);
   /// Makes the stages again for other LayerTraits::tile.
   void lay_out(const LayerTraits& traits);
 

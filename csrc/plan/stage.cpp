@@ -8,13 +8,16 @@
 namespace maml {
 namespace {
 
-/// Whether a sample of the output depends on other samples: so it is where a layer takes the samples together
-/// to a value without.
-bool mixes_samples(const Graph& graph, const Stage& stage, size_t i) {
+/// Whether a layer takes the samples together to a value without.
+bool sums_samples(const Graph& graph, const Stage& stage, size_t i) {
   const Node& node = graph.nodes[i];
-  if (properties(node.layer.kind).mixes_samples) return true;
   return !stage.values[i + 1].samples &&
          std::any_of(node.inputs.begin(), node.inputs.end(), [&](int x) { return stage.values[x].samples; });
+}
+
+/// Whether a sample of the output depends on other samples.
+bool mixes_samples(const Graph& graph, const Stage& stage, size_t i) {
+  return properties(graph.nodes[i].layer.kind).mixes_samples || sums_samples(graph, stage, i);
 }
 
 /// Samples go through the layers in tiles if none of them mixes samples.
@@ -221,6 +224,14 @@ void find_added_cotangents(const Graph& graph, Stage& stage) {
 }
 
 }  // namespace
+
+bool combines_samples(const Graph& graph, const Stage& stage) {
+  for (size_t i = 0; stage.n > 0 && i < graph.nodes.size(); ++i) {
+    const bool of_normalisation = graph.nodes[i].layer.kind == Kind::patch_gram;
+    if (!of_normalisation && sums_samples(graph, stage, i)) return true;
+  }
+  return false;
+}
 
 Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t n, Data data, Keep keep,
                  bool has_target, const LayerTraits& traits) {

@@ -91,6 +91,10 @@ enum class Data { support, per_step_support, query };
 Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t n, Data data, Keep keep,
                  bool has_target, const LayerTraits& traits);
 
+/// Whether a sample of a value depends on other samples otherwise than through a normalisation. The stage has
+/// as many values as its graph has nodes, and one; or none, without samples.
+bool combines_samples(const Graph& graph, const Stage& stage);
+
 /// The second part of make_stage: memory (memory.cpp), after shapes and dependencies (stage.cpp).
 void place_values(Stage& stage, Data data, Keep keep, const LayerTraits& traits);
 

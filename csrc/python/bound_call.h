@@ -30,6 +30,7 @@ struct BoundCall {
   bool prepared = false;
   uint64_t seed = 0;
   int64_t first_step = 0;
+  Memory support_counts, query_counts, sample_slopes;
 
   template <class T>
   Call<T> as() const {
@@ -59,6 +60,9 @@ struct BoundCall {
     call.prepared = prepared;
     call.seed = seed;
     call.first_step = first_step;
+    call.support_counts = support_counts.as<const int64_t>();
+    call.query_counts = query_counts.as<const int64_t>();
+    call.sample_slopes = sample_slopes.as<T>();
     return call;
   }
 

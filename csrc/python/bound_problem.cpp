@@ -38,9 +38,9 @@ void check_classes(const std::string& name, const char* what, const int64_t* lab
 
 Problem problem_of(ReadPlan plan, Operation operation, const std::vector<int64_t>& sample, int64_t n_support,
                    int64_t n_query, int steps, bool first_order, bool is_double,
-                   const std::vector<int>& query_steps) {
+                   const std::vector<int>& query_steps, bool weighted) {
   return Problem(std::move(plan.graph), operation, std::move(plan.rates), std::move(plan.rate_tensors),
-                 sample, n_support, n_query, steps, first_order, query_steps, is_double ? 8 : 4,
+                 sample, n_support, n_query, steps, first_order, query_steps, weighted, is_double ? 8 : 4,
                  traits_of(plan.backend));
 }
 
@@ -48,10 +48,15 @@ Problem problem_of(ReadPlan plan, Operation operation, const std::vector<int64_t
 
 BoundProblem::BoundProblem(py::handle plan, const std::string& operation, const std::vector<int64_t>& sample,
                            int64_t n_support, int64_t n_query, int steps, bool first_order, bool is_double,
-                           const std::vector<int>& query_steps)
+                           const std::vector<int>& query_steps, bool weighted)
     : double_(is_double),
       problem_(problem_of(read_plan(plan, operation_named(operation)), operation_named(operation), sample,
-                          n_support, n_query, steps, first_order, is_double, query_steps)) {}
+                          n_support, n_query, steps, first_order, is_double, query_steps, weighted)) {}
+
+bool BoundProblem::combines_samples() const {
+  return maml::combines_samples(problem_.graph, problem_.support) ||
+         maml::combines_samples(problem_.graph, problem_.query);
+}
 
 int64_t BoundProblem::workspace(int64_t tasks, int64_t at_once) const {
   const cpu::Backend& backend = cpu::backend();

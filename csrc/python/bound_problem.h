@@ -15,7 +15,7 @@ class BoundProblem {
  public:
   BoundProblem(pybind11::handle plan, const std::string& operation, const std::vector<int64_t>& sample,
                int64_t n_support, int64_t n_query, int steps, bool first_order, bool is_double,
-               const std::vector<int>& query_steps);
+               const std::vector<int>& query_steps, bool weighted);
 
   bool is_double() const { return double_; }
   const Problem& problem() const { return problem_; }
@@ -29,6 +29,8 @@ class BoundProblem {
   int64_t task_size() const { return problem_.task_size(); }
   /// Whether a CPU may run several tasks side by side, one in each lane of a vector register.
   bool in_lanes() const { return problem_.runs_in_lanes(); }
+  /// Whether a sample of a value depends on other samples otherwise than through a normalisation.
+  bool combines_samples() const;
   /// Runs the call on the CPU. Throws std::invalid_argument for a label or action out of range.
   void run(const BoundCall& call) const;
 

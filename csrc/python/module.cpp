@@ -29,7 +29,8 @@ BoundCall made_call(int64_t tasks, int64_t at_once, Memory workspace, Tensors pa
                     TargetOf support, TargetOf query, Memory task_weights, Memory query_weights,
                     Losses losses, Memory logits, Memory gradient, Strides parameter_strides, Tensors given,
                     Strides given_strides, Tensors per_task, Memory state, int64_t kept, bool prepared,
-                    uint64_t seed, int64_t first_step) {
+                    uint64_t seed, int64_t first_step, Memory support_counts, Memory query_counts,
+                    Memory sample_slopes) {
   return {tasks,
           at_once,
           workspace,
@@ -50,7 +51,10 @@ BoundCall made_call(int64_t tasks, int64_t at_once, Memory workspace, Tensors pa
           kept,
           prepared,
           seed,
-          first_step};
+          first_step,
+          support_counts,
+          query_counts,
+          sample_slopes};
 }
 
 /// Defines what takes the arguments of made_call.
@@ -63,7 +67,8 @@ void with_call_arguments(Define define) {
          py::kw_only(), py::arg("parameter_strides") = Strides{}, py::arg("given") = Tensors{},
          py::arg("given_strides") = Strides{}, py::arg("per_task") = Tensors{}, py::arg("state") = Memory{},
          py::arg("kept") = 0, py::arg("prepared") = false, py::arg("seed") = uint64_t{0},
-         py::arg("first_step") = 0);
+         py::arg("first_step") = 0, py::arg("support_counts") = Memory{}, py::arg("query_counts") = Memory{},
+         py::arg("sample_slopes") = Memory{});
 }
 
 /// `run` as a function of its other arguments and of those of the call, so that making a call and running it
@@ -92,16 +97,19 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
         "a backward, or directions. losses: loss, task_losses, support_losses. at_once: tasks at the same "
         "time. state: workspaces of the first `kept` tasks of a kept_fisher; prepared: an earlier call has "
         "filled them. seed, first_step: of random masks: the seed of the call, and the number of its first "
-        "inner step.");
+        "inner step. support_counts, query_counts: int64 [tasks], on the CPU: how many samples of a task "
+        "are its set; the others, behind them, are padding. sample_slopes [tasks, n_support]: an output, on "
+        "the CPU: of each sample, the slope of its part of the support loss along rate times v, summed over "
+        "inner steps.");
   });
 
   py::class_<BoundProblem> problem(m, "Problem", py::module_local());
   problem
       .def(py::init<py::handle, const std::string&, const std::vector<int64_t>&, int64_t, int64_t, int, bool,
-                    bool, const std::vector<int>&>(),
+                    bool, const std::vector<int>&, bool>(),
            py::arg("plan"), py::arg("operation"), py::arg("sample"), py::arg("n_support"), py::arg("n_query"),
            py::arg("steps"), py::arg("first_order"), py::arg("double"),
-           py::arg("query_steps") = std::vector<int>{})
+           py::arg("query_steps") = std::vector<int>{}, py::arg("weighted") = false)
       .def_property_readonly("prediction", &BoundProblem::prediction, "Shape of one sample's prediction.")
       .def_property_readonly("saved_steps", &BoundProblem::saved_steps,
                              "Inner steps whose state is kept for the products; 1: it is computed again.")
@@ -110,6 +118,8 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
       .def_property_readonly(
           "support_sets", [](const BoundProblem& p) { return p.problem().support_sets(); },
           "Support sets of a task: one for each inner step, or one.")
+      .def_property_readonly("combines_samples", &BoundProblem::combines_samples,
+                             "Whether samples are combined otherwise than by a normalisation.")
       .def_property_readonly("in_lanes", &BoundProblem::in_lanes,
                              "Whether a CPU may run several tasks side by side.")
       .def_property_readonly("task_size", &BoundProblem::task_size, "Elements of a kept task's state.");

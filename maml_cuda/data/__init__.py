@@ -5,6 +5,17 @@ from maml_cuda.data.episodes import Episodes
 from maml_cuda.data.glyphs import GlyphTasks
 from maml_cuda.data.image_tasks import ImageBatches, ImageTasks
 from maml_cuda.data.meta_batch import MetaBatch
+from maml_cuda.data.ragged import RaggedBatch, collate
 from maml_cuda.data.sinusoid import SinusoidTasks
 
-__all__ = ["Episodes", "GlyphTasks", "ImageBatches", "ImageTasks", "MetaBatch", "SinusoidTasks", "images"]
+__all__ = [
+    "Episodes",
+    "GlyphTasks",
+    "ImageBatches",
+    "ImageTasks",
+    "MetaBatch",
+    "RaggedBatch",
+    "SinusoidTasks",
+    "collate",
+    "images",
+]

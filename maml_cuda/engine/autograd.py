@@ -79,6 +79,20 @@ def _saved(t: Tensor | None) -> Tensor | None:
     return t.clone() if t is not None and t.is_inference() else t
 
 
+def support_gradient(slopes: Tensor, weights: Tensor) -> Tensor:
+    """The gradient in the weights of support samples [tasks, n], from their slopes, the sums over inner steps of
+    <g_i, z_dot_i>: g_i is the cotangent of the loss at sample i's prediction, and z_dot_i the tangent of that along
+    d = rate times v.
+
+    With W the sum of a task's weights, an inner gradient is sum_i w_i grad l_i / W. Its derivative in w_i is
+    (grad l_i - the inner gradient) / W, and that along -d is -(slope_i / w_i - the sum of slopes / W).
+    """
+    slopes = slopes.view_as(weights)
+    counts = weights > 0
+    gradient = slopes.sum(1, keepdim=True) / weights.sum(1, keepdim=True) - slopes / torch.where(counts, weights, 1)
+    return torch.where(counts, gradient, 0)
+
+
 class _Adapt(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -89,10 +103,13 @@ class _Adapt(torch.autograd.Function):
         parameters: int,
         x: Tensor,
         y: TargetList,
+        weights: Tensor | None,
         seed: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.call = plan, steps, first_order, parameters, seed
+        ctx.weights = weights is not None and weights.requires_grad
+        y = y if weights is None else [*y, weights]
         ctx.fields = len(y)
         ctx.save_for_backward(*map(_saved, (x, *y, *tensors)))
         fast, support_losses = torch.ops.maml_cuda.adapt_forward(
@@ -110,9 +127,14 @@ class _Adapt(torch.autograd.Function):
             tensors[:count], tensors[count:], x, y, list(cotangents[:-1]), plan, steps, first_order, seed
         )
         has_gradient = plan_of(plan).has_gradient
+        flat, slopes = flat.split([plan_of(plan).gradient_size, len(flat) - plan_of(plan).gradient_size])
         wanted = [t for t, yes in zip(tensors, has_gradient, strict=True) if yes]
-        grads = iter(once("adapt", cut(flat, wanted), [*cotangents[:-1], *wanted]))
-        return (None,) * 7 + tuple(next(grads) if yes else None for yes in has_gradient)
+        found, inputs = cut(flat, wanted), [*cotangents[:-1], *wanted]
+        weights = [y[1]] if ctx.weights and steps and not first_order else []
+        found += [support_gradient(slopes, w) for w in weights]
+        grads = once("adapt", found, [*inputs, *weights])
+        of_weights, rest = grads.pop() if weights else None, iter(grads)
+        return (*(None,) * 6, of_weights, None, *(next(rest) if yes else None for yes in has_gradient))
 
 
 LIBRARY.define(
@@ -131,8 +153,9 @@ def _adapt(
     first_order: bool,
     seed: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
+    y, weights = (y[:1], y[1]) if len(y) == 2 else (y, None)
     *fast, support_losses = _Adapt.apply(  # type: ignore[no-untyped-call]
-        plan, steps, first_order, len(parameters), x, y, seed, *parameters, *rates
+        plan, steps, first_order, len(parameters), x, y, weights, seed, *parameters, *rates
     )
     return fast, support_losses
 
@@ -142,24 +165,28 @@ LIBRARY.impl("adapt", _adapt, "CompositeImplicitAutograd")
 
 class _Predict(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: str, x: Tensor, seed: Tensor | None, *fast: Tensor) -> Tensor:
-        ctx.plan, ctx.seed = plan, seed
+    def forward(
+        ctx: Any, plan: str, x: Tensor, seed: Tensor | None, counts: Tensor | None, *fast: Tensor
+    ) -> Tensor:  # fmt: skip
+        ctx.plan, ctx.seed, ctx.counts = plan, seed, counts
         ctx.save_for_backward(*map(_saved, (x, *fast)))
-        prediction: Tensor = torch.ops.maml_cuda.predict_forward(fast, x, plan, seed)
+        prediction: Tensor = torch.ops.maml_cuda.predict_forward(fast, x, plan, seed, counts)
         return prediction
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         x, *fast = ctx.saved_tensors
-        grads = torch.ops.maml_cuda.predict_backward(fast, x, cotangent, ctx.plan, ctx.seed)
-        return (None, None, None, *once("predict", grads, [cotangent, *fast]))
+        grads = torch.ops.maml_cuda.predict_backward(fast, x, cotangent, ctx.plan, ctx.seed, ctx.counts)
+        return (None, None, None, None, *once("predict", grads, [cotangent, *fast]))
 
 
-LIBRARY.define("predict(Tensor[] fast, Tensor x, str plan, Tensor? seed=None) -> Tensor")
+LIBRARY.define("predict(Tensor[] fast, Tensor x, str plan, Tensor? seed=None, Tensor? counts=None) -> Tensor")
 
 
-def _predict(fast: list[Tensor], x: Tensor, plan: str, seed: Tensor | None = None) -> Tensor:
-    return _Predict.apply(plan, x, seed, *fast)  # type: ignore[no-any-return,no-untyped-call]
+def _predict(
+    fast: list[Tensor], x: Tensor, plan: str, seed: Tensor | None = None, counts: Tensor | None = None
+) -> Tensor:
+    return _Predict.apply(plan, x, seed, counts, *fast)  # type: ignore[no-any-return,no-untyped-call]
 
 
 LIBRARY.impl("predict", _predict, "CompositeImplicitAutograd")

@@ -10,12 +10,13 @@ from torch.utils import _pytree as pytree
 
 from maml_cuda import batch_norm, pytrees
 from maml_cuda.capture.errors import DoesNotFit
-from maml_cuda.engine import checks, cuda_runner, data_checks, fallback
+from maml_cuda.engine import checks, cuda_runner, data_checks, fallback, weighted_sets
 from maml_cuda.engine.binding import Binding, Choice
 from maml_cuda.engine.problem import features
 from maml_cuda.engine.program import Program
 from maml_cuda.engine.settings import Settings, adapted_names
 from maml_cuda.engine.signatures import SetLike, Signature, tree_like
+from maml_cuda.engine.weighted_sets import Packed, packed
 from maml_cuda.losses import Loss
 from maml_cuda.pytrees import Tree
 from maml_cuda.sample_weights import with_weights
@@ -44,6 +45,10 @@ class Set(NamedTuple):
     def weighted(self) -> Target:
         """y as the general path takes it."""
         return with_weights(self.y, self.weights)
+
+    def packed(self) -> Packed:
+        """The set as fused layers take it."""
+        return packed(self.x, self.y, self.weights)
 
 
 class Binder:
@@ -198,8 +203,8 @@ class Binder:
         if binding.refused:
             return Choice(None, binding.why_never)
         sets = [given for given in (support, query) if given is not None]
-        if any(given.weights is not None for given in sets):
-            return Choice(None, "samples have weights")
+        if why_not := weighted_sets.why_not(maml, support, query):
+            return Choice(None, why_not)
         if why_not := next(filter(None, map(_why_not_samples, sets)), "") or _why_not_own(maml.loss, sets):
             return Choice(None, why_not)
         second_order = not maml.first_order if second_order is None else second_order
@@ -211,12 +216,43 @@ class Binder:
             return binding.find_now(x_spt, x_qry, second_order)
         support_like, query_like = (None if given is None else _like(given, maml.loss) for given in (support, query))
         try:
-            return binding.find(Signature(support_like, query_like, second_order))
+            choice = binding.find(Signature(support_like, query_like, second_order))
         except DoesNotFit as reason:
             wrong = next(given for given in sets if _like(given, maml.loss) == reason.given)
             if reason.in_loss and wrong.y is not None:
                 raise data_checks.does_not_fit_loss(wrong.y_name, wrong.y, str(reason)) from None
             raise data_checks.does_not_fit(wrong.x_name, wrong.x, binding.like(), str(reason)) from None
+
+        return self._with_padding(binding, choice, support, query, second_order)
+
+    def _with_padding(
+        self, binding: Binding, choice: Choice, support: Set | None, query: Set | None, second_order: bool
+    ) -> Choice:
+        """The choice, if what it runs is the same for every number of samples that tasks have besides padding.
+
+        Raises:
+            ValueError: the model does not take one of these numbers.
+        """
+        program = choice.program
+        for given in (support, query):
+            if program is None or given is None or given.weights is None:
+                continue
+            if program.match is not None or program.whole_sets:
+                return Choice(None, "samples that depend on each other have weights")
+            sizes = weighted_sets.sizes(given.weights)
+            if sizes and (why_not := weighted_sets.why_not_padding(program, given.x)):
+                return Choice(None, why_not)
+            for n in sizes:
+                like = _like(given, "mse").of(n)
+                alone = Signature(like, None, second_order) if given is support else Signature(None, like, False)
+                try:
+                    of_size = binding.find(alone)
+                except DoesNotFit as reason:
+                    why = f"of a task with {n} that count, {reason}"
+                    raise data_checks.does_not_fit(given.x_name, given.x, binding.like(), why) from None
+                if of_size.program is not program:
+                    return Choice(None, of_size.why_not or f"the model runs something else on sets of {n} samples")
+        return choice
 
     def _each_fits(self, binding: Binding, support: Set, query: Set) -> None:
         """Raises ValueError where samples of one of the shapes do not fit the model itself."""

@@ -43,6 +43,8 @@ def _adapt(
     x_spt = support_sets.read_in_order(maml, binding, sets, x_spt, "y_spt", y_spt)
     differentiable = differentiable and torch.is_grad_enabled()
     support = _with_weights(maml, binding, Set("x_spt", x_spt, "y_spt", y_spt), "spt_weights", spt_weights, sets)
+    if support.weights is not None and not differentiable:
+        support = support._replace(weights=support.weights.detach())
     program = maml._binder.program(maml, binding, support, None)
     if program is None:
         adapted = fallback.adapt(
@@ -51,20 +53,22 @@ def _adapt(
         )  # fmt: skip
         maml._binder.settled(maml, binding, adapted)
         return _every_parameter(maml.model, adapted, pytrees.tasks(x_spt) // sets, differentiable)
-    numbers = program.input("x_spt", x_spt, maml._options.check_labels, sets=sets)
-    look_at_labels(maml, program, numbers, y_spt=support_sets.by_task(y_spt, sets))
+    packed = support.packed()
+    numbers = program.input("x_spt", packed.x, maml._options.check_labels, sets=sets)
+    look_at_labels(maml, program, numbers, y_spt=support_sets.by_task(packed.y, sets))
     parameters, rates = program.tensors()
     if differentiable:
         if program.written:  # the backward needs the buffers as they are now
             parameters = [t if t.requires_grad else t.clone() for t in parameters]
         after, _ = torch.ops.maml_cuda.adapt(
-            parameters, rates, numbers, program.target(y_spt), program.text, steps, maml.first_order, program.seed(seed)
-        )
+            parameters, rates, numbers, packed.target(program), program.text, steps, maml.first_order,
+            program.seed(seed),
+        )  # fmt: skip
         if program.written:
-            maml._binder.settled(maml, binding, fallback.write_buffers(maml.model, x_spt))
+            maml._binder.settled(maml, binding, fallback.write_buffers(maml.model, packed.first()))
     else:
         after, _ = torch.ops.maml_cuda.adapt_forward(
-            parameters, rates, numbers, program.target(y_spt), program.text, steps, program.seed(seed)
+            parameters, rates, numbers, packed.target(program), program.text, steps, program.seed(seed)
         )
     adapted = dict(zip(program.adapted, after, strict=True))
     return _every_parameter(maml.model, adapted, len(numbers) // sets, differentiable)
@@ -88,9 +92,10 @@ def inner_loop(
         if program is not None and program.plan.backend == "cpu":
             own = [t.detach() for t in program.own(fast, tasks, k)]
             rates = [t.detach() for t in program.rates_at(k)]
-            numbers = program.input("x_spt", x, maml._options.check_labels)
+            packed = support.packed()
+            numbers = program.input("x_spt", packed.x, maml._options.check_labels)
             after = torch.ops.maml_cuda.inner_step(
-                own, rates, numbers, program.target(y), program.step_text(), k, program.seed(seed)
+                own, rates, numbers, packed.target(program), program.step_text(), k, program.seed(seed)
             )
             fast = {**fast, **dict(zip(program.adapted, after, strict=True))}
         else:
@@ -114,11 +119,12 @@ def predict(
     if program is None:
         prediction = fallback.predict(maml.model, dict(fast), x, slot, Seed(), given.weights)
         return maml._binder.settled(maml, binding, prediction)
-    x = program.input("x", x, maml._options.check_labels)
+    packed = given.packed()
+    x = program.input("x", packed.x, maml._options.check_labels)
     own, seed = program.own(fast, len(x), slot), program.seed(Seed())
-    if torch.is_grad_enabled() and any(t.requires_grad for t in own):
-        return program.as_returned(torch.ops.maml_cuda.predict(own, x, program.text, seed))
-    return program.as_returned(torch.ops.maml_cuda.predict_forward(own, x, program.text, seed))
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in own)
+    op = torch.ops.maml_cuda.predict if differentiable else torch.ops.maml_cuda.predict_forward
+    return program.as_returned(packed.unpacked(op(own, x, program.text, seed, packed.counts)))
 
 
 def loss_and_grad(
@@ -135,10 +141,13 @@ def loss_and_grad(
         return maml._binder.settled(
             maml, binding, fallback.loss_and_grad(maml.model, maml.loss, dict(fast), names, x, y, slot, Seed())
         )
-    x = program.input("x", x, maml._options.check_labels)
-    look_at_labels(maml, program, x, y=y)
+    packed = given.packed()
+    x = program.input("x", packed.x, maml._options.check_labels)
+    look_at_labels(maml, program, x, y=packed.y)
     own = [t.detach() for t in program.own(fast, len(x), slot)]
-    losses, grads = torch.ops.maml_cuda.loss_and_grad(own, x, program.target(y), program.text, program.seed(Seed()))
+    losses, grads = torch.ops.maml_cuda.loss_and_grad(
+        own, x, packed.target(program), program.text, program.seed(Seed())
+    )
     return losses, every_trainable(names, program.whole(grads, fast, slot), fast)
 
 
@@ -158,12 +167,13 @@ def hvp(
         return maml._binder.settled(
             maml, binding, fallback.hvp(maml.model, maml.loss, dict(fast), names, x, y, dict(v), slot, Seed())
         )
-    x = program.input("x", x, maml._options.check_labels)
-    look_at_labels(maml, program, x, y=y)
+    packed = given.packed()
+    x = program.input("x", packed.x, maml._options.check_labels)
+    look_at_labels(maml, program, x, y=packed.y)
     at = [t.detach() for t in program.own(fast, len(x), slot)]
     moving = {n: v[n].detach() if n in v and n in names else torch.zeros_like(p) for n, p in fast.items()}
     directions = program.directions(moving, len(x), slot)
-    products = torch.ops.maml_cuda.hvp(at, x, program.target(y), directions, program.text, program.seed(Seed()))
+    products = torch.ops.maml_cuda.hvp(at, x, packed.target(program), directions, program.text, program.seed(Seed()))
     return every_trainable(names, program.whole(products, fast, slot), fast)
 
 

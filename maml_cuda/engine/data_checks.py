@@ -301,6 +301,18 @@ def _where(index: Tensor) -> str:
     return f"(task {task}{''.join(f', inner step {k}' for k in step)}, sample {sample})"
 
 
+def weights_in_order(name: str, weights: Tensor, x: Tensor, looks: bool) -> None:
+    """The weights of an op: those of padding, 0, stand behind the others. looks: at the values."""
+    if weights.shape != x.shape[:2]:
+        raise ValueError(f"{name} must have shape {list(x.shape[:2])}, one a sample, got {list(weights.shape)}")
+    if not looks:
+        return
+    sample_weights(name, weights)
+    wrong = ((weights[:, :-1] == 0) & (weights[:, 1:] > 0)).nonzero()
+    if len(wrong):
+        raise ValueError(f"{name} must be positive first and then 0 in each task, got a 0 before in task {wrong[0, 0]}")
+
+
 def prediction(loss: str, value: Any) -> None:
     """What the model returns is what the loss takes."""
     if loss == "gaussian_policy_gradient":

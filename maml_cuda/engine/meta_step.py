@@ -15,7 +15,7 @@ from maml_cuda.engine.binding import Binding, Choice
 from maml_cuda.engine.problem import Problem, joined, meta_problem
 from maml_cuda.engine.program import Program
 from maml_cuda.engine.settings import Settings, adapted_names, inner_tensors, inner_update, trainable_names
-from maml_cuda.engine.weighted_sets import weights_of_sets
+from maml_cuda.engine.weighted_sets import not_learned, weights_of_sets
 from maml_cuda.masks import Seed
 from maml_cuda.policies import mean_of
 from maml_cuda.pytrees import Tree
@@ -152,29 +152,42 @@ def _computed(
         maml.loss, binding.like(), ("spt_weights", spt_weights, "x_spt", x_spt, "y_spt", y_spt),
         ("qry_weights", qry_weights, "x_qry", x_qry, "y_qry", y_qry), support_sets=sets,
     )  # fmt: skip
+    not_learned(maml, spt_weights=spt_weights, qry_weights=qry_weights)
     support = Set("x_spt", x_spt, "y_spt", y_spt, spt_weights)
     query = Set("x_qry", x_qry, "y_qry", y_qry, qry_weights)
     program = maml._binder.program(maml, binding, support, query)
     if program is None:
         result = _on_the_general_path(maml, x_spt, support.weighted(), x_qry, query.weighted(), task_weights, sets)
         return maml._binder.settled(maml, binding, result)
-    check = maml._options.check_labels
-    support_x, query_x = program.input("x_spt", x_spt, check, sets=sets), program.input("x_qry", x_qry, check)
-    look_at_labels(maml, program, support_x, y_spt=support_sets.by_task(y_spt, sets), y_qry=y_qry)
+    check, in_support, in_query = maml._options.check_labels, support.packed(), query.packed()
+    support_x = program.input("x_spt", in_support.x, check, sets=sets)
+    query_x = program.input("x_qry", in_query.x, check)
+    look_at_labels(maml, program, support_x, y_spt=support_sets.by_task(in_support.y, sets), y_qry=in_query.y)
     parameters, rates = program.tensors()
     wanted = torch.is_grad_enabled()
     weights, query_steps = maml._query_weights.tensor(parameters[0]), maml._query_weights.steps
     loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
-        parameters, rates, support_x, program.target(y_spt), query_x, program.target(y_qry), task_weights,
+        parameters, rates, support_x, in_support.target(program), query_x, in_query.target(program), task_weights,
         program.text, maml.inner_steps, maml.first_order, wanted, weights, query_steps, program.seed(Seed()),
     )  # fmt: skip
     if program.written and wanted:
-        maml._binder.settled(maml, binding, fallback.write_buffers(maml.model, x_spt))
+        maml._binder.settled(maml, binding, fallback.write_buffers(maml.model, in_support.first()))
     if usual and binding.plain and program.is_warm:  # the next call with such data has passed every check
         problem = meta_problem(program.text, support_x, query_x, maml.inner_steps, maml.first_order, wanted)
         binding.problems[key] = program, problem, Choice(program, "")
-    out = MetaOutput(loss, task_losses, _logits(maml, program.as_returned(logits)), support_losses)
-    return out, Gradient(flat, program.with_gradient(parameters + rates), None) if wanted else None
+    out = MetaOutput(loss, task_losses, _logits(maml, program.as_returned(in_query.unpacked(logits))), support_losses)
+    if not wanted:
+        return out, None
+    inputs = program.with_gradient(parameters + rates)
+    flat, slopes = flat.split([program.plan.gradient_size, len(flat) - program.plan.gradient_size])
+    if in_support.is_learned and maml.inner_steps and not maml.first_order:
+        flat = torch.cat([flat, in_support.support_gradient(slopes, task_weights, sets).flatten()])
+        inputs = [*inputs, cast(Tensor, in_support.weights)]
+    if in_query.is_learned:
+        target = cast(Tensor, in_query.target(program)[0])
+        of_weights = in_query.query_gradient(cast(str, maml.loss), logits, target, task_weights)
+        flat, inputs = torch.cat([flat, of_weights.flatten()]), [*inputs, cast(Tensor, in_query.weights)]
+    return out, Gradient(flat, inputs, None)
 
 
 def _warm(

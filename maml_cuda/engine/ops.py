@@ -9,8 +9,11 @@ exported program needs nothing else. The ops here have no backward; autograd.py 
     inner_step, predict_forward, predict_backward, loss_and_grad, hvp    at parameters that are each task's own
 
 A target is a list: one tensor, or the four fields of a PolicyTarget. Where a plan has per_step_support, support data
-are [tasks * steps, n, ...]: the sets of a task follow each other. `seed` is that of the masks of dropout
-(maml_cuda/masks.py), for a plan that draws any.
+are [tasks * steps, n, ...]: the sets of a task follow each other. Where samples have weights, a target is followed by
+them, [tasks, n]: those of padding, 0, stand behind the others, and logits of padding are 0. On the CPU, the flat
+gradient of meta_gradient and of adapt_backward is then followed by the slopes of the support samples, from which the
+gradient of their weights follows (weighted_sets.py). `seed` is that of the masks of dropout (maml_cuda/masks.py), for a
+plan that draws any.
 """
 
 from __future__ import annotations
@@ -53,6 +56,47 @@ def _seeded(seed: Tensor | None) -> dict[str, int]:
     return {} if seed is None else {"seed": int(seed)}
 
 
+def _is_weighted(y: TargetList) -> bool:
+    return len(y) == 2
+
+
+def _weighted(y: TargetList) -> tuple[tuple[int, ...], bool] | tuple[()]:
+    """The last arguments of problem_of, for samples with weights."""
+    return ((), True) if _is_weighted(y) else ()
+
+
+def _counts(problem: Problem, y: TargetList) -> Tensor | None:
+    """How many samples of each task are no padding, int64 [tasks], where the core is to know: it does on the CPU."""
+    if not _is_weighted(y) or problem.backend != "cpu":
+        return None
+    return (cast(Tensor, y[1]) > 0).sum(1)
+
+
+def _slopes(y: TargetList, plan: str) -> int:
+    """The number of slopes behind a flat gradient."""
+    return cast(Tensor, y[1]).numel() if _is_weighted(y) and plan_of(plan).backend == "cpu" else 0
+
+
+def _with_slopes(flat: Tensor, slopes: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The flat gradient alone, and the arguments of a run for the slopes behind it."""
+    if not slopes:
+        return flat, {}
+    gradient, behind = flat.split([len(flat) - slopes, slopes])
+    return gradient, {"sample_slopes": behind}
+
+
+def _counted(problem: Problem, y: TargetList) -> dict[str, Tensor]:
+    """The arguments of a run for padding in the support set."""
+    counts = _counts(problem, y)
+    return {} if counts is None else {"support_counts": counts}
+
+
+def _without_padding(prediction: Tensor, counts: Tensor) -> Tensor:
+    """A prediction [tasks, n, ...] with zeros for all samples but the first `counts` of each task, in its memory."""
+    places = torch.arange(prediction.shape[1], device=prediction.device)
+    return prediction.masked_fill_((places >= counts.unsqueeze(1)).unsqueeze(-1), 0)
+
+
 # -- meta_gradient -------------------------------------------------------------------------------------------
 
 LIBRARY.define(
@@ -68,27 +112,38 @@ def _meta_gradient(
     y_qry: TargetList, task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
     query_weights: Tensor | None = None, query_steps: Sequence[int] = (), seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    problem = meta_problem(plan, x_spt, x_qry, steps, first_order, gradient, query_steps)
+    weighted = _is_weighted(y_spt)
+    problem = meta_problem(plan, x_spt, x_qry, steps, first_order, gradient, query_steps, weighted)
     support, query = problem.support("y_spt", x_spt, y_spt), problem.data("y_qry", x_qry, y_qry)
-    return meta_step(problem, parameters, rates, support, query, task_weights, query_weights, steps, gradient, seed)
+    counts = {"support_counts": _counts(problem, y_spt), "query_counts": _counts(problem, y_qry)} if weighted else {}
+    slopes = _slopes(y_spt, plan) if gradient else 0
+    outputs = meta_step(
+        problem, parameters, rates, support, query, task_weights, query_weights, steps, gradient, seed, slopes, **counts
+    )
+    if weighted:
+        _without_padding(outputs[2], (cast(Tensor, y_qry[1]) > 0).sum(1))
+    return outputs
 
 
 def meta_step(
     problem: Problem, parameters: list[Tensor], rates: list[Tensor], support: list[Tensor | None],
     query: list[Tensor | None], task_weights: Tensor | None, query_weights: Tensor | None, steps: int, gradient: bool,
-    seed: Tensor | None,
+    seed: Tensor | None, slopes: int = 0, **counts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op meta_gradient, on data that have been checked."""
     x_spt, x_qry = cast(Tensor, support[0]), cast(Tensor, query[0])
     parameters, rates = dense(parameters), dense(rates)
     tasks = x_qry.shape[0]
-    outputs = _meta_outputs(x_qry, tasks, problem.features, steps, problem.gradient_size if gradient else 0)
+    outputs = _meta_outputs(x_qry, tasks, problem.features, steps, problem.gradient_size + slopes if gradient else 0)
     loss, task_losses, logits, support_losses, flat = outputs
+    if slopes:
+        flat, behind = _with_slopes(flat, slopes)
+        counts = {**counts, **behind}
     if task_weights is not None:
         task_weights = task_weights.contiguous()
     problem.run(
         x_spt, tasks, parameters, rates, support, query, task_weights, query_weights,
-        [loss, task_losses, support_losses], logits, flat if gradient else None, **_seeded(seed),
+        [loss, task_losses, support_losses], logits, flat if gradient else None, **_seeded(seed), **counts,
     )  # fmt: skip
     return outputs
 
@@ -110,7 +165,7 @@ def _meta_gradient_fake(
     y_qry: TargetList, task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
     query_weights: Tensor | None = None, query_steps: Sequence[int] = (), seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    gradient_size = plan_of(plan).gradient_size if gradient else 0
+    gradient_size = plan_of(plan).gradient_size + _slopes(y_spt, plan) if gradient else 0
     return _meta_outputs(x_qry, x_qry.shape[0], features(plan, x_qry), steps, gradient_size)
 
 
@@ -132,14 +187,14 @@ def _adapt_forward(
     seed: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     _, n, *sample = x.shape
-    problem = problem_of(plan, "adapt", tuple(sample), n, 0, steps, True, is_double(x))
+    problem = problem_of(plan, "adapt", tuple(sample), n, 0, steps, True, is_double(x), *_weighted(y))
     tasks = x.shape[0] // problem.sets
     support = problem.support("y_spt", x, y)
     parameters, rates = dense(parameters), dense(rates)
     fast, support_losses = _adapt_fake(parameters, rates, x, y, plan, steps)
     problem.run(
         x, tasks, parameters, rates, support, losses=[None, None, support_losses], per_task=spread(plan, fast),
-        **_seeded(seed),
+        **_seeded(seed), **_counted(problem, y),
     )  # fmt: skip
     return fast, support_losses
 
@@ -159,27 +214,30 @@ def _adapt_backward(
     steps: int, first_order: bool, seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     _, n, *sample = x.shape
-    problem = problem_of(plan, "adapt_backward", tuple(sample), n, 0, steps, first_order, is_double(x))
+    problem = problem_of(
+        plan, "adapt_backward", tuple(sample), n, 0, steps, first_order, is_double(x), *_weighted(y)
+    )  # fmt: skip
     tasks = x.shape[0] // problem.sets
     support = problem.support("y_spt", x, y)
     parameters, rates = dense(parameters), dense(rates)
     given, strides = _by_task(cotangents)
-    gradient = x.new_empty(plan_of(plan).gradient_size)
+    flat = x.new_empty(plan_of(plan).gradient_size + _slopes(y, plan))
+    gradient, behind = _with_slopes(flat, _slopes(y, plan))
     spread_given = spread(plan, given)
     rest = iter(strides)
     problem.run(
         x, tasks, parameters, rates, support, given=spread_given,
         given_strides=[0 if t is None else next(rest) for t in spread_given], gradient=gradient,
-        **_seeded(seed),
+        **_seeded(seed), **_counted(problem, y), **behind,
     )  # fmt: skip
-    return gradient
+    return flat
 
 
 def _adapt_backward_fake(
     parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, cotangents: list[Tensor], plan: str,
     steps: int, first_order: bool, seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(plan_of(plan).gradient_size)
+    return x.new_empty(plan_of(plan).gradient_size + _slopes(y, plan))
 
 
 # -- fisher_vector_product -----------------------------------------------------------------------------------
@@ -209,8 +267,11 @@ def _fisher_vector_product_fake(
 
 # -- at each task's own parameters ---------------------------------------------------------------------------
 
-LIBRARY.define("predict_forward(Tensor[] fast, Tensor x, str plan, Tensor? seed=None) -> Tensor")
-LIBRARY.define("predict_backward(Tensor[] fast, Tensor x, Tensor cotangent, str plan, Tensor? seed=None) -> Tensor[]")
+LIBRARY.define("predict_forward(Tensor[] fast, Tensor x, str plan, Tensor? seed=None, Tensor? counts=None) -> Tensor")
+LIBRARY.define(
+    "predict_backward(Tensor[] fast, Tensor x, Tensor cotangent, str plan, Tensor? seed=None, Tensor? counts=None) "
+    "-> Tensor[]"
+)
 LIBRARY.define("loss_and_grad(Tensor[] fast, Tensor x, Tensor?[] y, str plan, Tensor? seed=None) -> (Tensor, Tensor[])")
 LIBRARY.define("hvp(Tensor[] fast, Tensor x, Tensor?[] y, Tensor[] v, str plan, Tensor? seed=None) -> Tensor[]")
 LIBRARY.define(
@@ -232,7 +293,7 @@ def _inner_step(
     """One step of adapt_forward from parameters that are each task's own: the adapted parameters after it. Only the CPU
     backend has it; on a GPU the tasks of an adapt share their parameters."""
     tasks, n, *sample = x.shape
-    problem = problem_of(plan, "adapt", tuple(sample), n, 0, 1, True, is_double(x))
+    problem = problem_of(plan, "adapt", tuple(sample), n, 0, 1, True, is_double(x), *_weighted(y))
     if problem.backend != "cpu":
         raise NotImplementedError("inner_step runs on a CPU alone")
     support = problem.support("y_spt", x, y)
@@ -240,7 +301,7 @@ def _inner_step(
     after = _inner_step_fake(fast, rates, x, y, plan)
     problem.run(
         x, tasks, **_own(fast), rates=rates, support=support, per_task=spread(plan, after),
-        first_step=step, **_seeded(seed),
+        first_step=step, **_seeded(seed), **_counted(problem, y),
     )  # fmt: skip
     return after
 
@@ -252,27 +313,45 @@ def _inner_step_fake(
     return [t.new_empty(t.shape) for t in adapted(plan, fast)]
 
 
-def _predict_forward(fast: list[Tensor], x: Tensor, plan: str, seed: Tensor | None = None) -> Tensor:
+def _predict_forward(
+    fast: list[Tensor], x: Tensor, plan: str, seed: Tensor | None = None, counts: Tensor | None = None
+) -> Tensor:
+    """counts: the first so many samples of a task are its set, int64 [tasks]; None: all."""
     tasks, n, *sample = x.shape
     problem = problem_of(plan, "predict", tuple(sample), 0, n, 0, False, is_double(x))
     x = x.contiguous()
     logits = x.new_empty((tasks, n, problem.features))
-    problem.run(x, tasks, **_own(fast), query=[x, None, None, None], logits=logits, **_seeded(seed))
-    return logits
+    problem.run(
+        x, tasks, **_own(fast), query=[x, None, None, None], logits=logits, **_seeded(seed),
+        **_query_counts(problem, counts),
+    )  # fmt: skip
+    return logits if counts is None else _without_padding(logits, counts)
 
 
-def _predict_fake(fast: list[Tensor], x: Tensor, plan: str, seed: Tensor | None = None) -> Tensor:
+def _predict_fake(
+    fast: list[Tensor], x: Tensor, plan: str, seed: Tensor | None = None, counts: Tensor | None = None
+) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1], features(plan, x)))
 
 
+def _query_counts(problem: Problem, counts: Tensor | None) -> dict[str, Tensor]:
+    return {} if counts is None or problem.backend != "cpu" else {"query_counts": counts.contiguous()}
+
+
 def _predict_backward(
-    fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: str, seed: Tensor | None = None
-) -> list[Tensor]:
+    fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: str, seed: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
     tasks, n, *sample = x.shape
     problem = problem_of(plan, "predict_backward", tuple(sample), 0, n, 0, False, is_double(x))
     x, cotangent = dense([x, cotangent])
+    if counts is not None:
+        cotangent = _without_padding(cotangent.clone(), counts)
     grads = _like_fast(fast, plan)
-    problem.run(x, tasks, **_own(fast), query=[x, None, None, None], given=[cotangent], per_task=grads, **_seeded(seed))
+    problem.run(
+        x, tasks, **_own(fast), query=[x, None, None, None], given=[cotangent], per_task=grads, **_seeded(seed),
+        **_query_counts(problem, counts),
+    )  # fmt: skip
     return grads
 
 
@@ -283,8 +362,9 @@ def _like_fast(fast: list[Tensor], plan: str) -> list[Tensor]:
 
 
 def _predict_backward_fake(
-    fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: str, seed: Tensor | None = None
-) -> list[Tensor]:
+    fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: str, seed: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
     return _like_fast(fast, plan)
 
 
@@ -292,10 +372,13 @@ def _loss_and_grad(
     fast: list[Tensor], x: Tensor, y: TargetList, plan: str, seed: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     tasks, n, *sample = x.shape
-    problem = problem_of(plan, "loss_and_grad", tuple(sample), n, 0, 0, False, is_double(x))
+    problem = problem_of(plan, "loss_and_grad", tuple(sample), n, 0, 0, False, is_double(x), *_weighted(y))
     support = problem.data("y", x, y)
     losses, grads = _loss_and_grad_fake(fast, x, y, plan)
-    problem.run(x, tasks, **_own(fast), support=support, losses=[None, losses, None], per_task=grads, **_seeded(seed))
+    problem.run(
+        x, tasks, **_own(fast), support=support, losses=[None, losses, None], per_task=grads, **_seeded(seed),
+        **_counted(problem, y),
+    )  # fmt: skip
     return losses, grads
 
 
@@ -309,13 +392,13 @@ def _hvp(
     fast: list[Tensor], x: Tensor, y: TargetList, v: list[Tensor], plan: str, seed: Tensor | None = None
 ) -> list[Tensor]:
     tasks, n, *sample = x.shape
-    problem = problem_of(plan, "hvp", tuple(sample), n, 0, 0, False, is_double(x))
+    problem = problem_of(plan, "hvp", tuple(sample), n, 0, 0, False, is_double(x), *_weighted(y))
     support = problem.data("y", x, y)
     directions, strides = _by_task(v)
     products = _like_fast(fast, plan)
     problem.run(
         x, tasks, **_own(fast), support=support, given=directions, given_strides=strides, per_task=products,
-        **_seeded(seed),
+        **_seeded(seed), **_counted(problem, y),
     )  # fmt: skip
     return products
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Problem:
         features: of the prediction [n, features], in torch's order of elements.
         sets: support sets of a task, which follow each other.
         target: of that or, for a Gaussian policy, of its mean alone; what a computed loss compares.
+        weighted: whether samples have weights, which stand behind the target in its list.
     """
 
     __slots__ = (
@@ -42,18 +43,21 @@ class Problem:
         "runners",
         "sets",
         "target",
+        "weighted",
         "workspaces",
     )
 
     def __init__(
         self, text: str, operation: str, sample: tuple[int, ...], n_support: int, n_query: int, steps: int,
-        first_order: bool, double: bool, query_steps: tuple[int, ...] = (),
+        first_order: bool, double: bool, query_steps: tuple[int, ...] = (), weighted: bool = False,
     ):  # fmt: skip
         plan = plan_of(text)
         self.backend = plan.backend
         self.core = _core.Problem(
-            plan, operation, list(sample), n_support, n_query, steps, first_order, double, list(query_steps)
-        )
+            plan, operation, list(sample), n_support, n_query, steps, first_order, double, list(query_steps),
+            weighted,
+        )  # fmt: skip
+        self.weighted = weighted
         self.features = math.prod(self.core.prediction)
         self.sets = self.core.support_sets
         self.loss = plan.loss
@@ -96,20 +100,27 @@ class Problem:
         return self.data(name, x, y, self.sets)
 
     def data(self, name: str, x: Tensor, y: list[Tensor | None], sets: int = 1) -> list[Tensor | None]:
-        """x and what its loss compares, dense: y, and of a policy what each sample counts and its old log-probability.
+        """x and what its loss compares, dense: y, and of a policy what each sample counts and its old log-probability;
+        of samples with weights their shares of the loss.
 
         sets: of a task, which follow each other.
 
         Raises:
             TypeError: a target of another dtype than that in which its memory is read.
-            ValueError: a target that does not fit the prediction.
+            ValueError: a target that does not fit the prediction; weights that do not fit, or with padding before other
+                samples.
         """
         data_checks.target_dtypes(name, self.loss, y, x.dtype)
+        weights = None
+        if self.weighted:
+            y, weights = y[:1], cast(Tensor, y[1])
+            data_checks.weights_in_order(f"the weights of {name}", weights, x, self.backend == "cpu")
         y = [None if t is None else t.resolve_neg() for t in y]  # in a list the dispatcher leaves negations as they are
         target: Target = PolicyTarget(*y) if self.loss in POLICY_LOSSES else y[0]  # type: ignore[arg-type]
         data_checks.target(name, self.loss, target, (x.shape[1], self.target))
         if isinstance(target, Tensor):
-            return [x.contiguous(), target.contiguous(), None, None]
+            shares = None if weights is None else targets.shares(weights).contiguous()
+            return [x.contiguous(), target.contiguous(), shares, None]
         if self.backend == "cpu":
             by_task = PolicyTarget(*(None if t is None else t.unflatten(0, (-1, sets)) for t in target))  # type: ignore[arg-type]
             data_checks.target_values(name, by_task if sets > 1 else target, None)  # the core looks at the actions
@@ -128,7 +139,7 @@ def is_double(x: Tensor) -> bool:
     return x.dtype == torch.float64
 
 
-# (plan, operation, sample, n_support, n_query, steps, first_order, double, query_steps)
+# (plan, operation, sample, n_support, n_query, steps, first_order, double, query_steps, weighted)
 problem_of = lru_cache(maxsize=MOST_PROBLEMS)(Problem)
 
 
@@ -147,14 +158,15 @@ def why_not(plan: str, sample: tuple[int, ...], n_support: int, n_query: int, dt
 
 def meta_problem(
     plan: str, x_spt: Tensor, x_qry: Tensor, steps: int, first_order: bool, gradient: bool,
-    query_steps: Sequence[int] = (),
+    query_steps: Sequence[int] = (), weighted: bool = False,
 ) -> Problem:  # fmt: skip
     """The problem of a meta-step, with or without the meta-gradient."""
     operation = "meta_gradient" if gradient else "meta_loss"
     sample, double = tuple(x_spt.shape[2:]), is_double(x_spt)
     return problem_of(
-        plan, operation, sample, x_spt.shape[1], x_qry.shape[1], steps, first_order, double, tuple(query_steps)
-    )
+        plan, operation, sample, x_spt.shape[1], x_qry.shape[1], steps, first_order, double, tuple(query_steps),
+        *([True] if weighted else []),
+    )  # fmt: skip
 
 
 def features(plan: str, x: Tensor) -> int:

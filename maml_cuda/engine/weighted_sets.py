@@ -1,17 +1,23 @@
-"""The weights of samples of a call: their checks."""
+"""The weights of samples of a call: their checks, and the sets in the form in which fused layers take them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from maml_cuda import pytrees
-from maml_cuda.engine import data_checks
-from maml_cuda.losses import Loss
+from maml_cuda.engine import cuda_runner, data_checks
+from maml_cuda.engine.autograd import support_gradient
+from maml_cuda.engine.problem import is_double, problem_of
+from maml_cuda.engine.program import Program
+from maml_cuda.engine.settings import Settings
+from maml_cuda.losses import OF_SAMPLES, Loss
 from maml_cuda.pytrees import Tree
 from maml_cuda.targets import POLICY_LOSSES
+
+_OF_WEIGHTS = ("unrolled", "truncated")  # the meta-gradients that are those of weights too
 
 
 def weights_of_sets(
@@ -75,3 +81,138 @@ def _values(name: str, weights: Tensor) -> None:
     sums = weights.detach().sum(-1)
     if bool((endless := sums.isinf()).any()):
         raise ValueError(f"{name} must have a finite sum in every task, got inf in task {int(endless.nonzero()[0, 0])}")
+
+
+def _of_tasks(task_weights: Tensor | None, sets: int, of_task: int = 1) -> Tensor | float:
+    """The weights in the loss of a call of the tasks of so many sets."""
+    if task_weights is None:
+        return of_task / sets
+    return task_weights.repeat_interleave(of_task).unsqueeze(1)
+
+
+def not_learned(maml: Settings, **given: Tensor | None) -> None:
+    """Raises ValueError where weights require grad, and the meta-gradient that was chosen has none of them."""
+    how = maml._options.meta_gradient.kind
+    for name, weights in given.items():
+        if weights is not None and weights.requires_grad and torch.is_grad_enabled() and how not in _OF_WEIGHTS:
+            raise ValueError(f'{name} must not require grad with meta_gradient="{how}", got requires_grad=True')
+
+
+class Packed(NamedTuple):
+    """A set as fused layers take it: the samples of each task that count stand before its padding, and padding repeats
+    the first of them, so that its values are as harmless as theirs.
+
+    Attributes:
+        x, y, weights: [tasks, n, ...]; weights are None where samples have none.
+        order: the sample at each place [tasks, n]; None: they are where they were.
+        counts: how many samples of each task count, int64 [tasks]; None: all.
+    """
+
+    x: Tree
+    y: Any
+    weights: Tensor | None = None
+    order: Tensor | None = None
+    counts: Tensor | None = None
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the weights are to receive a gradient."""
+        return self.weights is not None and self.weights.requires_grad
+
+    def target(self, program: Program) -> list[Tensor | None]:
+        """The target as the ops take it. Its weights have the graph that they were given with."""
+        target = program.target(self.y)
+        return target if self.weights is None else [*target, self.weights]
+
+    def unpacked(self, prediction: Tensor) -> Tensor:
+        """A prediction [tasks, n, features], in which padding has zeros, with each sample where it was."""
+        if self.order is None:
+            return prediction
+        return prediction.gather(1, self.order.argsort(1).unsqueeze(-1).expand_as(prediction))
+
+    def query_gradient(
+        self, loss: str, prediction: Tensor, target: Tensor, task_weights: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        """The gradient of a meta-step's loss in `weights` of its query samples: the weight of the task times
+        (l_n - L) / sum_n w_n.
+
+        Args:
+            loss: a name of ours.
+            prediction, target: on the query sets at phi_K, as the ops take them.
+        """
+        assert self.weights is not None
+        weights = self.weights.detach()
+        z, y = prediction.flatten(0, 1), target.flatten(0, 1)
+        losses = OF_SAMPLES[loss](z, y.reshape(z.shape) if loss == "mse" else y).view_as(weights)
+        sums = weights.sum(1, keepdim=True)
+        gradient = (losses - (weights * losses).sum(1, keepdim=True) / sums) / sums
+        return torch.where(weights > 0, gradient, 0) * _of_tasks(task_weights, len(weights))
+
+    def support_gradient(self, slopes: Tensor, task_weights: Tensor | None, sets: int) -> Tensor:
+        """The gradient of a meta-step's loss in `weights` of its support samples, from their slopes (autograd.py).
+
+        sets: of a task, which follow each other.
+        """
+        assert self.weights is not None
+        gradient = support_gradient(slopes, self.weights.detach())
+        return gradient * _of_tasks(task_weights, len(gradient), sets)
+
+    def first(self) -> Tree:
+        """x of the first task alone, [1, samples, ...]."""
+        n = None if self.counts is None else int(self.counts[0])
+        return pytrees.mapped(lambda t: t[:1, :n], self.x)
+
+
+def packed(x: Tree, y: Any, weights: Tensor | None) -> Packed:
+    """A set of a call as fused layers take it."""
+    if weights is None:
+        return Packed(x, y)
+    counted = weights > 0
+    if bool(counted.all()):
+        return Packed(x, y, weights)
+    order, counts = counted.logical_not().argsort(dim=1, stable=True), counted.sum(1)
+    places = torch.arange(weights.shape[1], device=weights.device)
+    is_set = places < counts.unsqueeze(1)
+    taken, tasks = torch.where(is_set, order, order[:, :1]), torch.arange(len(weights), device=weights.device)
+    x, y = pytrees.mapped(lambda t: t[tasks.unsqueeze(1), taken], (x, y))
+    weights = torch.where(is_set, weights.gather(1, order), 0)
+    return Packed(x, y, weights, None if bool((order == places).all()) else order, counts)
+
+
+def sizes(weights: Tensor | None) -> list[int]:
+    """The numbers of samples that tasks have, where there is padding."""
+    counted = None if weights is None else weights > 0
+    return [] if counted is None or bool(counted.all()) else counted.sum(1).unique().tolist()
+
+
+def why_not(maml: Settings, support: Any, query: Any) -> str:
+    """The reason why fused layers do not take the weights of the samples of these sets, or ""."""
+    sets = [each for each in (support, query) if each is not None and each.weights is not None]
+    if not sets:
+        return ""
+    if torch.compiler.is_compiling():
+        return "weights of samples are not looked at inside torch.compile"
+    learned = [each is support for each in sets if torch.is_grad_enabled() and each.weights.requires_grad]
+    if any(learned) and cuda_runner.backend_of(support.weights.device) == "cuda":
+        return "weights of support samples require grad, which has no kernels on a GPU"
+    update = (maml.inner_optimizer, maml.inner_clip_norm, maml.inner_clip_value, maml.inner_transform)
+    if any(learned) and any(part is not None for part in update):
+        return "weights of support samples require grad, and the inner loop is another than gradient descent"
+    if not all(learned) and maml._query_weights.steps:
+        return "weights of query samples require grad, and there are query losses of several inner steps"
+    loss = maml.loss
+    if not isinstance(loss, str) and any(each.y is not None for each in sets):
+        name = getattr(loss, "__name__", type(loss).__name__)
+        return f"the loss {name} is a callable of yours, and samples have weights"
+    return ""
+
+
+def why_not_padding(program: Program, x: Tree) -> str:
+    """The reason why a program does not leave out padding in x, or ""."""
+    if program.plan.backend == "cuda" and any(node.kind == "batch_norm" for node in program.plan.nodes):
+        return "BatchNorm with batch statistics does not leave out padding on a GPU"
+    numbers = program.values(x)
+    sample, n = tuple(numbers.shape[2:]), numbers.shape[1]
+    if problem_of(program.text, "predict", sample, 0, n, 0, False, is_double(numbers)).core.combines_samples:
+        return "the model combines the samples of a set, of which some are padding"
+    return ""

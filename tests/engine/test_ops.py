@@ -32,20 +32,23 @@ class Calls(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def calls() -> dict[str, tuple[Any, tuple, dict]]:
-    """One call of every op, with the arguments that FusedMAML passes."""
+def calls(padded: bool = False) -> dict[str, tuple[Any, tuple, dict]]:
+    """One call of every op, with the arguments that FusedMAML passes; those of sets with padding where they take it."""
     maml = FusedMAML(net(), learned(0.3, 0.2), 2)
     x_spt, y_spt, x_qry, y_qry = episode()
     fixed = FusedMAML(maml.model, 0.3, 2)
+    spt, qry = (torch.ones(y.shape, dtype=torch.float64) if padded else None for y in (y_spt, y_qry))
+    if padded:
+        spt[1, 3:] = qry[2, 0] = 0
     with Calls() as made:
-        maml(x_spt, y_spt, x_qry, y_qry)
-        maml.adapt(x_spt, y_spt, differentiable=True)
-        fast = maml.adapt(x_spt, y_spt)
-        list(maml.inner_loop(x_spt, y_spt, 2))
-        fixed.predict(fast, x_qry)
-        fixed.predict({name: t.clone().requires_grad_() for name, t in fast.items()}, x_qry)
-        fixed.loss_and_grad(fast, x_qry, y_qry)
-        fixed.hvp(fast, x_qry, y_qry, fast)
+        maml(x_spt, y_spt, x_qry, y_qry, spt_weights=spt, qry_weights=qry)
+        maml.adapt(x_spt, y_spt, differentiable=True, spt_weights=spt)
+        fast = maml.adapt(x_spt, y_spt, spt_weights=spt)
+        list(maml.inner_loop(x_spt, y_spt, 2, spt_weights=spt))
+        fixed.predict(fast, x_qry, weights=qry)
+        fixed.predict({name: t.clone().requires_grad_() for name, t in fast.items()}, x_qry, weights=qry)
+        fixed.loss_and_grad(fast, x_qry, y_qry, weights=qry)
+        fixed.hvp(fast, x_qry, y_qry, fast, weights=qry)
         policy = FusedMAML(net(), 0.1, 2, loss="categorical_policy_gradient")
         actions = PolicyTarget(y_spt, torch.ones(y_spt.shape, dtype=torch.float64))
         policy.fisher_vector_product(x_spt, actions, x_qry, dict(policy.model.named_parameters()))
@@ -56,11 +59,11 @@ def calls() -> dict[str, tuple[Any, tuple, dict]]:
     cotangents = [torch.ones_like(fast[name]) for name, _ in maml.model.named_parameters()]
     backward = (parameters, rates, x, y, cotangents, plan, steps, False, seed)
     made.seen["maml_cuda::adapt_backward"] = (torch.ops.maml_cuda.adapt_backward, backward, {})
-    own, x, plan, seed = made.seen["maml_cuda::predict_forward"][1]
+    own, x, plan, seed, counts = made.seen["maml_cuda::predict_forward"][1]
     cotangent = torch.ones(3, 3, 4, dtype=torch.float64)
     made.seen["maml_cuda::predict_backward"] = (
         torch.ops.maml_cuda.predict_backward,
-        (own, x, cotangent, plan, seed),
+        (own, x, cotangent, plan, seed, counts),
         {},
     )
     return made.seen
@@ -75,9 +78,10 @@ def test_every_op_is_checked() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # by torch 2.14
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", OPS)
-def test_opcheck(name: str) -> None:
-    function, args, kwargs = calls()[name]
+def test_opcheck(name: str, padded: bool) -> None:
+    function, args, kwargs = calls(padded)[name]
     op = function if isinstance(function, torch._ops.OpOverload) else function.default
     torch.library.opcheck(op, args, kwargs)
 

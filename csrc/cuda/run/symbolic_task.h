@@ -15,16 +15,16 @@ Task<T> symbolic_task(const Problem& p, const Layout& layout, bool inside) {
   Task<T> task{};
   task.theta = own ? place<T>(Region::task, layout.own) : place<T>(Region::shared, layout.theta);
   task.x_support = given(p.support.n > 0, Region::x_support);
-  const bool policy = is_policy(p.graph.loss);
+  const bool policy = is_policy(p.graph.loss), scaled = policy || p.weighted;
   if (p.support.n > 0) task.y_support = {place<T>(Region::y_support)};
+  if (p.support.n > 0 && scaled) task.y_support.scale = place<T>(Region::scale_support);
   if (p.support.n > 0 && policy) {
-    task.y_support.scale = place<T>(Region::scale_support);
     task.y_support.old_log_probs = place<T>(Region::old_log_probs_support);
   }
   task.x_query = given(p.query.n > 0, Region::x_query);
   if (p.query.n > 0) task.y_query = {place<T>(Region::y_query)};
+  if (p.query.n > 0 && scaled) task.y_query.scale = place<T>(Region::scale_query);
   if (p.query.n > 0 && policy) {
-    task.y_query.scale = place<T>(Region::scale_query);
     task.y_query.old_log_probs = place<T>(Region::old_log_probs_query);
   }
   const bool meta = o == Operation::meta_gradient || o == Operation::meta_loss;
