@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maml_cuda.engine.ops import LIBRARY, TargetList
+from maml_cuda.engine.ops import LIBRARY
+from maml_cuda.engine.padding import TargetList
 from maml_cuda.engine.problem import cut
 from maml_cuda.plan.schema import plan_of
 

@@ -24,7 +24,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from maml_cuda.engine import padding
 from maml_cuda.engine.fisher import FisherProducts
+from maml_cuda.engine.padding import TargetList
 from maml_cuda.engine.problem import (
     Problem,
     adapted,
@@ -36,8 +38,6 @@ from maml_cuda.engine.problem import (
     spread,
 )
 from maml_cuda.plan.schema import plan_of
-
-TargetList = list[Tensor | None]
 
 LIBRARY = torch.library.Library("maml_cuda", "DEF")
 
@@ -56,47 +56,6 @@ def _seeded(seed: Tensor | None) -> dict[str, int]:
     return {} if seed is None else {"seed": int(seed)}
 
 
-def _is_weighted(y: TargetList) -> bool:
-    return len(y) == 2
-
-
-def _weighted(y: TargetList) -> tuple[tuple[int, ...], bool] | tuple[()]:
-    """The last arguments of problem_of, for samples with weights."""
-    return ((), True) if _is_weighted(y) else ()
-
-
-def _counts(problem: Problem, y: TargetList) -> Tensor | None:
-    """How many samples of each task are no padding, int64 [tasks], where the core is to know: it does on the CPU."""
-    if not _is_weighted(y) or problem.backend != "cpu":
-        return None
-    return (cast(Tensor, y[1]) > 0).sum(1)
-
-
-def _slopes(y: TargetList, plan: str) -> int:
-    """The number of slopes behind a flat gradient."""
-    return cast(Tensor, y[1]).numel() if _is_weighted(y) and plan_of(plan).backend == "cpu" else 0
-
-
-def _with_slopes(flat: Tensor, slopes: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The flat gradient alone, and the arguments of a run for the slopes behind it."""
-    if not slopes:
-        return flat, {}
-    gradient, behind = flat.split([len(flat) - slopes, slopes])
-    return gradient, {"sample_slopes": behind}
-
-
-def _counted(problem: Problem, y: TargetList) -> dict[str, Tensor]:
-    """The arguments of a run for padding in the support set."""
-    counts = _counts(problem, y)
-    return {} if counts is None else {"support_counts": counts}
-
-
-def _without_padding(prediction: Tensor, counts: Tensor) -> Tensor:
-    """A prediction [tasks, n, ...] with zeros for all samples but the first `counts` of each task, in its memory."""
-    places = torch.arange(prediction.shape[1], device=prediction.device)
-    return prediction.masked_fill_((places >= counts.unsqueeze(1)).unsqueeze(-1), 0)
-
-
 # -- meta_gradient -------------------------------------------------------------------------------------------
 
 LIBRARY.define(
@@ -112,23 +71,24 @@ def _meta_gradient(
     y_qry: TargetList, task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
     query_weights: Tensor | None = None, query_steps: Sequence[int] = (), seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    weighted = _is_weighted(y_spt)
+    weighted = padding.is_weighted(y_spt)
     problem = meta_problem(plan, x_spt, x_qry, steps, first_order, gradient, query_steps, weighted)
     support, query = problem.support("y_spt", x_spt, y_spt), problem.data("y_qry", x_qry, y_qry)
-    counts = {"support_counts": _counts(problem, y_spt), "query_counts": _counts(problem, y_qry)} if weighted else {}
-    slopes = _slopes(y_spt, plan) if gradient else 0
+    counted = padding.counts(y_qry) if weighted else None
+    counts = {**padding.of_support(problem, y_spt), **padding.of_query(problem, counted)}
+    slopes = padding.slopes(y_spt, plan) if gradient else 0
     outputs = meta_step(
         problem, parameters, rates, support, query, task_weights, query_weights, steps, gradient, seed, slopes, **counts
     )
-    if weighted:
-        _without_padding(outputs[2], (cast(Tensor, y_qry[1]) > 0).sum(1))
+    if counted is not None:
+        padding.blank(outputs[2], counted)
     return outputs
 
 
 def meta_step(
     problem: Problem, parameters: list[Tensor], rates: list[Tensor], support: list[Tensor | None],
     query: list[Tensor | None], task_weights: Tensor | None, query_weights: Tensor | None, steps: int, gradient: bool,
-    seed: Tensor | None, slopes: int = 0, **counts: Tensor | None,
+    seed: Tensor | None, slopes: int = 0, **counts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op meta_gradient, on data that have been checked."""
     x_spt, x_qry = cast(Tensor, support[0]), cast(Tensor, query[0])
@@ -137,7 +97,7 @@ def meta_step(
     outputs = _meta_outputs(x_qry, tasks, problem.features, steps, problem.gradient_size + slopes if gradient else 0)
     loss, task_losses, logits, support_losses, flat = outputs
     if slopes:
-        flat, behind = _with_slopes(flat, slopes)
+        flat, behind = padding.with_slopes(flat, slopes)
         counts = {**counts, **behind}
     if task_weights is not None:
         task_weights = task_weights.contiguous()
@@ -165,7 +125,7 @@ def _meta_gradient_fake(
     y_qry: TargetList, task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
     query_weights: Tensor | None = None, query_steps: Sequence[int] = (), seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    gradient_size = plan_of(plan).gradient_size + _slopes(y_spt, plan) if gradient else 0
+    gradient_size = plan_of(plan).gradient_size + padding.slopes(y_spt, plan) if gradient else 0
     return _meta_outputs(x_qry, x_qry.shape[0], features(plan, x_qry), steps, gradient_size)
 
 
@@ -187,14 +147,14 @@ def _adapt_forward(
     seed: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     _, n, *sample = x.shape
-    problem = problem_of(plan, "adapt", tuple(sample), n, 0, steps, True, is_double(x), *_weighted(y))
+    problem = problem_of(plan, "adapt", tuple(sample), n, 0, steps, True, is_double(x), *padding.of_problem(y))
     tasks = x.shape[0] // problem.sets
     support = problem.support("y_spt", x, y)
     parameters, rates = dense(parameters), dense(rates)
     fast, support_losses = _adapt_fake(parameters, rates, x, y, plan, steps)
     problem.run(
         x, tasks, parameters, rates, support, losses=[None, None, support_losses], per_task=spread(plan, fast),
-        **_seeded(seed), **_counted(problem, y),
+        **_seeded(seed), **padding.of_support(problem, y),
     )  # fmt: skip
     return fast, support_losses
 
@@ -215,20 +175,20 @@ def _adapt_backward(
 ) -> Tensor:  # fmt: skip
     _, n, *sample = x.shape
     problem = problem_of(
-        plan, "adapt_backward", tuple(sample), n, 0, steps, first_order, is_double(x), *_weighted(y)
+        plan, "adapt_backward", tuple(sample), n, 0, steps, first_order, is_double(x), *padding.of_problem(y)
     )  # fmt: skip
     tasks = x.shape[0] // problem.sets
     support = problem.support("y_spt", x, y)
     parameters, rates = dense(parameters), dense(rates)
     given, strides = _by_task(cotangents)
-    flat = x.new_empty(plan_of(plan).gradient_size + _slopes(y, plan))
-    gradient, behind = _with_slopes(flat, _slopes(y, plan))
+    flat = x.new_empty(plan_of(plan).gradient_size + padding.slopes(y, plan))
+    gradient, behind = padding.with_slopes(flat, padding.slopes(y, plan))
     spread_given = spread(plan, given)
     rest = iter(strides)
     problem.run(
         x, tasks, parameters, rates, support, given=spread_given,
         given_strides=[0 if t is None else next(rest) for t in spread_given], gradient=gradient,
-        **_seeded(seed), **_counted(problem, y), **behind,
+        **_seeded(seed), **padding.of_support(problem, y), **behind,
     )  # fmt: skip
     return flat
 
@@ -237,7 +197,7 @@ def _adapt_backward_fake(
     parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, cotangents: list[Tensor], plan: str,
     steps: int, first_order: bool, seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(plan_of(plan).gradient_size + _slopes(y, plan))
+    return x.new_empty(plan_of(plan).gradient_size + padding.slopes(y, plan))
 
 
 # -- fisher_vector_product -----------------------------------------------------------------------------------
@@ -293,7 +253,7 @@ def _inner_step(
     """One step of adapt_forward from parameters that are each task's own: the adapted parameters after it. Only the CPU
     backend has it; on a GPU the tasks of an adapt share their parameters."""
     tasks, n, *sample = x.shape
-    problem = problem_of(plan, "adapt", tuple(sample), n, 0, 1, True, is_double(x), *_weighted(y))
+    problem = problem_of(plan, "adapt", tuple(sample), n, 0, 1, True, is_double(x), *padding.of_problem(y))
     if problem.backend != "cpu":
         raise NotImplementedError("inner_step runs on a CPU alone")
     support = problem.support("y_spt", x, y)
@@ -301,7 +261,7 @@ def _inner_step(
     after = _inner_step_fake(fast, rates, x, y, plan)
     problem.run(
         x, tasks, **_own(fast), rates=rates, support=support, per_task=spread(plan, after),
-        first_step=step, **_seeded(seed), **_counted(problem, y),
+        first_step=step, **_seeded(seed), **padding.of_support(problem, y),
     )  # fmt: skip
     return after
 
@@ -323,19 +283,15 @@ def _predict_forward(
     logits = x.new_empty((tasks, n, problem.features))
     problem.run(
         x, tasks, **_own(fast), query=[x, None, None, None], logits=logits, **_seeded(seed),
-        **_query_counts(problem, counts),
+        **padding.of_query(problem, counts),
     )  # fmt: skip
-    return logits if counts is None else _without_padding(logits, counts)
+    return logits if counts is None else padding.blank(logits, counts)
 
 
 def _predict_fake(
     fast: list[Tensor], x: Tensor, plan: str, seed: Tensor | None = None, counts: Tensor | None = None
 ) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1], features(plan, x)))
-
-
-def _query_counts(problem: Problem, counts: Tensor | None) -> dict[str, Tensor]:
-    return {} if counts is None or problem.backend != "cpu" else {"query_counts": counts.contiguous()}
 
 
 def _predict_backward(
@@ -346,11 +302,11 @@ def _predict_backward(
     problem = problem_of(plan, "predict_backward", tuple(sample), 0, n, 0, False, is_double(x))
     x, cotangent = dense([x, cotangent])
     if counts is not None:
-        cotangent = _without_padding(cotangent.clone(), counts)
+        cotangent = padding.blank(cotangent.clone(), counts)
     grads = _like_fast(fast, plan)
     problem.run(
         x, tasks, **_own(fast), query=[x, None, None, None], given=[cotangent], per_task=grads, **_seeded(seed),
-        **_query_counts(problem, counts),
+        **padding.of_query(problem, counts),
     )  # fmt: skip
     return grads
 
@@ -372,12 +328,12 @@ def _loss_and_grad(
     fast: list[Tensor], x: Tensor, y: TargetList, plan: str, seed: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     tasks, n, *sample = x.shape
-    problem = problem_of(plan, "loss_and_grad", tuple(sample), n, 0, 0, False, is_double(x), *_weighted(y))
+    problem = problem_of(plan, "loss_and_grad", tuple(sample), n, 0, 0, False, is_double(x), *padding.of_problem(y))
     support = problem.data("y", x, y)
     losses, grads = _loss_and_grad_fake(fast, x, y, plan)
     problem.run(
         x, tasks, **_own(fast), support=support, losses=[None, losses, None], per_task=grads, **_seeded(seed),
-        **_counted(problem, y),
+        **padding.of_support(problem, y),
     )  # fmt: skip
     return losses, grads
 
@@ -392,13 +348,13 @@ def _hvp(
     fast: list[Tensor], x: Tensor, y: TargetList, v: list[Tensor], plan: str, seed: Tensor | None = None
 ) -> list[Tensor]:
     tasks, n, *sample = x.shape
-    problem = problem_of(plan, "hvp", tuple(sample), n, 0, 0, False, is_double(x), *_weighted(y))
+    problem = problem_of(plan, "hvp", tuple(sample), n, 0, 0, False, is_double(x), *padding.of_problem(y))
     support = problem.data("y", x, y)
     directions, strides = _by_task(v)
     products = _like_fast(fast, plan)
     problem.run(
         x, tasks, **_own(fast), support=support, given=directions, given_strides=strides, per_task=products,
-        **_seeded(seed), **_counted(problem, y),
+        **_seeded(seed), **padding.of_support(problem, y),
     )  # fmt: skip
     return products
 
