@@ -506,7 +506,10 @@ class FusedMAML(nn.Module):
     def _binding(self) -> Binding:
         """What runs now: bound again where something has changed that the plan depends on."""
         if torch.compiler.is_compiling():
-            constants = [self.inner_lr] if isinstance(self.inner_lr, float) else []
+            constants: list[Any] = [self.inner_lr] if isinstance(self.inner_lr, float) else []
+            constants += [c for c in (self.inner_clip_norm, self.inner_clip_value) if c is not None]
+            if self.inner_optimizer is not None:
+                constants += self.inner_optimizer.constants()
             torch_private.guard_while_compiling(self.model, *constants)
             self._bind_now()
             assert self._binder.bound is not None

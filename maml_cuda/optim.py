@@ -65,10 +65,22 @@ class Optimizer(nn.Module):
     def __init__(self, state: State | None, **hyperparameters: Value) -> None:
         super().__init__()
         for name, value in hyperparameters.items():
-            _check(f"{type(self).__name__}'s {name}", value, *self.ranges[name])
-            hold(self, name, value)
+            setattr(self, name, value)
         flat, self._taken = _flat(state, type(self).__name__, self.rule)
         self.state = InnerRates(flat) if flat else None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A hyperparameter is checked, and held as a number, parameter, buffer or module."""
+        if name not in self.ranges or isinstance(value, InnerRates):
+            super().__setattr__(name, value)
+            return
+        _check(f"{type(self).__name__}'s {name}", value, *self.ranges[name])
+        for registry in (self.__dict__, self._parameters, self._buffers, self._modules):
+            registry.pop(name, None)
+        if isinstance(value, (Tensor, Mapping)):
+            hold(self, name, value)
+        else:
+            self.__dict__[name] = float(value)
 
     def read(
         self, rates: Mapping[str, Rate], adapted: Mapping[str, torch.Size], steps: int, what: str = "inner_optimizer"
@@ -104,6 +116,17 @@ class Optimizer(nn.Module):
             _check_state(f"{what}.state[{name!r}]", update, shape)
             updates[name] = update
         return updates
+
+    def constants(self) -> list[Any]:
+        """What a plan depends on, as torch.compile guards it (torch_private.guard_while_compiling)."""
+        found: list[Any] = [id(self), self.nesterov, self.centered]
+        for name in self.ranges:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):  # torch.compile itself guards what else of it counts
+                found.append(value.requires_grad)
+            else:
+                found.append(value if isinstance(value, float) else id(value))
+        return found
 
     def held_tensors(self, what: str = "inner_optimizer") -> list[tuple[str, Tensor]]:
         """The hyperparameters and states that are tensors, each with its name for error messages."""
@@ -336,6 +359,9 @@ class Groups(nn.Module):
 
     def described(self) -> str:
         return ", ".join(f"group {i}: {optimizer.described()}" for i, optimizer in enumerate(self.optimizers()))
+
+    def constants(self) -> list[Any]:
+        return [c for optimizer in self.optimizers() for c in optimizer.constants()]
 
     def held_tensors(self, what: str = "inner_optimizer") -> list[tuple[str, Tensor]]:
         return [t for i, optimizer in enumerate(self.optimizers()) for t in optimizer.held_tensors(f"{what}[{i}]")]

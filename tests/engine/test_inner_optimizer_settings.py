@@ -209,6 +209,8 @@ CHANGES: list[Callable[[FusedMAML], Any]] = [
     lambda maml: setattr(maml.inner_optimizer, "momentum", 0.3),
     lambda maml: setattr(maml.inner_optimizer, "nesterov", True),
     lambda maml: setattr(maml.inner_optimizer, "weight_decay", tensor(0.3)[0]),
+    lambda maml: setattr(maml.inner_optimizer, "momentum", tensor(0.3, 0.5, 0.6)),
+    lambda maml: setattr(maml.inner_optimizer, "dampening", of_all(0.3)),
     lambda maml: setattr(maml, "inner_optimizer", optim.Adam(eps=1e-2)),
     lambda maml: setattr(maml, "inner_optimizer", None),
     lambda maml: setattr(maml, "inner_clip_norm", 0.1),
@@ -235,6 +237,15 @@ def test_a_change_is_seen(machine: str, backend: str, change: Callable[[FusedMAM
     assert any(not torch.allclose(after[name], before[name], rtol=1e-6) for name in before)
 
 
+def test_a_hyperparameter_changes_its_form() -> None:
+    optimizer = optim.SGD(momentum=0.9)
+    for value, held in [(learned(0.3), {"momentum"}), (0.5, set()), (of_all(learned(0.3)), {"momentum.0.weight"})]:
+        optimizer.momentum = value
+        assert {name for name, _ in optimizer.named_parameters()} == held
+    optimizer.momentum = tensor(0.5)
+    assert set(optimizer.state_dict()) == {"momentum"}
+
+
 def test_a_change_in_place_of_a_learned_hyperparameter_is_seen(machine: str, backend: str) -> None:
     data = episode()
     momentum = learned(0.9)
@@ -253,8 +264,10 @@ def test_wrong_changes_are_refused(backend: str) -> None:
     with pytest.raises(ValueError, match="inner_clip_norm must be finite and above 0, got -1"):
         maml(*data)
     maml.inner_clip_norm = None
-    maml.inner_optimizer.momentum = float("nan")
-    with pytest.raises(ValueError, match=r"inner_optimizer\.momentum must be finite, got nan"):
+    with pytest.raises(ValueError, match=r"SGD's momentum must be at least 0 and finite, got \[nan\]"):
+        maml.inner_optimizer.momentum = float("nan")
+    maml.inner_optimizer.momentum = {"0.weight": 0.5}
+    with pytest.raises(ValueError, match=r"inner_optimizer\.momentum must have exactly the adapted parameters as keys"):
         maml(*data)
     maml.inner_optimizer.momentum = 0.9
     maml(*data)
