@@ -15,6 +15,11 @@
 // What the others add to theta is a constant, so v_k of the first of the last steps is the meta-gradient.
 // Reptile (Nichol, Achiam, Schulman 2018, algorithm 2): theta - phi_K in place of the meta-gradient.
 //
+// Inner optimizers (plan/update.h): (phi_{k+1}, s_{k+1}) = update(phi_k, s_k, g_k), with states s_k, and with
+// g_k clipped if so wanted. Let sigma_k be the cotangent of s_k. The adjoint of the update takes v_{k+1} and
+// sigma_{k+1} to the cotangent of phi_k itself, to sigma_k, and to gamma_k, the cotangent of g_k. v_k is the
+// first of them plus H_k gamma_k. So the direction of the product is -gamma_k, of descent alpha_k v_{k+1}.
+//
 // Multi-step loss (Antoniou, Edwards, Storkey 2019, equation 4): the query loss is sum_k w_k L_q(phi_k). Then
 // v_K = w_K grad L_q(phi_K), and w_k grad L_q(phi_k) is added to each earlier v_k.
 // Per-step parameters: a parameter with slots has one value per inner step. The support pass at phi_k and the
@@ -230,13 +235,24 @@ concept GivesSlopes =
 ///   loss(part, z, target, value*, grad_z*, saved*)           value [1] and its cotangent at the prediction z
 ///   loss_tangent(part, z, target, z_dot, saved, grad_z_dot)  the tangent of grad_z
 ///   metric(part, z, target, z_dot, grad_z)                   the policy's Fisher metric at z times z_dot
-///   add_slopes(n, c, g, z_dot, slopes)                       slopes [n] += <g, z_dot> of each sample; or
-///   none descend(rates, phi, g, next)                             next = phi - rate g direction(rates, v,
-///   out)                                 out = rate v retreat(size, product, v, rates, out*) v -= product,
-///   then out = rate v rate_gradient(rates, g, v, result)                       each rate's gradient -= its
-///   sum of g v add_weighted(k, size, x, y)                              y += w_k x, the weights of the query
-///   losses copy(size, from, to), zero(size, to) beside(f), join()        f(backend) runs concurrently with
-///   all calls until join(); false: not supported
+///   add_slopes(n, c, g, z_dot, slopes)                       slopes [n] += <g, z_dot>, if it gives slopes
+///   descend(rates, phi, g, next)                             next = phi - rate g
+///   direction(rates, v, out)                                 out = rate v
+///   retreat(size, product, v, rates, out*)                   v -= product, then out = rate v
+///   rate_gradient(rates, g, v, result)                       each rate's gradient -= its sum of g v
+/// and in place of these four, where the problem has an optimizer, with `updates` of Problem::updates_of(k):
+///   start(updates, state)                                    the states before the first step
+///   clip(updates, g, clip)                                   kClipNumbers of the norm of g
+///   update(updates, before, next, next_state*)               the step; may be in place
+///   hyper_gradients(updates, before, v, sigma, result)       adds to the gradients of hyperparameters
+///   update_adjoint(updates, before, v, sigma, out*)          v, sigma: those after the step become those
+///                                                            before it; out = -gamma
+///   clip_adjoint(updates, g, clip, out)                      out: from that of the clipped g to that of g
+///   start_gradients(updates, sigma, result)                  adds to the gradients of initial states
+/// and always
+///   add_weighted(k, size, x, y)                              y += w_k x, the weights of the query losses
+///   copy(size, from, to), zero(size, to)
+///   beside(f), join()        f(backend) runs concurrently with all calls until join(); false: not supported
 template <class Backend, class T>
 class TaskRunner {
  public:
@@ -257,6 +273,9 @@ class TaskRunner {
     direction_ = take(p_.packing.adapted);
     product_ = take(p_.packing.trainable);
     loss_ = take(whole_lines(p_.weighs_queries() ? 1 : 0));
+    states_ = take(p_.kept_states() * p_.state_size());
+    sigma_ = take(p_.has_update_adjoint() ? p_.state_size() : 0);
+    clips_ = take(p_.kept_clips() * whole_lines(kClipNumbers));
   }
 
   void run() {
@@ -405,8 +424,32 @@ class TaskRunner {
   void inner_loop() {
     for (int k = 0; k < p_.steps; ++k) {
       support_gradient(k, k == 0, task_.support_losses ? task_.support_losses + k : nullptr, g(k));
-      backend_.descend(p_.rates_of(k), phi(k), g(k), phi(k + 1));
+      if (p_.has_optimizer()) {
+        update(k);
+      } else {
+        backend_.descend(p_.rates_of(k), phi(k), g(k), phi(k + 1));
+      }
     }
+  }
+
+  /// phi_{k+1} and s_{k+1} from phi_k, s_k and g_k.
+  void update(int k) {
+    const std::vector<UpdateSlice>& updates = p_.updates_of(k);
+    if (k == 0) backend_.start(updates, state(0));
+    if (p_.clips_by_norm()) backend_.clip(updates, g(k), clip(k));
+    backend_.update(updates, before(k), phi(k + 1), k + 1 < p_.steps ? state(k + 1) : nullptr);
+  }
+
+  /// From v_{k+1} and sigma_{k+1} to v_k and sigma_k; adds to the gradients of hyperparameters.
+  void update_adjoint(int k, T* v) {
+    const std::vector<UpdateSlice>& updates = p_.updates_of(k);
+    if (p_.learns_rates()) backend_.hyper_gradients(updates, before(k), v, sigma_, v);
+    backend_.update_adjoint(updates, before(k), v, sigma_, p_.second_order() ? direction_ : nullptr);
+    if (k == 0 && p_.learns_rates()) backend_.start_gradients(updates, sigma_, v);
+    if (!p_.second_order()) return;
+    if (p_.clips_by_norm()) backend_.clip_adjoint(updates, g(k), clip(k), direction_);
+    hessian_vector_product(k, direction_, product_);
+    backend_.retreat(p_.packing.trainable, product_, v, p_.rates_of(k), nullptr);
   }
 
   /// The query loss at phi_k and, if wanted, its gradient: written, or for a multi-step loss added with
@@ -444,9 +487,13 @@ class TaskRunner {
     T* v = task_.result;
     backend_.zero(p_.result_size - p_.packing.trainable, v + p_.packing.trainable);
     if (task_.sample_slopes) backend_.zero(p_.support_sets() * p_.support.n, task_.sample_slopes);
+    if (p_.has_update_adjoint()) backend_.zero(p_.state_size(), sigma_);
     bool directed = false;  // direction_ holds alpha_k v_{k+1}
     for (int k = p_.steps - 1; k >= 0; --k) {
-      if (k < p_.last_query() && k >= p_.first_differentiated()) {
+      const bool counts = k < p_.last_query() && k >= p_.first_differentiated();
+      if (counts && p_.has_optimizer()) {
+        update_adjoint(k, v);
+      } else if (counts) {
         if (p_.learns_rates()) backend_.rate_gradient(p_.rates_of(k), g(k), v, v);
         if (p_.second_order()) {
           if (!directed) backend_.direction(p_.rates_of(k), v, direction_);
@@ -527,6 +574,11 @@ class TaskRunner {
   T* g(int k) const {
     return p_.kept_gradients() == 0 ? phi(k + 1) : g_ + p_.gradient_place(k) * p_.packing.adapted;
   }
+  T* state(int k) const { return states_ + p_.state_place(k) * p_.state_size(); }
+  T* clip(int k) const { return clips_ + p_.state_place(k) * whole_lines(kClipNumbers); }
+  BeforeStep<T> before(int k) const {
+    return {k, phi(k), g(k), state(k), p_.clips_by_norm() ? clip(k) : nullptr};
+  }
   T* phi(int k) const {  // phi_0 is theta, which is never written
     if (k == 0) return const_cast<T*>(task_.theta);
     return phi_ + p_.parameter_place(k) * p_.packing.adapted;
@@ -588,6 +640,7 @@ class TaskRunner {
   const Problem& p_;
   Task<T> task_;
   T *fixed_, *steps_, *query_, *shared_, *scratch_, *phi_, *g_, *direction_, *product_, *loss_;
+  T *states_, *sigma_, *clips_;
 };
 
 }  // namespace maml

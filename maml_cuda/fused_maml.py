@@ -349,7 +349,7 @@ class FusedMAML(nn.Module):
         self, x_spt: Tree, y_spt: Target, steps: int, *, spt_weights: Tensor | None = None
     ) -> Iterator[dict[str, Tensor]]:
         """The parameters after 0, 1, ..., `steps` inner steps, detached: each as adapt(steps=k) returns it, to the bit.
-        The CPU's layers take no step twice; elsewhere each of these is adapted afresh.
+        The CPU's layers take no step twice, if the optimizer has no state; elsewhere each of these is adapted afresh.
 
         Args:
             x_spt, y_spt: support sets, [tasks, n_support, ...].

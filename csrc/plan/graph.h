@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "layers/node.h"
+#include "plan/update.h"
 
 namespace maml {
 
@@ -38,6 +39,7 @@ struct Graph {
   std::vector<Parameter> parameters;
   Loss loss = Loss::cross_entropy;
   Precision precision = Precision::float32;
+  Clip clip;
   bool recompute = false;         // always run the gradient pass again for each Hessian-vector product
   bool per_step_support = false;  // each inner step has a support set of its own
   MetaGradient meta_gradient;

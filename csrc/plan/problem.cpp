@@ -6,14 +6,14 @@
 
 namespace maml {
 
-Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
+Problem::Problem(Graph graph_, Operation operation_, std::vector<Update> updates_,
                  std::vector<RateTensor> rate_tensors_, const std::vector<int64_t>& sample_,
                  int64_t n_support, int64_t n_query, int steps_, bool first_order_,
                  const std::vector<int>& query_steps_, bool weighted_, int64_t element_bytes_,
                  const LayerTraits& traits)
     : graph(with_chains(graph_, traits.chain)),
       operation(operation_),
-      rates(std::move(rates_)),
+      updates(std::move(updates_)),
       rate_tensors(std::move(rate_tensors_)),
       steps(steps_),
       first_order(first_order_),
@@ -30,6 +30,10 @@ Problem::Problem(Graph graph_, Operation operation_, std::vector<Rate> rates_,
     if (rate.learned) result_size += whole_lines(rate.size);
   }
   slice_rates();
+  slice_updates();
+  if (has_optimizer() && is_fisher(operation)) {
+    throw Unsupported("fused Fisher-vector products go through plain gradient descent, without an optimizer");
+  }
   support.n = n_support;
   query.n = n_query;
   lay_out(traits);
@@ -64,25 +68,62 @@ void Problem::lay_out(const LayerTraits& traits) {
   kept_tiles = keeps && bytes <= most ? support.tiles : 1;
 }
 
+/// Of a parameter of `size` elements.
+Source Problem::source(const Rate& rate, int64_t size, int64_t step) const {
+  Source found{rate.constant};
+  if (rate.slot < 0) return found;
+  const RateTensor& tensor = rate_tensors[rate.slot];
+  const int64_t own = std::min(step, tensor.steps - 1);
+  const int64_t offset = rate.per_step ? own * (rate.elementwise ? size : 1) : 0;
+  found.at = rate_at[rate.slot] + offset;
+  if (tensor.learned) found.grad_at = rate_grad_at[rate.slot] + offset;
+  found.elementwise = rate.elementwise;
+  return found;
+}
+
 void Problem::slice_rates() {
   int64_t most_steps = 1;
   for (const RateTensor& rate : rate_tensors) most_steps = std::max(most_steps, rate.steps);
   slices.resize(most_steps);
   for (int64_t k = 0; k < most_steps; ++k) {
-    for (size_t i = 0; i < rates.size(); ++i) {
+    for (size_t i = 0; i < updates.size(); ++i) {
+      const int64_t size = graph.parameters[i].size;
       if (graph.parameters[i].role != Role::adapted) continue;
-      const Rate& rate = rates[i];
-      RateSlice slice{packing.at[i], graph.parameters[i].size, rate.constant};
-      if (rate.slot >= 0) {
-        const int64_t step = std::min(k, rate_tensors[rate.slot].steps - 1);
-        const int64_t offset = rate.per_step ? step * (rate.elementwise ? slice.size : 1) : 0;
-        slice.rate_at = rate_at[rate.slot] + offset;
-        if (rate_tensors[rate.slot].learned) slice.grad_at = rate_grad_at[rate.slot] + offset;
-        slice.elementwise = rate.elementwise;
-      }
-      slices[k].push_back(slice);
+      const Source rate = source(updates[i].rate(), size, k);
+      slices[k].push_back({packing.at[i], size, rate.constant, rate.at, rate.grad_at, rate.elementwise});
     }
   }
+}
+
+void Problem::slice_updates() {
+  bool plain = graph.clip.is_none();
+  for (size_t i = 0; i < updates.size(); ++i) {
+    plain = plain && (graph.parameters[i].role != Role::adapted || updates[i].is_plain());
+  }
+  if (updates.empty() || plain) return;
+  update_slices.resize(slices.size());
+  for (size_t k = 0; k < slices.size(); ++k) {
+    for (size_t i = 0; i < updates.size(); ++i) {
+      if (graph.parameters[i].role != Role::adapted) continue;
+      UpdateSlice slice{packing.at[i], graph.parameters[i].size, packing.adapted, updates[i].form};
+      slice.clip = graph.clip;
+      for (int h = 0; h < kHyperparameters; ++h) {
+        slice.hyper[h] = source(updates[i].hyper[h], slice.size, static_cast<int64_t>(k));
+        slice.elementwise |= slice.hyper[h].elementwise;
+        slice.learns |= slice.hyper[h].grad_at != kNowhere;
+      }
+      for (int j = 0; j < kMostStates; ++j) slice.start[j] = source(updates[i].start[j], slice.size, 0);
+      update_slices[k].push_back(slice);
+    }
+  }
+}
+
+int64_t Problem::state_size() const {
+  int states = 0;
+  if (has_optimizer()) {
+    for (const UpdateSlice& slice : update_slices[0]) states = std::max(states, states_of(slice.form));
+  }
+  return states * packing.adapted;
 }
 
 bool Problem::is_small_network(bool Properties::* has_kind) const {
@@ -101,7 +142,7 @@ bool Problem::runs_in_megakernel() const {
   const bool has_functions = std::all_of(graph.nodes.begin(), graph.nodes.end(), [](const Node& node) {
     return node.layer.kind != Kind::pointwise || in_megakernel(node.layer.function);
   });
-  return has_functions && is_small_network(&Properties::in_megakernel);
+  return has_functions && !has_optimizer() && is_small_network(&Properties::in_megakernel);
 }
 
 int64_t Problem::task_size() const {
@@ -109,7 +150,9 @@ int64_t Problem::task_size() const {
          query_regions() * query.step_size + shared_size() +
          whole_lines(std::max(support.scratch_size, query.scratch_size)) +
          kept_parameters() * packing.adapted + kept_gradients() * packing.adapted + packing.adapted +
-         packing.trainable + whole_lines(weighs_queries() ? 1 : 0);
+         packing.trainable + whole_lines(weighs_queries() ? 1 : 0) +
+         (kept_states() + (has_update_adjoint() ? 1 : 0)) * state_size() +
+         kept_clips() * whole_lines(kClipNumbers);
 }
 
 }  // namespace maml

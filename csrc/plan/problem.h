@@ -7,6 +7,7 @@
 #include "layers/registry.h"
 #include "plan/packing.h"
 #include "plan/stage.h"
+#include "plan/update.h"
 
 namespace maml {
 
@@ -45,16 +46,10 @@ inline bool takes_given(Operation o) {
   return o == Operation::adapt_backward || o == Operation::hvp || is_fisher(o);
 }
 
-/// The inner learning rate of one parameter: a constant, or a tensor that the caller passes.
-struct Rate {
-  double constant = 0;
-  int slot = -1;             // the index of the tensor; -1: the constant
-  bool per_step = false;     // its first axis counts inner steps; steps beyond it use the last
-  bool elementwise = false;  // its other axes are those of the parameter
-};
+/// A tensor of hyperparameters or initial states: of rates, mostly.
 struct RateTensor {
   int64_t size;        // elements
-  int64_t steps = 1;   // inner steps that it has rates for
+  int64_t steps = 1;   // inner steps that it has values for
   int parameter = -1;  // elementwise: the parameter whose order of elements it has
   bool learned = false;
 };
@@ -73,7 +68,7 @@ struct RateSlice {
 struct Problem {
   Graph graph;
   Operation operation;
-  std::vector<Rate> rates;  // one a parameter
+  std::vector<Update> updates;  // one a parameter
   std::vector<RateTensor> rate_tensors;
   int steps = 0;
   bool first_order = false;
@@ -90,14 +85,17 @@ struct Problem {
   std::vector<int64_t> rate_grad_at;
   int64_t rates_size = 0, result_size = 0;
   std::vector<std::vector<RateSlice>> slices;  // for each inner step; later steps use the last
-  int64_t work = 0;                            // approximate multiply-adds of one task
+  // The same with all of the optimizer; none where every update is phi -= rate g, which `slices` serve.
+  std::vector<std::vector<UpdateSlice>> update_slices;
+  int64_t work = 0;  // approximate multiply-adds of one task
   // The number of inner steps that have step regions: all that are differentiated through; 1 where the
   // gradient pass is run again; 0 without a support pass. And how many tiles of the support set have regions
   // of their own: all of them, or one.
   int saved_steps = 1;
   int64_t kept_tiles = 1;
 
-  Problem(Graph graph, Operation operation, std::vector<Rate> rates, std::vector<RateTensor> rate_tensors,
+  /// Throws Unsupported where the fused passes do not compute the operation.
+  Problem(Graph graph, Operation operation, std::vector<Update> updates, std::vector<RateTensor> rate_tensors,
           const std::vector<int64_t>& sample, int64_t n_support, int64_t n_query, int steps, bool first_order,
           const std::vector<int>& query_steps, bool weighted, int64_t element_bytes,
           const LayerTraits& traits);
@@ -129,6 +127,19 @@ struct Problem {
   const std::vector<RateSlice>& rates_of(int step) const {
     return slices[std::min<size_t>(step, slices.size() - 1)];
   }
+  /// Whether there is more to an update than phi -= rate g.
+  bool has_optimizer() const { return !update_slices.empty(); }
+  const std::vector<UpdateSlice>& updates_of(int step) const {
+    return update_slices[std::min<size_t>(step, update_slices.size() - 1)];
+  }
+  bool clips_by_norm() const { return has_optimizer() && graph.clip.by_norm(); }
+  /// Whether a gradient goes back through the updates of an optimizer.
+  bool has_update_adjoint() const {
+    return has_optimizer() && steps > 0 && !is_reptile() &&
+           (operation == Operation::meta_gradient || operation == Operation::adapt_backward);
+  }
+  /// Elements of the optimizer's states in one inner step.
+  int64_t state_size() const;
   /// Whether the executors of small networks take it: the CPU's tasks in lanes, the CUDA megakernel.
   bool runs_in_lanes() const;
   bool runs_in_megakernel() const;
@@ -137,16 +148,21 @@ struct Problem {
   /// The numbers of stored states phi_1 .. phi_steps and of stored gradients g_0 .. g_steps-1, and their
   /// places. What is before step `first_kept` is stored in one place, one after the other. No gradients are
   /// stored where each can overwrite its phi.
-  bool keeps_parameters() const { return second_order() || weighs_queries(); }
+  bool keeps_parameters() const { return second_order() || weighs_queries() || has_update_adjoint(); }
   int first_kept() const { return weighs_queries() ? 0 : first_differentiated(); }
   int kept_parameters() const { return keeps_parameters() ? parameter_place(std::max(steps, 1)) + 1 : 1; }
   int parameter_place(int k) const {
     return keeps_parameters() ? std::max(k - std::max(first_kept(), 1), 0) : 0;
   }
   int kept_gradients() const {
-    return learns_rates() ? steps - first_kept() : keeps_parameters() && first_kept() == 0 ? 0 : 1;
+    return keeps_gradients() ? steps - first_kept() : keeps_parameters() && first_kept() == 0 ? 0 : 1;
   }
-  int gradient_place(int k) const { return learns_rates() ? std::max(k - first_kept(), 0) : 0; }
+  bool keeps_gradients() const { return learns_rates() || has_update_adjoint(); }
+  int gradient_place(int k) const { return keeps_gradients() ? std::max(k - first_kept(), 0) : 0; }
+  /// The same of the states of an optimizer before each step, and of what clipping by norm hands on.
+  int kept_states() const { return !has_optimizer() ? 0 : has_update_adjoint() ? steps - first_kept() : 1; }
+  int state_place(int k) const { return has_update_adjoint() ? std::max(k - first_kept(), 0) : 0; }
+  int kept_clips() const { return clips_by_norm() ? kept_states() : 0; }
   /// The index of the step region of a tile in an inner step, and the number of regions.
   int64_t region(int step, int64_t tile) const {
     const int place = saved_steps > 1 ? std::max(step - first_differentiated(), 0) : 0;
@@ -171,6 +187,8 @@ struct Problem {
  private:
   bool is_small_network(bool Properties::* has_kind) const;
   void slice_rates();
+  void slice_updates();
+  Source source(const Rate& rate, int64_t size, int64_t step) const;
 };
 
 }  // namespace maml

@@ -7,8 +7,6 @@
 
 namespace maml {
 
-constexpr int64_t kNowhere = -1;
-
 /// A graph with the shapes of one call, on n samples of one task, and the offset of every value, tangent and
 /// cotangent in the task's workspace. If no layer mixes samples, the samples are processed in tiles, one
 /// after the other in the same memory, so that it does not grow with n. The sizes of tiles differ by at most

@@ -39,7 +39,7 @@ void check_classes(const std::string& name, const char* what, const int64_t* lab
 Problem problem_of(ReadPlan plan, Operation operation, const std::vector<int64_t>& sample, int64_t n_support,
                    int64_t n_query, int steps, bool first_order, bool is_double,
                    const std::vector<int>& query_steps, bool weighted) {
-  return Problem(std::move(plan.graph), operation, std::move(plan.rates), std::move(plan.rate_tensors),
+  return Problem(std::move(plan.graph), operation, std::move(plan.updates), std::move(plan.rate_tensors),
                  sample, n_support, n_query, steps, first_order, query_steps, weighted, is_double ? 8 : 4,
                  traits_of(plan.backend));
 }

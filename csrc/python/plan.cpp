@@ -138,18 +138,53 @@ Node read_node(py::handle object, size_t number, size_t parameters) {
   return node;
 }
 
+const std::map<std::string, Rule> kRules = {{"sgd", Rule::sgd},         {"adam", Rule::adam},
+                                            {"adamw", Rule::adamw},     {"adamax", Rule::adamax},
+                                            {"rmsprop", Rule::rmsprop}, {"adagrad", Rule::adagrad}};
+
 Rate read_rate(py::handle object, size_t tensors) {
   if (object.is_none()) return {};
   Fields fields(object);
   Rate rate;
   rate.constant = fields.read("constant", 0.0);
   if (const auto tensor = fields.read<std::optional<int>>("tensor")) {
-    rate.slot = index_of(*tensor, tensors, "InnerRate.tensor");
+    rate.slot = index_of(*tensor, tensors, "Hyperparameter.tensor");
   }
   rate.per_step = fields.read<bool>("per_step");
   rate.elementwise = fields.read<bool>("elementwise");
   fields.done();
   return rate;
+}
+
+Update read_update(py::handle object, size_t tensors) {
+  if (object.is_none()) return {};
+  Fields fields(object);
+  Update update;
+  update.form.rule = named(kRules, fields.read<std::string>("rule"), "rule");
+  update.form.nesterov = fields.read<bool>("nesterov");
+  update.form.centered = fields.read<bool>("centered");
+  update.form.has_buffer = fields.read<bool>("has_buffer");
+  update.form.has_start = fields.read<bool>("has_start");
+  update.form.taken = fields.read<int>("taken");
+  // One of beta2 and alpha is None.
+  const std::pair<const char*, Hyperparameter> names[] = {
+      {"rate", kRate},         {"weight_decay", kWeightDecay},
+      {"momentum", kMomentum}, {"dampening", kDampening},
+      {"beta1", kBeta1},       {"beta2", kBeta2},
+      {"alpha", kBeta2},       {"eps", kEps},
+      {"lr_decay", kLrDecay}};
+  for (const auto& [name, h] : names) {
+    const py::object given = fields.object(name);
+    if (!given.is_none()) update.hyper[h] = read_rate(given, tensors);
+  }
+  const auto start = fields.read<std::vector<py::object>>("start");
+  if (start.size() != static_cast<size_t>(states_of(update.form))) {
+    throw std::invalid_argument("Update.start must hold " + std::to_string(states_of(update.form)) +
+                                " states, got " + std::to_string(start.size()));
+  }
+  for (size_t j = 0; j < start.size(); ++j) update.start[j] = read_rate(start[j], tensors);
+  fields.done();
+  return update;
 }
 
 Parameter read_parameter(Fields& fields, Operation operation) {
@@ -221,14 +256,14 @@ ReadPlan read_plan(py::handle plan, Operation operation) {
   for (const py::object& parameter : parameters) {
     Fields of_one(parameter);
     found.graph.parameters.push_back(read_parameter(of_one, operation));
-    found.rates.push_back(read_rate(of_one.object("rate"), tensors.size()));
+    found.updates.push_back(read_update(of_one.object("update"), tensors.size()));
     of_one.done();
   }
   for (const py::object& tensor : tensors) {
     found.rate_tensors.push_back(read_rate_tensor(tensor, parameters.size(), operation));
   }
   if (at_own_parameters(operation)) {
-    found.rates.clear();
+    found.updates.clear();
     found.rate_tensors.clear();
   }
   const auto value = [&](int number) {
@@ -246,6 +281,8 @@ ReadPlan read_plan(py::handle plan, Operation operation) {
   found.graph.recompute = fields.read<bool>("recompute");
   found.graph.meta_gradient = read_meta_gradient(fields.object("meta_gradient"));
   found.graph.per_step_support = fields.read<bool>("per_step_support");
+  found.graph.clip.norm = fields.read("clip_norm", found.graph.clip.norm);
+  found.graph.clip.value = fields.read("clip_value", found.graph.clip.value);
   found.backend = fields.read<std::string>("backend");
   const auto target = fields.read("target", int64_t{0});
   for (const Node& node : found.graph.nodes) {

@@ -16,7 +16,7 @@ Operation operation_named(const std::string& name);
 /// What the core must know of a plan to carry out one operation.
 struct ReadPlan {
   Graph graph;
-  std::vector<Rate> rates;               // one a parameter; none for an operation without an inner loop
+  std::vector<Update> updates;           // one a parameter; none for an operation without an inner loop
   std::vector<RateTensor> rate_tensors;  // the same
   std::string backend;
 };

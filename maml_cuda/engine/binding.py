@@ -207,10 +207,6 @@ def _why_not_update(maml: Settings) -> str:
     """The reason why fused layers do not take such inner steps, or ""."""
     if maml.inner_transform is not None:
         return "inner gradients pass through inner_transform"
-    if maml.inner_optimizer is not None:
-        return f"the inner optimizer is {type(maml.inner_optimizer).__name__}"
-    if maml.inner_clip_norm is not None or maml.inner_clip_value is not None:
-        return "inner gradients are clipped"
     return ""
 
 

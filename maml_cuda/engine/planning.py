@@ -15,13 +15,15 @@ from maml_cuda.capture.copies import Place, places
 from maml_cuda.capture.errors import Unfusable
 from maml_cuda.engine import cuda_runner, own_targets
 from maml_cuda.engine.data_checks import OF_CLASSES
+from maml_cuda.engine.hyperparameters import Hyperparameters, places_in
 from maml_cuda.engine.program import Program
 from maml_cuda.engine.settings import Options, Settings, adapted_names
 from maml_cuda.losses import Loss
+from maml_cuda.optim import Groups, Optimizer, read
 from maml_cuda.plan.graph import Graph, Labels
 from maml_cuda.plan.own_loss import COMPUTED, Match
-from maml_cuda.plan.schema import InnerRate, Parameter, Plan, RateTensor, Role
-from maml_cuda.rates import InnerRates, Rate, read_rates
+from maml_cuda.plan.schema import Parameter, Plan, RateTensor, Role
+from maml_cuda.rates import InnerRates
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class Snapshot:
     loss: str | Callable[..., Tensor]
     inner_lr: float | Tensor | InnerRates
     inner_steps: int
+    inner_optimizer: Optimizer | Groups | None
+    inner_clip_norm: float | None
+    inner_clip_value: float | None
     options: Options
     adapted: list[str]
     like: Tensor
@@ -45,7 +50,10 @@ class Snapshot:
 
 def snapshot_of(maml: Settings, like: Tensor) -> Snapshot:
     """The snapshot of a FusedMAML as it is now."""
-    return Snapshot(maml.model, maml.loss, maml.inner_lr, maml.inner_steps, maml._options, adapted_names(maml), like)
+    return Snapshot(
+        maml.model, maml.loss, maml.inner_lr, maml.inner_steps, maml.inner_optimizer, maml.inner_clip_norm,
+        maml.inner_clip_value, maml._options, adapted_names(maml), like,
+    )  # fmt: skip
 
 
 def why_not(snapshot: Snapshot) -> str:
@@ -107,6 +115,8 @@ def program_of(snapshot: Snapshot, graph: Graph, match: Match | None) -> Program
         target=graph.target,
         backend=backend,
         precision="float32" if backend == "cpu" else options.precision,
+        clip_norm=snapshot.inner_clip_norm,
+        clip_value=snapshot.inner_clip_value,
         meta_gradient=options.meta_gradient,
         recompute=options.recompute,
         per_step_support=options.per_step_support,
@@ -144,40 +154,28 @@ def _described(
     model, like = snapshot.model, snapshot.like
     own = dict(model.named_parameters())
     shapes = {name: own[name].shape for name in snapshot.adapted}
-    rates: dict[str, Rate] = read_rates(snapshot.inner_lr, shapes, snapshot.inner_steps)
+    inner = read(snapshot.inner_lr, shapes, snapshot.inner_steps, snapshot.inner_optimizer)
     parameters: list[Parameter] = []
-    rate_tensors: list[RateTensor] = []
-    holders: list[Place] = []
-    shared: dict[int, int] = {}  # a tensor that is the rate of several parameters -> its index
-    for index, read in enumerate(graph.reads):
-        t, rate = where[read.name].tensor, rates.get(read.name)
+    tensors = Hyperparameters(_held(snapshot))
+    for index, of in enumerate(graph.reads):
+        t, update = where[of.name].tensor, inner.updates.get(of.name)
         if (t.dtype != like.dtype and (t.requires_grad or t.is_complex())) or t.device != like.device:
-            raise Unfusable(f"{read.name} is {t.dtype} on {t.device}, unlike the model's parameters")
-        described = None
-        if rate is not None and not isinstance(rate.value, Tensor):
-            described = InnerRate(rate.value, None, rate.per_step, rate.elementwise)
-        elif rate is not None and isinstance(rate.value, Tensor):
-            at = None if rate.elementwise else shared.get(id(rate.value))
-            if at is None:
-                at = shared[id(rate.value)] = len(rate_tensors)
-                steps, of = len(rate.value) if rate.per_step else 1, index if rate.elementwise else None
-                rate_tensors.append(RateTensor(rate.value.numel(), steps, of, rate.value.requires_grad))
-                holders.append(_holder_of_rate(snapshot.inner_lr, read.name, rate.value))
-            described = InnerRate(None, at, rate.per_step, rate.elementwise)
-        learned = t.requires_grad and read.name in reached
-        trained: Role = "adapted" if rate is not None else "outer" if learned else "frozen"
-        role = trained if read.name in own or t.requires_grad else "buffer"
-        parameters.append(Parameter(t.numel(), read.rows, read.taps, read.slots, role, described))
-    return parameters, rate_tensors, holders
+            raise Unfusable(f"{of.name} is {t.dtype} on {t.device}, unlike the model's parameters")
+        described = None if update is None else tensors.update(update, index)
+        learned = t.requires_grad and of.name in reached
+        trained: Role = "adapted" if update is not None else "outer" if learned else "frozen"
+        role = trained if of.name in own or t.requires_grad else "buffer"
+        parameters.append(Parameter(t.numel(), of.rows, of.taps, of.slots, role, described))
+    return parameters, tensors.tensors, tensors.holders
 
 
-def _holder_of_rate(inner_lr: float | Tensor | InnerRates, name: str, rate: Tensor) -> Place:
-    """What holds the rate of the parameter `name`."""
-    if not isinstance(inner_lr, InnerRates):
-        return Place({"inner_lr": rate}, "inner_lr")
-    path, _, key = name.rpartition(".")
-    module = inner_lr.get_submodule(path)
-    return Place(module._parameters if key in module._parameters else module._buffers, key)
+def _held(snapshot: Snapshot) -> list[Place]:
+    """The places of the rates and hyperparameters that are tensors."""
+    rates, optimizer = snapshot.inner_lr, snapshot.inner_optimizer
+    if isinstance(rates, InnerRates):
+        return places_in(rates, optimizer)
+    held = [Place({"inner_lr": rates}, "inner_lr")] if isinstance(rates, Tensor) else []
+    return held + places_in(optimizer)
 
 
 def _own_name(loss: Loss, graph: Graph) -> str:

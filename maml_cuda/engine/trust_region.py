@@ -28,7 +28,7 @@ def fisher_vector_product(
     program, x_spt, y_spt, x_qry = _read(maml, x_spt, y_spt, x_qry, weights)
     trainable = _trainable(maml)
     data_checks.direction(trainable, v)
-    if program is None:
+    if program is None or not program.plan.is_plain_descent:  # fused are products through plain descent
         return fallback.fisher_vector_product(
             maml.model, str(maml.loss), inner_update(maml), list(trainable), x_spt, y_spt, x_qry, dict(v), weights,
             maml.inner_steps, maml.first_order, seed, support_sets.count(maml, maml.inner_steps),
@@ -47,7 +47,8 @@ def fisher(
 ) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
     checks.steps(memory, "memory")
     program, x, y, x_qry = _read(maml, x_spt, y_spt, x_qry, weights)
-    if program is None or program.plan.backend != "cpu" or maml._options.recompute:
+    slow = program is None or program.plan.backend != "cpu" or maml._options.recompute
+    if program is None or slow or not program.plan.is_plain_descent:
         seed = Seed()  # one matrix
         return lambda v: fisher_vector_product(maml, x_spt, y_spt, x_qry, v, weights, seed)
     trainable = _trainable(maml)

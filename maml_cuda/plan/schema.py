@@ -186,13 +186,13 @@ class Node:
 
 
 @dataclass(frozen=True)
-class InnerRate:
-    """The inner learning rate of one parameter: a constant, or a tensor.
+class Hyperparameter:
+    """A hyperparameter of the update of one parameter, or an initial state: a constant, or a tensor.
 
     Attributes:
-        constant: the number; None if the rate is a tensor.
-        tensor: an index into Plan.rate_tensors; None if the rate is a constant.
-        per_step: the first axis of the tensor counts inner steps; steps beyond its end use the last rate.
+        constant: the number; None if it is a tensor.
+        tensor: an index into Plan.rate_tensors; None if it is a constant.
+        per_step: the first axis of the tensor counts inner steps; steps beyond its end use the last value.
         elementwise: the other axes of the tensor have the parameter's shape; otherwise there are none.
     """
 
@@ -200,6 +200,53 @@ class InnerRate:
     tensor: int | None
     per_step: bool
     elementwise: bool
+
+
+HYPERPARAMETERS = ("weight_decay", "momentum", "dampening", "beta1", "beta2", "alpha", "eps", "lr_decay")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the inner optimizer does to one adapted parameter (csrc/optimizers.h has the formulas).
+
+    Attributes:
+        rule: "sgd", "adam", "adamw", "adamax", "rmsprop" or "adagrad".
+        nesterov: of sgd.
+        centered: of rmsprop.
+        has_buffer: of sgd and rmsprop, whether there is momentum.
+        has_start: of sgd, whether an initial momentum buffer is given. If not, the first step has no dampening.
+        taken: the number of steps that the initial states have behind them.
+        rate: the inner learning rate.
+        weight_decay, momentum, dampening, beta1, beta2, alpha, eps, lr_decay: None where the rule has none.
+        start: the initial states, in the order of csrc/plan/update.h.
+    """
+
+    rule: str
+    nesterov: bool
+    centered: bool
+    has_buffer: bool
+    has_start: bool
+    taken: int
+    rate: Hyperparameter
+    weight_decay: Hyperparameter | None
+    momentum: Hyperparameter | None
+    dampening: Hyperparameter | None
+    beta1: Hyperparameter | None
+    beta2: Hyperparameter | None
+    alpha: Hyperparameter | None
+    eps: Hyperparameter | None
+    lr_decay: Hyperparameter | None
+    start: tuple[Hyperparameter, ...]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is phi - rate * g."""
+        return self.rule == "sgd" and not self.has_buffer and self.weight_decay is None
+
+
+def descent(rate: Hyperparameter) -> Update:
+    """Plain gradient descent."""
+    return Update("sgd", False, False, False, False, 0, rate, None, None, None, None, None, None, None, None, ())
 
 
 @dataclass(frozen=True)
@@ -212,7 +259,7 @@ class Parameter:
         slots: the number of inner steps that have values of their own, in a tensor [slots, ...]; 1: all steps read the
             same values.
         role: whether the inner loop changes it, and whether it has a meta-gradient.
-        rate: the inner learning rate of an adapted parameter.
+        update: what an inner step does to an adapted parameter.
     """
 
     size: int
@@ -220,7 +267,7 @@ class Parameter:
     taps: int
     slots: int
     role: Role
-    rate: InnerRate | None
+    update: Update | None
 
     @property
     def trainable(self) -> bool:
@@ -230,12 +277,12 @@ class Parameter:
 
 @dataclass(frozen=True)
 class RateTensor:
-    """A tensor of inner learning rates.
+    """A tensor of inner learning rates, or of other hyperparameters or initial states.
 
     Attributes:
         size: number of elements, of all steps.
-        steps: the number of inner steps that have a rate of their own; 1: all steps have the same rate.
-        parameter: the index of the parameter whose shape an elementwise rate has; None: one number for each step.
+        steps: the number of inner steps that have a value of their own; 1: all steps have the same.
+        parameter: the index of the parameter whose shape an elementwise one has; None: one number for each step.
         learned: whether it has a meta-gradient.
     """
 
@@ -252,13 +299,15 @@ class Plan:
     Attributes:
         nodes: the layers, in topological order.
         parameters: the parameters and buffers that the nodes read.
-        rate_tensors: the tensors of inner learning rates.
+        rate_tensors: the tensors of inner learning rates, other hyperparameters and initial states.
         prediction: its value, which a flatten writes.
         loss: the name of the loss in FusedMAML; "computed": nodes compute it.
         loss_value: of a computed loss.
         target: of a computed loss, how many numbers it compares for each sample.
         backend: "cpu" or "cuda".
         precision: of float32 matrix products on a GPU.
+        clip_norm, clip_value: the inner gradient of a task is clipped by its norm over all adapted parameters, then
+            each element; None: not.
         meta_gradient: how it is taken through the inner loop.
         recompute: run the gradient pass again for each Hessian-vector product, instead of keeping its activations.
         per_step_support: each inner step has a support set of its own.
@@ -275,6 +324,8 @@ class Plan:
     target: int | None
     backend: str
     precision: str
+    clip_norm: float | None
+    clip_value: float | None
     meta_gradient: MetaGradient
     recompute: bool
     per_step_support: bool
@@ -296,6 +347,17 @@ class Plan:
     def has_gradient(self) -> list[bool]:
         """For each parameter, then for each rate tensor, whether it has a meta-gradient."""
         return [p.trainable for p in self.parameters] + [r.learned for r in self.rate_tensors]
+
+    @property
+    def is_plain_descent(self) -> bool:
+        """Whether each inner step is phi - rate * g."""
+        updates = [p.update for p in self.parameters if p.update is not None]
+        return self.clip_norm is None and self.clip_value is None and all(update.is_plain for update in updates)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether an inner step depends on the steps before it by more than the parameters."""
+        return any(p.update is not None and p.update.start for p in self.parameters)
 
     def of_one_step(self) -> Plan:
         """The same plan for one inner step: parameters have one slot, rate tensors have one step."""

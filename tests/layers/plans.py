@@ -135,8 +135,9 @@ class Sketch:
 
     def parameter(self, *shape: int, role: schema.Role = "adapted") -> Operand:
         size = math.prod(shape)
-        rate = schema.InnerRate(0.1, None, False, False) if role == "adapted" else None
-        self.parameters.append(schema.Parameter(size, 1, 1, 1, role, rate))
+        rate = schema.Hyperparameter(0.1, None, False, False)
+        update = schema.descent(rate) if role == "adapted" else None
+        self.parameters.append(schema.Parameter(size, 1, 1, 1, role, update))
         return self._add("parameter", (), shape, parameters=(len(self.parameters) - 1,), image=(size, 1, 1))
 
     def _loops(self, inputs: Sequence[Operand], strides: Sequence[int], of: Operand, offset: int = 0) -> Loops:
@@ -266,7 +267,8 @@ class Sketch:
         nodes, parameters = tuple(self.nodes), tuple(self.parameters)
         prediction = len(nodes)
         return schema.Plan(
-            nodes, parameters, (), prediction, "mse", None, None, "cpu", "float32", UNROLLED, False, False, False, None
+            nodes, parameters, (), prediction, "mse", None, None, "cpu", "float32", None, None, UNROLLED, False, False,
+            False, None,
         )  # fmt: skip
 
 

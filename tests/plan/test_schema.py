@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from maml_cuda import FusedMAML, _core
-from maml_cuda.plan.schema import InnerRate, Node, Parameter, Plan, RateTensor, Window, plan_of
+from maml_cuda.plan.schema import Hyperparameter, Node, Parameter, Plan, RateTensor, Update, Window, plan_of
 from tests.conftest import episode, program_of
 
 
@@ -44,8 +44,13 @@ def put(part: type, changed: Any) -> Plan:
         return changed(x) if isinstance(x, part) else x
 
     nodes = tuple(change(replace(n, window=n.window and change(n.window))) for n in PLAN.nodes)
-    parameters = tuple(change(replace(p, rate=p.rate and change(p.rate))) for p in PLAN.parameters)
-    return change(replace(PLAN, nodes=nodes, parameters=parameters, rate_tensors=tuple(map(change, PLAN.rate_tensors))))
+    parameters = []
+    for p in PLAN.parameters:
+        update = p.update and change(replace(p.update, rate=change(p.update.rate)))
+        parameters.append(change(replace(p, update=update)))
+    return change(
+        replace(PLAN, nodes=nodes, parameters=tuple(parameters), rate_tensors=tuple(map(change, PLAN.rate_tensors)))
+    )
 
 
 def other(x: Any, without: str = "", **extra: Any) -> Any:
@@ -61,7 +66,7 @@ def test_a_plan_is_what_its_json_says():
     assert [r.parameter is None for r in PLAN.rate_tensors] == [False, True]
 
 
-PARTS = [Plan, Node, Window, Parameter, InnerRate, RateTensor]
+PARTS = [Plan, Node, Window, Parameter, Update, Hyperparameter, RateTensor]
 # What Python alone reads of a plan.
 OF_PYTHON = ("cuda_graphs", "task_chunk")
 
@@ -109,7 +114,9 @@ def test_json_with_other_fields_is_an_error():
         (Node, {"groups": "two"}, "Node.groups has a value that the core cannot read, got 'two'"),
         (Parameter, {"role": "inner"}, "unknown role inner"),
         (Parameter, {"slots": 0}, "Parameter.size must be a multiple of its slots, rows and taps, got 54"),
-        (InnerRate, {"tensor": 2}, "InnerRate.tensor must be from 0 to 1, got 2"),
+        (Hyperparameter, {"tensor": 2}, "Hyperparameter.tensor must be from 0 to 1, got 2"),
+        (Update, {"rule": "lion"}, "unknown rule lion"),
+        (Update, {"rule": "adam"}, "Update.start must hold 2 states, got 0"),
         (RateTensor, {"steps": 0}, "RateTensor.size must be a multiple of its steps, got 54"),
         (RateTensor, {"parameter": 8}, "RateTensor.parameter must be from 0 to 7, got 8"),
         (Plan, {"nodes": ()}, "Plan.nodes must hold at least 1 node, got 0"),

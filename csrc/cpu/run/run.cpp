@@ -317,7 +317,7 @@ class Run {
     const bool kept = t < call_.kept;
     task.prepared = kept && call_.prepared;
     if (kept) at = call_.state + t * p_.task_size();
-    const Cpu<T> backend{{rates_, call_.query_weights}};
+    const Cpu<T> backend{{{rates_}, call_.query_weights}};
     TaskRunner<Cpu<T>, T>(backend, p_, task, at).run();
     hand_back_task(out, t);
   }

@@ -100,7 +100,7 @@ struct TasksInLanes : Updates<Vector<T>, T> {
   T* scratch;  // 3 * the prediction's elements
 
   TasksInLanes(const T* rates, const T* query_weights, T* scratch_)
-      : Updates<V, T>{rates, query_weights}, scratch(scratch_) {}
+      : Updates<V, T>{{rates}, query_weights}, scratch(scratch_) {}
 
   static Target<V> of_set(const Target<V>& target, int64_t set) {
     return {static_cast<const LaneTargets<T>*>(target.y) + set};

@@ -5,15 +5,13 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/run/share.h"
-#include "cpu/simd.h"
+#include "cpu/run/optimizer_steps.h"
 #include "plan/problem.h"
 
 namespace maml::MAML_ISA {
 
 template <class V, class T>
-struct Updates {
-  const T* rates;          // packed
+struct Updates : OptimizerSteps<V, T> {
   const T* query_weights;  // [steps + 1]
 
   void descend(const std::vector<RateSlice>& slices, const V* phi, const V* g, V* next) const {
@@ -91,10 +89,10 @@ struct Updates {
   void each_rate(const std::vector<RateSlice>& slices, F f) const {
     for (const RateSlice& s : slices) {
       if (s.elementwise) {
-        const T* rate = rates + s.rate_at;
+        const T* rate = this->rates + s.rate_at;
         f(s, [rate](int64_t i) { return rate[i]; });
       } else {
-        const T rate = s.rate_at == kNowhere ? static_cast<T>(s.constant) : rates[s.rate_at];
+        const T rate = s.rate_at == kNowhere ? static_cast<T>(s.constant) : this->rates[s.rate_at];
         f(s, [rate](int64_t) { return rate; });
       }
     }

@@ -14,6 +14,7 @@
 
 #include "cuda/layers.h"
 #include "cuda/loss.h"
+#include "cuda/run/optimizer_steps.h"
 #include "cuda/run/small_run.h"
 #include "cuda/run/updates.h"
 #include "cuda/run/work.h"
@@ -117,6 +118,7 @@ class Batched {
     const RateSlice* slices = plan_.slices + i.slices;
     const int count = plan_.slices_a_step;
     if (!declares_its_work(i)) note([&] { return work_of(i, adapted_); });
+    if (is_of_optimizer(i.op)) return launch_optimizer(launch, i, plan_, rates_, largest_);
     switch (i.op) {
       case Op::forward:
         return passes_of<T>(i.layer.kind).forward(launch, i.layer, t);
@@ -163,7 +165,7 @@ class Batched {
       case Op::zero:
         return launch("zero", zero_kernel<T>, {vector_blocks(i.size)}, kVectorThreads, 0, i.size, t.y,
                       launch.memory);
-      case Op::join:
+      default:  // Op::join
         return;
     }
   }

@@ -32,8 +32,9 @@ struct RateInfo {
 struct DevicePlan {
   const ParameterInfo* parameters;
   const RateInfo* rates;
-  const RateSlice* slices;  // [inner steps with different rates, slices_a_step]
-  const void* program;      // the megakernel's instructions
+  const RateSlice* slices;     // [inner steps with different rates, slices_a_step]
+  const UpdateSlice* updates;  // the same, where there is an optimizer
+  const void* program;         // the megakernel's instructions
   int parameter_count, rate_count, slices_a_step, program_length;
 };
 

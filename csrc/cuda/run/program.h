@@ -23,7 +23,16 @@ enum class Op : uint8_t {
   retreat,        // grad_y = product, y = v, saved = out; beyond the adapted parameters: x = product,
                   // grad_x = v, of `size` elements
   rate_gradient,  // grad_y = g, x = v, y = result
-  add_weighted,   // grad_y = weight, x, y
+  // Of an inner optimizer, with the tensors that optimizer_steps.h says; `size` is the step.
+  start,
+  clip,
+  update,
+  hyper_gradients,
+  update_adjoint,
+  clip_dot,
+  clip_adjoint,
+  start_gradients,
+  add_weighted,  // grad_y = weight, x, y
   copy,
   zero,
   join  // waits for the instructions that run beside the others
@@ -39,7 +48,7 @@ struct Instruction {
   LossPart loss;
   Op op;
   bool beside;   // may run concurrently with all others up to `join`
-  int slices;    // the first rate slice of the inner step
+  int slices;    // the first rate slice, or update slice, of the inner step
   int64_t size;  // elements of a vector
 };
 
@@ -110,6 +119,31 @@ class Recorder {
     i.slices = first_slice(step);
     i.size = size - adapted;
   }
+  using Slices = std::vector<UpdateSlice>;
+  void start(const Slices& updates, T* state) const { record_step(Op::start, updates, {}, state); }
+  void clip(const Slices& updates, const T* g, T* clip) const {
+    record_step(Op::clip, updates, {.g = g}, clip);
+  }
+  void update(const Slices& updates, const BeforeStep<T>& before, T* next, T* next_state) const {
+    record_step(Op::update, updates, before, next).grad_w[0] = next_state;
+  }
+  void hyper_gradients(const Slices& updates, const BeforeStep<T>& before, const T* v, const T* sigma,
+                       T* result) const {
+    Tensors<T>& t = record_step(Op::hyper_gradients, updates, before, result);
+    t.w[2] = v, t.w[3] = sigma;
+  }
+  void update_adjoint(const Slices& updates, const BeforeStep<T>& before, T* v, T* sigma, T* out) const {
+    Tensors<T>& t = record_step(Op::update_adjoint, updates, before, v);
+    t.grad_w[0] = sigma, t.saved = out;
+  }
+  void clip_adjoint(const Slices& updates, const T* g, T* clip, T* out) const {
+    record_step(Op::clip_dot, updates, {.phi = out, .g = g}, clip + 2);
+    record_step(Op::clip_adjoint, updates, {.g = g, .clip = clip}, out);
+  }
+  void start_gradients(const Slices& updates, const T* sigma, T* result) const {
+    record_step(Op::start_gradients, updates, {}, result).w[3] = sigma;
+  }
+
   void add_weighted(int k, int64_t size, const T* x, T* y) const {
     record_vector(Op::add_weighted, x, place<T>(Region::query_weights, k), y).size = size;
   }
@@ -133,6 +167,14 @@ class Recorder {
  private:
   int first_slice(const std::vector<RateSlice>& step) const {
     return static_cast<int>((&step - problem_.slices.data()) * static_cast<int64_t>(step.size()));
+  }
+  Tensors<T>& record_step(Op op, const Slices& updates, const BeforeStep<T>& before, T* y) const {
+    Instruction<T>& i = record_vector(op, before.phi, before.g, y);
+    i.tensors.w[0] = before.state, i.tensors.w[1] = before.clip;
+    i.slices =
+        static_cast<int>((&updates - problem_.update_slices.data()) * static_cast<int64_t>(updates.size()));
+    i.size = before.step;
+    return i.tensors;
   }
   Instruction<T>& record_vector(Op op, const T* x, const T* g, T* y) const {
     Tensors<T> t;

@@ -64,7 +64,7 @@ struct Runner<T>::State {
   Executor executor = Executor::batched;
   std::optional<Chain> chain;  // of the chunked executor
   PlanBytes plan_bytes;
-  size_t rates_at = 0, slices_at = 0, program_at = 0;
+  size_t rates_at = 0, slices_at = 0, updates_at = 0, program_at = 0;
   int program_length = 0;               // of the interpreted part, which is in device memory
   std::vector<Instruction<T>> program;  // of the batched executor
   std::vector<Run> runs;                // of `program`
@@ -160,6 +160,10 @@ struct Runner<T>::State {
     for (const std::vector<RateSlice>& step : problem.slices)
       slices.insert(slices.end(), step.begin(), step.end());
     plan_bytes.append(slices.data(), slices.size());
+    std::vector<UpdateSlice> updates;
+    for (const std::vector<UpdateSlice>& step : problem.update_slices)
+      updates.insert(updates.end(), step.begin(), step.end());
+    updates_at = plan_bytes.append(updates.data(), updates.size());
   }
 
   /// The plan in device memory.
@@ -170,6 +174,7 @@ struct Runner<T>::State {
     return {reinterpret_cast<const ParameterInfo*>(bytes),
             reinterpret_cast<const RateInfo*>(bytes + rates_at),
             reinterpret_cast<const RateSlice*>(bytes + slices_at),
+            reinterpret_cast<const UpdateSlice*>(bytes + updates_at),
             bytes + program_at,
             static_cast<int>(problem.graph.parameters.size()),
             static_cast<int>(problem.rate_tensors.size()),

@@ -110,7 +110,8 @@ bool is_plain(const Problem& p, const std::vector<const Stage::Step*>& chain) {
     }
   }
   for (size_t i = 0; i < readers.size(); ++i) {
-    if (p.graph.parameters[i].role != Role::adapted || p.rates[i].slot >= 0 || readers[i] != 1) return false;
+    if (p.graph.parameters[i].role != Role::adapted || p.updates[i].rate().slot >= 0 || readers[i] != 1)
+      return false;
   }
   return true;
 }
@@ -126,9 +127,9 @@ MlpLayer mlp_layer(const Problem& p, const Stage::Step& linear, const Stage::Ste
   l.weight_parameter = linear.parameters[0];
   l.bias_parameter = linear.parameters.size() > 1 ? linear.parameters[1] : -1;
   auto result = [&](int parameter) { return static_cast<int>(p.packing.at[parameter]); };
-  l.weight_result = result(l.weight_parameter), l.weight_rate = p.rates[l.weight_parameter].constant;
+  l.weight_result = result(l.weight_parameter), l.weight_rate = p.updates[l.weight_parameter].rate().constant;
   if (l.bias_parameter >= 0) {
-    l.bias_result = result(l.bias_parameter), l.bias_rate = p.rates[l.bias_parameter].constant;
+    l.bias_result = result(l.bias_parameter), l.bias_rate = p.updates[l.bias_parameter].rate().constant;
   }
   if (function) {
     static_cast<Constants&>(l) = function->layer;
@@ -144,7 +145,7 @@ std::optional<SmallMlp> small_mlp_of(const Problem& p, int device) {
   const bool serves = p.operation == Operation::meta_gradient && p.steps > 0 && !p.weighs_queries() &&
                       !p.is_reptile() && p.first_differentiated() == 0 &&
                       (p.graph.loss == Loss::mse || p.graph.loss == Loss::cross_entropy) &&
-                      p.rate_tensors.empty() && p.support_sets() == 1 && !p.weighted;
+                      p.rate_tensors.empty() && p.support_sets() == 1 && !p.weighted && !p.has_optimizer();
   if (!serves || !p.runs_in_megakernel()) return {};
   const auto chain = chain_of(p.support), query_chain = chain_of(p.query);
   if (!chain || !query_chain || chain->size() != query_chain->size() || !is_plain(p, *chain)) return {};

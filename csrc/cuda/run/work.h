@@ -147,7 +147,17 @@ Work work_of(const Instruction<T>& i, int64_t adapted) {
       return traffic<T>(i.size, 2);
     case Op::zero:
       return traffic<T>(i.size, 1);
+    case Op::update:
+    case Op::update_adjoint:
+      return traffic<T>(adapted, 7);  // with two states
+    case Op::clip_adjoint:
+      return traffic<T>(adapted, 3);
     case Op::rate_gradient:
+    case Op::start:
+    case Op::clip:
+    case Op::hyper_gradients:
+    case Op::clip_dot:
+    case Op::start_gradients:
     case Op::join:
       return {};
     default:

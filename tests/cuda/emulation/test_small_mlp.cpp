@@ -138,11 +138,13 @@ Truth meta_step(const Net& net, const Parameters<double>& theta, const Parameter
 Problem problem_of(const Net& net, int64_t bytes) {
   Graph graph;
   graph.loss = net.loss;
-  std::vector<Rate> rates;
+  std::vector<Update> updates;
   auto parameter = [&](int64_t rows, int64_t size) {
     graph.parameters.push_back({size, rows, 1, Role::adapted});
-    rates.push_back({0.1 + 0.02 * static_cast<double>(rates.size())});
-    return static_cast<int>(rates.size()) - 1;
+    Update update;
+    update.hyper[kRate].constant = 0.1 + 0.02 * static_cast<double>(updates.size());
+    updates.push_back(update);
+    return static_cast<int>(updates.size()) - 1;
   };
   auto append = [&](Layer layer, std::vector<int> parameters, int in, int out) {
     Node node{};
@@ -163,7 +165,7 @@ Problem problem_of(const Net& net, int64_t bytes) {
   flatten.kind = Kind::flatten;
   append(flatten, {}, 0, 0);
   graph.prediction = static_cast<int>(graph.nodes.size());
-  return Problem(graph, Operation::meta_gradient, rates, {}, {net.widths[0]}, net.support, net.query,
+  return Problem(graph, Operation::meta_gradient, updates, {}, {net.widths[0]}, net.support, net.query,
                  net.steps, net.first_order, {}, bytes,
                  {[](const Layer&) { return Footprint{}; }, Kind::norm_block});
 }
@@ -204,10 +206,10 @@ void check(const Net& net) {
       for (int j = 0; j < out; ++j) users[j * in + i] = static_cast<T>(w[i * out + j]);
     }
     theta.insert(theta.end(), w.begin(), w.end());
-    rates.insert(rates.end(), w.size(), problem.rates[p].constant);
+    rates.insert(rates.end(), w.size(), problem.updates[p].rate().constant);
     give(order.parameters + p++, users, 0);
     for (const double v : b) theta.push_back(net.biases[l] ? v : 0);
-    rates.insert(rates.end(), b.size(), net.biases[l] ? problem.rates[p].constant : 0);
+    rates.insert(rates.end(), b.size(), net.biases[l] ? problem.updates[p].rate().constant : 0);
     if (net.biases[l]) give(order.parameters + p++, std::vector<T>(b.begin(), b.end()), 0);
   }
   std::vector<std::vector<int64_t>> labels;
