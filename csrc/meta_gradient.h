@@ -25,6 +25,14 @@
 // Per-step parameters: a parameter with slots has one value per inner step. The support pass at phi_k and the
 // query pass at phi_{k+1} read slot k. Their gradients and products go to slot k and are zero elsewhere.
 // Per-step support: inner step k has a support set of its own, which g_k and H_k are of.
+// Gradients of data, of value 0 and of the target:
+//
+//   query set     dL_q/dx = the cotangent of x in the query pass
+//   support set   dL_q/dx_k = -d/dx <g_k, alpha_k v_{k+1}> = -R{cotangent of x} in the Hessian-vector product
+//   of
+//                 step k; that of a set of all steps is the sum over k
+//
+// Without these signs and sums, they are handed out as they are found.
 // Random masks: they follow from the seed of the call, the task, the set and k, so that every pass at phi_k
 // has the same ones.
 // Tiles: the samples of a stage may run in tiles, one after the other. Gradients, products and losses are
@@ -61,6 +69,8 @@ struct Walk {
   T *fixed, *step, *tangent, *scratch;  // memory regions, see Stage
   Stream stream;                        // of random masks
   int64_t n;                            // samples of the task: at most stage.n, which the memory is for
+  // Where cotangents of the task's x and y go, or their tangents; null: not wanted.
+  T *grad_of_x = nullptr, *grad_of_y = nullptr, *grad_dot_of_x = nullptr, *grad_dot_of_y = nullptr;
 
   int64_t first() const { return stage.first(tile); }
   int64_t samples() const { return std::min(stage.first(tile + 1), n) - first(); }
@@ -71,9 +81,13 @@ struct Walk {
     if (input.target) return y + first() * input.size;
     return v == 0 ? x + first() * input.size : value(v);
   }
-  T* grad(int v) const { return at(step, stage.values[v].grad_at); }
+  T* grad(int v) const {
+    return is_data(v) ? of_data(v, grad_of_x, grad_of_y) : at(step, stage.values[v].grad_at);
+  }
   T* dot(int v) const { return at(tangent, stage.values[v].dot_at); }
-  T* grad_dot(int v) const { return at(tangent, stage.values[v].grad_dot_at); }
+  T* grad_dot(int v) const {
+    return is_data(v) ? of_data(v, grad_dot_of_x, grad_dot_of_y) : at(tangent, stage.values[v].grad_dot_at);
+  }
   T* prediction() const { return value(stage.output); }
   /// What the loss is taken of: the prediction, or what layers have computed as the loss.
   T* differentiated() const { return value(stage.differentiated); }
@@ -115,6 +129,11 @@ struct Walk {
            : part == Part::moving   ? !y.fixed
            : part == Part::constant ? !y.active
                                     : y.active;
+  }
+  bool is_data(int v) const { return v == 0 || stage.values[v].target; }
+  T* of_data(int v, T* of_x, T* of_y) const {
+    T* start = v == 0 ? of_x : of_y;
+    return start ? start + first() * stage.values[v].size : nullptr;
   }
   static T* at(T* region, int64_t offset) { return offset == kNowhere ? nullptr : region + offset; }
 
@@ -194,6 +213,7 @@ struct Task {
   T* support_losses;  // [steps] or null
   T* query_loss;      // [1]
   T* logits;          // [n_query, ...]
+  T* data_gradient;   // [Problem::data_size]
   T* result;          // [Problem::result_size]: v_0, then the gradients of the learned rates
   const T* given;     // packed v_K or direction (hvp, fisher), or the prediction's cotangent
   T* adapted;         // adapt: phi_K, packed
@@ -474,7 +494,9 @@ class TaskRunner {
       query.forward(part);
       if (counts) loss(query, task_.y_query, value);
       if (k == p_.steps) give_logits(query);
-      if (gradient) query.backward(v, p_.packing.trainable);
+      if (!gradient) continue;
+      give_grad_y(query, query.grad(p_.query.differentiated), query.grad_of_y);
+      query.backward(v, p_.packing.trainable);
     }
     if (!weighs || !counts) return;
     backend_.add_weighted(k, 1, loss_, task_.query_loss);
@@ -547,6 +569,7 @@ class TaskRunner {
         backend_.add_slopes(support.samples(), classes(p_.support), support.grad(output), support.dot(output),
                             task_.sample_slopes + set(k) * p_.support.n + support.first());
     }
+    give_grad_y(support, support.grad_dot(output), support.grad_dot_of_y);
     support.backward_tangent(direction, product);
   }
 
@@ -588,9 +611,27 @@ class TaskRunner {
     T* step = steps_ + p_.region(k, tile) * p_.support.step_size;
     const T* x = task_.x_support + set(k) * p_.support.n * p_.support.values[0].size;
     const T* y = static_cast<const T*>(y_support(k).y);
-    return {backend_, p_.packing, p_.support,  tile,          k,
-            x,        y,          task_.theta, phi(k),        fixed,
-            step,     shared_,    scratch_,    stream(2 * k), support_samples(k)};
+    Walk<Backend, T> walk{backend_, p_.packing, p_.support,  tile,          k,
+                          x,        y,          task_.theta, phi(k),        fixed,
+                          step,     shared_,    scratch_,    stream(2 * k), support_samples(k)};
+    const DataGradient& data = p_.graph.data_gradient;
+    if (data.x_support)
+      walk.grad_dot_of_x = data_gradient(p_.x_support_at, k, p_.support, x_width(p_.support));
+    if (data.y_support)
+      walk.grad_dot_of_y = data_gradient(p_.y_support_at, k, p_.support, y_width(p_.support));
+    return walk;
+  }
+  int64_t x_width(const Stage& stage) const { return stage.values[0].size; }
+  int64_t y_width(const Stage& stage) const { return target_columns(p_.graph.loss, stage); }
+  T* data_gradient(int64_t at, int64_t copy, const Stage& stage, int64_t width) const {
+    return task_.data_gradient + at + copy * stage.n * width;
+  }
+  /// What the squared error gives its target is minus what it gives the prediction; a computed loss gives the
+  /// target its own. `grad_y` of all samples; null: not wanted.
+  void give_grad_y(const Walk<Backend, T>& walk, const T* grad_of_prediction, T* grad_y) const {
+    if (!grad_y || p_.graph.loss == Loss::computed) return;
+    const int64_t c = classes(walk.stage);
+    backend_.copy(walk.samples() * c, grad_of_prediction, grad_y + walk.first() * c);
   }
   /// The number of the support set of an inner step, and what its loss compares.
   int64_t set(int k) const { return p_.support_sets() > 1 ? k : 0; }
@@ -610,8 +651,14 @@ class TaskRunner {
     const int slot = std::max(k - 1, 0);
     // At parameters that are the task's own, a prediction has the masks of the loss there.
     const Stream masks = stream(at_own_parameters(p_.operation) ? 0 : 2 * k + 1);
-    return {backend, p_.packing, p_.query, tile,     slot,  task_.x_query,  y, task_.theta, phi(k),
-            nullptr, step,       tangent,  scratch_, masks, query_samples()};
+    Walk<Backend, T> walk{backend,       p_.packing, p_.query,    tile,   slot,
+                          task_.x_query, y,          task_.theta, phi(k), nullptr,
+                          step,          tangent,    scratch_,    masks,  query_samples()};
+    const DataGradient& data = p_.graph.data_gradient;
+    const int64_t place = p_.query_place(k);
+    if (data.x_query) walk.grad_of_x = data_gradient(p_.x_query_at, place, p_.query, x_width(p_.query));
+    if (data.y_query) walk.grad_of_y = data_gradient(p_.y_query_at, place, p_.query, y_width(p_.query));
+    return walk;
   }
   int64_t support_samples(int k) const {
     return task_.support_counts ? task_.support_counts[set(k)] : p_.support.n;

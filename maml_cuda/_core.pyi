@@ -61,6 +61,7 @@ class Call:
         first_step: int = ...,
         support_counts: Tensor | None = ...,
         query_counts: Tensor | None = ...,
+        data_gradient: Tensor | None = ...,
     ) -> None: ...
 
 class Problem:
@@ -70,6 +71,8 @@ class Problem:
         prediction: shape of one sample's prediction.
         saved_steps: inner steps whose states are kept for Hessian-vector products; 1: states are computed again.
         task_size: elements of the state of one task of "kept_fisher".
+        data_places: where the gradients of x_spt, y_spt, x_qry and y_qry start in a task's part of data_gradient, and
+            its size.
         support_sets: of a task: one for each inner step, or one.
         in_lanes: whether a CPU may compute several tasks side by side in the lanes of vectors.
         combines_samples: whether samples depend on each other otherwise than through a normalisation.
@@ -79,6 +82,7 @@ class Problem:
     saved_steps: int
     task_size: int
     support_sets: int
+    data_places: tuple[int, int, int, int, int]
     in_lanes: bool
     combines_samples: bool
     def __init__(
@@ -123,6 +127,7 @@ class Problem:
         first_step: int = ...,
         support_counts: Tensor | None = ...,
         query_counts: Tensor | None = ...,
+        data_gradient: Tensor | None = ...,
     ) -> None:
         """Runs a call on the CPU. The arguments are those of Call."""
 
@@ -162,6 +167,7 @@ class CudaRunner:
         first_step: int = ...,
         support_counts: Tensor | None = ...,
         query_counts: Tensor | None = ...,
+        data_gradient: Tensor | None = ...,
     ) -> None:
         """Runs a call. The other arguments are those of Call."""
     def table_bytes(self, call: Call) -> int: ...
@@ -194,6 +200,7 @@ class CudaRunner:
         first_step: int = ...,
         support_counts: Tensor | None = ...,
         query_counts: Tensor | None = ...,
+        data_gradient: Tensor | None = ...,
     ) -> None:
         """Replays a graph for a call like the captured one. The other arguments are those of Call."""
 

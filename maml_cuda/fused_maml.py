@@ -100,6 +100,8 @@ class FusedMAML(nn.Module):
             gradient, transform, clip, optimizer. On the general path.
         per_step_support: each inner step has a support set of its own, wherever there is an inner loop: x_spt and y_spt
             are [inner_steps, tasks, n_support, ...]. adapt(steps=k) takes k sets.
+        support_batch: each inner step sees so many samples of a task's support set, in epochs without replacement
+            (minibatches.py), of a seed that each call draws from torch's default generator. None: all samples.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, in words.
@@ -140,6 +142,7 @@ class FusedMAML(nn.Module):
         inner_clip_value: float | None = None,
         inner_transform: GradientTransform | None = None,
         per_step_support: bool = False,
+        support_batch: int | None = None,
     ) -> None:
         super().__init__()
         if isinstance(adapt_params, Iterable) and not isinstance(adapt_params, str):
@@ -149,6 +152,7 @@ class FusedMAML(nn.Module):
         checks.on_device(cuda_graphs, task_chunk, check_labels)
         checks.checkpoint(checkpoint)
         checks.per_step_support(per_step_support, inner_steps)
+        checks.support_batch(support_batch, per_step_support)
         parameters = dict(model.named_parameters())
         checks.one_dtype_and_device(parameters.values())
         norms.check_mode(model, batch_norm)
@@ -177,6 +181,7 @@ class FusedMAML(nn.Module):
             meta_gradient=meta_gradients.read(meta_gradient, truncate, inner_steps),
             recompute=checkpoint is not None,
             per_step_support=per_step_support,
+            support_batch=support_batch,
             check_labels=check_labels,
         )
         self._binder = Binder()
@@ -280,6 +285,8 @@ class FusedMAML(nn.Module):
                 each task's part. So may y for a loss of your own. Where both sets are of one size, fused layers also
                 take tensors [tasks, ...] without an axis of samples. On the general path x is what the model takes:
                 also [tasks, samples], and query samples of another shape than the support samples.
+                Tensors of x and y that require grad receive their exact gradients, as learned data do; at first_order
+                those of the support sets have none.
             task_weights: [tasks]; the loss is their sum of weight times task loss. None: the mean over tasks.
             spt_weights, qry_weights: [tasks, n], of the samples of a set, at least 0: a task's loss is the weighted
                 mean over its samples. Weight 0 is padding: what stands there counts nowhere, not in the statistics of

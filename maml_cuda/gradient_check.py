@@ -104,6 +104,7 @@ def gradcheck(
             truncate=maml._options.meta_gradient.truncate, inner_optimizer=maml.inner_optimizer,
             inner_clip_norm=maml.inner_clip_norm, inner_clip_value=maml.inner_clip_value,
             inner_transform=maml.inner_transform, per_step_support=maml._options.per_step_support,
+            support_batch=maml._options.support_batch,
         )  # fmt: skip
     learned: dict[str, Tensor] = dict(maml.model.named_parameters())
     if isinstance(rate, Tensor):

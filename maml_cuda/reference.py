@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from maml_cuda import meta_gradients, policies, pytrees
+from maml_cuda import meta_gradients, minibatches, policies, pytrees
 from maml_cuda.batch_norm import at_step, stepwise_names
 from maml_cuda.functional import Functional, detached, leaves_between, precision
 from maml_cuda.gradient_transforms import GradientTransform
@@ -164,6 +164,7 @@ def meta_gradient(
     inner_clip_value: float | None = None,
     inner_transform: GradientTransform | None = None,
     per_step_support: bool = False,
+    support_batch: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The meta-loss and its exact gradient, by plain autograd (Finn, Abbeel, Levine 2017, equation 1).
 
@@ -195,6 +196,8 @@ def meta_gradient(
             `updates.InnerUpdate.step` does with the gradient.
         per_step_support: L_spt of inner step k is that of a set of its own: x_spt and y_spt are `[inner_steps, tasks,
             n_support, ...]`.
+        support_batch: L_spt of each inner step is that of so many samples, the ones that FusedMAML draws at the same
+            state of torch's default generator.
 
     Returns:
         The meta-loss (0-d, detached), and a dict name -> gradient, of the shape of the parameter. It has every
@@ -219,7 +222,7 @@ def meta_gradient(
     for owner, module in (("loss", loss), ("inner_optimizer", inner_optimizer), ("inner_transform", inner_transform)):
         if isinstance(module, nn.Module):
             wanted.update({f"{owner}.{name}": p for name, p in module.named_parameters()})
-    tasks, sets = pytrees.tasks(x_qry), max(inner_steps, 1) if per_step_support else 1
+    tasks, sets = pytrees.tasks(x_qry), max(inner_steps, 1) if per_step_support or support_batch else 1
     weighted = spt_weights is not None or qry_weights is not None
     if weighted:
         like = next(p for p in parameters.values())
@@ -232,8 +235,13 @@ def meta_gradient(
     y_spt = with_weights(y_spt, spt_weights)
     if per_step_support:
         x_spt, y_spt = pytrees.mapped(lambda t: t.transpose(0, 1).flatten(0, 1), (x_spt, y_spt))
+    seed = Seed()
+    if support_batch:
+        n = pytrees.tensors(x_spt)[0].shape[1]
+        chosen = minibatches.minibatches(seed(), tasks, n, support_batch, sets)
+        x_spt, y_spt = minibatches.drawn((x_spt, y_spt), chosen)
     total, _, _, _, reached = meta_step(
-        Functional(model, Seed()), objective(loss, weighted), inner, list(wanted.values()), x_spt,
+        Functional(model, seed), objective(loss, weighted), inner, list(wanted.values()), x_spt,
         y_spt, x_qry, with_weights(y_qry, qry_weights),
         inner_steps, first_order, [1 / tasks] * tasks,
         None if query_weights is None else [float(w) for w in query_weights],

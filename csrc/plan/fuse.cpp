@@ -41,7 +41,7 @@ class Chains {
         readers_(graph.nodes.size() + 1, 0),
         number_(graph.nodes.size() + 1, 0),
         taken_(graph.nodes.size(), false) {
-    constant_.push_back(true);
+    constant_.push_back(!graph.data_gradient.x_support && !graph.data_gradient.x_query);
     for (const Node& node : graph.nodes) {
       bool constant = true;
       for (int input : node.inputs) {
@@ -225,7 +225,7 @@ class Chains {
   Graph result_;
   std::vector<int> readers_, number_;  // for each value: how often it is read; its number in the result
   std::vector<bool> taken_;            // for each node: it is part of a chain
-  std::vector<bool> constant_;         // for each value: it depends on no trained parameter
+  std::vector<bool> constant_;         // for each value: it depends on nothing that has a gradient
 };
 
 }  // namespace

@@ -31,6 +31,12 @@ struct MetaGradient {
   int truncate = 0;  // inner steps, the last ones, that are differentiated through; 0: all
 };
 
+/// The data of which a meta-gradient also gives the gradient of the query loss.
+struct DataGradient {
+  bool x_support = false, y_support = false, x_query = false, y_query = false;
+  bool any() const { return x_support || y_support || x_query || y_query; }
+};
+
 /// Value 0 is the input; node i writes value i + 1.
 struct Graph {
   std::vector<Node> nodes;
@@ -42,6 +48,7 @@ struct Graph {
   Clip clip;
   bool recompute = false;         // always run the gradient pass again for each Hessian-vector product
   bool per_step_support = false;  // each inner step has a support set of its own
+  DataGradient data_gradient;
   MetaGradient meta_gradient;
 };
 

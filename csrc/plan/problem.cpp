@@ -1,5 +1,7 @@
 #include "plan/problem.h"
 
+#include <utility>
+
 #include "layers/kinds.h"
 #include "layers/registry.h"
 #include "plan/fuse.h"
@@ -43,18 +45,23 @@ void Problem::lay_out(const LayerTraits& traits) {
   const bool products = second_order() || operation == Operation::hvp;
   const bool query_gradient =
       (operation == Operation::meta_gradient && !is_reptile()) || operation == Operation::predict_backward;
+  DataGradient& data = graph.data_gradient;
+  if (operation != Operation::meta_gradient) data = {};
+  if (!second_order()) data.x_support = data.y_support = false;  // the inner loop is constant
   const Keep of_query = is_fisher(operation) ? Keep::products
                         : query_gradient     ? Keep::gradient
                                              : Keep::values;
   if (support.n > 0) {
     support =
         make_stage(graph, sample, support.n, support_sets() > 1 ? Data::per_step_support : Data::support,
-                   products ? Keep::products : Keep::gradient, true, traits);
+                   products ? Keep::products : Keep::gradient, true, traits, data.x_support, data.y_support);
   }
   if (query.n > 0) {
     const bool predicts = operation == Operation::predict || operation == Operation::predict_backward;
-    query = make_stage(graph, sample, query.n, Data::query, of_query, !predicts, traits);
+    query = make_stage(graph, sample, query.n, Data::query, of_query, !predicts, traits, data.x_query,
+                       data.y_query);
   }
+  if (data.any()) place_data_gradients();
   const int64_t queries = std::max<int64_t>(static_cast<int64_t>(query_steps.size()), 1);
   const int differentiated = steps - first_differentiated();
   const int products_of_steps = second_order() ? differentiated : 0;
@@ -66,6 +73,20 @@ void Problem::lay_out(const LayerTraits& traits) {
   const int64_t bytes = support.tiles * support.step_size * element_bytes;
   saved_steps = keeps && differentiated * bytes <= most ? differentiated : support_pass ? 1 : 0;
   kept_tiles = keeps && bytes <= most ? support.tiles : 1;
+}
+
+void Problem::place_data_gradients() {
+  const DataGradient& data = graph.data_gradient;
+  auto take = [&](bool wanted, int64_t copies, const Stage& stage, int64_t width) {
+    return std::exchange(data_size, data_size + (wanted ? copies * stage.n * width : 0));
+  };
+  auto width = [&](const Stage& stage) { return target_columns(graph.loss, stage); };
+  const int64_t queries = std::max<int64_t>(static_cast<int64_t>(query_steps.size()), 1);
+  data_size = 0;
+  x_support_at = take(data.x_support, steps, support, support.values[0].size);
+  y_support_at = take(data.y_support, steps, support, width(support));
+  x_query_at = take(data.x_query, queries, query, query.values[0].size);
+  y_query_at = take(data.y_query, queries, query, width(query));
 }
 
 /// Of a parameter of `size` elements.

@@ -84,6 +84,9 @@ struct Problem {
   // The offset of each rate tensor's gradient in the result, after the trainable parameters; or kNowhere.
   std::vector<int64_t> rate_grad_at;
   int64_t rates_size = 0, result_size = 0;
+  // Where the gradients of data stand in a task's part of Call::data_gradient: of the support set one for
+  // each inner step, of the query set one for each query loss that counts.
+  int64_t x_support_at = 0, y_support_at = 0, x_query_at = 0, y_query_at = 0, data_size = 0;
   std::vector<std::vector<RateSlice>> slices;  // for each inner step; later steps use the last
   // The same with all of the optimizer; none where every update is phi -= rate g, which `slices` serve.
   std::vector<std::vector<UpdateSlice>> update_slices;
@@ -118,6 +121,10 @@ struct Problem {
     return graph.per_step_support && !at_own_parameters(operation) ? std::max(steps, 1) : 1;
   }
   bool weighs_queries() const { return !query_steps.empty(); }
+  /// The number of query losses that count before that at phi_k.
+  int64_t query_place(int k) const {
+    return std::lower_bound(query_steps.begin(), query_steps.end(), k) - query_steps.begin();
+  }
   /// Whether the query loss at phi_k counts.
   bool queries(int k) const {
     return weighs_queries() ? std::binary_search(query_steps.begin(), query_steps.end(), k) : k == steps;
@@ -189,6 +196,7 @@ struct Problem {
   void slice_rates();
   void slice_updates();
   Source source(const Rate& rate, int64_t size, int64_t step) const;
+  void place_data_gradients();
 };
 
 }  // namespace maml

@@ -125,8 +125,8 @@ void find_differentiated(const Graph& graph, bool has_target, Stage& stage) {
 }
 
 /// The layers that compute something, with their shapes, and what each value depends on.
-void add_steps(const Graph& graph, Data data, bool has_target, const std::vector<Shape>& shapes,
-               Stage& stage) {
+void add_steps(const Graph& graph, Data data, bool has_target, bool y_active,
+               const std::vector<Shape>& shapes, Stage& stage) {
   std::vector<int> wanted = {graph.prediction};
   if (has_target && graph.loss == Loss::computed) wanted.push_back(graph.loss_value);
   const std::vector<bool> computed = leading_to(graph, wanted);
@@ -147,6 +147,7 @@ void add_steps(const Graph& graph, Data data, bool has_target, const std::vector
     }
     y.stepwise |= node.layer.kind == Kind::dropout;  // another mask in each inner step
     y.stepwise |= y.target && fresh;
+    y.active |= y.target && y_active;
     if (y.parameter >= 0 || y.target || !computed[output]) continue;
     Stage::Step step;
     Layer& layer = step.layer = node.layer;
@@ -234,14 +235,15 @@ bool combines_samples(const Graph& graph, const Stage& stage) {
 }
 
 Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t n, Data data, Keep keep,
-                 bool has_target, const LayerTraits& traits) {
+                 bool has_target, const LayerTraits& traits, bool x_active, bool y_active) {
   Stage stage;
   stage.n = n;
   const std::vector<Shape> shapes = infer_shapes(graph, sample, stage);
   stage.tiles = tiles_of(graph, stage, traits);
   check_prediction(graph, shapes, stage);
   find_differentiated(graph, has_target, stage);
-  add_steps(graph, data, has_target, shapes, stage);
+  stage.values[0].active = x_active;
+  add_steps(graph, data, has_target, y_active, shapes, stage);
   if (traits.in_place) find_functions_in_place(stage);
   find_added_cotangents(graph, stage);
   place_values(stage, data, keep, traits);

@@ -11,10 +11,10 @@ namespace maml {
 /// cotangent in the task's workspace. If no layer mixes samples, the samples are processed in tiles, one
 /// after the other in the same memory, so that it does not grow with n. The sizes of tiles differ by at most
 /// one. Offsets count elements. A value is
-///   active    if it depends on a parameter that is not frozen: it has a cotangent, if the loss depends on
-///   it; moving    if it depends on an adapted parameter: it changes in every inner step and has a tangent;
-///   stepwise  if it depends on a parameter with slots, on a random mask, or on data of which each inner step
-///   has its own: it changes in every inner step, moving or not.
+///   active    if it depends on a parameter that is not frozen, or on data that have a gradient: it has a
+///   cotangent, if the loss depends on it; moving    if it depends on an adapted parameter: it changes in
+///   every inner step and has a tangent; stepwise  if it depends on a parameter with slots, on a random mask,
+///   or on data of which each inner step has its own: it changes in every inner step, moving or not.
 /// A value that is neither moving nor stepwise is computed once per task and kept in the `fixed` region,
 /// which has a part for each tile. The others are in a `step` region; there may be one of them for every
 /// inner step. Tangents are in a `tangent` region. Query values that are not active may be computed
@@ -85,9 +85,10 @@ enum class Data { support, per_step_support, query };
 /// The stage of `graph` for n samples of the user's shape `sample`: [c], [c, length], [c, height, width] or
 /// any other number of axes. Throws std::invalid_argument where shapes do not fit a layer, and Unsupported
 /// where no fused layer takes them.
-/// `has_target`: the call has targets, so that a computed loss is computed.
+/// `has_target`: the call has targets, so that a computed loss is computed. `x_active`, `y_active`: its
+/// input, and the target of a computed loss, have a gradient; their cotangents are the caller's memory.
 Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t n, Data data, Keep keep,
-                 bool has_target, const LayerTraits& traits);
+                 bool has_target, const LayerTraits& traits, bool x_active = false, bool y_active = false);
 
 /// Whether a sample of a value depends on other samples otherwise than through a normalisation. The stage has
 /// as many values as its graph has nodes, and one; or none, without samples.

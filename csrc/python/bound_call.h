@@ -31,6 +31,7 @@ struct BoundCall {
   uint64_t seed = 0;
   int64_t first_step = 0;
   Memory support_counts, query_counts, sample_slopes;
+  Memory data_gradient;
 
   template <class T>
   Call<T> as() const {
@@ -63,6 +64,7 @@ struct BoundCall {
     call.support_counts = support_counts.as<const int64_t>();
     call.query_counts = query_counts.as<const int64_t>();
     call.sample_slopes = sample_slopes.as<T>();
+    call.data_gradient = data_gradient.as<T>();
     return call;
   }
 

@@ -239,6 +239,24 @@ MetaGradient read_meta_gradient(py::handle object) {
   return gradient;
 }
 
+DataGradient read_data_gradient(const std::vector<std::string>& names) {
+  DataGradient data;
+  for (const std::string& name : names) {
+    if (name == "x_spt") {
+      data.x_support = true;
+    } else if (name == "y_spt") {
+      data.y_support = true;
+    } else if (name == "x_qry") {
+      data.x_query = true;
+    } else if (name == "y_qry") {
+      data.y_query = true;
+    } else {
+      throw std::invalid_argument("Plan.data_gradient must hold names of data, got " + name);
+    }
+  }
+  return data;
+}
+
 }  // namespace
 
 Operation operation_named(const std::string& name) { return named(kOperations, name, "operation"); }
@@ -283,6 +301,7 @@ ReadPlan read_plan(py::handle plan, Operation operation) {
   found.graph.per_step_support = fields.read<bool>("per_step_support");
   found.graph.clip.norm = fields.read("clip_norm", found.graph.clip.norm);
   found.graph.clip.value = fields.read("clip_value", found.graph.clip.value);
+  found.graph.data_gradient = read_data_gradient(fields.read<std::vector<std::string>>("data_gradient"));
   found.backend = fields.read<std::string>("backend");
   const auto target = fields.read("target", int64_t{0});
   for (const Node& node : found.graph.nodes) {

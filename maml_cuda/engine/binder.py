@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from maml_cuda import batch_norm, pytrees
 from maml_cuda.capture.errors import DoesNotFit
-from maml_cuda.engine import checks, cuda_runner, data_checks, fallback, weighted_sets
+from maml_cuda.engine import checks, cuda_runner, data_checks, data_gradients, fallback, weighted_sets
 from maml_cuda.engine.binding import Binding, Choice
 from maml_cuda.engine.problem import features
 from maml_cuda.engine.program import Program
@@ -161,22 +161,32 @@ class Binder:
         support: Set | None,
         query: Set | None,
         second_order: bool | None = None,
+        of_data: tuple[str, ...] = (),
     ) -> Program | None:
         """The program that runs such sets (None: there is no such set); falls back where there is none.
 
         second_order: whether Hessian-vector products on the support set are asked for; None: as first_order says.
+        of_data: the names of data whose gradients are asked for; others must not require grad.
 
         Raises:
             ValueError, TypeError: samples that do not fit the model itself, or that fused layers would lose a gradient
                 of.
         """
-        program, why_not = self.choice(maml, binding, support, query, second_order)
+        program, why_not = self.choice(maml, binding, support, query, second_order, of_data)
         if program is not None and program.match is not None:
             targets = [(each.y_name, each.y) for each in (support, query) if each is not None and each.y is not None]
             if isinstance(maml.loss, str):  # a cross-entropy of whole sets
                 for name, y in targets:
                     data_checks.target_values(name, y, program.returned.sample[-1])
             elif why_not := data_checks.why_not_labels(program.labels, targets):
+                program = None
+        differentiated = data_gradients.reached(maml, of_data)
+        if program is not None and differentiated:
+            sets = [given for given in (support, query) if given is not None]
+            likes = [_like(given, maml.loss) for given in sets]
+            if any(given.weights is not None for given in sets):
+                why_not = "gradients of data are fused without weights of samples"
+            if why_not := why_not or data_gradients.why_not(maml, program, differentiated, *likes):
                 program = None
         if why_not:
             self.fall_back(maml, why_not)
@@ -185,7 +195,8 @@ class Binder:
         if program is not None:
             for given in (support, query):
                 if given is not None:
-                    data_checks.constant(given.x_name, given.x, given.y_name, given.y)
+                    if not of_data:
+                        data_checks.constant(given.x_name, given.x, given.y_name, given.y)
                     if maml.loss == "mse" and given.y is not None and not program.is_direct:
                         shape = program.prediction_shape(pytrees.tensors(given.x)[0].shape[1])
                         data_checks.target(given.y_name, maml.loss, given.y, shape)
@@ -198,6 +209,7 @@ class Binder:
         support: Set | None,
         query: Set | None,
         second_order: bool | None = None,
+        of_data: tuple[str, ...] = (),
     ) -> Choice:
         """What runs such sets."""
         if binding.refused:
@@ -205,7 +217,8 @@ class Binder:
         sets = [given for given in (support, query) if given is not None]
         if why_not := weighted_sets.why_not(maml, support, query):
             return Choice(None, why_not)
-        if why_not := next(filter(None, map(_why_not_samples, sets)), "") or _why_not_own(maml.loss, sets):
+        why_not = next(filter(None, map(_why_not_samples, sets)), "")
+        if why_not := why_not or _why_not_own(maml.loss, sets, bool(of_data)):
             return Choice(None, why_not)
         second_order = not maml.first_order if second_order is None else second_order
         if support is not None and query is not None and (got := _other_samples(support.x, query.x)):
@@ -283,8 +296,9 @@ def _other_samples(x_spt: Tree, x_qry: Tree) -> str:
     return f"of shapes {support} and {query}" if support != query else ""
 
 
-def _why_not_own(loss: Any, sets: list[Set]) -> str:
-    """The reason why no loss of the core is looked for, for a loss of the user's own; or ""."""
+def _why_not_own(loss: Any, sets: list[Set], of_data: bool) -> str:
+    """The reason why no loss of the core is looked for, for a loss of the user's own; or "". of_data: targets may
+    require grad."""
     if isinstance(loss, str):
         return ""
     name = getattr(loss, "__name__", type(loss).__name__)
@@ -292,7 +306,7 @@ def _why_not_own(loss: Any, sets: list[Set]) -> str:
         return f"the loss {name} is a callable of yours, which is not looked at inside torch.compile"
     for given in sets:
         leaves = pytree.tree_leaves(given.y)
-        if any(t is not None and (not isinstance(t, Tensor) or t.requires_grad) for t in leaves):
+        if any(t is not None and (not isinstance(t, Tensor) or (t.requires_grad and not of_data)) for t in leaves):
             return f"{given.y_name} has leaves that require grad or are no tensors; fused layers take constant tensors"
     return ""
 

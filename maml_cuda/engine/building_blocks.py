@@ -24,11 +24,12 @@ def adapt(
     maml: Settings, x_spt: Tree, y_spt: Target, steps: int, differentiable: bool, spt_weights: Tensor | None = None,
     seed: Seed | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """seed: of the masks of dropout; None: one of its own."""
+    """seed: of the masks of dropout and of minibatches; None: one of its own."""
     checks.steps(steps, "steps")
     sets = support_sets.count(maml, steps)
-    x_spt, y_spt, spt_weights = support_sets.in_order(maml, steps, x_spt, y_spt, spt_weights)
-    return _adapt(maml, x_spt, y_spt, spt_weights, steps, sets, differentiable, seed or Seed())
+    seed = seed or Seed()
+    x_spt, y_spt, spt_weights = support_sets.in_order(maml, seed, steps, x_spt, y_spt, spt_weights)
+    return _adapt(maml, x_spt, y_spt, spt_weights, steps, sets, differentiable, seed)
 
 
 def _adapt(
@@ -75,11 +76,12 @@ def _adapt(
 
 
 def inner_loop(
-    maml: Settings, x_spt: Tree, y_spt: Target, steps: int, spt_weights: Tensor | None = None
-) -> Iterator[dict[str, Tensor]]:
+    maml: Settings, x_spt: Tree, y_spt: Target, steps: int, spt_weights: Tensor | None = None,
+    seed: Seed | None = None,
+) -> Iterator[dict[str, Tensor]]:  # fmt: skip
     binding = _able_to_take(maml, steps)
-    seed, sets = Seed(), support_sets.count(maml, steps)
-    x_spt, y_spt, spt_weights = support_sets.in_order(maml, steps, x_spt, y_spt, spt_weights)
+    seed, sets = seed or Seed(), support_sets.count(maml, steps)
+    x_spt, y_spt, spt_weights = support_sets.in_order(maml, seed, steps, x_spt, y_spt, spt_weights)
     x_spt = support_sets.read_in_order(maml, binding, sets, x_spt, "y_spt", y_spt)
     tasks = pytrees.tasks(x_spt) // sets
     x, y, weights = support_sets.part((x_spt, y_spt, spt_weights), sets, 0, 1)

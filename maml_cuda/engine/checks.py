@@ -67,6 +67,19 @@ def per_step_support(value: Any, steps: int) -> None:
         raise ValueError("inner_steps must be at least 1 with per_step_support=True, got 0")
 
 
+def support_batch(value: Any, per_step_support: bool) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"support_batch must be an int or None, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"support_batch must be at least 1, got {value}")
+    if per_step_support:
+        raise ValueError(
+            f"support_batch must be None with per_step_support=True, which gives each step its set, got {value}"
+        )
+
+
 def loss(value: Any) -> None:
     if isinstance(value, str):
         if value not in LOSSES:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maml_cuda import meta_gradients, pytrees, torch_private
-from maml_cuda.engine import data_checks, fallback, fast_path, support_sets
+from maml_cuda.engine import data_checks, data_gradients, fallback, fast_path, support_sets
 from maml_cuda.engine.binder import Set, look_at_labels, read
 from maml_cuda.engine.binding import Binding, Choice
 from maml_cuda.engine.problem import Problem, joined, meta_problem
@@ -107,7 +107,7 @@ def program_of(maml: Settings, x_spt: Tree, x_qry: Tree) -> Program | None:
 
 
 def memory_estimate(maml: Settings, x_spt: Tree, x_qry: Tree) -> int:
-    x_spt, _, _ = support_sets.in_order(maml, maml.inner_steps, x_spt)
+    x_spt, _, _ = support_sets.in_order(maml, Seed(0), maml.inner_steps, x_spt)
     program = program_of(maml, x_spt, x_qry)
     if program is None:
         raise ValueError("memory_estimate must have a fused model, got one on the general path (reference)")
@@ -123,8 +123,8 @@ def _computed(
     spt_weights: Tensor | None, qry_weights: Tensor | None,
 ) -> tuple[MetaOutput, Gradient | None]:  # fmt: skip
     """What a call returns, not yet differentiable; and the meta-gradient where gradients are on."""
-    sets = support_sets.count(maml, maml.inner_steps)
-    x_spt, y_spt, spt_weights = support_sets.in_order(maml, maml.inner_steps, x_spt, y_spt, spt_weights)
+    seed, sets = Seed(), support_sets.count(maml, maml.inner_steps)
+    x_spt, y_spt, spt_weights = support_sets.in_order(maml, seed, maml.inner_steps, x_spt, y_spt, spt_weights)
     unobserved, signature = torch_private.unobserved(), None
     binding = maml._binder.bound if unobserved else None  # torch.compile would take it for a constant
     if binding is not None and not torch.is_autocast_enabled(binding.on):
@@ -144,7 +144,7 @@ def _computed(
         if all(map(fast_path.is_plain, rates)):
             data = x_spt, cast(Tensor, y_spt), x_qry, cast(Tensor, y_qry)
             binding.last = choice
-            return _warm(maml, binding, warm, problem, parameters, rates, data, task_weights)
+            return _warm(maml, binding, warm, problem, parameters, rates, data, task_weights, seed)
     _check_episode(maml, binding, x_spt, y_spt, x_qry, y_qry, sets)
     if task_weights is not None:
         data_checks.task_weights(task_weights, pytrees.tasks(x_qry), binding.like())
@@ -155,9 +155,12 @@ def _computed(
     not_learned(maml, spt_weights=spt_weights, qry_weights=qry_weights)
     support = Set("x_spt", x_spt, "y_spt", y_spt, spt_weights)
     query = Set("x_qry", x_qry, "y_qry", y_qry, qry_weights)
-    program = maml._binder.program(maml, binding, support, query)
+    of_data = data_gradients.names(x_spt, y_spt, x_qry, y_qry)
+    program = maml._binder.program(maml, binding, support, query, of_data=of_data)
     if program is None:
-        result = _on_the_general_path(maml, x_spt, support.weighted(), x_qry, query.weighted(), task_weights, sets)
+        result = _on_the_general_path(
+            maml, x_spt, support.weighted(), x_qry, query.weighted(), task_weights, seed, sets
+        )
         return maml._binder.settled(maml, binding, result)
     check, in_support, in_query = maml._options.check_labels, support.packed(), query.packed()
     support_x = program.input("x_spt", in_support.x, check, sets=sets)
@@ -166,10 +169,22 @@ def _computed(
     parameters, rates = program.tensors()
     wanted = torch.is_grad_enabled()
     weights, query_steps = maml._query_weights.tensor(parameters[0]), maml._query_weights.steps
-    loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
-        parameters, rates, support_x, in_support.target(program), query_x, in_query.target(program), task_weights,
-        program.text, maml.inner_steps, maml.first_order, wanted, weights, query_steps, program.seed(Seed()),
-    )  # fmt: skip
+    tensors_of_data = [support_x, in_support.target(program), query_x, in_query.target(program)]
+    learned: list[tuple[Tensor, Tensor]] = []  # data, and their gradients
+    if of_data := data_gradients.reached(maml, of_data):
+        loss, task_losses, logits, support_losses, flat, raw = torch.ops.maml_cuda.meta_gradient_of_data(
+            parameters, rates, *tensors_of_data, task_weights, program.data_text(of_data), maml.inner_steps,
+            maml.first_order, weights, query_steps, program.seed(seed),
+        )  # fmt: skip
+        problem = meta_problem(
+            program.data_text(of_data), support_x, query_x, maml.inner_steps, maml.first_order, True, query_steps
+        )  # fmt: skip
+        learned = data_gradients.split(problem, raw, tensors_of_data, task_weights, weights, query_steps)
+    else:
+        loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
+            parameters, rates, *tensors_of_data, task_weights, program.text, maml.inner_steps, maml.first_order,
+            wanted, weights, query_steps, program.seed(seed),
+        )  # fmt: skip
     if program.written and wanted:
         maml._binder.settled(maml, binding, fallback.write_buffers(maml.model, in_support.first()))
     if usual and binding.plain and program.is_warm:  # the next call with such data has passed every check
@@ -181,12 +196,13 @@ def _computed(
     inputs = program.with_gradient(parameters + rates)
     flat, slopes = flat.split([program.plan.gradient_size, len(flat) - program.plan.gradient_size])
     if in_support.is_learned and maml.inner_steps and not maml.first_order:
-        flat = torch.cat([flat, in_support.support_gradient(slopes, task_weights, sets).flatten()])
-        inputs = [*inputs, cast(Tensor, in_support.weights)]
+        learned.append((cast(Tensor, in_support.weights), in_support.support_gradient(slopes, task_weights, sets)))
     if in_query.is_learned:
         target = cast(Tensor, in_query.target(program)[0])
         of_weights = in_query.query_gradient(cast(str, maml.loss), logits, target, task_weights)
-        flat, inputs = torch.cat([flat, of_weights.flatten()]), [*inputs, cast(Tensor, in_query.weights)]
+        learned.append((cast(Tensor, in_query.weights), of_weights))
+    if learned:
+        flat, inputs = joined([flat, *(g for _, g in learned)]), [*inputs, *(t for t, _ in learned)]
     return out, Gradient(flat, inputs, None)
 
 
@@ -199,6 +215,7 @@ def _warm(
     rates: list[Tensor],
     data: tuple[Tensor, Tensor, Tensor, Tensor],
     task_weights: Tensor | None,
+    seed: Seed,
 ) -> tuple[MetaOutput, Gradient | None]:
     """A call like one that has passed every check, but for the values of labels and weights."""
     if task_weights is not None:
@@ -208,7 +225,7 @@ def _warm(
     wanted = torch.is_grad_enabled()
     loss, task_losses, logits, support_losses, flat = fast_path.meta_step(
         problem, parameters, rates, data, task_weights, maml.inner_steps, wanted,
-        program.seed(Seed()) if program.draws else None,
+        program.seed(seed) if program.draws else None,
     )  # fmt: skip
     if not program.is_plain:
         logits = _logits(maml, program.as_returned(logits))
@@ -234,11 +251,12 @@ def _logits(maml: Settings, predictions: Any) -> Any:
 
 
 def _on_the_general_path(
-    maml: Settings, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None, sets: int
-) -> tuple[MetaOutput, Gradient | None]:
+    maml: Settings, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None, seed: Seed,
+    sets: int,
+) -> tuple[MetaOutput, Gradient | None]:  # fmt: skip
     loss, task_losses, predictions, support_losses, reached = fallback.meta_step(
         maml.model, maml.loss, inner_update(maml), list(maml.parameters()), x_spt, y_spt, x_qry, y_qry,
-        maml.inner_steps, maml.first_order, task_weights, maml._query_weights.values, Seed(),
+        maml.inner_steps, maml.first_order, task_weights, maml._query_weights.values, seed,
         maml._options.meta_gradient, sets,
     )  # fmt: skip
     out = MetaOutput(loss, task_losses, _logits(maml, predictions), support_losses)

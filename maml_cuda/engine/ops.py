@@ -4,6 +4,7 @@ An op is a pure function of its tensors and of `plan`, the JSON text of a plan (
 exported program needs nothing else. The ops here have no backward; autograd.py has those that do.
 
     meta_gradient   loss, task losses, logits, support losses, the flat gradient of parameters and learned rates
+    meta_gradient_of_data    the same, and what the gradients of data are made of
     adapt_forward, adapt_backward    the adapted parameters of every task, and the support losses
     fisher_vector_product    of the adapted policies, through the inner loop
     inner_step, predict_forward, predict_backward, loss_and_grad, hvp    at parameters that are each task's own
@@ -88,9 +89,9 @@ def _meta_gradient(
 def meta_step(
     problem: Problem, parameters: list[Tensor], rates: list[Tensor], support: list[Tensor | None],
     query: list[Tensor | None], task_weights: Tensor | None, query_weights: Tensor | None, steps: int, gradient: bool,
-    seed: Tensor | None, slopes: int = 0, **counts: Tensor,
+    seed: Tensor | None, slopes: int = 0, data: Tensor | None = None, **counts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The op meta_gradient, on data that have been checked."""
+    """The op meta_gradient, on data that have been checked. data: zeros, for the gradients of data."""
     x_spt, x_qry = cast(Tensor, support[0]), cast(Tensor, query[0])
     parameters, rates = dense(parameters), dense(rates)
     tasks = x_qry.shape[0]
@@ -104,6 +105,7 @@ def meta_step(
     problem.run(
         x_spt, tasks, parameters, rates, support, query, task_weights, query_weights,
         [loss, task_losses, support_losses], logits, flat if gradient else None, **_seeded(seed), **counts,
+        **({} if data is None else {"data_gradient": data}),
     )  # fmt: skip
     return outputs
 
@@ -127,6 +129,43 @@ def _meta_gradient_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gradient_size = plan_of(plan).gradient_size + padding.slopes(y_spt, plan) if gradient else 0
     return _meta_outputs(x_qry, x_qry.shape[0], features(plan, x_qry), steps, gradient_size)
+
+
+LIBRARY.define(
+    "meta_gradient_of_data(Tensor[] parameters, Tensor[] rates, Tensor x_spt, Tensor?[] y_spt, Tensor x_qry, "
+    "Tensor?[] y_qry, Tensor? task_weights, str plan, int steps, bool first_order, Tensor? query_weights=None, "
+    "int[] query_steps=[], Tensor? seed=None) "
+    "-> (Tensor loss, Tensor task_losses, Tensor logits, Tensor support_losses, Tensor gradient, Tensor data)"
+)
+
+
+def _meta_gradient_of_data(
+    parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: TargetList, x_qry: Tensor,
+    y_qry: TargetList, task_weights: Tensor | None, plan: str, steps: int, first_order: bool,
+    query_weights: Tensor | None = None, query_steps: Sequence[int] = (), seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The op meta_gradient, with the gradients of data that data_gradients.py splits."""
+    problem = meta_problem(plan, x_spt, x_qry, steps, first_order, True, query_steps)
+    support, query = problem.support("y_spt", x_spt, y_spt), problem.data("y_qry", x_qry, y_qry)
+    data = x_qry.new_zeros((len(x_qry), problem.core.data_places[-1]))
+    outputs = meta_step(
+        problem, parameters, rates, support, query, task_weights, query_weights, steps, True, seed, data=data
+    )  # fmt: skip
+    return *outputs, data
+
+
+def _meta_gradient_of_data_fake(
+    parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: TargetList, x_qry: Tensor,
+    y_qry: TargetList, task_weights: Tensor | None, plan: str, steps: int, first_order: bool,
+    query_weights: Tensor | None = None, query_steps: Sequence[int] = (), seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    outputs = _meta_outputs(x_qry, x_qry.shape[0], features(plan, x_qry), steps, plan_of(plan).gradient_size)
+    sample, n = tuple(int(d) for d in x_spt.shape[2:]), (int(x_spt.shape[1]), int(x_qry.shape[1]))
+    problem = problem_of(
+        plan, "meta_gradient", sample, *n, steps, first_order, is_double(x_spt), tuple(query_steps)
+    )  # fmt: skip
+    size = problem.core.data_places[-1]
+    return *outputs, x_qry.new_empty((x_qry.shape[0], size))
 
 
 # -- adapt ---------------------------------------------------------------------------------------------------
@@ -367,6 +406,7 @@ def _hvp_fake(
 
 for _name, _kernel, _fake in (
     ("meta_gradient", _meta_gradient, _meta_gradient_fake),
+    ("meta_gradient_of_data", _meta_gradient_of_data, _meta_gradient_of_data_fake),
     ("fisher_vector_product", _fisher_vector_product, _fisher_vector_product_fake),
     ("adapt_forward", _adapt_forward, _adapt_fake),
     ("adapt_backward", _adapt_backward, _adapt_backward_fake),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class Program:
         is_plain: whether it returns the prediction as it is.
         places: of the parameters and learned rates in the flat gradient (fast_path.places).
         draws: whether it draws masks of dropout.
+        data_proofs: (which data, set) -> why it does not give their gradients, or "" (data_gradients.py).
     """
 
     def __init__(
@@ -81,6 +83,8 @@ class Program:
         self._has_gradient = plan.has_gradient
         self._all_have_gradient = all(self._has_gradient)
         self._step_text = ""
+        self._data_texts: dict[tuple[str, ...], str] = {}
+        self.data_proofs: dict[tuple[tuple[str, ...], Any], str] = {}
         weighted = match is not None and match.weighted
         self.match, self._loss, self.labels, self.identities = match, loss, labels, identities
         self.features = math.prod(returned.sample)
@@ -215,6 +219,12 @@ class Program:
         if not self._step_text:
             self._step_text = self.plan.of_one_step().text
         return self._step_text
+
+    def data_text(self, names: tuple[str, ...]) -> str:
+        """The plan of a meta-gradient that gives gradients of these data too."""
+        if names not in self._data_texts:
+            self._data_texts[names] = replace(self.plan, data_gradient=names).text
+        return self._data_texts[names]
 
     def rates_at(self, step: int) -> list[Tensor]:
         """The rate tensors of one inner step; beyond the given ones the last repeats."""

@@ -13,6 +13,7 @@ from maml_cuda.engine.binder import Binder, read
 from maml_cuda.engine.building_blocks import inner_loop
 from maml_cuda.engine.settings import Settings
 from maml_cuda.engine.weighted_sets import weights_of_sets
+from maml_cuda.masks import Seed
 from maml_cuda.pytrees import Tree
 
 
@@ -21,7 +22,8 @@ def update_statistics(
 ) -> None:
     binding = maml._binding()
     steps, sets = maml.inner_steps, support_sets.count(maml, maml.inner_steps)
-    x, y, weights = support_sets.in_order(maml, steps, x_spt, y_spt, spt_weights)
+    seed = Seed()
+    x, y, weights = support_sets.in_order(maml, seed, steps, x_spt, y_spt, spt_weights)
     x = support_sets.read_in_order(maml, binding, sets, x, "y_spt", y)
     x_qry = read(maml, binding, "x_qry", x_qry)
     data_checks.same_tasks(x, x_qry, sets)
@@ -31,7 +33,7 @@ def update_statistics(
         ("qry_weights", qry_weights, "x_qry", x_qry, "", None), support_sets=sets,
     )  # fmt: skip
     with _collecting(maml, maml._binder):
-        fast = list(inner_loop(maml, x_spt, y_spt, steps, spt_weights))
+        fast = list(inner_loop(maml, x_spt, y_spt, steps, spt_weights, seed))
         passes = [(0, fast[0], x_qry, query)] if steps == 0 else []
         for k in range(steps):
             x_now, of_now = support_sets.part((x, support), sets, k, k + 1)

@@ -38,6 +38,7 @@ class Options:
     meta_gradient: MetaGradient
     recompute: bool
     per_step_support: bool
+    support_batch: int | None
     check_labels: bool
 
 

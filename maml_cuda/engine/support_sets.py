@@ -1,17 +1,20 @@
-"""Support sets of which each inner step has its own: FusedMAML(per_step_support=True).
+"""Support sets of which each inner step has its own.
 
-The user gives them as [inner_steps, tasks, samples, ...]. Behind this module the sets of a task follow each other,
-[tasks * inner_steps, samples, ...]: as if each were a task.
+With FusedMAML(per_step_support=True) the user gives them, as [inner_steps, tasks, samples, ...]; with support_batch=b
+they are minibatches of one set. Behind this module the sets of a task follow each other, [tasks * inner_steps, samples,
+...]: as if each were a task.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from maml_cuda import pytrees
+from maml_cuda import minibatches, pytrees
 from maml_cuda.engine.binder import in_the_models_dtype, read
 from maml_cuda.engine.binding import Binding
 from maml_cuda.engine.settings import Settings
+from maml_cuda.masks import Seed
 from maml_cuda.pytrees import Tree
 from maml_cuda.targets import Target
 
@@ -22,6 +25,8 @@ def count(maml: Settings, steps: int) -> int:
     Raises:
         ValueError: each step has its own, and there is no step.
     """
+    if maml._options.support_batch is not None:
+        return max(steps, 1)
     if not maml._options.per_step_support:
         return 1
     if steps == 0:
@@ -30,13 +35,18 @@ def count(maml: Settings, steps: int) -> int:
 
 
 def in_order(
-    maml: Settings, steps: int, x: Tree, y: Target = None, weights: Tensor | None = None
+    maml: Settings, seed: Seed, steps: int, x: Tree, y: Target = None, weights: Tensor | None = None
 ) -> tuple[Tree, Target, Tensor | None]:
-    """The sets of the user, those of a task after each other.
+    """The support sets of `steps` inner steps, those of a task after each other.
+
+    Args:
+        seed: of the minibatches.
 
     Raises:
-        ValueError: there is not one set for each of the steps; some leaf has another number of tasks.
+        ValueError: there is not one set for each of the steps; some leaf has another number of tasks or samples.
     """
+    if (batch := maml._options.support_batch) is not None:
+        return _drawn(batch, seed, max(steps, 1), x, y, weights)
     if not maml._options.per_step_support:
         return x, y, weights
     given = [pair for name, tree in (("x_spt", x), ("y_spt", y)) for pair in pytrees.named_leaves(name, tree)]
@@ -55,6 +65,18 @@ def in_order(
         if t.shape[1] != like.shape[1]:
             raise ValueError(f"{name} must have {like.shape[1]} tasks like {first}, got {t.shape[1]}")
     x, y, weights = pytrees.mapped(lambda t: t.transpose(0, 1).flatten(0, 1), (x, y, weights))
+    return x, y, weights
+
+
+def _drawn(
+    batch: int, seed: Seed, steps: int, x: Tree, y: Target, weights: Tensor | None
+) -> tuple[Tree, Target, Tensor | None]:
+    if not pytrees.tensors(x):
+        return x, y, weights  # which `read` refuses
+    minibatches.check(batch, ("x_spt", x), ("y_spt", y), ("spt_weights", weights))
+    tasks, samples = pytrees.tensors(x)[0].shape[:2]
+    chosen = torch.ops.maml_cuda_data.minibatches(seed(), tasks, samples, batch, steps)
+    x, y, weights = minibatches.drawn((x, y, weights), chosen)
     return x, y, weights
 
 

@@ -25,7 +25,7 @@ def fisher_vector_product(
 ) -> dict[str, Tensor]:  # fmt: skip
     """seed: of the masks of dropout; None: one of its own."""
     seed = seed or Seed()
-    program, x_spt, y_spt, x_qry = _read(maml, x_spt, y_spt, x_qry, weights)
+    program, x_spt, y_spt, x_qry = _read(maml, seed, x_spt, y_spt, x_qry, weights)
     trainable = _trainable(maml)
     data_checks.direction(trainable, v)
     if program is None or not program.plan.is_plain_descent:  # fused are products through plain descent
@@ -46,17 +46,17 @@ def fisher(
     maml: Settings, x_spt: Tensor, y_spt: PolicyTarget, x_qry: Tensor, weights: Tensor | None, memory: int
 ) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
     checks.steps(memory, "memory")
-    program, x, y, x_qry = _read(maml, x_spt, y_spt, x_qry, weights)
+    seed = Seed()  # one matrix
+    program, x, y, x_qry = _read(maml, seed, x_spt, y_spt, x_qry, weights)
     slow = program is None or program.plan.backend != "cpu" or maml._options.recompute
     if program is None or slow or not program.plan.is_plain_descent:
-        seed = Seed()  # one matrix
         return lambda v: fisher_vector_product(maml, x_spt, y_spt, x_qry, v, weights, seed)
     trainable = _trainable(maml)
     reached = [n for n in program.names if n in trainable]
     parameters, rates = program.tensors()
     products = FisherProducts(
         parameters, rates, x, targets.tensors(y), x_qry, weights, program.text, maml.inner_steps,
-        maml.first_order, memory, program.seed(Seed()),
+        maml.first_order, memory, program.seed(seed),
     )  # fmt: skip
 
     def product(v: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def _trainable(maml: Settings) -> dict[str, Tensor]:
 
 
 def _read(
-    maml: Settings, x_spt: Tensor, y_spt: PolicyTarget, x_qry: Tensor, weights: Tensor | None
+    maml: Settings, seed: Seed, x_spt: Tensor, y_spt: PolicyTarget, x_qry: Tensor, weights: Tensor | None
 ) -> tuple[Program | None, Tensor, PolicyTarget, Tensor]:
     """The program of a Fisher-vector product on these data, None where there is none; and the data as they are read."""
     checks.policy_loss(maml.loss, "fisher_vector_product")
@@ -82,7 +82,7 @@ def _read(
     data_checks.one_tensor("x_qry", x_qry, "fisher_vector_product")
     binding = maml._binding()
     sets = support_sets.count(maml, maml.inner_steps)
-    x_spt, y_spt, _ = support_sets.in_order(maml, maml.inner_steps, x_spt, y_spt)
+    x_spt, y_spt, _ = support_sets.in_order(maml, seed, maml.inner_steps, x_spt, y_spt)
     x_spt = support_sets.read_in_order(maml, binding, sets, x_spt, "y_spt", y_spt)
     x_qry = read(maml, binding, "x_qry", x_qry)
     data_checks.same_tasks(x_spt, x_qry, sets)

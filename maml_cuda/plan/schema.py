@@ -311,6 +311,7 @@ class Plan:
         meta_gradient: how it is taken through the inner loop.
         recompute: run the gradient pass again for each Hessian-vector product, instead of keeping its activations.
         per_step_support: each inner step has a support set of its own.
+        data_gradient: which of x_spt, y_spt, x_qry and y_qry have a gradient.
         cuda_graphs: on a GPU, replay repeated calls as CUDA graphs.
         task_chunk: on a GPU, the largest number of tasks to compute at once; None: all.
     """
@@ -329,6 +330,7 @@ class Plan:
     meta_gradient: MetaGradient
     recompute: bool
     per_step_support: bool
+    data_gradient: tuple[str, ...]
     cuda_graphs: bool
     task_chunk: int | None
 

@@ -54,6 +54,7 @@ def calls(padded: bool = False) -> dict[str, tuple[Any, tuple, dict]]:
         policy.fisher_vector_product(x_spt, actions, x_qry, dict(policy.model.named_parameters()))
         words = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Flatten(), torch.nn.Linear(8, 4)).double()
         FusedMAML(words, 0.1).adapt(torch.randint(7, (*y_spt.shape, 2)), y_spt)
+        FusedMAML(net(), 0.1, 2)(x_spt.clone().requires_grad_(), y_spt, x_qry, y_qry)
         Episodes(torch.zeros(3, 4, 2, 2, dtype=torch.uint8), 2, 1, 2).draw(2, seed=0)
     parameters, rates, x, y, plan, steps, seed = made.seen["maml_cuda::adapt_forward"][1]
     cotangents = [torch.ones_like(fast[name]) for name, _ in maml.model.named_parameters()]

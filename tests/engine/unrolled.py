@@ -28,6 +28,7 @@ def unrolled(
     adapted: Callable[[str], bool] = lambda _: True,
     first_order: bool = False,
     weights: list[float] | None = None,
+    task_weights: Tensor | None = None,
 ) -> tuple[Tensor, list[dict[str, Tensor]], list[list[Tensor]]]:
     """The mean query loss, with its graph; of each task the parameters at the end, and the support losses."""
     x_spt, y_spt, x_qry, y_qry = data
@@ -49,7 +50,7 @@ def unrolled(
             value = loss(functional_call(model, phi, x_qry[t]), part(y_qry, t))
         else:
             value = sum(w * v for w, v in zip(weights, values, strict=True))
-        total = total + value / tasks
+        total = total + (value / tasks if task_weights is None else value * task_weights[t])
         ends.append(phi)
         inner.append(losses)
     return total, ends, inner

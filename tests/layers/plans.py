@@ -268,7 +268,7 @@ class Sketch:
         prediction = len(nodes)
         return schema.Plan(
             nodes, parameters, (), prediction, "mse", None, None, "cpu", "float32", None, None, UNROLLED, False, False,
-            False, None,
+            (), False, None,
         )  # fmt: skip
 
 

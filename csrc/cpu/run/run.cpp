@@ -127,7 +127,7 @@ struct WorkspaceLayout {
     return 3 * p.packing.total + p.result_size + whole_lines(predictions(p.query)) +
            whole_lines(p.support_sets() * samples(p.support)) + whole_lines(samples(p.query)) +
            whole_lines(p.steps + 1) + whole_lines(slopes(p)) + whole_lines(p.packing.total / kLanes<T> + 1) +
-           loss_scratch(p) + targets(p) + p.task_size();
+           loss_scratch(p) + targets(p) + whole_lines(p.data_size) + p.task_size();
   }
   static int64_t loss_scratch(const Problem& p) {
     return whole_lines(3 * std::max(predictions(p.support), predictions(p.query)) / kLanes<T> + 1);
@@ -305,6 +305,7 @@ class Run {
     task.support_losses = call_.support_losses ? call_.support_losses + t * p_.steps : nullptr;
     task.query_loss = call_.task_losses ? call_.task_losses + t : nullptr;
     task.logits = call_.logits ? call_.logits + t * predictions() : nullptr;
+    task.data_gradient = call_.data_gradient ? call_.data_gradient + t * p_.data_size : nullptr;
     task.result = call_.gradient ? results_ + slot * p_.result_size : out;
     task.adapted = out;
     if (p_.operation == Operation::predict_backward) {
@@ -337,6 +338,7 @@ class Run {
     V* x[2] = {take(whole_lines(support_size)), take(whole_lines(WorkspaceLayout<T>::samples(p_.query)))};
     V* losses = take(whole_lines(p_.steps + 1));
     V* slopes = take(whole_lines(WorkspaceLayout<T>::slopes(p_)));
+    V* data_gradient = std::fill_n(take(whole_lines(p_.data_size)), p_.data_size, V{}) - p_.data_size;
     T* packed = reinterpret_cast<T*>(take(whole_lines(p_.packing.total / W + 1)));
     T* loss_scratch = reinterpret_cast<T*>(take(WorkspaceLayout<T>::loss_scratch(p_)));
     LaneTargets<T> one[2];
@@ -373,6 +375,7 @@ class Run {
     task.sample_slopes = call_.sample_slopes ? slopes : nullptr;
     task.query_loss = losses + p_.steps;
     task.logits = logits;
+    task.data_gradient = data_gradient;
     task.result = call_.gradient ? result : out;
     task.given = p_.operation == Operation::predict_backward ? logits : given;
     task.adapted = out;
@@ -392,6 +395,8 @@ class Run {
       if (call_.sample_slopes)
         Tasks::take(sets * p_.support.n, slopes, lane, call_.sample_slopes + t * sets * p_.support.n);
       if (call_.logits) Tasks::take(predictions(), logits, lane, call_.logits + t * predictions());
+      if (call_.data_gradient)
+        Tasks::take(p_.data_size, data_gradient, lane, call_.data_gradient + t * p_.data_size);
       hand_back_task(each + lane * p_.packing.total, t);
     }
   }

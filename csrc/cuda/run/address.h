@@ -26,7 +26,7 @@ enum class Region : int {
   logits,
   support_losses,
   task_losses,
-  cotangent,  // the cotangent of the prediction
+  cotangent,  // the cotangent of the prediction; of a meta-gradient, those of the data
   task_weights,
   query_weights,  // [steps + 1]
   loss,

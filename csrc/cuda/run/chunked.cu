@@ -79,7 +79,7 @@ bool fits_a_block(const Chain& chain, Pass pass, int device) {
 template <class T>
 std::optional<Chain> chain_of(const Problem& problem, int device) {
   if (problem.graph.loss == Loss::computed || problem.packing.stepwise < problem.packing.trainable) return {};
-  if (problem.is_tiled()) return {};
+  if (problem.is_tiled() || problem.data_size) return {};
   std::optional<Chain> chain = layers_of(problem, problem.support.n > 0 ? problem.support : problem.query);
   if (!chain) return {};
   if (chain->units() > kSlots<T> * kChunkWarps) return {};

@@ -124,7 +124,7 @@ struct Runner<T>::State {
   /// The problem in the form that the megakernel takes: unchanged, or in the largest tiles that fit the
   /// shared memory of a block; nothing where it does not serve it.
   std::optional<Problem> for_one_block() const {
-    if (!problem.runs_in_megakernel() || all_spans().count > kMegakernelSpans) return {};
+    if (!problem.runs_in_megakernel() || problem.data_size || all_spans().count > kMegakernelSpans) return {};
     auto fits = [&](const Problem& p) { return fits_one_block<T>(Layout(p, true, true), device); };
     if (fits(problem)) return problem;
     Problem tiled = problem;
@@ -265,6 +265,7 @@ struct Runner<T>::State {
       region(Region::task_losses, call.task_losses, element);
       const bool cotangent = problem.operation == Operation::predict_backward;
       region(Region::cotangent, cotangent ? call.given[0] : nullptr, predictions * element);
+      if (problem.data_size) region(Region::cotangent, call.data_gradient, problem.data_size * element);
       region(Region::task_weights, call.task_weights, element);
       region(Region::query_weights, call.query_weights, 0);
       region(Region::loss, call.loss, 0);

@@ -145,7 +145,8 @@ std::optional<SmallMlp> small_mlp_of(const Problem& p, int device) {
   const bool serves = p.operation == Operation::meta_gradient && p.steps > 0 && !p.weighs_queries() &&
                       !p.is_reptile() && p.first_differentiated() == 0 &&
                       (p.graph.loss == Loss::mse || p.graph.loss == Loss::cross_entropy) &&
-                      p.rate_tensors.empty() && p.support_sets() == 1 && !p.weighted && !p.has_optimizer();
+                      p.rate_tensors.empty() && p.support_sets() == 1 && p.data_size == 0 && !p.weighted &&
+                      !p.has_optimizer();
   if (!serves || !p.runs_in_megakernel()) return {};
   const auto chain = chain_of(p.support), query_chain = chain_of(p.query);
   if (!chain || !query_chain || chain->size() != query_chain->size() || !is_plain(p, *chain)) return {};

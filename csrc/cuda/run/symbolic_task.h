@@ -35,6 +35,7 @@ Task<T> symbolic_task(const Problem& p, const Layout& layout, bool inside) {
   task.given =
       o == Operation::predict_backward ? place<T>(Region::cotangent) : place<T>(Region::task, layout.given);
   task.adapted = place<T>(Region::task, layout.out);
+  task.data_gradient = given(p.data_size > 0, Region::cotangent);
   return task;
 }
 
