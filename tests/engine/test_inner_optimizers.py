@@ -295,6 +295,100 @@ def test_gradients_that_are_always_zero(
     assert_close({**found, "0.weight": found["0.weight"][:, columns]}, expected, TOLERANCE)
 
 
+# -- with other variants ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize(("rule", "options"), [CASES[1], CASES[3], CASES[6], CASES[10]])
+def test_truncated(machine: str, backend: str, rule: str, options: dict[str, Any], first_order: bool) -> None:
+    rate = learned(0.1, 4)
+    maml = FusedMAML(
+        net(), rate, 4, inner_optimizer=OURS[rule](**options), inner_clip_norm=0.5, meta_gradient="truncated",
+        truncate=2, first_order=first_order, backend=backend,
+    )  # fmt: skip
+
+    def step(name: str, p: Tensor, g: Tensor, s: dict[str, Any], k: int) -> Tensor:
+        return unrolled.RULES[rule](p, g, s, k + 1, rate[k], options)
+
+    compare(maml, episode(), step, {"inner_lr": rate}, norm=0.5, truncate=2, first_order=first_order)
+
+
+def test_reptile(machine: str, backend: str) -> None:
+    """theta - phi_K, whatever the steps are."""
+    data = episode()
+    maml = FusedMAML(net(), 0.1, 3, inner_optimizer=optim.Adam(eps=1e-2), meta_gradient="reptile", backend=backend)
+    maml(*data).loss.backward()
+    theta = {name: p.detach() for name, p in maml.model.named_parameters()}
+    _, _, after = unrolled.meta_gradient(maml.model, data, 3, plain("adam", 0.1, {"eps": 1e-2}), {})
+    expected = {name: p - torch.stack([phi[name] for phi in after]).mean(0) for name, p in theta.items()}
+    assert_close(gradients(maml), expected, TOLERANCE)
+    text = r"must not require grad with meta_gradient=\"reptile\".*got requires_grad=True of inner_optimizer\.eps"
+    with pytest.raises(ValueError, match=text):
+        FusedMAML(net(), 0.1, 3, inner_optimizer=optim.Adam(eps=learned(1e-2)), meta_gradient="reptile")
+
+
+@pytest.mark.parametrize(("rule", "options"), [CASES[4], CASES[6]])
+def test_multi_step_loss(machine: str, backend: str, rule: str, options: dict[str, Any]) -> None:
+    weights = [0.1, 0.0, 0.3, 0.6]
+    maml = FusedMAML(
+        net(), 0.1, 3, inner_optimizer=OURS[rule](**options), inner_clip_value=0.2, query_weights=weights,
+        backend=backend,
+    )  # fmt: skip
+    compare(maml, episode(), plain(rule, 0.1, options), value=0.2, query_weights=weights)
+
+
+def test_padding(machine: str, backend: str) -> None:
+    """A task with padding is what it is without."""
+    data = episode(n=(5, 5))
+    weights = torch.ones(3, 5, dtype=torch.float64)
+    weights[:, 3:] = 0
+    found = []
+    for given, options in ((data, {"spt_weights": weights}), ([t[:, :3] for t in data[:2]] + data[2:], {})):
+        torch.manual_seed(0)
+        maml = FusedMAML(net(), 0.1, 3, inner_optimizer=optim.Adam(eps=1e-2), inner_clip_norm=0.5, backend=backend)
+        maml(*given, **options).loss.backward()
+        found.append(gradients(maml))
+    assert_close(found[0], found[1], TOLERANCE)
+
+
+def test_a_support_set_for_each_step(machine: str, backend: str) -> None:
+    sets = [episode(seed=k) for k in range(3)]
+    maml = FusedMAML(
+        net(), 0.1, 3, inner_optimizer=optim.Adam(eps=1e-2), inner_clip_norm=0.5, per_step_support=True, backend=backend
+    )
+    x_spt, y_spt = (torch.stack([each[i] for each in sets]) for i in range(2))
+    maml(x_spt, y_spt, *sets[0][2:]).loss.backward()
+    found = gradients(maml)
+    total = torch.zeros((), dtype=torch.float64)
+    theta = dict(maml.model.named_parameters())
+    for t in range(3):
+        phi, state = dict(theta), {name: {} for name in theta}
+        for k in range(3):
+            z = torch.func.functional_call(maml.model, phi, (x_spt[k, t],))
+            grads = torch.autograd.grad(
+                nn.functional.cross_entropy(z, y_spt[k, t]), list(phi.values()), create_graph=True
+            )
+            clipped = unrolled.clipped(dict(zip(phi, grads, strict=True)), 0.5, None)
+            phi = {n: unrolled.adam(phi[n], clipped[n], state[n], k + 1, 0.1, {"eps": 1e-2}) for n in phi}
+        z = torch.func.functional_call(maml.model, phi, (sets[0][2][t],))
+        total = total + nn.functional.cross_entropy(z, sets[0][3][t]) / 3
+    expected = dict(zip(theta, torch.autograd.grad(total, list(theta.values())), strict=True))
+    assert_close(found, expected, TOLERANCE)
+
+
+def test_update_statistics(machine: str, backend: str) -> None:
+    """Running statistics are those of the sets at the parameters that the optimizer has reached."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 4)).double()
+    data = episode()
+    maml = FusedMAML(model, 0.1, 2, inner_optimizer=optim.Adam(eps=1e-2), backend=backend)
+    path = list(maml.inner_loop(*data[:2], 2))
+    passes = [(path[k], data[0]) for k in range(2)] + [(path[k + 1], data[2]) for k in range(2)]
+    hidden = [torch.einsum("tni,thi->tnh", x, fast["0.weight"]) + fast["0.bias"].unsqueeze(1) for fast, x in passes]
+    mean = torch.stack([h.mean(1).mean(0) for h in hidden]).mean(0)
+    maml.update_statistics(*data[:3])
+    torch.testing.assert_close(model[1].running_mean, 0.1 * mean, rtol=1e-9, atol=1e-12)
+
+
 # -- another implementation ---------------------------------------------------------------------------------------
 
 

@@ -100,6 +100,8 @@ def meta_gradient(
     value: float | None = None,
     transform: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
     first_order: bool = False,
+    truncate: int | None = None,
+    query_weights: list[float] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]]]:
     """The mean query loss, its gradients in `wanted` and the parameters, and the adapted parameters of each task.
 
@@ -107,19 +109,28 @@ def meta_gradient(
         data: x_spt, y_spt, x_qry, y_qry of a mean cross-entropy.
         step: (name, parameter, gradient, state, k) -> parameter; it writes the state.
         states: the state of a parameter before the first step.
+        truncate: the state after the steps before the last so many, and what they add to the parameters, is constant.
     """
     theta = dict(model.named_parameters())
     names = list(theta) if adapted is None else adapted
     losses, after = [], []
     for x_spt, y_spt, x_qry, y_qry in zip(*data, strict=True):
         phi, state = dict(theta), {name: dict(states(name)) for name in names}
+        query = torch.zeros((), dtype=torch.float64)
         for k in range(steps):
+            if query_weights is not None:
+                query = query + query_weights[k] * F.cross_entropy(functional_call(model, phi, (x_qry,)), y_qry)
             loss = F.cross_entropy(functional_call(model, phi, (x_spt,)), y_spt)
             found = torch.autograd.grad(loss, [phi[n] for n in names], create_graph=True)
             grads = {n: g.detach() if first_order else g for n, g in zip(names, found, strict=True)}
             grads = clipped(transform(grads), norm, value)
-            phi = phi | {n: step(n, phi[n], grads[n], state[n], k) for n in names}
-        losses.append(F.cross_entropy(functional_call(model, phi, (x_qry,)), y_qry))
+            new = {n: step(n, phi[n], grads[n], state[n], k) for n in names}
+            if truncate is not None and k < steps - truncate:
+                new = {n: theta[n] + (p - theta[n]).detach() for n, p in new.items()}
+                state = {n: {key: t.detach() for key, t in part.items()} for n, part in state.items()}
+            phi = phi | new
+        last = F.cross_entropy(functional_call(model, phi, (x_qry,)), y_qry)
+        losses.append(last if query_weights is None else query + query_weights[-1] * last)
         after.append({n: p.detach() for n, p in phi.items()})
     total = torch.stack(losses).mean()
     leaves = {**theta, **wanted}

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from benchmarks import rl_iteration
 from benchmarks.verification import WrongGradient
-from maml_cuda import FusedMAML, PolicyTarget
+from maml_cuda import FusedMAML, PolicyTarget, optim
 from maml_cuda.rl.inner import MetaSamples, Samples, adapt_policies
 from maml_cuda.rl.outer import clipped, conjugate_gradients, dot, trpo, vpg
 from maml_cuda.rl.policy import GaussianPolicy
@@ -290,6 +290,37 @@ def test_per_step_batch_norm_is_refused_with_a_set_for_each_step() -> None:
     maml = FusedMAML(nn.Sequential(*layers).double(), 0.1, 2, loss=LOSSES["categorical"], batch_norm="per_step")
     with pytest.raises(ValueError, match="batch_norm must not be per_step if each inner step has its own support set"):
         trpo(maml, batch("categorical", 2), 0.01, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"inner_optimizer": optim.Adam()}, "inner_optimizer and inner_transform must be None if .*, got Adam"),
+        ({"inner_transform": lambda grads: grads}, "inner_optimizer and inner_transform must be None if .*, got funct"),
+        ({"inner_clip_norm": 1.0}, "inner_clip_norm and inner_clip_value must be None if .*, got 1.0 and None"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:maml_cuda runs this model on the general path")
+def test_other_inner_steps_are_refused_with_a_set_for_each(given: dict, words: str) -> None:
+    maml = FusedMAML(policy("gaussian"), 0.1, 2, loss=LOSSES["gaussian"], **given)
+    with pytest.raises(ValueError, match=words):
+        trpo(maml, batch("gaussian", 2), 0.01, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:maml_cuda runs this model on the general path")
+def test_one_step_of_an_optimizer() -> None:
+    """Its first step with momentum is a plain one; an optimizer with a learned hyperparameter is refused."""
+    found = []
+    for optimizer in (None, optim.SGD(momentum=0.5)):
+        torch.manual_seed(0)
+        maml = FusedMAML(policy("gaussian"), 0.1, 1, loss=LOSSES["gaussian"], inner_optimizer=optimizer)
+        trpo(maml, batch(), 0.01, 1e-5)
+        found.append(values(maml))
+    assert relative(*found) < 1e-9
+    learned = optim.SGD(momentum=nn.Parameter(torch.tensor(0.5).double()))
+    maml = FusedMAML(policy("gaussian"), 0.1, 1, loss=LOSSES["gaussian"], inner_optimizer=learned)
+    with pytest.raises(ValueError, match="inner_lr must be fixed in the outer step of a policy, got learned rates"):
+        trpo(maml, batch(), 0.01, 1e-5)
 
 
 def test_a_step_that_is_not_accepted_does_not_change_the_policy(backend: str) -> None:
