@@ -181,6 +181,10 @@ def paths(
                 h = {key: case.at(key, name, k) for key in case.values}
                 first = k == 0 and "momentum_buffer" not in case.start.get(name, {})
                 phi[name], states[name] = step(case.rule, h, phi[name], g, states[name], case.taken + k + 1, first)
+            if truncate is not None and k + 1 == steps - truncate:  # what came before is constant
+                theta = path[0]
+                phi = {name: theta[name] + (p - theta[name]).detach() for name, p in phi.items()}
+                states = {name: {key: t.detach() for key, t in s.items()} for name, s in states.items()}
             path.append(phi)
         found.append(path)
     return found
@@ -232,14 +236,15 @@ def fused(model: nn.Module, cases: dict[str, Case], steps: int, **options: Any) 
 
 def check(
     model: nn.Module, cases: dict[str, Case], data: list[Tensor], steps: int, first_order: bool = False,
-    clip: tuple[float | None, float | None] = (None, None), query_weights: list[float] | None = None, **options: Any,
+    clip: tuple[float | None, float | None] = (None, None), query_weights: list[float] | None = None,
+    truncate: int | None = None, **options: Any,
 ) -> None:  # fmt: skip
     """The loss, the fast parameters and all gradients."""
     maml = fused(
         model, cases, steps, first_order=first_order, inner_clip_norm=clip[0], inner_clip_value=clip[1],
-        query_weights=query_weights, **options,
+        query_weights=query_weights, truncate=truncate, **options,
     )  # fmt: skip
-    found = paths(model, cases, data, steps, first_order, clip)
+    found = paths(model, cases, data, steps, first_order, clip, truncate)
     weights = query_weights or [0.0] * steps + [1.0]
     expected = torch.stack([
         w * nn.functional.mse_loss(torch.func.functional_call(model, path[k], (x,)), y)
@@ -382,6 +387,16 @@ def test_options(rule, options):
     model = conv()
     case = learned(rule, "0-d", shapes(model), 3)
     check(model, of_all(case, model), episode((2, 5, 4), target=(4,)), 3, clip=(0.5, None), **options)
+
+
+@pytest.mark.parametrize("rule", ["momentum", "adam", "rmsprop centered"])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_truncated(rule, first_order):
+    """The states are constant, too, where the differentiated steps begin."""
+    model = mlp()
+    case = learned(rule, "per step", shapes(model), 6)
+    options = {"meta_gradient": "truncated", "truncate": 2}
+    check(model, of_all(case, model), episode(target=(4,)), 6, first_order, clip=(1.0, None), **options)
 
 
 def test_many_samples():

@@ -63,9 +63,9 @@ def test_each_step_is_what_adapt_gives(machine: str, make: Any, how: dict[str, A
 def test_no_step_is_taken_twice() -> None:
     maml = FusedMAML(mlp(), 0.2, 2, backend="fused")
     x, y = episode((4,), torch.float32)
-    with mock.patch.object(building_blocks, "adapt", side_effect=building_blocks.adapt) as adapt:
+    with mock.patch.object(building_blocks, "_adapt", side_effect=building_blocks._adapt) as adapt:
         list(maml.inner_loop(x, y, 3))
-    assert [call.args[3] for call in adapt.call_args_list] == [0]
+    assert [call.args[4] for call in adapt.call_args_list] == [0]
 
 
 def test_what_cannot_be_walked_is_refused() -> None:
