@@ -13,13 +13,16 @@
 namespace maml::cuda {
 namespace {
 
+/// scale: of each row, in place of 1 / n; empty: there is none.
 template <class S>
 void loss_reference(Loss kind, int64_t n, int64_t c, const std::vector<S>& z,
-                    const std::vector<double>& target, S& loss, std::vector<S>& grad_z) {
+                    const std::vector<double>& target, const std::vector<double>& scale, S& loss,
+                    std::vector<S>& grad_z) {
   grad_z.assign(n * c, S(0));
   loss = S(0);
-  const S rows(static_cast<double>(n)), elements(static_cast<double>(n * c));
   for (int64_t i = 0; i < n; ++i) {
+    const S rows(scale.empty() ? static_cast<double>(n) : 1 / scale[i]);
+    const S elements = rows * S(static_cast<double>(c));
     if (kind == Loss::mse) {
       for (int64_t j = i * c; j < (i + 1) * c; ++j) {
         loss += (z[j] - S(target[j])) * (z[j] - S(target[j])) / elements;
@@ -38,16 +41,16 @@ void loss_reference(Loss kind, int64_t n, int64_t c, const std::vector<S>& z,
 }
 
 template <class T>
-void check_loss(Loss kind, int64_t n, int64_t c, bool want_loss, bool want_grad) {
+void check_loss(Loss kind, int64_t n, int64_t c, bool want_loss, bool want_grad, bool scaled = false) {
   const std::string name = std::string(kind == Loss::mse ? "mse" : "cross_entropy") + " n " +
                            std::to_string(n) + " c " + std::to_string(c) + (want_loss ? "" : ", no loss") +
-                           (want_grad ? "" : ", no gradient");
+                           (want_grad ? "" : ", no gradient") + (scaled ? ", scaled" : "");
   const double tolerance = sizeof(T) == 4 ? 2e-6 : 1e-13;
   constexpr int64_t kTasks = 3;
-  TestMemory<T> memory(kTasks, 6 * n * c + 2 * n + 16 * kGap);
+  TestMemory<T> memory(kTasks, 6 * n * c + 3 * n + 17 * kGap);
   T *z = memory.take(n * c), *z_dot = memory.take(n * c), *grad_z = memory.take(n * c),
     *saved = memory.take(n * c), *grad_z_dot = memory.take(n * c), *loss = memory.take(1),
-    *target = memory.take(std::max(n * c, 2 * n));
+    *target = memory.take(std::max(n * c, 2 * n)), *scale = memory.take(n);
   std::mt19937 rng(5);
   std::vector<Dual<double>> losses(kTasks);
   std::vector<std::vector<Dual<double>>> gradients(kTasks);
@@ -69,11 +72,16 @@ void check_loss(Loss kind, int64_t n, int64_t c, bool want_loss, bool want_grad)
         std::memcpy(reinterpret_cast<char*>(memory.real(target, task)) + 8 * i, &label, 8);
       }
     }
-    loss_reference(kind, n, c, dual(values, dots, true), goal, losses[task], gradients[task]);
+    std::vector<double> scales;
+    for (int64_t i = 0; scaled && i < n; ++i) {
+      scales.push_back(static_cast<double>(static_cast<T>(0.1 + 0.8 * static_cast<double>(rng() % 7) / 7)));
+    }
+    if (scaled) memory.fill(scale, task, scales);
+    loss_reference(kind, n, c, dual(values, dots, true), goal, scales, losses[task], gradients[task]);
   }
   const Launcher launch = memory.launcher();
   const LossPart whole{kind, n, c, n, false};
-  const Target<T> goal{target};
+  const Target<T> goal{target, scaled ? scale : nullptr};
   launch_loss<T>(launch, whole, z, goal, want_loss ? loss : nullptr, want_grad ? grad_z : nullptr,
                  want_grad ? saved : nullptr);
   if (want_grad) launch_loss_tangent<T>(launch, whole, z, goal, z_dot, saved, grad_z_dot);
@@ -91,6 +99,8 @@ void check_losses() {
       for (const int64_t c : {1, 2, 5, 9, 20, 64, 300}) {
         check_loss<double>(kind, n, c, true, true);
         check_loss<float>(kind, n, c, true, true);
+        check_loss<double>(kind, n, c, true, true, true);
+        check_loss<float>(kind, n, c, true, true, true);
       }
       check_loss<double>(kind, n, 5, false, true);
       check_loss<double>(kind, n, 5, true, false);
