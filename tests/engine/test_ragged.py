@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maml_cuda import FusedMAML
+from maml_cuda import FusedMAML, optim
 from maml_cuda.data import collate
 from tests.conftest import assert_close, episode, program_of, run
 from tests.engine.test_sample_weights import Oracle, bn_mlp, check, mlp, poisoned, ragged
@@ -153,6 +153,40 @@ def test_learned_weights_of_adapt_and_of_many_samples(options: dict[str, object]
     sum((fast[n] * c).sum() for n, c in cotangents.items()).backward()
     assert_close({"w": given.grad}, {"w": own.grad}, 1e-9)
     assert_close({n: p.grad for n, p in model.named_parameters()}, {n: p.grad for n, p in oracle.leaves.items()}, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["clip_norm", "clip_value", "momentum", "adam"])
+def test_learned_weights_beside_an_inner_optimizer(name: str) -> None:
+    """momentum against the oracle, the others against the general path."""
+    data, spt, qry = episode(tasks=3, n=(5, 4)), ragged(3, 5), ragged(3, 4, seed=1)
+    options = {
+        "clip_norm": {"inner_clip_norm": 0.3},
+        "clip_value": {"inner_clip_value": 0.1},
+        "momentum": {"inner_optimizer": optim.SGD(momentum=0.9)},
+        "adam": {"inner_optimizer": optim.Adam()},
+    }[name]
+    model, found = mlp(), []
+    for backend in ("auto", "reference"):
+        given = [w.clone().requires_grad_() for w in (spt, qry)]
+        maml = FusedMAML(model, 0.1, 3, backend=backend, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fused or not, it is the same
+            maml.backward(*data, spt_weights=given[0], qry_weights=given[1])
+        found.append({"w": given[0].grad, "v": given[1].grad})
+    assert_close(*found, 1e-9)
+    if name != "momentum":
+        return
+    own, oracle, losses = spt.clone().requires_grad_(), Oracle(model, "cross_entropy", 0.1, 3), []
+    for xs, ys, xq, yq, ws, wq in zip(*data, own, qry, strict=True):
+        phi, buffer = oracle.leaves, None
+        for _ in range(3):
+            value, _ = oracle.value(phi, xs, ys, ws)
+            g = dict(zip(phi, torch.autograd.grad(value, list(phi.values()), create_graph=True), strict=True))
+            buffer = g if buffer is None else {n: 0.9 * buffer[n] + g[n] for n in g}
+            phi = {n: p - 0.1 * buffer[n] for n, p in phi.items()}
+        losses.append(oracle.value(phi, xq, yq, wq)[0])
+    torch.stack(losses).mean().backward()
+    assert_close({"w": found[0]["w"]}, {"w": own.grad}, 1e-9)
 
 
 @pytest.mark.parametrize("make", [mlp, bn_mlp])
