@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -118,6 +119,11 @@ def check(
 
 # -- the meta-step ------------------------------------------------------------------------------------------------
 
+
+def refused_on_a_gpu() -> AbstractContextManager[Any]:
+    return pytest.raises(ValueError, match="BatchNorm with batch statistics does not leave out padding on a GPU")
+
+
 BACKENDS = ("fused", "reference")
 
 
@@ -132,7 +138,8 @@ def test_each_task_is_what_it_is_alone(machine: str, backend: str, loss: str, fi
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batch_norm_counts_each_sample_of_positive_weight_once(machine: str, backend: str) -> None:
     data = episode(tasks=5, n=(5, 4))
-    check(bn_mlp(), "cross_entropy", data, ragged(5, 5, 2), ragged(5, 4, 2, seed=1), backend)
+    with refused_on_a_gpu() if machine != "cpu" and backend == "fused" else nullcontext():
+        check(bn_mlp(), "cross_entropy", data, ragged(5, 5, 2), ragged(5, 4, 2, seed=1), backend)
 
 
 def test_one_set_alone_has_weights() -> None:
@@ -246,6 +253,10 @@ def test_building_blocks(machine: str, backend: str, make: Callable[[], nn.Modul
     x, y, *_ = poisoned(data, w, torch.ones(4, 4))
     model = make()
     maml = FusedMAML(model, 0.3, 2, backend=backend)
+    if machine != "cpu" and backend == "fused" and make is bn_mlp:
+        with refused_on_a_gpu():
+            maml.adapt(x, y, spt_weights=w)
+        return
     oracle = Oracle(model, "cross_entropy", 0.3, 2)
 
     path = [oracle.adapted(*part)[0] for part in zip(data[0], data[1], w, strict=True)]
