@@ -166,7 +166,7 @@ Problem problem_of(const Net& net, int64_t bytes) {
   append(flatten, {}, 0, 0);
   graph.prediction = static_cast<int>(graph.nodes.size());
   return Problem(graph, Operation::meta_gradient, updates, {}, {net.widths[0]}, net.support, net.query,
-                 net.steps, net.first_order, {}, bytes,
+                 net.steps, net.first_order, {}, false, bytes,
                  {[](const Layer&) { return Footprint{}; }, Kind::norm_block});
 }
 
