@@ -14,8 +14,9 @@ those of the compiled library. The time follows from the constants below:
 not fill the GPU and incomplete last waves. The time of a meta-step is the sum over its launches. Launches on a parallel
 branch of its CUDA graph count only if the branch takes longer than the rest. The megakernel takes the time of its
 instructions plus that of the products in one block. So does a run of small layers, whose instructions wait for device
-memory, and whose bytes all go through one multiprocessor. The kernel of small perceptrons takes, in each wave of b
-blocks a multiprocessor, the longer of
+memory, and whose bytes all go through one multiprocessor, but for those of a first instruction that several blocks
+share. A convolution whose last blocks go on alone takes longer by one such instruction with their bytes. The kernel of
+small perceptrons takes, in each wave of b blocks a multiprocessor, the longer of
 
     phases * phase + cycles    of a block alone: its barriers, and the cycles of its longest thread or of its loads
     b * busy cycles            of all blocks: the loads of shared memory, or the instructions of all warps
@@ -138,6 +139,8 @@ class Launch:
     registers: int | None
     early: bool = False  # by programmatic dependent launch
     phases: int = 0  # of the kernel of small perceptrons, with the cycles of one block
+    # Of a run of small layers: the bytes that all blocks of a task share. Of a product: the bytes that the last block
+    # of a column of tiles moves after it, for the normalisation that follows.
     cycles: float = 0.0
     busy_cycles: float = 0.0
 
@@ -177,16 +180,28 @@ class Launch:
     def microseconds(self) -> float:
         fixed = C["early gap" if self.early else "gap"].value + C["latency"].value
         if self.instructions:
+            if "small_run_kernel" in self.kernel:
+                return fixed + self.run_time()
             flop_time = self.flop / self.blocks / C["rate of the megakernel"].value * 1e-6
-            if "small_run_kernel" not in self.kernel:
-                return fixed + self.waves * (self.instructions * C["instruction"].value + flop_time)
-            bytes_time = self.bytes / self.blocks / C["bandwidth of a block"].value * 1e-6
-            return fixed + self.waves * (self.instructions * C["small instruction"].value + flop_time + bytes_time)
+            return fixed + self.waves * (self.instructions * C["instruction"].value + flop_time)
         if self.phases:
             resident = math.ceil(self.blocks / (self.waves * C["multiprocessors"].value))
             alone = self.phases * C["phase"].value + self.cycles
             return fixed + self.waves * max(alone, resident * self.busy_cycles) / C["clock"].value * 1e-3
-        return fixed + max(self.flop_time(), self.bytes / C["bandwidth"].value * 1e-6)
+        alone = 0.0
+        if self.cycles:  # a product whose last blocks go on alone
+            alone = C["small instruction"].value + self.cycles / C["bandwidth of a block"].value * 1e-6
+        return fixed + alone + max(self.flop_time(), self.bytes / C["bandwidth"].value * 1e-6)
+
+    def run_time(self) -> float:
+        """A run of small layers: what all blocks share, and then what one block computes for each task."""
+        blocks, _, tasks = self.grid
+        of_a_block = C["bandwidth of a block"].value
+        alone = self.instructions * C["small instruction"].value
+        alone += self.flop / tasks / C["rate of the megakernel"].value * 1e-6
+        alone += (self.bytes / tasks - self.cycles) / of_a_block * 1e-6
+        waves = math.ceil(tasks / (self.resident * C["multiprocessors"].value))
+        return waves * alone + self.waves * self.cycles / blocks / of_a_block * 1e-6
 
     def flop_time(self) -> float:
         if not self.flop:

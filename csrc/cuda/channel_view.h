@@ -17,7 +17,9 @@ struct ChannelView {
 
   /// `whole_rows`: every tensor that the kernel accesses starts at an aligned address.
   __device__ __forceinline__ ChannelView(Team team, int group, int64_t c, bool whole_rows)
-      : team(team), threads(channel_threads<N>(c, group, whole_rows)), c(c), channel(threads.channel) {}
+      : ChannelView(team, channel_threads<N>(c, group, whole_rows), c) {}
+  __device__ __forceinline__ ChannelView(Team team, const ChannelThreads& threads, int64_t c)
+      : team(team), threads(threads), c(c), channel(threads.channel) {}
 
   __device__ __forceinline__ int64_t element(int row) const { return row * c + channel; }
 

@@ -47,20 +47,29 @@ struct ChannelThreads {
   Lanes lanes;  // which of the N channels exist
 };
 
-/// This thread's part of a group of channels. `whole_rows`: every row starts at an aligned address.
+/// This thread's part of the channels from `first` on, in a block of which `width` threads cover a row.
+/// `whole_rows`: every row starts at an aligned address.
 template <int N>
-__device__ __forceinline__ ChannelThreads channel_threads(int64_t channels, int group, bool whole_rows) {
+__device__ __forceinline__ ChannelThreads channel_threads(int64_t channels, int first, int width, int rows,
+                                                          bool whole_rows) {
   ChannelThreads threads;
-  threads.width = channel_width<N>(channels);
-  threads.rows = kThreads / threads.width;
+  threads.width = width;
+  threads.rows = rows;
   threads.row = static_cast<int>(threadIdx.x) / threads.width;
   const int lane = static_cast<int>(threadIdx.x) % threads.width;
-  threads.channel = (group * threads.width + lane) * N;
+  threads.channel = first + lane * N;
   threads.active = threads.channel < channels;
   if (!threads.active) threads.channel = 0;
   const int64_t left = channels - threads.channel;
   threads.lanes = {left < N ? static_cast<int>(left) : N, whole_rows && channels % N == 0};
   return threads;
+}
+
+/// This thread's part of a group of channels.
+template <int N>
+__device__ __forceinline__ ChannelThreads channel_threads(int64_t channels, int group, bool whole_rows) {
+  const int width = channel_width<N>(channels);
+  return channel_threads<N>(channels, group * width * N, width, kThreads / width, whole_rows);
 }
 
 __device__ __forceinline__ int channel_group() { return static_cast<int>(blockIdx.y); }

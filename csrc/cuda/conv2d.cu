@@ -5,6 +5,7 @@
 
 #include "cuda/conv2d.h"
 #include "cuda/implement.h"
+#include "cuda/normalise_columns.h"
 #include "cuda/product/statistics.h"
 #include "layers/patch_moments.h"
 #include "plan/problem.h"
@@ -45,12 +46,18 @@ struct OnGpu<Kind::conv2d> {
   template <class T>
   static void apply(const Launcher& launch, Tangent tangent, const Layer& l, const Factors<T>* factors,
                     int count, const Tensors<T>& t) {
+    apply<T>(launch, tangent, l, factors, count, t, nullptr);
+  }
+  template <class T>
+  static void apply(const Launcher& launch, Tangent tangent, const Layer& l, const Factors<T>* factors,
+                    int count, const Tensors<T>& t, const Following<T>* following) {
     const Terms<T> terms = terms_of(factors, count);
     if (tangent == Tangent::no) {
-      convolve(launch, "conv2d forward", l, terms, t.w[1], t.y, {t.statistics, nullptr}, t.scratch);
+      convolve(launch, "conv2d forward", l, terms, t.w[1], t.y, {t.statistics, nullptr}, t.scratch,
+               following);
     } else {
       convolve<T>(launch, "conv2d forward tangent", l, terms, t.w_dot[1], t.y_dot, {t.statistics_dot, t.y},
-                  t.scratch);
+                  t.scratch, following);
     }
   }
   template <class T>
@@ -64,5 +71,21 @@ struct OnGpu<Kind::conv2d> {
   }
 };
 template struct Implementation<Kind::conv2d>;
+
+template <class T>
+void convolve_and_normalise(const Launcher& launch, const Layer& l, const Tensors<T>& t,
+                            const Following<T>& following) {
+  const bool tangent = following.tangent;
+  Factors<T> factors[2];
+  int count = 0;
+  if (!tangent) factors[count++] = {t.x[0], t.w[0]};
+  if (tangent && t.x_dot[0]) factors[count++] = {t.x_dot[0], t.w[0]};
+  if (tangent && t.w_dot[0]) factors[count++] = {t.x[0], t.w_dot[0]};
+  OnGpu<Kind::conv2d>::apply(launch, tangent ? Tangent::yes : Tangent::no, l, factors, count, t, &following);
+}
+template void convolve_and_normalise(const Launcher&, const Layer&, const Tensors<float>&,
+                                     const Following<float>&);
+template void convolve_and_normalise(const Launcher&, const Layer&, const Tensors<double>&,
+                                     const Following<double>&);
 
 }  // namespace maml::cuda

@@ -92,7 +92,10 @@ struct View : ChannelView<T> {
 
   /// `whole_rows`: every tensor that the kernel accesses starts at an aligned address.
   __device__ __forceinline__ View(Team team, int group, const Layer& l, const Tensors<T>& t, bool whole_rows)
-      : Base(team, group, l.in.c, whole_rows),
+      : View(team, channel_threads<N>(l.in.c, group, whole_rows), l, t) {}
+  __device__ __forceinline__ View(Team team, const ChannelThreads& threads, const Layer& l,
+                                  const Tensors<T>& t)
+      : Base(team, threads, l.in.c),
         t(t),
         saved(t.saved, l.in.c),
         n(static_cast<int>(l.n)),
@@ -158,17 +161,17 @@ struct View : ChannelView<T> {
   }
 };
 
-template <class Activation, class T>
-__device__ __forceinline__ void normalise_forward(Team team, int group, const Layer& l, const Tensors<T>& t,
-                                                  const Partials<T>& p) {
+/// The pass from the moments of x (moments.h) on. A thread has kAtOnce rows in flight.
+template <class Activation, int kAtOnce, class T>
+__device__ __forceinline__ void normalise_forward(const Layer& l, const View<T>& view,
+                                                  const Numbers<double, View<T>::N> (&moments)[2]) {
   using Values = typename View<T>::Values;
   constexpr int N = View<T>::N;
-  const View<T> view(team, group, l, t, aligned(t.x[0], t.y, t.w[0], t.w[1], t.saved, p.at));
-  Numbers<double, N> moments[2];
-  Moments<1>::merge(view.threads, view.c, p, 0, p.count, moments);
+  const Tensors<T>& t = view.t;
   const Values mu = converted<T>(moments[0]);
   const Values s = lanewise(moments[1], [&](double sum) {
-    return 1 / std::sqrt(static_cast<T>(sum / static_cast<double>(p.m)) + static_cast<T>(l.eps));
+    const double rows = static_cast<double>(view.n * view.pixels);
+    return 1 / std::sqrt(static_cast<T>(sum / rows) + static_cast<T>(l.eps));
   });
   if (view.writes()) {
     view.put(view.saved.mu, view.channel, mu);
@@ -177,19 +180,28 @@ __device__ __forceinline__ void normalise_forward(Team team, int group, const La
   const Affine<Values> map = view.affine(mu, s);
   auto y = [&](const Values& x) { return Activation::at(l, map.u(x)).f; };
   if (!view.pooled) {
-    each_row<2>(
-        team, view.threads, view.n * view.pixels, [&](int row) { return view.row(t.x[0], row); },
+    each_row<kAtOnce>(
+        view.team, view.threads, view.n * view.pixels, [&](int row) { return view.row(t.x[0], row); },
         [&](int row, const Values& x) { view.put(t.y, view.element(row), y(x)); });
     return;
   }
   const Windows w(l);
-  each_item(team, view.threads, view.n, view.outputs, [&](int sample, int output) {
+  each_item(view.team, view.threads, view.n, view.outputs, [&](int sample, int output) {
     const auto best = largest_of<T, N>(
         w, output, [&](int pixel) { return y(view.row(t.x[0], sample * view.pixels + pixel)); });
     const int64_t to = view.element(sample * view.outputs + output);
     view.put(t.y, to, best.value);
     view.put(view.saved.places, to, best.place);
   });
+}
+
+template <class Activation, class T>
+__device__ __forceinline__ void normalise_forward(Team team, int group, const Layer& l, const Tensors<T>& t,
+                                                  const Partials<T>& p) {
+  const View<T> view(team, group, l, t, aligned(t.x[0], t.y, t.w[0], t.w[1], t.saved, p.at));
+  Numbers<double, View<T>::N> moments[2];
+  Moments<1>::merge(view.threads, view.c, p, 0, p.count, moments);
+  normalise_forward<Activation, 2>(l, view, moments);
 }
 
 /// The sums over all rows of y: merged from the entries of the tiles, or, where all rows are one tile,
@@ -267,20 +279,17 @@ __device__ __forceinline__ void normalise_backward(Team team, int group, const L
       });
 }
 
-template <class Activation, class T>
-__device__ __forceinline__ void normalise_forward_tangent(Team team, int group, const Layer& l,
-                                                          const Tensors<T>& t, const Partials<T>& p) {
+/// The pass from the moments of x and x_dot on, or without, where x_dot is absent.
+template <class Activation, int kAtOnce, class T>
+__device__ __forceinline__ void normalise_forward_tangent(const Layer& l, const View<T>& view,
+                                                          const Numbers<double, View<T>::N> (&moments)[3]) {
   using Values = typename View<T>::Values;
-  const View<T> view(
-      team, group, l, t,
-      aligned(t.x[0], t.x_dot[0], t.y_dot, t.w[0], t.w[1], t.w_dot[0], t.w_dot[1], t.saved, p.at));
+  const Tensors<T>& t = view.t;
   Affine<Values> map = view.affine();
   Values Rmu = T(0), correlation = T(0);
   if (t.x_dot[0]) {
-    Numbers<double, View<T>::N> moments[3];
-    Moments<2>::merge(view.threads, view.c, p, 0, p.count, moments);
     Rmu = converted<T>(moments[1]);
-    correlation = map.s * converted<T>(moments[2] / static_cast<double>(p.m));
+    correlation = map.s * converted<T>(moments[2] / static_cast<double>(view.n * view.pixels));
   }
   if (view.writes()) {
     view.put(view.saved.Rmu, view.channel, Rmu);
@@ -290,13 +299,24 @@ __device__ __forceinline__ void normalise_forward_tangent(Team team, int group, 
   struct Loaded {
     Values x, x_dot;
   };
-  each_row<1>(
-      team, view.threads, view.n * view.outputs,
+  each_row<kAtOnce>(
+      view.team, view.threads, view.n * view.outputs,
       [&](int row) { return Loaded{view.source(t.x[0], row), view.source(t.x_dot[0], row)}; },
       [&](int row, const Loaded& of) {
         const Values y_dot = Activation::at(l, map.u(of.x)).df * map.u_dot(of.x, of.x_dot);
         view.put(t.y_dot, view.element(row), y_dot);
       });
+}
+
+template <class Activation, class T>
+__device__ __forceinline__ void normalise_forward_tangent(Team team, int group, const Layer& l,
+                                                          const Tensors<T>& t, const Partials<T>& p) {
+  const View<T> view(
+      team, group, l, t,
+      aligned(t.x[0], t.x_dot[0], t.y_dot, t.w[0], t.w[1], t.w_dot[0], t.w_dot[1], t.saved, p.at));
+  Numbers<double, View<T>::N> moments[3]{};
+  if (t.x_dot[0]) Moments<2>::merge(view.threads, view.c, p, 0, p.count, moments);
+  normalise_forward_tangent<Activation, 1>(l, view, moments);
 }
 
 /// R1 and R2 over the rows [first, first + count) of y.

@@ -1,7 +1,8 @@
-// y = pool(f(BatchNorm(x))) by one block, for the interpreter (run/interpreter.h): the passes of normalise.h,
-// one group of channels after the other. The moments of x come from the statistics of the convolution before
-// it; where there are none, the block computes them tile by tile, as the kernels do. The sums of cotangents
-// run over all rows at once.
+// y = pool(f(BatchNorm(x))) for the interpreter (run/interpreter.h): the passes of normalise.h, one group of
+// channels after the other. The moments of x come from the statistics of the convolution before it; where
+// there are none, the block computes them tile by tile, as the kernels do. The sums of cotangents run over
+// all rows at once. One block computes a pass, or several blocks the first pass of a run (run/small_run.h): a
+// forward pass whose statistics are there.
 #pragma once
 
 #include "cuda/normalise.h"
@@ -26,25 +27,37 @@ struct BlockActivation {
 struct NormaliseInBlock {
   template <class T>
   static __device__ void run(Op op, const Layer& l, const Tensors<T>& t) {
+    if (op == Op::forward || op == Op::forward_tangent) return run_forward(op, block_team(), l, t);
     const int cells = static_cast<int>(input_cells(l));
-    const int groups = static_cast<int>(channel_groups<kVector<T>>(l.in.c));
-    for (int group = 0; group < groups; ++group) {
-      if (op == Op::forward) {
-        const Partials<T> p = moments_of<1>(group, l, t.x[0], t.x[0], t.statistics, t.scratch);
-        normalise_forward<BlockActivation>(block_team(), group, l, t, p);
-      } else if (op == Op::backward) {
+    for (int group = 0; group < groups_of<T>(l); ++group) {
+      if (op == Op::backward) {
         normalise_backward<BlockActivation>(block_team(), group, l, t, Partials<T>{}, cells);
-      } else if (op == Op::forward_tangent) {
-        Partials<T> p{};
-        if (t.x_dot[0]) p = moments_of<2>(group, l, t.x[0], t.x_dot[0], t.statistics_dot, t.scratch);
-        normalise_forward_tangent<BlockActivation>(block_team(), group, l, t, p);
       } else {
         normalise_backward_tangent<BlockActivation>(block_team(), group, l, t, Partials<T>{}, cells);
       }
     }
   }
 
+  /// forward, or forward_tangent, by a team of several blocks if it has the statistics that it needs.
+  template <class T>
+  static __device__ void run_forward(Op op, Team team, const Layer& l, const Tensors<T>& t) {
+    for (int group = 0; group < groups_of<T>(l); ++group) {
+      if (op == Op::forward) {
+        const Partials<T> p = moments_of<1>(group, l, t.x[0], t.x[0], t.statistics, t.scratch);
+        normalise_forward<BlockActivation>(team, group, l, t, p);
+      } else {
+        Partials<T> p{};
+        if (t.x_dot[0]) p = moments_of<2>(group, l, t.x[0], t.x_dot[0], t.statistics_dot, t.scratch);
+        normalise_forward_tangent<BlockActivation>(team, group, l, t, p);
+      }
+    }
+  }
+
  private:
+  template <class T>
+  static __device__ int groups_of(const Layer& l) {
+    return static_cast<int>(channel_groups<kVector<T>>(l.in.c));
+  }
   /// The moments of a [rows, c], or of a and b, of a group of channels: taken before, or computed into
   /// scratch.
   template <int kMeans, class T>

@@ -26,16 +26,16 @@ RECORDED = {
     ("sinusoid-k5 T=25", True): (2, 553632, 553632),
     ("policy T=20", False): (9, 63474272, 63474272),
     ("policy T=20", True): (6, 37367872, 37367872),
-    ("omniglot T=4", False): (176, 503824496, 534888560),
-    ("omniglot T=4", True): (100, 320522944, 351587008),
-    ("omniglot T=32", False): (176, 4021165120, 4269677632),
-    ("omniglot T=32", True): (100, 2554752704, 2803265216),
+    ("omniglot T=4", False): (166, 503793776, 534857840),
+    ("omniglot T=4", True): (95, 320512704, 351576768),
+    ("omniglot T=32", False): (166, 4020919360, 4269431872),
+    ("omniglot T=32", True): (95, 2554670784, 2803183296),
     ("omniglot-5shot T=32", False): (186, 10071407680, 10377591872),
     ("omniglot-5shot T=32", True): (105, 5058048704, 5335397056),
-    ("mini-imagenet T=4", False): (223, 2322781936, 2377701104),
-    ("mini-imagenet T=4", True): (127, 1669438784, 1702403392),
-    ("mini-imagenet T=32", False): (223, 18579490880, 19018844224),
-    ("mini-imagenet T=32", True): (127, 13352745664, 13616462528),
+    ("mini-imagenet T=4", False): (213, 2322781936, 2377701104),
+    ("mini-imagenet T=4", True): (122, 1669438784, 1702403392),
+    ("mini-imagenet T=32", False): (213, 18579490880, 19018844224),
+    ("mini-imagenet T=32", True): (122, 13352745664, 13616462528),
     ("mini-imagenet-5shot T=4", False): (283, 6233496736, 6327082144),
     ("mini-imagenet-5shot T=4", True): (157, 3218938144, 3271235872),
     ("lstm T=4", False): (135, 245879280, 245879280),
@@ -123,6 +123,12 @@ def test_waves_and_the_time_of_a_launch() -> None:
     assert early == pytest.approx(C["early gap"].value + C["latency"].value)
     program = launch(grid=(1, 1, 25), instructions=10, flop=25e5)
     assert program.microseconds() == pytest.approx(fixed + 10 * C["instruction"].value + 1.0)
+    # What one block of each task does alone, at its own bandwidth; several blocks share some bytes of a run.
+    small, bandwidth = C["small instruction"].value, C["bandwidth of a block"].value * 1e6  # bytes a us
+    run = {"kernel": "small_run_kernel<float>", "instructions": 5, "bytes": 4 * 75e3, "cycles": 50e3}
+    led = launch(grid=(2, 1, 4), **run).microseconds()
+    assert led == pytest.approx(fixed + 5 * small + (25e3 + 50e3 / 2) / bandwidth)
+    assert launch(grid=(9, 1, 4), cycles=20e3).microseconds() == pytest.approx(fixed + small + 20e3 / bandwidth)
     # One block: its own cycles. Four of 64 registers on a multiprocessor: what they share, if it is more.
     clock, phase = C["clock"].value * 1e3, C["phase"].value
     mlp = {"phases": 10, "cycles": 4000.0, "registers": 64}

@@ -61,11 +61,20 @@ def features(dtype: torch.dtype = torch.float64) -> nn.Module:
     ).to(dtype)
 
 
+def wide(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A last normalisation that is too large for one block: 10,240 elements for 4 images."""
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 10, 3, padding=1), nn.BatchNorm2d(10), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(640, 4),
+    ).to(dtype)  # fmt: skip
+
+
 SAMPLES: dict[Callable[..., nn.Module], tuple[int, ...]] = {
     strided: (1, 12, 12),
     pooled: (2, 6, 6),
     residual: (2, 5, 5),
     features: (3,),
+    wide: (1, 16, 16),
     conv: (2, 6, 6),
 }
 
@@ -105,6 +114,20 @@ def test_a_head_is_one_kernel(machine: str, first_order: bool) -> None:
         assert launched[alone] == 0, alone
 
 
+def test_several_blocks_begin_a_run(machine: str) -> None:
+    """A normalisation that is too large for one block, before small layers."""
+    if machine == "cuda":
+        pytest.skip("the emulation logs the kernels")
+    maml = FusedMAML(wide(), 0.1, 2, backend="fused", cuda_graphs=False)
+    with log() as logged:
+        maml(*episodes(SAMPLES[wide], torch.float64))
+        grids = [launch["grid"] for launch in logged() if "::small_run_kernel" in launch["kernel"]]
+        others = [launch["kernel"] for launch in logged() if "::normalise_forward" in launch["kernel"]]
+    assert len(grids) == 5  # two inner steps, the query, and the products of the two steps
+    assert all(blocks > 1 and tasks == 3 for blocks, _, tasks in grids)
+    assert not others
+
+
 def test_a_multi_step_loss() -> None:
     data, weights = episodes(SAMPLES[pooled], torch.float64), [0.2, 0.3, 0.5]
     maml = FusedMAML(pooled(), 0.1, 2, query_weights=weights, backend="fused")
@@ -138,7 +161,7 @@ def test_per_step_parameters() -> None:
     check_meta_gradient(model, "cross_entropy", episodes(SAMPLES[strided], torch.float64), 0.1, 2)
 
 
-@pytest.mark.parametrize("make", [strided, residual])
+@pytest.mark.parametrize("make", [strided, residual, wide])
 def test_chunks_graphs_and_the_branch_change_no_bit(make: Any) -> None:
     """With graphs, the images' moments are a branch beside the inner loop; without, they come first."""
     data = episodes(SAMPLES[make], torch.float64, tasks=3)

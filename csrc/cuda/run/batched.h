@@ -14,6 +14,7 @@
 
 #include "cuda/layers.h"
 #include "cuda/loss.h"
+#include "cuda/run/normalised_pair.h"
 #include "cuda/run/optimizer_steps.h"
 #include "cuda/run/small_run.h"
 #include "cuda/run/updates.h"
@@ -193,8 +194,10 @@ void launch_program(const Launcher& launch, const std::vector<Instruction<T>>& p
                     const T* rates) {
   const Batched<T> alone(problem, plan, rates);
   std::optional<Launcher> branch;
-  for (const Run& run : runs) {
+  for (size_t r = 0; r < runs.size(); ++r) {
+    const Run& run = runs[r];
     const Instruction<T>& first = program[run.first];
+    const bool has_next = run.interpreted < 0 && r + 1 < runs.size() && runs[r + 1].interpreted < 0;
     if (first.beside && launch.branch && !branch) branch = launch.fork();
     const Launcher& on = first.beside && branch ? *branch : launch;
     if (run.interpreted >= 0) {
@@ -202,11 +205,16 @@ void launch_program(const Launcher& launch, const std::vector<Instruction<T>>& p
         Work work;
         for (int i = 0; i < run.length; ++i) work += work_of(program[run.first + i], problem.packing.adapted);
         work.instructions = run.length;
+        // Of the bytes, those that several blocks share; a run has no other use for this number.
+        if (run.blocks > 1) work.cycles = work_of(first, problem.packing.adapted).bytes;
         return work;
       });
       launch_small_run(on, plan, run, rates);
     } else if (first.op == Op::join) {
       if (branch) launch.join();
+    } else if (has_next && is_normalised_pair(first, program[run.first + 1])) {
+      launch_normalised_pair(on, first, program[run.first + 1]);
+      ++r;
     } else {
       alone(on, first);
     }

@@ -126,17 +126,17 @@ class Reader {
   uint64_t words_[kWordsAThread];
 };
 
-/// Runs `length` instructions, with a barrier before each and none after the last. The caller has fetched
-/// instruction 0.
+/// Runs the instructions [first, end), with a barrier before each and none after the last. The caller has
+/// fetched the first one.
 template <Home H, class T>
-__device__ void interpret(Reader<T>& program, int length, const DevicePlan& plan, const Memory& memory,
-                          int64_t task, const T* rates, double* sums) {
-  program.store(0, memory, task);
-  for (int i = 0; i < length; ++i) {
+__device__ void interpret(Reader<T>& program, int first, int end, const DevicePlan& plan,
+                          const Memory& memory, int64_t task, const T* rates, double* sums) {
+  program.store(first, memory, task);
+  for (int i = first; i < end; ++i) {
     __syncthreads();
-    if (i + 1 < length) program.fetch(i + 1);
+    if (i + 1 < end) program.fetch(i + 1);
     run_instruction<H>(program[i], plan, rates, sums);
-    if (i + 1 < length) program.store(i + 1, memory, task);
+    if (i + 1 < end) program.store(i + 1, memory, task);
   }
 }
 

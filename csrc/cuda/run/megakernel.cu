@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(kBlock, 1)
   Reader<T> program(static_cast<const Instruction<T>*>(plan.program), slots);
   program.fetch(0);
   __syncthreads();  // the table
-  interpret<Home::shared_memory>(program, plan.program_length, plan, addresses, task, memory + layout.rates,
-                                 sums);
+  interpret<Home::shared_memory>(program, 0, plan.program_length, plan, addresses, task,
+                                 memory + layout.rates, sums);
   __syncthreads();
   const Span& results = call.spans[static_cast<int>(Region::task)];
   if (results.stride) {

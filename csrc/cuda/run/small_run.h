@@ -3,6 +3,9 @@
 // block a task interprets them (interpreter.h), with all tensors in device memory. In a few-shot network
 // these are the last layers: the last normalisation, the pool, the linear layer and the loss, forward and
 // backward. A network that is small everywhere is a single run.
+//
+// A run may begin with a forward pass of a normalisation that is too large for one block. Several blocks then
+// compute this pass, and the last of them to finish (last_block.h) goes on with the rest.
 #pragma once
 
 #include <vector>
@@ -16,6 +19,7 @@ namespace maml::cuda {
 struct Run {
   int first, length;
   int interpreted;  // the first of them among those in device memory; -1: it has kernels of its own
+  int blocks = 1;   // of a task, that compute the first instruction
 };
 
 /// Whether one block can compute the passes of a layer.

@@ -182,15 +182,18 @@ inline bool is_adjoint(const Values<Dual<double>>& v) {
   return std::fabs(left - right) <= 1e-12 * scale;
 }
 
-/// Which code computes the passes: the kind's kernels, or a block that interprets a program (small_run.h).
-enum class By { kernels, one_block };
+/// Which code computes the passes: the kind's kernels; a block that interprets a program (small_run.h); or
+/// blocks that share the first instruction of a program, a forward pass, after which a copy is the second.
+enum class By { kernels, one_block, blocks };
 
 /// Runs all passes for `tasks` tasks, compares every output with the reference, and returns the bits of all
 /// outputs.
 template <class T>
 std::vector<T> check_passes(By by, const Layer& l, const Present& p, int64_t tasks, unsigned seed) {
-  const std::string name =
-      text_of(l, p) + (sizeof(T) == 4 ? " float" : " double") + (by == By::one_block ? " by one block" : "");
+  const std::string name = text_of(l, p) + (sizeof(T) == 4 ? " float" : " double") +
+                           (by == By::one_block ? " by one block"
+                            : by == By::blocks  ? " by blocks of a run"
+                                                : "");
   const double tolerance = sizeof(T) == 4 ? 2e-5 : 1e-12;
   const bool normalises = l.kind == Kind::batch_norm || l.kind == Kind::running_norm ||
                           l.kind == Kind::group_norm || l.kind == Kind::norm_block;
@@ -204,7 +207,7 @@ std::vector<T> check_passes(By by, const Layer& l, const Present& p, int64_t tas
   const Footprint needs = footprint(l);
   const int64_t tiles = (rows_in(l) + kStatisticsRows - 1) / kStatisticsRows;
 
-  TestMemory<T> memory(tasks, 12 * in + 8 * out + 16 * c + needs.saved + needs.saved_dot + needs.scratch +
+  TestMemory<T> memory(tasks, 12 * in + 10 * out + 16 * c + needs.saved + needs.saved_dot + needs.scratch +
                                   5 * tiles * c + 60 * kGap);
   Tensors<T> all;
   for (int j = 0; j < inputs; ++j) {
@@ -229,6 +232,7 @@ std::vector<T> check_passes(By by, const Layer& l, const Present& p, int64_t tas
   all.saved = memory.take(needs.saved);
   all.saved_dot = memory.take(needs.saved_dot);
   all.scratch = memory.take(needs.scratch);
+  T *const copied = memory.take(out), *const copied_dot = memory.take(out);
   if (p.statistics) {
     all.statistics = memory.take(2 * tiles * c);
     if (p.x_dot) all.statistics_dot = memory.take(3 * tiles * c);
@@ -281,12 +285,17 @@ std::vector<T> check_passes(By by, const Layer& l, const Present& p, int64_t tas
   const Launcher launch = memory.launcher();
   auto run = [&](Op op, const Tensors<T>& tensors) {
     memory.poison(all.scratch, needs.scratch);
-    if (by == By::one_block) {
-      Instruction<T> instruction{};
-      instruction.tensors = tensors, instruction.layer = l, instruction.op = op;
+    if (by != By::kernels) {
+      Instruction<T> instructions[2]{};
+      instructions[0].tensors = tensors, instructions[0].layer = l, instructions[0].op = op;
+      Tensors<T>& copy = instructions[1].tensors;
+      instructions[1].op = Op::copy, instructions[1].size = out;
+      if (op == Op::forward) copy.x[0] = tensors.y, copy.y = copied;
+      if (op == Op::forward_tangent) copy.x[0] = tensors.y_dot, copy.y = copied_dot;
       DevicePlan plan{};
-      plan.program = &instruction;
-      return launch_small_run<T>(launch, plan, {0, 1, 0}, nullptr);
+      plan.program = instructions;
+      const bool shared = by == By::blocks && copy.y;
+      return launch_small_run<T>(launch, plan, {0, shared ? 2 : 1, 0, shared ? 3 : 1}, nullptr);
     }
     const LaunchPasses<T>& passes = passes_of<T>(l.kind);
     const auto pass = op == Op::forward           ? passes.forward
@@ -329,6 +338,8 @@ std::vector<T> check_passes(By by, const Layer& l, const Present& p, int64_t tas
     const Values<Dual<double>>& v = truth[task];
     check(all.y, task, v.y, false, false, "y");
     if (moves) check(all.y_dot, task, v.y, true, false, "y_dot");
+    if (by == By::blocks) check(copied, task, v.y, false, false, "copy of y");
+    if (by == By::blocks && moves) check(copied_dot, task, v.y, true, false, "copy of y_dot");
     for (int j = 0; j < inputs; ++j) {
       if (moves) check(all.grad_x[j], task, v.grad_x[j], false, p.add, "grad_x");
       check(all.grad_x_dot[j], task, v.grad_x[j], true, p.add, "grad_x_dot");
@@ -342,10 +353,12 @@ std::vector<T> check_passes(By by, const Layer& l, const Present& p, int64_t tas
   return bits;
 }
 
-/// Checks the kernels, and where one block can compute the layer, that too.
+/// Checks the kernels, and where one block can compute the layer, that too; and a run that begins with a
+/// normalisation whose statistics are there.
 template <class T>
 std::vector<T> check_layer(const Layer& l, const Present& p, int64_t tasks = 2, unsigned seed = 1) {
   if (has_block_passes(l)) check_passes<T>(By::one_block, l, p, tasks, seed);
+  if (has_block_passes(l) && p.statistics) check_passes<T>(By::blocks, l, p, tasks, seed);
   return check_passes<T>(By::kernels, l, p, tasks, seed);
 }
 

@@ -2,15 +2,18 @@
 // absent tensors, add flags, several tasks, in three schedules, each with the same bits in another one.
 // Operands of the reduced precisions are rounded before the reference sees them, so that only the order of
 // sums differs. Every output starts as NaN, and the NaN between the tensors must still be there afterwards.
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "conv2d_reference.h"
+#include "cuda/following.h"
 #include "cuda/layers.h"
 #include "cuda/product/mma.h"
 #include "memory.h"
@@ -76,6 +79,7 @@ class Check {
     backward();
     forward_tangent();
     backward_tangent();
+    if (normalises_at_once(layer_)) normalised(), normalised_tangent();
   }
 
  private:
@@ -139,8 +143,8 @@ class Check {
 
   /// Runs a pass and compares; then again with the blocks and threads in another order, which must give the
   /// same bits.
-  void execute(const char* pass, void (*launch_pass)(const Launcher&, const Layer&, const Tensors<T>&),
-               Tensors<T> t) {
+  template <class Pass>
+  void execute(const char* pass, Pass launch_pass, Tensors<T> t) {
     const int64_t scratch = footprint(layer_).scratch;
     Tensor& s = tensor("scratch", scratch);
     t.scratch = place<T>(Region::task, s.at);
@@ -308,6 +312,117 @@ class Check {
     }
     if (coin()) t.statistics_dot = statistics(*y, y_dot);
     execute("forward_tangent", passes_of<T>(Kind::conv2d).forward_tangent, t);
+  }
+
+  /// A normalisation of the convolution's output, with its tensors: gamma, beta and what is saved.
+  struct Norm {
+    Layer layer{};
+    Tensors<T> tensors;
+    Tensor *gamma, *beta, *saved;
+  };
+  Norm norm() {
+    Norm norm;
+    const int64_t c = layer_.out.c;
+    norm.layer.kind = random_() % 3 ? Kind::norm_block : Kind::batch_norm;
+    norm.layer.function = coin() ? Function::relu : Function::leaky_relu;
+    norm.layer.a = 0.2, norm.layer.eps = 0.1;
+    norm.layer.n = layer_.n, norm.layer.in = norm.layer.out = layer_.out;
+    norm.tensors.w[0] = input(norm.gamma, "gamma", c);
+    norm.tensors.w[1] = input(norm.beta, "beta", c);
+    norm.tensors.saved = input(norm.saved, "saved", 6 * c);
+    norm.saved->want = norm.saved->start;
+    return norm;
+  }
+  /// f and its derivative at u.
+  static std::pair<double, double> activation(const Layer& l, double u) {
+    const double slope = l.kind == Kind::batch_norm || u > 0 ? 1 : l.function == Function::relu ? 0 : l.a;
+    return {slope * u, slope};
+  }
+  /// The mean and the inverse deviation of channel `o` of z.
+  std::pair<double, double> moments(const Values& z, int64_t o, double eps) const {
+    const int64_t c = layer_.out.c, m = pixels();
+    double mean = 0, variance = 0;
+    for (int64_t i = 0; i < m; ++i) mean += z[i * c + o] / static_cast<double>(m);
+    for (int64_t i = 0; i < m; ++i) {
+      variance += (z[i * c + o] - mean) * (z[i * c + o] - mean) / static_cast<double>(m);
+    }
+    return {mean, 1 / std::sqrt(variance + eps)};
+  }
+
+  void normalised() {
+    begin();
+    const int64_t c = layer_.out.c;
+    Tensors<T> t;
+    Tensor *x, *w, *z, *y;
+    t.x[0] = input(x, "x", inputs(), x_region());
+    t.w[0] = input(w, "w", weights(layer_));
+    t.y = output(z, "z", outputs());
+    Norm n = norm();
+    n.tensors.x[0] = t.y, n.tensors.y = output(y, "y", outputs());
+    for (int64_t task = 0; task < tasks_; ++task) {
+      add_convolution(layer_, x->rounded[task], w->rounded[task], z->want[task]);
+      for (int64_t o = 0; o < c; ++o) {
+        const auto [mean, s] = moments(z->want[task], o, n.layer.eps);
+        n.saved->want[task][o] = mean, n.saved->want[task][c + o] = s;
+        for (int64_t i = o; i < outputs(); i += c) {
+          const double u = n.gamma->start[task][o] * (z->want[task][i] - mean) * s + n.beta->start[task][o];
+          y->want[task][i] = activation(n.layer, u).first;
+        }
+      }
+    }
+    t.statistics = n.tensors.statistics = statistics(*z, nullptr);
+    execute(
+        "forward, normalised",
+        [&](const Launcher& launch, const Layer& l, const Tensors<T>& tensors) {
+          convolve_and_normalise<T>(launch, l, tensors, {n.layer, n.tensors, false});
+        },
+        t);
+  }
+
+  void normalised_tangent() {
+    begin();
+    const int64_t c = layer_.out.c, m = pixels();
+    Tensors<T> t;
+    Tensor *x, *w, *x_dot, *w_dot, *z, *z_dot, *y_dot, *gamma_dot, *beta_dot;
+    t.x[0] = input(x, "x", inputs(), x_region());
+    t.w[0] = input(w, "w", weights(layer_));
+    t.x_dot[0] = input(x_dot, "x_dot", inputs());
+    t.w_dot[0] = input(w_dot, "w_dot", weights(layer_));
+    t.y = input(z, "z", outputs());
+    t.y_dot = output(z_dot, "z_dot", outputs());
+    Norm n = norm();
+    n.tensors.w_dot[0] = input(gamma_dot, "gamma_dot", c);
+    n.tensors.w_dot[1] = input(beta_dot, "beta_dot", c);
+    n.tensors.x[0] = t.y, n.tensors.x_dot[0] = t.y_dot, n.tensors.y_dot = output(y_dot, "y_dot", outputs());
+    for (int64_t task = 0; task < tasks_; ++task) {
+      Values& dot = z_dot->want[task];
+      const Values& of_z = z->start[task];
+      add_convolution(layer_, x_dot->rounded[task], w->rounded[task], dot);
+      add_convolution(layer_, x->rounded[task], w_dot->rounded[task], dot);
+      for (int64_t o = 0; o < c; ++o) {
+        const auto [mean, s] = moments(of_z, o, n.layer.eps);
+        double mean_dot = 0, correlation = 0;
+        for (int64_t i = o; i < outputs(); i += c) mean_dot += dot[i] / static_cast<double>(m);
+        for (int64_t i = o; i < outputs(); i += c)
+          correlation += (of_z[i] - mean) * s * dot[i] / static_cast<double>(m);
+        n.saved->start[task][o] = n.saved->want[task][o] = mean;
+        n.saved->start[task][c + o] = n.saved->want[task][c + o] = s;
+        n.saved->want[task][4 * c + o] = mean_dot, n.saved->want[task][5 * c + o] = correlation;
+        const double gamma = n.gamma->start[task][o], beta = n.beta->start[task][o];
+        for (int64_t i = o; i < outputs(); i += c) {
+          const double xh = (of_z[i] - mean) * s, xh_dot = s * (dot[i] - mean_dot - xh * correlation);
+          const double u_dot = gamma * xh_dot + gamma_dot->start[task][o] * xh + beta_dot->start[task][o];
+          y_dot->want[task][i] = activation(n.layer, gamma * xh + beta).second * u_dot;
+        }
+      }
+    }
+    t.statistics_dot = n.tensors.statistics_dot = statistics(*z, z_dot);
+    execute(
+        "forward_tangent, normalised",
+        [&](const Launcher& launch, const Layer& l, const Tensors<T>& tensors) {
+          convolve_and_normalise<T>(launch, l, tensors, {n.layer, n.tensors, true});
+        },
+        t);
   }
 
   void backward_tangent() {
