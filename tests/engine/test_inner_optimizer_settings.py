@@ -237,6 +237,16 @@ def test_a_change_is_seen(machine: str, backend: str, change: Callable[[FusedMAM
     assert any(not torch.allclose(after[name], before[name], rtol=1e-6) for name in before)
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen_by_a_compiled_call(compiled: Any, change: Callable[[FusedMAML], Any]) -> None:
+    data = episode()
+    maml = FusedMAML(net(), 0.1, 3, inner_optimizer=optim.SGD(momentum=0.9))
+    call = compiled(maml)
+    call(*data)
+    change(maml)
+    assert torch.equal(call(*data).loss, maml(*data).loss)
+
+
 def test_a_hyperparameter_changes_its_form() -> None:
     optimizer = optim.SGD(momentum=0.9)
     for value, held in [(learned(0.3), {"momentum"}), (0.5, set()), (of_all(learned(0.3)), {"momentum.0.weight"})]:
