@@ -195,9 +195,6 @@ def why_not(maml: Settings, support: Any, query: Any) -> str:
     learned = [each is support for each in sets if torch.is_grad_enabled() and each.weights.requires_grad]
     if any(learned) and cuda_runner.backend_of(support.weights.device) == "cuda":
         return "weights of support samples require grad, which has no kernels on a GPU"
-    update = (maml.inner_optimizer, maml.inner_clip_norm, maml.inner_clip_value, maml.inner_transform)
-    if any(learned) and any(part is not None for part in update):
-        return "weights of support samples require grad, and the inner loop is another than gradient descent"
     if not all(learned) and maml._query_weights.steps:
         return "weights of query samples require grad, and there are query losses of several inner steps"
     loss = maml.loss
