@@ -14,6 +14,15 @@
 // Truncated (Shaban, Cheng, Hatch, Boots 2019): the last steps alone are differentiated through.
 // What the others add to theta is a constant, so v_k of the first of the last steps is the meta-gradient.
 // Reptile (Nichol, Achiam, Schulman 2018, algorithm 2): theta - phi_K in place of the meta-gradient.
+// Implicit (iMAML: Rajeswaran, Finn, Kakade, Levine 2019): the loss of every inner step has the further term
+// lambda / 2 |phi - theta|^2. At its minimum phi_K, with H_K the Hessian of L_s there and H'_K its rows of
+// the parameters that are not adapted,
+//
+//   (I + H_K / lambda) x = grad L_q(phi_K)      the meta-gradient of the adapted parameters is x,
+//                                               of the others that of L_q less H'_K x / lambda
+//
+// whatever the path to phi_K. Conjugate gradients solve it (Hestenes, Stiefel 1952): a product with H_K a
+// step, whose other rows add up to H'_K x.
 //
 // Inner optimizers (plan/update.h): (phi_{k+1}, s_{k+1}) = update(phi_k, s_k, g_k), with states s_k, and with
 // g_k clipped if so wanted. Let sigma_k be the cotangent of s_k. The adjoint of the update takes v_{k+1} and
@@ -270,6 +279,8 @@ concept GivesSlopes =
 ///   clip_adjoint(updates, g, clip, out)                      out: from that of the clipped g to that of g
 ///   start_gradients(updates, sigma, result)                  adds to the gradients of initial states
 /// and always
+///   pull(size, strength, phi, theta, g)                      g += strength (phi - theta)
+///   conjugate_step(step, product, p, r, x, norm)             from product = H p; true: all tasks are solved
 ///   add_weighted(k, size, x, y)                              y += w_k x, the weights of the query losses
 ///   copy(size, from, to), zero(size, to)
 ///   beside(f), join()        f(backend) runs concurrently with all calls until join(); false: not supported
@@ -296,6 +307,8 @@ class TaskRunner {
     states_ = take(p_.kept_states() * p_.state_size());
     sigma_ = take(p_.has_update_adjoint() ? p_.state_size() : 0);
     clips_ = take(p_.kept_clips() * whole_lines(kClipNumbers));
+    residual_ = take(p_.is_implicit() ? p_.packing.adapted : 0);
+    norm_ = take(p_.is_implicit() ? whole_lines(1) : 0);
   }
 
   void run() {
@@ -330,8 +343,40 @@ class TaskRunner {
       backend_.zero(1, task_.query_loss);
       backend_.zero(p_.packing.trainable, task_.result);
     }
+    if (p_.is_implicit()) {  // its sums are over whole vectors, with what is between the parameters
+      backend_.zero(p_.packing.trainable, task_.result);
+      backend_.zero(p_.packing.trainable, product_);
+    }
     query(p_.steps, part, true);
+    if (p_.is_implicit()) return solve();
     outer_loop();
+  }
+
+  /// From grad L_q(phi_K) in `result` to the implicit gradient.
+  void solve() {
+    const MetaGradient& how = p_.graph.meta_gradient;
+    const int64_t adapted = p_.packing.adapted, trainable = p_.packing.trainable;
+    T* x = task_.result;
+    backend_.copy(adapted, x, residual_);
+    backend_.copy(adapted, x, direction_);
+    backend_.zero(adapted, x);
+    backend_.zero(p_.result_size - trainable, x + trainable);
+    for (int i = 0; i < how.cg_steps; ++i) {
+      product_at_the_end(i == 0);
+      const ConjugateStep step{adapted, trainable, how.proximal, how.cg_tolerance, i == 0};
+      if (backend_.conjugate_step(step, product_, direction_, residual_, x, norm_)) return;
+    }
+  }
+  /// product = H_K direction; `first`: there is no state of a gradient pass at phi_K yet.
+  void product_at_the_end(bool first) {
+    const int k = p_.steps;
+    clear_slots(product_);
+    for (int64_t tile = 0; tile < p_.support.tiles; ++tile) {
+      const auto support = at_support(k, tile);
+      if (!ComputesPasses<Backend> && (first || p_.support.tiles != p_.kept_tiles))
+        tile_gradient(support, k, k == 0 && first, nullptr, nullptr);
+      tile_product(support, k, direction_, product_);
+    }
   }
 
   void reptile(Part part) {
@@ -347,6 +392,7 @@ class TaskRunner {
     if (p_.weighs_queries()) backend_.zero(1, task_.query_loss);
     query(p_.steps, part, false);
     for (int k = p_.steps - 1; k >= 0; --k) {
+      run_segment_again(k);
       if (p_.queries(k)) query(k, Part::all, false);
     }
   }
@@ -444,20 +490,33 @@ class TaskRunner {
   void inner_loop() {
     for (int k = 0; k < p_.steps; ++k) {
       support_gradient(k, k == 0, task_.support_losses ? task_.support_losses + k : nullptr, g(k));
-      if (p_.has_optimizer()) {
-        update(k);
-      } else {
-        backend_.descend(p_.rates_of(k), phi(k), g(k), phi(k + 1));
+      if (p_.is_proximal() && k > 0) {
+        backend_.pull(p_.packing.adapted, p_.graph.meta_gradient.proximal, phi(k), task_.theta, g(k));
       }
+      step(k);
     }
   }
 
-  /// phi_{k+1} and s_{k+1} from phi_k, s_k and g_k.
-  void update(int k) {
+  /// phi_{k+1} from phi_k and g_k; of an optimizer also s_{k+1}.
+  void step(int k) {
+    if (!p_.has_optimizer()) return backend_.descend(p_.rates_of(k), phi(k), g(k), phi(k + 1));
     const std::vector<UpdateSlice>& updates = p_.updates_of(k);
     if (k == 0) backend_.start(updates, state(0));
     if (p_.clips_by_norm()) backend_.clip(updates, g(k), clip(k));
     backend_.update(updates, before(k), phi(k + 1), k + 1 < p_.steps ? state(k + 1) : nullptr);
+  }
+
+  /// Before the way back comes to inner step k, the last of a segment: computes what was kept of the
+  /// segment's steps again, from what is kept of its start. That of the last segment is there.
+  void run_segment_again(int k) {
+    if (!p_.ends_segment(k)) return;
+    for (int j = k + 1 - p_.segment; j < k; ++j) {
+      support_gradient(j, false, nullptr, g(j));
+      step(j);
+    }
+    if (!p_.keeps_gradients()) return;
+    support_gradient(k, false, nullptr, g(k));
+    if (p_.clips_by_norm()) backend_.clip(p_.updates_of(k), g(k), clip(k));
   }
 
   /// From v_{k+1} and sigma_{k+1} to v_k and sigma_k; adds to the gradients of hyperparameters.
@@ -512,6 +571,7 @@ class TaskRunner {
     if (p_.has_update_adjoint()) backend_.zero(p_.state_size(), sigma_);
     bool directed = false;  // direction_ holds alpha_k v_{k+1}
     for (int k = p_.steps - 1; k >= 0; --k) {
+      run_segment_again(k);
       const bool counts = k < p_.last_query() && k >= p_.first_differentiated();
       if (counts && p_.has_optimizer()) {
         update_adjoint(k, v);
@@ -688,6 +748,7 @@ class TaskRunner {
   Task<T> task_;
   T *fixed_, *steps_, *query_, *shared_, *scratch_, *phi_, *g_, *direction_, *product_, *loss_;
   T *states_, *sigma_, *clips_;
+  T *residual_, *norm_;
 };
 
 }  // namespace maml

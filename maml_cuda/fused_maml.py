@@ -71,7 +71,9 @@ class FusedMAML(nn.Module):
         checkpoint: "recompute" keeps nothing of an inner step for its Hessian-vector product but its parameters (and,
             where rates are learned, its gradient), and runs the gradient pass again: less memory, a tenth to a fifth
             more arithmetic, the same bits. None: so only where the states of all steps would pass 192 MB a task on the
-            CPU, 1 GB on a GPU. The general path keeps what autograd keeps.
+            CPU, 1 GB on a GPU. "sqrt": the parameters too are kept of about sqrt(inner_steps) steps alone. The inner
+            loop runs a second time, in segments of as many steps: for very long inner loops, with the same bits. The
+            general path keeps what autograd keeps.
         task_chunk: on a GPU, at most so many tasks at once, so that memory grows with them alone; None: all.
         check_labels: on a GPU, look at the labels, and at integers in x, before each call, which waits for the device.
             Otherwise one out of range is a device-side assertion, raised at the next synchronization. The CPU always
@@ -86,9 +88,16 @@ class FusedMAML(nn.Module):
             phi_k (the multi-step loss of MAML++). None: the query loss after the last step. May be changed at any time.
         meta_gradient: "unrolled": the exact meta-gradient, through all inner steps. "truncated": through the last
             `truncate` steps alone; what the steps before add to the parameters is constant (Shaban, Cheng, Hatch, Boots
-            2019). "reptile": theta - phi_K, without a gradient of the query loss, which is computed (Nichol, Achiam,
+            2019). "implicit": that of the minimum of the support loss with the further term
+            proximal / 2 |phi - theta|^2, for which phi_K is taken and which is part of the loss of every inner step
+            (iMAML: Rajeswaran, Finn, Kakade, Levine 2019); rates cannot be learned. "reptile": theta - phi_K, without a
+            gradient of the query loss, which is computed (Nichol, Achiam,
             Schulman 2018, algorithm 2); all trainable parameters must be adapted, at rates that are not learned.
         truncate: of "truncated": a number of inner steps, from 1.
+        proximal: of "implicit": lambda, above 0.
+        cg_steps, cg_tolerance: of "implicit": its linear system is solved by conjugate gradients, one Hessian-vector
+            product a step, with at most cg_steps steps; a task whose residual is cg_tolerance times the gradient of its
+            query loss takes no more.
         inner_optimizer: of the inner loop, such as `maml_cuda.optim.Adam()`, with `inner_lr` as its learning rate. Each
             task starts with a new state, and the meta-gradient goes through all states. Learned hyperparameters and
             initial states are parameters of this module. None: phi_{k+1} = phi_k - inner_lr * gradient.
@@ -137,6 +146,9 @@ class FusedMAML(nn.Module):
         query_weights: Tensor | Sequence[float] | None = None,
         meta_gradient: str = "unrolled",
         truncate: int | None = None,
+        proximal: float | None = None,
+        cg_steps: int = 5,
+        cg_tolerance: float = 1e-6,
         inner_optimizer: Optimizer | Groups | None = None,
         inner_clip_norm: float | None = None,
         inner_clip_value: float | None = None,
@@ -178,8 +190,9 @@ class FusedMAML(nn.Module):
             precision=precision,
             cuda_graphs=cuda_graphs,
             task_chunk=task_chunk,
-            meta_gradient=meta_gradients.read(meta_gradient, truncate, inner_steps),
+            meta_gradient=meta_gradients.read(meta_gradient, truncate, proximal, inner_steps, cg_steps, cg_tolerance),
             recompute=checkpoint is not None,
+            segments=checkpoint == "sqrt",
             per_step_support=per_step_support,
             support_batch=support_batch,
             check_labels=check_labels,
@@ -213,7 +226,7 @@ class FusedMAML(nn.Module):
 
     @property
     def meta_gradient(self) -> str:
-        """How the meta-gradient is taken: "unrolled", "truncated" or "reptile"."""
+        """How the meta-gradient is taken: "unrolled", "truncated", "implicit" or "reptile"."""
         return self._options.meta_gradient.kind
 
     @property
@@ -347,7 +360,7 @@ class FusedMAML(nn.Module):
             spt_weights: of the samples, as of a call.
 
         Raises:
-            ValueError: differentiable with meta_gradient="reptile"; and as a call does.
+            ValueError: differentiable with meta_gradient="implicit" or "reptile"; and as a call does.
         """
         steps = self.inner_steps if steps is None else steps
         return building_blocks.adapt(self, x_spt, y_spt, steps, differentiable, spt_weights)

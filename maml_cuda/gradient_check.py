@@ -101,10 +101,10 @@ def gradcheck(
         _, truth = reference.meta_gradient(
             maml.model, maml.loss, x_spt, y_spt, x_qry, y_qry, rate, maml.inner_steps, maml.first_order,
             maml._adapt_params, maml.query_weights, meta_gradient=maml.meta_gradient,
-            truncate=maml._options.meta_gradient.truncate, inner_optimizer=maml.inner_optimizer,
-            inner_clip_norm=maml.inner_clip_norm, inner_clip_value=maml.inner_clip_value,
-            inner_transform=maml.inner_transform, per_step_support=maml._options.per_step_support,
-            support_batch=maml._options.support_batch,
+            truncate=maml._options.meta_gradient.truncate, proximal=maml._options.meta_gradient.proximal,
+            inner_optimizer=maml.inner_optimizer, inner_clip_norm=maml.inner_clip_norm,
+            inner_clip_value=maml.inner_clip_value, inner_transform=maml.inner_transform,
+            per_step_support=maml._options.per_step_support, support_batch=maml._options.support_batch,
         )  # fmt: skip
     learned: dict[str, Tensor] = dict(maml.model.named_parameters())
     if isinstance(rate, Tensor):

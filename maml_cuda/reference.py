@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from maml_cuda import meta_gradients, minibatches, policies, pytrees
+from maml_cuda import implicit, meta_gradients, minibatches, policies, pytrees
 from maml_cuda.batch_norm import at_step, stepwise_names
 from maml_cuda.functional import Functional, detached, leaves_between, precision
 from maml_cuda.gradient_transforms import GradientTransform
@@ -79,7 +79,8 @@ def inner_loop(
         first_order: the inner gradients are constants.
         differentiable: whether the result has a graph back to theta and to the tensors of the update.
         task: its number in the call, for the masks of dropout.
-        how: what the steps before `how.first_differentiated` add to the parameters is constant.
+        how: what the steps before `how.first_differentiated` add to the parameters is constant; the proximal term of an
+            implicit gradient is a part of each step's loss.
         per_step: each step has its own set: x and y are [steps, samples, ...].
 
     Returns:
@@ -115,6 +116,8 @@ def inner_loop(
             for name, g in zip(inner.updates, found, strict=True):
                 if g is None:
                     raise unreached([name])
+                if how.proximal is not None:
+                    g = g + how.proximal * (phi[name] - path[0][name])
                 grads[name] = g if twice else g.detach()
             with torch.set_grad_enabled(differentiable and step >= first):
                 new, state = inner.step(phi, grads, state, step)
@@ -159,6 +162,7 @@ def meta_gradient(
     qry_weights: Tensor | None = None,
     meta_gradient: str = "unrolled",
     truncate: int | None = None,
+    proximal: float | None = None,
     inner_optimizer: Optimizer | Groups | None = None,
     inner_clip_norm: float | None = None,
     inner_clip_value: float | None = None,
@@ -191,7 +195,8 @@ def meta_gradient(
             multi-step loss of MAML++, Antoniou, Edwards, Storkey 2019). None: L_qry(phi_K).
         spt_weights, qry_weights: weights of the samples, `[tasks, n]`, at least 0: L is the weighted mean over samples,
             and the model runs on those of positive weight alone. With either, a loss of your own returns `[samples]`.
-        meta_gradient, truncate: what is computed in place of the exact gradient, as FusedMAML says.
+        meta_gradient, truncate, proximal: what is computed in place of the exact gradient, as FusedMAML says. The
+            linear system of "implicit" is solved exactly, by the whole Hessian.
         inner_optimizer, inner_clip_norm, inner_clip_value, inner_transform: as of FusedMAML. Each step is then what
             `updates.InnerUpdate.step` does with the gradient.
         per_step_support: L_spt of inner step k is that of a set of its own: x_spt and y_spt are `[inner_steps, tasks,
@@ -245,7 +250,7 @@ def meta_gradient(
         y_spt, x_qry, with_weights(y_qry, qry_weights),
         inner_steps, first_order, [1 / tasks] * tasks,
         None if query_weights is None else [float(w) for w in query_weights],
-        meta_gradients.read(meta_gradient, truncate, inner_steps), sets,
+        meta_gradients.read(meta_gradient, truncate, proximal, inner_steps), sets,
     )  # fmt: skip
     gradients = {id(t): g for t, g in reached}
     return total, {name: gradients[id(t)] for name, t in wanted.items() if id(t) in gradients}
@@ -314,14 +319,17 @@ def meta_step(
     x_spt, y_spt, x_qry, y_qry = (pytrees.mapped(copied, part) for part in (x_spt, y_spt, x_qry, y_qry))
     if isinstance(loss, Functional):
         loss = partial(loss, {name: copied(p) for name, p in loss.module.named_parameters()})
-    differentiable = bool(wanted) and how.kind != "reptile"
+    differentiable = bool(wanted) and how.kind not in ("implicit", "reptile")
     for t, weight in enumerate(weights):
         x, target = sets_of_task(x_spt, t, sets), sets_of_task(y_spt, t, sets)
         path, losses = inner_loop(
             model, loss, theta, inner, x, target, steps, first_order, differentiable, t, how, sets > 1
         )  # fmt: skip
+        if how.kind == "implicit":
+            path[-1] = {**theta, **{name: path[-1][name].detach().requires_grad_() for name in inner.updates}}
+            implied = partial(_implied, model, loss, theta, path[-1], list(inner.updates), x, target, steps, t, how)
         x, target = without_padding(pytrees.of_task(x_qry, t), pytrees.of_task(y_qry, t))
-        with torch.set_grad_enabled(differentiable):
+        with torch.set_grad_enabled(bool(wanted) and how.kind != "reptile"):
             prediction = query_prediction(model, path, steps, x, t)
             if query_weights is None:
                 value = value_of(loss, prediction, target)
@@ -337,13 +345,14 @@ def meta_step(
                     share = weight * (p.detach() - path[-1][name].detach())
                     gradients[id(p)] = gradients[id(p)] + share if id(p) in gradients else share
         elif wanted:
-            known = set(map(id, leaves))
+            known = set(map(id, [*leaves, *path[-1].values()]))
             given = [*pytrees.tensors(prediction), *path[-1].values()]
             parameters = [leaf for leaf in leaves_between(given, value) if id(leaf) not in known]
             leaves, of_leaves = [*leaves, *parameters], [*of_leaves, *parameters]
             # A graph that the loss holds, from its parameters to a tensor outside, is needed by the next task.
             retain_graph = len(leaves) > 2 * len(wanted) or None
-            grads = torch.autograd.grad(value, leaves, retain_graph=retain_graph, allow_unused=True)
+            scalar = implied(value) if how.kind == "implicit" else value
+            grads = torch.autograd.grad(scalar, leaves, retain_graph=retain_graph, allow_unused=True)
             for of, g in zip(of_leaves, grads, strict=True):
                 if g is not None:
                     share = weight * g
@@ -373,6 +382,18 @@ def _or_none(operation: Callable[[str, Tree], Tree], predictions: Tree) -> Tree 
         return operation("the model's output", predictions)
     except (TypeError, ValueError):
         return None
+
+
+def _implied(
+    model: Functional, loss: Callable[..., Tensor], theta: Mapping[str, Tensor], phi: Mapping[str, Tensor],
+    adapted: list[str], x: Tree, y: Target, steps: int, task: int, how: MetaGradient, value: Tensor,
+) -> Tensor:  # fmt: skip
+    """A scalar whose gradient is the implicit meta-gradient of one task with the query loss `value`, at phi = phi_K."""
+    x, y = without_padding(x, y)
+    twice, masks = model.differentiable_twice(), model.of_pass(task, 2 * steps)
+    with torch.enable_grad(), at_step(model.module, steps), masks, twice:
+        support = value_of(loss, model(phi, x), y)
+        return implicit.surrogate(value, support, {name: phi[name] for name in adapted}, theta, how)
 
 
 def query_prediction(model: Functional, path: list[dict[str, Tensor]], k: int, x: Tree, task: int) -> Tree:

@@ -24,11 +24,15 @@ struct Parameter {
 };
 
 /// How the gradient of the query loss is taken through the inner loop. reptile: theta - phi_K in its place.
-enum class Outer { unrolled, reptile };
+/// implicit: as if phi_K were the minimum of the support loss with proximal / 2 |phi - theta|^2.
+enum class Outer { unrolled, reptile, implicit };
 
 struct MetaGradient {
   Outer kind = Outer::unrolled;
-  int truncate = 0;  // inner steps, the last ones, that are differentiated through; 0: all
+  int truncate = 0;         // inner steps, the last ones, that are differentiated through; 0: all
+  double proximal = 0;      // implicit: of that term, which is part of the loss of each inner step
+  int cg_steps = 0;         // implicit: of the linear system, at most
+  double cg_tolerance = 0;  // implicit: they end where the residual has fallen by this factor
 };
 
 /// The data of which a meta-gradient also gives the gradient of the query loss.
@@ -47,6 +51,7 @@ struct Graph {
   Precision precision = Precision::float32;
   Clip clip;
   bool recompute = false;         // always run the gradient pass again for each Hessian-vector product
+  bool segments = false;          // keep every sqrt(steps)-th phi, and run the inner loop again from each
   bool per_step_support = false;  // each inner step has a support set of its own
   DataGradient data_gradient;
   MetaGradient meta_gradient;

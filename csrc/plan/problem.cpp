@@ -1,5 +1,6 @@
 #include "plan/problem.h"
 
+#include <cmath>
 #include <utility>
 
 #include "layers/kinds.h"
@@ -42,7 +43,7 @@ Problem::Problem(Graph graph_, Operation operation_, std::vector<Update> updates
 }
 
 void Problem::lay_out(const LayerTraits& traits) {
-  const bool products = second_order() || operation == Operation::hvp;
+  const bool products = second_order() || is_implicit() || operation == Operation::hvp;
   const bool query_gradient =
       (operation == Operation::meta_gradient && !is_reptile()) || operation == Operation::predict_backward;
   DataGradient& data = graph.data_gradient;
@@ -64,15 +65,21 @@ void Problem::lay_out(const LayerTraits& traits) {
   if (data.any()) place_data_gradients();
   const int64_t queries = std::max<int64_t>(static_cast<int64_t>(query_steps.size()), 1);
   const int differentiated = steps - first_differentiated();
-  const int products_of_steps = second_order() ? differentiated : 0;
+  const int products_of_steps = second_order()  ? differentiated
+                                : is_implicit() ? graph.meta_gradient.cg_steps
+                                                : 0;
   work = 3 * queries * query.work + (3 * std::max(steps, 1) + 6 * products_of_steps) * support.work;
-  const bool support_pass = steps > 0 || at_own_parameters(operation);
+  const bool support_pass = steps > 0 || is_implicit() || at_own_parameters(operation);
   const bool keeps_all = operation == Operation::kept_fisher;
-  const bool keeps = second_order() && (keeps_all || !graph.recompute);
+  const bool keeps = (second_order() || is_implicit()) && (keeps_all || !graph.recompute);
   const int64_t most = keeps_all ? INT64_MAX : support.tiles == 1 ? traits.saved_bytes : traits.kept_bytes;
   const int64_t bytes = support.tiles * support.step_size * element_bytes;
-  saved_steps = keeps && differentiated * bytes <= most ? differentiated : support_pass ? 1 : 0;
+  saved_steps = keeps && !is_implicit() && differentiated * bytes <= most ? differentiated
+                : support_pass                                            ? 1
+                                                                          : 0;
   kept_tiles = keeps && bytes <= most ? support.tiles : 1;
+  const bool in_segments = graph.segments && keeps_parameters() && !keeps_all;
+  segment = in_segments ? std::max(static_cast<int>(std::ceil(std::sqrt(steps - first_kept()))), 1) : 1;
 }
 
 void Problem::place_data_gradients() {
@@ -173,7 +180,7 @@ int64_t Problem::task_size() const {
          kept_parameters() * packing.adapted + kept_gradients() * packing.adapted + packing.adapted +
          packing.trainable + whole_lines(weighs_queries() ? 1 : 0) +
          (kept_states() + (has_update_adjoint() ? 1 : 0)) * state_size() +
-         kept_clips() * whole_lines(kClipNumbers);
+         kept_clips() * whole_lines(kClipNumbers) + (is_implicit() ? packing.adapted + whole_lines(1) : 0);
 }
 
 }  // namespace maml

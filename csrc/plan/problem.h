@@ -63,6 +63,13 @@ struct RateSlice {
   bool elementwise = false;    // one rate for each element
 };
 
+/// One step of conjugate gradients for (I + H / proximal) x = b, over the adapted parameters.
+struct ConjugateStep {
+  int64_t adapted, trainable;  // elements
+  double proximal, tolerance;
+  bool first;  // of the steps
+};
+
 /// The signature of a call, and everything that follows from it: computed once, shared by all calls with this
 /// signature.
 struct Problem {
@@ -96,6 +103,7 @@ struct Problem {
   // of their own: all of them, or one.
   int saved_steps = 1;
   int64_t kept_tiles = 1;
+  int segment = 1;  // inner steps of a segment; 1: every phi is stored
 
   /// Throws Unsupported where the fused passes do not compute the operation.
   Problem(Graph graph, Operation operation, std::vector<Update> updates, std::vector<RateTensor> rate_tensors,
@@ -106,11 +114,17 @@ struct Problem {
   void lay_out(const LayerTraits& traits);
 
   bool second_order() const {
-    return !first_order && steps > 0 && !is_reptile() &&
+    return !first_order && steps > 0 && unrolls() &&
            (operation == Operation::meta_gradient || operation == Operation::adapt_backward ||
             is_fisher(operation));
   }
+  bool unrolls() const { return graph.meta_gradient.kind == Outer::unrolled; }
   bool is_reptile() const { return graph.meta_gradient.kind == Outer::reptile; }
+  /// Whether a linear system with the Hessian at phi_steps is solved.
+  bool is_implicit() const {
+    return graph.meta_gradient.kind == Outer::implicit && operation == Operation::meta_gradient;
+  }
+  bool is_proximal() const { return graph.meta_gradient.proximal > 0 && !at_own_parameters(operation); }
   /// The first inner step that is differentiated through; what the steps before it add to theta is constant.
   int first_differentiated() const {
     const int truncate = graph.meta_gradient.truncate;
@@ -142,7 +156,7 @@ struct Problem {
   bool clips_by_norm() const { return has_optimizer() && graph.clip.by_norm(); }
   /// Whether a gradient goes back through the updates of an optimizer.
   bool has_update_adjoint() const {
-    return has_optimizer() && steps > 0 && !is_reptile() &&
+    return has_optimizer() && steps > 0 && unrolls() &&
            (operation == Operation::meta_gradient || operation == Operation::adapt_backward);
   }
   /// Elements of the optimizer's states in one inner step.
@@ -153,23 +167,46 @@ struct Problem {
   bool is_tiled() const { return support.tiles > 1 || query.tiles > 1; }
   bool learns_rates() const { return result_size > packing.trainable; }
   /// The numbers of stored states phi_1 .. phi_steps and of stored gradients g_0 .. g_steps-1, and their
-  /// places. What is before step `first_kept` is stored in one place, one after the other. No gradients are
-  /// stored where each can overwrite its phi.
-  bool keeps_parameters() const { return second_order() || weighs_queries() || has_update_adjoint(); }
+  /// places. What is before step `first_kept` is stored in one place, one after the other. Of the steps from
+  /// there on, in segments, each segment's first phi has a place of its own; what else is stored of one has
+  /// the same places for all segments. No gradients are stored where each can overwrite its phi.
+  bool keeps_parameters() const {
+    return second_order() || weighs_queries() || has_update_adjoint() || (graph.segments && learns_rates());
+  }
   int first_kept() const { return weighs_queries() ? 0 : first_differentiated(); }
-  int kept_parameters() const { return keeps_parameters() ? parameter_place(std::max(steps, 1)) + 1 : 1; }
+  int kept_parameters() const { return std::max(kept_starts() + segment - 1, 1); }
+  int kept_starts() const {  // phi_0 is theta, which is not stored
+    return keeps_parameters() ? (steps - first_kept()) / segment + (first_kept() > 0) : 0;
+  }
   int parameter_place(int k) const {
-    return keeps_parameters() ? std::max(k - std::max(first_kept(), 1), 0) : 0;
+    if (!keeps_parameters()) return 0;
+    const int step = std::max(k - first_kept(), 0), in_segment = step % segment;
+    return in_segment ? kept_starts() + in_segment - 1 : step / segment - (first_kept() == 0);
   }
   int kept_gradients() const {
-    return keeps_gradients() ? steps - first_kept() : keeps_parameters() && first_kept() == 0 ? 0 : 1;
+    if (keeps_gradients()) return segment > 1 ? segment : steps - first_kept();
+    return keeps_parameters() && first_kept() == 0 ? 0 : 1;
   }
   bool keeps_gradients() const { return learns_rates() || has_update_adjoint(); }
-  int gradient_place(int k) const { return keeps_gradients() ? std::max(k - first_kept(), 0) : 0; }
+  int gradient_place(int k) const {
+    const int step = keeps_gradients() ? std::max(k - first_kept(), 0) : 0;
+    return segment > 1 ? step % segment : step;
+  }
   /// The same of the states of an optimizer before each step, and of what clipping by norm hands on.
-  int kept_states() const { return !has_optimizer() ? 0 : has_update_adjoint() ? steps - first_kept() : 1; }
-  int state_place(int k) const { return has_update_adjoint() ? std::max(k - first_kept(), 0) : 0; }
+  int kept_states() const {
+    return !has_optimizer() ? 0 : has_update_adjoint() ? segments() + segment - 1 : 1;
+  }
+  int state_place(int k) const {
+    if (!has_update_adjoint()) return 0;
+    const int step = std::max(k - first_kept(), 0), in_segment = step % segment;
+    return in_segment ? segments() + in_segment - 1 : step / segment;
+  }
+  int segments() const { return (steps - first_kept() + segment - 1) / segment; }
   int kept_clips() const { return clips_by_norm() ? kept_states() : 0; }
+  /// Whether inner step k is the last of a segment, except for the last segment.
+  bool ends_segment(int k) const {
+    return segment > 1 && k + 1 < steps && k >= first_kept() && (k + 1 - first_kept()) % segment == 0;
+  }
   /// The index of the step region of a tile in an inner step, and the number of regions.
   int64_t region(int step, int64_t tile) const {
     const int place = saved_steps > 1 ? std::max(step - first_differentiated(), 0) : 0;

@@ -37,8 +37,10 @@ const std::map<std::string, Loss> kLosses = {{"cross_entropy", Loss::cross_entro
                                              {"gaussian_policy_gradient", Loss::gaussian_policy},
                                              {"categorical_policy_gradient", Loss::categorical_policy},
                                              {"computed", Loss::computed}};
-const std::map<std::string, Outer> kOuters = {
-    {"unrolled", Outer::unrolled}, {"truncated", Outer::unrolled}, {"reptile", Outer::reptile}};
+const std::map<std::string, Outer> kOuters = {{"unrolled", Outer::unrolled},
+                                              {"truncated", Outer::unrolled},
+                                              {"reptile", Outer::reptile},
+                                              {"implicit", Outer::implicit}};
 const std::map<std::string, Operation> kOperations = {{"meta_gradient", Operation::meta_gradient},
                                                       {"meta_loss", Operation::meta_loss},
                                                       {"adapt", Operation::adapt},
@@ -230,10 +232,15 @@ RateTensor read_rate_tensor(py::handle object, size_t parameters, Operation oper
 MetaGradient read_meta_gradient(py::handle object) {
   Fields fields(object);
   MetaGradient gradient{named(kOuters, fields.read<std::string>("kind"), "meta-gradient"),
-                        fields.read("truncate", 0)};
+                        fields.read("truncate", 0), fields.read("proximal", 0.0), fields.read("cg_steps", 0),
+                        fields.read("cg_tolerance", 0.0)};
   if (gradient.truncate < 0) {
     throw std::invalid_argument("MetaGradient.truncate must be at least 1 or None, got " +
                                 std::to_string(gradient.truncate));
+  }
+  if ((gradient.kind == Outer::implicit) != (gradient.proximal > 0)) {
+    throw std::invalid_argument("MetaGradient.proximal must be above 0 if it is implicit, else None, got " +
+                                std::to_string(gradient.proximal));
   }
   fields.done();
   return gradient;
@@ -297,6 +304,7 @@ ReadPlan read_plan(py::handle plan, Operation operation) {
   found.graph.loss = named(kLosses, fields.read<std::string>("loss"), "loss");
   found.graph.precision = named(kPrecisions, fields.read<std::string>("precision"), "precision");
   found.graph.recompute = fields.read<bool>("recompute");
+  found.graph.segments = fields.read<bool>("segments");
   found.graph.meta_gradient = read_meta_gradient(fields.object("meta_gradient"));
   found.graph.per_step_support = fields.read<bool>("per_step_support");
   found.graph.clip.norm = fields.read("clip_norm", found.graph.clip.norm);

@@ -91,7 +91,8 @@ def inner_loop(
         x, y, weights = support_sets.part((x_spt, y_spt, spt_weights), sets, k, k + 1)
         support = _with_weights(maml, binding, Set("x_spt", x, "y_spt", y), "spt_weights", weights)
         program = maml._binder.program(maml, binding, support, None)
-        if program is not None and program.plan.backend == "cpu" and not program.plan.keeps_state:
+        alone = program is not None and not program.plan.keeps_state and not maml._options.meta_gradient.proximal
+        if program is not None and alone and program.plan.backend == "cpu":
             own = [t.detach() for t in program.own(fast, tasks, k)]
             rates = [t.detach() for t in program.rates_at(k)]
             packed = support.packed()

@@ -56,8 +56,8 @@ def on_device(cuda_graphs: Any, task_chunk: Any, check_labels: Any) -> None:
 
 
 def checkpoint(value: Any) -> None:
-    if value is not None and value != "recompute":
-        raise ValueError(f'checkpoint must be None or "recompute", got {value!r}')
+    if value not in (None, "recompute", "sqrt"):
+        raise ValueError(f'checkpoint must be None, "recompute" or "sqrt", got {value!r}')
 
 
 def per_step_support(value: Any, steps: int) -> None:

@@ -93,7 +93,8 @@ def check_settings(maml: Settings) -> None:
     others = [name for name in trainable_names(maml.model) if name not in adapted]
     if isinstance(maml.loss, nn.Module):
         others += [f"loss.{name}" for name in trainable_names(maml.loss)]
-    meta_gradients.check(how, maml.first_order, maml._query_weights.values, learned, others)
+    per_step = maml._options.per_step_support or maml._options.support_batch is not None
+    meta_gradients.check(how, maml.first_order, maml._query_weights.values, learned, others, per_step)
 
 
 def program_of(maml: Settings, x_spt: Tree, x_qry: Tree) -> Program | None:

@@ -119,6 +119,7 @@ def program_of(snapshot: Snapshot, graph: Graph, match: Match | None) -> Program
         clip_value=snapshot.inner_clip_value,
         meta_gradient=options.meta_gradient,
         recompute=options.recompute,
+        segments=options.segments,
         per_step_support=options.per_step_support or options.support_batch is not None,
         data_gradient=(),
         cuda_graphs=options.cuda_graphs,

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class Options:
     """The arguments of FusedMAML that are fixed when it is made; FusedMAML says what they mean.
 
-    recompute: checkpoint="recompute".
+    recompute: checkpoint="recompute" or "sqrt".
+    segments: checkpoint="sqrt".
     """
 
     adapt_params: AdaptParams
@@ -37,6 +38,7 @@ class Options:
     task_chunk: int | None
     meta_gradient: MetaGradient
     recompute: bool
+    segments: bool
     per_step_support: bool
     support_batch: int | None
     check_labels: bool

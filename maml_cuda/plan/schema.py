@@ -309,6 +309,7 @@ class Plan:
         clip_norm, clip_value: the inner gradient of a task is clipped by its norm over all adapted parameters, then
             each element; None: not.
         meta_gradient: how it is taken through the inner loop.
+        segments: keep the parameters of about sqrt(inner steps) steps alone, and run the inner loop again from each.
         recompute: run the gradient pass again for each Hessian-vector product, instead of keeping its activations.
         per_step_support: each inner step has a support set of its own.
         data_gradient: which of x_spt, y_spt, x_qry and y_qry have a gradient.
@@ -329,6 +330,7 @@ class Plan:
     clip_value: float | None
     meta_gradient: MetaGradient
     recompute: bool
+    segments: bool
     per_step_support: bool
     data_gradient: tuple[str, ...]
     cuda_graphs: bool

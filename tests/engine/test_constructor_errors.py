@@ -105,7 +105,7 @@ CONSTRUCTOR = {
     ),
     "graphs no bool": (net, {"cuda_graphs": 1}, TypeError, ("cuda_graphs must be a bool", "got int")),
     "labels no bool": (net, {"check_labels": "yes"}, TypeError, ("check_labels must be a bool", "got str")),
-    "checkpoint": (net, {"checkpoint": "save"}, ValueError, ('checkpoint must be None or "recompute"', "got 'save'")),
+    "checkpoint": (net, {"checkpoint": "save"}, ValueError, ('must be None, "recompute" or "sqrt"', "got 'save'")),
     "chunk no int": (net, {"task_chunk": 2.0}, TypeError, ("task_chunk must be an int or None", "got float")),
     "chunk of none": (net, {"task_chunk": 0}, ValueError, ("task_chunk must be at least 1", "got 0")),
     "adapts nothing": (

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "cpu/run/optimizer_steps.h"
@@ -68,6 +69,23 @@ struct Updates : OptimizerSteps<V, T> {
       for (int64_t i = adapted + first; i < adapted + last; ++i) v[i] -= product[i];
     });
   }
+  void pull(int64_t size, double strength, const V* phi, const V* theta, V* g) const {
+    const T s = static_cast<T>(strength);
+    share_elements(size, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) g[i] += s * (phi[i] - theta[i]);
+    });
+  }
+  /// Each task by itself, as one that is solved does not change any more.
+  bool conjugate_step(const ConjugateStep& step, const V* product, V* p, V* r, V* x, V* norm) const {
+    constexpr int64_t W = sizeof(V) / sizeof(T);
+    bool all = true;
+    for (int64_t lane = 0; lane < W; ++lane) {
+      auto own = [lane](V* v) { return reinterpret_cast<T*>(v) + lane; };
+      const T* of_lane = reinterpret_cast<const T*>(product) + lane;
+      all = conjugate_step_of(step, W, of_lane, own(p), own(r), own(x), own(norm)) && all;
+    }
+    return all;
+  }
   void add_weighted(int k, int64_t size, const V* x, V* y) const {
     const T w = query_weights[k];
     share_elements(size, [&](int64_t first, int64_t last) {
@@ -84,6 +102,31 @@ struct Updates : OptimizerSteps<V, T> {
   void join() const {}
 
  private:
+  /// One task, whose elements are W apart.
+  static bool conjugate_step_of(const ConjugateStep& step, int64_t W, const T* product, T* p, T* r, T* x,
+                                T* norm) {
+    const int64_t adapted = step.adapted * W, trainable = step.trainable * W;
+    const T scale = static_cast<T>(1 / step.proximal);
+    double squares = 0, curvature = 0;
+    for (int64_t i = 0; i < adapted; i += W) {
+      squares += static_cast<double>(r[i]) * static_cast<double>(r[i]);
+      curvature += static_cast<double>(p[i]) * static_cast<double>(p[i] + scale * product[i]);
+    }
+    if (step.first) *norm = static_cast<T>(std::sqrt(squares));
+    if (std::sqrt(squares) <= step.tolerance * static_cast<double>(*norm)) return true;
+    const T alpha = static_cast<T>(squares / curvature);
+    double next = 0;
+    for (int64_t i = 0; i < adapted; i += W) {
+      x[i] += alpha * p[i];
+      r[i] -= alpha * (p[i] + scale * product[i]);
+      next += static_cast<double>(r[i]) * static_cast<double>(r[i]);
+    }
+    for (int64_t i = adapted; i < trainable; i += W) x[i] -= alpha * scale * product[i];
+    const T beta = static_cast<T>(next / squares);
+    for (int64_t i = 0; i < adapted; i += W) p[i] = r[i] + beta * p[i];
+    return false;
+  }
+
   /// Calls f(slice, function i -> rate of its element i).
   template <class F>
   void each_rate(const std::vector<RateSlice>& slices, F f) const {

@@ -99,6 +99,25 @@ __global__ void __launch_bounds__(kVectorThreads) zero_kernel(int64_t size, T* t
   zero(grid_team(), size, resolve(to, memory, blockIdx.z));
 }
 
+template <class T>
+__global__ void __launch_bounds__(kVectorThreads)
+    pull_kernel(int64_t size, T strength, const T* phi, const T* theta, T* g, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  const int64_t task = blockIdx.z;
+  pull(grid_team(), size, strength, resolve(phi, memory, task), resolve(theta, memory, task),
+       resolve(g, memory, task));
+}
+template <class T>
+__global__ void __launch_bounds__(kReductionThreads)
+    conjugate_step_kernel(ConjugateStep step, const T* product, T* p, T* r, T* x, T* norm,
+                          Deferred deferred) {
+  const Memory memory = deferred.ready();
+  __shared__ double sums[kReductionThreads];
+  const int64_t task = blockIdx.z;
+  conjugate_step(step, resolve(product, memory, task), resolve(p, memory, task), resolve(r, memory, task),
+                 resolve(x, memory, task), resolve(norm, memory, task), sums);
+}
+
 /// Launches single instructions.
 template <class T>
 class Batched {
@@ -160,6 +179,13 @@ class Batched {
       case Op::add_weighted:
         return launch("add weighted", add_weighted_kernel<T>, {vector_blocks(i.size)}, kVectorThreads, 0,
                       i.size, t.grad_y, t.x[0], t.y, launch.memory);
+      case Op::pull:
+        return launch("pull", pull_kernel<T>, {vector_blocks(i.size)}, kVectorThreads, 0, i.size,
+                      static_cast<T>(i.layer.a), t.x[0], t.x[1], t.y, launch.memory);
+      case Op::conjugate_step:
+        return launch("conjugate step", conjugate_step_kernel<T>, {}, kReductionThreads, 0,
+                      conjugate_step_of(i.layer, i.size), t.grad_y, t.y, t.y_dot, t.saved, t.saved_dot,
+                      launch.memory);
       case Op::copy:
         return launch("copy", copy_kernel<T>, {vector_blocks(i.size)}, kVectorThreads, 0, i.size, t.x[0], t.y,
                       launch.memory);

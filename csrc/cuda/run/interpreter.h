@@ -77,6 +77,11 @@ __device__ void run_instruction(const Instruction<T>& i, const DevicePlan& plan,
       return subtract(team, i.size, t.x[0], t.grad_x[0]);
     case Op::add_weighted:
       return add_weighted(team, i.size, t.grad_y, t.x[0], t.y);
+    case Op::pull:
+      return pull(team, i.size, static_cast<T>(i.layer.a), t.x[0], t.x[1], t.y);
+    case Op::conjugate_step:
+      return conjugate_step(conjugate_step_of(i.layer, i.size), t.grad_y, t.y, t.y_dot, t.saved, t.saved_dot,
+                            sums);
     case Op::copy:
       return copy(team, i.size, t.x[0], t.y);
     case Op::zero:

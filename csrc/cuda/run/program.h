@@ -32,7 +32,10 @@ enum class Op : uint8_t {
   clip_dot,
   clip_adjoint,
   start_gradients,
-  add_weighted,  // grad_y = weight, x, y
+  add_weighted,    // grad_y = weight, x, y
+  pull,            // layer.a = strength, x = phi and theta, y = g, of `size` elements
+  conjugate_step,  // layer: a = proximal, b = tolerance, n = adapted elements, pooled: the first step;
+                   // grad_y = product, y = p, y_dot = r, saved = x, saved_dot = norm; `size` of the product
   copy,
   zero,
   join  // waits for the instructions that run beside the others
@@ -65,6 +68,11 @@ Tensors<T> loss_tensors(const T* z, const Target<T>& target) {
 template <class T>
 __host__ __device__ Target<T> target_of(const Tensors<T>& t) {
   return {t.x[1], t.w[0], t.w[1]};
+}
+
+/// The step of a conjugate_step.
+__host__ __device__ inline ConjugateStep conjugate_step_of(const Layer& l, int64_t size) {
+  return {l.n, size, l.a, l.b, l.pooled};
 }
 
 /// A backend of TaskRunner that records the operations instead of computing them.
@@ -146,6 +154,21 @@ class Recorder {
 
   void add_weighted(int k, int64_t size, const T* x, T* y) const {
     record_vector(Op::add_weighted, x, place<T>(Region::query_weights, k), y).size = size;
+  }
+  void pull(int64_t size, double strength, const T* phi, const T* theta, T* g) const {
+    Instruction<T>& i = record_vector(Op::pull, phi, nullptr, g);
+    i.tensors.x[1] = theta;
+    i.layer.a = strength;
+    i.size = size;
+  }
+  /// A program is the same for all data: it has all steps.
+  bool conjugate_step(const ConjugateStep& step, const T* product, T* p, T* r, T* x, T* norm) const {
+    Instruction<T>& i = record_vector(Op::conjugate_step, nullptr, product, p);
+    i.tensors.y_dot = r, i.tensors.saved = x, i.tensors.saved_dot = norm;
+    i.layer.a = step.proximal, i.layer.b = step.tolerance, i.layer.n = step.adapted;
+    i.layer.pooled = step.first;
+    i.size = step.trainable;
+    return false;
   }
   void copy(int64_t size, const T* from, T* to) const {
     if (size > 0) record_vector(Op::copy, from, nullptr, to).size = size;

@@ -143,7 +143,7 @@ MlpLayer mlp_layer(const Problem& p, const Stage::Step& linear, const Stage::Ste
 template <class T>
 std::optional<SmallMlp> small_mlp_of(const Problem& p, int device) {
   const bool serves = p.operation == Operation::meta_gradient && p.steps > 0 && !p.weighs_queries() &&
-                      !p.is_reptile() && p.first_differentiated() == 0 &&
+                      p.unrolls() && p.first_differentiated() == 0 &&
                       (p.graph.loss == Loss::mse || p.graph.loss == Loss::cross_entropy) &&
                       p.rate_tensors.empty() && p.support_sets() == 1 && p.data_size == 0 && !p.weighted &&
                       !p.has_optimizer();

@@ -86,6 +86,8 @@ bool is_small(const Problem& problem, const Instruction<T>& i) {
     case Op::retreat:
       return adapted + i.size <= kMostElements;
     case Op::add_weighted:
+    case Op::pull:
+    case Op::conjugate_step:
     case Op::copy:
     case Op::zero:
       return i.size <= kMostElements;

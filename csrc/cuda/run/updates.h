@@ -2,6 +2,9 @@
 //   descend        next = phi - rate g
 //   direction      out = rate v
 //   retreat        v -= product, then out = rate v
+//   pull           g += strength (phi - theta)
+//   conjugate_step one step towards x of (I + H / proximal) x = b, from the product H p; sums in double, in a
+//                  fixed tree
 //   rate_gradient  grad_rate -= g v; where one rate serves a whole parameter, a sum in double, in a fixed
 //   tree add_weighted   y += w x, with w one element of the call's weights copy, zero
 // A slice is one parameter with its rate. Each function is run by a team; the caller adds the barrier after
@@ -122,6 +125,58 @@ __device__ void shared_rate_gradients(const RateSlice* slices, int count, const 
     if (thread == 0) result[s.grad_at] -= static_cast<T>(sums[0]);
     __syncthreads();
   }
+}
+
+template <class T>
+__device__ void pull(AnyTeam auto team, int64_t size, T strength, const T* phi, const T* theta, T* g) {
+  map_elements(
+      team, size, [=](T g, T phi, T theta) { return g + strength * (phi - theta); }, g,
+      static_cast<const T*>(g), phi, theta);
+}
+
+/// The sum over a block of kReductionThreads of each thread's value, by a tree. `sums`: shared memory, one
+/// element for each thread.
+inline __device__ double sum_over_block(double value, double* sums) {
+  const int thread = static_cast<int>(threadIdx.x);
+  __syncthreads();
+  sums[thread] = value;
+  for (int half = kReductionThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (thread < half) sums[thread] += sums[thread + half];
+  }
+  __syncthreads();
+  return sums[0];
+}
+
+/// By one block of kReductionThreads. A task that is solved does not change any more.
+template <class T>
+__device__ void conjugate_step(const ConjugateStep& step, const T* product, T* p, T* r, T* x, T* norm,
+                               double* sums) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const T scale = static_cast<T>(1 / step.proximal);
+  double squares = 0, curvature = 0;
+  for (int64_t i = thread; i < step.adapted; i += kReductionThreads) {
+    squares += static_cast<double>(r[i]) * static_cast<double>(r[i]);
+    curvature += static_cast<double>(p[i]) * static_cast<double>(p[i] + scale * product[i]);
+  }
+  squares = sum_over_block(squares, sums);
+  curvature = sum_over_block(curvature, sums);
+  if (step.first && thread == 0) *norm = static_cast<T>(std::sqrt(squares));
+  __syncthreads();
+  if (std::sqrt(squares) <= step.tolerance * static_cast<double>(*norm)) return;
+  const T alpha = static_cast<T>(squares / curvature);
+  double next = 0;
+  for (int64_t i = thread; i < step.adapted; i += kReductionThreads) {
+    x[i] += alpha * p[i];
+    r[i] -= alpha * (p[i] + scale * product[i]);
+    next += static_cast<double>(r[i]) * static_cast<double>(r[i]);
+  }
+  for (int64_t i = step.adapted + thread; i < step.trainable; i += kReductionThreads) {
+    x[i] -= alpha * scale * product[i];
+  }
+  next = sum_over_block(next, sums);
+  const T beta = static_cast<T>(next / squares);
+  for (int64_t i = thread; i < step.adapted; i += kReductionThreads) p[i] = r[i] + beta * p[i];
 }
 
 template <class T>

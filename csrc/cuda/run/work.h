@@ -143,6 +143,10 @@ Work work_of(const Instruction<T>& i, int64_t adapted) {
       return traffic<T>(adapted + i.size, i.tensors.saved ? 4 : 3);
     case Op::add_weighted:
       return traffic<T>(i.size, 3);
+    case Op::pull:
+      return traffic<T>(i.size, 4);
+    case Op::conjugate_step:
+      return traffic<T>(i.size, 2) + traffic<T>(i.layer.n, 8);
     case Op::copy:
       return traffic<T>(i.size, 2);
     case Op::zero:
