@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maml_cuda import FusedMAML, gradcheck, reference
+from maml_cuda import FusedMAML, gradcheck, optim, reference
 from tests.conftest import assert_close, run
 from tests.engine import refusals
 from tests.engine.double_backward import make, written_out
@@ -177,6 +177,16 @@ def test_dropout_has_masks_of_its_own_at_the_end(machine):
         model, "cross_entropy", *data, 0.1, 2, meta_gradient="implicit", proximal=LAMBDA
     )  # fmt: skip
     assert_close(grads, expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_optimizers_of_the_inner_loop(machine, clip):
+    maml, data, _ = make("mlp", 3, inner_optimizer=optim.Adam(), inner_clip_norm=clip, **EXACTLY)
+    _, expected = reference.meta_gradient(
+        maml.model, "cross_entropy", *data, 0.1, 3, meta_gradient="implicit", proximal=LAMBDA,
+        inner_optimizer=optim.Adam(), inner_clip_norm=clip,
+    )  # fmt: skip
+    assert_close(run(maml, data)[1], expected, TOLERANCE)
 
 
 def test_samples_in_tiles():

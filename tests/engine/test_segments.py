@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from maml_cuda import FusedMAML
+from maml_cuda import FusedMAML, optim
 from tests.conftest import episode, run
 from tests.engine.double_backward import VARIANTS, check, make
 
@@ -62,6 +62,22 @@ def test_differentiable_adaptation_and_fisher_products(machine):
         loss = sum((p**2).sum() for p in fast.values())
         found.append(torch.autograd.grad(loss, list(maml.model.parameters())))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("steps", [1, 7, 9])
+def test_optimizers_of_the_inner_loop(machine, steps, first_order):
+    """Their states, too, are kept of the starts of segments and of one segment."""
+    for options in (
+        {"inner_optimizer": optim.Adam(), "inner_clip_norm": 0.3},
+        {"inner_optimizer": optim.SGD(momentum=0.9), "rates": "layer"},
+    ):
+        one, other, data, _ = with_checkpoint("mlp", steps, first_order=first_order, **options)
+        loss, grads = run(one, data)
+        again, found = run(other, data)
+        assert torch.equal(loss, again)
+        assert all(torch.equal(g, found[n]) for n, g in grads.items())
+        assert one.backend == other.backend != "reference"
 
 
 def test_dropout(machine):
