@@ -62,6 +62,7 @@ class Functional:
         self._buffers = [(m, key, b) for m in modules for key, b in m._buffers.items() if b is not None]
         self._after_first_call: list[Tensor | None] | None = None  # the buffers
         self._masks = None if seed is None else Masks(seed)
+        self._twice = False
 
     def __call__(self, parameters: Mapping[str, Tensor], *args: Any) -> Any:
         """Returns module(*args) at `parameters`, name -> tensor. The result has a graph if gradients are on.
@@ -74,7 +75,8 @@ class Functional:
                 fixed = {name: p.detach() for name, p in parameters.items()}
                 return detached(self(fixed, *map(detached, args)))
         masks = self._masks or nullcontext()
-        with self._replaced(parameters), no_saved_tensor_hooks(), Formulas(DIFFERENTIABLE), masks:
+        formulas = nullcontext() if self._twice else Formulas(DIFFERENTIABLE)
+        with self._replaced(parameters), no_saved_tensor_hooks(), formulas, masks:
             result = self.module(*[pytrees.mapped(_new_view, a) for a in args])
             buffers = [m._buffers.get(key) for m, key, _ in self._buffers]
         if self._after_first_call is None:
@@ -94,8 +96,12 @@ class Functional:
 
         cuDNN's recurrent layers have no second derivative, so torch's other implementation is used.
         """
-        with second_derivatives(), _recurrence_without_cudnn() if self._recurrent else nullcontext():
-            yield
+        before, self._twice = self._twice, True
+        try:
+            with second_derivatives(), _recurrence_without_cudnn() if self._recurrent else nullcontext():
+                yield
+        finally:
+            self._twice = before
 
     @torch.no_grad()
     def keep_buffers(self) -> None:

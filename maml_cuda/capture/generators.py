@@ -41,22 +41,55 @@ def access_to(generator: Any) -> Access | None:
 
 _TORCH = _access(lambda: torch.get_rng_state().numpy(), lambda state: torch.set_rng_state(torch.from_numpy(state)))
 _PYTHON = _access(random.getstate, random.setstate)
+_GPUS = _access(
+    lambda: [state.numpy() for state in torch.cuda.get_rng_state_all()],
+    lambda states: torch.cuda.set_rng_state_all([torch.from_numpy(s) for s in states]),
+)
 _NUMPY = _access(np.random.get_state, np.random.set_state)
+_GLOBAL = (_TORCH, _PYTHON, _NUMPY)
 
 _USES = ("random", "getrandbits", "seed", "setstate", "manual_seed", "set_state")  # methods that change a state
+
+
+States = list[bytes]
+
+
+def states() -> States:
+    """Of the global generators, those of GPUs among them where CUDA is in use."""
+    return [generator.read() for generator in (*_GLOBAL, *_gpus())]
+
+
+@contextmanager
+def at(states: States) -> Iterator[None]:
+    """A context in which the global generators start from these states, and which leaves theirs as they were."""
+    generators = (*_GLOBAL, *_gpus())
+    before = [generator.read() for generator in generators]
+    try:
+        _put(generators, states)
+        yield
+    finally:
+        _put(generators, before)
 
 
 @contextmanager
 def restored() -> Iterator[None]:
     """A context that restores the states of the global generators at its end. What other threads draw meanwhile is
     drawn again."""
-    before = [(generator, generator.read()) for generator in (_TORCH, _PYTHON, _NUMPY)]
+    before = [generator.read() for generator in _GLOBAL]
     try:
         yield
     finally:
-        for generator, state in before:
-            if generator.read() != state:
-                generator.put(state)
+        _put(_GLOBAL, before)
+
+
+def _put(generators: tuple[Access, ...], states: States) -> None:
+    for generator, state in zip(generators, states, strict=True):
+        if generator.read() != state:
+            generator.put(state)
+
+
+def _gpus() -> tuple[Access, ...]:
+    return (_GPUS,) if torch.cuda.is_initialized() else ()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The general path of FusedMAML: reference.py, after the checks that the fused ops make themselves.
+"""The general path of FusedMAML: general_path.py, after the checks that the fused ops make themselves.
 
 Every call runs outside autocast (in the model's dtype, as on the fused path), outside inference mode (the inner loop
 needs gradients) and outside torch.compile; compiled parts of the model run uncompiled, as torch.compile has no double
@@ -16,10 +16,10 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from maml_cuda import pytrees, reference, targets
+from maml_cuda import pytrees, targets
 from maml_cuda.batch_norm import at_step
 from maml_cuda.capture import generators
-from maml_cuda.engine import data_checks
+from maml_cuda.engine import data_checks, general_blocks, general_path
 from maml_cuda.functional import Functional
 from maml_cuda.losses import Loss, loss_function, objective
 from maml_cuda.masks import Seed
@@ -86,6 +86,7 @@ def meta_step(
     seed: Seed,
     how: MetaGradient,
     sets: int,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor, Tree | None, Tensor, list[tuple[Tensor, Tensor]]]:
     """loss, task_losses, predictions (None where they cannot be stacked), support_losses, and (tensor, gradient) of
     each of `parameters` and of the data that requires grad and reaches the loss; none where gradients are off.
@@ -104,9 +105,9 @@ def meta_step(
     uses = {0: ("y_spt", y_spt), steps: ("y_qry", y_qry)}  # without steps, nothing reads y_spt
     checked = _checked(loss, criterion, uses, sets)
     try:
-        *outputs, reached = reference.meta_step(
+        *outputs, reached = general_path.meta_step(
             function, checked, inner, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights, query_weights,
-            how, sets,
+            how, sets, recompute,
         )  # fmt: skip
     except Exception:
         _check_query_samples(model, x_spt, x_qry)
@@ -128,32 +129,17 @@ def adapt(
     seed: Seed,
     how: MetaGradient,
     sets: int,
+    recompute: bool,
 ) -> dict[str, Tensor]:
     """The adapted parameters, name -> [tasks, *shape]. sets: of a task, which follow each other in x and y."""
-    theta = {name: p.view_as(p) for name, p in model.named_parameters()}  # so that hooks see the outer gradient alone
     function = Functional(model, seed)
     checked = _checked(loss, loss_function(loss, isinstance(y, Weighted)), {0: ("y_spt", y)}, sets)
-    tasks = [
-        reference.inner_loop(
-            function,
-            checked,
-            theta,
-            inner,
-            reference.sets_of_task(x, t, sets),
-            reference.sets_of_task(y, t, sets),
-            steps,
-            first_order,
-            differentiable,
-            t,
-            how,
-            sets > 1,
-        )[0][-1]
-        for t in range(pytrees.tasks(x) // sets)
-    ]
+    adapted = general_path.adapt(
+        function, checked, inner, x, y, steps, first_order, differentiable, how, sets, recompute
+    )  # fmt: skip
     if differentiable:
         _keep_buffers(function)
-    adapted = {name: torch.stack([phi[name] for phi in tasks]) for name in inner.updates}
-    return adapted if differentiable else {name: p.detach() for name, p in adapted.items()}
+    return adapted
 
 
 @apart
@@ -181,7 +167,7 @@ def loss_and_grad(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     checked = _checked(loss, loss_function(loss, isinstance(y, Weighted)), {0: ("y", y)})
     with at_step(model, slot):
-        return reference.loss_and_grad(Functional(model, seed), checked, fast, names, x, y)
+        return general_blocks.loss_and_grad(Functional(model, seed), checked, fast, names, x, y)
 
 
 @apart
@@ -198,7 +184,7 @@ def hvp(
 ) -> dict[str, Tensor]:
     checked = _checked(loss, loss_function(loss, isinstance(y, Weighted)), {0: ("y", y)})
     with at_step(model, slot):
-        return reference.hvp(Functional(model, seed), checked, fast, names, x, y, v)
+        return general_blocks.hvp(Functional(model, seed), checked, fast, names, x, y, v)
 
 
 @apart
@@ -222,7 +208,7 @@ def fisher_vector_product(
         weights = x_qry.new_ones(x_qry.shape[:2])
     data_checks.sample_weights("weights", weights)
     checked = _checked(loss, loss_function(loss), {0: ("y_spt", y_spt)}, sets)
-    return reference.fisher_vector_product(
+    return general_blocks.fisher_vector_product(
         Functional(model, seed), checked, inner, names, x_spt, y_spt, x_qry, v, targets.shares(weights), steps,
         first_order, sets,
     )  # fmt: skip
