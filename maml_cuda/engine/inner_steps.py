@@ -153,7 +153,8 @@ class Task:
     def _step(self, k: int, search: bool) -> None:
         loop = self._loop
         kept = loop.keeps(k)
-        before = generators.states() if loop.differentiates(k) and not kept else None
+        again = loop.differentiates(k) and not (kept and loop.kept_from is not None)  # whether it may be built again
+        before = generators.states() if again else None
         graph = self._graph(k)
         graph.differentiate(create_graph=kept)
         if before is not None and generators.states() != before:

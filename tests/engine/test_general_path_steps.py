@@ -1,0 +1,311 @@
+"""The general path one inner step at a time: graphs kept and built again, memory, tensors read from outside."""
+
+from __future__ import annotations
+
+import gc
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maml_cuda import FusedMAML, optim
+from maml_cuda.engine import graphs
+from tests import conftest
+
+pytestmark = pytest.mark.filterwarnings("ignore:maml_cuda runs this model on the general path:UserWarning")
+
+# How graphs of inner steps are treated: kept, kept of the last step alone, built again.
+TREATMENTS = {"kept": (None, None), "last": (None, 1), "recompute": ("recompute", None)}
+
+
+@pytest.fixture(params=TREATMENTS)
+def checkpoint(request, monkeypatch) -> str | None:
+    chosen, budget = TREATMENTS[request.param]
+    if budget is not None:
+        monkeypatch.setattr("maml_cuda.engine.general_path.GRAPHS", budget)
+    return chosen
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+
+def episode() -> list[Tensor]:
+    return conftest.episode(n=(5, 7), dtype=torch.float64)
+
+
+def plain(model: nn.Module, data, steps: int, leaves: list[Tensor], forward=None, first_order: bool = False):
+    """The gradients of the mean query loss in the leaves, by one graph of the whole inner loop."""
+    forward = forward or (lambda phi, x: torch.func.functional_call(model, phi, (x,)))
+    losses = []
+    for x_spt, y_spt, x_qry, y_qry in zip(*data, strict=True):
+        phi = dict(model.named_parameters())
+        for _ in range(steps):
+            value = F.cross_entropy(forward(phi, x_spt), y_spt)
+            grads = torch.autograd.grad(value, list(phi.values()), create_graph=not first_order)
+            phi = {n: p - 0.2 * g for (n, p), g in zip(phi.items(), grads, strict=True)}
+        losses.append(F.cross_entropy(forward(phi, x_qry), y_qry))
+    return torch.autograd.grad(torch.stack(losses).mean(), leaves, retain_graph=True)
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_whatever_graphs_are_kept(checkpoint, steps, first_order):
+    model, data = net(), episode()
+    expected = plain(model, data, steps, list(model.parameters()), first_order=first_order)
+    FusedMAML(
+        model, 0.2, steps, backend="reference", checkpoint=checkpoint, first_order=first_order
+    )(*data).loss.backward()  # fmt: skip
+    for p, g in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-11, atol=1e-14)
+
+
+def test_the_same_bits_whatever_graphs_are_kept(monkeypatch):
+    data, gradients = episode(), []
+    for treatment, budget in TREATMENTS.values():
+        monkeypatch.setattr("maml_cuda.engine.general_path.GRAPHS", budget or 1 << 30)
+        model = net()
+        rate = nn.Parameter(torch.full((4,), 0.2).double())
+        maml = FusedMAML(
+            model, rate, 4, backend="reference", checkpoint=treatment, inner_optimizer=optim.Adam(),
+            inner_clip_norm=0.5, query_weights=[0.1, 0, 0.3, 0, 1],
+        )  # fmt: skip
+        maml(*data).loss.backward()
+        gradients.append([p.grad for p in maml.parameters()])
+    for kept, *others in zip(*gradients, strict=True):
+        assert all(torch.equal(kept, other) for other in others)
+
+
+class Saved:
+    """Counts the memory that autograd keeps at once for backward passes, in elements, but for the parameters'."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def __enter__(self) -> Saved:
+        counter = self
+
+        class Held:
+            def __init__(self, t: Tensor) -> None:
+                self.t = t
+                counter.now += t.numel()
+                counter.most = max(counter.most, counter.now)
+
+            def __del__(self) -> None:
+                counter.now -= self.t.numel()
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.t)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.hooks.__exit__(*error)
+
+
+@pytest.mark.parametrize("optimizer", [None, optim.Adam()])
+@pytest.mark.parametrize("treatment", ["recompute", "last"])
+def test_graphs_do_not_grow_with_the_steps(treatment, optimizer, monkeypatch):
+    """Of each step, one set of parameters and the state of the optimizer are kept; no graph."""
+    chosen, budget = TREATMENTS[treatment]
+    monkeypatch.setattr("maml_cuda.engine.general_path.GRAPHS", budget or 1 << 30)
+    monkeypatch.setattr("maml_cuda.functional.no_saved_tensor_hooks", _nothing)
+    data, most = [t[:1] for t in episode()], []
+    for steps in (10, 100, 1000):
+        maml = FusedMAML(
+            net(), 0.01, steps, backend="reference", checkpoint=chosen, inner_optimizer=optimizer
+        )  # fmt: skip
+        with Saved() as saved:
+            maml.backward(*data)
+            gc.collect()
+        most.append(saved.most)
+        assert saved.now == 0
+    assert most[0] == most[1] == most[2] > 0
+
+
+def test_kept_graphs_stay_within_their_budget(monkeypatch):
+    monkeypatch.setattr("maml_cuda.functional.no_saved_tensor_hooks", _nothing)
+    data, most = [t[:1] for t in episode()], []
+    monkeypatch.setattr("maml_cuda.engine.general_path.GRAPHS", 20_000)
+    for steps in (50, 100):
+        with Saved() as saved:
+            FusedMAML(net(), 0.01, steps, backend="reference").backward(*data)
+        most.append(saved.most)
+    assert most[0] == most[1]
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error) -> None: ...
+
+
+def test_saved_bytes_are_those_of_saved_tensors():
+    x, w = torch.randn(7, 3), torch.randn(5, 3, requires_grad=True)
+    y = torch.tanh(x @ w.T)
+    assert graphs.saved_bytes([y.sum()], [x, w]) == 4 * 7 * 5
+    assert graphs.saved_bytes([y.sum()], []) == 4 * (7 * 5 + 7 * 3)
+
+
+class Noisy(nn.Module):
+    """Adds random numbers of torch, Python and numpy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x + torch.randn_like(x)) + random.random()
+
+
+def test_random_numbers_of_forward_are_drawn_again(checkpoint):
+    """Other than dropout's masks, which follow from a seed."""
+    data, gradients = episode(), []
+    for treatment in (checkpoint, None):
+        model = Noisy()
+        torch.manual_seed(5)
+        random.seed(5)
+        FusedMAML(model, 0.2, 3, backend="reference", checkpoint=treatment)(*data).loss.backward()
+        gradients.append(([p.grad for p in model.parameters()], torch.rand(()), random.random()))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+
+
+class Stateful(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.calls = net(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.net(x) * self.calls
+
+
+def test_code_that_returns_something_else_the_second_time_is_refused():
+    maml = FusedMAML(Stateful(), 0.2, 2, backend="reference", checkpoint="recompute")
+    with pytest.raises(RuntimeError, match="must return the same in a second call with the same arguments, got a"):
+        maml(*episode())
+    FusedMAML(Stateful(), 0.2, 2, backend="reference")(*episode()).loss.backward()
+
+
+def test_a_transform_that_returns_something_else_the_second_time_is_refused():
+    calls = []
+
+    def transform(grads):
+        calls.append(0)
+        return {name: g * len(calls) for name, g in grads.items()}
+
+    maml = FusedMAML(net(), 0.2, 2, backend="reference", inner_transform=transform)
+    with pytest.raises(RuntimeError, match="inner_transform must return the same in a second call"):
+        maml(*episode())
+
+
+# -- tensors that forward reads from outside of the model ------------------------------------------------------
+
+
+class Outside(nn.Module):
+    """Reads a leaf, and something computed of a leaf, that are not its parameters."""
+
+    def __init__(self, *shared: Tensor) -> None:
+        super().__init__()
+        self.net, self.shared = net(), shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, prompt = self.shared
+        return self.net(x + prompt) * scale
+
+
+def outside() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(3)
+    return torch.tensor(1.3).double().requires_grad_(), torch.randn(3).double().requires_grad_()
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])  # a model that reads such a tensor is not fused
+@pytest.mark.parametrize("computed", [False, True])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_a_tensor_outside_of_the_model_receives_its_gradient(checkpoint, first_order, computed, backend):
+    scale, prompt = outside()
+    read = (scale, torch.tanh(prompt * 2)) if computed else (scale, prompt)
+    model, data = Outside(*read), episode()
+    leaves = [*model.parameters(), scale, prompt]
+    expected = plain(model, data, 3, leaves, first_order=first_order)
+    maml = FusedMAML(model, 0.2, 3, backend=backend, checkpoint=checkpoint, first_order=first_order)
+    maml(*data).loss.backward()
+    for t, g in zip(leaves, expected, strict=True):
+        assert t.grad is not None
+        assert g.norm() > 0
+        torch.testing.assert_close(t.grad, g, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_hooks_of_a_tensor_outside_see_its_whole_gradient_once(backend):
+    gradients = []
+    for factor in (1, 2):
+        scale, prompt = outside()
+        calls: list[Tensor] = []
+        scale.register_hook(lambda g, k=factor, calls=calls: calls.append(g) or k * g)
+        maml = FusedMAML(Outside(scale, prompt), 0.2, 2, backend=backend)
+        maml(*episode()).loss.backward()
+        assert len(calls) == 1
+        gradients.append(scale.grad)
+    torch.testing.assert_close(gradients[1], 2 * gradients[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_adapted_parameters_are_differentiable_in_a_tensor_outside(checkpoint, backend):
+    scale, prompt = outside()
+    model, data = Outside(scale, prompt), episode()
+    leaves = [*model.parameters(), scale, prompt]
+    expected = plain(model, data, 2, leaves)
+    maml = FusedMAML(model, 0.2, 2, backend=backend, checkpoint=checkpoint)
+    fast = maml.adapt(*data[:2], differentiable=True)
+    losses = [
+        F.cross_entropy(torch.func.functional_call(model, {n: p[t] for n, p in fast.items()}, (x,)), y)
+        for t, (x, y) in enumerate(zip(*data[2:], strict=True))
+    ]
+    torch.stack(losses).mean().backward()
+    for t, g in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(t.grad, g, rtol=1e-10, atol=1e-13)
+
+
+# -- adapt ------------------------------------------------------------------------------------------------------
+
+
+def test_adapt_can_be_differentiated_again_and_again(checkpoint):
+    """backward twice with retain_graph, and a backward of the gradient itself."""
+    model, (x, y, _, _) = net(), episode()
+    maml = FusedMAML(model, 0.2, 2, backend="reference", checkpoint=checkpoint)
+    p = next(model.parameters())
+
+    def outer(phi) -> Tensor:
+        return sum((q**3).sum() for q in phi.values())
+
+    def unrolled() -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for x_t, y_t in zip(x, y, strict=True):
+            phi = dict(model.named_parameters())
+            for _ in range(2):
+                value = F.cross_entropy(torch.func.functional_call(model, phi, (x_t,)), y_t)
+                grads = torch.autograd.grad(value, list(phi.values()), create_graph=True)
+                phi = {n: q - 0.2 * g for (n, q), g in zip(phi.items(), grads, strict=True)}
+            total = total + outer(phi)
+        return total
+
+    loss, plain_loss = outer(maml.adapt(x, y, differentiable=True)), unrolled()
+    (expected,) = torch.autograd.grad(plain_loss, p, retain_graph=True, create_graph=True)
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(loss, p, retain_graph=True)[0], expected, rtol=1e-11, atol=1e-13)
+    (got,) = torch.autograd.grad(loss, p, create_graph=True)
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+    second, expected_second = (torch.autograd.grad((g**2).sum(), p)[0] for g in (got, expected))
+    torch.testing.assert_close(second, expected_second, rtol=1e-10, atol=1e-12)
+
+
+def test_adapt_refuses_parameters_that_have_changed_since(checkpoint):
+    model, (x, y, _, _) = net(), episode()
+    fast = FusedMAML(model, 0.2, 2, backend="reference", checkpoint=checkpoint).adapt(x, y, differentiable=True)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        sum(p.sum() for p in fast.values()).backward()
