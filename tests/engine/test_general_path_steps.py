@@ -90,7 +90,7 @@ class Saved:
 
         class Held:
             def __init__(self, t: Tensor) -> None:
-                self.t = t
+                self.t = t.detach()  # with its graph it would be part of a cycle
                 counter.now += t.numel()
                 counter.most = max(counter.most, counter.now)
 
