@@ -4,7 +4,6 @@
 
 #include <type_traits>
 
-#include "cuda/cotangent_sums.h"
 #include "cuda/product/cut.h"
 #include "cuda/product/product.h"
 #include "cuda/run/launch.h"
@@ -127,11 +126,10 @@ struct InputTerms {
   T* grad_x = nullptr;
 };
 
-/// Both gradients in one launch, or the one that is wanted. With `norm`, also the sums of grad_x for it.
+/// Both gradients in one launch, or the one that is wanted.
 template <class T>
-CotangentSums<T> gradients(const Launcher& launch, const char* name, const Layer& l,
-                           const WeightTerms<T>& weight, const InputTerms<T>& input, T* scratch,
-                           const Normalised<T>* norm = nullptr);
+void gradients(const Launcher& launch, const char* name, const Layer& l, const WeightTerms<T>& weight,
+               const InputTerms<T>& input, T* scratch);
 int64_t gradients_scratch(const Layer& l);
 
 }  // namespace maml::cuda

@@ -64,13 +64,12 @@ struct NormaliseInBlock {
   static __device__ __forceinline__ Partials<T> moments_of(int group, const Layer& l, const T* a, const T* b,
                                                            T* taken, T* scratch) {
     const int rows = static_cast<int>(l.n * l.in.h * l.in.w);
-    if (taken) return taken_partials(rows, l.in.c, taken);
-    const int count = (rows + kTileRows - 1) / kTileRows;
-    for (int tile = 0; tile < count; ++tile) {
+    const int of_entry = taken ? kStatisticsRows : kTileRows, count = (rows + of_entry - 1) / of_entry;
+    for (int tile = 0; tile < count && !taken; ++tile) {
       tile_moments<kMeans>(Team{tile, count}, group, rows, l.in.c, a, b, scratch);
     }
     __syncthreads();  // the entries are read by other threads
-    return {scratch, count, kTileRows, rows};
+    return {taken ? taken : scratch, count, of_entry, rows};
   }
 };
 

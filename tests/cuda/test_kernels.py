@@ -26,10 +26,9 @@ PROGRAMS = [
     "recurrence",
     "small_mlp",
     "stem",
-    "summed_pair",
 ]
 # The arguments that run one schedule. `product` has none to choose.
-SHUFFLED = ("chunks", "layers", "loops", "losses", "policy", "recurrence", "small_mlp", "stem", "summed_pair")
+SHUFFLED = ("chunks", "layers", "loops", "losses", "policy", "recurrence", "small_mlp", "stem")
 ONE_SCHEDULE = {"conv2d": ["1"], **{name: ["shuffled"] for name in SHUFFLED}}
 SANITIZERS = os.environ.get("MAML_CUDA_SANITIZERS", "").split(",")
 
