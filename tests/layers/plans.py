@@ -267,9 +267,25 @@ class Sketch:
         nodes, parameters = tuple(self.nodes), tuple(self.parameters)
         prediction = len(nodes)
         return schema.Plan(
-            nodes, parameters, (), prediction, "mse", None, None, "cpu", "float32", None, None, UNROLLED, False, False,
-            (), False, None,
-        )  # fmt: skip
+            nodes=nodes,
+            parameters=parameters,
+            rate_tensors=(),
+            prediction=prediction,
+            loss="mse",
+            loss_value=None,
+            target=None,
+            backend="cpu",
+            precision="float32",
+            clip_norm=None,
+            clip_value=None,
+            meta_gradient=UNROLLED,
+            recompute=False,
+            segments=False,
+            per_step_support=False,
+            data_gradient=(),
+            cuda_graphs=False,
+            task_chunk=None,
+        )
 
 
 def elements(view: View, sizes: Sequence[int | None], value: Tensor, n: int) -> Tensor:
