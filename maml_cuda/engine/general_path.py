@@ -133,23 +133,23 @@ def meta_step(
     sums = Sums(copies.leaves(of_update))
     differentiated = bool(wanted) and how.kind != "reptile"
     loop = Loop(
-        model, loss, {name: copies.of(p) for name, p in parameters.items()},
+        model, loss, {name: copies.of(p) for name, p in parameters.items()}, copies.leaves(parameters.values()),
         UpdateAdjoint(update.mapped(copies.of), copies.leaves(of_update)),
         steps, differentiated, first_order, how.first_differentiated(steps), 0 if recompute else GRAPHS,
     )  # fmt: skip
     total: float | Tensor = 0.0
     task_losses, predictions, support_losses = [], [], []
     for t, weight in enumerate(weights):
-        weight = weight.detach() if isinstance(weight, Tensor) else weight
+        weight = sums.weight = weight.detach() if isinstance(weight, Tensor) else weight
         support, of_support = copies.part((x_spt, y_spt), sets_of_task(t, sets))
         query, of_query = copies.part((x_qry, y_qry), of_task(t))
         task = Task(loop, t, support_of(support, sets > 1), [*leaves, *of_support])
         shares = {steps: 1.0} if query_weights is None else dict(enumerate(query_weights))
-        value, prediction, of_query_losses = _query(task, query, shares, weight, [*leaves, *of_query], sums)
+        value, prediction, of_query_losses = _query(task, query, shares, [*leaves, *of_query], sums)
         if differentiated:
             v = task.adjoint(of_query_losses.pop(steps, {}), of_query_losses, sums)
         elif wanted:  # Reptile
-            v = {name: weight * (p - task.phi[-1][name]) for name, p in task.phi[0].items()}
+            v = {name: p - task.phi[-1][name] for name, p in task.phi[0].items()}
         for name, c in v.items() if wanted else ():
             sums.add(Leaf.of_itself(parameters[name]), c)
         task_losses.append(value)
@@ -164,11 +164,11 @@ def meta_step(
 
 
 def _query(
-    task: Task, query: tuple[Tree, Target], shares: Mapping[int, float], weight: float | Tensor,
+    task: Task, query: tuple[Tree, Target], shares: Mapping[int, float],
     leaves: Sequence[Leaf], sums: Sums,
 ) -> tuple[Tensor, Tree, dict[int, Tensors]]:  # fmt: skip
     """The query loss of a task, the sum of share k times that at phi_k; the prediction after the last step; and, of
-    weight times the loss, the gradient in phi_k for each k. Those in other tensors are added to `sums`.
+    the loss, the gradient in phi_k for each k. Those in other tensors are added to `sums`.
 
     One graph exists at a time.
     """
@@ -180,8 +180,8 @@ def _query(
         if k == last:
             prediction = graph.prediction
         if graph.value.requires_grad and shares[k]:
-            seed = (weight * torch.full_like(values[k], shares[k])).to(values[k].dtype)
-            cotangents[k] = graph.pulled([(graph.value, seed)], leaves, sums)
+            share = torch.full_like(values[k], shares[k])
+            cotangents[k] = graph.pulled([(graph.value, share)], leaves, sums)
     if task.differentiated and not cotangents:
         graph.value.backward()  # raises torch's own error for a value without a graph
     value = sum(share * values[k] for k, share in sorted(shares.items()) if share)
@@ -267,6 +267,7 @@ class _Adaptation:
         tasks = pytrees.tasks(x) // sets
         loop = Loop(
             model, loss, {name: copies.of(p) for name, p in self.parameters.items()},
+            copies.leaves(self.parameters.values()),
             UpdateAdjoint(update.mapped(copies.of), copies.leaves(of_update)),
             steps, bool(wanted), first_order, how.first_differentiated(steps), 0 if recompute else GRAPHS // tasks,
         )  # fmt: skip

@@ -14,6 +14,7 @@ arithmetic. So the loop does keep the graphs of its last steps, as many as take 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from maml_cuda.batch_norm import at_step
 from maml_cuda.capture import generators
 from maml_cuda.engine import graphs
 from maml_cuda.engine.sums import Leaf, Sums
-from maml_cuda.engine.update_adjoint import Tensors, UpdateAdjoint, foreign, pulled, same
+from maml_cuda.engine.update_adjoint import Tensors, UpdateAdjoint, pulled, same
 from maml_cuda.functional import Functional
 from maml_cuda.losses import value_of
 from maml_cuda.pytrees import Tree
@@ -37,6 +38,8 @@ from maml_cuda.targets import Target
 from maml_cuda.updates import State
 
 GRAPHS = 1 << 30  # bytes of the graphs of inner steps that a call keeps at once
+_PLACE = "_maml_cuda_place"  # attribute of the leaf of phi_k: its task, k, and its name
+_TASKS = itertools.count()
 
 
 @dataclass
@@ -45,7 +48,8 @@ class Loop:
 
     Attributes:
         model, loss: the loss of a set is loss(model(phi, x), y).
-        theta: phi_0, all parameters. Those that are not adapted are leaves where their gradient is wanted.
+        theta: phi_0, all parameters; leaves where their gradient is wanted.
+        of_theta: these leaves.
         update: of the adapted parameters.
         steps: K.
         differentiated: whether the adjoint will follow.
@@ -58,6 +62,7 @@ class Loop:
     model: Functional
     loss: Callable[..., Tensor]
     theta: Mapping[str, Tensor]
+    of_theta: Sequence[Leaf]
     update: UpdateAdjoint
     steps: int
     differentiated: bool
@@ -85,22 +90,41 @@ class Loop:
 
 
 class Graph:
-    """The loss of a set at phi, of which it makes leaves.
+    """The loss of a set at phi_k.
+
+    As in a plain loop, phi_0 are the leaves of theta, and phi_k of later steps no leaves.
+
+    Args:
+        task: a number that no other task has, in any call.
 
     Attributes:
-        phi: the adapted parameters, leaves.
+        phi: the adapted parameters.
         prediction: what the model returns.
         value: the loss.
         g: its gradient in phi, by name, once `differentiate` has been called.
+
+    Raises:
+        ValueError: forward has registered a hook on a parameter, which in a plain loop would see the sum of gradients
+            of several passes.
     """
 
     g: Tensors
 
-    def __init__(self, loop: Loop, phi: Tensors, x: Tree, y: Target) -> None:
-        self.phi = {name: p.detach().requires_grad_() for name, p in phi.items()}
+    def __init__(self, loop: Loop, task: int, k: int, phi: Tensors, x: Tree, y: Target) -> None:
+        self._loop, self._task, self._k = loop, task, k
+        if loop.differentiated and k == 0:
+            self.phi = {name: loop.theta[name] for name in phi}
+        else:
+            self.phi = {name: p.detach().requires_grad_() for name, p in phi.items()}
+        if loop.differentiated and k:
+            for name, p in self.phi.items():
+                vars(p)[_PLACE] = task, k, name
+            self.phi = {name: p.view_as(p) for name, p in self.phi.items()}
         x, y = without_padding(x, y)
         self.prediction = loop.model({**loop.theta, **self.phi}, x)
         self.value = value_of(loop.loss, self.prediction, y)
+        if hooked := [name for name, p in self.phi.items() if p._backward_hooks]:
+            raise ValueError(f"forward must register no hook on a parameter, got one on {', '.join(hooked)}")
 
     def differentiate(self, create_graph: bool) -> None:
         grads = torch.autograd.grad(self.value, list(self.phi.values()), create_graph=create_graph, allow_unused=True)
@@ -110,10 +134,47 @@ class Graph:
                 raise unreached([name])
             self.g[name] = g
 
+    def sign(self) -> Tensor:
+        """The loss and the norms of its gradient, by which another pass is known to be the same."""
+        norms = torch._foreach_norm([g.detach() for g in self.g.values()])
+        return torch.stack([self.value.detach(), *(n.to(self.value.dtype) for n in norms)])
+
     def pulled(self, outputs: list[tuple[Tensor, Tensor]], leaves: Sequence[Leaf], sums: Sums) -> Tensors:
         """The gradient of the sum of <output, cotangent> in phi; in leaves and tensors outside it goes to `sums`."""
-        grads = pulled(outputs, list(self.phi.values()), leaves, sums, [self.value])
+        grads = pulled(outputs, list(self.phi.values()), leaves, sums, self.outside(leaves))
         return {name: g for name, g in zip(self.phi, grads, strict=True) if g is not None}
+
+    def outside(self, leaves: Sequence[Leaf]) -> list[Leaf]:
+        """The leaf tensors on which the loss depends beside phi and the given leaves: tensors that are no parameters,
+        and phi of an earlier pass, of which forward has kept a value with its graph.
+
+        Raises:
+            ValueError: such a value is of another task, or of a pass that is not earlier.
+        """
+        known = {id(leaf.tensor) for leaf in leaves} | {id(t) for t in self.phi.values()}
+        of_theta, found = {id(leaf.tensor): leaf for leaf in self._loop.of_theta}, []
+        for t in graphs.leaves([self.value]):
+            place = vars(t).get(_PLACE)
+            if id(t) in of_theta:
+                leaf = of_theta[id(t)]
+            elif place is None:
+                leaf = Leaf.of_itself(t)
+            else:
+                task, k, name = place
+                if (task, k) == (self._task, self._k) and self._is_own(name, t):
+                    continue
+                if task != self._task or k >= self._k:
+                    raise ValueError(
+                        "a value that forward keeps with its graph must be read in later inner steps of the same task "
+                        f"alone, got one of inner step {k} in inner step {self._k} of {self._loop.steps}"
+                    )
+                leaf = Leaf(t, t, step=(k, name))
+            if id(t) not in known:
+                found.append(leaf)
+        return found
+
+    def _is_own(self, name: str, t: Tensor) -> bool:
+        return self.phi[name]._base is t
 
 
 class Task:
@@ -136,12 +197,14 @@ class Task:
         search: bool = False,
     ) -> None:  # fmt: skip
         self._loop, self._number, self._support, self._leaves = loop, number, support, leaves
+        self._identity = next(_TASKS)
         self.differentiated = loop.differentiated
         self.losses: list[Tensor] = []
         self.outside: dict[int, Tensor] = {}
         self._graphs: dict[int, Graph] = {}
         self._g: dict[int, Tensors] = {}
         self._random: dict[int, generators.States] = {}  # before steps that draw random numbers
+        self._signs: dict[int, Tensor] = {}
         self._random_of_updates: dict[int, generators.States] = {}
         updates = loop.update.update.updates
         self.phi: list[Tensors] = [{name: loop.theta[name].detach() for name in updates}]
@@ -153,15 +216,18 @@ class Task:
     def _step(self, k: int, search: bool) -> None:
         loop = self._loop
         kept = loop.keeps(k)
-        again = loop.differentiates(k) and not (kept and loop.kept_from is not None)  # whether it may be built again
+        # Whether its graph may be built again: where others are found it is of a node whose backward may run twice.
+        again = loop.differentiates(k) and (search or not kept or loop.kept_from is None)
         before = generators.states() if again else None
         graph = self._graph(k)
         graph.differentiate(create_graph=kept)
-        if before is not None and generators.states() != before:
-            self._random[k] = before
+        if before is not None:
+            self._signs[k] = graph.sign()
+            if generators.states() != before:
+                self._random[k] = before
         if search and loop.differentiates(k):
-            inputs = list(graph.phi.values())
-            self.outside.update({id(t): t for t in foreign([graph.value], inputs, self._leaves)})
+            found = [leaf.of for leaf in graph.outside(self._leaves) if leaf.step is None]
+            self.outside.update({id(t): t for t in found})
         if kept and loop.kept_from is None:
             self._measure(k, graph)
         if loop.keeps(k):
@@ -182,7 +248,7 @@ class Task:
             stack.enter_context(loop.model.of_pass(self._number, 2 * k))
             if loop.differentiates(k):
                 stack.enter_context(loop.model.differentiable_twice())
-            return Graph(loop, self.phi[k], *self._support(k))
+            return Graph(loop, self._identity, k, self.phi[k], *self._support(k))
 
     def _measure(self, k: int, graph: Graph) -> None:
         """Decides by the first graph how many are kept: at least that of the last one."""
@@ -198,7 +264,7 @@ class Task:
             stack.enter_context(torch.set_grad_enabled(loop.differentiated))
             stack.enter_context(at_step(loop.model.module, max(k - 1, 0)))
             stack.enter_context(loop.model.of_pass(self._number, 2 * k + 1))
-            return Graph(loop, self.phi[k], x, y)
+            return Graph(loop, self._identity, k, self.phi[k], x, y)
 
     def adjoint(self, v: Tensors, v_of_step: Mapping[int, Tensors], sums: Sums) -> Tensors:
         """The cotangent of phi_0 from those of phi_K, v, and of phi_0 .. phi_{K-1}; one that is missing is zero.
@@ -210,7 +276,7 @@ class Task:
         for k in reversed(range(loop.steps)):
             if k < loop.first:
                 state = {}
-                v = _sum(v, v_of_step.get(k, {}))
+                v = _sum(_sum(v, v_of_step.get(k, {})), sums.of_steps.pop(k, {}))
                 continue
             graph = self._differentiated(k) if loop.second_order else None
             g = _detached(graph.g) if graph else self._g.get(k, {})
@@ -219,7 +285,7 @@ class Task:
             if graph:
                 outputs = [(graph.g[name], c) for name, c in v_g.items()]
                 v = _sum(v, graph.pulled(outputs, self._leaves, sums))
-            v = _sum(v, v_of_step.get(k, {}))
+            v = _sum(_sum(v, v_of_step.get(k, {})), sums.of_steps.pop(k, {}))
         loop.update.of_start(self.phi[0], state, sums)
         return v
 
@@ -237,14 +303,13 @@ class Task:
                 graph = self._graph(k)
         else:
             graph = self._graph(k)
-        before, now = self.losses[k], graph.value.detach()
-        if not same(now, before):
-            raise RuntimeError(
-                f"the model and the loss must return the same in a second call with the same arguments, got a support "
-                f"loss of {float(before)} in the first and {float(now)} in the second: graphs of inner steps that are "
-                "not kept are built again, so code must not depend on how often it has been called"
-            )
         graph.differentiate(create_graph=True)
+        if not same(graph.sign(), self._signs[k]):
+            raise RuntimeError(
+                f"the model and the loss must return the same in a second call with the same arguments, got another "
+                f"value or gradient in inner step {k}: graphs of inner steps that are not kept are built again, so "
+                "code must not depend on how often it has been called"
+            )
         return graph
 
 

@@ -22,11 +22,13 @@ class Leaf:
         tensor: the leaf.
         of: the tensor.
         part: a view of `of`, or of a tensor like it, whose place the leaf takes.
+        step: of a leaf that is itself phi_k of a task, the step k and the name of the parameter; None otherwise.
     """
 
     tensor: Tensor
     of: Tensor
     part: Callable[[Tensor], Tensor] = whole
+    step: tuple[int, str] | None = None
 
     @classmethod
     def of_itself(cls, t: Tensor) -> Leaf:
@@ -38,18 +40,32 @@ class Sums:
 
     Args:
         zero: leaves of tensors whose gradient is zero, not None, if nothing adds to it.
+
+    Attributes:
+        weight: of the task at hand, by which what is added is multiplied. Its own gradients do without, so that code
+            whose backward is not linear gets what it gets in a plain loop.
+        of_steps: what is added to phi_k of the task at hand, without weight; by k, by name.
     """
 
     def __init__(self, zero: Iterable[Leaf] = ()) -> None:
         self._tensors: dict[int, Tensor] = {}
         self._sums: dict[int, Tensor] = {}
         self._own: set[int] = set()  # whose memory nothing else uses
+        self.weight: float | Tensor = 1.0
+        self.of_steps: dict[int, dict[str, Tensor]] = {}
         for leaf in zero:
             self._whole(leaf)
 
     def add(self, leaf: Leaf, g: Tensor | None) -> None:
         if g is None:
             return
+        if leaf.step is not None:
+            k, name = leaf.step
+            so_far = self.of_steps.setdefault(k, {})
+            so_far[name] = so_far[name] + g if name in so_far else g
+            return
+        if not (isinstance(self.weight, float) and self.weight == 1):
+            g = self.weight * g
         t = leaf.of
         if leaf.part is not whole:
             leaf.part(self._whole(leaf)).add_(g)

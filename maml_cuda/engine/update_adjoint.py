@@ -89,7 +89,7 @@ class UpdateAdjoint:
         outputs += [(after[name][key], c) for name, part in v_state.items() for key, c in part.items()]
         places = [(name, key) for name, part in state.items() for key in part]
         inputs = [*phi.values(), *g.values(), *(state[name][key] for name, key in places)]
-        rest = iter(pulled(outputs, inputs, self.leaves, sums, self._read(new)))
+        rest = iter(pulled(outputs, inputs, self.leaves, sums, self._outside(new, inputs)))
         v = {name: c for name in phi if (c := next(rest)) is not None}
         v_g = {name: c for name in g if (c := next(rest)) is not None}
         before: dict[str, State] = {}
@@ -106,9 +106,13 @@ class UpdateAdjoint:
             outputs = [(state[name][key], c) for name, part in v_state.items() for key, c in part.items()]
             pulled(outputs, [], self.leaves, sums)
 
-    def _read(self, new: Tensors) -> list[Tensor]:
-        """Where to search for tensors that a transform reads from outside."""
-        return [new[name] for name in self.update.updates] if self.update.transform is not None else []
+    def _outside(self, new: Tensors, inputs: Sequence[Tensor]) -> list[Leaf]:
+        """What a transform reads from outside."""
+        if self.update.transform is None:
+            return []
+        known = {id(t) for t in inputs} | {id(leaf.tensor) for leaf in self.leaves}
+        found = graphs.leaves([new[name] for name in self.update.updates])
+        return [Leaf.of_itself(t) for t in found if id(t) not in known]
 
     def _of_gradient(self, name: str, c: Tensor, k: int) -> Tensor:
         alpha = self.update.updates[name].rate.at(k)
@@ -117,33 +121,28 @@ class UpdateAdjoint:
 
 def pulled(
     outputs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor], leaves: Sequence[Leaf], sums: Sums,
-    search: Sequence[Tensor] = (),
+    outside: Sequence[Leaf] = (),
 ) -> list[Tensor | None]:  # fmt: skip
     """The gradients of the sum of <output, cotangent> in the inputs; None for what does not reach it.
 
-    Those in the leaves are added to the sums. So are those in other leaf tensors on which the tensors `search` depend:
-    they are what the user's code reads from outside.
+    Those in the leaves are added to the sums.
+
+    Args:
+        outside: more leaves, which other graphs share.
     """
     outputs = [(o, c) for o, c in outputs if o.requires_grad]
     if not outputs:
         return [None] * len(inputs)
     values, cotangents = zip(*outputs, strict=True)
-    outside = foreign(search, inputs, leaves)
-    wanted = [*inputs, *(leaf.tensor for leaf in leaves), *outside]
+    wanted = [*inputs, *(leaf.tensor for leaf in (*leaves, *outside))]
     if not wanted:
         return []
-    with graphs.without_hooks(outside):
+    with graphs.without_hooks(leaf.tensor for leaf in outside):
         # What the user's code has computed from a tensor outside is needed by other steps and tasks.
         grads = torch.autograd.grad(values, wanted, cotangents, retain_graph=bool(outside), allow_unused=True)
-    for leaf, g in zip([*leaves, *map(Leaf.of_itself, outside)], grads[len(inputs) :], strict=True):
+    for leaf, g in zip([*leaves, *outside], grads[len(inputs) :], strict=True):
         sums.add(leaf, g)
     return list(grads[: len(inputs)])
-
-
-def foreign(values: Sequence[Tensor], inputs: Sequence[Tensor], leaves: Sequence[Leaf]) -> list[Tensor]:
-    """The leaf tensors on which the values depend and that are neither inputs nor in `leaves`."""
-    known = {id(t) for t in inputs} | {id(leaf.tensor) for leaf in leaves}
-    return [t for t in graphs.leaves(values) if id(t) not in known]
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -127,8 +127,11 @@ class Plain:
                 phi = {**phi, **{n: phi[n] - RATE * g for n, g in zip(names, grads, strict=True)}}
             value = self.loss(self.forward(phi, x_qry, (t, 2 * STEPS + 1)), y_qry)
             losses.append(value.detach())
-            grads = torch.autograd.grad(value, wanted, materialize_grads=True)
-            gradients = [so_far + g / TASKS for so_far, g in zip(gradients, grads, strict=True)]
+            made = [p for p in self.model.parameters() if id(p) not in self.names]  # in forward
+            grads = torch.autograd.grad(value, wanted + made, materialize_grads=True)
+            gradients = [so_far + g / TASKS for so_far, g in zip(gradients, grads, strict=False)]
+            for p, g in zip(made, grads[len(wanted) :], strict=True):
+                p.grad = g / TASKS if p.grad is None else p.grad + g / TASKS
         if self.backward:
             self.keep_buffers()
             for i, p in enumerate(own):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maml_cuda import FusedMAML, optim
+from maml_cuda import FusedMAML, optim, reference
 from maml_cuda.engine import graphs
 from tests import conftest
 
@@ -199,6 +199,91 @@ def test_a_transform_that_returns_something_else_the_second_time_is_refused():
     maml = FusedMAML(net(), 0.2, 2, backend="reference", inner_transform=transform)
     with pytest.raises(RuntimeError, match="inner_transform must return the same in a second call"):
         maml(*episode())
+
+
+class Keeps(nn.Module):
+    """Keeps a value of one inner step, with its graph, and reads it in a later one."""
+
+    def __init__(self, kept_at: int, read_at: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net, self.calls, self.kept_at, self.read_at = net(), 0, kept_at, read_at
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, self.calls = self.calls, self.calls + 1
+        if k == self.kept_at:
+            self.kept = self.net[0].weight.sum(0).tanh()
+        return self.net(x + self.kept if k in self.read_at else x)
+
+
+@pytest.mark.parametrize("kept_at", [0, 1])
+def test_a_value_that_forward_keeps_with_its_graph_for_a_later_step(kept_at):
+    """3 inner steps and a query pass of one task."""
+    data = [t[:1] for t in episode()]
+    model, plain_model = (Keeps(kept_at, (2, 3)) for _ in range(2))
+    expected = plain(plain_model, data, 3, list(plain_model.parameters()))
+    FusedMAML(model, 0.2, 3, backend="reference")(*data).loss.backward()
+    for p, g in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-11, atol=1e-14)
+
+
+def test_a_value_that_forward_keeps_for_another_task_is_refused():
+    maml = FusedMAML(Keeps(1, (5,)), 0.2, 3, backend="reference")
+    with pytest.raises(ValueError, match="must be read in later inner steps of the same task alone, got one of inner"):
+        maml(*episode())
+
+
+def test_a_kept_value_is_refused_where_graphs_are_built_again():
+    maml = FusedMAML(Keeps(1, (2, 3)), 0.2, 3, backend="reference", checkpoint="recompute")
+    with pytest.raises(RuntimeError, match="must return the same in a second call with the same arguments"):
+        maml(*[t[:1] for t in episode()])
+
+
+class HooksItsWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.net[0].weight.requires_grad:
+            self.net[0].weight.register_hook(lambda g: 2 * g)
+        return self.net(x)
+
+
+def test_a_hook_that_forward_registers_on_a_parameter_is_refused():
+    maml = FusedMAML(HooksItsWeight(), 0.2, 2, backend="reference")
+    with pytest.raises(ValueError, match=r"forward must register no hook on a parameter, got one on net\.0\.weight"):
+        maml(*episode())
+
+
+class Signs(torch.autograd.Function):
+    """A backward that is not linear."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        return g.clamp(-0.01, 0.01)
+
+
+class NotLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](Signs.apply(self.net[1](self.net[0](x))))
+
+
+def test_a_backward_that_is_not_linear(checkpoint):
+    """What is clamped is the gradient of one task's loss, without its weight."""
+    data, model = episode(), NotLinear()
+    _, expected = reference.meta_gradient(model, "cross_entropy", *data, 0.2, 2)
+    maml = FusedMAML(model, 0.2, 2, backend="reference", checkpoint=checkpoint)
+    maml(*data).loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-11, atol=1e-14)
 
 
 # -- tensors that forward reads from outside of the model ------------------------------------------------------
