@@ -6,6 +6,7 @@ own: the most of a few meta-steps. Results do not depend on how busy the machine
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
@@ -43,8 +44,12 @@ def measure(row: str, steps: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    if len(sys.argv) == 3:
-        print(*measure(sys.argv[1], int(sys.argv[2])))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.long_inner_loops", description=__doc__)
+    parser.add_argument("row", nargs="?", choices=tuple(ROWS), help="one measurement alone, in this process")
+    parser.add_argument("steps", nargs="?", type=int, help="its number of inner steps")
+    arguments = parser.parse_args()
+    if arguments.row:
+        print(*measure(arguments.row, arguments.steps))
         return
     print("| MB | " + " | ".join(f"estimate, K = {k} | resident, K = {k}" for k in STEPS) + " |")
     print("| --- |" + " ---: |" * 2 * len(STEPS))
