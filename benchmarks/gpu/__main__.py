@@ -64,12 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
     from .parts import perform
 
     options = parse(arguments)
-    run = Run(options)
-    try:
-        with emulation() if options.emulated else nullcontext():
+    with emulation() if options.emulated else nullcontext():  # the emulation is built before the time starts
+        run = Run(options)
+        try:
             perform(run)
-    finally:
-        run.close()
+        finally:
+            run.close()
     print(markdown(run.record))
     for path in run.files():
         print(f"written: {path}")
