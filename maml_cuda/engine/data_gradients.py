@@ -52,8 +52,6 @@ def why_not(maml: Settings, program: Program, of: tuple[str, ...], *sets: SetLik
     weighted = program.match is not None and program.match.weighted
     if any(name[0] == "y" for name in of) and (weighted or program.plan.loss not in ("mse", "computed")):
         return f"gradients of targets are fused for losses of x and y, not for {program.plan.loss}"
-    if program.plan.backend != "cpu":
-        return "gradients of data are fused on a CPU"
     for given in sets:
         key = of, given
         if key not in program.data_proofs:

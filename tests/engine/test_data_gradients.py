@@ -19,13 +19,6 @@ LOSSES = {"mse": mse, "cross_entropy": F.cross_entropy}
 ALL = (0, 1, 2, 3)
 
 
-@pytest.fixture
-def machine(machine: str) -> str:
-    if machine != "cpu":
-        pytest.skip("gradients of data are fused on a CPU alone")
-    return machine
-
-
 def check(
     model: nn.Module, loss: Any, data: list[Any], learned: tuple[int, ...] = ALL, function: Any = None,
     per_step: bool = True, task_weights: Tensor | None = None, backend: str = "fused", oracle: Any = None,
@@ -74,6 +67,53 @@ def test_some_of_the_data(machine, learned):
 def test_a_convolutional_network(machine, per_step):
     """The first layer gives the images a gradient, and their statistics are no constants."""
     check(conv_net(), "cross_entropy", sets((2, 6, 6), None, steps=2, tasks=2), (0, 2), per_step=per_step)
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0].mean(1)[:, :2] + x.amax(1)[:, :2]
+
+
+class Recurs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(4, 2, batch_first=True).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gru(x)[0][:, -1]
+
+
+def on_images(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(2)).double()
+
+
+FIRST = {  # what reads the data: a model, and the shape of a sample
+    "batch_norm": (lambda: nn.Sequential(nn.BatchNorm1d(3), mlp(3, 7, 2)).double(), (3,)),
+    "layer_norm": (lambda: nn.Sequential(nn.LayerNorm(3), mlp(3, 7, 2)).double(), (3,)),
+    "running_norm": (lambda: nn.Sequential(nn.BatchNorm1d(3).eval(), mlp(3, 7, 2)).double(), (3,)),
+    "pointwise": (lambda: nn.Sequential(nn.Softplus(), mlp(3, 7, 2)).double(), (3,)),
+    "max_pool": (lambda: on_images(nn.MaxPool2d(3, 2), nn.Conv2d(2, 3, 2), nn.Tanh()), (2, 6, 5)),
+    "avg_pool": (lambda: on_images(nn.AvgPool2d(2), nn.GroupNorm(2, 2), nn.Conv2d(2, 3, 2), nn.Tanh()), (2, 5, 6)),
+    "depthwise": (lambda: on_images(nn.Conv2d(4, 4, 3, groups=4), nn.Tanh()), (4, 5, 5)),
+    "strided": (lambda: on_images(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.SiLU()), (3, 6, 5)),
+    "attention": (Attends, (3, 4)),
+    "recurrence": (Recurs, (3, 4)),
+}
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_layers_that_read_the_data(machine, first):
+    make, sample = FIRST[first]
+    model, data = make(), sets(sample, (2,), steps=2, tasks=2)
+    with torch.no_grad():
+        model(data[2][0])
+    if first == "running_norm":
+        model[0].num_batches_tracked += 1
+    check(model, "mse", data, per_step=False)
 
 
 def test_values_of_data_alone(machine):
