@@ -184,9 +184,7 @@ class Binder:
         if program is not None and differentiated:
             sets = [given for given in (support, query) if given is not None]
             likes = [_like(given, maml.loss) for given in sets]
-            if any(given.weights is not None for given in sets):
-                why_not = "gradients of data are fused without weights of samples"
-            if why_not := why_not or data_gradients.why_not(maml, program, differentiated, *likes):
+            if why_not := data_gradients.why_not(maml, program, differentiated, *likes):
                 program = None
         if why_not:
             self.fall_back(maml, why_not)

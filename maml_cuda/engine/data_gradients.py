@@ -47,8 +47,10 @@ def why_not(maml: Settings, program: Program, of: tuple[str, ...], *sets: SetLik
 
     sets: as the signature has them.
     """
-    if maml._options.meta_gradient.kind not in PLAIN or not _is_plain(maml):
-        return "gradients of data are fused for plain inner steps"
+    if maml._options.meta_gradient.kind not in PLAIN:
+        return f'gradients of data are fused for other meta-gradients than "{maml._options.meta_gradient.kind}"'
+    if maml.inner_transform is not None:
+        return "gradients of data are fused without inner_transform"
     weighted = program.match is not None and program.match.weighted
     if any(name[0] == "y" for name in of) and (weighted or program.plan.loss not in ("mse", "computed")):
         return f"gradients of targets are fused for losses of x and y, not for {program.plan.loss}"
@@ -61,16 +63,11 @@ def why_not(maml: Settings, program: Program, of: tuple[str, ...], *sets: SetLik
     return ""
 
 
-def _is_plain(maml: Settings) -> bool:
-    given = maml.inner_optimizer, maml.inner_clip_norm, maml.inner_clip_value, maml.inner_transform
-    return all(each is None for each in given)
-
-
 def _disproof(maml: Settings, program: Program, of: tuple[str, ...], given: SetLike) -> str:
     plan = replace(program.plan.of_one_step(), backend="cpu", precision="float32", data_gradient=of, rate_tensors=())
     update = descent(Hyperparameter(data_proof.RATE, None, False, False))
     parameters = tuple(replace(p, update=update if p.role == "adapted" else None) for p in plan.parameters)
-    text = replace(plan, parameters=parameters, per_step_support=False).text
+    text = replace(plan, parameters=parameters, clip_norm=None, clip_value=None, per_step_support=False).text
 
     def results(fast: Mapping[str, Tensor], data: Mapping[str, Any]) -> dict[str, Tensor]:
         own = [t[0] for t in program.own({n: t.unsqueeze(0) for n, t in fast.items()}, 1, 0)]

@@ -178,7 +178,8 @@ def _computed(
             maml.first_order, weights, query_steps, program.seed(seed),
         )  # fmt: skip
         problem = meta_problem(
-            program.data_text(of_data), support_x, query_x, maml.inner_steps, maml.first_order, True, query_steps
+            program.data_text(of_data), support_x, query_x, maml.inner_steps, maml.first_order, True, query_steps,
+            in_support.weights is not None,
         )  # fmt: skip
         learned = data_gradients.split(problem, raw, tensors_of_data, task_weights, weights, query_steps)
     else:

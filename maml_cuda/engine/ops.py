@@ -74,13 +74,24 @@ def _meta_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     weighted = padding.is_weighted(y_spt)
     problem = meta_problem(plan, x_spt, x_qry, steps, first_order, gradient, query_steps, weighted)
+    return _run_meta_step(
+        problem, parameters, rates, x_spt, y_spt, x_qry, y_qry, task_weights, plan, steps, gradient, query_weights, seed
+    )  # fmt: skip
+
+
+def _run_meta_step(
+    problem: Problem, parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: TargetList, x_qry: Tensor,
+    y_qry: TargetList, task_weights: Tensor | None, plan: str, steps: int, gradient: bool,
+    query_weights: Tensor | None, seed: Tensor | None, data: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     support, query = problem.support("y_spt", x_spt, y_spt), problem.data("y_qry", x_qry, y_qry)
-    counted = padding.counts(y_qry) if weighted else None
+    counted = padding.counts(y_qry) if padding.is_weighted(y_spt) else None
     counts = {**padding.of_support(problem, y_spt), **padding.of_query(problem, counted)}
     slopes = padding.slopes(y_spt, plan) if gradient else 0
     outputs = meta_step(
-        problem, parameters, rates, support, query, task_weights, query_weights, steps, gradient, seed, slopes, **counts
-    )
+        problem, parameters, rates, support, query, task_weights, query_weights, steps, gradient, seed, slopes, data,
+        **counts,
+    )  # fmt: skip
     if counted is not None:
         padding.blank(outputs[2], counted)
     return outputs
@@ -145,11 +156,12 @@ def _meta_gradient_of_data(
     query_weights: Tensor | None = None, query_steps: Sequence[int] = (), seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op meta_gradient, with the gradients of data that data_gradients.py splits."""
-    problem = meta_problem(plan, x_spt, x_qry, steps, first_order, True, query_steps)
-    support, query = problem.support("y_spt", x_spt, y_spt), problem.data("y_qry", x_qry, y_qry)
+    weighted = padding.is_weighted(y_spt)
+    problem = meta_problem(plan, x_spt, x_qry, steps, first_order, True, query_steps, weighted)
     data = x_qry.new_zeros((len(x_qry), problem.core.data_places[-1]))
-    outputs = meta_step(
-        problem, parameters, rates, support, query, task_weights, query_weights, steps, True, seed, data=data
+    outputs = _run_meta_step(
+        problem, parameters, rates, x_spt, y_spt, x_qry, y_qry, task_weights, plan, steps, True, query_weights, seed,
+        data=data,
     )  # fmt: skip
     return *outputs, data
 
@@ -159,7 +171,8 @@ def _meta_gradient_of_data_fake(
     y_qry: TargetList, task_weights: Tensor | None, plan: str, steps: int, first_order: bool,
     query_weights: Tensor | None = None, query_steps: Sequence[int] = (), seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    outputs = _meta_outputs(x_qry, x_qry.shape[0], features(plan, x_qry), steps, plan_of(plan).gradient_size)
+    gradient_size = plan_of(plan).gradient_size + padding.slopes(y_spt, plan)
+    outputs = _meta_outputs(x_qry, x_qry.shape[0], features(plan, x_qry), steps, gradient_size)
     sample, n = tuple(int(d) for d in x_spt.shape[2:]), (int(x_spt.shape[1]), int(x_qry.shape[1]))
     problem = problem_of(
         plan, "meta_gradient", sample, *n, steps, first_order, is_double(x_spt), tuple(query_steps)
