@@ -1,16 +1,25 @@
 """`python -m benchmarks.long_inner_loops`: memory of one task of Omniglot with many inner steps.
 
-For each `checkpoint` and each `meta_gradient`, what memory_estimate says, and what becomes resident in a process of its
-own: the most of a few meta-steps. Results do not depend on how busy the machine is.
+For each `checkpoint` and each `meta_gradient`, in MB: what memory_estimate says, and what a meta-step adds to the
+resident memory of a process of its own. Results do not depend on how busy the machine is.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-STEPS = (100, 1000)
+import torch
+
+from maml_cuda import FusedMAML
+from maml_cuda.train.models import conv4
+
+from .markdown import markdown_table
+from .memory import peak_bytes
+
+STEPS = (5, 100, 1000)
 ROWS: dict[str, dict[str, object]] = {
     "`checkpoint=None`": {},
     '`checkpoint="recompute"`': {"checkpoint": "recompute"},
@@ -22,44 +31,44 @@ ROWS: dict[str, dict[str, object]] = {
 }
 
 
-def measure(row: str, steps: int) -> tuple[int, int]:
-    """Bytes: the estimate, and what became resident."""
-    import torch
-
-    from benchmarks.memory import peak_bytes
-    from maml_cuda import FusedMAML
-    from maml_cuda.train.models import conv4
-
+def measure(row: str, steps: int) -> tuple[int, int | None]:
+    """Bytes: the estimate, and what became resident (None where the system does not report it)."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     data = [t for _ in range(2) for t in (torch.randn(1, 5, 1, 28, 28), torch.arange(5)[None])]
-    maml = FusedMAML(conv4(5, 64), 0.01, steps, backend="fused", **ROWS[row])  # type: ignore[arg-type]
-    few = FusedMAML(maml.model, 0.01, 1, backend="fused")
-    few(*data).loss.backward()  # what torch and the core take once
+    options: Any = dict(ROWS[row])
+    if options.get("meta_gradient") == "truncated":
+        options["truncate"] = min(options["truncate"], steps)
+    maml = FusedMAML(conv4(5, 64), 0.01, steps, backend="fused", **options)
+    FusedMAML(maml.model, 0.01, 1, backend="fused").backward(*data)  # what torch and the core take once
+    maml.zero_grad()
+    return maml.memory_estimate(data[0], data[2]), peak_bytes(lambda: maml.backward(*data))
 
-    def step() -> None:
-        maml(*data).loss.backward()
 
-    return maml.memory_estimate(data[0], data[2]), peak_bytes(step)
+def table(rows: Sequence[str], steps: Sequence[int]) -> Iterator[str]:
+    """The lines of the table. Each measurement has a process of its own, forked from one that has imported torch."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "maml_cuda.train.models", "benchmarks.memory"])
+
+    def cells(row: str, pool: Any) -> Iterator[str]:
+        yield row
+        for count in steps:
+            estimate, resident = pool.apply(measure, (row, count))
+            yield f"{estimate / 1e6:.1f}" + ("" if resident is None else f" / {resident / 1e6:.1f}")
+
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        columns = ["estimate / resident", *(f"K = {count}" for count in steps)]
+        yield from markdown_table(columns, (list(cells(row, pool)) for row in rows))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.long_inner_loops", description=__doc__)
-    parser.add_argument("row", nargs="?", choices=tuple(ROWS), help="one measurement alone, in this process")
-    parser.add_argument("steps", nargs="?", type=int, help="its number of inner steps")
-    arguments = parser.parse_args()
-    if arguments.row:
-        print(*measure(arguments.row, arguments.steps))
-        return
-    print("| MB | " + " | ".join(f"estimate, K = {k} | resident, K = {k}" for k in STEPS) + " |")
-    print("| --- |" + " ---: |" * 2 * len(STEPS))
-    for row in ROWS:
-        cells = []
-        for steps in STEPS:
-            command = [sys.executable, "-m", "benchmarks.long_inner_loops", row, str(steps)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            cells += [f"{int(bytes_) / 1e6:.1f}" for bytes_ in done.stdout.split()]
-        print(f"| {row} | {' | '.join(cells)} |", flush=True)
+    parser.add_argument("--steps", nargs="+", type=int, default=STEPS, help="inner steps (default: 5 100 1000)")
+    options = parser.parse_args(arguments)
+    if min(options.steps) < 1:
+        parser.error(f"--steps must be at least 1, got {min(options.steps)}")
+    for line in table(list(ROWS), options.steps):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 import maml_cuda
 from maml_cuda.train.provenance import commit, cpu_name
 
-LIBRARIES = ("learn2learn", "higher", "torchopt", "jax")
+LIBRARIES = ("learn2learn", "higher", "torchopt", "jax", "parallel-metalearn")
 
 
 def machine() -> dict[str, Any]:

@@ -48,8 +48,9 @@ def fused_step(
     backend: str, through_autograd: bool, workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool
 ) -> Step:
     maml = FusedMAML(
-        model, workload.inner_lr, workload.inner_steps, loss=workload.loss, first_order=first_order, backend=backend
-    )
+        model, workload.inner_lr, workload.inner_steps, loss=workload.loss, first_order=first_order, backend=backend,
+        inner_optimizer=workload.inner_optimizer, inner_clip_norm=workload.inner_clip_norm,
+    )  # fmt: skip
     parameters = list(model.parameters())  # listed once: iterating over modules takes as long as a small meta-step
 
     def step() -> None:

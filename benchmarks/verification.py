@@ -29,6 +29,8 @@ def reference_gradient(workload: Workload, model: nn.Module, tasks: Tasks, first
         workload.inner_lr,
         workload.inner_steps,
         first_order=first_order,
+        inner_optimizer=workload.inner_optimizer,
+        inner_clip_norm=workload.inner_clip_norm,
     )
     return grads
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maml_cuda import optim
+
 from .modern_nets import Burgers, MobileNet, Siren, Transformer, UNet, ViT
 
 
@@ -47,6 +49,7 @@ class Workload:
     Attributes:
         draw: `draw(tasks, seed)(n)` returns x and y of a support or query set with n samples per task.
         support, query: samples per task.
+        inner_optimizer, inner_clip_norm: as of FusedMAML. The baselines of inner_optimizer_steps.py know them.
         float32_tolerance: the relative error of a float32 meta-gradient that only a wrong computation exceeds.
     """
 
@@ -61,6 +64,8 @@ class Workload:
     inner_lr: float
     float32_tolerance: float = 1e-4
     seed: int = 1
+    inner_optimizer: optim.SGD | optim.Adam | None = None
+    inner_clip_norm: float | None = None
 
     def build(self) -> tuple[nn.Module, Tasks]:
         """The float32 model in train mode, and its meta-batch. Every call returns the same numbers."""
