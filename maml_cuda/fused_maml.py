@@ -266,10 +266,11 @@ class FusedMAML(nn.Module):
 
     def memory_estimate(self, x_spt: Tree, x_qry: Tree) -> int:
         """Bytes of workspace that a meta-step on such data takes, beside its arguments and results; on a CPU, with as
-        many threads as torch has now.
+        many threads as torch has now. The gradients of x that requires grad count, of a support set one for each inner
+        step.
 
         Args:
-            x_spt, x_qry: as for a call; only their shapes, dtype and device count.
+            x_spt, x_qry: as for a call; only their shapes, dtype and device count, and whether they require grad.
 
         Raises:
             ValueError: the model runs on the general path, whose memory cannot be estimated.

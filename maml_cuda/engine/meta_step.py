@@ -97,26 +97,31 @@ def check_settings(maml: Settings) -> None:
     meta_gradients.check(how, maml.first_order, maml._query_weights.values, learned, others, per_step)
 
 
-def program_of(maml: Settings, x_spt: Tree, x_qry: Tree) -> Program | None:
-    """The program that runs a meta-step on such x, whose sets are in order; None where there is none."""
+def program_of(maml: Settings, x_spt: Tree, x_qry: Tree, of_data: tuple[str, ...] = ()) -> Program | None:
+    """The program that runs a meta-step on such x, whose sets are in order; None where there is none.
+
+    of_data: the names of those whose gradients are asked for.
+    """
     binding = maml._binding()
     sets = support_sets.count(maml, maml.inner_steps)
     support_sets.read_in_order(maml, binding, sets, x_spt)
     read(maml, binding, "x_qry", x_qry)
     data_checks.same_tasks(x_spt, x_qry, sets)
-    return maml._binder.program(maml, binding, Set("x_spt", x_spt), Set("x_qry", x_qry))
+    return maml._binder.program(maml, binding, Set("x_spt", x_spt), Set("x_qry", x_qry), of_data=of_data)
 
 
 def memory_estimate(maml: Settings, x_spt: Tree, x_qry: Tree) -> int:
     x_spt, _, _ = support_sets.in_order(maml, Seed(0), maml.inner_steps, x_spt)
-    program = program_of(maml, x_spt, x_qry)
+    of_data = data_gradients.names(x_spt, (), x_qry, ())
+    program = program_of(maml, x_spt, x_qry, of_data)
     if program is None:
         raise ValueError("memory_estimate must have a fused model, got one on the general path (reference)")
     x_spt, x_qry = program.values(x_spt), program.values(x_qry)
-    problem = meta_problem(
-        program.text, x_spt, x_qry, maml.inner_steps, maml.first_order, True, maml._query_weights.steps
-    )
-    return problem.workspace_bytes(x_spt, len(x_qry))
+    of_data = data_gradients.reached(maml, of_data)
+    text = program.data_text(of_data) if of_data else program.text
+    problem = meta_problem(text, x_spt, x_qry, maml.inner_steps, maml.first_order, True, maml._query_weights.steps)
+    gradients = len(x_qry) * problem.core.data_places[-1] * x_qry.element_size() if of_data else 0
+    return problem.workspace_bytes(x_spt, len(x_qry)) + gradients
 
 
 def _computed(

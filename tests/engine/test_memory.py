@@ -74,6 +74,22 @@ def test_a_step_more_takes_one_parameter_vector_more():
     assert taken(9) - taken(8) > 2 * vector
 
 
+@pytest.mark.usefixtures("machine")
+def test_gradients_of_data_count():
+    x_spt, _, x_qry, _ = episode(conv, tasks=3)
+    learned_spt, learned_qry = (x.clone().requires_grad_() for x in (x_spt, x_qry))
+
+    def taken(steps: int, *x: Tensor, **options: object) -> int:
+        return FusedMAML(conv(), 0.1, steps, backend="fused", checkpoint="recompute", **options).memory_estimate(*x)
+
+    plain = taken(5, x_spt, x_qry) - taken(4, x_spt, x_qry)
+    learned = taken(5, learned_spt, learned_qry) - taken(4, learned_spt, learned_qry)
+    assert learned - plain == 8 * x_spt.numel()  # a copy for each inner step
+    assert taken(4, learned_spt, learned_qry) == taken(4, x_spt, learned_qry) + 4 * 8 * x_spt.numel()
+    constant = taken(4, learned_spt, x_qry, first_order=True)  # has no gradient of the support set
+    assert constant == taken(4, x_spt, x_qry, first_order=True)
+
+
 def test_many_tasks_take_what_some_do():
     x_spt, _, x_qry, _ = episode(conv, tasks=1)
     maml = FusedMAML(conv(), 0.1, 3, backend="fused")
