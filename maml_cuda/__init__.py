@@ -23,6 +23,8 @@ from maml_cuda.lazy_imports import lazily
 if TYPE_CHECKING:
     from maml_cuda import optim, policies, reference
     from maml_cuda.batch_norm import PerStepBatchNorm1d, PerStepBatchNorm2d, at_step, convert_per_step
+    from maml_cuda.diagnosis.doctoring import doctor
+    from maml_cuda.diagnosis.report import Diagnosis
     from maml_cuda.fused_maml import FusedMAML, MetaOutput
     from maml_cuda.gradient_check import gradcheck
     from maml_cuda.targets import PolicyTarget
@@ -30,6 +32,7 @@ else:
     __getattr__ = lazily(
         __name__,
         {
+            "Diagnosis": "diagnosis.report",
             "FusedMAML": "fused_maml",
             "MetaOutput": "fused_maml",
             "PerStepBatchNorm1d": "batch_norm",
@@ -37,6 +40,7 @@ else:
             "PolicyTarget": "targets",
             "at_step": "batch_norm",
             "convert_per_step": "batch_norm",
+            "doctor": "diagnosis.doctoring",
             "gradcheck": "gradient_check",
         },
     )
@@ -44,6 +48,7 @@ else:
 __version__ = _core.version
 
 __all__ = [
+    "Diagnosis",
     "FusedMAML",
     "MetaOutput",
     "PerStepBatchNorm1d",
@@ -52,6 +57,7 @@ __all__ = [
     "at_step",
     "build_info",
     "convert_per_step",
+    "doctor",
     "gradcheck",
     "optim",
     "policies",
