@@ -261,8 +261,9 @@ def _on_the_general_path(
     maml: Settings, x_spt: Tree, y_spt: Target, x_qry: Tree, y_qry: Target, task_weights: Tensor | None, seed: Seed,
     sets: int,
 ) -> tuple[MetaOutput, Gradient | None]:  # fmt: skip
+    wanted = [*maml.parameters(), *(t for _, t in inner_tensors(maml))]  # which need not be parameters
     loss, task_losses, predictions, support_losses, reached = fallback.meta_step(
-        maml.model, maml.loss, inner_update(maml), list(maml.parameters()), x_spt, y_spt, x_qry, y_qry,
+        maml.model, maml.loss, inner_update(maml), wanted, x_spt, y_spt, x_qry, y_qry,
         maml.inner_steps, maml.first_order, task_weights, maml._query_weights.values, seed,
         maml._options.meta_gradient, sets, maml._options.recompute,
     )  # fmt: skip

@@ -394,3 +394,16 @@ def test_adapt_refuses_parameters_that_have_changed_since(checkpoint):
         next(model.parameters()).add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         sum(p.sum() for p in fast.values()).backward()
+
+
+def test_rates_and_states_with_a_graph_that_are_no_parameters():
+    """As on fused layers, what they are computed from receives its gradient."""
+    data, found = episode(), []
+    for backend in ("fused", "reference"):
+        rate, momentum, buffer = (torch.full((), v, dtype=torch.float64, requires_grad=True) for v in (0.2, 0.7, 0.1))
+        model = net()
+        sgd = optim.SGD(momentum=momentum, state={"2.bias": {"momentum_buffer": buffer * torch.arange(4.0).double()}})
+        FusedMAML(model, rate.exp() / 9, 2, inner_optimizer=sgd, backend=backend).backward(*data)
+        found.append([rate.grad, momentum.grad, buffer.grad])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-13)
+    assert min(g.abs().item() for g in found[1]) > 1e-6
