@@ -29,6 +29,11 @@
 // sigma_{k+1} to the cotangent of phi_k itself, to sigma_k, and to gamma_k, the cotangent of g_k. v_k is the
 // first of them plus H_k gamma_k. So the direction of the product is -gamma_k, of descent alpha_k v_{k+1}.
 //
+// Transforms of the gradient (Meta-Curvature: Park, Oliva 2019): the update takes P g_k in place of g_k, with
+// P = P_F ... P_1 a product of linear maps of each parameter (FactorForm). So gamma_k goes through the
+// transposes, from the last to the first, and the gradient of P_f is the outer product of the cotangent of
+// what it gives with what it is given. P g_k is computed again on the way back.
+//
 // Multi-step loss (Antoniou, Edwards, Storkey 2019, equation 4): the query loss is sum_k w_k L_q(phi_k). Then
 // v_K = w_K grad L_q(phi_K), and w_k grad L_q(phi_k) is added to each earlier v_k.
 // Per-step parameters: a parameter with slots has one value per inner step. The support pass at phi_k and the
@@ -278,6 +283,10 @@ concept GivesSlopes =
 ///                                                            before it; out = -gamma
 ///   clip_adjoint(updates, g, clip, out)                      out: from that of the clipped g to that of g
 ///   start_gradients(updates, sigma, result)                  adds to the gradients of initial states
+///   transform(updates, f, transposed, x, y)                  y = P_f x, or its transpose
+///   factor_gradients(updates, f, x, out, result)             adds to the gradient of P_f: with its input x
+///   and
+///                                                            out = -gamma of what it gives
 /// and always
 ///   pull(size, strength, phi, theta, g)                      g += strength (phi - theta)
 ///   conjugate_step(step, product, p, r, x, norm)             from product = H p; true: all tasks are solved
@@ -307,6 +316,7 @@ class TaskRunner {
     states_ = take(p_.kept_states() * p_.state_size());
     sigma_ = take(p_.has_update_adjoint() ? p_.state_size() : 0);
     clips_ = take(p_.kept_clips() * whole_lines(kClipNumbers));
+    transformed_ = take(p_.factors * p_.packing.adapted);
     residual_ = take(p_.is_implicit() ? p_.packing.adapted : 0);
     norm_ = take(p_.is_implicit() ? whole_lines(1) : 0);
   }
@@ -502,8 +512,33 @@ class TaskRunner {
     if (!p_.has_optimizer()) return backend_.descend(p_.rates_of(k), phi(k), g(k), phi(k + 1));
     const std::vector<UpdateSlice>& updates = p_.updates_of(k);
     if (k == 0) backend_.start(updates, state(0));
-    if (p_.clips_by_norm()) backend_.clip(updates, g(k), clip(k));
-    backend_.update(updates, before(k), phi(k + 1), k + 1 < p_.steps ? state(k + 1) : nullptr);
+    const T* g = transformed(k);
+    if (p_.clips_by_norm()) backend_.clip(updates, g, clip(k));
+    backend_.update(updates, before(k, g), phi(k + 1), k + 1 < p_.steps ? state(k + 1) : nullptr);
+  }
+
+  /// P g_k.
+  const T* transformed(int k) {
+    const T* x = g(k);
+    for (int f = 0; f < p_.factors; ++f) {
+      backend_.transform(p_.updates_of(k), f, false, x, transformed_by(f));
+      x = transformed_by(f);
+    }
+    return x;
+  }
+  T* transformed_by(int f) const { return transformed_ + f * p_.packing.adapted; }
+
+  /// From -gamma of P g_k, in `direction_`, to that of g_k; adds to the gradients of P. What P_f has given is
+  /// not needed any more when its transpose takes the place.
+  const T* transform_adjoint(int k, T* v) {
+    const T* out = direction_;
+    for (int f = p_.factors - 1; f >= 0; --f) {
+      const T* x = f > 0 ? transformed_by(f - 1) : g(k);
+      if (p_.learns_factors) backend_.factor_gradients(p_.updates_of(k), f, x, out, v);
+      backend_.transform(p_.updates_of(k), f, true, out, transformed_by(f));
+      out = transformed_by(f);
+    }
+    return out;
   }
 
   /// Before the way back comes to inner step k, the last of a segment: computes what was kept of the
@@ -516,18 +551,22 @@ class TaskRunner {
     }
     if (!p_.keeps_gradients()) return;
     support_gradient(k, false, nullptr, g(k));
-    if (p_.clips_by_norm()) backend_.clip(p_.updates_of(k), g(k), clip(k));
+    if (p_.clips_by_norm()) backend_.clip(p_.updates_of(k), transformed(k), clip(k));
   }
 
   /// From v_{k+1} and sigma_{k+1} to v_k and sigma_k; adds to the gradients of hyperparameters.
   void update_adjoint(int k, T* v) {
     const std::vector<UpdateSlice>& updates = p_.updates_of(k);
-    if (p_.learns_rates()) backend_.hyper_gradients(updates, before(k), v, sigma_, v);
-    backend_.update_adjoint(updates, before(k), v, sigma_, p_.second_order() ? direction_ : nullptr);
+    const bool has_direction = p_.second_order() || p_.learns_factors;
+    const T* g = transformed(k);
+    if (p_.learns_rates()) backend_.hyper_gradients(updates, before(k, g), v, sigma_, v);
+    backend_.update_adjoint(updates, before(k, g), v, sigma_, has_direction ? direction_ : nullptr);
     if (k == 0 && p_.learns_rates()) backend_.start_gradients(updates, sigma_, v);
+    if (!has_direction) return;
+    if (p_.clips_by_norm()) backend_.clip_adjoint(updates, g, clip(k), direction_);
+    const T* direction = transform_adjoint(k, v);
     if (!p_.second_order()) return;
-    if (p_.clips_by_norm()) backend_.clip_adjoint(updates, g(k), clip(k), direction_);
-    hessian_vector_product(k, direction_, product_);
+    hessian_vector_product(k, direction, product_);
     backend_.retreat(p_.packing.trainable, product_, v, p_.rates_of(k), nullptr);
   }
 
@@ -659,8 +698,8 @@ class TaskRunner {
   }
   T* state(int k) const { return states_ + p_.state_place(k) * p_.state_size(); }
   T* clip(int k) const { return clips_ + p_.state_place(k) * whole_lines(kClipNumbers); }
-  BeforeStep<T> before(int k) const {
-    return {k, phi(k), g(k), state(k), p_.clips_by_norm() ? clip(k) : nullptr};
+  BeforeStep<T> before(int k, const T* g) const {
+    return {k, phi(k), g, state(k), p_.clips_by_norm() ? clip(k) : nullptr};
   }
   T* phi(int k) const {  // phi_0 is theta, which is never written
     if (k == 0) return const_cast<T*>(task_.theta);
@@ -747,7 +786,7 @@ class TaskRunner {
   const Problem& p_;
   Task<T> task_;
   T *fixed_, *steps_, *query_, *shared_, *scratch_, *phi_, *g_, *direction_, *product_, *loss_;
-  T *states_, *sigma_, *clips_;
+  T *states_, *sigma_, *clips_, *transformed_;
   T *residual_, *norm_;
 };
 

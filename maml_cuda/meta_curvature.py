@@ -46,18 +46,24 @@ class MetaCurvature(nn.Module):
         Raises:
             ValueError: an adapted parameter is not among `names`.
         """
-        if unknown := [name for name in grads if name not in self.names]:
-            raise ValueError(f"MetaCurvature must have been made for {', '.join(unknown)}, got other names")
-        return {name: self._of(name, g) for name, g in grads.items()}
+        self.check(grads)
+        return {name: self._transformed(name, g) for name, g in grads.items()}
 
-    def _of(self, name: str, g: Tensor) -> Tensor:
+    def check(self, names: Iterable[str]) -> None:
+        """Raises ValueError where one is not among `self.names`."""
+        if unknown := [name for name in names if name not in self.names]:
+            raise ValueError(f"MetaCurvature must have been made for {', '.join(unknown)}, got other names")
+
+    def of(self, name: str) -> list[Tensor]:
+        """The vector or the matrices of a parameter, one for each axis."""
+        return [t for key, t in self.factors.items() if key.rpartition(".")[0] == name and isinstance(t, Tensor)]
+
+    def _transformed(self, name: str, g: Tensor) -> Tensor:
+        factors = [t.to(g.dtype) for t in self.of(name)]
         if g.dim() < 2:
-            factor = self.factors[f"{name}.0"]
-            return factor * g
+            return factors[0] * g
         result = _as_matrices(g)
-        for axis in range(result.dim()):
-            matrix = self.factors[f"{name}.{axis}"]
-            assert isinstance(matrix, Tensor)
+        for axis, matrix in enumerate(factors):
             result = torch.tensordot(matrix, result, ([1], [axis])).movedim(0, axis)
         return result.reshape(g.shape)
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from maml_cuda.adapted_parameters import as_pickled
+from maml_cuda.gradient_scale import Mask, Scale, Sign
 from maml_cuda.gradient_transforms import GradientTransform, transform_of
 from maml_cuda.meta_curvature import MetaCurvature
 from maml_cuda.rates import Held, InnerRates, Rate, Value, hold, read_rates, tensors
@@ -36,8 +37,11 @@ __all__ = [
     "Adamax",
     "Groups",
     "InnerUpdate",
+    "Mask",
     "MetaCurvature",
     "RMSprop",
+    "Scale",
+    "Sign",
     "Update",
     "clip",
     "root",

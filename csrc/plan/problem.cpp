@@ -141,6 +141,13 @@ void Problem::slice_updates() {
         slice.learns |= slice.hyper[h].grad_at != kNowhere;
       }
       for (int j = 0; j < kMostStates; ++j) slice.start[j] = source(updates[i].start[j], slice.size, 0);
+      slice.factors = updates[i].factors;
+      for (int f = 0; f < slice.factors; ++f) {
+        slice.factor[f] = source(updates[i].factor[f], slice.size, 0);
+        slice.factor_form[f] = updates[i].factor_form[f];
+        learns_factors |= slice.factor[f].grad_at != kNowhere;
+      }
+      factors = std::max(factors, slice.factors);
       update_slices[k].push_back(slice);
     }
   }
@@ -180,7 +187,8 @@ int64_t Problem::task_size() const {
          kept_parameters() * packing.adapted + kept_gradients() * packing.adapted + packing.adapted +
          packing.trainable + whole_lines(weighs_queries() ? 1 : 0) +
          (kept_states() + (has_update_adjoint() ? 1 : 0)) * state_size() +
-         kept_clips() * whole_lines(kClipNumbers) + (is_implicit() ? packing.adapted + whole_lines(1) : 0);
+         kept_clips() * whole_lines(kClipNumbers) + factors * packing.adapted +
+         (is_implicit() ? packing.adapted + whole_lines(1) : 0);
 }
 
 }  // namespace maml

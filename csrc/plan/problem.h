@@ -97,6 +97,8 @@ struct Problem {
   std::vector<std::vector<RateSlice>> slices;  // for each inner step; later steps use the last
   // The same with all of the optimizer; none where every update is phi -= rate g, which `slices` serve.
   std::vector<std::vector<UpdateSlice>> update_slices;
+  int factors = 0;  // of the transform of the gradient: the most of a parameter
+  bool learns_factors = false;
   int64_t work = 0;  // approximate multiply-adds of one task
   // The number of inner steps that have step regions: all that are differentiated through; 1 where the
   // gradient pass is run again; 0 without a support pass. And how many tiles of the support set have regions

@@ -59,17 +59,41 @@ struct Rate {
   bool elementwise = false;  // its other axes are those of the parameter
 };
 
+/// Of a factor with one number for each element, what is done with that number: nothing; 1 where it is at
+/// least 0 and else 0; its sign. The last two have the derivative of the first (straight-through).
+enum class Through : uint8_t { identity, mask, sign };
+
+/// One factor of the transform of a parameter's gradient, which is linear: y = x times a number for each
+/// element, or times a matrix along an axis of n elements,
+///   y[a, i, c] = sum over j of M[i, j] x[a, j, c],   with `inner` values of c
+/// The parameter's order of elements is that of the layers (packing.h). There, element i of the axis is at
+/// place(i): a weight that is read with `taps` taps has them outside of its columns.
+struct FactorForm {
+  int64_t n = 0;  // 0: a number for each element
+  int64_t inner = 1, taps = 1;
+  Through through = Through::identity;
+
+  constexpr int64_t place(int64_t i) const { return taps == 1 ? i : i % taps * (n / taps) + i / taps; }
+};
+
+/// The largest number of factors.
+inline constexpr int kMostFactors = 3;
+
 /// The update of one adapted parameter, as the plan has it.
 struct Update {
   Rate hyper[kHyperparameters];
   Rate start[kMostStates];  // the initial states
   RuleForm form;
+  Rate factor[kMostFactors];  // of the transform of the gradient, the first one first
+  FactorForm factor_form[kMostFactors];
+  int factors = 0;
 
   const Rate& rate() const { return hyper[kRate]; }
   /// Whether it is phi -= rate g, with g as it comes.
   bool is_plain() const {
     const Rate& decay = hyper[kWeightDecay];
-    return form.rule == Rule::sgd && !form.has_buffer && decay.slot < 0 && decay.constant == 0;
+    return form.rule == Rule::sgd && !form.has_buffer && decay.slot < 0 && decay.constant == 0 &&
+           factors == 0;
   }
 };
 
@@ -103,6 +127,9 @@ struct UpdateSlice {
   Clip clip = {};            // the same for all
   Source hyper[kHyperparameters] = {};
   Source start[kMostStates] = {};
+  Source factor[kMostFactors] = {};
+  FactorForm factor_form[kMostFactors] = {};
+  int factors = 0;
 };
 
 /// What one inner step reads of a task: packed vectors over the adapted parameters.

@@ -144,6 +144,9 @@ const std::map<std::string, Rule> kRules = {{"sgd", Rule::sgd},         {"adam",
                                             {"adamw", Rule::adamw},     {"adamax", Rule::adamax},
                                             {"rmsprop", Rule::rmsprop}, {"adagrad", Rule::adagrad}};
 
+const std::map<std::string, Through> kThrough = {
+    {"identity", Through::identity}, {"mask", Through::mask}, {"sign", Through::sign}};
+
 Rate read_rate(py::handle object, size_t tensors) {
   if (object.is_none()) return {};
   Fields fields(object);
@@ -156,6 +159,20 @@ Rate read_rate(py::handle object, size_t tensors) {
   rate.elementwise = fields.read<bool>("elementwise");
   fields.done();
   return rate;
+}
+
+void read_factor(py::handle object, size_t tensors, Rate& value, FactorForm& form) {
+  Fields fields(object);
+  value.slot = index_of(fields.read<int>("tensor"), tensors, "Factor.tensor");
+  form.n = fields.read("size", int64_t{0});
+  form.inner = fields.read<int64_t>("inner");
+  form.taps = fields.read<int64_t>("taps");
+  form.through = named(kThrough, fields.read<std::string>("through"), "through");
+  value.elementwise = form.n == 0;
+  if (form.n < 0 || form.inner < 1 || form.taps < 1 || form.n % form.taps != 0) {
+    throw std::invalid_argument("Factor.size must be a multiple of its taps, got " + std::to_string(form.n));
+  }
+  fields.done();
 }
 
 Update read_update(py::handle object, size_t tensors) {
@@ -185,6 +202,15 @@ Update read_update(py::handle object, size_t tensors) {
                                 " states, got " + std::to_string(start.size()));
   }
   for (size_t j = 0; j < start.size(); ++j) update.start[j] = read_rate(start[j], tensors);
+  const auto factors = fields.read<std::vector<py::object>>("factors");
+  if (factors.size() > kMostFactors) {
+    throw std::invalid_argument("Update.factors must be at most " + std::to_string(kMostFactors) + ", got " +
+                                std::to_string(factors.size()));
+  }
+  for (const py::object& factor : factors) {
+    const int f = update.factors++;
+    read_factor(factor, tensors, update.factor[f], update.factor_form[f]);
+  }
   fields.done();
   return update;
 }
@@ -264,6 +290,22 @@ DataGradient read_data_gradient(const std::vector<std::string>& names) {
   return data;
 }
 
+/// Whether the factors of transforms have the sizes of their parameters.
+void check_factors(const ReadPlan& plan) {
+  for (size_t i = 0; i < plan.updates.size(); ++i) {
+    const int64_t size = plan.graph.parameters[i].size;
+    for (int f = 0; f < plan.updates[i].factors; ++f) {
+      const FactorForm& form = plan.updates[i].factor_form[f];
+      const RateTensor& tensor = plan.rate_tensors[plan.updates[i].factor[f].slot];
+      const bool fits = form.n > 0 ? size % (form.n * form.inner) == 0 && tensor.size == form.n * form.n
+                                   : tensor.size == size;
+      if (fits) continue;
+      throw std::invalid_argument("RateTensor.size must be that of a factor of " + std::to_string(size) +
+                                  " elements, got " + std::to_string(tensor.size));
+    }
+  }
+}
+
 }  // namespace
 
 Operation operation_named(const std::string& name) { return named(kOperations, name, "operation"); }
@@ -287,6 +329,7 @@ ReadPlan read_plan(py::handle plan, Operation operation) {
   for (const py::object& tensor : tensors) {
     found.rate_tensors.push_back(read_rate_tensor(tensor, parameters.size(), operation));
   }
+  check_factors(found);
   if (at_own_parameters(operation)) {
     found.updates.clear();
     found.rate_tensors.clear();

@@ -14,8 +14,9 @@ from maml_cuda import _core, pytrees
 from maml_cuda.capture.capture import Like
 from maml_cuda.capture.copies import Place, places
 from maml_cuda.capture.guards import guards_of
-from maml_cuda.engine import checks, fast_path, planning
+from maml_cuda.engine import checks, cuda_runner, fast_path, planning
 from maml_cuda.engine.bounded import Bounded
+from maml_cuda.engine.factors import is_named
 from maml_cuda.engine.problem import Problem
 from maml_cuda.engine.program import Program
 from maml_cuda.engine.programs import Programs
@@ -86,6 +87,8 @@ class Binding:
         dicts += [getattr(m, hooks) for m in modules for hooks in HOOKS] + list(GLOBAL_HOOKS)
         read = [place.tensor for place in places(maml.model).values()]
         read += [t for _, t in inner_tensors(maml)]
+        of_modules = [r for m in of_inner_update(maml) for r in (m._parameters, m._buffers)]
+        read += [t for registry in of_modules for t in registry.values() if t is not None]
         code = [] if isinstance(maml.loss, str) else [maml.loss]
         guards = guards_of(maml.model, [*code, *(hook for hooks in GLOBAL_HOOKS for hook in hooks.values())])
         self.unwatched = tuple(guards.unwatched)
@@ -205,9 +208,12 @@ def _first_trainable(model: nn.Module) -> Place:
 
 def _why_not_update(maml: Settings) -> str:
     """The reason why fused layers do not take such inner steps, or ""."""
-    if maml.inner_transform is not None:
-        return "inner gradients pass through inner_transform"
-    return ""
+    if maml.inner_transform is None:
+        return ""
+    if is_named(maml.inner_transform):
+        device = next(iter(maml.parameters())).device
+        return "inner_transform is fused on CPUs alone" if cuda_runner.backend_of(device) == "cuda" else ""
+    return "inner gradients pass through inner_transform"
 
 
 def _without_steps(maml: Settings) -> str:

@@ -49,8 +49,6 @@ def why_not(maml: Settings, program: Program, of: tuple[str, ...], *sets: SetLik
     """
     if maml._options.meta_gradient.kind not in PLAIN:
         return f'gradients of data are fused for other meta-gradients than "{maml._options.meta_gradient.kind}"'
-    if maml.inner_transform is not None:
-        return "gradients of data are fused without inner_transform"
     weighted = program.match is not None and program.match.weighted
     if any(name[0] == "y" for name in of) and (weighted or program.plan.loss not in ("mse", "computed")):
         return f"gradients of targets are fused for losses of x and y, not for {program.plan.loss}"

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from maml_cuda.capture.copies import Place
+from maml_cuda.engine.factors import Factor
 from maml_cuda.plan import schema
 from maml_cuda.plan.schema import Hyperparameter, RateTensor
 from maml_cuda.rates import Rate
@@ -61,9 +62,21 @@ class Hyperparameters:
             self.holders.append(self._held[id(rate.value)])
         return Hyperparameter(None, at, rate.per_step, rate.elementwise)
 
-    def update(self, update: Update, parameter: int) -> schema.Update:
+    def factor(self, factor: Factor, parameter: int) -> schema.Factor:
+        """A factor of the transform of the gradient of the plan's parameter of this index. Each has a gradient of its
+        own, also where a tensor is several."""
+        at, is_matrix = len(self.tensors), factor.size is not None
+        t = factor.tensor
+        self.tensors.append(RateTensor(t.numel(), 1, None if is_matrix else parameter, t.requires_grad))
+        self.holders.append(self._held[id(t)])
+        return schema.Factor(at, factor.size, factor.inner, factor.taps, factor.through)
+
+    def update(self, update: Update, parameter: int, factors: Iterable[Factor] = ()) -> schema.Update:
         """The update of the plan's parameter of this index. A tensor that takes no part, such as dampening without
-        momentum, is described all the same, so that its gradient is zero."""
+        momentum, is described all the same, so that its gradient is zero.
+
+        factors: of the transform of its gradient.
+        """
         rate = self.described(update.rate, parameter)
         values = {name: self.described(value, parameter) for name, value in update.hyperparameters.items()}
         start = {name: self.described(Rate(t, elementwise=True), parameter) for name, t in update.initial.items()}
@@ -83,4 +96,5 @@ class Hyperparameters:
             rate=rate,
             **{name: values.get(name) for name in schema.HYPERPARAMETERS},
             start=tuple(start.get(name, accumulator if name == "sum" else ZERO) for name in states),
+            factors=tuple(self.factor(factor, parameter) for factor in factors),
         )

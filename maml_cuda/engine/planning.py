@@ -15,10 +15,14 @@ from maml_cuda.capture.copies import Place, places
 from maml_cuda.capture.errors import Unfusable
 from maml_cuda.engine import cuda_runner, own_targets
 from maml_cuda.engine.data_checks import OF_CLASSES
+from maml_cuda.engine.factors import factors_of
 from maml_cuda.engine.hyperparameters import Hyperparameters, places_in
 from maml_cuda.engine.program import Program
 from maml_cuda.engine.settings import Options, Settings, adapted_names
+from maml_cuda.gradient_scale import Scale
+from maml_cuda.gradient_transforms import GradientTransform
 from maml_cuda.losses import Loss
+from maml_cuda.meta_curvature import MetaCurvature
 from maml_cuda.optim import Groups, Optimizer, read
 from maml_cuda.plan.graph import Graph, Labels
 from maml_cuda.plan.own_loss import COMPUTED, Match
@@ -43,6 +47,7 @@ class Snapshot:
     inner_optimizer: Optimizer | Groups | None
     inner_clip_norm: float | None
     inner_clip_value: float | None
+    inner_transform: GradientTransform | None
     options: Options
     adapted: list[str]
     like: Tensor
@@ -52,7 +57,7 @@ def snapshot_of(maml: Settings, like: Tensor) -> Snapshot:
     """The snapshot of a FusedMAML as it is now."""
     return Snapshot(
         maml.model, maml.loss, maml.inner_lr, maml.inner_steps, maml.inner_optimizer, maml.inner_clip_norm,
-        maml.inner_clip_value, maml._options, adapted_names(maml), like,
+        maml.inner_clip_value, maml.inner_transform, maml._options, adapted_names(maml), like,
     )  # fmt: skip
 
 
@@ -157,13 +162,18 @@ def _described(
     own = dict(model.named_parameters())
     shapes = {name: own[name].shape for name in snapshot.adapted}
     inner = read(snapshot.inner_lr, shapes, snapshot.inner_steps, snapshot.inner_optimizer)
+    if isinstance(snapshot.inner_transform, (Scale, MetaCurvature)):
+        snapshot.inner_transform.check(snapshot.adapted)
     parameters: list[Parameter] = []
     tensors = Hyperparameters(_held(snapshot))
     for index, of in enumerate(graph.reads):
         t, update = where[of.name].tensor, inner.updates.get(of.name)
         if (t.dtype != like.dtype and (t.requires_grad or t.is_complex())) or t.device != like.device:
             raise Unfusable(f"{of.name} is {t.dtype} on {t.device}, unlike the model's parameters")
-        described = None if update is None else tensors.update(update, index)
+        described = None
+        if update is not None:
+            factors = factors_of(snapshot.inner_transform, of.name, t, of.rows, of.taps)
+            described = tensors.update(update, index, factors)
         learned = t.requires_grad and of.name in reached
         trained: Role = "adapted" if update is not None else "outer" if learned else "frozen"
         role = trained if of.name in own or t.requires_grad else "buffer"
@@ -172,12 +182,13 @@ def _described(
 
 
 def _held(snapshot: Snapshot) -> list[Place]:
-    """The places of the rates and hyperparameters that are tensors."""
-    rates, optimizer = snapshot.inner_lr, snapshot.inner_optimizer
+    """The places of the tensors among rates, hyperparameters and what transforms gradients."""
+    rates, optimizer, transform = snapshot.inner_lr, snapshot.inner_optimizer, snapshot.inner_transform
+    of_update = places_in(optimizer, transform if isinstance(transform, nn.Module) else None)
     if isinstance(rates, InnerRates):
-        return places_in(rates, optimizer)
+        return places_in(rates) + of_update
     held = [Place({"inner_lr": rates}, "inner_lr")] if isinstance(rates, Tensor) else []
-    return held + places_in(optimizer)
+    return held + of_update
 
 
 def _own_name(loss: Loss, graph: Graph) -> str:

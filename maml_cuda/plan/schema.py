@@ -206,6 +206,25 @@ HYPERPARAMETERS = ("weight_decay", "momentum", "dampening", "beta1", "beta2", "a
 
 
 @dataclass(frozen=True)
+class Factor:
+    """One factor of the linear transform of a parameter's inner gradient (csrc/plan/update.h has the formula).
+
+    Attributes:
+        tensor: an index into Plan.rate_tensors, of a number for each element, or of a matrix [size, size].
+        size: of the axis that the matrix multiplies; None: it is no matrix.
+        inner: elements of the axes inside of this one, in the order of the core; 1 for numbers.
+        taps: of an axis of columns and taps, the taps, which the core has outside; otherwise 1.
+        through: what is done with numbers, "identity", "mask" or "sign", with the derivative of the identity.
+    """
+
+    tensor: int
+    size: int | None
+    inner: int
+    taps: int
+    through: str
+
+
+@dataclass(frozen=True)
 class Update:
     """What the inner optimizer does to one adapted parameter (csrc/optimizers.h has the formulas).
 
@@ -219,6 +238,7 @@ class Update:
         rate: the inner learning rate.
         weight_decay, momentum, dampening, beta1, beta2, alpha, eps, lr_decay: None where the rule has none.
         start: the initial states, in the order of csrc/plan/update.h.
+        factors: of the transform of the gradient, at most 3; the first one is applied first.
     """
 
     rule: str
@@ -237,16 +257,17 @@ class Update:
     eps: Hyperparameter | None
     lr_decay: Hyperparameter | None
     start: tuple[Hyperparameter, ...]
+    factors: tuple[Factor, ...]
 
     @property
     def is_plain(self) -> bool:
         """Whether it is phi - rate * g."""
-        return self.rule == "sgd" and not self.has_buffer and self.weight_decay is None
+        return self.rule == "sgd" and not (self.has_buffer or self.factors) and self.weight_decay is None
 
 
 def descent(rate: Hyperparameter) -> Update:
     """Plain gradient descent."""
-    return Update("sgd", False, False, False, False, 0, rate, None, None, None, None, None, None, None, None, ())
+    return Update("sgd", False, False, False, False, 0, rate, None, None, None, None, None, None, None, None, (), ())
 
 
 @dataclass(frozen=True)

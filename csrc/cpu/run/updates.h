@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/run/optimizer_steps.h"
+#include "cpu/run/transforms.h"
 #include "plan/problem.h"
 
 namespace maml::MAML_ISA {
@@ -15,6 +16,13 @@ template <class V, class T>
 struct Updates : OptimizerSteps<V, T> {
   const T* query_weights;  // [steps + 1]
 
+  void transform(const std::vector<UpdateSlice>& slices, int f, bool transposed, const V* x, V* y) const {
+    for (const UpdateSlice& s : slices) transform_gradient(s, f, transposed, this->rates, x + s.at, y + s.at);
+  }
+  void factor_gradients(const std::vector<UpdateSlice>& slices, int f, const V* x, const V* out,
+                        V* result) const {
+    for (const UpdateSlice& s : slices) add_factor_gradient(s, f, x + s.at, out + s.at, result);
+  }
   void descend(const std::vector<RateSlice>& slices, const V* phi, const V* g, V* next) const {
     each_rate(slices, [&](const RateSlice& s, auto rate) {
       share_elements(s.size, [&](int64_t first, int64_t last) {

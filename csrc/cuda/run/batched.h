@@ -17,6 +17,7 @@
 #include "cuda/run/normalised_pair.h"
 #include "cuda/run/optimizer_steps.h"
 #include "cuda/run/small_run.h"
+#include "cuda/run/transforms.h"
 #include "cuda/run/updates.h"
 #include "cuda/run/work.h"
 
@@ -138,6 +139,7 @@ class Batched {
     const RateSlice* slices = plan_.slices + i.slices;
     const int count = plan_.slices_a_step;
     if (!declares_its_work(i)) note([&] { return work_of(i, adapted_); });
+    if (is_of_transform(i.op)) return launch_transform(launch, i, plan_, rates_, largest_);
     if (is_of_optimizer(i.op)) return launch_optimizer(launch, i, plan_, rates_, largest_);
     switch (i.op) {
       case Op::forward:

@@ -32,10 +32,12 @@ enum class Op : uint8_t {
   clip_dot,
   clip_adjoint,
   start_gradients,
-  add_weighted,    // grad_y = weight, x, y
-  pull,            // layer.a = strength, x = phi and theta, y = g, of `size` elements
-  conjugate_step,  // layer: a = proximal, b = tolerance, n = adapted elements, pooled: the first step;
-                   // grad_y = product, y = p, y_dot = r, saved = x, saved_dot = norm; `size` of the product
+  transform,         // x, y, of factor `size`; layer.pooled: transposed
+  factor_gradients,  // x, grad_y = out, y = result, of factor `size`
+  add_weighted,      // grad_y = weight, x, y
+  pull,              // layer.a = strength, x = phi and theta, y = g, of `size` elements
+  conjugate_step,    // layer: a = proximal, b = tolerance, n = adapted elements, pooled: the first step;
+                     // grad_y = product, y = p, y_dot = r, saved = x, saved_dot = norm; `size` of the product
   copy,
   zero,
   join  // waits for the instructions that run beside the others
@@ -151,6 +153,14 @@ class Recorder {
   void start_gradients(const Slices& updates, const T* sigma, T* result) const {
     record_step(Op::start_gradients, updates, {}, result).w[3] = sigma;
   }
+  void transform(const Slices& updates, int f, bool transposed, const T* x, T* y) const {
+    Instruction<T>& i = record_vector(Op::transform, x, nullptr, y);
+    i.layer.pooled = transposed, i.slices = first_slice(updates), i.size = f;
+  }
+  void factor_gradients(const Slices& updates, int f, const T* x, const T* out, T* result) const {
+    Instruction<T>& i = record_vector(Op::factor_gradients, x, out, result);
+    i.slices = first_slice(updates), i.size = f;
+  }
 
   void add_weighted(int k, int64_t size, const T* x, T* y) const {
     record_vector(Op::add_weighted, x, place<T>(Region::query_weights, k), y).size = size;
@@ -191,11 +201,13 @@ class Recorder {
   int first_slice(const std::vector<RateSlice>& step) const {
     return static_cast<int>((&step - problem_.slices.data()) * static_cast<int64_t>(step.size()));
   }
+  int first_slice(const Slices& step) const {
+    return static_cast<int>((&step - problem_.update_slices.data()) * static_cast<int64_t>(step.size()));
+  }
   Tensors<T>& record_step(Op op, const Slices& updates, const BeforeStep<T>& before, T* y) const {
     Instruction<T>& i = record_vector(op, before.phi, before.g, y);
     i.tensors.w[0] = before.state, i.tensors.w[1] = before.clip;
-    i.slices =
-        static_cast<int>((&updates - problem_.update_slices.data()) * static_cast<int64_t>(updates.size()));
+    i.slices = first_slice(updates);
     i.size = before.step;
     return i.tensors;
   }

@@ -155,6 +155,8 @@ Work work_of(const Instruction<T>& i, int64_t adapted) {
     case Op::update_adjoint:
       return traffic<T>(adapted, 7);  // with two states
     case Op::clip_adjoint:
+    case Op::transform:
+    case Op::factor_gradients:
       return traffic<T>(adapted, 3);
     case Op::rate_gradient:
     case Op::start:
