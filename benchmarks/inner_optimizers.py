@@ -40,7 +40,7 @@ SIDES: dict[str, Builder] = {
 RIVALS, SPEED_UP = (HIGHER, PARALLEL_METALEARN), 5.0  # the target over both
 SGD, MOMENTUM, ADAM, CLIPPED = "SGD", "momentum", "Adam", "SGD, clipped"
 SLOW_DOWN = 1.3  # the target of Adam over SGD
-ADAM_RATE = 0.01
+ADAM_RATE = 1e-3  # torch's default
 BEGIN = "<!-- python -m benchmarks.inner_optimizers --page -->"  # where the tables stand in docs/benchmarks.md
 
 BESIDE_LIBRARIES = (
