@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,17 +19,24 @@ class Formulas(TorchFunctionMode):
     Args:
         formulas: function -> formula, which takes the same arguments. One that returns NotImplemented leaves these
             arguments to torch.
+
+    Attributes:
+        met: whether any of these functions has been called.
     """
 
     def __init__(self, formulas: Mapping[Any, Callable[..., Any]]) -> None:
         super().__init__()
         self._formulas = formulas
+        self.met = False
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         formula, kwargs = self._formulas.get(function), kwargs or {}
-        result = NotImplemented if formula is None else formula(*args, **kwargs)
+        if formula is None:
+            return function(*args, **kwargs)
+        self.met = True
+        result = formula(*args, **kwargs)
         return function(*args, **kwargs) if result is NotImplemented else result
 
 
@@ -170,6 +178,12 @@ DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
     F.multi_margin_loss: _multi_margin_loss,
     F.hardsigmoid: _hardsigmoid,
 }
+# What the graphs of these functions have where torch's own code computes them, in every version that has it.
+THEIR_NODES: frozenset[Any] = frozenset(
+    getattr(torch._C._functions, name)
+    for name in dir(torch._C._functions)
+    if re.fullmatch(r"\w*BatchNorm\w*|WeightNorm\w*|MultiMarginLoss\w*|Hardsigmoid\w*", name)
+)
 # For functions of torch whose own code cannot be recorded (capture/recorder.py).
 CAPTURED: dict[Any, Callable[..., Any]] = {
     F.multi_margin_loss: _multi_margin_loss,

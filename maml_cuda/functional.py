@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
 from maml_cuda import pytrees
-from maml_cuda.formulas import DIFFERENTIABLE, Formulas
+from maml_cuda.formulas import DIFFERENTIABLE, THEIR_NODES, Formulas
 from maml_cuda.masks import Masks, Seed
 from maml_cuda.process_wide import ProcessWide
 from maml_cuda.torch_private import no_saved_tensor_hooks
@@ -63,6 +63,10 @@ class Functional:
         self._after_first_call: list[Tensor | None] | None = None  # the buffers
         self._masks = None if seed is None else Masks(seed)
         self._twice = False
+        self._formulas: Formulas | None = Formulas(DIFFERENTIABLE)
+        kinds = (_NormBase, nn.Hardsigmoid, nn.MultiMarginLoss, parametrizations._WeightNorm)
+        # Old-style weight_norm is a hook.
+        self._may_need_formulas = any(isinstance(m, kinds) or m._forward_pre_hooks for m in modules)
 
     def __call__(self, parameters: Mapping[str, Tensor], *args: Any) -> Any:
         """Returns module(*args) at `parameters`, name -> tensor. The result has a graph if gradients are on.
@@ -75,7 +79,7 @@ class Functional:
                 fixed = {name: p.detach() for name, p in parameters.items()}
                 return detached(self(fixed, *map(detached, args)))
         masks = self._masks or nullcontext()
-        formulas = nullcontext() if self._twice else Formulas(DIFFERENTIABLE)
+        formulas = nullcontext() if self._twice or self._formulas is None else self._formulas
         with self._replaced(parameters), no_saved_tensor_hooks(), formulas, masks:
             result = self.module(*[pytrees.mapped(_new_view, a) for a in args])
             buffers = [m._buffers.get(key) for m, key, _ in self._buffers]
@@ -98,10 +102,27 @@ class Functional:
         """
         before, self._twice = self._twice, True
         try:
-            with second_derivatives(), _recurrence_without_cudnn() if self._recurrent else nullcontext():
+            recurrence = _recurrence_without_cudnn() if self._recurrent else nullcontext()
+            with _math_attention(), self._formulas or nullcontext(), recurrence:
                 yield
         finally:
             self._twice = before
+
+    def needs_formulas(self, nodes: Iterable[Any]) -> bool:
+        """Whether a call has used functions that have a formula, or a layer might, or the graph of one has nodes of
+        theirs."""
+        met = self._formulas is not None and self._formulas.met
+        return met or self._may_need_formulas or not THEIR_NODES.isdisjoint(map(type, nodes))
+
+    @contextmanager
+    def without_formulas(self) -> Iterator[None]:
+        """Context in which calls do without formulas, which is faster. Their graphs must be looked at afterwards, by
+        needs_formulas."""
+        formulas, self._formulas = self._formulas, None
+        try:
+            yield
+        finally:
+            self._formulas = formulas
 
     @torch.no_grad()
     def keep_buffers(self) -> None:

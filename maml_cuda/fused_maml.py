@@ -73,7 +73,8 @@ class FusedMAML(nn.Module):
             more arithmetic, the same bits. None: so only where the states of all steps would pass 192 MB a task on the
             CPU, 1 GB on a GPU. "sqrt": the parameters too are kept of about sqrt(inner_steps) steps alone. The inner
             loop runs a second time, in segments of as many steps: for very long inner loops, with the same bits. On the
-            general path both build each step's graph again, and None keeps those of the last steps, up to 1 GB.
+            general path both build each step's graph again (once more to run a segment), and None keeps those of the
+            last steps, up to 1 GB.
         task_chunk: on a GPU, at most so many tasks at once, so that memory grows with them alone; None: all.
         check_labels: on a GPU, look at the labels, and at integers in x, before each call, which waits for the device.
             Otherwise one out of range is a device-side assertion, raised at the next synchronization. The CPU always

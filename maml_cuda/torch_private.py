@@ -5,7 +5,7 @@ Everything here was seen in torch 2.6, 2.13 and 2.14.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ _torch_function_mode = _probe(torch._C, "_is_torch_function_mode_enabled")
 _dispatch_modes = _probe(torch._C, "_len_torch_dispatch_stack")
 _transforms = _probe(torch._C, "_are_functorch_transforms_active")
 _tracing_state = _probe(torch._C, "_get_tracing_state")
+_run_backward: Callable[..., Any] | None = getattr(torch.autograd.graph, "_engine_run_backward", None)
 _profiler = _probe(torch._C._autograd, "_profiler_enabled")
 
 
@@ -91,6 +92,23 @@ def no_saved_tensor_hooks() -> Iterator[None]:
         yield
     finally:
         torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+
+
+def gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """torch.autograd.grad(outputs, inputs, cotangents, retain_graph=retain_graph, allow_unused=True) without its checks
+    of the cotangents one by one in Python. Without torch's engine by its name, that function itself.
+
+    Args:
+        cotangents: of the outputs' shapes and dtypes.
+    """
+    if _run_backward is None:
+        return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=retain_graph, allow_unused=True)
+    found: tuple[Tensor | None, ...] = _run_backward(
+        tuple(outputs), tuple(cotangents), retain_graph, False, tuple(inputs), True, accumulate_grad=False
+    )
+    return found
 
 
 def memory_of(t: Tensor) -> int:

@@ -50,7 +50,7 @@ def _adapt(
     if program is None:
         adapted = fallback.adapt(
             maml.model, maml.loss, inner_update(maml), x_spt, support.weighted(), steps, maml.first_order,
-            differentiable, seed, how, sets, maml._options.recompute,
+            differentiable, seed, how, sets, maml._options.recompute, maml._options.segments,
         )  # fmt: skip
         maml._binder.settled(maml, binding, adapted)
         return _every_parameter(maml.model, adapted, pytrees.tasks(x_spt) // sets, differentiable)

@@ -87,6 +87,7 @@ def meta_step(
     how: MetaGradient,
     sets: int,
     recompute: bool,
+    segments: bool,
 ) -> tuple[Tensor, Tensor, Tree | None, Tensor, list[tuple[Tensor, Tensor]]]:
     """loss, task_losses, predictions (None where they cannot be stacked), support_losses, and (tensor, gradient) of
     each of `parameters` and of the data that requires grad and reaches the loss; none where gradients are off.
@@ -107,7 +108,7 @@ def meta_step(
     try:
         *outputs, reached = general_path.meta_step(
             function, checked, inner, wanted, x_spt, y_spt, x_qry, y_qry, steps, first_order, weights, query_weights,
-            how, sets, recompute,
+            how, sets, recompute, segments,
         )  # fmt: skip
     except Exception:
         _check_query_samples(model, x_spt, x_qry)
@@ -130,12 +131,13 @@ def adapt(
     how: MetaGradient,
     sets: int,
     recompute: bool,
+    segments: bool,
 ) -> dict[str, Tensor]:
     """The adapted parameters, name -> [tasks, *shape]. sets: of a task, which follow each other in x and y."""
     function = Functional(model, seed)
     checked = _checked(loss, loss_function(loss, isinstance(y, Weighted)), {0: ("y_spt", y)}, sets)
     adapted = general_path.adapt(
-        function, checked, inner, x, y, steps, first_order, differentiable, how, sets, recompute
+        function, checked, inner, x, y, steps, first_order, differentiable, how, sets, recompute, segments
     )  # fmt: skip
     if differentiable:
         _keep_buffers(function)

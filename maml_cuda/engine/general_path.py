@@ -96,6 +96,7 @@ def meta_step(
     how: MetaGradient,
     sets: int,
     recompute: bool,
+    segments: bool,
 ) -> tuple[Tensor, Tensor, Tree | None, Tensor, list[tuple[Tensor, Tensor]]]:
     """One meta-step: the loss sum_t weights[t] * L_qry(phi_K) of task t, and its gradients.
 
@@ -112,6 +113,7 @@ def meta_step(
         how: what is computed in place of the exact gradient.
         sets: support sets of a task, which follow each other: one for all steps, or one for each.
         recompute: no graph of an inner step is kept.
+        segments: nor are the parameters, but for about 2 sqrt(K) steps.
 
     Returns:
         loss (0-d), task_losses [tasks], predictions (from pytrees.stacked; None if it raises), support_losses
@@ -130,12 +132,13 @@ def meta_step(
         loss = partial(loss, {name: copies.of(p) for name, p in loss.module.named_parameters()})
     leaves = copies.leaves([*(p for name, p in parameters.items() if name not in update.updates), *of_loss])
     # The gradient of a learned rate that no step uses (steps = 0) is zero, not None.
-    sums = Sums(copies.leaves(of_update))
+    sums, given = Sums(copies.leaves(of_update)), {name: Leaf.of_itself(p) for name, p in parameters.items()}
     differentiated = bool(wanted) and how.kind != "reptile"
     loop = Loop(
         model, loss, {name: copies.of(p) for name, p in parameters.items()}, copies.leaves(parameters.values()),
         UpdateAdjoint(update.mapped(copies.of), copies.leaves(of_update)),
         steps, differentiated, first_order, how.first_differentiated(steps), 0 if recompute else GRAPHS,
+        segments,
     )  # fmt: skip
     total: float | Tensor = 0.0
     task_losses, predictions, support_losses = [], [], []
@@ -149,9 +152,9 @@ def meta_step(
         if differentiated:
             v = task.adjoint(of_query_losses.pop(steps, {}), of_query_losses, sums)
         elif wanted:  # Reptile
-            v = {name: p - task.phi[-1][name] for name, p in task.phi[0].items()}
+            v = {name: p - task.phi(steps)[name] for name, p in task.phi(0).items()}
         for name, c in v.items() if wanted else ():
-            sums.add(Leaf.of_itself(parameters[name]), c)
+            sums.add(given[name], c)
         task_losses.append(value)
         if isinstance(y_qry, Weighted):
             prediction = _or_none(_padded(y_qry.weights[t]), prediction)
@@ -216,13 +219,14 @@ def adapt(
     how: MetaGradient,
     sets: int,
     recompute: bool,
+    segments: bool,
 ) -> dict[str, Tensor]:
     """The parameters after the inner loop, name -> [tasks, *shape].
 
     Args:
         differentiable: whether they have a graph, of one node: to the model's parameters, to those of the update and of
             the loss, to data that require grad, and to leaf tensors that model or loss read from outside.
-        how, sets, recompute: as of meta_step.
+        how, sets, recompute, segments: as of meta_step.
     """
     given = dict(model.module.named_parameters())
     if how.kind == "implicit":
@@ -239,8 +243,8 @@ def adapt(
         return adapted if differentiable else {name: p.detach() for name, p in adapted.items()}
     inputs = [t for t in (*given.values(), *update.tensors(), *pytrees.tensors((x, y))) if t.requires_grad]
     inputs = list({id(t): t for t in inputs}.values()) if differentiable else []
-    record = _Adaptation(model, loss, update, x, y, steps, first_order, how, sets, recompute, inputs)
-    adapted = {name: torch.stack([task.phi[-1][name] for task in record.tasks]) for name in update.updates}
+    record = _Adaptation(model, loss, update, x, y, steps, first_order, how, sets, recompute, segments, inputs)
+    adapted = {name: torch.stack([task.phi(steps)[name] for task in record.tasks]) for name in update.updates}
     if not differentiable:
         return adapted
     outside = {id(t): t for task in record.tasks for t in task.outside.values()}
@@ -257,7 +261,7 @@ class _Adaptation:
 
     def __init__(
         self, model: Functional, loss: Loss, update: InnerUpdate, x: Tree, y: Target, steps: int, first_order: bool,
-        how: MetaGradient, sets: int, recompute: bool, wanted: list[Tensor],
+        how: MetaGradient, sets: int, recompute: bool, segments: bool, wanted: list[Tensor],
     ) -> None:  # fmt: skip
         self.model, self.loss, self.update, self.x, self.y = model, loss, update, x, y
         self.steps, self.first_order, self.how, self.sets = steps, first_order, how, sets
@@ -270,6 +274,7 @@ class _Adaptation:
             copies.leaves(self.parameters.values()),
             UpdateAdjoint(update.mapped(copies.of), copies.leaves(of_update)),
             steps, bool(wanted), first_order, how.first_differentiated(steps), 0 if recompute else GRAPHS // tasks,
+            segments,
         )  # fmt: skip
         self.tasks = []
         for t in range(tasks):

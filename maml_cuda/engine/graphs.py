@@ -30,10 +30,21 @@ def nodes(roots: Iterable[Tensor]) -> Iterator[Any]:
 
 def leaves(roots: Iterable[Tensor]) -> list[Tensor]:
     """The leaf tensors that require grad and on which these tensors depend."""
+    return walked(roots)[0]
+
+
+def edge(t: Tensor) -> Any:
+    """The node at which the graphs of what is computed from a tensor that requires grad reach it."""
+    return torch.autograd.graph.get_gradient_edge(t).node if t.grad_fn is None else t.grad_fn
+
+
+def walked(roots: Iterable[Tensor], known: Iterable[Any] = ()) -> tuple[list[Tensor], set[Any]]:
+    """The leaf tensors that require grad and on which these tensors depend other than by the known nodes; and the nodes
+    of their graphs."""
     roots = list(roots)
     found = [t for t in roots if t.grad_fn is None and t.requires_grad]
     pending: list[Any] = [t.grad_fn for t in roots if t.grad_fn is not None]
-    seen = set(pending)
+    seen = {*known, *pending}
     while pending:  # as `nodes`, but it is called for every graph
         for node, _ in pending.pop().next_functions:
             if node is not None and node not in seen:
@@ -42,7 +53,7 @@ def leaves(roots: Iterable[Tensor]) -> list[Tensor]:
                     found.append(node.variable)
                 else:
                     pending.append(node)
-    return found
+    return found, seen
 
 
 def saved_bytes(roots: Iterable[Tensor], given: Iterable[Tensor]) -> int:

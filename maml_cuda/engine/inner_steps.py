@@ -10,13 +10,16 @@ gradient, d<g_k, v_g>/dphi_k, by a double backward through the graph of step k a
 
 So with K memory grows by parameters and states only. But each step's graph is built twice, which is a third more
 arithmetic. So the loop does keep the graphs of its last steps, as many as take GRAPHS bytes.
+
+In segments of ceil(sqrt(K)) steps, phi_k and s_k are kept where a segment begins. The adjoint runs each segment again.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor
 
 from maml_cuda import pytrees
-from maml_cuda.batch_norm import at_step
+from maml_cuda.batch_norm import PerStepBatchNorm, at_step
 from maml_cuda.capture import generators
 from maml_cuda.engine import graphs
 from maml_cuda.engine.sums import Leaf, Sums
@@ -56,7 +59,10 @@ class Loop:
         first_order: the inner gradients are constants.
         first: what the steps before this one add to the parameters is constant.
         budget: bytes of graphs that a task keeps.
+        segments: whether phi and the state are kept where segments begin alone; then no graph is kept.
         kept_from: the first step whose graph is kept; None: the first step will tell.
+        by_formulas: whether the model is called with formulas (formulas.py), which is slower; None: it is, and the
+            first graph will tell.
     """
 
     model: Functional
@@ -69,9 +75,16 @@ class Loop:
     first_order: bool
     first: int
     budget: int
+    segments: bool = False
     kept_from: int | None = field(init=False, default=None)
+    by_formulas: bool | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        self.segment = math.isqrt(max(self.steps - 1, 0)) + 1 if self.segments else 1  # steps
+        self._stepwise = any(isinstance(m, PerStepBatchNorm) for m in self.model.module.modules())
+        self._edges: list[Any] = []
+        if not self.second_order or self.first:  # no graph of some passes is looked at
+            self.by_formulas = True
         if not self.second_order or not self.budget:
             self.kept_from = self.steps
         elif self.steps - self.first <= 1:
@@ -84,6 +97,40 @@ class Loop:
     def differentiates(self, step: int) -> bool:
         """Whether the gradient of the step is differentiated."""
         return self.second_order and step >= self.first
+
+    @contextmanager
+    def of_pass(self, task: int, number: int, slot: int, twice: bool) -> Iterator[None]:
+        """Context of one pass through the model."""
+        with ExitStack() as stack:
+            if self._stepwise:
+                stack.enter_context(at_step(self.model.module, slot))
+            stack.enter_context(self.model.of_pass(task, number))
+            if self.by_formulas is False:
+                stack.enter_context(self.model.without_formulas())
+            if twice:
+                stack.enter_context(self.model.differentiable_twice())
+            yield
+
+    def look_at(self, nodes: set[Any]) -> None:
+        """Looks at the nodes of a graph for functions that need a formula.
+
+        Raises:
+            ValueError: there is one, and the first graph had none.
+        """
+        if self.by_formulas is None:
+            self.by_formulas = self.model.needs_formulas(nodes)
+        elif not self.by_formulas and self.model.needs_formulas(nodes):
+            raise ValueError(
+                "forward must call batch_norm, instance_norm, weight_norm, hardsigmoid and multi_margin_loss in its "
+                "first pass too if it calls them, got one of them in a later pass alone: use layers, as nn.BatchNorm2d"
+            )
+
+    def edges(self, phi: Tensors) -> list[Any]:
+        """The nodes at which graphs reach phi. Those of theta are found once."""
+        if not all(p is self.theta[name] for name, p in phi.items()):
+            return [graphs.edge(p) for p in phi.values()]
+        self._edges = self._edges or [graphs.edge(p) for p in phi.values()]
+        return self._edges
 
     def keeps(self, step: int) -> bool:
         return self.differentiates(step) and (self.kept_from is None or step >= self.kept_from)
@@ -123,8 +170,18 @@ class Graph:
         x, y = without_padding(x, y)
         self.prediction = loop.model({**loop.theta, **self.phi}, x)
         self.value = value_of(loop.loss, self.prediction, y)
+        self._leaves: list[Tensor] | None = None
+        if not loop.by_formulas:
+            self.leaves()
         if hooked := [name for name, p in self.phi.items() if p._backward_hooks]:
             raise ValueError(f"forward must register no hook on a parameter, got one on {', '.join(hooked)}")
+
+    def leaves(self) -> list[Tensor]:
+        """On which the loss depends other than by phi."""
+        if self._leaves is None:
+            self._leaves, nodes = graphs.walked([self.value], self._loop.edges(self.phi))
+            self._loop.look_at(nodes)
+        return self._leaves
 
     def differentiate(self, create_graph: bool) -> None:
         grads = torch.autograd.grad(self.value, list(self.phi.values()), create_graph=create_graph, allow_unused=True)
@@ -139,8 +196,12 @@ class Graph:
         norms = torch._foreach_norm([g.detach() for g in self.g.values()])
         return torch.stack([self.value.detach(), *(n.to(self.value.dtype) for n in norms)])
 
-    def pulled(self, outputs: list[tuple[Tensor, Tensor]], leaves: Sequence[Leaf], sums: Sums) -> Tensors:
-        """The gradient of the sum of <output, cotangent> in phi; in leaves and tensors outside it goes to `sums`."""
+    def pulled(
+        self, outputs: list[tuple[Tensor, Tensor]], leaves: Sequence[Leaf], sums: Sums, v: Tensors | None = None
+    ) -> Tensors:
+        """The gradient of the sum of <output, cotangent> in phi, plus v; in leaves and tensors outside it goes to
+        `sums`."""
+        outputs = [*outputs, *((self.phi[name], c) for name, c in (v or {}).items())]
         grads = pulled(outputs, list(self.phi.values()), leaves, sums, self.outside(leaves))
         return {name: g for name, g in zip(self.phi, grads, strict=True) if g is not None}
 
@@ -153,7 +214,7 @@ class Graph:
         """
         known = {id(leaf.tensor) for leaf in leaves} | {id(t) for t in self.phi.values()}
         of_theta, found = {id(leaf.tensor): leaf for leaf in self._loop.of_theta}, []
-        for t in graphs.leaves([self.value]):
+        for t in self.leaves():
             place = vars(t).get(_PLACE)
             if id(t) in of_theta:
                 leaf = of_theta[id(t)]
@@ -187,7 +248,6 @@ class Task:
 
     Attributes:
         differentiated: whether the adjoint will follow.
-        phi: the adapted parameters at phi_0 .. phi_K.
         losses: the support losses at phi_0 .. phi_{K-1}.
         outside: tensors outside of model and loss on which the gradients depend, if `search`.
     """
@@ -206,20 +266,45 @@ class Task:
         self._random: dict[int, generators.States] = {}  # before steps that draw random numbers
         self._signs: dict[int, Tensor] = {}
         self._random_of_updates: dict[int, generators.States] = {}
-        updates = loop.update.update.updates
-        self.phi: list[Tensors] = [{name: loop.theta[name].detach() for name in updates}]
+        phi = {name: loop.theta[name].detach() for name in loop.update.update.updates}
         with torch.no_grad():
-            self._states: list[Mapping[str, State]] = [loop.update.update.start(self.phi[0])]
+            # phi_k and s_k by k, of the steps that are kept
+            self._path: dict[int, tuple[Tensors, Mapping[str, State]]] = {0: (phi, loop.update.update.start(phi))}
         for k in range(loop.steps):
             self._step(k, search)
+            self._forget(k)
+
+    def phi(self, k: int) -> Tensors:
+        """The adapted parameters phi_k."""
+        return self._at(k)[0]
+
+    def _at(self, k: int) -> tuple[Tensors, Mapping[str, State]]:
+        """phi_k and s_k. Where they are not kept their segment runs again, and takes the place of another one.
+
+        Raises:
+            RuntimeError: forward returns something else than before.
+        """
+        if k not in self._path:
+            for j in [*self._path]:
+                self._forget(j)
+            start = k - k % self._loop.segment
+            for j in range(start, min(start + self._loop.segment, self._loop.steps) - 1):
+                self._step_again(j)
+        return self._path[k]
+
+    def _forget(self, k: int) -> None:
+        """Unless a segment begins there, or the loop ends."""
+        if k % self._loop.segment and k != self._loop.steps:
+            del self._path[k]
 
     def _step(self, k: int, search: bool) -> None:
         loop = self._loop
         kept = loop.keeps(k)
         # Whether its graph may be built again: where others are found it is of a node whose backward may run twice.
-        again = loop.differentiates(k) and (search or not kept or loop.kept_from is None)
+        again = loop.segments or (loop.differentiates(k) and (search or not kept or loop.kept_from is None))
         before = generators.states() if again else None
-        graph = self._graph(k)
+        phi, state = self._path[k]
+        graph = self._graph(k, phi)
         graph.differentiate(create_graph=kept)
         if before is not None:
             self._signs[k] = graph.sign()
@@ -232,23 +317,25 @@ class Task:
             self._measure(k, graph)
         if loop.keeps(k):
             self._graphs[k] = graph
-        g = _detached(graph.g)
-        if loop.differentiated and loop.first_order and not loop.update.is_linear:
+        g = graph.g if loop.update.is_linear else _detached(graph.g)
+        if loop.differentiated and loop.first_order and not loop.update.is_linear and not loop.segments:
             self._g[k] = g
         self.losses.append(graph.value.detach())
-        phi, state = loop.update.step(self.phi[k], g, self._states[k], k, self._random_of_updates)
-        self.phi.append(phi)
-        self._states.append(state)
+        self._path[k + 1] = loop.update.step(phi, g, state, k, self._random_of_updates)
 
-    def _graph(self, k: int) -> Graph:
+    def _step_again(self, k: int) -> None:
+        """From phi_k to phi_{k+1}."""
+        phi, state = self._path[k]
+        graph = self._again(k, phi)
+        random = self._random_of_updates
+        with generators.at(random[k]) if k in random else nullcontext():
+            self._path[k + 1] = self._loop.update.step(phi, graph.g, state, k, {})
+
+    def _graph(self, k: int, phi: Tensors) -> Graph:
         """Of the support loss of step k."""
         loop = self._loop
-        with torch.enable_grad(), ExitStack() as stack:
-            stack.enter_context(at_step(loop.model.module, k))
-            stack.enter_context(loop.model.of_pass(self._number, 2 * k))
-            if loop.differentiates(k):
-                stack.enter_context(loop.model.differentiable_twice())
-            return Graph(loop, self._identity, k, self.phi[k], *self._support(k))
+        with torch.enable_grad(), loop.of_pass(self._number, 2 * k, k, loop.differentiates(k)):
+            return Graph(loop, self._identity, k, phi, *self._support(k))
 
     def _measure(self, k: int, graph: Graph) -> None:
         """Decides by the first graph how many are kept: at least that of the last one."""
@@ -259,12 +346,9 @@ class Task:
 
     def query(self, k: int, x: Tree, y: Target) -> Graph:
         """Of the query loss at phi_k. Per-step layers read the slot of step k - 1."""
-        loop = self._loop
-        with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(loop.differentiated))
-            stack.enter_context(at_step(loop.model.module, max(k - 1, 0)))
-            stack.enter_context(loop.model.of_pass(self._number, 2 * k + 1))
-            return Graph(loop, self._identity, k, self.phi[k], x, y)
+        loop, phi = self._loop, self.phi(k)
+        with torch.set_grad_enabled(loop.differentiated), loop.of_pass(self._number, 2 * k + 1, max(k - 1, 0), False):
+            return Graph(loop, self._identity, k, phi, x, y)
 
     def adjoint(self, v: Tensors, v_of_step: Mapping[int, Tensors], sums: Sums) -> Tensors:
         """The cotangent of phi_0 from those of phi_K, v, and of phi_0 .. phi_{K-1}; one that is missing is zero.
@@ -274,20 +358,26 @@ class Task:
         loop = self._loop
         state: dict[str, State] = {}
         for k in reversed(range(loop.steps)):
-            if k < loop.first:
+            if k >= loop.first:
+                graph = self._differentiated(k) if loop.second_order else None
+                if loop.update.is_linear:
+                    v, v_g = loop.update.of_linear_step(k, v)
+                else:
+                    new, (phi, before) = self.phi(k + 1), self._at(k)
+                    g = _detached(graph.g) if graph else self._gradient(k)
+                    with generators.at(self._random_of_updates[k]) if k in self._random_of_updates else nullcontext():
+                        v, v_g, state = loop.update.of_step((phi, new), g, before, k, v, state, sums)
+                if graph:
+                    v = graph.pulled([(graph.g[name], c) for name, c in v_g.items()], self._leaves, sums, v)
+            else:
                 state = {}
-                v = _sum(_sum(v, v_of_step.get(k, {})), sums.of_steps.pop(k, {}))
-                continue
-            graph = self._differentiated(k) if loop.second_order else None
-            g = _detached(graph.g) if graph else self._g.get(k, {})
-            with generators.at(self._random_of_updates[k]) if k in self._random_of_updates else nullcontext():
-                v, v_g, state = loop.update.of_step(self.phi[k : k + 2], g, self._states[k], k, v, state, sums)
-            if graph:
-                outputs = [(graph.g[name], c) for name, c in v_g.items()]
-                v = _sum(v, graph.pulled(outputs, self._leaves, sums))
             v = _sum(_sum(v, v_of_step.get(k, {})), sums.of_steps.pop(k, {}))
-        loop.update.of_start(self.phi[0], state, sums)
+        loop.update.of_start(self.phi(0), state, sums)
         return v
+
+    def _gradient(self, k: int) -> Tensors:
+        """g_k, where the graph of step k is not differentiated."""
+        return self._g[k] if k in self._g else _detached(self._again(k, self.phi(k)).g)
 
     def _differentiated(self, k: int) -> Graph:
         """The graph of step k with its gradient, which is given away if it was kept and built again otherwise.
@@ -296,14 +386,12 @@ class Task:
             RuntimeError: forward returns something else than before.
         """
         graph = self._graphs.pop(k, None)
-        if graph is not None:
-            return graph
-        if k in self._random:
-            with generators.at(self._random[k]):
-                graph = self._graph(k)
-        else:
-            graph = self._graph(k)
-        graph.differentiate(create_graph=True)
+        return self._again(k, self.phi(k), create_graph=True) if graph is None else graph
+
+    def _again(self, k: int, phi: Tensors, create_graph: bool = False) -> Graph:
+        with generators.at(self._random[k]) if k in self._random else nullcontext():
+            graph = self._graph(k, phi)
+        graph.differentiate(create_graph)
         if not same(graph.sign(), self._signs[k]):
             raise RuntimeError(
                 f"the model and the loss must return the same in a second call with the same arguments, got another "

@@ -265,7 +265,7 @@ def _on_the_general_path(
     loss, task_losses, predictions, support_losses, reached = fallback.meta_step(
         maml.model, maml.loss, inner_update(maml), wanted, x_spt, y_spt, x_qry, y_qry,
         maml.inner_steps, maml.first_order, task_weights, maml._query_weights.values, seed,
-        maml._options.meta_gradient, sets, maml._options.recompute,
+        maml._options.meta_gradient, sets, maml._options.recompute, maml._options.segments,
     )  # fmt: skip
     out = MetaOutput(loss, task_losses, _logits(maml, predictions), support_losses)
     if not reached:

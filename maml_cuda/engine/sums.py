@@ -64,13 +64,18 @@ class Sums:
             so_far = self.of_steps.setdefault(k, {})
             so_far[name] = so_far[name] + g if name in so_far else g
             return
-        if not (isinstance(self.weight, float) and self.weight == 1):
+        t, scaled = leaf.of, not (isinstance(self.weight, float) and self.weight == 1)
+        if id(t) in self._own and leaf.part is whole and isinstance(self.weight, float):
+            self._sums[id(t)].add_(g, alpha=self.weight)
+            return
+        if scaled:
             g = self.weight * g
-        t = leaf.of
         if leaf.part is not whole:
             leaf.part(self._whole(leaf)).add_(g)
         elif id(t) not in self._sums:
             self._tensors[id(t)], self._sums[id(t)] = t, g
+            if scaled:
+                self._own.add(id(t))
         elif id(t) in self._own:
             self._sums[id(t)].add_(g)
         else:

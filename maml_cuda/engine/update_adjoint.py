@@ -10,6 +10,7 @@ from torch import Tensor
 from maml_cuda.capture import generators
 from maml_cuda.engine import graphs
 from maml_cuda.engine.sums import Leaf, Sums
+from maml_cuda.torch_private import gradients
 from maml_cuda.updates import InnerUpdate, State
 
 Tensors = dict[str, Tensor]
@@ -47,8 +48,14 @@ class UpdateAdjoint:
                 return new
             if self._rate is None:
                 return self.update.step(phi, g, state, k)
-            changes = torch._foreach_mul(list(g.values()), -self._rate)
-            return dict(zip(g, torch._foreach_add(changes, [phi[name] for name in g]), strict=True)), state
+            moved = torch._foreach_add([phi[name] for name in g], list(g.values()), alpha=-self._rate)
+            return dict(zip(g, moved, strict=True)), state
+
+    def of_linear_step(self, k: int, v: Tensors) -> tuple[Tensors, Tensors]:
+        """`of_step` where the adjoint is linear: from the cotangent of phi_{k+1}, those of phi_k and g_k."""
+        if self._rate is None or not v:
+            return v, {name: self._of_gradient(name, c, k) for name, c in v.items()}
+        return v, dict(zip(v, torch._foreach_mul(list(v.values()), -self._rate), strict=True))
 
     def of_step(
         self,
@@ -67,15 +74,11 @@ class UpdateAdjoint:
 
         Args:
             path: phi_k and phi_{k+1}.
-            g, state: of step k. Where the adjoint is linear they are not read.
+            g, state: of step k.
 
         Raises:
             RuntimeError: a transform returns something else than before.
         """
-        if self.is_linear:
-            if self._rate is None or not v:
-                return v, {name: self._of_gradient(name, c, k) for name, c in v.items()}, {}
-            return v, dict(zip(v, torch._foreach_mul(list(v.values()), -self._rate), strict=True)), {}
         phi, g = _leaves(path[0]), _leaves(g)
         state = {name: _leaves(part) for name, part in state.items()}
         with torch.enable_grad():
@@ -139,7 +142,7 @@ def pulled(
         return []
     with graphs.without_hooks(leaf.tensor for leaf in outside):
         # What the user's code has computed from a tensor outside is needed by other steps and tasks.
-        grads = torch.autograd.grad(values, wanted, cotangents, retain_graph=bool(outside), allow_unused=True)
+        grads = gradients(values, wanted, cotangents, retain_graph=bool(outside))
     for leaf, g in zip([*leaves, *outside], grads[len(inputs) :], strict=True):
         sums.add(leaf, g)
     return list(grads[: len(inputs)])

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from maml_cuda import FusedMAML, optim, reference
 from maml_cuda.engine import graphs
+from maml_cuda.formulas import DIFFERENTIABLE, Formulas
 from tests import conftest
 
 pytestmark = pytest.mark.filterwarnings("ignore:maml_cuda runs this model on the general path:UserWarning")
 
-# How graphs of inner steps are treated: kept, kept of the last step alone, built again.
-TREATMENTS = {"kept": (None, None), "last": (None, 1), "recompute": ("recompute", None)}
+# How graphs of inner steps are treated: kept, kept of the last step alone, built again, built again in segments.
+TREATMENTS = {"kept": (None, None), "last": (None, 1), "recompute": ("recompute", None), "sqrt": ("sqrt", None)}
 
 
 @pytest.fixture(params=TREATMENTS)
@@ -52,7 +53,7 @@ def plain(model: nn.Module, data, steps: int, leaves: list[Tensor], forward=None
 
 
 @pytest.mark.parametrize("first_order", [False, True])
-@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("steps", [0, 1, 3, 7])
 def test_whatever_graphs_are_kept(checkpoint, steps, first_order):
     model, data = net(), episode()
     expected = plain(model, data, steps, list(model.parameters()), first_order=first_order)
@@ -63,16 +64,20 @@ def test_whatever_graphs_are_kept(checkpoint, steps, first_order):
         torch.testing.assert_close(p.grad, g, rtol=1e-11, atol=1e-14)
 
 
-def test_the_same_bits_whatever_graphs_are_kept(monkeypatch):
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("transform", [None, lambda grads: {name: g * torch.rand_like(g) for name, g in grads.items()}])
+def test_the_same_bits_whatever_graphs_are_kept(monkeypatch, transform, first_order):
     data, gradients = episode(), []
     for treatment, budget in TREATMENTS.values():
         monkeypatch.setattr("maml_cuda.engine.general_path.GRAPHS", budget or 1 << 30)
         model = net()
-        rate = nn.Parameter(torch.full((4,), 0.2).double())
+        rate = nn.Parameter(torch.full((6,), 0.2).double())
         maml = FusedMAML(
-            model, rate, 4, backend="reference", checkpoint=treatment, inner_optimizer=optim.Adam(),
-            inner_clip_norm=0.5, query_weights=[0.1, 0, 0.3, 0, 1],
+            model, rate, 6, backend="reference", checkpoint=treatment, inner_optimizer=optim.Adam(),
+            inner_clip_norm=0.5, query_weights=[0.1, 0, 0.3, 0, 1, 0.2, 0.4], inner_transform=transform,
+            first_order=first_order,
         )  # fmt: skip
+        torch.manual_seed(4)
         maml(*data).loss.backward()
         gradients.append([p.grad for p in maml.parameters()])
     for kept, *others in zip(*gradients, strict=True):
@@ -123,6 +128,35 @@ def test_graphs_do_not_grow_with_the_steps(treatment, optimizer, monkeypatch):
         most.append(saved.most)
         assert saved.now == 0
     assert most[0] == most[1] == most[2] > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"inner_optimizer": optim.Adam()}, {"meta_gradient": "reptile"}])
+def test_sqrt_keeps_the_parameters_of_few_steps(options):
+    """At most 2 sqrt(K) of them, and some more that a step computes with; the others keep those of each step."""
+    data, most = [t[:1] for t in episode()], {}
+    steps = 144
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.most, self.calls = net(), 0, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls % 7 == 0:
+                memories = {
+                    t.untyped_storage().data_ptr() for t in gc.get_objects() if type(t) is Tensor and t.shape == (5, 3)
+                }
+                self.most = max(self.most, len(memories))
+            return self.net(x)
+
+    for checkpoint in ("recompute", "sqrt"):
+        model = Counting()
+        FusedMAML(model, 0.01, steps, backend="reference", checkpoint=checkpoint, **options).backward(*data)
+        most[checkpoint] = model.most
+    of_state = 3 if "inner_optimizer" in options else 1
+    assert most["recompute"] > of_state * steps * 0.9
+    assert most["sqrt"] <= of_state * 2 * 12 + 16
 
 
 def test_kept_graphs_stay_within_their_budget(monkeypatch):
@@ -253,6 +287,56 @@ def test_a_hook_that_forward_registers_on_a_parameter_is_refused():
     maml = FusedMAML(HooksItsWeight(), 0.2, 2, backend="reference")
     with pytest.raises(ValueError, match=r"forward must register no hook on a parameter, got one on net\.0\.weight"):
         maml(*episode())
+
+
+class Late(nn.Module):
+    """Calls a function in some passes alone."""
+
+    def __init__(self, function, passes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net, self.function, self.passes, self.calls = net(), function, passes, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, self.calls = self.calls, self.calls + 1
+        hidden = self.net[0](x)
+        return self.net[2](self.function(hidden) if k in self.passes else hidden.tanh())
+
+
+FUNCTIONS = {
+    "batch_norm": lambda x: F.batch_norm(x, None, None, training=True),
+    "hardsigmoid": F.hardsigmoid,
+    "weight_norm": lambda x: torch._weight_norm(x, torch.full((1, 1), 1.5, dtype=x.dtype), 0),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_function_that_needs_a_formula_in_later_passes_alone_is_refused(function):
+    data = [t[:1] for t in episode()]
+    for passes in ((1,), (2,)):
+        maml = FusedMAML(Late(FUNCTIONS[function], passes), 0.2, 2, backend="reference")
+        with pytest.raises(ValueError, match="in its first pass too if it calls them, got one of them in a later pass"):
+            maml(*data)
+
+
+class LateLayer(Late):
+    def __init__(self) -> None:
+        super().__init__(None, (1, 2))
+        self.function = nn.Hardsigmoid()
+
+
+@pytest.mark.parametrize("model", [lambda: Late(F.hardsigmoid, (0,)), lambda: Late(F.hardsigmoid, (0, 1)), LateLayer])
+def test_functions_that_need_a_formula(model):
+    """torch has no second derivative of hardsigmoid."""
+
+    def forward(phi, x: Tensor) -> Tensor:
+        with Formulas(DIFFERENTIABLE):
+            return torch.func.functional_call(plain_model, phi, (x,))
+
+    data, plain_model, own = [t[:1] for t in episode()], model(), model()
+    expected = plain(plain_model, data, 2, list(plain_model.parameters()), forward)
+    FusedMAML(own, 0.2, 2, backend="reference")(*data).loss.backward()
+    for p, g in zip(own.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-11, atol=1e-14)
 
 
 class Signs(torch.autograd.Function):
