@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,15 +45,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = parser().parse_args(arguments)
             return COMMANDS[options.command](options)
     except KeyboardInterrupt as interrupt:
-        print_error("\nmaml-cuda: interrupted")
+        print_error(f"\nmaml-cuda: {_which_process()}interrupted")
         return exit_status(interrupt)
     except BrokenPipeError:
         discard_broken_streams()
         return 128 + signal.SIGPIPE
     except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         lost = discard_broken_streams()  # the error does not name a stream; errors of files name the file
-        print_error(f"maml-cuda: error: {error}{f': {lost}' if lost else _other_checkpoints(error)}")
+        print_error(f"maml-cuda: {_which_process()}error: {error}{f': {lost}' if lost else _other_checkpoints(error)}")
         return 2
+
+
+def _which_process() -> str:
+    """The process that prints, where torchrun has started several."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"process {rank}: "
 
 
 def _other_checkpoints(error: Exception) -> str:
@@ -116,8 +121,9 @@ def _kind_of_run(info: dict[str, Any], folder: Path) -> _JobKind:
 def train(options: argparse.Namespace) -> int:
     """``maml-cuda train``: trains a new run, or continues one, and tests its best checkpoint."""
     require("tqdm", "matplotlib", "safetensors", extra="train")
-    from maml_cuda.train.checkpoint import load_info, locate
-    from maml_cuda.train.loop import resumed_settings
+    from maml_cuda.train.checkpoint import locate
+    from maml_cuda.train.devices import device_of
+    from maml_cuda.train.ranks import join, resume_after_a_restart
 
     _set_threads(options.threads)
     if options.job is not None and options.job not in JOBS and Path(options.job).is_dir():
@@ -126,8 +132,40 @@ def train(options: argparse.Namespace) -> int:
         options.job, options.data = "folder", absolute(options.job)
     names = {field.name for kind in (Settings, RLSettings) for field in fields(kind)}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
-    _announce_data(options.data)
+    device = device_of(options.device)
+    options.resume = resume_after_a_restart(options.out, options.resume, options.resume_from)
+    ranks = join(device)
     with ExitStack() as stack:
+        if ranks.first:
+            run, training = _first_training(options, given, device, ranks, stack)
+        elif (handed := ranks.from_first()) is None:
+            return 2  # the first process has said why
+        else:
+            run, settings, state = handed
+            training = _job_kind(settings.job).training.follow(run, settings, state, device, ranks)
+        try:
+            _train_and_test(training)
+        except KeyboardInterrupt as interrupt:
+            if ranks.first and locate(run / "last") is None:
+                print_error("\nInterrupted before the first checkpoint; nothing was saved.")
+            elif ranks.first:
+                print_error(f"\nInterrupted; the run is saved in {run}. Continue with: maml-cuda train --resume {run}")
+            return exit_status(interrupt)
+    return 0
+
+
+def _first_training(
+    options: argparse.Namespace, given: dict[str, Any], device: Any, ranks: Any, stack: ExitStack
+) -> tuple[Path, Any]:
+    """The folder of the run, locked until ``stack`` is closed, and its training, which is handed to the other
+    processes. They get None if an error is raised.
+    """
+    from maml_cuda.train.checkpoint import load_info
+    from maml_cuda.train.loop import resumed_settings
+
+    handed = None
+    try:
+        _announce_data(options.data)
         if options.resume is None:
             if options.resume_from is not None:
                 raise ValueError("--from must be used with --resume: --resume RUN --from best")
@@ -136,7 +174,7 @@ def train(options: argparse.Namespace) -> int:
             _refuse_ignored(given, given)
             settings = kind.new_settings(**given)
             run = _lock_new_run(options.out, settings.job, stack)
-            start = kind.training.start
+            training = kind.training.start(run, settings, device, ranks)
         else:
             if not (options.resume or options.out) or (options.resume and options.out not in (None, options.resume)):
                 raise ValueError("--resume must name one run folder: --resume RUN, or --resume with --out RUN")
@@ -144,16 +182,12 @@ def train(options: argparse.Namespace) -> int:
             kind = _kind_of_run(load_info(run / checkpoint), run / checkpoint)
             stack.enter_context(locked_run(run))
             settings = resumed_settings(run, _checked_names(kind, given), kind.settings, checkpoint)
-            start = partial(kind.training.resume, checkpoint=checkpoint)
-        try:
-            _train_and_test(kind, start(run, settings))
-        except KeyboardInterrupt as interrupt:
-            if locate(run / "last") is None:
-                print_error("\nInterrupted before the first checkpoint; nothing was saved.")
-            else:
-                print_error(f"\nInterrupted; the run is saved in {run}. Continue with: maml-cuda train --resume {run}")
-            return exit_status(interrupt)
-    return 0
+            training = kind.training.resume(run, settings, checkpoint, device, ranks)
+        if ranks.count > 1:
+            handed = run, settings, training.state()
+    finally:
+        ranks.from_first(handed)
+    return run, training
 
 
 def _lock_new_run(out: str | None, job: str, stack: ExitStack) -> Path:
@@ -172,18 +206,25 @@ def _lock_new_run(out: str | None, job: str, stack: ExitStack) -> Path:
     return run
 
 
-def _train_and_test(kind: _JobKind, training: Any) -> None:
+def _train_and_test(training: Any) -> None:
     import torch
 
-    run, settings = training.run, training.settings
+    run, settings, ranks = training.run, training.settings, training.ranks
+    if not ranks.first:
+        training.loop()
+        ranks.leave()
+        return
+    report = _job_kind(settings.job).report
+    processes = f"{ranks.count} processes of " if ranks.count > 1 else ""
     try:
         print(
             f"{settings.job} in {run}: iteration {training.iteration} of {settings.iterations}, "
-            f"{training.backend} backend, {torch.get_num_threads()} threads"
+            f"{training.backend} backend, {processes}{torch.get_num_threads()} threads"
         )
         training.loop()
+        ranks.leave()
         print(f"testing the best checkpoint on {settings.test_tasks} tasks")
-        print(kind.report.table(kind.report.finish(run, settings)))
+        print(report.table(report.finish(run, settings, training.device)))
         print(f"metrics, checkpoints, pictures and summary.json are in {run}")
     except OSError:  # a full disk, a closed pipe
         print_error(
@@ -196,9 +237,14 @@ def _train_and_test(kind: _JobKind, training: Any) -> None:
 def evaluate(options: argparse.Namespace) -> int:
     """``maml-cuda evaluate``: tests a checkpoint of a run, on the run's data or on other images."""
     require("safetensors", extra="train")
+    from maml_cuda.train.devices import device_of
     from maml_cuda.train.other_images import check_ways, other_images
+    from maml_cuda.train.ranks import count
 
     _set_threads(options.threads)
+    if count() > 1:
+        raise ValueError(f"processes must be 1 for maml-cuda evaluate, got {count()}")
+    device = device_of(options.device)
     run = Path(options.run)
     kind, stored, info = _stored_run(run, options.checkpoint)
     other: dict[str, Any] = {}
@@ -223,18 +269,18 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.ensemble:
         if kind.settings is not Settings:
             raise ValueError(f"ensemble must be left out for {stored.job}, whose runs keep one best checkpoint")
-        algorithms, iterations = kind.report.load_ensemble(run, **model)
+        algorithms, iterations = kind.report.load_ensemble(run, device, **model)
         tested: dict[str, Any] = {"ensemble": iterations}
     else:
-        learned, info = kind.report.load_run(run, options.checkpoint, **model)
+        learned, info = kind.report.load_run(run, options.checkpoint, device, **model)
         algorithms, tested = [learned], {"checkpoint": options.checkpoint, "iteration": info["iteration"]}
     if options.batch_norm == "running":
         if kind.settings is not Settings:
             raise ValueError(f"batch_norm must be left out for {stored.job}, whose policy has no BatchNorm")
         for algorithm in algorithms:
-            kind.report.collect_statistics(algorithm, settings)
+            kind.report.collect_statistics(algorithm, settings, device=device)
         tested["batch_norm"] = options.batch_norm
-    result = kind.report.test_run(algorithms, settings, **other) | tested
+    result = kind.report.test_run(algorithms, settings, device=device, **other) | tested
     print(json.dumps(result, indent=1) if options.json else kind.report.table(result))
     return 0
 

@@ -35,6 +35,7 @@ FENCE = re.compile(
 )
 INLINE = re.compile(r"(?<!`)`((?:[^`\n]|\n(?!\n))+)`(?!`)")  # may be wrapped
 OF_TOOLS = {"--strict", "--benchmark-only", "--benchmark-autosave", "--benchmark-compare"}  # mkdocs, pytest-benchmark
+OF_TOOLS |= {"--nproc-per-node", "--nnodes", "--max-restarts"}  # torchrun
 FOLDERS = ("csrc", "maml_cuda", "tests", "benchmarks", "docs", ".ci")
 
 
@@ -135,6 +136,11 @@ def test_commands_parse(page: str, capsys: pytest.CaptureFixture[str]) -> None:
             check_options(arguments[2:], options_of_module(arguments[1]))
         elif program == "python":
             assert (ROOT / arguments[0]).exists() or arguments[:2] == ["-m", "maml_cuda"], command
+        elif program == "torchrun":
+            at = arguments.index("-m") + 1
+            assert arguments[at] == "maml_cuda", command
+            check_options(arguments[:at], OF_TOOLS)
+            check_maml_cuda(arguments[at + 1 :])
         elif program == "pip":
             check_pip(arguments)
         elif program == "pytest":

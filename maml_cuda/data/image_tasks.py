@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
-from maml_cuda.data.meta_batch import MetaBatch
+from maml_cuda.data.meta_batch import WHOLE, MetaBatch
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,19 @@ class ImageTasks:
         self.first = self.count.cumsum(0) - self.count  # [classes]: the row of the first image of each class
         self.missing = torch.arange(int(self.count.max())) >= self.count.unsqueeze(1)  # [classes, most images]
 
-    def sample(self, num_tasks: int, generator: Generator) -> MetaBatch:
+    def to(self, device: torch.device) -> ImageTasks:
+        """The same tasks, with the images on another device. Draws are the same on every device."""
+        moved = copy.copy(self)
+        moved.images = self.images.to(device)
+        return moved
+
+    def sample(self, num_tasks: int, generator: Generator, part: slice = WHOLE) -> MetaBatch:
         """Draws tasks.
 
         Args:
             num_tasks: the number of tasks.
-            generator: the source of random numbers.
+            generator: the source of random numbers, on the CPU.
+            part: of these tasks the ones to return; all are drawn.
 
         Returns:
             x float32 ``[num_tasks, n_way * images per class, channels, height, width]`` in [0, 1], class by class, and
@@ -84,11 +92,11 @@ class ImageTasks:
                 random order in which they were drawn.
         """
         # The n_way largest of random keys are a draw without replacement, for all tasks at once.
-        keys = torch.rand(num_tasks, self.rotations * len(self.count), generator=generator)
+        keys = torch.rand(num_tasks, self.rotations * len(self.count), generator=generator)[part]
         drawn = keys.topk(self.n_way).indices  # [tasks, n_way]
         turns, classes = drawn // len(self.count), drawn % len(self.count)
         missing = self.missing[classes]  # [tasks, n_way, most images]
-        keys = torch.rand(missing.shape, generator=generator).masked_fill_(missing, -1)
+        keys = torch.rand(num_tasks, *missing.shape[1:], generator=generator)[part].masked_fill_(missing, -1)
         rows = self.first[classes].unsqueeze(-1) + keys.topk(self.k_shot + self.n_query).indices
         x_spt, y_spt = self._gather(rows[..., : self.k_shot], turns)
         x_qry, y_qry = self._gather(rows[..., self.k_shot :], turns)
@@ -96,14 +104,14 @@ class ImageTasks:
 
     def _gather(self, rows: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         tasks, n_way, n = rows.shape
-        x = self.images.index_select(0, rows.flatten()).unflatten(0, (tasks, n_way, n))
+        x = self.images.index_select(0, rows.flatten().to(self.images.device)).unflatten(0, (tasks, n_way, n))
         self._turn(x, turns)
-        y = torch.arange(n_way).repeat_interleave(n).repeat(tasks, 1)
+        y = torch.arange(n_way, device=x.device).repeat_interleave(n).repeat(tasks, 1)
         return x.flatten(1, 2).float().div_(self.white), y
 
     def _turn(self, x: Tensor, turns: Tensor) -> None:
         for turn in range(1, self.rotations):
-            turned = turns == turn
+            turned = (turns == turn).to(x.device)
             x[turned] = x[turned].rot90(turn, (-2, -1))
 
 
@@ -133,9 +141,9 @@ class ImageBatches:
         turns, classes = y // len(tasks.count), y % len(tasks.count)
         uniform = torch.rand(images, generator=generator, dtype=torch.float64)
         rows = tasks.first[classes] + (uniform * tasks.count[classes]).long()
-        x = tasks.images.index_select(0, rows)
+        x = tasks.images.index_select(0, rows.to(tasks.images.device))
         tasks._turn(x, turns)
-        return x.float().div_(tasks.white), y
+        return x.float().div_(tasks.white), y.to(x.device)
 
 
 def _choice(n_way: int, classes: int) -> str:

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+WHOLE = slice(None)  # all tasks of a draw
+
 
 class MetaBatch(NamedTuple):
     """One meta-batch of tasks, in the order of FusedMAML's arguments: ``maml(*batch)``.

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from maml_cuda import FusedMAML
 from maml_cuda.rl import plots, render
 from maml_cuda.rl.adaptation import adapt_and_sample, evaluate_returns
@@ -16,18 +18,22 @@ from maml_cuda.rl.locomotion import Locomotion
 from maml_cuda.rl.settings import RLSettings
 from maml_cuda.rl.training import make_policy
 from maml_cuda.train.checkpoint import load_info, load_model, load_parameters
+from maml_cuda.train.devices import CPU, only_on_cpu
 from maml_cuda.train.evaluate import mean_and_ci95
 from maml_cuda.train.jobs import make_generator
 from maml_cuda.train.run_info import restore_settings
 from maml_cuda.train.summary import write_summary
 
 
-def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[FusedMAML, dict[str, Any]]:
+def load_run(
+    run: Path, checkpoint: str = "best", device: torch.device = CPU, **given: Any
+) -> tuple[FusedMAML, dict[str, Any]]:
     """Loads the policy of a checkpoint.
 
     Args:
         run: the run's folder.
         checkpoint: the name of the checkpoint.
+        device: the CPU.
         given: settings that override the stored ones.
 
     Returns:
@@ -39,17 +45,24 @@ def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[FusedMA
     """
     folder = run / checkpoint
     learned, info = load_model(folder)
-    maml = make_policy(replace(restore_settings(RLSettings, info, folder), **given))
+    settings = replace(restore_settings(RLSettings, info, folder), **given)
+    only_on_cpu(settings.job, device)
+    maml = make_policy(settings)
     load_parameters(maml, learned, folder)
     return maml, info
 
 
-def test_run(policies: Sequence[FusedMAML], settings: RLSettings) -> dict[str, Any]:
+def test_run(
+    policies: Sequence[FusedMAML],
+    settings: RLSettings,
+    device: torch.device = CPU,  # noqa: PT028 (this is no test)
+) -> dict[str, Any]:
     """Tests a policy on ``settings.test_tasks`` test tasks after 0 to ``test_steps`` adaptation steps.
 
     Args:
         policies: the policy, the only element.
         settings: the settings of the run.
+        device: the CPU.
 
     Returns:
         JSON-able values; ``mean`` and ``ci95`` are lists over ``steps``.
@@ -85,13 +98,13 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def finish(run: Path, settings: RLSettings) -> dict[str, Any]:
+def finish(run: Path, settings: RLSettings, device: torch.device = CPU) -> dict[str, Any]:
     """Tests the best checkpoint of a trained run; writes the plots and, at the end, summary.json.
 
     Returns:
         The content of summary.json.
     """
-    maml, _ = load_run(run)
+    maml, _ = load_run(run, device=device)
     last = load_info(run / "last")
     result = test_run([maml], settings)
     plots.learning_curve(run / "metrics.csv", run / "learning_curves.png", settings)

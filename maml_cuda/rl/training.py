@@ -18,6 +18,7 @@ from maml_cuda.rl.outer import OuterStep, clipped, trpo, vpg
 from maml_cuda.rl.policy import GaussianPolicy
 from maml_cuda.rl.sampling import sample_episodes
 from maml_cuda.rl.settings import RLSettings
+from maml_cuda.train.devices import only_on_cpu
 from maml_cuda.train.jobs import make_generator
 from maml_cuda.train.loop import Training
 
@@ -54,6 +55,10 @@ class RLTraining(Training):
     settings: RLSettings  # type: ignore[assignment]
 
     def _build(self) -> None:
+        job = self.settings.job
+        if self.ranks.count > 1:
+            raise ValueError(f"processes must be 1 for {job}, a policy, got {self.ranks.count}")
+        only_on_cpu(job, self.device)
         self.environment = make_environment(self.settings.job)
         self.module = self.maml = make_policy(self.settings)
         self.optimizer = torch.optim.Adam(self.maml.parameters(), lr=self.settings.meta_lr, fused=True)

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from maml_cuda.batch_norm import PerStepBatchNorm2d
 from maml_cuda.data import ImageBatches, ImageTasks, MetaBatch, SinusoidTasks
+from maml_cuda.train.devices import CPU
 from maml_cuda.train.jobs import make_maml, make_model, make_tasks, score, without_head
+from maml_cuda.train.ranks import ALONE, Ranks
 from maml_cuda.train.settings import Settings
 
 FINAL_META_LR = 1e-5  # where the cosine schedule of MAML++ ends
@@ -26,28 +28,45 @@ class Algorithm:
         module: everything that is learned, by name.
         optimizer: the optimizer of the meta-parameters; None if nothing is learned.
         steps: the numbers of adaptation steps after which the algorithm can be tested.
-        backend: the backend that runs: "cpu", "reference" or "autograd".
+        backend: the backend that runs: "cpu", "cuda", "reference" or "autograd".
+        ranks: the processes that train together.
     """
+
+    settings: Settings
 
     module: nn.Module
     optimizer: torch.optim.Optimizer | None = None
     steps: Sequence[int] = range(11)
     backend: str = "autograd"
+    ranks: Ranks = ALONE
 
     def sampler(self, tasks: ImageTasks | SinusoidTasks) -> Any:
         """The object whose ``sample`` draws the batches for ``step``: ``tasks``, or an object made from them."""
         return tasks
 
-    def step(self, batch: Any, iteration: int) -> tuple[Tensor, Tensor]:
+    def step(self, batch: Any, iteration: int) -> Tensor:
         """One meta-iteration.
 
         Args:
-            batch: a draw of the sampler.
+            batch: a draw of the sampler; of several processes, each has its part.
             iteration: the number of the iteration, from 1.
 
         Returns:
-            The loss and the score of the batch, 0-d and detached.
+            The loss and the score of the whole batch, ``[2]``, detached.
         """
+        assert self.optimizer is not None
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for p in parameters:  # zero_grad() would take 5 % of an iteration of the sinusoid
+            p.grad = None
+        measured = torch.stack(self._gradients(batch, iteration))
+        if self.ranks.count > 1:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            self.ranks.average([*gradients, measured], self.settings.meta_batch)
+        self.optimizer.step()
+        return measured
+
+    def _gradients(self, batch: Any, iteration: int) -> tuple[Tensor, Tensor]:
+        """Leaves the gradients of ``batch`` in ``.grad``. Returns its loss and its score, 0-d and detached."""
         raise NotImplementedError
 
     def predict(self, batch: MetaBatch, steps: int) -> Tensor:
@@ -57,18 +76,6 @@ class Algorithm:
     def predictions(self, batch: MetaBatch, steps: Sequence[int]) -> Iterator[Tensor]:
         """The predictions after each number of ``steps``, which are in ascending order."""
         return (self.predict(batch, count) for count in steps)
-
-    def _optimizer_step(self, backward: Callable[[], Any]) -> Any:
-        """Takes an optimizer step with the gradients that ``backward()`` leaves in ``.grad``; returns the result of
-        ``backward()``.
-        """
-        assert self.optimizer is not None
-        for group in self.optimizer.param_groups:  # zero_grad() would take 5 % of an iteration of the sinusoid
-            for p in group["params"]:
-                p.grad = None
-        returned = backward()
-        self.optimizer.step()
-        return returned
 
 
 class Maml(Algorithm):
@@ -89,12 +96,12 @@ class Maml(Algorithm):
     def backend(self) -> str:  # type: ignore[override]
         return self.maml.backend
 
-    def step(self, batch: MetaBatch, iteration: int) -> tuple[Tensor, Tensor]:
+    def _gradients(self, batch: MetaBatch, iteration: int) -> tuple[Tensor, Tensor]:
         settings = self.settings
         self.maml.first_order = settings.first_order or iteration <= settings.first_order_iterations
         if settings.multi_step_iterations:
             self.maml.query_weights = multi_step_weights(settings, iteration)
-        out = self._optimizer_step(lambda: self.maml.backward(*batch))
+        out = self.maml.backward(*batch)
         return out.loss, score(settings.job, out.logits, batch.y_qry).mean()
 
     def predict(self, batch: MetaBatch, steps: int) -> Tensor:
@@ -122,7 +129,7 @@ class Maml(Algorithm):
         for norm in norms:
             assert norm.weight is not None
             norm.running_mean, norm.running_var = torch.zeros_like(norm.weight), torch.ones_like(norm.weight)
-            norm.num_batches_tracked = torch.zeros(norm.weight.shape[:-1], dtype=torch.int64)
+            norm.num_batches_tracked = norm.weight.new_zeros(norm.weight.shape[:-1], dtype=torch.int64)
             norm.track_running_stats, norm.momentum = True, None  # the mean over all batches
         for batch in batches:
             self.maml.update_statistics(batch.x_spt, batch.y_spt, batch.x_qry)
@@ -147,7 +154,7 @@ class Reptile(Algorithm):
     def backend(self) -> str:  # type: ignore[override]
         return self.maml.backend
 
-    def step(self, batch: MetaBatch, iteration: int) -> tuple[Tensor, Tensor]:
+    def _gradients(self, batch: MetaBatch, iteration: int) -> tuple[Tensor, Tensor]:
         settings, maml = self.settings, self.maml
         x, y = torch.cat([batch.x_spt, batch.x_qry], 1), torch.cat([batch.y_spt, batch.y_qry], 1)
         fast = maml.adapt(batch.x_spt, batch.y_spt, steps=0)
@@ -158,8 +165,6 @@ class Reptile(Algorithm):
             losses.append(loss.mean())
         for name, theta in maml.model.named_parameters():
             theta.grad = theta.detach() - fast[name].mean(0)
-        assert self.optimizer is not None
-        self.optimizer.step()
         # The inner steps have seen all samples of a task, so this is a score on training samples.
         after = maml.predict(fast, batch.x_spt)
         return torch.stack(losses).mean(), score(settings.job, after, batch.y_spt).mean()
@@ -171,11 +176,12 @@ class Reptile(Algorithm):
 
         Each task passes through its own samples in random order. The order depends on the seed and the iteration only.
         """
-        steps, (tasks, samples) = self.settings.inner_steps, x.shape[:2]
+        steps, samples = self.settings.inner_steps, x.shape[1]
         size = self.settings.inner_batch or samples
         generator = Generator().manual_seed(self.settings.seed << 32 | iteration)
         passes = math.ceil(steps * size / samples)
-        order = torch.rand(tasks, passes, samples, generator=generator).argsort(-1).flatten(1)
+        keys = torch.rand(self.settings.meta_batch, passes, samples, generator=generator)
+        order = keys[self.ranks.part(len(keys))].argsort(-1).flatten(1).to(x.device)
         batches: Sequence[Tensor] = order[:, : steps * size].split(size, 1)
         return batches
 
@@ -194,10 +200,10 @@ class Metric(Algorithm):
         self.module = without_head(make_model(settings))
         self.optimizer = torch.optim.Adam(self.module.parameters(), lr=settings.meta_lr, fused=True)
 
-    def step(self, batch: MetaBatch, iteration: int) -> tuple[Tensor, Tensor]:
+    def _gradients(self, batch: MetaBatch, iteration: int) -> tuple[Tensor, Tensor]:
         logits = self.predict(batch, 0)
         loss = F.cross_entropy(logits.flatten(0, 1), batch.y_qry.flatten())
-        self._optimizer_step(loss.backward)
+        loss.backward()
         return loss.detach(), score(self.settings.job, logits.detach(), batch.y_qry).mean()
 
     def predict(self, batch: MetaBatch, steps: int) -> Tensor:
@@ -273,11 +279,11 @@ class Pretrained(Algorithm):
         assert isinstance(tasks, ImageTasks)
         return ImageBatches(tasks)
 
-    def step(self, batch: tuple[Tensor, Tensor], iteration: int) -> tuple[Tensor, Tensor]:
+    def _gradients(self, batch: tuple[Tensor, Tensor], iteration: int) -> tuple[Tensor, Tensor]:
         x, y = batch
         logits = self.net(x)
         loss = F.cross_entropy(logits, y)
-        self._optimizer_step(loss.backward)
+        loss.backward()
         return loss.detach(), score(self.settings.job, logits.detach(), y)
 
     predict, predictions = Maml.predict, Maml.predictions
@@ -289,6 +295,7 @@ class NearestPixel(Algorithm):
     steps = (0,)
 
     def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         self.module = nn.Module()
 
     def predict(self, batch: MetaBatch, steps: int) -> Tensor:
@@ -308,9 +315,11 @@ ALGORITHMS: dict[str, Callable[[Settings], Algorithm]] = {
 }
 
 
-def make_algorithm(settings: Settings) -> Algorithm:
-    """A new algorithm, initialised from the seed of ``settings``."""
-    return ALGORITHMS[settings.algorithm](settings)
+def make_algorithm(settings: Settings, device: torch.device = CPU) -> Algorithm:
+    """A new algorithm on a device, initialised from the seed of ``settings``."""
+    algorithm = ALGORITHMS[settings.algorithm](settings)
+    algorithm.module.to(device)
+    return algorithm
 
 
 def multi_step_weights(settings: Settings, iteration: int) -> Tensor | None:
@@ -341,4 +350,4 @@ def meta_lr(settings: Settings, iteration: int) -> float:
 
 def _gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Rows ``rows[t, i]`` of ``x[t]``: ``[tasks, rows, ...]``."""
-    return x[torch.arange(len(x)).unsqueeze(1), rows]
+    return x[torch.arange(len(x), device=x.device).unsqueeze(1), rows]

@@ -36,11 +36,14 @@ examples:
   maml-cuda train navigation --baseline oracle  a policy that observes the goal
   maml-cuda train --resume runs/sine           continue a run that was interrupted or has ended
 
+Several processes share the tasks of each meta-iteration:
+  torchrun --nproc-per-node 2 -m maml_cuda train omniglot --data ~/omniglot
+
 A run is one folder: metrics.csv, the checkpoints last/ and best/, PNG plots and summary.json.
 """
 
 
-DEVICE_OPTIONS = ("--gpu", "--gpus", "--cuda", "--device")  # not supported: the error says how to use a GPU
+DEVICE_OPTIONS = ("--gpu", "--gpus", "--cuda")  # names that other programs have for --device
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             typed = [word.partition("=")[0] for word in unknown if word.startswith("-")]
             if any(word in DEVICE_OPTIONS for word in typed):
-                hint = "; the commands run on the CPU; to use a GPU, call FusedMAML in your own training loop"
+                hint = "; --device cuda runs on a GPU"
             else:
                 hint = "".join(did_you_mean(word, self._option_string_actions) for word in typed)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
@@ -248,6 +251,12 @@ def _add_cache(parser: argparse._ActionsContainer) -> None:
 
 
 def _add_machine(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:N: where the net and the data are; a run may change it (default: cpu)",
+    )
     parser.add_argument(
         "--threads", type=int, help="CPU threads (default: all cores); results of fused layers do not depend on it"
     )

@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 
 from maml_cuda.data import ImageTasks, MetaBatch, SinusoidTasks
 from maml_cuda.train.jobs import score
+from maml_cuda.train.ranks import ALONE, Ranks
 
 CHUNK = 50  # tasks at a time; bounds memory. It is fixed, so that the first tasks do not depend on the number of tasks
 
@@ -19,6 +20,7 @@ def evaluate(
     generator: Generator,
     num_tasks: int,
     steps: Sequence[int],
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """The score (``jobs.score``) of each task after each number of adaptation steps.
 
@@ -30,17 +32,21 @@ def evaluate(
         generator: the source of random numbers for the tasks.
         num_tasks: the number of tasks.
         steps: the numbers of adaptation steps, in ascending order.
+        ranks: the processes that share the tasks; each gets all scores.
 
     Returns:
         ``[len(steps), num_tasks]``.
     """
-    scores = torch.empty(len(steps), num_tasks)
+    scores = torch.zeros(len(steps), num_tasks)
     for start in range(0, num_tasks, CHUNK):
-        drawn = tasks.sample(CHUNK, generator)
-        here = slice(start, min(start + CHUNK, num_tasks))
-        batch = MetaBatch(*(part[: here.stop - here.start] for part in drawn))
+        part = ranks.part(min(CHUNK, num_tasks - start))
+        batch = tasks.sample(CHUNK, generator, part)
+        if part.start == part.stop:  # fewer tasks than processes
+            continue
+        here = slice(start + part.start, start + part.stop)
         for row, prediction in zip(range(len(steps)), predictions(batch, steps), strict=True):
             scores[row, here] = score(job, prediction, batch.y_qry).detach()
+    ranks.add(scores)
     return scores
 
 

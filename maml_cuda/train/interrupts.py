@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
@@ -41,7 +41,7 @@ class InterruptFlag:
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
     """A context in which SIGTERM raises Terminated."""
-    with _handled({signal.SIGTERM: raise_interrupt}):
+    with handled({signal.SIGTERM: raise_interrupt}):
         yield
 
 
@@ -49,12 +49,14 @@ def sigterm_raises() -> Iterator[None]:
 def interrupt_flag() -> Iterator[InterruptFlag]:
     """A context in which signals set the flag that it yields, so that the caller chooses when to raise."""
     flag = InterruptFlag()
-    with _handled(dict.fromkeys(SIGNALS, flag)):
+    with handled(dict.fromkeys(SIGNALS, flag)):
         yield flag
 
 
 @contextmanager
-def _handled(handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+def handled(
+    handlers: Mapping[signal.Signals, Callable[[int, FrameType | None], None] | signal.Handlers],
+) -> Iterator[None]:
     """Sets signal handlers and restores the previous ones. Does nothing outside the main thread, where Python forbids
     handlers.
     """

@@ -11,6 +11,7 @@ from maml_cuda.data import GlyphTasks, ImageTasks, SinusoidTasks, glyphs, images
 from maml_cuda.data.splits import SPLITS
 from maml_cuda.fused_maml import FusedMAML
 from maml_cuda.rl.settings import RLSettings
+from maml_cuda.train.devices import CPU
 from maml_cuda.train.models import conv4, conv4_max_pool, sinusoid_mlp
 from maml_cuda.train.settings import SHIPPED, Settings, is_classification, named_settings
 
@@ -132,7 +133,9 @@ def _inner_rates(settings: Settings, adapted: dict[str, nn.Parameter]) -> Any:
     return {name: nn.Parameter(torch.full(shape, rate)) for name, shape in shapes.items()}
 
 
-def make_tasks(settings: Settings, split: str, opened: images.Images | None = None) -> ImageTasks | SinusoidTasks:
+def make_tasks(
+    settings: Settings, split: str, opened: images.Images | None = None, device: torch.device = CPU
+) -> ImageTasks | SinusoidTasks:
     """The sampler of the tasks of one split.
 
     The splits of the sinusoid have the same distribution and differ only in the draws.
@@ -141,6 +144,7 @@ def make_tasks(settings: Settings, split: str, opened: images.Images | None = No
         settings: the settings of the run.
         split: train, validation or test.
         opened: the images to draw from; None: those of the run.
+        device: of the tasks.
 
     Raises:
         ValueError: the split has too few classes or images.
@@ -150,13 +154,13 @@ def make_tasks(settings: Settings, split: str, opened: images.Images | None = No
         ways, shots, queries = settings.train_ways or settings.ways, settings.shots, settings.queries
         rotations = settings.rotations
     if settings.job == "sinusoid":
-        return SinusoidTasks(shots, queries, settings.told)
+        return SinusoidTasks(shots, queries, settings.told).to(device)
     if opened is None and settings.job != "glyphs":
         opened = images_of_run(settings)
     try:
         if opened is None:
-            return GlyphTasks(split, ways, shots, queries, rotations)
-        return ImageTasks(opened.split(split), ways, shots, queries, rotations)
+            return GlyphTasks(split, ways, shots, queries, rotations).to(device)
+        return ImageTasks(opened.split(split), ways, shots, queries, rotations).to(device)
     except ValueError as error:  # the error names the arguments of the sampler; add the names of the options
         options = ("ways", "test-shots", "test-queries")
         if split == "train":

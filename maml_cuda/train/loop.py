@@ -8,12 +8,15 @@ trains the run, the folder also holds ``lock`` (``run_lock.py``).
 
 import math
 import shutil
+import signal
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from maml_cuda.data import ImageTasks, MetaBatch
@@ -29,14 +32,18 @@ from maml_cuda.train.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
+from maml_cuda.train.devices import CPU
 from maml_cuda.train.evaluate import evaluate
 from maml_cuda.train.interrupts import interrupt_flag
 from maml_cuda.train.jobs import format_score, make_generator, make_tasks, score
 from maml_cuda.train.metrics import Metrics
+from maml_cuda.train.ranks import ALONE, Ranks
 from maml_cuda.train.run_info import MAY_CHANGE, restore_settings, with_checksum
 from maml_cuda.train.run_lock import LOCK
 from maml_cuda.train.settings import Settings, is_classification, metric_name
 
+# What a checkpoint holds: the tensors of the module, those of the optimizer and of the training, and the rest.
+State = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]
 COLUMNS = ("iteration", "loss", "before", "after", "validation")
 
 
@@ -46,6 +53,8 @@ class Training:
     Attributes:
         run: the run's folder.
         settings: the run's settings.
+        device: the device of the module and of the data.
+        ranks: the processes that train the run; the first one alone writes to the folder.
         iteration: the number of iterations done.
         seconds: wall time of the training.
         cpu_seconds: CPU time of all threads.
@@ -59,31 +68,43 @@ class Training:
 
     columns: tuple[str, ...] = COLUMNS  # columns of metrics.csv
 
-    def __init__(self, run: Path, settings: Settings) -> None:
+    def __init__(self, run: Path, settings: Settings, device: torch.device = CPU, ranks: Ranks = ALONE) -> None:
         self.run = run
         self.settings = settings
+        self.device = device
+        self.ranks = ranks
         self.iteration = 0
         self.seconds = 0.0
         self.cpu_seconds = 0.0
         self.bests: list[dict[str, Any]] = []
         self.classes: list[str] = []
         self.metrics = Metrics(run / "metrics.csv", self.columns)
-        self.running = torch.zeros(2)
+        self.running = torch.zeros(2, device=device)
         self._build()
 
     def _build(self) -> None:
         """Creates the module, the optimizer, the tasks and the generator."""
-        settings = self.settings
-        self.algorithm = make_algorithm(settings)
+        settings, device = self.settings, self.device
+        self._check_processes()
+        self.algorithm = make_algorithm(settings, device)
+        self.algorithm.ranks = self.ranks
         self.module = self.algorithm.module
         self.optimizer: Any = self.algorithm.optimizer  # None where nothing is learned
-        tasks = make_tasks(settings, "train")
+        tasks = make_tasks(settings, "train", device=device)
         if isinstance(tasks, ImageTasks):
             self.classes = list(tasks.names)
         self.tasks = self.algorithm.sampler(tasks)
-        self.validation_tasks = make_tasks(settings, "validation")
+        self.validation_tasks = make_tasks(settings, "validation", device=device)
         make_tasks(settings, "test")  # raises now if the settings could not be tested at the end
         self.generator = make_generator(settings, "train")
+
+    def _check_processes(self) -> None:
+        """Raises ValueError if the run cannot be divided among its processes."""
+        settings, count = self.settings, self.ranks.count
+        if count > 1 and settings.algorithm == "pretrained":
+            raise ValueError(f"processes must be 1 for pretrained, which has no tasks to divide, got {count}")
+        if count > 1 and count > settings.meta_batch:
+            raise ValueError(f"processes must be at most {settings.meta_batch}, the tasks of a meta-batch, got {count}")
 
     @property
     def backend(self) -> str:
@@ -91,24 +112,31 @@ class Training:
         return self.algorithm.backend
 
     @classmethod
-    def start(cls, run: Path, settings: Settings) -> "Training":
+    def start(cls, run: Path, settings: Settings, device: torch.device = CPU, ranks: Ranks = ALONE) -> "Training":
         """A new run in a new folder.
 
         Raises:
-            FileExistsError: ``run`` exists and is not an empty folder.
+            FileExistsError: ``run`` exists, and holds more than what a start that was killed leaves.
         """
-        if run.exists() and (not run.is_dir() or any(path.name != LOCK for path in run.iterdir())):
+        if run.exists() and not (run.is_dir() and all(map(_is_left_by_a_start, run.iterdir()))):
             raise FileExistsError(
                 f"{run} exists already: choose another --out, or continue that run with --resume {run}"
             )
-        training = cls(run, settings)
+        training = cls(run, settings, device, ranks)
         run.mkdir(parents=True, exist_ok=True)
         training.metrics.start()
         training.save("last")
         return training
 
     @classmethod
-    def resume(cls, run: Path, settings: Settings, checkpoint: str = "last") -> "Training":
+    def resume(
+        cls,
+        run: Path,
+        settings: Settings,
+        checkpoint: str = "last",
+        device: torch.device = CPU,
+        ranks: Ranks = ALONE,
+    ) -> "Training":
         """The run in the state of a checkpoint, which becomes its last one.
 
         Later rows of metrics.csv and later checkpoints are removed.
@@ -123,17 +151,36 @@ class Training:
             raise ValueError(
                 f"iterations must be at least {info['iteration']}, which the run has done, got {settings.iterations}"
             )
-        training = cls(run, settings)
-        load_parameters(training.module, model, run / checkpoint)
-        load_optimizer(training.optimizer, tensors)
-        training.generator.set_state(tensors["generator"])
-        training.running = tensors["running"]
-        training._restore(info)
+        training = cls(run, settings, device, ranks)
+        training._load((model, tensors, info), run / checkpoint)
         training.metrics.remove_after(training.iteration)
         if checkpoint != "last":
             training._remove_later_bests()
             training.save("last")
         return training
+
+    @classmethod
+    def follow(cls, run: Path, settings: Settings, state: State, device: torch.device, ranks: Ranks) -> "Training":
+        """The training of the first process as another one takes part in it, from its ``state()``."""
+        training = cls(run, settings, device, ranks)
+        training._load(state, run)
+        return training
+
+    def state(self) -> State:
+        """What a checkpoint holds, with its tensors on the CPU."""
+        tensors = optimizer_tensors(self.optimizer)
+        tensors |= {"generator": self.generator.get_state(), "running": self.running}
+        model = self.module.state_dict()
+        info = with_checksum(self._info())
+        return {name: t.cpu() for name, t in model.items()}, {name: t.cpu() for name, t in tensors.items()}, info
+
+    def _load(self, state: State, folder: Path) -> None:
+        model, tensors, info = state
+        load_parameters(self.module, model, folder)
+        load_optimizer(self.optimizer, tensors)
+        self.generator.set_state(tensors["generator"])
+        self.running = tensors["running"].to(self.device)
+        self._restore(info)
 
     def _restore(self, info: dict[str, Any]) -> None:
         """Restores the values that ``_info`` put into a checkpoint."""
@@ -157,9 +204,7 @@ class Training:
 
     def save(self, name: str) -> None:
         """Writes the checkpoint ``last``, ``best`` or ``best-<n>``."""
-        tensors = optimizer_tensors(self.optimizer)
-        tensors |= {"generator": self.generator.get_state(), "running": self.running}
-        save_checkpoint(self.run / name, self.module.state_dict(), tensors, with_checksum(self._info()))
+        save_checkpoint(self.run / name, *self.state())
 
     def _info(self) -> dict[str, Any]:
         """The entries of a checkpoint that are not tensors."""
@@ -173,26 +218,31 @@ class Training:
         }
 
     def loop(self) -> None:
-        """Trains up to ``settings.iterations``. The run is saved before an interruption is raised.
+        """Trains up to ``settings.iterations``. The run is saved before an interruption is raised. Several processes
+        stop after the same iteration.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C.
-            Terminated: after SIGTERM.
-            OSError: a file or standard output cannot be written.
+            Terminated: after SIGTERM, here or in another process.
+            OSError: a file or standard output cannot be written, or another process has ended.
             ValueError: the loss or a parameter is not finite.
         """
-        settings = self.settings
+        settings, first = self.settings, self.ranks.first
         with (
-            self.metrics as metrics,
+            self.metrics if first else nullcontext() as metrics,
             interrupt_flag() as flag,
-            tqdm(total=settings.iterations, initial=self.iteration, unit="it", dynamic_ncols=True) as bar,
+            tqdm(
+                total=settings.iterations, initial=self.iteration, unit="it", dynamic_ncols=True, disable=not first
+            ) as bar,
         ):
             started, cpu_started = time.perf_counter() - self.seconds, time.process_time() - self.cpu_seconds
 
             def save() -> None:
-                metrics.sync()  # before the checkpoint, which requires that these rows exist
                 self.seconds = time.perf_counter() - started
                 self.cpu_seconds = time.process_time() - cpu_started
+                if metrics is None:
+                    return
+                metrics.sync()  # before the checkpoint, which requires that these rows exist
                 self._save_bests()
                 self.save("last")
 
@@ -201,20 +251,22 @@ class Training:
                 log = self.iteration % settings.log_interval == 0
                 validate = self.iteration % settings.validation_interval == 0
                 before = self._step(log)
+                if self.ranks.any(flag.signum is not None):
+                    flag.signum = flag.signum or signal.SIGTERM
                 due = validate or self.iteration == settings.iterations or flag.signum is not None
                 if log or due:
                     self._refuse_divergence(due)
                 row, words = self._log(before, bar) if log else {}, ""
                 if validate:
                     row["validation"], words = self._validate()
-                if row:
+                if row and metrics is not None:
                     metrics.add(self.iteration, row)
                 if due:
                     save()
                 try:  # after the row and the checkpoint, which are kept if standard output is closed
                     if log:
                         bar.update(self.iteration - bar.n)
-                    if words:
+                    if words and first:
                         bar.write(words)
                 except OSError:
                     save()
@@ -222,7 +274,7 @@ class Training:
                 if due:
                     flag.interrupt()
             bar.update(self.iteration - bar.n)
-        if not self.bests:  # fewer iterations than one validation interval
+        if first and not self.bests:  # fewer iterations than one validation interval
             self.save("best")
 
     def _save_bests(self) -> None:
@@ -244,13 +296,21 @@ class Training:
         if self.optimizer is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = meta_lr(settings, self.iteration)
-        batch = self.tasks.sample(settings.meta_batch, self.generator)
+        batch = self._sample()
         before = None
         if log and isinstance(batch, MetaBatch) and len(self.algorithm.steps) > 1:
             before = score(settings.job, self.algorithm.predict(batch, 0), batch.y_qry).mean()
+            self.ranks.average([before], settings.meta_batch)
         # Summed as tensors: converting them to numbers at every iteration would cost time.
-        self.running += torch.stack(self.algorithm.step(batch, self.iteration))
+        self.running += self.algorithm.step(batch, self.iteration)
         return before
+
+    def _sample(self) -> Any:
+        """This process's part of the next meta-batch."""
+        tasks, generator, number = self.tasks, self.generator, self.settings.meta_batch
+        if self.ranks.count == 1:
+            return tasks.sample(number, generator)
+        return tasks.sample(number, generator, self.ranks.part(number))
 
     def _refuse_divergence(self, to_be_saved: bool) -> None:
         """Raises ValueError if the loss is not finite or, if ``to_be_saved``, a tensor of the checkpoint is not."""
@@ -306,6 +366,7 @@ class Training:
             generator,
             settings.validation_tasks,
             steps,
+            self.ranks,
         )
         mean = scores.double().mean().item()
         self._record_validation(mean, rising=is_classification(settings.job), kept=settings.best_checkpoints)
@@ -329,6 +390,13 @@ class Training:
         if kept > 1 and new in self.bests:
             taken = {best.get("checkpoint") for best in self.bests}
             new["checkpoint"] = next(name for n in range(kept) if (name := f"best-{n + 1}") not in taken)
+
+
+def _is_left_by_a_start(path: Path) -> bool:
+    """Whether a start that was killed before its first checkpoint leaves this file."""
+    if path.name == "metrics.csv":
+        return path.read_bytes().count(b"\n") <= 1
+    return path.name in (LOCK, "metrics.csv.new", "last.new")
 
 
 def resumed_settings(run: Path, given: dict[str, Any], kind: type = Settings, checkpoint: str = "last") -> Any:

@@ -13,19 +13,24 @@ from maml_cuda.data.images import Images
 from maml_cuda.train import plots
 from maml_cuda.train.algorithms import Algorithm, Maml, make_algorithm
 from maml_cuda.train.checkpoint import load_info, load_model, load_parameters, locate
+from maml_cuda.train.devices import CPU
 from maml_cuda.train.evaluate import evaluate, mean_and_ci95
 from maml_cuda.train.jobs import format_score, make_generator, make_tasks
+from maml_cuda.train.ranks import count
 from maml_cuda.train.run_info import restore_settings
 from maml_cuda.train.settings import Settings, is_classification, metric_name
 from maml_cuda.train.summary import write_summary
 
 
-def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[Algorithm, dict[str, Any]]:
+def load_run(
+    run: Path, checkpoint: str = "best", device: torch.device = CPU, **given: Any
+) -> tuple[Algorithm, dict[str, Any]]:
     """Loads a checkpoint of a run.
 
     Args:
         run: the run's folder.
         checkpoint: the name of the checkpoint.
+        device: where the algorithm is to be, wherever it was trained.
         given: settings that override the stored ones.
 
     Returns:
@@ -37,12 +42,12 @@ def load_run(run: Path, checkpoint: str = "best", **given: Any) -> tuple[Algorit
     """
     folder = run / checkpoint
     learned, info = load_model(folder)
-    algorithm = make_algorithm(replace(restore_settings(Settings, info, folder), **given))
+    algorithm = make_algorithm(replace(restore_settings(Settings, info, folder), **given), device)
     load_parameters(algorithm.module, learned, folder)
     return algorithm, info
 
 
-def load_ensemble(run: Path, **given: Any) -> tuple[list[Algorithm], list[int]]:
+def load_ensemble(run: Path, device: torch.device = CPU, **given: Any) -> tuple[list[Algorithm], list[int]]:
     """Loads the best checkpoints of a run.
 
     Returns:
@@ -56,10 +61,11 @@ def load_ensemble(run: Path, **given: Any) -> tuple[list[Algorithm], list[int]]:
     bests = max(kept, key=lambda info: info["iteration"])["bests"] if kept else []  # the newest lists all
     if not bests:
         raise ValueError(f"an ensemble needs a run that keeps several checkpoints (--best-checkpoints), got {run}")
-    return [load_run(run, best["checkpoint"], **given)[0] for best in bests], [best["iteration"] for best in bests]
+    algorithms = [load_run(run, best["checkpoint"], device, **given)[0] for best in bests]
+    return algorithms, [best["iteration"] for best in bests]
 
 
-def collect_statistics(algorithm: Algorithm, settings: Settings, batches: int = 20) -> None:
+def collect_statistics(algorithm: Algorithm, settings: Settings, batches: int = 20, device: torch.device = CPU) -> None:
     """Makes BatchNorm use running statistics of training tasks instead of those of the set at hand.
 
     Raises:
@@ -67,7 +73,7 @@ def collect_statistics(algorithm: Algorithm, settings: Settings, batches: int = 
     """
     if not isinstance(algorithm, Maml):
         raise ValueError(f"running statistics need MAML's inner loop, got {settings.algorithm}")
-    tasks, generator = make_tasks(settings, "train"), make_generator(settings, "train")
+    tasks, generator = make_tasks(settings, "train", device=device), make_generator(settings, "train")
     algorithm.use_running_statistics(tasks.sample(settings.meta_batch, generator) for _ in range(batches))
 
 
@@ -88,6 +94,7 @@ def test_run(
     algorithms: Sequence[Algorithm],
     settings: Settings,
     other: Images | None = None,  # noqa: PT028 (this is no test)
+    device: torch.device = CPU,  # noqa: PT028
 ) -> dict[str, Any]:
     """Tests algorithms on ``settings.test_tasks`` test tasks after each number of adaptation steps.
 
@@ -95,6 +102,7 @@ def test_run(
         algorithms: one algorithm, or several, whose mean prediction is tested.
         settings: the settings of the run.
         other: images to test on; None: the data of the run.
+        device: the device of the algorithms.
 
     Returns:
         JSON-able values. ``mean`` and ``ci95`` are lists over ``steps``; ``reported`` is the score after
@@ -102,7 +110,7 @@ def test_run(
     """
     steps = list(algorithms[0].steps)
     predictions = algorithms[0].predictions if len(algorithms) == 1 else ensemble_predictions(algorithms, settings.job)
-    tasks = make_tasks(settings, "test", other)
+    tasks = make_tasks(settings, "test", other, device)
     scores = evaluate(predictions, settings.job, tasks, make_generator(settings, "test"), settings.test_tasks, steps)
     mean, ci95 = mean_and_ci95(scores)
     row = steps.index(min(settings.test_steps, steps[-1]))
@@ -138,7 +146,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def finish(run: Path, settings: Settings) -> dict[str, Any]:
+def finish(run: Path, settings: Settings, device: torch.device = CPU) -> dict[str, Any]:
     """Tests the best checkpoint of a trained run, and the ensemble of the best ones if there are several; writes the
     plots and, at the end, summary.json.
 
@@ -146,13 +154,15 @@ def finish(run: Path, settings: Settings) -> dict[str, Any]:
         The content of summary.json.
     """
     place = {"data": settings.data, "cache": settings.cache}  # the data may have moved since the best checkpoint
-    algorithm, _ = load_run(run, **place)
+    algorithm, _ = load_run(run, device=device, **place)
     last = load_info(run / "last")
-    result = test_run([algorithm], settings)
+    result = test_run([algorithm], settings, device=device)
     if any("checkpoint" in one for one in last["bests"]):
-        several, iterations = load_ensemble(run, **place)
-        ensemble = test_run(several, settings)
+        several, iterations = load_ensemble(run, device, **place)
+        ensemble = test_run(several, settings, device=device)
         result["ensemble"] = {key: ensemble[key] for key in ("mean", "ci95", "reported")} | {"iterations": iterations}
+    backend = algorithm.backend
+    algorithm.module.cpu()  # matplotlib draws what is there
     plots.learning_curves(run / "metrics.csv", run / "learning_curves.png", settings)
     plots.adaptation(result, run / "adaptation.png")
     batch = make_tasks(settings, "test").sample(1, make_generator(settings, "test"))
@@ -165,7 +175,9 @@ def finish(run: Path, settings: Settings) -> dict[str, Any]:
         settings,
         result,
         last,
-        algorithm.backend,
+        backend,
+        device=str(device),
+        processes=count(),
         tasks_per_second=last["iteration"] * settings.meta_batch / last["seconds"] if last["seconds"] else 0.0,
         parameters=sum(p.numel() for p in algorithm.module.parameters()),
     )

@@ -106,7 +106,7 @@ def test_evaluate_refuses_what_the_run_ignores(tmp_path, capsys) -> None:
         ),
         (["train", "--inner_lr=0.1"], "unrecognized arguments: --inner_lr=0.1; did you mean --inner-lr?\n"),
         (["train", "--itertions", "3"], "; did you mean --iterations?\n"),
-        (["train", "--gpu"], "--gpu; the commands run on the CPU; to use a GPU, call FusedMAML in your own"),
+        (["train", "--gpu"], "unrecognized arguments: --gpu; --device cuda runs on a GPU\n"),
         (["evaluate", "run", "--zzz"], "unrecognized arguments: --zzz\nmaml-cuda evaluate --help"),
     ],
 )
