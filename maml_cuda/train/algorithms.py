@@ -85,9 +85,9 @@ class Maml(Algorithm):
     tasks at once; with no iterations it is the random baseline.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings = settings
-        self.module = self.maml = make_maml(settings)
+        self.module = self.maml = make_maml(settings).to(device)
         self.optimizer = torch.optim.Adam(self.maml.parameters(), lr=settings.meta_lr, fused=True)
         if settings.told:  # the input identifies the task, so the network is not adapted
             self.steps = (0,)
@@ -145,9 +145,9 @@ class Reptile(Algorithm):
     set.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings = settings
-        self.module = self.maml = make_maml(settings)
+        self.module = self.maml = make_maml(settings).to(device)
         self.optimizer = torch.optim.SGD(self.maml.parameters(), lr=settings.meta_lr)
 
     @property
@@ -195,9 +195,9 @@ class Metric(Algorithm):
     steps = (0,)
     logits: Callable[[Tensor, Tensor, Tensor], Tensor]
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings = settings
-        self.module = without_head(make_model(settings))
+        self.module = without_head(make_model(settings)).to(device)
         self.optimizer = torch.optim.Adam(self.module.parameters(), lr=settings.meta_lr, fused=True)
 
     def _gradients(self, batch: MetaBatch, iteration: int) -> tuple[Tensor, Tensor]:
@@ -255,9 +255,9 @@ class Pretrained(Algorithm):
     zero, and all parameters take gradient steps on the support set.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings = settings
-        self.maml = make_maml(settings)
+        self.maml = make_maml(settings).to(device)
         model = self.maml.model
         assert isinstance(model, nn.Sequential)
         head = model[-1]
@@ -267,6 +267,7 @@ class Pretrained(Algorithm):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             classifier = nn.Linear(head.in_features, self.sampler(make_tasks(settings, "train")).classes)
+        classifier.to(device)
         self.net = nn.Sequential(without_head(model), classifier)
         self.module = nn.ModuleDict({"maml": self.maml, "classifier": classifier})
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=settings.meta_lr, fused=True)
@@ -294,7 +295,7 @@ class NearestPixel(Algorithm):
 
     steps = (0,)
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings = settings
         self.module = nn.Module()
 
@@ -305,7 +306,7 @@ class NearestPixel(Algorithm):
         return -distances.unsqueeze(-1).masked_fill(~of_class, math.inf).amin(2)
 
 
-ALGORITHMS: dict[str, Callable[[Settings], Algorithm]] = {
+ALGORITHMS: dict[str, Callable[[Settings, torch.device], Algorithm]] = {
     "maml": Maml,
     "reptile": Reptile,
     "protonet": ProtoNet,
@@ -317,9 +318,7 @@ ALGORITHMS: dict[str, Callable[[Settings], Algorithm]] = {
 
 def make_algorithm(settings: Settings, device: torch.device = CPU) -> Algorithm:
     """A new algorithm on a device, initialised from the seed of ``settings``."""
-    algorithm = ALGORITHMS[settings.algorithm](settings)
-    algorithm.module.to(device)
-    return algorithm
+    return ALGORITHMS[settings.algorithm](settings, device)
 
 
 def multi_step_weights(settings: Settings, iteration: int) -> Tensor | None:
