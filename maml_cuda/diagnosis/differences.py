@@ -11,7 +11,7 @@ from maml_cuda.diagnosis.steps import Step
 
 # Step sizes in the order in which they are tried, relative to the largest element of a parameter (at least 1).
 STEPS = {torch.float64: (1e-5, 1e-6, 1e-7, 1e-4, 1e-8), torch.float32: (3e-3, 1e-3, 1e-2, 3e-4, 3e-2)}
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2}  # of errors, relative to the gradient
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}  # of errors, relative to the gradient
 
 
 @dataclass

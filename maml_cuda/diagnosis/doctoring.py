@@ -251,7 +251,11 @@ class _Judge:
             (times, float(times), f"{times} times"),
             (parts, 1 / max(parts, 1), f"1/{parts} of"),
         ):
-            if whole > 1 and all(abs(r / factor - 1) <= 10 * self.tolerance for r in ratios):
+            if whole > 1 and all(
+                abs(d.along - factor * d.measured) <= 10 * self.tolerance * max(d.size, 1e-3 * self.whole)
+                for d in self.found.values()
+                if not d.kink
+            ):
                 self.notes.append(f"The gradient is {words} the derivative of the loss that the step returned.")
                 return True
         return False
@@ -270,7 +274,10 @@ class _Judge:
         if by_reference:
             if by_differences is False:
                 self.notes.append("The loss that the step returned is not the meta-loss that it differentiated.")
-            return [], True, "The meta-gradient is exact: it is that of the reference."
+            words = "The meta-gradient is exact: it is that of the reference."
+            if self.modes.untrained:
+                return judgement.seen(Watch(set()), self.modes, None), None, f"{words} But of a net in another mode."
+            return [], True, words
         assert self.setting is not None
         match = judgement.closest(self.setting, self.outcome, AGAINST_REFERENCE[self.double])
         if match is not None and not match.by_loss and not match.variant.deviations():
@@ -298,14 +305,16 @@ class _Judge:
             return (graph if first_order else []) + found
         vmapped = judgement.vmap_batch_norm(self.watch) if by_differences is not True else []
         others = [] if match else judgement.seen(self.watch, self.modes, self._samples())
-        return vmapped + (graph if by_differences is not True else []) + found + others
+        if vmapped and not self.outcome.missing:
+            return vmapped + found + others
+        return (graph if by_differences is not True else []) + found + others
 
     def _without_reference(self, by_differences: bool | None) -> tuple[list[Fault], Any, str]:
         suspects = judgement.seen(self.watch, self.modes, self._samples())
         if by_differences is False or self.outcome.missing:
             graph = judgement.graph_lost(self.watch, self.outcome, False)
-            vmapped = judgement.vmap_batch_norm(self.watch)
-            return vmapped + graph + suspects, False, self._wrong(by_differences, None)
+            vmapped = [] if self.outcome.missing else judgement.vmap_batch_norm(self.watch)
+            return (vmapped or graph) + suspects, False, self._wrong(by_differences, None)
         if by_differences is None:
             return suspects, None, "Doctor cannot judge this step."
         words = "The gradient is the exact derivative of the loss that the step returns."

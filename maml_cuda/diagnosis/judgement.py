@@ -101,8 +101,9 @@ def graph_lost(watch: Watch | None, outcome: Outcome, first_order: bool) -> list
         found.append(fault(faults.FIRST_ORDER_FLAG, w.first_order[0]))
     if w.data or optimizers:
         found.append(fault(faults.PARAM_DATA, (w.data + optimizers)[0]))
-    if w.detached:
-        found.append(fault(faults.DETACHED, w.detached[0]))
+    detached = w.detached + (w.detached_leaves if outcome.missing else [])
+    if detached:
+        found.append(fault(faults.DETACHED, detached[0]))
     inner = w.differentiated if outcome.returned_graph else w.differentiated[:-1]
     without = [place for create_graph, place in inner if not create_graph]
     if without and len(without) == len(inner) and not w.first_order:

@@ -50,6 +50,7 @@ class Watch(TorchFunctionMode):
     differentiated: list[tuple[bool, str]] = field(default_factory=list)  # create_graph, where; in order
     data: list[str] = field(default_factory=list)
     detached: list[str] = field(default_factory=list)
+    detached_leaves: list[str] = field(default_factory=list)  # also where weights are only saved
     first_order: list[str] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
     sums: list[str] = field(default_factory=list)
@@ -81,7 +82,8 @@ class Watch(TorchFunctionMode):
             if self._like_parameter(args[:1]):
                 self._flags(frame)
                 if _users(frame):
-                    self.detached.append(f"{name}() in {_place(frame)}")
+                    found = self.detached_leaves if args[0].is_leaf else self.detached
+                    found.append(f"{name}() in {_place(frame)}")
         elif func is F.batch_norm:
             self._batch_norm(args, kwargs)
         elif func in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout):

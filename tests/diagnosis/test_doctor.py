@@ -307,6 +307,34 @@ def test_the_model_left_in_another_mode() -> None:
     assert doctor(step, loops.net(), *data(), **MEANT).healthy is True  # no layer of it reads the flag
 
 
+def test_batch_norm_in_eval_mode_with_statistics_of_no_batch() -> None:
+    model = loops.batch_norm_net().eval()
+    for meant in (MEANT, {}):
+        found = doctor(loops.plain, model, *data(), **meant)
+        assert found.healthy is None
+        assert [f.name for f in found.faults] == [faults.WRONG_MODE]
+    model.train()
+    model(torch.randn(20, 4))
+    assert doctor(loops.plain, model.eval(), *data(), **MEANT).healthy is True
+
+
+def test_what_is_kept_from_call_to_call() -> None:
+    kept = []
+
+    def step(model, *data):
+        names, theta = zip(*model.named_parameters(), strict=True)
+        phi = kept.pop() if kept else theta
+        loss = loops.F.cross_entropy(loops.functional_call(model, dict(zip(names, phi, strict=True)), (data[0][0],)),
+                                     data[1][0])  # fmt: skip
+        grads = torch.autograd.grad(loss, phi)
+        kept.append([(p - LR * g).detach().requires_grad_() for p, g in zip(phi, grads, strict=True)])
+        return loops.plain(model, *data) + loss.detach()
+
+    found = doctor(step, loops.net(), *data())
+    assert found.healthy is None
+    assert any("from call to call" in note for note in found.notes)
+
+
 # -- errors ----------------------------------------------------------------------------------------------------
 
 

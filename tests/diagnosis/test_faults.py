@@ -5,6 +5,8 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.func import grad_and_value, vmap
 
 from benchmarks.learn2learn_algorithm import MAML
 from maml_cuda import doctor
@@ -81,6 +83,64 @@ def test_suspected_without_the_inner_loop_that_is_meant(case) -> None:
     # Running statistics depend on the weights, and autograd does not see it: in eval mode the gradient is wrong too.
     assert found.healthy is (False if case == "query in eval mode" else None), found
     assert name in [f.name for f in found.faults], found
+
+
+def test_batch_norm_under_vmap_inside_grad_of_torch_func() -> None:
+    def step(model, *data):
+        theta = {name: p.detach() for name, p in model.named_parameters()}
+
+        def loss(p):
+            return vmap(lambda *task: loops.task_loss(model, p, *task))(*data).mean()
+
+        gradients, value = grad_and_value(loss)(theta)
+        for name, p in model.named_parameters():
+            p.grad = gradients[name]
+        return value
+
+    found = doctor(step, loops.batch_norm_net(track_running_stats=False), *data(), **MEANT)
+    assert found.healthy is False
+    assert [f.name for f in found.faults] == [faults.VMAP_BATCH_NORM]
+    assert doctor(step, loops.net(), *data(), **MEANT).healthy is True
+
+
+def test_support_statistics_for_query_sets() -> None:
+    def step(model, *data):
+        """A backward for each task, with queries in eval mode."""
+        total = 0.0
+        for t in range(len(data[0])):
+            loss = loops.query_in_eval_mode(model, *(d[t : t + 1] for d in data)) / len(data[0])
+            loss.backward()
+            total += loss.item()
+        return total
+
+    found = doctor(step, loops.batch_norm_net(), *data(), **MEANT)
+    assert found.healthy is False
+    assert [f.name for f in found.faults] == [faults.WRONG_MODE, faults.LEAKING_STATISTICS]
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_data_of_the_model_itself(restored) -> None:
+    def step(model, *data):
+        saved = [p.detach().clone() for p in model.parameters()]
+        total = 0.0
+        for xs, ys, xq, yq in zip(*data, strict=True):
+            for _ in range(STEPS):
+                loss = F.cross_entropy(model(xs), ys)
+                grads = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+                for p, g in zip(model.parameters(), grads, strict=True):
+                    p.data -= LR * g
+            loss = F.cross_entropy(model(xq), yq) / len(data[0])
+            loss.backward()
+            total += loss.item()
+            if restored:
+                for p, before in zip(model.parameters(), saved, strict=True):
+                    p.data.copy_(before)
+        return total
+
+    found = doctor(step, loops.net(), *data(), **MEANT)
+    assert found.healthy is False
+    expected = [] if restored else [faults.WEIGHTS_LEFT]
+    assert [f.name for f in found.faults] == [*expected, faults.PARAM_DATA]
 
 
 def test_only_what_was_planted_is_named() -> None:
