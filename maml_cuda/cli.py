@@ -334,12 +334,14 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def info(options: argparse.Namespace) -> int:
-    """``maml-cuda info``: prints the build, the versions and the number of threads."""
+    """``maml-cuda info``: prints the build, the versions, the number of threads and the devices."""
     import torch
 
     from maml_cuda.train.provenance import versions
 
-    for name, value in (build_info() | versions() | {"threads": torch.get_num_threads()}).items():
+    gpus = [f"cuda:{index} ({torch.cuda.get_device_name(index)})" for index in range(torch.cuda.device_count())]
+    machine = {"threads": torch.get_num_threads(), "devices": ", ".join(["cpu", *gpus])}
+    for name, value in (build_info() | versions() | machine).items():
         print(f"{name:20} {value}")
     return 0
 

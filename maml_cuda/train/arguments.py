@@ -89,7 +89,7 @@ def parser() -> Parser:
         )
     )
     _add_compare(commands.add_parser("compare", help="plot the test results of several runs"))
-    commands.add_parser("info", help="print the build, the versions and the number of threads")
+    commands.add_parser("info", help="print the build, the versions, the number of threads and the devices")
     return root
 
 

@@ -40,7 +40,7 @@ def start(count: int, script: Path, *arguments: str, log: Path) -> list[subproce
     return started
 
 
-def end(started: Sequence[subprocess.Popen], seconds: float = 120) -> list[int]:
+def end(started: Sequence[subprocess.Popen], seconds: float = 300) -> list[int]:
     """Waits for processes, kills those that take longer, and returns their statuses."""
     deadline = time.monotonic() + seconds
     try:

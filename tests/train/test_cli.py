@@ -209,7 +209,7 @@ def test_signals_reach_the_command_of_a_shell(tmp_path, signum, status: int) -> 
 def test_info_names_the_build_and_the_versions(capsys) -> None:
     assert main(["info"]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert {"version", "cpu_isa", "python", "torch", "numpy", "threads"} <= set(names)
+    assert {"version", "cpu_isa", "python", "torch", "numpy", "threads", "devices"} <= set(names)
 
 
 @pytest.mark.parametrize(

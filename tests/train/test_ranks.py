@@ -157,7 +157,7 @@ def test_torchrun_trains_a_run_and_goes_on_after_each_death(tmp_path: Path, whol
     restarts = ["--max-restarts", "4", "--monitor-interval", "0.1"]
     done = subprocess.run(
         [*torchrun, *restarts, str(script), *TRAIN, "--out", str(run)],
-        env=os.environ | ENVIRONMENT | {"MOMENTS": text}, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | ENVIRONMENT | {"MOMENTS": text}, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"sinusoid in {run}: iteration 0 of 40, cpu backend, 2 processes of 1 threads" in done.stdout
