@@ -10,7 +10,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from maml_cuda.data import GlyphTasks, SinusoidTasks
 from maml_cuda.rl.settings import new_rl_settings
 from maml_cuda.rl.training import RLTraining
 from maml_cuda.train.algorithms import make_algorithm
-from maml_cuda.train.checkpoint import load_checkpoint
+from maml_cuda.train.checkpoint import load_checkpoint, locate
 from maml_cuda.train.devices import CPU
 from maml_cuda.train.evaluate import evaluate
 from maml_cuda.train.jobs import make_generator, make_tasks
@@ -199,23 +198,26 @@ def test_a_signal_to_one_process_saves_the_run_and_stops_all(
 
 
 @pytest.mark.skipif("MAML_CUDA_KILLS" not in os.environ, reason="MAML_CUDA_KILLS is the number of kills")
-def test_a_run_survives_kills_at_random_moments(tmp_path: Path, whole: Path, script: Path) -> None:
-    run, kills, chance = tmp_path / "run", int(os.environ["MAML_CUDA_KILLS"]), random.Random(0)
-    resume: list[str] = []
-    for kill in range(kills):
-        processes = start(2, script, *(resume or TRAIN), "--out", str(run), log=tmp_path / f"log-{kill}")
-        time.sleep(chance.uniform(1, 12))
-        victim = chance.choice(processes)
-        victim.kill()
-        victim.wait()
-        for process in processes:  # as torchrun does; alone it would wait for the others to come
-            process.terminate()
-        statuses = end(processes)
-        assert set(statuses) <= {-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 2, 0}, statuses
-        if (run / "last").exists():
-            resume = ["train", "--resume"]
-    assert end(start(2, script, *(resume or TRAIN), "--out", str(run), log=tmp_path / "log")) == [0, 0]
-    same_run(run, whole)
+def test_a_run_survives_kills_at_random_moments(tmp_path: Path, script: Path, monkeypatch) -> None:
+    in_float64(monkeypatch.setattr)
+    trained(tmp_path / "whole", tiny("sinusoid", meta_batch=5, iterations=200))
+    run, chance, killed = tmp_path / "run", random.Random(0), 0
+    command = [*TRAIN, "--iterations", "200"]
+    for number in range(int(os.environ["MAML_CUDA_KILLS"])):
+        done = load_checkpoint(run / "last")[2]["iteration"] if locate(run / "last") else 0
+        checkpoint = min(done + 10, 200)
+        moments = [f"step {chance.randint(1, 15)}", f"validate {checkpoint}", f"replace {checkpoint}"]
+        moment = moments[number % 3]
+        dies = 0 if moment.startswith("replace") else chance.randrange(2)
+        with monkeypatch.context() as patch:
+            patch.setenv("MOMENTS", f"{dies}:0=KILL {moment}")
+            statuses = end(start(2, script, *command, "--out", str(run), log=tmp_path / f"log-{number}"))
+        killed += statuses[dies] == -signal.SIGKILL
+        assert statuses[1 - dies] in (0, 2), words_of(tmp_path / f"log-{number}", 1 - dies)
+        command = ["train", "--resume"]
+    assert killed == number + 1
+    assert end(start(2, script, *command, "--out", str(run), log=tmp_path / "log")) == [0, 0]
+    same_run(run, tmp_path / "whole")
 
 
 def test_an_error_of_the_first_process_is_said_once(tmp_path: Path, script: Path) -> None:
