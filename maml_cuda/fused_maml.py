@@ -107,8 +107,7 @@ class FusedMAML(nn.Module):
         inner_clip_value: then each of its elements is brought into [-inner_clip_value, inner_clip_value].
         inner_transform: a function of the inner gradients of a task, a dict by name, that returns such a dict; or an
             nn.Module of this form, whose parameters are meta-learned: a preconditioner or a mask. It runs first:
-            gradient, transform, clip, optimizer. Those of maml_cuda.optim are fused on CPUs, all others run on the
-            general path.
+            gradient, transform, clip, optimizer. Those of maml_cuda.optim are fused, others on the general path.
         per_step_support: each inner step has a support set of its own, wherever there is an inner loop: x_spt and y_spt
             are [inner_steps, tasks, n_support, ...]. adapt(steps=k) takes k sets.
         support_batch: each inner step sees so many samples of a task's support set, in epochs without replacement

@@ -14,7 +14,7 @@ from maml_cuda import _core, pytrees
 from maml_cuda.capture.capture import Like
 from maml_cuda.capture.copies import Place, places
 from maml_cuda.capture.guards import guards_of
-from maml_cuda.engine import checks, cuda_runner, fast_path, planning
+from maml_cuda.engine import checks, fast_path, planning
 from maml_cuda.engine.bounded import Bounded
 from maml_cuda.engine.factors import is_named
 from maml_cuda.engine.problem import Problem
@@ -208,11 +208,8 @@ def _first_trainable(model: nn.Module) -> Place:
 
 def _why_not_update(maml: Settings) -> str:
     """The reason why fused layers do not take such inner steps, or ""."""
-    if maml.inner_transform is None:
+    if maml.inner_transform is None or is_named(maml.inner_transform):
         return ""
-    if is_named(maml.inner_transform):
-        device = next(iter(maml.parameters())).device
-        return "inner_transform is fused on CPUs alone" if cuda_runner.backend_of(device) == "cuda" else ""
     return "inner gradients pass through inner_transform"
 
 

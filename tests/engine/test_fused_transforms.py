@@ -19,16 +19,7 @@ from tests.conftest import episode
 from tests.engine import unrolled_optimizers as unrolled
 from tests.engine.test_inner_optimizers import compare, plain
 
-pytestmark = pytest.mark.usefixtures("fused_machine", "one_thread")
-
-
-@pytest.fixture
-def fused_machine(machine: str) -> str:
-    """A machine on which they are fused."""
-    if machine != "cpu":
-        pytest.skip("transforms of the gradient are fused on CPUs")
-    return machine
-
+pytestmark = pytest.mark.usefixtures("machine", "one_thread")
 
 Gradients = dict[str, Tensor]
 
