@@ -45,10 +45,6 @@ struct Call {
   T* state = nullptr;
   int64_t kept = 0;
   bool prepared = false;
-  // meta_gradient and adapt_backward of samples with weights, on the CPU, [tasks, sets, n_support]: for each
-  // sample the sum over inner steps of <g, z_dot>, with g its cotangent of the support loss and z_dot the
-  // tangent of its prediction along rate times v. What the gradient of its weight follows from.
-  T* sample_slopes = nullptr;
   uint64_t seed = 0;       // of random masks
   int64_t first_step = 0;  // the number of the first inner step, for random masks
 };

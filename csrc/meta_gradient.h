@@ -43,8 +43,8 @@
 //
 //   query set     dL_q/dx = the cotangent of x in the query pass
 //   support set   dL_q/dx_k = -d/dx <g_k, alpha_k v_{k+1}> = -R{cotangent of x} in the Hessian-vector product
-//   of
-//                 step k; that of a set of all steps is the sum over k
+//                 of step k; that of a set of all steps is the sum over k
+//   its weights   from the cotangent of the prediction and its tangent in that product, of each sample
 //
 // Without these signs and sums, they are handed out as they are found.
 // Random masks: they follow from the seed of the call, the task, the set and k, so that every pass at phi_k
@@ -59,6 +59,7 @@
 
 #include <algorithm>
 
+#include "layers/kinds.h"
 #include "plan/problem.h"
 
 namespace maml {
@@ -83,6 +84,8 @@ struct Walk {
   T *fixed, *step, *tangent, *scratch;  // memory regions, see Stage
   Stream stream;                        // of random masks
   int64_t n;                            // samples of the task: at most stage.n, which the memory is for
+  // Where padding is among them, at their end: what each is of the loss [n], that of padding being zero.
+  const T* shares = nullptr;
   // Where cotangents of the task's x and y go, or their tangents; null: not wanted.
   T *grad_of_x = nullptr, *grad_of_y = nullptr, *grad_dot_of_x = nullptr, *grad_dot_of_y = nullptr;
 
@@ -212,6 +215,7 @@ struct Walk {
     t.saved = (stage.values[s.output].fixed ? fixed : step) + s.saved_at;
     t.saved_dot = at(tangent, s.saved_dot_at);
     t.scratch = scratch;
+    if (shares && (s.layer.kind == Kind::batch_norm || s.layer.kind == Kind::norm_block)) t.x[1] = shares;
     return t;
   }
 };
@@ -236,7 +240,6 @@ struct Task {
   // How many samples each support set and the query set have, the first ones; padding behind them is not
   // looked at. Null: all of the stage.
   const int64_t *support_counts = nullptr, *query_count = nullptr;
-  T* sample_slopes = nullptr;  // [support sets, n_support] or null, see Call
 };
 
 /// The outputs of a gradient pass, each null if it is not wanted. `cotangent`: an input, of the prediction,
@@ -258,18 +261,12 @@ struct PassOutputs {
 template <class Backend>
 concept ComputesPasses = requires { typename Backend::PassWalk; };
 
-/// Whether a backend gives slopes of samples (Call::sample_slopes).
-template <class Backend, class T>
-concept GivesSlopes =
-    requires(const Backend& backend, const T* x, T* y) { backend.add_slopes(0, 0, x, x, y); };
-
 /// Runs one operation on one task, in a workspace of Problem::task_size() elements. Besides the passes of the
 /// layers, a backend provides (pointers marked * may be null: not wanted)
 ///   of_set(target, set)      the target of a support set, if sets do not follow each other in memory
 ///   loss(part, z, target, value*, grad_z*, saved*)           value [1] and its cotangent at the prediction z
 ///   loss_tangent(part, z, target, z_dot, saved, grad_z_dot)  the tangent of grad_z
 ///   metric(part, z, target, z_dot, grad_z)                   the policy's Fisher metric at z times z_dot
-///   add_slopes(n, c, g, z_dot, slopes)                       slopes [n] += <g, z_dot>, if it gives slopes
 ///   descend(rates, phi, g, next)                             next = phi - rate g
 ///   direction(rates, v, out)                                 out = rate v
 ///   retreat(size, product, v, rates, out*)                   v -= product, then out = rate v
@@ -606,7 +603,6 @@ class TaskRunner {
   void outer_loop() {
     T* v = task_.result;
     backend_.zero(p_.result_size - p_.packing.trainable, v + p_.packing.trainable);
-    if (task_.sample_slopes) backend_.zero(p_.support_sets() * p_.support.n, task_.sample_slopes);
     if (p_.has_update_adjoint()) backend_.zero(p_.state_size(), sigma_);
     bool directed = false;  // direction_ holds alpha_k v_{k+1}
     for (int k = p_.steps - 1; k >= 0; --k) {
@@ -663,11 +659,7 @@ class TaskRunner {
     support.forward_tangent(direction);
     backend_.loss_tangent(part(support), support.differentiated(), targets(support, y_support(k)),
                           support.dot(output), support.loss_saved(), support.grad_dot(output));
-    if constexpr (GivesSlopes<Backend, T>) {
-      if (task_.sample_slopes)
-        backend_.add_slopes(support.samples(), classes(p_.support), support.grad(output), support.dot(output),
-                            task_.sample_slopes + set(k) * p_.support.n + support.first());
-    }
+    if (p_.graph.data_gradient.weights_support) give_slopes(support, k);
     give_grad_y(support, support.grad_dot(output), support.grad_dot_of_y);
     support.backward_tangent(direction, product);
   }
@@ -713,6 +705,7 @@ class TaskRunner {
     Walk<Backend, T> walk{backend_, p_.packing, p_.support,  tile,          k,
                           x,        y,          task_.theta, phi(k),        fixed,
                           step,     shared_,    scratch_,    stream(2 * k), support_samples(k)};
+    if (p_.weighted && !task_.support_counts) walk.shares = y_support(k).scale;
     const DataGradient& data = p_.graph.data_gradient;
     if (data.x_support)
       walk.grad_dot_of_x = data_gradient(p_.x_support_at, k, p_.support, x_width(p_.support));
@@ -731,6 +724,13 @@ class TaskRunner {
     if (!grad_y || p_.graph.loss == Loss::computed) return;
     const int64_t c = classes(walk.stage);
     backend_.copy(walk.samples() * c, grad_of_prediction, grad_y + walk.first() * c);
+  }
+  /// What the slope of each sample's part of the support loss along rate times v is the inner product of.
+  void give_slopes(const Walk<Backend, T>& walk, int k) const {
+    const int64_t c = classes(walk.stage), size = walk.samples() * c;
+    T* of_step = data_gradient(p_.weights_support_at, 2 * k, walk.stage, c) + walk.first() * c;
+    backend_.copy(size, walk.grad(walk.stage.differentiated), of_step);
+    backend_.copy(size, walk.dot(walk.stage.differentiated), of_step + walk.stage.n * c);
   }
   /// The number of the support set of an inner step, and what its loss compares.
   int64_t set(int k) const { return p_.support_sets() > 1 ? k : 0; }
@@ -753,6 +753,7 @@ class TaskRunner {
     Walk<Backend, T> walk{backend,       p_.packing, p_.query,    tile,   slot,
                           task_.x_query, y,          task_.theta, phi(k), nullptr,
                           step,          tangent,    scratch_,    masks,  query_samples()};
+    if (p_.weighted && !task_.query_count) walk.shares = task_.y_query.scale;
     const DataGradient& data = p_.graph.data_gradient;
     const int64_t place = p_.query_place(k);
     if (data.x_query) walk.grad_of_x = data_gradient(p_.x_query_at, place, p_.query, x_width(p_.query));

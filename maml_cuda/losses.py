@@ -87,15 +87,20 @@ def loss_function(loss: Loss, of_samples: bool = False) -> Callable[..., Tensor]
     return partial(function, dict(function.module.named_parameters())) if isinstance(function, Functional) else function
 
 
+def called(loss: Callable[..., Any], prediction: Any, target: Any) -> Any:
+    """What a loss returns; where the target is Weighted, the weighted mean of what it returns for the samples."""
+    if isinstance(target, Weighted):
+        return target.mean(loss(prediction, target.y))
+    return loss(prediction, target)
+
+
 def value_of(loss: Callable[..., Any], prediction: Any, target: Any) -> Tensor:
     """Calls a loss; where the target is Weighted, it is called for the losses of all samples.
 
     Raises:
         TypeError, ValueError: it does not return a 0-d tensor of a real floating-point dtype.
     """
-    if isinstance(target, Weighted):
-        return target.mean(loss(prediction, target.y))
-    value = loss(prediction, target)
+    value = called(loss, prediction, target)
     if not isinstance(value, Tensor):
         raise TypeError(f"the loss must return a 0-d tensor, got {type(value).__name__}")
     if value.dim():

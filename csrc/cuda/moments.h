@@ -91,6 +91,23 @@ __device__ __forceinline__ Partials<T> resolve(const Partials<T>& symbolic, cons
   return {resolve(symbolic.at, memory, task), symbolic.count, symbolic.rows, symbolic.m};
 }
 
+/// How many of n samples are no padding, which stands behind the others: those with a share of the loss.
+/// `shares` [n], as in Walk; null: all.
+template <class T>
+__device__ __forceinline__ int counted_samples(const T* shares, int n) {
+  if (!shares) return n;
+  int counted = 0, padding = n;  // the first of the padding is in [counted, padding]
+  while (counted < padding) {
+    const int middle = (counted + padding) / 2;
+    if (shares[middle] > T(0)) {
+      counted = middle + 1;
+    } else {
+      padding = middle;
+    }
+  }
+  return counted;
+}
+
 /// Writes entry `tile` [values, c] at this thread's channels.
 template <class T, int kValues, class V, int N>
 __device__ __forceinline__ void write_entry(const ChannelThreads& threads, int tile, int64_t c, T* entries,
@@ -119,7 +136,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
              resolve(symbolic_out, memory, blockIdx.z));
 }
 
-/// The moments of tile team.block of a, or of a and b. `b` is not read where kMeans is 1.
+/// The moments of tile team.block of a, or of a and b. `b` is not read where kMeans is 1. A tile beyond the m
+/// rows has an entry that is not read.
 template <int kMeans, class T>
 __device__ __forceinline__ void tile_moments(Team team, int group, int64_t m, int64_t c, const T* a,
                                              const T* b, T* out) {
@@ -147,9 +165,11 @@ __device__ __forceinline__ void tile_moments(Team team, int group, int64_t m, in
 
 template <int kMeans, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    moments_kernel(int64_t m, int64_t c, const T* a, const T* b, T* out, Deferred deferred) {
+    moments_kernel(int64_t m, int64_t c, const T* a, const T* b, T* out, const T* shares, int samples,
+                   Deferred deferred) {
   const Memory memory = deferred.ready();
   const int64_t task = blockIdx.z;
+  if (shares) m = m / samples * counted_samples(resolve(shares, memory, task), samples);
   tile_moments<kMeans>(grid_team(), static_cast<int>(blockIdx.y), m, c, resolve(a, memory, task),
                        resolve(b, memory, task), resolve(out, memory, task));
 }
@@ -177,12 +197,15 @@ Partials<T> few_partials(const Launcher& launch, int64_t m, int64_t c, int rows,
 }
 
 /// The moments of a [m, c], or of a and b: from the statistics `taken` by a convolution, or computed here.
+/// `shares` of the samples, as in Walk: then those of each task's rows that are no padding, in entries that
+/// are not folded, as their number is the task's.
 template <int kMeans, class T>
 Partials<T> moments_of(const Launcher& launch, int64_t m, int64_t c, const T* a, const T* b, T* taken,
-                       T* scratch) {
+                       T* scratch, const T* shares, int64_t samples) {
   if (taken) return few_partials<Moments<kMeans>>(launch, m, c, kStatisticsRows, taken, scratch);
   launch("moments", moments_kernel<kMeans, T>, Grid{tiles_of(m), channel_groups<kVector<T>>(c)}, kThreads, 0,
-         m, c, a, b, scratch, launch.memory);
+         m, c, a, b, scratch, shares, static_cast<int>(samples), launch.memory);
+  if (shares) return {scratch, static_cast<int>(tiles_of(m)), kTileRows, m};
   return few_partials<Moments<kMeans>>(launch, m, c, kTileRows, scratch, scratch);
 }
 

@@ -40,6 +40,10 @@
 //   zeros of the padding after f, and every block of them would first merge the statistics. This has not been
 //   measured.
 //
+// Padding (Walk::shares): samples behind the others that statistics do not count, and whose cotangents are
+// zero. m is then the number of rows of the others, and grad_x of padding is zero, as is its tangent. y and
+// y_dot of padding are finite, where x and x_dot are.
+//
 // Limits: rows of x and y of one task are numbered in 32 bits. gamma and beta may be absent (1 and 0). x_dot
 // is absent where the layer's input has no tangent; then Rmu = c = 0. grad_y may be absent in the backward
 // tangent. The twins on the CPU are cpu/batch_norm.cpp and cpu/conv_block.cpp.
@@ -88,6 +92,7 @@ struct View : ChannelView<T> {
   const Tensors<T>& t;
   Saved<T> saved;
   int n, pixels, outputs;  // pixels and outputs of one sample
+  int rows;                // of x that count: those of samples that are no padding
   bool pooled;
 
   /// `whole_rows`: every tensor that the kernel accesses starts at an aligned address.
@@ -101,9 +106,19 @@ struct View : ChannelView<T> {
         n(static_cast<int>(l.n)),
         pixels(static_cast<int>(l.in.h * l.in.w)),
         outputs(static_cast<int>(l.out.h * l.out.w)),
+        rows(counted_samples(t.x[1], n) * pixels),
         pooled(l.pooled) {}
 
-  __device__ __forceinline__ Values mean(const Values& sum) const { return sum / static_cast<T>(n * pixels); }
+  __device__ __forceinline__ Values mean(const Values& sum) const { return sum / static_cast<T>(rows); }
+
+  /// The entries of the rows that count, of those that were taken of all rows.
+  __device__ __forceinline__ Partials<T> counting(const Partials<T>& p) const {
+    return {p.at, t.x[1] ? (rows + p.rows - 1) / p.rows : p.count, p.rows, t.x[1] ? rows : p.m};
+  }
+  /// A cotangent of an element of x, which is zero where it is padding.
+  __device__ __forceinline__ Values unless_padding(int64_t element, const Values& value) const {
+    return element < static_cast<int64_t>(rows) * c ? value : Values(T(0));
+  }
 
   /// The values of x at the pixels that this row of y came from.
   __device__ __forceinline__ Values source(const T* p, int row) const {
@@ -170,8 +185,7 @@ __device__ __forceinline__ void normalise_forward(const Layer& l, const View<T>&
   const Tensors<T>& t = view.t;
   const Values mu = converted<T>(moments[0]);
   const Values s = lanewise(moments[1], [&](double sum) {
-    const double rows = static_cast<double>(view.n * view.pixels);
-    return 1 / std::sqrt(static_cast<T>(sum / rows) + static_cast<T>(l.eps));
+    return 1 / std::sqrt(static_cast<T>(sum / static_cast<double>(view.rows)) + static_cast<T>(l.eps));
   });
   if (view.writes()) {
     view.put(view.saved.mu, view.channel, mu);
@@ -200,7 +214,8 @@ __device__ __forceinline__ void normalise_forward(Team team, int group, const La
                                                   const Partials<T>& p) {
   const View<T> view(team, group, l, t, aligned(t.x[0], t.y, t.w[0], t.w[1], t.saved, p.at));
   Numbers<double, View<T>::N> moments[2];
-  Moments<1>::merge(view.threads, view.c, p, 0, p.count, moments);
+  const Partials<T> own = view.counting(p);
+  Moments<1>::merge(view.threads, view.c, own, 0, own.count, moments);
   normalise_forward<Activation, 2>(l, view, moments);
 }
 
@@ -275,7 +290,7 @@ __device__ __forceinline__ void normalise_backward(Team team, int group, const L
       [&](int64_t at, const Loaded& of) {
         const Values g = Activation::at(l, map.u(of.x)).df * of.g;
         const Values value = map.scale * g + ((of.x - map.mu) * slope + at_mean);
-        view.put(t.grad_x[0], at, put(of.before, value));
+        view.put(t.grad_x[0], at, put(of.before, view.unless_padding(at, value)));
       });
 }
 
@@ -289,7 +304,7 @@ __device__ __forceinline__ void normalise_forward_tangent(const Layer& l, const 
   Values Rmu = T(0), correlation = T(0);
   if (t.x_dot[0]) {
     Rmu = converted<T>(moments[1]);
-    correlation = map.s * converted<T>(moments[2] / static_cast<double>(view.n * view.pixels));
+    correlation = map.s * converted<T>(moments[2] / static_cast<double>(view.rows));
   }
   if (view.writes()) {
     view.put(view.saved.Rmu, view.channel, Rmu);
@@ -315,7 +330,8 @@ __device__ __forceinline__ void normalise_forward_tangent(Team team, int group, 
       team, group, l, t,
       aligned(t.x[0], t.x_dot[0], t.y_dot, t.w[0], t.w[1], t.w_dot[0], t.w_dot[1], t.saved, p.at));
   Numbers<double, View<T>::N> moments[3]{};
-  if (t.x_dot[0]) Moments<2>::merge(view.threads, view.c, p, 0, p.count, moments);
+  const Partials<T> own = view.counting(p);
+  if (t.x_dot[0]) Moments<2>::merge(view.threads, view.c, own, 0, own.count, moments);
   normalise_forward_tangent<Activation, 1>(l, view, moments);
 }
 
@@ -392,7 +408,7 @@ __device__ __forceinline__ void normalise_backward_tangent(Team team, int group,
         const Values g_dot = d.df * of.g_dot + d.ddf * map.u_dot(of.x, of.x_dot) * of.g;
         const Values value = map.slope * g + map.scale * g_dot +
                              ((of.x - map.mu) * slope + (of.x_dot - map.Rmu) * slope_dot + at_mean);
-        view.put(t.grad_x_dot[0], at, put(of.before, value));
+        view.put(t.grad_x_dot[0], at, put(of.before, view.unless_padding(at, value)));
       });
 }
 

@@ -43,11 +43,11 @@ struct NormaliseInBlock {
   static __device__ void run_forward(Op op, Team team, const Layer& l, const Tensors<T>& t) {
     for (int group = 0; group < groups_of<T>(l); ++group) {
       if (op == Op::forward) {
-        const Partials<T> p = moments_of<1>(group, l, t.x[0], t.x[0], t.statistics, t.scratch);
+        const Partials<T> p = moments_of<1>(group, l, t.x[0], t.x[0], t.x[1], t.statistics, t.scratch);
         normalise_forward<BlockActivation>(team, group, l, t, p);
       } else {
         Partials<T> p{};
-        if (t.x_dot[0]) p = moments_of<2>(group, l, t.x[0], t.x_dot[0], t.statistics_dot, t.scratch);
+        if (t.x_dot[0]) p = moments_of<2>(group, l, t.x[0], t.x_dot[0], t.x[1], t.statistics_dot, t.scratch);
         normalise_forward_tangent<BlockActivation>(team, group, l, t, p);
       }
     }
@@ -62,8 +62,9 @@ struct NormaliseInBlock {
   /// scratch.
   template <int kMeans, class T>
   static __device__ __forceinline__ Partials<T> moments_of(int group, const Layer& l, const T* a, const T* b,
-                                                           T* taken, T* scratch) {
-    const int rows = static_cast<int>(l.n * l.in.h * l.in.w);
+                                                           const T* shares, T* taken, T* scratch) {
+    const int samples = counted_samples(shares, static_cast<int>(l.n));
+    const int rows = samples * static_cast<int>(l.in.h * l.in.w);
     const int of_entry = taken ? kStatisticsRows : kTileRows, count = (rows + of_entry - 1) / of_entry;
     for (int tile = 0; tile < count && !taken; ++tile) {
       tile_moments<kMeans>(Team{tile, count}, group, rows, l.in.c, a, b, scratch);

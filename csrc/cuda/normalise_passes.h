@@ -70,7 +70,8 @@ struct Normalise {
 
   template <class T>
   static void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-    const auto p = moments_of<1, T>(launch, rows_of(l), l.in.c, t.x[0], nullptr, t.statistics, t.scratch);
+    const auto p =
+        moments_of<1, T>(launch, rows_of(l), l.in.c, t.x[0], nullptr, t.statistics, t.scratch, t.x[1], l.n);
     launch("batch_norm forward", normalise_forward_kernel<Activation, T>, row_grid<T>(output_rows(l), l.in.c),
            kThreads, 0, l, t, p, launch.memory);
   }
@@ -87,7 +88,8 @@ struct Normalise {
   static void forward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
     Partials<T> p{};
     if (t.x_dot[0]) {
-      p = moments_of<2, T>(launch, rows_of(l), l.in.c, t.x[0], t.x_dot[0], t.statistics_dot, t.scratch);
+      p = moments_of<2, T>(launch, rows_of(l), l.in.c, t.x[0], t.x_dot[0], t.statistics_dot, t.scratch,
+                           t.x[1], l.n);
     }
     launch("batch_norm forward tangent", normalise_forward_tangent_kernel<Activation, T>,
            row_grid<T>(output_rows(l), l.in.c), kThreads, 0, l, t, p, launch.memory);

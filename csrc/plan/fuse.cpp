@@ -34,14 +34,15 @@ bool pools_pairs(const Node& pool) {
 
 class Chains {
  public:
-  Chains(const Graph& graph, Kind chain)
+  Chains(const Graph& graph, Kind chain, bool weighted)
       : graph_(graph),
         chain_(chain),
         result_(graph),
         readers_(graph.nodes.size() + 1, 0),
         number_(graph.nodes.size() + 1, 0),
         taken_(graph.nodes.size(), false) {
-    constant_.push_back(!graph.data_gradient.x_support && !graph.data_gradient.x_query);
+    const bool stems = chain == Kind::conv_block || !weighted;  // on the CPU a task has its own count
+    constant_.push_back(stems && !graph.data_gradient.x_support && !graph.data_gradient.x_query);
     for (const Node& node : graph.nodes) {
       bool constant = true;
       for (int input : node.inputs) {
@@ -230,6 +231,8 @@ class Chains {
 
 }  // namespace
 
-Graph with_chains(const Graph& graph, Kind chain) { return Chains(graph, chain).fused(); }
+Graph with_chains(const Graph& graph, Kind chain, bool weighted) {
+  return Chains(graph, chain, weighted).fused();
+}
 
 }  // namespace maml

@@ -35,10 +35,11 @@ struct MetaGradient {
   double cg_tolerance = 0;  // implicit: they end where the residual has fallen by this factor
 };
 
-/// The data of which a meta-gradient also gives the gradient of the query loss.
+/// The data of which a meta-gradient also gives the gradient of the query loss. weights_support: those of the
+/// samples of the support set.
 struct DataGradient {
-  bool x_support = false, y_support = false, x_query = false, y_query = false;
-  bool any() const { return x_support || y_support || x_query || y_query; }
+  bool x_support = false, y_support = false, x_query = false, y_query = false, weights_support = false;
+  bool any() const { return x_support || y_support || x_query || y_query || weights_support; }
 };
 
 /// Value 0 is the input; node i writes value i + 1.

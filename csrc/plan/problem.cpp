@@ -14,7 +14,7 @@ Problem::Problem(Graph graph_, Operation operation_, std::vector<Update> updates
                  int64_t n_support, int64_t n_query, int steps_, bool first_order_,
                  const std::vector<int>& query_steps_, bool weighted_, int64_t element_bytes_,
                  const LayerTraits& traits)
-    : graph(with_chains(graph_, traits.chain)),
+    : graph(with_chains(graph_, traits.chain, weighted_)),
       operation(operation_),
       updates(std::move(updates_)),
       rate_tensors(std::move(rate_tensors_)),
@@ -42,13 +42,21 @@ Problem::Problem(Graph graph_, Operation operation_, std::vector<Update> updates
   lay_out(traits);
 }
 
-void Problem::lay_out(const LayerTraits& traits) {
+void Problem::lay_out(const LayerTraits& of_backend) {
+  LayerTraits traits = of_backend;
+  if (weighted) traits.statistics_rows = nullptr;  // a convolution would count padding
   const bool products = second_order() || is_implicit() || operation == Operation::hvp;
   const bool query_gradient =
       (operation == Operation::meta_gradient && !is_reptile()) || operation == Operation::predict_backward;
   DataGradient& data = graph.data_gradient;
-  if (operation != Operation::meta_gradient) data = {};
-  if (!second_order()) data.x_support = data.y_support = false;  // the inner loop is constant
+  if (operation == Operation::adapt_backward) {
+    data.x_query = data.y_query = false;
+  } else if (operation != Operation::meta_gradient) {
+    data = {};
+  }
+  if (!second_order()) {  // the inner loop is constant
+    data.x_support = data.y_support = data.weights_support = false;
+  }
   const Keep of_query = is_fisher(operation) ? Keep::products
                         : query_gradient     ? Keep::gradient
                                              : Keep::values;
@@ -92,8 +100,10 @@ void Problem::place_data_gradients() {
   data_size = 0;
   x_support_at = take(data.x_support, steps, support, support.values[0].size);
   y_support_at = take(data.y_support, steps, support, width(support));
-  x_query_at = take(data.x_query, queries, query, query.values[0].size);
-  y_query_at = take(data.y_query, queries, query, width(query));
+  x_query_at = take(data.x_query, queries, query, query.n ? query.values[0].size : 0);
+  y_query_at = take(data.y_query, queries, query, query.n ? width(query) : 0);
+  weights_support_at =
+      take(data.weights_support, 2 * steps, support, support.n ? support.values[support.output].size : 0);
 }
 
 /// Of a parameter of `size` elements.

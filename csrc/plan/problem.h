@@ -92,8 +92,11 @@ struct Problem {
   std::vector<int64_t> rate_grad_at;
   int64_t rates_size = 0, result_size = 0;
   // Where the gradients of data stand in a task's part of Call::data_gradient: of the support set one for
-  // each inner step, of the query set one for each query loss that counts.
-  int64_t x_support_at = 0, y_support_at = 0, x_query_at = 0, y_query_at = 0, data_size = 0;
+  // each inner step, of the query set one for each query loss that counts. What the gradient of the support
+  // weights follows from, in each inner step: the cotangent of the prediction, then its tangent along rate
+  // times v.
+  int64_t x_support_at = 0, y_support_at = 0, x_query_at = 0, y_query_at = 0, weights_support_at = 0;
+  int64_t data_size = 0;
   std::vector<std::vector<RateSlice>> slices;  // for each inner step; later steps use the last
   // The same with all of the optimizer; none where every update is phi -= rate g, which `slices` serve.
   std::vector<std::vector<UpdateSlice>> update_slices;

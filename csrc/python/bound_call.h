@@ -30,7 +30,7 @@ struct BoundCall {
   bool prepared = false;
   uint64_t seed = 0;
   int64_t first_step = 0;
-  Memory support_counts, query_counts, sample_slopes;
+  Memory support_counts, query_counts;
   Memory data_gradient;
 
   template <class T>
@@ -63,7 +63,6 @@ struct BoundCall {
     call.first_step = first_step;
     call.support_counts = support_counts.as<const int64_t>();
     call.query_counts = query_counts.as<const int64_t>();
-    call.sample_slopes = sample_slopes.as<T>();
     call.data_gradient = data_gradient.as<T>();
     return call;
   }

@@ -30,7 +30,7 @@ BoundCall made_call(int64_t tasks, int64_t at_once, Memory workspace, Tensors pa
                     Losses losses, Memory logits, Memory gradient, Strides parameter_strides, Tensors given,
                     Strides given_strides, Tensors per_task, Memory state, int64_t kept, bool prepared,
                     uint64_t seed, int64_t first_step, Memory support_counts, Memory query_counts,
-                    Memory sample_slopes, Memory data_gradient) {
+                    Memory data_gradient) {
   return {tasks,
           at_once,
           workspace,
@@ -54,7 +54,6 @@ BoundCall made_call(int64_t tasks, int64_t at_once, Memory workspace, Tensors pa
           first_step,
           support_counts,
           query_counts,
-          sample_slopes,
           data_gradient};
 }
 
@@ -69,7 +68,7 @@ void with_call_arguments(Define define) {
          py::arg("given_strides") = Strides{}, py::arg("per_task") = Tensors{}, py::arg("state") = Memory{},
          py::arg("kept") = 0, py::arg("prepared") = false, py::arg("seed") = uint64_t{0},
          py::arg("first_step") = 0, py::arg("support_counts") = Memory{}, py::arg("query_counts") = Memory{},
-         py::arg("sample_slopes") = Memory{}, py::arg("data_gradient") = Memory{});
+         py::arg("data_gradient") = Memory{});
 }
 
 /// `run` as a function of its other arguments and of those of the call, so that making a call and running it
@@ -99,9 +98,8 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
         "time. state: workspaces of the first `kept` tasks of a kept_fisher; prepared: an earlier call has "
         "filled them. seed, first_step: of random masks: the seed of the call, and the number of its first "
         "inner step. support_counts, query_counts: int64 [tasks], on the CPU: how many samples of a task "
-        "are its set; the others, behind them, are padding. sample_slopes [tasks, n_support]: an output, on "
-        "the CPU: of each sample, the slope of its part of the support loss along rate times v, summed over "
-        "inner steps. data_gradient: zeros [tasks, data_size], for the gradients of data.");
+        "are its set; the others, behind them, are padding. data_gradient: zeros [tasks, data_size], for the "
+        "gradients of data.");
   });
 
   py::class_<BoundProblem> problem(m, "Problem", py::module_local());
@@ -125,11 +123,11 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
           "data_places",
           [](const BoundProblem& p) {
             const maml::Problem& of = p.problem();
-            return std::array{of.x_support_at, of.y_support_at, of.x_query_at, of.y_query_at, of.data_size};
+            return std::array{of.x_support_at, of.y_support_at,       of.x_query_at,
+                              of.y_query_at,   of.weights_support_at, of.data_size};
           },
-          "Where the gradients of x_spt, y_spt, x_qry and y_qry start in a task's part of data_gradient, and "
-          "its "
-          "size.")
+          "Where the gradients of x_spt, y_spt, x_qry, y_qry and spt_weights start in a task's part of "
+          "data_gradient, and its size.")
       .def_property_readonly("in_lanes", &BoundProblem::in_lanes,
                              "Whether a CPU may run several tasks side by side.")
       .def_property_readonly("task_size", &BoundProblem::task_size, "Elements of a kept task's state.");

@@ -283,6 +283,8 @@ DataGradient read_data_gradient(const std::vector<std::string>& names) {
       data.x_query = true;
     } else if (name == "y_qry") {
       data.y_query = true;
+    } else if (name == "spt_weights") {
+      data.weights_support = true;
     } else {
       throw std::invalid_argument("Plan.data_gradient must hold names of data, got " + name);
     }

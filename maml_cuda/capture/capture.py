@@ -33,6 +33,7 @@ from maml_cuda.capture.outside_state import OutsideState
 from maml_cuda.capture.python_state import Change, PythonState, Unread, was_read
 from maml_cuda.capture.record import Made, Operand, Record
 from maml_cuda.capture.recorder import RANDOM, Recorder, modules_named
+from maml_cuda.losses import called
 from maml_cuda.process_wide import ProcessWide
 from maml_cuda.torch_private import no_saved_tensor_hooks, not_compiling
 from maml_cuda.torch_wrappers import uncompiled
@@ -70,7 +71,7 @@ def capture(model: nn.Module, x: Any, loss: Callable[..., Any] | None = None, y:
 
     Args:
         x: the input of one task, a pytree of Like.
-        loss: of the user's own; None: it is not called.
+        loss: of the user's own; None: it is not called. Where y is Weighted, it gives the losses of the samples.
         y: the target of one task, a pytree of Like.
 
     Raises:
@@ -131,7 +132,7 @@ def _takes(model: nn.Module, x: Any, loss: Callable[..., Any] | None, y: Any) ->
             given, target = _made((x, y), partial(torch.zeros, device=on))
             prediction = model_copy(given)
             if loss_copy is not None:
-                loss_copy(prediction, target)
+                called(loss_copy, prediction, target)
     except Exception:
         return False
     return True
@@ -208,7 +209,7 @@ def _run(
             stack.enter_context(recorder.running())
             prediction = model_copy(x_fake)
             recorder.stack = [(LOSS, loss_copy)]
-            value = None if loss_copy is None else loss_copy(prediction, y_fake)
+            value = None if loss_copy is None else called(loss_copy, prediction, y_fake)
     except Exception as error:
         raise _reason(error, recorder) from error
     finally:

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maml_cuda.engine import padding
+from maml_cuda.engine.data_parts import slopes, split
 from maml_cuda.engine.ops import LIBRARY
 from maml_cuda.engine.padding import TargetList
-from maml_cuda.engine.problem import cut
+from maml_cuda.engine.problem import cut, is_double, problem_of
 from maml_cuda.plan.schema import plan_of
 
 
@@ -103,14 +105,14 @@ class _Adapt(torch.autograd.Function):
         first_order: bool,
         parameters: int,
         x: Tensor,
-        y: TargetList,
+        first_of_y: Tensor,
+        rest_of_y: TargetList,
         weights: Tensor | None,
         seed: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.call = plan, steps, first_order, parameters, seed
-        ctx.weights = weights is not None and weights.requires_grad
-        y = y if weights is None else [*y, weights]
+        y = [first_of_y, *rest_of_y, *([] if weights is None else [weights])]
         ctx.fields = len(y)
         ctx.save_for_backward(*map(_saved, (x, *y, *tensors)))
         fast, support_losses = torch.ops.maml_cuda.adapt_forward(
@@ -124,18 +126,30 @@ class _Adapt(torch.autograd.Function):
         plan, steps, first_order, count, seed = ctx.call
         x, *tensors = ctx.saved_tensors
         y, tensors = tensors[: ctx.fields], tensors[ctx.fields :]
-        flat = torch.ops.maml_cuda.adapt_backward(
+        flat, data = torch.ops.maml_cuda.adapt_backward(
             tensors[:count], tensors[count:], x, y, list(cotangents[:-1]), plan, steps, first_order, seed
         )
         has_gradient = plan_of(plan).has_gradient
-        flat, slopes = flat.split([plan_of(plan).gradient_size, len(flat) - plan_of(plan).gradient_size])
         wanted = [t for t, yes in zip(tensors, has_gradient, strict=True) if yes]
-        found, inputs = cut(flat, wanted), [*cotangents[:-1], *wanted]
-        weights = [y[1]] if ctx.weights and steps and not first_order else []
-        found += [support_gradient(slopes, w) for w in weights]
-        grads = once("adapt", found, [*inputs, *weights])
-        of_weights, rest = grads.pop() if weights else None, iter(grads)
-        return (*(None,) * 6, of_weights, None, *(next(rest) if yes else None for yes in has_gradient))
+        found, inputs, of_data = cut(flat, wanted), [*cotangents[:-1], *wanted], plan_of(plan).data_gradient
+        if of_data:
+            problem = problem_of(
+                plan, "adapt_backward", tuple(x.shape[2:]), x.shape[1], 0, steps, first_order, is_double(x),
+                *padding.of_problem(y),
+            )  # fmt: skip
+            found += [grad for _, grad in split(problem, data, [x, y], None, None, (), mean=False)]
+            if "spt_weights" in of_data:
+                found.append(support_gradient(slopes(problem, data, y[1].shape[1]), y[1]))
+            given = {"x_spt": x, "y_spt": y[0], "spt_weights": y[-1]}
+            inputs += [given[name] for name in of_data]
+        grads = once("adapt", found, inputs)
+        first = len(wanted)
+        of = dict(zip(of_data, grads[first:], strict=True))
+        rest = iter(grads[:first])
+        return (
+            *(None,) * 4, of.get("x_spt"), of.get("y_spt"), None, of.get("spt_weights"), None,
+            *(next(rest) if yes else None for yes in has_gradient),
+        )  # fmt: skip
 
 
 LIBRARY.define(
@@ -156,7 +170,7 @@ def _adapt(
 ) -> tuple[list[Tensor], Tensor]:
     y, weights = (y[:1], y[1]) if len(y) == 2 else (y, None)
     *fast, support_losses = _Adapt.apply(  # type: ignore[no-untyped-call]
-        plan, steps, first_order, len(parameters), x, y, weights, seed, *parameters, *rates
+        plan, steps, first_order, len(parameters), x, y[0], y[1:], weights, seed, *parameters, *rates
     )
     return fast, support_losses
 

@@ -162,11 +162,13 @@ class Binder:
         query: Set | None,
         second_order: bool | None = None,
         of_data: tuple[str, ...] = (),
+        steps: int | None = None,
     ) -> Program | None:
         """The program that runs such sets (None: there is no such set); falls back where there is none.
 
         second_order: whether Hessian-vector products on the support set are asked for; None: as first_order says.
         of_data: the names of data whose gradients are asked for; others must not require grad.
+        steps: inner steps; None: those of maml.
 
         Raises:
             ValueError, TypeError: samples that do not fit the model itself, or that fused layers would lose a gradient
@@ -180,7 +182,7 @@ class Binder:
                     data_checks.target_values(name, y, program.returned.sample[-1])
             elif why_not := data_checks.why_not_labels(program.labels, targets):
                 program = None
-        differentiated = data_gradients.reached(maml, of_data)
+        differentiated = data_gradients.reached(maml, of_data, maml.inner_steps if steps is None else steps)
         if program is not None and differentiated:
             sets = [given for given in (support, query) if given is not None]
             likes = [_like(given, maml.loss) for given in sets]
@@ -248,13 +250,13 @@ class Binder:
         for given in (support, query):
             if program is None or given is None or given.weights is None:
                 continue
-            if program.match is not None or program.whole_sets:
+            if (program.match is not None and isinstance(program.loss, str)) or program.whole_sets:
                 return Choice(None, "samples that depend on each other have weights")
             sizes = weighted_sets.sizes(given.weights)
             if sizes and (why_not := weighted_sets.why_not_padding(program, given.x)):
                 return Choice(None, why_not)
             for n in sizes:
-                like = _like(given, "mse").of(n)
+                like = _like(given, program.loss).of(n)
                 alone = Signature(like, None, second_order) if given is support else Signature(None, like, False)
                 try:
                     of_size = binding.find(alone)
@@ -311,7 +313,9 @@ def _why_not_own(loss: Any, sets: list[Set], of_data: bool) -> str:
 
 def _like(given: Set, loss: Loss) -> SetLike:
     """What a signature has of a set."""
-    return SetLike(tree_like(given.x), None if given.y is None or isinstance(loss, str) else tree_like(given.y))
+    return SetLike(
+        tree_like(given.x), None if given.y is None or isinstance(loss, str) else tree_like(given.weighted())
+    )
 
 
 def read(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maml_cuda import pytrees
-from maml_cuda.engine import checks, data_checks, fallback, support_sets
+from maml_cuda.engine import checks, data_checks, data_gradients, fallback, support_sets
 from maml_cuda.engine.binder import Set, look_at_labels, read
 from maml_cuda.engine.binding import Binding
 from maml_cuda.engine.settings import Settings, inner_update, trainable_names
@@ -46,7 +46,8 @@ def _adapt(
     support = _with_weights(maml, binding, Set("x_spt", x_spt, "y_spt", y_spt), "spt_weights", spt_weights, sets)
     if support.weights is not None and not differentiable:
         support = support._replace(weights=support.weights.detach())
-    program = maml._binder.program(maml, binding, support, None)
+    of_data = data_gradients.names(maml.loss, support) if differentiable else ()
+    program = maml._binder.program(maml, binding, support, None, of_data=of_data, steps=steps)
     if program is None:
         adapted = fallback.adapt(
             maml.model, maml.loss, inner_update(maml), x_spt, support.weighted(), steps, maml.first_order,
@@ -61,8 +62,11 @@ def _adapt(
     if differentiable:
         if program.written:  # the backward needs the buffers as they are now
             parameters = [t if t.requires_grad else t.clone() for t in parameters]
+        of_data = data_gradients.reached(maml, of_data, steps)
+        if packed.is_learned(maml.loss) and steps and not maml.first_order:
+            of_data = (*of_data, "spt_weights")
         after, _ = torch.ops.maml_cuda.adapt(
-            parameters, rates, numbers, packed.target(program), program.text, steps, maml.first_order,
+            parameters, rates, numbers, packed.target(program), program.data_text(of_data), steps, maml.first_order,
             program.seed(seed),
         )  # fmt: skip
         if program.written:

@@ -7,7 +7,7 @@ hands out both without signs, sums over steps and weights of tasks, which are he
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from maml_cuda import pytrees
-from maml_cuda.engine.problem import Problem, meta_problem
+from maml_cuda.engine.data_parts import split
+from maml_cuda.engine.problem import meta_problem
 from maml_cuda.engine.program import Program
 from maml_cuda.engine.settings import Settings
 from maml_cuda.engine.signatures import SetLike
+from maml_cuda.losses import Loss
 from maml_cuda.plan import data_proof
 from maml_cuda.plan.data_proof import NAMES
 from maml_cuda.plan.proof import SEED
@@ -27,18 +29,22 @@ from maml_cuda.plan.schema import Hyperparameter, descent
 PLAIN = ("unrolled", "truncated")  # meta-gradients that differentiate the inner loop
 
 
-def names(*data: Any) -> tuple[str, ...]:
-    """Which of x_spt, y_spt, x_qry and y_qry have a tensor that requires grad. Inside torch.compile none is looked for:
-    the checks of a call refuse it there."""
+def names(loss: Loss, *sets: Any) -> tuple[str, ...]:
+    """Which of x_spt, y_spt, x_qry and y_qry have a tensor that requires grad. A loss of the user's own has the weights
+    of samples in what it compares. Inside torch.compile none is looked for: the checks of a call refuse it there.
+
+    sets: the support and the query set (binder.Set).
+    """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return ()
+    data = [tree for given in sets for tree in (given.x, given.y if isinstance(loss, str) else given.weighted())]
     required = (any(t.requires_grad for t in pytrees.tensors(tree)) for tree in data)
-    return tuple(name for name, yes in zip(NAMES, required, strict=True) if yes)
+    return tuple(name for name, yes in zip(NAMES, required, strict=False) if yes)
 
 
-def reached(maml: Settings, of: tuple[str, ...]) -> tuple[str, ...]:
+def reached(maml: Settings, of: tuple[str, ...], steps: int) -> tuple[str, ...]:
     """Those of them that the meta-gradient depends on: at first order the inner loop is constant."""
-    constant = maml.first_order or maml.inner_steps == 0
+    constant = maml.first_order or steps == 0
     return tuple(name for name in of if not (constant and name.endswith("spt")))
 
 
@@ -93,40 +99,3 @@ def _disproof(maml: Settings, program: Program, of: tuple[str, ...], given: SetL
 
 def _learned(t: Tensor) -> Tensor:
     return t.detach().requires_grad_() if t.is_floating_point() else t
-
-
-def split(
-    problem: Problem, raw: Tensor, inputs: list[Any], task_weights: Tensor | None, query_weights: Tensor | None,
-    query_steps: Sequence[int],
-) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
-    """(tensor, gradient of the loss) of those of the data of an op that have one.
-
-    Args:
-        raw: [tasks, size], as the core hands it out.
-        inputs: x_spt, [y_spt, ...], x_qry, [y_qry, ...], as the op takes them.
-        query_weights, query_steps: as the op takes them.
-    """
-    *places, size = problem.core.data_places
-    found = []
-    ends = [*places[1:], size]
-    for name, given, begin, end in zip(NAMES, inputs, places, ends, strict=True):
-        if begin == end:
-            continue
-        like: Tensor = given if isinstance(given, Tensor) else given[0]
-        sets = problem.sets if name.endswith("spt") else 1
-        copies = raw[:, begin:end].reshape(len(raw), -1, like.numel() // len(raw) // sets)  # [tasks, copies, ...]
-        if name.endswith("qry"):
-            scales: list[Any] = [1.0] if query_weights is None else [query_weights[k] for k in query_steps]
-        else:
-            scales = [-1.0] * copies.shape[1]
-        if name[0] == "y" and problem.loss == "mse":
-            scales = [-s for s in scales]
-        if sets == 1:  # in this order, whatever the number of tasks
-            total = scales[0] * copies[:, 0]
-            for k in range(1, copies.shape[1]):
-                total = total + scales[k] * copies[:, k]
-        else:
-            total = scales[0] * copies
-        by_task = 1 / len(raw) if task_weights is None else task_weights.reshape(-1, *[1] * (total.dim() - 1))
-        found.append((like, (by_task * total).reshape(like.shape)))
-    return found

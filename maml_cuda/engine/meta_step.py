@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maml_cuda import meta_gradients, pytrees, torch_private
-from maml_cuda.engine import data_checks, data_gradients, fallback, fast_path, support_sets
+from maml_cuda.engine import data_checks, data_gradients, data_parts, fallback, fast_path, support_sets
 from maml_cuda.engine.binder import Set, look_at_labels, read
 from maml_cuda.engine.binding import Binding, Choice
 from maml_cuda.engine.problem import Problem, joined, meta_problem
@@ -112,12 +112,12 @@ def program_of(maml: Settings, x_spt: Tree, x_qry: Tree, of_data: tuple[str, ...
 
 def memory_estimate(maml: Settings, x_spt: Tree, x_qry: Tree) -> int:
     x_spt, _, _ = support_sets.in_order(maml, Seed(0), maml.inner_steps, x_spt)
-    of_data = data_gradients.names(x_spt, (), x_qry, ())
+    of_data = data_gradients.names(maml.loss, Set("x_spt", x_spt), Set("x_qry", x_qry))
     program = program_of(maml, x_spt, x_qry, of_data)
     if program is None:
         raise ValueError("memory_estimate must have a fused model, got one on the general path (reference)")
     x_spt, x_qry = program.values(x_spt), program.values(x_qry)
-    of_data = data_gradients.reached(maml, of_data)
+    of_data = data_gradients.reached(maml, of_data, maml.inner_steps)
     text = program.data_text(of_data) if of_data else program.text
     problem = meta_problem(text, x_spt, x_qry, maml.inner_steps, maml.first_order, True, maml._query_weights.steps)
     gradients = len(x_qry) * problem.core.data_places[-1] * x_qry.element_size() if of_data else 0
@@ -161,7 +161,7 @@ def _computed(
     not_learned(maml, spt_weights=spt_weights, qry_weights=qry_weights)
     support = Set("x_spt", x_spt, "y_spt", y_spt, spt_weights)
     query = Set("x_qry", x_qry, "y_qry", y_qry, qry_weights)
-    of_data = data_gradients.names(x_spt, y_spt, x_qry, y_qry)
+    of_data = data_gradients.names(maml.loss, support, query)
     program = maml._binder.program(maml, binding, support, query, of_data=of_data)
     if program is None:
         result = _on_the_general_path(
@@ -177,7 +177,11 @@ def _computed(
     weights, query_steps = maml._query_weights.tensor(parameters[0]), maml._query_weights.steps
     tensors_of_data = [support_x, in_support.target(program), query_x, in_query.target(program)]
     learned: list[tuple[Tensor, Tensor]] = []  # data, and their gradients
-    if of_data := data_gradients.reached(maml, of_data):
+    of_data = data_gradients.reached(maml, of_data, maml.inner_steps)
+    of_weights = wanted and in_support.is_learned(maml.loss) and maml.inner_steps > 0 and not maml.first_order
+    if of_weights:
+        of_data = (*of_data, "spt_weights")
+    if of_data:
         loss, task_losses, logits, support_losses, flat, raw = torch.ops.maml_cuda.meta_gradient_of_data(
             parameters, rates, *tensors_of_data, task_weights, program.data_text(of_data), maml.inner_steps,
             maml.first_order, weights, query_steps, program.seed(seed),
@@ -186,7 +190,11 @@ def _computed(
             program.data_text(of_data), support_x, query_x, maml.inner_steps, maml.first_order, True, query_steps,
             in_support.weights is not None,
         )  # fmt: skip
-        learned = data_gradients.split(problem, raw, tensors_of_data, task_weights, weights, query_steps)
+        learned = data_parts.split(problem, raw, tensors_of_data, task_weights, weights, query_steps)
+        if of_weights:
+            spt_weights = cast(Tensor, in_support.weights)
+            slopes = data_parts.slopes(problem, raw, spt_weights.shape[1])
+            learned.append((spt_weights, in_support.support_gradient(slopes, task_weights, sets)))
     else:
         loss, task_losses, logits, support_losses, flat = torch.ops.maml_cuda.meta_gradient(
             parameters, rates, *tensors_of_data, task_weights, program.text, maml.inner_steps, maml.first_order,
@@ -201,13 +209,10 @@ def _computed(
     if not wanted:
         return out, None
     inputs = program.with_gradient(parameters + rates)
-    flat, slopes = flat.split([program.plan.gradient_size, len(flat) - program.plan.gradient_size])
-    if in_support.is_learned and maml.inner_steps and not maml.first_order:
-        learned.append((cast(Tensor, in_support.weights), in_support.support_gradient(slopes, task_weights, sets)))
-    if in_query.is_learned:
+    if in_query.is_learned(maml.loss):
         target = cast(Tensor, in_query.target(program)[0])
-        of_weights = in_query.query_gradient(cast(str, maml.loss), logits, target, task_weights)
-        learned.append((cast(Tensor, in_query.weights), of_weights))
+        gradient = in_query.query_gradient(cast(str, maml.loss), logits, target, task_weights)
+        learned.append((cast(Tensor, in_query.weights), gradient))
     if learned:
         flat, inputs = joined([flat, *(g for _, g in learned)]), [*inputs, *(t for t, _ in learned)]
     return out, Gradient(flat, inputs, None)

@@ -11,10 +11,8 @@ exported program needs nothing else. The ops here have no backward; autograd.py 
 
 A target is a list: one tensor, or the four fields of a PolicyTarget. Where a plan has per_step_support, support data
 are [tasks * steps, n, ...]: the sets of a task follow each other. Where samples have weights, a target is followed by
-them, [tasks, n]: those of padding, 0, stand behind the others, and logits of padding are 0. On the CPU, the flat
-gradient of meta_gradient and of adapt_backward is then followed by the slopes of the support samples, from which the
-gradient of their weights follows (weighted_sets.py). `seed` is that of the masks of dropout (maml_cuda/masks.py), for a
-plan that draws any.
+them, [tasks, n]: those of padding, 0, stand behind the others, and logits of padding are 0. `seed` is
+that of the masks of dropout (maml_cuda/masks.py), for a plan that draws any.
 """
 
 from __future__ import annotations
@@ -75,22 +73,20 @@ def _meta_gradient(
     weighted = padding.is_weighted(y_spt)
     problem = meta_problem(plan, x_spt, x_qry, steps, first_order, gradient, query_steps, weighted)
     return _run_meta_step(
-        problem, parameters, rates, x_spt, y_spt, x_qry, y_qry, task_weights, plan, steps, gradient, query_weights, seed
+        problem, parameters, rates, x_spt, y_spt, x_qry, y_qry, task_weights, steps, gradient, query_weights, seed
     )  # fmt: skip
 
 
 def _run_meta_step(
     problem: Problem, parameters: list[Tensor], rates: list[Tensor], x_spt: Tensor, y_spt: TargetList, x_qry: Tensor,
-    y_qry: TargetList, task_weights: Tensor | None, plan: str, steps: int, gradient: bool,
-    query_weights: Tensor | None, seed: Tensor | None, data: Tensor | None = None,
+    y_qry: TargetList, task_weights: Tensor | None, steps: int, gradient: bool, query_weights: Tensor | None,
+    seed: Tensor | None, data: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     support, query = problem.support("y_spt", x_spt, y_spt), problem.data("y_qry", x_qry, y_qry)
     counted = padding.counts(y_qry) if padding.is_weighted(y_spt) else None
     counts = {**padding.of_support(problem, y_spt), **padding.of_query(problem, counted)}
-    slopes = padding.slopes(y_spt, plan) if gradient else 0
     outputs = meta_step(
-        problem, parameters, rates, support, query, task_weights, query_weights, steps, gradient, seed, slopes, data,
-        **counts,
+        problem, parameters, rates, support, query, task_weights, query_weights, steps, gradient, seed, data, **counts
     )  # fmt: skip
     if counted is not None:
         padding.blank(outputs[2], counted)
@@ -100,17 +96,14 @@ def _run_meta_step(
 def meta_step(
     problem: Problem, parameters: list[Tensor], rates: list[Tensor], support: list[Tensor | None],
     query: list[Tensor | None], task_weights: Tensor | None, query_weights: Tensor | None, steps: int, gradient: bool,
-    seed: Tensor | None, slopes: int = 0, data: Tensor | None = None, **counts: Tensor,
+    seed: Tensor | None, data: Tensor | None = None, **counts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op meta_gradient, on data that have been checked. data: zeros, for the gradients of data."""
     x_spt, x_qry = cast(Tensor, support[0]), cast(Tensor, query[0])
     parameters, rates = dense(parameters), dense(rates)
     tasks = x_qry.shape[0]
-    outputs = _meta_outputs(x_qry, tasks, problem.features, steps, problem.gradient_size + slopes if gradient else 0)
+    outputs = _meta_outputs(x_qry, tasks, problem.features, steps, problem.gradient_size if gradient else 0)
     loss, task_losses, logits, support_losses, flat = outputs
-    if slopes:
-        flat, behind = padding.with_slopes(flat, slopes)
-        counts = {**counts, **behind}
     if task_weights is not None:
         task_weights = task_weights.contiguous()
     problem.run(
@@ -138,7 +131,7 @@ def _meta_gradient_fake(
     y_qry: TargetList, task_weights: Tensor | None, plan: str, steps: int, first_order: bool, gradient: bool,
     query_weights: Tensor | None = None, query_steps: Sequence[int] = (), seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    gradient_size = plan_of(plan).gradient_size + padding.slopes(y_spt, plan) if gradient else 0
+    gradient_size = plan_of(plan).gradient_size if gradient else 0
     return _meta_outputs(x_qry, x_qry.shape[0], features(plan, x_qry), steps, gradient_size)
 
 
@@ -160,8 +153,7 @@ def _meta_gradient_of_data(
     problem = meta_problem(plan, x_spt, x_qry, steps, first_order, True, query_steps, weighted)
     data = x_qry.new_zeros((len(x_qry), problem.core.data_places[-1]))
     outputs = _run_meta_step(
-        problem, parameters, rates, x_spt, y_spt, x_qry, y_qry, task_weights, plan, steps, True, query_weights, seed,
-        data=data,
+        problem, parameters, rates, x_spt, y_spt, x_qry, y_qry, task_weights, steps, True, query_weights, seed, data
     )  # fmt: skip
     return *outputs, data
 
@@ -171,7 +163,7 @@ def _meta_gradient_of_data_fake(
     y_qry: TargetList, task_weights: Tensor | None, plan: str, steps: int, first_order: bool,
     query_weights: Tensor | None = None, query_steps: Sequence[int] = (), seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    gradient_size = plan_of(plan).gradient_size + padding.slopes(y_spt, plan)
+    gradient_size = plan_of(plan).gradient_size
     outputs = _meta_outputs(x_qry, x_qry.shape[0], features(plan, x_qry), steps, gradient_size)
     sample, n = tuple(int(d) for d in x_spt.shape[2:]), (int(x_spt.shape[1]), int(x_qry.shape[1]))
     problem = problem_of(
@@ -190,7 +182,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "adapt_backward(Tensor[] parameters, Tensor[] rates, Tensor x, Tensor?[] y, Tensor[] cotangents, str plan, "
-    "int steps, bool first_order, Tensor? seed=None) -> Tensor"
+    "int steps, bool first_order, Tensor? seed=None) -> (Tensor gradient, Tensor data)"
 )
 
 
@@ -224,7 +216,8 @@ def _adapt_fake(
 def _adapt_backward(
     parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, cotangents: list[Tensor], plan: str,
     steps: int, first_order: bool, seed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The flat gradient, and what the gradients of data are made of (data_gradients.py)."""
     _, n, *sample = x.shape
     problem = problem_of(
         plan, "adapt_backward", tuple(sample), n, 0, steps, first_order, is_double(x), *padding.of_problem(y)
@@ -233,23 +226,31 @@ def _adapt_backward(
     support = problem.support("y_spt", x, y)
     parameters, rates = dense(parameters), dense(rates)
     given, strides = _by_task(cotangents)
-    flat = x.new_empty(plan_of(plan).gradient_size + padding.slopes(y, plan))
-    gradient, behind = padding.with_slopes(flat, padding.slopes(y, plan))
+    flat = x.new_empty(plan_of(plan).gradient_size)
+    data = x.new_zeros((tasks, problem.core.data_places[-1]))
     spread_given = spread(plan, given)
     rest = iter(strides)
     problem.run(
         x, tasks, parameters, rates, support, given=spread_given,
-        given_strides=[0 if t is None else next(rest) for t in spread_given], gradient=gradient,
-        **_seeded(seed), **padding.of_support(problem, y), **behind,
+        given_strides=[0 if t is None else next(rest) for t in spread_given], gradient=flat,
+        **_seeded(seed), **padding.of_support(problem, y), **({"data_gradient": data} if data.numel() else {}),
     )  # fmt: skip
-    return flat
+    return flat, data
 
 
 def _adapt_backward_fake(
     parameters: list[Tensor], rates: list[Tensor], x: Tensor, y: TargetList, cotangents: list[Tensor], plan: str,
     steps: int, first_order: bool, seed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(plan_of(plan).gradient_size + padding.slopes(y, plan))
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    size = 0
+    if plan_of(plan).data_gradient:
+        sample, n = tuple(int(d) for d in x.shape[2:]), int(x.shape[1])
+        problem = problem_of(
+            plan, "adapt_backward", sample, n, 0, steps, first_order, is_double(x), *padding.of_problem(y)
+        )  # fmt: skip
+        size = problem.core.data_places[-1]
+    sets = max(steps, 1) if plan_of(plan).per_step_support else 1
+    return x.new_empty(plan_of(plan).gradient_size), x.new_empty((x.shape[0] // sets, size))
 
 
 # -- fisher_vector_product -----------------------------------------------------------------------------------
@@ -325,16 +326,21 @@ def _inner_step_fake(
     return [t.new_empty(t.shape) for t in adapted(plan, fast)]
 
 
+def _predicting(plan: str, operation: str, x: Tensor, counts: Tensor | None) -> Problem:
+    weighted = ((), True) if counts is not None and plan_of(plan).backend != "cpu" else ()
+    return problem_of(plan, operation, tuple(x.shape[2:]), 0, x.shape[1], 0, False, is_double(x), *weighted)
+
+
 def _predict_forward(
     fast: list[Tensor], x: Tensor, plan: str, seed: Tensor | None = None, counts: Tensor | None = None
 ) -> Tensor:
     """counts: the first so many samples of a task are its set, int64 [tasks]; None: all."""
-    tasks, n, *sample = x.shape
-    problem = problem_of(plan, "predict", tuple(sample), 0, n, 0, False, is_double(x))
+    tasks, n = x.shape[:2]
+    problem = _predicting(plan, "predict", x, counts)
     x = x.contiguous()
     logits = x.new_empty((tasks, n, problem.features))
     problem.run(
-        x, tasks, **_own(fast), query=[x, None, None, None], logits=logits, **_seeded(seed),
+        x, tasks, **_own(fast), query=padding.set_of(problem, x, counts), logits=logits, **_seeded(seed),
         **padding.of_query(problem, counts),
     )  # fmt: skip
     return logits if counts is None else padding.blank(logits, counts)
@@ -350,15 +356,14 @@ def _predict_backward(
     fast: list[Tensor], x: Tensor, cotangent: Tensor, plan: str, seed: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    tasks, n, *sample = x.shape
-    problem = problem_of(plan, "predict_backward", tuple(sample), 0, n, 0, False, is_double(x))
+    tasks, problem = x.shape[0], _predicting(plan, "predict_backward", x, counts)
     x, cotangent = dense([x, cotangent])
     if counts is not None:
         cotangent = padding.blank(cotangent.clone(), counts)
     grads = _like_fast(fast, plan)
     problem.run(
-        x, tasks, **_own(fast), query=[x, None, None, None], given=[cotangent], per_task=grads, **_seeded(seed),
-        **padding.of_query(problem, counts),
+        x, tasks, **_own(fast), query=padding.set_of(problem, x, counts), given=[cotangent], per_task=grads,
+        **_seeded(seed), **padding.of_query(problem, counts),
     )  # fmt: skip
     return grads
 

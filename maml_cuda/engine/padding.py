@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from maml_cuda.engine.problem import Problem
-from maml_cuda.plan.schema import plan_of
 
 TargetList = list[Tensor | None]
 
@@ -38,20 +37,18 @@ def of_query(problem: Problem, counted: Tensor | None) -> dict[str, Tensor]:
     return {} if counted is None or problem.backend != "cpu" else {"query_counts": counted.contiguous()}
 
 
-def slopes(y: TargetList, plan: str) -> int:
-    """The number of slopes of the support samples behind a flat gradient."""
-    return cast(Tensor, y[1]).numel() if is_weighted(y) and plan_of(plan).backend == "cpu" else 0
+def set_of(problem: Problem, x: Tensor, counted: Tensor | None) -> list[Tensor | None]:
+    """A query set without a target. On a GPU padding is told by a share of the loss that is 0."""
+    if counted is None or problem.backend == "cpu":
+        return [x, None, None, None]
+    return [x, None, is_counted(x, counted).to(x.dtype), None]
 
 
-def with_slopes(flat: Tensor, count: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The flat gradient alone, and the arguments of a run for the slopes behind it."""
-    if not count:
-        return flat, {}
-    gradient, behind = flat.split([len(flat) - count, count])
-    return gradient, {"sample_slopes": behind}
+def is_counted(x: Tensor, counted: Tensor) -> Tensor:
+    """Whether each sample is among the first `counted` of its task, [tasks, n]."""
+    return torch.arange(x.shape[1], device=x.device) < counted.unsqueeze(1)
 
 
 def blank(prediction: Tensor, counted: Tensor) -> Tensor:
     """A prediction [tasks, n, ...] with zeros for all samples but the first `counted` of each task, in its memory."""
-    places = torch.arange(prediction.shape[1], device=prediction.device)
-    return prediction.masked_fill_((places >= counted.unsqueeze(1)).unsqueeze(-1), 0)
+    return prediction.masked_fill_(is_counted(prediction, counted).logical_not().unsqueeze(-1), 0)

@@ -119,13 +119,19 @@ class Problem:
         target: Target = PolicyTarget(*y) if self.loss in POLICY_LOSSES else y[0]  # type: ignore[arg-type]
         data_checks.target(name, self.loss, target, (x.shape[1], self.target))
         if isinstance(target, Tensor):
-            shares = None if weights is None else targets.shares(weights).contiguous()
-            return [x.contiguous(), target.contiguous(), shares, None]
+            return [x.contiguous(), target.contiguous(), None if weights is None else self._shares(weights), None]
         if self.backend == "cpu":
             by_task = PolicyTarget(*(None if t is None else t.unflatten(0, (-1, sets)) for t in target))  # type: ignore[arg-type]
             data_checks.target_values(name, by_task if sets > 1 else target, None)  # the core looks at the actions
         scale, old = targets.coefficients(target), target.old_log_probs
         return [*dense([x, target.actions, scale]), None if old is None else old.contiguous()]
+
+    def _shares(self, weights: Tensor) -> Tensor:
+        """Of the samples in the loss. Those on a GPU tell padding, which alone has 0."""
+        shares = targets.shares(weights)
+        if self.backend != "cpu":
+            shares = torch.where(weights > 0, shares.clamp_min(torch.finfo(shares.dtype).tiny), 0)
+        return shares.contiguous()
 
 
 def is_double(x: Tensor) -> bool:

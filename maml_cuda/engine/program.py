@@ -86,7 +86,7 @@ class Program:
         self._data_texts: dict[tuple[str, ...], str] = {}
         self.data_proofs: dict[tuple[tuple[str, ...], Any], str] = {}
         weighted = match is not None and match.weighted
-        self.match, self._loss, self.labels, self.identities = match, loss, labels, identities
+        self.match, self.loss, self.labels, self.identities = match, loss, labels, identities
         self.features = math.prod(returned.sample)
         self.of_loss = of_loss
         self.is_direct = len(returned.sample) == 1 and not weighted and not whole_sets
@@ -180,7 +180,7 @@ class Program:
             if self.is_direct:
                 return targets.tensors(y)
             return [y.reshape(len(y), 1 if self.whole_sets else y.shape[1], self.features)]
-        weights = own_targets.advantages(self.match, self._loss, y, self.features, dtype, self._one_as_returned)
+        weights = own_targets.advantages(self.match, self.loss, y, self.features, dtype, self._one_as_returned)
         values = pytrees.tensors(y)[self.match.leaf]
         labels = self.match.loss == "categorical_policy_gradient"
         return [values if labels else values.reshape(*values.shape[:2], self.features), weights, None, None]

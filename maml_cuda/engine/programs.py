@@ -28,6 +28,7 @@ from maml_cuda.plan.own_loss import COMPUTED, Match, matches
 from maml_cuda.plan.reader import graph_of
 from maml_cuda.plan.sample_counts import counted
 from maml_cuda.pytrees import Tree
+from maml_cuda.sample_weights import Weighted
 
 MOST_ANSWERS = 1024  # kept; a forgotten one is found again
 MOST_PROGRAMS = 64
@@ -191,6 +192,8 @@ class Programs:
             data_checks.returns_policy(loss, bool(graph.returned.log_std or graph.returned.nones))
             return [None]
         found: list[list[Match]] = []
+        if any(y is not None and isinstance(y.tree(), Weighted) for _, y in sets):
+            return []
         for record, y in sets:
             if y is not None:
                 leaves = [Operand(like.shape, like.dtype) for like in y.tensors]

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from maml_cuda import pytrees
-from maml_cuda.engine import cuda_runner, data_checks
+from maml_cuda.engine import data_checks
 from maml_cuda.engine.autograd import support_gradient
 from maml_cuda.engine.problem import is_double, problem_of
 from maml_cuda.engine.program import Program
 from maml_cuda.engine.settings import Settings
 from maml_cuda.losses import OF_SAMPLES, Loss
 from maml_cuda.pytrees import Tree
+from maml_cuda.sample_weights import with_weights
 from maml_cuda.targets import POLICY_LOSSES
 
 _OF_WEIGHTS = ("unrolled", "truncated")  # the meta-gradients that are those of weights too
@@ -114,15 +115,17 @@ class Packed(NamedTuple):
     order: Tensor | None = None
     counts: Tensor | None = None
 
-    @property
-    def is_learned(self) -> bool:
-        """Whether the weights are to receive a gradient."""
-        return self.weights is not None and self.weights.requires_grad
+    def is_learned(self, loss: Loss) -> bool:
+        """Whether the weights are to receive a gradient, which they do not as part of what the loss compares."""
+        return self.weights is not None and self.weights.requires_grad and isinstance(loss, str)
 
     def target(self, program: Program) -> list[Tensor | None]:
-        """The target as the ops take it. Its weights have the graph that they were given with."""
-        target = program.target(self.y)
-        return target if self.weights is None else [*target, self.weights]
+        """The target as the ops take it. Its weights have the graph that they were given with. A loss of the user's own
+        has them in what it compares, too."""
+        if self.weights is None:
+            return program.target(self.y)
+        y = self.y if isinstance(program.loss, str) else with_weights(self.y, self.weights)
+        return [program.target(y)[0], self.weights]
 
     def unpacked(self, prediction: Tensor) -> Tensor:
         """A prediction [tasks, n, features], in which padding has zeros, with each sample where it was."""
@@ -193,21 +196,15 @@ def why_not(maml: Settings, support: Any, query: Any) -> str:
     if torch.compiler.is_compiling():
         return "weights of samples are not looked at inside torch.compile"
     learned = [each is support for each in sets if torch.is_grad_enabled() and each.weights.requires_grad]
-    if any(learned) and cuda_runner.backend_of(support.weights.device) == "cuda":
-        return "weights of support samples require grad, which has no kernels on a GPU"
-    if not all(learned) and maml._query_weights.steps:
+    if isinstance(maml.loss, str) and not all(learned) and maml._query_weights.steps:
         return "weights of query samples require grad, and there are query losses of several inner steps"
-    loss = maml.loss
-    if not isinstance(loss, str) and any(each.y is not None for each in sets):
-        name = getattr(loss, "__name__", type(loss).__name__)
-        return f"the loss {name} is a callable of yours, and samples have weights"
     return ""
 
 
 def why_not_padding(program: Program, x: Tree) -> str:
     """The reason why a program does not leave out padding in x, or ""."""
-    if program.plan.backend == "cuda" and any(node.kind == "batch_norm" for node in program.plan.nodes):
-        return "BatchNorm with batch statistics does not leave out padding on a GPU"
+    if not isinstance(program.loss, str):
+        return "a loss of your own does not leave out padding"
     numbers = program.values(x)
     sample, n = tuple(numbers.shape[2:]), numbers.shape[1]
     if problem_of(program.text, "predict", sample, 0, n, 0, False, is_double(numbers)).core.combines_samples:

@@ -34,12 +34,13 @@ from maml_cuda.capture import generators, outside_state
 from maml_cuda.capture.copies import copied, in_place_of, places, tensors_of
 from maml_cuda.capture.errors import first_line
 from maml_cuda.functional import second_derivatives
-from maml_cuda.losses import Loss, loss_function
+from maml_cuda.losses import Loss, called, loss_function
 from maml_cuda.masks import Masks, Seed
 from maml_cuda.plan.graph import Range
 from maml_cuda.plan.integers import drawn, is_integer
 from maml_cuda.policies import mean_of
 from maml_cuda.pytrees import Tree
+from maml_cuda.sample_weights import Weighted
 from maml_cuda.targets import PolicyTarget, Target
 from maml_cuda.torch_private import no_saved_tensor_hooks
 from maml_cuda.torch_wrappers import uncompiled
@@ -177,7 +178,7 @@ class _Expected:
         for form in _FORMS:  # of a target: a loss may take probabilities alone, or 0 and 1 alone
             self.target = pytree.tree_map_only(Tensor, form, given)
             try:
-                self.loss = function(self.prediction, self.target)
+                self.loss = called(function, self.prediction, self.target)
                 grads = torch.autograd.grad(
                     self.loss, parameters, retain_graph=True, create_graph=second_order, materialize_grads=True
                 )
@@ -343,7 +344,8 @@ def _target_for(
     leaves, structure = pytree.tree_flatten(likes)
     numbers = iter(range(len(leaves)))
     made = [None if like is None else leaf(next(numbers), like) for like in leaves]
-    return pytree.tree_unflatten(made, structure)
+    target = pytree.tree_unflatten(made, structure)
+    return target._replace(weights=target.weights.abs() + 0.1) if isinstance(target, Weighted) else target
 
 
 def _as_it_is(t: Tensor) -> Tensor:

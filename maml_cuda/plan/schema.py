@@ -333,7 +333,7 @@ class Plan:
         segments: keep the parameters of about sqrt(inner steps) steps alone, and run the inner loop again from each.
         recompute: run the gradient pass again for each Hessian-vector product, instead of keeping its activations.
         per_step_support: each inner step has a support set of its own.
-        data_gradient: which of x_spt, y_spt, x_qry and y_qry have a gradient.
+        data_gradient: which of x_spt, y_spt, x_qry, y_qry and spt_weights have a gradient.
         cuda_graphs: on a GPU, replay repeated calls as CUDA graphs.
         task_chunk: on a GPU, the largest number of tasks to compute at once; None: all.
     """

@@ -53,13 +53,6 @@ struct Cpu : Updates<T, T> {
                     T* grad_z_dot) const {
     loss_passes<T>(part.kind).tangent(part, z, target, z_dot, saved, grad_z_dot);
   }
-  void add_slopes(int64_t n, int64_t c, const T* g, const T* z_dot, T* slopes) const {
-    for (int64_t i = 0; i < n; ++i) {
-      T sum = 0;
-      for (int64_t j = i * c; j < (i + 1) * c; ++j) sum += g[j] * z_dot[j];
-      slopes[i] += sum;
-    }
-  }
   void metric(const LossPart& part, const T* z, const Target<T>& target, const T* z_dot, T* grad_z) const {
     loss_passes<T>(part.kind).metric(part, z, target, z_dot, grad_z);
   }
@@ -126,8 +119,8 @@ struct WorkspaceLayout {
   static int64_t lane_size(const Problem& p) {
     return 3 * p.packing.total + p.result_size + whole_lines(predictions(p.query)) +
            whole_lines(p.support_sets() * samples(p.support)) + whole_lines(samples(p.query)) +
-           whole_lines(p.steps + 1) + whole_lines(slopes(p)) + whole_lines(p.packing.total / kLanes<T> + 1) +
-           loss_scratch(p) + targets(p) + whole_lines(p.data_size) + p.task_size();
+           whole_lines(p.steps + 1) + whole_lines(p.packing.total / kLanes<T> + 1) + loss_scratch(p) +
+           targets(p) + whole_lines(p.data_size) + p.task_size();
   }
   static int64_t loss_scratch(const Problem& p) {
     return whole_lines(3 * std::max(predictions(p.support), predictions(p.query)) / kLanes<T> + 1);
@@ -138,7 +131,6 @@ struct WorkspaceLayout {
     return sets > 1 ? whole_lines(sets * size) : 0;
   }
   static int64_t samples(const Stage& s) { return s.n ? s.n * s.values[0].size : 0; }
-  static int64_t slopes(const Problem& p) { return p.weighted ? p.support_sets() * p.support.n : 0; }
   static int64_t predictions(const Stage& s) { return s.n ? s.n * s.values[s.output].size : 0; }
 
   int64_t size(int64_t at_once) const { return shared + std::min(at_once, tasks) * thread; }
@@ -301,7 +293,6 @@ class Run {
     const int64_t sets = p_.support_sets();
     task.support_counts = call_.support_counts ? call_.support_counts + t * sets : nullptr;
     task.query_count = call_.query_counts ? call_.query_counts + t : nullptr;
-    task.sample_slopes = call_.sample_slopes ? call_.sample_slopes + t * sets * p_.support.n : nullptr;
     task.support_losses = call_.support_losses ? call_.support_losses + t * p_.steps : nullptr;
     task.query_loss = call_.task_losses ? call_.task_losses + t : nullptr;
     task.logits = call_.logits ? call_.logits + t * predictions() : nullptr;
@@ -337,7 +328,6 @@ class Run {
     const int64_t sets = p_.support_sets(), support_size = sets * WorkspaceLayout<T>::samples(p_.support);
     V* x[2] = {take(whole_lines(support_size)), take(whole_lines(WorkspaceLayout<T>::samples(p_.query)))};
     V* losses = take(whole_lines(p_.steps + 1));
-    V* slopes = take(whole_lines(WorkspaceLayout<T>::slopes(p_)));
     V* data_gradient = std::fill_n(take(whole_lines(p_.data_size)), p_.data_size, V{}) - p_.data_size;
     T* packed = reinterpret_cast<T*>(take(whole_lines(p_.packing.total / W + 1)));
     T* loss_scratch = reinterpret_cast<T*>(take(WorkspaceLayout<T>::loss_scratch(p_)));
@@ -372,7 +362,6 @@ class Run {
     task.x_query = x[1];
     task.y_query = {targets[1]};
     task.support_losses = losses;
-    task.sample_slopes = call_.sample_slopes ? slopes : nullptr;
     task.query_loss = losses + p_.steps;
     task.logits = logits;
     task.data_gradient = data_gradient;
@@ -392,8 +381,6 @@ class Run {
       const int64_t t = first + lane;
       if (call_.support_losses) Tasks::take(p_.steps, losses, lane, call_.support_losses + t * p_.steps);
       if (call_.task_losses) call_.task_losses[t] = losses[p_.steps][lane];
-      if (call_.sample_slopes)
-        Tasks::take(sets * p_.support.n, slopes, lane, call_.sample_slopes + t * sets * p_.support.n);
       if (call_.logits) Tasks::take(predictions(), logits, lane, call_.logits + t * predictions());
       if (call_.data_gradient)
         Tasks::take(p_.data_size, data_gradient, lane, call_.data_gradient + t * p_.data_size);

@@ -154,13 +154,6 @@ struct TasksInLanes : Updates<Vector<T>, T> {
       give(size, grad, lane, grad_z_dot);
     }
   }
-  void add_slopes(int64_t n, int64_t c, const V* g, const V* z_dot, V* slopes) const {
-    for (int64_t i = 0; i < n; ++i) {
-      V sum{};
-      for (int64_t j = i * c; j < (i + 1) * c; ++j) sum += g[j] * z_dot[j];
-      slopes[i] += sum;
-    }
-  }
   void metric(const LossPart& part, const V* z, const Target<V>& target, const V* z_dot, V* grad_z) const {
     const int64_t size = part.n * part.c;
     T *own = scratch, *dot = scratch + size, *grad = scratch + 2 * size;

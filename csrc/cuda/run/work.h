@@ -85,7 +85,10 @@ template <class T>
 Work work_of(Op op, const Layer& l, const Tensors<T>& t) {
   int64_t count = 0;
   auto inputs = [&](auto* const(&x)[kMostInputs]) {
-    for (int j = 0; j < kMostInputs; ++j) count += x[j] ? input_size(l, j) : 0;
+    for (int j = 0; j < kMostInputs; ++j) {
+      const bool shares = j == 1 && (l.kind == Kind::batch_norm || l.kind == Kind::norm_block);
+      count += x[j] ? shares ? l.n : input_size(l, j) : 0;
+    }
   };
   auto output = [&](const T* y) { count += y ? output_size(l) : 0; };
   auto weights = [&](auto* const(&w)[kMostParameters]) {
