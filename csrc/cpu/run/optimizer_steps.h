@@ -1,11 +1,19 @@
 // The inner optimizers on packed parameter vectors (meta_gradient.h, optimizers.h). V is T, or a vector of T
 // with one task in each lane; the hyperparameters are the same for all tasks.
 //
-// Loops go over elements, and inside over lanes, on numbers of T, so that the compiler makes vectors of
-// either. Sums over elements are in double and in their order.
+// Loops go over the numbers of a parameter, a vector Wide of them at a time: W tasks of one element, or
+// kLanes elements of one task, whose last vector reaches into the gap behind the parameter (plan/packing.h).
+// So the rules need no branch, and a task has the same bits in a lane as alone. Only where a hyperparameter
+// is one for each element, a task alone goes number by number. Sums over elements are in double and in their
+// order.
+//
+// The loops wait for memory, so they leave out what is known: states that begin as one number for all
+// (start() writes only the others), and the parameter in the adjoint where there is no weight decay.
 #pragma once
 
 #include <algorithm>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/run/share.h"
@@ -41,11 +49,13 @@ struct OptimizerSteps {
   const T* rates;  // packed
 
   static constexpr int64_t W = sizeof(V) / sizeof(T);
+  using Wide = Vector<T>;
   using Slices = std::vector<UpdateSlice>;
 
   void start(const Slices& slices, V* state) const {
     for (const UpdateSlice& s : slices) {
       for (int j = 0; j < states_of(s.form); ++j) {
+        if (s.start[j].at == kNowhere) continue;
         T* to = numbers(state + j * s.stride + s.at);
         for (int64_t i = 0; i < s.size; ++i) {
           std::fill_n(to + i * W, W, static_cast<T>(value(s.start[j], i)));
@@ -91,20 +101,13 @@ struct OptimizerSteps {
         T *phi = numbers(next + s.at), *states[kMostStates];
         for (int j = 0; next_state && j < S; ++j) states[j] = numbers(next_state + j * s.stride + s.at);
         share_elements(s.size, [&](int64_t first, int64_t last) {
-          if (next_state) {
-            each<R>(s, before.step, first, last, [=](int64_t e, int64_t lane, const Coefficients<T>& c) {
-              Element<T> x = read.at(e, lane);
-              Optimizer<R>::step(read.form, c, x);
-              phi[e] = x.phi;
-              for (int j = 0; j < S; ++j) states[j][e] = x.state[j];
-            });
-          } else {
-            each<R>(s, before.step, first, last, [=](int64_t e, int64_t lane, const Coefficients<T>& c) {
-              Element<T> x = read.at(e, lane);
-              Optimizer<R>::step(read.form, c, x);
-              phi[e] = x.phi;
-            });
-          }
+          each<R>(s, before.step, first, last, [=]<class N>(int64_t i, const Coefficients<T>& c) {
+            Element<N> x = read.template at<N>(i);
+            Optimizer<R>::step(read.form, c, x);
+            put(phi + i, x.phi);
+            if (!next_state) return;
+            for (int j = 0; j < S; ++j) put(states[j] + i, x.state[j]);
+          });
         });
       });
     }
@@ -117,20 +120,13 @@ struct OptimizerSteps {
         const Read<S> read(s, before);
         T *own_v = numbers(v + s.at), *own_sigma[kMostStates], *to = out ? numbers(out + s.at) : nullptr;
         for (int j = 0; j < S; ++j) own_sigma[j] = numbers(sigma + j * s.stride + s.at);
-        auto adjoint = [=](int64_t e, int64_t lane, const Coefficients<T>& c) {
-          ElementAdjoint<T> d = read.template adjoint<R>(e, lane, c, own_v, own_sigma);
-          own_v[e] = d.phi;
-          for (int j = 0; j < S; ++j) own_sigma[j][e] = d.state[j];
-          return d.g;
-        };
         share_elements(s.size, [&](int64_t first, int64_t last) {
-          if (to) {
-            each<R>(s, before.step, first, last,
-                    [=](int64_t e, int64_t lane, const Coefficients<T>& c) { to[e] = -adjoint(e, lane, c); });
-          } else {
-            each<R>(s, before.step, first, last,
-                    [=](int64_t e, int64_t lane, const Coefficients<T>& c) { adjoint(e, lane, c); });
-          }
+          each<R>(s, before.step, first, last, [=]<class N>(int64_t i, const Coefficients<T>& c) {
+            const ElementAdjoint<N> d = read.template adjoint<R, N>(i, c, own_v, own_sigma);
+            if (read.decays) put(own_v + i, d.phi);
+            for (int j = 0; j < S; ++j) put(own_sigma[j] + i, d.state[j]);
+            if (to) put(to + i, -d.g);
+          });
         });
       });
     }
@@ -160,36 +156,71 @@ struct OptimizerSteps {
   static const T* numbers(const V* x) { return reinterpret_cast<const T*>(x); }
   static T* numbers(V* x) { return reinterpret_cast<T*>(x); }
 
-  /// What is read of a parameter with S states before a step. Element e has the lanes with it.
+  /// A number, or the vector from there on.
+  template <class N>
+  static N get(const T* from) {
+    if constexpr (std::is_same_v<N, T>) {
+      return *from;
+    } else {
+      return load(from);
+    }
+  }
+  static void put(T* to, T x) { *to = x; }
+  static void put(T* to, Wide x) { store(to, x); }
+
+  /// What is read of a parameter with S states before a step: number i of the parameter, or the vector there.
   template <int S>
   struct Read {
     RuleForm form;
-    T most;  // of clipping by value
-    const T *phi, *g, *factor, *state[kMostStates];
+    bool clips;         // by value
+    bool decays;        // whether there is weight decay
+    Wide most, factor;  // of clipping by value and by norm
+    const T *phi, *g, *state[kMostStates];
+    bool begins[kMostStates];  // with the number `start`, in place of what is at `state`
+    T start[kMostStates];
 
     Read(const UpdateSlice& s, const BeforeStep<V>& b)
         : form(s.form),
-          most(static_cast<T>(s.clip.value)),
+          clips(s.clip.value < std::numeric_limits<double>::infinity()),
+          decays(s.hyper[kWeightDecay].at != kNowhere || s.hyper[kWeightDecay].constant != 0),
+          most(broadcast(static_cast<T>(s.clip.value))),
+          factor(broadcast(T(1))),
           phi(numbers(b.phi + s.at)),
-          g(numbers(b.g + s.at)),
-          factor(b.clip ? numbers(b.clip) : nullptr) {
-      for (int j = 0; j < S; ++j) state[j] = numbers(b.state + j * s.stride + s.at);
+          g(numbers(b.g + s.at)) {
+      if (b.clip) factor = W == 1 ? broadcast(*numbers(b.clip)) : load(numbers(b.clip));
+      for (int j = 0; j < S; ++j) {
+        state[j] = numbers(b.state + j * s.stride + s.at);
+        begins[j] = b.step == 0 && s.start[j].at == kNowhere;
+        start[j] = static_cast<T>(s.start[j].constant);
+      }
     }
-    T scaled(int64_t e, int64_t lane) const { return factor ? factor[lane] * g[e] : g[e]; }
-    Element<T> at(int64_t e, int64_t lane) const {
-      Element<T> x{phi[e], clamped(scaled(e, lane), most), {}};
-      for (int j = 0; j < S; ++j) x.state[j] = state[j][e];
+    template <class N>
+    static N as(const Wide& x) {
+      if constexpr (std::is_same_v<N, T>) {
+        return x[0];
+      } else {
+        return x;
+      }
+    }
+    template <class N>
+    N scaled(int64_t i) const {
+      return as<N>(factor) * get<N>(g + i);
+    }
+    template <class N>
+    Element<N> at(int64_t i, bool with_phi = true) const {
+      Element<N> x{with_phi ? get<N>(phi + i) : N{}, scaled<N>(i), {}};
+      if (clips) x.g = clamped<N>(x.g, as<N>(most));
+      for (int j = 0; j < S; ++j) x.state[j] = begins[j] ? start[j] + N{} : get<N>(state[j] + i);
       return x;
     }
     /// From the cotangents after the step.
-    template <Rule R>
-    ElementAdjoint<T> adjoint(int64_t e, int64_t lane, const Coefficients<T>& c, const T* v,
-                              const T* const* sigma) const {
-      ElementAdjoint<T> d{};
-      d.phi = v[e];
-      for (int j = 0; j < S; ++j) d.state[j] = sigma[j][e];
-      Optimizer<R>::adjoint(form, c, at(e, lane), d);
-      if (!is_inside(scaled(e, lane), most)) d.g = T(0);
+    template <Rule R, class N>
+    ElementAdjoint<N> adjoint(int64_t i, const Coefficients<T>& c, const T* v, const T* const* sigma) const {
+      ElementAdjoint<N> d{};
+      d.phi = get<N>(v + i);
+      for (int j = 0; j < S; ++j) d.state[j] = get<N>(sigma[j] + i);
+      Optimizer<R>::adjoint(form, c, at<N>(i, decays), d);
+      if (clips) d.g = where_inside<N>(scaled<N>(i), as<N>(most), d.g);
       return d;
     }
   };
@@ -232,12 +263,12 @@ struct OptimizerSteps {
       learned.push_back(h);
       sums.emplace_back(s.hyper[h], result);
     }
-    T block[kHyperparameters][kBlock * W];
+    alignas(64) T block[kHyperparameters][kBlock * W];
     for (int64_t first = 0; first < s.size; first += kBlock) {
       const int64_t last = std::min(s.size, first + kBlock);
-      each<R>(s, before.step, first, last, [&](int64_t e, int64_t lane, const Coefficients<T>& c) {
-        const ElementAdjoint<T> d = read.template adjoint<R>(e, lane, c, own_v, own_sigma);
-        for (int h = 0; h < kHyperparameters; ++h) block[h][e - first * W] = d.hyper[h];
+      each<R>(s, before.step, first, last, [&]<class N>(int64_t i, const Coefficients<T>& c) {
+        const ElementAdjoint<N> d = read.template adjoint<R, N>(i, c, own_v, own_sigma);
+        for (int h = 0; h < kHyperparameters; ++h) put(block[h] + i - first * W, d.hyper[h]);
       });
       for (size_t h = 0; h < learned.size(); ++h) sums[h].add(first, last, block[learned[h]]);
     }
@@ -267,28 +298,17 @@ struct OptimizerSteps {
     return Coefficients<T>::template of<R>(h, step, s.form.taken);
   }
 
-  /// Calls f(element, lane, coefficients) for elements [first, last) of a parameter, whose calls have nothing
-  /// to do with each other.
+  /// Calls f<N>(i, coefficients) for all numbers i of elements [first, last) of a parameter, N of which it
+  /// takes at once: a number T or a vector Wide.
   template <Rule R, class F>
-  void each(const UpdateSlice& s, int64_t step, int64_t first, int64_t last, F f) const {
-    if (first >= last) return;
-    Coefficients<T> c = coefficients<R>(s, step, first);
+  [[gnu::flatten]] void each(const UpdateSlice& s, int64_t step, int64_t first, int64_t last, F f) const {
     if (s.elementwise) {
-      for (int64_t i = first; i < last; ++i) {
-        c = coefficients<R>(s, step, i);
-        for (int64_t lane = 0; lane < W; ++lane) f(i * W + lane, lane, c);
-      }
+      using N = std::conditional_t<W == 1, T, Wide>;
+      for (int64_t i = first; i < last; ++i) f.template operator()<N>(i * W, coefficients<R>(s, step, i));
       return;
     }
-    if constexpr (W == 1) {
-#pragma GCC ivdep
-      for (int64_t i = first; i < last; ++i) f(i, 0, c);
-    } else {
-      for (int64_t i = first; i < last; ++i) {
-#pragma GCC ivdep
-        for (int64_t lane = 0; lane < W; ++lane) f(i * W + lane, lane, c);
-      }
-    }
+    const Coefficients<T> c = coefficients<R>(s, step, 0);
+    for (int64_t i = first * W; i < last * W; i += kLanes<T>) f.template operator()<Wide>(i, c);
   }
 };
 

@@ -97,7 +97,7 @@ struct ReadElement {
 #pragma unroll
     for (int j = 0; j < S; ++j) d.state[j] = sigma[j * s.stride + s.at + i];
     Optimizer<R>::adjoint(s.form, c, at(i), d);
-    if (!is_inside(scaled(i), most)) d.g = T(0);
+    d.g = where_inside(scaled(i), most, d.g);
     return d;
   }
 };
