@@ -168,10 +168,11 @@ class Case:
         several = self.query_weights is not None and sum(w != 0 for w in self.query_weights) > 1
         if callable(self.transform) and not isinstance(self.transform, nn.Module):
             return "general"
-        if weights and not isinstance(self.loss.given, str):
+        own = not isinstance(self.loss.given, str)
+        if (padded and (own or self.made.combines)) or (learned and several and not own):
             return "general"
-        if (learned and several) or (padded and self.made.combines):
-            return "general"
+        if weights and own:
+            return ""
         if isinstance(self.transform, nn.Module) or self.made.combines or any(t.requires_grad for t in self.data):
             return ""
         if self.query_weights is not None and learned:
