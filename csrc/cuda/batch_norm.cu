@@ -15,4 +15,14 @@ struct OnGpu<Kind::batch_norm> {
 };
 template struct Implementation<Kind::batch_norm>;
 
+template <class T>
+void batch_norm_from_sums(const Launcher& launch, bool tangent, const Layer& l, const Tensors<T>& t,
+                          const CotangentSums<T>& sums) {
+  Normalise<Identity>::from_sums(launch, tangent, l, t, sums);
+}
+template void batch_norm_from_sums(const Launcher&, bool, const Layer&, const Tensors<float>&,
+                                   const CotangentSums<float>&);
+template void batch_norm_from_sums(const Launcher&, bool, const Layer&, const Tensors<double>&,
+                                   const CotangentSums<double>&);
+
 }  // namespace maml::cuda

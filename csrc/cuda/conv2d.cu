@@ -61,13 +61,15 @@ struct OnGpu<Kind::conv2d> {
     }
   }
   template <class T>
-  static void adjoint(const Launcher& launch, Tangent tangent, const Layer& l, const Factors<T>* of_w,
-                      int count_w, const Factors<T>* of_x, int count_x, const Tensors<T>& t) {
+  static CotangentSums<T> adjoint(const Launcher& launch, Tangent tangent, const Layer& l,
+                                  const Factors<T>* of_w, int count_w, const Factors<T>* of_x, int count_x,
+                                  const Tensors<T>& t, const Normalised<T>* norm = nullptr) {
     const bool dot = tangent == Tangent::yes;
     T* const* grad_w = dot ? t.grad_w_dot : t.grad_w;
     const WeightTerms<T> weight{terms_of(of_w, count_w), t.add_w[0], t.add_w[1], grad_w[0], grad_w[1]};
     const InputTerms<T> input{terms_of(of_x, count_x), t.add_x[0], dot ? t.grad_x_dot[0] : t.grad_x[0]};
-    gradients(launch, dot ? "conv2d gradients tangent" : "conv2d gradients", l, weight, input, t.scratch);
+    return gradients(launch, dot ? "conv2d gradients tangent" : "conv2d gradients", l, weight, input,
+                     t.scratch, norm);
   }
 };
 template struct Implementation<Kind::conv2d>;
@@ -87,5 +89,23 @@ template void convolve_and_normalise(const Launcher&, const Layer&, const Tensor
                                      const Following<float>&);
 template void convolve_and_normalise(const Launcher&, const Layer&, const Tensors<double>&,
                                      const Following<double>&);
+
+template <class T>
+CotangentSums<T> gradients_with_sums(const Launcher& launch, bool tangent, const Layer& l,
+                                     const Tensors<T>& t, const Normalised<T>& norm) {
+  using Conv2d = OnGpu<Kind::conv2d>;
+  if (!tangent) {
+    const Factors<T> of_w{t.x[0], t.grad_y}, of_x{t.grad_y, t.w[0]};
+    return Conv2d::adjoint(launch, Tangent::no, l, &of_w, 1, &of_x, 1, t, &norm);
+  }
+  const Factors<T> of_w[2] = {{t.x[0], t.grad_y_dot}, {t.x_dot[0], t.grad_y}};
+  const Factors<T> of_x[2] = {{t.grad_y_dot, t.w[0]}, {t.grad_y, t.w_dot[0]}};
+  return Conv2d::adjoint(launch, Tangent::yes, l, of_w, t.x_dot[0] && t.grad_y ? 2 : 1, of_x,
+                         t.w_dot[0] && t.grad_y ? 2 : 1, t, &norm);
+}
+template CotangentSums<float> gradients_with_sums(const Launcher&, bool, const Layer&, const Tensors<float>&,
+                                                  const Normalised<float>&);
+template CotangentSums<double> gradients_with_sums(const Launcher&, bool, const Layer&,
+                                                   const Tensors<double>&, const Normalised<double>&);
 
 }  // namespace maml::cuda

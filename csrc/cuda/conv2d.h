@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "cuda/cotangent_sums.h"
 #include "cuda/product/cut.h"
 #include "cuda/product/product.h"
 #include "cuda/run/launch.h"
@@ -126,10 +127,11 @@ struct InputTerms {
   T* grad_x = nullptr;
 };
 
-/// Both gradients in one launch, or the one that is wanted.
+/// Both gradients in one launch, or the one that is wanted. With `norm`, also the sums of grad_x for it.
 template <class T>
-void gradients(const Launcher& launch, const char* name, const Layer& l, const WeightTerms<T>& weight,
-               const InputTerms<T>& input, T* scratch);
+CotangentSums<T> gradients(const Launcher& launch, const char* name, const Layer& l,
+                           const WeightTerms<T>& weight, const InputTerms<T>& input, T* scratch,
+                           const Normalised<T>* norm = nullptr);
 int64_t gradients_scratch(const Layer& l);
 
 }  // namespace maml::cuda

@@ -6,10 +6,12 @@
 //
 // k is split over blocks where there are few tiles (split.h). blockIdx: x the blocks of a task; z task.
 // Numerics: sums in ascending k, first term first; parts of k in order; then the bias. tile_statistics.h
-// computes the statistics of the output. Where the output is small, the last block of each column of tiles
-// computes the normalisation that follows (normalise_columns.h).
+// computes the statistics of the output, and fold_statistics.h makes many entries few. Where the output is
+// small, the last block of each column of tiles computes the normalisation that follows
+// (normalise_columns.h).
 #include "cuda/conv2d.h"
 #include "cuda/normalise_columns.h"
+#include "cuda/product/fold_statistics.h"
 #include "cuda/product/split.h"
 #include "cuda/product/tile_statistics.h"
 #include "cuda/run/work.h"
@@ -47,7 +49,7 @@ __device__ __forceinline__ bool forward_block(const Forward<typename Arithmetic:
                                               int64_t task, const Share& share) {
   using T = typename Arithmetic::T;
   using Forward = Product<Arithmetic, Tile, PixelsByTaps, Rows>;
-  static_assert(kDepthGrain % Forward::kDepth == 0);
+  static_assert(kDepthGrain % Forward::kDepth == 0 && kMostBlocksOfTask <= kFirstFoldCounter);
   const int m0 = share.m_tile * Tile::kM, n0 = share.n_tile * Tile::kN;
   const int rows = p.a.gather.pixels, n = p.b.n;
 
@@ -57,20 +59,25 @@ __device__ __forceinline__ bool forward_block(const Forward<typename Arithmetic:
   if (!add_parts<Forward>(p.split, share, resolve(p.parts, memory, task), memory.counters_of(task), sums))
     return false;
   const auto at = Forward::position(m0, n0);
-  if (!at.owner) return true;
-  if (const T* const bias = resolve(p.bias, memory, task)) {
+  T* const entries = resolve(p.statistics.entries, memory, task);
+  if (at.owner) {
+    if (const T* const bias = resolve(p.bias, memory, task)) {
 #pragma unroll
-    for (int c = 0; c < Forward::Accumulators::kColumns; ++c) {
-      const T shift = at.column(c) < n ? bias[at.column(c)] : T(0);
+      for (int c = 0; c < Forward::Accumulators::kColumns; ++c) {
+        const T shift = at.column(c) < n ? bias[at.column(c)] : T(0);
 #pragma unroll
-      for (int r = 0; r < Forward::Accumulators::kRows; ++r) sums.at(r, c) += shift;
+        for (int r = 0; r < Forward::Accumulators::kRows; ++r) sums.at(r, c) += shift;
+      }
+    }
+    T* const y = resolve(p.y, memory, task);
+    write<Forward>(at, sums, n, p.vectors_y, false,
+                   [&](int m) { return m < rows ? y + static_cast<int64_t>(m) * n : nullptr; });
+    if (entries) {
+      take_statistics<Forward>(at, sums, rows, n, resolve(p.statistics.primal, memory, task), entries);
     }
   }
-  T* const y = resolve(p.y, memory, task);
-  write<Forward>(at, sums, n, p.vectors_y, false,
-                 [&](int m) { return m < rows ? y + static_cast<int64_t>(m) * n : nullptr; });
-  if (T* const entries = resolve(p.statistics.entries, memory, task)) {
-    take_statistics<Forward>(at, sums, rows, n, resolve(p.statistics.primal, memory, task), entries);
+  if (entries) {
+    fold_statistics<Tile>(m0, n0, rows, n, p.statistics.primal, entries, memory.counters_of(task));
   }
   return true;
 }

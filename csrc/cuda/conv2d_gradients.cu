@@ -13,6 +13,7 @@
 
 #include "cuda/conv2d_input_gradient.h"
 #include "cuda/conv2d_weight_gradient.h"
+#include "cuda/moments.h"
 #include "cuda/run/work.h"
 
 namespace maml::cuda {
@@ -104,6 +105,42 @@ InputGradient<T> input_part(const Layer& l, const InputTerms<T>& wanted) {
   return p;
 }
 
+/// The most entries for the tiles of an input gradient: each parity class has an incomplete tile, and leaves
+/// entries unused.
+int64_t most_tile_sums(const Layer& l) {
+  const int64_t smallest = 32, classes = l.window.stride_h * l.window.stride_w;
+  return blocks_for(l.n * l.in.h * l.in.w, smallest) + classes * (1 + kSummedTiles);
+}
+
+/// Lays out the entries of the classes of p, whose tiles and number of columns are known.
+template <class T>
+CotangentSums<T> place_sums(const Layer& l, InputGradient<T>& p, const TileSize& size,
+                            const Normalised<T>& norm, T* scratch) {
+  int tiles = 0, folded = 0;
+  auto folded_of = [](const ParityClass& c) { return int32(blocks_for(c.split.tiles_m, kSummedTiles)); };
+  for (int i = 0; i < p.count; ++i) {
+    p.classes[i].first_folded = folded;
+    tiles += p.classes[i].split.tiles_m, folded += folded_of(p.classes[i]);
+  }
+  const bool counted = folded * blocks_for(l.in.c, size.n) <= kCounters - kFirstFoldCounter;
+  const int step = tiles > kMostSummedTiles && counted ? kSummedTiles : 1;
+  int entries = 0;
+  for (int i = 0; i < p.count; ++i) {
+    ParityClass& c = p.classes[i];
+    c.first_entry = entries;
+    entries += step == 1 ? c.split.tiles_m : folded_of(c) * step;
+  }
+  p.sums = {norm, scratch, step, folded};
+  return {scratch, entries / step, step, scratch + 2 * l.in.c * most_tile_sums(l)};
+}
+
+/// The bytes that the sums read again or besides.
+template <class T>
+Work work_of_sums(const Layer& l, const Normalised<T>& norm) {
+  const int64_t outputs = l.n * size(l.in);
+  return traffic<T>(outputs, 1 + (norm.x_dot && norm.g ? 2 : 0)) + traffic<int32_t>(outputs, norm.pooled);
+}
+
 }  // namespace
 
 int64_t gradients_scratch(const Layer& l) {
@@ -115,17 +152,39 @@ int64_t gradients_scratch(const Layer& l) {
         most = std::max(most, split_scratch(l, products.extents()));
     }
   }
-  return most > 0 ? most + kMostPartsOfK * blocks_for(l.out.c, kBiasColumns) * kBiasColumns : 0;
+  if (most > 0) most += kMostPartsOfK * blocks_for(l.out.c, kBiasColumns) * kBiasColumns;
+  return most + cotangent_sums_scratch(l);
+}
+
+bool sums_cotangent(const Layer& convolution, const Layer& norm) {
+  const Image &x = convolution.in, &y = norm.out;
+  if (convolution.kind != Kind::conv2d) return false;
+  const bool same = convolution.n == norm.n && x.c == y.c && x.h == y.h && x.w == y.w;
+  const bool straight = norm.kind == Kind::batch_norm ||
+                        (norm.kind == Kind::norm_block &&
+                         (norm.function == Function::relu || norm.function == Function::leaky_relu));
+  return same && straight && cotangent_sums_scratch(convolution) > 0;
+}
+
+/// Where all rows are one tile, the normalisation needs no launch for its sums.
+int64_t cotangent_sums_scratch(const Layer& l) {
+  const bool one_launch = l.window.stride_h * l.window.stride_w <= kMostClasses;
+  if (!one_launch || tiles_of(l.n * l.in.h * l.in.w) == 1) return 0;
+  const int64_t tiles = most_tile_sums(l);
+  return blocks_for(2 * l.in.c * (tiles + blocks_for(tiles, kFold)), kBiasColumns) * kBiasColumns;
 }
 
 template <class T>
-void gradients(const Launcher& launch, const char* name, const Layer& l, const WeightTerms<T>& weight,
-               const InputTerms<T>& input, T* scratch) {
+CotangentSums<T> gradients(const Launcher& launch, const char* name, const Layer& l,
+                           const WeightTerms<T>& weight, const InputTerms<T>& input, T* scratch,
+                           const Normalised<T>* norm) {
   const std::vector<ParityClass> classes =
       input.grad_x ? parity_classes(l, input.add) : std::vector<ParityClass>();
   const Weight of_weight =
       weight.grad_w || weight.grad_b ? Weight(weight_extent(l, weight.grad_w)) : Weight();
   Gradients<T> p{weight_part(l, weight), input_part(l, input), 0, 0, false};
+  CotangentSums<T> sums{};
+  T* const parts = scratch + (norm ? cotangent_sums_scratch(l) : 0);
   for (const GradientProducts& products : launches_of(of_weight, classes)) {
     const std::vector<Extent> extents = products.extents();
     with_arithmetic<T>(l.precision, [&]<class Arithmetic>() {
@@ -143,8 +202,9 @@ void gradients(const Launcher& launch, const char* name, const Layer& l, const W
         p.input_blocks += static_cast<int>(cut.size.tiles(c.extent())) * own.split.parts;
       }
       p.weight_first = p.input.count == 0 || p.weight.split.depth > p.input.classes[0].split.depth;
-      p.weight.parts = p.input.parts = scratch;
-      p.weight.bias_parts = scratch + splits.slots() * cut.size.elements();
+      if (norm) sums = place_sums(l, p.input, cut.size, *norm, scratch);
+      p.weight.parts = p.input.parts = parts;
+      p.weight.bias_parts = parts + splits.slots() * cut.size.elements();
       note([&] {
         Work work = traffic<T>(splits.slots() * cut.size.elements(), 2);
         if (const Weight& w = products.weight) {
@@ -155,6 +215,7 @@ void gradients(const Launcher& launch, const char* name, const Layer& l, const W
           const auto [m, n, k] = c.extent();
           work += product_work<T>(m, n, k, input.terms.count, l.n * size(l.out), m * n);
         }
+        if (norm) work += work_of_sums(l, *norm);
         return work;
       });
       with_tile<Arithmetic>(cut.tile, [&]<class Tile>() {
@@ -163,11 +224,14 @@ void gradients(const Launcher& launch, const char* name, const Layer& l, const W
       });
     });
   }
+  return sums;
 }
 
-template void gradients<float>(const Launcher&, const char*, const Layer&, const WeightTerms<float>&,
-                               const InputTerms<float>&, float*);
-template void gradients<double>(const Launcher&, const char*, const Layer&, const WeightTerms<double>&,
-                                const InputTerms<double>&, double*);
+template CotangentSums<float> gradients<float>(const Launcher&, const char*, const Layer&,
+                                               const WeightTerms<float>&, const InputTerms<float>&, float*,
+                                               const Normalised<float>*);
+template CotangentSums<double> gradients<double>(const Launcher&, const char*, const Layer&,
+                                                 const WeightTerms<double>&, const InputTerms<double>&,
+                                                 double*, const Normalised<double>*);
 
 }  // namespace maml::cuda

@@ -11,7 +11,7 @@
 //   B [k, n]              w [tap, c_in, c_out], as it stands in memory, contiguous in k
 //
 // Numerics: sums in ascending k, first term first; then the value that grad_x held is added. A class without
-// taps gets zeros.
+// taps gets zeros. sum_cotangents.h adds up what is written, for a normalisation that reads it next.
 #pragma once
 
 #include <algorithm>
@@ -19,6 +19,7 @@
 
 #include "cuda/conv2d.h"
 #include "cuda/product/split.h"
+#include "cuda/sum_cotangents.h"
 
 namespace maml::cuda {
 
@@ -28,6 +29,7 @@ struct ParityClass {
   PatchGather to;  // where its positions stand in grad_x
   Split split;
   int first_block;
+  int first_entry, first_folded;  // of its tiles' sums
 
   Extent extent() const { return {to.pixels, b.n, b.depth}; }
 };
@@ -41,6 +43,7 @@ struct InputGradient {
   Terms<T> terms;
   T *grad_x, *parts;
   bool vectors_x, add;
+  SumOfTiles<T> sums;
 };
 
 template <class Arithmetic, class Tile>
@@ -64,12 +67,19 @@ __device__ __forceinline__ void input_gradient_block(const InputGradient<typenam
                     [](bool, const T*, auto) {});
   if (!add_parts<Backward>(c.split, share, resolve(p.parts, memory, task), memory.counters_of(task), sums))
     return;
-  const auto at = Backward::position(m0, n0);
-  if (!at.owner) return;
   T* const grad_x = resolve(p.grad_x, memory, task);
-  write<Backward>(at, sums, c.b.n, p.vectors_x, p.add, [&](int m) {
+  if (const auto at = Backward::position(m0, n0); at.owner) {
+    write<Backward>(at, sums, c.b.n, p.vectors_x, p.add, [&](int m) {
+      const Place to = c.to.pixel(m);
+      return to.at < 0 ? nullptr : grad_x + to.offset;
+    });
+  }
+  if (!p.sums.entries) return;
+  const SummedTile tile{share.m_tile, c.split.tiles_m, n0,
+                        c.b.n,        c.first_entry,   share.n_tile * p.sums.folded + c.first_folded};
+  TileOfCotangents<Tile, T>(p.sums, tile, memory, task).sum(grad_x, [&](int m) {
     const Place to = c.to.pixel(m);
-    return to.at < 0 ? nullptr : grad_x + to.offset;
+    return RowOfSample{to.at < 0 ? -1 : c.to.by_channels.quotient(to.offset), c.to.by_positions.quotient(m)};
   });
 }
 
@@ -103,7 +113,7 @@ inline ParityClass parity_class(const Layer& l, const ParityAxis& rows, const Pa
   c.b.by_taps_w = c.a.gather.by_taps_w;
   c.to = PatchGather(l.n, l.in, rows.positions, columns.positions, k.stride_h, k.stride_w, rows.first,
                      columns.first, 1, 1);
-  c.first_block = 0;
+  c.first_block = c.first_entry = c.first_folded = 0;
   return c;
 }
 

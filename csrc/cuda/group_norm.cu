@@ -318,7 +318,7 @@ void give_affine(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
   if (tiles_of(rows) > 1) {
     launch("group_norm sums", group_norm_sums<kTangent, T>, Grid{tiles_of(rows), blocks}, kThreads, 0, l, t,
            static_cast<int>(rows), launch.memory);
-    p = few_partials<Sums>(launch, rows, c, kTileRows, t.scratch, t.scratch);
+    p = few_partials<Sums>(launch, rows, c, t.scratch);
   }
   launch("group_norm affine", group_norm_affine<kTangent, T>, Grid{1, blocks}, kThreads, 0, l, t, p,
          static_cast<int>(rows), launch.memory);

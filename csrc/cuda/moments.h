@@ -12,28 +12,32 @@
 // done in double: it costs little, and an error in a merged mean affects every element. The order of every
 // sum depends on m and c only.
 //
-// A tile has kTileRows rows if a kernel of this file computes it, and kStatisticsRows if a convolution does
-// (statistics.h). Every block of the kernel that needs the total merges all entries of its channels. If there
-// are more than kMostEntries, a kernel first folds each kFold of them into one.
+// A tile has kTileRows rows if a kernel of this file computes it; a convolution has tiles of its own
+// (statistics_entries.h). Every block of the kernel that needs the total merges all entries of its channels.
+// If there are more than kMostEntries, a kernel first folds each kFold of them into one.
 #pragma once
 
 #include <algorithm>
 
 #include "cuda/channels.h"
-#include "cuda/product/statistics.h"
+#include "cuda/product/statistics_entries.h"
 
 namespace maml::cuda {
 
 inline constexpr int kTileRows = kSmallTiles ? 16 : 128;
-inline constexpr int kMostEntries = kSmallTiles ? 4 : 256;
 inline constexpr int kFold = kSmallTiles ? 3 : 128;
 
-/// `count` entries, each of `rows` of the m rows (the last entry may have fewer).
+/// `count` entries, each of `rows` of the m rows (the last entry may have fewer). Each begins where `step`
+/// entries after the one before it would.
 template <class T>
 struct Partials {
   T* at;
   int count, rows;
   int64_t m;
+  int step = 1;
+
+  /// Entry k, which has `size` elements.
+  __device__ __forceinline__ T* entry(int k, int64_t size) const { return at + k * step * size; }
 
   /// The number of rows in the entries [first, first + number).
   __device__ __forceinline__ double rows_of(int first, int number) const {
@@ -50,7 +54,7 @@ struct Sums {
   static __device__ __forceinline__ void merge(const ChannelThreads& threads, int64_t c, const Partials<T>& p,
                                                int first, int count, Numbers<double, N> (&merged)[kValues]) {
     channel_sums(threads, count, merged, [&](int k, Numbers<double, N>(&sum)[kValues]) {
-      const T* entry = p.at + (first + k) * (kValues * c) + threads.channel;
+      const T* entry = p.entry(first + k, kValues * c) + threads.channel;
       for (int q = 0; q < kValues; ++q) sum[q] += converted<double>(load<N>(entry + q * c, threads.lanes));
     });
   }
@@ -66,7 +70,7 @@ struct Moments {
     using Values = Numbers<double, N>;
     Values mean[kMeans], product[1];
     auto value = [&](int k, int q) {
-      const T* entry = p.at + (first + k) * (kValues * c) + threads.channel;
+      const T* entry = p.entry(first + k, kValues * c) + threads.channel;
       return converted<double>(load<N>(entry + q * c, threads.lanes));
     };
     channel_sums(threads, count, mean, [&](int k, Values(&sum)[kMeans]) {
@@ -88,7 +92,7 @@ struct Moments {
 template <class T>
 __device__ __forceinline__ Partials<T> resolve(const Partials<T>& symbolic, const Memory& memory,
                                                int64_t task) {
-  return {resolve(symbolic.at, memory, task), symbolic.count, symbolic.rows, symbolic.m};
+  return {resolve(symbolic.at, memory, task), symbolic.count, symbolic.rows, symbolic.m, symbolic.step};
 }
 
 /// How many of n samples are no padding, which stands behind the others: those with a share of the loss.
@@ -183,17 +187,28 @@ inline int64_t partials_scratch(int64_t rows, int64_t c) {
   return 3 * c * (tiles_of(rows) + blocks_for(entries, kFold));
 }
 
-/// The entries of `rows` rows each, folded if there are too many for every block to merge.
+/// The entries, folded into those at `to` if there are too many for every block to merge.
 template <class Kind, class T>
-Partials<T> few_partials(const Launcher& launch, int64_t m, int64_t c, int rows, T* entries, T* scratch) {
-  const int64_t count = blocks_for(m, rows);
-  const Partials<T> p{entries, static_cast<int>(count), rows, m};
-  if (count <= kMostEntries) return p;
-  const Partials<T> folded{scratch + 3 * c * tiles_of(m), static_cast<int>(blocks_for(count, kFold)),
-                           rows * kFold, m};
+Partials<T> few_partials(const Launcher& launch, int64_t c, const Partials<T>& p, T* to) {
+  if (p.count <= kMostEntries) return p;
+  const Partials<T> folded{to, static_cast<int>(blocks_for(p.count, kFold)), p.rows * kFold, p.m};
   launch("fold partial sums", fold_kernel<Kind, T>, Grid{folded.count, channel_groups<kVector<T>>(c)},
          kThreads, 0, c, p, folded.at, launch.memory);
   return folded;
+}
+
+/// The same of the tiles of m rows, whose entries are in `scratch`.
+template <class Kind, class T>
+Partials<T> few_partials(const Launcher& launch, int64_t m, int64_t c, T* scratch) {
+  const Partials<T> p{scratch, static_cast<int>(tiles_of(m)), kTileRows, m};
+  return few_partials<Kind>(launch, c, p, scratch + 3 * c * p.count);
+}
+
+/// The statistics of [m, c] that a convolution has taken.
+template <class T>
+__host__ __device__ Partials<T> taken_partials(int64_t m, int64_t c, T* taken) {
+  const StatisticsEntries of = statistics_entries(m, c);
+  return {taken, of.count, of.rows, m, of.step};
 }
 
 /// The moments of a [m, c], or of a and b: from the statistics `taken` by a convolution, or computed here.
@@ -202,11 +217,11 @@ Partials<T> few_partials(const Launcher& launch, int64_t m, int64_t c, int rows,
 template <int kMeans, class T>
 Partials<T> moments_of(const Launcher& launch, int64_t m, int64_t c, const T* a, const T* b, T* taken,
                        T* scratch, const T* shares, int64_t samples) {
-  if (taken) return few_partials<Moments<kMeans>>(launch, m, c, kStatisticsRows, taken, scratch);
+  if (taken) return few_partials<Moments<kMeans>>(launch, c, taken_partials(m, c, taken), scratch);
   launch("moments", moments_kernel<kMeans, T>, Grid{tiles_of(m), channel_groups<kVector<T>>(c)}, kThreads, 0,
          m, c, a, b, scratch, shares, static_cast<int>(samples), launch.memory);
   if (shares) return {scratch, static_cast<int>(tiles_of(m)), kTileRows, m};
-  return few_partials<Moments<kMeans>>(launch, m, c, kTileRows, scratch, scratch);
+  return few_partials<Moments<kMeans>>(launch, m, c, scratch);
 }
 
 }  // namespace maml::cuda

@@ -42,4 +42,18 @@ struct OnGpu<Kind::norm_block> {
 };
 template struct Implementation<Kind::norm_block>;
 
+template <class T>
+void norm_block_from_sums(const Launcher& launch, bool tangent, const Layer& l, const Tensors<T>& t,
+                          const CotangentSums<T>& sums) {
+  if (l.function == Function::relu) {
+    Normalise<Activation<Function::relu>>::from_sums(launch, tangent, l, t, sums);
+  } else {
+    Normalise<Activation<Function::leaky_relu>>::from_sums(launch, tangent, l, t, sums);
+  }
+}
+template void norm_block_from_sums(const Launcher&, bool, const Layer&, const Tensors<float>&,
+                                   const CotangentSums<float>&);
+template void norm_block_from_sums(const Launcher&, bool, const Layer&, const Tensors<double>&,
+                                   const CotangentSums<double>&);
+
 }  // namespace maml::cuda

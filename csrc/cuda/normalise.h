@@ -113,7 +113,7 @@ struct View : ChannelView<T> {
 
   /// The entries of the rows that count, of those that were taken of all rows.
   __device__ __forceinline__ Partials<T> counting(const Partials<T>& p) const {
-    return {p.at, t.x[1] ? (rows + p.rows - 1) / p.rows : p.count, p.rows, t.x[1] ? rows : p.m};
+    return {p.at, t.x[1] ? (rows + p.rows - 1) / p.rows : p.count, p.rows, t.x[1] ? rows : p.m, p.step};
   }
   /// A cotangent of an element of x, which is zero where it is padding.
   __device__ __forceinline__ Values unless_padding(int64_t element, const Values& value) const {

@@ -63,14 +63,15 @@ struct NormaliseInBlock {
   template <int kMeans, class T>
   static __device__ __forceinline__ Partials<T> moments_of(int group, const Layer& l, const T* a, const T* b,
                                                            const T* shares, T* taken, T* scratch) {
+    if (taken) return taken_partials(l.n * l.in.h * l.in.w, l.in.c, taken);
     const int samples = counted_samples(shares, static_cast<int>(l.n));
     const int rows = samples * static_cast<int>(l.in.h * l.in.w);
-    const int of_entry = taken ? kStatisticsRows : kTileRows, count = (rows + of_entry - 1) / of_entry;
-    for (int tile = 0; tile < count && !taken; ++tile) {
+    const int count = (rows + kTileRows - 1) / kTileRows;
+    for (int tile = 0; tile < count; ++tile) {
       tile_moments<kMeans>(Team{tile, count}, group, rows, l.in.c, a, b, scratch);
     }
     __syncthreads();  // the entries are read by other threads
-    return {taken ? taken : scratch, count, of_entry, rows};
+    return {scratch, count, kTileRows, rows};
   }
 };
 

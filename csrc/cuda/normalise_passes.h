@@ -4,7 +4,7 @@
 // Registers: 128 a thread in float32, so that two blocks are on a multiprocessor (channels.h).
 #pragma once
 
-#include "cuda/layers.h"
+#include "cuda/cotangent_sums.h"
 #include "cuda/normalise.h"
 
 namespace maml::cuda {
@@ -78,10 +78,9 @@ struct Normalise {
 
   template <class T>
   static void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-    const auto p =
-        sums_of("batch_norm backward, sums", normalise_backward_sums_kernel<Activation, T>, launch, l, t);
-    launch("batch_norm backward", normalise_backward_kernel<Activation, T>, input_grid<T>(l, t.grad_x[0]),
-           kThreads, 0, l, t, p, static_cast<int>(input_cells(l)), launch.memory);
+    backward(
+        launch, l, t,
+        sums_of("batch_norm backward, sums", normalise_backward_sums_kernel<Activation, T>, launch, l, t));
   }
 
   template <class T>
@@ -97,14 +96,34 @@ struct Normalise {
 
   template <class T>
   static void backward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-    const auto p = sums_of("batch_norm backward tangent, sums",
-                           normalise_backward_tangent_sums_kernel<Activation, T>, launch, l, t);
+    backward_tangent(launch, l, t,
+                     sums_of("batch_norm backward tangent, sums",
+                             normalise_backward_tangent_sums_kernel<Activation, T>, launch, l, t));
+  }
+
+  /// The backward pass or its tangent, where a convolution has computed the sums.
+  template <class T>
+  static void from_sums(const Launcher& launch, bool tangent, const Layer& l, const Tensors<T>& t,
+                        const CotangentSums<T>& sums) {
+    const Partials<T> all{sums.entries, sums.count, 0, output_rows(l), sums.step};
+    const Partials<T> p = few_partials<Sums>(launch, l.in.c, all, sums.after);
+    tangent ? backward_tangent(launch, l, t, p) : backward(launch, l, t, p);
+  }
+
+ private:
+  template <class T>
+  static void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t, const Partials<T>& p) {
+    launch("batch_norm backward", normalise_backward_kernel<Activation, T>, input_grid<T>(l, t.grad_x[0]),
+           kThreads, 0, l, t, p, static_cast<int>(input_cells(l)), launch.memory);
+  }
+  template <class T>
+  static void backward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t,
+                               const Partials<T>& p) {
     launch("batch_norm backward tangent", normalise_backward_tangent_kernel<Activation, T>,
            input_grid<T>(l, t.grad_x_dot[0]), kThreads, 0, l, t, p, static_cast<int>(input_cells(l)),
            launch.memory);
   }
 
- private:
   /// The sums of a cotangent over the rows of y, tile by tile; empty where there is one tile only.
   template <class T>
   static Partials<T> sums_of(const char* name, void (*kernel)(Layer, Tensors<T>, Deferred),
@@ -113,7 +132,7 @@ struct Normalise {
     if (tiles_of(rows) == 1) return {};
     launch(name, kernel, Grid{tiles_of(rows), channel_groups<kVector<T>>(c)}, kThreads, 0, l, t,
            launch.memory);
-    return few_partials<Sums>(launch, rows, c, kTileRows, t.scratch, t.scratch);
+    return few_partials<Sums>(launch, rows, c, t.scratch);
   }
 
   /// Where grad_x is not wanted, one block per channel group still writes the sums.

@@ -153,7 +153,7 @@ void backwards(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
     launch("running_norm sums", running_norm_sums<kTangent, T>,
            Grid{tiles_of(rows), channel_groups<kVector<T>>(c)}, kThreads, 0, l, t, static_cast<int>(rows),
            launch.memory);
-    p = few_partials<Sums>(launch, rows, c, kTileRows, t.scratch, t.scratch);
+    p = few_partials<Sums>(launch, rows, c, t.scratch);
   }
   const bool wanted = (kTangent ? t.grad_x_dot[0] : t.grad_x[0]) != nullptr;
   if (!sums && !wanted) return;

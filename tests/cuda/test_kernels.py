@@ -26,9 +26,10 @@ PROGRAMS = [
     "recurrence",
     "small_mlp",
     "stem",
+    "summed_pair",
 ]
 # The arguments that run one schedule. `product` has none to choose.
-SHUFFLED = ("chunks", "layers", "loops", "losses", "policy", "recurrence", "small_mlp", "stem")
+SHUFFLED = ("chunks", "layers", "loops", "losses", "policy", "recurrence", "small_mlp", "stem", "summed_pair")
 ONE_SCHEDULE = {"conv2d": ["1"], **{name: ["shuffled"] for name in SHUFFLED}}
 SANITIZERS = os.environ.get("MAML_CUDA_SANITIZERS", "").split(",")
 

@@ -15,7 +15,7 @@
 #pragma once
 
 #include "cuda/elementwise.h"
-#include "cuda/product/statistics.h"
+#include "cuda/product/statistics_entries.h"
 #include "cuda/rows.h"
 
 namespace maml::cuda {
@@ -70,10 +70,11 @@ struct BlockProduct {
 template <class T>
 __device__ __forceinline__ void statistics_of(Team team, int rows, int c, const T* y, const T* primal,
                                               T* entries) {
-  const int count = (rows + kStatisticsRows - 1) / kStatisticsRows;
-  for (int item = static_cast<int>(team.first()); item < count * c; item += static_cast<int>(team.step())) {
-    const int entry = item / c, channel = item - entry * c, first = entry * kStatisticsRows;
-    const int last = std::min(rows, first + kStatisticsRows);
+  const StatisticsEntries of = statistics_entries(rows, c);
+  for (int item = static_cast<int>(team.first()); item < of.count * c;
+       item += static_cast<int>(team.step())) {
+    const int entry = item / c, channel = item - entry * c, first = entry * of.rows;
+    const int last = std::min(rows, first + of.rows);
     const T of_row = 1 / static_cast<T>(last - first);
     T mean = 0, mean_primal = 0, products = 0;
     for (int row = first; row < last; ++row) {
@@ -85,7 +86,7 @@ __device__ __forceinline__ void statistics_of(Team team, int rows, int c, const 
       const T d = y[row * c + channel] - mean;
       products += (primal ? primal[row * c + channel] - mean_primal : d) * d;
     }
-    T* to = entries + entry * (primal ? 3 : 2) * c + channel;
+    T* to = entries + entry * of.step * (primal ? 3 : 2) * c + channel;
     if (primal) *to = mean_primal, to += c;
     to[0] = mean, to[c] = products;
   }

@@ -17,6 +17,7 @@
 #include "cuda/run/normalised_pair.h"
 #include "cuda/run/optimizer_steps.h"
 #include "cuda/run/small_run.h"
+#include "cuda/run/summed_pair.h"
 #include "cuda/run/transforms.h"
 #include "cuda/run/updates.h"
 #include "cuda/run/work.h"
@@ -242,6 +243,9 @@ void launch_program(const Launcher& launch, const std::vector<Instruction<T>>& p
       if (branch) launch.join();
     } else if (has_next && is_normalised_pair(first, program[run.first + 1])) {
       launch_normalised_pair(on, first, program[run.first + 1]);
+      ++r;
+    } else if (has_next && is_summed_pair(first, program[run.first + 1])) {
+      launch_summed_pair(on, first, program[run.first + 1], problem.packing.adapted);
       ++r;
     } else {
       alone(on, first);

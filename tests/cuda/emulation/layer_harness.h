@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "cuda/layers.h"
-#include "cuda/product/statistics.h"
+#include "cuda/product/statistics_entries.h"
 #include "cuda/run/small_run.h"
 #include "emulation.h"
 #include "layer_references.h"
@@ -117,12 +117,14 @@ inline std::vector<double> random_values(std::mt19937& rng, int64_t count) {
   return values;
 }
 
-/// The entries [tiles, 2 or 3, c] that a convolution would compute of a (and b).
+/// The entries [tiles, 2 or 3, c] that a convolution would compute of a (and b), folded ones included.
 inline std::vector<double> tile_moments(int64_t m, int64_t c, const std::vector<double>& a,
                                         const std::vector<double>* b) {
   std::vector<double> entries;
+  const StatisticsEntries of = statistics_entries(m, c);
   for (int64_t first = 0; first < m; first += kStatisticsRows) {
-    const int64_t last = std::min<int64_t>(m, first + kStatisticsRows);
+    const bool folded = first % of.rows == 0;
+    const int64_t last = std::min<int64_t>(m, first + (folded ? of.rows : kStatisticsRows));
     std::vector<double> mean_a(c), mean_b(c), product(c);
     const std::vector<double>& other = b ? *b : a;
     for (int64_t ch = 0; ch < c; ++ch) {
