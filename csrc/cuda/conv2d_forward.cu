@@ -59,27 +59,31 @@ __device__ __forceinline__ bool forward_block(const Forward<typename Arithmetic:
   if (!add_parts<Forward>(p.split, share, resolve(p.parts, memory, task), memory.counters_of(task), sums))
     return false;
   const auto at = Forward::position(m0, n0);
-  T* const entries = resolve(p.statistics.entries, memory, task);
-  if (at.owner) {
-    if (const T* const bias = resolve(p.bias, memory, task)) {
+  if (!at.owner) return true;
+  if (const T* const bias = resolve(p.bias, memory, task)) {
 #pragma unroll
-      for (int c = 0; c < Forward::Accumulators::kColumns; ++c) {
-        const T shift = at.column(c) < n ? bias[at.column(c)] : T(0);
+    for (int c = 0; c < Forward::Accumulators::kColumns; ++c) {
+      const T shift = at.column(c) < n ? bias[at.column(c)] : T(0);
 #pragma unroll
-        for (int r = 0; r < Forward::Accumulators::kRows; ++r) sums.at(r, c) += shift;
-      }
-    }
-    T* const y = resolve(p.y, memory, task);
-    write<Forward>(at, sums, n, p.vectors_y, false,
-                   [&](int m) { return m < rows ? y + static_cast<int64_t>(m) * n : nullptr; });
-    if (entries) {
-      take_statistics<Forward>(at, sums, rows, n, resolve(p.statistics.primal, memory, task), entries);
+      for (int r = 0; r < Forward::Accumulators::kRows; ++r) sums.at(r, c) += shift;
     }
   }
-  if (entries) {
-    fold_statistics<Tile>(m0, n0, rows, n, p.statistics.primal, entries, memory.counters_of(task));
+  T* const y = resolve(p.y, memory, task);
+  write<Forward>(at, sums, n, p.vectors_y, false,
+                 [&](int m) { return m < rows ? y + static_cast<int64_t>(m) * n : nullptr; });
+  if (T* const entries = resolve(p.statistics.entries, memory, task)) {
+    take_statistics<Forward>(at, sums, rows, n, resolve(p.statistics.primal, memory, task), entries);
   }
   return true;
+}
+
+/// Not inlined, so that nothing of it is kept in registers during the product, which needs all of them.
+template <class Tile, class T>
+[[gnu::noinline]] __device__ void fold_block(const Forward<T>& p, const Memory& memory) {
+  const Share share(p.split, static_cast<int>(blockIdx.x), p.a.gather.depth);
+  fold_statistics<Tile>(share.m_tile * Tile::kM, share.n_tile * Tile::kN, p.a.gather.pixels, p.b.n,
+                        p.statistics.primal, resolve(p.statistics.entries, memory, blockIdx.z),
+                        memory.counters_of(blockIdx.z));
 }
 
 template <class Arithmetic, class Tile>
@@ -88,7 +92,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentProducts<Arithmetic, 
                    const __grid_constant__ Deferred deferred) {
   const Memory& memory = deferred.ready();
   const Share share(p.split, static_cast<int>(blockIdx.x), p.a.gather.depth);
-  forward_block<Arithmetic, Tile>(p, memory, blockIdx.z, share);
+  if (!forward_block<Arithmetic, Tile>(p, memory, blockIdx.z, share) || !p.statistics.entries) return;
+  fold_block<Tile>(p, memory);
 }
 
 template <class Arithmetic, class Tile>
