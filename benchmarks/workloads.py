@@ -10,15 +10,16 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maml_cuda import optim
-
 from .modern_nets import Burgers, MobileNet, Siren, Transformer, UNet, ViT
+
+if TYPE_CHECKING:  # benchmarks.same_bits chooses which maml_cuda its processes import
+    from maml_cuda import optim
 
 
 class Tasks(NamedTuple):
