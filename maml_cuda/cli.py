@@ -135,18 +135,19 @@ def train(options: argparse.Namespace) -> int:
     device = device_of(options.device)
     options.resume = resume_after_a_restart(options.out, options.resume, options.resume_from)
     ranks = join(device)
+    run = None if options.resume is None else Path(options.resume or options.out or "")
     with ExitStack() as stack:
-        if ranks.first:
-            run, training = _first_training(options, given, device, ranks, stack)
-        elif (handed := ranks.from_first()) is None:
-            return 2  # the first process has said why
-        else:
-            run, settings, state = handed
-            training = _job_kind(settings.job).training.follow(run, settings, state, device, ranks)
         try:
+            if ranks.first:
+                run, training = _first_training(options, given, device, ranks, stack)
+            elif (handed := ranks.from_first()) is None:
+                return 2  # the first process has said why
+            else:
+                run, settings, state = handed
+                training = _job_kind(settings.job).training.follow(run, settings, state, device, ranks)
             _train_and_test(training)
         except KeyboardInterrupt as interrupt:
-            if ranks.first and locate(run / "last") is None:
+            if ranks.first and (run is None or locate(run / "last") is None):
                 print_error("\nInterrupted before the first checkpoint; nothing was saved.")
             elif ranks.first:
                 print_error(f"\nInterrupted; the run is saved in {run}. Continue with: maml-cuda train --resume {run}")

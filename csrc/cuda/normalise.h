@@ -92,7 +92,7 @@ struct View : ChannelView<T> {
   const Tensors<T>& t;
   Saved<T> saved;
   int n, pixels, outputs;  // pixels and outputs of one sample
-  int rows;                // of x that count: those of samples that are no padding
+  int counted;             // samples that are no padding
   bool pooled;
 
   /// `whole_rows`: every tensor that the kernel accesses starts at an aligned address.
@@ -106,18 +106,23 @@ struct View : ChannelView<T> {
         n(static_cast<int>(l.n)),
         pixels(static_cast<int>(l.in.h * l.in.w)),
         outputs(static_cast<int>(l.out.h * l.out.w)),
-        rows(counted_samples(t.x[1], n) * pixels),
+        counted(counted_samples(t.x[1], n)),
         pooled(l.pooled) {}
 
-  __device__ __forceinline__ Values mean(const Values& sum) const { return sum / static_cast<T>(rows); }
+  /// The number of rows of x that are no padding.
+  __device__ __forceinline__ int rows() const { return counted * pixels; }
+  __device__ __forceinline__ Values mean(const Values& sum) const { return sum / static_cast<T>(rows()); }
 
   /// The entries of the rows that count, of those that were taken of all rows.
   __device__ __forceinline__ Partials<T> counting(const Partials<T>& p) const {
-    return {p.at, t.x[1] ? (rows + p.rows - 1) / p.rows : p.count, p.rows, t.x[1] ? rows : p.m, p.step};
+    return {p.at, t.x[1] ? (rows() + p.rows - 1) / p.rows : p.count, p.rows, t.x[1] ? rows() : p.m, p.step};
   }
-  /// A cotangent of an element of x, which is zero where it is padding.
-  __device__ __forceinline__ Values unless_padding(int64_t element, const Values& value) const {
-    return element < static_cast<int64_t>(rows) * c ? value : Values(T(0));
+  /// Writes zeros for the padding of a cotangent [n, pixels, c], unless zeros are added to what is there.
+  __device__ __forceinline__ void clear_padding(T* grad_x, bool add) const {
+    if (add || counted == n) return;
+    each_row<1>(
+        team, threads, (n - counted) * pixels, [&](int r) { return element(rows() + r); },
+        [&](int, int64_t at) { this->put(grad_x, at, Values(T(0))); });
   }
 
   /// The values of x at the pixels that this row of y came from.
@@ -150,12 +155,13 @@ struct View : ChannelView<T> {
     return std::min(int{kTileRows}, n * outputs - tile_start());
   }
 
-  /// Calls store(element of x, load(element, chosen)) for each vector of this thread; chosen(p) is the sum of
-  /// p [y] over the outputs that chose the pixel, in ascending order, and zero for a null p.
+  /// Calls store(element of x, load(element, chosen)) for each vector of this thread, but not of padding.
+  /// chosen(p) is the sum of p [y] over the outputs that chose the pixel, in ascending order, and zero for a
+  /// null p.
   template <int kAtOnce, class Load, class Store>
   __device__ __forceinline__ void each_input(const Layer& l, int cells, Load load_of, Store store_to) const {
     if (pooled) {
-      each_place<N>(Windows(l), team, threads, n, cells, c, saved.places + channel,
+      each_place<N>(Windows(l), team, threads, counted, cells, c, saved.places + channel,
                     [&](int64_t from, auto choosing) {
                       store_to(from + channel, load_of(from + channel, [&](const T* p) {
                                  Values sum = T(0);
@@ -169,7 +175,7 @@ struct View : ChannelView<T> {
                     });
     } else {
       each_row<kAtOnce>(
-          team, threads, n * pixels,
+          team, threads, rows(),
           [&](int r) { return load_of(element(r), [&](const T* p) { return row(p, r); }); },
           [&](int r, const auto& loaded) { store_to(element(r), loaded); });
     }
@@ -185,7 +191,7 @@ __device__ __forceinline__ void normalise_forward(const Layer& l, const View<T>&
   const Tensors<T>& t = view.t;
   const Values mu = converted<T>(moments[0]);
   const Values s = lanewise(moments[1], [&](double sum) {
-    return 1 / std::sqrt(static_cast<T>(sum / static_cast<double>(view.rows)) + static_cast<T>(l.eps));
+    return 1 / std::sqrt(static_cast<T>(sum / static_cast<double>(view.rows())) + static_cast<T>(l.eps));
   });
   if (view.writes()) {
     view.put(view.saved.mu, view.channel, mu);
@@ -273,6 +279,7 @@ __device__ __forceinline__ void normalise_backward(Team team, int group, const L
     view.give(t.grad_w[1], G1, t.add_w[1]);
   }
   if (!t.grad_x[0]) return;
+  view.clear_padding(t.grad_x[0], t.add_x[0]);
   const Affine<Values> map = view.affine();
   // grad_x = gamma s f' g + at_mean + (x - mu) slope
   const Values at_mean = -(map.scale * view.mean(G1));
@@ -290,7 +297,7 @@ __device__ __forceinline__ void normalise_backward(Team team, int group, const L
       [&](int64_t at, const Loaded& of) {
         const Values g = Activation::at(l, map.u(of.x)).df * of.g;
         const Values value = map.scale * g + ((of.x - map.mu) * slope + at_mean);
-        view.put(t.grad_x[0], at, put(of.before, view.unless_padding(at, value)));
+        view.put(t.grad_x[0], at, put(of.before, value));
       });
 }
 
@@ -304,7 +311,7 @@ __device__ __forceinline__ void normalise_forward_tangent(const Layer& l, const 
   Values Rmu = T(0), correlation = T(0);
   if (t.x_dot[0]) {
     Rmu = converted<T>(moments[1]);
-    correlation = map.s * converted<T>(moments[2] / static_cast<double>(view.rows));
+    correlation = map.s * converted<T>(moments[2] / static_cast<double>(view.rows()));
   }
   if (view.writes()) {
     view.put(view.saved.Rmu, view.channel, Rmu);
@@ -383,6 +390,7 @@ __device__ __forceinline__ void normalise_backward_tangent(Team team, int group,
     view.give(t.grad_w_dot[1], R1, t.add_w[1]);
   }
   if (!t.grad_x_dot[0]) return;
+  view.clear_padding(t.grad_x_dot[0], t.add_x[0]);
   const Affine<Values> map = view.moving_affine();
   // grad_x_dot = k f' g + gamma s (f' g_dot + f'' u_dot g) + at_mean + (x - mu) slope + (x_dot - Rmu)
   // slope_dot
@@ -408,7 +416,7 @@ __device__ __forceinline__ void normalise_backward_tangent(Team team, int group,
         const Values g_dot = d.df * of.g_dot + d.ddf * map.u_dot(of.x, of.x_dot) * of.g;
         const Values value = map.slope * g + map.scale * g_dot +
                              ((of.x - map.mu) * slope + (of.x_dot - map.Rmu) * slope_dot + at_mean);
-        view.put(t.grad_x_dot[0], at, put(of.before, view.unless_padding(at, value)));
+        view.put(t.grad_x_dot[0], at, put(of.before, value));
       });
 }
 

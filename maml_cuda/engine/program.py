@@ -222,6 +222,8 @@ class Program:
 
     def data_text(self, names: tuple[str, ...]) -> str:
         """The plan of a meta-gradient that gives gradients of these data too."""
+        if not names:
+            return self.text
         if names not in self._data_texts:
             self._data_texts[names] = replace(self.plan, data_gradient=names).text
         return self._data_texts[names]

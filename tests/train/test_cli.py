@@ -174,7 +174,7 @@ def test_ctrl_c_and_sigterm_save_and_print_how_to_continue(tmp_path, capsys, mon
 
 @pytest.mark.parametrize("moment", ["build", "test"])
 def test_sigterm_outside_of_the_loop_prints_what_was_saved(tmp_path, capsys, monkeypatch, moment: str) -> None:
-    def terminated(*arguments: object) -> None:
+    def terminated(*arguments: object, **named: object) -> None:
         signal.raise_signal(signal.SIGTERM)
 
     where = {"build": "maml_cuda.train.loop.make_algorithm", "test": "maml_cuda.train.report.test_run"}[moment]
