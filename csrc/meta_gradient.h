@@ -281,9 +281,8 @@ concept ComputesPasses = requires { typename Backend::PassWalk; };
 ///   clip_adjoint(updates, g, clip, out)                      out: from that of the clipped g to that of g
 ///   start_gradients(updates, sigma, result)                  adds to the gradients of initial states
 ///   transform(updates, f, transposed, x, y)                  y = P_f x, or its transpose
-///   factor_gradients(updates, f, x, out, result)             adds to the gradient of P_f: with its input x
-///   and
-///                                                            out = -gamma of what it gives
+///   factor_gradients(updates, f, x, out, result)             adds to the gradient of P_f, of its input x and
+///                                                            of out, -gamma of what it gives
 /// and always
 ///   pull(size, strength, phi, theta, g)                      g += strength (phi - theta)
 ///   conjugate_step(step, product, p, r, x, norm)             from product = H p; true: all tasks are solved
