@@ -37,6 +37,14 @@ MAML_HOST_DEVICE inline double to_the(double x, int64_t n) {
   return y;
 }
 
+/// By what a transform of the gradient multiplies an element whose number is x.
+template <class T>
+MAML_HOST_DEVICE constexpr T through(Through how, T x) {
+  if (how == Through::identity) return x;
+  if (how == Through::mask) return x >= T(0) ? T(1) : T(0);
+  return x > T(0) ? T(1) : x < T(0) ? T(-1) : x;  // x: zero, or NaN
+}
+
 /// The factor of clipping by norm, and of its derivative: of f(g) = c(|g|) g, the adjoint at g takes gamma to
 /// factor gamma - slope (g gamma) g. A norm of NaN gives a factor of NaN.
 struct ClipFactor {

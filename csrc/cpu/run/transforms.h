@@ -8,16 +8,9 @@
 #include <algorithm>
 
 #include "cpu/run/share.h"
-#include "plan/update.h"
+#include "optimizers.h"
 
 namespace maml::MAML_ISA {
-
-template <class T>
-T through(Through how, T x) {
-  if (how == Through::identity) return x;
-  if (how == Through::mask) return x >= T(0) ? T(1) : T(0);
-  return x > T(0) ? T(1) : x < T(0) ? T(-1) : x;  // x: zero, or NaN
-}
 
 /// The sum of a times b, in parts that are vectors of T.
 template <class A, class V>

@@ -12,15 +12,9 @@
 
 #include "cuda/run/program.h"
 #include "cuda/run/updates.h"
+#include "optimizers.h"
 
 namespace maml::cuda {
-
-template <class T>
-__device__ __forceinline__ T through(Through how, T x) {
-  if (how == Through::identity) return x;
-  if (how == Through::mask) return x >= T(0) ? T(1) : T(0);
-  return x > T(0) ? T(1) : x < T(0) ? T(-1) : x;  // x: zero, or NaN
-}
 
 /// Where an element of a parameter stands along the axis of a matrix: element (a, i, c) of the core is
 /// start + place * inner, and index(place) is the row or column of the matrix.
