@@ -24,6 +24,9 @@ import pytest
 import torch
 
 from maml_cuda import cli
+from maml_cuda.rl.settings import RL_JOBS
+from maml_cuda.train import presets
+from maml_cuda.train.settings import JOBS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
@@ -162,9 +165,9 @@ def check_maml_cuda(arguments: list[str]) -> None:
     except SystemExit:
         pytest.fail(f"maml-cuda {shlex.join(arguments)} does not parse")
     if options.command == "train" and options.resume is None and "/" not in str(options.job):
-        assert options.job in {None, "FOLDER", *cli.JOBS, *cli.RL_JOBS}, arguments
-        if options.preset is not None and options.job in cli.JOBS:
-            cli.presets.preset_settings(options.job, options.preset)  # a ValueError where there is none
+        assert options.job in {None, "FOLDER", *JOBS, *RL_JOBS}, arguments
+        if options.preset is not None and options.job in JOBS:
+            presets.preset_settings(options.job, options.preset)  # a ValueError where there is none
 
 
 def check_pip(arguments: list[str]) -> None:
@@ -208,7 +211,7 @@ def options_in(text: str) -> set[str]:
 def known_options() -> set[str]:
     """Of every program that these pages are about."""
     known = set(OF_TOOLS)
-    for command in ("train", "evaluate", "compare", "info"):
+    for command in cli.COMMANDS:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
             cli.parser().parse_args([command, "--help"])

@@ -386,7 +386,7 @@ def test_an_error_of_a_file_does_not_name_standard_output(capsys, monkeypatch) -
     def broken(options: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setitem(COMMANDS, "info", broken)
+    monkeypatch.setattr(COMMANDS["info"], "run", broken)
     assert main(["info"]) == 2
     assert capsys.readouterr().err == "maml-cuda: error: [Errno 5] Input/output error\n"
 

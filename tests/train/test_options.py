@@ -6,11 +6,10 @@ from dataclasses import MISSING, fields
 import pytest
 
 from benchmarks.paper.cells import CELLS
-from maml_cuda.cli import main
+from maml_cuda.cli import main, parser
 from maml_cuda.rl import settings as rl_settings
 from maml_cuda.rl.settings import RLSettings
 from maml_cuda.train import presets
-from maml_cuda.train.arguments import parser
 from maml_cuda.train.hints import did_you_mean
 from maml_cuda.train.settings import Settings
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from maml_cuda import cli
+from maml_cuda.commands.train import lock_new_run
 from maml_cuda.train.run_lock import LOCK, locked_run
 
 HOLD = (
@@ -89,7 +90,7 @@ def test_runs_started_in_the_same_second_have_different_folders(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda form: form.replace("%Y%m%d-%H%M%S", "now"))
     with ExitStack() as stack:
-        folders = [cli._lock_new_run(None, "glyphs", stack) for _ in range(3)]
+        folders = [lock_new_run(None, "glyphs", stack) for _ in range(3)]
         assert folders == [Path("runs/glyphs-now"), Path("runs/glyphs-now-2"), Path("runs/glyphs-now-3")]
     assert list(tmp_path.iterdir()) == []
 

@@ -1,16 +1,14 @@
-"""The options of ``maml-cuda``. Does not import torch, so that ``--help`` and errors of usage are fast."""
+"""The options of ``maml-cuda train``. Does not import torch, so that ``--help`` and errors of usage are fast."""
 
 import argparse
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from maml_cuda import __version__
+from maml_cuda.commands.shared_options import absolute, add_cache, add_machine
 from maml_cuda.rl.settings import OUTER_STEPS, RL_JOBS
 from maml_cuda.train import presets
-from maml_cuda.train.hints import did_you_mean
 from maml_cuda.train.settings import CHOICES, JOBS
 
-TRAIN_DESCRIPTION = """\
+DESCRIPTION = """\
 Meta-trains a small network with MAML, so that it learns a new task from a few examples.
 
   glyphs    classify 5 characters of alphabets not seen in training, from one image of each
@@ -24,7 +22,7 @@ Meta-trains a small network with MAML, so that it learns a new task from a few e
             reinforcement learning: a policy that adapts to a new goal from a few episodes
             (cheetah and ant need the extra [rl])
 """
-TRAIN_EPILOG = """\
+EPILOG = """\
 examples:
   maml-cuda train glyphs                       learn to read new alphabets (minutes)
   maml-cuda train glyphs --iterations 150      a short run (under a minute)
@@ -43,57 +41,14 @@ A run is one folder: metrics.csv, the checkpoints last/ and best/, PNG plots and
 """
 
 
-DEVICE_OPTIONS = ("--gpu", "--gpus", "--cuda")  # names that other programs have for --device
-
-
-class Parser(argparse.ArgumentParser):
-    """Suggests options for an unknown one. Does not print the usage, which is a full screen for ``train``."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        options, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            typed = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-            if any(word in DEVICE_OPTIONS for word in typed):
-                hint = "; --device cuda runs on a GPU"
-            else:
-                hint = "".join(did_you_mean(word, self._option_string_actions) for word in typed)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-        return options, unknown
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
-
-
-def parser() -> Parser:
-    """The parser of the command line, with all commands and options."""
-    root = Parser(
-        prog="maml-cuda",
-        description="Exact second-order MAML: train a model on few-shot tasks, and test it.",
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="meta-train a classifier, a regression or a policy",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    root.add_argument("--version", action="version", version=f"maml-cuda {__version__}")
-    commands = root.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    _add_train(
-        commands.add_parser(
-            "train",
-            help="meta-train a classifier, a regression or a policy",
-            description=TRAIN_DESCRIPTION,
-            epilog=TRAIN_EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-    )
-    _add_evaluate(
-        commands.add_parser(
-            "evaluate",
-            help="test the model of a run on new tasks",
-            description="Prints the metric after 0 to 10 adaptation steps on tasks not seen in training.",
-        )
-    )
-    _add_compare(commands.add_parser("compare", help="plot the test results of several runs"))
-    commands.add_parser("info", help="print the build, the versions, the number of threads and the devices")
-    return root
-
-
-def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "job", nargs="?", metavar="JOB", help=f"what to learn: {', '.join(JOBS | RL_JOBS)} or FOLDER (default: glyphs)"
     )
@@ -111,7 +66,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="folder of the data set; the converted images are stored there too",
     )
-    _add_cache(group)
+    add_cache(group)
     _setting(group, "--ways", "classes per task (not for the sinusoid)")
     _setting(group, "--shots", "support samples per class, which the model adapts to")
     _setting(group, "--queries", "query samples per class, which the meta-loss is computed on")
@@ -198,73 +153,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         choices=("last", "best"),
         help="with --resume: the checkpoint to continue from; later results are removed (default: last)",
     )
-    _add_machine(group)
-
-
-def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="folder of a run")
-    parser.add_argument("--tasks", type=int, help="test tasks (default: as in the run)")
-    parser.add_argument(
-        "--ways", type=int, help="classes per task, for networks without an output layer (protonet, matching)"
-    )
-    parser.add_argument("--shots", "--test-shots", type=int, help="support samples per class (default: as in the run)")
-    parser.add_argument(
-        "--test-queries",
-        type=int,
-        dest="queries",
-        help="query samples per class (default: as in the run)",
-    )
-    parser.add_argument(
-        "--batch-norm",
-        choices=("transductive", "running"),
-        help="statistics of each support or query set (default), or of training tasks, so that a query does not depend "
-        "on the others",
-    )
-    parser.add_argument(
-        "--data",
-        type=absolute,
-        metavar="PATH",
-        help="folder of the data set if it has moved, or of other classes to test on (default: as in the run)",
-    )
-    _add_cache(parser)
-    parser.add_argument("--seed", type=int, help="seed of the test tasks (default: as in the run)")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--checkpoint", choices=("best", "last"), default="best", help="(default: best)")
-    which.add_argument("--ensemble", action="store_true", help="test the mean prediction of the run's best checkpoints")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    _add_machine(parser)
-
-
-def _add_compare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs of one job")
-    parser.add_argument("--labels", metavar="A,B", help="one label per run (default: the folders' names)")
-    parser.add_argument("--out", default="compare.png", metavar="PNG", help="file of the plot (default: compare.png)")
-
-
-def _add_cache(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--cache",
-        type=absolute,
-        metavar="PATH",
-        help="folder for the converted images, if the folder of the data is read-only",
-    )
-
-
-def _add_machine(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--device",
-        default="cpu",
-        metavar="DEVICE",
-        help="cpu, cuda or cuda:N: where the net and the data are; a run may change it (default: cpu)",
-    )
-    parser.add_argument(
-        "--threads", type=int, help="CPU threads (default: all cores); results of fused layers do not depend on it"
-    )
-    parser.add_argument(
-        "--backend",
-        choices=("auto", "fused", "reference"),
-        help="auto: fused if possible; fused: an error if not; reference: plain autograd, slow (default: auto)",
-    )
+    add_machine(group)
 
 
 def _setting(group: argparse._ActionsContainer, option: str, text: str, name: str | None = None) -> None:
@@ -290,8 +179,3 @@ def _setting(group: argparse._ActionsContainer, option: str, text: str, name: st
     options = [option, "--hidden"] if name == "width" else [option]
     metavar = {float: "RATE", int: "N", str: "NAME"}[type(first)]
     group.add_argument(*options, dest=name, type=type(first), metavar=metavar, help=f"{text} (default: {default})")
-
-
-def absolute(path: str) -> str:
-    """An absolute path, because a run may be tested and resumed from another working directory."""
-    return str(Path(path).expanduser().absolute())
