@@ -27,6 +27,7 @@ from maml_cuda import cli
 from maml_cuda.rl.settings import RL_JOBS
 from maml_cuda.train import presets
 from maml_cuda.train.settings import JOBS
+from tests import peers
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
@@ -68,6 +69,7 @@ def test_python_blocks_run_and_print_what_the_page_says(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    peers.provide(page, monkeypatch)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # nets this small gain nothing from more
     try:

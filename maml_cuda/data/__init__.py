@@ -1,6 +1,6 @@
 """Few-shot tasks: glyphs and sinusoids, which are part of the package, published data sets, and your own images."""
 
-from maml_cuda.data import images
+from maml_cuda.data import benchmarks, images
 from maml_cuda.data.episodes import Episodes
 from maml_cuda.data.glyphs import GlyphTasks
 from maml_cuda.data.image_tasks import ImageBatches, ImageTasks
@@ -16,6 +16,7 @@ __all__ = [
     "MetaBatch",
     "RaggedBatch",
     "SinusoidTasks",
+    "benchmarks",
     "collate",
     "images",
 ]
