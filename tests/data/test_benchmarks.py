@@ -83,7 +83,7 @@ def test_pixels_are_those_of_learn2learn(monkeypatch) -> None:
         expected = 255 if name == "mini-imagenet" else 1
         assert {t.sample()[0].unique().item() for t in get_tasksets(name, 5, 2, 5, 2)} == {expected}
         if "imagenet" in name:
-            normalised = get_tasksets(name, 5, 2, 5, 2, data_augmentation="normalize")
+            normalised = get_tasksets(name, 5, 2, 5, 2, device="cpu", data_augmentation="normalize")
             assert normalised.train.sample()[0].unique().tolist() == [1]
     assert asked[:3] == ["train", "validation", "test"]
 
