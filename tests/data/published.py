@@ -97,9 +97,9 @@ def mini_imagenet_pickle(split: str, images: int = 3) -> dict[str, Any]:
 
 
 def mini_imagenet_pickles(
-    folder: Path, validation: str = "val", dump: Callable[[Any], bytes] = python2
+    folder: Path, validation: str = "val", dump: Callable[[Any], bytes] = python2, images: int = 3
 ) -> dict[str, dict[str, Any]]:
-    data = {split: mini_imagenet_pickle(split) for split in MINI}
+    data = {split: mini_imagenet_pickle(split, images) for split in MINI}
     for split, content in data.items():
         write(folder / f"mini-imagenet-cache-{validation if split == 'val' else split}.pkl", dump(content))
     return data
