@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import maml_cuda
 from tests import building
 
 
@@ -48,6 +49,20 @@ def _load(small_tiles: bool) -> ModuleType:
     spec.loader.exec_module(module)
     assert module.__file__ == str(library)
     return module
+
+
+class Core:
+    """In place of maml_cuda._core: problems of the backend "cuda" are the emulation's, those of "cpu" the library's."""
+
+    def __init__(self, emulation: ModuleType) -> None:
+        self._emulation = emulation
+        self.Unsupported = emulation.Unsupported, maml_cuda._core.Unsupported
+
+    def Problem(self, plan: Any, *arguments: Any) -> Any:
+        return (self._emulation if plan.backend == "cuda" else maml_cuda._core).Problem(plan, *arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._emulation, name)
 
 
 def controls(small_tiles: bool | None = None) -> ctypes.CDLL:
@@ -85,7 +100,7 @@ def in_place_of_a_gpu(precisions: bool = False, small_tiles: bool = False) -> It
 
     core = load(small_tiles)
     changes = [
-        (problem, "_core", core),
+        (problem, "_core", Core(core)),
         (episodes, "_core", core),
         (cuda_runner, "backend_of", lambda _: "cuda"),
         (cuda_runner, "stream_of", lambda _: 0),
