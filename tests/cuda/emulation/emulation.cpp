@@ -21,28 +21,77 @@ namespace {
 constexpr unsigned char kPoison = 0xFF;
 constexpr uint64_t kPoisonWord = ~uint64_t{0};
 
-void poison_shared_memory() {
-  for (const SharedVariable& v : r.symbols.shared_variables) std::memset(v.start, kPoison, v.bytes);
-  if (r.dynamic_bytes > 0) std::memset(r.dynamic, kPoison, r.dynamic_bytes);
+void poison(const SharedVariable& v) { std::memset(v.start, kPoison, v.bytes); }
+
+bool is_poison(const SharedVariable& v) {
+  return std::all_of(v.start, v.start + v.bytes, [](unsigned char b) { return b == kPoison; });
+}
+
+void poison_all_shared_variables() {
+  for (const SharedVariable& v : r.symbols.shared_variables) poison(v);
 }
 
 void read_symbols_once() {
   static std::once_flag once;
-  std::call_once(once, [] { r.symbols = read_symbols(&r); });
+  std::call_once(once, [] {
+    r.symbols = read_symbols(&r);
+    poison_all_shared_variables();
+  });
 }
 
-/// A kernel launched with dynamic shared memory must itself declare all static shared memory that it uses:
-/// the launch limit does not count what other functions declare (static_shared_bytes).
-void refuse_hidden_shared_memory(const void* kernel) {
-  const std::string name = name_of(kernel);
-  for (const SharedVariable& v : r.symbols.shared_variables) {
-    if (v.is_of(name) ||
-        std::all_of(v.start, v.start + v.bytes, [](unsigned char b) { return b == kPoison; }))
-      continue;
-    throw std::runtime_error("emulation: " + name + " has dynamic shared memory and uses " + v.name +
-                             ", which no launch limit counts: declare it in the kernel");
+/// The shared variables of a launch. Between launches all shared variables of the library are poison, so that
+/// only those need poison before a block that its kernel can have written: its own, and those of functions
+/// that are inlined into kernels. Which others it writes is looked up after the first launch of a kernel.
+class SharedVariables {
+ public:
+  explicit SharedVariables(const void* kernel)
+      : name_(name_of(kernel)), first_(r.launched.insert(kernel).second) {
+    collect();
   }
-}
+  SharedVariables(const SharedVariables&) = delete;
+  SharedVariables& operator=(const SharedVariables&) = delete;
+  ~SharedVariables() {
+    if (ended_) {
+      poison_those();
+    } else {
+      poison_all_shared_variables();
+    }
+  }
+
+  void poison_those() const {
+    for (const SharedVariable* v : reached_) poison(*v);
+  }
+
+  /// After the last block. A kernel launched with dynamic shared memory must itself declare all static shared
+  /// memory that it uses: the launch limit does not count what other functions declare (static_shared_bytes).
+  void end(bool dynamic) {
+    if (first_) find_others();
+    for (const SharedVariable* v : reached_) {
+      if (!dynamic || v->is_of(name_) || is_poison(*v)) continue;
+      throw std::runtime_error("emulation: " + name_ + " has dynamic shared memory and uses " + v->name +
+                               ", which no launch limit counts: declare it in the kernel");
+    }
+    ended_ = true;
+  }
+
+ private:
+  void collect() {
+    reached_.clear();
+    for (const SharedVariable& v : r.symbols.shared_variables)
+      if (!v.of_one || v.is_of(name_)) reached_.push_back(&v);
+  }
+  /// Of functions that were not inlined.
+  void find_others() {
+    for (SharedVariable& v : r.symbols.shared_variables)
+      if (v.of_one && !v.is_of(name_) && !is_poison(v)) v.of_one = false;
+    collect();
+  }
+
+  const std::string name_;
+  const bool first_;
+  bool ended_ = false;
+  std::vector<const SharedVariable*> reached_;
+};
 
 void read_environment() {
   const char* text = std::getenv("MAML_CUDA_EMULATION_SCHEDULE");
@@ -92,6 +141,7 @@ void run_blocks(const Launch& launch, void (*kernel)(const void*), const void* a
   set_block_size(launch.block);
   indices.grid_size = grid;
 
+  SharedVariables shared(launch.kernel);
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   std::vector<uint64_t> shuffled(r.schedule == Schedule::shuffled ? blocks : 0);
   std::iota(shuffled.begin(), shuffled.end(), uint64_t{0});
@@ -103,10 +153,11 @@ void run_blocks(const Launch& launch, void (*kernel)(const void*), const void* a
     }
     indices.block = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                      static_cast<unsigned>(b / grid.x / grid.y)};
-    poison_shared_memory();
+    shared.poison_those();
+    if (r.dynamic_bytes > 0) std::memset(r.dynamic, kPoison, r.dynamic_bytes);
     run_block();
   }
-  if (shared_bytes > 0) refuse_hidden_shared_memory(launch.kernel);
+  shared.end(shared_bytes > 0);
 }
 
 }  // namespace

@@ -18,6 +18,7 @@
 #include <exception>
 #include <functional>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -102,7 +103,8 @@ struct Runtime {
   std::exception_ptr failure;
   char started = 0, finished = 0;  // for the race detector
 
-  Symbols symbols;  // empty before the first launch
+  Symbols symbols;                 // empty before the first launch
+  std::set<const void*> launched;  // the kernels that have been launched
   unsigned char* dynamic = nullptr;
   size_t dynamic_bytes = 0;
   bool early = false;                            // the launch may start before the previous kernel has ended

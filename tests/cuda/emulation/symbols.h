@@ -10,8 +10,10 @@
 #include <fstream>
 #include <iterator>
 #include <map>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace emulation {
@@ -20,6 +22,7 @@ struct SharedVariable {
   unsigned char* start;
   size_t bytes;
   std::string name;
+  bool of_one = false;  // a function that was not inlined declares it, and no kernel but that one has used it
 
   /// Whether this function declares it. The mangled name of a local variable is _ZZ, the function's name
   /// without its _Z, E, and the variable's own name.
@@ -80,10 +83,15 @@ inline Symbols read_symbols(const void* inside) {
         // A template's variable exists once in the process, possibly in another module.
         if (symbol.st_info >> 4 == STB_GNU_UNIQUE)
           if (void* unique = dlsym(RTLD_DEFAULT, name)) place = unique;
-        found.shared_variables.push_back({static_cast<unsigned char*>(place), symbol.st_size, name});
+        found.shared_variables.push_back({static_cast<unsigned char*>(place), symbol.st_size, name, false});
       }
     }
   }
+  std::set<std::string_view> names;
+  for (const auto& [place, name] : found.functions) names.insert(name);
+  for (SharedVariable& v : found.shared_variables)
+    for (size_t end = v.name.find('E', 3); end != std::string::npos; end = v.name.find('E', end + 1))
+      v.of_one |= names.contains("_Z" + v.name.substr(3, end - 3));
   if (!has_symbols)
     throw std::runtime_error("emulation: " + module.path + " has no symbol table: do not strip it");
   return found;
