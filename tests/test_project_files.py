@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
 
 
 def test_pre_commit_has_the_versions_of_constraints() -> None:
@@ -21,10 +22,18 @@ def test_pre_commit_has_the_versions_of_constraints() -> None:
         assert f"{name}=={version}" in constraints
 
 
-def test_the_citation_has_the_version_of_the_package() -> None:
-    version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+def test_one_version_everywhere() -> None:
+    version = re.search(r'^version = "(.*)"$', PYPROJECT, re.MULTILINE)
     assert version is not None
     assert f"\nversion: {version[1]}\n" in (ROOT / "CITATION.cff").read_text()
+    assert (ROOT / "docs" / "releases" / f"{version[1]}.md").exists()
+    released = re.findall(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released[0] == version[1]
+
+
+def test_wheels_are_for_the_pythons_that_the_package_names() -> None:
+    named = re.findall(r'"Programming Language :: Python :: 3\.(\d+)"', PYPROJECT)
+    assert f'\nbuild = "cp3{{{",".join(named)}}}-manylinux_' in PYPROJECT
 
 
 def test_the_changelog_starts_with_what_is_unreleased() -> None:

@@ -181,7 +181,7 @@ class Contraction {
     const Nest<3>& batch = f_.of.batch;
     Odometer<3> at(batch, 0, batch.axes);
     for (int64_t i = 0, end = batch.iterations(); i < end; ++i, at.next()) {
-      Term<T> own[2];
+      Term<T> own[2] = {};
       for (int t = 0; t < count; ++t) {
         own[t] = f_.swapped ? Term<T>{terms[t].b, terms[t].a} : terms[t];
         own[t].a = packed(f_.pack_a, copy_a_, own[t].a + f_.of.a->offset + at[1], packed_a_[t]);
@@ -260,7 +260,7 @@ void multiply_lanes(const Groups& of, const Term<T>* terms, int count, bool add,
     Odometer<3> at(outer, 0, outer.axes, first);
     for (int64_t i = first; i < last; ++i, at.next()) {
       each_block<T>(of.lanes, [&](int64_t lane, auto vectors, auto lanes) {
-        Term<T> own[2];
+        Term<T> own[2] = {};
         for (int t = 0; t < count; ++t) {
           own[t].a = terms[t].a + of.a->offset + at[1] + lane;
           own[t].b = terms[t].b + of.b->offset + at[2] + lane;
