@@ -1,7 +1,7 @@
 """Measures one case: verifies every implementation, times the correct ones, and summarises.
 
 Each implementation has its own process, so that a crash or a hang affects no other and its memory can be measured. Only
-one process runs at a time; timing alternates between them (timing.py).
+one process runs at a time; timing alternates between them (maml_cuda/benchmark/timing.py).
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
+from maml_cuda.benchmark.timing import Timing, interleave
+
 from .flops import meta_step_flops
 from .implementations import MAML_CUDA
 from .meta_steps import Builder
-from .timing import SGEMM_FLOPS, Timing, interleave
+from .sgemm import SGEMM_FLOPS
 from .verification import reference_gradient
 from .worker import Failed, SeparateProcess, TimedOut
 from .workloads import Workload

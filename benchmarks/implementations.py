@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from maml_cuda.benchmark.baselines import autograd_loop, func_vmap
+
 from .jax_meta_step import jax_forward, jax_reverse
 from .libraries import higher, learn2learn, torchopt
-from .meta_steps import Builder, autograd_loop, compiled, func_vmap
+from .meta_steps import Builder, compiled
 
 MAML_CUDA = "maml_cuda"
 BASELINES: dict[str, Builder] = {

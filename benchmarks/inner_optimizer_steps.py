@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from maml_cuda import optim
+from maml_cuda.benchmark.baselines import LOSSES, Step, clear
 
-from .meta_steps import LOSSES, Step, clear
 from .workloads import Tasks, Workload
 
 State = list[tuple[Tensor, ...]] | None  # of each parameter; None before the first step
@@ -19,7 +19,7 @@ Rule = Callable[[Sequence[Tensor], Sequence[Tensor], State, int], tuple[list[Ten
 
 
 def autograd_loop(workload: Workload, model: nn.Module, tasks: Tasks, first_order: bool) -> Step:
-    """The loop over tasks of meta_steps.py, with the optimizer's update written out."""
+    """The loop over tasks of maml_cuda/benchmark/baselines.py, with the optimizer's update written out."""
     loss, rule = LOSSES[workload.loss], rule_of(workload)
     names = [name for name, _ in model.named_parameters()]
     parameters = list(model.parameters())

@@ -18,15 +18,17 @@ from functools import partial
 import torch
 
 from maml_cuda import optim
+from maml_cuda.benchmark.baselines import Step
+from maml_cuda.benchmark.timing import Timing, interleave, run_block
+from maml_cuda.benchmark.verification import WrongGradient
 
 from . import inner_optimizer_steps, readme
 from .implementations import MAML_CUDA
 from .machine import machine
 from .markdown import markdown_table
-from .meta_steps import Builder, Step, fused
+from .meta_steps import Builder, fused
 from .parallel_metalearn import parallel_metalearn
-from .timing import Timing, interleave, run_block
-from .verification import WrongGradient, reference_gradient, verify
+from .verification import reference_gradient, verify
 from .workloads import OMNIGLOT, SINUSOID, SMOOTH_TOLERANCE, WORKLOADS, Workload, mlp
 
 HIGHER, PARALLEL_METALEARN = "higher", "parallel-metalearn"

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .meta_steps import Step
+from maml_cuda.benchmark.baselines import Step
+
 from .workloads import Tasks, Workload
 
 Array = Any

@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 
-from .memory import peak_bytes
-from .meta_steps import Builder, Step
-from .timing import run_block, sgemm
-from .verification import WrongGradient, verify
+from maml_cuda.benchmark.baselines import Step
+from maml_cuda.benchmark.memory import peak_bytes
+from maml_cuda.benchmark.timing import run_block
+from maml_cuda.benchmark.verification import WrongGradient
+
+from .meta_steps import Builder
+from .sgemm import sgemm
+from .verification import verify
 from .workloads import Workload
 
 Piece = dict[str, Any]

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from maml_cuda import FusedMAML
+from maml_cuda.benchmark.memory import peak_bytes
 from maml_cuda.train.models import conv4
 
 from .markdown import markdown_table
-from .memory import peak_bytes
 
 STEPS = (5, 100, 1000)
 ROWS: dict[str, dict[str, object]] = {

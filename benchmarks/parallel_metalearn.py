@@ -8,7 +8,7 @@ Three faults of version 0.5.6 are mended here, without which there would be noth
 - Its inner optimizers with a state raise an error, for they unpack pairs with a `tree_map` that goes into the pairs.
 - Its Adam gives NaN where a gradient is exactly 0, as of a unit whose ReLU is 0 for all samples.
 - Its `ModelTranslator` raises an error for BatchNorm, so its own BatchNorm layers are put in by hand. (With torch's,
-  its order of `vmap` and `backward` gives wrong gradients, see `mean_gradient` in meta_steps.py.)
+  its order of `vmap` and `backward` gives wrong gradients, see `mean_gradient` in maml_cuda/benchmark/baselines.py.)
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from maml_cuda import optim
+from maml_cuda.benchmark.baselines import LOSSES, Step
 
-from .meta_steps import LOSSES, Step
 from .workloads import Tasks, Workload
 
 

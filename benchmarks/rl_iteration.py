@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from maml_cuda import FusedMAML, PolicyTarget, policies
+from maml_cuda.benchmark.timing import interleave, run_block
+from maml_cuda.benchmark.verification import WrongGradient
 from maml_cuda.pytrees import of_task
 from maml_cuda.rl.inner import MetaSamples
 from maml_cuda.rl.outer import OuterStep, trpo
@@ -30,8 +32,6 @@ from maml_cuda.updates import InnerUpdate
 from .gaussian_policy import LOSS, RATE, SAMPLES, TASKS, Policy, doubled, episode
 from .machine import machine
 from .rl_policy import losses
-from .timing import interleave, run_block
-from .verification import WrongGradient
 
 VERIFIED_TASKS = 3
 VERIFIED_DAMPING = 0.1  # with 1e-5, as in training, ten conjugate gradient iterations amplify rounding to 1e-8

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from maml_cuda import FusedMAML, PolicyTarget, policies, reference
+from maml_cuda.benchmark.timing import interleave, run_block
+from maml_cuda.benchmark.verification import FLOAT64_TOLERANCE, WrongGradient, relative_error
 
 from .gaussian_policy import LOSS, RATE, SAMPLES, TASKS, Policy, doubled, episode
 from .machine import machine
-from .timing import interleave, run_block
-from .verification import FLOAT64_TOLERANCE, WrongGradient, relative_error
 
 Step = Callable[[], object]
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from maml_cuda.benchmark.verification import WrongGradient
 from maml_cuda.engine import meta_step
 from maml_cuda.engine.problem import problem_of
 
 from ..flops import meta_step_flops
-from ..verification import WrongGradient, reference_gradient
+from ..verification import reference_gradient
 from ..worker import describe_error
 from ..workloads import Tasks, Workload
 from .cases import Case

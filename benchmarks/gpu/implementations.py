@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from maml_cuda import FusedMAML
+from maml_cuda.benchmark.baselines import Step, autograd_loop, clear, func_vmap
 
-from ..meta_steps import Builder, Step, autograd_loop, clear, func_vmap
+from ..meta_steps import Builder
 from ..workloads import Tasks, Workload
 from . import jax_meta_step
 from .machine import Machine

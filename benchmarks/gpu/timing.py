@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..meta_steps import Step
+from maml_cuda.benchmark.baselines import Step
+
 from ..worker import TimeLimitExceeded, describe_error, time_limit
 from ..workloads import Tasks, Workload
 from .facts import raise_if_lost

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from maml_cuda.benchmark.verification import FLOAT64_TOLERANCE, WrongGradient, relative_error
 from maml_cuda.reference import meta_gradient
 
 from ..meta_steps import Builder
-from ..verification import FLOAT64_TOLERANCE, WrongGradient, reference_gradient, relative_error
+from ..verification import reference_gradient
 from ..worker import describe_error
 from ..workloads import Tasks, Workload
 from .implementations import fused

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.meta_steps import autograd_loop
+from maml_cuda.benchmark.baselines import autograd_loop
 
 
 def _changed(change: Callable[[torch.nn.Parameter], object], workload: Any, model: Any, tasks: Any, first: bool) -> Any:

@@ -18,10 +18,12 @@ from benchmarks import (
     readme,
     report,
     targets,
-    timing,
     verification,
     workloads,
 )
+from maml_cuda.benchmark import timing
+from maml_cuda.benchmark.baselines import autograd_loop
+from maml_cuda.benchmark.verification import FLOAT64_TOLERANCE
 from tests.benchmarks import broken_implementations as broken
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,7 +55,7 @@ def test_every_implementation_is_verified_on_every_workload(name, order):
                 verification.verify(build, workload, model, tasks, order == 1, expected)
             continue
         float64, float32, _ = verification.verify(build, workload, model, tasks, order == 1, expected)
-        assert float64 <= verification.FLOAT64_TOLERANCE
+        assert float64 <= FLOAT64_TOLERANCE
         assert 0 < float32 <= workload.float32_tolerance
 
 
@@ -172,7 +174,7 @@ def test_broken_implementations_are_reported_and_the_others_are_timed():
     """Wrong gradients, errors and crashes are reported with the reason and affect no other implementation."""
     wrong = {f"wrong {i}": build for i, build in enumerate(WRONG)}
     failing = {name: getattr(broken, name) for name in ("failing", "missing", "crashing", "failing_later")}
-    builders = {MAML_CUDA: meta_steps.fused("fused"), "autograd loop": meta_steps.autograd_loop, **wrong, **failing}
+    builders = {MAML_CUDA: meta_steps.fused("fused"), "autograd loop": autograd_loop, **wrong, **failing}
     record = case.measure(SINUSOID, 2, builders, 0.01, 120)
     found = record["sides"]
     for name in wrong:
@@ -198,7 +200,7 @@ def test_an_implementation_that_hangs_is_stopped():
 
 
 def test_a_skipped_implementation_is_not_tried():
-    builders = {"autograd loop": meta_steps.autograd_loop, "late": broken.failing}
+    builders = {"autograd loop": autograd_loop, "late": broken.failing}
     record = case.measure(SINUSOID, 1, builders, 0.01, 60, {"late": "too slow before"})
     assert record["sides"]["late"] == {"status": "no result", "reason": "too slow before"}
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import inner_optimizers, long_inner_loops, readme
 from benchmarks.inner_optimizers import ADAM, BESIDE_LIBRARIES, CLIPPED, MOMENTUM, SIDES, Side, prepared, variant
-from benchmarks.timing import Timing
+from maml_cuda.benchmark.timing import Timing
 from tests.benchmarks import broken_implementations as broken
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -138,7 +138,7 @@ def test_two_hundred_steps_of_the_papers_net_in_two_gigabytes():
 
 MEASURE = """
 import torch
-from benchmarks.memory import peak_bytes
+from maml_cuda.benchmark.memory import peak_bytes
 from maml_cuda import FusedMAML
 from maml_cuda.train.models import conv4_max_pool
 

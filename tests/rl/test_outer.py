@@ -11,8 +11,8 @@ from torch.distributions import Categorical, Distribution, Independent, Normal, 
 from torch.func import functional_call
 
 from benchmarks import rl_iteration
-from benchmarks.verification import WrongGradient
 from maml_cuda import FusedMAML, PolicyTarget, optim
+from maml_cuda.benchmark.verification import WrongGradient
 from maml_cuda.rl.inner import MetaSamples, Samples, adapt_policies
 from maml_cuda.rl.outer import clipped, conjugate_gradients, dot, trpo, vpg
 from maml_cuda.rl.policy import GaussianPolicy

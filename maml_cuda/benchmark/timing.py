@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch
-
 MIN_ROUNDS, MAX_ROUNDS = 3, 10
 
 
@@ -66,14 +64,3 @@ def rounds_between(once: float, seconds: float) -> int:
     """An implementation with steps of `once` seconds runs in every n-th round; returns n."""
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / once)))
     return (MAX_ROUNDS - 1) // (rounds - 1)
-
-
-SGEMM_SIZE = 1024
-SGEMM_FLOPS = 2 * SGEMM_SIZE**3
-
-
-def sgemm() -> Callable[[], object]:
-    """A large float32 matrix product (torch's BLAS, all threads): the rate that FLOP counts are compared with."""
-    a, b = torch.randn(2, SGEMM_SIZE, SGEMM_SIZE)
-    out = torch.empty_like(a)
-    return lambda: torch.mm(a, b, out=out)
