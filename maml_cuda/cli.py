@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from maml_cuda import __version__
-from maml_cuda.commands import compare, evaluate, info, train
+from maml_cuda.commands import benchmark, compare, evaluate, info, train
 from maml_cuda.commands.parser import Parser
 from maml_cuda.train.hints import did_you_mean, sibling_folders
 from maml_cuda.train.interrupts import exit_status, sigterm_raises
@@ -16,6 +16,7 @@ COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "evaluate": evaluate,
     "compare": compare,
+    "benchmark": benchmark,
     "info": info,
 }
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from maml_cuda.benchmark.baselines import LOSSES
-from maml_cuda.benchmark.models import SHIPPED, first_line, own_model
+from maml_cuda.benchmark.models import first_line, own_model, shipped_model
+from maml_cuda.benchmark.options import SHIPPED, WAYS, Options
 from maml_cuda.functional import precision
 from maml_cuda.fused_maml import FusedMAML
 
-WAYS = 5  # of cross_entropy, by default
 DROPOUT = (
     "The model draws random numbers, as dropout does. All sides are timed with them, each with its own. They are "
     "proven without: in eval mode, but for norm layers. maml_cuda is also proven with them, beside a reference that "
@@ -23,56 +21,6 @@ DROPOUT = (
 )
 BATCH_NORM = "Norm layers are in training mode: all sides normalise by the statistics of each support and query set."
 EVAL = "The model is in eval mode, as it was given."
-
-
-@dataclass(frozen=True)
-class Options:
-    """The words of the command line. None: the default of the model, or of the loss.
-
-    Attributes:
-        model: as of `own_model`, or a name in SHIPPED.
-        input: the shape of one sample.
-        ways: classes of a task, with cross_entropy.
-        support, query: samples of a set: for each class with cross_entropy, of a task with mse.
-        vocabulary: samples are integers from 0 to vocabulary - 1; None: normal numbers.
-
-    Raises:
-        ValueError: one is out of range, or two contradict each other.
-    """
-
-    model: str = "conv4"
-    input: tuple[int, ...] | None = None
-    ways: int | None = None
-    support: int = 5
-    query: int = 15
-    tasks: int = 4
-    loss: str | None = None
-    inner_steps: int = 5
-    inner_lr: float = 0.01
-    vocabulary: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("ways", "support", "query", "tasks", "inner_steps", "vocabulary"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not (math.isfinite(self.inner_lr) and self.inner_lr > 0):
-            raise ValueError(f"inner_lr must be finite and above 0, got {self.inner_lr}")
-        if self.input is not None and not (self.input and min(self.input) >= 1):
-            raise ValueError(f"input must be sizes of at least 1, got {','.join(map(str, self.input))}")
-        if self.input is None and self.model not in SHIPPED and ":" in self.model:
-            raise ValueError(
-                "input must be given for a model of your own, the shape of one sample such as 3,84,84, got none"
-            )
-        if self.loss not in (None, *LOSSES):
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss}")
-        if self.ways is not None and self.loss_name == "mse":
-            raise ValueError(f"ways must be left out with mse, which has no classes, got {self.ways}")
-
-    @property
-    def loss_name(self) -> str:
-        return self.loss or (SHIPPED[self.model].loss if self.model in SHIPPED else "cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -125,13 +73,8 @@ def new_case(options: Options, device: torch.device) -> Case:
     loss, shape = options.loss_name, options.input
     ways = (options.ways or WAYS) if loss == "cross_entropy" else None
     if options.model in SHIPPED:
-        shipped = SHIPPED[options.model]
-        if shape is not None and len(shape) != len(shipped.input):
-            like = ",".join(map(str, shipped.input))
-            raise ValueError(f"input must be like {like} for {options.model}, got {','.join(map(str, shape))}")
-        shape = shape or shipped.input
-        torch.manual_seed(options.seed)
-        model = shipped.make(ways or 1, shape)
+        shape = shape or SHIPPED[options.model].input
+        model = shipped_model(options.model, ways or 1, shape, options.seed)
     else:
         model = own_model(options.model, options.seed)
     assert shape is not None
@@ -158,7 +101,7 @@ def new_case(options: Options, device: torch.device) -> Case:
         else:
             if output.dim() < 1 or len(output) != samples:
                 raise ValueError(
-                    f"the model's output must have {samples} samples, as its input has, got {list(output.shape)}"
+                    f"the model's output must have {samples} samples, as its input, got {list(output.shape)}"
                 )
             y = torch.randn((options.tasks, *output.shape), generator=generator, dtype=dtype).to(device)
         sets += [x, y]

@@ -6,8 +6,8 @@ import copy
 import gc
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from maml_cuda import reference
+from maml_cuda import build_info, reference
 from maml_cuda.benchmark import baselines, timing
 from maml_cuda.benchmark.baselines import Step
 from maml_cuda.benchmark.cases import Case
@@ -65,7 +65,7 @@ def measure(case: Case, seconds: float, log: Callable[[str], None] = lambda line
     sides: list[Side] = []
     steps: dict[str, Step] = {}
     served: dict[str, Any] = {}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _frozen():
         warnings.simplefilter("ignore")  # what runs, and why, is part of the record
         for order, first_order in ORDERS.items():
             log(f"proving the {order}-order meta-gradients against float64")
@@ -81,7 +81,7 @@ def measure(case: Case, seconds: float, log: Callable[[str], None] = lambda line
         _time(case, sides, steps, seconds)
     parameters = list(case.model.parameters())
     x_spt, _, x_qry, _ = case.data
-    versions = provenance.versions()
+    build = build_info()
     return {
         "model": case.name,
         "parameters": sum(p.numel() for p in parameters),
@@ -97,7 +97,7 @@ def measure(case: Case, seconds: float, log: Callable[[str], None] = lambda line
         "device": str(case.device),
         "threads": torch.get_num_threads(),
         "machine": provenance.machine(),
-        "versions": {name: versions[name] for name in ("python", "torch", "maml-cuda")},
+        "versions": {"torch": torch.__version__, "maml_cuda": f"{build['version']} ({build['cpu_isa']})"},
         "backend": None,
         "why_not_fused": None,
         "explain": None,
@@ -105,6 +105,17 @@ def measure(case: Case, seconds: float, log: Callable[[str], None] = lambda line
         "notes": list(case.notes),
         "sides": sides,
     }
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """A context in which garbage collections, as before each timed block, skip what was there before: all modules."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _served(maml: FusedMAML) -> dict[str, Any]:
@@ -233,14 +244,8 @@ def _time(case: Case, sides: Sequence[Side], steps: Mapping[str, Step], seconds:
     for name in steps:
         warm = block(name, WARM_UP * seconds).wall
         once[name] = warm[-1] if warm else seconds
-    gc.collect()
-    gc.freeze()  # so that the collections before each block skip the objects of imported modules
-    try:
-        blocks = {name: partial(block, name) for name in steps}
-        timings = timing.interleave(blocks, once, seconds)
-    finally:
-        gc.unfreeze()
-    for name, found in timings.items():
+    blocks = {name: partial(block, name) for name in steps}
+    for name, found in timing.interleave(blocks, once, seconds).items():
         side = named[name]
         if side["status"] == "proven":
             q1, median, q3 = (1e3 * t for t in found.quartiles())

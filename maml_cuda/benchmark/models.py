@@ -6,8 +6,6 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -18,20 +16,14 @@ from maml_cuda.train.hints import did_you_mean
 from maml_cuda.train.models import conv4, conv4_max_pool, sinusoid_mlp
 
 
-@dataclass(frozen=True)
-class Shipped:
-    """A model of this package: `make(outputs, input shape)`, and what it is measured on by default."""
-
-    make: Callable[[int, tuple[int, ...]], nn.Module]
-    input: tuple[int, ...]
-    loss: str
-
-
-SHIPPED = {
-    "conv4": Shipped(lambda outputs, x: conv4(outputs, 64, x[0]), (1, 28, 28), "cross_entropy"),
-    "conv4-max-pool": Shipped(lambda outputs, x: conv4_max_pool(outputs, 32, *x), (3, 84, 84), "cross_entropy"),
-    "mlp": Shipped(lambda outputs, x: sinusoid_mlp(inputs=x[0]), (1,), "mse"),
-}
+def shipped_model(name: str, outputs: int, shape: tuple[int, ...], seed: int) -> nn.Module:
+    """The model of this package of a name in SHIPPED, for samples of a shape."""
+    torch.manual_seed(seed)
+    if name == "conv4":
+        return conv4(outputs, 64, shape[0])
+    if name == "conv4-max-pool":
+        return conv4_max_pool(outputs, 32, *shape)
+    return sinusoid_mlp(inputs=shape[0])
 
 
 def own_model(name: str, seed: int) -> nn.Module:
@@ -47,9 +39,7 @@ def own_model(name: str, seed: int) -> nn.Module:
     """
     place, _, function = name.rpartition(":")
     if not place or not function:
-        shipped = f"FILE.py:FUNCTION, MODULE:FUNCTION or one of {', '.join(SHIPPED)}"
-        hint = f"; the function that returns the model is missing: {name}:make_net" if name.endswith(".py") else ""
-        raise ValueError(f"model must be {shipped}, got {name}{hint or did_you_mean(name, SHIPPED)}")
+        raise ValueError(f"model must name a file or module and a function, like net.py:make_net, got {name}")
     module = _file(Path(place).expanduser()) if place.endswith(".py") else _module(place)
     make = getattr(module, function, None)
     if make is None:
@@ -58,7 +48,7 @@ def own_model(name: str, seed: int) -> nn.Module:
     if isinstance(make, nn.Module):
         return make
     if not callable(make):
-        raise ValueError(f"model must name a function that returns an nn.Module, got {name}, a {type(make).__name__}")
+        raise ValueError(f"model must name a function, got {name} of type {type(make).__name__}")
     torch.manual_seed(seed)
     try:
         made = make()
@@ -86,7 +76,7 @@ def _file(path: Path) -> ModuleType:
     except Exception as error:
         if before is not None:
             sys.modules[path.stem] = before
-        raise ValueError(f"{path.name} must be a Python file that can be imported, got {_words(error)}") from error
+        raise ValueError(f"{path.name} must be a file that can be imported, got {_words(error)}") from error
     return module
 
 

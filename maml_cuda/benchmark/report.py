@@ -88,7 +88,8 @@ def _compared(record: Record, order: str) -> str:
     if max(ratio, 1 / ratio) < SAME or _overlap(ours, best):
         return f"at {order} order maml_cuda takes {time}, about as long as {best['side']}, the fastest other side"
     if ratio > 1:
-        return f"at {order} order maml_cuda takes {time}, {ratio:.1f} times as fast as {best['side']}, the next"
+        faster = f"{ratio:.1f} times as fast as {best['side']}, the fastest other side"
+        return f"at {order} order maml_cuda takes {time}, {faster}"
     other = f"{_number(_median(best))} ms"
     return f"at {order} order {best['side']} is the faster choice: it takes {other}, and maml_cuda {time}"
 
