@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from maml_cuda.fused_maml import FusedMAML, MetaOutput
     from maml_cuda.gradient_check import gradcheck
     from maml_cuda.targets import PolicyTarget
+    from maml_cuda.train.trained import TrainedMAML, load
 else:
     __getattr__ = lazily(
         __name__,
@@ -38,10 +39,12 @@ else:
             "PerStepBatchNorm1d": "batch_norm",
             "PerStepBatchNorm2d": "batch_norm",
             "PolicyTarget": "targets",
+            "TrainedMAML": "train.trained",
             "at_step": "batch_norm",
             "convert_per_step": "batch_norm",
             "doctor": "diagnosis.doctoring",
             "gradcheck": "gradient_check",
+            "load": "train.trained",
         },
     )
 
@@ -54,11 +57,13 @@ __all__ = [
     "PerStepBatchNorm1d",
     "PerStepBatchNorm2d",
     "PolicyTarget",
+    "TrainedMAML",
     "at_step",
     "build_info",
     "convert_per_step",
     "doctor",
     "gradcheck",
+    "load",
     "optim",
     "policies",
     "reference",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from maml_cuda import __version__
-from maml_cuda.commands import benchmark, compare, evaluate, info, train
+from maml_cuda.commands import benchmark, compare, evaluate, export, info, predict, train
 from maml_cuda.commands.parser import Parser
 from maml_cuda.train.hints import did_you_mean, sibling_folders
 from maml_cuda.train.interrupts import exit_status, sigterm_raises
@@ -15,6 +15,8 @@ from maml_cuda.train.output import discard_broken_streams, print_error, readable
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "evaluate": evaluate,
+    "predict": predict,
+    "export": export,
     "compare": compare,
     "benchmark": benchmark,
     "info": info,
@@ -52,7 +54,7 @@ def parser() -> Parser:
     """The parser of the command line, with all commands and options."""
     root = Parser(
         prog="maml-cuda",
-        description="Exact second-order MAML: train a model on few-shot tasks, and test it.",
+        description="Exact second-order MAML: train a model on few-shot tasks, test it, and use it.",
     )
     root.add_argument("--version", action="version", version=f"maml-cuda {__version__}")
     commands = root.add_subparsers(required=True, metavar="COMMAND", dest="command")

@@ -32,9 +32,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--batch-norm",
-        choices=("transductive", "running"),
-        help="statistics of each support or query set (default), or of training tasks, so that a query does not depend "
-        "on the others",
+        choices=("transductive", "running", "support"),
+        help="statistics of each support or query set (default); or of training tasks, or of the support set, so that "
+        "a query does not depend on the others",
     )
     parser.add_argument(
         "--data",
@@ -91,11 +91,11 @@ def run(options: argparse.Namespace) -> int:
     else:
         learned, info = kind.report.load_run(run, options.checkpoint, device, **model)
         algorithms, tested = [learned], {"checkpoint": options.checkpoint, "iteration": info["iteration"]}
-    if options.batch_norm == "running":
+    if options.batch_norm in ("running", "support"):
         if kind.settings is not Settings:
             raise ValueError(f"batch_norm must be left out for {stored.job}, whose policy has no BatchNorm")
         for algorithm in algorithms:
-            kind.report.collect_statistics(algorithm, settings, device=device)
+            kind.report.normalise_by(options.batch_norm, algorithm, settings, device)
         tested["batch_norm"] = options.batch_norm
     result = kind.report.test_run(algorithms, settings, device=device, **other) | tested
     print(json.dumps(result, indent=1) if options.json else kind.report.table(result))

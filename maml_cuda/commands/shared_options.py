@@ -15,6 +15,26 @@ def add_cache(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_trained_net(parser: argparse._ActionsContainer) -> None:
+    """The options of the commands that use a trained net on pictures."""
+    parser.add_argument("run", metavar="RUN", help="folder of a run on pictures")
+    parser.add_argument(
+        "--support",
+        required=True,
+        metavar="FOLDER",
+        help="a folder for each class, named as the class, with the pictures that the net adapts to",
+    )
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="(default: best)")
+    parser.add_argument("--steps", type=int, metavar="N", help="adaptation steps (default: --test-steps of the run)")
+    parser.add_argument(
+        "--data",
+        type=absolute,
+        metavar="PATH",
+        help="with --batch-norm running: folder of the run's data if it has moved",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier command")
+
+
 def add_machine(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--device",

@@ -5,6 +5,7 @@ from maml_cuda.data.episodes import Episodes
 from maml_cuda.data.glyphs import GlyphTasks
 from maml_cuda.data.image_tasks import ImageBatches, ImageTasks
 from maml_cuda.data.meta_batch import MetaBatch
+from maml_cuda.data.pictures import Pictures
 from maml_cuda.data.ragged import RaggedBatch, collate
 from maml_cuda.data.sinusoid import SinusoidTasks
 
@@ -14,6 +15,7 @@ __all__ = [
     "ImageBatches",
     "ImageTasks",
     "MetaBatch",
+    "Pictures",
     "RaggedBatch",
     "SinusoidTasks",
     "benchmarks",

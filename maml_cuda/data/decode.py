@@ -22,6 +22,7 @@ def decode(
     mode: str,
     size: tuple[int, int] | None = None,
     background: Colour | None = None,
+    light_ink: bool = False,
 ) -> np.ndarray:
     """Decodes one image file.
 
@@ -33,6 +34,7 @@ def decode(
         background: the image is decoded as a viewer shows it: rotated by its EXIF orientation, and drawn on this colour
             where it is transparent. None: the stored pixels, which is how the authors of published data sets read
             theirs.
+        light_ink: characters become light ink on a dark ground: the image is inverted if its median pixel is above 127.
 
     Returns:
         uint8 ``[channels, height, width]``.
@@ -49,6 +51,8 @@ def decode(
         if size is not None and image.size != size[::-1]:
             image = image.resize(size[::-1], pillow.Resampling.LANCZOS)
         pixels = np.asarray(image)
+    if light_ink and np.median(pixels) > 127:
+        pixels = 255 - pixels
     return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
 
 

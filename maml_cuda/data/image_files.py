@@ -47,21 +47,20 @@ def read_files(
     mode: str,
     size: tuple[int, int] | None = None,
     background: Colour | None = None,
+    light_ink: bool = False,
 ) -> Iterator[SourceClass]:
-    """Yields the classes of each split in the order of their names. ``mode``, ``size`` and ``background`` are those of
-    ``decode``.
-    """
+    """Yields the classes of each split in the order of their names. The other arguments are those of ``decode``."""
     for split, classes in splits.items():
         for name in sorted(classes):
-            yield SourceClass(split, name, _decoded(classes[name], mode, size, background))
+            yield SourceClass(split, name, _decoded(classes[name], mode, size, background, light_ink))
 
 
 def _decoded(
-    files: Sequence[Path], mode: str, size: tuple[int, int] | None, background: Colour | None
+    files: Sequence[Path], mode: str, size: tuple[int, int] | None, background: Colour | None, light_ink: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
     for path in files:
         with path.open("rb") as file:
-            yield str(path), decode(file, str(path), mode, size, background)
+            yield str(path), decode(file, str(path), mode, size, background, light_ink)
 
 
 def read_omniglot(halves: Sequence[Path], sizes: Sequence[int]) -> Iterator[SourceClass]:

@@ -199,6 +199,7 @@ def folder(
     background: str = "white",
     channels: int | None = None,
     split: Sequence[int] | None = None,
+    light_ink: bool = False,
     cache: Where | None = None,
 ) -> Images:
     """Your own images: a folder with one folder of image files for each class.
@@ -219,9 +220,13 @@ def folder(
         channels: 1 or 3; None: 1 if every file is grey, otherwise 3.
         split: the number of classes for training, validation and test, which add up to all classes. None: 20 % for test
             and 16 % for validation (both rounded, at least 1), the others for training.
+        light_ink: characters become light ink on a dark ground, as those of Omniglot and of the glyphs are: an image is
+            inverted if its median pixel is above 127.
         cache: the folder of the converted images, which is created if needed; None: ``path``.
     """
-    find = partial(own_images.find, size=size, background=background, channels=channels, split=split)
+    find = partial(
+        own_images.find, size=size, background=background, channels=channels, split=split, light_ink=light_ink
+    )
     return Images("folder", path, find, cache)
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from maml_cuda.data import class_folders, splits
 from maml_cuda.data.class_folders import Classes
@@ -25,16 +26,24 @@ def find(
     background: str = "white",
     channels: int | None = None,
     split: Sequence[int] | None = None,
+    light_ink: bool = False,
 ) -> Source:
     """The files of the classes in ``path``. The arguments and errors are those of ``images.folder``."""
     height_and_width = _height_and_width(size)
-    colour = _colour(background)
+    ground = colour(background)
     if channels not in (None, *MODES):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     classes, skipped = _splits(path, split)
-    options = {"size": height_and_width, "background": colour, "channels": channels, "split": split and list(split)}
+    options: dict[str, Any] = {
+        "size": height_and_width,
+        "background": ground,
+        "channels": channels,
+        "split": split and list(split),
+    }
+    if light_ink:
+        options["light_ink"] = True
     files = [file for of_split in classes.values() for files in of_split.values() for file in files]
-    read = partial(_read, classes, files, height_and_width, colour, channels)
+    read = partial(_read, classes, files, height_and_width, ground, channels, light_ink)
     return Source(files, read, options=options, skipped=skipped)
 
 
@@ -80,11 +89,12 @@ def _read(
     size: tuple[int, int] | None,
     background: Colour,
     channels: int | None,
+    light_ink: bool,
 ) -> Iterator[SourceClass]:
     """Reads with one channel if every file is grey, otherwise with three."""
     if channels is None:
         channels = 3 if any(_is_coloured(file, background) for file in files) else 1
-    return read_files(classes, MODES[channels], size, background)
+    return read_files(classes, MODES[channels], size, background, light_ink)
 
 
 def _is_coloured(path: Path, background: Colour) -> bool:
@@ -101,7 +111,12 @@ def _height_and_width(size: int | Sequence[int] | None) -> tuple[int, int] | Non
     return sides[0], sides[1]
 
 
-def _colour(text: str) -> Colour:
+def colour(text: str) -> Colour:
+    """The colour of the words "white", "black" or "#rrggbb".
+
+    Raises:
+        ValueError: ``text`` is none of these.
+    """
     if text in COLOURS:
         return COLOURS[text]
     if not re.fullmatch(r"#[0-9a-fA-F]{6}", text):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
@@ -13,9 +12,8 @@ from torch import Tensor
 
 from maml_cuda.rl.sampling import Episodes
 from maml_cuda.rl.settings import RLSettings
-from maml_cuda.train.plots import BLUE, GREEN, GREY, ORANGE, save
+from maml_cuda.train.plots import BLUE, GREEN, ORANGE, save
 
-COLOURS = (BLUE, ORANGE, GREEN, GREY, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MOST_EPISODES = 10  # greatest number of paths per task
 
 
@@ -38,22 +36,6 @@ def learning_curve(metrics: Path, path: Path, settings: RLSettings) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    save(figure, path)
-
-
-def returns(results: Sequence[dict[str, Any]], labels: Sequence[str], path: Path) -> None:
-    """Plots the return of one or several runs after each number of adaptation steps, with its 95 % interval."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for index, (result, label) in enumerate(zip(results, labels, strict=True)):
-        axes.errorbar(
-            result["steps"], result["mean"], yerr=result["ci95"], fmt="o-", capsize=3,
-            color=COLOURS[index % len(COLOURS)], label=label,
-        )  # fmt: skip
-    axes.set(xlabel="adaptation steps", ylabel=results[0]["metric"], xticks=max((r["steps"] for r in results), key=len))
-    axes.set_title(f"{results[0]['task']}: {results[0]['test_tasks']} test tasks, 95 % interval")
-    axes.grid(alpha=0.3)
-    axes.legend()
     save(figure, path)
 
 

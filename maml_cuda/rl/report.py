@@ -21,6 +21,7 @@ from maml_cuda.train.checkpoint import load_info, load_model, load_parameters
 from maml_cuda.train.devices import CPU, only_on_cpu
 from maml_cuda.train.evaluate import mean_and_ci95
 from maml_cuda.train.jobs import make_generator
+from maml_cuda.train.plots import comparison
 from maml_cuda.train.run_info import restore_settings
 from maml_cuda.train.summary import write_summary
 
@@ -109,7 +110,7 @@ def finish(run: Path, settings: RLSettings, device: torch.device = CPU) -> dict[
     result = test_run([maml], settings)
     plots.learning_curve(run / "metrics.csv", run / "learning_curves.png", settings)
     label = "MAML" if settings.baseline == "none" else settings.baseline
-    plots.returns([result], [label], run / "adaptation.png")
+    comparison([result], [label], run / "adaptation.png")
     result |= _pictures(run, maml, settings)
     parts = last["seconds_of"]
     total = sum(parts.values())

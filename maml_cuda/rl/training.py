@@ -23,7 +23,7 @@ from maml_cuda.train.jobs import make_generator
 from maml_cuda.train.loop import Training
 
 
-def make_policy(settings: RLSettings) -> FusedMAML:
+def make_policy(settings: RLSettings, kind: type[FusedMAML] = FusedMAML) -> FusedMAML:
     """A new policy, initialised from the seed of ``settings``. torch's global generator does not change."""
     environment = make_environment(settings.job)
     observed = environment.observation_size + settings.tell_goal * environment.goal_size
@@ -33,7 +33,7 @@ def make_policy(settings: RLSettings) -> FusedMAML:
             observed, environment.action_size, settings.width, settings.output_scale, settings.start_std
         )
     rates = [settings.rate(step) for step in range(settings.inner_steps)]
-    return FusedMAML(
+    return kind(
         model,
         torch.tensor(rates) if len(rates) > 1 else settings.inner_lr,
         settings.inner_steps,

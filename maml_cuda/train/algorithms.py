@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from maml_cuda.batch_norm import PerStepBatchNorm2d
 from maml_cuda.data import ImageBatches, ImageTasks, MetaBatch, SinusoidTasks
+from maml_cuda.fused_maml import FusedMAML
 from maml_cuda.train.devices import CPU
+from maml_cuda.train.fixed_statistics import with_fixed_statistics
 from maml_cuda.train.jobs import make_maml, make_model, make_tasks, score, without_head
 from maml_cuda.train.ranks import ALONE, Ranks
 from maml_cuda.train.settings import Settings
@@ -78,7 +80,44 @@ class Algorithm:
         return (self.predict(batch, count) for count in steps)
 
 
-class Maml(Algorithm):
+class Adapting(Algorithm):
+    """Base class of the algorithms with an inner loop, which adapts the net of ``maml`` to each support set.
+
+    Attributes:
+        maml: the net and its inner loop.
+        support_statistics: BatchNorm normalises queries by the statistics of the support set (``fixed_statistics``).
+    """
+
+    maml: FusedMAML
+    support_statistics = False
+
+    @property
+    def backend(self) -> str:  # type: ignore[override]
+        return self.maml.backend
+
+    def predict(self, batch: MetaBatch, steps: int) -> Tensor:
+        return self._on_queries(self.maml.adapt(batch.x_spt, batch.y_spt, steps=steps), batch, steps)
+
+    def predictions(self, batch: MetaBatch, steps: Sequence[int]) -> Iterator[Tensor]:
+        for count, fast in enumerate(self.maml.inner_loop(batch.x_spt, batch.y_spt, max(steps))):
+            if count in steps:
+                yield self._on_queries(fast, batch, count)
+
+    def _on_queries(self, fast: dict[str, Tensor], batch: MetaBatch, steps: int) -> Tensor:
+        slot = max(steps - 1, 0)
+        if self.support_statistics:
+            nets = (self.adapted_net(fast, slot, batch.x_spt, task) for task in range(len(batch.x_qry)))
+            return torch.stack([net(x) for net, x in zip(nets, batch.x_qry, strict=True)])
+        prediction: Tensor = self.maml.predict(fast, batch.x_qry, slot=slot)
+        return prediction
+
+    def adapted_net(self, fast: dict[str, Tensor], slot: int, x_spt: Tensor | None, task: int = 0) -> nn.Module:
+        """The net of a task by itself, with the statistics of its support set, or (None) with running statistics."""
+        of_task = {name: p[task] for name, p in fast.items()}
+        return with_fixed_statistics(self.maml.model, of_task, slot, None if x_spt is None else x_spt[task])
+
+
+class Maml(Adapting):
     """MAML (Finn et al. 2017), and the algorithms that it becomes by its settings.
 
     These are FOMAML, ANIL, Meta-SGD and MAML++. Without inner steps in training it is a baseline that is trained on all
@@ -92,10 +131,6 @@ class Maml(Algorithm):
         if settings.told:  # the input identifies the task, so the network is not adapted
             self.steps = (0,)
 
-    @property
-    def backend(self) -> str:  # type: ignore[override]
-        return self.maml.backend
-
     def _gradients(self, batch: MetaBatch, iteration: int) -> tuple[Tensor, Tensor]:
         settings = self.settings
         self.maml.first_order = settings.first_order or iteration <= settings.first_order_iterations
@@ -103,16 +138,6 @@ class Maml(Algorithm):
             self.maml.query_weights = multi_step_weights(settings, iteration)
         out = self.maml.backward(*batch)
         return out.loss, score(settings.job, out.logits, batch.y_qry).mean()
-
-    def predict(self, batch: MetaBatch, steps: int) -> Tensor:
-        fast = self.maml.adapt(batch.x_spt, batch.y_spt, steps=steps)
-        prediction: Tensor = self.maml.predict(fast, batch.x_qry, slot=max(steps - 1, 0))
-        return prediction
-
-    def predictions(self, batch: MetaBatch, steps: Sequence[int]) -> Iterator[Tensor]:
-        for count, fast in enumerate(self.maml.inner_loop(batch.x_spt, batch.y_spt, max(steps))):
-            if count in steps:
-                yield self.maml.predict(fast, batch.x_qry, slot=max(count - 1, 0))
 
     def use_running_statistics(self, batches: Iterable[MetaBatch]) -> None:
         """Makes BatchNorm use running statistics, so that each query is classified independently of the others.
@@ -137,7 +162,7 @@ class Maml(Algorithm):
         self.maml.train(self.maml.training)
 
 
-class Reptile(Algorithm):
+class Reptile(Adapting):
     """Reptile (Nichol et al. 2018), batched: ``theta += eps * mean over tasks of (phi_K - theta)``.
 
     The inner loop is SGD on minibatches of a task's support and query samples together; the authors use Adam with beta1
@@ -149,10 +174,6 @@ class Reptile(Algorithm):
         self.settings = settings
         self.module = self.maml = make_maml(settings).to(device)
         self.optimizer = torch.optim.SGD(self.maml.parameters(), lr=settings.meta_lr)
-
-    @property
-    def backend(self) -> str:  # type: ignore[override]
-        return self.maml.backend
 
     def _gradients(self, batch: MetaBatch, iteration: int) -> tuple[Tensor, Tensor]:
         settings, maml = self.settings, self.maml
@@ -168,8 +189,6 @@ class Reptile(Algorithm):
         # The inner steps have seen all samples of a task, so this is a score on training samples.
         after = maml.predict(fast, batch.x_spt)
         return torch.stack(losses).mean(), score(settings.job, after, batch.y_spt).mean()
-
-    predict, predictions = Maml.predict, Maml.predictions
 
     def _minibatches(self, x: Tensor, iteration: int) -> Sequence[Tensor]:
         """The rows of the samples of each inner step, ``[tasks, inner_batch]``.
@@ -248,7 +267,7 @@ class MatchingNet(Metric):
         return (attention @ F.one_hot(labels).to(support.dtype)).log()
 
 
-class Pretrained(Algorithm):
+class Pretrained(Adapting):
     """The fine-tuning baseline.
 
     A classifier of all training classes is trained. On a task, its last layer is replaced by a new one, initialised to
@@ -272,10 +291,6 @@ class Pretrained(Algorithm):
         self.module = nn.ModuleDict({"maml": self.maml, "classifier": classifier})
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=settings.meta_lr, fused=True)
 
-    @property
-    def backend(self) -> str:  # type: ignore[override]
-        return self.maml.backend
-
     def sampler(self, tasks: ImageTasks | SinusoidTasks) -> ImageBatches:
         assert isinstance(tasks, ImageTasks)
         return ImageBatches(tasks)
@@ -286,8 +301,6 @@ class Pretrained(Algorithm):
         loss = F.cross_entropy(logits, y)
         loss.backward()
         return loss.detach(), score(self.settings.job, logits.detach(), y)
-
-    predict, predictions = Maml.predict, Maml.predictions
 
 
 class NearestPixel(Algorithm):

@@ -8,12 +8,13 @@ import torch
 from torch import Generator, Tensor, nn
 
 from maml_cuda.data import GlyphTasks, ImageTasks, SinusoidTasks, glyphs, images, splits
+from maml_cuda.data.pictures import Pictures
 from maml_cuda.data.splits import SPLITS
 from maml_cuda.fused_maml import FusedMAML
 from maml_cuda.rl.settings import RLSettings
 from maml_cuda.train.devices import CPU
 from maml_cuda.train.models import conv4, conv4_max_pool, sinusoid_mlp
-from maml_cuda.train.settings import SHIPPED, Settings, is_classification, named_settings
+from maml_cuda.train.settings import CHARACTERS, SHIPPED, Settings, is_classification, named_settings
 
 
 def new_settings(job: str = "glyphs", preset: str = "maml", **given: Any) -> Settings:
@@ -75,11 +76,23 @@ def image_shape(settings: Settings) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def make_maml(settings: Settings) -> FusedMAML:
+def pictures_of(settings: Settings | RLSettings) -> Pictures:
+    """How the net of a run takes pictures.
+
+    Raises:
+        ValueError: it is not a run on pictures.
+    """
+    if not isinstance(settings, Settings) or not is_classification(settings.job):
+        raise ValueError(f"run must be one on pictures, got one of {settings.job}")
+    channels, height, width = image_shape(settings)
+    return Pictures(channels, height, width, settings.background, light_ink=settings.job in CHARACTERS)
+
+
+def make_maml(settings: Settings, kind: type[FusedMAML] = FusedMAML) -> FusedMAML:
     """A new FusedMAML, initialised from the seed of ``settings``. torch's global generator does not change."""
     model = make_model(settings)
     adapted = _adapted(settings, model)
-    return FusedMAML(
+    return kind(
         model,
         _inner_rates(settings, {name: p for name, p in model.named_parameters() if name in adapted}),
         settings.inner_steps,

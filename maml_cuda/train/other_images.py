@@ -5,10 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from maml_cuda.data import images, own_images
-from maml_cuda.train.jobs import image_shape, images_of_run
-from maml_cuda.train.settings import SHIPPED, Settings
-
-WITHOUT_HEAD = ("protonet", "matching", "nearest-pixel")  # algorithms that accept any number of classes
+from maml_cuda.train.jobs import images_of_run, pictures_of
+from maml_cuda.train.settings import SHIPPED, WITHOUT_INNER_LOOP, Settings
 
 
 def other_images(
@@ -51,12 +49,13 @@ def other_images(
                 f"trained class {known[0]}: {error}"
             ) from None
         return None
-    channels, height, width = image_shape(settings)
+    taken = pictures_of(settings)
     return images.folder(
         path,
-        size=(height, width),
-        channels=channels,
-        background=settings.background,
+        size=(taken.height, taken.width),
+        channels=taken.channels,
+        background=taken.background,
+        light_ink=taken.light_ink,
         split=None if len(found) > 1 else (0, 0, len(found["test"])),
         cache=cache,
     )
@@ -66,7 +65,7 @@ def check_ways(settings: Settings, trained: int) -> None:
     """Raises ValueError if a network that was trained for ``trained`` classes per task cannot be tested with
     ``settings.ways``.
     """
-    if settings.ways != trained and settings.algorithm not in WITHOUT_HEAD:
+    if settings.ways != trained and settings.algorithm not in WITHOUT_INNER_LOOP:
         raise ValueError(
             f"ways must be {trained} for this net of {settings.algorithm}, whose last layer has {trained} outputs, "
             f"got {settings.ways}; protonet and matching have no such layer and accept any number"

@@ -2,6 +2,9 @@
 
 import csv
 import io
+import math
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from maml_cuda.train.settings import Settings, metric_name
 
 # The palette of Okabe and Ito, which colour-blind people can distinguish.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
+COLOURS = (BLUE, ORANGE, GREEN, GREY, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def learning_curves(metrics: Path, path: Path, settings: Settings) -> None:
@@ -90,6 +94,56 @@ def image_task(algorithm: Algorithm, batch: MetaBatch, steps: int, path: Path, m
     save(figure, path)
 
 
+def comparison(results: Sequence[dict[str, Any]], labels: Sequence[str], path: Path) -> None:
+    """Plots the score of one or several runs of a job after each number of adaptation steps, with its 95 % interval."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for index, (result, label) in enumerate(zip(results, labels, strict=True)):
+        axes.errorbar(
+            result["steps"], result["mean"], yerr=result["ci95"], fmt="o-", capsize=3,
+            color=COLOURS[index % len(COLOURS)], label=label,
+        )  # fmt: skip
+    axes.set(xlabel="adaptation steps", ylabel=results[0]["metric"], xticks=max((r["steps"] for r in results), key=len))
+    axes.set_title(f"{results[0]['task']}: {results[0]['test_tasks']} test tasks, 95 % interval")
+    if results[0]["metric"] == "accuracy":
+        axes.set_ylim(0, 1)
+    axes.grid(alpha=0.3)
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)
+    save(figure, path)
+
+
+def predictions(
+    answers: Sequence[tuple[Tensor, str, str, float]], path: Path, most: int = 60, columns: int = 10
+) -> None:
+    """Draws pictures with their predicted class and its probability.
+
+    Args:
+        answers: ``(picture, class, predicted class, probability)``; the class is empty where it is not known.
+        path: of the PNG file.
+        most: only the first so many pictures are drawn.
+        columns: pictures in a row.
+    """
+    shown = answers[:most]
+    columns = min(columns, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(max(1.2 * columns, 4), 0.6 + 1.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in grid[len(shown) :]:
+        axes.axis("off")
+    for axes, (picture, name, predicted, probability) in zip(grid, shown, strict=False):
+        mark, colour = ("", BLUE) if not name else ("✓ ", GREEN) if name == predicted else ("✗ ", ORANGE)
+        _image(axes, picture, f"{mark}{_short(predicted)}\n{probability:.0%}", colour)
+    known = any(name for _, name, _, _ in shown)
+    title = f"{len(shown)} of {len(answers)} pictures" if len(shown) < len(answers) else f"{len(answers)} pictures"
+    figure.suptitle(f"{title}, predicted class and its probability{'; ✗ is wrong' * known}", fontsize=9)
+    save(figure, path)
+
+
+def _short(name: str, most: int = 14) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
 def sinusoid_fits(algorithm: Algorithm, batch: MetaBatch, path: Path) -> None:
     """Plots the first task of ``batch``: the true curve, its support points, and the fit after 0, 1 and 10 steps."""
     x_spt, y_spt, x_qry, y_qry = (part[:1] for part in batch)
@@ -116,7 +170,7 @@ def sinusoid_fits(algorithm: Algorithm, batch: MetaBatch, path: Path) -> None:
 
 def _image(axes: Any, image: Tensor, title: str, colour: str) -> None:
     axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)  # [height, width, 1 or 3]
-    axes.set_title(title, fontsize=9, color=colour)
+    axes.set_title(title, fontsize=9, color=colour, parse_math=False)
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(color=colour, linewidth=2)
@@ -125,5 +179,7 @@ def _image(axes: Any, image: Tensor, title: str, colour: str) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Writes the figure as PNG, completely or not at all."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in a script that the font lacks
+        figure.savefig(content, format="png", dpi=120)
     write_file(path, content.getvalue())

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from maml_cuda.batch_norm import PerStepBatchNorm2d
 from maml_cuda.data import ImageTasks, MetaBatch
 from maml_cuda.data.images import Images
 from maml_cuda.train import plots
-from maml_cuda.train.algorithms import Algorithm, Maml, make_algorithm
+from maml_cuda.train.algorithms import Adapting, Algorithm, Maml, make_algorithm
 from maml_cuda.train.checkpoint import load_info, load_model, load_parameters, locate
 from maml_cuda.train.devices import CPU
 from maml_cuda.train.evaluate import evaluate, mean_and_ci95
@@ -75,6 +76,34 @@ def collect_statistics(algorithm: Algorithm, settings: Settings, batches: int = 
         raise ValueError(f"running statistics need MAML's inner loop, got {settings.algorithm}")
     tasks, generator = make_tasks(settings, "train", device=device), make_generator(settings, "train")
     algorithm.use_running_statistics(tasks.sample(settings.meta_batch, generator) for _ in range(batches))
+
+
+def normalise_by(statistics: str | None, algorithm: Algorithm, settings: Settings, device: torch.device = CPU) -> None:
+    """Chooses the statistics by which BatchNorm normalises queries in a test.
+
+    Args:
+        statistics: "transductive" or None: those of the queries, together. "running": of training tasks, which are
+            drawn for it. "support": of the support set. The last two classify each query by itself.
+        algorithm: is changed.
+        settings: those of the run, with the place of its data.
+        device: of the algorithm.
+
+    Raises:
+        ValueError: the algorithm or its net has no such statistics.
+    """
+    if statistics == "running":
+        collect_statistics(algorithm, settings, device=device)
+    elif statistics == "support":
+        if not isinstance(algorithm, Adapting):
+            raise ValueError(f"statistics of the support set need an inner loop, got {settings.algorithm}")
+        if not has_batch_norm(algorithm):
+            raise ValueError("statistics of the support set need a net with BatchNorm layers, got none")
+        algorithm.support_statistics = True
+
+
+def has_batch_norm(algorithm: Algorithm) -> bool:
+    """Whether the net of an algorithm has BatchNorm layers."""
+    return any(isinstance(m, nn.BatchNorm2d | PerStepBatchNorm2d) for m in algorithm.module.modules())
 
 
 def ensemble_predictions(

@@ -30,6 +30,8 @@ MAY_BE_0 = (
 )  # fmt: skip
 # Settings that only a folder of your own images uses.
 FOLDER_ONLY = ("image_size", "background", "split")
+WITHOUT_INNER_LOOP = ("protonet", "matching", "nearest-pixel")  # algorithms that take any number of classes
+CHARACTERS = ("glyphs", "omniglot")  # jobs of light ink on a dark ground
 # Settings that only the meta-step of MAML uses.
 MAML_ONLY = (
     "learn_inner_lr",

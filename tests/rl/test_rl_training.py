@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from maml_cuda.cli import main
-from maml_cuda.rl import plots, render
+from maml_cuda.rl import render
 from maml_cuda.rl.adaptation import evaluate_returns
 from maml_cuda.rl.clock import Clock
 from maml_cuda.rl.environments import make_environment
@@ -21,6 +21,7 @@ from maml_cuda.rl.outer import OuterStep
 from maml_cuda.rl.report import finish, load_run, table
 from maml_cuda.rl.settings import RL_JOBS, RLSettings, new_rl_settings
 from maml_cuda.rl.training import RLTraining, make_policy
+from maml_cuda.train import plots
 from maml_cuda.train.jobs import make_generator
 from maml_cuda.train.loop import resumed_settings
 
@@ -278,7 +279,7 @@ def test_a_label_is_plotted_verbatim(tmp_path, monkeypatch) -> None:
     figures = []
     monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
     result = {"task": "navigation", "metric": "return", "steps": [0, 1], "mean": [-4.0, -3.0], "ci95": [0.1, 0.1]}
-    plots.returns([result | {"test_tasks": 2}], ["none"], tmp_path / "plot.png")
+    plots.comparison([result | {"test_tasks": 2}], ["none"], tmp_path / "plot.png")
     assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == ["none"]
 
 
