@@ -65,7 +65,7 @@ def _first_training(
     processes. They get None if an error is raised.
     """
     from maml_cuda.train.checkpoint import load_info
-    from maml_cuda.train.loop import resumed_settings
+    from maml_cuda.train.run_info import resumed_settings
 
     handed = None
     try:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from maml_cuda import FusedMAML
 from maml_cuda.rl.adaptation import evaluate_returns
@@ -18,9 +17,11 @@ from maml_cuda.rl.outer import OuterStep, clipped, trpo, vpg
 from maml_cuda.rl.policy import GaussianPolicy
 from maml_cuda.rl.sampling import sample_episodes
 from maml_cuda.rl.settings import RLSettings
+from maml_cuda.train.bests import with_validation
 from maml_cuda.train.devices import only_on_cpu
 from maml_cuda.train.jobs import make_generator
 from maml_cuda.train.loop import Training
+from maml_cuda.train.progress import Progress
 
 
 def make_policy(settings: RLSettings, kind: type[FusedMAML] = FusedMAML) -> FusedMAML:
@@ -115,9 +116,9 @@ class RLTraining(Training):
             return vpg(self.maml, batch, self.optimizer)
         return clipped(self.maml, batch, self.optimizer, settings.epochs, settings.clip)
 
-    def _log(self, step: dict[str, float], bar: tqdm) -> dict[str, float]:
+    def _log(self, step: dict[str, float], progress: Progress) -> dict[str, float]:
         shares = ", ".join(f"{what} {share:.0%}" for what, share in self.clock.shares().items())
-        bar.set_postfix_str(f"return {step['before']:.1f} -> {step['after']:.1f}, {shares}", refresh=False)
+        progress.words = f"return {step['before']:.1f} -> {step['after']:.1f}, {shares}"
         return step
 
     def _validate(self) -> tuple[float, str]:
@@ -133,6 +134,6 @@ class RLTraining(Training):
             settings.validation_tasks, steps,
         ).mean(1)  # fmt: skip
         mean = float(returns[min(1, steps) :].mean())
-        self._record_validation(mean, rising=True)
+        self.bests = with_validation(self.bests, self.iteration, mean, rising=True)
         found = ", ".join(f"{value:.1f}" for value in returns.tolist())
         return mean, f"iteration {self.iteration}: validation return {found} after 0 to {steps} steps"

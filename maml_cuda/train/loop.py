@@ -7,25 +7,21 @@ trains the run, the folder also holds ``lock`` (``run_lock.py``).
 """
 
 import math
-import shutil
 import signal
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from maml_cuda.data import ImageTasks, MetaBatch
 from maml_cuda.train.algorithms import make_algorithm, meta_lr
+from maml_cuda.train.bests import checkpoints_at, remove_others, with_validation
 from maml_cuda.train.checkpoint import (
-    UnusableCheckpoint,
     load_checkpoint,
-    load_info,
-    load_model,
     load_optimizer,
     load_parameters,
     not_finite,
@@ -37,8 +33,9 @@ from maml_cuda.train.evaluate import evaluate
 from maml_cuda.train.interrupts import interrupt_flag
 from maml_cuda.train.jobs import format_score, make_generator, make_tasks, score
 from maml_cuda.train.metrics import Metrics
+from maml_cuda.train.progress import Progress
 from maml_cuda.train.ranks import ALONE, Ranks
-from maml_cuda.train.run_info import MAY_CHANGE, restore_settings, with_checksum
+from maml_cuda.train.run_info import with_checksum
 from maml_cuda.train.run_lock import LOCK
 from maml_cuda.train.settings import Settings, is_classification, metric_name
 
@@ -190,17 +187,7 @@ class Training:
     def _remove_later_bests(self) -> None:
         """Keeps the best checkpoints that are intact and not later than this iteration; removes the others."""
         self._save_bests()  # a crash may have happened between writing ``best`` and ``best-<n>``
-        self.bests = [best for best in self.bests if "checkpoint" not in best or self._is_intact(best)]
-        for path in self.run.glob("best-*"):
-            if path.name not in {best["checkpoint"] for best in self.bests}:
-                shutil.rmtree(path)
-
-    def _is_intact(self, best: dict[str, Any]) -> bool:
-        """Whether the checkpoint of a best validation can be loaded and is of that iteration."""
-        try:
-            return bool(load_model(self.run / best["checkpoint"])[1]["iteration"] == best["iteration"])
-        except UnusableCheckpoint:
-            return False
+        self.bests = remove_others(self.run, self.bests)
 
     def save(self, name: str) -> None:
         """Writes the checkpoint ``last``, ``best`` or ``best-<n>``."""
@@ -231,9 +218,7 @@ class Training:
         with (
             self.metrics if first else nullcontext() as metrics,
             interrupt_flag() as flag,
-            tqdm(
-                total=settings.iterations, initial=self.iteration, unit="it", dynamic_ncols=True, disable=not first
-            ) as bar,
+            Progress(settings.iterations, self.iteration, shown=first) as progress,
         ):
             started, cpu_started = time.perf_counter() - self.seconds, time.process_time() - self.cpu_seconds
 
@@ -256,7 +241,7 @@ class Training:
                 due = validate or self.iteration == settings.iterations or flag.signum is not None
                 if log or due:
                     self._refuse_divergence(due)
-                row, words = self._log(before, bar) if log else {}, ""
+                row, words = self._log(before, progress) if log else {}, ""
                 if validate:
                     row["validation"], words = self._validate()
                 if row and metrics is not None:
@@ -265,26 +250,22 @@ class Training:
                     save()
                 try:  # after the row and the checkpoint, which are kept if standard output is closed
                     if log:
-                        bar.update(self.iteration - bar.n)
-                    if words and first:
-                        bar.write(words)
+                        progress.update(self.iteration)
+                    if words:
+                        progress.print(words)
                 except OSError:
                     save()
                     raise
                 if due:
                     flag.interrupt()
-            bar.update(self.iteration - bar.n)
+            progress.update(self.iteration)
         if first and not self.bests:  # fewer iterations than one validation interval
             self.save("best")
 
     def _save_bests(self) -> None:
         """Writes ``best`` and ``best-<n>`` if the validation of this iteration is among the best."""
-        for rank, best in enumerate(self.bests):
-            if best["iteration"] == self.iteration:
-                if rank == 0:
-                    self.save("best")
-                if "checkpoint" in best:
-                    self.save(best["checkpoint"])
+        for name in checkpoints_at(self.bests, self.iteration):
+            self.save(name)
 
     def _step(self, log: bool) -> Any:
         """One meta-iteration.
@@ -325,9 +306,8 @@ class Training:
                 "lower --meta-lr or --inner-lr; the last checkpoint was saved before that"
             )
 
-    def _log(self, before: Any, bar: tqdm) -> dict[str, float]:
-        """The row of metrics.csv, from what ``_step`` returned. Also sets the text behind the progress bar, without
-        drawing it.
+    def _log(self, before: Any, progress: Progress) -> dict[str, float]:
+        """The row of metrics.csv, from what ``_step`` returned. Also sets the words of ``progress``.
 
         Loss and score are means since the last row; the score before adaptation is that of one meta-batch.
         """
@@ -339,14 +319,9 @@ class Training:
         if before is not None:
             row["before"] = before.item()
             scores = f"{format_score(job, row['before'])} -> {scores}"
-        bar.set_postfix_str(
-            f"loss {loss:.3g}, {metric_name(job)} {scores}, {self._tasks_per_second(bar):.3g} tasks/s", refresh=False
-        )
+        speed = progress.rate(self.iteration) * self.settings.meta_batch
+        progress.words = f"loss {loss:.3g}, {metric_name(job)} {scores}, {speed:.3g} tasks/s"
         return row
-
-    def _tasks_per_second(self, bar: tqdm) -> float:
-        elapsed = bar.format_dict["elapsed"]
-        return (self.iteration - bar.initial) * self.settings.meta_batch / elapsed if elapsed else 0.0
 
     def _validate(self) -> tuple[float, str]:
         """The validation score and a line of text that reports it. Records the score if it is among the best.
@@ -369,27 +344,11 @@ class Training:
             self.ranks,
         )
         mean = scores.double().mean().item()
-        self._record_validation(mean, rising=is_classification(settings.job), kept=settings.best_checkpoints)
+        rising = is_classification(settings.job)
+        self.bests = with_validation(self.bests, self.iteration, mean, rising=rising, kept=settings.best_checkpoints)
         over = f" over {steps[0]} to {steps[-1]} steps" if steps[-1] else ""
         found = f"{metric_name(settings.job)} {format_score(settings.job, mean)}{over}"
         return mean, f"iteration {self.iteration}: validation {found}"
-
-    def _record_validation(self, score: float, *, rising: bool, kept: int = 1) -> None:
-        """Adds a validation to the ``kept`` best ones, after equal ones. It takes over the checkpoint name of the one
-        that it displaces.
-
-        Args:
-            score: the validation score; ignored if it is not finite.
-            rising: whether a larger score is better.
-            kept: the number of validations to keep.
-        """
-        if not math.isfinite(score):
-            return
-        new: dict[str, Any] = {"iteration": self.iteration, "score": score}
-        self.bests = sorted([*self.bests, new], key=lambda best: -best["score"] if rising else best["score"])[:kept]
-        if kept > 1 and new in self.bests:
-            taken = {best.get("checkpoint") for best in self.bests}
-            new["checkpoint"] = next(name for n in range(kept) if (name := f"best-{n + 1}") not in taken)
 
 
 def _is_left_by_a_start(path: Path) -> bool:
@@ -397,25 +356,3 @@ def _is_left_by_a_start(path: Path) -> bool:
     if path.name == "metrics.csv":
         return path.read_bytes().count(b"\n") <= 1
     return path.name in (LOCK, "metrics.csv.new", "last.new")
-
-
-def resumed_settings(run: Path, given: dict[str, Any], kind: type = Settings, checkpoint: str = "last") -> Any:
-    """The settings of a checkpoint, changed by ``given``.
-
-    Args:
-        run: the run's folder.
-        given: the settings to change; only those in ``MAY_CHANGE`` may differ from the stored ones.
-        kind: the class of the settings.
-        checkpoint: the name of the checkpoint.
-
-    Raises:
-        FileNotFoundError: there is no such checkpoint.
-        ValueError: ``given`` changes a setting that may not change.
-    """
-    folder = run / checkpoint
-    stored: Any = restore_settings(kind, load_info(folder), folder)
-    may_change = MAY_CHANGE if getattr(stored, "meta_schedule", "constant") == "constant" else MAY_CHANGE[1:]
-    for name, value in given.items():
-        if name not in may_change and (old := getattr(stored, name)) != value:
-            raise ValueError(f"{name} must stay {old} in the resumed run {run}, got {value}")
-    return replace(stored, **given)

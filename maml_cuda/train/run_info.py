@@ -1,16 +1,17 @@
 """The settings and other facts of a run in its checkpoints, protected by a checksum."""
 
 import json
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
-from maml_cuda.train.checkpoint import DamagedCheckpoint
+from maml_cuda.train.checkpoint import DamagedCheckpoint, load_info
+from maml_cuda.train.settings import Settings
 
 S = TypeVar("S")
 # The settings that may change when a run is resumed, because earlier iterations do not depend on them. Those depend on
-# ``iterations`` if the outer rate has a schedule; see ``loop.resumed_settings``. The data may move but not change.
+# ``iterations`` if the outer rate has a schedule; see ``resumed_settings``. The data may move but not change.
 MAY_CHANGE = ("iterations", "test_tasks", "data", "cache")
 
 
@@ -48,6 +49,28 @@ def restore_settings(kind: type[S], info: dict[str, Any], folder: Path) -> S:
         return kind(**settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{error} (in the settings of {folder})") from None
+
+
+def resumed_settings(run: Path, given: dict[str, Any], kind: type = Settings, checkpoint: str = "last") -> Any:
+    """The settings of a checkpoint, changed by ``given``.
+
+    Args:
+        run: the run's folder.
+        given: the settings to change; only those in ``MAY_CHANGE`` may differ from the stored ones.
+        kind: the class of the settings.
+        checkpoint: the name of the checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: ``given`` changes a setting that may not change.
+    """
+    folder = run / checkpoint
+    stored: Any = restore_settings(kind, load_info(folder), folder)
+    may_change = MAY_CHANGE if getattr(stored, "meta_schedule", "constant") == "constant" else MAY_CHANGE[1:]
+    for name, value in given.items():
+        if name not in may_change and (old := getattr(stored, name)) != value:
+            raise ValueError(f"{name} must stay {old} in the resumed run {run}, got {value}")
+    return replace(stored, **given)
 
 
 def _checksum(info: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from maml_cuda.rl.settings import RL_JOBS, RLSettings, new_rl_settings
 from maml_cuda.rl.training import RLTraining, make_policy
 from maml_cuda.train import plots
 from maml_cuda.train.jobs import make_generator
-from maml_cuda.train.loop import resumed_settings
+from maml_cuda.train.run_info import resumed_settings
 
 TINY = {
     "meta_batch": 2,

@@ -11,7 +11,8 @@ import pytest
 
 from maml_cuda.train import presets
 from maml_cuda.train.jobs import new_settings
-from maml_cuda.train.loop import Training, resumed_settings
+from maml_cuda.train.loop import Training
+from maml_cuda.train.run_info import resumed_settings
 from maml_cuda.train.settings import Settings
 
 NAMES = [("glyphs", name) for name in presets.IMAGE_PRESETS] + [("sinusoid", name) for name in presets.CURVE_PRESETS]

@@ -40,7 +40,7 @@ def test_train_writes_a_complete_run_and_prints_where(tmp_path, capsys) -> None:
     assert "iteration 10: validation MSE" in captured.out
     assert "sinusoid: MSE on 6 test tasks, 5-shot" in captured.out
     assert f"summary.json are in {tmp_path / 'run'}" in captured.out
-    assert "20/20" in captured.err  # tqdm
+    assert "iteration 20 of 20, 00:0" in captured.err
     assert "MSE" in captured.err
     assert "tasks/s" in captured.err
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save
 
 from maml_cuda.cli import COMMANDS, main
 from maml_cuda.train import checkpoint
-from maml_cuda.train.loop import Training, resumed_settings
+from maml_cuda.train.loop import Training
 from maml_cuda.train.metrics import Metrics
 from maml_cuda.train.report import load_ensemble
-from maml_cuda.train.run_info import with_checksum
+from maml_cuda.train.run_info import resumed_settings, with_checksum
 from tests.train.runs import files, rows, small, tiny, trained
 
 SHORT = (

@@ -17,8 +17,9 @@ from maml_cuda.train import report
 from maml_cuda.train.algorithms import make_algorithm
 from maml_cuda.train.checkpoint import load_checkpoint
 from maml_cuda.train.devices import CPU, device_of
-from maml_cuda.train.loop import Training, resumed_settings
+from maml_cuda.train.loop import Training
 from maml_cuda.train.report import collect_statistics, finish, load_run
+from maml_cuda.train.run_info import resumed_settings
 from tests.conftest import _no_gpu
 from tests.train.runs import small
 

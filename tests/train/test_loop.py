@@ -9,9 +9,10 @@ import torch
 from maml_cuda.train.algorithms import make_algorithm
 from maml_cuda.train.evaluate import CHUNK, evaluate, mean_and_ci95
 from maml_cuda.train.jobs import format_score, make_generator, make_maml, make_tasks, new_settings, score
-from maml_cuda.train.loop import COLUMNS, Training, resumed_settings
+from maml_cuda.train.loop import COLUMNS, Training
 from maml_cuda.train.models import conv4, conv4_max_pool
 from maml_cuda.train.report import finish, load_run
+from maml_cuda.train.run_info import resumed_settings
 from maml_cuda.train.settings import JOBS, Settings
 from tests.train.runs import files, interrupt_at, resumed, rows, tiny, trained
 

@@ -9,8 +9,9 @@ import torch
 from maml_cuda.train import presets
 from maml_cuda.train.algorithms import make_algorithm
 from maml_cuda.train.jobs import new_settings
-from maml_cuda.train.loop import Training, resumed_settings
+from maml_cuda.train.loop import Training
 from maml_cuda.train.report import finish
+from maml_cuda.train.run_info import resumed_settings
 from maml_cuda.train.settings import JOBS, named_settings
 from tests.train.runs import NAMES, files, interrupt_at, small, trained
 

@@ -25,8 +25,9 @@ from maml_cuda.train.checkpoint import load_checkpoint, locate
 from maml_cuda.train.devices import CPU
 from maml_cuda.train.evaluate import evaluate
 from maml_cuda.train.jobs import make_generator, make_tasks
-from maml_cuda.train.loop import Training, resumed_settings
+from maml_cuda.train.loop import Training
 from maml_cuda.train.ranks import ALONE, Ranks
+from maml_cuda.train.run_info import resumed_settings
 from tests.train.processes import ENVIRONMENT, end, in_float64, start
 from tests.train.runs import rows, small, tiny, trained
 
