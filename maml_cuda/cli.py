@@ -7,6 +7,7 @@ from types import ModuleType
 
 from maml_cuda import __version__
 from maml_cuda.commands import benchmark, compare, evaluate, export, info, predict, train
+from maml_cuda.commands.completion import complete
 from maml_cuda.commands.parser import Parser
 from maml_cuda.train.hints import did_you_mean, sibling_folders
 from maml_cuda.train.interrupts import exit_status, sigterm_raises
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         with readable_output(), sigterm_raises():
-            options = parser().parse_args(arguments)
+            complete(commands := parser())
+            options = commands.parse_args(arguments)
             status: int = COMMANDS[options.command].run(options)
             return status
     except KeyboardInterrupt as interrupt:

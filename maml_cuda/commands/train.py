@@ -17,17 +17,22 @@ from maml_cuda.train.interrupts import exit_status
 from maml_cuda.train.output import print_error
 from maml_cuda.train.run_lock import locked_run
 from maml_cuda.train.settings import JOBS, Settings
+from maml_cuda.train.tensorboard import FOLDER
 
 __all__ = ["add_parser", "run"]
 
 
 def run(options: argparse.Namespace) -> int:
     """``maml-cuda train``: trains a new run, or continues one, and tests its best checkpoint."""
-    require("tqdm", "matplotlib", "safetensors", extra="train")
+    require("tqdm", "matplotlib", "safetensors", "yaml", extra="train")
+    from maml_cuda.commands import config_file
     from maml_cuda.train.checkpoint import locate
     from maml_cuda.train.devices import device_of
     from maml_cuda.train.ranks import join, resume_after_a_restart
 
+    if options.config is not None:
+        config_file.apply(options)
+    options.device = options.device or "cpu"
     set_threads(options.threads)
     if options.job is not None and options.job not in JOBS and Path(options.job).is_dir():
         if options.data is not None:
@@ -64,11 +69,15 @@ def _first_training(
     """The folder of the run, locked until ``stack`` is closed, and its training, which is handed to the other
     processes. They get None if an error is raised.
     """
+    from maml_cuda.commands import config_file
     from maml_cuda.train.checkpoint import load_info
     from maml_cuda.train.run_info import resumed_settings
 
     handed = None
+    curves = options.tensorboard  # None: where earlier parts of the run have them
     try:
+        if curves:
+            require("tensorboard", extra="tensorboard")
         announce_data(options.data)
         if options.resume is None:
             if options.resume_from is not None:
@@ -85,8 +94,19 @@ def _first_training(
             run, checkpoint = Path(options.resume or options.out), options.resume_from or "last"
             kind = kind_of_run(load_info(run / checkpoint), run / checkpoint)
             stack.enter_context(locked_run(run))
+            if curves is None and (curves := (run / FOLDER).is_dir()):
+                require("tensorboard", extra="tensorboard")
             settings = resumed_settings(run, checked_names(kind, given), kind.settings, checkpoint)
             training = kind.training.resume(run, settings, checkpoint, device, ranks)
+        training.tensorboard = bool(curves)
+        config_file.write(
+            run,
+            settings,
+            ranks.count,
+            device=options.device,
+            threads=options.threads,
+            tensorboard=training.tensorboard or None,
+        )
         if ranks.count > 1:
             handed = run, settings, training.state()
     finally:

@@ -37,7 +37,8 @@ examples:
 Several processes share the tasks of each meta-iteration:
   torchrun --nproc-per-node 2 -m maml_cuda train omniglot --data ~/omniglot
 
-A run is one folder: metrics.csv, the checkpoints last/ and best/, PNG plots and summary.json.
+A run is one folder: metrics.csv, the checkpoints last/ and best/, PNG plots, summary.json, and config.yaml, which
+repeats the run: maml-cuda train --config RUN/config.yaml
 """
 
 
@@ -137,6 +138,11 @@ def add_parser(commands: Any) -> None:
 
     group = parser.add_argument_group("run")
     group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="options in YAML, such as config.yaml in the folder of a run; the command line overrides them",
+    )
+    group.add_argument(
         "--out", metavar="RUN", help="folder of the run, which must be new or empty (default: runs/<job>-<time>)"
     )
     group.add_argument(
@@ -153,7 +159,13 @@ def add_parser(commands: Any) -> None:
         choices=("last", "best"),
         help="with --resume: the checkpoint to continue from; later results are removed (default: last)",
     )
+    group.add_argument(
+        "--tensorboard",
+        action=argparse.BooleanOptionalAction,
+        help="write the rows of metrics.csv for TensorBoard too (default: if the resumed run has them)",
+    )
     add_machine(group)
+    parser.set_defaults(device=None)  # so that --config can set it
 
 
 def _setting(group: argparse._ActionsContainer, option: str, text: str, name: str | None = None) -> None:

@@ -26,7 +26,8 @@ def new_settings(job: str = "glyphs", preset: str = "maml", **given: Any) -> Set
         given: settings that override those of the job and of the preset.
 
     Raises:
-        ValueError: a setting is invalid, or the job needs a data set and ``data`` is empty.
+        ValueError: a setting is invalid, the job needs a data set and ``data`` is empty, or ``data_sha256`` is given
+            and the data set is another one.
         FileNotFoundError: a file of the data set is missing.
     """
     settings = named_settings(job, preset, **given)
@@ -35,6 +36,11 @@ def new_settings(job: str = "glyphs", preset: str = "maml", **given: Any) -> Set
     if not settings.data:
         raise ValueError(f"data must name the folder that holds {job}: --data PATH")
     opened = open_images(settings)
+    if settings.data_sha256 not in ("", opened.sha256):
+        raise ValueError(
+            f"{settings.data} must hold the images of data_sha256, {settings.data_sha256}, got {opened.sha256}; "
+            "leave data_sha256 out to train on other images"
+        )
     return replace(settings, data_sha256=opened.sha256, image_shape=" x ".join(map(str, opened.shape)))
 
 

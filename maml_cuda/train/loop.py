@@ -38,6 +38,7 @@ from maml_cuda.train.ranks import ALONE, Ranks
 from maml_cuda.train.run_info import with_checksum
 from maml_cuda.train.run_lock import LOCK
 from maml_cuda.train.settings import Settings, is_classification, metric_name
+from maml_cuda.train.tensorboard import TensorBoard
 
 # What a checkpoint holds: the tensors of the module, those of the optimizer and of the training, and the rest.
 State = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]
@@ -52,6 +53,7 @@ class Training:
         settings: the run's settings.
         device: the device of the module and of the data.
         ranks: the processes that train the run; the first one alone writes to the folder.
+        tensorboard: whether the rows of metrics.csv are also written for TensorBoard; False at first.
         iteration: the number of iterations done.
         seconds: wall time of the training.
         cpu_seconds: CPU time of all threads.
@@ -70,6 +72,7 @@ class Training:
         self.settings = settings
         self.device = device
         self.ranks = ranks
+        self.tensorboard = False
         self.iteration = 0
         self.seconds = 0.0
         self.cpu_seconds = 0.0
@@ -218,6 +221,7 @@ class Training:
         with (
             self.metrics if first else nullcontext() as metrics,
             interrupt_flag() as flag,
+            TensorBoard(self.run, self.iteration) if first and self.tensorboard else nullcontext() as curves,
             Progress(settings.iterations, self.iteration, shown=first) as progress,
         ):
             started, cpu_started = time.perf_counter() - self.seconds, time.process_time() - self.cpu_seconds
@@ -228,6 +232,8 @@ class Training:
                 if metrics is None:
                     return
                 metrics.sync()  # before the checkpoint, which requires that these rows exist
+                if curves is not None:
+                    curves.sync()
                 self._save_bests()
                 self.save("last")
 
@@ -246,6 +252,8 @@ class Training:
                     row["validation"], words = self._validate()
                 if row and metrics is not None:
                     metrics.add(self.iteration, row)
+                if row and curves is not None:
+                    curves.add(self.iteration, row)
                 if due:
                     save()
                 try:  # after the row and the checkpoint, which are kept if standard output is closed

@@ -92,8 +92,8 @@ JOB_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 
 # The settings that each part of a run uses.
 _EVERY = {
-    "job", "preset", "data", "cache", "seed", "ways", "train_ways", "iterations", "shots", "test_shots", "test_queries",
-    "test_tasks", "image_size", "background", "split",
+    "job", "preset", "data", "data_sha256", "cache", "seed", "ways", "train_ways", "iterations", "shots", "test_shots",
+    "test_queries", "test_tasks", "image_size", "background", "split",
 }  # fmt: skip
 _NET = {"width"}
 _TRAINING = {

@@ -142,6 +142,10 @@ class Settings:
             raise ValueError(f"data must be left out for {self.job}, which needs none, got {self.data}")
         if self.cache and self.job in SHIPPED:
             raise ValueError(f"cache must be left out for {self.job}, which needs no data, got {self.cache}")
+        if self.data_sha256 and self.job in SHIPPED:
+            raise ValueError(
+                f"data_sha256 must be left out for {self.job}, which needs no data, got {self.data_sha256}"
+            )
         for name in () if self.job == "folder" else FOLDER_ONLY:
             if getattr(self, name) != type(self).__dict__[name]:
                 raise ValueError(

@@ -44,7 +44,8 @@ def test_train_writes_a_complete_run_and_prints_where(tmp_path, capsys) -> None:
     assert "MSE" in captured.err
     assert "tasks/s" in captured.err
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "adaptation.png", "best", "fits.png", "last", "learning_curves.png", "metrics.csv", "summary.json"
+        "adaptation.png", "best", "config.yaml", "fits.png", "last", "learning_curves.png", "metrics.csv",
+        "summary.json",
     ]  # fmt: skip
 
 

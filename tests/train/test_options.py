@@ -66,7 +66,7 @@ def test_an_option_that_a_policys_training_ignores_is_refused(tmp_path, capsys, 
 
 def test_every_setting_is_used_by_some_algorithm() -> None:
     some = set().union(*(presets.used_settings(*named) for named in NAMED))
-    no_options = {"algorithm", "told", "data_sha256", "image_shape"}
+    no_options = {"algorithm", "told", "image_shape"}
     assert {field.name for field in fields(Settings)} - some == no_options
     some = set().union(
         *(rl_settings.used_settings(b, o) for b in rl_settings.BASELINES for o in rl_settings.OUTER_STEPS)
