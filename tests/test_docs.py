@@ -116,6 +116,7 @@ def given(page: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, obje
 @pytest.mark.parametrize("page", [name for name in PAGES if "```python" in PAGES[name].read_text(encoding="utf-8")])
 @pytest.mark.filterwarnings("ignore:maml_cuda runs this model on the general path")
 @pytest.mark.filterwarnings("ignore:.* is in eval mode with running statistics that no batch has updated")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")  # Lightning's own call
 def test_python_blocks_run_and_print_what_the_page_says(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
