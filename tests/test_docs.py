@@ -248,7 +248,7 @@ def check_maml_cuda(where: str, arguments: list[str]) -> None:
         options = cli.parser().parse_args(arguments)
     except SystemExit:
         pytest.fail(f"{where} does not parse")
-    if options.command == "train" and options.resume is None and "/" not in str(options.job):
+    if options.command == "train" and options.resume is None and not {"/", ":"} & {*str(options.job)}:
         assert options.job in {None, "FOLDER", *JOBS, *RL_JOBS}, where
         if options.preset is not None and options.job in JOBS:
             presets.preset_settings(options.job, options.preset)  # a ValueError where there is none

@@ -9,7 +9,14 @@ from types import ModuleType
 from typing import Any
 
 from maml_cuda.rl import settings as rl_settings
-from maml_cuda.rl.settings import RL_JOBS, RLSettings, new_rl_settings
+from maml_cuda.rl.settings import (
+    RL_JOBS,
+    RLSettings,
+    default_rl_settings,
+    is_rl_job,
+    is_rl_run,
+    new_rl_settings,
+)
 from maml_cuda.train import presets
 from maml_cuda.train.output import print_error
 from maml_cuda.train.settings import JOBS, Settings, unknown_job
@@ -26,11 +33,8 @@ class JobKind:
 
 
 def job_kind(job: str) -> JobKind:
-    if job in RL_JOBS:
-        from maml_cuda.rl import report as rl_report
-        from maml_cuda.rl.training import RLTraining
-
-        return JobKind(RLSettings, new_rl_settings, RLTraining, rl_report)
+    if is_rl_job(job):
+        return _of_policies()
     if job not in JOBS:
         raise unknown_job(job)
     from maml_cuda.train import report
@@ -40,12 +44,22 @@ def job_kind(job: str) -> JobKind:
     return JobKind(Settings, new_settings, Training, report)
 
 
+def _of_policies() -> JobKind:
+    from maml_cuda.rl import report
+    from maml_cuda.rl.training import RLTraining
+
+    return JobKind(RLSettings, new_rl_settings, RLTraining, report)
+
+
 def kind_of_run(info: dict[str, Any], folder: Path) -> JobKind:
     """The kind of the run that wrote the checkpoint in ``folder``."""
     from maml_cuda.train.checkpoint import DamagedCheckpoint
 
-    job = info.get("settings", {}).get("job")
-    if job not in JOBS | RL_JOBS:
+    settings = info.get("settings", {})
+    if is_rl_run(settings):
+        return _of_policies()
+    job = settings.get("job")
+    if job not in JOBS:
         words = f"job of {folder} must be one of {', '.join(JOBS | RL_JOBS)}, got {job!r}"
         raise DamagedCheckpoint(folder, words)
     return job_kind(job)
@@ -98,8 +112,8 @@ def checked_names(kind: JobKind, given: dict[str, Any]) -> dict[str, Any]:
 def refuse_ignored(given: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raises ValueError if a run of ``settings`` would ignore a value of ``given`` that is not the default."""
     job = settings["job"]
-    if job in RL_JOBS:
-        baseline, outer = settings.get("baseline", "none"), settings.get("outer", RL_JOBS[job].outer)
+    if is_rl_run(settings) or is_rl_job(job):
+        baseline, outer = settings.get("baseline", "none"), settings.get("outer", default_rl_settings(job).outer)
         used, what = rl_settings.used_settings(baseline, outer), f"{job} with outer {outer} and baseline {baseline}"
     else:
         what = settings.get("preset", "maml")

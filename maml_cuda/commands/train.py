@@ -12,12 +12,14 @@ from maml_cuda.commands.job_kinds import checked_names, job_kind, kind_of_run, r
 from maml_cuda.commands.shared_options import absolute, announce_data, set_threads
 from maml_cuda.commands.train_options import add_parser
 from maml_cuda.extras import require
+from maml_cuda.rl.own_jobs import short_name
 from maml_cuda.rl.settings import RLSettings
 from maml_cuda.train.interrupts import exit_status
 from maml_cuda.train.output import print_error
 from maml_cuda.train.run_lock import locked_run
 from maml_cuda.train.settings import JOBS, Settings
 from maml_cuda.train.tensorboard import FOLDER
+from maml_cuda.user_code import absolute_name
 
 __all__ = ["add_parser", "run"]
 
@@ -38,6 +40,8 @@ def run(options: argparse.Namespace) -> int:
         if options.data is not None:
             raise ValueError(f"data must be left out if the job is the folder of the data, got {options.data}")
         options.job, options.data = "folder", absolute(options.job)
+    elif options.job is not None:
+        options.job = absolute_name(options.job)
     names = {field.name for kind in (Settings, RLSettings) for field in fields(kind)}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
     device = device_of(options.device)
@@ -86,7 +90,7 @@ def _first_training(
             given = checked_names(kind, given)
             refuse_ignored(given, given)
             settings = kind.new_settings(**given)
-            run = lock_new_run(options.out, settings.job, stack)
+            run = lock_new_run(options.out, short_name(settings.job), stack)
             training = kind.training.start(run, settings, device, ranks)
         else:
             if not (options.resume or options.out) or (options.resume and options.out not in (None, options.resume)):

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from maml_cuda.commands.shared_options import absolute, add_cache, add_machine
-from maml_cuda.rl.settings import OUTER_STEPS, RL_JOBS
+from maml_cuda.rl.settings import OUTER_STEPS, OWN, RL_JOBS
 from maml_cuda.train import presets
 from maml_cuda.train.settings import CHOICES, JOBS
 
@@ -21,6 +21,8 @@ Meta-trains a small network with MAML, so that it learns a new task from a few e
   navigation, cheetah-direction, cheetah-velocity, ant-direction, ant-velocity, ant-goal
             reinforcement learning: a policy that adapts to a new goal from a few episodes
             (cheetah and ant need the extra [rl])
+  FILE.py:NAME, module:NAME
+            the same in an environment of your own (docs/reinforcement_learning.md)
 """
 EPILOG = """\
 examples:
@@ -32,6 +34,7 @@ examples:
   maml-cuda train ~/birds --shots 5            your own images
   maml-cuda train navigation                   2D navigation, as in the paper (minutes)
   maml-cuda train navigation --baseline oracle  a policy that observes the goal
+  maml-cuda train pendulum.py:PendulumGoal     a policy in your own environment
   maml-cuda train --resume runs/sine           continue a run that was interrupted or has ended
 
 Several processes share the tasks of each meta-iteration:
@@ -51,7 +54,10 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "job", nargs="?", metavar="JOB", help=f"what to learn: {', '.join(JOBS | RL_JOBS)} or FOLDER (default: glyphs)"
+        "job",
+        nargs="?",
+        metavar="JOB",
+        help=f"what to learn: {', '.join(JOBS | RL_JOBS)}, FOLDER or FILE.py:NAME (default: glyphs)",
     )
 
     group = parser.add_argument_group("algorithm", "the settings of a preset override those of the job")
@@ -174,7 +180,7 @@ def _setting(group: argparse._ActionsContainer, option: str, text: str, name: st
     """
     name = name or option[2:].replace("-", "_")
     jobs: dict[Any, list[str]] = {}  # default value -> jobs
-    for job, settings in (JOBS | RL_JOBS).items():
+    for job, settings in (JOBS | RL_JOBS | {OWN.job: OWN}).items():
         if hasattr(settings, name):
             jobs.setdefault(getattr(settings, name), []).append(job)
     first = next(iter(jobs))

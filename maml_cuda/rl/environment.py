@@ -30,15 +30,16 @@ class Step(NamedTuple):
 class Environment(ABC):
     """``tasks * episodes`` copies of one environment. Each task has its own goal.
 
-    Subclasses set the name and the sizes, and implement ``sample_goals``, ``_reset`` and ``_step``. This class checks
-    inputs and outputs.
+    Subclasses set the sizes, and implement ``sample_goals``, ``_reset`` and ``_step``. All random numbers come from the
+    generators that these are given. This class checks inputs and outputs.
 
     Attributes:
-        name: the name in ``ENVIRONMENTS``.
+        name: a short name, for messages; the class's own if it is not set.
         observation_size: the number of observed values.
-        action_size: the number of values of an action.
+        action_size: the number of values of an action; if ``discrete``, of the actions to choose from.
         goal_size: the number of values of a goal.
-        action_limit: actions are in ``[-action_limit, action_limit]^action_size``.
+        discrete: whether an action is one of ``action_size``, an integer; otherwise it is a vector.
+        action_limit: actions that are vectors are in ``[-action_limit, action_limit]^action_size``.
         threads: threads of the physics simulation; None: as many as torch has.
         goals: the goals of the current tasks, ``[tasks, goal_size]``.
         alive: whether each episode is still running, bool ``[tasks, episodes]``.
@@ -48,23 +49,47 @@ class Environment(ABC):
     observation_size: int
     action_size: int
     goal_size: int
+    discrete: bool = False
     action_limit: float = 1.0
     threads: int | None = None
 
     goals: Tensor
     alive: Tensor
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
+
     @abstractmethod
     def sample_goals(self, tasks: int, generator: Generator) -> Tensor:
-        """Draws the goals of new tasks, ``[tasks, goal_size]``."""
+        """Draws the goals of new tasks, ``[tasks, goal_size]``, floating point."""
 
     @abstractmethod
     def _reset(self, episodes: int, generator: Generator) -> Tensor:
-        """The first observations ``[tasks, episodes, observation_size]``."""
+        """Starts ``episodes`` episodes of each task of ``self.goals``.
+
+        Returns:
+            The first observations, float32 ``[tasks, episodes, observation_size]``.
+        """
 
     @abstractmethod
     def _step(self, actions: Tensor) -> Step:
-        """One step of the episodes that are running."""
+        """One step of the episodes in ``self.alive``. What it returns for the others must be finite, and is ignored.
+
+        Args:
+            actions: float32 ``[tasks, episodes, action_size]``, or int64 ``[tasks, episodes]`` if ``discrete``.
+        """
+
+    @property
+    def spaces(self) -> str:
+        """The sizes of observations, actions and goals, in words."""
+        return f"observations [{self.observation_size}], {self._actions()}, goals [{self.goal_size}]"
+
+    def _actions(self) -> str:
+        if self.discrete:
+            return f"{self.action_size} discrete actions"
+        return f"actions [{self.action_size}] within {self.action_limit:g}"
 
     def reset(self, goals: Tensor, episodes: int, generator: Generator) -> Tensor:
         """Starts new episodes.
@@ -78,7 +103,9 @@ class Environment(ABC):
             The first observations, ``[tasks, episodes, observation_size]``.
 
         Raises:
-            ValueError: ``goals`` has another shape or holds NaN or infinity, or ``episodes`` is less than 1.
+            ValueError: ``goals`` has another shape or holds NaN or infinity, ``episodes`` is less than 1, or the
+                environment returns observations of another shape.
+            FloatingPointError: an observation is NaN or infinity; the error names the task.
         """
         if goals.dim() != 2 or goals.shape[1] != self.goal_size or not len(goals):
             raise ValueError(f"goals must be [tasks, {self.goal_size}] for {self.name}, got {list(goals.shape)}")
@@ -88,48 +115,76 @@ class Environment(ABC):
             raise ValueError(f"episodes must be at least 1, got {episodes}")
         self.goals = goals
         self.alive = torch.ones(len(goals), episodes, dtype=torch.bool, device=goals.device)
-        return self._reset(episodes, generator)
+        observations = self._reset(episodes, generator)
+        self._check("observations", observations, torch.float32, self.observation_size)
+        self._check_finite(observations, None)
+        return observations
 
     def clip(self, actions: Tensor) -> Tensor:
-        """Converts actions of a policy to actions of the environment: clips them to [-1, 1] and scales them to the
+        """Converts actions of a policy to actions of the environment: clips vectors to [-1, 1] and scales them to the
         action range, like rllab's ``normalize``.
         """
-        return actions.clamp(-1, 1) * self.action_limit
+        return actions if self.discrete else actions.clamp(-1, 1) * self.action_limit
 
     def step(self, actions: Tensor) -> Step:
         """Takes one step.
 
         Args:
-            actions: ``[tasks, episodes, action_size]``, within the action range. Actions of episodes that have ended
-                are ignored.
+            actions: ``[tasks, episodes, action_size]``, within the action range; int64 ``[tasks, episodes]``, from 0 to
+                ``action_size - 1``, if ``discrete``. Actions of episodes that have ended are ignored.
 
         Returns:
             Observations, rewards and ends of the episodes.
 
         Raises:
-            ValueError: the shape is wrong, or an action is out of range; the error names the task.
+            ValueError: the shape is wrong, or an action is out of range; the error names the task. Or the environment
+                returns tensors of another shape or type.
             FloatingPointError: the simulator returned NaN or infinity; the error names the task.
         """
-        shape = (*self.alive.shape, self.action_size)
-        if actions.shape != shape:
-            raise ValueError(f"actions must be {list(shape)} for {self.name}, got {list(actions.shape)}")
-        outside = ~(actions.abs() <= self.action_limit) & self.alive.unsqueeze(
-            -1
-        )  # written so that NaN counts as outside
-        if outside.any():
-            raise ValueError(
-                f"actions must be in the box of {self.name}, -{self.action_limit:g} to {self.action_limit:g}, "
-                f"got {_first(outside, actions)} in {self._which(outside)}"
-            )
+        self._check_actions(actions)
         result = self._step(actions)
-        broken = ~(result.rewards.isfinite() & result.observations.isfinite().all(-1)) & self.alive
-        if broken.any():
-            raise FloatingPointError(
-                f"the simulator of {self.name} must return finite numbers, got reward {_first(broken, result.rewards)}"
-                f" and observations up to {_first(broken, result.observations.abs().amax(-1))} in {self._which(broken)}"
-            )
+        if not isinstance(result, Step):
+            raise ValueError(f"_step of {self.name} must return a Step, got {type(result).__name__}")
+        self._check("observations", result.observations, torch.float32, self.observation_size)
+        self._check("rewards", result.rewards, torch.float32)
+        self._check("done", result.done, torch.bool)
+        self._check_finite(result.observations, result.rewards)
         self.alive = self.alive & ~result.done
         return result
+
+    def _check_actions(self, actions: Tensor) -> None:
+        shape = tuple(self.alive.shape) if self.discrete else (*self.alive.shape, self.action_size)
+        if actions.shape != shape:
+            raise ValueError(f"actions must be {list(shape)} for {self.name}, got {list(actions.shape)}")
+        if self.discrete:
+            if actions.dtype != torch.int64:
+                raise ValueError(f"actions must be int64 for {self.name}, got {actions.dtype}")
+            outside = ((actions < 0) | (actions >= self.action_size)) & self.alive
+            box = f"0 to {self.action_size - 1} for {self.name}"
+        else:
+            # written so that NaN counts as outside
+            outside = ~(actions.abs() <= self.action_limit) & self.alive.unsqueeze(-1)
+            box = f"in the box of {self.name}, -{self.action_limit:g} to {self.action_limit:g}"
+        if outside.any():
+            raise ValueError(f"actions must be {box}, got {_first(outside, actions)} in {self._which(outside)}")
+
+    def _check(self, what: str, found: Tensor, dtype: torch.dtype, *size: int) -> None:
+        """Raises ValueError if the environment returned another type or shape than ``[tasks, episodes, *size]``."""
+        shape = [*self.alive.shape, *size]
+        if not isinstance(found, Tensor) or found.dtype != dtype or list(found.shape) != shape:
+            got = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"{what} of {self.name} must be {dtype} {shape}, got {got}")
+
+    def _check_finite(self, observations: Tensor, rewards: Tensor | None) -> None:
+        broken = ~observations.isfinite().all(-1)
+        if rewards is not None:
+            broken |= ~rewards.isfinite()
+        if broken.any():
+            got = "" if rewards is None else f"reward {_first(broken, rewards)} and "
+            raise FloatingPointError(
+                f"the simulator of {self.name} must return finite numbers, got {got}"
+                f"observations up to {_first(broken, observations.abs().amax(-1))} in {self._which(broken)}"
+            )
 
     def _which(self, mask: Tensor) -> str:
         """A description of the first task and episode in ``mask``."""

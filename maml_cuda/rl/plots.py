@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from torch import Tensor
 
+from maml_cuda.rl.own_jobs import short_name
 from maml_cuda.rl.sampling import Episodes
 from maml_cuda.rl.settings import RLSettings
 from maml_cuda.train.plots import BLUE, GREEN, ORANGE, save
@@ -32,7 +33,7 @@ def learning_curve(metrics: Path, path: Path, settings: RLSettings) -> None:
         points = [(int(row["iteration"]), float(row[column])) for row in rows if row[column]]
         if points:
             axes.plot(*zip(*points, strict=True), style, color=colour, label=label, linewidth=1.2, markersize=3)
-    axes.set(xlabel="meta-iteration", ylabel="return", title=f"{settings.job}: learning curve")
+    axes.set(xlabel="meta-iteration", ylabel="return", title=f"{short_name(settings.job)}: learning curve")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

@@ -1,4 +1,4 @@
-"""The Gaussian policy of the MAML paper (section 5.3)."""
+"""The policies: the Gaussian one of the MAML paper (section 5.3), and a categorical one for discrete actions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+
+from maml_cuda.policies import Policy
 
 MIN_LOG_STD = math.log(1e-6)
 
@@ -31,20 +33,7 @@ class GaussianPolicy(nn.Module):
         self, observation_size: int, action_size: int, width: int = 100, output_scale: float = 1.0, std: float = 1.0
     ) -> None:
         super().__init__()
-        output = nn.Linear(width, action_size)
-        self.layers = nn.Sequential(
-            nn.Linear(observation_size, width),
-            nn.ReLU(),
-            nn.Linear(width, width),
-            nn.ReLU(),
-            output,
-        )
-        for layer in self.layers:
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        with torch.no_grad():
-            output.weight.mul_(output_scale)
+        self.layers = _mlp(observation_size, action_size, width, output_scale)
         self.log_std = nn.Parameter(torch.full((action_size,), math.log(std)))
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,11 +41,49 @@ class GaussianPolicy(nn.Module):
         return self.layers(observations), self.log_std.clamp(min=MIN_LOG_STD)
 
 
-def act(fast: Mapping[str, Tensor], observations: Tensor) -> tuple[Tensor, Tensor]:
-    """The output of each task's own GaussianPolicy.
+class CategoricalPolicy(nn.Module):
+    """An MLP like that of ``GaussianPolicy`` for the logits of discrete actions.
 
-    Mean ``[tasks, n, action_size]`` and log_std ``[tasks, action_size]``, from observations
-    ``[tasks, n, observation_size]``.
+    Args:
+        observation_size: the number of observed values.
+        actions: the number of actions.
+        width: hidden units per layer.
+        output_scale: factor on the initial weights of the output layer.
+    """
+
+    def __init__(self, observation_size: int, actions: int, width: int = 100, output_scale: float = 1.0) -> None:
+        super().__init__()
+        self.layers = _mlp(observation_size, actions, width, output_scale)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Observations ``[n, observation_size]`` to logits ``[n, actions]``."""
+        found: Tensor = self.layers(observations)
+        return found
+
+
+def _mlp(inputs: int, outputs: int, width: int, output_scale: float) -> nn.Sequential:
+    output = nn.Linear(width, outputs)
+    layers = nn.Sequential(
+        nn.Linear(inputs, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        output,
+    )
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    with torch.no_grad():
+        output.weight.mul_(output_scale)
+    return layers
+
+
+def act(fast: Mapping[str, Tensor], observations: Tensor) -> Policy:
+    """The output of each task's own policy.
+
+    Of a GaussianPolicy: mean ``[tasks, n, action_size]`` and log_std ``[tasks, action_size]``. Of a CategoricalPolicy:
+    logits ``[tasks, n, actions]``. From observations ``[tasks, n, observation_size]``.
 
     Equal to ``maml.predict``, computed as three batched products. While an environment is sampled there are only a few
     thousand observations per step, and the fused pass, which is made for many samples, would be slower.
@@ -67,4 +94,27 @@ def act(fast: Mapping[str, Tensor], observations: Tensor) -> tuple[Tensor, Tenso
         x = torch.baddbmm(fast[f"{name}.bias"].unsqueeze(1), x, fast[f"{name}.weight"].mT)
         if index + 1 < len(names):
             x = x.relu_()
-    return x, fast["log_std"].clamp(min=MIN_LOG_STD)
+    return (x, fast["log_std"].clamp(min=MIN_LOG_STD)) if "log_std" in fast else x
+
+
+def noise_of_steps(steps: int, shape: tuple[int, ...], discrete: bool, generator: Generator) -> Tensor:
+    """The random numbers of ``draw`` for ``steps`` steps, ``[steps, *shape]``: standard normal, or Gumbel."""
+    if not discrete:
+        return torch.randn((steps, *shape), generator=generator, device=generator.device)
+    return -(-torch.rand((steps, *shape), generator=generator, device=generator.device).log()).log()
+
+
+def draw(policy: Policy, noise: Tensor) -> Tensor:
+    """One action in each state, from what ``act`` returns.
+
+    Args:
+        policy: mean and log_std, or logits.
+        noise: ``[tasks, n, action_size]`` of ``noise_of_steps``.
+
+    Returns:
+        ``[tasks, n, action_size]``, or int64 ``[tasks, n]``: the largest of logits plus Gumbel noise.
+    """
+    if isinstance(policy, Tensor):
+        return (policy + noise).argmax(-1)
+    mean, log_std = policy
+    return mean + log_std.exp().unsqueeze(1) * noise

@@ -13,7 +13,7 @@ from maml_cuda import FusedMAML
 from maml_cuda.rl import plots, render
 from maml_cuda.rl.adaptation import adapt_and_sample, evaluate_returns
 from maml_cuda.rl.clock import Clock
-from maml_cuda.rl.environments import make_environment
+from maml_cuda.rl.environments import environment_of
 from maml_cuda.rl.locomotion import Locomotion
 from maml_cuda.rl.settings import RLSettings
 from maml_cuda.rl.training import make_policy
@@ -69,7 +69,7 @@ def test_run(
         JSON-able values; ``mean`` and ``ci95`` are lists over ``steps``.
     """
     returns = evaluate_returns(
-        policies[0], make_environment(settings.job), settings, make_generator(settings, "test"), Clock(),
+        policies[0], environment_of(settings), settings, make_generator(settings, "test"), Clock(),
         settings.test_tasks, settings.test_steps,
     )  # fmt: skip
     mean, ci95 = mean_and_ci95(returns)
@@ -126,14 +126,17 @@ def finish(run: Path, settings: RLSettings, device: torch.device = CPU) -> dict[
 
 
 def _pictures(run: Path, maml: FusedMAML, settings: RLSettings) -> dict[str, str]:
-    """Plots paths for navigation, or renders a GIF of a robot, before and after adaptation."""
-    environment = make_environment(settings.job)
+    """Plots paths for navigation, or renders a GIF of a robot, before and after adaptation. Other environments have no
+    picture.
+    """
+    environment = environment_of(settings)
     generator = make_generator(settings, "test")
     goals = environment.sample_goals(settings.test_tasks, generator)[:4]
     if settings.job == "navigation":
         found = adapt_and_sample(maml, environment, goals, settings, generator, Clock(), settings.test_steps)
         plots.paths(goals, list(found), run / "paths.png")
         return {}
-    assert isinstance(environment, Locomotion)
+    if not isinstance(environment, Locomotion):
+        return {}
     words = render.before_and_after(maml, environment, goals[-1:], settings, generator, run / "before_and_after.gif")
     return {"animation": words}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,9 +10,10 @@ import torch
 from torch import Generator, Tensor
 
 from maml_cuda import policies
+from maml_cuda.policies import Policy
 from maml_cuda.rl.clock import Clock
 from maml_cuda.rl.environment import Environment
-from maml_cuda.rl.policy import act
+from maml_cuda.rl.policy import act, draw, noise_of_steps
 
 
 @dataclass
@@ -21,7 +22,8 @@ class Episodes:
 
     Attributes:
         observations: before each action, ``[tasks, episodes, steps, observation_size]``.
-        actions: as drawn from the policy, before clipping, ``[tasks, episodes, steps, action_size]``.
+        actions: as drawn from the policy, before clipping, ``[tasks, episodes, steps, action_size]``; int64 ``[tasks,
+            episodes, steps]`` if they are discrete.
         log_probs: log-probabilities of the actions, ``[tasks, episodes, steps]``.
         rewards: ``[tasks, episodes, steps]``.
         alive: 1 for steps of the episode, 0 for padding, ``[tasks, episodes, steps]``.
@@ -72,7 +74,7 @@ def sample_episodes(
     Args:
         environment: the environment.
         goals: ``[tasks, goal_size]``.
-        fast: each task's parameters of a GaussianPolicy, name -> ``[tasks, *shape]``.
+        fast: each task's parameters of a GaussianPolicy or CategoricalPolicy, name -> ``[tasks, *shape]``.
         episodes: episodes per task.
         horizon: the greatest number of steps of an episode.
         generator: the source of random numbers.
@@ -86,17 +88,18 @@ def sample_episodes(
     with _threads_for_physics(environment):
         with clock.measure("physics"):
             observations = environment.reset(goals, episodes, generator)
-        repeated_goals = goals.unsqueeze(1).expand(-1, episodes, -1)
-        shape = (horizon, len(goals), episodes, environment.action_size)
-        noise = torch.randn(shape, generator=generator, device=generator.device)
-        seen, actions, rewards, alive = [], [], [], []
+        repeated_goals = goals.to(observations.dtype).unsqueeze(1).expand(-1, episodes, -1)
+        shape = (len(goals), episodes, environment.action_size)
+        noise = noise_of_steps(horizon, shape, environment.discrete, generator)
+        seen, found, actions, rewards, alive = [], [], [], [], []
         for step in range(horizon):
             with clock.measure("policy"):
                 if tell_goal:
                     observations = torch.cat([observations, repeated_goals], -1)
-                mean, log_std = act(fast, observations)
-                action = mean + log_std.exp().unsqueeze(1) * noise[step]
+                policy = act(fast, observations)
+                action = draw(policy, noise[step])
                 seen.append(observations)
+                found.append(policy)
                 actions.append(action)
                 alive.append(environment.alive)
             with clock.measure("physics"):
@@ -107,16 +110,26 @@ def sample_episodes(
         with clock.measure("policy"):
             was_alive = torch.stack(alive, 2).float()
             drawn = torch.stack(actions, 2)
-            z = noise[: len(actions)].permute(1, 2, 0, 3)
-            log_probs = policies.log_prob((torch.zeros_like(z), z.new_zeros(z.shape[-1])), z)
-            log_probs = log_probs - log_std.sum(-1)[:, None, None]
+            log_probs = _log_probs(found, drawn, noise[: len(actions)])
             return Episodes(
                 torch.stack(seen, 2) * was_alive.unsqueeze(-1),
-                drawn * was_alive.unsqueeze(-1),
+                drawn * (was_alive.long() if environment.discrete else was_alive.unsqueeze(-1)),
                 log_probs * was_alive,
                 torch.stack(rewards, 2) * was_alive,
                 was_alive,
             )
+
+
+def _log_probs(found: Sequence[Policy], actions: Tensor, noise: Tensor) -> Tensor:
+    """The log-probabilities of ``actions [tasks, episodes, steps, ...]``, ``[tasks, episodes, steps]``.
+
+    Those of a Gaussian policy come from the noise ``[steps, tasks, episodes, action_size]`` that drew the actions.
+    """
+    if isinstance(found[0], Tensor):
+        return policies.log_prob(torch.stack([logits for logits in found if isinstance(logits, Tensor)], 2), actions)
+    z = noise.permute(1, 2, 0, 3)
+    log_probs = policies.log_prob((torch.zeros_like(z), z.new_zeros(z.shape[-1])), z)
+    return log_probs - found[0][1].sum(-1)[:, None, None]
 
 
 @contextmanager

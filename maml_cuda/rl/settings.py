@@ -1,8 +1,12 @@
 """The reinforcement-learning jobs of ``maml-cuda train`` and their settings. Does not import torch."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
+
+from maml_cuda.rl.own_jobs import is_own
+from maml_cuda.user_code import absolute_name
 
 BASELINES = ("none", "pretrained", "random", "oracle")
 OUTER_STEPS = ("trpo", "vpg", "clipped")
@@ -17,7 +21,7 @@ class RLSettings:
     """
 
     job: str
-    # the tasks: the job is the name of the environment
+    # the tasks: the job is the name of the environment (``make_environment``)
     episodes: int  # per task and adaptation step
     horizon: int  # greatest number of steps of an episode
     # the inner loop
@@ -50,6 +54,7 @@ class RLSettings:
     log_interval: int = 1
     seed: int = 0
     backend: str = "auto"
+    spaces: str = ""  # of an environment of your own: ``Environment.spaces``
 
     def __post_init__(self) -> None:
         lowest = {"seed": 0, "inner_steps": 0, "iterations": 0, "test_tasks": 2}
@@ -116,6 +121,26 @@ RL_JOBS = {
     "ant-velocity": ANT,
     "ant-goal": replace(ANT, job="ant-goal"),
 }
+# An environment of your own. These are starting points; no environment is like another.
+OWN = replace(
+    NAVIGATION, job="module:NAME", episodes=10, inner_lr=0.1, meta_batch=10, meta_lr=5e-3, clip=0.2, start_std=1.0,
+    validation_tasks=10, test_episodes=10,
+)  # fmt: skip
+
+
+def is_rl_job(job: str) -> bool:
+    """Whether ``job`` is the name of an environment."""
+    return job in RL_JOBS or is_own(job)
+
+
+def is_rl_run(settings: Mapping[str, Any]) -> bool:
+    """Whether the settings that a run has stored are those of a policy, also if its environment is no longer there."""
+    return settings.get("job") in RL_JOBS or bool(settings.get("spaces"))
+
+
+def default_rl_settings(job: str) -> RLSettings:
+    """The settings of a job, without those of its environment if that is the user's own."""
+    return RL_JOBS.get(job, OWN)
 
 
 def new_rl_settings(job: str, **given: Any) -> RLSettings:
@@ -124,18 +149,27 @@ def new_rl_settings(job: str, **given: Any) -> RLSettings:
     A baseline is trained without inner steps, and the baseline "random" is not trained.
 
     Args:
-        job: the name of a job.
+        job: the name of a job, or of an environment of the user, which is created to see its spaces.
         given: settings that override those of the job.
 
     Raises:
-        ValueError: a setting is invalid.
+        ValueError: a setting is invalid, or see ``make_environment``.
     """
     baseline = given.get("baseline", "none")
     if baseline != "none":
         given.setdefault("inner_steps", 0)
     if baseline == "random":
         given.setdefault("iterations", 0)
-    return replace(RL_JOBS[job], **given)
+    if job in RL_JOBS:
+        return replace(RL_JOBS[job], **given)
+    from maml_cuda.rl.environments import make_environment
+
+    job = absolute_name(job)
+    settings = replace(OWN, job=job, **given)
+    environment = make_environment(job)
+    if environment.discrete and settings.start_std != OWN.start_std:
+        raise ValueError(f"start_std must be left out for discrete actions, got {settings.start_std}")
+    return replace(settings, spaces=environment.spaces)
 
 
 # The settings that each part of a run uses.

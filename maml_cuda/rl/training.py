@@ -11,10 +11,11 @@ from maml_cuda import FusedMAML
 from maml_cuda.rl.adaptation import evaluate_returns
 from maml_cuda.rl.advantages import samples
 from maml_cuda.rl.clock import Clock
-from maml_cuda.rl.environments import make_environment
+from maml_cuda.rl.environments import environment_of
 from maml_cuda.rl.inner import MetaSamples, initial_parameters, inner_step
 from maml_cuda.rl.outer import OuterStep, clipped, trpo, vpg
-from maml_cuda.rl.policy import GaussianPolicy
+from maml_cuda.rl.own_environments import try_episodes
+from maml_cuda.rl.policy import CategoricalPolicy, GaussianPolicy
 from maml_cuda.rl.sampling import sample_episodes
 from maml_cuda.rl.settings import RLSettings
 from maml_cuda.train.bests import with_validation
@@ -26,19 +27,22 @@ from maml_cuda.train.progress import Progress
 
 def make_policy(settings: RLSettings, kind: type[FusedMAML] = FusedMAML) -> FusedMAML:
     """A new policy, initialised from the seed of ``settings``. torch's global generator does not change."""
-    environment = make_environment(settings.job)
+    environment = environment_of(settings)
     observed = environment.observation_size + settings.tell_goal * environment.goal_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model: nn.Module = GaussianPolicy(
-            observed, environment.action_size, settings.width, settings.output_scale, settings.start_std
-        )
+        sizes = observed, environment.action_size, settings.width, settings.output_scale
+        model: nn.Module
+        if environment.discrete:
+            model = CategoricalPolicy(*sizes)
+        else:
+            model = GaussianPolicy(*sizes, settings.start_std)
     rates = [settings.rate(step) for step in range(settings.inner_steps)]
     return kind(
         model,
         torch.tensor(rates) if len(rates) > 1 else settings.inner_lr,
         settings.inner_steps,
-        loss="gaussian_policy_gradient",
+        loss="categorical_policy_gradient" if environment.discrete else "gaussian_policy_gradient",
         first_order=settings.first_order,
         backend=settings.backend,
     )
@@ -60,7 +64,9 @@ class RLTraining(Training):
         if self.ranks.count > 1:
             raise ValueError(f"processes must be 1 for {job}, a policy, got {self.ranks.count}")
         only_on_cpu(job, self.device)
-        self.environment = make_environment(self.settings.job)
+        self.environment = environment_of(self.settings)
+        if self.settings.spaces:
+            try_episodes(self.environment)
         self.module = self.maml = make_policy(self.settings)
         self.optimizer = torch.optim.Adam(self.maml.parameters(), lr=self.settings.meta_lr, fused=True)
         self.generator = make_generator(self.settings, "train")
@@ -98,15 +104,16 @@ class RLTraining(Training):
                     fast = inner_step(self.maml, fast, *support[-1], dict.fromkeys(fast, settings.rate(k)))
         with clock.measure("gradient"):
             step = self._outer(MetaSamples(tuple(support), tuple(query)))
-        std = self.maml.model.log_std.detach().exp().mean()  # type: ignore[operator]
-        return {
+        row = {
             "before": returns[0],
             "after": returns[-1],
             "surrogate": step.surrogate_after - step.surrogate_before,
             "kl": step.kl,
             "accepted": float(step.accepted),
-            "std": float(std),
         }
+        if isinstance(self.maml.model, GaussianPolicy):
+            row["std"] = float(self.maml.model.log_std.detach().exp().mean())
+        return row
 
     def _outer(self, batch: MetaSamples) -> OuterStep:
         settings = self.settings

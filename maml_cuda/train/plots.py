@@ -14,6 +14,7 @@ from torch import Tensor
 
 from maml_cuda.data import MetaBatch
 from maml_cuda.data.sinusoid import X
+from maml_cuda.rl.own_jobs import short_name
 from maml_cuda.train.algorithms import Algorithm
 from maml_cuda.train.checkpoint import write_file
 from maml_cuda.train.settings import Settings, metric_name
@@ -104,7 +105,7 @@ def comparison(results: Sequence[dict[str, Any]], labels: Sequence[str], path: P
             color=COLOURS[index % len(COLOURS)], label=label,
         )  # fmt: skip
     axes.set(xlabel="adaptation steps", ylabel=results[0]["metric"], xticks=max((r["steps"] for r in results), key=len))
-    axes.set_title(f"{results[0]['task']}: {results[0]['test_tasks']} test tasks, 95 % interval")
+    axes.set_title(f"{short_name(results[0]['task'])}: {results[0]['test_tasks']} test tasks, 95 % interval")
     if results[0]["metric"] == "accuracy":
         axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)

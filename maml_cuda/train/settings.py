@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from maml_cuda.rl.own_jobs import registered
 from maml_cuda.rl.settings import RL_JOBS
 from maml_cuda.train import presets
 from maml_cuda.train.hints import did_you_mean, sibling_folders
@@ -279,8 +280,9 @@ def named_settings(job: str, preset: str, **given: Any) -> Settings:
 
 def unknown_job(job: str) -> ValueError:
     """The error for a job that does not exist, with suggestions."""
-    jobs = [*JOBS, *RL_JOBS]
+    jobs = [*JOBS, *RL_JOBS, *registered()]
     return ValueError(
-        f"job must be one of {', '.join(jobs)}, or a folder of class folders, got {job!r}"
+        f"job must be one of {', '.join(jobs)}, FILE.py:NAME of your own environment, or a folder of class folders, "
+        f"got {job!r}"
         f"{did_you_mean(job, [*jobs, *sibling_folders(Path(job))])}"
     )

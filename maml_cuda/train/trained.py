@@ -10,7 +10,7 @@ import torch
 from maml_cuda.data.pictures import Pictures
 from maml_cuda.extras import require
 from maml_cuda.fused_maml import FusedMAML
-from maml_cuda.rl.settings import RL_JOBS, RLSettings
+from maml_cuda.rl.settings import RL_JOBS, RLSettings, is_rl_run
 from maml_cuda.train.devices import device_of, only_on_cpu
 from maml_cuda.train.jobs import make_maml, pictures_of
 from maml_cuda.train.settings import JOBS, WITHOUT_INNER_LOOP, Settings
@@ -55,7 +55,7 @@ def load(run: str | PathLike[str], checkpoint: str = "best", device: str | torch
 
     Returns:
         The net, in the state in which ``maml-cuda evaluate`` tests it. For a policy, ``model`` maps observations to
-            (mean, log_std).
+            (mean, log_std), or to logits if actions are discrete.
 
     Raises:
         FileNotFoundError: there is no such run or checkpoint.
@@ -69,10 +69,11 @@ def load(run: str | PathLike[str], checkpoint: str = "best", device: str | torch
 
     folder, place = Path(run) / checkpoint, device_of(str(device))
     learned, info = load_model(folder)
-    job = info.get("settings", {}).get("job")
-    if job not in JOBS | RL_JOBS:
+    given = info.get("settings", {})
+    job, is_policy = given.get("job"), is_rl_run(given)
+    if job not in JOBS and not is_policy:
         raise DamagedCheckpoint(folder, f"job of {folder} must be one of {', '.join(JOBS | RL_JOBS)}, got {job!r}")
-    if job in RL_JOBS:
+    if is_policy:
         from maml_cuda.rl.training import make_policy
 
         only_on_cpu(job, place)
