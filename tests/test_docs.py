@@ -96,6 +96,10 @@ def given(page: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, obje
         names |= dict(zip(("x_spt", "y_spt", "x_qry", "y_qry"), sets, strict=True))
     if page == "CONTRIBUTING.md":
         names["print"] = str  # what is printed there depends on the reader's model
+    if page in ("README.md", "docs/trained_nets.md"):
+        trained_on_birds()
+    if page == "docs/trained_nets.md" and is_here("onnxruntime"):
+        assert cli.main(["export", "runs/birds", "--support", "support"]) == 0
     if page != "docs/training.md":
         yield names
         return
@@ -108,6 +112,16 @@ def given(page: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, obje
         yield names
     finally:
         torch.distributed.destroy_process_group()
+
+
+def trained_on_birds() -> None:
+    """The run runs/birds, and pictures of two classes in the folders support and query."""
+    published.birds(Path("birds"), classes=9)
+    options = "--ways 3 --split 3/3/3 --image-size 16 --filters 2 --queries 1 --test-queries 1 --inner-steps 1"
+    options += " --iterations 1 --meta-batch 1 --validation-tasks 2 --test-tasks 2 --out runs/birds"
+    assert cli.main(["train", "birds", *options.split()]) == 0
+    for number, name in enumerate(["support/beech/1.jpg", "support/oak/1.jpg", "query/a.jpg", "query/oak/b.jpg"]):
+        published.write(Path(name), published.encoded(published.pixels(number, 20, 18, 3), "jpeg"))
 
 
 # -- Python blocks ---------------------------------------------------------------------------------------------
