@@ -88,12 +88,18 @@ class Ranks:
         return box[0]
 
     def leave(self) -> None:
-        """Ends the group, once every process has asked for that: one that left earlier could cut others short."""
+        """Ends the group, once every process has asked for that: one that left earlier could cut others short. The
+        first one is the last to leave, because it may be the one that holds the store.
+        """
         if self.count == 1:
             return
         with _in_words():
             self.store.set(f"leaves {self.rank}", "")
             self.store.wait([f"leaves {rank}" for rank in range(self.count)])
+            if self.first:
+                self.store.wait([f"left {rank}" for rank in range(1, self.count)])
+            else:
+                self.store.set(f"left {self.rank}", "")
         torch.distributed.destroy_process_group()
 
 
