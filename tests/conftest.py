@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -155,6 +156,12 @@ def fast_parameters(model: nn.Module, tasks: int, generator: torch.Generator) ->
         name: p.detach() + 0.1 * torch.randn(tasks, *p.shape, dtype=p.dtype, generator=generator)
         for name, p in model.named_parameters()
     }
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: tests that look at all objects need not look at modules and at thousands of tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
