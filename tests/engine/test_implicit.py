@@ -53,7 +53,10 @@ def implicit(
 
         query = F.cross_entropy(written_out(maml.model, {**rest, **parts(phi, like)}, x_q, max(steps - 1, 0)), y_q)
         b, *direct = torch.autograd.grad(query, [phi, *rest.values()], allow_unused=True)
-        a = torch.eye(len(phi)).double() + torch.autograd.functional.hessian(support, phi.detach()) / LAMBDA
+        a = (
+            torch.eye(len(phi)).double()
+            + torch.autograd.functional.hessian(support, phi.detach(), vectorize=True) / LAMBDA
+        )
         if krylov is None:
             x = torch.linalg.solve(a, b)
         else:

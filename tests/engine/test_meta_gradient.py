@@ -222,13 +222,15 @@ def test_outputs(backend):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_same_bits_every_run_and_for_every_number_of_threads(name, dtype):
-    data = [d.to(dtype) if d.is_floating_point() else d for d in episode(name, tasks=37)]
+def test_same_bits_every_run_and_for_every_number_of_threads(machine, name, dtype):
+    """Threads of the CPU share the tasks, more than one wave of them; kernels do not know of threads."""
+    tasks, counts = (37, (1, 1, 2, 3)) if machine == "cpu" else (5, (1, 3))
+    data = [d.to(dtype) if d.is_floating_point() else d for d in episode(name, tasks=tasks)]
     maml = FusedMAML(make(name, dtype), 0.1, 2, backend="fused")
     before = torch.get_num_threads()
     try:
         results = []
-        for threads in (1, 1, 2, 3):
+        for threads in counts:
             torch.set_num_threads(threads)
             results.append(flat(run(maml, data)[1]))
     finally:
