@@ -23,15 +23,13 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
-import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from .model import markdown, tile_class
-from .registers import ARCHITECTURE, tool
+from .registers import ARCHITECTURE, machine_code
 from .table import number
 
 CLOCK = 1.7  # GHz, under load; the highest is 1.98
@@ -93,26 +91,24 @@ def rates(found: Sequence[Loop]) -> dict[tuple[str, str], float]:
     return {key: SHARE[key[0]] * bound(key[0], statistics.mean(of)) for key, of in cycles.items()}
 
 
-@cache
-def loops(file: Path | None = None, architecture: str = ARCHITECTURE) -> tuple[Loop, ...]:
+def loops(file: Path | None = None, architecture: str = ARCHITECTURE) -> list[Loop]:
     """The main loops in an object file, or in the installed library."""
     if file is None:
         from maml_cuda import _core
 
         file = Path(_core.__file__)
-    command = [tool(), "-arch", architecture, "-sass", str(file)]
-    environment = {"PATH": f"{Path(tool()).parent}:/usr/bin:/bin"}
-    sass = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    parts = re.split(r"^\s*Function : (\S+)$", sass, flags=re.MULTILINE)[1:]
-    found: list[Loop] = []
-    for name, body in zip(parts[::2], parts[1::2], strict=True):
-        precision = next((p for word, p in PRECISIONS.items() if word in name), "")
-        tile = re.search(r"4TileI((?:Li\d+E){6})E", name)
-        if precision and tile:
-            numbers = ", ".join(re.findall(r"Li(\d+)E", tile[1]))
-            code = [(int(at, 16), text) for at, text in INSTRUCTION.findall(body)]
-            found += [Loop(name, precision, tile_class(numbers), pass_) for pass_ in passes(code)]
-    return tuple(found)
+    return [loop for name, body in machine_code(file, architecture) for loop in loops_of(name, body)]
+
+
+def loops_of(name: str, body: str) -> list[Loop]:
+    """The main loops in the disassembly of a kernel, given by its mangled name; none if it is no product."""
+    precision = next((p for word, p in PRECISIONS.items() if word in name), "")
+    tile = re.search(r"4TileI((?:Li\d+E){6})E", name)
+    if not precision or not tile:
+        return []
+    numbers = ", ".join(re.findall(r"Li(\d+)E", tile[1]))
+    code = [(int(at, 16), text) for at, text in INSTRUCTION.findall(body)]
+    return [Loop(name, precision, tile_class(numbers), pass_) for pass_ in passes(code)]
 
 
 def branch(instruction: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Registers and shared memory of each kernel in the installed library, read by cuobjdump. It needs no GPU."""
+"""Registers, shared memory and machine code of each kernel in a library, read by cuobjdump. It needs no GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,19 @@ def tool() -> str:
     """The path of cuobjdump, from PATH or the package nvidia-cuda-cuobjdump; "" if there is none."""
     packaged = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump"))
     return shutil.which("cuobjdump") or next(map(str, packaged), "")
+
+
+def dump(file: Path, *options: str) -> str:
+    """What cuobjdump prints of a library or an object file."""
+    environment = {"PATH": f"{Path(tool()).parent}:/usr/bin:/bin"}
+    command = [tool(), *options, str(file)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+
+def machine_code(file: Path, architecture: str) -> Iterator[tuple[str, str]]:
+    """The mangled name and the disassembly of each kernel for an architecture, such as "sm_90". Takes a minute."""
+    parts = re.split(r"^\s*Function : (\S+)$", dump(file, "-arch", architecture, "-sass"), flags=re.MULTILINE)[1:]
+    return zip(parts[::2], parts[1::2], strict=True)
 
 
 @functools.cache

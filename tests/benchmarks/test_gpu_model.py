@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import flops
-from benchmarks.gpu import model, registers
+from benchmarks.gpu import model
 from benchmarks.gpu.model import C, Launch
 from benchmarks.workloads import WORKLOADS
 from tests import emulated
@@ -180,53 +180,6 @@ def test_a_branch_costs_nothing_beside_a_longer_chain() -> None:
     both = model.MetaStep("batched", (chain, aside)).microseconds()
     assert both == model.MetaStep("batched", (chain,)).microseconds()
     assert model.MetaStep("batched", (launch(), aside)).microseconds() == aside.microseconds()
-
-
-def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    model.main(["sinusoid-k1 T=25", "omniglot T=4", "--precision", "tf32", "--launches"])
-    text = capsys.readouterr().out
-    lines = text.splitlines()
-    assert lines[0] == f"| {' | '.join(model.COLUMNS)} |"
-    assert [line.split(" | ")[3] for line in lines[2:4]] == ["megakernel", "batched"]
-    assert sum(line.startswith("| `") for line in lines) == sum(int(line.split(" | ")[4]) for line in lines[2:4])
-    assert ("No registers: " in text) == (not registers.usage())
-    model.main(["--constants"])
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert len(rows) == len(C)
-    assert {row.split(" | ")[2] for row in rows} <= {"derived", "estimated", "measured", "sm_90"}
-    with pytest.raises(SystemExit):
-        model.main(["omniglot T=5"])
-    assert "META-STEP must be of sinusoid-k1 T=25; " in capsys.readouterr().err
-
-
-@pytest.mark.skipif(not registers.usage(), reason="no kernels in this build, or no cuobjdump")
-def test_every_launched_kernel_is_in_the_library() -> None:
-    for precision in model.PRECISIONS:
-        for name in ("sinusoid-k5 T=25", "omniglot T=4", "mini-imagenet T=4"):
-            step = model.meta_step(model.STEPS[name], precision)
-            assert [found.kernel for found in step.launches if not found.registers] == []
-
-
-@pytest.mark.skipif(not registers.usage(), reason="no kernels in this build, or no cuobjdump")
-def test_the_emulation_counts_shared_memory_as_the_compiler_does() -> None:
-    """For kernels with dynamic shared memory, so that the emulation enforces the limits of a GPU."""
-    found = []
-    for name in ("sinusoid-k1 T=25", "omniglot T=4", "mini-imagenet T=4"):
-        _, launches = model.logged_launches(model.STEPS[name], "tf32", False)
-        found += [launch for launch in launches if launch["dynamic_shared"]]
-    assert {"small_mlp", "gradients_kernel"} <= {
-        launch["kernel"].partition("<")[0].rpartition("::")[2] for launch in found
-    }
-    for launch in found:
-        assert registers.usage()[launch["kernel"]].shared == launch["static_shared"], launch["kernel"]
-
-
-@pytest.mark.skipif(not registers.usage(), reason="no kernels in this build, or no cuobjdump")
-def test_shared_memory_of_kernels_is_what_they_declare() -> None:
-    """The memory that the system reserves per block is a constant of the model and must not be counted twice."""
-    shared = {name: used.shared for name, used in registers.usage().items()}
-    assert {bytes_ for name, bytes_ in shared.items() if "::patch_gram_kernel<float>" in name} == {33408}
-    assert {bytes_ for name, bytes_ in shared.items() if "::copy_kernel<float>" in name} == {0}
 
 
 @pytest.mark.parametrize("first_order", [False, True])

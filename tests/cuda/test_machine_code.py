@@ -8,12 +8,13 @@ import subprocess
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from benchmarks.gpu.loops import loops, rates
+from benchmarks.gpu.loops import Loop, loops_of, rates
 from benchmarks.gpu.model import C
-from benchmarks.gpu.registers import tool
+from benchmarks.gpu.registers import ARCHITECTURE, dump, machine_code, tool
 from maml_cuda import _core
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
@@ -34,23 +35,26 @@ needs_tool = pytest.mark.skipif(not tool(), reason="there is no cuobjdump")
 each_architecture = pytest.mark.parametrize("architecture", _core.cuda_architectures.split() or ["none"])
 pytestmark = needs_kernels
 
+LIBRARY = Path(str(_core.__file__))
 
-def dump(*options: str) -> str:
-    folder = Path(tool()).parent
-    command = [tool(), *options, str(_core.__file__)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": f"{folder}:/usr/bin:/bin"})
-    return done.stdout
+
+class Code(NamedTuple):
+    kernels: dict[str, Counter[str]]  # mangled name -> how often each instruction occurs
+    loops: list[Loop]
 
 
 @cache
-def kernels(architecture: str) -> dict[str, Counter[str]]:
-    """Mangled name -> how often each instruction occurs."""
-    parts = re.split(r"^\s*Function : (\S+)$", dump("-arch", f"sm_{architecture}", "-sass"), flags=re.MULTILINE)[1:]
-    return {name: Counter(INSTRUCTION.findall(body)) for name, body in zip(parts[::2], parts[1::2], strict=True)}
+def code_for(architecture: str) -> Code:
+    """Disassembled once for all tests: that takes a minute, and half a gigabyte of text."""
+    code = Code({}, [])
+    for name, body in machine_code(LIBRARY, f"sm_{architecture}"):
+        code.kernels[name] = Counter(INSTRUCTION.findall(body))
+        code.loops.extend(loops_of(name, body))
+    return code
 
 
 def kernels_with(architecture: str, *words: str) -> dict[str, Counter[str]]:
-    found = {name: code for name, code in kernels(architecture).items() if all(word in name for word in words)}
+    found = {name: code for name, code in code_for(architecture).kernels.items() if all(word in name for word in words)}
     assert found, f"no kernel of {words}"
     return found
 
@@ -58,7 +62,7 @@ def kernels_with(architecture: str, *words: str) -> dict[str, Counter[str]]:
 @needs_tool
 @each_architecture
 def test_nothing_spills(architecture: str) -> None:
-    usage = dump("-arch", f"sm_{architecture}", "-res-usage")
+    usage = dump(LIBRARY, "-arch", f"sm_{architecture}", "-res-usage")
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert len(found) > 100
     for name, registers, stack, shared, local in found:
@@ -71,7 +75,7 @@ def test_nothing_spills(architecture: str) -> None:
 @needs_tool
 @each_architecture
 def test_no_hot_loop_touches_local_memory(architecture: str) -> None:
-    for name, code in kernels(architecture).items():
+    for name, code in code_for(architecture).kernels.items():
         if any(word in name for word in LOCAL_MEMORY):
             continue
         loads = [i for i in code if i.startswith("LDL")]
@@ -156,7 +160,7 @@ MOST_ISSUED = {
 @needs_tool
 @each_architecture
 def test_the_main_loops_of_products_issue_few_instructions(architecture: str) -> None:
-    found = loops(architecture=f"sm_{architecture}")
+    found = code_for(architecture).loops
     assert {(loop.precision, loop.tile) for loop in found} == {
         (precision, tile) for precision in MOST_ISSUED for tile in ("wide", "narrow", "small")
     }
@@ -167,7 +171,7 @@ def test_the_main_loops_of_products_issue_few_instructions(architecture: str) ->
 
 @needs_tool
 def test_the_model_has_the_rates_that_follow_from_the_machine_code() -> None:
-    for (precision, tile), rate in rates(loops()).items():
+    for (precision, tile), rate in rates(code_for(ARCHITECTURE.removeprefix("sm_")).loops).items():
         assert C[f"rate {precision} {tile}"].value == pytest.approx(rate, rel=0.1), (precision, tile)
 
 
