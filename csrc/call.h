@@ -35,7 +35,7 @@ struct Call {
   T* loss = nullptr;            // [1]
   T* task_losses = nullptr;     // [tasks]
   T* logits = nullptr;          // [tasks, n_query, ...]
-  T* support_losses = nullptr;  // [tasks, steps]
+  T* support_losses = nullptr;  // [tasks, loss_columns()]
   T* data_gradient = nullptr;   // [tasks, data_size], zeros at first
   T* gradient = nullptr;        // [result_size], of the trainable parameters, in the user's layout
   std::vector<T*> per_task;     // per parameter [tasks, size]: adapted parameters, gradients or products

@@ -228,7 +228,7 @@ struct Task {
   Target<T> y_support;
   const T* x_query;
   Target<T> y_query;
-  T* support_losses;  // [steps] or null
+  T* support_losses;  // [loss_columns()] or null
   T* query_loss;      // [1]
   T* logits;          // [n_query, ...]
   T* data_gradient;   // [Problem::data_size]
@@ -285,7 +285,8 @@ concept ComputesPasses = requires { typename Backend::PassWalk; };
 ///                                                            of out, -gamma of what it gives
 /// and always
 ///   pull(size, strength, phi, theta, g)                      g += strength (phi - theta)
-///   conjugate_step(step, product, p, r, x, norm)             from product = H p; true: all tasks are solved
+///   conjugate_step(step, product, p, r, x, norm)             from product = H p; norm [2]: |b|, |r| / |b|;
+///                                                            true: all tasks are solved
 ///   add_weighted(k, size, x, y)                              y += w_k x, the weights of the query losses
 ///   copy(size, from, to), zero(size, to)
 ///   beside(f), join()        f(backend) runs concurrently with all calls until join(); false: not supported
@@ -314,7 +315,7 @@ class TaskRunner {
     clips_ = take(p_.kept_clips() * whole_lines(kClipNumbers));
     transformed_ = take(p_.factors * p_.packing.adapted);
     residual_ = take(p_.is_implicit() ? p_.packing.adapted : 0);
-    norm_ = take(p_.is_implicit() ? whole_lines(1) : 0);
+    norm_ = take(p_.is_implicit() ? whole_lines(2) : 0);
   }
 
   void run() {
@@ -370,8 +371,9 @@ class TaskRunner {
     for (int i = 0; i < how.cg_steps; ++i) {
       product_at_the_end(i == 0);
       const ConjugateStep step{adapted, trainable, how.proximal, how.cg_tolerance, i == 0};
-      if (backend_.conjugate_step(step, product_, direction_, residual_, x, norm_)) return;
+      if (backend_.conjugate_step(step, product_, direction_, residual_, x, norm_)) break;
     }
+    if (task_.support_losses) backend_.copy(1, norm_ + 1, task_.support_losses + p_.steps);
   }
   /// product = H_K direction; `first`: there is no state of a gradient pass at phi_K yet.
   void product_at_the_end(bool first) {

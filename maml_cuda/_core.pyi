@@ -75,6 +75,7 @@ class Problem:
             its size.
         support_sets: of a task: one for each inner step, or one.
         in_lanes: whether a CPU may compute several tasks side by side in the lanes of vectors.
+        loss_columns: of support_losses: the inner steps and, of an implicit gradient, its residual.
         combines_samples: whether samples depend on each other otherwise than through a normalisation.
     """
 
@@ -85,6 +86,7 @@ class Problem:
     data_places: tuple[int, int, int, int, int]
     in_lanes: bool
     combines_samples: bool
+    loss_columns: int
     def __init__(
         self,
         plan: Plan,

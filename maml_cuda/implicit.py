@@ -21,8 +21,8 @@ Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 def surrogate(
     value: Tensor, support: Tensor, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor], how: MetaGradient
-) -> Tensor:
-    """A scalar whose gradient in every leaf is the implicit one.
+) -> tuple[Tensor, Tensor]:
+    """A scalar whose gradient in every leaf is the implicit one, and |b - (I + H / lambda) x| / |b|.
 
     Args:
         value, support: the query loss and the support loss at phi.
@@ -41,10 +41,10 @@ def surrogate(
 
     assert how.proximal is not None
     if how.cg_steps is None:
-        x = _solved(hessian_times, b, how.proximal)
+        x, residual = _solved(hessian_times, b, how.proximal)
     else:
-        x = _conjugate_gradients(hessian_times, b, how.proximal, how.cg_steps, how.cg_tolerance)
-    return value - _dot(slope, x) / how.proximal + _dot([theta[name] for name in phi], x)
+        x, residual = _conjugate_gradients(hessian_times, b, how.proximal, how.cg_steps, how.cg_tolerance)
+    return value - _dot(slope, x) / how.proximal + _dot([theta[name] for name in phi], x), residual
 
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -54,8 +54,8 @@ def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 def _conjugate_gradients(
     hessian_times: Product, b: Sequence[Tensor], proximal: float, steps: int, tolerance: float
-) -> list[Tensor]:
-    """At most so many steps; they end where the residual is tolerance times b."""
+) -> tuple[list[Tensor], Tensor]:
+    """At most so many steps; they end where the residual is tolerance times b. Returns x and |r| / |b|."""
     x, r = [torch.zeros_like(t) for t in b], list(b)
     p, squares = r, _dot(r, r)
     norm = squares.sqrt()
@@ -68,11 +68,11 @@ def _conjugate_gradients(
         r = [a - alpha * d for a, d in zip(r, q, strict=True)]
         before, squares = squares, _dot(r, r)
         p = [a + squares / before * d for a, d in zip(r, p, strict=True)]
-    return x
+    return x, squares.sqrt() / norm if norm > 0 else norm
 
 
-def _solved(hessian_times: Product, b: Sequence[Tensor], proximal: float) -> list[Tensor]:
-    """The exact solution, by the whole Hessian in float64."""
+def _solved(hessian_times: Product, b: Sequence[Tensor], proximal: float) -> tuple[list[Tensor], Tensor]:
+    """The exact solution, by the whole Hessian in float64, whose residual is 0."""
     sizes = [t.numel() for t in b]
     rows = []
     for e in torch.eye(sum(sizes), dtype=b[0].dtype, device=b[0].device):
@@ -80,4 +80,5 @@ def _solved(hessian_times: Product, b: Sequence[Tensor], proximal: float) -> lis
         rows.append(torch.cat([h.reshape(-1) for h in hessian_times(parts)]).double())
     matrix = torch.eye(sum(sizes), dtype=torch.float64, device=b[0].device) + torch.stack(rows) / proximal
     x = torch.linalg.solve(matrix, torch.cat([t.reshape(-1) for t in b]).double())
-    return [part.view_as(t).to(t.dtype) for part, t in zip(x.split(sizes), b, strict=True)]
+    parts = [part.view_as(t).to(t.dtype) for part, t in zip(x.split(sizes), b, strict=True)]
+    return parts, b[0].real.new_zeros(())

@@ -296,8 +296,8 @@ def meta_step(
 
     Returns:
         loss (0-d), task_losses [tasks], predictions (from pytrees.stacked; None if it raises), support_losses
-        [tasks, steps], all detached; and (tensor, gradient) of each tensor in `wanted`, and of each parameter of the
-        loss, that the loss depends on.
+        [tasks, steps], of an implicit gradient with the residuals as a further column, all detached; and (tensor,
+        gradient) of each tensor in `wanted`, and of each parameter of the loss, that the loss depends on.
     """
     total: float | Tensor = 0.0
     task_losses, predictions, support_losses = [], [], []
@@ -351,7 +351,10 @@ def meta_step(
             leaves, of_leaves = [*leaves, *parameters], [*of_leaves, *parameters]
             # A graph that the loss holds, from its parameters to a tensor outside, is needed by the next task.
             retain_graph = len(leaves) > 2 * len(wanted) or None
-            scalar = implied(value) if how.kind == "implicit" else value
+            scalar = value
+            if how.kind == "implicit":
+                scalar, residual = implied(value)
+                losses.append(residual.to(losses[0].dtype if losses else value.dtype))
             grads = torch.autograd.grad(scalar, leaves, retain_graph=retain_graph, allow_unused=True)
             for of, g in zip(of_leaves, grads, strict=True):
                 if g is not None:
@@ -387,8 +390,9 @@ def _or_none(operation: Callable[[str, Tree], Tree], predictions: Tree) -> Tree 
 def _implied(
     model: Functional, loss: Callable[..., Tensor], theta: Mapping[str, Tensor], phi: Mapping[str, Tensor],
     adapted: list[str], x: Tree, y: Target, steps: int, task: int, how: MetaGradient, value: Tensor,
-) -> Tensor:  # fmt: skip
-    """A scalar whose gradient is the implicit meta-gradient of one task with the query loss `value`, at phi = phi_K."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A scalar whose gradient is the implicit meta-gradient of one task with the query loss `value`, at phi = phi_K;
+    and the relative residual of its linear system."""
     x, y = without_padding(x, y)
     twice, masks = model.differentiable_twice(), model.of_pass(task, 2 * steps)
     with torch.enable_grad(), at_step(model.module, steps), masks, twice:

@@ -198,7 +198,7 @@ int64_t Problem::task_size() const {
          packing.trainable + whole_lines(weighs_queries() ? 1 : 0) +
          (kept_states() + (has_update_adjoint() ? 1 : 0)) * state_size() +
          kept_clips() * whole_lines(kClipNumbers) + factors * packing.adapted +
-         (is_implicit() ? packing.adapted + whole_lines(1) : 0);
+         (is_implicit() ? packing.adapted + whole_lines(2) : 0);
 }
 
 }  // namespace maml

@@ -129,6 +129,9 @@ struct Problem {
   bool is_implicit() const {
     return graph.meta_gradient.kind == Outer::implicit && operation == Operation::meta_gradient;
   }
+  /// Of a task's support losses: one for each inner step and, behind them, the relative residual of an
+  /// implicit gradient's linear system.
+  int64_t loss_columns() const { return steps + (is_implicit() ? 1 : 0); }
   bool is_proximal() const { return graph.meta_gradient.proximal > 0 && !at_own_parameters(operation); }
   /// The first inner step that is differentiated through; what the steps before it add to theta is constant.
   int first_differentiated() const {

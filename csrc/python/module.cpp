@@ -117,6 +117,9 @@ PYBIND11_MODULE(MAML_CUDA_MODULE, m) {
       .def_property_readonly(
           "support_sets", [](const BoundProblem& p) { return p.problem().support_sets(); },
           "Support sets of a task: one for each inner step, or one.")
+      .def_property_readonly(
+          "loss_columns", [](const BoundProblem& p) { return p.problem().loss_columns(); },
+          "Of support_losses: the inner steps and, of an implicit gradient, its residual.")
       .def_property_readonly("combines_samples", &BoundProblem::combines_samples,
                              "Whether samples are combined otherwise than by a normalisation.")
       .def_property_readonly(

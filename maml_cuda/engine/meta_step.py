@@ -31,12 +31,16 @@ class MetaOutput:
     logits: [tasks, n_query, ...], predictions on the query sets, after the last step; of a Gaussian policy the means.
         With a loss of your own whatever the model returns, as `predict` puts it together; None where `predict` raises.
     support_losses: [tasks, inner_steps]; column k is the support loss at phi_k.
+    residuals: [tasks], of meta_gradient="implicit" where gradients are on: how well the linear system of each task was
+        solved, |b - (I + H / lambda) x| / |b| in its last step of conjugate gradients, b the gradient of the query
+        loss. None otherwise.
     """
 
     loss: Tensor
     task_losses: Tensor
     logits: Any
     support_losses: Tensor
+    residuals: Tensor | None = None
 
 
 @dataclass
@@ -205,7 +209,8 @@ def _computed(
     if usual and binding.plain and program.is_warm:  # the next call with such data has passed every check
         problem = meta_problem(program.text, support_x, query_x, maml.inner_steps, maml.first_order, wanted)
         binding.problems[key] = program, problem, Choice(program, "")
-    out = MetaOutput(loss, task_losses, _logits(maml, program.as_returned(in_query.unpacked(logits))), support_losses)
+    logits_ = _logits(maml, program.as_returned(in_query.unpacked(logits)))
+    out = MetaOutput(loss, task_losses, logits_, *_with_residuals(maml, support_losses))
     if not wanted:
         return out, None
     inputs = program.with_gradient(parameters + rates)
@@ -242,6 +247,8 @@ def _warm(
     if not program.is_plain:
         logits = _logits(maml, program.as_returned(logits))
     out = MetaOutput(loss, task_losses, logits, support_losses)
+    if maml._options.meta_gradient.kind == "implicit":
+        out.support_losses, out.residuals = _with_residuals(maml, support_losses)
     if not wanted:
         return out, None
     return out, Gradient(flat, program.with_gradient(parameters + rates), program.places)
@@ -255,6 +262,12 @@ def _check_episode(
     support_sets.read_in_order(maml, binding, sets, x_spt, "y_spt", y_spt)
     read(maml, binding, "x_qry", x_qry, "y_qry", y_qry)
     data_checks.same_tasks(x_spt, x_qry, sets)
+
+
+def _with_residuals(maml: Settings, losses: Tensor) -> tuple[Tensor, Tensor | None]:
+    """support_losses and residuals of a MetaOutput, from those of an op: a further column of an implicit gradient."""
+    steps = maml.inner_steps
+    return (losses[:, :steps], losses[:, steps]) if losses.shape[1] > steps else (losses, None)
 
 
 def _logits(maml: Settings, predictions: Any) -> Any:
@@ -272,7 +285,7 @@ def _on_the_general_path(
         maml.inner_steps, maml.first_order, task_weights, maml._query_weights.values, seed,
         maml._options.meta_gradient, sets, maml._options.recompute, maml._options.segments,
     )  # fmt: skip
-    out = MetaOutput(loss, task_losses, _logits(maml, predictions), support_losses)
+    out = MetaOutput(loss, task_losses, _logits(maml, predictions), *_with_residuals(maml, support_losses))
     if not reached:
         return out, None
     return out, Gradient(joined([g for _, g in reached]), [t for t, _ in reached], None)

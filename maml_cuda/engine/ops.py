@@ -102,7 +102,8 @@ def meta_step(
     x_spt, x_qry = cast(Tensor, support[0]), cast(Tensor, query[0])
     parameters, rates = dense(parameters), dense(rates)
     tasks = x_qry.shape[0]
-    outputs = _meta_outputs(x_qry, tasks, problem.features, steps, problem.gradient_size if gradient else 0)
+    gradient_size = problem.gradient_size if gradient else 0
+    outputs = _meta_outputs(x_qry, tasks, problem.features, problem.core.loss_columns, gradient_size)
     loss, task_losses, logits, support_losses, flat = outputs
     if task_weights is not None:
         task_weights = task_weights.contiguous()
@@ -115,13 +116,13 @@ def meta_step(
 
 
 def _meta_outputs(
-    like: Tensor, tasks: int, features: int, steps: int, gradient: int
+    like: Tensor, tasks: int, features: int, loss_columns: int, gradient: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         like.new_empty(()),
         like.new_empty(tasks),
         like.new_empty((tasks, like.shape[1], features)),
-        like.new_empty((tasks, steps)),
+        like.new_empty((tasks, loss_columns)),
         like.new_empty(gradient),
     )
 
@@ -132,7 +133,13 @@ def _meta_gradient_fake(
     query_weights: Tensor | None = None, query_steps: Sequence[int] = (), seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gradient_size = plan_of(plan).gradient_size if gradient else 0
-    return _meta_outputs(x_qry, x_qry.shape[0], features(plan, x_qry), steps, gradient_size)
+    columns = _loss_columns(plan, steps, gradient)
+    return _meta_outputs(x_qry, x_qry.shape[0], features(plan, x_qry), columns, gradient_size)
+
+
+def _loss_columns(plan: str, steps: int, gradient: bool) -> int:
+    """Of support_losses: the inner steps, and the relative residual of the linear system of an implicit gradient."""
+    return steps + (gradient and plan_of(plan).meta_gradient.kind == "implicit")
 
 
 LIBRARY.define(
@@ -164,7 +171,8 @@ def _meta_gradient_of_data_fake(
     query_weights: Tensor | None = None, query_steps: Sequence[int] = (), seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gradient_size = plan_of(plan).gradient_size
-    outputs = _meta_outputs(x_qry, x_qry.shape[0], features(plan, x_qry), steps, gradient_size)
+    columns = _loss_columns(plan, steps, True)
+    outputs = _meta_outputs(x_qry, x_qry.shape[0], features(plan, x_qry), columns, gradient_size)
     sample, n = tuple(int(d) for d in x_spt.shape[2:]), (int(x_spt.shape[1]), int(x_qry.shape[1]))
     problem = problem_of(
         plan, "meta_gradient", sample, *n, steps, first_order, is_double(x_spt), tuple(query_steps)

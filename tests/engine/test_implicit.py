@@ -38,12 +38,13 @@ def parts(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def implicit(
     maml: FusedMAML, data: list[Tensor], adapted: list[str], steps: int, krylov: int | None = None
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Loss, the last path's end, gradients. krylov: the best solution from so many powers of the matrix times b."""
+) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+    """Loss, the last path's end, gradients, the tasks' relative residuals. krylov: the best solution from so many
+    powers of the matrix times b."""
     theta = {n: p.detach() for n, p in maml.model.named_parameters()}
     like = {n: theta[n] for n in adapted}
     flat = torch.cat([t.flatten() for t in like.values()])
-    losses, total = [], {n: torch.zeros_like(p) for n, p in theta.items()}
+    losses, residuals, total = [], [], {n: torch.zeros_like(p) for n, p in theta.items()}
     for x_s, y_s, x_q, y_q in zip(*data, strict=True):
         rest = {n: p.clone().requires_grad_() for n, p in theta.items() if n not in like}
         phi = path_end(maml, rest, flat, like, x_s, y_s, steps, 0.1).requires_grad_()
@@ -73,14 +74,18 @@ def implicit(
         for n, part in parts(x, like).items():
             total[n] += part / len(data[0])
         losses.append(query.detach())
-    return torch.stack(losses).mean(), phi.detach(), total
+        residuals.append((b - a @ x).norm() / b.norm())
+    return torch.stack(losses).mean(), phi.detach(), total, torch.stack(residuals)
 
 
 def check(net: str, steps: int, krylov: int | None = None, **options) -> tuple[FusedMAML, list[Tensor]]:
     chosen = EXACTLY if krylov is None else EXACTLY | {"cg_steps": krylov}
     maml, data, how = make(net, steps, **(chosen | options))
-    value, end, expected = implicit(maml, data, how["adapted"], steps, krylov)
+    value, end, expected, residuals = implicit(maml, data, how["adapted"], steps, krylov)
     loss, grads = run(maml, data)
+    out = maml(*data)
+    assert out.support_losses.shape == (len(data[0]), steps)
+    torch.testing.assert_close(out.residuals, residuals, rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(loss, value, rtol=1e-12, atol=1e-12)
     assert_close(grads, {n: expected[n] for n in grads}, TOLERANCE)
     fast = maml.adapt(*data[:2])
@@ -88,7 +93,9 @@ def check(net: str, steps: int, krylov: int | None = None, **options) -> tuple[F
     *_, last = maml.inner_loop(*data[:2], steps)
     assert all(torch.equal(p, last[n]) for n, p in fast.items())
     with torch.no_grad():
-        torch.testing.assert_close(maml(*data).loss, value, rtol=1e-12, atol=1e-12)
+        out = maml(*data)
+    torch.testing.assert_close(out.loss, value, rtol=1e-12, atol=1e-12)
+    assert out.residuals is None
     return maml, data
 
 

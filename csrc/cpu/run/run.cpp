@@ -119,8 +119,8 @@ struct WorkspaceLayout {
   static int64_t lane_size(const Problem& p) {
     return 3 * p.packing.total + p.result_size + whole_lines(predictions(p.query)) +
            whole_lines(p.support_sets() * samples(p.support)) + whole_lines(samples(p.query)) +
-           whole_lines(p.steps + 1) + whole_lines(p.packing.total / kLanes<T> + 1) + loss_scratch(p) +
-           targets(p) + whole_lines(p.data_size) + p.task_size();
+           whole_lines(p.loss_columns() + 1) + whole_lines(p.packing.total / kLanes<T> + 1) +
+           loss_scratch(p) + targets(p) + whole_lines(p.data_size) + p.task_size();
   }
   static int64_t loss_scratch(const Problem& p) {
     return whole_lines(3 * std::max(predictions(p.support), predictions(p.query)) / kLanes<T> + 1);
@@ -293,7 +293,7 @@ class Run {
     const int64_t sets = p_.support_sets();
     task.support_counts = call_.support_counts ? call_.support_counts + t * sets : nullptr;
     task.query_count = call_.query_counts ? call_.query_counts + t : nullptr;
-    task.support_losses = call_.support_losses ? call_.support_losses + t * p_.steps : nullptr;
+    task.support_losses = call_.support_losses ? call_.support_losses + t * p_.loss_columns() : nullptr;
     task.query_loss = call_.task_losses ? call_.task_losses + t : nullptr;
     task.logits = call_.logits ? call_.logits + t * predictions() : nullptr;
     task.data_gradient = call_.data_gradient ? call_.data_gradient + t * p_.data_size : nullptr;
@@ -327,7 +327,7 @@ class Run {
     V *result = take(p_.result_size), *logits = take(whole_lines(predictions()));
     const int64_t sets = p_.support_sets(), support_size = sets * WorkspaceLayout<T>::samples(p_.support);
     V* x[2] = {take(whole_lines(support_size)), take(whole_lines(WorkspaceLayout<T>::samples(p_.query)))};
-    V* losses = take(whole_lines(p_.steps + 1));
+    V* losses = take(whole_lines(p_.loss_columns() + 1));
     V* data_gradient = std::fill_n(take(whole_lines(p_.data_size)), p_.data_size, V{}) - p_.data_size;
     T* packed = reinterpret_cast<T*>(take(whole_lines(p_.packing.total / W + 1)));
     T* loss_scratch = reinterpret_cast<T*>(take(WorkspaceLayout<T>::loss_scratch(p_)));
@@ -362,7 +362,7 @@ class Run {
     task.x_query = x[1];
     task.y_query = {targets[1]};
     task.support_losses = losses;
-    task.query_loss = losses + p_.steps;
+    task.query_loss = losses + p_.loss_columns();
     task.logits = logits;
     task.data_gradient = data_gradient;
     task.result = call_.gradient ? result : out;
@@ -379,8 +379,9 @@ class Run {
     if (!call_.per_task.empty()) Tasks::separate(p_.packing.total, out, each);
     for (int64_t lane = 0; lane < count; ++lane) {
       const int64_t t = first + lane;
-      if (call_.support_losses) Tasks::take(p_.steps, losses, lane, call_.support_losses + t * p_.steps);
-      if (call_.task_losses) call_.task_losses[t] = losses[p_.steps][lane];
+      const int64_t columns = p_.loss_columns();
+      if (call_.support_losses) Tasks::take(columns, losses, lane, call_.support_losses + t * columns);
+      if (call_.task_losses) call_.task_losses[t] = losses[columns][lane];
       if (call_.logits) Tasks::take(predictions(), logits, lane, call_.logits + t * predictions());
       if (call_.data_gradient)
         Tasks::take(p_.data_size, data_gradient, lane, call_.data_gradient + t * p_.data_size);

@@ -120,8 +120,8 @@ struct Updates : OptimizerSteps<V, T> {
       squares += static_cast<double>(r[i]) * static_cast<double>(r[i]);
       curvature += static_cast<double>(p[i]) * static_cast<double>(p[i] + scale * product[i]);
     }
-    if (step.first) *norm = static_cast<T>(std::sqrt(squares));
-    if (std::sqrt(squares) <= step.tolerance * static_cast<double>(*norm)) return true;
+    if (step.first) norm[0] = static_cast<T>(std::sqrt(squares)), norm[W] = 0;
+    if (std::sqrt(squares) <= step.tolerance * static_cast<double>(norm[0])) return true;
     const T alpha = static_cast<T>(squares / curvature);
     double next = 0;
     for (int64_t i = 0; i < adapted; i += W) {
@@ -132,6 +132,7 @@ struct Updates : OptimizerSteps<V, T> {
     for (int64_t i = adapted; i < trainable; i += W) x[i] -= alpha * scale * product[i];
     const T beta = static_cast<T>(next / squares);
     for (int64_t i = 0; i < adapted; i += W) p[i] = r[i] + beta * p[i];
+    norm[W] = static_cast<T>(std::sqrt(next) / static_cast<double>(norm[0]));
     return false;
   }
 

@@ -261,7 +261,7 @@ struct Runner<T>::State {
       region(Region::scale_query, call.y_query.scale, problem.query.n * element);
       region(Region::old_log_probs_query, call.y_query.old_log_probs, problem.query.n * element);
       region(Region::logits, call.logits, predictions * element);
-      region(Region::support_losses, call.support_losses, problem.steps * element);
+      region(Region::support_losses, call.support_losses, problem.loss_columns() * element);
       region(Region::task_losses, call.task_losses, element);
       const bool cotangent = problem.operation == Operation::predict_backward;
       region(Region::cotangent, cotangent ? call.given[0] : nullptr, predictions * element);

@@ -161,9 +161,9 @@ __device__ void conjugate_step(const ConjugateStep& step, const T* product, T* p
   }
   squares = sum_over_block(squares, sums);
   curvature = sum_over_block(curvature, sums);
-  if (step.first && thread == 0) *norm = static_cast<T>(std::sqrt(squares));
+  if (step.first && thread == 0) norm[0] = static_cast<T>(std::sqrt(squares)), norm[1] = 0;
   __syncthreads();
-  if (std::sqrt(squares) <= step.tolerance * static_cast<double>(*norm)) return;
+  if (std::sqrt(squares) <= step.tolerance * static_cast<double>(norm[0])) return;
   const T alpha = static_cast<T>(squares / curvature);
   double next = 0;
   for (int64_t i = thread; i < step.adapted; i += kReductionThreads) {
@@ -177,6 +177,7 @@ __device__ void conjugate_step(const ConjugateStep& step, const T* product, T* p
   next = sum_over_block(next, sums);
   const T beta = static_cast<T>(next / squares);
   for (int64_t i = thread; i < step.adapted; i += kReductionThreads) p[i] = r[i] + beta * p[i];
+  if (thread == 0) norm[1] = static_cast<T>(std::sqrt(next) / static_cast<double>(norm[0]));
 }
 
 template <class T>
