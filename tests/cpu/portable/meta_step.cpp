@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kTasks = 5, kSupport = 6, kQuery = 7, kClasses = 3;
 constexpr int kSteps = 2;
-constexpr double kRate = 0.1;
+constexpr double kLearningRate = 0.1;
 
 /// A graph that grows at its end.
 struct Net {
@@ -102,10 +102,13 @@ void write(const std::vector<double>& numbers) {
 
 int main(int count, char** words) {
   Net net = count == 2 && std::strcmp(words[1], "mlp") == 0 ? mlp() : conv();
-  const std::vector<Rate> rates(net.graph.parameters.size(), Rate{kRate});
+  net.graph.prediction = net.value;
+  Update update;
+  update.hyper[kRate].constant = kLearningRate;
+  const std::vector<Update> updates(net.graph.parameters.size(), update);
   const cpu::Backend& backend = cpu::backend();
-  const Problem problem(net.graph, Operation::meta_gradient, rates, {}, net.sample, kSupport, kQuery, kSteps,
-                        false, {}, sizeof(double), backend.traits);
+  const Problem problem(net.graph, Operation::meta_gradient, updates, {}, net.sample, kSupport, kQuery,
+                        kSteps, false, {}, false, sizeof(double), backend.traits);
   Call<double> call;
   call.tasks = kTasks;
   call.at_once = 2;
