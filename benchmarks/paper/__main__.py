@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from maml_cuda import cli
 
 from ..files import replace
-from . import figures, results
+from . import figures, protocols, results
 from .cells import CELLS
 from .page import markdown
 
@@ -28,7 +29,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="print the command of every cell")
     what.add_argument("--run", nargs="+", metavar="CELL", help="run these cells; an interrupted one resumes")
-    add("--data", metavar="PATH", help="with --run: folder of the data set")
+    what.add_argument(
+        "--protocols",
+        action="store_true",
+        help="test the finished RUNS with the authors' number of queries and with running statistics, then add them",
+    )
+    add("--data", metavar="PATH", help="with --run or --protocols: folder of the data set")
     add("--threads", metavar="N", help="with --run: CPU threads")
     add("--out", type=Path, default=Path("runs/paper"), metavar="FOLDER", help="for the runs (default: runs/paper)")
     add("--docs", type=Path, default=DOCS, metavar="FOLDER", help="for the page (default: docs)")
@@ -36,6 +42,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in options.run or ():
         if name not in CELLS:
             parser.error(f"CELL must be a name that --list prints, got {name}")
+    if options.protocols and not options.runs:
+        parser.error("RUNS must be named with --protocols, got none")
     return options
 
 
@@ -46,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
         for name, cell in CELLS.items():
             print(f"{name}{' (filled)' if name in known else ''}\n  maml-cuda {shlex.join(cell.command)}")
         return 0
+    for folder in options.runs if options.protocols else ():
+        for run in results.finished(folder):
+            print(f"{run}: {json.dumps(protocols.measure(run, options.data))}")
     for name in options.run or ():
         if status := run_cell(name, options):
             return status
@@ -77,7 +88,8 @@ def take_in(known: dict[str, Any], folders: list[Path], docs: Path) -> dict[str,
     results.save(merged, docs / "results.json")
     sinusoid = "sinusoid.png" if figures.adaptation(merged, docs / "sinusoid.png") else None
     learning = "learning.png" if figures.learning(merged, docs / "learning.png") else None
-    replace(docs / "results.md", markdown(merged, sinusoid, learning))
+    omniglot = "omniglot.png" if figures.omniglot(merged, docs / "omniglot.png") else None
+    replace(docs / "results.md", markdown(merged, sinusoid, learning, omniglot))
     print(f"{len(merged)} of {len(CELLS)} cells are filled: {docs / 'results.md'}")
     return merged
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
-from maml_cuda.train.settings import named_settings
+from maml_cuda.train.settings import Settings, named_settings
 
 # A run belongs to the cell with the same settings, except these, which describe where it ran.
-IGNORED = ("data", "data_sha256", "backend", "log_interval")
+IGNORED = ("data", "data_sha256", "image_shape", "cache", "backend", "log_interval")
+
+# Settings that depend on the number of iterations.
+OF_ITERATIONS = ("iterations", "multi_step_iterations", "first_order_iterations")
+DEFAULTS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
 
 MAML = "Finn et al. 2017"
 
@@ -35,7 +39,10 @@ class Cell:
     def name(self) -> str:
         s = self.settings()
         task = f"{s['test_shots']}shot" if self.job == "sinusoid" else f"{s['ways']}way-{s['test_shots']}shot"
-        return f"{self.job}-{task}-{self.preset}"
+        variant = [s["net"]] if s["net"] != "conv4" else []
+        variant += [s["split"]] if s["split"] not in ("", "authors") else []
+        variant += [f"seed{s['seed']}"] if s["seed"] else []
+        return "-".join([self.job, task, self.preset, *variant])
 
     @property
     def command(self) -> list[str]:
@@ -53,20 +60,32 @@ class Cell:
     def settings(self) -> dict[str, Any]:
         return asdict(named_settings(self.job, self.preset, **self.given))
 
+    @property
+    def full_iterations(self) -> int:
+        """The iterations of the preset, which this cell may cut."""
+        given = {name: value for name, value in self.given.items() if name not in OF_ITERATIONS}
+        return named_settings(self.job, self.preset, **given).iterations
+
     def is_of(self, settings: dict[str, Any]) -> bool:
-        """Whether a run with these settings belongs to this cell."""
+        """Whether a run with these settings belongs to this cell. Runs of earlier versions lack some."""
+        settings = DEFAULTS | settings
+        if self.job == "omniglot":
+            settings["split"] = settings["split"] or "authors"
         return all(settings.get(name) == value for name, value in self.settings().items() if name not in IGNORED)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells under one heading. ``steps``: adaptation steps, one score column each; (): only the reported score."""
+    """Cells under one heading. ``steps``: adaptation steps, one score column each; (): only the reported score.
+    ``protocols``: whether there are columns for the scores of ``protocols.py`` and for the iterations.
+    """
 
     title: str
     published_heading: str  # heading of the published scores
     cells: tuple[Cell, ...]
     steps: tuple[int, ...] = ()
     note: str = ""
+    protocols: bool = False
 
 
 def _sinusoid(shots: int) -> Table:
@@ -109,6 +128,8 @@ OMNIGLOT = {
         {(5, 1): "97.68", (5, 5): "99.48", (20, 1): "89.43", (20, 5): "97.12"},
     ),
     "maml++": ("Antoniou et al. 2019", {(5, 1): "99.47", (5, 5): "99.85", (20, 1): "97.65", (20, 5): "99.33"}),
+    "meta-sgd": ("Li et al. 2017", {(5, 1): "99.53 ± 0.26"}),
+    "protonet": ("Snell et al. 2017", {(5, 1): "98.8"}),
 }  # fmt: skip
 ROWS = {
     "maml": "MAML", "fomaml": "first-order MAML", "anil": "ANIL", "meta-sgd": "Meta-SGD", "maml++": "MAML++",
@@ -174,11 +195,79 @@ def _published_set(job: str, title: str, rows: dict[str, dict[tuple[int, int], t
     cells = []
     for preset, of in rows.items():
         for (ways, shots), (figure, source) in of.items():
-            given: dict[str, Any] = {"shots": shots}
-            if ways == 20:
-                given |= {"ways": 20} | OF_20.get(preset, {})
-            cells.append(Cell(job, preset, f"{ROWS[preset]}, {ways}-way {shots}-shot", given, (figure,), source))
+            row = f"{ROWS[preset]}, {ways}-way {shots}-shot"
+            cells.append(Cell(job, preset, row, {"shots": shots}, (figure,), source))
     return Table(title, "published", tuple(cells))
+
+
+def _omniglot() -> Table:
+    cells = []
+    for preset, ways, shots, iterations, variant in OMNIGLOT_CELLS:
+        given: dict[str, Any] = {"shots": shots}
+        if ways == 20:
+            given |= {"ways": 20} | OF_20.get(preset, {})
+        if iterations:
+            given |= {"iterations": iterations}
+            if preset == "maml++":  # the first 10 % and the first 50 % of the iterations
+                given |= {"multi_step_iterations": iterations // 10, "first_order_iterations": iterations // 2}
+        source, published = OMNIGLOT.get(preset, ("", {}))
+        figure = published.get((ways, shots), "")
+        if variant.get("net") == "mlp":
+            figure = OMNIGLOT_MLP[ways, shots]
+        words = [f"{ROWS[preset]}, {ways}-way {shots}-shot", *(VARIANTS[name] for name in variant)]
+        words = [word.format(**variant) for word in words]
+        row = ", ".join(words)
+        cells.append(
+            Cell("omniglot", preset, row, given | variant, (figure,) if figure else (), source if figure else "")
+        )
+    return Table("Omniglot: accuracy in %", "published", tuple(cells), note=OMNIGLOT_NOTE, protocols=True)
+
+
+VARIANTS = {"net": "fully connected net", "split": "split by {split}", "seed": "seed {seed}"}
+OMNIGLOT_MLP = {(5, 1): "89.7 ± 1.1", (5, 5): "97.5 ± 0.6"}
+# preset, ways, shots, iterations (0: those of the preset), what else differs. 20-way 5-shot has what two hours of two
+# cores allow.
+OMNIGLOT_CELLS: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (
+    ("maml", 5, 1, 0, {}),
+    ("fomaml", 5, 1, 0, {}),
+    ("maml", 5, 1, 0, {"net": "mlp"}),
+    ("maml", 5, 1, 20_000, {"seed": 1}),
+    ("maml", 5, 1, 20_000, {"seed": 2}),
+    ("maml", 5, 1, 20_000, {"split": "alphabets"}),
+    ("maml++", 5, 1, 15_000, {}),
+    ("anil", 5, 1, 15_000, {}),
+    ("meta-sgd", 5, 1, 15_000, {}),
+    ("reptile", 5, 1, 15_000, {}),
+    ("protonet", 5, 1, 15_000, {}),
+    ("nearest-pixel", 5, 1, 0, {}),
+    ("maml", 5, 5, 15_000, {}),
+    ("fomaml", 5, 5, 15_000, {}),
+    ("maml", 5, 5, 15_000, {"net": "mlp"}),
+    ("maml", 20, 1, 10_000, {}),
+    ("fomaml", 20, 1, 10_000, {}),
+    ("maml", 20, 5, 2000, {}),
+    ("fomaml", 20, 5, 2000, {}),
+    *(("reptile", ways, shots, 0, {}) for ways, shots in ((5, 5), (20, 1), (20, 5))),
+    *(("maml++", ways, shots, 0, {}) for ways, shots in ((5, 5), (20, 1), (20, 5))),
+)
+OMNIGLOT_NOTE = """\
+Each net is tested in three ways, each on 600 tasks:
+
+- **15 queries**: the protocol of this package, 15 query images of each class, normalised together;
+- **authors' queries**: as many query images of each class as support images, which is what the authors of MAML test
+  with: one for 1-shot, five for 5-shot;
+- **running**: 15 query images of each class, and BatchNorm with the running statistics of training tasks, so that no
+  query depends on the others. The net is the same; it was trained with the statistics of each batch.
+
+The authors' evaluation, by [their code](https://github.com/cbfinn/maml) (`main.py`, `maml.py`, `data_generator.py`):
+600 tasks of the 423 test characters, each class of a task turned by a random quarter turn (here test characters are
+not turned); K query images a class for K shots; a score after each of 1 to 10 updates, of which the paper reports the
+one after 3 (5-way) or 5 (20-way); BatchNorm with the statistics of the batch in training and in test, where the batch
+is the whole query set, one image or K of every class. So their published accuracies are transductive, with balanced
+queries.
+
+The split is the one by name `authors` ([data sets](datasets.md#two-splits-of-omniglot)), except where the row names
+another. "Iterations" are those of the run and of the preset, which has the authors'."""
 
 
 TABLES = (
@@ -189,10 +278,7 @@ TABLES = (
     _glyphs(5, 5, ("maml", "fomaml", "protonet")),
     _glyphs(20, 1, tuple(ROWS)),
     _glyphs(20, 5, ("maml", "fomaml", "protonet")),
-    _published_set(
-        "omniglot", "Omniglot: accuracy in %",
-        {p: {size: (figure, of[0]) for size, figure in of[1].items()} for p, of in OMNIGLOT.items()},
-    ),
+    _omniglot(),
     _published_set(
         "mini-imagenet", "mini-ImageNet: accuracy in %",
         {

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .cells import TABLES
+from .cells import TABLES, Cell
 
 
 def adaptation(results: dict[str, Any], path: Path) -> bool:
@@ -47,6 +47,27 @@ def learning(results: dict[str, Any], path: Path) -> bool:
                 axes.plot(iterations, accuracies, f"C{number}", label=cell.row, linewidth=1.2)
         title = table.title.removeprefix("Characters, ").split(":")[0]
         axes.set(title=f"glyphs, {title}", xlabel="meta-iteration", ylabel="validation accuracy, %")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    _save(figure, path)
+    return True
+
+
+def omniglot(results: dict[str, Any], path: Path) -> bool:
+    """Validation accuracy against meta-iterations of the runs on Omniglot, one panel per task. False without any."""
+    panels: dict[str, list[Cell]] = {}
+    for cell in (cell for table in TABLES for cell in table.cells):
+        if cell.job == "omniglot" and _curve(results, cell.name):
+            panels.setdefault(cell.row.split(", ")[1], []).append(cell)
+    if not panels:
+        return False
+    figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
+    for axes, (task, cells) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for number, cell in enumerate(cells):
+            iterations, scores = zip(*_curve(results, cell.name), strict=True)
+            label = cell.row.replace(f", {task}", "")
+            axes.plot(iterations, [100 * score for score in scores], f"C{number}", label=label, linewidth=1.2)
+        axes.set(title=f"Omniglot, {task}", xlabel="meta-iteration", ylabel="validation accuracy, %")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     _save(figure, path)

@@ -15,7 +15,9 @@ HEAD = (
     "runs, and keeps their figures in `docs/results.json`. Each cell is one command:\n\n"
     "- `python -m benchmarks.paper --list` prints all commands;\n"
     "- `python -m benchmarks.paper --run CELL` runs one and updates this page. A run that was interrupted goes on;\n"
-    "- `python -m benchmarks.paper RUNS` takes in runs that were started by hand.\n\n"
+    "- `python -m benchmarks.paper RUNS` takes in runs that were started by hand;\n"
+    "- `python -m benchmarks.paper --protocols RUNS` tests finished runs in two more ways first, which the Omniglot "
+    "table shows.\n\n"
     "A score is the mean over 600 test tasks that training has not seen, of the checkpoint that validated best, ± half "
     "the width of the 95 % interval (1.96 sd/√n). BatchNorm is transductive, also in the test: it normalises with the "
     "statistics of the set at hand. Wall times include whatever else ran on the machine. CPU times are those of all "
@@ -23,8 +25,10 @@ HEAD = (
 )
 
 
-def markdown(results: dict[str, Any], sinusoid: str | None = None, learning: str | None = None) -> str:
-    """The page. ``sinusoid``, ``learning``: paths of the figures (figures.py), relative to the page."""
+def markdown(
+    results: dict[str, Any], sinusoid: str | None = None, learning: str | None = None, omniglot: str | None = None
+) -> str:
+    """The page. ``sinusoid``, ``learning``, ``omniglot``: paths of the figures (figures.py), relative to the page."""
     parts = [HEAD]
     for table in TABLES:
         parts.append(f"## {table.title}")
@@ -38,9 +42,12 @@ def markdown(results: dict[str, Any], sinusoid: str | None = None, learning: str
             parts.append("\n".join(_commands(table, missing)))
         if finding := _orders(table, results):
             parts.append(finding)
+        if table.protocols and (finding := _transduction(filled, results)):
+            parts.append(finding)
     for figure, text, before in (
         (sinusoid, "MSE against adaptation steps", "## Characters"),
         (learning, "Validation accuracy against meta-iterations", "## Omniglot"),
+        (omniglot, "Validation accuracy on Omniglot against meta-iterations", "## mini-ImageNet"),
     ):
         if figure:
             at = next(i for i, part in enumerate(parts) if part.startswith(before))
@@ -54,6 +61,9 @@ def _rows(table: Table, cells: Iterable[Cell], results: dict[str, Any]) -> list[
     head = ["", *(steps or ["maml_cuda"]), table.published_heading, "test steps", "wall, min", "CPU, min", "commit"]
     if steps:
         head.remove("test steps")
+    if table.protocols:
+        head[1:2] = ["15 queries", "authors' queries", "running"]
+        head.insert(head.index("wall, min"), "iterations")
     return _table(head, [_row(table, cell, results[cell.name]) for cell in cells])
 
 
@@ -73,6 +83,10 @@ def _row(table: Table, cell: Cell, run: dict[str, Any]) -> list[str]:
         scores = [f"{_score(run, run['ensemble']['reported'])} (best single: {scores[0]})"]
     if run["batch_norm"] != "transductive":
         row += f", {run['batch_norm']} BatchNorm"
+    if table.protocols:
+        tested = run.get("protocols", {})
+        scores += [_score(run, tested[name]) if name in tested else "–" for name in ("authors", "running")]
+        test.append(f"{run['meta_iterations']:,} of {cell.full_iterations:,}" if run["meta_iterations"] else "–")
     return [row, *scores, published, *test, *cost, f"`{run['commit']}`"]
 
 
@@ -110,6 +124,19 @@ def _orders(table: Table, results: dict[str, Any]) -> str:
             task[cell.preset] = results[cell.name]["reported"]
     pairs = [(name, of["maml"], of["fomaml"]) for name, of in scores.items() if {"maml", "fomaml"} <= of.keys()]
     return "\n\n".join(f"{name}: {_verdict(second, first)}" for name, second, first in pairs)
+
+
+def _transduction(cells: Iterable[Cell], results: dict[str, Any]) -> str:
+    """How much of each accuracy is transduction."""
+    shares = []
+    for cell in cells:
+        run = results[cell.name]
+        if "running" in (tested := run.get("protocols", {})):
+            together = run.get("ensemble", run)["reported"]["mean"]
+            shares.append(f"{cell.row} {100 * (together - tested['running']['mean']):+.1f}")
+    if not shares:
+        return ""
+    return f"What transduction adds, in points (15 queries less running): {'; '.join(shares)}."
 
 
 def _verdict(second: dict[str, float], first: dict[str, float]) -> str:

@@ -9,22 +9,40 @@ from pathlib import Path
 from typing import Any
 
 from ..files import replace
+from . import protocols
 from .cells import CELLS
 
 KEPT = ("metric", "steps", "mean", "ci95", "reported", "ensemble", "test_tasks", "test_shots", "test_queries")
-KEPT += ("batch_norm", "meta_iterations", "seconds", "cpu_seconds", "backend", "threads", "commit", "machine", "curve")
+KEPT += (
+    "protocols",
+    "batch_norm",
+    "meta_iterations",
+    "seconds",
+    "cpu_seconds",
+    "backend",
+    "threads",
+    "commit",
+    "machine",
+    "curve",
+)
 POINTS = 40  # at most, per learning curve
 
 
 def summaries(folders: Iterable[Path]) -> list[dict[str, Any]]:
     """The summaries of all runs in the folders, each a run or a folder of runs. FileNotFoundError if one has none."""
     found = []
-    for folder in folders:
-        paths = sorted(folder.glob("summary.json")) or sorted(folder.glob("*/summary.json"))
-        if not paths:
-            raise FileNotFoundError(f"{folder} must be a run or a folder of runs, with summary.json, got none")
-        found += [json.loads(path.read_text()) | _curve(path.with_name("metrics.csv")) for path in paths]
+    for run in (run for folder in folders for run in finished(folder)):
+        summary = json.loads((run / "summary.json").read_text())
+        found.append(summary | _curve(run / "metrics.csv") | protocols.of_run(run, summary))
     return found
+
+
+def finished(folder: Path) -> list[Path]:
+    """The finished runs in a folder, which is one or holds some. FileNotFoundError if there are none."""
+    paths = sorted(folder.glob("summary.json")) or sorted(folder.glob("*/summary.json"))
+    if not paths:
+        raise FileNotFoundError(f"{folder} must be a run or a folder of runs, with summary.json, got none")
+    return [path.parent for path in paths]
 
 
 def _curve(metrics: Path) -> dict[str, Any]:

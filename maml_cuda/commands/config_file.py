@@ -131,8 +131,9 @@ def write(run: Path, settings: Settings | RLSettings, processes: int = 1, **opti
         used = rl_settings.used_settings(settings.baseline, settings.outer)
         absent: Any = ("none",)
     else:
-        others = () if settings.job == "folder" else FOLDER_ONLY
-        used = presets.used_settings(settings.job, settings.preset) - {*others}
+        others = {*FOLDER_ONLY} - ({*FOLDER_ONLY} if settings.job == "folder" else {"split"})
+        others |= {"width"} if settings.net == "mlp" else set()
+        used = presets.used_settings(settings.job, settings.preset) - others
         absent = ("",)
     values = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name in used}
     values = {name: value for name, value in values.items() if value not in absent}

@@ -118,6 +118,10 @@ def refuse_ignored(given: dict[str, Any], settings: dict[str, Any]) -> None:
     else:
         what = settings.get("preset", "maml")
         used = presets.used_settings(job, what)
+        if settings.get("net") == "mlp" and "width" in given:
+            raise ValueError(
+                f"width (--filters) must be left out for the net mlp, whose layers have their own, got {given['width']}"
+            )
     for name, value in given.items():
         if name not in used and value != getattr(Settings, name, None):
             raise ValueError(f"{name} must be left out for {what}, which ignores it, got {value}")

@@ -90,7 +90,8 @@ def add_parser(commands: Any) -> None:
     group.add_argument(
         "--split",
         metavar="TRAIN/VALIDATION/TEST",
-        help="numbers of classes, such as 6/3/3 (default: the folders train, val and test, or 64/16/20 %% of all)",
+        help="numbers of classes, such as 6/3/3 (default: the folders train, val and test, or 64/16/20 %% of all); of "
+        "omniglot authors (default) or alphabets",
     )
 
     group = parser.add_argument_group("inner loop: adaptation to one task")
@@ -113,6 +114,7 @@ def add_parser(commands: Any) -> None:
         group, "--multi-step-iterations", "first iterations that use the query loss after every inner step (MAML++)"
     )
     _setting(group, "--first-order-iterations", "first iterations that are first order")
+    _setting(group, "--net", "images: four convolutions (default), or the paper's fully connected net")
     _setting(group, "--filters", "filters per convolution, or hidden units per layer (sinusoid, policies)", "width")
     _setting(group, "--seed", "seed of the initial weights and of all tasks; the same seed gives the same bits")
 

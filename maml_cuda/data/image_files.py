@@ -17,7 +17,7 @@ import numpy as np
 from maml_cuda.data.class_folders import Classes, is_image, visible_files
 from maml_cuda.data.conversion import SourceClass
 from maml_cuda.data.decode import Colour, decode
-from maml_cuda.data.splits import SPLITS, draw_split
+from maml_cuda.data.splits import SPLITS, draw_split, split_alphabets
 
 
 def read_table(table: Path, images: Path) -> Classes:
@@ -63,28 +63,33 @@ def _decoded(
             yield str(path), decode(file, str(path), mode, size, background, light_ink)
 
 
-def read_omniglot(halves: Sequence[Path], sizes: Sequence[int]) -> Iterator[SourceClass]:
-    """Reads the characters of both halves of Omniglot as one set, and splits it.
+def read_omniglot(halves: Sequence[Path], sizes: Sequence[int], by_alphabets: bool = False) -> Iterator[SourceClass]:
+    """Reads the characters of both halves of Omniglot, and splits them.
 
     Pixels are inverted to light ink on a dark background and resized to 28 x 28, as in the MAML authors' data.
 
     Args:
-        halves: two folders or zip archives of ``<Alphabet>/characterNN/*.png``.
-        sizes: the number of characters of each split.
+        halves: two folders or zip archives of ``<Alphabet>/characterNN/*.png``, background and evaluation.
+        sizes: the number of characters of each split at random.
+        by_alphabets: split by alphabets (``split_alphabets``) instead.
 
     Raises:
         ValueError: an archive is damaged, or the number of characters is wrong.
     """
     characters: dict[str, list[tuple[str, Callable[[], IO[bytes]]]]] = {}
+    names_of: list[list[str]] = []  # of each half
     with ExitStack() as opened:
         for half in halves:
+            before = len(characters)
             for name, open_file in _contents(half, opened):
                 if part := re.search(r"([^/]+/character\d+)/[^/]+\.png$", name):
                     characters.setdefault(part[1], []).append((name, open_file))
+            names_of.append(list(characters)[before:])
         if len(characters) != sum(sizes):
             where = " and ".join(map(str, halves))
             raise ValueError(f"{where} must have {sum(sizes)} characters together, got {len(characters)}")
-        for split, names in draw_split(list(characters), sizes).items():
+        drawn = split_alphabets(*names_of) if by_alphabets else draw_split(list(characters), sizes)
+        for split, names in drawn.items():
             for name in names:
                 yield SourceClass(split, name, _inverted(characters[name]))
 

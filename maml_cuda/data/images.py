@@ -106,12 +106,16 @@ class Images:
         return images.view(len(count), fewest, *self.shape)
 
 
-def omniglot(path: Where, *, cache: Where | None = None) -> Images:
+def omniglot(path: Where, *, split: str = "authors", cache: Where | None = None) -> Images:
     """Omniglot (Lake et al. 2015): 1623 characters with 20 images each, ``[1, 28, 28]``, light ink on a dark
     background.
 
-    The split is that of the MAML paper: 1100 characters for training, 100 for validation, 423 for test. They are drawn
-    from the sorted names with a fixed seed; the authors' own split depended on the order of files in their file system.
+    The split "authors" is that of the MAML paper: 1100 characters for training, 100 for validation, 423 for test, of
+    all alphabets. The sorted names are shuffled by ``random.Random(1)`` and cut in this order. The authors' own split
+    has this seed too, and depended on the order of files in their file system. The split "alphabets" tests on alphabets
+    that training has not seen (Lake et al. 2015): the 659 characters of the 20 evaluation alphabets are for test. Of
+    the 30 background alphabets, 5 are for validation, drawn in the same way, and 25 for training.
+
     Use ``rotations=4`` of the sampler for quarter turns as classes of their own.
 
     Images are resized from 105 x 105 by Lanczos resampling. The authors' script asks for the same, but on 1-bit images,
@@ -120,9 +124,12 @@ def omniglot(path: Where, *, cache: Where | None = None) -> Images:
     Args:
         path: a folder that holds, directly or in ``omniglot-py``, ``images_background`` and ``images_evaluation``, each
             as .zip or unpacked, from https://github.com/brendenlake/omniglot/raw/master/python/.
+        split: "authors" or "alphabets".
         cache: the folder of the converted images; None: ``path``.
     """
-    return Images("omniglot", path, layouts.find_omniglot, cache)
+    if split not in ("authors", "alphabets"):
+        raise ValueError(f"split must be one of authors, alphabets for omniglot, got {split!r}")
+    return Images("omniglot", path, partial(layouts.find_omniglot, split=split), cache)
 
 
 def mini_imagenet(path: Where, *, cache: Where | None = None) -> Images:

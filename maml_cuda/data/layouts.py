@@ -31,8 +31,8 @@ TIERED_IMAGENET_MD5 = {"tiered-imagenet.tar": "e07e811b9f29362d159a9edd0d838c62"
 FILE_WORDS = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}  # as in names of files
 
 
-def find_omniglot(path: Path) -> Source:
-    """The files of Omniglot."""
+def find_omniglot(path: Path, split: str = "authors") -> Source:
+    """The files of Omniglot, to be split as ``images.omniglot`` says."""
     base = path / "omniglot-py" if (path / "omniglot-py").is_dir() else path
     halves = []
     for name in ("images_background", "images_evaluation"):
@@ -44,6 +44,9 @@ def find_omniglot(path: Path) -> Source:
             )  # fmt: skip
         halves.append(half)
     files = [file for half in halves for file in (_images_below(half) if half.is_dir() else [half])]
+    if split == "alphabets":
+        read = partial(image_files.read_omniglot, halves, OMNIGLOT_SPLIT, by_alphabets=True)
+        return Source(files, read, OMNIGLOT_MD5, options={"split": split})
     return Source(files, partial(image_files.read_omniglot, halves, OMNIGLOT_SPLIT), OMNIGLOT_MD5, OMNIGLOT_SPLIT)
 
 

@@ -16,6 +16,7 @@ FOLDER_NAMES = {
 }
 # The seed of the MAML authors. It is fixed, so that no run is tested on classes that another run was trained on.
 SPLIT_SEED = 1
+VALIDATION_ALPHABETS = 5  # of the 30 background alphabets of Omniglot
 FOLDER_SPLIT = {"validation": 0.16, "test": 0.2}  # shares as in mini-ImageNet; the other classes are for training
 
 
@@ -47,6 +48,17 @@ def default_sizes(classes: int) -> tuple[int, int, int]:
     """The number of classes of each split of a folder, if the user does not choose them."""
     validation, test = (max(1, round(share * classes)) for share in FOLDER_SPLIT.values())
     return classes - validation - test, validation, test
+
+
+def split_alphabets(background: Iterable[str], evaluation: Iterable[str]) -> dict[str, list[str]]:
+    """Splits characters, named Alphabet/character, by alphabets: those of VALIDATION_ALPHABETS background alphabets are
+    for validation, drawn as ``draw_split`` draws classes; evaluation alphabets are for test.
+    """
+    background = sorted(background)
+    alphabets = {name.partition("/")[0] for name in background}
+    drawn = draw_split(alphabets, (len(alphabets) - VALIDATION_ALPHABETS, VALIDATION_ALPHABETS, 0))
+    split = {each: [name for name in background if name.partition("/")[0] in drawn[each]] for each in SPLITS}
+    return split | {"test": sorted(evaluation)}
 
 
 def draw_split(names: Iterable[str], sizes: Sequence[int]) -> dict[str, list[str]]:

@@ -10,11 +10,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from maml_cuda.batch_norm import PerStepBatchNorm2d
 from maml_cuda.data import ImageBatches, ImageTasks, MetaBatch, SinusoidTasks
 from maml_cuda.fused_maml import FusedMAML
 from maml_cuda.train.devices import CPU
-from maml_cuda.train.fixed_statistics import with_fixed_statistics
+from maml_cuda.train.fixed_statistics import NORMS, with_fixed_statistics
 from maml_cuda.train.jobs import make_maml, make_model, make_tasks, score, without_head
 from maml_cuda.train.ranks import ALONE, Ranks
 from maml_cuda.train.settings import Settings
@@ -148,7 +147,7 @@ class Maml(Adapting):
         Raises:
             ValueError: the network has no BatchNorm layers.
         """
-        norms = [m for m in self.maml.model.modules() if isinstance(m, (nn.BatchNorm2d, PerStepBatchNorm2d))]
+        norms = [m for m in self.maml.model.modules() if isinstance(m, NORMS)]
         if not norms:
             raise ValueError("running statistics need a net with BatchNorm layers, got none")
         for norm in norms:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maml_cuda.batch_norm import PerStepBatchNorm2d
+from maml_cuda.batch_norm import PerStepBatchNorm, PerStepBatchNorm1d
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, PerStepBatchNorm)  # the normalisation layers of the nets
 
 
 @torch.no_grad()
@@ -19,7 +21,7 @@ def with_fixed_statistics(
     """A copy of a net at adapted parameters, in eval mode, of plain torch modules.
 
     Args:
-        model: the net; its normalisation layers are BatchNorm2d and PerStepBatchNorm2d.
+        model: the net; its normalisation layers are ``NORMS``.
         parameters: those of one task, name -> tensor.
         slot: the inner step whose per-step BatchNorm is taken.
         support: ``[n, channels, height, width]``: each BatchNorm normalises by the mean and the biased variance that
@@ -35,7 +37,7 @@ def with_fixed_statistics(
     layers = []
     for parent in list(net.modules()):
         for name, child in list(parent._modules.items()):
-            if isinstance(child, nn.BatchNorm2d | PerStepBatchNorm2d):
+            if isinstance(child, NORMS):
                 parent._modules[name] = _plain(child, slot)
                 layers.append(parent._modules[name])
     net.eval().requires_grad_(False)
@@ -47,11 +49,12 @@ def with_fixed_statistics(
     return net
 
 
-def _plain(layer: Any, slot: int) -> nn.BatchNorm2d:
-    """The values of a slot of a per-step layer, or those of a plain one, as BatchNorm2d."""
-    at: Any = min(slot, layer.steps - 1) if isinstance(layer, PerStepBatchNorm2d) else ...
+def _plain(layer: Any, slot: int) -> nn.BatchNorm1d | nn.BatchNorm2d:
+    """The values of a slot of a per-step layer, or those of a plain one, as BatchNorm1d or BatchNorm2d."""
+    at: Any = min(slot, layer.steps - 1) if isinstance(layer, PerStepBatchNorm) else ...
+    kind = nn.BatchNorm1d if isinstance(layer, nn.BatchNorm1d | PerStepBatchNorm1d) else nn.BatchNorm2d
     like = layer.weight
-    plain = nn.BatchNorm2d(layer.num_features, layer.eps, device=like.device, dtype=like.dtype)
+    plain = kind(layer.num_features, layer.eps, device=like.device, dtype=like.dtype)
     plain.weight.copy_(like[at])
     plain.bias.copy_(layer.bias[at])
     if layer.running_mean is not None:
@@ -62,10 +65,9 @@ def _plain(layer: Any, slot: int) -> nn.BatchNorm2d:
     return plain
 
 
-def _take_statistics(layer: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
+def _take_statistics(layer: Any, inputs: tuple[Tensor, ...]) -> None:
     """Before a layer runs in eval mode: its running statistics become those of its input."""
     (x,) = inputs
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    layer.running_mean.copy_(x.mean((0, 2, 3)))
-    layer.running_var.copy_(x.var((0, 2, 3), correction=0))
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    layer.running_mean.copy_(x.mean(axes))
+    layer.running_var.copy_(x.var(axes, correction=0))

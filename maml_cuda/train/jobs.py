@@ -13,7 +13,8 @@ from maml_cuda.data.splits import SPLITS
 from maml_cuda.fused_maml import FusedMAML
 from maml_cuda.rl.settings import RLSettings
 from maml_cuda.train.devices import CPU
-from maml_cuda.train.models import conv4, conv4_max_pool, sinusoid_mlp
+from maml_cuda.train.fixed_statistics import NORMS
+from maml_cuda.train.models import conv4, conv4_max_pool, image_mlp, sinusoid_mlp
 from maml_cuda.train.settings import CHARACTERS, SHIPPED, Settings, is_classification, named_settings
 
 
@@ -47,6 +48,8 @@ def new_settings(job: str = "glyphs", preset: str = "maml", **given: Any) -> Set
 def open_images(settings: Settings) -> images.Images:
     """Opens the data set of ``settings``."""
     cache = settings.cache or None
+    if settings.job == "omniglot":
+        return images.omniglot(settings.data, split=settings.split or "authors", cache=cache)
     if settings.job != "folder":
         return images.OPEN[settings.job](settings.data, cache=cache)
     return images.folder(
@@ -117,6 +120,8 @@ def make_model(settings: Settings) -> nn.Sequential:
         if settings.job == "sinusoid":
             return sinusoid_mlp(settings.width, 3 if settings.told else 1)
         channels, height, width = image_shape(settings)
+        if settings.net == "mlp":
+            return image_mlp(settings.ways, channels * height * width)
         if settings.job in ("glyphs", "omniglot"):
             return conv4(settings.ways, settings.width, channels)
         return conv4_max_pool(settings.ways, settings.width, channels, height, width)
@@ -133,7 +138,7 @@ def _adapted(settings: Settings, model: nn.Sequential) -> list[str]:
         head = list(model._modules)[-1]
         return [name for name in names if name.startswith(f"{head}.")]
     if settings.adapted == "no-norm":
-        norms = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+        norms = [name for name, module in model.named_modules() if isinstance(module, NORMS)]
         return [name for name in names if name.rpartition(".")[0] not in norms]
     return names
 

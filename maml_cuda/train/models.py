@@ -1,6 +1,7 @@
 """The small networks of the MAML paper (Finn et al. 2017, sections 5.1 and 5.2)."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -66,6 +67,33 @@ def conv4_max_pool(n_way: int, filters: int, in_channels: int, height: int, widt
         in_channels = filters
     features = filters * (height // 16) * (width // 16)
     return nn.Sequential(blocks | {"flatten": nn.Flatten(), "classifier": nn.Linear(features, n_way)})
+
+
+def image_mlp(n_way: int, inputs: int, hidden: Sequence[int] = (256, 128, 64, 64)) -> nn.Sequential:
+    """The fully connected network of the paper's Omniglot table: hidden layers with BatchNorm and ReLU; Linear.
+
+    The authors draw its weights from a normal distribution of standard deviation 0.01; here they are torch's. BatchNorm
+    takes the scale of the hidden layers out, so that the difference is in the output layer and in the first steps.
+
+    Args:
+        n_way: the number of classes.
+        inputs: the numbers of an image: channels by height by width.
+        hidden: the units of each hidden layer.
+
+    Returns:
+        A network from ``[n, ...]``, with ``inputs`` numbers for each image, to logits ``[n, n_way]``.
+    """
+    blocks: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    for index, units in enumerate(hidden, 1):
+        blocks[f"block{index}"] = nn.Sequential(
+            OrderedDict(
+                linear=nn.Linear(inputs, units),
+                norm=nn.BatchNorm1d(units, track_running_stats=False),
+                relu=nn.ReLU(),
+            )
+        )
+        inputs = units
+    return nn.Sequential(blocks | {"classifier": nn.Linear(inputs, n_way)})
 
 
 def sinusoid_mlp(hidden: int = 40, inputs: int = 1) -> nn.Sequential:

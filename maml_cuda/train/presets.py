@@ -95,7 +95,7 @@ _EVERY = {
     "job", "preset", "data", "data_sha256", "cache", "seed", "ways", "train_ways", "iterations", "shots", "test_shots",
     "test_queries", "test_tasks", "image_size", "background", "split",
 }  # fmt: skip
-_NET = {"width"}
+_NET = {"width", "net"}
 _TRAINING = {
     "meta_batch", "meta_lr", "meta_schedule", "rotations", "validation_interval", "validation_tasks",
     "best_checkpoints", "log_interval",
@@ -125,7 +125,7 @@ _USED_BY_CURVES = {
 def used_settings(job: str, name: str) -> set[str]:
     """The settings that a run of this job and preset uses; it ignores all others."""
     of_job = _USED | _USED_BY_CURVES if job == "sinusoid" else _USED
-    return of_job.get(name, _ALL_PARTS | _OF_MAML)
+    return of_job.get(name, _ALL_PARTS | _OF_MAML) - ({"net"} if job == "sinusoid" else set())
 
 
 def preset_settings(job: str, name: str, ways: int = 5, shots: int = 1) -> dict[str, Any]:

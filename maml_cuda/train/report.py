@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from maml_cuda.batch_norm import PerStepBatchNorm2d
 from maml_cuda.data import ImageTasks, MetaBatch
 from maml_cuda.data.images import Images
 from maml_cuda.train import plots
@@ -16,6 +15,7 @@ from maml_cuda.train.algorithms import Adapting, Algorithm, Maml, make_algorithm
 from maml_cuda.train.checkpoint import load_info, load_model, load_parameters, locate
 from maml_cuda.train.devices import CPU
 from maml_cuda.train.evaluate import evaluate, mean_and_ci95
+from maml_cuda.train.fixed_statistics import NORMS
 from maml_cuda.train.jobs import format_score, make_generator, make_tasks
 from maml_cuda.train.ranks import count
 from maml_cuda.train.run_info import restore_settings
@@ -103,7 +103,7 @@ def normalise_by(statistics: str | None, algorithm: Algorithm, settings: Setting
 
 def has_batch_norm(algorithm: Algorithm) -> bool:
     """Whether the net of an algorithm has BatchNorm layers."""
-    return any(isinstance(m, nn.BatchNorm2d | PerStepBatchNorm2d) for m in algorithm.module.modules())
+    return any(isinstance(m, NORMS) for m in algorithm.module.modules())
 
 
 def ensemble_predictions(

@@ -21,6 +21,7 @@ CHOICES = {
     "adapted": ("all", "no-norm", "head"),
     "learn_inner_lr": ("", "step", "layer", "element"),
     "batch_norm": ("transductive", "per_step"),
+    "net": ("conv4", "mlp"),
     "meta_schedule": ("constant", "cosine", "linear"),
     "backend": ("auto", "fused", "reference"),
 }
@@ -31,6 +32,7 @@ MAY_BE_0 = (
 )  # fmt: skip
 # Settings that only a folder of your own images uses.
 FOLDER_ONLY = ("image_size", "background", "split")
+OMNIGLOT_SPLITS = ("authors", "alphabets")  # data.images.omniglot
 WITHOUT_INNER_LOOP = ("protonet", "matching", "nearest-pixel")  # algorithms that take any number of classes
 CHARACTERS = ("glyphs", "omniglot")  # jobs of light ink on a dark ground
 # Settings that only the meta-step of MAML uses.
@@ -64,7 +66,7 @@ class Settings:
     iterations: int
     meta_batch: int
     meta_lr: float
-    width: int  # filters of a convolution, hidden units of the MLP
+    width: int  # filters of a convolution, hidden units of the sinusoid's MLP
     # validation and test
     validation_interval: int
     validation_tasks: int
@@ -77,6 +79,7 @@ class Settings:
     # the algorithm
     preset: str = "maml"  # the preset (presets.py) whose settings these are, except for those given by the user
     algorithm: str = "maml"  # a class of algorithms.py
+    net: str = "conv4"  # for images: convolutions, or the paper's fully connected net (models.py)
     adapted: str = "all"  # parameters that the inner loop adapts: all, all but BatchNorm's, or those of the last layer
     learn_inner_lr: str = ""  # one learned rate per step, per layer and step, or per element
     first_order: bool = False
@@ -96,7 +99,8 @@ class Settings:
     # your own images: data.images.folder
     image_size: int = 0  # height and width in pixels; 0: those of the files
     background: str = "white"  # the colour behind transparent images
-    split: str = ""  # numbers of classes, TRAIN/VALIDATION/TEST; empty: the folders of the splits, or fixed shares
+    # classes of TRAIN/VALIDATION/TEST; empty: the folders of the splits, or fixed shares. omniglot: authors, alphabets
+    split: str = ""
     image_shape: str = ""  # channels, height and width of every image of the data set, as "3 x 84 x 84"
 
     def __post_init__(self) -> None:
@@ -147,7 +151,13 @@ class Settings:
             raise ValueError(
                 f"data_sha256 must be left out for {self.job}, which needs no data, got {self.data_sha256}"
             )
+        if self.job == "omniglot" and self.split not in ("", *OMNIGLOT_SPLITS):  # empty in runs of earlier versions
+            raise ValueError(f"split must be one of {', '.join(OMNIGLOT_SPLITS)} for omniglot, got {self.split!r}")
+        if self.net != "conv4" and self.job == "sinusoid":
+            raise ValueError(f"net must be left out for the sinusoid, whose net is an MLP of its own, got {self.net}")
         for name in () if self.job == "folder" else FOLDER_ONLY:
+            if name == "split" and self.job == "omniglot":
+                continue
             if getattr(self, name) != type(self).__dict__[name]:
                 raise ValueError(
                     f"{name} must be left out for {self.job}, which is not a folder of your own images, "
@@ -218,6 +228,7 @@ OMNIGLOT = Settings(
     test_steps=3,
     log_interval=100,
     rotations=4,
+    split="authors",
 )
 MINI_IMAGENET = Settings(
     job="mini-imagenet",

@@ -11,11 +11,14 @@ from benchmarks.paper.cells import CELLS, TABLES
 from benchmarks.paper.page import markdown
 from maml_cuda.cli import main as maml_cuda
 from maml_cuda.train.settings import Settings
+from tests.train.runs import small, trained
 
 
 def test_the_page_is_written_from_the_kept_figures() -> None:
     page = (paper.DOCS / "results.md").read_text(encoding="utf-8")
-    assert page == markdown(results.load(paper.DOCS / "results.json"), "sinusoid.png", "learning.png") + "\n"
+    known = results.load(paper.DOCS / "results.json")
+    omniglot = "omniglot.png" if (paper.DOCS / "omniglot.png").exists() else None
+    assert page == markdown(known, "sinusoid.png", "learning.png", omniglot) + "\n"
 
 
 def summary(name: str, mean: float, **given) -> dict:
@@ -163,6 +166,92 @@ def test_the_page_compares_second_and_first_order(second: float, first: float, v
 def test_second_and_first_order_are_compared_on_the_same_task() -> None:
     text = page(summary("mini-imagenet-5way-1shot-maml", 0.5), summary("mini-imagenet-5way-5shot-fomaml", 0.6))
     assert "(one run each" not in text
+
+
+def test_the_cells_of_omniglot() -> None:
+    iterations = {
+        "5way-1shot-maml": 60_000, "5way-1shot-fomaml": 60_000, "5way-1shot-maml-mlp": 60_000,
+        "5way-1shot-maml-seed1": 20_000, "5way-1shot-maml-seed2": 20_000, "5way-1shot-maml-alphabets": 20_000,
+        "5way-1shot-maml++": 15_000, "5way-1shot-anil": 15_000, "5way-1shot-meta-sgd": 15_000,
+        "5way-1shot-reptile": 15_000, "5way-1shot-protonet": 15_000, "5way-1shot-nearest-pixel": 0,
+        "5way-5shot-maml": 15_000, "20way-1shot-maml": 10_000, "20way-5shot-maml": 2000,
+    }  # fmt: skip
+    assert {name: CELLS[f"omniglot-{name}"].settings()["iterations"] for name in iterations} == iterations
+    plus = CELLS["omniglot-5way-1shot-maml++"]
+    assert (plus.settings()["multi_step_iterations"], plus.settings()["first_order_iterations"]) == (1500, 7500)
+    assert (plus.full_iterations, CELLS["omniglot-5way-5shot-maml"].full_iterations) == (50_000, 60_000)
+
+
+def test_a_run_of_an_earlier_version_belongs_to_its_cell() -> None:
+    run = summary("omniglot-5way-1shot-maml", 0.9)
+    del run["settings"]["net"]
+    run["settings"] |= {"split": "", "data_sha256": "bc32", "image_shape": "1 x 28 x 28"}
+    assert list(results.merged({}, [run])[0]) == ["omniglot-5way-1shot-maml"]
+    run["settings"]["split"] = "alphabets"
+    assert results.merged({}, [run])[1] == ["omniglot maml"]
+
+
+def test_rows_of_omniglot_have_three_scores_and_the_iterations() -> None:
+    tested = {"authors": {"mean": 0.987, "ci95": 0.004}, "running": {"mean": 0.9, "ci95": 0.01}}
+    text = page(
+        summary("omniglot-5way-1shot-maml", 0.963, protocols=tested),
+        summary("omniglot-5way-5shot-maml", 0.95),
+        summary("omniglot-5way-1shot-nearest-pixel", 0.5),
+    )
+    assert "| 15 queries | authors' queries | running | published | test steps | iterations |" in text
+    assert (
+        "| MAML, 5-way 1-shot | 96.6 ± 1.0 | 98.7 ± 0.4 | 90.0 ± 1.0 | 98.7 ± 0.4 (Finn et al. 2017) | 3 | "
+        "60,000 of 60,000 | 2.0 | 1.0 |"
+    ) in text
+    assert "| MAML, 5-way 5-shot | 95.3 ± 1.0 | – | – | 99.9 ± 0.1 (Finn et al. 2017) | 3 | 15,000 of 60,000 |" in text
+    assert "| nearest pixel, 5-way 1-shot | 50.0 ± 1.0 | – | – | – | – | – | – | – |" in text
+    assert "in points (15 queries less running): MAML, 5-way 1-shot +6.6." in text
+
+
+@pytest.mark.parametrize("preset", ["maml", "maml++", "nearest-pixel"])
+def test_a_finished_run_is_tested_as_the_authors_and_with_running_statistics(tmp_path, capsys, preset: str) -> None:
+    run, docs = tmp_path / "run", tmp_path / "docs"
+    options = ["--protocols", str(run), "--docs", str(docs)]
+    trained(run, small("glyphs", preset, iterations=2 if preset != "nearest-pixel" else 0, test_queries=5))
+    with pytest.raises(FileNotFoundError, match="must be a run or a folder of runs"):
+        paper.main(options)
+    assert maml_cuda(["train", "--resume", str(run)]) == 0
+    assert paper.main(options) == 0
+    found = json.loads((run / "protocols.json").read_text())
+    whole = ["--ensemble"] if preset == "maml++" else []
+    expected = {"authors": ["--test-queries", "1"], "running": ["--batch-norm", "running"]}
+    if preset == "nearest-pixel":
+        del expected["running"]
+    assert found.keys() == {"iterations", *expected}
+    for name, words in expected.items():
+        capsys.readouterr()
+        assert maml_cuda(["evaluate", str(run), "--json", *words, *whole]) == 0
+        evaluated = json.loads(capsys.readouterr().out)
+        assert found[name] == {"queries": evaluated["test_queries"]} | evaluated["reported"]
+    (one,) = results.summaries([run])
+    assert one["protocols"].keys() == expected.keys()
+    (run / "protocols.json").write_text(json.dumps(found | {"iterations": 1}))  # the run went on since
+    assert "protocols" not in results.summaries([run])[0]
+
+
+def test_runs_on_curves_have_no_protocols(tmp_path, capsys) -> None:
+    run = tmp_path / "run"
+    trained(run, small("sinusoid", "maml", iterations=2))
+    (run / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match="RUNS must be runs on pictures with --protocols, got one of sinusoid"):
+        paper.main(["--protocols", str(run), "--docs", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        paper.main(["--protocols"])
+    assert "RUNS must be named with --protocols, got none" in capsys.readouterr().err
+
+
+def test_the_figure_of_omniglot_needs_a_curve(tmp_path) -> None:
+    known, _ = results.merged({}, [summary("omniglot-5way-1shot-anil", 0.5, curve=[[500, 0.4], [1000, 0.5]])])
+    assert figures.omniglot(known, tmp_path / "omniglot.png")
+    assert (tmp_path / "omniglot.png").read_bytes().startswith(b"\x89PNG")
+    assert not figures.omniglot({}, tmp_path / "none.png")
+    text = markdown(known, omniglot="omniglot.png")
+    assert text.index("## Omniglot") < text.index("](omniglot.png)") < text.index("## mini-ImageNet")
 
 
 def test_the_figure_needs_a_sinusoid(tmp_path) -> None:

@@ -56,6 +56,28 @@ def test_omniglot_unpacked_is_the_same(omniglot, tmp_path, monkeypatch) -> None:
         assert torch.equal(zipped.images, unpacked.images)
 
 
+def test_omniglot_split_by_alphabets(omniglot, monkeypatch) -> None:
+    folder, _ = omniglot
+    official(monkeypatch, "OMNIGLOT_MD5", *folder.glob("*.zip"))
+    authors, opened = images.omniglot(folder), images.omniglot(folder, split="alphabets")
+    halves = {half: zipfile.ZipFile(folder / f"images_{half}.zip").namelist() for half in ("background", "evaluation")}
+    of_half = {half: sorted({"/".join(name.split("/")[1:3]) for name in names}) for half, names in halves.items()}
+    alphabets = sorted({name.split("/")[0] for name in of_half["background"]})
+    random.Random(1).shuffle(alphabets)
+    assert len(alphabets) == 30
+    validation = [name for name in of_half["background"] if name.split("/")[0] in alphabets[25:]]
+    assert opened.split("test").names == of_half["evaluation"]
+    assert opened.split("validation").names == validation
+    assert opened.split("train").names == [name for name in of_half["background"] if name not in validation]
+    everywhere = {name: image for split in SPLITS for name, image in by_class(authors, split).items()}
+    for name, image in by_class(opened, "validation").items():
+        np.testing.assert_array_equal(image, everywhere[name])
+    assert opened.sha256 != authors.sha256  # a run of one split is not resumed with the other
+    assert images.omniglot(folder).split("test").names == authors.split("test").names  # both stay converted
+    with pytest.raises(ValueError, match="split must be one of authors, alphabets for omniglot, got 'vinyals'"):
+        images.omniglot(folder, split="vinyals")
+
+
 def test_turned_characters_are_classes_of_their_own(omniglot, monkeypatch) -> None:
     folder, _ = omniglot
     official(monkeypatch, "OMNIGLOT_MD5", *folder.glob("*.zip"))

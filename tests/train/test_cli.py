@@ -70,7 +70,7 @@ def test_every_option_reaches_the_settings(tmp_path) -> None:
     assert main(["train", "glyphs", *options, *out]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     expected = given | {"job": "glyphs", "width": 3, "learn_inner_lr": "step", "first_order": True}
-    expected |= {"algorithm": "maml", "told": False}
+    expected |= {"algorithm": "maml", "told": False, "net": "conv4"}
     expected |= {"data": "", "data_sha256": "", "cache": "", "image_shape": ""}
     expected |= {"image_size": 0, "background": "white", "split": ""}  # of a folder: tests/train/test_other_images.py
     assert summary["settings"] == expected

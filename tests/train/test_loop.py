@@ -10,7 +10,7 @@ from maml_cuda.train.algorithms import make_algorithm
 from maml_cuda.train.evaluate import CHUNK, evaluate, mean_and_ci95
 from maml_cuda.train.jobs import format_score, make_generator, make_maml, make_tasks, new_settings, score
 from maml_cuda.train.loop import COLUMNS, Training
-from maml_cuda.train.models import conv4, conv4_max_pool
+from maml_cuda.train.models import conv4, conv4_max_pool, image_mlp
 from maml_cuda.train.report import finish, load_run
 from maml_cuda.train.run_info import resumed_settings
 from maml_cuda.train.settings import JOBS, Settings
@@ -184,6 +184,10 @@ def test_the_nets_have_the_parameters_of_the_paper() -> None:
     assert sum(p.numel() for p in mini_imagenet.parameters()) == 32_645 + 8 * 32
     assert mini_imagenet(torch.zeros(2, 3, 84, 84)).shape == (2, 5)
     assert conv4_max_pool(5, 2, 1, 16, 33)(torch.zeros(2, 1, 16, 33)).shape == (2, 5)
+    fully_connected = image_mlp(5, 784)
+    layers = [m for m in fully_connected.modules() if isinstance(m, torch.nn.Linear)]
+    assert [m.out_features for m in layers] == [256, 128, 64, 64, 5]
+    assert fully_connected(torch.rand(2, 1, 28, 28)).shape == (2, 5)
     with pytest.raises(ValueError, match="images must have at least 16 x 16 pixels for four max-pools, got 20 x 15"):
         conv4_max_pool(5, 32, 3, 20, 15)
 

@@ -84,7 +84,10 @@ def test_read_only_data_are_trained_on_by_a_cache(tmp_path, capsys) -> None:
     ("arguments", "message"),
     [
         (["glyphs", "--image-size", "20"], "image_size must be left out for glyphs, which is not a folder of"),
-        (["omniglot", "--data", ".", "--split", "6/3/3"], "split must be left out for omniglot, which is not a folder"),
+        (["omniglot", "--data", ".", "--split", "6/3/3"], "split must be one of authors, alphabets for omniglot, got"),
+        (["glyphs", "--split", "authors"], "split must be left out for glyphs, which is not a folder of"),
+        (["glyphs", "--net", "mlp", "--filters", "8"], "width (--filters) must be left out for the net mlp"),
+        (["sinusoid", "--net", "mlp"], "net must be left out for maml, which ignores it, got mlp"),
         (["sinusoid", "--background", "black"], "background must be left out for sinusoid, which is not a folder of"),
         (["glyphs", "--cache", "/nowhere"], "cache must be left out for glyphs, which needs no data, got /nowhere"),
         (["BIRDS", "--split", "6-3"], "split must be TRAIN/VALIDATION/TEST, numbers of classes such as 6/3/3, got"),
