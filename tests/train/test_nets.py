@@ -30,7 +30,7 @@ def test_the_fully_connected_net_is_fused(preset: str) -> None:
 
 
 def test_the_meta_gradient_of_the_fully_connected_net_is_that_of_autograd() -> None:
-    settings = small("glyphs", "maml", net="mlp", backend="fused", inner_lr=0.3)
+    settings = small("glyphs", "maml", net="mlp", backend="fused", inner_lr=0.3, shots=5, queries=5)
     maml = make_maml(settings)
     batch = make_tasks(settings, "train").sample(2, make_generator(settings, "train"))
     maml.backward(*batch)
@@ -53,7 +53,7 @@ def test_the_meta_gradient_of_the_fully_connected_net_is_that_of_autograd() -> N
     scale = max(float(g.abs().max()) for g in expected)
     for (name, p), g in zip(maml.model.named_parameters(), expected, strict=True):
         assert p.grad is not None, name
-        assert (p.grad - g).abs().max() < 1e-3 * scale, name
+        assert (p.grad - g).abs().max() < 1e-4 * scale, name
 
 
 @pytest.mark.parametrize("preset", ["maml", "maml++"])
