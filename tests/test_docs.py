@@ -316,7 +316,13 @@ def known_options() -> set[str]:
         with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
             cli.parser().parse_args([command, "--help"])
         known |= options_in(printed.getvalue())
-    for module in ("benchmarks", "benchmarks.gpu", "benchmarks.gpu.model", "benchmarks.paper"):
+    for module in (
+        "benchmarks",
+        "benchmarks.gpu",
+        "benchmarks.gpu.model",
+        "benchmarks.paper",
+        "benchmarks.paper.curve",
+    ):
         known |= options_of_module(module)
     return known
 
