@@ -227,9 +227,15 @@ def test_the_last_sentence(record, words) -> None:
             "MODULE:FUNCTION or one of conv4, conv4-max-pool, mlp, got conv5; did you mean",
         ),
         ("--model nets.py", "got nets.py; did you mean nets.py:make_net?"),
-        ("--model net.py:make_net --input 3", "model must be in a file that exists, got net.py; did you mean"),
-        ("--model no_such_module:make --input 3", "model must be in a module that can be found, got no_such_module"),
-        ("--model nets.py:make_ned --input 3", "which is not there; did you mean make_net?"),
+        ("--model net.py:make_net --input 3", "net.py must be a Python file, got none; did you mean"),
+        (
+            "--model no_such_module:make --input 3",
+            "no_such_module must be a module that is installed, on PYTHONPATH or in ",
+        ),
+        (
+            "--model nets.py:make_ned --input 3",
+            "nets.py must define make_ned, got a module without it; did you mean make_net?",
+        ),
         (
             "--model nets.py:NUMBER --input 3",
             "model must name a function, got nets.py:NUMBER of type int",
@@ -263,7 +269,7 @@ def test_the_last_sentence(record, words) -> None:
         ("--model nets.py:make_net --input 3 --inner-lr 1e200", "meta-gradient in float64 must be finite and not zero"),
         (
             "--model broken.py:make --input 3",
-            "broken.py must be a file that can be imported, got ZeroDivision",
+            "broken.py must be importable, got ZeroDivisionError: division by zero (",
         ),
         ("--model conv4 --input 28,28", "input must be like 1,28,28 for conv4, got 28,28"),
         ("--model mlp --ways 3", "ways must be left out with mse, which has no classes, got 3"),
