@@ -129,6 +129,7 @@ def run_module(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What `python -m` does with these arguments."""
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", arguments)
+        patch.delitem(sys.modules, f"{arguments[0]}.__main__", raising=False)  # of another test; runpy warns
         with contextlib.suppress(SystemExit):
             runpy.run_module(arguments[0], run_name="__main__")
 

@@ -103,7 +103,7 @@ def meta_step(
     parameters, rates = dense(parameters), dense(rates)
     tasks = x_qry.shape[0]
     gradient_size = problem.gradient_size if gradient else 0
-    outputs = _meta_outputs(x_qry, tasks, problem.features, problem.core.loss_columns, gradient_size)
+    outputs = _meta_outputs(x_qry, tasks, problem.features, problem.loss_columns, gradient_size)
     loss, task_losses, logits, support_losses, flat = outputs
     if task_weights is not None:
         task_weights = task_weights.contiguous()

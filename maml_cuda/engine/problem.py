@@ -27,6 +27,7 @@ class Problem:
 
     Attributes:
         features: of the prediction [n, features], in torch's order of elements.
+        loss_columns: of the support losses.
         sets: support sets of a task, which follow each other.
         target: of that or, for a Gaussian policy, of its mean alone; what a computed loss compares.
         weighted: whether samples have weights, which stand behind the target in its list.
@@ -40,6 +41,7 @@ class Problem:
         "gradient_size",
         "graphs",
         "loss",
+        "loss_columns",
         "runners",
         "sets",
         "target",
@@ -59,6 +61,7 @@ class Problem:
         )  # fmt: skip
         self.weighted = weighted
         self.features = math.prod(self.core.prediction)
+        self.loss_columns = self.core.loss_columns
         self.sets = self.core.support_sets
         self.loss = plan.loss
         computed = plan.target if self.loss == "computed" else None

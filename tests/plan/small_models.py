@@ -113,12 +113,11 @@ def fused_is_right(model: nn.Module, data: list[Tensor], loss: Loss = "cross_ent
             assert maml.backend == ("cpu" if maml is fused else "reference")
             grads = {name: p.grad for name, p in model.named_parameters()}
             results.append((vars(out), grads))
-        for name, value in results[0][0].items():
-            close(value.detach(), results[1][0][name].detach(), name)
-        for name, g in results[0][1].items():
-            assert (g is None) == (results[1][1][name] is None), name
-            if g is not None:
-                close(g, results[1][1][name], name)
+        for got, expected in zip(*results, strict=True):
+            for name, value in got.items():
+                assert (value is None) == (expected[name] is None), name
+                if value is not None:
+                    close(value.detach(), expected[name].detach(), name)
 
 
 def computed_is_right(
