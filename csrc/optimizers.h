@@ -129,20 +129,11 @@ struct ElementAdjoint {
   V phi, g, state[kMostStates], hyper[kHyperparameters];
 };
 
-/// Of the root of a number x: 1 / (scale root + eps), and d root / dx = 1 / (2 root), which is 0 at 0. They
-/// share a division, which takes as long as ten products.
-template <class V>
-struct OfRoot {
-  V inverse, slope;
-
-  template <class T>
-  MAML_HOST_DEVICE OfRoot(V root, T scale, T eps) {
-    const V one = V{} + T(1), positive = root > T(0) ? root : one, divisor = root * scale + eps;
-    const V both = T(1) / (positive * divisor);
-    inverse = both * positive;
-    slope = root > T(0) ? T(0.5) * both * divisor : V{};
-  }
-};
+/// d sqrt(x) / dx, from the root.
+template <class T, class V>
+MAML_HOST_DEVICE inline V root_slope(V root) {
+  return root > T(0) ? T(0.5) / root : V{};
+}
 
 /// step() changes phi and the states. adjoint() is the transpose of its derivative, at the element before it.
 template <Rule R>
@@ -219,13 +210,11 @@ struct AdamRule {
                                        ElementAdjoint<V>& d) {
     const V g = gradient(c, e);
     const V m = c.beta1 * e.state[0] + c.rest1 * g, v = c.beta2 * e.state[1] + c.rest2 * (g * g);
-    const V root = square_root(v);
-    const auto [inverse, slope] = OfRoot<V>(root, c.scale2, c.eps);
-    const V ratio = m * inverse;
+    const V root = square_root(v), inverse = T(1) / (root * c.scale2 + c.eps), ratio = m * inverse;
     const T rate = c.rate * c.scale1;
     const V grad_rate = -ratio * d.phi, grad_m = d.state[0] - rate * d.phi * inverse;
     const V grad_divisor = rate * d.phi * ratio * inverse;
-    const V grad_v = d.state[1] + c.scale2 * grad_divisor * slope;
+    const V grad_v = d.state[1] + c.scale2 * grad_divisor * root_slope<T>(root);
     d.hyper[kRate] = grad_rate * c.scale1;
     d.hyper[kEps] = grad_divisor;
     d.hyper[kBeta1] = (e.state[0] - g) * grad_m + grad_rate * rate * c.slope1;
@@ -306,8 +295,7 @@ struct Optimizer<Rule::rmsprop> {
   MAML_HOST_DEVICE static void adjoint(const RuleForm& f, const Coefficients<T>& c, const Element<V>& e,
                                        ElementAdjoint<V>& d) {
     const V g = decayed(c, e), a = mean(f, c, e, g), v = c.beta2 * e.state[0] + c.rest2 * (g * g);
-    const auto [inverse, slope] = OfRoot<V>(square_root(v - a * a), T(1), c.eps);
-    const V ratio = g * inverse;
+    const V root = square_root(v - a * a), inverse = T(1) / (root + c.eps), ratio = g * inverse;
     V direction = ratio, grad_ratio = -c.rate * d.phi;
     if (f.has_buffer) {
       direction += c.momentum * e.state[1];
@@ -316,7 +304,7 @@ struct Optimizer<Rule::rmsprop> {
       d.state[1] = c.momentum * grad_ratio;
     }
     d.hyper[kRate] = -direction * d.phi;
-    const V grad_divisor = -grad_ratio * ratio * inverse, grad_variance = grad_divisor * slope;
+    const V grad_divisor = -grad_ratio * ratio * inverse, grad_variance = grad_divisor * root_slope<T>(root);
     const V grad_v = d.state[0] + grad_variance;
     d.hyper[kEps] = grad_divisor;
     d.hyper[kBeta2] = (e.state[0] - g * g) * grad_v;
@@ -343,15 +331,14 @@ struct Optimizer<Rule::adagrad> {
   template <class T, class V>
   MAML_HOST_DEVICE static void adjoint(const RuleForm&, const Coefficients<T>& c, const Element<V>& e,
                                        ElementAdjoint<V>& d) {
-    const V g = decayed(c, e);
-    const auto [inverse, slope] = OfRoot<V>(square_root(e.state[0] + g * g), T(1), c.eps);
-    const V ratio = g * inverse;
+    const V g = decayed(c, e), root = square_root(e.state[0] + g * g);
+    const V inverse = T(1) / (root + c.eps), ratio = g * inverse;
     const T rate = c.rate * c.scale;
     const V grad_rate = -ratio * d.phi, grad_divisor = rate * d.phi * ratio * inverse;
     d.hyper[kRate] = grad_rate * c.scale;
     d.hyper[kLrDecay] = -grad_rate * rate * (c.scale * c.delay);
     d.hyper[kEps] = grad_divisor;
-    d.state[0] += grad_divisor * slope;
+    d.state[0] += grad_divisor * root_slope<T>(root);
     decayed_adjoint<T, V>(c, e, T(2) * g * d.state[0] - rate * d.phi * inverse, d);
   }
 };
