@@ -85,10 +85,14 @@ def _add_to_path(folder: Path) -> None:
         sys.path.append(str(folder))  # last, so that it hides no installed package
 
 
+def place_of(error: Exception) -> str:
+    """The file and line of the user's code at which an error was raised; empty if they are not known."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
+
+
 def _failed(name: str, error: Exception) -> ValueError:
     """The error of code that cannot be imported, with its place in that code."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else name
-    if isinstance(error, SyntaxError):
-        place = f"{error.filename}, line {error.lineno}"
-    return ValueError(f"{name} must be importable, got {type(error).__name__}: {error} ({place})")
+    return ValueError(f"{name} must be importable, got {type(error).__name__}: {error} ({place_of(error) or name})")

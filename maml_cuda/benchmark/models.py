@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import traceback
-
 import torch
 from torch import nn
 
 from maml_cuda.train.models import conv4, conv4_max_pool, sinusoid_mlp
-from maml_cuda.user_code import load_object
+from maml_cuda.user_code import load_object, place_of
 
 
 def shipped_model(name: str, outputs: int, shape: tuple[int, ...], seed: int) -> nn.Module:
@@ -49,8 +47,8 @@ def own_model(name: str, seed: int) -> nn.Module:
 
 def _words(error: Exception) -> str:
     """The first line and the place of an error in the user's code."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return first_line(error) + (f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else "")
+    place = place_of(error)
+    return first_line(error) + (f" ({place})" if place else "")
 
 
 def first_line(error: Exception) -> str:
