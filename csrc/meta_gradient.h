@@ -275,9 +275,12 @@ concept ComputesPasses = requires { typename Backend::PassWalk; };
 ///   start(updates, state)                                    the states before the first step
 ///   clip(updates, g, clip)                                   kClipNumbers of the norm of g
 ///   update(updates, before, next, next_state*)               the step; may be in place
-///   hyper_gradients(updates, before, v, sigma, result)       adds to the gradients of hyperparameters
-///   update_adjoint(updates, before, v, sigma, out*)          v, sigma: those after the step become those
-///                                                            before it; out = -gamma
+///   hyper_gradients(updates, before, v, sigma*, result)      adds to the gradients of hyperparameters;
+///                                                            sigma null: zero
+///   update_adjoint(updates, before, v, sigma*, next_sigma*, out*)
+///                                                            v: that after the step becomes that before it;
+///                                                            so does sigma, in next_sigma, which may be the
+///                                                            same; out = -gamma
 ///   clip_adjoint(updates, g, clip, out)                      out: from that of the clipped g to that of g
 ///   start_gradients(updates, sigma, result)                  adds to the gradients of initial states
 ///   transform(updates, f, transposed, x, y)                  y = P_f x, or its transpose
@@ -557,8 +560,12 @@ class TaskRunner {
     const std::vector<UpdateSlice>& updates = p_.updates_of(k);
     const bool has_direction = p_.second_order() || p_.learns_factors;
     const T* g = transformed(k);
-    if (p_.learns_rates()) backend_.hyper_gradients(updates, before(k, g), v, sigma_, v);
-    backend_.update_adjoint(updates, before(k, g), v, sigma_, has_direction ? direction_ : nullptr);
+    // Nothing reads the states after the last step; and those before the first are constants, or learned.
+    const T* sigma = k + 1 < p_.last_query() ? sigma_ : nullptr;
+    T* next_sigma = k > p_.first_differentiated() || p_.learns_rates() ? sigma_ : nullptr;
+    if (p_.learns_rates()) backend_.hyper_gradients(updates, before(k, g), v, sigma, v);
+    backend_.update_adjoint(updates, before(k, g), v, sigma, next_sigma,
+                            has_direction ? direction_ : nullptr);
     if (k == 0 && p_.learns_rates()) backend_.start_gradients(updates, sigma_, v);
     if (!has_direction) return;
     if (p_.clips_by_norm()) backend_.clip_adjoint(updates, g, clip(k), direction_);
@@ -604,7 +611,6 @@ class TaskRunner {
   void outer_loop() {
     T* v = task_.result;
     backend_.zero(p_.result_size - p_.packing.trainable, v + p_.packing.trainable);
-    if (p_.has_update_adjoint()) backend_.zero(p_.state_size(), sigma_);
     bool directed = false;  // direction_ holds alpha_k v_{k+1}
     for (int k = p_.steps - 1; k >= 0; --k) {
       run_segment_again(k);

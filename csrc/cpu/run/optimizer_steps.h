@@ -8,7 +8,8 @@
 // order.
 //
 // The loops wait for memory, so they leave out what is known: states that begin as one number for all
-// (start() writes only the others), and the parameter in the adjoint where there is no weight decay.
+// (start() writes only the others), the parameter in the adjoint where there is no weight decay, and
+// cotangents of states that are zero or not wanted.
 #pragma once
 
 #include <algorithm>
@@ -98,33 +99,34 @@ struct OptimizerSteps {
     for (const UpdateSlice& s : slices) {
       with_form(s.form, [&]<Rule R, int S>() {
         const Read<S> read(s, before);
-        T *phi = numbers(next + s.at), *states[kMostStates];
-        for (int j = 0; next_state && j < S; ++j) states[j] = numbers(next_state + j * s.stride + s.at);
+        const States<V> to(s, next_state);
+        T* phi = numbers(next + s.at);
         share_elements(s.size, [&](int64_t first, int64_t last) {
           each<R>(s, before.step, first, last, [=]<class N>(int64_t i, const Coefficients<T>& c) {
             Element<N> x = read.template at<N>(i);
             Optimizer<R>::step(read.form, c, x);
             put(phi + i, x.phi);
-            if (!next_state) return;
-            for (int j = 0; j < S; ++j) put(states[j] + i, x.state[j]);
+            for (int j = 0; j < S; ++j) to.put(j, i, x.state[j]);
           });
         });
       });
     }
   }
 
-  /// `out` may be null.
-  void update_adjoint(const Slices& slices, const BeforeStep<V>& before, V* v, V* sigma, V* out) const {
+  /// `sigma`, `next_sigma` and `out` may be null.
+  void update_adjoint(const Slices& slices, const BeforeStep<V>& before, V* v, const V* sigma, V* next_sigma,
+                      V* out) const {
     for (const UpdateSlice& s : slices) {
       with_form(s.form, [&]<Rule R, int S>() {
         const Read<S> read(s, before);
-        T *own_v = numbers(v + s.at), *own_sigma[kMostStates], *to = out ? numbers(out + s.at) : nullptr;
-        for (int j = 0; j < S; ++j) own_sigma[j] = numbers(sigma + j * s.stride + s.at);
+        const States<const V> own_sigma(s, sigma);
+        const States<V> to_sigma(s, next_sigma);
+        T *own_v = numbers(v + s.at), *to = out ? numbers(out + s.at) : nullptr;
         share_elements(s.size, [&](int64_t first, int64_t last) {
           each<R>(s, before.step, first, last, [=]<class N>(int64_t i, const Coefficients<T>& c) {
             const ElementAdjoint<N> d = read.template adjoint<R, N>(i, c, own_v, own_sigma);
             if (read.decays) put(own_v + i, d.phi);
-            for (int j = 0; j < S; ++j) put(own_sigma[j] + i, d.state[j]);
+            for (int j = 0; j < S; ++j) to_sigma.put(j, i, d.state[j]);
             if (to) put(to + i, -d.g);
           });
         });
@@ -168,6 +170,25 @@ struct OptimizerSteps {
   static void put(T* to, T x) { *to = x; }
   static void put(T* to, Wide x) { store(to, x); }
 
+  /// The states of a parameter, or their cotangents, in packed vectors P; null: zero, or not wanted.
+  template <class P>
+  struct States {
+    using Number = std::conditional_t<std::is_const_v<P>, const T, T>;
+    Number* of[kMostStates] = {};
+
+    States(const UpdateSlice& s, P* packed) {
+      for (int j = 0; packed && j < states_of(s.form); ++j) of[j] = numbers(packed + j * s.stride + s.at);
+    }
+    template <class N>
+    N get(int j, int64_t i) const {
+      return of[j] ? OptimizerSteps::get<N>(of[j] + i) : N{};
+    }
+    template <class N>
+    void put(int j, int64_t i, N x) const {
+      if (of[j]) OptimizerSteps::put(of[j] + i, x);
+    }
+  };
+
   /// What is read of a parameter with S states before a step: number i of the parameter, or the vector there.
   template <int S>
   struct Read {
@@ -175,7 +196,8 @@ struct OptimizerSteps {
     bool clips;         // by value
     bool decays;        // whether there is weight decay
     Wide most, factor;  // of clipping by value and by norm
-    const T *phi, *g, *state[kMostStates];
+    const T *phi, *g;
+    States<const V> state;
     bool begins[kMostStates];  // with the number `start`, in place of what is at `state`
     T start[kMostStates];
 
@@ -186,10 +208,10 @@ struct OptimizerSteps {
           most(broadcast(static_cast<T>(s.clip.value))),
           factor(broadcast(T(1))),
           phi(numbers(b.phi + s.at)),
-          g(numbers(b.g + s.at)) {
+          g(numbers(b.g + s.at)),
+          state(s, b.state) {
       if (b.clip) factor = W == 1 ? broadcast(*numbers(b.clip)) : load(numbers(b.clip));
       for (int j = 0; j < S; ++j) {
-        state[j] = numbers(b.state + j * s.stride + s.at);
         begins[j] = b.step == 0 && s.start[j].at == kNowhere;
         start[j] = static_cast<T>(s.start[j].constant);
       }
@@ -210,15 +232,16 @@ struct OptimizerSteps {
     Element<N> at(int64_t i, bool with_phi = true) const {
       Element<N> x{with_phi ? get<N>(phi + i) : N{}, scaled<N>(i), {}};
       if (clips) x.g = clamped<N>(x.g, as<N>(most));
-      for (int j = 0; j < S; ++j) x.state[j] = begins[j] ? start[j] + N{} : get<N>(state[j] + i);
+      for (int j = 0; j < S; ++j) x.state[j] = begins[j] ? start[j] + N{} : state.template get<N>(j, i);
       return x;
     }
     /// From the cotangents after the step.
     template <Rule R, class N>
-    ElementAdjoint<N> adjoint(int64_t i, const Coefficients<T>& c, const T* v, const T* const* sigma) const {
+    ElementAdjoint<N> adjoint(int64_t i, const Coefficients<T>& c, const T* v,
+                              const States<const V>& sigma) const {
       ElementAdjoint<N> d{};
       d.phi = get<N>(v + i);
-      for (int j = 0; j < S; ++j) d.state[j] = get<N>(sigma[j] + i);
+      for (int j = 0; j < S; ++j) d.state[j] = sigma.template get<N>(j, i);
       Optimizer<R>::adjoint(form, c, at<N>(i, decays), d);
       if (clips) d.g = where_inside<N>(scaled<N>(i), as<N>(most), d.g);
       return d;
@@ -254,8 +277,8 @@ struct OptimizerSteps {
                  V* result) const {
     constexpr int64_t kBlock = 64;  // elements
     const Read<S> read(s, before);
-    const T *own_v = numbers(v + s.at), *own_sigma[kMostStates];
-    for (int j = 0; j < S; ++j) own_sigma[j] = numbers(sigma + j * s.stride + s.at);
+    const States<const V> own_sigma(s, sigma);
+    const T* own_v = numbers(v + s.at);
     std::vector<Sum> sums;
     std::vector<int> learned;
     for (int h = 0; h < kHyperparameters; ++h) {

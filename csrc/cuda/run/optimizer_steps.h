@@ -15,7 +15,7 @@
 // the block.
 //
 // The arguments are an instruction's tensors: x[0] = phi, grad_y = g, w[0] = state, w[1] = clip, w[2] = v,
-// w[3] = sigma; y = next or what is written otherwise, grad_w[0] = next_state or sigma, saved = out.
+// w[3] = sigma; y = next or what is written otherwise, grad_w[0] = next_state or next_sigma, saved = out.
 #pragma once
 
 #include "cuda/run/program.h"
@@ -88,14 +88,14 @@ struct ReadElement {
     for (int j = 0; j < S; ++j) e.state[j] = t.w[0][j * s.stride + s.at + i];
     return e;
   }
-  /// From the cotangents after the step.
+  /// From the cotangents after the step; sigma null: zero.
   template <Rule R>
   __device__ ElementAdjoint<T> adjoint(int64_t i, const Coefficients<T>& c, const T* v,
                                        const T* sigma) const {
     ElementAdjoint<T> d{};
     d.phi = v[s.at + i];
 #pragma unroll
-    for (int j = 0; j < S; ++j) d.state[j] = sigma[j * s.stride + s.at + i];
+    for (int j = 0; j < S; ++j) d.state[j] = sigma ? sigma[j * s.stride + s.at + i] : T(0);
     Optimizer<R>::adjoint(s.form, c, at(i), d);
     d.g = where_inside(scaled(i), most, d.g);
     return d;
@@ -133,10 +133,12 @@ __device__ void update_adjoint(Team team, const UpdateSlice& s, int64_t step, co
   with_form(s.form, [&]<Rule R, int S>() {
     const ReadElement<T, S> read(s, t);
     each_element<R>(team, s, step, rates, [&](int64_t i, const Coefficients<T>& c) {
-      const ElementAdjoint<T> d = read.template adjoint<R>(i, c, t.y, t.grad_w[0]);
+      const ElementAdjoint<T> d = read.template adjoint<R>(i, c, t.y, t.w[3]);
       t.y[s.at + i] = d.phi;
 #pragma unroll
-      for (int j = 0; j < S; ++j) t.grad_w[0][j * s.stride + s.at + i] = d.state[j];
+      for (int j = 0; j < S; ++j) {
+        if (t.grad_w[0]) t.grad_w[0][j * s.stride + s.at + i] = d.state[j];
+      }
       if (t.saved) t.saved[s.at + i] = -d.g;
     });
   });

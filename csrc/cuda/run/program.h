@@ -142,9 +142,10 @@ class Recorder {
     Tensors<T>& t = record_step(Op::hyper_gradients, updates, before, result);
     t.w[2] = v, t.w[3] = sigma;
   }
-  void update_adjoint(const Slices& updates, const BeforeStep<T>& before, T* v, T* sigma, T* out) const {
+  void update_adjoint(const Slices& updates, const BeforeStep<T>& before, T* v, const T* sigma, T* next_sigma,
+                      T* out) const {
     Tensors<T>& t = record_step(Op::update_adjoint, updates, before, v);
-    t.grad_w[0] = sigma, t.saved = out;
+    t.w[3] = sigma, t.grad_w[0] = next_sigma, t.saved = out;
   }
   void clip_adjoint(const Slices& updates, const T* g, T* clip, T* out) const {
     record_step(Op::clip_dot, updates, {.phi = out, .g = g}, clip + 2);

@@ -155,8 +155,9 @@ Work work_of(const Instruction<T>& i, int64_t adapted) {
     case Op::zero:
       return traffic<T>(i.size, 1);
     case Op::update:
-    case Op::update_adjoint:
       return traffic<T>(adapted, 7);  // with two states
+    case Op::update_adjoint:
+      return traffic<T>(adapted, 11);
     case Op::clip_adjoint:
     case Op::transform:
     case Op::factor_gradients:
