@@ -27,6 +27,7 @@ PROGRAMS = [
     "small_mlp",
     "stem",
     "summed_pair",
+    "wgmma",
 ]
 # The arguments that run one schedule. `product` has none to choose.
 SHUFFLED = ("chunks", "layers", "loops", "losses", "policy", "recurrence", "small_mlp", "stem", "summed_pair")

@@ -372,4 +372,47 @@ void wait_copies(int pending) {
   std::erase_if(me.copies, arrives);
 }
 
+// ------------------------------------------------------------------------------- products of a warpgroup
+namespace {
+
+constexpr int64_t kStartOfDynamic = 1024;  // the system reserves what is before it
+
+}  // namespace
+
+uint64_t shared_address(const void* shared) {
+  const auto* p = static_cast<const unsigned char*>(shared);
+  if (p < r.dynamic || p > r.dynamic + r.dynamic_bytes)
+    give_up("the address of an operand outside dynamic shared memory");
+  return static_cast<uint64_t>(p - r.dynamic + kStartOfDynamic);
+}
+
+const void* shared_at(int64_t address, size_t bytes) {
+  const int64_t at = address - kStartOfDynamic;
+  if (at < 0 || at + static_cast<int64_t>(bytes) > static_cast<int64_t>(r.dynamic_bytes))
+    give_up("a product of a warpgroup reads outside dynamic shared memory");
+  return r.dynamic + at;
+}
+
+void publish_shared() { running().published = true; }
+void begin_products() { running().begun = true; }
+
+void defer_product(const WarpgroupProduct& product) {
+  Thread& me = running();
+  if (r.count % 128 != 0) give_up("a product of a warpgroup in a block of incomplete warpgroups");
+  if (!me.published) give_up("a product of a warpgroup whose operands in shared memory are not published");
+  if (!me.begun) give_up("a product of a warpgroup without begin_products");
+  me.products.push_back({product, me.product_groups});
+}
+
+void commit_products() { ++running().product_groups; }
+
+void wait_products(int pending) {
+  Thread& me = running();
+  const auto ends = [&](const Product& p) { return p.group < me.product_groups - pending; };
+  for (const Product& p : me.products)
+    if (ends(p)) p.product.compute(p.product);
+  std::erase_if(me.products, ends);
+  if (me.products.empty()) me.published = me.begun = false;
+}
+
 }  // namespace emulation

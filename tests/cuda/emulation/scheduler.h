@@ -27,6 +27,7 @@
 #include "emulation.h"
 #include "fiber.h"
 #include "symbols.h"
+#include "warpgroup.h"
 
 namespace emulation {
 namespace {
@@ -66,6 +67,11 @@ struct Copy {  // an asynchronous copy that has not been written yet
   int64_t group;
 };
 
+struct Product {  // of a warpgroup, that has not been computed yet
+  WarpgroupProduct product;
+  int64_t group;
+};
+
 struct Thread {
   State state;
   Fiber* fiber;
@@ -74,7 +80,10 @@ struct Thread {
   unsigned mask;
   Exchange exchange;
   std::vector<Copy> copies;
-  int64_t groups;         // of copies, committed
+  int64_t groups;  // of copies, committed
+  std::vector<Product> products;
+  int64_t product_groups;
+  bool published, begun;  // shared memory and the registers of products, since the last wait for products
   bool vote, waited;      // its last predicate; whether it has waited for the kernels before this one
   char arrived, opened;   // for the race detector, which uses only their addresses
   char* opened_by_other;  // what to acquire when continuing; null: nothing
@@ -246,6 +255,7 @@ std::exception_ptr run_kernel() {
     r.kernel(r.arguments);
     if (r.early && !running().waited)
       give_up("a kernel launched with programmatic dependent launch does not wait for those before it");
+    if (!running().products.empty()) give_up("a product of a warpgroup that is not waited for");
   } catch (...) {
     return std::current_exception();
   }
@@ -296,6 +306,9 @@ void run_block() {
     r.threads[i].groups = 0;
     r.threads[i].vote = r.threads[i].waited = false;
     r.threads[i].copies.clear();
+    r.threads[i].product_groups = 0;
+    r.threads[i].published = r.threads[i].begun = false;
+    r.threads[i].products.clear();
   }
   r.ready_count = 0;
   for_each_in_order(0, r.count, make_ready);
