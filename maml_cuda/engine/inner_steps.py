@@ -148,14 +148,12 @@ class Graph:
         phi: the adapted parameters.
         prediction: what the model returns.
         value: the loss.
-        g: its gradient in phi, by name, once `differentiate` has been called.
+        g: its gradient in phi, by name, once `differentiate` has been called; {} before.
 
     Raises:
         ValueError: forward has registered a hook on a parameter, which in a plain loop would see the sum of gradients
             of several passes.
     """
-
-    g: Tensors
 
     def __init__(self, loop: Loop, task: int, k: int, phi: Tensors, x: Tree, y: Target) -> None:
         self._loop, self._task, self._k = loop, task, k
@@ -170,22 +168,18 @@ class Graph:
         x, y = without_padding(x, y)
         self.prediction = loop.model({**loop.theta, **self.phi}, x)
         self.value = value_of(loop.loss, self.prediction, y)
-        self._leaves: list[Tensor] | None = None
+        self.g: Tensors = {}
         if not loop.by_formulas:
-            self.leaves()
+            loop.look_at(self._walked()[1])
         if hooked := [name for name, p in self.phi.items() if p._backward_hooks]:
             raise ValueError(f"forward must register no hook on a parameter, got one on {', '.join(hooked)}")
 
-    def leaves(self) -> list[Tensor]:
-        """On which the loss depends other than by phi."""
-        if self._leaves is None:
-            self._leaves, nodes = graphs.walked([self.value], self._loop.edges(self.phi))
-            self._loop.look_at(nodes)
-        return self._leaves
+    def _walked(self) -> tuple[list[Tensor], set[Any]]:
+        """The leaves on which the loss and its gradient depend other than by phi, and the nodes of their graphs."""
+        return graphs.walked([self.value, *self.g.values()], self._loop.edges(self.phi))
 
     def differentiate(self, create_graph: bool) -> None:
         grads = torch.autograd.grad(self.value, list(self.phi.values()), create_graph=create_graph, allow_unused=True)
-        self.g = {}
         for name, g in zip(self.phi, grads, strict=True):
             if g is None:
                 raise unreached([name])
@@ -206,15 +200,16 @@ class Graph:
         return {name: g for name, g in zip(self.phi, grads, strict=True) if g is not None}
 
     def outside(self, leaves: Sequence[Leaf]) -> list[Leaf]:
-        """The leaf tensors on which the loss depends beside phi and the given leaves: tensors that are no parameters,
-        and phi of an earlier pass, of which forward has kept a value with its graph.
+        """The leaf tensors on which the loss and its gradient depend beside phi and the given leaves: tensors that are
+        no parameters, and phi of an earlier pass, of which forward has kept a value with its graph. The gradient alone
+        depends on what a hook or the backward of an autograd.Function reads.
 
         Raises:
             ValueError: such a value is of another task, or of a pass that is not earlier.
         """
         known = {id(leaf.tensor) for leaf in leaves} | {id(t) for t in self.phi.values()}
         of_theta, found = {id(leaf.tensor): leaf for leaf in self._loop.of_theta}, []
-        for t in self.leaves():
+        for t in self._walked()[0]:
             place = vars(t).get(_PLACE)
             if id(t) in of_theta:
                 leaf = of_theta[id(t)]
@@ -305,7 +300,7 @@ class Task:
         before = generators.states() if again else None
         phi, state = self._path[k]
         graph = self._graph(k, phi)
-        graph.differentiate(create_graph=kept)
+        graph.differentiate(create_graph=kept or (search and loop.differentiates(k)))
         if before is not None:
             self._signs[k] = graph.sign()
             if generators.states() != before:

@@ -407,6 +407,57 @@ def test_a_tensor_outside_of_the_model_receives_its_gradient(checkpoint, first_o
         torch.testing.assert_close(t.grad, g, rtol=1e-10, atol=1e-13)
 
 
+class Scaled(torch.autograd.Function):
+    """x, whose gradient is scaled."""
+
+    @staticmethod
+    def forward(ctx, x, read):
+        ctx.read = read
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.read(), None
+
+
+class OutsideInBackward(Outside):
+    """The gradient of its loss depends on a tensor outside, but not the loss itself."""
+
+    by_hook: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, prompt = self.shared
+        y = self.net(x + prompt)
+        if not self.by_hook:
+            return Scaled.apply(y, lambda: scale)
+        if y.requires_grad:
+            y.register_hook(lambda g: g * scale)
+        return y
+
+
+@pytest.mark.parametrize("by_hook", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_tensor_that_only_a_backward_reads_receives_its_gradient(checkpoint, by_hook, adapted):
+    scale, prompt = outside()
+    model, data = OutsideInBackward(scale, prompt), episode()
+    model.by_hook = by_hook
+    leaves = [*model.parameters(), scale, prompt]
+    expected = plain(model, data, 3, leaves)
+    maml = FusedMAML(model, 0.2, 3, backend="reference", checkpoint=checkpoint)
+    if adapted:
+        fast = maml.adapt(*data[:2], differentiable=True)
+        losses = [
+            F.cross_entropy(torch.func.functional_call(model, {n: p[t] for n, p in fast.items()}, (x,)), y)
+            for t, (x, y) in enumerate(zip(*data[2:], strict=True))
+        ]
+        torch.stack(losses).mean().backward()
+    else:
+        maml(*data).loss.backward()
+    for t, g in zip(leaves, expected, strict=True):
+        assert g.norm() > 0
+        torch.testing.assert_close(t.grad, g, rtol=1e-10, atol=1e-13)
+
+
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_hooks_of_a_tensor_outside_see_its_whole_gradient_once(backend):
     gradients = []
