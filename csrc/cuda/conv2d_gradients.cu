@@ -105,42 +105,6 @@ InputGradient<T> input_part(const Layer& l, const InputTerms<T>& wanted) {
   return p;
 }
 
-/// The most entries for the tiles of an input gradient: each parity class has an incomplete tile, and leaves
-/// entries unused.
-int64_t most_tile_sums(const Layer& l) {
-  const int64_t smallest = 32, classes = l.window.stride_h * l.window.stride_w;
-  return blocks_for(l.n * l.in.h * l.in.w, smallest) + classes * (1 + kSummedTiles);
-}
-
-/// Lays out the entries of the classes of p, whose tiles and number of columns are known.
-template <class T>
-CotangentSums<T> place_sums(const Layer& l, InputGradient<T>& p, const TileSize& size,
-                            const Normalised<T>& norm, T* scratch) {
-  int tiles = 0, folded = 0;
-  auto folded_of = [](const ParityClass& c) { return int32(blocks_for(c.split.tiles_m, kSummedTiles)); };
-  for (int i = 0; i < p.count; ++i) {
-    p.classes[i].first_folded = folded;
-    tiles += p.classes[i].split.tiles_m, folded += folded_of(p.classes[i]);
-  }
-  const bool counted = folded * blocks_for(l.in.c, size.n) <= kCounters - kFirstFoldCounter;
-  const int step = tiles > kMostSummedTiles && counted ? kSummedTiles : 1;
-  int entries = 0;
-  for (int i = 0; i < p.count; ++i) {
-    ParityClass& c = p.classes[i];
-    c.first_entry = entries;
-    entries += step == 1 ? c.split.tiles_m : folded_of(c) * step;
-  }
-  p.sums = {norm, scratch, step, folded};
-  return {scratch, entries / step, step, scratch + 2 * l.in.c * most_tile_sums(l)};
-}
-
-/// The bytes that the sums read again or besides.
-template <class T>
-Work work_of_sums(const Layer& l, const Normalised<T>& norm) {
-  const int64_t outputs = l.n * size(l.in);
-  return traffic<T>(outputs, 1 + (norm.x_dot && norm.g ? 2 : 0)) + traffic<int32_t>(outputs, norm.pooled);
-}
-
 }  // namespace
 
 int64_t gradients_scratch(const Layer& l) {

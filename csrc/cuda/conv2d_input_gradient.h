@@ -19,6 +19,7 @@
 
 #include "cuda/conv2d.h"
 #include "cuda/product/split.h"
+#include "cuda/run/work.h"
 #include "cuda/sum_cotangents.h"
 
 namespace maml::cuda {
@@ -132,6 +133,42 @@ inline std::vector<ParityClass> parity_classes(const Layer& l, bool add) {
   std::stable_sort(classes.begin(), classes.end(),
                    [](const ParityClass& a, const ParityClass& b) { return a.b.depth > b.b.depth; });
   return classes;
+}
+
+/// The most entries for the tiles of an input gradient: each parity class has an incomplete tile, and leaves
+/// entries unused.
+inline int64_t most_tile_sums(const Layer& l) {
+  const int64_t smallest = 32, classes = l.window.stride_h * l.window.stride_w;
+  return blocks_for(l.n * l.in.h * l.in.w, smallest) + classes * (1 + kSummedTiles);
+}
+
+/// Lays out the entries of the classes of p, whose tiles and number of columns are known.
+template <class T, class Input>
+CotangentSums<T> place_sums(const Layer& l, Input& p, const TileSize& size, const Normalised<T>& norm,
+                            T* scratch) {
+  int tiles = 0, folded = 0;
+  auto folded_of = [](const auto& c) { return int32(blocks_for(c.split.tiles_m, kSummedTiles)); };
+  for (int i = 0; i < p.count; ++i) {
+    p.classes[i].first_folded = folded;
+    tiles += p.classes[i].split.tiles_m, folded += folded_of(p.classes[i]);
+  }
+  const bool counted = folded * blocks_for(l.in.c, size.n) <= kCounters - kFirstFoldCounter;
+  const int step = tiles > kMostSummedTiles && counted ? kSummedTiles : 1;
+  int entries = 0;
+  for (int i = 0; i < p.count; ++i) {
+    auto& c = p.classes[i];
+    c.first_entry = entries;
+    entries += step == 1 ? c.split.tiles_m : folded_of(c) * step;
+  }
+  p.sums = {norm, scratch, step, folded};
+  return {scratch, entries / step, step, scratch + 2 * l.in.c * most_tile_sums(l)};
+}
+
+/// The bytes that the sums read again or besides.
+template <class T>
+Work work_of_sums(const Layer& l, const Normalised<T>& norm) {
+  const int64_t outputs = l.n * size(l.in);
+  return traffic<T>(outputs, 1 + (norm.x_dot && norm.g ? 2 : 0)) + traffic<int32_t>(outputs, norm.pooled);
 }
 
 }  // namespace maml::cuda

@@ -12,6 +12,8 @@
 // over the threads; entries in order.
 #pragma once
 
+#include <bit>
+
 #include "cuda/affine.h"
 #include "cuda/cotangent_sums.h"
 #include "cuda/product/statistics_entries.h"
@@ -44,10 +46,13 @@ struct SummedTile {
   int first_entry, first_counter;  // of the class, and of these columns
 };
 
-template <class Tile, class T>
+/// N: the elements of a vector.
+template <class Tile, class T, int N = kVector<T>>
 class TileOfCotangents {
-  static constexpr int N = kVector<T>, kWidth = Tile::kN / N, kRows = Tile::kThreads / kWidth;
-  static_assert(kRows * kWidth == Tile::kThreads && (kRows & (kRows - 1)) == 0);
+  static constexpr int kWidth = Tile::kN / N;
+  static constexpr int kRows = static_cast<int>(std::bit_floor(unsigned{Tile::kThreads / kWidth}));
+  static constexpr int kUsed = kRows * kWidth;  // threads; any others only wait at barriers
+  static constexpr bool kAllUsed = kUsed == Tile::kThreads;
   using Values = Numbers<T, N>;
 
  public:
@@ -59,7 +64,7 @@ class TileOfCotangents {
         task_(task),
         row_(static_cast<int>(threadIdx.x) / kWidth),
         channel_(tile.n0 + static_cast<int>(threadIdx.x) % kWidth * N),
-        exists_(channel_ < tile.c),
+        exists_(channel_ < tile.c && (kAllUsed || row_ < kRows)),
         entries_(resolve(p.entries, memory, task)) {
     if (!exists_) channel_ = 0;
   }
@@ -145,10 +150,12 @@ class TileOfCotangents {
 
   /// Leaves in the first row of threads the sums over all rows of them.
   __device__ __forceinline__ void add_threads(Values (&sums)[2]) const {
-    auto* const shared = reinterpret_cast<Values(*)[Tile::kThreads]>(dynamic_shared());
+    auto* const shared = reinterpret_cast<Values(*)[kUsed]>(dynamic_shared());
     const int thread = static_cast<int>(threadIdx.x);
     __syncthreads();  // the shared memory is free
-    for (int q = 0; q < 2; ++q) shared[q][thread] = sums[q];
+    if (kAllUsed || row_ < kRows) {
+      for (int q = 0; q < 2; ++q) shared[q][thread] = sums[q];
+    }
     __syncthreads();
     for (int half = kRows / 2 * kWidth; half >= kWidth; half /= 2) {
       if (thread < half) {

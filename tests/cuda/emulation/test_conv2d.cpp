@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "conv2d_reference.h"
+#include "cuda/conv2d_raster_gradients.h"
 #include "cuda/following.h"
 #include "cuda/layers.h"
 #include "cuda/product/mma.h"
@@ -28,7 +29,7 @@ using namespace conv2d_reference;
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t kGap = 16;  // between tensors
 
-int failures = 0;
+int failures = 0, by_warpgroups = 0;
 
 struct Case {
   int64_t n, c_in, h, w, c_out, kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, pad_bottom,
@@ -81,6 +82,10 @@ class Check {
     forward_tangent();
     backward_tangent();
     if (normalises_at_once(layer_)) normalised(), normalised_tangent();
+  }
+  void run_gradients() {
+    backward();
+    backward_tangent();
   }
 
  private:
@@ -146,7 +151,7 @@ class Check {
   /// same bits.
   template <class Pass>
   void execute(const char* pass, Pass launch_pass, Tensors<T> t) {
-    const int64_t scratch = footprint(layer_).scratch;
+    const int64_t scratch = std::max(footprint(layer_).scratch, raster_gradients_scratch(layer_));
     Tensor& s = tensor("scratch", scratch);
     t.scratch = place<T>(Region::task, s.at);
     std::vector<T> bits[2];
@@ -280,6 +285,27 @@ class Check {
     if (random_() % 4) to_w[1] = output(b, "gradient of b", layer_.out.c, t.add_w[1]);
   }
 
+  /// The gradients of conv2d_raster_gradients.h, for layers and tensors that it serves: they ship in no
+  /// library yet. Pairs of factors; the second one is absent where its first factor is null.
+  void execute_by_warpgroups(const char* pass, const Tensors<float>& t, std::pair<float*, float*> grad_w,
+                             float* grad_x, const std::pair<const float*, const float*> (&of_w)[2],
+                             const std::pair<const float*, const float*> (&of_x)[2]) {
+    WeightTerms<float> weight{{}, t.add_w[0], t.add_w[1], grad_w.first, grad_w.second};
+    InputTerms<float> input{{}, t.add_x[0], grad_x};
+    for (int i = 0; i < 2; ++i) {
+      if (of_w[i].first) weight.terms.add(of_w[i].first, of_w[i].second);
+      if (of_x[i].first) input.terms.add(of_x[i].first, of_x[i].second);
+    }
+    if (!raster_gradients_serve(layer_, weight, input)) return;
+    ++by_warpgroups;
+    execute(
+        pass,
+        [&](const Launcher& launch, const Layer& l, const Tensors<float>& tensors) {
+          raster_gradients(launch, "by warpgroups", l, weight, input, tensors.scratch, nullptr);
+        },
+        t);
+  }
+
   void backward() {
     begin();
     Tensors<T> t;
@@ -294,6 +320,10 @@ class Check {
       if (grad_b) add_columns(g->start[task], grad_b->want[task]);
     }
     execute("backward", passes_of<T>(Kind::conv2d).backward, t);
+    if constexpr (sizeof(T) == 4) {
+      execute_by_warpgroups("backward by warpgroups", t, {t.grad_w[0], t.grad_w[1]}, t.grad_x[0],
+                            {{t.x[0], t.grad_y}, {}}, {{t.grad_y, t.w[0]}, {}});
+    }
   }
 
   void forward_tangent() {
@@ -454,6 +484,13 @@ class Check {
       if (grad_b) add_columns(g_dot->start[task], grad_b->want[task]);
     }
     execute("backward_tangent", passes_of<T>(Kind::conv2d).backward_tangent, t);
+    if constexpr (sizeof(T) == 4) {
+      const bool x_moves = g && x_dot, w_moves = g && w_dot;
+      execute_by_warpgroups("backward_tangent by warpgroups", t, {t.grad_w_dot[0], t.grad_w_dot[1]},
+                            t.grad_x_dot[0],
+                            {{t.x[0], t.grad_y_dot}, {x_moves ? t.x_dot[0] : nullptr, t.grad_y}},
+                            {{t.grad_y_dot, t.w[0]}, {w_moves ? t.grad_y : nullptr, t.w_dot[0]}});
+    }
   }
 
   Layer layer_;
@@ -488,8 +525,14 @@ int main(int argc, char** argv) {
       {300, 8, 1, 1, 40, 1, 1, 1, 1, 0, 0, 0, 0},  // long sums over samples
       {2, 2, 65, 66, 34, 1, 1, 1, 1, 0, 0, 0, 0},  // statistics of many rows, folded
   };
+  // Gradients by matrix instructions of a warpgroup, in the precisions that have them.
+  const Case of_warpgroups[] = {
+      {1, 32, 9, 8, 32, 3, 3, 1, 1, 1, 1, 1, 1},
+      {1, 64, 7, 6, 128, 3, 3, 2, 2, 1, 1, 1, 1},
+      {1, 32, 8, 9, 32, 3, 3, 1, 2, 0, 2, 2, 0},
+  };
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 3;
-  unsigned seed = 1;
+  unsigned seed = 1, seed_of_warpgroups = 6;  // which layers are served depends on the seed
   for (int round = 0; round < rounds; ++round) {
     const auto schedule = static_cast<emulation::Schedule>(round % 3);
     for (const Case& c : cases) {
@@ -501,7 +544,13 @@ int main(int argc, char** argv) {
       }
       Check<double>(c, Precision::tf32, 2, schedule, seed++).run();
     }
+    for (const Case& c : of_warpgroups) {
+      for (const Precision precision : {Precision::bf16x3, Precision::bfloat16}) {
+        Check<float>(c, precision, 1 + seed_of_warpgroups % 2, schedule, seed_of_warpgroups).run_gradients();
+        ++seed_of_warpgroups;
+      }
+    }
   }
-  std::printf("%d failures\n", failures);
-  return failures != 0;
+  std::printf("%d failures; %d gradients by warpgroups\n", failures, by_warpgroups);
+  return failures != 0 || by_warpgroups == 0;
 }
