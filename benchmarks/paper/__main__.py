@@ -32,7 +32,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--protocols",
         action="store_true",
-        help="test the finished RUNS with the authors' number of queries and with running statistics, then add them",
+        help="test the finished RUNS with the authors' number of queries and with each query by itself, then add them",
     )
     add("--data", metavar="PATH", help="with --run or --protocols: folder of the data set")
     add("--threads", metavar="N", help="with --run: CPU threads")

@@ -251,13 +251,16 @@ OMNIGLOT_CELLS: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (
     *(("maml++", ways, shots, 0, {}) for ways, shots in ((5, 5), (20, 1), (20, 5))),
 )
 OMNIGLOT_NOTE = """\
-Each net is tested in three ways, each on 600 tasks:
+Each net is tested in four ways, each on 600 tasks:
 
 - **15 queries**: the protocol of this package, 15 query images of each class, normalised together;
 - **authors' queries**: as many query images of each class as support images, which is what the authors of MAML test
   with: one for 1-shot, five for 5-shot;
-- **running**: 15 query images of each class, and BatchNorm with the running statistics of training tasks, so that no
-  query depends on the others. The net is the same; it was trained with the statistics of each batch.
+- **support**: 15 query images of each class, and BatchNorm with the statistics of the support set, so that no query
+  depends on the others;
+- **running**: the same, but with running statistics of training tasks, in the inner loop too. The net was trained with
+  the statistics of each batch there. Where all layers adapt, as in MAML, it takes other inner steps than in training,
+  and may fall to chance.
 
 The authors' evaluation, by [their code](https://github.com/cbfinn/maml) (`main.py`, `maml.py`, `data_generator.py`):
 600 tasks of the 423 test characters, each class of a task turned by a random quarter turn (here test characters are

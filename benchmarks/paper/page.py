@@ -16,7 +16,7 @@ HEAD = (
     "- `python -m benchmarks.paper --list` prints all commands;\n"
     "- `python -m benchmarks.paper --run CELL` runs one and updates this page. A run that was interrupted goes on;\n"
     "- `python -m benchmarks.paper RUNS` takes in runs that were started by hand;\n"
-    "- `python -m benchmarks.paper --protocols RUNS` tests finished runs in two more ways first, which the Omniglot "
+    "- `python -m benchmarks.paper --protocols RUNS` tests finished runs in three more ways first, which the Omniglot "
     "table shows;\n"
     "- `python -m benchmarks.paper.curve --side maml_cuda --data FOLDER --out FOLDER`, and then with "
     "`--side learn2learn`, draws accuracy against time from the same weights and episodes.\n\n"
@@ -64,7 +64,7 @@ def _rows(table: Table, cells: Iterable[Cell], results: dict[str, Any]) -> list[
     if steps:
         head.remove("test steps")
     if table.protocols:
-        head[1:2] = ["15 queries", "authors' queries", "running"]
+        head[1:2] = ["15 queries", "authors' queries", "support", "running"]
         head.insert(head.index("wall, min"), "iterations")
     return _table(head, [_row(table, cell, results[cell.name]) for cell in cells])
 
@@ -87,7 +87,7 @@ def _row(table: Table, cell: Cell, run: dict[str, Any]) -> list[str]:
         row += f", {run['batch_norm']} BatchNorm"
     if table.protocols:
         tested = run.get("protocols", {})
-        scores += [_score(run, tested[name]) if name in tested else "–" for name in ("authors", "running")]
+        scores += [_score(run, tested[name]) if name in tested else "–" for name in ("authors", "support", "running")]
         test.append(f"{run['meta_iterations']:,} of {cell.full_iterations:,}" if run["meta_iterations"] else "–")
     return [row, *scores, published, *test, *cost, f"`{run['commit']}`"]
 
@@ -133,12 +133,12 @@ def _transduction(cells: Iterable[Cell], results: dict[str, Any]) -> str:
     shares = []
     for cell in cells:
         run = results[cell.name]
-        if "running" in (tested := run.get("protocols", {})):
+        if "support" in (tested := run.get("protocols", {})):
             together = run.get("ensemble", run)["reported"]["mean"]
-            shares.append(f"{cell.row} {100 * (together - tested['running']['mean']):+.1f}")
+            shares.append(f"{cell.row} {100 * (together - tested['support']['mean']):+.1f}")
     if not shares:
         return ""
-    return f"What transduction adds, in points (15 queries less running): {'; '.join(shares)}."
+    return f"What transduction adds, in points (15 queries less support): {'; '.join(shares)}."
 
 
 def _verdict(second: dict[str, float], first: dict[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""Further tests of a finished run: with the authors' number of queries, and with BatchNorm's running statistics."""
+"""Further tests of a finished run: with the authors' number of queries, and with each query by itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from maml_cuda.commands.job_kinds import stored_run
 from maml_cuda.train import report
-from maml_cuda.train.algorithms import Maml
+from maml_cuda.train.algorithms import Adapting, Maml
 from maml_cuda.train.settings import Settings
 
 from ..files import replace as write
@@ -27,8 +27,8 @@ def measure(run: Path, data: str | None = None) -> dict[str, Any]:
 
     Returns:
         ``iterations`` of the run, and by protocol the score after ``test_steps`` steps: ``authors``, as many queries of
-            a class as support samples; ``running``, the queries of the run and BatchNorm with running statistics, for
-            nets that MAML adapts.
+            a class as support samples; ``support`` and ``running``, the queries of the run and BatchNorm with the
+            statistics of the support set, for nets that are adapted, or with running ones, for nets that MAML adapts.
 
     Raises:
         ValueError: the run is none on pictures.
@@ -46,10 +46,12 @@ def measure(run: Path, data: str | None = None) -> dict[str, Any]:
     algorithms = load()
     as_authors = replace(settings, test_queries=settings.test_shots)
     found: dict[str, Any] = {"iterations": info["iteration"], "authors": _score(algorithms, as_authors)}
-    if isinstance(algorithms[0], Maml) and report.has_batch_norm(algorithms[0]):
-        for algorithm in algorithms:
-            report.collect_statistics(algorithm, settings)
-        found["running"] = _score(algorithms, settings)
+    for statistics, kind in {"support": Adapting, "running": Maml}.items():
+        if isinstance(algorithms[0], kind) and report.has_batch_norm(algorithms[0]):
+            algorithms = load()
+            for algorithm in algorithms:
+                report.normalise_by(statistics, algorithm, settings)
+            found[statistics] = _score(algorithms, settings)
     write(run / NAME, json.dumps(found, indent=1))
     return found
 
