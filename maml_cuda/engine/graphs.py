@@ -56,6 +56,13 @@ def walked(roots: Iterable[Tensor], known: Iterable[Any] = ()) -> tuple[list[Ten
     return found, seen
 
 
+def differentiable_once(nodes: Iterable[Any]) -> bool:
+    """Whether one of the nodes is that which torch puts into the gradient of an autograd.Function whose backward is
+    marked ``@once_differentiable``. It has no way to the inputs: torch.autograd.grad leaves the term out, in silence.
+    """
+    return any(node.name() == "torch::autograd::Error" for node in nodes)
+
+
 def saved_bytes(roots: Iterable[Tensor], given: Iterable[Tensor]) -> int:
     """The memory of the tensors that the graphs of `roots` keep for a backward, without that of the given tensors."""
     counted = {memory_of(t) for t in given}

@@ -199,21 +199,29 @@ class Graph:
         grads = pulled(outputs, list(self.phi.values()), leaves, sums, self.outside(leaves))
         return {name: g for name, g in zip(self.phi, grads, strict=True) if g is not None}
 
-    def outside(self, leaves: Sequence[Leaf]) -> list[Leaf]:
+    def outside(self, given: Sequence[Leaf]) -> list[Leaf]:
         """The leaf tensors on which the loss and its gradient depend beside phi and the given leaves: tensors that are
         no parameters, and phi of an earlier pass, of which forward has kept a value with its graph. The gradient alone
         depends on what a hook or the backward of an autograd.Function reads.
 
         Raises:
-            ValueError: such a value is of another task, or of a pass that is not earlier.
+            ValueError: such a value is of another task, or of a pass that is not earlier; or the gradient cannot be
+                differentiated.
         """
-        known = {id(leaf.tensor) for leaf in leaves} | {id(t) for t in self.phi.values()}
+        known = {id(leaf.tensor) for leaf in given} | {id(t) for t in self.phi.values()}
         of_theta, found = {id(leaf.tensor): leaf for leaf in self._loop.of_theta}, []
-        for t in self._walked()[0]:
+        leaves, nodes = self._walked()
+        for t in leaves:
             place = vars(t).get(_PLACE)
             if id(t) in of_theta:
                 leaf = of_theta[id(t)]
             elif place is None:
+                if graphs.differentiable_once(nodes):
+                    raise ValueError(
+                        "the inner gradient must be differentiable at second order, got an autograd.Function whose "
+                        "backward is marked @once_differentiable: use first_order=True, or write its backward of "
+                        "functions that autograd differentiates"
+                    )
                 leaf = Leaf.of_itself(t)
             else:
                 task, k, name = place

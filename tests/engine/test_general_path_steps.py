@@ -423,13 +423,14 @@ class Scaled(torch.autograd.Function):
 class OutsideInBackward(Outside):
     """The gradient of its loss depends on a tensor outside, but not the loss itself."""
 
-    by_hook: bool
+    by_hook = False
+    function = Scaled
 
     def forward(self, x: Tensor) -> Tensor:
         scale, prompt = self.shared
         y = self.net(x + prompt)
         if not self.by_hook:
-            return Scaled.apply(y, lambda: scale)
+            return self.function.apply(y, lambda: scale)
         if y.requires_grad:
             y.register_hook(lambda g: g * scale)
         return y
@@ -455,6 +456,28 @@ def test_a_tensor_that_only_a_backward_reads_receives_its_gradient(checkpoint, b
         maml(*data).loss.backward()
     for t, g in zip(leaves, expected, strict=True):
         assert g.norm() > 0
+        torch.testing.assert_close(t.grad, g, rtol=1e-10, atol=1e-13)
+
+
+class ScaledOnce(Scaled):
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * ctx.read(), None
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_gradient_that_torch_would_leave_out_in_silence_is_refused(checkpoint, adapted):
+    model, data = OutsideInBackward(*outside()), episode()
+    model.function = ScaledOnce
+    maml = FusedMAML(model, 0.2, 3, backend="reference", checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=r"must be differentiable at second order, got an autograd\.Function"):
+        maml.adapt(*data[:2], differentiable=True) if adapted else maml(*data)
+    assert all(p.grad is None for p in model.parameters())
+    leaves = list(model.parameters())
+    expected = plain(model, data, 3, leaves, first_order=True)
+    FusedMAML(model, 0.2, 3, backend="reference", first_order=True)(*data).loss.backward()
+    for t, g in zip(leaves, expected, strict=True):
         torch.testing.assert_close(t.grad, g, rtol=1e-10, atol=1e-13)
 
 
