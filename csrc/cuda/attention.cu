@@ -1,9 +1,10 @@
 // y = softmax(scale q k' + bias) v, for all tasks (the formulas are in layers/attention.h). Nothing as large
 // as the scores is stored: a pass computes them again, tile by tile, in shared memory and registers.
 //
-// A launch computes one result. A block has kSide rows of it (a tile of queries for y, grad_q and their
-// tangents; of keys for grad_k and grad_v; of both for grad_bias) and up to kColumns of its columns, in
-// registers, and goes over the tiles of the other axis:
+// A launch computes one result, or the cotangents of q, k and v in blocks of their own. A block has kSide
+// rows of a result (a tile of queries for y, grad_q and their tangents; of keys for grad_k and grad_v; of
+// both for grad_bias) and up to kColumns of its columns, in registers, and goes over the tiles of the other
+// axis:
 //
 //   forward            y       += P V, with a running maximum and sum of each row (online softmax)
 //   backward           grad_q  += scale dS K,   grad_k += scale dS' Q,   grad_v += P' G
@@ -17,7 +18,13 @@
 // others, such as the heads that share one k, the block goes over all indices and sums. A result that has no
 // stride along its own rows or columns is computed in scratch and summed from there.
 //
+// Cotangents that are computed together must have no element in common. Where q, k and v are parts of one
+// value, as of a projection to all three, it is tested that their parts are (disjoint).
+//
 // Threads and tiles: attention_block.h. The twin on the CPU is cpu/attention.cpp.
+#include <algorithm>
+#include <vector>
+
 #include "cuda/attention_block.h"
 #include "cuda/run/work.h"
 #include "cuda/shares.h"
@@ -26,19 +33,18 @@ namespace maml::cuda {
 namespace attention {
 namespace {
 
-/// blockIdx: x (index of the batch, tile of the result's rows), y columns of the result (of the bias: a
-/// tile), z task. `result`: kQ, kK, kV or kBias of a backward pass, or kY.
-template <class T, Pass pass, Operand result>
-__global__ void __launch_bounds__(kThreads, kResident<T>)
-    attention_kernel(const __grid_constant__ Attend<T> p, Deferred deferred) {
-  const Memory memory = deferred.ready();
-  __shared__ Shared<T> shared;
+/// Block `index` of one result: of (index of the batch, tile of its rows), and `columns` blocks of its
+/// columns (of the bias: of tiles). `result`: kQ, kK, kV or kBias of a backward pass, or kY.
+template <Pass pass, Operand result, class T>
+__device__ __forceinline__ void attend(const Attend<T>& p, int index, const Memory& memory,
+                                       Shared<T>& shared) {
   Block<T> block(p, memory, blockIdx.z, shared);
   const bool by_keys = result == kK || result == kV;
   const int rows = by_keys ? p.keys : p.queries, tiles = (rows + kSide - 1) / kSide;
-  const int tile = static_cast<int>(blockIdx.x) % tiles * kSide;
-  const int first_column = static_cast<int>(blockIdx.y) * (result == kBias ? kSide : kColumns);
-  const Offsets<kOperands> start = outer_step(p.batch, static_cast<int>(blockIdx.x) / tiles);
+  const int place = index / p.column_blocks;
+  const int tile = place % tiles * kSide;
+  const int first_column = (index - place * p.column_blocks) * (result == kBias ? kSide : kColumns);
+  const Offsets<kOperands> start = outer_step(p.batch, place / tiles);
   [[maybe_unused]] const bool tangent = pass == Pass::backward_tangent && p.g;
   each_step(p.batch.inner, start, [&](const Offsets<kOperands>& at) {
     block.at_index(at);
@@ -76,6 +82,38 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   const T scale = result == kQ || result == kK ? p.scale : T(1);
   block.write(scale, tile, rows, first_column,
               result == kBias ? std::min(columns, first_column + kSide) : columns);
+}
+
+/// blockIdx: x block, z task.
+template <class T, Pass pass, Operand result>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    attention_kernel(const __grid_constant__ Attend<T> p, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  __shared__ Shared<T> shared;
+  attend<pass, result>(p, static_cast<int>(blockIdx.x), memory, shared);
+}
+
+/// The cotangents of q, k and v, or some of them.
+template <class T>
+struct Cotangents {
+  Attend<T> of[3];
+  int keys, values;  // the first blocks of the cotangents of k and v
+};
+static_assert(sizeof(Cotangents<double>) + sizeof(Deferred) <= 4096);  // of arguments
+
+template <class T, Pass pass>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    attention_cotangents_kernel(const __grid_constant__ Cotangents<T> p, Deferred deferred) {
+  const Memory memory = deferred.ready();
+  __shared__ Shared<T> shared;
+  const int index = static_cast<int>(blockIdx.x);
+  if (index < p.keys) {
+    attend<pass, kQ>(p.of[kQ], index, memory, shared);
+  } else if (index < p.values) {
+    attend<pass, kK>(p.of[kK], index - p.keys, memory, shared);
+  } else {
+    attend<pass, kV>(p.of[kV], index - p.values, memory, shared);
+  }
 }
 
 /// The matrices of an operand: their rows and columns, and the strides of both.
@@ -119,33 +157,42 @@ int64_t work_of_pair(Pass pass, Operand result, const AttentionSizes& s) {
   return 0;
 }
 
-/// Launches the kernel of one result; nothing where it is not wanted.
+/// A result: what its kernel takes, and where it goes.
+template <class T>
+struct Computed {
+  Attend<T> p{};
+  int64_t blocks = 0, reached = 0;  // reached: elements of the operand
+  View scratch;                     // of a result that is computed there
+  bool spread = false;
+  Work work;
+};
+
 template <class T, Pass pass, Operand result>
-void compute(const Launcher& launch, const char* name, const Layer& l, const Tensors<T>& t, bool add,
-             T* out) {
-  if (!out) return;
+Computed<T> prepare(const Layer& l, const Tensors<T>& t, bool add, T* out) {
   const Loops& loops = *l.loops;
   const AttentionSizes sizes(loops);
   const View& view = result == kY ? loops.y : loops.x[result];
   const Own own(loops, result);
   const bool bends = pass != Pass::backward_tangent || (t.grad_y && t.y_dot);
-  View saved, scratch;
+  Computed<T> c;
+  c.spread = own.spread();
+  View saved;
   View all_axes;
   std::fill_n(all_axes.stride, kMostAxes, 1);
   matrices(loops, l.n, all_axes, sizes.queries, saved);
-  matrices(loops, l.n, view, own.rows * own.columns, scratch);
-  const View& to = own.spread() ? scratch : view;
+  matrices(loops, l.n, view, own.rows * own.columns, c.scratch);
+  const View& to = c.spread ? c.scratch : view;
 
   Loops batch = loops;
   batch.axes -= 4;
-  Attend<T> p{};
+  Attend<T>& p = c.p;
   p.batch = split<kOperands>(
       batch, l.n, view, {&loops.x[kQ], &loops.x[kK], &loops.x[kV], &loops.x[kBias], &loops.y, &saved, &to});
   for (int o = 0; o < kSaved; ++o) {
     const Own of(loops, o);
     p.row[o] = of.row, p.column[o] = of.column;
   }
-  p.row[kOut] = own.spread() ? own.columns : own.row, p.column[kOut] = own.spread() ? 1 : own.column;
+  p.row[kOut] = c.spread ? own.columns : own.row, p.column[kOut] = c.spread ? 1 : own.column;
   p.queries = static_cast<int>(sizes.queries), p.keys = static_cast<int>(sizes.keys);
   p.depth = static_cast<int>(sizes.depth), p.width = static_cast<int>(sizes.width);
   p.scale = static_cast<T>(l.a), p.empty_is_zero = l.b != 0;
@@ -153,37 +200,132 @@ void compute(const Launcher& launch, const char* name, const Layer& l, const Ten
   p.y = t.y, p.y_dot = bends ? t.y_dot : nullptr;
   p.g = bends ? t.grad_y : nullptr, p.g_dot = pass == Pass::backward_tangent ? t.grad_y_dot : nullptr;
   p.saved = t.saved, p.saved_dot = t.saved_dot;
-  p.out = own.spread() ? t.scratch : out, p.add = add && !own.spread();
-  const int64_t reached = p.batch.outer.steps * own.rows * own.columns;
-  if (!own.spread()) clear_unless_reached(launch, view, l.n, reached, add, out);
-  note([&] {
-    Work work = traffic<T>(
-        attention_batch(loops, l.n) * (sizes.queries + sizes.keys) * (sizes.depth + sizes.width), 1);
-    work.flop = 2.0 * static_cast<double>(attention_batch(loops, l.n) * sizes.queries * sizes.keys *
+  p.out = c.spread ? t.scratch : out, p.add = add && !c.spread;
+  p.column_blocks = static_cast<int>(blocks_for(own.columns, result == kBias ? kSide : kColumns));
+  c.blocks = p.batch.outer.steps * blocks_for(own.rows, kSide) * p.column_blocks;
+  c.reached = p.batch.outer.steps * own.rows * own.columns;
+  c.work =
+      traffic<T>(attention_batch(loops, l.n) * (sizes.queries + sizes.keys) * (sizes.depth + sizes.width), 1);
+  c.work.flop = 2.0 * static_cast<double>(attention_batch(loops, l.n) * sizes.queries * sizes.keys *
                                           work_of_pair(pass, result, sizes));
-    return work;
-  });
-  launch(name, attention_kernel<T, pass, result>,
-         {p.batch.outer.steps * blocks_for(own.rows, kSide),
-          blocks_for(own.columns, result == kBias ? kSide : kColumns)},
-         kThreads, 0, p, launch.memory);
-  if (!own.spread()) return;
+  return c;
+}
+
+/// Launches the kernel of one result; nothing where it is not wanted.
+template <class T, Pass pass, Operand result>
+void compute(const Launcher& launch, const char* name, const Layer& l, const Tensors<T>& t, bool add,
+             T* out) {
+  if (!out) return;
+  const Loops& loops = *l.loops;
+  const View& view = result == kY ? loops.y : loops.x[result];
+  Computed<T> c = prepare<T, pass, result>(l, t, add, out);
+  if (!c.spread) clear_unless_reached(launch, view, l.n, c.reached, add, out);
+  note([&] { return c.work; });
+  if constexpr (result == kY || result == kBias) {
+    launch(name, attention_kernel<T, pass, result>, {c.blocks}, kThreads, 0, c.p, launch.memory);
+  } else {
+    Cotangents<T> alone{};
+    alone.of[result] = c.p;
+    alone.keys = result == kQ ? static_cast<int>(c.blocks) : 0;
+    alone.values = result == kV ? 0 : static_cast<int>(c.blocks);
+    launch(name, attention_cotangents_kernel<T, pass>, {c.blocks}, kThreads, 0, alone, launch.memory);
+  }
+  if (!c.spread) return;
+  const Own own(loops, result);
   Loops rest = loops;
   for (int a = 0; a < loops.axes; ++a) {
     const int i = a - (loops.axes - 4);
     const bool has =
         i < 0 ? view.stride[a] != 0 : i == kAttentionAxes[result][0] || i == kAttentionAxes[result][1];
     if (!has) rest.size[a] = 1;
-    if (has && i >= 0) scratch.stride[a] = i == kAttentionAxes[result][0] ? own.columns : 1;
+    if (has && i >= 0) c.scratch.stride[a] = i == kAttentionAxes[result][0] ? own.columns : 1;
   }
-  sum(launch, "attention spread", rest, l.n, scratch, view, T(1), t.scratch, add, out);
+  sum(launch, "attention spread", rest, l.n, c.scratch, view, T(1), t.scratch, add, out);
+}
+
+/// An axis of an operand.
+struct Steps {
+  int64_t stride, size;
+  friend bool operator==(const Steps&, const Steps&) = default;
+};
+/// The axes that an operand has, by their strides; and, if `count` is not 1, one with `count` places at this
+/// distance.
+std::vector<Steps> steps_of(const Loops& loops, int64_t n, const View& view, int64_t distance = 0,
+                            int64_t count = 1) {
+  std::vector<Steps> steps;
+  for (int a = 0; a < loops.axes; ++a) {
+    if (view.stride[a] != 0 && extent(loops, a, n) > 1)
+      steps.push_back({view.stride[a], extent(loops, a, n)});
+  }
+  if (count > 1) steps.push_back({distance, count});
+  std::sort(steps.begin(), steps.end(), [](const Steps& a, const Steps& b) { return a.stride < b.stride; });
+  return steps;
+}
+
+/// Whether these operands are parts of one value without an element in common: they have the same axes, and
+/// are at equal distances; and all of it is a nest of axes, of which each step is longer than all steps of
+/// the axes inside it together.
+bool disjoint(const Loops& loops, int64_t n, std::vector<const View*> parts) {
+  std::sort(parts.begin(), parts.end(), [](const View* a, const View* b) { return a->offset < b->offset; });
+  const int64_t distance = parts[1]->offset - parts[0]->offset;
+  for (size_t i = 1; i < parts.size(); ++i) {
+    if (parts[i]->offset - parts[i - 1]->offset != distance) return false;
+    if (steps_of(loops, n, *parts[i]) != steps_of(loops, n, *parts[0])) return false;
+  }
+  int64_t reach = 0;
+  for (const Steps& s : steps_of(loops, n, *parts[0], distance, static_cast<int64_t>(parts.size()))) {
+    if (s.stride <= reach) return false;
+    reach += s.stride * (s.size - 1);
+  }
+  return true;
+}
+
+/// The cotangents of q, k and v in one launch; false if they need several.
+template <class T, Pass pass>
+bool compute_together(const Launcher& launch, const Layer& l, const Tensors<T>& t, T* const* grad) {
+  if (!grad[kQ] || !grad[kK] || !grad[kV]) return false;
+  const Loops& loops = *l.loops;
+  Computed<T> of[] = {prepare<T, pass, kQ>(l, t, t.add_x[kQ], grad[kQ]),
+                      prepare<T, pass, kK>(l, t, t.add_x[kK], grad[kK]),
+                      prepare<T, pass, kV>(l, t, t.add_x[kV], grad[kV])};
+  for (int o : {kQ, kK, kV}) {
+    if (of[o].spread) return false;
+    std::vector<const View*> parts;
+    int first = o;  // of the same value
+    for (int other : {kV, kK, kQ}) {
+      if (grad[other] != grad[o]) continue;
+      parts.push_back(&loops.x[other]);
+      first = other;
+    }
+    if (parts.size() > 1 && !disjoint(loops, l.n, parts)) return false;
+    of[o].p.add = t.add_x[first];  // the others would add to what the first has written
+  }
+  for (int o : {kQ, kK, kV}) {
+    int64_t reached = 0;
+    bool is_first = true;
+    for (int other : {kQ, kK, kV}) {
+      if (grad[other] != grad[o]) continue;
+      reached += of[other].reached;
+      is_first &= other >= o;
+    }
+    if (is_first) clear_unless_reached(launch, loops.x[o], l.n, reached, of[o].p.add, grad[o]);
+  }
+  Cotangents<T> all{};
+  for (int o : {kQ, kK, kV}) all.of[o] = of[o].p;
+  all.keys = static_cast<int>(of[kQ].blocks), all.values = all.keys + static_cast<int>(of[kK].blocks);
+  note([&] { return of[kQ].work + of[kK].work + of[kV].work; });
+  launch("attention cotangents", attention_cotangents_kernel<T, pass>, {all.values + of[kV].blocks}, kThreads,
+         0, all, launch.memory);
+  return true;
 }
 
 template <class T, Pass pass>
 void compute_cotangents(const Launcher& launch, const Layer& l, const Tensors<T>& t, T* const* grad) {
-  compute<T, pass, kQ>(launch, "attention queries", l, t, t.add_x[kQ], grad[kQ]);
-  compute<T, pass, kK>(launch, "attention keys", l, t, t.add_x[kK], grad[kK]);
-  compute<T, pass, kV>(launch, "attention values", l, t, t.add_x[kV], grad[kV]);
+  if (!compute_together<T, pass>(launch, l, t, grad)) {
+    compute<T, pass, kQ>(launch, "attention queries", l, t, t.add_x[kQ], grad[kQ]);
+    compute<T, pass, kK>(launch, "attention keys", l, t, t.add_x[kK], grad[kK]);
+    compute<T, pass, kV>(launch, "attention values", l, t, t.add_x[kV], grad[kV]);
+  }
   compute<T, pass, kBias>(launch, "attention bias", l, t, t.add_x[kBias], grad[kBias]);
 }
 

@@ -40,6 +40,7 @@ struct Attend {
   Split<kOperands> batch;                     // outer: the axes that the result has
   int64_t row[kOperands], column[kOperands];  // the strides of the matrices
   int queries, keys, depth, width;
+  int column_blocks;  // of the result
   T scale;
   bool empty_is_zero;
   const T *x[4], *x_dot[4];

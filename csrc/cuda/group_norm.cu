@@ -15,16 +15,18 @@
 // Kernels: in each pass a block takes some consecutive cells, computes their sums, and then their values, for
 // which it finds the inputs in the caches. Its threads cover the cells as in channels.h they cover channels,
 // so that they read contiguous memory even where a group has few channels. The gradients of gamma and beta
-// are sums per channel over the rows of [n pixels, c]: one kernel sums tiles of rows (moments.h), a second
-// one merges them in double; where there is one tile, the second kernel does both.
+// are sums per channel over the rows of [n pixels, c]. Further blocks of the same launch sum tiles of rows
+// (moments.h); the last of them for its channels (run/last_block.h) merges the tiles in double.
 //
 // Numerics: mu is saved as two numbers, a mean and the mean of the deviations from it. One rounded number
 // would shift all values of the cell by its rounding error. gamma and beta may be absent (1 and 0); x_dot is
 // absent where the input has no tangent; grad_y may be absent in the backward tangent. The twin on the CPU is
 // cpu/group_norm.cpp.
 #include "cuda/elementwise.h"
+#include "cuda/group_norm.h"
 #include "cuda/implement.h"
 #include "cuda/moments.h"
+#include "cuda/run/last_block.h"
 
 namespace maml::cuda {
 namespace {
@@ -140,14 +142,93 @@ struct View {
   }
 };
 
+/// The sums for gamma and beta over the rows [first, first + count) of [n pixels, c]: of the cotangents, or,
+/// with kTangent, of their tangents.
+template <bool kTangent, class T>
+__device__ __forceinline__ void affine_sums(const Layer& l, const ChannelThreads& threads,
+                                            const Tensors<T>& t, int first, int count,
+                                            Numbers<T, 1> (&sums)[2]) {
+  const Sizes sizes(l);
+  const Saved<T> saved(t, sizes.cells);
+  const T* x_dot = kTangent ? t.x_dot[0] : nullptr;
+  channel_sums(threads, count, sums, [&](int i, Numbers<T, 1>(&sum)[2]) {
+    const int row = first + i;
+    const int64_t at = static_cast<int64_t>(row) * sizes.c + threads.channel;
+    const int64_t cell =
+        static_cast<int64_t>(row / sizes.pixels) * sizes.groups + threads.channel / sizes.width;
+    const Map<T> map(saved, cell, x_dot != nullptr);
+    const T xh = map.xh(t.x[0][at]), g = kTangent ? t.grad_y_dot[at] : t.grad_y[at];
+    sum[0] += g * xh;
+    if (x_dot) sum[0] += t.grad_y[at] * map.xh_dot(xh, x_dot[at]);
+    sum[1] += g;
+  });
+}
+
+/// The blocks of a backward launch: those of cells, and behind them those of gamma and beta, [tiles, groups].
+struct Blocks {
+  int of_cells = 0;
+  int tiles = 0, groups = 0;  // of rows; of channels
+  int rows = 0;               // in all tiles
+};
+
+/// The gradients of gamma and beta, by block `index` of these. With several tiles, each writes an entry, and
+/// the last one of its channels merges them.
+template <bool kTangent, class T>
+__device__ __forceinline__ void give_affine(const Layer& l, const Tensors<T>& t, const Blocks& blocks,
+                                            int index, unsigned* counters) {
+  const int tile = index / blocks.groups, group = index - tile * blocks.groups;
+  const ChannelThreads threads = channel_threads<1>(l.in.c, group, false);
+  Numbers<T, 1> sums[2];
+  if (blocks.tiles == 1) {
+    affine_sums<kTangent>(l, threads, t, 0, blocks.rows, sums);
+  } else {
+    const int first = tile * kTileRows;
+    affine_sums<kTangent>(l, threads, t, first, std::min(int{kTileRows}, blocks.rows - first), sums);
+    write_entry(threads, tile, l.in.c, t.scratch, sums);
+    if (!last_to_arrive(counters + group, blocks.tiles)) return;
+    Numbers<double, 1> merged[2];
+    const Partials<T> entries{t.scratch, blocks.tiles, kTileRows, blocks.rows};
+    Sums::merge(threads, l.in.c, entries, 0, entries.count, merged);
+    for (int q = 0; q < 2; ++q) sums[q] = converted<T>(merged[q]);
+  }
+  for (int q = 0; q < 2; ++q) {
+    T* out = kTangent ? t.grad_w_dot[q] : t.grad_w[q];
+    if (out && threads.row == 0 && threads.active) put(out, threads.channel, sums[q].at[0], t.add_w[q]);
+  }
+}
+
+/// Element i of `known`, or of the sum, which is written. The same thread reads it again later.
+template <class T>
+struct Summed {
+  const T *known, *a, *b;
+  unsigned a_size, b_size;
+  T* to;
+
+  __device__ __forceinline__ Summed(const T* known, const Summands<T>& of, const Memory& memory)
+      : known(known),
+        a(resolve(of.a, memory, blockIdx.z)),
+        b(resolve(of.b, memory, blockIdx.z)),
+        a_size(of.a_size),
+        b_size(of.b_size),
+        to(resolve(of.sum, memory, blockIdx.z)) {}
+  __device__ __forceinline__ T operator()(int64_t i) const {
+    if (!to) return known[i];
+    const unsigned element = static_cast<unsigned>(i);
+    const T sum = (a ? a[element % a_size] : T(0)) + (b ? b[element % b_size] : T(0));
+    to[i] = sum;
+    return sum;
+  }
+};
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    group_norm_forward(Layer l, int width, Tensors<T> symbolic, Deferred deferred) {
+    group_norm_forward(Layer l, int width, Tensors<T> symbolic, Summands<T> summands, Deferred deferred) {
   const Memory memory = deferred.ready();
   const View<T> view(l, width, symbolic, memory);
   const Tensors<T>& t = view.t;
+  const Summed<T> x(t.x[0], summands, memory);
   T mean[1], moments[2];
-  view.sum(mean, [&](int64_t i, int, T(&sum)[1]) { sum[0] += t.x[0][i]; });
+  view.sum(mean, [&](int64_t i, int, T(&sum)[1]) { sum[0] += x(i); });
   const T mu = view.mean(mean[0]);
   view.sum(moments, [&](int64_t i, int, T(&sum)[2]) {
     const T d = t.x[0][i] - mu;
@@ -163,11 +244,15 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   });
 }
 
-/// Computes grad_x.
+/// Computes grad_x, and the gradients of gamma and beta.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    group_norm_backward(Layer l, int width, Tensors<T> symbolic, Deferred deferred) {
+    group_norm_backward(Layer l, int width, Tensors<T> symbolic, Blocks blocks, Deferred deferred) {
   const Memory memory = deferred.ready();
+  if (const int other = static_cast<int>(blockIdx.x) - blocks.of_cells; other >= 0) {
+    return give_affine<false>(l, resolve(symbolic, memory, blockIdx.z), blocks, other,
+                              memory.counters_of(blockIdx.z));
+  }
   const View<T> view(l, width, symbolic, memory);
   const Tensors<T>& t = view.t;
   const Map<T> map(view.saved, view.cell, false);
@@ -186,17 +271,20 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    group_norm_forward_tangent(Layer l, int width, Tensors<T> symbolic, Deferred deferred) {
+    group_norm_forward_tangent(Layer l, int width, Tensors<T> symbolic, Summands<T> summands,
+                               Deferred deferred) {
   const Memory memory = deferred.ready();
   const View<T> view(l, width, symbolic, memory);
   const Tensors<T>& t = view.t;
   Map<T> map(view.saved, view.cell, false);
   const T* x_dot = t.x_dot[0];
   if (x_dot) {
+    const Summed<T> summed(x_dot, summands, memory);
     T sums[2];
     view.sum(sums, [&](int64_t i, int, T(&sum)[2]) {
-      sum[0] += x_dot[i];
-      sum[1] += x_dot[i] * map.xh(t.x[0][i]);
+      const T moved = summed(i);
+      sum[0] += moved;
+      sum[1] += moved * map.xh(t.x[0][i]);
     });
     map.Rmu = view.mean(sums[0]), map.q = view.mean(sums[1]);
     if (view.writes()) view.saved.Rmu[view.cell] = map.Rmu, view.saved.q[view.cell] = map.q;
@@ -209,11 +297,15 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   });
 }
 
-/// Computes grad_x_dot.
+/// Computes grad_x_dot, and the gradients of gamma and beta, their tangents.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T> - 1)  // one block fewer: needs more registers
-    group_norm_backward_tangent(Layer l, int width, Tensors<T> symbolic, Deferred deferred) {
+    group_norm_backward_tangent(Layer l, int width, Tensors<T> symbolic, Blocks blocks, Deferred deferred) {
   const Memory memory = deferred.ready();
+  if (const int other = static_cast<int>(blockIdx.x) - blocks.of_cells; other >= 0) {
+    return give_affine<true>(l, resolve(symbolic, memory, blockIdx.z), blocks, other,
+                             memory.counters_of(blockIdx.z));
+  }
   const View<T> view(l, width, symbolic, memory);
   const Tensors<T>& t = view.t;
   const T* x_dot = t.x_dot[0];
@@ -242,110 +334,51 @@ __global__ void __launch_bounds__(kThreads, kResident<T> - 1)  // one block fewe
   });
 }
 
-/// The sums for gamma and beta over the rows [first, first + count) of [n pixels, c]: of the cotangents, or,
-/// with kTangent, of their tangents.
-template <bool kTangent, class T>
-__device__ __forceinline__ void affine_sums(const Layer& l, const ChannelThreads& threads,
-                                            const Tensors<T>& t, int first, int count,
-                                            Numbers<T, 1> (&sums)[2]) {
-  const Sizes sizes(l);
-  const Saved<T> saved(t, sizes.cells);
-  const T* x_dot = kTangent ? t.x_dot[0] : nullptr;
-  channel_sums(threads, count, sums, [&](int i, Numbers<T, 1>(&sum)[2]) {
-    const int row = first + i;
-    const int64_t at = static_cast<int64_t>(row) * sizes.c + threads.channel;
-    const int64_t cell =
-        static_cast<int64_t>(row / sizes.pixels) * sizes.groups + threads.channel / sizes.width;
-    const Map<T> map(saved, cell, x_dot != nullptr);
-    const T xh = map.xh(t.x[0][at]), g = kTangent ? t.grad_y_dot[at] : t.grad_y[at];
-    sum[0] += g * xh;
-    if (x_dot) sum[0] += t.grad_y[at] * map.xh_dot(xh, x_dot[at]);
-    sum[1] += g;
-  });
-}
-
-/// Block x computes the entry of tile x.
-template <bool kTangent, class T>
-__global__ void __launch_bounds__(kThreads, kResident<T>)
-    group_norm_sums(Layer l, Tensors<T> symbolic, int rows, Deferred deferred) {
-  const Memory memory = deferred.ready();
-  const Tensors<T> t = resolve(symbolic, memory, blockIdx.z);
-  const ChannelThreads threads = channel_threads(l.in.c);
-  const int first = static_cast<int>(blockIdx.x) * kTileRows;
-  Numbers<T, 1> sums[2];
-  affine_sums<kTangent>(l, threads, t, first, std::min(int{kTileRows}, rows - first), sums);
-  write_entry(threads, static_cast<int>(blockIdx.x), l.in.c, t.scratch, sums);
-}
-
-/// Writes the gradients of gamma and beta from the merged entries, or, without entries, from the sums of all
-/// rows.
-template <bool kTangent, class T>
-__global__ void __launch_bounds__(kThreads, kResident<T>)
-    group_norm_affine(Layer l, Tensors<T> symbolic, Partials<T> partials, int rows, Deferred deferred) {
-  const Memory memory = deferred.ready();
-  const Tensors<T> t = resolve(symbolic, memory, blockIdx.z);
-  const ChannelThreads threads = channel_threads(l.in.c);
-  Numbers<T, 1> sums[2];
-  if (partials.count > 0) {
-    const Partials<T> p = resolve(partials, memory, blockIdx.z);
-    Numbers<double, 1> merged[2];
-    Sums::merge(threads, l.in.c, p, 0, p.count, merged);
-    for (int q = 0; q < 2; ++q) sums[q] = converted<T>(merged[q]);
-  } else {
-    affine_sums<kTangent>(l, threads, t, 0, rows, sums);
-  }
-  for (int q = 0; q < 2; ++q) {
-    T* out = kTangent ? t.grad_w_dot[q] : t.grad_w[q];
-    if (out && threads.row == 0 && threads.active) put(out, threads.channel, sums[q].at[0], t.add_w[q]);
-  }
-}
-
 int64_t rows_of(const Layer& l) { return l.n * l.in.h * l.in.w; }
 
 template <class T>
-void launch_over_cells(const Launcher& launch, const char* name,
-                       void (*kernel)(Layer, int, Tensors<T>, Deferred), const Layer& l,
-                       const Tensors<T>& t) {
+void launch_forward(const Launcher& launch, const Layer& l, const Tensors<T>& t, bool tangent,
+                    const Summands<T>& summands) {
   const int width = cells_of_block(l);
-  launch(name, kernel, Grid{blocks_for(l.n * l.groups, width)}, kThreads, 0, l, width, t, launch.memory);
+  launch(tangent ? "group_norm forward tangent" : "group_norm forward",
+         tangent ? group_norm_forward_tangent<T> : group_norm_forward<T>,
+         Grid{blocks_for(l.n * l.groups, width)}, kThreads, 0, l, width, t, summands, launch.memory);
 }
 
-template <bool kTangent, class T>
-void give_affine(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-  if (kTangent ? !t.grad_w_dot[0] && !t.grad_w_dot[1] : !t.grad_w[0] && !t.grad_w[1]) return;
-  const int64_t rows = rows_of(l), c = l.in.c, blocks = blocks_for(c, channel_width(c));
-  Partials<T> p{};
-  if (tiles_of(rows) > 1) {
-    launch("group_norm sums", group_norm_sums<kTangent, T>, Grid{tiles_of(rows), blocks}, kThreads, 0, l, t,
-           static_cast<int>(rows), launch.memory);
-    p = few_partials<Sums>(launch, rows, c, t.scratch);
+template <class T>
+void launch_backward(const Launcher& launch, const char* name,
+                     void (*kernel)(Layer, int, Tensors<T>, Blocks, Deferred), const Layer& l,
+                     const Tensors<T>& t, const T* grad_x, const T* const* grad_w) {
+  const int width = cells_of_block(l);
+  Blocks blocks;
+  if (grad_x) blocks.of_cells = static_cast<int>(blocks_for(l.n * l.groups, width));
+  if (grad_w[0] || grad_w[1]) {
+    blocks.rows = static_cast<int>(rows_of(l)), blocks.groups = static_cast<int>(channel_groups(l.in.c));
+    blocks.tiles = blocks.groups > kCounters ? 1 : static_cast<int>(tiles_of(blocks.rows));
   }
-  launch("group_norm affine", group_norm_affine<kTangent, T>, Grid{1, blocks}, kThreads, 0, l, t, p,
-         static_cast<int>(rows), launch.memory);
+  const int64_t count = blocks.of_cells + int64_t{blocks.tiles} * blocks.groups;
+  if (count > 0) launch(name, kernel, Grid{count}, kThreads, 0, l, width, t, blocks, launch.memory);
 }
 
 template <class T>
 void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-  launch_over_cells(launch, "group_norm forward", group_norm_forward<T>, l, t);
+  launch_forward(launch, l, t, false, {});
 }
 
 template <class T>
 void backward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-  give_affine<false>(launch, l, t);
-  if (t.grad_x[0]) launch_over_cells(launch, "group_norm backward", group_norm_backward<T>, l, t);
+  launch_backward(launch, "group_norm backward", group_norm_backward<T>, l, t, t.grad_x[0], t.grad_w);
 }
 
 template <class T>
 void forward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-  launch_over_cells(launch, "group_norm forward tangent", group_norm_forward_tangent<T>, l, t);
+  launch_forward(launch, l, t, true, {});
 }
 
 template <class T>
 void backward_tangent(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-  give_affine<true>(launch, l, t);
-  if (t.grad_x_dot[0]) {
-    launch_over_cells(launch, "group_norm backward tangent", group_norm_backward_tangent<T>, l, t);
-  }
+  launch_backward(launch, "group_norm backward tangent", group_norm_backward_tangent<T>, l, t,
+                  t.grad_x_dot[0], t.grad_w_dot);
 }
 
 template <class T>
@@ -354,6 +387,16 @@ LaunchPasses<T> all_passes() {
 }
 
 }  // namespace
+
+template <class T>
+void normalise_sum(const Launcher& launch, const Layer& norm, const Tensors<T>& t, bool tangent,
+                   const Summands<T>& summands) {
+  launch_forward(launch, norm, t, tangent, summands);
+}
+template void normalise_sum(const Launcher&, const Layer&, const Tensors<float>&, bool,
+                            const Summands<float>&);
+template void normalise_sum(const Launcher&, const Layer&, const Tensors<double>&, bool,
+                            const Summands<double>&);
 
 template <>
 struct OnGpu<Kind::group_norm> {

@@ -139,17 +139,17 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 /// The patches of every output of the convolution.
-StemTiles tiles_of(const Layer& l, int vector) {
+StemTiles tiles_of(const Layer& l, int vector, bool planar) {
   Layer all = l;
   all.out = l.between;
   all.pooled = false;
-  return StemTiles(all, vector);
+  return StemTiles(all, vector, planar);
 }
 int64_t tiles_of_block(int64_t tiles) { return std::max(kPartTiles, blocks_for(tiles, kMostParts)); }
 
 template <class T>
 void forward(const Launcher& launch, const Layer& l, const Tensors<T>& t) {
-  const StemTiles tiles = tiles_of(l, kVector<T>);
+  const StemTiles tiles = tiles_of(l, kVector<T>, is_planar(t.x[0]));
   const int64_t of_block = tiles_of_block(tiles.tiles);
   // The moments of the query images may be computed on the branch of a graph, beside those of the support.
   const int counter = launch.branch ? kCounters - 2 : kCounters - 1;
@@ -170,7 +170,8 @@ template <>
 struct OnGpu<Kind::patch_gram> {
   static Footprint footprint(const Layer& l) {
     refuse_large(l);
-    const int64_t parts = std::min(blocks_for(tiles_of(l, kVector<float>).tiles, kPartTiles), kMostParts);
+    const int64_t parts =
+        std::min(blocks_for(tiles_of(l, kVector<float>, false).tiles, kPartTiles), kMostParts);
     return {0, 2 * kSums * parts};
   }
   template <class T>

@@ -9,7 +9,7 @@ static_assert(kMostStemFilters / kStemColumns <= kCounters - 2);
 
 template <class T>
 Stem<T>::Stem(const Layer& l, const Tensors<T>& t, int64_t most_blocks)
-    : tiles(l, kVector<T>),
+    : tiles(l, kVector<T>, is_planar(t.x[0])),
       tensors(t),
       constants(l),
       function(l.function),

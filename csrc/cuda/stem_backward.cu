@@ -9,7 +9,8 @@
 // Every block goes through its tiles; a warp takes every kWarps-th slab of a tile's pixels. At the end the
 // block adds up its warps in order and writes its part, [patch + 1, n] with sum g as the last row. The last
 // block to arrive for a task and its channels (run/last_block.h) adds up the parts in order and computes the
-// gradients (stem_channels.h).
+// gradients (stem_channels.h). Where the next thing to do is a step with the gradients of all layers, further
+// blocks take it (step_after.h).
 //
 // blockIdx: x part of the tiles, y 32 channels, z task. Shared memory: two tiles, or a [33, 32] matrix for
 // each warp, whichever is larger (dynamic). Numerics: the sums sum g are of type T, whatever the arithmetic
@@ -19,6 +20,7 @@
 #include "cuda/run/work.h"
 #include "cuda/stem_channels.h"
 #include "cuda/stem_product.h"
+#include "cuda/step_after.h"
 
 namespace maml::cuda {
 namespace {
@@ -171,7 +173,8 @@ __device__ __forceinline__ void tangent_gradients(const Stem<T>& p, const Tensor
 
 template <class Arithmetic, bool Tangent>
 __global__ void __launch_bounds__(kBackwardThreads, kResidentBackward<typename Arithmetic::T>)
-    stem_backward_kernel(const __grid_constant__ Stem<typename Arithmetic::T> p, Deferred deferred) {
+    stem_backward_kernel(const __grid_constant__ Stem<typename Arithmetic::T> p,
+                         const __grid_constant__ StepAfter<typename Arithmetic::T> after, Deferred deferred) {
   using T = typename Arithmetic::T;
   using Warp = WarpProduct<Arithmetic>;
   using Sums = typename Warp::Sums;
@@ -180,6 +183,12 @@ __global__ void __launch_bounds__(kBackwardThreads, kResidentBackward<typename A
   __shared__ PatchSums<T> total;
   __shared__ ChannelMemory<T, kWarps> channels;
   const Memory memory = deferred.ready();
+  const int blocks = static_cast<int>(gridDim.x) - after.blocks,
+            other = static_cast<int>(blockIdx.x) - blocks;
+  if (other >= 0) {
+    return step_of_others<Tangent>(resolve(after, memory, blockIdx.z),
+                                   static_cast<int64_t>(other) * gridDim.y + blockIdx.y);
+  }
   const Tensors<T> t = resolve(p.tensors, memory, blockIdx.z);
   const StemTiles& s = p.tiles;
   T* const shared = reinterpret_cast<T*>(dynamic_shared());
@@ -238,18 +247,18 @@ __global__ void __launch_bounds__(kBackwardThreads, kResidentBackward<typename A
     const T* const from = shared + (row < s.patch ? row : kStemPatch) * kStemColumns + column;
     T sum = from[0];
     for (int other = 1; other < kWarps; ++other) sum += from[other * (kPartRows * kStemColumns)];
-    if (gridDim.x == 1) {
+    if (blocks == 1) {
       keep(row, sum);
     } else if (channel < p.n) {
       parts[part(static_cast<int>(blockIdx.x), row)] = sum;
     }
   }
-  if (gridDim.x > 1) {
-    if (!last_to_arrive(memory.counters_of(blockIdx.z) + blockIdx.y, gridDim.x)) return;
+  if (blocks > 1) {
+    if (!last_to_arrive(memory.counters_of(blockIdx.z) + blockIdx.y, blocks)) return;
     constexpr int kEach = (kMostPatch + 1 + kWarps - 1) / kWarps;
     T sum[kEach] = {};
 #pragma unroll 4
-    for (int block = 0; block < static_cast<int>(gridDim.x); ++block) {
+    for (int block = 0; block < blocks; ++block) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         const int row = warp + kWarps * i;
@@ -267,17 +276,25 @@ __global__ void __launch_bounds__(kBackwardThreads, kResidentBackward<typename A
   } else {
     gradients(p, t, total, channels);
   }
+  if (after.blocks == 0) return;
+  __syncthreads();
+  const StepAfter<T> step = resolve(after, memory, blockIdx.z);
+  const int width = std::min(kStemColumns, p.n - n0);
+  for (int j = 0; j < kMostParameters; ++j) {
+    step_of_own<Tangent>(step, j, j == 0 ? s.patch : 1, p.n, n0, width);
+  }
 }
 
 }  // namespace
 
 int64_t stem_backward_scratch(const Layer& l) {
-  const int64_t blocks = std::min<int64_t>(StemTiles(l, kVector<float>).tiles, kMostBlocks);
+  const int64_t blocks = std::min<int64_t>(StemTiles(l, kVector<float>, false).tiles, kMostBlocks);
   return blocks * (patch_size(l.window, l.in) + 1) * l.out.c;
 }
 
 template <class T>
-void stem_backward(const Launcher& launch, const Layer& l, const Tensors<T>& t, bool tangent) {
+void stem_backward_and_step(const Launcher& launch, const Layer& l, const Tensors<T>& t, bool tangent,
+                            StepAfter<T> after, const Work& of_step) {
   const Stem<T> p(l, t, kMostBlocks);
   const StemTiles& s = p.tiles;
   const double pixels = static_cast<double>(l.n * l.out.h * l.out.w * s.pool * s.pool);
@@ -286,17 +303,30 @@ void stem_backward(const Launcher& launch, const Layer& l, const Tensors<T>& t, 
     const double parts = static_cast<double>(p.blocks() > 1 ? 2 * p.blocks() * (s.patch + 1) * p.n : 0);
     Work work = product_work<T>(s.patch, p.n, pixels, 1, l.n * size(l.in), parts);
     work.bytes -= pixels * p.n * sizeof(T);  // the operand before the pool is not in memory
-    return work + traffic<T>(p.outputs, 1 + factors) + bytes(l.pooled ? p.outputs : 0);
+    return work + traffic<T>(p.outputs, 1 + factors) + bytes(l.pooled ? p.outputs : 0) + of_step;
   });
+  const int64_t columns = blocks_for(p.n, kStemColumns);
+  if (after.op != Op::join) {
+    after.blocks = static_cast<int>(blocks_for(blocks_for(after.size, kStepRange), columns));
+  }
   const int64_t matrices = kWarps * kPartRows * kStemColumns;
   const size_t shared = std::max<int64_t>(2 * s.elements(), matrices) * sizeof(T);
   with_arithmetic<T>(l.precision, [&]<class Arithmetic>() {
     launch(tangent ? "stem backward tangent" : "stem backward",
            tangent ? stem_backward_kernel<Arithmetic, true> : stem_backward_kernel<Arithmetic, false>,
-           {p.blocks(), blocks_for(p.n, kStemColumns)}, kBackwardThreads, shared, p, launch.memory);
+           {p.blocks() + after.blocks, columns}, kBackwardThreads, shared, p, after, launch.memory);
   });
 }
 
+template void stem_backward_and_step<float>(const Launcher&, const Layer&, const Tensors<float>&, bool,
+                                            StepAfter<float>, const Work&);
+template void stem_backward_and_step<double>(const Launcher&, const Layer&, const Tensors<double>&, bool,
+                                             StepAfter<double>, const Work&);
+
+template <class T>
+void stem_backward(const Launcher& launch, const Layer& l, const Tensors<T>& t, bool tangent) {
+  stem_backward_and_step(launch, l, t, tangent, StepAfter<T>{}, Work{});
+}
 template void stem_backward<float>(const Launcher&, const Layer&, const Tensors<float>&, bool);
 template void stem_backward<double>(const Launcher&, const Layer&, const Tensors<double>&, bool);
 

@@ -5,7 +5,10 @@
 // the image, once; element k of a pixel's patch is then tile[row[pixel] + tap[k]]. Both offsets come from
 // tables, because they are the same for every tile.
 //
-// A row of the image, [w, c], is contiguous. Where it is a whole number of 16-byte vectors, so is its copy: a
+// The user's images, [c, h, w], are copied as they are: the tile then has a plane for each channel. Others
+// are one plane, whose rows [w, c] are contiguous.
+//
+// Where a row of a plane is a whole number of 16-byte vectors, so is its copy: a
 // tile then starts at the vector that contains its first element, `skew` elements earlier. Other images are
 // copied element by element. If the stride is larger than the kernel, the pixels between two patches are left
 // out; tile rows `cell_h` apart, and elements `cell_w` apart, belong to neighbouring pixels.
@@ -24,21 +27,29 @@ inline constexpr int kStemColumns = 32;                   // channels of a block
 inline constexpr int kStemPatch = 32;                     // elements of a patch, rounded up to whole slabs
 static_assert(kMostPatch <= kStemPatch && kStemPatch <= kStemRows);
 
+/// Whether an image is the user's, [c, h, w].
+inline bool is_planar(const void* symbolic) {
+  const auto region = static_cast<Region>(reinterpret_cast<uint64_t>(symbolic) >> kRegionShift);
+  return region == Region::x_support || region == Region::x_query;
+}
+
 struct StemTiles {
-  int h, row, out_h, out_w;                  // the image: rows, elements of a row; the outputs
+  int h, row, out_h, out_w;  // a plane of the image: rows, elements of a row; the outputs
+  int planes;
   int tile_h, tile_w, across, tiles;         // tiles in a row of tiles, and of all samples
   int pool, vector;                          // pool: 2 or 1; vector: elements of T in 16 bytes
   int stride_h, stride_w, first_h, first_w;  // w counts elements: of a pixel's step; of the first patch
   int cell_h, cell_w, rows, pitch;           // in the tile
   int patch;
   bool aligned;  // rows of the image are whole vectors
-  Divisor by_tile, by_sample, by_across, by_pieces, by_cell_h, by_cell_w;
+  Divisor by_tile, by_sample, by_across, by_pieces, by_rows, by_cell_h, by_cell_w;
   int tap[kStemPatch];
 
   StemTiles() = default;
-  StemTiles(const Layer& l, int vector_) : vector(vector_) {
+  /// `planar`: the image has a plane for each channel.
+  StemTiles(const Layer& l, int vector_, bool planar) : planes(planar ? int32(l.in.c) : 1), vector(vector_) {
     const Window& k = l.window;
-    const int c = int32(l.in.c);
+    const int c = int32(l.in.c) / planes;  // channels of a plane
     h = int32(l.in.h), row = int32(l.in.w) * c;
     out_h = int32(l.out.h), out_w = int32(l.out.w);
     pool = l.pooled ? 2 : 1;
@@ -52,15 +63,16 @@ struct StemTiles {
     const int a_sample = across * ((out_h + tile_h - 1) / tile_h);
     tiles = int32(l.n) * a_sample;
     by_tile = Divisor(tile_w), by_sample = Divisor(a_sample), by_across = Divisor(across);
-    by_pieces = Divisor(pitch / vector), by_cell_h = Divisor(cell_h), by_cell_w = Divisor(cell_w);
+    by_pieces = Divisor(pitch / vector), by_rows = Divisor(rows);
+    by_cell_h = Divisor(cell_h), by_cell_w = Divisor(cell_w);
     for (int e = 0; e < kStemPatch; ++e) {  // what is beyond the patch has weight zero
-      const int at = e < patch ? e : 0, width = int32(k.kernel_w) * c;
-      tap[e] = at / width * pitch + at % width;
+      const int at = e < patch ? e : 0, width = int32(k.kernel_w * l.in.c), along = at % width;
+      tap[e] = along % planes * rows * pitch + at / width * pitch + along / planes;
     }
   }
 
-  __host__ __device__ int pieces() const { return rows * (pitch / vector); }
-  __host__ __device__ int elements() const { return rows * pitch; }
+  __host__ __device__ int pieces() const { return planes * rows * (pitch / vector); }
+  __host__ __device__ int elements() const { return planes * rows * pitch; }
   /// Outputs of a tile.
   __device__ __forceinline__ int outputs() const { return tile_h * tile_w; }
 
@@ -150,11 +162,13 @@ __device__ __forceinline__ void copy_tile(const StemTiles& s, const StemTiles::T
   const int top = t.i * s.pool * s.stride_h + s.first_h;
   const bool vectors = s.aligned && reinterpret_cast<uint64_t>(x) % 16 == 0;
   for (int piece = static_cast<int>(threadIdx.x); piece < s.pieces(); piece += static_cast<int>(blockDim.x)) {
-    const int a = s.by_pieces.quotient(piece), q = s.by_pieces.remainder(piece, a);
+    const int line = s.by_pieces.quotient(piece), q = s.by_pieces.remainder(piece, line);
+    const int plane = s.by_rows.quotient(line), a = s.by_rows.remainder(line, plane);
     const int cell = s.by_cell_h.quotient(a);
     const int r = top + cell * s.stride_h + s.by_cell_h.remainder(a, cell);
     const bool row_inside = static_cast<unsigned>(r) < static_cast<unsigned>(s.h);
-    const T* const row = x + static_cast<int64_t>(row_inside ? t.sample * s.h + r : 0) * s.row;
+    const T* const row =
+        x + static_cast<int64_t>(row_inside ? (t.sample * s.planes + plane) * s.h + r : 0) * s.row;
     if (vectors) {
       const int column = first + V * q;
       const bool inside = row_inside && static_cast<unsigned>(column) < static_cast<unsigned>(s.row);

@@ -115,6 +115,12 @@ class Chains {
            window.kernel_h * window.kernel_w * convolution.in_features <= kMostPatch &&
            (chain_ == Kind::conv_block || convolution.out_features <= kMostStemFilters);
   }
+  /// Whether a value is the plan's input with channels last: the stem of a backend without conv_block reads
+  /// the input as it is.
+  bool is_users_image(int value) const {
+    return value > 0 && graph_.nodes[value - 1].layer.kind == Kind::channels_last &&
+           graph_.nodes[value - 1].inputs[0] == 0;
+  }
   /// Whether node i is a convolution followed by its BatchNorm.
   bool is_normalised(size_t i) const {
     if (graph_.nodes[i].layer.kind != Kind::conv2d || !continues(i + 1, Kind::batch_norm)) return false;
@@ -180,6 +186,8 @@ class Chains {
     const Node& norm = graph_.nodes[i + 1];
     const bool stem = is_stem(i), sums = last > i + 1;
     if (stem) {
+      const int image = graph_.nodes[i].inputs[0];
+      if (chain_ == Kind::norm_block && is_users_image(image)) node.inputs[0] = 0;
       Node gram = node;
       gram.layer.kind = Kind::patch_gram;
       gram.parameters.clear();

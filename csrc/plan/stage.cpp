@@ -234,6 +234,46 @@ bool combines_samples(const Graph& graph, const Stage& stage) {
   return false;
 }
 
+void read_images_unflattened(Graph& graph, const std::vector<int64_t>& sample, int64_t n) {
+  auto small = [](const Node& node) {
+    return node.layer.kind == Kind::flatten || properties(node.layer.kind).in_megakernel;
+  };
+  if (std::all_of(graph.nodes.begin(), graph.nodes.end(), small)) return;
+  Stage stage;
+  stage.n = n;
+  const std::vector<Shape> shapes = infer_shapes(graph, sample, stage);
+  std::vector<int> uses(graph.parameters.size(), 0);
+  for (const Node& node : graph.nodes) {
+    for (int p : node.parameters) {
+      if (p >= 0) ++uses[p];
+    }
+  }
+  for (size_t i = 0; i < graph.nodes.size(); ++i) {
+    Node& flatten = graph.nodes[i];
+    const int value = static_cast<int>(i) + 1;
+    const bool prediction = value == graph.prediction || value == graph.loss_value;
+    if (flatten.layer.kind != Kind::flatten || prediction || stage.values[value].root != value) continue;
+    const Image image = shapes[flatten.inputs[0]].image;
+    auto reads = [&](const Node& node) {
+      return std::find(node.inputs.begin(), node.inputs.end(), value) != node.inputs.end();
+    };
+    auto fits = [&](const Node& node) {
+      if (!reads(node)) return true;
+      const Window& w = node.layer.window;
+      const int p = node.parameters.empty() ? -1 : node.parameters[0];
+      return node.layer.kind == Kind::conv2d && w.kernel_h == 1 && w.kernel_w == 1 && p >= 0 &&
+             uses[p] == 1 && graph.parameters[p].slots == 1 && graph.parameters[p].taps == 1;
+    };
+    if (!std::all_of(graph.nodes.begin(), graph.nodes.end(), fits)) continue;
+    for (const Node& node : graph.nodes) {
+      if (reads(node)) graph.parameters[node.parameters[0]].taps = image.h * image.w;
+    }
+    flatten.layer.kind = Kind::view;
+    flatten.image = shapes[value].image;
+    flatten.out_layout = shapes[value].layout;
+  }
+}
+
 Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t n, Data data, Keep keep,
                  bool has_target, const LayerTraits& traits, bool x_active, bool y_active) {
   Stage stage;

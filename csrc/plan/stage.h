@@ -90,6 +90,11 @@ enum class Data { support, per_step_support, query };
 Stage make_stage(const Graph& graph, const std::vector<int64_t>& sample, int64_t n, Data data, Keep keep,
                  bool has_target, const LayerTraits& traits, bool x_active = false, bool y_active = false);
 
+/// Lets linear layers read images as they are, channels last, where their input is a flattened image: the
+/// flatten becomes a view, and the weight, [rows, c, h w] in the user's order, has the h w pixels as taps. A
+/// flatten stays where it has other readers, and in a graph that the megakernel would serve without it.
+void read_images_unflattened(Graph& graph, const std::vector<int64_t>& sample, int64_t n);
+
 /// Whether a sample of a value depends on other samples otherwise than through a normalisation. The stage has
 /// as many values as its graph has nodes, and one; or none, without samples.
 bool combines_samples(const Graph& graph, const Stage& stage);

@@ -140,6 +140,7 @@ def test_products_use_the_units_of_their_precision(
         "direction_kernel",
         "retreat_kernel",
         "add_weighted_kernel",
+        "pull_kernel",
         "copy_kernel",
     ],
 )

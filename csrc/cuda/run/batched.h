@@ -15,8 +15,10 @@
 #include "cuda/layers.h"
 #include "cuda/loss.h"
 #include "cuda/run/normalised_pair.h"
+#include "cuda/run/normalised_sum.h"
 #include "cuda/run/optimizer_steps.h"
 #include "cuda/run/small_run.h"
+#include "cuda/run/stem_step.h"
 #include "cuda/run/summed_pair.h"
 #include "cuda/run/transforms.h"
 #include "cuda/run/updates.h"
@@ -246,6 +248,14 @@ void launch_program(const Launcher& launch, const std::vector<Instruction<T>>& p
       ++r;
     } else if (has_next && is_summed_pair(first, program[run.first + 1])) {
       launch_summed_pair(on, first, program[run.first + 1], problem.packing.adapted);
+      ++r;
+    } else if (const auto sum = has_next ? normalised_sum(first, program[run.first + 1]) : std::nullopt) {
+      launch_normalised_sum(on, first, program[run.first + 1], *sum, problem.packing.adapted);
+      ++r;
+    } else if (const auto step = has_next ? step_after(first, program[run.first + 1], problem, plan, rates)
+                                          : std::nullopt) {
+      stem_backward_and_step(on, first.layer, first.tensors, first.op == Op::backward_tangent, *step,
+                             work_of(program[run.first + 1], problem.packing.adapted));
       ++r;
     } else {
       alone(on, first);

@@ -10,19 +10,19 @@
 // A slice is one parameter with its rate. Each function is run by a team; the caller adds the barrier after
 // it.
 //
-// Why these are separate launches, one for each inner step (descend) and one for each Hessian-vector product
-// (retreat), and not epilogues of the weight gradients. With P bytes of parameters in all tasks, a step and
-// its product write g and the product (2 P), and these launches read and write 3 P + 4 P: together 9 P.
-// Epilogues would read and write 2 P + 3 P and so save 4 P, for weights only. For the papers' networks with K
-// = 5, 4 x 5 P is
+// Why these are loops over all parameters, one for each inner step (descend) and one for each product with
+// the Hessian (retreat), in launches of their own or of a stem's gradients (step_after.h), not epilogues of
+// weight gradients. With P bytes of parameters in all tasks, a step and its product write g and the product
+// (2 P), and these loops read and write 3 P + 4 P: together 9 P. Epilogues would read and write 2 P + 3 P and
+// so save 4 P, for weights only. For the papers' networks with K = 5, 4 x 5 P is
 //
 //   mini-ImageNet, T = 4     P = 0.5 MB    10 MB a meta-step:   2 to 4 us, of a target of 900
 //   Omniglot, T = 4          P = 1.8 MB    36 MB:               7 to 12 us, of about 300
 //   Omniglot, T = 32         P = 14 MB    286 MB:              55 to 95 us, of a target of 750
 //
 // between the 5 TB/s of an H100's L2 cache (50 MB; most of the data have just been written) and the 3 TB/s of
-// its memory. The number of launches would not decrease: the gradients of biases, of BatchNorm's parameters
-// and of the first convolution's weights come from three other kernels. And where k is split (5-shot,
+// its memory. The gradients of biases, of BatchNorm's parameters and of the first convolution's weights come
+// from three other kernels, each of which would need one too. And where k is split (5-shot,
 // mini-ImageNet), a weight's gradient is complete only in the kernel that adds up the parts, whose traffic is
 // about as large. Epilogues would also cost a second output path in every product kernel for each form of a
 // rate; the update must not overtake the input gradient, which still reads the old weights; and learned rates
