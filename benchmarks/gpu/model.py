@@ -139,10 +139,11 @@ class Launch:
     registers: int | None
     early: bool = False  # by programmatic dependent launch
     phases: int = 0  # of the kernel of small perceptrons, with the cycles of one block
-    # Of a run of small layers: the bytes that all blocks of a task share. Of a product: the bytes that the last block
-    # of a column of tiles moves after it, for the normalisation that follows.
     cycles: float = 0.0
     busy_cycles: float = 0.0
+    # Of a run of small layers: the bytes that all blocks of a task share. Of a product: the bytes that the last block
+    # of a column of tiles moves after it, for the normalisation that follows.
+    part_bytes: float = 0.0
 
     @property
     def blocks(self) -> int:
@@ -189,8 +190,8 @@ class Launch:
             alone = self.phases * C["phase"].value + self.cycles
             return fixed + self.waves * max(alone, resident * self.busy_cycles) / C["clock"].value * 1e-3
         alone = 0.0
-        if self.cycles:  # a product whose last blocks go on alone
-            alone = C["small instruction"].value + self.cycles / C["bandwidth of a block"].value * 1e-6
+        if self.part_bytes:  # a product whose last blocks go on alone
+            alone = C["small instruction"].value + self.part_bytes / C["bandwidth of a block"].value * 1e-6
         return fixed + alone + max(self.flop_time(), self.bytes / C["bandwidth"].value * 1e-6)
 
     def run_time(self) -> float:
@@ -199,9 +200,9 @@ class Launch:
         of_a_block = C["bandwidth of a block"].value
         alone = self.instructions * C["small instruction"].value
         alone += self.flop / tasks / C["rate of the megakernel"].value * 1e-6
-        alone += (self.bytes / tasks - self.cycles) / of_a_block * 1e-6
+        alone += (self.bytes / tasks - self.part_bytes) / of_a_block * 1e-6
         waves = math.ceil(tasks / (self.resident * C["multiprocessors"].value))
-        return waves * alone + self.waves * self.cycles / blocks / of_a_block * 1e-6
+        return waves * alone + self.waves * self.part_bytes / blocks / of_a_block * 1e-6
 
     def flop_time(self) -> float:
         if not self.flop:
@@ -282,6 +283,7 @@ def described(launches: list[dict[str, Any]], kernels: dict[str, Usage]) -> Iter
             launch["dynamic_shared"] + (known.shared if known else launch["static_shared"]), branch,
             launch["flop"], launch["bytes"], launch["instructions"], known.registers if known else None,
             launch["early"], launch["phases"], launch["cycles"], launch["busy_cycles"],
+            launch["part_bytes"],
         )  # fmt: skip
 
 

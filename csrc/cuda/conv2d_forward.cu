@@ -157,7 +157,7 @@ void convolve(const Launcher& launch, const char* name, const Layer& l, Terms<T>
         const int tensors = following->tangent ? 3 : 2;
         work += traffic<T>(product.m * product.n, tensors);
         // The bytes of one block; no other field of a product.
-        work.cycles = traffic<T>(product.m * std::min(product.n, cut.size.n), tensors).bytes;
+        work.part_bytes = traffic<T>(product.m * std::min(product.n, cut.size.n), tensors).bytes;
       }
       return work;
     });

@@ -125,10 +125,10 @@ def test_waves_and_the_time_of_a_launch() -> None:
     assert program.microseconds() == pytest.approx(fixed + 10 * C["instruction"].value + 1.0)
     # What one block of each task does alone, at its own bandwidth; several blocks share some bytes of a run.
     small, bandwidth = C["small instruction"].value, C["bandwidth of a block"].value * 1e6  # bytes a us
-    run = {"kernel": "small_run_kernel<float>", "instructions": 5, "bytes": 4 * 75e3, "cycles": 50e3}
+    run = {"kernel": "small_run_kernel<float>", "instructions": 5, "bytes": 4 * 75e3, "part_bytes": 50e3}
     led = launch(grid=(2, 1, 4), **run).microseconds()
     assert led == pytest.approx(fixed + 5 * small + (25e3 + 50e3 / 2) / bandwidth)
-    assert launch(grid=(9, 1, 4), cycles=20e3).microseconds() == pytest.approx(fixed + small + 20e3 / bandwidth)
+    assert launch(grid=(9, 1, 4), part_bytes=20e3).microseconds() == pytest.approx(fixed + small + 20e3 / bandwidth)
     # One block: its own cycles. Four of 64 registers on a multiprocessor: what they share, if it is more.
     clock, phase = C["clock"].value * 1e3, C["phase"].value
     mlp = {"phases": 10, "cycles": 4000.0, "registers": 64}

@@ -236,8 +236,7 @@ void launch_program(const Launcher& launch, const std::vector<Instruction<T>>& p
         Work work;
         for (int i = 0; i < run.length; ++i) work += work_of(program[run.first + i], problem.packing.adapted);
         work.instructions = run.length;
-        // Of the bytes, those that several blocks share; a run has no other use for this number.
-        if (run.blocks > 1) work.cycles = work_of(first, problem.packing.adapted).bytes;
+        if (run.blocks > 1) work.part_bytes = work_of(first, problem.packing.adapted).bytes;
         return work;
       });
       launch_small_run(on, plan, run, rates);

@@ -16,10 +16,14 @@ struct Work {
   // a multiprocessor, and those for which it occupies shared memory or the schedulers.
   int phases = 0;
   double cycles = 0, busy_cycles = 0;
+  // Of a launch whose parts other blocks compute: in a run of small layers the bytes of its first
+  // instruction, which several blocks of a task share; in a product those of the normalisation by its last
+  // blocks.
+  double part_bytes = 0;
 
   Work& operator+=(const Work& other) {
     flop += other.flop, bytes += other.bytes, instructions += other.instructions, phases += other.phases;
-    cycles += other.cycles, busy_cycles += other.busy_cycles;
+    cycles += other.cycles, busy_cycles += other.busy_cycles, part_bytes += other.part_bytes;
     return *this;
   }
   friend Work operator+(Work a, const Work& b) { return a += b; }
@@ -197,7 +201,7 @@ void note([[maybe_unused]] F work) {
 #ifndef __CUDACC__
   if (emulation::host.log_mode == emulation::LogMode::off) return;
   const Work w = work();
-  emulation::noted = {w.flop, w.bytes, w.instructions, w.phases, w.cycles, w.busy_cycles};
+  emulation::noted = {w.flop, w.bytes, w.instructions, w.phases, w.cycles, w.busy_cycles, w.part_bytes};
 #endif
 }
 

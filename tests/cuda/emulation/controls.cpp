@@ -55,7 +55,8 @@ CONTROL const char* emulation_logged() {
          << ", \"flop\": " << l.work.flop * l.grid.z << ", \"bytes\": " << l.work.bytes * l.grid.z
          << ", \"early\": " << (l.early ? "true" : "false") << ", \"instructions\": " << l.work.instructions
          << ", \"phases\": " << l.work.phases << ", \"cycles\": " << l.work.cycles
-         << ", \"busy_cycles\": " << l.work.busy_cycles << ", \"seconds\": " << l.seconds << "}";
+         << ", \"busy_cycles\": " << l.work.busy_cycles << ", \"part_bytes\": " << l.work.part_bytes
+         << ", \"seconds\": " << l.seconds << "}";
   }
   text = json.str() + "]";
   return text.c_str();

@@ -95,7 +95,7 @@ struct Stream;
 struct Work {
   double flop = 0, bytes = 0;
   int instructions = 0, phases = 0;
-  double cycles = 0, busy_cycles = 0;
+  double cycles = 0, busy_cycles = 0, part_bytes = 0;
 };
 inline thread_local Work noted;  // for the next launch
 
