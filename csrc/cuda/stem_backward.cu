@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kResidentBackward<typename A
   if (after.blocks == 0) return;
   __syncthreads();
   const StepAfter<T> step = resolve(after, memory, blockIdx.z);
-  const int width = std::min(kStemColumns, p.n - n0);
+  const int width = std::min(int{kStemColumns}, p.n - n0);
   for (int j = 0; j < kMostParameters; ++j) {
     step_of_own<Tangent>(step, j, j == 0 ? s.patch : 1, p.n, n0, width);
   }
