@@ -14,6 +14,13 @@ cycle. With c cycles for each multiply instruction on its scheduler,
 
 bf16x3 takes three multiply instructions for a product. The count of instructions is that of the longest path.
 
+The products of csrc/cuda/conv2d_raster_gradients.cu are instructions of a warpgroup, which read their operands from
+shared memory, and nothing else is in their loop. m64nNk16 of bf16 takes N / 2 cycles of a multiprocessor at the peak,
+and at least the time of its operands, 2 KB and 32 N bytes, at 128 bytes a cycle. So N = 64 just reaches the peak, as
+was measured (Luo et al.). Their copies take less than half of these cycles to issue, from another block at the same
+time.
+GAPS is the share of positions that are pixels (product/raster.h): 0.95 with images of 42 pixels a side, 0.77 with 7.
+
 The model (model.py) expects `SHARE` of the bound, with the mean c of the products. The rest is lost to latencies,
 barriers, and the first and last stages.
 """
@@ -38,6 +45,15 @@ HMMA_CYCLES = 4 / 0.62
 # FlashAttention-2 reaches 35 % of the peak of an H100 with mma.sync, which is 0.56 of what mma.sync reaches alone.
 SHARE = {"float32": 0.75, "tf32": 0.55, "bf16x3": 0.55, "bfloat16": 0.55}
 FLOP = {"float32": 64, "tf32": 2048, "bf16x3": 4096 / 3, "bfloat16": 4096}  # of a multiply instruction
+GAPS = 0.8
+# (precision, channels of a tile) -> (N of the instructions, multiply-adds of the convolution that they compute
+# together), of an input gradient and of a weight gradient.
+WGMMA = {
+    ("bf16x3", 32): (((64, 32), 64 * 32 * 16), ((64,), 32 * 32 * 16)),
+    ("bf16x3", 64): (((64, 64, 64), 64 * 64 * 16), ((64, 64, 64), 64 * 64 * 16)),
+    ("bfloat16", 32): (((32,), 64 * 32 * 16), ((32,), 32 * 32 * 16)),
+    ("bfloat16", 64): (((64,), 64 * 64 * 16), ((64,), 64 * 64 * 16)),
+}
 PRECISIONS = {"SimtIfE": "float32", "Tf32Words": "tf32", "11Bf16x3Words": "bf16x3", "9Bf16Words": "bfloat16"}
 
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", re.MULTILINE)
@@ -89,6 +105,15 @@ def rates(found: Sequence[Loop]) -> dict[tuple[str, str], float]:
     for loop in found:
         cycles.setdefault((loop.precision, loop.tile), []).append(loop.cycles)
     return {key: SHARE[key[0]] * bound(key[0], statistics.mean(of)) for key, of in cycles.items()}
+
+
+def wgmma_rates() -> dict[tuple[str, int], float]:
+    """TFLOP/s that the model expects of products by instructions of a warpgroup."""
+    found = {}
+    for key, products in WGMMA.items():
+        cycles = [sum(max(n / 2, (2048 + 32 * n) / 128) for n in ns) / (2 * multiplies) for ns, multiplies in products]
+        found[key] = SHARE[key[0]] * GAPS * MULTIPROCESSORS * CLOCK / statistics.mean(cycles) / 1e3
+    return found
 
 
 def loops(file: Path | None = None, architecture: str = ARCHITECTURE) -> list[Loop]:
@@ -183,6 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(markdown(("product", "precision", "tile", "multiplies", "issue", "shared", "bound, TFLOP/s"), rows))
     print()
     expected = [[*key, number(rate)] for key, rate in rates(found).items()]
+    expected += [[precision, f"wgmma {width}", number(rate)] for (precision, width), rate in wgmma_rates().items()]
     print(markdown(("precision", "tile", "expected, TFLOP/s"), expected))
 
 

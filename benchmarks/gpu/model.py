@@ -88,6 +88,10 @@ C = {
     "rate bfloat16 small": Constant(61, "TFLOP/s", "derived", ""),
     "rate bfloat16 narrow": Constant(92, "TFLOP/s", "derived", ""),
     "rate bfloat16 wide": Constant(144, "TFLOP/s", "derived", ""),
+    "rate bf16x3 wgmma 32": Constant(108, "TFLOP/s", "derived", "gradients of 3 x 3 convolutions, 32 channels"),
+    "rate bf16x3 wgmma 64": Constant(135, "TFLOP/s", "derived", "the same, multiples of 64 channels"),
+    "rate bfloat16 wgmma 32": Constant(180, "TFLOP/s", "derived", ""),
+    "rate bfloat16 wgmma 64": Constant(404, "TFLOP/s", "derived", ""),
     # A block of the chunked executor has a multiprocessor to itself, so these are rates of single blocks, without the
     # share `lone`. tf32: shared memory feeds 341 multiply-adds a clock (product/shared_matrix.h), 158 TFLOP/s; 55 % of
     # them are those of 2-100-100-2, the rest fills up units; the functions, the narrow layers and the barriers, between
@@ -170,6 +174,8 @@ class Launch:
             return "chunk"
         if "::stem_" in self.kernel:
             return "narrow"
+        if wgmma := re.search(r"::raster_gradients_kernel<.*, (\d+)>", self.kernel):
+            return f"wgmma {wgmma[1]}"
         found = re.search(r"Tile<(\d+(?:, \d+){5})>", self.kernel)
         return tile_class(found[1]) if found else ""
 

@@ -3,6 +3,8 @@
 // index. Neither part waits for the other, so that one fills the multiprocessors that the other leaves idle;
 // and the chain of launches is shorter by one for each layer.
 //
+// On GPUs with wgmma, conv2d_raster_gradients.cu computes those that it serves.
+//
 // All blocks have the same tile, and parts of k of about the same depth (cut.h). Those with longer sums come
 // first. Shared memory: the larger of the two.
 //
@@ -12,6 +14,7 @@
 #include <vector>
 
 #include "cuda/conv2d_input_gradient.h"
+#include "cuda/conv2d_raster_gradients.h"
 #include "cuda/conv2d_weight_gradient.h"
 #include "cuda/moments.h"
 #include "cuda/run/work.h"
@@ -117,6 +120,9 @@ int64_t gradients_scratch(const Layer& l) {
     }
   }
   if (most > 0) most += kMostPartsOfK * blocks_for(l.out.c, kBiasColumns) * kBiasColumns;
+#if MAML_RASTER_GRADIENTS
+  most = std::max(most, raster_gradients_scratch(l));
+#endif
   return most + cotangent_sums_scratch(l);
 }
 
@@ -142,6 +148,11 @@ template <class T>
 CotangentSums<T> gradients(const Launcher& launch, const char* name, const Layer& l,
                            const WeightTerms<T>& weight, const InputTerms<T>& input, T* scratch,
                            const Normalised<T>* norm) {
+#if MAML_RASTER_GRADIENTS
+  if constexpr (std::is_same_v<T, float>) {
+    if (const auto sums = raster_gradients(launch, name, l, weight, input, scratch, norm)) return *sums;
+  }
+#endif
   const std::vector<ParityClass> classes =
       input.grad_x ? parity_classes(l, input.add) : std::vector<ParityClass>();
   const Weight of_weight =

@@ -30,6 +30,7 @@
 #include "cuda/conv2d_input_gradient.h"
 #include "cuda/conv2d_raster_blocks.h"
 #include "cuda/conv2d_raster_gradients.h"
+#include "cuda/product/wgmma_trial.h"
 #include "cuda/run/work.h"
 
 namespace maml::cuda {
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(kBlock, 2)
 
 // --------------------------------------------------------------------------------------------- the host
 
-/// Whether the GPU has these instructions. Its successors do not.
+/// Whether the GPU has these instructions, and they do what is expected. Its successors do not have them.
 bool has_wgmma() {
   int device = 0, major = 0, minor = 0;
   check(cudaGetDevice(&device), "asking for the device");
@@ -60,7 +61,7 @@ bool has_wgmma() {
         "asking for the compute capability");
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
         "asking for the compute capability");
-  return major == 9 && minor == 0;
+  return major == 9 && minor == 0 && wgmma_is_exact(device);
 }
 
 /// Two blocks fit a multiprocessor.

@@ -1,11 +1,17 @@
-// Both gradients of a 3 x 3 convolution by the matrix instructions of a warpgroup (wgmma), for GPUs of
-// compute capability 9.0. Not in the library yet: only the tests compile it (docs/gpu.md). It is to take the
-// place of conv2d_gradients.cu for the layers that it serves.
+// Both gradients of a 3 x 3 convolution by the matrix instructions of a warpgroup (wgmma), on GPUs of compute
+// capability 9.0. conv2d_gradients.cu computes all others.
 #pragma once
 
 #include <optional>
 
 #include "cuda/conv2d.h"
+
+// The library is built for such GPUs, or this is the emulation, which has wgmma.
+#if defined(MAML_CUDA_WGMMA) || !defined(__CUDACC__)
+#define MAML_RASTER_GRADIENTS 1
+#else
+#define MAML_RASTER_GRADIENTS 0
+#endif
 
 namespace maml::cuda {
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import flops
-from benchmarks.gpu import model
+from benchmarks.gpu import loops, model
 from benchmarks.gpu.model import C, Launch
 from benchmarks.workloads import WORKLOADS
 from tests import emulated
@@ -152,10 +152,17 @@ def test_waves_and_the_time_of_a_launch() -> None:
         ("copy_kernel<float>", "", "float32"),
         ("chunk_kernel<MatrixUnit<Bf16Words>, (Pass)1>", "chunk", "bfloat16"),
         ("chunk_kernel<SimtUnit<float>, (Pass)0>", "chunk", "float32"),
+        ("maml::raster_gradients_kernel<maml::MatrixArithmetic<Bf16x3Words>, 32>", "wgmma 32", "bf16x3"),
+        ("maml::raster_gradients_kernel<maml::MatrixArithmetic<Bf16Words>, 64>", "wgmma 64", "bfloat16"),
     ],
 )
 def test_classes_of_products(kernel: str, tile: str, precision: str) -> None:
     assert (launch(kernel=kernel).tile, launch(kernel=kernel).precision) == (tile, precision)
+
+
+def test_rates_of_products_of_a_warpgroup() -> None:
+    for (precision, channels), rate in loops.wgmma_rates().items():
+        assert C[f"rate {precision} wgmma {channels}"].value == pytest.approx(rate, rel=0.01)
 
 
 def test_every_precision_has_kernels_of_its_own() -> None:

@@ -199,6 +199,31 @@ def test_chunks_use_the_units_of_their_precision(architecture: str, unit: str, i
 
 
 @needs_tool
+@pytest.mark.skipif("90" not in _core.cuda_architectures.split(), reason="this build has no kernels for sm_90a")
+def test_products_of_a_warpgroup_are_matrix_instructions_alone() -> None:
+    """Two blocks of 384 threads fit a multiprocessor; operands come by 16-byte loads and go to 16-byte stores."""
+    usage = dump(LIBRARY, "-arch", "sm_90a", "-res-usage")
+    found = re.findall(r"Function (\S*raster_gradients\S*):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert len(found) == 4  # two precisions, two numbers of channels
+    for name, registers, stack, local in found:
+        assert (int(stack), int(local)) == (0, 0), name
+        assert int(registers) <= 80, name
+    for name, body in machine_code(LIBRARY, "sm_90a"):
+        code = Counter(INSTRUCTION.findall(body))
+        assert any(i.startswith("HGMMA") for i in code), name
+        if "raster_gradients" not in name:  # the trial of these instructions
+            continue
+        products = {i: count for i, count in code.items() if i.startswith("HGMMA")}
+        shapes = {re.match(r"HGMMA\.(\w+)\.F32\.BF16", i)[1] for i in products}
+        expected = {"64x64x16"} if "Li64E" in name else {"64x32x16"}
+        assert shapes == expected | ({"64x64x16"} if "Bf16x3" in name else set()), name
+        assert sum(products.values()) >= 4, name
+        assert not [i for i in code if i.startswith(("HMMA", "LDL", "STL", "LDGSTS"))], name
+        assert code["STS.128"] >= 8, name
+        assert code["LDG.E.128"] >= 8, name
+
+
+@needs_tool
 @each_architecture
 @pytest.mark.parametrize(("scalar", "multiply"), [("f", "FFMA"), ("d", "DFMA")])
 def test_small_perceptrons_load_vectors(architecture: str, scalar: str, multiply: str) -> None:

@@ -102,7 +102,8 @@ template <Along A>
 float element(uint64_t descriptor, int mn, int k) {
   auto field = [&](int bit) { return static_cast<int64_t>(descriptor >> bit & 0x3fff) << 4; };
   const int64_t leading = field(16), stride = field(32);
-  const int64_t within = A == Along::k ? mn % 8 * 16 + k % 8 * 2 : k % 8 * 16 + mn % 8 * 2;
+  const bool chunk_is_mn = (A == Along::k) != emulation::cores_transposed;
+  const int64_t within = chunk_is_mn ? mn % 8 * 16 + k % 8 * 2 : k % 8 * 16 + mn % 8 * 2;
   const int64_t at = field(0) + mn / 8 * stride + k / 8 * leading + within;
   uint16_t half;
   std::memcpy(&half, emulation::shared_at(at, 2), sizeof half);

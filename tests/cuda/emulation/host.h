@@ -116,6 +116,7 @@ enum class LogMode { off, on, only };
 struct Host {
   std::mutex mutex;
   int multiprocessors = 4, devices = 1;
+  int major = 9;                             // of the compute capability
   std::atomic<int> launches_to_failure = 0;  // the last of so many launches fails; 0: none
   std::array<std::atomic<int64_t>, kMostDevices> launches{};
   std::vector<Stream*> capturing;
@@ -274,7 +275,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       *value = emulation::host.multiprocessors;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
+      *value = emulation::host.major;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
       *value = 0;

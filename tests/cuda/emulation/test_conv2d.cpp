@@ -151,7 +151,7 @@ class Check {
   /// same bits.
   template <class Pass>
   void execute(const char* pass, Pass launch_pass, Tensors<T> t) {
-    const int64_t scratch = std::max(footprint(layer_).scratch, raster_gradients_scratch(layer_));
+    const int64_t scratch = footprint(layer_).scratch;
     Tensor& s = tensor("scratch", scratch);
     t.scratch = place<T>(Region::task, s.at);
     std::vector<T> bits[2];
@@ -285,25 +285,27 @@ class Check {
     if (random_() % 4) to_w[1] = output(b, "gradient of b", layer_.out.c, t.add_w[1]);
   }
 
-  /// The gradients of conv2d_raster_gradients.h, for layers and tensors that it serves: they ship in no
-  /// library yet. Pairs of factors; the second one is absent where its first factor is null.
-  void execute_by_warpgroups(const char* pass, const Tensors<float>& t, std::pair<float*, float*> grad_w,
-                             float* grad_x, const std::pair<const float*, const float*> (&of_w)[2],
-                             const std::pair<const float*, const float*> (&of_x)[2]) {
-    WeightTerms<float> weight{{}, t.add_w[0], t.add_w[1], grad_w.first, grad_w.second};
-    InputTerms<float> input{{}, t.add_x[0], grad_x};
-    for (int i = 0; i < 2; ++i) {
-      if (of_w[i].first) weight.terms.add(of_w[i].first, of_w[i].second);
-      if (of_x[i].first) input.terms.add(of_x[i].first, of_x[i].second);
+  /// Runs a pass of gradients; if conv2d_raster_gradients.h has served it, again on a GPU without wgmma.
+  /// Pairs of factors; the second one is absent where its first factor is null.
+  template <class Pass>
+  void execute_on_both(const char* pass, Pass launch_pass, const Tensors<T>& t,
+                       [[maybe_unused]] std::pair<T*, T*> grad_w, [[maybe_unused]] T* grad_x,
+                       [[maybe_unused]] const std::pair<const T*, const T*> (&of_w)[2],
+                       [[maybe_unused]] const std::pair<const T*, const T*> (&of_x)[2]) {
+    execute(pass, launch_pass, t);
+    if constexpr (sizeof(T) == 4) {
+      WeightTerms<T> weight{{}, t.add_w[0], t.add_w[1], grad_w.first, grad_w.second};
+      InputTerms<T> input{{}, t.add_x[0], grad_x};
+      for (int i = 0; i < 2; ++i) {
+        if (of_w[i].first) weight.terms.add(of_w[i].first, of_w[i].second);
+        if (of_x[i].first) input.terms.add(of_x[i].first, of_x[i].second);
+      }
+      if (!raster_gradients_serve(layer_, weight, input)) return;
+      ++by_warpgroups;
+      emulation::host.major = 8;
+      execute((std::string(pass) + " without wgmma").c_str(), launch_pass, t);
+      emulation::host.major = 9;
     }
-    if (!raster_gradients_serve(layer_, weight, input)) return;
-    ++by_warpgroups;
-    execute(
-        pass,
-        [&](const Launcher& launch, const Layer& l, const Tensors<float>& tensors) {
-          raster_gradients(launch, "by warpgroups", l, weight, input, tensors.scratch, nullptr);
-        },
-        t);
   }
 
   void backward() {
@@ -319,11 +321,8 @@ class Check {
       if (grad_w) add_weight_gradient(layer_, x->rounded[task], g->rounded[task], grad_w->want[task]);
       if (grad_b) add_columns(g->start[task], grad_b->want[task]);
     }
-    execute("backward", passes_of<T>(Kind::conv2d).backward, t);
-    if constexpr (sizeof(T) == 4) {
-      execute_by_warpgroups("backward by warpgroups", t, {t.grad_w[0], t.grad_w[1]}, t.grad_x[0],
-                            {{t.x[0], t.grad_y}, {}}, {{t.grad_y, t.w[0]}, {}});
-    }
+    execute_on_both("backward", passes_of<T>(Kind::conv2d).backward, t, {t.grad_w[0], t.grad_w[1]},
+                    t.grad_x[0], {{t.x[0], t.grad_y}, {}}, {{t.grad_y, t.w[0]}, {}});
   }
 
   void forward_tangent() {
@@ -483,14 +482,11 @@ class Check {
       }
       if (grad_b) add_columns(g_dot->start[task], grad_b->want[task]);
     }
-    execute("backward_tangent", passes_of<T>(Kind::conv2d).backward_tangent, t);
-    if constexpr (sizeof(T) == 4) {
-      const bool x_moves = g && x_dot, w_moves = g && w_dot;
-      execute_by_warpgroups("backward_tangent by warpgroups", t, {t.grad_w_dot[0], t.grad_w_dot[1]},
-                            t.grad_x_dot[0],
-                            {{t.x[0], t.grad_y_dot}, {x_moves ? t.x_dot[0] : nullptr, t.grad_y}},
-                            {{t.grad_y_dot, t.w[0]}, {w_moves ? t.grad_y : nullptr, t.w_dot[0]}});
-    }
+    const bool x_moves = g && x_dot, w_moves = g && w_dot;
+    execute_on_both("backward_tangent", passes_of<T>(Kind::conv2d).backward_tangent, t,
+                    {t.grad_w_dot[0], t.grad_w_dot[1]}, t.grad_x_dot[0],
+                    {{t.x[0], t.grad_y_dot}, {x_moves ? t.x_dot[0] : nullptr, t.grad_y}},
+                    {{t.grad_y_dot, t.w[0]}, {w_moves ? t.grad_y : nullptr, t.w_dot[0]}});
   }
 
   Layer layer_;

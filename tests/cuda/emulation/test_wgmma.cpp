@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/product/wgmma.h"
+#include "cuda/product/wgmma_trial.h"
 
 namespace {
 
@@ -132,6 +132,10 @@ int main() {
     expect(run<32, k, k, Mistake::no_begin>(), "without begin_products", "no wgmma.fence");
     expect(run<32, k, k, Mistake::swapped>(), "reads outside dynamic shared memory", "swapped distances");
     expect(run<32, k, k, Mistake::overwritten>(), "wrong", "operands overwritten before the wait");
+    expect(trial::is_exact(0) ? "exact" : "not", "exact", "the trial of a device");
+    emulation::cores_transposed = true;
+    expect(trial::is_exact(0) ? "exact" : "not", "not", "the trial of a device that reads in another way");
+    emulation::cores_transposed = false;
   }
   std::printf("%d failures\n", failures);
   return failures != 0;

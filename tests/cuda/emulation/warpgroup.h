@@ -16,6 +16,8 @@ struct WarpgroupProduct {
   float* sums;
   uint64_t a, b;
 };
+/// A GPU whose instructions read the 8 x 8 elements of a core matrix the other way round: none that is known.
+inline bool cores_transposed = false;
 /// The address of dynamic shared memory in the shared state space, and what stands there.
 uint64_t shared_address(const void* shared);
 const void* shared_at(int64_t address, size_t bytes);
