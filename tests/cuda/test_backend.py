@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from maml_cuda import FusedMAML, _core, reference
 from maml_cuda.engine import cuda_runner
 from maml_cuda.engine.problem import problem_of
-from tests.conftest import EMULATIONS, program_of, relative_errors, run
+from tests.conftest import program_of, relative_errors, run
 from tests.cuda.kernel_models import KERNELS, SAMPLES, conv, episodes, mlp
 from tests.emulated import controls, log
 
@@ -343,13 +343,6 @@ def test_float64_is_float64_whatever_the_precision(allow_precision: None) -> Non
     expected = {name: g.clone() for name, g in expected.items()}
     _, grads = run(FusedMAML(model, 0.1, 2, precision="bfloat16", backend="fused"), data)
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
-
-
-@pytest.fixture
-def allow_precision(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the emulation use the precisions of a GPU, though its tensors are on the CPU."""
-    if machine in EMULATIONS:
-        monkeypatch.setattr(cuda_runner, "has_precisions", lambda _: True)
 
 
 @pytest.mark.usefixtures("emulated")

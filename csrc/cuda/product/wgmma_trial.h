@@ -63,10 +63,10 @@ __device__ int wrong_sums() {
   lay_out<Way>(b, N, true);
   publish_shared();
   __syncthreads();
-  begin_products();
   float d[N / 2] = {};
   int step_a, step_b;
   const uint64_t of_a = descriptor_of<Way>(a, kRows, step_a), of_b = descriptor_of<Way>(b, N, step_b);
+  begin_products();
 #pragma unroll
   for (int i = 0; i < kDepth / 16; ++i) wgmma<Way, Way>(d, later(of_a, i * step_a), later(of_b, i * step_b));
   commit_products();
