@@ -63,7 +63,9 @@ __device__ int wrong_sums() {
   lay_out<Way>(b, N, true);
   publish_shared();
   __syncthreads();
-  float d[N / 2] = {};
+  const int thread = static_cast<int>(threadIdx.x), first_row = thread / 32 * 16 + thread % 32 / 4;
+  float d[N / 2];
+  for (int i = 0; i < N / 2; ++i) d[i] = static_cast<float>(thread - i);  // a product is added to it
   int step_a, step_b;
   const uint64_t of_a = descriptor_of<Way>(a, kRows, step_a), of_b = descriptor_of<Way>(b, N, step_b);
   begin_products();
@@ -71,12 +73,11 @@ __device__ int wrong_sums() {
   for (int i = 0; i < kDepth / 16; ++i) wgmma<Way, Way>(d, later(of_a, i * step_a), later(of_b, i * step_b));
   commit_products();
   wait_products<0>(d);
-  const int thread = static_cast<int>(threadIdx.x), first_row = thread / 32 * 16 + thread % 32 / 4;
   int wrong = 0;
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) {
     const int row = first_row + i / 2 % 2 * 8, column = i / 4 * 8 + thread % 4 * 2 + i % 2;
-    int sum = 0;
+    int sum = thread - i;
     for (int k = 0; k < kDepth; ++k) sum += integer(row, k, false) * integer(column, k, true);
     wrong += d[i] != static_cast<float>(sum);
   }
