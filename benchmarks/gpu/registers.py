@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,9 +36,14 @@ def dump(file: Path, *options: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
 
-def machine_code(file: Path, architecture: str) -> Iterator[tuple[str, str]]:
-    """The mangled name and the disassembly of each kernel for an architecture, such as "sm_90". Takes a minute."""
-    parts = re.split(r"^\s*Function : (\S+)$", dump(file, "-arch", architecture, "-sass"), flags=re.MULTILINE)[1:]
+def machine_code(file: Path, architecture: str, kernels: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
+    """The mangled name and the disassembly of each kernel for an architecture, such as "sm_90"; or of these kernels.
+
+    All of the library takes a minute.
+    """
+    chosen = ("-fun", ",".join(kernels)) if kernels else ()
+    code = dump(file, "-arch", architecture, "-sass", *chosen)
+    parts = re.split(r"^\s*Function : (\S+)$", code, flags=re.MULTILINE)[1:]
     return zip(parts[::2], parts[1::2], strict=True)
 
 

@@ -155,10 +155,10 @@ __device__ __forceinline__ void input_block(const RasterGradients& all, const Me
       a.fill<S::kParts, kStageChunks, kBlock>(all.raster, all.y, g, all.c_out, channel, q0 + c.lowest,
                                               c.count, [](const auto&) {});
       fill_split<S::kParts, kStageChunks, kBlock>(
-          c.taps * S::C, weights, S::C * kChunkBytes,
+          c.taps * S::C, w + channel, weights, S::C * kChunkBytes,
           [&](int i) {
             const int tap = i / S::C, n = i % S::C;
-            return w + c.weights[tap] + (n0 + n) * all.c_out + channel;
+            return c.weights[tap] + (n0 + n) * all.c_out;
           },
           [&](int i, int chunk) {
             return i / S::C * S::kTapOfWeights + chunk * S::kChunkOfWeights + i % S::C * kChunkBytes;

@@ -72,11 +72,12 @@ __device__ __forceinline__ void split(const Vector<float> (&from)[2], Chunk& hig
 }
 
 /// Copies `count` rows of 8 `Chunks` channels to shared memory, by the first `Threads` threads of the block.
-/// row_of(i): where row i starts, null for zeros. place_of(i, chunk): the offset of its chunk. `low`: the
-/// distance from a chunk to its second part. see(values) gets all numbers of chunk thread % Chunks.
+/// row_of(i): where row i starts in `from`, negative for zeros (then another row is read). place_of(i,
+/// chunk): the offset of its chunk. `low`: the distance from a chunk to its second part. see(values) gets all
+/// numbers of chunk thread % Chunks.
 template <int Parts, int Chunks, int Threads, class RowOf, class PlaceOf, class See>
-__device__ __forceinline__ void fill_split(int count, unsigned char* to, int low, RowOf row_of,
-                                           PlaceOf place_of, See see) {
+__device__ __forceinline__ void fill_split(int count, const float* from, unsigned char* to, int low,
+                                           RowOf row_of, PlaceOf place_of, See see) {
   static_assert(Threads % Chunks == 0);
   constexpr int kAtOnce = 2;
   const int thread = static_cast<int>(threadIdx.x), chunk = thread % Chunks;
@@ -86,11 +87,11 @@ __device__ __forceinline__ void fill_split(int count, unsigned char* to, int low
 #pragma unroll
     for (int a = 0; a < kAtOnce; ++a) {
       const int i = first + a * (Threads / Chunks);
-      const float* const row = i < count ? row_of(i) : nullptr;
+      const int row = i < count ? row_of(i) : -1;
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
-        values[a][v] = {};
-        if (row) values[a][v] = reinterpret_cast<const Vector<float>*>(row)[2 * chunk + v];
+        values[a][v] = reinterpret_cast<const Vector<float>*>(from + (row < 0 ? 0 : row))[2 * chunk + v];
+        if (row < 0) values[a][v] = {};
       }
     }
 #pragma unroll
@@ -117,10 +118,10 @@ struct PositionTile {
   __device__ __forceinline__ void fill(const Raster& raster, const Plane& plane, const float* source, int c,
                                        int channel, int q, int count, See see) const {
     fill_split<Parts, Chunks, Threads>(
-        count, start, Chunks * distance * kChunkBytes,
+        count, source + channel, start, Chunks * distance * kChunkBytes,
         [&](int i) {
           const int pixel = plane.pixel(raster, q + i).index;
-          return pixel < 0 ? nullptr : source + static_cast<int64_t>(pixel) * c + channel;
+          return pixel < 0 ? -1 : pixel * c;
         },
         [&](int i, int chunk) { return (chunk * distance + i) * kChunkBytes; }, see);
   }
