@@ -173,8 +173,8 @@ def test_the_death_of_a_process_ends_the_job_in_words(
     monkeypatch.setenv("MOMENTS", f"{dies}:0=KILL step 13")
     statuses = end(start(2, script, *TRAIN, "--out", str(run), log=log))
     assert statuses[dies] == -signal.SIGKILL
-    assert statuses[1 - dies] == 2
     words = words_of(log, 1 - dies)
+    assert statuses[1 - dies] == 2, words
     who = "" if dies else "process 1: "
     assert f"maml-cuda: {who}error: another process of this run has ended or cannot be reached: " in words
     go_on = f"everything up to the last checkpoint is in {run}. Continue with: maml-cuda train --resume {run}"
