@@ -271,9 +271,10 @@ queries.
 
 First order, with the same settings, learns far more slowly here: on validation tasks 60.7 % after 1000 iterations and
 66.3 % after 3000, where the exact meta-gradient has 92.1 and 95.4 %. Its gradient was compared with plain autograd
-after 3500 iterations; the cosine between it and the exact one is 0.66 there. The long inner step is why: with `--inner-lr
-0.5` for 2 (the authors' 0.4 on a sum over five images) it has 86.2 % after 1000 iterations, with 0.1 it has 84.8 %. The
-preset stays the paper's; its run is not finished. The first-order figures of Nichol et al. are of other settings.
+after 3500 iterations; the cosine between it and the exact one is 0.66 there. The long inner step is why: with
+`--inner-lr 0.5` for 2 (the authors' 0.4 on a sum over five images) it has 86.2 % after 1000 iterations, with 0.1 it has
+84.8 %. The preset stays the paper's; its run is not finished. The first-order figures of Nichol et al. are of other
+settings.
 
 The split is the one by name `authors` ([data sets](datasets.md#two-splits-of-omniglot)), except where the row names
 another. "Iterations" are those of the run and of the preset, which has the authors'."""
