@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 ARCHITECTURE = "sm_90"
-ARCHITECTURES = (ARCHITECTURE, "sm_90a")  # of which a GPU of compute capability 9.0 loads kernels
 RESERVED = (
     1024  # bytes of shared memory per block that the system reserves; cuobjdump includes them if a kernel uses any
 )
@@ -57,8 +56,8 @@ def usage() -> dict[str, Usage]:
 
     if _core.cuda is None or not tool() or not shutil.which("c++filt"):
         return {}
-    commands = [[tool(), "-arch", architecture, "-res-usage", str(_core.__file__)] for architecture in ARCHITECTURES]
-    dumped = "".join(subprocess.run(command, capture_output=True, text=True).stdout for command in commands)
+    command = [tool(), "-arch", ARCHITECTURE, "-res-usage", str(_core.__file__)]  # lists those of sm_90a too
+    dumped = subprocess.run(command, capture_output=True, text=True).stdout
     readable = subprocess.run(["c++filt"], input=dumped, capture_output=True, text=True, check=True).stdout
     found: dict[str, Usage] = {}
     for name, registers, shared in re.findall(r"Function (.+):\n\s+REG:(\d+) STACK:\d+ SHARED:(\d+)", readable):

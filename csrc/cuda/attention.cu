@@ -33,8 +33,8 @@ namespace maml::cuda {
 namespace attention {
 namespace {
 
-/// Block `index` of one result: of (index of the batch, tile of its rows), and `columns` blocks of its
-/// columns (of the bias: of tiles). `result`: kQ, kK, kV or kBias of a backward pass, or kY.
+/// Block `index` of one result, counted as [index of the batch, tile of rows, block of columns]; the bias has
+/// tiles of columns. `result`: kQ, kK, kV or kBias of a backward pass, or kY.
 template <Pass pass, Operand result, class T>
 __device__ __forceinline__ void attend(const Attend<T>& p, int index, const Memory& memory,
                                        Shared<T>& shared) {

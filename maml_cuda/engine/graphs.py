@@ -58,7 +58,8 @@ def walked(roots: Iterable[Tensor], known: Iterable[Any] = ()) -> tuple[list[Ten
 
 def differentiable_once(nodes: Iterable[Any]) -> bool:
     """Whether one of the nodes is that which torch puts into the gradient of an autograd.Function whose backward is
-    marked ``@once_differentiable``. It has no way to the inputs: torch.autograd.grad leaves the term out, in silence.
+    marked ``@once_differentiable``. No edge leads from it to the inputs: torch.autograd.grad leaves the term out, in
+    silence.
     """
     return any(node.name() == "torch::autograd::Error" for node in nodes)
 

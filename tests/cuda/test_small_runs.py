@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from maml_cuda import FusedMAML, convert_per_step, reference
 from tests.conftest import assert_close, check_meta_gradient, run
-from tests.cuda.kernel_models import KERNELS, conv, episodes
+from tests.cuda.kernel_models import KERNELS, conv, episodes, kernels
 from tests.emulated import log
 
 pytestmark = [KERNELS, pytest.mark.usefixtures("machine")]
@@ -77,13 +76,6 @@ SAMPLES: dict[Callable[..., nn.Module], tuple[int, ...]] = {
     wide: (1, 16, 16),
     conv: (2, 6, 6),
 }
-
-
-def kernels(maml: FusedMAML, data: list[Tensor]) -> Counter[str]:
-    """How often a meta-step launches each kernel."""
-    with log() as logged:
-        maml(*data)
-        return Counter(launch["kernel"].partition("<")[0].rpartition("::")[2] for launch in logged())
 
 
 @pytest.mark.parametrize("first_order", [False, True])

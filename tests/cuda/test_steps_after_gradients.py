@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 from torch import nn
 
 from maml_cuda import FusedMAML
-from tests.conftest import check_meta_gradient, run
-from tests.cuda.kernel_models import KERNELS, episodes
-from tests.emulated import log
+from tests.conftest import check_meta_gradient
+from tests.cuda.kernel_models import KERNELS, check_bits_of_chunks, episodes, kernels
 
 pytestmark = [KERNELS, pytest.mark.usefixtures("machine")]
 
@@ -48,16 +45,11 @@ def test_a_step_and_a_flatten_have_no_launch(machine: str) -> None:
     if machine == "cuda":
         pytest.skip("the emulation logs the kernels")
     maml = FusedMAML(net(), 0.1, 2, backend="fused", cuda_graphs=False)
-    with log() as logged:
-        maml(*episodes(SAMPLE, torch.float64, tasks=2))
-        launched = Counter(launch["kernel"].partition("<")[0].rpartition("::")[2] for launch in logged())
+    launched = kernels(maml, episodes(SAMPLE, torch.float64, tasks=2))
     assert launched["stem_backward_kernel"] == 5  # two inner steps, the query, and the products of the two steps
     for kernel in ("descend_kernel", "direction_kernel", "retreat_kernel", "transpose_elements", "transpose_tiles"):
         assert launched[kernel] == 0, kernel
 
 
 def test_bits_do_not_depend_on_the_number_of_tasks() -> None:
-    data, model = episodes(SAMPLE, torch.float64, tasks=2), net()
-    (loss, grads), (chunked, others) = (run(FusedMAML(model, 0.1, 2, task_chunk=n), data) for n in (3, 1))
-    assert torch.equal(loss, chunked)
-    assert all(torch.equal(grads[name], others[name]) for name in grads)
+    check_bits_of_chunks(net(), episodes(SAMPLE, torch.float64, tasks=2), 2)

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from maml_cuda import FusedMAML
-from tests.conftest import check_meta_gradient, run
-from tests.cuda.kernel_models import KERNELS, episodes
-from tests.emulated import log
+from tests.conftest import check_meta_gradient
+from tests.cuda.kernel_models import KERNELS, check_bits_of_chunks, episodes, kernels
 
 pytestmark = [KERNELS, pytest.mark.usefixtures("machine")]
 
@@ -41,9 +40,7 @@ def test_the_normalisations_have_no_pass_for_their_sums(machine: str) -> None:
     launched: list[Counter[str]] = []
     for bent in (False, True):
         maml = FusedMAML(blocks(bent), 0.1, 2, backend="fused", cuda_graphs=False)
-        with log() as logged:
-            maml(*episodes(SAMPLE, torch.float64, tasks=1))
-            launched.append(Counter(step["kernel"].partition("<")[0].rpartition("::")[2] for step in logged()))
+        launched.append(kernels(maml, episodes(SAMPLE, torch.float64, tasks=1)))
     straight, elu = launched
     sums = ("normalise_backward_sums_kernel", "normalise_backward_tangent_sums_kernel")
     assert [straight[kernel] for kernel in sums] == [0, 0]
@@ -53,7 +50,4 @@ def test_the_normalisations_have_no_pass_for_their_sums(machine: str) -> None:
 
 
 def test_bits_do_not_depend_on_the_number_of_tasks() -> None:
-    data, model = episodes(SAMPLE, torch.float64, tasks=3), blocks()
-    (loss, grads), (chunked, others) = (run(FusedMAML(model, 0.1, 1, task_chunk=n), data) for n in (3, 1))
-    assert torch.equal(loss, chunked)
-    assert all(torch.equal(grads[name], others[name]) for name in grads)
+    check_bits_of_chunks(blocks(), episodes(SAMPLE, torch.float64, tasks=3), 1)

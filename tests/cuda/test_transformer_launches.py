@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 
 from benchmarks.modern_nets import Transformer
 from maml_cuda import FusedMAML
-from tests.conftest import check_meta_gradient, run
-from tests.cuda.kernel_models import KERNELS, episodes
-from tests.emulated import log
+from tests.conftest import check_meta_gradient
+from tests.cuda.kernel_models import KERNELS, check_bits_of_chunks, episodes, kernels
 
 pytestmark = [KERNELS, pytest.mark.usefixtures("machine")]
 
@@ -34,9 +31,7 @@ def test_launches(machine: str) -> None:
     if machine == "cuda":
         pytest.skip("the emulation logs the kernels")
     maml = FusedMAML(net(), 0.1, 2, backend="fused", cuda_graphs=False)
-    with log() as logged:
-        maml(*episodes(SAMPLE, torch.float64, tasks=1))
-        launched = Counter(launch["kernel"].partition("<")[0].rpartition("::")[2] for launch in logged())
+    launched = kernels(maml, episodes(SAMPLE, torch.float64, tasks=1))
     # Two inner steps, the query and two products: three backward passes and two of tangents, of two blocks with two
     # norms each.
     assert (launched["group_norm_backward"], launched["group_norm_backward_tangent"]) == (12, 8)
@@ -45,7 +40,4 @@ def test_launches(machine: str) -> None:
 
 
 def test_bits_do_not_depend_on_the_number_of_tasks() -> None:
-    data, model = episodes(SAMPLE, torch.float64), net()
-    (loss, grads), (chunked, others) = (run(FusedMAML(model, 0.1, 1, task_chunk=n), data) for n in (3, 1))
-    assert torch.equal(loss, chunked)
-    assert all(torch.equal(grads[name], others[name]) for name in grads)
+    check_bits_of_chunks(net(), episodes(SAMPLE, torch.float64), 1)
