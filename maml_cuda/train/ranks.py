@@ -9,6 +9,7 @@ number of processes and on the length of the message alone: the same number of p
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -133,6 +134,8 @@ def join(device: torch.device) -> Ranks:
         gpus: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, **gpus)
+        if not gpus:  # the end of NCCL's communicators could wait for a process that is no more
+            atexit.register(_end_threads)
         return Ranks(rank, size, store)
 
 
@@ -156,6 +159,14 @@ def resume_after_a_restart(out: str | None, resume: str | None, resume_from: str
     if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and locate(Path(str(out)) / "last"):
         return out
     return resume
+
+
+def _end_threads() -> None:
+    """Ends gloo's threads, however this process came to its end. One that freed a tensor while the interpreter is
+    being torn down would abort the process (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager

@@ -106,6 +106,13 @@ def kill_at(moment: str) -> None:
         checkpoint.os.replace = replaced  # type: ignore[attr-defined]
 
 
+def say_which_threads_are_left() -> None:
+    """Prints which threads of gloo are left: at the end of a process they could abort it. Nothing if there are none."""
+    names = [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
+    if left := sorted(name for name in names if "gloo" in name):
+        print("threads are left:", *left, flush=True)
+
+
 def trained_together(runs: dict[Path, Any]) -> None:
     """Trains runs, one after the other, with the other processes: new ones, or those whose folder exists."""
     ranks = join(CPU)

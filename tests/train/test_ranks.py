@@ -54,9 +54,10 @@ with open(sys.argv[1], "rb") as file:
 """
 # A command whose process receives a signal at a moment, by its rank and the number of torchrun's restarts.
 COMMAND = """
-import os, sys
+import atexit, os, sys
+from tests.train.processes import in_float64, kill_at, say_which_threads_are_left
+atexit.register(say_which_threads_are_left)
 from maml_cuda.cli import main
-from tests.train.processes import in_float64, kill_at
 in_float64(setattr)
 moments = dict(pair.split("=") for pair in os.environ.get("MOMENTS", "").split(",") if pair)
 me = os.environ["RANK"] + ":" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -175,6 +176,7 @@ def test_the_death_of_a_process_ends_the_job_in_words(
     assert statuses[dies] == -signal.SIGKILL
     words = words_of(log, 1 - dies)
     assert statuses[1 - dies] == 2, words
+    assert "threads are left" not in words
     who = "" if dies else "process 1: "
     assert f"maml-cuda: {who}error: another process of this run has ended or cannot be reached: " in words
     go_on = f"everything up to the last checkpoint is in {run}. Continue with: maml-cuda train --resume {run}"
